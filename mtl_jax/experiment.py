@@ -1,0 +1,203 @@
+"""The experiment: one frozen dataclass that a script builds and the command line can change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import cattrs
+from cattrs.strategies import configure_tagged_union
+
+from mtl_jax import weighting
+from mtl_jax.data import batches
+from mtl_jax.data.batches import Batching
+from mtl_jax.data.sources import Source
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.tasks import Classification, Regression
+from mtl_jax.training import optimizer as optimizers
+from mtl_jax.training.checkpoint import Checkpoints
+from mtl_jax.training.optimizer import Optimizer
+from mtl_jax.transfer import ParamRule
+from mtl_jax.trunks import Embedding, Pretrained
+
+BASELINES = ("none", "constant", "probe")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with its own trainable part, weights and learning rate; the schedule runs over the phase.
+
+    Attributes:
+        name: Shown in the progress bar and the logs.
+        steps: Length of the phase.
+        rules: Which parameters train: the first rule whose pattern matches a parameter's path decides.
+        learning_rate: Peak rate; None: optimizer.learning_rate.
+        weights: Fixed loss weights of this phase; empty: the experiment's weighting.
+        cache_features: Where the rules freeze the whole trunk, compute its output for every example once.
+    """
+
+    name: str
+    steps: int
+    rules: tuple[ParamRule, ...] = (ParamRule(".*"),)
+    learning_rate: float | None = None
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    cache_features: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Measuring on dev while training, and what the result is compared with.
+
+    Attributes:
+        every: Steps between evaluations on dev; the end of a phase is always one.
+        criterion: What makes a checkpoint the best: mean (of the tasks' metrics), a task, or TASK/METRIC. Higher is better.
+        patience: Stop after so many evaluations without a new best; 0: never.
+        baseline: Compared with on test. constant: majority class or mean. probe: that, and a linear model on the trunk's
+            features before training. none: nothing.
+    """
+
+    every: int = 100
+    criterion: str = "mean"
+    patience: int = 0
+    baseline: str = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run's numbers.
+
+    Attributes:
+        name: The experiment's name.
+        trunk: The shared network.
+        sources: Where rows come from.
+        tasks: What is predicted from them.
+        phases: What trains, and for how long.
+        weighting: The rule that weighs the losses.
+        weights: For --weighting fixed: one weight for each task.
+        only: Train these tasks and leave the others out; empty: all.
+        optimizer: How parameters follow the gradient.
+        batch: Shape of a batch and mixture of the sources.
+        evaluation: Dev evaluation, early stopping, baselines.
+        checkpoints: When checkpoints are written, how many are kept.
+        seed: Seed of initialisation, data order and dropout.
+        dtype: Compute dtype: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere).
+        devices: Number of devices to use; 0: all.
+    """
+
+    name: str
+    trunk: Pretrained | Embedding
+    sources: tuple[Source, ...]
+    tasks: tuple[Classification | Regression, ...]
+    phases: tuple[Phase, ...]
+    weighting: str = "equal"
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    optimizer: Optimizer = Optimizer()
+    batch: Batching = Batching()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    seed: int = 0
+    dtype: str = "auto"
+    devices: int = 0
+
+
+def select(experiment: Experiment) -> Experiment:
+    """The experiment with only the tasks that `only` names, and the sources they use.
+
+    Raises:
+        UserError: `only` names an unknown task.
+    """
+    names = [task.name for task in experiment.tasks]
+    for name in experiment.only:
+        if name not in names:
+            raise unknown("task in only:", name, names)
+    tasks = tuple(t for t in experiment.tasks if not experiment.only or t.name in experiment.only)
+    return dataclasses.replace(experiment, tasks=tasks)
+
+
+def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
+    """The weighting rule of a phase.
+
+    Raises:
+        UserError: The rule or a weight is refused.
+    """
+    if phase.weights:
+        return weighting.fixed(phase.weights)
+    if experiment.weighting == "fixed":
+        return weighting.fixed(experiment.weights)
+    if experiment.weights:
+        raise UserError(f"weights are for --weighting fixed, but weighting is {experiment.weighting!r}")
+    return weighting.make(experiment.weighting)
+
+
+def check(experiment: Experiment) -> None:
+    """Finds what is wrong with an experiment before anything is read or written.
+
+    Raises:
+        UserError: One line that names the field.
+    """
+    for what, names in {
+        "task": [t.name for t in experiment.tasks],
+        "source": [s.name for s in experiment.sources],
+        "phase": [p.name for p in experiment.phases],
+    }.items():
+        if not names:
+            raise UserError(f"the experiment has no {what}")
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise UserError(f"{what} names must differ: {', '.join(sorted(twice))}")
+        for name in names:
+            if not name or not set(name) <= _NAME_CHARACTERS:
+                raise UserError(f"{what} name {name!r}: use letters, digits, '_' and '-' only")
+    for phase in experiment.phases:
+        if phase.steps < 1:
+            raise UserError(f"phase {phase.name!r}: steps is {phase.steps}; it must be at least 1")
+        rule_of(experiment, phase).init([task.name for task in experiment.tasks])
+    for task in experiment.tasks:
+        if task.source not in [s.name for s in experiment.sources]:
+            raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
+        if task.metric not in _METRICS[type(task)]:
+            raise unknown(f"metric of task {task.name!r}:", task.metric, _METRICS[type(task)])
+    for field, value, choices in (
+        ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
+        ("dtype", experiment.dtype, DTYPES),
+    ):
+        if value not in choices:
+            raise unknown(field, value, choices)
+    for field, number in (
+        ("evaluation.every", experiment.evaluation.every),
+        ("checkpoints.every", experiment.checkpoints.every),
+        ("checkpoints.keep", experiment.checkpoints.keep),
+    ):
+        if number < 1:
+            raise UserError(f"{field} is {number}; it must be at least 1")
+    batches.check(experiment.batch)
+    optimizers.check(experiment.optimizer)
+
+
+_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+_METRICS = {
+    Classification: ("accuracy", "macro_f1"),
+    Regression: ("pearson", "spearman"),
+}
+
+
+def to_json(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as JSON-able values; unions carry their class name as "kind"."""
+    return _converter().unstructure(experiment)
+
+
+def from_json(values: Mapping[str, Any]) -> Experiment:
+    """The inverse of to_json."""
+    return _converter().structure(values, Experiment)
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    configure_tagged_union(Pretrained | Embedding, converter, tag_name="kind")
+    configure_tagged_union(Classification | Regression, converter, tag_name="kind")
+    # JSON has no infinity: unbounded is written as a string.
+    converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))
+    return converter

@@ -1,0 +1,48 @@
+"""Figures of a run, as PNG."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+from matplotlib.figure import Figure
+
+
+def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], path: Path) -> None:
+    """Training loss, dev metric and weight of every task over the steps.
+
+    Args:
+        records: Records of metrics.jsonl.
+        tasks: (task, its metric) in order.
+        path: The PNG to write.
+    """
+    train = [record for record in records if record["kind"] == "train"]
+    dev = [record for record in records if record["kind"] == "dev"]
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    loss_axis, dev_axis, weight_axis = figure.subplots(1, 3)
+    for number, (task, metric) in enumerate(tasks):
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.4}
+        steps = [record["step"] for record in train]
+        loss_axis.plot(steps, _smooth([record[f"loss/{task}"] for record in train]), label=task, **style)
+        dev_axis.plot([r["step"] for r in dev], [r[f"{task}/{metric}"] for r in dev], marker="o", markersize=3, **style)
+        weight_axis.plot(steps, [record[f"weight/{task}"] for record in train], **style)
+    starts = [b["step"] for a, b in itertools.pairwise(train) if a["phase"] != b["phase"]]
+    titles = ("training loss (running mean)", "dev metric", "loss weight")
+    for axis, title in zip((loss_axis, dev_axis, weight_axis), titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        for start in starts:
+            axis.axvline(start, color="0.6", linestyle=":", linewidth=1)
+    weight_axis.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", ncols=min(len(tasks), 7), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]

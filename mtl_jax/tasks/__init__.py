@@ -1,0 +1,5 @@
+"""Task kinds: one file each with head shape, loss and metrics."""
+
+from mtl_jax.tasks.base import Task as Task
+from mtl_jax.tasks.classification import Classification as Classification
+from mtl_jax.tasks.regression import Regression as Regression

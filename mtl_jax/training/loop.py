@@ -1,0 +1,315 @@
+"""The loop: phases of jitted steps, evaluation, checkpoints, resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mtl_jax import trunks
+from mtl_jax.data.batches import Batch, train_batches
+from mtl_jax.errors import Interrupted, UserError
+from mtl_jax.experiment import Experiment, to_json
+from mtl_jax.training import evaluation, results
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.logs import Logger, Progress
+from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, prepare, template
+from mtl_jax.training.state import TrainState
+from mtl_jax.training.step import Encode, Metrics, encode_tokens, look_up, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: bool = False) -> dict[str, Any]:
+    """Trains an experiment in a workdir; goes on where an earlier process stopped, to the same numbers.
+
+    Args:
+        experiment: What to do.
+        workdir: Where everything is written. A finished one is not trained again.
+        allow_config_change: Go on in a workdir that was begun with another configuration.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        UserError: Bad input, found before anything is written; or a loss that is not finite.
+        Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    folder = Path(workdir)
+    config = to_json(experiment)
+    workdirs.check_writable(folder)
+    workdirs.check_config(folder, config, allow_config_change)
+    done = workdirs.read_json(folder / "results.json")
+    if done is not None and not allow_config_change:
+        log.info("%s is done", folder)
+        return done
+    prepared = prepare(experiment)
+    workdirs.make(folder, config)
+    labels = {task.name: list(task.labels) for task in prepared.corpus.tasks}
+    workdirs.write_json(folder / "labels.json", labels)
+    if jax.process_index() == 0:
+        trunks.save(prepared.trunk, folder / "trunk")
+    for note in prepared.notes:
+        log.info("%s", note)
+    with _signals() as stop, contextlib.closing(Store(folder, prepared.experiment.checkpoints)) as store:
+        return _Run(prepared, folder, store, stop).train()
+
+
+@dataclasses.dataclass
+class _Host:
+    """What the host counts; saved in each checkpoint's record."""
+
+    phase: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    evaluations_since_best: int = 0
+
+
+class _Pending(NamedTuple):
+    """A step that was sent off and whose metrics have not been read."""
+
+    step: int
+    tokens: int
+    metrics: Metrics
+
+
+class _Run:
+    """One process's part of a run: holds what lives as long as the process, so that the steps below read in order."""
+
+    def __init__(self, prepared: Prepared, folder: Path, store: Store, stop: _Stop):
+        self.prepared, self.folder, self.store, self.stop = prepared, folder, store, stop
+        self.experiment, self.mesh = prepared.experiment, prepared.mesh
+        self.tasks = prepared.corpus.tasks
+        self.encode_tokens = encode_tokens(prepared.trunk.module)
+        self.stream = train_batches(prepared.corpus, self.experiment.batch, self.experiment.seed)
+        self.host = _Host()
+        self.pending: _Pending | None = None
+        self.programs: list[Any] = []
+
+    def train(self) -> dict[str, Any]:
+        state, step = self._resume()
+        self.logger = Logger(self.folder, step)
+        self.started = time.monotonic()
+        try:
+            table = self._baselines()
+            self.progress = Progress("training", self.prepared.plans[-1].end, step)
+            for plan in self.prepared.plans:
+                if step < plan.end and not self._stopped_early():
+                    if step == plan.start:
+                        state = enter(plan, state, self.prepared)
+                    if plan.cached and (table is None or plan.number > 0):
+                        table = self._features(state.params, f"features for {plan.phase.name}")
+                    state, step = self._phase(plan, state, step, table if plan.cached else None)
+            self.progress.close()
+            self.store.wait()
+            return self._finish(step)
+        finally:
+            self.logger.close()
+
+    def _resume(self) -> tuple[TrainState, int]:
+        restored = self.store.latest(self._template)
+        if restored is None:
+            return initial_state(self.prepared), 0
+        self.host = _Host(**restored.record["host"])
+        self.stream.set_state(restored.record["data"])
+        log.info("resuming from step %d", restored.step)
+        return restored.state, restored.step
+
+    def _template(self, record: dict[str, Any]) -> TrainState:
+        return template(self.prepared, record["host"]["phase"])
+
+    def _baselines(self) -> jax.Array | None:
+        """Writes baselines.json once; returns the feature table of the untrained trunk if that took one."""
+        path = self.folder / "baselines.json"
+        kind = self.experiment.evaluation.baseline
+        if path.exists():
+            return None
+        table = None
+        if kind == "probe":
+            params = meshes.place(self.prepared.params, meshes.replicated(self.mesh))
+            table = self._features(params, "features")
+        started = time.monotonic()
+        scores = results.baselines(self.prepared.corpus, kind, None if table is None else np.asarray(table))
+        if kind == "probe":
+            log.info("linear probes fitted in %.0f s", time.monotonic() - started)
+        workdirs.write_json(path, scores)
+        return table
+
+    def _features(self, params: Any, title: str) -> jax.Array:
+        """f32[N, H] on the devices: the trunk's vector of every example, by id."""
+        parts = [e for split in self.prepared.corpus.splits.values() for e in split.values()]
+        batch_tokens = self.experiment.batch.rows * self.experiment.batch.row_length
+        total = -(-sum(len(tokens) for part in parts for tokens in part.tokens) // batch_tokens)
+        with contextlib.closing(Progress(title, total)) as progress:
+
+            def count(batch: Batch) -> None:
+                self.stop.check()
+                progress.update(int((batch.segments > 0).sum()), {})
+
+            apply = evaluation.make_features(self.encode_tokens, self.mesh)
+            self.programs.append(apply)
+            table = evaluation.run(apply, params, parts, self.experiment.batch, self.mesh, on_batch=count)
+        return meshes.place(table, meshes.replicated(self.mesh))
+
+    def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any) -> tuple[TrainState, int]:
+        encode: Encode = look_up if plan.cached else self.encode_tokens
+        train_step = jax.jit(
+            make_train_step(encode, self.tasks, plan.rule, plan.optimizer, plan.mask),
+            donate_argnums=0,
+            out_shardings=meshes.replicated(self.mesh),
+        )
+        outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
+        self.programs += [train_step, outputs]
+        self.host.phase = plan.number
+        every = self.experiment.evaluation.every
+        while step < plan.end and not self._stopped_early():
+            if self.stop.requested(step):
+                self._read_pending(plan)
+                self._save(step, state, None)
+                self.store.wait()
+                raise Interrupted(f"stopped at step {step}; the same command goes on from there")
+            host_batch = next(self.stream)
+            state, metrics = train_step(state, meshes.place(host_batch, meshes.by_rows(self.mesh)), table)
+            step += 1
+            self._read_pending(plan)  # of the step before: the device is already at work on this one
+            self.pending = _Pending(step, int((host_batch.segments > 0).sum()), metrics)
+            if step % every == 0 or step == plan.end:
+                self._read_pending(plan)
+                self._save(step, state, self._evaluate(step, plan, outputs, state.params, table))
+            elif step % self.experiment.checkpoints.every == 0:
+                self._read_pending(plan)
+                self._save(step, state, None)
+        return state, step
+
+    def _read_pending(self, plan: PhasePlan) -> None:
+        """Waits for the metrics of the step that was sent off last, logs them, and refuses what is not finite."""
+        if self.pending is None:
+            return
+        step, tokens, metrics = self.pending
+        self.pending = None
+        metrics = jax.device_get(metrics)
+        self.host.tokens += tokens
+        losses = {task: float(loss) for task, loss in metrics.losses.items()}
+        record = {f"loss/{task}": loss for task, loss in losses.items()}
+        record |= {f"weight/{task}": float(weight) for task, weight in metrics.weights.items()}
+        record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
+        record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
+        record |= {"learning_rate": float(plan.rate(step - 1 - plan.start)), "phase": plan.number}
+        self.logger.write("train", step, record)
+        self.progress.update(tokens, losses, title=plan.phase.name)
+        bad = [f"the loss of task {task!r} is {loss}" for task, loss in losses.items() if not math.isfinite(loss)]
+        if not bad and not math.isfinite(record["gradient_norm"]):
+            bad = ["the gradient is not finite"]
+        if bad:
+            self.logger.flush()
+            self.store.wait()
+            raise UserError(
+                f"step {step}: {bad[0]}; training stopped. The last good checkpoint is intact in "
+                f"{self.store.folder}; try a lower learning rate in another --workdir"
+            )
+
+    def _evaluate(self, step: int, plan: PhasePlan, outputs: Any, params: Any, table: Any) -> float:
+        dev = self.prepared.corpus.splits["dev"]
+        found = evaluation.run(outputs, params, list(dev.values()), self.experiment.batch, self.mesh, table=table)
+        scores = evaluation.score(self.tasks, dev, found)
+        value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
+        record = {f"{task}/{metric}": x for task, metrics in scores.items() for metric, x in metrics.items()}
+        self.logger.write("dev", step, {**record, "criterion": value, "phase": plan.number})
+        if self.host.best is None or value >= self.host.best:
+            self.host.best, self.host.evaluations_since_best = value, 0
+        else:
+            self.host.evaluations_since_best += 1
+        return value
+
+    def _stopped_early(self) -> bool:
+        patience = self.experiment.evaluation.patience
+        return patience > 0 and self.host.evaluations_since_best >= patience
+
+    def _save(self, step: int, state: TrainState, dev: float | None) -> None:
+        now = time.monotonic()
+        self.host.seconds += now - self.started
+        self.started = now
+        self.logger.flush()
+        self.store.save(step, state, {"host": dataclasses.asdict(self.host), "data": self.stream.get_state()}, dev)
+
+    def _finish(self, step: int) -> dict[str, Any]:
+        best = self.store.best()
+        assert best is not None, "every phase ends with an evaluation"
+        params = self.store.restore(best[0], self._template).state.params
+        apply = evaluation.make_outputs(self.encode_tokens, self.tasks, self.mesh)
+        scores = {}
+        for split in ("dev", "test"):
+            data = self.prepared.corpus.splits[split]
+            found = evaluation.run(apply, params, list(data.values()), self.experiment.batch, self.mesh)
+            scores[split] = evaluation.score(self.tasks, data, found)
+        self.programs.append(apply)
+        self.host.seconds += time.monotonic() - self.started
+        return results.write(
+            self.folder,
+            self.experiment,
+            self.tasks,
+            scores,
+            facts={
+                "steps": step,
+                "best_step": best[0],
+                "best_criterion": best[1],
+                "seconds": round(self.host.seconds, 1),
+                "training_tokens": self.host.tokens,
+                "compiled_programs": sum(program._cache_size() for program in self.programs),
+            },
+        )
+
+
+class _Stop:
+    """Whether the run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.flag = threading.Event()
+
+    def requested(self, step: int) -> bool:
+        """On several hosts, all of them answer alike: jax's preemption service agrees on a step."""
+        if jax.process_count() == 1:
+            return self.flag.is_set()
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def check(self) -> None:
+        """Raises Interrupted between steps of work that leaves nothing to save."""
+        if self.flag.is_set():
+            raise Interrupted("stopped before the first step; the same command begins again")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    """SIGTERM and SIGINT ask the run to stop; a second one ends it at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: Any) -> None:
+        stop.flag.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

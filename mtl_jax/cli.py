@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -59,13 +60,12 @@ def _launch(launch: Launch) -> None:
     from mtl_jax.training import results
     from mtl_jax.training.loop import train
 
-    _log_to_stderr()
     if launch.distributed:
         jax.distributed.initialize()
     workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
     found = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
     if jax.process_index() == 0:
-        print(results.table(found))
+        print(results.table([found]))
         print(f"everything is in {workdir}")
 
 
@@ -93,29 +93,26 @@ def predict(
         print(json.dumps(prediction, ensure_ascii=False))
 
 
-def results(workdir: Annotated[str, tyro.conf.Positional], /) -> None:
-    """The table of a finished run.
+def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
+    """The table of a finished run; of several, mean and standard deviation over them.
 
     Args:
-        workdir: The run's workdir.
+        workdirs: Workdirs of finished runs of one experiment.
     """
     from mtl_jax.training import results as module
-    from mtl_jax.training.workdir import read_json
 
-    found = read_json(Path(workdir) / "results.json")
-    if found is None:
-        raise UserError(f"{workdir}: no results.json; the run is not finished or this is no workdir")
-    print(module.table(found))
+    print(module.table([module.read(Path(workdir)) for workdir in workdirs]))
 
 
 def console() -> None:
     """The console entry mtl-jax."""
-    commands = {"predict": predict, "results": results}
+    commands: dict[str, Callable[..., Any]] = {"predict": predict, "results": results}
     _exit(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))
 
 
 def _exit(run: Callable[[], None]) -> None:
     """Runs a command; what is the user's to mend becomes one line on standard error and an exit code."""
+    _log_to_stderr()
     try:
         run()
     except UserError as error:
@@ -127,6 +124,9 @@ def _exit(run: Callable[[], None]) -> None:
 
 
 def _log_to_stderr() -> None:
+    """Our own progress notes as plain lines; of the libraries, errors only."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    logging.getLogger("absl").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("mtl_jax")

@@ -160,6 +160,11 @@ def check(experiment: Experiment) -> None:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
         if task.metric not in _METRICS[type(task)]:
             raise unknown(f"metric of task {task.name!r}:", task.metric, _METRICS[type(task)])
+        if isinstance(task, Classification):
+            if task.threshold is not None and len(task.labels) != 2:
+                raise UserError(f"task {task.name!r}: a threshold needs two labels, not {len(task.labels)}")
+            if len(set(task.labels)) != len(task.labels):
+                raise UserError(f"task {task.name!r}: a label stands twice in its label set")
     for field, value, choices in (
         ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),

@@ -91,11 +91,20 @@ def init_params(trunk: Trunk, key: jax.Array) -> Any:
     return trunk.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
+def width(trunk: Trunk, params: Any) -> int:
+    """H, the size of the trunk's vectors."""
+
+    def hidden(params: Any) -> Any:
+        return trunk.module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32)).hidden  # type: ignore[union-attr]
+
+    return jax.eval_shape(hidden, params).shape[-1]
+
+
 def save(trunk: Trunk, folder: Path) -> None:
     """Writes what opening the trunk again needs, except the parameters: sizes and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     trunk.tokenizer.save_pretrained(folder)
-    sizes = dataclasses.asdict(trunk.module.config)  # type: ignore[attr-defined]
+    sizes = dataclasses.asdict(trunk.module.config)
     (folder / "trunk.json").write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 

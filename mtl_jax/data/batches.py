@@ -162,7 +162,7 @@ def _pack(order: grain.MapDataset, batching: Batching, bins: int, tasks: Sequenc
     )
 
 
-class _Join(grain.transforms.Map):
+class _Join(grain.transforms.Map):  # type: ignore[misc]
     """Blocks of rows, one for each source, to one Batch."""
 
     def __init__(self, sources: tuple[str, ...], tasks: Sequence[Task]):

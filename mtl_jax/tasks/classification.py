@@ -21,6 +21,8 @@ class Classification:
         source: The source whose rows it labels.
         column: The column of that source that holds the label.
         labels: The label set in order; empty means every label found in the source, sorted.
+        threshold: For columns of numbers and two labels: above it is the second label, else the first. None: the column holds
+            the label itself.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         label_smoothing: Share of the target probability spread evenly over the labels.
@@ -31,6 +33,7 @@ class Classification:
     source: str
     column: str = "label"
     labels: tuple[str, ...] = ()
+    threshold: float | None = None
     hidden: int = 0
     dropout: float = 0.0
     label_smoothing: float = 0.0
@@ -44,6 +47,11 @@ class Classification:
         return len(self.labels)
 
     def parse(self, text: str) -> int:
+        if self.threshold is not None:
+            try:
+                return int(float(text) > self.threshold)
+            except ValueError:
+                raise ValueError(f"{text!r} is not a number, and the task has a threshold") from None
         if text not in self.labels:
             raise ValueError(f"label {text!r} is not in the label set ({', '.join(self.labels)})")
         return self.labels.index(text)

@@ -30,7 +30,7 @@ class Logger:
         path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= step]
         path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # whole lines, at once
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:

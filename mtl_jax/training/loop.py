@@ -95,9 +95,12 @@ class _Run:
         self.tasks = prepared.corpus.tasks
         self.encode_tokens = encode_tokens(prepared.trunk.module)
         self.stream = train_batches(prepared.corpus, self.experiment.batch, self.experiment.seed)
+        self.features = evaluation.make_features(self.encode_tokens, self.mesh)
+        self.outputs = evaluation.make_outputs(self.encode_tokens, self.tasks, self.mesh)
+        self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)
+        self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
         self.host = _Host()
         self.pending: _Pending | None = None
-        self.programs: list[Any] = []
 
     def train(self) -> dict[str, Any]:
         state, step = self._resume()
@@ -117,6 +120,7 @@ class _Run:
             self.store.wait()
             return self._finish(step)
         finally:
+            self.stream.close()
             self.logger.close()
 
     def _resume(self) -> tuple[TrainState, int]:
@@ -159,9 +163,7 @@ class _Run:
                 self.stop.check()
                 progress.update(int((batch.segments > 0).sum()), {})
 
-            apply = evaluation.make_features(self.encode_tokens, self.mesh)
-            self.programs.append(apply)
-            table = evaluation.run(apply, params, parts, self.experiment.batch, self.mesh, on_batch=count)
+            table = evaluation.run(self.features, params, parts, self.experiment.batch, self.mesh, on_batch=count)
         return meshes.place(table, meshes.replicated(self.mesh))
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any) -> tuple[TrainState, int]:
@@ -171,8 +173,7 @@ class _Run:
             donate_argnums=0,
             out_shardings=meshes.replicated(self.mesh),
         )
-        outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
-        self.programs += [train_step, outputs]
+        self.programs.append(train_step)
         self.host.phase = plan.number
         every = self.experiment.evaluation.every
         while step < plan.end and not self._stopped_early():
@@ -188,7 +189,7 @@ class _Run:
             self.pending = _Pending(step, int((host_batch.segments > 0).sum()), metrics)
             if step % every == 0 or step == plan.end:
                 self._read_pending(plan)
-                self._save(step, state, self._evaluate(step, plan, outputs, state.params, table))
+                self._save(step, state, self._evaluate(step, plan, state.params, table))
             elif step % self.experiment.checkpoints.every == 0:
                 self._read_pending(plan)
                 self._save(step, state, None)
@@ -221,9 +222,10 @@ class _Run:
                 f"{self.store.folder}; try a lower learning rate in another --workdir"
             )
 
-    def _evaluate(self, step: int, plan: PhasePlan, outputs: Any, params: Any, table: Any) -> float:
+    def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float:
         dev = self.prepared.corpus.splits["dev"]
-        found = evaluation.run(outputs, params, list(dev.values()), self.experiment.batch, self.mesh, table=table)
+        apply = self.outputs_by_look_up if plan.cached else self.outputs
+        found = evaluation.run(apply, params, list(dev.values()), self.experiment.batch, self.mesh, table=table)
         scores = evaluation.score(self.tasks, dev, found)
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": x for task, metrics in scores.items() for metric, x in metrics.items()}
@@ -249,13 +251,11 @@ class _Run:
         best = self.store.best()
         assert best is not None, "every phase ends with an evaluation"
         params = self.store.restore(best[0], self._template).state.params
-        apply = evaluation.make_outputs(self.encode_tokens, self.tasks, self.mesh)
         scores = {}
         for split in ("dev", "test"):
             data = self.prepared.corpus.splits[split]
-            found = evaluation.run(apply, params, list(data.values()), self.experiment.batch, self.mesh)
+            found = evaluation.run(self.outputs, params, list(data.values()), self.experiment.batch, self.mesh)
             scores[split] = evaluation.score(self.tasks, data, found)
-        self.programs.append(apply)
         self.host.seconds += time.monotonic() - self.started
         return results.write(
             self.folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from mtl_jax.data.examples import Corpus
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.models.head import Head
-from mtl_jax.tasks import Task
+from mtl_jax.tasks import Classification, Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import optimizer as optimizers
 from mtl_jax.training.evaluation import check_criterion
@@ -104,12 +105,10 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     """
     key = jax.random.key(seed)
     params = {"trunk": trunks.init_params(trunk, key)}
-    width = jax.eval_shape(
-        lambda p: trunk.module.apply({"params": p}, jnp.zeros((1, 1), jnp.int32)).hidden, params["trunk"]
-    ).shape[-1]
+    width = trunks.width(trunk, params["trunk"])
     heads = {}
     for task in tasks:
-        name_key = jax.random.fold_in(key, int.from_bytes(task.name.encode(), "big") % 2**31)
+        name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
         heads[task.name] = Head(task.outputs, task.hidden).init(name_key, jnp.zeros((1, 1, width)))["params"]
     return params | {"heads": heads}
 
@@ -183,6 +182,6 @@ def _notes(corpus: Corpus, params: Any) -> list[str]:
 def with_labels(experiment: Experiment, labels: dict[str, list[str]]) -> tuple[Task, ...]:
     """The experiment's tasks with the label sets that a run wrote down."""
     return tuple(
-        dataclasses.replace(task, labels=tuple(labels[task.name])) if labels[task.name] else task
+        dataclasses.replace(task, labels=tuple(labels[task.name])) if isinstance(task, Classification) else task
         for task in select(experiment).tasks
     )

@@ -11,6 +11,7 @@ import tabulate
 
 from mtl_jax.data.examples import Corpus, Examples
 from mtl_jax.data.sources import SPLITS
+from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.training import workdir as workdirs
@@ -82,21 +83,60 @@ def write(
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """results.json as a markdown table, one row a task, and a line for each baseline that was not beaten."""
-    names = {"constant": "majority / mean", "probe": "linear probe"}
-    kinds = [kind for kind in names if any(kind in task["baselines"] for task in found["tasks"].values())]
+def read(folder: Path) -> dict[str, Any]:
+    """results.json of a workdir.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = workdirs.read_json(folder / "results.json")
+    if found is None:
+        raise UserError(f"{folder}: no results.json; the run is not finished or this is no workdir")
+    return found
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """A markdown table of test metrics, one row a task, and a line for each baseline that was not beaten.
+
+    Args:
+        runs: Contents of results.json, of one run or of several of the same tasks; several give mean ± standard deviation
+            (n - 1).
+
+    Raises:
+        UserError: The runs have different tasks.
+    """
+    tasks = runs[0]["tasks"]
+    if any(run["tasks"].keys() != tasks.keys() for run in runs):
+        raise UserError("the runs have different tasks; a table needs runs of one experiment")
+    kinds = [kind for kind in BASELINE_NAMES if any(kind in task["baselines"] for task in tasks.values())]
     rows, lost = [], []
-    for name, task in found["tasks"].items():
-        own = task["test"][task["metric"]]
-        others = {kind: task["baselines"][kind][task["metric"]] for kind in kinds}
-        rows.append([name, task["metric"], *(f"{others[kind]:.4f}" for kind in kinds), f"{own:.4f}"])
-        lost += [f"{name}: did not beat {names[kind]} ({own:.4f} against {x:.4f})" for kind, x in others.items() if own <= x]
-    header = ["task", "test metric", *(names[kind] for kind in kinds), found["experiment"]]
+    for name, task in tasks.items():
+        metric = task["metric"]
+        own = [run["tasks"][name]["test"][metric] for run in runs]
+        others = {kind: [run["tasks"][name]["baselines"][kind][metric] for run in runs] for kind in kinds}
+        rows.append([name, metric, *(_cell(others[kind]) for kind in kinds), _cell(own)])
+        lost += [
+            f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})"
+            for kind, other in others.items()
+            if np.mean(own) <= np.mean(other)
+        ]
+    header = ["task", "test metric", *(BASELINE_NAMES[kind] for kind in kinds), runs[0]["experiment"]]
     drawn = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
-    verdict = lost if lost else ["beats every baseline on every task"] if kinds else []
-    ending = (
-        f"best step {found['best_step']} of {found['steps']}, dev criterion {found['best_criterion']:.4f}, "
-        f"{found['seconds']:.0f} s, {found['versions']['devices']}"
+    verdict = lost if lost else ["Beats every baseline on every task."] if kinds else []
+    return "\n".join([drawn, "", *verdict, *(_ending(run) for run in runs)])
+
+
+BASELINE_NAMES = {"constant": "majority / mean", "probe": "linear probe"}
+
+
+def _cell(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+
+def _ending(run: dict[str, Any]) -> str:
+    return (
+        f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
+        f"dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     )
-    return "\n".join([drawn, "", *verdict, ending])

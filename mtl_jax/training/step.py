@@ -76,7 +76,7 @@ def apply_heads(
 ) -> dict[str, jax.Array]:
     """{task: outputs f32[R, S, O]} of every head on every example."""
 
-    def outputs(number: int, task: Task) -> jax.Array:
+    def outputs(number: int, task: Task) -> Any:
         head = Head(task.outputs, task.hidden, task.dropout)
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
         return head.apply({"params": params[task.name]}, pooled_RxSxH, deterministic=key is None, rngs=rngs)

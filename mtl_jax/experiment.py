@@ -158,8 +158,8 @@ def check(experiment: Experiment) -> None:
     for task in experiment.tasks:
         if task.source not in [s.name for s in experiment.sources]:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
-        if task.metric not in _METRICS[type(task)]:
-            raise unknown(f"metric of task {task.name!r}:", task.metric, _METRICS[type(task)])
+        if task.metric not in task.metric_names:
+            raise unknown(f"metric of task {task.name!r}:", task.metric, task.metric_names)
         if isinstance(task, Classification):
             if task.threshold is not None and len(task.labels) != 2:
                 raise UserError(f"task {task.name!r}: a threshold needs two labels, not {len(task.labels)}")
@@ -183,10 +183,6 @@ def check(experiment: Experiment) -> None:
 
 
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
-_METRICS = {
-    Classification: ("accuracy", "macro_f1"),
-    Regression: ("pearson", "spearman"),
-}
 
 
 def to_json(experiment: Experiment) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class Task(Protocol):
         column: The column of that source that holds the label.
         hidden: Width of a hidden layer in the head, 0 for none.
         dropout: Dropout rate in front of the head.
-        metric: The metric (a key of metrics()) that stands for the task; higher is better.
+        metric: The metric (one of metric_names) that stands for the task.
+        metric_names: Those of metrics() that can stand for a task: higher is better.
         labels: The label set; empty where labels are numbers.
     """
 
@@ -36,6 +37,8 @@ class Task(Protocol):
     def dropout(self) -> float: ...
     @property
     def metric(self) -> str: ...
+    @property
+    def metric_names(self) -> tuple[str, ...]: ...
     @property
     def labels(self) -> tuple[str, ...]: ...
 

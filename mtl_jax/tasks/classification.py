@@ -39,6 +39,7 @@ class Classification:
     label_smoothing: float = 0.0
     metric: str = "accuracy"
 
+    metric_names = ("accuracy", "macro_f1")
     missing = -1
     dtype = np.int32
 

@@ -40,6 +40,7 @@ class Regression:
     dropout: float = 0.0
     metric: str = "pearson"
 
+    metric_names = ("pearson", "spearman")
     labels = ()
     missing = math.nan
     dtype = np.float32

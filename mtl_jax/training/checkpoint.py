@@ -70,7 +70,7 @@ class Store:
             record: JSON-able facts that belong to this state: phase, data position.
             dev: The dev criterion at this step, if it was measured.
         """
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         record = {**record, "dev": dev, "fingerprint": _fingerprint(state._asdict())}
         self._manager.save(
@@ -85,7 +85,7 @@ class Store:
         Args:
             template: A function of the record that gives the state's shapes and shardings: phases differ in structure.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
             try:
                 return self.restore(step, template)
             except UserError as error:
@@ -93,9 +93,13 @@ class Store:
                 self._remove(step)
         return None
 
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
     def best(self) -> tuple[int, float] | None:
         """Step and dev criterion of the best checkpoint, the later one where two are equal."""
-        found = [(self._record(step)["dev"], step) for step in self._manager.all_steps()]
+        found = [(self._record(step)["dev"], step) for step in self.steps()]
         measured = [(dev, step) for dev, step in found if dev is not None]
         return (max(measured)[1], max(measured)[0]) if measured else None
 

@@ -146,7 +146,8 @@ def criterion(name: str, tasks: Sequence[Task], scores: dict[str, dict[str, floa
 
 
 def check_criterion(name: str, tasks: Sequence[Task]) -> None:
-    """Raises UserError where a criterion names no task of the run."""
-    task = name.partition("/")[0]
-    if name != "mean" and task not in {t.name for t in tasks}:
-        raise unknown("evaluation.criterion", name, ["mean", *(t.name for t in tasks)])
+    """Raises UserError where a criterion names no task of the run, or a metric that its task does not have."""
+    choices = ["mean", *(task.name for task in tasks)]
+    choices += [f"{task.name}/{metric}" for task in tasks for metric in task.metric_names]
+    if name not in choices:
+        raise unknown("evaluation.criterion", name, choices)

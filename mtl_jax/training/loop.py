@@ -175,6 +175,8 @@ class _Run:
         )
         self.programs.append(train_step)
         self.host.phase = plan.number
+        # All at once: asking the schedule step by step would run a small program each time.
+        self.rates = np.broadcast_to(jax.vmap(plan.rate)(np.arange(plan.end - plan.start)), plan.end - plan.start)
         every = self.experiment.evaluation.every
         while step < plan.end and not self._stopped_early():
             if self.stop.requested(step):
@@ -208,7 +210,7 @@ class _Run:
         record |= {f"weight/{task}": float(weight) for task, weight in metrics.weights.items()}
         record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
         record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
-        record |= {"learning_rate": float(plan.rate(step - 1 - plan.start)), "phase": plan.number}
+        record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
         self.logger.write("train", step, record)
         self.progress.update(tokens, losses, title=plan.phase.name)
         bad = [f"the loss of task {task!r} is {loss}" for task, loss in losses.items() if not math.isfinite(loss)]

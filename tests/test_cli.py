@@ -1,0 +1,171 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import mtl_jax
+from mtl_jax import cli
+from mtl_jax.prediction import predict
+
+
+@pytest.fixture
+def launch(bert, data, tmp_path, monkeypatch, capsys):
+    """Runs the tiny experiment's command line; returns exit code and standard error."""
+
+    def launch(*flags, **changes):
+        monkeypatch.setattr(sys, "argv", ["tiny.py", "--workdir", str(tmp_path / "run"), *flags])
+        try:
+            mtl_jax.main(tiny.experiment(bert, data, **changes), description="tiny")
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return launch
+
+
+TWO_STEPS = ("--phases.0.steps", "1", "--phases.1.steps", "1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weighting", "pcgard"], "unknown weighting 'pcgard'; choices: equal, fixed, dwa"),
+        (["--only", "ratings"], "unknown task in only: 'ratings' (did you mean 'rating'?); choices: rating, coarse, fine"),
+        (["--tasks.0.source", "rating"], "unknown source of task 'rating': 'rating' (did you mean 'ratings'?)"),
+        (["--weighting", "fixed", "--weights", "rating", "1"], "weights: no weight for coarse, fine"),
+        (["--weights", "rating", "1"], "weights are for --weighting fixed, but weighting is 'equal'"),
+        (["--sources.0.text", "body"], "has no text column 'body'; columns: id, rating, text"),
+        (["--tasks.0.column", "score"], "has no column 'score' for task 'rating'; columns: id, rating, text"),
+        (["--tasks.1.labels", "HUM"], "label 'LOC' is not in the label set (HUM)"),
+        (["--tasks.0.maximum", "0"], "is outside -4..0"),
+        (["--sources.0.cut-dev", "0"], "split dev is empty"),
+        (["--sources.0.path", "nowhere.tsv"], "nowhere.tsv: no such file or directory"),
+        (["--phases.0.rules.0.pattern", "haeds/.*"], "the rule 'haeds/.*' matches no parameter"),
+        (["--workdir", "/proc/run"], "/proc/run: cannot be written"),
+        (["--workdir", "/dev/null/run"], "cannot be a workdir"),
+        (["--batch.rows", "1"], "batch.rows is 1, but each of the 2 sources needs at least one row"),
+        (["--batch.row-length", "64"], "batch.row_length is 64; the trunk takes 32 at most"),
+        (["--devices", "3"], "batch.rows is 8; it must be a multiple of the 3 devices"),
+        (["--devices", "99"], "devices is 99, but there are 8 (cpu)"),
+        (
+            ["--evaluation.criterion", "rates"],
+            "unknown evaluation.criterion 'rates'; choices: mean, rating, coarse, ",
+        ),
+        (["--evaluation.criterion", "fine/f1"], "unknown evaluation.criterion 'fine/f1'"),
+        (["--optimizer.name", "lion"], "unknown optimizer 'lion'; choices: adamw, adam, sgd"),
+        (["--trunk.path", "/nowhere"], "/nowhere: no such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(launch, tmp_path, flags, message):
+    code, error = launch(*flags)
+    assert code == 2
+    assert message in error.splitlines()[-1]
+    assert error.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_label_names_file_and_line(launch, data):
+    _, error = launch("--tasks.1.labels", "HUM")
+    lines = (data / "questions.txt").read_text().splitlines()
+    number = int(error.rsplit("questions.txt:", 1)[1].split(":")[0])
+    assert lines[number - 1].startswith("LOC")
+
+
+def test_an_unknown_flag_names_the_nearest(launch, tmp_path):
+    code, error = launch("--optimizer.learning-rat", "1")
+    assert code == 2
+    assert "--optimizer.learning-rate" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_every_field_with_doc_and_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tiny.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        mtl_jax.main(tiny.experiment("bert", "data"), description="tiny")
+    text = capsys.readouterr().out
+    for flag in ("--workdir", "--weighting", "--optimizer.learning-rate", "--phases.1.steps", "--tasks.0.scale", "--seed"):
+        assert flag in text
+    assert "Share of a phase's steps over which the rate rises" in text.replace("│", " ")
+    assert "(default: 0.01)" in text
+
+
+def test_flags_reach_the_run(launch, tmp_path):
+    code, error = launch(*TWO_STEPS, "--optimizer.learning-rate", "3e-5", "--seed", "7")
+    assert code == 0, error
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["optimizer"]["learning_rate"] == 3e-5
+    assert config["seed"] == 7
+
+
+@pytest.fixture(scope="module")
+def workdir(bert, data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("predict") / "run"
+    mtl_jax.train(tiny.experiment(bert, data, phases=tiny.experiment(bert, data).phases[1:]), workdir)
+    return workdir
+
+
+def console(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["mtl-jax", *map(str, arguments)])
+    try:
+        cli.console()
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_predict_keeps_order_and_count(workdir, tmp_path, monkeypatch, capsys):
+    texts = ["who is the man ?", "", "where is the city ?"] * 40 + ["the film is " + "good " * 50]
+    (tmp_path / "in.txt").write_text("\r\n".join(texts) + "\r\n", newline="")
+    code, out, error = console(monkeypatch, capsys, "predict", workdir, "--task", "coarse", "--file", tmp_path / "in.txt")
+    assert code == 0, error
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == len(texts)
+    assert found[0] == found[3] != found[1] == {"error": "empty text"}
+    assert found[0]["label"] in ("HUM", "LOC")
+    assert 0.5 <= found[0]["probability"] <= 1
+    assert found[-1]["truncated"] is True
+    assert predict(workdir, "coarse", [texts[2]])[0]["label"] == found[2]["label"]
+
+
+def test_predict_a_number(workdir, monkeypatch, capsys):
+    code, out, _ = console(monkeypatch, capsys, "predict", workdir, "--task", "rating", "--text", "good", "bad film")
+    assert code == 0
+    assert [list(json.loads(line)) for line in out.splitlines()] == [["value"], ["value"]]
+
+
+def test_predict_bad_input(workdir, tmp_path, monkeypatch, capsys):
+    cases = [
+        ((workdir, "--task", "coarce", "--text", "x"), "unknown task 'coarce' (did you mean 'coarse'?)"),
+        ((workdir, "--task", "coarse"), "nothing to predict: give --text or --file"),
+        ((workdir, "--task", "coarse", "--file", tmp_path / "none.txt"), "No such file or directory"),
+        ((tmp_path, "--task", "coarse", "--text", "x"), "no workdir of a run"),
+    ]
+    for arguments, message in cases:
+        code, out, error = console(monkeypatch, capsys, "predict", *arguments)
+        assert code == 2
+        assert out == ""
+        assert message in error
+        assert "Traceback" not in error
+
+
+def test_results_of_a_run(workdir, tmp_path, monkeypatch, capsys):
+    code, out, _ = console(monkeypatch, capsys, "results", workdir)
+    assert code == 0
+    assert "| coarse" in out
+    code, _, error = console(monkeypatch, capsys, "results", tmp_path)
+    assert code == 2
+    assert "no results.json" in error
+
+
+def test_the_installed_command_answers():
+    command = Path(sys.executable).with_name("mtl-jax")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0
+    assert "predict" in done.stdout

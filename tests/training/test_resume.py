@@ -1,0 +1,161 @@
+"""Real processes, killed with real signals: a stopped run ends with the same numbers as one that never stopped."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from mtl_jax import Checkpoints
+from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.logs import read_metrics
+
+FLAGS = ["--phases.0.steps", "25", "--phases.1.steps", "35", "--evaluation.every", "10", "--checkpoints.every", "3"]
+FLAGS += ["--weighting", "dwa"]  # a rule with state
+
+
+def start(folder: Path, workdir: Path, *flags: str) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, tiny.__file__, "--workdir", str(workdir), *FLAGS, *flags]
+    return subprocess.Popen(
+        command, env=environment | {"TINY": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def signal_at(process: subprocess.Popen, workdir: Path, step: int, number: int) -> None:
+    """Sends a signal as soon as the run has logged a step."""
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        lines = (workdir / "metrics.jsonl").read_text().count('"train"') if (workdir / "metrics.jsonl").exists() else 0
+        if lines >= step:
+            process.send_signal(number)
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"the run ended or hung before step {step}: {process.communicate()[0]}")
+
+
+def outcome(workdir: Path) -> tuple[list[dict], dict[str, bytes], dict]:
+    """Everything that must be equal: logged numbers, bytes of the last parameters, scores."""
+    store = Store(workdir, Checkpoints(), read_only=True)
+    params = store.restore_params(store.steps()[-1])
+    store.close()
+    import jax
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    results = json.loads((workdir / "results.json").read_text())
+    return (
+        read_metrics(workdir),
+        {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves},
+        {key: results[key] for key in ("tasks", "steps", "best_step", "best_criterion", "training_tokens")},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_bert(folder / "bert")
+    tiny.write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path):
+    code, output = finish(start(folder, folder / "whole"))
+    assert code == 0, output
+    return outcome(folder / "whole")
+
+
+def test_killed_twice_at_random_steps_and_resumed(folder, uninterrupted):
+    workdir = folder / "killed"
+    chance = random.Random()
+    for step in (chance.randint(2, 22), chance.randint(30, 55)):  # one in each phase
+        process = start(folder, workdir)
+        signal_at(process, workdir, step, signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
+        assert not (workdir / "results.json").exists()
+    code, output = finish(start(folder, workdir))
+    assert code == 0, output
+    assert "resuming from step" in output
+    assert outcome(workdir) == uninterrupted
+
+
+def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
+    workdir = folder / "stopped"
+    process = start(folder, workdir, "--checkpoints.every", "1000")
+    signal_at(process, workdir, 14, signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 75, output
+    assert "the same command goes on from there" in output
+    assert "Traceback" not in output
+    stopped_at = read_metrics(workdir)[-1]["step"]
+    code, output = finish(start(folder, workdir, "--checkpoints.every", "1000"))
+    assert code == 0, output
+    assert f"resuming from step {stopped_at}" in output
+    assert outcome(workdir) == uninterrupted
+
+
+def test_a_damaged_latest_checkpoint_is_passed_over(folder, uninterrupted):
+    workdir = folder / "damaged"
+    process = start(folder, workdir)
+    signal_at(process, workdir, 40, signal.SIGTERM)
+    assert finish(process)[0] == 75
+    store = Store(workdir, Checkpoints(), read_only=True)
+    steps = store.steps()
+    store.close()
+    largest = max((workdir / "checkpoints" / str(steps[-1])).rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    code, output = finish(start(folder, workdir))
+    assert code == 0, output
+    assert f"checkpoints/{steps[-1]} is damaged" in output
+    assert f"resuming from step {steps[-2]}" in output
+    assert outcome(workdir) == uninterrupted
+
+
+def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path):
+    """Damage that decompresses: the state's own bits no longer give the sum that was saved with them."""
+    from mtl_jax.errors import UserError
+    from mtl_jax.training import prepare
+
+    experiment = tiny.experiment(folder / "bert", folder / "data")
+    prepared = prepare.prepare(experiment)
+    state = prepare.initial_state(prepared)
+    store = Store(tmp_path, experiment.checkpoints)
+    store.save(1, state, {}, dev=None)
+    store.wait()
+    record = tmp_path / "checkpoints" / "1" / "record" / "metadata"
+    saved = json.loads(record.read_text())
+    name = next(path for path in saved["fingerprint"] if path.startswith("params/"))
+    saved["fingerprint"][name] += 1
+    record.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="is damaged"):
+        store.restore(1, lambda record: prepare.template(prepared, 0))
+    with pytest.raises(UserError, match="is damaged"):
+        store.restore_params(1)
+    store.close()
+
+
+def test_all_checkpoints_damaged_starts_over(folder, tmp_path):
+    experiment = tiny.experiment(folder / "bert", folder / "data")
+    import mtl_jax
+
+    one = dataclasses.replace(experiment, phases=experiment.phases[:1])
+    first = mtl_jax.train(one, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+            path.write_bytes(b"")
+    again = mtl_jax.train(one, tmp_path / "run")
+    assert again["tasks"] == first["tasks"]

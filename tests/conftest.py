@@ -1,9 +1,15 @@
 import os
+import tempfile
 
 # Before jax starts its backend: tests of data parallelism use 8 virtual devices, the others ask for one.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+# Most of a tiny run's time is compilation, and many tests compile the same programs: share them, for this session only.
+_compiled = tempfile.TemporaryDirectory(prefix="mtl_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from pathlib import Path
 

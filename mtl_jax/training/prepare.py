@@ -110,7 +110,8 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     heads = {}
     for task in tasks:
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
-        heads[task.name] = Head(task.outputs, task.hidden).init(name_key, jnp.zeros((1, 1, width)))["params"]
+        head = Head(task.outputs, task.hidden)
+        heads[task.name] = jax.jit(head.init)(name_key, jnp.zeros((1, 1, width)))["params"]
     return params | {"heads": heads}
 
 

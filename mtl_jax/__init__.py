@@ -12,14 +12,14 @@ from mtl_jax.data.batches import Batching as Batching
 from mtl_jax.data.sources import Source as Source
 from mtl_jax.errors import Interrupted as Interrupted
 from mtl_jax.errors import UserError as UserError
+from mtl_jax.experiment import Checkpoints as Checkpoints
 from mtl_jax.experiment import Evaluation as Evaluation
 from mtl_jax.experiment import Experiment as Experiment
 from mtl_jax.experiment import Phase as Phase
+from mtl_jax.optimizer import Optimizer as Optimizer
 from mtl_jax.tasks import Classification as Classification
 from mtl_jax.tasks import Regression as Regression
-from mtl_jax.training.checkpoint import Checkpoints as Checkpoints
 from mtl_jax.training.loop import train as train
-from mtl_jax.training.optimizer import Optimizer as Optimizer
 from mtl_jax.transfer import ParamRule as ParamRule
 from mtl_jax.trunks import Embedding as Embedding
 from mtl_jax.trunks import Pretrained as Pretrained

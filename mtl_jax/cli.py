@@ -30,13 +30,14 @@ class Launch:
         experiment: The experiment.
         workdir: Where everything is written; the same workdir resumes. Default: runs/NAME.
         allow_config_change: Go on in a workdir that was begun with another configuration.
-        distributed: Call jax.distributed.initialize() first: on every host of a pod or cluster.
+        distributed: Train together with other processes, each started with the same command and a shared workdir: auto on a
+            TPU pod, Slurm and the like, else HOST:PORT,INDEX,COUNT (process 0's address, own index, number of processes).
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     workdir: str = ""
     allow_config_change: bool = False
-    distributed: bool = False
+    distributed: str = ""
 
 
 def main(experiment: Experiment, description: str | None = None) -> None:
@@ -57,11 +58,12 @@ def main(experiment: Experiment, description: str | None = None) -> None:
 def _launch(launch: Launch) -> None:
     import jax
 
+    from mtl_jax.training import mesh as meshes
     from mtl_jax.training import results
     from mtl_jax.training.loop import train
 
     if launch.distributed:
-        jax.distributed.initialize()
+        meshes.connect(launch.distributed)
     workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
     found = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
     if jax.process_index() == 0:

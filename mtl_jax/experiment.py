@@ -9,15 +9,14 @@ from typing import Any
 import cattrs
 from cattrs.strategies import configure_tagged_union
 
+from mtl_jax import optimizer as optimizers
 from mtl_jax import weighting
 from mtl_jax.data import batches
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import Classification, Regression
-from mtl_jax.training import optimizer as optimizers
-from mtl_jax.training.checkpoint import Checkpoints
-from mtl_jax.training.optimizer import Optimizer
 from mtl_jax.transfer import ParamRule
 from mtl_jax.trunks import Embedding, Pretrained
 
@@ -62,6 +61,19 @@ class Evaluation:
     criterion: str = "mean"
     patience: int = 0
     baseline: str = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """When checkpoints are written and which are kept.
+
+    Attributes:
+        every: Steps between checkpoints; one is also written with every evaluation, and at the end.
+        keep: How many of the latest are kept, beside the best by dev.
+    """
+
+    every: int = 100
+    keep: int = 2
 
 
 @dataclasses.dataclass(frozen=True)

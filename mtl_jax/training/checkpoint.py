@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -15,23 +14,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mtl_jax.errors import UserError
+from mtl_jax.experiment import Checkpoints
 from mtl_jax.training.state import TrainState
 from mtl_jax.transfer.freezing import path_name
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """When checkpoints are written and which are kept.
-
-    Attributes:
-        every: Steps between checkpoints; one is also written with every evaluation, and at the end.
-        keep: How many of the latest are kept, beside the best by dev.
-    """
-
-    every: int = 100
-    keep: int = 2
 
 
 class Restored(NamedTuple):

@@ -6,10 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +23,7 @@ from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import Logger, Progress
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, prepare, template
+from mtl_jax.training.signals import Stop, asked_to_stop
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.step import Encode, Metrics, encode_tokens, look_up, make_train_step
 
@@ -63,7 +61,7 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         trunks.save(prepared.trunk, folder / "trunk")
     for note in prepared.notes:
         log.info("%s", note)
-    with _signals() as stop, contextlib.closing(Store(folder, prepared.experiment.checkpoints)) as store:
+    with asked_to_stop() as stop, contextlib.closing(Store(folder, prepared.experiment.checkpoints)) as store:
         return _Run(prepared, folder, store, stop).train()
 
 
@@ -89,7 +87,7 @@ class _Pending(NamedTuple):
 class _Run:
     """One process's part of a run: holds what lives as long as the process, so that the steps below read in order."""
 
-    def __init__(self, prepared: Prepared, folder: Path, store: Store, stop: _Stop):
+    def __init__(self, prepared: Prepared, folder: Path, store: Store, stop: Stop):
         self.prepared, self.folder, self.store, self.stop = prepared, folder, store, stop
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
@@ -139,7 +137,7 @@ class _Run:
         """Writes baselines.json once; returns the feature table of the untrained trunk if that took one."""
         path = self.folder / "baselines.json"
         kind = self.experiment.evaluation.baseline
-        if path.exists():
+        if meshes.agreed(path.exists()):
             return None
         table = None
         if kind == "probe":
@@ -273,45 +271,3 @@ class _Run:
                 "compiled_programs": sum(program._cache_size() for program in self.programs),
             },
         )
-
-
-class _Stop:
-    """Whether the run was asked to stop."""
-
-    def __init__(self) -> None:
-        self.flag = threading.Event()
-
-    def requested(self, step: int) -> bool:
-        """On several hosts, all of them answer alike: jax's preemption service agrees on a step."""
-        if jax.process_count() == 1:
-            return self.flag.is_set()
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def check(self) -> None:
-        """Raises Interrupted between steps of work that leaves nothing to save."""
-        if self.flag.is_set():
-            raise Interrupted("stopped before the first step; the same command begins again")
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask the run to stop; a second one ends it at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: Any) -> None:
-        stop.flag.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -55,6 +55,34 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, tree)
 
 
+def agreed(value: bool) -> bool:
+    """What host 0 says: for decisions about collective work, which all hosts must take alike."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def connect(cluster: str) -> None:
+    """Joins this process to the others of a run: jax.distributed.initialize.
+
+    Args:
+        cluster: "auto" (a TPU pod, Slurm, Open MPI, Kubernetes), or "HOST:PORT,INDEX,COUNT": the address of process 0, this
+            process's index from 0, and the number of processes.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if cluster == "auto":
+        jax.distributed.initialize()
+        return
+    address, *numbers = cluster.split(",")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
+        raise UserError(f"--distributed {cluster!r}: give auto, or HOST:PORT,INDEX,COUNT")
+    jax.distributed.initialize(address, process_id=int(numbers[0]), num_processes=int(numbers[1]))
+
+
 def compute_dtype(name: str) -> Any:
     """auto: bfloat16 on accelerators, float32 on CPU; or a dtype by name."""
     if name == "auto":

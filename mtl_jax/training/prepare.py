@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mtl_jax import optimizer as optimizers
 from mtl_jax import trunks
 from mtl_jax.data import examples
 from mtl_jax.data.batches import rows_per_source
@@ -20,7 +21,6 @@ from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.models.head import Head
 from mtl_jax.tasks import Classification, Task
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training import optimizer as optimizers
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.transfer import freezing

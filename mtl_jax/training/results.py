@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tabulate
 
@@ -77,6 +78,8 @@ def write(
         "versions": workdirs.versions(),
     }
     workdirs.write_json(folder / "results.json", found)
+    if jax.process_index() != 0:
+        return found
     from mtl_jax import figures  # imported late: matplotlib takes a while
 
     figures.curves(read_metrics(folder), [(task.name, task.metric) for task in tasks], folder / "curves.png")

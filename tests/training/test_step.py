@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 from mtl_jax import ParamRule, Phase, weighting
+from mtl_jax import optimizer as optimizers
 from mtl_jax.data.batches import train_batches
 from mtl_jax.models.head import Head
-from mtl_jax.training import optimizer as optimizers
-from mtl_jax.training.optimizer import Optimizer
+from mtl_jax.optimizer import Optimizer
 from mtl_jax.training.prepare import initial_state, prepare
 from mtl_jax.training.step import encode_tokens, look_up, make_train_step
 from mtl_jax.transfer import freezing

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,13 @@ class Restored(NamedTuple):
     step: int
     state: Any
     record: dict[str, Any]
+
+
+Template = Callable[[dict[str, Any]], TrainState]
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be used."""
 
 
 class Store:
@@ -59,25 +67,28 @@ class Store:
         """
         if step in self.steps():
             return
-        record = {**record, "dev": dev, "fingerprint": _fingerprint(state._asdict())}
+        record = {**record, "dev": dev, "arrays": _describe(state._asdict())}
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
             metrics=None if dev is None else {"dev": dev},
         )
 
-    def latest(self, template: Any) -> Restored | None:
-        """The newest checkpoint that can be read whole; damaged ones after it are reported and removed.
+    def latest(self, template: Template) -> Restored | None:
+        """The newest checkpoint that can be read whole. Damaged ones after it are reported and set aside in damaged/.
 
         Args:
-            template: A function of the record that gives the state's shapes and shardings: phases differ in structure.
+            template: See restore.
+
+        Raises:
+            UserError: A checkpoint is whole but of another model.
         """
         for step in reversed(self.steps()):
             try:
                 return self.restore(step, template)
-            except UserError as error:
-                log.warning("%s; going back to the checkpoint before it", error)
-                self._remove(step)
+            except Damaged as error:
+                log.warning("%s; set aside in damaged/, going back to the checkpoint before it", error)
+                self._set_aside(step)
         return None
 
     def steps(self) -> list[int]:
@@ -90,20 +101,27 @@ class Store:
         measured = [(dev, step) for dev, step in found if dev is not None]
         return (max(measured)[1], max(measured)[0]) if measured else None
 
-    def restore(self, step: int, template: Any) -> Restored:
+    def restore(self, step: int, template: Template) -> Restored:
         """Reads one checkpoint.
 
+        Args:
+            step: Which.
+            template: The record to the state's shapes and shardings: phases differ in structure.
+
         Raises:
-            UserError: It is damaged.
+            Damaged: It cannot be read, or its arrays are not those that were saved.
+            UserError: It is whole but of another model: parameters are missing, new, or of another shape.
         """
+        record = self._record(step)
+        shapes = template(record)
+        self._check_same_model(step, record["arrays"], shapes)
         try:
-            record = self._record(step)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(template(record)))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
             state = self._manager.restore(step, args=args).state
-        # Orbax, tensorstore and json raise many kinds for damaged files; whichever it is, the checkpoint cannot be used.
+        # Orbax and tensorstore raise many kinds for damaged files; whichever it is, the checkpoint cannot be used.
         except Exception as error:
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)})") from error
-        self._verify(step, state._asdict(), record["fingerprint"])
+            raise self._damaged(step, error) from error
+        self._verify(step, state._asdict(), record["arrays"])
         return Restored(step, state, record)
 
     def restore_params(self, step: int) -> Any:
@@ -113,6 +131,7 @@ class Store:
             UserError: It is damaged.
         """
         path = self.folder / str(step) / "state"
+        saved = self._record(step)["arrays"]
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 shapes = reader.metadata(path).item_metadata.tree["params"]
@@ -120,9 +139,8 @@ class Store:
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
                 args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
                 found = reader.restore(path, args=args)
-            saved = self._record(step)["fingerprint"]
         except Exception as error:  # as in restore
-            raise UserError(f"checkpoint {path.parent} is damaged ({_first_line(error)})") from error
+            raise self._damaged(step, error) from error
         self._verify(step, found, saved)
         return found["params"]
 
@@ -134,16 +152,36 @@ class Store:
         """Waits and ends the background threads."""
         self._manager.close()
 
-    def _verify(self, step: int, tree: dict[str, Any], saved: dict[str, int]) -> None:
-        if any(saved.get(path) != value for path, value in _fingerprint(tree).items()):
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged (its arrays are not those that were saved)")
-
     def _record(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        except Exception as error:  # as in restore
+            raise self._damaged(step, error) from error
 
-    def _remove(self, step: int) -> None:
+    def _check_same_model(self, step: int, saved: dict[str, list[Any]], template: TrainState) -> None:
+        wanted = {path: list(leaf.shape) for path, leaf in _leaves(template._asdict())}
+        for path in sorted(wanted.keys() | saved.keys()):
+            here, there = wanted.get(path), saved.get(path, [None])[0]
+            if here != there:
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} is of another model: {path} is {_shape(there)} in it and "
+                    f"{_shape(here)} here; choose another --workdir"
+                )
+
+    def _verify(self, step: int, tree: dict[str, Any], saved: dict[str, list[Any]]) -> None:
+        if any(saved.get(path) != value for path, value in _describe(tree).items()):
+            raise self._damaged(step, "its arrays are not those that were saved")
+
+    def _damaged(self, step: int, why: Exception | str) -> Damaged:
+        first_line = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        return Damaged(f"checkpoint {self.folder / str(step)} is damaged ({first_line[:200]})")
+
+    def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            shutil.rmtree(self.folder / str(step))
+            aside = self.folder.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            free = next(name for n in itertools.count() if not (name := aside / f"{step}-{n}").exists())
+            (self.folder / str(step)).rename(free)
         self._manager.reload()
 
 
@@ -151,8 +189,12 @@ def _dev(metrics: dict[str, float]) -> float:
     return metrics["dev"]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _shape(shape: list[int] | None) -> str:
+    return "absent" if shape is None else f"of shape {tuple(shape)}"
+
+
+def _leaves(tree: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 @jax.jit
@@ -166,8 +208,8 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([bits(leaf) for leaf in leaves])
 
 
-def _fingerprint(tree: dict[str, Any]) -> dict[str, int]:
-    """{path: sum of bits}. Catches damage that decompresses without an error."""
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = np.asarray(_sums([leaf for _, leaf in paths_and_leaves])).tolist()
-    return {path_name(path): value for (path, _), value in zip(paths_and_leaves, sums, strict=True)}
+def _describe(tree: dict[str, Any]) -> dict[str, list[Any]]:
+    """{path: [shape, sum of bits]}. The sum catches damage that decompresses without an error."""
+    leaves = _leaves(tree)
+    sums = np.asarray(_sums([leaf for _, leaf in leaves])).tolist()
+    return {path: [list(leaf.shape), total] for (path, leaf), total in zip(leaves, sums, strict=True)}

@@ -48,12 +48,14 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     folder = Path(workdir)
     config = to_json(experiment)
     workdirs.check_writable(folder)
-    workdirs.check_config(folder, config, allow_config_change)
+    changed = workdirs.changed(folder, config, allow_config_change)
     done = workdirs.read_json(folder / "results.json")
-    if done is not None and not allow_config_change:
+    if done is not None and not changed:
         log.info("%s is done", folder)
         return done
     prepared = prepare(experiment)
+    if changed:
+        workdirs.forget_results(folder)
     workdirs.make(folder, config)
     labels = {task.name: list(task.labels) for task in prepared.corpus.tasks}
     workdirs.write_json(folder / "labels.json", labels)

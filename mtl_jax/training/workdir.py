@@ -55,22 +55,30 @@ def check_writable(workdir: Path) -> None:
         raise UserError(f"{workdir}: cannot be written (no permission for {at}); choose another --workdir")
 
 
-def check_config(workdir: Path, config: dict[str, Any], allow_change: bool) -> None:
-    """Compares a run's configuration with the one the workdir was begun with.
+def changed(workdir: Path, config: dict[str, Any], allow_change: bool) -> bool:
+    """Whether the workdir was begun with another configuration.
 
     Raises:
-        UserError: They differ, and allow_change is not set. The message shows each field, before and now.
+        UserError: It was, and allow_change is not set. The message shows each field, before and now.
     """
     before = read_json(workdir / "config.json")
-    if before is None or allow_change:
-        return
+    if before is None:
+        return False
     now = json.loads(json.dumps(config))
     changes = [f"{name} was {old}, is {new}" for name, old, new in _differences(before, now)]
-    if changes:
+    if changes and not allow_change:
         raise UserError(
             f"{workdir} was begun with another configuration: {'; '.join(changes)}. "
             "Choose another --workdir, or go on with the new one by --allow-config-change"
         )
+    return bool(changes)
+
+
+def forget_results(workdir: Path) -> None:
+    """Removes what an earlier configuration concluded: results and baselines."""
+    if jax.process_index() == 0:
+        for name in ("results.json", "baselines.json", "curves.png"):
+            (workdir / name).unlink(missing_ok=True)
 
 
 def make(workdir: Path, config: dict[str, Any]) -> None:

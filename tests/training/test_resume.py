@@ -121,6 +121,7 @@ def test_a_damaged_latest_checkpoint_is_passed_over(folder, uninterrupted):
     assert code == 0, output
     assert f"checkpoints/{steps[-1]} is damaged" in output
     assert f"resuming from step {steps[-2]}" in output
+    assert [path.name for path in (workdir / "damaged").iterdir()] == [f"{steps[-1]}-0"]
     assert outcome(workdir) == uninterrupted
 
 
@@ -137,14 +138,27 @@ def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path
     store.wait()
     record = tmp_path / "checkpoints" / "1" / "record" / "metadata"
     saved = json.loads(record.read_text())
-    name = next(path for path in saved["fingerprint"] if path.startswith("params/"))
-    saved["fingerprint"][name] += 1
+    name = next(path for path in saved["arrays"] if path.startswith("params/"))
+    saved["arrays"][name][1] += 1
     record.write_text(json.dumps(saved))
     with pytest.raises(UserError, match="is damaged"):
         store.restore(1, lambda record: prepare.template(prepared, 0))
     with pytest.raises(UserError, match="is damaged"):
         store.restore_params(1)
     store.close()
+
+
+def test_another_model_is_not_taken_for_damage(folder, tmp_path):
+    import mtl_jax
+    from mtl_jax.errors import UserError
+
+    experiment = tiny.experiment(folder / "bert", folder / "data")
+    mtl_jax.train(experiment, tmp_path / "run")
+    tasks = (*experiment.tasks[:2], dataclasses.replace(experiment.tasks[2], hidden=4))
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=r"another model: .*fine/hidden/bias is of shape \(8,\) in it and of shape \(4,\) here"):
+        mtl_jax.train(dataclasses.replace(experiment, tasks=tasks), tmp_path / "run", allow_config_change=True)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
 def test_all_checkpoints_damaged_starts_over(folder, tmp_path):

@@ -66,12 +66,12 @@ EXPERIMENT = Experiment(
         Classification(name="sms_spam", source="sms", column="spam", labels=("0", "1")),
     ),
     phases=(
-        Phase("heads", steps=600, learning_rate=3e-3, rules=(ParamRule("heads/.*"), ParamRule("trunk/.*", train=False))),
-        Phase("everything", steps=200),
+        Phase("heads", steps=450, learning_rate=3e-3, rules=(ParamRule("heads/.*"), ParamRule("trunk/.*", train=False))),
+        Phase("everything", steps=150),
     ),
     optimizer=Optimizer(learning_rate=2e-4),
-    batch=Batching(rows=36, row_length=64),
-    evaluation=Evaluation(every=100, baseline="probe"),
+    batch=Batching(rows=48, row_length=64),
+    evaluation=Evaluation(every=75, baseline="probe"),
 )
 
 if __name__ == "__main__":

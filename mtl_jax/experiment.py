@@ -88,6 +88,11 @@ class Experiment:
         phases: What trains, and for how long.
         weighting: The rule that weighs the losses.
         weights: For --weighting fixed: one weight for each task.
+        weighting_options: Options of the rule, such as c 0.5 for cagrad.
+        gram_over: For rules that compare task gradients: over which parameters. trunk: all of it that trains; a regular
+            expression of parameter paths; representation: the trunk's output, the cheapest.
+        gram_dtype: In which task gradients are held: float32 or bfloat16. They take K times the trainable trunk.
+        weigh_heads: For those rules: whether a head's own gradient is multiplied by its task's weight.
         only: Train these tasks and leave the others out; empty: all.
         optimizer: How parameters follow the gradient.
         batch: Shape of a batch and mixture of the sources.
@@ -105,6 +110,10 @@ class Experiment:
     phases: tuple[Phase, ...]
     weighting: str = "equal"
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    weighting_options: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    gram_over: str = "trunk"
+    gram_dtype: str = "float32"
+    weigh_heads: bool = True
     only: tuple[str, ...] = ()
     optimizer: Optimizer = Optimizer()
     batch: Batching = Batching()
@@ -116,7 +125,7 @@ class Experiment:
 
 
 def select(experiment: Experiment) -> Experiment:
-    """The experiment with only the tasks that `only` names, and the sources they use.
+    """The experiment with only the tasks that `only` names, and their weights.
 
     Raises:
         UserError: `only` names an unknown task.
@@ -125,8 +134,19 @@ def select(experiment: Experiment) -> Experiment:
     for name in experiment.only:
         if name not in names:
             raise unknown("task in only:", name, names)
-    tasks = tuple(t for t in experiment.tasks if not experiment.only or t.name in experiment.only)
-    return dataclasses.replace(experiment, tasks=tasks)
+    if not experiment.only:
+        return experiment
+    dropped = set(names) - set(experiment.only)
+
+    def kept(weights: dict[str, float]) -> dict[str, float]:
+        return {task: weight for task, weight in weights.items() if task not in dropped}
+
+    return dataclasses.replace(
+        experiment,
+        tasks=tuple(task for task in experiment.tasks if task.name not in dropped),
+        phases=tuple(dataclasses.replace(phase, weights=kept(phase.weights)) for phase in experiment.phases),
+        weights=kept(experiment.weights),
+    )
 
 
 def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
@@ -137,11 +157,12 @@ def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
     """
     if phase.weights:
         return weighting.fixed(phase.weights)
+    options: dict[str, Any] = dict(experiment.weighting_options)
     if experiment.weighting == "fixed":
-        return weighting.fixed(experiment.weights)
-    if experiment.weights:
+        options["weights"] = experiment.weights
+    elif experiment.weights:
         raise UserError(f"weights are for --weighting fixed, but weighting is {experiment.weighting!r}")
-    return weighting.make(experiment.weighting)
+    return weighting.make(experiment.weighting, **options)
 
 
 def check(experiment: Experiment) -> None:
@@ -166,12 +187,18 @@ def check(experiment: Experiment) -> None:
     for phase in experiment.phases:
         if phase.steps < 1:
             raise UserError(f"phase {phase.name!r}: steps is {phase.steps}; it must be at least 1")
+        if phase.learning_rate is not None and not phase.learning_rate >= 0:
+            raise UserError(f"phase {phase.name!r}: learning_rate is {phase.learning_rate}; it must not be negative")
         rule_of(experiment, phase).init([task.name for task in experiment.tasks])
     for task in experiment.tasks:
         if task.source not in [s.name for s in experiment.sources]:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
         if task.metric not in task.metric_names:
             raise unknown(f"metric of task {task.name!r}:", task.metric, task.metric_names)
+        if not 0 <= task.dropout < 1:
+            raise UserError(f"task {task.name!r}: dropout is {task.dropout}; it must be at least 0 and below 1")
+        if isinstance(task, Regression) and not task.scale > 0:
+            raise UserError(f"task {task.name!r}: scale is {task.scale}; it must be above 0")
         if isinstance(task, Classification):
             if task.threshold is not None and len(task.labels) != 2:
                 raise UserError(f"task {task.name!r}: a threshold needs two labels, not {len(task.labels)}")
@@ -180,6 +207,7 @@ def check(experiment: Experiment) -> None:
     for field, value, choices in (
         ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
+        ("gram_dtype", experiment.gram_dtype, DTYPES[1:]),
     ):
         if value not in choices:
             raise unknown(field, value, choices)
@@ -190,6 +218,9 @@ def check(experiment: Experiment) -> None:
     ):
         if number < 1:
             raise UserError(f"{field} is {number}; it must be at least 1")
+    for field, number in (("seed", experiment.seed), ("devices", experiment.devices)):
+        if number < 0:
+            raise UserError(f"{field} is {number}; it must not be negative")
     batches.check(experiment.batch)
     optimizers.check(experiment.optimizer)
 
@@ -211,6 +242,7 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     configure_tagged_union(Pretrained | Embedding, converter, tag_name="kind")
     configure_tagged_union(Classification | Regression, converter, tag_name="kind")
+    converter.register_structure_hook(float | str, lambda value, _: value)
     # JSON has no infinity: unbounded is written as a string.
     converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))
     return converter

@@ -36,18 +36,17 @@ def predict(workdir: str | Path, task: str, texts: Sequence[str]) -> list[dict[s
         UserError: The directory is no workdir, has no checkpoint yet, or the task is unknown.
     """
     folder = Path(workdir)
-    config, labels = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "labels.json")
-    if config is None or labels is None:
-        raise UserError(f"{folder}: no workdir of a run (config.json and labels.json are missing)")
+    config, data = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "data.json")
+    if config is None or data is None:
+        raise UserError(f"{folder}: no workdir of a run (config.json or data.json is missing)")
     experiment = select(from_json(config))
     names = [t.name for t in experiment.tasks]
     if task not in names:
         raise unknown("task", task, names)
-    one = (with_labels(experiment, labels)[names.index(task)],)
+    one = (with_labels(experiment, data["labels"])[names.index(task)],)
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
     params = _best_params(folder, experiment)
-    tokens, _ = tokenize(trunk.tokenizer, texts, experiment.batch.row_length)
-    full = [len(ids) for ids in trunk.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
+    tokens, too_long = tokenize(trunk.tokenizer, texts, experiment.batch.row_length)
     known = [i for i, text in enumerate(texts) if text.strip() and len(tokens[i])]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in texts]
     if not known:
@@ -58,7 +57,7 @@ def predict(workdir: str | Path, task: str, texts: Sequence[str]) -> list[dict[s
     outputs = evaluation.run(apply, params, [examples], experiment.batch, mesh)[task]
     for i, outputs_O in zip(known, outputs, strict=True):
         results[i] = one[0].describe(outputs_O)
-        if full[i] > experiment.batch.row_length:
+        if i in too_long:
             results[i]["truncated"] = True
     return results
 
@@ -68,9 +67,9 @@ def _best_params(folder: Path, experiment: Any) -> Any:
         raise UserError(f"{folder}: there is no checkpoint yet")
     store = Store(folder, experiment.checkpoints, read_only=True)
     try:
-        best = store.best()
+        best = store.best(store.restore_params)
         if best is None:
-            raise UserError(f"{folder}: no checkpoint has been evaluated on dev yet")
-        return jax.device_put(store.restore_params(best[0]), jax.devices()[0])
+            raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
+        return jax.device_put(best.value, jax.devices()[0])
     finally:
         store.close()

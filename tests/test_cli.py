@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,13 @@ import tiny
 import mtl_jax
 from mtl_jax import cli
 from mtl_jax.prediction import predict
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_left():
+    """The command line's log handler writes to a standard error that pytest closes with the test."""
+    yield
+    logging.getLogger("mtl_jax").handlers.clear()
 
 
 @pytest.fixture
@@ -33,7 +41,7 @@ TWO_STEPS = ("--phases.0.steps", "1", "--phases.1.steps", "1")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--weighting", "pcgard"], "unknown weighting 'pcgard'; choices: equal, fixed, dwa"),
+        (["--weighting", "pcgard"], "unknown weighting 'pcgard' (did you mean 'pcgrad'?); choices: equal, fixed, dwa, mgda"),
         (["--only", "ratings"], "unknown task in only: 'ratings' (did you mean 'rating'?); choices: rating, coarse, fine"),
         (["--tasks.0.source", "rating"], "unknown source of task 'rating': 'rating' (did you mean 'ratings'?)"),
         (["--weighting", "fixed", "--weights", "rating", "1"], "weights: no weight for coarse, fine"),
@@ -56,6 +64,15 @@ TWO_STEPS = ("--phases.0.steps", "1", "--phases.1.steps", "1")
             "unknown evaluation.criterion 'rates'; choices: mean, rating, coarse, ",
         ),
         (["--evaluation.criterion", "fine/f1"], "unknown evaluation.criterion 'fine/f1'"),
+        (["--devices", "-1"], "devices is -1; it must not be negative"),
+        (["--seed", "-1"], "seed is -1; it must not be negative"),
+        (["--tasks.0.scale", "0"], "task 'rating': scale is 0.0; it must be above 0"),
+        (["--tasks.2.dropout", "1"], "task 'fine': dropout is 1.0"),
+        (["--phases.1.learning-rate", "-1"], "phase 'everything': learning_rate is -1.0"),
+        (["--sources.0.path", "/tmp"], "/tmp: a directory; source 'ratings' needs a file"),
+        (["--sources.0.group-pattern", "("], "source 'ratings': group_pattern is no regular expression"),
+        (["--distributed", "here"], "--distributed 'here': give auto, or HOST:PORT,INDEX,COUNT"),
+        (["--weighting", "cagrad", "--weighting-options", "d", "1"], "unknown option of weighting 'cagrad': 'd'"),
         (["--optimizer.name", "lion"], "unknown optimizer 'lion'; choices: adamw, adam, sgd"),
         (["--trunk.path", "/nowhere"], "/nowhere: no such file or directory"),
     ],
@@ -92,6 +109,12 @@ def test_help_shows_every_field_with_doc_and_default(monkeypatch, capsys):
         assert flag in text
     assert "Share of a phase's steps over which the rate rises" in text.replace("│", " ")
     assert "(default: 0.01)" in text
+
+
+def test_weights_of_tasks_that_are_left_out_do_not_matter(launch, tmp_path):
+    weights = ("--weighting", "fixed", "--weights", "rating", "1", "coarse", "2", "fine", "3")
+    code, error = launch(*TWO_STEPS, *weights, "--only", "rating", "fine")
+    assert code == 0, error
 
 
 def test_flags_reach_the_run(launch, tmp_path):
@@ -145,6 +168,7 @@ def test_predict_bad_input(workdir, tmp_path, monkeypatch, capsys):
         ((workdir, "--task", "coarce", "--text", "x"), "unknown task 'coarce' (did you mean 'coarse'?)"),
         ((workdir, "--task", "coarse"), "nothing to predict: give --text or --file"),
         ((workdir, "--task", "coarse", "--file", tmp_path / "none.txt"), "No such file or directory"),
+        ((tmp_path / "absent", "--task", "coarse", "--text", "x"), "no workdir of a run"),
         ((tmp_path, "--task", "coarse", "--text", "x"), "no workdir of a run"),
     ]
     for arguments, message in cases:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtl_jax.data.sources import SPLITS, Row, Source, Splits, read
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError
 from mtl_jax.tasks import Classification, Task
-
-Encode = Callable[[Sequence[str]], list[np.ndarray]]
 
 
 class Examples(NamedTuple):
@@ -44,6 +43,19 @@ class Corpus(NamedTuple):
     tasks: tuple[Task, ...]
     notes: list[str]
 
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: label sets, and for each source the number of examples and a SHA-256 of their tokens and labels."""
+        sources: dict[str, dict[str, Any]] = {}
+        for split, parts in self.splits.items():
+            for name, part in parts.items():
+                digest = hashlib.sha256()
+                for ids in part.tokens:
+                    digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+                for task in sorted(part.labels):
+                    digest.update(part.labels[task].tobytes())
+                sources.setdefault(name, {})[split] = {"examples": len(part.tokens), "sha256": digest.hexdigest()}
+        return {"labels": {task.name: list(task.labels) for task in self.tasks}, "sources": sources}
+
     @property
     def size(self) -> int:
         """Number of examples over all splits and sources."""
@@ -54,14 +66,10 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[Task]) -> dict[str, 
     """Reads the sources that the tasks use.
 
     Raises:
-        UserError: A task names an unknown source, or a source cannot be read.
+        UserError: A source cannot be read.
     """
-    by_name = {source.name: source for source in sources}
-    for task in tasks:
-        if task.source not in by_name:
-            raise unknown(f"source of task {task.name!r}:", task.source, by_name)
     used = {task.source for task in tasks}
-    return {name: read(source) for name, source in by_name.items() if name in used}
+    return {source.name: read(source) for source in sources if source.name in used}
 
 
 def texts(sources: Sequence[Source], data: dict[str, Splits], split: str) -> list[str]:
@@ -100,7 +108,7 @@ def make_corpus(
                     raise UserError(f"{row.where}: the text has no token that the vocabulary knows")
             splits[split][name] = Examples(name, next_id, tokens, labels)
             next_id += len(rows)
-            cut[name] += too_long
+            cut[name] += len(too_long)
     notes = [
         f"source {name}: {'/'.join(str(len(parts.rows[split])) for split in SPLITS)} train/dev/test, "
         f"{parts.repeated} repeated texts dropped, {cut[name]} texts cut to {max_length} tokens"
@@ -109,8 +117,8 @@ def make_corpus(
     return Corpus(splits, tasks, notes)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], int]:
-    """Token ids of each text, and how many texts were cut to max_length.
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], list[int]]:
+    """Token ids of each text, and the places of the texts that were cut to max_length.
 
     Args:
         tokenizer: A transformers fast tokenizer.
@@ -118,14 +126,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[lis
         max_length: Longest result, special tokens included.
     """
     if not texts:
-        return [], 0
+        return [], []
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     too_long = [i for i, row in enumerate(ids) if len(row) > max_length]
     if too_long:
         shorter = tokenizer([texts[i] for i in too_long], truncation=True, max_length=max_length)["input_ids"]
         for i, row in zip(too_long, shorter, strict=True):
             ids[i] = row
-    return [np.asarray(row, np.int32) for row in ids], len(too_long)
+    return [np.asarray(row, np.int32) for row in ids], too_long
 
 
 def _with_labels(task: Task, splits: Splits) -> Task:

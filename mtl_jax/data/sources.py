@@ -1,7 +1,7 @@
 """Where rows come from: text files with named columns, cut into splits.
 
 A source reads a file into rows, drops repeated texts, and cuts train, dev and test by a seeded hash of the text or of its
-document: the same text stands in the same split whatever the order of the file, and never in two of them.
+document, so that a text stands in one split, and in the same one if rows are added. Of repeated texts the first stays.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ def read(source: Source) -> Splits:
     """
     if source.format not in FORMATS:
         raise unknown(f"format of source {source.name!r}:", source.format, FORMATS)
+    try:
+        re.compile(source.group_pattern)
+    except re.error as error:
+        raise UserError(f"source {source.name!r}: group_pattern is no regular expression ({error})") from error
     given = {"train": source.path, "dev": source.dev_path, "test": source.test_path}
     cuts = {"dev": 0.0 if source.dev_path else source.cut_dev, "test": 0.0 if source.test_path else source.cut_test}
     if not (cuts["dev"] >= 0 and cuts["test"] >= 0 and cuts["dev"] + cuts["test"] < 1):
@@ -132,7 +136,14 @@ def _cut(key: str, seed: int, cuts: dict[str, float]) -> str:
 
 
 def _read_file(source: Source, path: str) -> Iterable[Row]:
-    text = _decode(assets.locate(path).read_bytes(), path)
+    file = assets.locate(path)
+    if file.is_dir():
+        raise UserError(f"{path}: a directory; source {source.name!r} needs a file")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    text = _decode(data, path)
     if source.format == "lines":
         yield from _read_lines(source, path, text)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,6 @@ from mtl_jax.models.encoder import ACTIVATIONS, EncoderConfig
 
 MODEL_TYPES = ("bert",)
 PREFIXES = ("", "bert.")
-# Tensors that a BERT checkpoint may bring and this trunk has no use for.
-UNUSED = re.compile(r"(bert\.)?(pooler\.|embeddings\.position_ids$)|cls\.|classifier\.|qa_outputs\.")
 
 # Our module path to the checkpoint's, inside one layer and outside.
 _LAYER = {

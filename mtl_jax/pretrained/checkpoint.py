@@ -122,5 +122,7 @@ def _read_tensors(location: Path | zipfile.Path, path: str) -> dict[str, np.ndar
         raise UserError(f"{path}: model.safetensors is missing")
     try:
         return safetensors.numpy.load(file.read_bytes())
-    except (safetensors.SafetensorError, KeyError) as error:
+    except KeyError as error:
+        raise UserError(f"{path}/model.safetensors: tensors of type {error} are not supported; convert to float32") from error
+    except safetensors.SafetensorError as error:
         raise UserError(f"{path}/model.safetensors: damaged or not safetensors ({error}); fetch it again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -50,9 +51,12 @@ class Classification:
     def parse(self, text: str) -> int:
         if self.threshold is not None:
             try:
-                return int(float(text) > self.threshold)
+                number = float(text)
             except ValueError:
-                raise ValueError(f"{text!r} is not a number, and the task has a threshold") from None
+                number = math.nan
+            if math.isnan(number):
+                raise ValueError(f"{text!r} is not a number, and the task has a threshold")
+            return int(number > self.threshold)
         if text not in self.labels:
             raise ValueError(f"label {text!r} is not in the label set ({', '.join(self.labels)})")
         return self.labels.index(text)
@@ -77,7 +81,8 @@ class Classification:
         }
 
     def constant(self, labels_N: np.ndarray) -> np.ndarray:
-        return np.bincount(labels_N, minlength=self.outputs).astype(np.float32)
+        # Half an example more of each, so that a label that train lacks is unlikely, not impossible.
+        return np.log(np.bincount(labels_N, minlength=self.outputs) + 0.5).astype(np.float32)
 
     def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
         """Logistic regression on standardised features; the penalty is chosen by dev accuracy."""
@@ -85,6 +90,8 @@ class Classification:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
+        if len(set(labels["train"].tolist())) < 2:
+            return np.broadcast_to(self.constant(labels["train"]), (len(features["test"]), self.outputs))
         fitted = []
         with warnings.catch_warnings():
             # The weakest penalty may stop short of convergence; it is then judged on dev as it is.
@@ -95,8 +102,9 @@ class Classification:
                 fitted.append((model.score(features["dev"], labels["dev"]), model))
             best = max(fitted, key=lambda pair: pair[0])[1]
             known_NxC = best.predict_log_proba(features["test"])
-        outputs_NxO = np.full((len(known_NxC), self.outputs), -np.inf, np.float32)
-        outputs_NxO[:, best[-1].classes_] = known_NxC  # a label absent from train has no column in sklearn
+        floor = -30.0  # in log probability: finite losses also where a test label never occurs in train
+        outputs_NxO = np.full((len(known_NxC), self.outputs), floor, np.float32)
+        outputs_NxO[:, best[-1].classes_] = np.maximum(known_NxC, floor)
         return outputs_NxO
 
     def describe(self, outputs_O: np.ndarray) -> dict[str, Any]:

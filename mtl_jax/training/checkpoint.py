@@ -30,6 +30,14 @@ class Restored(NamedTuple):
     record: dict[str, Any]
 
 
+class Best(NamedTuple):
+    """The best checkpoint: its step, its dev criterion, and what was read of it."""
+
+    step: int
+    dev: float
+    value: Any
+
+
 Template = Callable[[dict[str, Any]], TrainState]
 
 
@@ -95,11 +103,27 @@ class Store:
         """The steps that have a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def best(self) -> tuple[int, float] | None:
-        """Step and dev criterion of the best checkpoint, the later one where two are equal."""
-        found = [(self._record(step)["dev"], step) for step in self.steps()]
-        measured = [(dev, step) for dev, step in found if dev is not None]
-        return (max(measured)[1], max(measured)[0]) if measured else None
+    def best(self, read: Callable[[int], Any]) -> Best | None:
+        """The checkpoint with the highest dev criterion that can be read, the later one where two are equal.
+
+        Args:
+            read: Step to whatever is wanted of the checkpoint; a damaged one is reported and passed over.
+        """
+        measured = []
+        for step in self.steps():
+            try:
+                dev = self._record(step)["dev"]
+            except Damaged as error:
+                log.warning("%s; passed over", error)
+                continue
+            if dev is not None:
+                measured.append((dev, step))
+        for dev, step in sorted(measured, reverse=True):
+            try:
+                return Best(step, dev, read(step))
+            except Damaged as error:
+                log.warning("%s; taking the next best", error)
+        return None
 
     def restore(self, step: int, template: Template) -> Restored:
         """Reads one checkpoint.
@@ -182,6 +206,10 @@ class Store:
             aside.mkdir(exist_ok=True)
             free = next(name for n in itertools.count() if not (name := aside / f"{step}-{n}").exists())
             (self.folder / str(step)).rename(free)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("set aside")  # no host looks before the directory is gone
         self._manager.reload()
 
 

@@ -6,10 +6,12 @@ import collections
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 import tqdm
 
 
@@ -29,7 +31,9 @@ class Logger:
 
         path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        part = path.with_name(path.name + ".part")  # whole or not at all: a kill here must not cost the history
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)  # whole lines, at once
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -71,22 +75,44 @@ def _step(line: str) -> int:
     return json.loads(line)["step"]
 
 
+def compare_gradients(gram_KxK: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
+    """What the Gram matrix tells for free.
+
+    Args:
+        gram_KxK: Inner products of the task gradients.
+        tasks: Their names, in the order of the rows.
+
+    Returns:
+        gradient_norm/TASK; cosines, the K x K matrix as lists; of its pairs, cosine_mean, cosine_min and conflicts, the share
+        below 0 (where there is more than one task).
+    """
+    norm_K = np.sqrt(np.maximum(np.diagonal(gram_KxK).astype(np.float64), 0.0))
+    cosine_KxK = gram_KxK / np.maximum(np.outer(norm_K, norm_K), np.finfo(np.float64).tiny)
+    record: dict[str, Any] = {f"gradient_norm/{task}": float(norm) for task, norm in zip(tasks, norm_K, strict=True)}
+    record["cosines"] = cosine_KxK.round(4).tolist()
+    if len(tasks) > 1:
+        pairs = cosine_KxK[np.triu_indices(len(tasks), 1)]
+        record |= {"cosine_mean": float(pairs.mean()), "cosine_min": float(pairs.min()), "conflicts": float((pairs < 0).mean())}
+    return record
+
+
 class Progress:
     """One bar on a terminal; elsewhere a line every few seconds. Rates are those of the last seconds.
 
     Args:
         title: What is being counted.
-        total: Steps in all.
-        done: Steps done before.
+        total: Units in all.
+        done: Units done before.
+        unit: Name of a unit.
         seconds: Time between lines where there is no terminal, and over which rates are taken.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, seconds: float = 10.0):
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "step", seconds: float = 10.0):
         self._quiet = jax.process_index() != 0
         self._terminal = sys.stderr.isatty()
-        self._title, self._total, self._done, self._tokens, self._seconds = title, total, done, 0, seconds
-        self._last = time.monotonic()
-        self._marks = collections.deque([(self._last, done, 0)])  # (time, steps, tokens), the last seconds of them
+        self._title, self._total, self._done, self._tokens, self._unit = title, total, done, 0, unit
+        self._seconds, self._last = seconds, time.monotonic()
+        self._marks = collections.deque([(self._last, done, 0)])  # (time, units, tokens), the last seconds of them
         self._bar = tqdm.tqdm(
             total=total,
             initial=done,
@@ -96,15 +122,16 @@ class Progress:
             bar_format="{desc} {n_fmt}/{total_fmt} {bar} {postfix}",
         )
 
-    def update(self, tokens: int, losses: dict[str, float], title: str = "") -> None:
-        """One step is done: counts its real tokens and shows the losses.
+    def update(self, units: int, tokens: int = 0, losses: dict[str, float] | None = None, title: str = "") -> None:
+        """Some units are done.
 
         Args:
-            tokens: Real (not padding) tokens of this step.
+            units: How many.
+            tokens: Real (not padding) tokens in them, where the unit is another.
             losses: Numbers to show by name.
             title: A new title, if it changes.
         """
-        self._done += 1
+        self._done += units
         self._tokens += tokens
         self._title = title or self._title
         now = time.monotonic()
@@ -115,11 +142,11 @@ class Progress:
             return
         if self._terminal:
             self._bar.set_description_str(self._title, refresh=False)
-            self._bar.set_postfix_str(self._text(losses), refresh=False)
-            self._bar.update()
+            self._bar.set_postfix_str(self._text(losses or {}), refresh=False)
+            self._bar.update(units)
         elif now - self._last >= self._seconds or self._done == self._total:
             self._last = now
-            print(f"{self._title} {self._done}/{self._total} {self._text(losses)}", file=sys.stderr, flush=True)
+            print(f"{self._title} {self._done}/{self._total} {self._text(losses or {})}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""
@@ -130,5 +157,7 @@ class Progress:
         seconds = max(now - then, 1e-9)
         rate = (self._done - done) / seconds
         left = round((self._total - self._done) / max(rate, 1e-9))
-        parts = [f"{rate:.1f} step/s", f"{(self._tokens - tokens) / seconds:.0f} tok/s", f"ETA {left // 60}:{left % 60:02d}"]
+        parts = [f"{rate:.{1 if rate < 100 else 0}f} {self._unit}/s"]
+        parts += [f"{(self._tokens - tokens) / seconds:.0f} tok/s"] if self._tokens else []
+        parts += [f"ETA {left // 60}:{left % 60:02d}"]
         return " ".join(parts + [f"{name}={loss:.3f}" for name, loss in losses.items()])

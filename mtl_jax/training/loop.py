@@ -21,11 +21,11 @@ from mtl_jax.training import evaluation, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import Logger, Progress
-from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, prepare, template
+from mtl_jax.training.logs import Logger, Progress, compare_gradients
+from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, template
 from mtl_jax.training.signals import Stop, asked_to_stop
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Encode, Metrics, encode_tokens, look_up, make_train_step
+from mtl_jax.training.step import Metrics, encode_tokens, look_up, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +54,22 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         log.info("%s is done", folder)
         return done
     prepared = prepare(experiment)
-    if changed:
-        workdirs.forget_results(folder)
-    workdirs.make(folder, config)
-    labels = {task.name: list(task.labels) for task in prepared.corpus.tasks}
-    workdirs.write_json(folder / "labels.json", labels)
-    if jax.process_index() == 0:
-        trunks.save(prepared.trunk, folder / "trunk")
-    for note in prepared.notes:
-        log.info("%s", note)
+    data = prepared.corpus.describe()
+    if not changed:
+        workdirs.check_data(folder, data)
+    workdirs.create(folder)
     with asked_to_stop() as stop, contextlib.closing(Store(folder, prepared.experiment.checkpoints)) as store:
-        return _Run(prepared, folder, store, stop).train()
+        run = _Run(prepared, folder, store, stop)
+        state, step = run.resume()  # before anything of this configuration is written: it may not fit the checkpoints
+        if changed:
+            workdirs.forget_results(folder)
+        for name, value in (("config", config), ("versions", workdirs.versions()), ("data", data)):
+            workdirs.write_json(folder / f"{name}.json", value)
+        if jax.process_index() == 0:
+            trunks.save(prepared.trunk, folder / "trunk")
+        for note in prepared.notes:
+            log.info("%s", note)
+        return run.train(state, step)
 
 
 @dataclasses.dataclass
@@ -102,8 +107,8 @@ class _Run:
         self.host = _Host()
         self.pending: _Pending | None = None
 
-    def train(self) -> dict[str, Any]:
-        state, step = self._resume()
+    def train(self, state: TrainState, step: int) -> dict[str, Any]:
+        """From a state to the results."""
         self.logger = Logger(self.folder, step)
         self.started = time.monotonic()
         try:
@@ -123,7 +128,8 @@ class _Run:
             self.stream.close()
             self.logger.close()
 
-    def _resume(self) -> tuple[TrainState, int]:
+    def resume(self) -> tuple[TrainState, int]:
+        """The state and step to go on from: of the newest checkpoint, or the beginning."""
         restored = self.store.latest(self._template)
         if restored is None:
             return initial_state(self.prepared), 0
@@ -133,7 +139,7 @@ class _Run:
         return restored.state, restored.step
 
     def _template(self, record: dict[str, Any]) -> TrainState:
-        return template(self.prepared, record["host"]["phase"])
+        return template(self.prepared, record["host"]["phase"], record["step"])
 
     def _baselines(self) -> jax.Array | None:
         """Writes baselines.json once; returns the feature table of the untrained trunk if that took one."""
@@ -155,21 +161,19 @@ class _Run:
     def _features(self, params: Any, title: str) -> jax.Array:
         """f32[N, H] on the devices: the trunk's vector of every example, by id."""
         parts = [e for split in self.prepared.corpus.splits.values() for e in split.values()]
-        batch_tokens = self.experiment.batch.rows * self.experiment.batch.row_length
-        total = -(-sum(len(tokens) for part in parts for tokens in part.tokens) // batch_tokens)
-        with contextlib.closing(Progress(title, total)) as progress:
+        total = sum(len(tokens) for part in parts for tokens in part.tokens)
+        with contextlib.closing(Progress(title, total, unit="tok")) as progress:
 
             def count(batch: Batch) -> None:
                 self.stop.check()
-                progress.update(int((batch.segments > 0).sum()), {})
+                progress.update(int((batch.segments > 0).sum()))
 
             table = evaluation.run(self.features, params, parts, self.experiment.batch, self.mesh, on_batch=count)
         return meshes.place(table, meshes.replicated(self.mesh))
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any) -> tuple[TrainState, int]:
-        encode: Encode = look_up if plan.cached else self.encode_tokens
         train_step = jax.jit(
-            make_train_step(encode, self.tasks, plan.rule, plan.optimizer, plan.mask),
+            make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask),
             donate_argnums=0,
             out_shardings=meshes.replicated(self.mesh),
         )
@@ -211,8 +215,10 @@ class _Run:
         record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
         record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
         record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
+        if metrics.gram is not None:
+            record |= compare_gradients(metrics.gram, sorted(losses))
         self.logger.write("train", step, record)
-        self.progress.update(tokens, losses, title=plan.phase.name)
+        self.progress.update(1, tokens, losses, title=plan.phase.name)
         bad = [f"the loss of task {task!r} is {loss}" for task, loss in losses.items() if not math.isfinite(loss)]
         if not bad and not math.isfinite(record["gradient_norm"]):
             bad = ["the gradient is not finite"]
@@ -247,16 +253,18 @@ class _Run:
         self.host.seconds += now - self.started
         self.started = now
         self.logger.flush()
-        self.store.save(step, state, {"host": dataclasses.asdict(self.host), "data": self.stream.get_state()}, dev)
+        self.store.save(
+            step, state, {"step": step, "host": dataclasses.asdict(self.host), "data": self.stream.get_state()}, dev
+        )
 
     def _finish(self, step: int) -> dict[str, Any]:
-        best = self.store.best()
-        assert best is not None, "every phase ends with an evaluation"
-        params = self.store.restore(best[0], self._template).state.params
+        best = self.store.best(lambda step: self.store.restore(step, self._template).state.params)
+        if best is None:
+            raise UserError(f"{self.store.folder}: no checkpoint that was measured on dev can be read; use another workdir")
         scores = {}
         for split in ("dev", "test"):
             data = self.prepared.corpus.splits[split]
-            found = evaluation.run(self.outputs, params, list(data.values()), self.experiment.batch, self.mesh)
+            found = evaluation.run(self.outputs, best.value, list(data.values()), self.experiment.batch, self.mesh)
             scores[split] = evaluation.score(self.tasks, data, found)
         self.host.seconds += time.monotonic() - self.started
         return results.write(
@@ -266,8 +274,8 @@ class _Run:
             scores,
             facts={
                 "steps": step,
-                "best_step": best[0],
-                "best_criterion": best[1],
+                "best_step": best.step,
+                "best_criterion": best.dev,
                 "seconds": round(self.host.seconds, 1),
                 "training_tokens": self.host.tokens,
                 "compiled_programs": sum(program._cache_size() for program in self.programs),

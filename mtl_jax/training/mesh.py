@@ -26,6 +26,8 @@ def make(rows: int, devices: int = 0) -> Mesh:
     there = jax.devices()
     if devices > len(there):
         raise UserError(f"devices is {devices}, but there are {len(there)} ({there[0].platform})")
+    if devices and jax.process_count() > 1 and devices != len(there):
+        raise UserError(f"devices is {devices}, but {jax.process_count()} processes train together: use all {len(there)} (0)")
     chosen = there[: devices or len(there)]
     if rows % len(chosen):
         raise UserError(f"batch.rows is {rows}; it must be a multiple of the {len(chosen)} devices")
@@ -75,7 +77,10 @@ def connect(cluster: str) -> None:
         UserError: It is neither.
     """
     if cluster == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--distributed auto: jax found no cluster here ({str(error).splitlines()[0]})") from error
         return
     address, *numbers = cluster.split(",")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import optimizer as optimizers
-from mtl_jax import trunks
+from mtl_jax import trunks, weighting
 from mtl_jax.data import examples
 from mtl_jax.data.batches import rows_per_source
 from mtl_jax.data.examples import Corpus
@@ -20,9 +20,11 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.models.head import Head
 from mtl_jax.tasks import Classification, Task
+from mtl_jax.training import gradients, gram_step
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
+from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up
 from mtl_jax.transfer import freezing
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule
@@ -37,7 +39,7 @@ class PhasePlan(NamedTuple):
         start: Steps of the run before it.
         end: Steps of the run after it.
         mask: Tree of bools over the parameters: which train.
-        rule: Its weighting rule.
+        rule: Its weighting rule. A rule that compares task gradients gives way to `equal` where no shared parameter trains.
         rate: Learning rate by step of the phase.
         optimizer: The optax transformation over the trainable leaves.
         cached: Whether the trunk is frozen whole and its features are looked up.
@@ -84,8 +86,8 @@ def prepare(experiment: Experiment) -> Prepared:
     Raises:
         UserError: Anything in the experiment, its files or its data is wrong.
     """
-    check(experiment)
     experiment = select(experiment)
+    check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
     data = examples.read_sources(experiment.sources, experiment.tasks)
@@ -133,8 +135,18 @@ def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
     return state._replace(**_place(changed, prepared))
 
 
-def template(prepared: Prepared, number: int) -> TrainState:
-    """Shapes and shardings of the state within phase `number`, for restoring a checkpoint."""
+def template(prepared: Prepared, number: int, step: int) -> TrainState:
+    """Shapes and shardings of the state after `step` steps, within phase `number`, for restoring a checkpoint.
+
+    Raises:
+        UserError: The phases are not those that the checkpoint was made with.
+    """
+    if number >= len(prepared.plans) or not prepared.plans[number].start <= step <= prepared.plans[number].end:
+        spans = ", ".join(f"{plan.phase.name} {plan.start + 1}..{plan.end}" for plan in prepared.plans)
+        raise UserError(
+            f"the checkpoint of step {step} was made in phase {number}, which does not fit the phases {spans}; "
+            "choose another --workdir"
+        )
     plan = prepared.plans[number]
     state = jax.eval_shape(lambda: _abstract(prepared, plan))
     sharding = meshes.replicated(prepared.mesh)
@@ -153,8 +165,26 @@ def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
     return create(prepared.params, plan.optimizer.init(trained), plan.rule.init(names), 0)
 
 
+def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
+    """How a phase's steps come from losses to a gradient."""
+    experiment, tasks = prepared.experiment, prepared.corpus.tasks
+    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module)
+    if not plan.rule.needs_gram:
+        return by_losses(encode, tasks, plan.rule, trains_trunk=any(jax.tree.leaves(plan.mask["trunk"])))
+    return gram_step.by_gram(
+        encode,
+        tasks,
+        plan.rule,
+        gradients.layout(tasks, rows_per_source(experiment.batch, prepared.corpus.splits["train"])),
+        gram_step.check(prepared.params, plan.mask, experiment.gram_over),
+        gram_over=experiment.gram_over,
+        dtype=meshes.compute_dtype(experiment.gram_dtype),
+        weigh_heads=experiment.weigh_heads,
+    )
+
+
 def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
-    plans = []
+    plans: list[PhasePlan] = []
     start = 0
     for number, phase in enumerate(experiment.phases):
         mask = freezing.trainable(params, phase.rules)
@@ -162,7 +192,14 @@ def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
             raise UserError(f"phase {phase.name!r}: its rules freeze every parameter; nothing would train")
         peak = experiment.optimizer.learning_rate if phase.learning_rate is None else phase.learning_rate
         rate = optimizers.schedule(experiment.optimizer, peak, phase.steps)
-        own = bool(phase.weights) or number == 0 or bool(experiment.phases[number - 1].weights)
+        trains_trunk = any(jax.tree.leaves(mask["trunk"]))
+        rule = rule_of(experiment, phase)
+        if rule.needs_gram and trains_trunk:
+            gram_step.check(params, mask, experiment.gram_over)
+        elif rule.needs_gram:
+            rule = weighting.equal()
+        same = bool(plans) and plans[-1].rule.needs_gram == rule.needs_gram
+        same = same and not phase.weights and not plans[-1].phase.weights
         plans.append(
             PhasePlan(
                 phase=phase,
@@ -170,11 +207,11 @@ def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
                 start=start,
                 end=start + phase.steps,
                 mask=mask,
-                rule=rule_of(experiment, phase),
+                rule=rule,
                 rate=rate,
                 optimizer=optimizers.build(experiment.optimizer, rate),
-                cached=phase.cache_features and not any(jax.tree.leaves(mask["trunk"])),
-                fresh_rule=own,
+                cached=phase.cache_features and not trains_trunk,
+                fresh_rule=not same,
             )
         )
         start += phase.steps

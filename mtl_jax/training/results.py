@@ -77,12 +77,12 @@ def write(
         },
         "versions": workdirs.versions(),
     }
-    workdirs.write_json(folder / "results.json", found)
-    if jax.process_index() != 0:
-        return found
-    from mtl_jax import figures  # imported late: matplotlib takes a while
+    if jax.process_index() == 0:
+        from mtl_jax import figures  # imported late: matplotlib takes a while
 
-    figures.curves(read_metrics(folder), [(task.name, task.metric) for task in tasks], folder / "curves.png")
+        # Before results.json, which says that the run is done.
+        figures.curves(read_metrics(folder), [(task.name, task.metric) for task in tasks], folder / "curves.png")
+    workdirs.write_json(folder / "results.json", found)
     return found
 
 
@@ -106,12 +106,16 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             (n - 1).
 
     Raises:
-        UserError: The runs have different tasks.
+        UserError: There are no runs, or they have different tasks.
     """
+    if not runs:
+        raise UserError("no workdir given")
     tasks = runs[0]["tasks"]
     if any(run["tasks"].keys() != tasks.keys() for run in runs):
         raise UserError("the runs have different tasks; a table needs runs of one experiment")
-    kinds = [kind for kind in BASELINE_NAMES if any(kind in task["baselines"] for task in tasks.values())]
+    kinds = [
+        kind for kind in BASELINE_NAMES if all(kind in task["baselines"] for run in runs for task in run["tasks"].values())
+    ]
     rows, lost = [], []
     for name, task in tasks.items():
         metric = task["metric"]

@@ -30,7 +30,7 @@ class Stop:
     def check(self) -> None:
         """For work that leaves nothing to save: raises Interrupted if the run was asked to stop."""
         if self.flag.is_set():
-            raise Interrupted("stopped before the first step; the same command begins again")
+            raise Interrupted("stopped between checkpoints; the same command goes on from the last one")
 
 
 @contextlib.contextmanager

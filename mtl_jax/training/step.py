@@ -30,6 +30,7 @@ class Metrics(NamedTuple):
         weights: {task: f32[]}.
         total: f32[], the weighted sum.
         gradient_norm: f32[], of the trainable part, before clipping.
+        gram: f32[K, K], inner products of the task gradients in sorted order, or None if the rule needs none.
     """
 
     losses: dict[str, jax.Array]
@@ -37,6 +38,7 @@ class Metrics(NamedTuple):
     weights: dict[str, jax.Array]
     total: jax.Array
     gradient_norm: jax.Array
+    gram: jax.Array | None
 
 
 # (trunk params, batch, dropout key or None for none, feature table or None) -> pooled f32[R, S, H]
@@ -76,12 +78,17 @@ def apply_heads(
 ) -> dict[str, jax.Array]:
     """{task: outputs f32[R, S, O]} of every head on every example."""
 
-    def outputs(number: int, task: Task) -> Any:
-        head = Head(task.outputs, task.hidden, task.dropout)
-        rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
-        return head.apply({"params": params[task.name]}, pooled_RxSxH, deterministic=key is None, rngs=rngs)
+    return {
+        task.name: apply_head(task, params[task.name], pooled_RxSxH, None if key is None else jax.random.fold_in(key, number))
+        for number, task in enumerate(tasks)
+    }
 
-    return {task.name: outputs(number, task) for number, task in enumerate(tasks)}
+
+def apply_head(task: Task, params: Any, pooled_RxSxH: jax.Array, key: jax.Array | None) -> Any:
+    """Outputs f32[R, S, O] of one head; a key means dropout."""
+    head = Head(task.outputs, task.hidden, task.dropout)
+    rngs = None if key is None else {"dropout": key}
+    return head.apply({"params": params}, pooled_RxSxH, deterministic=key is None, rngs=rngs)
 
 
 def mean_losses(
@@ -93,19 +100,34 @@ def mean_losses(
     return {name: total / jnp.maximum(counts[name], 1.0) for name, (total, _) in sums.items()}, counts
 
 
+class Measured(NamedTuple):
+    """What the losses of a batch ask for.
+
+    Attributes:
+        gradient: Of the weighted sum, a tree like the trainable leaves.
+        losses: As in Metrics; so are counts, weights and gram.
+        rule_state: The rule's new state.
+    """
+
+    gradient: Any
+    losses: dict[str, jax.Array]
+    counts: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+    gram: jax.Array | None
+    rule_state: Any
+
+
+# (trainable leaves, frozen leaves, batch, feature table, state) -> Measured
+Measure = Callable[[Any, Any, Batch, jax.Array | None, TrainState], Measured]
+
+
 def make_train_step(
-    encode: Encode,
-    tasks: tuple[Task, ...],
-    rule: Rule,
-    optimizer: optax.GradientTransformation,
-    mask: Any,
+    measure: Measure, optimizer: optax.GradientTransformation, mask: Any
 ) -> Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, Metrics]]:
     """The step function of a phase, to be jitted by the caller.
 
     Args:
-        encode: encode_tokens(trunk), or look_up where the whole trunk is frozen and its features are known.
-        tasks: The tasks, label sets filled in.
-        rule: The weighting rule.
+        measure: by_losses(...) or gram_step.by_gram(...): losses, weights, gradient.
         optimizer: An optax transformation over the trainable leaves.
         mask: freezing.trainable(params, rules).
 
@@ -113,26 +135,42 @@ def make_train_step(
         (state, batch, feature table or None) -> (new state, Metrics).
     """
 
-    trains_trunk = any(jax.tree.leaves(mask["trunk"]))
-
     def train_step(state: TrainState, batch: Batch, table: jax.Array | None) -> tuple[TrainState, Metrics]:
-        trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
         trained, frozen = freezing.split(state.params, mask)
+        found = measure(trained, frozen, batch, table, state)
+        updates, opt_state = optimizer.update(found.gradient, state.opt_state, trained)
+        params = freezing.merge(optax.apply_updates(trained, updates), frozen)
+        total = weighted_sum(found.weights, found.losses)
+        norm = optax.tree.norm(found.gradient)
+        metrics = Metrics(found.losses, found.counts, found.weights, total, norm, found.gram)
+        return TrainState(state.step + 1, params, opt_state, found.rule_state, state.key), metrics
+
+    return train_step
+
+
+def by_losses(encode: Encode, tasks: tuple[Task, ...], rule: Rule, trains_trunk: bool) -> Measure:
+    """Losses -> weights -> gradient, in one backward pass: for rules that look at the losses only.
+
+    Args:
+        encode: encode_tokens(trunk), or look_up where the whole trunk is frozen and its features are known.
+        tasks: The tasks, label sets filled in.
+        rule: The weighting rule.
+        trains_trunk: Whether any part of the trunk trains. A frozen trunk is a fixed function: no dropout in it.
+    """
+
+    def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
+        trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
 
         def objective(trained: Any) -> tuple[jax.Array, Any]:
             params = freezing.merge(trained, frozen)
-            # A frozen trunk is a fixed function: no dropout in it.
             pooled_RxSxH = encode(params["trunk"], batch, trunk_key if trains_trunk else None, table)
             outputs = apply_heads(tasks, params["heads"], pooled_RxSxH, head_key)
             losses, counts = mean_losses(tasks, outputs, batch.labels)
             signals = Signals(jax.lax.stop_gradient(losses), None, state.step, rule_key)
             weights, rule_state = rule.update(state.rule_state, signals)
-            return weighted_sum(weights, losses), (losses, counts, weights, rule_state)
+            return weighted_sum(weights, losses), (losses, counts, weights, None, rule_state)
 
-        (total, (losses, counts, weights, rule_state)), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-        params = freezing.merge(optax.apply_updates(trained, updates), frozen)
-        metrics = Metrics(losses, counts, weights, total, optax.tree.norm(gradient))
-        return TrainState(state.step + 1, params, opt_state, rule_state, state.key), metrics
+        gradient, found = jax.grad(objective, has_aux=True)(trained)
+        return Measured(gradient, *found)
 
-    return train_step
+    return measure

@@ -46,9 +46,12 @@ def check_writable(workdir: Path) -> None:
     Raises:
         UserError: It cannot.
     """
-    at = workdir.resolve()
-    while not at.exists():
-        at = at.parent
+    try:
+        at = workdir.resolve()
+        while not at.exists():
+            at = at.parent
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be written ({error.strerror}); choose another --workdir") from error
     if not at.is_dir():
         raise UserError(f"{workdir}: cannot be a workdir, {at} is a file")
     if not os.access(at, os.W_OK | os.X_OK):
@@ -81,16 +84,31 @@ def forget_results(workdir: Path) -> None:
             (workdir / name).unlink(missing_ok=True)
 
 
-def make(workdir: Path, config: dict[str, Any]) -> None:
-    """Creates the workdir with config.json and versions.json.
+def check_data(workdir: Path, data: dict[str, Any]) -> None:
+    """Compares the data with that which the workdir was begun with.
+
+    Raises:
+        UserError: Examples or label sets are not the same: a file has changed since.
+    """
+    before = read_json(workdir / "data.json")
+    if before is None:
+        return
+    changed = [path for path, _, _ in _differences(before, json.loads(json.dumps(data)))]
+    if changed:
+        raise UserError(
+            f"{workdir} was begun with other data: {', '.join(changed[:5])} changed. Put the files back, choose another "
+            "--workdir, or go on with the new data by removing data.json there"
+        )
+
+
+def create(workdir: Path) -> None:
+    """Makes the directory.
 
     Raises:
         UserError: It cannot be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", config)
-        write_json(workdir / "versions.json", versions())
     except OSError as error:
         raise UserError(f"{workdir}: cannot be written ({error.strerror}); choose another --workdir") from error
 

@@ -67,13 +67,22 @@ def trainable(params: Any, rules: Sequence[ParamRule]) -> Any:
 
 
 def split(params: Any, mask: Any) -> tuple[Any, Any]:
-    """Two trees of the same shape: the trainable leaves, and the frozen ones; None stands where a leaf is in the other."""
+    """Two trees of the same shape: the trainable leaves, and the frozen ones; None stands where a leaf is in the other.
+
+    Args:
+        params: A tree of arrays; None leaves, from an earlier split, stay None in both.
+        mask: A tree of bools.
+    """
     return (
-        jax.tree.map(lambda leaf, train: leaf if train else None, params, mask),
-        jax.tree.map(lambda leaf, train: None if train else leaf, params, mask),
+        jax.tree.map(lambda leaf, train: leaf if train else None, params, mask, is_leaf=_is_none),
+        jax.tree.map(lambda leaf, train: None if train else leaf, params, mask, is_leaf=_is_none),
     )
 
 
 def merge(trained: Any, frozen: Any) -> Any:
     """The inverse of split."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=_is_none)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

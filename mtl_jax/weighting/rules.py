@@ -1,4 +1,4 @@
-"""Weighting rules. Each docstring has the formula, the source, and the scale of the weights."""
+"""Static rules, and rules that look at the losses only."""
 
 from __future__ import annotations
 
@@ -84,25 +84,3 @@ def dwa(temperature: float = 2.0) -> Rule:
         return dict(zip(tasks, weights_K, strict=True)), new_state
 
     return Rule(init=init, update=update)
-
-
-RULES: dict[str, Callable[..., Rule]] = {"equal": equal, "fixed": fixed, "dwa": dwa}
-
-
-def make(name: str, **options: Any) -> Rule:
-    """A rule by name: make("fixed", weights={"a": 1.0}) is fixed({"a": 1.0}).
-
-    Raises:
-        UserError: The name or an option is unknown (lists what there is), or an option's value is refused.
-    """
-    if name not in RULES:
-        raise unknown("weighting", name, RULES)
-    maker = RULES[name]
-    known = maker.__code__.co_varnames[: maker.__code__.co_argcount]
-    for option in options:
-        if option not in known:
-            raise unknown(f"option of weighting {name!r}:", option, known)
-    for option in known[: len(known) - len(maker.__defaults__ or ())]:
-        if option not in options:
-            raise UserError(f"weighting {name!r} needs {option}")
-    return maker(**options)

@@ -27,7 +27,7 @@ def finished(bert, data, tmp_path_factory):
 def test_a_run_leaves_its_files(finished):
     workdir, found = finished
     names = {path.name for path in workdir.iterdir()}
-    files = {"config.json", "versions.json", "labels.json", "baselines.json", "metrics.jsonl", "results.json", "curves.png"}
+    files = {"config.json", "versions.json", "data.json", "baselines.json", "metrics.jsonl", "results.json", "curves.png"}
     assert names == files | {"trunk", "tensorboard", "checkpoints"}
     assert json.loads((workdir / "results.json").read_text()) == found
     assert any(path.name.startswith("events") for path in (workdir / "tensorboard").iterdir())

@@ -142,7 +142,7 @@ def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path
     saved["arrays"][name][1] += 1
     record.write_text(json.dumps(saved))
     with pytest.raises(UserError, match="is damaged"):
-        store.restore(1, lambda record: prepare.template(prepared, 0))
+        store.restore(1, lambda record: prepare.template(prepared, 0, 1))
     with pytest.raises(UserError, match="is damaged"):
         store.restore_params(1)
     store.close()
@@ -155,10 +155,47 @@ def test_another_model_is_not_taken_for_damage(folder, tmp_path):
     experiment = tiny.experiment(folder / "bert", folder / "data")
     mtl_jax.train(experiment, tmp_path / "run")
     tasks = (*experiment.tasks[:2], dataclasses.replace(experiment.tasks[2], hidden=4))
-    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    before = files()
     with pytest.raises(UserError, match=r"another model: .*fine/hidden/bias is of shape \(8,\) in it and of shape \(4,\) here"):
         mtl_jax.train(dataclasses.replace(experiment, tasks=tasks), tmp_path / "run", allow_config_change=True)
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    assert files() == before
+    for steps in ((3, 6), (6, 2), (30, 6)):
+        phases = tuple(dataclasses.replace(p, steps=n) for p, n in zip(experiment.phases, steps, strict=True))
+        with pytest.raises(UserError, match="does not fit the phases"):
+            mtl_jax.train(dataclasses.replace(experiment, phases=phases), tmp_path / "run", allow_config_change=True)
+    one = dataclasses.replace(experiment, phases=experiment.phases[:1])
+    with pytest.raises(UserError, match="does not fit the phases"):
+        mtl_jax.train(one, tmp_path / "run", allow_config_change=True)
+    assert files() == before
+
+
+def test_data_that_changed_is_refused(folder, tmp_path):
+    import mtl_jax
+    from mtl_jax.errors import UserError
+
+    tiny.write_data(tmp_path / "data")
+    experiment = tiny.experiment(folder / "bert", tmp_path / "data")
+    mtl_jax.train(experiment, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    questions = tmp_path / "data" / "questions.txt"
+    questions.write_text(questions.read_text().replace("LOC:city", "ABC:city"))
+    with pytest.raises(UserError, match=r"begun with other data: labels\.coarse\.0, .* changed"):
+        mtl_jax.train(experiment, tmp_path / "run")
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_next(folder, tmp_path):
+    import mtl_jax
+    from mtl_jax.prediction import predict
+
+    found = mtl_jax.train(tiny.experiment(folder / "bert", folder / "data"), tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / str(found["best_step"]) / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert predict(tmp_path / "run", "coarse", ["who is the man ?"])[0]["label"] in ("HUM", "LOC")
 
 
 def test_all_checkpoints_damaged_starts_over(folder, tmp_path):

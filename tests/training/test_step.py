@@ -13,7 +13,7 @@ from mtl_jax.data.batches import train_batches
 from mtl_jax.models.head import Head
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.training.prepare import initial_state, prepare
-from mtl_jax.training.step import encode_tokens, look_up, make_train_step
+from mtl_jax.training.step import by_losses, encode_tokens, look_up, make_train_step
 from mtl_jax.transfer import freezing
 
 DECAYING = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.1, warmup=0.0)
@@ -29,7 +29,9 @@ def batch(bert, data):
 def one_phase(bert, data, *rules, **changes):
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("only", 5, rules=rules),), **changes))
     plan = prepared.plans[0]
-    step = make_train_step(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, plan.rule, plan.optimizer, plan.mask)
+    trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
+    measure = by_losses(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, plan.rule, trains_trunk)
+    step = make_train_step(measure, plan.optimizer, plan.mask)
     return prepared, step, initial_state(prepared)
 
 
@@ -103,7 +105,8 @@ def test_frozen_parts_cost_no_backward_pass(bert, data, batch):
     prepared, heads_step, heads = one_phase(bert, data, *tiny.HEADS_ONLY, optimizer=DECAYING)
     plan = prepared.plans[0]
     table = jnp.zeros((prepared.corpus.size, tiny.HIDDEN))
-    cached_step = make_train_step(look_up, prepared.corpus.tasks, plan.rule, plan.optimizer, plan.mask)
+    cached_measure = by_losses(look_up, prepared.corpus.tasks, plan.rule, trains_trunk=False)
+    cached_step = make_train_step(cached_measure, plan.optimizer, plan.mask)
 
     def forward(params, batch):
         return encode_tokens(prepared.trunk.module)(params["trunk"], batch, None, None)
@@ -120,7 +123,8 @@ def test_frozen_parts_cost_no_backward_pass(bert, data, batch):
 def test_cached_features_give_the_same_step(bert, data, batch):
     prepared, step, state = one_phase(bert, data, *tiny.HEADS_ONLY)
     plan = prepared.plans[0]
-    cached_step = make_train_step(look_up, prepared.corpus.tasks, plan.rule, plan.optimizer, plan.mask)
+    cached_measure = by_losses(look_up, prepared.corpus.tasks, plan.rule, trains_trunk=False)
+    cached_step = make_train_step(cached_measure, plan.optimizer, plan.mask)
     pooled = encode_tokens(prepared.trunk.module)(prepared.params["trunk"], batch, None, None)
     table = np.zeros((prepared.corpus.size, tiny.HIDDEN), np.float32)
     table[batch.index[batch.index >= 0]] = pooled[batch.index >= 0]
@@ -149,10 +153,10 @@ def test_the_rule_sees_losses_without_gradient(bert, data, batch):
 
     rule = weighting.Rule(init=lambda names: (), update=by_loss)
     arguments = (encode_tokens(prepared.trunk.module), prepared.corpus.tasks)
-    step = make_train_step(*arguments, rule, plan.optimizer, plan.mask)
+    step = make_train_step(by_losses(*arguments, rule, True), plan.optimizer, plan.mask)
     _, metrics = jax.jit(step)(state, batch, None)
     weights = {task: float(weight) for task, weight in metrics.weights.items()}
-    fixed_step = make_train_step(*arguments, weighting.fixed(weights), plan.optimizer, plan.mask)
+    fixed_step = make_train_step(by_losses(*arguments, weighting.fixed(weights), True), plan.optimizer, plan.mask)
     _, expected = jax.jit(fixed_step)(state, batch, None)
     np.testing.assert_allclose(metrics.gradient_norm, expected.gradient_norm, rtol=1e-5)
 

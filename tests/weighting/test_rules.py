@@ -52,7 +52,7 @@ def test_dwa_weights_are_finite_and_sum_to_k(history):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: weighting.make("pcgard"), "unknown weighting 'pcgard'.*choices: equal, fixed, dwa"),
+        (lambda: weighting.make("pcgard"), "unknown weighting 'pcgard'.*choices: equal, fixed, dwa, mgda"),
         (lambda: weighting.make("dwa", temp=1), "unknown option of weighting 'dwa': 'temp'.*temperature"),
         (lambda: weighting.make("fixed"), "needs weights"),
         (lambda: weighting.dwa(temperature=0), "temperature is 0"),

@@ -1,0 +1,143 @@
+"""Per-task gradients of the shared trunk at the price of plain training, and the Gram matrix of them.
+
+Every task has rows of its own source, so the gradients of K tasks need no K backward passes over the batch: the rows are cut
+into blocks by source, the heads' backward gives each task's cotangent on its own block, and each block goes back through the
+trunk once. Only tasks that share a source need one backward pass of that block each.
+
+Shapes in names: N blocks (sources), R rows a block, S examples a row, H trunk width, K tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.data.batches import Batch
+from mtl_jax.tasks import Task
+
+
+class Layout(NamedTuple):
+    """How tasks and rows belong together; all of it static.
+
+    Attributes:
+        rows: Rows of each source's block in a batch, in order.
+        rounds: Tasks by backward pass: rounds[r] lists (task, block) for the r-th task of every block that has so many.
+    """
+
+    rows: tuple[int, ...]
+    rounds: tuple[tuple[tuple[str, int], ...], ...]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names in the order of the rounds."""
+        return [task for entries in self.rounds for task, _ in entries]
+
+
+def layout(tasks: Sequence[Task], rows: dict[str, int]) -> Layout:
+    """The layout of a run.
+
+    Args:
+        tasks: The tasks.
+        rows: {source: rows of its block}, in the order of the blocks.
+    """
+    blocks = {source: [task.name for task in tasks if task.source == source] for source in rows}
+    depth = max(len(names) for names in blocks.values())
+    rounds = tuple(
+        tuple((names[r], number) for number, names in enumerate(blocks.values()) if len(names) > r) for r in range(depth)
+    )
+    return Layout(tuple(rows.values()), rounds)
+
+
+def cut(batch: Batch, rows: tuple[int, ...], tasks: Sequence[Task]) -> Batch:
+    """A batch as equal blocks: every leaf [sum of rows, ...] becomes [N, largest rows, ...]; short blocks end in empty rows."""
+    if len(set(rows)) == 1:
+        return jax.tree.map(lambda leaf: leaf.reshape(len(rows), rows[0], *leaf.shape[1:]), batch)
+    starts = np.concatenate([[0], np.cumsum(rows)[:-1]])
+    within = np.arange(max(rows))[None, :]
+    # A row past the end of its block is past the end of the batch, where `fill` takes over.
+    index_NxR = np.where(within < np.array(rows)[:, None], starts[:, None] + within, sum(rows))
+
+    def take(leaf: jax.Array, fill: float) -> jax.Array:
+        return jnp.take(leaf, index_NxR, axis=0, mode="fill", fill_value=fill)
+
+    return Batch(
+        tokens=take(batch.tokens, 0),
+        segments=take(batch.segments, 0),
+        positions=take(batch.positions, 0),
+        index=take(batch.index, -1),
+        labels={task.name: take(batch.labels[task.name], task.missing) for task in tasks},
+    )
+
+
+def task_gradients(
+    encode_block: Callable[[Any, Batch, jax.Array], jax.Array],
+    parameters: Any,
+    blocks: Batch,
+    keys_N: jax.Array,
+    cotangents: dict[str, jax.Array],
+    rounds: Sequence[Sequence[tuple[str, int]]],
+    dtype: Any,
+) -> list[Any]:
+    """The gradient of every task with respect to shared parameters.
+
+    Args:
+        encode_block: (parameters, block, key) -> pooled f32[R, S, H].
+        parameters: The shared parameters to differentiate by.
+        blocks: cut(...).
+        keys_N: A dropout key for each block.
+        cotangents: {task: f32[R, S, H]}, the gradient of its loss with respect to its block's pooled vectors.
+        rounds: Layout.rounds.
+        dtype: In which the result is held.
+
+    Returns:
+        For each round a tree like `parameters`, leaves [tasks of the round, ...].
+    """
+
+    def back(block: Batch, key: jax.Array, cotangent_RxSxH: jax.Array) -> Any:
+        _, pull = jax.vjp(lambda p: encode_block(p, block, key), parameters)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), pull(cotangent_RxSxH)[0])
+
+    found = []
+    for entries in rounds:
+        places = np.array([block for _, block in entries])
+        whole = len(entries) == len(keys_N)  # then XLA can share the forward pass with the one that gave the losses
+        chosen = blocks if whole else jax.tree.map(lambda leaf, at=places: leaf[at], blocks)
+        keys = keys_N if whole else keys_N[places]
+        found.append(jax.vmap(back)(chosen, keys, jnp.stack([cotangents[task] for task, _ in entries])))
+    return found
+
+
+def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
+    """Inner products of the task gradients: f32[K, K], rows in sorted order of the names.
+
+    Args:
+        rounds: What task_gradients returned.
+        names: Task names in the order of the rounds.
+    """
+
+    def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+        flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        return jnp.matmul(flat_a, flat_b.T, precision="highest", preferred_element_type=jnp.float32)
+
+    def block(a: Any, b: Any) -> jax.Array:
+        return jax.tree.reduce(jnp.add, jax.tree.map(inner, a, b))
+
+    gram_KxK = jnp.block([[block(a, b) for b in rounds] for a in rounds])
+    order = np.argsort(np.array(names))
+    return gram_KxK[order][:, order]
+
+
+def combine(rounds: Sequence[Any], weights: dict[str, jax.Array], names: Sequence[str]) -> Any:
+    """sum_k weight_k * gradient_k, a tree like the parameters, float32."""
+    at, total = 0, None
+    for gradients in rounds:
+        count = len(jax.tree.leaves(gradients)[0])
+        weights_K = jnp.stack([weights[name] for name in names[at : at + count]])
+        part = jax.tree.map(lambda leaf, w=weights_K: jnp.tensordot(w, leaf.astype(jnp.float32), axes=1), gradients)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+        at += count
+    return total

@@ -1,0 +1,170 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import mtl_jax
+from mtl_jax import Batching, ParamRule, Phase, weighting
+from mtl_jax.data.batches import train_batches
+from mtl_jax.errors import UserError
+from mtl_jax.training import gradients, gram_step
+from mtl_jax.training.logs import compare_gradients, read_metrics
+from mtl_jax.training.prepare import initial_state, measure, prepare
+from mtl_jax.training.step import apply_heads, encode_tokens, make_train_step, mean_losses
+
+EVERYTHING = (Phase("everything", 4),)
+
+
+def set_up(bert, data, **changes):
+    """Dropout off; a batch, the state, the measure of the only phase."""
+    defaults = {"phases": EVERYTHING, "trunk": mtl_jax.Pretrained(str(bert), dropout=0.0)}
+    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
+    prepared = prepare(tiny.experiment(bert, data, tasks=tasks, **(defaults | changes)))
+    stream = train_batches(prepared.corpus, prepared.experiment.batch, seed=0)
+    batch = jax.tree.map(jnp.asarray, next(stream))
+    stream.close()
+    return prepared, batch, initial_state(prepared)
+
+
+def jacobian(prepared, batch):
+    """One backward pass for each task, the slow way: {task: gradient by the trunk, flat}."""
+
+    @jax.jit
+    def losses(trunk):
+        pooled = encode_tokens(prepared.trunk.module)(trunk, batch, None, None)
+        outputs = apply_heads(prepared.corpus.tasks, prepared.params["heads"], pooled, None)
+        return mean_losses(prepared.corpus.tasks, outputs, batch.labels)[0]
+
+    rows = jax.jacrev(losses)(prepared.params["trunk"])
+    return {task: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row)]) for task, row in rows.items()}
+
+
+@pytest.mark.parametrize("mixture", ["uniform", "proportional"])
+def test_the_gram_matrix_is_that_of_k_backward_passes(bert, data, mixture):
+    """Three tasks on two sources, two of them on one; blocks of equal and of unequal length."""
+    batching = Batching(rows=9 if mixture == "proportional" else 8, row_length=24, examples_per_row=6, mixture=mixture)
+    prepared, batch, state = set_up(bert, data, weighting="mgda", batch=batching)
+    rows = jacobian(prepared, batch)
+    expected = np.array([[rows[a] @ rows[b] for b in sorted(rows)] for a in sorted(rows)])
+    step = make_train_step(measure(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
+    _, metrics = jax.jit(step)(state, batch, None)
+    np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize("gram_over", ["trunk", "representation", "trunk/layer_1/.*"])
+def test_equal_weights_through_the_gram_step_are_plain_training(bert, data, gram_over):
+    prepared, batch, state = set_up(bert, data)
+    plan = prepared.plans[0]
+    plain, plain_metrics = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))(state, batch, None)
+    rule = weighting.Rule(
+        init=lambda names: (), update=lambda s, signals: ({t: jnp.ones(()) for t in signals.losses}, s), needs_gram=True
+    )
+    prepared = prepared._replace(experiment=dataclasses.replace(prepared.experiment, gram_over=gram_over))
+    step = make_train_step(measure(prepared, plan._replace(rule=rule)), plan.optimizer, plan.mask)
+    found, metrics = jax.jit(step)(state, batch, None)
+    np.testing.assert_allclose(metrics.total, plain_metrics.total, rtol=1e-5)
+    np.testing.assert_allclose(metrics.gradient_norm, plain_metrics.gradient_norm, rtol=1e-4)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain.opt_state, found.opt_state)
+    assert max(jax.tree.leaves(moved)) < 1e-5
+
+
+def test_the_combined_gradient_follows_the_weights(bert, data):
+    prepared, batch, state = set_up(bert, data, weighting="pcgrad")
+    plan = prepared.plans[0]
+    found = jax.jit(measure(prepared, plan))(prepared.params, jax.tree.map(lambda _: None, prepared.params), batch, None, state)
+    rows = jacobian(prepared, batch)
+    expected = sum(float(found.weights[task]) * row for task, row in rows.items())
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found.gradient["trunk"])])
+    np.testing.assert_allclose(flat, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_heads_may_keep_their_plain_gradient(bert, data):
+    found = {}
+    for weigh in (True, False):
+        prepared, batch, state = set_up(bert, data, weighting="mgda", weigh_heads=weigh)
+        frozen = jax.tree.map(lambda _: None, prepared.params)
+        found[weigh] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    for task, gradient in found[False].gradient["heads"].items():
+        weighted = jax.tree.map(lambda leaf, w=found[True].weights[task]: w * leaf, gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True].gradient["heads"][task], weighted)
+
+
+def test_the_gram_step_costs_what_plain_training_costs(bert, data):
+    """By XLA's count, where every task has rows of its own: no K backward passes."""
+    tasks = tiny.experiment(bert, data).tasks[:2]
+    flops = {}
+    for rule in ("equal", "upgrad"):
+        prepared, batch, state = set_up(bert, data, weighting=rule, only=tuple(task.name for task in tasks))
+        plan = prepared.plans[0]
+        step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
+        flops[rule] = step.lower(state, batch, None).compile().cost_analysis()["flops"]
+    assert flops["upgrad"] < 1.15 * flops["equal"]
+
+
+def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
+    batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="uniform")
+    prepared, batch, _ = set_up(bert, data, batch=batching)
+    blocks = gradients.cut(batch, (5, 4), prepared.corpus.tasks)
+    np.testing.assert_array_equal(blocks.tokens[0], batch.tokens[:5])
+    np.testing.assert_array_equal(blocks.tokens[1, :4], batch.tokens[5:])
+    assert not blocks.tokens[1, 4].any()
+    assert (blocks.index[1, 4] == -1).all()
+    assert np.isnan(blocks.labels["rating"][1, 4]).all()
+
+
+@pytest.mark.parametrize(
+    "weighting_name", ["mgda", "pcgrad", "cagrad", "fairgrad", "imtl_g", "aligned", "upgrad", "dualproj", "config"]
+)
+def test_every_rule_trains(bert, data, tmp_path, weighting_name):
+    """Heads first on cached features, where nothing shared trains and every weight is 1; then everything by the rule."""
+    found = mtl_jax.train(tiny.experiment(bert, data, weighting=weighting_name), tmp_path)
+    records = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]
+    assert all(record["weight/rating"] == 1.0 for record in records[:6])
+    assert all("conflicts" in record for record in records[6:])
+    assert found["steps"] == 12
+
+
+def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, tmp_path):
+    totals = {}
+    for devices in (1, 8):
+        experiment = tiny.experiment(
+            bert,
+            data,
+            trunk=mtl_jax.Pretrained(str(bert), dropout=0.0),
+            phases=EVERYTHING,
+            batch=Batching(rows=16, row_length=24, examples_per_row=6),
+            weighting="upgrad",
+            devices=devices,
+        )
+        mtl_jax.train(experiment, tmp_path / str(devices))
+        records = [record for record in read_metrics(tmp_path / str(devices)) if record["kind"] == "train"]
+        totals[devices] = [[record["total"], record["gradient_norm/fine"], record["weight/fine"]] for record in records]
+    np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
+
+
+def test_diagnostics_by_hand():
+    gram = np.array([[4.0, -3.0, 0.0], [-3.0, 9.0, 6.0], [0.0, 6.0, 16.0]])
+    record = compare_gradients(gram, ["a", "b", "c"])
+    assert record["gradient_norm/c"] == 4.0
+    assert record["cosines"][0] == [1.0, -0.5, 0.0]
+    assert record["cosine_min"] == -0.5
+    assert record["conflicts"] == pytest.approx(1 / 3)
+    assert record["cosine_mean"] == pytest.approx((-0.5 + 0.0 + 0.5) / 3)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"), [("layer_1/.*", "matches no trunk parameter"), ("trunk/(", "no regular expression")]
+)
+def test_what_the_gram_matrix_is_over_must_exist(bert, data, over, message):
+    with pytest.raises(UserError, match=message):
+        prepare(tiny.experiment(bert, data, weighting="mgda", gram_over=over))
+
+
+def test_a_frozen_layer_cannot_carry_the_gram_matrix(bert, data):
+    rules = (ParamRule("trunk/layer_1/.*", train=False), ParamRule(".*"))
+    prepared = prepare(tiny.experiment(bert, data, phases=(Phase("top", 1, rules=rules),)))
+    with pytest.raises(UserError, match="matches no trunk parameter that trains"):
+        gram_step.check(prepared.params, prepared.plans[0].mask, "trunk/layer_1/.*")

@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtl_jax.weighting import solvers
+
+
+def gram(K, P, seed):
+    """A Gram matrix of K gradients of very different lengths in P dimensions."""
+    rng = np.random.default_rng(seed)
+    gradients = rng.normal(size=(K, P)) * np.exp(1.5 * rng.normal(size=(K, 1)))
+    return (gradients @ gradients.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("P", [3, 300])
+def test_min_norm_is_optimal(K, P):
+    """Karush-Kuhn-Tucker: no task's gradient has a smaller inner product with the result than the result itself."""
+    for seed in range(3):
+        matrix = gram(K, P, seed).astype(np.float64)
+        w = np.asarray(solvers.min_norm(jnp.asarray(matrix, jnp.float32)), np.float64)
+        assert w.sum() == pytest.approx(1.0, abs=1e-5)
+        assert w.min() >= 0
+        assert (matrix @ w).min() >= w @ matrix @ w - 1e-5 * matrix.max()
+
+
+def test_min_norm_of_two_is_the_closed_form():
+    for seed in range(20):
+        matrix = gram(2, 2, seed)
+        (aa, ab), (_, bb) = matrix
+        first = np.clip((bb - ab) / (aa + bb - 2 * ab), 0, 1)
+        np.testing.assert_allclose(solvers.min_norm(jnp.asarray(matrix)), [first, 1 - first], atol=2e-5)
+
+
+@pytest.mark.parametrize("K", [1, 2, 8, 64])
+@pytest.mark.parametrize("P", [3, 300])
+def test_the_projection_is_optimal(K, P):
+    for seed in range(3):
+        matrix = gram(K, P, seed).astype(np.float64)
+        lower = np.full(K, 1 / K)
+        v = np.asarray(solvers.into_dual_cone(jnp.asarray(matrix, jnp.float32), jnp.asarray(lower, jnp.float32)), np.float64)
+        gain = matrix @ v / matrix.max()
+        assert (v >= lower - 1e-6).all()
+        assert gain.min() >= -1e-4  # conflicts with no task
+        assert np.abs((v - lower) * gain).max() <= 1e-3  # only what conflicted was added
+
+
+def test_solvers_vmap():
+    matrices = jnp.stack([jnp.asarray(gram(4, 6, seed)) for seed in range(5)])
+    together = jax.vmap(solvers.min_norm)(matrices)
+    for matrix, weights in zip(matrices, together, strict=True):
+        np.testing.assert_allclose(weights, solvers.min_norm(matrix), atol=1e-5)

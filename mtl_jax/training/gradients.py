@@ -73,41 +73,72 @@ def cut(batch: Batch, rows: tuple[int, ...], tasks: Sequence[Task]) -> Batch:
     )
 
 
-def task_gradients(
-    encode_block: Callable[[Any, Batch, jax.Array], jax.Array],
-    parameters: Any,
-    blocks: Batch,
-    keys_N: jax.Array,
-    cotangents: dict[str, jax.Array],
-    rounds: Sequence[Sequence[tuple[str, int]]],
-    dtype: Any,
-) -> list[Any]:
-    """The gradient of every task with respect to shared parameters.
+def encode_blocks(
+    encode_block: Callable[[Any, Batch, jax.Array], jax.Array], parameters: Any, blocks: Batch, keys_N: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array, np.ndarray], Any]]:
+    """One forward pass over all blocks, and the way back through each of them by itself.
+
+    What the backward pass needs again is kept once a block, except the parameters: they are the same for all blocks, and
+    copies of them would turn every matrix product of the backward pass into a batched one over N copies of its weights.
 
     Args:
         encode_block: (parameters, block, key) -> pooled f32[R, S, H].
         parameters: The shared parameters to differentiate by.
         blocks: cut(...).
         keys_N: A dropout key for each block.
+
+    Returns:
+        pooled f32[N, R, S, H], and a function from cotangents f32[M, R, S, H] of the M blocks at the given places to gradients,
+        a tree like `parameters`, leaves [M, ...].
+    """
+    shared = jax.tree.leaves(parameters)
+    kept: list[int | None] = []  # for each residual: which parameter it is, or None for one that differs by block
+    structure: list[Any] = []
+
+    def forward(block: Batch, key: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        pooled, pull = jax.vjp(lambda p: encode_block(p, block, key), parameters)
+        residuals, treedef = jax.tree.flatten(pull)
+        structure[:] = [treedef]
+        kept[:] = [next((n for n, leaf in enumerate(shared) if leaf is residual), None) for residual in residuals]
+        return pooled, [residual for residual, place in zip(residuals, kept, strict=True) if place is None]
+
+    pooled_NxRxSxH, differing_N = jax.vmap(forward)(blocks, keys_N)
+
+    def back(differing: list[jax.Array], cotangent_RxSxH: jax.Array) -> Any:
+        own = iter(differing)
+        residuals = [next(own) if place is None else shared[place] for place in kept]
+        return jax.tree.unflatten(structure[0], residuals)(cotangent_RxSxH)[0]
+
+    def pull(cotangents_MxRxSxH: jax.Array, places_M: np.ndarray) -> Any:
+        every = len(places_M) == len(keys_N)
+        chosen_M = differing_N if every else [leaf[places_M] for leaf in differing_N]
+        return jax.vmap(back)(chosen_M, cotangents_MxRxSxH)
+
+    return pooled_NxRxSxH, pull
+
+
+def task_gradients(
+    pull: Callable[[jax.Array, np.ndarray], Any],
+    cotangents: dict[str, jax.Array],
+    rounds: Sequence[Sequence[tuple[str, int]]],
+    dtype: Any,
+) -> list[Any]:
+    """The gradient of every task with respect to the shared parameters.
+
+    Args:
+        pull: The second result of encode_blocks.
         cotangents: {task: f32[R, S, H]}, the gradient of its loss with respect to its block's pooled vectors.
         rounds: Layout.rounds.
         dtype: In which the result is held.
 
     Returns:
-        For each round a tree like `parameters`, leaves [tasks of the round, ...].
+        For each round a tree like the parameters, leaves [tasks of the round, ...].
     """
-
-    def back(block: Batch, key: jax.Array, cotangent_RxSxH: jax.Array) -> Any:
-        _, pull = jax.vjp(lambda p: encode_block(p, block, key), parameters)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), pull(cotangent_RxSxH)[0])
-
     found = []
     for entries in rounds:
-        places = np.array([block for _, block in entries])
-        whole = len(entries) == len(keys_N)  # then XLA can share the forward pass with the one that gave the losses
-        chosen = blocks if whole else jax.tree.map(lambda leaf, at=places: leaf[at], blocks)
-        keys = keys_N if whole else keys_N[places]
-        found.append(jax.vmap(back)(chosen, keys, jnp.stack([cotangents[task] for task, _ in entries])))
+        places_M = np.array([block for _, block in entries])
+        gradients = pull(jnp.stack([cotangents[task] for task, _ in entries]), places_M)
+        found.append(jax.tree.map(lambda leaf: leaf.astype(dtype), gradients))
     return found
 
 

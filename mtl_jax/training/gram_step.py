@@ -61,7 +61,8 @@ def by_gram(
 
     Over the whole trunk, the task gradients that make the Gram matrix also make the combined gradient, and nothing is
     computed twice. Over a part of it, or over the representation, the weights come first, and one ordinary backward pass
-    follows. The representation's gradient is that by a vector added to every example's pooled vector, f32[H].
+    follows; a part costs a second forward pass. The representation's gradient is that by a vector added to every example's
+    pooled vector, f32[H].
 
     Args:
         encode: encode_tokens(trunk).
@@ -96,8 +97,10 @@ def by_gram(
             losses, counts = mean_losses(tasks, outputs, labels)
             return jax.tree.reduce(jnp.add, losses), (losses, counts)
 
-        # This forward pass and the one inside task_gradients are the same operations: XLA does them once.
-        pooled_NxRxSxH = encode_all(trained["trunk"])
+        if gram_over == TRUNK:
+            pooled_NxRxSxH, pull_blocks = gradients.encode_blocks(encode_block, trained["trunk"], blocks, keys_N)
+        else:
+            pooled_NxRxSxH, pull_all = jax.vjp(encode_all, trained["trunk"])
         pooled = {task: pooled_NxRxSxH[block] for task, block in block_of.items()}
         (head_gradients, cotangents), (losses, counts) = jax.grad(head_losses, argnums=(0, 1), has_aux=True)(
             trained["heads"], pooled
@@ -107,12 +110,14 @@ def by_gram(
         if gram_over == REPRESENTATION:
             rounds = [jnp.stack([cotangents[name].sum(axis=(0, 1)) for name in names])]
         else:
-            part, rest = freezing.split(trained["trunk"], over["trunk"])
+            if gram_over != TRUNK:
+                part, rest = freezing.split(trained["trunk"], over["trunk"])
 
-            def encode_part(part: Any, block: Batch, key: jax.Array) -> jax.Array:
-                return encode_block(freezing.merge(part, rest), block, key)
+                def encode_part(part: Any, block: Batch, key: jax.Array) -> jax.Array:
+                    return encode_block(freezing.merge(part, rest), block, key)
 
-            rounds = gradients.task_gradients(encode_part, part, blocks, keys_N, cotangents, layout.rounds, dtype)
+                _, pull_blocks = gradients.encode_blocks(encode_part, part, blocks, keys_N)
+            rounds = gradients.task_gradients(pull_blocks, cotangents, layout.rounds, dtype)
         gram_KxK = gradients.gram_matrix(rounds, names)
         weights, rule_state = rule.update(state.rule_state, Signals(losses, gram_KxK, state.step, rule_key))
 
@@ -122,8 +127,7 @@ def by_gram(
             weighted_NxRxSxH = jnp.zeros_like(pooled_NxRxSxH)
             for task, block in block_of.items():
                 weighted_NxRxSxH = weighted_NxRxSxH.at[block].add(weights[task] * cotangents[task])
-            _, pull = jax.vjp(encode_all, trained["trunk"])
-            (trunk_gradient,) = pull(weighted_NxRxSxH)
+            (trunk_gradient,) = pull_all(weighted_NxRxSxH)
         if weigh_heads:
             head_gradients = {
                 name: jax.tree.map(lambda leaf, w=weights[name]: w * leaf, gradient)

@@ -41,7 +41,10 @@ def minimize(derivatives: Derivatives, start_K: jax.Array, lower_K: jax.Array, t
         gradient_K, hessian_KxK = derivatives(x_K)
         slack_K = x_K - lower_K
         barrier = 0.1 * jnp.mean(slack_K * dual_K)
-        matrix_KxK = hessian_KxK + jnp.diag(dual_K / slack_K)
+        # Where the sum is given, a step does not change it, so a multiple of 11^T changes no step; it keeps the matrix
+        # regular where the function is flat along x itself, as a norm is.
+        along = 0.0 if total is None else 1.0
+        matrix_KxK = hessian_KxK + along + jnp.diag(dual_K / slack_K)
         scale_K = jnp.sqrt(jnp.diagonal(matrix_KxK))  # near the bounds the diagonal spans all of float32
         scaled_KxK = matrix_KxK / scale_K[:, None] / scale_K[None, :]
         right_Kx2 = jnp.stack([barrier / slack_K + multiplier - gradient_K, jnp.ones(K)], axis=1)
@@ -55,6 +58,8 @@ def minimize(derivatives: Derivatives, start_K: jax.Array, lower_K: jax.Array, t
         share = jnp.minimum(1.0, jnp.minimum(longest(slack_K, step_K), longest(dual_K, dual_step_K)))
         new = (x_K + share * step_K, dual_K + share * dual_step_K, multiplier + share * multiplier_step)
         sound = jnp.isfinite(new[0]).all() & jnp.isfinite(new[1]).all() & (new[0] > lower_K).all() & (new[1] > 0).all()
+        if total is not None:
+            sound &= jnp.abs(new[0].sum() - total) < 1e-4
         return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, carry)
 
     start = (jnp.asarray(start_K, jnp.float32), jnp.ones(K), jnp.zeros(()))

@@ -93,7 +93,11 @@ def test_heads_may_keep_their_plain_gradient(bert, data):
 
 
 def test_the_gram_step_costs_what_plain_training_costs(bert, data):
-    """By XLA's count, where every task has rows of its own: no K backward passes."""
+    """By XLA's count, where every task has rows of its own: no K backward passes, no second forward pass.
+
+    Together the Gram matrix and the combination cost 2 K^2 + 2 K operations a parameter, which is much only for a tiny
+    model: they are counted off.
+    """
     tasks = tiny.experiment(bert, data).tasks[:2]
     flops = {}
     for rule in ("equal", "upgrad"):
@@ -101,7 +105,18 @@ def test_the_gram_step_costs_what_plain_training_costs(bert, data):
         plan = prepared.plans[0]
         step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
         flops[rule] = step.lower(state, batch, None).compile().cost_analysis()["flops"]
-    assert flops["upgrad"] < 1.15 * flops["equal"]
+    size = sum(leaf.size for leaf in jax.tree.leaves(prepared.params["trunk"]))
+    assert flops["upgrad"] - 12 * size < 1.03 * flops["equal"]
+
+
+def test_task_gradients_may_be_held_in_bfloat16(bert, data):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        prepared, batch, state = set_up(bert, data, weighting="mgda", gram_dtype=dtype)
+        frozen = jax.tree.map(lambda _: None, prepared.params)
+        found[dtype] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    scale = float(jnp.max(found["float32"].gram))
+    np.testing.assert_allclose(found["bfloat16"].gram, found["float32"].gram, atol=2e-2 * scale)
 
 
 def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
@@ -115,10 +130,8 @@ def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
     assert np.isnan(blocks.labels["rating"][1, 4]).all()
 
 
-@pytest.mark.parametrize(
-    "weighting_name", ["mgda", "pcgrad", "cagrad", "fairgrad", "imtl_g", "aligned", "upgrad", "dualproj", "config"]
-)
-def test_every_rule_trains(bert, data, tmp_path, weighting_name):
+@pytest.mark.parametrize("weighting_name", ["upgrad", "pcgrad"])  # one that solves, one that draws
+def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     """Heads first on cached features, where nothing shared trains and every weight is 1; then everything by the rule."""
     found = mtl_jax.train(tiny.experiment(bert, data, weighting=weighting_name), tmp_path)
     records = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,9 @@ from mtl_jax.weighting import Signals
 
 GRAM_RULES = ("mgda", "pcgrad", "cagrad", "fairgrad", "imtl_g", "aligned", "upgrad", "dualproj", "config")
 EXAMPLE = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+
+
+make = functools.cache(weighting.make)  # one rule object, one compilation
 
 
 def weights_of(rule, gradients, key=0):
@@ -121,7 +126,7 @@ matrices = st.integers(0, 10_000).map(
 @given(gradients=matrices)
 @settings(max_examples=25)
 def test_non_conflicting(name, gradients):
-    g = direction(weighting.make(name), gradients)
+    g = direction(make(name), gradients)
     assert (gradients @ g).min() >= -1e-3 * np.square(gradients).sum(1).max()
 
 
@@ -130,7 +135,7 @@ def test_non_conflicting(name, gradients):
 @settings(max_examples=15)
 def test_the_order_of_the_tasks_does_not_matter(name, gradients, seed):
     order = np.random.default_rng(seed).permutation(4)
-    rule = weighting.make(name)
+    rule = make(name)
     expected = direction(rule, gradients)
     np.testing.assert_allclose(direction(rule, gradients[order]), expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max())
 
@@ -151,7 +156,7 @@ def test_the_order_of_the_tasks_does_not_matter(name, gradients, seed):
     ids=["zero", "equal", "opposite", "one zero", "K = 1", "1e-15", "1e15", "unlike"],
 )
 def test_weights_are_finite(name, gradients):
-    assert np.isfinite(weights_of(weighting.make(name), gradients)).all()
+    assert np.isfinite(weights_of(make(name), gradients)).all()
 
 
 @pytest.mark.parametrize("name", ["mgda", "pcgrad", "cagrad", "imtl_g", "aligned", "upgrad", "dualproj", "config"])
@@ -163,7 +168,7 @@ def test_the_weights_do_not_depend_on_a_common_scale(name):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("maker", "message"),
     [
         (lambda: weighting.make("cagrad", c=-1.0), "c is -1.0; it must not be negative"),
         (lambda: weighting.make("cagrad", d=1.0), "unknown option of weighting 'cagrad': 'd'.*choices: c"),
@@ -172,6 +177,6 @@ def test_the_weights_do_not_depend_on_a_common_scale(name):
         (lambda: weighting.make("pcgrad", order="size"), "order is 'size'; it must be random or sorted"),
     ],
 )
-def test_bad_options(make, message):
+def test_bad_options(maker, message):
     with pytest.raises(UserError, match=message):
-        make()
+        maker()

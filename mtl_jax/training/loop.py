@@ -109,11 +109,12 @@ class _Run:
 
     def train(self, state: TrainState, step: int) -> dict[str, Any]:
         """From a state to the results."""
-        self.logger = Logger(self.folder, step)
         self.started = time.monotonic()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.stream.close)
+            self.logger = stack.enter_context(contextlib.closing(Logger(self.folder, step)))
             table = self._baselines()
-            self.progress = Progress("training", self.prepared.plans[-1].end, step)
+            self.progress = stack.enter_context(contextlib.closing(Progress("training", self.prepared.plans[-1].end, step)))
             for plan in self.prepared.plans:
                 if step < plan.end and not self._stopped_early():
                     if step == plan.start:
@@ -124,9 +125,6 @@ class _Run:
             self.progress.close()
             self.store.wait()
             return self._finish(step)
-        finally:
-            self.stream.close()
-            self.logger.close()
 
     def resume(self) -> tuple[TrainState, int]:
         """The state and step to go on from: of the newest checkpoint, or the beginning."""

@@ -47,6 +47,7 @@ def predict(workdir: str | Path, task: str, texts: Sequence[str]) -> list[dict[s
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
     params = _best_params(folder, experiment)
     tokens, too_long = tokenize(trunk.tokenizer, texts, experiment.batch.row_length)
+    cut = set(too_long)
     known = [i for i, text in enumerate(texts) if text.strip() and len(tokens[i])]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in texts]
     if not known:
@@ -57,7 +58,7 @@ def predict(workdir: str | Path, task: str, texts: Sequence[str]) -> list[dict[s
     outputs = evaluation.run(apply, params, [examples], experiment.batch, mesh)[task]
     for i, outputs_O in zip(known, outputs, strict=True):
         results[i] = one[0].describe(outputs_O)
-        if i in too_long:
+        if i in cut:
             results[i]["truncated"] = True
     return results
 

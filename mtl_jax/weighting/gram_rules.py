@@ -76,7 +76,7 @@ def cagrad(c: float = 0.4) -> Rule:
     """The direction near the mean gradient g_0 that helps the worst task most (Liu et al. 2021).
 
     g = g_0 + c |g_0| g_w / |g_w|, with w = argmin over the simplex of g_w . g_0 + c |g_0| |g_w|, g_w = sum_i w_i g_i. Not
-    rescaled by 1 / (1 + c^2) as the authors' code can. The weights sum to 1 + c |g_0| / |g_w|; c = 0 is the mean.
+    rescaled by 1 / (1 + c^2). The weights sum to 1 + c |g_0| / |g_w|; c = 0 is the mean.
 
     Args:
         c: Radius around the mean gradient, in units of its norm; not negative, and below 1 for the paper's convergence.
@@ -137,7 +137,8 @@ def fairgrad(alpha: float = 1.0) -> Rule:
     """Alpha-fair utility of the tasks' gains (Ban and Ji 2024): G w = w^(-1/alpha), elementwise.
 
     alpha = 1 is the Nash bargaining solution (Navon et al. 2022). If all gradients grow by t, the weights shrink by
-    t^(-2 alpha / (1 + alpha)): for alpha = 1 the combined gradient does not depend on the gradients' scale.
+    t^(-2 alpha / (1 + alpha)): for alpha = 1 the combined gradient does not depend on the gradients' scale. Departs from the
+    paper by a ridge on G, 1e-6 of its largest diagonal entry: opposite or zero gradients would have no finite solution.
 
     Args:
         alpha: Above 0; the larger, the more the worst task counts.
@@ -151,11 +152,10 @@ def fairgrad(alpha: float = 1.0) -> Rule:
     def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
         gram_KxK, scale = solvers.scaled(gram_KxK)
         K = gram_KxK.shape[0]
-        # Opposite or zero gradients have no finite solution: a little of each task's own square keeps one.
         gram_KxK = gram_KxK + 1e-6 * jnp.eye(K)
 
         def iterate(_: int, u_K: jax.Array) -> jax.Array:
-            """Damped Newton in u = log w on w * (G w) = w^(1 - 1/alpha), divided by the right-hand side."""
+            """A damped Newton step on G w - w^(-1/alpha) = 0; w is carried as its logarithm, so it stays positive."""
             w_K = jnp.exp(u_K)
             gain_K = gram_KxK @ w_K
             gradient_K = gain_K - w_K ** (-1 / alpha)

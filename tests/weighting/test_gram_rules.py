@@ -50,7 +50,7 @@ def direction(rule, gradients, key=0):
     ],
 )
 def test_published_example(rule, expected):
-    """Two gradients that conflict; values from the papers' definitions, as public implementations give them."""
+    """Two gradients that conflict; values of the papers' definitions, rounded."""
     np.testing.assert_allclose(direction(rule, EXAMPLE), expected, atol=2e-3)
 
 

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+Weights = dict[str, jax.Array]
 
 
 class Signals(NamedTuple):
     """What a rule may look at.
 
     Attributes:
-        losses: {task: f32[]}, this step's mean losses.
+        losses: {task: f32[]}, this step's mean losses; 0 for a task that is absent.
         gram: f32[K, K], inner products of the task gradients, rows in the order of the losses' sorted keys; None where the
             rule does not need it.
         step: i32[], steps done before this one.
         key: PRNG key of this step, for rules that draw.
+        counts: {task: f32[]}, labelled examples in this step; a task with none is absent, and the rule is that of the others.
+            None: all tasks are present.
     """
 
     losses: dict[str, jax.Array]
     gram: jax.Array | None
     step: jax.Array
     key: jax.Array
+    counts: dict[str, jax.Array] | None = None
+
+
+class Transform(NamedTuple):
+    """What a rule does to the task gradients themselves, before they are compared and summed.
+
+    The narrow door for the few methods that are no weighted sum of this step's gradients. A state may be as large as they are.
+
+    Attributes:
+        init: Task gradients (arrays or shapes), leaves [K, ...] in sorted order, to a state.
+        update: (state, Signals without gram, task gradients) to (changed task gradients, new state).
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Signals, Any], tuple[Any, Any]]
 
 
 class Rule(NamedTuple):
@@ -30,15 +50,41 @@ class Rule(NamedTuple):
 
     Attributes:
         init: Task names, in order, to the rule's state: any pytree of arrays; it lives in the train state.
-        update: (state, Signals) to (weights, new state); weights is {task: f32[]} and carries no gradient.
+        update: (state, Signals) to (weights, new state); weights is {task: f32[]}, 0 for absent tasks, and carries no gradient.
         needs_gram: Whether Signals.gram must be computed.
+        objective: (state, Signals) to f32[], where the weights are the derivative of one number by the losses; else None.
+        transform: Set where the rule changes the task gradients; Signals.gram is then that of the changed ones.
+        due: (state) to bool[], where the rule looks at the Gram matrix in some steps only; else None.
     """
 
     init: Callable[[Sequence[str]], Any]
-    update: Callable[[Any, Signals], tuple[dict[str, jax.Array], Any]]
+    update: Callable[[Any, Signals], tuple[Weights, Any]]
     needs_gram: bool = False
+    objective: Callable[[Any, Signals], jax.Array] | None = None
+    transform: Transform | None = None
+    due: Callable[[Any], jax.Array] | None = None
 
 
-def weighted_sum(weights: dict[str, jax.Array], losses: dict[str, jax.Array]) -> jax.Array:
+def weighted_sum(weights: Weights, losses: dict[str, jax.Array]) -> jax.Array:
     """The objective, f32[]: sum over tasks of weight times loss."""
     return jax.tree.reduce(lambda total, term: total + term, jax.tree.map(lambda w, loss: w * loss, weights, losses))
+
+
+def stack(by_task: Mapping[str, jax.Array | float]) -> jax.Array:
+    """{task: f32[]} to f32[K], in sorted order."""
+    return jnp.stack([jnp.asarray(by_task[task], jnp.float32) for task in sorted(by_task)])
+
+
+def unstack(values_K: jax.Array, signals: Signals) -> Weights:
+    """f32[K] in sorted order to {task: f32[]}; 0 where the task is absent."""
+    return dict(zip(sorted(signals.losses), jnp.where(present(signals), values_K, 0.0), strict=True))
+
+
+def present(signals: Signals) -> jax.Array:
+    """bool[K]: which tasks have labelled examples in this step."""
+    return jnp.ones(len(signals.losses), bool) if signals.counts is None else stack(signals.counts) > 0
+
+
+def share(present_K: jax.Array) -> jax.Array:
+    """f32[K]: one over the number of present tasks, 0 for absent ones."""
+    return present_K / jnp.maximum(present_K.sum(), 1)

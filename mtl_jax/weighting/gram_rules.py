@@ -1,7 +1,8 @@
-"""Rules whose weights follow from the Gram matrix of the task gradients.
+"""Rules whose weights solve a convex problem in the Gram matrix of the task gradients.
 
 G[i, j] is the inner product of the gradients g_i and g_j of tasks i and j; the combined gradient is sum_i w_i g_i. Everything
-below is written in G and w alone, so it costs K x K arithmetic however large the model is. Tasks stand in sorted order.
+below is written in G and w alone, so it costs K x K arithmetic however large the model is. Tasks stand in sorted order; in
+the formulas K counts the tasks that are present.
 """
 
 from __future__ import annotations
@@ -14,17 +15,27 @@ import jax.numpy as jnp
 
 from mtl_jax.errors import UserError
 from mtl_jax.weighting import solvers
-from mtl_jax.weighting.base import Rule, Signals
+from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, unstack
+
+# (Gram matrix f32[K, K] with its largest diagonal entry 1, that entry before, present bool[K], signals) -> weights f32[K]
+Weigh = Callable[[jax.Array, jax.Array, jax.Array, Signals], jax.Array]
 
 
-def stateless(weigh: Callable[[jax.Array, Signals], jax.Array]) -> Rule:
-    """A rule without state from (Gram matrix f32[K, K], signals) to weights f32[K]."""
+def stateless(weigh: Weigh) -> Rule:
+    """A rule without state from the Gram matrix to the weights; rows of absent tasks are 0."""
 
-    def update(state: Any, signals: Signals) -> tuple[dict[str, jax.Array], Any]:
-        assert signals.gram is not None
-        return dict(zip(sorted(signals.losses), weigh(signals.gram, signals), strict=True)), state
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        return unstack(weigh(*scaled_gram(signals), signals), signals), state
 
     return Rule(init=lambda names: (), update=update, needs_gram=True)
+
+
+def scaled_gram(signals: Signals) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The Gram matrix f32[K, K] divided by its largest diagonal entry, that entry, and bool[K]: present; absent rows are 0."""
+    assert signals.gram is not None
+    present_K = present(signals)
+    gram_KxK, scale = solvers.scaled(jnp.where(present_K[:, None] & present_K[None, :], signals.gram, 0.0))
+    return gram_KxK, scale, present_K
 
 
 def mgda() -> Rule:
@@ -32,44 +43,7 @@ def mgda() -> Rule:
 
     w = argmin over the simplex of w^T G w. It conflicts with no task. The weights sum to 1.
     """
-    return stateless(lambda gram, signals: solvers.min_norm(gram))
-
-
-def pcgrad(order: str = "random") -> Rule:
-    """Each gradient minus its components against the others, summed (Yu et al. 2020).
-
-    For each task i in turn over the other tasks j: if g_i' . g_j < 0, g_i' -= (g_i' . g_j / |g_j|^2) g_j. The gradient is
-    sum_i g_i'. Without conflict all weights are 1.
-
-    Args:
-        order: The order of j: random (drawn at each step for each task, as in the paper) or sorted.
-
-    Raises:
-        UserError: Another order.
-    """
-    if order not in ("random", "sorted"):
-        raise UserError(f"weighting pcgrad: order is {order!r}; it must be random or sorted")
-
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        gram_KxK, _ = solvers.scaled(gram_KxK)
-        K = gram_KxK.shape[0]
-        if order == "sorted":
-            orders_KxK = jnp.broadcast_to(jnp.arange(K), (K, K))
-        else:
-            orders_KxK = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(signals.key, K))
-
-        def project(place: int, parts_KxK: jax.Array) -> jax.Array:
-            """Row i holds g_i' as weights of the original gradients; all rows at once, each against its own j."""
-            j_K = orders_KxK[:, place]
-            inner_K = (parts_KxK * gram_KxK[j_K]).sum(axis=1)
-            square_K = jnp.diagonal(gram_KxK)[j_K]
-            conflict_K = (inner_K < 0) & (j_K != jnp.arange(K)) & (square_K > 0)
-            share_K = jnp.where(conflict_K, inner_K / jnp.where(square_K > 0, square_K, 1.0), 0.0)
-            return parts_KxK.at[jnp.arange(K), j_K].add(-share_K)
-
-        return jax.lax.fori_loop(0, K, project, jnp.eye(K)).sum(axis=0)
-
-    return stateless(weigh)
+    return stateless(lambda gram_KxK, scale, present_K, signals: solvers.min_norm(gram_KxK, present_K=present_K))
 
 
 def cagrad(c: float = 0.4) -> Rule:
@@ -87,11 +61,10 @@ def cagrad(c: float = 0.4) -> Rule:
     if not c >= 0:
         raise UserError(f"weighting cagrad: c is {c}; it must not be negative")
 
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        gram_KxK, _ = solvers.scaled(gram_KxK)
-        K = gram_KxK.shape[0]
-        with_mean_K = gram_KxK.mean(axis=1)
-        mean_norm = jnp.sqrt(jnp.maximum(with_mean_K.mean(), 0.0))
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+        mean_K = share(present_K)
+        with_mean_K = gram_KxK @ mean_K
+        mean_norm = jnp.sqrt(jnp.maximum(mean_K @ with_mean_K, 0.0))
 
         def derivatives(w_K: jax.Array) -> tuple[jax.Array, jax.Array]:
             inner_K = gram_KxK @ w_K
@@ -100,9 +73,33 @@ def cagrad(c: float = 0.4) -> Rule:
             hessian_KxK = (gram_KxK - jnp.outer(unit_K, unit_K)) / norm
             return with_mean_K + c * mean_norm * unit_K, c * mean_norm * hessian_KxK
 
-        w_K = solvers.minimize(derivatives, jnp.full(K, 1 / K), jnp.zeros(K), total=1.0)
+        w_K = solvers.minimize(derivatives, mean_K, jnp.zeros_like(mean_K), total=1.0, present_K=present_K)
         norm = jnp.sqrt(jnp.maximum(w_K @ gram_KxK @ w_K, 0.0))
-        return 1 / K + jnp.where(norm > 1e-6, c * mean_norm / jnp.maximum(norm, 1e-6), 0.0) * w_K
+        return mean_K + jnp.where(norm > 1e-6, c * mean_norm / jnp.maximum(norm, 1e-6), 0.0) * w_K
+
+    return stateless(weigh)
+
+
+def sdmgrad(lam: float = 0.3) -> Rule:
+    """Between the shortest vector and the mean gradient g_0 (Xiao, Ban and Ji 2023, SDMGrad).
+
+    g = (g_w + lam g_0) / (1 + lam), with w = argmin over the simplex of |g_w + lam g_0|^2. lam = 0 is MGDA, and for a large lam
+    it is the mean. The weights sum to 1. Departs from the paper: w is solved for, where the paper takes steps towards it with
+    gradients of three independent batches.
+
+    Args:
+        lam: The pull towards the mean; not negative.
+
+    Raises:
+        UserError: lam is negative.
+    """
+    if not lam >= 0:
+        raise UserError(f"weighting sdmgrad: lam is {lam}; it must not be negative")
+
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+        mean_K = share(present_K)
+        w_K = solvers.min_norm(gram_KxK, lam * (gram_KxK @ mean_K), present_K)
+        return (w_K + lam * mean_K) / (1 + lam)
 
     return stateless(weigh)
 
@@ -113,9 +110,10 @@ def upgrad() -> Rule:
     w = (1/K) sum_k argmin of v^T G v over v >= e_k. Without conflict every weight is 1/K.
     """
 
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        K = gram_KxK.shape[0]
-        return jax.vmap(lambda unit_K: solvers.into_dual_cone(gram_KxK, unit_K))(jnp.eye(K)).mean(axis=0)
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+        units_KxK = jnp.eye(gram_KxK.shape[0])
+        projected_KxK = jax.vmap(lambda unit_K: solvers.into_dual_cone(gram_KxK, unit_K, present_K))(units_KxK)
+        return share(present_K) @ projected_KxK
 
     return stateless(weigh)
 
@@ -125,12 +123,7 @@ def dualproj() -> Rule:
 
     w = argmin of v^T G v over v >= 1/K. Without conflict every weight is 1/K.
     """
-
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        K = gram_KxK.shape[0]
-        return solvers.into_dual_cone(gram_KxK, jnp.full(K, 1 / K))
-
-    return stateless(weigh)
+    return stateless(lambda gram_KxK, scale, present_K, signals: solvers.into_dual_cone(gram_KxK, share(present_K), present_K))
 
 
 def fairgrad(alpha: float = 1.0) -> Rule:
@@ -148,84 +141,52 @@ def fairgrad(alpha: float = 1.0) -> Rule:
     """
     if not alpha > 0:
         raise UserError(f"weighting fairgrad: alpha is {alpha}; it must be above 0")
-
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        gram_KxK, scale = solvers.scaled(gram_KxK)
-        K = gram_KxK.shape[0]
-        gram_KxK = gram_KxK + 1e-6 * jnp.eye(K)
-
-        def iterate(_: int, u_K: jax.Array) -> jax.Array:
-            """A damped Newton step on G w - w^(-1/alpha) = 0; w is carried as its logarithm, so it stays positive."""
-            w_K = jnp.exp(u_K)
-            gain_K = gram_KxK @ w_K
-            gradient_K = gain_K - w_K ** (-1 / alpha)
-            hessian_KxK = gram_KxK + jnp.diag(w_K ** (-1 / alpha - 1) / alpha)
-            step_K = -jnp.linalg.solve(hessian_KxK, gradient_K)
-            # In w the problem is convex; steps are cut so that no weight falls by more than half.
-            relative_K = step_K / w_K
-            share = jnp.minimum(1.0, 0.5 / jnp.maximum(jnp.max(-relative_K), 1e-12))
-            new_K = jnp.log(w_K + share * step_K)
-            return jnp.where(jnp.isfinite(new_K).all(), new_K, u_K)
-
-        start_K = jnp.full(K, -jnp.log(K) * alpha / (1 + alpha))
-        w_K = jnp.exp(jax.lax.fori_loop(0, solvers.ITERATIONS, iterate, start_K))
-        return w_K * scale ** (-alpha / (1 + alpha))
-
-    return stateless(weigh)
+    return stateless(
+        lambda gram_KxK, scale, present_K, signals: _alpha_fair(gram_KxK, present_K, alpha) * scale ** (-alpha / (1 + alpha))
+    )
 
 
-def imtl_g() -> Rule:
-    """The combination whose projections onto all unit gradients are equal (Liu et al. 2021, IMTL-G).
+def nash(max_norm: float = 1.0) -> Rule:
+    """The Nash bargaining solution (Navon et al. 2022, Nash-MTL): G w = 1 / w, elementwise.
 
-    (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative.
+    That is fairgrad(alpha=1): the combined gradient does not depend on the gradients' scale, and |g|^2 = K; then, as the
+    authors' program does, g is scaled down to max_norm. Theirs solves a sequence of convex problems on the host; here it is
+    Newton's method on the device.
+
+    Args:
+        max_norm: Largest norm of the combined gradient, above 0; inf leaves it alone.
+
+    Raises:
+        UserError: max_norm is not above 0.
     """
+    if not max_norm > 0:
+        raise UserError(f"weighting nash: max_norm is {max_norm}; it must be above 0")
 
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        gram_KxK, _ = solvers.scaled(gram_KxK)
-        K = gram_KxK.shape[0]
-        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 1e-12))
-        # The solution is G^-1 |g| up to scale; a ridge keeps it finite where gradients are dependent.
-        cosine_KxK = gram_KxK / norm_K[:, None] / norm_K[None, :] + 1e-6 * jnp.eye(K)
-        w_K = jnp.linalg.solve(cosine_KxK, jnp.ones(K)) / norm_K
-        total = w_K.sum()
-        return jnp.where(jnp.abs(total) > 1e-6, w_K / jnp.where(jnp.abs(total) > 1e-6, total, 1.0), 1 / K)
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+        w_K = _alpha_fair(gram_KxK, present_K, 1.0)
+        norm = jnp.sqrt(jnp.maximum(w_K @ gram_KxK @ w_K, 0.0))  # does not depend on the scale
+        return w_K * jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12)) / jnp.sqrt(scale)
 
     return stateless(weigh)
 
 
-def aligned() -> Rule:
-    """The mean of the gradients after all singular values of J became the smallest one (Senushkin et al. 2023, Aligned-MTL).
+def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> jax.Array:
+    """The positive w, f32[K], with G w = w^(-1/alpha), for a scaled Gram matrix."""
+    # An absent task is alone with itself: its equation is w = w^(-1/alpha).
+    gram_KxK = gram_KxK + jnp.diag(jnp.where(present_K, 1e-6, 1.0))
 
-    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero.
-    """
+    def iterate(_: int, u_K: jax.Array) -> jax.Array:
+        """A damped Newton step on G w - w^(-1/alpha) = 0; w is carried as its logarithm, so it stays positive."""
+        w_K = jnp.exp(u_K)
+        gain_K = gram_KxK @ w_K
+        gradient_K = gain_K - w_K ** (-1 / alpha)
+        hessian_KxK = gram_KxK + jnp.diag(w_K ** (-1 / alpha - 1) / alpha)
+        step_K = -jnp.linalg.solve(hessian_KxK, gradient_K)
+        # In w the problem is convex; steps are cut so that no weight falls by more than half.
+        relative_K = step_K / w_K
+        length = jnp.minimum(1.0, 0.5 / jnp.maximum(jnp.max(-relative_K), 1e-12))
+        new_K = jnp.log(w_K + length * step_K)
+        return jnp.where(jnp.isfinite(new_K).all(), new_K, u_K)
 
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        gram_KxK, _ = solvers.scaled(gram_KxK)
-        K = gram_KxK.shape[0]
-        values_K, vectors_KxK = jnp.linalg.eigh(gram_KxK)
-        kept_K = values_K > values_K.max() * K * jnp.finfo(jnp.float32).eps
-        smallest = jnp.min(jnp.where(kept_K, values_K, jnp.inf))
-        shrink_K = jnp.where(kept_K, jnp.sqrt(smallest / jnp.where(kept_K, values_K, 1.0)), 0.0)
-        mean_K = jnp.full(K, 1 / K)
-        return jnp.where(kept_K.any(), vectors_KxK @ (shrink_K * (vectors_KxK.T @ mean_K)), mean_K)
-
-    return stateless(weigh)
-
-
-def config() -> Rule:
-    """The direction with equal cosine to every gradient, as long as the gradients' projections on it (Liu et al. 2025, ConFIG).
-
-    With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u.
-    """
-
-    def weigh(gram_KxK: jax.Array, signals: Signals) -> jax.Array:
-        gram_KxK, _ = solvers.scaled(gram_KxK)
-        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
-        safe_K = jnp.where(norm_K > 0, norm_K, 1.0)
-        cosine_KxK = gram_KxK / safe_K[:, None] / safe_K[None, :]
-        part_K = jnp.linalg.pinv(cosine_KxK, hermitian=True, rtol=1e-5) @ (norm_K > 0).astype(jnp.float32)
-        length = jnp.sqrt(jnp.maximum(part_K @ cosine_KxK @ part_K, 1e-12))
-        magnitude = (norm_K * (cosine_KxK @ part_K)).sum() / length
-        return magnitude / length * part_K / safe_K
-
-    return stateless(weigh)
+    start_K = jnp.where(present_K, -jnp.log(jnp.maximum(present_K.sum(), 1)) * alpha / (1 + alpha), 0.0)
+    return jnp.exp(jax.lax.fori_loop(0, solvers.ITERATIONS, iterate, start_K))

@@ -1,28 +1,57 @@
-"""Rules by name."""
+"""Rules and combinators by name."""
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtl_jax.errors import UserError, unknown
-from mtl_jax.weighting import gram_rules, rules
+from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static
 from mtl_jax.weighting.base import Rule
 
 RULES: dict[str, Callable[..., Rule]] = {
-    "equal": rules.equal,
-    "fixed": rules.fixed,
-    "dwa": rules.dwa,
+    # static
+    "equal": static.equal,
+    "fixed": static.fixed,
+    "scheduled": static.scheduled,
+    # from the losses
+    "uncertainty": loss_rules.uncertainty,
+    "dwa": loss_rules.dwa,
+    "rlw": loss_rules.rlw,
+    "gls": loss_rules.gls,
+    "imtl_l": loss_rules.imtl_l,
+    "stch": loss_rules.stch,
+    "famo": loss_rules.famo,
+    "excess": loss_rules.excess,
+    # from the Gram matrix of the task gradients
+    "gradnorm": balance.gradnorm,
+    "db_mtl": balance.db_mtl,
     "mgda": gram_rules.mgda,
-    "pcgrad": gram_rules.pcgrad,
+    "pcgrad": geometry.pcgrad,
+    "gradvac": geometry.gradvac,
     "cagrad": gram_rules.cagrad,
+    "nash": gram_rules.nash,
     "fairgrad": gram_rules.fairgrad,
-    "imtl_g": gram_rules.imtl_g,
-    "aligned": gram_rules.aligned,
+    "imtl_g": geometry.imtl_g,
+    "aligned": geometry.aligned,
     "upgrad": gram_rules.upgrad,
     "dualproj": gram_rules.dualproj,
-    "config": gram_rules.config,
+    "config": geometry.config,
+    "moco": balance.moco,
+    "sdmgrad": gram_rules.sdmgrad,
+    "krum": geometry.krum,
+    # changes the task gradients themselves
+    "graddrop": balance.graddrop,
+}
+
+COMBINATORS: dict[str, Callable[..., Rule]] = {
+    "normalized": combinators.normalized,
+    "every": combinators.every,
+    "subset": combinators.subset,
+    "clipped": combinators.clipped,
+    "ema": combinators.ema,
 }
 
 
@@ -34,14 +63,38 @@ def make(name: str, **options: Any) -> Rule:
     """
     if name not in RULES:
         raise unknown("weighting", name, RULES)
-    parameters = inspect.signature(RULES[name]).parameters
+    return _call(f"weighting {name!r}", RULES[name], (), options)
+
+
+def combine(rule: Rule, text: str) -> Rule:
+    """A rule inside a combinator that is given as text: "normalized", "every:k=10", "subset:s=3,temperature=2".
+
+    Raises:
+        UserError: The text is none of these, or an option is unknown or refused.
+    """
+    name, _, rest = text.partition(":")
+    if name not in COMBINATORS:
+        raise unknown("combinator", name, COMBINATORS)
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        option, _, value = part.partition("=")
+        try:
+            options[option.strip()] = float(value) if value.strip() in ("inf", "-inf") else ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise UserError(f"combinator {text!r}: {part!r} is no option; write {name}:name=number") from error
+    return _call(f"combinator {name!r}", COMBINATORS[name], (rule,), options)
+
+
+def _call(what: str, maker: Callable[..., Rule], given: tuple[Rule, ...], options: Mapping[str, Any]) -> Rule:
+    """maker(*given, **options), its options checked by name and, where the default is a number, by type."""
+    parameters = dict(list(inspect.signature(maker).parameters.items())[len(given) :])
     for option, value in options.items():
         if option not in parameters:
-            raise unknown(f"option of weighting {name!r}:", option, parameters)
-        default = parameters[option].default
-        if isinstance(default, float) and not isinstance(value, (int, float)):
-            raise UserError(f"weighting {name!r}: {option} is {value!r}; it must be a number")
+            raise unknown(f"option of {what}:", option, parameters)
+        number = parameters[option].annotation in ("int", "float", "float | None")
+        if number and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{what}: {option} is {value!r}; it must be a number")
     for option, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
-            raise UserError(f"weighting {name!r} needs {option}")
-    return RULES[name](**options)
+            raise UserError(f"{what} needs {option}")
+    return maker(*given, **options)

@@ -11,20 +11,25 @@ from mtl_jax import weighting
 from mtl_jax.errors import UserError
 from mtl_jax.weighting import Signals
 
-GRAM_RULES = ("mgda", "pcgrad", "cagrad", "fairgrad", "imtl_g", "aligned", "upgrad", "dualproj", "config")
+GRAM_RULES = tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled") and weighting.make(name).needs_gram)
+SCALE_FREE = tuple(sorted(set(GRAM_RULES) - {"fairgrad", "nash", "moco"}))
 EXAMPLE = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
 
 
 make = functools.cache(weighting.make)  # one rule object, one compilation
 
 
-def weights_of(rule, gradients, key=0):
-    """The weights for gradients f[K, P]."""
+def weights_of(rule, gradients, key=0, losses=None, counts=None, steps=1):
+    """The weights for gradients f[K, P], after some steps with the same ones."""
     K = len(gradients)
     gram = jnp.asarray(np.asarray(gradients, np.float64) @ np.asarray(gradients, np.float64).T, jnp.float32)
-    losses = {f"t{i:02d}": jnp.float32(1.0) for i in range(K)}
-    found, _ = jax.jit(rule.update)(rule.init(tuple(losses)), Signals(losses, gram, jnp.int32(0), jax.random.key(key)))
-    return np.array([found[name] for name in sorted(found)], np.float64)
+    names = [f"t{i:02d}" for i in range(K)]
+    losses = dict(zip(names, jnp.ones(K) if losses is None else jnp.asarray(losses, jnp.float32), strict=True))
+    counts = None if counts is None else dict(zip(names, jnp.asarray(counts, jnp.float32), strict=True))
+    state, update = rule.init(names), jax.jit(rule.update)
+    for step in range(steps):
+        found, state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts))
+    return np.array([found[name] for name in names], np.float64)
 
 
 def direction(rule, gradients, key=0):
@@ -44,6 +49,10 @@ def direction(rule, gradients, key=0):
         (weighting.dualproj(), [0.5563, 1.1109, 1.1109]),
         (weighting.fairgrad(alpha=1.0), [0.0766, 0.9985, 0.9985]),
         (weighting.fairgrad(alpha=2.0), [0.0313, 0.7908, 0.7908]),
+        (weighting.nash(max_norm=1.0), [0.0542, 0.7061, 0.7061]),
+        (weighting.nash(max_norm=float("inf")), [0.0766, 0.9985, 0.9985]),
+        (weighting.gradvac(), [0.5848, 3.8012, 3.8012]),
+        (weighting.sdmgrad(lam=0.0), [0, 1, 1]),
         (weighting.imtl_g(), [0.0767, 1, 1]),
         (weighting.aligned(), [0.2133, 0.9673, 0.9673]),
         (weighting.config(), [0.1588, 2.0706, 2.0706]),
@@ -76,6 +85,97 @@ def test_pcgrad_is_the_loop_written_out():
         orders = np.array([jax.random.permutation(k, 5) for k in jax.random.split(key, 5)])
         found = direction(weighting.pcgrad(), gradients, key=seed)
         np.testing.assert_allclose(found, pcgrad_written_out(gradients, orders), atol=1e-4)
+
+
+def gradvac_written_out(gradients, aims, beta):
+    """Wang et al., algorithm 1, tasks in sorted order; changes the aims."""
+    total = np.zeros(gradients.shape[1])
+    for i in range(len(gradients)):
+        g = gradients[i].copy()
+        for j in range(len(gradients)):
+            if j == i:
+                continue
+            other = gradients[j]
+            c, t = g @ other / np.linalg.norm(g) / np.linalg.norm(other), aims[i, j]
+            if c < t:
+                factor = np.linalg.norm(g) * (t * np.sqrt(1 - c**2) - c * np.sqrt(1 - t**2))
+                g = g + factor / (np.linalg.norm(other) * np.sqrt(1 - t**2)) * other
+            aims[i, j] = (1 - beta) * t + beta * c
+        total += g
+    return total
+
+
+def test_gradvac_is_the_loop_written_out():
+    rng = np.random.default_rng(1)
+    rule = weighting.gradvac(beta=0.5, order="sorted")
+    names = [f"t{i}" for i in range(4)]
+    state, aims = rule.init(names), np.zeros((4, 4))
+    for step in range(4):
+        gradients = rng.normal(size=(4, 6)) + 0.5
+        losses = dict.fromkeys(names, jnp.float32(1.0))
+        gram = jnp.asarray(gradients @ gradients.T, jnp.float32)
+        weights, state = rule.update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(0)))
+        found = gradients.T @ np.array([weights[name] for name in names])
+        np.testing.assert_allclose(found, gradvac_written_out(gradients, aims, 0.5), rtol=1e-3, atol=1e-3)
+
+
+def test_krum_is_its_definition():
+    rng = np.random.default_rng(2)
+    for _ in range(5):
+        gradients = rng.normal(size=(6, 4))
+        distances = np.square(gradients[:, None] - gradients[None]).sum(-1)
+        scores = np.sort(distances, axis=1)[:, 1 : 1 + 6 - 1 - 2].sum(1)
+        expected = np.zeros(6)
+        expected[np.argsort(scores)[:2]] = 0.5
+        np.testing.assert_allclose(weights_of(weighting.krum(n_byzantine=1, n_selected=2), gradients), expected)
+
+
+def test_sdmgrad_is_optimal():
+    rng = np.random.default_rng(6)
+    gradients, lam = rng.normal(size=(3, 5)), 0.5
+    w = (weights_of(weighting.sdmgrad(lam=lam), gradients) * (1 + lam) - lam / 3).clip(0)
+    mean = gradients.mean(0)
+
+    def objective(w):
+        return np.square(w @ gradients + lam * mean).sum()
+
+    assert w.sum() == pytest.approx(1.0, abs=1e-4)
+    assert objective(w) <= min(objective(w) for w in rng.dirichlet(np.ones(3), 2000)) + 1e-5
+
+
+def test_gradnorm_lengthens_the_gradient_of_the_slow_task():
+    """Equal gradients; one loss fell to a half, the other did not: its weight grows, and the weights go on summing to K."""
+    rule = weighting.gradnorm()
+    state = rule.init(["fast", "slow"])
+    gram = jnp.asarray([[1.0, 0.0], [0.0, 1.0]])
+    found = []
+    for step, fast in enumerate([2.0, 1.0, 1.0, 1.0]):
+        losses = {"fast": jnp.float32(fast), "slow": jnp.float32(2.0)}
+        weights, state = rule.update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(0)))
+        found.append((float(weights["fast"]), float(weights["slow"])))
+    assert found[0] == found[1] == (1.0, 1.0)
+    assert found[3][1] > found[2][1] > 1.0
+    np.testing.assert_allclose(np.sum(found, axis=1), 2.0, rtol=1e-6)
+
+
+def test_db_mtl_without_average_is_its_definition():
+    gradients, losses = np.random.default_rng(7).normal(size=(3, 5)), np.array([0.5, 1.0, 4.0])
+    logs = gradients / losses[:, None]
+    lengths = np.linalg.norm(logs, axis=1)
+    found = gradients.T @ weights_of(weighting.db_mtl(beta=0.0), gradients, losses=losses)
+    np.testing.assert_allclose(found, lengths.max() * (logs / lengths[:, None]).sum(0), rtol=1e-4)
+
+
+def test_moco_steps_towards_the_shortest_vector():
+    gradients = np.random.default_rng(8).normal(size=(3, 5))
+    gram, w = gradients @ gradients.T, np.full(3, 1 / 3)
+    moved = w - 0.1 * gram @ w
+    found = weights_of(weighting.moco(gamma=0.1), gradients)
+    shift = (moved - found)[found > 0]
+    assert found.sum() == pytest.approx(1.0, abs=1e-5)
+    np.testing.assert_allclose(shift, shift[0], atol=1e-5)  # a projection onto the simplex moves all that stay alike
+    many = gradients.T @ weights_of(weighting.moco(gamma=0.1, sigma=0.0), gradients, steps=300)
+    np.testing.assert_allclose(many, direction(weighting.mgda(), gradients), atol=1e-2)
 
 
 def test_aligned_and_config_are_their_definitions():
@@ -130,7 +230,7 @@ def test_non_conflicting(name, gradients):
     assert (gradients @ g).min() >= -1e-3 * np.square(gradients).sum(1).max()
 
 
-@pytest.mark.parametrize("name", sorted(set(GRAM_RULES) - {"pcgrad"}))
+@pytest.mark.parametrize("name", sorted(set(GRAM_RULES) - {"pcgrad", "gradvac"}))
 @given(gradients=matrices, seed=st.integers(0, 100))
 @settings(max_examples=15)
 def test_the_order_of_the_tasks_does_not_matter(name, gradients, seed):
@@ -159,7 +259,23 @@ def test_weights_are_finite(name, gradients):
     assert np.isfinite(weights_of(make(name), gradients)).all()
 
 
-@pytest.mark.parametrize("name", ["mgda", "pcgrad", "cagrad", "imtl_g", "aligned", "upgrad", "dualproj", "config"])
+@pytest.mark.parametrize("name", sorted(set(weighting.RULES) - {"rlw", "fixed", "scheduled"}))
+@given(gradients=matrices, absent=st.integers(0, 3))
+@settings(max_examples=8)
+def test_the_rule_sees_the_tasks_that_are_present(name, gradients, absent):
+    """With a task that has no examples in the steps, the others are weighed as if it did not exist."""
+    options = {"order": "sorted"} if name in ("pcgrad", "gradvac") else {}
+    rule = make(name, **options)
+    losses = np.square(gradients[:, 0]) + 0.5
+    there = np.arange(4) != absent
+    expected = weights_of(rule, gradients[there], losses=losses[there], steps=3)
+    gradients, losses = gradients * there[:, None], losses * there
+    found = weights_of(rule, gradients, losses=losses, counts=5.0 * there, steps=3)
+    assert found[absent] == 0
+    np.testing.assert_allclose(found[there], expected, rtol=2e-2, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
 def test_the_weights_do_not_depend_on_a_common_scale(name):
     gradients = np.random.default_rng(5).normal(size=(4, 8))
     rule = weighting.make(name)
@@ -175,6 +291,15 @@ def test_the_weights_do_not_depend_on_a_common_scale(name):
         (lambda: weighting.make("cagrad", c="half"), "c is 'half'; it must be a number"),
         (lambda: weighting.make("fairgrad", alpha=0.0), "alpha is 0.0; it must be above 0"),
         (lambda: weighting.make("pcgrad", order="size"), "order is 'size'; it must be random or sorted"),
+        (lambda: weighting.make("gradvac", beta=2.0), "beta is 2.0; it must be from 0 to 1"),
+        (lambda: weighting.make("nash", max_norm=0.0), "max_norm is 0.0; it must be above 0"),
+        (lambda: weighting.make("sdmgrad", lam=-1.0), "lam is -1.0"),
+        (lambda: weighting.make("krum", n_selected=0.5), "n_selected is 0.5; it must be a whole number"),
+        (lambda: weighting.make("krum", n_selected=3).init(["a", "b"]), "n_selected is 3, but there are 2 tasks"),
+        (lambda: weighting.make("gradnorm", alpha=-1.0), "alpha is -1.0"),
+        (lambda: weighting.make("db_mtl", beta=1.0), "beta is 1.0"),
+        (lambda: weighting.make("moco", gamma=0.0), "gamma is 0.0"),
+        (lambda: weighting.make("graddrop", leak=2.0), "leak is 2.0"),
     ],
 )
 def test_bad_options(maker, message):

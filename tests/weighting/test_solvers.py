@@ -7,10 +7,11 @@ from mtl_jax.weighting import solvers
 
 
 def gram(K, P, seed):
-    """A Gram matrix of K gradients of very different lengths in P dimensions."""
+    """A Gram matrix of K gradients of very different lengths in P dimensions, scaled as the solvers ask for."""
     rng = np.random.default_rng(seed)
     gradients = rng.normal(size=(K, P)) * np.exp(1.5 * rng.normal(size=(K, 1)))
-    return (gradients @ gradients.T).astype(np.float32)
+    matrix = gradients @ gradients.T
+    return (matrix / matrix.max()).astype(np.float32)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 8, 64])
@@ -51,3 +52,28 @@ def test_solvers_vmap():
     together = jax.vmap(solvers.min_norm)(matrices)
     for matrix, weights in zip(matrices, together, strict=True):
         np.testing.assert_allclose(weights, solvers.min_norm(matrix), atol=1e-5)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_without_a_task_the_problem_is_that_of_the_others(absent):
+    matrix = gram(4, 6, 0)
+    present = np.arange(4) != absent
+    smaller = jnp.asarray(matrix[np.ix_(present, present)])
+    found = solvers.min_norm(jnp.asarray(matrix), present_K=jnp.asarray(present))
+    assert found[absent] == 0
+    np.testing.assert_allclose(found[present], solvers.min_norm(smaller), atol=1e-5)
+    lower = jnp.asarray([0.1, 0.2, 0.3, 0.4])
+    found = solvers.into_dual_cone(jnp.asarray(matrix), lower, jnp.asarray(present))
+    np.testing.assert_allclose(found[present], solvers.into_dual_cone(smaller, lower[present]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
+def test_the_nearest_point_of_the_simplex(scale):
+    """Against a search over a fine grid; however far away the values are."""
+    values = np.array([0.3, -0.2, 0.5]) * scale
+    found = np.asarray(solvers.onto_simplex(jnp.asarray(values, jnp.float32), jnp.ones(3, bool)), np.float64)
+    assert found.sum() == pytest.approx(1.0, abs=1e-6)
+    grid = np.stack(np.meshgrid(np.linspace(0, 1, 201), np.linspace(0, 1, 201)), -1).reshape(-1, 2)
+    grid = np.column_stack([grid, 1 - grid.sum(1)])
+    distances = (np.square(grid[grid[:, 2] >= 0] - values) / scale**2).sum(1)
+    assert (np.square(found - values) / scale**2).sum() <= distances.min() + 1e-6

@@ -1,0 +1,204 @@
+"""Rules that balance the lengths of the task gradients, and those that change the gradients themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.errors import UserError
+from mtl_jax.weighting import solvers
+from mtl_jax.weighting.base import Rule, Signals, Transform, Weights, present, share, stack, unstack
+from mtl_jax.weighting.gram_rules import scaled_gram
+
+TINY = 1e-30
+
+
+def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
+    """Weights under which tasks that learn slowly have the longer gradients (Chen et al. 2018, GradNorm).
+
+    With n_k = |g_k|, the relative inverse training rate r_k = (L_k / L_k(first)) over its mean, and the target
+    t_k = mean(w n) r_k^alpha, held constant: w follows the gradient of sum_k |w_k n_k - t_k|, is kept above 0 and rescaled to
+    sum to K. The first losses are those of the first step in which a task is present. The paper compares gradients in the last
+    shared layer: set gram_over to it. Departs from it by Adam on w, so that the gradients' scale does not matter.
+
+    Args:
+        alpha: How strongly slow tasks are pulled; not negative.
+        learning_rate: Of w, above 0.
+
+    Raises:
+        UserError: An option is out of range.
+    """
+    if not alpha >= 0:
+        raise UserError(f"weighting gradnorm: alpha is {alpha}; it must not be negative")
+    if not learning_rate > 0:
+        raise UserError(f"weighting gradnorm: learning_rate is {learning_rate}; it must be above 0")
+    adam = optax.adam(learning_rate)
+
+    def init(names: Sequence[str]) -> Any:
+        ones_K = jnp.ones(len(names))
+        seen_K = jnp.zeros(len(names), bool)
+        return {"weights": ones_K, "adam": adam.init(ones_K), "first": ones_K, "seen": seen_K}
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        gram_KxK, _, present_K = scaled_gram(signals)
+        losses_K = stack(signals.losses)
+        first_K = jnp.where(present_K & ~state["seen"], jnp.maximum(losses_K, TINY), state["first"])
+        ratio_K = jnp.clip(losses_K / first_K, 0.0, 1e6)
+        mean_K = share(present_K)
+        rate_K = ratio_K / jnp.maximum((mean_K * ratio_K).sum(), TINY)
+        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
+        target_K = (mean_K * state["weights"] * norm_K).sum() * jnp.minimum(rate_K**alpha, 1e6)
+        gradient_K = jnp.where(present_K, jnp.sign(state["weights"] * norm_K - target_K) * norm_K, 0.0)
+        updates_K, adam_state = adam.update(gradient_K, state["adam"])
+        moved_K = jnp.where(present_K, jnp.maximum(state["weights"] + updates_K, 1e-3), state["weights"])
+        # Present tasks share what they had together, so that all weights go on summing to K.
+        had, have = (mean_K > 0) @ state["weights"], (mean_K > 0) @ moved_K
+        moved_K = jnp.where(present_K, moved_K * had / jnp.where(have > 0, have, 1.0), moved_K)
+        new = {"weights": moved_K, "adam": adam_state, "first": first_K, "seen": state["seen"] | present_K}
+        return unstack(state["weights"], signals), new
+
+    return Rule(init=init, update=update, needs_gram=True)
+
+
+def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
+    """All logarithms of losses, and all their gradients at the length of the longest (Lin et al. 2023, DB-MTL).
+
+    With h_k the gradient of log(L_k + 1e-8), averaged over steps: h <- h + b_t (h(before) - h), b_t = beta / t^sigma, from the
+    first one on: the combined gradient is max_i |h_i| sum_k h_k / |h_k|.
+
+    Args:
+        beta: Share of the past in the average, 0 to below 1. With 0 there is none, and nothing is kept; else the rule holds
+            a gradient of the trunk for each task, in float32, also in every checkpoint.
+        sigma: How fast that share falls with the step; not negative.
+
+    Raises:
+        UserError: An option is out of range.
+    """
+    if not 0 <= beta < 1:
+        raise UserError(f"weighting db_mtl: beta is {beta}; it must be at least 0 and below 1")
+    if not sigma >= 0:
+        raise UserError(f"weighting db_mtl: sigma is {sigma}; it must not be negative")
+
+    def log_scale(signals: Signals) -> jax.Array:
+        return jnp.where(present(signals), 1 / (jnp.maximum(stack(signals.losses), 0.0) + 1e-8), 0.0)
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        gram_KxK, _, _ = scaled_gram(signals)
+        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
+        # The transformed gradients are those of the logarithms; without it that is still to be done.
+        longest = jnp.max(norm_K * (log_scale(signals) if beta == 0 else 1.0))
+        weights_K = jnp.where(norm_K > 0, jnp.minimum(longest / jnp.where(norm_K > 0, norm_K, 1.0), 1e30), 0.0)
+        return unstack(weights_K, signals), state
+
+    def init_average(gradients: Any) -> Any:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), gradients)
+        return {"average": zeros, "seen": jnp.zeros(len(jax.tree.leaves(gradients)[0]), jnp.int32)}
+
+    def average(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
+        present_K, scale_K = present(signals), log_scale(signals)
+        seen_K = state["seen"] + present_K
+        past_K = jnp.where(state["seen"] > 0, beta / jnp.maximum(seen_K, 1) ** sigma, 0.0)
+        past_K = jnp.where(present_K, past_K, 1.0)
+        averaged = jax.tree.map(
+            lambda old, new: _rows(past_K, old) * old + _rows((1 - past_K) * scale_K, new) * new, state["average"], gradients
+        )
+        return averaged, {"average": averaged, "seen": seen_K}
+
+    transform = Transform(init_average, average) if beta > 0 else None
+    return Rule(init=lambda names: (), update=update, needs_gram=True, transform=transform)
+
+
+def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> Rule:
+    """The shortest vector in the convex hull of tracked gradients, approached step by step (Fernando et al. 2023, MoCo).
+
+    y_k <- y_k - b_t (y_k - g_k) with y = 0 before the first step and b_t = beta / t^sigma; then, with G of y,
+    w <- projection of w - gamma_t (G + rho 1) w onto the simplex, gamma_t = gamma / t^sigma, from 1/K each. The combined
+    gradient is sum_k w_k y_k. The weights sum to 1. Tracking removes the bias that one batch's gradients give the weights;
+    its state is a gradient of the trunk for each task, in float32, also in every checkpoint.
+
+    Args:
+        beta: Share of the new gradient in the tracked one, above 0, to 1.
+        sigma: How fast both rates fall with the step; not negative.
+        gamma: Rate of the weights, above 0.
+        rho: Added to the diagonal, not negative.
+
+    Raises:
+        UserError: An option is out of range.
+    """
+    for option, value, sound in (
+        ("beta", beta, 0 < beta <= 1),
+        ("sigma", sigma, sigma >= 0),
+        ("gamma", gamma, gamma > 0),
+        ("rho", rho, rho >= 0),
+    ):
+        if not sound:
+            raise UserError(f"weighting moco: {option} is {value}, which is out of range")
+
+    def rate(start: float, done: jax.Array) -> jax.Array:
+        return start / (done + 1.0) ** sigma
+
+    def init(names: Sequence[str]) -> Any:
+        return {"weights": jnp.full(len(names), 1 / len(names)), "done": jnp.zeros((), jnp.int32)}
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        gram_KxK, scale, present_K = scaled_gram(signals)
+        gram_KxK = gram_KxK * scale + rho * jnp.eye(gram_KxK.shape[0])
+        # Absent tasks keep what they had; the present ones are a simplex of their own, and share the rest.
+        held_K, own_K = jnp.where(present_K, 0.0, state["weights"]), jnp.where(present_K, state["weights"], 0.0)
+        own_K = jnp.where(own_K.sum() > 0, own_K / jnp.maximum(own_K.sum(), TINY), share(present_K))
+        weights_K = solvers.onto_simplex(own_K - rate(gamma, state["done"]) * (gram_KxK @ own_K), present_K)
+        kept_K = jnp.where(present_K, weights_K * (1 - held_K.sum()), held_K)
+        return unstack(weights_K, signals), {"weights": kept_K, "done": state["done"] + 1}
+
+    def init_tracked(gradients: Any) -> Any:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), gradients)
+        return {"tracked": zeros, "done": jnp.zeros((), jnp.int32)}
+
+    def track(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
+        new_K = jnp.where(present(signals), rate(beta, state["done"]), 0.0)
+        tracked = jax.tree.map(lambda old, new: old + _rows(new_K, old) * (new - old), state["tracked"], gradients)
+        return tracked, {"tracked": tracked, "done": state["done"] + 1}
+
+    return Rule(init=init, update=update, needs_gram=True, transform=Transform(init_tracked, track))
+
+
+def graddrop(leak: float = 0.0) -> Rule:
+    """Every coordinate keeps the gradients of one sign only, drawn by their share (Chen et al. 2020, GradDrop).
+
+    In a coordinate with P = (1 + sum_k g_k / sum_k |g_k|) / 2 and U uniform from 0 to 1: gradients above 0 stay where P > U,
+    those below 0 where P < U; the others are multiplied by the leak. The gradient is the sum: the weights are 1. Departs from
+    the paper, which does this to activations' gradients: here it is done to the shared parameters' gradients.
+
+    Args:
+        leak: Share of a dropped gradient that stays, 0 to 1; 1 is the plain sum.
+
+    Raises:
+        UserError: The leak is out of range.
+    """
+    if not 0 <= leak <= 1:
+        raise UserError(f"weighting graddrop: leak is {leak}; it must be from 0 to 1")
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        return unstack(jnp.ones(len(signals.losses)), signals), state
+
+    def drop(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(gradients)
+        kept = []
+        for number, leaf in enumerate(leaves):
+            size = jnp.abs(leaf).sum(axis=0)
+            positive = 0.5 * (1 + leaf.sum(axis=0) / jnp.where(size > 0, size, 1.0))
+            drawn = jax.random.uniform(jax.random.fold_in(signals.key, number), positive.shape)
+            stays = jnp.where(leaf > 0, positive > drawn, positive < drawn)
+            kept.append(jnp.where(stays, leaf, leak * leaf))
+        return jax.tree.unflatten(treedef, kept), state
+
+    return Rule(init=lambda names: (), update=update, transform=Transform(lambda gradients: (), drop))
+
+
+def _rows(values_K: jax.Array, leaf: jax.Array) -> jax.Array:
+    """One number a task, shaped to multiply a leaf [K, ...]."""
+    return values_K.reshape(-1, *[1] * (leaf.ndim - 1))

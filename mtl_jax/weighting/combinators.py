@@ -1,0 +1,175 @@
+"""Rules made from rules. In a configuration: a list such as ("ema:decay=0.9", "normalized"), the innermost first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.errors import UserError
+from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack
+
+
+def normalized(rule: Rule, total: float | None = None) -> Rule:
+    """The rule's weights, scaled to a given sum.
+
+    Rules differ in the sum of their weights (1, K, anything), which is a change of the learning rate; with this an ablation
+    compares like with like. Weights that sum to 0 or less become equal ones.
+
+    Args:
+        rule: The rule.
+        total: The sum, above 0; None: the number of tasks, as in the plain sum of losses.
+
+    Raises:
+        UserError: The total is not above 0, or not finite.
+    """
+    if total is not None and not 0 < total < math.inf:
+        raise UserError(f"normalized: total is {total}; it must be above 0")
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        weights, state = rule.update(state, signals)
+        weights_K, present_K = stack(weights), present(signals)
+        aim = jnp.maximum(present_K.sum(), 1) if total is None else total
+        largest = jnp.maximum(jnp.abs(weights_K).max(), 1e-30)
+        relative_K = weights_K / largest  # a sum of huge weights could overflow
+        found = relative_K.sum() > 1e-6
+        weights_K = jnp.where(found, relative_K / jnp.where(found, relative_K.sum(), 1.0), share(present_K))
+        return unstack(aim * weights_K, signals), state
+
+    return rule._replace(update=update, objective=None)
+
+
+def every(rule: Rule, k: int) -> Rule:
+    """The rule's weights, computed anew in each k-th step and held in between; the steps between are plain training.
+
+    A task that was absent when the weights were computed waits for the next time.
+
+    Args:
+        rule: The rule.
+        k: At least 1.
+
+    Raises:
+        UserError: k is below 1, or the rule changes the gradients themselves, which cannot be held.
+    """
+    if int(k) != k or k < 1:
+        raise UserError(f"every: k is {k}; it must be a whole number of at least 1")
+    if rule.transform is not None:
+        raise UserError("every: this rule changes the task gradients in every step; use it without every")
+
+    def init(names: Sequence[str]) -> Any:
+        return {"rule": rule.init(names), "since": jnp.zeros((), jnp.int32), "held": jnp.zeros(len(names))}
+
+    def due(state: Any) -> jax.Array:
+        return state["since"] % int(k) == 0
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        def renew(state: Any) -> tuple[jax.Array, Any]:
+            weights, inner = rule.update(state["rule"], signals)
+            return stack(weights), inner
+
+        def hold(state: Any) -> tuple[jax.Array, Any]:
+            return state["held"], state["rule"]
+
+        if rule.needs_gram and signals.gram is None:  # the step knew that the rule is not due
+            held_K, inner = hold(state)
+        else:
+            held_K, inner = jax.lax.cond(due(state), renew, hold, state)
+        return unstack(held_K, signals), {"rule": inner, "since": (state["since"] + 1) % int(k), "held": held_K}
+
+    return rule._replace(init=init, update=update, objective=None, due=due if rule.needs_gram else None)
+
+
+def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
+    """In each step the rule sees s tasks, drawn without replacement; the others have weight 0.
+
+    A task's chance is proportional to its number of labelled examples in the step to the power 1 / temperature.
+
+    Args:
+        rule: The rule.
+        s: How many tasks, at least 1.
+        temperature: Above 0; inf draws all alike.
+
+    Raises:
+        UserError: An option is out of range; at init, s is above the number of tasks.
+    """
+    if int(s) != s or s < 1:
+        raise UserError(f"subset: s is {s}; it must be a whole number of at least 1")
+    if not temperature > 0:
+        raise UserError(f"subset: temperature is {temperature}; it must be above 0")
+
+    def init(names: Sequence[str]) -> Any:
+        if s > len(names):
+            raise UserError(f"subset: s is {s}, but there are {len(names)} tasks")
+        return rule.init(names)
+
+    def chosen(signals: Signals) -> Signals:
+        """The signals with a count of 0 for every task that was not drawn."""
+        present_K = present(signals)
+        counts_K = present_K.astype(jnp.float32) if signals.counts is None else stack(signals.counts)
+        draw_key = jax.random.fold_in(signals.key, 1)  # the rule draws from the key itself
+        chance_K = jnp.log(jnp.maximum(counts_K, 1e-30)) / temperature + jax.random.gumbel(draw_key, counts_K.shape)
+        place_K = jnp.argsort(jnp.argsort(-jnp.where(present_K, chance_K, -jnp.inf)))
+        drawn_K = jnp.where(place_K < int(s), counts_K, 0.0)
+        return signals._replace(counts=dict(zip(sorted(signals.losses), drawn_K, strict=True)))
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        return rule.update(state, chosen(signals))
+
+    transform = rule.transform
+    if transform is not None:
+        inner = transform
+        transform = inner._replace(update=lambda state, signals, gradients: inner.update(state, chosen(signals), gradients))
+    return rule._replace(init=init, update=update, objective=None, transform=transform)
+
+
+def clipped(rule: Rule, low: float = 0.0, high: float = math.inf) -> Rule:
+    """The rule's weights, each kept between two bounds.
+
+    Args:
+        rule: The rule.
+        low: Smallest weight of a present task.
+        high: Largest weight, not below low.
+
+    Raises:
+        UserError: The bounds are not in order.
+    """
+    if not low <= high:
+        raise UserError(f"clipped: low is {low} and high is {high}; low must not be above high")
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        weights, state = rule.update(state, signals)
+        return unstack(jnp.clip(stack(weights), low, high), signals), state
+
+    return rule._replace(update=update, objective=None)
+
+
+def ema(rule: Rule, decay: float = 0.9) -> Rule:
+    """The rule's weights, averaged over steps: w <- decay w(before) + (1 - decay) w, from the first weights on.
+
+    Args:
+        rule: The rule.
+        decay: Share of the past, at least 0 and below 1.
+
+    Raises:
+        UserError: The decay is out of range.
+    """
+    if not 0 <= decay < 1:
+        raise UserError(f"ema: decay is {decay}; it must be at least 0 and below 1")
+
+    def init(names: Sequence[str]) -> Any:
+        return {"rule": rule.init(names), "mean": jnp.zeros(len(names)), "seen": jnp.zeros(len(names), bool)}
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        weights, inner = rule.update(state["rule"], signals)
+        weights_K, present_K = stack(weights), present(signals)
+        past_K = jnp.where(state["seen"], decay, 0.0)
+        mean_K = jnp.where(present_K, past_K * state["mean"] + (1 - past_K) * weights_K, state["mean"])
+        return unstack(mean_K, signals), {"rule": inner, "mean": mean_K, "seen": state["seen"] | present_K}
+
+    due = rule.due
+    return rule._replace(
+        init=init, update=update, objective=None, due=None if due is None else lambda state: due(state["rule"])
+    )

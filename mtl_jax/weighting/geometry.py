@@ -1,0 +1,196 @@
+"""Rules that construct a direction from the angles and lengths of the task gradients, without state or with one of K x K.
+
+Written in the Gram matrix alone, as in gram_rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.errors import UserError
+from mtl_jax.weighting.base import Rule, Signals, Weights, share, unstack
+from mtl_jax.weighting.gram_rules import scaled_gram, stateless
+
+ORDERS = ("random", "sorted")
+
+
+def pcgrad(order: str = "random") -> Rule:
+    """Each gradient minus its components against the others, summed (Yu et al. 2020).
+
+    For each task i in turn over the other tasks j: if g_i' . g_j < 0, g_i' -= (g_i' . g_j / |g_j|^2) g_j. The gradient is
+    sum_i g_i'. Without conflict all weights are 1.
+
+    Args:
+        order: The order of j: random (drawn from the step's key for each task, as in the paper) or sorted.
+
+    Raises:
+        UserError: Another order.
+    """
+    _check_order("pcgrad", order)
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        aims_KxK = jnp.zeros((len(signals.losses), len(signals.losses)))
+        weights_K, _ = _turn_apart(signals, order, aims_KxK, beta=0.0)
+        return unstack(weights_K, signals), state
+
+    return Rule(init=lambda names: (), update=update, needs_gram=True)
+
+
+def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
+    """Each gradient turned until its cosines with the others are what they usually are (Wang et al. 2021, Gradient Vaccine).
+
+    For each task i in turn over the other tasks j, with c the cosine of g_i' and g_j and t_ij its running mean, 0 at the start:
+    if c < t_ij, g_i' += |g_i'| (t sqrt(1 - c^2) - c sqrt(1 - t^2)) / (|g_j| sqrt(1 - t^2)) g_j; then
+    t_ij <- (1 - beta) t_ij + beta c. The gradient is sum_i g_i'. In the first step it is that of pcgrad.
+
+    Args:
+        beta: Share of the new cosine in the running mean, 0 to 1.
+        order: The order of j: random (drawn from the step's key for each task) or sorted.
+
+    Raises:
+        UserError: An option is out of range.
+    """
+    _check_order("gradvac", order)
+    if not 0 <= beta <= 1:
+        raise UserError(f"weighting gradvac: beta is {beta}; it must be from 0 to 1")
+
+    def update(aims_KxK: jax.Array, signals: Signals) -> tuple[Weights, jax.Array]:
+        weights_K, aims_KxK = _turn_apart(signals, order, aims_KxK, beta)
+        return unstack(weights_K, signals), aims_KxK
+
+    return Rule(init=lambda names: jnp.zeros((len(names), len(names))), update=update, needs_gram=True)
+
+
+def _check_order(rule: str, order: str) -> None:
+    if order not in ORDERS:
+        raise UserError(f"weighting {rule}: order is {order!r}; it must be random or sorted")
+
+
+def _turn_apart(signals: Signals, order: str, aims_KxK: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
+    """Every gradient turned until its cosine with each other one is at least the aim: weights f32[K], new aims f32[K, K]."""
+    gram_KxK, _, present_K = scaled_gram(signals)
+    K = gram_KxK.shape[0]
+    rows_K = jnp.arange(K)
+    if order == "sorted":
+        orders_KxK = jnp.broadcast_to(rows_K, (K, K))
+    else:
+        orders_KxK = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(signals.key, K))
+
+    def turn(place: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Row i of the parts holds g_i' as weights of the original gradients; all rows at once, each against its own j."""
+        parts_KxK, aims_KxK = carry
+        j_K = orders_KxK[:, place]
+        inner_K = (parts_KxK * gram_KxK[j_K]).sum(axis=1)
+        own_K = jnp.sqrt(jnp.maximum(jnp.einsum("ij,jk,ik->i", parts_KxK, gram_KxK, parts_KxK), 0.0))
+        other_K = jnp.sqrt(jnp.diagonal(gram_KxK)[j_K])
+        comparable_K = (j_K != rows_K) & (own_K > 0) & (other_K > 0)
+        safe_K = jnp.where(comparable_K, other_K, 1.0)
+        cosine_K = jnp.clip(inner_K / safe_K / jnp.where(comparable_K, own_K, 1.0), -1.0, 1.0)
+        aim_K = aims_KxK[rows_K, j_K]
+        sine_K = jnp.sqrt(jnp.maximum(1 - aim_K**2, 1e-6))
+        along_K = own_K * (aim_K * jnp.sqrt(1 - cosine_K**2) - cosine_K * sine_K) / (safe_K * sine_K)
+        parts_KxK = parts_KxK.at[rows_K, j_K].add(jnp.where(comparable_K & (cosine_K < aim_K), along_K, 0.0))
+        new_K = jnp.where(comparable_K, (1 - beta) * aim_K + beta * cosine_K, aim_K)
+        return parts_KxK, aims_KxK.at[rows_K, j_K].set(new_K)
+
+    start = (jnp.diag(present_K.astype(jnp.float32)), aims_KxK)
+    parts_KxK, aims_KxK = jax.lax.fori_loop(0, K, turn, start)
+    return parts_KxK.sum(axis=0), aims_KxK
+
+
+def imtl_g() -> Rule:
+    """The combination whose projections onto all unit gradients are equal (Liu et al. 2021, IMTL-G).
+
+    (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative.
+    """
+
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 1e-12))
+        # The solution is G^-1 |g| up to scale; a ridge keeps it finite where gradients are dependent.
+        cosine_KxK = gram_KxK / norm_K[:, None] / norm_K[None, :] + jnp.diag(jnp.where(present_K, 1e-6, 1.0))
+        w_K = jnp.linalg.solve(cosine_KxK, present_K.astype(jnp.float32)) / norm_K
+        total = w_K.sum()
+        found = jnp.abs(total) > 1e-6
+        return jnp.where(found, w_K / jnp.where(found, total, 1.0), share(present_K))
+
+    return stateless(weigh)
+
+
+def aligned() -> Rule:
+    """The mean of the gradients after all singular values of J became the smallest one (Senushkin et al. 2023, Aligned-MTL).
+
+    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero.
+    """
+
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+        values_K, vectors_KxK = jnp.linalg.eigh(gram_KxK)
+        kept_K = values_K > values_K.max() * len(values_K) * jnp.finfo(jnp.float32).eps
+        smallest = jnp.min(jnp.where(kept_K, values_K, jnp.inf))
+        shrink_K = jnp.where(kept_K, jnp.sqrt(smallest / jnp.where(kept_K, values_K, 1.0)), 0.0)
+        mean_K = share(present_K)
+        return jnp.where(kept_K.any(), vectors_KxK @ (shrink_K * (vectors_KxK.T @ mean_K)), mean_K)
+
+    return stateless(weigh)
+
+
+def config() -> Rule:
+    """The direction with equal cosine to every gradient, as long as the gradients' projections on it (Liu et al. 2025, ConFIG).
+
+    With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u.
+    """
+
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
+        safe_K = jnp.where(norm_K > 0, norm_K, 1.0)
+        cosine_KxK = gram_KxK / safe_K[:, None] / safe_K[None, :]
+        part_K = jnp.linalg.pinv(cosine_KxK, hermitian=True, rtol=1e-5) @ (norm_K > 0).astype(jnp.float32)
+        length = jnp.sqrt(jnp.maximum(part_K @ cosine_KxK @ part_K, 1e-12))
+        magnitude = (norm_K * (cosine_KxK @ part_K)).sum() / length
+        return magnitude / length * part_K / safe_K
+
+    return stateless(weigh)
+
+
+def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
+    """The mean of the gradients that lie closest to their neighbours (Blanchard et al. 2017, Multi-Krum).
+
+    A task's score is the sum of |g_i - g_j|^2 over its K - n_byzantine - 2 nearest other tasks; the n_selected tasks with the
+    lowest scores have weight 1 / n_selected, the others 0. The weights sum to 1. Departs from the paper, which asks for
+    K >= n_byzantine + 3: with fewer tasks the nearest single one is looked at. Tasks that tie for the last place share it.
+
+    Args:
+        n_byzantine: Tasks that may be wrong; not negative.
+        n_selected: Tasks that are kept, at least 1.
+
+    Raises:
+        UserError: An option is out of range; at init, more tasks are to be kept than there are.
+    """
+    for option, value, least in (("n_byzantine", n_byzantine, 0), ("n_selected", n_selected, 1)):
+        if int(value) != value or value < least:
+            raise UserError(f"weighting krum: {option} is {value}; it must be a whole number of at least {least}")
+
+    def init(names: Sequence[str]) -> Any:
+        if n_selected > len(names):
+            raise UserError(f"weighting krum: n_selected is {n_selected}, but there are {len(names)} tasks")
+        return ()
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        gram_KxK, _, present_K = scaled_gram(signals)
+        square_K = jnp.diagonal(gram_KxK)
+        distance_KxK = jnp.maximum(square_K[:, None] + square_K[None, :] - 2 * gram_KxK, 0.0)
+        other_KxK = present_K[:, None] & present_K[None, :] & ~jnp.eye(len(square_K), dtype=bool)
+        nearest_KxK = jnp.sort(jnp.where(other_KxK, distance_KxK, jnp.inf), axis=1)
+        looked_at = jnp.maximum(present_K.sum() - int(n_byzantine) - 2, 1)
+        counted_KxK = (jnp.arange(len(square_K)) < looked_at) & jnp.isfinite(nearest_KxK)
+        score_K = jnp.where(present_K, jnp.where(counted_KxK, nearest_KxK, 0.0).sum(axis=1), jnp.inf)
+        selected = jnp.minimum(int(n_selected), jnp.maximum(present_K.sum(), 1))
+        last = jnp.sort(score_K)[selected - 1]
+        below_K, tied_K = score_K < last * (1 - 1e-6), jnp.abs(score_K - last) <= last * 1e-6
+        weights_K = below_K + tied_K * (selected - below_K.sum()) / jnp.maximum(tied_K.sum(), 1)
+        return unstack(weights_K / selected, signals), state
+
+    return Rule(init=init, update=update, needs_gram=True)

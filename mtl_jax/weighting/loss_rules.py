@@ -1,0 +1,270 @@
+"""Rules that look at the losses only: they cost K numbers a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack
+
+TINY = 1e-30  # in place of a loss of zero, where a logarithm or a quotient is taken
+LARGEST = 69.0  # of a logarithm of a weight: e^69 is 1e30
+
+
+def uncertainty(learning_rate: float = 1e-2) -> Rule:
+    """Weights from learned task uncertainties (Kendall, Gal and Cipolla 2018).
+
+    The objective is sum_k exp(-s_k) L_k / 2 + s_k / 2 with s_k = log sigma_k^2, 0 at the start, so the weights are
+    exp(-s_k) / 2: 1/2 each at the start, 1 / (2 L_k) at the optimum. Departs from the paper: s has an Adam of its own.
+
+    Args:
+        learning_rate: Of s, above 0.
+
+    Raises:
+        UserError: The rate is not above 0.
+    """
+    return _learned(
+        "uncertainty",
+        learning_rate,
+        objective=lambda s_K, losses_K: 0.5 * jnp.exp(-s_K) * losses_K + 0.5 * s_K,
+        weights=lambda s_K: 0.5 * jnp.exp(-s_K),
+    )
+
+
+def imtl_l(learning_rate: float = 1e-2) -> Rule:
+    """Learned scales that bring all losses to the same size (Liu et al. 2021, IMTL-L).
+
+    The objective is sum_k exp(s_k) L_k - s_k with s = 0 at the start, so the weights are exp(s_k): 1 each at the start,
+    1 / L_k at the optimum. Departs from the paper: s has an Adam of its own.
+
+    Args:
+        learning_rate: Of s, above 0.
+
+    Raises:
+        UserError: The rate is not above 0.
+    """
+    return _learned(
+        "imtl_l",
+        learning_rate,
+        objective=lambda s_K, losses_K: jnp.exp(s_K) * losses_K - s_K,
+        weights=lambda s_K: jnp.exp(s_K),
+    )
+
+
+def _learned(
+    name: str,
+    learning_rate: float,
+    objective: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: Callable[[jax.Array], jax.Array],
+) -> Rule:
+    """A rule with one learned number a task: an objective f32[K] of (s, losses), and its derivative by the losses."""
+    _above_zero(name, "learning_rate", learning_rate)
+    adam = optax.adam(learning_rate)
+
+    def init(names: Sequence[str]) -> Any:
+        s_K = jnp.zeros(len(names))
+        return {"s": s_K, "adam": adam.init(s_K)}
+
+    def total(state: Any, signals: Signals) -> jax.Array:
+        return jnp.where(present(signals), objective(state["s"], stack(signals.losses)), 0.0).sum()
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        gradient_K = jax.grad(lambda s_K: total({"s": s_K}, signals))(state["s"])
+        updates_K, adam_state = adam.update(jnp.clip(gradient_K, -1e15, 1e15), state["adam"])
+        s_K = jnp.where(present(signals), state["s"] + updates_K, state["s"])
+        return unstack(weights(state["s"]), signals), {"s": jnp.clip(s_K, -LARGEST, LARGEST), "adam": adam_state}
+
+    return Rule(init=init, update=update, objective=total)
+
+
+def dwa(temperature: float = 2.0) -> Rule:
+    """Dynamic weight averaging: tasks whose loss falls slowly get more weight (Liu, Johns and Davison 2019).
+
+    w_k = K softmax_k(r_k / temperature), with r_k = L_k(t-1) / L_k(t-2); 1 for a task that was seen less than twice. The
+    weights sum to K. The paper takes epoch means of the losses; here a step stands for an epoch.
+
+    Args:
+        temperature: Above 0; the larger, the more equal the weights.
+
+    Raises:
+        UserError: The temperature is not above 0.
+    """
+    _above_zero("dwa", "temperature", temperature)
+
+    def init(names: Sequence[str]) -> Any:
+        zeros_K = jnp.zeros(len(names))
+        return {"seen": jnp.zeros(len(names), jnp.int32), "last": zeros_K, "before_last": zeros_K}
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        present_K = present(signals)
+        rate_K = state["last"] / jnp.maximum(state["before_last"], jnp.finfo(jnp.float32).tiny)
+        rate_K = jnp.where(state["seen"] < 2, 1.0, jnp.minimum(rate_K, 1e6))
+        weights_K = present_K.sum() * jax.nn.softmax(rate_K / temperature, where=present_K)
+        new_state = {
+            "seen": state["seen"] + present_K,
+            "last": jnp.where(present_K, stack(signals.losses), state["last"]),
+            "before_last": jnp.where(present_K, state["last"], state["before_last"]),
+        }
+        return unstack(weights_K, signals), new_state
+
+    return Rule(init=init, update=update)
+
+
+def rlw(distribution: str = "normal") -> Rule:
+    """Random loss weighting: weights drawn anew at each step (Lin et al. 2022).
+
+    The weights sum to 1; so does their mean over steps, 1/K each.
+
+    Args:
+        distribution: normal (softmax of standard normal draws, the paper's main choice) or dirichlet (uniform on the simplex).
+
+    Raises:
+        UserError: Another distribution.
+    """
+    if distribution not in ("normal", "dirichlet"):
+        raise unknown("distribution of weighting 'rlw':", distribution, ("normal", "dirichlet"))
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        shape = (len(signals.losses),)
+        # The softmax of the logarithms of gamma draws with shape 1 is uniform on the simplex.
+        normal = distribution == "normal"
+        draws_K = jax.random.normal(signals.key, shape) if normal else jax.random.loggamma(signals.key, 1.0, shape)
+        return unstack(jax.nn.softmax(draws_K, where=present(signals)), signals), state
+
+    return Rule(init=lambda names: (), update=update)
+
+
+def gls() -> Rule:
+    """Geometric loss strategy: the geometric mean of the losses (Chennupati et al. 2019).
+
+    The objective is (prod_k L_k)^(1/K), so the weights are that over K L_k. Weights times losses sum to the objective.
+    """
+
+    def log_mean(signals: Signals) -> tuple[jax.Array, jax.Array]:
+        logs_K = jnp.log(jnp.maximum(stack(signals.losses), TINY))
+        return logs_K, (share(present(signals)) * logs_K).sum()
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        logs_K, mean = log_mean(signals)
+        return unstack(share(present(signals)) * jnp.exp(jnp.minimum(mean - logs_K, LARGEST)), signals), state
+
+    return Rule(init=lambda names: (), update=update, objective=lambda state, signals: jnp.exp(log_mean(signals)[1]))
+
+
+def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
+    """Smooth Tchebycheff scalarization: a smooth form of the largest loss (Lin et al. 2024).
+
+    The objective is mu log sum_k exp((L_k - ideal) / mu), so the weights are softmax_k(L_k / mu) and sum to 1. All
+    preferences are equal; multiply losses in the tasks to change them.
+
+    Args:
+        mu: Above 0; towards 0 the largest loss alone counts, towards infinity all count the same.
+        ideal: The loss that is aimed at; it changes the objective by a constant only.
+
+    Raises:
+        UserError: mu is not above 0.
+    """
+    _above_zero("stch", "mu", mu)
+
+    def objective(state: Any, signals: Signals) -> jax.Array:
+        return mu * jax.nn.logsumexp((stack(signals.losses) - ideal) / mu, where=present(signals))
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        return unstack(jax.nn.softmax((stack(signals.losses) - ideal) / mu, where=present(signals)), signals), state
+
+    return Rule(init=lambda names: (), update=update, objective=objective)
+
+
+def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0) -> Rule:
+    """Fast adaptive multitask optimization: all logarithms of losses fall at the same speed (Liu et al. 2023).
+
+    With z = softmax(xi) and D_k = L_k - lowest: weights z_k / D_k, scaled to sum to 1. xi follows, by Adam with decay, the
+    change of log D from one step to the next through the softmax. Departs from the paper: the loss after a step is that of
+    the next step's batch, not of the same batch evaluated again, which would cost another forward pass.
+
+    Args:
+        learning_rate: Of xi, above 0.
+        decay: Weight decay of xi, added to its gradient; not negative.
+        lowest: A lower bound of the losses.
+
+    Raises:
+        UserError: An option is out of range.
+    """
+    _above_zero("famo", "learning_rate", learning_rate)
+    if not decay >= 0:
+        raise UserError(f"weighting famo: decay is {decay}; it must not be negative")
+    adam = optax.chain(optax.add_decayed_weights(decay), optax.adam(learning_rate))
+
+    def init(names: Sequence[str]) -> Any:
+        zeros_K = jnp.zeros(len(names))
+        return {"xi": zeros_K, "adam": adam.init(zeros_K), "last": zeros_K, "seen": jnp.zeros(len(names), bool)}
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        present_K = present(signals)
+        logs_K = jnp.log(jnp.maximum(stack(signals.losses) - lowest, 1e-8))
+        both_K = present_K & state["seen"]
+        fall_K = jnp.where(both_K, state["last"] - logs_K, 0.0)
+        _, pull = jax.vjp(jax.nn.softmax, state["xi"])
+        updates_K, adam_state = adam.update(pull(fall_K)[0], state["adam"], state["xi"])
+        # Before a second look at the losses there is nothing to follow; not even decay.
+        xi_K = jnp.where(both_K, state["xi"] + updates_K, state["xi"])
+        adam_state = jax.tree.map(lambda new, old: jnp.where(both_K.any(), new, old), adam_state, state["adam"])
+        weights_K = jax.nn.softmax(jax.nn.log_softmax(xi_K) - logs_K, where=present_K)
+        last_K = jnp.where(present_K, logs_K, state["last"])
+        return unstack(weights_K, signals), {"xi": xi_K, "adam": adam_state, "last": last_K, "seen": state["seen"] | present_K}
+
+    return Rule(init=init, update=update)
+
+
+def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] = 0.0) -> Rule:
+    """Weights grow with what a loss has in excess of the lowest it can reach (after He et al. 2024, ExcessMTL).
+
+    w_k <- w_k exp(rate E_k / E_k(first)), scaled to sum to 1, with E_k = max(L_k - reference_k, 0). Noisy tasks, whose loss
+    stays high whatever is done, then take no weight from the others, as they would where the loss itself counts. Departs
+    from the paper, which estimates E_k from the curvature: here the lowest loss is given, for example that of single-task
+    training.
+
+    Args:
+        learning_rate: Of the logarithms of the weights, above 0.
+        reference: The lowest loss, one number for all or {task: number}.
+
+    Raises:
+        UserError: The rate is not above 0; at init, a task has no reference or a reference no task.
+    """
+    _above_zero("excess", "learning_rate", learning_rate)
+
+    def init(names: Sequence[str]) -> Any:
+        if isinstance(reference, Mapping):
+            for task in reference:
+                if task not in names:
+                    raise unknown("task in reference of weighting 'excess':", task, names)
+            missing = [name for name in names if name not in reference]
+            if missing:
+                raise UserError(f"weighting excess: no reference for {', '.join(missing)}")
+        zeros_K = jnp.zeros(len(names))
+        return {"log_weights": zeros_K, "first": zeros_K, "seen": jnp.zeros(len(names), bool)}
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        present_K = present(signals)
+        low_K = stack({task: reference[task] if isinstance(reference, Mapping) else reference for task in signals.losses})
+        excess_K = jnp.maximum(stack(signals.losses) - low_K, 0.0)
+        first_K = jnp.where(state["seen"], state["first"], excess_K)
+        growth_K = jnp.where(first_K > 0, jnp.minimum(excess_K / jnp.where(first_K > 0, first_K, 1.0), 1e6), 0.0)
+        logs_K = jnp.where(present_K, state["log_weights"] + learning_rate * growth_K, state["log_weights"])
+        logs_K = logs_K - logs_K.max()
+        weights_K = jax.nn.softmax(logs_K, where=present_K)
+        seen_K = state["seen"] | present_K
+        first_K = jnp.where(present_K, first_K, state["first"])
+        return unstack(weights_K, signals), {"log_weights": logs_K, "first": first_K, "seen": seen_K}
+
+    return Rule(init=init, update=update)
+
+
+def _above_zero(rule: str, option: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"weighting {rule}: {option} is {value}; it must be above 0")

@@ -1,0 +1,52 @@
+"""Rules that change the task gradients themselves, through their transform."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax import weighting
+from mtl_jax.weighting import Signals
+
+
+def signals(step, losses=(1.0, 1.0), counts=None):
+    counts = None if counts is None else dict(zip("ab", map(jnp.float32, counts), strict=True))
+    return Signals(dict(zip("ab", map(jnp.float32, losses), strict=True)), None, jnp.int32(step), jax.random.key(step), counts)
+
+
+def tree(values):
+    return {"kernel": jnp.asarray(values, jnp.float32)}
+
+
+def test_moco_tracks_the_gradients():
+    rule = weighting.moco(beta=0.5, sigma=1.0)
+    state = rule.transform.init(tree(np.zeros((2, 3))))
+    first, state = rule.transform.update(state, signals(0), tree([[2, 2, 2], [4, 4, 4]]))
+    np.testing.assert_allclose(first["kernel"][:, 0], [1, 2])
+    second, state = rule.transform.update(state, signals(1), tree([[5, 5, 5], [0, 0, 0]]))
+    np.testing.assert_allclose(second["kernel"][:, 0], [1 + 0.25 * 4, 2 - 0.25 * 2])
+    third, _ = rule.transform.update(state, signals(2, counts=(0, 3)), tree([[0, 0, 0], [6, 6, 6]]))
+    np.testing.assert_allclose(third["kernel"][0], second["kernel"][0])  # absent: nothing new about it
+
+
+def test_db_mtl_averages_the_gradients_of_the_logarithms():
+    rule = weighting.db_mtl(beta=0.5, sigma=0.0)
+    state = rule.transform.init(tree(np.zeros((2, 3))))
+    first, state = rule.transform.update(state, signals(0, losses=(2.0, 1.0)), tree([[4, 4, 4], [3, 3, 3]]))
+    np.testing.assert_allclose(first["kernel"][:, 0], [2, 3], rtol=1e-6)
+    second, _ = rule.transform.update(state, signals(1, losses=(1.0, 1.0)), tree([[6, 6, 6], [3, 3, 3]]))
+    np.testing.assert_allclose(second["kernel"][:, 0], [4, 3], rtol=1e-6)
+
+
+def test_graddrop_keeps_one_sign_in_each_coordinate():
+    """Chen et al.: positive with probability (1 + sum / sum of sizes) / 2."""
+    size = 4000
+    gradients = tree(np.stack([np.full(size, 3.0), np.full(size, -1.0)]))
+    rule = weighting.graddrop()
+    found, _ = rule.transform.update((), signals(0), gradients)
+    total = np.asarray(found["kernel"].sum(axis=0))
+    assert set(total) == {3.0, -1.0}
+    np.testing.assert_allclose(np.mean(total > 0), 0.75, atol=0.03)
+    leaking, _ = weighting.graddrop(leak=1.0).transform.update((), signals(0), gradients)
+    np.testing.assert_array_equal(leaking["kernel"], gradients["kernel"])
+    alike, _ = rule.transform.update((), signals(0), tree(np.ones((2, 5))))
+    np.testing.assert_array_equal(alike["kernel"], np.ones((2, 5)))

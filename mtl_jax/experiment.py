@@ -33,7 +33,7 @@ class Phase:
         steps: Length of the phase.
         rules: Which parameters train: the first rule whose pattern matches a parameter's path decides.
         learning_rate: Peak rate; None: optimizer.learning_rate.
-        weights: Fixed loss weights of this phase; empty: the experiment's weighting.
+        weights: Loss weights of this phase, numbers or schedules; empty: the experiment's weighting.
         cache_features: Where the rules freeze the whole trunk, compute its output for every example once.
     """
 
@@ -41,7 +41,7 @@ class Phase:
     steps: int
     rules: tuple[ParamRule, ...] = (ParamRule(".*"),)
     learning_rate: float | None = None
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
     cache_features: bool = True
 
 
@@ -87,12 +87,15 @@ class Experiment:
         tasks: What is predicted from them.
         phases: What trains, and for how long.
         weighting: The rule that weighs the losses.
-        weights: For --weighting fixed: one weight for each task.
+        weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
+            step such as "linear_schedule(1.0, 0.0, 1000)".
         weighting_options: Options of the rule, such as c 0.5 for cagrad.
+        combinators: What is done to the rule, the innermost first: normalized[:total=T], every:k=K, subset:s=S[,temperature=T],
+            clipped[:low=L,high=H], ema[:decay=D].
         gram_over: For rules that compare task gradients: over which parameters. trunk: all of it that trains; a regular
             expression of parameter paths; representation: the trunk's output, the cheapest.
         gram_dtype: In which task gradients are held: float32 or bfloat16. They take K times the trainable trunk.
-        weigh_heads: For those rules: whether a head's own gradient is multiplied by its task's weight.
+        weigh_heads: Whether a head's own gradient is multiplied by its task's weight; else it is trained by its plain loss.
         only: Train these tasks and leave the others out; empty: all.
         optimizer: How parameters follow the gradient.
         batch: Shape of a batch and mixture of the sources.
@@ -109,8 +112,9 @@ class Experiment:
     tasks: tuple[Classification | Regression, ...]
     phases: tuple[Phase, ...]
     weighting: str = "equal"
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
     weighting_options: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    combinators: tuple[str, ...] = ()
     gram_over: str = "trunk"
     gram_dtype: str = "float32"
     weigh_heads: bool = True
@@ -138,7 +142,7 @@ def select(experiment: Experiment) -> Experiment:
         return experiment
     dropped = set(names) - set(experiment.only)
 
-    def kept(weights: dict[str, float]) -> dict[str, float]:
+    def kept(weights: dict[str, float | str]) -> dict[str, float | str]:
         return {task: weight for task, weight in weights.items() if task not in dropped}
 
     return dataclasses.replace(
@@ -156,13 +160,16 @@ def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
         UserError: The rule or a weight is refused.
     """
     if phase.weights:
-        return weighting.fixed(phase.weights)
+        return weighting.scheduled(phase.weights)
     options: dict[str, Any] = dict(experiment.weighting_options)
-    if experiment.weighting == "fixed":
+    if experiment.weighting in ("fixed", "scheduled"):
         options["weights"] = experiment.weights
     elif experiment.weights:
-        raise UserError(f"weights are for --weighting fixed, but weighting is {experiment.weighting!r}")
-    return weighting.make(experiment.weighting, **options)
+        raise UserError(f"weights are for --weighting fixed or scheduled, but weighting is {experiment.weighting!r}")
+    rule = weighting.make(experiment.weighting, **options)
+    for combinator in experiment.combinators:
+        rule = weighting.combine(rule, combinator)
+    return rule
 
 
 def check(experiment: Experiment) -> None:
@@ -190,6 +197,7 @@ def check(experiment: Experiment) -> None:
         if phase.learning_rate is not None and not phase.learning_rate >= 0:
             raise UserError(f"phase {phase.name!r}: learning_rate is {phase.learning_rate}; it must not be negative")
         rule_of(experiment, phase).init([task.name for task in experiment.tasks])
+        weighting.check_steps(phase.weights or experiment.weights, sum(phase.steps for phase in experiment.phases))
     for task in experiment.tasks:
         if task.source not in [s.name for s in experiment.sources]:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])

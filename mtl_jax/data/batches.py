@@ -30,12 +30,15 @@ class Batching:
         examples_per_row: S, at most so many examples are packed in one row.
         mixture: How often each source is seen. uniform: the same number of rows a step for every source. proportional: rows
             by the number of training tokens, at least one.
+        accumulate: Parts of a training batch that are gone through one after another, for a batch whose activations do not fit
+            in memory; divides rows. The step is that of the whole batch.
     """
 
     rows: int = 32
     row_length: int = 64
     examples_per_row: int = 12
     mixture: str = "uniform"
+    accumulate: int = 1
 
 
 class Batch(NamedTuple):
@@ -62,9 +65,11 @@ def check(batching: Batching) -> None:
     """Raises UserError where a field of Batching makes no sense."""
     if batching.mixture not in MIXTURES:
         raise unknown("mixture", batching.mixture, MIXTURES)
-    for field in ("rows", "row_length", "examples_per_row"):
+    for field in ("rows", "row_length", "examples_per_row", "accumulate"):
         if getattr(batching, field) < 1:
             raise UserError(f"batch.{field} must be at least 1")
+    if batching.rows % batching.accumulate:
+        raise UserError(f"batch.accumulate is {batching.accumulate}; it must divide batch.rows, {batching.rows}")
 
 
 def rows_per_source(batching: Batching, train: dict[str, Examples]) -> dict[str, int]:

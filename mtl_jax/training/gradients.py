@@ -52,12 +52,20 @@ def layout(tasks: Sequence[Task], rows: dict[str, int]) -> Layout:
     return Layout(tuple(rows.values()), rounds)
 
 
-def cut(batch: Batch, rows: tuple[int, ...], tasks: Sequence[Task]) -> Batch:
-    """A batch as equal blocks: every leaf [sum of rows, ...] becomes [N, largest rows, ...]; short blocks end in empty rows."""
-    if len(set(rows)) == 1:
-        return jax.tree.map(lambda leaf: leaf.reshape(len(rows), rows[0], *leaf.shape[1:]), batch)
+def cut(batch: Batch, rows: tuple[int, ...], tasks: Sequence[Task], multiple: int = 1) -> Batch:
+    """A batch as equal blocks: every leaf [sum of rows, ...] becomes [N, R, ...]; short blocks end in empty rows.
+
+    Args:
+        batch: The batch.
+        rows: Rows of each source's block.
+        tasks: The tasks, for their missing labels.
+        multiple: R is the next multiple of this from the largest of the rows on.
+    """
+    R = -(-max(rows) // multiple) * multiple
+    if set(rows) == {R}:
+        return jax.tree.map(lambda leaf: leaf.reshape(len(rows), R, *leaf.shape[1:]), batch)
     starts = np.concatenate([[0], np.cumsum(rows)[:-1]])
-    within = np.arange(max(rows))[None, :]
+    within = np.arange(R)[None, :]
     # A row past the end of its block is past the end of the batch, where `fill` takes over.
     index_NxR = np.where(within < np.array(rows)[:, None], starts[:, None] + within, sum(rows))
 
@@ -142,6 +150,15 @@ def task_gradients(
     return found
 
 
+def in_order(rounds: Sequence[Any], names: Sequence[str]) -> Any:
+    """The rounds as one tree, leaves [K, ...] in sorted order of the names, float32."""
+    order = np.argsort(np.array(names))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order].astype(jnp.float32), *rounds)
+
+
+CHUNK = 8192  # numbers of every task at a time: K of them stay in a core's cache
+
+
 def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
     """Inner products of the task gradients: f32[K, K], rows in sorted order of the names.
 
@@ -150,14 +167,27 @@ def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
         names: Task names in the order of the rounds.
     """
 
-    def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-        flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-        return jnp.matmul(flat_a, flat_b.T, precision="highest", preferred_element_type=jnp.float32)
+    def inner(*rounds_KxP: jax.Array) -> jax.Array:
+        rows_KxP = jnp.concatenate(rounds_KxP)
+        return jnp.matmul(rows_KxP, rows_KxP.T, precision="highest", preferred_element_type=jnp.float32)
 
-    def block(a: Any, b: Any) -> jax.Array:
-        return jax.tree.reduce(jnp.add, jax.tree.map(inner, a, b))
+    def inner_by_chunks(*rounds_KxP: jax.Array) -> jax.Array:
+        """The same, on a CPU: XLA's product of a few very long rows there takes six times as long."""
+        whole = rounds_KxP[0].shape[1] // CHUNK
 
-    gram_KxK = jnp.block([[block(a, b) for b in rounds] for a in rounds])
+        def add(n: jax.Array, total_KxK: jax.Array) -> jax.Array:
+            return total_KxK + inner(*[jax.lax.dynamic_slice_in_dim(rows, n * CHUNK, CHUNK, axis=1) for rows in rounds_KxP])
+
+        rest_KxK = inner(*[rows[:, whole * CHUNK :] for rows in rounds_KxP])
+        return jax.lax.fori_loop(0, whole, add, rest_KxK)
+
+    def of_leaf(*leaves: jax.Array) -> jax.Array:
+        flat_KxP = [leaf.reshape(len(leaf), -1) for leaf in leaves]
+        if flat_KxP[0].shape[1] <= 2 * CHUNK:
+            return inner(*flat_KxP)
+        return jax.lax.platform_dependent(*flat_KxP, cpu=inner_by_chunks, default=inner)
+
+    gram_KxK = jax.tree.reduce(jnp.add, jax.tree.map(of_leaf, *rounds))
     order = np.argsort(np.array(names))
     return gram_KxK[order][:, order]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.errors import UserError
 from mtl_jax.tasks import Task
 from mtl_jax.training import gradients
+from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Encode, Measure, Measured, apply_head, mean_losses
+from mtl_jax.training.step import Encode, Measure, Measured, apply_head, by_losses, label_counts, mean_losses
 from mtl_jax.transfer import freezing
 from mtl_jax.weighting import Rule, Signals
 
@@ -56,60 +58,72 @@ def by_gram(
     gram_over: str = TRUNK,
     dtype: Any = jnp.float32,
     weigh_heads: bool = True,
+    accumulate: int = 1,
 ) -> Measure:
-    """The measure of a Gram rule.
+    """The measure of a rule that compares or changes the task gradients.
 
     Over the whole trunk, the task gradients that make the Gram matrix also make the combined gradient, and nothing is
     computed twice. Over a part of it, or over the representation, the weights come first, and one ordinary backward pass
     follows; a part costs a second forward pass. The representation's gradient is that by a vector added to every example's
-    pooled vector, f32[H].
+    pooled vector, f32[H]. A rule that is not due in a step gets the step of by_losses.
 
     Args:
         encode: encode_tokens(trunk).
         tasks: The tasks, label sets filled in.
-        rule: A rule with needs_gram.
+        rule: A rule with needs_gram or a transform.
         layout: gradients.layout(...).
         over: check(...), for the trainable part of this phase.
-        gram_over: "trunk", "representation", or the expression that `over` was made from.
+        gram_over: "trunk", "representation", or the expression that `over` was made from; "trunk" for a transform.
         dtype: In which the task gradients are held: bfloat16 halves their memory, K times the trainable trunk.
-        weigh_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum; else it is
-            trained by its plain loss.
+        weigh_heads: As in by_losses.
+        accumulate: As in by_losses; the task gradients are added up before they are compared. Not over the whole trunk, the
+            weighted gradient costs a second pass over the parts.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
 
     def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        blocks = gradients.cut(batch, layout.rows, tasks)
-        keys_N = jax.random.split(trunk_key, len(layout.rows))
-        head_keys = {task.name: jax.random.fold_in(head_key, number) for number, task in enumerate(tasks)}
-        labels = {task.name: blocks.labels[task.name][block_of[task.name]] for task in tasks}
+        counts = label_counts(tasks, batch.labels)
+        blocks = gradients.cut(batch, layout.rows, tasks, accumulate)
 
         def encode_block(trunk: Any, block: Batch, key: jax.Array) -> jax.Array:
             return encode(freezing.merge(trunk, frozen["trunk"]), block, key, table)
 
-        def encode_all(trunk: Any) -> jax.Array:
-            return jax.vmap(encode_block, in_axes=(None, 0, 0))(trunk, blocks, keys_N)
+        def compare(blocks: Batch, number: Any) -> tuple[Any, Any]:
+            """Losses, gradients of the heads, task gradients by round; and the trunk's gradient as a function of weights."""
+            keys_N = jax.random.split(part_key(trunk_key, number, accumulate), len(layout.rows))
+            part_head_key = part_key(head_key, number, accumulate)
+            labels = {task.name: blocks.labels[task.name][block_of[task.name]] for task in tasks}
 
-        def head_losses(heads: Any, pooled: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-            params = freezing.merge(heads, frozen["heads"])
-            outputs = {t.name: apply_head(t, params[t.name], pooled[t.name], head_keys[t.name]) for t in tasks}
-            losses, counts = mean_losses(tasks, outputs, labels)
-            return jax.tree.reduce(jnp.add, losses), (losses, counts)
+            def encode_all(trunk: Any) -> jax.Array:
+                return jax.vmap(encode_block, in_axes=(None, 0, 0))(trunk, blocks, keys_N)
 
-        if gram_over == TRUNK:
-            pooled_NxRxSxH, pull_blocks = gradients.encode_blocks(encode_block, trained["trunk"], blocks, keys_N)
-        else:
-            pooled_NxRxSxH, pull_all = jax.vjp(encode_all, trained["trunk"])
-        pooled = {task: pooled_NxRxSxH[block] for task, block in block_of.items()}
-        (head_gradients, cotangents), (losses, counts) = jax.grad(head_losses, argnums=(0, 1), has_aux=True)(
-            trained["heads"], pooled
-        )
+            def head_losses(heads: Any, pooled: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+                params = freezing.merge(heads, frozen["heads"])
+                outputs = {
+                    task.name: apply_head(task, params[task.name], pooled[task.name], jax.random.fold_in(part_head_key, n))
+                    for n, task in enumerate(tasks)
+                }
+                losses = mean_losses(tasks, outputs, labels, counts)
+                return jax.tree.reduce(jnp.add, losses), losses
 
-        rounds: list[Any]
-        if gram_over == REPRESENTATION:
-            rounds = [jnp.stack([cotangents[name].sum(axis=(0, 1)) for name in names])]
-        else:
+            if gram_over == TRUNK:
+                pooled_NxRxSxH, pull_blocks = gradients.encode_blocks(encode_block, trained["trunk"], blocks, keys_N)
+            else:
+                pooled_NxRxSxH, pull_all = jax.vjp(encode_all, trained["trunk"])
+            pooled = {task: pooled_NxRxSxH[block] for task, block in block_of.items()}
+            (head_gradients, cotangents), losses = jax.grad(head_losses, argnums=(0, 1), has_aux=True)(trained["heads"], pooled)
+
+            def weighted(weights: dict[str, jax.Array]) -> Any:
+                total_NxRxSxH = jnp.zeros_like(pooled_NxRxSxH)
+                for task, block in block_of.items():
+                    total_NxRxSxH = total_NxRxSxH.at[block].add(weights[task] * cotangents[task])
+                return pull_all(total_NxRxSxH)[0]
+
+            if gram_over == REPRESENTATION:
+                rounds: list[Any] = [jnp.stack([cotangents[name].sum(axis=(0, 1)) for name in names])]
+                return (losses, head_gradients, rounds), weighted
             if gram_over != TRUNK:
                 part, rest = freezing.split(trained["trunk"], over["trunk"])
 
@@ -117,17 +131,30 @@ def by_gram(
                     return encode_block(freezing.merge(part, rest), block, key)
 
                 _, pull_blocks = gradients.encode_blocks(encode_part, part, blocks, keys_N)
-            rounds = gradients.task_gradients(pull_blocks, cotangents, layout.rounds, dtype)
-        gram_KxK = gradients.gram_matrix(rounds, names)
-        weights, rule_state = rule.update(state.rule_state, Signals(losses, gram_KxK, state.step, rule_key))
+            return (losses, head_gradients, gradients.task_gradients(pull_blocks, cotangents, layout.rounds, dtype)), weighted
 
-        if gram_over == TRUNK:
-            trunk_gradient = gradients.combine(rounds, weights, names)
+        if accumulate == 1:
+            (losses, head_gradients, rounds), weighted = compare(blocks, 0)
         else:
-            weighted_NxRxSxH = jnp.zeros_like(pooled_NxRxSxH)
-            for task, block in block_of.items():
-                weighted_NxRxSxH = weighted_NxRxSxH.at[block].add(weights[task] * cotangents[task])
-            (trunk_gradient,) = pull_all(weighted_NxRxSxH)
+            parts = in_parts(blocks, accumulate, axis=1)
+            losses, head_gradients, rounds = add_up(lambda part, number: compare(part, number)[0], parts)
+
+            def weighted(weights: dict[str, jax.Array]) -> Any:
+                return add_up(lambda part, number: compare(part, number)[1](weights), parts)
+
+        signals = Signals(losses, None, state.step, rule_key, counts)
+        order, rule_state, changed_state = names, state.rule_state, None
+        if rule.transform is not None:
+            order = sorted(names)
+            rule_state, changed_state = state.rule_state["rule"], state.rule_state["transform"]
+            changed, changed_state = rule.transform.update(changed_state, signals, gradients.in_order(rounds, names))
+            rounds = [changed]
+        gram_KxK = gradients.gram_matrix(rounds, order)
+        weights, rule_state = rule.update(rule_state, signals._replace(gram=gram_KxK))
+        if rule.transform is not None:
+            rule_state = {"rule": rule_state, "transform": changed_state}
+
+        trunk_gradient = gradients.combine(rounds, weights, order) if gram_over == TRUNK else weighted(weights)
         if weigh_heads:
             head_gradients = {
                 name: jax.tree.map(lambda leaf, w=weights[name]: w * leaf, gradient)
@@ -136,4 +163,29 @@ def by_gram(
         gradient = {"trunk": trunk_gradient, "heads": head_gradients}
         return Measured(gradient, losses, counts, weights, gram_KxK, rule_state)
 
-    return measure
+    if rule.due is None:
+        return measure
+    due = rule.due
+    plain = by_losses(encode, tasks, rule, trains_trunk=True, weigh_heads=weigh_heads, accumulate=accumulate)
+
+    def measure_where_due(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
+        def hold() -> Measured:
+            return plain(trained, frozen, batch, table, state)._replace(gram=jnp.full((len(names), len(names)), jnp.nan))
+
+        return jax.lax.cond(due(state.rule_state), lambda: measure(trained, frozen, batch, table, state), hold)
+
+    return measure_where_due
+
+
+def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:
+    """The rule's state at the start: its own, and that of its transform where it has one.
+
+    Args:
+        rule: The rule.
+        names: Task names, in order.
+        trunk: The trunk's trainable leaves.
+    """
+    if rule.transform is None:
+        return rule.init(names)
+    gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(names), *leaf.shape), jnp.float32), trunk)
+    return {"rule": rule.init(names), "transform": rule.transform.init(gradients)}

@@ -213,7 +213,7 @@ class _Run:
         record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
         record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
         record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
-        if metrics.gram is not None:
+        if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
             record |= compare_gradients(metrics.gram, sorted(losses))
         self.logger.write("train", step, record)
         self.progress.update(1, tokens, losses, title=plan.phase.name)

@@ -122,7 +122,8 @@ def initial_state(prepared: Prepared) -> TrainState:
     plan = prepared.plans[0]
     names = [task.name for task in prepared.corpus.tasks]
     trained, _ = freezing.split(prepared.params, plan.mask)
-    state = create(prepared.params, plan.optimizer.init(trained), plan.rule.init(names), prepared.experiment.seed)
+    rule_state = gram_step.init_rule(plan.rule, names, trained["trunk"])
+    state = create(prepared.params, plan.optimizer.init(trained), rule_state, prepared.experiment.seed)
     return _place(state, prepared)
 
 
@@ -131,7 +132,8 @@ def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
     trained, _ = freezing.split(state.params, plan.mask)
     changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained)}
     if plan.fresh_rule:
-        changed["rule_state"] = plan.rule.init([task.name for task in prepared.corpus.tasks])
+        names = [task.name for task in prepared.corpus.tasks]
+        changed["rule_state"] = gram_step.init_rule(plan.rule, names, trained["trunk"])
     return state._replace(**_place(changed, prepared))
 
 
@@ -158,19 +160,27 @@ def _place(tree: Any, prepared: Prepared) -> Any:
     return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(prepared.mesh))
 
 
+def per_task(rule: Rule) -> bool:
+    """Whether the rule compares or changes the task gradients."""
+    return rule.needs_gram or rule.transform is not None
+
+
 def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
     """A state with the structure of a phase; its numbers mean nothing."""
     trained, _ = freezing.split(prepared.params, plan.mask)
     names = [task.name for task in prepared.corpus.tasks]
-    return create(prepared.params, plan.optimizer.init(trained), plan.rule.init(names), 0)
+    rule_state = gram_step.init_rule(plan.rule, names, trained["trunk"])
+    return create(prepared.params, plan.optimizer.init(trained), rule_state, 0)
 
 
 def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     """How a phase's steps come from losses to a gradient."""
     experiment, tasks = prepared.experiment, prepared.corpus.tasks
     encode = look_up if plan.cached else encode_tokens(prepared.trunk.module)
-    if not plan.rule.needs_gram:
-        return by_losses(encode, tasks, plan.rule, trains_trunk=any(jax.tree.leaves(plan.mask["trunk"])))
+    weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
+    if not per_task(plan.rule):
+        trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
+        return by_losses(encode, tasks, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate)
     return gram_step.by_gram(
         encode,
         tasks,
@@ -179,7 +189,8 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
         gram_step.check(prepared.params, plan.mask, experiment.gram_over),
         gram_over=experiment.gram_over,
         dtype=meshes.compute_dtype(experiment.gram_dtype),
-        weigh_heads=experiment.weigh_heads,
+        weigh_heads=weigh_heads,
+        accumulate=accumulate,
     )
 
 
@@ -194,12 +205,16 @@ def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
         rate = optimizers.schedule(experiment.optimizer, peak, phase.steps)
         trains_trunk = any(jax.tree.leaves(mask["trunk"]))
         rule = rule_of(experiment, phase)
-        if rule.needs_gram and trains_trunk:
+        if per_task(rule) and trains_trunk:
             gram_step.check(params, mask, experiment.gram_over)
-        elif rule.needs_gram:
+            if rule.transform is not None and experiment.gram_over != gram_step.TRUNK:
+                raise UserError(f"weighting {experiment.weighting} changes the trunk's task gradients: gram_over must be trunk")
+        elif per_task(rule):
             rule = weighting.equal()
-        same = bool(plans) and plans[-1].rule.needs_gram == rule.needs_gram
+        same = bool(plans) and per_task(plans[-1].rule) == per_task(rule)
         same = same and not phase.weights and not plans[-1].phase.weights
+        # A transform's state has the shape of what trains.
+        same = same and (rule.transform is None or plans[-1].mask == mask)
         plans.append(
             PhasePlan(
                 phase=phase,

@@ -16,6 +16,7 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.models.head import Head
 from mtl_jax.models.pooling import segment_mean
 from mtl_jax.tasks import Task
+from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
 from mtl_jax.transfer import freezing
 from mtl_jax.weighting import Rule, Signals, weighted_sum
@@ -30,7 +31,8 @@ class Metrics(NamedTuple):
         weights: {task: f32[]}.
         total: f32[], the weighted sum.
         gradient_norm: f32[], of the trainable part, before clipping.
-        gram: f32[K, K], inner products of the task gradients in sorted order, or None if the rule needs none.
+        gram: f32[K, K], inner products of the task gradients in sorted order; NaN where the rule did not look at them in this
+            step, None if it never does.
     """
 
     losses: dict[str, jax.Array]
@@ -91,13 +93,25 @@ def apply_head(task: Task, params: Any, pooled_RxSxH: jax.Array, key: jax.Array 
     return head.apply({"params": params}, pooled_RxSxH, deterministic=key is None, rngs=rngs)
 
 
+def label_counts(tasks: tuple[Task, ...], labels: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """{task: f32[]}: how many examples have a label."""
+    blank = {task.name: jnp.zeros((*labels[task.name].shape, task.outputs)) for task in tasks}
+    return {task.name: task.loss(blank[task.name], labels[task.name])[1] for task in tasks}
+
+
 def mean_losses(
-    tasks: tuple[Task, ...], outputs: dict[str, jax.Array], labels: dict[str, jax.Array]
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Mean loss and number of labelled examples of each task: sums over all rows and devices, divided once."""
-    sums = {task.name: task.loss(outputs[task.name], labels[task.name]) for task in tasks}
-    counts = {name: count for name, (_, count) in sums.items()}
-    return {name: total / jnp.maximum(counts[name], 1.0) for name, (total, _) in sums.items()}, counts
+    tasks: tuple[Task, ...], outputs: dict[str, jax.Array], labels: dict[str, jax.Array], counts: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """{task: f32[]}: the sum of the losses over all rows and devices, divided once by the number of labelled examples.
+
+    Args:
+        tasks: The tasks.
+        outputs: {task: f32[R, S, O]}.
+        labels: {task: [R, S]}.
+        counts: {task: f32[]}, labelled examples of the step; of the rows here, or of the batch that they are a part of.
+    """
+    sums = {task.name: task.loss(outputs[task.name], labels[task.name])[0] for task in tasks}
+    return {name: total / jnp.maximum(counts[name], 1.0) for name, total in sums.items()}
 
 
 class Measured(NamedTuple):
@@ -148,7 +162,9 @@ def make_train_step(
     return train_step
 
 
-def by_losses(encode: Encode, tasks: tuple[Task, ...], rule: Rule, trains_trunk: bool) -> Measure:
+def by_losses(
+    encode: Encode, tasks: tuple[Task, ...], rule: Rule, *, trains_trunk: bool, weigh_heads: bool = True, accumulate: int = 1
+) -> Measure:
     """Losses -> weights -> gradient, in one backward pass: for rules that look at the losses only.
 
     Args:
@@ -156,21 +172,46 @@ def by_losses(encode: Encode, tasks: tuple[Task, ...], rule: Rule, trains_trunk:
         tasks: The tasks, label sets filled in.
         rule: The weighting rule.
         trains_trunk: Whether any part of the trunk trains. A frozen trunk is a fixed function: no dropout in it.
+        weigh_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum; else it is
+            trained by its plain loss.
+        accumulate: Parts of a batch that are gone through one after another. The weights are those of the whole batch: with
+            more than one part, a rule that looks at the losses costs a second forward pass.
     """
 
     def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
+        counts = label_counts(tasks, batch.labels)
 
-        def objective(trained: Any) -> tuple[jax.Array, Any]:
+        def forward(trained: Any, part: Batch, number: jax.Array | int) -> tuple[dict[str, jax.Array], jax.Array]:
             params = freezing.merge(trained, frozen)
-            pooled_RxSxH = encode(params["trunk"], batch, trunk_key if trains_trunk else None, table)
-            outputs = apply_heads(tasks, params["heads"], pooled_RxSxH, head_key)
-            losses, counts = mean_losses(tasks, outputs, batch.labels)
-            signals = Signals(jax.lax.stop_gradient(losses), None, state.step, rule_key)
-            weights, rule_state = rule.update(state.rule_state, signals)
-            return weighted_sum(weights, losses), (losses, counts, weights, None, rule_state)
+            key = part_key(trunk_key, number, accumulate) if trains_trunk else None
+            pooled_RxSxH = encode(params["trunk"], part, key, table)
+            return head_losses(trained["heads"], pooled_RxSxH, part, number), pooled_RxSxH
 
-        gradient, found = jax.grad(objective, has_aux=True)(trained)
-        return Measured(gradient, *found)
+        def head_losses(heads: Any, pooled_RxSxH: jax.Array, part: Batch, number: Any) -> dict[str, jax.Array]:
+            params = freezing.merge(heads, frozen["heads"])
+            outputs = apply_heads(tasks, params, pooled_RxSxH, part_key(head_key, number, accumulate))
+            return mean_losses(tasks, outputs, part.labels, counts)
+
+        def weigh(losses: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
+            return rule.update(state.rule_state, Signals(losses, None, state.step, rule_key, counts))
+
+        def gradient_of(part: Batch, number: Any, choose: Any) -> tuple[Any, dict[str, jax.Array], Any]:
+            losses, pull, pooled_RxSxH = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
+            weights, rule_state = choose(losses)
+            (gradient,) = pull(weights)
+            if not weigh_heads:
+                plain = jax.grad(lambda heads: sum(head_losses(heads, pooled_RxSxH, part, number).values()))(trained["heads"])
+                gradient = gradient | {"heads": plain}
+            return gradient, losses, (weights, rule_state)
+
+        if accumulate == 1:
+            gradient, losses, (weights, rule_state) = gradient_of(batch, 0, weigh)
+        else:
+            parts = in_parts(batch, accumulate)
+            # Where the rule does not look at the losses, nothing asks for this pass, and XLA leaves it out.
+            weights, rule_state = weigh(add_up(lambda part, number: forward(trained, part, number)[0], parts))
+            gradient, losses = add_up(lambda part, number: gradient_of(part, number, lambda _: (weights, ()))[:2], parts)
+        return Measured(gradient, losses, counts, weights, None, rule_state)
 
     return measure

@@ -50,6 +50,8 @@ def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
         UserError: A weight is negative or not finite; at init, a task has no weight or a weight no task.
     """
     for task, weight in weights.items():
+        if isinstance(weight, str):
+            raise UserError(f"weights: {task} is {weight!r}; a schedule as text is for the weighting scheduled")
         if not callable(weight) and not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"weights: {task} is {weight}; a weight must be finite and not negative")
 

@@ -13,7 +13,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.training import gradients, gram_step
 from mtl_jax.training.logs import compare_gradients, read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.step import apply_heads, encode_tokens, make_train_step, mean_losses
+from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
 
 EVERYTHING = (Phase("everything", 4),)
 
@@ -36,7 +36,8 @@ def jacobian(prepared, batch):
     def losses(trunk):
         pooled = encode_tokens(prepared.trunk.module)(trunk, batch, None, None)
         outputs = apply_heads(prepared.corpus.tasks, prepared.params["heads"], pooled, None)
-        return mean_losses(prepared.corpus.tasks, outputs, batch.labels)[0]
+        tasks = prepared.corpus.tasks
+        return mean_losses(tasks, outputs, batch.labels, label_counts(tasks, batch.labels))
 
     rows = jax.jacrev(losses)(prepared.params["trunk"])
     return {task: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row)]) for task, row in rows.items()}

@@ -30,7 +30,7 @@ def one_phase(bert, data, *rules, **changes):
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("only", 5, rules=rules),), **changes))
     plan = prepared.plans[0]
     trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
-    measure = by_losses(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, plan.rule, trains_trunk)
+    measure = by_losses(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, plan.rule, trains_trunk=trains_trunk)
     step = make_train_step(measure, plan.optimizer, plan.mask)
     return prepared, step, initial_state(prepared)
 
@@ -153,10 +153,10 @@ def test_the_rule_sees_losses_without_gradient(bert, data, batch):
 
     rule = weighting.Rule(init=lambda names: (), update=by_loss)
     arguments = (encode_tokens(prepared.trunk.module), prepared.corpus.tasks)
-    step = make_train_step(by_losses(*arguments, rule, True), plan.optimizer, plan.mask)
+    step = make_train_step(by_losses(*arguments, rule, trains_trunk=True), plan.optimizer, plan.mask)
     _, metrics = jax.jit(step)(state, batch, None)
     weights = {task: float(weight) for task, weight in metrics.weights.items()}
-    fixed_step = make_train_step(by_losses(*arguments, weighting.fixed(weights), True), plan.optimizer, plan.mask)
+    fixed_step = make_train_step(by_losses(*arguments, weighting.fixed(weights), trains_trunk=True), plan.optimizer, plan.mask)
     _, expected = jax.jit(fixed_step)(state, batch, None)
     np.testing.assert_allclose(metrics.gradient_norm, expected.gradient_norm, rtol=1e-5)
 

@@ -52,7 +52,7 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
     launch = tyro.cli(Launch, default=Launch(experiment), description=description, config=_CONFIG)
-    _exit(lambda: _launch(launch))
+    run(lambda: _launch(launch))
 
 
 def _launch(launch: Launch) -> None:
@@ -86,13 +86,13 @@ def predict(
         text: Texts to predict.
         file: A UTF-8 file with one text a line; - for standard input. Every line gets an answer, empty ones an error object.
     """
-    from mtl_jax.prediction import predict as run
+    from mtl_jax import prediction
 
     texts = list(text) + (_read_lines(file) if file else [])
     if not texts:
         raise UserError("nothing to predict: give --text or --file")
-    for prediction in run(workdir, task, texts):
-        print(json.dumps(prediction, ensure_ascii=False))
+    for answer in prediction.predict(workdir, task, texts):
+        print(json.dumps(answer, ensure_ascii=False))
 
 
 def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
@@ -109,14 +109,14 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
 def console() -> None:
     """The console entry mtl-jax."""
     commands: dict[str, Callable[..., Any]] = {"predict": predict, "results": results}
-    _exit(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))
+    run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))
 
 
-def _exit(run: Callable[[], None]) -> None:
-    """Runs a command; what is the user's to mend becomes one line on standard error and an exit code."""
+def run(command: Callable[[], None]) -> None:
+    """Runs a command; what is the user's to mend becomes one line on standard error and an exit code, as in main()."""
     _log_to_stderr()
     try:
-        run()
+        command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

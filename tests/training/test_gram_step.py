@@ -159,6 +159,83 @@ def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, tmp_path):
     np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "over"),
+    [("dwa", "trunk"), ("equal", "trunk"), ("upgrad", "trunk"), ("upgrad", "representation"), ("moco", "trunk")],
+)
+def test_a_batch_in_parts_is_the_whole_batch(bert, data, name, over):
+    """Losses, weights, Gram matrix and gradient; 9 rows in blocks of 6 and 3, cut into 3 parts."""
+    found = {}
+    for accumulate in (1, 3):
+        batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="proportional", accumulate=accumulate)
+        prepared, batch, state = set_up(bert, data, weighting=name, gram_over=over, batch=batching)
+        frozen = jax.tree.map(lambda _: None, prepared.params)
+        found[accumulate] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[1].gradient))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), found[3].gradient, found[1].gradient)
+    for field in ("losses", "counts", "weights"):
+        for task, value in getattr(found[1], field).items():
+            assert getattr(found[3], field)[task] == pytest.approx(float(value), rel=1e-3)
+
+
+def test_loss_rules_may_leave_the_heads_alone(bert, data):
+    found = {}
+    for weigh in (True, False):
+        weights = {"rating": 3.0, "coarse": 0.0, "fine": 0.5}
+        prepared, batch, state = set_up(bert, data, weighting="fixed", weights=weights, weigh_heads=weigh)
+        frozen = jax.tree.map(lambda _: None, prepared.params)
+        found[weigh] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state).gradient
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True]["trunk"], found[False]["trunk"])
+    for task, gradient in found[False]["heads"].items():
+        weighted = jax.tree.map(lambda leaf, w=weights[task]: w * leaf, gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True]["heads"][task], weighted)
+
+
+def test_graddrop_is_its_definition(bert, data):
+    """On the gradients of K backward passes: every coordinate of the combined gradient is the sum of one sign."""
+    prepared, batch, state = set_up(bert, data, weighting="graddrop")
+    frozen = jax.tree.map(lambda _: None, prepared.params)
+    found = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found.gradient["trunk"])])
+    rows = np.stack(list(jacobian(prepared, batch).values()))
+    positive, negative = np.maximum(rows, 0).sum(0), np.minimum(rows, 0).sum(0)
+    error = np.minimum(np.abs(flat - positive), np.abs(flat - negative))
+    assert error.max() < 1e-4 * np.abs(rows).max()
+    both = (positive > 1e-3 * np.abs(rows).max()) & (negative < -1e-3 * np.abs(rows).max())
+    drawn = np.abs(flat - positive) < np.abs(flat - negative)
+    chance = positive / (positive - negative + 1e-30)
+    assert drawn[both].mean() == pytest.approx(chance[both].mean(), abs=0.05)
+
+
+def test_where_a_rule_is_not_due_the_step_is_plain(bert, data):
+    """every(k=2): a Gram step, then a plain one with the same weights, whose metrics say that nothing was compared."""
+    prepared, batch, state = set_up(bert, data, weighting="mgda", combinators=("every:k=2",))
+    plan = prepared.plans[0]
+    step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
+    state, first = step(state, batch, None)
+    _, second = step(state, batch, None)
+    assert np.isfinite(first.gram).all()
+    assert np.isnan(second.gram).all()
+    assert first.weights == second.weights
+    weights = {task: float(weight) for task, weight in second.weights.items()}
+    prepared, _, _ = set_up(bert, data, weighting="fixed", weights=weights)
+    fixed = jax.jit(make_train_step(measure(prepared, plan._replace(rule=weighting.fixed(weights))), plan.optimizer, plan.mask))
+    _, expected = fixed(state._replace(rule_state=()), batch, None)
+    np.testing.assert_allclose(second.gradient_norm, expected.gradient_norm, rtol=1e-5)
+
+
+def test_an_absent_task_is_not_compared(bert, data):
+    """Without labels for one task, the others are weighed as if it were not there, and its head keeps still."""
+    prepared, batch, state = set_up(bert, data, weighting="mgda")
+    batch = batch._replace(labels=batch.labels | {"fine": jnp.full_like(batch.labels["fine"], -1)})
+    frozen = jax.tree.map(lambda _: None, prepared.params)
+    found = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    assert found.weights["fine"] == 0
+    assert sum(found.weights.values()) == pytest.approx(1.0, abs=1e-4)
+    assert all(weight > 0.01 for task, weight in found.weights.items() if task != "fine")
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found.gradient["heads"]["fine"]))
+
+
 def test_diagnostics_by_hand():
     gram = np.array([[4.0, -3.0, 0.0], [-3.0, 9.0, 6.0], [0.0, 6.0, 16.0]])
     record = compare_gradients(gram, ["a", "b", "c"])
@@ -175,6 +252,25 @@ def test_diagnostics_by_hand():
 def test_what_the_gram_matrix_is_over_must_exist(bert, data, over, message):
     with pytest.raises(UserError, match=message):
         prepare(tiny.experiment(bert, data, weighting="mgda", gram_over=over))
+
+
+ONE = {"rating": 1, "coarse": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weighting": "moco", "gram_over": "representation"}, "moco changes the trunk's task gradients: gram_over must be"),
+        ({"combinators": ("evry:k=2",)}, "unknown combinator 'evry'"),
+        ({"weighting": "scheduled", "weights": ONE | {"fine": "linear_schedule(1, -1, 4)"}}, "fine is -0.5 at step 3"),
+        ({"weighting": "fixed", "weights": ONE | {"fine": "linear_schedule(1, 0, 4)"}}, "is for the weighting scheduled"),
+        ({"weighting": "equal", "weights": ONE}, "weights are for --weighting fixed or scheduled"),
+        ({"batch": Batching(rows=9, accumulate=2)}, "accumulate is 2; it must divide batch.rows, 9"),
+    ],
+)
+def test_bad_weighting_is_found_before_training(bert, data, changes, message):
+    with pytest.raises(UserError, match=message):
+        prepare(tiny.experiment(bert, data, **changes))
 
 
 def test_a_frozen_layer_cannot_carry_the_gram_matrix(bert, data):

@@ -92,6 +92,20 @@ def test_killed_twice_at_random_steps_and_resumed(folder, uninterrupted):
     assert outcome(workdir) == uninterrupted
 
 
+def test_task_gradients_that_a_rule_keeps_are_resumed(folder):
+    """MoCo's tracked gradients and a combinator's mean live in the checkpoint."""
+    flags = ("--weighting", "moco", "--combinators", "ema:decay=0.5", "--phases.0.steps", "4", "--phases.1.steps", "20")
+    code, output = finish(start(folder, folder / "tracked", *flags))
+    assert code == 0, output
+    process = start(folder, folder / "tracked-killed", *flags)
+    signal_at(process, folder / "tracked-killed", 13, signal.SIGKILL)
+    finish(process)
+    code, output = finish(start(folder, folder / "tracked-killed", *flags))
+    assert code == 0, output
+    assert "resuming from step" in output
+    assert outcome(folder / "tracked-killed") == outcome(folder / "tracked")
+
+
 def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
     workdir = folder / "stopped"
     process = start(folder, workdir, "--checkpoints.every", "1000")

@@ -1,0 +1,142 @@
+"""Every weighting rule on the quickstart's seven tasks, several seeds, beside training each task alone.
+
+    python experiments/weighting_methods.py
+    python experiments/weighting_methods.py --trunk minilm --rules equal upgrad cagrad --seeds 0 1 2 3 4
+
+Each run is an ordinary workdir, WORKDIR/RULE-SEED (or alone-TASK-SEED): started again, the script goes on where it was, and
+when all are done it only prints the table, which is also written to WORKDIR/table.md. With the shared embedding, a network from
+scratch that trains in seconds on a laptop, rules can be compared with many seeds; minilm fine-tunes the quickstart's trunk.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import jax
+import quickstart
+import tabulate
+import tyro
+
+import mtl_jax
+from mtl_jax import Embedding, Evaluation, Experiment, Optimizer, Phase, weighting
+from mtl_jax.errors import UserError, unknown
+
+TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
+EQUAL = dict.fromkeys(TASKS, 1.0)
+# Rules that need to be told something; the others run with the defaults of their papers.
+SETTINGS: dict[str, dict] = {
+    "fixed": {"weights": EQUAL | {"trec_fine": 2.0}},
+    "scheduled": {"weights": EQUAL | {"trec_coarse": "linear_schedule(2.0, 0.0, 600)"}},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        rules: Names of weighting rules.
+        seeds: One run for each.
+        trunk: embedding (from scratch, seconds a run) or minilm (the quickstart's, pretrained).
+        normalized: Scale the weights of every rule to a sum of K, so that all have the same learning rate.
+        workdir: Where the runs are.
+    """
+
+    rules: tuple[str, ...] = tuple(weighting.RULES)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    trunk: str = "embedding"
+    normalized: bool = True
+    workdir: str = "runs/weighting_methods"
+
+
+BASES: dict[str, Experiment] = {
+    "embedding": dataclasses.replace(
+        quickstart.EXPERIMENT,
+        name="weighting_methods",
+        trunk=Embedding(vocabulary=10_000, dimension=100),
+        tasks=tuple(dataclasses.replace(task, hidden=64) for task in quickstart.EXPERIMENT.tasks),
+        phases=(Phase("everything", steps=600),),
+        optimizer=Optimizer(learning_rate=5e-3),
+        evaluation=Evaluation(every=100, baseline="none"),
+    ),
+    "minilm": dataclasses.replace(
+        quickstart.EXPERIMENT, name="weighting_methods", evaluation=Evaluation(every=75, baseline="none")
+    ),
+}
+
+
+def experiments(comparison: Comparison) -> dict[tuple[str, int], Experiment]:
+    """{(row of the table, seed): experiment}: each task alone, then each rule."""
+    found: dict[tuple[str, int], Experiment] = {}
+    base = BASES[comparison.trunk]
+    own_rows = dataclasses.replace(base.batch, rows=base.batch.rows // len(base.sources))
+    for seed in comparison.seeds:
+        for task in TASKS:  # as many rows of its source in a step as beside the others
+            found[f"alone-{task}", seed] = dataclasses.replace(base, only=(task,), batch=own_rows, seed=seed)
+        for rule in comparison.rules:
+            combinators = ("normalized",) if comparison.normalized else ()
+            found[rule, seed] = dataclasses.replace(
+                base, weighting=rule, combinators=combinators, seed=seed, **SETTINGS.get(rule, {})
+            )
+    return found
+
+
+def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]]) -> str:
+    """Test metric of every task, mean and standard deviation over the seeds, best rule first.
+
+    The last column is the average over tasks of the relative change against single-task training, in percent.
+
+    Args:
+        comparison: What was compared.
+        scores: {(row, seed): {task: test metric}}.
+    """
+    alone = {task: statistics.mean(scores[f"alone-{task}", seed][task] for seed in comparison.seeds) for task in TASKS}
+
+    def spread(values: list[float], digits: int) -> str:
+        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+    def metrics(row: str, task: str) -> list[float]:
+        return [scores[row, seed][task] for seed in comparison.seeds]
+
+    def changes(rule: str) -> list[float]:
+        relative = [[100 * (value / alone[task] - 1) for value in metrics(rule, task)] for task in TASKS]
+        return [statistics.mean(of_seed) for of_seed in zip(*relative, strict=True)]
+
+    rows = [["(each alone)", *[spread(metrics(f"alone-{task}", task), 3) for task in TASKS], "0"]]
+    for rule in sorted(comparison.rules, key=lambda rule: -statistics.mean(changes(rule))):
+        rows.append([rule, *[spread(metrics(rule, task), 3) for task in TASKS], spread(changes(rule), 2)])
+    head = ["rule", *[f"{name} ({task.metric})" for name, task in TASKS.items()], "change %"]
+    return tabulate.tabulate(rows, headers=head, tablefmt="pipe", disable_numparse=True)
+
+
+def compare(comparison: Comparison) -> str:
+    """Trains what is not done yet; the table.
+
+    Raises:
+        UserError: A rule or the trunk is unknown, or a run cannot go on.
+    """
+    for rule in comparison.rules:
+        if rule not in weighting.RULES:
+            raise unknown("weighting", rule, weighting.RULES)
+    if comparison.trunk not in BASES:
+        raise unknown("trunk", comparison.trunk, BASES)
+    if not comparison.seeds:
+        raise UserError("give at least one seed")
+    folder = Path(comparison.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Runs that differ in the seed only are the same program.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    todo = experiments(comparison)
+    scores = {}
+    for number, ((row, seed), experiment) in enumerate(todo.items(), 1):
+        print(f"{number}/{len(todo)} {row} seed {seed}", flush=True)
+        results = mtl_jax.train(experiment, folder / f"{row}-{seed}")
+        scores[row, seed] = {name: task["test"][TASKS[name].metric] for name, task in results["tasks"].items()}
+    text = table(comparison, scores)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(compare(tyro.cli(Comparison, description=__doc__))))

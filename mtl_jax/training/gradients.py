@@ -153,7 +153,13 @@ def task_gradients(
 def in_order(rounds: Sequence[Any], names: Sequence[str]) -> Any:
     """The rounds as one tree, leaves [K, ...] in sorted order of the names, float32."""
     order = np.argsort(np.array(names))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order].astype(jnp.float32), *rounds)
+
+    def join(*leaves: jax.Array) -> jax.Array:
+        leaf = leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
+        leaf = leaf if (order == np.arange(len(order))).all() else leaf[order]  # a copy only where there is something to do
+        return leaf.astype(jnp.float32)
+
+    return jax.tree.map(join, *rounds)
 
 
 CHUNK = 8192  # numbers of every task at a time: K of them stay in a core's cache

@@ -1,0 +1,257 @@
+"""What a step costs under each weighting rule, over plain training, on a MiniLM-size encoder; and TorchJD beside it.
+
+    python benchmarks/weighting.py
+    python benchmarks/weighting.py --peers            # also TorchJD, from the peers extra
+    python benchmarks/weighting.py --cases 8x1024 --rules equal upgrad --dtype bfloat16
+
+A case is TASKSxTOKENS: so many tasks, each with its own rows of 64 tokens, so many tokens a task. All rules take the same batch
+and the same parameters, forward, backward and AdamW; the repeats go through all rules in turn, and the time is the median.
+Writes a table and a JSON file to --out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tabulate
+import tyro
+
+from mtl_jax import Classification, weighting
+from mtl_jax.data.batches import Batch
+from mtl_jax.models.encoder import Encoder, EncoderConfig
+from mtl_jax.models.head import Head
+from mtl_jax.training import gradients, gram_step
+from mtl_jax.training.state import TrainState
+from mtl_jax.training.step import by_losses, encode_tokens, make_train_step
+from mtl_jax.weighting import Rule
+
+SIZES = EncoderConfig(30522, 384, 6, 12, 1536, 512, dropout=0.0, attention_dropout=0.0)  # MiniLM-L6
+LENGTH = 64
+LABELS = ("0", "1", "2", "3")
+# TorchJD's names for what it has of ours.
+TORCHJD = {"mgda": "MGDA", "upgrad": "UPGrad", "dualproj": "DualProj", "pcgrad": "PCGrad", "aligned": "AlignedMTL"}
+TORCHJD |= {"config": "ConFIG", "imtl_g": "IMTLG", "graddrop": "GradDrop"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        cases: TASKSxTOKENS.
+        rules: Names of rules, equal first; empty: all that need nothing to be told.
+        repeats: Timed steps of each rule.
+        peers: Measure TorchJD, too.
+        peer_repeats: Timed steps of each of its aggregators.
+        dtype: Compute dtype.
+        out: Folder of the results.
+    """
+
+    cases: tuple[str, ...] = ("2x1024", "8x1024", "32x256")
+    rules: tuple[str, ...] = ()
+    repeats: int = 5
+    peers: bool = False
+    peer_repeats: int = 2
+    dtype: str = "float32"
+    out: str = "benchmarks/results"
+
+
+def main(options: Options) -> None:
+    """Measures every case; prints and writes the tables."""
+    rules = options.rules or tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled"))
+    rules = ("equal", *[name for name in rules if name != "equal"])
+    device = f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} CPU cores"
+    found: list[dict[str, Any]] = []
+    for case in options.cases:
+        K, tokens = (int(part) for part in case.split("x"))
+        found += measure(K, tokens, rules, options)
+        if options.peers:
+            found += measure_torchjd(K, tokens, options)
+    facts = {"device": device, "dtype": options.dtype, "jax": jax.__version__, "python": platform.python_version()}
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"weighting-{jax.default_backend()}"
+    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n", encoding="utf-8")
+    text = f"{device}, {options.dtype}, jax {jax.__version__}, medians of {options.repeats} interleaved steps\n\n" + table(
+        found
+    )
+    (folder / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """A markdown table of all rows."""
+    head = ["tasks x tokens", "rule", "step s", "over equal", "GFLOP", "over equal", "compile s"]
+    rows = []
+    for row in found:
+        flops = [f"{row['flops'] / 1e9:.1f}", f"{row['flops_over_equal']:.3f}"] if "flops" in row else ["", ""]
+        compile_s = f"{row['compile_s']:.1f}" if "compile_s" in row else ""
+        rows.append([row["case"], row["rule"], f"{row['step_s']:.3f}", f"{row['over_equal']:.3f}", *flops, compile_s])
+    return tabulate.tabulate(rows, headers=head, tablefmt="pipe", disable_numparse=True)
+
+
+def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
+    """A row for every rule."""
+    rows = tokens // LENGTH
+    tasks = tuple(Classification(name=f"task{k:02d}", source=f"source{k:02d}", labels=LABELS) for k in range(K))
+    batch = make_batch(K, rows)
+    encoder = Encoder(SIZES, jnp.dtype(options.dtype))
+    params = {"trunk": jax.jit(encoder.init)(jax.random.key(0), batch.tokens[:1])["params"]}
+    head = jax.jit(Head(len(LABELS), 0).init)(jax.random.key(1), jnp.zeros((1, 1, SIZES.hidden_size)))["params"]
+    params["heads"] = {task.name: head for task in tasks}
+    mask = jax.tree.map(lambda leaf: True, params)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+    opt_state = optimizer.init(params)
+    layout = gradients.layout(tasks, {task.source: rows for task in tasks})
+    programs: dict[str, Callable[[], Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name in rules:
+        rule = weighting.make(name)
+        state = TrainState(
+            jnp.zeros((), jnp.int32),
+            params,
+            opt_state,
+            gram_step.init_rule(rule, [task.name for task in tasks], params["trunk"]),
+            jax.random.key_data(jax.random.key(2)),
+        )
+        step = make_train_step(measure_of(rule, encoder, tasks, layout, params, mask), optimizer, mask)
+        began = time.perf_counter()
+        program = jax.jit(step).lower(state, batch, None).compile()
+        facts[name] = {
+            "compile_s": time.perf_counter() - began,
+            "flops": (program.cost_analysis() or {}).get("flops", float("nan")),
+        }
+        programs[name] = lambda program=program, state=state: jax.block_until_ready(program(state, batch, None)[1])
+        programs[name]()
+    times: dict[str, list[float]] = {name: [] for name in rules}
+    for _ in range(options.repeats):
+        for name, run in programs.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    found = [
+        {
+            "case": f"{K} x {tokens}",
+            "rule": name,
+            "step_s": median[name],
+            "over_equal": median[name] / median["equal"],
+            "times_s": times[name],
+            "flops_over_equal": facts[name]["flops"] / facts["equal"]["flops"],
+            **facts[name],
+        }
+        for name in rules
+    ]
+    print(table(found), flush=True)
+    return found
+
+
+def measure_of(
+    rule: Rule, encoder: Encoder, tasks: tuple[Classification, ...], layout: gradients.Layout, params: Any, mask: Any
+) -> Any:
+    """The measure that training takes for a rule."""
+    encode = encode_tokens(encoder)
+    if not rule.needs_gram and rule.transform is None:
+        return by_losses(encode, tasks, rule, trains_trunk=True)
+    return gram_step.by_gram(encode, tasks, rule, layout, gram_step.check(params, mask, "trunk"))
+
+
+def make_batch(K: int, rows: int) -> Batch:
+    """Full rows of one example each, blocks by task; random ids and labels."""
+    rng = np.random.default_rng(0)
+    R = K * rows
+    owner_R = np.repeat(np.arange(K), rows)
+    label_Rx1 = rng.integers(0, len(LABELS), (R, 1)).astype(np.int32)
+    return Batch(
+        tokens=jnp.asarray(rng.integers(1000, SIZES.vocab_size, (R, LENGTH)), jnp.int32),
+        segments=jnp.ones((R, LENGTH), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (R, LENGTH)),
+        index=jnp.arange(R, dtype=jnp.int32)[:, None],
+        labels={f"task{k:02d}": jnp.where(owner_R[:, None] == k, label_Rx1, -1) for k in range(K)},
+    )
+
+
+def measure_torchjd(K: int, tokens: int, options: Options) -> list[dict[str, Any]]:
+    """The same step in PyTorch: transformers' BERT of the same size, sum of losses, then TorchJD's aggregators."""
+    import torch
+    import torchjd.aggregation
+    from torchjd.autojac import jac_to_grad, mtl_backward
+    from transformers import BertConfig, BertModel
+
+    rows = tokens // LENGTH
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = BertConfig(
+        hidden_size=SIZES.hidden_size,
+        num_hidden_layers=SIZES.num_layers,
+        num_attention_heads=SIZES.num_heads,
+        intermediate_size=SIZES.intermediate_size,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    trunk = BertModel(config, add_pooling_layer=False).to(device)
+    heads = torch.nn.ModuleList(torch.nn.Linear(SIZES.hidden_size, len(LABELS)) for _ in range(K)).to(device)
+    optimizer = torch.optim.AdamW([*trunk.parameters(), *heads.parameters()], lr=1e-4)
+    batch = make_batch(K, rows)
+    ids_RxT = torch.tensor(np.asarray(batch.tokens), dtype=torch.long, device=device)
+    rng = np.random.default_rng(0)
+    label_R = torch.tensor(rng.integers(0, len(LABELS), K * rows), device=device)
+
+    def step(aggregator: Any) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            pooled_RxH = trunk(ids_RxT).last_hidden_state.mean(dim=1)
+            losses = [
+                torch.nn.functional.cross_entropy(
+                    heads[k](pooled_RxH[k * rows : (k + 1) * rows]), label_R[k * rows : (k + 1) * rows]
+                )
+                for k in range(K)
+            ]
+        if aggregator is None:
+            sum(losses).backward()
+        else:
+            # One backward pass at a time: all at once would hold K times the activations' gradients.
+            mtl_backward(losses, features=pooled_RxH, parallel_chunk_size=1)
+            jac_to_grad(trunk.parameters(), aggregator)
+        torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1.0)
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    names = {"equal": None} | {ours: getattr(torchjd.aggregation, theirs)() for ours, theirs in TORCHJD.items()}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    step(None)
+    for _ in range(options.peer_repeats):
+        for name, aggregator in names.items():
+            began = time.perf_counter()
+            step(aggregator)
+            times[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    version = f"torch {torch.__version__}, torchjd {torchjd.__version__ if hasattr(torchjd, '__version__') else ''}".strip(", ")
+    found = [
+        {
+            "case": f"{K} x {tokens}",
+            "rule": f"TorchJD {TORCHJD[name]}" if name != "equal" else f"PyTorch, sum ({version})",
+            "step_s": median[name],
+            "over_equal": median[name] / median["equal"],
+            "times_s": times[name],
+        }
+        for name in names
+    ]
+    print(table(found), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -230,6 +230,8 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
     """u32[L]: the sum of each leaf's bits, modulo 2^32. Any single changed word changes it."""
 
     def bits(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == bool:  # has no bits of its own to reinterpret
+            leaf = leaf.astype(jnp.uint8)
         width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         return jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).sum(dtype=jnp.uint32)
 

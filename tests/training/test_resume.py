@@ -93,7 +93,7 @@ def test_killed_twice_at_random_steps_and_resumed(folder, uninterrupted):
 
 
 def test_task_gradients_that_a_rule_keeps_are_resumed(folder):
-    """MoCo's tracked gradients and a combinator's mean live in the checkpoint."""
+    """MoCo's tracked gradients, a combinator's mean and flags of what was seen live in the checkpoint."""
     flags = ("--weighting", "moco", "--combinators", "ema:decay=0.5", "--phases.0.steps", "4", "--phases.1.steps", "20")
     code, output = finish(start(folder, folder / "tracked", *flags))
     assert code == 0, output

@@ -38,13 +38,20 @@ class Logger:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Appends one record: {"kind": ..., "step": ..., **values}; numbers also go to TensorBoard under kind/."""
+        """Appends one record: {"kind": ..., "step": ..., **values}.
+
+        Numbers also go to TensorBoard under kind/; a matrix of numbers from -1 to 1 does as an image, black to white.
+        """
         if self._file is None:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+            elif isinstance(value, list):
+                cells = (1 + np.clip(value, -1, 1)) / 2
+                pixels = (255 * np.kron(cells, np.ones((16, 16)))).astype(np.uint8)
+                self._board.add_image(f"{kind}/{name}", pixels, step, dataformats="HW")
 
     def flush(self) -> None:
         """Puts everything on disk that was written so far."""

@@ -138,6 +138,9 @@ def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     records = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]
     assert all(record["weight/rating"] == 1.0 for record in records[:6])
     assert all("conflicts" in record for record in records[6:])
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert events.count(b"train/cosines") == 6
+    assert events.count(b"train/conflicts") == 6
     assert found["steps"] == 12
 
 

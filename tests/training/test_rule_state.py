@@ -1,0 +1,50 @@
+"""The state of every weighting rule lives in the train state: saved, restored, the same bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax import Checkpoints, weighting
+from mtl_jax.training import gram_step
+from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.state import create
+from mtl_jax.weighting import Signals
+
+TASKS = ("a", "b", "c")
+WRAPPED = {f"{name} wrapped": name for name in ("upgrad", "dwa", "famo")}
+
+
+def rule_of(name):
+    if name in ("fixed", "scheduled"):
+        return weighting.make(name, weights=dict.fromkeys(TASKS, 1.0))
+    rule = weighting.make(WRAPPED.get(name, name))
+    for combinator in ("every:k=2", "ema:decay=0.5", "normalized") if name in WRAPPED else ():
+        rule = weighting.combine(rule, combinator)
+    return rule
+
+
+def test_the_state_of_every_rule_comes_back(tmp_path):
+    trunk = {"kernel": jnp.ones((2, 5))}
+    gradients = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5)), jnp.float32)}
+    losses = dict(zip(TASKS, jnp.asarray([0.5, 1.0, 2.0]), strict=True))
+    signals = Signals(losses, None, jnp.int32(0), jax.random.key(0))
+    states = {}
+    for name in (*weighting.RULES, *WRAPPED):
+        rule = rule_of(name)
+        state = gram_step.init_rule(rule, TASKS, trunk)
+        if rule.transform is not None:
+            changed, after = rule.transform.update(state["transform"], signals, gradients)
+            _, own = rule.update(state["rule"], signals._replace(gram=jnp.eye(3)))
+            states[name] = {"rule": own, "transform": after}
+            assert jax.tree.structure(changed) == jax.tree.structure(gradients)
+        else:
+            _, states[name] = rule.update(state, signals._replace(gram=jnp.eye(3)))
+        same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, states[name])
+        assert all(jax.tree.leaves(same)), name  # else the compiled step could not go on with it
+    state = create({"trunk": trunk}, (), states, 0)
+    store = Store(tmp_path, Checkpoints())
+    store.save(1, state, {"step": 1}, None)
+    store.wait()
+    restored = store.latest(lambda record: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
+    store.close()
+    jax.tree.map(np.testing.assert_array_equal, restored.state.rule_state, states)

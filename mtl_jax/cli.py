@@ -95,6 +95,27 @@ def predict(
         print(json.dumps(answer, ensure_ascii=False))
 
 
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[str, tyro.conf.Positional],
+    /,
+    task: str = "",
+    overwrite: bool = False,
+) -> None:
+    """A run's trunk, or any checkpoint, as a directory that transformers opens: safetensors, config.json, tokenizer.
+
+    Args:
+        source: A run's workdir, or a checkpoint: a directory, pip:ASSET/MEMBER, or a hub id ORG/NAME.
+        target: The directory to write.
+        task: Of a workdir: the task whose head is written beside the trunk, in the format of sentence-transformers.
+        overwrite: Replace a checkpoint that is there.
+    """
+    from mtl_jax import export
+
+    export.convert(source, target, task=task, overwrite=overwrite)
+    print(f"everything is in {target}")
+
+
 def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     """The table of a finished run; of several, mean and standard deviation over them.
 
@@ -108,7 +129,7 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
 
 def console() -> None:
     """The console entry mtl-jax."""
-    commands: dict[str, Callable[..., Any]] = {"predict": predict, "results": results}
+    commands: dict[str, Callable[..., Any]] = {"predict": predict, "convert": convert, "results": results}
     run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))
 
 

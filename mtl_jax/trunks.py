@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
 from mtl_jax import pretrained
 from mtl_jax.errors import UserError
 from mtl_jax.models.embedding import EmbeddingConfig, SharedEmbedding
-from mtl_jax.models.encoder import Encoder, EncoderConfig
+from mtl_jax.pretrained import families
+from mtl_jax.pretrained.safetensors_file import open_safetensors
+from mtl_jax.pretrained.saving import Saved, write_safetensors
+from mtl_jax.pretrained.tensors import read_json
+
+BESIDE = "beside.safetensors"
+UNBOUNDED = 1_000_000  # tokens; a trunk without a position table takes any length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Pretrained:
     """A Hugging Face encoder checkpoint.
 
     Attributes:
-        path: Its directory: a local path, or "pip:ASSET/MEMBER".
+        path: Its directory: a local path, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
         dropout: Dropout rate, hidden and attention, while the trunk trains; None: what the checkpoint's config says.
     """
 
@@ -52,12 +60,16 @@ class Trunk(NamedTuple):
         params: Pretrained parameters, or None: initialise them.
         tokenizer: A transformers fast tokenizer.
         max_length: Longest example in tokens that the module can take.
+        raw: The checkpoint's config.json; None for a trunk from scratch.
+        beside: Parameters of the checkpoint's bare model that do not train here (BERT's pooler), or {}.
     """
 
     module: nn.Module
     params: Any
     tokenizer: Any
     max_length: int
+    raw: Mapping[str, Any] | None
+    beside: Mapping[str, Any]
 
 
 def build(config: Pretrained | Embedding, texts: Sequence[str], dtype: Any) -> Trunk:
@@ -72,16 +84,26 @@ def build(config: Pretrained | Embedding, texts: Sequence[str], dtype: Any) -> T
         UserError: The checkpoint cannot be loaded.
     """
     if isinstance(config, Pretrained):
-        checkpoint = pretrained.load(config.path, dtype=dtype)
-        sizes = checkpoint.config
-        if config.dropout is not None:
-            if not 0 <= config.dropout < 1:
-                raise UserError(f"trunk.dropout is {config.dropout}; it must be at least 0 and below 1")
-            sizes = dataclasses.replace(sizes, dropout=config.dropout, attention_dropout=config.dropout)
-        return Trunk(Encoder(sizes, dtype), checkpoint.params, checkpoint.tokenizer, sizes.max_positions)
+        checkpoint = pretrained.load(config.path, head=None, dtype=dtype)
+        module = _encoder(checkpoint.raw, config.path, dtype, config.dropout)
+        length = checkpoint.config.max_length or UNBOUNDED
+        beside = {name: params for name, params in checkpoint.params.items() if name != "trunk"}
+        return Trunk(module, checkpoint.params["trunk"], checkpoint.tokenizer, length, checkpoint.raw, beside)
     tokenizer = _word_tokenizer(texts, config.vocabulary)
     module = SharedEmbedding(EmbeddingConfig(len(tokenizer), config.dimension), dtype)
-    return Trunk(module, None, tokenizer, 1_000_000)
+    return Trunk(module, None, tokenizer, UNBOUNDED, None, {})
+
+
+def _encoder(raw: Mapping[str, Any], where: str, dtype: Any, dropout: float | None = None) -> nn.Module:
+    """The trunk of a checkpoint as a module of its own, with every dropout rate set to `dropout` unless that is None."""
+    family = families.of(raw, where)
+    sizes = family.config(raw, where)
+    if dropout is not None:
+        if not 0 <= dropout < 1:
+            raise UserError(f"trunk.dropout is {dropout}; it must be at least 0 and below 1")
+        rates = {field.name: dropout for field in dataclasses.fields(sizes) if "dropout" in field.name}
+        sizes = dataclasses.replace(sizes, **rates)
+    return family.build(sizes, None, dtype).trunk
 
 
 def init_params(trunk: Trunk, key: jax.Array) -> Any:
@@ -101,21 +123,28 @@ def width(trunk: Trunk, params: Any) -> int:
 
 
 def save(trunk: Trunk, folder: Path) -> None:
-    """Writes what opening the trunk again needs, except the parameters: sizes and tokenizer."""
+    """Writes what opening the trunk again needs, except what trains: configuration, tokenizer, parameters beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     trunk.tokenizer.save_pretrained(folder)
-    sizes = dataclasses.asdict(trunk.module.config)
-    (folder / "trunk.json").write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    if trunk.raw is None:
+        name, sizes = "trunk.json", dataclasses.asdict(trunk.module.config)
+    else:
+        name, sizes = "config.json", dict(trunk.raw)
+        flat = traverse_util.flatten_dict(trunk.beside, sep="/")
+        write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
+    (folder / name).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
 def reopen(config: Pretrained | Embedding, folder: Path, dtype: Any) -> Trunk:
     """The trunk that save() wrote; params is None, they are in the run's checkpoint."""
-    sizes = json.loads((folder / "trunk.json").read_text(encoding="utf-8"))
     tokenizer = pretrained.load_tokenizer(folder)
     if isinstance(config, Pretrained):
-        encoder = EncoderConfig(**sizes)
-        return Trunk(Encoder(encoder, dtype), None, tokenizer, encoder.max_positions)
-    return Trunk(SharedEmbedding(EmbeddingConfig(**sizes), dtype), None, tokenizer, 1_000_000)
+        raw = read_json(folder, "config.json")
+        module = _encoder(raw, f"{folder}/config.json", dtype)
+        flat = {path: np.array(tensor.read()) for path, tensor in open_safetensors(folder / BESIDE).items()}
+        return Trunk(module, None, tokenizer, UNBOUNDED, raw, traverse_util.unflatten_dict(flat, sep="/"))
+    sizes = EmbeddingConfig(**read_json(folder, "trunk.json"))
+    return Trunk(SharedEmbedding(sizes, dtype), None, tokenizer, UNBOUNDED, None, {})
 
 
 def _word_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:

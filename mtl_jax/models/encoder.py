@@ -1,26 +1,19 @@
-"""BERT-family encoder as a pure linen module.
+"""BERT-like encoders as one pure linen module: BERT, RoBERTa, DistilBERT, ELECTRA differ in their configuration only.
 
-Shapes in names: B rows, T tokens, H hidden size, N attention heads, D = H / N, F feed-forward size.
+Shapes in names: B rows, T tokens, E embedding size, H hidden size, F feed-forward size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),  # Hugging Face "gelu" is the erf form
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
+from mtl_jax.models.layers import ACTIVATIONS, Attention, attention_mask_BxTxT, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +26,20 @@ class EncoderConfig:
         num_layers: Number of transformer blocks.
         num_heads: Attention heads; divides hidden_size.
         intermediate_size: F, the width inside the feed-forward part.
-        max_positions: Rows of the learned position table; the longest example in tokens.
-        type_vocab_size: Rows of the token-type table.
+        max_positions: Rows of the learned position table.
+        type_vocab_size: Rows of the token-type table; 0 for no such table (DistilBERT).
+        embedding_size: E, the width of the embeddings where a projection to H follows (ELECTRA); None is H.
+        first_position: Row of an example's first token in the position table: pad_token_id + 1 in RoBERTa, else 0.
+        pad_token_id: Where first_position is not 0: the id that takes no position when positions are counted.
         activation: A key of ACTIVATIONS.
         layer_norm_eps: Epsilon inside every layer norm.
         dropout: Rate after embeddings and after each block's two parts.
         attention_dropout: Rate on the attention probabilities.
+        head_dropout: Rate inside the checkpoint's own head over labels.
+        answer_dropout: Rate in front of its head for extractive answers.
         initializer_range: Standard deviation of freshly initialised weights.
+        num_labels: Outputs of the checkpoint's own head, where it has labels.
+        tied: Whether a masked-LM head multiplies with the token table.
     """
 
     vocab_size: int
@@ -49,11 +49,23 @@ class EncoderConfig:
     intermediate_size: int
     max_positions: int
     type_vocab_size: int = 2
+    embedding_size: int | None = None
+    first_position: int = 0
+    pad_token_id: int = 0
     activation: str = "gelu"
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    head_dropout: float = 0.1
+    answer_dropout: float = 0.0
     initializer_range: float = 0.02
+    num_labels: int = 2
+    tied: bool = True
+
+    @property
+    def max_length(self) -> int:
+        """The longest example in tokens."""
+        return self.max_positions - self.first_position
 
 
 class EncoderOutput(NamedTuple):
@@ -61,27 +73,13 @@ class EncoderOutput(NamedTuple):
 
     Attributes:
         hidden: f[B, T, H], the last layer's output. Values at padding are meaningless.
+        pooled: f[B, H] of a model with a pooler, else None.
+        logits: Those of a model with a head, in the shape of its kind, else None.
     """
 
     hidden: jax.Array
-
-
-def attention_mask_BxTxT(attention_mask_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:
-    """Which key each query may see: bool[B, T, T].
-
-    A query sees the real tokens of its own segment. Without segments the row is one segment.
-
-    Args:
-        attention_mask_BxT: 1 at real tokens, 0 at padding.
-        segments_BxT: Example number inside a packed row, or None.
-    """
-    visible_BxTxT = jnp.broadcast_to(
-        attention_mask_BxT[:, None, :].astype(bool),
-        (attention_mask_BxT.shape[0], attention_mask_BxT.shape[1], attention_mask_BxT.shape[1]),
-    )
-    if segments_BxT is None:
-        return visible_BxTxT
-    return visible_BxTxT & (segments_BxT[:, :, None] == segments_BxT[:, None, :])
+    pooled: jax.Array | None = None
+    logits: jax.Array | None = None
 
 
 class Encoder(nn.Module):
@@ -112,7 +110,8 @@ class Encoder(nn.Module):
             input_ids: i32[B, T].
             attention_mask: [B, T], 1 at real tokens; None means that all are real.
             token_type_ids: i32[B, T]; None means type 0.
-            position_ids: i32[B, T]; None counts from 0 in every row.
+            position_ids: i32[B, T], each token's place in its example, from 0 in every family; None counts along the row, in
+                RoBERTa over the tokens that are not padding.
             segment_ids: i32[B, T], the example each token belongs to in a packed row; tokens attend
                 inside their own segment only. None means one example a row.
             deterministic: False applies dropout and needs an rng named "dropout".
@@ -131,7 +130,7 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Sum of token, position and type embeddings, then layer norm and dropout."""
+    """Sum of token, position and type embeddings, then layer norm, dropout, and a projection where E is not H."""
 
     config: EncoderConfig
     dtype: Any
@@ -145,19 +144,30 @@ class Embeddings(nn.Module):
         deterministic: bool,
     ) -> jax.Array:
         cfg = self.config
-        if types_BxT is None:
-            types_BxT = jnp.zeros_like(ids_BxT)
-        if positions_BxT is None:
-            positions_BxT = jnp.broadcast_to(jnp.arange(ids_BxT.shape[1]), ids_BxT.shape)
+        E = cfg.embedding_size or cfg.hidden_size
         init = nn.initializers.normal(cfg.initializer_range)
-        embed = functools.partial(nn.Embed, features=cfg.hidden_size, dtype=self.dtype, embedding_init=init)
-        x_BxTxH = (
-            embed(cfg.vocab_size, name="word")(ids_BxT)
-            + embed(cfg.max_positions, name="position")(positions_BxT)
-            + embed(cfg.type_vocab_size, name="token_type")(types_BxT)
-        )
-        x_BxTxH = _layer_norm(cfg, self.dtype, "norm")(x_BxTxH)
-        return nn.Dropout(cfg.dropout)(x_BxTxH, deterministic=deterministic)
+        embed = functools.partial(nn.Embed, features=E, dtype=self.dtype, embedding_init=init)
+        x_BxTxE = embed(cfg.vocab_size, name="word")(ids_BxT)
+        x_BxTxE += embed(cfg.max_positions, name="position")(_rows(cfg, ids_BxT, positions_BxT))
+        if cfg.type_vocab_size:
+            types_BxT = jnp.zeros_like(ids_BxT) if types_BxT is None else types_BxT
+            x_BxTxE += embed(cfg.type_vocab_size, name="token_type")(types_BxT)
+        x_BxTxE = layer_norm(cfg.layer_norm_eps, self.dtype, "norm")(x_BxTxE)
+        x_BxTxE = nn.Dropout(cfg.dropout)(x_BxTxE, deterministic=deterministic)
+        if cfg.hidden_size == E:
+            return x_BxTxE
+        return nn.Dense(cfg.hidden_size, dtype=self.dtype, kernel_init=init, name="project")(x_BxTxE)
+
+
+def _rows(cfg: EncoderConfig, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
+    """Rows of the position table."""
+    if positions_BxT is not None:
+        return positions_BxT + cfg.first_position
+    if not cfg.first_position:
+        return jnp.broadcast_to(jnp.arange(ids_BxT.shape[1]), ids_BxT.shape)
+    # Padding takes no position, wherever it stands, and gets the row of the padding id.
+    real_BxT = (ids_BxT != cfg.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(real_BxT, axis=1) * real_BxT + cfg.pad_token_id
 
 
 class Block(nn.Module):
@@ -169,42 +179,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, deterministic: bool) -> jax.Array:
         cfg = self.config
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(cfg.initializer_range))
+        init = nn.initializers.normal(cfg.initializer_range)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
+        norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype)
         drop = nn.Dropout(cfg.dropout)
 
-        attended_BxTxH = SelfAttention(cfg, self.dtype, name="attention")(x_BxTxH, mask_BxTxT, deterministic)
-        x_BxTxH = _layer_norm(cfg, self.dtype, "attention_norm")(x_BxTxH + drop(attended_BxTxH, deterministic=deterministic))
+        D = cfg.hidden_size // cfg.num_heads
+        attention = Attention(cfg.num_heads, D, self.dtype, init, cfg.attention_dropout, name="attention")
+        attended_BxTxH = attention(x_BxTxH, mask_BxTxT, deterministic)
+        x_BxTxH = norm("attention_norm")(x_BxTxH + drop(attended_BxTxH, deterministic=deterministic))
         y_BxTxF = ACTIVATIONS[cfg.activation](dense(cfg.intermediate_size, name="feed_forward_in")(x_BxTxH))
         y_BxTxH = dense(cfg.hidden_size, name="feed_forward_out")(y_BxTxF)
-        return _layer_norm(cfg, self.dtype, "feed_forward_norm")(x_BxTxH + drop(y_BxTxH, deterministic=deterministic))
-
-
-class SelfAttention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017); softmax in float32."""
-
-    config: EncoderConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, deterministic: bool) -> jax.Array:
-        cfg = self.config
-        B, T, H = x_BxTxH.shape
-        D = H // cfg.num_heads
-        dense = functools.partial(nn.Dense, H, dtype=self.dtype, kernel_init=nn.initializers.normal(cfg.initializer_range))
-
-        def heads(name: str) -> jax.Array:
-            return dense(name=name)(x_BxTxH).reshape(B, T, cfg.num_heads, D)
-
-        q_BxTxNxD, k_BxTxNxD, v_BxTxNxD = heads("query"), heads("key"), heads("value")
-        scores_BxNxTxT = jnp.einsum("btnd,bsnd->bnts", q_BxTxNxD * D**-0.5, k_BxTxNxD).astype(jnp.float32)
-        # A finite floor keeps fully masked (padding) queries free of NaN.
-        scores_BxNxTxT = jnp.where(mask_BxTxT[:, None], scores_BxNxTxT, jnp.finfo(jnp.float32).min)
-        probs_BxNxTxT = jax.nn.softmax(scores_BxNxTxT, axis=-1).astype(self.dtype)
-        probs_BxNxTxT = nn.Dropout(cfg.attention_dropout)(probs_BxNxTxT, deterministic=deterministic)
-        out_BxTxH = jnp.einsum("bnts,bsnd->btnd", probs_BxNxTxT, v_BxTxNxD).reshape(B, T, H)
-        return dense(name="output")(out_BxTxH)
-
-
-def _layer_norm(cfg: EncoderConfig, dtype: Any, name: str) -> nn.LayerNorm:
-    # flax's fast variance, E[x^2] - E[x]^2, loses all digits on near-constant rows.
-    return nn.LayerNorm(epsilon=cfg.layer_norm_eps, use_fast_variance=False, dtype=dtype, name=name)
+        return norm("feed_forward_norm")(x_BxTxH + drop(y_BxTxH, deterministic=deterministic))

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import tempfile
-import zipfile
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 
-from mtl_jax import assets
-from mtl_jax.errors import UserError
-from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.pretrained import bert
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.pretrained import families, hub, placing
+from mtl_jax.pretrained.family import LABELLED
+from mtl_jax.pretrained.placing import Sharding
+from mtl_jax.pretrained.tensors import Location, open_tensors, read_json
+from mtl_jax.pretrained.tokenizer import load_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +25,35 @@ class Checkpoint:
     """A loaded checkpoint.
 
     Attributes:
-        model: A linen module; model.apply({"params": params}, input_ids, attention_mask).hidden is f[B, T, H].
-        params: Its parameters, float32.
-        config: Its sizes and constants.
-        location: Where it came from.
-        unused: Names of the file's tensors that the module has no place for.
+        model: A linen module. model.apply({"params": params}, input_ids, attention_mask) returns .hidden f[B, T, H], .pooled
+            and .logits; model.trunk is the encoder alone, for params["trunk"].
+        params: {"trunk": ...}, with "pooler" and "head" where there are such; float32.
+        config: Sizes and constants, as our modules read them.
+        raw: config.json as it is in the file, with the labels that were asked for.
+        head: Kind of its head (a key of family.KINDS), or None.
+        location: Where it came from: tokenizer and generation_config.json are read from there.
+        unused: Names of the file's tensors that found no place.
+        initialized: Our paths of parameters that the file lacks and that are freshly initialised.
     """
 
-    model: Encoder
+    model: nn.Module
     params: Any
-    config: EncoderConfig
-    location: Path | zipfile.Path
-    unused: tuple[str, ...]
+    config: Any
+    raw: Mapping[str, Any]
+    head: str | None
+    location: Location
+    unused: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the head's outputs in order; LABEL_0 and so on where config.json names none."""
+        named = self.raw.get("id2label") or {}
+        return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(self.config.num_labels))
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's fast tokenizer (transformers), read on first use.
+        """The checkpoint's tokenizer (transformers), read on first use.
 
         Raises:
             UserError: The checkpoint has no tokenizer files.
@@ -51,12 +61,29 @@ class Checkpoint:
         return load_tokenizer(self.location)
 
 
-def load(path: str, *, dtype: Any = jnp.float32) -> Checkpoint:
-    """Opens a checkpoint directory.
+def load(
+    path: str,
+    *,
+    head: str | None = AUTO,
+    labels: int | Sequence[str] | None = None,
+    dtype: Any = jnp.float32,
+    sharding: Sharding = None,
+    allow_missing: bool = False,
+    seed: int = 0,
+) -> Checkpoint:
+    """Opens a checkpoint.
 
     Args:
-        path: A local directory, or "pip:ASSET/MEMBER", with config.json and model.safetensors.
+        path: A local directory, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
+        head: Kind of head; "auto" is the one that config.json's architectures names, None the trunk alone (with its pooler).
+            A kind that the checkpoint does not have is freshly initialised.
+        labels: Number or names of the outputs of a head with labels, where they are not the checkpoint's; an output layer
+            of another size is then freshly initialised.
         dtype: Compute dtype of the module; the parameters are float32.
+        sharding: A jax Sharding for all parameters, or a function from our path ("trunk/layer_0/attention/query/kernel") to
+            one; each tensor goes straight there. None: the default device.
+        allow_missing: Initialise parameters that the file lacks, the trunk's included, in place of an error.
+        seed: Of what is freshly initialised.
 
     Returns:
         The checkpoint.
@@ -64,65 +91,64 @@ def load(path: str, *, dtype: Any = jnp.float32) -> Checkpoint:
     Raises:
         UserError: A file is missing or damaged, the family is unknown, or a tensor is missing or has another shape.
     """
-    location = assets.locate(path)
-    config = bert.config(_read_json(location, "config.json"), f"{path}/config.json")
-    tensors = _read_tensors(location, path)
-    model = Encoder(config, dtype)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    used: set[str] = set()
-
-    def take(key_path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        ours = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        names = bert.candidates(ours)
-        found = next((name for name in names if name in tensors), None)
-        if found is None:
-            raise UserError(f"{path}: the tensor {names[0]} is missing (for our {ours})")
-        used.add(found)
-        # PyTorch keeps linear weights as [out, in]; embeddings lie the same way in both.
-        array = tensors[found].T if ours.endswith("kernel") else tensors[found]
-        if array.shape != shape.shape:
-            raise UserError(f"{path}: {found} has shape {array.shape}, but config.json asks for {shape.shape}")
-        return np.ascontiguousarray(array, np.float32)
-
-    params = jax.tree_util.tree_map_with_path(take, shapes)
-    return Checkpoint(model, params, config, location, tuple(sorted(set(tensors) - used)))
-
-
-def load_tokenizer(location: Path | zipfile.Path) -> Any:
-    """The fast tokenizer in a directory, which may lie inside an archive.
-
-    Raises:
-        UserError: There is no tokenizer.json.
-    """
-    from transformers import AutoTokenizer  # imported late: it takes seconds
-
-    if not (location / "tokenizer.json").exists():
-        raise UserError(f"{location}: tokenizer.json is missing; a fast tokenizer is needed")
-    if isinstance(location, Path):
-        return AutoTokenizer.from_pretrained(str(location), local_files_only=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (*TOKENIZER_FILES, "config.json"):
-            if (location / name).exists():
-                (Path(folder) / name).write_bytes((location / name).read_bytes())
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    location = hub.locate(path)
+    where = f"{path}/config.json"
+    raw = read_json(location, "config.json")
+    family = families.of(raw, where)
+    own = _own_head(family.heads, raw, where)
+    kind = own if head == AUTO else head
+    kinds = sorted(set(family.heads.values()))
+    if kind is not None and kind not in kinds:
+        raise unknown(f"head for {family.model_types[0]} checkpoints:", kind, [AUTO, *kinds])
+    raw = _with_labels(raw, kind, own, labels)
+    config = family.config(raw, where)
+    tensors = open_tensors(location)
+    model = family.build(config, kind, dtype)
+    tensors, prefix = placing.unwrap(family, config, placing.shapes(family, model), tensors, path)
+    if kind is not None:
+        untied = placing.with_tying(family, config, tensors, prefix)
+        if untied != config:
+            config, model = untied, family.build(untied, kind, dtype)
+    placed = placing.place(
+        family,
+        model,
+        config,
+        tensors,
+        prefix,
+        path,
+        head_from_file=own in (None, kind),
+        new_head=head != AUTO or labels is not None,
+        new_labels=labels is not None,
+        allow_missing=allow_missing,
+        sharding=sharding,
+        seed=seed,
+    )
+    return Checkpoint(model, placed.params, config, raw, kind, location, placed.unused, placed.initialized)
 
 
-def _read_json(location: Path | zipfile.Path, name: str) -> dict[str, Any]:
-    if not (location / name).exists():
-        raise UserError(f"{location}: {name} is missing; a Hugging Face checkpoint directory is needed")
-    try:
-        return json.loads((location / name).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{location / name}: not JSON ({error})") from error
+def _own_head(heads: Mapping[str, str], raw: Mapping[str, Any], where: str) -> str | None:
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UserError(f"{where}: architectures is {architectures!r}; it must be a list of class names")
+    return heads.get(architectures[0]) if architectures else None
 
 
-def _read_tensors(location: Path | zipfile.Path, path: str) -> dict[str, np.ndarray]:
-    file = location / "model.safetensors"
-    if not file.exists():
-        raise UserError(f"{path}: model.safetensors is missing")
-    try:
-        return safetensors.numpy.load(file.read_bytes())
-    except KeyError as error:
-        raise UserError(f"{path}/model.safetensors: tensors of type {error} are not supported; convert to float32") from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}/model.safetensors: damaged or not safetensors ({error}); fetch it again") from error
+def _with_labels(
+    raw: Mapping[str, Any], kind: str | None, own: str | None, labels: int | Sequence[str] | None
+) -> dict[str, Any]:
+    """config.json with the labels that the head will have."""
+    if labels is not None:
+        if kind not in LABELLED or kind == "question_answering":
+            raise UserError(f"labels were given, but a head of kind {kind} has none to choose")
+        names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+        if not names:
+            raise UserError("labels must be at least one")
+    elif kind == "question_answering" and own != kind:
+        names = ["LABEL_0", "LABEL_1"]  # start and end; the checkpoint's labels were another head's
+    else:
+        return dict(raw)
+    changed = {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    return {key: value for key, value in raw.items() if key != "num_labels"} | changed

@@ -1,0 +1,98 @@
+"""A finished run as a directory that other libraries open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_jax import pretrained
+from mtl_jax.errors import UserError
+from mtl_jax.prediction import Run, is_workdir, open_run
+from mtl_jax.pretrained import families, saving
+from mtl_jax.pretrained.saving import Saved
+from mtl_jax.tasks import Classification, Regression, Task
+
+# Class names that sentence-transformers reads from a directory's files since its second version.
+_MODULE = "sentence_transformers.models"
+_RELU, _IDENTITY = "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"
+
+
+def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool = False) -> None:
+    """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
+
+    The head of a task reads the mean of the token vectors. No class of transformers does that and nothing else, so the
+    directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
+    sentence-transformers: SentenceTransformer(target).encode(texts) are the task's outputs, logits of a classification in
+    the order of config.json's id2label, predicted values of a regression.
+
+    Args:
+        source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
+        target: The directory to write.
+        task: The task whose head goes with a run's trunk; empty for the trunk alone.
+        overwrite: Whether a checkpoint that is there may be replaced.
+
+    Raises:
+        UserError: The source cannot be read, has no such task, or has no counterpart; or the target is taken.
+    """
+    if not is_workdir(Path(source)):
+        if task:
+            raise UserError(f"{source}: no workdir of a run, so there is no task {task!r}; leave --task out")
+        pretrained.save(target, pretrained.load(source), overwrite=overwrite)
+        return
+    run = open_run(Path(source))
+    if run.trunk.raw is None:
+        raise UserError(f"{source}: its trunk is an embedding from scratch; transformers has no class for it")
+    head = run.task(task) if task else None
+    if head is not None and not isinstance(head, Classification | Regression):
+        raise UserError(f"task {task!r}: only heads of classification and regression can be written; leave --task out")
+    raw = dict(run.trunk.raw)
+    if head is not None:
+        # those of a head that the source checkpoint had are not this one's
+        names = head.labels or (head.name,)
+        raw |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+    family = families.of(raw, f"{source}/trunk/config.json")
+    config = family.config(raw, f"{source}/trunk/config.json")
+    params = {"trunk": run.params["trunk"], **run.trunk.beside}
+    location = Path(source) / "trunk"
+    checkpoint = pretrained.Checkpoint(family.build(config, None, np.float32), params, config, raw, None, location)
+
+    def add_head(folder: Path) -> None:
+        if head is not None:
+            _write_head(folder, run, head, config.hidden_size)
+
+    saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
+
+
+def _write_head(folder: Path, run: Run, task: Task, width: int) -> None:
+    """modules.json and its parts: the trunk, the mean over tokens, the head's one or two linear layers."""
+    params = run.params["heads"][task.name]
+    layers = [params[name] for name in ("hidden", "output") if name in params]
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True})
+    _write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": run.experiment.batch.row_length, "do_lower_case": False}
+    )
+    for number, layer in enumerate(layers, start=2):
+        is_last = number == len(layers) + 1
+        scale = task.scale if is_last and isinstance(task, Regression) else 1.0
+        _write_dense(folder / f"{number}_Dense", layer, _IDENTITY if is_last else _RELU, scale)
+        modules.append((f"{number}_Dense", "Dense"))
+    listed = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
+    _write_json(folder / "modules.json", listed)
+
+
+def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale: float) -> None:
+    kernel, bias = np.asarray(layer["kernel"]) * np.float32(scale), np.asarray(layer["bias"]) * np.float32(scale)
+    config = {"in_features": kernel.shape[0], "out_features": kernel.shape[1], "bias": True, "activation_function": activation}
+    _write_json(folder / "config.json", config)
+    tensors = {"linear.bias": Saved(bias, False), "linear.weight": Saved(kernel, True)}
+    saving.write_safetensors(folder / "model.safetensors", tensors)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

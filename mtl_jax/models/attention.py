@@ -1,0 +1,58 @@
+"""Keys and values of attention: which of them a query may see, and a cache of them for decoding token by token.
+
+Shapes in names: B rows, T queries, S keys, N attention heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class KeyValue(NamedTuple):
+    """What queries look at: a source's keys and values, or a cache of them.
+
+    Attributes:
+        key: f[B, S, N, D].
+        value: f[B, S, N, D].
+    """
+
+    key: jax.Array
+    value: jax.Array
+
+
+def visible_keys(
+    real_BxS: jax.Array, query_segments_BxT: jax.Array | None = None, key_segments_BxS: jax.Array | None = None
+) -> jax.Array:
+    """Which key each query may see: bool[B, T, S], or bool[B, 1, S] where all queries of a row see the same.
+
+    Args:
+        real_BxS: 1 at real keys, 0 at padding.
+        query_segments_BxT: Example number of each query inside a packed row, or None: one example a row.
+        key_segments_BxS: The same of each key; a query sees the keys of its own example only.
+
+    Raises:
+        ValueError: Only one side has segments.
+    """
+    if (query_segments_BxT is None) != (key_segments_BxS is None):
+        raise ValueError("packed rows need segment ids on both sides, source and target")
+    real_Bx1xS = real_BxS[:, None, :].astype(bool)
+    if query_segments_BxT is None or key_segments_BxS is None:
+        return real_Bx1xS
+    return real_Bx1xS & (query_segments_BxT[:, :, None] == key_segments_BxS[:, None, :])
+
+
+def visible_past(queries: int, keys: int, step: jax.Array | int = 0) -> jax.Array:
+    """Keys that are not in a query's future: bool[1, T, S]; query t stands at place step + t among the keys."""
+    return (jnp.arange(keys)[None, :] <= step + jnp.arange(queries)[:, None])[None]
+
+
+def write_cache(cache: KeyValue, new: KeyValue, step: jax.Array | int) -> KeyValue:
+    """The cache f[B, S, N, D] with new f[B, T, N, D] at places step to step + T; step may be traced."""
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, axis=1)
+
+    return KeyValue(write(cache.key, new.key), write(cache.value, new.value))

@@ -1,0 +1,145 @@
+"""What every transformer here is made of: activations, masks, one attention.
+
+Shapes in names: B rows, T query tokens, S key tokens, H hidden size, N attention heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.models.attention import KeyValue, visible_keys
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),  # Hugging Face "gelu" is the erf form
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": nn.tanh,
+}
+
+
+def attention_mask_BxTxT(attention_mask_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:
+    """Which key each query may see: bool[B, T, T].
+
+    A query sees the real tokens of its own segment. Without segments the row is one segment.
+
+    Args:
+        attention_mask_BxT: 1 at real tokens, 0 at padding.
+        segments_BxT: Example number inside a packed row, or None.
+    """
+    visible = visible_keys(attention_mask_BxT, segments_BxT, segments_BxT)
+    return jnp.broadcast_to(visible, (*attention_mask_BxT.shape, attention_mask_BxT.shape[1]))
+
+
+def attend(
+    q_BxTxNxD: jax.Array,
+    k_BxSxNxD: jax.Array,
+    v_BxSxNxD: jax.Array,
+    mask_BxTxS: jax.Array,
+    *,
+    scale: float,
+    bias_BxNxTxS: jax.Array | None = None,
+    dropout: Callable[[jax.Array], jax.Array] = lambda probs: probs,
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017); scores and softmax in float32.
+
+    Args:
+        q_BxTxNxD: Queries.
+        k_BxSxNxD: Keys.
+        v_BxSxNxD: Values.
+        mask_BxTxS: Which key each query may see.
+        scale: Factor on the queries.
+        bias_BxNxTxS: Added to the scores, sizes 1 broadcast; or None.
+        dropout: Applied to the probabilities.
+
+    Returns:
+        f[B, T, N, D]. A query that may see nothing gets the mean of all values: finite, and meaningless.
+    """
+    scores_BxNxTxS = jnp.einsum("btnd,bsnd->bnts", q_BxTxNxD * scale, k_BxSxNxD).astype(jnp.float32)
+    if bias_BxNxTxS is not None:
+        scores_BxNxTxS = scores_BxNxTxS + bias_BxNxTxS.astype(jnp.float32)
+    # A finite floor keeps fully masked (padding) queries free of NaN.
+    scores_BxNxTxS = jnp.where(mask_BxTxS[:, None], scores_BxNxTxS, jnp.finfo(jnp.float32).min)
+    probs_BxNxTxS = dropout(jax.nn.softmax(scores_BxNxTxS, axis=-1).astype(v_BxSxNxD.dtype))
+    return jnp.einsum("bnts,bsnd->btnd", probs_BxNxTxS, v_BxSxNxD)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its four projections.
+
+    attention(x, mask, deterministic) is self-attention; with the keys_values of another sequence as source it is
+    cross-attention, with a cache as source it is incremental decoding.
+
+    Attributes:
+        num_heads: N.
+        head_size: D.
+        dtype: Compute dtype.
+        init: Initialiser of the kernels.
+        dropout: Rate on the attention probabilities.
+        use_bias: Whether the projections have biases.
+        scale: Factor on the queries; None is D ** -0.5.
+        hidden_size: H, the width of the output; None is N * D.
+        query_init: Initialiser of the query kernel; None is init.
+    """
+
+    num_heads: int
+    head_size: int
+    dtype: Any
+    init: Any
+    dropout: float = 0.0
+    use_bias: bool = True
+    scale: float | None = None
+    hidden_size: int | None = None
+    query_init: Any = None
+
+    def setup(self) -> None:
+        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+        inner = self.num_heads * self.head_size
+        self.query = dense(inner, kernel_init=self.query_init or self.init)
+        self.key = dense(inner, kernel_init=self.init)
+        self.value = dense(inner, kernel_init=self.init)
+        self.output = dense(self.hidden_size or inner, kernel_init=self.init)
+        self.drop = nn.Dropout(self.dropout)
+
+    def keys_values(self, x_BxSxH: jax.Array) -> KeyValue:
+        """Keys and values f[B, S, N, D] of a sequence f[B, S, H]."""
+        return KeyValue(self._heads(self.key(x_BxSxH)), self._heads(self.value(x_BxSxH)))
+
+    def __call__(
+        self,
+        x_BxTxH: jax.Array,
+        mask_BxTxS: jax.Array,
+        deterministic: bool,
+        *,
+        source: KeyValue | None = None,
+        bias_BxNxTxS: jax.Array | None = None,
+    ) -> jax.Array:
+        """f[B, T, H] to f[B, T, H]; looks at the source, or where that is None at x itself."""
+        if source is None:
+            source = self.keys_values(x_BxTxH)
+        out_BxTxNxD = attend(
+            self._heads(self.query(x_BxTxH)),
+            source.key,
+            source.value,
+            mask_BxTxS,
+            scale=self.head_size**-0.5 if self.scale is None else self.scale,
+            bias_BxNxTxS=bias_BxNxTxS,
+            dropout=lambda probs: self.drop(probs, deterministic=deterministic),
+        )
+        return self.output(out_BxTxNxD.reshape(*x_BxTxH.shape[:-1], -1))
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, self.head_size)
+
+
+def layer_norm(epsilon: float, dtype: Any, name: str, use_bias: bool = True) -> nn.LayerNorm:
+    # flax's fast variance, E[x^2] - E[x]^2, loses all digits on near-constant rows.
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, use_bias=use_bias, dtype=dtype, name=name)

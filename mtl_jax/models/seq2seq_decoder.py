@@ -1,0 +1,182 @@
+"""The decoder of Marian, BART, mBART and T5: a head on an encoder.
+
+Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary, N attention heads,
+D size of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.models.attention import KeyValue, visible_keys, visible_past
+from mtl_jax.models.seq2seq_layers import (
+    Block,
+    Embeddings,
+    Seq2SeqConfig,
+    default_positions,
+    kernel_init,
+    make_norm,
+    relative_bias,
+)
+
+# One entry a decoder layer, each f[B, L, N, D]: reordering beams is gathering every leaf on axis 0.
+Cache = tuple[KeyValue, ...]
+
+
+class Source(NamedTuple):
+    """What the decoder sees of the encoder's output; the same at every step of decoding.
+
+    Attributes:
+        layers: Keys and values f[B, T, N, D] of each decoder layer's cross-attention.
+        real: [B, T], 1 at real tokens.
+        segments: i32[B, T] in packed rows, or None.
+    """
+
+    layers: tuple[KeyValue, ...]
+    real: jax.Array
+    segments: jax.Array | None
+
+
+class DecoderOutput(NamedTuple):
+    """What a decoder returns.
+
+    Attributes:
+        hidden: f[B, U, H], its last layer's output.
+        logits: f32[B, U, V].
+        cache: The cache after these tokens, if one was given.
+    """
+
+    hidden: jax.Array
+    logits: jax.Array
+    cache: Cache | None
+
+
+class Decoder(nn.Module):
+    """The decoder and its vocabulary: the head of translation.
+
+    Attributes:
+        config: Sizes and constants.
+        dtype: Compute dtype; parameters, norms, softmax and logits stay float32.
+    """
+
+    config: Seq2SeqConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.embeddings = Embeddings(cfg, None if cfg.reads_trunk_table else cfg.decoder_vocab_size, self.dtype)
+        if cfg.positions == "relative":
+            self.relative_bias = relative_bias(cfg, cfg.decoder_heads, bidirectional=False)
+        self.layer = [Block(cfg, True, self.dtype) for _ in range(cfg.decoder_layers)]
+        if cfg.pre_norm:
+            self.norm = make_norm(cfg)
+        self.drop = nn.Dropout(cfg.dropout if cfg.drop_output else 0.0)
+        if not cfg.tied:
+            init = nn.initializers.normal(cfg.initializer_range)
+            self.lm_head = nn.Dense(cfg.decoder_vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init)
+        if cfg.logit_bias:
+            self.final_logits_bias = self.param("final_logits_bias", nn.initializers.zeros, (1, cfg.decoder_vocab_size))
+
+    def source(self, hidden_BxTxH: jax.Array, real_BxT: jax.Array | None, segments_BxT: jax.Array | None) -> Source:
+        """What the decoder sees of the encoder's output f[B, T, H]."""
+        if real_BxT is None:
+            real_BxT = jnp.ones(hidden_BxTxH.shape[:2], jnp.int32)
+        return Source(tuple(layer.source(hidden_BxTxH) for layer in self.layer), real_BxT, segments_BxT)
+
+    def __call__(
+        self,
+        ids_BxU: jax.Array,
+        source: Source,
+        table_VxH: jax.Array,
+        real_BxU: jax.Array | None = None,
+        positions_BxU: jax.Array | None = None,
+        segments_BxU: jax.Array | None = None,
+        cache: Cache | None = None,
+        step: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> DecoderOutput:
+        """See Seq2Seq.decode; table_VxH is the encoder's token table, which is used where the config says that it is shared."""
+        cfg = self.config
+        if not cfg.reads_trunk_table:
+            table_VxH = self.embeddings.table()
+        B, U = ids_BxU.shape
+        places = U if cache is None else cache[0].key.shape[1]
+        if isinstance(step, int) and step + U > places:
+            raise ValueError(f"{U} tokens after {step} do not fit into a cache of {places}")
+        key_positions = default_positions(cfg, places) if positions_BxU is None else positions_BxU
+        query_positions = step + jnp.arange(U)[None] if positions_BxU is None else positions_BxU
+        if real_BxU is None:
+            real_BxU = jnp.ones((B, places), jnp.int32)
+        mask = visible_past(U, places, step) & visible_keys(real_BxU, segments_BxU, segments_BxU)
+        source_mask = visible_keys(source.real, segments_BxU, source.segments)
+        bias = self.relative_bias(query_positions, key_positions) if cfg.positions == "relative" else None
+
+        x_BxUxH = self.embeddings(ids_BxU, table_VxH, query_positions, deterministic)
+        written = []
+        for i, layer in enumerate(self.layer):
+            old = None if cache is None else cache[i]
+            x_BxUxH, own = layer(x_BxUxH, mask, bias, deterministic, source.layers[i], source_mask, old, step)
+            written.append(own)
+        if cfg.pre_norm:
+            x_BxUxH = self.norm(x_BxUxH).astype(self.dtype)
+        x_BxUxH = self.drop(x_BxUxH, deterministic=deterministic)
+        return DecoderOutput(x_BxUxH, self._logits(x_BxUxH, table_VxH), None if cache is None else tuple(written))
+
+    def _logits(self, x_BxUxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
+        cfg = self.config
+        x_BxUxH = x_BxUxH * cfg.logit_scale
+        if cfg.tied:
+            logits = jnp.einsum("buh,vh->buv", x_BxUxH, table_VxH.astype(self.dtype), preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(x_BxUxH).astype(jnp.float32)
+        return logits + self.final_logits_bias if cfg.logit_bias else logits
+
+
+class RowClassifier(nn.Module):
+    """Labels of a row (Lewis et al. 2020): the decoder reads the source again, its last end-of-sentence token is classified.
+
+    Attributes:
+        config: Sizes and constants.
+        dtype: Compute dtype.
+    """
+
+    config: Seq2SeqConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        cfg = self.config
+        # The decoder without a vocabulary of its own; its logits are not used.
+        self.decoder = Decoder(
+            dataclasses.replace(cfg, tied=True, shared_table=cfg.reads_trunk_table, logit_bias=False), self.dtype
+        )
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init(cfg))
+        self.dense, self.classifier = dense(cfg.hidden_size), dense(cfg.num_labels)
+        self.drop = nn.Dropout(cfg.head_dropout)
+
+    def source(self, hidden_BxTxH: jax.Array, real_BxT: jax.Array | None, segments_BxT: jax.Array | None) -> Source:
+        """What the decoder sees of the encoder's output f[B, T, H]."""
+        return self.decoder.source(hidden_BxTxH, real_BxT, segments_BxT)
+
+    def __call__(self, ids_BxT: jax.Array, source: Source, table_VxH: jax.Array, deterministic: bool) -> DecoderOutput:
+        """Logits f32[B, num_labels] of rows of one example; where there is no end-of-sentence token, of the last one.
+
+        Raises:
+            ValueError: The rows are packed.
+        """
+        if source.segments is not None:
+            raise ValueError("this head labels whole rows; it goes with no segment ids")
+        cfg = self.config
+        start_Bx1 = jnp.full_like(ids_BxT[:, :1], cfg.decoder_start_token_id)
+        shifted_BxT = jnp.concatenate([start_Bx1, ids_BxT[:, :-1]], axis=1)
+        hidden_BxTxH = self.decoder(shifted_BxT, source, table_VxH, deterministic=deterministic).hidden
+        last_B = ids_BxT.shape[1] - 1 - jnp.argmax(ids_BxT[:, ::-1] == cfg.eos_token_id, axis=1)
+        x_BxH = jnp.take_along_axis(hidden_BxTxH, last_B[:, None, None], axis=1)[:, 0]
+        x_BxH = nn.tanh(self.dense(self.drop(x_BxH, deterministic=deterministic)))
+        logits = self.classifier(self.drop(x_BxH, deterministic=deterministic))
+        return DecoderOutput(hidden_BxTxH, logits.astype(jnp.float32), None)

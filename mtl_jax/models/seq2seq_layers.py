@@ -1,0 +1,295 @@
+"""Sizes, embeddings and blocks of the encoder-decoder families: Marian, BART, mBART, T5.
+
+Shapes in names: B rows, T tokens of a row, S tokens that it sees, H hidden size, F feed-forward size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.errors import UserError
+from mtl_jax.models.attention import KeyValue, write_cache
+from mtl_jax.models.layers import ACTIVATIONS, Attention
+from mtl_jax.models.t5 import RelativeBias
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqConfig:
+    """Sizes and constants of an encoder-decoder; a family is a choice of these. The defaults are those of BART.
+
+    Attributes:
+        vocab_size: Rows of the encoder's token table.
+        decoder_vocab_size: V, what the decoder reads and predicts.
+        hidden_size: H, the width of the residual stream.
+        encoder_layers: Blocks of the encoder.
+        decoder_layers: Blocks of the decoder.
+        encoder_heads: Attention heads of the encoder.
+        decoder_heads: Attention heads of the decoder.
+        encoder_feed_forward: Width inside the encoder's feed-forward part.
+        decoder_feed_forward: Width inside the decoder's feed-forward part.
+        max_positions: The longest example in tokens; None: any length.
+        head_size: Width of one attention head; None: hidden_size over the number of heads.
+        positions: "learned" or "sinusoidal" vectors that are added to the tokens', or a "relative" bias on attention scores.
+        position_offset: Rows at the start of the learned table that no token uses.
+        num_buckets: Relative positions: rows of the table.
+        max_distance: Relative positions: from this distance on all are the same.
+        activation: A key of ACTIVATIONS.
+        gated: Whether the feed-forward part is act(in x) * (gate x) (Shazeer 2020), not act(in x).
+        use_bias: Whether linear maps have a bias.
+        norm: "layer" or "rms" (no mean, no bias).
+        layer_norm_eps: Epsilon inside every norm.
+        pre_norm: Norms stand before each part, and one more at the end of the stack; else after each part.
+        embedding_norm: Whether there is a norm after the embeddings.
+        attention_scale: What queries are multiplied by; None for the size of a head ** -0.5.
+        embedding_scale: What token vectors are multiplied by where they go in.
+        logit_scale: What the decoder's output is multiplied by before the vocabulary.
+        logit_bias: Whether a bias is added to the logits.
+        tied: Logits are products with the table that the decoder reads from; else there is a matrix of its own.
+        shared_table: The decoder reads tokens from the encoder's table; else it has its own.
+        shared_if_untied: Whether that also holds where not tied.
+        dropout: Rate after embeddings and after each part of a block.
+        attention_dropout: Rate on the attention probabilities.
+        activation_dropout: Rate inside the feed-forward part.
+        drop_output: Whether dropout also follows the norm at the end of the stack.
+        initializer_range: Standard deviation of freshly initialised weights, times fan_in ** -0.5 if scaled_init.
+        scaled_init: See initializer_range.
+        num_labels: Outputs of a checkpoint's own head over labels.
+        head_dropout: Rate inside that head.
+        decoder_start_token_id: What the decoder reads first.
+        eos_token_id: The token that ends a sentence.
+    """
+
+    vocab_size: int
+    decoder_vocab_size: int
+    hidden_size: int
+    encoder_layers: int
+    decoder_layers: int
+    encoder_heads: int
+    decoder_heads: int
+    encoder_feed_forward: int
+    decoder_feed_forward: int
+    max_positions: int | None
+    head_size: int | None = None
+    positions: str = "learned"
+    position_offset: int = 2
+    num_buckets: int = 32
+    max_distance: int = 128
+    activation: str = "gelu"
+    gated: bool = False
+    use_bias: bool = True
+    norm: str = "layer"
+    layer_norm_eps: float = 1e-5
+    pre_norm: bool = False
+    embedding_norm: bool = True
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_bias: bool = True
+    tied: bool = True
+    shared_table: bool = True
+    shared_if_untied: bool = False
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    drop_output: bool = False
+    initializer_range: float = 0.02
+    scaled_init: bool = False
+    num_labels: int = 2
+    head_dropout: float = 0.0
+    decoder_start_token_id: int = 0
+    eos_token_id: int = 0
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest example in tokens; None: any length."""
+        return self.max_positions
+
+    @property
+    def reads_trunk_table(self) -> bool:
+        """Whether the decoder reads tokens from the encoder's table."""
+        return self.shared_table and (self.tied or self.shared_if_untied)
+
+    def size_of_head(self, heads: int) -> int:
+        """Width of one of so many attention heads."""
+        return self.hidden_size // heads if self.head_size is None else self.head_size
+
+
+def kernel_init(cfg: Seq2SeqConfig) -> Any:
+    """Initialiser of linear maps."""
+    if cfg.scaled_init:
+        return nn.initializers.variance_scaling(cfg.initializer_range**2, "fan_in", "normal")
+    return nn.initializers.normal(cfg.initializer_range)
+
+
+def make_norm(cfg: Seq2SeqConfig) -> nn.Module:
+    """A norm over H, in float32."""
+    # flax's fast variance, E[x^2] - E[x]^2, loses all digits on near-constant rows.
+    norm = nn.RMSNorm if cfg.norm == "rms" else nn.LayerNorm
+    return norm(epsilon=cfg.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def sinusoidal_table(positions: int, width: int) -> np.ndarray:
+    """f32[positions, width], all sines before all cosines (Vaswani et al. 2017 interleave them)."""
+    angle = np.arange(positions)[:, None] / 10000.0 ** (2 * np.arange((width + 1) // 2) / width)
+    return np.concatenate([np.sin(angle), np.cos(angle)[:, : width // 2]], axis=1).astype(np.float32)
+
+
+class Embeddings(nn.Module):
+    """Token and position vectors, norm and dropout.
+
+    Attributes:
+        config: Sizes and constants.
+        vocab_size: Rows of the token table; None: the table comes from outside.
+        dtype: Compute dtype.
+    """
+
+    config: Seq2SeqConfig
+    vocab_size: int | None
+    dtype: Any
+
+    def setup(self) -> None:
+        cfg = self.config
+        init = nn.initializers.normal(cfg.initializer_range)
+        if self.vocab_size is not None:
+            self.word = nn.Embed(self.vocab_size, cfg.hidden_size, embedding_init=init)
+        if cfg.positions == "learned":
+            rows = (cfg.max_positions or 0) + cfg.position_offset
+            self.position = nn.Embed(rows, cfg.hidden_size, dtype=self.dtype, embedding_init=init)
+        if cfg.embedding_norm:
+            self.norm = make_norm(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def table(self) -> jax.Array:
+        """The token table f32[V, H]."""
+        return self.word.embedding
+
+    def __call__(self, ids_BxT: jax.Array, table_VxH: jax.Array, positions_BxT: jax.Array, deterministic: bool) -> jax.Array:
+        """Vectors f[B, T, H] of tokens i32[B, T] at positions i32[B, T] or i32[1, T]."""
+        cfg = self.config
+        x_BxTxH = jnp.take(table_VxH, ids_BxT, axis=0).astype(self.dtype) * cfg.embedding_scale
+        if cfg.positions == "learned":
+            x_BxTxH += self.position(positions_BxT + cfg.position_offset)
+        elif cfg.positions == "sinusoidal":
+            table_PxH = jnp.asarray(sinusoidal_table(cfg.max_positions or 0, cfg.hidden_size), self.dtype)
+            x_BxTxH += jnp.take(table_PxH, positions_BxT, axis=0)
+        if cfg.embedding_norm:
+            x_BxTxH = self.norm(x_BxTxH).astype(self.dtype)
+        return self.drop(x_BxTxH, deterministic=deterministic)
+
+
+def default_positions(cfg: Seq2SeqConfig, length: int) -> jax.Array:
+    """0, 1, 2 ... as i32[1, length].
+
+    Raises:
+        UserError: The model has fewer positions.
+    """
+    if cfg.max_positions is not None and length > cfg.max_positions:
+        raise UserError(f"a row of {length} tokens is too long for this model; it has {cfg.max_positions} positions")
+    return jnp.arange(length)[None]
+
+
+class Block(nn.Module):
+    """Self-attention, in decoders cross-attention, and feed-forward, each with residual and norm.
+
+    Attributes:
+        config: Sizes and constants.
+        decoder: Whether this is a block of the decoder.
+        dtype: Compute dtype.
+    """
+
+    config: Seq2SeqConfig
+    decoder: bool
+    dtype: Any
+
+    def setup(self) -> None:
+        cfg = self.config
+        init = kernel_init(cfg)
+        heads = cfg.decoder_heads if self.decoder else cfg.encoder_heads
+        attention = functools.partial(
+            Attention,
+            heads,
+            cfg.size_of_head(heads),
+            self.dtype,
+            init,
+            cfg.attention_dropout,
+            cfg.use_bias,
+            cfg.attention_scale,
+            cfg.hidden_size,
+            # Where scores are not scaled (T5), the initial queries are.
+            None if cfg.attention_scale is None else _scaled(init, cfg.size_of_head(heads) ** -0.5),
+        )
+        self.attention = attention()
+        self.attention_norm = make_norm(cfg)
+        if self.decoder:
+            self.cross_attention = attention()
+            self.cross_attention_norm = make_norm(cfg)
+        dense = functools.partial(nn.Dense, use_bias=cfg.use_bias, dtype=self.dtype, kernel_init=init)
+        width = cfg.decoder_feed_forward if self.decoder else cfg.encoder_feed_forward
+        self.feed_forward_in = dense(width)
+        if cfg.gated:
+            self.feed_forward_gate = dense(width)
+        self.feed_forward_out = dense(cfg.hidden_size)
+        self.feed_forward_norm = make_norm(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.drop_inside = nn.Dropout(cfg.activation_dropout)
+
+    def source(self, hidden_BxSxH: jax.Array) -> KeyValue:
+        """Keys and values of the encoder's output, for cross-attention."""
+        return self.cross_attention.keys_values(hidden_BxSxH)
+
+    def __call__(
+        self,
+        x_BxTxH: jax.Array,
+        mask_BxTxS: jax.Array,
+        bias_BxNxTxS: jax.Array | None,
+        deterministic: bool,
+        source: KeyValue | None = None,
+        source_mask_BxTxS: jax.Array | None = None,
+        cache: KeyValue | None = None,
+        step: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeyValue]:
+        """Returns the new x f[B, T, H], and the keys and values it saw: its own, or the cache with them at places step on."""
+
+        def before(norm: nn.Module, x: jax.Array) -> jax.Array:
+            return norm(x).astype(self.dtype) if self.config.pre_norm else x
+
+        def after(norm: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+            x = x + self.drop(y, deterministic=deterministic)
+            return x if self.config.pre_norm else norm(x).astype(self.dtype)
+
+        y = before(self.attention_norm, x_BxTxH)
+        own = self.attention.keys_values(y)
+        if cache is not None:
+            own = write_cache(cache, own, step)
+        y = self.attention(y, mask_BxTxS, deterministic, source=own, bias_BxNxTxS=bias_BxNxTxS)
+        x = after(self.attention_norm, x_BxTxH, y)
+        if source is not None and source_mask_BxTxS is not None:
+            y = before(self.cross_attention_norm, x)
+            y = self.cross_attention(y, source_mask_BxTxS, deterministic, source=source)
+            x = after(self.cross_attention_norm, x, y)
+        y = self._feed_forward(before(self.feed_forward_norm, x), deterministic)
+        return after(self.feed_forward_norm, x, y), own
+
+    def _feed_forward(self, x_BxTxH: jax.Array, deterministic: bool) -> jax.Array:
+        y_BxTxF = ACTIVATIONS[self.config.activation](self.feed_forward_in(x_BxTxH))
+        if self.config.gated:
+            y_BxTxF *= self.feed_forward_gate(x_BxTxH)
+        return self.feed_forward_out(self.drop_inside(y_BxTxF, deterministic=deterministic))
+
+
+def relative_bias(cfg: Seq2SeqConfig, heads: int, bidirectional: bool) -> RelativeBias:
+    """T5's positions."""
+    init = nn.initializers.normal(cfg.initializer_range * (cfg.hidden_size**-0.5 if cfg.scaled_init else 1.0))
+    return RelativeBias(heads, cfg.num_buckets, cfg.max_distance, bidirectional, init)
+
+
+def _scaled(init: Any, factor: float) -> Any:
+    return lambda *args: factor * init(*args)

@@ -1,0 +1,42 @@
+"""Every family there is, by model_type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mtl_jax.errors import unknown
+from mtl_jax.pretrained import bert, distilbert, electra, marian_bart, modernbert, roberta, t5
+from mtl_jax.pretrained.family import Family
+
+FAMILIES: tuple[Family, ...] = (
+    bert.BERT,
+    roberta.ROBERTA,
+    roberta.XLM_ROBERTA,
+    distilbert.DISTILBERT,
+    electra.ELECTRA,
+    modernbert.MODERNBERT,
+    marian_bart.MARIAN,
+    marian_bart.BART,
+    marian_bart.MBART,
+    t5.T5,
+    t5.MT5,
+)
+
+BY_TYPE: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+
+def of(raw: Mapping[str, Any], where: str) -> Family:
+    """The family of a parsed config.json.
+
+    Args:
+        raw: The parsed file.
+        where: Its name, for errors.
+
+    Raises:
+        UserError: There is no family for its model_type; the message lists them.
+    """
+    model_type = str(raw.get("model_type"))
+    if model_type not in BY_TYPE:
+        raise unknown(f"model_type in {where}:", model_type, BY_TYPE)
+    return BY_TYPE[model_type]

@@ -1,0 +1,173 @@
+"""Checkpoints out: a directory that transformers opens."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from mtl_jax.errors import UserError
+from mtl_jax.pretrained import families
+from mtl_jax.pretrained.checkpoint import Checkpoint
+from mtl_jax.pretrained.family import Family
+from mtl_jax.pretrained.tokenizer import FILES, copy_files
+
+MOST_SHARD = 5 * 10**9  # bytes of tensors in one file
+
+
+class Saved(NamedTuple):
+    """One tensor to write: our array, and whether it is turned around on the way."""
+
+    array: Any
+    transpose: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape[::-1] if self.transpose else self.array.shape
+
+    @property
+    def size(self) -> int:
+        return 4 * math.prod(self.shape)
+
+    def data(self) -> np.ndarray:
+        array = np.asarray(jax.device_get(self.array), np.float32)
+        return np.ascontiguousarray(array.T if self.transpose else array)
+
+
+def save(
+    folder: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    overwrite: bool = False,
+    shard_size: int = MOST_SHARD,
+    finish: Callable[[Path], None] = lambda staging: None,
+) -> None:
+    """Writes a checkpoint as transformers does: safetensors in float32, config.json, tokenizer, generation_config.json.
+
+    Everything is written beside the folder first and then moved there, so that nothing half-written is ever in its place.
+
+    Args:
+        folder: Where to; it must not exist, be empty, or with `overwrite` hold a checkpoint.
+        checkpoint: What to write: a loaded one, or one whose params were replaced.
+        overwrite: Whether a checkpoint that is there may be replaced.
+        shard_size: Most bytes of tensors in one file; beyond it there are several and an index.
+        finish: Called with the directory before it is moved, to add files of the caller's.
+
+    Raises:
+        UserError: The folder is taken or cannot be written, or transformers has no class for what the checkpoint is.
+    """
+    folder = Path(folder)
+    family = families.of(checkpoint.raw, "config.json")
+    config = exported_config(family, checkpoint)
+    tensors = _tensors(family, checkpoint)
+    _check_free(folder, overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    try:
+        _write_tensors(staging, tensors, shard_size)
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        copy_files(checkpoint.location, staging, (*FILES, "generation_config.json"))
+        finish(staging)
+        staging.chmod(0o755)  # temporary directories are for their owner alone
+        _move(staging, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def exported_config(family: Family, checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of a checkpoint as it is saved.
+
+    Raises:
+        UserError: transformers has no class for it.
+    """
+    if checkpoint.head is None:
+        architecture = family.base
+    else:
+        architecture = next(name for name, kind in family.heads.items() if kind == checkpoint.head)
+    if architecture is None:
+        raise UserError(f"transformers has no class for a {family.model_types[0]} model without a head; save one with a head")
+    config = {key: value for key, value in checkpoint.raw.items() if key != "torch_dtype"}
+    config |= {"architectures": [architecture], "dtype": "float32"}
+    if family.untied:
+        config["tie_word_embeddings"] = checkpoint.config.tied
+    return config | dict(family.constants(checkpoint.config))
+
+
+def _tensors(family: Family, checkpoint: Checkpoint) -> dict[str, Saved]:
+    """What is written, by name, in order of names."""
+    prefix = "" if checkpoint.head is None else family.prefix
+    tensors: dict[str, Saved] = {}
+    for path, array in traverse_util.flatten_dict(checkpoint.params, sep="/").items():
+        name = family.names(path, checkpoint.config)[0]
+        name = name if path.startswith("head/") else prefix + name
+        tensors[name] = Saved(array, path.endswith("/kernel"))
+    for name, array in family.extra(checkpoint.params, checkpoint.config).items():
+        tensors[name] = Saved(array, False)
+    return dict(sorted(tensors.items()))
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file is in the way; choose another directory")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: not empty, and no checkpoint; choose another directory")
+    if not overwrite:
+        raise UserError(f"{folder}: a checkpoint is there already; choose another directory, or overwrite it")
+
+
+def _move(staging: Path, folder: Path) -> None:
+    if folder.exists():
+        old = staging.with_name(staging.name + ".old")
+        folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old)
+    else:
+        staging.rename(folder)
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) -> None:
+    shards: list[dict[str, Saved]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(other.size for other in shards[-1].values()) + tensor.size > shard_size:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0])
+        return
+    shard_of: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, shard)
+        shard_of |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors.values())}, "weight_map": shard_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Saved]) -> None:
+    """Writes float32 tensors one at a time, so that a sharded tree is never whole on the host."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.size]}
+        at += tensor.size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            stream.write(tensor.data().astype("<f4", copy=False).data)

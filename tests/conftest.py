@@ -11,13 +11,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import tiny
 from hypothesis import settings
 
-from mtl_jax import assets
+from mtl_jax import assets, train
 from mtl_jax.errors import UserError
 
 # The same cases every time, however slow the machine.
@@ -38,6 +39,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the files of the tiny experiment's sources."""
     folder = tmp_path_factory.mktemp("data")
     tiny.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workdir(bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny experiment that trained everything. To be read only."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    experiment = tiny.experiment(bert, data)
+    train(dataclasses.replace(experiment, phases=experiment.phases[1:]), folder)
     return folder
 
 

@@ -125,13 +125,6 @@ def test_flags_reach_the_run(launch, tmp_path):
     assert config["seed"] == 7
 
 
-@pytest.fixture(scope="module")
-def workdir(bert, data, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("predict") / "run"
-    mtl_jax.train(tiny.experiment(bert, data, phases=tiny.experiment(bert, data).phases[1:]), workdir)
-    return workdir
-
-
 def console(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mtl-jax", *map(str, arguments)])
     try:

@@ -98,10 +98,10 @@ def test_layer_norm_is_right_on_near_constant_rows(bert):
     """E[x^2] - E[x]^2 in float32 loses every digit here; the norm must not use it."""
     import flax.linen as nn
 
-    from mtl_jax.models.encoder import _layer_norm
+    from mtl_jax.models.layers import layer_norm
 
     row = 1000 + 1e-2 * np.arange(16, dtype=np.float64)
-    norm = _layer_norm(EncoderConfig(10, 16, 1, 2, 16, 16), jnp.float32, "norm")
+    norm = layer_norm(1e-12, jnp.float32, "norm")
     params = nn.LayerNorm().init(jax.random.key(0), jnp.ones((1, 16)))
     as_float32 = row.astype(np.float32).astype(np.float64)
     expected = (as_float32 - as_float32.mean()) / as_float32.std()

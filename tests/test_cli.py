@@ -41,11 +41,11 @@ TWO_STEPS = ("--phases.0.steps", "1", "--phases.1.steps", "1")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--weighting", "pcgard"], "unknown weighting 'pcgard' (did you mean 'pcgrad'?); choices: equal, fixed, dwa, mgda"),
+        (["--weighting", "pcgard"], "unknown weighting 'pcgard' (did you mean 'pcgrad'?); choices: equal, fixed, scheduled, uncertainty"),
         (["--only", "ratings"], "unknown task in only: 'ratings' (did you mean 'rating'?); choices: rating, coarse, fine"),
         (["--tasks.0.source", "rating"], "unknown source of task 'rating': 'rating' (did you mean 'ratings'?)"),
         (["--weighting", "fixed", "--weights", "rating", "1"], "weights: no weight for coarse, fine"),
-        (["--weights", "rating", "1"], "weights are for --weighting fixed, but weighting is 'equal'"),
+        (["--weights", "rating", "1"], "weights are for --weighting fixed or scheduled, but weighting is 'equal'"),
         (["--sources.0.text", "body"], "has no text column 'body'; columns: id, rating, text"),
         (["--tasks.0.column", "score"], "has no column 'score' for task 'rating'; columns: id, rating, text"),
         (["--tasks.1.labels", "HUM"], "label 'LOC' is not in the label set (HUM)"),

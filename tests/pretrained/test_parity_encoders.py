@@ -95,7 +95,7 @@ def test_half_precision_files(tmp_path, form, kind):
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     else:
         model.save_pretrained(tmp_path, max_shard_size="10KB" if form == "shards" else "1GB")
-    assert len(list(tmp_path.glob("model-*"))) == {"shards": 4}.get(form, 0)
+    assert (len(list(tmp_path.glob("model-*"))) > 1) == (form == "shards")
     inputs = parity.batch(model.config)
     found = parity.ours(pretrained.load(str(tmp_path)), inputs)
     assert parity.difference(found, parity.theirs(model.float(), inputs), inputs["attention_mask"]) <= TOLERANCE
@@ -169,7 +169,7 @@ def test_a_training_step_is_theirs(masked_lm, tmp_path):
         return jnp.where(real, losses, 0.0).sum() / real.sum()
 
     with jax.default_matmul_precision("highest"):
-        gradients = jax.jit(jax.grad(loss))(loaded.params)
+        gradients = jax.jit(jax.grad(loss), compiler_options=parity.QUICKLY)(loaded.params)
     stepped = jax.tree.map(lambda weight, gradient: weight - 0.5 * gradient, loaded.params, gradients)
     expected = pretrained.load(str(tmp_path / "after")).params
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), loaded.params, expected)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtl_jax import pretrained
 from mtl_jax.errors import UserError
-from mtl_jax.pretrained import saving
+from mtl_jax.pretrained import families, saving
 
 
 def equal(a, b):
@@ -138,3 +139,21 @@ def test_tensors_go_straight_to_their_devices(bert):
     assert equal(loaded.params, pretrained.load(str(bert)).params)
     everywhere = pretrained.load(str(bert), sharding=whole)
     assert {leaf.sharding for leaf in jax.tree.leaves(everywhere.params)} == {whole}
+
+
+STORED = sorted(file.parent for file in (Path(__file__).parent / "fixtures").glob("*/model.safetensors"))
+
+
+@pytest.mark.parametrize("head", ["auto", None])
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_every_family_comes_back_bit_for_bit(folder, head, tmp_path):
+    loaded = pretrained.load(str(folder), head=head)
+    if families.of(loaded.raw, "here").base is None and head is None:
+        with pytest.raises(UserError, match=r"transformers has no class for a .* model without a head"):
+            pretrained.save(tmp_path / "out", loaded)
+        return
+    pretrained.save(tmp_path / "out", loaded)
+    again = pretrained.load(str(tmp_path / "out"))
+    assert (again.head, again.unused, again.initialized) == (loaded.head, (), ())
+    assert again.config == loaded.config
+    assert equal(again.params, loaded.params)

@@ -33,7 +33,8 @@ class Phase:
         steps: Length of the phase.
         rules: Which parameters train: the first rule whose pattern matches a parameter's path decides.
         learning_rate: Peak rate; None: optimizer.learning_rate.
-        weights: Loss weights of this phase, numbers or schedules; empty: the experiment's weighting.
+        weights: Loss weights of this phase, numbers or schedules of the run's step, as they stand, without combinators; empty:
+            the experiment's weighting.
         cache_features: Where the rules freeze the whole trunk, compute its output for every example once.
     """
 
@@ -94,7 +95,8 @@ class Experiment:
             clipped[:low=L,high=H], ema[:decay=D].
         gram_over: For rules that compare task gradients: over which parameters. trunk: all of it that trains; a regular
             expression of parameter paths; representation: the trunk's output, the cheapest.
-        gram_dtype: In which task gradients are held: float32 or bfloat16. They take K times the trainable trunk.
+        gram_dtype: In which task gradients are held, and so the trunk's gradient is rounded: float32 or bfloat16. They take K
+            times the trainable trunk.
         weigh_heads: Whether a head's own gradient is multiplied by its task's weight; else it is trained by its plain loss.
         only: Train these tasks and leave the others out; empty: all.
         optimizer: How parameters follow the gradient.
@@ -191,13 +193,15 @@ def check(experiment: Experiment) -> None:
         for name in names:
             if not name or not set(name) <= _NAME_CHARACTERS:
                 raise UserError(f"{what} name {name!r}: use letters, digits, '_' and '-' only")
+    start = 0
     for phase in experiment.phases:
         if phase.steps < 1:
             raise UserError(f"phase {phase.name!r}: steps is {phase.steps}; it must be at least 1")
         if phase.learning_rate is not None and not phase.learning_rate >= 0:
             raise UserError(f"phase {phase.name!r}: learning_rate is {phase.learning_rate}; it must not be negative")
         rule_of(experiment, phase).init([task.name for task in experiment.tasks])
-        weighting.check_steps(phase.weights or experiment.weights, sum(phase.steps for phase in experiment.phases))
+        weighting.check_steps(phase.weights or experiment.weights, range(start, start + phase.steps))
+        start += phase.steps
     for task in experiment.tasks:
         if task.source not in [s.name for s in experiment.sources]:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])

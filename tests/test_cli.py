@@ -41,7 +41,10 @@ TWO_STEPS = ("--phases.0.steps", "1", "--phases.1.steps", "1")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--weighting", "pcgard"], "unknown weighting 'pcgard' (did you mean 'pcgrad'?); choices: equal, fixed, scheduled, uncertainty"),
+        (
+            ["--weighting", "pcgard"],
+            "unknown weighting 'pcgard' (did you mean 'pcgrad'?); choices: equal, fixed, scheduled",
+        ),
         (["--only", "ratings"], "unknown task in only: 'ratings' (did you mean 'rating'?); choices: rating, coarse, fine"),
         (["--tasks.0.source", "rating"], "unknown source of task 'rating': 'rating' (did you mean 'ratings'?)"),
         (["--weighting", "fixed", "--weights", "rating", "1"], "weights: no weight for coarse, fine"),

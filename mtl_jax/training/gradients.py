@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Task
@@ -86,7 +87,7 @@ def encode_blocks(
 ) -> tuple[jax.Array, Callable[[jax.Array, np.ndarray], Any]]:
     """One forward pass over all blocks, and the way back through each of them by itself.
 
-    What the backward pass needs again is kept once a block, except the parameters: they are the same for all blocks, and
+    What the backward pass needs again is kept once a block, except what is the same for all, as parameters are and their casts:
     copies of them would turn every matrix product of the backward pass into a batched one over N copies of its weights.
 
     Args:
@@ -99,30 +100,43 @@ def encode_blocks(
         pooled f32[N, R, S, H], and a function from cotangents f32[M, R, S, H] of the M blocks at the given places to gradients,
         a tree like `parameters`, leaves [M, ...].
     """
-    shared = jax.tree.leaves(parameters)
-    kept: list[int | None] = []  # for each residual: which parameter it is, or None for one that differs by block
     structure: list[Any] = []
 
-    def forward(block: Batch, key: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def forward(parameters: Any, block: Batch, key: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         pooled, pull = jax.vjp(lambda p: encode_block(p, block, key), parameters)
         residuals, treedef = jax.tree.flatten(pull)
         structure[:] = [treedef]
-        kept[:] = [next((n for n, leaf in enumerate(shared) if leaf is residual), None) for residual in residuals]
-        return pooled, [residual for residual, place in zip(residuals, kept, strict=True) if place is None]
+        return pooled, residuals
 
-    pooled_NxRxSxH, differing_N = jax.vmap(forward)(blocks, keys_N)
+    first = jax.tree.map(lambda leaf: leaf[0], (blocks, keys_N))
+    differ = depends(forward, parameters, *first)[1]
+    axes = [0 if by_block else None for by_block in differ]
+    pooled_NxRxSxH, residuals = jax.vmap(forward, in_axes=(None, 0, 0), out_axes=(0, axes))(parameters, blocks, keys_N)
 
-    def back(differing: list[jax.Array], cotangent_RxSxH: jax.Array) -> Any:
-        own = iter(differing)
-        residuals = [next(own) if place is None else shared[place] for place in kept]
+    def back(residuals: list[jax.Array], cotangent_RxSxH: jax.Array) -> Any:
         return jax.tree.unflatten(structure[0], residuals)(cotangent_RxSxH)[0]
 
     def pull(cotangents_MxRxSxH: jax.Array, places_M: np.ndarray) -> Any:
         every = len(places_M) == len(keys_N)
-        chosen_M = differing_N if every else [leaf[places_M] for leaf in differing_N]
-        return jax.vmap(back)(chosen_M, cotangents_MxRxSxH)
+        chosen = [leaf if every or axis is None else leaf[places_M] for leaf, axis in zip(residuals, axes, strict=True)]
+        return jax.vmap(back, in_axes=(axes, 0))(chosen, cotangents_MxRxSxH)
 
     return pooled_NxRxSxH, pull
+
+
+def depends(function: Callable[..., Any], shared: Any, *own: Any) -> Any:
+    """Which outputs of function(shared, *own) depend on the other arguments than the first: a tree of bools like the output.
+
+    Read off the traced program. A parameter, or its cast to bfloat16, does not; an activation does.
+    """
+    program, shape = jax.make_jaxpr(function, return_shape=True)(shared, *own)
+    jaxpr = program.jaxpr
+    marked = set(jaxpr.invars[len(jax.tree.leaves(shared)) :])
+    for equation in jaxpr.eqns:
+        if any(not isinstance(value, Literal) and value in marked for value in equation.invars):
+            marked.update(equation.outvars)
+    flags = [not isinstance(value, Literal) and value in marked for value in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(shape), flags)
 
 
 def task_gradients(

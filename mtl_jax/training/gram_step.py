@@ -74,7 +74,8 @@ def by_gram(
         layout: gradients.layout(...).
         over: check(...), for the trainable part of this phase.
         gram_over: "trunk", "representation", or the expression that `over` was made from; "trunk" for a transform.
-        dtype: In which the task gradients are held: bfloat16 halves their memory, K times the trainable trunk.
+        dtype: In which the task gradients are held, and so summed: bfloat16 halves their memory, K times the trainable trunk.
+            Sums over parts and changed gradients are float32 all the same.
         weigh_heads: As in by_losses.
         accumulate: As in by_losses; the task gradients are added up before they are compared. Not over the whole trunk, the
             weighted gradient costs a second pass over the parts.
@@ -131,7 +132,8 @@ def by_gram(
                     return encode_block(freezing.merge(part, rest), block, key)
 
                 _, pull_blocks = gradients.encode_blocks(encode_part, part, blocks, keys_N)
-            return (losses, head_gradients, gradients.task_gradients(pull_blocks, cotangents, layout.rounds, dtype)), weighted
+            held = dtype if accumulate == 1 else jnp.float32
+            return (losses, head_gradients, gradients.task_gradients(pull_blocks, cotangents, layout.rounds, held)), weighted
 
         if accumulate == 1:
             (losses, head_gradients, rounds), weighted = compare(blocks, 0)
@@ -143,15 +145,19 @@ def by_gram(
                 return add_up(lambda part, number: compare(part, number)[1](weights), parts)
 
         signals = Signals(losses, None, state.step, rule_key, counts)
-        order, rule_state, changed_state = names, state.rule_state, None
-        if rule.transform is not None:
-            order = sorted(names)
-            rule_state, changed_state = state.rule_state["rule"], state.rule_state["transform"]
-            changed, changed_state = rule.transform.update(changed_state, signals, gradients.in_order(rounds, names))
+        gram_KxK = gradients.gram_matrix(rounds, names)
+        order = names
+        if rule.transform is None:
+            weights, rule_state = rule.update(state.rule_state, signals._replace(gram=gram_KxK))
+        else:
+            # The rule sees the Gram matrix of the changed gradients; the one that is logged is of this step's own.
+            order, key = sorted(names), jax.random.fold_in(rule_key, 1)
+            changed, changed_state = rule.transform.update(
+                state.rule_state["transform"], signals._replace(key=key), gradients.in_order(rounds, names)
+            )
             rounds = [changed]
-        gram_KxK = gradients.gram_matrix(rounds, order)
-        weights, rule_state = rule.update(rule_state, signals._replace(gram=gram_KxK))
-        if rule.transform is not None:
+            signals = signals._replace(gram=gradients.gram_matrix(rounds, order) if rule.needs_gram else None)
+            weights, rule_state = rule.update(state.rule_state["rule"], signals)
             rule_state = {"rule": rule_state, "transform": changed_state}
 
         trunk_gradient = gradients.combine(rounds, weights, order) if gram_over == TRUNK else weighted(weights)

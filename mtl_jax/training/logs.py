@@ -82,17 +82,20 @@ def _step(line: str) -> int:
     return json.loads(line)["step"]
 
 
-def compare_gradients(gram_KxK: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
+def compare_gradients(gram_KxK: np.ndarray, tasks: Sequence[str], present: Sequence[bool] | None = None) -> dict[str, Any]:
     """What the Gram matrix tells for free.
 
     Args:
         gram_KxK: Inner products of the task gradients.
         tasks: Their names, in the order of the rows.
+        present: Which of them had examples; None: all.
 
     Returns:
-        gradient_norm/TASK; cosines, the K x K matrix as lists; of its pairs, cosine_mean, cosine_min and conflicts, the share
-        below 0 (where there is more than one task).
+        Of the present tasks: gradient_norm/TASK; cosines, their matrix as lists, in the order of the tasks; of its pairs,
+        cosine_mean, cosine_min and conflicts, the share below 0 (where there is more than one task).
     """
+    kept = [n for n in range(len(tasks)) if present is None or present[n]]
+    gram_KxK, tasks = np.asarray(gram_KxK)[np.ix_(kept, kept)], [tasks[n] for n in kept]
     norm_K = np.sqrt(np.maximum(np.diagonal(gram_KxK).astype(np.float64), 0.0))
     cosine_KxK = gram_KxK / np.maximum(np.outer(norm_K, norm_K), np.finfo(np.float64).tiny)
     record: dict[str, Any] = {f"gradient_norm/{task}": float(norm) for task, norm in zip(tasks, norm_K, strict=True)}

@@ -214,7 +214,8 @@ class _Run:
         record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
         record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
         if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
-            record |= compare_gradients(metrics.gram, sorted(losses))
+            tasks = sorted(losses)
+            record |= compare_gradients(metrics.gram, tasks, [metrics.counts[task] > 0 for task in tasks])
         self.logger.write("train", step, record)
         self.progress.update(1, tokens, losses, title=plan.phase.name)
         bad = [f"the loss of task {task!r} is {loss}" for task, loss in losses.items() if not math.isfinite(loss)]

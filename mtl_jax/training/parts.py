@@ -12,7 +12,7 @@ import jax.numpy as jnp
 def in_parts(batch: Any, parts: int, axis: int = 0) -> Any:
     """Leaves [..., R, ...] become [parts, ..., R / parts, ...].
 
-    Every parts-th row belongs to a part, so that each device has as many rows of every part.
+    Every parts-th row belongs to a part, so that each device has as many rows of every part, if it has enough.
 
     Args:
         batch: A pytree of arrays.

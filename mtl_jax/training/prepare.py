@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import optimizer as optimizers
-from mtl_jax import trunks, weighting
+from mtl_jax import trunks
 from mtl_jax.data import examples
 from mtl_jax.data.batches import rows_per_source
 from mtl_jax.data.examples import Corpus
@@ -210,7 +210,7 @@ def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
             if rule.transform is not None and experiment.gram_over != gram_step.TRUNK:
                 raise UserError(f"weighting {experiment.weighting} changes the trunk's task gradients: gram_over must be trunk")
         elif per_task(rule):
-            rule = weighting.equal()
+            rule = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
         same = bool(plans) and per_task(plans[-1].rule) == per_task(rule)
         same = same and not phase.weights and not plans[-1].phase.weights
         # A transform's state has the shape of what trains.

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.errors import UserError
 from mtl_jax.weighting import solvers
 from mtl_jax.weighting.base import Rule, Signals, Transform, Weights, present, share, stack, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram
+from mtl_jax.weighting.options import number
 
 TINY = 1e-30
 
@@ -32,10 +32,8 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
     Raises:
         UserError: An option is out of range.
     """
-    if not alpha >= 0:
-        raise UserError(f"weighting gradnorm: alpha is {alpha}; it must not be negative")
-    if not learning_rate > 0:
-        raise UserError(f"weighting gradnorm: learning_rate is {learning_rate}; it must be above 0")
+    number("weighting gradnorm: alpha", alpha, least=0)
+    number("weighting gradnorm: learning_rate", learning_rate, above=0)
     adam = optax.adam(learning_rate)
 
     def init(names: Sequence[str]) -> Any:
@@ -68,7 +66,8 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
     """All logarithms of losses, and all their gradients at the length of the longest (Lin et al. 2023, DB-MTL).
 
     With h_k the gradient of log(L_k + 1e-8), averaged over steps: h <- h + b_t (h(before) - h), b_t = beta / t^sigma, from the
-    first one on: the combined gradient is max_i |h_i| sum_k h_k / |h_k|.
+    first one on: the combined gradient is max_i |h_i| sum_k h_k / |h_k|. The weights are those of the losses, not of their
+    logarithms: w_k = max_i |h_i| / (|h_k| L_k).
 
     Args:
         beta: Share of the past in the average, 0 to below 1. With 0 there is none, and nothing is kept; else the rule holds
@@ -78,10 +77,8 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
     Raises:
         UserError: An option is out of range.
     """
-    if not 0 <= beta < 1:
-        raise UserError(f"weighting db_mtl: beta is {beta}; it must be at least 0 and below 1")
-    if not sigma >= 0:
-        raise UserError(f"weighting db_mtl: sigma is {sigma}; it must not be negative")
+    number("weighting db_mtl: beta", beta, least=0, below=1)
+    number("weighting db_mtl: sigma", sigma, least=0)
 
     def log_scale(signals: Signals) -> jax.Array:
         return jnp.where(present(signals), 1 / (jnp.maximum(stack(signals.losses), 0.0) + 1e-8), 0.0)
@@ -89,8 +86,7 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         gram_KxK, _, _ = scaled_gram(signals)
         norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
-        # The transformed gradients are those of the logarithms; without it that is still to be done.
-        longest = jnp.max(norm_K * (log_scale(signals) if beta == 0 else 1.0))
+        longest = jnp.max(norm_K * log_scale(signals))  # |h| = |g| / L
         weights_K = jnp.where(norm_K > 0, jnp.minimum(longest / jnp.where(norm_K > 0, norm_K, 1.0), 1e30), 0.0)
         return unstack(weights_K, signals), state
 
@@ -106,7 +102,10 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
         averaged = jax.tree.map(
             lambda old, new: _rows(past_K, old) * old + _rows((1 - past_K) * scale_K, new) * new, state["average"], gradients
         )
-        return averaged, {"average": averaged, "seen": seen_K}
+        # Handed on as gradients of the losses, L h: so the weights are in the units of any rule's, also for heads.
+        back_K = jnp.where(present_K, stack(signals.losses) + 1e-8, 0.0)
+        changed = jax.tree.map(lambda leaf: _rows(back_K, leaf) * leaf, averaged)
+        return changed, {"average": averaged, "seen": seen_K}
 
     transform = Transform(init_average, average) if beta > 0 else None
     return Rule(init=lambda names: (), update=update, needs_gram=True, transform=transform)
@@ -118,7 +117,8 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
     y_k <- y_k - b_t (y_k - g_k) with y = 0 before the first step and b_t = beta / t^sigma; then, with G of y,
     w <- projection of w - gamma_t (G + rho 1) w onto the simplex, gamma_t = gamma / t^sigma, from 1/K each. The combined
     gradient is sum_k w_k y_k. The weights sum to 1. Tracking removes the bias that one batch's gradients give the weights;
-    its state is a gradient of the trunk for each task, in float32, also in every checkpoint.
+    its state is a gradient of the trunk for each task, in float32, also in every checkpoint. This is the paper's algorithm;
+    the authors' program scales every gradient to the length of its loss first, and takes a softmax for the projection.
 
     Args:
         beta: Share of the new gradient in the tracked one, above 0, to 1.
@@ -129,20 +129,16 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
     Raises:
         UserError: An option is out of range.
     """
-    for option, value, sound in (
-        ("beta", beta, 0 < beta <= 1),
-        ("sigma", sigma, sigma >= 0),
-        ("gamma", gamma, gamma > 0),
-        ("rho", rho, rho >= 0),
-    ):
-        if not sound:
-            raise UserError(f"weighting moco: {option} is {value}, which is out of range")
+    number("weighting moco: beta", beta, above=0, most=1)
+    number("weighting moco: sigma", sigma, least=0)
+    number("weighting moco: gamma", gamma, above=0)
+    number("weighting moco: rho", rho, least=0)
 
     def rate(start: float, done: jax.Array) -> jax.Array:
         return start / (done + 1.0) ** sigma
 
     def init(names: Sequence[str]) -> Any:
-        return {"weights": jnp.full(len(names), 1 / len(names)), "done": jnp.zeros((), jnp.int32)}
+        return {"weights": jnp.full(len(names), 1 / len(names), jnp.float32), "done": jnp.zeros((), jnp.int32)}
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         gram_KxK, scale, present_K = scaled_gram(signals)
@@ -179,8 +175,7 @@ def graddrop(leak: float = 0.0) -> Rule:
     Raises:
         UserError: The leak is out of range.
     """
-    if not 0 <= leak <= 1:
-        raise UserError(f"weighting graddrop: leak is {leak}; it must be from 0 to 1")
+    number("weighting graddrop: leak", leak, least=0, most=1)
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         return unstack(jnp.ones(len(signals.losses)), signals), state
@@ -188,13 +183,13 @@ def graddrop(leak: float = 0.0) -> Rule:
     def drop(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(gradients)
         kept = []
-        for number, leaf in enumerate(leaves):
+        for n, leaf in enumerate(leaves):
             # Row by row: on a CPU, XLA takes eight times as long to reduce over the leading axis.
             rows = [leaf[k] for k in range(len(leaf))]
             total, size = sum(rows[1:], rows[0]), sum(map(jnp.abs, rows[1:]), jnp.abs(rows[0]))
             positive = 0.5 * (1 + total / jnp.where(size > 0, size, 1.0))
             # 16 random bits a coordinate are enough to draw a sign.
-            bits = jax.random.bits(jax.random.fold_in(signals.key, number), positive.shape, jnp.uint16)
+            bits = jax.random.bits(jax.random.fold_in(signals.key, n), positive.shape, jnp.uint16)
             drawn = (bits.astype(jnp.float32) + 0.5) / 65536
             stays = [jnp.where(row > 0, positive > drawn, positive < drawn) for row in rows]
             kept.append(jnp.stack([jnp.where(stay, row, leak * row) for stay, row in zip(stays, rows, strict=True)]))

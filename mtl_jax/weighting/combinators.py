@@ -1,4 +1,8 @@
-"""Rules made from rules. In a configuration: a list such as ("ema:decay=0.9", "normalized"), the innermost first."""
+"""Rules made from rules. In a configuration: a list such as ("ema:decay=0.9", "normalized"), the innermost first.
+
+Each does its work on what the rule inside gives it. So subset goes last: an ema around it gives tasks that were not drawn the
+mean of earlier steps, and a lower bound around it gives them that.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ import jax.numpy as jnp
 
 from mtl_jax.errors import UserError
 from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack
+from mtl_jax.weighting.options import number
 
 
 def normalized(rule: Rule, total: float | None = None) -> Rule:
     """The rule's weights, scaled to a given sum.
 
     Rules differ in the sum of their weights (1, K, anything), which is a change of the learning rate; with this an ablation
-    compares like with like. Weights that sum to 0 or less become equal ones.
+    compares like with like. Weights that sum to less than 1e-6 of the largest, or to less than 0, become equal ones.
 
     Args:
         rule: The rule.
@@ -26,8 +31,8 @@ def normalized(rule: Rule, total: float | None = None) -> Rule:
     Raises:
         UserError: The total is not above 0, or not finite.
     """
-    if total is not None and not 0 < total < math.inf:
-        raise UserError(f"normalized: total is {total}; it must be above 0")
+    if total is not None:
+        number("normalized: total", total, above=0)
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         weights, state = rule.update(state, signals)
@@ -54,8 +59,7 @@ def every(rule: Rule, k: int) -> Rule:
     Raises:
         UserError: k is below 1, or the rule changes the gradients themselves, which cannot be held.
     """
-    if int(k) != k or k < 1:
-        raise UserError(f"every: k is {k}; it must be a whole number of at least 1")
+    k = int(number("every: k", k, least=1, whole=True))
     if rule.transform is not None:
         raise UserError("every: this rule changes the task gradients in every step; use it without every")
 
@@ -63,7 +67,7 @@ def every(rule: Rule, k: int) -> Rule:
         return {"rule": rule.init(names), "since": jnp.zeros((), jnp.int32), "held": jnp.zeros(len(names))}
 
     def due(state: Any) -> jax.Array:
-        return state["since"] % int(k) == 0
+        return state["since"] % k == 0
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         def renew(state: Any) -> tuple[jax.Array, Any]:
@@ -77,7 +81,7 @@ def every(rule: Rule, k: int) -> Rule:
             held_K, inner = hold(state)
         else:
             held_K, inner = jax.lax.cond(due(state), renew, hold, state)
-        return unstack(held_K, signals), {"rule": inner, "since": (state["since"] + 1) % int(k), "held": held_K}
+        return unstack(held_K, signals), {"rule": inner, "since": (state["since"] + 1) % k, "held": held_K}
 
     return rule._replace(init=init, update=update, objective=None, due=due if rule.needs_gram else None)
 
@@ -95,10 +99,8 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
     Raises:
         UserError: An option is out of range; at init, s is above the number of tasks.
     """
-    if int(s) != s or s < 1:
-        raise UserError(f"subset: s is {s}; it must be a whole number of at least 1")
-    if not temperature > 0:
-        raise UserError(f"subset: temperature is {temperature}; it must be above 0")
+    s = int(number("subset: s", s, least=1, whole=True))
+    number("subset: temperature", temperature, above=0, infinite=True)
 
     def init(names: Sequence[str]) -> Any:
         if s > len(names):
@@ -106,14 +108,14 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
         return rule.init(names)
 
     def chosen(signals: Signals) -> Signals:
-        """The signals with a count of 0 for every task that was not drawn."""
+        """The signals with a count of 0 for every task that was not drawn, and a key that was not used."""
         present_K = present(signals)
         counts_K = present_K.astype(jnp.float32) if signals.counts is None else stack(signals.counts)
-        draw_key = jax.random.fold_in(signals.key, 1)  # the rule draws from the key itself
+        draw_key, key = jax.random.split(signals.key)
         chance_K = jnp.log(jnp.maximum(counts_K, 1e-30)) / temperature + jax.random.gumbel(draw_key, counts_K.shape)
         place_K = jnp.argsort(jnp.argsort(-jnp.where(present_K, chance_K, -jnp.inf)))
-        drawn_K = jnp.where(place_K < int(s), counts_K, 0.0)
-        return signals._replace(counts=dict(zip(sorted(signals.losses), drawn_K, strict=True)))
+        drawn_K = jnp.where(place_K < s, counts_K, 0.0)
+        return signals._replace(counts=dict(zip(sorted(signals.losses), drawn_K, strict=True)), key=key)
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         return rule.update(state, chosen(signals))
@@ -130,12 +132,14 @@ def clipped(rule: Rule, low: float = 0.0, high: float = math.inf) -> Rule:
 
     Args:
         rule: The rule.
-        low: Smallest weight of a present task.
+        low: Smallest weight of a present task, also of one that a subset inside left out.
         high: Largest weight, not below low.
 
     Raises:
         UserError: The bounds are not in order.
     """
+    number("clipped: low", low)
+    number("clipped: high", high, infinite=True)
     if not low <= high:
         raise UserError(f"clipped: low is {low} and high is {high}; low must not be above high")
 
@@ -156,8 +160,7 @@ def ema(rule: Rule, decay: float = 0.9) -> Rule:
     Raises:
         UserError: The decay is out of range.
     """
-    if not 0 <= decay < 1:
-        raise UserError(f"ema: decay is {decay}; it must be at least 0 and below 1")
+    number("ema: decay", decay, least=0, below=1)
 
     def init(names: Sequence[str]) -> Any:
         return {"rule": rule.init(names), "mean": jnp.zeros(len(names)), "seen": jnp.zeros(len(names), bool)}

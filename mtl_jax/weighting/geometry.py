@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from mtl_jax.errors import UserError
 from mtl_jax.weighting.base import Rule, Signals, Weights, share, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram, stateless
+from mtl_jax.weighting.options import choice, number
+from mtl_jax.weighting.solvers import cosines
 
 ORDERS = ("random", "sorted")
 
@@ -30,7 +32,7 @@ def pcgrad(order: str = "random") -> Rule:
     Raises:
         UserError: Another order.
     """
-    _check_order("pcgrad", order)
+    choice("weighting pcgrad: order", order, ORDERS)
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         aims_KxK = jnp.zeros((len(signals.losses), len(signals.losses)))
@@ -54,20 +56,14 @@ def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
     Raises:
         UserError: An option is out of range.
     """
-    _check_order("gradvac", order)
-    if not 0 <= beta <= 1:
-        raise UserError(f"weighting gradvac: beta is {beta}; it must be from 0 to 1")
+    choice("weighting gradvac: order", order, ORDERS)
+    number("weighting gradvac: beta", beta, least=0, most=1)
 
     def update(aims_KxK: jax.Array, signals: Signals) -> tuple[Weights, jax.Array]:
         weights_K, aims_KxK = _turn_apart(signals, order, aims_KxK, beta)
         return unstack(weights_K, signals), aims_KxK
 
     return Rule(init=lambda names: jnp.zeros((len(names), len(names))), update=update, needs_gram=True)
-
-
-def _check_order(rule: str, order: str) -> None:
-    if order not in ORDERS:
-        raise UserError(f"weighting {rule}: order is {order!r}; it must be random or sorted")
 
 
 def _turn_apart(signals: Signals, order: str, aims_KxK: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
@@ -105,16 +101,17 @@ def _turn_apart(signals: Signals, order: str, aims_KxK: jax.Array, beta: float) 
 def imtl_g() -> Rule:
     """The combination whose projections onto all unit gradients are equal (Liu et al. 2021, IMTL-G).
 
-    (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative.
+    (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative. Where gradients are dependent, or
+    zero, it is the least-squares solution in unit gradients; zero gradients then have weight 0.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
-        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 1e-12))
-        # The solution is G^-1 |g| up to scale; a ridge keeps it finite where gradients are dependent.
-        cosine_KxK = gram_KxK / norm_K[:, None] / norm_K[None, :] + jnp.diag(jnp.where(present_K, 1e-6, 1.0))
-        w_K = jnp.linalg.solve(cosine_KxK, present_K.astype(jnp.float32)) / norm_K
+        cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+        # The solution is G^-1 |g| up to scale.
+        w_K = jnp.linalg.pinv(cosine_KxK, hermitian=True, rtol=1e-5) @ some_K.astype(jnp.float32)
+        w_K = jnp.where(some_K, w_K / norm_K * norm_K.min(), 0.0)
         total = w_K.sum()
-        found = jnp.abs(total) > 1e-6
+        found = jnp.abs(total) > 1e-6 * jnp.abs(w_K).max()
         return jnp.where(found, w_K / jnp.where(found, total, 1.0), share(present_K))
 
     return stateless(weigh)
@@ -144,13 +141,11 @@ def config() -> Rule:
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
-        norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
-        safe_K = jnp.where(norm_K > 0, norm_K, 1.0)
-        cosine_KxK = gram_KxK / safe_K[:, None] / safe_K[None, :]
-        part_K = jnp.linalg.pinv(cosine_KxK, hermitian=True, rtol=1e-5) @ (norm_K > 0).astype(jnp.float32)
+        cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+        part_K = jnp.linalg.pinv(cosine_KxK, hermitian=True, rtol=1e-5) @ some_K.astype(jnp.float32)
         length = jnp.sqrt(jnp.maximum(part_K @ cosine_KxK @ part_K, 1e-12))
-        magnitude = (norm_K * (cosine_KxK @ part_K)).sum() / length
-        return magnitude / length * part_K / safe_K
+        magnitude = jnp.where(some_K, norm_K * (cosine_KxK @ part_K), 0.0).sum() / length
+        return jnp.where(some_K, magnitude / length * part_K / norm_K, 0.0)
 
     return stateless(weigh)
 
@@ -169,9 +164,8 @@ def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
     Raises:
         UserError: An option is out of range; at init, more tasks are to be kept than there are.
     """
-    for option, value, least in (("n_byzantine", n_byzantine, 0), ("n_selected", n_selected, 1)):
-        if int(value) != value or value < least:
-            raise UserError(f"weighting krum: {option} is {value}; it must be a whole number of at least {least}")
+    n_byzantine = int(number("weighting krum: n_byzantine", n_byzantine, least=0, whole=True))
+    n_selected = int(number("weighting krum: n_selected", n_selected, least=1, whole=True))
 
     def init(names: Sequence[str]) -> Any:
         if n_selected > len(names):
@@ -184,10 +178,10 @@ def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
         distance_KxK = jnp.maximum(square_K[:, None] + square_K[None, :] - 2 * gram_KxK, 0.0)
         other_KxK = present_K[:, None] & present_K[None, :] & ~jnp.eye(len(square_K), dtype=bool)
         nearest_KxK = jnp.sort(jnp.where(other_KxK, distance_KxK, jnp.inf), axis=1)
-        looked_at = jnp.maximum(present_K.sum() - int(n_byzantine) - 2, 1)
+        looked_at = jnp.maximum(present_K.sum() - n_byzantine - 2, 1)
         counted_KxK = (jnp.arange(len(square_K)) < looked_at) & jnp.isfinite(nearest_KxK)
         score_K = jnp.where(present_K, jnp.where(counted_KxK, nearest_KxK, 0.0).sum(axis=1), jnp.inf)
-        selected = jnp.minimum(int(n_selected), jnp.maximum(present_K.sum(), 1))
+        selected = jnp.minimum(n_selected, jnp.maximum(present_K.sum(), 1))
         last = jnp.sort(score_K)[selected - 1]
         below_K, tied_K = score_K < last * (1 - 1e-6), jnp.abs(score_K - last) <= last * 1e-6
         weights_K = below_K + tied_K * (selected - below_K.sum()) / jnp.maximum(tied_K.sum(), 1)

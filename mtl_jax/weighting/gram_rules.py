@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError
 from mtl_jax.weighting import solvers
 from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, unstack
+from mtl_jax.weighting.options import number
 
 # (Gram matrix f32[K, K] with its largest diagonal entry 1, that entry before, present bool[K], signals) -> weights f32[K]
 Weigh = Callable[[jax.Array, jax.Array, jax.Array, Signals], jax.Array]
@@ -50,7 +50,7 @@ def cagrad(c: float = 0.4) -> Rule:
     """The direction near the mean gradient g_0 that helps the worst task most (Liu et al. 2021).
 
     g = g_0 + c |g_0| g_w / |g_w|, with w = argmin over the simplex of g_w . g_0 + c |g_0| |g_w|, g_w = sum_i w_i g_i. Not
-    rescaled by 1 / (1 + c^2). The weights sum to 1 + c |g_0| / |g_w|; c = 0 is the mean.
+    rescaled by 1 / (1 + c^2). The weights sum to 1 + c |g_0| / |g_w|; c = 0, or a g_w of 0, is the mean.
 
     Args:
         c: Radius around the mean gradient, in units of its norm; not negative, and below 1 for the paper's convergence.
@@ -58,8 +58,7 @@ def cagrad(c: float = 0.4) -> Rule:
     Raises:
         UserError: c is negative.
     """
-    if not c >= 0:
-        raise UserError(f"weighting cagrad: c is {c}; it must not be negative")
+    number("weighting cagrad: c", c, least=0)
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
         mean_K = share(present_K)
@@ -73,7 +72,7 @@ def cagrad(c: float = 0.4) -> Rule:
             hessian_KxK = (gram_KxK - jnp.outer(unit_K, unit_K)) / norm
             return with_mean_K + c * mean_norm * unit_K, c * mean_norm * hessian_KxK
 
-        w_K = solvers.minimize(derivatives, mean_K, jnp.zeros_like(mean_K), total=1.0, present_K=present_K)
+        w_K = solvers.minimize(derivatives, mean_K, jnp.ones_like(mean_K), present_K)
         norm = jnp.sqrt(jnp.maximum(w_K @ gram_KxK @ w_K, 0.0))
         return mean_K + jnp.where(norm > 1e-6, c * mean_norm / jnp.maximum(norm, 1e-6), 0.0) * w_K
 
@@ -93,12 +92,11 @@ def sdmgrad(lam: float = 0.3) -> Rule:
     Raises:
         UserError: lam is negative.
     """
-    if not lam >= 0:
-        raise UserError(f"weighting sdmgrad: lam is {lam}; it must not be negative")
+    number("weighting sdmgrad: lam", lam, least=0)
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
         mean_K = share(present_K)
-        w_K = solvers.min_norm(gram_KxK, lam * (gram_KxK @ mean_K), present_K)
+        w_K = solvers.min_norm(gram_KxK, lam, present_K)
         return (w_K + lam * mean_K) / (1 + lam)
 
     return stateless(weigh)
@@ -131,7 +129,8 @@ def fairgrad(alpha: float = 1.0) -> Rule:
 
     alpha = 1 is the Nash bargaining solution (Navon et al. 2022). If all gradients grow by t, the weights shrink by
     t^(-2 alpha / (1 + alpha)): for alpha = 1 the combined gradient does not depend on the gradients' scale. Departs from the
-    paper by a ridge on G, 1e-6 of its largest diagonal entry: opposite or zero gradients would have no finite solution.
+    paper by 1e-6 on the diagonal of the cosines: opposite gradients would have no finite solution. A gradient of 0, which has
+    none either, gets the mean of the other weights.
 
     Args:
         alpha: Above 0; the larger, the more the worst task counts.
@@ -139,8 +138,7 @@ def fairgrad(alpha: float = 1.0) -> Rule:
     Raises:
         UserError: alpha is not above 0.
     """
-    if not alpha > 0:
-        raise UserError(f"weighting fairgrad: alpha is {alpha}; it must be above 0")
+    number("weighting fairgrad: alpha", alpha, above=0)
     return stateless(
         lambda gram_KxK, scale, present_K, signals: _alpha_fair(gram_KxK, present_K, alpha) * scale ** (-alpha / (1 + alpha))
     )
@@ -159,8 +157,7 @@ def nash(max_norm: float = 1.0) -> Rule:
     Raises:
         UserError: max_norm is not above 0.
     """
-    if not max_norm > 0:
-        raise UserError(f"weighting nash: max_norm is {max_norm}; it must be above 0")
+    number("weighting nash: max_norm", max_norm, above=0, infinite=True)
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
         w_K = _alpha_fair(gram_KxK, present_K, 1.0)
@@ -171,22 +168,30 @@ def nash(max_norm: float = 1.0) -> Rule:
 
 
 def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> jax.Array:
-    """The positive w, f32[K], with G w = w^(-1/alpha), for a scaled Gram matrix."""
-    # An absent task is alone with itself: its equation is w = w^(-1/alpha).
-    gram_KxK = gram_KxK + jnp.diag(jnp.where(present_K, 1e-6, 1.0))
+    """The positive w, f32[K], with G w = w^(-1/alpha), for a scaled Gram matrix.
 
-    def iterate(_: int, u_K: jax.Array) -> jax.Array:
-        """A damped Newton step on G w - w^(-1/alpha) = 0; w is carried as its logarithm, so it stays positive."""
-        w_K = jnp.exp(u_K)
-        gain_K = gram_KxK @ w_K
-        gradient_K = gain_K - w_K ** (-1 / alpha)
-        hessian_KxK = gram_KxK + jnp.diag(w_K ** (-1 / alpha - 1) / alpha)
-        step_K = -jnp.linalg.solve(hessian_KxK, gradient_K)
-        # In w the problem is convex; steps are cut so that no weight falls by more than half.
-        relative_K = step_K / w_K
+    In u = w |g|, with cosines C in place of G: C u = |g|^(1/alpha - 1) u^(-1/alpha), the optimality of a convex problem.
+    """
+    cosine_KxK, norm_K, some_K = solvers.cosines(gram_KxK)
+    solved_K = present_K & some_K
+    # What is not solved for is alone with itself: its equation is u = u^(-1/alpha).
+    matrix_KxK = cosine_KxK + jnp.diag(jnp.where(solved_K, 1e-6, 1.0))
+    log_right_K = jnp.where(solved_K, (1 / alpha - 1) * jnp.log(norm_K), 0.0)
+
+    def iterate(_: int, v_K: jax.Array) -> jax.Array:
+        """A damped Newton step; u is carried as its logarithm v, so it stays positive."""
+        u_K = jnp.exp(v_K)
+        utility_K = jnp.exp(log_right_K - v_K / alpha)
+        # Scaled by u on both sides, as unlike lengths make unlike u.
+        hessian_KxK = u_K[:, None] * matrix_KxK * u_K[None, :] + jnp.diag(u_K * utility_K / alpha)
+        gradient_K = u_K * (matrix_KxK @ u_K - utility_K)
+        relative_K = -jnp.linalg.solve(hessian_KxK, gradient_K)
+        # Steps are cut so that nothing falls by more than half.
         length = jnp.minimum(1.0, 0.5 / jnp.maximum(jnp.max(-relative_K), 1e-12))
-        new_K = jnp.log(w_K + length * step_K)
-        return jnp.where(jnp.isfinite(new_K).all(), new_K, u_K)
+        new_K = v_K + jnp.log1p(length * relative_K)
+        return jnp.where(jnp.isfinite(new_K).all(), new_K, v_K)
 
-    start_K = jnp.where(present_K, -jnp.log(jnp.maximum(present_K.sum(), 1)) * alpha / (1 + alpha), 0.0)
-    return jnp.exp(jax.lax.fori_loop(0, solvers.ITERATIONS, iterate, start_K))
+    start_K = log_right_K * alpha / (1 + alpha)  # the solution for orthogonal gradients
+    w_K = jnp.exp(jax.lax.fori_loop(0, 2 * solvers.ITERATIONS, iterate, start_K)) / norm_K
+    others = (share(solved_K) * w_K).sum()
+    return jnp.where(solved_K, w_K, jnp.where(solved_K.any(), others, 1.0))

@@ -11,6 +11,7 @@ import optax
 
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack
+from mtl_jax.weighting.options import choice, number
 
 TINY = 1e-30  # in place of a loss of zero, where a logarithm or a quotient is taken
 LARGEST = 69.0  # of a logarithm of a weight: e^69 is 1e30
@@ -63,7 +64,7 @@ def _learned(
     weights: Callable[[jax.Array], jax.Array],
 ) -> Rule:
     """A rule with one learned number a task: an objective f32[K] of (s, losses), and its derivative by the losses."""
-    _above_zero(name, "learning_rate", learning_rate)
+    number(f"weighting {name}: learning_rate", learning_rate, above=0)
     adam = optax.adam(learning_rate)
 
     def init(names: Sequence[str]) -> Any:
@@ -94,7 +95,7 @@ def dwa(temperature: float = 2.0) -> Rule:
     Raises:
         UserError: The temperature is not above 0.
     """
-    _above_zero("dwa", "temperature", temperature)
+    number("weighting dwa: temperature", temperature, above=0, infinite=True)
 
     def init(names: Sequence[str]) -> Any:
         zeros_K = jnp.zeros(len(names))
@@ -126,8 +127,7 @@ def rlw(distribution: str = "normal") -> Rule:
     Raises:
         UserError: Another distribution.
     """
-    if distribution not in ("normal", "dirichlet"):
-        raise unknown("distribution of weighting 'rlw':", distribution, ("normal", "dirichlet"))
+    choice("weighting rlw: distribution", distribution, ("normal", "dirichlet"))
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         shape = (len(signals.losses),)
@@ -160,7 +160,8 @@ def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
     """Smooth Tchebycheff scalarization: a smooth form of the largest loss (Lin et al. 2024).
 
     The objective is mu log sum_k exp((L_k - ideal) / mu), so the weights are softmax_k(L_k / mu) and sum to 1. All
-    preferences are equal; multiply losses in the tasks to change them.
+    preferences are equal, and the losses are taken as they are, as in the paper's definition; its program for multi-task
+    training takes their logarithms relative to the losses of a warm-up.
 
     Args:
         mu: Above 0; towards 0 the largest loss alone counts, towards infinity all count the same.
@@ -169,7 +170,8 @@ def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
     Raises:
         UserError: mu is not above 0.
     """
-    _above_zero("stch", "mu", mu)
+    number("weighting stch: mu", mu, above=0)
+    number("weighting stch: ideal", ideal)
 
     def objective(state: Any, signals: Signals) -> jax.Array:
         return mu * jax.nn.logsumexp((stack(signals.losses) - ideal) / mu, where=present(signals))
@@ -195,9 +197,9 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
     Raises:
         UserError: An option is out of range.
     """
-    _above_zero("famo", "learning_rate", learning_rate)
-    if not decay >= 0:
-        raise UserError(f"weighting famo: decay is {decay}; it must not be negative")
+    number("weighting famo: learning_rate", learning_rate, above=0)
+    number("weighting famo: decay", decay, least=0)
+    number("weighting famo: lowest", lowest)
     adam = optax.chain(optax.add_decayed_weights(decay), optax.adam(learning_rate))
 
     def init(names: Sequence[str]) -> Any:
@@ -209,7 +211,7 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
         logs_K = jnp.log(jnp.maximum(stack(signals.losses) - lowest, 1e-8))
         both_K = present_K & state["seen"]
         fall_K = jnp.where(both_K, state["last"] - logs_K, 0.0)
-        _, pull = jax.vjp(jax.nn.softmax, state["xi"])
+        _, pull = jax.vjp(lambda xi_K: jax.nn.softmax(xi_K, where=both_K), state["xi"])
         updates_K, adam_state = adam.update(pull(fall_K)[0], state["adam"], state["xi"])
         # Before a second look at the losses there is nothing to follow; not even decay.
         xi_K = jnp.where(both_K, state["xi"] + updates_K, state["xi"])
@@ -224,19 +226,21 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
 def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] = 0.0) -> Rule:
     """Weights grow with what a loss has in excess of the lowest it can reach (after He et al. 2024, ExcessMTL).
 
-    w_k <- w_k exp(rate E_k / E_k(first)), scaled to sum to 1, with E_k = max(L_k - reference_k, 0). Noisy tasks, whose loss
-    stays high whatever is done, then take no weight from the others, as they would where the loss itself counts. Departs
-    from the paper, which estimates E_k from the curvature: here the lowest loss is given, for example that of single-task
-    training.
+    w_k <- w_k exp(rate E_k / E_k(first)), scaled to sum to 1, with E_k = max(L_k - reference_k, 0), the first one at least 1 %
+    of the first loss. With the lowest losses given, for example those of single-task training, noisy tasks, whose loss stays
+    high whatever is done, take no weight from the others; with the default of 0 the loss itself counts. Departs from the paper,
+    which estimates E_k from the curvature of every task.
 
     Args:
         learning_rate: Of the logarithms of the weights, above 0.
         reference: The lowest loss, one number for all or {task: number}.
 
     Raises:
-        UserError: The rate is not above 0; at init, a task has no reference or a reference no task.
+        UserError: A number is out of range; at init, a task has no reference or a reference no task.
     """
-    _above_zero("excess", "learning_rate", learning_rate)
+    number("weighting excess: learning_rate", learning_rate, above=0)
+    for lowest in reference.values() if isinstance(reference, Mapping) else (reference,):
+        number("weighting excess: reference", lowest)
 
     def init(names: Sequence[str]) -> Any:
         if isinstance(reference, Mapping):
@@ -252,8 +256,10 @@ def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] =
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         present_K = present(signals)
         low_K = stack({task: reference[task] if isinstance(reference, Mapping) else reference for task in signals.losses})
-        excess_K = jnp.maximum(stack(signals.losses) - low_K, 0.0)
-        first_K = jnp.where(state["seen"], state["first"], excess_K)
+        losses_K = stack(signals.losses)
+        excess_K = jnp.maximum(losses_K - low_K, 0.0)
+        # A first loss that happens to lie at the reference must not make all that follow infinitely worse.
+        first_K = jnp.where(state["seen"], state["first"], jnp.maximum(excess_K, 0.01 * jnp.abs(losses_K)))
         growth_K = jnp.where(first_K > 0, jnp.minimum(excess_K / jnp.where(first_K > 0, first_K, 1.0), 1e6), 0.0)
         logs_K = jnp.where(present_K, state["log_weights"] + learning_rate * growth_K, state["log_weights"])
         logs_K = logs_K - logs_K.max()
@@ -263,8 +269,3 @@ def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] =
         return unstack(weights_K, signals), {"log_weights": logs_K, "first": first_K, "seen": seen_K}
 
     return Rule(init=init, update=update)
-
-
-def _above_zero(rule: str, option: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(f"weighting {rule}: {option} is {value}; it must be above 0")

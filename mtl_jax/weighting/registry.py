@@ -78,6 +78,8 @@ def combine(rule: Rule, text: str) -> Rule:
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         option, _, value = part.partition("=")
+        if option.strip() in options:
+            raise UserError(f"combinator {text!r}: {option.strip()} stands there twice")
         try:
             options[option.strip()] = float(value) if value.strip() in ("inf", "-inf") else ast.literal_eval(value.strip())
         except (ValueError, SyntaxError) as error:
@@ -86,14 +88,11 @@ def combine(rule: Rule, text: str) -> Rule:
 
 
 def _call(what: str, maker: Callable[..., Rule], given: tuple[Rule, ...], options: Mapping[str, Any]) -> Rule:
-    """maker(*given, **options), its options checked by name and, where the default is a number, by type."""
+    """maker(*given, **options), its options checked by name; their values are the maker's to check."""
     parameters = dict(list(inspect.signature(maker).parameters.items())[len(given) :])
-    for option, value in options.items():
+    for option in options:
         if option not in parameters:
             raise unknown(f"option of {what}:", option, parameters)
-        number = parameters[option].annotation in ("int", "float", "float | None")
-        if number and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"{what}: {option} is {value!r}; it must be a number")
     for option, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
             raise UserError(f"{what} needs {option}")

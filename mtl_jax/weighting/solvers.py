@@ -23,29 +23,26 @@ Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 def minimize(
     derivatives: Derivatives,
     start_K: jax.Array,
-    lower_K: jax.Array,
-    total: float | None = None,
+    along_K: jax.Array | None = None,
     present_K: jax.Array | None = None,
 ) -> jax.Array:
-    """The x >= lower, with a given sum if `total` is set, that minimises a convex function: f32[K].
+    """The x >= 0, with along^T x = 1 if that is set, that minimises a convex function: f32[K].
 
     Newton steps on the perturbed optimality conditions (Boyd and Vandenberghe 2004, section 11.7), the barrier falling tenfold
     an iteration; a step that float32 cannot carry any further is not taken.
 
     Args:
         derivatives: Gradient and Hessian of the function, of order 1 where x is.
-        start_K: Strictly above lower, and with the given sum.
-        lower_K: Lower bounds.
-        total: The sum of x, or None where it is free.
+        start_K: Above 0, and with along^T start = 1.
+        along_K: Not negative, the largest of order 1; None: x is free.
         present_K: bool; where False, x is fixed at 0 and bounds and derivatives do not count. None: all True.
     """
-    K = lower_K.shape[0]
+    K = start_K.shape[0]
     if present_K is None:
         present_K = jnp.ones(K, bool)
-    start_K = jnp.where(present_K, start_K, 0.0)
-    lower_K = jnp.where(present_K, lower_K, -1.0)
     both_KxK = present_K[:, None] & present_K[None, :]
     count = jnp.maximum(present_K.sum(), 1)
+    fixed_K = jnp.zeros(K) if along_K is None else jnp.where(present_K, along_K, 0.0)
 
     def longest(value_K: jax.Array, step_K: jax.Array) -> jax.Array:
         """The share of a step that keeps 5 % of the distance to zero."""
@@ -53,34 +50,34 @@ def minimize(
         return jnp.min(jnp.where(falls, -0.95 * value_K / jnp.where(falls, step_K, -1.0), 1.0))
 
     def iterate(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x_K, dual_K, multiplier = carry
+        slack_K, dual_K, multiplier = carry  # where absent, both stay at 1 and count nowhere
+        x_K = jnp.where(present_K, slack_K, 0.0)
         gradient_K, hessian_KxK = derivatives(x_K)
-        slack_K = x_K - lower_K
         barrier = 0.1 * jnp.where(present_K, slack_K * dual_K, 0.0).sum() / count
-        # Where the sum is given, a step does not change it, so a multiple of 11^T changes no step; it keeps the matrix
-        # regular where the function is flat along x itself, as a norm is.
-        along = 0.0 if total is None else 1.0
-        matrix_KxK = jnp.where(both_KxK, hessian_KxK + along + jnp.diag(dual_K / slack_K), jnp.eye(K))
+        # Where along^T x is given, a step does not change it, so a multiple of along along^T changes no step; it keeps the
+        # matrix regular where the function is flat along x itself, as a norm is.
+        curved_KxK = hessian_KxK + jnp.outer(fixed_K, fixed_K) + jnp.diag(dual_K / slack_K)
+        matrix_KxK = jnp.where(both_KxK, curved_KxK, jnp.eye(K))
         scale_K = jnp.sqrt(jnp.diagonal(matrix_KxK))  # near the bounds the diagonal spans all of float32
         scaled_KxK = matrix_KxK / scale_K[:, None] / scale_K[None, :]
-        right_Kx2 = jnp.stack([barrier / slack_K + multiplier - gradient_K, jnp.ones(K)], axis=1)
+        right_Kx2 = jnp.stack([barrier / slack_K + multiplier * fixed_K - gradient_K, fixed_K], axis=1)
         right_Kx2 = jnp.where(present_K[:, None], right_Kx2, 0.0)
         solved_Kx2 = jnp.linalg.solve(scaled_KxK, right_Kx2 / scale_K[:, None]) / scale_K[:, None]
-        if total is None:
+        if along_K is None:
             step_K, multiplier_step = solved_Kx2[:, 0], jnp.zeros(())
         else:
-            multiplier_step = (total - x_K.sum() - solved_Kx2[:, 0].sum()) / solved_Kx2[:, 1].sum()
+            multiplier_step = (1 - fixed_K @ x_K - fixed_K @ solved_Kx2[:, 0]) / (fixed_K @ solved_Kx2[:, 1])
             step_K = solved_Kx2[:, 0] + multiplier_step * solved_Kx2[:, 1]
         dual_step_K = jnp.where(present_K, (barrier - dual_K * step_K) / slack_K - dual_K, 0.0)
         length = jnp.minimum(1.0, jnp.minimum(longest(slack_K, step_K), longest(dual_K, dual_step_K)))
-        new = (x_K + length * step_K, dual_K + length * dual_step_K, multiplier + length * multiplier_step)
-        sound = jnp.isfinite(new[0]).all() & jnp.isfinite(new[1]).all() & (new[0] > lower_K).all() & (new[1] > 0).all()
-        if total is not None:
-            sound &= jnp.abs(new[0].sum() - total) < 1e-4
+        new = (slack_K + length * step_K, dual_K + length * dual_step_K, multiplier + length * multiplier_step)
+        sound = jnp.isfinite(new[0]).all() & jnp.isfinite(new[1]).all() & (new[0] > 0).all() & (new[1] > 0).all()
+        if along_K is not None:
+            sound &= jnp.abs(fixed_K @ new[0] - 1) < 1e-4  # along is 0 where absent
         return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, carry)
 
-    start = (jnp.asarray(start_K, jnp.float32), jnp.ones(K), jnp.zeros(()))
-    return jax.lax.fori_loop(0, ITERATIONS, iterate, start)[0]
+    start = (jnp.where(present_K, jnp.asarray(start_K, jnp.float32), 1.0), jnp.ones(K), jnp.zeros(()))
+    return jnp.where(present_K, jax.lax.fori_loop(0, ITERATIONS, iterate, start)[0], 0.0)
 
 
 def scaled(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,27 +87,60 @@ def scaled(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array]:
     return gram_KxK / largest, largest
 
 
-def min_norm(gram_KxK: jax.Array, linear_K: jax.Array | float = 0.0, present_K: jax.Array | None = None) -> jax.Array:
-    """Weights f32[K] on the simplex that minimise w^T G w / 2 + linear^T w, for a scaled Gram matrix.
+def cosines(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The Gram matrix taken apart, so that gradients of very unlike lengths do not drown in float32.
 
-    Without the linear part: the shortest vector in the gradients' convex hull.
+    Args:
+        gram_KxK: Scaled: its largest diagonal entry is 1, or all are 0.
+
+    Returns:
+        Cosines f32[K, K], 0 beside a gradient of 0; lengths f32[K], 1 in place of 0; bool[K], which gradients are not 0.
+    """
+    norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
+    some_K = norm_K > 1e-15
+    norm_K = jnp.where(some_K, norm_K, 1.0)
+    both_KxK = some_K[:, None] & some_K[None, :]
+    cosine_KxK = jnp.where(both_KxK, gram_KxK / norm_K[:, None] / norm_K[None, :], 0.0)
+    return jnp.clip(cosine_KxK, -1.0, 1.0), norm_K, some_K
+
+
+def min_norm(gram_KxK: jax.Array, pull: float = 0.0, present_K: jax.Array | None = None) -> jax.Array:
+    """Weights f32[K] on the simplex that minimise |g_w + pull g_0|^2, g_0 the mean gradient, for a scaled Gram matrix.
+
+    Without a pull: the shortest vector in the gradients' convex hull, which is 0 where one of them is.
     """
     K = gram_KxK.shape[0]
     present_K = jnp.ones(K, bool) if present_K is None else present_K
+    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+    # In z = w |g| / shortest the problem has the same curvature in every direction; w sums to 1 where z . shortest / |g| does.
+    solved_K = some_K & present_K
+    shortest = jnp.min(jnp.where(solved_K, norm_K, 1.0))
+    along_K = jnp.where(solved_K, shortest / norm_K, 0.0)
+    mean_K = cosine_KxK @ (norm_K * share(present_K)) / shortest
 
-    def derivatives(x_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return gram_KxK @ x_K + linear_K, gram_KxK
+    def derivatives(z_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cosine_KxK @ z_K + pull * mean_K, cosine_KxK
 
-    return minimize(derivatives, share(present_K), jnp.zeros(K), total=1.0, present_K=present_K)
+    start_K = jnp.full(K, 1.0) / jnp.maximum(along_K.sum(), 1e-30)
+    z_K = minimize(derivatives, start_K, along_K, solved_K)
+    zero_K = present_K & ~some_K
+    at_zero = zero_K.any() & (jnp.asarray(pull) == 0)
+    return jnp.where(at_zero | ~solved_K.any(), share(jnp.where(at_zero, zero_K, present_K)), z_K * along_K)
 
 
 def into_dual_cone(gram_KxK: jax.Array, weights_K: jax.Array, present_K: jax.Array | None = None) -> jax.Array:
     """The v >= weights, f32[K], that minimises v^T G v, for a scaled Gram matrix.
 
-    J^T v is the projection of J^T weights onto the cone of the directions that conflict with no row of J.
+    J^T v is the projection of J^T weights onto the cone of the directions that conflict with no row of J. A gradient of 0
+    keeps its weight.
     """
     K = gram_KxK.shape[0]
-    return minimize(lambda x: (gram_KxK @ x, gram_KxK), weights_K + 1 / K, weights_K, present_K=present_K)
+    present_K = jnp.ones(K, bool) if present_K is None else present_K
+    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+    lower_K = jnp.where(present_K, weights_K * norm_K, 0.0)
+    # What is added to the bounds is solved for, not the sum: it may be far smaller, and must be as exact.
+    added_K = minimize(lambda s_K: (cosine_KxK @ (lower_K + s_K), cosine_KxK), jnp.full(K, 1 / K), present_K=present_K & some_K)
+    return jnp.where(present_K, weights_K + jnp.where(some_K, added_K / norm_K, 0.0), 0.0)
 
 
 def onto_simplex(values_K: jax.Array, present_K: jax.Array) -> jax.Array:

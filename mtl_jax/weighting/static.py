@@ -119,12 +119,12 @@ def at(weight: float | Schedule, step: jax.Array) -> jax.Array:
     return jnp.asarray(weight(step) if callable(weight) else weight, jnp.float32)
 
 
-def check_steps(weights: Mapping[str, float | str | Schedule], steps: int) -> None:
-    """Looks at every step of a run.
+def check_steps(weights: Mapping[str, float | str | Schedule], steps: range) -> None:
+    """Looks at the weights of some steps before any is done.
 
     Args:
         weights: What fixed() or scheduled() takes.
-        steps: Length of the run.
+        steps: The steps of the run in which they count.
 
     Raises:
         UserError: A weight is negative or not finite in one of them.
@@ -134,12 +134,13 @@ def check_steps(weights: Mapping[str, float | str | Schedule], steps: int) -> No
         if not callable(schedule):
             continue
         try:
-            values_N = jax.vmap(lambda step, weight=schedule: at(weight, step))(jnp.arange(steps))
+            values_N = jax.vmap(lambda step, weight=schedule: at(weight, step))(jnp.arange(steps.start, steps.stop))
         except (TypeError, ValueError) as error:
             raise UserError(f"weights: the schedule of {task} cannot be evaluated ({error})") from error
         bad_N = ~(jnp.isfinite(values_N) & (values_N >= 0))
         if bad_N.any():
-            step = int(jnp.argmax(bad_N))
+            first = int(jnp.argmax(bad_N))
             raise UserError(
-                f"weights: the schedule of {task} is {float(values_N[step])} at step {step}; it must be finite and not negative"
+                f"weights: the schedule of {task} is {float(values_N[first])} at step {steps[first]}; "
+                "it must be finite and not negative"
             )

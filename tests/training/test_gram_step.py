@@ -118,6 +118,25 @@ def test_task_gradients_may_be_held_in_bfloat16(bert, data):
         found[dtype] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
     scale = float(jnp.max(found["float32"].gram))
     np.testing.assert_allclose(found["bfloat16"].gram, found["float32"].gram, atol=2e-2 * scale)
+    assert (found["bfloat16"].gram != found["float32"].gram).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
+    """Of a dense layer the way back needs the kernel, in bfloat16 a cast of it, and the activations: only those by block."""
+
+    def forward(kernel_HxF, x_TxH):
+        y, pull = jax.vjp(
+            lambda kernel: jnp.tanh(x_TxH.astype(dtype) @ kernel.astype(dtype)) @ kernel.astype(dtype).T, kernel_HxF
+        )
+        return y, jax.tree.leaves(pull)
+
+    kernel_HxF, x_TxH = jnp.ones((3, 4)), jnp.ones((5, 3))
+    flags = gradients.depends(forward, kernel_HxF, x_TxH)
+    shapes = [leaf.shape for leaf in forward(kernel_HxF, x_TxH)[1]]
+    assert flags[0]
+    assert not any(by_block for shape, by_block in zip(shapes, flags[1], strict=True) if shape in ((3, 4), (4, 3)))
+    assert any(flags[1])
 
 
 def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
@@ -237,6 +256,14 @@ def test_an_absent_task_is_not_compared(bert, data):
     assert sum(found.weights.values()) == pytest.approx(1.0, abs=1e-4)
     assert all(weight > 0.01 for task, weight in found.weights.items() if task != "fine")
     assert not any(leaf.any() for leaf in jax.tree.leaves(found.gradient["heads"]["fine"]))
+
+
+def test_diagnostics_leave_absent_tasks_out():
+    gram = np.array([[4.0, 0.0, -3.0], [0.0, 0.0, 0.0], [-3.0, 0.0, 9.0]])
+    record = compare_gradients(gram, ["a", "b", "c"], [True, False, True])
+    assert record["conflicts"] == 1.0
+    assert record["cosines"] == [[1.0, -0.5], [-0.5, 1.0]]
+    assert "gradient_norm/b" not in record
 
 
 def test_diagnostics_by_hand():

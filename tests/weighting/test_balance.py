@@ -29,12 +29,30 @@ def test_moco_tracks_the_gradients():
 
 
 def test_db_mtl_averages_the_gradients_of_the_logarithms():
+    """4 / 2 = 2, then the mean of 2 and 6 / 3 * 3 = 6, which is 4; handed on times the loss of the step."""
     rule = weighting.db_mtl(beta=0.5, sigma=0.0)
     state = rule.transform.init(tree(np.zeros((2, 3))))
     first, state = rule.transform.update(state, signals(0, losses=(2.0, 1.0)), tree([[4, 4, 4], [3, 3, 3]]))
-    np.testing.assert_allclose(first["kernel"][:, 0], [2, 3], rtol=1e-6)
-    second, _ = rule.transform.update(state, signals(1, losses=(1.0, 1.0)), tree([[6, 6, 6], [3, 3, 3]]))
-    np.testing.assert_allclose(second["kernel"][:, 0], [4, 3], rtol=1e-6)
+    np.testing.assert_allclose(first["kernel"][:, 0], [2 * 2, 3], rtol=1e-6)
+    second, state = rule.transform.update(state, signals(1, losses=(3.0, 1.0)), tree([[18, 18, 18], [3, 3, 3]]))
+    np.testing.assert_allclose(state["average"]["kernel"][:, 0], [4, 3], rtol=1e-6)
+    np.testing.assert_allclose(second["kernel"][:, 0], [3 * 4, 3], rtol=1e-6)
+
+
+def test_db_mtl_weighs_alike_with_and_without_average():
+    """In the first step there is nothing to average: the same weights, in the units of the losses."""
+    gradients, losses = tree([[4, 0, 0], [0, 3, 0]]), (2.0, 0.5)
+    found = {}
+    for beta in (0.0, 0.9):
+        rule = weighting.db_mtl(beta=beta)
+        changed = gradients
+        if rule.transform is not None:
+            changed, _ = rule.transform.update(rule.transform.init(gradients), signals(0, losses), gradients)
+        gram = changed["kernel"] @ changed["kernel"].T
+        found[beta], _ = rule.update((), signals(0, losses)._replace(gram=gram))
+    for task in "ab":
+        np.testing.assert_allclose(found[0.9][task], found[0.0][task], rtol=1e-5)
+    np.testing.assert_allclose(found[0.0]["a"], 6 / (4 / 2) / 2, rtol=1e-5)  # the longest h, of b, is 3 / 0.5
 
 
 def test_graddrop_keeps_one_sign_in_each_coordinate():

@@ -6,7 +6,8 @@
 
 A case is TASKSxTOKENS: so many tasks, each with its own rows of 64 tokens, so many tokens a task. All rules take the same batch
 and the same parameters, forward, backward and AdamW; the repeats go through all rules in turn, and the time is the median.
-Writes a table and a JSON file to --out.
+TorchJD is used as its documentation shows for a shared trunk, mtl_backward from the features of all rows: one backward pass a
+task. Writes a table and a JSON file for each case to --out.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Options:
         peer_repeats: Timed steps of each of its aggregators.
         dtype: Compute dtype.
         out: Folder of the results.
+        note: A line for the result files: what else ran on the machine, and the like.
     """
 
     cases: tuple[str, ...] = ("2x1024", "8x1024", "32x256")
@@ -67,6 +69,7 @@ class Options:
     peer_repeats: int = 2
     dtype: str = "float32"
     out: str = "benchmarks/results"
+    note: str = ""
 
 
 def main(options: Options) -> None:
@@ -74,21 +77,23 @@ def main(options: Options) -> None:
     rules = options.rules or tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled"))
     rules = ("equal", *[name for name in rules if name != "equal"])
     device = f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} CPU cores"
-    found: list[dict[str, Any]] = []
+    facts = {"device": device, "dtype": options.dtype, "jax": jax.__version__, "python": platform.python_version()}
     for case in options.cases:
         K, tokens = (int(part) for part in case.split("x"))
-        found += measure(K, tokens, rules, options)
+        found = measure(K, tokens, rules, options)
         if options.peers:
             found += measure_torchjd(K, tokens, options)
-    facts = {"device": device, "dtype": options.dtype, "jax": jax.__version__, "python": platform.python_version()}
-    folder = Path(options.out)
+        write(case, facts | {"repeats": options.repeats, "note": options.note, "rows": found}, Path(options.out))
+
+
+def write(case: str, result: dict[str, Any], folder: Path) -> None:
+    """weighting-BACKEND-CASE.json, and the table in .md."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"weighting-{jax.default_backend()}"
-    (folder / f"{stem}.json").write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n", encoding="utf-8")
-    title = f"{device}, {options.dtype}, jax {jax.__version__}, medians of {options.repeats} interleaved steps"
-    text = f"{title}\n\n{table(found)}"
-    (folder / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    stem = f"weighting-{jax.default_backend()}-{case}"
+    (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    title = f"{result['device']}, {result['dtype']}, jax {result['jax']}, medians of {result['repeats']} interleaved steps"
+    note = f"\n\n{result['note']}" if result["note"] else ""
+    (folder / f"{stem}.md").write_text(f"{title}{note}\n\n{table(result['rows'])}\n", encoding="utf-8")
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -37,14 +37,20 @@ class Comparison:
     Attributes:
         rules: Names of weighting rules.
         seeds: One run for each.
+        tasks: Which of the quickstart's tasks.
         trunk: embedding (from scratch, seconds a run) or minilm (the quickstart's, pretrained).
+        steps: Steps of the last phase, in which everything trains; 0: as many as the trunk needs.
+        limit: Rows read from each source; 0: all.
         normalized: Scale the weights of every rule to a sum of K, so that all have the same learning rate.
         workdir: Where the runs are.
     """
 
     rules: tuple[str, ...] = tuple(weighting.RULES)
     seeds: tuple[int, ...] = (0, 1, 2)
+    tasks: tuple[str, ...] = tuple(TASKS)
     trunk: str = "embedding"
+    steps: int = 0
+    limit: int = 0
     normalized: bool = True
     workdir: str = "runs/weighting_methods"
 
@@ -69,14 +75,20 @@ def experiments(comparison: Comparison) -> dict[tuple[str, int], Experiment]:
     """{(row of the table, seed): experiment}: each task alone, then each rule."""
     found: dict[tuple[str, int], Experiment] = {}
     base = BASES[comparison.trunk]
+    if comparison.steps:
+        last = dataclasses.replace(base.phases[-1], steps=comparison.steps)
+        base = dataclasses.replace(base, phases=(*base.phases[:-1], last))
+    if comparison.limit:
+        base = dataclasses.replace(base, sources=tuple(dataclasses.replace(s, limit=comparison.limit) for s in base.sources))
     own_rows = dataclasses.replace(base.batch, rows=base.batch.rows // len(base.sources))
+    only = () if comparison.tasks == tuple(TASKS) else comparison.tasks
     for seed in comparison.seeds:
-        for task in TASKS:  # as many rows of its source in a step as beside the others
+        for task in comparison.tasks:  # as many rows of its source in a step as beside the others
             found[f"alone-{task}", seed] = dataclasses.replace(base, only=(task,), batch=own_rows, seed=seed)
         for rule in comparison.rules:
             combinators = ("normalized",) if comparison.normalized else ()
             found[rule, seed] = dataclasses.replace(
-                base, weighting=rule, combinators=combinators, seed=seed, **SETTINGS.get(rule, {})
+                base, weighting=rule, combinators=combinators, only=only, seed=seed, **SETTINGS.get(rule, {})
             )
     return found
 
@@ -90,7 +102,9 @@ def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]
         comparison: What was compared.
         scores: {(row, seed): {task: test metric}}.
     """
-    alone = {task: statistics.mean(scores[f"alone-{task}", seed][task] for seed in comparison.seeds) for task in TASKS}
+    alone = {
+        task: statistics.mean(scores[f"alone-{task}", seed][task] for seed in comparison.seeds) for task in comparison.tasks
+    }
 
     def spread(values: list[float], digits: int) -> str:
         deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -100,13 +114,13 @@ def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]
         return [scores[row, seed][task] for seed in comparison.seeds]
 
     def changes(rule: str) -> list[float]:
-        relative = [[100 * (value / alone[task] - 1) for value in metrics(rule, task)] for task in TASKS]
+        relative = [[100 * (value / alone[task] - 1) for value in metrics(rule, task)] for task in comparison.tasks]
         return [statistics.mean(of_seed) for of_seed in zip(*relative, strict=True)]
 
-    rows = [["(each alone)", *[spread(metrics(f"alone-{task}", task), 3) for task in TASKS], "0"]]
+    rows = [["(each alone)", *[spread(metrics(f"alone-{task}", task), 3) for task in comparison.tasks], "0"]]
     for rule in sorted(comparison.rules, key=lambda rule: -statistics.mean(changes(rule))):
-        rows.append([rule, *[spread(metrics(rule, task), 3) for task in TASKS], spread(changes(rule), 2)])
-    head = ["rule", *[f"{name} ({task.metric})" for name, task in TASKS.items()], "change %"]
+        rows.append([rule, *[spread(metrics(rule, task), 3) for task in comparison.tasks], spread(changes(rule), 2)])
+    head = ["rule", *[f"{task} ({TASKS[task].metric})" for task in comparison.tasks], "change %"]
     return tabulate.tabulate(rows, headers=head, tablefmt="pipe", disable_numparse=True)
 
 
@@ -121,8 +135,12 @@ def compare(comparison: Comparison) -> str:
             raise unknown("weighting", rule, weighting.RULES)
     if comparison.trunk not in BASES:
         raise unknown("trunk", comparison.trunk, BASES)
-    if not comparison.seeds:
-        raise UserError("give at least one seed")
+    for task in comparison.tasks:
+        if task not in TASKS:
+            raise unknown("task", task, TASKS)
+    for field in ("rules", "seeds", "tasks"):
+        if not getattr(comparison, field):
+            raise UserError(f"give at least one of {field}")
     folder = Path(comparison.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     # Runs that differ in the seed only are the same program.

@@ -18,15 +18,39 @@ FLAGS = {
 }
 
 
+COMPARISONS = {"weighting_methods.py"}  # of several runs
+
+
 def test_every_script_is_here():
-    assert {path.name for path in EXPERIMENTS.glob("*.py")} == set(FLAGS)
+    assert {path.name for path in EXPERIMENTS.glob("*.py")} == set(FLAGS) | COMPARISONS
+
+
+def start(script: str, *flags: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, str(EXPERIMENTS / script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_weighting_methods(wheels, tmp_path):
+    """One rule beside two tasks alone; started again, it has nothing left to train. A rule that is none is one line."""
+    flags = ["--workdir", str(tmp_path), "--tasks", "tweets", "movies", "--steps", "2", "--limit", "60", "--seeds", "3"]
+    done = start("weighting_methods.py", *flags, "--rules", "mgda")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.glob("*-3")) == ["alone-movies-3", "alone-tweets-3", "mgda-3"]
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["(each alone)", "mgda"]
+    again = start("weighting_methods.py", *flags, "--rules", "mgda")
+    assert table in again.stdout
+    assert "is done" in again.stderr
+    wrong = start("weighting_methods.py", *flags, "--rules", "mgd")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown weighting 'mgd'")
 
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_two_steps(script, wheels, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, str(EXPERIMENTS / script), "--workdir", str(tmp_path / "run"), *FLAGS[script]]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = start(script, "--workdir", str(tmp_path / "run"), *FLAGS[script])
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 2

@@ -90,7 +90,7 @@ def test_training_learns(bert, data, tmp_path):
     phases = (Phase("everything", steps=60),)
     found = mtl_jax.train(tiny.experiment(bert, data, phases=phases, evaluation=Evaluation(every=20)), tmp_path)
     assert found["tasks"]["coarse"]["test"]["accuracy"] == 1.0
-    assert found["tasks"]["rating"]["test"]["pearson"] > 0.7
+    assert found["tasks"]["rating"]["test"]["pearson"] > 0.5
 
 
 def test_one_and_eight_devices_agree(bert, data, tmp_path):

@@ -24,7 +24,7 @@ from mtl_jax.errors import UserError, unknown
 
 TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
 EQUAL = dict.fromkeys(TASKS, 1.0)
-# Rules that need to be told something; the others run with the defaults of their papers.
+# Rules that need to be told something; the others run with their defaults.
 SETTINGS: dict[str, dict] = {
     "fixed": {"weights": EQUAL | {"trec_fine": 2.0}},
     "scheduled": {"weights": EQUAL | {"trec_coarse": "linear_schedule(2.0, 0.0, 600)"}},

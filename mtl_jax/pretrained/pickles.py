@@ -82,6 +82,7 @@ def _open_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, int]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
+    # NotImplementedError is what zipfile raises for an archive of a version that it does not know.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise Malformed(f"no whole zip archive: {error}") from error
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]

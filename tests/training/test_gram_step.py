@@ -97,11 +97,10 @@ def test_the_gram_step_costs_what_plain_training_costs(bert, data):
     """By XLA's count, where every task has rows of its own: no K backward passes, no second forward pass.
 
     Together the Gram matrix and the combination cost 2 K^2 + 2 K operations a parameter, which is much only for a tiny
-    model: they are counted off. So would be what a rule itself computes; this one does nothing. What is left, 3 %, are small
-    operations that a real model does not notice: benchmarks/weighting.py counts 0.6 % there, the Gram matrix included.
+    model: they are counted off. So would be what a rule itself computes; this one does nothing.
     """
     names = tuple(task.name for task in tiny.experiment(bert, data).tasks[:2])
-    prepared, batch, state = set_up(bert, data, only=names)
+    prepared, batch, state = set_up(bert, data, only=names, batch=Batching(rows=16, row_length=24, examples_per_row=6))
     plan = prepared.plans[0]
     flops = {}
     for needs_gram in (False, True):
@@ -109,7 +108,7 @@ def test_the_gram_step_costs_what_plain_training_costs(bert, data):
         step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
         flops[needs_gram] = step.lower(state, batch, None).compile().cost_analysis()["flops"]
     size = sum(leaf.size for leaf in jax.tree.leaves(prepared.params["trunk"]))
-    assert flops[True] - 12 * size < 1.04 * flops[False]
+    assert flops[True] - 12 * size < 1.03 * flops[False]
 
 
 def test_task_gradients_may_be_held_in_bfloat16(bert, data):

@@ -87,10 +87,10 @@ def test_a_changed_configuration_goes_on_when_asked_to(bert, data, tmp_path):
 
 
 def test_training_learns(bert, data, tmp_path):
-    phases = (Phase("everything", steps=60),)
+    phases = (Phase("everything", steps=80),)
     found = mtl_jax.train(tiny.experiment(bert, data, phases=phases, evaluation=Evaluation(every=20)), tmp_path)
     assert found["tasks"]["coarse"]["test"]["accuracy"] == 1.0
-    assert found["tasks"]["rating"]["test"]["pearson"] > 0.5
+    assert found["tasks"]["rating"]["test"]["pearson"] > 0.7
 
 
 def test_one_and_eight_devices_agree(bert, data, tmp_path):

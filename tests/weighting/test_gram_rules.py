@@ -213,6 +213,13 @@ def test_fairgrad_solves_its_equation(alpha, K):
     np.testing.assert_allclose(gradients @ gradients.T @ w, w ** (-1 / alpha), rtol=1e-2)
 
 
+def test_fairgrad_solves_its_equation_for_gradients_of_like_lengths():
+    for alpha in (0.5, 1.0, 2.0):
+        gradients = np.random.default_rng(2).normal(size=(6, 20))
+        w = weights_of(weighting.fairgrad(alpha=alpha), gradients)
+        np.testing.assert_allclose(gradients @ gradients.T @ w, w ** (-1 / alpha), rtol=2e-3)
+
+
 def test_nash_does_not_depend_on_the_length_of_any_one_gradient():
     gradients = np.diag([1.0, 1e-2, 1e-3])
     np.testing.assert_allclose(weights_of(weighting.nash(max_norm=float("inf")), gradients), [1, 1e2, 1e3], rtol=1e-3)

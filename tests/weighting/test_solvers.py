@@ -27,6 +27,7 @@ def test_min_norm_is_optimal(K, P):
         w = np.asarray(solvers.min_norm(jnp.asarray(matrix, jnp.float32)), np.float64)
         assert w.sum() == pytest.approx(1.0, abs=1e-5)
         assert w.min() >= 0
+        assert (matrix @ w).min() >= w @ matrix @ w - 1e-5 * matrix.max()
         length, lengths = np.sqrt(max(w @ matrix @ w, 0.0)), np.sqrt(np.diagonal(matrix))
         assert (matrix @ w - length**2 >= -2e-3 * lengths * np.maximum(length, 1e-3 * lengths.min())).all()
 
@@ -51,6 +52,9 @@ def test_the_projection_is_that_of_an_exact_solver(K, P):
         exact = root @ (lower + optimize.nnls(root, -root @ lower)[0])
         v = np.asarray(solvers.into_dual_cone(jnp.asarray(matrix, jnp.float32), jnp.asarray(lower, jnp.float32)), np.float64)
         assert (v >= lower - 1e-6).all()
+        gain = matrix @ v / matrix.max()
+        assert gain.min() >= -1e-4  # conflicts with no task
+        assert np.abs((v - lower) * gain).max() <= 1e-3  # only what conflicted was added
         assert np.abs(root @ v - exact).max() <= 5e-3 * np.linalg.norm(exact) + 3e-3 * np.linalg.norm(root @ lower)
 
 

@@ -185,6 +185,7 @@ def make_batch(K: int, rows: int) -> Batch:
         segments=jnp.ones((R, LENGTH), jnp.int32),
         positions=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (R, LENGTH)),
         index=jnp.arange(R, dtype=jnp.int32)[:, None],
+        source=jnp.asarray(owner_R, jnp.int32),
         labels={f"task{k:02d}": jnp.where(owner_R[:, None] == k, label_Rx1, -1) for k in range(K)},
     )
 

@@ -84,14 +84,17 @@ def predict(
         workdir: The run's workdir.
         task: The task whose head answers.
         text: Texts to predict.
-        file: A UTF-8 file with one text a line; - for standard input. Every line gets an answer, empty ones an error object.
+        file: A UTF-8 file with one text a line, or of lines of JSON objects with the text columns of the task's source if its
+            name ends in .jsonl; - for standard input. Every line gets an answer, empty ones an error object.
     """
     from mtl_jax import prediction
 
-    texts = list(text) + (_read_lines(file) if file else [])
-    if not texts:
+    inputs: list[Any] = list(text) + (_read_lines(file) if file else [])
+    if not inputs:
         raise UserError("nothing to predict: give --text or --file")
-    for answer in prediction.predict(workdir, task, texts):
+    if file.endswith(".jsonl"):
+        inputs = list(text) + [_object(line, f"{file}:{number}") for number, line in enumerate(inputs[len(text) :], start=1)]
+    for answer in prediction.predict(workdir, task, inputs):
         print(json.dumps(answer, ensure_ascii=False))
 
 
@@ -156,6 +159,16 @@ def _log_to_stderr() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")
+    return value
 
 
 def _read_lines(file: str) -> list[str]:

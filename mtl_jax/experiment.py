@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cattrs
@@ -16,7 +16,7 @@ from mtl_jax.data.batches import Batching
 from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
-from mtl_jax.tasks import Classification, Regression
+from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import ParamRule
 from mtl_jax.trunks import Embedding, Pretrained
 
@@ -35,7 +35,8 @@ class Phase:
         learning_rate: Peak rate; None: optimizer.learning_rate.
         weights: Loss weights of this phase, numbers or schedules of the run's step, as they stand, without combinators; empty:
             the experiment's weighting.
-        cache_features: Where the rules freeze the whole trunk, compute its output for every example once.
+        cache_features: Where the rules freeze the whole trunk, compute its output for every example once; not where a
+            task labels tokens.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Experiment:
     name: str
     trunk: Pretrained | Embedding
     sources: tuple[Source, ...]
-    tasks: tuple[Classification | Regression, ...]
+    tasks: tuple[AnyTask, ...]
     phases: tuple[Phase, ...]
     weighting: str = "equal"
     weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
@@ -205,17 +206,7 @@ def check(experiment: Experiment) -> None:
     for task in experiment.tasks:
         if task.source not in [s.name for s in experiment.sources]:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
-        if task.metric not in task.metric_names:
-            raise unknown(f"metric of task {task.name!r}:", task.metric, task.metric_names)
-        if not 0 <= task.dropout < 1:
-            raise UserError(f"task {task.name!r}: dropout is {task.dropout}; it must be at least 0 and below 1")
-        if isinstance(task, Regression) and not task.scale > 0:
-            raise UserError(f"task {task.name!r}: scale is {task.scale}; it must be above 0")
-        if isinstance(task, Classification):
-            if task.threshold is not None and len(task.labels) != 2:
-                raise UserError(f"task {task.name!r}: a threshold needs two labels, not {len(task.labels)}")
-            if len(set(task.labels)) != len(task.labels):
-                raise UserError(f"task {task.name!r}: a label stands twice in its label set")
+        task.check()
     for field, value, choices in (
         ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
@@ -250,10 +241,20 @@ def from_json(values: Mapping[str, Any]) -> Experiment:
     return _converter().structure(values, Experiment)
 
 
+def tasks_to_json(tasks: Sequence[AnyTask]) -> dict[str, Any]:
+    """Tasks, filled with what was found in the data, as JSON-able values by name."""
+    return {task.name: _converter().unstructure(task, AnyTask) for task in tasks}
+
+
+def tasks_from_json(values: Mapping[str, Any]) -> tuple[AnyTask, ...]:
+    """The inverse of tasks_to_json."""
+    return tuple(_converter().structure(value, AnyTask) for value in values.values())
+
+
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     configure_tagged_union(Pretrained | Embedding, converter, tag_name="kind")
-    configure_tagged_union(Classification | Regression, converter, tag_name="kind")
+    configure_tagged_union(AnyTask, converter, tag_name="kind")
     converter.register_structure_hook(float | str, lambda value, _: value)
     # JSON has no infinity: unbounded is written as a string.
     converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))

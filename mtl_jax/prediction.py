@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from mtl_jax import trunks
-from mtl_jax.data.examples import Examples, tokenize
+from mtl_jax.data.examples import make_examples
+from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError, unknown
-from mtl_jax.experiment import Experiment, from_json, select
+from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
 from mtl_jax.tasks import Task
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.prepare import with_labels
-from mtl_jax.training.step import encode_tokens
+from mtl_jax.training.step import encode_tokens, needs
 from mtl_jax.trunks import Trunk
 
 
@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     Attributes:
         experiment: Its configuration, tasks selected.
-        tasks: Its tasks with their label sets.
+        tasks: Its tasks, filled with what was found in its data.
         trunk: The trunk; its parameters are in params.
         params: {"trunk": ..., "heads": {task: ...}} of the best checkpoint, on the first device.
     """
@@ -64,43 +64,62 @@ def open_run(folder: Path) -> Run:
     if config is None or data is None:
         raise UserError(f"{folder}: no workdir of a run (config.json or data.json is missing)")
     experiment = select(from_json(config))
-    tasks = with_labels(experiment, data["labels"])
+    tasks = tasks_from_json(data["tasks"])
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
     return Run(experiment, tasks, trunk, _best_params(folder, experiment))
 
 
-def predict(workdir: str | Path, task: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Predictions of the best checkpoint of a run.
 
     Args:
         workdir: A workdir that has at least one evaluated checkpoint.
         task: A task of that run.
-        texts: Any number of texts; an empty one gets {"error": ...}.
+        inputs: Any number of texts, or of rows {column: text} with the text columns of the task's source, as pairs need; an
+            empty text gets {"error": ...}.
 
     Returns:
-        One JSON object for each text, in order: label and probability, or value. "truncated": true is added where a text
-        was longer than the model's rows.
+        One JSON object for each input, in order; what is in it, the task kind's describe() says. "truncated": true is added
+        where a text was longer than the model's rows and had to be cut.
 
     Raises:
-        UserError: The directory is no workdir, has no checkpoint yet, or the task is unknown.
+        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, or a row lacks a text column.
     """
     run = open_run(Path(workdir))
     one, batch = (run.task(task),), run.experiment.batch
-    tokens, too_long = tokenize(run.trunk.tokenizer, texts, batch.row_length)
-    cut = set(too_long)
-    known = [i for i, text in enumerate(texts) if text.strip() and len(tokens[i])]
-    results: list[dict[str, Any]] = [{"error": "empty text"} for _ in texts]
+    source = next(source for source in run.experiment.sources if source.name == one[0].source)
+    rows = [_row(source, value, number) for number, value in enumerate(inputs, start=1)]
+    known = [i for i, row in enumerate(rows) if all(row.columns[name].strip() for name in _text_columns(source))]
+    results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
     if not known:
         return results
+    examples, cut = make_examples(source, one, [rows[i] for i in known], run.trunk.tokenizer, batch.row_length, lenient=True)
     mesh = meshes.make(batch.rows, 1)
-    apply = evaluation.make_outputs(encode_tokens(run.trunk.module), one, mesh)
-    examples = Examples("input", 0, [tokens[i] for i in known], {})
-    outputs = evaluation.run(apply, run.params, [examples], batch, mesh)[task]
-    for i, outputs_O in zip(known, outputs, strict=True):
-        results[i] = one[0].describe(outputs_O)
-        if i in cut:
-            results[i]["truncated"] = True
+    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs(one)), one, mesh)
+    outputs = evaluation.run(apply, run.params, one, [examples], batch, mesh).outputs[task]
+    for group in examples.groups():
+        place = examples.row_of[group[0]]
+        if not all(len(examples.tokens[i]) for i in group):
+            continue
+        windows = [examples.window(i, group[0]) for i in group]
+        answer = one[0].describe([outputs[i] for i in group], windows, examples.data[place])
+        results[known[place]] = answer | ({"truncated": True} if place in cut else {})
     return results
+
+
+def _text_columns(source: Source) -> list[str]:
+    return [name for name in (source.text, source.pair) if name]
+
+
+def _row(source: Source, value: str | Mapping[str, Any], number: int) -> Row:
+    names = _text_columns(source)
+    columns = {names[0]: value} if isinstance(value, str) else dict(value)
+    for name in names:
+        if not isinstance(columns.get(name), str):
+            raise UserError(
+                f"input {number}: source {source.name!r} needs the text columns {', '.join(names)}; {name!r} is missing"
+            )
+    return Row(columns, f"input {number}")
 
 
 def _best_params(folder: Path, experiment: Experiment) -> Any:

@@ -122,6 +122,18 @@ def width(trunk: Trunk, params: Any) -> int:
     return jax.eval_shape(hidden, params).shape[-1]
 
 
+def token_table(params: Any) -> jax.Array:
+    """The trunk's token table f32[V, E]: every trunk calls it word/embedding, on top or under embeddings.
+
+    Raises:
+        UserError: There is none.
+    """
+    for found in (params, params.get("embeddings", {})):
+        if "word" in found:
+            return found["word"]["embedding"]
+    raise UserError("the trunk has no token table that a head could share")
+
+
 def save(trunk: Trunk, folder: Path) -> None:
     """Writes what opening the trunk again needs, except what trains: configuration, tokenizer, parameters beside it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax.data import tokens as tokenizing
+from mtl_jax.data.labels import Labels, Window
 from mtl_jax.data.sources import SPLITS, Row, Source, Splits, read
+from mtl_jax.data.tokens import Ragged, RowError
 from mtl_jax.errors import UserError
-from mtl_jax.tasks import Classification, Task
+
+log = logging.getLogger(__name__)
 
 
 class Examples(NamedTuple):
-    """The examples of one source in one split.
+    """The examples of one source in one split: its rows, or the windows that long rows are read in.
 
     Attributes:
         source: The source's name.
         first_id: Examples have consecutive ids, split by split and in it source by source; this is the first one's.
-        tokens: N arrays i32[length], special tokens included.
-        labels: {task: [N]} in the task's dtype, for the tasks of this source.
+        tokens: N arrays i32[len], special tokens included.
+        labels: {task: [N, *label_shape] in the task's dtype, or N arrays [len] where labels are of tokens}, for the tasks of
+            this source.
+        types: N arrays i32[len], token types of pairs; None where all are 0.
+        words: N arrays i32[len], for texts given as words: the word's index at its first sub-word, else -1.
+        offsets: N arrays i32[len, 2], where a task asks for them: characters of each token in the row's last text.
+        rows: i32[N], the place in data of the row that each example comes from, ascending; None: example i is row i.
+        data: The rows.
     """
 
     source: str
     first_id: int
-    tokens: list[np.ndarray]
-    labels: dict[str, np.ndarray]
+    tokens: Sequence[np.ndarray]
+    labels: dict[str, Any]
+    types: Sequence[np.ndarray] | None = None
+    words: Sequence[np.ndarray] | None = None
+    offsets: Sequence[np.ndarray] | None = None
+    rows: np.ndarray | None = None
+    data: Sequence[Row] = ()
+
+    @property
+    def row_of(self) -> np.ndarray:
+        """i32[N], the row that each example comes from."""
+        return np.arange(len(self.tokens), dtype=np.int32) if self.rows is None else self.rows
+
+    def window(self, i: int, first: int) -> Window:
+        """Example i as a window of its row, whose first window is example `first`."""
+        types, words, offsets = (None if x is None else x[i] for x in (self.types, self.words, self.offsets))
+        return Window(i - first, self.tokens[i], types, words, offsets)
+
+    def groups(self) -> list[range]:
+        """The examples of each row that has any, row by row."""
+        edges = np.flatnonzero(np.diff(self.row_of, prepend=-1)).tolist()
+        return [range(a, b) for a, b in zip(edges, [*edges[1:], len(self.tokens)], strict=True)]
 
 
 class Corpus(NamedTuple):
@@ -35,34 +65,48 @@ class Corpus(NamedTuple):
 
     Attributes:
         splits: {split: {source: Examples}}, sources in the experiment's order.
-        tasks: The tasks, label sets filled in.
+        tasks: The tasks, filled with what was found in the data, such as label sets.
         notes: One line for each source: sizes, repeated texts, truncated texts.
     """
 
     splits: dict[str, dict[str, Examples]]
-    tasks: tuple[Task, ...]
+    tasks: tuple[Any, ...]
     notes: list[str]
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: label sets, and for each source the number of examples and a SHA-256 of their tokens and labels."""
+        """JSON-able: for each source and split the number of examples and a SHA-256 of their tokens and labels."""
         sources: dict[str, dict[str, Any]] = {}
         for split, parts in self.splits.items():
             for name, part in parts.items():
                 digest = hashlib.sha256()
-                for ids in part.tokens:
-                    digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-                for task in sorted(part.labels):
-                    digest.update(part.labels[task].tobytes())
+                fields = {"tokens": part.tokens, "types": part.types, **dict(sorted(part.labels.items()))}
+                for key, values in fields.items():
+                    if values is not None:
+                        digest.update(key.encode() + b"\0")
+                        _update(digest, values)
                 sources.setdefault(name, {})[split] = {"examples": len(part.tokens), "sha256": digest.hexdigest()}
-        return {"labels": {task.name: list(task.labels) for task in self.tasks}, "sources": sources}
+        return {"sources": sources}
 
     @property
     def size(self) -> int:
         """Number of examples over all splits and sources."""
         return sum(len(e.tokens) for split in self.splits.values() for e in split.values())
 
+    @property
+    def has_types(self) -> bool:
+        """Whether any source has token types."""
+        return any(e.types is not None for split in self.splits.values() for e in split.values())
 
-def read_sources(sources: Sequence[Source], tasks: Sequence[Task]) -> dict[str, Splits]:
+
+def _update(digest: Any, values: Any) -> None:
+    if not isinstance(values, np.ndarray):
+        values = values if isinstance(values, Ragged) else Ragged.of(values, np.asarray(values[0]).dtype)
+        digest.update(np.ascontiguousarray(values.starts).data)
+        values = values.values
+    digest.update(np.ascontiguousarray(values).data)
+
+
+def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str, Splits]:
     """Reads the sources that the tasks use.
 
     Raises:
@@ -73,91 +117,135 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[Task]) -> dict[str, 
 
 
 def texts(sources: Sequence[Source], data: dict[str, Splits], split: str) -> list[str]:
-    """The texts of one split over all sources."""
-    columns = {source.name: source.text for source in sources}
-    return [row.columns[columns[name]] for name, splits in data.items() for row in splits.rows[split]]
+    """The texts of one split over all sources, both of a pair."""
+    found = []
+    for source in sources:
+        for row in data[source.name].rows[split] if source.name in data else ():
+            values = [row.columns[name] for name in (source.text, source.pair) if name]
+            found += [value if isinstance(value, str) else " ".join(value) for value in values]
+    return found
 
 
 def make_corpus(
-    sources: Sequence[Source], tasks: Sequence[Task], data: dict[str, Splits], tokenizer: Any, max_length: int
+    sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], tokenizer: Any, max_length: int
 ) -> Corpus:
-    """Finds label sets, parses every label and tokenises every text.
+    """Fills the tasks with what is found in the data, parses every label and tokenises every text.
 
     Args:
         sources: The declared sources.
-        tasks: The declared tasks; an empty label set is filled with the labels found in the source.
+        tasks: The declared tasks.
         data: What read_sources returned.
         tokenizer: A transformers fast tokenizer.
-        max_length: Longest example in tokens, special tokens included; longer ones are cut and counted.
+        max_length: Longest example in tokens, special tokens included. Longer texts become several examples where the source's
+            tasks can take that, else they are cut and counted.
 
     Raises:
         UserError: A label column does not exist or a label is outside the label set; names file and line.
     """
-    columns = {source.name: source.text for source in sources}
-    tasks = tuple(_with_labels(task, data[task.source]) for task in tasks)
+    declared = {source.name: source for source in sources}
+    filled = tuple(task.filled(_training_file(declared[task.source], data[task.source]), tokenizer) for task in tasks)
+    own = {name: [task for task in filled if task.source == name] for name in data}
     splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
-    cut = dict.fromkeys(data, 0)
+    counts = {name: dict.fromkeys(("cut", "extra"), 0) for name in data}
+    unlabelled = dict.fromkeys((task.name for task in filled), 0)
     next_id = 0
     for split in SPLITS:
         for name, parts in data.items():
             rows = parts.rows[split]
-            labels = {task.name: _labels(task, rows) for task in tasks if task.source == name}
-            tokens, too_long = tokenize(tokenizer, [row.columns[columns[name]] for row in rows], max_length)
-            for row, ids in zip(rows, tokens, strict=True):
-                if not len(ids):
-                    raise UserError(f"{row.where}: the text has no token that the vocabulary knows")
-            splits[split][name] = Examples(name, next_id, tokens, labels)
-            next_id += len(rows)
-            cut[name] += len(too_long)
-    notes = [
-        f"source {name}: {'/'.join(str(len(parts.rows[split])) for split in SPLITS)} train/dev/test, "
-        f"{parts.repeated} repeated texts dropped, {cut[name]} texts cut to {max_length} tokens"
-        for name, parts in data.items()
-    ]
-    return Corpus(splits, tasks, notes)
+            examples, cut = make_examples(declared[name], own[name], rows, tokenizer, max_length, first_id=next_id)
+            for task in own[name]:
+                labels, blank = _labels(task, examples)
+                examples.labels[task.name] = labels
+                unlabelled[task.name] += blank
+            splits[split][name] = examples
+            next_id += len(examples.tokens)
+            counts[name]["cut"] += len(cut)
+            counts[name]["extra"] += len(examples.tokens) - len(rows)
+    notes = [_note(name, parts, counts[name], max_length) for name, parts in data.items()]
+    notes += [f"task {name}: {blank} rows have no label" for name, blank in unlabelled.items() if blank]
+    return Corpus(splits, filled, notes)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], list[int]]:
-    """Token ids of each text, and the places of the texts that were cut to max_length.
+def make_examples(
+    source: Source,
+    tasks: Sequence[Labels],
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    first_id: int = 0,
+    lenient: bool = False,
+) -> tuple[Examples, set[int]]:
+    """Tokenises rows, without their labels; and the places of those that were cut.
 
     Args:
+        source: The source that the rows are of: it names the text columns.
+        tasks: Its tasks: they say whether texts are read as words, and whether long ones are divided.
+        rows: The rows.
         tokenizer: A transformers fast tokenizer.
-        texts: Any number of texts.
-        max_length: Longest result, special tokens included.
+        max_length: As in make_corpus.
+        first_id: Id of the first example.
+        lenient: Whether a text without any token that the vocabulary knows is left empty.
+
+    Raises:
+        UserError: A text has no token that the vocabulary knows.
     """
-    if not texts:
-        return [], []
-    ids = tokenizer(list(texts), verbose=False)["input_ids"]
-    too_long = [i for i, row in enumerate(ids) if len(row) > max_length]
-    if too_long:
-        shorter = tokenizer([texts[i] for i in too_long], truncation=True, max_length=max_length)["input_ids"]
-        for i, row in zip(too_long, shorter, strict=True):
-            ids[i] = row
-    return [np.asarray(row, np.int32) for row in ids], too_long
+    as_words = any(task.words for task in tasks)
+    first = [_text(row, source.text, as_words) for row in rows]
+    second = [_text(row, source.pair, False) for row in rows] if source.pair else None
+    try:
+        found = tokenizing.encode(
+            tokenizer,
+            first,
+            second,
+            max_length=max_length,
+            windows=bool(tasks) and all(task.windows for task in tasks),
+            stride=max((task.stride for task in tasks), default=0),
+            offsets=any(task.needs_offsets for task in tasks),
+        )
+    except RowError as error:
+        raise UserError(f"{rows[error.row].where}: {error.reason}") from error
+    empty = np.flatnonzero(found.tokens.lengths == 0)
+    if len(empty) and not lenient:
+        raise UserError(f"{rows[found.rows[empty[0]]].where}: the text has no token that the vocabulary knows")
+    examples = Examples(source.name, first_id, found.tokens, {}, found.types, found.words, found.offsets, found.rows, rows)
+    return examples, set(found.cut.tolist())
 
 
-def _with_labels(task: Task, splits: Splits) -> Task:
-    """The task with its label set: as given, or every label that stands in the source."""
-    if not isinstance(task, Classification) or task.labels:
-        return task
-    found = {_column(task, row) for rows in splits.rows.values() for row in rows}
-    return dataclasses.replace(task, labels=tuple(sorted(found)))
+def _text(row: Row, column: str, as_words: bool) -> Any:
+    value = row.columns[column]
+    return value.split() if as_words and isinstance(value, str) else value
 
 
-def _labels(task: Task, rows: list[Row]) -> np.ndarray:
-    labels = np.empty(len(rows), task.dtype)
-    for i, row in enumerate(rows):
+def _training_file(source: Source, splits: Splits) -> list[Row]:
+    """The training rows and those that were cut from the same file: what may be found in the data is found there."""
+    rows = list(splits.rows["train"])
+    rows += [] if source.dev_path else splits.rows["dev"]
+    return rows + ([] if source.test_path else list(splits.rows["test"]))
+
+
+def _labels(task: Labels, examples: Examples) -> tuple[Any, int]:
+    """Labels of every window, and the number of rows without one."""
+    if task.corrupts:
+        return Ragged.of([np.full(len(ids), task.missing, task.dtype) for ids in examples.tokens], task.dtype), 0
+    placed: list[np.ndarray] = []
+    blank = 0
+    for group in examples.groups():
+        row = examples.data[examples.row_of[group[0]]]
         try:
-            labels[i] = task.parse(_column(task, row))
+            label = task.parse(row)
+            placed += [task.place(label, examples.window(i, group[0])) for i in group]
         except ValueError as error:
             raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
-    return labels
+        blank += label is None
+    if task.label_level == "token":
+        return Ragged.of(placed, task.dtype), blank
+    return np.array(placed, task.dtype).reshape(len(placed), *task.label_shape), blank
 
 
-def _column(task: Task, row: Row) -> str:
-    if task.column not in row.columns:
-        raise UserError(
-            f"{row.where}: source {task.source!r} has no column {task.column!r} for task {task.name!r}; "
-            f"columns: {', '.join(row.columns)}"
-        )
-    return row.columns[task.column]
+def _note(name: str, parts: Splits, counts: dict[str, int], max_length: int) -> str:
+    sizes = "/".join(str(len(parts.rows[split])) for split in SPLITS)
+    note = f"source {name}: {sizes} train/dev/test, {parts.repeated} repeated texts dropped, "
+    if counts["extra"]:
+        return note + f"long texts read in {counts['extra']} further windows of {max_length} tokens"
+    return note + f"{counts['cut']} texts cut to {max_length} tokens"

@@ -33,6 +33,7 @@ class Source:
         format: csv (quoted, with header), tsv (never quoted, with header) or lines (see pattern).
         pattern: For lines: a regular expression with a named group for each column; it must match every line.
         text: The column that holds the text.
+        pair: The column that holds the second text of a pair; empty: there is none.
         cut_dev: Share of the distinct texts that becomes dev where there is no dev_path.
         cut_test: Share of the distinct texts that becomes test where there is no test_path.
         cut_seed: Seed of that cut. Apart from the run's seed, so that runs with other seeds see the same splits.
@@ -49,6 +50,7 @@ class Source:
     format: str = "csv"
     pattern: str = ""
     text: str = "text"
+    pair: str = ""
     cut_dev: float = 0.1
     cut_test: float = 0.1
     cut_seed: int = 0

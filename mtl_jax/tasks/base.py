@@ -2,81 +2,208 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import abc
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Window
+from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.models.encoded import Encoded
+from mtl_jax.models.head import Head
 
-class Task(Protocol):
-    """A frozen dataclass that says what is predicted from a source's rows.
+# Outputs of N examples: f32[N, O], or for each of them an f32[len, O].
+PerExample = Sequence[np.ndarray] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """What is predicted from a source's rows.
 
     Losses come as sums and counts, so that a mean is divided once, after the sum over rows and devices. A missing label
-    (`missing`) adds nothing to either.
+    (`missing`) adds nothing to either. Shapes in names: R rows, T tokens a row, S examples a row, O outputs, N examples.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds the label.
-        hidden: Width of a hidden layer in the head, 0 for none.
+        hidden: Width of a hidden ReLU layer in the head, 0 for none.
         dropout: Dropout rate in front of the head.
         metric: The metric (one of metric_names) that stands for the task.
-        metric_names: Those of metrics() that can stand for a task: higher is better.
-        labels: The label set; empty where labels are numbers.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def column(self) -> str: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def metric_names(self) -> tuple[str, ...]: ...
-    @property
-    def labels(self) -> tuple[str, ...]: ...
+    name: str
+    source: str
+    hidden: int = 0
+    dropout: float = 0.0
+    metric: str = ""
+
+    # What the outputs are of: "example" (f32[R, S, O]) or "token" (f32[R, T, O]); and what the labels are of.
+    level: ClassVar[str] = "example"
+    label_level: ClassVar[str] = "example"
+    # A label's value where there is none, and the numpy dtype of labels.
+    missing: ClassVar[float] = -1
+    dtype: ClassVar[type[np.generic]] = np.int32
+    # Whether labels belong to words: the text is then read as words.
+    words: ClassVar[bool] = False
+    # Whether a row longer than a packed row's length becomes several windows; else it is cut, and counted. Consecutive windows
+    # share `stride` tokens.
+    windows: ClassVar[bool] = False
+    stride: ClassVar[int] = 0
+    # Whether windows carry the places of their tokens in the text.
+    needs_offsets: ClassVar[bool] = False
+    # Whether the task changes its source's tokens, by corrupt().
+    corrupts: ClassVar[bool] = False
+    # The parts of Encoded that the head reads.
+    needs: ClassVar[tuple[str, ...]] = ("pooled",)
 
     @property
+    @abc.abstractmethod
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of metrics() that can stand for a task: higher is better."""
+
+    @property
+    @abc.abstractmethod
     def outputs(self) -> int:
-        """O, numbers the head gives per example."""
-        ...
+        """O, numbers the head gives per example or token."""
 
     @property
-    def missing(self) -> float:
-        """The value that stands for no label."""
-        ...
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of one label."""
+        return ()
 
     @property
-    def dtype(self) -> type[np.generic]:
-        """Numpy dtype of labels."""
-        ...
+    def labels(self) -> tuple[str, ...]:
+        """The label set; empty where labels are no names."""
+        return ()
 
-    def parse(self, text: str) -> float:
-        """A label as written in the source to its number; ValueError says in a few words what is wrong."""
-        ...
+    def check(self) -> None:
+        """Raises UserError where a field makes no sense."""
+        if self.metric not in self.metric_names:
+            raise unknown(f"metric of task {self.name!r}:", self.metric, self.metric_names)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"task {self.name!r}: dropout is {self.dropout}; it must be at least 0 and below 1")
 
-    def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sum of the per-example losses and the number of labelled examples, both f32[]."""
-        ...
+    def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
+        """The task with what is found in the data: its label set, for a start.
 
-    def metrics(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-        """Metrics over N labelled examples, on the host."""
-        ...
+        Args:
+            rows: The rows of the training file: the training rows, and those that were cut from them.
+            tokenizer: The trunk's.
+        """
+        return self
 
-    def constant(self, labels_N: np.ndarray) -> np.ndarray:
-        """f32[O], the outputs that ignore the input and fit the labels best: majority class or mean."""
-        ...
+    @abc.abstractmethod
+    def parse(self, row: Row) -> Any:
+        """A row's label, None where it has none; ValueError says in a few words what is wrong."""
 
-    def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
-        """Test outputs f32[N, O] of a linear model on fixed features; keys are "train", "dev" and "test"."""
-        ...
+    def place(self, label: Any, window: Window) -> np.ndarray:
+        """A window's label: [*label_shape], or [len] where labels are of tokens.
 
-    def describe(self, outputs_O: np.ndarray) -> dict[str, Any]:
-        """One prediction as a JSON object."""
-        ...
+        Here: the row's label on its first window.
+
+        Args:
+            label: What parse() returned.
+            window: A window of that row.
+        """
+        value = self.missing if label is None or window.number else label
+        return np.broadcast_to(np.asarray(value, self.dtype), self.label_shape)
+
+    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """For tasks that change their source's tokens: new tokens i32[len] and labels [len], anew in every pass.
+
+        Args:
+            tokens: i32[len], a window.
+            rng: In training another one at every pass; in evaluation always the same one for a window.
+        """
+        raise NotImplementedError
+
+    def init(self, key: jax.Array, width: int) -> Any:
+        """The head's parameters.
+
+        Args:
+            key: A PRNG key.
+            width: H, the size of the trunk's vectors.
+        """
+        return Head(self.outputs, self.hidden).init(key, jnp.zeros((1, 1, width)))["params"]
+
+    def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """The head: outputs f32[R, S, O] or f32[R, T, O], by level; a key means dropout."""
+        head = Head(self.outputs, self.hidden, self.dropout)
+        rngs = None if key is None else {"dropout": key}
+        vectors = encoded.pooled if self.level == "example" else encoded.tokens
+        outputs: Any = head.apply({"params": params}, vectors, deterministic=key is None, rngs=rngs)
+        return outputs
+
+    @abc.abstractmethod
+    def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Sum of the losses over labelled examples (or tokens), and their number, both f32[]."""
+
+    @abc.abstractmethod
+    def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
+        """Metrics over all examples that have a label, on the host.
+
+        Args:
+            outputs: f32[N, O], or for each window an f32[len, O], by level.
+            examples: The N windows.
+        """
+
+    def constant(self, train: Examples, test: Examples) -> PerExample | None:
+        """Outputs for test that ignore the text and fit train best, such as its majority class; None: there is none."""
+        return None
+
+    def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray | None:
+        """Test outputs f32[N, O] of a linear model on fixed features f32[N, H]; None where the kind has none.
+
+        Args:
+            features: By split: "train", "dev" and "test".
+            labels: The same; train and dev without rows that have no label.
+        """
+        return None
+
+    @abc.abstractmethod
+    def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
+        """One row's prediction as a JSON object.
+
+        Args:
+            outputs: For each window of the row f32[O] or f32[len, O], by level.
+            windows: Those windows.
+            row: The row.
+        """
+
+
+def column(row: Row, name: str, task: Task) -> Any:
+    """A row's value in a column that a task names.
+
+    Raises:
+        UserError: There is no such column.
+    """
+    if name not in row.columns:
+        raise UserError(
+            f"{row.where}: source {task.source!r} has no column {name!r} for task {task.name!r}; "
+            f"columns: {', '.join(row.columns)}"
+        )
+    return row.columns[name]
+
+
+def known_rows(task: Task, examples: Examples) -> np.ndarray:
+    """bool[N], which examples have a label; a label of several numbers is there if one of them is."""
+    labels = examples.labels[task.name]
+    there = ~np.isnan(labels) if np.isnan(task.missing) else labels != task.missing
+    return there.reshape(len(labels), -1).any(axis=1)
+
+
+def known(task: Task, examples: Examples) -> np.ndarray:
+    """The labels that are there: [M, *label_shape]."""
+    return examples.labels[task.name][known_rows(task, examples)]
+
+
+def labelled(task: Task, outputs: PerExample, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs f32[M, O] and labels [M, *label_shape] of the examples that have a label."""
+    return np.asarray(outputs)[known_rows(task, examples)], known(task, examples)

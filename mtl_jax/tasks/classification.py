@@ -5,50 +5,70 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Window
+from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError
+from mtl_jax.tasks.base import PerExample, Task, column, known, labelled
 
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    """One of a set of labels for each text.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification(Task):
+    """One of a set of labels for each text, or pair of texts.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
         column: The column of that source that holds the label.
-        labels: The label set in order; empty means every label found in the source, sorted.
+        labels: The label set in order; empty means every label found in the training file, sorted.
         threshold: For columns of numbers and two labels: above it is the second label, else the first. None: the column holds
             the label itself.
+        unlabelled: What is written where a row has no label. Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         label_smoothing: Share of the target probability spread evenly over the labels.
         metric: The metric that stands for the task: accuracy or macro_f1.
     """
 
-    name: str
-    source: str
     column: str = "label"
     labels: tuple[str, ...] = ()
     threshold: float | None = None
-    hidden: int = 0
-    dropout: float = 0.0
+    unlabelled: tuple[str, ...] = ("",)
     label_smoothing: float = 0.0
     metric: str = "accuracy"
 
-    metric_names = ("accuracy", "macro_f1")
-    missing = -1
-    dtype = np.int32
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
 
     @property
     def outputs(self) -> int:
         return len(self.labels)
 
-    def parse(self, text: str) -> int:
+    def check(self) -> None:
+        super().check()
+        if self.threshold is not None and len(self.labels) != 2:
+            raise UserError(f"task {self.name!r}: a threshold needs two labels, not {len(self.labels)}")
+        if len(set(self.labels)) != len(self.labels):
+            raise UserError(f"task {self.name!r}: a label stands twice in its label set")
+
+    def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
+        if self.labels:
+            return self
+        found = {column(row, self.column, self) for row in rows} - {None, *self.unlabelled}
+        return dataclasses.replace(self, labels=tuple(sorted(found)))
+
+    def parse(self, row: Row) -> int | None:
+        text = column(row, self.column, self)
+        if text is None or text in self.unlabelled:
+            return None
         if self.threshold is not None:
             try:
                 number = float(text)
@@ -61,7 +81,7 @@ class Classification:
             raise ValueError(f"label {text!r} is not in the label set ({', '.join(self.labels)})")
         return self.labels.index(text)
 
-    def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats: sum over labelled examples, and their number."""
         known_RxS = labels_RxS != self.missing
         targets_RxSxO = jax.nn.one_hot(labels_RxS, self.outputs)  # a missing label, -1, is a row of zeros
@@ -70,7 +90,10 @@ class Classification:
         loss_RxS = optax.softmax_cross_entropy(outputs_RxSxO.astype(jnp.float32), targets_RxSxO)
         return jnp.where(known_RxS, loss_RxS, 0.0).sum(), known_RxS.sum().astype(jnp.float32)
 
-    def metrics(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
+    def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
+        return self.scores(*labelled(self, outputs, examples))
+
+    def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
         """Accuracy, and F1 averaged over the labels that occur in truth or prediction; shares of 1."""
         from sklearn.metrics import f1_score
 
@@ -80,8 +103,11 @@ class Classification:
             "macro_f1": float(f1_score(labels_N, predicted_N, average="macro", zero_division=0)),
         }
 
-    def constant(self, labels_N: np.ndarray) -> np.ndarray:
-        # Half an example more of each, so that a label that train lacks is unlikely, not impossible.
+    def constant(self, train: Examples, test: Examples) -> np.ndarray:
+        return np.tile(self.prior(known(self, train)), (len(test.tokens), 1))
+
+    def prior(self, labels_N: np.ndarray) -> np.ndarray:
+        """f32[O], log frequencies; half an example more of each: a label that train lacks is unlikely, not impossible."""
         return np.log(np.bincount(labels_N, minlength=self.outputs) + 0.5).astype(np.float32)
 
     def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
@@ -91,7 +117,7 @@ class Classification:
         from sklearn.preprocessing import StandardScaler
 
         if len(set(labels["train"].tolist())) < 2:
-            return np.broadcast_to(self.constant(labels["train"]), (len(features["test"]), self.outputs))
+            return np.tile(self.prior(labels["train"]), (len(features["test"]), 1))
         fitted = []
         with warnings.catch_warnings():
             # The weakest penalty may stop short of convergence; it is then judged on dev as it is.
@@ -107,7 +133,7 @@ class Classification:
         outputs_NxO[:, best[-1].classes_] = np.maximum(known_NxC, floor)
         return outputs_NxO
 
-    def describe(self, outputs_O: np.ndarray) -> dict[str, Any]:
-        probabilities_O = np.asarray(jax.nn.softmax(outputs_O))
+    def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
+        probabilities_O = np.asarray(jax.nn.softmax(outputs[0]))
         best = int(probabilities_O.argmax())
         return {"label": self.labels[best], "probability": round(float(probabilities_O[best]), 6)}

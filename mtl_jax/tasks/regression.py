@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Window
+from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError
+from mtl_jax.tasks.base import PerExample, Task, column, known, labelled
 
-@dataclasses.dataclass(frozen=True)
-class Regression:
-    """One number for each text.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Regression(Task):
+    """One number for each text, or pair of texts.
 
     The head outputs label / scale, and the loss is its squared error: with `scale` near the labels' standard deviation a
     regression loss starts near 1, beside cross-entropies of the same order.
@@ -25,28 +33,33 @@ class Regression:
         minimum: Smallest label that is allowed.
         maximum: Largest label that is allowed.
         scale: Label units per unit of head output.
+        unlabelled: What is written where a row has no label. Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The metric that stands for the task: pearson or spearman.
     """
 
-    name: str
-    source: str
     column: str = "label"
     minimum: float = -math.inf
     maximum: float = math.inf
     scale: float = 1.0
-    hidden: int = 0
-    dropout: float = 0.0
+    unlabelled: tuple[str, ...] = ("",)
     metric: str = "pearson"
 
-    metric_names = ("pearson", "spearman")
-    labels = ()
-    missing = math.nan
-    dtype = np.float32
-    outputs = 1
+    metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman")
+    missing: ClassVar[float] = math.nan
+    dtype: ClassVar[type[np.generic]] = np.float32
+    outputs: ClassVar[int] = 1
 
-    def parse(self, text: str) -> float:
+    def check(self) -> None:
+        super().check()
+        if not self.scale > 0:
+            raise UserError(f"task {self.name!r}: scale is {self.scale}; it must be above 0")
+
+    def parse(self, row: Row) -> float | None:
+        text = column(row, self.column, self)
+        if text is None or text in self.unlabelled:
+            return None
         try:
             value = float(text)
         except ValueError:
@@ -55,7 +68,7 @@ class Regression:
             raise ValueError(f"label {text!r} is outside {self.minimum:g}..{self.maximum:g}")
         return value
 
-    def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:
         """Squared error in units of scale: sum over labelled examples, and their number."""
         known_RxS = ~jnp.isnan(labels_RxS)
         # The inner where keeps NaN out of the gradient: 0 * NaN is NaN.
@@ -63,7 +76,10 @@ class Regression:
         error_RxS = outputs_RxSxO[..., 0].astype(jnp.float32) - target_RxS
         return jnp.where(known_RxS, error_RxS**2, 0.0).sum(), known_RxS.sum().astype(jnp.float32)
 
-    def metrics(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
+    def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
+        return self.scores(*labelled(self, outputs, examples))
+
+    def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
         """Pearson and Spearman correlation (0 where predictions or labels are constant); mean absolute error in label units."""
         from scipy import stats
 
@@ -76,8 +92,8 @@ class Regression:
             "mean_absolute_error": float(np.abs(predicted_N - labels_N).mean()),
         }
 
-    def constant(self, labels_N: np.ndarray) -> np.ndarray:
-        return np.array([labels_N.mean() / self.scale], np.float32)
+    def constant(self, train: Examples, test: Examples) -> np.ndarray:
+        return np.full((len(test.tokens), 1), known(self, train).mean() / self.scale, np.float32)
 
     def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
         """Ridge regression on standardised features; the penalty is chosen by dev squared error."""
@@ -93,5 +109,5 @@ class Regression:
         best = max(fitted, key=lambda pair: pair[0])[1]
         return (best.predict(features["test"])[:, None] / self.scale).astype(np.float32)
 
-    def describe(self, outputs_O: np.ndarray) -> dict[str, Any]:
-        return {"value": round(float(outputs_O[0]) * self.scale, 6)}
+    def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
+        return {"value": round(float(outputs[0][0]) * self.scale, 6)}

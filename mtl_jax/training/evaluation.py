@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,42 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.step import Encode, apply_heads
 
-# (params, batch, feature table or None) -> a tree of f32[R, S, ...]
+# (params, batch, feature table or None) -> what the device makes of a batch
 Apply = Callable[[Any, Batch, jax.Array | None], Any]
 
 
-def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh) -> Apply:
-    """Jitted: {task: outputs f32[R, S, O]} of a batch, on every host whole."""
+class Outputs(NamedTuple):
+    """What the heads make of a batch.
 
-    def outputs(params: Any, batch: Batch, table: jax.Array | None) -> dict[str, jax.Array]:
-        return apply_heads(tasks, params["heads"], encode(params["trunk"], batch, None, table), None)
+    Attributes:
+        outputs: {task: f32[R, S, O] or f32[R, T, O]}.
+        sums: {task: (sum of losses, number of labels)} where the batch has labels, else {}.
+    """
+
+    outputs: dict[str, jax.Array]
+    sums: dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Found(NamedTuple):
+    """What the heads make of the examples of several sources.
+
+    Attributes:
+        outputs: {task: for the N examples of its source f32[N, O], or a list of f32[len, O]}.
+        losses: {task: mean loss}; empty where the examples have no labels.
+    """
+
+    outputs: dict[str, Any]
+    losses: dict[str, float]
+
+
+def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh) -> Apply:
+    """Jitted: Outputs of a batch, on every host whole."""
+
+    def outputs(params: Any, batch: Batch, table: jax.Array | None) -> Outputs:
+        found = apply_heads(tasks, params["heads"], encode(params["trunk"], batch, None, table), batch, None)
+        known = [task for task in tasks if task.name in batch.labels]
+        sums = {task.name: task.loss(found[task.name], batch.labels[task.name], batch) for task in known}
+        return Outputs(found, sums)
 
     return jax.jit(outputs, out_shardings=meshes.replicated(mesh))
 
@@ -34,100 +61,138 @@ def make_features(encode: Encode, mesh: Mesh) -> Apply:
     """Jitted: the trunk's pooled vectors f32[R, S, H] of a batch, on every host whole."""
 
     def features(params: Any, batch: Batch, table: jax.Array | None) -> jax.Array:
-        return encode(params["trunk"], batch, None, table)
+        pooled = encode(params["trunk"], batch, None, table).pooled
+        assert pooled is not None
+        return pooled
 
     return jax.jit(features, out_shardings=meshes.replicated(mesh))
+
+
+def features(
+    apply: Apply,
+    params: Any,
+    examples: Sequence[Examples],
+    batching: Batching,
+    mesh: Mesh,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> np.ndarray:
+    """f32[N, H], the trunk's vector of every example, in the examples' order.
+
+    Args:
+        apply: make_features(...).
+        params: The model's parameters.
+        examples: The examples, of any number of sources, in the order of their ids.
+        batching: Shape of the batches.
+        mesh: The devices.
+        on_batch: Called with each host batch as it is sent off, for progress.
+    """
+    ids_N = np.concatenate([part.first_id + np.arange(len(part.tokens)) for part in examples])
+    table_NxH = np.zeros((0, 0), np.float32)
+    for batch, pooled in _each(apply, params, None, eval_batches(examples, batching), mesh, on_batch):
+        if not len(table_NxH):
+            table_NxH = np.zeros((len(ids_N), pooled.shape[-1]), np.float32)
+        taken = batch.index >= 0
+        table_NxH[np.searchsorted(ids_N, batch.index[taken])] = np.asarray(pooled)[taken]
+    return table_NxH
 
 
 def run(
     apply: Apply,
     params: Any,
+    tasks: Sequence[Task],
     examples: Sequence[Examples],
     batching: Batching,
     mesh: Mesh,
     *,
     table: jax.Array | None = None,
-    on_batch: Callable[[Batch], None] = lambda batch: None,
-) -> Any:
-    """Applies a function to every example once.
-
-    The host packs the next batch while the device works on the last: results are read one batch late.
+) -> Found:
+    """Every task's outputs on every example of its source.
 
     Args:
-        apply: make_outputs(...) or make_features(...).
+        apply: make_outputs(...).
         params: The model's parameters.
-        examples: The examples, of any number of sources, in the order of their ids.
+        tasks: The tasks that make_outputs was given.
+        examples: The examples, of any number of sources; with labels of all of these tasks, or of none.
         batching: Shape of the batches.
         mesh: The devices.
         table: Feature table for a look-up encode.
-        on_batch: Called with each host batch as it is sent off, for progress.
-
-    Returns:
-        The tree that `apply` returns, each leaf [N, ...] in the examples' order, N the number of examples.
     """
-    ids_N = np.concatenate([part.first_id + np.arange(len(part.tokens)) for part in examples])
-    results: list[np.ndarray] = []
-    treedef = None
-    for host_batch, output in _one_late(_dispatch(apply, params, table, examples, batching, mesh, on_batch)):
-        leaves, treedef = jax.tree.flatten(output)
-        if not results:
-            results = [np.zeros((len(ids_N), *leaf.shape[2:]), np.float32) for leaf in leaves]
-        taken = host_batch.index >= 0
-        places = np.searchsorted(ids_N, host_batch.index[taken])
-        for result, leaf in zip(results, leaves, strict=True):
-            result[places] = np.asarray(leaf)[taken]
-    assert treedef is not None, "no examples"
-    return jax.tree.unflatten(treedef, results)
+    own = {part.source: [task for task in tasks if task.source == part.source] for part in examples}
+    first_ids = np.array([part.first_id for part in examples])
+    found: dict[str, Any] = {}
+    for part in examples:
+        for task in own[part.source]:
+            count = len(part.tokens)
+            found[task.name] = np.zeros((count, task.outputs), np.float32) if task.level == "example" else [None] * count
+    sums = {task.name: np.zeros(2) for task in tasks}
+    has_labels = all(task.name in part.labels for part in examples for task in own[part.source])
+    batches = eval_batches(examples, batching, tasks if has_labels else ())
+    for batch, output in _each(apply, params, table, batches, mesh):
+        host: Outputs = jax.device_get(output)
+        for name, sum_and_count in host.sums.items():
+            sums[name] += sum_and_count
+        rows, slots = np.nonzero(batch.index >= 0)
+        ids = batch.index[rows, slots]
+        order = np.argsort(ids)
+        edges = np.searchsorted(ids[order], [*first_ids, np.iinfo(np.int32).max])
+        for number, part in enumerate(examples):
+            chosen = order[edges[number] : edges[number + 1]]
+            for task in own[part.source] if len(chosen) else ():
+                outputs = host.outputs[task.name]
+                if task.level == "example":
+                    found[task.name][ids[chosen] - part.first_id] = outputs[rows[chosen], slots[chosen]]
+                    continue
+                for n in chosen:
+                    mine_T = batch.segments[rows[n]] == slots[n] + 1
+                    found[task.name][ids[n] - part.first_id] = np.asarray(outputs[rows[n]][mine_T], np.float32)
+    losses = {name: float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
+    return Found(found, losses if has_labels else {})
 
 
-def _dispatch(
+def _each(
     apply: Apply,
     params: Any,
     table: jax.Array | None,
-    examples: Sequence[Examples],
-    batching: Batching,
+    batches: Iterable[Batch],
     mesh: Mesh,
-    on_batch: Callable[[Batch], None],
-) -> Iterable[tuple[Batch, Any]]:
-    for batch in eval_batches(examples, batching):
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> Iterator[tuple[Batch, Any]]:
+    """Host batches and what the device makes of them, each given out after the next was sent off: the host packs the next
+    batch while the device works on the last."""
+    waiting: list[tuple[Batch, Any]] = []
+    for batch in batches:
         on_batch(batch)
-        yield batch, apply(params, meshes.place(batch, meshes.by_rows(mesh)), table)
-
-
-def _one_late(items: Iterable[Any]) -> Iterable[Any]:
-    """The same items, each given out after the next has been made."""
-    waiting: list[Any] = []
-    for item in items:
+        output = apply(params, meshes.place(batch, meshes.by_rows(mesh)), table)
         yield from waiting
-        waiting = [item]
+        waiting = [(batch, output)]
     yield from waiting
 
 
-def score(tasks: Sequence[Task], split: dict[str, Examples], outputs: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def score(tasks: Sequence[Task], split: dict[str, Examples], found: Found) -> dict[str, dict[str, float]]:
     """{task: {"loss": ..., metric: ...}} over the labelled examples of a split: exact, not a mean of batch means.
 
     Args:
         tasks: The tasks.
         split: {source: Examples}.
-        outputs: {task: f32[N, O]} over all sources' examples in order, as run() returns it.
+        found: run(...) of these.
     """
-    scores = {}
-    at = 0
-    for source, examples in split.items():
-        for task in (task for task in tasks if task.source == source):
-            labels_N = examples.labels[task.name]
-            outputs_NxO = outputs[task.name][at : at + len(labels_N)]
-            scores[task.name] = score_one(task, outputs_NxO, labels_N)
-        at += len(examples.tokens)
-    return {task.name: scores[task.name] for task in tasks}
+    return {
+        task.name: {"loss": found.losses[task.name], **task.metrics(found.outputs[task.name], split[task.source])}
+        for task in tasks
+    }
 
 
-def score_one(task: Task, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-    """Loss and metrics of one task; examples without a label are left out."""
-    known_N = ~np.isnan(labels_N) if np.isnan(task.missing) else labels_N != task.missing
-    outputs_NxO, labels_N = outputs_NxO[known_N], labels_N[known_N]
-    total, count = task.loss(jnp.asarray(outputs_NxO)[None], jnp.asarray(labels_N)[None])
-    return {"loss": float(total) / max(float(count), 1.0), **task.metrics(outputs_NxO, labels_N)}
+def score_fixed(task: Task, outputs_NxO: np.ndarray, examples: Examples) -> dict[str, float]:
+    """The same of one task for outputs that no network gave."""
+    scores = task.metrics(outputs_NxO, examples)
+    if task.level == "example":
+        total, count = task.loss(jnp.asarray(outputs_NxO)[None], jnp.asarray(examples.labels[task.name])[None], NO_BATCH)
+        scores = {"loss": float(total) / max(float(count), 1.0), **scores}
+    return scores
+
+
+# For losses of examples, which look at outputs and labels only.
+NO_BATCH = Batch(None, None, None, None, None, {})
 
 
 def criterion(name: str, tasks: Sequence[Task], scores: dict[str, dict[str, float]]) -> float:

@@ -78,50 +78,52 @@ def cut(batch: Batch, rows: tuple[int, ...], tasks: Sequence[Task], multiple: in
         segments=take(batch.segments, 0),
         positions=take(batch.positions, 0),
         index=take(batch.index, -1),
+        source=take(batch.source, -1),
+        types=None if batch.types is None else take(batch.types, 0),
         labels={task.name: take(batch.labels[task.name], task.missing) for task in tasks},
     )
 
 
 def encode_blocks(
-    encode_block: Callable[[Any, Batch, jax.Array], jax.Array], parameters: Any, blocks: Batch, keys_N: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array, np.ndarray], Any]]:
+    encode_block: Callable[[Any, Batch, jax.Array], Any], parameters: Any, blocks: Batch, keys_N: jax.Array
+) -> tuple[Any, Callable[[Any, np.ndarray], Any]]:
     """One forward pass over all blocks, and the way back through each of them by itself.
 
     What the backward pass needs again is kept once a block, except what is the same for all, as parameters are and their casts:
     copies of them would turn every matrix product of the backward pass into a batched one over N copies of its weights.
 
     Args:
-        encode_block: (parameters, block, key) -> pooled f32[R, S, H].
+        encode_block: (parameters, block, key) -> Encoded: arrays f[R, ...].
         parameters: The shared parameters to differentiate by.
         blocks: cut(...).
         keys_N: A dropout key for each block.
 
     Returns:
-        pooled f32[N, R, S, H], and a function from cotangents f32[M, R, S, H] of the M blocks at the given places to gradients,
-        a tree like `parameters`, leaves [M, ...].
+        Encoded with leaves [N, R, ...], and a function from its cotangents [M, R, ...] of the M blocks at the given places to
+        gradients, a tree like `parameters`, leaves [M, ...].
     """
     structure: list[Any] = []
 
-    def forward(parameters: Any, block: Batch, key: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        pooled, pull = jax.vjp(lambda p: encode_block(p, block, key), parameters)
+    def forward(parameters: Any, block: Batch, key: jax.Array) -> tuple[Any, list[jax.Array]]:
+        encoded, pull = jax.vjp(lambda p: encode_block(p, block, key), parameters)
         residuals, treedef = jax.tree.flatten(pull)
         structure[:] = [treedef]
-        return pooled, residuals
+        return encoded, residuals
 
     first = jax.tree.map(lambda leaf: leaf[0], (blocks, keys_N))
     differ = depends(forward, parameters, *first)[1]
     axes = [0 if by_block else None for by_block in differ]
-    pooled_NxRxSxH, residuals = jax.vmap(forward, in_axes=(None, 0, 0), out_axes=(0, axes))(parameters, blocks, keys_N)
+    encoded, residuals = jax.vmap(forward, in_axes=(None, 0, 0), out_axes=(0, axes))(parameters, blocks, keys_N)
 
-    def back(residuals: list[jax.Array], cotangent_RxSxH: jax.Array) -> Any:
-        return jax.tree.unflatten(structure[0], residuals)(cotangent_RxSxH)[0]
+    def back(residuals: list[jax.Array], cotangent: Any) -> Any:
+        return jax.tree.unflatten(structure[0], residuals)(cotangent)[0]
 
-    def pull(cotangents_MxRxSxH: jax.Array, places_M: np.ndarray) -> Any:
+    def pull(cotangents: Any, places_M: np.ndarray) -> Any:
         every = len(places_M) == len(keys_N)
         chosen = [leaf if every or axis is None else leaf[places_M] for leaf, axis in zip(residuals, axes, strict=True)]
-        return jax.vmap(back, in_axes=(axes, 0))(chosen, cotangents_MxRxSxH)
+        return jax.vmap(back, in_axes=(axes, 0))(chosen, cotangents)
 
-    return pooled_NxRxSxH, pull
+    return encoded, pull
 
 
 def depends(function: Callable[..., Any], shared: Any, *own: Any) -> Any:
@@ -140,8 +142,8 @@ def depends(function: Callable[..., Any], shared: Any, *own: Any) -> Any:
 
 
 def task_gradients(
-    pull: Callable[[jax.Array, np.ndarray], Any],
-    cotangents: dict[str, jax.Array],
+    pull: Callable[[Any, np.ndarray], Any],
+    cotangents: dict[str, Any],
     rounds: Sequence[Sequence[tuple[str, int]]],
     dtype: Any,
 ) -> list[Any]:
@@ -149,7 +151,7 @@ def task_gradients(
 
     Args:
         pull: The second result of encode_blocks.
-        cotangents: {task: f32[R, S, H]}, the gradient of its loss with respect to its block's pooled vectors.
+        cotangents: {task: the gradient of its loss with respect to what its block is encoded to}.
         rounds: Layout.rounds.
         dtype: In which the result is held.
 
@@ -159,7 +161,8 @@ def task_gradients(
     found = []
     for entries in rounds:
         places_M = np.array([block for _, block in entries])
-        gradients = pull(jnp.stack([cotangents[task] for task, _ in entries]), places_M)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(cotangents[task] for task, _ in entries))
+        gradients = pull(stacked, places_M)
         found.append(jax.tree.map(lambda leaf: leaf.astype(dtype), gradients))
     return found
 

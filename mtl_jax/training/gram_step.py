@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.errors import UserError
+from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training import gradients
 from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Encode, Measure, Measured, apply_head, by_losses, label_counts, mean_losses
+from mtl_jax.training.step import Encode, Measure, Measured, by_losses, label_counts, mean_losses
 from mtl_jax.transfer import freezing
 from mtl_jax.weighting import Rule, Signals
 
@@ -64,8 +65,8 @@ def by_gram(
 
     Over the whole trunk, the task gradients that make the Gram matrix also make the combined gradient, and nothing is
     computed twice. Over a part of it, or over the representation, the weights come first, and one ordinary backward pass
-    follows; a part costs a second forward pass. The representation's gradient is that by a vector added to every example's
-    pooled vector, f32[H]. A rule that is not due in a step gets the step of by_losses.
+    follows; a part costs a second forward pass. The representation's gradient is that by a vector added to every token's
+    vector (and so to every example's mean), f32[H]. A rule that is not due in a step gets the step of by_losses.
 
     Args:
         encode: encode_tokens(trunk).
@@ -85,50 +86,55 @@ def by_gram(
 
     def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        counts = label_counts(tasks, batch.labels)
+        counts = label_counts(tasks, batch)
         blocks = gradients.cut(batch, layout.rows, tasks, accumulate)
 
-        def encode_block(trunk: Any, block: Batch, key: jax.Array) -> jax.Array:
+        def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
             return encode(freezing.merge(trunk, frozen["trunk"]), block, key, table)
 
         def compare(blocks: Batch, number: Any) -> tuple[Any, Any]:
             """Losses, gradients of the heads, task gradients by round; and the trunk's gradient as a function of weights."""
             keys_N = jax.random.split(part_key(trunk_key, number, accumulate), len(layout.rows))
             part_head_key = part_key(head_key, number, accumulate)
-            labels = {task.name: blocks.labels[task.name][block_of[task.name]] for task in tasks}
 
-            def encode_all(trunk: Any) -> jax.Array:
+            def block(tree: Any, task: str) -> Any:
+                return jax.tree.map(lambda leaf: leaf[block_of[task]], tree)
+
+            def encode_all(trunk: Any) -> Encoded:
                 return jax.vmap(encode_block, in_axes=(None, 0, 0))(trunk, blocks, keys_N)
 
-            def head_losses(heads: Any, pooled: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+            def head_losses(heads: Any, encoded: dict[str, Encoded]) -> tuple[jax.Array, Any]:
                 params = freezing.merge(heads, frozen["heads"])
-                outputs = {
-                    task.name: apply_head(task, params[task.name], pooled[task.name], jax.random.fold_in(part_head_key, n))
-                    for n, task in enumerate(tasks)
-                }
-                losses = mean_losses(tasks, outputs, labels, counts)
+                losses: dict[str, jax.Array] = {}
+                for n, task in enumerate(tasks):
+                    own, key = block(blocks, task.name), jax.random.fold_in(part_head_key, n)
+                    outputs = {task.name: task.apply(params[task.name], encoded[task.name], own, key)}
+                    losses |= mean_losses((task,), outputs, own, counts)
                 return jax.tree.reduce(jnp.add, losses), losses
 
             if gram_over == TRUNK:
-                pooled_NxRxSxH, pull_blocks = gradients.encode_blocks(encode_block, trained["trunk"], blocks, keys_N)
+                encoded, pull_blocks = gradients.encode_blocks(encode_block, trained["trunk"], blocks, keys_N)
             else:
-                pooled_NxRxSxH, pull_all = jax.vjp(encode_all, trained["trunk"])
-            pooled = {task: pooled_NxRxSxH[block] for task, block in block_of.items()}
-            (head_gradients, cotangents), losses = jax.grad(head_losses, argnums=(0, 1), has_aux=True)(trained["heads"], pooled)
+                encoded, pull_all = jax.vjp(encode_all, trained["trunk"])
+            by_task = {task: block(encoded, task) for task in block_of}
+            (head_gradients, cotangents), losses = jax.grad(head_losses, argnums=(0, 1), has_aux=True)(
+                trained["heads"], by_task
+            )
 
             def weighted(weights: dict[str, jax.Array]) -> Any:
-                total_NxRxSxH = jnp.zeros_like(pooled_NxRxSxH)
-                for task, block in block_of.items():
-                    total_NxRxSxH = total_NxRxSxH.at[block].add(weights[task] * cotangents[task])
-                return pull_all(total_NxRxSxH)[0]
+                total = jax.tree.map(jnp.zeros_like, encoded)
+                for task, n in block_of.items():
+                    part = jax.tree.map(lambda leaf, w=weights[task]: w.astype(leaf.dtype) * leaf, cotangents[task])
+                    total = jax.tree.map(lambda whole, leaf, n=n: whole.at[n].add(leaf), total, part)
+                return pull_all(total)[0]
 
             if gram_over == REPRESENTATION:
-                rounds: list[Any] = [jnp.stack([cotangents[name].sum(axis=(0, 1)) for name in names])]
+                rounds: list[Any] = [jnp.stack([_of_vectors(cotangents[name]) for name in names])]
                 return (losses, head_gradients, rounds), weighted
             if gram_over != TRUNK:
                 part, rest = freezing.split(trained["trunk"], over["trunk"])
 
-                def encode_part(part: Any, block: Batch, key: jax.Array) -> jax.Array:
+                def encode_part(part: Any, block: Batch, key: jax.Array) -> Encoded:
                     return encode_block(freezing.merge(part, rest), block, key)
 
                 _, pull_blocks = gradients.encode_blocks(encode_part, part, blocks, keys_N)
@@ -181,6 +187,12 @@ def by_gram(
         return jax.lax.cond(due(state.rule_state), lambda: measure(trained, frozen, batch, table, state), hold)
 
     return measure_where_due
+
+
+def _of_vectors(cotangent: Encoded) -> jax.Array:
+    """f32[H], the gradient by a vector that is added to every token's."""
+    parts = [part for part in (cotangent.tokens, cotangent.pooled) if part is not None]
+    return sum((part.astype(jnp.float32).sum(axis=(0, 1)) for part in parts[1:]), parts[0].astype(jnp.float32).sum(axis=(0, 1)))
 
 
 def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from mtl_jax import trunks
 from mtl_jax.data.batches import Batch, train_batches
 from mtl_jax.errors import Interrupted, UserError
-from mtl_jax.experiment import Experiment, to_json
+from mtl_jax.experiment import Experiment, tasks_to_json, to_json
 from mtl_jax.training import evaluation, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
@@ -25,7 +25,7 @@ from mtl_jax.training.logs import Logger, Progress, compare_gradients
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, template
 from mtl_jax.training.signals import Stop, asked_to_stop
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Metrics, encode_tokens, look_up, make_train_step
+from mtl_jax.training.step import Metrics, encode_tokens, look_up, make_train_step, needs
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         log.info("%s is done", folder)
         return done
     prepared = prepare(experiment)
-    data = prepared.corpus.describe()
+    data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     if not changed:
         workdirs.check_data(folder, data)
     workdirs.create(folder)
@@ -98,11 +98,11 @@ class _Run:
         self.prepared, self.folder, self.store, self.stop = prepared, folder, store, stop
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
-        self.encode_tokens = encode_tokens(prepared.trunk.module)
+        encode = encode_tokens(prepared.trunk.module, needs(self.tasks))
         self.stream = train_batches(prepared.corpus, self.experiment.batch, self.experiment.seed)
-        self.features = evaluation.make_features(self.encode_tokens, self.mesh)
-        self.outputs = evaluation.make_outputs(self.encode_tokens, self.tasks, self.mesh)
-        self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)
+        self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
+        self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
+        self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
         self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
         self.host = _Host()
         self.pending: _Pending | None = None
@@ -166,7 +166,7 @@ class _Run:
                 self.stop.check()
                 progress.update(int((batch.segments > 0).sum()))
 
-            table = evaluation.run(self.features, params, parts, self.experiment.batch, self.mesh, on_batch=count)
+            table = evaluation.features(self.features, params, parts, self.experiment.batch, self.mesh, on_batch=count)
         return meshes.place(table, meshes.replicated(self.mesh))
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any) -> tuple[TrainState, int]:
@@ -232,7 +232,8 @@ class _Run:
     def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float:
         dev = self.prepared.corpus.splits["dev"]
         apply = self.outputs_by_look_up if plan.cached else self.outputs
-        found = evaluation.run(apply, params, list(dev.values()), self.experiment.batch, self.mesh, table=table)
+        batching = self.experiment.batch
+        found = evaluation.run(apply, params, self.tasks, list(dev.values()), batching, self.mesh, table=table)
         scores = evaluation.score(self.tasks, dev, found)
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": x for task, metrics in scores.items() for metric, x in metrics.items()}
@@ -263,7 +264,8 @@ class _Run:
         scores = {}
         for split in ("dev", "test"):
             data = self.prepared.corpus.splits[split]
-            found = evaluation.run(self.outputs, best.value, list(data.values()), self.experiment.batch, self.mesh)
+            batching = self.experiment.batch
+            found = evaluation.run(self.outputs, best.value, self.tasks, list(data.values()), batching, self.mesh)
             scores[split] = evaluation.score(self.tasks, data, found)
         self.host.seconds += time.monotonic() - self.started
         return results.write(

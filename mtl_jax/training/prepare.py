@@ -7,7 +7,6 @@ import zlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,13 +17,12 @@ from mtl_jax.data.batches import rows_per_source
 from mtl_jax.data.examples import Corpus
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
-from mtl_jax.models.head import Head
-from mtl_jax.tasks import Classification, Task
+from mtl_jax.tasks import Task
 from mtl_jax.training import gradients, gram_step
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
-from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up
+from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
 from mtl_jax.transfer import freezing
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule
@@ -42,7 +40,7 @@ class PhasePlan(NamedTuple):
         rule: Its weighting rule. A rule that compares task gradients gives way to `equal` where no shared parameter trains.
         rate: Learning rate by step of the phase.
         optimizer: The optax transformation over the trainable leaves.
-        cached: Whether the trunk is frozen whole and its features are looked up.
+        cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
         fresh_rule: Whether the rule's state starts anew with this phase.
     """
 
@@ -63,7 +61,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         experiment: The experiment, tasks selected.
-        corpus: Its data; corpus.tasks have their label sets.
+        corpus: Its data; corpus.tasks are filled with what was found in it.
         trunk: The loaded trunk.
         params: Initial parameters on the host, or f32 arrays on the default device.
         plans: The phases.
@@ -98,7 +96,7 @@ def prepare(experiment: Experiment) -> Prepared:
     corpus = examples.make_corpus(experiment.sources, experiment.tasks, data, trunk.tokenizer, experiment.batch.row_length)
     rows_per_source(experiment.batch, corpus.splits["train"])
     params = init_params(trunk, corpus.tasks, experiment.seed)
-    return Prepared(experiment, corpus, trunk, params, _plan(experiment, params), mesh, _notes(corpus, params))
+    return Prepared(experiment, corpus, trunk, params, _plan(experiment, corpus.tasks, params), mesh, _notes(corpus, params))
 
 
 def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
@@ -112,8 +110,7 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     heads = {}
     for task in tasks:
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
-        head = Head(task.outputs, task.hidden)
-        heads[task.name] = jax.jit(head.init)(name_key, jnp.zeros((1, 1, width)))["params"]
+        heads[task.name] = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
     return params | {"heads": heads}
 
 
@@ -176,7 +173,7 @@ def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
 def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     """How a phase's steps come from losses to a gradient."""
     experiment, tasks = prepared.experiment, prepared.corpus.tasks
-    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module)
+    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, needs(tasks))
     weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
     if not per_task(plan.rule):
         trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
@@ -194,7 +191,7 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     )
 
 
-def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
+def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[PhasePlan]:
     plans: list[PhasePlan] = []
     start = 0
     for number, phase in enumerate(experiment.phases):
@@ -225,7 +222,7 @@ def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
                 rule=rule,
                 rate=rate,
                 optimizer=optimizers.build(experiment.optimizer, rate),
-                cached=phase.cache_features and not trains_trunk,
+                cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",),
                 fresh_rule=not same,
             )
         )
@@ -236,11 +233,3 @@ def _plan(experiment: Experiment, params: Any) -> list[PhasePlan]:
 def _notes(corpus: Corpus, params: Any) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return [*corpus.notes, f"{len(corpus.tasks)} tasks, {size:,} parameters"]
-
-
-def with_labels(experiment: Experiment, labels: dict[str, list[str]]) -> tuple[Task, ...]:
-    """The experiment's tasks with the label sets that a run wrote down."""
-    return tuple(
-        dataclasses.replace(task, labels=tuple(labels[task.name])) if isinstance(task, Classification) else task
-        for task in select(experiment).tasks
-    )

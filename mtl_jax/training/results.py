@@ -15,8 +15,9 @@ from mtl_jax.data.sources import SPLITS
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
+from mtl_jax.tasks.base import known_rows
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.evaluation import score_one
+from mtl_jax.training.evaluation import score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
@@ -31,12 +32,19 @@ def baselines(corpus: Corpus, kind: str, features_NxH: np.ndarray | None) -> dic
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for task in corpus.tasks if kind != "none" else ():
         split = {name: corpus.splits[name][task.source] for name in SPLITS}
-        labels = {name: examples.labels[task.name] for name, examples in split.items()}
-        constant = np.broadcast_to(task.constant(labels["train"]), (len(labels["test"]), task.outputs))
-        scores[task.name] = {"constant": score_one(task, constant, labels["test"])}
-        if features_NxH is not None:
+        scores[task.name] = {}
+        constant = task.constant(split["train"], split["test"])
+        if constant is not None:
+            scores[task.name]["constant"] = score_fixed(task, constant, split["test"])
+        if features_NxH is not None and task.level == "example":
             features = {name: features_NxH[_ids(examples)] for name, examples in split.items()}
-            scores[task.name]["probe"] = score_one(task, task.probe(features, labels), labels["test"])
+            labels = {name: examples.labels[task.name] for name, examples in split.items()}
+            for name in ("train", "dev"):
+                there = known_rows(task, split[name])
+                features[name], labels[name] = features[name][there], labels[name][there]
+            fitted = task.probe(features, labels)
+            if fitted is not None:
+                scores[task.name]["probe"] = score_fixed(task, fitted, split["test"])
     return scores
 
 
@@ -114,14 +122,15 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     if any(run["tasks"].keys() != tasks.keys() for run in runs):
         raise UserError("the runs have different tasks; a table needs runs of one experiment")
     kinds = [
-        kind for kind in BASELINE_NAMES if all(kind in task["baselines"] for run in runs for task in run["tasks"].values())
+        kind for kind in BASELINE_NAMES if any(kind in task["baselines"] for run in runs for task in run["tasks"].values())
     ]
     rows, lost = [], []
     for name, task in tasks.items():
         metric = task["metric"]
         own = [run["tasks"][name]["test"][metric] for run in runs]
-        others = {kind: [run["tasks"][name]["baselines"][kind][metric] for run in runs] for kind in kinds}
-        rows.append([name, metric, *(_cell(others[kind]) for kind in kinds), _cell(own)])
+        all_ = [run["tasks"][name]["baselines"] for run in runs]
+        others = {kind: [found[kind][metric] for found in all_] for kind in kinds if all(kind in found for found in all_)}
+        rows.append([name, metric, *(_cell(others[kind]) if kind in others else "" for kind in kinds), _cell(own)])
         lost += [
             f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})"
             for kind, other in others.items()

@@ -5,7 +5,7 @@ Shapes in names: R rows, T tokens a row, S examples a row, H trunk width, O outp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.data.batches import Batch
-from mtl_jax.models.head import Head
+from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.pooling import segment_mean
 from mtl_jax.tasks import Task
 from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
 from mtl_jax.transfer import freezing
+from mtl_jax.trunks import token_table
 from mtl_jax.weighting import Rule, Signals, weighted_sum
 
 
@@ -26,8 +27,8 @@ class Metrics(NamedTuple):
     """What a step reports; read by the host one step late.
 
     Attributes:
-        losses: {task: f32[]}, mean loss over the labelled examples of the step; 0 where there are none.
-        counts: {task: f32[]}, number of those examples.
+        losses: {task: f32[]}, mean loss over the labelled examples (or tokens) of the step; 0 where there are none.
+        counts: {task: f32[]}, number of those examples, or tokens.
         weights: {task: f32[]}.
         total: f32[], the weighted sum.
         gradient_norm: f32[], of the trainable part, before clipping.
@@ -43,74 +44,79 @@ class Metrics(NamedTuple):
     gram: jax.Array | None
 
 
-# (trunk params, batch, dropout key or None for none, feature table or None) -> pooled f32[R, S, H]
-Encode = Callable[[Any, Batch, jax.Array | None, jax.Array | None], jax.Array]
+# (trunk params, batch, dropout key or None for none, feature table or None) -> Encoded
+Encode = Callable[[Any, Batch, jax.Array | None, jax.Array | None], Encoded]
 
 
-def encode_tokens(trunk: Any) -> Encode:
-    """Runs the trunk over the tokens and pools each example.
+def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
+    """Runs the trunk over the tokens, and makes of them what the heads need.
 
     Args:
         trunk: A linen module with the call signature of models.encoder.Encoder.
+        needs: Fields of Encoded; the others are None.
     """
 
-    def encode(params: Any, batch: Batch, key: jax.Array | None, table: jax.Array | None) -> jax.Array:
+    def encode(params: Any, batch: Batch, key: jax.Array | None, table: jax.Array | None) -> Encoded:
         output = trunk.apply(
             {"params": params},
             batch.tokens,
             (batch.segments > 0).astype(jnp.int32),
+            token_type_ids=batch.types,
             position_ids=batch.positions,
             segment_ids=batch.segments,
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
-        return segment_mean(output.hidden, batch.segments, batch.index.shape[-1])
+        return Encoded(
+            tokens=output.hidden if "tokens" in needs else None,
+            pooled=segment_mean(output.hidden, batch.segments, batch.index.shape[-1]) if "pooled" in needs else None,
+            table=token_table(params) if "table" in needs else None,
+        )
 
     return encode
 
 
-def look_up(params: Any, batch: Batch, key: jax.Array | None, table_NxH: jax.Array | None) -> jax.Array:
+def look_up(params: Any, batch: Batch, key: jax.Array | None, table_NxH: jax.Array | None) -> Encoded:
     """The Encode of a frozen trunk whose features are known: row i of the table belongs to the example with id i."""
     assert table_NxH is not None
-    return table_NxH[jnp.maximum(batch.index, 0)]  # an empty slot, -1, reads some row; it has no label
+    return Encoded(pooled=table_NxH[jnp.maximum(batch.index, 0)])  # an empty slot, -1, reads some row; it has no label
+
+
+def needs(tasks: tuple[Task, ...]) -> tuple[str, ...]:
+    """The fields of Encoded that the tasks' heads read."""
+    return tuple(field for field in Encoded._fields if any(field in task.needs for task in tasks))
 
 
 def apply_heads(
-    tasks: tuple[Task, ...], params: dict[str, Any], pooled_RxSxH: jax.Array, key: jax.Array | None
+    tasks: tuple[Task, ...], params: dict[str, Any], encoded: Encoded, batch: Batch, key: jax.Array | None
 ) -> dict[str, jax.Array]:
-    """{task: outputs f32[R, S, O]} of every head on every example."""
+    """{task: outputs f32[R, S, O] or f32[R, T, O]} of every head on every example or token; a key means dropout."""
 
     return {
-        task.name: apply_head(task, params[task.name], pooled_RxSxH, None if key is None else jax.random.fold_in(key, number))
+        task.name: task.apply(params[task.name], encoded, batch, None if key is None else jax.random.fold_in(key, number))
         for number, task in enumerate(tasks)
     }
 
 
-def apply_head(task: Task, params: Any, pooled_RxSxH: jax.Array, key: jax.Array | None) -> Any:
-    """Outputs f32[R, S, O] of one head; a key means dropout."""
-    head = Head(task.outputs, task.hidden, task.dropout)
-    rngs = None if key is None else {"dropout": key}
-    return head.apply({"params": params}, pooled_RxSxH, deterministic=key is None, rngs=rngs)
-
-
-def label_counts(tasks: tuple[Task, ...], labels: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """{task: f32[]}: how many examples have a label."""
-    blank = {task.name: jnp.zeros((*labels[task.name].shape, task.outputs)) for task in tasks}
-    return {task.name: task.loss(blank[task.name], labels[task.name])[1] for task in tasks}
+def label_counts(tasks: tuple[Task, ...], batch: Batch) -> dict[str, jax.Array]:
+    """{task: f32[]}: how many examples, or tokens, have a label."""
+    places = {"example": batch.index.shape, "token": batch.tokens.shape}
+    blank = {task.name: jnp.zeros((*places[task.level], task.outputs)) for task in tasks}
+    return {task.name: task.loss(blank[task.name], batch.labels[task.name], batch)[1] for task in tasks}
 
 
 def mean_losses(
-    tasks: tuple[Task, ...], outputs: dict[str, jax.Array], labels: dict[str, jax.Array], counts: dict[str, jax.Array]
+    tasks: tuple[Task, ...], outputs: dict[str, jax.Array], batch: Batch, counts: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """{task: f32[]}: the sum of the losses over all rows and devices, divided once by the number of labelled examples.
 
     Args:
         tasks: The tasks.
-        outputs: {task: f32[R, S, O]}.
-        labels: {task: [R, S]}.
-        counts: {task: f32[]}, labelled examples of the step; of the rows here, or of the batch that they are a part of.
+        outputs: What apply_heads returned.
+        batch: The rows.
+        counts: {task: f32[]}, labelled examples or tokens; of the rows here, or of the batch that they are a part of.
     """
-    sums = {task.name: task.loss(outputs[task.name], labels[task.name])[0] for task in tasks}
+    sums = {task.name: task.loss(outputs[task.name], batch.labels[task.name], batch)[0] for task in tasks}
     return {name: total / jnp.maximum(counts[name], 1.0) for name, total in sums.items()}
 
 
@@ -180,28 +186,28 @@ def by_losses(
 
     def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        counts = label_counts(tasks, batch.labels)
+        counts = label_counts(tasks, batch)
 
-        def forward(trained: Any, part: Batch, number: jax.Array | int) -> tuple[dict[str, jax.Array], jax.Array]:
+        def forward(trained: Any, part: Batch, number: jax.Array | int) -> tuple[dict[str, jax.Array], Encoded]:
             params = freezing.merge(trained, frozen)
             key = part_key(trunk_key, number, accumulate) if trains_trunk else None
-            pooled_RxSxH = encode(params["trunk"], part, key, table)
-            return head_losses(trained["heads"], pooled_RxSxH, part, number), pooled_RxSxH
+            encoded = encode(params["trunk"], part, key, table)
+            return head_losses(trained["heads"], encoded, part, number), encoded
 
-        def head_losses(heads: Any, pooled_RxSxH: jax.Array, part: Batch, number: Any) -> dict[str, jax.Array]:
+        def head_losses(heads: Any, encoded: Encoded, part: Batch, number: Any) -> dict[str, jax.Array]:
             params = freezing.merge(heads, frozen["heads"])
-            outputs = apply_heads(tasks, params, pooled_RxSxH, part_key(head_key, number, accumulate))
-            return mean_losses(tasks, outputs, part.labels, counts)
+            outputs = apply_heads(tasks, params, encoded, part, part_key(head_key, number, accumulate))
+            return mean_losses(tasks, outputs, part, counts)
 
         def weigh(losses: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
             return rule.update(state.rule_state, Signals(losses, None, state.step, rule_key, counts))
 
         def gradient_of(part: Batch, number: Any, choose: Any) -> tuple[Any, dict[str, jax.Array], Any]:
-            losses, pull, pooled_RxSxH = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
+            losses, pull, encoded = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
             weights, rule_state = choose(losses)
             (gradient,) = pull(weights)
             if not weigh_heads:
-                plain = jax.grad(lambda heads: sum(head_losses(heads, pooled_RxSxH, part, number).values()))(trained["heads"])
+                plain = jax.grad(lambda heads: sum(head_losses(heads, encoded, part, number).values()))(trained["heads"])
                 gradient = gradient | {"heads": plain}
             return gradient, losses, (weights, rule_state)
 

@@ -9,7 +9,8 @@ from scipy import stats
 
 from mtl_jax import pretrained
 from mtl_jax.data.batches import Batching
-from mtl_jax.data.examples import Examples, tokenize
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.tokens import encode
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.step import encode_tokens
@@ -24,10 +25,10 @@ def embed(wheels):
     features = evaluation.make_features(encode_tokens(checkpoint.model.trunk), mesh)
 
     def embed(texts):
-        tokens, _ = tokenize(checkpoint.tokenizer, texts, 128)
+        tokens = encode(checkpoint.tokenizer, texts, max_length=128).tokens
         batching = Batching(rows=32, row_length=128, examples_per_row=16)
         examples = Examples("texts", 0, tokens, {})
-        vectors = evaluation.run(features, {"trunk": checkpoint.params["trunk"]}, [examples], batching, mesh)
+        vectors = evaluation.features(features, {"trunk": checkpoint.params["trunk"]}, [examples], batching, mesh)
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
     return embed

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.sources import Row
 from mtl_jax.tasks import Classification, Regression
 
 CLASSES = Classification(name="t", source="s", labels=("x", "y", "z"))
 RATING = Regression(name="r", source="s", minimum=-4, maximum=4, scale=2.0)
+
+
+def row(label):
+    return Row({"label": label}, "file:1")
 
 
 def test_cross_entropy_by_hand_and_missing_labels():
@@ -44,24 +50,30 @@ def test_missing_labels_give_no_gradient(task, label):
 def test_classification_metrics_are_sklearns():
     rng = np.random.default_rng(0)
     outputs, labels = rng.normal(size=(50, 3)), rng.integers(0, 3, 50)
-    found = CLASSES.metrics(outputs, labels)
+    found = CLASSES.scores(outputs, labels)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, outputs.argmax(1)))
     assert found["macro_f1"] == pytest.approx(f1_score(labels, outputs.argmax(1), average="macro"))
 
 
 def test_regression_metrics_by_hand():
     labels = np.array([1.0, 2.0, 4.0], np.float32)
-    found = RATING.metrics(np.array([[0.5], [0.6], [5.0]], np.float32), labels)
+    found = RATING.scores(np.array([[0.5], [0.6], [5.0]], np.float32), labels)
     assert found["spearman"] == pytest.approx(1.0)
     assert found["pearson"] == pytest.approx(np.corrcoef([1.0, 1.2, 10.0], labels)[0, 1])
     assert found["mean_absolute_error"] == pytest.approx((0 + 0.8 + 6) / 3)
-    assert RATING.metrics(np.ones((3, 1)), labels)["pearson"] == 0.0  # constant predictions
+    assert RATING.scores(np.ones((3, 1)), labels)["pearson"] == 0.0  # constant predictions
 
 
 def test_constant_baselines():
-    shares = np.exp(CLASSES.constant(np.array([1] * 200 + [2] * 100)))
+    def labelled(task, labels):
+        return Examples("s", 0, [np.zeros(1, np.int32)] * len(labels), {task.name: np.array(labels, task.dtype)})
+
+    found = CLASSES.constant(labelled(CLASSES, [1] * 200 + [2] * 100 + [-1] * 7), labelled(CLASSES, [0, -1]))
+    assert found.shape == (2, 3)
+    shares = np.exp(found[0])
     np.testing.assert_allclose(shares / shares.sum(), [0, 2 / 3, 1 / 3], atol=3e-3)
-    assert RATING.constant(np.array([1.0, 3.0])) * RATING.scale == 2.0
+    ratings = RATING.constant(labelled(RATING, [1.0, 3.0, np.nan]), labelled(RATING, [0.0]))
+    np.testing.assert_array_equal(ratings * RATING.scale, [[2.0]])
 
 
 @pytest.mark.parametrize("task", [CLASSES, RATING])
@@ -72,26 +84,26 @@ def test_probe_learns_what_is_linear(task):
         labels = {split: (x[:, 0] > 0).astype(np.int32) for split, x in features.items()}  # z never occurs
     else:
         labels = {split: (x[:, 0] - x[:, 1]).astype(np.float32) for split, x in features.items()}
-    found = task.metrics(task.probe(features, labels), labels["test"])
+    found = task.scores(task.probe(features, labels), labels["test"])
     assert found[task.metric] > 0.9
 
 
 def test_parsing_says_what_is_wrong():
-    assert CLASSES.parse("y") == 1
+    assert CLASSES.parse(row("y")) == 1
     with pytest.raises(ValueError, match=r"label 'w' is not in the label set \(x, y, z\)"):
-        CLASSES.parse("w")
+        CLASSES.parse(row("w"))
     polarity = Classification(name="p", source="s", labels=("neg", "pos"), threshold=0.0)
-    assert [polarity.parse(text) for text in ("-0.1", "0", "0.1")] == [0, 0, 1]
+    assert [polarity.parse(row(text)) for text in ("-0.1", "0", "0.1")] == [0, 0, 1]
     with pytest.raises(ValueError, match="'good' is not a number"):
-        polarity.parse("good")
-    assert RATING.parse("-4") == -4.0
+        polarity.parse(row("good"))
+    assert RATING.parse(row("-4")) == -4.0
     for text in ("5", "nan", "inf"):
         with pytest.raises(ValueError, match=r"outside -4\.\.4"):
-            RATING.parse(text)
+            RATING.parse(row(text))
     with pytest.raises(ValueError, match="not a number"):
-        RATING.parse("many")
+        RATING.parse(row("many"))
 
 
 def test_predictions_as_json():
-    assert CLASSES.describe(np.array([0.0, np.log(2.0), 0.0])) == {"label": "y", "probability": 0.5}
-    assert RATING.describe(np.array([1.5])) == {"value": 3.0}
+    assert CLASSES.describe([np.array([0.0, np.log(2.0), 0.0])], (), row("y")) == {"label": "y", "probability": 0.5}
+    assert RATING.describe([np.array([1.5])], (), row("3")) == {"value": 3.0}

@@ -34,10 +34,10 @@ def jacobian(prepared, batch):
 
     @jax.jit
     def losses(trunk):
-        pooled = encode_tokens(prepared.trunk.module)(trunk, batch, None, None)
-        outputs = apply_heads(prepared.corpus.tasks, prepared.params["heads"], pooled, None)
+        encoded = encode_tokens(prepared.trunk.module)(trunk, batch, None, None)
+        outputs = apply_heads(prepared.corpus.tasks, prepared.params["heads"], encoded, batch, None)
         tasks = prepared.corpus.tasks
-        return mean_losses(tasks, outputs, batch.labels, label_counts(tasks, batch.labels))
+        return mean_losses(tasks, outputs, batch, label_counts(tasks, batch))
 
     rows = jax.jacrev(losses)(prepared.params["trunk"])
     return {task: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row)]) for task, row in rows.items()}

@@ -7,10 +7,11 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Phase
+from mtl_jax.data.examples import Examples
 from mtl_jax.errors import UserError
 from mtl_jax.training import results
 from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.evaluation import criterion, score_one
+from mtl_jax.training.evaluation import criterion, score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
@@ -183,7 +184,7 @@ def test_dev_scores_do_not_depend_on_the_batch_size(bert, data, tmp_path):
         apply = evaluation.make_outputs(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, mesh)
         dev = prepared.corpus.splits["dev"]
         batching = dataclasses.replace(experiment.batch, rows=rows)
-        outputs = evaluation.run(apply, prepared.params, list(dev.values()), batching, mesh)
+        outputs = evaluation.run(apply, prepared.params, prepared.corpus.tasks, list(dev.values()), batching, mesh)
         found[rows] = evaluation.score(prepared.corpus.tasks, dev, outputs)
     for task, metrics in found[2].items():
         assert metrics == pytest.approx(found[8][task], rel=1e-5)
@@ -200,7 +201,8 @@ def test_criteria():
 def test_scores_leave_out_examples_without_a_label():
     task = tiny.experiment("", "").tasks[0]
     outputs, labels = np.array([[1.0], [2.0], [9.0]], np.float32), np.array([2.0, 4.0, np.nan], np.float32)
-    assert score_one(task, outputs, labels)["mean_absolute_error"] == 0.0
+    examples = Examples(task.source, 0, [np.zeros(1, np.int32)] * 3, {task.name: labels})
+    assert score_fixed(task, outputs, examples)["mean_absolute_error"] == 0.0
 
 
 def test_the_table_says_what_was_lost(finished):

@@ -197,7 +197,7 @@ def test_data_that_changed_is_refused(folder, tmp_path):
     (tmp_path / "run" / "results.json").unlink()
     questions = tmp_path / "data" / "questions.txt"
     questions.write_text(questions.read_text().replace("LOC:city", "ABC:city"))
-    with pytest.raises(UserError, match=r"begun with other data: labels\.coarse\.0, .* changed"):
+    with pytest.raises(UserError, match=r"begun with other data: .*tasks\.coarse\.labels\.0, .* changed"):
         mtl_jax.train(experiment, tmp_path / "run")
 
 

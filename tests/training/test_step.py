@@ -125,7 +125,7 @@ def test_cached_features_give_the_same_step(bert, data, batch):
     plan = prepared.plans[0]
     cached_measure = by_losses(look_up, prepared.corpus.tasks, plan.rule, trains_trunk=False)
     cached_step = make_train_step(cached_measure, plan.optimizer, plan.mask)
-    pooled = encode_tokens(prepared.trunk.module)(prepared.params["trunk"], batch, None, None)
+    pooled = encode_tokens(prepared.trunk.module)(prepared.params["trunk"], batch, None, None).pooled
     table = np.zeros((prepared.corpus.size, tiny.HIDDEN), np.float32)
     table[batch.index[batch.index >= 0]] = pooled[batch.index >= 0]
     a, metrics_a = jax.jit(step)(state, batch, None)

@@ -1,0 +1,21 @@
+"""What a trunk hands to the heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class Encoded(NamedTuple):
+    """A batch as the trunk sees it; each part is there only where a task of the run asks for it.
+
+    Attributes:
+        tokens: f[R, T, H], a vector for each token.
+        pooled: f32[R, S, H], the mean of each example's token vectors.
+        table: f32[V, E], the trunk's token table, for heads that share it.
+    """
+
+    tokens: jax.Array | None = None
+    pooled: jax.Array | None = None
+    table: jax.Array | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import cattrs
 from cattrs.strategies import configure_tagged_union
@@ -248,7 +248,8 @@ def tasks_to_json(tasks: Sequence[AnyTask]) -> dict[str, Any]:
 
 def tasks_from_json(values: Mapping[str, Any]) -> tuple[AnyTask, ...]:
     """The inverse of tasks_to_json."""
-    return tuple(_converter().structure(value, AnyTask) for value in values.values())
+    converter, kind = _converter(), cast(Any, AnyTask)
+    return tuple(converter.structure(value, kind) for value in values.values())
 
 
 def _converter() -> cattrs.Converter:

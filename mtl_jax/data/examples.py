@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax import assets
 from mtl_jax.data import tokens as tokenizing
 from mtl_jax.data.labels import Labels, Window
 from mtl_jax.data.sources import SPLITS, Row, Source, Splits, read
@@ -152,7 +154,9 @@ def make_corpus(
     for split in SPLITS:
         for name, parts in data.items():
             rows = parts.rows[split]
-            examples, cut = make_examples(declared[name], own[name], rows, tokenizer, max_length, first_id=next_id)
+            examples, cut = make_examples(
+                declared[name], own[name], rows, tokenizer, max_length, first_id=next_id, cache=assets.cache_dir() / "tokens"
+            )
             for task in own[name]:
                 labels, blank = _labels(task, examples)
                 examples.labels[task.name] = labels
@@ -175,6 +179,7 @@ def make_examples(
     *,
     first_id: int = 0,
     lenient: bool = False,
+    cache: Path | None = None,
 ) -> tuple[Examples, set[int]]:
     """Tokenises rows, without their labels; and the places of those that were cut.
 
@@ -186,6 +191,7 @@ def make_examples(
         max_length: As in make_corpus.
         first_id: Id of the first example.
         lenient: Whether a text without any token that the vocabulary knows is left empty.
+        cache: Where the tokens of much text are kept for the next time; None: nowhere.
 
     Raises:
         UserError: A text has no token that the vocabulary knows.
@@ -202,6 +208,7 @@ def make_examples(
             windows=bool(tasks) and all(task.windows for task in tasks),
             stride=max((task.stride for task in tasks), default=0),
             offsets=any(task.needs_offsets for task in tasks),
+            cache=cache,
         )
     except RowError as error:
         raise UserError(f"{rows[error.row].where}: {error.reason}") from error

@@ -1,83 +1,29 @@
-"""Texts to token ids: with a checkpoint's fast tokenizer, in windows where a text is longer than a row."""
+"""Texts to token ids with a checkpoint's fast tokenizer: windows of long texts, a cache on disk, a progress bar."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike
 
+from mtl_jax.data import token_cache
+from mtl_jax.data.ragged import Ragged as Ragged
+from mtl_jax.data.ragged import starts_of
+from mtl_jax.data.windows import RowError as RowError
+from mtl_jax.data.windows import cut, divide, sequence_of
 from mtl_jax.errors import UserError
+from mtl_jax.progress import Progress
 
-BATCH = 4096  # texts handed to the tokenizer at once: enough to keep every core busy, little enough to hold in memory
-
-
-class Ragged(Sequence[np.ndarray]):
-    """Arrays of different length, end to end in one flat array; item i is a view of it.
-
-    Attributes:
-        values: [total, ...], the arrays one after another; may be memory-mapped.
-        starts: i64[N + 1]; array i is values[starts[i] : starts[i + 1]].
-    """
-
-    def __init__(self, values: np.ndarray, starts: np.ndarray):
-        self.values = values
-        self.starts = starts
-
-    @classmethod
-    def of(cls, arrays: Iterable[Any], dtype: DTypeLike, shape: tuple[int, ...] = ()) -> Ragged:
-        """Copies arrays of shape [length, *shape] together.
-
-        Args:
-            arrays: Any number of them, empty ones included.
-            dtype: The dtype of the result.
-            shape: Their shape after the first axis.
-        """
-        parts = [np.asarray(array, dtype).reshape(-1, *shape) for array in arrays]
-        values = np.concatenate(parts) if parts else np.empty((0, *shape), dtype)
-        return cls(values, starts_of([len(part) for part in parts]))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """i64[N], the length of each array."""
-        return np.diff(self.starts)
-
-    def equals(self, other: Ragged) -> bool:
-        """Whether the other holds the same arrays in the same dtype."""
-        same = self.values.dtype == other.values.dtype and self.values.shape == other.values.shape
-        return same and np.array_equal(self.starts, other.starts) and np.array_equal(self.values, other.values)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> Ragged: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | Ragged:
-        if isinstance(index, slice):
-            first, end, step = index.indices(len(self))
-            if step != 1:
-                raise ValueError("a slice of a Ragged must have step 1")
-            starts = self.starts[first : max(first, end) + 1]
-            return Ragged(self.values[starts[0] : starts[-1]], starts - starts[0])
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return self.values[self.starts[index] : self.starts[index + 1]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        starts = self.starts.tolist()
-        return (self.values[start:end] for start, end in itertools.pairwise(starts))
-
-
-def starts_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """i64[N + 1]: where arrays of these lengths start, end to end."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+# The tokenizer gets so many texts, or texts of so many characters, at once: enough to keep every core busy.
+BATCH_TEXTS, BATCH_CHARACTERS = 4096, 2_000_000
+CACHED_CHARACTERS = 500_000  # texts of fewer characters in all are tokenised in a fraction of a second: not worth a file
+PATIENCE = 2.0  # seconds before a progress bar appears
 
 
 class Encodings(NamedTuple):
@@ -100,20 +46,6 @@ class Encodings(NamedTuple):
     offsets: Ragged | None
     rows: np.ndarray
     cut: np.ndarray
-
-
-class RowError(UserError):
-    """A text that cannot be encoded; whoever knows its file and line raises a UserError with them and `reason`.
-
-    Attributes:
-        row: Its place among the texts.
-        reason: What is wrong, and what to do.
-    """
-
-    def __init__(self, row: int, reason: str):
-        super().__init__(f"text {row}: {reason}")
-        self.row = row
-        self.reason = reason
 
 
 def encode(
@@ -143,7 +75,8 @@ def encode(
         windows: Divide long texts instead of cutting them.
         stride: Tokens that consecutive windows of a text share; 0 for texts of words.
         offsets: Also say which characters a token stands for; not for texts of words.
-        cache: A directory where results are kept; None: nothing is.
+        cache: A directory where results are kept and found again; the arrays are then memory-mapped and read-only. None, or
+            little text: nothing is kept.
 
     Raises:
         RowError: A text is no valid Unicode, or leaves no room in a window for the text beside it.
@@ -152,16 +85,22 @@ def encode(
     as_words = len(first) > 0 and not isinstance(first[0], str)
     if as_words and (second is not None or stride or offsets):
         raise ValueError("texts of words take no second text, stride or offsets")
+    if second is not None and len(first) != len(second):
+        raise ValueError(f"{len(first)} first and {len(second)} second texts")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer; the checkpoint needs a tokenizer.json")
+    columns: list[Sequence[Any]] = [first] if second is None else [first, second]
     options = _Options(max_length, windows, stride, offsets, as_words, as_words and _splits_at_spaces(tokenizer))
-    parts = []
-    for start in range(0, len(first), BATCH):
-        stop = start + BATCH
-        parts.append(
-            _encode_batch(tokenizer, first[start:stop], None if second is None else second[start:stop], start, options)
-        )
-    return _join(parts, options)
+    sizes = _sizes(columns, as_words)
+    if cache is None or sizes.sum() < CACHED_CHARACTERS:
+        return _encodings(_join(_parts(tokenizer, columns, sizes, options), options))
+    name = token_cache.key(tokenizer, options._asdict(), *columns)
+    arrays = token_cache.load(cache, name)
+    if arrays is None:
+        arrays = _join(_parts(tokenizer, columns, sizes, options), options)
+        about = {"texts": len(first), "windows": len(arrays["rows"]), "tokens": len(arrays["tokens"]), **options._asdict()}
+        arrays = token_cache.store(cache, name, arrays, about)
+    return _encodings(arrays)
 
 
 class _Options(NamedTuple):
@@ -177,140 +116,117 @@ class _Part(NamedTuple):
     """The encodings of a batch of texts.
 
     Attributes:
-        columns: i32[total, C], for each token its id, type, and as asked for word, or first and last character.
+        table: i32[total, C], for each token its id, its type, and as asked for its word, or its first and last character.
         lengths: i64[N], of each window.
         rows: i32[N], the text it is of.
         cut: i64[M], texts that were shortened.
     """
 
-    columns: np.ndarray
+    table: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray
     cut: np.ndarray
 
 
-def _encode_batch(tokenizer: Any, first: Sequence[Any], second: Sequence[str] | None, row: int, options: _Options) -> _Part:
+def _sizes(columns: Sequence[Sequence[Any]], words: bool) -> np.ndarray:
+    """i64[N], characters of each text or pair."""
+    sizes = [np.array([sum(map(len, text)) if words else len(text) for text in texts], np.int64) for texts in columns]
+    return np.stack(sizes).sum(axis=0)
+
+
+def _parts(tokenizer: Any, columns: Sequence[Sequence[Any]], sizes: np.ndarray, options: _Options) -> Iterator[_Part]:
+    """The encodings of all texts, batch by batch; shows how far it is where it takes long."""
+    total = len(sizes)
+    groups = np.stack([np.arange(total) // BATCH_TEXTS, np.cumsum(sizes) // BATCH_CHARACTERS])
+    inner = (np.flatnonzero((groups[:, 1:] != groups[:, :-1]).any(axis=0)) + 1).tolist()
+    began, progress = time.monotonic(), None
+    with contextlib.ExitStack() as stack:
+        for start, stop in itertools.pairwise([0, *inner, total] if total else []):
+            yield _part(tokenizer, [texts[start:stop] for texts in columns], start, options)
+            if progress is not None:
+                progress.update(stop - start)
+            elif time.monotonic() - began > PATIENCE and stop < total:
+                progress = stack.enter_context(contextlib.closing(Progress("tokenising", total, stop, unit="text")))
+
+
+def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Options) -> _Part:
     """The encodings of texts row, row + 1, ..."""
-    for texts in (first, second or ()):
+    pair = len(columns) == 2
+    for texts in columns:
         _check_unicode(texts, row)
     if options.spaces:
-        first = [[*words[:1], *(f" {word}" for word in words[1:])] for words in first]
+        columns = [[[*words[:1], *(word and f" {word}" for word in words[1:])] for words in columns[0]]]
     encoded = tokenizer(
-        list(first),
-        None if second is None else list(second),
+        *map(list, columns),
         is_split_into_words=options.words,
         return_attention_mask=False,
-        return_token_type_ids=False,
+        return_token_type_ids=pair and "token_type_ids" in tokenizer.model_input_names,
         verbose=False,
-    ).encodings
-    columns = [_flat(e.ids for e in encoded), np.zeros(0, np.int32)]
-    columns[1] = _flat(e.type_ids for e in encoded) if _has_types(tokenizer) else np.zeros_like(columns[0])
-    starts = starts_of([len(e) for e in encoded])
-    if options.words:
-        columns.append(_first_of_word(_flat((-1 if w is None else w for w in e.word_ids) for e in encoded), starts))
+    )
+    encodings, lists = encoded.encodings, encoded["input_ids"]
+    starts = starts_of([len(ids) for ids in lists])
+    ids = _flat(lists)
+    fields = [ids, _flat(encoded["token_type_ids"]) if "token_type_ids" in encoded else np.zeros_like(ids)]
+    words = _flat([-1 if w is None else w for w in e.word_ids] for e in encodings) if options.words else None
+    if words is not None:
+        fields.append(_firsts(words, starts))
     if options.offsets:
-        spans = [_spans(e, second is not None) for e in encoded]
-        columns += list(np.concatenate(spans).T)
-    picked, lengths, rows, cut = [], [], [], []
-    for i, encoding in enumerate(encoded):
-        start, stop = starts[i], starts[i + 1]
+        fields += list(np.concatenate([_spans(e, int(pair)) for e in encodings]).T)
+    places, lengths, rows, shortened = [], [], [], []
+    for i, (start, stop) in enumerate(itertools.pairwise(starts.tolist())):
         if stop - start <= options.max_length:
             kept = [np.arange(stop - start)]
         elif options.windows:
-            kept = _divide(encoding, second is not None, row + i, options)
+            own = None if words is None else words[start:stop]
+            kept = divide(sequence_of(encodings[i]), own, int(pair), options.max_length, options.stride, row + i)
         else:
-            kept = [_cut(encoding, tokenizer.truncation_side, options.max_length)]
-            cut.append(row + i)
-        picked += [start + places for places in kept]
-        lengths += [len(places) for places in kept]
+            kept = [cut(sequence_of(encodings[i]), options.max_length, tokenizer.truncation_side)]
+            shortened.append(row + i)
+        places += [start + at for at in kept]
+        lengths += [len(at) for at in kept]
         rows += [row + i] * len(kept)
-    table = np.stack(columns, axis=1)[np.concatenate(picked)]
-    return _Part(table, np.array(lengths, np.int64), np.array(rows, np.int32), np.array(cut, np.int64))
+    table = np.stack(fields, axis=1)[np.concatenate(places)]
+    return _Part(table, np.array(lengths, np.int64), np.array(rows, np.int32), np.array(shortened, np.int64))
 
 
-def _join(parts: Sequence[_Part], options: _Options) -> Encodings:
+def _join(parts: Iterable[_Part], options: _Options) -> dict[str, np.ndarray]:
+    """The flat arrays of all encodings by name: what _encodings takes, and the cache keeps."""
     width = 2 + options.words + 2 * options.offsets
-    empty = _Part(np.zeros((0, width), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64))
-    table, lengths, rows, cut = (np.concatenate(same) for same in zip(empty, *parts, strict=True))
-    starts = starts_of(lengths)
+    nothing = _Part(np.zeros((0, width), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64))
+    table, lengths, rows, shortened = (np.concatenate(same) for same in zip(nothing, *parts, strict=True))
+    arrays = {"tokens": table[:, 0], "starts": starts_of(lengths), "rows": rows, "cut": shortened}
+    if table[:, 1].any():
+        arrays["types"] = table[:, 1]
+    if options.words:
+        arrays["words"] = table[:, 2]
+    if options.offsets:
+        arrays["offsets"] = table[:, 2:]
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
-    def column(at: slice | int) -> Ragged:
-        return Ragged(np.ascontiguousarray(table[:, at]), starts)
+
+def _encodings(arrays: dict[str, np.ndarray]) -> Encodings:
+    def ragged(name: str) -> Ragged | None:
+        return Ragged(arrays[name], arrays["starts"]) if name in arrays else None
 
     return Encodings(
-        tokens=column(0),
-        types=column(1) if table[:, 1].any() else None,
-        words=column(2) if options.words else None,
-        offsets=column(slice(2, 4)) if options.offsets else None,
-        rows=rows,
-        cut=cut,
+        tokens=Ragged(arrays["tokens"], arrays["starts"]),
+        types=ragged("types"),
+        words=ragged("words"),
+        offsets=ragged("offsets"),
+        rows=np.array(arrays["rows"]),
+        cut=np.array(arrays["cut"]),
     )
 
 
-def _cut(encoding: Any, side: str, max_length: int) -> np.ndarray:
-    """Which tokens stay of one that is too long: the special ones, and as many of its one or two texts as there is room for."""
-    sequence = _sequence(encoding)
-    texts = [np.flatnonzero(sequence == number) for number in (0, 1) if (sequence == number).any()]
-    room = max_length - int((sequence < 0).sum())
-    if room < len(texts):
-        raise UserError(f"rows of {max_length} tokens leave no room for text between the special tokens; make them longer")
-    if len(texts) == 1:
-        shares = [room]
-    else:
-        # The longer text is cut down to the length of the shorter, then both equally.
-        shorter = min(len(texts[0]), len(texts[1]), room // 2)
-        shares = [shorter, room - shorter] if len(texts[0]) <= len(texts[1]) else [room - shorter, shorter]
-    kept = [text[len(text) - share :] if side == "left" else text[:share] for text, share in zip(texts, shares, strict=True)]
-    return np.sort(np.concatenate([np.flatnonzero(sequence < 0), *kept]))
-
-
-def _divide(encoding: Any, pair: bool, row: int, options: _Options) -> list[np.ndarray]:
-    """Which tokens stand in each window of one that is too long: all that are not divided, and a piece of the text that is."""
-    sequence = _sequence(encoding)
-    text, beside = np.flatnonzero(sequence == pair), np.flatnonzero(sequence != pair)
-    room = options.max_length - len(beside)
-    if room <= options.stride:
-        raise RowError(
-            row,
-            f"{len(beside)} tokens stand beside the divided text in every window of {options.max_length}, which leaves {room} "
-            f"for it, with a stride of {options.stride}; shorten them, lower the stride or lengthen the rows",
-        )
-    if options.words:
-        pieces = _word_pieces(np.array(encoding.word_ids, dtype=object)[text], room)
-    else:
-        ends = range(room, len(text) + room - options.stride, room - options.stride)
-        pieces = [(end - room, min(end, len(text))) for end in ends]
-    return [np.sort(np.concatenate([beside, text[start:end]])) for start, end in pieces]
-
-
-def _word_pieces(word_ids: np.ndarray, room: int) -> list[tuple[int, int]]:
-    """Pieces (start, end) of at most `room` sub-words: whole words, as many as fit, or part of a longer word."""
-    bounds = [0, *(np.flatnonzero(word_ids[1:] != word_ids[:-1]) + 1).tolist(), len(word_ids)]
-    pieces, start = [], 0
-    for word, end in itertools.pairwise(bounds):
-        if end - start > room and word > start:
-            pieces.append((start, word))
-            start = word
-        while end - start > room:
-            pieces.append((start, start + room))
-            start += room
-    return [*pieces, (start, len(word_ids))]
-
-
-def _sequence(encoding: Any) -> np.ndarray:
-    """i8[length]: 0 at tokens of the first text, 1 at tokens of the second, -1 at special tokens around them."""
-    return np.array([-1 if number is None else number for number in encoding.sequence_ids], np.int8)
-
-
-def _spans(encoding: Any, pair: bool) -> np.ndarray:
-    """i32[length, 2]: characters of the second text of a pair or of the only text; (-1, -1) at other tokens."""
+def _spans(encoding: Any, text: int) -> np.ndarray:
+    """i32[length, 2]: the characters of text 0 or 1 that each token stands for; (-1, -1) at other tokens."""
     spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-    spans[_sequence(encoding) != pair] = -1
+    spans[sequence_of(encoding) != text] = -1
     return spans
 
 
-def _first_of_word(words: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The words of tokens, with -1 at all but the first token of each."""
+def _firsts(words: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The words of tokens, with -1 at all but the first token of each; `starts` is where the texts start."""
     again = np.zeros(len(words), bool)
     again[1:] = words[1:] == words[:-1]
     again[starts[:-1][starts[:-1] < len(words)]] = False
@@ -321,17 +237,13 @@ def _flat(lists: Iterable[Iterable[int]]) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(lists), np.int32)
 
 
-def _has_types(tokenizer: Any) -> bool:
-    return "token_type_ids" in tokenizer.model_input_names
-
-
 def _check_unicode(texts: Sequence[str] | Sequence[list[str]], row: int) -> None:
     """Raises RowError where a text holds half a surrogate pair, which JSON can spell and UTF-8 cannot."""
     for i, text in enumerate(texts):
         try:
             (text if isinstance(text, str) else "".join(text)).encode()
         except UnicodeEncodeError as error:
-            raise RowError(row + i, f"not valid Unicode at character {error.start} ({error.reason})") from error
+            raise RowError(row + i, f"no valid Unicode ({error.object[error.start]!r} is half a character)") from error
 
 
 def _splits_at_spaces(tokenizer: Any) -> bool:
@@ -340,9 +252,8 @@ def _splits_at_spaces(tokenizer: Any) -> bool:
     So it is with byte-level vocabularies (RoBERTa, ModernBERT): without the space, words would be taken for one long word.
     """
     step = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    steps = step.get("pretokenizers", [step])
     return any(
-        (step.get("type") == "ByteLevel" and not step["add_prefix_space"])
-        or (step.get("type") == "Metaspace" and step.get("prepend_scheme") == "never")
-        for step in steps
+        (one["type"] == "ByteLevel" and not one["add_prefix_space"])
+        or (one["type"] == "Metaspace" and one.get("prepend_scheme") == "never")
+        for one in step.get("pretokenizers", [step] if step else [])
     )

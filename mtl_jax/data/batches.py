@@ -1,4 +1,4 @@
-"""Examples to batches, on grain: several short examples packed in one row, a fixed number of rows of every source.
+"""Examples to batches: several short ones packed in one row, or each padded in a row of its own.
 
 Shapes in names: R rows, T tokens a row, S examples a row.
 """
@@ -6,18 +6,20 @@ Shapes in names: R rows, T tokens a row, S examples a row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from grain import experimental as grain_experimental
 
-from mtl_jax.data.examples import Corpus, Examples
+from mtl_jax.data import mixture
+from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Labels
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.data.packing import best_fit
+from mtl_jax.data.tokens import Ragged, starts_of
+from mtl_jax.errors import UserError
 
-MIXTURES = ("uniform", "proportional")
+AT_ONCE = 8192  # examples that are packed together for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +30,28 @@ class Batching:
         rows: R, rows in a global batch, over all sources and devices.
         row_length: T, tokens in a row, and so the longest example; longer texts are cut and counted.
         examples_per_row: S, at most so many examples are packed in one row.
-        mixture: How often each source is seen. uniform: the same number of rows a step for every source. proportional: rows
-            by the number of training tokens, at least one.
+        mixture: How often each source is seen, by rows: uniform; proportional to its training tokens; temperature:t=T, by
+            size^(1/T); capped:cap=C, by at most C tokens; or fixed. Kept to exactly over the run, not in every step.
+        mixture_end: Over the run's steps the shares go from mixture to this one; empty: they stay.
+        shares: For the mixture fixed: a number for each source.
         packed: Whether short examples share a row. Else each has a row of its own, with padding after it.
         buckets: Without packing: row lengths, ascending, to the next of which a batch is cut when all its examples are shorter
             than row_length; each is a compiled program. Empty: row_length always.
         accumulate: Parts of a training batch that are gone through one after another, for a batch whose activations do not fit
             in memory; divides rows. The step is that of the whole batch.
+        workers: Processes that make training batches; 0: a thread. The batches are the same.
     """
 
     rows: int = 32
     row_length: int = 64
     examples_per_row: int = 12
     mixture: str = "uniform"
+    mixture_end: str = ""
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
     packed: bool = True
     buckets: tuple[int, ...] = ()
     accumulate: int = 1
+    workers: int = 0
 
     @property
     def slots(self) -> int:
@@ -77,8 +85,9 @@ class Batch(NamedTuple):
 
 def check(batching: Batching) -> None:
     """Raises UserError where a field of Batching makes no sense."""
-    if batching.mixture not in MIXTURES:
-        raise unknown("mixture", batching.mixture, MIXTURES)
+    mixture.check(batching.mixture, batching.mixture_end, batching.shares)
+    if batching.workers < 0:
+        raise UserError(f"batch.workers is {batching.workers}; it must not be negative")
     for field in ("rows", "row_length", "examples_per_row", "accumulate"):
         if getattr(batching, field) < 1:
             raise UserError(f"batch.{field} must be at least 1")
@@ -92,128 +101,147 @@ def check(batching: Batching) -> None:
         raise UserError(f"batch.accumulate is {batching.accumulate}; it must divide batch.rows, {batching.rows}")
 
 
-def rows_per_source(batching: Batching, train: dict[str, Examples]) -> dict[str, int]:
-    """How many of a step's rows each source gets: shares of batching.rows by largest remainder, at least one each.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What batches need of the examples of one source; what a worker process is sent.
 
-    Raises:
-        UserError: There are fewer rows than sources.
+    Attributes:
+        source: The source's name.
+        first_id: Id of the first example.
+        tokens: N arrays i32[len].
+        types: N arrays i32[len]; None where all are 0.
+        labels: {task: [N, *label_shape], or N arrays [len] where labels are of tokens}.
     """
-    if batching.rows < len(train):
-        raise UserError(f"batch.rows is {batching.rows}, but each of the {len(train)} sources needs at least one row")
-    if batching.mixture == "uniform":
-        size = dict.fromkeys(train, 1.0)
-    else:
-        size = {name: float(sum(len(t) for t in examples.tokens)) for name, examples in train.items()}
-    total = sum(size.values())
-    ideal = {name: s / total * batching.rows for name, s in size.items()}
-    rows = {name: max(1, int(ideal[name])) for name in train}
-    while sum(rows.values()) != batching.rows:
-        short = sum(rows.values()) < batching.rows
-        candidates = [name for name in train if short or rows[name] > 1]
-        pick = max(candidates, key=lambda name: (ideal[name] - rows[name]) * (1 if short else -1))
-        rows[pick] += 1 if short else -1
-    return rows
+
+    source: str
+    first_id: int
+    tokens: Ragged
+    types: Ragged | None
+    labels: dict[str, np.ndarray | Ragged]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """i64[N], tokens of each example."""
+        return self.tokens.lengths
 
 
-def train_batches(corpus: Corpus, batching: Batching, seed: int) -> grain.DatasetIterator[Batch]:
-    """Endless shuffled training batches.
+def part_of(examples: Examples, tasks: Sequence[Labels]) -> Part:
+    """The examples of a source with the labels of the given tasks, of those that are the source's own."""
 
-    Each source is shuffled anew in every pass and repeats by itself, so that a small source does not wait for a large one.
-    The iterator's get_state() and set_state() make the position: a restored iterator goes on with the same batches.
+    def flat(arrays: Sequence[np.ndarray], dtype: Any) -> Ragged:
+        return arrays if isinstance(arrays, Ragged) else Ragged.of(arrays, dtype)
 
-    Args:
-        corpus: The data; its train split is used.
-        batching: Shape and mixture.
-        seed: Seed of the order.
-    """
-    train = corpus.splits["train"]
-    rows = rows_per_source(batching, train)
-    blocks = []
-    for number, (name, examples) in enumerate(train.items()):
-        packed = training_rows(examples, batching, corpus.tasks, corpus.has_types, seed * len(train) + number, rows[name])
-        blocks.append(packed.batch(rows[name]))
-    joined = grain_experimental.ZipIterDataset(blocks).map(_Join(tuple(train), corpus.tasks, batching))
-    return iter(grain_experimental.ThreadPrefetchIterDataset(joined, prefetch_buffer_size=4))
-
-
-def training_rows(
-    examples: Examples, batching: Batching, tasks: Sequence[Labels], types: bool, seed: int, at_once: int
-) -> grain.IterDataset:
-    """Endless rows of one source, shuffled anew in every pass: dicts of arrays [T, ...] and [S, ...].
-
-    Args:
-        examples: The examples.
-        batching: Shape of the rows.
-        tasks: The tasks of the run; those of this source are labelled.
-        types: Whether rows have token types.
-        seed: Seed of the order.
-        at_once: Rows of this source that a batch takes, or so.
-    """
-    own = [task for task in tasks if task.source == examples.source]
-    order = grain.MapDataset.source(_Elements(examples, own, types)).seed(seed).shuffle().repeat()
-    for task in own:
-        if task.corrupts:
-            order = order.random_map(_Corrupt(task))
-    # Packing fills many rows at a time: the more are open, the fewer tokens stay empty at the end of each.
-    return _pack(order, batching, at_once * -(-64 // at_once), own, types)
+    labels: dict[str, np.ndarray | Ragged] = {}
+    for task in tasks:
+        if task.source == examples.source:
+            values = examples.labels[task.name]
+            labels[task.name] = flat(values, task.dtype) if _of_tokens(task) else values
+    types = None if examples.types is None else flat(examples.types, np.int32)
+    return Part(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels)
 
 
 def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequence[Labels] = ()) -> Iterator[Batch]:
-    """Every example once, in order of packing, source by source; the last batch is filled with empty rows.
+    """Every example once, source by source; the last batch is filled with empty rows.
 
     Args:
         examples: The examples of any number of sources.
         batching: Shape of the batches.
         tasks: The tasks whose labels are in the batches.
     """
-    types = any(part.types is not None for part in examples)
-    waiting: list[tuple[int, dict[str, np.ndarray]]] = []
-    for number, part in enumerate(examples):
-        own = [task for task in tasks if task.source == part.source]
-        order = grain.MapDataset.source(_Elements(part, own, types, corrupt=True))
-        if len(order):
-            for row in _pack(order, batching, batching.rows, own, types):
-                waiting.append((number, row))
-                if len(waiting) == batching.rows:
-                    yield join(waiting, tasks, batching, batching.rows)
-                    waiting = []
+    parts = [part_of(each, tasks) for each in examples]
+    types = any(part.types is not None for part in parts)
+    waiting: list[tuple[int, np.ndarray]] = []
+    for number, part in enumerate(parts):
+        for first in range(0, len(part), AT_ONCE):
+            lengths = part.lengths[first : first + AT_ONCE]
+            waiting += [(number, first + row) for row in best_fit(lengths, batching.row_length, batching.slots)]
+            while len(waiting) >= batching.rows:
+                yield fill(parts, waiting[: batching.rows], tasks, batching, batching.rows, types, _always_the_same)
+                waiting = waiting[batching.rows :]
     if waiting:
-        yield join(waiting, tasks, batching, batching.rows)
+        yield fill(parts, waiting, tasks, batching, batching.rows, types, _always_the_same)
 
 
-def join(rows: Sequence[tuple[int, dict[str, np.ndarray]]], tasks: Sequence[Labels], batching: Batching, total: int) -> Batch:
-    """A batch of the given rows, filled with empty ones up to `total`.
+def _always_the_same(part: Part, ticket: int) -> np.random.Generator:
+    return np.random.default_rng(ticket)
+
+
+def fill(
+    parts: Sequence[Part],
+    rows: Sequence[tuple[int, np.ndarray]],
+    tasks: Sequence[Labels],
+    batching: Batching,
+    total: int,
+    types: bool,
+    draw: Callable[[Part, int], np.random.Generator],
+) -> Batch:
+    """A batch of the given rows, then empty ones.
 
     Args:
-        rows: (number of the source, a row as training_rows makes it).
+        parts: The sources, in the run's order.
+        rows: (number of the source, tickets of the row's examples): a ticket modulo the number of examples is the example's
+            place in the source; what is left over says which pass it belongs to.
         tasks: The tasks whose labels are in the batch.
         batching: Shape of the batch.
         total: R.
+        types: Whether the batch has token types.
+        draw: (part, ticket) -> generator for tasks that change tokens.
     """
     T, S = batching.row_length, batching.slots
-
-    def stack(key: str, shape: tuple[int, ...], fill: float, dtype: Any = np.int32) -> np.ndarray:
-        array = np.full((total, *shape), fill, dtype)
-        for r, (_, row) in enumerate(rows):
-            if key in row:
-                array[r] = row[key]
-        return array
-
     batch = Batch(
-        tokens=stack("tokens", (T,), 0),
-        segments=stack("tokens_segment_ids", (T,), 0),
-        positions=stack("tokens_positions", (T,), 0),
-        index=stack("index", (S,), -1),
+        tokens=np.zeros((total, T), np.int32),
+        segments=np.zeros((total, T), np.int32),
+        positions=np.zeros((total, T), np.int32),
+        index=np.full((total, S), -1, np.int32),
         source=np.array([number for number, _ in rows] + [-1] * (total - len(rows)), np.int32),
         labels={
-            task.name: stack(
-                f"label {task.name}", (T,) if _of_tokens(task) else (S, *task.label_shape), task.missing, task.dtype
-            )
+            task.name: np.full((total, T) if _of_tokens(task) else (total, S, *task.label_shape), task.missing, task.dtype)
             for task in tasks
         },
-        types=stack("types", (T,), 0) if rows and "types" in rows[0][1] else None,
+        types=np.zeros((total, T), np.int32) if types else None,
     )
+    for number in {number for number, _ in rows}:
+        part, here = parts[number], [(r, tickets) for r, (of, tickets) in enumerate(rows) if of == number]
+        # E examples, one after another; then t, their tokens, one after another.
+        counts = [len(tickets) for _, tickets in here]
+        ticket_E = np.concatenate([tickets for _, tickets in here])
+        row_E = np.repeat([r for r, _ in here], counts)
+        first_E = np.repeat(starts_of(counts)[:-1], counts)  # the first example of the same row
+        slot_E = np.arange(len(row_E)) - first_E
+        example_E = ticket_E % len(part)
+        begins = starts_of(part.lengths[example_E])
+        length_E, begin_E = np.diff(begins), begins[:-1]
+        within_t = np.arange(begins[-1]) - np.repeat(begin_E, length_E)
+        at_t = np.repeat(row_E, length_E), np.repeat(begin_E - begin_E[first_E], length_E) + within_t
+
+        gather = functools.partial(_gather, example_E=example_E, length_E=length_E, within_t=within_t)
+        token_t = gather(part.tokens)
+        for task in (task for task in tasks if task.name in part.labels):
+            labels = part.labels[task.name]
+            if task.corrupts:
+                label_t = np.empty(len(token_t), task.dtype)
+                for ticket, a, b in zip(ticket_E.tolist(), begins, begins[1:], strict=False):
+                    token_t[a:b], label_t[a:b] = task.corrupt(token_t[a:b], draw(part, ticket))
+                batch.labels[task.name][at_t] = label_t
+            elif isinstance(labels, Ragged):
+                batch.labels[task.name][at_t] = gather(labels)
+            else:
+                batch.labels[task.name][row_E, slot_E] = labels[example_E]
+        batch.tokens[at_t] = token_t
+        batch.segments[at_t] = np.repeat(slot_E + 1, length_E)
+        batch.positions[at_t] = within_t
+        batch.index[row_E, slot_E] = part.first_id + example_E
+        if part.types is not None:
+            batch.types[at_t] = gather(part.types)
     return _trim(batch, batching, tasks)
+
+
+def _gather(values: Ragged, example_E: np.ndarray, length_E: np.ndarray, within_t: np.ndarray) -> np.ndarray:
+    """The arrays of the examples, one after another."""
+    return values.values[np.repeat(values.starts[example_E], length_E) + within_t]
 
 
 def _trim(batch: Batch, batching: Batching, tasks: Sequence[Labels]) -> Batch:
@@ -227,86 +255,5 @@ def _trim(batch: Batch, batching: Batching, tasks: Sequence[Labels]) -> Batch:
     return batch._replace(**cut, labels=labels, types=None if batch.types is None else batch.types[:, :T])
 
 
-def _label_shape(task: Labels, T: int, S: int) -> tuple[int, ...]:
-    return (T,) if _of_tokens(task) else (S, *task.label_shape)
-
-
 def _of_tokens(task: Labels) -> bool:
     return task.label_level == "token"
-
-
-class _Elements:
-    """The examples of one source as grain reads them, one by one: dicts of arrays.
-
-    Attributes:
-        corrupt: Whether tasks that change tokens do so here, for each example always in the same way.
-    """
-
-    def __init__(self, examples: Examples, tasks: Sequence[Labels], types: bool, corrupt: bool = False):
-        self.examples, self.tasks, self.types = examples, tuple(tasks), types
-        self.corrupt = [task for task in tasks if task.corrupts] if corrupt else []
-
-    def __len__(self) -> int:
-        return len(self.examples.tokens)
-
-    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:
-        i = int(i)
-        examples = self.examples
-        element = {"tokens": examples.tokens[i], "index": np.array([examples.first_id + i], np.int32)}
-        if self.types:
-            element["types"] = np.zeros_like(examples.tokens[i]) if examples.types is None else examples.types[i]
-        for task in self.tasks:
-            label = examples.labels[task.name][i]
-            element[f"label {task.name}"] = label if _of_tokens(task) else np.asarray(label)[None]
-        for task in self.corrupt:
-            element = _corrupted(task, element, np.random.default_rng(i))
-        return element
-
-
-def _corrupted(task: Labels, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    tokens, labels = task.corrupt(element["tokens"], rng)
-    return {**element, "tokens": tokens, f"label {task.name}": labels}
-
-
-class _Corrupt(grain.transforms.RandomMap):  # type: ignore[misc]
-    """A task's change of tokens, another one at every pass."""
-
-    def __init__(self, task: Labels):
-        self.task = task
-
-    def random_map(self, element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return _corrupted(self.task, element, rng)
-
-
-def _pack(order: grain.MapDataset, batching: Batching, bins: int, tasks: Sequence[Labels], types: bool) -> grain.IterDataset:
-    labels = {f"label {task.name}": task for task in tasks}
-    T, S = batching.row_length, batching.slots
-    lengths = {key: T if _of_tokens(task) else S for key, task in labels.items()}
-    typed = {"types": T} if types else {}
-    return grain_experimental.FirstFitPackIterDataset(
-        order.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
-        length_struct={"tokens": T, "index": S, **lengths, **typed},
-        padding_struct={
-            "tokens": 0,
-            "index": -1,
-            **{key: task.missing for key, task in labels.items()},
-            **dict.fromkeys(typed, 0),
-        },
-        num_packing_bins=bins,
-        shuffle_bins=False,
-    )
-
-
-class _Join(grain.transforms.Map):  # type: ignore[misc]
-    """Blocks of rows, one for each source, to one Batch."""
-
-    def __init__(self, sources: tuple[str, ...], tasks: Sequence[Labels], batching: Batching):
-        self.sources, self.tasks, self.batching = sources, tuple(tasks), batching
-
-    def map(self, element: tuple[dict[str, np.ndarray], ...]) -> Batch:
-        rows = [
-            (number, {key: array[r] for key, array in block.items()})
-            for number, block in enumerate(element)
-            for r in range(len(block["tokens"]))
-        ]
-        return join(rows, self.tasks, self.batching, self.batching.rows)

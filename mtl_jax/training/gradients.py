@@ -25,11 +25,13 @@ class Layout(NamedTuple):
     """How tasks and rows belong together; all of it static.
 
     Attributes:
-        rows: Rows of each source's block in a batch, in order.
+        rows: The most rows of each source in a batch, in order.
+        fixed: Whether every batch has exactly these rows, source by source; else its rows may be any, in any order.
         rounds: Tasks by backward pass: rounds[r] lists (task, block) for the r-th task of every block that has so many.
     """
 
     rows: tuple[int, ...]
+    fixed: bool
     rounds: tuple[tuple[tuple[str, int], ...], ...]
 
     @property
@@ -38,37 +40,42 @@ class Layout(NamedTuple):
         return [task for entries in self.rounds for task, _ in entries]
 
 
-def layout(tasks: Sequence[Task], rows: dict[str, int]) -> Layout:
+def layout(tasks: Sequence[Task], rows: dict[str, int], fixed: bool = False) -> Layout:
     """The layout of a run.
 
     Args:
         tasks: The tasks.
-        rows: {source: rows of its block}, in the order of the blocks.
+        rows: {source: the most rows it has in a batch}, in the run's order.
+        fixed: As in Layout.
     """
     blocks = {source: [task.name for task in tasks if task.source == source] for source in rows}
     depth = max(len(names) for names in blocks.values())
     rounds = tuple(
         tuple((names[r], number) for number, names in enumerate(blocks.values()) if len(names) > r) for r in range(depth)
     )
-    return Layout(tuple(rows.values()), rounds)
+    return Layout(tuple(rows.values()), fixed, rounds)
 
 
-def cut(batch: Batch, rows: tuple[int, ...], tasks: Sequence[Task], multiple: int = 1) -> Batch:
-    """A batch as equal blocks: every leaf [sum of rows, ...] becomes [N, R, ...]; short blocks end in empty rows.
+def cut(batch: Batch, layout: Layout, tasks: Sequence[Task], multiple: int = 1) -> Batch:
+    """A batch as equal blocks by source: every leaf [rows of the batch, ...] becomes [N, R, ...]; blocks end in empty rows.
 
     Args:
         batch: The batch.
-        rows: Rows of each source's block.
+        layout: The layout.
         tasks: The tasks, for their missing labels.
-        multiple: R is the next multiple of this from the largest of the rows on.
+        multiple: R is the next multiple of this from the largest of layout.rows on.
     """
-    R = -(-max(rows) // multiple) * multiple
-    if set(rows) == {R}:
-        return jax.tree.map(lambda leaf: leaf.reshape(len(rows), R, *leaf.shape[1:]), batch)
-    starts = np.concatenate([[0], np.cumsum(rows)[:-1]])
-    within = np.arange(R)[None, :]
+    N, R = len(layout.rows), -(-max(layout.rows) // multiple) * multiple
+    if layout.fixed and set(layout.rows) == {R}:
+        return jax.tree.map(lambda leaf: leaf.reshape(N, R, *leaf.shape[1:]), batch)
+    of_source_NxB = batch.source == jnp.arange(N)[:, None]
+    # The rows of source 0 in order, then those of source 1 ..., then the batch's empty ones.
+    order_B = jnp.argsort(jnp.where(batch.source < 0, N, batch.source), stable=True)
+    count_N = of_source_NxB.sum(axis=1)
+    within_NxR = jnp.arange(R)[None] + (jnp.cumsum(count_N) - count_N)[:, None]
+    row_NxR = order_B[jnp.minimum(within_NxR, len(order_B) - 1)]
     # A row past the end of its block is past the end of the batch, where `fill` takes over.
-    index_NxR = np.where(within < np.array(rows)[:, None], starts[:, None] + within, sum(rows))
+    index_NxR = jnp.where(jnp.arange(R) < count_N[:, None], row_NxR, len(order_B))
 
     def take(leaf: jax.Array, fill: float) -> jax.Array:
         return jnp.take(leaf, index_NxR, axis=0, mode="fill", fill_value=fill)

@@ -87,7 +87,7 @@ def by_gram(
     def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
         counts = label_counts(tasks, batch)
-        blocks = gradients.cut(batch, layout.rows, tasks, accumulate)
+        blocks = gradients.cut(batch, layout, tasks, accumulate)
 
         def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
             return encode(freezing.merge(trunk, frozen["trunk"]), block, key, table)

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from mtl_jax import trunks
-from mtl_jax.data.batches import Batch, train_batches
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, tasks_to_json, to_json
 from mtl_jax.training import evaluation, results
@@ -74,10 +75,20 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
 
 @dataclasses.dataclass
 class _Host:
-    """What the host counts; saved in each checkpoint's record."""
+    """What the host counts; saved in each checkpoint's record.
+
+    Attributes:
+        phase: The number of the phase.
+        places: Places for tokens in the batches so far.
+        seen: {source: [rows, examples, tokens]} so far, over all hosts.
+        seconds: Time spent.
+        best: The best dev criterion.
+        evaluations_since_best: Evaluations since then.
+    """
 
     phase: int = 0
-    tokens: int = 0
+    places: int = 0
+    seen: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     best: float | None = None
     evaluations_since_best: int = 0
@@ -87,7 +98,7 @@ class _Pending(NamedTuple):
     """A step that was sent off and whose metrics have not been read."""
 
     step: int
-    tokens: int
+    places: int
     metrics: Metrics
 
 
@@ -99,12 +110,14 @@ class _Run:
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
         encode = encode_tokens(prepared.trunk.module, needs(self.tasks))
-        self.stream = train_batches(prepared.corpus, self.experiment.batch, self.experiment.seed)
+        batching, seed, steps = self.experiment.batch, self.experiment.seed, prepared.plans[-1].end
+        self.stream = stream(prepared.corpus, batching, seed, steps, jax.process_index(), jax.process_count())
         self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
         self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
         self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
-        self.host = _Host()
+        self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
+        self.host = _Host(seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
 
     def train(self, state: TrainState, step: int) -> dict[str, Any]:
@@ -132,7 +145,13 @@ class _Run:
         if restored is None:
             return initial_state(self.prepared), 0
         self.host = _Host(**restored.record["host"])
-        self.stream.set_state(restored.record["data"])
+        positions = restored.record["data"]
+        if len(positions) != jax.process_count():
+            raise UserError(
+                f"{self.store.folder}: written by {len(positions)} processes, and this run has {jax.process_count()}; "
+                "go on with as many, or choose another --workdir"
+            )
+        self.stream.set_state(positions[jax.process_index()])
         log.info("resuming from step %d", restored.step)
         return restored.state, restored.step
 
@@ -171,7 +190,7 @@ class _Run:
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any) -> tuple[TrainState, int]:
         train_step = jax.jit(
-            make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask),
+            make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask, len(self.examples)),
             donate_argnums=0,
             out_shardings=meshes.replicated(self.mesh),
         )
@@ -187,10 +206,10 @@ class _Run:
                 self.store.wait()
                 raise Interrupted(f"stopped at step {step}; the same command goes on from there")
             host_batch = next(self.stream)
-            state, metrics = train_step(state, meshes.place(host_batch, meshes.by_rows(self.mesh)), table)
+            state, metrics = train_step(state, meshes.assemble(host_batch, meshes.by_rows(self.mesh)), table)
             step += 1
             self._read_pending(plan)  # of the step before: the device is already at work on this one
-            self.pending = _Pending(step, int((host_batch.segments > 0).sum()), metrics)
+            self.pending = _Pending(step, host_batch.tokens.size * jax.process_count(), metrics)
             if step % every == 0 or step == plan.end:
                 self._read_pending(plan)
                 self._save(step, state, self._evaluate(step, plan, state.params, table))
@@ -203,15 +222,22 @@ class _Run:
         """Waits for the metrics of the step that was sent off last, logs them, and refuses what is not finite."""
         if self.pending is None:
             return
-        step, tokens, metrics = self.pending
+        step, places, metrics = self.pending
         self.pending = None
         metrics = jax.device_get(metrics)
-        self.host.tokens += tokens
+        tokens = int(metrics.seen[:, 2].sum())
+        self.host.places += places
+        self.host.seen = {
+            name: (np.array(before) + now).tolist()
+            for (name, before), now in zip(self.host.seen.items(), metrics.seen, strict=True)
+        }
         losses = {task: float(loss) for task, loss in metrics.losses.items()}
         record = {f"loss/{task}": loss for task, loss in losses.items()}
         record |= {f"weight/{task}": float(weight) for task, weight in metrics.weights.items()}
         record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
         record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
+        for source, facts in self._seen().items():
+            record |= {f"seen/{source}/{name}": facts[name] for name in ("rows", "examples", "passes")}
         record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
         if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
             tasks = sorted(losses)
@@ -244,6 +270,13 @@ class _Run:
             self.host.evaluations_since_best += 1
         return value
 
+    def _seen(self) -> dict[str, dict[str, float]]:
+        """{source: rows, examples, tokens and passes of it that were seen so far}."""
+        return {
+            source: {"rows": rows, "examples": seen, "tokens": tokens, "passes": round(seen / self.examples[source], 4)}
+            for source, (rows, seen, tokens) in self.host.seen.items()
+        }
+
     def _stopped_early(self) -> bool:
         patience = self.experiment.evaluation.patience
         return patience > 0 and self.host.evaluations_since_best >= patience
@@ -253,9 +286,8 @@ class _Run:
         self.host.seconds += now - self.started
         self.started = now
         self.logger.flush()
-        self.store.save(
-            step, state, {"step": step, "host": dataclasses.asdict(self.host), "data": self.stream.get_state()}, dev
-        )
+        positions = meshes.gather(self.stream.get_state())
+        self.store.save(step, state, {"step": step, "host": dataclasses.asdict(self.host), "data": positions}, dev)
 
     def _finish(self, step: int) -> dict[str, Any]:
         best = self.store.best(lambda step: self.store.restore(step, self._template).state.params)
@@ -278,7 +310,9 @@ class _Run:
                 "best_step": best.step,
                 "best_criterion": best.dev,
                 "seconds": round(self.host.seconds, 1),
-                "training_tokens": self.host.tokens,
+                "training_tokens": sum(tokens for _, _, tokens in self.host.seen.values()),
+                "padding": round(1 - sum(tokens for _, _, tokens in self.host.seen.values()) / self.host.places, 4),
+                "seen": self._seen(),
                 "compiled_programs": sum(program._cache_size() for program in self.programs),
             },
         )

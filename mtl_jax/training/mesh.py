@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -55,6 +56,32 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(put, tree)
+
+
+def assemble(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays to device arrays; every host gives its own rows, as many as the others."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        shape = (len(leaf) * jax.process_count(), *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+    return jax.tree.map(put, tree)
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON-able values of all hosts, on every host."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(own)])))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(own)] = own
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(np.asarray(rows), lengths, strict=True)]
 
 
 def agreed(value: bool) -> bool:

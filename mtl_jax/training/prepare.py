@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from mtl_jax import optimizer as optimizers
 from mtl_jax import trunks
-from mtl_jax.data import examples
-from mtl_jax.data.batches import rows_per_source
+from mtl_jax.data import examples, stream
 from mtl_jax.data.examples import Corpus
+from mtl_jax.data.mixture import Schedule
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
@@ -62,6 +62,7 @@ class Prepared(NamedTuple):
     Attributes:
         experiment: The experiment, tasks selected.
         corpus: Its data; corpus.tasks are filled with what was found in it.
+        schedule: Which sources the rows of its batches belong to.
         trunk: The loaded trunk.
         params: Initial parameters on the host, or f32 arrays on the default device.
         plans: The phases.
@@ -71,6 +72,7 @@ class Prepared(NamedTuple):
 
     experiment: Experiment
     corpus: Corpus
+    schedule: Schedule
     trunk: Trunk
     params: Any
     plans: list[PhasePlan]
@@ -94,9 +96,10 @@ def prepare(experiment: Experiment) -> Prepared:
     if experiment.batch.row_length > trunk.max_length:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
     corpus = examples.make_corpus(experiment.sources, experiment.tasks, data, trunk.tokenizer, experiment.batch.row_length)
-    rows_per_source(experiment.batch, corpus.splits["train"])
+    schedule = stream.schedule(corpus, experiment.batch, sum(phase.steps for phase in experiment.phases))
     params = init_params(trunk, corpus.tasks, experiment.seed)
-    return Prepared(experiment, corpus, trunk, params, _plan(experiment, corpus.tasks, params), mesh, _notes(corpus, params))
+    plans = _plan(experiment, corpus.tasks, params)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, params))
 
 
 def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
@@ -182,7 +185,7 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
         encode,
         tasks,
         plan.rule,
-        gradients.layout(tasks, rows_per_source(experiment.batch, prepared.corpus.splits["train"])),
+        gradients.layout(tasks, prepared.schedule.capacity(), prepared.schedule.constant() and jax.process_count() == 1),
         gram_step.check(prepared.params, plan.mask, experiment.gram_over),
         gram_over=experiment.gram_over,
         dtype=meshes.compute_dtype(experiment.gram_dtype),

@@ -34,6 +34,7 @@ class Metrics(NamedTuple):
         gradient_norm: f32[], of the trainable part, before clipping.
         gram: f32[K, K], inner products of the task gradients in sorted order; NaN where the rule did not look at them in this
             step, None if it never does.
+        seen: i32[N, 3], of each source the rows, examples and tokens of the batch, over all hosts.
     """
 
     losses: dict[str, jax.Array]
@@ -42,6 +43,7 @@ class Metrics(NamedTuple):
     total: jax.Array
     gradient_norm: jax.Array
     gram: jax.Array | None
+    seen: jax.Array
 
 
 # (trunk params, batch, dropout key or None for none, feature table or None) -> Encoded
@@ -142,7 +144,7 @@ Measure = Callable[[Any, Any, Batch, jax.Array | None, TrainState], Measured]
 
 
 def make_train_step(
-    measure: Measure, optimizer: optax.GradientTransformation, mask: Any
+    measure: Measure, optimizer: optax.GradientTransformation, mask: Any, sources: int = 0
 ) -> Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, Metrics]]:
     """The step function of a phase, to be jitted by the caller.
 
@@ -150,6 +152,7 @@ def make_train_step(
         measure: by_losses(...) or gram_step.by_gram(...): losses, weights, gradient.
         optimizer: An optax transformation over the trainable leaves.
         mask: freezing.trainable(params, rules).
+        sources: N, for Metrics.seen.
 
     Returns:
         (state, batch, feature table or None) -> (new state, Metrics).
@@ -162,10 +165,18 @@ def make_train_step(
         params = freezing.merge(optax.apply_updates(trained, updates), frozen)
         total = weighted_sum(found.weights, found.losses)
         norm = optax.tree.norm(found.gradient)
-        metrics = Metrics(found.losses, found.counts, found.weights, total, norm, found.gram)
+        metrics = Metrics(found.losses, found.counts, found.weights, total, norm, found.gram, count_seen(batch, sources))
         return TrainState(state.step + 1, params, opt_state, found.rule_state, state.key), metrics
 
     return train_step
+
+
+def count_seen(batch: Batch, sources: int) -> jax.Array:
+    """i32[N, 3]: of each source its rows in a batch, their examples, their tokens."""
+    of_source_RxN = batch.source[:, None] == jnp.arange(sources)
+    examples_R, tokens_R = (batch.index >= 0).sum(axis=1), (batch.segments > 0).sum(axis=1)
+    per_row_Rx3 = jnp.stack([jnp.ones_like(examples_R), examples_R, tokens_R], axis=1)
+    return jnp.einsum("rn,rk->nk", of_source_RxN.astype(per_row_Rx3.dtype), per_row_Rx3)
 
 
 def by_losses(

@@ -3,12 +3,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 import mtl_jax
 from mtl_jax import Batching, ParamRule, Phase, weighting
-from mtl_jax.data.batches import train_batches
+from mtl_jax.data.stream import stream
 from mtl_jax.errors import UserError
 from mtl_jax.training import gradients, gram_step
 from mtl_jax.training.logs import compare_gradients, read_metrics
@@ -23,9 +24,9 @@ def set_up(bert, data, **changes):
     defaults = {"phases": EVERYTHING, "trunk": mtl_jax.Pretrained(str(bert), dropout=0.0)}
     tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
     prepared = prepare(tiny.experiment(bert, data, tasks=tasks, **(defaults | changes)))
-    stream = train_batches(prepared.corpus, prepared.experiment.batch, seed=0)
-    batch = jax.tree.map(jnp.asarray, next(stream))
-    stream.close()
+    batches = stream(prepared.corpus, prepared.experiment.batch, seed=0, steps=100)
+    batch = jax.tree.map(jnp.asarray, next(batches))
+    batches.close()
     return prepared, batch, initial_state(prepared)
 
 
@@ -143,12 +144,54 @@ def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
 def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
     batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="uniform")
     prepared, batch, _ = set_up(bert, data, batch=batching)
-    blocks = gradients.cut(batch, (5, 4), prepared.corpus.tasks)
+    layout = gradients.layout(prepared.corpus.tasks, prepared.schedule.capacity())
+    blocks = gradients.cut(batch, layout, prepared.corpus.tasks)
+    assert layout.rows == (5, 5)
     np.testing.assert_array_equal(blocks.tokens[0], batch.tokens[:5])
     np.testing.assert_array_equal(blocks.tokens[1, :4], batch.tokens[5:])
     assert not blocks.tokens[1, 4].any()
     assert (blocks.index[1, 4] == -1).all()
     assert np.isnan(blocks.labels["rating"][1, 4]).all()
+
+
+def test_rows_in_any_order_with_empty_ones_are_cut_by_source(bert, data):
+    """Against a loop over the rows; a block of a source that is not there is empty."""
+    prepared, batch, _ = set_up(bert, data)
+    layout = gradients.layout(prepared.corpus.tasks, {"ratings": 6, "questions": 5})
+    rng = np.random.default_rng(0)
+    for source in (rng.permutation([0, 0, 0, 1, 1, 1, 1, -1]), np.array([1, -1, 1, 1, -1, 1, 1, -1]), np.full(8, -1)):
+        shuffled = batch._replace(source=jnp.asarray(source))
+        blocks = gradients.cut(shuffled, layout, prepared.corpus.tasks, multiple=4)
+        assert blocks.tokens.shape[:2] == (2, 8)
+        for number in range(2):
+            rows = [row for row in range(8) if source[row] == number]
+            np.testing.assert_array_equal(blocks.tokens[number, : len(rows)], batch.tokens[jnp.array(rows, int)])
+            np.testing.assert_array_equal(blocks.source[number], [number] * len(rows) + [-1] * (8 - len(rows)))
+            assert not blocks.segments[number, len(rows) :].any()
+
+
+def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(bert, data):
+    """Steps with 5 to 7 of 7 rows of one source, the other's absent in some; the same program for all of them."""
+    batching = Batching(rows=7, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 9, "questions": 1})
+    prepared, _, state = set_up(bert, data, weighting="mgda", batch=batching)
+    step = jax.jit(make_train_step(measure(prepared, prepared.plans[0]), optax.sgd(1.0), prepared.plans[0].mask))
+    state = state._replace(opt_state=optax.sgd(1.0).init(prepared.params))
+    batches = stream(prepared.corpus, batching, seed=0, steps=4)
+    counts = set()
+    for _ in range(4):
+        batch = jax.tree.map(jnp.asarray, next(batches))
+        counts.add(int((batch.source == 1).sum()))
+        rows = jacobian(prepared, batch)
+        expected = np.array([[rows[a] @ rows[b] for b in sorted(rows)] for a in sorted(rows)])
+        after, metrics = step(state, batch, None)
+        np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
+        moved = jax.tree.map(lambda a, b: a - b, prepared.params["trunk"], after.params["trunk"])
+        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moved)])
+        wanted = sum(float(metrics.weights[task]) * row for task, row in rows.items())
+        np.testing.assert_allclose(flat, wanted, atol=1e-4 * np.abs(wanted).max())
+    batches.close()
+    assert counts == {0, 1}
+    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("weighting_name", ["upgrad", "pcgrad"])  # one that solves, one that draws

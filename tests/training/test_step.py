@@ -9,7 +9,7 @@ import tiny
 
 from mtl_jax import ParamRule, Phase, weighting
 from mtl_jax import optimizer as optimizers
-from mtl_jax.data.batches import train_batches
+from mtl_jax.data.stream import stream
 from mtl_jax.models.head import Head
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.training.prepare import initial_state, prepare
@@ -21,9 +21,9 @@ DECAYING = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.1, warmup
 
 @pytest.fixture(scope="module")
 def batch(bert, data):
-    stream = train_batches(prepare(tiny.experiment(bert, data)).corpus, tiny.experiment(bert, data).batch, seed=0)
-    yield next(stream)
-    stream.close()
+    batches = stream(prepare(tiny.experiment(bert, data)).corpus, tiny.experiment(bert, data).batch, seed=0, steps=100)
+    yield next(batches)
+    batches.close()
 
 
 def one_phase(bert, data, *rules, **changes):

@@ -19,7 +19,9 @@ from mtl_jax.experiment import Experiment as Experiment
 from mtl_jax.experiment import Phase as Phase
 from mtl_jax.optimizer import Optimizer as Optimizer
 from mtl_jax.tasks import Classification as Classification
+from mtl_jax.tasks import Multilabel as Multilabel
 from mtl_jax.tasks import Regression as Regression
+from mtl_jax.tasks import Tagging as Tagging
 from mtl_jax.training.loop import train as train
 from mtl_jax.transfer import ParamRule as ParamRule
 from mtl_jax.trunks import Embedding as Embedding

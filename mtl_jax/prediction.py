@@ -93,7 +93,9 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
     if not known:
         return results
-    examples, cut = make_examples(source, one, [rows[i] for i in known], run.trunk.tokenizer, batch.row_length, lenient=True)
+    # Texts are read as in training, where the other tasks of the source have a say in it too.
+    beside = [task for task in run.tasks if task.source == source.name]
+    examples, cut = make_examples(source, beside, [rows[i] for i in known], run.trunk.tokenizer, batch.row_length, lenient=True)
     mesh = meshes.make(batch.rows, 1)
     apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs(one)), one, mesh)
     outputs = evaluation.run(apply, run.params, one, [examples], batch, mesh).outputs[task]
@@ -103,7 +105,8 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
             continue
         windows = [examples.window(i, group[0]) for i in group]
         answer = one[0].describe([outputs[i] for i in group], windows, examples.data[place])
-        results[known[place]] = answer | ({"truncated": True} if place in cut else {})
+        truncated = place in cut or (len(group) > 1 and not one[0].windows)
+        results[known[place]] = answer | ({"truncated": True} if truncated else {})
     return results
 
 

@@ -138,8 +138,8 @@ def make_corpus(
         tasks: The declared tasks.
         data: What read_sources returned.
         tokenizer: A transformers fast tokenizer.
-        max_length: Longest example in tokens, special tokens included. Longer texts become several examples where the source's
-            tasks can take that, else they are cut and counted.
+        max_length: Longest example in tokens, special tokens included. Longer texts become several examples where a task of the
+            source can take that, else they are cut and counted.
 
     Raises:
         UserError: A label column does not exist or a label is outside the label set; names file and line.
@@ -165,8 +165,11 @@ def make_corpus(
             next_id += len(examples.tokens)
             counts[name]["cut"] += len(cut)
             counts[name]["extra"] += len(examples.tokens) - len(rows)
-    notes = [_note(name, parts, counts[name], max_length) for name, parts in data.items()]
+    notes = [_note(own[name], name, parts, counts[name], max_length) for name, parts in data.items()]
     notes += [f"task {name}: {blank} rows have no label" for name, blank in unlabelled.items() if blank]
+    filled = tuple(task.fitted(splits["train"][task.source]) for task in filled)
+    for task in filled:
+        notes += [f"task {task.name}: {remark}" for remark in task.remarks([splits[split][task.source] for split in SPLITS])]
     return Corpus(splits, filled, notes)
 
 
@@ -205,7 +208,7 @@ def make_examples(
             first,
             second,
             max_length=max_length,
-            windows=bool(tasks) and all(task.windows for task in tasks),
+            windows=any(task.windows for task in tasks),
             stride=max((task.stride for task in tasks), default=0),
             offsets=any(task.needs_offsets for task in tasks),
             cache=cache,
@@ -250,9 +253,11 @@ def _labels(task: Labels, examples: Examples) -> tuple[Any, int]:
     return np.array(placed, task.dtype).reshape(len(placed), *task.label_shape), blank
 
 
-def _note(name: str, parts: Splits, counts: dict[str, int], max_length: int) -> str:
+def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: dict[str, int], max_length: int) -> str:
     sizes = "/".join(str(len(parts.rows[split])) for split in SPLITS)
     note = f"source {name}: {sizes} train/dev/test, {parts.repeated} repeated texts dropped, "
     if counts["extra"]:
-        return note + f"long texts read in {counts['extra']} further windows of {max_length} tokens"
+        note += f"long texts read in {counts['extra']} further windows of {max_length} tokens"
+        first = [task.name for task in tasks if not task.windows]
+        return f"{note}, by {', '.join(first)} in the first one only" if first else note
     return note + f"{counts['cut']} texts cut to {max_length} tokens"

@@ -52,8 +52,8 @@ class Task(abc.ABC):
     dtype: ClassVar[type[np.generic]] = np.int32
     # Whether labels belong to words: the text is then read as words.
     words: ClassVar[bool] = False
-    # Whether a row longer than a packed row's length becomes several windows; else it is cut, and counted. Consecutive windows
-    # share `stride` tokens.
+    # Whether a row longer than a packed row's length becomes several windows; else it is cut, and counted. Where another task
+    # of the source asks for windows, a task that does not reads the first one. Consecutive windows share `stride` tokens.
     windows: ClassVar[bool] = False
     stride: ClassVar[int] = 0
     # Whether windows carry the places of their tokens in the text.
@@ -98,6 +98,22 @@ class Task(abc.ABC):
             tokenizer: The trunk's.
         """
         return self
+
+    def fitted(self, train: Examples) -> Self:
+        """The task with what is computed from the training labels, such as class weights.
+
+        Args:
+            train: The training examples of its source, with this task's labels.
+        """
+        return self
+
+    def remarks(self, parts: Sequence[Examples]) -> list[str]:
+        """What must be said about this task's data, a line each, so that nothing happens to it in silence.
+
+        Args:
+            parts: The examples of its source, split by split.
+        """
+        return []
 
     @abc.abstractmethod
     def parse(self, row: Row) -> Any:

@@ -1,4 +1,4 @@
-"""Single-label classification: softmax cross-entropy, accuracy, macro-F1."""
+"""Single-label classification: softmax cross-entropy, accuracy, F1, Matthews correlation."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
 from mtl_jax.errors import UserError
+from mtl_jax.tasks import label_metrics
 from mtl_jax.tasks.base import PerExample, Task, column, known, labelled
+from mtl_jax.tasks.cross_entropy import balanced_weights, check_weights, cross_entropy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,10 @@ class Classification(Task):
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         label_smoothing: Share of the target probability spread evenly over the labels.
-        metric: The metric that stands for the task: accuracy or macro_f1.
+        balanced: Whether an example's loss counts n / (K n_c): n_c of n training examples have its label, K labels occur there.
+        class_weights: How much an example's loss counts, by its label; 1 for labels that are not named.
+        metric: The metric that stands for the task: accuracy, macro_f1, macro_recall, matthews; f1:LABEL, the F1 of one label;
+            f1:LABEL+LABEL, the mean F1 of several. tasks/label_metrics.py says which of them are TweetEval's.
     """
 
     column: str = "label"
@@ -44,9 +47,13 @@ class Classification(Task):
     threshold: float | None = None
     unlabelled: tuple[str, ...] = ("",)
     label_smoothing: float = 0.0
+    balanced: bool = False
+    class_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     metric: str = "accuracy"
 
-    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return label_metrics.names(self.metric)
 
     @property
     def outputs(self) -> int:
@@ -58,12 +65,24 @@ class Classification(Task):
             raise UserError(f"task {self.name!r}: a threshold needs two labels, not {len(self.labels)}")
         if len(set(self.labels)) != len(self.labels):
             raise UserError(f"task {self.name!r}: a label stands twice in its label set")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"task {self.name!r}: label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
+        if self.labels:
+            label_metrics.f1_labels(self.metric, self.labels)
+        check_weights(self.name, self.balanced, self.class_weights, self.labels)
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
             return self
         found = {column(row, self.column, self) for row in rows} - {None, *self.unlabelled}
-        return dataclasses.replace(self, labels=tuple(sorted(found)))
+        task = dataclasses.replace(self, labels=tuple(sorted(found)))
+        task.check()
+        return task
+
+    def fitted(self, train: Examples) -> Self:
+        if not self.balanced:
+            return self
+        return dataclasses.replace(self, class_weights=balanced_weights(train.labels[self.name], self.labels))
 
     def parse(self, row: Row) -> int | None:
         text = column(row, self.column, self)
@@ -83,25 +102,14 @@ class Classification(Task):
 
     def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats: sum over labelled examples, and their number."""
-        known_RxS = labels_RxS != self.missing
-        targets_RxSxO = jax.nn.one_hot(labels_RxS, self.outputs)  # a missing label, -1, is a row of zeros
-        if self.label_smoothing:
-            targets_RxSxO = optax.smooth_labels(targets_RxSxO, self.label_smoothing)
-        loss_RxS = optax.softmax_cross_entropy(outputs_RxSxO.astype(jnp.float32), targets_RxSxO)
-        return jnp.where(known_RxS, loss_RxS, 0.0).sum(), known_RxS.sum().astype(jnp.float32)
+        return cross_entropy(outputs_RxSxO, labels_RxS, self.labels, self.class_weights, self.label_smoothing)
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         return self.scores(*labelled(self, outputs, examples))
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-        """Accuracy, and F1 averaged over the labels that occur in truth or prediction; shares of 1."""
-        from sklearn.metrics import f1_score
-
-        predicted_N = outputs_NxO.argmax(axis=-1)
-        return {
-            "accuracy": float((predicted_N == labels_N).mean()),
-            "macro_f1": float(f1_score(labels_N, predicted_N, average="macro", zero_division=0)),
-        }
+        """The metrics of label_metrics.scores."""
+        return label_metrics.scores(labels_N, outputs_NxO.argmax(axis=-1), self.metric, self.labels)
 
     def constant(self, train: Examples, test: Examples) -> np.ndarray:
         return np.tile(self.prior(known(self, train)), (len(test.tokens), 1))

@@ -1,0 +1,150 @@
+"""Entities as BIO tags: what a tag sequence means, which sequences are valid, the best valid one, precision and recall.
+
+"B-X" begins an entity of type X, "I-X" goes on with it, "O" is outside (Ramshaw and Marcus 1995, in the variant where every
+entity begins with B). Shapes in names: L words, O labels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Entity(NamedTuple):
+    """Words start..end of a sentence, end excluded."""
+
+    type: str
+    start: int
+    end: int
+
+
+def is_bio(labels: Sequence[str]) -> bool:
+    """Whether a label set is one of entities: every label is O, B-something or I-something."""
+    return bool(labels) and all(label == "O" or (label.startswith(("B-", "I-")) and len(label) > 2) for label in labels)
+
+
+def breaks(tags: Sequence[str | None]) -> list[int]:
+    """The places where an I-X follows neither B-X nor I-X. After a tag that is not known, None, anything is right."""
+    found = []
+    for place, tag in enumerate(tags):
+        before = tags[place - 1] if place else "O"
+        if tag is not None and tag.startswith("I-") and before not in (None, tag, f"B-{tag[2:]}"):
+            found.append(place)
+    return found
+
+
+def repaired(tags: Sequence[str | None]) -> list[str | None]:
+    """The same tags where every I-X that follows neither B-X nor I-X is B-X."""
+    places = set(breaks(tags))
+    return [f"B-{tag[2:]}" if tag is not None and place in places else tag for place, tag in enumerate(tags)]
+
+
+def entities(tags: Sequence[str]) -> list[Entity]:
+    """The entities of a sentence, in order.
+
+    An I-X that follows neither B-X nor I-X begins an entity too, as in conlleval (Tjong Kim Sang 2000) and seqeval.
+    """
+    found: list[Entity] = []
+    beginnings = {place for place, tag in enumerate(tags) if tag.startswith("B-")} | set(breaks(tags))
+    for place, tag in enumerate(tags):
+        if place in beginnings:
+            found.append(Entity(tag[2:], place, place + 1))
+        elif tag.startswith("I-"):
+            found[-1] = found[-1]._replace(end=place + 1)
+    return found
+
+
+def decode(scores_LxO: np.ndarray, labels: tuple[str, ...]) -> np.ndarray:
+    """The label sequence with the highest sum of scores; for a BIO label set, the highest of those that are valid.
+
+    Viterbi's algorithm (1967) without transition scores: every label may follow every other, but I-X only B-X or I-X, so that
+    a word costs O steps and not O * O. Where the best label of each word makes a valid sequence, that one is the answer.
+
+    Args:
+        scores_LxO: Logits or log probabilities of the words; finite.
+        labels: The label set.
+
+    Returns:
+        i64[L], places in the label set.
+    """
+    best_L = scores_LxO.argmax(axis=-1)
+    if not len(best_L) or not is_bio(labels):
+        return best_L
+    rules = _rules(labels)
+    before_L = np.concatenate([[-1], rules.type_O[best_L[:-1]]])
+    needed_L = rules.needs_O[best_L]
+    if ((needed_L < 0) | (needed_L == before_L)).all():
+        return best_L
+
+    total_O = np.where(rules.needs_O >= 0, -np.inf, scores_LxO[0].astype(np.float64))
+    back_LxO = np.zeros(scores_LxO.shape, np.int64)
+    inside, begin = rules.inside, rules.begin
+    for word in range(1, len(scores_LxO)):
+        back_O = back_LxO[word]
+        back_O[:] = total_O.argmax()
+        back_O[inside] = np.where(total_O[begin] >= total_O[inside], begin, inside)
+        total_O = total_O[back_O] + scores_LxO[word]
+    best_L[-1] = total_O.argmax()
+    for word in range(len(best_L) - 1, 0, -1):
+        best_L[word - 1] = back_LxO[word, best_L[word]]
+    return best_L
+
+
+class _Rules(NamedTuple):
+    """What may follow what.
+
+    Attributes:
+        type_O: Number of the entity type of each label, -1 for O.
+        needs_O: The entity type that must be open in front of the label; -1 where nothing must.
+        inside: The labels I-X.
+        begin: For each of them B-X; I-X itself where the label set lacks B-X, so that it is never reached.
+    """
+
+    type_O: np.ndarray
+    needs_O: np.ndarray
+    inside: np.ndarray
+    begin: np.ndarray
+
+
+@functools.lru_cache
+def _rules(labels: tuple[str, ...]) -> _Rules:
+    types = {name: number for number, name in enumerate(sorted({label[2:] for label in labels if label != "O"}))}
+    places = {label: place for place, label in enumerate(labels)}
+    inside = [place for place, label in enumerate(labels) if label.startswith("I-")]
+    return _Rules(
+        type_O=np.array([-1 if label == "O" else types[label[2:]] for label in labels]),
+        needs_O=np.array([types[label[2:]] if label.startswith("I-") else -1 for label in labels]),
+        inside=np.array(inside, np.int64),
+        begin=np.array([places.get(f"B-{labels[place][2:]}", place) for place in inside], np.int64),
+    )
+
+
+class Scores(NamedTuple):
+    """Shares of 1: an entity is right where its type and both ends are. 0 where there is nothing to divide by."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+def entity_scores(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> tuple[Scores, dict[str, Scores]]:
+    """Precision, recall and F1 of the entities of a corpus, over all types together (micro) and of each type.
+
+    seqeval counts, in its default mode, which is that of conlleval and so of the published figures.
+
+    Args:
+        gold: The tags of each sentence.
+        predicted: As many tags of each sentence.
+    """
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+    types = sorted({tag[2:] for tags in (*gold, *predicted) for tag in tags if tag != "O"})
+    if not types:
+        return Scores(0.0, 0.0, 0.0), {}
+    of_all = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+    of_each = precision_recall_fscore_support(gold, predicted, average=None, zero_division=0)
+    rows = zip(*(column.tolist() for column in of_each[:3]), strict=True)
+    return Scores(*map(float, of_all[:3])), {name: Scores(*row) for name, row in zip(types, rows, strict=True)}

@@ -1,0 +1,234 @@
+"""Tagging: a label for each word. Entities as BIO tags, or any other label set, such as parts of speech."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+import numpy as np
+
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Window
+from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError
+from mtl_jax.tasks import bio
+from mtl_jax.tasks.base import PerExample, Task, column
+from mtl_jax.tasks.cross_entropy import MISSING, balanced_weights, check_weights, cross_entropy
+
+ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tagging(Task):
+    """One of a set of labels for each word of a text.
+
+    A word's label stands on its first sub-word; the others have none. A text that is longer than a row is read in several
+    windows of whole words, and its words are put together again for metrics and predictions. A word without any token, such as
+    a control character, is predicted as "O", or where there is no such label as nothing, which is never right; such words are
+    counted when the data is read.
+
+    A label set is taken for entities where every label is O, B-something or I-something. Then the best valid sequence is
+    predicted, in which I-X follows only B-X or I-X, and metrics count entities; else the best label of each word.
+
+    Attributes:
+        name: The task's name: its key in losses, weights, metrics and params["heads"].
+        source: The source whose rows it labels.
+        column: The column of that source that holds a label for each word: a list, or text with spaces between the labels.
+        text: The column that holds the words, the source's text: a list, or text with spaces between the words.
+        labels: The label set in order; empty means every label found in the training file, sorted, and B-X for every I-X.
+        unlabelled: What is written where a word has no label. Such words count neither in loss nor metrics; nor do rows without
+            labels.
+        repair: Whether an I-X that follows neither B-X nor I-X is read as B-X, and counted; else it is an error.
+        balanced: Whether a word's loss counts n / (K n_c): n_c of n training words have its label, K labels occur there.
+        class_weights: How much a word's loss counts, by its label; 1 for labels that are not named.
+        hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
+        dropout: Dropout rate in front of the head.
+        metric: The metric that stands for the task: entity_f1, entity_precision, entity_recall or token_accuracy. Empty: the
+            first of them for entities, else the last.
+    """
+
+    column: str = "tags"
+    text: str = "text"
+    labels: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ("", "_")
+    repair: bool = False
+    balanced: bool = False
+    class_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    metric: str = ""
+
+    level: ClassVar[str] = "token"
+    label_level: ClassVar[str] = "token"
+    words: ClassVar[bool] = True
+    windows: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        entities = not self.labels or bio.is_bio(self.labels)
+        return (*ENTITY_METRICS, "token_accuracy") if entities else ("token_accuracy",)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels)
+
+    def check(self) -> None:
+        # Which metric an empty one stands for is known with the label set.
+        super(Tagging, self if self.metric else dataclasses.replace(self, metric="token_accuracy")).check()
+        if len(set(self.labels)) != len(self.labels):
+            raise UserError(f"task {self.name!r}: a label stands twice in its label set")
+        if bio.is_bio(self.labels):
+            for label in self.labels:
+                if label.startswith("I-") and f"B-{label[2:]}" not in self.labels:
+                    raise UserError(
+                        f"task {self.name!r}: the label set has {label} and lacks B-{label[2:]}, which must precede it"
+                    )
+        check_weights(self.name, self.balanced, self.class_weights, self.labels)
+
+    def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
+        labels = self.labels
+        if not labels:
+            found = {tag for row in rows for tag in self._tags(row) or () if tag is not None}
+            if bio.is_bio(tuple(found)):
+                found |= {f"B-{tag[2:]}" for tag in found if tag.startswith("I-")}
+            labels = tuple(sorted(found))
+        metric = self.metric or ("entity_f1" if bio.is_bio(labels) else "token_accuracy")
+        task = dataclasses.replace(self, labels=labels, metric=metric)
+        task.check()
+        return task
+
+    def fitted(self, train: Examples) -> Self:
+        if not self.balanced:
+            return self
+        labels_N = np.concatenate([np.zeros(0, self.dtype), *train.labels[self.name]])
+        return dataclasses.replace(self, class_weights=balanced_weights(labels_N, self.labels))
+
+    def remarks(self, parts: Sequence[Examples]) -> list[str]:
+        rows = [row for part in parts for row in part.data]
+        words = sum(len(self._words(row)) for row in rows)
+        read = sum(int((at_L >= 0).sum()) for part in parts for at_L in part.words or ())
+        broken = sum(len(bio.breaks(self._written(row) or ())) for row in rows) if self.repair else 0
+        lines = [f"{broken} tags I-X without B-X or I-X in front read as B-X"] if broken else []
+        if read < words:
+            counted = "are outside of every entity" if "O" in self.labels else "count as wrong"
+            lines.append(f"{words - read} of {words} words have no token, teach nothing and {counted}")
+        return lines
+
+    def parse(self, row: Row) -> np.ndarray | None:
+        """i32[words], places in the label set, -1 where a word has no label."""
+        tags, words = self._tags(row), self._words(row)
+        if tags is None:
+            return None
+        if len(tags) != len(words):
+            raise ValueError(f"{len(words)} words and {len(tags)} tags; there must be one for each word")
+        places: dict[str | None, int] = {None: MISSING} | {label: place for place, label in enumerate(self.labels)}
+        for number, (word, tag) in enumerate(zip(words, tags, strict=True), 1):
+            if tag not in places:
+                raise ValueError(f"tag {tag!r} of word {number}, {word!r}, is not in the label set ({', '.join(self.labels)})")
+        if bio.is_bio(self.labels):
+            for place in bio.breaks(tags):
+                raise ValueError(
+                    f"tag {tags[place]!r} of word {place + 1}, {words[place]!r}, follows neither B nor I of its type; correct "
+                    "it, or set repair to read it as B"
+                )
+        label_L = np.array([places[tag] for tag in tags], self.dtype)
+        return label_L if (label_L != MISSING).any() else None
+
+    def place(self, label: np.ndarray | None, window: Window) -> np.ndarray:
+        placed = np.full(len(window.tokens), self.missing, self.dtype)
+        if label is not None:
+            words = _words_of(window)
+            placed[words >= 0] = label[words[words >= 0]]
+        return placed
+
+    def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy in nats: sum over labelled words, and their number."""
+        return cross_entropy(outputs, labels, self.labels, self.class_weights)
+
+    def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
+        """Share of the labelled words that are right; for entities also precision, recall and F1, each a share of 1.
+
+        A word that is not labelled counts as outside of every entity, in truth and in prediction.
+        """
+        assert examples.words is not None
+        gold, predicted = [], []
+        for group in examples.groups():
+            gold_L = self.parse(examples.data[examples.row_of[group[0]]])
+            if gold_L is not None:
+                known_L = gold_L != MISSING
+                found_L = self._decode([outputs[i] for i in group], [examples.words[i] for i in group], len(gold_L))
+                gold.append(gold_L)
+                # Beside the prediction that fails to be there, one that is not asked for.
+                predicted.append(np.where(known_L, found_L, MISSING))
+        gold_N, predicted_N = (np.concatenate([np.zeros(0, self.dtype), *arrays]) for arrays in (gold, predicted))
+        scores = {"token_accuracy": float((gold_N == predicted_N)[gold_N != MISSING].mean()) if gold else 0.0}
+        if bio.is_bio(self.labels):
+            of_all, _ = bio.entity_scores([self._tagged(x, "O") for x in gold], [self._tagged(x, "O") for x in predicted])
+            scores |= {f"entity_{name}": value for name, value in of_all._asdict().items()}
+        return scores
+
+    def constant(self, train: Examples, test: Examples) -> PerExample:
+        labels_N = np.concatenate([np.zeros(0, self.dtype), *train.labels[self.name]])
+        counts_O = np.bincount(labels_N[labels_N != self.missing], minlength=self.outputs)
+        # Half a word more of each, so that a label that train lacks is unlikely, not impossible.
+        prior_O = np.log(counts_O + 0.5).astype(np.float32)
+        return [np.tile(prior_O, (len(ids), 1)) for ids in test.tokens]
+
+    def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
+        """The row's words, a tag for each (null where there is none), and entities: type, first word, word past the last."""
+        words = self._words(row)
+        found_L = self._decode(outputs, [_words_of(window) for window in windows], len(words))
+        result: dict[str, Any] = {"words": words, "tags": self._tagged(found_L, None)}
+        if bio.is_bio(self.labels):
+            result["entities"] = [
+                {**entity._asdict(), "text": " ".join(words[entity.start : entity.end])}
+                for entity in bio.entities(self._tagged(found_L, "O"))
+            ]
+        return result
+
+    def _words(self, row: Row) -> list[str]:
+        words = column(row, self.text, self)
+        return words.split() if isinstance(words, str) else words
+
+    def _written(self, row: Row) -> list[str | None] | None:
+        """The tags as they are written, None for those that are unlabelled; None where the row has none."""
+        written = column(row, self.column, self)
+        if isinstance(written, str):
+            written = None if written.strip() in self.unlabelled else written.split()
+        return None if written is None else [None if tag in self.unlabelled else tag for tag in written]
+
+    def _tags(self, row: Row) -> list[str | None] | None:
+        """The tags as they are read: repaired, where that is asked for."""
+        written = self._written(row)
+        return bio.repaired(written) if written is not None and self.repair else written
+
+    def _decode(self, outputs: Sequence[np.ndarray], words: Sequence[np.ndarray], length: int) -> np.ndarray:
+        """i64[length], the predicted label of each word of a row, from the outputs of its windows.
+
+        Args:
+            outputs: For each window f32[len, O].
+            words: For each window i32[len], as in Window.
+            length: Number of words.
+        """
+        scores_LxO = np.zeros((length, self.outputs), np.float32)
+        read_L = np.zeros(length, bool)
+        for outputs_TxO, words_T in zip(outputs, words, strict=True):
+            first_T = words_T >= 0
+            scores_LxO[words_T[first_T]] = outputs_TxO[first_T]
+            read_L[words_T[first_T]] = True
+        found_L = np.full(length, self.labels.index("O") if "O" in self.labels else MISSING)
+        # Stretches of words between those without a token: nothing goes on across such a word.
+        for start, end in np.flatnonzero(np.diff(read_L, prepend=False, append=False)).reshape(-1, 2):
+            found_L[start:end] = bio.decode(scores_LxO[start:end], self.labels)
+        return found_L
+
+    def _tagged(self, labels_L: np.ndarray, missing: str | None) -> list[Any]:
+        names = (*self.labels, missing)  # -1 is the last
+        return [names[label] for label in labels_L.tolist()]
+
+
+def _words_of(window: Window) -> np.ndarray:
+    assert window.words is not None, "a text given as words"
+    return window.words

@@ -1,0 +1,270 @@
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packing
+import pytest
+import tiny
+
+from mtl_jax import Classification, Evaluation, Phase, Pretrained, Source, train
+from mtl_jax.data.examples import make_examples
+from mtl_jax.data.labels import Window
+from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError
+from mtl_jax.prediction import predict
+from mtl_jax.pretrained import load_tokenizer
+from mtl_jax.tasks import Tagging
+from mtl_jax.training.prepare import prepare
+
+LABELS = ("B-bad", "B-good", "I-bad", "I-good", "O")
+SLOTS = Tagging(name="slots", source="said", labels=LABELS)
+POS = Tagging(name="pos", source="said", labels=("ADJ", "NOUN", "PUNCT"))
+INTENT = Classification(name="intent", source="said", column="intent")
+
+
+def tag(words):
+    """Entities are runs of good or bad words."""
+    kinds = ["good" if word in tiny.GOOD else "bad" if word in tiny.BAD else "" for word in words]
+    before = ["", *kinds[:-1]]
+    return [f"{'I' if kind == last else 'B'}-{kind}" if kind else "O" for kind, last in zip(kinds, before, strict=True)]
+
+
+def write(folder, name, rows):
+    """rows: (words, tags, intent)."""
+    lines = ["text\ttags\tintent", *(f"{' '.join(words)}\t{' '.join(tags)}\t{intent}" for words, tags, intent in rows)]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Short sentences, and every tenth too long for a row of 24 tokens; some words and some rows are not labelled."""
+    folder = tmp_path_factory.mktemp("said")
+    rng = random.Random(0)
+    for name in ("train", "dev", "test"):
+        rows = []
+        for number in range(20):
+            length = 60 if number % 10 == 0 else rng.randint(3, 9)
+            words = [rng.choice(tiny.GOOD + tiny.BAD + tiny.OTHER) for _ in range(length)]
+            tags = tag(words)
+            if number % 5 == 1:
+                tags[1:3] = ["_", "_"]
+            rows.append((words, [] if number == 3 else tags, "" if number == 4 else rng.choice(["ask", "say"])))
+        write(folder, f"{name}.tsv", rows)
+    return folder
+
+
+def experiment(bert, folder, *tasks, **changes):
+    paths = {"path": f"{folder}/train.tsv", "dev_path": f"{folder}/dev.tsv", "test_path": f"{folder}/test.tsv"}
+    return tiny.experiment(
+        bert,
+        folder,
+        trunk=Pretrained(str(bert), dropout=0.0),
+        sources=(Source(name="said", format="tsv", **paths),),
+        tasks=tasks,
+        phases=(Phase("all", steps=4),),
+        batch=packing.PACKED,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(bert, folder):
+    """Intent and slots on one source: one forward pass."""
+    return prepare(experiment(bert, folder, INTENT, dataclasses.replace(SLOTS, labels=(), hidden=8)))
+
+
+def examples_of(bert, rows, max_length=24, task=SLOTS):
+    rows = [Row({"text": words, "tags": tags}, f"file:{number}") for number, (words, tags) in enumerate(rows, 1)]
+    examples, _ = make_examples(Source(name="said", path=""), [task], rows, load_tokenizer(bert), max_length)
+    return examples
+
+
+def perfect(task, examples):
+    """Outputs that say at each labelled token what is right, and at the others what is wrong."""
+    outputs = []
+    for group in examples.groups():
+        label = task.parse(examples.data[examples.row_of[group[0]]])
+        for i in group:
+            placed = task.place(label, examples.window(i, group[0]))
+            outputs.append(np.eye(len(task.labels), dtype=np.float32)[placed])
+    return outputs
+
+
+def test_packed_equals_unpacked(prepared):
+    packing.assert_packing_changes_nothing(prepared)
+
+
+def test_label_sets_are_found(prepared):
+    slots = prepared.corpus.tasks[1]
+    assert (slots.labels, slots.metric) == (LABELS, "entity_f1")
+    assert slots.metric_names == ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")
+    assert POS.metric_names == ("token_accuracy",)
+    rows = [Row({"text": "a b", "tags": tags}, "file:1") for tags in ("X Y", "Y _")]
+    found = Tagging(name="pos", source="said").filled(rows, None)
+    assert (found.labels, found.metric) == (("X", "Y"), "token_accuracy")
+    # A type that only goes on, after a word without a label, can begin too.
+    found = Tagging(name="t", source="said").filled([Row({"text": "a b", "tags": "_ I-x"}, "file:1")], None)
+    assert found.labels == ("B-x", "I-x")
+
+
+def test_missing_labels_give_no_loss(prepared):
+    labels = prepared.corpus.splits["train"]["said"].labels
+    counts = packing.measured(prepared, packing.whole(prepared, packing.PACKED)).counts
+    assert counts["slots"] == (labels["slots"].values >= 0).sum()
+    assert counts["intent"] == (labels["intent"] >= 0).sum() == 19  # one row says no intent; further windows have none
+
+    outputs = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 5)))
+    gradient = jax.grad(lambda o: SLOTS.loss(o, jnp.array([[4, -1, 0, -1]]), None)[0])(outputs)
+    np.testing.assert_array_equal(np.abs(gradient[0]).sum(-1) > 0, [True, False, True, False])
+
+
+def test_labels_stand_on_first_sub_words():
+    row = Row({"text": "a fine film", "tags": "O B-good _"}, "file:1")
+    window = Window(0, np.arange(7), None, np.array([-1, 0, 1, -1, -1, 2, -1]), None)
+    np.testing.assert_array_equal(SLOTS.place(SLOTS.parse(row), window), [-1, 4, 1, -1, -1, -1, -1])
+    np.testing.assert_array_equal(SLOTS.place(None, window), [-1] * 7)
+
+
+def test_a_long_sentence_loses_no_word(prepared, bert):
+    """It comes in windows, each word in one of them; metrics and predictions put them together again."""
+    for examples in prepared.corpus.splits["train"].values():
+        group = examples.groups()[0]
+        assert len(group) == 3
+        words = np.concatenate([examples.words[i] for i in group])
+        np.testing.assert_array_equal(words[words >= 0], np.arange(60))
+
+    slots = prepared.corpus.tasks[1]
+    outputs = perfect(slots, examples)
+    expected = dict.fromkeys(slots.metric_names, 1.0)
+    assert slots.metrics(outputs, examples) == expected
+    row = examples.data[0]
+    answer = slots.describe(outputs[:3], [examples.window(i, 0) for i in group], row)
+    assert answer["words"] == row.columns["text"].split()
+    assert answer["tags"] == row.columns["tags"].split() == tag(answer["words"])
+
+
+def test_predictions_of_a_run_do_not_depend_on_windows(bert):
+    """An entity across the edge of two windows is one entity."""
+    words = ["the"] * 20 + ["good"] * 4 + ["film"]
+    examples = examples_of(bert, [(words, tag(words))])
+    assert len(examples.tokens) == 2
+    windows = [examples.window(i, 0) for i in range(2)]
+    answer = SLOTS.describe(perfect(SLOTS, examples), windows, examples.data[0])
+    assert answer["entities"] == [{"type": "good", "start": 20, "end": 24, "text": "good good good good"}]
+    assert SLOTS.metrics(perfect(SLOTS, examples), examples)["entity_f1"] == 1.0
+
+
+def test_broken_predictions_are_decoded_to_valid_ones(bert):
+    examples = examples_of(bert, [(["good", "film"], ["B-good", "I-good"])])
+    scores = np.zeros((4, 5), np.float32)
+    scores[1], scores[2] = [0, 2, 0, 0, 3], [0, 0, 0, 4, 2]  # word by word: O, I-good
+    answer = SLOTS.describe([scores], [examples.window(0, 0)], examples.data[0])
+    assert answer["tags"] == ["B-good", "I-good"]
+    assert SLOTS.metrics([scores], examples) == dict.fromkeys(SLOTS.metric_names, 1.0)
+
+
+def test_metrics_by_hand_with_words_and_rows_that_are_not_labelled(bert):
+    rows = [(["good", "film", "bad"], ["B-good", "O", "B-bad"]), (["fine"], [None]), (["sad", "man"], ["B-bad", "_"])]
+    examples = examples_of(bert, rows)
+    outputs = perfect(SLOTS, examples)
+    outputs[0][3] = np.eye(5)[1]  # "bad" is taken for good
+    outputs[1][1] = outputs[2][2] = np.eye(5)[1]  # where nothing is labelled, nothing is wrong
+    scores = SLOTS.metrics(outputs, examples)
+    found = {"token_accuracy": 3 / 4, "entity_precision": 2 / 3, "entity_recall": 2 / 3, "entity_f1": 2 / 3}
+    assert scores == pytest.approx(found)
+
+
+@pytest.mark.parametrize(("task", "predicted", "accuracy"), [(SLOTS, "O", 3 / 3), (POS, None, 2 / 3)])
+def test_a_word_without_a_token(bert, task, predicted, accuracy):
+    """The tokenizer makes nothing of a no-break space."""
+    tags = {"slots": ["B-good", "O", "O"], "pos": ["ADJ", "PUNCT", "NOUN"]}[task.name]
+    examples = examples_of(bert, [(["good", "\u00a0", "film"], tags)])
+    answer = task.describe(perfect(task, examples), [examples.window(0, 0)], examples.data[0])
+    assert answer["tags"] == [tags[0], predicted, tags[2]]
+    assert task.metrics(perfect(task, examples), examples)["token_accuracy"] == pytest.approx(accuracy)
+    assert len(task.remarks([examples])) == 1
+    assert "1 of 3 words have no token" in task.remarks([examples])[0]
+    assert ("entities" in answer) == (task is SLOTS)
+
+
+def test_constant_baseline_is_the_most_frequent_tag(prepared):
+    slots = prepared.corpus.tasks[1]
+    split = {name: parts["said"] for name, parts in prepared.corpus.splits.items()}
+    outputs = slots.constant(split["train"], split["test"])
+    assert [len(x) for x in outputs] == [len(ids) for ids in split["test"].tokens]
+    labels = split["test"].labels["slots"].values
+    scores = slots.metrics(outputs, split["test"])
+    assert scores["token_accuracy"] == pytest.approx((labels[labels >= 0] == 4).mean())
+    assert scores["entity_f1"] == 0
+
+
+def test_balanced_weights_come_from_the_training_words(bert, folder):
+    task = dataclasses.replace(SLOTS, balanced=True)
+    corpus = prepare(experiment(bert, folder, task)).corpus
+    labels = corpus.splits["train"]["said"].labels["slots"].values
+    labels = labels[labels >= 0]
+    weights = corpus.tasks[0].class_weights
+    assert weights == pytest.approx({name: len(labels) / 5 / (labels == i).sum() for i, name in enumerate(LABELS)})
+    assert np.mean([weights[LABELS[i]] for i in labels]) == pytest.approx(1)
+
+
+def test_broken_tags_can_be_read_as_beginnings():
+    row = Row({"text": "good film", "tags": ["I-good", "I-good"]}, "file:1")
+    repairing = dataclasses.replace(SLOTS, repair=True)
+    np.testing.assert_array_equal(repairing.parse(row), [1, 3])
+
+
+def test_repaired_tags_are_counted(bert, folder, tmp_path):
+    for name in ("train", "dev", "test"):
+        write(tmp_path, f"{name}.tsv", [(["good", "film", name], ["I-good", "O", "I-bad"], "say")])
+    notes = prepare(experiment(bert, tmp_path, Tagging(name="slots", source="said", repair=True))).notes
+    assert "task slots: 6 tags I-X without B-X or I-X in front read as B-X" in notes
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ("B-good O", "3 words and 2 tags; there must be one for each word"),
+        ("O I-good O", "tag 'I-good' of word 2, 'film', follows neither B nor I of its type; correct it, or set repair"),
+        ("B-bad I-good O", "tag 'I-good' of word 2, 'film', follows neither B nor I of its type"),
+        ("B-good O B-new", r"tag 'B-new' of word 3, 'was', is not in the label set \(B-bad, B-good, I-bad, I-good, O\)"),
+    ],
+)
+def test_bad_tags_are_one_line_with_their_place(bert, folder, tmp_path, tags, message):
+    for name in ("train", "dev", "test"):
+        rows = [
+            (["good", "film", name], ["B-good", "I-good", "O"], "say"),
+            (["sad", "man", name], ["B-bad", "I-bad", "O"], "ask"),
+        ]
+        write(tmp_path, f"{name}.tsv", [*rows, (["good", "film", "was"], tags.split(), "say")] if name == "dev" else rows)
+    with pytest.raises(UserError, match=rf"dev\.tsv:4: task 'slots': {message}"):
+        prepare(experiment(bert, tmp_path, dataclasses.replace(SLOTS, labels=())))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ("O", "I-x")}, "the label set has I-x and lacks B-x"),
+        ({"labels": ("X", "Y"), "metric": "entity_f1"}, "unknown metric of task 'slots'.*choices: token_accuracy"),
+        ({"labels": ("X", "X")}, "stands twice"),
+        ({"class_weights": {"B-gold": 2.0}}, "'B-gold'.*did you mean 'B-good'"),
+    ],
+)
+def test_fields_that_make_no_sense(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(SLOTS, **changes).check()
+
+
+def test_a_run_from_text_to_entities(bert, folder, tmp_path):
+    """Trained, evaluated and asked again: a prediction per word, of long texts too; the intent reads the first window."""
+    tasks = (dataclasses.replace(INTENT, balanced=True), dataclasses.replace(SLOTS, labels=()))
+    settings = {"evaluation": Evaluation(every=4, baseline="constant")}
+    results = train(experiment(bert, folder, *tasks, **settings), tmp_path / "run")["tasks"]
+    assert results["slots"]["metric"] == "entity_f1"
+    assert set(results["slots"]["test"]) == {"loss", "entity_f1", "entity_precision", "entity_recall", "token_accuracy"}
+    short, long = predict(tmp_path / "run", "slots", ["a fine film", "the film " * 30])
+    assert (len(short["tags"]), len(long["tags"])) == (3, 60)
+    assert "truncated" not in long
+    assert predict(tmp_path / "run", "intent", ["the film " * 30])[0]["truncated"]

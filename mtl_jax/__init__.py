@@ -19,8 +19,10 @@ from mtl_jax.experiment import Experiment as Experiment
 from mtl_jax.experiment import Phase as Phase
 from mtl_jax.optimizer import Optimizer as Optimizer
 from mtl_jax.tasks import Classification as Classification
+from mtl_jax.tasks import MaskedLM as MaskedLM
 from mtl_jax.tasks import Multilabel as Multilabel
 from mtl_jax.tasks import Regression as Regression
+from mtl_jax.tasks import Span as Span
 from mtl_jax.tasks import Tagging as Tagging
 from mtl_jax.training.loop import train as train
 from mtl_jax.transfer import ParamRule as ParamRule

@@ -207,6 +207,12 @@ def check(experiment: Experiment) -> None:
         if task.source not in [s.name for s in experiment.sources]:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
         task.check()
+        others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
+        if task.corrupts and others:
+            raise UserError(
+                f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
+                "declare the same file as a second source"
+            )
     for field, value, choices in (
         ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),

@@ -53,9 +53,8 @@ class Task(abc.ABC):
     # Whether labels belong to words: the text is then read as words.
     words: ClassVar[bool] = False
     # Whether a row longer than a packed row's length becomes several windows; else it is cut, and counted. Where another task
-    # of the source asks for windows, a task that does not reads the first one. Consecutive windows share `stride` tokens.
+    # of the source asks for windows, a task that does not reads the first one.
     windows: ClassVar[bool] = False
-    stride: ClassVar[int] = 0
     # Whether windows carry the places of their tokens in the text.
     needs_offsets: ClassVar[bool] = False
     # Whether the task changes its source's tokens, by corrupt().
@@ -72,6 +71,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def outputs(self) -> int:
         """O, numbers the head gives per example or token."""
+
+    @property
+    def stride(self) -> int:
+        """Tokens that consecutive windows of a row share."""
+        return 0
 
     @property
     def label_shape(self) -> tuple[int, ...]:

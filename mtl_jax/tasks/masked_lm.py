@@ -1,0 +1,170 @@
+"""Masked language modelling: hidden tokens are guessed from the others, to adapt a trunk to texts that nobody labelled.
+
+Shapes in names: R rows, T tokens a row, S examples a row, P hidden tokens a row at most, H trunk width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Window
+from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError
+from mtl_jax.models.encoded import Encoded
+from mtl_jax.models.heads import MaskedLMHead
+from mtl_jax.tasks.base import Task
+
+MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the others stay as they are
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLM(Task):
+    """Every text's hidden tokens (Devlin et al., 2019), anew in every pass over the source (Liu et al., 2019).
+
+    A share of each text's tokens is chosen; of these 80 % become the mask token, 10 % another token, 10 % stay. In evaluation
+    the same ones are hidden every time. A long text is divided into windows. The output layer is the trunk's token table.
+
+    Attributes:
+        name: The task's name: its key in losses, weights, metrics and params["heads"].
+        source: The source whose texts it learns. No other task can have that source, whose texts are changed.
+        rate: Share of a text's tokens that are chosen, at least one token; special tokens never are.
+        mask: Id of the mask token; filled in from the trunk's tokenizer, as are the next two.
+        vocabulary: Number of ids.
+        special: Ids that are never chosen.
+        hidden: Must be 0: this head has a shape of its own.
+        dropout: Dropout rate in front of the head.
+        metric: The metric that stands for the task: accuracy.
+    """
+
+    rate: float = 0.15
+    mask: int = -1
+    vocabulary: int = 0
+    special: tuple[int, ...] = ()
+    metric: str = "accuracy"
+
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy",)
+    level: ClassVar[str] = "token"
+    label_level: ClassVar[str] = "token"
+    windows: ClassVar[bool] = True
+    corrupts: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("tokens", "table")
+    outputs: ClassVar[int] = 2
+
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.rate <= 1:
+            raise UserError(f"task {self.name!r}: rate is {self.rate}; it must be above 0 and at most 1")
+        if self.hidden:
+            raise UserError(f"task {self.name!r}: hidden is {self.hidden}; a masked LM's head has no such layer, leave it at 0")
+
+    def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
+        if tokenizer.mask_token_id is None:
+            raise UserError(
+                f"task {self.name!r}: masked LM needs a trunk whose tokenizer has a mask token, which this one has not"
+            )
+        special = tuple(sorted(tokenizer.all_special_ids))
+        return dataclasses.replace(self, mask=tokenizer.mask_token_id, vocabulary=len(tokenizer), special=special)
+
+    def parse(self, row: Row) -> None:
+        return None
+
+    def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """What the trunk sees, i32[len], and the hidden tokens' ids at their places, -1 at all others, i32[len]."""
+        labels = np.full_like(tokens, self.missing)
+        places = np.flatnonzero(~np.isin(tokens, self.special))
+        if not len(places):
+            return tokens, labels
+        chosen = rng.choice(places, max(1, round(self.rate * len(places))), replace=False)
+        labels[chosen] = tokens[chosen]
+        fate = rng.random(len(chosen))
+        random = rng.integers(self.vocabulary - len(self.special), size=len(chosen))
+        for number in self.special:  # ascending: the others, counted without special ones, to ids
+            random += random >= number
+        tokens = tokens.copy()
+        tokens[chosen] = np.where(fate < MASKED, self.mask, np.where(fate < MASKED + RANDOM, random, labels[chosen]))
+        return tokens, labels
+
+    def places(self, length: int, examples: int) -> int:
+        """P, so many of a row's tokens are hidden at most: sum of max(1, round(rate * n)) <= rate * T + S, n tokens of each.
+
+        Args:
+            length: T.
+            examples: S.
+        """
+        most = math.floor(self.rate * length + 1e-6) + examples
+        return min(length, -(-most // 8) * 8)
+
+    def init(self, key: jax.Array, width: int) -> Any:
+        table_VxH = jnp.zeros((self.vocabulary, width))
+        # Not head.init: the head's initialiser has that name.
+        head, vectors_1x1xH = self._head(width, jnp.float32), jnp.zeros((1, 1, width))
+        return nn.Module.init(head, key, vectors_1x1xH, None, table_VxH, True)["params"]
+
+    def _head(self, width: int, dtype: Any) -> MaskedLMHead:
+        return MaskedLMHead(self.vocabulary, width, "gelu", 1e-12, dtype, nn.initializers.normal(0.02))
+
+    def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """f32[R, T, 2]: where a token is hidden, its negative log-likelihood, and 1 if it is guessed or 0; elsewhere (0, -1).
+
+        Logits are computed at P places a row, not at all T.
+
+        Raises:
+            UserError: The batch has no labels, so nothing is hidden in it; or the token table does not fit.
+        """
+        assert encoded.tokens is not None
+        assert encoded.table is not None
+        if self.name not in batch.labels:
+            raise UserError(self._no_prediction)
+        labels_RxT, H = batch.labels[self.name], encoded.tokens.shape[-1]
+        if encoded.table.shape[0] < self.vocabulary or encoded.table.shape[1] != H:
+            raise UserError(
+                f"task {self.name!r}: masked LM needs a token table of {self.vocabulary} x {H}, by tokenizer and trunk; this "
+                f"trunk's is {encoded.table.shape[0]} x {encoded.table.shape[1]}"
+            )
+        hidden_RxT = labels_RxT != self.missing
+        P = self.places(labels_RxT.shape[1], batch.index.shape[1])
+        at_RxP = jnp.argsort(~hidden_RxT, axis=1, stable=True)[:, :P]  # the hidden ones first
+        x_RxPxH = jnp.take_along_axis(encoded.tokens, at_RxP[..., None], axis=1)
+        if key is not None:
+            dropout = nn.Dropout(self.dropout, deterministic=False)
+            x_RxPxH = jnp.asarray(dropout.apply({}, x_RxPxH, rngs={"dropout": key}))
+        table_VxH = encoded.table[: self.vocabulary]
+        head = self._head(H, encoded.tokens.dtype)
+        logits_RxPxV = jnp.asarray(head.apply({"params": params}, x_RxPxH, None, table_VxH, True), jnp.float32)
+        target_RxP = jnp.maximum(jnp.take_along_axis(labels_RxT, at_RxP, axis=1), 0)
+        loss_RxP = optax.softmax_cross_entropy_with_integer_labels(logits_RxPxV, target_RxP)
+        right_RxP = (logits_RxPxV.argmax(axis=-1) == target_RxP).astype(jnp.float32)
+        # Back to the tokens: the n-th hidden one of a row has the n-th place.
+        place_RxT = jnp.maximum(jnp.cumsum(hidden_RxT, axis=1) - 1, 0)
+        found_RxTx2 = jnp.take_along_axis(jnp.stack([loss_RxP, right_RxP], axis=-1), place_RxT[..., None], axis=1)
+        return jnp.where(hidden_RxT[..., None], found_RxTx2, jnp.array([0.0, -1.0]))
+
+    def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Negative log-likelihood in nats: sum over the hidden tokens, and their number."""
+        hidden_RxT = labels != self.missing
+        return jnp.where(hidden_RxT, outputs[..., 0], 0.0).sum(), hidden_RxT.sum().astype(jnp.float32)
+
+    def metrics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> dict[str, float]:
+        """Accuracy, a share of 1, and perplexity (lower is better), both over the hidden tokens only."""
+        found_Nx2 = np.concatenate(list(outputs)).astype(np.float64)
+        found_Nx2 = found_Nx2[found_Nx2[:, 1] >= 0]
+        perplexity = np.exp(min(float(found_Nx2[:, 0].mean()), 700.0))  # what a float can still hold
+        return {"accuracy": float(found_Nx2[:, 1].mean()), "perplexity": float(perplexity)}
+
+    def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
+        raise UserError(self._no_prediction)
+
+    @property
+    def _no_prediction(self) -> str:
+        return f"task {self.name!r} is a masked LM, which hides tokens of its own choice: it has no prediction for a text"

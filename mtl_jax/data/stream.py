@@ -18,7 +18,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -29,7 +29,7 @@ from mtl_jax.data import mixture
 from mtl_jax.data.batches import Batch, Batching, Part, fill, part_of
 from mtl_jax.data.examples import Corpus
 from mtl_jax.data.labels import Labels
-from mtl_jax.data.mixture import Schedule
+from mtl_jax.data.mixture import InTurn
 from mtl_jax.data.packing import best_fit
 from mtl_jax.errors import UserError
 
@@ -38,17 +38,38 @@ AHEAD = 4  # batches made ahead of the step
 FEWEST_ROWS, MOST_ROWS = 16, 1024
 
 
-def schedule(corpus: Corpus, batching: Batching, steps: int) -> Schedule:
+class Stretch(NamedTuple):
+    """Steps with a mixture of their own.
+
+    Attributes:
+        steps: How many.
+        mixture: As in Batching; so are mixture_end, which is reached at the end of these steps, and shares.
+    """
+
+    steps: int
+    mixture: str
+    mixture_end: str
+    shares: dict[str, float]
+
+
+def schedule(corpus: Corpus, batching: Batching, stretches: Sequence[Stretch]) -> InTurn:
     """Which sources the rows of a run's batches belong to.
 
     Raises:
         UserError: A mixture or a share is refused.
     """
     sizes = {part.source: int(part.lengths.sum()) for part in _parts(corpus)}
-    return mixture.schedule(batching.mixture, batching.mixture_end, batching.shares, sizes, batching.rows, steps)
+    return InTurn(tuple(mixture.schedule(s.mixture, s.mixture_end, s.shares, sizes, batching.rows, s.steps) for s in stretches))
 
 
-def stream(corpus: Corpus, batching: Batching, seed: int, steps: int, host: int = 0, hosts: int = 1) -> Stream:
+def one_stretch(batching: Batching, steps: int) -> tuple[Stretch, ...]:
+    """The batches' own mixture over the whole run."""
+    return (Stretch(steps, batching.mixture, batching.mixture_end, batching.shares),)
+
+
+def stream(
+    corpus: Corpus, batching: Batching, seed: int, stretches: Sequence[Stretch], host: int = 0, hosts: int = 1
+) -> Stream:
     """Endless training batches, this host's rows of them.
 
     Each source is shuffled anew in every pass and repeats by itself, so that a small source does not wait for a large one.
@@ -58,7 +79,7 @@ def stream(corpus: Corpus, batching: Batching, seed: int, steps: int, host: int 
         corpus: The data; its train split is used.
         batching: Shape, mixture, worker processes.
         seed: Seed of the order.
-        steps: Steps of the run, over which the mixture may change.
+        stretches: The steps of the run and their mixtures.
         host: This host, from 0.
         hosts: How many share a global batch.
 
@@ -74,7 +95,7 @@ def stream(corpus: Corpus, batching: Batching, seed: int, steps: int, host: int 
         tasks=tuple(corpus.tasks),
         types=corpus.has_types,
         batching=batching,
-        schedule=schedule(corpus, batching, steps),
+        schedule=schedule(corpus, batching, stretches),
         seed=seed,
         host=host,
         hosts=hosts,
@@ -151,7 +172,7 @@ class _Plan:
     tasks: tuple[Labels, ...]
     types: bool
     batching: Batching
-    schedule: Schedule
+    schedule: InTurn
     seed: int
     host: int
     hosts: int

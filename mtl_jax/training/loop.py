@@ -23,7 +23,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import Logger, Progress, compare_gradients
-from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, template
+from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, stretches, template
 from mtl_jax.training.signals import Stop, asked_to_stop
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.step import Metrics, encode_tokens, look_up, make_train_step, needs
@@ -110,8 +110,10 @@ class _Run:
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
         encode = encode_tokens(prepared.trunk.module, needs(self.tasks))
-        batching, seed, steps = self.experiment.batch, self.experiment.seed, prepared.plans[-1].end
-        self.stream = stream(prepared.corpus, batching, seed, steps, jax.process_index(), jax.process_count())
+        batching, seed = self.experiment.batch, self.experiment.seed
+        self.stream = stream(
+            prepared.corpus, batching, seed, stretches(self.experiment), jax.process_index(), jax.process_count()
+        )
         self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
         self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached

@@ -14,7 +14,8 @@ from mtl_jax import optimizer as optimizers
 from mtl_jax import trunks
 from mtl_jax.data import examples, stream
 from mtl_jax.data.examples import Corpus
-from mtl_jax.data.mixture import Schedule
+from mtl_jax.data.mixture import InTurn
+from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
@@ -72,7 +73,7 @@ class Prepared(NamedTuple):
 
     experiment: Experiment
     corpus: Corpus
-    schedule: Schedule
+    schedule: InTurn
     trunk: Trunk
     params: Any
     plans: list[PhasePlan]
@@ -96,10 +97,25 @@ def prepare(experiment: Experiment) -> Prepared:
     if experiment.batch.row_length > trunk.max_length:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
     corpus = examples.make_corpus(experiment.sources, experiment.tasks, data, trunk.tokenizer, experiment.batch.row_length)
-    schedule = stream.schedule(corpus, experiment.batch, sum(phase.steps for phase in experiment.phases))
+    schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)
     return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, params))
+
+
+def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
+    """The mixtures of a run: those that phases name, and that of the batches over phases in a row that name none."""
+    batch, found = experiment.batch, []
+    own: list[bool] = []
+    for phase in experiment.phases:
+        if phase.mixture:
+            found.append(Stretch(phase.steps, phase.mixture, "", phase.shares))
+        elif own and not own[-1]:
+            found[-1] = found[-1]._replace(steps=found[-1].steps + phase.steps)
+        else:
+            found.append(Stretch(phase.steps, batch.mixture, batch.mixture_end, batch.shares))
+        own.append(bool(phase.mixture))
+    return tuple(found)
 
 
 def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:

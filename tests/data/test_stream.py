@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.examples import Corpus, Examples
-from mtl_jax.data.stream import deal, schedule, stream
+from mtl_jax.data.stream import Stretch, deal, one_stretch, schedule, stream
 from mtl_jax.errors import UserError
 from mtl_jax.tasks import Classification, Regression
 
@@ -37,7 +37,7 @@ BATCHING = Batching(rows=6, row_length=16, examples_per_row=4)
 
 
 def take(count, data, batching=BATCHING, *, seed=0, steps=1000, host=0, hosts=1, state=None):
-    batches = stream(data, batching, seed, steps, host, hosts)
+    batches = stream(data, batching, seed, one_stretch(batching, steps), host, hosts)
     if state is not None:
         batches.set_state(state)
     found = [next(batches) for _ in range(count)]
@@ -87,7 +87,7 @@ def test_a_row_holds_whole_examples_with_their_own_labels():
 def test_rows_follow_the_schedule():
     data = corpus((400, 17))
     batching = dataclasses.replace(BATCHING, mixture="proportional", mixture_end="uniform")
-    plan = schedule(data, batching, 60)
+    plan = schedule(data, batching, one_stretch(batching, 60))
     for step, batch in enumerate(take(60, data, batching, steps=60)[0]):
         assert np.bincount(batch.source, minlength=2).tolist() == list(plan.counts(step).values())
 
@@ -135,7 +135,7 @@ def test_a_restored_stream_goes_on_with_the_same_batches(at):
 
 
 def test_a_stream_may_be_set_back():
-    batches = stream(corpus(), BATCHING, 0, 100)
+    batches = stream(corpus(), BATCHING, 0, one_stretch(BATCHING, 100))
     state = batches.get_state()
     first = [next(batches) for _ in range(7)]
     batches.set_state(state)
@@ -159,7 +159,7 @@ def test_worker_processes_make_the_same_batches_and_positions():
 def test_hosts_read_parts_of_their_own_that_make_the_whole(hosts):
     data = corpus((40, 17))
     batching = dataclasses.replace(BATCHING, mixture="fixed", shares={"first": 0.97, "second": 0.03})
-    plan = schedule(data, batching, 1000)
+    plan = schedule(data, batching, one_stretch(batching, 1000))
     by_host = [take(400, data, batching, host=host, hosts=hosts)[0] for host in range(hosts)]
     for step, batches in enumerate(zip(*by_host, strict=True)):
         assert all(len(batch.source) == 6 // hosts for batch in batches)
@@ -215,15 +215,26 @@ def test_without_packing_each_example_has_its_row_and_buckets_cut_it():
         assert (batch.index >= 0).all()
         assert batch.tokens.shape[1] == (4 if longest <= 4 else 8)
     with pytest.raises(UserError, match=r"batch\.buckets are for one host"):
-        stream(corpus(), batching, 0, 1, 0, 2)
+        stream(corpus(), batching, 0, one_stretch(batching, 1), 0, 2)
 
 
 def test_rows_are_shared_by_hosts_evenly_or_not_at_all():
     with pytest.raises(UserError, match=r"batch\.rows is 6; it must be a multiple of the 4 hosts"):
-        stream(corpus(), BATCHING, 0, 1, 0, 4)
+        stream(corpus(), BATCHING, 0, one_stretch(BATCHING, 1), 0, 4)
 
 
 def test_rows_are_well_filled():
     """Lengths 1 to 8 in rows of 16: hardly any place is left empty."""
     batches = take(40, corpus((3000, 2000)), dataclasses.replace(BATCHING, rows=32, examples_per_row=16))[0]
     assert np.mean([batch.segments > 0 for batch in batches]) > 0.98
+
+
+def test_a_phase_may_have_a_mixture_of_its_own():
+    """Both sources by halves, then one alone, then halves again where they stopped: nothing is seen twice too early."""
+    half, first = ("uniform", "", {}), ("fixed", "", {"first": 1.0, "second": 0.0})
+    stretches = (Stretch(10, *half), Stretch(5, *first), Stretch(10, *half))
+    batches = stream(corpus((400, 400)), BATCHING, 0, stretches)
+    found = [next(batches) for _ in range(25)]
+    batches.close()
+    assert [(batch.source == 1).sum() for batch in found] == [3] * 10 + [0] * 5 + [3] * 10
+    assert max(seen(found).values()) == 1

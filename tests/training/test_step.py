@@ -9,7 +9,7 @@ import tiny
 
 from mtl_jax import ParamRule, Phase, weighting
 from mtl_jax import optimizer as optimizers
-from mtl_jax.data.stream import stream
+from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.models.head import Head
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.training.prepare import initial_state, prepare
@@ -21,7 +21,8 @@ DECAYING = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.1, warmup
 
 @pytest.fixture(scope="module")
 def batch(bert, data):
-    batches = stream(prepare(tiny.experiment(bert, data)).corpus, tiny.experiment(bert, data).batch, seed=0, steps=100)
+    experiment = tiny.experiment(bert, data)
+    batches = stream(prepare(experiment).corpus, experiment.batch, 0, one_stretch(experiment.batch, 100))
     yield next(batches)
     batches.close()
 

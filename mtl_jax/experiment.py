@@ -221,6 +221,7 @@ def check(experiment: Experiment) -> None:
         if task.source not in [s.name for s in experiment.sources]:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
         task.check()
+        task.check_source(next(s for s in experiment.sources if s.name == task.source))
         others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
         if task.corrupts and others:
             raise UserError(

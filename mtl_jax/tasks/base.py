@@ -14,7 +14,7 @@ import numpy as np
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
+from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.head import Head
@@ -93,6 +93,10 @@ class Task(abc.ABC):
             raise unknown(f"metric of task {self.name!r}:", self.metric, self.metric_names)
         if not 0 <= self.dropout < 1:
             raise UserError(f"task {self.name!r}: dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def check_source(self, source: Source) -> None:
+        """Raises UserError where the task does not fit its source, such as where they name different text columns."""
+        return
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         """The task with what is found in the data: its label set, for a start.

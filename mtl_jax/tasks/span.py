@@ -18,7 +18,7 @@ import numpy as np
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
+from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError
 from mtl_jax.tasks import answers
 from mtl_jax.tasks.base import Task, column
@@ -79,6 +79,13 @@ class Span(Task):
             raise UserError(f"task {self.name!r}: stride is {self.stride}; it must not be negative")
         if math.isnan(self.no_answer_threshold):
             raise UserError(f"task {self.name!r}: no_answer_threshold is not a number")
+
+    def check_source(self, source: Source) -> None:
+        if self.context != source.pair:
+            raise UserError(
+                f"task {self.name!r}: context is {self.context!r}, but the second text of source {source.name!r} (pair) is "
+                f"{source.pair!r}"
+            )
 
     def parse(self, row: Row) -> Gold | None:
         context, gold = column(row, self.context, self), column(row, self.column, self)

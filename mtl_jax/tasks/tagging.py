@@ -12,7 +12,7 @@ import numpy as np
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
+from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError
 from mtl_jax.tasks import bio
 from mtl_jax.tasks.base import PerExample, Task, column
@@ -86,6 +86,14 @@ class Tagging(Task):
                         f"task {self.name!r}: the label set has {label} and lacks B-{label[2:]}, which must precede it"
                     )
         check_weights(self.name, self.balanced, self.class_weights, self.labels)
+
+    def check_source(self, source: Source) -> None:
+        if self.text != source.text:
+            raise UserError(
+                f"task {self.name!r}: text is {self.text!r}, but the text of source {source.name!r} is {source.text!r}"
+            )
+        if source.pair:
+            raise UserError(f"task {self.name!r}: source {source.name!r} has pairs; only words of a single text can be tagged")
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         labels = self.labels

@@ -288,3 +288,9 @@ def test_answers_of_long_contexts_are_learnt_and_found(bert, monkeypatch, tmp_pa
     )
     assert (where["answer"], where["start"], where["end"]) == ("city", place, place + 4)
     assert who["answer"] == ""
+
+
+def test_the_context_must_be_the_sources_second_text():
+    TASK.check_source(SOURCE)
+    with pytest.raises(UserError, match=r"context is 'context', but the second text of source 'squad' \(pair\) is ''"):
+        TASK.check_source(dataclasses.replace(SOURCE, pair=""))

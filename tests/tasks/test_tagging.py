@@ -268,3 +268,10 @@ def test_a_run_from_text_to_entities(bert, folder, tmp_path):
     assert (len(short["tags"]), len(long["tags"])) == (3, 60)
     assert "truncated" not in long
     assert predict(tmp_path / "run", "intent", ["the film " * 30])[0]["truncated"]
+
+
+def test_task_and_source_must_name_the_same_text(bert, folder):
+    with pytest.raises(UserError, match="task 'slots': text is 'words', but the text of source 'said' is 'text'"):
+        prepare(experiment(bert, folder, dataclasses.replace(SLOTS, text="words")))
+    with pytest.raises(UserError, match="task 'slots': source 'said' has pairs"):
+        SLOTS.check_source(Source(name="said", path="", pair="other"))

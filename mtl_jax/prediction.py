@@ -128,7 +128,7 @@ def _row(source: Source, value: str | Mapping[str, Any], number: int) -> Row:
 def _best_params(folder: Path, experiment: Experiment) -> Any:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: there is no checkpoint yet")
-    store = Store(folder, experiment.checkpoints, read_only=True)
+    store = Store(folder, experiment.checkpoints, read_only=True, criterion=experiment.evaluation.criterion)
     try:
         best = store.best(store.restore_params)
         if best is None:

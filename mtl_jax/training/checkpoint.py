@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,12 +53,14 @@ class Store:
         workdir: The workdir; checkpoints/ in it is made.
         config: Which are kept.
         read_only: Never write or delete: for looking into a run, which may be under way.
+        criterion: What dev numbers are of. Those of another one, from before a change of the configuration, don't count.
     """
 
-    def __init__(self, workdir: Path, config: Checkpoints, read_only: bool = False):
+    def __init__(self, workdir: Path, config: Checkpoints, read_only: bool = False, criterion: str = "mean"):
+        self.criterion = criterion
         self.folder = workdir.resolve() / "checkpoints"
         keep = AnyPreservationPolicy(
-            [LatestN(config.keep), BestN(get_metric_fn=_dev, n=1, keep_checkpoints_without_metrics=False)]
+            [LatestN(config.keep), BestN(get_metric_fn=self._dev, n=1, keep_checkpoints_without_metrics=False)]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else keep, enable_async_checkpointing=True, read_only=read_only
@@ -75,11 +78,11 @@ class Store:
         """
         if step in self.steps():
             return
-        record = {**record, "dev": dev, "arrays": _describe(state._asdict())}
+        record = {**record, "dev": None if dev is None else {self.criterion: dev}, "arrays": _describe(state._asdict())}
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
-            metrics=None if dev is None else {"dev": dev},
+            metrics=record["dev"],
         )
 
     def latest(self, template: Template) -> Restored | None:
@@ -112,7 +115,7 @@ class Store:
         measured = []
         for step in self.steps():
             try:
-                dev = self._record(step)["dev"]
+                dev = (self._record(step)["dev"] or {}).get(self.criterion)
             except Damaged as error:
                 log.warning("%s; passed over", error)
                 continue
@@ -176,6 +179,9 @@ class Store:
         """Waits and ends the background threads."""
         self._manager.close()
 
+    def _dev(self, metrics: dict[str, float]) -> float:
+        return metrics.get(self.criterion, -math.inf)
+
     def _record(self, step: int) -> dict[str, Any]:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
@@ -211,10 +217,6 @@ class Store:
 
             multihost_utils.sync_global_devices("set aside")  # no host looks before the directory is gone
         self._manager.reload()
-
-
-def _dev(metrics: dict[str, float]) -> float:
-    return metrics["dev"]
 
 
 def _shape(shape: list[int] | None) -> str:

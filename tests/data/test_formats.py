@@ -89,7 +89,7 @@ def test_a_long_csv_line_may_have_opened_a_quote(tmp_path):
     with pytest.raises(UserError, match=r"a\.csv:2: the line is longer"):
         rows(path)
     path = write(tmp_path / "a.csv", 'text\n"' + ("x" * 999 + "\n") * 1100 + '"\n')
-    with pytest.raises(UserError, match="field larger .* is a quote not closed in the row that begins on line 2"):
+    with pytest.raises(UserError, match=r"field larger .* is a quote not closed in the row that begins on line 2"):
         rows(path)
 
 
@@ -135,7 +135,7 @@ def test_jsonl_values(tmp_path):
     ],
 )
 def test_answers_as_squad_and_the_hub_write_them(answers):
-    assert columns(json.loads('{"answers": %s}' % answers)) == {"answers": [{"text": "b", "start": 2}]}
+    assert columns({"answers": json.loads(answers)}) == {"answers": [{"text": "b", "start": 2}]}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_conll_reads_what_was_written(tmp_path_factory, sentences):
 
 def test_parallel_files_plain_and_packed(tmp_path):
     (tmp_path / "en.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
-    (tmp_path / "fr.gz").write_bytes(gzip.compress("un\r\ndeux".encode()))
+    (tmp_path / "fr.gz").write_bytes(gzip.compress(b"un\r\ndeux"))
     path = str(tmp_path / "{en,fr}.gz")
     expected = [({"en": "one", "fr": "un"}, "1"), ({"en": "two", "fr": "deux"}, "2")]
     assert rows(path, format="parallel", text="en") == expected
@@ -260,7 +260,7 @@ def test_parallel_files_of_different_length(tmp_path):
 def test_parallel_lines_that_cannot_be_read_keep_their_place(tmp_path):
     write(tmp_path / "a.en", b"one\ncaf\xe9\nthree\n")
     write(tmp_path / "a.fr", "un\ndeux\ntrois\n")
-    one, two, three = rows(str(tmp_path / "a.{en,fr}"), format="parallel", text="en")
+    _, two, three = rows(str(tmp_path / "a.{en,fr}"), format="parallel", text="en")
     assert two == "a.en:2: not UTF-8 (invalid continuation byte); convert the file to UTF-8"
     assert three == ({"en": "three", "fr": "trois"}, "3")
 
@@ -331,7 +331,7 @@ def test_the_same_question_about_another_context_is_another_row(tmp_path):
     [
         (
             [question("q", ("308", 20))],
-            r"a\.json: question q: the answer '308' is not in the context at 20, where ' 30' stands",
+            r"a\.json: question q: the answer '308' is not in the context at 20, where ' 30'",
         ),
         ([question("q", ("points.", 30))], "question q: the answer 'points.' at 30 is outside the context of 32 characters"),
         ([question("q", ("308", -3))], "at -3 is outside the context"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.examples import Corpus, Examples
-from mtl_jax.data.stream import Stretch, deal, one_stretch, schedule, stream
+from mtl_jax.data.plan import deal
+from mtl_jax.data.stream import Stretch, one_stretch, schedule, stream
 from mtl_jax.errors import UserError
 from mtl_jax.tasks import Classification, Regression
 

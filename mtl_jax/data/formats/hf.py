@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,8 @@ def _from_hub(datasets: Any, path: str, name: str, split: str) -> Any:
         raise UserError(f"{path}: a hub data set is named hf:ORG/NAME or hf:ORG/NAME/CONFIG; a directory starts with / or .")
     offline = bool(os.environ.get("MTL_JAX_OFFLINE") or os.environ.get("HF_HUB_OFFLINE"))
     try:
-        return datasets.load_dataset(
-            "/".join(parts[:2]),
-            parts[2] if len(parts) == 3 else None,
-            split=split,
-            download_config=datasets.DownloadConfig(local_files_only=offline),
-        )
+        with _no_network(datasets) if offline else contextlib.nullcontext():
+            return datasets.load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if offline:
             raise UserError(
@@ -72,6 +70,22 @@ def _from_hub(datasets: Any, path: str, name: str, split: str) -> Any:
                 f"load it once where there is a network ({_reason(error)})"
             ) from error
         raise UserError(f"{path}: cannot be loaded ({_reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _no_network(datasets: Any) -> Iterator[None]:
+    """Both libraries look at the environment when they are imported, which may have been long ago; then at these."""
+    import huggingface_hub
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _reason(error: Exception) -> str:

@@ -11,15 +11,13 @@ from mtl_jax.data.formats.rows import Read, Row
 from mtl_jax.data.formats.values import Schema, columns
 from mtl_jax.errors import UserError
 
-CHUNK = 1024
-
 
 class Records:
     """The records of a TFDS or hub data set as rows.
 
     Args:
         path: The source's path, for error messages.
-        records: Has a length and gives the records (mappings) of a list of numbers by __getitems__.
+        records: Has a length, and gives a record (a mapping) by its number.
         schema: See values.columns.
     """
 
@@ -33,21 +31,16 @@ class Records:
 
     def __iter__(self) -> Iterator[Read]:
         """All of them in order, a bad one as its error."""
-        for start in range(0, len(self), CHUNK):
-            numbers = range(start, min(start + CHUNK, len(self)))
-            for number, record in zip(numbers, self.records.__getitems__(list(numbers)), strict=True):
-                try:
-                    yield self._row(number, record)
-                except UserError as error:
-                    yield error
+        for number in range(len(self)):
+            try:
+                yield self[number]
+            except UserError as error:
+                yield error
 
     def __getitem__(self, number: int) -> Row:
-        return self._row(number, self.records.__getitems__([number])[0])
-
-    def _row(self, number: int, record: Any) -> Row:
         where = f"{self.path}: record {number}"
         try:
-            return Row(columns(record, self.schema), where)
+            return Row(columns(self.records[number], self.schema), where)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
 
@@ -68,9 +61,3 @@ class Picked(Sequence[Row]):
     def __getitem__(self, at: slice) -> Picked: ...
     def __getitem__(self, at: int | slice) -> Row | Picked:
         return Picked(self.records, self.numbers[at]) if isinstance(at, slice) else self.records[int(self.numbers[at])]
-
-    def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), CHUNK):
-            numbers = self.numbers[start : start + CHUNK].tolist()
-            for number, record in zip(numbers, self.records.records.__getitems__(numbers), strict=True):
-                yield self.records._row(number, record)

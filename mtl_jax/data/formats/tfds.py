@@ -97,5 +97,5 @@ def _schema(feature: Any, features: Any) -> Schema:
             return ClassName()
     if isinstance(feature, features.Sequence):
         return _schema(feature.feature, features)
-    is_float = isinstance(feature.np_dtype, type) and issubclass(feature.np_dtype, np.floating)
-    return Number(np.dtype(feature.np_dtype).name) if is_float else None
+    dtype = np.dtype(feature.np_dtype)
+    return Number(dtype.name) if np.issubdtype(dtype, np.floating) else None

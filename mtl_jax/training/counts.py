@@ -1,0 +1,63 @@
+"""What a run has behind it, as the host counts it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Counts:
+    """Saved in each checkpoint's record, so that a resumed run counts on.
+
+    Attributes:
+        phase: The number of the phase.
+        places: Places for tokens in the batches so far.
+        seen: {source: [rows, examples, tokens]} so far, over all hosts.
+        seconds: Time spent.
+        criterion: What `best` is of.
+        best: The best dev number.
+        evaluations_since_best: Evaluations since then.
+    """
+
+    phase: int = 0
+    places: int = 0
+    seen: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    criterion: str = ""
+    best: float | None = None
+    evaluations_since_best: int = 0
+
+    def add(self, seen_Nx3: np.ndarray, places: int) -> None:
+        """Counts a batch.
+
+        Args:
+            seen_Nx3: Metrics.seen, sources in the order of `seen`.
+            places: Its places for tokens.
+        """
+        self.places += places
+        for before, now in zip(self.seen.values(), seen_Nx3.tolist(), strict=True):
+            before[:] = [a + b for a, b in zip(before, now, strict=True)]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far, without padding."""
+        return sum(tokens for _, _, tokens in self.seen.values())
+
+    def facts(self, examples: Mapping[str, int]) -> dict[str, Any]:
+        """For results.json: what was seen of each source, and the share of places that were padding.
+
+        Args:
+            examples: {source: examples there}.
+        """
+        return {
+            "training_tokens": self.tokens,
+            "padding": round(1 - self.tokens / max(self.places, 1), 4),
+            "seen": {
+                source: {"rows": rows, "examples": seen, "tokens": tokens, "passes": round(seen / examples[source], 4)}
+                for source, (rows, seen, tokens) in self.seen.items()
+            },
+        }

@@ -98,6 +98,26 @@ def predict(
         print(json.dumps(answer, ensure_ascii=False))
 
 
+def evaluate(
+    workdir: Annotated[str, tyro.conf.Positional],
+    /,
+    task: str,
+    path: str,
+    format: str = "",
+) -> None:
+    """Loss and metrics of a run's best checkpoint on other rows, as one JSON object.
+
+    Args:
+        workdir: The run's workdir.
+        task: The task whose head answers.
+        path: Rows with the columns of the task's source: a file, data:REST, tfds:NAME#SPLIT or hf:ORG/NAME#SPLIT.
+        format: Of a file, if it is another than the source's.
+    """
+    from mtl_jax import prediction
+
+    print(json.dumps(prediction.evaluate(workdir, task, path, format)))
+
+
 def convert(
     source: Annotated[str, tyro.conf.Positional],
     target: Annotated[str, tyro.conf.Positional],
@@ -132,7 +152,12 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
 
 def console() -> None:
     """The console entry mtl-jax."""
-    commands: dict[str, Callable[..., Any]] = {"predict": predict, "convert": convert, "results": results}
+    commands: dict[str, Callable[..., Any]] = {
+        "predict": predict,
+        "evaluate": evaluate,
+        "convert": convert,
+        "results": results,
+    }
     run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))
 
 

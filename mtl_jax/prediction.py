@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from mtl_jax import trunks
-from mtl_jax.data.examples import make_examples
-from mtl_jax.data.sources import Row, Source
+from mtl_jax.data.examples import labels_of, make_examples
+from mtl_jax.data.sources import Row, Source, read_one
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
 from mtl_jax.tasks import Task
@@ -20,6 +22,8 @@ from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.step import encode_tokens, needs
 from mtl_jax.trunks import Trunk
+
+log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
@@ -108,6 +112,35 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
         truncated = place in cut or (len(group) > 1 and not one[0].windows)
         results[known[place]] = answer | ({"truncated": True} if truncated else {})
     return results
+
+
+def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dict[str, float]:
+    """Loss and metrics of the best checkpoint of a run on rows that it may never have seen.
+
+    Args:
+        workdir: A workdir that has at least one evaluated checkpoint.
+        task: A task of that run.
+        path: Rows with the columns of the task's source, all of which count: whatever Source.path may be.
+        format: Of a file, if it is another than the source's.
+
+    Raises:
+        UserError: As predict(), or a row or label cannot be read.
+    """
+    run = open_run(Path(workdir))
+    one, batch = (run.task(task),), run.experiment.batch
+    source = next(source for source in run.experiment.sources if source.name == one[0].source)
+    source = dataclasses.replace(source, path=path, format=format or source.format, limit=0)
+    rows = read_one(source)
+    beside = [task for task in run.tasks if task.source == source.name]
+    examples, cut = make_examples(source, beside, rows, run.trunk.tokenizer, batch.row_length)
+    if cut:
+        log.warning("%s: %d texts cut to %d tokens", path, len(cut), batch.row_length)
+    examples.labels[task], _ = labels_of(one[0], examples)
+    mesh = meshes.make(batch.rows, 1)
+    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs(one)), one, mesh)
+    found = evaluation.run(apply, run.params, one, [examples], batch, mesh)
+    scores = evaluation.score(one, {source.name: examples}, found)[task]
+    return {"rows": len(rows), **scores}
 
 
 def _text_columns(source: Source) -> list[str]:

@@ -10,6 +10,7 @@ import tiny
 
 import mtl_jax
 from mtl_jax import cli
+from mtl_jax.data.sources import read
 from mtl_jax.prediction import predict
 
 
@@ -173,6 +174,23 @@ def test_predict_bad_input(workdir, tmp_path, monkeypatch, capsys):
         assert out == ""
         assert message in error
         assert "Traceback" not in error
+
+
+def test_evaluate_on_the_test_rows_is_the_result(workdir, bert, data, tmp_path, monkeypatch, capsys):
+    """The rows that were cut off for the test, as a file of their own; and an unknown label names its line."""
+    source = tiny.experiment(bert, data).sources[1]
+    lines = [f"{row.columns['fine']} {row.columns['text']}" for row in read(source).rows["test"]]
+    (tmp_path / "test.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    arguments = ("evaluate", workdir, "--task", "fine", "--path", tmp_path / "test.txt")
+    code, out, _ = console(monkeypatch, capsys, *arguments)
+    found = json.loads(out)
+    assert (code, found.pop("rows")) == (0, len(lines))
+    expected = json.loads((workdir / "results.json").read_text())["tasks"]["fine"]["test"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    (tmp_path / "test.txt").write_text("\n".join([*lines, "HUM:nobody who is it ?"]), encoding="utf-8")
+    code, _, error = console(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert f"test.txt:{len(lines) + 1}: task 'fine': label 'HUM:nobody' is not in the label set" in error
 
 
 def test_results_of_a_run(workdir, tmp_path, monkeypatch, capsys):

@@ -158,7 +158,7 @@ def make_corpus(
                 declared[name], own[name], rows, tokenizer, max_length, first_id=next_id, cache=assets.cache_dir() / "tokens"
             )
             for task in own[name]:
-                labels, blank = _labels(task, examples)
+                labels, blank = labels_of(task, examples)
                 examples.labels[task.name] = labels
                 unlabelled[task.name] += blank
             splits[split][name] = examples
@@ -234,8 +234,12 @@ def _training_file(source: Source, splits: Splits) -> list[Row]:
     return rows + ([] if source.test_path else list(splits.rows["test"]))
 
 
-def _labels(task: Labels, examples: Examples) -> tuple[Any, int]:
-    """Labels of every window, and the number of rows without one."""
+def labels_of(task: Labels, examples: Examples) -> tuple[Any, int]:
+    """Labels of every window, and the number of rows without one.
+
+    Raises:
+        UserError: A label is wrong; names file and line.
+    """
     if task.corrupts:
         return Ragged.of([np.full(len(ids), task.missing, task.dtype) for ids in examples.tokens], task.dtype), 0
     placed: list[np.ndarray] = []

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mtl_jax import assets
@@ -112,19 +112,7 @@ def read(source: Source) -> Splits:
     # Test first: where files overlap, the repeated text leaves the training rows, not the test rows.
     for split in (split for split in reversed(SPLITS) if split in opened):
         rows = opened[split]
-        ids: dict[str, str] = {}
-        for number, item in enumerate(rows):
-            try:
-                row = _checked(source, item, ids)
-                key = _key(source, row)
-                group = _group(source, row) if split == "train" else ""
-            except UserError as error:
-                if not source.lenient:
-                    raise
-                skipped.append(str(error))
-                if len(skipped) <= SHOWN:
-                    log.warning("skipped: %s", error)
-                continue
+        for number, row, key, group in _good(source, rows, skipped, grouped=split == "train"):
             digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
             if split == "train" and digest in seen:
                 repeated += 1
@@ -143,6 +131,22 @@ def read(source: Source) -> Splits:
         rows = opened.get(split, opened["train"])
         result[split] = Picked(rows, chosen) if isinstance(rows, Records) else chosen
     return Splits(result, repeated, len(skipped))
+
+
+def read_one(source: Source) -> list[Row]:
+    """All rows of a source's path, none dropped: the file is one split.
+
+    Raises:
+        UserError: As read().
+    """
+    _check(source)
+    skipped: list[str] = []
+    rows = [row for _, row, _, _ in _good(source, _open(source, source.path), skipped, grouped=False)]
+    if skipped:
+        log.warning("%s: %d rows skipped", source.path, len(skipped))
+    if not rows:
+        raise UserError(f"{source.path}: no row can be read")
+    return rows[: source.limit or None]
 
 
 def normalise(text: str) -> str:
@@ -190,6 +194,24 @@ def _read_files(source: Source, path: str) -> Iterator[Read]:
             yield item
         if empty:
             raise UserError(f"{file}: the file has no rows")
+
+
+def _good(source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: bool) -> Iterator[tuple[int, Row, str, str]]:
+    """Each row that can be read: its number, itself, its key, and where `grouped` its document. The others are an error, or,
+    where the source is lenient, entered in `skipped`."""
+    ids: dict[str, str] = {}
+    for number, item in enumerate(rows):
+        try:
+            row = _checked(source, item, ids)
+            found = number, row, _key(source, row), _group(source, row) if grouped else ""
+        except UserError as error:
+            if not source.lenient:
+                raise
+            skipped.append(str(error))
+            if len(skipped) <= SHOWN:
+                log.warning("skipped: %s", error)
+            continue
+        yield found
 
 
 def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:

@@ -18,11 +18,23 @@ FLAGS = {
 }
 
 
-COMPARISONS = {"weighting_methods.py"}  # of several runs
+def limited(sources: int, limit: int) -> list[str]:
+    return [flag for number in range(sources) for flag in (f"--sources.{number}.limit", str(limit))]
+
+
+# These read public data sets that are not fetched.
+ON_DATA = {
+    "snips.py": limited(1, 300),
+    "social_ner.py": limited(2, 100),
+    "tweeteval.py": limited(5, 40),
+    "questions.py": limited(1, 60),
+}
+TASKS = ("stsb", "mrpc", "rte", "cola")
+COMPARISONS = {"weighting_methods.py", "pairs.py"}  # of several runs
 
 
 def test_every_script_is_here():
-    assert {path.name for path in EXPERIMENTS.glob("*.py")} == set(FLAGS) | COMPARISONS
+    assert {path.name for path in EXPERIMENTS.glob("*.py")} == set(FLAGS) | set(ON_DATA) | COMPARISONS
 
 
 def start(script: str, *flags: str) -> subprocess.CompletedProcess:
@@ -55,3 +67,35 @@ def test_two_steps(script, wheels, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 2
     assert all(task in done.stdout for task in results["tasks"])
+
+
+@pytest.mark.parametrize("script", ON_DATA)
+def test_two_steps_on_public_data(script, wheels, shared_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = ["--phases.0.steps", "2", "--batch.rows", "8", *ON_DATA[script]]
+    done = start(script, "--workdir", str(tmp_path / "run"), *flags)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 2
+    assert all(task in done.stdout for task in results["tasks"])
+
+
+def test_pairs(wheels, shared_data, tmp_path, monkeypatch):
+    """Alone, together, and from there by itself: nine runs of a step or two, and a table with a row for each task."""
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = ["--limit", "30", "--together", "1", "--alone", "1", "--then", "1", "--workdir", str(tmp_path)]
+    done = start("pairs.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["stsb", "mrpc", "rte", "cola"]
+    steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("*/results.json")}
+    assert steps == {"together-0": 1} | {f"{way}-{task}-0": n for way, n in (("alone", 1), ("then", 2)) for task in TASKS}
+
+
+def test_without_the_data_a_script_says_what_to_do(wheels, tmp_path, monkeypatch):
+    monkeypatch.delenv("MTL_JAX_DATA", raising=False)
+    done = start("snips.py", "--workdir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "MTL_JAX_DATA" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

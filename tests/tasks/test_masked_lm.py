@@ -233,10 +233,8 @@ def test_packed_equals_unpacked(masking_bert, tmp_path_factory):
 def test_the_gradient_of_the_shared_table_reaches_the_trunk_under_the_gram_step(masking_bert, data, gram_over):
     phases = (Phase("both", steps=4),)
     prepared = prepare(experiment(masking_bert, data, phases=phases))
-    batch = jax.tree.map(
-        jnp.asarray,
-        take(stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 4)), 1)[0],
-    )
+    batching = prepared.experiment.batch
+    batch = jax.tree.map(jnp.asarray, take(stream(prepared.corpus, batching, 0, one_stretch(batching, 4)), 1)[0])
     plan, state = prepared.plans[0], initial_state(prepared)
     frozen = jax.tree.map(lambda _: None, prepared.params)
     plain = jax.jit(measure(prepared, plan))(prepared.params, frozen, batch, None, state)

@@ -140,14 +140,14 @@ def convert(
 
 
 def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
-    """The table of a finished run; of several, mean and standard deviation over them.
+    """The table of a finished run; of several, mean and standard deviation over those of the same experiment and tasks.
 
     Args:
-        workdirs: Workdirs of finished runs of one experiment.
+        workdirs: Workdirs of finished runs; a table for each experiment and set of tasks.
     """
     from mtl_jax.training import results as module
 
-    print(module.table([module.read(Path(workdir)) for workdir in workdirs]))
+    print(module.tables([module.read(Path(workdir)) for workdir in workdirs]))
 
 
 def console() -> None:

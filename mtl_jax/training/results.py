@@ -106,21 +106,31 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
+def tables(runs: Sequence[dict[str, Any]]) -> str:
+    """A table() for each experiment and set of tasks among the runs, in the order in which they first occur.
+
+    Args:
+        runs: Contents of results.json.
+
+    Raises:
+        UserError: There are no runs.
+    """
+    if not runs:
+        raise UserError("no workdir given")
+    groups: dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["experiment"], tuple(run["tasks"])), []).append(run)
+    return "\n\n".join(table(group) for group in groups.values())
+
+
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """A markdown table of test metrics, one row a task, and a line for each baseline that was not beaten.
 
     Args:
-        runs: Contents of results.json, of one run or of several of the same tasks; several give mean ± standard deviation
-            (n - 1).
-
-    Raises:
-        UserError: There are no runs, or they have different tasks.
+        runs: Contents of results.json, of one run or of several of the same experiment and tasks; several give mean ± standard
+            deviation (n - 1).
     """
-    if not runs:
-        raise UserError("no workdir given")
     tasks = runs[0]["tasks"]
-    if any(run["tasks"].keys() != tasks.keys() for run in runs):
-        raise UserError("the runs have different tasks; a table needs runs of one experiment")
     kinds = [
         kind for kind in BASELINE_NAMES if any(kind in task["baselines"] for run in runs for task in run["tasks"].values())
     ]

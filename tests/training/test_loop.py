@@ -215,6 +215,8 @@ def test_the_table_says_what_was_lost(finished):
     other = json.loads(json.dumps(found))
     other["tasks"]["coarse"]["test"]["accuracy"] = 0.75
     assert "0.5000 ± 0.3536" in results.table([found, other])
+    fewer = found | {"tasks": {"coarse": found["tasks"]["coarse"]}}
+    assert results.tables([found, fewer, other]) == results.table([found, other]) + "\n\n" + results.table([fewer])
 
 
 def test_parameter_rules_are_checked_before_anything_is_written(bert, data, tmp_path):

@@ -1,6 +1,7 @@
 """TFDS without TensorFlow: a tiny real builder, and TFDS's own mock data for builders that would have to be downloaded."""
 
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -172,6 +173,20 @@ def test_a_builder_that_fails_says_why_in_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("MTL_JAX_OFFLINE", raising=False)
     with pytest.raises(UserError, match=r"tfds:tiny_news/broken: cannot be prepared \(.*the page has moved"):
         open_tfds("tfds:tiny_news/broken")
+
+
+def test_files_that_cannot_be_read_by_number(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "copy")
+    (info,) = (tmp_path / "copy").rglob("dataset_info.json")
+    text = info.read_text(encoding="utf-8")
+    assert '"fileFormat": "array_record"' in text
+    info.write_text(text.replace('"fileFormat": "array_record"', '"fileFormat": "tfrecord"'), encoding="utf-8")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "copy"))
+    monkeypatch.setenv("MTL_JAX_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match=r"holds tfrecord files, which cannot be read by number; prepare it with .* another directory"
+    ):
+        open_tfds("tfds:tiny_news")
 
 
 def test_a_bad_record_is_named():

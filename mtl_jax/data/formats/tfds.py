@@ -29,7 +29,7 @@ def open_tfds(path: str) -> Records:
     tfds = _library()
     name, _, split = path.removeprefix(SCHEME).partition("#")
     try:
-        builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"), file_format="array_record")
+        builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"{path}: TFDS has no text, translation or summarisation builder {name!r}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version

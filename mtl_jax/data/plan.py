@@ -58,7 +58,7 @@ class Plan:
         return {"step": 0, "hosts": [self.host, self.hosts], "next": {name: [0, 0] for name in names}, "dealt": dealt}
 
     def check(self, state: dict[str, Any]) -> None:
-        if state["hosts"] != [self.host, self.hosts] or list(state["next"]) != [part.source for part in self.parts]:
+        if state["hosts"] != [self.host, self.hosts] or state["next"].keys() != {part.source for part in self.parts}:
             raise UserError(
                 f"the data position was saved by host {state['hosts'][0]} of {state['hosts'][1]} for the sources "
                 f"{', '.join(state['next'])}; this is host {self.host} of {self.hosts} for "

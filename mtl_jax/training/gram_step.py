@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training import gradients
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.step import Encode, Measure, Measured, by_losses, label_counts, mean_losses
@@ -60,6 +62,7 @@ def by_gram(
     dtype: Any = jnp.float32,
     weigh_heads: bool = True,
     accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> Measure:
     """The measure of a rule that compares or changes the task gradients.
 
@@ -80,6 +83,7 @@ def by_gram(
         weigh_heads: As in by_losses.
         accumulate: As in by_losses; the task gradients are added up before they are compared. Not over the whole trunk, the
             weighted gradient costs a second pass over the parts.
+        mesh: The devices, if there are several: each gets as many rows of every block.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
@@ -87,7 +91,9 @@ def by_gram(
     def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
         counts = label_counts(tasks, batch)
-        blocks = gradients.cut(batch, layout, tasks, accumulate)
+        blocks = gradients.cut(batch, layout, tasks, accumulate * (1 if mesh is None else mesh.size))
+        if mesh is not None:  # left to itself, XLA gives every device all rows that were gathered
+            blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
 
         def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
             return encode(freezing.merge(trunk, frozen["trunk"]), block, key, table)

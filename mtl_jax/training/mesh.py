@@ -41,9 +41,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
-    """The first axis cut over the devices: batches."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+def by_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis cut over the devices: the rows of batches."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -207,6 +207,7 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
         dtype=meshes.compute_dtype(experiment.gram_dtype),
         weigh_heads=weigh_heads,
         accumulate=accumulate,
+        mesh=prepared.mesh if prepared.mesh.size > 1 else None,
     )
 
 

@@ -12,6 +12,7 @@ from mtl_jax import Batching, ParamRule, Phase, weighting
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
 from mtl_jax.training import gradients, gram_step
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training.logs import compare_gradients, read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
 from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
@@ -207,15 +208,17 @@ def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     assert found["steps"] == 12
 
 
-def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, tmp_path):
+@pytest.mark.parametrize("shares", [{}, {"ratings": 9, "questions": 7}])
+def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, tmp_path, shares):
     totals = {}
+    batching = Batching(rows=16, row_length=24, examples_per_row=6, mixture="fixed" if shares else "uniform", shares=shares)
     for devices in (1, 8):
         experiment = tiny.experiment(
             bert,
             data,
             trunk=mtl_jax.Pretrained(str(bert), dropout=0.0),
             phases=EVERYTHING,
-            batch=Batching(rows=16, row_length=24, examples_per_row=6),
+            batch=batching,
             weighting="upgrad",
             devices=devices,
         )
@@ -223,6 +226,20 @@ def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, tmp_path):
         records = [record for record in read_metrics(tmp_path / str(devices)) if record["kind"] == "train"]
         totals[devices] = [[record["total"], record["gradient_norm/fine"], record["weight/fine"]] for record in records]
     np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
+
+
+def test_devices_share_the_rows_that_are_gathered_by_source(bert, data):
+    """By XLA's count for each device: with a mixture that has no equal blocks, eight do not all do everything."""
+    flops = {}
+    for devices in (1, 8):
+        batching = Batching(rows=64, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 9, "questions": 7})
+        prepared, batch, state = set_up(
+            bert, data, weighting="mgda", batch=batching, devices=devices, only=("rating", "coarse")
+        )
+        batch = meshes.assemble(jax.tree.map(np.asarray, batch), meshes.by_rows(prepared.mesh))
+        step = make_train_step(measure(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
+        flops[devices] = jax.jit(step).lower(state, batch, None).compile().cost_analysis()["flops"]
+    assert flops[8] < flops[1] / 3
 
 
 @pytest.mark.parametrize(

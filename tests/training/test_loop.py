@@ -44,6 +44,21 @@ def test_every_step_is_logged_once_and_evaluations_come_on_time(finished):
     assert all(record["weight/fine"] == 1.0 for record in records(workdir, "train"))
 
 
+def test_what_was_seen_of_each_source_is_logged(finished):
+    workdir, found = finished
+    seen = found["seen"]
+    assert list(seen) == ["ratings", "questions"]
+    train = records(workdir, "train")
+    for source, facts in seen.items():
+        assert facts["rows"] == 4 * 12  # half of 8 in each of 12 steps
+        assert facts["examples"] == train[-1][f"seen/{source}/examples"]
+        assert facts["passes"] == train[-1][f"seen/{source}/passes"] == pytest.approx(facts["examples"] / 120, rel=0.1)
+        assert [record[f"seen/{source}/rows"] for record in train] == list(range(4, 52, 4))
+    assert seen["ratings"]["examples"] == sum(record["examples/rating"] for record in train)
+    assert sum(facts["tokens"] for facts in seen.values()) == found["training_tokens"]
+    assert found["padding"] == pytest.approx(1 - found["training_tokens"] / (12 * 8 * 24), abs=1e-4)
+
+
 def test_the_best_checkpoint_is_kept_and_tested(finished):
     workdir, found = finished
     dev = {record["step"]: record["criterion"] for record in records(workdir, "dev")}

@@ -59,7 +59,7 @@ def outcome(workdir: Path) -> tuple[list[dict], dict[str, bytes], dict]:
     return (
         read_metrics(workdir),
         {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves},
-        {key: results[key] for key in ("tasks", "steps", "best_step", "best_criterion", "training_tokens")},
+        {key: results[key] for key in ("tasks", "steps", "best_step", "best_criterion", "training_tokens", "seen", "padding")},
     )
 
 
@@ -90,6 +90,44 @@ def test_killed_twice_at_random_steps_and_resumed(folder, uninterrupted):
     assert code == 0, output
     assert "resuming from step" in output
     assert outcome(workdir) == uninterrupted
+
+
+def children(process: subprocess.Popen) -> set[int]:
+    """Processes below this one, as Linux tells."""
+    found, new = set(), {process.pid}
+    while new:
+        paths = [path for pid in new for path in Path(f"/proc/{pid}/task").glob("*/children")]
+        new = {int(pid) for path in paths for pid in path.read_text().split()} - found
+        found |= new
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes under /proc")
+def test_worker_processes_change_nothing_and_end_with_the_run(folder, uninterrupted):
+    """Killed and resumed with workers, a run ends as one without; its workers do not outlive it."""
+    workdir = folder / "workers"
+    process = start(folder, workdir, "--batch.workers", "2")
+    signal_at(process, workdir, 10, signal.SIGSTOP)
+    workers = children(process)
+    process.send_signal(signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 60
+    while not all(ended(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    code, output = finish(start(folder, workdir, "--batch.workers", "2"))
+    assert code == 0, output
+    assert "resuming from step" in output
+    assert outcome(workdir) == uninterrupted
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is over and only waits for whoever takes note of it."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_task_gradients_that_a_rule_keeps_are_resumed(folder):

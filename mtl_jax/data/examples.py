@@ -260,6 +260,8 @@ def labels_of(task: Labels, examples: Examples) -> tuple[Any, int]:
 def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: dict[str, int], max_length: int) -> str:
     sizes = "/".join(str(len(parts.rows[split])) for split in SPLITS)
     note = f"source {name}: {sizes} train/dev/test, {parts.repeated} repeated texts dropped, "
+    if parts.skipped:
+        note += f"{parts.skipped} rows that cannot be read left out, "
     if counts["extra"]:
         note += f"long texts read in {counts['extra']} further windows of {max_length} tokens"
         first = [task.name for task in tasks if not task.windows]

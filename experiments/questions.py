@@ -71,7 +71,7 @@ def experiment(train: str, test: str) -> Experiment:
             ),
         ),
         tasks=(Span(name="slots", source="restaurants"),),
-        phases=(Phase("everything", steps=600),),
+        phases=(Phase("everything", steps=400),),
         optimizer=Optimizer(learning_rate=2e-4),
         batch=Batching(rows=32, row_length=64),
         evaluation=Evaluation(every=100),

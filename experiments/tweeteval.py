@@ -44,7 +44,7 @@ EXPERIMENT = Experiment(
         task("hate", 2, "macro_f1"),
         task("stance", 3, "f1:1+2"),
     ),
-    phases=(Phase("everything", steps=700),),
+    phases=(Phase("everything", steps=500),),
     optimizer=Optimizer(learning_rate=1e-4),
     batch=Batching(rows=32, row_length=64, mixture="temperature:t=2"),
     evaluation=Evaluation(every=100),

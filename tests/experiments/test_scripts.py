@@ -25,7 +25,7 @@ def limited(sources: int, limit: int) -> list[str]:
 # These read public data sets that are not fetched.
 ON_DATA = {
     "snips.py": limited(1, 300),
-    "social_ner.py": limited(2, 100),
+    "social_ner.py": limited(2, 400),
     "tweeteval.py": limited(5, 40),
     "questions.py": limited(1, 60),
 }
@@ -80,6 +80,7 @@ def test_two_steps_on_public_data(script, wheels, shared_data, tmp_path, monkeyp
     assert all(task in done.stdout for task in results["tasks"])
 
 
+@pytest.mark.long
 def test_pairs(wheels, shared_data, tmp_path, monkeypatch):
     """Alone, together, and from there by itself: nine runs of a step or two, and a table with a row for each task."""
     monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))

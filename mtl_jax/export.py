@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import pretrained
@@ -14,18 +17,22 @@ from mtl_jax.errors import UserError
 from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.saving import Saved
-from mtl_jax.tasks import Classification, Regression, Task
+from mtl_jax.tasks import Classification, Regression, Span, Tagging, Task
 
 # Class names that sentence-transformers reads from a directory's files since its second version.
 _MODULE = "sentence_transformers.models"
 _RELU, _IDENTITY = "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"
 
+# Tasks whose heads transformers has a class for.
+TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
+
 
 def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool = False) -> None:
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
-    The head of a task reads the mean of the token vectors. No class of transformers does that and nothing else, so the
-    directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
+    A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
+    of a classification or regression reads the mean of the token vectors. No class of transformers does that and nothing
+    else, so the directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
     sentence-transformers: SentenceTransformer(target).encode(texts) are the task's outputs, logits of a classification in
     the order of config.json's id2label, predicted values of a regression.
 
@@ -47,24 +54,48 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
     if run.trunk.raw is None:
         raise UserError(f"{source}: its trunk is an embedding from scratch; transformers has no class for it")
     head = run.task(task) if task else None
-    if head is not None and not isinstance(head, Classification | Regression):
-        raise UserError(f"task {task!r}: only heads of classification and regression can be written; leave --task out")
+    if head is not None and not isinstance(head, Classification | Regression | Tagging | Span):
+        raise UserError(
+            f"task {task!r}: only heads of classification, regression, tagging and span can be written; leave --task out"
+        )
     raw = dict(run.trunk.raw)
-    if head is not None:
+    kind = TOKEN_HEADS.get(type(head))
+    if kind == "question_answering":
+        raw |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}  # start and end
+    elif head is not None:
         # those of a head that the source checkpoint had are not this one's
         names = head.labels or (head.name,)
         raw |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
     family = families.of(raw, f"{source}/trunk/config.json")
     config = family.config(raw, f"{source}/trunk/config.json")
-    params = {"trunk": run.params["trunk"], **run.trunk.beside}
+    model = family.build(config, kind, np.float32)
+    params = {"trunk": run.params["trunk"]}
+    params |= run.trunk.beside if kind is None or head is None else {"head": _token_head(model, run, head)}
     location = Path(source) / "trunk"
-    checkpoint = pretrained.Checkpoint(family.build(config, None, np.float32), params, config, raw, None, location)
+    checkpoint = pretrained.Checkpoint(model, params, config, raw, kind, location)
 
     def add_head(folder: Path) -> None:
-        if head is not None:
+        if head is not None and kind is None:
             _write_head(folder, run, head, config.hidden_size)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
+
+
+def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:
+    """A task's layer under the name that the class of transformers has for it.
+
+    Raises:
+        UserError: The class has other layers than the task's head.
+    """
+    ours = run.params["heads"][task.name]
+    wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"].get("head", {})
+    names = list(wanted)
+    if set(ours) != {"output"} or len(names) != 1 or wanted[names[0]].keys() != ours["output"].keys():
+        raise UserError(
+            f"task {task.name!r}: its head is not one linear layer as that of transformers' class is, which has "
+            f"{', '.join(names) or 'none'}; leave --task out"
+        )
+    return {names[0]: ours["output"]}
 
 
 def _write_head(folder: Path, run: Run, task: Task, width: int) -> None:

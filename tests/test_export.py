@@ -8,7 +8,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from mtl_jax import cli, pretrained
+from mtl_jax import Evaluation, Phase, Source, Span, Tagging, cli, pretrained, train
 from mtl_jax.errors import UserError
 from mtl_jax.export import convert
 from mtl_jax.prediction import open_run, predict
@@ -81,6 +81,76 @@ def test_transformers_opens_it(workdir, tmp_path):
         theirs = model.eval()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
     real = inputs["attention_mask"].astype(bool)
     np.testing.assert_allclose(np.asarray(ours.hidden)[real], theirs.last_hidden_state.numpy()[real], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tagger(bert, tmp_path_factory):
+    """A run of two steps: tags, and answers to questions, from one trunk; and a tagger whose head has a hidden layer."""
+    folder = tmp_path_factory.mktemp("tagger")
+    for split, word in (("train", "city"), ("dev", "song"), ("test", "man")):
+        (folder / f"{split}.conll").write_text(f"good B-good\nfilm I-good\n{word} O\n\nsad B-bad\n{word} O\n", encoding="utf-8")
+        asked = {"question": "who", "context": f"the {word} was sad", "answers": [{"text": word, "start": 4}]}
+        (folder / f"{split}.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
+
+    def source(name, suffix, **fields):
+        train, dev, test = (str(folder / f"{split}.{suffix}") for split in ("train", "dev", "test"))
+        return Source(name=name, path=train, dev_path=dev, test_path=test, **fields)
+
+    labels = ("O", "B-good", "I-good", "B-bad")
+    found = tiny.experiment(
+        bert,
+        folder,
+        sources=(
+            source("words", "conll", format="conll", columns=("text", "tags")),
+            source("asked", "jsonl", format="jsonl", text="question", pair="context"),
+        ),
+        tasks=(
+            Tagging(name="tags", source="words", labels=labels),
+            Tagging(name="deep", source="words", labels=labels, hidden=4),
+            Span(name="answer", source="asked"),
+        ),
+        phases=(Phase("everything", steps=2),),
+        evaluation=Evaluation(baseline="none"),
+    )
+    train(found, folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("task", "kind"), [("tags", "token_classification"), ("answer", "question_answering")])
+def test_a_head_on_tokens_goes_out_as_transformers_own(tagger, tmp_path, task, kind):
+    convert(str(tagger), tmp_path / "out", task=task)
+    run, found = open_run(tagger), pretrained.load(str(tmp_path / "out"))
+    assert (found.head, found.unused, found.initialized) == (kind, (), ())
+    (layer,) = found.params["head"].values()
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(layer[leaf], run.params["heads"][task]["output"][leaf])
+    if task == "tags":
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert [config["id2label"][str(i)] for i in range(4)] == ["O", "B-good", "I-good", "B-bad"]
+
+
+def test_transformers_tags_as_the_run_does(tagger, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification
+
+    for task, kind in (("tags", AutoModelForTokenClassification), ("answer", AutoModelForQuestionAnswering)):
+        convert(str(tagger), tmp_path / task, task=task)
+        model, info = kind.from_pretrained(tmp_path / task, output_loading_info=True)
+        assert not any(info.values()), info
+        found = pretrained.load(str(tmp_path / task))
+        inputs = found.tokenizer(["good film the city", "sad song"], padding=True, return_tensors="np")
+        ours = np.asarray(found.model.apply({"params": found.params}, **inputs).logits)
+        with torch.no_grad():
+            theirs = model.eval()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+        logits = theirs.logits if task == "tags" else torch.stack([theirs.start_logits, theirs.end_logits], dim=-1)
+        real = inputs["attention_mask"].astype(bool)
+        np.testing.assert_allclose(ours[real], logits.numpy()[real], atol=1e-5)
+
+
+def test_a_head_that_transformers_has_not_is_refused(tagger, tmp_path):
+    with pytest.raises(UserError, match="task 'deep': its head is not one linear layer"):
+        convert(str(tagger), tmp_path / "out", task="deep")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sentence_transformers_opens_it(workdir, tmp_path):

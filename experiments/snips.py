@@ -28,7 +28,7 @@ EXPERIMENT = Experiment(
         Classification(name="intent", source="snips", column="intent"),
         Tagging(name="slots", source="snips", column="slots"),
     ),
-    phases=(Phase("everything", steps=300),),
+    phases=(Phase("everything", steps=500),),
     optimizer=Optimizer(learning_rate=5e-4),
     batch=Batching(rows=32, row_length=64),
     evaluation=Evaluation(every=100),

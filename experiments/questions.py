@@ -4,15 +4,15 @@
     mtl-jax evaluate runs/questions --task slots --path data:xquad/xquad.en.json
 
 Every user turn of Restaurants-8k (Coope et al. 2020, CC BY 4.0) is asked about each of the five slots; a slot that the turn
-does not fill has no answer, and the model has to say so. Of the slots that are not there, so many questions are left out of
-training that half have an answer; all are asked in the test. MTL_JAX_DATA names a folder with restaurant8k/ and xquad/; the
-questions are written once as SQuAD files into the cache.
+does not fill has no answer, and the model has to say so. Of the questions without an answer a quarter are asked, in training
+and test, chosen by a hash of their text, so that about half of all have one. MTL_JAX_DATA names a folder with restaurant8k/
+and xquad/; the questions are written as SQuAD files into the cache.
 """
 
 import hashlib
 import json
 
-from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Span, assets, main
+from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Span, assets, main, run
 
 QUESTIONS = {
     "people": "How many people?",
@@ -45,13 +45,15 @@ def as_squad(turns: list[dict]) -> dict:
 
 
 def squad_file(name: str) -> str:
-    """The path of a Restaurants-8k file as SQuAD, written if it is not there."""
-    target = assets.cache_dir() / "restaurant8k" / f"{name}.squad.json"
+    """The path of a Restaurants-8k file as SQuAD, written if it is not there; its name says what is in it."""
+    found = json.dumps(as_squad(json.loads(assets.locate(f"data:restaurant8k/{name}.json").read_text(encoding="utf-8"))))
+    digest = hashlib.sha256(found.encode()).hexdigest()
+    target = assets.cache_dir() / "restaurant8k" / f"{name}-{digest[:12]}.json"
     if not target.exists():
-        source = assets.locate(f"data:restaurant8k/{name}.json")
-        found = as_squad(json.loads(source.read_text(encoding="utf-8")))
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(found), encoding="utf-8")
+        part = target.with_suffix(".part")
+        part.write_text(found, encoding="utf-8")
+        part.replace(target)
     return str(target)
 
 
@@ -79,4 +81,4 @@ def experiment(train: str, test: str) -> Experiment:
 
 
 if __name__ == "__main__":
-    main(experiment(squad_file("train_0"), squad_file("test")))
+    run(lambda: main(experiment(squad_file("train_0"), squad_file("test"))))

@@ -13,7 +13,7 @@ import numpy as np
 from mtl_jax import assets
 from mtl_jax.data import tokens as tokenizing
 from mtl_jax.data.labels import Labels, Window
-from mtl_jax.data.sources import SPLITS, Row, Source, Splits, read
+from mtl_jax.data.sources import SPLITS, Row, Source, Splits, apart, read
 from mtl_jax.data.tokens import Ragged, RowError
 from mtl_jax.errors import UserError
 
@@ -109,13 +109,13 @@ def _update(digest: Any, values: Any) -> None:
 
 
 def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str, Splits]:
-    """Reads the sources that the tasks use.
+    """Reads the sources that the tasks use; no text is in one's training rows and in another's dev or test rows.
 
     Raises:
         UserError: A source cannot be read.
     """
     used = {task.source for task in tasks}
-    return {source.name: read(source) for source in sources if source.name in used}
+    return apart({source.name: read(source) for source in sources if source.name in used})
 
 
 def texts(sources: Sequence[Source], data: dict[str, Splits], split: str) -> list[str]:
@@ -148,12 +148,17 @@ def make_corpus(
     filled = tuple(task.filled(_training_file(declared[task.source], data[task.source]), tokenizer) for task in tasks)
     own = {name: [task for task in filled if task.source == name] for name in data}
     splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
-    counts = {name: dict.fromkeys(("cut", "extra"), 0) for name in data}
+    counts = {name: dict.fromkeys(("cut", "extra", "skipped"), 0) for name in data}
     unlabelled = dict.fromkeys((task.name for task in filled), 0)
     next_id = 0
     for split in SPLITS:
         for name, parts in data.items():
             rows = parts.rows[split]
+            if declared[name].lenient:
+                rows, skipped = _readable(rows, own[name])
+                counts[name]["skipped"] += skipped
+                if not rows:
+                    raise UserError(f"source {name!r}: every row of split {split} has a label that cannot be read")
             examples, cut = make_examples(
                 declared[name], own[name], rows, tokenizer, max_length, first_id=next_id, cache=assets.cache_dir() / "tokens"
             )
@@ -161,6 +166,8 @@ def make_corpus(
                 labels, blank = labels_of(task, examples)
                 examples.labels[task.name] = labels
                 unlabelled[task.name] += blank
+                if blank == len(rows):
+                    raise UserError(f"task {task.name!r}: no row of split {split} of source {name!r} has a label")
             splits[split][name] = examples
             next_id += len(examples.tokens)
             counts[name]["cut"] += len(cut)
@@ -215,7 +222,9 @@ def make_examples(
         )
     except RowError as error:
         raise UserError(f"{rows[error.row].where}: {error.reason}") from error
-    empty = np.flatnonzero(found.tokens.lengths == 0)
+    # Words without any token are the tagging task's to count.
+    special = 0 if as_words else tokenizer.num_special_tokens_to_add(pair=second is not None)
+    empty = np.flatnonzero(found.tokens.lengths <= special)
     if len(empty) and not lenient:
         raise UserError(f"{rows[found.rows[empty[0]]].where}: the text has no token that the vocabulary knows")
     examples = Examples(source.name, first_id, found.tokens, {}, found.types, found.words, found.offsets, found.rows, rows)
@@ -224,7 +233,9 @@ def make_examples(
 
 def _text(row: Row, column: str, as_words: bool) -> Any:
     value = row.columns[column]
-    return value.split() if as_words and isinstance(value, str) else value
+    if as_words:
+        return value.split() if isinstance(value, str) else value
+    return value if isinstance(value, str) else " ".join(value)
 
 
 def _training_file(source: Source, splits: Splits) -> list[Row]:
@@ -232,6 +243,21 @@ def _training_file(source: Source, splits: Splits) -> list[Row]:
     rows = list(splits.rows["train"])
     rows += [] if source.dev_path else splits.rows["dev"]
     return rows + ([] if source.test_path else list(splits.rows["test"]))
+
+
+def _readable(rows: Sequence[Row], tasks: Sequence[Labels]) -> tuple[list[Row], int]:
+    """The rows whose labels can be read, and the number of the others, which are logged."""
+    kept = []
+    for row in rows:
+        try:
+            for task in tasks:
+                if not task.corrupts:
+                    task.parse(row)
+        except (ValueError, UserError) as error:
+            log.warning("skipped: %s: %s", row.where, error)
+            continue
+        kept.append(row)
+    return kept, len(rows) - len(kept)
 
 
 def labels_of(task: Labels, examples: Examples) -> tuple[Any, int]:
@@ -260,8 +286,10 @@ def labels_of(task: Labels, examples: Examples) -> tuple[Any, int]:
 def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: dict[str, int], max_length: int) -> str:
     sizes = "/".join(str(len(parts.rows[split])) for split in SPLITS)
     note = f"source {name}: {sizes} train/dev/test, {parts.repeated} repeated texts dropped, "
-    if parts.skipped:
-        note += f"{parts.skipped} rows that cannot be read left out, "
+    if parts.elsewhere:
+        note += f"{parts.elsewhere} that stand in dev or test of another source, "
+    if parts.skipped + counts["skipped"]:
+        note += f"{parts.skipped + counts['skipped']} rows that cannot be read left out, "
     if counts["extra"]:
         note += f"long texts read in {counts['extra']} further windows of {max_length} tokens"
         first = [task.name for task in tasks if not task.windows]

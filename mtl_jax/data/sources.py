@@ -12,7 +12,8 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mtl_jax import assets
@@ -87,11 +88,15 @@ class Splits(NamedTuple):
         rows: {split: rows}. Those of TFDS and the hub stay on disk and are read when asked for.
         repeated: Training rows that were dropped because their text occurred before.
         skipped: Rows that could not be read and were left out because the source is lenient.
+        elsewhere: Training rows that were dropped because their text stands in dev or test of another source.
+        identities: {split: for each row a digest of its text}; the same for a pair and for the pair the other way round.
     """
 
     rows: dict[str, Sequence[Row]]
     repeated: int
     skipped: int = 0
+    elsewhere: int = 0
+    identities: Mapping[str, list[bytes]] = MappingProxyType({})
 
 
 def read(source: Source) -> Splits:
@@ -106,19 +111,29 @@ def read(source: Source) -> Splits:
     cuts = {"dev": 0.0 if source.dev_path else source.cut_dev, "test": 0.0 if source.test_path else source.cut_test}
     opened = {split: _open(source, path) for split, path in given.items() if path}
     kept: dict[str, list[Any]] = {split: [] for split in SPLITS}  # rows, or numbers of records that stay on disk
+    identities: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     seen: set[bytes] = set()
+    official: set[bytes] = set()
+    documents: set[str] = set()  # of the official rows
     repeated = 0
     skipped: list[str] = []
     # Test first: where files overlap, the repeated text leaves the training rows, not the test rows.
     for split in (split for split in reversed(SPLITS) if split in opened):
         rows = opened[split]
-        for number, row, key, group in _good(source, rows, skipped, grouped=split == "train"):
-            digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-            if split == "train" and digest in seen:
-                repeated += 1
-                continue
-            seen.add(digest)
-            into = _cut(group or key, source.cut_seed, cuts) if split == "train" else split
+        for number, row, key, group in _good(source, rows, skipped, grouped=True):
+            # A pair and the same pair the other way round are two rows, but of one split.
+            either = min(key, _turned(key)) if source.pair else key
+            identity, into = _digest(either), split
+            if split == "train":
+                if _digest(key) in seen or identity in official or (group and group in documents):
+                    repeated += 1
+                    continue
+                seen.add(_digest(key))
+                into = _cut(group or either, source.cut_seed, cuts)
+            else:
+                official.add(identity)
+                documents.add(group)
+            identities[into].append(identity)
             kept[into].append(number if isinstance(rows, Records) else row)
     if len(skipped) > SHOWN:
         log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
@@ -130,7 +145,34 @@ def read(source: Source) -> Splits:
         chosen = kept[split][: source.limit or None]
         rows = opened.get(split, opened["train"])
         result[split] = Picked(rows, chosen) if isinstance(rows, Records) else chosen
-    return Splits(result, repeated, len(skipped))
+    return Splits(
+        result, repeated, len(skipped), 0, {split: found[: source.limit or None] for split, found in identities.items()}
+    )
+
+
+def apart(data: Mapping[str, Splits]) -> dict[str, Splits]:
+    """The same sources without training rows whose text stands in dev or test of another one: tasks share a trunk.
+
+    Raises:
+        UserError: Nothing is left to train on.
+    """
+    held = {name: {i for split in ("dev", "test") for i in parts.identities[split]} for name, parts in data.items()}
+    result = {}
+    for name, parts in data.items():
+        others = set().union(*(found for other, found in held.items() if other != name))
+        rows, identities = parts.rows["train"], parts.identities["train"]
+        stay = [number for number, identity in enumerate(identities) if identity not in others]
+        if not stay:
+            raise UserError(f"source {name!r}: every training text stands in dev or test of another source")
+        left: Sequence[Row] = (
+            Picked(rows.records, rows.numbers[stay]) if isinstance(rows, Picked) else [rows[number] for number in stay]
+        )
+        result[name] = parts._replace(
+            rows={**parts.rows, "train": left},
+            identities={**parts.identities, "train": [identities[number] for number in stay]},
+            elsewhere=len(rows) - len(left),
+        )
+    return result
 
 
 def read_one(source: Source) -> list[Row]:
@@ -269,6 +311,16 @@ def _key(source: Source, row: Row) -> str:
     if isinstance(row.columns.get("answers"), list) and "context" not in (source.text, source.pair):
         texts.append(str(row.columns.get("context", "")))
     return "\n".join(map(normalise, texts))
+
+
+def _turned(key: str) -> str:
+    """The key of the pair the other way round."""
+    first, second, *rest = key.split("\n")
+    return "\n".join([second, first, *rest])
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
 def _group(source: Source, row: Row) -> str:

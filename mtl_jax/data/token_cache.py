@@ -110,8 +110,10 @@ def store(folder: Path, name: str, arrays: dict[str, np.ndarray], about: Mapping
             np.save(part / f"{file}.npy", array, allow_pickle=False)
             files[file] = {"bytes": (part / f"{file}.npy").stat().st_size, "sha256": _sha256(part / f"{file}.npy")}
         (part / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=2) + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
+        try:
             _rename(part, entry)
+        except FileExistsError:  # another process was first; or a damaged entry could not be moved away
+            return load(folder, name) or arrays
         return _open(entry, files)
     except OSError as error:
         log.warning("%s: cannot write the token cache (%s); the next run tokenises again", folder, error.strerror or error)

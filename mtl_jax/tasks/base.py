@@ -216,6 +216,18 @@ def column(row: Row, name: str, task: Task) -> Any:
     return row.columns[name]
 
 
+def text_of(row: Row, name: str, task: Task) -> str | None:
+    """A row's value in a column that a task names, where that must be text, or nothing.
+
+    Raises:
+        UserError: There is no such column, or it holds a list.
+    """
+    value = column(row, name, task)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{row.where}: task {task.name!r}: column {name!r} holds a list, {value!r}; one value is needed")
+    return value
+
+
 def known_rows(task: Task, examples: Examples) -> np.ndarray:
     """bool[N], which examples have a label; a label of several numbers is there if one of them is."""
     labels = examples.labels[task.name]

@@ -17,7 +17,7 @@ from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
 from mtl_jax.errors import UserError
 from mtl_jax.tasks import label_metrics
-from mtl_jax.tasks.base import PerExample, Task, column, known, labelled
+from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
 from mtl_jax.tasks.cross_entropy import balanced_weights, check_weights, cross_entropy
 
 
@@ -74,7 +74,7 @@ class Classification(Task):
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
             return self
-        found = {column(row, self.column, self) for row in rows} - {None, *self.unlabelled}
+        found = {text for row in rows if (text := text_of(row, self.column, self)) is not None} - set(self.unlabelled)
         task = dataclasses.replace(self, labels=tuple(sorted(found)))
         task.check()
         return task
@@ -85,7 +85,7 @@ class Classification(Task):
         return dataclasses.replace(self, class_weights=balanced_weights(train.labels[self.name], self.labels))
 
     def parse(self, row: Row) -> int | None:
-        text = column(row, self.column, self)
+        text = text_of(row, self.column, self)
         if text is None or text in self.unlabelled:
             return None
         if self.threshold is not None:

@@ -16,7 +16,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
 from mtl_jax.errors import UserError
-from mtl_jax.tasks.base import PerExample, Task, column, known, labelled
+from mtl_jax.tasks.base import PerExample, Task, column, known, labelled, text_of
 
 YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0}
 
@@ -80,7 +80,7 @@ class Multilabel(Task):
     def parse(self, row: Row) -> np.ndarray | None:
         """i32[O]: 1 where a label applies, 0 where not, -1 where that is not known."""
         if self.columns:
-            label_O = np.array([self._yes_no(name, column(row, name, self)) for name in self.columns], self.dtype)
+            label_O = np.array([self._yes_no(name, text_of(row, name, self)) for name in self.columns], self.dtype)
             return label_O if (label_O != self.missing).any() else None
         written = self._written(row)
         if written is None:
@@ -147,6 +147,10 @@ class Multilabel(Task):
         if written is None or (isinstance(written, str) and written in self.unlabelled):
             return None
         parts = written.split(self.separator) if isinstance(written, str) else written
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError(
+                f"{row.where}: task {self.name!r}: {written!r} in column {self.column!r} holds something else than text"
+            )
         return [part.strip() for part in parts if part.strip()]
 
     def _yes_no(self, name: str, written: str | None) -> int:

@@ -16,7 +16,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
 from mtl_jax.errors import UserError
-from mtl_jax.tasks.base import PerExample, Task, column, known, labelled
+from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,14 @@ class Regression(Task):
             raise UserError(f"task {self.name!r}: scale is {self.scale}; it must be above 0")
 
     def parse(self, row: Row) -> float | None:
-        text = column(row, self.column, self)
+        text = text_of(row, self.column, self)
         if text is None or text in self.unlabelled:
             return None
         try:
             value = float(text)
         except ValueError:
             raise ValueError(f"label {text!r} is not a number") from None
-        if not self.minimum <= value <= self.maximum:  # also false for nan
+        if not (math.isfinite(value) and self.minimum <= value <= self.maximum):
             raise ValueError(f"label {text!r} is outside {self.minimum:g}..{self.maximum:g}")
         return value
 

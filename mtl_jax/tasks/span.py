@@ -91,6 +91,8 @@ class Span(Task):
         context, gold = column(row, self.context, self), column(row, self.column, self)
         if gold is None:
             return None
+        if not isinstance(gold, list) or not all(isinstance(answer, dict) for answer in gold):
+            raise ValueError(f"column {self.column!r} holds {gold!r}, no list of answers with text and start")
         for answer in gold:
             text, start = answer["text"], answer["start"]
             if not text.strip():
@@ -101,6 +103,15 @@ class Span(Task):
             return Gold(0, "")
         text = gold[0]["text"]
         return Gold(gold[0]["start"] + len(text) - len(text.lstrip()), text.strip())
+
+    def remarks(self, parts: Sequence[Examples]) -> list[str]:
+        lost = sum(
+            bool(column(part.data[part.row_of[group[0]]], self.column, self))
+            and not (part.labels[self.name][group.start : group.stop, 1] > 0).any()
+            for part in parts
+            for group in part.groups()
+        )
+        return [f"{lost} answers stand whole in no window, and are learned as no answer"] if lost else []
 
     def place(self, label: Gold | None, window: Window) -> np.ndarray:
         assert window.offsets is not None

@@ -370,3 +370,28 @@ def test_a_bad_question_is_skipped_alone(tmp_path):
 def test_files_that_are_not_squad(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         read(Source(name="a", path=write(tmp_path / "a", data), **SQUAD))
+
+
+def test_comments_of_conll_u_are_none_of_the_words(tmp_path):
+    """Also where they happen to have as many columns as a word; and a space after a tag is not part of it."""
+    path = write(tmp_path / "a.conll", "# newdoc\nAnn B-PER\nwon O\n\nwins O\n")
+    assert [columns["text"] for columns, _ in rows(path, format="conll", columns=("text", "tags"))] == [
+        ["Ann", "won"],
+        ["wins"],
+    ]
+    path = write(tmp_path / "b.conll", "Ann\tB-PER \nwon\tO\n")
+    assert rows(path, format="conll", columns=("text", "tags"))[0][0]["tags"] == ["B-PER", "O"]
+
+
+@pytest.mark.parametrize("start", [None, 1.9, [1], True])
+def test_an_answer_starts_at_a_whole_number(tmp_path, start):
+    line = json.dumps({"text": "who", "context": "ab", "answers": [{"text": "b", "answer_start": start}]})
+    path = write(tmp_path / "a.jsonl", line + "\n")
+    (found,) = rows(path, format="jsonl")
+    assert "is not a text and a whole number" in found
+
+
+def test_squad_without_articles(tmp_path):
+    for content in ('{"data": 5}', '{"data": null}', "[" * 100_000):
+        with pytest.raises(UserError, match=r"a\.json"):
+            rows(write(tmp_path / "a.json", content), format="squad")

@@ -91,7 +91,7 @@ def test_an_annealed_run_goes_from_one_mixture_to_the_other():
     run = schedule("proportional", "uniform", {}, SIZES, rows=111, steps=1000)
     assert run.counts(0) == {"a": 100, "b": 10, "c": 1}
     assert run.counts(999) == {"a": 37, "b": 37, "c": 37}
-    assert run.counts(500) == {"a": 68, "b": 24, "c": 19} or sum(run.counts(500).values()) == 111
+    assert run.counts(500) == {"a": 68, "b": 24, "c": 19}
     assert run.before(1000)["c"] == pytest.approx(111_000 * (1 / 111 + 1 / 3) / 2, abs=1)
 
 

@@ -208,3 +208,51 @@ def test_wildcards_are_several_files_in_sorted_order(tmp_path, monkeypatch):
     assert row.where.startswith("data:a/rows.tsv:")
     with pytest.raises(UserError, match=r"data:\*/no\.tsv: no file of such a name"):
         read(Source(name="a", path="data:*/no.tsv", format="tsv"))
+
+
+def test_a_pair_the_other_way_round_stays_on_its_side(tmp_path):
+    """Cut or given: a pair and its swapped self are two rows, never one to learn from and one to test on."""
+    pairs = [(f"first {i}", f"second {i}") for i in range(200)]
+    lines = [f"{a}\t{b}\n{b}\t{a}\n" for a, b in pairs]
+    path = write(tmp_path / "a.tsv", "text\tother\n" + "".join(lines))
+    splits = read(Source(name="a", path=path, format="tsv", pair="other"))
+    assert splits.repeated == 0
+    where = {(row.columns["text"], row.columns["other"]): split for split, rows in splits.rows.items() for row in rows}
+    assert all(where[a, b] == where[b, a] for a, b in pairs)
+    official = write(tmp_path / "test.tsv", "text\tother\n" + "".join(f"{b}\t{a}\n" for a, b in pairs[:20]))
+    splits = read(Source(name="a", path=path, test_path=official, format="tsv", pair="other"))
+    assert splits.repeated == 40
+    assert len(splits.rows["test"]) == 20
+
+
+def test_a_document_of_an_official_split_leaves_the_training_rows(tmp_path):
+    train = write(tmp_path / "a.tsv", "id\ttext\n" + "".join(f"d{i // 4}_{i % 4}\ttext {i}\n" for i in range(400)))
+    test = write(tmp_path / "b.tsv", "id\ttext\nd3_9\tone more text\n")
+    splits = read(Source(name="a", path=train, test_path=test, format="tsv", group="id", group_pattern=r"^d\d+"))
+    assert splits.repeated == 4
+    assert not any(row.columns["id"].startswith("d3_") for split in ("train", "dev") for row in splits.rows[split])
+
+
+def test_no_source_teaches_what_another_tests(tmp_path):
+    """Tasks share a trunk: texts of one's dev and test rows leave the other's training rows, and are counted."""
+    files = {
+        name: write(tmp_path / name, "text\n" + "".join(f"text {i}\n" for i in numbers))
+        for name, numbers in {
+            "a": range(10),
+            "a_dev": [50],
+            "a_test": [3, 51],
+            "b": range(20),
+            "b_dev": [5],
+            "b_test": [60],
+        }.items()
+    }
+    read_both = {
+        name: read(Source(name=name, path=files[name], dev_path=files[f"{name}_dev"], test_path=files[f"{name}_test"]))
+        for name in "ab"
+    }
+    found = sources.apart(read_both)
+    assert texts(found["a"])["train"] == [f"text {i}" for i in range(10) if i not in (3, 5)]
+    assert texts(found["b"])["train"] == [f"text {i}" for i in range(20) if i not in (3, 5)]
+    assert [(found[name].repeated, found[name].elsewhere) for name in "ab"] == [(1, 1), (1, 1)]
+    assert texts(found["a"])["test"] == ["text 3", "text 51"]
+    assert sources.apart(found)["a"].elsewhere == 0

@@ -35,7 +35,7 @@ def read_conll(path: str, source: Source) -> Iterator[Read]:
             if words or error:
                 yield from _sentence(words, error, names, f"{path}:{start}")
             words, error = [], None
-        elif not words and not error and line.text.startswith("# ") and len(fields) != len(names):
+        elif not words and not error and _is_comment(line.text, fields, names):
             continue
         else:
             start = start if words or error else line.number
@@ -45,6 +45,11 @@ def read_conll(path: str, source: Source) -> Iterator[Read]:
         yield from _sentence(words, error, names, f"{path}:{start}")
 
 
+def _is_comment(line: str, fields: list[str], names: tuple[str, ...]) -> bool:
+    """Whether a line before a sentence's first word is none: CoNLL-U's own, or one that has not a word's columns."""
+    return line.startswith("# ") and (len(fields) != len(names) or bool(re.match(r"# (newdoc|newpar|sent_id|text)\b", line)))
+
+
 def _divider(path: str) -> Callable[[str], list[str]]:
     """What splits the lines of this file; a blank line has no columns."""
     tabs = next(("\t" in line.text for line in lines(path) if line.text.strip() and not line.text.startswith("# ")), False)
@@ -52,7 +57,7 @@ def _divider(path: str) -> Callable[[str], list[str]]:
     def divide(line: str) -> list[str]:
         if not line.strip(" \t"):
             return []
-        return line.split("\t") if tabs else re.split("[ \t]+", line.strip(" \t"))
+        return [field.strip(" ") for field in line.split("\t")] if tabs else re.split("[ \t]+", line.strip(" \t"))
 
     return divide
 

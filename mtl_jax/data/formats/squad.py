@@ -37,8 +37,10 @@ def read_squad(path: str, source: Source) -> Iterator[Read]:
         raise UserError(f"{path}:{error.lineno}: no JSON ({error.msg})") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not in SQuAD's format: no list 'data' of articles") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
+    if not isinstance(articles, list):
+        raise UserError(f"{path}: not in SQuAD's format: no list 'data' of articles")
     for a, article in enumerate(articles):
         for p, paragraph in enumerate(_get(article, "paragraphs", list, f"{path}: data[{a}]")):
             where = f"{path}: data[{a}].paragraphs[{p}]"

@@ -100,7 +100,11 @@ def _answers(value: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _answer(text: Any, start: Any) -> dict[str, Any]:
-    return {"text": _text(text, None), "start": int(start)}
+    if isinstance(text, bytes):
+        text = text.decode()
+    if not isinstance(text, str) or isinstance(start, bool) or not isinstance(start, int | np.integer):
+        raise ValueError(f"the answer {text!r} at {start!r} is not a text and a whole number")
+    return {"text": text, "start": int(start)}
 
 
 def _json(value: Any) -> Any:

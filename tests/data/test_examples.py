@@ -1,0 +1,98 @@
+"""From rows to examples: what cannot be read is named, or left out and counted; nothing is taken for something else."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from mtl_jax import Classification, Regression, Source, Span, Tagging
+from mtl_jax.data.examples import make_corpus, read_sources
+from mtl_jax.errors import UserError
+from mtl_jax.pretrained import load_tokenizer
+
+TASK = Classification(name="t", source="s", labels=("x", "y"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    tiny.write_bert(folder)
+    return load_tokenizer(folder)
+
+
+def rows(word, label="x", count=3):
+    return [{"text": f"{word} film {'the ' * n}", "label": label} for n in range(1, count + 1)]
+
+
+def corpus(tmp_path, tokenizer, *, train=None, dev=None, test=None, tasks=(TASK,), length=24, **options):
+    given = {"train": train or rows("good"), "dev": dev or rows("bad"), "test": test or rows("sad")}
+    paths = {}
+    for split, found in given.items():
+        paths[split] = str(tmp_path / f"{split}.jsonl")
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    source = Source(name="s", path=paths["train"], dev_path=paths["dev"], test_path=paths["test"], format="jsonl", **options)
+    return make_corpus([source], tasks, read_sources([source], tasks), tokenizer, length)
+
+
+def test_a_text_given_as_words_is_one_text(tmp_path, tokenizer):
+    """Beside texts as they stand: never read as a pair."""
+    found = corpus(tmp_path, tokenizer, train=[{"text": "the man", "label": "x"}, {"text": ["the", "song"], "label": "y"}])
+    read = [tokenizer.convert_ids_to_tokens(ids) for ids in found.splits["train"]["s"].tokens]
+    assert read == [["[CLS]", "the", "man", "[SEP]"], ["[CLS]", "the", "song", "[SEP]"]]
+
+
+def test_a_split_without_any_label(tmp_path, tokenizer):
+    hidden = rows("sad", label=None)
+    with pytest.raises(UserError, match="task 't': no row of split test of source 's' has a label"):
+        corpus(tmp_path, tokenizer, test=hidden)
+    found = corpus(tmp_path, tokenizer, test=[*hidden, *rows("awful", count=1)])
+    np.testing.assert_array_equal(found.splits["test"]["s"].labels["t"], [-1, -1, -1, 0])
+    assert "task t: 3 rows have no label" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "message"),
+    [
+        (TASK, "z", r"label 'z' is not in the label set \(x, y\)"),
+        (TASK, ["x"], "column 'label' holds a list"),
+        (Regression(name="t", source="s"), "inf", "outside"),
+        (Tagging(name="t", source="s", column="label", labels=("O", "B-x")), "O O", r"words and 2 tags"),
+    ],
+)
+def test_a_label_that_cannot_be_read_is_an_error_or_left_out(tmp_path, tokenizer, task, label, message):
+    good = {"x": "1"} if isinstance(task, Regression) else {}
+    right = [
+        row | {"label": good.get(row["label"], " ".join("O" for _ in row["text"].split()) if task.words else row["label"])}
+        for row in rows("good")
+    ]
+    parts = {"train": right, "dev": [row | {"text": f"bad {row['text']}"} for row in right], "test": None}
+    if task.words:
+        parts["dev"] = [row | {"label": f"O {row['label']}"} for row in parts["dev"]]
+    parts["test"] = [row | {"text": row["text"].replace("good", "sad")} for row in right]
+    bad = [*parts["dev"], {"text": "lovely song was", "label": label}]
+    with pytest.raises(UserError, match=rf"dev\.jsonl:4.*{message}"):
+        corpus(tmp_path, tokenizer, tasks=(task,), train=right, dev=bad, test=parts["test"])
+    found = corpus(tmp_path, tokenizer, tasks=(task,), train=right, dev=bad, test=parts["test"], lenient=True)
+    assert len(found.splits["dev"]["s"].tokens) == 3
+    assert "1 rows that cannot be read left out" in found.notes[0]
+
+
+def test_a_text_of_which_nothing_is_left_is_refused(tmp_path, tokenizer, monkeypatch):
+    """The special tokens alone are no text."""
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "normalizer", __import__("tokenizers").normalizers.Replace("song", ""))
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the text has no token"):
+        corpus(tmp_path, tokenizer, train=[*rows("good", count=1), {"text": "song", "label": "x"}])
+
+
+def test_an_answer_that_no_window_holds_is_counted(tmp_path, tokenizer):
+    context = "the man was sad and the film was good " * 3
+    asked = {"text": "who", "context": context.strip(), "answers": [{"text": context[:60].strip(), "start": 0}]}
+    short = {"text": "who", "context": "the man was sad", "answers": [{"text": "man", "start": 4}]}
+    parts = {
+        "train": [asked, short],
+        "dev": [short | {"text": "where"}],
+        "test": [short | {"text": "is"}],
+    }
+    found = corpus(tmp_path, tokenizer, tasks=(Span(name="t", source="s", stride=2),), length=12, pair="context", **parts)
+    assert "task t: 1 answers stand whole in no window, and are learned as no answer" in found.notes

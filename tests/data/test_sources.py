@@ -235,17 +235,8 @@ def test_a_document_of_an_official_split_leaves_the_training_rows(tmp_path):
 
 def test_no_source_teaches_what_another_tests(tmp_path):
     """Tasks share a trunk: texts of one's dev and test rows leave the other's training rows, and are counted."""
-    files = {
-        name: write(tmp_path / name, "text\n" + "".join(f"text {i}\n" for i in numbers))
-        for name, numbers in {
-            "a": range(10),
-            "a_dev": [50],
-            "a_test": [3, 51],
-            "b": range(20),
-            "b_dev": [5],
-            "b_test": [60],
-        }.items()
-    }
+    numbers = {"a": range(10), "a_dev": [50], "a_test": [3, 51], "b": range(20), "b_dev": [5], "b_test": [60]}
+    files = {name: write(tmp_path / name, "text\n" + "".join(f"text {i}\n" for i in own)) for name, own in numbers.items()}
     read_both = {
         name: read(Source(name=name, path=files[name], dev_path=files[f"{name}_dev"], test_path=files[f"{name}_test"]))
         for name in "ab"

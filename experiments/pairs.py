@@ -102,7 +102,7 @@ class Comparison:
 
     seeds: tuple[int, ...] = (0,)
     together: int = 600
-    alone: int = 200
+    alone: int = 300
     then: int = 100
     then_rate: float = 5e-5
     limit: int = 0

@@ -72,7 +72,7 @@ def experiment(train: str, test: str) -> Experiment:
                 group="context",  # all questions of a turn on one side of the cut
             ),
         ),
-        tasks=(Span(name="slots", source="restaurants"),),
+        tasks=(Span(name="slots", source="restaurants", stride=16),),
         phases=(Phase("everything", steps=400),),
         optimizer=Optimizer(learning_rate=2e-4),
         batch=Batching(rows=32, row_length=64),

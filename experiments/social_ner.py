@@ -4,7 +4,8 @@
     python experiments/social_ner.py --workdir runs/ner_alone --only wnut17 --phases.0.steps 300
 
 MTL_JAX_DATA names a folder with wnut17/ (Derczynski et al. 2017, CC BY 4.0) and tweebank/ (Liu et al. 2018, entities of Jiang
-et al. 2022, Apache-2.0). WNUT17 tests on entities that are new: none of its test names stands in its training text.
+et al. 2022, Apache-2.0). WNUT17 tests on entities that are new: none of its test names is one in its training rows, in
+the same spelling.
 """
 
 from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Tagging, main

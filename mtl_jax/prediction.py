@@ -12,7 +12,7 @@ import jax
 
 from mtl_jax import trunks
 from mtl_jax.data.examples import labels_of, make_examples
-from mtl_jax.data.sources import Row, Source, read_one
+from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
 from mtl_jax.tasks import Task
@@ -129,13 +129,16 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     run = open_run(Path(workdir))
     one, batch = (run.task(task),), run.experiment.batch
     source = next(source for source in run.experiment.sources if source.name == one[0].source)
-    source = dataclasses.replace(source, path=path, format=format or source.format, limit=0)
+    kind = format or source.format
+    source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
     rows = read_one(source)
     beside = [task for task in run.tasks if task.source == source.name]
     examples, cut = make_examples(source, beside, rows, run.trunk.tokenizer, batch.row_length)
     if cut:
         log.warning("%s: %d texts cut to %d tokens", path, len(cut), batch.row_length)
-    examples.labels[task], _ = labels_of(one[0], examples)
+    examples.labels[task], blank = labels_of(one[0], examples)
+    if blank == len(rows):
+        raise UserError(f"{path}: no row has a label for task {task!r}")
     mesh = meshes.make(batch.rows, 1)
     apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs(one)), one, mesh)
     found = evaluation.run(apply, run.params, one, [examples], batch, mesh)

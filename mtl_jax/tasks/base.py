@@ -59,6 +59,8 @@ class Task(abc.ABC):
     needs_offsets: ClassVar[bool] = False
     # Whether the task changes its source's tokens, by corrupt().
     corrupts: ClassVar[bool] = False
+    # Whether one vector added to every token's leaves the loss as it is: then it has no gradient over the representation.
+    shift_free: ClassVar[bool] = False
     # The parts of Encoded that the head reads.
     needs: ClassVar[tuple[str, ...]] = ("pooled",)
 

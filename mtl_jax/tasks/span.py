@@ -65,6 +65,7 @@ class Span(Task):
     metric_names: ClassVar[tuple[str, ...]] = ("f1", "exact")
     level: ClassVar[str] = "token"
     windows: ClassVar[bool] = True
+    shift_free: ClassVar[bool] = True
     needs_offsets: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
     outputs: ClassVar[int] = 2

@@ -224,6 +224,12 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
         rule = rule_of(experiment, phase)
         if per_task(rule) and trains_trunk:
             gram_step.check(params, mask, experiment.gram_over)
+            for task in tasks:
+                if experiment.gram_over == gram_step.REPRESENTATION and task.shift_free:
+                    raise UserError(
+                        f"gram_over representation: task {task.name!r} chooses between tokens, so a vector added to all of "
+                        "them changes nothing, and its gradient is always 0; use trunk, or a part of it"
+                    )
             if rule.transform is not None and experiment.gram_over != gram_step.TRUNK:
                 raise UserError(f"weighting {experiment.weighting} changes the trunk's task gradients: gram_over must be trunk")
         elif per_task(rule):

@@ -338,3 +338,13 @@ def test_the_context_must_be_the_sources_second_text():
     TASK.check_source(SOURCE)
     with pytest.raises(UserError, match=r"context is 'context', but the second text of source 'squad' \(pair\) is ''"):
         TASK.check_source(dataclasses.replace(SOURCE, pair=""))
+
+
+def test_the_loss_does_not_see_what_moves_all_tokens_alike():
+    """A vector added to every token's moves all logits alike, and the softmax between tokens does not see it."""
+    outputs = jnp.arange(8.0).reshape(1, 4, 2)
+    batch = Batch(None, jnp.ones((1, 4), jnp.int32), jnp.arange(4)[None], None, None, {})
+    labels = jnp.array([[[2, 3, 1, 4]]])
+    both = [TASK.loss(outputs + shift, labels, batch)[0] for shift in (0.0, 5.0)]
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-5)
+    assert TASK.shift_free

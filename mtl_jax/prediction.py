@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mtl_jax import trunks
-from mtl_jax.data.examples import labels_of, make_examples
+from mtl_jax.data.examples import Examples, labels_of, make_examples
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
@@ -52,6 +52,14 @@ class Run(NamedTuple):
             raise unknown("task", name, found)
         return found[name]
 
+    def source(self, task: str) -> Source:
+        """The source of a task."""
+        return next(source for source in self.experiment.sources if source.name == self.task(task).source)
+
+    def beside(self, task: str) -> list[Task]:
+        """The tasks of the same source: texts are read as in training, where all of them have a say in it."""
+        return [other for other in self.tasks if other.source == self.task(task).source]
+
 
 def is_workdir(folder: Path) -> bool:
     """Whether a directory was written by a run."""
@@ -90,26 +98,22 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
         UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, or a row lacks a text column.
     """
     run = open_run(Path(workdir))
-    one, batch = (run.task(task),), run.experiment.batch
-    source = next(source for source in run.experiment.sources if source.name == one[0].source)
+    asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     rows = [_row(source, value, number) for number, value in enumerate(inputs, start=1)]
     known = [i for i, row in enumerate(rows) if all(row.columns[name].strip() for name in _text_columns(source))]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
     if not known:
         return results
-    # Texts are read as in training, where the other tasks of the source have a say in it too.
-    beside = [task for task in run.tasks if task.source == source.name]
-    examples, cut = make_examples(source, beside, [rows[i] for i in known], run.trunk.tokenizer, batch.row_length, lenient=True)
-    mesh = meshes.make(batch.rows, 1)
-    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs(one)), one, mesh)
-    outputs = evaluation.run(apply, run.params, one, [examples], batch, mesh).outputs[task]
+    found = [rows[i] for i in known]
+    examples, cut = make_examples(source, run.beside(task), found, run.trunk.tokenizer, length, lenient=True)
+    outputs = _apply(run, asked, examples).outputs[task]
     for group in examples.groups():
         place = examples.row_of[group[0]]
         if not all(len(examples.tokens[i]) for i in group):
             continue
         windows = [examples.window(i, group[0]) for i in group]
-        answer = one[0].describe([outputs[i] for i in group], windows, examples.data[place])
-        truncated = place in cut or (len(group) > 1 and not one[0].windows)
+        answer = asked.describe([outputs[i] for i in group], windows, examples.data[place])
+        truncated = place in cut or (len(group) > 1 and not asked.windows)
         results[known[place]] = answer | ({"truncated": True} if truncated else {})
     return results
 
@@ -127,23 +131,25 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
         UserError: As predict(), or a row or label cannot be read.
     """
     run = open_run(Path(workdir))
-    one, batch = (run.task(task),), run.experiment.batch
-    source = next(source for source in run.experiment.sources if source.name == one[0].source)
+    asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     kind = format or source.format
     source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
     rows = read_one(source)
-    beside = [task for task in run.tasks if task.source == source.name]
-    examples, cut = make_examples(source, beside, rows, run.trunk.tokenizer, batch.row_length)
+    examples, cut = make_examples(source, run.beside(task), rows, run.trunk.tokenizer, length)
     if cut:
-        log.warning("%s: %d texts cut to %d tokens", path, len(cut), batch.row_length)
-    examples.labels[task], blank = labels_of(one[0], examples)
+        log.warning("%s: %d texts cut to %d tokens", path, len(cut), length)
+    examples.labels[task], blank = labels_of(asked, examples)
     if blank == len(rows):
         raise UserError(f"{path}: no row has a label for task {task!r}")
-    mesh = meshes.make(batch.rows, 1)
-    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs(one)), one, mesh)
-    found = evaluation.run(apply, run.params, one, [examples], batch, mesh)
-    scores = evaluation.score(one, {source.name: examples}, found)[task]
+    scores = evaluation.score((asked,), {source.name: examples}, _apply(run, asked, examples))[task]
     return {"rows": len(rows), **scores}
+
+
+def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:
+    """One task's outputs on examples of its source, on one device."""
+    batch, mesh = run.experiment.batch, meshes.make(run.experiment.batch.rows, 1)
+    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs((task,))), (task,), mesh)
+    return evaluation.run(apply, run.params, (task,), [examples], batch, mesh)
 
 
 def _text_columns(source: Source) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from mtl_jax import assets
 from mtl_jax.data import tokens as tokenizing
 from mtl_jax.data.labels import Labels, Window
-from mtl_jax.data.sources import SPLITS, Row, Source, Splits, apart, read
+from mtl_jax.data.sources import SHOWN, SPLITS, Row, Source, Splits, apart, read
 from mtl_jax.data.tokens import Ragged, RowError
 from mtl_jax.errors import UserError
 
@@ -147,18 +147,14 @@ def make_corpus(
     declared = {source.name: source for source in sources}
     filled = tuple(task.filled(_training_file(declared[task.source], data[task.source]), tokenizer) for task in tasks)
     own = {name: [task for task in filled if task.source == name] for name in data}
+    data = {name: _readable(name, parts, own[name]) if declared[name].lenient else parts for name, parts in data.items()}
     splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
-    counts = {name: dict.fromkeys(("cut", "extra", "skipped"), 0) for name in data}
+    counts = {name: dict.fromkeys(("cut", "extra"), 0) for name in data}
     unlabelled = dict.fromkeys((task.name for task in filled), 0)
     next_id = 0
     for split in SPLITS:
         for name, parts in data.items():
             rows = parts.rows[split]
-            if declared[name].lenient:
-                rows, skipped = _readable(rows, own[name])
-                counts[name]["skipped"] += skipped
-                if not rows:
-                    raise UserError(f"source {name!r}: every row of split {split} has a label that cannot be read")
             examples, cut = make_examples(
                 declared[name], own[name], rows, tokenizer, max_length, first_id=next_id, cache=assets.cache_dir() / "tokens"
             )
@@ -245,19 +241,31 @@ def _training_file(source: Source, splits: Splits) -> list[Row]:
     return rows + ([] if source.test_path else list(splits.rows["test"]))
 
 
-def _readable(rows: Sequence[Row], tasks: Sequence[Labels]) -> tuple[list[Row], int]:
-    """The rows whose labels can be read, and the number of the others, which are logged."""
-    kept = []
-    for row in rows:
-        try:
-            for task in tasks:
-                if not task.corrupts:
-                    task.parse(row)
-        except (ValueError, UserError) as error:
-            log.warning("skipped: %s: %s", row.where, error)
-            continue
-        kept.append(row)
-    return kept, len(rows) - len(kept)
+def _readable(name: str, parts: Splits, tasks: Sequence[Labels]) -> Splits:
+    """The rows whose labels can be read; the others are counted, and the first of them logged.
+
+    Raises:
+        UserError: No row of a split is left.
+    """
+    rows: dict[str, Sequence[Row]] = {}
+    skipped = 0
+    for split, found in parts.rows.items():
+        kept = []
+        for row in found:
+            try:
+                for task in tasks:
+                    if not task.corrupts:
+                        task.parse(row)
+            except (ValueError, UserError) as error:
+                skipped += 1
+                if skipped <= SHOWN:
+                    log.warning("skipped: %s: %s", row.where, error)
+                continue
+            kept.append(row)
+        if not kept:
+            raise UserError(f"source {name!r}: every row of split {split} has a label that cannot be read")
+        rows[split] = kept
+    return parts._replace(rows=rows, skipped=parts.skipped + skipped)
 
 
 def labels_of(task: Labels, examples: Examples) -> tuple[Any, int]:
@@ -288,8 +296,8 @@ def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: dict[str, i
     note = f"source {name}: {sizes} train/dev/test, {parts.repeated} repeated texts dropped, "
     if parts.elsewhere:
         note += f"{parts.elsewhere} that stand in dev or test of another source, "
-    if parts.skipped + counts["skipped"]:
-        note += f"{parts.skipped + counts['skipped']} rows that cannot be read left out, "
+    if parts.skipped:
+        note += f"{parts.skipped} rows that cannot be read left out, "
     if counts["extra"]:
         note += f"long texts read in {counts['extra']} further windows of {max_length} tokens"
         first = [task.name for task in tasks if not task.windows]

@@ -172,7 +172,7 @@ class _StepsIterator(grain.DatasetIterator[tuple[Batch, dict[str, Any]]]):  # ty
         return {}  # positions travel with the batches
 
     def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+        raise NotImplementedError("a stream is moved as a whole, by Stream.set_state")
 
 
 def _ahead(plan: Plan, state: dict[str, Any]) -> grain.IterDataset:

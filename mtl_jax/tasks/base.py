@@ -148,7 +148,7 @@ class Task(abc.ABC):
             tokens: i32[len], a window.
             rng: In training another one at every pass; in evaluation always the same one for a window.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says that it changes tokens, and has no corrupt()")
 
     def init(self, key: jax.Array, width: int) -> Any:
         """The head's parameters.

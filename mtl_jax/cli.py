@@ -93,7 +93,8 @@ def predict(
     if not inputs:
         raise UserError("nothing to predict: give --text or --file")
     if file.endswith(".jsonl"):
-        inputs = list(text) + [_object(line, f"{file}:{number}") for number, line in enumerate(inputs[len(text) :], start=1)]
+        lines = enumerate(inputs[len(text) :], start=1)
+        inputs = [*text, *(_object(line, f"{file}:{number}") if line.strip() else {} for number, line in lines)]
     for answer in prediction.predict(workdir, task, inputs):
         print(json.dumps(answer, ensure_ascii=False))
 

@@ -87,20 +87,22 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
     Args:
         workdir: A workdir that has at least one evaluated checkpoint.
         task: A task of that run.
-        inputs: Any number of texts, or of rows {column: text} with the text columns of the task's source, as pairs need; an
-            empty text gets {"error": ...}.
+        inputs: Any number of texts, or of rows {column: text} with the text columns of the task's source, as pairs need; where
+            texts are tagged, a text may be given as the list of its words. An empty text or row gets {"error": ...}.
 
     Returns:
         One JSON object for each input, in order; what is in it, the task kind's describe() says. "truncated": true is added
         where a text was longer than the model's rows and had to be cut.
 
     Raises:
-        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, or a row lacks a text column.
+        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, or a row lacks a text column or has
+            something else than text there.
     """
     run = open_run(Path(workdir))
     asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
-    rows = [_row(source, value, number) for number, value in enumerate(inputs, start=1)]
-    known = [i for i, row in enumerate(rows) if all(row.columns[name].strip() for name in _text_columns(source))]
+    as_words = any(other.words for other in run.beside(task))
+    rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
+    known = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
     if not known:
         return results
@@ -156,13 +158,21 @@ def _text_columns(source: Source) -> list[str]:
     return [name for name in (source.text, source.pair) if name]
 
 
-def _row(source: Source, value: str | Mapping[str, Any], number: int) -> Row:
+def _joined(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else " ".join(text)
+
+
+def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: bool) -> Row:
     names = _text_columns(source)
-    columns = {names[0]: value} if isinstance(value, str) else dict(value)
+    columns = {names[0]: value} if isinstance(value, str) else dict(value) or dict.fromkeys(names, "")
     for name in names:
-        if not isinstance(columns.get(name), str):
+        text = columns.get(name)
+        if as_words and isinstance(text, list) and all(isinstance(word, str) for word in text):
+            continue
+        if not isinstance(text, str):
             raise UserError(
                 f"input {number}: source {source.name!r} needs the text columns {', '.join(names)}; {name!r} is missing"
+                + ("" if text is None else f" or no text: {type(text).__name__}")
             )
     return Row(columns, f"input {number}")
 

@@ -155,6 +155,18 @@ def test_predict_keeps_order_and_count(workdir, tmp_path, monkeypatch, capsys):
     assert predict(workdir, "coarse", [texts[2]])[0]["label"] == found[2]["label"]
 
 
+def test_predict_rows(workdir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in.jsonl").write_text('{"text": "who is the man ?"}\n\n{"text": "where is the city ?"}\n')
+    arguments = ("predict", workdir, "--task", "coarse", "--file", tmp_path / "in.jsonl")
+    code, out, error = console(monkeypatch, capsys, *arguments)
+    assert code == 0, error
+    assert [next(iter(json.loads(line))) for line in out.splitlines()] == ["label", "error", "label"]
+    (tmp_path / "in.jsonl").write_text('{"text": ["who", "is"]}\n')
+    code, _, error = console(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "input 1: source 'questions' needs the text columns text; 'text' is missing or no text: list" in error
+
+
 def test_predict_a_number(workdir, monkeypatch, capsys):
     code, out, _ = console(monkeypatch, capsys, "predict", workdir, "--task", "rating", "--text", "good", "bad film")
     assert code == 0

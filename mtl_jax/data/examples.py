@@ -151,23 +151,26 @@ def make_corpus(
     splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
     counts = {name: dict.fromkeys(("cut", "extra"), 0) for name in data}
     unlabelled = dict.fromkeys((task.name for task in filled), 0)
+    skipped = dict.fromkeys(data, 0)
     next_id = 0
     for split in SPLITS:
-        for name, parts in data.items():
-            rows = parts.rows[split]
-            examples, cut = make_examples(
-                declared[name], own[name], rows, tokenizer, max_length, first_id=next_id, cache=assets.cache_dir() / "tokens"
+        for name, parts in list(data.items()):
+            examples, cut, refused = _examples(
+                declared[name], own[name], split, parts.rows[split], tokenizer, max_length, next_id
             )
+            skipped[name] += refused
             for task in own[name]:
                 labels, blank = labels_of(task, examples)
                 examples.labels[task.name] = labels
                 unlabelled[task.name] += blank
-                if blank == len(rows):
+                if blank == len(examples.data):
                     raise UserError(f"task {task.name!r}: no row of split {split} of source {name!r} has a label")
             splits[split][name] = examples
             next_id += len(examples.tokens)
             counts[name]["cut"] += len(cut)
-            counts[name]["extra"] += len(examples.tokens) - len(rows)
+            counts[name]["extra"] += len(examples.tokens) - len(examples.data)
+            data[name] = data[name]._replace(rows={**data[name].rows, split: examples.data})
+    data = {name: parts._replace(skipped=parts.skipped + skipped[name]) for name, parts in data.items()}
     notes = [_note(own[name], name, parts, counts[name], max_length) for name, parts in data.items()]
     notes += [f"task {name}: {blank} rows have no label" for name, blank in unlabelled.items() if blank]
     filled = tuple(task.fitted(splits["train"][task.source]) for task in filled)
@@ -200,7 +203,7 @@ def make_examples(
         cache: Where the tokens of much text are kept for the next time; None: nowhere.
 
     Raises:
-        UserError: A text has no token that the vocabulary knows.
+        Refused: A text has no token that the vocabulary knows, is no valid Unicode, or leaves no room for the text beside it.
     """
     as_words = any(task.words for task in tasks)
     first = [_text(row, source.text, as_words) for row in rows]
@@ -217,14 +220,50 @@ def make_examples(
             cache=cache,
         )
     except RowError as error:
-        raise UserError(f"{rows[error.row].where}: {error.reason}") from error
+        raise Refused([error.row], f"{rows[error.row].where}: {error.reason}") from error
     # Words without any token are the tagging task's to count.
     special = 0 if as_words else tokenizer.num_special_tokens_to_add(pair=second is not None)
     empty = np.flatnonzero(found.tokens.lengths <= special)
     if len(empty) and not lenient:
-        raise UserError(f"{rows[found.rows[empty[0]]].where}: the text has no token that the vocabulary knows")
+        places = sorted(set(found.rows[empty].tolist()))
+        raise Refused(places, f"{rows[places[0]].where}: the text has no token that the vocabulary knows")
     examples = Examples(source.name, first_id, found.tokens, {}, found.types, found.words, found.offsets, found.rows, rows)
     return examples, set(found.cut.tolist())
+
+
+class Refused(UserError):
+    """Texts of which the tokenizer makes nothing.
+
+    Attributes:
+        rows: Their places, ascending; there may be more of them.
+    """
+
+    def __init__(self, rows: list[int], message: str):
+        super().__init__(message)
+        self.rows = rows
+
+
+def _examples(
+    source: Source, tasks: Sequence[Labels], split: str, rows: Sequence[Row], tokenizer: Any, max_length: int, first_id: int
+) -> tuple[Examples, set[int], int]:
+    """What make_examples makes of a split, and how many rows it leaves out, which only a lenient source does.
+
+    Raises:
+        UserError: A text cannot be tokenised, or none is left.
+    """
+    cache = assets.cache_dir() / "tokens"
+    before = len(rows)
+    while True:
+        try:
+            examples, cut = make_examples(source, tasks, rows, tokenizer, max_length, first_id=first_id, cache=cache)
+            return examples, cut, before - len(rows)
+        except Refused as error:
+            if not source.lenient:
+                raise
+            log.warning("skipped %d rows, the first: %s", len(error.rows), error)
+            rows = [row for place, row in enumerate(rows) if place not in set(error.rows)]
+            if not rows:
+                raise UserError(f"source {source.name!r}: no text of split {split} can be tokenised") from error
 
 
 def _text(row: Row, column: str, as_words: bool) -> Any:

@@ -51,7 +51,7 @@ class Source:
             be called as the parts between the braces.
         text: The column that holds the text.
         pair: The column that holds a second text; empty: there is none.
-        id: A column in which no value may stand twice in a split; empty: none.
+        id: A column in which no value may stand twice in a split; empty: none, but the ids of a squad file.
         lenient: Leave out rows that cannot be read, count them and log the first; false: such a row is an error.
         cut_dev: Share of the distinct texts that becomes dev where there is no dev_path.
         cut_test: Share of the distinct texts that becomes test where there is no test_path.
@@ -266,12 +266,13 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
     if isinstance(answers, list) and isinstance(context, str):
         for answer in answers:
             _check_answer(answer, context, item.where)
-    if source.id:
-        if source.id not in item.columns:
+    name = source.id or ("id" if source.format == "squad" else "")
+    if name:
+        if name not in item.columns:
             raise no_column(source, item.where, "id", item.columns)
-        value = item.columns[source.id]
+        value = item.columns[name]
         if not isinstance(value, str):
-            raise UserError(f"{item.where}: the id column {source.id!r} is empty or a list")
+            raise UserError(f"{item.where}: the id column {name!r} is empty or a list")
         if value in ids:
             raise UserError(f"{item.where}: the id {value!r} stands already at {ids[value]}")
         ids[value] = item.where

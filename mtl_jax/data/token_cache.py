@@ -1,7 +1,8 @@
 """Arrays made from texts, kept on disk under a hash of all that they depend on.
 
 An entry is a directory FOLDER/KEY of .npy files with manifest.json: their sizes and SHA-256. It is written beside its place
-and renamed there, whole, so neither a killed process nor two at once leave half an entry. Entries may be deleted at any time.
+and renamed there, whole, so neither a killed process nor two at once leave half an entry. Entries may be deleted while
+no run reads them: worker processes open them anew.
 """
 
 from __future__ import annotations

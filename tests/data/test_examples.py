@@ -85,6 +85,21 @@ def test_a_text_of_which_nothing_is_left_is_refused(tmp_path, tokenizer, monkeyp
         corpus(tmp_path, tokenizer, train=[*rows("good", count=1), {"text": "song", "label": "x"}])
 
 
+def test_texts_that_the_tokenizer_refuses_may_be_left_out(tmp_path, tokenizer, monkeypatch, caplog):
+    """Their labels and the rows beside them too; one that is no Unicode and one of which nothing is left."""
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "normalizer", __import__("tokenizers").normalizers.Replace("song", ""))
+    good = rows("good")
+    train = [good[0], {"text": "song", "label": "x"}, *good[1:], {"text": "half \ud83d", "label": "x"}]
+    kept = corpus(tmp_path, tokenizer, train=good)
+    found = corpus(tmp_path, tokenizer, train=train, lenient=True)
+    assert found.describe() == kept.describe()
+    assert [row.columns for row in found.splits["train"]["s"].data] == good
+    assert "2 rows that cannot be read left out" in found.notes[0]
+    assert "train.jsonl:2: the text has no token" in caplog.text
+    with pytest.raises(UserError, match=r"source 's': no text of split dev can be tokenised"):
+        corpus(tmp_path, tokenizer, dev=[{"text": "song", "label": "x"}], lenient=True)
+
+
 def test_an_answer_that_no_window_holds_is_counted(tmp_path, tokenizer):
     context = "the man was sad and the film was good " * 3
     asked = {"text": "who", "context": context.strip(), "answers": [{"text": context[:60].strip(), "start": 0}]}

@@ -347,6 +347,12 @@ def test_bad_questions_are_named(tmp_path, questions, message):
         read(Source(name="a", path=squad(tmp_path, *questions), **SQUAD))
 
 
+def test_ids_of_questions_are_checked_without_being_asked(tmp_path):
+    path = squad(tmp_path, question("q"), question("q"))
+    with pytest.raises(UserError, match="question q: the id 'q' stands already at"):
+        read(Source(name="a", path=path, **{name: value for name, value in SQUAD.items() if name != "id"}))
+
+
 def test_a_bad_question_is_skipped_alone(tmp_path):
     good = [question(f"q{i}", ("308", 21)) for i in range(60)]
     path = squad(tmp_path, question("bad", ("308", 20)), *good, {"id": "worse"})

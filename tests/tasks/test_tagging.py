@@ -268,6 +268,7 @@ def test_a_run_from_text_to_entities(bert, folder, tmp_path):
     assert (len(short["tags"]), len(long["tags"])) == (3, 60)
     assert "truncated" not in long
     assert predict(tmp_path / "run", "intent", ["the film " * 30])[0]["truncated"]
+    assert predict(tmp_path / "run", "slots", [{"text": ["a", "fine", "film"]}]) == [short]
 
 
 def test_task_and_source_must_name_the_same_text(bert, folder):

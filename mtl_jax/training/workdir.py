@@ -122,7 +122,9 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     devices = jax.devices()
-    found["devices"] = f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores"
+    # Of the cores those that this process may use, where the system says it.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found["devices"] = f"{len(devices)} x {devices[0].device_kind}, {cores} CPU core{'' if cores == 1 else 's'}"
     return found
 
 

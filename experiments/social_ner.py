@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
         Tagging(name="tweebank_pos", source="tweebank", column="pos", metric="token_accuracy"),
     ),
     phases=(Phase("everything", steps=450),),
-    optimizer=Optimizer(learning_rate=3e-4),
+    optimizer=Optimizer(learning_rate=2e-4),
     batch=Batching(rows=32, row_length=64, mixture="proportional"),
     evaluation=Evaluation(every=50, criterion="wnut17"),
 )

@@ -49,6 +49,22 @@ def visible_past(queries: int, keys: int, step: jax.Array | int = 0) -> jax.Arra
     return (jnp.arange(keys)[None, :] <= step + jnp.arange(queries)[:, None])[None]
 
 
+def visible_ancestors(ancestry_BxKxL: jax.Array, step: jax.Array | int) -> jax.Array:
+    """Which entries of a cache with K entries a place each beam may see, itself among them: bool[B, K, L * K].
+
+    Beams are never moved in the cache: entry k of place l is what beam k wrote at step l, and a beam that goes on from another
+    one looks at that one's entries.
+
+    Args:
+        ancestry_BxKxL: Whose entry each beam sees at each place.
+        step: i32[], the place that is written now.
+    """
+    B, K, L = ancestry_BxKxL.shape
+    own_BxKxLxK = ancestry_BxKxL[..., None] == jnp.arange(K)
+    past_Lx1 = (jnp.arange(L) <= step)[:, None]
+    return (own_BxKxLxK & past_Lx1).reshape(B, K, L * K)
+
+
 def write_cache(cache: KeyValue, new: KeyValue, step: jax.Array | int) -> KeyValue:
     """The cache f[B, S, N, D] with new f[B, T, N, D] at places step to step + T; step may be traced."""
 

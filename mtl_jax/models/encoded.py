@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+
+from mtl_jax.errors import UserError
 
 
 class Encoded(NamedTuple):
@@ -19,3 +21,15 @@ class Encoded(NamedTuple):
     tokens: jax.Array | None = None
     pooled: jax.Array | None = None
     table: jax.Array | None = None
+
+
+def token_table(params: Any) -> jax.Array:
+    """The trunk's token table f32[V, E]: every trunk calls it word/embedding, on top or under embeddings.
+
+    Raises:
+        UserError: There is none.
+    """
+    for found in (params, params.get("embeddings", {})):
+        if "word" in found:
+            return found["word"]["embedding"]
+    raise UserError("the trunk has no token table that a head could share")

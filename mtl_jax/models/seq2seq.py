@@ -1,6 +1,6 @@
 """Encoder-decoder transformers: Marian, BART, mBART, T5. Translation is a head, the decoder, on a trunk, the encoder.
 
-Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary.
+Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary, K beams.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.attention import KeyValue, visible_keys
+from mtl_jax.models.encoded import token_table
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.seq2seq_decoder import Cache, Decoder, DecoderOutput, RowClassifier, Source
 from mtl_jax.models.seq2seq_layers import Block, Embeddings, Seq2SeqConfig, default_positions, make_norm, relative_bias
@@ -89,11 +90,11 @@ class Seq2Seq(nn.Module):
     """Encoder and decoder; parameters {"trunk": encoder, "head": decoder}.
 
     Attributes:
-        trunk: The encoder.
+        trunk: The encoder: this family's, or any other with its call signature under a decoder made for it.
         head: The decoder; or decoder and classifier; or None: the encoder alone under the same call.
     """
 
-    trunk: Seq2SeqEncoder
+    trunk: nn.Module
     head: Decoder | RowClassifier | None = None
 
     def __call__(
@@ -129,7 +130,7 @@ class Seq2Seq(nn.Module):
         ).hidden
         if isinstance(self.head, RowClassifier):
             source = self.head.source(hidden, attention_mask, segment_ids)
-            labels = self.head(input_ids, source, self.trunk.table(), deterministic)
+            labels = self.head(input_ids, source, self._table(), deterministic)
             return Seq2SeqOutput(hidden, labels.hidden, labels.logits)
         if decoder_input_ids is None or self.head is None:
             return Seq2SeqOutput(hidden, None, None)
@@ -159,15 +160,16 @@ class Seq2Seq(nn.Module):
         """
         return self._decoder().source(hidden, attention_mask, segment_ids)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` target tokens of `batch` rows; needs no parameters.
+    def init_cache(self, batch: int, length: int, beams: int = 1) -> Cache:
+        """An empty cache for `length` target tokens of `batch` rows with `beams` beams each; needs no parameters.
 
         Raises:
             UserError: The model has fewer positions.
         """
-        cfg = self.trunk.config
+        head = self._decoder()
+        cfg = head.config
         default_positions(cfg, length)
-        empty = jnp.zeros((batch, length, cfg.decoder_heads, cfg.size_of_head(cfg.decoder_heads)), self.trunk.dtype)
+        empty = jnp.zeros((batch, length * beams, cfg.decoder_heads, cfg.size_of_head(cfg.decoder_heads)), head.dtype)
         return tuple(KeyValue(empty, empty) for _ in range(cfg.decoder_layers))
 
     def decode(
@@ -180,6 +182,7 @@ class Seq2Seq(nn.Module):
         decoder_segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         step: jax.Array | int = 0,
+        ancestry: jax.Array | None = None,
         deterministic: bool = True,
     ) -> DecoderOutput:
         """Logits of the next tokens: of all at once (teacher forcing), or a few more after those in the cache.
@@ -193,6 +196,8 @@ class Seq2Seq(nn.Module):
             cache: What init_cache() or the step before gave; None runs without.
             step: i32[], how many tokens the cache holds so far; may be traced. step + U is at most L: writing past the end of
                 a cache, which cannot be seen in a traced step, overwrites its last places.
+            ancestry: i32[B, K, L], with a cache for K beams: the tokens i32[B, K] are then those of K beams at one place, and
+                each beam sees at every place l the entry that beam ancestry[b, k, l] wrote there; its own at `step`.
             deterministic: False applies dropout and needs an rng named "dropout".
 
         Returns:
@@ -206,14 +211,18 @@ class Seq2Seq(nn.Module):
         return self._decoder()(
             decoder_input_ids,
             source,
-            self.trunk.table(),
+            self._table(),
             decoder_attention_mask,
             decoder_position_ids,
             decoder_segment_ids,
             cache,
             step,
             deterministic,
+            ancestry,
         )
+
+    def _table(self) -> jax.Array:
+        return token_table(self.trunk.variables["params"])
 
     def _decoder(self) -> Decoder:
         if not isinstance(self.head, Decoder):

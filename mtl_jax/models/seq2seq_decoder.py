@@ -1,7 +1,7 @@
 """The decoder of Marian, BART, mBART and T5: a head on an encoder.
 
 Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary, N attention heads,
-D size of a head.
+D size of a head, K beams.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.models.attention import KeyValue, visible_keys, visible_past
+from mtl_jax.models.attention import KeyValue, visible_ancestors, visible_keys, visible_past
 from mtl_jax.models.seq2seq_layers import (
     Block,
     Embeddings,
@@ -25,7 +25,7 @@ from mtl_jax.models.seq2seq_layers import (
     relative_bias,
 )
 
-# One entry a decoder layer, each f[B, L, N, D]: reordering beams is gathering every leaf on axis 0.
+# One entry a decoder layer, each f[B, L, N, D]; for beams f[B, L * K, N, D], the K entries of a place side by side.
 Cache = tuple[KeyValue, ...]
 
 
@@ -100,6 +100,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         step: jax.Array | int = 0,
         deterministic: bool = True,
+        ancestry_BxKxL: jax.Array | None = None,
     ) -> DecoderOutput:
         """See Seq2Seq.decode; table_VxH is the encoder's token table, which is used where the config says that it is shared."""
         cfg = self.config
@@ -109,11 +110,17 @@ class Decoder(nn.Module):
         places = U if cache is None else cache[0].key.shape[1]
         if isinstance(step, int) and step + U > places:
             raise ValueError(f"{U} tokens after {step} do not fit into a cache of {places}")
-        key_positions = default_positions(cfg, places) if positions_BxU is None else positions_BxU
-        query_positions = step + jnp.arange(U)[None] if positions_BxU is None else positions_BxU
-        if real_BxU is None:
-            real_BxU = jnp.ones((B, places), jnp.int32)
-        mask = visible_past(U, places, step) & visible_keys(real_BxU, segments_BxU, segments_BxU)
+        first = step  # the place of the cache that is written first
+        if ancestry_BxKxL is not None:
+            key_positions = jnp.repeat(default_positions(cfg, places // U), U, axis=1)
+            query_positions, first = jnp.full((1, U), step), step * U
+            mask = visible_ancestors(ancestry_BxKxL, step)
+        else:
+            key_positions = default_positions(cfg, places) if positions_BxU is None else positions_BxU
+            query_positions = step + jnp.arange(U)[None] if positions_BxU is None else positions_BxU
+            if real_BxU is None:
+                real_BxU = jnp.ones((B, places), jnp.int32)
+            mask = visible_past(U, places, step) & visible_keys(real_BxU, segments_BxU, segments_BxU)
         source_mask = visible_keys(source.real, segments_BxU, source.segments)
         bias = self.relative_bias(query_positions, key_positions) if cfg.positions == "relative" else None
 
@@ -121,15 +128,18 @@ class Decoder(nn.Module):
         written = []
         for i, layer in enumerate(self.layer):
             old = None if cache is None else cache[i]
-            x_BxUxH, own = layer(x_BxUxH, mask, bias, deterministic, source.layers[i], source_mask, old, step)
+            x_BxUxH, own = layer(x_BxUxH, mask, bias, deterministic, source.layers[i], source_mask, old, first)
             written.append(own)
         if cfg.pre_norm:
             x_BxUxH = self.norm(x_BxUxH).astype(self.dtype)
         x_BxUxH = self.drop(x_BxUxH, deterministic=deterministic)
-        return DecoderOutput(x_BxUxH, self._logits(x_BxUxH, table_VxH), None if cache is None else tuple(written))
+        return DecoderOutput(x_BxUxH, self.logits(x_BxUxH, table_VxH), None if cache is None else tuple(written))
 
-    def _logits(self, x_BxUxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
+    def logits(self, x_BxUxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
+        """Logits f32[B, U, V] of the last layer's output; table_VxH as in the call."""
         cfg = self.config
+        if not cfg.reads_trunk_table:
+            table_VxH = self.embeddings.table()
         x_BxUxH = x_BxUxH * cfg.logit_scale
         if cfg.tied:
             logits = jnp.einsum("buh,vh->buv", x_BxUxH, table_VxH.astype(self.dtype), preferred_element_type=jnp.float32)

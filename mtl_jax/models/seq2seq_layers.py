@@ -60,6 +60,7 @@ class Seq2SeqConfig:
         drop_output: Whether dropout also follows the norm at the end of the stack.
         initializer_range: Standard deviation of freshly initialised weights, times fan_in ** -0.5 if scaled_init.
         scaled_init: See initializer_range.
+        embedding_range: The same of token tables; None: initializer_range.
         num_labels: Outputs of a checkpoint's own head over labels.
         head_dropout: Rate inside that head.
         decoder_start_token_id: What the decoder reads first.
@@ -101,6 +102,7 @@ class Seq2SeqConfig:
     drop_output: bool = False
     initializer_range: float = 0.02
     scaled_init: bool = False
+    embedding_range: float | None = None
     num_labels: int = 2
     head_dropout: float = 0.0
     decoder_start_token_id: int = 0
@@ -159,7 +161,8 @@ class Embeddings(nn.Module):
         cfg = self.config
         init = nn.initializers.normal(cfg.initializer_range)
         if self.vocab_size is not None:
-            self.word = nn.Embed(self.vocab_size, cfg.hidden_size, embedding_init=init)
+            table_init = init if cfg.embedding_range is None else nn.initializers.normal(cfg.embedding_range)
+            self.word = nn.Embed(self.vocab_size, cfg.hidden_size, embedding_init=table_init)
         if cfg.positions == "learned":
             rows = (cfg.max_positions or 0) + cfg.position_offset
             self.position = nn.Embed(rows, cfg.hidden_size, dtype=self.dtype, embedding_init=init)

@@ -1,0 +1,267 @@
+"""How to decode: options with the names, meanings and defaults of transformers 5, from a call and a checkpoint's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtl_jax.errors import UserError, unknown
+
+FILE = "generation_config.json"
+
+# Options of transformers that change what is generated and are not here, with the values that change nothing.
+ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "begin_suppress_tokens": (None, []),
+    "constraints": (None, []),
+    "diversity_penalty": (None, 0.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None, []),
+    "guidance_scale": (None, 1.0),
+    "min_p": (None,),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0.0),
+    "sequence_bias": (None,),
+    "suppress_tokens": (None, []),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "watermarking_config": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How token sequences are found; the lengths count the start token.
+
+    Attributes:
+        max_length: Most tokens, the start token included.
+        max_new_tokens: Most tokens after the start token; wins over max_length.
+        min_length: No end token before so many tokens, the start token included.
+        min_new_tokens: No end token before so many tokens after the start token.
+        do_sample: Draw tokens; else take the likeliest.
+        num_beams: K, beams of each row; 1 is greedy search, or plain sampling.
+        num_return_sequences: Sequences returned for each row.
+        early_stopping: Beam search is done with a row when it has num_beams finished sequences (True), when its best running
+            beam is worse than they all are, at its present length (False), or at any length that it may reach ("never").
+        length_penalty: A sequence's score is its log-probability over (tokens after the start) ** length_penalty.
+        temperature: Scores are divided by it before drawing.
+        top_k: Draw from the k likeliest tokens; 0: from all.
+        top_p: Draw from the fewest tokens whose probability is top_p together.
+        repetition_penalty: Above 1 makes tokens that stand there already less likely (Keskar et al. 2019).
+        no_repeat_ngram_size: No n tokens may stand there twice; 0: any may.
+        bad_words_ids: Token sequences that must not occur.
+        renormalize_logits: Normalise again after everything that changes scores.
+        forced_bos_token_id: The first token after the start token.
+        forced_eos_token_id: The token at max_length, if no end came before.
+        decoder_start_token_id: What the decoder reads first.
+        eos_token_id: Tokens that end a sequence.
+        pad_token_id: What stands after the end.
+    """
+
+    max_length: int = 20
+    max_new_tokens: int | None = None
+    min_length: int = 0
+    min_new_tokens: int | None = None
+    do_sample: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    early_stopping: bool | str = False
+    length_penalty: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    renormalize_logits: bool = False
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Most tokens, the start token included."""
+        return self.max_length if self.max_new_tokens is None else 1 + self.max_new_tokens
+
+    @property
+    def least(self) -> int:
+        """Fewest tokens before an end, the start token included."""
+        return max(self.min_length, 0 if self.min_new_tokens is None else 1 + self.min_new_tokens)
+
+    @property
+    def start(self) -> int:
+        """The start token."""
+        assert self.decoder_start_token_id is not None
+        return self.decoder_start_token_id
+
+    @property
+    def padding(self) -> int:
+        """What greedy search and sampling write after the end."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        return self.eos_token_id[0] if self.eos_token_id else 0
+
+    @property
+    def beam_padding(self) -> int:
+        """What beam search writes after the end: as transformers does, an end token where the padding token is 0."""
+        if not self.eos_token_id:
+            return -1
+        return self.pad_token_id or self.eos_token_id[0]
+
+    def check(self) -> None:
+        """Raises UserError for a value that makes no sense."""
+        for name, least in (
+            ("num_beams", 1),
+            ("num_return_sequences", 1),
+            ("min_length", 0),
+            ("no_repeat_ngram_size", 0),
+            ("top_k", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.length < 2:
+            name = "max_length" if self.max_new_tokens is None else "max_new_tokens"
+            raise UserError(f"{name} is {getattr(self, name)}, which leaves no room for a token after the start token")
+        if self.early_stopping not in (True, False, "never"):
+            raise UserError(f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"')
+        if not self.temperature > 0:
+            raise UserError(f"temperature is {self.temperature}; it must be above 0 (do_sample=False takes the likeliest)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if not self.do_sample and self.num_return_sequences > self.num_beams:
+            raise UserError(
+                f"num_return_sequences is {self.num_return_sequences}, more than num_beams, {self.num_beams}: "
+                "ask for more beams, or for do_sample"
+            )
+        if self.decoder_start_token_id is None:
+            raise UserError("decoder_start_token_id is not known: neither the call nor the checkpoint's files say it")
+        if any(not word for word in self.bad_words_ids):
+            raise UserError("bad_words_ids has an empty sequence")
+
+
+class Numbers(NamedTuple):
+    """Options that do not shape the compiled program: other values need no other program.
+
+    Attributes:
+        length_penalty: f32[], as in GenerationConfig; so are the next three.
+        temperature: f32[].
+        top_p: f32[].
+        repetition_penalty: f32[].
+        stop_when_full: bool[], early_stopping is True.
+        hope_for_more: bool[], early_stopping is "never".
+    """
+
+    length_penalty: Any
+    temperature: Any
+    top_p: Any
+    repetition_penalty: Any
+    stop_when_full: Any
+    hope_for_more: Any
+
+
+def divided(config: GenerationConfig) -> tuple[GenerationConfig, Numbers]:
+    """The options that shape a program, and its numbers; of a number there remains whether it does anything."""
+    numbers = Numbers(
+        length_penalty=np.float32(config.length_penalty),
+        temperature=np.float32(config.temperature),
+        top_p=np.float32(config.top_p),
+        repetition_penalty=np.float32(config.repetition_penalty),
+        stop_when_full=np.bool_(config.early_stopping is True),
+        hope_for_more=np.bool_(config.early_stopping == "never"),
+    )
+    shape = dataclasses.replace(
+        config,
+        length_penalty=1.0,
+        temperature=1.0,
+        top_p=1.0 if config.top_p == 1 else 0.5,
+        repetition_penalty=1.0 if config.repetition_penalty == 1 else 2.0,
+        early_stopping=False,
+    )
+    return shape, numbers
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(GenerationConfig)}
+
+
+def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **call: Any) -> GenerationConfig:
+    """The options of a call to a checkpoint: call, then generation_config.json, then config.json, then the defaults.
+
+    Args:
+        raw: The parsed config.json.
+        location: The checkpoint's directory, where generation_config.json may be; None: there is none.
+        call: Options of the call; None means not given. max_length takes the place of a max_new_tokens of the files.
+
+    Raises:
+        UserError: An option is unknown or makes no sense, a file is damaged or asks for what is not supported here.
+    """
+    for name in call:
+        if name not in FIELDS:
+            raise unknown("generation option", name, FIELDS)
+    given = {name: value for name, value in call.items() if value is not None}
+    values: dict[str, Any] = {}
+    for source, where in ((raw, "config.json"), (_read(location), FILE)):
+        values |= {name: source[name] for name in FIELDS if source.get(name) is not None}
+        if values.get("decoder_start_token_id") is None and source.get("bos_token_id") is not None:
+            values["decoder_start_token_id"] = source["bos_token_id"]
+        for name, harmless in ELSEWHERE.items():
+            if name in source and source[name] not in harmless:
+                raise UserError(f"{where}: {name} is {source[name]!r}, which is not supported here; set it to {harmless[0]!r}")
+    if "max_length" in given and "max_new_tokens" not in given:
+        values.pop("max_new_tokens", None)
+    if "min_length" in given and "min_new_tokens" not in given:
+        values.pop("min_new_tokens", None)
+    values |= given
+    for name, kinds in _KINDS.items():
+        if name in values:
+            values[name] = _checked(name, values[name], kinds)
+    ends = values.get("eos_token_id", ())
+    values["eos_token_id"] = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    values["bad_words_ids"] = tuple(
+        word for word in map(tuple, values.get("bad_words_ids", ())) if word not in {(end,) for end in values["eos_token_id"]}
+    )
+    config = GenerationConfig(**values)
+    config.check()
+    return config
+
+
+_INT, _FLOAT, _BOOL = (int,), (int, float), (bool,)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), _INT),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "top_k", "no_repeat_ngram_size"), _INT),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id", "pad_token_id"), _INT),
+    **dict.fromkeys(("length_penalty", "temperature", "top_p", "repetition_penalty"), _FLOAT),
+    **dict.fromkeys(("do_sample", "renormalize_logits"), _BOOL),
+}
+
+
+def _checked(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    if isinstance(value, kinds) and (kinds is _BOOL or not isinstance(value, bool)):
+        return value
+    if isinstance(value, list | tuple) and len(value) == 1 and name == "forced_eos_token_id":
+        return _checked(name, value[0], kinds)
+    raise UserError(f"{name} is {value!r}; it must be of type {kinds[-1].__name__}")
+
+
+def _read(location: Path | zipfile.Path | None) -> Mapping[str, Any]:
+    if location is None or not (location / FILE).exists():
+        return {}
+    try:
+        found = json.loads((location / FILE).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{location / FILE}: no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{location / FILE}: a JSON object is needed")
+    return found

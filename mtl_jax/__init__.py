@@ -22,9 +22,11 @@ from mtl_jax.tasks import Classification as Classification
 from mtl_jax.tasks import MaskedLM as MaskedLM
 from mtl_jax.tasks import Multilabel as Multilabel
 from mtl_jax.tasks import Regression as Regression
+from mtl_jax.tasks import Seq2Seq as Seq2Seq
 from mtl_jax.tasks import Span as Span
 from mtl_jax.tasks import Tagging as Tagging
 from mtl_jax.training.loop import train as train
 from mtl_jax.transfer import ParamRule as ParamRule
 from mtl_jax.trunks import Embedding as Embedding
 from mtl_jax.trunks import Pretrained as Pretrained
+from mtl_jax.trunks import Transformer as Transformer

@@ -18,7 +18,7 @@ from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import ParamRule
-from mtl_jax.trunks import Embedding, Pretrained
+from mtl_jax.trunks import AnyTrunk
 
 BASELINES = ("none", "constant", "probe")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -114,7 +114,7 @@ class Experiment:
     """
 
     name: str
-    trunk: Pretrained | Embedding
+    trunk: AnyTrunk
     sources: tuple[Source, ...]
     tasks: tuple[AnyTask, ...]
     phases: tuple[Phase, ...]
@@ -222,6 +222,11 @@ def check(experiment: Experiment) -> None:
             raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
         task.check()
         task.check_source(next(s for s in experiment.sources if s.name == task.source))
+        if task.target_length > experiment.batch.target_places:
+            raise UserError(
+                f"task {task.name!r}: target_length is {task.target_length}, but rows have room for "
+                f"{experiment.batch.target_places} target tokens: make batch.target_length as long"
+            )
         others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
         if task.corrupts and others:
             raise UserError(
@@ -275,7 +280,7 @@ def tasks_from_json(values: Mapping[str, Any]) -> tuple[AnyTask, ...]:
 
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    configure_tagged_union(Pretrained | Embedding, converter, tag_name="kind")
+    configure_tagged_union(AnyTrunk, converter, tag_name="kind")
     configure_tagged_union(AnyTask, converter, tag_name="kind")
     converter.register_structure_hook(float | str, lambda value, _: value)
     # JSON has no infinity: unbounded is written as a string.

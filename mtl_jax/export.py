@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import pretrained
+from mtl_jax import pretrained, trunks
 from mtl_jax.errors import UserError
 from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.saving import Saved
-from mtl_jax.tasks import Classification, Regression, Span, Tagging, Task
+from mtl_jax.pretrained.marian_bart import marian_fields
+from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.training import generation as generating
 
 # Class names that sentence-transformers reads from a directory's files since its second version.
 _MODULE = "sentence_transformers.models"
@@ -34,7 +36,8 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
     of a classification or regression reads the mean of the token vectors. No class of transformers does that and nothing
     else, so the directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
     sentence-transformers: SentenceTransformer(target).encode(texts) are the task's outputs, logits of a classification in
-    the order of config.json's id2label, predicted values of a regression.
+    the order of config.json's id2label, predicted values of a regression. A trunk with its decoder becomes the checkpoint that
+    it began as, or, from scratch, a Marian model (MarianMTModel).
 
     Args:
         source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
@@ -51,12 +54,16 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
         pretrained.save(target, pretrained.load(source), overwrite=overwrite)
         return
     run = open_run(Path(source))
-    if run.trunk.raw is None:
-        raise UserError(f"{source}: its trunk is an embedding from scratch; transformers has no class for it")
     head = run.task(task) if task else None
+    if isinstance(head, Seq2Seq):
+        _write_seq2seq(Path(source), target, run, head, overwrite)
+        return
+    if run.trunk.raw is None:
+        of = "only with a decoder, a seq2seq task's" if run.trunk.decoder else "not at all"
+        raise UserError(f"{source}: its trunk is from scratch: transformers has a class for it {of}")
     if head is not None and not isinstance(head, Classification | Regression | Tagging | Span):
         raise UserError(
-            f"task {task!r}: only heads of classification, regression, tagging and span can be written; leave --task out"
+            f"task {task!r}: only heads of classification, regression, tagging, span and seq2seq can be written; leave --task out"
         )
     raw = dict(run.trunk.raw)
     kind = TOKEN_HEADS.get(type(head))
@@ -79,6 +86,48 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
             _write_head(folder, run, head, config.hidden_size)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
+
+
+def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, overwrite: bool) -> None:
+    """Trunk and decoder as the checkpoint that they began as, or as a Marian model.
+
+    Raises:
+        UserError: transformers has no class for the two.
+    """
+    config, tokenizer = task.decoder, run.trunk.tokenizer
+    assert config is not None
+    generation = generating.config_of(task, run.trunk, task.beams)
+    ids = {
+        "decoder_start_token_id": task.start,
+        "eos_token_id": task.end,
+        "pad_token_id": generation.padding,
+        "bos_token_id": tokenizer.bos_token_id,
+        "forced_eos_token_id": None,
+    }
+    if task.from_checkpoint:
+        raw = dict(run.trunk.raw or {})
+    elif run.trunk.raw is not None:
+        raise UserError(
+            f"task {task.name!r}: transformers has no class for a fresh decoder on an encoder checkpoint; leave --task out"
+        )
+    else:
+        fields = marian_fields(config)
+        if fields is None:
+            raise UserError(
+                f"task {task.name!r}: transformers has no class for this trunk with its decoder: a Marian model has no norms "
+                "in front (trunk.pre_norm)"
+            )
+        raw = fields | ids
+    model = families.of(raw, f"{source}/trunk/config.json").build(config, trunks.DECODER, np.float32)
+    params = {"trunk": run.params["trunk"], "head": run.params["heads"][task.name]}
+    checkpoint = pretrained.Checkpoint(model, params, config, raw, trunks.DECODER, source / "trunk")
+
+    def add_generation(folder: Path) -> None:
+        if not task.from_checkpoint:
+            search = {"num_beams": generation.num_beams, "length_penalty": generation.length_penalty}
+            _write_json(folder / "generation_config.json", ids | search | {"max_length": generation.length})
+
+    saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
 
 
 def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:

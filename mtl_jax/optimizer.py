@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mtl_jax.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Optimizer:
     Attributes:
         name: adamw, adam or sgd.
         learning_rate: Peak rate, for phases that name none of their own.
-        schedule: After the warm-up: constant, or linear or cosine decay to 0 at the end of the phase.
+        schedule: After the warm-up: constant; linear or cosine decay to 0 at the end of the phase; or inverse_sqrt, with the
+            square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does not depend on the end.
         warmup: Share of a phase's steps over which the rate rises from 0.
         weight_decay: AdamW's decoupled decay, on parameters of two and more dimensions only (no biases, no norms).
         clip_norm: Largest norm of the trainable part's gradient; 0 for no clipping.
@@ -63,6 +65,7 @@ def schedule(config: Optimizer, peak: float, steps: int) -> optax.Schedule:
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
+        "inverse_sqrt": lambda step: peak * jax.lax.rsqrt(1.0 + jnp.asarray(step, jnp.float32) / max(1, warmup)),
     }[config.schedule]
     # The first step of a warm-up from exactly 0 would be wasted: count from 1.
     return lambda step: optax.join_schedules([rise, fall], [warmup])(step + (1 if warmup else 0))

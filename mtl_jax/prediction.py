@@ -15,11 +15,12 @@ from mtl_jax.data.examples import Examples, labels_of, make_examples
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
-from mtl_jax.tasks import Task
-from mtl_jax.training import evaluation
+from mtl_jax.tasks import Seq2Seq, Task
+from mtl_jax.training import evaluation, generation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.generation import Generated
 from mtl_jax.training.step import encode_tokens, needs
 from mtl_jax.trunks import Trunk
 
@@ -108,13 +109,22 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
         return results
     found = [rows[i] for i in known]
     examples, cut = make_examples(source, run.beside(task), found, run.trunk.tokenizer, length, lenient=True)
-    outputs = _apply(run, asked, examples).outputs[task]
-    for group in examples.groups():
+    texts: list[Generated] = []
+    outputs: Any = ()
+    if isinstance(asked, Seq2Seq):
+        texts = generation.generate(asked, run.trunk, run.params, examples, asked.beams)
+    else:
+        outputs = _apply(run, asked, examples).outputs[task]
+    for number, group in enumerate(examples.groups()):
         place = examples.row_of[group[0]]
         if not all(len(examples.tokens[i]) for i in group):
             continue
-        windows = [examples.window(i, group[0]) for i in group]
-        answer = asked.describe([outputs[i] for i in group], windows, examples.data[place])
+        if texts:
+            text, score, ended = texts[number]
+            answer: dict[str, Any] = {"text": text, "score": round(score, 6)} | ({} if ended else {"unfinished": True})
+        else:
+            windows = [examples.window(i, group[0]) for i in group]
+            answer = asked.describe([outputs[i] for i in group], windows, examples.data[place])
         truncated = place in cut or (len(group) > 1 and not asked.windows)
         results[known[place]] = answer | ({"truncated": True} if truncated else {})
     return results
@@ -140,10 +150,15 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     examples, cut = make_examples(source, run.beside(task), rows, run.trunk.tokenizer, length)
     if cut:
         log.warning("%s: %d texts cut to %d tokens", path, len(cut), length)
-    examples.labels[task], blank = labels_of(asked, examples)
-    if blank == len(rows):
+    placed = labels_of(asked, examples, run.trunk.tokenizer)
+    examples.labels[task] = placed.labels
+    if placed.cut:
+        log.warning("%s: %d target texts cut to %d tokens", path, placed.cut, asked.target_length)
+    if placed.blank == len(rows):
         raise UserError(f"{path}: no row has a label for task {task!r}")
-    scores = evaluation.score((asked,), {source.name: examples}, _apply(run, asked, examples))[task]
+    split = {source.name: examples}
+    texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams)
+    scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)[task]
     return {"rows": len(rows), **scores}
 
 

@@ -15,20 +15,29 @@ import numpy as np
 from flax import traverse_util
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.data import vocabulary
+from mtl_jax.errors import UserError, unknown
 from mtl_jax.models.embedding import EmbeddingConfig, SharedEmbedding
+from mtl_jax.models.encoded import token_table as token_table
+from mtl_jax.models.layers import ACTIVATIONS
+from mtl_jax.models.seq2seq import Seq2SeqEncoder
+from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.pretrained import families
+from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.pretrained.safetensors_file import open_safetensors
 from mtl_jax.pretrained.saving import Saved, write_safetensors
-from mtl_jax.pretrained.tensors import read_json
+from mtl_jax.pretrained.tensors import Location, read_json
+from mtl_jax.pretrained.tokenizer import copy_files
+from mtl_jax.tasks.base import TrunkFacts
 
+DECODER = "seq2seq_lm"  # the kind of head that decodes
 BESIDE = "beside.safetensors"
 UNBOUNDED = 1_000_000  # tokens; a trunk without a position table takes any length
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A Hugging Face encoder checkpoint.
+    """A Hugging Face checkpoint: an encoder, or an encoder-decoder, whose decoder is where heads of texts start.
 
     Attributes:
         path: Its directory: a local path, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
@@ -52,16 +61,58 @@ class Embedding:
     dimension: int = 100
 
 
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A transformer encoder from scratch (Vaswani et al., 2017), as Marian has it, over a vocabulary of sub-words.
+
+    The vocabulary is made from the training texts, those of sources and those that tasks generate. A decoder on it is of the
+    same make.
+
+    Attributes:
+        vocabulary: Most sub-words, 4 special tokens and 256 bytes included.
+        pieces: bpe or unigram.
+        layers: Blocks.
+        width: Of the vectors.
+        heads: Attention heads; they divide the width.
+        feed_forward: Width inside the feed-forward part.
+        pre_norm: Norms stand before each part of a block, not after it: easier to train when deep, and no Marian.
+        activation: Inside the feed-forward part.
+        dropout: Rate after embeddings and after each part of a block.
+        attention_dropout: Rate on the attention probabilities.
+        activation_dropout: Rate inside the feed-forward part.
+        max_length: Longest text in tokens.
+    """
+
+    vocabulary: int = 8000
+    pieces: str = "bpe"
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    feed_forward: int = 1024
+    pre_norm: bool = False
+    activation: str = "relu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    max_length: int = 512
+
+
+AnyTrunk = Pretrained | Embedding | Transformer
+
+
 class Trunk(NamedTuple):
     """A trunk, ready to train.
 
     Attributes:
         module: A linen module; apply({"params": ...}, ids, mask, position_ids=, segment_ids=, deterministic=).hidden.
         params: Pretrained parameters, or None: initialise them.
-        tokenizer: A transformers fast tokenizer.
+        tokenizer: A transformers tokenizer.
         max_length: Longest example in tokens that the module can take.
         raw: The checkpoint's config.json; None for a trunk from scratch.
         beside: Parameters of the checkpoint's bare model that do not train here (BERT's pooler), or {}.
+        decoder: Sizes of the checkpoint's decoder, or of one that belongs to a trunk from scratch; None: there is none.
+        head: Parameters of the checkpoint's decoder, or None.
+        location: Where the checkpoint's generation_config.json is, if it has one.
     """
 
     module: nn.Module
@@ -70,25 +121,42 @@ class Trunk(NamedTuple):
     max_length: int
     raw: Mapping[str, Any] | None
     beside: Mapping[str, Any]
+    decoder: Seq2SeqConfig | None = None
+    head: Any = None
+    location: Location | None = None
 
 
-def build(config: Pretrained | Embedding, texts: Sequence[str], dtype: Any) -> Trunk:
+def build(config: AnyTrunk, texts: Sequence[str], dtype: Any, *, decodes: bool = False) -> Trunk:
     """Loads or creates the trunk.
 
     Args:
         config: The declaration.
         texts: Training texts, from which a vocabulary is made where the trunk has none.
         dtype: Compute dtype.
+        decodes: Whether a checkpoint's decoder is wanted, where it has one.
 
     Raises:
-        UserError: The checkpoint cannot be loaded.
+        UserError: The checkpoint cannot be loaded, or a size of a trunk from scratch makes no sense.
     """
     if isinstance(config, Pretrained):
-        checkpoint = pretrained.load(config.path, head=None, dtype=dtype)
+        checkpoint = pretrained.load(config.path, head=AUTO if decodes else None, dtype=dtype)
+        has_decoder = checkpoint.head == DECODER
+        if checkpoint.head is not None and not has_decoder:
+            checkpoint = pretrained.load(config.path, head=None, dtype=dtype)
         module = _encoder(checkpoint.raw, config.path, dtype, config.dropout)
         length = checkpoint.config.max_length or UNBOUNDED
-        beside = {name: params for name, params in checkpoint.params.items() if name != "trunk"}
-        return Trunk(module, checkpoint.params["trunk"], checkpoint.tokenizer, length, checkpoint.raw, beside)
+        beside = {name: params for name, params in checkpoint.params.items() if name not in ("trunk", "head")}
+        decoder = _with_dropout(checkpoint.config, config.dropout) if has_decoder else None
+        head = checkpoint.params["head"] if has_decoder else None
+        tokenizer = checkpoint.tokenizer
+        return Trunk(
+            module, checkpoint.params["trunk"], tokenizer, length, checkpoint.raw, beside, decoder, head, checkpoint.location
+        )
+    if isinstance(config, Transformer):
+        _check_transformer(config)
+        tokenizer = vocabulary.train(texts, config.pieces, config.vocabulary)
+        sizes = _transformer(config, len(tokenizer))
+        return Trunk(Seq2SeqEncoder(sizes, dtype), None, tokenizer, config.max_length, None, {}, sizes)
     tokenizer = _word_tokenizer(texts, config.vocabulary)
     module = SharedEmbedding(EmbeddingConfig(len(tokenizer), config.dimension), dtype)
     return Trunk(module, None, tokenizer, UNBOUNDED, None, {})
@@ -97,13 +165,69 @@ def build(config: Pretrained | Embedding, texts: Sequence[str], dtype: Any) -> T
 def _encoder(raw: Mapping[str, Any], where: str, dtype: Any, dropout: float | None = None) -> nn.Module:
     """The trunk of a checkpoint as a module of its own, with every dropout rate set to `dropout` unless that is None."""
     family = families.of(raw, where)
-    sizes = family.config(raw, where)
-    if dropout is not None:
-        if not 0 <= dropout < 1:
-            raise UserError(f"trunk.dropout is {dropout}; it must be at least 0 and below 1")
-        rates = {field.name: dropout for field in dataclasses.fields(sizes) if "dropout" in field.name}
-        sizes = dataclasses.replace(sizes, **rates)
-    return family.build(sizes, None, dtype).trunk
+    return family.build(_with_dropout(family.config(raw, where), dropout), None, dtype).trunk
+
+
+def _with_dropout(sizes: Any, dropout: float | None) -> Any:
+    if dropout is None:
+        return sizes
+    if not 0 <= dropout < 1:
+        raise UserError(f"trunk.dropout is {dropout}; it must be at least 0 and below 1")
+    return dataclasses.replace(sizes, **{field.name: dropout for field in dataclasses.fields(sizes) if "dropout" in field.name})
+
+
+def _check_transformer(config: Transformer) -> None:
+    """Raises UserError where a field of Transformer makes no sense."""
+    for field in ("layers", "width", "heads", "feed_forward", "max_length"):
+        if getattr(config, field) < 1:
+            raise UserError(f"trunk.{field} is {getattr(config, field)}; it must be at least 1")
+    if config.width % config.heads:
+        raise UserError(f"trunk.heads is {config.heads}; it must divide trunk.width, {config.width}")
+    for field in ("dropout", "attention_dropout", "activation_dropout"):
+        if not 0 <= getattr(config, field) < 1:
+            raise UserError(f"trunk.{field} is {getattr(config, field)}; it must be at least 0 and below 1")
+    for field, choices in (("pieces", vocabulary.KINDS), ("activation", tuple(ACTIVATIONS))):
+        if getattr(config, field) not in choices:
+            raise unknown(f"trunk.{field}", getattr(config, field), choices)
+
+
+def _transformer(config: Transformer, vocab_size: int) -> Seq2SeqConfig:
+    """Marian's constants; weights start as those of T5, of one size whatever the width."""
+    return Seq2SeqConfig(
+        vocab_size=vocab_size,
+        decoder_vocab_size=vocab_size,
+        hidden_size=config.width,
+        encoder_layers=config.layers,
+        decoder_layers=config.layers,
+        encoder_heads=config.heads,
+        decoder_heads=config.heads,
+        encoder_feed_forward=config.feed_forward,
+        decoder_feed_forward=config.feed_forward,
+        max_positions=config.max_length,
+        positions="sinusoidal",
+        position_offset=0,
+        activation=config.activation,
+        pre_norm=config.pre_norm,
+        embedding_norm=False,
+        embedding_scale=config.width**0.5,
+        embedding_range=config.width**-0.5,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout,
+        initializer_range=1.0,
+        scaled_init=True,
+    )
+
+
+def facts(trunk: Trunk) -> TrunkFacts:
+    """What tasks may ask about the trunk."""
+    params = jax.eval_shape(lambda: init_params(trunk, jax.random.key(0)))
+    try:
+        rows, columns = token_table(params).shape
+    except UserError:
+        rows, columns = 0, 0
+    start = None if trunk.raw is None else trunk.raw.get("decoder_start_token_id")
+    return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start)
 
 
 def init_params(trunk: Trunk, key: jax.Array) -> Any:
@@ -122,18 +246,6 @@ def width(trunk: Trunk, params: Any) -> int:
     return jax.eval_shape(hidden, params).shape[-1]
 
 
-def token_table(params: Any) -> jax.Array:
-    """The trunk's token table f32[V, E]: every trunk calls it word/embedding, on top or under embeddings.
-
-    Raises:
-        UserError: There is none.
-    """
-    for found in (params, params.get("embeddings", {})):
-        if "word" in found:
-            return found["word"]["embedding"]
-    raise UserError("the trunk has no token table that a head could share")
-
-
 def save(trunk: Trunk, folder: Path) -> None:
     """Writes what opening the trunk again needs, except what trains: configuration, tokenizer, parameters beside it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,19 +256,25 @@ def save(trunk: Trunk, folder: Path) -> None:
         name, sizes = "config.json", dict(trunk.raw)
         flat = traverse_util.flatten_dict(trunk.beside, sep="/")
         write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
+        if trunk.location is not None:
+            copy_files(trunk.location, folder, ("generation_config.json",))
     (folder / name).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
-def reopen(config: Pretrained | Embedding, folder: Path, dtype: Any) -> Trunk:
+def reopen(config: AnyTrunk, folder: Path, dtype: Any) -> Trunk:
     """The trunk that save() wrote; params is None, they are in the run's checkpoint."""
     tokenizer = pretrained.load_tokenizer(folder)
     if isinstance(config, Pretrained):
         raw = read_json(folder, "config.json")
         module = _encoder(raw, f"{folder}/config.json", dtype)
         flat = {path: np.array(tensor.read()) for path, tensor in open_safetensors(folder / BESIDE).items()}
-        return Trunk(module, None, tokenizer, UNBOUNDED, raw, traverse_util.unflatten_dict(flat, sep="/"))
-    sizes = EmbeddingConfig(**read_json(folder, "trunk.json"))
-    return Trunk(SharedEmbedding(sizes, dtype), None, tokenizer, UNBOUNDED, None, {})
+        beside = traverse_util.unflatten_dict(flat, sep="/")
+        return Trunk(module, None, tokenizer, UNBOUNDED, raw, beside, location=folder)
+    if isinstance(config, Transformer):
+        sizes = Seq2SeqConfig(**read_json(folder, "trunk.json"))
+        return Trunk(Seq2SeqEncoder(sizes, dtype), None, tokenizer, UNBOUNDED, None, {}, sizes)
+    words = EmbeddingConfig(**read_json(folder, "trunk.json"))
+    return Trunk(SharedEmbedding(words, dtype), None, tokenizer, UNBOUNDED, None, {})
 
 
 def _word_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:

@@ -29,6 +29,8 @@ class Batching:
     Attributes:
         rows: R, rows in a global batch, over all sources and devices.
         row_length: T, tokens in a row, and so the longest example; longer texts are cut and counted.
+        target_length: U, tokens in a row of target texts, for tasks that have such; 0: as many as row_length. Examples share a
+            row where both their texts fit.
         examples_per_row: S, at most so many examples are packed in one row.
         mixture: How often each source is seen, by rows: uniform; proportional to its training tokens; temperature:t=T, by
             size^(1/T); capped:cap=C, by at most C tokens; or fixed. Kept to exactly over the run, not in every step.
@@ -44,6 +46,7 @@ class Batching:
 
     rows: int = 32
     row_length: int = 64
+    target_length: int = 0
     examples_per_row: int = 12
     mixture: str = "uniform"
     mixture_end: str = ""
@@ -58,6 +61,11 @@ class Batching:
         """S, examples that a row can hold."""
         return self.examples_per_row if self.packed else 1
 
+    @property
+    def target_places(self) -> int:
+        """U, tokens in a row of target texts."""
+        return self.target_length or self.row_length
+
 
 class Batch(NamedTuple):
     """Packed rows, on the host or on the devices.
@@ -70,7 +78,8 @@ class Batch(NamedTuple):
         positions: i32[R, T], the token's place in its own example, from 0.
         index: i32[R, S], ids of the examples in the row; -1 where there is none.
         source: i32[R], the source that a row is of, by its place in the run's order; -1 for an empty row.
-        labels: {task: [R, S, *label_shape], or [R, T] where labels are of tokens}.
+        labels: {task: [R, S, *label_shape]; [R, T] where labels are of tokens; i32[R, U, 2] where they are target texts: the
+            tokens, and which of the row's examples each belongs to, from 1 on as in segments}.
         types: i32[R, T], token types; None where no source has any.
     """
 
@@ -91,6 +100,8 @@ def check(batching: Batching) -> None:
     for field in ("rows", "row_length", "examples_per_row", "accumulate"):
         if getattr(batching, field) < 1:
             raise UserError(f"batch.{field} must be at least 1")
+    if batching.target_length < 0:
+        raise UserError(f"batch.target_length is {batching.target_length}; it must be a number of tokens, or 0 for row_length")
     if batching.buckets and batching.packed:
         raise UserError("batch.buckets are for rows that are not packed: add --no-batch.packed, or leave them out")
     if list(batching.buckets) != sorted(set(batching.buckets)) or not all(
@@ -110,7 +121,8 @@ class Part:
         first_id: Id of the first example.
         tokens: N arrays i32[len].
         types: N arrays i32[len]; None where all are 0.
-        labels: {task: [N, *label_shape], or N arrays [len] where labels are of tokens}.
+        labels: {task: [N, *label_shape], or N arrays [len] where labels are of tokens or are target texts}.
+        targets: The tasks whose labels are target texts.
     """
 
     source: str
@@ -118,6 +130,7 @@ class Part:
     tokens: Ragged
     types: Ragged | None
     labels: dict[str, np.ndarray | Ragged]
+    targets: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -126,6 +139,14 @@ class Part:
     def lengths(self) -> np.ndarray:
         """i64[N], tokens of each example."""
         return self.tokens.lengths
+
+    def room(self, batching: Batching) -> np.ndarray:
+        """i64[N]: what each example takes of a row's T places, so that examples whose sum is at most T fit with both texts."""
+        room = self.lengths
+        for name in self.targets:
+            targets: Any = self.labels[name]
+            room = np.maximum(room, -(-targets.lengths * batching.row_length // batching.target_places))
+        return room
 
 
 def part_of(examples: Examples, tasks: Sequence[Labels]) -> Part:
@@ -138,9 +159,10 @@ def part_of(examples: Examples, tasks: Sequence[Labels]) -> Part:
     for task in tasks:
         if task.source == examples.source:
             values = examples.labels[task.name]
-            labels[task.name] = flat(values, task.dtype) if _of_tokens(task) else values
+            labels[task.name] = flat(values, task.dtype) if task.label_level != "example" else values
     types = None if examples.types is None else flat(examples.types, np.int32)
-    return Part(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels)
+    targets = tuple(task.name for task in tasks if task.name in labels and task.label_level == "target")
+    return Part(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels, targets)
 
 
 def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequence[Labels] = ()) -> Iterator[Batch]:
@@ -156,7 +178,7 @@ def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequen
     waiting: list[tuple[int, np.ndarray]] = []
     for number, part in enumerate(parts):
         for first in range(0, len(part), AT_ONCE):
-            lengths = part.lengths[first : first + AT_ONCE]
+            lengths = part.room(batching)[first : first + AT_ONCE]
             waiting += [(number, first + row) for row in best_fit(lengths, batching.row_length, batching.slots)]
             while len(waiting) >= batching.rows:
                 yield fill(parts, waiting[: batching.rows], tasks, batching, batching.rows, types, _always_the_same)
@@ -197,10 +219,7 @@ def fill(
         positions=np.zeros((total, T), np.int32),
         index=np.full((total, S), -1, np.int32),
         source=np.array([number for number, _ in rows] + [-1] * (total - len(rows)), np.int32),
-        labels={
-            task.name: np.full((total, T) if _of_tokens(task) else (total, S, *task.label_shape), task.missing, task.dtype)
-            for task in tasks
-        },
+        labels={task.name: np.full((total, *_shape(task, batching)), task.missing, task.dtype) for task in tasks},
         types=np.zeros((total, T), np.int32) if types else None,
     )
     for number in {number for number, _ in rows}:
@@ -213,10 +232,8 @@ def fill(
         slot_E = np.arange(len(row_E)) - first_E
         example_E = ticket_E % len(part)
         begins = starts_of(part.lengths[example_E])
-        length_E, begin_E = np.diff(begins), begins[:-1]
-        within_t = np.arange(begins[-1]) - np.repeat(begin_E, length_E)
-        at_t = np.repeat(row_E, length_E), np.repeat(begin_E - begin_E[first_E], length_E) + within_t
-
+        length_E = np.diff(begins)
+        at_t, within_t = _end_to_end(row_E, first_E, length_E)
         gather = functools.partial(_gather, example_E=example_E, length_E=length_E, within_t=within_t)
         token_t = gather(part.tokens)
         for task in (task for task in tasks if task.name in part.labels):
@@ -226,6 +243,11 @@ def fill(
                 for ticket, a, b in zip(ticket_E.tolist(), begins, begins[1:], strict=False):
                     token_t[a:b], label_t[a:b] = task.corrupt(token_t[a:b], draw(part, ticket))
                 batch.labels[task.name][at_t] = label_t
+            elif isinstance(labels, Ragged) and task.label_level == "target":
+                target_E = labels.lengths[example_E]
+                at_u, within_u = _end_to_end(row_E, first_E, target_E)
+                batch.labels[task.name][(*at_u, 0)] = _gather(labels, example_E, target_E, within_u)
+                batch.labels[task.name][(*at_u, 1)] = np.repeat(slot_E + 1, target_E)
             elif isinstance(labels, Ragged):
                 batch.labels[task.name][at_t] = gather(labels)
             else:
@@ -239,6 +261,21 @@ def fill(
     return _trim(batch, batching, tasks)
 
 
+def _end_to_end(
+    row_E: np.ndarray, first_E: np.ndarray, length_E: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Row and column of every token where texts stand end to end in their rows; and its place in its own text.
+
+    Args:
+        row_E: The row of each example; ascending.
+        first_E: The first example of the same row.
+        length_E: Tokens of its text.
+    """
+    begin_E = starts_of(length_E)[:-1]
+    within_t = np.arange(length_E.sum()) - np.repeat(begin_E, length_E)
+    return (np.repeat(row_E, length_E), np.repeat(begin_E - begin_E[first_E], length_E) + within_t), within_t
+
+
 def _gather(values: Ragged, example_E: np.ndarray, length_E: np.ndarray, within_t: np.ndarray) -> np.ndarray:
     """The arrays of the examples, one after another."""
     return values.values[np.repeat(values.starts[example_E], length_E) + within_t]
@@ -249,11 +286,22 @@ def _trim(batch: Batch, batching: Batching, tasks: Sequence[Labels]) -> Batch:
     if not batching.buckets:
         return batch
     longest = int((batch.segments > 0).sum(axis=1).max(initial=0))
-    T = next(length for length in (*batching.buckets, batching.row_length) if length >= longest)
-    labels = {task.name: batch.labels[task.name][:, :T] if _of_tokens(task) else batch.labels[task.name] for task in tasks}
+    whole_T, whole_U = batching.row_length, batching.target_places
+    for task in tasks:
+        if task.label_level == "target":
+            target = int((batch.labels[task.name][..., 1] > 0).sum(axis=1).max(initial=0))
+            longest = max(longest, -(-target * whole_T // whole_U))
+    T = next(length for length in (*batching.buckets, whole_T) if length >= longest)
+    places = {"token": T, "target": -(-T * whole_U // whole_T), "example": None}
+    labels = {task.name: batch.labels[task.name][:, : places[task.label_level]] for task in tasks}
     cut = {name: getattr(batch, name)[:, :T] for name in ("tokens", "segments", "positions")}
     return batch._replace(**cut, labels=labels, types=None if batch.types is None else batch.types[:, :T])
 
 
-def _of_tokens(task: Labels) -> bool:
-    return task.label_level == "token"
+def _shape(task: Labels, batching: Batching) -> tuple[int, ...]:
+    """Shape of a task's labels in one row."""
+    if task.label_level == "token":
+        return (batching.row_length,)
+    if task.label_level == "target":
+        return (batching.target_places, 2)
+    return (batching.slots, *task.label_shape)

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax import assets
+from mtl_jax.data import targets
 from mtl_jax.data import tokens as tokenizing
 from mtl_jax.data.labels import Labels, Window
 from mtl_jax.data.sources import SHOWN, SPLITS, Row, Source, Splits, apart, read
-from mtl_jax.data.tokens import Ragged, RowError
+from mtl_jax.data.tokens import Ragged, RowError, starts_of
 from mtl_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ class Examples(NamedTuple):
         source: The source's name.
         first_id: Examples have consecutive ids, split by split and in it source by source; this is the first one's.
         tokens: N arrays i32[len], special tokens included.
-        labels: {task: [N, *label_shape] in the task's dtype, or N arrays [len] where labels are of tokens}, for the tasks of
-            this source.
+        labels: {task: [N, *label_shape] in the task's dtype, or N arrays [len] where labels are of tokens or are target texts},
+            for the tasks of this source.
         types: N arrays i32[len], token types of pairs; None where all are 0.
         words: N arrays i32[len], for texts given as words: the word's index at its first sub-word, else -1.
         offsets: N arrays i32[len, 2], where a task asks for them: characters of each token in the row's last text.
@@ -118,12 +119,14 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str
     return apart({source.name: read(source) for source in sources if source.name in used})
 
 
-def texts(sources: Sequence[Source], data: dict[str, Splits], split: str) -> list[str]:
-    """The texts of one split over all sources, both of a pair."""
+def texts(sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], split: str) -> list[str]:
+    """The texts of one split over all sources, both of a pair, and what the tasks have of texts."""
     found = []
     for source in sources:
+        own = [name for task in tasks if task.source == source.name for name in task.text_columns]
         for row in data[source.name].rows[split] if source.name in data else ():
             values = [row.columns[name] for name in (source.text, source.pair) if name]
+            values += [row.columns.get(name) or "" for name in own]
             found += [value if isinstance(value, str) else " ".join(value) for value in values]
     return found
 
@@ -137,7 +140,7 @@ def make_corpus(
         sources: The declared sources.
         tasks: The declared tasks.
         data: What read_sources returned.
-        tokenizer: A transformers fast tokenizer.
+        tokenizer: A transformers tokenizer.
         max_length: Longest example in tokens, special tokens included. Longer texts become several examples where a task of the
             source can take that, else they are cut and counted.
 
@@ -151,6 +154,7 @@ def make_corpus(
     splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
     counts = {name: dict.fromkeys(("cut", "extra"), 0) for name in data}
     unlabelled = dict.fromkeys((task.name for task in filled), 0)
+    shortened = dict.fromkeys((task.name for task in filled), 0)
     skipped = dict.fromkeys(data, 0)
     next_id = 0
     for split in SPLITS:
@@ -160,10 +164,11 @@ def make_corpus(
             )
             skipped[name] += refused
             for task in own[name]:
-                labels, blank = labels_of(task, examples)
-                examples.labels[task.name] = labels
-                unlabelled[task.name] += blank
-                if blank == len(examples.data):
+                found = labels_of(task, examples, tokenizer, _cache())
+                examples.labels[task.name] = found.labels
+                unlabelled[task.name] += found.blank
+                shortened[task.name] += found.cut
+                if found.blank == len(examples.data):
                     raise UserError(f"task {task.name!r}: no row of split {split} of source {name!r} has a label")
             splits[split][name] = examples
             next_id += len(examples.tokens)
@@ -173,6 +178,9 @@ def make_corpus(
     data = {name: parts._replace(skipped=parts.skipped + skipped[name]) for name, parts in data.items()}
     notes = [_note(own[name], name, parts, counts[name], max_length) for name, parts in data.items()]
     notes += [f"task {name}: {blank} rows have no label" for name, blank in unlabelled.items() if blank]
+    for task in filled:
+        if shortened[task.name]:
+            notes.append(f"task {task.name}: {shortened[task.name]} target texts cut to {task.target_length} tokens")
     filled = tuple(task.fitted(splits["train"][task.source]) for task in filled)
     for task in filled:
         notes += [f"task {task.name}: {remark}" for remark in task.remarks([splits[split][task.source] for split in SPLITS])]
@@ -196,7 +204,7 @@ def make_examples(
         source: The source that the rows are of: it names the text columns.
         tasks: Its tasks: they say whether texts are read as words, and whether long ones are divided.
         rows: The rows.
-        tokenizer: A transformers fast tokenizer.
+        tokenizer: A transformers tokenizer.
         max_length: As in make_corpus.
         first_id: Id of the first example.
         lenient: Whether a text without any token that the vocabulary knows is left empty.
@@ -251,7 +259,7 @@ def _examples(
     Raises:
         UserError: A text cannot be tokenised, or none is left.
     """
-    cache = assets.cache_dir() / "tokens"
+    cache = _cache()
     before = len(rows)
     while True:
         try:
@@ -264,6 +272,10 @@ def _examples(
             rows = [row for place, row in enumerate(rows) if place not in set(error.rows)]
             if not rows:
                 raise UserError(f"source {source.name!r}: no text of split {split} can be tokenised") from error
+
+
+def _cache() -> Path:
+    return assets.cache_dir() / "tokens"
 
 
 def _text(row: Row, column: str, as_words: bool) -> Any:
@@ -307,18 +319,44 @@ def _readable(name: str, parts: Splits, tasks: Sequence[Labels]) -> Splits:
     return parts._replace(rows=rows, skipped=parts.skipped + skipped)
 
 
-def labels_of(task: Labels, examples: Examples) -> tuple[Any, int]:
-    """Labels of every window, and the number of rows without one.
+class Placed(NamedTuple):
+    """A task's labels of examples.
+
+    Attributes:
+        labels: As in Examples.
+        blank: Rows without one.
+        cut: Rows whose target text was cut.
+    """
+
+    labels: Any
+    blank: int = 0
+    cut: int = 0
+
+
+def labels_of(task: Labels, examples: Examples, tokenizer: Any, cache: Path | None = None) -> Placed:
+    """Labels of every window; a target text belongs to its row's first one.
+
+    Args:
+        task: The task.
+        examples: The windows.
+        tokenizer: A transformers tokenizer; it is asked where labels are target texts.
+        cache: As for make_examples.
 
     Raises:
         UserError: A label is wrong; names file and line.
     """
     if task.corrupts:
-        return Ragged.of([np.full(len(ids), task.missing, task.dtype) for ids in examples.tokens], task.dtype), 0
+        return Placed(Ragged.of([np.full(len(ids), task.missing, task.dtype) for ids in examples.tokens], task.dtype))
+    groups = examples.groups()
+    rows = [examples.data[examples.row_of[group[0]]] for group in groups]
+    if task.label_level == "target":
+        found = targets.encode(task, rows, tokenizer, cache)
+        lengths = np.zeros(len(examples.tokens), np.int64)
+        lengths[[group[0] for group in groups]] = found.tokens.lengths
+        return Placed(Ragged(found.tokens.values, starts_of(lengths)), found.blank, found.cut)
     placed: list[np.ndarray] = []
     blank = 0
-    for group in examples.groups():
-        row = examples.data[examples.row_of[group[0]]]
+    for group, row in zip(groups, rows, strict=True):
         try:
             label = task.parse(row)
             placed += [task.place(label, examples.window(i, group[0])) for i in group]
@@ -326,8 +364,8 @@ def labels_of(task: Labels, examples: Examples) -> tuple[Any, int]:
             raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
         blank += label is None
     if task.label_level == "token":
-        return Ragged.of(placed, task.dtype), blank
-    return np.array(placed, task.dtype).reshape(len(placed), *task.label_shape), blank
+        return Placed(Ragged.of(placed, task.dtype), blank)
+    return Placed(np.array(placed, task.dtype).reshape(len(placed), *task.label_shape), blank)
 
 
 def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: dict[str, int], max_length: int) -> str:

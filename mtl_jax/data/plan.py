@@ -99,7 +99,8 @@ class Plan:
         """
         own = np.arange(self.host, len(part), self.hosts) if len(part) >= self.hosts else np.arange(len(part))
         seeds = [self.seed, zlib.crc32(part.source.encode()), self.host, self.hosts]
-        in_row = min(self.batching.slots, self.batching.row_length / max(part.lengths[own].mean(), 1.0))
+        room = part.room(self.batching)
+        in_row = min(self.batching.slots, self.batching.row_length / max(room[own].mean(), 1.0))
         if len(own) <= MOST_ROWS * in_row:
             size = len(own) * math.ceil(FEWEST_ROWS * in_row / len(own))
         else:
@@ -114,7 +115,7 @@ class Plan:
             tickets.append(own[order] + number * len(part))
             at += len(order)
         ticket = np.concatenate(tickets)
-        rows = best_fit(part.lengths[ticket % len(part)], self.batching.row_length, self.batching.slots)
+        rows = best_fit(room[ticket % len(part)], self.batching.row_length, self.batching.slots)
         shuffled = np.random.default_rng([*seeds, chunk, 1]).permutation(len(rows))
         return [ticket[rows[n]] for n in shuffled]
 

@@ -1,4 +1,4 @@
-"""Texts to token ids with a checkpoint's fast tokenizer: windows of long texts, a cache on disk, a progress bar."""
+"""Texts to token ids with a checkpoint's tokenizer: windows of long texts, a cache on disk, a progress bar."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def encode(
     windows: bool = False,
     stride: int = 0,
     offsets: bool = False,
+    target: bool = False,
     cache: Path | None = None,
 ) -> Encodings:
     """Token ids of texts, of pairs of texts, or of texts that are divided into words.
@@ -68,31 +69,40 @@ def encode(
     Words are tokenised as in running text, that is, as " ".join(words) would be where the vocabulary knows spaces.
 
     Args:
-        tokenizer: A transformers fast tokenizer.
+        tokenizer: A transformers tokenizer. One that is not fast (sentencepiece, such as that of opus-mt) takes plain texts
+            only, and nothing is kept of it.
         first: The texts; or for each text its words.
         second: The second texts of pairs.
         max_length: Longest window in tokens, special tokens included.
         windows: Divide long texts instead of cutting them.
         stride: Tokens that consecutive windows of a text share; 0 for texts of words.
         offsets: Also say which characters a token stands for; not for texts of words.
+        target: The texts are targets: what a decoder gives. Some tokenizers have a vocabulary, or special tokens, of their own
+            for these. Plain texts only.
         cache: A directory where results are kept and found again; the arrays are then memory-mapped and read-only. None, or
             little text: nothing is kept.
 
     Raises:
         RowError: A text is no valid Unicode, or leaves no room in a window for the text beside it.
-        UserError: The tokenizer is no fast one, or max_length leaves no room for text.
+        UserError: The tokenizer is no fast one and the texts are not plain, or max_length leaves no room for text.
     """
     as_words = len(first) > 0 and not isinstance(first[0], str)
     if as_words and (second is not None or stride or offsets):
         raise ValueError("texts of words take no second text, stride or offsets")
     if second is not None and len(first) != len(second):
         raise ValueError(f"{len(first)} first and {len(second)} second texts")
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer; the checkpoint needs a tokenizer.json")
+    fast = getattr(tokenizer, "is_fast", False)
+    if not fast and (second is not None or as_words or windows or offsets):
+        raise UserError(
+            f"{type(tokenizer).__name__} is no fast tokenizer: pairs, texts of words, windows and places in the text need one; "
+            "the checkpoint needs a tokenizer.json"
+        )
+    if target and (second is not None or as_words or windows or offsets):
+        raise ValueError("targets are plain texts")
     columns: list[Sequence[Any]] = [first] if second is None else [first, second]
-    options = _Options(max_length, windows, stride, offsets, as_words, as_words and _splits_at_spaces(tokenizer))
+    options = _Options(max_length, windows, stride, offsets, as_words, as_words and _splits_at_spaces(tokenizer), target)
     sizes = _sizes(columns, as_words)
-    if cache is None or sizes.sum() < CACHED_CHARACTERS:
+    if cache is None or not fast or sizes.sum() < CACHED_CHARACTERS:
         return _encodings(_join(_parts(tokenizer, columns, sizes, options), options))
     name = token_cache.key(tokenizer, options._asdict(), *columns)
     arrays = token_cache.load(cache, name)
@@ -110,6 +120,7 @@ class _Options(NamedTuple):
     offsets: bool
     words: bool
     spaces: bool  # a word that follows another is given with a space before it
+    target: bool
 
 
 class _Part(NamedTuple):
@@ -156,8 +167,10 @@ def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Opti
         _check_unicode(texts, row)
     if options.spaces:
         columns = [[[*words[:1], *(word and f" {word}" for word in words[1:])] for words in columns[0]]]
+    names = ("text_target",) if options.target else ("text", "text_pair")[: len(columns)]
+    given = {name: list(texts) for name, texts in zip(names, columns, strict=True)}
     encoded = tokenizer(
-        *map(list, columns),
+        **given,
         is_split_into_words=options.words,
         return_attention_mask=False,
         return_token_type_ids=pair and "token_type_ids" in tokenizer.model_input_names,
@@ -180,13 +193,21 @@ def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Opti
             own = None if words is None else words[start:stop]
             kept = divide(sequence_of(encodings[i]), own, int(pair), options.max_length, options.stride, row + i)
         else:
-            kept = [cut(sequence_of(encodings[i]), options.max_length, tokenizer.truncation_side)]
+            kept = [cut(_sequence(tokenizer, encodings, lists, i), options.max_length, tokenizer.truncation_side)]
             shortened.append(row + i)
         places += [start + at for at in kept]
         lengths += [len(at) for at in kept]
         rows += [row + i] * len(kept)
     table = np.stack(fields, axis=1)[np.concatenate(places)]
     return _Part(table, np.array(lengths, np.int64), np.array(rows, np.int32), np.array(shortened, np.int64))
+
+
+def _sequence(tokenizer: Any, encodings: Any, lists: Sequence[Sequence[int]], i: int) -> np.ndarray:
+    """sequence_of encoding i, also where the tokenizer, no fast one, makes lists of ids only."""
+    if encodings is not None:
+        return sequence_of(encodings[i])
+    special = tokenizer.get_special_tokens_mask(list(lists[i]), already_has_special_tokens=True)
+    return -np.array(special, np.int8)
 
 
 def _join(parts: Iterable[_Part], options: _Options) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,6 +119,50 @@ def marian_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
         position_offset=0,
         embedding_norm=False,
     )
+
+
+def marian_fields(cfg: Seq2SeqConfig) -> dict[str, Any] | None:
+    """config.json of Marian for a model that was not loaded from one; None where Marian has no such model.
+
+    The inverse of marian_config, but for the initialisation.
+    """
+    fields: dict[str, Any] = {
+        "model_type": "marian",
+        "is_encoder_decoder": True,
+        "vocab_size": cfg.vocab_size,
+        "decoder_vocab_size": cfg.decoder_vocab_size,
+        "share_encoder_decoder_embeddings": cfg.shared_table,
+        "tie_word_embeddings": cfg.tied,
+        "d_model": cfg.hidden_size,
+        "encoder_layers": cfg.encoder_layers,
+        "num_hidden_layers": cfg.encoder_layers,
+        "decoder_layers": cfg.decoder_layers,
+        "encoder_attention_heads": cfg.encoder_heads,
+        "decoder_attention_heads": cfg.decoder_heads,
+        "encoder_ffn_dim": cfg.encoder_feed_forward,
+        "decoder_ffn_dim": cfg.decoder_feed_forward,
+        "max_position_embeddings": cfg.max_positions,
+        "activation_function": cfg.activation,
+        "scale_embedding": cfg.embedding_scale != 1.0,
+        "dropout": cfg.dropout,
+        "attention_dropout": cfg.attention_dropout,
+        "activation_dropout": cfg.activation_dropout,
+        "static_position_embeddings": True,
+        "normalize_before": False,
+    }
+    ours = dataclasses.replace(cfg, **_UNTRAINED)
+    return fields if dataclasses.replace(marian_config(fields, "config.json"), **_UNTRAINED) == ours else None
+
+
+# What does not matter to a model that has its parameters.
+_UNTRAINED: dict[str, Any] = {
+    "initializer_range": 0.02,
+    "scaled_init": False,
+    "embedding_range": None,
+    "num_labels": 2,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def build(cfg: Seq2SeqConfig, kind: str | None, dtype: Any) -> Seq2Seq:

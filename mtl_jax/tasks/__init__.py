@@ -5,8 +5,9 @@ from mtl_jax.tasks.classification import Classification as Classification
 from mtl_jax.tasks.masked_lm import MaskedLM as MaskedLM
 from mtl_jax.tasks.multilabel import Multilabel as Multilabel
 from mtl_jax.tasks.regression import Regression as Regression
+from mtl_jax.tasks.seq2seq import Seq2Seq as Seq2Seq
 from mtl_jax.tasks.span import Span as Span
 from mtl_jax.tasks.tagging import Tagging as Tagging
 
 # What an experiment may hold: a new kind is added here.
-AnyTask = Classification | MaskedLM | Multilabel | Regression | Span | Tagging
+AnyTask = Classification | MaskedLM | Multilabel | Regression | Seq2Seq | Span | Tagging

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,30 @@ from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.head import Head
+from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
 # Outputs of N examples: f32[N, O], or for each of them an f32[len, O].
 PerExample = Sequence[np.ndarray] | np.ndarray
+
+
+class TrunkFacts(NamedTuple):
+    """What a task may ask about the run's trunk.
+
+    Attributes:
+        tokenizer: A transformers tokenizer.
+        width: H, the size of its vectors.
+        table: V, E: shape of its token table; (0, 0): it has none.
+        decoder: The sizes of a decoder that belongs to it, of an encoder-decoder checkpoint or of a trunk from scratch; None.
+        head: Parameters of that decoder where they come with the trunk, else None.
+        start: The token that this decoder reads first.
+    """
+
+    tokenizer: Any
+    width: int
+    table: tuple[int, int]
+    decoder: Seq2SeqConfig | None
+    head: Any
+    start: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +65,8 @@ class Task(abc.ABC):
     dropout: float = 0.0
     metric: str = ""
 
-    # What the outputs are of: "example" (f32[R, S, O]) or "token" (f32[R, T, O]); and what the labels are of.
+    # What the outputs are of: "example" (f32[R, S, O]), "token" (f32[R, T, O]), or "target" (f32[R, U, O], the tokens of target
+    # texts, which are the labels); and what the labels are of.
     level: ClassVar[str] = "example"
     label_level: ClassVar[str] = "example"
     # A label's value where there is none, and the numpy dtype of labels.
@@ -57,6 +79,8 @@ class Task(abc.ABC):
     windows: ClassVar[bool] = False
     # Whether windows carry the places of their tokens in the text.
     needs_offsets: ClassVar[bool] = False
+    # Whether the head is a decoder: it starts as that of an encoder-decoder checkpoint, and is measured by what it generates.
+    decodes: ClassVar[bool] = False
     # Whether the task changes its source's tokens, by corrupt().
     corrupts: ClassVar[bool] = False
     # Whether one vector added to every token's leaves the loss as it is: then it has no gradient over the representation.
@@ -80,6 +104,26 @@ class Task(abc.ABC):
         return 0
 
     @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns with texts, beside the source's, that a vocabulary must know."""
+        return ()
+
+    @property
+    def target_length(self) -> int:
+        """Most tokens of a target text."""
+        return 0
+
+    @property
+    def leading(self) -> int:
+        """Special tokens in front of a target text that are not learned."""
+        return 0
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """{metric: how it is computed}, of metrics that have variants."""
+        return {}
+
+    @property
     def label_shape(self) -> tuple[int, ...]:
         """Shape of one label."""
         return ()
@@ -99,6 +143,14 @@ class Task(abc.ABC):
     def check_source(self, source: Source) -> None:
         """Raises UserError where the task does not fit its source, such as where they name different text columns."""
         return
+
+    def on(self, trunk: TrunkFacts) -> Self:
+        """The task with what it must know of the trunk.
+
+        Raises:
+            UserError: It does not go with such a trunk.
+        """
+        return self
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         """The task with what is found in the data: its label set, for a start.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ class Outputs(NamedTuple):
     """What the heads make of a batch.
 
     Attributes:
-        outputs: {task: f32[R, S, O] or f32[R, T, O]}.
+        outputs: {task: f32[R, S, O], f32[R, T, O] or f32[R, U, O], by level}.
         sums: {task: (sum of losses, number of labels)} where the batch has labels, else {}.
     """
 
@@ -142,9 +143,10 @@ def run(
                 if task.level == "example":
                     found[task.name][ids[chosen] - part.first_id] = outputs[rows[chosen], slots[chosen]]
                     continue
+                segments = batch.segments if task.level == "token" else batch.labels[task.name][..., 1]
                 for n in chosen:
-                    mine_T = batch.segments[rows[n]] == slots[n] + 1
-                    found[task.name][ids[n] - part.first_id] = np.asarray(outputs[rows[n]][mine_T], np.float32)
+                    mine = segments[rows[n]] == slots[n] + 1
+                    found[task.name][ids[n] - part.first_id] = np.asarray(outputs[rows[n]][mine], np.float32)
     losses = {name: float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
     return Found(found, losses if has_labels else {})
 
@@ -168,16 +170,26 @@ def _each(
     yield from waiting
 
 
-def score(tasks: Sequence[Task], split: dict[str, Examples], found: Found) -> dict[str, dict[str, float]]:
+def score(
+    tasks: Sequence[Task],
+    split: dict[str, Examples],
+    found: Found,
+    texts: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+) -> dict[str, dict[str, float]]:
     """{task: {"loss": ..., metric: ...}} over the labelled examples of a split: exact, not a mean of batch means.
 
     Args:
         tasks: The tasks.
         split: {source: Examples}.
         found: run(...) of these.
+        texts: {task: {metric: value}} of generated texts, for the tasks that decode.
     """
     return {
-        task.name: {"loss": found.losses[task.name], **task.metrics(found.outputs[task.name], split[task.source])}
+        task.name: {
+            "loss": found.losses[task.name],
+            **task.metrics(found.outputs[task.name], split[task.source]),
+            **texts.get(task.name, {}),
+        }
         for task in tasks
     }
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ import numpy as np
 
 from mtl_jax import trunks
 from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, tasks_to_json, to_json
-from mtl_jax.training import evaluation, results
+from mtl_jax.tasks import Seq2Seq
+from mtl_jax.training import evaluation, generation, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
@@ -241,7 +244,8 @@ class _Run:
         apply = self.outputs_by_look_up if plan.cached else self.outputs
         batching = self.experiment.batch
         found = evaluation.run(apply, params, self.tasks, list(dev.values()), batching, self.mesh, table=table)
-        scores = evaluation.score(self.tasks, dev, found)
+        texts = self._texts(params, dev, lambda task: task.dev_beams)
+        scores = evaluation.score(self.tasks, dev, found, texts)
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": x for task, metrics in scores.items() for metric, x in metrics.items()}
         self.logger.write("dev", step, {**record, "criterion": value, "phase": plan.number})
@@ -250,6 +254,13 @@ class _Run:
         else:
             self.counts.evaluations_since_best += 1
         return value
+
+    def _texts(self, params: Any, split: dict[str, Examples], beams: Callable[[Seq2Seq], int]) -> dict[str, dict[str, float]]:
+        """Metrics of generated texts, of the tasks that decode."""
+        if not any(task.decodes for task in self.tasks):
+            return {}
+        whole = generation.on_one_device(params)
+        return generation.text_scores(self.tasks, self.prepared.trunk, whole, split, beams)
 
     def _stopped_early(self) -> bool:
         patience = self.experiment.evaluation.patience
@@ -272,7 +283,8 @@ class _Run:
             data = self.prepared.corpus.splits[split]
             batching = self.experiment.batch
             found = evaluation.run(self.outputs, best.value, self.tasks, list(data.values()), batching, self.mesh)
-            scores[split] = evaluation.score(self.tasks, data, found)
+            texts = self._texts(best.value, data, lambda task: task.beams)
+            scores[split] = evaluation.score(self.tasks, data, found, texts)
         self.counts.seconds += time.monotonic() - self.started
         return results.write(
             self.folder,

@@ -7,6 +7,7 @@ import zlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -92,11 +93,14 @@ def prepare(experiment: Experiment) -> Prepared:
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
     data = examples.read_sources(experiment.sources, experiment.tasks)
-    texts = examples.texts(experiment.sources, data, "train")
-    trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype))
+    texts = examples.texts(experiment.sources, experiment.tasks, data, "train")
+    decodes = any(task.decodes for task in experiment.tasks)
+    trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
     if experiment.batch.row_length > trunk.max_length:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
-    corpus = examples.make_corpus(experiment.sources, experiment.tasks, data, trunk.tokenizer, experiment.batch.row_length)
+    facts = trunks.facts(trunk)
+    tasks = tuple(task.on(facts) for task in experiment.tasks)
+    corpus = examples.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)
@@ -119,7 +123,7 @@ def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
 
 
 def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
-    """{"trunk": ..., "heads": {task: ...}}: the trunk as loaded or fresh, fresh heads.
+    """{"trunk": ..., "heads": {task: ...}}: the trunk as loaded or fresh, fresh heads, decoders as the checkpoint's.
 
     A head's numbers depend on the seed and the task's name alone, not on which other tasks there are.
     """
@@ -128,6 +132,9 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     width = trunks.width(trunk, params["trunk"])
     heads = {}
     for task in tasks:
+        if task.decodes and trunk.head is not None:
+            heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # its own: the step donates its buffers
+            continue
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
         heads[task.name] = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
     return params | {"heads": heads}

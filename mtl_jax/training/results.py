@@ -80,6 +80,7 @@ def write(
                 "dev": scores["dev"][task.name],
                 "test": scores["test"][task.name],
                 "baselines": compared.get(task.name, {}),
+                **({"signatures": task.signatures} if task.signatures else {}),
             }
             for task in tasks
         },

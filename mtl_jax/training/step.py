@@ -92,7 +92,7 @@ def needs(tasks: tuple[Task, ...]) -> tuple[str, ...]:
 def apply_heads(
     tasks: tuple[Task, ...], params: dict[str, Any], encoded: Encoded, batch: Batch, key: jax.Array | None
 ) -> dict[str, jax.Array]:
-    """{task: outputs f32[R, S, O] or f32[R, T, O]} of every head on every example or token; a key means dropout."""
+    """{task: outputs f32[R, S, O], f32[R, T, O] or f32[R, U, O], by level} of every head; a key means dropout."""
 
     return {
         task.name: task.apply(params[task.name], encoded, batch, None if key is None else jax.random.fold_in(key, number))
@@ -102,8 +102,10 @@ def apply_heads(
 
 def label_counts(tasks: tuple[Task, ...], batch: Batch) -> dict[str, jax.Array]:
     """{task: f32[]}: how many examples, or tokens, have a label."""
-    places = {"example": batch.index.shape, "token": batch.tokens.shape}
-    blank = {task.name: jnp.zeros((*places[task.level], task.outputs)) for task in tasks}
+    blank = {}
+    for task in tasks:
+        places = {"example": batch.index, "token": batch.tokens, "target": batch.labels[task.name]}[task.level].shape[:2]
+        blank[task.name] = jnp.zeros((*places, task.outputs))
     return {task.name: task.loss(blank[task.name], batch.labels[task.name], batch)[1] for task in tasks}
 
 

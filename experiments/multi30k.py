@@ -1,0 +1,32 @@
+"""English to French from scratch on Multi30k: a small transformer over a vocabulary of the training texts' sub-words.
+
+    python experiments/multi30k.py
+    python experiments/multi30k.py --workdir runs/en-de --tasks.0.column de
+
+MTL_JAX_DATA names a folder with multi30k/{train,val,test_2016_flickr}.{en,fr,de}.gz (29,000, 1,014 and 1,000 captions).
+"""
+
+from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Seq2Seq, Source, Transformer, main
+
+EXPERIMENT = Experiment(
+    name="multi30k",
+    trunk=Transformer(vocabulary=4000, layers=4, width=128, heads=4, feed_forward=256, dropout=0.1, max_length=256),
+    sources=(
+        Source(
+            name="multi30k",
+            path="data:multi30k/train.{en,fr,de}.gz",
+            dev_path="data:multi30k/val.{en,fr,de}.gz",
+            test_path="data:multi30k/test_2016_flickr.{en,fr,de}.gz",
+            format="parallel",
+            text="en",
+        ),
+    ),
+    tasks=(Seq2Seq(name="translation", source="multi30k", column="fr", label_smoothing=0.1),),
+    phases=(Phase("everything", steps=5000),),
+    optimizer=Optimizer(learning_rate=5e-3, schedule="cosine", warmup=0.08, weight_decay=0.0, b2=0.98, eps=1e-9),
+    batch=Batching(rows=32, row_length=64, target_length=72),
+    evaluation=Evaluation(every=500),
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,69 @@
+"""Target texts: labels that are themselves texts, as tokens that a decoder is to give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtl_jax.data import tokens as tokenizing
+from mtl_jax.data.labels import Labels
+from mtl_jax.data.ragged import Ragged
+from mtl_jax.data.sources import Row
+from mtl_jax.data.tokens import RowError
+from mtl_jax.errors import UserError
+
+
+class Targets(NamedTuple):
+    """The target texts of rows.
+
+    Attributes:
+        tokens: For each row i32[len], the end token included; empty where the row has no target text.
+        blank: Rows without one.
+        cut: Rows whose text was too long and was cut.
+    """
+
+    tokens: Ragged
+    blank: int
+    cut: int
+
+
+def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = None) -> Targets:
+    """Tokens of the target text of each row; of several texts the first one is learned.
+
+    Args:
+        task: A task with target texts.
+        rows: The rows.
+        tokenizer: A transformers tokenizer.
+        cache: As for data.tokens.encode.
+
+    Raises:
+        UserError: A row's text is none, or has no token that the vocabulary knows; names file and line.
+    """
+    texts, places = [], []
+    for place, row in enumerate(rows):
+        try:
+            found = task.parse(row)
+        except ValueError as error:
+            raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
+        if found:
+            texts.append(found[0])
+            places.append(place)
+    most = task.target_length + task.leading
+    try:
+        encoded = tokenizing.encode(tokenizer, texts, max_length=most, target=True, cache=cache)
+    except RowError as error:
+        raise UserError(f"{rows[places[error.row]].where}: task {task.name!r}: {error.reason}") from error
+    special = tokenizer.num_special_tokens_to_add(pair=False)
+    empty = np.flatnonzero(encoded.tokens.lengths <= special)
+    if len(empty):
+        where = rows[places[empty[0]]].where
+        raise UserError(f"{where}: task {task.name!r}: the target text has no token that the vocabulary knows")
+    lengths = np.zeros(len(rows), np.int64)
+    lengths[places] = encoded.tokens.lengths - task.leading
+    kept = np.ones(len(encoded.tokens.values), bool)
+    for skipped in range(task.leading):
+        kept[encoded.tokens.starts[:-1] + skipped] = False
+    tokens = Ragged(np.ascontiguousarray(encoded.tokens.values[kept]), tokenizing.starts_of(lengths))
+    return Targets(tokens, len(rows) - len(texts), len(encoded.cut))

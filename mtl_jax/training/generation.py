@@ -1,0 +1,114 @@
+"""Texts that a run's decoders give: for metrics on dev and test, and as predictions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from mtl_jax import decoding
+from mtl_jax.data.examples import Examples
+from mtl_jax.decoding import GenerationConfig
+from mtl_jax.models.seq2seq import Seq2Seq as EncoderDecoder
+from mtl_jax.progress import Progress
+from mtl_jax.tasks import Seq2Seq
+from mtl_jax.trunks import Trunk
+
+ROWS = 32  # texts that are decoded at once
+
+
+class Generated(NamedTuple):
+    """What a decoder gave for a row.
+
+    Attributes:
+        text: The text.
+        score: Log-probability over a power of its length, as in decoding.
+        ended: Whether it came to an end; else the most tokens that it may have were not enough.
+    """
+
+    text: str
+    score: float
+    ended: bool
+
+
+def config_of(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConfig:
+    """How a task's texts are searched for: as its checkpoint says, but for what the task says."""
+    call: dict[str, Any] = {
+        "num_beams": beams,
+        "num_return_sequences": 1,
+        "do_sample": False,
+        "max_new_tokens": task.max_new_tokens or task.target_length,
+        "length_penalty": task.length_penalty,
+        "decoder_start_token_id": task.start,
+    }
+    if task.from_checkpoint:
+        return decoding.resolve(trunk.raw or {}, trunk.location, **call)
+    return decoding.resolve({}, None, eos_token_id=task.end, pad_token_id=trunk.tokenizer.pad_token_id or 0, **call)
+
+
+def generate(
+    task: Seq2Seq,
+    trunk: Trunk,
+    params: Any,
+    examples: Examples,
+    beams: int,
+    on_text: Callable[[], None] = lambda: None,
+) -> list[Generated]:
+    """The decoder's text for each row of a source; of a row in several windows, for its first one; "" where there is none.
+
+    Args:
+        task: The task, put on the trunk.
+        trunk: The trunk.
+        params: {"trunk": ..., "heads": ...}, whole on this process's first device.
+        examples: The source's examples.
+        beams: 1: greedy.
+        on_text: Called after each text.
+    """
+    model = EncoderDecoder(trunk.module, task.module(trunk.module.dtype))
+    both = {"trunk": params["trunk"], "head": params["heads"][task.name]}
+    rows = [examples.tokens[group[0]] for group in examples.groups()]
+    places = [place for place, tokens in enumerate(rows) if len(tokens)]
+    sources = [rows[place] for place in places]
+    found = [Generated("", 0.0, True)] * len(rows)
+    with contextlib.closing(Progress(f"texts of {task.name}", len(sources), unit="text")) as progress:
+        for answer in decoding.generate_all(model, both, sources, config_of(task, trunk, beams), rows=ROWS):
+            text = trunk.tokenizer.decode(answer.tokens[0], skip_special_tokens=True)
+            found[places[answer.index]] = Generated(text, float(answer.scores[0]), bool(answer.ended[0]))
+            progress.update(1)
+            on_text()
+    return found
+
+
+def on_one_device(params: Any) -> Any:
+    """Parameters that are whole on every device, as arrays of this process's first one."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+
+
+def text_scores(
+    tasks: tuple[Any, ...],
+    trunk: Trunk,
+    params: Any,
+    split: dict[str, Examples],
+    beams: Callable[[Seq2Seq], int],
+    on_text: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}} of what the tasks that decode generate; every process decodes all of it.
+
+    Args:
+        tasks: The tasks of a run.
+        trunk: The trunk.
+        params: As for generate.
+        split: {source: Examples}.
+        beams: Of a task.
+        on_text: Called after each text.
+    """
+    scores = {}
+    for task in tasks:
+        if isinstance(task, Seq2Seq):
+            examples = split[task.source]
+            found = generate(task, trunk, params, examples, beams(task), on_text)
+            rows = [examples.data[examples.row_of[group[0]]] for group in examples.groups()]
+            scores[task.name] = task.text_metrics([one.text for one in found], rows)
+    return scores

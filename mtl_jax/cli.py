@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from mtl_jax.commands import summarize, translate
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment
+from mtl_jax.lines import lines_of, object_of, read_bytes
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, goes on
@@ -89,13 +91,13 @@ def predict(
     """
     from mtl_jax import prediction
 
-    inputs: list[Any] = list(text) + (_read_lines(file) if file else [])
-    if not inputs:
+    rows: list[Any] = lines_of(read_bytes(file), file) if file else []
+    if not rows and not text:
         raise UserError("nothing to predict: give --text or --file")
     if file.endswith(".jsonl"):
-        lines = enumerate(inputs[len(text) :], start=1)
-        inputs = [*text, *(_object(line, f"{file}:{number}") if line.strip() else {} for number, line in lines)]
-    for answer in prediction.predict(workdir, task, inputs):
+        numbered = enumerate(rows, start=1)
+        rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
+    for answer in prediction.predict(workdir, task, [*text, *rows]):
         print(json.dumps(answer, ensure_ascii=False))
 
 
@@ -156,6 +158,8 @@ def console() -> None:
     commands: dict[str, Callable[..., Any]] = {
         "predict": predict,
         "evaluate": evaluate,
+        "translate": translate,
+        "summarize": summarize,
         "convert": convert,
         "results": results,
     }
@@ -173,6 +177,9 @@ def run(command: Callable[[], None]) -> None:
     except Interrupted as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:  # before or after the work that listens to it
+        print("stopped", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _log_to_stderr() -> None:
@@ -185,27 +192,3 @@ def _log_to_stderr() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")
-    return value
-
-
-def _read_lines(file: str) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason})") from error
-    if lines and not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]

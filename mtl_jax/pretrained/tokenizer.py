@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,10 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
 
     def read(folder: str) -> Any:
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            with warnings.catch_warnings():
+                # Marian's tokenizer asks for a package for a method of its own that nothing calls.
+                warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError, KeyError) as error:
             first = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{location}: transformers cannot read the tokenizer ({first[0]})") from error

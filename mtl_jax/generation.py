@@ -1,0 +1,253 @@
+"""Many texts to many texts with a model: long ones made to fit, answers in order, what is done kept by a journal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from mtl_jax import decoding
+from mtl_jax.decoding import GenerationConfig
+from mtl_jax.errors import Interrupted, UserError
+from mtl_jax.journal import Journal, digest
+from mtl_jax.long_texts import divide
+from mtl_jax.progress import Progress
+from mtl_jax.text_model import TextModel
+
+log = logging.getLogger(__name__)
+
+Long = Literal["divide", "cut"]
+AT_ONCE = 1000  # texts that the tokenizer gets
+PATIENCE = 2.0  # seconds before the progress of the tokenizer is shown
+SHOWN = 10  # numbers of lines that a note lists
+
+
+class Plan(NamedTuple):
+    """What is given to the model.
+
+    Attributes:
+        sources: Token ids i32[length], each short enough.
+        text_of: The text that each source is of, ascending; blank texts have none.
+        long: Texts that did not fit, ascending.
+        unknown: Texts of which the vocabulary knows nothing, ascending; they are left out like blank ones.
+    """
+
+    sources: list[np.ndarray]
+    text_of: list[int]
+    long: list[int]
+    unknown: list[int]
+
+
+class Answered(NamedTuple):
+    """The answers to a text.
+
+    Attributes:
+        texts: num_return_sequences of them, the best first; of a text that was divided, the pieces' joined by spaces. None of a
+            blank text.
+        scores: Their scores; of a text that was divided, the pieces' mean.
+        ended: Whether all of them came to an end before the length limit.
+    """
+
+    texts: tuple[str, ...]
+    scores: tuple[float, ...]
+    ended: bool
+
+
+BLANK = Answered((), (), True)
+
+
+def configure(model: TextModel, options: Mapping[str, Any], where: str) -> GenerationConfig:
+    """How to search: what the user says, then the task's options in the checkpoint, then the checkpoint's, then the defaults.
+
+    Args:
+        model: The model.
+        options: What the user says; None: nothing.
+        where: The model's name, for errors.
+
+    Raises:
+        UserError: A value makes no sense, or the model must be told a target language.
+    """
+    known = {field.name for field in dataclasses.fields(GenerationConfig)}
+    task = {name: value for name, value in model.setting.options.items() if name in known}
+    said = {name: value for name, value in options.items() if value is not None}
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if total in said and new not in said:
+            task.pop(new, None)  # the task's would win, as it counts from another place
+    config = decoding.fitted(model.model, decoding.resolve(model.raw, model.location, **(task | said)))
+    languages = model.setting.languages
+    if languages and not {config.decoder_start_token_id, config.forced_bos_token_id} & set(languages.values()):
+        raise UserError(f"{where}: give --target-language, the model writes several; choices: {', '.join(languages)}")
+    return config
+
+
+def limit_of(model: TextModel, asked: int | None) -> int | None:
+    """Most tokens of a source: as asked, or what the model takes.
+
+    Raises:
+        UserError: More were asked for than the model has positions.
+    """
+    if asked is None:
+        return model.max_source
+    if model.max_positions is not None and asked > model.max_positions:
+        raise UserError(f"--max-source-tokens is {asked}; the model has {model.max_positions} positions")
+    return asked
+
+
+def made_from(model: TextModel, texts: Sequence[str], config: GenerationConfig, rows: int, seed: int) -> dict[str, Any]:
+    """What decides the answers, for a journal: JSON values by names that an error can show.
+
+    The program, the device and the rows of a batch are among them: sums in another order may turn a search.
+    """
+    return {
+        "input": digest(json.dumps(list(texts)).encode()),
+        "model": model.identity(),
+        "prefix": model.setting.prefix,
+        "mtl_jax": version("mtl_jax"),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(np.dtype(model.model.trunk.dtype)),
+        "rows": rows,
+        "seed": seed if config.do_sample else None,
+        **json.loads(json.dumps(dataclasses.asdict(config))),
+    }
+
+
+def make_plan(model: TextModel, texts: Sequence[str], long: Long, limit: int | None) -> Plan:
+    """Texts as token ids that fit the model.
+
+    Args:
+        model: The model.
+        texts: The texts.
+        long: What becomes of a text of more tokens than the limit: divided at ends of sentences, or cut.
+        limit: Most tokens of a source, special tokens and prefix included; None: any number.
+
+    Raises:
+        UserError: The limit leaves no room for text.
+    """
+    prefix = model.setting.prefix
+    full = [i for i, text in enumerate(texts) if text.strip()]
+    encoded = _encoded(model, [prefix + texts[i] for i in full])
+    sources: list[np.ndarray] = []
+    text_of: list[int] = []
+    too_long: list[int] = []
+    unknown = [i for i, ids in zip(full, encoded, strict=True) if not len(ids)]
+
+    def sizes(pieces: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in model.encode([prefix + piece for piece in pieces], None)]
+
+    for i, ids in zip(full, encoded, strict=True):
+        fitting = [ids]
+        if limit is not None and len(ids) > limit:
+            too_long.append(i)
+            if long == "divide":
+                fitting = model.encode([prefix + piece for piece in divide(texts[i].strip(), sizes, limit)], None)
+            else:
+                fitting = model.encode([prefix + texts[i]], limit)
+        fitting = [piece for piece in fitting if len(piece)]
+        sources += fitting
+        text_of += [i] * len(fitting)
+    return Plan(sources, text_of, too_long, unknown)
+
+
+def _encoded(model: TextModel, texts: Sequence[str]) -> list[np.ndarray]:
+    """model.encode() of all texts; shows how far it is where it takes long."""
+    found: list[np.ndarray] = []
+    began, progress = time.monotonic(), None
+    with contextlib.ExitStack() as stack:
+        for first in range(0, len(texts), AT_ONCE):
+            found += model.encode(texts[first : first + AT_ONCE], None)
+            if progress is not None:
+                progress.update(len(found) - first)
+            elif time.monotonic() - began > PATIENCE and len(found) < len(texts):
+                progress = stack.enter_context(contextlib.closing(Progress("tokenising", len(texts), len(found), unit="text")))
+    return found
+
+
+def generate(
+    model: TextModel,
+    plan: Plan,
+    config: GenerationConfig,
+    count: int,
+    *,
+    rows: int,
+    seed: int = 0,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Answered]:
+    """The answers to all texts, in order.
+
+    Args:
+        model: The model.
+        plan: From make_plan().
+        config: How to search.
+        count: The number of texts.
+        rows: Rows of a batch.
+        seed: Of sampling.
+        journal: Where finished sources are kept and found again. A batch of which any is missing is computed again as a whole,
+            so that an answer does not depend on when a process was stopped.
+        progress: Told of each finished source.
+        stopped: Asked after each; True ends the work.
+
+    Raises:
+        Interrupted: stopped() said so.
+    """
+    done: dict[int, Any] = {} if journal is None else journal.done
+    key = jax.random.key(seed)
+    for answer in decoding.generate_all(model.model, model.params, plan.sources, config, rows=rows, key=key, done=done):
+        new = answer.index not in done
+        item = {
+            "texts": [model.decode(tokens) for tokens in answer.tokens],
+            "scores": [float(score) for score in answer.scores],
+            "ended": all(answer.ended) and not any(_forced(config, tokens) for tokens in answer.tokens),
+        }
+        if journal is None:
+            done[answer.index] = item
+        else:
+            journal.add(answer.index, item)
+        if progress is not None and new:
+            progress.update(1, sum(len(tokens) for tokens in answer.tokens))
+        if stopped():
+            kept = "nothing kept without --output" if journal is None else f"kept in {journal.part}; the same command goes on"
+            raise Interrupted(f"stopped with {len(done)} of {len(plan.sources)} texts done, {kept}")
+    pieces: list[list[Any]] = [[] for _ in range(count)]
+    for source, text in enumerate(plan.text_of):
+        pieces[text].append(done[source])
+    return [_joined(items) for items in pieces]
+
+
+def _forced(config: GenerationConfig, tokens: np.ndarray) -> bool:
+    """Whether a sequence got its end token because it was as long as it may be, start and end included."""
+    return config.forced_eos_token_id is not None and len(tokens) + 2 >= config.length
+
+
+def _joined(items: list[Any]) -> Answered:
+    if not items:
+        return BLANK
+    return Answered(
+        tuple(" ".join(filter(None, texts)) for texts in zip(*(item["texts"] for item in items), strict=True)),
+        tuple(float(np.mean(scores)) for scores in zip(*(item["scores"] for item in items), strict=True)),
+        all(item["ended"] for item in items),
+    )
+
+
+def note(numbers: Sequence[int], file: str, what: str) -> None:
+    """Tells on standard error what happened to some of the texts.
+
+    Args:
+        numbers: Their places, from 0.
+        file: The file of which they are lines, or "".
+        what: What happened, after "3 lines".
+    """
+    if numbers:
+        places = ", ".join(str(number + 1) for number in numbers[:SHOWN]) + (", ..." if len(numbers) > SHOWN else "")
+        noun = ("line" if file else "text") + ("" if len(numbers) == 1 else "s")
+        log.warning("%s%d %s %s: %s", f"{file}: " if file else "", len(numbers), noun, what, places)

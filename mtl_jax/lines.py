@@ -1,0 +1,63 @@
+"""Files of lines as the commands read them: UTF-8 text, a text or a JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mtl_jax.errors import UserError
+
+STANDARD_INPUT = "-"
+
+
+def read_bytes(file: str) -> bytes:
+    """The bytes of a file, or of standard input for "-".
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+
+
+def lines_of(data: bytes, file: str) -> list[str]:
+    """The lines of a file, without their ends (a line feed, with or without a carriage return) and without a byte order mark.
+
+    Args:
+        data: The file's bytes.
+        file: Its name, for errors.
+
+    Raises:
+        UserError: It is not UTF-8; the message names the line.
+    """
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason})") from error
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def object_of(line: str, where: str) -> dict[str, Any]:
+    """A line of JSON as the object that it must be.
+
+    Args:
+        line: The line.
+        where: Its file and number, for errors.
+
+    Raises:
+        UserError: It is no JSON, or no object.
+    """
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")
+    return value

@@ -1,0 +1,124 @@
+"""What each family is told beside the text, and plain text out of each tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_seq2seq
+
+from mtl_jax.errors import UserError
+from mtl_jax.generation import configure
+from mtl_jax.text_model import Asked, from_checkpoint
+
+TRANSLATE = Asked("translation")
+
+
+def test_marian_puts_pieces_together_with_the_vocabulary_of_the_target(tmp_path):
+    model = from_checkpoint(str(tiny_seq2seq.write_marian(tmp_path / "marian")), TRANSLATE)
+    known = json.loads((tmp_path / "marian" / "vocab.json").read_text(encoding="utf-8"))
+    tokens = [known["▁le"], known["▁film"], known["<pad>"], known["."], known["</s>"]]
+    assert model.decode(np.array(tokens)) == "le film."
+    (ids,) = model.encode(["the film"], None)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [known["▁the"], known["▁film"], known["</s>"]]
+    assert model.encode(["the film"], 2)[0].tolist() == [known["▁the"], known["</s>"]]
+    assert (model.max_positions, model.max_source) == (24, 24)
+
+
+def test_marian_of_several_languages_reads_the_language_in_front_of_the_text(tmp_path):
+    folder = str(tiny_seq2seq.write_marian(tmp_path / "marian", codes=("fra", "spa")))
+    model = from_checkpoint(folder, TRANSLATE._replace(target="spa"))
+    assert model.setting.prefix == ">>spa<< "
+    known = json.loads((tmp_path / "marian" / "vocab.json").read_text(encoding="utf-8"))
+    assert model.encode([model.setting.prefix + "the"], None)[0].tolist() == [known[">>spa<<"], known["▁the"], known["</s>"]]
+    with pytest.raises(UserError, match=r"unknown target language of .*: 'spo' \(did you mean 'spa'\?\); choices: fra, spa"):
+        from_checkpoint(folder, TRANSLATE._replace(target="spo"))
+
+
+@pytest.mark.parametrize(
+    ("cls", "source", "start"),
+    [
+        ("MBartTokenizer", ["the", "</s>", "de_DE"], {"decoder_start_token_id": "fr_XX"}),
+        ("MBart50Tokenizer", ["de_DE", "the", "</s>"], {"decoder_start_token_id": "</s>", "forced_bos_token_id": "fr_XX"}),
+    ],
+)
+def test_mbart_is_told_the_languages_by_tokens(tmp_path, cls, source, start):
+    """As the documentation of both shows: mBART begins with the language, mBART-50 with </s> and then the language."""
+    from mtl_jax import pretrained
+
+    folder = tiny_seq2seq.write_mbart(tmp_path / "mbart", cls)
+    tokenizer = pretrained.load_tokenizer(folder)
+    model = from_checkpoint(str(folder), TRANSLATE._replace(source="de_DE", target="fr_XX"))
+    pieces = tokenizer("the", add_special_tokens=False)["input_ids"]
+    around = tokenizer.convert_ids_to_tokens([i for i in model.encode(["the"], None)[0].tolist() if i not in pieces])
+    assert around == [token for token in source if token != "the"]
+    config = configure(model, {}, "mbart")
+    found = {name: tokenizer.convert_ids_to_tokens(getattr(config, name)) for name in start}
+    assert found == start
+    french = tokenizer.convert_tokens_to_ids("fr_XX")
+    assert model.decode([2, french, *pieces, 2, 1]) == "the"
+    with pytest.raises(UserError, match="give --target-language, the model writes several; choices: ar_AR, "):
+        configure(from_checkpoint(str(folder), TRANSLATE), {}, "mbart")
+    with pytest.raises(UserError, match=r"unknown language of .*: 'fr'"):
+        from_checkpoint(str(folder), TRANSLATE._replace(target="fr"))
+
+
+def test_mbart_that_was_tuned_to_one_pair_needs_no_language(tmp_path):
+    size = 36  # of the first language
+    folder = tiny_seq2seq.write_mbart(tmp_path / "mbart", "MBartTokenizer", decoder_start_token_id=size)
+    model = from_checkpoint(str(folder), TRANSLATE)
+    code = next(iter(model.setting.languages.values()))
+    tuned = model._replace(raw={**model.raw, "decoder_start_token_id": code})
+    assert configure(tuned, {}, "mbart").decoder_start_token_id == code
+
+
+def test_t5_reads_its_task_in_front_of_the_text(tmp_path):
+    folder = str(tiny_seq2seq.write_t5(tmp_path / "t5"))
+    assert from_checkpoint(folder, Asked("summarization")).setting.prefix == "summarize: "
+    german = from_checkpoint(folder, Asked("translation", "en", "de"))
+    assert german.setting.prefix == "translate English to German: "
+    assert configure(german, {"max_length": None}, "t5").num_beams == 3
+    assert configure(german, {"num_beams": 1}, "t5").num_beams == 1
+    assert from_checkpoint(folder, Asked("translation", prefix="say in Finnish: ")).setting.prefix == "say in Finnish: "
+    with pytest.raises(UserError, match="choose by --source-language and --target-language"):
+        from_checkpoint(folder, Asked("translation", "en", "fi"))
+    assert (german.max_positions, german.max_source) == (None, 40)
+
+
+def test_answers_stay_on_one_line(tmp_path):
+    """Vocabularies of bytes can write line feeds."""
+    from mtl_jax.text_model import decoder
+
+    class Bytes:
+        def decode(self, tokens, skip_special_tokens):
+            return bytes(tokens).decode()
+
+    assert decoder(Bytes())(list(b" a\n\r\nb\x0b c\n")) == "a b c"
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path):
+    folder = tiny_seq2seq.write_marian(tmp_path / "marian")
+    known = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    known["▁the"] = 500
+    (folder / "vocab.json").write_text(json.dumps(known), encoding="utf-8")
+    model = from_checkpoint(str(folder), TRANSLATE)
+    with pytest.raises(UserError, match="the tokenizer gives token 500, but the model knows"):
+        model.encode(["the"], None)
+
+
+def test_classes_that_cannot_write_are_named(tmp_path):
+    folder = tiny_seq2seq.write_marian(tmp_path / "marian")
+    raw = json.loads((folder / "config.json").read_text())
+    for changed, message in (
+        (
+            {"model_type": "bart", "architectures": ["BartForSequenceClassification"]},
+            "a BartForSequenceClassification, which cannot",
+        ),
+        (
+            {"architectures": []},
+            "a marian without a head, which cannot write texts; one of MarianMTModel, MarianModel is needed",
+        ),
+    ):
+        (folder / "config.json").write_text(json.dumps(raw | changed))
+        with pytest.raises(UserError, match=message):
+            from_checkpoint(str(folder), TRANSLATE)

@@ -16,8 +16,8 @@ from mtl_jax import pretrained, trunks
 from mtl_jax.errors import UserError
 from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
-from mtl_jax.pretrained.saving import Saved
 from mtl_jax.pretrained.marian_bart import marian_fields
+from mtl_jax.pretrained.saving import Saved
 from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import generation as generating
 
@@ -62,9 +62,7 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
         of = "only with a decoder, a seq2seq task's" if run.trunk.decoder else "not at all"
         raise UserError(f"{source}: its trunk is from scratch: transformers has a class for it {of}")
     if head is not None and not isinstance(head, Classification | Regression | Tagging | Span):
-        raise UserError(
-            f"task {task!r}: only heads of classification, regression, tagging, span and seq2seq can be written; leave --task out"
-        )
+        raise UserError(f"task {task!r}: heads of this kind cannot be written for transformers; leave --task out")
     raw = dict(run.trunk.raw)
     kind = TOKEN_HEADS.get(type(head))
     if kind == "question_answering":

@@ -62,7 +62,10 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
         of = "only with a decoder, a seq2seq task's" if run.trunk.decoder else "not at all"
         raise UserError(f"{source}: its trunk is from scratch: transformers has a class for it {of}")
     if head is not None and not isinstance(head, Classification | Regression | Tagging | Span):
-        raise UserError(f"task {task!r}: heads of this kind cannot be written for transformers; leave --task out")
+        raise UserError(
+            f"task {task!r}: only heads of classification, regression, tagging, span and seq2seq can be written; "
+            "leave --task out"
+        )
     raw = dict(run.trunk.raw)
     kind = TOKEN_HEADS.get(type(head))
     if kind == "question_answering":

@@ -42,10 +42,12 @@ class Pretrained:
     Attributes:
         path: Its directory: a local path, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
         dropout: Dropout rate, hidden and attention, while the trunk trains; None: what the checkpoint's config says.
+        fresh: Take the checkpoint's sizes and vocabulary only, and start from random parameters: what it is compared with.
     """
 
     path: str
     dropout: float | None = None
+    fresh: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +150,9 @@ def build(config: AnyTrunk, texts: Sequence[str], dtype: Any, *, decodes: bool =
         beside = {name: params for name, params in checkpoint.params.items() if name not in ("trunk", "head")}
         decoder = _with_dropout(checkpoint.config, config.dropout) if has_decoder else None
         head = checkpoint.params["head"] if has_decoder else None
-        tokenizer = checkpoint.tokenizer
-        return Trunk(
-            module, checkpoint.params["trunk"], tokenizer, length, checkpoint.raw, beside, decoder, head, checkpoint.location
-        )
+        trunk = None if config.fresh else checkpoint.params["trunk"]
+        head = None if config.fresh else head
+        return Trunk(module, trunk, checkpoint.tokenizer, length, checkpoint.raw, beside, decoder, head, checkpoint.location)
     if isinstance(config, Transformer):
         _check_transformer(config)
         tokenizer = vocabulary.train(texts, config.pieces, config.vocabulary)

@@ -5,6 +5,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+import tiny_seq2seq
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -359,12 +360,42 @@ def test_pairs_of_different_number():
         encode(TOKENIZERS["bert"], ["a"], ["b", "c"], max_length=9)
 
 
-def test_a_slow_tokenizer():
-    class Slow:
-        is_fast = False
+@pytest.fixture(scope="module")
+def opus(tmp_path_factory):
+    """A tokenizer that is not fast, with another model for target texts."""
+    return load_tokenizer(tiny_seq2seq.write_marian(tmp_path_factory.mktemp("opus") / "marian"))
 
-    with pytest.raises(UserError, match="Slow is no fast tokenizer"):
-        encode(Slow(), ["a"], max_length=9)
+
+def test_plain_texts_by_a_tokenizer_that_is_not_fast(opus, tmp_path):
+    texts = ["the film is good", "", "a man"]
+    for target in (False, True):
+        found = encode(opus, texts, max_length=64, target=target, cache=tmp_path)
+        expected = opus(text_target=texts) if target else opus(texts)
+        assert [ids.tolist() for ids in found.tokens] == expected["input_ids"]
+        assert not len(found.cut)
+    assert expected["input_ids"] != opus(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_what_a_tokenizer_that_is_not_fast_makes_of_long_texts(opus, target):
+    texts = ["who is the man in the city where you are", "a"]
+    found = encode(opus, texts, max_length=7, target=target)
+    (whole, _) = opus(text_target=texts)["input_ids"] if target else opus(texts)["input_ids"]
+    assert found.tokens[0].tolist() == [*whole[:6], opus.eos_token_id]
+    assert found.cut.tolist() == [0]
+
+
+def test_targets_by_a_fast_tokenizer():
+    found = encode(TOKENIZERS["bert"], ["ab cd", "e"], max_length=9, target=True)
+    assert found.tokens.equals(encode(TOKENIZERS["bert"], ["ab cd", "e"], max_length=9).tokens)
+    with pytest.raises(ValueError, match="targets are plain texts"):
+        encode(TOKENIZERS["bert"], ["a"], ["b"], max_length=9, target=True)
+
+
+@pytest.mark.parametrize("given", [{"second": ["b"]}, {"first": [["a"]]}, {"windows": True}, {"offsets": True}])
+def test_a_tokenizer_that_is_not_fast_takes_nothing_else(opus, given):
+    with pytest.raises(UserError, match="MarianTokenizer is no fast tokenizer: pairs, texts of words, windows and places"):
+        encode(opus, **({"first": ["a"], "max_length": 9} | given))
 
 
 # A real checkpoint

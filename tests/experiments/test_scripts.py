@@ -28,9 +28,10 @@ ON_DATA = {
     "social_ner.py": limited(2, 400),
     "tweeteval.py": limited(5, 40),
     "questions.py": limited(1, 60),
+    "multi30k.py": [*limited(1, 60), "--trunk.vocabulary", "700", "--trunk.width", "16", "--tasks.0.max-new-tokens", "9"],
 }
 TASKS = ("stsb", "mrpc", "rte", "cola")
-COMPARISONS = {"weighting_methods.py", "pairs.py"}  # of several runs
+COMPARISONS = {"weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py"}  # of several runs
 
 
 def test_every_script_is_here():
@@ -92,6 +93,35 @@ def test_pairs(wheels, shared_data, tmp_path, monkeypatch):
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["stsb", "mrpc", "rte", "cola"]
     steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("*/results.json")}
     assert steps == {"together-0": 1} | {f"{way}-{task}-0": n for way, n in (("alone", 1), ("then", 2)) for task in TASKS}
+
+
+@pytest.mark.long
+def test_summarize(wheels, shared_data, tmp_path, monkeypatch):
+    """Both starts on both sets of data, a step each; a name that is none is one line."""
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = ["--limit", "20", "--steps", "1", "--workdir", str(tmp_path)]
+    done = start("summarize.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]] == [
+        [data, begins] for data in ("scitldr", "aeslc") for begins in ("minilm", "scratch")
+    ]
+    wrong = start("summarize.py", *flags, "--starts", "minilmm")
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown starts 'minilmm' (did you mean 'minilm'?)")
+
+
+@pytest.mark.long
+def test_multi30k_transfer(shared_data, tmp_path, monkeypatch):
+    """Every way for a few pairs, and a figure."""
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = ["--pairs", "40", "--lambdas", "0.5", "--steps", "2", "--limit", "60", "--workdir", str(tmp_path)]
+    done = start("multi30k_transfer.py", *flags)
+    assert done.returncode == 0, done.stderr
+    ways = [line.split("|")[1].strip() for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    last = "both of the target's captions"
+    assert ways == ["target alone", "source, then target", "lambda 0.5", "lambda 0.5 falling", last]
+    assert (tmp_path / "lambda.png").stat().st_size > 1000
 
 
 def test_without_the_data_a_script_says_what_to_do(wheels, tmp_path, monkeypatch):

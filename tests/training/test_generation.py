@@ -6,15 +6,18 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_seq2seq
 import tiny_translation
 from sacrebleu.metrics import BLEU, CHRF
 
-from mtl_jax import Checkpoints, Evaluation, Optimizer, Phase, train
-from mtl_jax.errors import Interrupted
+from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, Phase, Pretrained, decoding, pretrained, train
+from mtl_jax.errors import Interrupted, UserError
+from mtl_jax.export import convert
 from mtl_jax.prediction import evaluate, open_run, predict
 from mtl_jax.training import generation
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import read_metrics
+from mtl_jax.training.prepare import prepare
 from mtl_jax.training.signals import Stop
 
 
@@ -127,3 +130,115 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(pairs, tmp_path, monk
 
     a, b = params(tmp_path / "whole"), params(tmp_path / "stopped")
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Checkpoints in and out
+
+ENGLISH = tiny_seq2seq.sentences(tiny_seq2seq.ENGLISH, 40, seed=1)
+
+
+def still(pairs, path, **changes):
+    """A run that starts from a checkpoint and changes nothing: its numbers are the checkpoint's."""
+    values = {
+        "trunk": Pretrained(str(path)),
+        "phases": (Phase("still", steps=1),),
+        "optimizer": Optimizer(name="sgd", learning_rate=0.0),
+    }
+    experiment = tiny_translation.experiment(pairs, **(values | changes))
+    return dataclasses.replace(experiment, tasks=experiment.tasks[:1])
+
+
+def test_what_is_converted_is_a_checkpoint_that_translates_as_well(learned, pairs, tmp_path):
+    folder, results = learned
+    convert(str(folder), tmp_path / "marian", task="translation")
+    assert json.loads((tmp_path / "marian" / "config.json").read_text())["architectures"] == ["MarianMTModel"]
+    found = pretrained.load(str(tmp_path / "marian"))
+    assert (found.unused, found.initialized) == ((), ())
+    again = train(still(pairs, tmp_path / "marian"), tmp_path / "run")
+    for name, value in results["tasks"]["translation"]["test"].items():
+        assert again["tasks"]["translation"]["test"][name] == pytest.approx(value, abs=1e-4)
+    # And out once more, as the checkpoint that it began as.
+    convert(str(tmp_path / "run"), tmp_path / "again", task="translation")
+    back = pretrained.load(str(tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, back.params, found.params)
+    files = [json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("marian", "again")]
+    assert files[0] == files[1]
+    assert files[0]["num_beams"] == 2
+
+
+def test_what_is_converted_generates_the_same(learned, tmp_path):
+    folder, _ = learned
+    convert(str(folder), tmp_path / "marian", task="translation")
+    found = pretrained.load(str(tmp_path / "marian"))
+    texts = ["the dog sees the small red fish", "cat"]
+    inputs = found.tokenizer(texts, padding=True, return_tensors="np")
+    ids, _ = decoding.generate(found, inputs["input_ids"], inputs["attention_mask"])
+    expected = [answer["text"] for answer in predict(folder, "translation", texts)]
+    assert found.tokenizer.batch_decode(ids, skip_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("family", ["marian", "t5"])
+def test_the_decoder_of_a_checkpoint_learns_on(pairs, tmp_path, family):
+    """Also with tokenizers that are not fast, and one of them for each side."""
+    folder = {"marian": tiny_seq2seq.write_marian, "t5": tiny_seq2seq.write_t5}[family](tmp_path / family)
+    french = tiny_seq2seq.sentences(tiny_seq2seq.FRENCH, len(ENGLISH))
+    lines = [{"text": text, "translation": right} for text, right in zip(ENGLISH, french, strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    experiment = still(
+        tmp_path,
+        folder,
+        optimizer=Optimizer(learning_rate=1e-3),
+        phases=(Phase("on", steps=4),),
+        batch=Batching(rows=4, row_length=24),
+        evaluation=Evaluation(every=2, criterion="translation/token_accuracy"),
+    )
+    prepared = prepare(experiment)
+    before, task = pretrained.load(str(folder)), prepared.corpus.tasks[0]
+    jax.tree.map(np.testing.assert_array_equal, prepared.params["heads"]["translation"], before.params["head"])
+    tokenizer = before.tokenizer
+    train_examples = prepared.corpus.splits["train"]["pairs"]
+    for row, source, target in zip(
+        train_examples.data, train_examples.tokens, train_examples.labels["translation"], strict=True
+    ):
+        for found, whole in (
+            (source, tokenizer(row.columns["text"])["input_ids"]),
+            (target, tokenizer(text_target=row.columns["translation"])["input_ids"]),
+        ):
+            assert found.tolist() == (whole if len(whole) <= 24 else [*whole[:23], whole[-1]])
+    assert task.start == before.raw["decoder_start_token_id"]
+    results = train(experiment, tmp_path / "run")
+    assert np.isfinite(results["tasks"]["translation"]["test"]["loss"])
+    convert(str(tmp_path / "run"), tmp_path / "out", task="translation")
+    after = pretrained.load(str(tmp_path / "out"))
+    assert after.raw["architectures"] == before.raw["architectures"]
+    assert jax.tree.structure(after.params) == jax.tree.structure(before.params)
+    text = min(ENGLISH, key=len)
+    ids, _ = decoding.generate(after, *after.tokenizer([text], return_tensors="np").values(), max_new_tokens=24, num_beams=2)
+    (answer,) = predict(tmp_path / "run", "translation", [text])
+    assert after.tokenizer.decode(ids[0], skip_special_tokens=True) == answer["text"]
+
+
+def test_sizes_of_a_checkpoint_cannot_be_chosen(pairs, tmp_path):
+    experiment = still(pairs, tiny_seq2seq.write_marian(tmp_path / "marian"))
+    for change, message in (
+        ({"layers": 2}, "task 'translation': layers is the checkpoint's, whose decoder this is; leave it at 0"),
+        ({"target_length": 25}, "task 'translation': target_length is 25; the checkpoint has 24 positions"),
+    ):
+        tasks = (dataclasses.replace(experiment.tasks[0], **change),)
+        batch = Batching(rows=4, row_length=24, target_length=30)
+        with pytest.raises(UserError, match=message):
+            prepare(dataclasses.replace(experiment, tasks=tasks, batch=batch))
+
+
+def test_what_transformers_has_no_class_for(pairs, bert, tmp_path):
+    fresh = tiny_translation.experiment(pairs, trunk=Pretrained(str(bert)), phases=(Phase("short", steps=1),))
+    train(fresh, tmp_path / "fresh")
+    with pytest.raises(UserError, match="no class for a fresh decoder on an encoder checkpoint; leave --task out"):
+        convert(str(tmp_path / "fresh"), tmp_path / "out", task="translation")
+    convert(str(tmp_path / "fresh"), tmp_path / "out")
+    trunk = dataclasses.replace(tiny_translation.TRUNK, pre_norm=True)
+    train(tiny_translation.experiment(pairs, trunk=trunk, phases=(Phase("short", steps=1),)), tmp_path / "before")
+    with pytest.raises(UserError, match=r"a Marian model has no norms in front \(trunk.pre_norm\)"):
+        convert(str(tmp_path / "before"), tmp_path / "out2", task="translation")
+    with pytest.raises(UserError, match="its trunk is from scratch: transformers has a class for it only with a decoder"):
+        convert(str(tmp_path / "before"), tmp_path / "out2")

@@ -1,0 +1,163 @@
+"""From English to German to English to French with few pairs: what a second language pair is worth on Multi30k.
+
+    python experiments/multi30k_transfer.py
+    python experiments/multi30k_transfer.py --pairs 1000 --lambdas 0.3 1.0 --seeds 0 1 2
+
+The target, English to French, has 1,000 or 5,000 pairs; the source, English to German, has all 29,000. Compared are, from
+scratch and for as many steps each: the target alone; the source and then the target; both at once, L_target + lambda L_source,
+with lambda constant, and with lambda falling to 0 over the run; and French and German of the target's own few captions, both
+at once. Every run is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it
+only draws the table and the figure, WORKDIR/table.md and WORKDIR/lambda.png. MTL_JAX_DATA names a folder with multi30k/.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import jax
+import tabulate
+import tyro
+
+import mtl_jax
+from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Seq2Seq, Source, Transformer
+from mtl_jax.errors import UserError
+
+
+def _source(name: str, languages: str, limit: int = 0) -> Source:
+    return Source(
+        name=name,
+        path=f"data:multi30k/train.{languages}.gz",
+        dev_path=f"data:multi30k/val.{languages}.gz",
+        test_path=f"data:multi30k/test_2016_flickr.{languages}.gz",
+        format="parallel",
+        text="en",
+        limit=limit,
+    )
+
+
+FRENCH = Seq2Seq(name="fr", source="target", column="fr", label_smoothing=0.1)
+GERMAN = Seq2Seq(name="de", source="source", column="de", label_smoothing=0.1, beams=1)
+EXPERIMENT = Experiment(
+    name="multi30k_transfer",
+    trunk=Transformer(vocabulary=4000, layers=4, width=128, heads=4, feed_forward=256, dropout=0.2, max_length=256),
+    sources=(_source("target", "{en,fr}"), _source("source", "{en,de}")),
+    tasks=(FRENCH, GERMAN),
+    phases=(Phase("everything", steps=2000),),
+    optimizer=Optimizer(learning_rate=5e-3, schedule="cosine", warmup=0.1, weight_decay=0.0, b2=0.98, eps=1e-9),
+    batch=Batching(rows=32, row_length=64, target_length=72),
+    evaluation=Evaluation(every=500, criterion="fr"),
+)
+ALONE, THEN, TOGETHER = "target alone", "source, then target", "both of the target's captions"
+FALLING = "falling"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        pairs: How many pairs the target has; a set of runs for each.
+        lambdas: How much the source's loss counts.
+        falling: Whether lambdas are also tried falling to 0.
+        seeds: One set of runs for each.
+        steps: Of every run, over all its phases.
+        limit: Rows read of the source; 0: all.
+        workdir: Where the runs are.
+    """
+
+    pairs: tuple[int, ...] = (1000, 5000)
+    lambdas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    falling: bool = True
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 2000
+    limit: int = 0
+    workdir: str = "runs/multi30k_transfer"
+
+
+def variants(comparison: Comparison, pairs: int, seed: int) -> dict[str, Experiment]:
+    """{way: the experiment} for so many pairs of the target."""
+    steps = comparison.steps
+    sources = (_source("target", "{en,fr}", pairs), _source("source", "{en,de}", comparison.limit))
+    base = dataclasses.replace(EXPERIMENT, sources=sources, seed=seed, phases=(Phase("everything", steps=steps),))
+    target, source = {"fr": 1.0, "de": 0.0}, {"fr": 0.0, "de": 1.0}
+    of_target, of_source = {"target": 1.0, "source": 0.0}, {"target": 0.0, "source": 1.0}
+    found = {
+        ALONE: (Phase("target", steps=steps, weights=dict(target), mixture="fixed", shares=of_target),),
+        THEN: (
+            Phase("source", steps=steps // 2, weights=dict(source), mixture="fixed", shares=of_source),
+            Phase("target", steps=steps - steps // 2, weights=dict(target), mixture="fixed", shares=of_target),
+        ),
+    }
+    for number in comparison.lambdas:
+        found[f"lambda {number:g}"] = (Phase("both", steps=steps, weights={"fr": 1.0, "de": number}),)
+        if comparison.falling:
+            falls = f"linear_schedule({number:g}, 0.0, {steps})"
+            found[f"lambda {number:g} {FALLING}"] = (Phase("both", steps=steps, weights={"fr": 1.0, "de": falls}),)
+    experiments = {way: dataclasses.replace(base, phases=phases) for way, phases in found.items()}
+    captions = dataclasses.replace(_source("target", "{en,fr,de}", pairs))
+    both = (FRENCH, dataclasses.replace(GERMAN, source="target"))
+    return experiments | {TOGETHER: dataclasses.replace(base, sources=(captions,), tasks=both)}
+
+
+def compare(comparison: Comparison) -> str:
+    """Trains what is not done yet; draws the figure; the table.
+
+    Raises:
+        UserError: A run cannot go on.
+    """
+    if not (comparison.seeds and comparison.pairs):
+        raise UserError("give at least one of pairs, and one of seeds")
+    folder = Path(comparison.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    scores: dict[tuple[str, int], list[float]] = {}
+    for pairs in comparison.pairs:
+        for seed in comparison.seeds:
+            for way, experiment in variants(comparison, pairs, seed).items():
+                name = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in way)
+                results = mtl_jax.train(experiment, folder / f"{name}-{pairs}-{seed}")
+                scores.setdefault((way, pairs), []).append(100 * results["tasks"]["fr"]["test"]["bleu"])
+    text = table(scores, comparison.pairs)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    draw(scores, comparison, folder / "lambda.png")
+    return text
+
+
+def table(scores: dict[tuple[str, int], list[float]], pairs: tuple[int, ...]) -> str:
+    """Test BLEU of every way: mean and standard deviation over the seeds.
+
+    Args:
+        scores: {(way, pairs): [BLEU for each seed]}.
+        pairs: The columns.
+    """
+
+    def cell(values: list[float]) -> str:
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{deviation}"
+
+    rows = [[way, *(cell(scores[way, n]) for n in pairs)] for way in dict.fromkeys(way for way, _ in scores)]
+    return tabulate.tabulate(rows, headers=["", *(f"{n:,} pairs" for n in pairs)], tablefmt="github", disable_numparse=True)
+
+
+def draw(scores: dict[tuple[str, int], list[float]], comparison: Comparison, path: Path) -> None:
+    """BLEU over lambda, a line for each number of pairs, constant and falling; the target alone as a level."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, pairs in zip(("tab:blue", "tab:orange", "tab:green"), comparison.pairs, strict=False):
+        for suffix, style in (("", "-o"), (f" {FALLING}", "--s")):
+            values = [scores.get((f"lambda {number:g}{suffix}", pairs)) for number in comparison.lambdas]
+            if all(values):
+                means = [statistics.mean(value) for value in values if value]
+                axes.plot(
+                    comparison.lambdas, means, style, color=color, label=f"{pairs:,} pairs, lambda{suffix or ' constant'}"
+                )
+        axes.axhline(statistics.mean(scores[ALONE, pairs]), color=color, linestyle=":", label=f"{pairs:,} pairs alone")
+    axes.set(xscale="log", xlabel="lambda", ylabel="BLEU, English to French")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(compare(tyro.cli(Comparison, description=__doc__))))

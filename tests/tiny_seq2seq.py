@@ -61,13 +61,12 @@ def pieces(model: bytes) -> list[str]:
     return [piece for i, piece in enumerate(found) if not (vocabulary.is_control(i) or vocabulary.is_unknown(i))]
 
 
-def write_marian(folder: Path, codes: tuple[str, ...] = (), generation: dict[str, Any] | None = None, **fields: Any) -> Path:
+def write_marian(folder: Path, codes: tuple[str, ...] = (), **fields: Any) -> Path:
     """A Marian model as opus-mt models lie on the hub: two sentencepiece models and a vocab.json.
 
     Args:
         folder: Where to.
         codes: Target languages of a model of several.
-        generation: More of generation_config.json.
         fields: Of config.json.
     """
     folder.mkdir(parents=True)
@@ -81,7 +80,7 @@ def write_marian(folder: Path, codes: tuple[str, ...] = (), generation: dict[str
     pad = len(known) - 1
     ids = {"pad_token_id": pad, "decoder_start_token_id": pad, "eos_token_id": 0, "forced_eos_token_id": 0}
     search = {"num_beams": 2, "max_length": POSITIONS, "bad_words_ids": [[pad]]}
-    _write(folder, "generation_config.json", {**search, **ids, **(generation or {})})
+    _write(folder, "generation_config.json", {**search, **ids})
     options = {"vocab_size": len(known), "scale_embedding": True, "activation_function": "swish"}
     return _model(folder, "marian", "MarianMTModel", {**SIZES, **ids, **options, **fields})
 

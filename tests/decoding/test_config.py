@@ -1,0 +1,107 @@
+"""Options: whose word counts, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import mtl_jax
+from mtl_jax.decoding import GenerationConfig, fitted, generate, generate_all, resolve
+from mtl_jax.errors import UserError
+
+RAW = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "num_beams": 4, "length_penalty": 2.0}
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return mtl_jax.pretrained.load("tests/pretrained/fixtures/bart")
+
+
+def test_call_then_generation_config_then_config_then_defaults(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"num_beams": 3, "max_length": 50, "max_new_tokens": 9}))
+    found = resolve(RAW, tmp_path, num_beams=2, length_penalty=None)
+    assert (found.num_beams, found.length_penalty, found.length, found.top_k) == (2, 2.0, 10, 50)
+    assert resolve(RAW, tmp_path).num_beams == 3
+    assert resolve(RAW, None).num_beams == 4
+    assert resolve(RAW, None).length == 20
+    assert resolve(RAW, tmp_path, max_length=30).length == 30  # the call's, not the file's max_new_tokens
+    assert resolve({"bos_token_id": 5}, None).start == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beam": 2}, r"unknown generation option 'num_beam' \(did you mean 'num_beams'\?\)"),
+        ({"num_beams": 0}, "num_beams is 0; it must be at least 1"),
+        ({"num_beams": 2.5}, "num_beams is 2.5; it must be of type int"),
+        ({"max_length": 1}, "max_length is 1, which leaves no room for a token after the start token"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, which leaves no room"),
+        ({"early_stopping": "always"}, "early_stopping is 'always'"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"num_beams": 1, "num_return_sequences": 2}, "num_return_sequences is 2, more than num_beams, 1"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids has an empty sequence"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        resolve(RAW, None, **options)
+
+
+def test_refused_files(tmp_path):
+    with pytest.raises(UserError, match="decoder_start_token_id is not known"):
+        resolve({}, None)
+    with pytest.raises(UserError, match=r"config\.json: diversity_penalty is 0\.5, which is not supported here"):
+        resolve(RAW | {"diversity_penalty": 0.5}, None)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json: no JSON"):
+        resolve(RAW, tmp_path)
+
+
+def test_refused_with_a_model(checkpoint):
+    model = checkpoint.model
+    with pytest.raises(UserError, match="token 99 of the generation options is outside the vocabulary of 40"):
+        fitted(model, resolve(RAW, None, forced_bos_token_id=99))
+    with pytest.raises(UserError, match="the least length, 15, leaves no room below the largest, 15 tokens"):
+        fitted(model, resolve(RAW, None, min_length=15, max_length=15))
+    assert fitted(model, resolve(RAW, None, max_length=500)).length == 16  # all positions that there are
+    with pytest.raises(UserError, match="a source of 17 tokens is too long for this model; it has 16 positions"):
+        generate(checkpoint, np.full((1, 17), 5))
+    with pytest.raises(UserError, match="do_sample needs a key"):
+        generate(checkpoint, np.full((1, 3), 5), do_sample=True)
+    with pytest.raises(UserError, match=r"input_ids has the shape \(3,\)"):
+        generate(checkpoint, np.full(3, 5))
+    encoder = mtl_jax.pretrained.load("tests/pretrained/fixtures/bart", head=None)
+    with pytest.raises(UserError, match=r"bart .* generates no text"):
+        generate(encoder, np.full((1, 3), 5))
+    with pytest.raises(UserError, match="source 1 has no tokens"):
+        list(generate_all(model, checkpoint.params, [np.array([3]), np.array([], np.int32)], resolve(RAW, None)))
+    assert list(generate_all(model, checkpoint.params, [], resolve(RAW, None))) == []
+
+
+def test_a_draw_needs_its_key_only(checkpoint):
+    """The same key gives the same texts, whatever stands beside them in a batch; another key gives others."""
+    config = resolve(RAW, None, num_beams=1, do_sample=True, top_k=0, max_length=14, num_return_sequences=2)
+    sources = [np.arange(3, 3 + length, dtype=np.int32) for length in (9, 3, 5, 7, 4)]
+
+    def drawn(seed, rows):
+        found = generate_all(checkpoint.model, checkpoint.params, sources, config, rows=rows, key=jax.random.key(seed))
+        return {answer.index: [tokens.tolist() for tokens in answer.tokens] for answer in found}
+
+    first = drawn(0, 2)
+    assert sorted(first) == [0, 1, 2, 3, 4]
+    assert first == drawn(0, 8)
+    assert first != drawn(1, 2)
+    assert all(one != other for one, other in first.values())
+
+
+def test_defaults_are_those_of_transformers():
+    import transformers
+
+    theirs = transformers.GenerationConfig()._get_default_generation_params()
+    ours = GenerationConfig()
+    for name in ("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature", "top_k", "top_p"):
+        assert getattr(ours, name) == theirs[name]
+    for name in ("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"):
+        assert getattr(ours, name) == theirs[name]

@@ -117,7 +117,7 @@ def begin(
     return source, _until(model, params, source, state, config, numbers)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "places"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "config", "places"))
 def go_on(
     model: Seq2Seq, params: Any, source: Source, state: State, numbers: Numbers, *, config: GenerationConfig, places: int
 ) -> State:

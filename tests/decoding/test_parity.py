@@ -125,6 +125,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("pair", ["marian"], indirect=True)  # what changes scores does not know the model
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(pair, name):
     options = OPTIONS[name]

@@ -46,6 +46,7 @@ def assert_packing_changes_nothing(prepared: Prepared) -> None:
     assert (packed.index >= 0).sum() == (unpacked.index >= 0).sum()
     assert ((packed.index >= 0).sum(axis=1) > 1).any()
     a, b = measured(prepared, packed), measured(prepared, unpacked)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((a.losses, a.gradient)))  # NaN is close to NaN
     close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)  # noqa: E731
     jax.tree.map(close, (a.losses, a.counts, a.gradient), (b.losses, b.counts, b.gradient))
     a, b = predictions(prepared, PACKED), predictions(prepared, UNPACKED)

@@ -252,7 +252,7 @@ class Seq2Seq(Task):
                 source,
                 table_VxH,
                 real_RxU.astype(jnp.int32),
-                position_RxU,
+                jnp.where(real_RxU, position_RxU, 0),  # padding may be longer than there are positions
                 segment_RxU,
                 deterministic=key is None,
             )

@@ -213,7 +213,11 @@ def test_a_trunk_whose_tokenizer_ends_no_text(pairs):
         prepare(tiny_translation.experiment(pairs, trunk=Embedding(100, 8)))
 
 
-def test_a_fresh_decoder_on_an_encoder_checkpoint(pairs, bert):
+@pytest.mark.parametrize("places", [24, 70])
+def test_a_fresh_decoder_on_an_encoder_checkpoint(pairs, bert, places, monkeypatch):
+    """It has as many positions as a target text, whatever the rows have."""
+    for name in ("PACKED", "UNPACKED"):
+        monkeypatch.setattr(packing, name, dataclasses.replace(getattr(packing, name), target_length=places))
     found = prepare(tiny_translation.experiment(pairs, trunk=Pretrained(str(bert))))
     task = found.corpus.tasks[0]
     assert (task.start, task.end, task.leading) == (2, 3, 1)  # [CLS] and [SEP]

@@ -10,7 +10,7 @@ import pytest
 
 from mtl_jax import trunks
 from mtl_jax.errors import UserError
-from mtl_jax.trunks import Embedding, Pretrained
+from mtl_jax.trunks import Embedding, Pretrained, Transformer
 
 FIXTURES = Path(__file__).parent / "pretrained" / "fixtures"
 NAMES = ["bert_rows", "roberta_tokens", "distilbert_masked_lm", "electra_replaced", "modernbert_rows", "marian", "bart", "t5"]
@@ -58,3 +58,42 @@ def test_an_embedding_from_scratch(tmp_path):
 def test_a_dropout_rate_that_is_none(bert):
     with pytest.raises(UserError, match=r"trunk\.dropout is 1\.0"):
         trunks.build(Pretrained(str(bert), dropout=1.0), [], np.float32)
+
+
+def test_a_transformer_from_scratch(tmp_path):
+    config = Transformer(vocabulary=300, layers=1, width=8, heads=2, feed_forward=16, max_length=20)
+    trunk = trunks.build(config, ["good film", "bad film"], np.float32)
+    params = trunks.init_params(trunk, jax.random.key(0))
+    trunks.save(trunk, tmp_path)
+    again = trunks.reopen(config, tmp_path, np.float32)
+    assert again.decoder == trunk.decoder
+    assert again.tokenizer("bad film")["input_ids"] == trunk.tokenizer("bad film")["input_ids"]
+    assert again.tokenizer.decode(again.tokenizer("bad film")["input_ids"], skip_special_tokens=True) == "bad film"
+    ids = np.array([[5, 6, 2]])
+    hidden, expected = (one.module.apply({"params": params}, ids).hidden for one in (again, trunk))
+    np.testing.assert_array_equal(hidden, expected)
+    assert trunks.facts(trunk)._replace(tokenizer=None, decoder=None) == (None, 8, (len(trunk.tokenizer), 8), None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 0}, r"trunk.layers is 0; it must be at least 1"),
+        ({"heads": 3}, r"trunk.heads is 3; it must divide trunk.width, 8"),
+        ({"dropout": 1.0}, r"trunk.dropout is 1.0"),
+        ({"pieces": "bep"}, r"unknown trunk.pieces 'bep' .did you mean 'bpe'"),
+        ({"activation": "rely"}, r"unknown trunk.activation 'rely' .did you mean 'relu'"),
+        ({"vocabulary": 260}, r"trunk.vocabulary is 260; it must be at least 2\d\d"),
+    ],
+)
+def test_sizes_of_a_transformer_that_make_no_sense(change, message):
+    with pytest.raises(UserError, match=message):
+        trunks.build(dataclasses.replace(Transformer(width=8, heads=2), **change), ["good film"], np.float32)
+
+
+def test_a_checkpoint_from_scratch_has_its_sizes_and_vocabulary_only(bert):
+    loaded, fresh = (trunks.build(Pretrained(str(bert), fresh=fresh), [], np.float32) for fresh in (False, True))
+    a, b = (trunks.init_params(trunk, jax.random.key(0)) for trunk in (loaded, fresh))
+    assert jax.tree.map(np.shape, a) == jax.tree.map(np.shape, b)
+    assert not np.allclose(a["layer_0"]["attention"]["query"]["kernel"], b["layer_0"]["attention"]["query"]["kernel"])
+    assert fresh.tokenizer("good film")["input_ids"] == loaded.tokenizer("good film")["input_ids"]

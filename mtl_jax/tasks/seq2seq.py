@@ -23,10 +23,8 @@ from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.tasks import text_metrics
 from mtl_jax.tasks.base import Task, TrunkFacts, column
+from mtl_jax.tasks.token_losses import token_losses
 
-# Logits of so many numbers are there at once: 128 MiB. Of a large vocabulary all of a batch would take gigabytes, and on a CPU
-# they would leave its caches.
-AT_ONCE = 2**25
 TABLES = ("trunk", "own")
 
 
@@ -259,40 +257,14 @@ class Seq2Seq(Task):
             return output.hidden  # its logits of all places at once are not computed, as nothing reads them
 
         hidden_RxUxH: Any = module.apply({"params": params}, method=hidden, rngs=rngs)
-        outputs_RxUx3 = self._losses(module, params, hidden_RxUxH, table_VxH, jnp.where(real_RxU, target_RxU, 0))
+        outputs_RxUx3 = token_losses(
+            lambda hidden_RxcxH: jnp.asarray(module.apply({"params": params}, hidden_RxcxH, table_VxH, method="logits")),
+            hidden_RxUxH,
+            jnp.where(real_RxU, target_RxU, 0),
+            module.config.decoder_vocab_size,
+            self.label_smoothing,
+        )
         return jnp.where(real_RxU[..., None], outputs_RxUx3, 0.0)
-
-    def _losses(
-        self, module: Decoder, params: Any, hidden_RxUxH: jax.Array, table_VxH: jax.Array, target_RxU: jax.Array
-    ) -> jax.Array:
-        """The outputs of apply(): logits f32[R, c, V] of a few of the U places at a time, made again for the gradient."""
-        R, U, H = hidden_RxUxH.shape
-        chunk = max(1, min(U, AT_ONCE // (R * module.config.decoder_vocab_size)))
-        parts = -(-U // chunk)
-        chunk = -(-U // parts)
-
-        def of_chunk(hidden_RxcxH: jax.Array, target_Rxc: jax.Array) -> jax.Array:
-            logits_RxcxV: Any = module.apply({"params": params}, hidden_RxcxH, table_VxH, method="logits")
-            norm_Rxc = jax.nn.logsumexp(logits_RxcxV, axis=-1)
-            own_Rxc = jnp.take_along_axis(logits_RxcxV, target_Rxc[..., None], axis=-1)[..., 0]
-            likelihood_Rxc = norm_Rxc - own_Rxc
-            loss_Rxc = likelihood_Rxc
-            if self.label_smoothing:
-                even_Rxc = norm_Rxc - logits_RxcxV.mean(axis=-1)
-                loss_Rxc = (1 - self.label_smoothing) * likelihood_Rxc + self.label_smoothing * even_Rxc
-            right_Rxc = (own_Rxc >= jax.lax.stop_gradient(logits_RxcxV).max(axis=-1)).astype(jnp.float32)
-            return jnp.stack([loss_Rxc, likelihood_Rxc, right_Rxc], axis=-1)
-
-        if parts == 1:
-            return of_chunk(hidden_RxUxH, target_RxU)
-        spare = parts * chunk - U
-        hidden_RxUxH = jnp.pad(hidden_RxUxH, ((0, 0), (0, spare), (0, 0)))
-        target_RxU = jnp.pad(target_RxU, ((0, 0), (0, spare)))
-        # Cut along U: the rows stay where they are, each on its device.
-        hidden_PxRxcxH = jnp.moveaxis(hidden_RxUxH.reshape(R, parts, chunk, H), 1, 0)
-        target_PxRxc = jnp.moveaxis(target_RxU.reshape(R, parts, chunk), 1, 0)
-        outputs_PxRxcx3 = jax.lax.map(lambda part: jax.checkpoint(of_chunk)(*part), (hidden_PxRxcxH, target_PxRxc))
-        return jnp.moveaxis(outputs_PxRxcx3, 0, 1).reshape(R, parts * chunk, 3)[:, :U]
 
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats: sum over the target tokens, and their number."""

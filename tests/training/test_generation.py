@@ -230,6 +230,7 @@ def test_sizes_of_a_checkpoint_cannot_be_chosen(pairs, tmp_path):
             prepare(dataclasses.replace(experiment, tasks=tasks, batch=batch))
 
 
+@pytest.mark.long
 def test_what_transformers_has_no_class_for(pairs, bert, tmp_path):
     fresh = tiny_translation.experiment(pairs, trunk=Pretrained(str(bert)), phases=(Phase("short", steps=1),))
     train(fresh, tmp_path / "fresh")

@@ -15,7 +15,7 @@ from mtl_jax.data.sources import Row
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
-from mtl_jax.tasks import seq2seq
+from mtl_jax.tasks import token_losses
 from mtl_jax.tasks.seq2seq import shifted
 from mtl_jax.training.prepare import prepare
 
@@ -160,7 +160,7 @@ def test_logits_of_a_few_places_at_a_time(prepared, monkeypatch):
     R, U, V = *batch.labels["translation"].shape[:2], len(table)
     memory = {U: jax.jit(gradients).lower().compile().memory_analysis().temp_size_in_bytes}
     for chunk in (1, 7, 24):
-        monkeypatch.setattr(seq2seq, "AT_ONCE", R * V * chunk)
+        monkeypatch.setattr(token_losses, "AT_ONCE", R * V * chunk)
         # Not the function of before: what was traced for that is kept.
         found = jax.jit(lambda: gradients()).lower().compile()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, found())

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax import pretrained
+from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.journal import digest_of_arrays, digest_of_directory
 from mtl_jax.models.seq2seq import Seq2Seq
@@ -184,18 +185,6 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         return found
 
     return encode
-
-
-def decoder(tokenizer: Any) -> Callable[[Sequence[int] | np.ndarray], str]:
-    """TextModel.decode of a tokenizer of transformers, fast or slow."""
-    # Marian's would put the pieces together with the vocabulary of the source language.
-    side = {"use_source_tokenizer": False} if hasattr(tokenizer, "spm_target") else {}
-
-    def decode(tokens: Sequence[int] | np.ndarray) -> str:
-        text = tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, **side)
-        return " ".join(part for line in text.splitlines() if (part := line.strip()))
-
-    return decode
 
 
 def setting(tokenizer: Any, raw: Mapping[str, Any], where: str, asked: Asked) -> Setting:

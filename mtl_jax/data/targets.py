@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,3 +68,15 @@ def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = N
         kept[encoded.tokens.starts[:-1] + skipped] = False
     tokens = Ragged(np.ascontiguousarray(encoded.tokens.values[kept]), tokenizing.starts_of(lengths))
     return Targets(tokens, len(rows) - len(texts), len(encoded.cut))
+
+
+def decoder(tokenizer: Any) -> Callable[[Sequence[int] | np.ndarray], str]:
+    """From generated token ids to plain text on one line, without special tokens; for tokenizers fast and slow."""
+    # Marian's would put the pieces together with the vocabulary of the source language.
+    side = {"use_source_tokenizer": False} if hasattr(tokenizer, "spm_target") else {}
+
+    def decode(tokens: Sequence[int] | np.ndarray) -> str:
+        text = tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, **side)
+        return " ".join(part for line in text.splitlines() if (part := line.strip()))
+
+    return decode

@@ -10,6 +10,7 @@ import jax
 
 from mtl_jax import decoding
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.targets import decoder
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.models.seq2seq import Seq2Seq as EncoderDecoder
 from mtl_jax.progress import Progress
@@ -70,12 +71,12 @@ def generate(
     both = {"trunk": params["trunk"], "head": params["heads"][task.name]}
     rows = [examples.tokens[group[0]] for group in examples.groups()]
     places = [place for place, tokens in enumerate(rows) if len(tokens)]
+    text_of = decoder(trunk.tokenizer)
     sources = [rows[place] for place in places]
     found = [Generated("", 0.0, True)] * len(rows)
     with contextlib.closing(Progress(f"texts of {task.name}", len(sources), unit="text")) as progress:
         for answer in decoding.generate_all(model, both, sources, config_of(task, trunk, beams), rows=ROWS):
-            text = trunk.tokenizer.decode(answer.tokens[0], skip_special_tokens=True)
-            found[places[answer.index]] = Generated(text, float(answer.scores[0]), bool(answer.ended[0]))
+            found[places[answer.index]] = Generated(text_of(answer.tokens[0]), float(answer.scores[0]), bool(answer.ended[0]))
             progress.update(1)
             on_text()
     return found

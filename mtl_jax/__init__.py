@@ -3,6 +3,7 @@
 A script builds an Experiment and calls main(experiment); train(experiment, workdir) is the same from Python.
 """
 
+from mtl_jax import decoding as decoding
 from mtl_jax import pretrained as pretrained
 from mtl_jax import tasks as tasks
 from mtl_jax import transfer as transfer

@@ -18,6 +18,8 @@ from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import ParamRule
+from mtl_jax.transfer import adapters as adapting
+from mtl_jax.transfer.adapters import AnyAdapter
 from mtl_jax.trunks import Embedding, Pretrained
 
 BASELINES = ("none", "constant", "probe")
@@ -92,6 +94,7 @@ class Experiment:
         sources: Where rows come from.
         tasks: What is predicted from them.
         phases: What trains, and for how long.
+        adapters: Parameters added inside the trunk, trunk/adapters/NAME/... to the phases' rules.
         weighting: The rule that weighs the losses.
         weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
             step such as "linear_schedule(1.0, 0.0, 1000)".
@@ -118,6 +121,7 @@ class Experiment:
     sources: tuple[Source, ...]
     tasks: tuple[AnyTask, ...]
     phases: tuple[Phase, ...]
+    adapters: tuple[AnyAdapter, ...] = ()
     weighting: str = "equal"
     weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
     weighting_options: dict[str, float | str] = dataclasses.field(default_factory=dict)
@@ -228,6 +232,7 @@ def check(experiment: Experiment) -> None:
                 f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
                 "declare the same file as a second source"
             )
+    adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
     for field, value, choices in (
         ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
@@ -277,6 +282,7 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     configure_tagged_union(Pretrained | Embedding, converter, tag_name="kind")
     configure_tagged_union(AnyTask, converter, tag_name="kind")
+    configure_tagged_union(AnyAdapter, converter, tag_name="kind")
     converter.register_structure_hook(float | str, lambda value, _: value)
     # JSON has no infinity: unbounded is written as a string.
     converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))

@@ -18,6 +18,7 @@ from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.saving import Saved
 from mtl_jax.tasks import Classification, Regression, Span, Tagging, Task
+from mtl_jax.transfer.adapters import Adapted, merge_adapters
 
 # Class names that sentence-transformers reads from a directory's files since its second version.
 _MODULE = "sentence_transformers.models"
@@ -69,7 +70,7 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
     family = families.of(raw, f"{source}/trunk/config.json")
     config = family.config(raw, f"{source}/trunk/config.json")
     model = family.build(config, kind, np.float32)
-    params = {"trunk": run.params["trunk"]}
+    params = {"trunk": _trunk(run, task)}
     params |= run.trunk.beside if kind is None or head is None else {"head": _token_head(model, run, head)}
     location = Path(source) / "trunk"
     checkpoint = pretrained.Checkpoint(model, params, config, raw, kind, location)
@@ -79,6 +80,17 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
             _write_head(folder, run, head, config.hidden_size)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
+
+
+def _trunk(run: Run, task: str) -> Any:
+    """The trunk's parameters, adapters put into its kernels.
+
+    Raises:
+        UserError: An adapter cannot be, or each source has its own and no task is named.
+    """
+    if not isinstance(run.trunk.module, Adapted):
+        return run.params["trunk"]
+    return merge_adapters(run.trunk.module, run.params["trunk"], run.place(task) if task else None)
 
 
 def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:

@@ -56,6 +56,11 @@ class Run(NamedTuple):
         """The source of a task."""
         return next(source for source in self.experiment.sources if source.name == self.task(task).source)
 
+    def place(self, task: str) -> int:
+        """The place of a task's source among those that the run has tasks on."""
+        used = {task.source for task in self.tasks}
+        return [source.name for source in self.experiment.sources if source.name in used].index(self.task(task).source)
+
     def beside(self, task: str) -> list[Task]:
         """The tasks of the same source: texts are read as in training, where all of them have a say in it."""
         return [other for other in self.tasks if other.source == self.task(task).source]
@@ -78,6 +83,7 @@ def open_run(folder: Path) -> Run:
     experiment = select(from_json(config))
     tasks = tasks_from_json(data["tasks"])
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
+    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
     return Run(experiment, tasks, trunk, _best_params(folder, experiment))
 
 
@@ -150,6 +156,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
 def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:
     """One task's outputs on examples of its source, on one device."""
     batch, mesh = run.experiment.batch, meshes.make(run.experiment.batch.rows, 1)
+    examples = examples._replace(place=run.place(task.name))
     apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs((task,))), (task,), mesh)
     return evaluation.run(apply, run.params, (task,), [examples], batch, mesh)
 

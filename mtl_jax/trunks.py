@@ -21,6 +21,8 @@ from mtl_jax.pretrained import families
 from mtl_jax.pretrained.safetensors_file import open_safetensors
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensors import read_json
+from mtl_jax.transfer import adapters as adapting
+from mtl_jax.transfer.adapters import Adapted, AnyAdapter
 
 BESIDE = "beside.safetensors"
 UNBOUNDED = 1_000_000  # tokens; a trunk without a position table takes any length
@@ -56,7 +58,8 @@ class Trunk(NamedTuple):
     """A trunk, ready to train.
 
     Attributes:
-        module: A linen module; apply({"params": ...}, ids, mask, position_ids=, segment_ids=, deterministic=).hidden.
+        module: A linen module or one with adapters; apply({"params": ...}, ids, mask, position_ids=, segment_ids=,
+            deterministic=).hidden.
         params: Pretrained parameters, or None: initialise them.
         tokenizer: A transformers fast tokenizer.
         max_length: Longest example in tokens that the module can take.
@@ -64,7 +67,7 @@ class Trunk(NamedTuple):
         beside: Parameters of the checkpoint's bare model that do not train here (BERT's pooler), or {}.
     """
 
-    module: nn.Module
+    module: nn.Module | Adapted
     params: Any
     tokenizer: Any
     max_length: int
@@ -94,6 +97,21 @@ def build(config: Pretrained | Embedding, texts: Sequence[str], dtype: Any) -> T
     return Trunk(module, None, tokenizer, UNBOUNDED, None, {})
 
 
+def adapt(trunk: Trunk, adapters: Sequence[AnyAdapter], sources: int) -> Trunk:
+    """The trunk with adapters in it.
+
+    Args:
+        trunk: The trunk.
+        adapters: What is added; may be nothing.
+        sources: The number of the run's sources.
+
+    Raises:
+        UserError: An adapter has no place in the trunk.
+    """
+    assert isinstance(trunk.module, nn.Module)  # no adapters yet
+    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources)) if adapters else trunk
+
+
 def _encoder(raw: Mapping[str, Any], where: str, dtype: Any, dropout: float | None = None) -> nn.Module:
     """The trunk of a checkpoint as a module of its own, with every dropout rate set to `dropout` unless that is None."""
     family = families.of(raw, where)
@@ -107,17 +125,21 @@ def _encoder(raw: Mapping[str, Any], where: str, dtype: Any, dropout: float | No
 
 
 def init_params(trunk: Trunk, key: jax.Array) -> Any:
-    """The trunk's parameters: the pretrained ones, or fresh ones from the key."""
-    if trunk.params is not None:
-        return trunk.params
-    return trunk.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    """The trunk's parameters: the pretrained ones, or fresh ones from the key; adapters are always fresh."""
+    if trunk.params is None:
+        return trunk.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return trunk.module.add(trunk.params, key) if isinstance(trunk.module, Adapted) else trunk.params
 
 
 def width(trunk: Trunk, params: Any) -> int:
     """H, the size of the trunk's vectors."""
+    module, params = trunk.module, dict(params)
+    if isinstance(module, Adapted):  # which change no size
+        module = module.base
+        del params[adapting.ADAPTERS]
 
     def hidden(params: Any) -> Any:
-        return trunk.module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32)).hidden  # type: ignore[union-attr]
+        return module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32)).hidden  # type: ignore[union-attr]
 
     return jax.eval_shape(hidden, params).shape[-1]
 

@@ -24,7 +24,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
-from mtl_jax.transfer import freezing
+from mtl_jax.transfer import adapters, freezing
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule
 
@@ -96,11 +96,12 @@ def prepare(experiment: Experiment) -> Prepared:
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype))
     if experiment.batch.row_length > trunk.max_length:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
+    trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = examples.make_corpus(experiment.sources, experiment.tasks, data, trunk.tokenizer, experiment.batch.row_length)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, params))
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, trunk, params))
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
@@ -256,6 +257,7 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
     return plans
 
 
-def _notes(corpus: Corpus, params: Any) -> list[str]:
+def _notes(corpus: Corpus, trunk: Trunk, params: Any) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return [*corpus.notes, f"{len(corpus.tasks)} tasks, {size:,} parameters"]
+    added = adapters.notes(trunk.module, params["trunk"]) if isinstance(trunk.module, adapters.Adapted) else []
+    return [*corpus.notes, *added, f"{len(corpus.tasks)} tasks, {size:,} parameters"]

@@ -78,10 +78,13 @@ class Checkpoints:
     Attributes:
         every: Steps between checkpoints; one is also written with every evaluation, and at the end.
         keep: How many of the latest are kept, beside the best by dev.
+        frozen: Whether parameters of a pretrained trunk that train in no phase are in them, too. Else they are read from
+            trunk.path again, which must not change; with adapters, a checkpoint is a few MB.
     """
 
     every: int = 100
     keep: int = 2
+    frozen: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +250,10 @@ def check(experiment: Experiment) -> None:
     ):
         if number < 1:
             raise UserError(f"{field} is {number}; it must be at least 1")
+    if not experiment.checkpoints.frozen and not isinstance(experiment.trunk, Pretrained):
+        raise UserError(
+            "checkpoints.frozen is false, but a trunk from scratch is nowhere but in its checkpoints: leave it true"
+        )
     for field, number in (("seed", experiment.seed), ("devices", experiment.devices)):
         if number < 0:
             raise UserError(f"{field} is {number}; it must not be negative")

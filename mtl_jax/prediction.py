@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mtl_jax import trunks
 from mtl_jax.data.examples import Examples, labels_of, make_examples
@@ -16,7 +17,7 @@ from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
 from mtl_jax.tasks import Task
-from mtl_jax.training import evaluation
+from mtl_jax.training import evaluation, left_out
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
@@ -187,7 +188,9 @@ def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: 
 def _best_params(folder: Path, experiment: Experiment) -> Any:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: there is no checkpoint yet")
-    store = Store(folder, experiment.checkpoints, read_only=True, criterion=experiment.evaluation.criterion)
+    criterion, declared = experiment.evaluation.criterion, experiment.trunk
+    base = left_out.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, f"trunk.path {declared.path}")
+    store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
     try:
         best = store.best(store.restore_params)
         if best is None:

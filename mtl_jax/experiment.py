@@ -251,9 +251,7 @@ def check(experiment: Experiment) -> None:
         if number < 1:
             raise UserError(f"{field} is {number}; it must be at least 1")
     if not experiment.checkpoints.frozen and not isinstance(experiment.trunk, Pretrained):
-        raise UserError(
-            "checkpoints.frozen is false, but a trunk from scratch is nowhere but in its checkpoints: leave it true"
-        )
+        raise UserError("checkpoints.frozen is false, but a trunk from scratch is in its checkpoints only: leave it true")
     for field, number in (("seed", experiment.seed), ("devices", experiment.devices)):
         if number < 0:
             raise UserError(f"{field} is {number}; it must not be negative")

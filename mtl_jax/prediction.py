@@ -189,7 +189,7 @@ def _best_params(folder: Path, experiment: Experiment) -> Any:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: there is no checkpoint yet")
     criterion, declared = experiment.evaluation.criterion, experiment.trunk
-    base = left_out.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, f"trunk.path {declared.path}")
+    base = left_out.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, getattr(declared, "path", ""))
     store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
     try:
         best = store.best(store.restore_params)

@@ -21,11 +21,11 @@ class Base(NamedTuple):
 
     Attributes:
         load: Gives {"trunk": ...} as it was before training.
-        where: What it is loaded from, as an experiment says it.
+        path: The experiment's trunk.path.
     """
 
     load: Callable[[], Any]
-    where: str
+    path: str
 
 
 def flat(params: Any) -> Flat:
@@ -80,14 +80,12 @@ def put_back(params: Any, hashes: Mapping[str, str], base: Base | None, place: C
     if not hashes:
         return params
     if base is None:
-        raise UserError(
-            "the checkpoint leaves out parameters of the trunk that it started from, and it is not said where that is"
-        )
+        raise UserError("the checkpoint leaves out parameters of its trunk, and it is not said where that was loaded from")
     there, found = flat(base.load()), flat(params)
     for path, digest in hashes.items():
         if path not in there or sha256(there[path]) != digest:
             raise UserError(
-                f"the checkpoint leaves out what it has in common with {base.where}, but {path} is "
+                f"the checkpoint leaves out what it has in common with trunk.path {base.path}, but {path} is "
                 f"{'another' if path in there else 'not'} there now: put the trunk back that the run started from"
             )
         found[path] = place(path, np.array(there[path]))  # a copy: the step donates its state

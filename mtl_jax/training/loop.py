@@ -60,7 +60,7 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     if not changed:
         workdirs.check_data(folder, data)
     workdirs.create(folder)
-    base = left_out.Base(lambda: prepared.params, f"trunk.path {getattr(experiment.trunk, 'path', '')}")
+    base = left_out.Base(lambda: prepared.params, getattr(experiment.trunk, "path", ""))
     kept = prepared.experiment.checkpoints
     store = Store(folder, kept, criterion=prepared.experiment.evaluation.criterion, base=base)
     with contextlib.closing(store), asked_to_stop() as stop:

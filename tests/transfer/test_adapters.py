@@ -232,7 +232,7 @@ def test_each_row_has_the_adapters_of_its_source(family):
 
 def test_vectors_of_several_sources_stay_vectors():
     """Weight decay goes by the number of dimensions; a scale that starts at 1 must not be pulled to 0."""
-    module, params = with_adapters("bert_rows", IA3(name="ia3", per="source"), sources=3, moved=0)
+    _, params = with_adapters("bert_rows", IA3(name="ia3", per="source"), sources=3, moved=0)
     assert {leaf.shape for leaf in jax.tree.leaves(params["adapters"])} == {(3 * 16,), (3 * 24,)}
 
 
@@ -328,7 +328,7 @@ def test_init_is_the_module_s_own_with_adapters_beside():
     [
         (
             [Lora(name="lora", target=".*/qurey")],
-            r"'lora' finds no place .*'\.\*/qurey' matches no layer; there are layer_N/attention/key, .*layer_N/feed_forward_in",
+            r"'lora' finds no place .*'\.\*/qurey' matches no layer; there are layer_N/attention/key, .*layer_N/feed_forward",
         ),
         ([Lora(name="lora", target="(")], r"'lora': '\(' is no regular expression"),
         ([Lora(name="lora", rank=0)], "'lora': rank is 0; it must be at least 1"),

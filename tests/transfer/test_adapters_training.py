@@ -32,9 +32,10 @@ from mtl_jax.errors import UserError
 from mtl_jax.export import convert
 from mtl_jax.prediction import evaluate, open_run, predict
 from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.left_out import Base
 from mtl_jax.training.logs import read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.step import encode_tokens, make_train_step
+from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
 from mtl_jax.transfer import freezing
 
 LORA = Lora(name="lora", rank=2, alpha=4.0, dropout=0.1)
@@ -59,6 +60,11 @@ def moved(prepared, by=0.3):
     return prepared._replace(params=prepared.params | {"trunk": trunk})
 
 
+def without_dropout(bert, data, **changes):
+    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
+    return tiny.experiment(bert, data, **({"trunk": mtl_jax.Pretrained(str(bert), dropout=0.0), "tasks": tasks} | changes))
+
+
 def train(bert, data, folder, **changes):
     return mtl_jax.train(tiny.experiment(bert, data, phases=(ONLY,), **changes), folder)
 
@@ -71,52 +77,45 @@ def last_params(folder, base=None):
         store.close()
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("adapter", ALL)
-def test_packed_is_unpacked(bert, data, adapter, shared):
-    adapter = dataclasses.replace(adapter, **({"dropout": 0.0} if isinstance(adapter, Lora) else {}))
-    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
-    prepared = prepare(
-        tiny.experiment(
-            bert,
-            data,
-            trunk=mtl_jax.Pretrained(str(bert), dropout=0.0),
-            tasks=tasks,
-            phases=(ONLY,),
-            adapters=(adapter,) if shared else per_source(adapter),
-        )
-    )
-    packing.assert_packing_changes_nothing(moved(prepared))
+@pytest.mark.parametrize("own", [False, True])
+def test_packed_is_unpacked(bert, data, own):
+    """With every adapter at once, shared or each source its own."""
+    adapters = (dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
+    few = tuple(dataclasses.replace(source, limit=22) for source in tiny.experiment(bert, data).sources)
+    experiment = without_dropout(bert, data, sources=few, phases=(ONLY,), adapters=per_source(*adapters) if own else adapters)
+    packing.assert_packing_changes_nothing(moved(prepare(experiment)))
+
+
+def first_batch(prepared):
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 10))
+    batch = jax.tree.map(jnp.asarray, next(batches))
+    batches.close()
+    return batch
 
 
 def step_of(bert, data, rules, *adapters, **changes):
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("only", 5, rules=rules),), adapters=adapters, **changes))
     plan = prepared.plans[0]
-    batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 10))
-    batch = jax.tree.map(jnp.asarray, next(batches))
-    batches.close()
-    return make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), initial_state(prepared), batch
+    return make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), initial_state(prepared), first_batch(prepared)
 
 
-@pytest.mark.parametrize("adapters", [(LORA,), ALL, per_source(*ALL)])
+@pytest.mark.parametrize("adapters", [(LORA,), per_source(*ALL)])
 def test_the_rest_neither_moves_nor_costs(bert, data, adapters):
     """By XLA's own count, next to training everything; optimizer state of adapters and heads alone."""
     full, full_state, batch = step_of(bert, data, (ParamRule(".*"),), *adapters)
     step, state, _ = step_of(bert, data, adapters_only(), *adapters)
-    flops = [
-        jax.jit(s).lower(x, batch, None).compile().cost_analysis()["flops"] for s, x in ((full, full_state), (step, state))
-    ]
-    assert flops[1] < 0.85 * flops[0]
+    everything = jax.jit(full).lower(full_state, batch, None).compile()
+    part = jax.jit(step).lower(state, batch, None).compile()
+    assert part.cost_analysis()["flops"] < 0.85 * everything.cost_analysis()["flops"]
     trained = jax.tree.leaves((state.params["trunk"]["adapters"], state.params["heads"]))
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(leaf.nbytes for leaf in moments) == 2 * sum(leaf.nbytes for leaf in trained)
 
     before = jax.device_get(state.params)
     for _ in range(3):
-        state, _ = jax.jit(step)(state, batch, None)
-    mask = freezing.trainable(before, adapters_only())
+        state, _ = part(state, batch, None)
     same = jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), before, state.params)
-    # In the last layer of BERT, nothing of the keys' biases ... every adapter does something, and so moves.
+    mask = freezing.trainable(before, adapters_only())
     assert jax.tree.all(jax.tree.map(lambda same, train: same != train, same, mask))
 
 
@@ -159,74 +158,54 @@ def test_a_source_s_adapters_have_gradients_from_its_rows_only(bert, data):
     np.testing.assert_array_equal(value, [False, True])
 
 
-@pytest.mark.parametrize("weighting", ["upgrad", "pcgrad"])
-def test_rules_over_the_gram_matrix_compare_the_adapters_gradients(bert, data, tmp_path, weighting):
+def test_rules_over_the_gram_matrix_compare_the_adapters_gradients(bert, data):
     """Against a backward pass for each task."""
-    adapters = per_source(*ALL[:2])
-    experiment = tiny.experiment(
-        bert,
-        data,
-        trunk=mtl_jax.Pretrained(str(bert), dropout=0.0),
-        tasks=tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks),
-        phases=(ONLY,),
-        weighting=weighting,
-        adapters=(dataclasses.replace(adapters[0], dropout=0.0), dataclasses.replace(adapters[1], per="run")),
-    )
+    adapters = (dataclasses.replace(LORA, dropout=0.0, per="source"), ALL[1])
+    experiment = without_dropout(bert, data, phases=(ONLY,), weighting="mgda", adapters=adapters)
     prepared = moved(prepare(experiment))
-    plan, state = prepared.plans[0], initial_state(prepared)
-    batches = stream(prepared.corpus, experiment.batch, 0, one_stretch(experiment.batch, 10))
-    batch = jax.tree.map(jnp.asarray, next(batches))
-    batches.close()
+    plan, state, batch = prepared.plans[0], initial_state(prepared), first_batch(prepared)
     _, metrics = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))(state, batch, None)
-
-    from mtl_jax.training.step import apply_heads, label_counts, mean_losses
-
-    tasks, rest = prepared.corpus.tasks, prepared.params["trunk"]
+    tasks, trunk = prepared.corpus.tasks, prepared.params["trunk"]
 
     @jax.jit
     def losses(added):
-        encoded = encode_tokens(prepared.trunk.module)(rest | {"adapters": added}, batch, None, None)
+        encoded = encode_tokens(prepared.trunk.module)(trunk | {"adapters": added}, batch, None, None)
         outputs = apply_heads(tasks, prepared.params["heads"], encoded, batch, None)
         return mean_losses(tasks, outputs, batch, label_counts(tasks, batch))
 
-    rows = jax.jacrev(losses)(rest["adapters"])
+    rows = jax.jacrev(losses)(trunk["adapters"])
     flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(rows[task])]) for task in sorted(rows)]
     expected = np.array([[a @ b for b in flat] for a in flat])
     np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
-    mtl_jax.train(experiment, tmp_path)
 
 
 def test_one_and_eight_devices_agree(bert, data, tmp_path):
     totals = {}
+    adapters = per_source(dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
     for devices in (1, 8):
-        changes = {"devices": devices, "trunk": mtl_jax.Pretrained(str(bert), dropout=0.0), "evaluation": mtl_jax.Evaluation()}
-        tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
-        adapters = per_source(dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
-        train(bert, data, tmp_path / str(devices), adapters=adapters, tasks=tasks, **changes)
+        changes = {"devices": devices, "phases": (ONLY,), "adapters": adapters, "weighting": "upgrad"}
+        mtl_jax.train(without_dropout(bert, data, **changes), tmp_path / str(devices))
         records = [record for record in read_metrics(tmp_path / str(devices)) if record["kind"] == "train"]
         totals[devices] = [record["total"] for record in records]
-    np.testing.assert_allclose(totals[8], totals[1], rtol=1e-4)
+    np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
 
 
 def test_gone_on_with_the_same_bits(bert, data, tmp_path):
-    """From the checkpoint before the last, in the middle of the run; with and without the frozen trunk in it."""
-    for frozen in (True, False):
-        kept = Checkpoints(every=2, keep=3, frozen=frozen)
-        whole, cut = tmp_path / f"whole-{frozen}", tmp_path / f"cut-{frozen}"
-        expected = train(bert, data, whole, adapters=per_source(*ALL), checkpoints=kept)
-        shutil.copytree(whole, cut)
-        (cut / "results.json").unlink()
-        for step in (4, 6):
-            shutil.rmtree(cut / "checkpoints" / str(step))
-        found = train(bert, data, cut, adapters=per_source(*ALL), checkpoints=kept)
-        assert found["tasks"] == expected["tasks"]
-        base = None if frozen else left_out_base(bert)
-        jax.tree.map(np.testing.assert_array_equal, last_params(cut, base), last_params(whole, base))
+    """From a checkpoint in the middle of the run, which does not hold the trunk."""
+    kept = Checkpoints(every=2, keep=3, frozen=False)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = train(bert, data, whole, adapters=per_source(*ALL), checkpoints=kept)
+    shutil.copytree(whole, cut)
+    (cut / "results.json").unlink()
+    for step in (4, 6):
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    found = train(bert, data, cut, adapters=per_source(*ALL), checkpoints=kept)
+    assert found["tasks"] == expected["tasks"]
+    base = left_out_base(bert)
+    jax.tree.map(np.testing.assert_array_equal, last_params(cut, base), last_params(whole, base))
 
 
 def left_out_base(bert):
-    from mtl_jax.training.left_out import Base
-
     return Base(lambda: {"trunk": pretrained.load(str(bert), head=None).params["trunk"]}, str(bert))
 
 
@@ -296,15 +275,21 @@ def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
     assert not (run / "damaged").exists()
 
 
-def test_what_an_earlier_configuration_trained_stays_in_the_checkpoints(bert, data, tmp_path):
-    everything = tiny.experiment(bert, data, phases=(Phase("all", 4),), checkpoints=Checkpoints(frozen=False))
-    mtl_jax.train(everything, tmp_path)
-    top = (ParamRule("trunk/(embeddings|layer_0)/.*", train=False), ParamRule(".*"))
-    longer = dataclasses.replace(everything, phases=(Phase("all", 4, rules=top), Phase("more", 2, rules=top)))
-    mtl_jax.train(longer, tmp_path, allow_config_change=True)
-    record = json.loads((tmp_path / "checkpoints" / "6" / "record" / "metadata").read_text())
-    assert "params/trunk/layer_0/attention/query/kernel" in record["arrays"]
-    assert not record["left_out"]
+def test_what_is_not_where_the_trunk_comes_from_stays_in_the_checkpoints(bert, data, tmp_path):
+    """A run that goes on with another trunk.path keeps its own trunk."""
+    train(bert, data, tmp_path / "run", adapters=(LORA,))
+    tensors = tiny.bert_tensors()
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] += 1e-3
+    tiny.write_bert(tmp_path / "other", tensors)
+    phases = (ONLY, dataclasses.replace(ONLY, name="more", steps=2))
+    kept = Checkpoints(frozen=False)
+    more = tiny.experiment(tmp_path / "other", data, phases=phases, adapters=(LORA,), checkpoints=kept)
+    mtl_jax.train(more, tmp_path / "run", allow_config_change=True)
+    record = json.loads((tmp_path / "run" / "checkpoints" / "8" / "record" / "metadata").read_text())
+    changed = "trunk/layer_1/feed_forward_out/kernel"
+    assert f"params/{changed}" in record["arrays"]
+    assert changed not in record["left_out"]
+    assert "trunk/layer_0/feed_forward_out/kernel" in record["left_out"]
 
 
 @pytest.mark.parametrize("task", ["coarse", "rating"])

@@ -1,5 +1,6 @@
 """Adapters in every family: nothing changes at the start, and what they compute is what is written out by hand."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -84,6 +85,9 @@ def test_dropout_of_the_trunk_is_not_disturbed():
         for m, p in ((module, module.add(params, jax.random.key(0))), (base, params))
     )
     assert bits(found) == bits(expected)
+    still = adapt(base.clone(config=dataclasses.replace(base.config, dropout=0.0, attention_dropout=0.0)), module.adapters)
+    with pytest.raises(ValueError, match='needs an rng named "dropout"'):
+        still.apply({"params": module.add(params, jax.random.key(0))}, IDS, deterministic=False)
 
 
 def written_out(family, layer):

@@ -103,12 +103,12 @@ class Adapted:
         Args:
             variables: {"params": ...}.
             *args: Of the module.
-            rngs: As linen's; a module that is not called with deterministic=True takes the adapters' dropout from "dropout".
+            rngs: As linen's; with deterministic=False adapters, too, take their dropout from "dropout".
             source: i32[B], the source of each row, where each has its own adapters; a row of none, -1, gets some.
             **kwargs: Of the module.
 
         Raises:
-            ValueError: There are no parameters of adapters, or source is missing.
+            ValueError: There are no parameters of adapters, or source or an rng is missing.
         """
         params = dict(variables["params"])
         if ADAPTERS not in params:
@@ -116,6 +116,8 @@ class Adapted:
         added = params.pop(ADAPTERS)
         own = {a.name: self._of_rows(a, traverse_util.flatten_dict(added[a.name], sep="/"), source) for a in self.adapters}
         key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
+        if key is None and not kwargs.get("deterministic", True) and any(getattr(a, "dropout", 0) for a in self.adapters):
+            raise ValueError('adapters have dropout, so apply() needs an rng named "dropout" unless deterministic')
         nearest_first = sorted(self.adapters, key=lambda adapter: adapter.order)
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

@@ -161,10 +161,11 @@ def compare(comparison: Comparison) -> str:
             for seed in comparison.seeds:
                 workdir = folder / f"{way}-{task}-{seed}"
                 found = mtl_jax.train(experiment(task, way, comparison, seed), workdir)
-                scores.append(100 * found["tasks"][task]["test"][found["tasks"][task]["metric"]])
+                metric = found["tasks"][task]["metric"]
+                scores.append(100 * found["tasks"][task]["test"][metric])
             first = folder / f"{way}-{task}-{comparison.seeds[0]}"
             costs = _costs(experiment(task, way, comparison, comparison.seeds[0]), first, comparison.timed)
-            rows.append(_row(task, way, scores, costs))
+            rows.append(_row(f"{task} ({metric})", way, scores, costs))
     headers = ["task", "way", "test metric", "trained", "step (ms)", "optimizer (MB)", "checkpoint (MB)"]
     text = tabulate.tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
@@ -208,7 +209,7 @@ def _bytes(tree: Any) -> int:
 def _row(task: str, way: str, scores: list[float], costs: dict[str, Any]) -> list[str]:
     deviation = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
     return [
-        f"{task} ({TASKS[task].metric})",
+        task,
         way,
         f"{statistics.mean(scores):.1f}{deviation}",
         f"{100 * costs['trained']:.2f} %",

@@ -28,6 +28,12 @@ from mtl_jax.tasks import Span as Span
 from mtl_jax.tasks import Tagging as Tagging
 from mtl_jax.training.loop import train as train
 from mtl_jax.transfer import ParamRule as ParamRule
+from mtl_jax.transfer.adapters import IA3 as IA3
+from mtl_jax.transfer.adapters import Bottleneck as Bottleneck
+from mtl_jax.transfer.adapters import Lora as Lora
+from mtl_jax.transfer.adapters import Prefix as Prefix
+from mtl_jax.transfer.adapters import adapters_only as adapters_only
+from mtl_jax.transfer.adapters import bitfit as bitfit
 from mtl_jax.trunks import Embedding as Embedding
 from mtl_jax.trunks import Pretrained as Pretrained
 from mtl_jax.trunks import Transformer as Transformer

@@ -18,7 +18,9 @@ from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import ParamRule
-from mtl_jax.trunks import AnyTrunk
+from mtl_jax.transfer import adapters as adapting
+from mtl_jax.transfer.adapters import AnyAdapter
+from mtl_jax.trunks import AnyTrunk, Pretrained
 
 BASELINES = ("none", "constant", "probe")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -76,10 +78,13 @@ class Checkpoints:
     Attributes:
         every: Steps between checkpoints; one is also written with every evaluation, and at the end.
         keep: How many of the latest are kept, beside the best by dev.
+        frozen: Whether parameters of a pretrained trunk that train in no phase are in them, too. Else they are read from
+            trunk.path again, which must not change; with adapters, a checkpoint is a few MB.
     """
 
     every: int = 100
     keep: int = 2
+    frozen: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Experiment:
         sources: Where rows come from.
         tasks: What is predicted from them.
         phases: What trains, and for how long.
+        adapters: Parameters added inside the trunk, trunk/adapters/NAME/... to the phases' rules.
         weighting: The rule that weighs the losses.
         weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
             step such as "linear_schedule(1.0, 0.0, 1000)".
@@ -118,6 +124,7 @@ class Experiment:
     sources: tuple[Source, ...]
     tasks: tuple[AnyTask, ...]
     phases: tuple[Phase, ...]
+    adapters: tuple[AnyAdapter, ...] = ()
     weighting: str = "equal"
     weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
     weighting_options: dict[str, float | str] = dataclasses.field(default_factory=dict)
@@ -233,6 +240,7 @@ def check(experiment: Experiment) -> None:
                 f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
                 "declare the same file as a second source"
             )
+    adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
     for field, value, choices in (
         ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
@@ -247,6 +255,8 @@ def check(experiment: Experiment) -> None:
     ):
         if number < 1:
             raise UserError(f"{field} is {number}; it must be at least 1")
+    if not experiment.checkpoints.frozen and not isinstance(experiment.trunk, Pretrained):
+        raise UserError("checkpoints.frozen is false, but a trunk from scratch is in its checkpoints only: leave it true")
     for field, number in (("seed", experiment.seed), ("devices", experiment.devices)):
         if number < 0:
             raise UserError(f"{field} is {number}; it must not be negative")
@@ -282,6 +292,7 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     configure_tagged_union(AnyTrunk, converter, tag_name="kind")
     configure_tagged_union(AnyTask, converter, tag_name="kind")
+    configure_tagged_union(AnyAdapter, converter, tag_name="kind")
     converter.register_structure_hook(float | str, lambda value, _: value)
     # JSON has no infinity: unbounded is written as a string.
     converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))

@@ -20,6 +20,7 @@ from mtl_jax.pretrained.marian_bart import marian_fields
 from mtl_jax.pretrained.saving import Saved
 from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import generation as generating
+from mtl_jax.transfer.adapters import Adapted, merge_adapters
 
 # Class names that sentence-transformers reads from a directory's files since its second version.
 _MODULE = "sentence_transformers.models"
@@ -77,7 +78,7 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
     family = families.of(raw, f"{source}/trunk/config.json")
     config = family.config(raw, f"{source}/trunk/config.json")
     model = family.build(config, kind, np.float32)
-    params = {"trunk": run.params["trunk"]}
+    params = {"trunk": _trunk(run, task)}
     params |= run.trunk.beside if kind is None or head is None else {"head": _token_head(model, run, head)}
     location = Path(source) / "trunk"
     checkpoint = pretrained.Checkpoint(model, params, config, raw, kind, location)
@@ -87,6 +88,17 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
             _write_head(folder, run, head, config.hidden_size)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
+
+
+def _trunk(run: Run, task: str) -> Any:
+    """The trunk's parameters, adapters put into its kernels.
+
+    Raises:
+        UserError: An adapter cannot be, or each source has its own and no task is named.
+    """
+    if not isinstance(run.trunk.module, Adapted):
+        return run.params["trunk"]
+    return merge_adapters(run.trunk.module, run.params["trunk"], run.place(task) if task else None)
 
 
 def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, overwrite: bool) -> None:
@@ -120,7 +132,7 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
             )
         raw = fields | ids
     model = families.of(raw, f"{source}/trunk/config.json").build(config, trunks.DECODER, np.float32)
-    params = {"trunk": run.params["trunk"], "head": run.params["heads"][task.name]}
+    params = {"trunk": _trunk(run, task.name), "head": run.params["heads"][task.name]}
     checkpoint = pretrained.Checkpoint(model, params, config, raw, trunks.DECODER, source / "trunk")
 
     def add_generation(folder: Path) -> None:

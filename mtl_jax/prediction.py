@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mtl_jax import trunks
 from mtl_jax.data.examples import Examples, labels_of, make_examples
@@ -16,7 +17,7 @@ from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
 from mtl_jax.tasks import Seq2Seq, Task
-from mtl_jax.training import evaluation, generation
+from mtl_jax.training import evaluation, generation, left_out
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
@@ -57,6 +58,11 @@ class Run(NamedTuple):
         """The source of a task."""
         return next(source for source in self.experiment.sources if source.name == self.task(task).source)
 
+    def place(self, task: str) -> int:
+        """The place of a task's source among those that the run has tasks on."""
+        used = {task.source for task in self.tasks}
+        return [source.name for source in self.experiment.sources if source.name in used].index(self.task(task).source)
+
     def beside(self, task: str) -> list[Task]:
         """The tasks of the same source: texts are read as in training, where all of them have a say in it."""
         return [other for other in self.tasks if other.source == self.task(task).source]
@@ -79,6 +85,7 @@ def open_run(folder: Path) -> Run:
     experiment = select(from_json(config))
     tasks = tasks_from_json(data["tasks"])
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
+    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
     return Run(experiment, tasks, trunk, _best_params(folder, experiment))
 
 
@@ -109,6 +116,7 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
         return results
     found = [rows[i] for i in known]
     examples, cut = make_examples(source, run.beside(task), found, run.trunk.tokenizer, length, lenient=True)
+    examples = examples._replace(place=run.place(task))
     texts: list[Generated] = []
     outputs: Any = ()
     if isinstance(asked, Seq2Seq):
@@ -156,6 +164,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
         log.warning("%s: %d target texts cut to %d tokens", path, placed.cut, asked.target_length)
     if placed.blank == len(rows):
         raise UserError(f"{path}: no row has a label for task {task!r}")
+    examples = examples._replace(place=run.place(task))
     split = {source.name: examples}
     texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams)
     scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)[task]
@@ -195,7 +204,9 @@ def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: 
 def _best_params(folder: Path, experiment: Experiment) -> Any:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: there is no checkpoint yet")
-    store = Store(folder, experiment.checkpoints, read_only=True, criterion=experiment.evaluation.criterion)
+    criterion, declared = experiment.evaluation.criterion, experiment.trunk
+    base = left_out.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, getattr(declared, "path", ""))
+    store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
     try:
         best = store.best(store.restore_params)
         if best is None:

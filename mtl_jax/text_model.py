@@ -23,6 +23,7 @@ from mtl_jax.pretrained import families, hub
 from mtl_jax.pretrained.tensors import Location, read_json
 from mtl_jax.tasks import Seq2Seq as Seq2SeqTask
 from mtl_jax.training.generation import config_of
+from mtl_jax.transfer.adapters import as_module
 
 NO_LIMIT = 10**9  # tokenizers without a limit of their own say 10**30
 
@@ -145,7 +146,7 @@ def from_run(folder: Path, asked: Asked, name: str = "") -> TextModel:
         raise UserError(f"{folder}: a run has no choice of languages; leave out --source-language and --target-language")
     task = able[name] if name else next(iter(able.values()))
     module, tokenizer = run.trunk.module, run.trunk.tokenizer
-    model = Seq2Seq(module, task.module(module.dtype))
+    model = Seq2Seq(as_module(module, run.place(task.name)), task.module(module.dtype))
     params = {"trunk": run.params["trunk"], "head": run.params["heads"][task.name]}
     positions = module.config.max_length
     options = dataclasses.asdict(config_of(task, run.trunk, task.beams))

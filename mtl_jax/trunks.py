@@ -29,6 +29,8 @@ from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensors import Location, read_json
 from mtl_jax.pretrained.tokenizer import copy_files
 from mtl_jax.tasks.base import TrunkFacts
+from mtl_jax.transfer import adapters as adapting
+from mtl_jax.transfer.adapters import Adapted, AnyAdapter
 
 DECODER = "seq2seq_lm"  # the kind of head that decodes
 BESIDE = "beside.safetensors"
@@ -106,7 +108,8 @@ class Trunk(NamedTuple):
     """A trunk, ready to train.
 
     Attributes:
-        module: A linen module; apply({"params": ...}, ids, mask, position_ids=, segment_ids=, deterministic=).hidden.
+        module: A linen module or one with adapters; apply({"params": ...}, ids, mask, position_ids=, segment_ids=,
+            deterministic=).hidden.
         params: Pretrained parameters, or None: initialise them.
         tokenizer: A transformers tokenizer.
         max_length: Longest example in tokens that the module can take.
@@ -117,7 +120,7 @@ class Trunk(NamedTuple):
         location: Where the checkpoint's generation_config.json is, if it has one.
     """
 
-    module: nn.Module
+    module: nn.Module | Adapted
     params: Any
     tokenizer: Any
     max_length: int
@@ -161,6 +164,21 @@ def build(config: AnyTrunk, texts: Sequence[str], dtype: Any, *, decodes: bool =
     tokenizer = _word_tokenizer(texts, config.vocabulary)
     module = SharedEmbedding(EmbeddingConfig(len(tokenizer), config.dimension), dtype)
     return Trunk(module, None, tokenizer, UNBOUNDED, None, {})
+
+
+def adapt(trunk: Trunk, adapters: Sequence[AnyAdapter], sources: int) -> Trunk:
+    """The trunk with adapters in it.
+
+    Args:
+        trunk: The trunk.
+        adapters: What is added; may be nothing.
+        sources: The number of the run's sources.
+
+    Raises:
+        UserError: An adapter has no place in the trunk.
+    """
+    assert isinstance(trunk.module, nn.Module)  # no adapters yet
+    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources)) if adapters else trunk
 
 
 def _encoder(raw: Mapping[str, Any], where: str, dtype: Any, dropout: float | None = None) -> nn.Module:
@@ -232,17 +250,21 @@ def facts(trunk: Trunk) -> TrunkFacts:
 
 
 def init_params(trunk: Trunk, key: jax.Array) -> Any:
-    """The trunk's parameters: the pretrained ones, or fresh ones from the key."""
-    if trunk.params is not None:
-        return trunk.params
-    return trunk.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    """The trunk's parameters: the pretrained ones, or fresh ones from the key; adapters are always fresh."""
+    if trunk.params is None:
+        return trunk.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return trunk.module.add(trunk.params, key) if isinstance(trunk.module, Adapted) else trunk.params
 
 
 def width(trunk: Trunk, params: Any) -> int:
     """H, the size of the trunk's vectors."""
+    module, params = trunk.module, dict(params)
+    if isinstance(module, Adapted):  # which change no size
+        module = module.base
+        del params[adapting.ADAPTERS]
 
     def hidden(params: Any) -> Any:
-        return trunk.module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32)).hidden  # type: ignore[union-attr]
+        return module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32)).hidden  # type: ignore[union-attr]
 
     return jax.eval_shape(hidden, params).shape[-1]
 

@@ -174,17 +174,23 @@ def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequen
         tasks: The tasks whose labels are in the batches.
     """
     parts = [part_of(each, tasks) for each in examples]
+    places = np.array([each.place for each in examples], np.int32)
     types = any(part.types is not None for part in parts)
+
+    def made(rows: list[tuple[int, np.ndarray]]) -> Batch:
+        batch = fill(parts, rows, tasks, batching, batching.rows, types, _always_the_same)
+        return batch._replace(source=np.where(batch.source < 0, -1, places[batch.source]).astype(np.int32))
+
     waiting: list[tuple[int, np.ndarray]] = []
     for number, part in enumerate(parts):
         for first in range(0, len(part), AT_ONCE):
             lengths = part.room(batching)[first : first + AT_ONCE]
             waiting += [(number, first + row) for row in best_fit(lengths, batching.row_length, batching.slots)]
             while len(waiting) >= batching.rows:
-                yield fill(parts, waiting[: batching.rows], tasks, batching, batching.rows, types, _always_the_same)
+                yield made(waiting[: batching.rows])
                 waiting = waiting[batching.rows :]
     if waiting:
-        yield fill(parts, waiting, tasks, batching, batching.rows, types, _always_the_same)
+        yield made(waiting)
 
 
 def _always_the_same(part: Part, ticket: int) -> np.random.Generator:

@@ -35,6 +35,7 @@ class Examples(NamedTuple):
         offsets: N arrays i32[len, 2], where a task asks for them: characters of each token in the row's last text.
         rows: i32[N], the place in data of the row that each example comes from, ascending; None: example i is row i.
         data: The rows.
+        place: The source's place in the run's order.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Examples(NamedTuple):
     offsets: Sequence[np.ndarray] | None = None
     rows: np.ndarray | None = None
     data: Sequence[Row] = ()
+    place: int = 0
 
     @property
     def row_of(self) -> np.ndarray:
@@ -158,7 +160,7 @@ def make_corpus(
     skipped = dict.fromkeys(data, 0)
     next_id = 0
     for split in SPLITS:
-        for name, parts in list(data.items()):
+        for place, (name, parts) in enumerate(list(data.items())):
             examples, cut, refused = _examples(
                 declared[name], own[name], split, parts.rows[split], tokenizer, max_length, next_id
             )
@@ -170,7 +172,7 @@ def make_corpus(
                 shortened[task.name] += found.cut
                 if found.blank == len(examples.data):
                     raise UserError(f"task {task.name!r}: no row of split {split} of source {name!r} has a label")
-            splits[split][name] = examples
+            splits[split][name] = examples._replace(place=place)
             next_id += len(examples.tokens)
             counts[name]["cut"] += len(cut)
             counts[name]["extra"] += len(examples.tokens) - len(examples.data)

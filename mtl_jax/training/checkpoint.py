@@ -17,6 +17,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Checkpoints
+from mtl_jax.training import left_out
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training.state import TrainState
 from mtl_jax.transfer.freezing import path_name
 
@@ -54,10 +56,23 @@ class Store:
         config: Which are kept.
         read_only: Never write or delete: for looking into a run, which may be under way.
         criterion: What dev numbers are of. Those of another one, from before a change of the configuration, don't count.
+        base: Where the parameters are that checkpoints may leave out.
+
+    Attributes:
+        left_out: {path: SHA-256} of the parameters that the checkpoints from now on leave out.
     """
 
-    def __init__(self, workdir: Path, config: Checkpoints, read_only: bool = False, criterion: str = "mean"):
+    def __init__(
+        self,
+        workdir: Path,
+        config: Checkpoints,
+        read_only: bool = False,
+        criterion: str = "mean",
+        base: left_out.Base | None = None,
+    ):
         self.criterion = criterion
+        self.base = base
+        self.left_out: dict[str, str] = {}
         self.folder = workdir.resolve() / "checkpoints"
         keep = AnyPreservationPolicy(
             [LatestN(config.keep), BestN(get_metric_fn=self._dev, n=1, keep_checkpoints_without_metrics=False)]
@@ -78,7 +93,9 @@ class Store:
         """
         if step in self.steps():
             return
+        state = state._replace(params=left_out.without(state.params, self.left_out))
         record = {**record, "dev": None if dev is None else {self.criterion: dev}, "arrays": _describe(state._asdict())}
+        record["left_out"] = self.left_out
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
@@ -137,10 +154,13 @@ class Store:
 
         Raises:
             Damaged: It cannot be read, or its arrays are not those that were saved.
-            UserError: It is whole but of another model: parameters are missing, new, or of another shape.
+            UserError: It is whole but of another model: parameters are missing, new, or of another shape; or it leaves out
+                parameters, and those are not where they were.
         """
         record = self._record(step)
-        shapes = template(record)
+        whole = template(record)
+        gone = record.get("left_out", {})
+        shapes = whole._replace(params=left_out.without(whole.params, gone))
         self._check_same_model(step, record["arrays"], shapes)
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
@@ -149,16 +169,20 @@ class Store:
         except Exception as error:
             raise self._damaged(step, error) from error
         self._verify(step, state._asdict(), record["arrays"])
-        return Restored(step, state, record)
+
+        def place(path: str, array: np.ndarray) -> jax.Array:
+            return meshes.place(array, left_out.flat(whole.params)[path].sharding)
+
+        return Restored(step, state._replace(params=left_out.put_back(state.params, gone, self.base, place)), record)
 
     def restore_params(self, step: int) -> Any:
         """The parameters of one checkpoint as host arrays, whatever devices and phase it was saved from.
 
         Raises:
-            UserError: It is damaged.
+            UserError: It is damaged, or leaves out parameters that are not where they were.
         """
         path = self.folder / str(step) / "state"
-        saved = self._record(step)["arrays"]
+        record = self._record(step)
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 shapes = reader.metadata(path).item_metadata.tree["params"]
@@ -168,8 +192,8 @@ class Store:
                 found = reader.restore(path, args=args)
         except Exception as error:  # as in restore
             raise self._damaged(step, error) from error
-        self._verify(step, found, saved)
-        return found["params"]
+        self._verify(step, found, record["arrays"])
+        return left_out.put_back(found["params"], record.get("left_out", {}), self.base, lambda _, array: array)
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""

@@ -15,6 +15,7 @@ from mtl_jax.decoding import GenerationConfig
 from mtl_jax.models.seq2seq import Seq2Seq as EncoderDecoder
 from mtl_jax.progress import Progress
 from mtl_jax.tasks import Seq2Seq
+from mtl_jax.transfer.adapters import as_module
 from mtl_jax.trunks import Trunk
 
 ROWS = 32  # texts that are decoded at once
@@ -67,7 +68,7 @@ def generate(
         beams: 1: greedy.
         on_text: Called after each text.
     """
-    model = EncoderDecoder(trunk.module, task.module(trunk.module.dtype))
+    model = EncoderDecoder(as_module(trunk.module, examples.place), task.module(trunk.module.dtype))
     both = {"trunk": params["trunk"], "head": params["heads"][task.name]}
     rows = [examples.tokens[group[0]] for group in examples.groups()]
     places = [place for place, tokens in enumerate(rows) if len(tokens)]

@@ -21,7 +21,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, tasks_to_json, to_json
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, generation, results
+from mtl_jax.training import evaluation, generation, left_out, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
@@ -63,10 +63,14 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     if not changed:
         workdirs.check_data(folder, data)
     workdirs.create(folder)
-    store = Store(folder, prepared.experiment.checkpoints, criterion=prepared.experiment.evaluation.criterion)
+    base = left_out.Base(lambda: prepared.params, getattr(experiment.trunk, "path", ""))
+    kept = prepared.experiment.checkpoints
+    store = Store(folder, kept, criterion=prepared.experiment.evaluation.criterion, base=base)
     with contextlib.closing(store), asked_to_stop() as stop:
         run = _Run(prepared, folder, store, stop)
         state, step = run.resume()  # before anything of this configuration is written: it may not fit the checkpoints
+        if not kept.frozen:
+            store.left_out = left_out.to_leave_out((plan.mask for plan in prepared.plans), state.params, prepared.params)
         if changed:
             workdirs.forget_results(folder)
         for name, value in (("config", config), ("versions", workdirs.versions()), ("data", data)):

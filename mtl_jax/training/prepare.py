@@ -26,7 +26,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
-from mtl_jax.transfer import freezing
+from mtl_jax.transfer import adapters, freezing
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule, schedules
 
@@ -103,11 +103,12 @@ def prepare(experiment: Experiment) -> Prepared:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
     facts = trunks.facts(trunk)
     tasks = tuple(task.on(facts) for task in experiment.tasks)
+    trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = examples.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, params, plans))
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, trunk, params, plans))
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
@@ -281,12 +282,13 @@ def _idle(experiment: Experiment, phase: Phase, steps: range) -> tuple[str, ...]
     return found if len(found) < len(weights) else ()
 
 
-def _notes(corpus: Corpus, params: Any, plans: Sequence[PhasePlan]) -> list[str]:
+def _notes(corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    added = adapters.notes(trunk.module, params["trunk"]) if isinstance(trunk.module, adapters.Adapted) else []
     said = [
         f"phase {plan.phase.name}: {', '.join(plan.idle)} weigh{'s' if len(plan.idle) == 1 else ''} 0 throughout and "
         f"{'is' if len(plan.idle) == 1 else 'are'} not computed"
         for plan in plans
         if plan.idle
     ]
-    return [*corpus.notes, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters"]
+    return [*corpus.notes, *added, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters"]

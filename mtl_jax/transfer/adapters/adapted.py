@@ -1,0 +1,291 @@
+"""A trunk with adapters in it: the trunk's own code runs, and the calls of its layers are intercepted.
+
+Shapes in names: B rows, N sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from mtl_jax.errors import UserError
+from mtl_jax.models.layers import Attention
+from mtl_jax.models.modernbert import RotaryAttention
+from mtl_jax.transfer.adapters.base import RUN, TASK, Adapter, Call, Layer
+from mtl_jax.transfer.adapters.prefix import Prefix
+
+ADAPTERS = "adapters"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A linen module with adapters, used like the module: init(key, ids), apply({"params": ...}, ids, mask, ...).
+
+    Its parameters are the module's and, beside them, {"adapters": {name: {layer: ...}}}.
+
+    Attributes:
+        base: The module, as it is.
+        adapters: What is added to it.
+        sources: N, for adapters that each source has its own of.
+    """
+
+    base: nn.Module
+    adapters: tuple[Adapter, ...]
+    sources: int = 1
+
+    @property
+    def config(self) -> Any:
+        """The module's sizes."""
+        return self.base.config
+
+    @property
+    def dtype(self) -> Any:
+        """What the module computes in."""
+        return self.base.dtype
+
+    @functools.cached_property
+    def layers(self) -> dict[str, Layer]:
+        """What could be adapted, by path."""
+        found: dict[str, Layer] = {}
+
+        def look(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            if context.method_name == "__call__":
+                layer = _layer("/".join(context.module.path), context.module, args)
+                if layer is not None:
+                    found[layer.path] = layer
+            return next_call(*args, **kwargs)
+
+        with nn.intercept_methods(look):
+            jax.eval_shape(lambda: self.base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+        return found
+
+    @functools.cached_property
+    def where(self) -> dict[str, list[Layer]]:
+        """{adapter: the layers that have parameters of it}.
+
+        Raises:
+            UserError: One has no place in this module.
+        """
+        return {adapter.name: adapter.where(self.layers) for adapter in self.adapters}
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """{"params": ...}: those of the module's own init, and fresh adapters from the same key."""
+        key = rngs["params"] if isinstance(rngs, Mapping) else rngs
+        return {"params": self.add(self.base.init(rngs, *args, **kwargs)["params"], key)}
+
+    def add(self, params: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
+        """The parameters of the module, pretrained as they may be, with fresh adapters beside them."""
+        fresh: dict[str, Any] = {}
+        for adapter in self.adapters:
+            for layer in self.where[adapter.name]:
+                path = f"{adapter.name}/{layer.path}"
+                own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                if adapter.per == RUN:
+                    fresh[path] = adapter.init(own_key, layer)
+                else:
+                    each = jax.vmap(lambda key, a=adapter, at=layer: a.init(key, at))(jax.random.split(own_key, self.sources))
+                    fresh[path] = jax.tree.map(_stack, each)
+        return {**params, ADAPTERS: traverse_util.unflatten_dict(fresh, sep="/")}
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        rngs: dict[str, jax.Array] | None = None,
+        source: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The module's apply() with adapters.
+
+        Args:
+            variables: {"params": ...}.
+            *args: Of the module.
+            rngs: As linen's; with deterministic=False adapters, too, take their dropout from "dropout".
+            source: i32[B], the source of each row, where each has its own adapters; a row of none, -1, gets some.
+            **kwargs: Of the module.
+
+        Raises:
+            ValueError: There are no parameters of adapters, or source or an rng is missing.
+        """
+        params = dict(variables["params"])
+        if ADAPTERS not in params:
+            raise ValueError("these parameters have no adapters; add() puts fresh ones beside them")
+        added = params.pop(ADAPTERS)
+        own = {a.name: self._of_rows(a, traverse_util.flatten_dict(added[a.name], sep="/"), source) for a in self.adapters}
+        key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
+        if key is None and not kwargs.get("deterministic", True) and any(getattr(a, "dropout", 0) for a in self.adapters):
+            raise ValueError('adapters have dropout, so apply() needs an rng named "dropout" unless deterministic')
+        nearest_first = sorted(self.adapters, key=lambda adapter: adapter.order)
+
+        def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            layer = self.layers.get("/".join(context.module.path)) if context.method_name == "__call__" else None
+            if layer is None:
+                return next_call(*args, **kwargs)
+            call: Callable[..., Any] = next_call
+            for adapter in nearest_first:
+                there = own[adapter.name].get(adapter.uses(layer))
+                if there is not None:
+                    call = _around(adapter, there, layer, context.module, call, key)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            return self.base.apply({**variables, "params": params}, *args, rngs=rngs, **kwargs)
+
+    def _of_rows(self, adapter: Adapter, flat: Mapping[str, Any], source: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+        """{layer: parameters}, or of an adapter that is not shared those of each row's source."""
+        found: dict[str, dict[str, jax.Array]] = {}
+        for path, leaf in flat.items():
+            layer, _, name = path.rpartition("/")
+            found.setdefault(layer, {})[name] = leaf
+        if adapter.per == RUN:
+            return found
+        if source is None:
+            raise ValueError(f"adapter {adapter.name!r}: each source has its own, so apply() needs the source of every row")
+        # A product, since the gradient of a look-up adds up in no fixed order on GPUs.
+        chosen_BxN = jax.nn.one_hot(jnp.maximum(source, 0), self.sources)
+        return {layer: {name: self._chosen(leaf, chosen_BxN) for name, leaf in own.items()} for layer, own in found.items()}
+
+    def _chosen(self, leaf: jax.Array, chosen_BxN: jax.Array) -> jax.Array:
+        stack = leaf.reshape(self.sources, 1, -1) if leaf.ndim == 1 else leaf
+        return jnp.einsum("bn,n...->b...", chosen_BxN, stack, precision="highest")
+
+
+class OfSource(nn.Module):
+    """A trunk with adapters as a linen module, to be a part of another one that knows no sources: all rows are of one.
+
+    Attributes:
+        adapted: The trunk.
+        source: The number of the source.
+    """
+
+    adapted: Adapted
+    source: int = 0
+
+    @property
+    def config(self) -> Any:
+        """The trunk's sizes."""
+        return self.adapted.config
+
+    @property
+    def dtype(self) -> Any:
+        """What the trunk computes in."""
+        return self.adapted.dtype
+
+    def __call__(self, input_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """The trunk's output; arguments are those of its own call."""
+        rows_B = jnp.full(len(input_ids), self.source)
+        return self.adapted.apply({"params": self.variables["params"]}, input_ids, *args, source=rows_B, **kwargs)
+
+
+def as_module(trunk: nn.Module | Adapted, source: int) -> nn.Module:
+    """A trunk that can be a part of another linen module: itself, or where it has adapters those of one source."""
+    return OfSource(trunk, source) if isinstance(trunk, Adapted) else trunk
+
+
+def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> Adapted:
+    """A trunk with adapters: BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, or the encoder of Marian, BART, T5.
+
+    With optax and nothing else of ours:
+
+        checkpoint = mtl_jax.pretrained.load("path", head=None)
+        module = adapt(checkpoint.model.trunk, [Lora(name="lora", rank=8)])
+        params = module.add(checkpoint.params["trunk"], jax.random.key(0))
+        frozen, added = params, params["adapters"]
+        optimizer = optax.adam(1e-3)
+        state = optimizer.init(added)
+
+        def loss(added):
+            return objective(module.apply({"params": {**frozen, "adapters": added}}, ids, mask).hidden)
+
+        updates, state = optimizer.update(jax.grad(loss)(added), state, added)
+        added = optax.apply_updates(added, updates)
+
+    Args:
+        module: The trunk: a linen module of models.attention's or models.modernbert's attention and nn.Dense.
+        adapters: What is added.
+        sources: How many sources there are, for adapters that are not shared by all.
+
+    Raises:
+        UserError: A field makes no sense, two have one name, or one finds no place in the module.
+    """
+    check(adapters)
+    adapted = Adapted(module, tuple(adapters), sources)
+    adapted.where  # noqa: B018  finds out whether every one has a place
+    return adapted
+
+
+def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None) -> None:
+    """Finds what is wrong with adapters without a trunk.
+
+    Args:
+        adapters: The adapters.
+        sources: {task: its source}; None: not known.
+
+    Raises:
+        UserError: One line that names the adapter.
+    """
+    names = [adapter.name for adapter in adapters]
+    for adapter in adapters:
+        if names.count(adapter.name) > 1:
+            raise UserError(f"adapter names must differ: {adapter.name!r} stands twice")
+        if not adapter.name or not adapter.name.replace("-", "_").isidentifier() or not adapter.name.isascii():
+            raise UserError(f"adapter name {adapter.name!r}: use letters, digits, '_' and '-' only, a letter first")
+        adapter.check()
+        if adapter.per == TASK and sources is not None:
+            used = list(sources.values())
+            together = [task for task, source in sources.items() if used.count(source) > 1]
+            if together:
+                raise UserError(
+                    f"adapter {adapter.name!r}: per is task, but tasks {', '.join(together[:2])} share the rows of source "
+                    f"{sources[together[0]]!r}, which pass the trunk once: say per source, or declare the same file as a "
+                    "second source"
+                )
+    prefixes = [adapter.name for adapter in adapters if isinstance(adapter, Prefix)]
+    if len(prefixes) > 1:
+        raise UserError(f"adapters {', '.join(prefixes)} are all prefixes: declare one, as long as they are together")
+
+
+def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
+    """A line for each adapter: where it is, its parameters, who shares them.
+
+    Args:
+        adapted: The trunk.
+        params: Its parameters, {"adapters": ...} among them.
+    """
+    lines = []
+    for adapter in adapted.adapters:
+        size = sum(leaf.size for leaf in jax.tree.leaves(params[ADAPTERS][adapter.name]))
+        shared = "for all rows alike" if adapter.per == RUN else f"for each of {adapted.sources} sources its own"
+        kind, places = type(adapter).__name__, len(adapted.where[adapter.name])
+        lines.append(f"adapter {adapter.name}: {kind} at {places} layers, {size:,} parameters, {shared}")
+    return lines
+
+
+def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
+    if isinstance(module, nn.Dense):
+        return Layer(path, "dense", inputs=args[0].shape[-1], outputs=module.features)
+    if isinstance(module, Attention):
+        return Layer(path, "attention", heads=module.num_heads, head_size=module.head_size)
+    if isinstance(module, RotaryAttention):
+        return Layer(path, "rotary", heads=module.config.num_heads, head_size=module.config.head_size)
+    return None
+
+
+def _around(
+    adapter: Adapter, params: dict[str, jax.Array], layer: Layer, module: nn.Module, call: Any, key: jax.Array | None
+) -> Callable[..., Any]:
+    own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"{adapter.name}/{layer.path}".encode()))
+    return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, own_key))
+
+
+def _stack(leaf: jax.Array) -> jax.Array:
+    # Vectors stand end to end, so that weight decay, which goes by the number of dimensions, still takes them for vectors.
+    return leaf.reshape(-1) if leaf.ndim == 2 else leaf

@@ -1,0 +1,69 @@
+"""Small networks behind the parts of each block.
+
+Shapes in names: B rows, T tokens a row, O width of what is adapted, W width of the bottleneck.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.models.layers import ACTIVATIONS
+from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
+
+# What each variant stands behind.
+VARIANTS = {"houlsby": r".*/(attention/output|feed_forward_out)", "pfeiffer": r".*/feed_forward_out"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bottleneck(Adapter):
+    """y + up(activation(down(y))), where y is what a part of a block is about to add to the stream.
+
+    Parameters for each place: down_kernel f32[O, W], normal with variance 1 / O, down_bias f32[W], up_kernel f32[W, O] and
+    up_bias f32[O]. The last three start at 0, so that nothing changes; Houlsby et al. draw kernels from a normal of deviation
+    0.01. It stands before the block's dropout, residual and norm. Norms train only where rules say so (Houlsby et al. train
+    them), and of Pfeiffer et al.'s search only the place in the block is taken over, not that of norms and residuals.
+
+    Attributes:
+        width: W.
+        variant: houlsby: behind attention and behind feed-forward (Houlsby et al. 2019). pfeiffer: behind feed-forward only
+            (Pfeiffer et al. 2021).
+        activation: A key of models.layers.ACTIVATIONS.
+    """
+
+    width: int = 64
+    variant: str = "houlsby"
+    activation: str = "gelu"
+
+    order: ClassVar[int] = 2
+
+    def check(self) -> None:
+        super().check()
+        if self.width < 1:
+            raise UserError(f"adapter {self.name!r}: width is {self.width}; it must be at least 1")
+        if self.variant not in VARIANTS:
+            raise unknown(f"variant of adapter {self.name!r}:", self.variant, VARIANTS)
+        if self.activation not in ACTIVATIONS:
+            raise unknown(f"activation of adapter {self.name!r}:", self.activation, ACTIVATIONS)
+
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        return self._matching(layers, VARIANTS[self.variant])
+
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        return {
+            "down_kernel": jax.random.normal(key, (layer.outputs, self.width)) * layer.outputs**-0.5,
+            "down_bias": jnp.zeros(self.width),
+            "up_kernel": jnp.zeros((self.width, layer.outputs)),
+            "up_bias": jnp.zeros(layer.outputs),
+        }
+
+    def around(self, params: Params, call: Call) -> Any:
+        y_BxTxO = call()
+        own = {name: leaf.astype(y_BxTxO.dtype) for name, leaf in params.items()}
+        inner_BxTxW = ACTIVATIONS[self.activation](y_BxTxO @ own["down_kernel"] + own["down_bias"])
+        return y_BxTxO + (inner_BxTxW @ own["up_kernel"] + own["up_bias"])

@@ -1,0 +1,71 @@
+"""Low-rank changes of linear maps.
+
+Shapes in names: B rows, T tokens a row, I inputs of a linear map, O its outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.errors import UserError
+from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora(Adapter):
+    """y = W x + (alpha / rank) B A x at linear maps (Hu et al. 2022, LoRA, section 4.1).
+
+    Parameters for each layer: a f32[I, R], normal with variance 1 / I, and b f32[R, O], zeros: at the start nothing changes.
+
+    Attributes:
+        rank: R.
+        alpha: The change is multiplied by alpha / rank.
+        dropout: Rate on the input of A while training.
+        target: A regular expression that must match the whole path of a linear map inside the trunk, such as
+            "layer_0/attention/query". The paper's choice is query and value; ModernBERT has one map for query, key and value.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target: str = r".*/(query|value|query_key_value)"
+
+    order: ClassVar[int] = 0
+
+    def check(self) -> None:
+        super().check()
+        if self.rank < 1:
+            raise UserError(f"adapter {self.name!r}: rank is {self.rank}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter {self.name!r}: dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        found = self._matching(layers, self.target)
+        for layer in found:
+            if self.rank > min(layer.inputs, layer.outputs):
+                raise UserError(
+                    f"adapter {self.name!r}: rank is {self.rank}, but {layer.path} is only {layer.inputs} x {layer.outputs}"
+                )
+        return found
+
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        a_IxR = jax.random.normal(key, (layer.inputs, self.rank)) * layer.inputs**-0.5
+        return {"a": a_IxR, "b": jnp.zeros((self.rank, layer.outputs))}
+
+    def around(self, params: Params, call: Call) -> Any:
+        y_BxTxO = call()
+        x_BxTxI = call.args[0].astype(y_BxTxO.dtype)
+        if call.key is not None and self.dropout:
+            kept = jax.random.bernoulli(call.key, 1 - self.dropout, x_BxTxI.shape)
+            x_BxTxI = jnp.where(kept, x_BxTxI / (1 - self.dropout), 0)
+        inner_BxTxR = x_BxTxI @ params["a"].astype(y_BxTxO.dtype)
+        return y_BxTxO + (self.alpha / self.rank) * (inner_BxTxR @ params["b"].astype(y_BxTxO.dtype))
+
+    def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+        change_IxO = jnp.matmul(params["a"], params["b"], precision="highest")
+        return {**kernel, "kernel": kernel["kernel"] + (self.alpha / self.rank) * change_IxO}

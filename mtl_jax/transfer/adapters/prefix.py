@@ -1,0 +1,99 @@
+"""Learned keys and values in front of every row.
+
+Shapes in names: B rows, T queries, S keys, P length of the prefix, N attention heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.errors import UserError
+from mtl_jax.models.attention import KeyValue
+from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
+from mtl_jax.transfer.adapters.ia3 import FUSED
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix(Adapter):
+    """Further keys and values in every attention, which all queries see (Li and Liang 2021, section 4.2).
+
+    Parameters for each attention: key and value f32[P, N, D], normal with deviation 0.02. They are trained as they are, not
+    reparametrised by a network over a smaller matrix as in the paper's section 4.3, which finds that more stable. In a packed
+    row all examples see the prefix; padding stays unseen. It has no positions: it is not turned in ModernBERT, where local
+    layers see it, too, and T5's bias towards it is 0. Even when fresh, it changes the output.
+
+    Attributes:
+        length: P.
+    """
+
+    length: int = 16
+
+    order: ClassVar[int] = 3
+
+    def check(self) -> None:
+        super().check()
+        if self.length < 1:
+            raise UserError(f"adapter {self.name!r}: length is {self.length}; it must be at least 1")
+
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        return self._matching(layers, ".*", ("attention", "rotary"))
+
+    def uses(self, layer: Layer) -> str:
+        # In ModernBERT the map that makes keys and values takes part in it.
+        parent, _, name = layer.path.rpartition("/")
+        return parent if name == FUSED else layer.path
+
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        shape = (self.length, layer.heads, layer.head_size)
+        keys = dict(zip(("key", "value"), jax.random.split(key), strict=True))
+        return {name: 0.02 * jax.random.normal(key, shape) for name, key in keys.items()}
+
+    def around(self, params: Params, call: Call) -> Any:
+        kinds = {"attention": self._extend, "rotary": self._make_room, "dense": self._fill}
+        return kinds[call.layer.kind](params, call)
+
+    def _extend(self, params: Params, call: Call) -> Any:
+        """Attention: more keys and values than the row's own."""
+        x_BxTxH, mask_BxTxS, *rest = call.args
+        changed = dict(call.kwargs)
+        own = changed.get("source")
+        if own is None:
+            own = call.module.keys_values(x_BxTxH)
+        longer = [
+            jnp.concatenate([self._rows(params[name], len(x_BxTxH), getattr(own, name).dtype), getattr(own, name)], axis=1)
+            for name in KeyValue._fields
+        ]
+        seen = jnp.ones((*mask_BxTxS.shape[:-1], self.length), mask_BxTxS.dtype)
+        bias = changed.get("bias_BxNxTxS")
+        if bias is not None:
+            changed["bias_BxNxTxS"] = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (self.length, 0)))
+        changed["source"] = KeyValue(*longer)
+        return call.next(x_BxTxH, jnp.concatenate([seen, mask_BxTxS], axis=-1), *rest, **changed)
+
+    def _make_room(self, params: Params, call: Call) -> Any:
+        """Attention that makes queries, keys and values by one map: P tokens more, for _fill, and later without them."""
+        x_BxTxH, mask_BxTxT, turn, *rest = call.args
+        before = (self.length, 0)
+        x_BxTxH = jnp.pad(x_BxTxH, ((0, 0), before, (0, 0)))
+        mask_BxTxT = jnp.pad(mask_BxTxT, ((0, 0), before, before), constant_values=True)
+        unturned = [
+            jnp.pad(part, ((0, 0), before, (0, 0), (0, 0)), constant_values=value)
+            for part, value in ((turn.cos, 1.0), (turn.sin, 0.0))
+        ]
+        return call.next(x_BxTxH, mask_BxTxT, type(turn)(*unturned), *rest, **call.kwargs)[:, self.length :]
+
+    def _fill(self, params: Params, call: Call) -> Any:
+        """What the map gives for these P tokens: no query, and the prefix."""
+        y_BxTx3H = call()
+        key, value = (self._rows(params[name], len(y_BxTx3H), y_BxTx3H.dtype) for name in ("key", "value"))
+        rows = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in (jnp.zeros_like(key), key, value)], axis=-1)
+        return jnp.concatenate([rows, y_BxTx3H[:, self.length :]], axis=1)
+
+    def _rows(self, leaf: jax.Array, rows: int, dtype: Any) -> jax.Array:
+        """f[B, P, N, D], the same for every row or of each its own."""
+        return jnp.broadcast_to(leaf, (rows, *leaf.shape[-3:])).astype(dtype)

@@ -1,0 +1,365 @@
+"""Adapters in an experiment: what trains, what it costs, what is written, and everything that training does beside."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packing
+import pytest
+import tiny
+
+import mtl_jax
+from mtl_jax import (
+    IA3,
+    Batching,
+    Bottleneck,
+    Checkpoints,
+    Lora,
+    ParamRule,
+    Phase,
+    Prefix,
+    adapters_only,
+    bitfit,
+    cli,
+    pretrained,
+)
+from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.errors import UserError
+from mtl_jax.export import convert
+from mtl_jax.prediction import evaluate, open_run, predict
+from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.left_out import Base, flat, to_leave_out
+from mtl_jax.training.logs import read_metrics
+from mtl_jax.training.prepare import initial_state, measure, prepare
+from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
+from mtl_jax.transfer import freezing
+
+LORA = Lora(name="lora", rank=2, alpha=4.0, dropout=0.1)
+ALL = (
+    LORA,
+    IA3(name="ia3"),
+    Bottleneck(name="bottleneck", width=4),
+    Prefix(name="prefix", length=3),
+)
+ONLY = Phase("adapters", steps=6, rules=adapters_only())
+
+
+def per_source(*adapters):
+    return tuple(dataclasses.replace(adapter, per="source") for adapter in adapters)
+
+
+def moved(prepared, by=0.3):
+    """The run with adapters that already do something."""
+    rng = np.random.default_rng(0)
+    trunk = dict(prepared.params["trunk"])
+    trunk["adapters"] = jax.tree.map(lambda leaf: leaf + by * rng.normal(size=leaf.shape).astype(np.float32), trunk["adapters"])
+    return prepared._replace(params=prepared.params | {"trunk": trunk})
+
+
+def without_dropout(bert, data, **changes):
+    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
+    return tiny.experiment(bert, data, **({"trunk": mtl_jax.Pretrained(str(bert), dropout=0.0), "tasks": tasks} | changes))
+
+
+def train(bert, data, folder, **changes):
+    return mtl_jax.train(tiny.experiment(bert, data, phases=(ONLY,), **changes), folder)
+
+
+def last_params(folder, base=None):
+    store = Store(folder, Checkpoints(), read_only=True, base=base)
+    try:
+        return store.restore_params(store.steps()[-1])
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_packed_is_unpacked(bert, data, own):
+    """With every adapter at once, shared or each source its own."""
+    adapters = (dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
+    few = tuple(dataclasses.replace(source, limit=22) for source in tiny.experiment(bert, data).sources)
+    experiment = without_dropout(bert, data, sources=few, phases=(ONLY,), adapters=per_source(*adapters) if own else adapters)
+    packing.assert_packing_changes_nothing(moved(prepare(experiment)))
+
+
+def first_batch(prepared):
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 10))
+    batch = jax.tree.map(jnp.asarray, next(batches))
+    batches.close()
+    return batch
+
+
+def step_of(bert, data, rules, *adapters, **changes):
+    prepared = prepare(tiny.experiment(bert, data, phases=(Phase("only", 5, rules=rules),), adapters=adapters, **changes))
+    plan = prepared.plans[0]
+    return make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), initial_state(prepared), first_batch(prepared)
+
+
+@pytest.mark.parametrize("adapters", [(LORA,), per_source(*ALL)])
+def test_the_rest_neither_moves_nor_costs(bert, data, adapters):
+    """By XLA's own count, next to training everything; optimizer state of adapters and heads alone."""
+    full, full_state, batch = step_of(bert, data, (ParamRule(".*"),), *adapters)
+    step, state, _ = step_of(bert, data, adapters_only(), *adapters)
+    everything = jax.jit(full).lower(full_state, batch, None).compile()
+    part = jax.jit(step).lower(state, batch, None).compile()
+    assert part.cost_analysis()["flops"] < 0.85 * everything.cost_analysis()["flops"]
+    trained = jax.tree.leaves((state.params["trunk"]["adapters"], state.params["heads"]))
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(leaf.nbytes for leaf in moments) == 2 * sum(leaf.nbytes for leaf in trained)
+
+    before = jax.device_get(state.params)
+    for _ in range(3):
+        state, _ = part(state, batch, None)
+    same = jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), before, state.params)
+    mask = freezing.trainable(before, adapters_only())
+    assert jax.tree.all(jax.tree.map(lambda same, train: same != train, same, mask))
+
+
+def test_bitfit_trains_biases_and_heads(bert, data):
+    step, state, batch = step_of(bert, data, bitfit())
+    before = jax.device_get(state.params)
+    state, _ = jax.jit(step)(state, batch, None)
+    changed = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: (freezing.path_name(path), bool((a != np.asarray(b)).any())), before, state.params
+    )
+    for path, differs in jax.tree.leaves(changed, is_leaf=lambda x: isinstance(x, tuple)):
+        # A key's bias adds the same to all scores of a query: it has no gradient but rounding.
+        if not path.endswith("key/bias"):
+            assert differs == (path.startswith("heads/") or path.endswith("/bias")), path
+
+
+def test_adapters_learn_and_each_source_its_own(bert, data, tmp_path):
+    found = train(bert, data, tmp_path, adapters=per_source(LORA, IA3(name="ia3")))
+    assert found["steps"] == 6
+    params = last_params(tmp_path)
+    start = prepare(tiny.experiment(bert, data, phases=(ONLY,), adapters=per_source(LORA, IA3(name="ia3")))).params
+    for path in (("lora", "layer_0", "attention", "value", "b"), ("ia3", "layer_1", "feed_forward_out", "scale")):
+        before, after = start["trunk"]["adapters"], params["trunk"]["adapters"]
+        for name in path:
+            before, after = before[name], after[name]
+        first, second = np.split(np.asarray(after) - np.asarray(before), 2)
+        assert first.any()
+        assert second.any()
+        assert not np.allclose(first, second)
+
+
+def test_a_source_s_adapters_have_gradients_from_its_rows_only(bert, data):
+    step, state, batch = step_of(bert, data, adapters_only(), *per_source(LORA))
+    questions_only = batch._replace(labels=batch.labels | {"rating": jnp.full_like(batch.labels["rating"], jnp.nan)})
+    after, _ = jax.jit(step)(state, questions_only, None)
+    moved = jax.tree.map(
+        lambda a, b: np.asarray(a != b).any(axis=(1, 2)), state.params["trunk"]["adapters"], after.params["trunk"]["adapters"]
+    )
+    value = moved["lora"]["layer_1"]["attention"]["value"]["b"]
+    np.testing.assert_array_equal(value, [False, True])
+
+
+def test_rules_over_the_gram_matrix_compare_the_adapters_gradients(bert, data):
+    """Against a backward pass for each task."""
+    adapters = (dataclasses.replace(LORA, dropout=0.0, per="source"), ALL[1])
+    experiment = without_dropout(bert, data, phases=(ONLY,), weighting="mgda", adapters=adapters)
+    prepared = moved(prepare(experiment))
+    plan, state, batch = prepared.plans[0], initial_state(prepared), first_batch(prepared)
+    _, metrics = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))(state, batch, None)
+    tasks, trunk = prepared.corpus.tasks, prepared.params["trunk"]
+
+    @jax.jit
+    def losses(added):
+        encoded = encode_tokens(prepared.trunk.module)(trunk | {"adapters": added}, batch, None, None)
+        outputs = apply_heads(tasks, prepared.params["heads"], encoded, batch, None)
+        return mean_losses(tasks, outputs, batch, label_counts(tasks, batch))
+
+    rows = jax.jacrev(losses)(trunk["adapters"])
+    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(rows[task])]) for task in sorted(rows)]
+    expected = np.array([[a @ b for b in flat] for a in flat])
+    np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
+def test_one_and_eight_devices_agree(bert, data, tmp_path):
+    totals = {}
+    adapters = per_source(dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
+    for devices in (1, 8):
+        changes = {"devices": devices, "phases": (ONLY,), "adapters": adapters, "weighting": "upgrad"}
+        mtl_jax.train(without_dropout(bert, data, **changes), tmp_path / str(devices))
+        records = [record for record in read_metrics(tmp_path / str(devices)) if record["kind"] == "train"]
+        totals[devices] = [record["total"] for record in records]
+    np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
+
+
+def test_gone_on_with_the_same_bits(bert, data, tmp_path):
+    """From a checkpoint in the middle of the run, which does not hold the trunk."""
+    kept = Checkpoints(every=2, keep=3, frozen=False)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = train(bert, data, whole, adapters=per_source(*ALL), checkpoints=kept)
+    shutil.copytree(whole, cut)
+    (cut / "results.json").unlink()
+    for step in (4, 6):
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    found = train(bert, data, cut, adapters=per_source(*ALL), checkpoints=kept)
+    assert found["tasks"] == expected["tasks"]
+    base = left_out_base(bert)
+    jax.tree.map(np.testing.assert_array_equal, last_params(cut, base), last_params(whole, base))
+
+
+def left_out_base(bert):
+    return Base(lambda: {"trunk": pretrained.load(str(bert), head=None).params["trunk"]}, str(bert))
+
+
+def test_cached_features_are_those_of_each_source_s_adapters(bert, data, tmp_path):
+    """A phase that trains adapters, then one of heads on what the trunk with them gives: looked up or computed."""
+    scores = []
+    for cached in (True, False):
+        heads = Phase("heads", 4, rules=tiny.HEADS_ONLY, cache_features=cached)
+        tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
+        experiment = tiny.experiment(bert, data, phases=(ONLY, heads), adapters=per_source(*ALL), tasks=tasks)
+        scores.append(mtl_jax.train(experiment, tmp_path / str(cached))["tasks"])
+    for task, found in scores[0].items():
+        for metric, value in found["test"].items():
+            assert value == pytest.approx(scores[1][task]["test"][metric], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(bert, data, tmp_path_factory):
+    """A run of adapters per source whose checkpoints hold no trunk, with a test file of its own."""
+    folder = tmp_path_factory.mktemp("adapted")
+    tiny.write_data(folder / "more", rows=40)
+    experiment = tiny.experiment(bert, data, phases=(ONLY,), adapters=per_source(LORA), checkpoints=Checkpoints(frozen=False))
+    sources = (experiment.sources[0], dataclasses.replace(experiment.sources[1], test_path=str(folder / "more/questions.txt")))
+    shutil.copytree(bert, folder / "bert")
+    experiment = dataclasses.replace(experiment, sources=sources, trunk=mtl_jax.Pretrained(str(folder / "bert")))
+    return folder, mtl_jax.train(experiment, folder / "run")
+
+
+def test_predictions_are_by_the_task_s_own_adapters(finished):
+    folder, results = finished
+    found = evaluate(folder / "run", "coarse", str(folder / "more" / "questions.txt"))
+    for metric, value in results["tasks"]["coarse"]["test"].items():
+        assert found[metric] == pytest.approx(value, abs=1e-6)
+    run = open_run(folder / "run")
+    ids = np.array([run.trunk.tokenizer("who is the man ?")["input_ids"]])
+    head = run.params["heads"]["coarse"]["output"]
+    hidden = run.trunk.module.apply({"params": run.params["trunk"]}, ids, source=np.array([1])).hidden[0]
+    probabilities = jax.nn.softmax(hidden.mean(0) @ head["kernel"] + head["bias"])
+    (answer,) = predict(folder / "run", "coarse", ["who is the man ?"])
+    assert answer["probability"] == pytest.approx(float(probabilities.max()), abs=1e-6)
+
+
+def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
+    """Nothing frozen is in them; the trunk comes from where it was, and no other is taken."""
+    folder, _ = finished
+    (step, *_) = sorted((folder / "run" / "checkpoints").iterdir())
+    record = json.loads((step / "record" / "metadata").read_text())
+    saved = {path for path in record["arrays"] if path.startswith("params/")}
+    assert all(path.startswith(("params/trunk/adapters/", "params/heads/")) for path in saved)
+    assert len(record["left_out"]) == len(jax.tree.leaves(pretrained.load(str(bert), head=None).params["trunk"]))
+
+    shutil.copytree(folder, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    config = json.loads((run / "config.json").read_text())
+    config["trunk"]["path"] = str(tmp_path / "copy" / "bert")
+    (run / "config.json").write_text(json.dumps(config))
+    expected = predict(folder / "run", "fine", ["a sad song"])
+    assert predict(run, "fine", ["a sad song"]) == expected
+    tensors = tiny.bert_tensors()
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] += 1e-3
+    tiny.write_bert(tmp_path / "copy" / "bert", tensors)
+    with pytest.raises(UserError, match=r"in common with trunk.path .*layer_1/feed_forward_out/kernel is another there now"):
+        predict(run, "fine", ["a sad song"])
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match="put the trunk back that the run started from"):
+        mtl_jax.train(mtl_jax.experiment.from_json(config), run)
+    assert not (run / "damaged").exists()
+
+
+def test_what_is_not_where_the_trunk_comes_from_is_not_left_out(bert, data):
+    """Nor what trains in any phase, nor heads and adapters, which come from nowhere."""
+    top = Phase("top", 2, rules=(ParamRule("trunk/layer_1/feed_forward_in/.*"), ParamRule(".*", train=False)))
+    prepared = prepare(tiny.experiment(bert, data, phases=(ONLY, top), adapters=(LORA,)))
+    params = jax.tree.map(np.array, prepared.params)
+    params["trunk"]["layer_1"]["feed_forward_out"]["kernel"][0, 0] += 1e-3
+    found = to_leave_out([plan.mask for plan in prepared.plans], params, prepared.params)
+    everything = set(flat(prepared.params))
+    assert everything - set(found) == {
+        path
+        for path in everything
+        if path.startswith(("heads/", "trunk/adapters/", "trunk/layer_1/feed_forward_in/"))
+        or path == "trunk/layer_1/feed_forward_out/kernel"
+    }
+
+
+@pytest.mark.parametrize("task", ["coarse", "rating"])
+def test_lora_goes_out_inside_the_kernels(finished, tmp_path, task):
+    folder, _ = finished
+    convert(str(folder / "run"), tmp_path / "out", task=task)
+    run, out = open_run(folder / "run"), pretrained.load(str(tmp_path / "out"))
+    assert (out.head, out.unused, out.initialized) == (None, (), ())
+    ids = np.array([run.trunk.tokenizer("who is the man ?")["input_ids"]])
+    source = np.array([run.place(task)])
+    expected = run.trunk.module.apply({"params": run.params["trunk"]}, ids, source=source).hidden
+    found = out.model.apply({"params": out.params}, ids).hidden
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    bare = out.model.apply({"params": out.params | {"trunk": run.params["trunk"]}}, ids).hidden
+    assert not np.allclose(found, bare, atol=1e-5)
+
+
+def test_adapters_by_source_go_out_for_a_task_only(finished, tmp_path):
+    folder, _ = finished
+    with pytest.raises(UserError, match="adapter 'lora': each source has its own; say of which task"):
+        convert(str(folder / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_change_adapters(bert, data, tmp_path, monkeypatch, capsys):
+    """And other adapters than LoRA do not go out."""
+    flags = ["--workdir", str(tmp_path), "--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer", "--phases.0.steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["tiny.py", *flags])
+    cli.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["adapters"][0] == dataclasses.asdict(LORA) | {"rank": 3, "kind": "Lora"}
+    assert config["adapters"][1]["variant"] == "pfeiffer"
+    assert mtl_jax.experiment.to_json(mtl_jax.experiment.from_json(config)) == config
+    said = capsys.readouterr().err
+    assert "adapter lora: Lora at 4 layers, 384 parameters, for all rows alike" in said
+    assert last_params(tmp_path)["trunk"]["adapters"]["lora"]["layer_0"]["attention"]["query"]["a"].shape == (16, 3)
+    with pytest.raises(UserError, match=r"adapter 'bottleneck' is a Bottleneck, .* transformers has no class"):
+        convert(str(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapters": (dataclasses.replace(LORA, target="trunk/.*"),)}, "'trunk/.*' matches no layer; there are layer_N/att"),
+        ({"adapters": (dataclasses.replace(LORA, rank=0),)}, "adapter 'lora': rank is 0"),
+        ({"adapters": (LORA, LORA)}, "adapter names must differ"),
+        ({"adapters": (dataclasses.replace(LORA, per="task"),)}, "tasks coarse, fine share the rows of source 'questions'"),
+        ({"adapters": ()}, r"the rule 'trunk/adapters/\.\*' matches no parameter"),
+        ({"adapters": (LORA,), "trunk": mtl_jax.Embedding()}, "adapter 'lora' finds no place in this trunk"),
+        (
+            {"trunk": mtl_jax.Embedding(), "checkpoints": Checkpoints(frozen=False), "phases": (Phase("all", 1),)},
+            "checkpoints.frozen is false, but a trunk from scratch",
+        ),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_written(bert, data, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        mtl_jax.train(tiny.experiment(bert, data, **({"phases": (ONLY,)} | changes)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulated_parts_are_the_whole_batch(bert, data):
+    """The parts hold every so many rows of the batch, of all sources: each with its own adapters."""
+    found = {}
+    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
+    for parts in (1, 2):
+        batching = Batching(rows=8, row_length=24, examples_per_row=6, accumulate=parts)
+        adapters = per_source(dataclasses.replace(LORA, dropout=0.0))
+        trunk = mtl_jax.Pretrained(str(bert), dropout=0.0)
+        step, state, batch = step_of(bert, data, adapters_only(), *adapters, batch=batching, tasks=tasks, trunk=trunk)
+        _, found[parts] = jax.jit(step)(state, batch, None)
+    np.testing.assert_allclose(found[2].total, found[1].total, rtol=1e-5)
+    np.testing.assert_allclose(found[2].gradient_norm, found[1].gradient_norm, rtol=1e-4)

@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Checkpoints
 from mtl_jax.training.state import TrainState
+from mtl_jax.transfer import freezing
 from mtl_jax.transfer.freezing import path_name
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Store:
         record = {**record, "dev": None if dev is None else {self.criterion: dev}, "arrays": _describe(state._asdict())}
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), record=ocp.args.JsonSave(record)),
             metrics=record["dev"],
         )
 
@@ -143,8 +144,8 @@ class Store:
         shapes = template(record)
         self._check_same_model(step, record["arrays"], shapes)
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-            state = self._manager.restore(step, args=args).state
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(shapes)))
+            state = TrainState(**self._manager.restore(step, args=args).state)
         # Orbax and tensorstore raise many kinds for damaged files; whichever it is, the checkpoint cannot be used.
         except Exception as error:
             raise self._damaged(step, error) from error
@@ -152,7 +153,7 @@ class Store:
         return Restored(step, state, record)
 
     def restore_params(self, step: int) -> Any:
-        """The parameters of one checkpoint as host arrays, whatever devices and phase it was saved from.
+        """The parameters that were measured, of one checkpoint, as host arrays, whatever devices and phase it was saved from.
 
         Raises:
             UserError: It is damaged.
@@ -161,15 +162,18 @@ class Store:
         saved = self._record(step)["arrays"]
         try:
             with ocp.PyTreeCheckpointer() as reader:
-                shapes = reader.metadata(path).item_metadata.tree["params"]
-                wanted = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)}
+                tree = reader.metadata(path).item_metadata.tree
+                shapes = {"params": tree["params"]}
+                if "average" in tree:
+                    shapes["average"] = {"mean": tree["average"]["mean"]}
+                wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
                 args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
                 found = reader.restore(path, args=args)
         except Exception as error:  # as in restore
             raise self._damaged(step, error) from error
         self._verify(step, found, saved)
-        return found["params"]
+        return freezing.merge(found["average"]["mean"], found["params"]) if "average" in found else found["params"]
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
@@ -221,6 +225,11 @@ class Store:
 
 def _shape(shape: list[int] | None) -> str:
     return "absent" if shape is None else f"of shape {tuple(shape)}"
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """What is on disk of a state: a run without an average has the files that it had before there were averages."""
+    return {name: value for name, value in state._asdict().items() if name != "average" or value is not None}
 
 
 def _leaves(tree: dict[str, Any]) -> list[tuple[str, Any]]:

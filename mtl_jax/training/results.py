@@ -73,6 +73,7 @@ def write(
         "experiment": experiment.name,
         "seed": experiment.seed,
         "weighting": experiment.weighting,
+        "averaging": experiment.averaging,
         **facts,
         "tasks": {
             task.name: {

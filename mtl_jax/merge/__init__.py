@@ -10,7 +10,8 @@ from mtl_jax.errors import UserError
 from mtl_jax.merge.checkpoints import merge_checkpoints
 from mtl_jax.merge.method import Method as Method
 from mtl_jax.merge.method import checked
-from mtl_jax.merge.runs import RECORD, merge_runs
+from mtl_jax.merge.parts import RECORD
+from mtl_jax.merge.runs import merge_runs
 from mtl_jax.prediction import is_workdir
 from mtl_jax.training import workdir as workdirs
 

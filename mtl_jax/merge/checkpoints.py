@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,11 +17,11 @@ from mtl_jax import pretrained
 from mtl_jax.errors import UserError
 from mtl_jax.merge import alike, parts
 from mtl_jax.merge.method import Method
-from mtl_jax.merge.parts import Model
-from mtl_jax.merge.runs import RECORD, record_of
+from mtl_jax.merge.parts import RECORD, Model
 from mtl_jax.prediction import is_workdir
 from mtl_jax.pretrained import Checkpoint, saving
 from mtl_jax.pretrained.family import LABELLED
+from mtl_jax.pretrained.tensors import Location
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: M
     Args:
         target: The directory to write, free or to be replaced.
         sources: Checkpoints that pretrained.load opens.
-        base: One more; "" for methods without one. Its head counts where it is of the sources' kind.
+        base: One more; "" for methods without one. Its head counts where it is the same as the sources'.
         method: How, checked; not greedy.
         trunk_only: Leave the heads out, and write the bare model.
 
@@ -40,31 +42,38 @@ def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: M
     if method.name == "greedy":
         raise UserError("method greedy measures on dev: its sources are workdirs of runs")
     if base and is_workdir(Path(base)):
-        raise UserError(f"--base {base} is a workdir, and the sources are checkpoints; mtl-jax convert writes its trunk as one")
-    loaded = [_load(source, trunk_only) for source in sources]
-    start = _load(base, trunk_only) if base else None
-    names = [*([base] if start else []), *sources]
-    trunks = [
-        (name, alike.of_checkpoint(found)) for name, found in zip(names, [*([start] if start else []), *loaded], strict=True)
-    ]
-    alike.check_family(trunks)
-    _check_heads(sources, loaded)
-    models = [_model(name, checkpoint) for name, checkpoint in zip(sources, loaded, strict=True)]
-    origin = None
-    if start is not None:
-        origin = _model(base, start, with_head=_head(start) == _head(loaded[0]))
-    parts.check(origin, models)
-    alike.check_constants(trunks)
-    merged = parts.put_together(method, origin, models)
-    for part, how in merged.how.items():
+        raise UserError(f"{base} is a workdir, and the sources are checkpoints; mtl-jax convert writes its trunk as one")
+    first, *others = loaded = [_load(source, trunk_only) for source in sources]
+    for name, other in zip(sources[1:], others, strict=True):
+        if first.raw.get("model_type") == other.raw.get("model_type") and _head(other) != _head(first):
+            raise UserError(
+                f"{name}: its head is {_named(other)}, and that of {sources[0]} is {_named(first)}: their mean would mean "
+                "nothing; --trunk-only merges the trunks alone"
+            )
+    models = [model(name, checkpoint) for name, checkpoint in zip(sources, loaded, strict=True)]
+    start = None
+    if base:
+        checkpoint = _load(base, trunk_only)
+        start = model(base, checkpoint)
+        if _head(checkpoint) != _head(first):
+            start = start._replace(parts={part: params for part, params in start.parts.items() if part != "head"})
+    parts.check(start, models)
+    merged = parts.put_together(method, start, models)
+    for part, how in merged.record["parts"].items():
         log.info("%s: %s", part, how)
-    record = record_of(method, models, origin, merged)
-    params = dict(loaded[0].params) | dict(merged.parts)
 
     def add_record(folder: Path) -> None:
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(merged.record, indent=2) + "\n", encoding="utf-8")
 
-    saving.save(target, dataclasses.replace(loaded[0], params=params), overwrite=True, finish=add_record)
+    written = dataclasses.replace(first, params={**first.params, **merged.parts})
+    saving.save(target, written, overwrite=True, finish=add_record)
+
+
+def model(name: str, checkpoint: Checkpoint) -> Model:
+    """A checkpoint's parts, without those that its file does not have, such as the pooler of a tagger."""
+    fresh = {path.split("/")[0] for path in checkpoint.initialized}
+    found = {part: jax.tree.map(np.asarray, params) for part, params in checkpoint.params.items() if part not in fresh}
+    return Model(name, found, alike.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)})
 
 
 def _load(path: str, trunk_only: bool) -> Checkpoint:
@@ -73,26 +82,21 @@ def _load(path: str, trunk_only: bool) -> Checkpoint:
     return dataclasses.replace(found, params=jax.tree.map(np.asarray, jax.device_get(found.params)))
 
 
-def _model(name: str, checkpoint: Checkpoint, with_head: bool = True) -> Model:
-    """Its parts; what the file does not have, such as the pooler of a tagger, is none."""
-    fresh = {path.split("/")[0] for path in checkpoint.initialized}
-    left_out = fresh if with_head else fresh | {"head"}
-    found = {part: tree for part, tree in checkpoint.params.items() if part not in left_out}
-    return Model(name, found, {"path": name, "files": alike.digests(checkpoint.location)})
+def _digests(location: Location) -> dict[str, str]:
+    """{file: SHA-256} of the files with tensors in a checkpoint's directory."""
+    files: list[Any] = [file for file in location.iterdir() if file.name.endswith((".safetensors", ".bin"))]
+    found = {}
+    for file in sorted(files, key=lambda file: file.name):
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        found[file.name] = digest.hexdigest()
+    return found
 
 
 def _head(checkpoint: Checkpoint) -> tuple[str | None, tuple[str, ...]]:
     return checkpoint.head, checkpoint.labels if checkpoint.head in LABELLED else ()
-
-
-def _check_heads(names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> None:
-    """Raises UserError where heads are of different kinds or have other labels: their mean would mean nothing."""
-    for name, checkpoint in zip(names[1:], checkpoints[1:], strict=True):
-        if _head(checkpoint) != _head(checkpoints[0]):
-            raise UserError(
-                f"{name}: its head is {_named(checkpoint)}, and that of {names[0]} is {_named(checkpoints[0])}; --trunk-only "
-                "merges the trunks alone"
-            )
 
 
 def _named(checkpoint: Checkpoint) -> str:

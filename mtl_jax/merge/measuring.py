@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mtl_jax.data import examples
@@ -18,10 +17,11 @@ from mtl_jax.trunks import Trunk
 
 log = logging.getLogger(__name__)
 
-Scores = dict[str, dict[str, dict[str, float]]]
+# (params, split) -> {task: {metric: value}}
+Measure = Callable[[Mapping[str, Any], str], dict[str, dict[str, float]]]
 
 
-def corpus_of(union: Union, members: tuple[Member, ...]) -> Corpus:
+def corpus_of(union: Union, members: Sequence[Member]) -> Corpus:
     """The runs' data, read again.
 
     Raises:
@@ -30,25 +30,26 @@ def corpus_of(union: Union, members: tuple[Member, ...]) -> Corpus:
     experiment, tokenizer = union.experiment, members[0].run.trunk.tokenizer
     data = examples.read_sources(experiment.sources, union.tasks)
     corpus = examples.make_corpus(experiment.sources, union.tasks, data, tokenizer, experiment.batch.row_length)
-    found = corpus.describe()["sources"]
-    for name, parts in found.items():
+    for name, now in corpus.describe()["sources"].items():
+        before = union.data["sources"][name]
         for split in ("dev", "test"):
-            before = union.data["sources"][name][split]
             # The hash is also of the labels, and so of the tasks that were trained together.
-            if parts[split] != before if union.same else parts[split]["examples"] != before["examples"]:
+            if now[split] != before[split] if union.same else now[split]["examples"] != before[split]["examples"]:
                 raise UserError(f"source {name!r} has other {split} rows now than when {members[0].name} was trained")
-    learned = {name: splits.elsewhere for name, splits in data.items() if splits.elsewhere}
-    if learned and not union.same:
-        log.warning(
-            "%s: training rows that stand in dev or test of another source; a run that did not have that source has learned "
-            "from them, so scores on it may be too high",
-            ", ".join(f"{name} {count}" for name, count in learned.items()),
-        )
+        # Reading all sources together drops training rows that stand in dev or test of another one.
+        learned = before["train"]["examples"] - now["train"]["examples"]
+        if learned > 0 and not union.same:
+            log.warning(
+                "source %s: %d of its training rows stand in dev or test of another source, and a run has learned from them: scores "
+                "on that may be too high",
+                name,
+                learned,
+            )
     return corpus
 
 
-def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Callable[[Mapping[str, Any], str], Any]:
-    """(params, split) -> {task: {metric: value}}, as after training."""
+def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
+    """How parameters are measured: as after training, on one device."""
     batching, tasks = union.experiment.batch, union.tasks
     mesh = meshes.make(batching.rows, 1)
     apply = evaluation.make_outputs(encode_tokens(trunk.module, needs(tasks)), tasks, mesh)
@@ -62,12 +63,5 @@ def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Callable[[Mapping[st
 
 
 def criterion(union: Union, scores: dict[str, dict[str, float]]) -> float:
-    """The dev criterion of the merged experiment.
-
-    Raises:
-        UserError: It is not a number.
-    """
-    found = evaluation.criterion(union.experiment.evaluation.criterion, union.tasks, scores)
-    if math.isnan(found):
-        log.warning("the dev criterion is not a number")
-    return found
+    """The merged experiment's criterion of dev scores."""
+    return evaluation.criterion(union.experiment.evaluation.criterion, union.tasks, scores)

@@ -17,9 +17,9 @@ import numpy as np
 from mtl_jax import pretrained, staging
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Checkpoints, to_json
-from mtl_jax.merge import alike, measuring, parts
-from mtl_jax.merge.method import WITHOUT_BASE, Method
-from mtl_jax.merge.parts import TRUNK, Merged, Model
+from mtl_jax.merge import alike, checkpoints, measuring, parts
+from mtl_jax.merge.method import Method
+from mtl_jax.merge.parts import RECORD, TRUNK, Model, Parts
 from mtl_jax.merge.union import Member, Union, unite
 from mtl_jax.prediction import is_workdir, open_run
 from mtl_jax.training import results
@@ -28,8 +28,6 @@ from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.state import create
 
 log = logging.getLogger(__name__)
-
-RECORD = "merge.json"
 
 
 def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) -> dict[str, Any] | None:
@@ -48,16 +46,13 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
         UserError: A workdir is not finished, the runs do not fit together, or greedy has no data to measure on.
     """
     started = time.monotonic()
-    members = tuple(open_member(name) for name in sources)
+    members = [open_member(name) for name in sources]
     union = unite(members, method.name)
     if method.name == "greedy" and not union.same:
         raise UserError("method greedy measures every source on dev, so all must have the same tasks; use soup")
     models = [_model(member) for member in members]
     start = _base(base, members, union) if base else None
-    trunks = [(member.name, alike.of_run(member.run)) for member in members]
-    alike.check_family([*([(base, start[1])] if start else []), *trunks])
-    parts.check(start and start[0], models)
-    alike.check_constants([*([(base, start[1])] if start else []), *trunks])
+    parts.check(start, models)
     measure, reason = None, ""
     try:
         measure = measuring.measurer(union, members[0].run.trunk, measuring.corpus_of(union, members))
@@ -65,44 +60,36 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
         if method.name == "greedy":
             raise UserError(f"method greedy needs the runs' dev rows: {error}") from error
         reason = str(error)
+        log.warning("not measured on dev and test: %s", reason)
 
-    def on_dev(found: parts.Parts) -> float:
+    def on_dev(found: Parts) -> float:
         assert measure is not None
         return measuring.criterion(union, measure(params_of(found), "dev"))
 
-    merged = parts.put_together(method, start and start[0], models, on_dev)
-    for part, how in merged.how.items():
-        log.info("%s: %s", part, how)
-    record = record_of(method, models, start and start[0], merged)
+    merged = parts.put_together(method, start, models, on_dev)
     params = params_of(merged.parts)
+    for part, how in merged.record["parts"].items():
+        log.info("%s: %s", part, how)
     scores = {split: measure(params, split) for split in ("dev", "test")} if measure else None
+    dev = measuring.criterion(union, scores["dev"]) if scores else None
     with staging.staged(target) as folder:
-        if scores is None:
-            log.warning("not measured on dev and test: %s", reason)
-        dev = measuring.criterion(union, scores["dev"]) if scores else None
         _write(folder, members, union, params, dev)
-        workdirs.write_json(folder / RECORD, {**record, "measured": scores is not None, **({"why": reason} if reason else {})})
+        workdirs.write_json(folder / RECORD, merged.record | ({"not_measured": reason} if reason else {}))
         if scores is None:
             return None
-        facts = {
-            "steps": 0,
-            "best_step": 0,
-            "best_criterion": dev,
-            "seconds": round(time.monotonic() - started, 1),
-            "merged": {"method": method.name, "sources": len(members)},
-        }
+        facts: dict[str, Any] = {"steps": 0, "best_step": 0, "best_criterion": dev}
+        facts |= {"seconds": round(time.monotonic() - started, 1)}
+        facts |= {"merged": {"method": method.name, "sources": len(members)}}
         return results.write(folder, union.experiment, union.tasks, scores, facts)
 
 
 def open_member(name: str) -> Member:
-    """A finished run, parameters on the host.
+    """A finished run, its parameters on the host.
 
     Raises:
         UserError: It is no workdir, or not finished.
     """
     folder = Path(name)
-    if not is_workdir(folder):
-        raise UserError(f"{name}: no workdir of a run (config.json or data.json is missing)")
     if not (folder / "results.json").exists() and not (folder / RECORD).exists():
         raise UserError(f"{name}: the run is not finished (results.json is missing); the command that began it goes on with it")
     run = open_run(folder)
@@ -110,54 +97,38 @@ def open_member(name: str) -> Member:
     return Member(name, run, workdirs.read_json(folder / "data.json"))
 
 
-def params_of(found: parts.Parts) -> dict[str, Any]:
+def params_of(found: Parts) -> dict[str, Any]:
     """{"trunk": ..., "heads": {task: ...}} of the parts."""
-    heads = {part.removeprefix("heads/"): tree for part, tree in found.items() if part != TRUNK}
-    return {"trunk": found[TRUNK], "heads": heads}
+    return {TRUNK: found[TRUNK], "heads": {part.removeprefix("heads/"): found[part] for part in found if part != TRUNK}}
 
 
-def _model(member: Member, tasks: Sequence[str] | None = None) -> Model:
-    heads = {f"heads/{name}": tree for name, tree in member.run.params["heads"].items() if tasks is None or name in tasks}
-    facts = {"path": member.name, "step": member.run.step, "dev": member.run.dev}
-    facts |= {"criterion": member.run.experiment.evaluation.criterion, "seed": member.run.experiment.seed}
-    return Model(member.name, {TRUNK: member.run.params["trunk"], **heads}, facts)
+def _model(member: Member) -> Model:
+    run = member.run
+    heads = {f"heads/{task}": params for task, params in run.params["heads"].items()}
+    facts = {"path": member.name, "step": run.step, "dev": run.dev, "criterion": run.experiment.evaluation.criterion}
+    facts |= {"experiment": run.experiment.name, "seed": run.experiment.seed}
+    return Model(member.name, {TRUNK: run.params[TRUNK], **heads}, alike.of_run(run), facts)
 
 
-def _base(name: str, members: Sequence[Member], union: Union) -> tuple[Model, alike.Trunk]:
-    """The base: a run with its heads for those of the tasks that it has, too, or the trunk of a checkpoint."""
+def _base(name: str, members: Sequence[Member], union: Union) -> Model:
+    """The base: the trunk of a checkpoint; or a run, with its heads for those of the tasks that it has, too."""
     if is_workdir(Path(name)):
         member = open_member(name)
-        own = {task.name: task for task in member.run.tasks}
-        known = [task.name for task in union.tasks if own.get(task.name) == task]
-        return _model(member, known), alike.of_run(member.run)
-    declared = {getattr(member.run.experiment.trunk, "path", "") for member in members}
+        model = _model(member)
+        known = {f"heads/{task.name}" for task in union.tasks if task in member.run.tasks}
+        return model._replace(parts={part: params for part, params in model.parts.items() if part in (TRUNK, *known)})
+    declared = {getattr(member.run.experiment.trunk, "path", "none, it began from scratch") for member in members}
     if declared != {name}:
         log.warning(
-            "the sources name the trunk %s, and the base is %s: it must be what they started from", _listed(declared), name
+            "the sources name as their trunk %s: the base, %s, must be what they started from", ", ".join(declared), name
         )
     checkpoint = pretrained.load(name, head=None)
-    trunk = jax.tree.map(np.asarray, jax.device_get(checkpoint.params["trunk"]))
-    facts = {"path": name, "files": alike.digests(checkpoint.location)}
-    return Model(name, {TRUNK: trunk}, facts), alike.of_checkpoint(checkpoint)
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(name or "from scratch" for name in names))
-
-
-def record_of(method: Method, models: Sequence[Model], base: Model | None, merged: Merged) -> dict[str, Any]:
-    """What merge.json holds."""
-    return {
-        "method": method.describe(),
-        "sources": [model.facts for model in models],
-        **({} if method.name in WITHOUT_BASE or base is None else {"base": base.facts}),
-        "parts": merged.how,
-        **merged.facts,
-    }
+    model = checkpoints.model(name, checkpoint)
+    return model._replace(parts={TRUNK: model.parts[TRUNK]})
 
 
 def _write(folder: Path, members: Sequence[Member], union: Union, params: Mapping[str, Any], dev: float | None) -> None:
-    """Everything that opening the workdir needs, and the baselines that the runs were compared with."""
+    """What opening the workdir needs, and the baselines that the runs were compared with."""
     shutil.copytree(Path(members[0].name) / "trunk", folder / "trunk")
     baselines: dict[str, Any] = {}
     for member in reversed(members):
@@ -165,9 +136,8 @@ def _write(folder: Path, members: Sequence[Member], union: Union, params: Mappin
     files = {"config": to_json(union.experiment), "data": union.data, "versions": workdirs.versions(), "baselines": baselines}
     for name, value in files.items():
         workdirs.write_json(folder / f"{name}.json", value)
+    state = jax.tree.map(jnp.asarray, create(params, (), (), union.experiment.seed))
     store = Store(folder, Checkpoints(keep=1), criterion=union.experiment.evaluation.criterion)
     with contextlib.closing(store):
-        state = create(params, (), (), union.experiment.seed)
-        # The only checkpoint is the best one, measured or not.
-        store.save(0, jax.tree.map(jnp.asarray, state), {"step": 0}, 0.0 if dev is None else dev)
+        store.save(0, state, {"step": 0}, 0.0 if dev is None else dev)  # the only one is the best one, measured or not
         store.wait()

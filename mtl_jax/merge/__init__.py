@@ -48,12 +48,15 @@ def merge(
     folder = Path(target)
     method = checked(method, sources, base)
     _check_target(folder, [*sources, base], overwrite)
+    for path in filter(None, [*sources, base]):
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            raise UserError(f"{path}: neither a workdir of a run nor a checkpoint (config.json is missing)")
     of_runs = [is_workdir(Path(source)) for source in sources]
     if any(of_runs) and not all(of_runs):
         workdir, other = sources[of_runs.index(True)], sources[of_runs.index(False)]
         raise UserError(
-            f"{workdir} is a workdir of a run, and {other} is none: sources must be of one kind; mtl-jax convert writes a "
-            "run's trunk as a checkpoint"
+            f"{workdir} is a workdir of a run, and {other} is a checkpoint: sources must be of one kind; mtl-jax convert writes "
+            "a run's trunk as a checkpoint"
         )
     if not of_runs[0]:
         merge_checkpoints(folder, sources, base, method, trunk_only=trunk_only)

@@ -67,8 +67,8 @@ def check_constants(names: Sequence[str], trunks: Sequence[Kin]) -> None:
         if first.vocabulary is None or other.vocabulary is None or first.vocabulary == other.vocabulary:
             continue
         token = next(t for t in [*first.vocabulary, *other.vocabulary] if first.vocabulary.get(t) != other.vocabulary.get(t))
-        ids = [str(kin.vocabulary.get(token, "no")) for kin in (other, first) if kin.vocabulary is not None]
+        ids = [str(kin.vocabulary.get(token, "absent")) for kin in (other, first) if kin.vocabulary is not None]
         raise UserError(
-            f"{name}: its vocabulary is another than that of {names[0]}: the token {token!r} has {ids[0]} id there, and {ids[1]} "
+            f"{name}: its vocabulary is another than that of {names[0]}: the token {token!r} is {ids[0]} there, and {ids[1]} "
             f"in {names[0]}; they cannot be merged"
         )

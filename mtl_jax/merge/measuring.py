@@ -40,8 +40,8 @@ def corpus_of(union: Union, members: Sequence[Member]) -> Corpus:
         learned = before["train"]["examples"] - now["train"]["examples"]
         if learned > 0 and not union.same:
             log.warning(
-                "source %s: %d of its training rows stand in dev or test of another source, and a run has learned from them: scores "
-                "on that may be too high",
+                "source %s: %d of its training rows stand in dev or test of another source, and a run has learned from them: "
+                "scores on that may be too high",
                 name,
                 learned,
             )

@@ -55,8 +55,8 @@ def merge(
     if any(of_runs) and not all(of_runs):
         workdir, other = sources[of_runs.index(True)], sources[of_runs.index(False)]
         raise UserError(
-            f"{workdir} is a workdir of a run, and {other} is a checkpoint: sources must be of one kind; mtl-jax convert writes "
-            "a run's trunk as a checkpoint"
+            f"{workdir} is a workdir of a run, and {other} is a checkpoint: sources must be of one kind; mtl-jax convert "
+            "writes a run's trunk as a checkpoint"
         )
     if not of_runs[0]:
         merge_checkpoints(folder, sources, base, method, trunk_only=trunk_only)

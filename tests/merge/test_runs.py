@@ -18,8 +18,11 @@ import mtl_jax
 from mtl_jax import Checkpoints, Evaluation, Phase, cli
 from mtl_jax.errors import UserError
 from mtl_jax.merge import Method, merge
-from mtl_jax.prediction import evaluate, open_run, predict
+from mtl_jax.merge.measuring import corpus_of
+from mtl_jax.merge.union import Member, unite
+from mtl_jax.prediction import Run, evaluate, open_run, predict
 from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.prepare import prepare
 from mtl_jax.training.state import create
 from mtl_jax.transfer import merging
 
@@ -45,7 +48,7 @@ def rewrite(workdir, params):
 
 
 def params_of(workdir):
-    return jax.device_get(open_run(workdir).params)
+    return jax.device_get(open_run(Path(workdir)).params)
 
 
 def moved(params, seed, size=0.02):
@@ -198,33 +201,40 @@ def test_greedy_needs_the_same_tasks(of_tasks, tmp_path):
         merge(tmp_path / "both", of_tasks, Method("greedy"))
 
 
-def test_one_name_for_two_tasks_is_refused(runs, bert, data, tmp_path):
-    tasks = list(tiny.experiment(bert, data).tasks)
-    tasks[1] = dataclasses.replace(tasks[1], column="fine", labels=("HUM:man", "HUM:other", "LOC:city"))
-    experiment = tiny.experiment(bert, data, tasks=(tasks[1],), sources=tiny.experiment(bert, data).sources, **QUICK)
-    mtl_jax.train(experiment, tmp_path / "other")
+def test_one_name_for_two_tasks_is_refused(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "other")
+    data = json.loads((tmp_path / "other" / "data.json").read_text())
+    data["tasks"]["coarse"]["column"] = "fine"
+    (tmp_path / "other" / "data.json").write_text(json.dumps(data))
     with refused("other: task 'coarse' is another than in ", "/a: column is 'fine' there, and 'coarse' in"):
         merge(tmp_path / "merged", [runs[0], str(tmp_path / "other")], Method("soup"))
     assert not (tmp_path / "merged").exists()
 
 
+def test_other_dev_rows_under_one_name_are_refused(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "other")
+    data = json.loads((tmp_path / "other" / "data.json").read_text())
+    data["sources"]["ratings"]["dev"]["sha256"] = "0" * 64
+    (tmp_path / "other" / "data.json").write_text(json.dumps(data))
+    with refused("other: source 'ratings' has other dev rows than in ", "/a: one of the runs may have learned from them"):
+        merge(tmp_path / "merged", [runs[0], str(tmp_path / "other")], Method("soup"))
+
+
 def test_training_rows_that_the_other_run_is_tested_on_are_said(bert, data, tmp_path, caplog):
     """Alone, each run may learn from what the other is tested on."""
     rows = (data / "ratings.tsv").read_text().splitlines()
-    mine, other = tmp_path / "mine.tsv", tmp_path / "other.tsv"
-    mine.write_text("\n".join(rows[:80]) + "\n")
-    other.write_text("\n".join([rows[0], *rows[2:120]]) + "\n")
-    first = tiny.experiment(bert, data)
-    names = []
-    for name, path in (("mine", mine), ("other", other)):
-        source = dataclasses.replace(first.sources[0], name=name, path=str(path), cut_seed=len(name))
+    first, members = tiny.experiment(bert, data), []
+    for name, part in (("mine", rows[:80]), ("other", [rows[0], *rows[2:120]])):
+        (tmp_path / f"{name}.tsv").write_text("\n".join(part) + "\n")
+        source = dataclasses.replace(first.sources[0], name=name, path=f"{tmp_path}/{name}.tsv", cut_seed=len(name))
         task = dataclasses.replace(first.tasks[0], name=f"rating_{name}", source=name)
-        mtl_jax.train(tiny.experiment(bert, data, sources=(source,), tasks=(task,), **QUICK), tmp_path / name / "run")
-        names.append(str(tmp_path / name / "run"))
+        found = prepare(tiny.experiment(bert, data, sources=(source,), tasks=(task,)))
+        run = Run(found.experiment, found.corpus.tasks, found.trunk, None, 0, 0.0)
+        members.append(Member(name, run, found.corpus.describe()))
     caplog.set_level(logging.WARNING, logger="mtl_jax")
-    logging.getLogger("mtl_jax").propagate = True
-    merge(tmp_path / "merged", names, Method("soup"))
-    assert "of its training rows stand in dev or test of another source" in caplog.text
+    corpus_of(unite(members, "soup"), members)
+    assert "source mine: " in caplog.text
+    assert "of its training rows stand in dev or test of another source, and a run has learned from them" in caplog.text
 
 
 # Where the data is not there any more
@@ -274,7 +284,7 @@ def test_other_shapes_constants_and_vocabularies_are_refused(runs, tmp_path, mon
         merge(tmp_path / "x", runs[:1], method, base=wider)
     with refused("/a: its trunk's num_heads is 2, and that of ", " is 4; they cannot be merged"):
         merge(tmp_path / "x", runs[:1], method, base=changed("heads", lambda raw: raw | {"num_attention_heads": 4}))
-    with refused("/a: its vocabulary is another than that of ", "the token 'good' is 4 there, and "):
+    with refused("/a: its vocabulary is another than that of ", "the token 'god' is absent there, and 4 in "):
         merge(tmp_path / "x", runs[:1], method, base=changed("words", words=lambda text: text.replace('"good"', '"god"')))
     roberta = changed("roberta", lambda raw: raw | {"model_type": "roberta", "pad_token_id": 0})
     with refused("/a: its trunk is of the family bert, and that of ", "roberta of roberta; only models of one"):

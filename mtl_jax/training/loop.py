@@ -101,6 +101,10 @@ class _Run:
         self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
         self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
         self.averaging = averaging.make(self.experiment.averaging)
+        self.collect: Any = None
+        if self.averaging.collect is not None:
+            self.collect = jax.jit(self.averaging.collect, donate_argnums=0, out_shardings=meshes.replicated(self.mesh))
+            self.programs.append(self.collect)
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
@@ -241,10 +245,10 @@ class _Run:
 
     def _collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
         """The state with these parameters in its average, where that is one over evaluations."""
-        if self.averaging.collect is None:
+        if self.collect is None:
             return state
         trained, _ = freezing.split(state.params, plan.mask)
-        return state._replace(average=jax.jit(self.averaging.collect, donate_argnums=0)(state.average, trained))
+        return state._replace(average=self.collect(state.average, trained))
 
     def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float:
         dev = self.prepared.corpus.splits["dev"]

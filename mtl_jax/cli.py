@@ -142,6 +142,53 @@ def convert(
     print(f"everything is in {target}")
 
 
+def merge(
+    target: Annotated[str, tyro.conf.Positional],
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    method: str,
+    base: str = "",
+    weights: tuple[float, ...] = (),
+    alpha: float | None = None,
+    scale: tuple[float, ...] = (),
+    keep: float | None = None,
+    drop: float | None = None,
+    seed: int | None = None,
+    trunk_only: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Models put together: finished runs as a workdir, or checkpoints of one family as a directory that transformers opens.
+
+    Of runs the best checkpoints are merged. Heads of tasks that all of them have are merged like the trunk; those that one run
+    has stand beside each other. Where the runs' data is there, the result is measured on dev and test.
+
+    Args:
+        target: The directory to write; merge.json in it says what was merged, and how.
+        sources: Workdirs; or checkpoints: directories, pip:ASSET/MEMBER, or hub ids ORG/NAME.
+        method: soup: the mean. average: weighted by --weights. greedy: the best run by dev, and in order of dev every other
+            that does not hurt. wise: (1 - alpha) base + alpha source. arithmetic: base + scale * the sum of (source - base).
+            ties: base + scale * what the sources' changes agree on, each trimmed to its largest. dare, dare_ties: changes are
+            dropped by chance and the rest grows, then arithmetic or ties.
+        base: For wise, arithmetic, ties and dare: the checkpoint or run that the sources started from.
+        weights: For average: one for each source.
+        alpha: For wise: from 0, the base, to 1, the source (0.5).
+        scale: For arithmetic, ties and dare (1.0); for arithmetic and dare also one for each source. May be negative.
+        keep: For ties: the share of each source's changes that stays (0.2).
+        drop: For dare: the share of each source's changes that is dropped (0.9).
+        seed: For dare (0).
+        trunk_only: Of checkpoints with different heads: the bare models.
+        overwrite: Replace what an earlier merge wrote.
+    """
+    from mtl_jax import merge as module
+    from mtl_jax.training import results
+
+    how = module.Method(method, weights or None, alpha, scale or None, keep, drop, seed)
+    found = module.merge(target, sources, how, base=base, trunk_only=trunk_only, overwrite=overwrite)
+    if found is not None:
+        print(results.table([found]))
+    print(f"everything is in {target}")
+
+
 def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     """The table of a finished run; of several, mean and standard deviation over those of the same experiment and tasks.
 
@@ -161,6 +208,7 @@ def console() -> None:
         "translate": translate,
         "summarize": summarize,
         "convert": convert,
+        "merge": merge,
         "results": results,
     }
     run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))

@@ -17,7 +17,7 @@ from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
-from mtl_jax.transfer import ParamRule
+from mtl_jax.transfer import ParamRule, averaging
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer.adapters import AnyAdapter
 from mtl_jax.trunks import AnyTrunk, Pretrained
@@ -111,6 +111,8 @@ class Experiment:
         weigh_heads: Whether a head's own gradient is multiplied by its task's weight; else it is trained by its plain loss.
         only: Train these tasks and leave the others out; empty: all.
         optimizer: How parameters follow the gradient.
+        averaging: What is measured on dev and test, and kept as the result. none: the parameters as they are; ema[:decay=D]:
+            their debiased exponential moving average over a phase's steps; last:n=N: their mean over its last N evaluations.
         batch: Shape of a batch and mixture of the sources.
         evaluation: Dev evaluation, early stopping, baselines.
         checkpoints: When checkpoints are written, how many are kept.
@@ -134,6 +136,7 @@ class Experiment:
     weigh_heads: bool = True
     only: tuple[str, ...] = ()
     optimizer: Optimizer = Optimizer()
+    averaging: str = "none"
     batch: Batching = Batching()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
@@ -262,6 +265,7 @@ def check(experiment: Experiment) -> None:
             raise UserError(f"{field} is {number}; it must not be negative")
     batches.check(experiment.batch)
     optimizers.check(experiment.optimizer)
+    averaging.make(experiment.averaging)
 
 
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")

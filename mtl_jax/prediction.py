@@ -20,7 +20,7 @@ from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, generation, left_out
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.checkpoint import Best, Store
 from mtl_jax.training.generation import Generated
 from mtl_jax.training.step import encode_tokens, needs
 from mtl_jax.trunks import Trunk
@@ -36,12 +36,16 @@ class Run(NamedTuple):
         tasks: Its tasks, filled with what was found in its data.
         trunk: The trunk; its parameters are in params.
         params: {"trunk": ..., "heads": {task: ...}} of the best checkpoint, on the first device.
+        step: The step of that checkpoint.
+        dev: Its dev criterion.
     """
 
     experiment: Experiment
     tasks: tuple[Task, ...]
     trunk: Trunk
     params: Any
+    step: int
+    dev: float
 
     def task(self, name: str) -> Task:
         """The task of that name.
@@ -86,7 +90,8 @@ def open_run(folder: Path) -> Run:
     tasks = tasks_from_json(data["tasks"])
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
     trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
-    return Run(experiment, tasks, trunk, _best_params(folder, experiment))
+    best = _best(folder, experiment)
+    return Run(experiment, tasks, trunk, jax.device_put(best.value, jax.devices()[0]), best.step, best.dev)
 
 
 def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -201,7 +206,7 @@ def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: 
     return Row(columns, f"input {number}")
 
 
-def _best_params(folder: Path, experiment: Experiment) -> Any:
+def _best(folder: Path, experiment: Experiment) -> Best:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: there is no checkpoint yet")
     criterion, declared = experiment.evaluation.criterion, experiment.trunk
@@ -211,6 +216,6 @@ def _best_params(folder: Path, experiment: Experiment) -> Any:
         best = store.best(store.restore_params)
         if best is None:
             raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
-        return jax.device_put(best.value, jax.devices()[0])
+        return best
     finally:
         store.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import Checkpoint
 from mtl_jax.pretrained.family import Family
 from mtl_jax.pretrained.tokenizer import FILES, copy_files
+from mtl_jax.staging import staged
 
 MOST_SHARD = 5 * 10**9  # bytes of tensors in one file
 
@@ -69,22 +68,11 @@ def save(
     config = exported_config(family, checkpoint)
     tensors = _tensors(family, checkpoint)
     _check_free(folder, overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    try:
+    with staged(folder) as staging:
         _write_tensors(staging, tensors, shard_size)
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_files(checkpoint.location, staging, (*FILES, "generation_config.json"))
         finish(staging)
-        staging.chmod(0o755)  # temporary directories are for their owner alone
-        _move(staging, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def exported_config(family: Family, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -128,16 +116,6 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder}: not empty, and no checkpoint; choose another directory")
     if not overwrite:
         raise UserError(f"{folder}: a checkpoint is there already; choose another directory, or overwrite it")
-
-
-def _move(staging: Path, folder: Path) -> None:
-    if folder.exists():
-        old = staging.with_name(staging.name + ".old")
-        folder.rename(old)
-        staging.rename(folder)
-        shutil.rmtree(old)
-    else:
-        staging.rename(folder)
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) -> None:

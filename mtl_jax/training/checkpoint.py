@@ -20,6 +20,7 @@ from mtl_jax.experiment import Checkpoints
 from mtl_jax.training import left_out
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.state import TrainState
+from mtl_jax.transfer import freezing
 from mtl_jax.transfer.freezing import path_name
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Store:
         record["left_out"] = self.left_out
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), record=ocp.args.JsonSave(record)),
             metrics=record["dev"],
         )
 
@@ -163,8 +164,8 @@ class Store:
         shapes = whole._replace(params=left_out.without(whole.params, gone))
         self._check_same_model(step, record["arrays"], shapes)
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-            state = self._manager.restore(step, args=args).state
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(shapes)))
+            state = TrainState(**self._manager.restore(step, args=args).state)
         # Orbax and tensorstore raise many kinds for damaged files; whichever it is, the checkpoint cannot be used.
         except Exception as error:
             raise self._damaged(step, error) from error
@@ -176,7 +177,7 @@ class Store:
         return Restored(step, state._replace(params=left_out.put_back(state.params, gone, self.base, place)), record)
 
     def restore_params(self, step: int) -> Any:
-        """The parameters of one checkpoint as host arrays, whatever devices and phase it was saved from.
+        """The parameters that were measured, of one checkpoint, as host arrays, whatever devices and phase it was saved from.
 
         Raises:
             UserError: It is damaged, or leaves out parameters that are not where they were.
@@ -185,15 +186,19 @@ class Store:
         record = self._record(step)
         try:
             with ocp.PyTreeCheckpointer() as reader:
-                shapes = reader.metadata(path).item_metadata.tree["params"]
-                wanted = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)}
+                tree = reader.metadata(path).item_metadata.tree
+                shapes = {"params": tree["params"]}
+                if "average" in tree:
+                    shapes["average"] = {"mean": tree["average"]["mean"]}
+                wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
                 args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
                 found = reader.restore(path, args=args)
         except Exception as error:  # as in restore
             raise self._damaged(step, error) from error
         self._verify(step, found, record["arrays"])
-        return left_out.put_back(found["params"], record.get("left_out", {}), self.base, lambda _, array: array)
+        params = left_out.put_back(found["params"], record.get("left_out", {}), self.base, lambda _, array: array)
+        return freezing.merge(found["average"]["mean"], params) if "average" in found else params
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""
@@ -245,6 +250,11 @@ class Store:
 
 def _shape(shape: list[int] | None) -> str:
     return "absent" if shape is None else f"of shape {tuple(shape)}"
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """What is on disk of a state: a run without an average has the files that it had before there were averages."""
+    return {name: value for name, value in state._asdict().items() if name != "average" or value is not None}
 
 
 def _leaves(tree: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -31,6 +31,7 @@ from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, 
 from mtl_jax.training.signals import Stop, asked_to_stop
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.step import Metrics, encode_tokens, look_up, make_train_step, needs
+from mtl_jax.transfer import averaging, freezing
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,11 @@ class _Run:
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
         self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
         self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
+        self.averaging = averaging.make(self.experiment.averaging)
+        self.collect: Any = None
+        if self.averaging.collect is not None:
+            self.collect = jax.jit(self.averaging.collect, donate_argnums=0, out_shardings=meshes.replicated(self.mesh))
+            self.programs.append(self.collect)
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
@@ -182,7 +188,7 @@ class _Run:
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any) -> tuple[TrainState, int]:
         train_step = jax.jit(
-            make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask, len(self.examples)),
+            make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask, len(self.examples), self.averaging.follow),
             donate_argnums=0,
             out_shardings=meshes.replicated(self.mesh),
         )
@@ -204,7 +210,8 @@ class _Run:
             self.pending = _Pending(step, host_batch.tokens.size * jax.process_count(), metrics)
             if step % every == 0 or step == plan.end:
                 self._read_pending(plan)
-                self._save(step, state, self._evaluate(step, plan, state.params, table))
+                state = self._collect(plan, state)
+                self._save(step, state, self._evaluate(step, plan, state.measured(), table))
             elif step % self.experiment.checkpoints.every == 0:
                 self._read_pending(plan)
                 self._save(step, state, None)
@@ -243,6 +250,13 @@ class _Run:
                 f"{self.store.folder}; try a lower learning rate in another --workdir"
             )
 
+    def _collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
+        """The state with these parameters in its average, where that is one over evaluations."""
+        if self.collect is None:
+            return state
+        trained, _ = freezing.split(state.params, plan.mask)
+        return state._replace(average=self.collect(state.average, trained))
+
     def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float:
         dev = self.prepared.corpus.splits["dev"]
         apply = self.outputs_by_look_up if plan.cached else self.outputs
@@ -279,7 +293,7 @@ class _Run:
         self.store.save(step, state, {"step": step, "counts": dataclasses.asdict(self.counts), "data": positions}, dev)
 
     def _finish(self, step: int) -> dict[str, Any]:
-        best = self.store.best(lambda step: self.store.restore(step, self._template).state.params)
+        best = self.store.best(lambda step: self.store.restore(step, self._template).state.measured())
         if best is None:
             raise UserError(f"{self.store.folder}: no checkpoint that was measured on dev can be read; use another workdir")
         scores = {}

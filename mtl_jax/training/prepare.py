@@ -26,7 +26,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
-from mtl_jax.transfer import adapters, freezing
+from mtl_jax.transfer import adapters, averaging, freezing
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule, schedules
 
@@ -108,7 +108,8 @@ def prepare(experiment: Experiment) -> Prepared:
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, trunk, params, plans))
+    notes = _notes(experiment, corpus, trunk, params, plans)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes)
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
@@ -150,14 +151,16 @@ def initial_state(prepared: Prepared) -> TrainState:
     names = [task.name for task in prepared.corpus.tasks]
     trained, _ = freezing.split(prepared.params, plan.mask)
     rule_state = gram_step.init_rule(plan.rule, names, trained["trunk"])
-    state = create(prepared.params, plan.optimizer.init(trained), rule_state, prepared.experiment.seed)
+    average = averaging.make(prepared.experiment.averaging).init(trained)
+    state = create(prepared.params, plan.optimizer.init(trained), rule_state, prepared.experiment.seed, average)
     return _place(state, prepared)
 
 
 def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
-    """The state at the start of a phase: a new optimizer over what now trains, and the rule's state if it is new."""
+    """The state at the start of a phase: a new optimizer and average over what now trains, the rule's state if it is new."""
     trained, _ = freezing.split(state.params, plan.mask)
-    changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained)}
+    average = averaging.make(prepared.experiment.averaging).init(trained)
+    changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained), "average": average}
     if plan.fresh_rule:
         names = [task.name for task in prepared.corpus.tasks]
         changed["rule_state"] = gram_step.init_rule(plan.rule, names, trained["trunk"])
@@ -197,7 +200,8 @@ def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
     trained, _ = freezing.split(prepared.params, plan.mask)
     names = [task.name for task in prepared.corpus.tasks]
     rule_state = gram_step.init_rule(plan.rule, names, trained["trunk"])
-    return create(prepared.params, plan.optimizer.init(trained), rule_state, 0)
+    average = averaging.make(prepared.experiment.averaging).init(trained)
+    return create(prepared.params, plan.optimizer.init(trained), rule_state, 0, average)
 
 
 def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
@@ -282,7 +286,7 @@ def _idle(experiment: Experiment, phase: Phase, steps: range) -> tuple[str, ...]
     return found if len(found) < len(weights) else ()
 
 
-def _notes(corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]) -> list[str]:
+def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     added = adapters.notes(trunk.module, params["trunk"]) if isinstance(trunk.module, adapters.Adapted) else []
     said = [
@@ -291,4 +295,6 @@ def _notes(corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]
         for plan in plans
         if plan.idle
     ]
-    return [*corpus.notes, *added, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters"]
+    notes = [*corpus.notes, *added, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters"]
+    averaged = f"dev and test are measured on averaged parameters ({experiment.averaging}), and predictions are made with them"
+    return notes if experiment.averaging == "none" else [*notes, averaged]

@@ -73,6 +73,7 @@ def write(
         "experiment": experiment.name,
         "seed": experiment.seed,
         "weighting": experiment.weighting,
+        "averaging": experiment.averaging,
         **facts,
         "tasks": {
             task.name: {
@@ -86,11 +87,12 @@ def write(
         },
         "versions": workdirs.versions(),
     }
-    if jax.process_index() == 0:
+    records = read_metrics(folder)
+    if records and jax.process_index() == 0:  # merged runs took no steps
         from mtl_jax import figures  # imported late: matplotlib takes a while
 
         # Before results.json, which says that the run is done.
-        figures.curves(read_metrics(folder), [(task.name, task.metric) for task in tasks], folder / "curves.png")
+        figures.curves(records, [(task.name, task.metric) for task in tasks], folder / "curves.png")
     workdirs.write_json(folder / "results.json", found)
     return found
 
@@ -163,6 +165,11 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _ending(run: dict[str, Any]) -> str:
+    if "merged" in run:
+        merged = (
+            f"{run['merged']['sources']} run{'s' if run['merged']['sources'] > 1 else ''} merged by {run['merged']['method']}"
+        )
+        return f"{merged}: dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     return (
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
         f"dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."

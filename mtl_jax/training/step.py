@@ -18,7 +18,7 @@ from mtl_jax.models.pooling import segment_mean
 from mtl_jax.tasks import Task
 from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
-from mtl_jax.transfer import freezing
+from mtl_jax.transfer import averaging, freezing
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.trunks import token_table
 from mtl_jax.weighting import Rule, Signals, weighted_sum
@@ -149,7 +149,11 @@ Measure = Callable[[Any, Any, Batch, jax.Array | None, TrainState], Measured]
 
 
 def make_train_step(
-    measure: Measure, optimizer: optax.GradientTransformation, mask: Any, sources: int = 0
+    measure: Measure,
+    optimizer: optax.GradientTransformation,
+    mask: Any,
+    sources: int = 0,
+    follow: Callable[[Any, Any], Any] = averaging.as_it_is,
 ) -> Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, Metrics]]:
     """The step function of a phase, to be jitted by the caller.
 
@@ -158,6 +162,7 @@ def make_train_step(
         optimizer: An optax transformation over the trainable leaves.
         mask: freezing.trainable(params, rules).
         sources: N, for Metrics.seen.
+        follow: How the average of the trainable leaves follows them.
 
     Returns:
         (state, batch, feature table or None) -> (new state, Metrics).
@@ -167,11 +172,12 @@ def make_train_step(
         trained, frozen = freezing.split(state.params, mask)
         found = measure(trained, frozen, batch, table, state)
         updates, opt_state = optimizer.update(found.gradient, state.opt_state, trained)
-        params = freezing.merge(optax.apply_updates(trained, updates), frozen)
+        trained = optax.apply_updates(trained, updates)
+        params, average = freezing.merge(trained, frozen), follow(state.average, trained)
         total = weighted_sum(found.weights, found.losses)
         norm = optax.tree.norm(found.gradient)
         metrics = Metrics(found.losses, found.counts, found.weights, total, norm, found.gram, count_seen(batch, sources))
-        return TrainState(state.step + 1, params, opt_state, found.rule_state, state.key), metrics
+        return TrainState(state.step + 1, params, opt_state, found.rule_state, state.key, average), metrics
 
     return train_step
 

@@ -142,6 +142,21 @@ def test_task_gradients_that_a_rule_keeps_are_resumed(folder):
     assert outcome(folder / "tracked-killed") == outcome(folder / "tracked")
 
 
+@pytest.mark.parametrize("averaging", ["ema:decay=0.9", "last:n=3"])
+def test_averages_are_resumed(folder, averaging):
+    flags = ("--averaging", averaging, "--evaluation.every", "4", "--phases.0.steps", "4", "--phases.1.steps", "20")
+    code, output = finish(start(folder, folder / averaging[:4], *flags))
+    assert code == 0, output
+    assert f"measured on averaged parameters ({averaging})" in output
+    process = start(folder, folder / f"{averaging[:4]}-killed", *flags)
+    signal_at(process, folder / f"{averaging[:4]}-killed", 15, signal.SIGKILL)
+    finish(process)
+    code, output = finish(start(folder, folder / f"{averaging[:4]}-killed", *flags))
+    assert code == 0, output
+    assert "resuming from step" in output
+    assert outcome(folder / f"{averaging[:4]}-killed") == outcome(folder / averaging[:4])
+
+
 def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
     workdir = folder / "stopped"
     process = start(folder, workdir, "--checkpoints.every", "1000")

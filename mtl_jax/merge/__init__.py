@@ -1,0 +1,80 @@
+"""Models put together after training: runs, or checkpoints, by a method of transfer.merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_jax.errors import UserError
+from mtl_jax.merge.checkpoints import merge_checkpoints
+from mtl_jax.merge.method import Method as Method
+from mtl_jax.merge.method import checked
+from mtl_jax.merge.parts import RECORD
+from mtl_jax.merge.runs import merge_runs
+from mtl_jax.prediction import is_workdir
+from mtl_jax.training import workdir as workdirs
+
+
+def merge(
+    target: str | Path,
+    sources: Sequence[str],
+    method: Method,
+    *,
+    base: str = "",
+    trunk_only: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any] | None:
+    """Merges finished runs into a workdir, or checkpoints of one family into a directory that transformers opens.
+
+    The target holds merge.json, which names the method, its numbers, the sources with step or SHA-256, and what became of each
+    part. It is written whole or not at all.
+
+    Args:
+        target: The directory to write.
+        sources: All of them workdirs of finished runs, whose best checkpoints are merged; or all of them checkpoints:
+            directories, pip:ASSET/MEMBER or hub ids.
+        method: How.
+        base: What the sources started from: a checkpoint, or for runs also a workdir.
+        trunk_only: For checkpoints with different heads: merge and write the bare models.
+        overwrite: Whether what an earlier merge wrote may be replaced.
+
+    Returns:
+        Of runs whose data is there, the contents of results.json.
+
+    Raises:
+        UserError: An option is refused, a source cannot be read, the sources do not fit together, or the target is taken.
+    """
+    folder = Path(target)
+    method = checked(method, sources, base)
+    _check_target(folder, [*sources, base], overwrite)
+    for path in filter(None, [*sources, base]):
+        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+            raise UserError(f"{path}: neither a workdir of a run nor a checkpoint (config.json is missing)")
+    of_runs = [is_workdir(Path(source)) for source in sources]
+    if any(of_runs) and not all(of_runs):
+        workdir, other = sources[of_runs.index(True)], sources[of_runs.index(False)]
+        raise UserError(
+            f"{workdir} is a workdir of a run, and {other} is a checkpoint: sources must be of one kind; mtl-jax convert "
+            "writes a run's trunk as a checkpoint"
+        )
+    if not of_runs[0]:
+        merge_checkpoints(folder, sources, base, method, trunk_only=trunk_only)
+        return None
+    if trunk_only:
+        raise UserError("--trunk-only is for checkpoints; of runs with different tasks the heads are kept beside each other")
+    return merge_runs(folder, sources, base, method)
+
+
+def _check_target(folder: Path, inputs: Sequence[str], overwrite: bool) -> None:
+    """Raises UserError where the target cannot be written, or holds what must not be replaced."""
+    workdirs.check_writable(folder)
+    for path in filter(None, inputs):
+        if folder.exists() and Path(path).exists() and folder.samefile(path):
+            raise UserError(f"{folder}: is also a source; choose another directory")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / RECORD).exists():
+        raise UserError(f"{folder}: not empty, and nothing that a merge wrote; choose another directory")
+    if not overwrite:
+        raise UserError(f"{folder}: a merged model is there already; choose another directory, or give --overwrite")

@@ -1,0 +1,104 @@
+"""Hugging Face checkpoints merged into one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtl_jax import pretrained
+from mtl_jax.errors import UserError
+from mtl_jax.merge import alike, parts
+from mtl_jax.merge.method import Method
+from mtl_jax.merge.parts import RECORD, Model
+from mtl_jax.prediction import is_workdir
+from mtl_jax.pretrained import Checkpoint, saving
+from mtl_jax.pretrained.family import LABELLED
+from mtl_jax.pretrained.tensors import Location
+
+log = logging.getLogger(__name__)
+
+
+def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: Method, *, trunk_only: bool = False) -> None:
+    """Merges checkpoints of one family into a directory that transformers opens.
+
+    Args:
+        target: The directory to write, free or to be replaced.
+        sources: Checkpoints that pretrained.load opens.
+        base: One more; "" for methods without one. Its head counts where it is the same as the sources'.
+        method: How, checked; not greedy.
+        trunk_only: Leave the heads out, and write the bare model.
+
+    Raises:
+        UserError: A checkpoint cannot be read, or they do not fit together.
+    """
+    if method.name == "greedy":
+        raise UserError("method greedy measures on dev: its sources are workdirs of runs")
+    if base and is_workdir(Path(base)):
+        raise UserError(f"{base} is a workdir, and the sources are checkpoints; mtl-jax convert writes its trunk as one")
+    first, *others = loaded = [_load(source, trunk_only) for source in sources]
+    for name, other in zip(sources[1:], others, strict=True):
+        if first.raw.get("model_type") == other.raw.get("model_type") and _head(other) != _head(first):
+            raise UserError(
+                f"{name}: its head is {_named(other)}, and that of {sources[0]} is {_named(first)}: their mean would mean "
+                "nothing; --trunk-only merges the trunks alone"
+            )
+    models = [model(name, checkpoint) for name, checkpoint in zip(sources, loaded, strict=True)]
+    start = None
+    if base:
+        checkpoint = _load(base, trunk_only)
+        start = model(base, checkpoint)
+        if _head(checkpoint) != _head(first):
+            start = start._replace(parts={part: params for part, params in start.parts.items() if part != "head"})
+    parts.check(start, models)
+    merged = parts.put_together(method, start, models)
+    for part, how in merged.record["parts"].items():
+        log.info("%s: %s", part, how)
+
+    def add_record(folder: Path) -> None:
+        (folder / RECORD).write_text(json.dumps(merged.record, indent=2) + "\n", encoding="utf-8")
+
+    written = dataclasses.replace(first, params={**first.params, **merged.parts})
+    saving.save(target, written, overwrite=True, finish=add_record)
+
+
+def model(name: str, checkpoint: Checkpoint) -> Model:
+    """A checkpoint's parts, without those that its file does not have, such as the pooler of a tagger."""
+    fresh = {path.split("/")[0] for path in checkpoint.initialized}
+    found = {part: jax.tree.map(np.asarray, params) for part, params in checkpoint.params.items() if part not in fresh}
+    return Model(name, found, alike.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)})
+
+
+def _load(path: str, trunk_only: bool) -> Checkpoint:
+    """A checkpoint with its parameters on the host."""
+    found = pretrained.load(path, head=None) if trunk_only else pretrained.load(path)
+    return dataclasses.replace(found, params=jax.tree.map(np.asarray, jax.device_get(found.params)))
+
+
+def _digests(location: Location) -> dict[str, str]:
+    """{file: SHA-256} of the files with tensors in a checkpoint's directory."""
+    files: list[Any] = [file for file in location.iterdir() if file.name.endswith((".safetensors", ".bin"))]
+    found = {}
+    for file in sorted(files, key=lambda file: file.name):
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        found[file.name] = digest.hexdigest()
+    return found
+
+
+def _head(checkpoint: Checkpoint) -> tuple[str | None, tuple[str, ...]]:
+    return checkpoint.head, checkpoint.labels if checkpoint.head in LABELLED else ()
+
+
+def _named(checkpoint: Checkpoint) -> str:
+    kind, labels = _head(checkpoint)
+    return f"{kind} ({', '.join(labels)})" if labels else str(kind or "none")

@@ -1,0 +1,112 @@
+"""How models are merged: a method and its numbers, checked before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.transfer import mergeable
+
+# Of each method the options that it has.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "average": ("weights",),
+    "soup": (),
+    "greedy": (),
+    "wise": ("alpha",),
+    "arithmetic": ("scale",),
+    "ties": ("keep", "scale"),
+    "dare": ("drop", "scale", "seed"),
+    "dare_ties": ("drop", "keep", "scale", "seed"),
+}
+WITHOUT_BASE = ("average", "soup", "greedy")
+OF_ONE = ("wise",)
+OF_ANY = ("arithmetic", "dare")
+DEFAULTS: dict[str, Any] = {"alpha": 0.5, "scale": (1.0,), "keep": 0.2, "drop": 0.9, "seed": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method and its numbers; transfer.merging says what each does.
+
+    Attributes:
+        name: A key of OPTIONS. average has weights, soup is the plain mean; dare ends in task arithmetic, dare_ties in TIES.
+        weights: For average: one for each source.
+        alpha: For wise: from 0, the base, to 1, the source.
+        scale: Of task vectors: one number, or for arithmetic and dare one for each source.
+        keep: For TIES: the share of each task vector that stays.
+        drop: For DARE: the share of each task vector that is dropped.
+        seed: For DARE.
+    """
+
+    name: str
+    weights: tuple[float, ...] | None = None
+    alpha: float | None = None
+    scale: tuple[float, ...] | None = None
+    keep: float | None = None
+    drop: float | None = None
+    seed: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The name and the options that it has, JSON-able."""
+        return {"name": self.name, **{option: getattr(self, option) for option in OPTIONS[self.name]}}
+
+
+def checked(method: Method, sources: Sequence[str], base: str) -> Method:
+    """The method with defaults in place of what was not said.
+
+    Args:
+        method: As it was asked for.
+        sources: What is to be merged.
+        base: What they started from; "": not said.
+
+    Raises:
+        UserError: It is unknown, has no such option, a number is outside its bounds, or sources or base don't fit.
+    """
+    if method.name not in OPTIONS:
+        raise unknown("method", method.name, OPTIONS)
+    own = OPTIONS[method.name]
+    for field in dataclasses.fields(method)[1:]:
+        if getattr(method, field.name) is not None and field.name not in own:
+            used = [name for name, options in OPTIONS.items() if field.name in options]
+            raise UserError(f"method {method.name} has no {field.name}; that is for {', '.join(used)}")
+    twice = {source for source in sources if sources.count(source) > 1}
+    if twice:
+        raise UserError(f"{min(twice)} is given twice; each source counts once (to weigh them, use --method average --weights)")
+    _check_count(method.name, len(sources))
+    if method.name in WITHOUT_BASE and base:
+        raise UserError(f"method {method.name} has no base; leave --base out")
+    if method.name not in WITHOUT_BASE and not base:
+        raise UserError(
+            f"method {method.name} needs --base: the run or checkpoint that the sources started from, such as the trunk.path "
+            "of their experiment"
+        )
+    method = dataclasses.replace(
+        method, **{name: DEFAULTS[name] for name in own if getattr(method, name) is None and name in DEFAULTS}
+    )
+    if method.name == "average" and not method.weights:
+        raise UserError("method average needs --weights, one for each source; with equal ones it is the method soup")
+    if method.weights:
+        mergeable.check_weights(method.weights, len(sources))
+    if method.alpha is not None:
+        mergeable.check_share("alpha", method.alpha)
+    if method.keep is not None:
+        mergeable.check_keep(method.keep)
+    if method.drop is not None:
+        mergeable.check_drop(method.drop)
+    if method.seed is not None and method.seed < 0:
+        raise UserError(f"seed is {method.seed}; it must not be negative")
+    if method.scale is not None:
+        several = method.name in OF_ANY and len(method.scale) > 1
+        mergeable.check_scales(method.scale, len(sources) if several else 1)
+    return method
+
+
+def _check_count(name: str, count: int) -> None:
+    if name in OF_ONE and count != 1:
+        raise UserError(f"method {name} goes between the base and one source, not {count}; merge several first, by soup")
+    if name not in (*OF_ONE, *OF_ANY) and count < 2:
+        raise UserError(f"method {name} needs at least two sources, not {count}")
+    if not count:
+        raise UserError("no source given")

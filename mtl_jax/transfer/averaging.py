@@ -1,0 +1,128 @@
+"""Averages of the parameters along a run, which often do better than the last ones: pure functions, like a rule's.
+
+A run measures, and keeps as its result, the average in place of the parameters themselves; these go on training untouched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.errors import UserError, unknown
+
+KINDS = ("none", "ema", "last")
+DECAY = 0.999
+
+
+class Average(NamedTuple):
+    """An average under way; part of the train state.
+
+    Attributes:
+        mean: The average, a tree like the leaves that train.
+        kept: For last: leaves [n - 1, ...], those that were collected before, the latest first; else None.
+        times: i32[], steps, or evaluations, so far.
+    """
+
+    mean: Any
+    kept: Any
+    times: jax.Array
+
+
+class Averaging(NamedTuple):
+    """How an average is made.
+
+    Attributes:
+        init: Leaves that train -> Average, or None where nothing is averaged.
+        follow: (Average, leaves after a step) -> Average; part of the step.
+        collect: (Average, leaves) -> Average, before an evaluation; None: it does nothing.
+    """
+
+    init: Callable[[Any], Average | None]
+    follow: Callable[[Any, Any], Any]
+    collect: Callable[[Average, Any], Average] | None = None
+
+
+def as_it_is(average: Any, leaves: Any) -> Any:
+    """The average, unchanged."""
+    return average
+
+
+def none() -> Averaging:
+    """No average: the parameters themselves are measured."""
+    return Averaging(lambda leaves: None, as_it_is)
+
+
+def ema(decay: float = DECAY) -> Averaging:
+    """The exponential moving average over the steps so far, of which step t counts decay^(n - t), debiased.
+
+    With m_n = decay m_(n-1) + (1 - decay) x_n and m_0 = 0, the average m_n / (1 - decay^n) (the debiasing of Adam, Kingma and
+    Ba, 2015) moves by (1 - decay) / (1 - decay^n) of the way to x_n. Written like that, what does not move keeps its bits.
+
+    Args:
+        decay: Above 0 and below 1.
+    """
+    log_decay = math.log(decay)
+
+    def follow(average: Average, leaves: Any) -> Average:
+        times = average.times + 1
+        share = (1 - decay) / -jnp.expm1(times * log_decay)  # 1 - decay^n would lose digits for a decay near 1
+        mean = jax.tree.map(lambda mean, leaf: mean + share.astype(mean.dtype) * (leaf - mean), average.mean, leaves)
+        return Average(mean, None, times)
+
+    return Averaging(lambda leaves: Average(leaves, None, jnp.zeros((), jnp.int32)), follow)
+
+
+def last(n: int) -> Averaging:
+    """The plain mean over the last n evaluations, or over as many as there were.
+
+    Args:
+        n: At least 2. The state holds as many copies of the leaves.
+    """
+
+    def init(leaves: Any) -> Average:
+        kept = jax.tree.map(lambda leaf: jnp.zeros((n - 1, *leaf.shape), leaf.dtype), leaves)
+        return Average(leaves, kept, jnp.zeros((), jnp.int32))
+
+    def collect(average: Average, leaves: Any) -> Average:
+        there_K = jnp.arange(n - 1) < average.times
+
+        def mean(leaf: jax.Array, kept: jax.Array) -> jax.Array:
+            there = there_K.reshape(-1, *[1] * leaf.ndim)
+            return leaf + jnp.where(there, kept - leaf, 0).sum(axis=0) / (1 + there_K.sum()).astype(leaf.dtype)
+
+        kept = jax.tree.map(lambda leaf, kept: jnp.concatenate([leaf[None], kept[:-1]]), leaves, average.kept)
+        return Average(jax.tree.map(mean, leaves, average.kept), kept, average.times + 1)
+
+    return Averaging(init, as_it_is, collect)
+
+
+def make(text: str) -> Averaging:
+    """The averaging that is given as text: "none", "ema", "ema:decay=0.99", "last:n=5".
+
+    Raises:
+        UserError: It is none of these, or its number is refused.
+    """
+    name, colon, rest = text.partition(":")
+    if name not in KINDS:
+        raise unknown("averaging", name, KINDS)
+    if not colon and name != "last":
+        return none() if name == "none" else ema()
+    option = {"ema": "decay", "last": "n"}.get(name)
+    given, _, number = rest.partition("=")
+    if option is None or given != option:
+        raise UserError(f"averaging is {text!r}; write none, ema[:decay=D] or last:n=N")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if name == "ema":
+        if not 0 < value < 1:
+            raise UserError(f"averaging is {text!r}; decay must be a number above 0 and below 1")
+        return ema(value)
+    if not (value >= 2 and value == int(min(value, 1e9))):
+        raise UserError(f"averaging is {text!r}; n must be a whole number of at least 2")
+    return last(int(value))

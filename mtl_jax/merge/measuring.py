@@ -10,7 +10,7 @@ from mtl_jax.data import examples
 from mtl_jax.data.examples import Corpus
 from mtl_jax.errors import UserError
 from mtl_jax.merge.union import Member, Union
-from mtl_jax.training import evaluation
+from mtl_jax.training import evaluation, generation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.step import encode_tokens, needs
 from mtl_jax.trunks import Trunk
@@ -57,7 +57,10 @@ def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
     def measure(params: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
         data = corpus.splits[split]
         placed = meshes.place(params, meshes.replicated(mesh))
-        return evaluation.score(tasks, data, evaluation.run(apply, placed, tasks, list(data.values()), batching, mesh))
+        found = evaluation.run(apply, placed, tasks, list(data.values()), batching, mesh)
+        whole = generation.on_one_device(placed)
+        texts = generation.text_scores(tasks, trunk, whole, data, lambda task: task.beams)
+        return evaluation.score(tasks, data, found, texts)
 
     return measure
 

@@ -1,5 +1,8 @@
 """A trunk with adapters under a decoder: texts are those of the same adapters inside the trunk's kernels."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ import tiny_translation
 
 import mtl_jax
 from mtl_jax import IA3, Lora, Phase, adapters_only
+from mtl_jax.merge import merge
+from mtl_jax.merge.method import Method
 from mtl_jax.prediction import predict
 from mtl_jax.text_model import Asked, from_run
 from mtl_jax.training import generation
@@ -54,3 +59,13 @@ def test_a_run_translates(run):
     (same,) = mtl_jax.decoding.generate_all(model.model, model.params, ids, config)
     assert model.decode(same.tokens[0]) == answer["text"]
     assert same.scores[0] == pytest.approx(answer["score"], abs=1e-5)
+
+
+def test_a_merged_run_is_measured_by_its_texts(run, tmp_path):
+    """The mean of a run and its copy is the run, BLEU and all."""
+    shutil.copytree(run, tmp_path / "copy")
+    merged = merge(tmp_path / "merged", [str(run), str(tmp_path / "copy")], Method("soup"))
+    expected = json.loads((run / "results.json").read_text())["tasks"]
+    for metric, value in expected["translation"]["test"].items():
+        assert merged["tasks"]["translation"]["test"][metric] == pytest.approx(value, abs=1e-4), metric
+    assert "bleu" in expected["translation"]["test"]

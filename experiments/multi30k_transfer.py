@@ -6,9 +6,10 @@
 The target, English to French, has 1,000 or 5,000 pairs; the source, English to German, has all 29,000. Compared are, from
 scratch and for as many steps each: the target alone; the source and then the target; both at once, L_target + lambda L_source,
 with lambda constant, and with lambda falling to 0 over the run; and French and German of the target's own few captions, both
-at once. The vocabulary is made from all training texts of a run, so the last way has one of its own, and the others share
-one, which knows all German captions also where the target is learned alone. Every run is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it
-only draws the table and the figure, WORKDIR/table.md and WORKDIR/lambda.png. MTL_JAX_DATA names a folder with multi30k/.
+at once. The vocabulary is made from all training texts of a run, so the last way has one of its own, and the others share one,
+which knows all German captions also where the target is learned alone. Every run is an ordinary workdir in WORKDIR: started
+again, the script goes on where it was, and when all are done it only draws the table and the figure, WORKDIR/table.md and
+WORKDIR/lambda.png. MTL_JAX_DATA names a folder with multi30k/.
 """
 
 import dataclasses

@@ -116,10 +116,9 @@ def assert_same_for_all_numbers(pair, beams, renormalise, numbers):
         options = {"num_beams": beams, "max_length": 18}
         if beams > 1:  # else they mean nothing, and transformers says so
             options |= {"early_stopping": early, "length_penalty": penalty}
-        if pair[0].config.model_type != "marian":  # these would say one word over and over
-            options["no_repeat_ngram_size"] = 2
-        if renormalise:  # of what is no distribution any more
-            options |= {"renormalize_logits": True, "repetition_penalty": 1.3}
+        # What the penalty or what may not be said leaves is no distribution; and the others would say one word over and over.
+        options |= {"repetition_penalty": 1.3} if pair[0].config.model_type == "marian" else {"no_repeat_ngram_size": 2}
+        options |= {"renormalize_logits": renormalise}
         tokens = assert_same(pair, ids, mask, **options)
         lengths |= set((tokens[:, 1:] == pair[0].config.eos_token_id).argmax(axis=1).tolist())
     assert len(lengths) > (rows > 1)

@@ -6,8 +6,10 @@
 The target, English to French, has 1,000 or 5,000 pairs; the source, English to German, has all 29,000. Compared are, from
 scratch and for as many steps each: the target alone; the source and then the target; both at once, L_target + lambda L_source,
 with lambda constant, and with lambda falling to 0 over the run; and French and German of the target's own few captions, both
-at once. Every run is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it
-only draws the table and the figure, WORKDIR/table.md and WORKDIR/lambda.png. MTL_JAX_DATA names a folder with multi30k/.
+at once. The vocabulary is made from all training texts of a run, so the last way has one of its own, and the others share one,
+which knows all German captions also where the target is learned alone. Every run is an ordinary workdir in WORKDIR: started
+again, the script goes on where it was, and when all are done it only draws the table and the figure, WORKDIR/table.md and
+WORKDIR/lambda.png. MTL_JAX_DATA names a folder with multi30k/.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Seq2Seq,
 from mtl_jax.errors import UserError
 
 
-def _source(name: str, languages: str, limit: int = 0) -> Source:
+def _source(name: str, languages: str, limit: int = 0, pairs: int = 0) -> Source:
     return Source(
         name=name,
         path=f"data:multi30k/train.{languages}.gz",
@@ -32,6 +34,7 @@ def _source(name: str, languages: str, limit: int = 0) -> Source:
         format="parallel",
         text="en",
         limit=limit,
+        limit_train=pairs,
     )
 
 
@@ -61,7 +64,7 @@ class Comparison:
         falling: Whether lambdas are also tried falling to 0.
         seeds: One set of runs for each.
         steps: Of every run, over all its phases.
-        limit: Rows read of the source; 0: all.
+        limit: Rows read of each split, of target and source; 0: all.
         workdir: Where the runs are.
     """
 
@@ -77,7 +80,7 @@ class Comparison:
 def variants(comparison: Comparison, pairs: int, seed: int) -> dict[str, Experiment]:
     """{way: the experiment} for so many pairs of the target."""
     steps = comparison.steps
-    sources = (_source("target", "{en,fr}", pairs), _source("source", "{en,de}", comparison.limit))
+    sources = (_source("target", "{en,fr}", comparison.limit, pairs), _source("source", "{en,de}", comparison.limit))
     base = dataclasses.replace(EXPERIMENT, sources=sources, seed=seed, phases=(Phase("everything", steps=steps),))
     target, source = {"fr": 1.0, "de": 0.0}, {"fr": 0.0, "de": 1.0}
     of_target, of_source = {"target": 1.0, "source": 0.0}, {"target": 0.0, "source": 1.0}
@@ -94,7 +97,7 @@ def variants(comparison: Comparison, pairs: int, seed: int) -> dict[str, Experim
             falls = f"linear_schedule({number:g}, 0.0, {steps})"
             found[f"lambda {number:g} {FALLING}"] = (Phase("both", steps=steps, weights={"fr": 1.0, "de": falls}),)
     experiments = {way: dataclasses.replace(base, phases=phases) for way, phases in found.items()}
-    captions = dataclasses.replace(_source("target", "{en,fr,de}", pairs))
+    captions = _source("target", "{en,fr,de}", comparison.limit, pairs)
     both = (FRENCH, dataclasses.replace(GERMAN, source="target"))
     return experiments | {TOGETHER: dataclasses.replace(base, sources=(captions,), tasks=both)}
 

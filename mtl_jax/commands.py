@@ -13,7 +13,7 @@ import tyro
 
 from mtl_jax.errors import UserError
 from mtl_jax.journal import Journal, check_writable
-from mtl_jax.lines import STANDARD_INPUT, lines_of, object_of, read_bytes
+from mtl_jax.lines import STANDARD_INPUT, lines_of, object_of, print_lines, read_bytes
 from mtl_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -194,6 +194,8 @@ class _Input(NamedTuple):
 
 def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task: Task, search: Search, work: Work) -> None:
     output = check_writable(files.output, [files.file] if files.file else []) if files.output else None
+    if output is None and sys.stdout is None:
+        raise UserError("standard output is closed; give --output")
     field, long = files.field or command.field, task.long or command.long
     for name, value in (("rows", work.rows), ("max-source-tokens", task.max_source_tokens)):
         if value is not None and value < 1:
@@ -239,8 +241,7 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
         generation.note(unfinished, given.name, "with an answer that the length limit ended (--max-new-tokens)")
         lines = [_line(given, i, answer, field, files.scores) for i, answer in enumerate(answers)]
         if journal is None:
-            sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
-            sys.stdout.flush()
+            print_lines(lines)
         else:
             journal.finish(lines)
 

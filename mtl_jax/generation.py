@@ -215,7 +215,7 @@ def generate(
             journal.add(answer.index, item)
         if progress is not None and new:
             progress.update(1, sum(len(tokens) for tokens in answer.tokens))
-        if stopped():
+        if stopped() and len(done) < len(plan.sources):
             kept = "nothing kept without --output" if journal is None else f"kept in {journal.part}; the same command goes on"
             raise Interrupted(f"stopped with {len(done)} of {len(plan.sources)} texts done, {kept}")
     pieces: list[list[Any]] = [[] for _ in range(count)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,27 @@ def read_bytes(file: str) -> bytes:
     Raises:
         UserError: It cannot be read.
     """
+    if file == STANDARD_INPUT and sys.stdin is None:
+        raise UserError("standard input is closed; give a text, or --file")
     try:
         return sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Writes lines to standard output, as UTF-8.
+
+    Raises:
+        UserError: They cannot be written: the disk is full, or what reads them has ended.
+    """
+    try:
+        sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
+        sys.stdout.flush()
+    except OSError as error:
+        # Python tries once more when it ends; then there must be no error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"standard output: cannot be written ({error.strerror})") from error
 
 
 def lines_of(data: bytes, file: str) -> list[str]:
@@ -56,7 +75,7 @@ def object_of(line: str, where: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # beside what is no JSON, numbers of thousands of digits
         raise UserError(f"{where}: no JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")

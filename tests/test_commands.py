@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import compiling
+import numpy as np
 import pytest
 import tiny
 import tiny_seq2seq
 import tiny_translation
 
-from mtl_jax import Evaluation, Phase, cli, decoding, pretrained, train
+from mtl_jax import Evaluation, Phase, cli, decoding, generation, pretrained, train
 from mtl_jax.prediction import predict
 
 LINES = [*tiny_seq2seq.sentences(tiny_seq2seq.ENGLISH, 40), "", "hello .", "   ", *tiny_seq2seq.sentences(["how", "are"], 3)]
@@ -218,6 +220,11 @@ BAD = [
     (["--model", "{marian}", "--file", "{dir}"], b"", "Is a directory"),
     (["--model", "{marian}"], b"fine\nbad \xff byte\n", "-:2: not UTF-8 (invalid start byte)"),
     (["--model", "{marian}", "--column", "text"], b'{"text": "x"}\nhello\n', "-:2: no JSON"),
+    (
+        ["--model", "{marian}", "--column", "text"],
+        b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
+        "-:1: no JSON (Exceeds the limit",
+    ),
     (["--model", "{marian}", "--column", "text"], b'["text"]\n', "-:1: a JSON object is needed, not list"),
     (["--model", "{marian}", "--column", "text"], b'{"body": "x"}\n', "-:1: 'text' is no text; the object has body"),
     (["--model", "{marian}", "--column", "text"], b'{"text": "\\ud800"}\n', "-:1: no valid Unicode"),
@@ -327,6 +334,16 @@ def test_a_killed_process_goes_on_and_the_output_is_that_of_one_that_was_not(mar
     assert output.read_bytes() == (tmp_path / "whole.txt").read_bytes()
     assert output.read_bytes().count(b"\n") == len(texts)
     assert not part.exists()
+
+
+def test_asked_to_stop_when_all_is_done(monkeypatch):
+    """Then there is nothing to stop, and nothing to do again."""
+    answer = decoding.Answer(0, (np.array([5]),), (-1.0,), (True,))
+    monkeypatch.setattr(decoding, "generate_all", lambda *given, **named: iter([answer]))
+    model = SimpleNamespace(model=None, params=None, decode=lambda tokens: "le chat")
+    plan, config = generation.Plan([np.array([3])], [0], [], []), decoding.resolve({"decoder_start_token_id": 0}, None)
+    (found,) = generation.generate(model, plan, config, 1, rows=1, stopped=lambda: True)
+    assert found.texts == ("le chat",)
 
 
 def test_other_options_do_not_go_on_with_what_was_interrupted(console, marian, tmp_path, monkeypatch):

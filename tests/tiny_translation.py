@@ -1,6 +1,12 @@
-"""A language of a few words and its translation, word by word in reverse order; and a transformer that learns it."""
+"""A language of a few words and its translation, word by word in reverse order; and a transformer that learns it.
+
+As a script it is an experiment, for tests that need a process of its own:
+    TINY=FOLDER python tests/tiny_translation.py --workdir WORKDIR
+where FOLDER holds what write_data writes.
+"""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -15,6 +21,7 @@ from mtl_jax import (
     Seq2Seq,
     Source,
     Transformer,
+    main,
 )
 
 WORDS = {
@@ -67,3 +74,7 @@ def experiment(folder: Path, **changes: object) -> Experiment:
         "devices": 1,
     }
     return Experiment(**(values | changes))
+
+
+if __name__ == "__main__":
+    main(experiment(os.environ["TINY"]), description="The tiny translation.")

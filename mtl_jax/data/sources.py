@@ -60,6 +60,7 @@ class Source:
             document is both learned from and tested on. Empty: every text is cut by itself.
         group_pattern: A regular expression for the part of that column which names the document.
         limit: Use at most so many rows of each split, 0 for all: to try a script out.
+        limit_train: Use at most so many training rows, 0 for all: to see what few are worth, on the same dev and test.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Source:
     group: str = ""
     group_pattern: str = ".+"
     limit: int = 0
+    limit_train: int = 0
 
 
 class Splits(NamedTuple):
@@ -142,12 +144,17 @@ def read(source: Source) -> Splits:
         if not kept[split]:
             why = f"; {len(skipped)} rows were skipped, the first: {skipped[0]}" if skipped else ""
             raise UserError(f"source {source.name!r}: split {split} is empty ({given[split] or source.path}){why}")
-        chosen = kept[split][: source.limit or None]
+        chosen = kept[split][: _most(source, split)]
         rows = opened.get(split, opened["train"])
         result[split] = Picked(rows, chosen) if isinstance(rows, Records) else chosen
-    return Splits(
-        result, repeated, len(skipped), 0, {split: found[: source.limit or None] for split, found in identities.items()}
-    )
+    kept_identities = {split: found[: _most(source, split)] for split, found in identities.items()}
+    return Splits(result, repeated, len(skipped), 0, kept_identities)
+
+
+def _most(source: Source, split: str) -> int | None:
+    """Most rows that are used of a split; None: all."""
+    limits = (source.limit, source.limit_train if split == "train" else 0)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def apart(data: Mapping[str, Splits]) -> dict[str, Splits]:
@@ -209,8 +216,9 @@ def _check(source: Source) -> None:
     cuts = (0.0 if source.dev_path else source.cut_dev, 0.0 if source.test_path else source.cut_test)
     if not (min(cuts) >= 0 and sum(cuts) < 1):
         raise UserError(f"{named}: cut_dev and cut_test must be shares with a sum below 1")
-    if source.limit < 0:
-        raise UserError(f"{named}: limit is {source.limit}; it is a number of rows, or 0 for all")
+    for field in ("limit", "limit_train"):
+        if getattr(source, field) < 0:
+            raise UserError(f"{named}: {field} is {getattr(source, field)}; it is a number of rows, or 0 for all")
     if source.columns and source.format not in NAMED:
         raise UserError(f"{named}: columns cannot be given for format {source.format}, only for {', '.join(NAMED)}")
     if source.format == "conll" and not source.columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": (None, []),
     "constraints": (None, []),
     "diversity_penalty": (None, 0.0),
+    "dola_layers": (None,),
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1.0),
     "epsilon_cutoff": (None, 0.0),
@@ -27,10 +29,12 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (None,),
     "force_words_ids": (None, []),
     "guidance_scale": (None, 1.0),
+    "max_time": (None,),
     "min_p": (None,),
     "num_beam_groups": (None, 1),
     "penalty_alpha": (None, 0.0),
     "sequence_bias": (None,),
+    "stop_strings": (None, []),
     "suppress_tokens": (None, []),
     "top_h": (None,),
     "typical_p": (None, 1.0),
@@ -46,7 +50,7 @@ class GenerationConfig:
         max_length: Most tokens, the start token included.
         max_new_tokens: Most tokens after the start token; wins over max_length.
         min_length: No end token before so many tokens, the start token included.
-        min_new_tokens: No end token before so many tokens after the start token.
+        min_new_tokens: No end token before so many tokens after the start token; wins over min_length.
         do_sample: Draw tokens; else take the likeliest.
         num_beams: K, beams of each row; 1 is greedy search, or plain sampling.
         num_return_sequences: Sequences returned for each row.
@@ -97,7 +101,7 @@ class GenerationConfig:
     @property
     def least(self) -> int:
         """Fewest tokens before an end, the start token included."""
-        return max(self.min_length, 0 if self.min_new_tokens is None else 1 + self.min_new_tokens)
+        return self.min_length if self.min_new_tokens is None else 1 + self.min_new_tokens
 
     @property
     def start(self) -> int:
@@ -125,15 +129,19 @@ class GenerationConfig:
             ("num_beams", 1),
             ("num_return_sequences", 1),
             ("min_length", 0),
+            ("min_new_tokens", 0),
             ("no_repeat_ngram_size", 0),
             ("top_k", 0),
         ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}; it must be at least {least}")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty is {self.length_penalty}; it must be a finite number")
         if self.length < 2:
             name = "max_length" if self.max_new_tokens is None else "max_new_tokens"
             raise UserError(f"{name} is {getattr(self, name)}, which leaves no room for a token after the start token")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise UserError(f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"')
         if not self.temperature > 0:
             raise UserError(f"temperature is {self.temperature}; it must be above 0 (do_sample=False takes the likeliest)")
@@ -201,8 +209,10 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
 
     Args:
         raw: The parsed config.json.
-        location: The checkpoint's directory, where generation_config.json may be; None: there is none.
-        call: Options of the call; None means not given. max_length takes the place of a max_new_tokens of the files.
+        location: The checkpoint's directory, where generation_config.json may be; None: there is none. A null there takes back
+            what config.json says.
+        call: Options of the call; None means not given. max_length takes the place of a max_new_tokens of the files. Where
+            nobody says how long, there are 20 new tokens.
 
     Raises:
         UserError: An option is unknown or makes no sense, a file is damaged or asks for what is not supported here.
@@ -211,27 +221,33 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
         if name not in FIELDS:
             raise unknown("generation option", name, FIELDS)
     given = {name: value for name, value in call.items() if value is not None}
-    values: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for source, where in ((raw, "config.json"), (_read(location), FILE)):
-        values |= {name: source[name] for name in FIELDS if source.get(name) is not None}
-        if values.get("decoder_start_token_id") is None and source.get("bos_token_id") is not None:
-            values["decoder_start_token_id"] = source["bos_token_id"]
+        files |= {name: source[name] for name in (*FIELDS, "bos_token_id") if name in source}
         for name, harmless in ELSEWHERE.items():
             if name in source and source[name] not in harmless:
                 raise UserError(f"{where}: {name} is {source[name]!r}, which is not supported here; set it to {harmless[0]!r}")
+    values = {name: value for name, value in files.items() if value is not None}
+    first = values.pop("bos_token_id", None)
+    if first is not None:
+        values.setdefault("decoder_start_token_id", first)
     if "max_length" in given and "max_new_tokens" not in given:
         values.pop("max_new_tokens", None)
     if "min_length" in given and "min_new_tokens" not in given:
         values.pop("min_new_tokens", None)
     values |= given
+    if "max_length" not in values and "max_new_tokens" not in values:
+        values["max_new_tokens"] = GenerationConfig.max_length  # as theirs: where nobody says a length, it counts new tokens
     for name, kinds in _KINDS.items():
         if name in values:
             values[name] = _checked(name, values[name], kinds)
     ends = values.get("eos_token_id", ())
-    values["eos_token_id"] = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
-    values["bad_words_ids"] = tuple(
-        word for word in map(tuple, values.get("bad_words_ids", ())) if word not in {(end,) for end in values["eos_token_id"]}
-    )
+    values["eos_token_id"] = _tokens("eos_token_id", ends if isinstance(ends, list | tuple | np.ndarray) else [ends])
+    words = values.get("bad_words_ids", ())
+    if not isinstance(words, list | tuple):
+        raise UserError(f"bad_words_ids is {words!r}; it must be a list of lists of token ids")
+    words = [_tokens("bad_words_ids", word) for word in words]
+    values["bad_words_ids"] = tuple(word for word in words if word not in {(end,) for end in values["eos_token_id"]})
     config = GenerationConfig(**values)
     config.check()
     return config
@@ -253,6 +269,15 @@ def _checked(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
     if isinstance(value, list | tuple) and len(value) == 1 and name == "forced_eos_token_id":
         return _checked(name, value[0], kinds)
     raise UserError(f"{name} is {value!r}; it must be of type {kinds[-1].__name__}")
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    """Token ids, from a file or a call, where numpy's may be among them."""
+    if isinstance(value, list | tuple | np.ndarray):
+        found = [token.item() if isinstance(token, np.integer) else token for token in value]
+        if all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+            return tuple(found)
+    raise UserError(f"{name} holds {value!r}; token ids are needed, whole numbers")
 
 
 def _read(location: Path | zipfile.Path | None) -> Mapping[str, Any]:

@@ -78,7 +78,8 @@ def generate(
         log-probability of the tokens over their number ** length_penalty.
 
     Raises:
-        UserError: The checkpoint predicts no tokens, an option is refused, or rows are longer than the model's positions.
+        UserError: The checkpoint predicts no tokens, or not these; an option is refused; or rows are longer than the model's
+            positions.
     """
     model = require_seq2seq(checkpoint.model, str(checkpoint.raw.get("model_type")))
     config = fitted(model, resolve(checkpoint.raw, checkpoint.location, **options))
@@ -88,6 +89,10 @@ def generate(
     mask_BxT = np.ones_like(ids_BxT) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if mask_BxT.shape != ids_BxT.shape:
         raise UserError(f"attention_mask has the shape {mask_BxT.shape}, input_ids {ids_BxT.shape}")
+    known = model.trunk.config.vocab_size
+    for token in (int(ids_BxT.min()), int(ids_BxT.max())):
+        if not 0 <= token < known:
+            raise UserError(f"input_ids holds {token}; the model knows {known} tokens")
     _check_source(model, ids_BxT.shape[1])
     keys = _keys(config, key, np.arange(len(ids_BxT)))
     started = _start(model, checkpoint.params, ids_BxT, mask_BxT, keys, np.ones(len(ids_BxT), bool), config)
@@ -216,6 +221,8 @@ def fitted(model: Seq2Seq, config: GenerationConfig) -> GenerationConfig:
     """
     assert isinstance(model.head, Decoder)
     sizes = model.head.config
+    if sizes.max_positions is not None and config.length > sizes.max_positions:
+        config = dataclasses.replace(config, max_length=sizes.max_positions, max_new_tokens=None)
     if config.least >= config.length and config.eos_token_id:
         raise UserError(f"the least length, {config.least}, leaves no room below the largest, {config.length} tokens")
     named = [config.start, *config.eos_token_id, *(token for word in config.bad_words_ids for token in word)]
@@ -223,8 +230,6 @@ def fitted(model: Seq2Seq, config: GenerationConfig) -> GenerationConfig:
     for token in named:
         if not 0 <= token < sizes.decoder_vocab_size:
             raise UserError(f"token {token} of the generation options is outside the vocabulary of {sizes.decoder_vocab_size}")
-    if sizes.max_positions is not None and config.length > sizes.max_positions:
-        config = dataclasses.replace(config, max_length=sizes.max_positions, max_new_tokens=None)
     return config
 
 

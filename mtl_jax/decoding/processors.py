@@ -102,7 +102,7 @@ def _forbid_words(
     x_BxKxV = x_BxKxV.at[..., single].set(FLOOR) if len(single) else x_BxKxV
     for *before, last in (word for word in words if len(word) > 1):
         at = jnp.maximum(length - len(before), 0) + jnp.arange(len(before))
-        stand = (jnp.take(tokens_BxKxL, at, axis=-1) == jnp.array(before)).all(axis=-1) & (length > len(before))
+        stand = (jnp.take(tokens_BxKxL, at, axis=-1) == jnp.array(before)).all(axis=-1) & (length >= len(before))
         x_BxKxV = x_BxKxV.at[..., last].set(jnp.where(stand, FLOOR, x_BxKxV[..., last]))
     return x_BxKxV
 

@@ -207,7 +207,7 @@ def _candidates(
         return processors.process(scores_BxKxV, state.tokens, state.length, config, numbers)
 
     if config.do_sample:
-        tokens_BxKxW, best_BxKxW = processors.likely(processed(), config, numbers, least=len(config.eos_token_id) + 1)
+        tokens_BxKxW, best_BxKxW = processors.likely(processed(), config, numbers, least=max(len(config.eos_token_id), 1) + 1)
         W = best_BxKxW.shape[-1]
         total_BxN = (best_BxKxW + state.scores[..., None]).reshape(B, K * W)
         _, at_BxC = jax.lax.top_k(total_BxN + _gumbel(state, (K * W,)), C)  # without replacement

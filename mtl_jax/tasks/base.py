@@ -119,11 +119,6 @@ class Task(abc.ABC):
         return 0
 
     @property
-    def signatures(self) -> dict[str, str]:
-        """{metric: how it is computed}, of metrics that have variants."""
-        return {}
-
-    @property
     def label_shape(self) -> tuple[int, ...]:
         """Shape of one label."""
         return ()
@@ -231,6 +226,14 @@ class Task(abc.ABC):
             outputs: f32[N, O], or for each window an f32[len, O], by level.
             examples: The N windows.
         """
+
+    def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
+        """{metric: how it is computed}, of metrics that have variants.
+
+        Args:
+            rows: What they are computed on.
+        """
+        return {}
 
     def constant(self, train: Examples, test: Examples) -> PerExample | None:
         """Outputs for test that ignore the text and fit train best, such as its majority class; None: there is none."""

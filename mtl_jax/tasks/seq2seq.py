@@ -288,9 +288,8 @@ class Seq2Seq(Task):
         known = [(text, found) for text, found in zip(texts, references, strict=True) if found]
         return text_metrics.scores(self.metric, [text for text, _ in known], [found for _, found in known])
 
-    @property
-    def signatures(self) -> dict[str, str]:
-        return text_metrics.signatures(self.metric)
+    def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
+        return text_metrics.signatures(self.metric, [found for found in map(self.parse, rows) if found])
 
     def describe(self, outputs: Sequence[Any], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         raise UserError(f"task {self.name!r} answers with generated text; it has no outputs for a text by itself")

@@ -32,26 +32,33 @@ def scores(name: str, texts: Sequence[str], references: Sequence[Sequence[str]])
     if not names or not texts:
         return dict.fromkeys(names, 0.0)
     if "bleu" in names:
-        most = max(map(len, references))
-        # One list for each place; sacrebleu leaves out what is None.
-        streams = [[found[place] if place < len(found) else None for found in references] for place in range(most)]
+        streams = _streams(references)
         return {key: metric.corpus_score(list(texts), streams).score / 100 for key, metric in _sacrebleu().items()}
     scorer = _rouge(names)
     found = [scorer.score_multi(list(right), text) for text, right in zip(texts, references, strict=True)]
     return {key: sum(each[key].fmeasure for each in found) / len(found) for key in names}
 
 
-def signatures(name: str) -> dict[str, str]:
-    """{metric: how it was computed, and by which version}."""
+def signatures(name: str, references: Sequence[Sequence[str]]) -> dict[str, str]:
+    """{metric: how scores(name, texts, references) computed it, and by which version}."""
     from importlib.metadata import version
 
     names = family(name)
     if "bleu" in names:
+        # A signature says how many references there were, which a metric knows once it has seen some: as many, or not as many.
+        counts = sorted({len(found) for found in references}) or [1]
+        few = [["a"] * count for count in (counts[0], counts[-1])]
         metrics = _sacrebleu()
         for metric in metrics.values():
-            metric.corpus_score(["a"], [["a"]])  # a signature says how many references there were
+            metric.corpus_score(["a"] * len(few), _streams(few))
         return {key: str(metric.get_signature()) for key, metric in metrics.items()}
     return {key: f"rouge-score:{version('rouge-score')}|stemmer:yes|F1|refs:best" for key in names}
+
+
+def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """As sacrebleu takes references: one list for each place, with None, which it leaves out, where a text has fewer."""
+    most = max(map(len, references))
+    return [[found[place] if place < len(found) else None for found in references] for place in range(most)]
 
 
 def _sacrebleu() -> dict[str, Any]:

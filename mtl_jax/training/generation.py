@@ -12,6 +12,7 @@ from mtl_jax import decoding
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.targets import decoder
 from mtl_jax.decoding import GenerationConfig
+from mtl_jax.errors import UserError
 from mtl_jax.models.seq2seq import Seq2Seq as EncoderDecoder
 from mtl_jax.progress import Progress
 from mtl_jax.tasks import Seq2Seq
@@ -50,13 +51,27 @@ def config_of(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConfig:
     return decoding.resolve({}, None, eos_token_id=task.end, pad_token_id=trunk.tokenizer.pad_token_id or 0, **call)
 
 
+def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
+    """Raises UserError where the texts of a task cannot be searched for, before anything is trained."""
+    for task in tasks:
+        if isinstance(task, Seq2Seq):
+            for beams in (task.dev_beams, task.beams):
+                try:
+                    config = config_of(task, trunk, beams)
+                    decoding.fitted(EncoderDecoder(trunk.module, task.module(trunk.module.dtype)), config)
+                except UserError as error:
+                    raise UserError(
+                        f"task {task.name!r}: {error} (as target_length or max_new_tokens and the checkpoint's "
+                        "generation_config.json or config.json say)"
+                    ) from error
+
+
 def generate(
     task: Seq2Seq,
     trunk: Trunk,
     params: Any,
     examples: Examples,
     beams: int,
-    on_text: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """The decoder's text for each row of a source; of a row in several windows, for its first one; "" where there is none.
 
@@ -66,7 +81,6 @@ def generate(
         params: {"trunk": ..., "heads": ...}, whole on this process's first device.
         examples: The source's examples.
         beams: 1: greedy.
-        on_text: Called after each text.
     """
     model = EncoderDecoder(as_module(trunk.module, examples.place), task.module(trunk.module.dtype))
     both = {"trunk": params["trunk"], "head": params["heads"][task.name]}
@@ -79,7 +93,6 @@ def generate(
         for answer in decoding.generate_all(model, both, sources, config_of(task, trunk, beams), rows=ROWS):
             found[places[answer.index]] = Generated(text_of(answer.tokens[0]), float(answer.scores[0]), bool(answer.ended[0]))
             progress.update(1)
-            on_text()
     return found
 
 
@@ -94,7 +107,6 @@ def text_scores(
     params: Any,
     split: dict[str, Examples],
     beams: Callable[[Seq2Seq], int],
-    on_text: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} of what the tasks that decode generate; every process decodes all of it.
 
@@ -104,13 +116,12 @@ def text_scores(
         params: As for generate.
         split: {source: Examples}.
         beams: Of a task.
-        on_text: Called after each text.
     """
     scores = {}
     for task in tasks:
         if isinstance(task, Seq2Seq):
             examples = split[task.source]
-            found = generate(task, trunk, params, examples, beams(task), on_text)
+            found = generate(task, trunk, params, examples, beams(task))
             rows = [examples.data[examples.row_of[group[0]]] for group in examples.groups()]
             scores[task.name] = task.text_metrics([one.text for one in found], rows)
     return scores

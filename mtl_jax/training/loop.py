@@ -309,6 +309,7 @@ class _Run:
             self.experiment,
             self.tasks,
             scores,
+            {task.name: task.signatures(self.prepared.corpus.splits["test"][task.source].data) for task in self.tasks},
             facts={
                 "steps": step,
                 "best_step": best.step,

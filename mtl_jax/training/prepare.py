@@ -21,7 +21,7 @@ from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import gradients, gram_step, idle
+from mtl_jax.training import generation, gradients, gram_step, idle
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
@@ -105,6 +105,7 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = examples.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
+    generation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)

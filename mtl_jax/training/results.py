@@ -57,6 +57,7 @@ def write(
     experiment: Experiment,
     tasks: Sequence[Task],
     scores: dict[str, dict[str, dict[str, float]]],
+    signatures: dict[str, dict[str, str]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes results.json and curves.png; returns the contents of the first.
@@ -66,6 +67,7 @@ def write(
         experiment: The experiment.
         tasks: Its tasks.
         scores: {"dev" and "test": {task: {metric: value}}} of the best checkpoint.
+        signatures: {task: {metric: how it was computed}}, on test.
         facts: Steps, seconds and the like.
     """
     compared = workdirs.read_json(folder / "baselines.json") or {}
@@ -81,7 +83,7 @@ def write(
                 "dev": scores["dev"][task.name],
                 "test": scores["test"][task.name],
                 "baselines": compared.get(task.name, {}),
-                **({"signatures": task.signatures} if task.signatures else {}),
+                **({"signatures": signatures[task.name]} if signatures[task.name] else {}),
             }
             for task in tasks
         },

@@ -115,6 +115,7 @@ def test_a_cut_is_always_a_split(key, seed, dev, test):
         ("label\ttext\n1\tx\n", {"id": "key"}, r"has no id column 'key'"),
         ("label\ttext\n1\tx\n1\ty\n", {"id": "label"}, r"a\.tsv:3: the id '1' stands already at .*a\.tsv:2"),
         ("label\ttext\n1\tx\n", {"limit": -1}, "limit is -1"),
+        ("label\ttext\n1\tx\n", {"limit_train": -1}, "limit_train is -1"),
         ("1 x\n", {"format": "lines", "columns": ("a",)}, "columns cannot be given for format lines"),
         ("1 x\n", {"format": "conll"}, "format conll needs columns"),
         ("label\ttext\n1\tx\n", {"dev_path": "tfds:glue/sst2"}, "names no split; write tfds:glue/sst2#validation"),
@@ -247,3 +248,12 @@ def test_no_source_teaches_what_another_tests(tmp_path):
     assert [(found[name].repeated, found[name].elsewhere) for name in "ab"] == [(1, 1), (1, 1)]
     assert texts(found["a"])["test"] == ["text 3", "text 51"]
     assert sources.apart(found)["a"].elsewhere == 0
+
+
+def test_few_training_rows_beside_all_of_dev_and_test(tmp_path):
+    path = write(tmp_path / "a.tsv", "label\ttext\n" + numbered(100))
+    whole, few = (read(Source(name="a", path=path, format="tsv", **limits)) for limits in ({}, {"limit_train": 7}))
+    assert few.rows["train"] == whole.rows["train"][:7]
+    assert (few.rows["dev"], few.rows["test"]) == (whole.rows["dev"], whole.rows["test"])
+    few = read(Source(name="a", path=path, format="tsv", limit=3, limit_train=7))
+    assert [len(few.rows[split]) for split in ("train", "dev", "test")] == [3, 3, 3]

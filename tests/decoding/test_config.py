@@ -24,9 +24,17 @@ def test_call_then_generation_config_then_config_then_defaults(tmp_path):
     assert (found.num_beams, found.length_penalty, found.length, found.top_k) == (2, 2.0, 10, 50)
     assert resolve(RAW, tmp_path).num_beams == 3
     assert resolve(RAW, None).num_beams == 4
-    assert resolve(RAW, None).length == 20
+    assert resolve(RAW, None).length == 21  # 20 new tokens, where nobody says a length
     assert resolve(RAW, tmp_path, max_length=30).length == 30  # the call's, not the file's max_new_tokens
     assert resolve({"bos_token_id": 5}, None).start == 5
+    assert resolve(RAW, None, min_length=9, min_new_tokens=3).least == 4  # new tokens go first, as with max_length
+
+
+def test_null_in_generation_config_takes_back_what_config_says(tmp_path):
+    written = {"forced_bos_token_id": None, "num_beams": None, "decoder_start_token_id": None, "bos_token_id": 6}
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    found = resolve(RAW | {"forced_bos_token_id": 7, "bos_token_id": 5}, tmp_path)
+    assert (found.forced_bos_token_id, found.num_beams, found.length_penalty, found.start) == (None, 1, 2.0, 6)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +50,12 @@ def test_call_then_generation_config_then_config_then_defaults(tmp_path):
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"num_beams": 1, "num_return_sequences": 2}, "num_return_sequences is 2, more than num_beams, 1"),
         ({"bad_words_ids": [[]]}, "bad_words_ids has an empty sequence"),
+        ({"bad_words_ids": [5]}, "bad_words_ids holds 5; token ids are needed, whole numbers"),
+        ({"bad_words_ids": "ab"}, "bad_words_ids is 'ab'; it must be a list of lists of token ids"),
+        ({"eos_token_id": "</s>"}, r"eos_token_id holds \['</s>'\]; token ids are needed"),
+        ({"early_stopping": 1}, "early_stopping is 1; it must be True, False or"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1; it must be at least 0"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan; it must be a finite number"),
     ],
 )
 def test_refused(options, message):
@@ -54,6 +68,8 @@ def test_refused_files(tmp_path):
         resolve({}, None)
     with pytest.raises(UserError, match=r"config\.json: diversity_penalty is 0\.5, which is not supported here"):
         resolve(RAW | {"diversity_penalty": 0.5}, None)
+    with pytest.raises(UserError, match=r"config\.json: stop_strings is 'end', which is not supported here; set it to None"):
+        resolve(RAW | {"stop_strings": "end"}, None)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json: no JSON"):
         resolve(RAW, tmp_path)
@@ -66,6 +82,11 @@ def test_refused_with_a_model(checkpoint):
     with pytest.raises(UserError, match="the least length, 15, leaves no room below the largest, 15 tokens"):
         fitted(model, resolve(RAW, None, min_length=15, max_length=15))
     assert fitted(model, resolve(RAW, None, max_length=500)).length == 16  # all positions that there are
+    with pytest.raises(UserError, match="the least length, 16, leaves no room below the largest, 16 tokens"):
+        fitted(model, resolve(RAW, None, min_length=16, max_length=500))
+    for token in (-1, 40):
+        with pytest.raises(UserError, match=f"input_ids holds {token}; the model knows 40 tokens"):
+            generate(checkpoint, np.array([[5, token]]))
     with pytest.raises(UserError, match="a source of 17 tokens is too long for this model; it has 16 positions"):
         generate(checkpoint, np.full((1, 17), 5))
     with pytest.raises(UserError, match="do_sample needs a key"):

@@ -1,6 +1,7 @@
 """Token for token what generate() of transformers gives, on random tiny models."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -89,29 +90,51 @@ def assert_same(pair, ids, mask, **options):
     tokens, scores = generate(checkpoint, ids, mask, **options)
     np.testing.assert_array_equal(tokens, theirs.sequences.numpy())
     if options.get("num_beams", 1) > 1:
-        np.testing.assert_allclose(scores, theirs.sequences_scores.numpy(), atol=1e-4, rtol=1e-5)
+        expected = theirs.sequences_scores.numpy()
+    else:  # the mean over the tokens up to the end
+        each = model.compute_transition_scores(theirs.sequences, theirs.scores, normalize_logits=True).numpy()
+        ends = np.isin(tokens[:, 1:], options.get("eos_token_id", model.config.eos_token_id))
+        counted = np.cumsum(ends, axis=1) - ends == 0
+        expected = np.where(counted, each, 0.0).sum(axis=1) / counted.sum(axis=1)
+    np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=1e-5)
     return tokens
 
 
-PENALTIES = (1.0, 0.0, 2.0, -1.0)
+GRID = list(itertools.product(MODELS, range(1, 7), (False, True)))  # model, beams, renormalize_logits
+NUMBERS = list(itertools.product((1.0, 0.0, 2.0, -1.0), (True, False, "never")))  # length_penalty, early_stopping
+CHOSEN = [case for model in MODELS for case in random.Random(model).sample([case for case in GRID if case[0] == model], 3)]
 
 
-@pytest.mark.parametrize(
-    ("pair", "beams"),
-    [*(("marian", beams) for beams in (2, 3, 4, 5, 6)), ("bart", 4), ("t5", 3)],
-    indirect=["pair"],
-)
-def test_beams(pair, beams):
-    """Where a search ends depends on early stopping and on the penalty of lengths."""
-    lengths = set()
-    for number, (penalty, early) in enumerate(itertools.product(PENALTIES, (True, False, "never"))):
-        ids, mask = batch(seed=number)
-        options = {"num_beams": beams, "early_stopping": early, "length_penalty": penalty, "max_length": 18}
-        if pair[0].config.model_type != "marian":  # these would say one word over and over
-            options["no_repeat_ngram_size"] = 2
+def assert_same_for_all_numbers(pair, beams, renormalise, numbers):
+    """Where a search ends depends on early stopping and on the penalty of lengths; they are numbers of one program.
+
+    Not only the limit ends a search, or the numbers would mean nothing.
+    """
+    lengths, rows = set(), 1 + beams % 4
+    for number, (penalty, early) in numbers:
+        ids, mask = batch(seed=number, rows=rows)
+        options = {"num_beams": beams, "max_length": 18}
+        if beams > 1:  # else they mean nothing, and transformers says so
+            options |= {"early_stopping": early, "length_penalty": penalty}
+        # What the penalty or what may not be said leaves is no distribution; and the others would say one word over and over.
+        options |= {"repetition_penalty": 1.3} if pair[0].config.model_type == "marian" else {"no_repeat_ngram_size": 2}
+        options |= {"renormalize_logits": renormalise}
         tokens = assert_same(pair, ids, mask, **options)
         lengths |= set((tokens[:, 1:] == pair[0].config.eos_token_id).argmax(axis=1).tolist())
-    assert len(lengths) > 2  # not only the limit ends them
+    assert len(lengths) > (rows > 1)
+
+
+@pytest.mark.parametrize(("pair", "beams", "renormalise"), CHOSEN, indirect=["pair"])
+def test_beams(pair, beams, renormalise):
+    """A part of the grid, with other numbers for each."""
+    numbers = random.Random(f"{pair[0].config.model_type} {beams}").sample(list(enumerate(NUMBERS)), 5)
+    assert_same_for_all_numbers(pair, beams, renormalise, numbers)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("pair", "beams", "renormalise"), GRID, indirect=["pair"])
+def test_all_of_the_grid(pair, beams, renormalise):
+    assert_same_for_all_numbers(pair, beams, renormalise, list(enumerate(NUMBERS)))
 
 
 OPTIONS = {
@@ -125,6 +148,8 @@ OPTIONS = {
     "forced": {"num_beams": 3, "forced_bos_token_id": 17, "forced_eos_token_id": 2},
     "several": {"num_beams": 5, "num_return_sequences": 4},
     "two_ends": {"num_beams": 3, "eos_token_id": [2, 5, 7]},
+    "after_the_start": {"bad_words_ids": [[59, 20], [59, 42], [0]]},  # the start token counts; an end cannot be forbidden
+    "short_of_min": {"min_length": 12, "min_new_tokens": 3},  # new tokens go first
     "unigrams": {"no_repeat_ngram_size": 1},
 }
 
@@ -143,3 +168,9 @@ def test_longer_than_the_first_cache(pair):
     """The cache grows; what is in it stays."""
     ids, mask = batch(rows=2)
     assert assert_same(pair, ids, mask, num_beams=3, min_length=50, max_length=60).shape[1] >= 50
+
+
+@pytest.mark.parametrize("pair", ["t5"], indirect=True)
+def test_nobody_says_how_long(pair):
+    ids, mask = batch(rows=2)
+    assert assert_same(pair, ids, mask).shape[1] == 21

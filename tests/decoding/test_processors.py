@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mtl_jax.decoding.config import GenerationConfig, divided
@@ -40,6 +40,7 @@ def by_hand(scores, tokens, length, config):
     st.sampled_from([(), ((3,), (1, 2), (0, 1, 4))]),
     st.integers(0, 5),
 )
+@example([1, 0, 0, 0, 0, 0], 1, 1.0, 0, ((3,), (1, 2), (0, 1, 4)), 0)  # the start token may be the beginning of a word
 def test_changes_of_scores(tokens, length, penalty, n, words, least):
     config = GenerationConfig(
         repetition_penalty=penalty, no_repeat_ngram_size=n, bad_words_ids=words, min_length=least, eos_token_id=(2,)

@@ -40,10 +40,18 @@ def test_rouge_of_the_nearest_reference():
 
 
 def test_signatures_say_how_and_by_which_version():
-    assert set(text_metrics.signatures("bleu")) == {"bleu", "chrf"}
-    assert "|tok:13a|" in text_metrics.signatures("bleu")["bleu"]
-    assert text_metrics.signatures("rouge2")["rouge2"].startswith("rouge-score:0.")
-    assert text_metrics.signatures("token_accuracy") == {}
+    assert set(text_metrics.signatures("bleu", RIGHT)) == {"bleu", "chrf"}
+    assert "|tok:13a|" in text_metrics.signatures("bleu", RIGHT)["bleu"]
+    assert text_metrics.signatures("rouge2", RIGHT)["rouge2"].startswith("rouge-score:0.")
+    assert text_metrics.signatures("token_accuracy", RIGHT) == {}
+
+
+@pytest.mark.parametrize(
+    ("references", "count"), [([["a"], ["b c"]], "1"), ([["a", "b"], ["c", "d"]], "2"), ([["a"], ["b", "c"]], "var")]
+)
+def test_signatures_say_how_many_references_there_were(references, count):
+    for name, signature in text_metrics.signatures("bleu", references).items():
+        assert signature.startswith(f"nrefs:{count}|"), name
 
 
 def test_nothing_to_measure():

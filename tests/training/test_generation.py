@@ -64,6 +64,21 @@ def test_the_metrics_are_those_of_sacrebleu_on_the_predictions(learned, pairs):
     assert "signatures" not in results["tasks"]["long"]
 
 
+def test_a_search_that_cannot_be_is_found_out_before_the_training(pairs, tmp_path):
+    folder = tiny_seq2seq.write_marian(tmp_path / "marian")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"min_length": 20}))
+    task = dataclasses.replace(tiny_translation.experiment(pairs).tasks[0], target_length=12)
+    with pytest.raises(
+        UserError, match=r"task 'translation': the least length, 20, leaves no room below the largest, 13 tokens \("
+    ):
+        prepare(
+            tiny_translation.experiment(
+                pairs, trunk=Pretrained(str(folder)), tasks=(task,), batch=Batching(rows=4, row_length=24)
+            )
+        )
+
+
 def test_dev_is_decoded_greedily_while_training(learned):
     folder, results = learned
     run = open_run(folder)

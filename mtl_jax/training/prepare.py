@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +21,20 @@ from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import gradients, gram_step, idle
+from mtl_jax.training import gradients, gram_step, holding, idle, regularised
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
+from mtl_jax.training.runs import Run
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
+from mtl_jax.training.teachers import Teacher
 from mtl_jax.transfer import freezing
+from mtl_jax.transfer.regularisers import EWC, L2SP, AnyRegulariser, Distillation, RDrop
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule, schedules
+from mtl_jax.weighting import fixed as fixed_weights
+
+SOME_TEXTS = 50  # on which a teacher's tokenizer is compared with the run's
 
 
 class PhasePlan(NamedTuple):
@@ -45,7 +51,9 @@ class PhasePlan(NamedTuple):
         optimizer: The optax transformation over the trainable leaves.
         cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
         fresh_rule: Whether the rule's state starts anew with this phase.
-        idle: The tasks whose weight is 0 in all its steps.
+        idle: The tasks whose weight is 0 in all its steps, and at which no regulariser looks.
+        held: The regularisers that count in it.
+        mixed: The parameters to which Mixout applies in it.
     """
 
     phase: Phase
@@ -59,6 +67,8 @@ class PhasePlan(NamedTuple):
     cached: bool
     fresh_rule: bool
     idle: tuple[str, ...] = ()
+    held: tuple[AnyRegulariser, ...] = ()
+    mixed: tuple[str, ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -73,6 +83,9 @@ class Prepared(NamedTuple):
         plans: The phases.
         mesh: The devices.
         notes: Lines to show before training.
+        teachers: {regulariser: the model that it imitates}.
+        learned: {regulariser: the run whose tasks are not to be forgotten}.
+        watched: {regulariser: the tasks whose outputs it looks at}, as far as that is said or follows from its teacher.
     """
 
     experiment: Experiment
@@ -83,6 +96,9 @@ class Prepared(NamedTuple):
     plans: list[PhasePlan]
     mesh: Mesh
     notes: list[str]
+    teachers: dict[str, Teacher]
+    learned: dict[str, Run]
+    watched: dict[str, list[str]]
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -106,8 +122,13 @@ def prepare(experiment: Experiment) -> Prepared:
     corpus = examples.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
-    plans = _plan(experiment, corpus.tasks, params)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, params, plans))
+    held = regularised.prepare(experiment, trunk, corpus, params, texts[:SOME_TEXTS])
+    params["heads"] |= held.projections
+    plans = _plan(experiment, corpus.tasks, params, held.watched)
+    trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))
+    regularised.check(experiment, {task.name: task for task in corpus.tasks}, trunk, params, held.learned, trains_trunk)
+    notes = _notes(corpus, params, plans)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, held.teachers, held.learned, held.watched)
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
@@ -202,33 +223,67 @@ def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
 def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     """How a phase's steps come from losses to a gradient."""
     experiment, tasks = prepared.experiment, prepared.corpus.tasks
-    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, needs(tasks))
+    counting = tuple(task for task in tasks if task.name not in plan.idle)
+    weights = {each.name: schedules.parse(each.weight, each.name) for each in plan.held}
+    watching = _watching(prepared, plan, counting)
+    held = holding.held(watching, weights)
+    vectors = ("tokens",) if any(isinstance(each, Distillation) and each.of == "hidden" for each in plan.held) else ()
+    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, (*needs(tasks), *vectors))
+    doubled = any(isinstance(each, RDrop) for each in plan.held)
     weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
     if not per_task(plan.rule):
         trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
-        counting = tuple(task for task in tasks if task.name not in plan.idle)
         found = by_losses(
-            encode, counting, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate
+            encode, counting, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate, held=held
         )
+    else:
+        rows = {source: count * (2 if doubled else 1) for source, count in prepared.schedule.capacity().items()}
+        fixed = prepared.schedule.constant() and jax.process_count() == 1 and not doubled
+        found = gram_step.by_gram(
+            encode,
+            tasks,
+            plan.rule,
+            gradients.layout(tasks, rows, fixed),
+            gram_step.check(prepared.params, plan.mask, experiment.gram_over),
+            gram_over=experiment.gram_over,
+            dtype=meshes.compute_dtype(experiment.gram_dtype),
+            weigh_heads=weigh_heads,
+            accumulate=accumulate,
+            mesh=prepared.mesh if prepared.mesh.size > 1 else None,
+        )
+        if watching:
+            nothing = fixed_weights({task.name: 0.0 for task in tasks})
+            alone = by_losses(encode, tasks, nothing, trains_trunk=True, accumulate=accumulate, held=held)
+            found = holding.beside(found, alone)
+    if doubled:
+        found = holding.twice(found)
+    if plan.idle:
         # On several hosts the rows of a source are not in one piece.
-        rows = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
-        left = idle.rows_that_count(tasks, plan.idle, rows, accumulate * prepared.mesh.size)
-        return idle.leave_out(found, plan.idle, left) if plan.idle else found
-    return gram_step.by_gram(
-        encode,
-        tasks,
-        plan.rule,
-        gradients.layout(tasks, prepared.schedule.capacity(), prepared.schedule.constant() and jax.process_count() == 1),
-        gram_step.check(prepared.params, plan.mask, experiment.gram_over),
-        gram_over=experiment.gram_over,
-        dtype=meshes.compute_dtype(experiment.gram_dtype),
-        weigh_heads=weigh_heads,
-        accumulate=accumulate,
-        mesh=prepared.mesh if prepared.mesh.size > 1 else None,
-    )
+        rows_of = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
+        left = idle.rows_that_count(tasks, plan.idle, rows_of, accumulate * prepared.mesh.size)
+        found = idle.leave_out(found, plan.idle, left)
+    first = prepared.plans[0].phase.name
+    if plan.mixed:
+        found = holding.mix(found, experiment.mixout.p, plan.mixed, holding.start_of(first))
+    penalties = {each.name: holding.penalty_of(each, each.phase or first) for each in plan.held if isinstance(each, L2SP | EWC)}
+    return holding.penalise(found, penalties, weights) if penalties else found
 
 
-def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[PhasePlan]:
+def _watching(prepared: Prepared, plan: PhasePlan, counting: Sequence[Task]) -> dict[str, holding.OnOutputs]:
+    """The regularisers of a phase that look at what the model makes of a batch."""
+    places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
+    found = {}
+    for each in plan.held:
+        if isinstance(each, Distillation | RDrop):
+            names = prepared.watched.get(each.name) or [task.name for task in counting if task.compared_as]
+            tasks = [task for task in counting if task.name in names]
+            found[each.name] = holding.on_outputs(each, tasks, places, prepared.teachers.get(each.name))
+    return found
+
+
+def _plan(
+    experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: Mapping[str, Sequence[str]]
+) -> list[PhasePlan]:
     plans: list[PhasePlan] = []
     start = 0
     for number, phase in enumerate(experiment.phases):
@@ -255,6 +310,11 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
         same = same and not phase.weights and not plans[-1].phase.weights
         # A transform's state has the shape of what trains.
         same = same and (rule.transform is None or plans[-1].mask == mask)
+        steps = range(start, start + phase.steps)
+        held = regularised.of_phase(experiment, number, steps)
+        vectors = any(isinstance(each, Distillation) and each.of == "hidden" for each in held)
+        looked_at = {name for each in held for name in watched.get(each.name, ())}
+        trained = {path: None for path, trains in holding.leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
                 phase=phase,
@@ -265,9 +325,11 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
                 rule=rule,
                 rate=rate,
                 optimizer=optimizers.build(experiment.optimizer, rate),
-                cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",),
+                cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",) and not vectors,
                 fresh_rule=not same,
-                idle=_idle(experiment, phase, range(start, start + phase.steps)),
+                idle=() if vectors else tuple(name for name in _idle(experiment, phase, steps) if name not in looked_at),
+                held=held,
+                mixed=tuple(holding.matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
             )
         )
         start += phase.steps
@@ -275,10 +337,9 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
 
 
 def _idle(experiment: Experiment, phase: Phase, steps: range) -> tuple[str, ...]:
-    """The tasks whose weight is 0 in all of these steps; () where that holds for every task."""
+    """The tasks whose weight is 0 in all of these steps."""
     weights = phase.weights or ({} if experiment.combinators else experiment.weights)
-    found = tuple(task for task, weight in weights.items() if not schedules.over(weight, steps, task).any())
-    return found if len(found) < len(weights) else ()
+    return tuple(task for task, weight in weights.items() if not schedules.over(weight, steps, task).any())
 
 
 def _notes(corpus: Corpus, params: Any, plans: Sequence[PhasePlan]) -> list[str]:

@@ -118,7 +118,7 @@ def check(
         elif isinstance(each, EWC):
             paths = _matches(f"{FIELD}: parameters of {each.name}", each.parameters, leaves)
             if each.run:
-                _same_shapes(each, paths, leaves, leaves_of(learned[each.name].params))
+                same_shapes(each, paths, leaves, leaves_of(learned[each.name].params))
         elif isinstance(each, RDrop):
             _can_differ(each, tasks, trunk, trains_trunk)
 
@@ -136,7 +136,15 @@ def _matches(where: str, pattern: str, leaves: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _same_shapes(each: EWC, paths: Collection[str], own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def same_shapes(each: EWC, paths: Collection[str], own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raises UserError where another run's parameters are not of the shapes here.
+
+    Args:
+        each: Names the run.
+        paths: The parameters that are compared.
+        own: {path: leaf} here.
+        other: {path: leaf} there.
+    """
     for path in paths:
         if path not in other or other[path].shape != own[path].shape:
             there = f"of shape {other[path].shape}" if path in other else "absent"

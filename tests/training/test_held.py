@@ -9,18 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import two_sources
 
 import mtl_jax
-from mtl_jax import EWC, L2SP, Distillation, Mixout, Phase, RDrop, transfer
+from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Phase, RDrop, Regression, transfer
+from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
-from mtl_jax.training import loop, runs
+from mtl_jax.models.encoded import Encoded
+from mtl_jax.models.head import Head
+from mtl_jax.training import fisher, holding, loop, regularised, runs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.holding import leaves_of
 from mtl_jax.training.logs import read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
 from mtl_jax.training.references import References
-from mtl_jax.training.step import apply_heads, encode_tokens, make_train_step
+from mtl_jax.training.state import create
+from mtl_jax.training.step import Measured, apply_heads, encode_tokens, make_train_step
 
 ALL = (Phase("all", 4),)
 
@@ -41,16 +46,19 @@ def moved(state):
     return state._replace(params=jax.tree.map(lambda leaf: leaf * 1.1 + 0.01, state.params))
 
 
-@pytest.mark.parametrize("weighting", ["equal", "pcgrad"])
-def test_gradients_are_added_to_those_of_the_tasks(bert, data, workdir, tmp_path, weighting):
-    """The whole gradient less that of the same run without regularisers is what jax.grad gives of the losses written out."""
+NOTHING = {"weighting": "fixed", "weights": {"rating": 0.0, "coarse": 0.0, "fine": 0.0}}
+
+
+@pytest.mark.parametrize("rule", [NOTHING, pytest.param({"weighting": "pcgrad"}, marks=pytest.mark.long)], ids=["0", "pcgrad"])
+def test_gradients_are_added_to_those_of_the_tasks(bert, data, workdir, tmp_path, rule):
+    """They are what jax.grad gives of the losses written out, beside tasks of weight 0 and under a rule of task gradients."""
     held = (
         L2SP(weight=2.0),
         EWC(weight="linear_schedule(3.0, 0.0, 6)", run=str(workdir), source="questions", batches=1),
         Distillation(name="say", weight=0.7, teacher=str(workdir), temperature=2.0),
         Distillation(name="see", weight=0.3, teacher=str(workdir), of="hidden"),
     )
-    prepared, plan, batch, state, references = setup(bert, data, tmp_path, weighting=weighting, regularisers=held)
+    prepared, plan, batch, state, references = setup(bert, data, tmp_path, **rule, regularisers=held)
     state = moved(state)._replace(step=jnp.int32(2))
     teacher, tasks = runs.open_run(workdir), prepared.corpus.tasks
 
@@ -79,19 +87,17 @@ def test_gradients_are_added_to_those_of_the_tasks(bert, data, workdir, tmp_path
     (total, losses), expected = jax.jit(jax.value_and_grad(written_out, has_aux=True))(state.params)
     frozen = jax.tree.map(lambda _: None, state.params)
     found = jax.jit(measure(prepared, plan))(state.params, frozen, batch, None, state, references)
-    alone = jax.jit(measure(prepared, plan._replace(held=())))(state.params, frozen, batch, None, state, None)
+    gradient = found.gradient
+    if rule is not NOTHING:
+        alone = jax.jit(measure(prepared, plan._replace(held=())))(state.params, frozen, batch, None, state, None)
+        gradient = jax.tree.map(jnp.subtract, gradient, alone.gradient)
+        jax.tree.map(np.testing.assert_array_equal, found.weights, alone.weights)
     for name, loss in losses.items():
         np.testing.assert_allclose(found.held[name], loss, rtol=1e-4, err_msg=name)
     sums = [found.held_weights[name] * loss for name, loss in found.held.items()]
     np.testing.assert_allclose(sum(sums), total, rtol=1e-4)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    jax.tree.map(
-        lambda both, own, held: np.testing.assert_allclose(both - own, held, atol=1e-4 * scale),
-        found.gradient,
-        alone.gradient,
-        expected,
-    )
-    jax.tree.map(np.testing.assert_array_equal, found.weights, alone.weights)
+    jax.tree.map(lambda own, other: np.testing.assert_allclose(own, other, atol=1e-4 * scale), gradient, expected)
 
 
 def program(prepared, plan, batch, state, references=None):
@@ -162,3 +168,159 @@ def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data
     mtl_jax.train(experiment, tmp_path / "stopped")
     assert fisher.read_bytes() == before
     assert last(tmp_path / "stopped") == last(tmp_path / "whole")
+
+
+def test_r_drop_compares_the_halves_of_a_batch_that_is_there_twice():
+    """Of examples of the task's own source, labelled or not; tasks' counts are those of the batch as it is."""
+    task = two_sources.TASKS[0]
+    index, source = np.array([[0, -1], [1, 2]]), np.array([0, 1])
+    batch = Batch(np.zeros((2, 3)), None, None, index, source, {"a": np.array([[-1, -1], [0, 1]])})
+    doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
+    outputs = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
+    each = holding.on_outputs(RDrop(), [task], {"first": 0, "second": 1}, None)
+    found = each.loss({}, Encoded(), {"a": outputs}, doubled, each.count(doubled), None)
+    np.testing.assert_allclose(found, transfer.r_drop(outputs[0, 0], outputs[2, 0]), rtol=1e-5)
+
+    def measure(trained, frozen, batch, table, state, references):
+        return Measured(trained, {}, {"a": jnp.float32(len(batch.index))}, {}, None, (), {}, {})
+
+    assert holding.twice(measure)({}, {}, batch, None, None, None).counts == {"a": 2}
+
+
+def test_mixout_is_around_the_measure():
+    """The measure sees mixed parameters; its gradient comes back through the mixing; a frozen leaf is left alone."""
+    trained = {"trunk": {"kernel": jnp.full(1000, 2.0), "bias": None}, "heads": {"a": jnp.ones(2)}}
+    state = create({}, (), (), 0)
+
+    def measure(trained, frozen, batch, table, state, references):
+        return Measured(jax.tree.map(lambda leaf: 3.0 * leaf, trained), {}, {}, {}, None, (), {}, {})
+
+    mixed = holding.mix(measure, 0.75, ("trunk/kernel",), "start-all")
+    found = mixed(trained, {}, None, None, state, {"start-all": {"trunk/kernel": jnp.zeros(1000)}}).gradient
+    own = np.asarray(found["trunk"]["kernel"]) != 0
+    np.testing.assert_allclose(found["trunk"]["kernel"], np.where(own, 3.0 * 8.0 * 4.0, 0.0))
+    assert 0.2 < own.mean() < 0.3
+    np.testing.assert_array_equal(found["heads"]["a"], 3.0)
+    again = mixed(trained, {}, None, None, state._replace(step=jnp.int32(1)), {"start-all": {"trunk/kernel": jnp.zeros(1000)}})
+    assert (np.asarray(again.gradient["trunk"]["kernel"] != 0) != own).any()
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_fisher_is_the_mean_of_squared_gradients_example_by_example(bert, data, labels):
+    prepared = prepare(tiny.experiment(bert, data, trunk=mtl_jax.Embedding(dimension=4), only=("rating", "fine"), phases=ALL))
+    tasks, train = prepared.corpus.tasks, prepared.corpus.splits["train"]
+    kind = EWC(source="questions", labels=labels, batches=2)
+    path, params, fine = "trunk/word/embedding", prepared.params, tasks[1]
+    arguments = (kind, prepared.trunk.module, params, [fine], train["questions"], prepared.experiment.batch, [path], 3, 1)
+    found = fisher.diagonal(*arguments)
+    np.testing.assert_array_equal(fisher.diagonal(*arguments)[path], found[path])
+    assert found[path].shape == params["trunk"]["word"]["embedding"].shape
+    if labels == "model":
+        assert (found[path] > 0).any()
+        return
+    chosen = np.random.default_rng([3, 7]).permutation(len(train["questions"].tokens))[:16]
+    total = np.zeros_like(found[path])
+
+    @jax.jit
+    def loss(table, ids, there, label):
+        vector = (table[ids] * there[:, None]).sum(axis=0) / there.sum()
+        output = Head(fine.outputs, fine.hidden).apply({"params": params["heads"]["fine"]}, vector)
+        return -jax.nn.log_softmax(output)[label]
+
+    gradient = jax.jit(jax.grad(loss))
+    for n in chosen:
+        ids = np.zeros(24, np.int32)
+        ids[: len(train["questions"].tokens[n])] = train["questions"].tokens[n]
+        there = (np.arange(24) < len(train["questions"].tokens[n])).astype(np.float32)
+        total += gradient(params["trunk"]["word"]["embedding"], ids, there, train["questions"].labels["fine"][n]) ** 2
+    np.testing.assert_allclose(found[path], total / 16, rtol=1e-3, atol=1e-7)
+
+
+def test_labels_are_drawn_as_the_model_says():
+    key, batch = jax.random.key(0), Batch(None, None, None, np.zeros((5000, 1), int), None, {})
+    missing = np.full((5000, 1), -1, np.int32)
+    drawn = fisher.draw(two_sources.TASKS[0], np.tile([0.0, np.log(3.0)], (5000, 1, 1)), missing, batch, key)
+    np.testing.assert_allclose(drawn.mean(), 0.75, atol=0.03)
+    unknown = np.full((5000, 1), np.nan, np.float32)
+    numbers = fisher.draw(Regression(name="b", source="x", scale=2.0), np.ones((5000, 1, 1)), unknown, batch, key)
+    np.testing.assert_allclose([numbers.mean(), numbers.std()], [2.0, 2.0 * 0.5**0.5], atol=0.06)
+    decisions = Multilabel(name="m", source="x", labels=("x", "y"))
+    some = fisher.draw(decisions, np.tile([0.0, 9.0], (5000, 1, 1)), np.full((5000, 1, 2), -1, np.int32), batch, key)
+    np.testing.assert_allclose(some.mean(axis=(0, 1)), [0.5, 1.0], atol=0.03)
+    empty = batch._replace(index=np.full((5000, 1), -1))
+    assert (fisher.draw(two_sources.TASKS[0], np.zeros((5000, 1, 2)), missing, empty, key) == -1).all()
+
+
+def test_a_run_with_another_trunk_is_refused():
+    own, other = {"trunk/word": np.zeros((20, 16)), "trunk/b": np.zeros(2)}, {"trunk/word": np.zeros((20, 8))}
+    with pytest.raises(UserError, match=r"trunk/word is of shape \(20, 8\) in runs/x and of shape \(20, 16\) here"):
+        regularised.same_shapes(EWC(run="runs/x"), ["trunk/word"], own, other)
+    with pytest.raises(UserError, match=r"run of ewc: trunk/b is absent in runs/x"):
+        regularised.same_shapes(EWC(run="runs/x"), ["trunk/b"], own, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"regularisers": (L2SP(weight=-1.0),)}, "regularisers: l2sp is -1.0 at step 0; it must be finite and not negative"),
+        ({"regularisers": (L2SP(weight="linear_schedule(1, -1, 4)"),)}, "regularisers: the schedule of l2sp is -0.5 at step 3"),
+        ({"regularisers": (L2SP(weight="x"),)}, "regularisers: l2sp is 'x'; write a number or a schedule"),
+        ({"regularisers": (L2SP(alpha=-1.0),)}, "regularisers: alpha of l2sp is -1.0"),
+        ({"regularisers": (L2SP(), L2SP())}, "'l2sp' is also the name of another one"),
+        ({"regularisers": (L2SP(name="fine"),)}, "'fine' is also the name of a task"),
+        ({"regularisers": (L2SP(phase="second"),)}, "unknown phase of l2sp: 'second'.*choices: all"),
+        (
+            {"regularisers": (L2SP(shared="trunk/laier.*"),)},
+            "shared of l2sp, 'trunk/laier.*', matches no parameter; paths look like",
+        ),
+        ({"regularisers": (EWC(parameters="("),)}, "parameters of ewc is no regular expression"),
+        ({"regularisers": (EWC(),)}, "ewc needs a source"),
+        ({"regularisers": (EWC(source="films"),)}, "unknown source of ewc: 'films'; choices: ratings, questions"),
+        ({"regularisers": (EWC(source="films", run="WORKDIR"),)}, "the run in .* has questions, ratings, no 'films'"),
+        ({"regularisers": (EWC(source="ratings", run="UNFINISHED"),)}, "run of ewc: the run in .* is not finished"),
+        ({"regularisers": (Distillation(),)}, "distillation needs a teacher"),
+        ({"regularisers": (Distillation(teacher="UNFINISHED"),)}, "teacher of distillation: the run in .* is not finished"),
+        ({"regularisers": (Distillation(teacher="nowhere"),)}, "teacher of distillation: nowhere is no workdir of a run"),
+        ({"regularisers": (Distillation(teacher="WORKDIR", tasks=("x",)),)}, "unknown task of distillation: 'x'"),
+        (
+            {"regularisers": (Distillation(teacher="OTHER_LABELS"),)},
+            "has another label set for 'coarse': A, B there, HUM, LOC here",
+        ),
+        ({"regularisers": (Distillation(teacher="OTHER_WORDS"),)}, "has another vocabulary than this run's trunk"),
+        ({"regularisers": (Distillation(teacher="WORKDIR", temperature=0.0),)}, "temperature of distillation is 0.0"),
+        ({"regularisers": (Distillation(teacher="WORKDIR", of="attention"),)}, "unknown of of distillation"),
+        ({"regularisers": (RDrop(),)}, "compares two passes that differ by dropout, but there is none"),
+        ({"mixout": Mixout(1.0)}, "mixout.p is 1.0; it must be at least 0 and below 1"),
+        ({"mixout": Mixout(0.5, "kernel")}, "mixout.parameters, 'kernel', matches no parameter"),
+    ],
+)
+def test_what_is_refused_before_training(bert, data, workdir, tmp_path, changes, message):
+    def copied(change):
+        folder = tmp_path / "copy"
+        shutil.copytree(workdir, folder)
+        change(folder)
+        return str(folder)
+
+    def other_labels(folder):
+        found = json.loads((folder / "data.json").read_text())
+        found["tasks"]["coarse"]["labels"] = ["A", "B"]
+        (folder / "data.json").write_text(json.dumps(found))
+
+    def other_words(folder):
+        file = folder / "trunk" / "tokenizer.json"
+        file.write_text(file.read_text().replace('"city"', '"town"'))
+
+    made = {
+        "WORKDIR": lambda: str(workdir),
+        "UNFINISHED": lambda: copied(lambda folder: (folder / "results.json").unlink()),
+        "OTHER_LABELS": lambda: copied(other_labels),
+        "OTHER_WORDS": lambda: copied(other_words),
+    }
+    held = []
+    for each in changes.get("regularisers", ()):
+        for field in ("run", "teacher"):
+            if getattr(each, field, "") in made:
+                each = dataclasses.replace(each, **{field: made[getattr(each, field)]()})
+        held.append(each)
+    with pytest.raises(UserError, match=message):
+        setup(bert, data, tmp_path, **changes | ({"regularisers": tuple(held)} if held else {}))

@@ -17,11 +17,11 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
-from mtl_jax.training.holding import leaves_of, put
 from mtl_jax.training.runs import Run
 from mtl_jax.training.step import apply_heads, encode_tokens, needs
 from mtl_jax.transfer.divergence import SIGMOID, SOFTMAX
 from mtl_jax.transfer.ewc import squared_gradients
+from mtl_jax.transfer.leaves import leaves_of, put
 from mtl_jax.transfer.regularisers import EWC, FIELD
 
 

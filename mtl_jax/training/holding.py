@@ -1,28 +1,24 @@
-"""Regularisers in the step: losses of parameters, losses of what the model makes of a batch, and Mixout."""
+"""Regularisers around the measure of a step: losses of parameters, passes of their own, and Mixout."""
 
 from __future__ import annotations
 
 import functools
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.data.batches import Batch
-from mtl_jax.models.encoded import Encoded
-from mtl_jax.tasks import Task
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Held, Measure, Measured
-from mtl_jax.training.teachers import Teacher
-from mtl_jax.transfer import distillation, ewc, freezing, l2sp, mixout, r_drop
-from mtl_jax.transfer.regularisers import EWC, L2SP, AnyRegulariser, Distillation, RDrop
+from mtl_jax.training.step import Measure, Measured
+from mtl_jax.transfer import ewc, l2sp, mixout
+from mtl_jax.transfer.leaves import Leaves, leaves_of, matching, put
+from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation
 from mtl_jax.weighting import schedules
 from mtl_jax.weighting.schedules import Schedule
 
-Leaves = dict[str, jax.Array]
 Weights = Mapping[str, float | Schedule]
 # (leaves that train, references) -> f32[]
 Penalty = Callable[[Leaves, Any], jax.Array]
@@ -31,22 +27,6 @@ Penalty = Callable[[Leaves, Any], jax.Array]
 def start_of(phase: str) -> str:
     """The reference's name: what parameters were when a phase began."""
     return f"start-{phase}"
-
-
-def leaves_of(tree: Any) -> Leaves:
-    """{path: leaf}; a frozen one, None, is left out."""
-    return {freezing.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def put(tree: Any, leaves: Leaves) -> Any:
-    """The tree with those leaves in their places."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(freezing.path_name(path), leaf), tree)
-
-
-def matching(pattern: str, leaves: Mapping[str, Any]) -> list[str]:
-    """The paths that a regular expression matches whole."""
-    compiled = re.compile(pattern)
-    return [path for path in leaves if compiled.fullmatch(path)]
 
 
 def penalty_of(regulariser: L2SP | EWC, phase: str) -> Penalty:
@@ -191,111 +171,3 @@ def _add(found: Measured, gradient: Any, losses: dict[str, jax.Array], weights: 
         held=found.held | losses,
         held_weights=found.held_weights | weights,
     )
-
-
-class OnOutputs(NamedTuple):
-    """A regulariser that looks at what the model makes of a batch; as in Held, of one."""
-
-    count: Callable[[Batch], Any]
-    loss: Callable[[Any, Encoded, dict[str, jax.Array], Batch, Any, Any], jax.Array]
-
-
-def held(regularisers: Mapping[str, OnOutputs], weights: Weights) -> Held:
-    """What by_losses() takes.
-
-    Args:
-        regularisers: By name.
-        weights: Their weights.
-    """
-
-    def losses(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> dict[str, Any]:
-        return {
-            name: each.loss(heads, encoded, outputs, batch, counts[name], references) for name, each in regularisers.items()
-        }
-
-    return Held(
-        counts=lambda batch: {name: each.count(batch) for name, each in regularisers.items()},
-        losses=losses,
-        weights=lambda step: weights_at(weights, regularisers, step),
-    )
-
-
-def on_outputs(
-    regulariser: AnyRegulariser, tasks: Sequence[Task], places: Mapping[str, int], teacher: Teacher | None
-) -> OnOutputs:
-    """A regulariser that looks at what the model makes of a batch.
-
-    Args:
-        regulariser: Distillation or RDrop.
-        tasks: The tasks that it looks at.
-        places: {source: its place in the run's order}.
-        teacher: For Distillation.
-    """
-    if isinstance(regulariser, RDrop):
-        return _r_drop(tasks, places)
-    assert isinstance(regulariser, Distillation)
-    assert teacher is not None
-    if regulariser.of == "hidden":
-        return _distil_hidden(regulariser, teacher)
-    return _distil(regulariser, teacher, tasks, places)
-
-
-def _there(task: Task, batch: Batch, places: Mapping[str, int]) -> jax.Array:
-    """bool[R, S], examples of the task's source, labelled or not; or bool[R, T], labelled words."""
-    if task.level == "example":
-        return (batch.index >= 0) & (batch.source == places[task.source])[:, None]
-    there: jax.Array = batch.labels[task.name] != task.missing
-    return there
-
-
-def _masked_sum(values: jax.Array, there: jax.Array) -> jax.Array:
-    # Where nothing is, outputs are finite: no NaN that a product with 0 would keep.
-    return jnp.where(there, values, 0.0).sum()
-
-
-def _r_drop(tasks: Sequence[Task], places: Mapping[str, int]) -> OnOutputs:
-    def halves(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return leaf[: len(leaf) // 2], leaf[len(leaf) // 2 :]
-
-    def count(batch: Batch) -> dict[str, jax.Array]:
-        return {task.name: jnp.maximum(_there(task, batch, places).sum() / 2, 1) for task in tasks}
-
-    def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        total = jnp.zeros(())
-        for task in tasks:
-            first, second = halves(outputs[task.name])
-            there, _ = halves(_there(task, batch, places))
-            total += _masked_sum(r_drop(first, second, task.compared_as), there) / counts[task.name]
-        return total
-
-    return OnOutputs(count, loss)
-
-
-def _distil(regulariser: Distillation, teacher: Teacher, tasks: Sequence[Task], places: Mapping[str, int]) -> OnOutputs:
-    def count(batch: Batch) -> dict[str, jax.Array]:
-        return {task.name: jnp.maximum(_there(task, batch, places).sum(), 1) for task in tasks}
-
-    def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        said = teacher.outputs(references[teacher_of(regulariser)], batch, [task.name for task in tasks])
-        total = jnp.zeros(())
-        for task in tasks:
-            values = distillation.distill(outputs[task.name], said[task.name], regulariser.temperature, task.compared_as)
-            total += _masked_sum(values, _there(task, batch, places)) / counts[task.name]
-        return total
-
-    return OnOutputs(count, loss)
-
-
-def _distil_hidden(regulariser: Distillation, teacher: Teacher) -> OnOutputs:
-    def count(batch: Batch) -> jax.Array:
-        return jnp.maximum((batch.segments > 0).sum(), 1)
-
-    def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        seen, own = teacher.hidden(references[teacher_of(regulariser)], batch), encoded.tokens
-        assert own is not None
-        if regulariser.name in heads:
-            own = own @ heads[regulariser.name]["projection"]["kernel"]
-        values = distillation.distill_hidden(own, seen, regulariser.distance)
-        return _masked_sum(values, batch.segments > 0) / counts
-
-    return OnOutputs(count, loss)

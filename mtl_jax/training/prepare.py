@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,18 +21,20 @@ from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import gradients, gram_step, holding, idle, regularised
+from mtl_jax.training import gram_step, regularised
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
+from mtl_jax.training.measures import measure as measure
+from mtl_jax.training.measures import per_task as per_task
 from mtl_jax.training.runs import Run
 from mtl_jax.training.state import TrainState, create
-from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
+from mtl_jax.training.step import needs
 from mtl_jax.training.teachers import Teacher
 from mtl_jax.transfer import freezing
-from mtl_jax.transfer.regularisers import EWC, L2SP, AnyRegulariser, Distillation, RDrop
+from mtl_jax.transfer.leaves import leaves_of, matching
+from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule, schedules
-from mtl_jax.weighting import fixed as fixed_weights
 
 SOME_TEXTS = 50  # on which a teacher's tokenizer is compared with the run's
 
@@ -207,78 +209,12 @@ def _place(tree: Any, prepared: Prepared) -> Any:
     return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(prepared.mesh))
 
 
-def per_task(rule: Rule) -> bool:
-    """Whether the rule compares or changes the task gradients."""
-    return rule.needs_gram or rule.transform is not None
-
-
 def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
     """A state with the structure of a phase; its numbers mean nothing."""
     trained, _ = freezing.split(prepared.params, plan.mask)
     names = [task.name for task in prepared.corpus.tasks]
     rule_state = gram_step.init_rule(plan.rule, names, trained["trunk"])
     return create(prepared.params, plan.optimizer.init(trained), rule_state, 0)
-
-
-def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
-    """How a phase's steps come from losses to a gradient."""
-    experiment, tasks = prepared.experiment, prepared.corpus.tasks
-    counting = tuple(task for task in tasks if task.name not in plan.idle)
-    weights = {each.name: schedules.parse(each.weight, each.name) for each in plan.held}
-    watching = _watching(prepared, plan, counting)
-    held = holding.held(watching, weights)
-    vectors = ("tokens",) if any(isinstance(each, Distillation) and each.of == "hidden" for each in plan.held) else ()
-    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, (*needs(tasks), *vectors))
-    doubled = any(isinstance(each, RDrop) for each in plan.held)
-    weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
-    if not per_task(plan.rule):
-        trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
-        found = by_losses(
-            encode, counting, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate, held=held
-        )
-    else:
-        rows = {source: count * (2 if doubled else 1) for source, count in prepared.schedule.capacity().items()}
-        fixed = prepared.schedule.constant() and jax.process_count() == 1 and not doubled
-        found = gram_step.by_gram(
-            encode,
-            tasks,
-            plan.rule,
-            gradients.layout(tasks, rows, fixed),
-            gram_step.check(prepared.params, plan.mask, experiment.gram_over),
-            gram_over=experiment.gram_over,
-            dtype=meshes.compute_dtype(experiment.gram_dtype),
-            weigh_heads=weigh_heads,
-            accumulate=accumulate,
-            mesh=prepared.mesh if prepared.mesh.size > 1 else None,
-        )
-        if watching:
-            nothing = fixed_weights({task.name: 0.0 for task in tasks})
-            alone = by_losses(encode, tasks, nothing, trains_trunk=True, accumulate=accumulate, held=held)
-            found = holding.beside(found, alone)
-    if doubled:
-        found = holding.twice(found)
-    if plan.idle:
-        # On several hosts the rows of a source are not in one piece.
-        rows_of = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
-        left = idle.rows_that_count(tasks, plan.idle, rows_of, accumulate * prepared.mesh.size)
-        found = idle.leave_out(found, plan.idle, left)
-    first = prepared.plans[0].phase.name
-    if plan.mixed:
-        found = holding.mix(found, experiment.mixout.p, plan.mixed, holding.start_of(first))
-    penalties = {each.name: holding.penalty_of(each, each.phase or first) for each in plan.held if isinstance(each, L2SP | EWC)}
-    return holding.penalise(found, penalties, weights) if penalties else found
-
-
-def _watching(prepared: Prepared, plan: PhasePlan, counting: Sequence[Task]) -> dict[str, holding.OnOutputs]:
-    """The regularisers of a phase that look at what the model makes of a batch."""
-    places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
-    found = {}
-    for each in plan.held:
-        if isinstance(each, Distillation | RDrop):
-            names = prepared.watched.get(each.name) or [task.name for task in counting if task.compared_as]
-            tasks = [task for task in counting if task.name in names]
-            found[each.name] = holding.on_outputs(each, tasks, places, prepared.teachers.get(each.name))
-    return found
 
 
 def _plan(
@@ -314,7 +250,7 @@ def _plan(
         held = regularised.of_phase(experiment, number, steps)
         vectors = any(isinstance(each, Distillation) and each.of == "hidden" for each in held)
         looked_at = {name for each in held for name in watched.get(each.name, ())}
-        trained = {path: None for path, trains in holding.leaves_of(mask).items() if trains}
+        trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
                 phase=phase,
@@ -327,19 +263,23 @@ def _plan(
                 optimizer=optimizers.build(experiment.optimizer, rate),
                 cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",) and not vectors,
                 fresh_rule=not same,
-                idle=() if vectors else tuple(name for name in _idle(experiment, phase, steps) if name not in looked_at),
+                idle=() if vectors else _idle(experiment, phase, steps, looked_at),
                 held=held,
-                mixed=tuple(holding.matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
+                mixed=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
             )
         )
         start += phase.steps
     return plans
 
 
-def _idle(experiment: Experiment, phase: Phase, steps: range) -> tuple[str, ...]:
-    """The tasks whose weight is 0 in all of these steps."""
+def _idle(experiment: Experiment, phase: Phase, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
+    """The tasks whose weight is 0 in all of these steps, and at which no regulariser looks; () where that is every task."""
     weights = phase.weights or ({} if experiment.combinators else experiment.weights)
-    return tuple(task for task, weight in weights.items() if not schedules.over(weight, steps, task).any())
+    if not experiment.weigh_heads:  # a head learns by its plain loss, whatever the task's weight
+        return ()
+    idle = [task for task, weight in weights.items() if not schedules.over(weight, steps, task).any()]
+    found = tuple(task for task in idle if task not in looked_at)
+    return found if len(found) < len(weights) else ()
 
 
 def _notes(corpus: Corpus, params: Any, plans: Sequence[PhasePlan]) -> list[str]:

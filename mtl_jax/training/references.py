@@ -19,9 +19,10 @@ from mtl_jax.pretrained.safetensors_file import open_safetensors
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.training import fisher
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.holding import anchor_of, fisher_of, leaves_of, matching, start_of, teacher_of
+from mtl_jax.training.holding import anchor_of, fisher_of, start_of, teacher_of
 from mtl_jax.training.prepare import PhasePlan, Prepared
 from mtl_jax.training.state import TrainState
+from mtl_jax.transfer.leaves import leaves_of, matching
 from mtl_jax.transfer.regularisers import EWC, L2SP, AnyRegulariser, Distillation
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,9 @@ class References:
 
     def _make(self, plan: PhasePlan, state: TrainState) -> None:
         """Writes what is to be kept of the moment in which a phase begins."""
-        start = self._at_the_start(plan)
-        if start:
-            self._keep(start_of(plan.phase.name), lambda: {path: leaves_of(state.params)[path] for path in sorted(start)})
+        if any(start_of(plan.phase.name) in self._needed(later) for later in self.prepared.plans):
+            leaves, start = leaves_of(state.params), self._at_the_start(plan)
+            self._keep(start_of(plan.phase.name), lambda: {path: leaves[path] for path in sorted(start)})
         for each in self._used():
             begins = plan.number == 0 if isinstance(each, EWC) and each.run else plan.phase.name == (each.phase or self._first)
             if isinstance(each, EWC) and begins:

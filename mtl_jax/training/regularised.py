@@ -15,9 +15,9 @@ from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.training import fisher, runs
-from mtl_jax.training.holding import leaves_of, matching
 from mtl_jax.training.runs import Run
 from mtl_jax.training.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
+from mtl_jax.transfer.leaves import leaves_of, matching
 from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, AnyRegulariser, Distillation, RDrop
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import schedules

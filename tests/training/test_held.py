@@ -18,14 +18,14 @@ from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.head import Head
-from mtl_jax.training import fisher, holding, loop, regularised, runs
+from mtl_jax.training import fisher, holding, loop, regularised, runs, watching
 from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.holding import leaves_of
 from mtl_jax.training.logs import read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
 from mtl_jax.training.references import References
 from mtl_jax.training.state import create
 from mtl_jax.training.step import Measured, apply_heads, encode_tokens, make_train_step
+from mtl_jax.transfer.leaves import leaves_of
 
 ALL = (Phase("all", 4),)
 
@@ -170,6 +170,40 @@ def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data
     assert last(tmp_path / "stopped") == last(tmp_path / "whole")
 
 
+def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "HIDDEN", 8)
+    tiny.write_bert(tmp_path / "narrow")
+    see = Distillation(name="see", teacher=str(tmp_path / "narrow"), of="hidden")
+    prepared, _, batch, _, references = setup(bert, data, tmp_path, regularisers=(see,))
+    teacher, heads = prepared.teachers["see"], prepared.params["heads"]
+    assert heads["see"]["projection"]["kernel"].shape == (16, 8)
+    own = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 16)).astype(np.float32)
+    each = watching.on_outputs(see, prepared.corpus.tasks, {}, teacher)
+    found = each.loss(heads, Encoded(tokens=own), {}, batch, each.count(batch), references)
+    there = np.asarray(teacher.hidden(teacher.params, batch))
+    difference = (own @ heads["see"]["projection"]["kernel"] - there) ** 2
+    np.testing.assert_allclose(found, difference.mean(axis=-1)[np.asarray(batch.segments) > 0].mean(), rtol=1e-4)
+
+
+def test_where_nothing_that_is_held_trains_there_is_nothing_to_keep(bert, data, tmp_path):
+    phases = (Phase("heads", 2, rules=tiny.HEADS_ONLY),)
+    _, plan, _, _, references = setup(bert, data, tmp_path, regularisers=(L2SP(beta=0.0),), phases=phases)
+    assert references == {"start-heads": {}}
+    assert plan.cached
+
+
+def test_what_was_held_is_missed_and_compared(bert, data, tmp_path):
+    prepared, plan, _, state, _ = setup(bert, data, tmp_path, regularisers=(L2SP(shared="trunk/layer_0/.*"),))
+    file = tmp_path / "reference" / "start-all.safetensors"
+    references = References(prepared, tmp_path)
+    references.digests["start-all"] = "another"
+    with pytest.raises(UserError, match=r"start-all.safetensors is not what this run began with; put it back"):
+        references.enter(plan, state, False)
+    file.unlink()
+    with pytest.raises(UserError, match=r"start-all.safetensors is missing, and this run holds on to it"):
+        references.enter(plan, state, False)
+
+
 def test_r_drop_compares_the_halves_of_a_batch_that_is_there_twice():
     """Of examples of the task's own source, labelled or not; tasks' counts are those of the batch as it is."""
     task = two_sources.TASKS[0]
@@ -177,7 +211,7 @@ def test_r_drop_compares_the_halves_of_a_batch_that_is_there_twice():
     batch = Batch(np.zeros((2, 3)), None, None, index, source, {"a": np.array([[-1, -1], [0, 1]])})
     doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
     outputs = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
-    each = holding.on_outputs(RDrop(), [task], {"first": 0, "second": 1}, None)
+    each = watching.on_outputs(RDrop(), [task], {"first": 0, "second": 1}, None)
     found = each.loss({}, Encoded(), {"a": outputs}, doubled, each.count(doubled), None)
     np.testing.assert_allclose(found, transfer.r_drop(outputs[0, 0], outputs[2, 0]), rtol=1e-5)
 

@@ -69,7 +69,7 @@ def prepare(experiment: Experiment, trunk: Trunk, corpus: Corpus, params: Any, t
     length, width = experiment.batch.row_length, trunks.width(trunk, params["trunk"])
     for each in _used(experiment):
         if isinstance(each, Distillation):
-            teacher = open_teacher(each, trunk, length, texts, trunk.module.dtype)
+            teacher = open_teacher(each, trunk, tasks, length, texts, trunk.module.dtype)
             found.teachers[each.name] = teacher
             if each.of == "logits":
                 found.watched[each.name] = tasks_to_imitate(each, teacher, tasks)

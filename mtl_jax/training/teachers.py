@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from mtl_jax import trunks
+from mtl_jax import pretrained, trunks
 from mtl_jax.data.batches import Batch
 from mtl_jax.errors import UserError
-from mtl_jax.tasks import Task
+from mtl_jax.tasks import Tagging, Task
 from mtl_jax.training import runs
 from mtl_jax.training.step import apply_heads, encode_tokens, needs
 from mtl_jax.transfer.regularisers import FIELD, Distillation
@@ -22,16 +24,18 @@ class Teacher(NamedTuple):
     """A model that is imitated.
 
     Attributes:
-        module: Its trunk.
-        tasks: Its tasks; none where it is a bare checkpoint.
-        params: {"trunk": ..., "heads": {task: ...}} on the first device.
+        module: Its trunk; of a tagger's checkpoint the model with its head.
+        tasks: Its tasks; none where only its vectors are wanted.
+        params: {"trunk": ..., "heads": {task: ...}} on the first device; of a checkpoint what module takes.
         width: H, the size of its vectors.
+        tagger: Whether module gives the logits of its only task itself.
     """
 
     module: Any
     tasks: tuple[Task, ...]
     params: Any
     width: int
+    tagger: bool = False
 
     def outputs(self, params: Any, batch: Batch, names: Sequence[str]) -> dict[str, jax.Array]:
         """{task: outputs} of some tasks, without dropout.
@@ -41,6 +45,10 @@ class Teacher(NamedTuple):
             batch: The rows.
             names: The tasks.
         """
+        if self.tagger:
+            real = (batch.segments > 0).astype(jnp.int32)
+            types, own = batch.types, {"position_ids": batch.positions, "segment_ids": batch.segments}
+            return {names[0]: self.module.apply({"params": params}, batch.tokens, real, token_type_ids=types, **own).logits}
         chosen = tuple(task for task in self.tasks if task.name in names)
         encoded = encode_tokens(self.module, needs(chosen))(params["trunk"], batch, None, None)
         return apply_heads(chosen, params["heads"], encoded, batch, None)
@@ -52,33 +60,50 @@ class Teacher(NamedTuple):
         return vectors
 
 
-def open_teacher(kind: Distillation, trunk: Trunk, row_length: int, texts: Sequence[str], dtype: Any) -> Teacher:
+def open_teacher(
+    kind: Distillation, trunk: Trunk, tasks: Mapping[str, Task], row_length: int, texts: Sequence[str], dtype: Any
+) -> Teacher:
     """Opens a teacher and finds out whether it reads what the student reads.
 
     Args:
         kind: Names it.
         trunk: The student's trunk.
+        tasks: The student's tasks.
         row_length: Tokens of a row.
         texts: Some texts, on which the tokenizers are compared.
         dtype: Compute dtype.
 
     Raises:
-        UserError: It is no finished run, or, where its vectors are wanted, no checkpoint either; it has another vocabulary or
-            takes shorter rows.
+        UserError: It is no finished run, nor a checkpoint that can teach this; it has another vocabulary or takes shorter rows.
     """
     folder, where = Path(kind.teacher), f"{FIELD}: teacher of {kind.name}"
-    tasks: tuple[Task, ...] = ()
-    if kind.of == "hidden" and not runs.is_workdir(folder):
-        other = trunks.build(Pretrained(kind.teacher), (), dtype)
-        params, longest = {"trunk": other.params}, other.max_length
+    if not runs.is_workdir(folder) and kind.of == "hidden":
+        bare = trunks.build(Pretrained(kind.teacher), (), dtype)
+        params = {"trunk": bare.params}
+        found, tokenizer = Teacher(bare.module, (), params, trunks.width(bare, bare.params)), bare.tokenizer
+    elif not runs.is_workdir(folder) and (folder / "config.json").exists():
+        found, tokenizer = _tagger(kind, tasks, where, dtype)
     else:
         run = runs.open_finished(folder, where)
-        other, params, tasks = run.trunk, run.params, run.tasks
-        longest = getattr(other.module.config, "max_length", None) or trunks.UNBOUNDED
-    check_vocabulary(trunk.tokenizer, other.tokenizer, texts, f"{where}, {kind.teacher},")
-    if longest < row_length:
+        width = trunks.width(run.trunk, run.params["trunk"])
+        found, tokenizer = Teacher(run.trunk.module, run.tasks, run.params, width), run.trunk.tokenizer
+    check_vocabulary(trunk.tokenizer, tokenizer, texts, f"{where}, {kind.teacher},")
+    longest = getattr((found.module.trunk if found.tagger else found.module).config, "max_length", None)
+    if longest is not None and longest < row_length:
         raise UserError(f"{where}, {kind.teacher}, takes rows of {longest} tokens, but batch.row_length is {row_length}")
-    return Teacher(other.module, tasks, params, trunks.width(other, params["trunk"]))
+    return found
+
+
+def _tagger(kind: Distillation, tasks: Mapping[str, Task], where: str, dtype: Any) -> tuple[Teacher, Any]:
+    """A token classifier's checkpoint as the teacher of a tagging task. (Its heads of texts cannot read packed rows.)"""
+    checkpoint = pretrained.load(kind.teacher, dtype=dtype)
+    if checkpoint.head != "token_classification" or len(kind.tasks) != 1 or not isinstance(tasks[kind.tasks[0]], Tagging):
+        raise UserError(
+            f"{where}: outputs of a checkpoint, {kind.teacher}, can be imitated where it is a token classifier and tasks names "
+            "the one tagging task that it has; else give the workdir of a finished run, or imitate its vectors (of hidden)"
+        )
+    task = dataclasses.replace(tasks[kind.tasks[0]], labels=checkpoint.labels)  # type: ignore[call-arg]
+    return Teacher(checkpoint.model, (task,), checkpoint.params, 0, tagger=True), checkpoint.tokenizer
 
 
 def check_vocabulary(own: Any, other: Any, texts: Sequence[str], where: str) -> None:

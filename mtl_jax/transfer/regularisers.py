@@ -105,7 +105,8 @@ class Distillation(Regulariser):
         weight: As in all regularisers.
         phase: As in all regularisers.
         teacher: The workdir of a finished run, of which the best checkpoint is taken; for hidden also a checkpoint's directory
-            or hub id. Its vocabulary must be that of this run's trunk.
+            or hub id, and for one tagging task the directory of a token classifier with the task's labels in order. Its
+            vocabulary must be that of this run's trunk.
         of: logits: the outputs of tasks that both have, under the same name: the sum over tasks of the mean over the task's
             examples (labelled or not; for taggers, labelled words). hidden: the last vectors of all tokens, the mean over them.
         tasks: For logits: these tasks; empty: all that both have.

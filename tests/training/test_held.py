@@ -12,13 +12,13 @@ import tiny
 import two_sources
 
 import mtl_jax
-from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Phase, RDrop, Regression, transfer
+from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Phase, RDrop, Regression, transfer, trunks
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.head import Head
-from mtl_jax.training import fisher, holding, loop, regularised, runs, watching
+from mtl_jax.training import fisher, holding, loop, regularised, runs, teachers, watching
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
@@ -183,6 +183,29 @@ def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_p
     there = np.asarray(teacher.hidden(teacher.params, batch))
     difference = (own @ heads["see"]["projection"]["kernel"] - there) ** 2
     np.testing.assert_allclose(found, difference.mean(axis=-1)[np.asarray(batch.segments) > 0].mean(), rtol=1e-4)
+
+
+def test_a_token_classifier_teaches_a_tagger(bert, tmp_path):
+    """Packed rows are read as every text by itself."""
+    checkpoint = mtl_jax.pretrained.load(str(bert), head="token_classification", labels=["A", "B", "C"])
+    mtl_jax.pretrained.save(tmp_path / "tagger", checkpoint)
+    trunk = trunks.build(mtl_jax.Pretrained(str(bert)), (), np.float32)
+    kind = Distillation(teacher=str(tmp_path / "tagger"), tasks=("tags",))
+    tasks = {"tags": mtl_jax.Tagging(name="tags", source="s", labels=("A", "B", "C"))}
+    teacher = teachers.open_teacher(kind, trunk, tasks, 24, ["good film ?"], np.float32)
+    assert teachers.tasks_to_imitate(kind, teacher, tasks) == ["tags"]
+    tokens, segments = np.array([[2, 5, 6, 3, 2, 7, 3, 0]]), np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
+    batch = Batch(tokens, segments, np.array([[0, 1, 2, 3, 0, 1, 2, 0]]), None, None, {})
+    found = teacher.outputs(teacher.params, batch, ["tags"])["tags"]
+    for n in (1, 2):
+        alone = checkpoint.model.apply({"params": checkpoint.params}, tokens[segments == n][None]).logits
+        np.testing.assert_allclose(found[segments == n], alone[0], atol=1e-5)
+    with pytest.raises(UserError, match="another label set for 'tags': A, B, C there, A, B here"):
+        teachers.tasks_to_imitate(kind, teacher, {"tags": dataclasses.replace(tasks["tags"], labels=("A", "B"))})
+    with pytest.raises(UserError, match="can be imitated where it is a token classifier and tasks names"):
+        teachers.open_teacher(dataclasses.replace(kind, tasks=()), trunk, tasks, 24, [], np.float32)
+    with pytest.raises(UserError, match=r"takes rows of 32 tokens, but batch\.row_length is 64"):
+        teachers.open_teacher(kind, trunk, tasks, 64, [], np.float32)
 
 
 def test_where_nothing_that_is_held_trains_there_is_nothing_to_keep(bert, data, tmp_path):

@@ -122,6 +122,28 @@ def test_a_weight_of_0_is_the_run_without(bert, data, tmp_path):
     assert program(held, plan_held, batch, state, start) != program(without, plan_without, batch, state)
 
 
+@pytest.mark.parametrize(("weighting", "accumulate"), [("equal", 2), ("pcgrad", 1), ("graddrop", 2)])
+def test_they_go_with_every_kind_of_rule(bert, data, tmp_path, weighting, accumulate):
+    """By the shapes alone: what a step takes it gives back."""
+    batch = dataclasses.replace(tiny.experiment(bert, data).batch, accumulate=accumulate)
+    held = (L2SP(), EWC(source="ratings", batches=1), RDrop(weight=0.5))
+    changes = {
+        "weighting": weighting,
+        "batch": batch,
+        "trunk": mtl_jax.Embedding(dimension=4),
+        "mixout": Mixout(0.5, "trunk/.*"),
+    }
+    tasks = tuple(dataclasses.replace(task, dropout=0.1) for task in tiny.experiment(bert, data).tasks)
+    prepared, plan, rows, state, references = setup(bert, data, tmp_path, **changes, tasks=tasks, regularisers=held)
+    step = make_train_step(measure(prepared, plan), plan.optimizer, plan.mask, 2)
+    after, metrics = jax.eval_shape(step, state, rows, None, references)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert set(metrics.held) == set(metrics.held_weights) == {"l2sp", "ewc", "r_drop"}
+    assert set(metrics.losses) == {"rating", "coarse", "fine"}
+
+
 def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data, workdir, tmp_path, monkeypatch):
     """Two phases: the first on one source, whose Fisher information is taken as the second begins. Dropout is on."""
     phases = (

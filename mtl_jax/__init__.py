@@ -27,7 +27,12 @@ from mtl_jax.tasks import Seq2Seq as Seq2Seq
 from mtl_jax.tasks import Span as Span
 from mtl_jax.tasks import Tagging as Tagging
 from mtl_jax.training.loop import train as train
+from mtl_jax.transfer import EWC as EWC
+from mtl_jax.transfer import L2SP as L2SP
+from mtl_jax.transfer import Distillation as Distillation
+from mtl_jax.transfer import Mixout as Mixout
 from mtl_jax.transfer import ParamRule as ParamRule
+from mtl_jax.transfer import RDrop as RDrop
 from mtl_jax.transfer.adapters import IA3 as IA3
 from mtl_jax.transfer.adapters import Bottleneck as Bottleneck
 from mtl_jax.transfer.adapters import Lora as Lora

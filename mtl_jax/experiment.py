@@ -17,9 +17,11 @@ from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
-from mtl_jax.transfer import ParamRule, averaging
+from mtl_jax.transfer import ParamRule, averaging, regularisers
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer.adapters import AnyAdapter
+from mtl_jax.transfer.mixout import Mixout
+from mtl_jax.transfer.regularisers import AnyRegulariser
 from mtl_jax.trunks import AnyTrunk, Pretrained
 
 BASELINES = ("none", "constant", "probe")
@@ -109,6 +111,8 @@ class Experiment:
         gram_dtype: In which task gradients are held, and so the trunk's gradient is rounded: float32 or bfloat16. They take K
             times the trainable trunk.
         weigh_heads: Whether a head's own gradient is multiplied by its task's weight; else it is trained by its plain loss.
+        regularisers: Losses beside those of the tasks, which the weighting rule does not see, each with a weight of its own.
+        mixout: Mixing parameters with their start while training.
         only: Train these tasks and leave the others out; empty: all.
         optimizer: How parameters follow the gradient.
         averaging: What is measured on dev and test, and kept as the result. none: the parameters as they are; ema[:decay=D]:
@@ -134,6 +138,8 @@ class Experiment:
     gram_over: str = "trunk"
     gram_dtype: str = "float32"
     weigh_heads: bool = True
+    regularisers: tuple[AnyRegulariser, ...] = ()
+    mixout: Mixout = Mixout()
     only: tuple[str, ...] = ()
     optimizer: Optimizer = Optimizer()
     averaging: str = "none"
@@ -244,6 +250,8 @@ def check(experiment: Experiment) -> None:
                 "declare the same file as a second source"
             )
     adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
+    names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
+    regularisers.check(experiment.regularisers, experiment.mixout, names, phases, start)
     for field, value, choices in (
         ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
@@ -294,10 +302,11 @@ def tasks_from_json(values: Mapping[str, Any]) -> tuple[AnyTask, ...]:
 
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(float | str, lambda value, _: value)
     configure_tagged_union(AnyTrunk, converter, tag_name="kind")
     configure_tagged_union(AnyTask, converter, tag_name="kind")
     configure_tagged_union(AnyAdapter, converter, tag_name="kind")
-    converter.register_structure_hook(float | str, lambda value, _: value)
+    configure_tagged_union(AnyRegulariser, converter, tag_name="kind")
     # JSON has no infinity: unbounded is written as a string.
     converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))
     return converter

@@ -6,92 +6,21 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
-
-from mtl_jax import trunks
 from mtl_jax.data.examples import Examples, labels_of, make_examples
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
-from mtl_jax.errors import UserError, unknown
-from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
+from mtl_jax.errors import UserError
 from mtl_jax.tasks import Seq2Seq, Task
-from mtl_jax.training import evaluation, generation, left_out
+from mtl_jax.training import evaluation, generation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.checkpoint import Best, Store
 from mtl_jax.training.generation import Generated
+from mtl_jax.training.runs import Run as Run
+from mtl_jax.training.runs import is_workdir as is_workdir
+from mtl_jax.training.runs import open_run as open_run
 from mtl_jax.training.step import encode_tokens, needs
-from mtl_jax.trunks import Trunk
 
 log = logging.getLogger(__name__)
-
-
-class Run(NamedTuple):
-    """A run as a model.
-
-    Attributes:
-        experiment: Its configuration, tasks selected.
-        tasks: Its tasks, filled with what was found in its data.
-        trunk: The trunk; its parameters are in params.
-        params: {"trunk": ..., "heads": {task: ...}} of the best checkpoint, on the first device.
-        step: The step of that checkpoint.
-        dev: Its dev criterion.
-    """
-
-    experiment: Experiment
-    tasks: tuple[Task, ...]
-    trunk: Trunk
-    params: Any
-    step: int
-    dev: float
-
-    def task(self, name: str) -> Task:
-        """The task of that name.
-
-        Raises:
-            UserError: There is none.
-        """
-        found = {task.name: task for task in self.tasks}
-        if name not in found:
-            raise unknown("task", name, found)
-        return found[name]
-
-    def source(self, task: str) -> Source:
-        """The source of a task."""
-        return next(source for source in self.experiment.sources if source.name == self.task(task).source)
-
-    def place(self, task: str) -> int:
-        """The place of a task's source among those that the run has tasks on."""
-        used = {task.source for task in self.tasks}
-        return [source.name for source in self.experiment.sources if source.name in used].index(self.task(task).source)
-
-    def beside(self, task: str) -> list[Task]:
-        """The tasks of the same source: texts are read as in training, where all of them have a say in it."""
-        return [other for other in self.tasks if other.source == self.task(task).source]
-
-
-def is_workdir(folder: Path) -> bool:
-    """Whether a directory was written by a run."""
-    return (folder / "data.json").exists() and (folder / "config.json").exists()
-
-
-def open_run(folder: Path) -> Run:
-    """The best checkpoint of a run.
-
-    Raises:
-        UserError: The directory is no workdir, or has no checkpoint yet.
-    """
-    config, data = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "data.json")
-    if config is None or data is None:
-        raise UserError(f"{folder}: no workdir of a run (config.json or data.json is missing)")
-    experiment = select(from_json(config))
-    tasks = tasks_from_json(data["tasks"])
-    trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
-    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
-    best = _best(folder, experiment)
-    return Run(experiment, tasks, trunk, jax.device_put(best.value, jax.devices()[0]), best.step, best.dev)
 
 
 def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -204,18 +133,3 @@ def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: 
                 + ("" if text is None else f" or no text: {type(text).__name__}")
             )
     return Row(columns, f"input {number}")
-
-
-def _best(folder: Path, experiment: Experiment) -> Best:
-    if not (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder}: there is no checkpoint yet")
-    criterion, declared = experiment.evaluation.criterion, experiment.trunk
-    base = left_out.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, getattr(declared, "path", ""))
-    store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
-    try:
-        best = store.best(store.restore_params)
-        if best is None:
-            raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
-        return best
-    finally:
-        store.close()

@@ -53,9 +53,11 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
     models = [_model(member) for member in members]
     start = _base(base, members, union) if base else None
     parts.check(start, models)
-    measure, reason = None, ""
+    measure, reason, signatures = None, "", {}
     try:
-        measure = measuring.measurer(union, members[0].run.trunk, measuring.corpus_of(union, members))
+        corpus = measuring.corpus_of(union, members)
+        measure = measuring.measurer(union, members[0].run.trunk, corpus)
+        signatures = {task.name: task.signatures(corpus.splits["test"][task.source].data) for task in union.tasks}
     except UserError as error:
         if method.name == "greedy":
             raise UserError(f"method greedy needs the runs' dev rows: {error}") from error
@@ -80,7 +82,7 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
         facts: dict[str, Any] = {"steps": 0, "best_step": 0, "best_criterion": dev}
         facts |= {"seconds": round(time.monotonic() - started, 1)}
         facts |= {"merged": {"method": method.name, "sources": len(members)}}
-        return results.write(folder, union.experiment, union.tasks, scores, facts)
+        return results.write(folder, union.experiment, union.tasks, scores, signatures, facts)
 
 
 def open_member(name: str) -> Member:

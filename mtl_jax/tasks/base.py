@@ -85,6 +85,8 @@ class Task(abc.ABC):
     corrupts: ClassVar[bool] = False
     # Whether one vector added to every token's leaves the loss as it is: then it has no gradient over the representation.
     shift_free: ClassVar[bool] = False
+    # What the outputs are, for transfer.divergence: softmax, sigmoid, number; "": nothing to compare models by.
+    compared_as: ClassVar[str] = ""
     # The parts of Encoded that the head reads.
     needs: ClassVar[tuple[str, ...]] = ("pooled",)
 

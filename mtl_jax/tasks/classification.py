@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -50,6 +50,8 @@ class Classification(Task):
     balanced: bool = False
     class_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     metric: str = "accuracy"
+
+    compared_as: ClassVar[str] = "softmax"
 
     @property
     def metric_names(self) -> tuple[str, ...]:

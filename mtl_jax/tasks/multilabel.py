@@ -50,6 +50,7 @@ class Multilabel(Task):
     metric: str = "micro_f1"
 
     metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "exact_match")
+    compared_as: ClassVar[str] = "sigmoid"
 
     @property
     def outputs(self) -> int:

@@ -50,6 +50,7 @@ class Regression(Task):
     missing: ClassVar[float] = math.nan
     dtype: ClassVar[type[np.generic]] = np.float32
     outputs: ClassVar[int] = 1
+    compared_as: ClassVar[str] = "number"
 
     def check(self) -> None:
         super().check()

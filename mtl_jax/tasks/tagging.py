@@ -62,6 +62,7 @@ class Tagging(Task):
     level: ClassVar[str] = "token"
     label_level: ClassVar[str] = "token"
     words: ClassVar[bool] = True
+    compared_as: ClassVar[str] = "softmax"
     windows: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
 

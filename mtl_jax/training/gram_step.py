@@ -88,7 +88,9 @@ def by_gram(
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
 
-    def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
+    def measure(
+        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
+    ) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
         counts = label_counts(tasks, batch)
         blocks = gradients.cut(batch, layout, tasks, accumulate * (1 if mesh is None else mesh.size))
@@ -174,21 +176,22 @@ def by_gram(
 
         trunk_gradient = gradients.combine(rounds, weights, order) if gram_over == TRUNK else weighted(weights)
         if weigh_heads:
-            head_gradients = {
-                name: jax.tree.map(lambda leaf, w=weights[name]: w * leaf, gradient)
-                for name, gradient in head_gradients.items()
+            head_gradients |= {
+                name: jax.tree.map(lambda leaf, w=weight: w * leaf, head_gradients[name]) for name, weight in weights.items()
             }
         gradient = {"trunk": trunk_gradient, "heads": head_gradients}
-        return Measured(gradient, losses, counts, weights, gram_KxK, rule_state)
+        return Measured(gradient, losses, counts, weights, gram_KxK, rule_state, held={}, held_weights={})
 
     if rule.due is None:
         return measure
     due = rule.due
     plain = by_losses(encode, tasks, rule, trains_trunk=True, weigh_heads=weigh_heads, accumulate=accumulate)
 
-    def measure_where_due(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
+    def measure_where_due(
+        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
+    ) -> Measured:
         def hold() -> Measured:
-            return plain(trained, frozen, batch, table, state)._replace(gram=jnp.full((len(names), len(names)), jnp.nan))
+            return plain(trained, frozen, batch, table, state, None)._replace(gram=jnp.full((len(names), len(names)), jnp.nan))
 
         return jax.lax.cond(due(state.rule_state), lambda: measure(trained, frozen, batch, table, state), hold)
 

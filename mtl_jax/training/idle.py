@@ -29,9 +29,9 @@ def rows_that_count(
         rows: {source: its rows in every batch}, in the run's order, which is that of the rows; None: they differ.
         multiple: The rows that are left must be one of this many, for devices and parts of a batch.
     """
-    if rows is None:
-        return ()
     counting = {task.source for task in tasks if task.name not in idle}
+    if rows is None or not counting:
+        return ()
     if counting == set(rows) or sum(rows[source] for source in counting) % multiple:
         return ()
     found, start = [], 0
@@ -55,8 +55,10 @@ def leave_out(measure: Measure, idle: Collection[str], rows: Sequence[slice]) ->
         parts = [leaf[part] for part in rows]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def measure_the_others(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
-        found = measure(trained, frozen, jax.tree.map(take, batch) if rows else batch, table, state)
+    def measure_the_others(
+        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
+    ) -> Measured:
+        found = measure(trained, frozen, jax.tree.map(take, batch) if rows else batch, table, state, references)
         nothing = {name: jnp.zeros(()) for name in idle}
         return found._replace(losses=found.losses | nothing, counts=found.counts | nothing, weights=found.weights | nothing)
 

@@ -28,6 +28,7 @@ from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.counts import Counts
 from mtl_jax.training.logs import Logger, Progress, compare_gradients
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, stretches, template
+from mtl_jax.training.references import References
 from mtl_jax.training.signals import Stop, asked_to_stop
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.step import Metrics, encode_tokens, look_up, make_train_step, needs
@@ -115,6 +116,7 @@ class _Run:
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
+        self.references = References(prepared, folder)
 
     def train(self, state: TrainState, step: int) -> dict[str, Any]:
         """From a state to the results."""
@@ -128,9 +130,10 @@ class _Run:
                 if step < plan.end and not self._stopped_early():
                     if step == plan.start:
                         state = enter(plan, state, self.prepared)
+                    held = self.references.enter(plan, state, step == plan.start)
                     if plan.cached and (table is None or plan.number > 0):
                         table = self._features(state.params, f"features for {plan.phase.name}")
-                    state, step = self._phase(plan, state, step, table if plan.cached else None)
+                    state, step = self._phase(plan, state, step, table if plan.cached else None, held)
             self.progress.close()
             self.store.wait()
             return self._finish(step)
@@ -150,6 +153,7 @@ class _Run:
                 "go on with as many, or choose another --workdir"
             )
         self.stream.set_state(positions[jax.process_index()])
+        self.references.digests = dict(restored.record.get("references", {}))
         log.info("resuming from step %d", restored.step)
         return restored.state, restored.step
 
@@ -186,7 +190,7 @@ class _Run:
             table = evaluation.features(self.features, params, parts, self.experiment.batch, self.mesh, on_batch=count)
         return meshes.place(table, meshes.replicated(self.mesh))
 
-    def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any) -> tuple[TrainState, int]:
+    def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any, held: Any) -> tuple[TrainState, int]:
         train_step = jax.jit(
             make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask, len(self.examples), self.averaging.follow),
             donate_argnums=0,
@@ -204,7 +208,7 @@ class _Run:
                 self.store.wait()
                 raise Interrupted(f"stopped at step {step}; the same command goes on from there")
             host_batch = next(self.stream)
-            state, metrics = train_step(state, meshes.assemble(host_batch, meshes.by_rows(self.mesh)), table)
+            state, metrics = train_step(state, meshes.assemble(host_batch, meshes.by_rows(self.mesh)), table, held)
             step += 1
             self._read_pending(plan)  # of the step before: the device is already at work on this one
             self.pending = _Pending(step, host_batch.tokens.size * jax.process_count(), metrics)
@@ -226,20 +230,24 @@ class _Run:
         metrics = jax.device_get(metrics)
         tokens = int(metrics.seen[:, 2].sum())
         self.counts.add(metrics.seen, places)
-        losses = {task: float(loss) for task, loss in metrics.losses.items()}
-        record = {f"loss/{task}": loss for task, loss in losses.items()}
-        record |= {f"weight/{task}": float(weight) for task, weight in metrics.weights.items()}
+        losses = {name: float(loss) for name, loss in (metrics.losses | metrics.held).items()}
+        record = {f"loss/{name}": loss for name, loss in losses.items()}
+        record |= {f"weight/{name}": float(weight) for name, weight in (metrics.weights | metrics.held_weights).items()}
         record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
         record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
         for source, facts in self.counts.facts(self.examples)["seen"].items():
             record |= {f"seen/{source}/{name}": facts[name] for name in ("rows", "examples", "passes")}
         record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
         if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
-            tasks = sorted(losses)
+            tasks = sorted(metrics.losses)
             record |= compare_gradients(metrics.gram, tasks, [metrics.counts[task] > 0 for task in tasks])
         self.logger.write("train", step, record)
         self.progress.update(1, tokens, losses, title=plan.phase.name)
-        bad = [f"the loss of task {task!r} is {loss}" for task, loss in losses.items() if not math.isfinite(loss)]
+        bad = [
+            f"the loss of {'regulariser' if name in metrics.held else 'task'} {name!r} is {loss}"
+            for name, loss in losses.items()
+            if not math.isfinite(loss)
+        ]
         if not bad and not math.isfinite(record["gradient_norm"]):
             bad = ["the gradient is not finite"]
         if bad:
@@ -290,7 +298,8 @@ class _Run:
         self.started = now
         self.logger.flush()
         positions = meshes.gather(self.stream.get_state())
-        self.store.save(step, state, {"step": step, "counts": dataclasses.asdict(self.counts), "data": positions}, dev)
+        record = {"step": step, "counts": dataclasses.asdict(self.counts), "data": positions}
+        self.store.save(step, state, record | {"references": self.references.digests}, dev)
 
     def _finish(self, step: int) -> dict[str, Any]:
         best = self.store.best(lambda step: self.store.restore(step, self._template).state.measured())

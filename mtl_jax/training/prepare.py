@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +21,22 @@ from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import generation, gradients, gram_step, idle
+from mtl_jax.training import generation, gram_step, regularised
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
+from mtl_jax.training.measures import measure as measure
+from mtl_jax.training.measures import per_task as per_task
+from mtl_jax.training.runs import Run
 from mtl_jax.training.state import TrainState, create
-from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
+from mtl_jax.training.step import needs
+from mtl_jax.training.teachers import Teacher
 from mtl_jax.transfer import adapters, averaging, freezing
+from mtl_jax.transfer.leaves import leaves_of, matching
+from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule, schedules
+
+SOME_TEXTS = 50  # on which a teacher's tokenizer is compared with the run's
 
 
 class PhasePlan(NamedTuple):
@@ -45,7 +53,9 @@ class PhasePlan(NamedTuple):
         optimizer: The optax transformation over the trainable leaves.
         cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
         fresh_rule: Whether the rule's state starts anew with this phase.
-        idle: The tasks whose weight is 0 in all its steps.
+        idle: The tasks whose weight is 0 in all its steps, and at which no regulariser looks.
+        held: The regularisers that count in it.
+        mixed: The parameters to which Mixout applies in it.
     """
 
     phase: Phase
@@ -59,6 +69,8 @@ class PhasePlan(NamedTuple):
     cached: bool
     fresh_rule: bool
     idle: tuple[str, ...] = ()
+    held: tuple[AnyRegulariser, ...] = ()
+    mixed: tuple[str, ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -73,6 +85,9 @@ class Prepared(NamedTuple):
         plans: The phases.
         mesh: The devices.
         notes: Lines to show before training.
+        teachers: {regulariser: the model that it imitates}.
+        learned: {regulariser: the run whose tasks are not to be forgotten}.
+        watched: {regulariser: the tasks whose outputs it looks at}, as far as that is said or follows from its teacher.
     """
 
     experiment: Experiment
@@ -83,6 +98,9 @@ class Prepared(NamedTuple):
     plans: list[PhasePlan]
     mesh: Mesh
     notes: list[str]
+    teachers: dict[str, Teacher]
+    learned: dict[str, Run]
+    watched: dict[str, list[str]]
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -108,9 +126,13 @@ def prepare(experiment: Experiment) -> Prepared:
     generation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
-    plans = _plan(experiment, corpus.tasks, params)
+    held = regularised.prepare(experiment, trunk, corpus, params, texts[:SOME_TEXTS])
+    params["heads"] |= held.projections
+    plans = _plan(experiment, corpus.tasks, params, held.watched)
+    trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))
+    regularised.check(experiment, {task.name: task for task in corpus.tasks}, trunk, params, held.learned, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, held.teachers, held.learned, held.watched)
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
@@ -191,11 +213,6 @@ def _place(tree: Any, prepared: Prepared) -> Any:
     return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(prepared.mesh))
 
 
-def per_task(rule: Rule) -> bool:
-    """Whether the rule compares or changes the task gradients."""
-    return rule.needs_gram or rule.transform is not None
-
-
 def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
     """A state with the structure of a phase; its numbers mean nothing."""
     trained, _ = freezing.split(prepared.params, plan.mask)
@@ -205,36 +222,9 @@ def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
     return create(prepared.params, plan.optimizer.init(trained), rule_state, 0, average)
 
 
-def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
-    """How a phase's steps come from losses to a gradient."""
-    experiment, tasks = prepared.experiment, prepared.corpus.tasks
-    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, needs(tasks))
-    weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
-    if not per_task(plan.rule):
-        trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
-        counting = tuple(task for task in tasks if task.name not in plan.idle)
-        found = by_losses(
-            encode, counting, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate
-        )
-        # On several hosts the rows of a source are not in one piece.
-        rows = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
-        left = idle.rows_that_count(tasks, plan.idle, rows, accumulate * prepared.mesh.size)
-        return idle.leave_out(found, plan.idle, left) if plan.idle else found
-    return gram_step.by_gram(
-        encode,
-        tasks,
-        plan.rule,
-        gradients.layout(tasks, prepared.schedule.capacity(), prepared.schedule.constant() and jax.process_count() == 1),
-        gram_step.check(prepared.params, plan.mask, experiment.gram_over),
-        gram_over=experiment.gram_over,
-        dtype=meshes.compute_dtype(experiment.gram_dtype),
-        weigh_heads=weigh_heads,
-        accumulate=accumulate,
-        mesh=prepared.mesh if prepared.mesh.size > 1 else None,
-    )
-
-
-def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[PhasePlan]:
+def _plan(
+    experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: Mapping[str, Sequence[str]]
+) -> list[PhasePlan]:
     plans: list[PhasePlan] = []
     start = 0
     for number, phase in enumerate(experiment.phases):
@@ -261,6 +251,11 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
         same = same and not phase.weights and not plans[-1].phase.weights
         # A transform's state has the shape of what trains.
         same = same and (rule.transform is None or plans[-1].mask == mask)
+        steps = range(start, start + phase.steps)
+        held = regularised.of_phase(experiment, number, steps)
+        vectors = any(isinstance(each, Distillation) and each.of == "hidden" for each in held)
+        looked_at = {name for each in held for name in watched.get(each.name, ())}
+        trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
                 phase=phase,
@@ -271,19 +266,24 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
                 rule=rule,
                 rate=rate,
                 optimizer=optimizers.build(experiment.optimizer, rate),
-                cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",),
+                cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",) and not vectors,
                 fresh_rule=not same,
-                idle=_idle(experiment, phase, range(start, start + phase.steps)),
+                idle=() if vectors else _idle(experiment, phase, steps, looked_at),
+                held=held,
+                mixed=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
             )
         )
         start += phase.steps
     return plans
 
 
-def _idle(experiment: Experiment, phase: Phase, steps: range) -> tuple[str, ...]:
-    """The tasks whose weight is 0 in all of these steps; () where that holds for every task."""
+def _idle(experiment: Experiment, phase: Phase, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
+    """The tasks whose weight is 0 in all of these steps, and at which no regulariser looks; () where that is every task."""
     weights = phase.weights or ({} if experiment.combinators else experiment.weights)
-    found = tuple(task for task, weight in weights.items() if not schedules.over(weight, steps, task).any())
+    if not experiment.weigh_heads:  # a head learns by its plain loss, whatever the task's weight
+        return ()
+    idle = [task for task, weight in weights.items() if not schedules.over(weight, steps, task).any()]
+    found = tuple(task for task in idle if task not in looked_at)
     return found if len(found) < len(weights) else ()
 
 

@@ -31,11 +31,13 @@ class Metrics(NamedTuple):
         losses: {task: f32[]}, mean loss over the labelled examples (or tokens) of the step; 0 where there are none.
         counts: {task: f32[]}, number of those examples, or tokens.
         weights: {task: f32[]}.
-        total: f32[], the weighted sum.
+        total: f32[], the weighted sum, regularisers included.
         gradient_norm: f32[], of the trainable part, before clipping.
         gram: f32[K, K], inner products of the task gradients in sorted order; NaN where the rule did not look at them in this
             step, None if it never does.
         seen: i32[N, 3], of each source the rows, examples and tokens of the batch, over all hosts.
+        held: {regulariser: f32[]}, their losses.
+        held_weights: {regulariser: f32[]}.
     """
 
     losses: dict[str, jax.Array]
@@ -45,6 +47,8 @@ class Metrics(NamedTuple):
     gradient_norm: jax.Array
     gram: jax.Array | None
     seen: jax.Array
+    held: dict[str, jax.Array]
+    held_weights: dict[str, jax.Array]
 
 
 # (trunk params, batch, dropout key or None for none, feature table or None) -> Encoded
@@ -127,12 +131,30 @@ def mean_losses(
     return {name: total / jnp.maximum(counts[name], 1.0) for name, total in sums.items()}
 
 
+class Held(NamedTuple):
+    """Regularisers of what the model makes of a batch.
+
+    Attributes:
+        counts: Batch -> what their sums are divided by, a tree of f32[].
+        losses: (heads' params, Encoded, {task: outputs}, rows, counts of the batch, references) -> {regulariser: f32[]}, the
+            rows' part in it.
+        weights: Step -> {regulariser: f32[]}.
+    """
+
+    counts: Callable[[Batch], Any]
+    losses: Callable[[Any, Encoded, dict[str, jax.Array], Batch, Any, Any], dict[str, jax.Array]]
+    weights: Callable[[jax.Array], dict[str, jax.Array]]
+
+
+NOTHING_HELD = Held(lambda batch: {}, lambda *seen: {}, lambda step: {})
+
+
 class Measured(NamedTuple):
     """What the losses of a batch ask for.
 
     Attributes:
         gradient: Of the weighted sum, a tree like the trainable leaves.
-        losses: As in Metrics; so are counts, weights and gram.
+        losses: As in Metrics; so are counts, weights, gram, held and held_weights.
         rule_state: The rule's new state.
     """
 
@@ -142,10 +164,12 @@ class Measured(NamedTuple):
     weights: dict[str, jax.Array]
     gram: jax.Array | None
     rule_state: Any
+    held: dict[str, jax.Array]
+    held_weights: dict[str, jax.Array]
 
 
-# (trainable leaves, frozen leaves, batch, feature table, state) -> Measured
-Measure = Callable[[Any, Any, Batch, jax.Array | None, TrainState], Measured]
+# (trainable leaves, frozen leaves, batch, feature table, state, what regularisers hold on to) -> Measured
+Measure = Callable[[Any, Any, Batch, jax.Array | None, TrainState, Any], Measured]
 
 
 def make_train_step(
@@ -154,7 +178,7 @@ def make_train_step(
     mask: Any,
     sources: int = 0,
     follow: Callable[[Any, Any], Any] = averaging.as_it_is,
-) -> Callable[[TrainState, Batch, jax.Array | None], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step function of a phase, to be jitted by the caller.
 
     Args:
@@ -165,18 +189,22 @@ def make_train_step(
         follow: How the average of the trainable leaves follows them.
 
     Returns:
-        (state, batch, feature table or None) -> (new state, Metrics).
+        (state, batch, feature table or None, references of regularisers or None) -> (new state, Metrics).
     """
 
-    def train_step(state: TrainState, batch: Batch, table: jax.Array | None) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, table: jax.Array | None, references: Any = None
+    ) -> tuple[TrainState, Metrics]:
         trained, frozen = freezing.split(state.params, mask)
-        found = measure(trained, frozen, batch, table, state)
+        found = measure(trained, frozen, batch, table, state, references)
         updates, opt_state = optimizer.update(found.gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         params, average = freezing.merge(trained, frozen), follow(state.average, trained)
-        total = weighted_sum(found.weights, found.losses)
-        norm = optax.tree.norm(found.gradient)
-        metrics = Metrics(found.losses, found.counts, found.weights, total, norm, found.gram, count_seen(batch, sources))
+        total = weighted_sum(found.weights | found.held_weights, found.losses | found.held)
+        norm, seen = optax.tree.norm(found.gradient), count_seen(batch, sources)
+        metrics = Metrics(
+            found.losses, found.counts, found.weights, total, norm, found.gram, seen, found.held, found.held_weights
+        )
         return TrainState(state.step + 1, params, opt_state, found.rule_state, state.key, average), metrics
 
     return train_step
@@ -191,7 +219,14 @@ def count_seen(batch: Batch, sources: int) -> jax.Array:
 
 
 def by_losses(
-    encode: Encode, tasks: tuple[Task, ...], rule: Rule, *, trains_trunk: bool, weigh_heads: bool = True, accumulate: int = 1
+    encode: Encode,
+    tasks: tuple[Task, ...],
+    rule: Rule,
+    *,
+    trains_trunk: bool,
+    weigh_heads: bool = True,
+    accumulate: int = 1,
+    held: Held = NOTHING_HELD,
 ) -> Measure:
     """Losses -> weights -> gradient, in one backward pass: for rules that look at the losses only.
 
@@ -204,42 +239,53 @@ def by_losses(
             trained by its plain loss.
         accumulate: Parts of a batch that are gone through one after another. The weights are those of the whole batch: with
             more than one part, a rule that looks at the losses costs a second forward pass.
+        held: Regularisers that look at the same forward pass; the rule does not see them.
     """
 
-    def measure(trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState) -> Measured:
+    def measure(
+        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
+    ) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        counts = label_counts(tasks, batch)
+        counts, held_counts, held_weights = label_counts(tasks, batch), held.counts(batch), held.weights(state.step)
 
-        def forward(trained: Any, part: Batch, number: jax.Array | int) -> tuple[dict[str, jax.Array], Encoded]:
+        def forward(trained: Any, part: Batch, number: jax.Array | int) -> tuple[Any, Encoded]:
             params = freezing.merge(trained, frozen)
             key = part_key(trunk_key, number, accumulate) if trains_trunk else None
             encoded = encode(params["trunk"], part, key, table)
             return head_losses(trained["heads"], encoded, part, number), encoded
 
-        def head_losses(heads: Any, encoded: Encoded, part: Batch, number: Any) -> dict[str, jax.Array]:
+        def head_losses(heads: Any, encoded: Encoded, part: Batch, number: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            """The losses of the tasks, and those of the regularisers."""
             params = freezing.merge(heads, frozen["heads"])
             outputs = apply_heads(tasks, params, encoded, part, part_key(head_key, number, accumulate))
-            return mean_losses(tasks, outputs, part, counts)
+            own = mean_losses(tasks, outputs, part, counts)
+            return own, held.losses(params, encoded, outputs, part, held_counts, references)
 
         def weigh(losses: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
             return rule.update(state.rule_state, Signals(losses, None, state.step, rule_key, counts))
 
-        def gradient_of(part: Batch, number: Any, choose: Any) -> tuple[Any, dict[str, jax.Array], Any]:
+        def gradient_of(part: Batch, number: Any, choose: Any) -> tuple[Any, Any, Any]:
             losses, pull, encoded = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
-            weights, rule_state = choose(losses)
-            (gradient,) = pull(weights)
+            weights, rule_state = choose(losses[0])
+            (gradient,) = pull((weights, held_weights))
             if not weigh_heads:
-                plain = jax.grad(lambda heads: sum(head_losses(heads, encoded, part, number).values()))(trained["heads"])
-                gradient = gradient | {"heads": plain}
+
+                def plain(heads: Any) -> jax.Array:
+                    own, beside = head_losses(heads, encoded, part, number)
+                    return sum(own.values()) + sum(held_weights[name] * loss for name, loss in beside.items())
+
+                gradient = gradient | {"heads": jax.grad(plain)(trained["heads"])}
             return gradient, losses, (weights, rule_state)
 
         if accumulate == 1:
-            gradient, losses, (weights, rule_state) = gradient_of(batch, 0, weigh)
+            gradient, (losses, beside), (weights, rule_state) = gradient_of(batch, 0, weigh)
         else:
             parts = in_parts(batch, accumulate)
             # Where the rule does not look at the losses, nothing asks for this pass, and XLA leaves it out.
-            weights, rule_state = weigh(add_up(lambda part, number: forward(trained, part, number)[0], parts))
-            gradient, losses = add_up(lambda part, number: gradient_of(part, number, lambda _: (weights, ()))[:2], parts)
-        return Measured(gradient, losses, counts, weights, None, rule_state)
+            weights, rule_state = weigh(add_up(lambda part, number: forward(trained, part, number)[0][0], parts))
+            gradient, (losses, beside) = add_up(
+                lambda part, number: gradient_of(part, number, lambda _: (weights, ()))[:2], parts
+            )
+        return Measured(gradient, losses, counts, weights, None, rule_state, beside, held_weights)
 
     return measure

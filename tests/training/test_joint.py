@@ -49,6 +49,17 @@ def test_a_lambda_of_0_is_the_target_by_itself(bert, data):
     assert "phase all: coarse, fine weigh 0 throughout and are not computed" in prepared.notes
 
 
+def test_who_is_idle(bert, data):
+    weights = {"rating": 1.0, "coarse": 0.0, "fine": 0.0}
+
+    def idle(weights, **changes):
+        return prepare(tiny.experiment(bert, data, weighting="fixed", weights=weights, **changes)).plans[0].idle
+
+    assert idle(weights) == ("coarse", "fine")
+    assert idle(weights, weigh_heads=False) == ()  # heads learn by their plain losses
+    assert idle(dict.fromkeys(weights, 0.0)) == ()
+
+
 @pytest.mark.parametrize(
     ("idle", "rows", "multiple", "expected"),
     [

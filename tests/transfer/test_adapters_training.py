@@ -77,7 +77,7 @@ def last_params(folder, base=None):
         store.close()
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [pytest.param(False, marks=pytest.mark.long), True])
 def test_packed_is_unpacked(bert, data, own):
     """With every adapter at once, shared or each source its own."""
     adapters = (dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
@@ -99,7 +99,7 @@ def step_of(bert, data, rules, *adapters, **changes):
     return make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), initial_state(prepared), first_batch(prepared)
 
 
-@pytest.mark.parametrize("adapters", [(LORA,), per_source(*ALL)])
+@pytest.mark.parametrize("adapters", [pytest.param((LORA,), marks=pytest.mark.long), per_source(*ALL)])
 def test_the_rest_neither_moves_nor_costs(bert, data, adapters):
     """By XLA's own count, next to training everything; optimizer state of adapters and heads alone."""
     full, full_state, batch = step_of(bert, data, (ParamRule(".*"),), *adapters)
@@ -179,6 +179,7 @@ def test_rules_over_the_gram_matrix_compare_the_adapters_gradients(bert, data):
     np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
 
+@pytest.mark.long
 def test_one_and_eight_devices_agree(bert, data, tmp_path):
     totals = {}
     adapters = per_source(dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
@@ -209,6 +210,7 @@ def left_out_base(bert):
     return Base(lambda: {"trunk": pretrained.load(str(bert), head=None).params["trunk"]}, str(bert))
 
 
+@pytest.mark.long
 def test_cached_features_are_those_of_each_source_s_adapters(bert, data, tmp_path):
     """A phase that trains adapters, then one of heads on what the trunk with them gives: looked up or computed."""
     scores = []
@@ -351,6 +353,7 @@ def test_bad_input_is_found_before_anything_is_written(bert, data, tmp_path, cha
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_accumulated_parts_are_the_whole_batch(bert, data):
     """The parts hold every so many rows of the batch, of all sources: each with its own adapters."""
     found = {}

@@ -1,0 +1,126 @@
+"""A run that was trained, opened again from its workdir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mtl_jax import trunks
+from mtl_jax.data.sources import Source
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
+from mtl_jax.tasks import Task
+from mtl_jax.training import left_out
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.checkpoint import Best, Store
+from mtl_jax.transfer.adapters.base import RUN
+from mtl_jax.trunks import Trunk
+
+
+class Run(NamedTuple):
+    """A run as a model.
+
+    Attributes:
+        experiment: Its configuration, tasks selected.
+        tasks: Its tasks, filled with what was found in its data.
+        trunk: The trunk; its parameters are in params.
+        params: {"trunk": ..., "heads": {task: ...}} of the best checkpoint, on the first device.
+        step: The step of that checkpoint.
+        dev: Its dev criterion.
+    """
+
+    experiment: Experiment
+    tasks: tuple[Task, ...]
+    trunk: Trunk
+    params: Any
+    step: int
+    dev: float
+
+    def task(self, name: str) -> Task:
+        """The task of that name.
+
+        Raises:
+            UserError: There is none.
+        """
+        found = {task.name: task for task in self.tasks}
+        if name not in found:
+            raise unknown("task", name, found)
+        return found[name]
+
+    def source(self, task: str) -> Source:
+        """The source of a task."""
+        return next(source for source in self.experiment.sources if source.name == self.task(task).source)
+
+    def place(self, task: str) -> int:
+        """The place of a task's source among those that the run has tasks on."""
+        used = {task.source for task in self.tasks}
+        return [source.name for source in self.experiment.sources if source.name in used].index(self.task(task).source)
+
+    def beside(self, task: str) -> list[Task]:
+        """The tasks of the same source: texts are read as in training, where all of them have a say in it."""
+        return [other for other in self.tasks if other.source == self.task(task).source]
+
+
+def is_workdir(folder: Path) -> bool:
+    """Whether a directory was written by a run."""
+    return (folder / "data.json").exists() and (folder / "config.json").exists()
+
+
+def open_run(folder: Path) -> Run:
+    """The best checkpoint of a run.
+
+    Raises:
+        UserError: The directory is no workdir, or has no checkpoint yet.
+    """
+    config, data = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "data.json")
+    if config is None or data is None:
+        raise UserError(f"{folder}: no workdir of a run (config.json or data.json is missing)")
+    experiment = select(from_json(config))
+    tasks = tasks_from_json(data["tasks"])
+    trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
+    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
+    best = _best(folder, experiment)
+    return Run(experiment, tasks, trunk, jax.device_put(best.value, jax.devices()[0]), best.step, best.dev)
+
+
+def open_finished(folder: Path, where: str) -> Run:
+    """The same of a run that came to its end, to be used on any rows.
+
+    Args:
+        folder: Its workdir.
+        where: The field that names it, for errors.
+
+    Raises:
+        UserError: It is no workdir, the run is not done, or each of its sources has adapters of its own.
+    """
+    if not is_workdir(folder):
+        raise UserError(f"{where}: {folder} is no workdir of a run")
+    if not (folder / "results.json").exists():
+        raise UserError(f"{where}: the run in {folder} is not finished (it has no results.json); let it end first")
+    run = open_run(folder)
+    own = [adapter.name for adapter in run.experiment.adapters if adapter.per != RUN]
+    if own:
+        raise UserError(
+            f"{where}: each source of the run in {folder} has its own adapters ({', '.join(own)}), and it is not known which are for "
+            "the rows of this run; name a run whose adapters are shared, or one without"
+        )
+    return run
+
+
+def _best(folder: Path, experiment: Experiment) -> Best:
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: there is no checkpoint yet")
+    criterion, declared = experiment.evaluation.criterion, experiment.trunk
+    base = left_out.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, getattr(declared, "path", ""))
+    store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
+    try:
+        best = store.best(store.restore_params)
+        if best is None:
+            raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
+        return best
+    finally:
+        store.close()

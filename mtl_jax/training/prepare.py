@@ -20,12 +20,12 @@ from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import gradients, gram_step
+from mtl_jax.training import gradients, gram_step, groups
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
-from mtl_jax.transfer import freezing
+from mtl_jax.transfer import freezing, moving
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import Rule
 
@@ -40,7 +40,7 @@ class PhasePlan(NamedTuple):
         end: Steps of the run after it.
         mask: Tree of bools over the parameters: which train.
         rule: Its weighting rule. A rule that compares task gradients gives way to `equal` where no shared parameter trains.
-        rate: Learning rate by step of the phase.
+        rate: Learning rate by step of the phase, of rules that don't change it.
         optimizer: The optax transformation over the trainable leaves.
         cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
         fresh_rule: Whether the rule's state starts anew with this phase.
@@ -104,7 +104,7 @@ def prepare(experiment: Experiment) -> Prepared:
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(corpus, params))
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(experiment, corpus, params))
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
@@ -151,9 +151,12 @@ def initial_state(prepared: Prepared) -> TrainState:
 
 
 def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
-    """The state at the start of a phase: a new optimizer over what now trains, and the rule's state if it is new."""
+    """The state at the start of a phase: the optimizer over what now trains, and the rule's state if it is new.
+
+    Moments of what trained in the phase before are kept.
+    """
     trained, _ = freezing.split(state.params, plan.mask)
-    changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained)}
+    changed: dict[str, Any] = {"opt_state": moving.carry(state.opt_state, plan.optimizer.init(trained))}
     if plan.fresh_rule:
         names = [task.name for task in prepared.corpus.tasks]
         changed["rule_state"] = gram_step.init_rule(plan.rule, names, trained["trunk"])
@@ -222,7 +225,8 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
     plans: list[PhasePlan] = []
     start = 0
     for number, phase in enumerate(experiment.phases):
-        mask = freezing.trainable(params, phase.rules)
+        decided = freezing.decide(params, phase.rules)
+        mask = jax.tree.map(lambda rule: rule.train, decided)
         if not any(jax.tree.leaves(mask)):
             raise UserError(f"phase {phase.name!r}: its rules freeze every parameter; nothing would train")
         peak = experiment.optimizer.learning_rate if phase.learning_rate is None else phase.learning_rate
@@ -254,7 +258,7 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
                 mask=mask,
                 rule=rule,
                 rate=rate,
-                optimizer=optimizers.build(experiment.optimizer, rate),
+                optimizer=optimizers.build(experiment.optimizer, decided, peak, phase.steps),
                 cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",),
                 fresh_rule=not same,
             )
@@ -263,6 +267,6 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
     return plans
 
 
-def _notes(corpus: Corpus, params: Any) -> list[str]:
+def _notes(experiment: Experiment, corpus: Corpus, params: Any) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return [*corpus.notes, f"{len(corpus.tasks)} tasks, {size:,} parameters"]
+    return [*corpus.notes, f"{len(corpus.tasks)} tasks, {size:,} parameters", groups.table(experiment, params)]

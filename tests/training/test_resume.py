@@ -20,6 +20,7 @@ from mtl_jax.training.logs import read_metrics
 
 FLAGS = ["--phases.0.steps", "25", "--phases.1.steps", "35", "--evaluation.every", "10", "--checkpoints.every", "3"]
 FLAGS += ["--weighting", "dwa"]  # a rule with state
+FLAGS += ["--phases.1.rules.0.rate", "0.5", "--phases.1.rules.0.schedule", "slanted_triangular"]
 
 
 def start(folder: Path, workdir: Path, *flags: str) -> subprocess.Popen:

@@ -46,7 +46,8 @@ def table(experiment: Experiment, params: Any) -> str:
         for number, (_, same) in enumerate(itertools.groupby(found, key=lambda group: _kind(group.rule))):
             rows.append([phase.name if number == 0 else "", *_cells(experiment, phase, list(same), total)])
     header = ["phase", "parameters", "count", "share", "learning rate", "decay", "schedule"]
-    return tabulate.tabulate(rows, header, tablefmt="simple", disable_numparse=True)
+    sides = ("left", "left", "right", "right", "left", "left", "left")
+    return tabulate.tabulate(rows, header, tablefmt="simple", disable_numparse=True, colalign=sides)
 
 
 def _kind(rule: ParamRule) -> tuple[Any, ...]:

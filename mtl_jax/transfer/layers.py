@@ -76,14 +76,13 @@ def top_layers(count: int, layers: int, decoder_layers: int = 0, decay: float = 
         decoder[-1] = r"heads/[^/]+/(layer_0|embeddings|relative_bias)/.*"
         heads = r"heads/[^/]+/(?!layer_|embeddings/|relative_bias/).*"
     encoder = [rf"trunk/layer_{number}/.*" for number in reversed(range(layers))]
-    fresh, lowest, norms = "adapters", "embeddings|relative_bias", "norm|final_norm"
     if count:
-        fresh = f"{fresh}|{norms}"
+        fresh, lowest = "trunk/(adapters|norm|final_norm)/.*", "trunk/(embeddings|relative_bias)/.*"
     else:
-        lowest = f"{lowest}|{norms}"
-    below = [*decoder, *encoder, f"trunk/({lowest})/.*"]
+        fresh, lowest = "trunk/adapters/.*", "trunk/(embeddings|relative_bias|norm|final_norm)/.*"
+    below = [*decoder, *encoder, lowest]
     moving = [ParamRule(pattern, rate=decay**depth) for depth, pattern in enumerate(below[:count], 1)]
-    return (ParamRule(f"{heads}|trunk/({fresh})/.*"), *moving, *(ParamRule(pattern, train=False) for pattern in below[count:]))
+    return (ParamRule(f"{heads}|{fresh}"), *moving, *(ParamRule(pattern, train=False) for pattern in below[count:]))
 
 
 def _check(layers: int, decoder_layers: int) -> None:

@@ -226,6 +226,16 @@ class InTurn:
         """Whether every step has the same rows of each source."""
         return all(part.constant() and part.start == self.parts[0].start for part in self.parts)
 
+    def same(self, steps: range) -> dict[str, int] | None:
+        """{source: rows} where each of these steps has the same rows of every source, else None."""
+        start, found = 0, []
+        for part in self.parts:
+            if start < steps.stop and (steps.start < start + part.steps or part is self.parts[-1]):
+                found.append(part)
+            start += part.steps
+        same = all(part.constant() and part.start == found[0].start for part in found)
+        return found[0].capacity() if same else None
+
     def capacity(self) -> dict[str, int]:
         """{source: rows}: the most that the source has in any step, or a bound of it."""
         found = [part.capacity() for part in self.parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +21,14 @@ from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import gradients, gram_step, groups
+from mtl_jax.training import gradients, gram_step, groups, idle
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
 from mtl_jax.transfer import freezing, moving
 from mtl_jax.trunks import Trunk
-from mtl_jax.weighting import Rule
+from mtl_jax.weighting import Rule, schedules
 
 
 class PhasePlan(NamedTuple):
@@ -44,6 +45,7 @@ class PhasePlan(NamedTuple):
         optimizer: The optax transformation over the trainable leaves.
         cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
         fresh_rule: Whether the rule's state starts anew with this phase.
+        idle: The tasks whose weight is 0 in all its steps.
     """
 
     phase: Phase
@@ -56,6 +58,7 @@ class PhasePlan(NamedTuple):
     optimizer: Any
     cached: bool
     fresh_rule: bool
+    idle: tuple[str, ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -104,7 +107,7 @@ def prepare(experiment: Experiment) -> Prepared:
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     plans = _plan(experiment, corpus.tasks, params)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(experiment, corpus, params))
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, _notes(experiment, corpus, params, plans))
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
@@ -206,7 +209,14 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
     if not per_task(plan.rule):
         trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
-        return by_losses(encode, tasks, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate)
+        counting = tuple(task for task in tasks if task.name not in plan.idle)
+        found = by_losses(
+            encode, counting, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate
+        )
+        # On several hosts the rows of a source are not in one piece.
+        rows = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
+        left = idle.rows_that_count(tasks, plan.idle, rows, accumulate * prepared.mesh.size)
+        return idle.leave_out(found, plan.idle, left) if plan.idle else found
     return gram_step.by_gram(
         encode,
         tasks,
@@ -261,12 +271,26 @@ def _plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any) -> list[
                 optimizer=optimizers.build(experiment.optimizer, decided, peak, phase.steps),
                 cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",),
                 fresh_rule=not same,
+                idle=_idle(experiment, phase, range(start, start + phase.steps)),
             )
         )
         start += phase.steps
     return plans
 
 
-def _notes(experiment: Experiment, corpus: Corpus, params: Any) -> list[str]:
+def _idle(experiment: Experiment, phase: Phase, steps: range) -> tuple[str, ...]:
+    """The tasks whose weight is 0 in all of these steps; () where that holds for every task."""
+    weights = phase.weights or ({} if experiment.combinators else experiment.weights)
+    found = tuple(task for task, weight in weights.items() if not schedules.over(weight, steps, task).any())
+    return found if len(found) < len(weights) else ()
+
+
+def _notes(experiment: Experiment, corpus: Corpus, params: Any, plans: Sequence[PhasePlan]) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return [*corpus.notes, f"{len(corpus.tasks)} tasks, {size:,} parameters", groups.table(experiment, params)]
+    said = [
+        f"phase {plan.phase.name}: {', '.join(plan.idle)} weigh{'s' if len(plan.idle) == 1 else ''} 0 throughout and "
+        f"{'is' if len(plan.idle) == 1 else 'are'} not computed"
+        for plan in plans
+        if plan.idle
+    ]
+    return [*corpus.notes, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters", groups.table(experiment, params)]

@@ -1,5 +1,6 @@
 """Weighting rules: how much each loss counts at each step."""
 
+from mtl_jax.weighting import schedules as schedules
 from mtl_jax.weighting.balance import db_mtl as db_mtl
 from mtl_jax.weighting.balance import graddrop as graddrop
 from mtl_jax.weighting.balance import gradnorm as gradnorm
@@ -38,7 +39,9 @@ from mtl_jax.weighting.registry import COMBINATORS as COMBINATORS
 from mtl_jax.weighting.registry import RULES as RULES
 from mtl_jax.weighting.registry import combine as combine
 from mtl_jax.weighting.registry import make as make
-from mtl_jax.weighting.static import check_steps as check_steps
+from mtl_jax.weighting.schedules import check_steps as check_steps
+from mtl_jax.weighting.schedules import dann_schedule as dann_schedule
+from mtl_jax.weighting.schedules import sigmoid_schedule as sigmoid_schedule
 from mtl_jax.weighting.static import equal as equal
 from mtl_jax.weighting.static import fixed as fixed
 from mtl_jax.weighting.static import scheduled as scheduled

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
 
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.weighting.base import Rule, Signals, Weights, stack, unstack
-
-Schedule = Callable[[jax.Array], jax.Array]
-
-SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "constant_schedule": optax.constant_schedule,
-    "cosine_decay_schedule": optax.cosine_decay_schedule,
-    "exponential_decay": optax.exponential_decay,
-    "linear_schedule": optax.linear_schedule,
-    "piecewise_constant_schedule": optax.piecewise_constant_schedule,
-    "piecewise_interpolate_schedule": optax.piecewise_interpolate_schedule,
-    "polynomial_schedule": optax.polynomial_schedule,
-    "warmup_constant_schedule": optax.warmup_constant_schedule,
-    "warmup_cosine_decay_schedule": optax.warmup_cosine_decay_schedule,
-    "warmup_exponential_decay_schedule": optax.warmup_exponential_decay_schedule,
-}
+from mtl_jax.weighting.schedules import Schedule, at, parse
 
 
 def equal() -> Rule:
@@ -40,7 +23,7 @@ def equal() -> Rule:
 
 
 def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
-    """Given weights: L_target + lambda * L_source is fixed({"target": 1, "source": lam}).
+    """Given weights: L_target + lambda L_source is fixed({"target": 1, "source": lam}).
 
     Args:
         weights: {task: weight}; a weight is a number that is finite and not negative, or an optax schedule of the step.
@@ -76,71 +59,10 @@ def scheduled(weights: Mapping[str, float | str | Schedule]) -> Rule:
 
     Args:
         weights: {task: weight}; a number, an optax schedule, or the call that makes one as text, so that it can stand in a
-            configuration: "linear_schedule(1.0, 0.0, 1000)". The step counts from the start of the run, through all phases.
+            configuration: "linear_schedule(1.0, 0.0, 1000)", "dann_schedule(0.0, 1.0, 1000)". The step counts from the start
+            of the run, through all phases.
 
     Raises:
         UserError: A text is no such call; at init, a task has no weight or a weight no task.
     """
     return fixed({task: parse(weight, task) for task, weight in weights.items()})
-
-
-def parse(weight: float | str | Schedule, task: str) -> float | Schedule:
-    """A weight with its text, if it is one, read: a number, or the call of one of SCHEDULES with literal arguments.
-
-    Raises:
-        UserError: It is neither.
-    """
-    if not isinstance(weight, str):
-        return weight
-    try:
-        return float(weight)
-    except ValueError:
-        pass  # not a number: a call
-    try:
-        call = ast.parse(weight, mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError("not a call")
-        arguments = [ast.literal_eval(argument) for argument in call.args]
-        options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise UserError(
-            f"weights: {task} is {weight!r}; write a number or a schedule such as linear_schedule(1.0, 0.0, 1000)"
-        ) from error
-    if call.func.id not in SCHEDULES:
-        raise unknown(f"schedule in the weight of {task!r}:", call.func.id, SCHEDULES)
-    try:
-        return SCHEDULES[call.func.id](*arguments, **options)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"weights: {task} is {weight!r}: {error}") from error
-
-
-def at(weight: float | Schedule, step: jax.Array) -> jax.Array:
-    """The weight at a step, f32[]."""
-    return jnp.asarray(weight(step) if callable(weight) else weight, jnp.float32)
-
-
-def check_steps(weights: Mapping[str, float | str | Schedule], steps: range) -> None:
-    """Looks at the weights of some steps before any is done.
-
-    Args:
-        weights: What fixed() or scheduled() takes.
-        steps: The steps of the run in which they count.
-
-    Raises:
-        UserError: A weight is negative or not finite in one of them.
-    """
-    for task, weight in weights.items():
-        schedule = parse(weight, task)
-        if not callable(schedule):
-            continue
-        try:
-            values_N = jax.vmap(lambda step, weight=schedule: at(weight, step))(jnp.arange(steps.start, steps.stop))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"weights: the schedule of {task} cannot be evaluated ({error})") from error
-        bad_N = ~(jnp.isfinite(values_N) & (values_N >= 0))
-        if bad_N.any():
-            first = int(jnp.argmax(bad_N))
-            raise UserError(
-                f"weights: the schedule of {task} is {float(values_N[first])} at step {steps[first]}; "
-                "it must be finite and not negative"
-            )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax.data import mixture
-from mtl_jax.data.mixture import Schedule, schedule, shares
+from mtl_jax.data.mixture import InTurn, Schedule, schedule, shares
 from mtl_jax.errors import UserError
 
 SIZES = {"a": 100_000, "b": 10_000, "c": 1_000}
@@ -100,6 +100,15 @@ def test_uniform_gives_the_same_rows_in_every_step():
     assert run.constant()
     assert all(set(run.counts(step).values()) == {3} for step in (0, 1, 17, 4999, 123_456))
     assert run.capacity() == dict.fromkeys("abcdefg", 3)
+
+
+def test_steps_that_have_the_same_rows_of_every_source():
+    even, odd = Schedule({"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}, 4, 10), {"a": 0.3, "b": 0.7}
+    only_b = Schedule({"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, 4, 10)
+    turns = InTurn((even, Schedule(odd, odd, 4, 10), only_b, only_b))
+    assert turns.same(range(10)) == {"a": 2, "b": 2}
+    assert turns.same(range(9, 11)) is turns.same(range(12, 15)) is turns.same(range(5, 25)) is None
+    assert turns.same(range(20, 40)) == turns.same(range(35, 99)) == {"a": 0, "b": 4}
 
 
 def test_a_small_source_is_seen_in_some_steps_only():

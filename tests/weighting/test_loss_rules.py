@@ -146,13 +146,17 @@ def test_weights_are_finite(name, losses):
         ("linear_schedule(1.0, 0.0, 4)", [1.0, 0.75, 0.5, 0.25, 0.0]),
         ("piecewise_constant_schedule(1.0, {2: 0.5})", [1.0, 1.0, 0.5, 0.5, 0.5]),
         ("exponential_decay(init_value=1.0, transition_steps=1, decay_rate=0.5)", [1.0, 0.5, 0.25, 0.125, 0.0625]),
+        ("dann_schedule(0.0, 1.0, 4)", [2 / (1 + np.exp(-10 * p)) - 1 for p in (0, 0.25, 0.5, 0.75, 1)]),
+        ("dann_schedule(2.0, 0.0, 2, 3)", [4 - 4 / (1 + np.exp(-3 * p)) for p in (0, 0.5, 1, 1, 1)]),
+        ("sigmoid_schedule(0.0, 1.0, 4, 8, 0.25)", [1 / (1 + np.exp(-2 * (t - 1))) for t in range(5)]),
+        ("sigmoid_schedule(1.0, 0.5, 4)", [1 - 0.5 / (1 + np.exp(-2.5 * (t - 2))) for t in range(5)]),
         ("2.5", [2.5] * 5),
         (optax.constant_schedule(3.0), [3.0] * 5),
     ],
 )
 def test_scheduled_takes_the_calls_of_optax_as_text(weight, values):
     found = run(weighting.scheduled({"target": 1, "source": weight}), [{"target": 1.0, "source": 1.0}] * 5)
-    np.testing.assert_allclose([w["source"] for w in found], values)
+    np.testing.assert_allclose([w["source"] for w in found], values, rtol=1e-5)
 
 
 def test_a_schedule_is_looked_at_in_every_step():
@@ -183,6 +187,8 @@ def test_a_schedule_is_looked_at_in_every_step():
         (lambda: weighting.scheduled({"a": "sine_schedule(1)"}), "unknown schedule.*'sine_schedule'.*linear_schedule"),
         (lambda: weighting.scheduled({"a": "linear_schedule(1)"}), "a is 'linear_schedule.1.': .*missing"),
         (lambda: weighting.scheduled({"a": "linear_schedule(open('x'), 0, 1)"}), "write a number or a schedule"),
+        (lambda: weighting.scheduled({"a": "dann_schedule(0, 1, 0)"}), "a is .*: transition_steps is 0; it must be above 0"),
+        (lambda: weighting.scheduled({"a": "sigmoid_schedule(0, 1, 5, 0)"}), "sharpness is 0; it must be above 0"),
         (lambda: weighting.fixed({"a": -1.0}), "a is -1.0; a weight must be finite and not negative"),
         (lambda: weighting.fixed({"a": float("nan")}), "a is nan"),
         (lambda: weighting.fixed({"a": 1.0}).init(["a", "b"]), "no weight for b"),

@@ -1,0 +1,70 @@
+"""L_target + lambda L_source: lambda by a schedule, and a lambda of 0 that is the target by itself."""
+
+import jax
+import pytest
+import tiny
+import two_sources
+
+from mtl_jax import Batching, Phase
+from mtl_jax.data.stream import stream
+from mtl_jax.errors import UserError
+from mtl_jax.training.idle import rows_that_count
+from mtl_jax.training.prepare import initial_state, measure, prepare, stretches
+from mtl_jax.training.step import make_train_step
+
+STEPS = 3
+JOINT = Batching(rows=6, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 2.0, "questions": 1.0})
+ALONE = Batching(rows=4, row_length=24, examples_per_row=6)
+
+
+def trained(bert, data, **changes):
+    """The state after a few steps, and what the last one reported. Dropout is on."""
+    prepared = prepare(tiny.experiment(bert, data, phases=(Phase("all", STEPS),), **changes))
+    plan, state = prepared.plans[0], initial_state(prepared)
+    step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask, len(prepared.corpus.splits["train"])))
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, stretches(prepared.experiment))
+    for _ in range(STEPS):
+        state, metrics = step(state, next(batches), None)
+    batches.close()
+    return jax.device_get(state), jax.device_get(metrics), prepared
+
+
+def bits(tree):
+    return [leaf.tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_lambda_of_0_is_the_target_by_itself(bert, data):
+    """The target has four rows a step in both runs; in one of them the source stands before it."""
+    alone, alone_metrics, _ = trained(bert, data, only=("rating",), batch=ALONE)
+    sources = tiny.experiment(bert, data).sources[::-1]
+    weights = {"rating": 1.0, "coarse": 0.0, "fine": "linear_schedule(0.0, 0.0, 10)"}
+    joint, metrics, prepared = trained(bert, data, sources=sources, batch=JOINT, weighting="scheduled", weights=weights)
+    assert bits(joint.params["trunk"]) == bits(alone.params["trunk"])
+    assert bits(joint.params["trunk"]) != bits(prepared.params["trunk"])
+    assert bits(joint.params["heads"]["rating"]) == bits(alone.params["heads"]["rating"])
+    assert metrics.losses["rating"] == alone_metrics.losses["rating"] == metrics.total
+    assert metrics.gradient_norm == alone_metrics.gradient_norm
+    assert metrics.losses["fine"] == metrics.counts["fine"] == metrics.weights["fine"] == 0
+    assert metrics.seen[:, 0].tolist() == [2, 4]
+    assert "phase all: coarse, fine weigh 0 throughout and are not computed" in prepared.notes
+
+
+@pytest.mark.parametrize(
+    ("idle", "rows", "multiple", "expected"),
+    [
+        (("b", "c"), {"first": 4, "second": 2}, 2, (slice(0, 4),)),
+        (("a",), {"first": 4, "second": 2}, 2, (slice(4, 6),)),
+        (("b",), {"first": 4, "second": 2}, 2, ()),  # c is of the same source
+        (("a",), {"first": 4, "second": 2}, 4, ()),  # two rows cannot be shared by four devices
+        (("a",), None, 1, ()),
+    ],
+)
+def test_rows_that_count(idle, rows, multiple, expected):
+    assert rows_that_count(two_sources.TASKS, idle, rows, multiple) == expected
+
+
+@pytest.mark.parametrize("weight", [-0.1, "-0.1", "linear_schedule(0.5, -0.5, 12)", "sigmoid_schedule(0, -1, 12)"])
+def test_a_negative_lambda_is_refused(bert, data, weight):
+    weights = {"rating": 1.0, "coarse": weight, "fine": 1.0}
+    with pytest.raises(UserError, match=r"weights: (the schedule of )?coarse is -.*must be finite and not negative"):
+        prepare(tiny.experiment(bert, data, weighting="scheduled", weights=weights))

@@ -201,6 +201,20 @@ def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path
     store.close()
 
 
+def test_the_best_checkpoint_outlives_a_restart(tmp_path):
+    from mtl_jax.training.state import create
+
+    state = create({"trunk": np.ones(2, np.float32)}, (), (), 0)
+    for devs in ({1: 0.9, 2: 0.5, 3: None}, {4: 0.7, 5: None, 6: 0.8}):
+        store = Store(tmp_path, Checkpoints(keep=2))
+        for step, dev in devs.items():
+            store.save(step, state, {}, dev)
+        store.wait()
+        assert store.steps() == [1, *list(devs)[-2:]]
+        assert store.best(lambda step: step).step == 1
+        store.close()
+
+
 def test_another_model_is_not_taken_for_damage(folder, tmp_path):
     import mtl_jax
     from mtl_jax.errors import UserError

@@ -1,9 +1,10 @@
 import os
 import tempfile
 
+from compiling import xla_flags
+
 # Before jax starts its backend: tests of data parallelism use 8 virtual devices, the others ask for one.
-# Nearly all of a test's time is compilation, a third of it where LLVM optimises nothing; results differ by rounding.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # Most of a tiny run's time is compilation, and many tests compile the same programs: share them, for this session only.

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiling
 import pytest
 import tiny
 import tiny_seq2seq
@@ -271,12 +272,10 @@ def test_bad_input_is_one_line_and_earlier_output_is_kept(
 
 
 def start(*arguments) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     code = "from mtl_jax.cli import console; console()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, cwd=Path(tiny.__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=compiling.environment(), cwd=Path(tiny.__file__).parents[1], **pipes)
 
 
 def finished_lines(part: Path) -> int:

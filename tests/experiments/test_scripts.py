@@ -1,11 +1,11 @@
 """Every experiment script, as a user starts it, for two steps."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import compiling
 import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -39,9 +39,8 @@ def test_every_script_is_here():
 
 
 def start(script: str, *flags: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, str(EXPERIMENTS / script), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=compiling.environment(), check=False)
 
 
 def test_weighting_methods(wheels, tmp_path):

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ FLAGS += ["--phases.1.steps", "40", "--batch.mixture", "proportional"]
 
 
 def start(folder, workdir, address, index):
-    environment = os.environ | {"TINY": str(folder), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = compiling.environment(devices=2) | {"TINY": str(folder)}
     command = [sys.executable, tiny.__file__, "--workdir", str(workdir), *FLAGS, "--distributed", f"{address},{index},2"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

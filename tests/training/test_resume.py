@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiling
 import numpy as np
 import pytest
 import tiny
@@ -24,11 +24,9 @@ FLAGS += ["--phases.1.rules.0.rate", "0.5", "--phases.1.rules.0.schedule", "slan
 
 
 def start(folder: Path, workdir: Path, *flags: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, tiny.__file__, "--workdir", str(workdir), *FLAGS, *flags]
-    return subprocess.Popen(
-        command, env=environment | {"TINY": str(folder)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    environment = compiling.environment() | {"TINY": str(folder)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:

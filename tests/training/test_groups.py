@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import math
 
@@ -6,11 +7,12 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Optimizer, ParamRule, Phase
+from mtl_jax import Checkpoints, Optimizer, ParamRule, Phase
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import check
+from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.groups import table
-from mtl_jax.training.prepare import enter, initial_state, prepare
+from mtl_jax.training.prepare import enter, initial_state, prepare, template
 from mtl_jax.transfer import probe_then_finetune, unfreezing
 
 PHASES = unfreezing(9, at=(3, 6), layers=tiny.LAYERS, decay=0.5, learning_rate=0.1)
@@ -75,6 +77,21 @@ def test_a_new_phase_keeps_the_moments_of_what_goes_on_training(prepared):
         buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(entered)]
         assert len(set(buffers)) == len(buffers)  # all can be donated
         state = entered
+
+
+def test_a_checkpoint_of_any_phase_is_its_state_and_enters_the_next_one(prepared, tmp_path):
+    rng, plans = np.random.default_rng(0), prepared.plans
+    state = initial_state(prepared)
+    with contextlib.closing(Store(tmp_path, Checkpoints(keep=9))) as store:
+        for number, plan in enumerate(plans):
+            state = jax.tree.map(lambda leaf: np.asarray(9 * rng.random(leaf.shape), leaf.dtype), state)
+            store.save(plan.end, state, {}, None)
+            store.wait()
+            restored = store.restore(plan.end, lambda _, n=number, end=plan.end: template(prepared, n, end)).state
+            jax.tree.map(np.testing.assert_array_equal, restored, state)
+            for following in plans[number + 1 : number + 2]:
+                state = enter(following, state, prepared)
+                jax.tree.map(np.testing.assert_array_equal, enter(following, restored, prepared), state)
 
 
 @pytest.mark.parametrize(

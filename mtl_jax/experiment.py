@@ -17,42 +17,16 @@ from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
-from mtl_jax.transfer import ParamRule, averaging, regularisers
 from mtl_jax.transfer import adapters as adapting
+from mtl_jax.transfer import averaging, freezing, regularisers
 from mtl_jax.transfer.adapters import AnyAdapter
 from mtl_jax.transfer.mixout import Mixout
+from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.regularisers import AnyRegulariser
 from mtl_jax.trunks import AnyTrunk, Pretrained
 
 BASELINES = ("none", "constant", "probe")
 DTYPES = ("auto", "float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """A stretch of steps with its own trainable part, weights and learning rate; the schedule runs over the phase.
-
-    Attributes:
-        name: Shown in the progress bar and the logs.
-        steps: Length of the phase.
-        rules: Which parameters train: the first rule whose pattern matches a parameter's path decides.
-        learning_rate: Peak rate; None: optimizer.learning_rate.
-        weights: Loss weights of this phase, numbers or schedules of the run's step, as they stand, without combinators; empty:
-            the experiment's weighting.
-        mixture: How often each source is seen in this phase, as in batch.mixture; empty: as batch.mixture says.
-        shares: For the mixture fixed: a number for each source.
-        cache_features: Where the rules freeze the whole trunk, compute its output for every example once; not where a
-            task labels tokens.
-    """
-
-    name: str
-    steps: int
-    rules: tuple[ParamRule, ...] = (ParamRule(".*"),)
-    learning_rate: float | None = None
-    weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
-    mixture: str = ""
-    shares: dict[str, float] = dataclasses.field(default_factory=dict)
-    cache_features: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +202,9 @@ def check(experiment: Experiment) -> None:
             raise UserError(f"phase {phase.name!r}: steps is {phase.steps}; it must be at least 1")
         if phase.learning_rate is not None and not phase.learning_rate >= 0:
             raise UserError(f"phase {phase.name!r}: learning_rate is {phase.learning_rate}; it must not be negative")
+        freezing.check(phase.rules)
+        for rule in phase.rules:
+            optimizers.check_rule(experiment.optimizer, rule)
         if phase.mixture or phase.shares:
             mixture.check(phase.mixture, "", phase.shares, f"phases.{phase.name}")
         rule_of(experiment, phase).init([task.name for task in experiment.tasks])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.transfer import moving
+from mtl_jax.transfer.freezing import ParamRule
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "slanted_triangular")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +26,10 @@ class Optimizer:
         name: adamw, adam or sgd.
         learning_rate: Peak rate, for phases that name none of their own.
         schedule: After the warm-up: constant; linear or cosine decay to 0 at the end of the phase; or inverse_sqrt, with the
-            square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does not depend on the end.
-        warmup: Share of a phase's steps over which the rate rises from 0.
+            square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does not depend on the end;
+            or slanted_triangular (Howard and Ruder, 2018), which rises from peak / ratio and falls back to it.
+        warmup: Share of a phase's steps over which the rate rises: from 0, but for slanted_triangular.
+        ratio: For slanted_triangular: the highest rate over the lowest.
         weight_decay: AdamW's decoupled decay, on parameters of two and more dimensions only (no biases, no norms).
         clip_norm: Largest norm of the trainable part's gradient; 0 for no clipping.
         b1: Adam's decay of the first moment; SGD's momentum.
@@ -36,6 +41,7 @@ class Optimizer:
     learning_rate: float = 1e-4
     schedule: str = "linear"
     warmup: float = 0.1
+    ratio: float = 32.0
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     b1: float = 0.9
@@ -54,11 +60,23 @@ def check(config: Optimizer) -> None:
     for field in ("learning_rate", "weight_decay", "clip_norm"):
         if not getattr(config, field) >= 0:
             raise UserError(f"optimizer.{field} is {getattr(config, field)}; it must not be negative")
+    if not 1 <= config.ratio < math.inf:
+        raise UserError(f"optimizer.ratio is {config.ratio}; it is the highest rate over the lowest, so at least 1")
+
+
+def check_rule(config: Optimizer, rule: ParamRule) -> None:
+    """Raises UserError where a parameter rule asks for what this optimizer does not have."""
+    if rule.schedule and rule.schedule not in SCHEDULES:
+        raise unknown(f"schedule of the rule {rule.pattern!r}:", rule.schedule, SCHEDULES)
+    if rule.weight_decay is not None and config.name != "adamw":
+        raise UserError(f"the rule {rule.pattern!r}: weight_decay is for adamw, and optimizer.name is {config.name}")
 
 
 def schedule(config: Optimizer, peak: float, steps: int) -> optax.Schedule:
     """Learning rate by step of the phase."""
     warmup = round(config.warmup * steps)
+    if config.schedule == "slanted_triangular":
+        return slanted_triangular(peak, steps, warmup, config.ratio)
     rise = optax.linear_schedule(0.0, peak, warmup)
     rest = max(1, steps - warmup)
     fall = {
@@ -71,16 +89,47 @@ def schedule(config: Optimizer, peak: float, steps: int) -> optax.Schedule:
     return lambda step: optax.join_schedules([rise, fall], [warmup])(step + (1 if warmup else 0))
 
 
-def build(config: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
-    """The optax chain: clip, then the update. It is given the trainable leaves only."""
-    if config.name == "adamw":
+def slanted_triangular(peak: float, steps: int, cut: int, ratio: float = 32.0) -> optax.Schedule:
+    """ULMFiT's schedule (Howard and Ruder, 2018): peak * (1 + p * (ratio - 1)) / ratio.
 
-        def decayed(params: Any) -> Any:
-            return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    At step t = 1, 2 ... p = t / cut up to the cut, then 1 - (t - cut) / (steps - cut). That is the paper's
+    1 - (t - cut) / (cut * (1 / cut_frac - 1)) where the cut is that share of the steps exactly; where it is rounded, the
+    paper's p falls below 0.
 
-        update = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed)
-    elif config.name == "adam":
-        update = optax.adam(rate, b1=config.b1, b2=config.b2, eps=config.eps)
-    else:
-        update = optax.sgd(rate, momentum=config.b1)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(), update)
+    Args:
+        peak: The highest rate.
+        steps: In all.
+        cut: The step of the highest rate; 0: it only falls.
+        ratio: The highest rate over the lowest.
+    """
+
+    def rate(step: Any) -> jax.Array:
+        t = jnp.asarray(step, jnp.float32) + 1.0
+        p = jnp.where(t < cut, t / max(1, cut), 1 - (t - cut) / max(1, steps - cut))
+        return peak * (1 + p * (ratio - 1)) / ratio
+
+    return rate
+
+
+def build(config: Optimizer, decided: Any, peak: float, steps: int) -> optax.GradientTransformation:
+    """The optax chain: clip, the moments of all that trains, then each leaf's own decay, rate and schedule.
+
+    Args:
+        config: The optimizer.
+        decided: freezing.decide(params, rules): the rule of each parameter.
+        peak: Highest rate.
+        steps: Length of the phase.
+
+    Returns:
+        A transformation over the trainable leaves only. moving.carry takes its state from one phase to the next.
+    """
+    names = {rule.schedule for rule in jax.tree.leaves(decided)}
+    schedules = {
+        name: schedule(dataclasses.replace(config, schedule=name or config.schedule), peak, steps) for name in names | {""}
+    }
+    scale = optax.trace(config.b1) if config.name == "sgd" else moving.scale_by_adam(config.b1, config.b2, config.eps)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        scale,
+        moving.scale_by_rules(decided, schedules, config.weight_decay if config.name == "adamw" else 0.0),
+    )

@@ -79,7 +79,11 @@ class Store:
             [LatestN(config.keep), BestN(get_metric_fn=self._dev, n=1, keep_checkpoints_without_metrics=False)]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else keep, enable_async_checkpointing=True, read_only=read_only
+            # best_fn has the numbers written, too: without it the best would be forgotten, and deleted, after a restart.
+            best_fn=None if read_only else self._dev,
+            preservation_policy=None if read_only else keep,
+            enable_async_checkpointing=True,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -100,7 +104,7 @@ class Store:
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), record=ocp.args.JsonSave(record)),
-            metrics=record["dev"],
+            metrics=record["dev"] or {},
         )
 
     def latest(self, template: Template) -> Restored | None:

@@ -21,7 +21,7 @@ from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import generation, gram_step, regularised
+from mtl_jax.training import generation, gram_step, groups, regularised
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.measures import measure as measure
@@ -30,7 +30,7 @@ from mtl_jax.training.runs import Run
 from mtl_jax.training.state import TrainState, create
 from mtl_jax.training.step import needs
 from mtl_jax.training.teachers import Teacher
-from mtl_jax.transfer import adapters, averaging, freezing
+from mtl_jax.transfer import adapters, averaging, freezing, moving
 from mtl_jax.transfer.leaves import leaves_of, matching
 from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation
 from mtl_jax.trunks import Trunk
@@ -49,7 +49,7 @@ class PhasePlan(NamedTuple):
         end: Steps of the run after it.
         mask: Tree of bools over the parameters: which train.
         rule: Its weighting rule. A rule that compares task gradients gives way to `equal` where no shared parameter trains.
-        rate: Learning rate by step of the phase.
+        rate: Learning rate by step of the phase, of rules that don't change it.
         optimizer: The optax transformation over the trainable leaves.
         cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
         fresh_rule: Whether the rule's state starts anew with this phase.
@@ -180,10 +180,14 @@ def initial_state(prepared: Prepared) -> TrainState:
 
 
 def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
-    """The state at the start of a phase: a new optimizer and average over what now trains, the rule's state if it is new."""
+    """The state at the start of a phase: the optimizer and a new average over what now trains, the rule's state if it is new.
+
+    Moments of what trained in the phase before are kept.
+    """
     trained, _ = freezing.split(state.params, plan.mask)
     average = averaging.make(prepared.experiment.averaging).init(trained)
-    changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained), "average": average}
+    moments = moving.carry(state.opt_state, plan.optimizer.init(trained))
+    changed: dict[str, Any] = {"opt_state": moments, "average": average}
     if plan.fresh_rule:
         names = [task.name for task in prepared.corpus.tasks]
         changed["rule_state"] = gram_step.init_rule(plan.rule, names, trained["trunk"])
@@ -228,7 +232,8 @@ def _plan(
     plans: list[PhasePlan] = []
     start = 0
     for number, phase in enumerate(experiment.phases):
-        mask = freezing.trainable(params, phase.rules)
+        decided = freezing.decide(params, phase.rules)
+        mask = jax.tree.map(lambda rule: rule.train, decided)
         if not any(jax.tree.leaves(mask)):
             raise UserError(f"phase {phase.name!r}: its rules freeze every parameter; nothing would train")
         peak = experiment.optimizer.learning_rate if phase.learning_rate is None else phase.learning_rate
@@ -265,7 +270,7 @@ def _plan(
                 mask=mask,
                 rule=rule,
                 rate=rate,
-                optimizer=optimizers.build(experiment.optimizer, rate),
+                optimizer=optimizers.build(experiment.optimizer, decided, peak, phase.steps),
                 cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",) and not vectors,
                 fresh_rule=not same,
                 idle=() if vectors else _idle(experiment, phase, steps, looked_at),
@@ -296,6 +301,6 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
         for plan in plans
         if plan.idle
     ]
-    notes = [*corpus.notes, *added, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters"]
+    said = [*added, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters", groups.table(experiment, params)]
     averaged = f"dev and test are measured on averaged parameters ({experiment.averaging}), and predictions are made with them"
-    return notes if experiment.averaging == "none" else [*notes, averaged]
+    return [*corpus.notes, *said, *([] if experiment.averaging == "none" else [averaged])]

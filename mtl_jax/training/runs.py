@@ -105,8 +105,8 @@ def open_finished(folder: Path, where: str) -> Run:
     own = [adapter.name for adapter in run.experiment.adapters if adapter.per != RUN]
     if own:
         raise UserError(
-            f"{where}: each source of the run in {folder} has its own adapters ({', '.join(own)}), and it is not known which are for "
-            "the rows of this run; name a run whose adapters are shared, or one without"
+            f"{where}: each source of the run in {folder} has its own adapters ({', '.join(own)}), and none is of "
+            "the rows of this one; name a run whose adapters are shared, or one without"
         )
     return run
 

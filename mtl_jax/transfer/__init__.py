@@ -1,4 +1,4 @@
-"""What moves and what stays, what is added and what is held on to: freezing, adapters, regularisers, Mixout."""
+"""What moves, how fast, and what stays; what is added; what is held on to: rules, phases, adapters, regularisers, Mixout."""
 
 from mtl_jax.transfer.distillation import distill as distill
 from mtl_jax.transfer.distillation import distill_hidden as distill_hidden
@@ -6,12 +6,21 @@ from mtl_jax.transfer.divergence import divergence as divergence
 from mtl_jax.transfer.ewc import ewc as ewc
 from mtl_jax.transfer.ewc import fisher as fisher
 from mtl_jax.transfer.freezing import ParamRule as ParamRule
+from mtl_jax.transfer.freezing import decide as decide
 from mtl_jax.transfer.freezing import merge as merge
 from mtl_jax.transfer.freezing import split as split
 from mtl_jax.transfer.freezing import trainable as trainable
 from mtl_jax.transfer.l2sp import l2sp as l2sp
+from mtl_jax.transfer.layers import discriminative as discriminative
+from mtl_jax.transfer.layers import layerwise as layerwise
+from mtl_jax.transfer.layers import top_layers as top_layers
 from mtl_jax.transfer.mixout import Mixout as Mixout
 from mtl_jax.transfer.mixout import mixout as mixout
+from mtl_jax.transfer.moving import by_rules as by_rules
+from mtl_jax.transfer.moving import scale_by_rules as scale_by_rules
+from mtl_jax.transfer.phases import Phase as Phase
+from mtl_jax.transfer.phases import probe_then_finetune as probe_then_finetune
+from mtl_jax.transfer.phases import unfreezing as unfreezing
 from mtl_jax.transfer.r_drop import r_drop as r_drop
 from mtl_jax.transfer.regularisers import EWC as EWC
 from mtl_jax.transfer.regularisers import L2SP as L2SP

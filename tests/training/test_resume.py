@@ -20,6 +20,7 @@ from mtl_jax.training.logs import read_metrics
 
 FLAGS = ["--phases.0.steps", "25", "--phases.1.steps", "35", "--evaluation.every", "10", "--checkpoints.every", "3"]
 FLAGS += ["--weighting", "dwa"]  # a rule with state
+FLAGS += ["--phases.1.rules.0.rate", "0.5", "--phases.1.rules.0.schedule", "slanted_triangular"]
 
 
 def start(folder: Path, workdir: Path, *flags: str) -> subprocess.Popen:
@@ -211,6 +212,20 @@ def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path
     with pytest.raises(UserError, match="is damaged"):
         store.restore_params(1)
     store.close()
+
+
+def test_the_best_checkpoint_outlives_a_restart(tmp_path):
+    from mtl_jax.training.state import create
+
+    state = create({"trunk": np.ones(2, np.float32)}, (), (), 0)
+    for devs in ({1: 0.9, 2: 0.5, 3: None}, {4: 0.7, 5: None, 6: 0.8}):
+        store = Store(tmp_path, Checkpoints(keep=2))
+        for step, dev in devs.items():
+            store.save(step, state, {}, dev)
+        store.wait()
+        assert store.steps() == [1, *list(devs)[-2:]]
+        assert store.best(lambda step: step).step == 1
+        store.close()
 
 
 def test_another_model_is_not_taken_for_damage(folder, tmp_path):

@@ -28,12 +28,25 @@ from mtl_jax.training.step import Measured, apply_heads, encode_tokens, make_tra
 from mtl_jax.transfer.leaves import leaves_of
 
 ALL = (Phase("all", 4),)
+TRUNK = mtl_jax.Embedding(dimension=4)
+
+
+@pytest.fixture(scope="module")
+def taught(bert, data, tmp_path_factory):
+    """A finished run on the same texts: a teacher."""
+    folder = tmp_path_factory.mktemp("taught") / "run"
+    evaluation = mtl_jax.Evaluation(every=9, baseline="none")
+    mtl_jax.train(tiny.experiment(bert, data, trunk=TRUNK, phases=ALL, evaluation=evaluation), folder)
+    return folder
+
+
+def with_dropout(rate):
+    return tuple(dataclasses.replace(task, dropout=rate) for task in tiny.experiment("", "").tasks)
 
 
 def setup(bert, data, folder, **changes):
-    """Without dropout, unless said otherwise: the run, its only phase, a batch, the state, what it holds on to."""
-    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
-    values = {"phases": ALL, "tasks": tasks, "trunk": mtl_jax.Pretrained(str(bert), dropout=0.0)} | changes
+    """Without dropout, unless said otherwise: the run, its first phase, a batch, the state, what it holds on to."""
+    values = {"phases": ALL, "tasks": with_dropout(0.0), "trunk": TRUNK} | changes
     prepared = prepare(tiny.experiment(bert, data, **values))
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
@@ -50,17 +63,17 @@ NOTHING = {"weighting": "fixed", "weights": {"rating": 0.0, "coarse": 0.0, "fine
 
 
 @pytest.mark.parametrize("rule", [NOTHING, pytest.param({"weighting": "pcgrad"}, marks=pytest.mark.long)], ids=["0", "pcgrad"])
-def test_gradients_are_added_to_those_of_the_tasks(bert, data, workdir, tmp_path, rule):
+def test_gradients_are_added_to_those_of_the_tasks(bert, data, taught, tmp_path, rule):
     """They are what jax.grad gives of the losses written out, beside tasks of weight 0 and under a rule of task gradients."""
     held = (
         L2SP(weight=2.0),
-        EWC(weight="linear_schedule(3.0, 0.0, 6)", run=str(workdir), source="questions", batches=1),
-        Distillation(name="say", weight=0.7, teacher=str(workdir), temperature=2.0),
-        Distillation(name="see", weight=0.3, teacher=str(workdir), of="hidden"),
+        EWC(weight="linear_schedule(3.0, 0.0, 6)", run=str(taught), source="questions", batches=1),
+        Distillation(name="say", weight=0.7, teacher=str(taught), temperature=2.0),
+        Distillation(name="see", weight=0.3, teacher=str(taught), of="hidden"),
     )
     prepared, plan, batch, state, references = setup(bert, data, tmp_path, **rule, regularisers=held)
     state = moved(state)._replace(step=jnp.int32(2))
-    teacher, tasks = runs.open_run(workdir), prepared.corpus.tasks
+    teacher, tasks = runs.open_run(taught), prepared.corpus.tasks
 
     def written_out(params):
         def model(params, module):
@@ -144,7 +157,7 @@ def test_they_go_with_every_kind_of_rule(bert, data, tmp_path, weighting, accumu
     assert set(metrics.losses) == {"rating", "coarse", "fine"}
 
 
-def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data, workdir, tmp_path, monkeypatch):
+def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data, taught, tmp_path, monkeypatch):
     """Two phases: the first on one source, whose Fisher information is taken as the second begins. Dropout is on."""
     phases = (
         Phase("source", 2, weights={"rating": 0.0, "coarse": 1.0, "fine": 1.0}),
@@ -153,15 +166,17 @@ def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data
     experiment = tiny.experiment(
         bert,
         data,
+        trunk=TRUNK,
+        tasks=with_dropout(0.1),
         phases=phases,
         evaluation=mtl_jax.Evaluation(every=6, baseline="none", criterion="rating"),
         regularisers=(
             L2SP(weight="dann_schedule(1.0, 0.0, 6)"),
             EWC(source="questions", phase="target", batches=2),
-            Distillation(teacher=str(workdir), tasks=("fine",), temperature=2.0),
+            Distillation(teacher=str(taught), tasks=("fine",), temperature=2.0),
             RDrop(weight=0.5),
         ),
-        mixout=Mixout(0.5),
+        mixout=Mixout(0.5, "trunk/.*"),
     )
 
     def last(folder):
@@ -196,7 +211,8 @@ def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_p
     monkeypatch.setattr(tiny, "HIDDEN", 8)
     tiny.write_bert(tmp_path / "narrow")
     see = Distillation(name="see", teacher=str(tmp_path / "narrow"), of="hidden")
-    prepared, _, batch, _, references = setup(bert, data, tmp_path, regularisers=(see,))
+    trunk = mtl_jax.Pretrained(str(bert))
+    prepared, _, batch, _, references = setup(bert, data, tmp_path, trunk=trunk, regularisers=(see,))
     teacher, heads = prepared.teachers["see"], prepared.params["heads"]
     assert heads["see"]["projection"]["kernel"].shape == (16, 8)
     own = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 16)).astype(np.float32)
@@ -238,7 +254,7 @@ def test_where_nothing_that_is_held_trains_there_is_nothing_to_keep(bert, data, 
 
 
 def test_what_was_held_is_missed_and_compared(bert, data, tmp_path):
-    prepared, plan, _, state, _ = setup(bert, data, tmp_path, regularisers=(L2SP(shared="trunk/layer_0/.*"),))
+    prepared, plan, _, state, _ = setup(bert, data, tmp_path, regularisers=(L2SP(),))
     file = tmp_path / "reference" / "start-all.safetensors"
     references = References(prepared, tmp_path)
     references.digests["start-all"] = "another"
@@ -286,7 +302,7 @@ def test_mixout_is_around_the_measure():
 
 @pytest.mark.parametrize("labels", ["data", "model"])
 def test_fisher_is_the_mean_of_squared_gradients_example_by_example(bert, data, labels):
-    prepared = prepare(tiny.experiment(bert, data, trunk=mtl_jax.Embedding(dimension=4), only=("rating", "fine"), phases=ALL))
+    prepared = prepare(tiny.experiment(bert, data, trunk=TRUNK, only=("rating", "fine"), phases=ALL))
     tasks, train = prepared.corpus.tasks, prepared.corpus.splits["train"]
     kind = EWC(source="questions", labels=labels, batches=2)
     path, params, fine = "trunk/word/embedding", prepared.params, tasks[1]
@@ -373,10 +389,10 @@ def test_a_run_with_another_trunk_is_refused():
         ({"mixout": Mixout(0.5, "kernel")}, "mixout.parameters, 'kernel', matches no parameter"),
     ],
 )
-def test_what_is_refused_before_training(bert, data, workdir, tmp_path, changes, message):
+def test_what_is_refused_before_training(bert, data, taught, tmp_path, changes, message):
     def copied(change):
         folder = tmp_path / "copy"
-        shutil.copytree(workdir, folder)
+        shutil.copytree(taught, folder)
         change(folder)
         return str(folder)
 
@@ -390,7 +406,7 @@ def test_what_is_refused_before_training(bert, data, workdir, tmp_path, changes,
         file.write_text(file.read_text().replace('"city"', '"town"'))
 
     made = {
-        "WORKDIR": lambda: str(workdir),
+        "WORKDIR": lambda: str(taught),
         "UNFINISHED": lambda: copied(lambda folder: (folder / "results.json").unlink()),
         "OTHER_LABELS": lambda: copied(other_labels),
         "OTHER_WORDS": lambda: copied(other_words),

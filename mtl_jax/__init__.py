@@ -39,6 +39,7 @@ from mtl_jax.transfer.adapters import Lora as Lora
 from mtl_jax.transfer.adapters import Prefix as Prefix
 from mtl_jax.transfer.adapters import adapters_only as adapters_only
 from mtl_jax.transfer.adapters import bitfit as bitfit
+from mtl_jax.transfer.loading import InitFrom as InitFrom
 from mtl_jax.trunks import Embedding as Embedding
 from mtl_jax.trunks import Pretrained as Pretrained
 from mtl_jax.trunks import Transformer as Transformer

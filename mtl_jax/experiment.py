@@ -18,8 +18,9 @@ from mtl_jax.errors import UserError, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import adapters as adapting
-from mtl_jax.transfer import averaging, freezing, regularisers
+from mtl_jax.transfer import averaging, freezing, loading, regularisers
 from mtl_jax.transfer.adapters import AnyAdapter
+from mtl_jax.transfer.loading import InitFrom
 from mtl_jax.transfer.mixout import Mixout
 from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.regularisers import AnyRegulariser
@@ -73,6 +74,7 @@ class Experiment:
         sources: Where rows come from.
         tasks: What is predicted from them.
         phases: What trains, and for how long.
+        init_from: Another run, or a checkpoint, whose parameters these begin as; a run that goes on does not need it any more.
         adapters: Parameters added inside the trunk, trunk/adapters/NAME/... to the phases' rules.
         weighting: The rule that weighs the losses.
         weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
@@ -104,6 +106,7 @@ class Experiment:
     sources: tuple[Source, ...]
     tasks: tuple[AnyTask, ...]
     phases: tuple[Phase, ...]
+    init_from: InitFrom = InitFrom()
     adapters: tuple[AnyAdapter, ...] = ()
     weighting: str = "equal"
     weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
@@ -226,6 +229,7 @@ def check(experiment: Experiment) -> None:
                 f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
                 "declare the same file as a second source"
             )
+    loading.check(experiment.init_from)
     adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
     names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
     regularisers.check(experiment.regularisers, experiment.mixout, names, phases, start)

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax import pretrained
+from mtl_jax import kin, pretrained
 from mtl_jax.errors import UserError
-from mtl_jax.merge import alike, parts
+from mtl_jax.merge import parts
 from mtl_jax.merge.method import Method
 from mtl_jax.merge.parts import RECORD, Model
 from mtl_jax.prediction import is_workdir
@@ -73,7 +73,7 @@ def model(name: str, checkpoint: Checkpoint) -> Model:
     """A checkpoint's parts, without those that its file does not have, such as the pooler of a tagger."""
     fresh = {path.split("/")[0] for path in checkpoint.initialized}
     found = {part: jax.tree.map(np.asarray, params) for part, params in checkpoint.params.items() if part not in fresh}
-    return Model(name, found, alike.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)})
+    return Model(name, found, kin.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)})
 
 
 def _load(path: str, trunk_only: bool) -> Checkpoint:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mtl_jax import kin as kinship
 from mtl_jax.errors import UserError
-from mtl_jax.merge import alike
-from mtl_jax.merge.alike import Kin
+from mtl_jax.kin import Kin
 from mtl_jax.merge.method import Method
 from mtl_jax.transfer import merging
 from mtl_jax.transfer.mergeable import check_alike, flat
@@ -58,11 +58,12 @@ def check(base: Model | None, models: Sequence[Model]) -> None:
     """
     everywhere = [*([base] if base else []), *models]
     names, kin = [model.name for model in everywhere], [model.kin for model in everywhere]
-    alike.check_family(names, kin)
+    kinship.check_family(names, kin)
     for part in dict.fromkeys(part for model in models for part in model.parts):
         owners = [model for model in everywhere if part in model.parts]
         check_alike([{part: model.parts[part]} for model in owners], [model.name for model in owners])
-    alike.check_constants(names, kin)
+    kinship.check_constants(names, kin)
+    kinship.check_vocabulary(names, kin)
     for model in everywhere:
         _check_finite(model.parts, f"{model.name}: ", "it cannot be merged")
 

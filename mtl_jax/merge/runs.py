@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import pretrained, staging
+from mtl_jax import kin, pretrained, staging
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Checkpoints, to_json
-from mtl_jax.merge import alike, checkpoints, measuring, parts
+from mtl_jax.merge import checkpoints, measuring, parts
 from mtl_jax.merge.method import Method
 from mtl_jax.merge.parts import RECORD, TRUNK, Model, Parts
 from mtl_jax.merge.union import Member, Union, unite
@@ -109,7 +109,7 @@ def _model(member: Member) -> Model:
     heads = {f"heads/{task}": params for task, params in run.params["heads"].items()}
     facts = {"path": member.name, "step": run.step, "dev": run.dev, "criterion": run.experiment.evaluation.criterion}
     facts |= {"experiment": run.experiment.name, "seed": run.experiment.seed}
-    return Model(member.name, {TRUNK: run.params[TRUNK], **heads}, alike.of_run(run), facts)
+    return Model(member.name, {TRUNK: run.params[TRUNK], **heads}, kin.of_trunk(run.trunk), facts)
 
 
 def _base(name: str, members: Sequence[Member], union: Union) -> Model:

@@ -35,10 +35,10 @@ class Restored(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best checkpoint: its step, its dev criterion, and what was read of it."""
+    """A checkpoint: its step, its dev criterion where it was chosen by that, and what was read of it."""
 
     step: int
-    dev: float
+    dev: float | None
     value: Any
 
 

@@ -21,7 +21,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, tasks_to_json, to_json
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, generation, left_out, results
+from mtl_jax.training import evaluation, generation, left_out, results, starting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
@@ -64,19 +64,26 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     if not changed:
         workdirs.check_data(folder, data)
+    trunk = {"trunk": prepared.trunk.params}
+    base = left_out.Base(lambda: trunk, getattr(experiment.trunk, "path", ""))
+    begun: dict[str, Any] = {}
+    if experiment.init_from.path and not workdirs.has_checkpoints(folder):
+        prepared, begun, said = starting.begin(prepared)
+        prepared = prepared._replace(notes=[*prepared.notes, said])
     workdirs.create(folder)
-    base = left_out.Base(lambda: prepared.params, getattr(experiment.trunk, "path", ""))
     kept = prepared.experiment.checkpoints
     store = Store(folder, kept, criterion=prepared.experiment.evaluation.criterion, base=base)
     with contextlib.closing(store), asked_to_stop() as stop:
-        run = _Run(prepared, folder, store, stop)
+        run = _Run(prepared, folder, store, stop, begun=bool(begun))
         state, step = run.resume()  # before anything of this configuration is written: it may not fit the checkpoints
         if not kept.frozen:
-            store.left_out = left_out.to_leave_out((plan.mask for plan in prepared.plans), state.params, prepared.params)
+            store.left_out = left_out.to_leave_out((plan.mask for plan in prepared.plans), state.params, trunk)
         if changed:
             workdirs.forget_results(folder)
         for name, value in (("config", config), ("versions", workdirs.versions()), ("data", data)):
             workdirs.write_json(folder / f"{name}.json", value)
+        if begun:
+            workdirs.write_json(folder / starting.RECORD, begun)
         if jax.process_index() == 0:
             trunks.save(prepared.trunk, folder / "trunk")
         for note in prepared.notes:
@@ -95,8 +102,8 @@ class _Pending(NamedTuple):
 class _Run:
     """One process's part of a run: holds what lives as long as the process, so that the steps below read in order."""
 
-    def __init__(self, prepared: Prepared, folder: Path, store: Store, stop: Stop):
-        self.prepared, self.folder, self.store, self.stop = prepared, folder, store, stop
+    def __init__(self, prepared: Prepared, folder: Path, store: Store, stop: Stop, begun: bool = False):
+        self.prepared, self.folder, self.store, self.stop, self.begun = prepared, folder, store, stop, begun
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
         encode = encode_tokens(prepared.trunk.module, needs(self.tasks))
@@ -142,6 +149,11 @@ class _Run:
         """The state and step to go on from: of the newest checkpoint, or the beginning."""
         restored = self.store.latest(self._template)
         if restored is None:
+            if self.experiment.init_from.path and not self.begun:
+                raise UserError(
+                    f"{self.store.folder}: no checkpoint can be used any more, see damaged/ beside it; the same command, given "
+                    f"once more, begins anew from {self.experiment.init_from.path}"
+                )
             return initial_state(self.prepared), 0
         criterion, self.counts = self.counts.criterion, Counts(**restored.record["counts"])
         if self.counts.criterion != criterion:  # a change that was allowed: what was best before says nothing now

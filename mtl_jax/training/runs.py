@@ -28,9 +28,10 @@ class Run(NamedTuple):
         experiment: Its configuration, tasks selected.
         tasks: Its tasks, filled with what was found in its data.
         trunk: The trunk; its parameters are in params.
-        params: {"trunk": ..., "heads": {task: ...}} of the best checkpoint, on the first device.
+        params: {"trunk": ..., "heads": {task: ...}} of a checkpoint, the best one unless another was asked for, on the first
+            device.
         step: The step of that checkpoint.
-        dev: Its dev criterion.
+        dev: Its dev criterion; None where it is not known.
     """
 
     experiment: Experiment
@@ -38,7 +39,7 @@ class Run(NamedTuple):
     trunk: Trunk
     params: Any
     step: int
-    dev: float
+    dev: float | None
 
     def task(self, name: str) -> Task:
         """The task of that name.
@@ -70,11 +71,15 @@ def is_workdir(folder: Path) -> bool:
     return (folder / "data.json").exists() and (folder / "config.json").exists()
 
 
-def open_run(folder: Path) -> Run:
-    """The best checkpoint of a run.
+def open_run(folder: Path, step: str = "best") -> Run:
+    """A checkpoint of a run.
+
+    Args:
+        folder: Its workdir.
+        step: best (by dev), last, or the number of a step that has a checkpoint.
 
     Raises:
-        UserError: The directory is no workdir, or has no checkpoint yet.
+        UserError: The directory is no workdir, or has no such checkpoint.
     """
     config, data = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "data.json")
     if config is None or data is None:
@@ -83,8 +88,8 @@ def open_run(folder: Path) -> Run:
     tasks = tasks_from_json(data["tasks"])
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
     trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
-    best = _best(folder, experiment)
-    return Run(experiment, tasks, trunk, jax.device_put(best.value, jax.devices()[0]), best.step, best.dev)
+    found = _read(folder, experiment, step)
+    return Run(experiment, tasks, trunk, jax.device_put(found.value, jax.devices()[0]), found.step, found.dev)
 
 
 def open_finished(folder: Path, where: str) -> Run:
@@ -111,16 +116,24 @@ def open_finished(folder: Path, where: str) -> Run:
     return run
 
 
-def _best(folder: Path, experiment: Experiment) -> Best:
+def _read(folder: Path, experiment: Experiment, step: str) -> Best:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: there is no checkpoint yet")
     criterion, declared = experiment.evaluation.criterion, experiment.trunk
     base = left_out.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, getattr(declared, "path", ""))
     store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
     try:
-        best = store.best(store.restore_params)
-        if best is None:
-            raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
-        return best
+        steps = store.steps()
+        if step == "best":
+            best = store.best(store.restore_params)
+            if best is None:
+                raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
+            return best
+        if not steps or (step != "last" and int(step) not in steps):
+            raise UserError(
+                f"{folder}: there is no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'none'}"
+            )
+        number = steps[-1] if step == "last" else int(step)
+        return Best(number, None, store.restore_params(number))
     finally:
         store.close()

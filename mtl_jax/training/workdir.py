@@ -101,6 +101,11 @@ def check_data(workdir: Path, data: dict[str, Any]) -> None:
         )
 
 
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether there is any, good or damaged."""
+    return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+
+
 def create(workdir: Path) -> None:
     """Makes the directory.
 

@@ -1,0 +1,125 @@
+"""Runs that begin with the parameters of another run, or of a checkpoint."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_seq2seq
+
+import mtl_jax
+from mtl_jax import Checkpoints, Classification, Evaluation, InitFrom, Phase
+from mtl_jax.errors import UserError
+from mtl_jax.prediction import open_run
+from mtl_jax.training import starting
+from mtl_jax.training.left_out import flat
+from mtl_jax.training.prepare import prepare
+
+ONE = (Phase("heads", steps=4, rules=tiny.HEADS_ONLY),)
+
+
+@pytest.fixture(scope="module")
+def begun(bert, data, workdir):
+    """Of the finished run: its trunk and its head of coarse, which is called kind here."""
+    init = InitFrom(str(workdir), renames=(("heads/coarse/", "heads/kind/"),), leave_out=("heads/fine/.*",))
+    experiment = tiny.experiment(bert, data, init_from=init)
+    tasks = (experiment.tasks[0], dataclasses.replace(experiment.tasks[1], name="kind"))
+    prepared = prepare(dataclasses.replace(experiment, tasks=tasks))
+    return prepared, *starting.begin(prepared)
+
+
+def test_what_is_in_the_source_is_loaded_and_everything_is_accounted_for(begun, workdir):
+    before, after, record, line = begun
+    source = {path: np.asarray(leaf) for path, leaf in flat(open_run(workdir).params).items()}
+    for path, leaf in flat(after.params).items():
+        old = path.replace("heads/kind/", "heads/coarse/")
+        np.testing.assert_array_equal(leaf, source[old])
+        assert record["loaded"][path] == old
+    assert record["initialised"] == ()
+    assert set(record["left_out"]) == {path for path in source if path.startswith("heads/fine/")}
+    assert any((np.asarray(leaf) != flat(before.params)[path]).any() for path, leaf in flat(after.params).items())
+    assert record["step"] == open_run(workdir).step
+    assert f"beginning from {workdir}, step {record['step']}: {len(record['loaded'])} parameters loaded; 4 left out" in line
+
+
+def test_from_a_checkpoint(bert, data, tmp_path):
+    tiny.write_bert(tmp_path / "other", tiny.bert_tensors(seed=5))
+    prepared = prepare(tiny.experiment(bert, data, init_from=InitFrom(str(tmp_path / "other"))))
+    after, record, _ = starting.begin(prepared)
+    expected = flat({"trunk": mtl_jax.pretrained.load(str(tmp_path / "other"), head=None).params["trunk"]})
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(flat(after.params)[path], leaf)
+    heads = flat({"heads": prepared.params["heads"]})
+    assert set(record["initialised"]) == set(heads)
+    for path, leaf in heads.items():
+        assert flat(after.params)[path] is leaf
+
+
+def test_gone_on_without_the_source(bert, data, workdir, tmp_path, caplog):
+    """The same bits; the frozen trunk is in the checkpoints, since it is not that of trunk.path."""
+    source, whole, cut = tmp_path / "source", tmp_path / "whole", tmp_path / "cut"
+    shutil.copytree(workdir, source)
+    experiment = tiny.experiment(
+        bert,
+        data,
+        phases=ONE,
+        init_from=InitFrom(str(source), leave_out=("heads/.*",)),
+        checkpoints=Checkpoints(every=2, keep=3, frozen=False),
+        evaluation=Evaluation(every=4, baseline="none"),
+    )
+    with caplog.at_level(logging.INFO):
+        expected = mtl_jax.train(experiment, whole)
+    assert "beginning from" in caplog.text
+    record = json.loads((whole / "init_from.json").read_text())
+    assert record["path"] == str(source)
+    trunk = flat({"trunk": open_run(workdir).params["trunk"]})
+    for path, leaf in flat({"trunk": open_run(whole).params["trunk"]}).items():
+        np.testing.assert_array_equal(leaf, trunk[path])
+
+    shutil.copytree(whole, cut)
+    (cut / "results.json").unlink()
+    shutil.rmtree(cut / "checkpoints" / "4")
+    shutil.rmtree(source)
+    found = mtl_jax.train(experiment, cut)
+    assert found["tasks"] == expected["tasks"]
+    assert json.loads((cut / "init_from.json").read_text()) == record
+    jax.tree.map(np.testing.assert_array_equal, open_run(cut).params, open_run(whole).params)
+
+
+def test_what_cannot_begin_a_run_is_found_before_anything_is_written(bert, data, workdir, tmp_path):
+    folder = tmp_path / "run"
+
+    def refused(init, message, **changes):
+        with pytest.raises(UserError, match=message):
+            mtl_jax.train(tiny.experiment(bert, data, phases=ONE, init_from=init, **changes), folder)
+        assert not folder.exists()
+
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(workdir, unfinished)
+    (unfinished / "results.json").unlink()
+    refused(InitFrom(str(unfinished)), r"the run in .*unfinished is not finished .*or name one of its steps by init_from.step")
+    refused(InitFrom(str(workdir), step="7"), "there is no checkpoint of step 7; there are ")
+    refused(InitFrom(str(tmp_path / "nothing")), "nothing")
+    tiny.write_bert(tmp_path / "bert")
+    refused(InitFrom(str(tmp_path / "bert"), step="4"), "init_from.step is '4', but .* is no workdir")
+    marian = tiny_seq2seq.write_marian(tmp_path / "marian")
+    refused(
+        InitFrom(str(marian), renames=(("trunk/layer_0/attention", "trunk/layer_0/attention_"),), leave_out=("head/.*",)),
+        "nothing of .*marian has a place here|its trunk is of the family marian|is .* here and .* in",
+    )
+
+    words = json.loads((tmp_path / "bert" / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
+    (tmp_path / "bert" / "tokenizer.json").write_text(json.dumps(words))
+    refused(InitFrom(str(tmp_path / "bert")), "its vocabulary is another than that of this experiment: the token '(good|bad)'")
+    tasks = (Classification(name="rating", source="questions", column="fine"), *tiny.experiment(bert, data).tasks[1:])
+    refused(
+        InitFrom(str(workdir)),
+        r"heads/rating/output/\w+ is .* here and .* in",
+        tasks=(*other, *tiny.experiment(bert, data).tasks[1:]),
+    )

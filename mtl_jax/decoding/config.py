@@ -46,7 +46,7 @@ class GenerationConfig:
         max_length: Most tokens, the start token included.
         max_new_tokens: Most tokens after the start token; wins over max_length.
         min_length: No end token before so many tokens, the start token included.
-        min_new_tokens: No end token before so many tokens after the start token.
+        min_new_tokens: No end token before so many tokens after the start token; wins over min_length.
         do_sample: Draw tokens; else take the likeliest.
         num_beams: K, beams of each row; 1 is greedy search, or plain sampling.
         num_return_sequences: Sequences returned for each row.
@@ -97,7 +97,7 @@ class GenerationConfig:
     @property
     def least(self) -> int:
         """Fewest tokens before an end, the start token included."""
-        return max(self.min_length, 0 if self.min_new_tokens is None else 1 + self.min_new_tokens)
+        return self.min_length if self.min_new_tokens is None else 1 + self.min_new_tokens
 
     @property
     def start(self) -> int:
@@ -224,6 +224,8 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
     if "min_length" in given and "min_new_tokens" not in given:
         values.pop("min_new_tokens", None)
     values |= given
+    if "max_length" not in values and "max_new_tokens" not in values:
+        values["max_new_tokens"] = GenerationConfig.max_length  # as theirs: where nobody says a length, it counts new tokens
     for name, kinds in _KINDS.items():
         if name in values:
             values[name] = _checked(name, values[name], kinds)

@@ -114,12 +114,13 @@ def with_ctranslate2(model: Any, folder: Path, kind: str, threads: int, gpu: boo
 
 def with_ours(folder: Path) -> Translate:
     from mtl_jax import pretrained
-    from mtl_jax.decoding import generate
+    from mtl_jax.decoding import generate, prepare
 
     checkpoint = pretrained.load(str(folder))
+    vocabulary = prepare(checkpoint.model, checkpoint.params)
 
     def translate(ids: np.ndarray, beams: int) -> np.ndarray:
-        return generate(checkpoint, ids, num_beams=beams, max_new_tokens=TARGET)[0]
+        return generate(checkpoint, ids, vocabulary=vocabulary, num_beams=beams, max_new_tokens=TARGET)[0]
 
     return translate
 
@@ -157,7 +158,7 @@ def programs() -> int:
     """Programs that 3,000 lines of mixed lengths need, with beam search and a limit of 512 tokens."""
     import jax
 
-    from mtl_jax.decoding import GenerationConfig, generate_all, search
+    from mtl_jax.decoding import GenerationConfig, generate_all, search, vocabulary
     from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
     from mtl_jax.models.seq2seq_decoder import Decoder
     from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
@@ -173,7 +174,7 @@ def programs() -> int:
     config = GenerationConfig(max_length=512, num_beams=2, decoder_start_token_id=1, eos_token_id=(2,), pad_token_id=0)
 
     def compiled() -> int:
-        return sum(function._cache_size() for function in (search.begin, search.widened, search.go_on))
+        return sum(function._cache_size() for function in (vocabulary.prepare, search.begin, search.widened, search.go_on))
 
     before = compiled()
     answers = sum(1 for _ in generate_all(model, params, sources, config, rows=64))

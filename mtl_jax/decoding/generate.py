@@ -17,7 +17,7 @@ import numpy as np
 from mtl_jax.decoding import search
 from mtl_jax.decoding.config import GenerationConfig, divided, resolve
 from mtl_jax.decoding.state import State
-from mtl_jax.decoding.vocabulary import Vocabulary, vocabulary_of
+from mtl_jax.decoding.vocabulary import Vocabulary, prepare
 from mtl_jax.errors import UserError
 from mtl_jax.models.seq2seq import Seq2Seq
 from mtl_jax.models.seq2seq_decoder import Decoder, Source
@@ -65,7 +65,13 @@ class Found(NamedTuple):
 
 
 def generate(
-    checkpoint: Checkpoint, input_ids: Any, attention_mask: Any = None, *, key: jax.Array | None = None, **options: Any
+    checkpoint: Checkpoint,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    key: jax.Array | None = None,
+    vocabulary: Vocabulary | None = None,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The token ids that generate() of transformers 5 gives for a batch.
 
@@ -74,6 +80,7 @@ def generate(
         input_ids: i32[B, T].
         attention_mask: [B, T], 1 at real tokens; None: all are real.
         key: For do_sample.
+        vocabulary: prepare(checkpoint.model, checkpoint.params), which many calls with few rows may share; None: it is made.
         options: Fields of GenerationConfig; what is not given, the checkpoint's generation_config.json and config.json say.
 
     Returns:
@@ -93,7 +100,8 @@ def generate(
         raise UserError(f"attention_mask has the shape {mask_BxT.shape}, input_ids {ids_BxT.shape}")
     _check_source(model, ids_BxT.shape[1])
     keys = _keys(config, key, np.arange(len(ids_BxT)))
-    on = _On(model, checkpoint.params, vocabulary_of(model, checkpoint.params), config, ids_BxT.shape[1])
+    vocabulary = vocabulary or prepare(model, checkpoint.params)
+    on = _On(model, checkpoint.params, vocabulary, config, ids_BxT.shape[1])
     found = on.finish(on.start(ids_BxT, mask_BxT, keys, np.ones(len(ids_BxT), bool)))
     n = config.num_return_sequences
     longest = 1 + int(found.lengths[:, :n].max()) if config.num_beams > 1 else found.length
@@ -146,7 +154,7 @@ def generate_all(
     order = np.argsort(-lengths, kind="stable")
     limit = model.trunk.config.max_length
     sizes = buckets(lengths, BUCKETS, limit)
-    on = _On(model, params, vocabulary_of(model, params), config, sizes[-1])
+    on = _On(model, params, prepare(model, params), config, sizes[-1])
     waiting: tuple[np.ndarray, Any] | None = None
     for first in range(0, len(order), rows):
         members = order[first : first + rows]

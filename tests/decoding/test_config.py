@@ -24,7 +24,7 @@ def test_call_then_generation_config_then_config_then_defaults(tmp_path):
     assert (found.num_beams, found.length_penalty, found.length, found.top_k) == (2, 2.0, 10, 50)
     assert resolve(RAW, tmp_path).num_beams == 3
     assert resolve(RAW, None).num_beams == 4
-    assert resolve(RAW, None).length == 20
+    assert resolve(RAW, None).length == 21  # 20 new tokens, where nobody says a length
     assert resolve(RAW, tmp_path, max_length=30).length == 30  # the call's, not the file's max_new_tokens
     assert resolve({"bos_token_id": 5}, None).start == 5
 

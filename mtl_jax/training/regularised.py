@@ -120,7 +120,7 @@ def check(
             if each.run:
                 same_shapes(each, paths, leaves, leaves_of(learned[each.name].params))
         elif isinstance(each, RDrop):
-            _can_differ(each, tasks, trunk, trains_trunk)
+            _can_differ(each, tasks, trunk, experiment.adapters, trains_trunk)
 
 
 def _used(experiment: Experiment) -> list[AnyRegulariser]:
@@ -154,7 +154,7 @@ def same_shapes(each: EWC, paths: Collection[str], own: Mapping[str, Any], other
             )
 
 
-def _can_differ(each: RDrop, tasks: Mapping[str, Task], trunk: Trunk, trains_trunk: bool) -> None:
+def _can_differ(each: RDrop, tasks: Mapping[str, Task], trunk: Trunk, adapters: Sequence[Any], trains_trunk: bool) -> None:
     chosen = [tasks[name] for name in each.tasks] or [task for task in tasks.values() if task.compared_as]
     for task in chosen:
         if not task.compared_as:
@@ -164,7 +164,8 @@ def _can_differ(each: RDrop, tasks: Mapping[str, Task], trunk: Trunk, trains_tru
     if not chosen:
         raise UserError(f"{FIELD}: {each.name}: there is no task whose outputs can be compared")
     config = getattr(trunk.module, "config", None)
-    rates = [getattr(config, name) for name in dir(config) if "dropout" in name] if trains_trunk else []
+    rates = [getattr(config, name) for name in dir(config) if "dropout" in name]
+    rates = [*rates, *(getattr(adapter, "dropout", 0.0) for adapter in adapters)] if trains_trunk else []
     if not any(rates) and not any(task.dropout for task in chosen):
         raise UserError(
             f"{FIELD}: {each.name} compares two passes that differ by dropout, but there is none: set trunk.dropout or a task's"

@@ -170,6 +170,7 @@ def test_longer_than_the_first_cache(pair):
     assert assert_same(pair, ids, mask, num_beams=3, min_length=50, max_length=60).shape[1] >= 50
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("pair", ["t5"], indirect=True)
 def test_nobody_says_how_long(pair):
     ids, mask = batch(rows=2)

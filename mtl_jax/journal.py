@@ -6,6 +6,7 @@ process may be killed at any time: a line that was not written to its end is dro
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -37,16 +38,28 @@ class Journal:
         done: Finished items, by their number.
 
     Raises:
-        UserError: The partial file was made from something else, is another kind of file, or cannot be written.
+        UserError: The partial file was made from something else, is another kind of file, cannot be written, or another process
+            writes it now.
     """
 
     done: dict[int, Any]
 
     def __init__(self, output: Path, made_from: Mapping[str, Any]):
         self.output, self.part = output, part_of(output)
-        header = _line({_MARK: True, **made_from})
         try:
-            found = self.part.read_bytes() if self.part.exists() else b""
+            self._file = _opened(self.part)
+        except OSError as error:
+            raise UserError(f"{self.part}: cannot be written ({error.strerror})") from error
+        try:
+            self.done = self._begin(_line({_MARK: True, **made_from}))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, header: bytes) -> dict[int, Any]:
+        """The items that are there; what follows them is cut off, and nothing is changed if the file is not this output's."""
+        try:
+            found = self._file.read()
             if found and not found.startswith(_MARKED):
                 raise UserError(f"{self.part}: in the way, and not what an interrupted command left; move it elsewhere")
             lines = found.split(b"\n")[:-1]  # what follows the last line feed was not written to its end
@@ -55,14 +68,15 @@ class Journal:
                     f"{self.part}: an interrupted command left it that had other values of {_changes(lines[0], header)}; "
                     "repeat that command to go on, or delete the file to begin anew"
                 )
-            self.done = _items(lines[1:])
-            kept = lines[: 1 + len(self.done)] if self.done else [header[:-1]]
-            self._file: BinaryIO = self.part.open("r+b" if self.done else "wb")
+            done = _items(lines[1:])
+            kept = lines[: 1 + len(done)] if done else [header[:-1]]
+            self._file.seek(0)
             self._file.write(b"".join(line + b"\n" for line in kept))
             self._file.truncate()
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self.part}: cannot be written ({error.strerror})") from error
+        return done
 
     def add(self, number: int, item: Any) -> None:
         """Keeps a finished item, unless it is there already.
@@ -188,6 +202,19 @@ def digest_of_arrays(tree: Any) -> str:
     for leaf in jax.tree.leaves(tree):
         total.update(np.ascontiguousarray(leaf).tobytes())
     return total.hexdigest()
+
+
+def _opened(part: Path) -> BinaryIO:
+    """The file, made if it is not there, and this process's own until it is closed."""
+    file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), part.stat()):  # its owner was done with it, and another began anew
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as error:
+        file.close()
+        raise UserError(f"{part}: another process is writing this output now; let it end, or give another output") from error
+    return file
 
 
 def _line(value: Any) -> bytes:

@@ -53,6 +53,17 @@ def test_a_process_may_be_killed_after_any_byte(tmp_path_factory, kept, rest):
         assert last.done == again.done
 
 
+def test_two_processes_do_not_write_one_output(output):
+    journal = Journal(output, MADE_FROM)
+    journal.add(0, "x")
+    before = part_of(output).read_bytes()
+    with pytest.raises(UserError, match=r"out\.txt\.part: another process is writing this output now"):
+        Journal(output, MADE_FROM)
+    assert part_of(output).read_bytes() == before
+    journal.close()
+    Journal(output, MADE_FROM).close()
+
+
 def test_what_was_made_from_something_else_is_not_gone_on_with(output):
     journal = Journal(output, MADE_FROM)
     journal.add(0, "x")

@@ -16,14 +16,17 @@ import numpy as np
 
 from mtl_jax.decoding import search
 from mtl_jax.decoding.config import GenerationConfig, divided, resolve
+from mtl_jax.decoding.state import State
+from mtl_jax.decoding.vocabulary import Vocabulary, prepare
 from mtl_jax.errors import UserError
 from mtl_jax.models.seq2seq import Seq2Seq
-from mtl_jax.models.seq2seq_decoder import Decoder
+from mtl_jax.models.seq2seq_decoder import Decoder, Source
 from mtl_jax.pretrained.checkpoint import Checkpoint
 
-FEWEST_PLACES = 32  # of the first cache; the next is twice as long
+FEWEST_PLACES = 32  # of the first cache, which has as many as the source, in powers of two
+MORE_PLACES = (128, 512, 2048)  # of the caches after it, the last before as many as may be needed
 SHORTEST = 8  # source tokens of the smallest bucket
-BUCKETS = 4  # most lengths that sources are padded to
+BUCKETS = 3  # most lengths that sources are padded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Found(NamedTuple):
     """Sequences of a batch, on the host, the best of each row first.
 
     Attributes:
-        tokens: i32[B, K, L], start token first, padded.
+        tokens: i32[B, K, L], start token first, padded; at least as long as the longest.
         scores: f32[B, K].
         lengths: i32[B, K], tokens after the start token.
         ended: bool[B, K].
@@ -62,7 +65,13 @@ class Found(NamedTuple):
 
 
 def generate(
-    checkpoint: Checkpoint, input_ids: Any, attention_mask: Any = None, *, key: jax.Array | None = None, **options: Any
+    checkpoint: Checkpoint,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    key: jax.Array | None = None,
+    vocabulary: Vocabulary | None = None,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The token ids that generate() of transformers 5 gives for a batch.
 
@@ -71,6 +80,7 @@ def generate(
         input_ids: i32[B, T].
         attention_mask: [B, T], 1 at real tokens; None: all are real.
         key: For do_sample.
+        vocabulary: prepare(checkpoint.model, checkpoint.params), which many calls with few rows may share; None: it is made.
         options: Fields of GenerationConfig; what is not given, the checkpoint's generation_config.json and config.json say.
 
     Returns:
@@ -95,8 +105,9 @@ def generate(
             raise UserError(f"input_ids holds {token}; the model knows {known} tokens")
     _check_source(model, ids_BxT.shape[1])
     keys = _keys(config, key, np.arange(len(ids_BxT)))
-    started = _start(model, checkpoint.params, ids_BxT, mask_BxT, keys, np.ones(len(ids_BxT), bool), config)
-    found = _finish(model, checkpoint.params, started, config)
+    vocabulary = vocabulary or prepare(model, checkpoint.params)
+    on = _On(model, checkpoint.params, vocabulary, config, ids_BxT.shape[1])
+    found = on.finish(on.start(ids_BxT, mask_BxT, keys, np.ones(len(ids_BxT), bool)))
     n = config.num_return_sequences
     longest = 1 + int(found.lengths[:, :n].max()) if config.num_beams > 1 else found.length
     tokens = found.tokens[:, :n, :longest]
@@ -148,6 +159,7 @@ def generate_all(
     order = np.argsort(-lengths, kind="stable")
     limit = model.trunk.config.max_length
     sizes = buckets(lengths, BUCKETS, limit)
+    on = _On(model, params, prepare(model, params), config, sizes[-1])
     waiting: tuple[np.ndarray, Any] | None = None
     for first in range(0, len(order), rows):
         members = order[first : first + rows]
@@ -161,12 +173,12 @@ def generate_all(
             mask_BxT[row, : lengths[member]] = 1
         real_B = np.arange(rows) < len(members)
         keys = _keys(config, key, np.pad(members, (0, rows - len(members))))
-        started = members, _start(model, params, ids_BxT, mask_BxT, keys, real_B, config)
+        started = members, on.start(ids_BxT, mask_BxT, keys, real_B)
         if waiting is not None:  # the device is at work on the next batch while the host takes this one apart
-            yield from _answers(model, params, *waiting, config)
+            yield from _answers(waiting[0], on.finish(waiting[1]), config)
         waiting = started
     if waiting is not None:
-        yield from _answers(model, params, *waiting, config)
+        yield from _answers(waiting[0], on.finish(waiting[1]), config)
 
 
 def buckets(lengths: np.ndarray, most: int, limit: int | None = None) -> list[int]:
@@ -251,32 +263,51 @@ def _keys(config: GenerationConfig, key: jax.Array | None, numbers: np.ndarray) 
     return np.asarray(jax.random.key_data(fold(jnp.asarray(numbers))))
 
 
-def _start(
-    model: Seq2Seq, params: Any, ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, real: np.ndarray, config: GenerationConfig
-) -> Any:
-    places = min(max(FEWEST_PLACES, 1 << (ids.shape[1] - 1).bit_length()), config.length - 1)
-    shape, numbers = divided(config)
-    return search.begin(model, params, ids, mask, keys, real, numbers, config=shape, places=places)
+class _On(NamedTuple):
+    """A search with one model and one set of options.
+
+    Attributes:
+        model: Encoder and decoder.
+        params: {"trunk": ..., "head": ...}.
+        vocabulary: From vocabulary.prepare().
+        config: The options.
+        longest: Source tokens of the widest batch: searches that need a longer cache are padded to it and share a program.
+    """
+
+    model: Seq2Seq
+    params: Any
+    vocabulary: Vocabulary
+    config: GenerationConfig
+    longest: int
+
+    def start(self, ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, real: np.ndarray) -> tuple[Source, State]:
+        """Sends a batch to the device."""
+        shape, numbers = divided(self.config)
+        places = min(max(FEWEST_PLACES, 1 << (ids.shape[1] - 1).bit_length()), self.config.length - 1)
+        return search.begin(
+            self.model, self.params, self.vocabulary, ids, mask, keys, real, numbers, config=shape, places=places
+        )
+
+    def finish(self, started: tuple[Source, State]) -> Found:
+        """Goes on with longer caches until every row is done."""
+        source, state = started
+        config = self.config
+        shape, numbers = divided(config)
+        while bool(state.open.any()) and int(state.length) < config.length:
+            if source.real.shape[1] < self.longest:
+                source = search.widened(source, self.longest)
+            longer = (places for places in MORE_PLACES if state.ancestry.shape[-1] < places < config.length - 1)
+            places = next(longer, config.length - 1)
+            state = search.go_on(self.model, self.params, self.vocabulary, source, state, numbers, config=shape, places=places)
+        beam = config.num_beams > 1
+        tokens, scores = (state.found, state.found_scores) if beam else (state.tokens, state.scores)
+        lengths, means = np.asarray(state.found_lengths), np.asarray(scores)
+        if not beam:
+            means = means / np.maximum(lengths, 1).astype(np.float32) ** config.length_penalty
+        return Found(np.asarray(tokens), means, lengths, np.asarray(state.by_end), int(state.length))
 
 
-def _finish(model: Seq2Seq, params: Any, started: Any, config: GenerationConfig) -> Found:
-    """Goes on with longer caches until every row is done."""
-    source, state = started
-    shape, numbers = divided(config)
-    while bool(state.open.any()) and int(state.length) < config.length:
-        places = min(2 * state.ancestry.shape[-1], config.length - 1)
-        state = search.go_on(model, params, source, state, numbers, config=shape, places=places)
-    beam = config.num_beams > 1
-    tokens, scores = (state.found, state.found_scores) if beam else (state.tokens, state.scores)
-    lengths = np.asarray(state.found_lengths)
-    scores = np.asarray(scores)
-    if not beam:
-        scores = scores / np.maximum(lengths, 1).astype(np.float32) ** config.length_penalty
-    return Found(np.asarray(tokens), scores, lengths, np.asarray(state.by_end), int(state.length))
-
-
-def _answers(model: Seq2Seq, params: Any, members: np.ndarray, started: Any, config: GenerationConfig) -> Iterator[Answer]:
-    found = _finish(model, params, started, config)
+def _answers(members: np.ndarray, found: Found, config: GenerationConfig) -> Iterator[Answer]:
     for row, member in enumerate(members):
         n = range(config.num_return_sequences)
         spans = [(1, 1 + int(found.lengths[row, k]) - int(found.ended[row, k])) for k in n]

@@ -15,8 +15,8 @@ class KeyValue(NamedTuple):
     """What queries look at: a source's keys and values, or a cache of them.
 
     Attributes:
-        key: f[B, S, N, D].
-        value: f[B, S, N, D].
+        key: f[B, N, S, D], so that each head is a matrix.
+        value: f[B, N, S, D].
     """
 
     key: jax.Array
@@ -66,9 +66,9 @@ def visible_ancestors(ancestry_BxKxL: jax.Array, step: jax.Array | int) -> jax.A
 
 
 def write_cache(cache: KeyValue, new: KeyValue, step: jax.Array | int) -> KeyValue:
-    """The cache f[B, S, N, D] with new f[B, T, N, D] at places step to step + T; step may be traced."""
+    """The cache f[B, N, S, D] with new f[B, N, T, D] at places step to step + T; step may be traced."""
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, axis=2)
 
     return KeyValue(write(cache.key, new.key), write(cache.value, new.value))

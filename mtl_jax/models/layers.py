@@ -41,8 +41,8 @@ def attention_mask_BxTxT(attention_mask_BxT: jax.Array, segments_BxT: jax.Array 
 
 def attend(
     q_BxTxNxD: jax.Array,
-    k_BxSxNxD: jax.Array,
-    v_BxSxNxD: jax.Array,
+    k_BxNxSxD: jax.Array,
+    v_BxNxSxD: jax.Array,
     mask_BxTxS: jax.Array,
     *,
     scale: float,
@@ -53,8 +53,8 @@ def attend(
 
     Args:
         q_BxTxNxD: Queries.
-        k_BxSxNxD: Keys.
-        v_BxSxNxD: Values.
+        k_BxNxSxD: Keys.
+        v_BxNxSxD: Values.
         mask_BxTxS: Which key each query may see.
         scale: Factor on the queries.
         bias_BxNxTxS: Added to the scores, sizes 1 broadcast; or None.
@@ -63,13 +63,13 @@ def attend(
     Returns:
         f[B, T, N, D]. A query that may see nothing gets the mean of all values: finite, and meaningless.
     """
-    scores_BxNxTxS = jnp.einsum("btnd,bsnd->bnts", q_BxTxNxD * scale, k_BxSxNxD).astype(jnp.float32)
+    scores_BxNxTxS = jnp.einsum("btnd,bnsd->bnts", q_BxTxNxD * scale, k_BxNxSxD).astype(jnp.float32)
     if bias_BxNxTxS is not None:
         scores_BxNxTxS = scores_BxNxTxS + bias_BxNxTxS.astype(jnp.float32)
     # A finite floor keeps fully masked (padding) queries free of NaN.
     scores_BxNxTxS = jnp.where(mask_BxTxS[:, None], scores_BxNxTxS, jnp.finfo(jnp.float32).min)
-    probs_BxNxTxS = dropout(jax.nn.softmax(scores_BxNxTxS, axis=-1).astype(v_BxSxNxD.dtype))
-    return jnp.einsum("bnts,bsnd->btnd", probs_BxNxTxS, v_BxSxNxD)
+    probs_BxNxTxS = dropout(jax.nn.softmax(scores_BxNxTxS, axis=-1).astype(v_BxNxSxD.dtype))
+    return jnp.einsum("bnts,bnsd->btnd", probs_BxNxTxS, v_BxNxSxD)
 
 
 class Attention(nn.Module):
@@ -110,8 +110,9 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def keys_values(self, x_BxSxH: jax.Array) -> KeyValue:
-        """Keys and values f[B, S, N, D] of a sequence f[B, S, H]."""
-        return KeyValue(self._heads(self.key(x_BxSxH)), self._heads(self.value(x_BxSxH)))
+        """Keys and values f[B, N, S, D] of a sequence f[B, S, H]."""
+        key, value = (self._heads(dense(x_BxSxH)).swapaxes(1, 2) for dense in (self.key, self.value))
+        return KeyValue(key, value)
 
     def __call__(
         self,

@@ -231,8 +231,8 @@ class RotaryAttention(nn.Module):
         )
         out_BxTxNxD = attend(
             rotate(q_BxTxNxD, turn),
-            rotate(k_BxTxNxD, turn),
-            v_BxTxNxD,
+            rotate(k_BxTxNxD, turn).swapaxes(1, 2),
+            v_BxTxNxD.swapaxes(1, 2),
             mask_BxTxT,
             scale=cfg.head_size**-0.5,
             dropout=lambda probs: drop(probs, deterministic=deterministic),

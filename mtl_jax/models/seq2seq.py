@@ -169,7 +169,7 @@ class Seq2Seq(nn.Module):
         head = self._decoder()
         cfg = head.config
         default_positions(cfg, length)
-        empty = jnp.zeros((batch, length * beams, cfg.decoder_heads, cfg.size_of_head(cfg.decoder_heads)), head.dtype)
+        empty = jnp.zeros((batch, cfg.decoder_heads, length * beams, cfg.size_of_head(cfg.decoder_heads)), head.dtype)
         return tuple(KeyValue(empty, empty) for _ in range(cfg.decoder_layers))
 
     def decode(
@@ -220,6 +220,10 @@ class Seq2Seq(nn.Module):
             deterministic,
             ancestry,
         )
+
+    def projection(self) -> tuple[jax.Array, jax.Array]:
+        """What logits are made with, decoder_hidden * logit_scale @ kernel + bias: f[H, V] and f32[V]."""
+        return self._decoder().projection(self._table())
 
     def _table(self) -> jax.Array:
         return token_table(self.trunk.variables["params"])

@@ -25,7 +25,7 @@ from mtl_jax.models.seq2seq_layers import (
     relative_bias,
 )
 
-# One entry a decoder layer, each f[B, L, N, D]; for beams f[B, L * K, N, D], the K entries of a place side by side.
+# One entry a decoder layer, each f[B, N, L, D]; for beams f[B, N, L * K, D], the K entries of a place side by side.
 Cache = tuple[KeyValue, ...]
 
 
@@ -33,7 +33,7 @@ class Source(NamedTuple):
     """What the decoder sees of the encoder's output; the same at every step of decoding.
 
     Attributes:
-        layers: Keys and values f[B, T, N, D] of each decoder layer's cross-attention.
+        layers: Keys and values f[B, N, T, D] of each decoder layer's cross-attention.
         real: [B, T], 1 at real tokens.
         segments: i32[B, T] in packed rows, or None.
     """
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         if not cfg.reads_trunk_table:
             table_VxH = self.embeddings.table()
         B, U = ids_BxU.shape
-        places = U if cache is None else cache[0].key.shape[1]
+        places = U if cache is None else cache[0].key.shape[2]
         if isinstance(step, int) and step + U > places:
             raise ValueError(f"{U} tokens after {step} do not fit into a cache of {places}")
         first = step  # the place of the cache that is written first
@@ -146,6 +146,16 @@ class Decoder(nn.Module):
         else:
             logits = self.lm_head(x_BxUxH).astype(jnp.float32)
         return logits + self.final_logits_bias if cfg.logit_bias else logits
+
+    def projection(self, table_VxH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What logits are made with, hidden * logit_scale @ kernel + bias: f[H, V] and f32[V]; table_VxH as in the call."""
+        cfg = self.config
+        if cfg.tied:
+            kernel_HxV = (table_VxH if cfg.reads_trunk_table else self.embeddings.table()).T
+        else:
+            kernel_HxV = self.lm_head.variables["params"]["kernel"]
+        bias_V = self.final_logits_bias[0] if cfg.logit_bias else jnp.zeros(cfg.decoder_vocab_size)
+        return kernel_HxV.astype(self.dtype), bias_V
 
 
 class RowClassifier(nn.Module):

@@ -201,7 +201,8 @@ def test_a_prefix_is_more_keys_and_values_which_everything_sees(family):
         source = attention.keys_values(x) if source is None else source
         q = attention.query(x).reshape(2, 8, attention.num_heads, attention.head_size)
         scale = attention.head_size**-0.5 if attention.scale is None else attention.scale
-        out = attend(q, source.key, source.value, mask, bias, own, scale)
+        k, v = (np.swapaxes(part, 1, 2) for part in (source.key, source.value))
+        out = attend(q, k, v, mask, bias, own, scale)
         return attention.output(jnp.asarray(out.reshape(2, 8, -1)))
 
     found = module.apply({"params": params}, IDS, MASK, **PACKED).hidden

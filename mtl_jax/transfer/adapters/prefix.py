@@ -64,10 +64,10 @@ class Prefix(Adapter):
         own = changed.get("source")
         if own is None:
             own = call.module.keys_values(x_BxTxH)
-        longer = [
-            jnp.concatenate([self._rows(params[name], len(x_BxTxH), getattr(own, name).dtype), getattr(own, name)], axis=1)
-            for name in KeyValue._fields
-        ]
+        longer = []
+        for name, own_BxNxSxD in own._asdict().items():
+            prefix_BxPxNxD = self._rows(params[name], len(x_BxTxH), own_BxNxSxD.dtype)
+            longer.append(jnp.concatenate([prefix_BxPxNxD.swapaxes(1, 2), own_BxNxSxD], axis=2))
         seen = jnp.ones((*mask_BxTxS.shape[:-1], self.length), mask_BxTxS.dtype)
         bias = changed.get("bias_BxNxTxS")
         if bias is not None:

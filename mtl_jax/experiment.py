@@ -247,7 +247,7 @@ def check(experiment: Experiment) -> None:
     ):
         if number < 1:
             raise UserError(f"{field} is {number}; it must be at least 1")
-    if not experiment.checkpoints.frozen and not isinstance(experiment.trunk, Pretrained):
+    if not experiment.checkpoints.frozen and (not isinstance(experiment.trunk, Pretrained) or experiment.trunk.fresh):
         raise UserError("checkpoints.frozen is false, but a trunk from scratch is in its checkpoints only: leave it true")
     for field, number in (("seed", experiment.seed), ("devices", experiment.devices)):
         if number < 0:

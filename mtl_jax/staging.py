@@ -16,22 +16,23 @@ def staged(folder: Path) -> Iterator[Path]:
     """A directory beside `folder` to write into. It takes the place of `folder` when the block ends, and is gone if that fails.
 
     Args:
-        folder: May exist: it is then replaced.
+        folder: May exist: it is then replaced, or what it is a link to.
 
     Raises:
         UserError: The folder cannot be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        place = folder.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
         yield staging
         staging.chmod(0o755)  # temporary directories are for their owner alone
-        _move(staging, folder)
+        _move(staging, place)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -10,7 +10,6 @@ from mtl_jax.errors import UserError
 from mtl_jax.merge.checkpoints import merge_checkpoints
 from mtl_jax.merge.method import Method as Method
 from mtl_jax.merge.method import checked
-from mtl_jax.merge.parts import RECORD
 from mtl_jax.merge.runs import merge_runs
 from mtl_jax.prediction import is_workdir
 from mtl_jax.training import workdir as workdirs
@@ -48,9 +47,7 @@ def merge(
     folder = Path(target)
     method = checked(method, sources, base)
     _check_target(folder, [*sources, base], overwrite)
-    for path in filter(None, [*sources, base]):
-        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-            raise UserError(f"{path}: neither a workdir of a run nor a checkpoint (config.json is missing)")
+    _check_sources(sources, base)
     of_runs = [is_workdir(Path(source)) for source in sources]
     if any(of_runs) and not all(of_runs):
         workdir, other = sources[of_runs.index(True)], sources[of_runs.index(False)]
@@ -66,15 +63,39 @@ def merge(
     return merge_runs(folder, sources, base, method)
 
 
+def _check_sources(sources: Sequence[str], base: str) -> None:
+    """Raises UserError where one is given twice, however it is spelt, or is a directory of something else."""
+    names: dict[Path, str] = {}
+    for path in filter(None, [*sources, base]):
+        folder = Path(path)
+        if not folder.is_dir():
+            continue
+        place = folder.resolve()
+        if place in names:
+            raise UserError(f"{path}: the same directory as {names[place]}; each counts once")
+        names[place] = path
+        config = workdirs.read_json(folder / "config.json")
+        if config is None:
+            raise UserError(f"{path}: neither a workdir of a run nor a checkpoint (config.json is missing)")
+        if isinstance(config, dict) and "model_type" not in config and not is_workdir(folder):
+            raise UserError(
+                f"{path}: neither a workdir of a run (data.json is missing) nor a checkpoint (config.json has no model_type)"
+            )
+
+
 def _check_target(folder: Path, inputs: Sequence[str], overwrite: bool) -> None:
     """Raises UserError where the target cannot be written, or holds what must not be replaced."""
     workdirs.check_writable(folder)
     for path in filter(None, inputs):
-        if folder.exists() and Path(path).exists() and folder.samefile(path):
-            raise UserError(f"{folder}: is also a source; choose another directory")
+        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder}: {path} is in it, a source; choose another directory")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / RECORD).exists():
+    record = workdirs.read_json(folder / workdirs.MERGED)
+    if not isinstance(record, dict):
         raise UserError(f"{folder}: not empty, and nothing that a merge wrote; choose another directory")
     if not overwrite:
         raise UserError(f"{folder}: a merged model is there already; choose another directory, or give --overwrite")
+    others = sorted({path.name for path in folder.iterdir()} - set(record.get("written", ())))
+    if others:
+        raise UserError(f"{folder}: no merge wrote {', '.join(others[:3])} there; move that away, or choose another directory")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from mtl_jax import kin, pretrained
 from mtl_jax.errors import UserError
 from mtl_jax.merge import parts
 from mtl_jax.merge.method import Method
-from mtl_jax.merge.parts import RECORD, Model
+from mtl_jax.merge.parts import Model
 from mtl_jax.prediction import is_workdir
 from mtl_jax.pretrained import Checkpoint, saving
 from mtl_jax.pretrained.family import LABELLED
@@ -62,11 +61,8 @@ def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: M
     for part, how in merged.record["parts"].items():
         log.info("%s: %s", part, how)
 
-    def add_record(folder: Path) -> None:
-        (folder / RECORD).write_text(json.dumps(merged.record, indent=2) + "\n", encoding="utf-8")
-
     written = dataclasses.replace(first, params={**first.params, **merged.parts})
-    saving.save(target, written, overwrite=True, finish=add_record)
+    saving.save(target, written, overwrite=True, finish=lambda folder: parts.write_record(folder, merged.record))
 
 
 def model(name: str, checkpoint: Checkpoint) -> Model:

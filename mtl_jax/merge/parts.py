@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,11 @@ from mtl_jax import kin as kinship
 from mtl_jax.errors import UserError
 from mtl_jax.kin import Kin
 from mtl_jax.merge.method import Method
+from mtl_jax.training import workdir as workdirs
 from mtl_jax.transfer import merging
 from mtl_jax.transfer.mergeable import check_alike, flat
 
 TRUNK = "trunk"
-RECORD = "merge.json"
 Parts = Mapping[str, Any]
 Measure = Callable[[Parts], float]
 
@@ -66,6 +67,12 @@ def check(base: Model | None, models: Sequence[Model]) -> None:
     kinship.check_vocabulary(names, kin)
     for model in everywhere:
         _check_finite(model.parts, f"{model.name}: ", "it cannot be merged")
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes merge.json, last of all: it also names what is in the directory, and so what may be replaced."""
+    names = sorted([workdirs.MERGED, *(path.name for path in folder.iterdir())])
+    workdirs.write_json(folder / workdirs.MERGED, {**record, "written": names})
 
 
 def put_together(method: Method, base: Model | None, models: Sequence[Model], measure: Measure | None = None) -> Merged:

@@ -19,13 +19,14 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import Checkpoints, to_json
 from mtl_jax.merge import checkpoints, measuring, parts
 from mtl_jax.merge.method import Method
-from mtl_jax.merge.parts import RECORD, TRUNK, Model, Parts
-from mtl_jax.merge.union import Member, Union, unite
+from mtl_jax.merge.parts import TRUNK, Model, Parts
+from mtl_jax.merge.union import Member, Union, check_adapters, unite
 from mtl_jax.prediction import is_workdir, open_run
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.state import create
+from mtl_jax.transfer.adapters import Lora
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,13 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
     models = [_model(member) for member in members]
     start = _base(base, members, union) if base else None
     parts.check(start, models)
+    lora = [adapter.name for adapter in union.experiment.adapters if isinstance(adapter, Lora)]
+    if lora:
+        log.warning(
+            "%s: each of the two matrices is merged by itself, and their product is not what the kernels merged would be: for "
+            "that, mtl-jax convert the runs and merge the checkpoints",
+            ", ".join(lora),
+        )
     measure, reason, signatures = None, "", {}
     try:
         corpus = measuring.corpus_of(union, members)
@@ -76,13 +84,14 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
     dev = measuring.criterion(union, scores["dev"]) if scores else None
     with staging.staged(target) as folder:
         _write(folder, members, union, params, dev)
-        workdirs.write_json(folder / RECORD, merged.record | ({"not_measured": reason} if reason else {}))
-        if scores is None:
-            return None
-        facts: dict[str, Any] = {"steps": 0, "best_step": 0, "best_criterion": dev}
-        facts |= {"seconds": round(time.monotonic() - started, 1)}
-        facts |= {"merged": {"method": method.name, "sources": len(members)}}
-        return results.write(folder, union.experiment, union.tasks, scores, signatures, facts)
+        found = None
+        if scores is not None:
+            facts: dict[str, Any] = {"steps": 0, "best_step": 0, "best_criterion": dev}
+            facts |= {"seconds": round(time.monotonic() - started, 1)}
+            facts |= {"merged": {"method": method.name, "sources": len(members)}}
+            found = results.write(folder, union.experiment, union.tasks, scores, signatures, facts)
+        parts.write_record(folder, merged.record | ({"not_measured": reason} if reason else {}))
+    return found
 
 
 def open_member(name: str) -> Member:
@@ -92,7 +101,7 @@ def open_member(name: str) -> Member:
         UserError: It is no workdir, or not finished.
     """
     folder = Path(name)
-    if not (folder / "results.json").exists() and not (folder / RECORD).exists():
+    if not (folder / "results.json").exists() and not (folder / workdirs.MERGED).exists():
         raise UserError(f"{name}: the run is not finished (results.json is missing); the command that began it goes on with it")
     run = open_run(folder)
     run = run._replace(params=jax.tree.map(np.asarray, jax.device_get(run.params)))
@@ -116,6 +125,7 @@ def _base(name: str, members: Sequence[Member], union: Union) -> Model:
     """The base: the trunk of a checkpoint; or a run, with its heads for those of the tasks that it has, too."""
     if is_workdir(Path(name)):
         member = open_member(name)
+        check_adapters(members[0], member)
         model = _model(member)
         known = {f"heads/{task.name}" for task in union.tasks if task in member.run.tasks}
         return model._replace(parts={part: params for part, params in model.parts.items() if part in (TRUNK, *known)})
@@ -123,6 +133,12 @@ def _base(name: str, members: Sequence[Member], union: Union) -> Model:
     if declared != {name}:
         log.warning(
             "the sources name as their trunk %s: the base, %s, must be what they started from", ", ".join(declared), name
+        )
+    adapters = [adapter.name for adapter in union.experiment.adapters]
+    if adapters:
+        raise UserError(
+            f"{name} is a checkpoint without adapters, and {members[0].name} has {', '.join(adapters)}: mtl-jax convert puts "
+            "Lora and IA3 into the kernels, and such checkpoints can be merged; or let --base be a run"
         )
     checkpoint = pretrained.load(name, head=None)
     model = checkpoints.model(name, checkpoint)

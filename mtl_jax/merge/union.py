@@ -11,11 +11,14 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, tasks_to_json
 from mtl_jax.prediction import Run
 from mtl_jax.tasks import AnyTask, Task
+from mtl_jax.transfer.adapters.base import RUN
 
 # Fields of tasks that say how they were trained, not what they predict: runs of one experiment may differ in them.
 TRAINING_ONLY = ("dropout", "label_smoothing", "balanced", "class_weights")
 # Fields of sources that say where the rows lie: whether they are the same is seen from the rows.
 PLACES = ("path", "dev_path", "test_path")
+
+RENAME = "train one of them under another name"
 
 
 class Member(NamedTuple):
@@ -57,8 +60,10 @@ def unite(members: Sequence[Member], method: str) -> Union:
         method: The method's name, which becomes part of the experiment's.
 
     Raises:
-        UserError: Two runs have different tasks or sources of one name.
+        UserError: Two runs have different tasks or sources of one name, or different adapters.
     """
+    for member in members[1:]:
+        check_adapters(members[0], member)
     tasks: dict[str, tuple[Member, Task]] = {}
     sources: dict[str, tuple[Member, Source]] = {}
     for member in members:
@@ -99,12 +104,37 @@ def _plain(experiment: Experiment, members: Sequence[Member]) -> Experiment:
         weights={},
         weighting_options={},
         combinators=(),
+        regularisers=(),
         batch=dataclasses.replace(experiment.batch, row_length=length, mixture="uniform", mixture_end="", shares={}),
         evaluation=dataclasses.replace(experiment.evaluation, criterion="mean"),
     )
 
 
-def _check_same(what: str, first: Member, one: Any, second: Member, other: Any, ignored: Sequence[str]) -> None:
+def check_adapters(first: Member, second: Member) -> None:
+    """Finds out whether parameters of adapters mean the same in two runs, which their shapes don't say.
+
+    Raises:
+        UserError: They do not: another factor, say, or another order of the sources that each have their own.
+    """
+    advice = "mtl-jax convert puts Lora and IA3 into the kernels, and such checkpoints can be merged"
+    here, there = ({a.name: a for a in member.run.experiment.adapters} for member in (first, second))
+    if here.keys() != there.keys():
+        names = [", ".join(sorted(adapters)) or "none" for adapters in (there, here)]
+        raise UserError(f"{second.name}: its adapters are {names[0]}, and those of {first.name} {names[1]}; {advice}")
+    for name, adapter in here.items():
+        _check_same("adapter", first, adapter, second, there[name], TRAINING_ONLY, advice)
+    own = [adapter.name for adapter in here.values() if adapter.per != RUN]
+    if own and first.run.sources != second.run.sources:
+        sources = [", ".join(member.run.sources) for member in (second, first)]
+        raise UserError(
+            f"{second.name}: each source has its own adapters ({', '.join(own)}), and its sources are {sources[0]}, those of "
+            f"{first.name} {sources[1]}; with --task, {advice}"
+        )
+
+
+def _check_same(
+    what: str, first: Member, one: Any, second: Member, other: Any, ignored: Sequence[str], advice: str = RENAME
+) -> None:
     """Raises UserError where two declarations of one name differ."""
     if type(one) is not type(other):
         differs, here, there = "kind", type(one).__name__, type(other).__name__
@@ -115,7 +145,7 @@ def _check_same(what: str, first: Member, one: Any, second: Member, other: Any, 
     if differs:
         raise UserError(
             f"{second.name}: {what} {one.name!r} is another than in {first.name}: {differs} is {there!r} there, and {here!r} "
-            f"in {first.name}; {what}s of one name must be the same: train one of them under another name"
+            f"in {first.name}; {what}s of one name must be the same: {advice}"
         )
 
 

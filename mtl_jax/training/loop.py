@@ -55,6 +55,10 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     folder = Path(workdir)
     config = to_json(experiment)
     workdirs.check_writable(folder)
+    if (folder / workdirs.MERGED).exists():
+        raise UserError(
+            f"{folder}: a merged model; to train it, begin from it in another --workdir by --init-from.path {folder}"
+        )
     changed = workdirs.changed(folder, config, allow_config_change)
     done = workdirs.read_json(folder / "results.json")
     if done is not None and not changed:

@@ -56,10 +56,15 @@ class Run(NamedTuple):
         """The source of a task."""
         return next(source for source in self.experiment.sources if source.name == self.task(task).source)
 
+    @property
+    def sources(self) -> list[str]:
+        """Those that the run has tasks on, in its order."""
+        used = {task.source for task in self.tasks}
+        return [source.name for source in self.experiment.sources if source.name in used]
+
     def place(self, task: str) -> int:
         """The place of a task's source among those that the run has tasks on."""
-        used = {task.source for task in self.tasks}
-        return [source.name for source in self.experiment.sources if source.name in used].index(self.task(task).source)
+        return self.sources.index(self.task(task).source)
 
     def beside(self, task: str) -> list[Task]:
         """The tasks of the same source: texts are read as in training, where all of them have a say in it."""

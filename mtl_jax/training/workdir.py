@@ -14,6 +14,7 @@ import jax
 
 from mtl_jax.errors import UserError
 
+MERGED = "merge.json"  # a workdir that holds it was not trained, but put together
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy", "mtl_jax")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import packing
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 import mtl_jax
 from mtl_jax import (
@@ -31,8 +32,7 @@ from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
 from mtl_jax.export import convert
 from mtl_jax.prediction import evaluate, open_run, predict
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.left_out import Base, flat, to_leave_out
+from mtl_jax.training.left_out import flat, to_leave_out
 from mtl_jax.training.logs import read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
 from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
@@ -65,19 +65,18 @@ def without_dropout(bert, data, **changes):
     return tiny.experiment(bert, data, **({"trunk": mtl_jax.Pretrained(str(bert), dropout=0.0), "tasks": tasks} | changes))
 
 
-def train(bert, data, folder, **changes):
-    return mtl_jax.train(tiny.experiment(bert, data, phases=(ONLY,), **changes), folder)
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A tiny BERT of one layer: what is tested here is the same in each, and most of the time is compilation."""
+    folder = tmp_path_factory.mktemp("one_layer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "LAYERS", 1)
+        tiny.write_bert(folder)
+    return folder
 
 
-def last_params(folder, base=None):
-    store = Store(folder, Checkpoints(), read_only=True, base=base)
-    try:
-        return store.restore_params(store.steps()[-1])
-    finally:
-        store.close()
-
-
-@pytest.mark.parametrize("own", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("own", [False, True])
 def test_packed_is_unpacked(bert, data, own):
     """With every adapter at once, shared or each source its own."""
     adapters = (dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
@@ -99,18 +98,31 @@ def step_of(bert, data, rules, *adapters, **changes):
     return make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), initial_state(prepared), first_batch(prepared)
 
 
-@pytest.mark.parametrize("adapters", [pytest.param((LORA,), marks=pytest.mark.long), per_source(*ALL)])
-def test_the_rest_neither_moves_nor_costs(bert, data, adapters):
-    """By XLA's own count, next to training everything; optimizer state of adapters and heads alone."""
-    full, full_state, batch = step_of(bert, data, (ParamRule(".*"),), *adapters)
-    step, state, _ = step_of(bert, data, adapters_only(), *adapters)
-    everything = jax.jit(full).lower(full_state, batch, None).compile()
-    part = jax.jit(step).lower(state, batch, None).compile()
-    assert part.cost_analysis()["flops"] < 0.85 * everything.cost_analysis()["flops"]
-    trained = jax.tree.leaves((state.params["trunk"]["adapters"], state.params["heads"]))
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.float32]
-    assert sum(leaf.nbytes for leaf in moments) == 2 * sum(leaf.nbytes for leaf in trained)
+@pytest.fixture(scope="module")
+def stepped(bert, data):
+    """A step of adapters of every kind, each source its own: compiled, with a state and a batch for it."""
+    step, state, batch = step_of(bert, data, adapters_only(), *per_source(*ALL))
+    return jax.jit(step).lower(state, batch, None).compile(), state, batch
 
+
+def flops(step, *args):
+    """As XLA counts them in the program before it is compiled."""
+    return jax.jit(step).lower(*args, None).cost_analysis()["flops"]
+
+
+def test_the_rest_costs_nothing(bert, data, stepped):
+    """No gradients, next to training everything; and no state of the optimizer, to the byte."""
+    everything, part = (step_of(bert, data, rules, *per_source(*ALL)) for rules in ((ParamRule(".*"),), adapters_only()))
+    assert flops(*part) < 0.85 * flops(*everything)
+    _, state, _ = stepped
+    trained = jax.tree.leaves((state.params["trunk"]["adapters"], state.params["heads"]))
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    # Two moments and their age for each leaf that trains, and the number of the step.
+    assert kept == 2 * sum(leaf.nbytes for leaf in trained) + 4 * len(trained) + 4
+
+
+def test_the_rest_stays_as_it_is_to_the_bit(stepped):
+    part, state, batch = stepped
     before = jax.device_get(state.params)
     for _ in range(3):
         state, _ = part(state, batch, None)
@@ -119,45 +131,27 @@ def test_the_rest_neither_moves_nor_costs(bert, data, adapters):
     assert jax.tree.all(jax.tree.map(lambda same, train: same != train, same, mask))
 
 
-def test_bitfit_trains_biases_and_heads(bert, data):
-    step, state, batch = step_of(bert, data, bitfit())
-    before = jax.device_get(state.params)
-    state, _ = jax.jit(step)(state, batch, None)
-    changed = jax.tree_util.tree_map_with_path(
-        lambda path, a, b: (freezing.path_name(path), bool((a != np.asarray(b)).any())), before, state.params
-    )
-    for path, differs in jax.tree.leaves(changed, is_leaf=lambda x: isinstance(x, tuple)):
-        # A key's bias adds the same to all scores of a query: it has no gradient but rounding.
-        if not path.endswith("key/bias"):
-            assert differs == (path.startswith("heads/") or path.endswith("/bias")), path
-
-
-def test_adapters_learn_and_each_source_its_own(bert, data, tmp_path):
-    found = train(bert, data, tmp_path, adapters=per_source(LORA, IA3(name="ia3")))
-    assert found["steps"] == 6
-    params = last_params(tmp_path)
-    start = prepare(tiny.experiment(bert, data, phases=(ONLY,), adapters=per_source(LORA, IA3(name="ia3")))).params
-    for path in (("lora", "layer_0", "attention", "value", "b"), ("ia3", "layer_1", "feed_forward_out", "scale")):
-        before, after = start["trunk"]["adapters"], params["trunk"]["adapters"]
-        for name in path:
-            before, after = before[name], after[name]
-        first, second = np.split(np.asarray(after) - np.asarray(before), 2)
-        assert first.any()
-        assert second.any()
-        assert not np.allclose(first, second)
-
-
-def test_a_source_s_adapters_have_gradients_from_its_rows_only(bert, data):
-    step, state, batch = step_of(bert, data, adapters_only(), *per_source(LORA))
+def test_a_source_s_adapters_have_gradients_from_its_rows_only(stepped):
+    step, state, batch = stepped
     questions_only = batch._replace(labels=batch.labels | {"rating": jnp.full_like(batch.labels["rating"], jnp.nan)})
-    after, _ = jax.jit(step)(state, questions_only, None)
+    after, _ = step(state, questions_only, None)
     moved = jax.tree.map(
-        lambda a, b: np.asarray(a != b).any(axis=(1, 2)), state.params["trunk"]["adapters"], after.params["trunk"]["adapters"]
+        lambda a, b: [bool(half.any()) for half in np.split(np.asarray(a != b), 2)],
+        state.params["trunk"]["adapters"],
+        after.params["trunk"]["adapters"],
     )
-    value = moved["lora"]["layer_1"]["attention"]["value"]["b"]
-    np.testing.assert_array_equal(value, [False, True])
+    assert moved["lora"]["layer_0"]["attention"]["value"]["b"] == [False, True]
+    assert moved["ia3"]["layer_0"]["feed_forward_out"]["scale"] == [False, True]
+    assert moved["bottleneck"]["layer_0"]["attention"]["output"]["up_bias"] == [False, True]
 
 
+def test_bitfit_trains_biases_and_heads(bert, data):
+    params = prepare(tiny.experiment(bert, data, phases=(Phase("biases", 1, rules=bitfit()),))).params
+    for path, trains in flat(freezing.trainable(params, bitfit())).items():
+        assert trains == (path.startswith("heads/") or path.endswith("/bias")), path
+
+
+@pytest.mark.long
 def test_rules_over_the_gram_matrix_compare_the_adapters_gradients(bert, data):
     """Against a backward pass for each task."""
     adapters = (dataclasses.replace(LORA, dropout=0.0, per="source"), ALL[1])
@@ -191,25 +185,6 @@ def test_one_and_eight_devices_agree(bert, data, tmp_path):
     np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
 
 
-def test_gone_on_with_the_same_bits(bert, data, tmp_path):
-    """From a checkpoint in the middle of the run, which does not hold the trunk."""
-    kept = Checkpoints(every=2, keep=3, frozen=False)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = train(bert, data, whole, adapters=per_source(*ALL), checkpoints=kept)
-    shutil.copytree(whole, cut)
-    (cut / "results.json").unlink()
-    for step in (4, 6):
-        shutil.rmtree(cut / "checkpoints" / str(step))
-    found = train(bert, data, cut, adapters=per_source(*ALL), checkpoints=kept)
-    assert found["tasks"] == expected["tasks"]
-    base = left_out_base(bert)
-    jax.tree.map(np.testing.assert_array_equal, last_params(cut, base), last_params(whole, base))
-
-
-def left_out_base(bert):
-    return Base(lambda: {"trunk": pretrained.load(str(bert), head=None).params["trunk"]}, str(bert))
-
-
 @pytest.mark.long
 def test_cached_features_are_those_of_each_source_s_adapters(bert, data, tmp_path):
     """A phase that trains adapters, then one of heads on what the trunk with them gives: looked up or computed."""
@@ -226,18 +201,57 @@ def test_cached_features_are_those_of_each_source_s_adapters(bert, data, tmp_pat
 
 @pytest.fixture(scope="module")
 def finished(bert, data, tmp_path_factory):
-    """A run of adapters per source whose checkpoints hold no trunk, with a test file of its own."""
+    """A run of adapters per source whose checkpoints hold no trunk, and an average; with a test file of its own."""
     folder = tmp_path_factory.mktemp("adapted")
     tiny.write_data(folder / "more", rows=40)
-    experiment = tiny.experiment(bert, data, phases=(ONLY,), adapters=per_source(LORA), checkpoints=Checkpoints(frozen=False))
-    sources = (experiment.sources[0], dataclasses.replace(experiment.sources[1], test_path=str(folder / "more/questions.txt")))
     shutil.copytree(bert, folder / "bert")
-    experiment = dataclasses.replace(experiment, sources=sources, trunk=mtl_jax.Pretrained(str(folder / "bert")))
-    return folder, mtl_jax.train(experiment, folder / "run")
+    first = tiny.experiment(
+        folder / "bert",
+        data,
+        phases=(ONLY,),
+        adapters=per_source(LORA, IA3(name="ia3")),
+        checkpoints=Checkpoints(every=2, keep=3, frozen=False),
+        averaging="ema:decay=0.5",
+    )
+    sources = (first.sources[0], dataclasses.replace(first.sources[1], test_path=str(folder / "more/questions.txt")))
+    experiment = dataclasses.replace(first, sources=sources)
+    return folder, mtl_jax.train(experiment, folder / "run"), experiment
+
+
+def record_of(run, step):
+    return json.loads((run / "checkpoints" / str(step) / "record" / "metadata").read_text())
+
+
+def test_adapters_learn_and_each_source_its_own(finished):
+    folder, results, experiment = finished
+    assert results["steps"] == 6
+    params, start = open_run(folder / "run").params, prepare(experiment).params
+    for path in (("lora", "layer_0", "attention", "value", "b"), ("ia3", "layer_0", "feed_forward_out", "scale")):
+        before, after = start["trunk"]["adapters"], params["trunk"]["adapters"]
+        for name in path:
+            before, after = before[name], after[name]
+        first, second = np.split(np.asarray(after) - np.asarray(before), 2)
+        assert first.any()
+        assert second.any()
+        assert not np.allclose(first, second)
+
+
+def test_gone_on_with_the_same_bits(finished, tmp_path):
+    """From a checkpoint in the middle of the run, which does not hold the trunk."""
+    folder, expected, experiment = finished
+    shutil.copytree(folder / "run", tmp_path / "cut")
+    (tmp_path / "cut" / "results.json").unlink()
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
+    found = mtl_jax.train(experiment, tmp_path / "cut")
+    assert found["tasks"] == expected["tasks"]
+    records = [record_of(run, 6) for run in (folder / "run", tmp_path / "cut")]
+    assert records[0]["arrays"] == records[1]["arrays"]  # shapes and sums of bits, of moments and averages, too
+    jax.tree.map(np.testing.assert_array_equal, *(open_run(run).params for run in (folder / "run", tmp_path / "cut")))
 
 
 def test_predictions_are_by_the_task_s_own_adapters(finished):
-    folder, results = finished
+    folder, results, _ = finished
     found = evaluate(folder / "run", "coarse", str(folder / "more" / "questions.txt"))
     for metric, value in results["tasks"]["coarse"]["test"].items():
         assert found[metric] == pytest.approx(value, abs=1e-6)
@@ -252,11 +266,12 @@ def test_predictions_are_by_the_task_s_own_adapters(finished):
 
 def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
     """Nothing frozen is in them; the trunk comes from where it was, and no other is taken."""
-    folder, _ = finished
-    (step, *_) = sorted((folder / "run" / "checkpoints").iterdir())
-    record = json.loads((step / "record" / "metadata").read_text())
-    saved = {path for path in record["arrays"] if path.startswith("params/")}
-    assert all(path.startswith(("params/trunk/adapters/", "params/heads/")) for path in saved)
+    folder, *_ = finished
+    record = record_of(folder / "run", 6)
+    for tree in ("params/", "average/mean/"):
+        saved = {path.removeprefix(tree) for path in record["arrays"] if path.startswith(tree)}
+        assert saved
+        assert all(path.startswith(("trunk/adapters/", "heads/")) for path in saved)
     assert len(record["left_out"]) == len(jax.tree.leaves(pretrained.load(str(bert), head=None).params["trunk"]))
 
     shutil.copytree(folder, tmp_path / "copy")
@@ -266,10 +281,11 @@ def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     expected = predict(folder / "run", "fine", ["a sad song"])
     assert predict(run, "fine", ["a sad song"]) == expected
-    tensors = tiny.bert_tensors()
-    tensors["encoder.layer.1.output.dense.weight"][0, 0] += 1e-3
-    tiny.write_bert(tmp_path / "copy" / "bert", tensors)
-    with pytest.raises(UserError, match=r"in common with trunk.path .*layer_1/feed_forward_out/kernel is another there now"):
+    file = tmp_path / "copy" / "bert" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.layer.0.output.dense.weight"][0, 0] += 1e-3
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"in common with trunk.path .*layer_0/feed_forward_out/kernel is another there now"):
         predict(run, "fine", ["a sad song"])
     (run / "results.json").unlink()
     with pytest.raises(UserError, match="put the trunk back that the run started from"):
@@ -279,23 +295,23 @@ def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
 
 def test_what_is_not_where_the_trunk_comes_from_is_not_left_out(bert, data):
     """Nor what trains in any phase, nor heads and adapters, which come from nowhere."""
-    top = Phase("top", 2, rules=(ParamRule("trunk/layer_1/feed_forward_in/.*"), ParamRule(".*", train=False)))
+    top = Phase("top", 2, rules=(ParamRule("trunk/layer_0/feed_forward_in/.*"), ParamRule(".*", train=False)))
     prepared = prepare(tiny.experiment(bert, data, phases=(ONLY, top), adapters=(LORA,)))
     params = jax.tree.map(np.array, prepared.params)
-    params["trunk"]["layer_1"]["feed_forward_out"]["kernel"][0, 0] += 1e-3
+    params["trunk"]["layer_0"]["feed_forward_out"]["kernel"][0, 0] += 1e-3
     found = to_leave_out([plan.mask for plan in prepared.plans], params, prepared.params)
     everything = set(flat(prepared.params))
     assert everything - set(found) == {
         path
         for path in everything
-        if path.startswith(("heads/", "trunk/adapters/", "trunk/layer_1/feed_forward_in/"))
-        or path == "trunk/layer_1/feed_forward_out/kernel"
+        if path.startswith(("heads/", "trunk/adapters/", "trunk/layer_0/feed_forward_in/"))
+        or path == "trunk/layer_0/feed_forward_out/kernel"
     }
 
 
 @pytest.mark.parametrize("task", ["coarse", "rating"])
 def test_lora_goes_out_inside_the_kernels(finished, tmp_path, task):
-    folder, _ = finished
+    folder, *_ = finished
     convert(str(folder / "run"), tmp_path / "out", task=task)
     run, out = open_run(folder / "run"), pretrained.load(str(tmp_path / "out"))
     assert (out.head, out.unused, out.initialized) == (None, (), ())
@@ -309,26 +325,34 @@ def test_lora_goes_out_inside_the_kernels(finished, tmp_path, task):
 
 
 def test_adapters_by_source_go_out_for_a_task_only(finished, tmp_path):
-    folder, _ = finished
+    folder, *_ = finished
     with pytest.raises(UserError, match="adapter 'lora': each source has its own; say of which task"):
         convert(str(folder / "run"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_flags_change_adapters(bert, data, tmp_path, monkeypatch, capsys):
-    """And other adapters than LoRA do not go out."""
-    flags = ["--workdir", str(tmp_path), "--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer", "--phases.0.steps", "1"]
+def test_flags_change_adapters(bert, data, monkeypatch):
+    flags = ["--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer"]
     monkeypatch.setattr(sys, "argv", ["tiny.py", *flags])
+    launched = []
+    monkeypatch.setattr(cli, "_launch", launched.append)
     cli.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
-    config = json.loads((tmp_path / "config.json").read_text())
+    (launch,) = launched
+    config = mtl_jax.experiment.to_json(launch.experiment)
     assert config["adapters"][0] == dataclasses.asdict(LORA) | {"rank": 3, "kind": "Lora"}
     assert config["adapters"][1]["variant"] == "pfeiffer"
-    assert mtl_jax.experiment.to_json(mtl_jax.experiment.from_json(config)) == config
-    said = capsys.readouterr().err
-    assert "adapter lora: Lora at 4 layers, 384 parameters, for all rows alike" in said
-    assert last_params(tmp_path)["trunk"]["adapters"]["lora"]["layer_0"]["attention"]["query"]["a"].shape == (16, 3)
+    assert mtl_jax.experiment.from_json(config) == launch.experiment
+    prepared = prepare(launch.experiment)
+    assert "adapter lora: Lora at 2 layers, 192 parameters, for all rows alike" in prepared.notes
+    assert prepared.params["trunk"]["adapters"]["lora"]["layer_0"]["attention"]["query"]["a"].shape == (16, 3)
+
+
+@pytest.mark.long
+def test_other_adapters_than_lora_and_ia3_do_not_go_out(bert, data, tmp_path):
+    phases = (dataclasses.replace(ONLY, steps=1),)
+    mtl_jax.train(tiny.experiment(bert, data, phases=phases, adapters=(LORA, ALL[2])), tmp_path / "run")
     with pytest.raises(UserError, match=r"adapter 'bottleneck' is a Bottleneck, .* transformers has no class"):
-        convert(str(tmp_path), tmp_path / "out")
+        convert(str(tmp_path / "run"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -343,6 +367,10 @@ def test_flags_change_adapters(bert, data, tmp_path, monkeypatch, capsys):
         ({"adapters": (LORA,), "trunk": mtl_jax.Embedding()}, "adapter 'lora' finds no place in this trunk"),
         (
             {"trunk": mtl_jax.Embedding(), "checkpoints": Checkpoints(frozen=False), "phases": (Phase("all", 1),)},
+            "checkpoints.frozen is false, but a trunk from scratch",
+        ),
+        (
+            {"trunk": mtl_jax.Pretrained("nowhere", fresh=True), "checkpoints": Checkpoints(frozen=False), "adapters": (LORA,)},
             "checkpoints.frozen is false, but a trunk from scratch",
         ),
     ],

@@ -16,8 +16,7 @@ from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import read_metrics
 from mtl_jax.transfer import averaging
 
-SMALL = st.floats(-100, 100, width=32)
-NORMAL = st.floats(-100, 100, width=32, allow_subnormal=False)
+SMALL = st.floats(-100, 100, width=32, allow_subnormal=False)  # XLA takes those for 0
 
 
 def steps_of(values):
@@ -48,7 +47,7 @@ def test_last_is_the_mean_of_as_many(values, n):
     assert average.mean["b"] is average.kept["b"] is None
 
 
-@given(st.lists(NORMAL, min_size=1, max_size=5), st.integers(1, 6))
+@given(st.lists(SMALL, min_size=1, max_size=5), st.integers(1, 6))
 def test_what_does_not_move_keeps_its_bits(value, times):
     leaves = steps_of([value])[0]
     for rule in (averaging.ema(0.7), averaging.last(3)):

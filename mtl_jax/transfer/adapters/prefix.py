@@ -64,15 +64,17 @@ class Prefix(Adapter):
         own = changed.get("source")
         if own is None:
             own = call.module.keys_values(x_BxTxH)
-        longer = []
-        for name, own_BxNxSxD in own._asdict().items():
+
+        def longer(name: str) -> jax.Array:
+            own_BxNxSxD = getattr(own, name)
             prefix_BxPxNxD = self._rows(params[name], len(x_BxTxH), own_BxNxSxD.dtype)
-            longer.append(jnp.concatenate([prefix_BxPxNxD.swapaxes(1, 2), own_BxNxSxD], axis=2))
+            return jnp.concatenate([prefix_BxPxNxD.swapaxes(1, 2), own_BxNxSxD], axis=2)
+
         seen = jnp.ones((*mask_BxTxS.shape[:-1], self.length), mask_BxTxS.dtype)
         bias = changed.get("bias_BxNxTxS")
         if bias is not None:
             changed["bias_BxNxTxS"] = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (self.length, 0)))
-        changed["source"] = KeyValue(*longer)
+        changed["source"] = KeyValue(longer("key"), longer("value"))
         return call.next(x_BxTxH, jnp.concatenate([seen, mask_BxTxS], axis=-1), *rest, **changed)
 
     def _make_room(self, params: Params, call: Call) -> Any:

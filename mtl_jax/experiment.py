@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -97,6 +99,7 @@ class Experiment:
         evaluation: Dev evaluation, early stopping, baselines.
         checkpoints: When checkpoints are written, how many are kept.
         seed: Seed of initialisation, data order and dropout.
+        data_seed: Seed of the data order, where it is to be another; None: the same. Runs that share it see the same batches.
         dtype: Compute dtype: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere).
         devices: Number of devices to use; 0: all.
     """
@@ -124,6 +127,7 @@ class Experiment:
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     seed: int = 0
+    data_seed: int | None = None
     dtype: str = "auto"
     devices: int = 0
 
@@ -249,7 +253,8 @@ def check(experiment: Experiment) -> None:
             raise UserError(f"{field} is {number}; it must be at least 1")
     if not experiment.checkpoints.frozen and (not isinstance(experiment.trunk, Pretrained) or experiment.trunk.fresh):
         raise UserError("checkpoints.frozen is false, but a trunk from scratch is in its checkpoints only: leave it true")
-    for field, number in (("seed", experiment.seed), ("devices", experiment.devices)):
+    seeds = (("seed", experiment.seed), ("data_seed", experiment.data_seed or 0))
+    for field, number in (*seeds, ("devices", experiment.devices)):
         if number < 0:
             raise UserError(f"{field} is {number}; it must not be negative")
     batches.check(experiment.batch)
@@ -260,6 +265,11 @@ def check(experiment: Experiment) -> None:
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 
+def data_seed_of(experiment: Experiment) -> int:
+    """The seed of the data order."""
+    return experiment.seed if experiment.data_seed is None else experiment.data_seed
+
+
 def to_json(experiment: Experiment) -> dict[str, Any]:
     """The experiment as JSON-able values; unions carry their class name as "kind"."""
     return _converter().unstructure(experiment)
@@ -268,6 +278,14 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
 def from_json(values: Mapping[str, Any]) -> Experiment:
     """The inverse of to_json."""
     return _converter().structure(values, Experiment)
+
+
+def completed(values: Any) -> Any:
+    """A configuration that an earlier version wrote, with the fields that came later at their defaults; else as it is."""
+    try:
+        return json.loads(json.dumps(to_json(from_json(values))))
+    except (cattrs.BaseValidationError, AttributeError, KeyError, TypeError):
+        return values  # of another shape: whatever differs will be shown
 
 
 def tasks_to_json(tasks: Sequence[AnyTask]) -> dict[str, Any]:
@@ -281,6 +299,7 @@ def tasks_from_json(values: Mapping[str, Any]) -> tuple[AnyTask, ...]:
     return tuple(converter.structure(value, kind) for value in values.values())
 
 
+@functools.cache  # making one takes a tenth of a second
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_structure_hook(float | str, lambda value, _: value)

@@ -20,7 +20,6 @@ from mtl_jax.errors import UserError
 from mtl_jax.experiment import Checkpoints
 from mtl_jax.training import left_out
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.state import TrainState
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer.freezing import path_name
 
@@ -43,7 +42,7 @@ class Best(NamedTuple):
     value: Any
 
 
-Template = Callable[[dict[str, Any]], TrainState]
+Template = Callable[[dict[str, Any]], Any]
 
 
 class Damaged(UserError):
@@ -52,6 +51,8 @@ class Damaged(UserError):
 
 class Store:
     """The checkpoints of a workdir. A thin layer over orbax's CheckpointManager.
+
+    A state is a TrainState, or another named tuple with params: its fields that are not None are what is saved.
 
     Args:
         workdir: The workdir; checkpoints/ in it is made.
@@ -90,7 +91,7 @@ class Store:
             self._set_aside_unreadable_numbers()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state: TrainState, record: dict[str, Any], dev: float | None) -> None:
+    def save(self, step: int, state: Any, record: dict[str, Any], dev: float | None) -> None:
         """Starts writing; returns once the arrays are copied off the devices.
 
         Args:
@@ -172,7 +173,7 @@ class Store:
         self._check_same_model(step, record["arrays"], shapes)
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(shapes)))
-            state = TrainState(**self._manager.restore(step, args=args).state)
+            state = type(whole)(**self._manager.restore(step, args=args).state)
         # Orbax and tensorstore raise many kinds for damaged files; whichever it is, the checkpoint cannot be used.
         except Exception as error:
             raise self._damaged(step, error) from error
@@ -224,7 +225,7 @@ class Store:
         except Exception as error:  # as in restore
             raise self._damaged(step, error) from error
 
-    def _check_same_model(self, step: int, saved: dict[str, list[Any]], template: TrainState) -> None:
+    def _check_same_model(self, step: int, saved: dict[str, list[Any]], template: Any) -> None:
         wanted = {path: list(leaf.shape) for path, leaf in _leaves(template._asdict())}
         for path in sorted(wanted.keys() | saved.keys()):
             here, there = wanted.get(path), saved.get(path, [None])[0]
@@ -276,9 +277,9 @@ def _shape(shape: list[int] | None) -> str:
     return "absent" if shape is None else f"of shape {tuple(shape)}"
 
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    """What is on disk of a state: a run without an average has the files that it had before there were averages."""
-    return {name: value for name, value in state._asdict().items() if name != "average" or value is not None}
+def _fields(state: Any) -> dict[str, Any]:
+    """What is on disk of a state: what it has."""
+    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _leaves(tree: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -46,8 +46,15 @@ class Found(NamedTuple):
     losses: dict[str, float]
 
 
-def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh) -> Apply:
-    """Jitted: Outputs of a batch, on every host whole."""
+def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh, over: Any = None) -> Apply:
+    """Jitted: Outputs of a batch, on every host whole.
+
+    Args:
+        encode: What the heads see of a batch.
+        tasks: The tasks.
+        mesh: The devices.
+        over: For several runs at once: the axes over runs of parameters, batch and table, as jax.vmap takes them.
+    """
 
     def outputs(params: Any, batch: Batch, table: jax.Array | None) -> Outputs:
         found = apply_heads(tasks, params["heads"], encode(params["trunk"], batch, None, table), batch, None)
@@ -55,7 +62,7 @@ def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh) -> Apply:
         sums = {task.name: task.loss(found[task.name], batch.labels[task.name], batch) for task in known}
         return Outputs(found, sums)
 
-    return jax.jit(outputs, out_shardings=meshes.replicated(mesh))
+    return jax.jit(outputs if over is None else jax.vmap(outputs, in_axes=over), out_shardings=meshes.replicated(mesh))
 
 
 def make_features(encode: Encode, mesh: Mesh) -> Apply:
@@ -118,20 +125,58 @@ def run(
         mesh: The devices.
         table: Feature table for a look-up encode.
     """
+    return _found(apply, params, tasks, examples, batching, mesh, table, 1, lambda host: [host])[0]
+
+
+def run_each(
+    apply: Apply,
+    params: Any,
+    tasks: Sequence[Task],
+    examples: Sequence[Examples],
+    batching: Batching,
+    mesh: Mesh,
+    count: int,
+    *,
+    table: jax.Array | None = None,
+) -> list[Found]:
+    """The same of several runs at once.
+
+    Args:
+        apply: make_outputs(...) under vmap: whatever it returns has an axis over runs in front.
+        params: Parameters of all of them.
+        tasks: As for run; so are examples, batching, mesh and table.
+        count: How many runs.
+    """
+
+    def apart(host: Outputs) -> list[Outputs]:
+        return [jax.tree.map(lambda leaf, n=n: leaf[n], host) for n in range(count)]
+
+    return _found(apply, params, tasks, examples, batching, mesh, table, count, apart)
+
+
+def _found(
+    apply: Apply,
+    params: Any,
+    tasks: Sequence[Task],
+    examples: Sequence[Examples],
+    batching: Batching,
+    mesh: Mesh,
+    table: jax.Array | None,
+    count: int,
+    apart: Callable[[Outputs], list[Outputs]],
+) -> list[Found]:
+    """Found of each of `count` runs; `apart` divides what the devices made of a batch among them."""
     own = {part.source: [task for task in tasks if task.source == part.source] for part in examples}
     first_ids = np.array([part.first_id for part in examples])
-    found: dict[str, Any] = {}
-    for part in examples:
-        for task in own[part.source]:
-            count = len(part.tokens)
-            found[task.name] = np.zeros((count, task.outputs), np.float32) if task.level == "example" else [None] * count
-    sums = {task.name: np.zeros(2) for task in tasks}
+    runs = [_blank(examples, own) for _ in range(count)]
+    sums = [{task.name: np.zeros(2) for task in tasks} for _ in runs]
     has_labels = all(task.name in part.labels for part in examples for task in own[part.source])
     batches = eval_batches(examples, batching, tasks if has_labels else ())
     for batch, output in _each(apply, params, table, batches, mesh):
-        host: Outputs = jax.device_get(output)
-        for name, sum_and_count in host.sums.items():
-            sums[name] += sum_and_count
+        hosts = apart(jax.device_get(output))
+        for host, own_sums in zip(hosts, sums, strict=True):
+            for name, sum_and_count in host.sums.items():
+                own_sums[name] += sum_and_count
         rows, slots = np.nonzero(batch.index >= 0)
         ids = batch.index[rows, slots]
         order = np.argsort(ids)
@@ -139,16 +184,29 @@ def run(
         for number, part in enumerate(examples):
             chosen = order[edges[number] : edges[number + 1]]
             for task in own[part.source] if len(chosen) else ():
-                outputs = host.outputs[task.name]
                 if task.level == "example":
-                    found[task.name][ids[chosen] - part.first_id] = outputs[rows[chosen], slots[chosen]]
+                    for host, found in zip(hosts, runs, strict=True):
+                        outputs = host.outputs[task.name]
+                        found.outputs[task.name][ids[chosen] - part.first_id] = outputs[rows[chosen], slots[chosen]]
                     continue
                 segments = batch.segments if task.level == "token" else batch.labels[task.name][..., 1]
                 for n in chosen:
                     mine = segments[rows[n]] == slots[n] + 1
-                    found[task.name][ids[n] - part.first_id] = np.asarray(outputs[rows[n]][mine], np.float32)
-    losses = {name: float(total / max(count, 1.0)) for name, (total, count) in sums.items()}
-    return Found(found, losses if has_labels else {})
+                    for host, found in zip(hosts, runs, strict=True):
+                        outputs = host.outputs[task.name]
+                        found.outputs[task.name][ids[n] - part.first_id] = np.asarray(outputs[rows[n]][mine], np.float32)
+    for found, own_sums in zip(runs, sums, strict=True) if has_labels else ():
+        found.losses.update({name: float(total / max(count, 1.0)) for name, (total, count) in own_sums.items()})
+    return runs
+
+
+def _blank(examples: Sequence[Examples], own: Mapping[str, Sequence[Task]]) -> Found:
+    found: dict[str, Any] = {}
+    for part in examples:
+        for task in own[part.source]:
+            count = len(part.tokens)
+            found[task.name] = np.zeros((count, task.outputs), np.float32) if task.level == "example" else [None] * count
+    return Found(found, {})
 
 
 def _each(

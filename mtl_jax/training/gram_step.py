@@ -93,7 +93,7 @@ def by_gram(
     ) -> Measured:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
         counts = label_counts(tasks, batch)
-        blocks = gradients.cut(batch, layout, tasks, accumulate * (1 if mesh is None else mesh.size))
+        blocks = gradients.cut(batch, layout, tasks, accumulate * (1 if mesh is None else meshes.shards(mesh)))
         if mesh is not None:  # left to itself, XLA gives every device all rows that were gathered
             blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
 

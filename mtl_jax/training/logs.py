@@ -19,21 +19,24 @@ class Logger:
     Args:
         workdir: Where to write.
         step: Steps done so far: records after it, left by a process that was killed, are removed.
+        events: Whether to write TensorBoard's files, and each record at once; hundreds of runs do without.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, events: bool = True):
         self._file: TextIO | None = None
+        self._board: Any = None
         if jax.process_index() != 0:
             return
-        from tensorboardX import SummaryWriter
-
         path = workdir / "metrics.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= step]
         part = path.with_name(path.name + ".part")  # whole or not at all: a kill here must not cost the history
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # whole lines, at once
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._file = path.open("a", encoding="utf-8", buffering=1 if events else -1)  # 1: whole lines, at once
+        if events:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Appends one record: {"kind": ..., "step": ..., **values}.
@@ -43,7 +46,7 @@ class Logger:
         if self._file is None:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
+        for name, value in values.items() if self._board is not None else ():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
             elif isinstance(value, list):
@@ -55,12 +58,14 @@ class Logger:
         """Puts everything on disk that was written so far."""
         if self._file is not None:
             self._file.flush()
+        if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
             self._board.close()
 
 

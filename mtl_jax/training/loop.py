@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +18,14 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
-from mtl_jax.experiment import Experiment, tasks_to_json, to_json
+from mtl_jax.experiment import Experiment, completed, data_seed_of, tasks_to_json, to_json
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, generation, left_out, results, starting
+from mtl_jax.training import evaluation, generation, left_out, reading, results, starting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.counts import Counts
-from mtl_jax.training.logs import Logger, Progress, compare_gradients
+from mtl_jax.training.logs import Logger, Progress
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, stretches, template
 from mtl_jax.training.references import References
 from mtl_jax.training.signals import Stop, asked_to_stop
@@ -59,7 +58,7 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         raise UserError(
             f"{folder}: a merged model; to train it, begin from it in another --workdir by --init-from.path {folder}"
         )
-    changed = workdirs.changed(folder, config, allow_config_change)
+    changed = workdirs.changed(folder, config, allow_config_change, completed)
     done = workdirs.read_json(folder / "results.json")
     if done is not None and not changed:
         log.info("%s is done", folder)
@@ -111,7 +110,7 @@ class _Run:
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
         encode = encode_tokens(prepared.trunk.module, needs(self.tasks))
-        batching, seed = self.experiment.batch, self.experiment.seed
+        batching, seed = self.experiment.batch, data_seed_of(self.experiment)
         self.stream = stream(
             prepared.corpus, batching, seed, stretches(self.experiment), jax.process_index(), jax.process_count()
         )
@@ -244,33 +243,17 @@ class _Run:
         step, places, metrics = self.pending
         self.pending = None
         metrics = jax.device_get(metrics)
-        tokens = int(metrics.seen[:, 2].sum())
         self.counts.add(metrics.seen, places)
-        losses = {name: float(loss) for name, loss in (metrics.losses | metrics.held).items()}
-        record = {f"loss/{name}": loss for name, loss in losses.items()}
-        record |= {f"weight/{name}": float(weight) for name, weight in (metrics.weights | metrics.held_weights).items()}
-        record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
-        record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm), "tokens": tokens}
-        for source, facts in self.counts.facts(self.examples)["seen"].items():
-            record |= {f"seen/{source}/{name}": facts[name] for name in ("rows", "examples", "passes")}
+        losses, record = reading.read(metrics, self.counts.facts(self.examples)["seen"])
         record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
-        if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
-            tasks = sorted(metrics.losses)
-            record |= compare_gradients(metrics.gram, tasks, [metrics.counts[task] > 0 for task in tasks])
         self.logger.write("train", step, record)
-        self.progress.update(1, tokens, losses, title=plan.phase.name)
-        bad = [
-            f"the loss of {'regulariser' if name in metrics.held else 'task'} {name!r} is {loss}"
-            for name, loss in losses.items()
-            if not math.isfinite(loss)
-        ]
-        if not bad and not math.isfinite(record["gradient_norm"]):
-            bad = ["the gradient is not finite"]
-        if bad:
+        self.progress.update(1, record["tokens"], losses, title=plan.phase.name)
+        trouble = reading.not_finite(metrics)
+        if trouble:
             self.logger.flush()
             self.store.wait()
             raise UserError(
-                f"step {step}: {bad[0]}; training stopped. The last good checkpoint is intact in "
+                f"step {step}: {trouble}; training stopped. The last good checkpoint is intact in "
                 f"{self.store.folder}; try a lower learning rate in another --workdir"
             )
 

@@ -10,17 +10,13 @@ import jax
 from mtl_jax.tasks import Task
 from mtl_jax.training import gradients, gram_step, holding, idle, watching
 from mtl_jax.training import mesh as meshes
+from mtl_jax.training.planning import PhasePlan, per_task
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
 from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation, RDrop
-from mtl_jax.weighting import Rule, fixed, schedules
+from mtl_jax.weighting import fixed, schedules
 
 if TYPE_CHECKING:  # prepare imports this module
-    from mtl_jax.training.prepare import PhasePlan, Prepared
-
-
-def per_task(rule: Rule) -> bool:
-    """Whether the rule compares or changes the task gradients."""
-    return rule.needs_gram or rule.transform is not None
+    from mtl_jax.training.prepare import Prepared
 
 
 def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
@@ -52,7 +48,7 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
             dtype=meshes.compute_dtype(experiment.gram_dtype),
             weigh_heads=weigh_heads,
             accumulate=accumulate,
-            mesh=prepared.mesh if prepared.mesh.size > 1 else None,
+            mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
         )
         if watched:
             nothing = fixed({task.name: 0.0 for task in tasks})
@@ -63,7 +59,7 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     if plan.idle:
         # On several hosts the rows of a source are not in one piece.
         rows_of = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
-        left = idle.rows_that_count(tasks, plan.idle, rows_of, accumulate * prepared.mesh.size)
+        left = idle.rows_that_count(tasks, plan.idle, rows_of, accumulate * meshes.shards(prepared.mesh))
         found = idle.leave_out(found, plan.idle, left)
     first = prepared.plans[0].phase.name
     if plan.mixed:

@@ -1,4 +1,4 @@
-"""Devices: a mesh with one axis over the data, and how arrays lie on it."""
+"""Devices: a mesh with an axis over the data, for ablations one over runs, too, and how arrays lie on it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mtl_jax.errors import UserError
 
 DATA = "data"
+RUN = "run"
 
 
 def make(rows: int, devices: int = 0) -> Mesh:
@@ -24,16 +25,51 @@ def make(rows: int, devices: int = 0) -> Mesh:
     Raises:
         UserError: There are not so many devices, or the rows do not divide by them.
     """
-    there = jax.devices()
-    if devices > len(there):
-        raise UserError(f"devices is {devices}, but there are {len(there)} ({there[0].platform})")
-    if devices and jax.process_count() > 1 and devices != len(there):
-        raise UserError(f"devices is {devices}, but {jax.process_count()} processes train together: use all {len(there)} (0)")
-    chosen = there[: devices or len(there)]
+    chosen = _devices(devices)
     if rows % len(chosen):
         raise UserError(f"batch.rows is {rows}; it must be a multiple of the {len(chosen)} devices")
     # Auto axes: under Explicit ones nn.Embed's look-up is ambiguous and raises.
     return jax.make_mesh((len(chosen),), (DATA,), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def make_for_runs(rows: int, runs: int, devices: int = 0) -> Mesh:
+    """A mesh whose first axis is over runs that train side by side, and the second over the rows of their batches.
+
+    Runs need not talk to each other, so they get as many devices as there are runs for; only what is left over shares rows.
+
+    Args:
+        rows: Rows of a batch; they must divide by the devices that share them.
+        runs: How many there are.
+        devices: As for make.
+
+    Raises:
+        UserError: As for make.
+    """
+    chosen = _devices(devices)
+    apart = max(n for n in range(1, len(chosen) + 1) if len(chosen) % n == 0 and n <= max(runs, 1))
+    together = len(chosen) // apart
+    if rows % together:
+        raise UserError(f"batch.rows is {rows}; it must be a multiple of the {together} devices that share a batch")
+    return jax.make_mesh((apart, together), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=chosen)
+
+
+def _devices(count: int) -> list[jax.Device]:
+    there = jax.devices()
+    if count > len(there):
+        raise UserError(f"devices is {count}, but there are {len(there)} ({there[0].platform})")
+    if count and jax.process_count() > 1 and count != len(there):
+        raise UserError(f"devices is {count}, but {jax.process_count()} processes train together: use all {len(there)} (0)")
+    return there[: count or len(there)]
+
+
+def shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are cut."""
+    return mesh.shape[DATA]
+
+
+def by_runs(mesh: Mesh) -> NamedSharding:
+    """The first axis cut over the devices that train different runs."""
+    return NamedSharding(mesh, PartitionSpec(RUN))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

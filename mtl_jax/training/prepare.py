@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,65 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mtl_jax import optimizer as optimizers
 from mtl_jax import trunks
 from mtl_jax.data import examples, stream
 from mtl_jax.data.examples import Corpus
 from mtl_jax.data.mixture import InTurn
 from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import Experiment, Phase, check, rule_of, select
+from mtl_jax.experiment import Experiment, check, select
 from mtl_jax.tasks import Task
-from mtl_jax.training import generation, gram_step, groups, regularised
+from mtl_jax.training import generation, gram_step, groups, planning, regularised
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.measures import measure as measure
-from mtl_jax.training.measures import per_task as per_task
+from mtl_jax.training.planning import PhasePlan as PhasePlan
+from mtl_jax.training.planning import per_task as per_task
 from mtl_jax.training.runs import Run
 from mtl_jax.training.state import TrainState, create
-from mtl_jax.training.step import needs
 from mtl_jax.training.teachers import Teacher
 from mtl_jax.transfer import adapters, averaging, freezing, moving
-from mtl_jax.transfer.leaves import leaves_of, matching
-from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation
 from mtl_jax.trunks import Trunk
-from mtl_jax.weighting import Rule, schedules
 
 SOME_TEXTS = 50  # on which a teacher's tokenizer is compared with the run's
-
-
-class PhasePlan(NamedTuple):
-    """A phase, worked out.
-
-    Attributes:
-        phase: Its declaration.
-        number: Its place, from 0.
-        start: Steps of the run before it.
-        end: Steps of the run after it.
-        mask: Tree of bools over the parameters: which train.
-        rule: Its weighting rule. A rule that compares task gradients gives way to `equal` where no shared parameter trains.
-        rate: Learning rate by step of the phase, of rules that don't change it.
-        optimizer: The optax transformation over the trainable leaves.
-        cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
-        fresh_rule: Whether the rule's state starts anew with this phase.
-        idle: The tasks whose weight is 0 in all its steps, and at which no regulariser looks.
-        held: The regularisers that count in it.
-        mixed: The parameters to which Mixout applies in it.
-    """
-
-    phase: Phase
-    number: int
-    start: int
-    end: int
-    mask: Any
-    rule: Rule
-    rate: Any
-    optimizer: Any
-    cached: bool
-    fresh_rule: bool
-    idle: tuple[str, ...] = ()
-    held: tuple[AnyRegulariser, ...] = ()
-    mixed: tuple[str, ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -126,9 +88,9 @@ def prepare(experiment: Experiment) -> Prepared:
     generation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
-    held = regularised.prepare(experiment, trunk, corpus, params, texts[:SOME_TEXTS])
-    params["heads"] |= held.projections
-    plans = _plan(experiment, corpus.tasks, params, held.watched)
+    held = regularised.prepare(experiment, trunk, corpus, texts[:SOME_TEXTS])
+    params["heads"] |= regularised.projections(experiment, held.teachers, trunks.width(trunk, params["trunk"]))
+    plans = planning.plan(experiment, corpus.tasks, params, held.watched)
     trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))
     regularised.check(experiment, {task.name: task for task in corpus.tasks}, trunk, params, held.learned, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
@@ -166,6 +128,15 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
         heads[task.name] = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
     return params | {"heads": heads}
+
+
+def reseeded(prepared: Prepared, seed: int) -> Prepared:
+    """The same run with the initial parameters, before init_from, of another seed."""
+    params = init_params(prepared.trunk, prepared.corpus.tasks, seed)
+    experiment = dataclasses.replace(prepared.experiment, seed=seed)
+    width = trunks.width(prepared.trunk, params["trunk"])
+    params["heads"] |= regularised.projections(experiment, prepared.teachers, width)
+    return prepared._replace(experiment=experiment, params=params)
 
 
 def initial_state(prepared: Prepared) -> TrainState:
@@ -224,72 +195,6 @@ def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
     rule_state = gram_step.init_rule(plan.rule, names, trained["trunk"])
     average = averaging.make(prepared.experiment.averaging).init(trained)
     return create(prepared.params, plan.optimizer.init(trained), rule_state, 0, average)
-
-
-def _plan(
-    experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: Mapping[str, Sequence[str]]
-) -> list[PhasePlan]:
-    plans: list[PhasePlan] = []
-    start = 0
-    for number, phase in enumerate(experiment.phases):
-        decided = freezing.decide(params, phase.rules)
-        mask = jax.tree.map(lambda rule: rule.train, decided)
-        if not any(jax.tree.leaves(mask)):
-            raise UserError(f"phase {phase.name!r}: its rules freeze every parameter; nothing would train")
-        peak = experiment.optimizer.learning_rate if phase.learning_rate is None else phase.learning_rate
-        rate = optimizers.schedule(experiment.optimizer, peak, phase.steps)
-        trains_trunk = any(jax.tree.leaves(mask["trunk"]))
-        rule = rule_of(experiment, phase)
-        if per_task(rule) and trains_trunk:
-            gram_step.check(params, mask, experiment.gram_over)
-            for task in tasks:
-                if experiment.gram_over == gram_step.REPRESENTATION and task.shift_free:
-                    raise UserError(
-                        f"gram_over representation: task {task.name!r} chooses between tokens, so a vector added to all of "
-                        "them changes nothing, and its gradient is always 0; use trunk, or a part of it"
-                    )
-            if rule.transform is not None and experiment.gram_over != gram_step.TRUNK:
-                raise UserError(f"weighting {experiment.weighting} changes the trunk's task gradients: gram_over must be trunk")
-        elif per_task(rule):
-            rule = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
-        same = bool(plans) and per_task(plans[-1].rule) == per_task(rule)
-        same = same and not phase.weights and not plans[-1].phase.weights
-        # A transform's state has the shape of what trains.
-        same = same and (rule.transform is None or plans[-1].mask == mask)
-        steps = range(start, start + phase.steps)
-        held = regularised.of_phase(experiment, number, steps)
-        vectors = any(isinstance(each, Distillation) and each.of == "hidden" for each in held)
-        looked_at = {name for each in held for name in watched.get(each.name, ())}
-        trained = {path: None for path, trains in leaves_of(mask).items() if trains}
-        plans.append(
-            PhasePlan(
-                phase=phase,
-                number=number,
-                start=start,
-                end=start + phase.steps,
-                mask=mask,
-                rule=rule,
-                rate=rate,
-                optimizer=optimizers.build(experiment.optimizer, decided, peak, phase.steps),
-                cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",) and not vectors,
-                fresh_rule=not same,
-                idle=() if vectors else _idle(experiment, phase, steps, looked_at),
-                held=held,
-                mixed=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
-            )
-        )
-        start += phase.steps
-    return plans
-
-
-def _idle(experiment: Experiment, phase: Phase, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
-    """The tasks whose weight is 0 in all of these steps, and at which no regulariser looks; () where that is every task."""
-    weights = phase.weights or ({} if experiment.combinators else experiment.weights)
-    if not experiment.weigh_heads:  # a head learns by its plain loss, whatever the task's weight
-        return ()
-    idle = [task for task, weight in weights.items() if not schedules.over(weight, steps, task).any()]
-    found = tuple(task for task in idle if task not in looked_at)
-    return found if len(found) < len(weights) else ()
 
 
 def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]) -> list[str]:

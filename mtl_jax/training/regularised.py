@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtl_jax import trunks
 from mtl_jax.data.examples import Corpus
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment
@@ -28,13 +27,11 @@ class Opened(NamedTuple):
 
     Attributes:
         teachers: As in Prepared; so are learned and watched.
-        projections: Parameters of their own, by name: they stand beside the heads.
     """
 
     teachers: dict[str, Teacher]
     learned: dict[str, Run]
     watched: dict[str, list[str]]
-    projections: dict[str, Any]
 
 
 def of_phase(experiment: Experiment, number: int, steps: range) -> tuple[AnyRegulariser, ...]:
@@ -51,32 +48,27 @@ def of_phase(experiment: Experiment, number: int, steps: range) -> tuple[AnyRegu
     )
 
 
-def prepare(experiment: Experiment, trunk: Trunk, corpus: Corpus, params: Any, texts: Sequence[str]) -> Opened:
+def prepare(experiment: Experiment, trunk: Trunk, corpus: Corpus, texts: Sequence[str]) -> Opened:
     """Opens teachers and other runs; those of regularisers that never count stay closed.
 
     Args:
         experiment: The experiment.
         trunk: Its trunk.
         corpus: Its data.
-        params: Its parameters.
         texts: Some training texts.
 
     Raises:
         UserError: One of them cannot be opened, or does not go with this run.
     """
-    found = Opened({}, {}, {}, {})
+    found = Opened({}, {}, {})
     tasks = {task.name: task for task in corpus.tasks}
-    length, width = experiment.batch.row_length, trunks.width(trunk, params["trunk"])
+    length = experiment.batch.row_length
     for each in _used(experiment):
         if isinstance(each, Distillation):
             teacher = open_teacher(each, trunk, tasks, length, texts, trunk.module.dtype)
             found.teachers[each.name] = teacher
             if each.of == "logits":
                 found.watched[each.name] = tasks_to_imitate(each, teacher, tasks)
-            elif teacher.width != width:
-                key = jax.random.fold_in(jax.random.key(experiment.seed), zlib.crc32(each.name.encode()))
-                kernel = jax.nn.initializers.lecun_normal()(key, (width, teacher.width))
-                found.projections[each.name] = {"projection": {"kernel": kernel}}
         elif isinstance(each, RDrop) and each.tasks:
             found.watched[each.name] = list(each.tasks)
         elif isinstance(each, EWC):
@@ -89,6 +81,25 @@ def prepare(experiment: Experiment, trunk: Trunk, corpus: Corpus, params: Any, t
                 raise unknown(f"source of {each.name}:", each.source, corpus.splits["train"])
             learned = found.learned[each.name].tasks if each.run else corpus.tasks
             fisher.check(each, [task for task in learned if task.source == each.source])
+    return found
+
+
+def projections(experiment: Experiment, teachers: Mapping[str, Teacher], width: int) -> dict[str, Any]:
+    """{regulariser: parameters of its own}, which stand beside the heads: from the trunk's width to a teacher's.
+
+    Args:
+        experiment: Its seed decides.
+        teachers: As in Prepared.
+        width: The trunk's.
+    """
+    found = {}
+    for each in experiment.regularisers:
+        if isinstance(each, Distillation) and each.name in teachers:
+            other = teachers[each.name].width
+            if each.of != "logits" and other != width:
+                key = jax.random.fold_in(jax.random.key(experiment.seed), zlib.crc32(each.name.encode()))
+                kernel = jax.nn.initializers.lecun_normal()(key, (width, other))
+                found[each.name] = {"projection": {"kernel": kernel}}
     return found
 
 

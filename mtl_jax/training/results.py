@@ -59,6 +59,7 @@ def write(
     scores: dict[str, dict[str, dict[str, float]]],
     signatures: dict[str, dict[str, str]],
     facts: dict[str, Any],
+    figure: bool = True,
 ) -> dict[str, Any]:
     """Writes results.json and curves.png; returns the contents of the first.
 
@@ -69,6 +70,7 @@ def write(
         scores: {"dev" and "test": {task: {metric: value}}} of the best checkpoint.
         signatures: {task: {metric: how it was computed}}, on test.
         facts: Steps, seconds and the like.
+        figure: Whether to write curves.png.
     """
     compared = workdirs.read_json(folder / "baselines.json") or {}
     found = {
@@ -89,7 +91,7 @@ def write(
         },
         "versions": workdirs.versions(),
     }
-    records = read_metrics(folder)
+    records = read_metrics(folder) if figure else []
     if records and jax.process_index() == 0:  # merged runs took no steps
         from mtl_jax import figures  # imported late: matplotlib takes a while
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,16 @@ def check_writable(workdir: Path) -> None:
         raise UserError(f"{workdir}: cannot be written (no permission for {at}); choose another --workdir")
 
 
-def changed(workdir: Path, config: dict[str, Any], allow_change: bool) -> bool:
+def changed(
+    workdir: Path, config: dict[str, Any], allow_change: bool, complete: Callable[[Any], Any] = lambda values: values
+) -> bool:
     """Whether the workdir was begun with another configuration.
+
+    Args:
+        workdir: The workdir.
+        config: The configuration now.
+        allow_change: Whether it may be.
+        complete: Gives a configuration of before the fields that did not exist then, as they were in effect.
 
     Raises:
         UserError: It was, and allow_change is not set. The message shows each field, before and now.
@@ -69,7 +77,7 @@ def changed(workdir: Path, config: dict[str, Any], allow_change: bool) -> bool:
     if before is None:
         return False
     now = json.loads(json.dumps(config))
-    changes = [f"{name} was {old}, is {new}" for name, old, new in _differences(before, now)]
+    changes = [f"{name} was {old}, is {new}" for name, old, new in _differences(complete(before), now)]
     if changes and not allow_change:
         raise UserError(
             f"{workdir} was begun with another configuration: {'; '.join(changes)}. "

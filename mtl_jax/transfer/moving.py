@@ -105,7 +105,8 @@ def scale_by_rules(
             if update is None:
                 return None
             decay = weight_decay if rule.weight_decay is None else rule.weight_decay
-            if decay and leaf.ndim >= 2:
+            decays = isinstance(decay, jax.core.Tracer) or decay != 0
+            if decays and leaf.ndim >= 2:
                 update = update + decay * leaf
             return (-rule.rate * rates[rule.schedule] * update).astype(update.dtype)
 
@@ -181,10 +182,13 @@ def _carry_leaves(old: Any, new: Any) -> Any:
 
 
 def _carry_counts(old: AdamState, new: AdamState) -> jax.Array:
-    before = iter(np.asarray(old.counts))  # on the host: the two may lie on different devices
+    counts = np.asarray(old.counts)  # on the host: the two may lie on different devices
+    before = iter(np.moveaxis(counts, -1, 0))  # axes before that of the leaves are those of several runs
     ages = [None if leaf is None else next(before) for leaf in jax.tree.leaves(old.mu, is_leaf=_is_none)]
     trains = [leaf is not None for leaf in jax.tree.leaves(new.mu, is_leaf=_is_none)]
-    return jnp.array([age or 0 for age, now in zip(ages, trains, strict=True) if now], jnp.int32)
+    none = np.zeros(counts.shape[:-1], np.int32)
+    kept = [none if age is None else age for age, now in zip(ages, trains, strict=True) if now]
+    return jnp.array(np.stack(kept, axis=-1), jnp.int32)
 
 
 def _is_none(leaf: Any) -> bool:

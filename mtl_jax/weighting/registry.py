@@ -72,19 +72,34 @@ def combine(rule: Rule, text: str) -> Rule:
     Raises:
         UserError: The text is none of these, or an option is unknown or refused.
     """
+    name, options = read(text, "combinator", COMBINATORS)
+    return _call(f"combinator {name!r}", COMBINATORS[name], (rule,), options)
+
+
+def read(text: str, what: str, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A name and its options, given as text: "cagrad:c=0.4", "subset:s=3,temperature=2".
+
+    Args:
+        text: The text.
+        what: What it names, for errors.
+        known: The names that there are.
+
+    Raises:
+        UserError: The name is none of them, or what follows it are no options.
+    """
     name, _, rest = text.partition(":")
-    if name not in COMBINATORS:
-        raise unknown("combinator", name, COMBINATORS)
+    if name not in known:
+        raise unknown(what, name, known)
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         option, _, value = part.partition("=")
         if option.strip() in options:
-            raise UserError(f"combinator {text!r}: {option.strip()} stands there twice")
+            raise UserError(f"{what} {text!r}: {option.strip()} stands there twice")
         try:
             options[option.strip()] = float(value) if value.strip() in ("inf", "-inf") else ast.literal_eval(value.strip())
         except (ValueError, SyntaxError) as error:
-            raise UserError(f"combinator {text!r}: {part!r} is no option; write {name}:name=number") from error
-    return _call(f"combinator {name!r}", COMBINATORS[name], (rule,), options)
+            raise UserError(f"{what} {text!r}: {part!r} is no option; write {name}:name=number") from error
+    return name, options
 
 
 def _call(what: str, maker: Callable[..., Rule], given: tuple[Rule, ...], options: Mapping[str, Any]) -> Rule:

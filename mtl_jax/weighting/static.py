@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mtl_jax.errors import UserError, unknown
@@ -35,7 +36,9 @@ def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
     for task, weight in weights.items():
         if isinstance(weight, str):
             raise UserError(f"weights: {task} is {weight!r}; a schedule as text is for the weighting scheduled")
-        if not callable(weight) and not (math.isfinite(weight) and weight >= 0):
+        if callable(weight) or isinstance(weight, jax.core.Tracer):  # inside a program nothing can be refused
+            continue
+        if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"weights: {task} is {weight}; a weight must be finite and not negative")
 
     def init(names: Sequence[str]) -> Any:

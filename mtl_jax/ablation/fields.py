@@ -1,0 +1,180 @@
+"""Fields of an experiment by their paths: finding them, replacing them, and whether runs of one program may differ in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mtl_jax import weighting
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.experiment import Experiment
+from mtl_jax.weighting import Signals
+
+Path = tuple[str, ...]
+WEIGHTS: Path = ("weights",)
+
+# Numbers that a step takes as they come; the others decide how a program is built.
+_OPTIMIZER = ("learning_rate", "weight_decay", "b1", "b2", "eps", "ratio")
+# Fields that say nothing about training, or without which runs cannot be compared.
+_REFUSED = {
+    "name": "it only names the experiment",
+    "devices": "it does not change what is trained",
+    "only": "runs with different tasks cannot be compared; run two ablations",
+    "checkpoints": "it says what is kept, not what is trained",
+    "evaluation": "runs are compared by it",
+    "sources": "runs are compared on the same data",
+}
+_ALLOWED = {("sources", "limit_train"), ("evaluation", "patience")}
+
+
+def find(experiment: Experiment, text: str) -> Path:
+    """The path of a field that is given as on the command line: "optimizer.learning-rate", "phases.0.steps", "weights.ner".
+
+    Elements of tuples go by place or by name. The path has places, and names of fields with underscores.
+
+    Raises:
+        UserError: There is no such field; the message lists what there is.
+    """
+    path: list[str] = []
+    at: Any = experiment
+    for part in text.split("."):
+        where = ".".join(path) or "the experiment"
+        if dataclasses.is_dataclass(at):
+            names = [field.name for field in dataclasses.fields(at)]
+            name = part.replace("-", "_")
+            if name not in names:
+                raise unknown(f"field of {where}:", part, names)
+            at = getattr(at, name)
+        elif isinstance(at, tuple) and at and dataclasses.is_dataclass(at[0]):
+            by_name = {str(getattr(each, "name", place)): place for place, each in enumerate(at)}
+            place = int(part) if part.isdecimal() else by_name.get(part, len(at))
+            if not 0 <= place < len(at):
+                raise unknown(f"element of {where}:", part, list(by_name))
+            name, at = str(place), at[place]
+        elif isinstance(at, Mapping):
+            name, at = part, at.get(part)
+            if path[-1] == "weights":
+                names = [task.name for task in experiment.tasks]
+                if name not in names:
+                    raise unknown(f"task in {where}:", name, names)
+            elif path[-1] == "weighting_options":
+                name = part.replace("-", "_")
+        else:
+            raise UserError(f"--vary {text}: {where} has no fields")
+        path.append(name)
+    return tuple(path)
+
+
+def get(tree: Any, path: Path) -> Any:
+    """The value of a field; None where a dict has no such key."""
+    for name in path:
+        tree = (
+            tree.get(name) if isinstance(tree, Mapping) else tree[int(name)] if isinstance(tree, tuple) else getattr(tree, name)
+        )
+    return tree
+
+
+def put(tree: Any, path: Path, value: Any) -> Any:
+    """A copy in which a field has another value; values may be traced."""
+    if not path:
+        return value
+    name, rest = path[0], path[1:]
+    if isinstance(tree, tuple):
+        place = int(name)
+        return (*tree[:place], put(tree[place], rest, value), *tree[place + 1 :])
+    if isinstance(tree, Mapping):
+        return {**tree, name: put(tree.get(name), rest, value)}
+    return dataclasses.replace(tree, **{name: put(getattr(tree, name), rest, value)})
+
+
+def check(experiment: Experiment, path: Path) -> None:
+    """Finds out whether a field may vary at all.
+
+    Raises:
+        UserError: It may not; the message says why, and what may.
+    """
+    text = ".".join(path)
+    if path[0] in _REFUSED and (path[0], path[-1]) not in _ALLOWED:
+        raise UserError(f"--vary {text}: it cannot vary: {_REFUSED[path[0]]}. {_may_vary()}")
+    value = get(experiment, path)
+    if (isinstance(value, tuple | Mapping) and not is_weights(path)) or dataclasses.is_dataclass(value):
+        raise UserError(f"--vary {text}: it cannot vary as a whole: it has parts. {_may_vary()}")
+
+
+def _may_vary() -> str:
+    rates = ", ".join("optimizer." + name.replace("_", "-") for name in _OPTIMIZER)
+    return (
+        "What may: weights, weights.TASK, phases.N.weights.TASK, regularisers.N.weight, weighting-options.NAME, seed, "
+        f"phases.N.learning-rate, {rates} within one program; "
+        "other fields of one value, such as weighting, trunk.dropout or phases.N.steps, in a program for each value"
+    )
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a field holds a weight for each task."""
+    return path[-1] == "weights"
+
+
+def numbers(experiment: Experiment) -> list[Path]:
+    """The fields in which runs of one program may differ: their numbers come into the program from outside."""
+    found: list[Path] = [("optimizer", name) for name in _OPTIMIZER]
+    found += [("weights", task) for task in experiment.weights]
+    for place, phase in enumerate(experiment.phases):
+        found.append(("phases", str(place), "learning_rate"))
+        found += [("phases", str(place), "weights", task) for task in phase.weights]
+    found += [("regularisers", str(place), "weight") for place in range(len(experiment.regularisers))]
+    if experiment.weighting not in ("fixed", "scheduled"):
+        options = tuple(experiment.weighting_options.items())
+        tasks = tuple(sorted(task.name for task in experiment.tasks))
+        found += [("weighting_options", name) for name in _traceable(experiment.weighting, options, tasks)]
+    return found
+
+
+@functools.cache
+def _traceable(rule_name: str, options: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> list[str]:
+    """The options of a weighting rule that it takes traced."""
+
+    def traceable(name: str) -> bool:
+        def weigh(value: jax.Array) -> Any:
+            rule = weighting.make(rule_name, **{**dict(options), name: value})
+            losses = {task: jax.numpy.ones(()) for task in names}
+            gram = jax.numpy.eye(len(names)) if rule.needs_gram else None
+            state = rule.init(names)
+            return rule.update(state, Signals(losses, gram, jax.numpy.zeros((), int), jax.random.key(0)))
+
+        try:
+            jax.eval_shape(weigh, jax.ShapeDtypeStruct((), jax.numpy.float32))
+        except (jax.errors.JAXTypeError, TypeError):  # the option decides how the rule is built
+            return False
+        return True
+
+    return [name for name, value in options if isinstance(value, int | float) and traceable(name)]
+
+
+def type_of(experiment: Experiment, path: Path) -> Any:
+    """What a field of one value is declared as: float, int, str, bool, or a union of them; Any where nothing is declared."""
+    owner = get(experiment, path[:-1])
+    if not dataclasses.is_dataclass(owner):
+        return float | str if path[-2:-1] == ("weights",) else Any
+    return typing.get_type_hints(type(owner))[path[-1]]
+
+
+def fits(value: Any, declared: Any) -> bool:
+    """Whether a value is of a declared type; a whole number is also a float."""
+    if declared is Any:
+        return True
+    if isinstance(declared, types.UnionType) or typing.get_origin(declared) in (typing.Union, types.UnionType):
+        return any(fits(value, each) for each in typing.get_args(declared))
+    if typing.get_origin(declared) is typing.Literal:
+        return value in typing.get_args(declared)
+    if declared in (None, type(None)):
+        return value is None
+    if declared is bool or isinstance(value, bool):
+        return declared is bool and isinstance(value, bool)
+    return isinstance(value, int | float if declared is float else declared)

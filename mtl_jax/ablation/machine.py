@@ -1,0 +1,172 @@
+"""The compiled programs of an ablation's runs: the train step and the outputs of all of them at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtl_jax import trunks
+from mtl_jax.ablation import numbers, together
+from mtl_jax.ablation.numbers import Numbers
+from mtl_jax.ablation.sizes import weight_of
+from mtl_jax.data.batches import Batch
+from mtl_jax.training import evaluation, gram_step
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training.planning import PhasePlan, renumbered
+from mtl_jax.training.prepare import Prepared, measure
+from mtl_jax.training.state import TrainState
+from mtl_jax.training.step import encode_tokens, look_up, make_train_step, needs
+from mtl_jax.transfer import averaging, freezing
+
+
+class Machine:
+    """What N runs of one program share; made once, used by one chunk of runs after another.
+
+    Args:
+        prepared: The program's template, prepared, on a mesh with an axis over runs.
+        differs: Tree of bools: initial parameters that the runs do not share.
+        size: N, a multiple of the mesh's axis over runs.
+
+    Attributes:
+        compile_seconds: Spent on compiling steps so far.
+        compiled: Steps compiled so far.
+    """
+
+    def __init__(self, prepared: Prepared, differs: Any, size: int):
+        self.prepared, self.size, self.mesh = prepared, size, prepared.mesh
+        self.own = []  # by phase: the leaves that each run has of its own from it on
+        own = differs
+        for plan in prepared.plans:
+            own = together.either(own, plan.mask)
+            self.own.append(own)
+        self.averaging = averaging.make(prepared.experiment.averaging)
+        self.keep_better = together.keep_better(self.mesh)
+        self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
+        self.compile_seconds, self.compiled, self.bytes = 0.0, 0, 0
+        self._steps: dict[Any, Any] = {}
+        self._outputs: dict[Any, Any] = {}
+        self._collect: dict[int, Any] = {}
+
+    def begin(self, plan: PhasePlan, values: Numbers, params: Any) -> TrainState:
+        """What a phase starts with but for parameters, keys and step: optimizer, rule and average of all runs."""
+        trained, _ = freezing.split(params, plan.mask)
+        found = jax.jit(self._beginning(plan), out_shardings=meshes.by_runs(self.mesh))(values, trained)
+        return TrainState(None, None, found[0], found[1], None, found[2])  # type: ignore[arg-type]
+
+    def begin_shapes(self, plan: PhasePlan, values: Numbers, params: Any) -> TrainState:
+        """The shapes of that."""
+        trained, _ = freezing.split(params, plan.mask)
+        found = jax.eval_shape(self._beginning(plan), values, trained)
+        return TrainState(None, None, found[0], found[1], None, found[2])  # type: ignore[arg-type]
+
+    def _beginning(self, plan: PhasePlan) -> Callable[[Numbers, Any], Any]:
+        names = [task.name for task in self.prepared.corpus.tasks]
+
+        def one(values: Numbers, trained: Any) -> Any:
+            mine = renumbered(plan, numbers.insert(self.prepared.experiment, values))
+            rule_state = gram_step.init_rule(mine.rule, names, trained["trunk"])
+            return mine.optimizer.init(trained), rule_state, self.averaging.init(trained)
+
+        return jax.vmap(one, axis_size=self.size)
+
+    def step(self, plan: PhasePlan, *arguments: Any, apart: frozenset[str] = frozenset()) -> Any:
+        """The compiled step of a phase: (numbers, state, batch, table, references) -> (state, Metrics of all runs).
+
+        Args:
+            plan: The phase.
+            *arguments: Those of the step, or their shapes.
+            apart: The references of which each run has its own.
+        """
+        held = tuple(each.name for each in plan.held)
+        key = (plan.number, held, plan.mixed, apart, *(leaf.shape for leaf in jax.tree.leaves(arguments[2])))
+        if key not in self._steps:
+            started = time.monotonic()
+            self._steps[key] = self._make_step(plan, arguments[3], arguments[4], apart).lower(*arguments).compile()
+            self.compile_seconds += time.monotonic() - started
+            self.compiled += 1
+            self.bytes = max(self.bytes, weight_of(self._steps[key]))
+        return self._steps[key]
+
+    def _make_step(self, plan: PhasePlan, table: Any, references: Any, apart: frozenset[str]) -> Any:
+        sources = len(self.prepared.corpus.splits["train"])
+
+        def one(values: Numbers, state: TrainState, batch: Batch, table: Any, references: Any) -> Any:
+            experiment = numbers.insert(self.prepared.experiment, values)
+            mine = renumbered(plan, experiment)
+            found = measure(self.prepared._replace(experiment=experiment), mine)
+            step = make_train_step(found, mine.optimizer, plan.mask, sources, self.averaging.follow)
+            return step(state, batch, table, references)
+
+        axes = together.axes(self.own[plan.number])
+        held = None if references is None else {name: 0 if name in apart else None for name in references}
+        many = jax.vmap(
+            one,
+            in_axes=(0, axes, None, self._table_axis(plan) if table is not None else None, held),
+            out_axes=(axes, 0),
+            axis_size=self.size,
+            spmd_axis_name=meshes.RUN,
+        )
+        placed = (together.shardings(self.own[plan.number], self.mesh), meshes.by_runs(self.mesh))
+        return jax.jit(many, donate_argnums=1, out_shardings=placed)
+
+    def weigh(self, values: Numbers, batch: Batch) -> int:
+        """Bytes of the heaviest step on a device, found by compiling them all; references of regularisers are estimated."""
+        whole, by_runs = meshes.replicated(self.mesh), meshes.by_runs(self.mesh)
+        extra = 0
+        for plan in self.prepared.plans:
+            own = self.own[plan.number]
+
+            def of_run(has: bool, leaf: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct((self.size, *leaf.shape) if has else leaf.shape, leaf.dtype)
+
+            params = jax.tree.map(of_run, own, self.prepared.params)
+            fresh = self.begin_shapes(plan, values, params)
+            key = jax.ShapeDtypeStruct((self.size, 2), np.uint32)
+            step = jax.ShapeDtypeStruct((), np.int32)
+            shapes = TrainState(step, params, fresh.opt_state, fresh.rule_state, key, fresh.average)  # type: ignore[arg-type]
+            state: Any = together.placed(shapes, together.shardings(own, self.mesh))
+            table = None
+            if plan.cached:
+                examples = [part for split in self.prepared.corpus.splits.values() for part in split.values()]
+                width = trunks.width(self.prepared.trunk, self.prepared.params["trunk"])
+                shape: tuple[int, ...] = (sum(len(part.tokens) for part in examples), width)
+                if self.own_trunk(plan):
+                    table = jax.ShapeDtypeStruct((self.size, *shape), np.float32, sharding=by_runs)
+                else:
+                    table = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
+            self.step(plan._replace(held=(), mixed=()), values, state, batch, table, None)
+            if plan.held or plan.mixed:
+                trained = jax.tree.leaves(together.own_part(params, plan.mask))
+                extra = max(extra, 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in trained) // self.mesh.shape[meshes.RUN])
+        return self.bytes + extra
+
+    def own_trunk(self, plan: PhasePlan) -> bool:
+        """Whether the runs' trunks differ in a phase."""
+        return any(jax.tree.leaves(self.own[plan.number]["trunk"]))
+
+    def _table_axis(self, plan: PhasePlan) -> int | None:
+        return 0 if self.own_trunk(plan) else None
+
+    def outputs(self, plan: PhasePlan, cached: bool) -> evaluation.Apply:
+        """Jitted: evaluation.Outputs of all runs, an axis over runs in front."""
+        key = (plan.number, cached)
+        if key not in self._outputs:
+            tasks = self.prepared.corpus.tasks
+            encode = look_up if cached else encode_tokens(self.prepared.trunk.module, needs(tasks))
+            over = (together.axes(self.own[plan.number]).params, None, self._table_axis(plan) if cached else None)
+            self._outputs[key] = evaluation.make_outputs(encode, tasks, self.mesh, over)
+        return self._outputs[key]
+
+    def collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
+        """The state with these parameters in its average, where that is one over evaluations."""
+        collect = self.averaging.collect
+        if collect is None:
+            return state
+        if plan.number not in self._collect:
+            self._collect[plan.number] = jax.jit(jax.vmap(collect), donate_argnums=0, out_shardings=meshes.by_runs(self.mesh))
+        trained, _ = freezing.split(state.params, plan.mask)
+        return state._replace(average=self._collect[plan.number](state.average, trained))

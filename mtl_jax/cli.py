@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from mtl_jax import scripts
+from mtl_jax.ablating import ablate, take
 from mtl_jax.commands import summarize, translate
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment
@@ -54,6 +56,8 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
     launch = tyro.cli(Launch, default=Launch(experiment), description=description, config=_CONFIG)
+    if scripts.only_read.get():
+        raise scripts.Read(launch.experiment)
     run(lambda: _launch(launch))
 
 
@@ -209,9 +213,17 @@ def console() -> None:
         "summarize": summarize,
         "convert": convert,
         "merge": merge,
+        "ablate": ablate,
+        "take": take,
         "results": results,
     }
-    run(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, config=_CONFIG))
+    own, flags = scripts.divided(sys.argv[1:])
+
+    def command() -> None:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, args=own, config=_CONFIG)
+
+    with scripts.given(flags):
+        run(command)
 
 
 def run(command: Callable[[], None]) -> None:

@@ -70,8 +70,8 @@ class Progress:
         (then, done, tokens), (now, *_) = self._marks[0], self._marks[-1]
         seconds = max(now - then, 1e-9)
         rate = (self._done - done) / seconds
-        left = round((self._total - self._done) / max(rate, 1e-9))
+        left = round((self._total - self._done) / rate) if rate else 0
         parts = [f"{rate:.{1 if rate < 100 else 0}f} {self._unit}/s"]
         parts += [f"{(self._tokens - tokens) / seconds:.0f} tok/s"] if self._tokens else []
-        parts += [f"ETA {left // 60}:{left % 60:02d}"]
+        parts += [f"ETA {left // 60}:{left % 60:02d}"] if rate else []
         return " ".join(parts + [f"{name}={loss:.3f}" for name, loss in losses.items()])

@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from mtl_jax import trunks
-from mtl_jax.ablation import numbers, sizes, space, together
+from mtl_jax.ablation import folder as folders
+from mtl_jax.ablation import space
 from mtl_jax.ablation.chunk import Chunk, Shared
-from mtl_jax.ablation.machine import Machine
-from mtl_jax.ablation.numbers import Numbers
-from mtl_jax.ablation.plan import Program, Run, order_of, programs, runs
-from mtl_jax.data.stream import stream
+from mtl_jax.ablation.plan import Program, Run, programs, runs
+from mtl_jax.ablation.ready import Ready, make_ready
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import Experiment, data_seed_of, tasks_to_json, to_json
+from mtl_jax.experiment import Experiment, tasks_to_json
 from mtl_jax.progress import Progress
-from mtl_jax.training import evaluation, results, starting
+from mtl_jax.training import evaluation, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.prepare import Prepared, prepare, reseeded, stretches
 from mtl_jax.training.signals import Stop, asked_to_stop
 
 log = logging.getLogger(__name__)
-
-RECORD = "ablation.json"
-
-
-class Ready(NamedTuple):
-    """A program before its first step.
-
-    Attributes:
-        program: Its runs.
-        prepared: Its template, prepared.
-        params: {seed: initial parameters}.
-        begun: {seed: contents of init_from.json}, empty where nothing was loaded.
-        machine: Its compiled programs.
-        chunks: Its runs in chunks.
-    """
-
-    program: Program
-    prepared: Prepared
-    params: dict[int, Any]
-    begun: dict[int, dict[str, Any]]
-    machine: Machine
-    chunks: list[list[Run]]
-
-    def values(self, chunk: Sequence[Run]) -> Numbers:
-        """The numbers of a chunk's runs, filled up to the machine's size with the last one's."""
-        every = numbers.collect([run.experiment for run in self.program.runs])
-        places = [self.program.runs.index(run) for run in chunk]
-        places += [places[-1]] * (self.machine.size - len(places))
-        return {name: array[np.array(places)] for name, array in every.items()}
 
 
 def ablate(
@@ -74,9 +42,12 @@ def ablate(
 ) -> dict[str, Any]:
     """Trains every combination of what is varied; goes on where an earlier process stopped.
 
+    Runs that differ in numbers only share a compiled program. Each of them gives the numbers that it gives alone, to float
+    tolerance; only draws of dropout are others where a weight is 0 throughout, since alone such a task's rows are left out.
+
     Args:
         experiment: What stays.
-        workdir: Where everything is written: ablation.json, runs/NUMBER, and what all of them give together.
+        workdir: Where everything is written: ablation.json, and runs/NUMBER, ordinary workdirs but for their checkpoints.
         vary: "FIELD=VALUES" each; see space.axes.
         methods: Weighting rules, such as "cagrad" or "cagrad:c=0.4".
         seeds: How many seeds, from experiment.seed on.
@@ -94,99 +65,61 @@ def ablate(
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     folder = Path(workdir)
-    planned = _planned(experiment, vary, methods, seeds, samples, own_order)
-    before = _check_before(folder, planned)
-    workdirs.check_writable(folder)
-    record = before or {"name": experiment.name, "command": command, "axes": _axes(experiment, vary, samples)}
-    done = {run["run"]: run["status"] for run in (before or {}).get("runs", [])}
-    total = sum(_steps(program) * len(program.runs) for program in planned)
+    planned = plan(experiment, vary, methods, seeds, samples, own_order)
+    before = folders.check(folder, planned)
+    axes = [
+        {"fields": [".".join(path) for path in axis.paths], "values": [list(point) for point in axis.points]}
+        for axis in space.axes(experiment, vary, samples)
+    ]
+    record = before or {"name": experiment.name, "command": command, "axes": axes}
+    record["programs"] = record.get("programs", [about(program) for program in planned])
+    status = {run["run"]: run["status"] for run in record.get("runs", ()) if run["status"] != folders.WAITING}
+    total = sum(steps_of(program) * len(program.runs) for program in planned)
     with asked_to_stop() as stop:
         progress = Progress("ablation", total)
-        told = [_told(program, done) for program in planned]
         for program in planned:
-            if all(done.get(run.name, "waiting") != "waiting" for run in program.runs):
-                progress.update(_steps(program) * len(program.runs))
+            known = record["programs"][program.number]
+            if all(run.name in status for run in program.runs):
+                progress.update(steps_of(program) * len(program.runs))
                 continue
-            layout = (before or {}).get("programs", [])
-            size = layout[program.number].get("size", 0) if layout else 0
-            ready = make_ready(program, at_once, memory, size)
-            _train(ready, folder, stop, progress, done, lambda: _write(folder, record, planned, told, done))
-            told[program.number] |= {
-                "size": ready.machine.size,
-                "chunks": len(ready.chunks),
-                "compile_seconds": round(ready.machine.compile_seconds, 1),
-            }
+            ready = make_ready(program, at_once, memory, known.get("size", 0))
+            known |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
+            known["bytes"] = ready.machine.weight or known.get("bytes", 0)
+            folders.begin(folder, planned)
+            folders.write(folder, record, planned, status)
+
+            def tell(ended: dict[str, str], seconds: float, ready: Ready = ready, known: dict[str, Any] = known) -> None:
+                status.update(ended)
+                known["seconds"] = round(known.get("seconds", 0.0) + seconds, 1)
+                known["compile_seconds"] = round(ready.machine.compile_seconds, 1)
+                folders.write(folder, record, planned, status)
+
+            _train(ready, folder, stop, progress, status, tell)
         progress.close()
-    return _write(folder, record, planned, told, done)
+    return folders.write(folder, record, planned, status)
 
 
-def _planned(
-    experiment: Experiment, vary: Sequence[str], methods: Sequence[str], seeds: int, samples: str, own_order: bool
+def plan(
+    experiment: Experiment,
+    vary: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: int = 1,
+    samples: str = "",
+    own_order: bool = False,
 ) -> list[Program]:
-    if jax.process_count() > 1:
-        raise UserError("an ablation trains on the devices of one process; start it without --distributed")
-    axes = space.axes(experiment, vary, samples)
-    return programs(runs(experiment, axes, methods, seeds, own_order=own_order))
-
-
-def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: int = 0) -> Ready:
-    """Reads a program's data, makes the parameters of every seed, compiles its steps, and finds out how many runs fit.
-
-    Args:
-        program: The program.
-        at_once: Most runs at once; 0: as many as fit.
-        memory: GB of a device; 0: what there is.
-        size: How many runs there were at once before a restart; 0: it begins now.
+    """The programs of an ablation; arguments as for ablate.
 
     Raises:
-        UserError: The experiment is refused, or not even one run fits.
+        UserError: Something of it is refused.
     """
-    prepared = prepare(dataclasses.replace(program.template, devices=1))
-    groups: dict[int, list[Run]] = {}
-    for run in program.runs:
-        groups.setdefault(order_of(run), []).append(run)
-    most = max(len(group) for group in groups.values())
-    mesh = meshes.make_for_runs(program.template.batch.rows, min(most, at_once or most), program.template.devices)
-    prepared = prepared._replace(mesh=mesh)
-    params, begun = {}, {}
-    for seed in sorted({run.experiment.seed for run in program.runs}):
-        one = reseeded(prepared, seed)
-        if program.template.init_from.path:
-            one, begun[seed], said = starting.begin(one)
-            log.info("seed %d: %s", seed, said)
-        params[seed] = one.params
-    differs = together.differing(list(params.values()))
-    every = numbers.collect([run.experiment for run in program.runs])
-    made: dict[int, Machine] = {}
-
-    def bytes_of(count: int) -> int:
-        made[count] = Machine(prepared, differs, count)
-        places = np.arange(count) % len(program.runs)
-        values = jax.device_put({name: array[places] for name, array in every.items()}, meshes.by_runs(mesh))
-        return made[count].weigh(values, meshes.assemble(_some_batch(prepared), meshes.by_rows(mesh)))
-
-    apart = mesh.shape[meshes.RUN]
-    limit = int(memory * 1e9) or sizes.memory()
-    wanted = size or sizes.fit(bytes_of, min(most, at_once or most), apart, limit)
-    parts, even = sizes.chunks(list(groups.values()), wanted, apart)
-    machine = made[even] if even in made else Machine(prepared, differs, even)
-    return Ready(program, prepared, params, begun, machine, parts)
+    if jax.process_count() > 1:
+        raise UserError("an ablation trains on the devices of one process; start it without --distributed")
+    return programs(runs(experiment, space.axes(experiment, vary, samples), methods, seeds, own_order=own_order))
 
 
-def _some_batch(prepared: Prepared) -> Any:
-    experiment = prepared.experiment
-    batches = stream(prepared.corpus, experiment.batch, data_seed_of(experiment), stretches(experiment))
-    batch = next(batches)
-    batches.close()
-    return batch
-
-
-def _train(ready: Ready, folder: Path, stop: Stop, progress: Progress, done: dict[str, str], tell: Any) -> None:
-    prepared, own = ready.prepared, folder / "programs" / str(ready.program.number)
-    own.mkdir(parents=True, exist_ok=True)
-    for note in prepared.notes:
-        log.info("%s", note)
-    trunks.save(prepared.trunk, own / "trunk")
+def share(ready: Ready, folder: Path, stop: Stop, progress: Progress) -> Shared:
+    """What the chunks of a program share."""
+    prepared = ready.prepared
     tables: list[jax.Array] = []
 
     def table() -> jax.Array:
@@ -198,86 +131,52 @@ def _train(ready: Ready, folder: Path, stop: Stop, progress: Progress, done: dic
         return tables[0]
 
     def run_folder(run: Run) -> Path:
-        return folder / "runs" / run.name
+        return folders.of_run(folder, run.name)
 
-    tell()
+    return Shared(ready.machine, ready.params, table, run_folder, stop, progress)
+
+
+def _train(
+    ready: Ready,
+    folder: Path,
+    stop: Stop,
+    progress: Progress,
+    status: dict[str, str],
+    tell: Callable[[dict[str, str], float], None],
+) -> None:
+    """Trains the chunks that are not done."""
+    prepared, number = ready.prepared, ready.program.number
+    for note in prepared.notes:
+        log.info("%s", note)
+    workdirs.create(folders.of_program(folder, number))
+    trunks.save(prepared.trunk, folders.of_program(folder, number) / "trunk")
+    shared = share(ready, folder, stop, progress)
     kind = prepared.experiment.evaluation.baseline
-    compared = results.baselines(prepared.corpus, kind, np.asarray(table()) if kind == "probe" else None)
+    compared = results.baselines(prepared.corpus, kind, np.asarray(shared.table()) if kind == "probe" else None)
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
-    shared = Shared(ready.machine, ready.params, table, run_folder, stop, progress)
-    for number, chunk in enumerate(ready.chunks):
-        if all(done.get(run.name, "waiting") != "waiting" for run in chunk):
-            progress.update(_steps(ready.program) * len(chunk))
+    for place, chunk in enumerate(ready.chunks):
+        if all(run.name in status for run in chunk):
+            progress.update(steps_of(ready.program) * len(chunk))
             continue
         for run in chunk:
-            at = run_folder(run)
-            at.mkdir(parents=True, exist_ok=True)
-            files = {"config": to_json(run.experiment), "versions": workdirs.versions(), "data": data, "baselines": compared}
+            files = {"versions": workdirs.versions(), "data": data, "baselines": compared}
             if run.experiment.seed in ready.begun:
                 files["init_from"] = ready.begun[run.experiment.seed]
             for name, value in files.items():
-                workdirs.write_json(at / f"{name}.json", value)
-        fates = Chunk(shared, chunk, ready.values(chunk), own / f"chunk-{number}").train()
-        done |= {
-            run.name: f"diverged {fate.diverged}" if fate.diverged else "done" for run, fate in zip(chunk, fates, strict=True)
-        }
-        tell()
+                workdirs.write_json(shared.run_folder(run) / f"{name}.json", value)
+        training = Chunk(shared, chunk, ready.values(chunk), folders.of_chunk(folder, number, place))
+        fates = zip(chunk, training.train(), strict=True)
+        ended = {run.name: f"diverged {fate.diverged}" if fate.diverged else "done" for run, fate in fates}
+        tell(ended, training.counts.seconds)
 
 
-def _steps(program: Program) -> int:
+def steps_of(program: Program) -> int:
+    """Steps of a run."""
     return sum(phase.steps for phase in program.template.phases)
 
 
-def _told(program: Program, done: dict[str, str]) -> dict[str, Any]:
-    return {"program": program.number, "fixed": _fixed(program), "runs": len(program.runs), "steps": _steps(program)}
-
-
-def _fixed(program: Program) -> dict[str, Any]:
-    """What was varied and is the same in all of a program's runs."""
+def about(program: Program) -> dict[str, Any]:
+    """What ablation.json says of a program before it begins."""
     first = program.runs[0].values
-    return {name: value for name, value in first.items() if all(run.values.get(name, None) == value for run in program.runs)}
-
-
-def _axes(experiment: Experiment, vary: Sequence[str], samples: str) -> list[dict[str, Any]]:
-    return [
-        {"fields": [".".join(path) for path in axis.paths], "values": [list(point) for point in axis.points]}
-        for axis in space.axes(experiment, vary, samples)
-    ]
-
-
-def _write(
-    folder: Path, record: dict[str, Any], planned: Sequence[Program], told: Sequence[dict[str, Any]], done: dict[str, str]
-) -> dict[str, Any]:
-    rows = sorted((run.name, program.number, run.values) for program in planned for run in program.runs)
-    found = record | {
-        "runs": [
-            {"run": name, "values": values, "program": number, "status": done.get(name, "waiting")}
-            for name, number, values in rows
-        ],
-        "programs": list(told),
-        "devices": workdirs.versions()["devices"],
-    }
-    workdirs.create(folder)
-    workdirs.write_json(folder / RECORD, found)
-    return found
-
-
-def _check_before(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
-    """ablation.json of the same ablation, if it was begun.
-
-    Raises:
-        UserError: Another one was begun there, or the workdir is that of a run.
-    """
-    before = workdirs.read_json(folder / RECORD)
-    if before is None:
-        if (folder / "config.json").exists():
-            raise UserError(f"{folder}: the workdir of a run; choose another --workdir for the ablation")
-        return None
-    wanted = {run.name: to_json(run.experiment) for program in planned for run in program.runs}
-    there = {run["run"] for run in before["runs"]}
-    for name, config in wanted.items():
-        if name in there:
-            workdirs.changed(folder / "runs" / name, config, False)
-    if there != set(wanted):
-        raise UserError(f"{folder}: begun with {len(there)} runs, and these are {len(wanted)}; choose another --workdir")
-    return before
+    same = {name: value for name, value in first.items() if all(run.values.get(name) == value for run in program.runs)}
+    return {"program": program.number, "fixed": same, "runs": len(program.runs), "steps": steps_of(program)}

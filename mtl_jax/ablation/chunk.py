@@ -21,16 +21,16 @@ import numpy as np
 
 from mtl_jax.ablation import together
 from mtl_jax.ablation.machine import Machine
+from mtl_jax.ablation.measuring import scores_of
 from mtl_jax.ablation.numbers import Numbers
 from mtl_jax.ablation.plan import Run, order_of
 from mtl_jax.ablation.together import Together
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted
 from mtl_jax.progress import Progress
-from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, generation, reading, results
+from mtl_jax.training import evaluation, reading, results
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.checkpoint import Restored, Store
 from mtl_jax.training.counts import Counts
 from mtl_jax.training.logs import Logger
 from mtl_jax.training.planning import PhasePlan, renumbered
@@ -123,7 +123,8 @@ class Chunk:
                 stack.enter_context(contextlib.closing(Logger(self.shared.run_folder(run), step, events=False)))
                 for run in self.runs
             ]
-            self.shared.progress.update(step * len(self.runs))
+            if step:
+                self.shared.progress.update(step * len(self.runs))
             for plan in self.prepared.plans:
                 if step < plan.end and not self._ended():
                     if step == plan.start and plan.number:
@@ -134,16 +135,25 @@ class Chunk:
             self._finish(step, now)
         return self.fates
 
+    def newest(self) -> Together | None:
+        """The state of the newest checkpoint, without a step being taken; with it counts, fates and position."""
+        with contextlib.closing(Store(self.folder, self.experiment.checkpoints, read_only=True)) as store:
+            steps = store.steps()
+            return self._restored(store.restore(steps[-1], self._template)) if steps else None
+
     def _resume(self) -> Together:
         restored = self.store.latest(self._template)
         if restored is None:
             return self._first()
+        log.info("%s: resuming from step %d", self.folder, restored.step)
+        return self._restored(restored)
+
+    def _restored(self, restored: Restored) -> Together:
         record = restored.record
         self.counts, self.fates = Counts(**record["counts"]), [Fate(**fate) for fate in record["fates"]]
         self.stream.set_state(record["data"])
         for references, digests in zip(self.references, record["references"], strict=True):
             references.digests = dict(digests)
-        log.info("%s: resuming from step %d", self.folder, restored.step)
         return restored.state
 
     def _seeds(self) -> list[int]:
@@ -294,7 +304,7 @@ class Chunk:
         measured, own = state.measured(), self.machine.own[plan.number]
         going = [not fate.diverged for fate in self.fates]
         apply = self.machine.outputs(plan, plan.cached)
-        scores = self._scores(apply, measured, "dev", going, own, lambda task: task.dev_beams, table)
+        scores = scores_of(self.machine, apply, measured, "dev", going, own, lambda task: task.dev_beams, table)
         better = np.zeros(self.machine.size, bool)
         for number, (fate, found) in enumerate(zip(self.fates, scores, strict=True)):
             if found is None:
@@ -314,35 +324,6 @@ class Chunk:
             else:
                 fate.since_best += 1
         return self.machine.keep_better(best, together.own_part(measured, own), jnp.asarray(better))
-
-    def _scores(
-        self,
-        apply: evaluation.Apply,
-        params: Any,
-        split: str,
-        which: Sequence[bool],
-        own: Any,
-        beams: Callable[[Seq2Seq], int],
-        table: Any = None,
-    ) -> list[dict[str, dict[str, float]] | None]:
-        """{task: {metric: value}} on a split of those runs that are asked for; where a loss is not finite, losses only."""
-        data = self.prepared.corpus.splits[split]
-        batching, size = self.experiment.batch, self.machine.size
-        found = evaluation.run_each(apply, params, self.tasks, list(data.values()), batching, self.mesh, size, table=table)
-        scores: list[dict[str, dict[str, float]] | None] = []
-        for number, asked in enumerate(which):
-            losses = found[number].losses
-            if not asked:
-                scores.append(None)
-            elif not all(math.isfinite(loss) for loss in losses.values()):
-                scores.append({task: {"loss": loss} for task, loss in losses.items()})
-            else:
-                texts: dict[str, dict[str, float]] = {}
-                if any(task.decodes for task in self.tasks):
-                    alone = jax.device_put(together.take(params, own, number), jax.devices()[0])
-                    texts = generation.text_scores(self.tasks, self.prepared.trunk, alone, data, beams)
-                scores.append(evaluation.score(self.tasks, data, found[number], texts))
-        return scores
 
     def _save(self, step: int, now: Together) -> None:
         before, self.started = self.started, time.monotonic()
@@ -366,7 +347,8 @@ class Chunk:
         measured = [fate.best is not None for fate in self.fates]
         apply = self.machine.outputs(plan, False)
         scores = {
-            split: self._scores(apply, params, split, measured, own, lambda task: task.beams) for split in ("dev", "test")
+            split: scores_of(self.machine, apply, params, split, measured, own, lambda task: task.beams)
+            for split in ("dev", "test")
         }
         self.counts.seconds += time.monotonic() - self.started
         test = self.prepared.corpus.splits["test"]

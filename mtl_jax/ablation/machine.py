@@ -34,6 +34,7 @@ class Machine:
     Attributes:
         compile_seconds: Spent on compiling steps so far.
         compiled: Steps compiled so far.
+        weight: Bytes on a device of the heaviest of them.
     """
 
     def __init__(self, prepared: Prepared, differs: Any, size: int):
@@ -46,7 +47,7 @@ class Machine:
         self.averaging = averaging.make(prepared.experiment.averaging)
         self.keep_better = together.keep_better(self.mesh)
         self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
-        self.compile_seconds, self.compiled, self.bytes = 0.0, 0, 0
+        self.compile_seconds, self.compiled, self.weight = 0.0, 0, 0
         self._steps: dict[Any, Any] = {}
         self._outputs: dict[Any, Any] = {}
         self._collect: dict[int, Any] = {}
@@ -88,7 +89,7 @@ class Machine:
             self._steps[key] = self._make_step(plan, arguments[3], arguments[4], apart).lower(*arguments).compile()
             self.compile_seconds += time.monotonic() - started
             self.compiled += 1
-            self.bytes = max(self.bytes, weight_of(self._steps[key]))
+            self.weight = max(self.weight, weight_of(self._steps[key]))
         return self._steps[key]
 
     def _make_step(self, plan: PhasePlan, table: Any, references: Any, apart: frozenset[str]) -> Any:
@@ -142,7 +143,8 @@ class Machine:
             if plan.held or plan.mixed:
                 trained = jax.tree.leaves(together.own_part(params, plan.mask))
                 extra = max(extra, 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in trained) // self.mesh.shape[meshes.RUN])
-        return self.bytes + extra
+        self.weight += extra
+        return self.weight
 
     def own_trunk(self, plan: PhasePlan) -> bool:
         """Whether the runs' trunks differ in a phase."""

@@ -36,7 +36,7 @@ def ablate(
 
     Args:
         script: A script that calls mtl_jax.main; its own flags come after --.
-        vary: FIELD=VALUES, may be repeated: every combination is trained. FIELD is a flag of the script without its dashes, such
+        vary: FIELD=VALUES, may be repeated: every combination is trained. FIELD is a flag without its dashes, such
             as optimizer.learning-rate, weights, weights.TASK, phases.0.steps. VALUES are 1e-5,3e-5, grid:LOW:HIGH:N,
             loggrid:LOW:HIGH:N, uniform:LOW:HIGH, loguniform:LOW:HIGH; of weights simplex:N, simplex:lattice:M, or A/B/C,A/B/C.
         methods: Weighting rules, such as equal,pcgrad,cagrad:c=0.4. Varied weights go with fixed, which is then added.

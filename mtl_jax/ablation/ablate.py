@@ -19,9 +19,10 @@ from mtl_jax.ablation.ready import Ready, make_ready
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, tasks_to_json
 from mtl_jax.progress import Progress
-from mtl_jax.training import evaluation, results
 from mtl_jax.training import mesh as meshes
+from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.features import Features
 from mtl_jax.training.signals import Stop, asked_to_stop
 
 log = logging.getLogger(__name__)
@@ -124,10 +125,8 @@ def share(ready: Ready, folder: Path, stop: Stop, progress: Progress) -> Shared:
 
     def table() -> jax.Array:
         if not tables:
-            parts = [part for split in prepared.corpus.splits.values() for part in split.values()]
             some = meshes.place(next(iter(ready.params.values())), meshes.replicated(prepared.mesh))
-            found = evaluation.features(ready.machine.features, some, parts, prepared.experiment.batch, prepared.mesh)
-            tables.append(meshes.place(found, meshes.replicated(prepared.mesh)))
+            tables.append(Features(prepared, stop).table(some, "features"))
         return tables[0]
 
     def run_folder(run: Run) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.data import token_cache
+from mtl_jax.data import array_cache, token_cache
 from mtl_jax.data.ragged import Ragged as Ragged
 from mtl_jax.data.ragged import starts_of
 from mtl_jax.data.windows import RowError as RowError
@@ -105,11 +105,11 @@ def encode(
     if cache is None or not fast or sizes.sum() < CACHED_CHARACTERS:
         return _encodings(_join(_parts(tokenizer, columns, sizes, options), options))
     name = token_cache.key(tokenizer, options._asdict(), *columns)
-    arrays = token_cache.load(cache, name)
+    arrays = array_cache.load(cache, name, token_cache.WHAT)
     if arrays is None:
         arrays = _join(_parts(tokenizer, columns, sizes, options), options)
         about = {"texts": len(first), "windows": len(arrays["rows"]), "tokens": len(arrays["tokens"]), **options._asdict()}
-        arrays = token_cache.store(cache, name, arrays, about)
+        arrays = array_cache.store(cache, name, arrays, about, token_cache.WHAT)
     return _encodings(arrays)
 
 

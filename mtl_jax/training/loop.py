@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from mtl_jax import trunks
-from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
@@ -25,6 +24,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.counts import Counts
+from mtl_jax.training.features import Features
 from mtl_jax.training.logs import Logger, Progress
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, stretches, template
 from mtl_jax.training.references import References
@@ -114,10 +114,10 @@ class _Run:
         self.stream = stream(
             prepared.corpus, batching, seed, stretches(self.experiment), jax.process_index(), jax.process_count()
         )
-        self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
+        self.features = Features(prepared, stop)
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
         self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
-        self.programs: list[Any] = [self.features, self.outputs, self.outputs_by_look_up]
+        self.programs: list[Any] = [self.features.apply, self.outputs, self.outputs_by_look_up]
         self.averaging = averaging.make(self.experiment.averaging)
         self.collect: Any = None
         if self.averaging.collect is not None:
@@ -142,7 +142,7 @@ class _Run:
                         state = enter(plan, state, self.prepared)
                     held = self.references.enter(plan, state, step == plan.start)
                     if plan.cached and (table is None or plan.number > 0):
-                        table = self._features(state.params, f"features for {plan.phase.name}")
+                        table = self.features.table(state.params, f"features for {plan.phase.name}")
                     state, step = self._phase(plan, state, step, table if plan.cached else None, held)
             self.progress.close()
             self.store.wait()
@@ -184,26 +184,13 @@ class _Run:
         table = None
         if kind == "probe":
             params = meshes.place(self.prepared.params, meshes.replicated(self.mesh))
-            table = self._features(params, "features")
+            table = self.features.table(params, "features")
         started = time.monotonic()
         scores = results.baselines(self.prepared.corpus, kind, None if table is None else np.asarray(table))
         if kind == "probe":
             log.info("linear probes fitted in %.0f s", time.monotonic() - started)
         workdirs.write_json(path, scores)
         return table
-
-    def _features(self, params: Any, title: str) -> jax.Array:
-        """f32[N, H] on the devices: the trunk's vector of every example, by id."""
-        parts = [e for split in self.prepared.corpus.splits.values() for e in split.values()]
-        total = sum(len(tokens) for part in parts for tokens in part.tokens)
-        with contextlib.closing(Progress(title, total, unit="tok")) as progress:
-
-            def count(batch: Batch) -> None:
-                self.stop.check()
-                progress.update(int((batch.segments > 0).sum()))
-
-            table = evaluation.features(self.features, params, parts, self.experiment.batch, self.mesh, on_batch=count)
-        return meshes.place(table, meshes.replicated(self.mesh))
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any, held: Any) -> tuple[TrainState, int]:
         train_step = jax.jit(

@@ -11,7 +11,7 @@ import tiny
 from transformers import AutoTokenizer
 from vocabularies import bert_like, roberta_like
 
-from mtl_jax.data import examples, token_cache, tokens
+from mtl_jax.data import array_cache, examples, token_cache, tokens
 from mtl_jax.data.batches import eval_batches
 from mtl_jax.data.tokens import Ragged, encode
 
@@ -244,13 +244,13 @@ def test_a_process_killed_while_it_writes(bert, tmp_path, tokenised, monkeypatch
     process.kill()
     assert process.communicate() == ("", "")
     (left,) = entries(tmp_path)
-    assert left.endswith(token_cache.PART)
+    assert left.endswith(array_cache.PART)
     tokenizer = AutoTokenizer.from_pretrained(bert)
     encode(tokenizer, ["the good film"] * 50, max_length=8, cache=tmp_path)
     encode(tokenizer, ["the good film"] * 50, max_length=8, cache=tmp_path)
     assert len(tokenised) == 1
     assert entries(tmp_path) == [left.split(".")[0], left]  # it might belong to a process that is still at work
-    os.utime(tmp_path / left, (time.time() - 2 * token_cache.ABANDONED,) * 2)
+    os.utime(tmp_path / left, (time.time() - 2 * array_cache.ABANDONED,) * 2)
     encode(tokenizer, ["another text"], max_length=8, cache=tmp_path)
     assert left not in entries(tmp_path)
 
@@ -269,8 +269,8 @@ def test_two_processes_at_once(bert, tmp_path):
 
 def test_another_process_was_first(tmp_path):
     arrays = {"tokens": np.arange(5)}
-    token_cache.store(tmp_path, "key", arrays, {})
-    again = token_cache.store(tmp_path, "key", arrays, {})
+    array_cache.store(tmp_path, "key", arrays, {}, "token")
+    again = array_cache.store(tmp_path, "key", arrays, {}, "token")
     np.testing.assert_array_equal(again["tokens"], arrays["tokens"])
     assert entries(tmp_path) == ["key"]
 

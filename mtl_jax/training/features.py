@@ -1,0 +1,127 @@
+"""The trunk's vectors of all examples, for where it is frozen whole: computed once, and kept on disk by content.
+
+Entries lie in features/ of the cache, beside those of tokens, and are written and checked as these are (data.array_cache). The
+name of an entry is a SHA-256 of all that decides its bits:
+
+- the program that makes vectors of a batch, as jax gives it to XLA. It holds the trunk's sizes, its adapters, its code, the
+  compute dtype, the precision of products, the shape of a batch, and on how many devices it lies;
+- the trunk's parameters;
+- every batch, in order: token ids, types, segments, positions, sources and ids of the examples. A vector does not depend on
+  what stands beside it in a row, but its last bits do;
+- the versions of jax and jaxlib, the kind of device, XLA_FLAGS.
+
+Heads, labels, seed and phases are not in it. Neither is what XLA decides anew on the same kind of device, such as which of a
+GPU's algorithms is the fastest today: there a run goes on with the same bits because features are read, not computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtl_jax import assets
+from mtl_jax.data import array_cache
+from mtl_jax.data.batches import Batch, eval_batches
+from mtl_jax.training import evaluation
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training.logs import Progress
+from mtl_jax.training.prepare import Prepared
+from mtl_jax.training.references import digest_of
+from mtl_jax.training.signals import Stop
+from mtl_jax.training.step import encode_tokens
+
+log = logging.getLogger(__name__)
+
+WHAT = "feature"  # the cache's name in the log
+FILE = "features"  # of an entry, and the cache's folder
+FORMAT = 1  # of entries: raise it when it changes
+WORTH = 10**10  # parameters times tokens: what is less is computed in about a second, and not kept
+
+
+class Features:
+    """The features of a run's examples.
+
+    Args:
+        prepared: The run.
+        stop: Asked before every batch.
+
+    Attributes:
+        apply: The jitted program that makes vectors of a batch.
+    """
+
+    def __init__(self, prepared: Prepared, stop: Stop):
+        self.mesh, self.batching, self.stop = prepared.mesh, prepared.experiment.batch, stop
+        self.apply = evaluation.make_features(encode_tokens(prepared.trunk.module), prepared.mesh)
+        self.examples = [part for split in prepared.corpus.splits.values() for part in split.values()]
+
+    def table(self, params: Any, title: str) -> jax.Array:
+        """f32[N, H] on the devices: the trunk's vector of every example, by id; read where it has been computed before.
+
+        Args:
+            params: The model's parameters, on the devices.
+            title: Of the progress bar.
+        """
+        trunk = {"trunk": params["trunk"]}
+        size = sum(leaf.size for leaf in jax.tree.leaves(trunk))
+        tokens = sum(len(ids) for part in self.examples for ids in part.tokens)
+        name = meshes.gather(self._name(trunk))[0] if size * tokens >= WORTH else ""
+        found = array_cache.load(assets.cache_dir() / FILE, name, WHAT) if name else None
+        if all(meshes.gather(found is not None)):  # computing takes all hosts, and each may have a cache of its own
+            assert found is not None
+            table_NxH = np.array(found[FILE])  # in memory, whatever becomes of the file
+            log.info("features of %s texts from the cache", f"{len(table_NxH):,}")
+        else:
+            table_NxH = self._computed(trunk, title, tokens)
+            if name:
+                self._keep(name, table_NxH)
+        return meshes.place(table_NxH, meshes.replicated(self.mesh))
+
+    def _computed(self, trunk: Any, title: str, tokens: int) -> np.ndarray:
+        with contextlib.closing(Progress(title, tokens, unit="tok")) as progress:
+
+            def count(batch: Batch) -> None:
+                self.stop.check()
+                progress.update(int((batch.segments > 0).sum()))
+
+            return evaluation.features(self.apply, trunk, self.examples, self.batching, self.mesh, on_batch=count)
+
+    def _name(self, trunk: Any) -> str:
+        """SHA-256 (hex) of what the module's docstring says; under a second for 33,000 texts and MiniLM."""
+        about = {
+            "format": FORMAT,
+            "versions": {name: version(name) for name in ("jax", "jaxlib")},
+            "device": [jax.devices()[0].platform, jax.devices()[0].device_kind],
+            "flags": os.environ.get("XLA_FLAGS", ""),
+            "params": digest_of(trunk),
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for number, batch in enumerate(eval_batches(self.examples, self.batching)):
+            if number == 0:
+                program = self.apply.lower(trunk, meshes.place(batch, meshes.by_rows(self.mesh)), None)  # type: ignore[attr-defined]
+                digest.update(program.as_text().encode())
+            for field, array in zip(Batch._fields, batch, strict=True):
+                if isinstance(array, np.ndarray):
+                    digest.update(f"\0{field} {array.dtype} {array.shape}\0".encode())
+                    digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def _keep(self, name: str, table_NxH: np.ndarray) -> None:
+        """Writes an entry: the first host does, and after it those that do not see what it wrote."""
+        folder, arrays = assets.cache_dir() / FILE, {FILE: table_NxH}
+        about = {"texts": len(table_NxH), "width": table_NxH.shape[1]}
+        if jax.process_index() == 0:
+            array_cache.store(folder, name, arrays, about, WHAT)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(name)
+            if not (folder / name).exists():
+                array_cache.store(folder, name, arrays, about, WHAT)

@@ -8,6 +8,7 @@ from mtl_jax import pretrained as pretrained
 from mtl_jax import tasks as tasks
 from mtl_jax import transfer as transfer
 from mtl_jax import weighting as weighting
+from mtl_jax.ablation.ablate import ablate as ablate
 from mtl_jax.cli import main as main
 from mtl_jax.cli import run as run
 from mtl_jax.data.batches import Batching as Batching

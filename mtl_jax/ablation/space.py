@@ -105,7 +105,7 @@ def _values(experiment: Experiment, path: Path, spec: str, where: str) -> list[A
         if len(rest) != 2:
             raise UserError(f"{where}: write {kind}:LOW:HIGH")
         return Range(*_ends(rest, kind == "loguniform", where), kind == "loguniform")
-    return _different([_typed(experiment, path, _literal(part), where) for part in _parts(spec)], where)
+    return _different([_typed(experiment, path, _literal(part), where) for part in _parts(spec, where)], where)
 
 
 def _ends(texts: Sequence[str], log: bool, where: str) -> tuple[float, float]:
@@ -136,7 +136,7 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _parts(text: str) -> list[str]:
+def _parts(text: str, where: str) -> list[str]:
     """Split at commas outside parentheses."""
     depth, found = 0, [""]
     for character in text:
@@ -145,13 +145,13 @@ def _parts(text: str) -> list[str]:
             found.append("")
         else:
             found[-1] += character
+    if not all(part.strip() for part in found):
+        raise UserError(f"{where}: a value is empty")
     return [part.strip() for part in found]
 
 
 def _different(values: list[Any], where: str) -> list[Any]:
     for value in values:
-        if value == "":
-            raise UserError(f"{where}: a value is empty")
         if values.count(value) > 1:
             raise UserError(f"{where}: {value!r} stands there twice")
     return values
@@ -160,12 +160,12 @@ def _different(values: list[Any], where: str) -> list[Any]:
 def _vectors(names: Sequence[str], spec: str, where: str) -> list[tuple[Any, ...]]:
     kind, _, rest = spec.partition(":")
     if kind != "simplex":
-        return _different([_vector(names, part, where) for part in _parts(spec)], where)
+        return _different([_vector(names, part, where) for part in _parts(spec, where)], where)
     if rest.isdecimal():
         return simplex(len(names), int(rest))
     if rest.startswith("lattice:") and rest[8:].isdecimal():
         return lattice(len(names), int(rest[8:]))
-    points = _different([_vector(names, part, where) for part in _parts(rest)], where)
+    points = _different([_vector(names, part, where) for part in _parts(rest, where)], where)
     for point in points:
         if any(isinstance(weight, str) or weight < 0 for weight in point) or abs(sum(point) - 1) > 1e-6:
             shown = "/".join(map(str, point))

@@ -1,0 +1,159 @@
+"""Many runs in one program are what each of them is alone."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from mtl_jax import Phase, train
+from mtl_jax.ablation.ablate import ablate
+from mtl_jax.ablation.taking import take
+from mtl_jax.errors import UserError
+from mtl_jax.experiment import Experiment, from_json
+from mtl_jax.prediction import predict
+from mtl_jax.training.logs import read_metrics
+
+VARY = ["weights=1/1/1,0.2/0.3/0.5", "phases.everything.learning-rate=1e-2,1e30"]
+SHORT = (Phase("heads", steps=3, rules=tiny.HEADS_ONLY), Phase("everything", steps=3))
+
+
+def short(bert: Path, data: Path, **changes: object) -> Experiment:
+    """Heads on cached features of a shared trunk, then everything, a trunk for each run."""
+    return dataclasses.replace(tiny.experiment(bert, data), **{"phases": SHORT} | changes)
+
+
+def alone(ablation: Path, name: str, workdir: Path, **changes: object) -> Path:
+    """A run of an ablation, trained by itself."""
+    config = json.loads((ablation / "runs" / name / "config.json").read_text())
+    train(dataclasses.replace(from_json(config), **changes), workdir)
+    return workdir
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same records and the same results, to float tolerance."""
+    records, others = read_metrics(one), read_metrics(other)
+    assert len(records) == len(others)
+    for record, expected in zip(records, others, strict=True):
+        assert record.keys() == expected.keys()
+        for key in record.keys() - {"kind", "cosines"}:
+            assert record[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (key, record["step"])
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
+    assert found["best_step"] == expected["best_step"]
+    for task, scores in expected["tasks"].items():
+        assert found["tasks"][task]["test"] == pytest.approx(scores["test"], abs=1e-5)
+        assert found["tasks"][task]["baselines"] == scores["baselines"]
+
+
+@pytest.fixture(scope="module")
+def finished(bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight runs; half of them diverge in their second phase."""
+    folder = tmp_path_factory.mktemp("ablation") / "ablation"
+    ablate(short(bert, data), folder, VARY, seeds=2)
+    return folder
+
+
+def test_runs_that_differ_in_numbers_share_a_program(finished):
+    record = json.loads((finished / "ablation.json").read_text())
+    (program,) = record["programs"]
+    assert (program["runs"], program["size"], program["chunks"], program["steps"]) == (8, 8, 1, 6)
+    assert program["bytes"] > 0
+
+
+def test_a_run_is_what_it_is_alone(finished, tmp_path):
+    """Run 5 has its own weights, learning rate and seed, and neighbours that diverge."""
+    assert_same_run(finished / "runs" / "0005", alone(finished, "0005", tmp_path / "alone"))
+
+
+def test_a_run_that_diverges_is_marked_and_leaves_the_others_alone(finished):
+    record = json.loads((finished / "ablation.json").read_text())
+    fates = {run["run"]: run["status"] for run in record["runs"]}
+    assert fates["0002"].startswith("diverged at step 5: the loss of task")
+    assert [name for name, fate in fates.items() if fate == "done"] == ["0000", "0001", "0004", "0005"]
+    for name, fate in fates.items():
+        records = read_metrics(finished / "runs" / name)
+        assert all(math.isfinite(value) for r in records for k, value in r.items() if k == "total") == (fate == "done")
+        # Its best checkpoint is of before: also what diverges has results, and says so.
+        results = json.loads((finished / "runs" / name / "results.json").read_text())
+        assert bool(results["diverged"]) == (fate != "done")
+
+
+def test_the_same_command_finds_it_done(finished, bert, data):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("results.json")}
+    record = ablate(short(bert, data), finished, VARY, seeds=2)
+    assert [run["status"] for run in record["runs"]].count("done") == 4
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("results.json")}
+
+
+def test_another_ablation_is_refused_in_its_workdir(finished, bert, data, workdir):
+    with pytest.raises(UserError, match="begun with 8 runs, and these are 4"):
+        ablate(short(bert, data), finished, VARY)
+    other = dataclasses.replace(short(bert, data), batch=dataclasses.replace(tiny.experiment(bert, data).batch, rows=4))
+    with pytest.raises(UserError, match=r"begun with another configuration: batch\.rows was 8, is 4"):
+        ablate(other, finished, VARY, seeds=2)
+    with pytest.raises(UserError, match="the workdir of a run"):
+        ablate(short(bert, data), workdir, VARY)
+
+
+def test_one_run_is_taken_out_as_a_workdir(finished, tmp_path):
+    take(finished, "0005", tmp_path / "run")
+    (answer,) = predict(tmp_path / "run", "coarse", ["who is the man"])
+    assert 0 < answer["probability"] <= 1
+    config = from_json(json.loads((tmp_path / "run" / "config.json").read_text()))
+    assert train(config, tmp_path / "run")["run"] == "0005"  # it is done
+    with pytest.raises(UserError, match="is there already"):
+        take(finished, "0005", tmp_path / "run")
+    with pytest.raises(UserError, match="0009"):
+        take(finished, "0009", tmp_path / "other")
+
+
+def test_a_run_that_was_taken_out_goes_on(finished, bert, data, tmp_path):
+    """Longer by two steps, from the state that it had among the others."""
+    take(finished, "0004", tmp_path / "run")
+    config = from_json(json.loads((tmp_path / "run" / "config.json").read_text()))
+    longer = dataclasses.replace(config, phases=(*config.phases, Phase("more", steps=2)))
+    found = train(longer, tmp_path / "run", allow_config_change=True)
+    assert found["steps"] == 8
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"] == list(range(1, 9))
+
+
+def test_options_of_a_rule_that_compares_gradients(bert, data, tmp_path):
+    """On eight devices: four with runs of their own, two each with half of a batch's rows."""
+    experiment = short(bert, data, phases=SHORT[1:], devices=8)
+    ablate(experiment, tmp_path / "ablation", ["weighting-options.c=0.2,0.9"], methods=["cagrad:c=0.5"], seeds=2)
+    for name in ("0001", "0002"):
+        assert_same_run(tmp_path / "ablation" / "runs" / name, alone(tmp_path / "ablation", name, tmp_path / name, devices=1))
+
+
+def test_a_chunk_at_a_time(finished, bert, data, tmp_path):
+    """Three runs at once, in chunks that the last run fills up: the numbers of all at once."""
+    ablate(short(bert, data), tmp_path / "chunks", VARY, seeds=2, at_once=3)
+    record = json.loads((tmp_path / "chunks" / "ablation.json").read_text())
+    assert (record["programs"][0]["size"], record["programs"][0]["chunks"]) == (3, 3)
+    for name in ("0001", "0005"):
+        assert_same_run(tmp_path / "chunks" / "runs" / name, finished / "runs" / name)
+
+
+def test_what_never_trains_is_there_once(bert, data, tmp_path):
+    """A checkpoint of six runs with heads on a frozen trunk holds that trunk once."""
+    ablate(short(bert, data, phases=SHORT[:1]), tmp_path / "ablation", ["optimizer.weight-decay=grid:0:1:6"])
+    from mtl_jax import Checkpoints
+    from mtl_jax.training.checkpoint import Store
+
+    store = Store(tmp_path / "ablation" / "programs" / "0" / "chunk-0", Checkpoints(), read_only=True)
+    params = store.restore_params(store.steps()[-1])
+    store.close()
+    trunk, heads = (sum(np.size(leaf) for leaf in jax.tree.leaves(params[part])) for part in ("trunk", "heads"))
+    assert (trunk, heads) == (5_408, 6 * 214)
+
+
+def test_memory_that_not_even_one_run_has(bert, data, tmp_path):
+    with pytest.raises(UserError, match="a run needs"):
+        ablate(short(bert, data), tmp_path / "ablation", VARY, memory=1e-6)
+    assert not (tmp_path / "ablation").exists()
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,77 @@
+"""Numbers, times and settings as a reader wants to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mtl_jax.report.statistics import Spread
+
+NOTHING = "\N{EN DASH}"
+
+
+def value(found: Any) -> str:
+    """The value of a varied field in a few characters."""
+    if found is None:
+        return NOTHING
+    if isinstance(found, bool):
+        return "yes" if found else "no"
+    if isinstance(found, float):
+        return f"{found:.4g}"
+    if isinstance(found, Mapping):
+        return ", ".join(f"{name} {value(own)}" for name, own in found.items()) or "none"
+    if isinstance(found, (list, tuple)):
+        return ", ".join(value(own) for own in found) or "none"
+    return str(found) or "none"
+
+
+def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """The values of some fields as a label: the rule by its name, other fields by the last part of theirs.
+
+    What is empty is left out, unless nothing else is there.
+    """
+    told = [field for field in fields if field in values and values[field] not in (None, [], {}, "")]
+    parts = []
+    for field in told or [field for field in fields if field in values]:
+        found = values[field]
+        if isinstance(found, Mapping) and found and all(isinstance(own, (int, float)) for own in found.values()):
+            parts.append(" / ".join(value(float(own)) for own in found.values()))
+        else:
+            parts.append(value(found) if field == "weighting" else f"{field.rpartition('.')[2]} {value(found)}")
+    return ", ".join(parts) or NOTHING
+
+
+def digits(means: Sequence[float]) -> int:
+    """So many decimals that values of shares of 1 are told apart: three, or four where they lie within 0.01."""
+    return 4 if len(means) > 1 and max(means) - min(means) < 0.01 else 3
+
+
+def spread(found: Spread | None, decimals: int = 3, plus: bool = False) -> str:
+    """mean ± standard deviation, or the mean of one value."""
+    if found is None:
+        return NOTHING
+    deviation = "" if found.sd is None else f" ± {found.sd:.{decimals}f}"
+    return number(found.mean, decimals, plus) + deviation
+
+
+def number(found: float, decimals: int = 3, plus: bool = False) -> str:
+    """With a sign where it is below zero as it is shown, or, if wanted, above."""
+    rounded = round(found, decimals) + 0.0  # -0.0 becomes 0.0
+    return f"{rounded:{'+' if plus and rounded else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 51 s, 4 min 12 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int, thing: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -45,6 +45,7 @@ def agreement(study: Study, groups: Sequence[Group]) -> list[Figure]:
 
 def weights(study: Study, groups: Sequence[Group]) -> list[Figure]:
     """The weights that the rules chose, where they change: a panel for each method, of its best setting."""
+    deviations = len(study.tasks) <= 4  # of more lines they would hide each other
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
     chosen: dict[str, tuple[Group, dict[str, Band]]] = {}
     for group in order:
@@ -54,11 +55,14 @@ def weights(study: Study, groups: Sequence[Group]) -> list[Figure]:
     if not chosen:
         return []
     panels = tuple(
-        Panel(method, _lines([(number, bands.get(task)) for number, task in enumerate(study.tasks)], None, _starts(group)))
+        Panel(
+            method,
+            _lines([(number, bands.get(task)) for number, task in enumerate(study.tasks)], None, _starts(group), deviations),
+        )
         for method, (group, bands) in chosen.items()
     )
     seeds = max(len(group.runs) for group, _ in chosen.values())
-    caption = "The weight of each task's loss, a point the mean of a window" + _over(seeds) + "."
+    caption = "The weight of each task's loss, a point the mean of a window" + _over(seeds, deviations) + "."
     if len(chosen) < len(groups):
         caption += " Of each method the setting that is best on dev; methods whose weights do not change are left out."
     choice = "method" if len(panels) > MANY else ""
@@ -91,7 +95,7 @@ def _by_setting(
         for name, text in names.items()
         if any(name in found for _, found in bands)
     )
-    legend = tuple(words.setting(group.values, study.fields) for group, _ in shown) if len(bands) > 1 else ()
+    legend = tuple(words.labels([group.values for group, _ in shown], study.fields)) if len(bands) > 1 else ()
     return [Figure(slug, title, caption + _over(max(len(group.runs) for group, _ in shown)) + ".", panels, legend)]
 
 
@@ -105,8 +109,10 @@ def _starts(group: Group) -> tuple[int, ...]:
     return group.runs[0].phases
 
 
-def _over(seeds: int) -> str:
-    return "; mean over the seeds, with one standard deviation" if seeds > 1 else ""
+def _over(seeds: int, deviations: bool = True) -> str:
+    if seeds == 1:
+        return ""
+    return "; mean over the seeds, with one standard deviation" if deviations else "; mean over the seeds"
 
 
 def _range(bands: Sequence[Band]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,6 +132,7 @@ class _lines:
         bands: (number of the colour, curve); None leaves a colour out.
         behind: Steps, low and high of what is shaded.
         starts: Steps at which a phase starts.
+        deviations: Whether deviations are drawn.
     """
 
     def __init__(
@@ -133,21 +140,24 @@ class _lines:
         bands: Sequence[tuple[int, Band | None]],
         behind: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
         starts: Sequence[int],
+        deviations: bool = True,
     ):
-        self.bands, self.behind, self.starts = bands, behind, starts
+        self.bands, self.behind, self.starts, self.deviations = bands, behind, starts, deviations
 
     def __call__(self, axes: Axes, palette: Palette) -> None:
-        if self.behind is not None:
-            axes.fill_between(*self.behind, color=palette.muted, alpha=0.18, linewidth=0)
         for number, found in self.bands:
             if found is None:
                 continue
             color, dash = palette.series[number % SERIES], "--" if number // SERIES % 2 else "-"
-            if found.sd_N.any():
+            if self.deviations and found.sd_N.any():
                 low_N, high_N = found.mean_N - found.sd_N, found.mean_N + found.sd_N
                 axes.fill_between(found.steps_N, low_N, high_N, color=color, alpha=0.16, linewidth=0)
             marker = "o" if len(found.steps_N) < 2 else None
             axes.plot(found.steps_N, found.mean_N, color=color, linestyle=dash, marker=marker)
+        if self.behind is not None:
+            limits = axes.get_ylim()  # of the lines: among hundreds of settings some are far from everything
+            axes.fill_between(*self.behind, color=palette.muted, alpha=0.18, linewidth=0, zorder=0.5)
+            axes.set_ylim(*limits)
         for start in self.starts:
             axes.axvline(start, color=palette.muted, linestyle=":", linewidth=1)
         axes.set_xlabel("step")

@@ -14,6 +14,7 @@ from mtl_jax.report.read import BY_NAME, Study
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
 from mtl_jax.report.statistics import Comparison, Group, Spread, pareto
 
+FAR = 6.0  # times the distance of the quartiles
 NUMBERED = 12  # points on a front; where there are more, the table has to do
 
 
@@ -23,10 +24,17 @@ def methods(comparison: Comparison) -> list[Figure]:
     if not rows:
         return []
 
+    low, high = _span(np.array([change.mean for _, change in rows]))
+    low, high = min(low, 0.0), max(high, 0.0)
+
     def draw(axes: Axes, palette: Palette) -> None:
         axes.axvline(0, color=palette.muted, linewidth=1)
         for row, (_, change) in enumerate(rows):
-            axes.errorbar(change.mean, row, xerr=change.sd, fmt="o", color=palette.series[0], markersize=5, elinewidth=1.6)
+            if change.mean < low:
+                axes.plot(low - 0.04 * (high - low), row, "<", color=palette.series[0], markersize=5)
+                axes.text(low, row, words.spread(change, 1), va="center", color=palette.ink, fontsize=9.5)
+            else:
+                axes.errorbar(change.mean, row, xerr=change.sd, fmt="o", color=palette.series[0], markersize=5, elinewidth=1.6)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
@@ -119,6 +127,8 @@ def _front(study: Study, groups: Sequence[Group], pair: tuple[str, str], colors:
     on_N = pareto(points_Nx2)
     order = sorted(np.flatnonzero(on_N).tolist(), key=lambda n: tuple(points_Nx2[n]))
     numbered = order if len(order) <= NUMBERED else []
+    spans = [_span(points_Nx2[:, n]) for n in (0, 1)]
+    outside = int(((points_Nx2[:, 0] < spans[0][0]) | (points_Nx2[:, 1] < spans[1][0])).sum())
 
     def draw(axes: Axes, palette: Palette) -> None:
         color_N = np.array([palette.series[colors[group.method]] for group in groups])
@@ -129,11 +139,15 @@ def _front(study: Study, groups: Sequence[Group], pair: tuple[str, str], colors:
         axes.plot(*points_Nx2[order].T, color=palette.ink, linewidth=1, drawstyle="steps-pre", alpha=0.6, zorder=2)
         for number, n in enumerate(numbered, 1):
             axes.annotate(str(number), points_Nx2[n], (4, 4), textcoords="offset points", color=palette.ink, fontsize=9.5)
-        axes.margins(0.08)
+        for limits, span in ((axes.set_xlim, spans[0]), (axes.set_ylim, spans[1])):
+            limits(span[0] - 0.08 * (span[1] - span[0]), span[1] + 0.1 * (span[1] - span[0]))
         axes.set_xlabel(f"{pair[0]} {study.tasks[pair[0]]}")
 
-    notes = tuple(words.setting(groups[n].values, study.fields) for n in numbered)
-    return Panel(f"{pair[1]} {study.tasks[pair[1]]} over {pair[0]} {study.tasks[pair[0]]}", draw, notes)
+    labels = words.labels([group.values for group in groups], study.fields)
+    notes = tuple(labels[n] for n in numbered)
+    title = f"{pair[1]} {study.tasks[pair[1]]} over {pair[0]} {study.tasks[pair[0]]}"
+    remark = f"{words.count(outside, 'setting')} further down or to the left not shown." if outside else ""
+    return Panel(title, draw, notes, remark)
 
 
 def simplex(study: Study, groups: Sequence[Group]) -> list[Figure]:
@@ -206,6 +220,14 @@ def _triangle(
         bar.outline.set_visible(False)
 
     return draw
+
+
+def _span(values_N: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest of what is worth a look: what is far below the others would press them together."""
+    low, high = np.quantile(values_N, [0.25, 0.75])
+    seen_N = values_N[values_N >= low - FAR * (high - low)]
+    smallest, largest = float(seen_N.min()), float(seen_N.max())
+    return (smallest, largest) if largest > smallest else (smallest - 0.01, largest + 0.01)
 
 
 def _shares(weights: Mapping[str, float]) -> dict[str, float]:

@@ -194,6 +194,7 @@ def _figure(figure: Figure) -> str:
         drawn = render.svg(panel, prefix).replace("<svg", f'<svg role="img" aria-label="{escape(panel.title)}"', 1)
         notes = "".join(f"<li>{escape(note)}</li>" for note in panel.notes)
         below = f"<ol>{notes}</ol>\n" if notes else ""
+        below += f'<p class="note">{escape(panel.remark)}</p>\n' if panel.remark else ""
         panels.append(f'<div class="panel">\n<h3>{escape(panel.title)}</h3>\n{drawn}\n{below}</div>\n')
     few = " few" if len(figure.panels) < 3 or figure.choice else " even" if len(figure.panels) == 4 else ""
     return (

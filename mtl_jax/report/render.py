@@ -79,6 +79,7 @@ class Panel:
         title: What it shows.
         draw: Draws it.
         notes: Lines below it, numbered like the points that they explain.
+        remark: A line below it, or nothing.
         height: In inches.
         left: Inches for the labels of the ticks.
         frame: Whether it has axes, a grid and ticks.
@@ -87,6 +88,7 @@ class Panel:
     title: str
     draw: Callable[[Axes, Palette], None]
     notes: tuple[str, ...] = ()
+    remark: str = ""
     height: float = HEIGHT
     left: float = 0.56
     frame: bool = True
@@ -143,11 +145,19 @@ def _tag(tag: str, prefix: str) -> str:
         tag = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", tag)
     tag = re.sub(r'^<g id="[^"]*"', "<g", tag)
     tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", tag.replace("xlink:href", "href"))
-    tag = re.sub(r"font: (?:[a-z0-9]+ )*([\d.]+px)[^;\"]*", r"font-size: \1", tag)  # the page's own font
-    tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag)
+    tag = re.sub(r"font-family: [^;\"]*; ", "", tag)  # the page's own font
+    tag = re.sub(r' transform="rotate\(-0[^"]*"', "", tag)
+    tag = re.sub(r' (d|x|y|transform)="[^"]*"', lambda found: _short(found[0], 1), tag)  # a tenth of a point is not seen
+    tag = _short(tag, 2)
     for mark, variable in VARIABLES.items():
         tag = tag.replace(mark, variable)
     return tag
+
+
+def _short(text: str, decimals: int) -> str:
+    """Numbers with no more decimals than that, and nothing but a blank between them."""
+    text = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.{decimals}f}".rstrip("0").rstrip("."), text)
+    return re.sub(r"\s+", " ", text)
 
 
 def png(figure: Figure, path: Path) -> None:

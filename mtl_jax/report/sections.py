@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from mtl_jax.report import curves, figures, tables, words
 from mtl_jax.report.page import Cell, Section, Table, number, spread
@@ -12,6 +13,7 @@ from mtl_jax.report.statistics import Comparison, Group, criterion, ranked
 from mtl_jax.training.results import BASELINE_NAMES
 
 BEST = 5
+WEIGHTS = 4  # of more tasks than that they share one column
 
 
 def sections(study: Study, groups: Sequence[Group], comparison: Comparison | None) -> list[Section]:
@@ -92,8 +94,7 @@ def _settings(study: Study, groups: Sequence[Group]) -> Section:
 
 
 def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) -> Table:
-    columns = tables.columns(study)
-    names = {column: column.rpartition(".")[2] if column.startswith("weights.") else column for column in columns}
+    columns = _columns(study, [group.values for group in order])
     scores = {
         task: {id(group): found for group in order if (found := group.scores["test"].get(task, {}).get(metric))}
         for task, metric in study.tasks.items()
@@ -103,8 +104,7 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
     criteria = [group.criterion.mean for group in order if group.criterion]
     rows = []
     for group in order:
-        own = tables.cells(study, group.values)
-        row = [_value(own.get(column)) for column in columns]
+        row = _values(group.values, columns)
         leads = group.criterion is not None and group.criterion.mean == max(criteria)
         row.append(spread(group.criterion, words.digits(criteria), top=leads))
         for task in study.tasks:
@@ -113,9 +113,31 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
         done = len(group.done())
         row.append(Cell(f"{done} of {len(group.runs)}" if done < len(group.runs) else str(done), done, "n"))
         rows.append(row)
-    head = [(names[column], "weight" if column.startswith("weights.") else "") for column in columns]
-    head += [("dev criterion", ""), *((task, metric) for task, metric in study.tasks.items()), ("runs", "")]
+    head = [*columns.values(), ("dev criterion", ""), *study.tasks.items(), ("runs", "")]
     return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best, cards=best)
+
+
+def _columns(study: Study, settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """{column: its heading} of the fields in which the settings differ; many weights share one column."""
+    found: dict[str, tuple[str, str]] = {}
+    for field in words.varied(settings, study.fields):
+        own = tables.columns(study, field)
+        if len(own) > WEIGHTS:
+            found[field] = (field, " / ".join(column.removeprefix(f"{field}.") for column in own))
+        else:
+            whole = own == [field]
+            found |= {column: (column, "") if whole else (column.removeprefix(f"{field}."), "weight") for column in own}
+    return found
+
+
+def _values(values: Mapping[str, Any], columns: Iterable[str]) -> list[Cell]:
+    cells = tables.cells(values)
+    return [
+        Cell(words.setting(values, [column]), None if values.get(column) else "")
+        if column in values and column not in cells
+        else _value(cells.get(column))
+        for column in columns
+    ]
 
 
 def _below(study: Study, columns: int) -> list[list[Cell]]:
@@ -136,11 +158,12 @@ def _baselines(study: Study) -> dict:
 def _value(found: object) -> Cell:
     if isinstance(found, (int, float)) and not isinstance(found, bool):
         return Cell(words.value(found), found, "n")
-    return Cell(words.value(found), "" if found is None else None)
+    return Cell(words.value(found), "" if found in (None, "", [], {}) else None)
 
 
 def _methods(study: Study, comparison: Comparison) -> Section:
-    others = [field for field in study.fields if field != "weighting"]
+    settings = [method.group.values for method in comparison.methods]
+    others = [field for field in words.varied(settings, study.fields) if field != "weighting"]
     left_out = [task for task in study.tasks if task in comparison.left_out]
     note = (
         f"Of each weighting rule the setting that is best on dev. Relative change of the mean test metric against "
@@ -153,7 +176,7 @@ def _methods(study: Study, comparison: Comparison) -> Section:
     for method in comparison.methods:
         top = method.change is not None and method.change.mean == best
         changes = [number(method.changes.get(task), 1, plus=True) for task in study.tasks]
-        setting = [Cell(words.setting(method.group.values, others), None, "wrap")] if others else []
+        setting = [Cell(words.setting(method.group.values, others))] if others else []
         rows.append(
             [Cell(method.name), spread(method.change, 2, plus=True, top=top), number(method.rank, 1), *changes, *setting]
         )
@@ -164,13 +187,11 @@ def _methods(study: Study, comparison: Comparison) -> Section:
 
 def _tried(study: Study) -> Section:
     """Every run, what became of it, and how long it took."""
-    columns = tables.columns(study)
-    names = {column: column.rpartition(".")[2] if column.startswith("weights.") else column for column in columns}
+    columns = _columns(study, [run.values for run in study.runs])
     timed = any("seconds" in run.facts for run in study.runs)
     rows = []
     for run in study.runs:
-        own = tables.cells(study, run.values)
-        row = [Cell(run.name), *(_value(own.get(column)) for column in columns), _value(run.seed)]
+        row = [Cell(run.name), *_values(run.values, columns), _value(run.seed)]
         row.append(Cell(run.status, None, "bad wrap" if run.diverged else "wrap" if len(run.status) > 20 else ""))
         row += [number(criterion(study, run)), _value(run.facts.get("best_step")), _value(run.facts.get("steps"))]
         seconds = run.facts.get("seconds")
@@ -180,11 +201,7 @@ def _tried(study: Study) -> Section:
             else []
         )
         rows.append(row)
-    head = [
-        ("run", ""),
-        *((names[column], "weight" if column.startswith("weights.") else "") for column in columns),
-        ("seed", ""),
-    ]
+    head = [("run", ""), *columns.values(), ("seed", "")]
     head += [("status", ""), ("dev criterion", ""), ("best step", ""), ("steps", ""), *([("time", "")] if timed else [])]
     parts: list[str | Table | Figure] = []
     if diverged := sum(run.diverged for run in study.runs):

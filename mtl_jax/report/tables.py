@@ -12,10 +12,10 @@ from mtl_jax.report.read import BY_NAME, SPLITS, Run, Study
 from mtl_jax.report.statistics import Comparison, Group, Spread, ranked
 
 
-def columns(study: Study) -> list[str]:
-    """The varied fields as columns: weights.a and weights.b in place of weights, others as they are."""
+def columns(study: Study, *fields: str) -> list[str]:
+    """Varied fields, by default all, as columns: weights.a and weights.b in place of weights, others as they are."""
     found = []
-    for field in study.fields:
+    for field in fields or study.fields:
         if field.rpartition(".")[2] in BY_NAME:
             names = dict.fromkeys(name for run in study.runs for name in run.values.get(field) or {})
             found += [f"{field}.{name}" for name in names]
@@ -24,7 +24,7 @@ def columns(study: Study) -> list[str]:
     return found
 
 
-def cells(study: Study, values: Mapping[str, Any]) -> dict[str, Any]:
+def cells(values: Mapping[str, Any]) -> dict[str, Any]:
     """{column: value} of a run's or group's varied fields; columns without a value are not there."""
     found: dict[str, Any] = {}
     for field, value in values.items():
@@ -46,7 +46,7 @@ def to_csv(study: Study) -> str:
     varied = columns(study)
     writer.writerow(["run", "seed", *varied, "status", "split", "task", "metric", "value"])
     for run in study.runs:
-        own = cells(study, run.values)
+        own = cells(run.values)
         start = [run.name, run.seed, *(_cell(own.get(column)) for column in varied), run.status]
         rows = [
             [split, task, metric, value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mtl_jax.report.read import key
 from mtl_jax.report.statistics import Spread
 
 NOTHING = "\N{EN DASH}"
@@ -19,10 +20,10 @@ def value(found: Any) -> str:
     if isinstance(found, float):
         return f"{found:.4g}"
     if isinstance(found, Mapping):
-        return ", ".join(f"{name} {value(own)}" for name, own in found.items()) or "none"
+        return ", ".join(f"{name} {value(own)}" for name, own in found.items()) or NOTHING
     if isinstance(found, (list, tuple)):
-        return ", ".join(value(own) for own in found) or "none"
-    return str(found) or "none"
+        return ", ".join(value(own) for own in found) or NOTHING
+    return str(found) or NOTHING
 
 
 def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
@@ -39,6 +40,16 @@ def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
         else:
             parts.append(value(found) if field == "weighting" else f"{field.rpartition('.')[2]} {value(found)}")
     return ", ".join(parts) or NOTHING
+
+
+def labels(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
+    """Each as setting() has it, by the fields in which they differ."""
+    return [setting(values, varied(settings, fields) or fields) for values in settings]
+
+
+def varied(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
+    """The fields that have more than one value."""
+    return [field for field in fields if len({key(values.get(field)) for values in settings}) > 1]
 
 
 def digits(means: Sequence[float]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 from matplotlib.tri import Triangulation
 
 from mtl_jax.report import words
@@ -101,6 +102,9 @@ def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str) -> Call
             axes.plot(list(at), [float(np.mean(own)) for own in at.values()], color=color, linewidth=1.3, alpha=0.6)
         if every[0] > 0 and every[-1] / every[0] >= 20:
             axes.set_xscale("log")
+            axes.set_xticks(every if len(every) <= 5 else [every[0], every[-1]], minor=False)
+            axes.xaxis.set_major_formatter(lambda x, _: words.value(float(x)))
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(name)
 
     return draw
@@ -191,8 +195,9 @@ def _triangle(
     def draw(axes: Axes, palette: Palette) -> None:
         low, high = float(z_N.min()), float(z_N.max())
         plane = np.linalg.matrix_rank(np.stack([x_N - x_N[0], y_N - y_N[0]]), tol=1e-6) == 2
+        flat = high - low < 1e-9
         axes.plot([0, 1, 0.5, 0], [0, 0, np.sqrt(3) / 2, 0], color=palette.muted, linewidth=1, zorder=1)
-        if plane and high - low > 1e-9:
+        if plane and not flat:
             levels = np.linspace(low, high + 1e-6 * (high - low), 11)  # the highest point is below the last
             axes.tricontourf(Triangulation(x_N, y_N), z_N, levels=levels, cmap="viridis", zorder=2)
         drawn = axes.scatter(
@@ -200,32 +205,28 @@ def _triangle(
         )
         best = int(z_N.argmax())
         axes.plot(x_N[best], y_N[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=palette.ink, zorder=4)
-        for task, x, y, side, height in zip(
-            corners,
-            (0, 1, 0.5),
-            (-0.05, -0.05, np.sqrt(3) / 2 + 0.05),
-            ("left", "right", "center"),
-            ("top", "top", "bottom"),
-            strict=True,
-        ):
-            axes.text(x, y, task, ha=side, va=height, color=palette.ink)
+        axes.text(0, -0.05, corners[0], ha="left", va="top", color=palette.ink)
+        axes.text(1, -0.05, corners[1], ha="right", va="top", color=palette.ink)
+        axes.text(0.5, np.sqrt(3) / 2 + 0.05, corners[2], ha="center", va="bottom", color=palette.ink)
         axes.set_aspect("equal")
         axes.set_xlim(-0.06, 1.06)
         axes.set_ylim(-0.14, 1.0)
-        bar = axes.figure.colorbar(
-            drawn, ax=axes, shrink=0.8, pad=0.02, values=np.linspace(low, high, 20), ticks=[low, (low + high) / 2, high]
-        )
+        if flat:
+            return
+        ticks = [low, (low + high) / 2, high]
+        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02, values=np.linspace(low, high, 20), ticks=ticks)
         bar.ax.tick_params(color=palette.muted, labelcolor=palette.ink, length=3)
-        bar.ax.set_yticklabels([f"{tick:.{words.digits([low, high])}f}" for tick in (low, (low + high) / 2, high)])
+        bar.ax.set_yticklabels([f"{tick:.{3 if high - low >= 0.01 else 4}f}" for tick in ticks])
         bar.outline.set_visible(False)
 
     return draw
 
 
 def _span(values_N: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest of what is worth a look: what is far below the others would press them together."""
+    """Smallest and largest, without a few far below, which would press the others together."""
     low, high = np.quantile(values_N, [0.25, 0.75])
     seen_N = values_N[values_N >= low - FAR * (high - low)]
+    seen_N = values_N if len(seen_N) < 0.9 * len(values_N) else seen_N
     smallest, largest = float(seen_N.min()), float(seen_N.max())
     return (smallest, largest) if largest > smallest else (smallest - 0.01, largest + 0.01)
 

@@ -202,8 +202,10 @@ def _tasks(files: Sequence[_Files]) -> dict[str, str]:
     Raises:
         UserError: One trains something else.
     """
-    finished = [run for run in files if run.results] or files[:1]
-    widest = max(finished, key=lambda run: len(run.tasks))
+    finished = [run for run in files if run.results] or [run for run in files if run.config][:1]
+    widest = max(finished, key=lambda run: len(run.tasks), default=None)
+    if widest is None:
+        return {}
     for run in finished:
         if unknown := [task for task in run.tasks if task not in widest.tasks]:
             raise UserError(

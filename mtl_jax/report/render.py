@@ -162,7 +162,8 @@ def _short(text: str, decimals: int) -> str:
 
 def png(figure: Figure, path: Path) -> None:
     """All panels of a figure in one picture, with its legend."""
-    across = min(len(figure.panels), 3 if len(figure.panels) < 13 else math.ceil(math.sqrt(len(figure.panels))))
+    number = len(figure.panels)
+    across = 2 if number == 4 else min(number, 3) if number < 13 else math.ceil(math.sqrt(number))
     down = -(-len(figure.panels) // across)
     below = 0.28 * -(-len(figure.legend) // (2 * across)) + 0.1
     pitch = max(panel.height for panel in figure.panels) + TITLE

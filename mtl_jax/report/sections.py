@@ -99,13 +99,13 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
         task: {id(group): found for group in order if (found := group.scores["test"].get(task, {}).get(metric))}
         for task, metric in study.tasks.items()
     }
-    decimals = {task: words.digits([found.mean for found in own.values()]) for task, own in scores.items()}
+    decimals = {task: words.digits(list(own.values())) for task, own in scores.items()}
     top = {task: max((found.mean for found in own.values()), default=None) for task, own in scores.items()}
-    criteria = [group.criterion.mean for group in order if group.criterion]
+    criteria = [group.criterion for group in order if group.criterion]
     rows = []
     for group in order:
         row = _values(group.values, columns)
-        leads = group.criterion is not None and group.criterion.mean == max(criteria)
+        leads = group.criterion is not None and group.criterion.mean == max(found.mean for found in criteria)
         row.append(spread(group.criterion, words.digits(criteria), top=leads))
         for task in study.tasks:
             found = scores[task].get(id(group))
@@ -133,7 +133,7 @@ def _columns(study: Study, settings: Sequence[Mapping[str, Any]]) -> dict[str, t
 def _values(values: Mapping[str, Any], columns: Iterable[str]) -> list[Cell]:
     cells = tables.cells(values)
     return [
-        Cell(words.setting(values, [column]), None if values.get(column) else "")
+        Cell(words.numbers(values[column]) if values[column] else words.NOTHING, None if values[column] else "")
         if column in values and column not in cells
         else _value(cells.get(column))
         for column in columns

@@ -35,11 +35,16 @@ def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
     parts = []
     for field in told or [field for field in fields if field in values]:
         found = values[field]
-        if isinstance(found, Mapping) and found and all(isinstance(own, (int, float)) for own in found.values()):
-            parts.append(" / ".join(value(float(own)) for own in found.values()))
+        if isinstance(found, Mapping) and found:
+            parts.append(numbers(found))
         else:
             parts.append(value(found) if field == "weighting" else f"{field.rpartition('.')[2]} {value(found)}")
     return ", ".join(parts) or NOTHING
+
+
+def numbers(weights: Mapping[str, Any]) -> str:
+    """The values of weights, in their order."""
+    return " / ".join(value(own) for own in weights.values())
 
 
 def labels(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
@@ -52,9 +57,11 @@ def varied(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list
     return [field for field in fields if len({key(values.get(field)) for values in settings}) > 1]
 
 
-def digits(means: Sequence[float]) -> int:
-    """So many decimals that values of shares of 1 are told apart: three, or four where they lie within 0.01."""
-    return 4 if len(means) > 1 and max(means) - min(means) < 0.01 else 3
+def digits(found: Sequence[Spread]) -> int:
+    """Decimals for shares of 1: three, or four where the means lie within 0.01 and their deviations below 0.002."""
+    means = [spread.mean for spread in found]
+    steady = all(spread.sd is None or spread.sd < 0.002 for spread in found)
+    return 4 if steady and len(means) > 1 and max(means) - min(means) < 0.01 else 3
 
 
 def spread(found: Spread | None, decimals: int = 3, plus: bool = False) -> str:

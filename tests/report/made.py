@@ -135,3 +135,10 @@ def _results(entry, tasks, steps):
         },
         "versions": {"python": "3.11", "jax": "0.10.2", "devices": "1 x cpu, 2 CPU cores"},
     }
+
+
+def change_score(folder: Path, task: str, value: float) -> None:
+    """Writes another test metric into a run's results."""
+    results = json.loads((folder / "results.json").read_text())
+    results["tasks"][task]["test"][results["tasks"][task]["metric"]] = value
+    (folder / "results.json").write_text(json.dumps(results))

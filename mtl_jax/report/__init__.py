@@ -63,7 +63,7 @@ def write(source: Path | Sequence[Path], out: Path) -> Path:
     for figure in sections.drawn(parts):
         render.png(figure, out / "figures" / f"{figure.slug}.png")
     _write(out / "ablation.csv", tables.to_csv(study))
-    _write(out / "results.json", json.dumps(tables.to_json(study, groups, comparison), indent=2) + "\n")
+    _write(out / "results.json", json.dumps(tables.to_json(study, groups, comparison), indent=2, allow_nan=False) + "\n")
     text = page.html(f"{study.name}: report", study.command, sections.facts(study), parts, sections.footer(study))
     _write(out / "report.html", text)
     return out / "report.html"

@@ -95,7 +95,7 @@ def _by_setting(
         for name, text in names.items()
         if any(name in found for _, found in bands)
     )
-    legend = tuple(words.labels([group.values for group, _ in shown], study.fields)) if len(bands) > 1 else ()
+    legend = tuple(words.labels([group for group, _ in shown], study.fields)) if len(bands) > 1 else ()
     return [Figure(slug, title, caption + _over(max(len(group.runs) for group, _ in shown)) + ".", panels, legend)]
 
 

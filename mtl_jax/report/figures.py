@@ -147,7 +147,7 @@ def _front(study: Study, groups: Sequence[Group], pair: tuple[str, str], colors:
             limits(span[0] - 0.08 * (span[1] - span[0]), span[1] + 0.1 * (span[1] - span[0]))
         axes.set_xlabel(f"{pair[0]} {study.tasks[pair[0]]}")
 
-    labels = words.labels([group.values for group in groups], study.fields)
+    labels = words.labels(groups, study.fields)
     notes = tuple(labels[n] for n in numbered)
     title = f"{pair[1]} {study.tasks[pair[1]]} over {pair[0]} {study.tasks[pair[0]]}"
     remark = f"{words.count(outside, 'setting')} further down or to the left not shown." if outside else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -70,7 +71,7 @@ class Section:
 
 def number(found: float | None, decimals: int = 3, plus: bool = False) -> Cell:
     """A cell with a number; empty of none."""
-    if found is None:
+    if found is None or not math.isfinite(found):
         return Cell(words.NOTHING, "", "n")
     return Cell(words.number(found, decimals, plus), found, "n")
 

@@ -75,7 +75,7 @@ class Study:
         command: What started it; empty for ordinary runs.
         fields: The varied fields in order, without the seed.
         tasks: {task: the metric that stands for it}.
-        criterion: evaluation.criterion of the runs: what makes one better than another on dev.
+        criterion: What makes one better than another on dev: evaluation.criterion of the runs, mean where it differs.
         runs: In order of their names as given.
         programs: Of ablation.json.
         devices: What it ran on.
@@ -174,14 +174,14 @@ def _study(
     tasks: Mapping[str, str],
     index: Mapping[str, Any],
 ) -> Study:
-    configs = [run.config for run in files if run.config]
+    criteria = {run.config.get("evaluation", {}).get("criterion", "mean") for run in files if run.config}
     versions: Mapping[str, str] = next((run.results["versions"] for run in files if "versions" in run.results), {})
     return Study(
         name=name,
         command=index.get("command", ""),
         fields=fields,
         tasks=tasks,
-        criterion=configs[0].get("evaluation", {}).get("criterion", "mean") if configs else "mean",
+        criterion=criteria.pop() if len(criteria) == 1 else "mean",
         runs=runs,
         programs=tuple(index.get("programs", ())),
         devices=index.get("devices", "") or versions.get("devices", ""),

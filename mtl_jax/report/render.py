@@ -59,7 +59,7 @@ PAPER = Palette(
     muted="#66707f",
     grid="#e3e7ec",
     surface="#ffffff",
-    series=("#2a6fdb", "#d9730d", "#12906a", "#c9306b", "#7d5bd0", "#0b8ba8", "#8a7a00", "#9a5b3c"),
+    series=("#2a6fdb", "#d9730d", "#12906a", "#c9306b", "#7d5bd0", "#8a7a00", "#9a5b3c", "#0b8ba8"),
 )
 # In SVG each colour is a mark that becomes one of the page's variables, which differ between light and dark.
 SCREEN = Palette("#010101", "#010102", "#010103", "#010104", tuple(f"#01020{number}" for number in range(SERIES)))

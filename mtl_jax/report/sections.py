@@ -65,9 +65,9 @@ def _result(study: Study, group: Group) -> Section:
     for task, metric in study.tasks.items():
         own = baselines.get(task, {})
         compared = [number(own[kind].get(metric) if kind in own else None) for kind in kinds]
-        found = [spread(group.scores[split].get(task, {}).get(metric), top=split == "test") for split in SPLITS]
-        rows.append([Cell(task), Cell(metric), *compared, *found])
-    head = [("task", ""), ("metric", ""), *((BASELINE_NAMES[kind], "test") for kind in kinds), ("dev", ""), ("test", "")]
+        dev, test = (spread(group.scores[split].get(task, {}).get(metric), top=split == "test") for split in SPLITS)
+        rows.append([Cell(task, after=metric), test, *compared, dev])
+    head = [("task", ""), ("test", ""), *((BASELINE_NAMES[kind], "test") for kind in kinds), ("dev", "")]
     seeds = len(group.done())
     note = f"Mean and standard deviation over {words.count(seeds, 'seed')}. " if seeds > 1 else ""
     unfinished = "" if seeds else "No run has come to its end. "
@@ -111,7 +111,7 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
             found = scores[task].get(id(group))
             row.append(spread(found, decimals[task], top=found is not None and found.mean == top[task]))
         done = len(group.done())
-        row.append(Cell(f"{done} of {len(group.runs)}" if done < len(group.runs) else str(done), done, "n"))
+        row.append(Cell(words.runs(group), None, after=f"{done} of {len(group.runs)} done" if done < len(group.runs) else ""))
         rows.append(row)
     head = [*columns.values(), ("dev criterion", ""), *study.tasks.items(), ("runs", "")]
     return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best, cards=best)
@@ -133,7 +133,7 @@ def _columns(study: Study, settings: Sequence[Mapping[str, Any]]) -> dict[str, t
 def _values(values: Mapping[str, Any], columns: Iterable[str]) -> list[Cell]:
     cells = tables.cells(values)
     return [
-        Cell(words.numbers(values[column]) if values[column] else words.NOTHING, None if values[column] else "")
+        Cell(words.numbers(values[column]) if values[column] else words.NOTHING, None if values[column] else "", "wrap")
         if column in values and column not in cells
         else _value(cells.get(column))
         for column in columns

@@ -135,7 +135,7 @@ def criterion(study: Study, run: Run) -> float | None:
     wanted = study.tasks if name == "mean" else {name: metric or study.tasks.get(name, "")}
     values = [dev.get(task, {}).get(metric) for task, metric in wanted.items()]
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    return statistics.fmean(known) if known and len(known) == len(values) and np.isfinite(known).all() else None
 
 
 def ranked(found: Sequence[Group]) -> list[Group]:

@@ -6,9 +6,10 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
-from mtl_jax.report.read import BY_NAME, SPLITS, Run, Study
+from mtl_jax.report.read import BY_NAME, SPLITS, Run, Scores, Study
 from mtl_jax.report.statistics import Comparison, Group, Spread, ranked
 
 
@@ -80,8 +81,9 @@ def to_json(study: Study, groups: Sequence[Group], comparison: Comparison | None
     }
 
 
-def _baselines(study: Study, task: str) -> Mapping[str, Mapping[str, float]]:
-    return next((run.baselines[task] for run in study.runs if task in run.baselines), {})
+def _baselines(study: Study, task: str) -> dict[str, dict[str, float | None]]:
+    found: Scores = next((run.baselines[task] for run in study.runs if task in run.baselines), {})
+    return {kind: {name: value if isfinite(value) else None for name, value in own.items()} for kind, own in found.items()}
 
 
 def _group(group: Group) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtl_jax.report.read import key
-from mtl_jax.report.statistics import Spread
+from mtl_jax.report.statistics import Group, Spread
 
+LONG = 60  # characters of a label
 NOTHING = "\N{EN DASH}"
 
 
@@ -20,6 +21,8 @@ def value(found: Any) -> str:
     if isinstance(found, float):
         return f"{found:.4g}"
     if isinstance(found, Mapping):
+        if "name" in found:  # a phase, a source, a task
+            return str(found["name"])
         return ", ".join(f"{name} {value(own)}" for name, own in found.items()) or NOTHING
     if isinstance(found, (list, tuple)):
         return ", ".join(value(own) for own in found) or NOTHING
@@ -47,9 +50,19 @@ def numbers(weights: Mapping[str, Any]) -> str:
     return " / ".join(value(own) for own in weights.values())
 
 
-def labels(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
-    """Each as setting() has it, by the fields in which they differ."""
-    return [setting(values, varied(settings, fields) or fields) for values in settings]
+def labels(groups: Sequence[Group], fields: Sequence[str]) -> list[str]:
+    """Each group's setting by the fields in which they differ; its runs' names where that is long or not enough."""
+    settings = [group.values for group in groups]
+    told = [setting(values, varied(settings, fields) or fields) for values in settings]
+    return [
+        runs(group) if len(label) > LONG or told.count(label) > 1 else label for group, label in zip(groups, told, strict=True)
+    ]
+
+
+def runs(group: Group) -> str:
+    """Their names, or where they are many, the first and how many."""
+    names = [run.name for run in group.runs]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
 
 
 def varied(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ import tyro
 import mtl_jax
 from mtl_jax import Embedding, Evaluation, Experiment, Optimizer, Phase, weighting
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.report.statistics import relative_change
 
 TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
 EQUAL = dict.fromkeys(TASKS, 1.0)
@@ -115,8 +116,7 @@ def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]
         return [scores[row, seed][task] for seed in comparison.seeds]
 
     def changes(rule: str) -> list[float]:
-        relative = [[100 * (value / alone[task] - 1) for value in metrics(rule, task)] for task in comparison.tasks]
-        return [statistics.mean(of_seed) for of_seed in zip(*relative, strict=True)]
+        return [relative_change(scores[rule, seed], alone) for seed in comparison.seeds]
 
     rows = [["(each alone)", *[spread(metrics(f"alone-{task}", task), 3) for task in comparison.tasks], "0"]]
     for rule in sorted(comparison.rules, key=lambda rule: -statistics.mean(changes(rule))):

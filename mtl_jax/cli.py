@@ -204,6 +204,22 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     print(module.tables([module.read(Path(workdir)) for workdir in workdirs]))
 
 
+def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "") -> None:
+    """A page, a table of all values, statistics and figures of an ablation, or of ordinary runs beside each other.
+
+    Writes report.html, which needs no other file, ablation.csv, results.json and figures/*.png.
+
+    Args:
+        workdirs: One ablation; or workdirs of runs of the same tasks, "runs/*" for those there. Of runs that differ in the seed
+            only, mean and standard deviation.
+        output: Where to. Default: of an ablation itself, of runs report/.
+    """
+    from mtl_jax import report as module
+
+    folders = module.find(workdirs)
+    print(f"the report is {module.write(folders, Path(output) if output else module.default_output(folders))}")
+
+
 def console() -> None:
     """The console entry mtl-jax."""
     commands: dict[str, Callable[..., Any]] = {
@@ -216,6 +232,7 @@ def console() -> None:
         "ablate": ablate,
         "take": take,
         "results": results,
+        "report": report,
     }
     own, flags = scripts.divided(sys.argv[1:])
 

@@ -97,7 +97,11 @@ def ablate(
 
             _train(ready, folder, stop, progress, status, tell)
         progress.close()
-    return folders.write(folder, record, planned, status)
+    found = folders.write(folder, record, planned, status)
+    from mtl_jax import report  # imported late: matplotlib takes a while
+
+    report.write(folder, folder)
+    return found
 
 
 def plan(

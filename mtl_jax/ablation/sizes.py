@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from mtl_jax.errors import UserError
+
+MEMINFO = Path("/proc/meminfo")
 
 
 def weight_of(compiled: Any) -> int:
@@ -68,6 +72,10 @@ def memory() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    with open("/proc/meminfo", encoding="utf-8") as lines:
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return free * 1024 * 9 // 10 // jax.device_count()
+    free = 0
+    if MEMINFO.exists():
+        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    # Elsewhere than on Linux nobody says what is free: half of what there is.
+    free = free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free * 9 // 10 // jax.device_count()

@@ -77,7 +77,7 @@ def changed(
     if before is None:
         return False
     now = json.loads(json.dumps(config))
-    changes = [f"{name} was {old}, is {new}" for name, old, new in _differences(complete(before), now)]
+    changes = [f"{name} was {old}, is {new}" for name, old, new in differences(complete(before), now)]
     if changes and not allow_change:
         raise UserError(
             f"{workdir} was begun with another configuration: {'; '.join(changes)}. "
@@ -102,7 +102,7 @@ def check_data(workdir: Path, data: dict[str, Any]) -> None:
     before = read_json(workdir / "data.json")
     if before is None:
         return
-    changed = [path for path, _, _ in _differences(before, json.loads(json.dumps(data)))]
+    changed = [path for path, _, _ in differences(before, json.loads(json.dumps(data)))]
     if changed:
         raise UserError(
             f"{workdir} was begun with other data: {', '.join(changed[:5])} changed. Put the files back, choose another "
@@ -142,12 +142,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """(field, value before, value now) where two parsed JSON files differ: fields as flags write them, values as JSON."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key, "absent"), now.get(key, "absent"), f"{path}.{key}" if path else key)
+            yield from differences(before.get(key, "absent"), now.get(key, "absent"), f"{path}.{key}" if path else key)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for i, (a, b) in enumerate(zip(before, now, strict=True)):
-            yield from _differences(a, b, f"{path}.{i}")
+            yield from differences(a, b, f"{path}.{i}")
     elif before != now:
         yield path, json.dumps(before), json.dumps(now)

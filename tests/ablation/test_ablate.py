@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Phase, train
+from mtl_jax import L2SP, Phase, train
 from mtl_jax.ablation.ablate import ablate
 from mtl_jax.ablation.taking import take
 from mtl_jax.errors import UserError
@@ -127,6 +127,14 @@ def test_options_of_a_rule_that_compares_gradients(bert, data, tmp_path):
     ablate(experiment, tmp_path / "ablation", ["weighting-options.c=0.2,0.9"], methods=["cagrad:c=0.5"], seeds=2)
     one = alone(tmp_path / "ablation", "0001", tmp_path / "alone", devices=1)
     assert_same_run(tmp_path / "ablation" / "runs" / "0001", one)
+
+
+def test_lambdas_and_schedules(bert, data, tmp_path):
+    """Regularisers hold on to what each run began with; a schedule is a weight among numbers."""
+    experiment = short(bert, data, phases=SHORT[1:], regularisers=(L2SP(name="start", weight=0.1),))
+    vary = ["regularisers.start.weight=0.1,5", "weights.coarse=2,linear_schedule(1.0, 0.0, 4)"]
+    ablate(experiment, tmp_path / "ablation", vary)
+    assert_same_run(tmp_path / "ablation" / "runs" / "0003", alone(tmp_path / "ablation", "0003", tmp_path / "alone"))
 
 
 def test_a_chunk_at_a_time(finished, bert, data, tmp_path):

@@ -1,0 +1,75 @@
+"""The report of an ablation, or of ordinary runs: a page, a tidy table, statistics and figures."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_jax.errors import UserError
+from mtl_jax.report import page, render, sections, statistics, tables
+from mtl_jax.report.read import ABLATION
+from mtl_jax.report.read import read as read
+
+
+def find(patterns: Sequence[str]) -> list[Path]:
+    """The workdirs that paths and patterns name: of a pattern, the runs among what fits it.
+
+    Raises:
+        UserError: No run fits a pattern.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        fitting = [Path(pattern)]
+        if glob.has_magic(pattern) and not fitting[0].exists():
+            fitting = [Path(path) for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
+            if not fitting:
+                raise UserError(f"{pattern}: no workdir of a run is there")
+        found += fitting
+    return found
+
+
+def default_output(workdirs: Sequence[Path]) -> Path:
+    """The ablation's own directory; of ordinary runs, report/ where the command is given."""
+    return workdirs[0] if len(workdirs) == 1 and (workdirs[0] / ABLATION).exists() else Path("report")
+
+
+def write(source: Path | Sequence[Path], out: Path) -> Path:
+    """Writes report.html, ablation.csv, results.json and figures/*.png; the same runs give the same bytes.
+
+    To be called in one process. Files of an earlier report are replaced, each whole.
+
+    Args:
+        source: One ablation, or workdirs of ordinary runs.
+        out: Where to; may be the ablation itself, but no workdir of a run, which has results of its own.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UserError: What is given is no workdir, the runs cannot be compared, or `out` cannot be written.
+    """
+    study = read([source] if isinstance(source, Path) else list(source))
+    if (out / "config.json").exists() and not (out / ABLATION).exists():
+        raise UserError(f"{out}: the workdir of a run, whose results.json would be lost; choose another --output")
+    try:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --output") from error
+    groups = statistics.groups(study)
+    comparison = statistics.compare(study, groups)
+    parts = sections.sections(study, groups, comparison)
+    for figure in sections.drawn(parts):
+        render.png(figure, out / "figures" / f"{figure.slug}.png")
+    _write(out / "ablation.csv", tables.to_csv(study))
+    _write(out / "results.json", json.dumps(tables.to_json(study, groups, comparison), indent=2, allow_nan=False) + "\n")
+    text = page.html(f"{study.name}: report", study.command, sections.facts(study), parts, sections.footer(study))
+    _write(out / "report.html", text)
+    return out / "report.html"
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,236 @@
+"""Figures over the settings: methods, a metric against a number, Pareto fronts, the simplex of three weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+from matplotlib.tri import Triangulation
+
+from mtl_jax.report import words
+from mtl_jax.report.read import BY_NAME, Study
+from mtl_jax.report.render import SERIES, Figure, Palette, Panel
+from mtl_jax.report.statistics import Comparison, Group, Spread, pareto
+
+FAR = 6.0  # times the distance of the quartiles
+NUMBERED = 12  # points on a front; where there are more, the table has to do
+
+
+def methods(comparison: Comparison) -> list[Figure]:
+    """The average relative change of every method."""
+    rows = [(method.name, method.change) for method in comparison.methods if method.change is not None]
+    if not rows:
+        return []
+
+    low, high = _span(np.array([change.mean for _, change in rows]))
+    low, high = min(low, 0.0), max(high, 0.0)
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        axes.axvline(0, color=palette.muted, linewidth=1)
+        for row, (_, change) in enumerate(rows):
+            if change.mean < low:
+                axes.plot(low - 0.04 * (high - low), row, "<", color=palette.series[0], markersize=5)
+                axes.text(low, row, words.spread(change, 1), va="center", color=palette.ink, fontsize=9.5)
+            else:
+                axes.errorbar(change.mean, row, xerr=change.sd, fmt="o", color=palette.series[0], markersize=5, elinewidth=1.6)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("average relative change, %")
+
+    left = 0.25 + 0.085 * max(len(name) for name, _ in rows)  # inches: the names stand there
+    panel = Panel(f"against {comparison.reference}", draw, height=max(1.4, 0.62 + 0.22 * len(rows)), left=left)
+    caption = "Mean over the tasks of the relative change of the test metric; mean over the seeds, with one standard deviation."
+    return [Figure("methods", "Average relative change", caption, (panel,))]
+
+
+def against(study: Study, groups: Sequence[Group]) -> list[Figure]:
+    """Every task's test metric against its weight, and against every other field whose values are three numbers or more."""
+    weighted = [group for group in groups if set(group.weights) == set(study.tasks) and sum(group.weights.values()) > 0]
+    found = []
+    fields = [field for field in study.fields if field.rpartition(".")[2] not in BY_NAME]
+    if len({tuple(group.weights.items()) for group in weighted}) > 2:
+        shares = [(group, _shares(group.weights)) for group in weighted]
+        others = [field for field in fields if field != "weighting"]
+        found += _against(study, "weights", "weight", shares, others)
+    for field in fields:
+        numeric = [group for group in groups if isinstance(group.values.get(field), (int, float))]
+        if len({group.values[field] for group in numeric}) > 2:
+            values = [(group, dict.fromkeys(study.tasks, group.values[field])) for group in numeric]
+            found += _against(study, field, field, values, [other for other in study.fields if other != field])
+    return found
+
+
+def _against(
+    study: Study, slug: str, name: str, groups: Sequence[tuple[Group, Mapping[str, float]]], others: Sequence[str]
+) -> list[Figure]:
+    """A panel for each task, over {task: x} of each group; a colour for each value of the other fields."""
+    by_other: dict[str, list[tuple[Group, Mapping[str, float]]]] = {}
+    for group, x in groups:
+        by_other.setdefault(words.setting(group.values, others), []).append((group, x))
+    if len(by_other) > SERIES:  # not told apart any more
+        by_other = {"": list(groups)}
+    panels = []
+    for task, metric in study.tasks.items():
+        points = [
+            [(x[task], found) for group, x in own if (found := group.scores["test"].get(task, {}).get(metric))]
+            for own in by_other.values()
+        ]
+        if any(points):
+            panels.append(Panel(f"{task}: test {metric}", _points(points, f"{name} of {task}" if name == "weight" else name)))
+    caption = "A point for each setting, mean and standard deviation over the seeds; the line joins the means at each value."
+    if name == "weight":
+        caption = "Weights as shares of their sum. " + caption
+    legend = tuple(by_other) if len(by_other) > 1 else ()
+    return [Figure(f"against-{slug}", f"Metric against {name}", caption, tuple(panels), legend)] if panels else []
+
+
+def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str) -> Callable[[Axes, Palette], None]:
+    def draw(axes: Axes, palette: Palette) -> None:
+        every = sorted({x for points in series for x, _ in points})
+        for number, points in enumerate(series):
+            color = palette.series[number]
+            at: dict[float, list[float]] = {}
+            for x, spread in sorted(points, key=lambda point: point[0]):
+                at.setdefault(round(x, 9), []).append(spread.mean)
+            means, deviations = [spread.mean for _, spread in points], [spread.sd or 0.0 for _, spread in points]
+            x_N = [x for x, _ in points]
+            axes.errorbar(x_N, means, yerr=deviations, fmt="o", color=color, markersize=4, elinewidth=1, alpha=0.75)
+            axes.plot(list(at), [float(np.mean(own)) for own in at.values()], color=color, linewidth=1.3, alpha=0.6)
+        if every[0] > 0 and every[-1] / every[0] >= 20:
+            axes.set_xscale("log")
+            axes.set_xticks(every if len(every) <= 5 else [every[0], every[-1]], minor=False)
+            axes.xaxis.set_major_formatter(lambda x, _: words.value(float(x)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(name)
+
+    return draw
+
+
+def fronts(study: Study, groups: Sequence[Group]) -> list[Figure]:
+    """The Pareto front between every two tasks."""
+    complete = [group for group in groups if all(group.mean(task, metric) is not None for task, metric in study.tasks.items())]
+    if len(complete) < 3 or len(study.tasks) < 2:
+        return []
+    names = list(dict.fromkeys(group.method for group in complete))
+    colors = {name: number for number, name in enumerate(names)} if 1 < len(names) <= SERIES else dict.fromkeys(names, 0)
+    panels = tuple(_front(study, complete, pair, colors) for pair in itertools.combinations(study.tasks, 2))
+    caption = (
+        "Mean test metrics over the seeds; up and to the right is better. A numbered point is on the front: no other is "
+        "as good on both tasks and better on one."
+    )
+    legend = tuple(colors) if len(set(colors.values())) > 1 else ()
+    return [Figure("pareto", "Pareto fronts", caption, panels, legend, "pair of tasks" if len(panels) > 3 else "")]
+
+
+def _front(study: Study, groups: Sequence[Group], pair: tuple[str, str], colors: Mapping[str, int]) -> Panel:
+    points_Nx2 = np.array([[group.mean(task, study.tasks[task]) for task in pair] for group in groups], np.float64)
+    on_N = pareto(points_Nx2)
+    order = sorted(np.flatnonzero(on_N).tolist(), key=lambda n: tuple(points_Nx2[n]))
+    numbered = order if len(order) <= NUMBERED else []
+    spans = [_span(points_Nx2[:, n]) for n in (0, 1)]
+    outside = int(((points_Nx2[:, 0] < spans[0][0]) | (points_Nx2[:, 1] < spans[1][0])).sum())
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        color_N = np.array([palette.series[colors[group.method]] for group in groups])
+        for those_N, size, alpha in ((~on_N, 20, 0.45), (on_N, 42, 1.0)):
+            axes.scatter(
+                points_Nx2[those_N, 0], points_Nx2[those_N, 1], s=size, c=color_N[those_N], alpha=alpha, linewidths=0, zorder=3
+            )
+        axes.plot(*points_Nx2[order].T, color=palette.ink, linewidth=1, drawstyle="steps-pre", alpha=0.6, zorder=2)
+        for number, n in enumerate(numbered, 1):
+            axes.annotate(str(number), points_Nx2[n], (4, 4), textcoords="offset points", color=palette.ink, fontsize=9.5)
+        for limits, span in ((axes.set_xlim, spans[0]), (axes.set_ylim, spans[1])):
+            limits(span[0] - 0.08 * (span[1] - span[0]), span[1] + 0.1 * (span[1] - span[0]))
+        axes.set_xlabel(f"{pair[0]} {study.tasks[pair[0]]}")
+
+    labels = words.labels(groups, study.fields)
+    notes = tuple(labels[n] for n in numbered)
+    title = f"{pair[1]} {study.tasks[pair[1]]} over {pair[0]} {study.tasks[pair[0]]}"
+    remark = f"{words.count(outside, 'setting')} further down or to the left not shown." if outside else ""
+    return Panel(title, draw, notes, remark)
+
+
+def simplex(study: Study, groups: Sequence[Group]) -> list[Figure]:
+    """The test metric of every task, and the criterion, over the weights of three tasks."""
+    weighted = [
+        group for group in groups if len(group.weights) == 3 and min(group.weights.values()) >= 0 < sum(group.weights.values())
+    ]
+    by_weights: dict[tuple[tuple[str, float], ...], list[Group]] = {}
+    for group in weighted:
+        by_weights.setdefault(tuple(_shares(group.weights).items()), []).append(group)
+    if len(by_weights) < 3:
+        return []
+    corners = tuple(weighted[0].weights)
+    panels = []
+    for task, metric in study.tasks.items():
+        means = {
+            at: [mean for group in own if (mean := group.mean(task, metric)) is not None] for at, own in by_weights.items()
+        }
+        panels.append((f"{task}: test {metric}", means))
+    panels.append(("dev criterion", {at: [g.criterion.mean for g in own if g.criterion] for at, own in by_weights.items()}))
+    drawn = tuple(
+        Panel(title, _triangle(corners, {at: float(np.mean(own)) for at, own in means.items() if own}), frame=False)
+        for title, means in panels
+        if any(means.values())
+    )
+    averaged = " and over the other settings" if len(weighted) > len(by_weights) else ""
+    caption = (
+        f"A dot for each point that was tried, its mean over the seeds{averaged}; linear in between. A corner is all weight on "
+        "that task; the ring marks the best."
+    )
+    return [Figure("simplex", "The simplex of weights", caption, drawn)] if drawn else []
+
+
+def _triangle(
+    corners: tuple[str, ...], values: Mapping[tuple[tuple[str, float], ...], float]
+) -> Callable[[Axes, Palette], None]:
+    shares_Nx3 = np.array([[dict(at)[task] for task in corners] for at in values])
+    x_N, y_N = shares_Nx3[:, 1] + shares_Nx3[:, 2] / 2, shares_Nx3[:, 2] * np.sqrt(3) / 2
+    z_N = np.array(list(values.values()))
+
+    def draw(axes: Axes, palette: Palette) -> None:
+        low, high = float(z_N.min()), float(z_N.max())
+        plane = np.linalg.matrix_rank(np.stack([x_N - x_N[0], y_N - y_N[0]]), tol=1e-6) == 2
+        flat = high - low < 1e-9
+        axes.plot([0, 1, 0.5, 0], [0, 0, np.sqrt(3) / 2, 0], color=palette.muted, linewidth=1, zorder=1)
+        if plane and not flat:
+            levels = np.linspace(low, high + 1e-6 * (high - low), 11)  # the highest point is below the last
+            axes.tricontourf(Triangulation(x_N, y_N), z_N, levels=levels, cmap="viridis", zorder=2)
+        drawn = axes.scatter(
+            x_N, y_N, c=z_N, cmap="viridis", vmin=low, vmax=high, s=26, edgecolors=palette.surface, linewidths=1, zorder=3
+        )
+        best = int(z_N.argmax())
+        axes.plot(x_N[best], y_N[best], "o", markersize=11, markerfacecolor="none", markeredgecolor=palette.ink, zorder=4)
+        axes.text(0, -0.05, corners[0], ha="left", va="top", color=palette.ink)
+        axes.text(1, -0.05, corners[1], ha="right", va="top", color=palette.ink)
+        axes.text(0.5, np.sqrt(3) / 2 + 0.05, corners[2], ha="center", va="bottom", color=palette.ink)
+        axes.set_aspect("equal")
+        axes.set_xlim(-0.06, 1.06)
+        axes.set_ylim(-0.14, 1.0)
+        if flat:
+            return
+        ticks = [low, (low + high) / 2, high]
+        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02, values=np.linspace(low, high, 20), ticks=ticks)
+        bar.ax.tick_params(color=palette.muted, labelcolor=palette.ink, length=3)
+        bar.ax.set_yticklabels([f"{tick:.{3 if high - low >= 0.01 else 4}f}" for tick in ticks])
+        bar.outline.set_visible(False)
+
+    return draw
+
+
+def _span(values_N: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest, without a few far below, which would press the others together."""
+    low, high = np.quantile(values_N, [0.25, 0.75])
+    seen_N = values_N[values_N >= low - FAR * (high - low)]
+    seen_N = values_N if len(seen_N) < 0.9 * len(values_N) else seen_N
+    smallest, largest = float(seen_N.min()), float(seen_N.max())
+    return (smallest, largest) if largest > smallest else (smallest - 0.01, largest + 0.01)
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    total = sum(weights.values())
+    return {task: weight / total for task, weight in weights.items()}

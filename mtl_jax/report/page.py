@@ -1,0 +1,204 @@
+"""report.html: one file that needs nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+
+from mtl_jax.report import render, words
+from mtl_jax.report.render import Figure
+from mtl_jax.report.statistics import Spread
+
+# Whatever a name may hold, the page asks nothing of anyone.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: What it says.
+        by: What it is sorted by; None: its text.
+        kind: Classes: n, a number; wrap, a long text; top, the best of its column; bad.
+        after: Said less loudly after the text.
+    """
+
+    text: str
+    by: float | str | None = None
+    kind: str = ""
+    after: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table that can be sorted.
+
+    Attributes:
+        name: What it shows, for those who do not see it.
+        head: (heading, what stands below it).
+        rows: The first cell of each names it.
+        foot: Rows that stay where they are.
+        sortable: Whether the headings are buttons.
+        cards: Whether each row becomes a card where the page is narrow.
+    """
+
+    name: str
+    head: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[Cell]]
+    foot: Sequence[Sequence[Cell]] = ()
+    sortable: bool = True
+    cards: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page with an anchor.
+
+    Attributes:
+        slug: Its anchor.
+        title: Its heading.
+        parts: Paragraphs, tables and figures in order.
+    """
+
+    slug: str
+    title: str
+    parts: Sequence[str | Table | Figure]
+
+
+def number(found: float | None, decimals: int = 3, plus: bool = False) -> Cell:
+    """A cell with a number; empty of none."""
+    if found is None or not math.isfinite(found):
+        return Cell(words.NOTHING, "", "n")
+    return Cell(words.number(found, decimals, plus), found, "n")
+
+
+def spread(found: Spread | None, decimals: int = 3, plus: bool = False, top: bool = False) -> Cell:
+    """A cell with a mean and its standard deviation."""
+    if found is None:
+        return Cell(words.NOTHING, "", "n")
+    mean, _, deviation = words.spread(found, decimals, plus).partition(" ")
+    return Cell(mean, found.mean, "n top" if top else "n", deviation)
+
+
+def html(title: str, command: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], footer: str) -> str:
+    """The page. All texts are escaped here.
+
+    Args:
+        title: Its name.
+        command: What started the runs, or empty.
+        facts: (what, how much).
+        sections: Its parts.
+        footer: Below them.
+    """
+    links = "".join(f'<a href="#{escape(section.slug)}">{escape(section.title)}</a>\n' for section in sections)
+    listed = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(much)}</dd></div>\n" for what, much in facts)
+    shown = f"<pre><code>{escape(command)}</code></pre>\n" if command else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>
+{_file("page.css")}</style>
+</head>
+<body>
+<header>
+<h1>{escape(title)}</h1>
+{shown}<dl class="facts">
+{listed}</dl>
+<nav aria-label="Contents">
+{links}</nav>
+</header>
+<main>
+{"".join(_section(section) for section in sections)}</main>
+<footer><p>{escape(footer)}</p></footer>
+<script>
+{_file("page.js")}</script>
+</body>
+</html>
+"""
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _section(section: Section) -> str:
+    parts = []
+    for part in section.parts:
+        if isinstance(part, str):
+            parts.append(f'<p class="note">{escape(part)}</p>\n')
+        else:
+            parts.append(_table(part) if isinstance(part, Table) else _figure(part))
+    slug = escape(section.slug)
+    head = f'<section id="{slug}" aria-labelledby="{slug}-title">\n<h2 id="{slug}-title">{escape(section.title)}</h2>\n'
+    return f"{head}{''.join(parts)}</section>\n"
+
+
+def _table(table: Table) -> str:
+    kinds = [_numeric(table.rows, column) for column in range(len(table.head))]
+    heads = []
+    for (text, unit), numeric in zip(table.head, kinds, strict=True):
+        below = f'<span class="unit">{escape(unit)}</span>' if unit else ""
+        inner = f'<button type="button">{escape(text)}</button>{below}' if table.sortable else f"{escape(text)}{below}"
+        heads.append(f'<th scope="col"{" class=n" if numeric else ""}>{inner}</th>')
+    labels = [f"{text} {unit}".strip() for text, unit in table.head] if table.cards else []
+    foot = f"<tfoot>\n{_rows(table.foot, kinds, labels)}</tfoot>\n" if table.foot else ""
+    kind = " class=cards" if table.cards else ""
+    body = f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n{_rows(table.rows, kinds, labels)}</tbody>\n{foot}"
+    region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(table.name)}">'
+    return f"{region}\n<table{kind}>\n{body}</table>\n</div>\n"
+
+
+def _numeric(rows: Sequence[Sequence[Cell]], column: int) -> bool:
+    return any("n" in row[column].kind.split() for row in rows)
+
+
+def _rows(rows: Sequence[Sequence[Cell]], numeric: Sequence[bool], labels: Sequence[str]) -> str:
+    return "".join(f"<tr>{''.join(_cell(row, column, numeric, labels) for column in range(len(row)))}</tr>\n" for row in rows)
+
+
+def _cell(row: Sequence[Cell], column: int, numeric: Sequence[bool], labels: Sequence[str]) -> str:
+    cell, tag = row[column], "td" if column else "th"
+    kinds = " ".join(dict.fromkeys([*(["n"] if numeric[column] else []), *cell.kind.split()]))
+    kind = f' class="{kinds}"' if kinds else ""
+    by = "" if cell.by is None else f' data-v="{escape(str(cell.by))}"'
+    label = f' data-label="{escape(labels[column])}"' if labels else ""
+    after = f' <span class="sd">{escape(cell.after)}</span>' if cell.after else ""
+    scope = ' scope="row"' if tag == "th" else ""
+    return f"<{tag}{scope}{kind}{by}{label}>{escape(cell.text)}{after}</{tag}>"
+
+
+def _figure(figure: Figure) -> str:
+    swatches = "".join(
+        f'<li><svg viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" stroke="var(--s{number % render.SERIES})" '
+        f'stroke-width="3.5"{" stroke-dasharray=5,3" if number // render.SERIES % 2 else ""}/></svg>{escape(name)}</li>\n'
+        for number, name in enumerate(figure.legend)
+    )
+    legend = f'<ul class="legend">\n{swatches}</ul>\n' if swatches else ""
+    choice = ""
+    if figure.choice:
+        options = "".join(f'<option value="{n}">{escape(panel.title)}</option>' for n, panel in enumerate(figure.panels))
+        choice = (
+            f'<label class="choice" hidden>{escape(figure.choice.capitalize())} <select autocomplete="off">{options}'
+            '<option value="all">all of them</option></select></label>\n'
+        )
+    panels = []
+    for n, panel in enumerate(figure.panels):
+        prefix = f"{figure.slug}-{n}".replace(".", "-")
+        drawn = render.svg(panel, prefix).replace("<svg", f'<svg role="img" aria-label="{escape(panel.title)}"', 1)
+        notes = "".join(f"<li>{escape(note)}</li>" for note in panel.notes)
+        below = f"<ol>{notes}</ol>\n" if notes else ""
+        below += f'<p class="note">{escape(panel.remark)}</p>\n' if panel.remark else ""
+        panels.append(f'<div class="panel">\n<h3>{escape(panel.title)}</h3>\n{drawn}\n{below}</div>\n')
+    few = " few" if len(figure.panels) < 3 or figure.choice else " even" if len(figure.panels) == 4 else ""
+    return (
+        f"<figure>\n<figcaption>{escape(figure.caption)}</figcaption>\n{choice}{legend}"
+        f'<div class="panels{few}">\n{"".join(panels)}</div>\n</figure>\n'
+    )

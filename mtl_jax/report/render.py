@@ -1,0 +1,205 @@
+"""Panels of matplotlib as SVG that takes its colours from the page, and as PNG on white."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+
+SERIES = 8  # colours; more series than that are not told apart
+TITLE = 0.35  # inches above a panel of a PNG
+WIDTH, HEIGHT = 4.2, 2.9  # inches of a panel: its text is as large as the page's small print, on a phone and beside others
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "mtl_jax",  # the same input gives the same bytes
+    "text.parse_math": False,  # a name with two dollars is a name
+    "font.size": 10.5,
+    "axes.formatter.useoffset": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+class Palette(NamedTuple):
+    """Colours by what they are for.
+
+    Attributes:
+        ink: Text.
+        muted: Axes, and what stays in the background.
+        grid: Grid lines.
+        surface: What is behind.
+        series: One for each of SERIES series.
+    """
+
+    ink: str
+    muted: str
+    grid: str
+    surface: str
+    series: tuple[str, ...]
+
+
+PAPER = Palette(
+    ink="#1c2430",
+    muted="#66707f",
+    grid="#e3e7ec",
+    surface="#ffffff",
+    series=("#2a6fdb", "#d9730d", "#12906a", "#c9306b", "#7d5bd0", "#8a7a00", "#9a5b3c", "#0b8ba8"),
+)
+# In SVG each colour is a mark that becomes one of the page's variables, which differ between light and dark.
+SCREEN = Palette("#010101", "#010102", "#010103", "#010104", tuple(f"#01020{number}" for number in range(SERIES)))
+VARIABLES = {
+    SCREEN.ink: "currentColor",
+    SCREEN.muted: "var(--muted)",
+    SCREEN.grid: "var(--grid)",
+    SCREEN.surface: "var(--surface)",
+} | {mark: f"var(--s{number})" for number, mark in enumerate(SCREEN.series)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        title: What it shows.
+        draw: Draws it.
+        notes: Lines below it, numbered like the points that they explain.
+        remark: A line below it, or nothing.
+        height: In inches.
+        left: Inches for the labels of the ticks.
+        frame: Whether it has axes, a grid and ticks.
+    """
+
+    title: str
+    draw: Callable[[Axes, Palette], None]
+    notes: tuple[str, ...] = ()
+    remark: str = ""
+    height: float = HEIGHT
+    left: float = 0.56
+    frame: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Panels that belong together.
+
+    Attributes:
+        slug: Its name as a file and as an anchor.
+        title: A heading.
+        caption: What is drawn, and over what it is a mean.
+        panels: At least one.
+        legend: The series' names, in the order of their colours.
+        choice: What a reader chooses a panel by where there are many; empty: they are all shown.
+    """
+
+    slug: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+    legend: tuple[str, ...] = ()
+    choice: str = ""
+
+
+def svg(panel: Panel, prefix: str) -> str:
+    """The panel as an <svg> element for use within HTML: no width, no fonts, no address, colours of the page.
+
+    Args:
+        panel: The panel.
+        prefix: Put before its ids, to keep them apart from those of the page's other elements.
+    """
+    with _style(SCREEN):
+        canvas = Canvas(figsize=(WIDTH, panel.height))
+        _draw(panel, canvas, (0, 0), SCREEN)
+        text = io.StringIO()
+        canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(text.getvalue(), prefix)
+
+
+def _inline(text: str, prefix: str) -> str:
+    text = text[text.index("<svg") :]
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL
+    )  # each text is a comment, too
+    tag = re.compile(r"<[^>]*>")
+    return re.sub(r"\n\s*", "\n", tag.sub(lambda found: _tag(found[0], prefix), text)).strip()
+
+
+def _tag(tag: str, prefix: str) -> str:
+    """A tag of matplotlib's as the page has it; what stands between tags is the user's, and is not touched."""
+    if tag.startswith("<svg"):
+        tag = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", tag)
+    tag = re.sub(r'^<g id="[^"]*"', "<g", tag)
+    tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", tag.replace("xlink:href", "href"))
+    tag = re.sub(r"font-family: [^;\"]*; ", "", tag)  # the page's own font
+    tag = re.sub(r' transform="rotate\(-0[^"]*"', "", tag)
+    tag = re.sub(r' (d|x|y|transform)="[^"]*"', lambda found: _short(found[0], 1), tag)  # a tenth of a point is not seen
+    tag = _short(tag, 2)
+    for mark, variable in VARIABLES.items():
+        tag = tag.replace(mark, variable)
+    return tag
+
+
+def _short(text: str, decimals: int) -> str:
+    """Numbers with no more decimals than that, and nothing but a blank between them."""
+    text = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.{decimals}f}".rstrip("0").rstrip("."), text)
+    return re.sub(r"\s+", " ", text)
+
+
+def png(figure: Figure, path: Path) -> None:
+    """All panels of a figure in one picture, with its legend."""
+    number = len(figure.panels)
+    across = 2 if number == 4 else min(number, 3) if number < 13 else math.ceil(math.sqrt(number))
+    down = -(-len(figure.panels) // across)
+    below = 0.28 * -(-len(figure.legend) // (2 * across)) + 0.1
+    pitch = max(panel.height for panel in figure.panels) + TITLE
+    with _style(PAPER):
+        canvas = Canvas(figsize=(WIDTH * across, pitch * down + below), facecolor=PAPER.surface)
+        for number, panel in enumerate(figure.panels):
+            corner = WIDTH * (number % across), below + pitch * (down - number // across) - TITLE - panel.height
+            axes = _draw(panel, canvas, corner, PAPER)
+            axes.set_title(panel.title, fontsize=11, color=PAPER.ink)
+        if figure.legend:
+            handles = [Line2D([], [], color=PAPER.series[n % SERIES], linewidth=3) for n in range(len(figure.legend))]
+            names = [f" {name}" for name in figure.legend]  # one that began with _ would be left out
+            canvas.legend(handles, names, loc="lower center", ncols=2 * across, frameon=False)
+        canvas.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _draw(panel: Panel, canvas: Canvas, corner: tuple[float, float], palette: Palette) -> Axes:
+    """Draws a panel with its lower left corner there, in inches. Margins are fixed: to measure texts takes most of the time."""
+    wide, high = canvas.get_size_inches()
+    left, bottom, right, top = (panel.left, 0.48, 0.14, 0.12) if panel.frame else (0.05, 0.05, 0.05, 0.05)
+    width, height = WIDTH - left - right, panel.height - bottom - top
+    axes = canvas.add_axes(((corner[0] + left) / wide, (corner[1] + bottom) / high, width / wide, height / high))
+    if panel.frame:
+        axes.grid(color=palette.grid, linewidth=0.8)
+        axes.tick_params(color=palette.muted, labelcolor=palette.ink, length=3)
+        for spine in axes.spines.values():
+            spine.set_color(palette.muted)
+        axes.xaxis.label.set_color(palette.ink)
+        axes.locator_params(nbins=5)
+    else:
+        axes.set_axis_off()
+    panel.draw(axes, palette)
+    return axes
+
+
+@contextmanager
+def _style(palette: Palette) -> Iterator[None]:
+    with matplotlib.rc_context({**STYLE, "text.color": palette.ink}):
+        yield

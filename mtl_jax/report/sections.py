@@ -1,0 +1,226 @@
+"""What the page holds, in order; a part for which there is no data is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mtl_jax.report import curves, figures, tables, words
+from mtl_jax.report.page import Cell, Section, Table, number, spread
+from mtl_jax.report.read import SPLITS, Study
+from mtl_jax.report.render import Figure
+from mtl_jax.report.statistics import Comparison, Group, criterion, ranked
+from mtl_jax.training.results import BASELINE_NAMES
+
+BEST = 5
+WEIGHTS = 4  # of more tasks than that they share one column
+
+
+def sections(study: Study, groups: Sequence[Group], comparison: Comparison | None) -> list[Section]:
+    """The page's parts."""
+    found = [_result(study, groups[0])] if len(groups) == 1 else [*_best(study, groups), _settings(study, groups)]
+    if comparison is not None:
+        found.append(_methods(study, comparison))
+    drawn = [
+        *figures.against(study, groups),
+        *figures.fronts(study, groups),
+        *figures.simplex(study, groups),
+        *curves.learning(study, groups),
+        *curves.weights(study, groups),
+        *curves.agreement(study, groups),
+    ]
+    found += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
+    return [*found, _tried(study)]
+
+
+def drawn(found: Sequence[Section]) -> list[Figure]:
+    """The figures among the parts."""
+    return [part for section in found for part in section.parts if isinstance(part, Figure)]
+
+
+def facts(study: Study) -> list[tuple[str, str]]:
+    """(what, how much) at the head of the page."""
+    done = sum(run.done for run in study.runs)
+    diverged = sum(run.diverged for run in study.runs)
+    seconds = sum(program["seconds"] for program in study.programs) or sum(run.facts.get("seconds", 0) for run in study.runs)
+    seeds = len({run.seed for run in study.runs})
+    found = [("runs", str(len(study.runs)))]
+    if done < len(study.runs):
+        found += [("done", str(done)), ("diverged", str(diverged)), ("unfinished", str(len(study.runs) - done - diverged))]
+    found += [("programs", str(len(study.programs)))] if study.programs else []
+    found += [("seeds", str(seeds)), ("tasks", str(len(study.tasks))), ("time", words.duration(seconds))]
+    return [*found, *([("devices", study.devices)] if study.devices else [])]
+
+
+def footer(study: Study) -> str:
+    """Versions, in one line."""
+    return "Made by mtl-jax report. Runs with " + ", ".join(f"{name} {own}" for name, own in study.versions.items()) + "."
+
+
+def _result(study: Study, group: Group) -> Section:
+    """One setting: a row for each task."""
+    baselines = _baselines(study)
+    kinds = [kind for kind in BASELINE_NAMES if any(kind in own for own in baselines.values())]
+    rows = []
+    for task, metric in study.tasks.items():
+        own = baselines.get(task, {})
+        compared = [number(own[kind].get(metric) if kind in own else None) for kind in kinds]
+        dev, test = (spread(group.scores[split].get(task, {}).get(metric), top=split == "test") for split in SPLITS)
+        rows.append([Cell(task, after=metric), test, *compared, dev])
+    head = [("task", ""), ("test", ""), *((BASELINE_NAMES[kind], "test") for kind in kinds), ("dev", "")]
+    seeds = len(group.done())
+    note = f"Mean and standard deviation over {words.count(seeds, 'seed')}. " if seeds > 1 else ""
+    unfinished = "" if seeds else "No run has come to its end. "
+    return Section(
+        "result", "Result", [f"{unfinished}{note}Of the checkpoint that is best on dev.", Table("Result", head, rows)]
+    )
+
+
+def _best(study: Study, groups: Sequence[Group]) -> list[Section]:
+    order = ranked(groups)[:BEST]
+    if not order:
+        return []
+    note = f"By the dev criterion ({study.criterion}), the mean over the seeds; test is only reported, not chosen by."
+    return [Section("best", "The best", [note, _table(study, "The best settings", order, best=True)])]
+
+
+def _settings(study: Study, groups: Sequence[Group]) -> Section:
+    note = (
+        "Test metrics, mean and standard deviation over the seeds of runs that came to their end; bold is the best of a "
+        "column. Press a heading to sort."
+    )
+    order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
+    return Section("settings", "All settings", [note, _table(study, "All settings", order)])
+
+
+def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) -> Table:
+    columns = _columns(study, [group.values for group in order])
+    scores = {
+        task: {id(group): found for group in order if (found := group.scores["test"].get(task, {}).get(metric))}
+        for task, metric in study.tasks.items()
+    }
+    decimals = {task: words.digits(list(own.values())) for task, own in scores.items()}
+    top = {task: max((found.mean for found in own.values()), default=None) for task, own in scores.items()}
+    criteria = [group.criterion for group in order if group.criterion]
+    rows = []
+    for group in order:
+        row = _values(group.values, columns)
+        leads = group.criterion is not None and group.criterion.mean == max(found.mean for found in criteria)
+        row.append(spread(group.criterion, words.digits(criteria), top=leads))
+        for task in study.tasks:
+            found = scores[task].get(id(group))
+            row.append(spread(found, decimals[task], top=found is not None and found.mean == top[task]))
+        done = len(group.done())
+        row.append(Cell(words.runs(group), None, after=f"{done} of {len(group.runs)} done" if done < len(group.runs) else ""))
+        rows.append(row)
+    head = [*columns.values(), ("dev criterion", ""), *study.tasks.items(), ("runs", "")]
+    return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best, cards=best)
+
+
+def _columns(study: Study, settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """{column: its heading} of the fields in which the settings differ; many weights share one column."""
+    found: dict[str, tuple[str, str]] = {}
+    for field in words.varied(settings, study.fields):
+        own = tables.columns(study, field)
+        if len(own) > WEIGHTS:
+            found[field] = (field, " / ".join(column.removeprefix(f"{field}.") for column in own))
+        else:
+            whole = own == [field]
+            found |= {column: (column, "") if whole else (column.removeprefix(f"{field}."), "weight") for column in own}
+    return found
+
+
+def _values(values: Mapping[str, Any], columns: Iterable[str]) -> list[Cell]:
+    cells = tables.cells(values)
+    return [
+        Cell(words.numbers(values[column]) if values[column] else words.NOTHING, None if values[column] else "", "wrap")
+        if column in values and column not in cells
+        else _value(cells.get(column))
+        for column in columns
+    ]
+
+
+def _below(study: Study, columns: int) -> list[list[Cell]]:
+    """The baselines, below the settings."""
+    baselines = _baselines(study)
+    rows = []
+    for kind, name in BASELINE_NAMES.items():
+        if any(kind in own for own in baselines.values()):
+            values = [number(baselines.get(task, {}).get(kind, {}).get(metric)) for task, metric in study.tasks.items()]
+            rows.append([Cell(name), *[Cell("")] * columns, *values, Cell("")])
+    return rows
+
+
+def _baselines(study: Study) -> dict:
+    return {task: own for run in reversed(study.runs) for task, own in run.baselines.items()}
+
+
+def _value(found: object) -> Cell:
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        return Cell(words.value(found), found, "n")
+    return Cell(words.value(found), "" if found in (None, "", [], {}) else None)
+
+
+def _methods(study: Study, comparison: Comparison) -> Section:
+    settings = [method.group.values for method in comparison.methods]
+    others = [field for field in words.varied(settings, study.fields) if field != "weighting"]
+    left_out = [task for task in study.tasks if task in comparison.left_out]
+    note = (
+        f"Of each weighting rule the setting that is best on dev. Relative change of the mean test metric against "
+        f"{comparison.reference}, in percent; rank among the {len(comparison.methods)} rules, 1 the best, mean over the tasks."
+    )
+    if left_out:
+        note += f" {', '.join(left_out)}: the reference is not above 0, so nothing is relative to it."
+    rows = []
+    best = max((method.change.mean for method in comparison.methods if method.change), default=None)
+    for method in comparison.methods:
+        top = method.change is not None and method.change.mean == best
+        changes = [number(method.changes.get(task), 1, plus=True) for task in study.tasks]
+        setting = [Cell(words.setting(method.group.values, others))] if others else []
+        rows.append(
+            [Cell(method.name), spread(method.change, 2, plus=True, top=top), number(method.rank, 1), *changes, *setting]
+        )
+    head = [("method", ""), ("average change", "%"), ("rank", ""), *((task, "%") for task in study.tasks)]
+    head += [("setting", "")] if others else []
+    return Section("methods", "Methods", [note, Table("Methods", head, rows), *figures.methods(comparison)])
+
+
+def _tried(study: Study) -> Section:
+    """Every run, what became of it, and how long it took."""
+    columns = _columns(study, [run.values for run in study.runs])
+    timed = any("seconds" in run.facts for run in study.runs)
+    rows = []
+    for run in study.runs:
+        row = [Cell(run.name), *_values(run.values, columns), _value(run.seed)]
+        row.append(Cell(run.status, None, "bad wrap" if run.diverged else "wrap" if len(run.status) > 20 else ""))
+        row += [number(criterion(study, run)), _value(run.facts.get("best_step")), _value(run.facts.get("steps"))]
+        seconds = run.facts.get("seconds")
+        row += (
+            [Cell(words.duration(seconds), seconds, "n") if seconds is not None else Cell(words.NOTHING, "", "n")]
+            if timed
+            else []
+        )
+        rows.append(row)
+    head = [("run", ""), *columns.values(), ("seed", "")]
+    head += [("status", ""), ("dev criterion", ""), ("best step", ""), ("steps", ""), *([("time", "")] if timed else [])]
+    parts: list[str | Table | Figure] = []
+    if diverged := sum(run.diverged for run in study.runs):
+        parts.append(f"{words.count(diverged, 'run')} diverged; they count in no mean.")
+    parts.append(Table("Every run", head, rows))
+    if study.programs:
+        parts += ["The programs that they were trained in:", _programs(study)]
+    return Section("tried", "What was tried", parts)
+
+
+def _programs(study: Study) -> Table:
+    rows = [
+        [
+            Cell(str(program["program"]), program["program"]),
+            Cell(words.setting(program["fixed"], list(program["fixed"])), None, "wrap"),
+            *(_value(program[name]) for name in ("runs", "chunks", "steps")),
+            *(Cell(words.duration(program[name]), program[name], "n") for name in ("compile_seconds", "seconds")),
+        ]
+        for program in study.programs
+    ]
+    head = ["program", "the same for all", "runs", "chunks", "steps", "compiling", "all its time"]
+    return Table("Programs", [(name, "") for name in head], rows)

@@ -1,0 +1,89 @@
+"""What metrics.jsonl says over the steps, short enough to keep for hundreds of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+POINTS = 60  # a curve of training steps has no more
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A value over the steps of one run.
+
+    Attributes:
+        steps_N: i64[N], rising.
+        values_N: f64[N], all finite.
+    """
+
+    steps_N: np.ndarray
+    values_N: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """A value over the steps of several runs: arrays of one length.
+
+    Attributes:
+        steps_N: i64[N], rising.
+        mean_N: f64[N], over the runs that have the step.
+        sd_N: f64[N], their standard deviation (n - 1); 0 where there is only one.
+    """
+
+    steps_N: np.ndarray
+    mean_N: np.ndarray
+    sd_N: np.ndarray
+
+
+def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], last: int) -> dict[str, Series]:
+    """The curves of a run: loss/TASK and weight/TASK, cosine_mean, conflicts; and dev/TASK, its metric on dev.
+
+    Values of training steps are means over at most POINTS windows of equal length, each at its last step; what is not finite is
+    left out, and so is a curve without any value.
+
+    Args:
+        records: Of metrics.jsonl.
+        tasks: {task: the metric that stands for it}.
+        last: The run's last step as it was planned, so that runs of one plan have the same windows.
+    """
+    train = [f"{kind}/{task}" for task in tasks for kind in ("loss", "weight")] + ["cosine_mean", "conflicts"]
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in [*train, *(f"dev/{task}" for task in tasks)]}
+    for record in records:
+        if record["kind"] == "train":
+            for name in train:
+                if name in record:
+                    found[name].append((record["step"], record[name]))
+        elif record["kind"] == "dev":
+            for task, metric in tasks.items():
+                if f"{task}/{metric}" in record:
+                    found[f"dev/{task}"].append((record["step"], record[f"{task}/{metric}"]))
+    width = max(1, -(-last // POINTS))
+    curves = {name: _windows(pairs, 1 if name.startswith("dev/") else width) for name, pairs in found.items()}
+    return {name: curve for name, curve in curves.items() if len(curve.steps_N)}
+
+
+def _windows(pairs: Sequence[tuple[int, float]], width: int) -> Series:
+    steps_N = np.array([step for step, _ in pairs], np.int64)
+    values_N = np.array([value for _, value in pairs], np.float64)
+    finite_N = np.isfinite(values_N)
+    ends_N = -(-steps_N[finite_N] // width) * width
+    steps_M, window_N = np.unique(ends_N, return_inverse=True)
+    sums_M = np.bincount(window_N, values_N[finite_N], len(steps_M))
+    return Series(steps_M, sums_M / np.bincount(window_N, minlength=len(steps_M)))
+
+
+def band(curves: Sequence[Series]) -> Band:
+    """Mean and standard deviation over runs, step by step."""
+    steps_N = np.unique(np.concatenate([curve.steps_N for curve in curves]))
+    table_RxN = np.full((len(curves), len(steps_N)), np.nan)
+    for row, curve in enumerate(curves):
+        table_RxN[row, np.searchsorted(steps_N, curve.steps_N)] = curve.values_N
+    there_RxN = np.isfinite(table_RxN)
+    n_N = there_RxN.sum(axis=0)
+    mean_N = np.where(there_RxN, table_RxN, 0.0).sum(axis=0) / n_N
+    squares_N = (np.where(there_RxN, table_RxN - mean_N, 0.0) ** 2).sum(axis=0)
+    return Band(steps_N, mean_N, np.sqrt(squares_N / np.maximum(n_N - 1, 1)))

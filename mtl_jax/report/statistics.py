@@ -1,0 +1,231 @@
+"""What the runs say together: groups over seeds, Pareto fronts, methods by average relative change and rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import rankdata
+
+from mtl_jax.report.read import SPLITS, Run, Study, key
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (n - 1; None of one value) of n values."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The runs that differ in the seed only.
+
+    Attributes:
+        values: {varied field: value}.
+        runs: All of them, in order.
+        scores: {split: {task: {metric: Spread}}} over those that are done; a run that diverged does not count.
+        criterion: What the experiment chooses checkpoints by, on dev; None where a task of it was not trained.
+    """
+
+    values: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    scores: Mapping[str, Mapping[str, Mapping[str, Spread]]]
+    criterion: Spread | None
+
+    @property
+    def method(self) -> str:
+        """The weighting rule."""
+        return self.runs[0].method
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """{task: weight} where they are numbers, else empty."""
+        return self.runs[0].weights
+
+    def done(self) -> list[Run]:
+        """The runs that came to their end."""
+        return [run for run in self.runs if run.done]
+
+    def mean(self, task: str, metric: str, split: str = "test") -> float | None:
+        """A mean over the seeds; None where there is none."""
+        found = self.scores[split].get(task, {}).get(metric)
+        return None if found is None else found.mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A weighting rule beside the others.
+
+    Attributes:
+        name: The rule.
+        group: Its settings that are best on dev.
+        changes: {task: relative change of the mean test metric against the reference, in percent}.
+        change: Their mean, over seeds.
+        ranks: {task: place among the methods by the mean test metric, 1 the best; equal ones share the mean of their places}.
+        rank: Mean of the ranks.
+    """
+
+    name: str
+    group: Group
+    changes: Mapping[str, float]
+    change: Spread | None
+    ranks: Mapping[str, float]
+    rank: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Methods, the best average relative change first.
+
+    Attributes:
+        methods: The methods.
+        reference: What the changes are against, in words.
+        left_out: Tasks whose reference is not above 0, so that nothing is relative to it.
+    """
+
+    methods: tuple[Method, ...]
+    reference: str
+    left_out: tuple[str, ...]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of at least one value."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def groups(study: Study) -> tuple[Group, ...]:
+    """The runs by the values of the varied fields, in the order in which these first occur."""
+    found: dict[str, list[Run]] = {}
+    for run in study.runs:
+        found.setdefault(key(dict(run.values)), []).append(run)
+    return tuple(_group(study, tuple(runs)) for runs in found.values())
+
+
+def _group(study: Study, runs: tuple[Run, ...]) -> Group:
+    done = [run for run in runs if run.done and run.scores]
+    scores = {
+        split: {
+            task: {
+                metric: spread(values)
+                for metric in dict.fromkeys(metric for run in done for metric in run.scores[split].get(task, {}))
+                if (values := _finite(run.scores[split].get(task, {}).get(metric) for run in done))
+            }
+            for task in study.tasks
+            if any(task in run.scores[split] for run in done)
+        }
+        for split in SPLITS
+    }
+    values = _finite(criterion(study, run) for run in done)
+    return Group(runs[0].values, runs, scores, spread(values) if values else None)
+
+
+def _finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and np.isfinite(value)]
+
+
+def criterion(study: Study, run: Run) -> float | None:
+    """The number on dev by which the study's experiment compares checkpoints, of a run's best; None without it."""
+    dev = run.scores.get("dev", {})
+    name, _, metric = study.criterion.partition("/")
+    wanted = study.tasks if name == "mean" else {name: metric or study.tasks.get(name, "")}
+    values = [dev.get(task, {}).get(metric) for task, metric in wanted.items()]
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) and np.isfinite(known).all() else None
+
+
+def ranked(found: Sequence[Group]) -> list[Group]:
+    """The groups that have the criterion, the best first."""
+    pairs = [(group.criterion.mean, group) for group in found if group.criterion is not None]
+    return [group for _, group in sorted(pairs, key=lambda pair: -pair[0])]
+
+
+def pareto(points_NxD: np.ndarray) -> np.ndarray:
+    """bool[N]: the points that no other beats, more being better.
+
+    One point beats another where it is at least as good in all D and better in one; so equal points stay together.
+    """
+    no_worse_NxN = (points_NxD[:, None] >= points_NxD[None]).all(axis=-1)
+    better_NxN = (points_NxD[:, None] > points_NxD[None]).any(axis=-1)
+    return np.logical_not((no_worse_NxN & better_NxN).any(axis=0))
+
+
+def relative_change(scores: Mapping[str, float], reference: Mapping[str, float]) -> float:
+    """The mean over tasks of the relative change, in percent (Delta_m of Maninis et al. 2019).
+
+    Args:
+        scores: {task: metric}, higher is better.
+        reference: {task: the same metric of what it is compared with}, above 0; its tasks count.
+    """
+    return statistics.fmean(100 * (scores[task] / value - 1) for task, value in reference.items())
+
+
+def compare(study: Study, found: Sequence[Group]) -> Comparison | None:
+    """The methods beside each other, each with its settings that are best on dev; None of fewer than two.
+
+    The reference is the first of these that there is: each task trained alone; the method equal; the linear probe, then the
+    constant prediction, where all tasks have them above 0; the mean over the methods.
+    """
+    best: dict[str, Group] = {}
+    for group in ranked(found):
+        if len(group.scores["test"]) == len(study.tasks):
+            best.setdefault(group.method, group)
+    if len(best) < 2:
+        return None
+    tests = {name: {task: group.mean(task, metric) for task, metric in study.tasks.items()} for name, group in best.items()}
+    complete = {name: {task: value for task, value in test.items() if value is not None} for name, test in tests.items()}
+    complete = {name: test for name, test in complete.items() if len(test) == len(study.tasks)}
+    words, reference = _reference(study, found, complete)
+    positive = {task: value for task, value in reference.items() if value > 0}
+    ranks = {
+        task: dict(zip(complete, rankdata([-test[task] for test in complete.values()]).tolist(), strict=True))
+        for task in study.tasks
+    }
+    methods = [
+        Method(
+            name=name,
+            group=best[name],
+            changes={task: relative_change(test, {task: value}) for task, value in positive.items()},
+            change=_change(study, best[name], positive),
+            ranks={task: ranks[task][name] for task in study.tasks},
+            rank=statistics.fmean(ranks[task][name] for task in study.tasks),
+        )
+        for name, test in complete.items()
+    ]
+    methods.sort(key=lambda method: (-method.change.mean if method.change else 0.0, method.rank, method.name))
+    return Comparison(tuple(methods), words, tuple(task for task in study.tasks if task not in positive))
+
+
+def _change(study: Study, group: Group, reference: Mapping[str, float]) -> Spread | None:
+    """Over the seeds: each run's average relative change against a reference that is the same for all."""
+    scores = [{task: run.scores["test"][task][study.tasks[task]] for task in reference} for run in group.done()]
+    changes = _finite(relative_change(of_run, reference) for of_run in scores if reference)
+    return spread(changes) if changes else None
+
+
+def _reference(
+    study: Study, found: Sequence[Group], methods: Mapping[str, Mapping[str, float]]
+) -> tuple[str, dict[str, float]]:
+    alone: dict[str, tuple[float, float]] = {}  # the best on dev, and its test
+    for group in found:
+        (task, *others) = group.scores["test"] or ("",)
+        if task and not others:
+            dev, test = (group.mean(task, study.tasks[task], split) for split in SPLITS)
+            if dev is not None and test is not None:
+                alone[task] = max((dev, test), alone.get(task, (dev, test)), key=lambda pair: pair[0])
+    if len(study.tasks) > 1 and alone.keys() == study.tasks.keys():
+        return "each task trained alone", {task: alone[task][1] for task in study.tasks}
+    if "equal" in methods:
+        return "the method equal", dict(methods["equal"])
+    baselines = next((run.baselines for run in study.runs if run.baselines.keys() == study.tasks.keys()), {})
+    for kind, words in (("probe", "the linear probe"), ("constant", "the majority class or mean rating")):
+        values = {task: baselines.get(task, {}).get(kind, {}).get(metric, 0.0) for task, metric in study.tasks.items()}
+        if all(value > 0 for value in values.values()):
+            return words, values
+    return "the mean over the methods", {
+        task: statistics.fmean(test[task] for test in methods.values()) for task in study.tasks
+    }

@@ -1,0 +1,120 @@
+"""ablation.csv, one value a row, and results.json, the statistics."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from mtl_jax.report.read import BY_NAME, SPLITS, Run, Scores, Study
+from mtl_jax.report.statistics import Comparison, Group, Spread, ranked
+
+
+def columns(study: Study, *fields: str) -> list[str]:
+    """Varied fields, by default all, as columns: weights.a and weights.b in place of weights, others as they are."""
+    found = []
+    for field in fields or study.fields:
+        if field.rpartition(".")[2] in BY_NAME:
+            names = dict.fromkeys(name for run in study.runs for name in run.values.get(field) or {})
+            found += [f"{field}.{name}" for name in names]
+        else:
+            found.append(field)
+    return found
+
+
+def cells(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{column: value} of a run's or group's varied fields; columns without a value are not there."""
+    found: dict[str, Any] = {}
+    for field, value in values.items():
+        if field.rpartition(".")[2] in BY_NAME:
+            found |= {f"{field}.{name}": number for name, number in (value or {}).items()}
+        else:
+            found[field] = value
+    return found
+
+
+def to_csv(study: Study) -> str:
+    """The tidy table: run, seed, varied fields, status, split, task, metric, value.
+
+    A run without scores has one row, which ends with its status. Numbers are written so that they are read back as they were;
+    lists and the like as JSON.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    varied = columns(study)
+    writer.writerow(["run", "seed", *varied, "status", "split", "task", "metric", "value"])
+    for run in study.runs:
+        own = cells(run.values)
+        start = [run.name, run.seed, *(_cell(own.get(column)) for column in varied), run.status]
+        rows = [
+            [split, task, metric, value]
+            for split in SPLITS
+            for task, metrics in run.scores.get(split, {}).items()
+            for metric, value in metrics.items()
+        ]
+        writer.writerows([*start, *row] for row in rows or [[""] * 4])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict, bool)) else value
+
+
+def to_json(study: Study, groups: Sequence[Group], comparison: Comparison | None) -> dict[str, Any]:
+    """The statistics: groups over seeds, the best first where all can be compared, then methods."""
+    order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
+    return {
+        "name": study.name,
+        "command": study.command,
+        "varied": list(study.fields),
+        "tasks": {task: {"metric": metric, "baselines": _baselines(study, task)} for task, metric in study.tasks.items()},
+        "criterion": study.criterion,
+        "groups": [_group(group) for group in order],
+        "methods": [] if comparison is None else _methods(comparison),
+        "reference": "" if comparison is None else comparison.reference,
+        "programs": [dict(program) for program in study.programs],
+        "devices": study.devices,
+        "versions": dict(study.versions),
+    }
+
+
+def _baselines(study: Study, task: str) -> dict[str, dict[str, float | None]]:
+    found: Scores = next((run.baselines[task] for run in study.runs if task in run.baselines), {})
+    return {kind: {name: value if isfinite(value) else None for name, value in own.items()} for kind, own in found.items()}
+
+
+def _group(group: Group) -> dict[str, Any]:
+    return {
+        "values": dict(group.values),
+        "runs": [_run(run) for run in group.runs],
+        "criterion": _spread(group.criterion),
+        **{
+            split: {task: {metric: _spread(found) for metric, found in metrics.items()} for task, metrics in scores.items()}
+            for split, scores in group.scores.items()
+        },
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {"run": run.name, "seed": run.seed, "status": run.status}
+
+
+def _spread(found: Spread | None) -> dict[str, Any] | None:
+    return None if found is None else found._asdict()
+
+
+def _methods(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method.name,
+            "values": dict(method.group.values),
+            "change_percent": _spread(method.change),
+            "changes_percent": dict(method.changes),
+            "rank": method.rank,
+            "ranks": dict(method.ranks),
+        }
+        for method in comparison.methods
+    ]

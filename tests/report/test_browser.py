@@ -1,0 +1,128 @@
+"""The page as a reader has it: in a real browser, from the file."""
+
+import shutil
+
+import made
+import pytest
+
+from mtl_jax import report
+
+playwright = pytest.importorskip("playwright.sync_api")
+PHONE, DESKTOP = (390, 844), (1280, 800)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium that is installed; without one the tests are skipped."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, ablation):
+    """Opens the page; at the end, nothing was said on the console and nothing was asked for but the file."""
+    said, asked, contexts = [], [], []
+
+    def visit(size=DESKTOP, scheme="light", path=ablation / "report.html"):
+        contexts.append(browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert len(asked) == len(contexts)
+    assert all(url.startswith("file://") for url in asked)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESKTOP, (360, 640)])
+def test_figures_fit_and_can_be_read(visit, size, scheme):
+    page = visit(size, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    boxes = page.evaluate("[...document.querySelectorAll('.panel svg')].map(s => s.getBoundingClientRect().toJSON())")
+    assert len(boxes) == 20
+    for box in boxes:
+        assert box["width"] > 240
+        assert box["height"] > 60
+        assert box["left"] >= 0
+        assert box["right"] <= size[0]
+    texts = page.evaluate(
+        "[...document.querySelectorAll('.panel svg text')].map(t => [t.textContent, t.getBoundingClientRect().height])"
+    )
+    assert {"step", "weight of tweets", "tweets pearson"} <= {text for text, _ in texts}
+    assert min(height for text, height in texts if text.strip()) >= 9  # CSS pixels of a line
+    if size[0] < 600:  # nothing of a table is out of reach: its region scrolls
+        for region in page.query_selector_all(".scroll"):
+            assert region.evaluate("e => e.scrollWidth > e.clientWidth ? getComputedStyle(e).overflowX : 'auto'") == "auto"
+
+
+def test_light_and_dark_differ_and_have_contrast(visit):
+    def luminance(rgb):
+        channels = [int(part) / 255 for part in rgb.removeprefix("rgb(").removesuffix(")").split(",")]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    backgrounds = []
+    for scheme in ("light", "dark"):
+        page = visit(scheme=scheme)
+        look = "e => getComputedStyle(document.querySelector(e[0]))[e[1]]"
+        background = luminance(page.evaluate(look, ["section", "backgroundColor"]))
+        backgrounds.append(background)
+        marks = ["rgb" + page.evaluate(look, [f"ul.legend li:nth-child({n}) path", "stroke"])[3:] for n in (1, 2, 3)]
+        inks = [page.evaluate(look, [".panel svg text", "fill"]), page.evaluate(look, ["figcaption", "color"])]
+        for color, least in [(mark, 3.0) for mark in marks] + [(ink, 4.5) for ink in inks]:  # of WCAG 2
+            high, low = sorted([luminance(color), background], reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= least, (scheme, color)
+    assert backgrounds[0] > 0.9 > 0.05 > backgrounds[1]
+
+
+def test_a_table_sorts_when_its_heading_is_pressed(visit):
+    page = visit(PHONE)
+    column = "[...document.querySelectorAll('#settings tbody tr')].map(row => row.cells[5].dataset.v)"
+    heading = page.locator("#settings th:nth-child(6)")
+    assert "tweets" in heading.text_content()
+    before = page.evaluate(column)
+    assert heading.get_attribute("aria-sort") is None
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    values = [float(value) for value in page.evaluate(column)]
+    assert values == sorted(map(float, before), reverse=True) != list(map(float, before))
+    heading.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert [float(value) for value in page.evaluate(column)] == values[::-1]
+    weight = page.locator("#settings th:nth-child(2)")  # which methods do not have: these stay below
+    for order in ("descending", "ascending"):
+        weight.locator("button").click()
+        assert weight.get_attribute("aria-sort") == order
+        assert page.evaluate("[...document.querySelectorAll('#settings tbody tr')].map(row => row.cells[1].dataset.v)")[
+            -2:
+        ] == ["", ""]
+    assert page.locator("[aria-sort]").count() == 1
+
+
+def test_of_many_pairs_one_is_chosen(visit, tmp_path):
+    tasks = dict.fromkeys(("a", "b", "c", "d"), "accuracy")
+    folders = []
+    for number, method in enumerate(("equal", "pcgrad", "cagrad")):
+        entry = {"values": {"weighting": method, "seed": number}, "status": "done"}
+        folders.append(made.write_run(tmp_path / method, entry, tasks, steps=2))
+    page = visit(path=report.write(folders, tmp_path / "report"))
+    panels, select = page.locator("#pareto .panel"), page.locator("#pareto select")
+    assert panels.count() == 6  # all the pairs of four
+    assert [panels.nth(n).is_visible() for n in range(6)] == [True] + [False] * 5
+    select.select_option(label="d accuracy over c accuracy")
+    assert [panels.nth(n).is_visible() for n in range(6)] == [False] * 5 + [True]
+    select.select_option(label="all of them")
+    assert all(panels.nth(n).is_visible() for n in range(6))

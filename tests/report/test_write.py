@@ -1,0 +1,191 @@
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import made
+import pytest
+
+from mtl_jax import cli, report
+from mtl_jax.errors import UserError
+
+NASTY = {'<script>alert("x")</script>': "pearson", "a$b$ & 'c'": "accuracy", "_sms": "accuracy"}
+
+
+class Page(HTMLParser):
+    """Collects what a page consists of."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "path", "use", "rect", "!doctype"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def values(self, name: str) -> list[str]:
+        return [attributes[name] or "" for _, attributes in self.tags if name in attributes]
+
+
+def test_the_tidy_table_holds_every_value_as_it_was(ablation):
+    with (ablation / "ablation.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    weights = [f"weights.{task}" for task in made.TASKS]
+    assert list(rows[0]) == ["run", "seed", "weighting", *weights, "status", "split", "task", "metric", "value"]
+    for entry in made.entries():
+        own = [row for row in rows if row["run"] == entry["run"]]
+        assert {row["status"] for row in own} == {entry["status"]}
+        assert {row["seed"] for row in own} == {str(entry["values"]["seed"])}
+        told = [str(entry["values"].get("weights", {}).get(task, "")) for task in made.TASKS]
+        assert [own[0][column] for column in weights] == told
+        if entry["status"] != "done":
+            assert [row["value"] for row in own] == [""]
+            continue
+        results = json.loads((ablation / "runs" / entry["run"] / "results.json").read_text())
+        expected = {
+            (split, task, metric): value
+            for task, found in results["tasks"].items()
+            for split in ("dev", "test")
+            for metric, value in found[split].items()
+        }
+        assert {(row["split"], row["task"], row["metric"]): float(row["value"]) for row in own} == expected
+
+
+def test_the_statistics(ablation):
+    found = json.loads((ablation / "results.json").read_text())
+    assert found["varied"] == ["weighting", "weights"]
+    assert found["reference"] == "the method equal"
+    assert len(found["groups"]) == 8
+    best = found["groups"][0]
+    assert best["values"] == {"weighting": "pcgrad"}
+    assert [run["status"] for run in best["runs"]] == ["done", "running"]
+    assert best["test"]["tweets"]["pearson"]["n"] == 1
+    assert found["methods"][0]["method"] == "pcgrad"
+    criteria = [group["criterion"]["mean"] for group in found["groups"]]
+    assert criteria == sorted(criteria, reverse=True)
+
+
+def test_the_page_needs_nothing_else(ablation):
+    text = (ablation / "report.html").read_text()
+    page = Page(text)
+    assert page.values("src") == []
+    assert all(address.startswith("#") for address in page.values("href"))
+    assert "http" not in text.replace("http-equiv", "")
+    assert not re.search(r"@import|url\((?!#)", text)
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    anchors = {address[1:] for address in page.values("href")} | set(re.findall(r"url\(#([^)]*)\)", text))
+    assert anchors <= set(ids)
+
+
+def test_every_figure_is_there_with_text_as_text_and_as_png(ablation):
+    text = (ablation / "report.html").read_text()
+    sections = re.findall(r'<section id="([^"]*)"', text)
+    assert sections == [
+        *(
+            "best",
+            "settings",
+            "methods",
+            "against-weights",
+            "pareto",
+            "simplex",
+            "learning",
+            "loss",
+            "weights",
+            "cosines",
+            "tried",
+        ),
+    ]
+    drawn = {path.stem for path in (ablation / "figures").glob("*.png")}
+    assert drawn == set(sections) - {"best", "settings", "tried"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (ablation / "figures").glob("*.png"))
+    svgs = re.findall(r"<svg role.*?</svg>", text, re.DOTALL)
+    assert len(svgs) == 1 + 3 + 3 + 4 + 3 + 3 + 1 + 2  # in the order of the sections; of Pareto fronts, all three pairs
+    assert all(
+        "<text" in svg and "#0" not in svg.replace('="#', "") for svg in svgs if "viridis" not in svg and "simplex" not in svg
+    )
+    assert "diverged at step 37: the loss of task &#x27;tweets&#x27; is nan" in text
+
+
+def test_the_same_runs_give_the_same_bytes(ablation, tmp_path):
+    report.write(ablation, tmp_path)
+    files = ["report.html", "ablation.csv", "results.json", *(f"figures/{p.name}" for p in (ablation / "figures").iterdir())]
+    assert len(files) == 11
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (ablation / name).read_bytes(), name
+
+
+def test_names_are_text_whatever_they_hold(tmp_path):
+    tasks = tuple(NASTY)
+    entries = made.entries(points=((1, 0, 0), (0, 1, 0), (0, 0, 1)), seeds=(0, 1), tasks=tasks, methods=("equal",))
+    entries[1]["status"] = "diverged at step 37: </td><img src=x onerror=alert(1)>"
+    made.write_ablation(tmp_path, entries, NASTY, name="</title><script>alert(2)</script>")
+    page = Page(report.write(tmp_path, tmp_path).read_text())
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "img" not in [tag for tag, _ in page.tags]
+    for name in tasks:
+        assert any(name in text for text in page.texts)
+
+
+def test_one_run_is_shown_by_itself(tmp_path):
+    folder = made.write_run(tmp_path / "one", {"values": {"weighting": "equal"}, "status": "done"})
+    text = report.write(folder, tmp_path / "report").read_text()
+    assert re.findall(r'<section id="([^"]*)"', text) == ["result", "learning", "loss", "tried"]
+    assert "majority / mean" in text
+    assert (
+        (tmp_path / "report" / "ablation.csv")
+        .read_text()
+        .startswith("run,seed,status,split,task,metric,value\none,0,done,dev,")
+    )
+
+
+def test_nothing_is_finished_yet(tmp_path):
+    """The tasks are then read from the configuration; as the engine writes it, before the first run ends."""
+    entries = [entry | {"status": "waiting"} for entry in made.entries()]
+    made.write_ablation(tmp_path, entries)
+    text = report.write(tmp_path, tmp_path).read_text()
+    assert re.findall(r'<section id="([^"]*)"', text) == ["settings", "tried"]
+
+
+def test_a_workdir_is_not_overwritten(tmp_path):
+    folder = made.write_run(tmp_path / "one", {"values": {"weighting": "equal"}, "status": "done"})
+    with pytest.raises(
+        UserError, match=r"one: the workdir of a run, whose results.json would be lost; choose another --output"
+    ):
+        report.write(folder, folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot be written"):
+        report.write(folder, tmp_path / "file")
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        made.write_run(tmp_path / f"run{seed}", {"values": {"weighting": "equal", "seed": seed}, "status": "done"})
+    (tmp_path / "run.log").write_text("")
+    monkeypatch.chdir(tmp_path)
+    cli.report(("run*",))
+    assert capsys.readouterr().out == "the report is report/report.html\n"
+    assert "Mean and standard deviation over 2 seeds" in (tmp_path / "report" / "report.html").read_text()
+    cli.report(("run0",), output="alone")
+    assert (tmp_path / "alone" / "report.html").exists()
+    with pytest.raises(UserError, match=r"no\*: no workdir of a run is there"):
+        cli.report(("no*",))
+    ablation = made.write_ablation(tmp_path / "ablation")
+    assert report.default_output([ablation]) == ablation
+    assert report.default_output([Path("run0")]) == Path("report")

@@ -71,5 +71,5 @@ def bands(series: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, ac
     axes.set_xticks(places, [f"{place:,}" for place in places])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
-    axes.legend(fontsize="small", frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(series), 4), fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)

@@ -133,10 +133,10 @@ class Experiment:
 
 
 def select(experiment: Experiment) -> Experiment:
-    """The experiment with only the tasks that `only` names, their weights, and the shares of their sources.
+    """The experiment with only the tasks that `only` names, their weights and regularisers, and the shares of their sources.
 
     Raises:
-        UserError: `only` names an unknown task.
+        UserError: `only` names an unknown task, or leaves a regulariser without any.
     """
     names = [task.name for task in experiment.tasks]
     for name in experiment.only:
@@ -162,6 +162,7 @@ def select(experiment: Experiment) -> Experiment:
         ),
         batch=dataclasses.replace(experiment.batch, shares=seen(experiment.batch.shares)),
         weights=kept(experiment.weights),
+        regularisers=regularisers.of_tasks(experiment.regularisers, dropped),
     )
 
 

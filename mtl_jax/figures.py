@@ -1,13 +1,14 @@
-"""Figures of a run, as PNG."""
+"""Figures of a run, or of many, as PNG."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure
@@ -46,3 +47,29 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def bands(series: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, across: str, up: str) -> None:
+    """A line of means for each series with a band of one standard deviation (n - 1) around it, over a logarithmic axis.
+
+    Args:
+        series: {label: {place on the axis: the values there}}.
+        path: The PNG to write.
+        across: What the horizontal axis shows.
+        up: What the vertical axis shows.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, values) in enumerate(series.items()):
+        places = list(values)
+        means = np.array([np.mean(values[place]) for place in places])
+        spread = np.array([np.std(values[place], ddof=1) if len(values[place]) > 1 else 0.0 for place in places])
+        axes.plot(places, means, marker="o", markersize=3, linewidth=1.4, color=f"C{number % 10}", label=label)
+        axes.fill_between(places, means - spread, means + spread, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+    places = sorted({place for values in series.values() for place in values})
+    axes.set(xscale="log", xlabel=across, ylabel=up)
+    axes.set_xticks(places, [f"{place:,}" for place in places])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=min(len(series), 4), fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110)

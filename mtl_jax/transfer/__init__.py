@@ -1,5 +1,11 @@
-"""What moves, how fast, and what stays; what is added; what is held on to: rules, phases, adapters, regularisers, Mixout."""
+"""What is loaded, what moves, how fast, and what stays; what is added; what is held on to; what is put together afterwards.
 
+Everything here works by itself on parameter trees, with plain jax and optax.
+"""
+
+from mtl_jax.transfer import adapters as adapters
+from mtl_jax.transfer import averaging as averaging
+from mtl_jax.transfer import merging as merging
 from mtl_jax.transfer.distillation import distill as distill
 from mtl_jax.transfer.distillation import distill_hidden as distill_hidden
 from mtl_jax.transfer.divergence import divergence as divergence
@@ -14,9 +20,13 @@ from mtl_jax.transfer.l2sp import l2sp as l2sp
 from mtl_jax.transfer.layers import discriminative as discriminative
 from mtl_jax.transfer.layers import layerwise as layerwise
 from mtl_jax.transfer.layers import top_layers as top_layers
+from mtl_jax.transfer.loading import InitFrom as InitFrom
+from mtl_jax.transfer.loading import load_into as load_into
 from mtl_jax.transfer.mixout import Mixout as Mixout
 from mtl_jax.transfer.mixout import mixout as mixout
 from mtl_jax.transfer.moving import by_rules as by_rules
+from mtl_jax.transfer.moving import carry as carry
+from mtl_jax.transfer.moving import scale_by_adam as scale_by_adam
 from mtl_jax.transfer.moving import scale_by_rules as scale_by_rules
 from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.phases import probe_then_finetune as probe_then_finetune

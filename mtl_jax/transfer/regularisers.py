@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.transfer.mixout import Mixout
@@ -155,6 +155,32 @@ class RDrop(Regulariser):
 
 # What an experiment may hold: a new kind is added here.
 AnyRegulariser = L2SP | EWC | Distillation | RDrop
+
+
+def of_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> tuple[AnyRegulariser, ...]:
+    """The regularisers without the tasks that are left out of a run.
+
+    Args:
+        regularisers: The experiment's regularisers; one of weight 0 goes with the last of its tasks.
+        dropped: The tasks that are left out.
+
+    Raises:
+        UserError: One has none of its tasks left: no tasks would mean all.
+    """
+    found: list[AnyRegulariser] = []
+    for each in regularisers:
+        if not isinstance(each, Distillation | RDrop) or dropped.isdisjoint(each.tasks):
+            found.append(each)
+            continue
+        kept = tuple(task for task in each.tasks if task not in dropped)
+        if kept:
+            found.append(dataclasses.replace(each, tasks=kept))
+        elif each.weight not in (0, "0"):
+            raise UserError(
+                f"{FIELD}: {each.name} is of {', '.join(each.tasks)}, which only leaves out; name it there, or set the weight "
+                f"of {each.name} to 0"
+            )
+    return tuple(found)
 
 
 def check(

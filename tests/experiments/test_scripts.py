@@ -31,7 +31,9 @@ ON_DATA = {
     "multi30k.py": [*limited(1, 60), "--trunk.vocabulary", "700", "--trunk.width", "16", "--tasks.0.max-new-tokens", "9"],
 }
 TASKS = ("stsb", "mrpc", "rte", "cola")
-COMPARISONS = {"weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py"}  # of several runs
+COMPARISONS = {  # of several runs
+    *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
+}
 
 
 def test_every_script_is_here():
@@ -77,6 +79,30 @@ def test_adapters(wheels, tmp_path):
     wrong = start("adapters.py", *flags, "--ways", "lroa")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown ways 'lroa'")
+
+
+@pytest.mark.long
+def test_few_shot_transfer(wheels, tmp_path):
+    """Two ways for two numbers of rows, of which the fewer are among the more; started again, it only draws."""
+    flags = ["--workdir", str(tmp_path), "--rows", "4", "8", "--seeds", "3", "--limit", "60", "--source-steps", "1"]
+    flags += ["--steps", "1", "--head-steps", "2"]
+    done = start("few_shot_transfer.py", *flags, "--ways", "frozen", "sequential")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "frozen features",
+        "movies + tweets, then target",
+    ]
+    assert (tmp_path / "few_shot.png").stat().st_size > 1000
+    runs = {path.parent.name for path in tmp_path.glob("*/results.json")}
+    assert runs == {"source-3", *(f"{way}-{rows}-3" for way in ("frozen", "sequential") for rows in (4, 8))}
+    assert json.loads((tmp_path / "sequential-4-3" / "init_from.json").read_text())["step"] == 1
+    again = start("few_shot_transfer.py", *flags, "--ways", "frozen", "sequential")
+    assert table in again.stdout
+    assert again.stderr.count("is done") == 5
+    wrong = start("few_shot_transfer.py", *flags, "--ways", "frosen")
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown ways 'frosen' (did you mean 'frozen'?)")
 
 
 @pytest.mark.parametrize("script", FLAGS)

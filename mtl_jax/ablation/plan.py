@@ -16,7 +16,7 @@ from mtl_jax.ablation import fields
 from mtl_jax.ablation.fields import Path
 from mtl_jax.ablation.space import Axis
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import Experiment, check, data_seed_of, select, to_json
+from mtl_jax.experiment import Experiment, check, data_seed_of, to_json
 from mtl_jax.weighting import registry, schedules
 
 GIVEN = ("equal", "fixed", "scheduled")  # the weightings that given weights go with
@@ -59,7 +59,7 @@ def runs(
     methods are not crossed with it.
 
     Args:
-        experiment: What stays.
+        experiment: What stays, tasks selected.
         axes: space.axes(...).
         methods: Weighting rules, "cagrad" or "cagrad:c=0.4"; given weights add "fixed" to them.
         seeds: How many: experiment.seed and those after it.
@@ -68,7 +68,6 @@ def runs(
     Raises:
         UserError: A combination is refused, or there is none.
     """
-    experiment = select(experiment)
     axes, methods = _methods(axes, methods)
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}; it must be at least 1")

@@ -50,7 +50,8 @@ def test_killed_and_started_again_it_goes_on_to_the_same_bits(bert, data, tmp_pa
     while not (checkpoints / "12").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
     before = (tmp_path / "killed" / "runs" / "0000" / "results.json").stat().st_mtime_ns
     output, _ = (again := start(bert, data, tmp_path, *words)).communicate(timeout=300)
     assert again.returncode == 0, output

@@ -62,7 +62,9 @@ def weights(study: Study, groups: Sequence[Group]) -> list[Figure]:
         for method, (group, bands) in chosen.items()
     )
     seeds = max(len(group.runs) for group, _ in chosen.values())
-    caption = "The weight of each task's loss, a point the mean of a window" + _over(seeds, deviations) + "."
+    caption = "The weight of each task's loss, a point the mean of a window" + _over(
+        next(iter(chosen.values()))[0], seeds, deviations
+    )
     if len(chosen) < len(groups):
         caption += " Of each method the setting that is best on dev; methods whose weights do not change are left out."
     choice = "method" if len(panels) > MANY else ""
@@ -96,7 +98,8 @@ def _by_setting(
         if any(name in found for _, found in bands)
     )
     legend = tuple(words.labels([group for group, _ in shown], study.fields)) if len(bands) > 1 else ()
-    return [Figure(slug, title, caption + _over(max(len(group.runs) for group, _ in shown)) + ".", panels, legend)]
+    caption += _over(shown[0][0], max(len(group.runs) for group, _ in shown))
+    return [Figure(slug, title, caption, panels, legend)]
 
 
 def _band(group: Group, name: str, alone: bool) -> Band | None:
@@ -109,10 +112,11 @@ def _starts(group: Group) -> tuple[int, ...]:
     return group.runs[0].phases
 
 
-def _over(seeds: int, deviations: bool = True) -> str:
-    if seeds == 1:
-        return ""
-    return "; mean over the seeds, with one standard deviation" if deviations else "; mean over the seeds"
+def _over(group: Group, seeds: int, deviations: bool = True) -> str:
+    """The end of a caption."""
+    deviation = ", with one standard deviation" if deviations else ""
+    mean = f"; mean over the seeds{deviation}" if seeds > 1 else ""
+    return mean + (". A dotted line: a phase starts." if _starts(group) else ".")
 
 
 def _range(bands: Sequence[Band]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

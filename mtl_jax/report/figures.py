@@ -69,7 +69,7 @@ def _against(
 ) -> list[Figure]:
     """A panel for each task, over {task: x} of each group; a colour for each value of the other fields."""
     by_other: dict[str, list[tuple[Group, Mapping[str, float]]]] = {}
-    for group, x in groups:
+    for group, x in ((group, x) for group, x in groups if group.scores["test"]):
         by_other.setdefault(words.setting(group.values, others), []).append((group, x))
     if len(by_other) > SERIES:  # not told apart any more
         by_other = {"": list(groups)}

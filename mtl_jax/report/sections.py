@@ -42,11 +42,14 @@ def facts(study: Study) -> list[tuple[str, str]]:
     """(what, how much) at the head of the page."""
     done = sum(run.done for run in study.runs)
     diverged = sum(run.diverged for run in study.runs)
-    seconds = sum(program["seconds"] for program in study.programs) or sum(run.facts.get("seconds", 0) for run in study.runs)
+    programs = sum(program.get(part, 0.0) for program in study.programs for part in ("compile_seconds", "seconds"))
+    seconds = programs or sum(run.facts.get("seconds", 0.0) for run in study.runs)
     seeds = len({run.seed for run in study.runs})
     found = [("runs", str(len(study.runs)))]
+    unfinished = len(study.runs) - done - diverged
     if done < len(study.runs):
-        found += [("done", str(done)), ("diverged", str(diverged)), ("unfinished", str(len(study.runs) - done - diverged))]
+        found.append(("done", str(done)))
+    found += [(what, str(number)) for what, number in (("diverged", diverged), ("unfinished", unfinished)) if number]
     found += [("programs", str(len(study.programs)))] if study.programs else []
     found += [("seeds", str(seeds)), ("tasks", str(len(study.tasks))), ("time", words.duration(seconds))]
     return [*found, *([("devices", study.devices)] if study.devices else [])]
@@ -195,21 +198,22 @@ def _tried(study: Study) -> Section:
         row.append(Cell(run.status, None, "bad wrap" if run.diverged else "wrap" if len(run.status) > 20 else ""))
         row += [number(criterion(study, run)), _value(run.facts.get("best_step")), _value(run.facts.get("steps"))]
         seconds = run.facts.get("seconds")
-        row += (
-            [Cell(words.duration(seconds), seconds, "n") if seconds is not None else Cell(words.NOTHING, "", "n")]
-            if timed
-            else []
-        )
+        at_once = run.facts.get("runs_at_once", 1)
+        row += [_time(seconds, f"with {at_once - 1} others" if at_once > 1 else "")] if timed else []
         rows.append(row)
     head = [("run", ""), *columns.values(), ("seed", "")]
     head += [("status", ""), ("dev criterion", ""), ("best step", ""), ("steps", ""), *([("time", "")] if timed else [])]
     parts: list[str | Table | Figure] = []
     if diverged := sum(run.diverged for run in study.runs):
-        parts.append(f"{words.count(diverged, 'run')} diverged; they count in no mean.")
+        parts.append(f"{words.count(diverged, 'run')} diverged, which counts in no mean.")
     parts.append(Table("Every run", head, rows))
     if study.programs:
         parts += ["The programs that they were trained in:", _programs(study)]
     return Section("tried", "What was tried", parts)
+
+
+def _time(seconds: float | None, after: str = "") -> Cell:
+    return Cell(words.NOTHING, "", "n") if seconds is None else Cell(words.duration(seconds), seconds, "n", after)
 
 
 def _programs(study: Study) -> Table:
@@ -217,10 +221,10 @@ def _programs(study: Study) -> Table:
         [
             Cell(str(program["program"]), program["program"]),
             Cell(words.setting(program["fixed"], list(program["fixed"])), None, "wrap"),
-            *(_value(program[name]) for name in ("runs", "chunks", "steps")),
-            *(Cell(words.duration(program[name]), program[name], "n") for name in ("compile_seconds", "seconds")),
+            *(_value(program.get(name)) for name in ("runs", "chunks", "steps")),
+            *(_time(program.get(name)) for name in ("compile_seconds", "seconds")),
         ]
         for program in study.programs
     ]
-    head = ["program", "the same for all", "runs", "chunks", "steps", "compiling", "all its time"]
+    head = ["program", "the same for all", "runs", "chunks", "steps", "compiling", "training"]
     return Table("Programs", [(name, "") for name in head], rows)

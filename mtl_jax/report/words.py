@@ -19,7 +19,7 @@ def value(found: Any) -> str:
     if isinstance(found, bool):
         return "yes" if found else "no"
     if isinstance(found, float):
-        return f"{found:.4g}"
+        return f"{found:.3g}" if abs(found) < 1 else f"{found:.5g}"
     if isinstance(found, Mapping):
         if "name" in found:  # a phase, a source, a task
             return str(found["name"])

@@ -55,7 +55,7 @@ def write_ablation(folder: Path, found=None, tasks=TASKS, steps=STEPS, name="mad
                 "chunks": 1,
                 "steps": steps,
                 "compile_seconds": 12.3,
-                "seconds": 240.1,
+                **({"seconds": 240.1} if number == 0 else {}),  # the other is not done
             }
             for number, method in enumerate(("fixed", "equal, pcgrad"))
         ],

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -120,7 +121,14 @@ def test_every_figure_is_there_with_text_as_text_and_as_png(ablation):
     assert all(
         "<text" in svg and "#0" not in svg.replace('="#', "") for svg in svgs if "viridis" not in svg and "simplex" not in svg
     )
-    assert "diverged at step 37: the loss of task &#x27;tweets&#x27; is nan" in text
+
+
+def test_what_was_tried_and_how_long_it_took(ablation):
+    texts = [text.strip() for text in Page((ablation / "report.html").read_text()).texts if text.strip()]
+    facts = dict(reversed(list(itertools.pairwise(texts))))  # what stands first on the page
+    assert [facts[what] for what in ("runs", "done", "diverged", "unfinished")] == ["16", "14", "1", "1"]
+    assert facts["time"] == "4 min 25 s"  # 240.1 + 2 * 12.3
+    assert "diverged at step 37: the loss of task 'tweets' is nan" in texts
 
 
 def test_the_same_runs_give_the_same_bytes(ablation, tmp_path):

@@ -53,12 +53,14 @@ class Fate:
         best_step: The step of that.
         since_best: Evaluations since then.
         diverged: "at step N: what is not finite"; empty: all is well.
+        ended: The step at which it diverged or stopped early, and after which nothing counts any more; 0: it goes on.
     """
 
     best: float | None = None
     best_step: int = 0
     since_best: int = 0
     diverged: str = ""
+    ended: int = 0
 
 
 class _Pending(NamedTuple):
@@ -277,7 +279,7 @@ class Chunk:
         self.counts.add(metrics.seen[0], places)
         seen, tokens = self.counts.facts(self.examples)["seen"], 0
         for number, fate in enumerate(self.fates):
-            if fate.diverged:
+            if fate.ended:
                 continue
             own = jax.tree.map(lambda leaf, number=number: leaf[number], metrics)
             _, record = reading.read(own, seen)
@@ -289,20 +291,17 @@ class Chunk:
 
     def _note(self, number: int, step: int, trouble: str) -> None:
         if trouble:
-            self.fates[number].diverged = f"at step {step}: {trouble}"
+            self.fates[number].diverged, self.fates[number].ended = f"at step {step}: {trouble}", step
             log.warning("run %s diverged at step %d: %s; the others go on", self.runs[number].name, step, trouble)
 
     def _ended(self) -> bool:
         """Whether no run goes on: each has diverged, or stopped early."""
-        return all(fate.diverged or self._stopped_early(fate) for fate in self.fates)
-
-    def _stopped_early(self, fate: Fate) -> bool:
-        return 0 < self.experiment.evaluation.patience <= fate.since_best
+        return all(fate.ended for fate in self.fates)
 
     def _evaluate(self, step: int, plan: PhasePlan, state: TrainState, best: Any, table: Any) -> Any:
         """Measures all runs on dev; the best parameters of each, with those that are better now."""
         measured, own = state.measured(), self.machine.own[plan.number]
-        going = [not fate.diverged for fate in self.fates]
+        going = [not fate.ended for fate in self.fates]
         apply = self.machine.outputs(plan, plan.cached)
         scores = scores_of(self.machine, apply, measured, "dev", going, own, lambda task: task.dev_beams, table)
         better = np.zeros(self.machine.size, bool)
@@ -316,13 +315,13 @@ class Chunk:
             value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, found)
             record = {f"{task}/{metric}": x for task, metrics in found.items() for metric, x in metrics.items()}
             self.loggers[number].write("dev", step, {**record, "criterion": value, "phase": plan.number})
-            if self._stopped_early(fate):  # alone it would not have come to this evaluation
-                continue
             better[number] = fate.best is None or value >= fate.best
             if better[number]:
                 fate.best, fate.best_step, fate.since_best = value, step, 0
             else:
                 fate.since_best += 1
+                if fate.since_best == self.experiment.evaluation.patience:
+                    fate.ended = step
         return self.machine.keep_better(best, together.own_part(measured, own), jnp.asarray(better))
 
     def _save(self, step: int, now: Together) -> None:
@@ -359,7 +358,7 @@ class Chunk:
             facts = {
                 "run": run.name,
                 "diverged": fate.diverged,
-                "steps": step,
+                "steps": fate.ended or step,
                 "best_step": fate.best_step,
                 "best_criterion": fate.best,
                 "seconds": round(self.counts.seconds, 1),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import L2SP, Phase, train
+from mtl_jax import L2SP, Evaluation, Phase, train
 from mtl_jax.ablation.ablate import ablate
 from mtl_jax.ablation.taking import take
 from mtl_jax.errors import UserError
@@ -130,10 +130,18 @@ def test_options_of_a_rule_that_compares_gradients(bert, data, tmp_path):
 
 
 def test_lambdas_and_schedules(bert, data, tmp_path):
-    """Regularisers hold on to what each run began with; a schedule is a weight among numbers."""
-    experiment = short(bert, data, phases=SHORT[1:], regularisers=(L2SP(name="start", weight=0.1),))
+    """Regularisers hold on to what each run began with; a schedule is a weight among numbers; each run has its own end."""
+    phase = dataclasses.replace(SHORT[1], steps=6)
+    impatient = Evaluation(every=1, patience=2)
+    experiment = short(
+        bert, data, phases=(phase,), regularisers=(L2SP(name="start", weight=0.1),), evaluation=impatient, seed=3
+    )
     vary = ["regularisers.start.weight=0.1,5", "weights.coarse=2,linear_schedule(1.0, 0.0, 4)"]
     ablate(experiment, tmp_path / "ablation", vary)
+    steps = {
+        path.parent.name: json.loads(path.read_text())["steps"] for path in (tmp_path / "ablation").glob("runs/*/results.json")
+    }
+    assert min(steps.values()) < 6, steps  # some have stopped early
     assert_same_run(tmp_path / "ablation" / "runs" / "0003", alone(tmp_path / "ablation", "0003", tmp_path / "alone"))
 
 

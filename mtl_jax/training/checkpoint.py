@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -85,6 +86,8 @@ class Store:
             enable_async_checkpointing=True,
             read_only=read_only,
         )
+        if not read_only:
+            self._set_aside_unreadable_numbers()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: TrainState, record: dict[str, Any], dev: float | None) -> None:
@@ -239,17 +242,34 @@ class Store:
         first_line = (str(why).strip().splitlines() or [type(why).__name__])[0]
         return Damaged(f"checkpoint {self.folder / str(step)} is damaged ({first_line[:200]})")
 
+    def _set_aside_unreadable_numbers(self) -> None:
+        """Orbax reads all checkpoints' dev numbers when it is opened, and one that it cannot read would be the end of it."""
+        for path in sorted(self.folder.glob("*/metrics/metrics")) if jax.process_index() == 0 else ():
+            try:
+                json.loads(path.read_bytes())
+            except ValueError:
+                log.warning("%s: no JSON; its checkpoint is set aside in damaged/", path)
+                self._move_aside(int(path.parts[-3]))
+        _wait_for_host_0()
+
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            aside = self.folder.parent / "damaged"
-            aside.mkdir(exist_ok=True)
-            free = next(name for n in itertools.count() if not (name := aside / f"{step}-{n}").exists())
-            (self.folder / str(step)).rename(free)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("set aside")  # no host looks before the directory is gone
+            self._move_aside(step)
+        _wait_for_host_0()
         self._manager.reload()
+
+    def _move_aside(self, step: int) -> None:
+        aside = self.folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        free = next(name for n in itertools.count() if not (name := aside / f"{step}-{n}").exists())
+        (self.folder / str(step)).rename(free)
+
+
+def _wait_for_host_0() -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("set aside")  # no host looks before the directory is gone
 
 
 def _shape(shape: list[int] | None) -> str:

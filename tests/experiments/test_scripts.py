@@ -60,6 +60,7 @@ def test_weighting_methods(wheels, tmp_path):
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown weighting 'mgd'")
 
 
+@pytest.mark.long
 def test_adapters(wheels, tmp_path):
     """Two ways on one task; started again, nothing is trained or measured anew. A way that is none is one line."""
     flags = ["--workdir", str(tmp_path), "--tasks", "trec_fine", "--steps", "2", "--limit", "60", "--timed", "1"]

@@ -195,7 +195,9 @@ def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(bert
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("weighting_name", ["upgrad", "pcgrad"])  # one that solves, one that draws
+@pytest.mark.parametrize(
+    "weighting_name", ["upgrad", pytest.param("pcgrad", marks=pytest.mark.long)]
+)  # one that solves, one that draws
 def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     """Heads first on cached features, where nothing shared trains and every weight is 1; then everything by the rule."""
     found = mtl_jax.train(tiny.experiment(bert, data, weighting=weighting_name), tmp_path)
@@ -208,7 +210,7 @@ def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     assert found["steps"] == 12
 
 
-@pytest.mark.parametrize("shares", [{}, {"ratings": 9, "questions": 7}])
+@pytest.mark.parametrize("shares", [pytest.param({}, marks=pytest.mark.long), {"ratings": 9, "questions": 7}])
 def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, tmp_path, shares):
     totals = {}
     batching = Batching(rows=16, row_length=24, examples_per_row=6, mixture="fixed" if shares else "uniform", shares=shares)
@@ -244,7 +246,13 @@ def test_devices_share_the_rows_that_are_gathered_by_source(bert, data):
 
 @pytest.mark.parametrize(
     ("name", "over"),
-    [("dwa", "trunk"), ("equal", "trunk"), ("upgrad", "trunk"), ("upgrad", "representation"), ("moco", "trunk")],
+    [
+        ("dwa", "trunk"),
+        pytest.param("equal", "trunk", marks=pytest.mark.long),
+        ("upgrad", "trunk"),
+        ("upgrad", "representation"),
+        pytest.param("moco", "trunk", marks=pytest.mark.long),
+    ],
 )
 def test_a_batch_in_parts_is_the_whole_batch(bert, data, name, over):
     """Losses, weights, Gram matrix and gradient; 9 rows in blocks of 6 and 3, cut into 3 parts."""

@@ -143,7 +143,7 @@ def test_task_gradients_that_a_rule_keeps_are_resumed(folder):
     assert outcome(folder / "tracked-killed") == outcome(folder / "tracked")
 
 
-@pytest.mark.parametrize("averaging", ["ema:decay=0.9", "last:n=3"])
+@pytest.mark.parametrize("averaging", ["ema:decay=0.9", pytest.param("last:n=3", marks=pytest.mark.long)])
 def test_averages_are_resumed(folder, averaging):
     flags = ("--averaging", averaging, "--evaluation.every", "4", "--phases.0.steps", "4", "--phases.1.steps", "20")
     code, output = finish(start(folder, folder / averaging[:4], *flags))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_translation
 
-from mtl_jax import decoding, pretrained, train
+from mtl_jax import Evaluation, decoding, pretrained, train
 from mtl_jax.export import convert
 
 torch = pytest.importorskip("torch")
@@ -24,7 +24,8 @@ def converted(request, tmp_path_factory):
     tiny_translation.write_data(folder)
     experiment = tiny_translation.experiment(folder)
     task = dataclasses.replace(experiment.tasks[0], table=request.param, layers=2, beams=3)
-    train(dataclasses.replace(experiment, tasks=(task,)), folder / "run")
+    evaluation = Evaluation(every=6, baseline="none")
+    train(dataclasses.replace(experiment, tasks=(task,), evaluation=evaluation), folder / "run")
     convert(str(folder / "run"), folder / "marian", task="translation")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,6 +8,7 @@ where FOLDER holds what write_bert and write_data write.
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,15 @@ def experiment(bert: Path | str, data: Path | str, **changes: object) -> Experim
         "devices": 1,
     }
     return Experiment(**(values | changes))
+
+
+def cut(whole: Path, workdir: Path, step: int) -> None:
+    """A copy of a finished run, as if it had been killed when this checkpoint was its last."""
+    shutil.copytree(whole, workdir)
+    (workdir / "results.json").unlink()
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
 
 
 if __name__ == "__main__":

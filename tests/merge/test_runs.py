@@ -15,8 +15,9 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Checkpoints, Evaluation, Phase, cli
+from mtl_jax import IA3, Checkpoints, Lora, Phase, adapters_only, cli, trunks
 from mtl_jax.errors import UserError
+from mtl_jax.experiment import tasks_to_json, to_json
 from mtl_jax.merge import Method, merge
 from mtl_jax.merge.measuring import corpus_of
 from mtl_jax.merge.union import Member, unite
@@ -34,9 +35,6 @@ def refused(*texts):
         yield
     for text in texts:
         assert text in str(caught.value)
-
-
-QUICK = {"phases": (Phase("everything", steps=4),), "evaluation": Evaluation(baseline="none", every=4)}
 
 
 def rewrite(workdir, params):
@@ -66,6 +64,18 @@ def runs(workdir, tmp_path_factory):
     rewrite(folder / "b", moved(params, 1))
     rewrite(folder / "c", moved(params, 2, size=3.0))
     return [str(folder / name) for name in ("a", "b", "c")]
+
+
+def as_if_trained(folder, experiment, seed=0):
+    """The workdir of a finished run whose parameters moved by chance."""
+    prepared = prepare(experiment)
+    trunks.save(prepared.trunk, folder / "trunk")
+    data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
+    for name, value in (("config", to_json(experiment)), ("data", data), ("results", {})):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    (folder / "checkpoints").mkdir()
+    rewrite(folder, moved(jax.device_get(prepared.params), seed))
+    return str(folder)
 
 
 def same(a, b):
@@ -175,10 +185,14 @@ def test_task_vectors_from_a_checkpoint(runs, bert, tmp_path, method, by_hand):
 def of_tasks(bert, data, tmp_path_factory):
     """Runs of one trunk: ratings, and questions."""
     folder = tmp_path_factory.mktemp("tasks")
-    for name, only in (("ratings", ("rating",)), ("questions", ("coarse", "fine"))):
-        experiment = tiny.experiment(bert, data, name=name, only=only, **QUICK)
-        mtl_jax.train(dataclasses.replace(experiment, weighting="fixed", weights=dict.fromkeys(only, 2.0)), folder / name)
-    return [str(folder / name) for name in ("ratings", "questions")]
+    return [
+        as_if_trained(
+            folder / name,
+            tiny.experiment(bert, data, name=name, only=only, weighting="fixed", weights=dict.fromkeys(only, 2.0)),
+            seed,
+        )
+        for seed, (name, only) in enumerate({"ratings": ("rating",), "questions": ("coarse", "fine")}.items())
+    ]
 
 
 def test_runs_of_different_tasks_share_a_trunk_and_keep_their_heads(of_tasks, bert, tmp_path):
@@ -299,6 +313,94 @@ def test_numbers_that_are_not_finite_are_refused(runs, tmp_path):
     rewrite(tmp_path / "nan", params)
     with refused("nan: heads/coarse/output/bias has numbers that are not finite"):
         merge(tmp_path / "merged", [runs[0], str(tmp_path / "nan")], Method("soup"))
+
+
+ADAPTED = {"phases": (Phase("adapters", 1, rules=adapters_only()),)}
+LORA, OWN = Lora(name="lora", rank=2), IA3(name="ia3", per="source")
+
+
+@pytest.fixture(scope="module")
+def adapted(bert, data, tmp_path_factory):
+    """Runs with adapters, by name."""
+    folder, first = tmp_path_factory.mktemp("adapted"), tiny.experiment(bert, data, **ADAPTED)
+    changes = {
+        "lora": {"adapters": (LORA,)},
+        "twin": {"adapters": (dataclasses.replace(LORA, dropout=0.1),)},
+        "stronger": {"adapters": (dataclasses.replace(LORA, alpha=4.0),)},
+        "own": {"adapters": (OWN,)},
+        "turned": {"adapters": (OWN,), "sources": first.sources[::-1]},
+        "ratings": {"adapters": (OWN,), "only": ("rating",)},
+        "questions": {"adapters": (OWN,), "only": ("coarse", "fine")},
+    }
+    return {name: as_if_trained(folder / name, dataclasses.replace(first, **change)) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "texts"),
+    [
+        ("lora", "stronger", ("stronger: adapter 'lora' is another than in ", "alpha is 4.0 there, and 16.0 in ")),
+        (
+            "lora",
+            "own",
+            ("own: its adapters are ia3, and those of ", "lora; mtl-jax convert puts Lora and IA3 into the kernels"),
+        ),
+        (
+            "own",
+            "turned",
+            ("turned: each source has its own adapters (ia3), and its sources are questions, ratings, those of ",),
+        ),
+        ("ratings", "questions", ("its sources are questions, those of ", "/ratings ratings; with --task, mtl-jax convert")),
+    ],
+)
+def test_adapters_of_one_shape_that_mean_something_else_are_refused(adapted, tmp_path, first, second, texts):
+    with refused(*texts):
+        merge(tmp_path / "x", [adapted[first], adapted[second]], Method("soup"))
+    with refused(*texts):
+        merge(tmp_path / "x", [adapted[first]], Method("wise"), base=adapted[second])
+
+
+def test_adapters_that_mean_the_same_are_merged(adapted, bert, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="mtl_jax")
+    sources = [adapted["lora"], adapted["twin"]]
+    merge(tmp_path / "soup", sources, Method("soup"))
+    same(params_of(tmp_path / "soup"), merging.average([params_of(source) for source in sources]))
+    assert "lora: each of the two matrices is merged by itself" in caplog.text
+    with refused(f"{bert} is a checkpoint without adapters, and ", "/lora has lora: mtl-jax convert puts"):
+        merge(tmp_path / "x", sources, Method("arithmetic"), base=str(bert))
+
+
+def test_a_directory_counts_once_and_is_a_run_or_a_checkpoint(runs, bert, tmp_path):
+    with refused("/a/: the same directory as ", "/a; each counts once"):
+        merge(tmp_path / "x", [runs[0], runs[0] + "/"], Method("soup"))
+    with refused("/a: the same directory as "):
+        merge(tmp_path / "x", [runs[0]], Method("wise"), base=runs[0])
+    shutil.copytree(runs[0], tmp_path / "begun")
+    (tmp_path / "begun" / "data.json").unlink()
+    with refused("begun: neither a workdir of a run (data.json is missing) nor a checkpoint"):
+        merge(tmp_path / "x", [runs[0], str(tmp_path / "begun")], Method("soup"))
+
+
+def test_only_what_a_merge_wrote_is_replaced(runs, tmp_path):
+    target = tmp_path / "soup"
+    merge(target, runs[:2], Method("soup"))
+    (target / "notes.txt").write_text("mine")
+    with refused("soup: no merge wrote notes.txt there; move that away"):
+        merge(target, runs[:2], Method("soup"), overwrite=True)
+    (target / "notes.txt").unlink()
+    shutil.copytree(runs[1], target / "trunk" / "run")
+    with refused("soup: ", "/trunk/run is in it, a source; choose another directory"):
+        merge(target, [runs[0], str(target / "trunk" / "run")], Method("soup"), overwrite=True)
+    (tmp_path / "link").symlink_to(target)
+    merge(tmp_path / "link", runs[:2], Method("average", weights=(1.0, 0.0)), overwrite=True)
+    same(params_of(target), params_of(runs[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "soup"]
+
+
+def test_a_merged_model_is_not_trained_in_place(runs, bert, data, tmp_path):
+    merge(tmp_path / "soup", runs[:2], Method("soup"))
+    for allow in (False, True):
+        with refused("soup: a merged model; to train it, begin from it in another --workdir by --init-from.path"):
+            mtl_jax.train(tiny.experiment(bert, data), tmp_path / "soup", allow_config_change=allow)
 
 
 def test_what_is_there_is_not_replaced_unasked(runs, tmp_path):

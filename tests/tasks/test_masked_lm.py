@@ -135,12 +135,14 @@ def test_metrics_by_hand():
 
 @pytest.fixture(scope="module")
 def masking_bert(tmp_path_factory):
-    """The tiny BERT with a mask token, the last of its vocabulary."""
+    """The tiny BERT, of one layer, with a mask token, the last of its vocabulary."""
     folder = tmp_path_factory.mktemp("masking") / "bert"
-    tensors = tiny.bert_tensors()
-    words = tensors["embeddings.word_embeddings.weight"]
-    tensors["embeddings.word_embeddings.weight"] = np.concatenate([words, words[:1]])
-    tiny.write_bert(folder, tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "LAYERS", 1)
+        tensors = tiny.bert_tensors()
+        words = tensors["embeddings.word_embeddings.weight"]
+        tensors["embeddings.word_embeddings.weight"] = np.concatenate([words, words[:1]])
+        tiny.write_bert(folder, tensors)
     for name, change in {
         "config.json": {"vocab_size": len(tiny.WORDS) + 1},
         "tokenizer_config.json": {"mask_token": "[MASK]"},

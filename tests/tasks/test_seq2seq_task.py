@@ -213,7 +213,7 @@ def test_a_trunk_whose_tokenizer_ends_no_text(pairs):
         prepare(tiny_translation.experiment(pairs, trunk=Embedding(100, 8)))
 
 
-@pytest.mark.parametrize("places", [24, 70])
+@pytest.mark.parametrize("places", [pytest.param(24, marks=pytest.mark.long), 70])
 def test_a_fresh_decoder_on_an_encoder_checkpoint(pairs, bert, places, monkeypatch):
     """It has as many positions as a target text, whatever the rows have."""
     for name in ("PACKED", "UNPACKED"):

@@ -128,6 +128,29 @@ def test_the_processes_see_different_examples_and_all_of_them(folder):
     assert len(seen[0] | seen[1]) == sum(len(part.tokens) for part in prepared.corpus.splits["train"].values())
 
 
+def assert_they_go_on(workdir, whole):
+    """To the numbers and the bits of the run that was never stopped."""
+    outputs = finish(start_pair(whole.parent, workdir))
+    assert all("resuming from step" in output for output in outputs[:1])
+    assert read_metrics(workdir) == read_metrics(whole)
+    ends = []
+    for path in (workdir, whole):
+        found = json.loads((path / "results.json").read_text())
+        store = Store(path, Checkpoints(), read_only=True)
+        params = store.restore_params(store.steps()[-1])
+        store.close()
+        leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+        ends.append((leaves, {name: found[name] for name in ("tasks", "steps", "best_step", "seen", "padding")}))
+    assert ends[0] == ends[1]
+
+
+def test_two_processes_go_on_from_a_checkpoint_as_if_never_stopped(folder, pair):
+    whole, _ = pair
+    tiny.cut(whole, folder / "cut", 40)
+    assert_they_go_on(folder / "cut", whole)
+
+
+@pytest.mark.long
 def test_two_processes_that_were_killed_go_on_as_if_never_stopped(folder, pair):
     whole, _ = pair
     workdir = folder / "killed"
@@ -143,18 +166,7 @@ def test_two_processes_that_were_killed_go_on_as_if_never_stopped(folder, pair):
     for process in processes:
         process.communicate()
     assert not (workdir / "results.json").exists()
-    outputs = finish(start_pair(folder, workdir))
-    assert all("resuming from step" in output for output in outputs[:1])
-    assert read_metrics(workdir) == read_metrics(whole)
-    ends = []
-    for path in (workdir, whole):
-        found = json.loads((path / "results.json").read_text())
-        store = Store(path, Checkpoints(), read_only=True)
-        params = store.restore_params(store.steps()[-1])
-        store.close()
-        leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
-        ends.append((leaves, {name: found[name] for name in ("tasks", "steps", "best_step", "seen", "padding")}))
-    assert ends[0] == ends[1]
+    assert_they_go_on(workdir, whole)
 
 
 def test_another_number_of_processes_cannot_go_on(folder, pair):

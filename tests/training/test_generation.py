@@ -20,6 +20,8 @@ from mtl_jax.training.logs import read_metrics
 from mtl_jax.training.prepare import prepare
 from mtl_jax.training.signals import Stop
 
+AT_THE_END = Evaluation(every=100, baseline="none")
+
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
@@ -106,7 +108,8 @@ def test_the_class_beside_it_is_predicted_as_ever(learned):
 
 @pytest.mark.parametrize("changes", [{"weighting": "pcgrad"}, {"weighting": "uncertainty"}, {"batch_accumulate": 2}])
 def test_every_way_of_weighting(pairs, tmp_path, changes):
-    experiment = tiny_translation.experiment(pairs, phases=(Phase("everything", steps=2),))
+    experiment = tiny_translation.experiment(pairs, phases=(Phase("everything", steps=2),), evaluation=AT_THE_END)
+    experiment = dataclasses.replace(experiment, tasks=(dataclasses.replace(experiment.tasks[0], beams=1), experiment.tasks[1]))
     if "batch_accumulate" in changes:
         changes = {"batch": dataclasses.replace(experiment.batch, accumulate=changes["batch_accumulate"])}
     results = train(dataclasses.replace(experiment, **changes), tmp_path / "run")
@@ -117,7 +120,8 @@ def test_devices_change_nothing(pairs, tmp_path):
     """One device and four: the same losses, and the same texts."""
     short = (Phase("everything", steps=3),)
     runs = [
-        train(tiny_translation.experiment(pairs, devices=devices, phases=short), tmp_path / str(devices)) for devices in (1, 4)
+        train(tiny_translation.experiment(pairs, devices=devices, phases=short, evaluation=AT_THE_END), tmp_path / str(devices))
+        for devices in (1, 4)
     ]
     for split in ("dev", "test"):
         one, four = (run["tasks"]["translation"][split] for run in runs)
@@ -127,7 +131,9 @@ def test_devices_change_nothing(pairs, tmp_path):
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(pairs, tmp_path, monkeypatch):
-    experiment = tiny_translation.experiment(pairs, trunk=dataclasses.replace(tiny_translation.TRUNK, dropout=0.1))
+    trunk = dataclasses.replace(tiny_translation.TRUNK, dropout=0.1)
+    evaluation = dataclasses.replace(AT_THE_END, every=3)
+    experiment = tiny_translation.experiment(pairs, trunk=trunk, evaluation=evaluation)
     whole = train(experiment, tmp_path / "whole")
     monkeypatch.setattr(Stop, "requested", lambda self, step: step == 4)
     with pytest.raises(Interrupted):
@@ -158,6 +164,7 @@ def still(pairs, path, **changes):
         "trunk": Pretrained(str(path)),
         "phases": (Phase("still", steps=1),),
         "optimizer": Optimizer(name="sgd", learning_rate=0.0),
+        "evaluation": AT_THE_END,
     }
     experiment = tiny_translation.experiment(pairs, **(values | changes))
     return dataclasses.replace(experiment, tasks=experiment.tasks[:1])
@@ -205,7 +212,7 @@ def test_the_decoder_of_a_checkpoint_learns_on(pairs, tmp_path, family):
         optimizer=Optimizer(learning_rate=1e-3),
         phases=(Phase("on", steps=4),),
         batch=Batching(rows=4, row_length=24),
-        evaluation=Evaluation(every=2, criterion="translation/token_accuracy"),
+        evaluation=dataclasses.replace(AT_THE_END, criterion="translation/token_accuracy"),
     )
     prepared = prepare(experiment)
     before, task = pretrained.load(str(folder)), prepared.corpus.tasks[0]

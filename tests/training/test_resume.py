@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Checkpoints
+import mtl_jax
+from mtl_jax import Checkpoints, Evaluation, Phase
+from mtl_jax.errors import UserError
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import read_metrics
 
@@ -80,7 +84,7 @@ def uninterrupted(folder: Path):
 def test_killed_twice_at_random_steps_and_resumed(folder, uninterrupted):
     workdir = folder / "killed"
     chance = random.Random()
-    for step in (chance.randint(2, 22), chance.randint(30, 55)):  # one in each phase
+    for step in (chance.randint(2, 22), chance.randint(30, 50)):  # one in each phase
         process = start(folder, workdir)
         signal_at(process, workdir, step, signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL
@@ -129,33 +133,38 @@ def ended(pid: int) -> bool:
         return True
 
 
-def test_task_gradients_that_a_rule_keeps_are_resumed(folder):
-    """MoCo's tracked gradients, a combinator's mean and flags of what was seen live in the checkpoint."""
-    flags = ("--weighting", "moco", "--combinators", "ema:decay=0.5", "--phases.0.steps", "4", "--phases.1.steps", "20")
-    code, output = finish(start(folder, folder / "tracked", *flags))
-    assert code == 0, output
-    process = start(folder, folder / "tracked-killed", *flags)
-    signal_at(process, folder / "tracked-killed", 13, signal.SIGKILL)
-    finish(process)
-    code, output = finish(start(folder, folder / "tracked-killed", *flags))
-    assert code == 0, output
-    assert "resuming from step" in output
-    assert outcome(folder / "tracked-killed") == outcome(folder / "tracked")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weighting": "moco", "combinators": ("ema:decay=0.5",)},
+        {"averaging": "ema:decay=0.9"},
+        pytest.param({"averaging": "last:n=3"}, marks=pytest.mark.long),
+    ],
+    ids=lambda changes: next(iter(changes.values())),
+)
+def test_what_is_kept_beside_the_parameters_is_resumed(folder, tmp_path, caplog, changes):
+    """MoCo's tracked gradients, a combinator's mean and flags of what was seen, averages: they live in the checkpoint.
 
-
-@pytest.mark.parametrize("averaging", ["ema:decay=0.9", pytest.param("last:n=3", marks=pytest.mark.long)])
-def test_averages_are_resumed(folder, averaging):
-    flags = ("--averaging", averaging, "--evaluation.every", "4", "--phases.0.steps", "4", "--phases.1.steps", "20")
-    code, output = finish(start(folder, folder / averaging[:4], *flags))
-    assert code == 0, output
-    assert f"measured on averaged parameters ({averaging})" in output
-    process = start(folder, folder / f"{averaging[:4]}-killed", *flags)
-    signal_at(process, folder / f"{averaging[:4]}-killed", 15, signal.SIGKILL)
-    finish(process)
-    code, output = finish(start(folder, folder / f"{averaging[:4]}-killed", *flags))
-    assert code == 0, output
-    assert "resuming from step" in output
-    assert outcome(folder / f"{averaging[:4]}-killed") == outcome(folder / averaging[:4])
+    Of which trunk is all the same, and one of a matrix compiles in no time.
+    """
+    phases = (Phase("heads", 2, rules=tiny.HEADS_ONLY), Phase("everything", 10))
+    experiment = tiny.experiment(
+        folder / "bert",
+        folder / "data",
+        trunk=mtl_jax.Embedding(vocabulary=30, dimension=8),
+        phases=phases,
+        evaluation=Evaluation(every=3, baseline="none"),
+        checkpoints=Checkpoints(every=2, keep=9),
+        **changes,
+    )
+    caplog.set_level(logging.INFO)
+    mtl_jax.train(experiment, tmp_path / "whole")
+    if experiment.averaging != "none":
+        assert f"measured on averaged parameters ({experiment.averaging})" in caplog.text
+    tiny.cut(tmp_path / "whole", tmp_path / "killed", 8)
+    mtl_jax.train(experiment, tmp_path / "killed")
+    assert "resuming from step 8" in caplog.text
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
@@ -175,25 +184,19 @@ def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
 
 def test_a_damaged_latest_checkpoint_is_passed_over(folder, uninterrupted):
     workdir = folder / "damaged"
-    process = start(folder, workdir)
-    signal_at(process, workdir, 40, signal.SIGTERM)
-    assert finish(process)[0] == 75
-    store = Store(workdir, Checkpoints(), read_only=True)
-    steps = store.steps()
-    store.close()
-    largest = max((workdir / "checkpoints" / str(steps[-1])).rglob("*"), key=lambda path: path.stat().st_size)
+    tiny.cut(folder / "whole", workdir, 57)
+    largest = max((workdir / "checkpoints" / "57").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     code, output = finish(start(folder, workdir))
     assert code == 0, output
-    assert f"checkpoints/{steps[-1]} is damaged" in output
-    assert f"resuming from step {steps[-2]}" in output
-    assert [path.name for path in (workdir / "damaged").iterdir()] == [f"{steps[-1]}-0"]
+    assert "checkpoints/57 is damaged" in output
+    assert "resuming from step 54" in output
+    assert [path.name for path in (workdir / "damaged").iterdir()] == ["57-0"]
     assert outcome(workdir) == uninterrupted
 
 
 def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path):
     """Damage that decompresses: the state's own bits no longer give the sum that was saved with them."""
-    from mtl_jax.errors import UserError
     from mtl_jax.training import prepare
 
     experiment = tiny.experiment(folder / "bert", folder / "data")
@@ -228,12 +231,17 @@ def test_the_best_checkpoint_outlives_a_restart(tmp_path):
         store.close()
 
 
-def test_another_model_is_not_taken_for_damage(folder, tmp_path):
-    import mtl_jax
-    from mtl_jax.errors import UserError
-
+@pytest.fixture(scope="module")
+def short(folder):
+    """A finished run of the tiny experiment as it is, to be copied; and the experiment."""
     experiment = tiny.experiment(folder / "bert", folder / "data")
-    mtl_jax.train(experiment, tmp_path / "run")
+    mtl_jax.train(experiment, folder / "short")
+    return folder / "short", experiment
+
+
+def test_another_model_is_not_taken_for_damage(short, tmp_path):
+    workdir, experiment = short
+    shutil.copytree(workdir, tmp_path / "run")
     tasks = (*experiment.tasks[:2], dataclasses.replace(experiment.tasks[2], hidden=4))
 
     def files():
@@ -253,12 +261,11 @@ def test_another_model_is_not_taken_for_damage(folder, tmp_path):
     assert files() == before
 
 
-def test_data_that_changed_is_refused(folder, tmp_path):
-    import mtl_jax
-    from mtl_jax.errors import UserError
-
+def test_data_that_changed_is_refused(tmp_path):
     tiny.write_data(tmp_path / "data")
-    experiment = tiny.experiment(folder / "bert", tmp_path / "data")
+    evaluation = Evaluation(every=1, baseline="none")
+    trunk = mtl_jax.Embedding(vocabulary=30, dimension=4)
+    experiment = tiny.experiment("", tmp_path / "data", trunk=trunk, phases=(Phase("one", 1),), evaluation=evaluation)
     mtl_jax.train(experiment, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     questions = tmp_path / "data" / "questions.txt"
@@ -267,11 +274,11 @@ def test_data_that_changed_is_refused(folder, tmp_path):
         mtl_jax.train(experiment, tmp_path / "run")
 
 
-def test_a_damaged_best_checkpoint_gives_way_to_the_next(folder, tmp_path):
-    import mtl_jax
+def test_a_damaged_best_checkpoint_gives_way_to_the_next(short, tmp_path):
     from mtl_jax.prediction import predict
 
-    found = mtl_jax.train(tiny.experiment(folder / "bert", folder / "data"), tmp_path / "run")
+    shutil.copytree(short[0], tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
     for path in (tmp_path / "run" / "checkpoints" / str(found["best_step"]) / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -280,8 +287,6 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next(folder, tmp_path):
 
 def test_all_checkpoints_damaged_starts_over(folder, tmp_path):
     experiment = tiny.experiment(folder / "bert", folder / "data")
-    import mtl_jax
-
     one = dataclasses.replace(experiment, phases=experiment.phases[:1])
     first = mtl_jax.train(one, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()

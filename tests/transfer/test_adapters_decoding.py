@@ -1,59 +1,71 @@
 """A trunk with adapters under a decoder: texts are those of the same adapters inside the trunk's kernels."""
 
+import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import tiny_translation
 
 import mtl_jax
-from mtl_jax import IA3, Lora, Phase, adapters_only
+from mtl_jax import IA3, Classification, Evaluation, Lora, Optimizer, Phase, Source, adapters_only
 from mtl_jax.merge import merge
 from mtl_jax.merge.method import Method
-from mtl_jax.prediction import predict
+from mtl_jax.prediction import open_run, predict
 from mtl_jax.text_model import Asked, from_run
 from mtl_jax.training import generation
 from mtl_jax.training.prepare import prepare
-from mtl_jax.transfer.adapters import adapt, merge_adapters
+from mtl_jax.transfer.adapters import merge_adapters
 
 ADAPTERS = (Lora(name="lora", rank=2, alpha=4.0, per="source"), IA3(name="ia3", per="source"))
 
 
-def test_texts_are_by_the_adapters_of_the_task_s_source(tmp_path):
-    tiny_translation.write_data(tmp_path, rows=50)
-    prepared = prepare(tiny_translation.experiment(tmp_path))
-    task, _ = prepared.corpus.tasks
-    module = adapt(prepared.trunk.module, ADAPTERS, sources=2)
-    rng = np.random.default_rng(0)
-    trunk = module.add(prepared.params["trunk"], jax.random.key(0))
-    trunk["adapters"] = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32), trunk["adapters"])
-    examples = prepared.corpus.splits["train"]["pairs"]
-    found = []
-    for place in (0, 1):
-        adapted = prepared.trunk._replace(module=module)
-        texts = generation.generate(task, adapted, prepared.params | {"trunk": trunk}, examples._replace(place=place), 2)
-        inside = prepared.params | {"trunk": merge_adapters(module, trunk, place)}
-        expected = generation.generate(task, prepared.trunk, inside, examples, 2)
-        assert [one.text for one in texts] == [one.text for one in expected]
-        np.testing.assert_allclose([one.score for one in texts], [one.score for one in expected], atol=1e-4)
-        found.append(texts)
-    assert found[0] != found[1]
+def declared(folder):
+    """Two sources with their own adapters; texts are generated on the second one."""
+    first = tiny_translation.experiment(folder)
+    return dataclasses.replace(
+        first,
+        sources=(Source(name="labels", path=f"{folder}/labels.jsonl", format="jsonl"), *first.sources),
+        tasks=(
+            Classification(name="long", source="labels", column="long"),
+            dataclasses.replace(first.tasks[0], beams=1),
+        ),
+        adapters=ADAPTERS,
+        phases=(Phase("adapters", 2, rules=adapters_only()),),
+        optimizer=Optimizer(learning_rate=0.05),
+        evaluation=Evaluation(every=2, baseline="none"),
+    )
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Data, and a run on it in run/."""
     folder = tmp_path_factory.mktemp("adapted")
-    tiny_translation.write_data(folder, rows=30)
-    phases = (Phase("everything", 1), Phase("adapters", 1, rules=adapters_only()))
-    mtl_jax.train(tiny_translation.experiment(folder, adapters=ADAPTERS, phases=phases), folder / "run")
-    return folder / "run"
+    tiny_translation.write_data(folder, rows=60)
+    rows = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "labels.jsonl").write_text("".join(rows[:30]))
+    (folder / "pairs.jsonl").write_text("".join(rows[30:]))
+    mtl_jax.train(declared(folder), folder / "run")
+    return folder
 
 
-def test_a_run_translates(run):
-    (answer,) = predict(run, "translation", ["the dog sees"])
-    model = from_run(run, Asked("translation"))
+def test_texts_are_by_the_adapters_of_the_task_s_source(folder):
+    """On the rows on which training measures."""
+    run = open_run(folder / "run")
+    task, adapted, trunk = run.task("translation"), run.trunk.module, run.params["trunk"]
+    examples = prepare(declared(folder)).corpus.splits["dev"]["pairs"]
+    found = generation.generate(task, run.trunk, run.params, examples, 1)
+    for place in (0, 1):
+        inside = run.params | {"trunk": merge_adapters(adapted, trunk, place)}
+        expected = generation.generate(task, run.trunk._replace(module=adapted.base), inside, examples, 1)
+        own = np.allclose([one.score for one in found], [one.score for one in expected], atol=1e-4)
+        assert own == (place == 1)
+
+
+def test_a_run_translates(folder):
+    (answer,) = predict(folder / "run", "translation", ["the dog sees"])
+    model = from_run(folder / "run", Asked("translation"))
     ids = model.encode(["the dog sees"], None)
     config = mtl_jax.decoding.GenerationConfig(**model.setting.options)
     (same,) = mtl_jax.decoding.generate_all(model.model, model.params, ids, config)
@@ -61,11 +73,11 @@ def test_a_run_translates(run):
     assert same.scores[0] == pytest.approx(answer["score"], abs=1e-5)
 
 
-def test_a_merged_run_is_measured_by_its_texts(run, tmp_path):
+def test_a_merged_run_is_measured_by_its_texts(folder, tmp_path):
     """The mean of a run and its copy is the run, BLEU and all."""
-    shutil.copytree(run, tmp_path / "copy")
-    merged = merge(tmp_path / "merged", [str(run), str(tmp_path / "copy")], Method("soup"))
-    expected = json.loads((run / "results.json").read_text())["tasks"]
+    shutil.copytree(folder / "run", tmp_path / "copy")
+    merged = merge(tmp_path / "merged", [str(folder / "run"), str(tmp_path / "copy")], Method("soup"))
+    expected = json.loads((folder / "run" / "results.json").read_text())["tasks"]
     for metric, value in expected["translation"]["test"].items():
         assert merged["tasks"]["translation"]["test"][metric] == pytest.approx(value, abs=1e-4), metric
     assert "bleu" in expected["translation"]["test"]

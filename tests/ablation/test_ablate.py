@@ -83,10 +83,10 @@ def test_a_run_that_diverges_is_marked_and_leaves_the_others_alone(finished):
 
 
 def test_the_same_command_finds_it_done(finished, bert, data):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("results.json")}
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/results.json")}
     record = ablate(short(bert, data), finished, VARY, seeds=2)
     assert [run["status"] for run in record["runs"]].count("done") == 4
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("results.json")}
+    assert before == {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/results.json")}
 
 
 def test_another_ablation_is_refused_in_its_workdir(finished, bert, data, workdir):

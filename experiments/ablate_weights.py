@@ -38,6 +38,7 @@ class Ablations:
         trunk_steps: Steps of everything, after 100 of the heads.
         points: Points of the simplex, for heads and trunk.
         seeds: Seeds, for heads and trunk.
+        limit: Rows read from each source; 0: all.
         workdir: Where the ablations are.
     """
 
@@ -46,12 +47,14 @@ class Ablations:
     trunk_steps: int = 100
     points: tuple[int, int] = (16, 8)
     seeds: tuple[int, int] = (3, 2)
+    limit: int = 0
     workdir: str = "runs/ablate_weights"
 
 
 def experiment(part: str, options: Ablations) -> Experiment:
     """The quickstart's four domains; in `heads` the trunk stays frozen."""
-    whole = select(dataclasses.replace(quickstart.EXPERIMENT, name=f"weights_{part}", only=DOMAINS))
+    sources = tuple(dataclasses.replace(source, limit=options.limit) for source in quickstart.EXPERIMENT.sources)
+    whole = select(dataclasses.replace(quickstart.EXPERIMENT, name=f"weights_{part}", sources=sources, only=DOMAINS))
     if part == "heads":
         phases: tuple[Phase, ...] = (dataclasses.replace(HEADS, steps=options.heads_steps),)
         return dataclasses.replace(whole, phases=phases, evaluation=Evaluation(every=150, baseline="probe"))

@@ -33,6 +33,7 @@ ON_DATA = {
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
+    "ablate_weights.py",
 }
 
 
@@ -60,6 +61,17 @@ def test_weighting_methods(wheels, tmp_path):
     wrong = start("weighting_methods.py", *flags, "--rules", "mgd")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown weighting 'mgd'")
+
+
+def test_ablate_weights(wheels, tmp_path):
+    """Two points of the simplex at once, and their page."""
+    flags = ["--parts", "heads", "--points", "2", "2", "--seeds", "1", "1", "--heads-steps", "2", "--limit", "60"]
+    done = start("ablate_weights.py", "--workdir", str(tmp_path), *flags)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted(tmp_path.glob("heads/runs/*/results.json"))] == ["results.json"] * 2
+    assert "editorials" in (tmp_path / "heads" / "report.html").read_text()
+    wrong = start("ablate_weights.py", "--parts", "head")
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown --parts 'head' (did you mean 'heads'?)")
 
 
 @pytest.mark.long

@@ -8,6 +8,8 @@ This module must not import jax, which reads the flags once.
 import os
 
 CHEAPLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Options of jax.jit, for what is tested for its precision, which the last bits decide.
+AS_FOR_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 def xla_flags(devices: int) -> str:

@@ -37,6 +37,14 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT of one layer: for what is the same in every layer, as most of a test's time is compilation."""
+    folder = tmp_path_factory.mktemp("shallow")
+    tiny.write_bert(folder, layers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the files of the tiny experiment's sources."""
     folder = tmp_path_factory.mktemp("data")

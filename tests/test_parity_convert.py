@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 TEXTS = ["the dog sees the small red fish", "cat", "the cat eats", "red red red red red"]
 
 
-@pytest.fixture(scope="module", params=["trunk", "own"])
+@pytest.fixture(scope="module", params=["own", pytest.param("trunk", marks=pytest.mark.long)])
 def converted(request, tmp_path_factory):
     """The decoder shares the trunk's table, or has its own."""
     folder = tmp_path_factory.mktemp("converted")

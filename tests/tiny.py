@@ -38,7 +38,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
 HEADS_ONLY = (ParamRule("heads/.*"), ParamRule("trunk/.*", train=False))
 
 
-def bert_tensors(seed: int = 0) -> dict[str, np.ndarray]:
+def bert_tensors(seed: int = 0, layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Random tensors under the names of a Hugging Face BertModel, written out by hand."""
     rng = np.random.default_rng(seed)
 
@@ -54,7 +54,7 @@ def bert_tensors(seed: int = 0) -> dict[str, np.ndarray]:
         "pooler.dense.weight": normal(HIDDEN, HIDDEN),
         "pooler.dense.bias": normal(HIDDEN),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         at = f"encoder.layer.{layer}."
         for name, inputs, outputs in (
             ("attention.self.query", HIDDEN, HIDDEN),
@@ -72,14 +72,14 @@ def bert_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_bert(folder: Path, tensors: dict[str, np.ndarray] | None = None) -> None:
+def write_bert(folder: Path, tensors: dict[str, np.ndarray] | None = None, layers: int = LAYERS) -> None:
     """A checkpoint directory: config.json, model.safetensors, tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": "bert",
         "vocab_size": len(WORDS),
         "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "intermediate_size": FEED_FORWARD,
         "max_position_embeddings": POSITIONS,
@@ -90,7 +90,7 @@ def write_bert(folder: Path, tensors: dict[str, np.ndarray] | None = None) -> No
         "attention_probs_dropout_prob": 0.1,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    safetensors.numpy.save_file(bert_tensors() if tensors is None else tensors, folder / "model.safetensors")
+    safetensors.numpy.save_file(bert_tensors(layers=layers) if tensors is None else tensors, folder / "model.safetensors")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(

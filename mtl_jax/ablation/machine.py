@@ -34,7 +34,7 @@ class Machine:
     Attributes:
         compile_seconds: Spent on compiling steps so far.
         compiled: Steps compiled so far.
-        weight: Bytes on a device of the heaviest of them.
+        weight: What weigh() found.
     """
 
     def __init__(self, prepared: Prepared, differs: Any, size: int):
@@ -89,7 +89,6 @@ class Machine:
             self._steps[key] = self._make_step(plan, arguments[3], arguments[4], apart).lower(*arguments).compile()
             self.compile_seconds += time.monotonic() - started
             self.compiled += 1
-            self.weight = max(self.weight, weight_of(self._steps[key]))
         return self._steps[key]
 
     def _make_step(self, plan: PhasePlan, table: Any, references: Any, apart: frozenset[str]) -> Any:
@@ -115,9 +114,12 @@ class Machine:
         return jax.jit(many, donate_argnums=1, out_shardings=placed)
 
     def weigh(self, values: Numbers, batch: Batch) -> int:
-        """Bytes of the heaviest step on a device, found by compiling them all; references of regularisers are estimated."""
+        """Bytes on a device in the heaviest phase: its step, as XLA plans it, and what lies beside it.
+
+        That are the best parameters, and on CPU, where both share one memory, the copy that a checkpoint is written from; what
+        regularisers hold on to is estimated by the size of what trains.
+        """
         whole, by_runs = meshes.replicated(self.mesh), meshes.by_runs(self.mesh)
-        extra = 0
         for plan in self.prepared.plans:
             own = self.own[plan.number]
 
@@ -139,11 +141,12 @@ class Machine:
                     table = jax.ShapeDtypeStruct((self.size, *shape), np.float32, sharding=by_runs)
                 else:
                     table = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
-            self.step(plan._replace(held=(), mixed=()), values, state, batch, table, None)
-            if plan.held or plan.mixed:
-                trained = jax.tree.leaves(together.own_part(params, plan.mask))
-                extra = max(extra, 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in trained) // self.mesh.shape[meshes.RUN])
-        self.weight += extra
+            program = self.step(plan._replace(held=(), mixed=()), values, state, batch, table, None)
+            best, trained = together.own_part(params, own), together.own_part(params, plan.mask)
+            beside = _bytes(best) + (2 * _bytes(trained) if plan.held or plan.mixed else 0)
+            if jax.default_backend() == "cpu":
+                beside += _bytes((shapes, best))
+            self.weight = max(self.weight, weight_of(program) + beside // self.mesh.shape[meshes.RUN])
         return self.weight
 
     def own_trunk(self, plan: PhasePlan) -> bool:
@@ -172,3 +175,7 @@ class Machine:
             self._collect[plan.number] = jax.jit(jax.vmap(collect), donate_argnums=0, out_shardings=meshes.by_runs(self.mesh))
         trained, _ = freezing.split(state.params, plan.mask)
         return state._replace(average=self._collect[plan.number](state.average, trained))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -137,12 +137,10 @@ def test_metrics_by_hand():
 def masking_bert(tmp_path_factory):
     """The tiny BERT, of one layer, with a mask token, the last of its vocabulary."""
     folder = tmp_path_factory.mktemp("masking") / "bert"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "LAYERS", 1)
-        tensors = tiny.bert_tensors()
-        words = tensors["embeddings.word_embeddings.weight"]
-        tensors["embeddings.word_embeddings.weight"] = np.concatenate([words, words[:1]])
-        tiny.write_bert(folder, tensors)
+    tensors = tiny.bert_tensors(layers=1)
+    words = tensors["embeddings.word_embeddings.weight"]
+    tensors["embeddings.word_embeddings.weight"] = np.concatenate([words, words[:1]])
+    tiny.write_bert(folder, tensors, layers=1)
     for name, change in {
         "config.json": {"vocab_size": len(tiny.WORDS) + 1},
         "tokenizer_config.json": {"mask_token": "[MASK]"},

@@ -20,6 +20,11 @@ TOPICS = Multilabel(name="topics", source="said", column="topics", labels=("film
 COLUMNS = Multilabel(name="columns", source="said", columns=("is_film", "is_good"))
 
 
+@pytest.fixture(scope="module")
+def bert(shallow):
+    return shallow
+
+
 def experiment(bert, folder, *tasks):
     paths = {"path": f"{folder}/train.tsv", "dev_path": f"{folder}/dev.tsv", "test_path": f"{folder}/test.tsv"}
     return tiny.experiment(

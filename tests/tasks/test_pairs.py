@@ -11,7 +11,7 @@ from mtl_jax.training.prepare import prepare
 
 
 def test_packed_equals_unpacked(tmp_path):
-    tiny.write_bert(tmp_path / "bert")
+    tiny.write_bert(tmp_path / "bert", layers=1)
     config = json.loads((tmp_path / "bert" / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -24,6 +24,11 @@ POS = Tagging(name="pos", source="said", labels=("ADJ", "NOUN", "PUNCT"))
 INTENT = Classification(name="intent", source="said", column="intent")
 
 
+@pytest.fixture(scope="module")
+def bert(shallow):
+    return shallow
+
+
 def tag(words):
     """Entities are runs of good or bad words."""
     kinds = ["good" if word in tiny.GOOD else "bad" if word in tiny.BAD else "" for word in words]

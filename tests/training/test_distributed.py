@@ -52,7 +52,7 @@ def finish(pair):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_bert(folder / "bert")
+    tiny.write_bert(folder / "bert", layers=1)
     tiny.write_data(folder / "data")
     return folder
 

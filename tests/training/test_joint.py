@@ -17,6 +17,11 @@ JOINT = Batching(rows=6, row_length=24, examples_per_row=6, mixture="fixed", sha
 ALONE = Batching(rows=4, row_length=24, examples_per_row=6)
 
 
+@pytest.fixture(scope="module")
+def bert(shallow):
+    return shallow
+
+
 def trained(bert, data, **changes):
     """The state after a few steps, and what the last one reported. Dropout is on."""
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("all", STEPS),), **changes))

@@ -15,6 +15,11 @@ from mtl_jax.training.evaluation import criterion, score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
+@pytest.fixture(scope="module")
+def bert(shallow):
+    return shallow
+
+
 def records(workdir, kind):
     return [record for record in read_metrics(workdir) if record["kind"] == kind]
 

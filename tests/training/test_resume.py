@@ -69,7 +69,7 @@ def outcome(workdir: Path) -> tuple[list[dict], dict[str, bytes], dict]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_bert(folder / "bert")
+    tiny.write_bert(folder / "bert", layers=1)
     tiny.write_data(folder / "data")
     return folder
 

@@ -42,10 +42,10 @@ def declared(folder):
 def folder(tmp_path_factory):
     """Data, and a run on it in run/."""
     folder = tmp_path_factory.mktemp("adapted")
-    tiny_translation.write_data(folder, rows=60)
+    tiny_translation.write_data(folder, rows=80)
     rows = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
-    (folder / "labels.jsonl").write_text("".join(rows[:30]))
-    (folder / "pairs.jsonl").write_text("".join(rows[30:]))
+    (folder / "labels.jsonl").write_text("".join(rows[:40]))
+    (folder / "pairs.jsonl").write_text("".join(rows[40:]))
     mtl_jax.train(declared(folder), folder / "run")
     return folder
 

@@ -66,13 +66,8 @@ def without_dropout(bert, data, **changes):
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A tiny BERT of one layer: what is tested here is the same in each, and most of the time is compilation."""
-    folder = tmp_path_factory.mktemp("one_layer")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "LAYERS", 1)
-        tiny.write_bert(folder)
-    return folder
+def bert(shallow):
+    return shallow
 
 
 @pytest.mark.long

@@ -1,3 +1,4 @@
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +6,9 @@ import pytest
 from scipy import optimize
 
 from mtl_jax.weighting import solvers
+
+min_norm = jax.jit(solvers.min_norm, compiler_options=compiling.AS_FOR_USERS)
+into_dual_cone = jax.jit(solvers.into_dual_cone, compiler_options=compiling.AS_FOR_USERS)
 
 
 def gram(K, P, seed):
@@ -24,7 +28,7 @@ def test_min_norm_is_optimal(K, P):
     """
     for seed in range(3):
         matrix = gram(K, P, seed).astype(np.float64)
-        w = np.asarray(solvers.min_norm(jnp.asarray(matrix, jnp.float32)), np.float64)
+        w = np.asarray(min_norm(jnp.asarray(matrix, jnp.float32)), np.float64)
         assert w.sum() == pytest.approx(1.0, abs=1e-5)
         assert w.min() >= 0
         assert (matrix @ w).min() >= w @ matrix @ w - 1e-5 * matrix.max()
@@ -50,7 +54,7 @@ def test_the_projection_is_that_of_an_exact_solver(K, P):
         root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T  # root^T root is the Gram matrix
         lower = np.full(K, 1 / K)
         exact = root @ (lower + optimize.nnls(root, -root @ lower)[0])
-        v = np.asarray(solvers.into_dual_cone(jnp.asarray(matrix, jnp.float32), jnp.asarray(lower, jnp.float32)), np.float64)
+        v = np.asarray(into_dual_cone(jnp.asarray(matrix, jnp.float32), jnp.asarray(lower, jnp.float32)), np.float64)
         assert (v >= lower - 1e-6).all()
         gain = matrix @ v / matrix.max()
         assert gain.min() >= -1e-4  # conflicts with no task

@@ -5,9 +5,10 @@
 
 The quickstart's trunk and its four sentiment domains, batches of 8 rows of 64 tokens (48 for heads), learning rates that differ
 from run to run. One run is the step that training makes of it; N runs are the ablation's, with an axis over runs. Both are
-compiled ahead and timed on the same batches, repeats in turn, medians. `whole` is compilation and so many steps as a run has
-(450 for heads, 100 otherwise). For heads, `wall` is the time of the whole thing, data, features, logs and results included: N
-runs by `ablate` over N times one by `train`, features from the cache in both. Writes ablation-BACKEND.json and .md to --out.
+compiled ahead and timed on the same batch, one after the other (in turn, the large one would cost the small one its memory),
+the first time not counted, medians. `whole` is compilation and so many steps as a run has (450 for heads, 100 otherwise). For
+heads, `wall` is the time of the whole thing, data, logs and results included: N runs by `ablate` over one by `train`, features
+from the cache in both. Writes ablation-BACKEND.json and .md to --out.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import mtl_jax
 from mtl_jax import Batching, Evaluation, Experiment, Lora, Phase, adapters_only, scripts
 from mtl_jax.ablation import plan, space, together
 from mtl_jax.ablation.ready import Ready, make_ready
+from mtl_jax.ablation.sizes import weight_of
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import select
 from mtl_jax.training import mesh as meshes
@@ -151,14 +153,13 @@ def measured(kind: str, options: Options) -> list[dict[str, Any]]:
     """A row for every N."""
     rows = []
     steps = 100 if kind == "heads" else 1
+    single = ready(kind, 1)
+    alone = one(single, table_of(single))
+    first = [alone.seconds(steps) for _ in range(options.repeats + 1)]
     for count in options.counts or COUNTS[kind]:
         made = ready(kind, count)
-        table = table_of(made)
-        alone, all_of_them = one(made, table), many(made, table)
-        times: dict[str, list[float]] = {"one": [], "many": []}
-        for _ in range(options.repeats + 1):
-            times["one"].append(alone.seconds(steps))
-            times["many"].append(all_of_them.seconds(steps))
+        all_of_them = many(made, table_of(made))
+        times = {"one": first, "many": [all_of_them.seconds(steps) for _ in range(options.repeats + 1)]}
         step = {name: statistics.median(values[1:]) for name, values in times.items()}
         whole = {
             "one": alone.compile_seconds + STEPS[kind] * step["one"],
@@ -175,7 +176,7 @@ def measured(kind: str, options: Options) -> list[dict[str, Any]]:
                 "step_over_one": step["many"] / step["one"],
                 "step_over_n": step["many"] / (count * step["one"]),
                 "whole_over_n": whole["many"] / (count * whole["one"]),
-                "bytes": made.machine.weight,
+                "bytes": weight_of(all_of_them.program),
                 "times_s": times,
             }
         )

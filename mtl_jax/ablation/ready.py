@@ -90,6 +90,8 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     limit = int(memory * 1e9) or sizes.memory()
     wanted = size or sizes.fit(bytes_of, min(most, at_once or most), apart, limit)
     parts, even = sizes.chunks(list(groups.values()), wanted, apart)
+    if even not in made and not size:  # not what fits, but what is needed for chunks of the same size
+        bytes_of(even)
     machine = made[even] if even in made else Machine(prepared, differs, even)
     return Ready(program, prepared, params, begun, machine, parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -11,11 +12,12 @@ from matplotlib.ticker import NullLocator
 from matplotlib.tri import Triangulation
 
 from mtl_jax.report import words
-from mtl_jax.report.read import BY_NAME, Study
+from mtl_jax.report.read import Study
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
 from mtl_jax.report.statistics import Comparison, Group, Spread, pareto
 
 FAR = 6.0  # times the distance of the quartiles
+PHASE_WEIGHTS = re.compile(r"phases\.\d+\.weights")
 NUMBERED = 12  # points on a front; where there are more, the table has to do
 
 
@@ -48,15 +50,16 @@ def methods(comparison: Comparison) -> list[Figure]:
 
 
 def against(study: Study, groups: Sequence[Group]) -> list[Figure]:
-    """Every task's test metric against its weight, and against every other field whose values are three numbers or more."""
-    weighted = [group for group in groups if set(group.weights) == set(study.tasks) and sum(group.weights.values()) > 0]
+    """Every task's test metric against its weight, in all of the run or in a phase, and against every other field whose values
+    are three numbers or more."""
     found = []
-    fields = [field for field in study.fields if field.rpartition(".")[2] not in BY_NAME]
-    if len({tuple(group.weights.items()) for group in weighted}) > 2:
-        shares = [(group, _shares(group.weights)) for group in weighted]
-        others = [field for field in fields if field != "weighting"]
-        found += _against(study, "weights", "weight", shares, others)
-    for field in fields:
+    for field in ("weights", *(field for field in study.fields if PHASE_WEIGHTS.fullmatch(field))):
+        shares = [(group, shares) for group in groups if (shares := _shares_of(study, group, field))]
+        if len({tuple(own.items()) for _, own in shares}) > 2:
+            others = [other for other in study.fields if other not in (field, "weighting")]
+            slug, where = field.replace(".", "-"), field.removesuffix("weights").replace(".", " ").strip()
+            found += _against(study, slug, f"weight in {where}" if where else "weight", shares, others, shares=True)
+    for field in study.fields:
         numeric = [group for group in groups if isinstance(group.values.get(field), (int, float))]
         if len({group.values[field] for group in numeric}) > 2:
             values = [(group, dict.fromkeys(study.tasks, group.values[field])) for group in numeric]
@@ -64,8 +67,20 @@ def against(study: Study, groups: Sequence[Group]) -> list[Figure]:
     return found
 
 
+def _shares_of(study: Study, group: Group, field: str) -> dict[str, float]:
+    """{task: share} of the weights in a field, where they are numbers that do not change and not all 0; else nothing."""
+    weights = group.weights if field == "weights" else group.values.get(field) or {}
+    numbers = all(isinstance(weight, (int, float)) for weight in weights.values())
+    return _shares(weights) if set(weights) == set(study.tasks) and numbers and sum(weights.values()) > 0 else {}
+
+
 def _against(
-    study: Study, slug: str, name: str, groups: Sequence[tuple[Group, Mapping[str, float]]], others: Sequence[str]
+    study: Study,
+    slug: str,
+    name: str,
+    groups: Sequence[tuple[Group, Mapping[str, float]]],
+    others: Sequence[str],
+    shares: bool = False,
 ) -> list[Figure]:
     """A panel for each task, over {task: x} of each group; a colour for each value of the other fields."""
     by_other: dict[str, list[tuple[Group, Mapping[str, float]]]] = {}
@@ -80,15 +95,15 @@ def _against(
             for own in by_other.values()
         ]
         if any(points):
-            panels.append(Panel(f"{task}: test {metric}", _points(points, f"{name} of {task}" if name == "weight" else name)))
+            panels.append(Panel(f"{task}: test {metric}", _points(points, f"{name} of {task}" if shares else name, shares)))
     caption = "A point for each setting, mean and standard deviation over the seeds; the line joins the means at each value."
-    if name == "weight":
+    if shares:
         caption = "Weights as shares of their sum. " + caption
     legend = tuple(by_other) if len(by_other) > 1 else ()
     return [Figure(f"against-{slug}", f"Metric against {name}", caption, tuple(panels), legend)] if panels else []
 
 
-def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str) -> Callable[[Axes, Palette], None]:
+def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str, shares: bool) -> Callable[[Axes, Palette], None]:
     def draw(axes: Axes, palette: Palette) -> None:
         every = sorted({x for points in series for x, _ in points})
         for number, points in enumerate(series):
@@ -100,9 +115,10 @@ def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str) -> Call
             x_N = [x for x, _ in points]
             axes.errorbar(x_N, means, yerr=deviations, fmt="o", color=color, markersize=4, elinewidth=1, alpha=0.75)
             axes.plot(list(at), [float(np.mean(own)) for own in at.values()], color=color, linewidth=1.3, alpha=0.6)
-        if every[0] > 0 and every[-1] / every[0] >= 20:
+        if not shares and every[0] > 0 and every[-1] / every[0] >= 20:
             axes.set_xscale("log")
-            axes.set_xticks(every if len(every) <= 5 else [every[0], every[-1]], minor=False)
+            if len(every) <= 5:
+                axes.set_xticks(every, minor=False)
             axes.xaxis.set_major_formatter(lambda x, _: words.value(float(x)))
             axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(name)

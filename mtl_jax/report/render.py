@@ -90,7 +90,7 @@ class Panel:
     notes: tuple[str, ...] = ()
     remark: str = ""
     height: float = HEIGHT
-    left: float = 0.56
+    left: float = 0.7
     frame: bool = True
 
 
@@ -162,22 +162,29 @@ def _short(text: str, decimals: int) -> str:
 
 def png(figure: Figure, path: Path) -> None:
     """All panels of a figure in one picture, with its legend."""
+    with _style(PAPER):
+        _picture(figure).savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _picture(figure: Figure) -> Canvas:
     number = len(figure.panels)
     across = 2 if number == 4 else min(number, 3) if number < 13 else math.ceil(math.sqrt(number))
     down = -(-len(figure.panels) // across)
-    below = 0.28 * -(-len(figure.legend) // (2 * across)) + 0.1
+    entry = 0.7 + 0.09 * max((len(name) for name in figure.legend), default=0)  # inches: a line, a name, what is between them
+    width = max(WIDTH * across, entry)
+    columns = min(2 * across, int(width / entry))
+    below = 0.28 * -(-len(figure.legend) // columns) + 0.1
     pitch = max(panel.height for panel in figure.panels) + TITLE
-    with _style(PAPER):
-        canvas = Canvas(figsize=(WIDTH * across, pitch * down + below), facecolor=PAPER.surface)
-        for number, panel in enumerate(figure.panels):
-            corner = WIDTH * (number % across), below + pitch * (down - number // across) - TITLE - panel.height
-            axes = _draw(panel, canvas, corner, PAPER)
-            axes.set_title(panel.title, fontsize=11, color=PAPER.ink)
-        if figure.legend:
-            handles = [Line2D([], [], color=PAPER.series[n % SERIES], linewidth=3) for n in range(len(figure.legend))]
-            names = [f" {name}" for name in figure.legend]  # one that began with _ would be left out
-            canvas.legend(handles, names, loc="lower center", ncols=2 * across, frameon=False)
-        canvas.savefig(path, dpi=110, metadata={"Software": None})
+    canvas = Canvas(figsize=(width, pitch * down + below), facecolor=PAPER.surface)
+    for number, panel in enumerate(figure.panels):
+        corner = WIDTH * (number % across), below + pitch * (down - number // across) - TITLE - panel.height
+        axes = _draw(panel, canvas, corner, PAPER)
+        axes.set_title(panel.title, fontsize=11, color=PAPER.ink)
+    if figure.legend:
+        handles = [Line2D([], [], color=PAPER.series[n % SERIES], linewidth=3) for n in range(len(figure.legend))]
+        names = [f" {name}" for name in figure.legend]  # one that began with _ would be left out
+        canvas.legend(handles, names, loc="lower center", ncols=columns, frameon=False)
+    return canvas
 
 
 def _draw(panel: Panel, canvas: Canvas, corner: tuple[float, float], palette: Palette) -> Axes:

@@ -89,10 +89,18 @@ def ablate(
             folders.begin(folder, planned)
             folders.write(folder, record, planned, status)
 
-            def tell(ended: dict[str, str], seconds: float, ready: Ready = ready, known: dict[str, Any] = known) -> None:
+            earlier = known.get("compile_seconds", 0.0)  # what went on from a checkpoint compiles again
+
+            def tell(
+                ended: dict[str, str],
+                seconds: float,
+                ready: Ready = ready,
+                known: dict[str, Any] = known,
+                earlier: float = earlier,
+            ) -> None:
                 status.update(ended)
                 known["seconds"] = round(known.get("seconds", 0.0) + seconds, 1)
-                known["compile_seconds"] = round(ready.machine.compile_seconds, 1)
+                known["compile_seconds"] = round(earlier + ready.machine.compile_seconds, 1)
                 folders.write(folder, record, planned, status)
 
             _train(ready, folder, stop, progress, status, tell)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_translation
 
 from mtl_jax import L2SP, Evaluation, Phase, train
 from mtl_jax.ablation.ablate import ablate
@@ -172,3 +173,13 @@ def test_memory_that_not_even_one_run_has(bert, data, tmp_path):
         ablate(short(bert, data), tmp_path / "ablation", VARY, memory=1e-6)
     assert not (tmp_path / "ablation").exists()
     shutil.rmtree(tmp_path)
+
+
+def test_a_task_that_writes_texts(tmp_path):
+    """Translation beside a label, a trunk from scratch: its BLEU is of texts that each run decodes for itself."""
+    tiny_translation.write_data(tmp_path)
+    experiment = tiny_translation.experiment(tmp_path, trunk=dataclasses.replace(tiny_translation.TRUNK, dropout=0.1))
+    ablate(experiment, tmp_path / "ablation", ["weights=1/1,1/0.2", "optimizer.learning-rate=1e-2,2e-2"])
+    record = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    assert [program["runs"] for program in record["programs"]] == [4]
+    assert_same_run(tmp_path / "ablation" / "runs" / "0003", alone(tmp_path / "ablation", "0003", tmp_path / "alone"))

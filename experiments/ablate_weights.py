@@ -7,9 +7,26 @@ Two ablations, each with a report.html of its own:
 
 - WORKDIR/heads: 16 points of the simplex x 3 seeds, heads on the features of the frozen trunk, which are computed once:
   48 runs, one program.
-- WORKDIR/trunk: 8 points x 2 seeds, and everything trains: 16 runs, one program.
+- WORKDIR/trunk: 8 points x 2 seeds, and everything trains: 16 runs, one program, 8 at once.
 
 Started again, the script goes on where it was.
+
+Test Pearson's correlation, mean and standard deviation over the seeds, float32:
+
+| weights of tweets / movies / products / editorials | tweets        | movies        | products      | editorials    |
+|----------------------------------------------------|---------------|---------------|---------------|---------------|
+| everything, 0.25 / 0.25 / 0.25 / 0.25 (best by dev) | 0.880 ± 0.002 | 0.739 ± 0.004 | 0.851 ± 0.002 | 0.696 ± 0.015 |
+| everything, 0.216 / 0.211 / 0.034 / 0.539          | 0.883 ± 0.003 | 0.730 ± 0.005 | 0.822 ± 0.006 | 0.693 ± 0.014 |
+| everything, 0.054 / 0.351 / 0.485 / 0.110          | 0.855 ± 0.005 | 0.730 ± 0.004 | 0.856 ± 0.002 | 0.678 ± 0.015 |
+| everything, 0.004 / 0.330 / 0.276 / 0.389          | 0.842 ± 0.001 | 0.730 ± 0.000 | 0.852 ± 0.002 | 0.693 ± 0.012 |
+| everything, 0.723 / 0.021 / 0.048 / 0.207          | 0.863 ± 0.005 | 0.654 ± 0.009 | 0.815 ± 0.003 | 0.686 ± 0.015 |
+| heads, 0.723 / 0.021 / 0.048 / 0.207 (best by dev) | 0.798 ± 0.005 | 0.653 ± 0.003 | 0.741 ± 0.006 | 0.591 ± 0.004 |
+| heads, 0.25 / 0.25 / 0.25 / 0.25                   | 0.797 ± 0.005 | 0.653 ± 0.003 | 0.740 ± 0.007 | 0.591 ± 0.003 |
+
+(five of the eight points, two of the sixteen; WORKDIR/*/report.html has all). Where everything trains, too little weight costs
+a domain up to 0.08, and equal weights are hard to beat. Heads that share nothing but a frozen trunk do not compete, and Adam
+divides a weight out again: all sixteen points are the same to 0.001. The 48 runs of heads took 83 s on two CPU cores, the 16 of
+everything 16 minutes, both beside other work.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Everything trained against a few parameters: LoRA, bottlenecks, IA3 and BitFit, on question types and on names in tweets.
 
     python experiments/adapters.py
-    python experiments/adapters.py --seeds 0 1 2
+    python experiments/adapters.py --seeds 0 --tasks trec_fine
 
 TREC's 50 question types (Li and Roth 2002) and the entities of WNUT17 (Derczynski et al. 2017), each by itself, from MiniLM-L6.
 For every way and seed a run in WORKDIR; started again, the script goes on where it was. Then it measures what it has not
@@ -112,7 +112,7 @@ class Comparison:
         workdir: Where the runs are.
     """
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     ways: tuple[str, ...] = tuple(WAYS)
     tasks: tuple[str, ...] = tuple(TASKS)
     steps: int = 400
@@ -132,7 +132,7 @@ def experiment(task: str, way: str, comparison: Comparison, seed: int) -> Experi
         phases=(Phase(way, steps=comparison.steps, rules=chosen.rules),),
         adapters=chosen.adapters,
         optimizer=Optimizer(learning_rate=chosen.learning_rate),
-        batch=Batching(rows=32, row_length=64),
+        batch=Batching(rows=16, row_length=64),
         evaluation=Evaluation(every=max(1, comparison.steps // 8), baseline="none"),
         checkpoints=Checkpoints(every=max(1, comparison.steps // 4), frozen=False),
         seed=seed,

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.dense import Dense
 from mtl_jax.models.layers import ACTIVATIONS, Attention, attention_mask_BxTxT, layer_norm
 
 
@@ -156,7 +157,7 @@ class Embeddings(nn.Module):
         x_BxTxE = nn.Dropout(cfg.dropout)(x_BxTxE, deterministic=deterministic)
         if cfg.hidden_size == E:
             return x_BxTxE
-        return nn.Dense(cfg.hidden_size, dtype=self.dtype, kernel_init=init, name="project")(x_BxTxE)
+        return Dense(cfg.hidden_size, dtype=self.dtype, kernel_init=init, name="project")(x_BxTxE)
 
 
 def _rows(cfg: EncoderConfig, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
@@ -180,7 +181,7 @@ class Block(nn.Module):
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, deterministic: bool) -> jax.Array:
         cfg = self.config
         init = nn.initializers.normal(cfg.initializer_range)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=init)
         norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype)
         drop = nn.Dropout(cfg.dropout)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
+from mtl_jax.models.dense import Dense
+
 
 class Head(nn.Module):
     """Linear layer, or one hidden ReLU layer before it.
@@ -24,5 +26,5 @@ class Head(nn.Module):
         """Maps f32[R, S, H] to f32[R, S, O]; dropout needs an rng named "dropout" unless deterministic."""
         x = nn.Dropout(self.dropout)(pooled_RxSxH, deterministic=deterministic)
         if self.hidden:
-            x = nn.relu(nn.Dense(self.hidden, name="hidden")(x))
-        return nn.Dense(self.outputs, name="output")(x)
+            x = nn.relu(Dense(self.hidden, name="hidden")(x))
+        return Dense(self.outputs, name="output")(x)

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.dense import Dense
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.layers import ACTIVATIONS, layer_norm
 
@@ -28,7 +29,7 @@ class Pooler(nn.Module):
     @nn.compact
     def __call__(self, hidden_BxTxH: jax.Array, attention_mask_BxT: jax.Array) -> jax.Array:
         H = hidden_BxTxH.shape[-1]
-        return nn.tanh(nn.Dense(H, dtype=self.dtype, kernel_init=self.init, name="dense")(hidden_BxTxH[:, 0]))
+        return nn.tanh(Dense(H, dtype=self.dtype, kernel_init=self.init, name="dense")(hidden_BxTxH[:, 0]))
 
 
 class SequenceHead(nn.Module):
@@ -54,7 +55,7 @@ class SequenceHead(nn.Module):
     def __call__(
         self, hidden_BxTxH: jax.Array, pooled_BxH: jax.Array | None, table_VxE: jax.Array | None, deterministic: bool
     ) -> jax.Array:
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.init)
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=self.init)
         drop = nn.Dropout(self.dropout)
         x_BxH = hidden_BxTxH[:, 0] if pooled_BxH is None else pooled_BxH
         if self.activation is not None:
@@ -85,7 +86,7 @@ class TokenHead(nn.Module):
         self, hidden_BxTxH: jax.Array, pooled_BxH: jax.Array | None, table_VxE: jax.Array | None, deterministic: bool
     ) -> jax.Array:
         x_BxTxH = nn.Dropout(self.dropout)(hidden_BxTxH, deterministic=deterministic)
-        return nn.Dense(self.num_labels, dtype=self.dtype, kernel_init=self.init, name=self.layer)(x_BxTxH)
+        return Dense(self.num_labels, dtype=self.dtype, kernel_init=self.init, name=self.layer)(x_BxTxH)
 
 
 class MaskedLMHead(nn.Module):
@@ -119,7 +120,7 @@ class MaskedLMHead(nn.Module):
     def __call__(
         self, hidden_BxTxH: jax.Array, pooled_BxH: jax.Array | None, table_VxE: jax.Array | None, deterministic: bool
     ) -> jax.Array:
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.init)
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=self.init)
         x_BxTxE = dense(self.width, use_bias=self.transform_bias, name="transform")(hidden_BxTxH)
         x_BxTxE = ACTIVATIONS[self.activation](x_BxTxE)
         x_BxTxE = layer_norm(self.layer_norm_eps, self.dtype, "norm", self.norm_bias)(x_BxTxE)
@@ -144,7 +145,7 @@ class ReplacedTokenHead(nn.Module):
     def __call__(
         self, hidden_BxTxH: jax.Array, pooled_BxH: jax.Array | None, table_VxE: jax.Array | None, deterministic: bool
     ) -> jax.Array:
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.init)
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=self.init)
         x_BxTxH = ACTIVATIONS[self.activation](dense(hidden_BxTxH.shape[-1], name="replaced_dense")(hidden_BxTxH))
         return dense(1, name="replaced")(x_BxTxH)[..., 0]
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.attention import KeyValue, visible_keys
+from mtl_jax.models.dense import Dense
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),  # Hugging Face "gelu" is the erf form
@@ -101,7 +102,7 @@ class Attention(nn.Module):
     query_init: Any = None
 
     def setup(self) -> None:
-        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+        dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
         inner = self.num_heads * self.head_size
         self.query = dense(inner, kernel_init=self.query_init or self.init)
         self.key = dense(inner, kernel_init=self.init)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.models.dense import Dense
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.layers import ACTIVATIONS, attend, attention_mask_BxTxT, layer_norm
 from mtl_jax.models.pooling import segment_mean
@@ -199,7 +200,7 @@ class Block(nn.Module):
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, turn: Rotation, deterministic: bool) -> jax.Array:
         cfg = self.config
         norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype, use_bias=cfg.norm_bias)
-        dense = functools.partial(nn.Dense, use_bias=cfg.feed_forward_bias, dtype=self.dtype)
+        dense = functools.partial(Dense, use_bias=cfg.feed_forward_bias, dtype=self.dtype)
 
         y_BxTxH = norm("attention_norm")(x_BxTxH) if self.attention_norm else x_BxTxH
         y_BxTxH = RotaryAttention(cfg, self.dtype, name="attention")(y_BxTxH, mask_BxTxT, turn, deterministic)
@@ -222,7 +223,7 @@ class RotaryAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, turn: Rotation, deterministic: bool) -> jax.Array:
         cfg = self.config
-        dense = functools.partial(nn.Dense, use_bias=cfg.attention_bias, dtype=self.dtype)
+        dense = functools.partial(Dense, use_bias=cfg.attention_bias, dtype=self.dtype)
         drop = nn.Dropout(cfg.attention_dropout)
 
         qkv_BxTx3H = dense(3 * cfg.hidden_size, kernel_init=_init(cfg), name="query_key_value")(x_BxTxH)
@@ -267,13 +268,11 @@ class LabelHead(nn.Module):
         cfg = self.config
         row_BxH = hidden_BxTxH[:, 0] if pooled_BxH is None else pooled_BxH
         x = hidden_BxTxH if self.per_token else row_BxH
-        x = nn.Dense(cfg.hidden_size, use_bias=cfg.head_bias, dtype=self.dtype, kernel_init=output_init(cfg), name="transform")(
-            x
-        )
+        x = Dense(cfg.hidden_size, use_bias=cfg.head_bias, dtype=self.dtype, kernel_init=output_init(cfg), name="transform")(x)
         x = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", cfg.norm_bias)(ACTIVATIONS[cfg.head_activation](x))
         x = nn.Dropout(cfg.head_dropout)(x, deterministic=deterministic)
         init = _cut_normal(cfg.hidden_size**-0.5)
-        return nn.Dense(cfg.num_labels, dtype=self.dtype, kernel_init=init, name="classifier")(x)
+        return Dense(cfg.num_labels, dtype=self.dtype, kernel_init=init, name="classifier")(x)
 
 
 def _cut_normal(deviation: float) -> Any:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.attention import KeyValue, visible_ancestors, visible_keys, visible_past
+from mtl_jax.models.dense import Dense
 from mtl_jax.models.seq2seq_layers import (
     Block,
     Embeddings,
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         self.drop = nn.Dropout(cfg.dropout if cfg.drop_output else 0.0)
         if not cfg.tied:
             init = nn.initializers.normal(cfg.initializer_range)
-            self.lm_head = nn.Dense(cfg.decoder_vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init)
+            self.lm_head = Dense(cfg.decoder_vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init)
         if cfg.logit_bias:
             self.final_logits_bias = self.param("final_logits_bias", nn.initializers.zeros, (1, cfg.decoder_vocab_size))
 
@@ -175,7 +176,7 @@ class RowClassifier(nn.Module):
         self.decoder = Decoder(
             dataclasses.replace(cfg, tied=True, shared_table=cfg.reads_trunk_table, logit_bias=False), self.dtype
         )
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=kernel_init(cfg))
+        dense = functools.partial(Dense, dtype=self.dtype, kernel_init=kernel_init(cfg))
         self.dense, self.classifier = dense(cfg.hidden_size), dense(cfg.num_labels)
         self.drop = nn.Dropout(cfg.head_dropout)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mtl_jax.errors import UserError
 from mtl_jax.models.attention import KeyValue, write_cache
+from mtl_jax.models.dense import Dense
 from mtl_jax.models.layers import ACTIVATIONS, Attention
 from mtl_jax.models.t5 import RelativeBias
 
@@ -234,7 +235,7 @@ class Block(nn.Module):
         if self.decoder:
             self.cross_attention = attention()
             self.cross_attention_norm = make_norm(cfg)
-        dense = functools.partial(nn.Dense, use_bias=cfg.use_bias, dtype=self.dtype, kernel_init=init)
+        dense = functools.partial(Dense, use_bias=cfg.use_bias, dtype=self.dtype, kernel_init=init)
         width = cfg.decoder_feed_forward if self.decoder else cfg.encoder_feed_forward
         self.feed_forward_in = dense(width)
         if cfg.gated:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.data.batches import Batch
+from mtl_jax.models.dense import times
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.holding import Weights, teacher_of, weights_at
@@ -119,7 +120,7 @@ def _distil_hidden(regulariser: Distillation, teacher: Teacher) -> OnOutputs:
         seen, own = teacher.hidden(references[teacher_of(regulariser)], batch), encoded.tokens
         assert own is not None
         if regulariser.name in heads:
-            own = own @ heads[regulariser.name]["projection"]["kernel"]
+            own = times(own, heads[regulariser.name]["projection"]["kernel"])
         values = distill_hidden(own, seen, regulariser.distance)
         return _masked_sum(values, batch.segments > 0) / counts
 

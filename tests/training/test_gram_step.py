@@ -116,7 +116,7 @@ def test_the_gram_step_costs_what_plain_training_costs(data, tmp_path):
         step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
         flops[needs_gram] = step.lower(state, batch, None).compile().cost_analysis()["flops"]
     size = sum(leaf.size for leaf in jax.tree.leaves(prepared.params["trunk"]))
-    assert flops[True] - 12 * size < 1.03 * flops[False]
+    assert flops[True] - 12 * size < 1.04 * flops[False]
 
 
 def test_task_gradients_may_be_held_in_bfloat16(bert, data):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.models.dense import times
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
@@ -65,5 +66,5 @@ class Bottleneck(Adapter):
     def around(self, params: Params, call: Call) -> Any:
         y_BxTxO = call()
         own = {name: leaf.astype(y_BxTxO.dtype) for name, leaf in params.items()}
-        inner_BxTxW = ACTIVATIONS[self.activation](y_BxTxO @ own["down_kernel"] + own["down_bias"])
-        return y_BxTxO + (inner_BxTxW @ own["up_kernel"] + own["up_bias"])
+        inner_BxTxW = ACTIVATIONS[self.activation](times(y_BxTxO, own["down_kernel"]) + own["down_bias"])
+        return y_BxTxO + (times(inner_BxTxW, own["up_kernel"]) + own["up_bias"])

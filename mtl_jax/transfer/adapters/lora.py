@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.errors import UserError
+from mtl_jax.models.dense import times
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
 
@@ -63,8 +64,8 @@ class Lora(Adapter):
         if call.key is not None and self.dropout:
             kept = jax.random.bernoulli(call.key, 1 - self.dropout, x_BxTxI.shape)
             x_BxTxI = jnp.where(kept, x_BxTxI / (1 - self.dropout), 0)
-        inner_BxTxR = x_BxTxI @ params["a"].astype(y_BxTxO.dtype)
-        return y_BxTxO + (self.alpha / self.rank) * (inner_BxTxR @ params["b"].astype(y_BxTxO.dtype))
+        inner_BxTxR = times(x_BxTxI, params["a"].astype(y_BxTxO.dtype))
+        return y_BxTxO + (self.alpha / self.rank) * times(inner_BxTxR, params["b"].astype(y_BxTxO.dtype))
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
         change_IxO = jnp.matmul(params["a"], params["b"], precision="highest")

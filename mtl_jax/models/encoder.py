@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.dense import Dense
+from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.layers import ACTIVATIONS, Attention, attention_mask_BxTxT, layer_norm
 
 
@@ -154,7 +155,7 @@ class Embeddings(nn.Module):
             types_BxT = jnp.zeros_like(ids_BxT) if types_BxT is None else types_BxT
             x_BxTxE += embed(cfg.type_vocab_size, name="token_type")(types_BxT)
         x_BxTxE = layer_norm(cfg.layer_norm_eps, self.dtype, "norm")(x_BxTxE)
-        x_BxTxE = nn.Dropout(cfg.dropout)(x_BxTxE, deterministic=deterministic)
+        x_BxTxE = Dropout(cfg.dropout)(x_BxTxE, deterministic=deterministic)
         if cfg.hidden_size == E:
             return x_BxTxE
         return Dense(cfg.hidden_size, dtype=self.dtype, kernel_init=init, name="project")(x_BxTxE)
@@ -183,7 +184,7 @@ class Block(nn.Module):
         init = nn.initializers.normal(cfg.initializer_range)
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=init)
         norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype)
-        drop = nn.Dropout(cfg.dropout)
+        drop = Dropout(cfg.dropout)
 
         D = cfg.hidden_size // cfg.num_heads
         attention = Attention(cfg.num_heads, D, self.dtype, init, cfg.attention_dropout, name="attention")

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from mtl_jax.models.dense import Dense
+from mtl_jax.models.dropout import Dropout
 
 
 class Head(nn.Module):
@@ -24,7 +25,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, pooled_RxSxH: jax.Array, deterministic: bool = True) -> jax.Array:
         """Maps f32[R, S, H] to f32[R, S, O]; dropout needs an rng named "dropout" unless deterministic."""
-        x = nn.Dropout(self.dropout)(pooled_RxSxH, deterministic=deterministic)
+        x = Dropout(self.dropout)(pooled_RxSxH, deterministic=deterministic)
         if self.hidden:
             x = nn.relu(Dense(self.hidden, name="hidden")(x))
         return Dense(self.outputs, name="output")(x)

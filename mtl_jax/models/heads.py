@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.dense import Dense
+from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.layers import ACTIVATIONS, layer_norm
 
@@ -56,7 +57,7 @@ class SequenceHead(nn.Module):
         self, hidden_BxTxH: jax.Array, pooled_BxH: jax.Array | None, table_VxE: jax.Array | None, deterministic: bool
     ) -> jax.Array:
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=self.init)
-        drop = nn.Dropout(self.dropout)
+        drop = Dropout(self.dropout)
         x_BxH = hidden_BxTxH[:, 0] if pooled_BxH is None else pooled_BxH
         if self.activation is not None:
             x_BxH = drop(x_BxH, deterministic=deterministic) if self.drop_input else x_BxH
@@ -85,7 +86,7 @@ class TokenHead(nn.Module):
     def __call__(
         self, hidden_BxTxH: jax.Array, pooled_BxH: jax.Array | None, table_VxE: jax.Array | None, deterministic: bool
     ) -> jax.Array:
-        x_BxTxH = nn.Dropout(self.dropout)(hidden_BxTxH, deterministic=deterministic)
+        x_BxTxH = Dropout(self.dropout)(hidden_BxTxH, deterministic=deterministic)
         return Dense(self.num_labels, dtype=self.dtype, kernel_init=self.init, name=self.layer)(x_BxTxH)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mtl_jax.models.attention import KeyValue, visible_keys
 from mtl_jax.models.dense import Dense
+from mtl_jax.models.dropout import Dropout
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),  # Hugging Face "gelu" is the erf form
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         self.key = dense(inner, kernel_init=self.init)
         self.value = dense(inner, kernel_init=self.init)
         self.output = dense(self.hidden_size or inner, kernel_init=self.init)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def keys_values(self, x_BxSxH: jax.Array) -> KeyValue:
         """Keys and values f[B, N, S, D] of a sequence f[B, S, H]."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.models.dense import Dense
+from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.layers import ACTIVATIONS, attend, attention_mask_BxTxT, layer_norm
 from mtl_jax.models.pooling import segment_mean
@@ -186,7 +187,7 @@ class Embeddings(nn.Module):
         cfg = self.config
         embed = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype, embedding_init=_init(cfg), name="word")
         x_BxTxH = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", cfg.norm_bias)(embed(ids_BxT))
-        return nn.Dropout(cfg.embedding_dropout)(x_BxTxH, deterministic=deterministic)
+        return Dropout(cfg.embedding_dropout)(x_BxTxH, deterministic=deterministic)
 
 
 class Block(nn.Module):
@@ -204,13 +205,13 @@ class Block(nn.Module):
 
         y_BxTxH = norm("attention_norm")(x_BxTxH) if self.attention_norm else x_BxTxH
         y_BxTxH = RotaryAttention(cfg, self.dtype, name="attention")(y_BxTxH, mask_BxTxT, turn, deterministic)
-        x_BxTxH += nn.Dropout(cfg.attention_dropout)(y_BxTxH, deterministic=deterministic)
+        x_BxTxH += Dropout(cfg.attention_dropout)(y_BxTxH, deterministic=deterministic)
 
         y_BxTxH = norm("feed_forward_norm")(x_BxTxH)
         y_BxTx2F = dense(2 * cfg.intermediate_size, kernel_init=_init(cfg), name="feed_forward_in")(y_BxTxH)
         y_BxTxF, gate_BxTxF = jnp.split(y_BxTx2F, 2, axis=-1)
         y_BxTxF = ACTIVATIONS[cfg.activation](y_BxTxF) * gate_BxTxF
-        y_BxTxF = nn.Dropout(cfg.feed_forward_dropout)(y_BxTxF, deterministic=deterministic)
+        y_BxTxF = Dropout(cfg.feed_forward_dropout)(y_BxTxF, deterministic=deterministic)
         return x_BxTxH + dense(cfg.hidden_size, kernel_init=output_init(cfg), name="feed_forward_out")(y_BxTxF)
 
 
@@ -224,7 +225,7 @@ class RotaryAttention(nn.Module):
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, turn: Rotation, deterministic: bool) -> jax.Array:
         cfg = self.config
         dense = functools.partial(Dense, use_bias=cfg.attention_bias, dtype=self.dtype)
-        drop = nn.Dropout(cfg.attention_dropout)
+        drop = Dropout(cfg.attention_dropout)
 
         qkv_BxTx3H = dense(3 * cfg.hidden_size, kernel_init=_init(cfg), name="query_key_value")(x_BxTxH)
         q_BxTxNxD, k_BxTxNxD, v_BxTxNxD = (
@@ -270,7 +271,7 @@ class LabelHead(nn.Module):
         x = hidden_BxTxH if self.per_token else row_BxH
         x = Dense(cfg.hidden_size, use_bias=cfg.head_bias, dtype=self.dtype, kernel_init=output_init(cfg), name="transform")(x)
         x = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", cfg.norm_bias)(ACTIVATIONS[cfg.head_activation](x))
-        x = nn.Dropout(cfg.head_dropout)(x, deterministic=deterministic)
+        x = Dropout(cfg.head_dropout)(x, deterministic=deterministic)
         init = _cut_normal(cfg.hidden_size**-0.5)
         return Dense(cfg.num_labels, dtype=self.dtype, kernel_init=init, name="classifier")(x)
 

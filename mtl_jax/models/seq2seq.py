@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.attention import KeyValue, visible_keys
+from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoded import token_table
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.seq2seq_decoder import Cache, Decoder, DecoderOutput, RowClassifier, Source
@@ -51,7 +52,7 @@ class Seq2SeqEncoder(nn.Module):
         self.layer = [Block(cfg, False, self.dtype) for _ in range(cfg.encoder_layers)]
         if cfg.pre_norm:
             self.norm = make_norm(cfg)
-        self.drop = nn.Dropout(cfg.dropout if cfg.drop_output else 0.0)
+        self.drop = Dropout(cfg.dropout if cfg.drop_output else 0.0)
 
     def table(self) -> jax.Array:
         """The token table f32[V, H]."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mtl_jax.models.attention import KeyValue, visible_ancestors, visible_keys, visible_past
 from mtl_jax.models.dense import Dense
+from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.seq2seq_layers import (
     Block,
     Embeddings,
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         self.layer = [Block(cfg, True, self.dtype) for _ in range(cfg.decoder_layers)]
         if cfg.pre_norm:
             self.norm = make_norm(cfg)
-        self.drop = nn.Dropout(cfg.dropout if cfg.drop_output else 0.0)
+        self.drop = Dropout(cfg.dropout if cfg.drop_output else 0.0)
         if not cfg.tied:
             init = nn.initializers.normal(cfg.initializer_range)
             self.lm_head = Dense(cfg.decoder_vocab_size, use_bias=False, dtype=self.dtype, kernel_init=init)
@@ -178,7 +179,7 @@ class RowClassifier(nn.Module):
         )
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=kernel_init(cfg))
         self.dense, self.classifier = dense(cfg.hidden_size), dense(cfg.num_labels)
-        self.drop = nn.Dropout(cfg.head_dropout)
+        self.drop = Dropout(cfg.head_dropout)
 
     def source(self, hidden_BxTxH: jax.Array, real_BxT: jax.Array | None, segments_BxT: jax.Array | None) -> Source:
         """What the decoder sees of the encoder's output f[B, T, H]."""

@@ -17,6 +17,7 @@ import numpy as np
 from mtl_jax.errors import UserError
 from mtl_jax.models.attention import KeyValue, write_cache
 from mtl_jax.models.dense import Dense
+from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.layers import ACTIVATIONS, Attention
 from mtl_jax.models.t5 import RelativeBias
 
@@ -169,7 +170,7 @@ class Embeddings(nn.Module):
             self.position = nn.Embed(rows, cfg.hidden_size, dtype=self.dtype, embedding_init=init)
         if cfg.embedding_norm:
             self.norm = make_norm(cfg)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop = Dropout(cfg.dropout)
 
     def table(self) -> jax.Array:
         """The token table f32[V, H]."""
@@ -242,8 +243,8 @@ class Block(nn.Module):
             self.feed_forward_gate = dense(width)
         self.feed_forward_out = dense(cfg.hidden_size)
         self.feed_forward_norm = make_norm(cfg)
-        self.drop = nn.Dropout(cfg.dropout)
-        self.drop_inside = nn.Dropout(cfg.activation_dropout)
+        self.drop = Dropout(cfg.dropout)
+        self.drop_inside = Dropout(cfg.activation_dropout)
 
     def source(self, hidden_BxSxH: jax.Array) -> KeyValue:
         """Keys and values of the encoder's output, for cross-attention."""

@@ -21,6 +21,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
 from mtl_jax.errors import UserError
+from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.heads import MaskedLMHead
 from mtl_jax.tasks.base import Task
@@ -137,7 +138,7 @@ class MaskedLM(Task):
         at_RxP = jnp.argsort(~hidden_RxT, axis=1, stable=True)[:, :P]  # the hidden ones first
         x_RxPxH = jnp.take_along_axis(encoded.tokens, at_RxP[..., None], axis=1)
         if key is not None:
-            dropout = nn.Dropout(self.dropout, deterministic=False)
+            dropout = Dropout(self.dropout, deterministic=False)
             x_RxPxH = jnp.asarray(dropout.apply({}, x_RxPxH, rngs={"dropout": key}))
         table_VxH = encoded.table[: self.vocabulary]
         head = self._head(H, encoded.tokens.dtype)

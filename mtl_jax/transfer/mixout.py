@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.dropout import bernoulli
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixout:
@@ -41,7 +43,7 @@ def mixout(key: jax.Array, params: Any, start: Any, p: float) -> Any:
     keys = jax.random.split(key, len(leaves))
 
     def mix(key: jax.Array, leaf: jax.Array, then: jax.Array) -> jax.Array:
-        own = jax.random.bernoulli(key, 1 - p, leaf.shape)
+        own = bernoulli(key, 1 - p, leaf.shape)
         return jnp.where(own, then + (leaf - then) / (1 - p), then)
 
     mixed = [mix(key, leaf, then) for key, leaf, then in zip(keys, leaves, jax.tree.leaves(start), strict=True)]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mtl_jax.errors import UserError
 from mtl_jax.models.dense import times
+from mtl_jax.models.dropout import drop
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
 
@@ -62,8 +63,7 @@ class Lora(Adapter):
         y_BxTxO = call()
         x_BxTxI = call.args[0].astype(y_BxTxO.dtype)
         if call.key is not None and self.dropout:
-            kept = jax.random.bernoulli(call.key, 1 - self.dropout, x_BxTxI.shape)
-            x_BxTxI = jnp.where(kept, x_BxTxI / (1 - self.dropout), 0)
+            x_BxTxI = drop(call.key, self.dropout, x_BxTxI)
         inner_BxTxR = times(x_BxTxI, params["a"].astype(y_BxTxO.dtype))
         return y_BxTxO + (self.alpha / self.rank) * times(inner_BxTxR, params["b"].astype(y_BxTxO.dtype))
 

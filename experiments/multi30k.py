@@ -10,7 +10,7 @@ from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Seq2Seq,
 
 EXPERIMENT = Experiment(
     name="multi30k",
-    trunk=Transformer(vocabulary=4000, layers=4, width=128, heads=4, feed_forward=256, dropout=0.1, max_length=256),
+    trunk=Transformer(vocabulary=4000, layers=4, width=128, heads=4, feed_forward=256, dropout=0.3, max_length=256),
     sources=(
         Source(
             name="multi30k",
@@ -22,10 +22,10 @@ EXPERIMENT = Experiment(
         ),
     ),
     tasks=(Seq2Seq(name="translation", source="multi30k", column="fr", label_smoothing=0.1),),
-    phases=(Phase("everything", steps=5000),),
+    phases=(Phase("everything", steps=12_000),),
     optimizer=Optimizer(learning_rate=5e-3, schedule="cosine", warmup=0.08, weight_decay=0.0, b2=0.98, eps=1e-9),
     batch=Batching(rows=32, row_length=64, target_length=72),
-    evaluation=Evaluation(every=500),
+    evaluation=Evaluation(every=1000),
 )
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from mtl_jax import Classification, weighting
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.head import Head
-from mtl_jax.training import gradients, gram_step
+from mtl_jax.training import gradients, gram_step, token_rows
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.step import by_losses, encode_tokens, make_train_step
 from mtl_jax.weighting import Rule
@@ -138,7 +138,9 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
         facts[name]["flops"] = (program.cost_analysis() or {}).get("flops", float("nan"))
         if (rule.needs_gram or rule.transform) and jax.default_backend() == "cpu":
             # XLA counts the body of a loop once, and there the Gram matrix is made in one, chunk by chunk.
-            facts[name]["flops"] += 2 * K**2 * sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
+            size = sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
+            unread = max(0, SIZES.vocab_size - batch.tokens.size) * SIZES.hidden_size if rule.transform is None else 0
+            facts[name]["flops"] += 2 * K**2 * (size - unread)
         programs[name] = lambda program=program, state=state: jax.block_until_ready(program(state, batch, None)[1])
         programs[name]()
     times: dict[str, list[float]] = {name: [] for name in rules}
@@ -171,7 +173,8 @@ def measure_of(
     encode = encode_tokens(encoder)
     if not rule.needs_gram and rule.transform is None:
         return by_losses(encode, tasks, rule, trains_trunk=True)
-    return gram_step.by_gram(encode, tasks, rule, layout, gram_step.check(params, mask, "trunk"))
+    found = gram_step.by_gram(encode, tasks, rule, layout, gram_step.check(params, mask, "trunk"))
+    return token_rows.only_read(found) if rule.transform is None else found
 
 
 def make_batch(K: int, rows: int) -> Batch:

@@ -10,6 +10,7 @@ import pytest
 
 from mtl_jax import trunks
 from mtl_jax.errors import UserError
+from mtl_jax.models.encoded import token_table, with_token_table
 from mtl_jax.trunks import Embedding, Pretrained, Transformer
 
 FIXTURES = Path(__file__).parent / "pretrained" / "fixtures"
@@ -42,6 +43,16 @@ def test_what_is_opened_again_computes_the_same(checkpoint, tmp_path):
     hidden, expected = (one.module.apply({"params": params}, IDS, **PACKED).hidden for one in (again, trunk))
     np.testing.assert_array_equal(hidden, expected)
     assert again.tokenizer("good film")["input_ids"] == trunk.tokenizer("good film")["input_ids"]
+
+
+def test_a_trunk_may_be_given_the_rows_that_it_reads(checkpoint):
+    trunk = trunks.build(Pretrained(str(checkpoint)), [], np.float32)
+    params = trunks.init_params(trunk, jax.random.key(0))
+    rows, places = np.unique(IDS, return_inverse=True)
+    narrow = with_token_table(params, token_table(params)[rows])
+    expected = trunk.module.apply({"params": params}, IDS, **PACKED).hidden
+    found = trunk.module.apply({"params": narrow}, places.reshape(IDS.shape), **PACKED).hidden
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_an_embedding_from_scratch(tmp_path):

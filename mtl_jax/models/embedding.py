@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.models.embed import Embed
 from mtl_jax.models.encoder import EncoderOutput
 
 
@@ -51,7 +52,7 @@ class SharedEmbedding(nn.Module):
         deterministic: bool = True,
     ) -> EncoderOutput:
         """Looks up i32[B, T] ids; returns hidden f[B, T, E]. A bag of words: the other arguments change nothing."""
-        table = nn.Embed(
+        table = Embed(
             self.config.vocab_size,
             self.config.dimension,
             dtype=self.dtype,

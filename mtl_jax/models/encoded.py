@@ -33,3 +33,10 @@ def token_table(params: Any) -> jax.Array:
         if "word" in found:
             return found["word"]["embedding"]
     raise UserError("the trunk has no token table that a head could share")
+
+
+def with_token_table(params: Any, table_VxE: jax.Array) -> Any:
+    """The trunk's parameters with another token table."""
+    if "word" in params:
+        return params | {"word": params["word"] | {"embedding": table_VxE}}
+    return params | {"embeddings": with_token_table(params["embeddings"], table_VxE)}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
+from mtl_jax.models.embed import Embed
 from mtl_jax.models.layers import ACTIVATIONS, Attention, attention_mask_BxTxT, layer_norm
 
 
@@ -148,7 +149,7 @@ class Embeddings(nn.Module):
         cfg = self.config
         E = cfg.embedding_size or cfg.hidden_size
         init = nn.initializers.normal(cfg.initializer_range)
-        embed = functools.partial(nn.Embed, features=E, dtype=self.dtype, embedding_init=init)
+        embed = functools.partial(Embed, features=E, dtype=self.dtype, embedding_init=init)
         x_BxTxE = embed(cfg.vocab_size, name="word")(ids_BxT)
         x_BxTxE += embed(cfg.max_positions, name="position")(_rows(cfg, ids_BxT, positions_BxT))
         if cfg.type_vocab_size:

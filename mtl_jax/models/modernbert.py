@@ -16,6 +16,7 @@ import numpy as np
 
 from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
+from mtl_jax.models.embed import Embed
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.layers import ACTIVATIONS, attend, attention_mask_BxTxT, layer_norm
 from mtl_jax.models.pooling import segment_mean
@@ -185,7 +186,7 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, ids_BxT: jax.Array, deterministic: bool) -> jax.Array:
         cfg = self.config
-        embed = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype, embedding_init=_init(cfg), name="word")
+        embed = Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype, embedding_init=_init(cfg), name="word")
         x_BxTxH = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", cfg.norm_bias)(embed(ids_BxT))
         return Dropout(cfg.embedding_dropout)(x_BxTxH, deterministic=deterministic)
 

@@ -18,6 +18,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.models.attention import KeyValue, write_cache
 from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
+from mtl_jax.models.embed import Embed
 from mtl_jax.models.layers import ACTIVATIONS, Attention
 from mtl_jax.models.t5 import RelativeBias
 
@@ -164,7 +165,7 @@ class Embeddings(nn.Module):
         init = nn.initializers.normal(cfg.initializer_range)
         if self.vocab_size is not None:
             table_init = init if cfg.embedding_range is None else nn.initializers.normal(cfg.embedding_range)
-            self.word = nn.Embed(self.vocab_size, cfg.hidden_size, embedding_init=table_init)
+            self.word = Embed(self.vocab_size, cfg.hidden_size, embedding_init=table_init)
         if cfg.positions == "learned":
             rows = (cfg.max_positions or 0) + cfg.position_offset
             self.position = nn.Embed(rows, cfg.hidden_size, dtype=self.dtype, embedding_init=init)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from mtl_jax.tasks import Task
-from mtl_jax.training import gradients, gram_step, holding, idle, watching
+from mtl_jax.training import gradients, gram_step, holding, idle, token_rows, watching
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.planning import PhasePlan, per_task
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
@@ -50,6 +50,8 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
             accumulate=accumulate,
             mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
         )
+        if plan.rule.transform is None and not any("table" in task.needs for task in tasks):
+            found = token_rows.only_read(found)
         if watched:
             nothing = fixed({task.name: 0.0 for task in tasks})
             alone = by_losses(encode, tasks, nothing, trains_trunk=True, accumulate=accumulate, held=held)

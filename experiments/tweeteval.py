@@ -24,7 +24,7 @@ def source(name: str, test: str = "test", folder: str = "") -> Source:
         dev_path=f"{at}/val_{{text,labels}}.txt" if test == "test" else "",
         test_path=f"{at}/{test}_{{text,labels}}.txt",
         format="parallel",
-        lenient=True,  # one tweet of hate's is empty; what is skipped is counted and shown
+        lenient=True,  # eight tweets of hate's are empty; what is skipped is counted and shown
     )
 
 

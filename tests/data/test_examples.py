@@ -56,7 +56,7 @@ def test_a_split_without_any_label(tmp_path, tokenizer):
     [
         (TASK, "z", r"label 'z' is not in the label set \(x, y\)"),
         (TASK, ["x"], "column 'label' holds a list"),
-        (Regression(name="t", source="s"), "inf", "outside"),
+        (Regression(name="t", source="s"), "nan", "label 'nan' is not a number"),
         (Tagging(name="t", source="s", column="label", labels=("O", "B-x")), "O O", r"words and 2 tags"),
     ],
 )

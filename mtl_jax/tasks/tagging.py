@@ -133,15 +133,13 @@ class Tagging(Task):
         if len(tags) != len(words):
             raise ValueError(f"{len(words)} words and {len(tags)} tags; there must be one for each word")
         places: dict[str | None, int] = {None: MISSING} | {label: place for place, label in enumerate(self.labels)}
-        for number, (word, tag) in enumerate(zip(words, tags, strict=True), 1):
+        for number, (word, tag) in enumerate(zip(words, tags, strict=True)):
             if tag not in places:
-                raise ValueError(f"tag {tag!r} of word {number}, {word!r}, is not in the label set ({', '.join(self.labels)})")
+                raise self._wrong(row, number, word, tag, f"is not in the label set ({', '.join(self.labels)})")
         if bio.is_bio(self.labels):
             for place in bio.breaks(tags):
-                raise ValueError(
-                    f"tag {tags[place]!r} of word {place + 1}, {words[place]!r}, follows neither B nor I of its type; correct "
-                    "it, or set repair to read it as B"
-                )
+                why = "follows neither B nor I of its type; correct it, or set repair to read it as B"
+                raise self._wrong(row, place, words[place], tags[place], why)
         label_L = np.array([places[tag] for tag in tags], self.dtype)
         return label_L if (label_L != MISSING).any() else None
 
@@ -196,6 +194,10 @@ class Tagging(Task):
                 for entity in bio.entities(self._tagged(found_L, "O"))
             ]
         return result
+
+    def _wrong(self, row: Row, place: int, word: str, tag: str | None, why: str) -> UserError:
+        """The error for the tag of one word, counted from 0; it names the word's own line, where it has one."""
+        return UserError(f"{row.where_word(place)}: task {self.name!r}: tag {tag!r} of word {place + 1}, {word!r}, {why}")
 
     def _words(self, row: Row) -> list[str]:
         words = column(row, self.text, self)

@@ -11,7 +11,7 @@ import tiny
 from mtl_jax import Classification, Evaluation, Phase, Pretrained, Source, train
 from mtl_jax.data.examples import make_examples
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
+from mtl_jax.data.sources import Row, read_one
 from mtl_jax.errors import UserError
 from mtl_jax.prediction import predict
 from mtl_jax.pretrained import load_tokenizer
@@ -246,6 +246,26 @@ def test_bad_tags_are_one_line_with_their_place(bert, folder, tmp_path, tags, me
         write(tmp_path, f"{name}.tsv", [*rows, (["good", "film", "was"], tags.split(), "say")] if name == "dev" else rows)
     with pytest.raises(UserError, match=rf"dev\.tsv:4: task 'slots': {message}"):
         prepare(experiment(bert, tmp_path, dataclasses.replace(SLOTS, labels=())))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "one O\n\n# id = 2\n# a comment\ngood B-good\nfilm I-bad\n",
+            r"a\.conll:6: task 'slots': tag 'I-bad' of word 2, 'film', follows",
+        ),
+        ("# id = 1\none O\ntwo O\ngood B-new\nbad O\n", r"a\.conll:4: task 'slots': tag 'B-new' of word 3, 'good', is not in"),
+    ],
+)
+def test_a_bad_tag_is_on_the_line_of_its_word(tmp_path, lines, message):
+    """Where each word has a line, whatever comments stand before the sentence."""
+    (tmp_path / "a.conll").write_text(lines, encoding="utf-8")
+    *good, bad = read_one(Source(name="said", path=str(tmp_path / "a.conll"), format="conll", columns=("text", "tags")))
+    for row in good:
+        SLOTS.parse(row)
+    with pytest.raises(UserError, match=message):
+        SLOTS.parse(bad)
 
 
 @pytest.mark.parametrize(

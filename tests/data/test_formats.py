@@ -398,6 +398,17 @@ def test_comments_of_conll_u_are_none_of_the_words(tmp_path):
     assert rows(path, format="conll", columns=("text", "tags"))[0][0]["tags"] == ["B-PER", "O"]
 
 
+def test_a_comment_has_a_space_behind_its_sign(tmp_path):
+    """What has none may be a word of a tweet; and "# word" is one where a word has two columns between spaces."""
+    path = write(tmp_path / "a", "#comment\na O\n\n## a comment\na O\n\n# word\na O\n\n# a comment\na O\n")
+    assert rows(path, **CONLL) == [
+        "a:1: 1 columns, but a word has 2: words, tags",
+        "a:4: 3 columns, but a word has 2: words, tags",
+        ({"words": ["#", "a"], "tags": ["word", "O"]}, "7"),
+        ({"words": ["a"], "tags": ["O"]}, "11"),
+    ]
+
+
 @pytest.mark.parametrize("start", [None, 1.9, [1], True])
 def test_an_answer_starts_at_a_whole_number(tmp_path, start):
     line = json.dumps({"text": "who", "context": "ab", "answers": [{"text": "b", "answer_start": start}]})

@@ -312,7 +312,7 @@ def _readable(name: str, parts: Splits, tasks: Sequence[Labels]) -> Splits:
             except (ValueError, UserError) as error:
                 skipped += 1
                 if skipped <= SHOWN:
-                    log.warning("skipped: %s: %s", row.where, error)
+                    log.warning("skipped: %s", error if isinstance(error, UserError) else f"{row.where}: {error}")
                 continue
             kept.append(row)
         if not kept:

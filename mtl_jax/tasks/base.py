@@ -176,7 +176,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def parse(self, row: Row) -> Any:
-        """A row's label, None where it has none; ValueError says in a few words what is wrong."""
+        """A row's label, None where it has none; ValueError says in a few words what is wrong, UserError also where."""
 
     def place(self, label: Any, window: Window) -> np.ndarray:
         """A window's label: [*label_shape], or [len] where labels are of tokens.

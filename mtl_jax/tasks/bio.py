@@ -7,7 +7,7 @@ entity begins with B). Shapes in names: L words, O labels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +21,19 @@ class Entity(NamedTuple):
     end: int
 
 
+def is_tag(label: str) -> bool:
+    """Whether a label is O, B-something or I-something."""
+    return label == "O" or (label.startswith(("B-", "I-")) and len(label) > 2)
+
+
 def is_bio(labels: Sequence[str]) -> bool:
     """Whether a label set is one of entities: every label is O, B-something or I-something."""
-    return bool(labels) and all(label == "O" or (label.startswith(("B-", "I-")) and len(label) > 2) for label in labels)
+    return bool(labels) and all(map(is_tag, labels))
+
+
+def has_entities(labels: Iterable[str]) -> bool:
+    """Whether any label is B-something or I-something."""
+    return any(label != "O" and is_tag(label) for label in labels)
 
 
 def breaks(tags: Sequence[str | None]) -> list[int]:

@@ -64,8 +64,12 @@ class Regression(Task):
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(f"label {text!r} is not a number") from None
-        if not (math.isfinite(value) and self.minimum <= value <= self.maximum):
+            value = math.nan
+        if math.isnan(value):
+            raise ValueError(f"label {text!r} is not a number")
+        if math.isinf(value):
+            raise ValueError(f"label {text!r} is not a finite number")
+        if not self.minimum <= value <= self.maximum:
             raise ValueError(f"label {text!r} is outside {self.minimum:g}..{self.maximum:g}")
         return value
 

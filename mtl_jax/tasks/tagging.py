@@ -19,6 +19,7 @@ from mtl_jax.tasks.base import PerExample, Task, column
 from mtl_jax.tasks.cross_entropy import MISSING, balanced_weights, check_weights, cross_entropy
 
 ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
+NO_ENTITY = "is neither O nor B-X nor I-X, as tags of entities are"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,9 @@ class Tagging(Task):
     counted when the data is read.
 
     A label set is taken for entities where every label is O, B-something or I-something. Then the best valid sequence is
-    predicted, in which I-X follows only B-X or I-X, and metrics count entities; else the best label of each word.
+    predicted, in which I-X follows only B-X or I-X, and metrics count entities; else the best label of each word. Among found
+    labels one B-something or I-something is enough, and a tag of another form is a mistake: they are plain tags only if metric
+    is token_accuracy, or if the labels are given.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
@@ -75,7 +78,15 @@ class Tagging(Task):
     def outputs(self) -> int:
         return len(self.labels)
 
+    @property
+    def _plain(self) -> list[str]:
+        """The labels that are not of entities."""
+        return [label for label in self.labels if not bio.is_tag(label)]
+
     def check(self) -> None:
+        if self.metric in ENTITY_METRICS and self._plain:
+            label = self._plain[0]
+            raise UserError(f"task {self.name!r}: metric is {self.metric}, and label {label!r} {NO_ENTITY}; correct either")
         # Which metric an empty one stands for is known with the label set.
         super(Tagging, self if self.metric else dataclasses.replace(self, metric="token_accuracy")).check()
         if len(set(self.labels)) != len(self.labels):
@@ -100,6 +111,8 @@ class Tagging(Task):
         labels = self.labels
         if not labels:
             found = {tag for row in rows for tag in self._tags(row) or () if tag is not None}
+            if self.metric in ENTITY_METRICS or (not self.metric and bio.has_entities(found)):
+                found = {tag for tag in found if bio.is_tag(tag)}  # parse() refuses the others, with their places
             if bio.is_bio(tuple(found)):
                 found |= {f"B-{tag[2:]}" for tag in found if tag.startswith("I-")}
             labels = tuple(sorted(found))
@@ -120,6 +133,8 @@ class Tagging(Task):
         read = sum(int((at_L >= 0).sum()) for part in parts for at_L in part.words or ())
         broken = sum(len(bio.breaks(self._written(row) or ())) for row in rows) if self.repair else 0
         lines = [f"{broken} tags I-X without B-X or I-X in front read as B-X"] if broken else []
+        if self._plain and bio.has_entities(self.labels):
+            lines.append(f"its tags are read as plain ones, not as entities: {self._plain[0]!r} is neither O nor B-X nor I-X")
         if read < words:
             counted = "are outside of every entity" if "O" in self.labels else "count as wrong"
             lines.append(f"{words - read} of {words} words have no token, teach nothing and {counted}")
@@ -133,15 +148,13 @@ class Tagging(Task):
         if len(tags) != len(words):
             raise ValueError(f"{len(words)} words and {len(tags)} tags; there must be one for each word")
         places: dict[str | None, int] = {None: MISSING} | {label: place for place, label in enumerate(self.labels)}
-        for number, (word, tag) in enumerate(zip(words, tags, strict=True), 1):
-            if tag not in places:
-                raise ValueError(f"tag {tag!r} of word {number}, {word!r}, is not in the label set ({', '.join(self.labels)})")
+        for number, (word, tag) in enumerate(zip(words, tags, strict=True)):
+            if tag is not None and tag not in places:
+                raise self._wrong(row, number, word, tag, self._why_unknown(tag))
         if bio.is_bio(self.labels):
             for place in bio.breaks(tags):
-                raise ValueError(
-                    f"tag {tags[place]!r} of word {place + 1}, {words[place]!r}, follows neither B nor I of its type; correct "
-                    "it, or set repair to read it as B"
-                )
+                why = "follows neither B nor I of its type; correct it, or set repair to read it as B"
+                raise self._wrong(row, place, words[place], tags[place], why)
         label_L = np.array([places[tag] for tag in tags], self.dtype)
         return label_L if (label_L != MISSING).any() else None
 
@@ -196,6 +209,18 @@ class Tagging(Task):
                 for entity in bio.entities(self._tagged(found_L, "O"))
             ]
         return result
+
+    def _why_unknown(self, tag: str) -> str:
+        """What is wrong with a tag that is not in the label set."""
+        labels = ", ".join(self.labels)
+        if bio.is_tag(tag) or not (bio.is_bio(self.labels) or self.metric in ENTITY_METRICS):
+            return f"is not in the label set ({labels})"
+        plain = "if they are plain tags, leave labels empty and set metric to token_accuracy"
+        return f"{NO_ENTITY} ({labels or 'there is none'}); correct it, or, {plain}"
+
+    def _wrong(self, row: Row, place: int, word: str, tag: str | None, why: str) -> UserError:
+        """The error for the tag of one word, counted from 0; it names the word's own line, where it has one."""
+        return UserError(f"{row.where_word(place)}: task {self.name!r}: tag {tag!r} of word {place + 1}, {word!r}, {why}")
 
     def _words(self, row: Row) -> list[str]:
         words = column(row, self.text, self)

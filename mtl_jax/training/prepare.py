@@ -32,6 +32,7 @@ from mtl_jax.training.teachers import Teacher
 from mtl_jax.transfer import adapters, averaging, freezing, moving
 from mtl_jax.trunks import Trunk
 
+SOME_LABELS = 10  # of a task, that are shown before training
 SOME_TEXTS = 50  # on which a teacher's tokenizer is compared with the run's
 
 
@@ -208,4 +209,11 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
     ]
     said = [*added, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters", groups.table(experiment, params)]
     averaged = f"dev and test are measured on averaged parameters ({experiment.averaging}), and predictions are made with them"
-    return [*corpus.notes, *said, *([] if experiment.averaging == "none" else [averaged])]
+    named = [f"task {task.name}: {_labels(task)}, measured by {task.metric}" for task in corpus.tasks if task.labels]
+    return [*corpus.notes, *named, *said, *([] if experiment.averaging == "none" else [averaged])]
+
+
+def _labels(task: Task) -> str:
+    """How many labels, and the first of them: a stray one is seen before hours are spent on it."""
+    more = ", ..." if len(task.labels) > SOME_LABELS else ""
+    return f"{len(task.labels)} labels ({', '.join(task.labels[:SOME_LABELS])}{more})"

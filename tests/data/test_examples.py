@@ -56,7 +56,7 @@ def test_a_split_without_any_label(tmp_path, tokenizer):
     [
         (TASK, "z", r"label 'z' is not in the label set \(x, y\)"),
         (TASK, ["x"], "column 'label' holds a list"),
-        (Regression(name="t", source="s"), "inf", "outside"),
+        (Regression(name="t", source="s"), "nan", "label 'nan' is not a number"),
         (Tagging(name="t", source="s", column="label", labels=("O", "B-x")), "O O", r"words and 2 tags"),
     ],
 )
@@ -75,6 +75,22 @@ def test_a_label_that_cannot_be_read_is_an_error_or_left_out(tmp_path, tokenizer
         corpus(tmp_path, tokenizer, tasks=(task,), train=right, dev=bad, test=parts["test"])
     found = corpus(tmp_path, tokenizer, tasks=(task,), train=right, dev=bad, test=parts["test"], lenient=True)
     assert len(found.splits["dev"]["s"].tokens) == 3
+    assert "1 rows that cannot be read left out" in found.notes[0]
+
+
+def test_a_tag_of_no_entity_is_an_error_or_left_out(tmp_path, tokenizer):
+    task = Tagging(name="t", source="s", column="label")
+    parts = {
+        split: [{"text": f"{word} man", "label": "B-x I-x"}, {"text": f"{word} song was", "label": "O B-x O"}]
+        for split, word in (("train", "good"), ("dev", "bad"), ("test", "sad"))
+    }
+    kept = corpus(tmp_path, tokenizer, tasks=(task,), **parts)
+    parts["train"].append({"text": "fine film", "label": "B-new 0"})
+    with pytest.raises(UserError, match=r"train\.jsonl:3: task 't': tag '0' of word 2, 'film', is neither O nor B-X nor I-X"):
+        corpus(tmp_path, tokenizer, tasks=(task,), **parts)
+    found = corpus(tmp_path, tokenizer, tasks=(task,), lenient=True, **parts)
+    assert found.tasks[0].metric == "entity_f1"
+    assert len(found.splits["train"]["s"].tokens) == len(kept.splits["train"]["s"].tokens) == 2
     assert "1 rows that cannot be read left out" in found.notes[0]
 
 

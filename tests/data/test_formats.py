@@ -331,15 +331,24 @@ def test_the_same_question_about_another_context_is_another_row(tmp_path):
     [
         (
             [question("q", ("308", 20))],
-            r"a\.json: question q: the answer '308' is not in the context at 20, where ' 30'",
+            r"a\.json: data\[0\]\.paragraphs\[0\]\.qas\[0\] \(question q\): the answer '308' is not .* at 20, where ' 30'",
         ),
-        ([question("q", ("points.", 30))], "question q: the answer 'points.' at 30 is outside the context of 32 characters"),
+        (
+            [question("q", ("points.", 30))],
+            r"\(question q\): the answer 'points.' at 30 is outside the context of 32 characters",
+        ),
         ([question("q", ("308", -3))], "at -3 is outside the context"),
         ([question("q", ("", 3))], "the answer '' is not in the context at 3"),
-        ([question("q"), question("q")], r"question q: the id 'q' stands already at .*question q"),
-        ([{"id": "q"}], "question q: not in SQuAD's format: no 'answers'"),
+        (
+            [question("p"), question("q"), question("r"), question("q")],
+            r"qas\[3\] \(question q\): the id 'q' stands already at .*\.json: data\[0\]\.paragraphs\[0\]\.qas\[1\] ",
+        ),
+        ([{"id": "q"}], r"qas\[0\] \(question q\): not in SQuAD's format: no 'answers'"),
         ([{}], r"data\[0\]\.paragraphs\[0\]\.qas\[0\]: not in SQuAD's format: no 'id'"),
-        ([question("q", ("308", "21"))], "question q: not in SQuAD's format: no 'answer_start', or of the wrong type"),
+        (
+            [question("q", ("308", "21"))],
+            r"qas\[0\] \(question q\): not in SQuAD's format: no 'answer_start', or of the wrong type",
+        ),
     ],
 )
 def test_bad_questions_are_named(tmp_path, questions, message):
@@ -349,7 +358,7 @@ def test_bad_questions_are_named(tmp_path, questions, message):
 
 def test_ids_of_questions_are_checked_without_being_asked(tmp_path):
     path = squad(tmp_path, question("q"), question("q"))
-    with pytest.raises(UserError, match="question q: the id 'q' stands already at"):
+    with pytest.raises(UserError, match=r"\(question q\): the id 'q' stands already at"):
         read(Source(name="a", path=path, **{name: value for name, value in SQUAD.items() if name != "id"}))
 
 
@@ -387,6 +396,17 @@ def test_comments_of_conll_u_are_none_of_the_words(tmp_path):
     ]
     path = write(tmp_path / "b.conll", "Ann\tB-PER \nwon\tO\n")
     assert rows(path, format="conll", columns=("text", "tags"))[0][0]["tags"] == ["B-PER", "O"]
+
+
+def test_a_comment_has_a_space_behind_its_sign(tmp_path):
+    """What has none may be a word of a tweet; and "# word" is one where a word has two columns between spaces."""
+    path = write(tmp_path / "a", "#comment\na O\n\n## a comment\na O\n\n# word\na O\n\n# a comment\na O\n")
+    assert rows(path, **CONLL) == [
+        "a:1: 1 columns, but a word has 2: words, tags",
+        "a:4: 3 columns, but a word has 2: words, tags",
+        ({"words": ["#", "a"], "tags": ["word", "O"]}, "7"),
+        ({"words": ["a"], "tags": ["O"]}, "11"),
+    ]
 
 
 @pytest.mark.parametrize("start", [None, 1.9, [1], True])

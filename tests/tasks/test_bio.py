@@ -40,6 +40,9 @@ def test_which_label_sets_are_entities():
     assert bio.is_bio(LABELS)
     assert not bio.is_bio(("NOUN", "O", "VERB"))
     assert not bio.is_bio(())
+    assert not any(map(bio.is_tag, ("0", "PER", "b-per", "S-per", "B-", "I", "")))
+    assert bio.has_entities(("0", "O", "I-per"))
+    assert not bio.has_entities(("NOUN", "O", "B-"))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.booleans())

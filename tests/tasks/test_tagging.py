@@ -11,7 +11,7 @@ import tiny
 from mtl_jax import Classification, Evaluation, Phase, Pretrained, Source, train
 from mtl_jax.data.examples import make_examples
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
+from mtl_jax.data.sources import Row, read_one
 from mtl_jax.errors import UserError
 from mtl_jax.prediction import predict
 from mtl_jax.pretrained import load_tokenizer
@@ -248,11 +248,85 @@ def test_bad_tags_are_one_line_with_their_place(bert, folder, tmp_path, tags, me
         prepare(experiment(bert, tmp_path, dataclasses.replace(SLOTS, labels=())))
 
 
+def found(tmp_path, lines, **options):
+    """A task whose labels are found in a file of two columns, and the file's rows."""
+    (tmp_path / "a.conll").write_text(lines, encoding="utf-8")
+    rows = read_one(Source(name="s", path=str(tmp_path / "a.conll"), format="conll", columns=("text", "tags")))
+    return Tagging(name="ner", source="s", **options).filled(rows, None), rows
+
+
+BIO = "Ann B-PER\nLee I-PER\nwon O\n\n"
+
+
+@pytest.mark.parametrize("metric", ["", "entity_f1"])
+@pytest.mark.parametrize("tag", ["0", "PER", "b-per", "S-PER", "B-", "word"])
+def test_one_stray_tag_does_not_make_entities_plain_tags(tmp_path, tag, metric):
+    """Not even where a tag further on is wrong too; "# word" is a word with its tag."""
+    task, (good, bad) = found(tmp_path, f"{BIO}# {tag}\na O\nb I-PER\n", metric=metric)
+    assert (task.labels, task.metric) == (("B-PER", "I-PER", "O"), "entity_f1")
+    task.parse(good)
+    message = (
+        rf"a\.conll:5: task 'ner': tag '{tag}' of word 1, '#', is neither O nor B-X nor I-X.*\(B-PER, I-PER, O\).*correct it"
+    )
+    with pytest.raises(UserError, match=message):
+        task.parse(bad)
+
+
+def test_who_asks_for_entities_gets_no_plain_tags(tmp_path):
+    task, (row,) = found(tmp_path, "Ann NOUN\nwon VERB\n", metric="entity_recall")
+    with pytest.raises(UserError, match=r"a\.conll:1: task 'ner': tag 'NOUN' of word 1, 'Ann', is neither.*\(there is none\)"):
+        task.parse(row)
+
+
+def test_plain_tags_may_look_like_entities_where_that_is_said(tmp_path):
+    """Segments as B, M, E, S, for example; what is read as what is said before training."""
+    labels = ("B-N", "E-N", "S-V")
+    for said in ({"metric": "token_accuracy"}, {"labels": labels}):
+        task, (row,) = found(tmp_path, "a B-N\nb E-N\nc S-V\n", **said)
+        assert (task.labels, task.metric) == (labels, "token_accuracy")
+        np.testing.assert_array_equal(task.parse(row), [0, 1, 2])
+        assert task.remarks([]) == ["its tags are read as plain ones, not as entities: 'E-N' is neither O nor B-X nor I-X"]
+    task, _ = found(tmp_path, "a NOUN\nb I\nc O\n")
+    assert (task.labels, task.metric, task.remarks([])) == (("I", "NOUN", "O"), "token_accuracy", [])
+    # Entities that are measured by words stay entities.
+    task, _ = found(tmp_path, BIO, metric="token_accuracy")
+    assert "entity_f1" in task.metric_names
+
+
+def test_labels_and_metric_are_shown(prepared):
+    assert "task slots: 5 labels (B-bad, B-good, I-bad, I-good, O), measured by entity_f1" in prepared.notes
+    assert "task intent: 2 labels (ask, say), measured by accuracy" in prepared.notes
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "one O\n\n# id = 2\n# a comment\ngood B-good\nfilm I-bad\n",
+            r"a\.conll:6: task 'slots': tag 'I-bad' of word 2, 'film', follows",
+        ),
+        ("# id = 1\none O\ntwo O\ngood B-new\nbad O\n", r"a\.conll:4: task 'slots': tag 'B-new' of word 3, 'good', is not in"),
+    ],
+)
+def test_a_bad_tag_is_on_the_line_of_its_word(tmp_path, lines, message):
+    """Where each word has a line, whatever comments stand before the sentence."""
+    (tmp_path / "a.conll").write_text(lines, encoding="utf-8")
+    *good, bad = read_one(Source(name="said", path=str(tmp_path / "a.conll"), format="conll", columns=("text", "tags")))
+    for row in good:
+        SLOTS.parse(row)
+    with pytest.raises(UserError, match=message):
+        SLOTS.parse(bad)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"labels": ("O", "I-x")}, "the label set has I-x and lacks B-x"),
-        ({"labels": ("X", "Y"), "metric": "entity_f1"}, "unknown metric of task 'slots'.*choices: token_accuracy"),
+        (
+            {"labels": ("O", "B-x", "S-x"), "metric": "entity_f1"},
+            "metric is entity_f1, and label 'S-x' is neither O nor B-X nor I-X",
+        ),
+        ({"labels": ("X", "Y"), "metric": "accuracy"}, "unknown metric of task 'slots'.*choices: token_accuracy"),
         ({"labels": ("X", "X")}, "stands twice"),
         ({"class_weights": {"B-gold": 2.0}}, "'B-gold'.*did you mean 'B-good'"),
     ],

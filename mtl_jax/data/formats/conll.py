@@ -33,7 +33,7 @@ def read_conll(path: str, source: Source) -> Iterator[Read]:
         fields = divide(line.text)
         if not fields and not line.error:
             if words or error:
-                yield from _sentence(words, error, names, f"{path}:{start}")
+                yield from _sentence(words, error, names, (path, start))
             words, error = [], None
         elif not words and not error and _is_comment(line.text, fields, names):
             continue
@@ -42,7 +42,7 @@ def read_conll(path: str, source: Source) -> Iterator[Read]:
             error = error or line.error or _check(fields, names, f"{path}:{line.number}")
             words.append(fields)
     if words or error:
-        yield from _sentence(words, error, names, f"{path}:{start}")
+        yield from _sentence(words, error, names, (path, start))
 
 
 def _is_comment(line: str, fields: list[str], names: tuple[str, ...]) -> bool:
@@ -69,8 +69,12 @@ def _check(fields: list[str], names: tuple[str, ...], where: str) -> UserError |
     return UserError(f"{where}: column {empty[0]!r} is empty") if empty else None
 
 
-def _sentence(words: list[list[str]], error: UserError | None, names: tuple[str, ...], where: str) -> Iterator[Read]:
+def _sentence(
+    words: list[list[str]], error: UserError | None, names: tuple[str, ...], first: tuple[str, int]
+) -> Iterator[Read]:
     if error:
         yield error
     elif not (len(words) == 1 and words[0][0] == DOCUMENT):
-        yield Row({name: list(column) for name, column in zip(names, zip(*words, strict=True), strict=True)}, where)
+        columns = {name: list(column) for name, column in zip(names, zip(*words, strict=True), strict=True)}
+        # Comments stand before the first word and blank lines after the last: the words' lines have no gap.
+        yield Row(columns, f"{first[0]}:{first[1]}", first)

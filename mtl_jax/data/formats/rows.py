@@ -16,10 +16,23 @@ class Row(NamedTuple):
 
     A value is a str; a list of str (the words or tags of a sentence; None in it is a word without tag); None where the row has
     no value; or, for answers, a list of {"text": str, "start": int}, empty where there is no answer.
+
+    Attributes:
+        columns: The values.
+        where: File and line, or record.
+        first_word: File and line of the first word, where words stand on lines of their own, one after another; else None.
     """
 
     columns: dict[str, Any]
     where: str
+    first_word: tuple[str, int] | None = None
+
+    def where_word(self, word: int) -> str:
+        """Where a word, counted from 0, stands: its own line if it has one, else the row's place."""
+        if self.first_word is None:
+            return self.where
+        file, line = self.first_word
+        return f"{file}:{line + word}"
 
 
 # A bad row is given as its error, not raised: whoever reads decides whether it ends the run or is counted and left out.

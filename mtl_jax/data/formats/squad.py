@@ -21,7 +21,7 @@ def read_squad(path: str, source: Source) -> Iterator[Read]:
     """A row for each question: id, question, context, the article's title ("" where it has none), and answers.
 
     Answers are a list of {"text": str, "start": int}, the place in characters of the context; empty where the question has
-    no answer. The same answer given by several people stands there as often.
+    no answer. The same answer given by several people stands there as often. A row's place is its path in the JSON, and its id.
     """
     check_columns(source, path, COLUMNS)
     with opened(path) as file:
@@ -47,14 +47,14 @@ def read_squad(path: str, source: Source) -> Iterator[Read]:
             context = _get(paragraph, "context", str, where)
             for q, question in enumerate(_get(paragraph, "qas", list, where)):
                 try:
-                    yield _row(path, question, context, article.get("title", ""), f"{where}.qas[{q}]")
+                    yield _row(question, context, article.get("title", ""), f"{where}.qas[{q}]")
                 except UserError as error:
                     yield error
 
 
-def _row(path: str, question: Any, context: str, title: str, where: str) -> Row:
+def _row(question: Any, context: str, title: str, where: str) -> Row:
     name = str(_get(question, "id", (str, int), where))
-    where = f"{path}: question {name}"
+    where = f"{where} (question {name})"
     answers = [] if question.get("is_impossible") else _get(question, "answers", list, where)
     return Row(
         {

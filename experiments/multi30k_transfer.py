@@ -42,7 +42,9 @@ FRENCH = Seq2Seq(name="fr", source="target", column="fr", label_smoothing=0.1)
 GERMAN = Seq2Seq(name="de", source="source", column="de", label_smoothing=0.1, beams=1)
 EXPERIMENT = Experiment(
     name="multi30k_transfer",
-    trunk=Transformer(vocabulary=4000, layers=4, width=128, heads=4, feed_forward=256, dropout=0.2, max_length=256),
+    trunk=Transformer(
+        vocabulary=4000, layers=4, width=128, heads=4, feed_forward=256, pre_norm=True, dropout=0.3, max_length=256
+    ),
     sources=(_source("target", "{en,fr}"), _source("source", "{en,de}")),
     tasks=(FRENCH, GERMAN),
     phases=(Phase("everything", steps=2000),),

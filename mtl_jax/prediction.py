@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.data.examples import Examples, labels_of, make_examples
+from mtl_jax.data.examples import Examples, make_examples
+from mtl_jax.data.parts import make_part, remarks, shortened
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError
 from mtl_jax.tasks import Seq2Seq, Task
@@ -89,20 +90,19 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     kind = format or source.format
     source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
     rows = read_one(source)
-    examples, cut = make_examples(source, run.beside(task), rows, run.trunk.tokenizer, length)
-    if cut:
-        log.warning("%s: %d texts cut to %d tokens", path, len(cut), length)
-    placed = labels_of(asked, examples, run.trunk.tokenizer)
-    examples.labels[task] = placed.labels
-    if placed.cut:
-        log.warning("%s: %d target texts cut to %d tokens", path, placed.cut, asked.target_length)
-    if placed.blank == len(rows):
+    examples, counts = make_part(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(asked,))
+    if counts.blank[task] == len(examples.data):
         raise UserError(f"{path}: no row has a label for task {task!r}")
+    told = [shortened((asked,), counts, length)] if counts.cut or counts.extra else []
+    told += [f"{counts.skipped} rows that cannot be read left out"] if counts.skipped else []
+    told += remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
+    for line in told:
+        log.warning("%s: %s", path, line)
     examples = examples._replace(place=run.place(task))
     split = {source.name: examples}
     texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams)
     scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)[task]
-    return {"rows": len(rows), **scores}
+    return {"rows": len(examples.data), **scores}
 
 
 def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:

@@ -200,6 +200,8 @@ def test_evaluate_on_the_test_rows_is_the_result(workdir, bert, data, tmp_path, 
     assert (code, found.pop("rows")) == (0, len(lines))
     expected = json.loads((workdir / "results.json").read_text())["tasks"]["fine"]["test"]
     assert found == pytest.approx(expected, rel=1e-5)
+    (tmp_path / "test.txt").write_text("\n".join([*lines, "HUM:man who is " + "the " * 40]), encoding="utf-8")
+    assert "test.txt: 1 texts cut to 24 tokens" in console(monkeypatch, capsys, *arguments)[2]
     (tmp_path / "test.txt").write_text("\n".join([*lines, "HUM:nobody who is it ?"]), encoding="utf-8")
     code, _, error = console(monkeypatch, capsys, *arguments)
     assert code == 2

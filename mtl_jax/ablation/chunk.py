@@ -277,14 +277,18 @@ class Chunk:
         self.pending = None
         metrics = jax.device_get(metrics)
         self.counts.add(metrics.seen[0], places)
-        seen, tokens = self.counts.facts(self.examples)["seen"], 0
+        facts, tokens = self.counts.facts(self.examples), 0
         for number, fate in enumerate(self.fates):
             if fate.ended:
                 continue
             own = jax.tree.map(lambda leaf, number=number: leaf[number], metrics)
-            _, record = reading.read(own, seen)
+            _, record = reading.read(own, facts["seen"])
             tokens += record["tokens"]
-            record |= {"learning_rate": float(self.rates[number][step - 1 - plan.start]), "phase": plan.number}
+            record |= {
+                "padding": facts["padding"],
+                "learning_rate": float(self.rates[number][step - 1 - plan.start]),
+                "phase": plan.number,
+            }
             self.loggers[number].write("train", step, record)
             self._note(number, step, reading.not_finite(own))
         self.shared.progress.update(len(self.runs), tokens, title=plan.phase.name)

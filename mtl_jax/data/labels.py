@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mtl_jax.data.sources import Row
+from mtl_jax.errors import UserError
 
 
 class Window(NamedTuple):
@@ -26,6 +27,18 @@ class Window(NamedTuple):
     types: np.ndarray | None
     words: np.ndarray | None
     offsets: np.ndarray | None
+
+
+class Refused(UserError):
+    """Texts of which the tokenizer makes nothing.
+
+    Attributes:
+        rows: Their places among the rows, ascending; there may be more of them.
+    """
+
+    def __init__(self, rows: list[int], message: str):
+        super().__init__(message)
+        self.rows = rows
 
 
 class Labels(Protocol):
@@ -60,6 +73,7 @@ class Labels(Protocol):
     @property
     def text_columns(self) -> tuple[str, ...]: ...
 
+    def written(self, row: Row) -> Any: ...
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Any: ...
     def fitted(self, train: Any) -> Any: ...
     def remarks(self, parts: Sequence[Any]) -> list[str]: ...

@@ -20,7 +20,7 @@ from grain import experimental as grain_experimental
 
 from mtl_jax.data import mixture
 from mtl_jax.data.batches import Batch, Batching, Part, part_of
-from mtl_jax.data.examples import Corpus
+from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.mixture import InTurn
 from mtl_jax.data.plan import Kept, Plan
 from mtl_jax.errors import UserError

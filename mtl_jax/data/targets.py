@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax.data import tokens as tokenizing
-from mtl_jax.data.labels import Labels
+from mtl_jax.data.labels import Labels, Refused
 from mtl_jax.data.ragged import Ragged
 from mtl_jax.data.sources import Row
 from mtl_jax.data.tokens import RowError
@@ -40,7 +40,8 @@ def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = N
         cache: As for data.tokens.encode.
 
     Raises:
-        UserError: A row's text is none, or has no token that the vocabulary knows; names file and line.
+        UserError: A row's text is none; names file and line.
+        Refused: It has no token that the vocabulary knows, or is no valid Unicode.
     """
     texts, places = [], []
     for place, row in enumerate(rows):
@@ -55,12 +56,14 @@ def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = N
     try:
         encoded = tokenizing.encode(tokenizer, texts, max_length=most, target=True, cache=cache)
     except RowError as error:
-        raise UserError(f"{rows[places[error.row]].where}: task {task.name!r}: {error.reason}") from error
+        refused = [places[row] for row in error.rows]
+        raise Refused(refused, f"{rows[refused[0]].where}: task {task.name!r}: {error.reason}") from error
     special = tokenizer.num_special_tokens_to_add(pair=False)
     empty = np.flatnonzero(encoded.tokens.lengths <= special)
     if len(empty):
-        where = rows[places[empty[0]]].where
-        raise UserError(f"{where}: task {task.name!r}: the target text has no token that the vocabulary knows")
+        refused = [places[row] for row in empty]
+        where = rows[refused[0]].where
+        raise Refused(refused, f"{where}: task {task.name!r}: the target text has no token that the vocabulary knows")
     lengths = np.zeros(len(rows), np.int64)
     lengths[places] = encoded.tokens.lengths - task.leading
     kept = np.ones(len(encoded.tokens.values), bool)

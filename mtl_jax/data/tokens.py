@@ -83,7 +83,7 @@ def encode(
             little text: nothing is kept.
 
     Raises:
-        RowError: A text is no valid Unicode, or leaves no room in a window for the text beside it.
+        RowError: Texts are no valid Unicode, or leave no room in a window for the text beside them.
         UserError: The tokenizer is no fast one and the texts are not plain, or max_length leaves no room for text.
     """
     as_words = len(first) > 0 and not isinstance(first[0], str)
@@ -147,24 +147,25 @@ def _sizes(columns: Sequence[Sequence[Any]], words: bool) -> np.ndarray:
 
 def _parts(tokenizer: Any, columns: Sequence[Sequence[Any]], sizes: np.ndarray, options: _Options) -> Iterator[_Part]:
     """The encodings of all texts, batch by batch; shows how far it is where it takes long."""
-    total = len(sizes)
+    total, refused = len(sizes), list[RowError]()
     groups = np.stack([np.arange(total) // BATCH_TEXTS, np.cumsum(sizes) // BATCH_CHARACTERS])
     inner = (np.flatnonzero((groups[:, 1:] != groups[:, :-1]).any(axis=0)) + 1).tolist()
     began, progress = time.monotonic(), None
     with contextlib.ExitStack() as stack:
         for start, stop in itertools.pairwise([0, *inner, total] if total else []):
-            yield _part(tokenizer, [texts[start:stop] for texts in columns], start, options)
+            yield _part(tokenizer, [texts[start:stop] for texts in columns], start, options, refused)
             if progress is not None:
                 progress.update(stop - start)
             elif time.monotonic() - began > PATIENCE and stop < total:
                 progress = stack.enter_context(contextlib.closing(Progress("tokenising", total, stop, unit="text")))
+    if refused:
+        raise RowError(sorted({error.rows[0] for error in refused}), min(refused, key=lambda error: error.rows[0]).reason)
 
 
-def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Options) -> _Part:
-    """The encodings of texts row, row + 1, ..."""
+def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Options, refused: list[RowError]) -> _Part:
+    """The encodings of texts row, row + 1, ...; those that cannot be encoded are added to `refused`."""
     pair = len(columns) == 2
-    for texts in columns:
-        _check_unicode(texts, row)
+    columns = [_valid(texts, row, refused) for texts in columns]
     if options.spaces:
         columns = [[[*words[:1], *(word and f" {word}" for word in words[1:])] for words in columns[0]]]
     names = ("text_target",) if options.target else ("text", "text_pair")[: len(columns)]
@@ -191,14 +192,18 @@ def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Opti
             kept = [np.arange(stop - start)]
         elif options.windows:
             own = None if words is None else words[start:stop]
-            kept = divide(sequence_of(encodings[i]), own, int(pair), options.max_length, options.stride, row + i)
+            try:
+                kept = divide(sequence_of(encodings[i]), own, int(pair), options.max_length, options.stride, row + i)
+            except RowError as error:
+                refused.append(error)
+                continue
         else:
             kept = [cut(_sequence(tokenizer, encodings, lists, i), options.max_length, tokenizer.truncation_side)]
             shortened.append(row + i)
         places += [start + at for at in kept]
         lengths += [len(at) for at in kept]
         rows += [row + i] * len(kept)
-    table = np.stack(fields, axis=1)[np.concatenate(places)]
+    table = np.stack(fields, axis=1)[np.concatenate([np.zeros(0, np.int64), *places])]
     return _Part(table, np.array(lengths, np.int64), np.array(rows, np.int32), np.array(shortened, np.int64))
 
 
@@ -258,13 +263,16 @@ def _flat(lists: Iterable[Iterable[int]]) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(lists), np.int32)
 
 
-def _check_unicode(texts: Sequence[str] | Sequence[list[str]], row: int) -> None:
-    """Raises RowError where a text holds half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+def _valid(texts: Sequence[Any], row: int, refused: list[RowError]) -> Sequence[Any]:
+    """The texts, without those that hold half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    valid = list(texts)
     for i, text in enumerate(texts):
         try:
             (text if isinstance(text, str) else "".join(text)).encode()
         except UnicodeEncodeError as error:
-            raise RowError(row + i, f"no valid Unicode ({error.object[error.start]!r} is half a character)") from error
+            refused.append(RowError([row + i], f"no valid Unicode ({error.object[error.start]!r} is half a character)"))
+            valid[i] = "" if isinstance(text, str) else []
+    return valid
 
 
 def _splits_at_spaces(tokenizer: Any) -> bool:

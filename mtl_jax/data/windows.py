@@ -11,16 +11,16 @@ from mtl_jax.errors import UserError
 
 
 class RowError(UserError):
-    """A text that cannot be encoded; whoever knows its file and line raises a UserError with them and `reason`.
+    """Texts that cannot be encoded; whoever knows their file and lines raises a UserError with them and `reason`.
 
     Attributes:
-        row: Its place among the texts.
-        reason: What is wrong, and what to do.
+        rows: Their places among the texts, ascending.
+        reason: What is wrong with the first one, and what to do.
     """
 
-    def __init__(self, row: int, reason: str):
-        super().__init__(f"text {row}: {reason}")
-        self.row = row
+    def __init__(self, rows: list[int], reason: str):
+        super().__init__(f"text {rows[0]}: {reason}")
+        self.rows = rows
         self.reason = reason
 
 
@@ -75,7 +75,7 @@ def divide(
     if room <= stride:
         beside_it, shorten = ("first text and the special tokens", "first text") if divided else ("special tokens", "text")
         raise RowError(
-            row,
+            [row],
             f"the {beside_it} take {len(beside)} of the {max_length} tokens of every window, and consecutive windows share "
             f"{stride}, which leaves no room; shorten the {shorten}, lower the stride or make rows longer",
         )

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtl_jax.data import examples
-from mtl_jax.data.examples import Corpus
+from mtl_jax.data import corpus as corpora
+from mtl_jax.data.corpus import Corpus
 from mtl_jax.errors import UserError
 from mtl_jax.merge.union import Member, Union
 from mtl_jax.training import evaluation, generation
@@ -28,8 +28,8 @@ def corpus_of(union: Union, members: Sequence[Member]) -> Corpus:
         UserError: It is not there any more, or not the same.
     """
     experiment, tokenizer = union.experiment, members[0].run.trunk.tokenizer
-    data = examples.read_sources(experiment.sources, union.tasks)
-    corpus = examples.make_corpus(experiment.sources, union.tasks, data, tokenizer, experiment.batch.row_length)
+    data = corpora.read_sources(experiment.sources, union.tasks)
+    corpus = corpora.make_corpus(experiment.sources, union.tasks, data, tokenizer, experiment.batch.row_length)
     for name, now in corpus.describe()["sources"].items():
         before = union.data["sources"][name]
         for split in ("dev", "test"):

@@ -149,6 +149,14 @@ class Task(abc.ABC):
         """
         return self
 
+    def written(self, row: Row) -> Any:
+        """What a row says of its label, as far as that can be read without a label set; None: nothing.
+
+        Raises:
+            UserError: It has no such column, or something of another kind there.
+        """
+        return None
+
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         """The task with what is found in the data: its label set, for a start.
 
@@ -270,7 +278,7 @@ def column(row: Row, name: str, task: Task) -> Any:
     if name not in row.columns:
         raise UserError(
             f"{row.where}: source {task.source!r} has no column {name!r} for task {task.name!r}; "
-            f"columns: {', '.join(row.columns)}"
+            f"columns: {', '.join(row.columns)} (where a row has no label, it is null or empty there)"
         )
     return row.columns[name]
 

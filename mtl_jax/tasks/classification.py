@@ -73,10 +73,14 @@ class Classification(Task):
             label_metrics.f1_labels(self.metric, self.labels)
         check_weights(self.name, self.balanced, self.class_weights, self.labels)
 
+    def written(self, row: Row) -> str | None:
+        text = text_of(row, self.column, self)
+        return None if text in self.unlabelled else text
+
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
             return self
-        found = {text for row in rows if (text := text_of(row, self.column, self)) is not None} - set(self.unlabelled)
+        found = {text for row in rows if (text := self.written(row)) is not None}
         task = dataclasses.replace(self, labels=tuple(sorted(found)))
         task.check()
         return task
@@ -87,8 +91,8 @@ class Classification(Task):
         return dataclasses.replace(self, class_weights=balanced_weights(train.labels[self.name], self.labels))
 
     def parse(self, row: Row) -> int | None:
-        text = text_of(row, self.column, self)
-        if text is None or text in self.unlabelled:
+        text = self.written(row)
+        if text is None:
             return None
         if self.threshold is not None:
             try:

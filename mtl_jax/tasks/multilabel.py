@@ -73,7 +73,7 @@ class Multilabel(Task):
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
             return self
-        found = self.columns or sorted({label for row in rows for label in self._written(row) or ()})
+        found = self.columns or sorted({label for row in rows for label in self.written(row) or ()})
         if not found:
             raise UserError(f"task {self.name!r}: no row of source {self.source!r} has a label in column {self.column!r}")
         return dataclasses.replace(self, labels=tuple(found))
@@ -83,7 +83,7 @@ class Multilabel(Task):
         if self.columns:
             label_O = np.array([self._yes_no(name, text_of(row, name, self)) for name in self.columns], self.dtype)
             return label_O if (label_O != self.missing).any() else None
-        written = self._written(row)
+        written = self.written(row)
         if written is None:
             return None
         for label in written:
@@ -142,8 +142,10 @@ class Multilabel(Task):
         predicted = [label for label, output in zip(self.labels, outputs[0], strict=True) if output > 0]
         return {"labels": predicted, "probabilities": probabilities}
 
-    def _written(self, row: Row) -> list[str] | None:
-        """The labels that stand in `column`; None where the row has none."""
+    def written(self, row: Row) -> list[str] | None:
+        """The labels that stand in `column`; None where the row has none, or labels have columns of their own."""
+        if self.columns:
+            return None
         written = column(row, self.column, self)
         if written is None or (isinstance(written, str) and written in self.unlabelled):
             return None

@@ -131,7 +131,7 @@ class Tagging(Task):
         rows = [row for part in parts for row in part.data]
         words = sum(len(self._words(row)) for row in rows)
         read = sum(int((at_L >= 0).sum()) for part in parts for at_L in part.words or ())
-        broken = sum(len(bio.breaks(self._written(row) or ())) for row in rows) if self.repair else 0
+        broken = sum(len(bio.breaks(self.written(row) or ())) for row in rows) if self.repair else 0
         lines = [f"{broken} tags I-X without B-X or I-X in front read as B-X"] if broken else []
         if self._plain and bio.has_entities(self.labels):
             lines.append(f"its tags are read as plain ones, not as entities: {self._plain[0]!r} is neither O nor B-X nor I-X")
@@ -226,7 +226,7 @@ class Tagging(Task):
         words = column(row, self.text, self)
         return words.split() if isinstance(words, str) else words
 
-    def _written(self, row: Row) -> list[str | None] | None:
+    def written(self, row: Row) -> list[str | None] | None:
         """The tags as they are written, None for those that are unlabelled; None where the row has none."""
         written = column(row, self.column, self)
         if isinstance(written, str):
@@ -235,7 +235,7 @@ class Tagging(Task):
 
     def _tags(self, row: Row) -> list[str | None] | None:
         """The tags as they are read: repaired, where that is asked for."""
-        written = self._written(row)
+        written = self.written(row)
         return bio.repaired(written) if written is not None and self.repair else written
 
     def _decode(self, outputs: Sequence[np.ndarray], words: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -48,7 +48,7 @@ class Counts:
         return sum(tokens for _, _, tokens in self.seen.values())
 
     def facts(self, examples: Mapping[str, int]) -> dict[str, Any]:
-        """For results.json: what was seen of each source, and the share of places that were padding.
+        """For results.json and the records of steps: what was seen of each source, and the share of places that were padding.
 
         Args:
             examples: {source: examples there}.

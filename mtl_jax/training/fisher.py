@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.data import examples as data
+from mtl_jax.data import corpus
 from mtl_jax.data.batches import Batch, Batching, fill, part_of
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.parts import make_part
 from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
@@ -133,13 +134,10 @@ def of_run(run: Run, kind: EWC) -> tuple[list[Task], Examples]:
     """
     tasks = [task for task in run.tasks if task.source == kind.source]
     declared = run.experiment.sources
-    rows = data.read_sources(declared, tasks)[kind.source].rows["train"]
+    rows = corpus.read_sources(declared, tasks)[kind.source].rows["train"]
     source = next(source for source in declared if source.name == kind.source)
     length = run.experiment.batch.row_length
-    examples, _ = data.make_examples(source, tasks, rows, run.trunk.tokenizer, length, lenient=source.lenient)
-    for task in tasks:
-        examples.labels[task.name] = data.labels_of(task, examples, run.trunk.tokenizer).labels
-    return tasks, examples
+    return tasks, make_part(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {kind.run}").examples
 
 
 def source_of_run(run: Run, kind: EWC) -> None:

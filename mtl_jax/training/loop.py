@@ -231,8 +231,13 @@ class _Run:
         self.pending = None
         metrics = jax.device_get(metrics)
         self.counts.add(metrics.seen, places)
-        losses, record = reading.read(metrics, self.counts.facts(self.examples)["seen"])
-        record |= {"learning_rate": float(self.rates[step - 1 - plan.start]), "phase": plan.number}
+        facts = self.counts.facts(self.examples)
+        losses, record = reading.read(metrics, facts["seen"])
+        record |= {
+            "padding": facts["padding"],
+            "learning_rate": float(self.rates[step - 1 - plan.start]),
+            "phase": plan.number,
+        }
         self.logger.write("train", step, record)
         self.progress.update(1, record["tokens"], losses, title=plan.phase.name)
         trouble = reading.not_finite(metrics)

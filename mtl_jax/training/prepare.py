@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import trunks
-from mtl_jax.data import examples, stream
-from mtl_jax.data.examples import Corpus
+from mtl_jax.data import corpus as corpora
+from mtl_jax.data import stream
+from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.mixture import InTurn
 from mtl_jax.data.stream import Stretch
 from mtl_jax.errors import UserError
@@ -76,8 +77,8 @@ def prepare(experiment: Experiment) -> Prepared:
     check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
-    data = examples.read_sources(experiment.sources, experiment.tasks)
-    texts = examples.texts(experiment.sources, experiment.tasks, data, "train")
+    data = corpora.read_sources(experiment.sources, experiment.tasks)
+    texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
     if experiment.batch.row_length > trunk.max_length:
@@ -85,7 +86,7 @@ def prepare(experiment: Experiment) -> Prepared:
     facts = trunks.facts(trunk)
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
-    corpus = examples.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
+    corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     generation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtl_jax.data.examples import Corpus
+from mtl_jax.data.corpus import Corpus
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task

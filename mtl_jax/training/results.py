@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import tabulate
 
-from mtl_jax.data.examples import Corpus, Examples
+from mtl_jax.data.corpus import Corpus
+from mtl_jax.data.examples import Examples
 from mtl_jax.data.sources import SPLITS
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment

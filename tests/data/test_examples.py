@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from mtl_jax import Classification, Regression, Source, Span, Tagging
-from mtl_jax.data.examples import make_corpus, read_sources
+from mtl_jax.data.corpus import make_corpus, read_sources
 from mtl_jax.errors import UserError
 from mtl_jax.pretrained import load_tokenizer
 
@@ -76,6 +76,44 @@ def test_a_label_that_cannot_be_read_is_an_error_or_left_out(tmp_path, tokenizer
     found = corpus(tmp_path, tokenizer, tasks=(task,), train=right, dev=bad, test=parts["test"], lenient=True)
     assert len(found.splits["dev"]["s"].tokens) == 3
     assert "1 rows that cannot be read left out" in found.notes[0]
+
+
+@pytest.mark.parametrize(("label", "message"), [({}, "no column 'label'.* it is null"), ({"label": ["x"]}, "holds a list")])
+def test_a_training_row_without_a_readable_label_is_an_error_or_left_out(tmp_path, tokenizer, label, message):
+    """Also where the labels are found in these rows."""
+    task = Classification(name="t", source="s", column="label")
+    train = [*rows("good"), *rows("fine", label="y"), {"text": "lovely song was"} | label]
+    with pytest.raises(UserError, match=rf"train\.jsonl:7: .*{message}"):
+        corpus(tmp_path, tokenizer, tasks=(task,), train=train)
+    found = corpus(tmp_path, tokenizer, tasks=(task,), train=train, lenient=True)
+    assert found.tasks[0].labels == ("x", "y")
+    assert "6/3/3 train/dev/test" in found.notes[0]
+    assert "1 rows that cannot be read left out" in found.notes[0]
+
+
+def test_many_texts_that_are_refused_are_left_out_at_once(tmp_path, tokenizer, caplog):
+    """What stands beside the divided text leaves no room for it; a line says so, and one tokenises twice."""
+    task = Span(name="t", source="s", stride=4)
+    pairs = [{"text": "who", "context": f"the man {'was ' * n}", "answers": []} for n in range(5)]
+    long = [{"text": "who " * (30 + n), "context": "the man", "answers": []} for n in range(4)]
+    dev, test = ([row | {"context": f"{word} {row['context']}"} for row in pairs] for word in ("bad", "sad"))
+    train = [*long[:2], *pairs, *long[2:]]
+    found = corpus(tmp_path, tokenizer, tasks=(task,), train=train, dev=dev, test=test, pair="context", lenient=True)
+    assert [row.columns["text"] for row in found.splits["train"]["s"].data] == ["who"] * 5
+    assert "4 rows that cannot be read left out" in found.notes[0]
+    (line,) = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert line.startswith("skipped 4 rows, the first: ")
+    assert "train.jsonl:1: " in line
+
+
+def test_a_long_text_that_one_task_reads_to_the_end(tmp_path, tokenizer):
+    """The other one has its first window."""
+    tags = Tagging(name="tags", source="s", column="label", labels=("O",))
+    whole = Classification(name="whole", source="s", column="kind", labels=("x", "y"))
+    train = [{"text": "the man " * n, "label": "O O " * n, "kind": "x"} for n in (1, 30, 40)]
+    parts = {name: [{"text": f"{name} song", "label": "O O", "kind": "y"}] for name in ("good", "bad")}
+    found = corpus(tmp_path, tokenizer, tasks=(tags, whole), train=train, dev=parts["good"], test=parts["bad"])
+    assert "2 long texts read in 5 further windows of 24 tokens, of which whole sees the first one only" in found.notes[0]
 
 
 def test_a_tag_of_no_entity_is_an_error_or_left_out(tmp_path, tokenizer):

@@ -176,6 +176,11 @@ def test_a_builder_that_fails_says_why_in_one_line(tmp_path, monkeypatch):
         open_tfds("tfds:tiny_news/broken")
 
 
+def test_a_builder_whose_code_needs_tensorflow():
+    with pytest.raises(UserError, match=r"code of this builder does not load \(No module named 'tensorflow.* as JSONL"):
+        open_tfds("tfds:super_glue/copa")
+
+
 def test_files_that_cannot_be_read_by_number(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "copy")
     (info,) = (tmp_path / "copy").rglob("dataset_info.json")

@@ -11,7 +11,7 @@ import tiny
 from transformers import AutoTokenizer
 from vocabularies import bert_like, roberta_like
 
-from mtl_jax.data import array_cache, examples, token_cache, tokens
+from mtl_jax.data import array_cache, corpus, token_cache, tokens
 from mtl_jax.data.batches import eval_batches
 from mtl_jax.data.tokens import Ragged, encode
 
@@ -278,9 +278,9 @@ def test_another_process_was_first(tmp_path):
 def test_a_run_starts_from_the_cache(bert, data, tmp_path, tokenised, monkeypatch):
     monkeypatch.setenv("MTL_JAX_CACHE", str(tmp_path))
     tokenizer, declared = AutoTokenizer.from_pretrained(bert), tiny.experiment(bert, data)
-    rows = examples.read_sources(declared.sources, declared.tasks)
+    rows = corpus.read_sources(declared.sources, declared.tasks)
     first, again = (
-        (examples.make_corpus(declared.sources, declared.tasks, rows, tokenizer, 24), len(tokenised)) for _ in range(2)
+        (corpus.make_corpus(declared.sources, declared.tasks, rows, tokenizer, 24), len(tokenised)) for _ in range(2)
     )
     assert first[1] == again[1] == len(entries(tmp_path / "tokens")) == 6  # two sources, three splits
     assert first[0].describe() == again[0].describe()

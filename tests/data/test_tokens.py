@@ -225,7 +225,7 @@ def test_a_first_text_that_fills_the_row_is_named():
         RowError, match=r"text 1: the first text and the special tokens take 8 of the 9 tokens .* share 2,"
     ) as error:
         encode(TOKENIZERS["bert"], first, second, max_length=9, windows=True, stride=2)
-    assert error.value.row == 1
+    assert error.value.rows == [1]
     assert isinstance(error.value, UserError)
     encode(TOKENIZERS["bert"], first, second, max_length=14, windows=True, stride=2)  # it fits as a whole
 
@@ -352,7 +352,7 @@ def test_words_take_no_stride():
 def test_half_a_character_is_named():
     with pytest.raises(RowError, match=r"text 1: no valid Unicode \('\\ud83d'") as error:
         encode(TOKENIZERS["bert"], ["a", "b \ud83d"], max_length=9)
-    assert error.value.row == 1
+    assert error.value.rows == [1]
 
 
 def test_pairs_of_different_number():

@@ -34,6 +34,11 @@ def open_tfds(path: str) -> Records:
         raise UserError(f"{path}: TFDS has no text, translation or summarisation builder {name!r}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version
         raise UserError(f"{path}: {_reason(error)}") from error
+    except ImportError as error:  # its features are declared with TensorFlow's types, or its module needs something else
+        raise UserError(
+            f"{path}: the code of this builder does not load ({_reason(error)}); "
+            "where it does, write its rows as JSONL, and give that file as path"
+        ) from error
     _prepare(path, name, builder)
     try:
         records = builder.as_data_source(split=split or "train")

@@ -1,0 +1,157 @@
+"""All data of a run: every split of every source, as examples."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtl_jax import assets
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Labels
+from mtl_jax.data.parts import Counts, make_part, readable, remarks, shortened
+from mtl_jax.data.sources import SPLITS, Row, Source, Splits, apart, read
+from mtl_jax.data.tokens import Ragged
+from mtl_jax.errors import UserError
+
+
+class Corpus(NamedTuple):
+    """All data of a run.
+
+    Attributes:
+        splits: {split: {source: Examples}}, sources in the experiment's order.
+        tasks: The tasks, filled with what was found in the data, such as label sets.
+        notes: One line for each source: sizes, repeated texts, truncated texts.
+    """
+
+    splits: dict[str, dict[str, Examples]]
+    tasks: tuple[Any, ...]
+    notes: list[str]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able: for each source and split the number of examples and a SHA-256 of their tokens and labels."""
+        sources: dict[str, dict[str, Any]] = {}
+        for split, parts in self.splits.items():
+            for name, part in parts.items():
+                digest = hashlib.sha256()
+                fields = {"tokens": part.tokens, "types": part.types, **dict(sorted(part.labels.items()))}
+                for key, values in fields.items():
+                    if values is not None:
+                        digest.update(key.encode() + b"\0")
+                        _update(digest, values)
+                sources.setdefault(name, {})[split] = {"examples": len(part.tokens), "sha256": digest.hexdigest()}
+        return {"sources": sources}
+
+    @property
+    def size(self) -> int:
+        """Number of examples over all splits and sources."""
+        return sum(len(e.tokens) for split in self.splits.values() for e in split.values())
+
+    @property
+    def has_types(self) -> bool:
+        """Whether any source has token types."""
+        return any(e.types is not None for split in self.splits.values() for e in split.values())
+
+
+def _update(digest: Any, values: Any) -> None:
+    if not isinstance(values, np.ndarray):
+        values = values if isinstance(values, Ragged) else Ragged.of(values, np.asarray(values[0]).dtype)
+        digest.update(np.ascontiguousarray(values.starts).data)
+        values = values.values
+    digest.update(np.ascontiguousarray(values).data)
+
+
+def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str, Splits]:
+    """Reads the sources that the tasks use; no text is in one's training rows and in another's dev or test rows.
+
+    Raises:
+        UserError: A source cannot be read.
+    """
+    used = {task.source for task in tasks}
+    return apart({source.name: read(source) for source in sources if source.name in used})
+
+
+def texts(sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], split: str) -> list[str]:
+    """The texts of one split over all sources, both of a pair, and what the tasks have of texts."""
+    found = []
+    for source in sources:
+        own = [name for task in tasks if task.source == source.name for name in task.text_columns]
+        for row in data[source.name].rows[split] if source.name in data else ():
+            values = [row.columns[name] for name in (source.text, source.pair) if name]
+            values += [row.columns.get(name) or "" for name in own]
+            found += [value if isinstance(value, str) else " ".join(value) for value in values]
+    return found
+
+
+def make_corpus(
+    sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], tokenizer: Any, max_length: int
+) -> Corpus:
+    """Fills the tasks with what is found in the data, parses every label and tokenises every text.
+
+    Args:
+        sources: The declared sources.
+        tasks: The declared tasks.
+        data: What read_sources returned.
+        tokenizer: A transformers tokenizer.
+        max_length: As for make_part.
+
+    Raises:
+        UserError: A label column does not exist or a label is outside the label set; names file and line.
+    """
+    declared = {source.name: source for source in sources}
+    filled = tuple(task.filled(_training_file(declared[task.source], data[task.source], task), tokenizer) for task in tasks)
+    own = {name: [task for task in filled if task.source == name] for name in data}
+    splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
+    counts: dict[str, list[Counts]] = {name: [] for name in data}
+    next_id = 0
+    for split in SPLITS:
+        for place, (name, parts) in enumerate(list(data.items())):
+            examples, counted = make_part(
+                declared[name],
+                own[name],
+                parts.rows[split],
+                tokenizer,
+                max_length,
+                f"split {split}",
+                first_id=next_id,
+                cache=assets.cache_dir() / "tokens",
+            )
+            for task in own[name]:
+                if counted.blank[task.name] == len(examples.data):
+                    raise UserError(f"task {task.name!r}: no row of split {split} of source {name!r} has a label")
+            splits[split][name] = examples._replace(place=place)
+            next_id += len(examples.tokens)
+            counts[name].append(counted)
+            data[name] = data[name]._replace(rows={**data[name].rows, split: examples.data})
+    told = {name: functools.reduce(Counts.plus, each) for name, each in counts.items()}
+    notes = [_note(own[name], name, parts, told[name], max_length) for name, parts in data.items()]
+    for name, tasks_of_it in own.items():
+        notes += remarks(tasks_of_it, told[name])
+    filled = tuple(task.fitted(splits["train"][task.source]) for task in filled)
+    for task in filled:
+        notes += [f"task {task.name}: {remark}" for remark in task.remarks([splits[split][task.source] for split in SPLITS])]
+    return Corpus(splits, filled, notes)
+
+
+def _training_file(source: Source, splits: Splits, task: Labels) -> list[Row]:
+    """The training rows and those that were cut from the same file: what may be found in the data is found there.
+
+    Of a lenient source only those of which the task can read something; the others are told of when all labels are read.
+    """
+    rows = list(splits.rows["train"])
+    rows += [] if source.dev_path else splits.rows["dev"]
+    rows += [] if source.test_path else list(splits.rows["test"])
+    return readable(rows, [task], lambda task, row: task.written(row), quiet=True) if source.lenient else rows
+
+
+def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: Counts, max_length: int) -> str:
+    sizes = "/".join(str(len(parts.rows[split])) for split in SPLITS)
+    note = f"source {name}: {sizes} train/dev/test, {parts.repeated} repeated texts dropped, "
+    if parts.elsewhere:
+        note += f"{parts.elsewhere} that stand in dev or test of another source, "
+    if parts.skipped + counts.skipped:
+        note += f"{parts.skipped + counts.skipped} rows that cannot be read left out, "
+    return note + shortened(tasks, counts, max_length)

@@ -15,6 +15,8 @@ from mtl_jax.transfer import moving
 from mtl_jax.transfer.freezing import ParamRule
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
+# Numbers that an optimizer does not look at.
+UNUSED = {"adam": ("weight_decay",), "sgd": ("weight_decay", "b2", "eps")}
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "slanted_triangular")
 
 

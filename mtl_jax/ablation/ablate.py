@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +19,13 @@ from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.ready import Ready, make_ready
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import Experiment, select, tasks_to_json
+from mtl_jax.experiment import Experiment, select, tasks_to_json, to_json
 from mtl_jax.progress import Progress
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.features import Features
+from mtl_jax.training.prepare import prepare
 from mtl_jax.training.signals import Stop, asked_to_stop
 
 log = logging.getLogger(__name__)
@@ -62,7 +65,8 @@ def ablate(
         The contents of ablation.json.
 
     Raises:
-        UserError: Bad input, found before anything is compiled or written.
+        UserError: Bad input, found before anything is trained or written; but that a later program does not fit into memory,
+            which is measured, is found when its turn comes.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     folder = Path(workdir)
@@ -75,6 +79,8 @@ def ablate(
     record = before or {"name": experiment.name, "command": command, "axes": axes}
     record["programs"] = record.get("programs", [about(program) for program in planned])
     status = {run["run"]: run["status"] for run in record.get("runs", ()) if run["status"] != folders.WAITING}
+    if not before:
+        _read_all(planned)
     total = sum(steps_of(program) * len(program.runs) for program in planned)
     with asked_to_stop() as stop:
         progress = Progress("ablation", total)
@@ -129,6 +135,21 @@ def plan(
         raise UserError("an ablation trains on the devices of one process; start it without --distributed")
     experiment = select(experiment)
     return programs(runs(experiment, space.axes(experiment, vary, samples), methods, seeds, own_order=own_order))
+
+
+def _read_all(planned: Sequence[Program]) -> None:
+    """Prepares every program once, in turn, so that no data, task or trunk of a later one turns out to be wrong in the end.
+
+    Raises:
+        UserError: One of them cannot be prepared.
+    """
+    known = set()
+    for program in planned[1:]:  # the first one is prepared next
+        alike = dataclasses.replace(program.template, seed=0, weighting="equal", weighting_options={}, weights={})
+        text = json.dumps(to_json(alike), sort_keys=True)
+        if text not in known:
+            known.add(text)
+            prepare(dataclasses.replace(program.template, devices=1))
 
 
 def share(ready: Ready, folder: Path, stop: Stop, progress: Progress) -> Shared:

@@ -17,6 +17,7 @@ from mtl_jax.ablation.fields import Path
 from mtl_jax.ablation.space import Axis
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, check, data_seed_of, to_json
+from mtl_jax.optimizer import UNUSED
 from mtl_jax.weighting import registry, schedules
 
 GIVEN = ("equal", "fixed", "scheduled")  # the weightings that given weights go with
@@ -75,6 +76,9 @@ def runs(
     if varied_seed and seeds > 1:
         raise UserError("--seeds and --vary seed: the field seed has two axes; name it once")
     by_method = [_of_method(experiment, method, axes) for method in methods] if methods else [({}, list(axes))]
+    used = {path for _, own in by_method for axis in own for path in axis.paths}
+    for path in (path for axis in axes for path in axis.paths if path not in used):
+        raise UserError(f"--vary {'.'.join(path)}: none of the methods {', '.join(methods)} has it")
     found: list[Run] = []
     known: set[str] = set()
     several = seeds > 1 or bool(varied_seed)
@@ -127,6 +131,9 @@ def _of_method(experiment: Experiment, text: str, axes: Sequence[Axis]) -> tuple
         raise UserError(f"--methods {text}: it has no options; weights are given by --vary weights=...")
     elif name == "equal":
         fixed |= {("weights",): {}, ("weighting_options",): {}}
+    twice = [path[1] for axis in axes for path in axis.paths if path[0] == "weighting_options" and path[1] in options]
+    if twice:
+        raise UserError(f"--methods {text} and --vary weighting-options.{twice[0]}: the field has two axes; name it once")
     kept = []
     for axis in axes:
         own = [path for path in axis.paths if not (path[0] == "weights" and name not in ("fixed", "scheduled"))]
@@ -154,6 +161,7 @@ def _applied(experiment: Experiment, values: Mapping[Path, Any]) -> Experiment:
         if owner and owner[-1] == "weights" and not fields.get(experiment, owner):
             experiment = fields.put(experiment, owner, dict.fromkeys(tasks, 1.0))
         experiment = fields.put(experiment, path, value)
+    _refuse_idle(experiment, values)
     if any(path[0] == "weights" and value != {} for path, value in values.items()):
         if experiment.weighting not in GIVEN:
             raise UserError(f"--vary weights: weights are for the weighting fixed, but it is {experiment.weighting!r}")
@@ -162,6 +170,15 @@ def _applied(experiment: Experiment, values: Mapping[Path, Any]) -> Experiment:
         texts = any(isinstance(weight, str) for weight in experiment.weights.values())
         experiment = dataclasses.replace(experiment, weighting="scheduled" if texts else "fixed")
     return experiment
+
+
+def _refuse_idle(experiment: Experiment, values: Mapping[Path, Any]) -> None:
+    """Raises UserError where a value is of a number that the experiment does not use: its runs would all be the same."""
+    for path in values:
+        if path == ("optimizer", "learning_rate") and all(phase.learning_rate is not None for phase in experiment.phases):
+            raise UserError("--vary optimizer.learning-rate: every phase has a rate of its own; vary phases.N.learning-rate")
+        if path[0] == "optimizer" and path[-1] in UNUSED.get(experiment.optimizer.name, ()):
+            raise UserError(f"--vary {'.'.join(path)}: the optimizer {experiment.optimizer.name} does not use it")
 
 
 def programs(found: Sequence[Run]) -> list[Program]:

@@ -15,6 +15,7 @@ from mtl_jax.ablation.machine import Machine
 from mtl_jax.ablation.numbers import Numbers
 from mtl_jax.ablation.plan import Program, Run, order_of
 from mtl_jax.data.stream import stream
+from mtl_jax.errors import UserError
 from mtl_jax.experiment import data_seed_of
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import starting
@@ -62,6 +63,8 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     Raises:
         UserError: The experiment is refused, or not even one run fits.
     """
+    if at_once < 0 or memory < 0:
+        raise UserError(f"--at-once is {at_once} and --memory {memory:g}; neither can be negative")
     prepared = prepare(dataclasses.replace(program.template, devices=1))
     groups: dict[int, list[Run]] = {}
     for run in program.runs:

@@ -104,7 +104,9 @@ def _values(experiment: Experiment, path: Path, spec: str, where: str) -> list[A
     if kind in ("uniform", "loguniform"):
         if len(rest) != 2:
             raise UserError(f"{where}: write {kind}:LOW:HIGH")
-        return Range(*_ends(rest, kind == "loguniform", where), kind == "loguniform")
+        drawn = Range(*_ends(rest, kind == "loguniform", where), kind == "loguniform")
+        _typed(experiment, path, drawn.at(0.5), where)
+        return drawn
     return _different([_typed(experiment, path, _literal(part), where) for part in _parts(spec, where)], where)
 
 

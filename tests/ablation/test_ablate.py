@@ -171,6 +171,10 @@ def test_what_never_trains_is_there_once(bert, data, tmp_path):
 def test_memory_that_not_even_one_run_has(bert, data, tmp_path):
     with pytest.raises(UserError, match="a run needs"):
         ablate(short(bert, data), tmp_path / "ablation", VARY, memory=1e-6)
+    with pytest.raises(UserError, match="--at-once is -1"):
+        ablate(short(bert, data), tmp_path / "ablation", VARY, at_once=-1)
+    with pytest.raises(UserError, match="source 'questions' has no column 'nope'"):  # of the second program
+        ablate(short(bert, data), tmp_path / "ablation", ["tasks.coarse.column=coarse,nope"])
     assert not (tmp_path / "ablation").exists()
     shutil.rmtree(tmp_path)
 

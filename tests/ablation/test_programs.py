@@ -83,11 +83,23 @@ def test_numbers_come_with_an_axis_over_runs(experiment):
         (("optimizer.learning-rate=-1,1",), {}, "learning_rate is -1.0; it must not be negative"),
         (("weights.coarse=-1,1",), {}, "a weight must be finite and not negative"),
         (("phases.0.steps=0,1",), {}, "steps is 0"),
+        (("weighting-options.c=0.2,0.5",), {"methods": ["equal", "pcgrad"]}, "none of the methods equal, pcgrad has it"),
+        (("weighting-options.c=0.2,0.5",), {"methods": ["cagrad:c=0.4"]}, "weighting-options.c: the field has two axes"),
+        (("optimizer.name=adam,adamw", "optimizer.weight-decay=0,0.5"), {}, "weight_decay: the optimizer adam does not use it"),
     ],
 )
 def test_what_is_refused(experiment, vary, options, message):
     with pytest.raises(UserError, match=message):
         runs_of(experiment, *vary, **options)
+
+
+def test_an_axis_that_changes_nothing_is_refused(experiment):
+    phases = tuple(dataclasses.replace(phase, learning_rate=1e-3) for phase in experiment.phases)
+    own = dataclasses.replace(experiment, phases=phases)
+    with pytest.raises(UserError, match=r"every phase has a rate of its own; vary phases\.N\.learning-rate"):
+        runs_of(own, "optimizer.learning-rate=1e-3,1e-2")
+    phases = (phases[0], dataclasses.replace(phases[1], learning_rate=None))
+    assert len(runs_of(dataclasses.replace(own, phases=phases), "optimizer.learning-rate=1e-3,1e-2")) == 2
 
 
 def test_weights_do_not_go_with_another_rule(experiment):

@@ -94,6 +94,8 @@ def test_ranges_are_drawn_together(experiment, samples):
         ("optimizer.learning-rate=loguniform:1e-5:1e-3", "", "say how often by --samples"),
         ("optimizer.learning-rate=loguniform:1e-5:1e-3", "sobol:0", "there would be no run"),
         ("optimizer.learning-rate=1e-3", "sobol:4", "no field has a range"),
+        ("seed=uniform:0:9", "random:2", "4.5 is no value of it; it is of type int"),
+        ("optimizer.name=uniform:4:9", "random:2", "6.5 is no value of it; it is of type str"),
         ("weights=simplex:0", "", "N must be at least 1"),
         ("weights=simplex:0.5/0.6/0.1", "", "0.5/0.6/0.1 is not on the simplex"),
         ("weights=simplex:1.5/-0.5/0", "", "must not be negative"),

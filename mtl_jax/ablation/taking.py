@@ -46,7 +46,7 @@ def take(ablation: str | Path, name: str, target: str | Path) -> None:
     size = record["programs"][program.number].get("size", 0)
     if not size:
         raise UserError(f"{folder}: run {name} has not begun")
-    ready = make_ready(program, size=size)
+    ready = make_ready(program, size=size, trains=False)
     place = next(place for place, runs in enumerate(ready.chunks) if name in [run.name for run in runs])
     at = folders.of_chunk(folder, program.number, place)
     with contextlib.closing(Progress("", 1)) as progress:

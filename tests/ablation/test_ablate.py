@@ -170,7 +170,7 @@ def cut(ablation: Path, folder: Path, step: int) -> None:
     record = json.loads((folder / "ablation.json").read_text())
     for run in record["runs"]:
         run["status"] = "waiting"
-        (folder / "runs" / run["run"] / "results.json").unlink()
+        (folder / "runs" / run["run"] / "results.json").unlink(missing_ok=True)
     (folder / "ablation.json").write_text(json.dumps(record))
     for path in (folder / "programs" / "0" / "chunk-0" / "checkpoints").iterdir():
         if int(path.name) > step:
@@ -186,14 +186,15 @@ def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
     experiment = short(bert, data, phases=(dataclasses.replace(SHORT[0], steps=4),), evaluation=Evaluation(every=2), devices=0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     present(2)
-    ablate(experiment, whole, seeds=3)
+    vary = ["optimizer.learning-rate=1e-2,1e30,1e-3"]
+    ablate(experiment, whole, vary)
     assert json.loads((whole / "ablation.json").read_text())["programs"][0]["size"] == 4
     cut(whole, killed, 2)
     present(3)
     with pytest.raises(UserError, match=r"4 runs at once were begun, and there are 3 devices\. Go on with as many"):
-        ablate(experiment, killed, seeds=3)
+        ablate(experiment, killed, vary)
     present(1)
-    ablate(experiment, killed, seeds=3)
+    ablate(experiment, killed, vary)
     for name in ("0000", "0002"):
         assert_same_run(killed / "runs" / name, whole / "runs" / name)
     for count in (1, 3):
@@ -201,6 +202,9 @@ def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
         take(whole, "0002", tmp_path / f"on-{count}")
     for one, other in zip(*(jax.tree.leaves(newest(tmp_path / name)) for name in ("on-1", "on-3")), strict=True):
         np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match=r"run 0001 diverged at step \d: .*, before it was measured; there is nothing"):
+        take(whole, "0001", tmp_path / "diverged")
+    assert not (tmp_path / "diverged").exists()
 
 
 def test_what_never_trains_is_there_once(bert, data, tmp_path):

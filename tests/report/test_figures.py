@@ -19,6 +19,9 @@ def test_weights_that_vary_in_a_phase_have_a_figure(tmp_path):
         axes = render._picture(figure).axes[0]
     assert axes.get_xlabel() == "weight in phases 1 of tweets"
     assert sorted(axes.lines[0].get_xdata()) == [0, 0, 0.2, 0.4, 0.5, 1]
+    (simplex,) = figures.simplex(study, statistics.groups(study))
+    assert (simplex.slug, simplex.title) == ("simplex-phases-1-weights", "The simplex of weights in phases 1")
+    assert len(simplex.panels) == 4  # three tasks and the criterion
 
 
 @pytest.mark.parametrize("names", [("a",), tuple(f"a name of {40 * 'x'} {n}" for n in range(8))])

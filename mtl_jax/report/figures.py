@@ -241,7 +241,9 @@ def _triangle(
         if flat:
             return
         ticks = [low, (low + high) / 2, high]
-        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02, values=np.linspace(low, high, 20), ticks=ticks)
+        shades = np.linspace(low, high, 20)
+        # A bar is a twentieth as wide as high; most of its part of the panel is for the labels at its right.
+        bar = axes.figure.colorbar(drawn, ax=axes, fraction=0.23, shrink=0.8, pad=0.02, values=shades, ticks=ticks)
         bar.ax.tick_params(color=palette.muted, labelcolor=palette.ink, length=3)
         bar.ax.set_yticklabels([f"{tick:.{3 if high - low >= 0.01 else 4}f}" for tick in ticks])
         bar.outline.set_visible(False)

@@ -2,12 +2,15 @@ import csv
 import itertools
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import made
 import pytest
 
+import mtl_jax
 from mtl_jax import cli, report
 from mtl_jax.errors import UserError
 from mtl_jax.report import read, sections, statistics
@@ -102,6 +105,16 @@ def test_a_field_is_told_where_the_shown_settings_share_its_value(tmp_path):
         "equal": "learning_rate 0.001",
         "cagrad": "learning_rate 0.001, c=0.4",
     }
+
+
+def test_a_report_from_python(ablation, tmp_path):
+    """Paths may be texts, as for mtl_jax.train; to import mtl_jax does not take the time to import matplotlib."""
+    found = mtl_jax.report.write(str(ablation / "runs" / "0000"), str(tmp_path / "one"))
+    assert found == tmp_path / "one" / "report.html"
+    mtl_jax.report.write([str(ablation / "runs" / "0000"), ablation / "runs" / "0002"], str(tmp_path / "two"))
+    assert (tmp_path / "two" / "ablation.csv").exists()
+    code = "import sys, mtl_jax; mtl_jax.report.write; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_page_needs_nothing_else(ablation):

@@ -5,6 +5,7 @@ A script builds an Experiment and calls main(experiment); train(experiment, work
 
 from mtl_jax import decoding as decoding
 from mtl_jax import pretrained as pretrained
+from mtl_jax import report as report
 from mtl_jax import tasks as tasks
 from mtl_jax import transfer as transfer
 from mtl_jax import weighting as weighting

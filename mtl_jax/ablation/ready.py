@@ -51,14 +51,16 @@ class Ready(NamedTuple):
         return {name: array[np.array(places)] for name, array in every.items()}
 
 
-def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: int = 0) -> Ready:
+def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: int = 0, trains: bool = True) -> Ready:
     """Reads a program's data, makes the parameters of every seed, compiles its steps, and finds out how many runs fit.
 
     Args:
         program: The program.
         at_once: Most runs at once; 0: as many as fit.
         memory: GB of a device; 0: what there is.
-        size: How many runs there were at once before a restart; 0: it begins now.
+        size: How many runs there were at once before a restart, maybe on other devices; that stays, as checkpoints have it.
+            0: it begins now.
+        trains: Whether steps are going to be taken; else all devices that are there are used, and any number of them will do.
 
     Raises:
         UserError: The experiment is refused, or not even one run fits.
@@ -70,7 +72,8 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     for run in program.runs:
         groups.setdefault(order_of(run), []).append(run)
     most = max(len(group) for group in groups.values())
-    mesh = meshes.make_for_runs(program.template.batch.rows, min(most, at_once or most), program.template.devices)
+    rows, devices = (program.template.batch.rows, program.template.devices) if trains else (0, 0)
+    mesh = meshes.make_for_runs(rows, min(most, at_once or most), devices, size)
     prepared = prepared._replace(mesh=mesh)
     params, begun = {}, {}
     for seed in sorted({run.experiment.seed for run in program.runs}):
@@ -93,6 +96,7 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     limit = int(memory * 1e9) or sizes.memory()
     wanted = size or sizes.fit(bytes_of, min(most, at_once or most), apart, limit)
     parts, even = sizes.chunks(list(groups.values()), wanted, apart)
+    even = size or even
     if even not in made and not size:  # not what fits, but what is needed for chunks of the same size
         bytes_of(even)
     machine = made[even] if even in made else Machine(prepared, differs, even)

@@ -33,7 +33,8 @@ def take(ablation: str | Path, name: str, target: str | Path) -> None:
         target: The directory to write; it must not be there.
 
     Raises:
-        UserError: There is no such ablation or run, nothing is known of the run yet, or the target is there.
+        UserError: There is no such ablation or run, nothing is known of the run yet, it diverged before it was measured, or the
+            target is there.
     """
     folder, out = Path(ablation), Path(target)
     record = folders.read(folder)
@@ -46,7 +47,7 @@ def take(ablation: str | Path, name: str, target: str | Path) -> None:
     size = record["programs"][program.number].get("size", 0)
     if not size:
         raise UserError(f"{folder}: run {name} has not begun")
-    ready = make_ready(program, size=size)
+    ready = make_ready(program, size=size, trains=False)
     place = next(place for place, runs in enumerate(ready.chunks) if name in [run.name for run in runs])
     at = folders.of_chunk(folder, program.number, place)
     with contextlib.closing(Progress("", 1)) as progress:
@@ -55,10 +56,14 @@ def take(ablation: str | Path, name: str, target: str | Path) -> None:
         now = chunk.newest() if (at / "checkpoints").is_dir() else None
     if now is None:
         raise UserError(f"{folder}: there is no checkpoint of run {name} yet")
+    number = [run.name for run in chunk.runs].index(name)
+    fate = chunk.fates[number]
+    if fate.diverged and fate.best is None:
+        raise UserError(f"{folder}: run {name} diverged {fate.diverged}, before it was measured; there is nothing to take out")
     with staged(out) as part:
         shutil.copytree(folder / "runs" / name, part, dirs_exist_ok=True)
         shutil.copytree(folders.of_program(folder, program.number) / "trunk", part / "trunk")
-        _write_checkpoints(chunk, now, [run.name for run in chunk.runs].index(name), part)
+        _write_checkpoints(chunk, now, number, part)
 
 
 def _write_checkpoints(chunk: Chunk, now: Together, number: int, folder: Path) -> None:

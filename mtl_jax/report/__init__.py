@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_jax.errors import UserError
-from mtl_jax.report import page, render, sections, statistics, tables
 from mtl_jax.report.read import ABLATION
 from mtl_jax.report.read import read as read
 
@@ -35,7 +34,7 @@ def default_output(workdirs: Sequence[Path]) -> Path:
     return workdirs[0] if len(workdirs) == 1 and (workdirs[0] / ABLATION).exists() else Path("report")
 
 
-def write(source: Path | Sequence[Path], out: Path) -> Path:
+def write(source: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     """Writes report.html, ablation.csv, results.json and figures/*.png; the same runs give the same bytes.
 
     To be called in one process. Files of an earlier report are replaced, each whole.
@@ -50,7 +49,10 @@ def write(source: Path | Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: What is given is no workdir, the runs cannot be compared, or `out` cannot be written.
     """
-    study = read([source] if isinstance(source, Path) else list(source))
+    from mtl_jax.report import page, render, sections, statistics, tables  # imported late: matplotlib and scipy take a while
+
+    study = read([Path(each) for each in ([source] if isinstance(source, (str, Path)) else source)])
+    out = Path(out)
     if (out / "config.json").exists() and not (out / ABLATION).exists():
         raise UserError(f"{out}: the workdir of a run, whose results.json would be lost; choose another --output")
     try:

@@ -53,12 +53,11 @@ def against(study: Study, groups: Sequence[Group]) -> list[Figure]:
     """Every task's test metric against its weight, in all of the run or in a phase, and against every other field whose values
     are three numbers or more."""
     found = []
-    for field in ("weights", *(field for field in study.fields if PHASE_WEIGHTS.fullmatch(field))):
+    for field, slug, where in _weights(study):
         shares = [(group, shares) for group in groups if (shares := _shares_of(study, group, field))]
         if len({tuple(own.items()) for _, own in shares}) > 2:
             others = [other for other in study.fields if other not in (field, "weighting")]
-            slug, where = field.replace(".", "-"), field.removesuffix("weights").replace(".", " ").strip()
-            found += _against(study, slug, f"weight in {where}" if where else "weight", shares, others, shares=True)
+            found += _against(study, slug, f"weight{where}", shares, others, shares=True)
     for field in study.fields:
         numeric = [group for group in groups if isinstance(group.values.get(field), (int, float))]
         if len({group.values[field] for group in numeric}) > 2:
@@ -67,11 +66,20 @@ def against(study: Study, groups: Sequence[Group]) -> list[Figure]:
     return found
 
 
+def _weights(study: Study) -> list[tuple[str, str, str]]:
+    """(field, its name in a slug, where they count) of the weights that a figure may be over: of the run, and of phases."""
+    phases = [field for field in study.fields if PHASE_WEIGHTS.fullmatch(field)]
+    where = [(field, " in " + field.removesuffix(".weights").replace(".", " ")) for field in phases]
+    return [("weights", "weights", ""), *((field, field.replace(".", "-"), said) for field, said in where)]
+
+
 def _shares_of(study: Study, group: Group, field: str) -> dict[str, float]:
     """{task: share} of the weights in a field, where they are numbers that do not change and not all 0; else nothing."""
     weights = group.weights if field == "weights" else group.values.get(field) or {}
     numbers = all(isinstance(weight, (int, float)) for weight in weights.values())
-    return _shares(weights) if set(weights) == set(study.tasks) and numbers and sum(weights.values()) > 0 else {}
+    if set(weights) != set(study.tasks) or not numbers or sum(weights.values()) <= 0:
+        return {}
+    return {task: weight / sum(weights.values()) for task, weight in weights.items()}
 
 
 def _against(
@@ -171,16 +179,18 @@ def _front(study: Study, groups: Sequence[Group], pair: tuple[str, str], colors:
 
 
 def simplex(study: Study, groups: Sequence[Group]) -> list[Figure]:
-    """The test metric of every task, and the criterion, over the weights of three tasks."""
-    weighted = [
-        group for group in groups if len(group.weights) == 3 and min(group.weights.values()) >= 0 < sum(group.weights.values())
-    ]
+    """The test metric of every task, and the criterion, over the weights of three tasks, in all of the run or in a phase."""
+    return [figure for field, slug, where in _weights(study) for figure in _simplex(study, groups, field, slug, where)]
+
+
+def _simplex(study: Study, groups: Sequence[Group], field: str, slug: str, where: str) -> list[Figure]:
+    weighted = [(group, shares) for group in groups if (shares := _shares_of(study, group, field))]
     by_weights: dict[tuple[tuple[str, float], ...], list[Group]] = {}
-    for group in weighted:
-        by_weights.setdefault(tuple(_shares(group.weights).items()), []).append(group)
-    if len(by_weights) < 3:
+    for group, shares in weighted:
+        by_weights.setdefault(tuple(shares.items()), []).append(group)
+    if len(study.tasks) != 3 or len(by_weights) < 3:
         return []
-    corners = tuple(weighted[0].weights)
+    corners = tuple(weighted[0][1])
     panels = []
     for task, metric in study.tasks.items():
         means = {
@@ -198,7 +208,8 @@ def simplex(study: Study, groups: Sequence[Group]) -> list[Figure]:
         f"A dot for each point that was tried, its mean over the seeds{averaged}; linear in between. A corner is all weight on "
         "that task; the ring marks the best."
     )
-    return [Figure("simplex", "The simplex of weights", caption, drawn)] if drawn else []
+    slug = "simplex" if field == "weights" else f"simplex-{slug}"
+    return [Figure(slug, f"The simplex of weights{where}", caption, drawn)] if drawn else []
 
 
 def _triangle(
@@ -230,7 +241,9 @@ def _triangle(
         if flat:
             return
         ticks = [low, (low + high) / 2, high]
-        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02, values=np.linspace(low, high, 20), ticks=ticks)
+        shades = np.linspace(low, high, 20)
+        # A bar is a twentieth as wide as high; most of its part of the panel is for the labels at its right.
+        bar = axes.figure.colorbar(drawn, ax=axes, fraction=0.23, shrink=0.8, pad=0.02, values=shades, ticks=ticks)
         bar.ax.tick_params(color=palette.muted, labelcolor=palette.ink, length=3)
         bar.ax.set_yticklabels([f"{tick:.{3 if high - low >= 0.01 else 4}f}" for tick in ticks])
         bar.outline.set_visible(False)
@@ -245,8 +258,3 @@ def _span(values_N: np.ndarray) -> tuple[float, float]:
     seen_N = values_N if len(seen_N) < 0.9 * len(values_N) else seen_N
     smallest, largest = float(seen_N.min()), float(seen_N.max())
     return (smallest, largest) if largest > smallest else (smallest - 0.01, largest + 0.01)
-
-
-def _shares(weights: Mapping[str, float]) -> dict[str, float]:
-    total = sum(weights.values())
-    return {task: weight / total for task, weight in weights.items()}

@@ -97,7 +97,7 @@ def _settings(study: Study, groups: Sequence[Group]) -> Section:
 
 
 def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) -> Table:
-    columns = _columns(study, [group.values for group in order])
+    columns = _columns(study)
     scores = {
         task: {id(group): found for group in order if (found := group.scores["test"].get(task, {}).get(metric))}
         for task, metric in study.tasks.items()
@@ -120,10 +120,10 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
     return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best, cards=best)
 
 
-def _columns(study: Study, settings: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """{column: its heading} of the fields in which the settings differ; many weights share one column."""
+def _columns(study: Study) -> dict[str, tuple[str, str]]:
+    """{column: its heading} of the varied fields; many weights share one column."""
     found: dict[str, tuple[str, str]] = {}
-    for field in words.varied(settings, study.fields):
+    for field in study.fields:
         own = tables.columns(study, field)
         if len(own) > WEIGHTS:
             found[field] = (field, " / ".join(column.removeprefix(f"{field}.") for column in own))
@@ -165,8 +165,7 @@ def _value(found: object) -> Cell:
 
 
 def _methods(study: Study, comparison: Comparison) -> Section:
-    settings = [method.group.values for method in comparison.methods]
-    others = [field for field in words.varied(settings, study.fields) if field != "weighting"]
+    others = [field for field in study.fields if field != "weighting"]
     left_out = [task for task in study.tasks if task in comparison.left_out]
     note = (
         f"Of each weighting rule the setting that is best on dev. Relative change of the mean test metric against "
@@ -190,7 +189,7 @@ def _methods(study: Study, comparison: Comparison) -> Section:
 
 def _tried(study: Study) -> Section:
     """Every run, what became of it, and how long it took."""
-    columns = _columns(study, [run.values for run in study.runs])
+    columns = _columns(study)
     timed = any("seconds" in run.facts for run in study.runs)
     rows = []
     for run in study.runs:

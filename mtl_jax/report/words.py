@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtl_jax.report.read import key
+from mtl_jax.report.read import BY_NAME, key
 from mtl_jax.report.statistics import Group, Spread
 
 LONG = 60  # characters of a label
@@ -23,14 +23,15 @@ def value(found: Any) -> str:
     if isinstance(found, Mapping):
         if "name" in found:  # a phase, a source, a task
             return str(found["name"])
-        return ", ".join(f"{name} {value(own)}" for name, own in found.items()) or NOTHING
+        return ", ".join(f"{name}={value(own)}" for name, own in found.items()) or NOTHING
     if isinstance(found, (list, tuple)):
         return ", ".join(value(own) for own in found) or NOTHING
     return str(found) or NOTHING
 
 
 def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """The values of some fields as a label: the rule by its name, other fields by the last part of theirs.
+    """The values of some fields as a label: the rule by its name, its options as they are typed, weights by their numbers,
+    other fields by the last part of theirs.
 
     What is empty is left out, unless nothing else is there.
     """
@@ -38,10 +39,11 @@ def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
     parts = []
     for field in told or [field for field in fields if field in values]:
         found = values[field]
+        last = field.rpartition(".")[2]
         if isinstance(found, Mapping) and found:
-            parts.append(numbers(found))
+            parts.append(numbers(found) if last in BY_NAME else value(found))
         else:
-            parts.append(value(found) if field == "weighting" else f"{field.rpartition('.')[2]} {value(found)}")
+            parts.append(value(found) if field == "weighting" else f"{last} {value(found)}")
     return ", ".join(parts) or NOTHING
 
 

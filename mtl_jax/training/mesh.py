@@ -32,24 +32,28 @@ def make(rows: int, devices: int = 0) -> Mesh:
     return jax.make_mesh((len(chosen),), (DATA,), axis_types=(AxisType.Auto,), devices=chosen)
 
 
-def make_for_runs(rows: int, runs: int, devices: int = 0) -> Mesh:
+def make_for_runs(rows: int, runs: int, devices: int = 0, size: int = 0) -> Mesh:
     """A mesh whose first axis is over runs that train side by side, and the second over the rows of their batches.
 
     Runs need not talk to each other, so they get as many devices as there are runs for; only what is left over shares rows.
 
     Args:
-        rows: Rows of a batch; they must divide by the devices that share them.
+        rows: Rows of a batch; they must divide by the devices that share them. 0: no batch is put on them.
         runs: How many there are.
         devices: As for make.
+        size: How many runs are in one array of an earlier process, copies that fill it up counted: it is cut over as many
+            devices as divide it. 0: none was made.
 
     Raises:
         UserError: As for make.
     """
     chosen = _devices(devices)
-    apart = max(n for n in range(1, len(chosen) + 1) if len(chosen) % n == 0 and n <= max(runs, 1))
+    apart = max(n for n in range(1, len(chosen) + 1) if len(chosen) % n == 0 and n <= max(runs, 1) and size % n == 0)
     together = len(chosen) // apart
     if rows % together:
-        raise UserError(f"batch.rows is {rows}; it must be a multiple of the {together} devices that share a batch")
+        told = f"batch.rows is {rows}; it must be a multiple of the {together} devices that share a batch"
+        begun = f": {size} runs at once were begun, and there are {len(chosen)} devices. Go on with as many devices as before"
+        raise UserError(told + begun if size else told)
     return jax.make_mesh((apart, together), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
 

@@ -1,5 +1,6 @@
 """Many runs in one program are what each of them is alone."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -11,12 +12,14 @@ import pytest
 import tiny
 import tiny_translation
 
-from mtl_jax import L2SP, Evaluation, Phase, train
+from mtl_jax import L2SP, Checkpoints, Evaluation, Phase, train
 from mtl_jax.ablation.ablate import ablate
 from mtl_jax.ablation.taking import take
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, from_json
 from mtl_jax.prediction import predict
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import read_metrics
 
 VARY = ["weights=1/1/1,0.2/0.3/0.5", "phases.everything.learning-rate=1e-2,1e30"]
@@ -155,15 +158,59 @@ def test_a_chunk_at_a_time(finished, bert, data, tmp_path):
         assert_same_run(tmp_path / "chunks" / "runs" / name, finished / "runs" / name)
 
 
+def newest(workdir: Path) -> dict:
+    """The parameters of a workdir's newest checkpoint."""
+    with contextlib.closing(Store(workdir, Checkpoints(), read_only=True)) as store:
+        return store.restore_params(store.steps()[-1])
+
+
+def cut(ablation: Path, folder: Path, step: int) -> None:
+    """A copy of a finished ablation of one chunk, as if it had been killed when this checkpoint was its last."""
+    shutil.copytree(ablation, folder)
+    record = json.loads((folder / "ablation.json").read_text())
+    for run in record["runs"]:
+        run["status"] = "waiting"
+        (folder / "runs" / run["run"] / "results.json").unlink(missing_ok=True)
+    (folder / "ablation.json").write_text(json.dumps(record))
+    for path in (folder / "programs" / "0" / "chunk-0" / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+
+
+def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
+    """Three runs on two devices are four, one of them a copy; on one device they go on as four, and can be taken out on any."""
+
+    def present(count: int) -> None:
+        monkeypatch.setattr(meshes, "_devices", lambda wanted: jax.devices()[: wanted or count])
+
+    experiment = short(bert, data, phases=(dataclasses.replace(SHORT[0], steps=4),), evaluation=Evaluation(every=2), devices=0)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    present(2)
+    vary = ["optimizer.learning-rate=1e-2,1e30,1e-3"]
+    ablate(experiment, whole, vary)
+    assert json.loads((whole / "ablation.json").read_text())["programs"][0]["size"] == 4
+    cut(whole, killed, 2)
+    present(3)
+    with pytest.raises(UserError, match=r"4 runs at once were begun, and there are 3 devices\. Go on with as many"):
+        ablate(experiment, killed, vary)
+    present(1)
+    ablate(experiment, killed, vary)
+    for name in ("0000", "0002"):
+        assert_same_run(killed / "runs" / name, whole / "runs" / name)
+    for count in (1, 3):
+        present(count)
+        take(whole, "0002", tmp_path / f"on-{count}")
+    for one, other in zip(*(jax.tree.leaves(newest(tmp_path / name)) for name in ("on-1", "on-3")), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match=r"run 0001 diverged at step \d: .*, before it was measured; there is nothing"):
+        take(whole, "0001", tmp_path / "diverged")
+    assert not (tmp_path / "diverged").exists()
+
+
 def test_what_never_trains_is_there_once(bert, data, tmp_path):
     """A checkpoint of six runs with heads on a frozen trunk holds that trunk once."""
     ablate(short(bert, data, phases=SHORT[:1]), tmp_path / "ablation", ["optimizer.weight-decay=grid:0:1:6"])
-    from mtl_jax import Checkpoints
-    from mtl_jax.training.checkpoint import Store
-
-    store = Store(tmp_path / "ablation" / "programs" / "0" / "chunk-0", Checkpoints(), read_only=True)
-    params = store.restore_params(store.steps()[-1])
-    store.close()
+    params = newest(tmp_path / "ablation" / "programs" / "0" / "chunk-0")
     trunk, heads = (sum(np.size(leaf) for leaf in jax.tree.leaves(params[part])) for part in ("trunk", "heads"))
     assert (trunk, heads) == (5_408, 6 * 214)
 

@@ -19,6 +19,23 @@ def test_weights_that_vary_in_a_phase_have_a_figure(tmp_path):
         axes = render._picture(figure).axes[0]
     assert axes.get_xlabel() == "weight in phases 1 of tweets"
     assert sorted(axes.lines[0].get_xdata()) == [0, 0, 0.2, 0.4, 0.5, 1]
+    (simplex,) = figures.simplex(study, statistics.groups(study))
+    assert (simplex.slug, simplex.title) == ("simplex-phases-1-weights", "The simplex of weights in phases 1")
+    assert len(simplex.panels) == 4  # three tasks and the criterion
+
+
+def test_the_labels_of_a_colour_bar_are_on_the_picture():
+    """Four decimals and a sign; they end within their panel."""
+    points = {(("a", 1.0), ("b", 0.0), ("c", 0.0)): -0.1234, (("a", 0.0), ("b", 1.0), ("c", 0.0)): -0.13}
+    points[(("a", 0.0), ("b", 0.0), ("c", 1.0))] = -0.1251
+    panel = render.Panel("title", figures._triangle(("a", "b", "c"), points), frame=False)
+    with render._style(render.PAPER):
+        canvas = render._picture(render.Figure("s", "t", "c", (panel, panel)))
+        FigureCanvasAgg(canvas).draw()
+        for number, bar in enumerate(canvas.axes[1::2], 1):  # after each triangle
+            labels = bar.get_yticklabels()
+            assert [label.get_text() for label in labels] == ["-0.1300", "-0.1267", "-0.1234"]
+            assert max(label.get_window_extent().x1 for label in labels) <= number * canvas.bbox.x1 / 2
 
 
 @pytest.mark.parametrize("names", [("a",), tuple(f"a name of {40 * 'x'} {n}" for n in range(8))])

@@ -2,14 +2,18 @@ import csv
 import itertools
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import made
 import pytest
 
+import mtl_jax
 from mtl_jax import cli, report
 from mtl_jax.errors import UserError
+from mtl_jax.report import read, sections, statistics
 
 NASTY = {'<script>alert("x")</script>': "pearson", "a$b$ & 'c'": "accuracy", "_sms": "accuracy"}
 
@@ -80,6 +84,37 @@ def test_the_statistics(ablation):
     assert found["methods"][0]["method"] == "pcgrad"
     criteria = [group["criterion"]["mean"] for group in found["groups"]]
     assert criteria == sorted(criteria, reverse=True)
+
+
+def test_a_field_is_told_where_the_shown_settings_share_its_value(tmp_path):
+    """Only runs with the lower learning rate have come to an end; a rule's option has its name, weights are numbers."""
+    found = made.entries(rates=(1e-3, 3e-3), methods=("equal", "cagrad"))
+    for entry in found:
+        if entry["values"]["weighting"] == "cagrad":
+            entry["values"]["weighting_options"] = {"c": 0.4}
+        entry["status"] = "done" if entry["values"]["optimizer.learning_rate"] == 1e-3 else "waiting"
+    study = read([made.write_ablation(tmp_path, found)])
+    groups = statistics.groups(study)
+    best, _, methods, *_ = sections.sections(study, groups, statistics.compare(study, groups))
+    table = best.parts[1]
+    place = [name for name, _ in table.head].index("optimizer.learning_rate")
+    assert [row[place].text for row in table.rows] == ["0.001"] * 5
+    table = methods.parts[1]
+    assert {row[0].text: row[-1].text for row in table.rows} == {
+        "fixed": "0.4 / 0.3 / 0.3, learning_rate 0.001",
+        "equal": "learning_rate 0.001",
+        "cagrad": "learning_rate 0.001, c=0.4",
+    }
+
+
+def test_a_report_from_python(ablation, tmp_path):
+    """Paths may be texts, as for mtl_jax.train; to import mtl_jax does not take the time to import matplotlib."""
+    found = mtl_jax.report.write(str(ablation / "runs" / "0000"), str(tmp_path / "one"))
+    assert found == tmp_path / "one" / "report.html"
+    mtl_jax.report.write([str(ablation / "runs" / "0000"), ablation / "runs" / "0002"], str(tmp_path / "two"))
+    assert (tmp_path / "two" / "ablation.csv").exists()
+    code = "import sys, mtl_jax; mtl_jax.report.write; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_page_needs_nothing_else(ablation):

@@ -42,7 +42,7 @@ from mtl_jax.training.step import make_train_step
 QUICKSTART = scripts.read(str(Path(__file__).resolve().parents[1] / "experiments" / "quickstart.py"))
 DOMAINS = ("tweets", "movies", "products", "editorials")
 STEPS = {"heads": 450, "lora": 100, "full": 100}
-COUNTS = {"heads": (1, 4, 16, 64), "lora": (1, 4, 16, 64), "full": (1, 4, 8)}
+COUNTS = {"heads": (1, 4, 16, 64), "lora": (1, 4, 16, 64), "full": (1, 4, 8, 16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Options:
 
     Attributes:
         kinds: heads, lora, full.
-        counts: N; empty: 1, 4, 16, 64, and 1, 4, 8 for full, whose runs need half a gigabyte each.
+        counts: N; empty: 1, 4, 16, 64, and 1, 4, 8, 16 for full, whose runs need half a gigabyte each.
         repeats: Timed steps; of heads, which take no time, a hundred times as many.
         wall: Whether to train whole runs of heads, too, alone and 16 at once.
         out: Folder of the results.

@@ -228,18 +228,23 @@ class InTurn:
 
     def same(self, steps: range) -> dict[str, int] | None:
         """{source: rows} where each of these steps has the same rows of every source, else None."""
+        found = self._in(steps)
+        same = all(part.constant() and part.start == found[0].start for part in found)
+        return found[0].capacity() if same else None
+
+    def capacity(self, steps: range) -> dict[str, int]:
+        """{source: rows}: the most that the source has in any of these steps, or a bound of it."""
+        found = [part.capacity() for part in self._in(steps)]
+        return {source: max(most[source] for most in found) for source in found[0]}
+
+    def _in(self, steps: range) -> list[Schedule]:
+        """The schedules that these steps belong to."""
         start, found = 0, []
         for part in self.parts:
             if start < steps.stop and (steps.start < start + part.steps or part is self.parts[-1]):
                 found.append(part)
             start += part.steps
-        same = all(part.constant() and part.start == found[0].start for part in found)
-        return found[0].capacity() if same else None
-
-    def capacity(self) -> dict[str, int]:
-        """{source: rows}: the most that the source has in any step, or a bound of it."""
-        found = [part.capacity() for part in self.parts]
-        return {source: max(most[source] for most in found) for source in found[0]}
+        return found
 
 
 def schedule(

@@ -81,6 +81,8 @@ class Task(abc.ABC):
     needs_offsets: ClassVar[bool] = False
     # Whether the head is a decoder: it starts as that of an encoder-decoder checkpoint, and is measured by what it generates.
     decodes: ClassVar[bool] = False
+    # Whether the head costs so much that rows of other sources, which have no labels for it, are kept from it.
+    large: ClassVar[bool] = False
     # Whether the task changes its source's tokens, by corrupt().
     corrupts: ClassVar[bool] = False
     # Whether one vector added to every token's leaves the loss as it is: then it has no gradient over the representation.

@@ -59,6 +59,7 @@ class MaskedLM(Task):
     label_level: ClassVar[str] = "token"
     windows: ClassVar[bool] = True
     corrupts: ClassVar[bool] = True
+    large: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("tokens", "table")
     outputs: ClassVar[int] = 2
 

@@ -83,6 +83,7 @@ class Seq2Seq(Task):
     level: ClassVar[str] = "target"
     label_level: ClassVar[str] = "target"
     decodes: ClassVar[bool] = True
+    large: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("tokens", "table")
     outputs: ClassVar[int] = 3
 

@@ -18,7 +18,7 @@ from mtl_jax.training import gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Encode, Measure, Measured, by_losses, label_counts, mean_losses
+from mtl_jax.training.step import Encode, Look, Measure, Measured, by_losses, label_counts, mean_losses, whole_batch
 from mtl_jax.transfer import freezing
 from mtl_jax.weighting import Rule, Signals
 
@@ -63,6 +63,7 @@ def by_gram(
     weigh_heads: bool = True,
     accumulate: int = 1,
     mesh: Mesh | None = None,
+    look: Look = whole_batch,
 ) -> Measure:
     """The measure of a rule that compares or changes the task gradients.
 
@@ -84,6 +85,7 @@ def by_gram(
         accumulate: As in by_losses; the task gradients are added up before they are compared. Not over the whole trunk, the
             weighted gradient costs a second pass over the parts.
         mesh: The devices, if there are several: each gets as many rows of every block.
+        look: As in by_losses, where the rule is not due.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
@@ -185,7 +187,7 @@ def by_gram(
     if rule.due is None:
         return measure
     due = rule.due
-    plain = by_losses(encode, tasks, rule, trains_trunk=True, weigh_heads=weigh_heads, accumulate=accumulate)
+    plain = by_losses(encode, tasks, rule, trains_trunk=True, weigh_heads=weigh_heads, accumulate=accumulate, look=look)
 
     def measure_where_due(
         trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None

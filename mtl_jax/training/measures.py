@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from mtl_jax.tasks import Task
-from mtl_jax.training import gradients, gram_step, holding, idle, token_rows, watching
+from mtl_jax.training import gradients, gram_step, holding, idle, own_rows, token_rows, watching
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.planning import PhasePlan, per_task
 from mtl_jax.training.step import Measure, by_losses, encode_tokens, look_up, needs
@@ -30,13 +30,23 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, (*needs(tasks), *vectors))
     doubled = any(isinstance(each, RDrop) for each in plan.held)
     weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
+    most = prepared.schedule.capacity(range(plan.start, plan.end))
+    rows = {source: count * (2 if doubled else 1) for source, count in most.items()}
+    pieces = jax.process_count() * (2 if doubled else 1)
+    look = own_rows.of_source(own_rows.in_part(rows, accumulate, pieces), prepared.mesh)
     if not per_task(plan.rule):
         trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
         found = by_losses(
-            encode, counting, plan.rule, trains_trunk=trains_trunk, weigh_heads=weigh_heads, accumulate=accumulate, held=held
+            encode,
+            counting,
+            plan.rule,
+            trains_trunk=trains_trunk,
+            weigh_heads=weigh_heads,
+            accumulate=accumulate,
+            held=held,
+            look=look,
         )
     else:
-        rows = {source: count * (2 if doubled else 1) for source, count in prepared.schedule.capacity().items()}
         same = prepared.schedule.constant() and jax.process_count() == 1 and not doubled
         found = gram_step.by_gram(
             encode,
@@ -49,12 +59,13 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
             weigh_heads=weigh_heads,
             accumulate=accumulate,
             mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
+            look=look,
         )
         if plan.rule.transform is None and not any("table" in task.needs for task in tasks):
             found = token_rows.only_read(found)
         if watched:
             nothing = fixed({task.name: 0.0 for task in tasks})
-            alone = by_losses(encode, tasks, nothing, trains_trunk=True, accumulate=accumulate, held=held)
+            alone = by_losses(encode, tasks, nothing, trains_trunk=True, accumulate=accumulate, held=held, look=look)
             found = holding.beside(found, alone)
     if doubled:
         found = holding.twice(found)

@@ -131,6 +131,15 @@ def mean_losses(
     return {name: total / jnp.maximum(counts[name], 1.0) for name, total in sums.items()}
 
 
+# (task, Encoded, rows) -> what its head sees of them: Encoded and rows, with all labels that the task has.
+Look = Callable[[Task, Encoded, Batch], tuple[Encoded, Batch]]
+
+
+def whole_batch(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
+    """The Look of a head that sees every row."""
+    return encoded, batch
+
+
 class Held(NamedTuple):
     """Regularisers of what the model makes of a batch.
 
@@ -227,6 +236,7 @@ def by_losses(
     weigh_heads: bool = True,
     accumulate: int = 1,
     held: Held = NOTHING_HELD,
+    look: Look = whole_batch,
 ) -> Measure:
     """Losses -> weights -> gradient, in one backward pass: for rules that look at the losses only.
 
@@ -240,6 +250,7 @@ def by_losses(
         accumulate: Parts of a batch that are gone through one after another. The weights are those of the whole batch: with
             more than one part, a rule that looks at the losses costs a second forward pass.
         held: Regularisers that look at the same forward pass; the rule does not see them.
+        look: What each task's head sees of a batch.
     """
 
     def measure(
@@ -256,9 +267,13 @@ def by_losses(
 
         def head_losses(heads: Any, encoded: Encoded, part: Batch, number: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             """The losses of the tasks, and those of the regularisers."""
-            params = freezing.merge(heads, frozen["heads"])
-            outputs = apply_heads(tasks, params, encoded, part, part_key(head_key, number, accumulate))
-            own = mean_losses(tasks, outputs, part, counts)
+            params, key = freezing.merge(heads, frozen["heads"]), part_key(head_key, number, accumulate)
+            outputs: dict[str, jax.Array] = {}
+            own: dict[str, jax.Array] = {}
+            for n, task in enumerate(tasks):
+                seen, rows = look(task, encoded, part)
+                outputs[task.name] = task.apply(params[task.name], seen, rows, jax.random.fold_in(key, n))
+                own |= mean_losses((task,), outputs, rows, counts)
             return own, held.losses(params, encoded, outputs, part, held_counts, references)
 
         def weigh(losses: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:

@@ -151,7 +151,7 @@ def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
 def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
     batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="uniform")
     prepared, batch, _ = set_up(bert, data, batch=batching)
-    layout = gradients.layout(prepared.corpus.tasks, prepared.schedule.capacity())
+    layout = gradients.layout(prepared.corpus.tasks, prepared.schedule.capacity(range(1)))
     blocks = gradients.cut(batch, layout, prepared.corpus.tasks)
     assert layout.rows == (5, 5)
     np.testing.assert_array_equal(blocks.tokens[0], batch.tokens[:5])

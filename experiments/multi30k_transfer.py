@@ -43,11 +43,11 @@ GERMAN = Seq2Seq(name="de", source="source", column="de", label_smoothing=0.1, b
 EXPERIMENT = Experiment(
     name="multi30k_transfer",
     trunk=Transformer(
-        vocabulary=4000, layers=4, width=128, heads=4, feed_forward=256, pre_norm=True, dropout=0.3, max_length=256
+        vocabulary=2000, layers=2, width=128, heads=4, feed_forward=256, pre_norm=True, dropout=0.3, max_length=256
     ),
     sources=(_source("target", "{en,fr}"), _source("source", "{en,de}")),
     tasks=(FRENCH, GERMAN),
-    phases=(Phase("everything", steps=2000),),
+    phases=(Phase("everything", steps=1500),),
     optimizer=Optimizer(learning_rate=5e-3, schedule="cosine", warmup=0.1, weight_decay=0.0, b2=0.98, eps=1e-9),
     batch=Batching(rows=32, row_length=64, target_length=72),
     evaluation=Evaluation(every=500, criterion="fr"),
@@ -74,7 +74,7 @@ class Comparison:
     lambdas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     falling: bool = True
     seeds: tuple[int, ...] = (0,)
-    steps: int = 2000
+    steps: int = 1500
     limit: int = 0
     workdir: str = "runs/multi30k_transfer"
 

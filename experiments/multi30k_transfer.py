@@ -2,6 +2,7 @@
 
     python experiments/multi30k_transfer.py
     python experiments/multi30k_transfer.py --pairs 1000 --lambdas 0.3 1.0 --seeds 0 1 2
+    python experiments/multi30k_transfer.py --scores here/scores.json there/scores.json
 
 The target, English to French, has 1,000 or 5,000 pairs; the source, English to German, has all 29,000. Compared are, from
 scratch and for as many steps each: the target alone; the source and then the target; both at once, L_target + lambda L_source,
@@ -9,10 +10,12 @@ with lambda constant, and with lambda falling to 0 over the run; and French and 
 at once. The vocabulary is made from all training texts of a run, so the last way has one of its own, and the others share one,
 which knows all German captions also where the target is learned alone. Every run is an ordinary workdir in WORKDIR: started
 again, the script goes on where it was, and when all are done it only draws the table and the figure, WORKDIR/table.md and
-WORKDIR/lambda.png. MTL_JAX_DATA names a folder with multi30k/.
+WORKDIR/lambda.png. WORKDIR/scores.json has what was measured: several machines can share the runs, one 1,000 pairs, another
+5,000, and --scores puts their files together. MTL_JAX_DATA names a folder with multi30k/.
 """
 
 import dataclasses
+import json
 import statistics
 from pathlib import Path
 
@@ -67,6 +70,7 @@ class Comparison:
         seeds: One set of runs for each.
         steps: Of every run, over all its phases.
         limit: Rows read of each split, of target and source; 0: all.
+        scores: Files scores.json of other workdirs, of as many steps and rows: what they have is not trained again.
         workdir: Where the runs are.
     """
 
@@ -76,7 +80,12 @@ class Comparison:
     seeds: tuple[int, ...] = (0,)
     steps: int = 1500
     limit: int = 0
+    scores: tuple[str, ...] = ()
     workdir: str = "runs/multi30k_transfer"
+
+
+# {(way, pairs, seed): test BLEU from English to French}
+Scores = dict[tuple[str, int, int], float]
 
 
 def variants(comparison: Comparison, pairs: int, seed: int) -> dict[str, Experiment]:
@@ -112,39 +121,67 @@ def compare(comparison: Comparison) -> str:
     """
     if not (comparison.seeds and comparison.pairs):
         raise UserError("give at least one of pairs, and one of seeds")
+    scores = read(comparison)
     folder = Path(comparison.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    scores: dict[tuple[str, int], list[float]] = {}
     for pairs in comparison.pairs:
         for seed in comparison.seeds:
             for way, experiment in variants(comparison, pairs, seed).items():
-                name = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in way)
-                results = mtl_jax.train(experiment, folder / f"{name}-{pairs}-{seed}")
-                scores.setdefault((way, pairs), []).append(100 * results["tasks"]["fr"]["test"]["bleu"])
+                if (way, pairs, seed) not in scores:
+                    name = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in way)
+                    results = mtl_jax.train(experiment, folder / f"{name}-{pairs}-{seed}")
+                    scores[way, pairs, seed] = 100 * results["tasks"]["fr"]["test"]["bleu"]
+                write(scores, comparison, folder / "scores.json")
     text = table(scores, comparison.pairs)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     draw(scores, comparison, folder / "lambda.png")
     return text
 
 
-def table(scores: dict[tuple[str, int], list[float]], pairs: tuple[int, ...]) -> str:
-    """Test BLEU of every way: mean and standard deviation over the seeds.
+def read(comparison: Comparison) -> Scores:
+    """What the files of other workdirs have.
 
-    Args:
-        scores: {(way, pairs): [BLEU for each seed]}.
-        pairs: The columns.
+    Raises:
+        UserError: A file is none of these, or of other runs.
     """
+    found: Scores = {}
+    for path in comparison.scores:
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            found |= {(row["way"], row["pairs"], row["seed"]): float(row["bleu"]) for row in content["scores"]}
+            of = content["steps"], content["limit"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no scores.json that this script wrote ({type(error).__name__}: {error})") from error
+        if of != (comparison.steps, comparison.limit):
+            raise UserError(f"{path} is of {of[0]} steps and limit {of[1]}, not of {comparison.steps} and {comparison.limit}")
+    return found
+
+
+def write(scores: Scores, comparison: Comparison, path: Path) -> None:
+    """The file that read() reads."""
+    rows = [{"way": way, "pairs": pairs, "seed": seed, "bleu": bleu} for (way, pairs, seed), bleu in scores.items()]
+    content = {"steps": comparison.steps, "limit": comparison.limit, "scores": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def of_seeds(scores: Scores, way: str, pairs: int) -> list[float]:
+    """What each seed has."""
+    return [bleu for (a, b, _), bleu in scores.items() if (a, b) == (way, pairs)]
+
+
+def table(scores: Scores, pairs: tuple[int, ...]) -> str:
+    """Test BLEU of every way: mean and standard deviation over the seeds; pairs are the columns."""
 
     def cell(values: list[float]) -> str:
         deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{deviation}"
+        return f"{statistics.mean(values):.1f}{deviation}" if values else ""
 
-    rows = [[way, *(cell(scores[way, n]) for n in pairs)] for way in dict.fromkeys(way for way, _ in scores)]
+    rows = [[way, *(cell(of_seeds(scores, way, n)) for n in pairs)] for way in dict.fromkeys(way for way, _, _ in scores)]
     return tabulate.tabulate(rows, headers=["", *(f"{n:,} pairs" for n in pairs)], tablefmt="github", disable_numparse=True)
 
 
-def draw(scores: dict[tuple[str, int], list[float]], comparison: Comparison, path: Path) -> None:
+def draw(scores: Scores, comparison: Comparison, path: Path) -> None:
     """BLEU over lambda, a line for each number of pairs, constant and falling; the target alone as a level."""
     from matplotlib.figure import Figure
 
@@ -152,13 +189,13 @@ def draw(scores: dict[tuple[str, int], list[float]], comparison: Comparison, pat
     axes = figure.subplots()
     for color, pairs in zip(("tab:blue", "tab:orange", "tab:green"), comparison.pairs, strict=False):
         for suffix, style in (("", "-o"), (f" {FALLING}", "--s")):
-            values = [scores.get((f"lambda {number:g}{suffix}", pairs)) for number in comparison.lambdas]
+            values = [of_seeds(scores, f"lambda {number:g}{suffix}", pairs) for number in comparison.lambdas]
             if all(values):
-                means = [statistics.mean(value) for value in values if value]
-                axes.plot(
-                    comparison.lambdas, means, style, color=color, label=f"{pairs:,} pairs, lambda{suffix or ' constant'}"
-                )
-        axes.axhline(statistics.mean(scores[ALONE, pairs]), color=color, linestyle=":", label=f"{pairs:,} pairs alone")
+                means, label = list(map(statistics.mean, values)), f"{pairs:,} pairs, lambda{suffix or ' constant'}"
+                axes.plot(comparison.lambdas, means, style, color=color, label=label)
+        axes.axhline(
+            statistics.mean(of_seeds(scores, ALONE, pairs)), color=color, linestyle=":", label=f"{pairs:,} pairs alone"
+        )
     axes.set(xscale="log", xlabel="lambda", ylabel="BLEU, English to French")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

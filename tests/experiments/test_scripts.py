@@ -181,6 +181,13 @@ def test_multi30k_transfer(shared_data, tmp_path, monkeypatch):
     last = "both of the target's captions"
     assert ways == ["target alone", "source, then target", "lambda 0.5", "lambda 0.5 falling", last]
     assert (tmp_path / "lambda.png").stat().st_size > 1000
+    # Elsewhere, with these scores: nothing is left to train.
+    scores, elsewhere = str(tmp_path / "scores.json"), tmp_path / "elsewhere"
+    again = start("multi30k_transfer.py", *flags[:-1], str(elsewhere), "--scores", scores)
+    assert again.stdout == done.stdout
+    assert {path.name for path in elsewhere.iterdir()} == {"scores.json", "table.md", "lambda.png"}
+    other = start("multi30k_transfer.py", "--scores", scores)
+    assert other.stderr.splitlines()[-1] == f"error: {scores} is of 2 steps and limit 60, not of 1500 and 0"
 
 
 def test_without_the_data_a_script_says_what_to_do(wheels, tmp_path, monkeypatch):

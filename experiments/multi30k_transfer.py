@@ -132,7 +132,8 @@ def compare(comparison: Comparison) -> str:
                     name = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in way)
                     results = mtl_jax.train(experiment, folder / f"{name}-{pairs}-{seed}")
                     scores[way, pairs, seed] = 100 * results["tasks"]["fr"]["test"]["bleu"]
-                write(scores, comparison, folder / "scores.json")
+                    write(scores, comparison, folder / "scores.json")
+    write(scores, comparison, folder / "scores.json")
     text = table(scores, comparison.pairs)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     draw(scores, comparison, folder / "lambda.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -13,12 +14,15 @@ import tyro
 
 from mtl_jax.errors import UserError
 from mtl_jax.journal import Journal, check_writable
-from mtl_jax.lines import STANDARD_INPUT, lines_of, object_of, print_lines, read_bytes
+from mtl_jax.lines import STANDARD_INPUT, STANDARD_OUTPUT, lines_of, object_of, print_lines, read_bytes
 from mtl_jax.progress import Progress
 
 if TYPE_CHECKING:
+    from mtl_jax.decoding import GenerationConfig
     from mtl_jax.generation import Answered
     from mtl_jax.text_model import Asked, TextModel
+
+log = logging.getLogger(__name__)
 
 Texts = tyro.conf.Positional[tuple[str, ...]]
 
@@ -28,10 +32,10 @@ class Files:
     """Where texts come from and answers go to.
 
     Attributes:
-        file: A UTF-8 file with one text a line, or of lines of JSON objects if its name ends in .jsonl; without it, and without
-            a text, standard input. Every line gets a line, in order; empty ones stay empty.
-        output: The file to write; without it, standard output. It is replaced when everything is done. Until then OUTPUT.part
-            keeps what is done, and the same command, started again, goes on from there.
+        file: A UTF-8 file with one text a line, or of lines of JSON objects if its name ends in .jsonl; "-", or no file
+            and no text: standard input. Every line gets a line, in order; empty ones stay empty.
+        output: The file to write; without it, or "-", standard output. It is replaced when everything is done. Until then
+            OUTPUT.part keeps what is done, and the same command, started again, goes on from there.
         column: The text's name in the objects; given, standard input is read as objects too. Default: text.
         field: What the answer is called in the objects. Default: translation, or summary.
         scores: Give scores too, as FIELD_score; lines of text then become objects.
@@ -82,6 +86,7 @@ class Search:
         repetition_penalty: Above 1 makes tokens that are there already less likely.
         num_return_sequences: Answers to a text; more than one needs objects (a .jsonl file, or --scores).
         sample: Draw tokens at random, of a single beam unless --num-beams says otherwise.
+        no_sample: Take the likeliest tokens, also where the checkpoint says to draw.
         temperature: Sampling: logits are divided by it.
         top_k: Sampling: only so many of the most likely tokens.
         top_p: Sampling: only the most likely tokens that together have this probability.
@@ -98,7 +103,8 @@ class Search:
     no_repeat_ngram_size: int | None = None
     repetition_penalty: float | None = None
     num_return_sequences: int | None = None
-    sample: bool = False
+    sample: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_sample: tyro.conf.FlagCreatePairsOff[bool] = False
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -106,11 +112,26 @@ class Search:
 
     def options(self) -> dict[str, Any]:
         """As GenerationConfig calls them; None where nothing was said."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("sample", "seed")}
+        values = {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in ("sample", "no_sample", "seed")
+        }
         values["early_stopping"] = {"true": True, "false": False}.get(self.early_stopping or "", self.early_stopping)
-        if self.sample:
-            values |= {"do_sample": True, "num_beams": 1 if self.num_beams is None else self.num_beams}
+        if self.sample or self.no_sample:
+            values["do_sample"] = self.sample
+        if self.sample and self.num_beams is None:
+            values["num_beams"] = 1
         return values
+
+    def without_effect(self, config: GenerationConfig) -> list[str]:
+        """The options that were given and change nothing in such a search, and why."""
+        found = []
+        for names, there, why in (
+            (("temperature", "top_k", "top_p"), config.do_sample, "without --sample"),
+            (("length_penalty", "early_stopping"), config.num_beams > 1, "with one beam"),
+        ):
+            given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+            found += [f"{', '.join(given)} changes nothing {why}"] if given and not there else []
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,13 +214,18 @@ class _Input(NamedTuple):
 
 
 def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task: Task, search: Search, work: Work) -> None:
-    output = check_writable(files.output, [files.file] if files.file else []) if files.output else None
+    to_file = files.output not in ("", STANDARD_OUTPUT)
+    output = check_writable(files.output, [files.file] if files.file else []) if to_file else None
     if output is None and sys.stdout is None:
         raise UserError("standard output is closed; give --output")
     field, long = files.field or command.field, task.long or command.long
     for name, value in (("rows", work.rows), ("max-source-tokens", task.max_source_tokens)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+    if search.sample and search.no_sample:
+        raise UserError("give --sample or --no-sample, not both")
+    if not 0 <= search.seed < 1 << 63:
+        raise UserError(f"--seed is {search.seed}; it must be at least 0 and below 2^63")
     given = _read(text, files, field)
 
     from mtl_jax import generation, text_model  # imported late: --help and mistakes need none of it
@@ -211,6 +237,8 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
         config = generation.configure(model, search.options(), path)
         if config.num_return_sequences > 1 and given.objects is None and not files.scores:
             raise UserError(f"{config.num_return_sequences} answers do not fit on a line of text; --scores makes lines of JSON")
+        for line in search.without_effect(config):
+            log.warning("%s", line)
         limit = generation.limit_of(model, task.max_source_tokens)
         plan = generation.make_plan(model, given.texts, long, limit)
         how = "divided at ends of sentences" if long == "divide" else "cut"
@@ -261,8 +289,9 @@ def _open(path: str, asked: Asked, task: str, dtype: str) -> TextModel:
 
 
 def _read(text: tuple[str, ...], files: Files, field: str) -> _Input:
-    if text and (files.file or files.column):
-        raise UserError("give a text, or --file, not both")
+    for flag, value in (("--file", files.file), ("--column", files.column)):
+        if text and value:
+            raise UserError(f"give a text, or {flag}, not both")
     if text:
         for number, one in enumerate(text, start=1):
             if not one.strip():
@@ -286,7 +315,8 @@ def _read(text: tuple[str, ...], files: Files, field: str) -> _Input:
 
 def _text(found: dict[str, Any], column: str, field: str, where: str) -> str:
     if not isinstance(found.get(column), str):
-        raise UserError(f"{where}: {column!r} is no text; the object has {', '.join(found) or 'nothing'} (choose by --column)")
+        what = f"{type(found[column]).__name__}, no text" if column in found else "not there"
+        raise UserError(f"{where}: {column!r} is {what}; the object has {', '.join(found) or 'nothing'} (choose by --column)")
     taken = [name for name in (field, f"{field}_score") if name in found]
     if taken:
         raise UserError(f"{where}: there is a {taken[0]!r} already; name the answer by --field")

@@ -133,17 +133,23 @@ def make_plan(model: TextModel, texts: Sequence[str], long: Long, limit: int | N
         UserError: The limit leaves no room for text.
     """
     prefix = model.setting.prefix
+    # What stands beside every text, prefix and special tokens; a space that ends the prefix may be in the text's first token.
+    beside = {tuple(ids.tolist()) for ids in map(np.asarray, model.encode([prefix, prefix.rstrip()], None))}
+    if limit is not None and limit <= min(map(len, beside)):
+        raise UserError(f"{limit} tokens leave no room for the text beside special tokens and prefix; allow more")
     full = [i for i, text in enumerate(texts) if text.strip()]
     encoded = _encoded(model, [prefix + texts[i] for i in full])
     sources: list[np.ndarray] = []
     text_of: list[int] = []
     too_long: list[int] = []
-    unknown = [i for i, ids in zip(full, encoded, strict=True) if not len(ids)]
+    unknown = [i for i, ids in zip(full, encoded, strict=True) if tuple(ids.tolist()) in beside]
 
     def sizes(pieces: Sequence[str]) -> list[int]:
         return [len(ids) for ids in model.encode([prefix + piece for piece in pieces], None)]
 
     for i, ids in zip(full, encoded, strict=True):
+        if tuple(ids.tolist()) in beside:
+            continue
         fitting = [ids]
         if limit is not None and len(ids) > limit:
             too_long.append(i)
@@ -151,7 +157,7 @@ def make_plan(model: TextModel, texts: Sequence[str], long: Long, limit: int | N
                 fitting = model.encode([prefix + piece for piece in divide(texts[i].strip(), sizes, limit)], None)
             else:
                 fitting = model.encode([prefix + texts[i]], limit)
-        fitting = [piece for piece in fitting if len(piece)]
+        fitting = [piece for piece in fitting if tuple(piece.tolist()) not in beside]
         sources += fitting
         text_of += [i] * len(fitting)
     return Plan(sources, text_of, too_long, unknown)

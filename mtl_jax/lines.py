@@ -11,7 +11,7 @@ from typing import Any
 
 from mtl_jax.errors import UserError
 
-STANDARD_INPUT = "-"
+STANDARD_INPUT = STANDARD_OUTPUT = "-"
 
 
 def read_bytes(file: str) -> bytes:

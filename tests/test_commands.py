@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,47 @@ def test_samples_follow_the_seed(console, marian):
     assert sample(0) == sample(0) != sample(1)
 
 
+def test_a_checkpoint_that_samples_does_not_where_the_user_says_so(console, marian, tmp_path):
+    folder = shutil.copytree(marian, tmp_path / "samples")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 0, "temperature": 5.0}))
+    texts = ("--num-beams", "1", "--max-new-tokens", "8", *["hello ."] * 3)
+    assert len(set(console("translate", "--model", folder, *texts)[1].splitlines())) > 1
+    assert (
+        console("translate", "--model", folder, "--no-sample", *texts)[1] == console("translate", "--model", marian, *texts)[1]
+    )
+
+
+def test_options_that_change_nothing_are_named(console, marian):
+    code, _, error = console(
+        *(
+            "translate",
+            "--model",
+            marian,
+            "--num-beams",
+            "1",
+            "--top-p",
+            "0.5",
+            "--top-k",
+            "3",
+            "--length-penalty",
+            "2",
+            "hello",
+        )
+    )
+    assert code == 0
+    assert "--top-k, --top-p changes nothing without --sample\n" in error
+    assert "--length-penalty changes nothing with one beam\n" in error
+
+
+def test_a_line_of_which_the_vocabulary_knows_nothing_stays_empty(console, marian):
+    """A zero-width space is no blank, but no token either."""
+    code, out, error = console("translate", "--model", marian, "--output", "-", stdin="\u200b\nhello .\n".encode())
+    assert code == 0, error
+    assert "-: 1 line of which the vocabulary knows nothing, left empty: 1\n" in error
+    first, second = out.splitlines()
+    assert (first, second) == ("", by_hand(marian, "hello ."))
+
+
 def test_the_user_goes_before_the_task_and_the_task_before_the_checkpoint(console, t5, monkeypatch):
     """What the search is given: T5's task_specific_params, and on top of them what was said."""
     seen = []
@@ -216,6 +258,7 @@ BAD = [
     (["--model", "{marian}", ""], b"", "text 1 is empty; give a text, or --file"),
     (["--model", "{marian}", "a", " "], b"", "text 2 is empty"),
     (["--model", "{marian}", "a", "--file", "{dir}/in.txt"], b"", "give a text, or --file, not both"),
+    (["--model", "{marian}", "a", "--column", "text"], b"", "give a text, or --column, not both"),
     (["--model", "{marian}", "--file", "{dir}/none.txt"], b"", "none.txt: No such file or directory"),
     (["--model", "{marian}", "--file", "{dir}"], b"", "Is a directory"),
     (["--model", "{marian}"], b"fine\nbad \xff byte\n", "-:2: not UTF-8 (invalid start byte)"),
@@ -226,7 +269,8 @@ BAD = [
         "-:1: no JSON (Exceeds the limit",
     ),
     (["--model", "{marian}", "--column", "text"], b'["text"]\n', "-:1: a JSON object is needed, not list"),
-    (["--model", "{marian}", "--column", "text"], b'{"body": "x"}\n', "-:1: 'text' is no text; the object has body"),
+    (["--model", "{marian}", "--column", "text"], b'{"body": "x"}\n', "-:1: 'text' is not there; the object has body"),
+    (["--model", "{marian}", "--column", "text"], b'{"text": ["x"]}\n', "-:1: 'text' is list, no text; the object has text"),
     (["--model", "{marian}", "--column", "text"], b'{"text": "\\ud800"}\n', "-:1: no valid Unicode"),
     (["--model", "{marian}", "--column", "text"], b'{"text": "x", "n": ["\\udfff"]}\n', "-:1: no valid Unicode"),
     (["--model", "{marian}", "--column", "text"], b'{"text": "x", "translation": 1}\n', "there is a 'translation' already"),
@@ -244,6 +288,13 @@ BAD = [
         "is 25; the model has 24 positions",
     ),
     (["--model", "{marian}", "--max-source-tokens", "1", "hello"], b"", "1 tokens leave no room for the text"),
+    (["--model", "{marian}", "--max-source-tokens", "1", "--long", "cut", "hello"], b"", "1 tokens leave no room for the text"),
+    (["--model", "{marian}", "--seed", "9" * 20, "hello"], b"", "it must be at least 0 and below 2^63"),
+    (
+        ["--model", "{marian}", "--sample", "--num-beams", "3", "--num-return-sequences", "5", "--scores", "hello"],
+        b"",
+        "num_return_sequences is 5, more than num_beams, 3: ask for more beams",
+    ),
     (["--model", "{marian}", "--task", "x", "hello"], b"", "is no workdir of a run; leave it out"),
     (["--model", "{marian}", "--target-language", "de", "hello"], b"", "--target-language de: it is fr; leave it out"),
     (

@@ -40,6 +40,8 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "typical_p": (None, 1.0),
     "watermarking_config": (None,),
 }
+# Of these, options that only change draws.
+OF_DRAWS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +151,11 @@ class GenerationConfig:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not self.repetition_penalty > 0:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
-        if not self.do_sample and self.num_return_sequences > self.num_beams:
+        if self.num_return_sequences > self.num_beams and (self.num_beams > 1 or not self.do_sample):
+            instead = "" if self.do_sample else ", or for do_sample"
             raise UserError(
                 f"num_return_sequences is {self.num_return_sequences}, more than num_beams, {self.num_beams}: "
-                "ask for more beams, or for do_sample"
+                f"ask for more beams{instead}"
             )
         if self.decoder_start_token_id is None:
             raise UserError("decoder_start_token_id is not known: neither the call nor the checkpoint's files say it")
@@ -222,11 +225,16 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
             raise unknown("generation option", name, FIELDS)
     given = {name: value for name, value in call.items() if value is not None}
     files: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
     for source, where in ((raw, "config.json"), (_read(location), FILE)):
-        files |= {name: source[name] for name in (*FIELDS, "bos_token_id") if name in source}
-        for name, harmless in ELSEWHERE.items():
-            if name in source and source[name] not in harmless:
-                raise UserError(f"{where}: {name} is {source[name]!r}, which is not supported here; set it to {harmless[0]!r}")
+        found = {name: source[name] for name in (*FIELDS, *ELSEWHERE, "bos_token_id") if name in source}
+        files |= found
+        said_by |= dict.fromkeys(found, f"{where}: ")
+    draws = given.get("do_sample", files.get("do_sample"))
+    for name, harmless in ELSEWHERE.items():
+        value = files.pop(name, None)
+        if value is not None and value not in harmless and (draws or name not in OF_DRAWS):
+            raise UserError(f"{said_by[name]}{name} is {value!r}, which is not supported here; set it to {harmless[0]!r}")
     values = {name: value for name, value in files.items() if value is not None}
     first = values.pop("bos_token_id", None)
     if first is not None:
@@ -240,7 +248,7 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
         values["max_new_tokens"] = GenerationConfig.max_length  # as theirs: where nobody says a length, it counts new tokens
     for name, kinds in _KINDS.items():
         if name in values:
-            values[name] = _checked(name, values[name], kinds)
+            values[name] = _checked(name, values[name], kinds, "" if name in given else said_by.get(name, ""))
     ends = values.get("eos_token_id", ())
     values["eos_token_id"] = _tokens("eos_token_id", ends if isinstance(ends, list | tuple | np.ndarray) else [ends])
     words = values.get("bad_words_ids", ())
@@ -263,12 +271,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _checked(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+def _checked(name: str, value: Any, kinds: tuple[type, ...], where: str) -> Any:
     if isinstance(value, kinds) and (kinds is _BOOL or not isinstance(value, bool)):
         return value
     if isinstance(value, list | tuple) and len(value) == 1 and name == "forced_eos_token_id":
-        return _checked(name, value[0], kinds)
-    raise UserError(f"{name} is {value!r}; it must be of type {kinds[-1].__name__}")
+        return _checked(name, value[0], kinds, where)
+    raise UserError(f"{where}{name} is {value!r}; it must be of type {kinds[-1].__name__}")
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:

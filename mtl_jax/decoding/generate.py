@@ -235,8 +235,8 @@ def fitted(model: Seq2Seq, config: GenerationConfig) -> GenerationConfig:
     sizes = model.head.config
     if sizes.max_positions is not None and config.length > sizes.max_positions:
         config = dataclasses.replace(config, max_length=sizes.max_positions, max_new_tokens=None)
-    if config.least >= config.length and config.eos_token_id:
-        raise UserError(f"the least length, {config.least}, leaves no room below the largest, {config.length} tokens")
+    if config.least > config.length and config.eos_token_id:
+        raise UserError(f"the least length, {config.least}, is above the largest, {config.length} tokens")
     named = [config.start, *config.eos_token_id, *(token for word in config.bad_words_ids for token in word)]
     named += [token for token in (config.forced_bos_token_id, config.forced_eos_token_id) if token is not None]
     for token in named:

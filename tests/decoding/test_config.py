@@ -49,6 +49,7 @@ def test_null_in_generation_config_takes_back_what_config_says(tmp_path):
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"num_beams": 1, "num_return_sequences": 2}, "num_return_sequences is 2, more than num_beams, 1"),
+        ({"num_beams": 3, "num_return_sequences": 5, "do_sample": True}, "num_return_sequences is 5, more than num_beams, 3"),
         ({"bad_words_ids": [[]]}, "bad_words_ids has an empty sequence"),
         ({"bad_words_ids": [5]}, "bad_words_ids holds 5; token ids are needed, whole numbers"),
         ({"bad_words_ids": "ab"}, "bad_words_ids is 'ab'; it must be a list of lists of token ids"),
@@ -70,6 +71,14 @@ def test_refused_files(tmp_path):
         resolve(RAW | {"diversity_penalty": 0.5}, None)
     with pytest.raises(UserError, match=r"config\.json: stop_strings is 'end', which is not supported here; set it to None"):
         resolve(RAW | {"stop_strings": "end"}, None)
+    with pytest.raises(UserError, match=r"config\.json: max_length is 20\.0; it must be of type int"):
+        resolve(RAW | {"max_length": 20.0}, None)
+    # What only changes draws is nothing to greedy search, and a later file takes back what an earlier one says.
+    resolve(RAW | {"min_p": 0.1}, None)
+    with pytest.raises(UserError, match=r"config\.json: min_p is 0\.1, which is not supported here"):
+        resolve(RAW | {"min_p": 0.1}, None, do_sample=True)
+    (tmp_path / "generation_config.json").write_text('{"diversity_penalty": 0.0}')
+    resolve(RAW | {"diversity_penalty": 0.5}, tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json: no JSON"):
         resolve(RAW, tmp_path)
@@ -79,11 +88,12 @@ def test_refused_with_a_model(checkpoint):
     model = checkpoint.model
     with pytest.raises(UserError, match="token 99 of the generation options is outside the vocabulary of 40"):
         fitted(model, resolve(RAW, None, forced_bos_token_id=99))
-    with pytest.raises(UserError, match="the least length, 15, leaves no room below the largest, 15 tokens"):
-        fitted(model, resolve(RAW, None, min_length=15, max_length=15))
+    with pytest.raises(UserError, match="the least length, 16, is above the largest, 15 tokens"):
+        fitted(model, resolve(RAW, None, min_length=16, max_length=15))
+    assert fitted(model, resolve(RAW, None, min_length=15, max_length=15)).least == 15
     assert fitted(model, resolve(RAW, None, max_length=500)).length == 16  # all positions that there are
-    with pytest.raises(UserError, match="the least length, 16, leaves no room below the largest, 16 tokens"):
-        fitted(model, resolve(RAW, None, min_length=16, max_length=500))
+    with pytest.raises(UserError, match="the least length, 17, is above the largest, 16 tokens"):
+        fitted(model, resolve(RAW, None, min_length=17, max_length=500))
     for token in (-1, 40):
         with pytest.raises(UserError, match=f"input_ids holds {token}; the model knows 40 tokens"):
             generate(checkpoint, np.array([[5, token]]))

@@ -11,6 +11,9 @@ from mtl_jax.decoding.best import BLOCK
 from mtl_jax.decoding.config import GenerationConfig, divided
 from mtl_jax.decoding.generate import buckets
 from mtl_jax.decoding.processors import likely, process
+from mtl_jax.decoding.state import State
+from mtl_jax.decoding.steps import _drawn as drawn_candidates
+from mtl_jax.decoding.steps import plain_step
 
 V, L = 7, 6
 
@@ -70,11 +73,54 @@ def test_what_may_be_drawn(top_k, top_p, temperature):
     np.testing.assert_allclose(kept[0, 0][best_first], expected, rtol=1e-6)
 
 
+ROWS = 10_000
+PROBABILITY = np.array([0.5, 0.3, 0.15, 0.05])
+
+
+def drawing(config, scores):
+    """A state of many equal rows, each with a key of its own, and their logits, beside which others are unlikely."""
+    tokens_BxKxL, false_BxK = np.zeros((ROWS, len(scores), 3), np.int32), np.zeros((ROWS, len(scores)), bool)
+    scores_BxK = np.broadcast_to(np.array(scores, np.float32), false_BxK.shape)
+    state = State(
+        *(
+            np.int32(1),
+            tokens_BxKxL,
+            scores_BxK,
+            false_BxK,
+            tokens_BxKxL,
+            scores_BxK,
+            tokens_BxKxL[..., 0],
+            false_BxK,
+            false_BxK,
+        ),
+        open=np.ones(ROWS, bool),
+        ancestry=tokens_BxKxL[..., :2],
+        cache=(),
+        keys=jax.random.key_data(jax.random.split(jax.random.key(0), ROWS)),
+    )
+    logits_W = np.full(BLOCK, -1e9, np.float32)
+    logits_W[:4] = np.log(PROBABILITY)
+    return jax.tree.map(jnp.asarray, state), jnp.broadcast_to(logits_W, (ROWS, len(scores), BLOCK)), *divided(config)
+
+
 def test_draws_have_the_frequencies_of_their_scores():
-    probability = np.array([0.5, 0.3, 0.15, 0.05])
-    noise = jax.random.gumbel(jax.random.key(0), (20_000, 4))
-    found = np.bincount(np.argmax(np.log(probability) + noise, axis=1), minlength=4) / 20_000
-    np.testing.assert_allclose(found, probability, atol=0.01)
+    state, *arguments = drawing(GenerationConfig(do_sample=True, top_k=0, eos_token_id=(3,)), [0.0])
+    after = plain_step(state, *arguments)
+    drawn_B = np.asarray(after.tokens)[:, 0, 1]
+    np.testing.assert_allclose(np.bincount(drawn_B, minlength=4) / ROWS, PROBABILITY, atol=0.015)
+    np.testing.assert_allclose(after.scores[:, 0], np.log(PROBABILITY)[drawn_B], rtol=1e-5)
+    np.testing.assert_array_equal(after.ended[:, 0], drawn_B == 3)
+
+
+def test_beams_are_drawn_without_replacement_by_their_sums():
+    """Two beams, one half as likely as the other: of eight pairs of beam and token four are drawn."""
+    state, logits, config, numbers = drawing(GenerationConfig(do_sample=True, num_beams=2, top_k=0), [0.0, np.log(0.5)])
+    scores_BxC, beam_BxC, token_BxC = (np.asarray(x) for x in drawn_candidates(state, logits, config, numbers, 4))
+    pair_BxC = beam_BxC * 4 + token_BxC
+    assert all(len(set(pairs)) == 4 for pairs in pair_BxC.tolist())
+    sums = np.concatenate([PROBABILITY, 0.5 * PROBABILITY])
+    np.testing.assert_allclose(scores_BxC, np.log(sums)[pair_BxC], rtol=1e-4)
+    np.testing.assert_allclose(np.bincount(pair_BxC[:, 0], minlength=8) / ROWS, sums / sums.sum(), atol=0.015)
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 4))

@@ -73,8 +73,8 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
     return results
 
 
-def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dict[str, float]:
-    """Loss and metrics of the best checkpoint of a run on rows that it may never have seen.
+def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dict[str, Any]:
+    """Loss and metrics of the best checkpoint of a run on rows that it may never have seen; of generated texts with signatures.
 
     Args:
         workdir: A workdir that has at least one evaluated checkpoint.
@@ -102,7 +102,8 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     split = {source.name: examples}
     texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams)
     scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)[task]
-    return {"rows": len(examples.data), **scores}
+    signatures = asked.signatures(examples.data)
+    return {"rows": len(examples.data), **scores, **({"signatures": signatures} if signatures else {})}
 
 
 def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:

@@ -61,4 +61,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise UserError(f"{where}: no such directory, and no such model on the hub, or it is private; {advice}") from error
     except Exception as error:  # whatever HTTP library huggingface_hub is made with has errors of its own
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{repo}: no such directory, and the hub cannot be reached ({why}); {advice}") from error
+        raise UserError(
+            f"{repo}: no such directory, and the hub cannot be reached ({why}); {advice}, or set MTL_JAX_OFFLINE=1 if it was "
+            "fetched before"
+        ) from error

@@ -72,6 +72,7 @@ def generate(
     params: Any,
     examples: Examples,
     beams: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """The decoder's text for each row of a source; of a row in several windows, for its first one; "" where there is none.
 
@@ -81,6 +82,7 @@ def generate(
         params: {"trunk": ..., "heads": ...}, whole on this process's first device.
         examples: The source's examples.
         beams: 1: greedy.
+        between: Called after each text; what it raises ends the work.
     """
     model = EncoderDecoder(as_module(trunk.module, examples.place), task.module(trunk.module.dtype))
     both = {"trunk": params["trunk"], "head": params["heads"][task.name]}
@@ -93,6 +95,7 @@ def generate(
         for answer in decoding.generate_all(model, both, sources, config_of(task, trunk, beams), rows=ROWS):
             found[places[answer.index]] = Generated(text_of(answer.tokens[0]), float(answer.scores[0]), bool(answer.ended[0]))
             progress.update(1)
+            between()
     return found
 
 
@@ -107,6 +110,7 @@ def text_scores(
     params: Any,
     split: dict[str, Examples],
     beams: Callable[[Seq2Seq], int],
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} of what the tasks that decode generate; every process decodes all of it.
 
@@ -116,12 +120,13 @@ def text_scores(
         params: As for generate.
         split: {source: Examples}.
         beams: Of a task.
+        between: As for generate.
     """
     scores = {}
     for task in tasks:
         if isinstance(task, Seq2Seq):
             examples = split[task.source]
-            found = generate(task, trunk, params, examples, beams(task))
+            found = generate(task, trunk, params, examples, beams(task), between)
             rows = [examples.data[examples.row_of[group[0]]] for group in examples.groups()]
             scores[task.name] = task.text_metrics([one.text for one in found], rows)
     return scores

@@ -261,7 +261,7 @@ class _Run:
         apply = self.outputs_by_look_up if plan.cached else self.outputs
         batching = self.experiment.batch
         found = evaluation.run(apply, params, self.tasks, list(dev.values()), batching, self.mesh, table=table)
-        texts = self._texts(params, dev, lambda task: task.dev_beams)
+        texts = self._texts(params, dev, lambda task: task.dev_beams, lambda: None)
         scores = evaluation.score(self.tasks, dev, found, texts)
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": x for task, metrics in scores.items() for metric, x in metrics.items()}
@@ -272,12 +272,14 @@ class _Run:
             self.counts.evaluations_since_best += 1
         return value
 
-    def _texts(self, params: Any, split: dict[str, Examples], beams: Callable[[Seq2Seq], int]) -> dict[str, dict[str, float]]:
+    def _texts(
+        self, params: Any, split: dict[str, Examples], beams: Callable[[Seq2Seq], int], between: Callable[[], None]
+    ) -> dict[str, dict[str, float]]:
         """Metrics of generated texts, of the tasks that decode."""
         if not any(task.decodes for task in self.tasks):
             return {}
         whole = generation.on_one_device(params)
-        return generation.text_scores(self.tasks, self.prepared.trunk, whole, split, beams)
+        return generation.text_scores(self.tasks, self.prepared.trunk, whole, split, beams, between)
 
     def _stopped_early(self) -> bool:
         patience = self.experiment.evaluation.patience
@@ -301,7 +303,8 @@ class _Run:
             data = self.prepared.corpus.splits[split]
             batching = self.experiment.batch
             found = evaluation.run(self.outputs, best.value, self.tasks, list(data.values()), batching, self.mesh)
-            texts = self._texts(best.value, data, lambda task: task.beams)
+            # All steps are saved: asked to stop, it need not be waited for. Before that, what dev says belongs to the step.
+            texts = self._texts(best.value, data, lambda task: task.beams, self.stop.check)
             scores[split] = evaluation.score(self.tasks, data, found, texts)
         self.counts.seconds += time.monotonic() - self.started
         return results.write(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -58,6 +60,7 @@ def test_the_metrics_are_those_of_sacrebleu_on_the_predictions(learned, pairs):
     assert found["chrf"] == pytest.approx(CHRF().corpus_score(texts, [right]).score / 100)
     assert found["bleu"] > 0.6
     assert found["rows"] == 400
+    assert found["signatures"].keys() == {"bleu", "chrf"}
     assert test.task("translation").beams == 2
     task = results["tasks"]["translation"]
     assert task["signatures"]["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
@@ -66,14 +69,31 @@ def test_the_metrics_are_those_of_sacrebleu_on_the_predictions(learned, pairs):
     assert "signatures" not in results["tasks"]["long"]
 
 
+def test_the_last_search_is_left_when_asked_to_stop_and_made_again(pairs, tmp_path, monkeypatch):
+    """Everything is trained and saved by then."""
+    experiment = tiny_translation.experiment(pairs, phases=(Phase("everything", steps=2),))
+    plain, stops = generation.text_scores, []
+
+    def stop_at_the_end(*arguments):
+        if arguments[-2](experiment.tasks[0]) == experiment.tasks[0].beams:
+            stops.append(os.kill(os.getpid(), signal.SIGTERM))
+        return plain(*arguments)
+
+    monkeypatch.setattr(generation, "text_scores", stop_at_the_end)
+    with pytest.raises(Interrupted, match="the same command goes on from the last one"):
+        train(experiment, tmp_path / "run")
+    assert len(stops) == 1
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.undo()
+    assert train(experiment, tmp_path / "run")["steps"] == 2
+
+
 def test_a_search_that_cannot_be_is_found_out_before_the_training(pairs, tmp_path):
     folder = tiny_seq2seq.write_marian(tmp_path / "marian")
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"min_length": 20}))
     task = dataclasses.replace(tiny_translation.experiment(pairs).tasks[0], target_length=12)
-    with pytest.raises(
-        UserError, match=r"task 'translation': the least length, 20, leaves no room below the largest, 13 tokens \("
-    ):
+    with pytest.raises(UserError, match=r"task 'translation': the least length, 20, is above the largest, 13 tokens \("):
         prepare(
             tiny_translation.experiment(
                 pairs, trunk=Pretrained(str(folder)), tasks=(task,), batch=Batching(rows=4, row_length=24)

@@ -26,7 +26,8 @@ STARTS = {"minilm": Pretrained(MINILM, dropout=0.1), "scratch": Pretrained(MINIL
 METRICS = ("rouge1", "rouge2", "rougeL")
 
 
-def _experiment(name: str, source: Source, column: str, target_length: int) -> Experiment:
+def _experiment(name: str, source: Source, column: str, target_length: int, in_row: int) -> Experiment:
+    """Target texts have so many tokens at most, and so many places a row: an abstract fills a row, mails are shorter."""
     task = Seq2Seq(
         name="summary",
         source=name,
@@ -46,7 +47,7 @@ def _experiment(name: str, source: Source, column: str, target_length: int) -> E
         tasks=(task,),
         phases=(Phase("everything", steps=400),),
         optimizer=Optimizer(learning_rate=5e-4, warmup=0.15, b2=0.98),
-        batch=Batching(rows=16, row_length=256, target_length=3 * target_length),
+        batch=Batching(rows=16, row_length=256, target_length=in_row),
         evaluation=Evaluation(every=200),
     )
 
@@ -64,6 +65,7 @@ EXPERIMENTS = {
         ),
         "target",
         64,
+        96,
     ),
     "aeslc": _experiment(
         "aeslc",
@@ -77,6 +79,7 @@ EXPERIMENTS = {
         ),
         "subject",
         24,
+        48,
     ),
 }
 

@@ -26,8 +26,8 @@ STARTS = {"minilm": Pretrained(MINILM, dropout=0.1), "scratch": Pretrained(MINIL
 METRICS = ("rouge1", "rouge2", "rougeL")
 
 
-def _experiment(name: str, source: Source, column: str, target_length: int, in_row: int) -> Experiment:
-    """Target texts have so many tokens at most, and so many places a row: an abstract fills a row, mails are shorter."""
+def _experiment(name: str, source: Source, column: str, target_length: int, rows: int, in_row: int) -> Experiment:
+    """Rows a step, with so many places each for target texts: an abstract fills a row, and two mails share one."""
     task = Seq2Seq(
         name="summary",
         source=name,
@@ -47,7 +47,7 @@ def _experiment(name: str, source: Source, column: str, target_length: int, in_r
         tasks=(task,),
         phases=(Phase("everything", steps=400),),
         optimizer=Optimizer(learning_rate=5e-4, warmup=0.15, b2=0.98),
-        batch=Batching(rows=16, row_length=256, target_length=in_row),
+        batch=Batching(rows=rows, row_length=256, target_length=in_row),
         evaluation=Evaluation(every=200),
     )
 
@@ -64,8 +64,9 @@ EXPERIMENTS = {
             text="source",
         ),
         "target",
-        64,
-        96,
+        target_length=64,
+        rows=16,
+        in_row=96,
     ),
     "aeslc": _experiment(
         "aeslc",
@@ -78,8 +79,9 @@ EXPERIMENTS = {
             cut_dev=0.05,
         ),
         "subject",
-        24,
-        48,
+        target_length=24,
+        rows=8,
+        in_row=48,
     ),
 }
 

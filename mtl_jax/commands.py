@@ -164,7 +164,8 @@ def translate(
 
     Args:
         text: Texts to translate.
-        model: A Marian, BART, mBART or T5 checkpoint: a directory, pip:ASSET/MEMBER, or a hub id ORG/NAME; or a run's workdir.
+        model: A Marian, BART, mBART, Pegasus or T5 checkpoint: a directory, pip:ASSET/MEMBER, or a hub id ORG/NAME; or a
+            run's workdir.
         files: Where texts come from and answers go to.
         task: What the model is asked to do.
         search: How answers are searched for.
@@ -187,7 +188,8 @@ def summarize(
 
     Args:
         text: Texts to summarize.
-        model: A BART, T5, Marian or mBART checkpoint: a directory, pip:ASSET/MEMBER, or a hub id ORG/NAME; or a run's workdir.
+        model: A BART, T5, Pegasus, Marian or mBART checkpoint: a directory, pip:ASSET/MEMBER, or a hub id ORG/NAME; or a
+            run's workdir.
         files: Where texts come from and answers go to.
         task: What the model is asked to do.
         search: How answers are searched for.

@@ -16,7 +16,7 @@ from mtl_jax import pretrained, trunks
 from mtl_jax.errors import UserError
 from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
-from mtl_jax.pretrained.marian_bart import marian_fields
+from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
 from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import generation as generating
@@ -38,7 +38,7 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
     else, so the directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
     sentence-transformers: SentenceTransformer(target).encode(texts) are the task's outputs, logits of a classification in
     the order of config.json's id2label, predicted values of a regression. A trunk with its decoder becomes the checkpoint that
-    it began as, or, from scratch, a Marian model (MarianMTModel).
+    it began as, or, from scratch, a Marian model (MarianMTModel; with norms in front a Pegasus model).
 
     Args:
         source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
@@ -102,7 +102,7 @@ def _trunk(run: Run, task: str) -> Any:
 
 
 def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, overwrite: bool) -> None:
-    """Trunk and decoder as the checkpoint that they began as, or as a Marian model.
+    """Trunk and decoder as the checkpoint that they began as, or as a Marian or Pegasus model.
 
     Raises:
         UserError: transformers has no class for the two.
@@ -124,11 +124,11 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
             f"task {task.name!r}: transformers has no class for a fresh decoder on an encoder checkpoint; leave --task out"
         )
     else:
-        fields = marian_fields(config)
+        fields = fields_of(config)
         if fields is None:
             raise UserError(
-                f"task {task.name!r}: transformers has no class for this trunk with its decoder: a Marian model has no norms "
-                "in front (trunk.pre_norm)"
+                f"task {task.name!r}: with norms in front transformers has a class (Pegasus) only where trunk and decoder "
+                'share their token table (table "trunk")'
             )
         raw = fields | ids
     model = families.of(raw, f"{source}/trunk/config.json").build(config, trunks.DECODER, np.float32)

@@ -67,7 +67,7 @@ class Embedding:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A transformer encoder from scratch (Vaswani et al., 2017), as Marian has it, over a vocabulary of sub-words.
+    """A transformer encoder from scratch (Vaswani et al., 2017), as Marian and Pegasus have it, over a vocabulary of sub-words.
 
     The vocabulary is made from the training texts, those of sources and those that tasks generate. A decoder on it is of the
     same make.
@@ -79,7 +79,7 @@ class Transformer:
         width: Of the vectors.
         heads: Attention heads; they divide the width.
         feed_forward: Width inside the feed-forward part.
-        pre_norm: Norms stand before each part of a block, not after it: easier to train when deep, and no Marian.
+        pre_norm: Norms stand before each part of a block, not after it: easier to train when deep, and Pegasus' make.
         activation: Inside the feed-forward part.
         dropout: Rate after embeddings and after each part of a block.
         attention_dropout: Rate on the attention probabilities.

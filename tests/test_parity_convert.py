@@ -17,25 +17,33 @@ transformers = pytest.importorskip("transformers")
 TEXTS = ["the dog sees the small red fish", "cat", "the cat eats", "red red red red red"]
 
 
-@pytest.fixture(scope="module", params=["own", pytest.param("trunk", marks=pytest.mark.long)])
+CLASSES = {"marian": "MarianMTModel", "pegasus": "PegasusForConditionalGeneration"}
+
+
+PARAMS = [("own", "marian"), ("trunk", "pegasus"), pytest.param(("trunk", "marian"), marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=PARAMS, ids=["Marian", "Pegasus", "Marian, one table"])
 def converted(request, tmp_path_factory):
-    """The decoder shares the trunk's table, or has its own."""
+    """The decoder shares the trunk's table, or has its own; norms behind each part (Marian), or in front (Pegasus)."""
+    table, family = request.param
     folder = tmp_path_factory.mktemp("converted")
     tiny_translation.write_data(folder)
-    experiment = tiny_translation.experiment(folder)
-    task = dataclasses.replace(experiment.tasks[0], table=request.param, layers=2, beams=3)
+    trunk = dataclasses.replace(tiny_translation.TRUNK, pre_norm=family == "pegasus")
+    experiment = tiny_translation.experiment(folder, trunk=trunk)
+    task = dataclasses.replace(experiment.tasks[0], table=table, layers=2, beams=3)
     evaluation = Evaluation(every=6, baseline="none")
     train(dataclasses.replace(experiment, tasks=(task,), evaluation=evaluation), folder / "run")
-    convert(str(folder / "run"), folder / "marian", task="translation")
+    convert(str(folder / "run"), folder / family, task="translation")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        theirs, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "marian", output_loading_info=True)
+        theirs, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / family, output_loading_info=True)
     assert not any(told.values()), told
-    assert type(theirs).__name__ == "MarianMTModel"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "marian")
+    assert type(theirs).__name__ == CLASSES[family]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / family)
     inputs = tokenizer(TEXTS, padding=True, return_tensors="np")
     ids, mask = inputs["input_ids"].astype(np.int64), inputs["attention_mask"].astype(np.int64)
-    return pretrained.load(str(folder / "marian")), theirs.eval(), ids, mask
+    return pretrained.load(str(folder / family)), theirs.eval(), ids, mask
 
 
 def test_logits(converted):

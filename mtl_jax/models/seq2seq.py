@@ -1,4 +1,4 @@
-"""Encoder-decoder transformers: Marian, BART, mBART, T5. Translation is a head, the decoder, on a trunk, the encoder.
+"""Encoder-decoder transformers: Marian, BART, mBART, Pegasus, T5. Translation is a head, the decoder, on a trunk, the encoder.
 
 Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary, K beams.
 """

@@ -1,4 +1,4 @@
-"""The decoder of Marian, BART, mBART and T5: a head on an encoder.
+"""The decoder of Marian, BART, mBART, Pegasus and T5: a head on an encoder.
 
 Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary, N attention heads,
 D size of a head, K beams.

@@ -1,4 +1,4 @@
-"""Sizes, embeddings and blocks of the encoder-decoder families: Marian, BART, mBART, T5.
+"""Sizes, embeddings and blocks of the encoder-decoder families: Marian, BART, mBART, Pegasus, T5.
 
 Shapes in names: B rows, T tokens of a row, S tokens that it sees, H hidden size, F feed-forward size, V vocabulary.
 """

@@ -19,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     marian_bart.MARIAN,
     marian_bart.BART,
     marian_bart.MBART,
+    marian_bart.PEGASUS,
     t5.T5,
     t5.MT5,
 )

@@ -1,4 +1,6 @@
-"""Marian (Junczys-Dowmunt et al. 2018), BART (Lewis et al. 2020) and mBART (Liu et al. 2020): config.json and tensor names."""
+"""Marian (Junczys-Dowmunt et al. 2018), BART (Lewis et al. 2020), mBART (Liu et al. 2020) and Pegasus (Zhang et al. 2020):
+config.json and tensor names.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.seq2seq_decoder import Decoder, RowClassifier
-from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
+from mtl_jax.models.seq2seq_layers import Seq2SeqConfig, sinusoidal_table
 from mtl_jax.pretrained.family import TABLE, Family, translate
 from mtl_jax.pretrained.fields import Fields
 
@@ -121,17 +123,19 @@ def marian_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
     )
 
 
-def marian_fields(cfg: Seq2SeqConfig) -> dict[str, Any] | None:
-    """config.json of Marian for a model that was not loaded from one; None where Marian has no such model.
+def pegasus_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
+    """config.json of Pegasus: Marian with norms in front. Arguments and errors as for bart_config."""
+    return _config(raw, where, positions="sinusoidal", position_offset=0, embedding_norm=False, pre_norm=True)
 
-    The inverse of marian_config, but for the initialisation.
+
+def fields_of(cfg: Seq2SeqConfig) -> dict[str, Any] | None:
+    """config.json for a model that was not loaded from one: Marian's, or Pegasus' where norms stand in front.
+
+    The inverse of marian_config and pegasus_config, but for the initialisation; None where neither has such a model.
     """
     fields: dict[str, Any] = {
-        "model_type": "marian",
         "is_encoder_decoder": True,
         "vocab_size": cfg.vocab_size,
-        "decoder_vocab_size": cfg.decoder_vocab_size,
-        "share_encoder_decoder_embeddings": cfg.shared_table,
         "tie_word_embeddings": cfg.tied,
         "d_model": cfg.hidden_size,
         "encoder_layers": cfg.encoder_layers,
@@ -148,10 +152,16 @@ def marian_fields(cfg: Seq2SeqConfig) -> dict[str, Any] | None:
         "attention_dropout": cfg.attention_dropout,
         "activation_dropout": cfg.activation_dropout,
         "static_position_embeddings": True,
-        "normalize_before": False,
+        "normalize_before": cfg.pre_norm,
     }
-    ours = dataclasses.replace(cfg, **_UNTRAINED)
-    return fields if dataclasses.replace(marian_config(fields, "config.json"), **_UNTRAINED) == ours else None
+    if cfg.pre_norm:
+        fields["model_type"] = "pegasus"
+        config = pegasus_config(fields, "config.json")
+    else:
+        tables = {"decoder_vocab_size": cfg.decoder_vocab_size, "share_encoder_decoder_embeddings": cfg.shared_table}
+        fields |= {"model_type": "marian", **tables}
+        config = marian_config(fields, "config.json")
+    return fields if dataclasses.replace(config, **_UNTRAINED) == dataclasses.replace(cfg, **_UNTRAINED) else None
 
 
 # What does not matter to a model that has its parameters.
@@ -195,6 +205,13 @@ def spare_table(params: Any, cfg: Seq2SeqConfig) -> Mapping[str, np.ndarray]:
     return {"model.shared.weight": params["trunk"]["embeddings"]["word"]["embedding"]}
 
 
+def with_positions(params: Any, cfg: Seq2SeqConfig) -> Mapping[str, np.ndarray]:
+    """Pegasus' files hold the computed positions, which transformers misses otherwise."""
+    sides = ("encoder", "decoder") if "head" in params else ("encoder",)
+    table_PxH = sinusoidal_table(cfg.max_positions or 0, cfg.hidden_size)
+    return {f"model.{side}.embed_positions.weight": table_PxH for side in sides} | dict(spare_table(params, cfg))
+
+
 BART = Family(
     model_types=("bart",),
     config=bart_config,
@@ -209,7 +226,7 @@ BART = Family(
     prefix="model.",
     untied=("lm_head.weight",),
     table=table,
-    # Copies of the tied table, Marian's computed positions, and numbers of fairseq's.
+    # Copies of the tied table, and numbers of fairseq's.
     ignored=r"lm_head\.weight|(model\.)?(shared|(en|de)coder\.embed_tokens)\.weight|(model\.)?(en|de)coder\.version",
     defaults={"head/final_logits_bias": 0.0},
     extra=spare_table,
@@ -225,4 +242,11 @@ MARIAN = BART._replace(
     config=marian_config,
     heads={"MarianMTModel": "seq2seq_lm", "MarianModel": "seq2seq_lm"},
     ignored=rf"{BART.ignored}|(model\.)?(en|de)coder\.embed_positions\.weight",
+)
+PEGASUS = BART._replace(
+    model_types=("pegasus",),
+    config=pegasus_config,
+    heads={"PegasusForConditionalGeneration": "seq2seq_lm", "PegasusModel": "seq2seq_lm"},
+    ignored=MARIAN.ignored,
+    extra=with_positions,
 )

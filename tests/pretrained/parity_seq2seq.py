@@ -73,6 +73,8 @@ CASES = {
     "mBART": Case(
         "MBartForConditionalGeneration", "MBartConfig", BART | {"activation_function": "relu", "scale_embedding": True}
     ),
+    "Pegasus": Case("PegasusForConditionalGeneration", "PegasusConfig", BART | SWISH | {"decoder_layers": 2}),
+    "Pegasus, untied": Case("PegasusForConditionalGeneration", "PegasusConfig", BART | {"tie_word_embeddings": False}),
     "T5": Case("T5ForConditionalGeneration", "T5Config", T5),
     "T5 1.1": Case(
         "T5ForConditionalGeneration",

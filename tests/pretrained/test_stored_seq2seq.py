@@ -1,4 +1,4 @@
-"""Marian, BART, mBART and T5 without torch: stored answers of transformers, and what config.json may say."""
+"""Marian, BART, mBART, Pegasus and T5 without torch: stored answers of transformers, and what config.json may say."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mtl_jax import pretrained
 from mtl_jax.errors import UserError
 from mtl_jax.pretrained import families
 
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = ("marian", "bart", "mbart", "t5", "t5_untied")
+NAMES = ("marian", "bart", "mbart", "pegasus", "t5", "t5_untied")
 
 
 def raw(name, **changes):
@@ -119,6 +120,15 @@ def test_an_older_configuration_says_more_than_is_read():
         "static_position_embeddings": True,
     }
     assert config(older | more) == config(raw("marian"))
+
+
+def test_pegasus_files_hold_the_computed_positions(tmp_path):
+    """Those of the real ones do, and transformers has them in its list of what a file must hold."""
+    names = [f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")]
+    pretrained.save(tmp_path / "again", pretrained.load(str(FIXTURES / "pegasus")))
+    before, after = load_file(FIXTURES / "pegasus" / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    for name in names:
+        np.testing.assert_allclose(after[name], before[name], atol=1e-6)
 
 
 def test_a_trunk_of_any_length_or_of_so_many_positions():

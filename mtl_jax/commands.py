@@ -139,7 +139,7 @@ class Work:
     """How the work is done.
 
     Attributes:
-        rows: Texts in a batch.
+        rows: Texts in a batch, on each device.
         dtype: What is computed in: auto is bfloat16 on accelerators, float32 on CPU; of a run, what it was trained in.
     """
 

@@ -104,7 +104,7 @@ def limit_of(model: TextModel, asked: int | None) -> int | None:
 def made_from(model: TextModel, texts: Sequence[str], config: GenerationConfig, rows: int, seed: int) -> dict[str, Any]:
     """What decides the answers, for a journal: JSON values by names that an error can show.
 
-    The program, the device and the rows of a batch are among them: sums in another order may turn a search.
+    The program, the devices and the rows of a batch are among them: sums in another order may turn a search.
     """
     return {
         "input": digest(json.dumps(list(texts)).encode()),
@@ -113,6 +113,7 @@ def made_from(model: TextModel, texts: Sequence[str], config: GenerationConfig, 
         "mtl_jax": version("mtl_jax"),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
+        "devices": jax.local_device_count(),
         "dtype": str(np.dtype(model.model.trunk.dtype)),
         "rows": rows,
         "seed": seed if config.do_sample else None,
@@ -196,7 +197,7 @@ def generate(
         plan: From make_plan().
         config: How to search.
         count: The number of texts.
-        rows: Rows of a batch.
+        rows: Rows of a batch, on each device of this process.
         seed: Of sampling.
         journal: Where finished sources are kept and found again. A batch of which any is missing is computed again as a whole,
             so that an answer does not depend on when a process was stopped.
@@ -208,7 +209,8 @@ def generate(
     """
     done: dict[int, Any] = {} if journal is None else journal.done
     key = jax.random.key(seed)
-    for answer in decoding.generate_all(model.model, model.params, plan.sources, config, rows=rows, key=key, done=done):
+    how: dict[str, Any] = {"rows": rows, "key": key, "done": done, "devices": jax.local_devices()}
+    for answer in decoding.generate_all(model.model, model.params, plan.sources, config, **how):
         new = answer.index not in done
         item = {
             "texts": [model.decode(tokens) for tokens in answer.tokens],

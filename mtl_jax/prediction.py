@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mtl_jax.data.examples import Examples, make_examples
 from mtl_jax.data.parts import make_part, remarks, shortened
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
@@ -55,7 +57,7 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
     texts: list[Generated] = []
     outputs: Any = ()
     if isinstance(asked, Seq2Seq):
-        texts = generation.generate(asked, run.trunk, run.params, examples, asked.beams)
+        texts = generation.generate(asked, run.trunk, run.params, examples, asked.beams, devices=jax.local_devices())
     else:
         outputs = _apply(run, asked, examples).outputs[task]
     for number, group in enumerate(examples.groups()):
@@ -100,7 +102,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
         log.warning("%s: %s", path, line)
     examples = examples._replace(place=run.place(task))
     split = {source.name: examples}
-    texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams)
+    texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices())
     scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)[task]
     signatures = asked.signatures(examples.data)
     return {"rows": len(examples.data), **scores, **({"signatures": signatures} if signatures else {})}

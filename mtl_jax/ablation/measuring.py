@@ -53,6 +53,7 @@ def scores_of(
             texts: Scores = {}
             if any(task.decodes for task in tasks):
                 alone = jax.device_put(together.take(params, own, number), jax.devices()[0])
-                texts = generation.text_scores(tasks, prepared.trunk, alone, data, beams)
+                devices = list(machine.mesh.devices.flat)
+                texts = generation.text_scores(tasks, prepared.trunk, alone, data, beams, devices=devices)
             scores.append(evaluation.score(tasks, data, found[number], texts))
     return scores

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.decoding import search
+from mtl_jax.decoding.buckets import buckets
 from mtl_jax.decoding.config import GenerationConfig, divided, resolve
+from mtl_jax.decoding.devices import ONE, Devices, share
 from mtl_jax.decoding.state import State
 from mtl_jax.decoding.vocabulary import Vocabulary, prepare
 from mtl_jax.errors import UserError
@@ -25,7 +27,6 @@ from mtl_jax.pretrained.checkpoint import Checkpoint
 
 FEWEST_PLACES = 32  # of the first cache, which has as many as the source, in powers of two
 MORE_PLACES = (128, 512, 2048)  # of the caches after it, the last before as many as may be needed
-SHORTEST = 8  # source tokens of the smallest bucket
 BUCKETS = 3  # most lengths that sources are padded to
 
 
@@ -106,7 +107,7 @@ def generate(
     _check_source(model, ids_BxT.shape[1])
     keys = _keys(config, key, np.arange(len(ids_BxT)))
     vocabulary = vocabulary or prepare(model, checkpoint.params)
-    on = _On(model, checkpoint.params, vocabulary, config, ids_BxT.shape[1])
+    on = _On(model, checkpoint.params, vocabulary, config, ids_BxT.shape[1], ONE)
     found = on.finish(on.start(ids_BxT, mask_BxT, keys, np.ones(len(ids_BxT), bool)))
     n = config.num_return_sequences
     longest = 1 + int(found.lengths[:, :n].max()) if config.num_beams > 1 else found.length
@@ -123,6 +124,7 @@ def generate_all(
     rows: int = 32,
     key: jax.Array | None = None,
     done: Container[int] = (),
+    devices: Sequence[jax.Device] = (),
 ) -> Iterator[Answer]:
     """Generates for any number of sources, batch by batch, the longest first.
 
@@ -134,10 +136,12 @@ def generate_all(
         params: {"trunk": ..., "head": ...}.
         sources: Token ids i32[T] with special tokens, none empty.
         config: The options, from resolve().
-        rows: Sources in a batch.
+        rows: Sources in a batch, on each device.
         key: For do_sample.
         done: Numbers of sources that have their answers already. Batches of nothing else are left out; the others are what they
             would have been, so that answers are equal to the bit wherever one begins.
+        devices: Of this process, which share every batch, as many of them as there are batches for. They tell each other only
+            whether rows are left that are not done. None given: the one where the parameters are.
 
     Yields:
         An answer for each source of a batch that is not left out, in the order in which the batches are done.
@@ -155,11 +159,13 @@ def generate_all(
     _check_source(model, int(lengths.max()))
     if not lengths.min():
         raise UserError(f"source {int(lengths.argmin())} has no tokens")
-    rows = min(rows, 1 << (len(lengths) - 1).bit_length())
+    shared = share(devices, -(-len(lengths) // rows))
+    rows = min(rows, 1 << (len(lengths) - 1).bit_length()) * shared.number
     order = np.argsort(-lengths, kind="stable")
     limit = model.trunk.config.max_length
     sizes = buckets(lengths, BUCKETS, limit)
-    on = _On(model, params, prepare(model, params), config, sizes[-1])
+    params = shared.place_whole(params)
+    on = _On(model, params, prepare(model, params), config, sizes[-1], shared)
     waiting: tuple[np.ndarray, Any] | None = None
     for first in range(0, len(order), rows):
         members = order[first : first + rows]
@@ -179,38 +185,6 @@ def generate_all(
         waiting = started
     if waiting is not None:
         yield from _answers(waiting[0], on.finish(waiting[1]), config)
-
-
-def buckets(lengths: np.ndarray, most: int, limit: int | None = None) -> list[int]:
-    """At most so many lengths, ascending, to which sources are padded with the least padding in all.
-
-    Multiples of 8, so that other data of the same kind can be given the same; the last holds the longest source.
-
-    Args:
-        lengths: i64[N], tokens of each source.
-        most: How many.
-        limit: The model's longest row.
-    """
-    rounded = np.maximum(-(-lengths // SHORTEST) * SHORTEST, SHORTEST)
-    sizes, counts = np.unique(rounded, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])  # sources shorter than sizes[i]
-    # cost[j]: places for all sources up to sizes[j], that one being a bucket; one more bucket in every round.
-    cost = (below[1:] * sizes).astype(float)
-    choices: list[np.ndarray] = []
-    for _ in range(min(most, len(sizes)) - 1):
-        with_before = cost[:, None] + np.where(
-            np.arange(len(sizes))[:, None] < np.arange(len(sizes)), (below[1:] - below[1:, None]) * sizes, np.inf
-        )
-        choices.append(with_before.argmin(axis=0))
-        cost = np.minimum(with_before.min(axis=0), cost)
-    found, at = [len(sizes) - 1], len(sizes) - 1
-    for choice in reversed(choices):
-        if at == 0:
-            break
-        at = int(choice[at])
-        found.append(at)
-    chosen = sorted({int(sizes[at]) for at in found})
-    return [min(size, limit) if limit else size for size in chosen]
 
 
 def require_seq2seq(model: Any, name: str) -> Seq2Seq:
@@ -272,6 +246,7 @@ class _On(NamedTuple):
         vocabulary: From vocabulary.prepare().
         config: The options.
         longest: Source tokens of the widest batch: searches that need a longer cache are padded to it and share a program.
+        devices: Where batches lie.
     """
 
     model: Seq2Seq
@@ -279,14 +254,14 @@ class _On(NamedTuple):
     vocabulary: Vocabulary
     config: GenerationConfig
     longest: int
+    devices: Devices
 
     def start(self, ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, real: np.ndarray) -> tuple[Source, State]:
         """Sends a batch to the device."""
         shape, numbers = divided(self.config)
         places = min(max(FEWEST_PLACES, 1 << (ids.shape[1] - 1).bit_length()), self.config.length - 1)
-        return search.begin(
-            self.model, self.params, self.vocabulary, ids, mask, keys, real, numbers, config=shape, places=places
-        )
+        rows = self.devices.place_rows((ids, mask, keys, real))
+        return search.begin(self.model, self.params, self.vocabulary, *rows, numbers, config=shape, places=places)
 
     def finish(self, started: tuple[Source, State]) -> Found:
         """Goes on with longer caches until every row is done."""

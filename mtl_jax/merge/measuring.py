@@ -58,8 +58,7 @@ def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
         data = corpus.splits[split]
         placed = meshes.place(params, meshes.replicated(mesh))
         found = evaluation.run(apply, placed, tasks, list(data.values()), batching, mesh)
-        whole = generation.on_one_device(placed)
-        texts = generation.text_scores(tasks, trunk, whole, data, lambda task: task.beams)
+        texts = generation.text_scores(tasks, trunk, placed, data, lambda task: task.beams)
         return evaluation.score(tasks, data, found, texts)
 
     return measure

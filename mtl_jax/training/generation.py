@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +16,11 @@ from mtl_jax.errors import UserError
 from mtl_jax.models.seq2seq import Seq2Seq as EncoderDecoder
 from mtl_jax.progress import Progress
 from mtl_jax.tasks import Seq2Seq
+from mtl_jax.training import mesh as meshes
 from mtl_jax.transfer.adapters import as_module
 from mtl_jax.trunks import Trunk
 
-ROWS = 32  # texts that are decoded at once
+ROWS = 32  # texts that are decoded at once, on each device
 
 
 class Generated(NamedTuple):
@@ -73,35 +74,42 @@ def generate(
     examples: Examples,
     beams: int,
     between: Callable[[], None] = lambda: None,
+    *,
+    devices: Sequence[jax.Device] = (),
+    together: bool = False,
 ) -> list[Generated]:
     """The decoder's text for each row of a source; of a row in several windows, for its first one; "" where there is none.
 
     Args:
         task: The task, put on the trunk.
         trunk: The trunk.
-        params: {"trunk": ..., "heads": ...}, whole on this process's first device.
+        params: {"trunk": ..., "heads": ...}, which this process has the whole of.
         examples: The source's examples.
         beams: 1: greedy.
         between: Called after each text; what it raises ends the work.
+        devices: Of this process, which share the work; none: the one where the parameters are.
+        together: Whether all processes call this with the same examples, and each is to generate a part of the texts.
     """
     model = EncoderDecoder(as_module(trunk.module, examples.place), task.module(trunk.module.dtype))
     both = {"trunk": params["trunk"], "head": params["heads"][task.name]}
     rows = [examples.tokens[group[0]] for group in examples.groups()]
     places = [place for place, tokens in enumerate(rows) if len(tokens)]
+    if together:  # each process has long ones and short ones
+        places = sorted(places, key=lambda place: -len(rows[place]))[jax.process_index() :: jax.process_count()]
     text_of = decoder(trunk.tokenizer)
     sources = [rows[place] for place in places]
     found = [Generated("", 0.0, True)] * len(rows)
     with contextlib.closing(Progress(f"texts of {task.name}", len(sources), unit="text")) as progress:
-        for answer in decoding.generate_all(model, both, sources, config_of(task, trunk, beams), rows=ROWS):
+        config = config_of(task, trunk, beams)
+        for answer in decoding.generate_all(model, both, sources, config, rows=ROWS, devices=devices):
             found[places[answer.index]] = Generated(text_of(answer.tokens[0]), float(answer.scores[0]), bool(answer.ended[0]))
             progress.update(1)
             between()
+    if together:
+        for part in meshes.gather([(place, found[place]) for place in places]):
+            for place, generated in part:
+                found[place] = Generated(*generated)
     return found
-
-
-def on_one_device(params: Any) -> Any:
-    """Parameters that are whole on every device, as arrays of this process's first one."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
 
 
 def text_scores(
@@ -111,8 +119,11 @@ def text_scores(
     split: dict[str, Examples],
     beams: Callable[[Seq2Seq], int],
     between: Callable[[], None] = lambda: None,
+    *,
+    devices: Sequence[jax.Device] = (),
+    together: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of what the tasks that decode generate; every process decodes all of it.
+    """{task: {metric: value}} of what the tasks that decode generate.
 
     Args:
         tasks: The tasks of a run.
@@ -121,12 +132,14 @@ def text_scores(
         split: {source: Examples}.
         beams: Of a task.
         between: As for generate.
+        devices: As for generate.
+        together: As for generate.
     """
     scores = {}
     for task in tasks:
         if isinstance(task, Seq2Seq):
             examples = split[task.source]
-            found = generate(task, trunk, params, examples, beams(task), between)
+            found = generate(task, trunk, params, examples, beams(task), between, devices=devices, together=together)
             rows = [examples.data[examples.row_of[group[0]]] for group in examples.groups()]
             scores[task.name] = task.text_metrics([one.text for one in found], rows)
     return scores

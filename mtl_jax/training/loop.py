@@ -278,8 +278,9 @@ class _Run:
         """Metrics of generated texts, of the tasks that decode."""
         if not any(task.decodes for task in self.tasks):
             return {}
-        whole = generation.on_one_device(params)
-        return generation.text_scores(self.tasks, self.prepared.trunk, whole, split, beams, between)
+        whole, devices = meshes.own(params), meshes.own_devices(self.mesh)
+        trunk = self.prepared.trunk
+        return generation.text_scores(self.tasks, trunk, whole, split, beams, between, devices=devices, together=True)
 
     def _stopped_early(self) -> bool:
         patience = self.experiment.evaluation.patience

@@ -110,6 +110,25 @@ def assemble(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, tree)
 
 
+def own_devices(mesh: Mesh) -> list[jax.Device]:
+    """Those of the mesh that this process has."""
+    return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+
+def own(tree: Any) -> Any:
+    """Arrays that are whole on every device, as arrays on this process's devices alone; nothing is copied."""
+    if jax.process_count() == 1:
+        return tree
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        shards = leaf.addressable_shards
+        devices = [shard.device for shard in shards]
+        alone = jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(alone), [shard.data for shard in shards])
+
+    return jax.tree.map(cut, tree)
+
+
 def gather(value: Any) -> list[Any]:
     """The JSON-able values of all hosts, on every host."""
     if jax.process_count() == 1:

@@ -26,8 +26,8 @@ STARTS = {"minilm": Pretrained(MINILM, dropout=0.1), "scratch": Pretrained(MINIL
 METRICS = ("rouge1", "rouge2", "rougeL")
 
 
-def _experiment(name: str, source: Source, column: str, target_length: int, rows: int, in_row: int) -> Experiment:
-    """Rows a step, with so many places each for target texts: an abstract fills a row, and two mails share one."""
+def _experiment(name: str, source: Source, column: str, target_length: int, in_row: int) -> Experiment:
+    """Rows with so many places each for target texts: an abstract fills a row, and two or three mails share one."""
     task = Seq2Seq(
         name="summary",
         source=name,
@@ -47,7 +47,7 @@ def _experiment(name: str, source: Source, column: str, target_length: int, rows
         tasks=(task,),
         phases=(Phase("everything", steps=400),),
         optimizer=Optimizer(learning_rate=5e-4, warmup=0.15, b2=0.98),
-        batch=Batching(rows=rows, row_length=256, target_length=in_row),
+        batch=Batching(rows=8, row_length=256, target_length=in_row),
         evaluation=Evaluation(every=200),
     )
 
@@ -65,8 +65,7 @@ EXPERIMENTS = {
         ),
         "target",
         target_length=64,
-        rows=16,
-        in_row=96,
+        in_row=64,
     ),
     "aeslc": _experiment(
         "aeslc",
@@ -80,7 +79,6 @@ EXPERIMENTS = {
         ),
         "subject",
         target_length=24,
-        rows=8,
         in_row=48,
     ),
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 
 class Devices(NamedTuple):
@@ -19,8 +19,8 @@ class Devices(NamedTuple):
     """
 
     number: int
-    rows: NamedSharding | None
-    whole: NamedSharding | None
+    rows: Sharding | None
+    whole: Sharding | None
 
     def place_rows(self, arrays: Any) -> Any:
         """A tree of arrays, cut by rows, of which there are a multiple of the devices."""
@@ -31,18 +31,21 @@ class Devices(NamedTuple):
         return tree if self.whole is None else jax.device_put(tree, self.whole)
 
 
-ONE = Devices(1, None, None)
+AS_THEY_ARE = Devices(1, None, None)
 
 
 def share(devices: Sequence[jax.Device], batches: int) -> Devices:
     """As many of a process's devices as there are batches for.
 
     Args:
-        devices: Of this process; none, or one: things stay where they are.
+        devices: Of this process; none: things stay where they are.
         batches: How many batches of one device there are.
     """
-    count = min(len(devices), batches)
-    if count < 2:
-        return ONE
+    if not devices:
+        return AS_THEY_ARE
+    count = max(1, min(len(devices), batches))
+    if count == 1:
+        alone = SingleDeviceSharding(devices[0])
+        return Devices(1, alone, alone)
     mesh = jax.make_mesh((count,), ("rows",), axis_types=(AxisType.Auto,), devices=devices[:count])
     return Devices(count, NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec()))

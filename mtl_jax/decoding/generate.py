@@ -17,7 +17,7 @@ import numpy as np
 from mtl_jax.decoding import search
 from mtl_jax.decoding.buckets import buckets
 from mtl_jax.decoding.config import GenerationConfig, divided, resolve
-from mtl_jax.decoding.devices import ONE, Devices, share
+from mtl_jax.decoding.devices import AS_THEY_ARE, Devices, share
 from mtl_jax.decoding.state import State
 from mtl_jax.decoding.vocabulary import Vocabulary, prepare
 from mtl_jax.errors import UserError
@@ -107,7 +107,7 @@ def generate(
     _check_source(model, ids_BxT.shape[1])
     keys = _keys(config, key, np.arange(len(ids_BxT)))
     vocabulary = vocabulary or prepare(model, checkpoint.params)
-    on = _On(model, checkpoint.params, vocabulary, config, ids_BxT.shape[1], ONE)
+    on = _On(model, checkpoint.params, vocabulary, config, ids_BxT.shape[1], AS_THEY_ARE)
     found = on.finish(on.start(ids_BxT, mask_BxT, keys, np.ones(len(ids_BxT), bool)))
     n = config.num_return_sequences
     longest = 1 + int(found.lengths[:, :n].max()) if config.num_beams > 1 else found.length

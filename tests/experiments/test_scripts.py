@@ -63,6 +63,7 @@ def test_weighting_methods(wheels, tmp_path):
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown weighting 'mgd'")
 
 
+@pytest.mark.long
 def test_ablate_weights(wheels, tmp_path):
     """Two points of the simplex at once, and their page."""
     flags = ["--parts", "heads", "--points", "2", "2", "--seeds", "1", "1", "--heads-steps", "2", "--limit", "60"]
@@ -128,7 +129,7 @@ def test_two_steps(script, wheels, tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(name, marks=pytest.mark.long) if name in ("social_ner.py", "tweeteval.py") else name for name in ON_DATA],
+    [name if name == "multi30k.py" else pytest.param(name, marks=pytest.mark.long) for name in ON_DATA],
 )
 def test_two_steps_on_public_data(script, wheels, shared_data, tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))

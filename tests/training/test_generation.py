@@ -150,6 +150,7 @@ def test_devices_change_nothing(pairs, tmp_path):
             assert one[name] == pytest.approx(four[name], abs=1e-3)
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(pairs, tmp_path, monkeypatch):
     trunk = dataclasses.replace(tiny_translation.TRUNK, dropout=0.1)
     evaluation = dataclasses.replace(AT_THE_END, every=3)

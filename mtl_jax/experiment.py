@@ -40,8 +40,8 @@ class Evaluation:
         every: Steps between evaluations on dev; the end of a phase is always one.
         criterion: What makes a checkpoint the best: mean (of the tasks' metrics), a task, or TASK/METRIC. Higher is better.
         patience: Stop after so many evaluations without a new best; 0: never.
-        baseline: Compared with on test. constant: majority class or mean. probe: that, and a linear model on the trunk's
-            features before training. none: nothing.
+        baseline: Compared with on test. constant: majority class or mean; of tasks that write texts, the first sentence of what
+            they read. probe: that, and a linear model on the trunk's features before training. none: nothing.
     """
 
     every: int = 100

@@ -7,12 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from mtl_jax.errors import UserError
+from mtl_jax.sentences import SENTENCES
 
-# Ends of sentences: the mark, what closes after it, and the space up to the next; Chinese and Japanese have no space there.
-SENTENCES = re.compile(
-    r"[.!?\u2026]+[\"'\u2019\u201d\u00bb)\]]*\s+"
-    r"|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u2019\u201d\uff09]*\s*"
-)
 SPACES = re.compile(r"\s+")
 
 Sizes = Callable[[Sequence[str]], Sequence[int]]

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from mtl_jax.errors import UserError
 from mtl_jax.long_texts import divide
+from mtl_jax.sentences import first_sentence
 
 
 def words(texts):
@@ -49,3 +50,11 @@ def test_nothing_is_lost_and_everything_fits(text, limit, sizes):
     pieces = divide(text, sizes, limit)
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(size <= limit for size in sizes(pieces))
+
+
+def test_the_first_sentence():
+    assert first_sentence(" One two! (Three.) Four") == "One two!"
+    assert first_sentence('"One?" Two.') == '"One?"'
+    assert first_sentence("3.5 per cent\n") == "3.5 per cent"
+    assert first_sentence("\u4e00\u3002\u4e8c\u3002") == "\u4e00\u3002"
+    assert first_sentence("") == ""

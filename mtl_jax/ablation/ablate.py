@@ -185,7 +185,8 @@ def _train(
     trunks.save(prepared.trunk, folders.of_program(folder, number) / "trunk")
     shared = share(ready, folder, stop, progress)
     kind = prepared.experiment.evaluation.baseline
-    compared = results.baselines(prepared.corpus, kind, np.asarray(shared.table()) if kind == "probe" else None)
+    features = np.asarray(shared.table()) if kind == "probe" else None
+    compared = results.baselines(prepared.corpus, prepared.experiment.sources, kind, features)
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     for place, chunk in enumerate(ready.chunks):
         if all(run.name in status for run in chunk):

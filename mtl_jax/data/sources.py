@@ -269,7 +269,7 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
     if isinstance(item, UserError):
         raise item
     for kind in ("text", "pair") if source.pair else ("text",):
-        _text(source, item, kind)
+        text_of(source, item, kind)
     answers, context = item.columns.get("answers"), item.columns.get("context")
     if isinstance(answers, list) and isinstance(context, str):
         for answer in answers:
@@ -299,8 +299,12 @@ def _check_answer(answer: Any, context: str, where: str) -> None:
         raise UserError(f"{where}: the answer {text!r} is not in the context at {start}, where {found!r} stands")
 
 
-def _text(source: Source, row: Row, kind: str) -> str:
-    """A row's text, or pair; words joined by spaces."""
+def text_of(source: Source, row: Row, kind: str = "text") -> str:
+    """A row's text, or pair; words joined by spaces.
+
+    Raises:
+        UserError: It has none.
+    """
     name = getattr(source, kind)
     if name not in row.columns:
         raise no_column(source, row.where, kind, row.columns)
@@ -316,7 +320,7 @@ def _text(source: Source, row: Row, kind: str) -> str:
 
 def _key(source: Source, row: Row) -> str:
     """What makes two rows one: the texts; for questions about a context, the context too."""
-    texts = [_text(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",))]
+    texts = [text_of(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",))]
     if isinstance(row.columns.get("answers"), list) and "context" not in (source.text, source.pair):
         texts.append(str(row.columns.get("context", "")))
     return "\n".join(map(normalise, texts))

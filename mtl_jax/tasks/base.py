@@ -251,6 +251,10 @@ class Task(abc.ABC):
         """Outputs for test that ignore the text and fit train best, such as its majority class; None: there is none."""
         return None
 
+    def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:
+        """Metrics on rows where each answer is the first sentence of the text; None: the kind answers with no texts."""
+        return None
+
     def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray | None:
         """Test outputs f32[N, O] of a linear model on fixed features f32[N, H]; None where the kind has none.
 

@@ -21,6 +21,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
+from mtl_jax.sentences import first_sentence
 from mtl_jax.tasks import text_metrics
 from mtl_jax.tasks.base import Task, TrunkFacts, column
 from mtl_jax.tasks.token_losses import token_losses
@@ -288,6 +289,11 @@ class Seq2Seq(Task):
         references = [self.parse(row) for row in rows]
         known = [(text, found) for text, found in zip(texts, references, strict=True) if found]
         return text_metrics.scores(self.metric, [text for text, _ in known], [found for _, found in known])
+
+    def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:
+        if not text_metrics.family(self.metric) or not any(map(self.parse, rows)):
+            return None
+        return self.text_metrics([first_sentence(text) for text in texts], rows)
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
         return text_metrics.signatures(self.metric, [found for found in map(self.parse, rows) if found])

@@ -186,7 +186,8 @@ class _Run:
             params = meshes.place(self.prepared.params, meshes.replicated(self.mesh))
             table = self.features.table(params, "features")
         started = time.monotonic()
-        scores = results.baselines(self.prepared.corpus, kind, None if table is None else np.asarray(table))
+        features = None if table is None else np.asarray(table)
+        scores = results.baselines(self.prepared.corpus, self.experiment.sources, kind, features)
         if kind == "probe":
             log.info("linear probes fitted in %.0f s", time.monotonic() - started)
         workdirs.write_json(path, scores)

@@ -12,7 +12,7 @@ import tabulate
 
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.sources import SPLITS
+from mtl_jax.data.sources import SPLITS, Source, text_of
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
@@ -22,12 +22,16 @@ from mtl_jax.training.evaluation import score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
-def baselines(corpus: Corpus, kind: str, features_NxH: np.ndarray | None) -> dict[str, dict[str, dict[str, float]]]:
+def baselines(
+    corpus: Corpus, sources: Sequence[Source], kind: str, features_NxH: np.ndarray | None
+) -> dict[str, dict[str, dict[str, float]]]:
     """{task: {baseline: {metric: value}}} on test.
 
     Args:
         corpus: The data.
-        kind: none, constant (majority class or mean), or probe (that, and a linear model on the features).
+        sources: Where it is from.
+        kind: none, constant (majority class or mean; where texts are written, the first sentence of what is read), or probe
+            (that, and a linear model on the features).
         features_NxH: For probe: the untrained trunk's vector of every example, by id.
     """
     scores: dict[str, dict[str, dict[str, float]]] = {}
@@ -37,6 +41,12 @@ def baselines(corpus: Corpus, kind: str, features_NxH: np.ndarray | None) -> dic
         constant = task.constant(split["train"], split["test"])
         if constant is not None:
             scores[task.name]["constant"] = score_fixed(task, constant, split["test"])
+        if task.decodes:
+            (source,) = (source for source in sources if source.name == task.source)
+            rows = split["test"].data
+            lead = task.lead([text_of(source, row) for row in rows], rows)
+            if lead is not None:
+                scores[task.name]["lead"] = lead
         if features_NxH is not None and task.level == "example":
             features = {name: features_NxH[_ids(examples)] for name, examples in split.items()}
             labels = {name: examples.labels[task.name] for name, examples in split.items()}
@@ -160,7 +170,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join([drawn, "", *verdict, *(_ending(run) for run in runs)])
 
 
-BASELINE_NAMES = {"constant": "majority / mean", "probe": "linear probe"}
+BASELINE_NAMES = {"constant": "majority / mean", "lead": "first sentence", "probe": "linear probe"}
 
 
 def _cell(values: Sequence[float]) -> str:

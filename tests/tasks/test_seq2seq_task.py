@@ -17,6 +17,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import token_losses
 from mtl_jax.tasks.seq2seq import shifted
+from mtl_jax.training import results
 from mtl_jax.training.prepare import prepare
 
 
@@ -173,6 +174,24 @@ def test_metrics_by_hand():
     task = Seq2Seq(name="t", source="s", column="c")
     outputs = [np.array([[9, np.log(2), 1], [9, np.log(8), 0]]), np.zeros((0, 3)), np.array([[9, np.log(4), 1]])]
     assert task.metrics(outputs, None) == {"token_accuracy": pytest.approx(2 / 3), "perplexity": pytest.approx(4.0)}
+
+
+def test_the_first_sentence_is_what_a_writer_is_compared_with(prepared):
+    """Of rows with a target. Where texts are measured by tokens there is nothing to compare."""
+    task = Seq2Seq(name="t", source="s", column="c", metric="rouge1")
+    rows = [Row({"c": "one two"}, "1"), Row({"c": None}, "2"), Row({"c": ["nine", "five six"]}, "3")]
+    texts = ["One two three four. Nine", "five six", "Five six! One two."]
+    assert task.lead(texts, rows)["rouge1"] == pytest.approx((2 / 3 + 1) / 2)  # 2 of 4 and 2 of 2; all of the nearest
+    assert dataclasses.replace(task, metric="token_accuracy").lead(texts, rows) is None
+    assert task.lead(texts[1:2], rows[1:2]) is None
+
+    corpus, sources = prepared.corpus, prepared.experiment.sources
+    found = results.baselines(corpus, sources, "constant", None)
+    rows = corpus.splits["test"]["pairs"].data
+    expected = corpus.tasks[0].text_metrics([row.columns["text"] for row in rows], rows)
+    assert found["translation"] == {"lead": expected}
+    assert list(found["long"]) == ["constant"]
+    assert results.baselines(corpus, sources, "none", None) == {}
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
         raw = dict(run.trunk.raw or {})
     elif run.trunk.raw is not None:
         raise UserError(
-            f"task {task.name!r}: transformers has no class for a fresh decoder on an encoder checkpoint; leave --task out"
+            f"task {task.name!r}: transformers has no class for an encoder checkpoint with a decoder of the run's own; "
+            "leave --task out"
         )
     else:
         fields = fields_of(config)

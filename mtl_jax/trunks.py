@@ -19,6 +19,7 @@ from mtl_jax.data import vocabulary
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.models.embedding import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.encoded import token_table as token_table
+from mtl_jax.models.encoder import Encoder
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.seq2seq import Seq2SeqEncoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
@@ -246,7 +247,8 @@ def facts(trunk: Trunk) -> TrunkFacts:
     except UserError:
         rows, columns = 0, 0
     start = None if trunk.raw is None else trunk.raw.get("decoder_start_token_id")
-    return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start)
+    encoder = trunk.module.config if isinstance(trunk.module, Encoder) else None
+    return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start, encoder)
 
 
 def init_params(trunk: Trunk, key: jax.Array) -> Any:

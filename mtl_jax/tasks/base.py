@@ -17,6 +17,7 @@ from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.models.encoded import Encoded
+from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.head import Head
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
@@ -34,6 +35,7 @@ class TrunkFacts(NamedTuple):
         decoder: The sizes of a decoder that belongs to it, of an encoder-decoder checkpoint or of a trunk from scratch; None.
         head: Parameters of that decoder where they come with the trunk, else None.
         start: The token that this decoder reads first.
+        encoder: The sizes of an encoder whose layers a decoder could start as; None.
     """
 
     tokenizer: Any
@@ -42,6 +44,7 @@ class TrunkFacts(NamedTuple):
     decoder: Seq2SeqConfig | None
     head: Any
     start: int | None
+    encoder: EncoderConfig | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,15 @@ class Task(abc.ABC):
             width: H, the size of the trunk's vectors.
         """
         return Head(self.outputs, self.hidden).init(key, jnp.zeros((1, 1, width)))["params"]
+
+    def start_from(self, trunk: Any, fresh: Any) -> Any:
+        """The head's parameters before training.
+
+        Args:
+            trunk: The trunk's, before training.
+            fresh: What init() gave.
+        """
+        return fresh
 
     def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
         """The head: outputs f32[R, S, O] or f32[R, T, O], by level; a key means dropout."""

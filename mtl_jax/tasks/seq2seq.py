@@ -18,15 +18,18 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError
+from mtl_jax.models import warm_start
 from mtl_jax.models.encoded import Encoded
+from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.sentences import first_sentence
-from mtl_jax.tasks import text_metrics
+from mtl_jax.tasks import decoders, text_metrics
 from mtl_jax.tasks.base import Task, TrunkFacts, column
 from mtl_jax.tasks.token_losses import token_losses
 
 TABLES = ("trunk", "own")
+BEGINNINGS = ("fresh", "encoder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Seq2Seq(Task):
     """A text for every text (Vaswani et al., 2017): each token is learned from the true ones before it (teacher forcing).
 
     On an encoder-decoder checkpoint the head starts as the checkpoint's decoder. On an encoder-only checkpoint it is a fresh
-    decoder, on a trunk from scratch one of the same make as the trunk. Targets are tokenised by the trunk's tokenizer.
+    decoder, or one that starts as the encoder; on a trunk from scratch one of the same make as the trunk. Targets are tokenised
+    by the trunk's tokenizer.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
@@ -43,11 +47,13 @@ class Seq2Seq(Task):
             compares with all of them. Empty: the row has none.
         target_length: Most tokens of a target text, the end token included; longer ones are cut, and counted.
         label_smoothing: Share of the target probability spread evenly over the vocabulary.
+        begin: As what a decoder on an encoder-only checkpoint begins: "fresh", with norms in front; or "encoder": its blocks,
+            positions and norms are the encoder's, and cross-attention starts as self-attention (Rothe et al., 2020).
         layers: Of a fresh decoder; 0: as many as a trunk from scratch has, 3 on an encoder-only checkpoint.
         heads: Of its attention; 0: as the trunk from scratch, on an encoder-only checkpoint one for each 64 of its width.
         feed_forward: Its width inside the feed-forward part; 0: as the trunk from scratch, or 4 times the width.
         table: Of a fresh decoder: "trunk": it reads and predicts by the trunk's token table; "own": by a table of its own.
-        dropout: Rate inside a fresh decoder on an encoder-only checkpoint; other decoders have the trunk's rates.
+        dropout: Rate inside a decoder of the task's own on an encoder-only checkpoint; other decoders have the trunk's rates.
         beams: Beams of the search on test and in predictions; 1: greedy.
         dev_beams: Beams on dev while training.
         max_new_tokens: Most tokens of a generated text; 0: target_length.
@@ -55,7 +61,8 @@ class Seq2Seq(Task):
         metric: bleu, chrf, rouge1, rouge2 or rougeL, of generated texts, as shares of 1; or token_accuracy, with true tokens
             before each.
         hidden: Must be 0: this head has a shape of its own.
-        decoder: The decoder's sizes; filled in from the trunk, as are the next four.
+        decoder: The decoder's sizes; filled in from the trunk, as are the next five.
+        encoder: The sizes of the encoder that it begins as, or None.
         from_checkpoint: Whether it started as a checkpoint's decoder.
         start: Token that a decoder reads first.
         end: Token that ends a target text.
@@ -65,6 +72,7 @@ class Seq2Seq(Task):
     column: str
     target_length: int = 64
     label_smoothing: float = 0.0
+    begin: str = "fresh"
     layers: int = 0
     heads: int = 0
     feed_forward: int = 0
@@ -76,6 +84,7 @@ class Seq2Seq(Task):
     length_penalty: float | None = None
     metric: str = "bleu"
     decoder: Seq2SeqConfig | None = None
+    encoder: EncoderConfig | None = None
     from_checkpoint: bool = False
     start: int = -1
     end: int = -1
@@ -114,8 +123,9 @@ class Seq2Seq(Task):
                 raise UserError(f"task {self.name!r}: {field} is {getattr(self, field)}; it must be at least {least}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task {self.name!r}: label_smoothing is {self.label_smoothing}; it is a share below 1")
-        if self.table not in TABLES:
-            raise UserError(f"task {self.name!r}: table is {self.table!r}; it is one of {', '.join(TABLES)}")
+        for field, choices in (("table", TABLES), ("begin", BEGINNINGS)):
+            if getattr(self, field) not in choices:
+                raise UserError(f"task {self.name!r}: {field} is {getattr(self, field)!r}; it is one of {', '.join(choices)}")
 
     def check_source(self, source: Source) -> None:
         if source.pair:
@@ -134,71 +144,23 @@ class Seq2Seq(Task):
                 "which this one does not"
             )
         if trunk.head is not None:
-            return self._from_checkpoint(trunk, around[-1])
-        tokenizer = trunk.tokenizer
-        starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)
-        start = next((token for token in starts if token is not None and token != around[-1]), around[-1])
-        decoder = self._fresh(trunk)
-        if decoder.max_positions is not None and self.target_length > decoder.max_positions:
-            raise UserError(
-                f"task {self.name!r}: target_length is {self.target_length}; the trunk has {decoder.max_positions} positions"
-            )
-        return dataclasses.replace(self, decoder=decoder, start=start, end=around[-1], leading=len(around) - 1)
-
-    def _from_checkpoint(self, trunk: TrunkFacts, end: int) -> Self:
-        for field in ("layers", "heads", "feed_forward"):
-            if getattr(self, field):
-                raise UserError(f"task {self.name!r}: {field} is the checkpoint's, whose decoder this is; leave it at 0")
-        if trunk.start is None:
-            raise UserError(f"task {self.name!r}: the checkpoint does not say what its decoder reads first")
-        decoder = trunk.decoder
-        assert decoder is not None
-        if decoder.max_positions is not None and self.target_length > decoder.max_positions:
-            raise UserError(
-                f"task {self.name!r}: target_length is {self.target_length}; the checkpoint has {decoder.max_positions} "
-                "positions"
-            )
-        return dataclasses.replace(self, decoder=decoder, from_checkpoint=True, start=trunk.start, end=end, leading=0)
-
-    def _fresh(self, trunk: TrunkFacts) -> Seq2SeqConfig:
-        rows, width = trunk.table
-        own = self.table == "own"
-        if not own and width != trunk.width:
-            raise UserError(
-                f"task {self.name!r}: the trunk's token table is {width} wide and its output {trunk.width}, so the decoder "
-                'cannot share the table: use table "own"'
-            )
-        vocabulary = len(trunk.tokenizer) if own else rows
-        if trunk.decoder is not None:
-            decoder = trunk.decoder
+            decoder, start, leading = decoders.of_checkpoint(self, trunk), trunk.start, 0
+            assert start is not None
         else:
-            heads = self.heads or max(1, trunk.width // 64)
-            decoder = Seq2SeqConfig(
-                vocab_size=rows,
-                decoder_vocab_size=vocabulary,
-                hidden_size=trunk.width,
-                encoder_layers=1,
-                decoder_layers=3,
-                encoder_heads=heads,
-                decoder_heads=heads,
-                encoder_feed_forward=4 * trunk.width,
-                decoder_feed_forward=4 * trunk.width,
-                max_positions=max(self.target_length, self.max_new_tokens) + 1,
-                position_offset=0,
-                pre_norm=True,
-                dropout=self.dropout,
-            )
-        decoder = dataclasses.replace(
-            decoder,
-            decoder_vocab_size=vocabulary,
-            shared_table=not own,
-            decoder_layers=self.layers or decoder.decoder_layers,
-            decoder_heads=self.heads or decoder.decoder_heads,
-            decoder_feed_forward=self.feed_forward or decoder.decoder_feed_forward,
+            tokenizer, leading = trunk.tokenizer, len(around) - 1
+            starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)
+            start = next((token for token in starts if token is not None and token != around[-1]), around[-1])
+            decoder = (decoders.like_the_encoder if self.begin == "encoder" else decoders.fresh)(self, trunk)
+        encoder = trunk.encoder if self.begin == "encoder" else None
+        return dataclasses.replace(
+            self,
+            decoder=decoder,
+            encoder=encoder,
+            from_checkpoint=trunk.head is not None,
+            start=start,
+            end=around[-1],
+            leading=leading,
         )
-        if decoder.hidden_size % decoder.decoder_heads:
-            raise UserError(f"task {self.name!r}: {decoder.decoder_heads} heads do not divide the width {decoder.hidden_size}")
-        return decoder
 
     def parse(self, row: Row) -> tuple[str, ...] | None:
         """The target texts, None where there are none."""
@@ -226,6 +188,9 @@ class Seq2Seq(Task):
             return decoder(jnp.zeros((1, 1), jnp.int32), decoder.source(jnp.zeros((1, 1, width)), None, None), table_VxH)
 
         return module.init(key, method=whole)["params"]
+
+    def start_from(self, trunk: Any, fresh: Any) -> Any:
+        return fresh if self.encoder is None else warm_start.decoder_params(fresh, trunk, self.encoder)
 
     def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
         """f32[R, U, 3]: of each target token the loss, its negative log-likelihood, and 1 if it is the likeliest, else 0.

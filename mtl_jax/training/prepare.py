@@ -128,7 +128,8 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
             heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # its own: the step donates its buffers
             continue
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
-        heads[task.name] = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
+        fresh = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
+        heads[task.name] = task.start_from(params["trunk"], fresh)
     return params | {"heads": heads}
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import packing
 import pytest
+import tiny
 import tiny_translation
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,6 +203,7 @@ def test_the_first_sentence_is_what_a_writer_is_compared_with(prepared):
         ({"target_length": 1}, "task 't': target_length is 1; it must be at least 2"),
         ({"label_smoothing": 1.0}, "task 't': label_smoothing is 1.0; it is a share below 1"),
         ({"hidden": 3}, "task 't': hidden is 3; a decoder has no such layer, leave it at 0"),
+        ({"begin": "decoder"}, "task 't': begin is 'decoder'; it is one of fresh, encoder"),
         ({"table": "mine"}, "task 't': table is 'mine'; it is one of trunk, own"),
     ],
 )
@@ -245,6 +247,40 @@ def test_a_fresh_decoder_on_an_encoder_checkpoint(pairs, bert, places, monkeypat
     tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny_translation.experiment(pairs).tasks)
     still = tiny_translation.experiment(pairs, trunk=Pretrained(str(bert), dropout=0.0), tasks=tasks)
     packing.assert_packing_changes_nothing(prepare(still))
+
+
+def test_a_decoder_that_begins_as_the_encoder(pairs, bert):
+    plain = tiny_translation.experiment(pairs).tasks
+    tasks = (dataclasses.replace(plain[0], begin="encoder", dropout=0.0), plain[1])
+    found = prepare(tiny_translation.experiment(pairs, trunk=Pretrained(str(bert), dropout=0.0), tasks=tasks))
+    task, params = found.corpus.tasks[0], found.params
+    sizes = task.decoder
+    assert (sizes.decoder_layers, sizes.decoder_heads, sizes.max_positions) == (tiny.LAYERS, tiny.HEADS, 25)
+    for name in ("attention", "cross_attention"):
+        ours, theirs = params["heads"]["translation"]["layer_0"][name], params["trunk"]["layer_0"]["attention"]
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    packing.assert_packing_changes_nothing(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 9}, f"layers is 9; the encoder has {tiny.LAYERS}"),
+        ({"heads": 2}, "heads is 2; it is the encoder's, leave it out"),
+        ({"table": "own"}, "table is 'own'; it reads the trunk's, as the encoder does: leave it out"),
+        ({"max_new_tokens": 300}, "texts of 300 tokens and a start are longer than the encoder's"),
+    ],
+)
+def test_what_it_takes_from_the_encoder(pairs, bert, change, message):
+    task = dataclasses.replace(tiny_translation.experiment(pairs).tasks[0], begin="encoder", **change)
+    with pytest.raises(UserError, match=f"task 'translation': begin is \"encoder\", but {message}"):
+        prepare(tiny_translation.experiment(pairs, trunk=Pretrained(str(bert)), tasks=(task,)))
+
+
+def test_a_trunk_from_scratch_of_another_make_is_no_such_encoder(pairs):
+    task = dataclasses.replace(tiny_translation.experiment(pairs).tasks[0], begin="encoder")
+    with pytest.raises(UserError, match="this trunk is no checkpoint of BERT, RoBERTa, XLM-R, DistilBERT or ELECTRA"):
+        prepare(tiny_translation.experiment(pairs, tasks=(task,)))
 
 
 def test_target_texts_of_a_row():

@@ -264,7 +264,7 @@ def test_the_decoder_of_a_checkpoint_learns_on(pairs, tmp_path, family):
 def test_sizes_of_a_checkpoint_cannot_be_chosen(pairs, tmp_path):
     experiment = still(pairs, tiny_seq2seq.write_marian(tmp_path / "marian"))
     for change, message in (
-        ({"layers": 2}, "task 'translation': layers is the checkpoint's, whose decoder this is; leave it at 0"),
+        ({"layers": 2}, "task 'translation': layers is the checkpoint's, whose decoder this is; leave it out"),
         ({"target_length": 25}, "task 'translation': target_length is 25; the checkpoint has 24 positions"),
     ):
         tasks = (dataclasses.replace(experiment.tasks[0], **change),)
@@ -277,7 +277,7 @@ def test_sizes_of_a_checkpoint_cannot_be_chosen(pairs, tmp_path):
 def test_what_transformers_has_no_class_for(pairs, bert, tmp_path):
     fresh = tiny_translation.experiment(pairs, trunk=Pretrained(str(bert)), phases=(Phase("short", steps=1),))
     train(fresh, tmp_path / "fresh")
-    with pytest.raises(UserError, match="no class for a fresh decoder on an encoder checkpoint; leave --task out"):
+    with pytest.raises(UserError, match="an encoder checkpoint with a decoder of the run's own; leave --task out"):
         convert(str(tmp_path / "fresh"), tmp_path / "out", task="translation")
     convert(str(tmp_path / "fresh"), tmp_path / "out")
     trunk = dataclasses.replace(tiny_translation.TRUNK, pre_norm=True)

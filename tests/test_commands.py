@@ -274,7 +274,11 @@ BAD = [
     (["--model", "{marian}", "--column", "text"], b'{"text": "\\ud800"}\n', "-:1: no valid Unicode"),
     (["--model", "{marian}", "--column", "text"], b'{"text": "x", "n": ["\\udfff"]}\n', "-:1: no valid Unicode"),
     (["--model", "{marian}", "--column", "text"], b'{"text": "x", "translation": 1}\n', "there is a 'translation' already"),
-    (["--model", "{bert}", "hello"], b"", "which cannot write texts; a checkpoint of marian, bart, mbart, t5, mt5 is needed"),
+    (
+        ["--model", "{bert}", "hello"],
+        b"",
+        "which cannot write texts; a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
+    ),
     (["--model", "{dir}", "hello"], b"", "config.json is missing"),
     (["--model", "/nowhere", "hello"], b"", "/nowhere: no such file or directory"),
     (["--model", "Helsinki-NLP/opus-mt-en-fr", "hello"], b"", "pass a local directory with the checkpoint's files instead"),

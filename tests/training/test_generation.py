@@ -74,10 +74,10 @@ def test_the_last_search_is_left_when_asked_to_stop_and_made_again(pairs, tmp_pa
     experiment = tiny_translation.experiment(pairs, phases=(Phase("everything", steps=2),))
     plain, stops = generation.text_scores, []
 
-    def stop_at_the_end(*arguments):
+    def stop_at_the_end(*arguments, **named):
         if arguments[-2](experiment.tasks[0]) == experiment.tasks[0].beams:
             stops.append(os.kill(os.getpid(), signal.SIGTERM))
-        return plain(*arguments)
+        return plain(*arguments, **named)
 
     monkeypatch.setattr(generation, "text_scores", stop_at_the_end)
     with pytest.raises(Interrupted, match="the same command goes on from the last one"):

@@ -165,7 +165,7 @@ def test_summarize(wheels, shared_data, tmp_path, monkeypatch):
     table = (tmp_path / "table.md").read_text()
     assert table in done.stdout
     assert [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]] == [
-        [data, begins] for data in ("scitldr", "aeslc") for begins in ("minilm", "scratch")
+        [data, begins] for data in ("scitldr", "aeslc") for begins in ("minilm", "scratch", "first sentence")
     ]
     wrong = start("summarize.py", *flags, "--starts", "minilmm")
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown starts 'minilmm' (did you mean 'minilm'?)")

@@ -150,6 +150,7 @@ def test_lambdas_and_schedules(bert, data, tmp_path):
     assert_same_run(tmp_path / "ablation" / "runs" / "0003", alone(tmp_path / "ablation", "0003", tmp_path / "alone"))
 
 
+@pytest.mark.long
 def test_a_chunk_at_a_time(finished, bert, data, tmp_path):
     """Three runs at once, in chunks that the last run fills up: the numbers of all at once."""
     ablate(short(bert, data), tmp_path / "chunks", VARY, seeds=2, at_once=3)

@@ -41,6 +41,7 @@ def _leaves(tree: dict) -> list:
     return [leaf for _, value in sorted(tree.items()) for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
 
 
+@pytest.mark.long
 def test_killed_and_started_again_it_goes_on_to_the_same_bits(bert, data, tmp_path):
     """SIGKILL in the second program, whose rule has state of its own; the first one is not trained again."""
     words = [*FLAGS, "--workdir", str(tmp_path / "killed"), *SHORT]

@@ -46,6 +46,7 @@ def start(script: str, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=compiling.environment(), check=False)
 
 
+@pytest.mark.long
 def test_weighting_methods(wheels, tmp_path):
     """One rule beside two tasks alone; started again, it has nothing left to train. A rule that is none is one line."""
     flags = ["--workdir", str(tmp_path), "--tasks", "tweets", "movies", "--steps", "2", "--limit", "60", "--seeds", "3"]

@@ -83,7 +83,7 @@ def test_a_transformer_from_scratch(tmp_path):
     ids = np.array([[5, 6, 2]])
     hidden, expected = (one.module.apply({"params": params}, ids).hidden for one in (again, trunk))
     np.testing.assert_array_equal(hidden, expected)
-    assert trunks.facts(trunk)._replace(tokenizer=None, decoder=None) == (None, 8, (len(trunk.tokenizer), 8), None, None, None)
+    assert trunks.facts(trunk)._replace(tokenizer=None, decoder=None) == (None, 8, (len(trunk.tokenizer), 8), None, None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def test_a_transformer_from_scratch(tmp_path):
     ids = np.array([[5, 6, 2]])
     hidden, expected = (one.module.apply({"params": params}, ids).hidden for one in (again, trunk))
     np.testing.assert_array_equal(hidden, expected)
-    assert trunks.facts(trunk)._replace(tokenizer=None, decoder=None) == (None, 8, (len(trunk.tokenizer), 8), None, None, None, None)
+    facts = trunks.facts(trunk)
+    assert (facts.width, facts.table) == (8, (len(trunk.tokenizer), 8))
+    assert (facts.head, facts.start, facts.encoder) == (None, None, None)
 
 
 @pytest.mark.parametrize(

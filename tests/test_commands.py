@@ -277,7 +277,7 @@ BAD = [
     (
         ["--model", "{bert}", "hello"],
         b"",
-        "a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
+        "which cannot write texts; a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
     ),
     (["--model", "{dir}", "hello"], b"", "config.json is missing"),
     (["--model", "/nowhere", "hello"], b"", "/nowhere: no such file or directory"),

@@ -140,8 +140,9 @@ def generate_all(
         key: For do_sample.
         done: Numbers of sources that have their answers already. Batches of nothing else are left out; the others are what they
             would have been, so that answers are equal to the bit wherever one begins.
-        devices: Of this process, which share every batch, as many of them as there are batches for. They tell each other only
-            whether rows are left that are not done. None given: the one where the parameters are.
+        devices: Of this process, which share every batch, as many of them as there are batches for. They tell each other
+            whether rows are left that are not done; with no_repeat_ngram_size or repetition_penalty also their tokens. None
+            given: the one where the parameters are.
 
     Yields:
         An answer for each source of a batch that is not left out, in the order in which the batches are done.

@@ -279,7 +279,7 @@ class _Run:
         """Metrics of generated texts, of the tasks that decode."""
         if not any(task.decodes for task in self.tasks):
             return {}
-        whole, devices = meshes.own(params), meshes.own_devices(self.mesh)
+        whole, devices = meshes.own(params, self.mesh), meshes.own_devices(self.mesh)
         trunk = self.prepared.trunk
         return generation.text_scores(self.tasks, trunk, whole, split, beams, between, devices=devices, together=True)
 

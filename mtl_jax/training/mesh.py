@@ -115,16 +115,16 @@ def own_devices(mesh: Mesh) -> list[jax.Device]:
     return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
 
 
-def own(tree: Any) -> Any:
-    """Arrays that are whole on every device, as arrays on this process's devices alone; nothing is copied."""
+def own(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are whole on every device of the mesh, as arrays on this process's devices alone; nothing is copied."""
     if jax.process_count() == 1:
         return tree
+    devices = own_devices(mesh)
+    here = replicated(jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices))
 
     def cut(leaf: jax.Array) -> jax.Array:
-        shards = leaf.addressable_shards
-        devices = [shard.device for shard in shards]
-        alone = jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
-        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(alone), [shard.data for shard in shards])
+        parts = {shard.device: shard.data for shard in leaf.addressable_shards}
+        return jax.make_array_from_single_device_arrays(leaf.shape, here, [parts[device] for device in devices])
 
     return jax.tree.map(cut, tree)
 

@@ -1,4 +1,4 @@
-"""Several devices give what one gives, and do not talk about more than whether they are done."""
+"""Several devices give what one gives, and where repetition is not limited they talk of nothing but whether they are done."""
 
 import collections
 import re

@@ -3,11 +3,11 @@
     python experiments/summarize.py
     python experiments/summarize.py --data scitldr --starts minilm scratch --seeds 0 1 2
 
-SciTLDR (1,992 abstracts of papers, several summaries each in dev and test) and AESLC (14,435 mails; its dev rows are the test
-here, and dev is cut from train). The decoder has three layers and begins as the encoder in both cases; beside them stands what
-the first sentence of each text has. Every run is an ordinary workdir in WORKDIR: started
-again, the script goes on where it was, and when all are done it only prints the table, which is also written to
-WORKDIR/table.md. MTL_JAX_DATA names a folder with scitldr/ and aeslc/.
+SciTLDR (1,992 abstracts of papers, cut to 128 tokens; several summaries each in dev and test) and AESLC (14,435 mails, cut to 64;
+its dev rows are the test here, and dev is cut from train). The decoder has three layers and begins as the encoder in both
+cases; beside them stands what the first sentence of each text has. Every run is an ordinary workdir in WORKDIR: started again,
+the script goes on where it was, and when all are done it only prints the table, which is also written to WORKDIR/table.md.
+MTL_JAX_DATA names a folder with scitldr/ and aeslc/.
 """
 
 import dataclasses
@@ -27,8 +27,10 @@ STARTS = {"minilm": Pretrained(MINILM, dropout=0.1), "scratch": Pretrained(MINIL
 METRICS = ("rouge1", "rouge2", "rougeL")
 
 
-def _experiment(name: str, source: Source, column: str, target_length: int, in_row: int) -> Experiment:
-    """Rows with so many places each for target texts: an abstract fills a row, and two or three mails share one."""
+def _experiment(
+    name: str, source: Source, column: str, target_length: int, batch: Batching, steps: int, every: int
+) -> Experiment:
+    """Texts are cut to the length of a row; evaluated on dev after every so many steps."""
     task = Seq2Seq(
         name="summary",
         source=name,
@@ -45,10 +47,10 @@ def _experiment(name: str, source: Source, column: str, target_length: int, in_r
         trunk=STARTS["minilm"],
         sources=(source,),
         tasks=(task,),
-        phases=(Phase("everything", steps=400),),
-        optimizer=Optimizer(learning_rate=5e-4, warmup=0.15, b2=0.98),
-        batch=Batching(rows=8, row_length=256, target_length=in_row),
-        evaluation=Evaluation(every=200),
+        phases=(Phase("everything", steps=steps),),
+        optimizer=Optimizer(learning_rate=5e-4, warmup=0.1, b2=0.98),
+        batch=batch,
+        evaluation=Evaluation(every=every),
     )
 
 
@@ -64,8 +66,10 @@ EXPERIMENTS = {
             text="source",
         ),
         "target",
-        target_length=64,
-        in_row=64,
+        target_length=48,
+        batch=Batching(rows=16, row_length=128, target_length=48),
+        steps=1000,
+        every=500,
     ),
     "aeslc": _experiment(
         "aeslc",
@@ -78,8 +82,10 @@ EXPERIMENTS = {
             cut_dev=0.05,
         ),
         "subject",
-        target_length=24,
-        in_row=48,
+        target_length=16,
+        batch=Batching(rows=32, row_length=64, target_length=16),
+        steps=1100,
+        every=550,
     ),
 }
 
@@ -92,7 +98,7 @@ class Comparison:
         data: scitldr, aeslc or both.
         starts: minilm, scratch or both.
         seeds: One run for each.
-        steps: Of every run.
+        steps: Of every run; 0: as many as the data's experiment has.
         limit: Rows read from each split; 0: all.
         workdir: Where the runs are.
     """
@@ -100,7 +106,7 @@ class Comparison:
     data: tuple[str, ...] = tuple(EXPERIMENTS)
     starts: tuple[str, ...] = tuple(STARTS)
     seeds: tuple[int, ...] = (0,)
-    steps: int = 400
+    steps: int = 0
     limit: int = 0
     workdir: str = "runs/summarize"
 
@@ -138,7 +144,7 @@ def _train(data: str, start: str, seed: int, comparison: Comparison, folder: Pat
         experiment,
         trunk=STARTS[start],
         sources=tuple(dataclasses.replace(source, limit=comparison.limit) for source in experiment.sources),
-        phases=(Phase("everything", steps=comparison.steps),),
+        phases=tuple(dataclasses.replace(phase, steps=comparison.steps or phase.steps) for phase in experiment.phases),
         seed=seed,
     )
     return mtl_jax.train(changed, folder / f"{data}-{start}-{seed}")

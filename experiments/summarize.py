@@ -3,11 +3,31 @@
     python experiments/summarize.py
     python experiments/summarize.py --data scitldr --starts minilm scratch --seeds 0 1 2
 
-SciTLDR (1,992 abstracts of papers, cut to 128 tokens; several summaries each in dev and test) and AESLC (14,435 mails, cut to 64;
-its dev rows are the test here, and dev is cut from train). The decoder has three layers and begins as the encoder in both
+SciTLDR (1,992 abstracts of papers, cut to 128 tokens; several summaries each in dev and test) and AESLC (14,435 mails, cut to
+64; its dev rows are the test here, and dev is cut from train). The decoder has three layers and begins as the encoder in both
 cases; beside them stands what the first sentence of each text has. Every run is an ordinary workdir in WORKDIR: started again,
 the script goes on where it was, and when all are done it only prints the table, which is also written to WORKDIR/table.md.
 MTL_JAX_DATA names a folder with scitldr/ and aeslc/.
+
+ROUGE (F1 x 100, rouge-score) on test, beam 4, seed 0. Each run, scores of dev and test included, is about an hour of a core of
+a shared AMD EPYC with huge pages, as in the README:
+
+| data    | encoder        | ROUGE-1   | ROUGE-2   | ROUGE-L   |
+|---------|----------------|-----------|-----------|-----------|
+| scitldr | minilm         | 32.3      | 10.6      | 27.1      |
+| scitldr | scratch        | 25.7      | 5.2       | 21.3      |
+| scitldr | first sentence | 31.4      | 12.3      | 24.9      |
+| aeslc   | minilm         | 25.4      | 11.1      | 25.0      |
+| aeslc   | scratch        | 1.4       | 0.1       | 1.3       |
+| aeslc   | first sentence | 16.7      | 7.5       | 15.3      |
+
+From scratch nothing has been read yet in 8 passes over the abstracts and 2.8 over the mails: the first 40 test texts of either
+data get one and the same answer. On SciTLDR, where most summaries begin alike, that has 25.7, and shows what a score is worth.
+From MiniLM these 40 mails get 38 subjects, and those of all mails are ahead of first sentences in all three scores; of
+abstracts the topic is found, but said in phrases of the model's own, so ROUGE-2 stays behind the first sentence.
+Published, of pretrained decoders with hundreds of millions of parameters: BART 43.3 / 20.8 / 35.0 on SciTLDR, PEGASUS 37.7 /
+21.3 / 36.5 on AESLC. With a fresh decoder in place of begin="encoder", and 400 steps of 8 texts or so, MiniLM, too, says one
+sentence of all abstracts (23.8 / 8.7 / 22.5). One seed: differences of a point are nothing.
 """
 
 import dataclasses

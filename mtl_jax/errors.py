@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
+SHOWN = 10  # names that an error line lists at most
+
+
 class UserError(Exception):
     """Bad input. The message is one line that names the field, file or line and says what to do."""
 
@@ -26,6 +29,14 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
         The error, to be raised by the caller.
     """
     choices = list(choices)
-    near = difflib.get_close_matches(name, choices, n=1)
+    near = difflib.get_close_matches(name[:100], choices, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return UserError(f"unknown {kind} {name!r}{hint}; choices: {', '.join(choices) or 'none'}")
+    given = repr(name if len(name) <= 100 else f"{name[:100]}...")
+    return UserError(f"unknown {kind} {given}{hint}; choices: {listed(choices)}")
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names as an error line lists them: the first ten, each cut to 100 characters, and how many more there are."""
+    names = [str(name) for name in names]
+    first = ", ".join(name if len(name) <= 100 else f"{name[:100]}..." for name in names[:SHOWN])
+    return f"{first} and {len(names) - SHOWN} more" if len(names) > SHOWN else first or "none"

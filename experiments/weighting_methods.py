@@ -3,13 +3,16 @@
     python experiments/weighting_methods.py
     python experiments/weighting_methods.py --trunk minilm --rules equal upgrad cagrad --seeds 0 1 2 3 4
 
-Each run is an ordinary workdir, WORKDIR/RULE-SEED (or alone-TASK-SEED): started again, the script goes on where it was, and
-when all are done it only prints the table, which is also written to WORKDIR/table.md. With the shared embedding, a network from
-scratch that trains in seconds on a laptop, rules can be compared with many seeds; minilm fine-tunes the quickstart's trunk. The
-first command's table, three seeds, is in docs/weighting_methods.md.
+Every rule is trained twice, with heads that follow their plain losses and with heads whose gradients are multiplied by their
+tasks' weights: papers and programs differ in that, and where rules are compared, it must not be what differs. Each run is an
+ordinary workdir, WORKDIR/RULE-HEADS-SEED (or alone-TASK-SEED): started again, the script goes on where it was, and when all are
+done it only prints the table, which is also written to WORKDIR/table.md. With the shared embedding, a network from scratch that
+trains in seconds on a laptop, rules can be compared with many seeds; minilm fine-tunes the quickstart's trunk. The first
+command's table, three seeds, is in docs/weighting_methods.md.
 """
 
 import dataclasses
+import itertools
 import statistics
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from mtl_jax.report.statistics import relative_change
 
 TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
 EQUAL = dict.fromkeys(TASKS, 1.0)
+HEADS = {"plain": False, "weighted": True}  # {name: weigh_heads}
 # Rules that need to be told something; the others run with their defaults.
 SETTINGS: dict[str, dict] = {
     "fixed": {"weights": EQUAL | {"trec_fine": 2.0}},
@@ -38,6 +42,7 @@ class Comparison:
 
     Attributes:
         rules: Names of weighting rules.
+        heads: How heads are trained: plain (by their losses), weighted (by their losses times the weights), or both.
         seeds: One run for each.
         tasks: Which of the quickstart's tasks.
         trunk: embedding (from scratch, seconds a run) or minilm (the quickstart's, pretrained).
@@ -48,6 +53,7 @@ class Comparison:
     """
 
     rules: tuple[str, ...] = tuple(weighting.RULES)
+    heads: tuple[str, ...] = tuple(HEADS)
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: tuple[str, ...] = tuple(TASKS)
     trunk: str = "embedding"
@@ -74,7 +80,7 @@ BASES: dict[str, Experiment] = {
 
 
 def experiments(comparison: Comparison) -> dict[tuple[str, int], Experiment]:
-    """{(row of the table, seed): experiment}: each task alone, then each rule."""
+    """{(its name, seed): experiment}: each task alone, then each rule with each way to train heads."""
     found: dict[tuple[str, int], Experiment] = {}
     base = BASES[comparison.trunk]
     if comparison.steps:
@@ -87,22 +93,29 @@ def experiments(comparison: Comparison) -> dict[tuple[str, int], Experiment]:
     for seed in comparison.seeds:
         for task in comparison.tasks:  # as many rows of its source in a step as beside the others
             found[f"alone-{task}", seed] = dataclasses.replace(base, only=(task,), batch=own_rows, seed=seed)
-        for rule in comparison.rules:
+        for rule, heads in itertools.product(comparison.rules, comparison.heads):
             combinators = ("normalized",) if comparison.normalized else ()
-            found[rule, seed] = dataclasses.replace(
-                base, weighting=rule, combinators=combinators, only=only, seed=seed, **SETTINGS.get(rule, {})
-            )
+            changes = {"combinators": combinators, "weigh_heads": HEADS[heads]} | SETTINGS.get(rule, {})
+            found[f"{rule}-{heads}", seed] = dataclasses.replace(base, weighting=rule, only=only, seed=seed, **changes)
     return found
+
+
+def heads_of(rule: str, comparison: Comparison) -> str:
+    """How heads are trained in the row of a rule: as its source has it, if that was asked for."""
+    own = "weighted" if weighting.make(rule, **SETTINGS.get(rule, {})).weighs_heads else "plain"
+    return own if own in comparison.heads else comparison.heads[0]
 
 
 def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]]) -> str:
     """Test metric of every task, mean and standard deviation over the seeds, best rule first.
 
-    The last column is the average over tasks of the relative change against single-task training, in percent.
+    The tasks' columns and the order of the rows are those of heads that are trained as the rule's source has it; the row says
+    how. The last columns are the average over tasks of the relative change against single-task training, in percent, with heads
+    trained in each way.
 
     Args:
         comparison: What was compared.
-        scores: {(row, seed): {task: test metric}}.
+        scores: {(name of the experiment, seed): {task: test metric}}.
     """
     alone = {
         task: statistics.mean(scores[f"alone-{task}", seed][task] for seed in comparison.seeds) for task in comparison.tasks
@@ -112,16 +125,20 @@ def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]
         deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{deviation}"
 
-    def metrics(row: str, task: str) -> list[float]:
-        return [scores[row, seed][task] for seed in comparison.seeds]
+    def metrics(name: str, task: str) -> list[float]:
+        return [scores[name, seed][task] for seed in comparison.seeds]
 
-    def changes(rule: str) -> list[float]:
-        return [relative_change(scores[rule, seed], alone) for seed in comparison.seeds]
+    def changes(name: str) -> list[float]:
+        return [relative_change(scores[name, seed], alone) for seed in comparison.seeds]
 
-    rows = [["(each alone)", *[spread(metrics(f"alone-{task}", task), 3) for task in comparison.tasks], "0"]]
-    for rule in sorted(comparison.rules, key=lambda rule: -statistics.mean(changes(rule))):
-        rows.append([rule, *[spread(metrics(rule, task), 3) for task in comparison.tasks], spread(changes(rule), 2)])
-    head = ["rule", *[f"{task} ({TASKS[task].metric})" for task in comparison.tasks], "change %"]
+    own = {rule: heads_of(rule, comparison) for rule in comparison.rules}
+    rows = [["(each alone)", "", *[spread(metrics(f"alone-{task}", task), 3) for task in comparison.tasks]]]
+    rows[0] += ["0" for _ in comparison.heads]
+    for rule in sorted(comparison.rules, key=lambda rule: -statistics.mean(changes(f"{rule}-{own[rule]}"))):
+        rows.append([rule, own[rule], *[spread(metrics(f"{rule}-{own[rule]}", task), 3) for task in comparison.tasks]])
+        rows[-1] += [spread(changes(f"{rule}-{heads}"), 2) for heads in comparison.heads]
+    head = ["rule", "heads", *[f"{task} ({TASKS[task].metric})" for task in comparison.tasks]]
+    head += [f"change %, heads {heads}" for heads in comparison.heads]
     return tabulate.tabulate(rows, headers=head, tablefmt="pipe", disable_numparse=True)
 
 
@@ -129,17 +146,20 @@ def compare(comparison: Comparison) -> str:
     """Trains what is not done yet; the table.
 
     Raises:
-        UserError: A rule or the trunk is unknown, or a run cannot go on.
+        UserError: A rule, a way to train heads or the trunk is unknown, or a run cannot go on.
     """
     for rule in comparison.rules:
         if rule not in weighting.RULES:
             raise unknown("weighting", rule, weighting.RULES)
+    for heads in comparison.heads:
+        if heads not in HEADS:
+            raise unknown("heads", heads, HEADS)
     if comparison.trunk not in BASES:
         raise unknown("trunk", comparison.trunk, BASES)
     for task in comparison.tasks:
         if task not in TASKS:
             raise unknown("task", task, TASKS)
-    for field in ("rules", "seeds", "tasks"):
+    for field in ("rules", "heads", "seeds", "tasks"):
         if not getattr(comparison, field):
             raise UserError(f"give at least one of {field}")
     folder = Path(comparison.workdir)
@@ -148,10 +168,10 @@ def compare(comparison: Comparison) -> str:
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     todo = experiments(comparison)
     scores = {}
-    for number, ((row, seed), experiment) in enumerate(todo.items(), 1):
-        print(f"{number}/{len(todo)} {row} seed {seed}", flush=True)
-        results = mtl_jax.train(experiment, folder / f"{row}-{seed}")
-        scores[row, seed] = {name: task["test"][TASKS[name].metric] for name, task in results["tasks"].items()}
+    for number, ((name, seed), experiment) in enumerate(todo.items(), 1):
+        print(f"{number}/{len(todo)} {name} seed {seed}", flush=True)
+        results = mtl_jax.train(experiment, folder / f"{name}-{seed}")
+        scores[name, seed] = {task: values["test"][TASKS[task].metric] for task, values in results["tasks"].items()}
     text = table(comparison, scores)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +18,42 @@ from mtl_jax import scripts
 from mtl_jax.ablating import ablate, take
 from mtl_jax.commands import summarize, translate
 from mtl_jax.errors import Interrupted, UserError
-from mtl_jax.experiment import Experiment
+from mtl_jax.experiment import Experiment, HeadWeights
 from mtl_jax.lines import lines_of, object_of, read_bytes
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, goes on
 
 _CONFIG = (tyro.conf.AvoidSubcommands,)  # a union's default decides its type; flags set that type's fields
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+_WORDS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
+
+
+@_REGISTRY.primitive_rule
+def _head_weights(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How weigh_heads is read and shown: true, false or rule."""
+    if field.type != HeadWeights:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false,rule}",
+        instance_from_str=lambda words: _WORDS[words[0]],
+        is_instance=lambda value: isinstance(value, bool) or value == "rule",
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=tuple(_WORDS),
+    )
+
+
+def _as_words(arguments: Sequence[str]) -> list[str]:
+    """The command line with --weigh-heads and --no-weigh-heads, which were a switch, as --weigh-heads true and false."""
+    found: list[str] = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        flag = argument.replace("_", "-")
+        if flag == "--no-weigh-heads":
+            found += ["--weigh-heads", "false"]
+        else:
+            found += [argument, "true"] if flag == "--weigh-heads" and following.startswith("--") else [argument]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +85,14 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     """
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
-    launch = tyro.cli(Launch, default=Launch(experiment), description=description, config=_CONFIG)
+    launch = tyro.cli(
+        Launch,
+        args=_as_words(sys.argv[1:]),
+        default=Launch(experiment),
+        description=description,
+        config=_CONFIG,
+        registry=_REGISTRY,
+    )
     if scripts.only_read.get():
         raise scripts.Read(launch.experiment)
     run(lambda: _launch(launch))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import cattrs
 from cattrs.strategies import configure_tagged_union
@@ -30,6 +31,9 @@ from mtl_jax.trunks import AnyTrunk, Pretrained
 
 BASELINES = ("none", "constant", "probe")
 DTYPES = ("auto", "float32", "bfloat16")
+HeadWeights = bool | Literal["rule"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,8 @@ class Experiment:
             expression of parameter paths; representation: the trunk's output, the cheapest.
         gram_dtype: In which task gradients are held, and so the trunk's gradient is rounded: float32 or bfloat16. They take K
             times the trainable trunk.
-        weigh_heads: Whether a head's own gradient is multiplied by its task's weight; else it is trained by its plain loss.
+        weigh_heads: Whether a head's own gradient is multiplied by its task's weight, or by 0 where that is negative: true,
+            false (it follows its plain loss), or rule: as the rule's source has it.
         regularisers: Losses beside those of the tasks, which the weighting rule does not see, each with a weight of its own.
         mixout: Mixing parameters with their start while training.
         only: Train these tasks and leave the others out; empty: all.
@@ -117,7 +122,7 @@ class Experiment:
     combinators: tuple[str, ...] = ()
     gram_over: str = "trunk"
     gram_dtype: str = "float32"
-    weigh_heads: bool = True
+    weigh_heads: HeadWeights = "rule"
     regularisers: tuple[AnyRegulariser, ...] = ()
     mixout: Mixout = Mixout()
     only: tuple[str, ...] = ()
@@ -185,6 +190,27 @@ def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
     return rule
 
 
+def weighs_heads(experiment: Experiment, rule: weighting.Rule) -> bool:
+    """Whether a head's own gradient is multiplied by its task's weight."""
+    return rule.weighs_heads if experiment.weigh_heads == "rule" else bool(experiment.weigh_heads)
+
+
+def as_begun(experiment: Experiment, before: Any) -> Experiment:
+    """The experiment, with the heads weighted as in the workdir in which it goes on.
+
+    Before a rule said how its heads are trained, every rule weighted them, and configurations say so by true.
+
+    Args:
+        experiment: The experiment now.
+        before: config.json of the workdir, or None.
+    """
+    if not (isinstance(before, Mapping) and before.get("weigh_heads") is True and experiment.weigh_heads == "rule"):
+        return experiment
+    if not all(rule_of(experiment, phase).weighs_heads for phase in experiment.phases):
+        log.info("weigh_heads is rule, but this workdir was begun with true: its heads go on with weighted gradients")
+    return dataclasses.replace(experiment, weigh_heads=True)
+
+
 def check(experiment: Experiment) -> None:
     """Finds what is wrong with an experiment before anything is read or written.
 
@@ -245,6 +271,8 @@ def check(experiment: Experiment) -> None:
     ):
         if value not in choices:
             raise unknown(field, value, choices)
+    if not isinstance(experiment.weigh_heads, bool) and experiment.weigh_heads != "rule":
+        raise UserError(f"weigh_heads is {experiment.weigh_heads!r}; it must be true, false or rule")
     for field, number in (
         ("evaluation.every", experiment.evaluation.every),
         ("checkpoints.every", experiment.checkpoints.every),
@@ -300,10 +328,17 @@ def tasks_from_json(values: Mapping[str, Any]) -> tuple[AnyTask, ...]:
     return tuple(converter.structure(value, kind) for value in values.values())
 
 
+def _head_weights(value: Any, _: Any) -> HeadWeights:
+    if not isinstance(value, bool) and value != "rule":
+        raise ValueError(f"{value!r} is not true, false or rule")
+    return cast(HeadWeights, value)
+
+
 @functools.cache  # making one takes a tenth of a second
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_structure_hook(float | str, lambda value, _: value)
+    converter.register_structure_hook(HeadWeights, _head_weights)
     configure_tagged_union(AnyTrunk, converter, tag_name="kind")
     configure_tagged_union(AnyTask, converter, tag_name="kind")
     configure_tagged_union(AnyAdapter, converter, tag_name="kind")

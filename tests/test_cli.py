@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import cli
+from mtl_jax import cli, scripts
 from mtl_jax.data.sources import read
 from mtl_jax.prediction import predict
 
@@ -34,6 +34,32 @@ def launch(bert, data, tmp_path, monkeypatch, capsys):
         return 0, capsys.readouterr().err
 
     return launch
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "rule"),
+        (["--weigh-heads", "true"], True),
+        (["--weigh-heads", "false"], False),
+        (["--weigh-heads=rule"], "rule"),
+        (["--weigh_heads", "true", "--seed", "1"], True),
+        (["--weigh-heads"], True),  # it was a switch
+        (["--weigh-heads", "--seed", "1"], True),
+        (["--no-weigh-heads"], False),
+        (["--no_weigh_heads", "--seed", "1"], False),
+    ],
+)
+def test_weigh_heads_on_the_command_line(monkeypatch, flags, expected):
+    monkeypatch.setenv("TINY", "nowhere")
+    with scripts.given(flags):
+        assert scripts.read(tiny.__file__).weigh_heads == expected
+
+
+def test_another_word_for_weigh_heads_is_refused(launch):
+    code, errors = launch("--weigh-heads", "sometimes")
+    assert code == 2
+    assert "'sometimes'" in errors
 
 
 TWO_STEPS = ("--phases.0.steps", "1", "--phases.1.steps", "1")

@@ -70,7 +70,7 @@ def ablate(
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     folder = Path(workdir)
-    planned = plan(experiment, vary, methods, seeds, samples, own_order)
+    planned = plan(folders.as_begun(folder, experiment), vary, methods, seeds, samples, own_order)
     before = folders.check(folder, planned)
     axes = [
         {"fields": [".".join(path) for path in axis.paths], "values": [list(point) for point in axis.points]}

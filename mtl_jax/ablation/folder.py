@@ -8,7 +8,8 @@ from typing import Any
 
 from mtl_jax.ablation.plan import Program, Run, programs
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import completed, from_json, to_json
+from mtl_jax.experiment import Experiment, completed, from_json, to_json
+from mtl_jax.experiment import as_begun as experiment_as_begun
 from mtl_jax.training import workdir as workdirs
 
 RECORD = "ablation.json"
@@ -53,6 +54,13 @@ def opened(folder: Path, record: dict[str, Any]) -> list[Program]:
     return programs(
         [Run(run["run"], run["values"], from_json(config)) for run, config in zip(record["runs"], configs, strict=True)]
     )
+
+
+def as_begun(folder: Path, experiment: Experiment) -> Experiment:
+    """experiment.as_begun, for an ablation that goes on: its runs say how their heads were weighted."""
+    record = workdirs.read_json(folder / RECORD)
+    begun = [of_run(folder, run["run"]) / "config.json" for run in record["runs"]] if record else []
+    return experiment_as_begun(experiment, workdirs.read_json(begun[0])) if begun else experiment
 
 
 def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:

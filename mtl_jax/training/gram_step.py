@@ -179,7 +179,8 @@ def by_gram(
         trunk_gradient = gradients.combine(rounds, weights, order) if gram_over == TRUNK else weighted(weights)
         if weigh_heads:
             head_gradients |= {
-                name: jax.tree.map(lambda leaf, w=weight: w * leaf, head_gradients[name]) for name, weight in weights.items()
+                name: jax.tree.map(lambda leaf, w=weight: jnp.maximum(w, 0.0) * leaf, head_gradients[name])
+                for name, weight in weights.items()
             }
         gradient = {"trunk": trunk_gradient, "heads": head_gradients}
         return Measured(gradient, losses, counts, weights, gram_KxK, rule_state, held={}, held_weights={})

@@ -17,7 +17,7 @@ from mtl_jax import trunks
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
-from mtl_jax.experiment import Experiment, completed, data_seed_of, tasks_to_json, to_json
+from mtl_jax.experiment import Experiment, as_begun, completed, data_seed_of, tasks_to_json, to_json
 from mtl_jax.tasks import Seq2Seq
 from mtl_jax.training import evaluation, generation, left_out, reading, results, starting
 from mtl_jax.training import mesh as meshes
@@ -52,6 +52,8 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     folder = Path(workdir)
+    if not allow_config_change:
+        experiment = as_begun(experiment, workdirs.read_json(folder / "config.json"))
     config = to_json(experiment)
     workdirs.check_writable(folder)
     if (folder / workdirs.MERGED).exists():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gradients, gram_step, holding, idle, own_rows, token_rows, watching
 from mtl_jax.training import mesh as meshes
@@ -29,7 +30,7 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
     vectors = ("tokens",) if any(isinstance(each, Distillation) and each.of == "hidden" for each in plan.held) else ()
     encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, (*needs(tasks), *vectors))
     doubled = any(isinstance(each, RDrop) for each in plan.held)
-    weigh_heads, accumulate = experiment.weigh_heads, experiment.batch.accumulate
+    weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
     most = prepared.schedule.capacity(range(plan.start, plan.end))
     rows = {source: count * (2 if doubled else 1) for source, count in most.items()}
     pieces = jax.process_count() * (2 if doubled else 1)

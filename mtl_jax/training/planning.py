@@ -10,7 +10,7 @@ import jax
 
 from mtl_jax import optimizer as optimizers
 from mtl_jax.errors import UserError
-from mtl_jax.experiment import Experiment, Phase, rule_of
+from mtl_jax.experiment import Experiment, Phase, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_step, regularised
 from mtl_jax.training.step import needs
@@ -114,7 +114,7 @@ def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: 
                 optimizer=optimizers.build(experiment.optimizer, decided, _peak(experiment, phase), phase.steps),
                 cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",) and not vectors,
                 fresh_rule=not same,
-                idle=() if vectors else _idle(experiment, phase, steps, looked_at),
+                idle=() if vectors else _idle(experiment, phase, rule, steps, looked_at),
                 held=held,
                 mixed=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
             )
@@ -149,14 +149,15 @@ def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
     """The rule of a phase; one that compares task gradients gives way to `equal` where no shared parameter trains."""
     rule = rule_of(experiment, phase)
     if per_task(rule) and not trains_trunk:
-        return rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
+        equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
+        return equal._replace(weighs_heads=rule.weighs_heads)  # heads are trained alike in all phases
     return rule
 
 
-def _idle(experiment: Experiment, phase: Phase, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
+def _idle(experiment: Experiment, phase: Phase, rule: Rule, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
     """The tasks whose weight is 0 in all of these steps, and at which no regulariser looks; () where that is every task."""
     weights = phase.weights or ({} if experiment.combinators else experiment.weights)
-    if not experiment.weigh_heads:  # a head learns by its plain loss, whatever the task's weight
+    if not weighs_heads(experiment, rule):  # a head learns by its plain loss, whatever the task's weight
         return ()
     idle = [task for task, weight in weights.items() if not schedules.over(weight, steps, task).any()]
     found = tuple(task for task in idle if task not in looked_at)

@@ -246,7 +246,7 @@ def by_losses(
         rule: The weighting rule.
         trains_trunk: Whether any part of the trunk trains. A frozen trunk is a fixed function: no dropout in it.
         weigh_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum; else it is
-            trained by its plain loss.
+            trained by its plain loss. A head whose weight is below 0 stands still.
         accumulate: Parts of a batch that are gone through one after another. The weights are those of the whole batch: with
             more than one part, a rule that looks at the losses costs a second forward pass.
         held: Regularisers that look at the same forward pass; the rule does not see them.
@@ -290,6 +290,8 @@ def by_losses(
                     return sum(own.values()) + sum(held_weights[name] * loss for name, loss in beside.items())
 
                 gradient = gradient | {"heads": jax.grad(plain)(trained["heads"])}
+            else:
+                gradient = gradient | {"heads": _not_uphill(gradient["heads"], weights)}
             return gradient, losses, (weights, rule_state)
 
         if accumulate == 1:
@@ -304,3 +306,11 @@ def by_losses(
         return Measured(gradient, losses, counts, weights, None, rule_state, beside, held_weights)
 
     return measure
+
+
+def _not_uphill(gradients: dict[str, Any], weights: dict[str, jax.Array]) -> dict[str, Any]:
+    """Gradients of the heads, 0 where the weight that they were multiplied by is negative."""
+    return gradients | {
+        name: jax.tree.map(lambda leaf, w=weight: jnp.where(w < 0, 0.0, leaf), gradients[name])
+        for name, weight in weights.items()
+    }

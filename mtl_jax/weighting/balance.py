@@ -23,7 +23,8 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
     With n_k = |g_k|, the relative inverse training rate r_k = (L_k / L_k(first)) over its mean, and the target
     t_k = mean(w n) r_k^alpha, held constant: w follows the gradient of sum_k |w_k n_k - t_k|, is kept above 0 and rescaled to
     sum to K. The first losses are those of the first step in which a task is present. The paper compares gradients in the last
-    shared layer: set gram_over to it. Departs from it by Adam on w, so that the gradients' scale does not matter.
+    shared layer: set gram_over to it. Departs from it by Adam on w, so that the gradients' scale does not matter. Heads follow
+    their plain losses, as in LibMTL; the paper differentiates the weighted sum by all parameters.
 
     Args:
         alpha: How strongly slow tasks are pulled; not negative.
@@ -59,7 +60,7 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
         new = {"weights": moved_K, "adam": adam_state, "first": first_K, "seen": state["seen"] | present_K}
         return unstack(state["weights"], signals), new
 
-    return Rule(init=init, update=update, needs_gram=True)
+    return Rule(init=init, update=update, needs_gram=True, weighs_heads=False)
 
 
 def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
@@ -67,7 +68,8 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
 
     With h_k the gradient of log(L_k + 1e-8), averaged over steps: h <- h + b_t (h(before) - h), b_t = beta / t^sigma, from the
     first one on: the combined gradient is max_i |h_i| sum_k h_k / |h_k|. The weights are those of the losses, not of their
-    logarithms: w_k = max_i |h_i| / (|h_k| L_k).
+    logarithms: w_k = max_i |h_i| / (|h_k| L_k). Heads follow their plain losses: the lengths are evened out in the trunk only.
+    Departs from the paper and LibMTL there, whose heads follow the logarithms, g / L.
 
     Args:
         beta: Share of the past in the average, 0 to below 1. With 0 there is none, and nothing is kept; else the rule holds
@@ -108,7 +110,7 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
         return changed, {"average": averaged, "seen": seen_K}
 
     transform = Transform(init_average, average) if beta > 0 else None
-    return Rule(init=lambda names: (), update=update, needs_gram=True, transform=transform)
+    return Rule(init=lambda names: (), update=update, needs_gram=True, transform=transform, weighs_heads=False)
 
 
 def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> Rule:
@@ -118,7 +120,8 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
     w <- projection of w - gamma_t (G + rho 1) w onto the simplex, gamma_t = gamma / t^sigma, from 1/K each. The combined
     gradient is sum_k w_k y_k. The weights sum to 1. Tracking removes the bias that one batch's gradients give the weights;
     its state is a gradient of the trunk for each task, in float32, also in every checkpoint. This is the paper's algorithm;
-    the authors' program scales every gradient to the length of its loss first, and takes a softmax for the projection.
+    the authors' program scales every gradient to the length of its loss first, and takes a softmax for the projection. Heads
+    follow their plain losses, as in LibMTL.
 
     Args:
         beta: Share of the new gradient in the tracked one, above 0, to 1.
@@ -159,7 +162,7 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
         tracked = jax.tree.map(lambda old, new: old + _rows(new_K, old) * (new - old), state["tracked"], gradients)
         return tracked, {"tracked": tracked, "done": state["done"] + 1}
 
-    return Rule(init=init, update=update, needs_gram=True, transform=Transform(init_tracked, track))
+    return Rule(init=init, update=update, needs_gram=True, transform=Transform(init_tracked, track), weighs_heads=False)
 
 
 def graddrop(leak: float = 0.0) -> Rule:
@@ -167,7 +170,8 @@ def graddrop(leak: float = 0.0) -> Rule:
 
     In a coordinate with P = (1 + sum_k g_k / sum_k |g_k|) / 2 and U uniform from 0 to 1: gradients above 0 stay where P > U,
     those below 0 where P < U; the others are multiplied by the leak. The gradient is the sum: the weights are 1. Departs from
-    the paper, which does this to activations' gradients: here it is done to the shared parameters' gradients.
+    the paper, which does this to activations' gradients: here it is done to the shared parameters' gradients. Heads follow
+    their plain losses, as in the paper.
 
     Args:
         leak: Share of a dropped gradient that stays, 0 to 1; 1 is the plain sum.
@@ -195,7 +199,7 @@ def graddrop(leak: float = 0.0) -> Rule:
             kept.append(jnp.stack([jnp.where(stay, row, leak * row) for stay, row in zip(stays, rows, strict=True)]))
         return jax.tree.unflatten(treedef, kept), state
 
-    return Rule(init=lambda names: (), update=update, transform=Transform(lambda gradients: (), drop))
+    return Rule(init=lambda names: (), update=update, transform=Transform(lambda gradients: (), drop), weighs_heads=False)
 
 
 def _rows(values_K: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -55,6 +55,9 @@ class Rule(NamedTuple):
         objective: (state, Signals) to f32[], where the weights are the derivative of one number by the losses; else None.
         transform: Set where the rule changes the task gradients; Signals.gram is then that of the changed ones.
         due: (state) to bool[], where the rule looks at the Gram matrix in some steps only; else None.
+        weighs_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum of losses. False:
+            the weights are for what the tasks share, and every head follows its plain loss. Where it is True, a head whose
+            weight is below 0 stands still: it never climbs its own loss.
     """
 
     init: Callable[[Sequence[str]], Any]
@@ -63,6 +66,7 @@ class Rule(NamedTuple):
     objective: Callable[[Any, Signals], jax.Array] | None = None
     transform: Transform | None = None
     due: Callable[[Any], jax.Array] | None = None
+    weighs_heads: bool = True
 
 
 def weighted_sum(weights: Weights, losses: dict[str, jax.Array]) -> jax.Array:

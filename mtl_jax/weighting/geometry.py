@@ -24,7 +24,7 @@ def pcgrad(order: str = "random") -> Rule:
     """Each gradient minus its components against the others, summed (Yu et al. 2020).
 
     For each task i in turn over the other tasks j: if g_i' . g_j < 0, g_i' -= (g_i' . g_j / |g_j|^2) g_j. The gradient is
-    sum_i g_i'. Without conflict all weights are 1.
+    sum_i g_i'. Without conflict all weights are 1. Heads follow their plain losses, as in LibMTL.
 
     Args:
         order: The order of j: random (drawn from the step's key for each task, as in the paper) or sorted.
@@ -39,7 +39,7 @@ def pcgrad(order: str = "random") -> Rule:
         weights_K, _ = _turn_apart(signals, order, aims_KxK, beta=0.0)
         return unstack(weights_K, signals), state
 
-    return Rule(init=lambda names: (), update=update, needs_gram=True)
+    return Rule(init=lambda names: (), update=update, needs_gram=True, weighs_heads=False)
 
 
 def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
@@ -47,7 +47,8 @@ def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
 
     For each task i in turn over the other tasks j, with c the cosine of g_i' and g_j and t_ij its running mean, 0 at the start:
     if c < t_ij, g_i' += |g_i'| (t sqrt(1 - c^2) - c sqrt(1 - t^2)) / (|g_j| sqrt(1 - t^2)) g_j; then
-    t_ij <- (1 - beta) t_ij + beta c. The gradient is sum_i g_i'. In the first step it is that of pcgrad.
+    t_ij <- (1 - beta) t_ij + beta c. The gradient is sum_i g_i'. In the first step it is that of pcgrad. Heads follow their
+    plain losses, as in LibMTL.
 
     Args:
         beta: Share of the new cosine in the running mean, 0 to 1.
@@ -63,7 +64,7 @@ def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
         weights_K, aims_KxK = _turn_apart(signals, order, aims_KxK, beta)
         return unstack(weights_K, signals), aims_KxK
 
-    return Rule(init=lambda names: jnp.zeros((len(names), len(names))), update=update, needs_gram=True)
+    return Rule(init=lambda names: jnp.zeros((len(names), len(names))), update=update, needs_gram=True, weighs_heads=False)
 
 
 def _turn_apart(signals: Signals, order: str, aims_KxK: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
@@ -102,7 +103,8 @@ def imtl_g() -> Rule:
     """The combination whose projections onto all unit gradients are equal (Liu et al. 2021, IMTL-G).
 
     (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative. Where gradients are dependent, or
-    zero, it is the least-squares solution in unit gradients; zero gradients then have weight 0.
+    zero, it is the least-squares solution in unit gradients; zero gradients then have weight 0. Heads follow their plain
+    losses: the paper has it for the shared parameters, beside imtl_l for the heads.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
@@ -120,7 +122,8 @@ def imtl_g() -> Rule:
 def aligned() -> Rule:
     """The mean of the gradients after all singular values of J became the smallest one (Senushkin et al. 2023, Aligned-MTL).
 
-    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero.
+    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero. The weights may be negative.
+    Heads follow their plain losses, as in LibMTL.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
@@ -137,7 +140,8 @@ def aligned() -> Rule:
 def config() -> Rule:
     """The direction with equal cosine to every gradient, as long as the gradients' projections on it (Liu et al. 2025, ConFIG).
 
-    With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u.
+    With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u. The weights may be negative. Heads follow their plain
+    losses, as in TorchJD.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
@@ -156,6 +160,7 @@ def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
     A task's score is the sum of |g_i - g_j|^2 over its K - n_byzantine - 2 nearest other tasks; the n_selected tasks with the
     lowest scores have weight 1 / n_selected, the others 0. The weights sum to 1. Departs from the paper, which asks for
     K >= n_byzantine + 3: with fewer tasks the nearest single one is looked at. Tasks that tie for the last place share it.
+    Heads follow their plain losses, as in TorchJD, so those of the other tasks train, too.
 
     Args:
         n_byzantine: Tasks that may be wrong; not negative.
@@ -187,4 +192,4 @@ def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
         weights_K = below_K + tied_K * (selected - below_K.sum()) / jnp.maximum(tied_K.sum(), 1)
         return unstack(weights_K / selected, signals), state
 
-    return Rule(init=init, update=update, needs_gram=True)
+    return Rule(init=init, update=update, needs_gram=True, weighs_heads=False)

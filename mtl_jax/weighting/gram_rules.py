@@ -21,13 +21,13 @@ from mtl_jax.weighting.options import number
 Weigh = Callable[[jax.Array, jax.Array, jax.Array, Signals], jax.Array]
 
 
-def stateless(weigh: Weigh) -> Rule:
+def stateless(weigh: Weigh, weighs_heads: bool = False) -> Rule:
     """A rule without state from the Gram matrix to the weights; rows of absent tasks are 0."""
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         return unstack(weigh(*scaled_gram(signals), signals), signals), state
 
-    return Rule(init=lambda names: (), update=update, needs_gram=True)
+    return Rule(init=lambda names: (), update=update, needs_gram=True, weighs_heads=weighs_heads)
 
 
 def scaled_gram(signals: Signals) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -41,7 +41,8 @@ def scaled_gram(signals: Signals) -> tuple[jax.Array, jax.Array, jax.Array]:
 def mgda() -> Rule:
     """The shortest vector in the convex hull of the gradients (Desideri 2012; Sener and Koltun 2018).
 
-    w = argmin over the simplex of w^T G w. It conflicts with no task. The weights sum to 1.
+    w = argmin over the simplex of w^T G w. It conflicts with no task. The weights sum to 1. Heads follow their plain losses, as
+    in the second paper and in LibMTL.
     """
     return stateless(lambda gram_KxK, scale, present_K, signals: solvers.min_norm(gram_KxK, present_K=present_K))
 
@@ -50,7 +51,8 @@ def cagrad(c: float = 0.4) -> Rule:
     """The direction near the mean gradient g_0 that helps the worst task most (Liu et al. 2021).
 
     g = g_0 + c |g_0| g_w / |g_w|, with w = argmin over the simplex of g_w . g_0 + c |g_0| |g_w|, g_w = sum_i w_i g_i. Not
-    rescaled by 1 / (1 + c^2). The weights sum to 1 + c |g_0| / |g_w|; c = 0, or a g_w of 0, is the mean.
+    rescaled by 1 / (1 + c^2). The weights sum to 1 + c |g_0| / |g_w|; c = 0, or a g_w of 0, is the mean. Heads follow their
+    plain losses, as in LibMTL.
 
     Args:
         c: Radius around the mean gradient, in units of its norm; not negative, and below 1 for the paper's convergence.
@@ -84,7 +86,7 @@ def sdmgrad(lam: float = 0.3) -> Rule:
 
     g = (g_w + lam g_0) / (1 + lam), with w = argmin over the simplex of |g_w + lam g_0|^2. lam = 0 is MGDA, and for a large lam
     it is the mean. The weights sum to 1. Departs from the paper: w is solved for, where the paper takes steps towards it with
-    gradients of three independent batches.
+    gradients of three independent batches. Heads follow their plain losses, as in LibMTL.
 
     Args:
         lam: The pull towards the mean; not negative.
@@ -105,7 +107,8 @@ def sdmgrad(lam: float = 0.3) -> Rule:
 def upgrad() -> Rule:
     """The mean of the gradients' projections onto the cone that conflicts with none (Quinton and Rey 2024).
 
-    w = (1/K) sum_k argmin of v^T G v over v >= e_k. Without conflict every weight is 1/K.
+    w = (1/K) sum_k argmin of v^T G v over v >= e_k. Without conflict every weight is 1/K. Heads follow their plain losses, as
+    in the authors' TorchJD.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
@@ -119,7 +122,7 @@ def upgrad() -> Rule:
 def dualproj() -> Rule:
     """The mean gradient projected onto the cone that conflicts with no task (Lopez-Paz and Ranzato 2017, GEM).
 
-    w = argmin of v^T G v over v >= 1/K. Without conflict every weight is 1/K.
+    w = argmin of v^T G v over v >= 1/K. Without conflict every weight is 1/K. Heads follow their plain losses, as in TorchJD.
     """
     return stateless(lambda gram_KxK, scale, present_K, signals: solvers.into_dual_cone(gram_KxK, share(present_K), present_K))
 
@@ -130,7 +133,7 @@ def fairgrad(alpha: float = 1.0) -> Rule:
     alpha = 1 is the Nash bargaining solution (Navon et al. 2022). If all gradients grow by t, the weights shrink by
     t^(-2 alpha / (1 + alpha)): for alpha = 1 the combined gradient does not depend on the gradients' scale. Departs from the
     paper by 1e-6 on the diagonal of the cosines: opposite gradients would have no finite solution. A gradient of 0, which has
-    none either, gets the mean of the other weights.
+    none either, gets the mean of the other weights. Heads are weighted, as in the authors' program and in LibMTL.
 
     Args:
         alpha: Above 0; the larger, the more the worst task counts.
@@ -140,7 +143,8 @@ def fairgrad(alpha: float = 1.0) -> Rule:
     """
     number("weighting fairgrad: alpha", alpha, above=0)
     return stateless(
-        lambda gram_KxK, scale, present_K, signals: _alpha_fair(gram_KxK, present_K, alpha) * scale ** (-alpha / (1 + alpha))
+        lambda gram_KxK, scale, present_K, signals: _alpha_fair(gram_KxK, present_K, alpha) * scale ** (-alpha / (1 + alpha)),
+        weighs_heads=True,
     )
 
 
@@ -149,7 +153,7 @@ def nash(max_norm: float = 1.0) -> Rule:
 
     That is fairgrad(alpha=1): the combined gradient does not depend on the gradients' scale, and |g|^2 = K; then, as the
     authors' program does, g is scaled down to max_norm. Theirs solves a sequence of convex problems on the host; here it is
-    Newton's method on the device.
+    Newton's method on the device. Heads are weighted, as in the authors' program and in LibMTL.
 
     Args:
         max_norm: Largest norm of the combined gradient, above 0; inf leaves it alone.
@@ -164,7 +168,7 @@ def nash(max_norm: float = 1.0) -> Rule:
         norm = jnp.sqrt(jnp.maximum(w_K @ gram_KxK @ w_K, 0.0))  # does not depend on the scale
         return w_K * jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12)) / jnp.sqrt(scale)
 
-    return stateless(weigh)
+    return stateless(weigh, weighs_heads=True)
 
 
 def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> jax.Array:

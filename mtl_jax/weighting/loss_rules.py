@@ -21,7 +21,8 @@ def uncertainty(learning_rate: float = 1e-2) -> Rule:
     """Weights from learned task uncertainties (Kendall, Gal and Cipolla 2018).
 
     The objective is sum_k exp(-s_k) L_k / 2 + s_k / 2 with s_k = log sigma_k^2, 0 at the start, so the weights are
-    exp(-s_k) / 2: 1/2 each at the start, 1 / (2 L_k) at the optimum. Departs from the paper: s has an Adam of its own.
+    exp(-s_k) / 2: 1/2 each at the start, 1 / (2 L_k) at the optimum. Departs from the paper: s has an Adam of its own. Heads
+    are weighted, as in the paper: they follow the objective like all else.
 
     Args:
         learning_rate: Of s, above 0.
@@ -41,7 +42,8 @@ def imtl_l(learning_rate: float = 1e-2) -> Rule:
     """Learned scales that bring all losses to the same size (Liu et al. 2021, IMTL-L).
 
     The objective is sum_k exp(s_k) L_k - s_k with s = 0 at the start, so the weights are exp(s_k): 1 each at the start,
-    1 / L_k at the optimum. Departs from the paper: s has an Adam of its own.
+    1 / L_k at the optimum. Departs from the paper: s has an Adam of its own. Heads are weighted, as in the paper, whose task
+    parameters follow the scaled losses.
 
     Args:
         learning_rate: Of s, above 0.
@@ -87,7 +89,8 @@ def dwa(temperature: float = 2.0) -> Rule:
     """Dynamic weight averaging: tasks whose loss falls slowly get more weight (Liu, Johns and Davison 2019).
 
     w_k = K softmax_k(r_k / temperature), with r_k = L_k(t-1) / L_k(t-2); 1 for a task that was seen less than twice. The
-    weights sum to K. The paper takes epoch means of the losses; here a step stands for an epoch.
+    weights sum to K. The paper takes epoch means of the losses; here a step stands for an epoch. Heads are weighted, as in the
+    paper and in LibMTL.
 
     Args:
         temperature: Above 0; the larger, the more equal the weights.
@@ -119,7 +122,7 @@ def dwa(temperature: float = 2.0) -> Rule:
 def rlw(distribution: str = "normal") -> Rule:
     """Random loss weighting: weights drawn anew at each step (Lin et al. 2022).
 
-    The weights sum to 1; so does their mean over steps, 1/K each.
+    The weights sum to 1; so does their mean over steps, 1/K each. Heads are weighted: the paper draws weights of the losses.
 
     Args:
         distribution: normal (softmax of standard normal draws, the paper's main choice) or dirichlet (uniform on the simplex).
@@ -142,7 +145,8 @@ def rlw(distribution: str = "normal") -> Rule:
 def gls() -> Rule:
     """Geometric loss strategy: the geometric mean of the losses (Chennupati et al. 2019).
 
-    The objective is (prod_k L_k)^(1/K), so the weights are that over K L_k. Weights times losses sum to the objective.
+    The objective is (prod_k L_k)^(1/K), so the weights are that over K L_k. Weights times losses sum to the objective. Heads
+    are weighted: they follow the objective like all else.
     """
 
     def log_mean(signals: Signals) -> tuple[jax.Array, jax.Array]:
@@ -161,7 +165,8 @@ def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
 
     The objective is mu log sum_k exp((L_k - ideal) / mu), so the weights are softmax_k(L_k / mu) and sum to 1. All
     preferences are equal, and the losses are taken as they are, as in the paper's definition; its program for multi-task
-    training takes their logarithms relative to the losses of a warm-up.
+    training takes their logarithms relative to the losses of a warm-up. Heads are weighted: they follow the objective like all
+    else.
 
     Args:
         mu: Above 0; towards 0 the largest loss alone counts, towards infinity all count the same.
@@ -187,7 +192,8 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
 
     With z = softmax(xi) and D_k = L_k - lowest: weights z_k / D_k, scaled to sum to 1. xi follows, by Adam with decay, the
     change of log D from one step to the next through the softmax. Departs from the paper: the loss after a step is that of
-    the next step's batch, not of the same batch evaluated again, which would cost another forward pass.
+    the next step's batch, not of the same batch evaluated again, which would cost another forward pass. Heads are weighted, as
+    in the authors' program and in LibMTL.
 
     Args:
         learning_rate: Of xi, above 0.
@@ -229,7 +235,7 @@ def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] =
     w_k <- w_k exp(rate E_k / E_k(first)), scaled to sum to 1, with E_k = max(L_k - reference_k, 0), the first one at least 1 %
     of the first loss. With the lowest losses given, for example those of single-task training, noisy tasks, whose loss stays
     high whatever is done, take no weight from the others; with the default of 0 the loss itself counts. Departs from the paper,
-    which estimates E_k from the curvature of every task.
+    which estimates E_k from the curvature of every task. Heads are weighted, as in LibMTL.
 
     Args:
         learning_rate: Of the logarithms of the weights, above 0.

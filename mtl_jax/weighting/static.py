@@ -15,7 +15,10 @@ from mtl_jax.weighting.schedules import Schedule, at, parse
 
 
 def equal() -> Rule:
-    """Every weight is 1: the plain sum of the losses (Caruana 1997). The weights sum to K."""
+    """Every weight is 1: the plain sum of the losses (Caruana 1997). The weights sum to K.
+
+    Heads are weighted: it is one sum of losses. Alone, that is their plain losses.
+    """
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         return unstack(jnp.ones(len(signals.losses)), signals), state
@@ -25,6 +28,8 @@ def equal() -> Rule:
 
 def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
     """Given weights: L_target + lambda L_source is fixed({"target": 1, "source": lam}).
+
+    Heads are weighted: it is one sum of losses.
 
     Args:
         weights: {task: weight}; a weight is a number that is finite and not negative, or an optax schedule of the step.
@@ -59,6 +64,8 @@ def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
 
 def scheduled(weights: Mapping[str, float | str | Schedule]) -> Rule:
     """Weights that change with the step: an optax schedule for each task. Their sum is the user's.
+
+    Heads are weighted: it is one sum of losses.
 
     Args:
         weights: {task: weight}; a number, an optax schedule, or the call that makes one as text, so that it can stand in a

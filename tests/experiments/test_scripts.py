@@ -52,10 +52,13 @@ def test_weighting_methods(wheels, tmp_path):
     flags = ["--workdir", str(tmp_path), "--tasks", "tweets", "movies", "--steps", "2", "--limit", "60", "--seeds", "3"]
     done = start("weighting_methods.py", *flags, "--rules", "mgda")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in tmp_path.glob("*-3")) == ["alone-movies-3", "alone-tweets-3", "mgda-3"]
+    runs = ["alone-movies-3", "alone-tweets-3", "mgda-plain-3", "mgda-weighted-3"]
+    assert sorted(p.name for p in tmp_path.glob("*-3")) == runs
     table = (tmp_path / "table.md").read_text()
     assert table in done.stdout
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["(each alone)", "mgda"]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    assert [row[1:3] for row in cells[2:]] == [["(each alone)", ""], ["mgda", "plain"]]
+    assert cells[0][-3:-1] == ["change %, heads plain", "change %, heads weighted"]
     again = start("weighting_methods.py", *flags, "--rules", "mgda")
     assert table in again.stdout
     assert "is done" in again.stderr

@@ -91,11 +91,11 @@ def test_the_combined_gradient_follows_the_weights(bert, data):
 
 def test_heads_may_keep_their_plain_gradient(bert, data):
     found = {}
-    for weigh in (True, False):
+    for weigh in (True, "rule"):  # mgda's source leaves heads alone
         prepared, batch, state = set_up(bert, data, weighting="mgda", weigh_heads=weigh)
         frozen = jax.tree.map(lambda _: None, prepared.params)
         found[weigh] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
-    for task, gradient in found[False].gradient["heads"].items():
+    for task, gradient in found["rule"].gradient["heads"].items():
         weighted = jax.tree.map(lambda leaf, w=found[True].weights[task]: w * leaf, gradient)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True].gradient["heads"][task], weighted)
 
@@ -288,6 +288,29 @@ def test_loss_rules_may_leave_the_heads_alone(bert, data):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True]["heads"][task], weighted)
 
 
+@pytest.mark.parametrize("needs_gram", [False, True])
+def test_no_head_climbs_its_loss(bert, data, needs_gram):
+    """The trunk follows a negative weight; the head stands still then."""
+    weights = {"rating": -3.0, "coarse": 2.0, "fine": 0.0}
+    rule = weighting.Rule(
+        init=lambda names: (),
+        update=lambda state, signals: ({task: jnp.float32(weights[task]) for task in signals.losses}, state),
+        needs_gram=needs_gram,
+    )
+    prepared, batch, state = set_up(bert, data)
+    frozen = jax.tree.map(lambda _: None, prepared.params)
+    plan = prepared.plans[0]
+    plain = jax.jit(measure(prepared, plan))(prepared.params, frozen, batch, None, state).gradient["heads"]
+    found = jax.jit(measure(prepared, plan._replace(rule=rule)))(prepared.params, frozen, batch, None, state).gradient
+    rows = jacobian(prepared, batch)
+    expected = sum(weights[task] * row for task, row in rows.items())
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found["trunk"])])
+    np.testing.assert_allclose(flat, expected, atol=1e-4 * np.abs(expected).max())
+    for task, factor in {"rating": 0.0, "coarse": 2.0, "fine": 0.0}.items():
+        expected = jax.tree.map(lambda leaf, w=factor: w * leaf, plain[task])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found["heads"][task], expected)
+
+
 def test_graddrop_is_its_definition(bert, data):
     """On the gradients of K backward passes: every coordinate of the combined gradient is the sum of one sign."""
     prepared, batch, state = set_up(bert, data, weighting="graddrop")
@@ -306,7 +329,7 @@ def test_graddrop_is_its_definition(bert, data):
 
 def test_where_a_rule_is_not_due_the_step_is_plain(bert, data):
     """every(k=2): a Gram step, then a plain one with the same weights, whose metrics say that nothing was compared."""
-    prepared, batch, state = set_up(bert, data, weighting="mgda", combinators=("every:k=2",))
+    prepared, batch, state = set_up(bert, data, weighting="mgda", combinators=("every:k=2",), weigh_heads=True)
     plan = prepared.plans[0]
     step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
     state, first = step(state, batch, None)

@@ -65,6 +65,7 @@ def test_who_is_idle(bert, data):
         return prepare(tiny.experiment(bert, data, weighting="fixed", weights=weights, **changes)).plans[0].idle
 
     assert idle(weights) == ("coarse", "fine")
+    assert idle(weights, weigh_heads=True) == ("coarse", "fine")
     assert idle(weights, weigh_heads=False) == ()  # heads learn by their plain losses
     assert idle(dict.fromkeys(weights, 0.0)) == ()
 

@@ -1,0 +1,94 @@
+"""Whether a task's weight reaches its head: each rule says it, its docstring and the guide say the same."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+from mtl_jax import weighting
+from mtl_jax.errors import UserError
+from mtl_jax.experiment import as_begun, check, from_json, rule_of, to_json, weighs_heads
+from mtl_jax.training import workdir as workdirs
+from mtl_jax.weighting import COMBINATORS, RULES
+
+# As in LibMTL, and for rules that it does not have as in their papers or in TorchJD.
+PLAIN = {
+    *("mgda", "pcgrad", "gradvac", "cagrad", "aligned", "moco", "sdmgrad", "gradnorm", "imtl_g", "db_mtl", "graddrop"),
+    *("upgrad", "dualproj", "config", "krum"),
+}
+GUIDE = Path(__file__).parents[2] / "docs" / "weighting.md"
+
+
+def made(name):
+    return weighting.make(name, **({"weights": {"a": 1.0}} if name in ("fixed", "scheduled") else {}))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_and_its_docstring_say_how_heads_are_trained(name):
+    said = " ".join((RULES[name].__doc__ or "").split())
+    assert made(name).weighs_heads == (name not in PLAIN)
+    assert ("Heads follow their plain losses" in said) == (name in PLAIN)
+    assert ("Heads are weighted" in said) == (name not in PLAIN)
+
+
+def test_the_guide_lists_every_rule_once():
+    rows = re.findall(r"^\| (weighted|plain) \| (.*?) \|", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = [(name, heads) for heads, names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted(listed) == sorted((name, "plain" if name in PLAIN else "weighted") for name in RULES)
+
+
+@pytest.mark.parametrize("name", COMBINATORS)
+def test_combinators_leave_the_heads_to_the_rule(name):
+    text = {"every": "every:k=2", "subset": "subset:s=1"}.get(name, name)
+    assert not weighting.combine(weighting.mgda(), text).weighs_heads
+    assert weighting.combine(weighting.nash(), text).weighs_heads
+
+
+def test_a_rule_of_ones_own_weighs_heads_unless_it_says_otherwise():
+    assert weighting.Rule(init=tuple, update=lambda state, signals: ({}, state)).weighs_heads
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "expected"),
+    [("rule", "mgda", False), ("rule", "nash", True), (True, "mgda", True), (False, "nash", False)],
+)
+def test_an_experiment_may_say_otherwise(setting, name, expected):
+    experiment = tiny.experiment("bert", "data", weighting=name, weigh_heads=setting)
+    check(experiment)
+    assert weighs_heads(experiment, rule_of(experiment, experiment.phases[0])) is expected
+
+
+@pytest.mark.parametrize("setting", ["sometimes", 1, None])
+def test_another_word_is_refused(setting):
+    with pytest.raises(UserError, match=f"weigh_heads is {setting!r}; it must be true, false or rule"):
+        check(tiny.experiment("bert", "data", weigh_heads=setting))
+
+
+@pytest.mark.parametrize("setting", [True, False, "rule"])
+def test_the_setting_is_kept_in_a_workdir(setting):
+    written = json.dumps(to_json(tiny.experiment("bert", "data", weigh_heads=setting)))
+    opened = from_json(json.loads(written)).weigh_heads
+    assert (opened, type(opened)) == (setting, type(setting))
+
+
+@pytest.mark.parametrize("name", ["equal", "mgda"])
+def test_a_workdir_of_before_goes_on_as_it_was(tmp_path, caplog, name):
+    """Its configuration says true, which was the default; the same script now says rule. Only mgda makes a difference."""
+    caplog.set_level("INFO", logger="mtl_jax")
+    now = tiny.experiment("bert", "data", weighting=name)
+    before = to_json(dataclasses.replace(now, weigh_heads=True))
+    workdirs.write_json(tmp_path / "config.json", before)
+    going_on = as_begun(now, before)
+    assert going_on.weigh_heads is True
+    assert not workdirs.changed(tmp_path, to_json(going_on), allow_change=False)
+    assert ("its heads go on with weighted gradients" in caplog.text) == (name == "mgda")
+
+
+@pytest.mark.parametrize(("before", "now"), [("rule", "rule"), (False, "rule"), (True, False), (True, True), (None, "rule")])
+def test_other_workdirs_are_not_reinterpreted(before, now):
+    experiment = tiny.experiment("bert", "data", weighting="mgda", weigh_heads=now)
+    config = None if before is None else to_json(dataclasses.replace(experiment, weigh_heads=before))
+    assert as_begun(experiment, config) == experiment

@@ -27,10 +27,12 @@ class Optimizer:
     Attributes:
         name: adamw, adam or sgd.
         learning_rate: Peak rate, for phases that name none of their own.
-        schedule: After the warm-up: constant; linear or cosine decay to 0 at the end of the phase; or inverse_sqrt, with the
-            square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does not depend on the end;
-            or slanted_triangular (Howard and Ruder, 2018), which rises from peak / ratio and falls back to it.
-        warmup: Share of a phase's steps over which the rate rises: from 0, but for slanted_triangular.
+        schedule: After the warm-up: constant; linear or cosine decay that would reach 0 in the step after the phase's last; or
+            inverse_sqrt, with the square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does
+            not depend on the end; or slanted_triangular (Howard and Ruder, 2018), which rises from peak / ratio and falls back
+            to it.
+        warmup: Share of a phase's steps over which the rate rises, to its peak in the last of them: from one step above 0, but
+            for slanted_triangular.
         ratio: For slanted_triangular: the highest rate over the lowest.
         weight_decay: AdamW's decoupled decay, on parameters of two and more dimensions only (no biases, no norms).
         clip_norm: Largest norm of the trainable part's gradient; 0 for no clipping.
@@ -75,20 +77,31 @@ def check_rule(config: Optimizer, rule: ParamRule) -> None:
 
 
 def schedule(config: Optimizer, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate by step of the phase."""
+    """Learning rate by step of the phase, 0 in none of them.
+
+    Steps count from 0. Of W steps of warm-up, step t has the share (t + 1) / W of the peak; of the N steps of the phase, the
+    last one has 1 / (N - W + 1) of it with a linear schedule, or 1 / N where there is no warm-up.
+    """
     warmup = round(config.warmup * steps)
     if config.schedule == "slanted_triangular":
         return slanted_triangular(peak, steps, warmup, config.ratio)
     rise = optax.linear_schedule(0.0, peak, warmup)
-    rest = max(1, steps - warmup)
+    # The first step of a warm-up from exactly 0 would be wasted: count from 1, to one more.
+    counted = 1 if warmup else 0
+    rest = max(1, steps + counted - warmup)
     fall = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "cosine": lambda step: _cosine(peak, rest, step),
         "inverse_sqrt": lambda step: peak * jax.lax.rsqrt(1.0 + jnp.asarray(step, jnp.float32) / max(1, warmup)),
     }[config.schedule]
-    # The first step of a warm-up from exactly 0 would be wasted: count from 1.
-    return lambda step: optax.join_schedules([rise, fall], [warmup])(step + (1 if warmup else 0))
+    return lambda step: optax.join_schedules([rise, fall], [warmup])(step + counted)
+
+
+def _cosine(peak: float, steps: int, step: Any) -> jax.Array:
+    """peak * (1 + cos(pi step / steps)) / 2; written as a square, since in float32 the sum is 0 long before the end."""
+    left = 1.0 - jnp.minimum(jnp.asarray(step, jnp.float32), steps) / steps
+    return peak * jnp.sin(0.5 * jnp.pi * left) ** 2
 
 
 def slanted_triangular(peak: float, steps: int, cut: int, ratio: float = 32.0) -> optax.Schedule:

@@ -242,7 +242,9 @@ def check(experiment: Experiment) -> None:
         if phase.mixture or phase.shares:
             mixture.check(phase.mixture, "", phase.shares, f"phases.{phase.name}")
         rule_of(experiment, phase).init([task.name for task in experiment.tasks])
-        weighting.check_steps(phase.weights or experiment.weights, range(start, start + phase.steps))
+        steps = range(start, start + phase.steps)
+        weighting.check_steps(phase.weights or experiment.weights, steps)
+        _check_some_weight(experiment, phase, steps)
         start += phase.steps
     for task in experiment.tasks:
         if task.source not in [s.name for s in experiment.sources]:
@@ -289,6 +291,19 @@ def check(experiment: Experiment) -> None:
     batches.check(experiment.batch)
     optimizers.check(experiment.optimizer)
     averaging.make(experiment.averaging)
+
+
+def _check_some_weight(experiment: Experiment, phase: Phase, steps: range) -> None:
+    """Raises UserError where all given weights are 0 in all steps of a phase, and nothing else moves a parameter."""
+    weights = phase.weights or ({} if experiment.combinators else experiment.weights)
+    if not weights or experiment.regularisers or not weighs_heads(experiment, rule_of(experiment, phase)):
+        return
+    if not any(weighting.schedules.over(weight, steps, task).any() for task, weight in weights.items()):
+        where = f"phases.{phase.name}.weights" if phase.weights else "weights"
+        raise UserError(
+            f"{where}: every task's weight is 0 in all steps of phase {phase.name!r}, so nothing would be learned; give one "
+            "task a weight above 0"
+        )
 
 
 _NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")

@@ -10,11 +10,21 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.weighting import solvers
-from mtl_jax.weighting.base import Rule, Signals, Transform, Weights, present, share, stack, unstack
+from mtl_jax.weighting.base import (
+    SMALLEST,
+    TINY,
+    Rule,
+    Signals,
+    Transform,
+    Weights,
+    above_zero,
+    present,
+    share,
+    stack,
+    unstack,
+)
 from mtl_jax.weighting.gram_rules import scaled_gram
 from mtl_jax.weighting.options import number
-
-TINY = 1e-30
 
 
 def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
@@ -69,7 +79,8 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
     With h_k the gradient of log(L_k + 1e-8), averaged over steps: h <- h + b_t (h(before) - h), b_t = beta / t^sigma, from the
     first one on: the combined gradient is max_i |h_i| sum_k h_k / |h_k|. The weights are those of the losses, not of their
     logarithms: w_k = max_i |h_i| / (|h_k| L_k). Heads follow their plain losses: the lengths are evened out in the trunk only.
-    Departs from the paper and LibMTL there, whose heads follow the logarithms, g / L.
+    Departs from the paper and LibMTL there, whose heads follow the logarithms, g / L; and by what a loss, or a task gradient's
+    length, counts for at least: a millionth of the largest one, as a loss of 0 would stretch its noise to the length of all.
 
     Args:
         beta: Share of the past in the average, 0 to below 1. With 0 there is none, and nothing is kept; else the rule holds
@@ -82,14 +93,19 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
     number("weighting db_mtl: beta", beta, least=0, below=1)
     number("weighting db_mtl: sigma", sigma, least=0)
 
+    def loss(signals: Signals) -> jax.Array:
+        return above_zero(stack(signals.losses), present(signals)) + 1e-8
+
     def log_scale(signals: Signals) -> jax.Array:
-        return jnp.where(present(signals), 1 / (jnp.maximum(stack(signals.losses), 0.0) + 1e-8), 0.0)
+        return jnp.where(present(signals), 1 / loss(signals), 0.0)
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         gram_KxK, _, _ = scaled_gram(signals)
         norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
         longest = jnp.max(norm_K * log_scale(signals))  # |h| = |g| / L
-        weights_K = jnp.where(norm_K > 0, jnp.minimum(longest / jnp.where(norm_K > 0, norm_K, 1.0), 1e30), 0.0)
+        # A gradient that is nothing beside the others is not stretched to their length: it is noise.
+        weights_K = longest / jnp.maximum(norm_K, jnp.maximum(SMALLEST * norm_K.max(), TINY))
+        weights_K = jnp.where(norm_K > 0, weights_K, 0.0)
         return unstack(weights_K, signals), state
 
     def init_average(gradients: Any) -> Any:
@@ -105,7 +121,7 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
             lambda old, new: _rows(past_K, old) * old + _rows((1 - past_K) * scale_K, new) * new, state["average"], gradients
         )
         # Handed on as gradients of the losses, L h: so the weights are in the units of any rule's, also for heads.
-        back_K = jnp.where(present_K, stack(signals.losses) + 1e-8, 0.0)
+        back_K = jnp.where(present_K, loss(signals), 0.0)
         changed = jax.tree.map(lambda leaf: _rows(back_K, leaf) * leaf, averaged)
         return changed, {"average": averaged, "seen": seen_K}
 

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 Weights = dict[str, jax.Array]
 
+SMALLEST = 1e-6  # of the largest loss: what a loss counts for at least, where a weight is one over it
+TINY = 1e-30  # in place of a number of zero, where a logarithm or a quotient is taken
+
 
 class Signals(NamedTuple):
     """What a rule may look at.
@@ -92,3 +95,12 @@ def present(signals: Signals) -> jax.Array:
 def share(present_K: jax.Array) -> jax.Array:
     """f32[K]: one over the number of present tasks, 0 for absent ones."""
     return present_K / jnp.maximum(present_K.sum(), 1)
+
+
+def above_zero(losses_K: jax.Array, present_K: jax.Array) -> jax.Array:
+    """f32[K]: losses to be divided by: none below SMALLEST of the largest of the present ones; all alike where all are 0.
+
+    A loss of exactly 0 is one that float32 cannot tell from 0; its gradient is noise, which must not be blown up.
+    """
+    largest = jnp.max(jnp.where(present_K, losses_K, 0.0))
+    return jnp.maximum(losses_K, jnp.maximum(SMALLEST * largest, TINY))

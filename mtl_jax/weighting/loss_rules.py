@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,19 +11,19 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.errors import UserError, unknown
-from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack
+from mtl_jax.weighting.base import SMALLEST, Rule, Signals, Weights, above_zero, present, share, stack, unstack
 from mtl_jax.weighting.options import choice, number
 
-TINY = 1e-30  # in place of a loss of zero, where a logarithm or a quotient is taken
-LARGEST = 69.0  # of a logarithm of a weight: e^69 is 1e30
+LOWEST, HIGHEST = -69.0, -math.log(SMALLEST)  # of a logarithm of a learned weight: 1e-30 and 1e6
+BIG = 3e38  # the largest float32, nearly
 
 
 def uncertainty(learning_rate: float = 1e-2) -> Rule:
     """Weights from learned task uncertainties (Kendall, Gal and Cipolla 2018).
 
     The objective is sum_k exp(-s_k) L_k / 2 + s_k / 2 with s_k = log sigma_k^2, 0 at the start, so the weights are
-    exp(-s_k) / 2: 1/2 each at the start, 1 / (2 L_k) at the optimum. Departs from the paper: s has an Adam of its own. Heads
-    are weighted, as in the paper: they follow the objective like all else.
+    exp(-s_k) / 2: 1/2 each at the start, 1 / (2 L_k) at the optimum, never above 5e5. Departs from the paper: s has an Adam of
+    its own. Heads are weighted, as in the paper: they follow the objective like all else.
 
     Args:
         learning_rate: Of s, above 0.
@@ -35,6 +36,7 @@ def uncertainty(learning_rate: float = 1e-2) -> Rule:
         learning_rate,
         objective=lambda s_K, losses_K: 0.5 * jnp.exp(-s_K) * losses_K + 0.5 * s_K,
         weights=lambda s_K: 0.5 * jnp.exp(-s_K),
+        bounds=(-HIGHEST, -LOWEST),
     )
 
 
@@ -42,8 +44,8 @@ def imtl_l(learning_rate: float = 1e-2) -> Rule:
     """Learned scales that bring all losses to the same size (Liu et al. 2021, IMTL-L).
 
     The objective is sum_k exp(s_k) L_k - s_k with s = 0 at the start, so the weights are exp(s_k): 1 each at the start,
-    1 / L_k at the optimum. Departs from the paper: s has an Adam of its own. Heads are weighted, as in the paper, whose task
-    parameters follow the scaled losses.
+    1 / L_k at the optimum, never above 1e6. Departs from the paper: s has an Adam of its own. Heads are weighted, as in the
+    paper, whose task parameters follow the scaled losses.
 
     Args:
         learning_rate: Of s, above 0.
@@ -56,6 +58,7 @@ def imtl_l(learning_rate: float = 1e-2) -> Rule:
         learning_rate,
         objective=lambda s_K, losses_K: jnp.exp(s_K) * losses_K - s_K,
         weights=lambda s_K: jnp.exp(s_K),
+        bounds=(LOWEST, HIGHEST),
     )
 
 
@@ -64,8 +67,9 @@ def _learned(
     learning_rate: float,
     objective: Callable[[jax.Array, jax.Array], jax.Array],
     weights: Callable[[jax.Array], jax.Array],
+    bounds: tuple[float, float],
 ) -> Rule:
-    """A rule with one learned number a task: an objective f32[K] of (s, losses), and its derivative by the losses."""
+    """A rule with a learned number s a task, within bounds: an objective f32[K] of (s, losses), its derivative by the losses."""
     number(f"weighting {name}: learning_rate", learning_rate, above=0)
     adam = optax.adam(learning_rate)
 
@@ -80,7 +84,7 @@ def _learned(
         gradient_K = jax.grad(lambda s_K: total({"s": s_K}, signals))(state["s"])
         updates_K, adam_state = adam.update(jnp.clip(gradient_K, -1e15, 1e15), state["adam"])
         s_K = jnp.where(present(signals), state["s"] + updates_K, state["s"])
-        return unstack(weights(state["s"]), signals), {"s": jnp.clip(s_K, -LARGEST, LARGEST), "adam": adam_state}
+        return unstack(weights(state["s"]), signals), {"s": jnp.clip(s_K, *bounds), "adam": adam_state}
 
     return Rule(init=init, update=update, objective=total)
 
@@ -108,7 +112,7 @@ def dwa(temperature: float = 2.0) -> Rule:
         present_K = present(signals)
         rate_K = state["last"] / jnp.maximum(state["before_last"], jnp.finfo(jnp.float32).tiny)
         rate_K = jnp.where(state["seen"] < 2, 1.0, jnp.minimum(rate_K, 1e6))
-        weights_K = present_K.sum() * jax.nn.softmax(rate_K / temperature, where=present_K)
+        weights_K = present_K.sum() * jax.nn.softmax(jnp.minimum(rate_K / temperature, BIG), where=present_K)
         new_state = {
             "seen": state["seen"] + present_K,
             "last": jnp.where(present_K, stack(signals.losses), state["last"]),
@@ -145,17 +149,18 @@ def rlw(distribution: str = "normal") -> Rule:
 def gls() -> Rule:
     """Geometric loss strategy: the geometric mean of the losses (Chennupati et al. 2019).
 
-    The objective is (prod_k L_k)^(1/K), so the weights are that over K L_k. Weights times losses sum to the objective. Heads
-    are weighted: they follow the objective like all else.
+    The objective is (prod_k L_k)^(1/K), so the weights are that over K L_k. Weights times losses sum to the objective. A loss
+    counts as a millionth of the largest one at least, so that no weight is above 1e6 / K. Heads are weighted: they follow the
+    objective like all else.
     """
 
     def log_mean(signals: Signals) -> tuple[jax.Array, jax.Array]:
-        logs_K = jnp.log(jnp.maximum(stack(signals.losses), TINY))
+        logs_K = jnp.log(above_zero(stack(signals.losses), present(signals)))
         return logs_K, (share(present(signals)) * logs_K).sum()
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         logs_K, mean = log_mean(signals)
-        return unstack(share(present(signals)) * jnp.exp(jnp.minimum(mean - logs_K, LARGEST)), signals), state
+        return unstack(share(present(signals)) * jnp.exp(mean - logs_K), signals), state
 
     return Rule(init=lambda names: (), update=update, objective=lambda state, signals: jnp.exp(log_mean(signals)[1]))
 
@@ -182,7 +187,8 @@ def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
         return mu * jax.nn.logsumexp((stack(signals.losses) - ideal) / mu, where=present(signals))
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        return unstack(jax.nn.softmax((stack(signals.losses) - ideal) / mu, where=present(signals)), signals), state
+        scaled_K = jnp.clip((stack(signals.losses) - ideal) / mu, -BIG, BIG)
+        return unstack(jax.nn.softmax(scaled_K, where=present(signals)), signals), state
 
     return Rule(init=lambda names: (), update=update, objective=objective)
 
@@ -192,8 +198,8 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
 
     With z = softmax(xi) and D_k = L_k - lowest: weights z_k / D_k, scaled to sum to 1. xi follows, by Adam with decay, the
     change of log D from one step to the next through the softmax. Departs from the paper: the loss after a step is that of
-    the next step's batch, not of the same batch evaluated again, which would cost another forward pass. Heads are weighted, as
-    in the authors' program and in LibMTL.
+    the next step's batch, not of the same batch evaluated again, which would cost another forward pass; and D counts as a
+    millionth of the largest D at least, and as 1e-8. Heads are weighted, as in the authors' program and in LibMTL.
 
     Args:
         learning_rate: Of xi, above 0.
@@ -214,7 +220,7 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         present_K = present(signals)
-        logs_K = jnp.log(jnp.maximum(stack(signals.losses) - lowest, 1e-8))
+        logs_K = jnp.log(jnp.maximum(above_zero(stack(signals.losses) - lowest, present_K), 1e-8))
         both_K = present_K & state["seen"]
         fall_K = jnp.where(both_K, state["last"] - logs_K, 0.0)
         _, pull = jax.vjp(lambda xi_K: jax.nn.softmax(xi_K, where=both_K), state["xi"])

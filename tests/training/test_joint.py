@@ -6,9 +6,10 @@ import pytest
 import tiny
 import two_sources
 
-from mtl_jax import Batching, Phase
+from mtl_jax import L2SP, Batching, Phase
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import UserError
+from mtl_jax.experiment import check
 from mtl_jax.training.idle import rows_that_count
 from mtl_jax.training.prepare import initial_state, measure, prepare, stretches
 from mtl_jax.training.step import make_train_step
@@ -67,7 +68,7 @@ def test_who_is_idle(bert, data):
     assert idle(weights) == ("coarse", "fine")
     assert idle(weights, weigh_heads=True) == ("coarse", "fine")
     assert idle(weights, weigh_heads=False) == ()  # heads learn by their plain losses
-    assert idle(dict.fromkeys(weights, 0.0)) == ()
+    assert idle(dict.fromkeys(weights, 0.0), regularisers=(L2SP(name="start", weight=0.1),)) == ()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,36 @@ def test_who_is_idle(bert, data):
 )
 def test_rows_that_count(idle, rows, multiple, expected):
     assert rows_that_count(two_sources.TASKS, idle, rows, multiple) == expected
+
+
+ZERO = dict.fromkeys(("rating", "coarse", "fine"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weighting": "fixed", "weights": ZERO}, r"weights: every task's weight is 0 in all steps of phase 'heads'"),
+        ({"weighting": "scheduled", "weights": ZERO | {"fine": "linear_schedule(1.0, 0.0, 6)"}}, r"of phase 'everything'"),
+        ({"phases": (Phase("all", 4, weights=ZERO),)}, r"phases.all.weights: every task's weight is 0"),
+        ({"phases": (Phase("all", 4, weights=ZERO),), "combinators": ("normalized",)}, r"phases.all.weights"),
+    ],
+)
+def test_weights_that_are_all_0_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        check(tiny.experiment("bert", "data", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weigh_heads": False},  # heads learn by their plain losses
+        {"combinators": ("normalized",)},  # makes equal ones of them
+        {"regularisers": (L2SP(name="start", weight=0.1),)},
+        {"weights": ZERO | {"fine": "linear_schedule(0.0, 1.0, 12)"}, "weighting": "scheduled"},
+    ],
+)
+def test_weights_of_0_that_leave_something_to_learn(changes):
+    check(tiny.experiment("bert", "data", **{"weighting": "fixed", "weights": ZERO} | changes))
 
 
 @pytest.mark.parametrize("weight", [-0.1, "-0.1", "linear_schedule(0.5, -0.5, 12)", "sigmoid_schedule(0, -1, 12)"])

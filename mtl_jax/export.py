@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import pretrained, trunks
+from mtl_jax import locks, pretrained, trunks
 from mtl_jax.errors import UserError
 from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
@@ -47,8 +47,14 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
         overwrite: Whether a checkpoint that is there may be replaced.
 
     Raises:
-        UserError: The source cannot be read, has no such task, or has no counterpart; or the target is taken.
+        UserError: The source cannot be read, has no such task, or has no counterpart; or the target is taken, or
+            another process writes it.
     """
+    with locks.target(Path(target)):
+        _convert(source, target, task, overwrite)
+
+
+def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> None:
     if not is_workdir(Path(source)):
         if task:
             raise UserError(f"{source}: no workdir of a run, so there is no task {task!r}; leave --task out")

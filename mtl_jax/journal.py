@@ -6,7 +6,6 @@ process may be killed at any time: a line that was not written to its end is dro
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from mtl_jax import locks
 from mtl_jax.errors import UserError
 from mtl_jax.pretrained.tensors import Location
 
@@ -206,14 +206,13 @@ def digest_of_arrays(tree: Any) -> str:
 
 def _opened(part: Path) -> BinaryIO:
     """The file, made if it is not there, and this process's own until it is closed."""
-    file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    file = locks.open_to_lock(part)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), part.stat()):  # its owner was done with it, and another began anew
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError) as error:
+        if not locks.lock(file, part):
+            raise UserError(f"{part}: another process is writing this output now; let it end, or give another output")
+    except BaseException:
         file.close()
-        raise UserError(f"{part}: another process is writing this output now; let it end, or give another output") from error
+        raise
     return file
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mtl_jax import locks
 from mtl_jax.errors import UserError
 
 
@@ -19,7 +20,7 @@ def staged(folder: Path) -> Iterator[Path]:
         folder: May exist: it is then replaced, or what it is a link to.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder cannot be written, or a process trains in it.
     """
     try:
         place = folder.resolve()
@@ -30,6 +31,7 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)  # temporary directories are for their owner alone
+        locks.check_free(place)
         _move(staging, place)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error

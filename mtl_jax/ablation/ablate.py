@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax import trunks
+from mtl_jax import locks, trunks
 from mtl_jax.ablation import folder as folders
 from mtl_jax.ablation import space
 from mtl_jax.ablation.chunk import Chunk, Shared
@@ -29,6 +29,8 @@ from mtl_jax.training.prepare import prepare
 from mtl_jax.training.signals import Stop, asked_to_stop
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 600.0  # seconds for which a report that somebody else makes of the ablation is waited for
 
 
 def ablate(
@@ -71,6 +73,21 @@ def ablate(
     """
     folder = Path(workdir)
     planned = plan(folders.as_begun(folder, experiment), vary, methods, seeds, samples, own_order)
+    workdirs.check_writable(folder)
+    with locks.workdir(folder):
+        return _ablate(experiment, folder, planned, vary, samples, at_once, memory, command)
+
+
+def _ablate(
+    experiment: Experiment,
+    folder: Path,
+    planned: Sequence[Program],
+    vary: Sequence[str],
+    samples: str,
+    at_once: int,
+    memory: float,
+    command: str,
+) -> dict[str, Any]:
     before = folders.check(folder, planned)
     axes = [
         {"fields": [".".join(path) for path in axis.paths], "values": [list(point) for point in axis.points]}
@@ -114,7 +131,7 @@ def ablate(
     found = folders.write(folder, record, planned, status)
     from mtl_jax import report  # imported late: matplotlib takes a while
 
-    report.write(folder, folder)
+    report.write(folder, folder, patience=PATIENCE)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from mtl_jax import locks
 from mtl_jax.ablation import folder as folders
 from mtl_jax.ablation import together
 from mtl_jax.ablation.ablate import share
@@ -33,10 +34,14 @@ def take(ablation: str | Path, name: str, target: str | Path) -> None:
         target: The directory to write; it must not be there.
 
     Raises:
-        UserError: There is no such ablation or run, nothing is known of the run yet, it diverged before it was measured, or the
-            target is there.
+        UserError: There is no such ablation or run, nothing is known of the run yet, it diverged before it was measured, the
+            target is there, or another process writes it.
     """
-    folder, out = Path(ablation), Path(target)
+    with locks.target(Path(target)):
+        _take(Path(ablation), name, Path(target))
+
+
+def _take(folder: Path, name: str, out: Path) -> None:
     record = folders.read(folder)
     names = [run["run"] for run in record["runs"]]
     if name not in names:

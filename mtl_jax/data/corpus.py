@@ -41,7 +41,7 @@ class Corpus(NamedTuple):
                 for key, values in fields.items():
                     if values is not None:
                         digest.update(key.encode() + b"\0")
-                        _update(digest, values)
+                        update_digest(digest, values)
                 sources.setdefault(name, {})[split] = {"examples": len(part.tokens), "sha256": digest.hexdigest()}
         return {"sources": sources}
 
@@ -56,7 +56,7 @@ class Corpus(NamedTuple):
         return any(e.types is not None for split in self.splits.values() for e in split.values())
 
 
-def _update(digest: Any, values: Any) -> None:
+def update_digest(digest: Any, values: Any) -> None:
     if not isinstance(values, np.ndarray):
         values = values if isinstance(values, Ragged) else Ragged.of(values, np.asarray(values[0]).dtype)
         digest.update(np.ascontiguousarray(values.starts).data)

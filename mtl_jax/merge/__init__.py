@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mtl_jax import locks
 from mtl_jax.errors import UserError
 from mtl_jax.merge.checkpoints import merge_checkpoints
 from mtl_jax.merge.method import Method as Method
@@ -42,10 +43,19 @@ def merge(
         Of runs whose data is there, the contents of results.json.
 
     Raises:
-        UserError: An option is refused, a source cannot be read, the sources do not fit together, or the target is taken.
+        UserError: An option is refused, a source cannot be read, the sources do not fit together, the target is taken,
+            or another process writes it.
     """
     folder = Path(target)
     method = checked(method, sources, base)
+    workdirs.check_writable(folder)
+    with locks.target(folder):
+        return _merge(folder, sources, method, base, trunk_only, overwrite)
+
+
+def _merge(
+    folder: Path, sources: Sequence[str], method: Method, base: str, trunk_only: bool, overwrite: bool
+) -> dict[str, Any] | None:
     _check_target(folder, [*sources, base], overwrite)
     _check_sources(sources, base)
     of_runs = [is_workdir(Path(source)) for source in sources]
@@ -84,8 +94,7 @@ def _check_sources(sources: Sequence[str], base: str) -> None:
 
 
 def _check_target(folder: Path, inputs: Sequence[str], overwrite: bool) -> None:
-    """Raises UserError where the target cannot be written, or holds what must not be replaced."""
-    workdirs.check_writable(folder)
+    """Raises UserError where the target holds what must not be replaced."""
     for path in filter(None, inputs):
         if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{folder}: {path} is in it, a source; choose another directory")

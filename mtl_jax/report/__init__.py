@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtl_jax import locks
 from mtl_jax.errors import UserError
 from mtl_jax.report.read import ABLATION
 from mtl_jax.report.read import read as read
@@ -34,20 +35,22 @@ def default_output(workdirs: Sequence[Path]) -> Path:
     return workdirs[0] if len(workdirs) == 1 and (workdirs[0] / ABLATION).exists() else Path("report")
 
 
-def write(source: str | Path | Sequence[str | Path], out: str | Path) -> Path:
+def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patience: float = 0.0) -> Path:
     """Writes report.html, ablation.csv, results.json and figures/*.png; the same runs give the same bytes.
 
-    To be called in one process. Files of an earlier report are replaced, each whole.
+    Files of an earlier report are replaced, each whole.
 
     Args:
         source: One ablation, or workdirs of ordinary runs.
         out: Where to; may be the ablation itself, but no workdir of a run, which has results of its own.
+        patience: For how many seconds to wait for a process that writes a report there.
 
     Returns:
         The path of report.html.
 
     Raises:
-        UserError: What is given is no workdir, the runs cannot be compared, or `out` cannot be written.
+        UserError: What is given is no workdir, the runs cannot be compared, `out` cannot be written, or another process writes
+            a report there.
     """
     from mtl_jax.report import page, render, sections, statistics, tables  # imported late: matplotlib and scipy take a while
 
@@ -62,12 +65,13 @@ def write(source: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     groups = statistics.groups(study)
     comparison = statistics.compare(study, groups)
     parts = sections.sections(study, groups, comparison)
-    for figure in sections.drawn(parts):
-        render.png(figure, out / "figures" / f"{figure.slug}.png")
-    _write(out / "ablation.csv", tables.to_csv(study))
-    _write(out / "results.json", json.dumps(tables.to_json(study, groups, comparison), indent=2, allow_nan=False) + "\n")
-    text = page.html(f"{study.name}: report", study.command, sections.facts(study), parts, sections.footer(study))
-    _write(out / "report.html", text)
+    with locks.report(out, patience):
+        for figure in sections.drawn(parts):
+            render.png(figure, out / "figures" / f"{figure.slug}.png")
+        _write(out / "ablation.csv", tables.to_csv(study))
+        _write(out / "results.json", json.dumps(tables.to_json(study, groups, comparison), indent=2, allow_nan=False) + "\n")
+        text = page.html(f"{study.name}: report", study.command, sections.facts(study), parts, sections.footer(study))
+        _write(out / "report.html", text)
     return out / "report.html"
 
 

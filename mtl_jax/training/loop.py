@@ -17,16 +17,16 @@ from mtl_jax import trunks
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
-from mtl_jax.experiment import Experiment, as_begun, completed, data_seed_of, tasks_to_json, to_json
+from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, generation, left_out, reading, results, starting
+from mtl_jax.training import evaluation, fingerprint, generation, hosts, left_out, opening, reading, results, starting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.counts import Counts
 from mtl_jax.training.features import Features
 from mtl_jax.training.logs import Logger, Progress
-from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, prepare, stretches, template
+from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, stretches, template
 from mtl_jax.training.references import References
 from mtl_jax.training.signals import Stop, asked_to_stop
 from mtl_jax.training.state import TrainState
@@ -52,43 +52,36 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     folder = Path(workdir)
-    if not allow_config_change:
-        experiment = as_begun(experiment, workdirs.read_json(folder / "config.json"))
-    config = to_json(experiment)
-    workdirs.check_writable(folder)
-    if (folder / workdirs.MERGED).exists():
-        raise UserError(
-            f"{folder}: a merged model; to train it, begin from it in another --workdir by --init-from.path {folder}"
+    with contextlib.ExitStack() as stack:
+        opened = hosts.alike(
+            lambda: opening.open_workdir(experiment, folder, allow_config_change, stack),
+            lambda opened: fingerprint.of(opened.config, folder, opened.prepared),
         )
-    changed = workdirs.changed(folder, config, allow_config_change, completed)
-    done = workdirs.read_json(folder / "results.json")
-    if done is not None and not changed:
-        log.info("%s is done", folder)
-        return done
-    prepared = prepare(experiment)
-    data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
-    if not changed:
-        workdirs.check_data(folder, data)
-    trunk = {"trunk": prepared.trunk.params}
-    base = left_out.Base(lambda: trunk, getattr(experiment.trunk, "path", ""))
-    begun: dict[str, Any] = {}
-    if experiment.init_from.path and not workdirs.has_checkpoints(folder):
-        prepared, begun, said = starting.begin(prepared)
-        prepared = prepared._replace(notes=[*prepared.notes, said])
-    workdirs.create(folder)
+        if opened.prepared is None:
+            log.info("%s is done", folder)
+            return opened.done
+        stack.enter_context(hosts.ending_together())
+        workdirs.create(folder)
+        hosts.check_shared(folder)
+        return _train(opened.prepared, opened, folder)
+
+
+def _train(prepared: Prepared, opened: opening.Opened, folder: Path) -> dict[str, Any]:
     kept = prepared.experiment.checkpoints
+    base = left_out.Base(lambda: opened.trunk, getattr(prepared.experiment.trunk, "path", ""))
     store = Store(folder, kept, criterion=prepared.experiment.evaluation.criterion, base=base)
     with contextlib.closing(store), asked_to_stop() as stop:
-        run = _Run(prepared, folder, store, stop, begun=bool(begun))
+        run = _Run(prepared, folder, store, stop, begun=bool(opened.begun))
         state, step = run.resume()  # before anything of this configuration is written: it may not fit the checkpoints
+        hosts.check_same([("checkpoint", {"step": step})])
         if not kept.frozen:
-            store.left_out = left_out.to_leave_out((plan.mask for plan in prepared.plans), state.params, trunk)
-        if changed:
+            store.left_out = left_out.to_leave_out((plan.mask for plan in prepared.plans), state.params, opened.trunk)
+        if opened.changed:
             workdirs.forget_results(folder)
-        for name, value in (("config", config), ("versions", workdirs.versions()), ("data", data)):
+        for name, value in (("config", opened.config), ("versions", workdirs.versions()), ("data", opened.data)):
             workdirs.write_json(folder / f"{name}.json", value)
-        if begun:
-            workdirs.write_json(folder / starting.RECORD, begun)
+        if opened.begun:
+            workdirs.write_json(folder / starting.RECORD, opened.begun)
         if jax.process_index() == 0:
             trunks.save(prepared.trunk, folder / "trunk")
         for note in prepared.notes:

@@ -1,0 +1,232 @@
+"""The hosts of one run: that they have the same before it begins, and that an error on one of them ends all.
+
+Collective work waits for every host, for ever if one of them is elsewhere, and computes something else without a word if one
+has other numbers. So hosts compare what they have before the first of it. They talk through the key-value store of jax's
+coordination service, which needs no devices: hosts whose programs or devices differ can talk, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax._src.distributed import global_state  # the store has no public door
+
+from mtl_jax.errors import Interrupted, UserError, listed
+from mtl_jax.files import reason, writing
+from mtl_jax.training import workdir as workdirs
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Facts = Sequence[tuple[str, Any]]  # (a name that goes before the fields, JSON-able values), what explains most first
+
+SLICE = 30  # seconds of waiting for a host before a line says so
+GRACE = 5.0  # seconds in which a host may find an error of all by itself, before another's ends it
+SEEN_WITHIN = 15.0  # seconds in which a file that one host wrote must be there for the others
+_POLL = 0.5
+_LONGEST = 100  # characters of a value that an error shows
+
+_exchanges = itertools.count()  # names of what is exchanged; all hosts do the same exchanges in the same order
+
+
+def several() -> bool:
+    """Whether this process trains together with others."""
+    return global_state.client is not None and global_state.num_processes > 1
+
+
+def index() -> int:
+    """This host's number; unlike jax.process_index() it starts no devices."""
+    return global_state.process_id if several() else 0
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON-able values of all hosts, on every host; they may be of any size."""
+    if not several():
+        return [value]
+    at = f"mtl_jax/{next(_exchanges)}"
+    _store().key_value_set(f"{at}/{index()}", json.dumps(value))
+    return [json.loads(_get(f"{at}/{host}", host)) for host in range(global_state.num_processes)]
+
+
+def alike(make: Callable[[], T], facts: Callable[[T], Facts]) -> T:
+    """What `make` gives, when all hosts have made it and have the same facts of it.
+
+    Args:
+        make: Work without anything collective in it.
+        facts: What must be the same on all hosts; not asked for where there is one.
+
+    Raises:
+        UserError: On all hosts: `make` failed on one of them, or they differ.
+    """
+    if not several():
+        return make()
+    made: T | None = None
+    found: Facts = []
+    failure: BaseException | None = None
+    try:
+        made = make()
+        found = json.loads(json.dumps(facts(made)))
+    except BaseException as error:  # whatever it is, the others must hear of it
+        failure = error
+    answers = gather({"error": None if failure is None else _told(failure), "digest": _digest(found)})
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    trouble = failures([answer["error"] for answer in answers])
+    if trouble:
+        raise UserError(trouble) from failure
+    _compare(found, [answer["digest"] for answer in answers])
+    return made  # type: ignore[return-value]  # nothing failed
+
+
+def check_same(facts: Facts) -> None:
+    """Compares what the hosts have.
+
+    Raises:
+        UserError: On all hosts: they differ.
+    """
+    if several():
+        _compare(json.loads(json.dumps(facts)), gather(_digest(facts)))
+
+
+def _compare(facts: Facts, digests: Sequence[str]) -> None:
+    if len(set(digests)) > 1:
+        raise UserError(difference(gather(facts)))
+
+
+def failures(errors: Sequence[str | None]) -> str:
+    """A line about what failed on which hosts; "" where nothing did.
+
+    Args:
+        errors: Of each host, None where all is well.
+    """
+    failed = [host for host, error in enumerate(errors) if error is not None]
+    if not failed:
+        return ""
+    first = errors[failed[0]] or ""
+    if len(set(errors)) == 1:
+        return first
+    same = [host for host in failed if errors[host] == first]
+    others = f" (host {listed(host for host in failed if host not in same)}: another error)" if len(failed) > len(same) else ""
+    return f"host {listed(same)}: {first}{others}"
+
+
+def difference(facts: Sequence[Facts]) -> str:
+    """A line about the first fact in which a host differs from host 0.
+
+    Args:
+        facts: Those of each host, not all the same.
+    """
+    for number, host in ((number, host) for number, host in enumerate(facts) if host != facts[0]):
+        for (name, here), (_, there) in zip(facts[0], host, strict=False):  # where a run is done there is less to compare
+            for field, first, other in workdirs.differences(here, there, name):
+                others = sum(each != facts[0] for each in facts) - 1
+                more = f" ({others} more differ{'s' if others == 1 else ''} from host 0)" if others else ""
+                return (
+                    f"host {number} has {field} {_cut(other)}, host 0 has {_cut(first)}{more}: start the same command on every "
+                    "host, with the same files and versions"
+                )
+    raise ValueError("all hosts have the same")
+
+
+def check_shared(folder: Path) -> None:
+    """Finds out whether all hosts see what host 0 writes into a directory that is there.
+
+    Raises:
+        UserError: On all hosts: one of them does not.
+    """
+    if not several():
+        return
+    name = gather(f".shared-{secrets.token_hex(8)}")[0]
+    with contextlib.ExitStack() as stack:
+        if index() == 0:
+            with writing(folder):
+                (folder / name).touch()
+            stack.callback((folder / name).unlink, missing_ok=True)
+        gather("written")
+        until = time.monotonic() + SEEN_WITHIN
+        while not (there := (folder / name).exists()) and time.monotonic() < until:
+            time.sleep(_POLL)
+        blind = [host for host, sees in enumerate(gather(there)) if not sees]
+    if blind:
+        raise UserError(
+            f"{folder}: host {listed(blind)} does not see what host 0 writes there; --workdir must be shared by all"
+        )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """While inside, an error on one host ends all of them with its line, also where the others wait in collective work."""
+    if not several():
+        yield
+        return
+    key, ended = f"mtl_jax/{next(_exchanges)}/failed", threading.Event()
+    threading.Thread(target=_end_with_others, args=(key, ended), daemon=True).start()
+    try:
+        yield
+    except Interrupted:  # hosts agree on the step
+        raise
+    except BaseException as error:
+        told = {"host": index(), "error": _told(error), "code": 2 if isinstance(error, UserError) else 1}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first
+            _store().key_value_set(key, json.dumps(told))
+        raise
+    finally:
+        ended.set()
+
+
+def _end_with_others(key: str, ended: threading.Event) -> None:
+    """Ends this process when another host says that it failed. Nothing else ends a main thread that waits in the runtime."""
+    while not ended.wait(_POLL):
+        try:
+            told = json.loads(_store().key_value_try_get(key))
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the service is gone, and jax ends the process itself
+        if ended.wait(GRACE):
+            return
+        print(f"error: host {told['host']}: {told['error']}", file=sys.stderr, flush=True)
+        threading.Timer(2 * GRACE, os._exit, [told["code"]]).start()
+        jax.distributed.shutdown()  # the host that failed waits for it
+        os._exit(told["code"])
+
+
+def _store() -> Any:
+    return global_state.client
+
+
+def _get(key: str, host: int) -> str:
+    waited = 0
+    while True:
+        try:
+            return _store().blocking_key_value_get(key, 1000 * SLICE)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise UserError(f"host {host} cannot be reached any more ({reason(error)})") from error
+            waited += SLICE
+            log.warning("waiting for host %d since %d s", host, waited)
+
+
+def _digest(facts: Facts) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."

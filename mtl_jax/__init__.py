@@ -12,6 +12,7 @@ from mtl_jax import weighting as weighting
 from mtl_jax.ablation.ablate import ablate as ablate
 from mtl_jax.cli import main as main
 from mtl_jax.cli import run as run
+from mtl_jax.configuration import show_in_one_line as _show_in_one_line
 from mtl_jax.data.batches import Batching as Batching
 from mtl_jax.data.sources import Source as Source
 from mtl_jax.errors import Interrupted as Interrupted
@@ -45,3 +46,5 @@ from mtl_jax.transfer.loading import InitFrom as InitFrom
 from mtl_jax.trunks import Embedding as Embedding
 from mtl_jax.trunks import Pretrained as Pretrained
 from mtl_jax.trunks import Transformer as Transformer
+
+_show_in_one_line()

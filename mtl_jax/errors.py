@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-
 SHOWN = 10  # names that an error line lists at most
+NOT_A_PATTERN = (re.error, OverflowError, RecursionError)  # what re.compile raises
 
 
 class UserError(Exception):
@@ -29,14 +30,31 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
         The error, to be raised by the caller.
     """
     choices = list(choices)
-    near = difflib.get_close_matches(name[:100], choices, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(name, choices)
+    hint = f" (did you mean {near!r}?)" if near else ""
     given = repr(name if len(name) <= 100 else f"{name[:100]}...")
     return UserError(f"unknown {kind} {given}{hint}; choices: {listed(choices)}")
 
 
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The choice that a mistyped name most likely means, "" where none is near.
+
+    First what is written almost alike; then a choice that is the last words of the name, or the first ones: a text_pair is a
+    pair; then what is written somewhat alike; then the choice whose initials the name is: lr.
+    """
+    choices, name = list(choices), name[:100]
+    words = [choice for choice in choices if name.endswith(f"_{choice}") or name.startswith(f"{choice}_")]
+    near = [
+        *difflib.get_close_matches(name, choices, n=1, cutoff=0.8),
+        *sorted(words, key=lambda choice: (name.endswith(choice), len(choice)), reverse=True),
+        *difflib.get_close_matches(name, choices, n=1),
+        *(choice for choice in choices if "".join(word[:1] for word in choice.split("_")) == name),
+    ]
+    return near[0] if near else ""
+
+
 def listed(names: Iterable[object]) -> str:
     """Names as an error line lists them: the first ten, each cut to 100 characters, and how many more there are."""
-    names = [str(name) for name in names]
-    first = ", ".join(name if len(name) <= 100 else f"{name[:100]}..." for name in names[:SHOWN])
-    return f"{first} and {len(names) - SHOWN} more" if len(names) > SHOWN else first or "none"
+    texts = [str(name) for name in names]
+    first = ", ".join(text if len(text) <= 100 else f"{text[:100]}..." for text in texts[:SHOWN])
+    return f"{first} and {len(texts) - SHOWN} more" if len(texts) > SHOWN else first or "none"

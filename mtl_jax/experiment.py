@@ -14,6 +14,7 @@ from cattrs.strategies import configure_tagged_union
 
 from mtl_jax import optimizer as optimizers
 from mtl_jax import weighting
+from mtl_jax.configuration import Configuration
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.sources import Source
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Configuration):
     """Measuring on dev while training, and what the result is compared with.
 
     Attributes:
@@ -55,7 +56,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoints:
+class Checkpoints(Configuration):
     """When checkpoints are written and which are kept.
 
     Attributes:
@@ -71,7 +72,7 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(Configuration):
     """Everything that decides a run's numbers.
 
     Attributes:

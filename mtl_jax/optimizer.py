@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.configuration import Configuration
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.transfer import moving
 from mtl_jax.transfer.freezing import ParamRule
@@ -21,7 +22,7 @@ SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "slanted_triangular
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Configuration):
     """How the trainable parameters follow the gradient.
 
     Attributes:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from mtl_jax import pretrained
+from mtl_jax.configuration import Configuration
 from mtl_jax.data import vocabulary
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.models.embedding import EmbeddingConfig, SharedEmbedding
@@ -39,7 +40,7 @@ UNBOUNDED = 1_000_000  # tokens; a trunk without a position table takes any leng
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained:
+class Pretrained(Configuration):
     """A Hugging Face checkpoint: an encoder, or an encoder-decoder, whose decoder is where heads of texts start.
 
     Attributes:
@@ -54,7 +55,7 @@ class Pretrained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Embedding:
+class Embedding(Configuration):
     """A shared embedding from scratch over a vocabulary of the training texts' most frequent words.
 
     Attributes:
@@ -67,7 +68,7 @@ class Embedding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Transformer:
+class Transformer(Configuration):
     """A transformer encoder from scratch (Vaswani et al., 2017), as Marian and Pegasus have it, over a vocabulary of sub-words.
 
     The vocabulary is made from the training texts, those of sources and those that tasks generate. A decoder on it is of the

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax.configuration import Configuration
 from mtl_jax.data import mixture
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Labels
@@ -23,7 +24,7 @@ AT_ONCE = 8192  # examples that are packed together for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
-class Batching:
+class Batching(Configuration):
     """Shape of a batch. It is the same for every step of a run, so one program serves them all.
 
     Attributes:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mtl_jax import assets
+from mtl_jax.configuration import Configuration
 from mtl_jax.data.formats import READERS, hf, parallel, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, no_column
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Source(Configuration):
     """Rows with a text and any number of other columns.
 
     Attributes:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax.configuration import Configuration
 from mtl_jax.errors import UserError, unknown
 
 FILE = "generation_config.json"
@@ -45,7 +46,7 @@ OF_DRAWS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(Configuration):
     """How token sequences are found; the lengths count the start token.
 
     Attributes:

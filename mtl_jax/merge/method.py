@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from mtl_jax.configuration import Configuration
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.transfer import mergeable
 
@@ -27,7 +28,7 @@ DEFAULTS: dict[str, Any] = {"alpha": 0.5, "scale": (1.0,), "keep": 0.2, "drop": 
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(Configuration):
     """A method and its numbers; transfer.merging says what each does.
 
     Attributes:

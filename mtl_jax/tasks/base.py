@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.configuration import Configuration
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.head import Head
@@ -48,7 +50,7 @@ class TrunkFacts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
+class Task(Configuration, abc.ABC):
     """What is predicted from a source's rows.
 
     Losses come as sums and counts, so that a mean is divided once, after the sum over rows and devices. A missing label
@@ -90,6 +92,8 @@ class Task(abc.ABC):
     corrupts: ClassVar[bool] = False
     # Whether one vector added to every token's leaves the loss as it is: then it has no gradient over the representation.
     shift_free: ClassVar[bool] = False
+    # What to do with a text that stands in several rows with different labels: the first row counts.
+    several: ClassVar[str] = "only the first row of a text is learned from; correct the labels, or give each text one row"
     # What the outputs are, for transfer.divergence: softmax, sigmoid, number; "": nothing to compare models by.
     compared_as: ClassVar[str] = ""
     # The parts of Encoded that the head reads.
@@ -134,6 +138,11 @@ class Task(abc.ABC):
     def labels(self) -> tuple[str, ...]:
         """The label set; empty where labels are no names."""
         return ()
+
+    @functools.cached_property
+    def place_of(self) -> dict[str, int]:
+        """The place of each label in the label set."""
+        return {label: place for place, label in enumerate(self.labels)}
 
     def check(self) -> None:
         """Raises UserError where a field makes no sense."""
@@ -296,7 +305,7 @@ def column(row: Row, name: str, task: Task) -> Any:
     if name not in row.columns:
         raise UserError(
             f"{row.where}: source {task.source!r} has no column {name!r} for task {task.name!r}; "
-            f"columns: {', '.join(row.columns)} (where a row has no label, it is null or empty there)"
+            f"columns: {listed(row.columns)} (where a row has no label, it is null or empty there)"
         )
     return row.columns[name]
 

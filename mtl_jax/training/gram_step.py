@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
-from mtl_jax.errors import UserError
+from mtl_jax.errors import NOT_A_PATTERN, UserError
+from mtl_jax.files import shown
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training import gradients
@@ -38,8 +39,8 @@ def check(params: Any, mask: Any, gram_over: str) -> Any:
     """
     try:
         pattern = re.compile("trunk/.*" if gram_over in (TRUNK, REPRESENTATION) else gram_over)
-    except re.error as error:
-        raise UserError(f"gram_over {gram_over!r} is no regular expression ({error})") from error
+    except NOT_A_PATTERN as error:
+        raise UserError(f"gram_over {shown(gram_over)!r} is no regular expression ({error})") from error
 
     def chosen(path: Any, train: bool) -> bool:
         name = freezing.path_name(path)

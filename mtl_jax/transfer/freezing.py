@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 
-from mtl_jax.errors import UserError
+from mtl_jax.configuration import Configuration
+from mtl_jax.errors import NOT_A_PATTERN, UserError
+from mtl_jax.files import shown
 
 
 @dataclasses.dataclass(frozen=True)
-class ParamRule:
+class ParamRule(Configuration):
     """Parameters whose path matches, whether they train, and how.
 
     Attributes:
@@ -52,8 +54,8 @@ def check(rules: Sequence[ParamRule]) -> None:
         at = f"the rule {rule.pattern!r}"
         try:
             re.compile(rule.pattern)
-        except re.error as error:
-            raise UserError(f"a parameter rule is no regular expression: {error.pattern!r} ({error})") from error
+        except NOT_A_PATTERN as error:
+            raise UserError(f"a parameter rule is no regular expression: {shown(rule.pattern)!r} ({error})") from error
         if not 0 < rule.rate < math.inf:
             hint = "; to keep parameters as they are, say train=False" if rule.rate == 0 else ""
             raise UserError(f"{at}: rate is {rule.rate}; it must be above 0{hint}")

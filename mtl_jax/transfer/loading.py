@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from flax import traverse_util
 
-from mtl_jax.errors import UserError
+from mtl_jax.configuration import Configuration
+from mtl_jax.errors import NOT_A_PATTERN, UserError
 
 FIELD = "init_from"
 
 
 @dataclasses.dataclass(frozen=True)
-class InitFrom:
+class InitFrom(Configuration):
     """What a run's parameters begin as, where they are not as trunk and seed say.
 
     Names are paths such as trunk/layer_0/attention/query/kernel, heads/TASK/output/bias; of a checkpoint in place of a run,
@@ -71,8 +72,8 @@ def check(init: InitFrom) -> None:
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{FIELD}.{field}: {pattern!r} is no regular expression ({error})") from error
+            except NOT_A_PATTERN as error:
+                raise UserError(f"{FIELD}.{field}: {pattern[:300]!r} is no regular expression ({error})") from error
     for pattern, new in init.renames:
         try:
             re.sub(pattern, new, "")

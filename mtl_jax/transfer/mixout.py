@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.configuration import Configuration
 from mtl_jax.models.dropout import bernoulli
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixout:
+class Mixout(Configuration):
     """Mixout (Lee et al., 2020) in training; measured are the parameters as they are.
 
     Attributes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from mtl_jax.configuration import Configuration
 from mtl_jax.errors import UserError
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.layers import top_layers
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class Phase(Configuration):
     """A stretch of steps with its own trainable part, weights and learning rate; schedules run over the phase.
 
     Attributes:

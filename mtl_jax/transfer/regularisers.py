@@ -11,7 +11,9 @@ import math
 import re
 from collections.abc import Sequence, Set
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.configuration import Configuration
+from mtl_jax.errors import NOT_A_PATTERN, UserError, unknown
+from mtl_jax.files import shown
 from mtl_jax.transfer.mixout import Mixout
 from mtl_jax.weighting import schedules
 
@@ -19,7 +21,7 @@ FIELD = "regularisers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Regulariser:
+class Regulariser(Configuration):
     """What all of them have.
 
     Attributes:
@@ -233,5 +235,5 @@ def _expressions(regulariser: Regulariser, *fields: str) -> None:
 def _expression(where: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{where} is no regular expression: {pattern!r} ({error})") from error
+    except NOT_A_PATTERN as error:
+        raise UserError(f"{where} is no regular expression: {shown(pattern)!r} ({error})") from error

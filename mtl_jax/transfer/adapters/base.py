@@ -13,7 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.configuration import Configuration
+from mtl_jax.errors import NOT_A_PATTERN, UserError, listed, unknown
+from mtl_jax.files import shown
 
 RUN, SOURCE, TASK = SHARING = ("run", "source", "task")
 
@@ -65,7 +67,7 @@ class Call(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapter(abc.ABC):
+class Adapter(Configuration, abc.ABC):
     """A few parameters added to a trunk.
 
     Attributes:
@@ -135,15 +137,14 @@ class Adapter(abc.ABC):
         """
         try:
             expression = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"adapter {self.name!r}: {pattern!r} is no regular expression ({error})") from error
+        except NOT_A_PATTERN as error:
+            raise UserError(f"adapter {self.name!r}: {shown(pattern)!r} is no regular expression ({error})") from error
         possible = [layer for layer in layers.values() if layer.kind in kinds]
         found = [layer for layer in possible if expression.fullmatch(layer.path)]
         if not found:
             there = sorted({re.sub(r"\d+", "N", layer.path) for layer in possible})
             raise UserError(
-                f"adapter {self.name!r} finds no place in this trunk: {pattern!r} matches no layer; "
-                f"there are {', '.join(there)}"
+                f"adapter {self.name!r} finds no place in this trunk: {pattern!r} matches no layer; there are {listed(there)}"
                 if there
                 else f"adapter {self.name!r} finds no place in this trunk: it has no layers that could be adapted"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -102,7 +103,7 @@ def predict(
         numbered = enumerate(rows, start=1)
         rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
     for answer in prediction.predict(workdir, task, [*text, *rows]):
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=False, allow_nan=False))
 
 
 def evaluate(
@@ -112,7 +113,7 @@ def evaluate(
     path: str,
     format: str = "",
 ) -> None:
-    """Loss and metrics of a run's best checkpoint on other rows, as one JSON object.
+    """Loss and metrics of a run's best checkpoint on other rows, as one JSON object; null where a metric is not defined.
 
     Args:
         workdir: The run's workdir.
@@ -122,7 +123,9 @@ def evaluate(
     """
     from mtl_jax import prediction
 
-    print(json.dumps(prediction.evaluate(workdir, task, path, format)))
+    scores = prediction.evaluate(workdir, task, path, format)
+    strict = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in scores.items()}
+    print(json.dumps(strict, allow_nan=False))
 
 
 def convert(

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -139,7 +140,7 @@ def predict(
         numbered = enumerate(rows, start=1)
         rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
     for answer in prediction.predict(workdir, task, [*text, *rows]):
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=False, allow_nan=False))
 
 
 def evaluate(
@@ -149,7 +150,7 @@ def evaluate(
     path: str,
     format: str = "",
 ) -> None:
-    """Loss and metrics of a run's best checkpoint on other rows, as one JSON object.
+    """Loss and metrics of a run's best checkpoint on other rows, as one JSON object; null where a metric is not defined.
 
     Args:
         workdir: The run's workdir.
@@ -159,7 +160,9 @@ def evaluate(
     """
     from mtl_jax import prediction
 
-    print(json.dumps(prediction.evaluate(workdir, task, path, format)))
+    scores = prediction.evaluate(workdir, task, path, format)
+    strict = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in scores.items()}
+    print(json.dumps(strict, allow_nan=False))
 
 
 def convert(

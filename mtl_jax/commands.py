@@ -246,6 +246,10 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
         how = "divided at ends of sentences" if long == "divide" else "cut"
         generation.note(plan.long, given.name, f"of more than {limit} tokens, {how}")
         generation.note(plan.unknown, given.name, "of which the vocabulary knows nothing, left empty")
+        if plan.refused:
+            generation.note([*plan.refused], given.name, f"left empty, the first because {next(iter(plan.refused.values()))}")
+        for line in plan.remarks:
+            log.warning("%s", line)
         journal = None
         if output is not None:
             made_from = generation.made_from(model, given.texts, config, work.rows, search.seed)

@@ -9,12 +9,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from mtl_jax import decoding
+from mtl_jax.data.tokens import RowError
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.journal import Journal, digest
@@ -38,12 +40,16 @@ class Plan(NamedTuple):
         text_of: The text that each source is of, ascending; blank texts have none.
         long: Texts that did not fit, ascending.
         unknown: Texts of which the vocabulary knows nothing, ascending; they are left out like blank ones.
+        refused: {text: why the model cannot read it}, ascending; so are these.
+        remarks: Lines on what the vocabulary does not know of the others.
     """
 
     sources: list[np.ndarray]
     text_of: list[int]
     long: list[int]
     unknown: list[int]
+    refused: Mapping[int, str] = MappingProxyType({})
+    remarks: Sequence[str] = ()
 
 
 class Answered(NamedTuple):
@@ -131,15 +137,24 @@ def make_plan(model: TextModel, texts: Sequence[str], long: Long, limit: int | N
         limit: Most tokens of a source, special tokens and prefix included; None: any number.
 
     Raises:
-        UserError: The limit leaves no room for text.
+        UserError: The limit leaves no room for text, or the model can read none of the texts.
     """
     prefix = model.setting.prefix
     # What stands beside every text, prefix and special tokens; a space that ends the prefix may be in the text's first token.
-    beside = {tuple(ids.tolist()) for ids in map(np.asarray, model.encode([prefix, prefix.rstrip()], None))}
+    try:
+        beside = {tuple(ids.tolist()) for ids in map(np.asarray, model.encode([prefix, prefix.rstrip()], None))}
+    except RowError as error:
+        raise UserError(f"what stands beside every text: {error.reason}") from error
     if limit is not None and limit <= min(map(len, beside)):
         raise UserError(f"{limit} tokens leave no room for the text beside special tokens and prefix; allow more")
     full = [i for i, text in enumerate(texts) if text.strip()]
-    encoded = _encoded(model, [prefix + texts[i] for i in full])
+    encoded, refused = _encoded(model, [prefix + texts[i] for i in full])
+    if refused and len(refused) == len(full):
+        raise UserError(f"text {full[0] + 1}: {refused[0]}")
+    readable = [place for place in range(len(full)) if place not in refused]
+    remarks = model.remarks([texts[full[place]] for place in readable], [encoded[place] for place in readable])
+    refused = {full[place]: reason for place, reason in refused.items()}
+    full, encoded = [full[place] for place in readable], [encoded[place] for place in readable]
     sources: list[np.ndarray] = []
     text_of: list[int] = []
     too_long: list[int] = []
@@ -161,21 +176,28 @@ def make_plan(model: TextModel, texts: Sequence[str], long: Long, limit: int | N
         fitting = [piece for piece in fitting if tuple(piece.tolist()) not in beside]
         sources += fitting
         text_of += [i] * len(fitting)
-    return Plan(sources, text_of, too_long, unknown)
+    return Plan(sources, text_of, too_long, unknown, refused, remarks)
 
 
-def _encoded(model: TextModel, texts: Sequence[str]) -> list[np.ndarray]:
-    """model.encode() of all texts; shows how far it is where it takes long."""
+def _encoded(model: TextModel, texts: Sequence[str]) -> tuple[list[np.ndarray], dict[int, str]]:
+    """model.encode() of all texts, empty where it refuses one, and {text: why}; shows how far it is where it takes long."""
     found: list[np.ndarray] = []
+    refused: dict[int, str] = {}
     began, progress = time.monotonic(), None
     with contextlib.ExitStack() as stack:
         for first in range(0, len(texts), AT_ONCE):
-            found += model.encode(texts[first : first + AT_ONCE], None)
+            part = list(texts[first : first + AT_ONCE])
+            try:
+                found += model.encode(part, None)
+            except RowError as error:
+                refused |= {first + place: error.reason for place in error.rows}
+                readable = iter(model.encode([text for place, text in enumerate(part) if place not in error.rows], None))
+                found += [np.zeros(0, np.int32) if place in error.rows else next(readable) for place in range(len(part))]
             if progress is not None:
                 progress.update(len(found) - first)
             elif time.monotonic() - began > PATIENCE and len(found) < len(texts):
                 progress = stack.enter_context(contextlib.closing(Progress("tokenising", len(texts), len(found), unit="text")))
-    return found
+    return found, refused
 
 
 def generate(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from mtl_jax import trunks
+from mtl_jax.data import coverage
 from mtl_jax.data.examples import Examples, make_examples
+from mtl_jax.data.labels import Refused
 from mtl_jax.data.parts import make_part, remarks, shortened
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError
@@ -25,6 +30,8 @@ from mtl_jax.training.step import encode_tokens, needs
 
 log = logging.getLogger(__name__)
 
+NOT_FINITE = "the model's output is not finite: its parameters are damaged, or training diverged"
+
 
 def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Predictions of the best checkpoint of a run.
@@ -33,7 +40,8 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
         workdir: A workdir that has at least one evaluated checkpoint.
         task: A task of that run.
         inputs: Any number of texts, or of rows {column: text} with the text columns of the task's source, as pairs need; where
-            texts are tagged, a text may be given as the list of its words. An empty text or row gets {"error": ...}.
+            texts are tagged, a text may be given as the list of its words. A text that is empty, or that the model cannot
+            read, gets {"error": ...} and changes no other's answer.
 
     Returns:
         One JSON object for each input, in order; what is in it, the task kind's describe() says. "truncated": true is added
@@ -44,31 +52,40 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
             something else than text there.
     """
     run = open_run(Path(workdir))
-    asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
+    asked, source = run.task(task), run.source(task)
     as_words = any(other.words for other in run.beside(task))
     rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
     known = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
+    examples, cut, refused = _readable(run, task, [rows[i] for i in known])
+    for place, reason in refused.items():
+        results[known[place]] = {"error": reason}
+    known = [i for place, i in enumerate(known) if place not in refused]
     if not known:
         return results
-    found = [rows[i] for i in known]
-    examples, cut = make_examples(source, run.beside(task), found, run.trunk.tokenizer, length, lenient=True)
-    examples = examples._replace(place=run.place(task))
-    texts: list[Generated] = []
+    for line in coverage.remarks("texts", [examples], (), run.trunk.tokenizer, _text_columns(source)):
+        log.warning("%s", line)
+    generated: list[Generated] = []
     outputs: Any = ()
     if isinstance(asked, Seq2Seq):
-        texts = generation.generate(asked, run.trunk, run.params, examples, asked.beams, devices=jax.local_devices())
+        generated = generation.generate(asked, run.trunk, run.params, examples, asked.beams, devices=jax.local_devices())
     else:
         outputs = _apply(run, asked, examples).outputs[task]
     for number, group in enumerate(examples.groups()):
         place = examples.row_of[group[0]]
         if not all(len(examples.tokens[i]) for i in group):
             continue
-        if texts:
-            text, score, ended = texts[number]
+        if generated:
+            text, score, ended = generated[number]
+            if not math.isfinite(score):
+                results[known[place]] = {"error": NOT_FINITE}
+                continue
             answer: dict[str, Any] = {"text": text, "score": round(score, 6)} | ({} if ended else {"unfinished": True})
         else:
             windows = [examples.window(i, group[0]) for i in group]
+            if not all(np.isfinite(outputs[i]).all() for i in group):
+                results[known[place]] = {"error": NOT_FINITE}
+                continue
             answer = asked.describe([outputs[i] for i in group], windows, examples.data[place])
         truncated = place in cut or (len(group) > 1 and not asked.windows)
         results[known[place]] = answer | ({"truncated": True} if truncated else {})
@@ -85,7 +102,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
         format: Of a file, if it is another than the source's.
 
     Raises:
-        UserError: As predict(), or a row or label cannot be read.
+        UserError: As predict(), a row or label cannot be read, or the model's outputs are not finite.
     """
     run = open_run(Path(workdir))
     asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
@@ -97,15 +114,51 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
         raise UserError(f"{path}: no row has a label for task {task!r}")
     told = [shortened((asked,), counts, length)] if counts.cut or counts.extra else []
     told += [f"{counts.skipped} rows that cannot be read left out"] if counts.skipped else []
+    coverage.check([examples], (asked,), run.trunk.tokenizer, trunks.tables(run.trunk))
+    told += coverage.remarks("texts", [examples], (asked,), run.trunk.tokenizer, _text_columns(source))
     told += remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
     for line in told:
         log.warning("%s: %s", path, line)
     examples = examples._replace(place=run.place(task))
     split = {source.name: examples}
     texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices())
-    scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)[task]
+    found = _apply(run, asked, examples)
+    if not all(np.isfinite(outputs).all() for outputs in found.outputs[task]):
+        raise UserError(f"{path}: task {task!r}: {NOT_FINITE}")
+    scores = evaluation.score((asked,), split, found, texts)[task]
     signatures = asked.signatures(examples.data)
     return {"rows": len(examples.data), **scores, **({"signatures": signatures} if signatures else {})}
+
+
+def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:
+    """Rows as examples, without those that the model cannot read.
+
+    Returns:
+        The examples, which of their rows were cut, and {place among the given rows: why it cannot be read}.
+    """
+    source, tokenizer, tables = run.source(task), run.trunk.tokenizer, trunks.tables(run.trunk)
+
+    def make(some: Sequence[Row]) -> tuple[Examples, set[int]]:
+        return make_examples(source, run.beside(task), some, tokenizer, run.experiment.batch.row_length, lenient=True)
+
+    refused: dict[int, str] = {}
+    while True:
+        left = [place for place in range(len(rows)) if place not in refused]
+        try:
+            examples, cut = make([rows[place] for place in left])
+            bad = coverage.unfit(examples, tokenizer, tables)
+        except Refused as error:
+            bad = {}
+            for place in error.rows:  # each has a reason of its own
+                try:
+                    make([rows[left[place]]])
+                except Refused as own:
+                    bad[place] = str(own).removeprefix(f"{rows[left[place]].where}: ")
+            if not bad:
+                raise
+        if not bad:
+            return examples._replace(place=run.place(task)), cut, refused
+        refused |= {left[place]: reason for place, reason in bad.items()}
 
 
 def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax import pretrained
+from mtl_jax.data import coverage
 from mtl_jax.data.targets import decoder as decoder
+from mtl_jax.data.tokens import RowError
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.journal import digest_of_arrays, digest_of_directory
 from mtl_jax.models.seq2seq import Seq2Seq
@@ -35,6 +37,7 @@ class TextModel(NamedTuple):
         model: Encoder and decoder.
         params: {"trunk": ..., "head": ...}.
         encode: (texts, most tokens or None) -> i32[length] token ids of each text, with special tokens; longer ones are cut.
+            Raises RowError for texts with a token that the model has no row for.
         decode: Token ids -> plain text on one line, without special tokens.
         raw: config.json, from which decoding reads options of generation.
         location: Where generation_config.json may lie; None: nowhere.
@@ -42,6 +45,7 @@ class TextModel(NamedTuple):
         max_source: Most tokens of a source unless the user says otherwise: fewer where the tokenizer says so.
         setting: Prefix and options of the task.
         identity: Computes a hash of everything above.
+        remarks: (texts, their tokens) -> lines on what the vocabulary does not know of them.
     """
 
     model: Seq2Seq
@@ -54,6 +58,7 @@ class TextModel(NamedTuple):
     max_source: int | None
     setting: Setting
     identity: Callable[[], str]
+    remarks: Callable[[Sequence[str], Sequence[np.ndarray]], list[str]] = lambda texts, tokens: []
 
 
 class Setting(NamedTuple):
@@ -120,6 +125,7 @@ def from_checkpoint(path: str, asked: Asked, dtype: Any = np.float32) -> TextMod
         max_source=min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None),
         setting=setting(checkpoint.tokenizer, raw, path, asked),
         identity=functools.partial(digest_of_directory, checkpoint.location),
+        remarks=functools.partial(coverage.remarks_on_texts, checkpoint.tokenizer),
     )
 
 
@@ -161,6 +167,7 @@ def from_run(folder: Path, asked: Asked, name: str = "") -> TextModel:
         max_source=min(run.experiment.batch.row_length, positions or NO_LIMIT),
         setting=Setting(asked.prefix or "", options),
         identity=lambda: digest_of_arrays(params) + digest_of_directory(folder / "trunk"),
+        remarks=functools.partial(coverage.remarks_on_texts, tokenizer),
     )
 
 
@@ -169,7 +176,7 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
 
     Args:
         tokenizer: The tokenizer.
-        vocab_size: Tokens that the model knows; a larger one is a UserError: jax would read another in its place.
+        vocab_size: Rows of the model's token table; a token beyond them is a RowError: jax would read NaN in its place.
     """
 
     def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
@@ -178,11 +185,9 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         cut = {"truncation": True, "max_length": max_length} if max_length else {}
         encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
         found = [np.array(ids, np.int32) for ids in encoded]
-        largest = max((int(ids.max()) for ids in found if len(ids)), default=0)
-        if largest >= vocab_size:
-            raise UserError(
-                f"the tokenizer gives token {largest}, but the model knows {vocab_size}: they do not belong together"
-            )
+        if refused := coverage.beyond(found, vocab_size):
+            token = next(iter(refused.values()))
+            raise RowError([*refused], coverage.without_row(tokenizer, token, vocab_size, "the model's token table"))
         return found
 
     return encode

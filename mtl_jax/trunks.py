@@ -17,6 +17,7 @@ from flax import traverse_util
 from mtl_jax import pretrained
 from mtl_jax.configuration import Configuration
 from mtl_jax.data import vocabulary
+from mtl_jax.data.coverage import Tables
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.models.embedding import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.encoded import token_table as token_table
@@ -250,6 +251,16 @@ def facts(trunk: Trunk) -> TrunkFacts:
     start = None if trunk.raw is None else trunk.raw.get("decoder_start_token_id")
     encoder = trunk.module.config if isinstance(trunk.module, Encoder) else None
     return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start, encoder)
+
+
+def tables(trunk: Trunk) -> Tables:
+    """Rows of the trunk's tables."""
+    return tables_of(trunk.module.config)
+
+
+def tables_of(sizes: Any, of: str = "the trunk") -> Tables:
+    """Rows of the tables of a trunk with such a configuration; `of` says whose it is."""
+    return Tables(sizes.vocab_size, getattr(sizes, "type_vocab_size", 0) or None, of)
 
 
 def init_params(trunk: Trunk, key: jax.Array) -> Any:

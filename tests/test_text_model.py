@@ -1,13 +1,14 @@
 """What each family is told beside the text, and plain text out of each tokenizer."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import tiny_seq2seq
 
 from mtl_jax.errors import UserError
-from mtl_jax.generation import configure
+from mtl_jax.generation import configure, make_plan
 from mtl_jax.text_model import Asked, from_checkpoint
 
 TRANSLATE = Asked("translation")
@@ -102,8 +103,23 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path):
     known["▁the"] = 500
     (folder / "vocab.json").write_text(json.dumps(known), encoding="utf-8")
     model = from_checkpoint(str(folder), TRANSLATE)
-    with pytest.raises(UserError, match="the tokenizer gives token 500, but the model knows"):
+    with pytest.raises(UserError, match=r"the token '▁the' has the id 500, but the model's token table has 1.. rows"):
         model.encode(["the"], None)
+    whole = make_plan(model, ["film", "", "song"], "cut", None)
+    plan = make_plan(model, ["film", "the film", "", "song"], "cut", None)
+    assert [ids.tolist() for ids in plan.sources] == [ids.tolist() for ids in whole.sources]
+    assert (plan.text_of, [*plan.refused], [*whole.refused]) == ([0, 3], [1], [])
+    with pytest.raises(UserError, match="text 2: the token '▁the' has the id 500"):
+        make_plan(model, ["", "the film"], "cut", None)
+    with pytest.raises(UserError, match="what stands beside every text: the token '▁the' has the id 500"):
+        make_plan(model._replace(setting=model.setting._replace(prefix="the ")), ["film"], "cut", None)
+
+
+def test_a_translation_says_what_its_vocabulary_does_not_know(tmp_path):
+    model = from_checkpoint(str(tiny_seq2seq.write_marian(tmp_path / "marian")), TRANSLATE)
+    assert make_plan(model, ["the film", "a song"], "cut", None).remarks == []
+    (line,) = make_plan(model, ["the film", "the 电影"], "cut", None).remarks
+    assert re.fullmatch(r"texts: the vocabulary does not know [\d.]+ % of the tokens, such as '电影'", line)
 
 
 def test_classes_that_cannot_write_are_named(tmp_path):

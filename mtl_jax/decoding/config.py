@@ -262,11 +262,14 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
     return config
 
 
+TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "pad_token_id")  # options that are one token
+
+
 _INT, _FLOAT, _BOOL = (int,), (int, float), (bool,)
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), _INT),
     **dict.fromkeys(("num_beams", "num_return_sequences", "top_k", "no_repeat_ngram_size"), _INT),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id", "pad_token_id"), _INT),
+    **dict.fromkeys(TOKENS, _INT),
     **dict.fromkeys(("length_penalty", "temperature", "top_p", "repetition_penalty"), _FLOAT),
     **dict.fromkeys(("do_sample", "renormalize_logits"), _BOOL),
 }

@@ -16,7 +16,7 @@ import numpy as np
 
 from mtl_jax.decoding import search
 from mtl_jax.decoding.buckets import buckets
-from mtl_jax.decoding.config import GenerationConfig, divided, resolve
+from mtl_jax.decoding.config import TOKENS, GenerationConfig, divided, resolve
 from mtl_jax.decoding.devices import AS_THEY_ARE, Devices, share
 from mtl_jax.decoding.state import State
 from mtl_jax.decoding.vocabulary import Vocabulary, prepare
@@ -212,11 +212,14 @@ def fitted(model: Seq2Seq, config: GenerationConfig) -> GenerationConfig:
         config = dataclasses.replace(config, max_length=sizes.max_positions, max_new_tokens=None)
     if config.least > config.length and config.eos_token_id:
         raise UserError(f"the least length, {config.least}, is above the largest, {config.length} tokens")
-    named = [config.start, *config.eos_token_id, *(token for word in config.bad_words_ids for token in word)]
-    named += [token for token in (config.forced_bos_token_id, config.forced_eos_token_id) if token is not None]
-    for token in named:
-        if not 0 <= token < sizes.decoder_vocab_size:
-            raise UserError(f"token {token} of the generation options is outside the vocabulary of {sizes.decoder_vocab_size}")
+    named = [(name, getattr(config, name)) for name in TOKENS]
+    named += [("eos_token_id", token) for token in config.eos_token_id]
+    named += [("bad_words_ids", token) for word in config.bad_words_ids for token in word]
+    for name, token in named:
+        if token is not None and not 0 <= token < sizes.decoder_vocab_size:
+            raise UserError(
+                f"token {token} of the generation options is outside the vocabulary of {sizes.decoder_vocab_size} ({name})"
+            )
     return config
 
 

@@ -58,6 +58,18 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
         return read(folder)
 
 
+def languages(tokenizer: Any) -> tuple[str, ...]:
+    """The languages that a tokenizer marks texts by, where its files do not say which ones are meant; else ().
+
+    mBART, mBART-50, NLLB and M2M-100 take English for what nobody said, of texts and of their translations alike.
+    """
+    settings = getattr(tokenizer, "init_kwargs", {})
+    if not hasattr(tokenizer, "tgt_lang") or (settings.get("src_lang") and settings.get("tgt_lang")):
+        return ()
+    codes = getattr(tokenizer, "lang_code_to_id", None) or getattr(tokenizer, "extra_special_tokens", None) or ()
+    return tuple(map(str, codes)) or ("none",)
+
+
 def copy_files(source: Path | zipfile.Path, target: Path, names: tuple[str, ...]) -> None:
     """Copies those of the files that there are."""
     for name in names:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from mtl_jax.data.batches import Batch
+from mtl_jax.data.coverage import without_row
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
@@ -24,7 +25,7 @@ from mtl_jax.errors import UserError
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.heads import MaskedLMHead
-from mtl_jax.tasks.base import Task
+from mtl_jax.tasks.base import Task, TrunkFacts
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the others stay as they are
 
@@ -41,7 +42,7 @@ class MaskedLM(Task):
         source: The source whose texts it learns. No other task can have that source, whose texts are changed.
         rate: Share of a text's tokens that are chosen, at least one token; special tokens never are.
         mask: Id of the mask token; filled in from the trunk's tokenizer, as are the next two.
-        vocabulary: Number of ids.
+        vocabulary: Number of ids, those beyond the trunk's token table left out.
         special: Ids that are never chosen.
         hidden: Must be 0: this head has a shape of its own.
         dropout: Dropout rate in front of the head.
@@ -70,13 +71,19 @@ class MaskedLM(Task):
         if self.hidden:
             raise UserError(f"task {self.name!r}: hidden is {self.hidden}; a masked LM's head has no such layer, leave it at 0")
 
+    def on(self, trunk: TrunkFacts) -> Self:
+        return dataclasses.replace(self, vocabulary=trunk.table[0])
+
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if tokenizer.mask_token_id is None:
             raise UserError(
                 f"task {self.name!r}: masked LM needs a trunk whose tokenizer has a mask token, which this one has not"
             )
-        special = tuple(sorted(tokenizer.all_special_ids))
-        return dataclasses.replace(self, mask=tokenizer.mask_token_id, vocabulary=len(tokenizer), special=special)
+        vocabulary, mask = min(len(tokenizer), self.vocabulary or len(tokenizer)), tokenizer.mask_token_id
+        if mask >= vocabulary:
+            raise UserError(f"task {self.name!r}: {without_row(tokenizer, mask, vocabulary, 'the token table of the trunk')}")
+        special = tuple(sorted(token for token in tokenizer.all_special_ids if token < vocabulary))
+        return dataclasses.replace(self, mask=mask, vocabulary=vocabulary, special=special)
 
     def parse(self, row: Row) -> None:
         return None

@@ -17,12 +17,13 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.models import warm_start
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
+from mtl_jax.pretrained.tokenizer import languages
 from mtl_jax.sentences import first_sentence
 from mtl_jax.tasks import decoders, text_metrics
 from mtl_jax.tasks.base import Task, TrunkFacts, column
@@ -135,8 +136,14 @@ class Seq2Seq(Task):
         """The task with its decoder's sizes, and where its texts start and end.
 
         Raises:
-            UserError: The trunk has no tokens for that, or its token table does not fit.
+            UserError: The trunk has no tokens for that, its token table does not fit, or its tokenizer marks texts by their
+                language and does not know which ones.
         """
+        if codes := languages(trunk.tokenizer):
+            raise UserError(
+                f"task {self.name!r}: the trunk's tokenizer marks source and target by language, and nothing says which; "
+                f"give src_lang and tgt_lang in the checkpoint's tokenizer_config.json; languages: {listed(codes)}"
+            )
         around = trunk.tokenizer(text_target="")["input_ids"]
         if not around or around[-1] not in trunk.tokenizer.all_special_ids:
             raise UserError(
@@ -146,6 +153,11 @@ class Seq2Seq(Task):
         if trunk.head is not None:
             decoder, start, leading = decoders.of_checkpoint(self, trunk), trunk.start, 0
             assert start is not None
+            if hasattr(trunk.tokenizer, "tgt_lang") and start != around[-1]:
+                raise UserError(
+                    f"task {self.name!r}: the checkpoint's decoder_start_token_id is {start}; with the target "
+                    f"language {trunk.tokenizer.tgt_lang} it must be {around[-1]}"
+                )
         else:
             tokenizer, leading = trunk.tokenizer, len(around) - 1
             starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.data.batches import Batch
+from mtl_jax.data.coverage import NOTED
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
@@ -106,13 +107,30 @@ class Span(Task):
         return Gold(gold[0]["start"] + len(text) - len(text.lstrip()), text.strip())
 
     def remarks(self, parts: Sequence[Examples]) -> list[str]:
-        lost = sum(
-            bool(column(part.data[part.row_of[group[0]]], self.column, self))
-            and not (part.labels[self.name][group.start : group.stop, 1] > 0).any()
-            for part in parts
-            for group in part.groups()
-        )
-        return [f"{lost} answers stand whole in no window, and are learned as no answer"] if lost else []
+        answered = lost = off = 0
+        for part in parts:
+            labels, row_of = part.labels[self.name], part.row_of
+            for group in part.groups():
+                row = part.data[row_of[group[0]]]
+                if not column(row, self.column, self):
+                    continue
+                answered += 1
+                whole = group.start + np.flatnonzero(labels[group.start : group.stop, 1] > 0)
+                lost += not len(whole)
+                off += bool(len(whole)) and self._off_edges(row, labels[whole[0]], part.window(whole[0], group.start))
+        found = [f"{lost} answers stand whole in no window, and are learned as no answer"] if lost else []
+        if off and off >= NOTED * answered:
+            share = f"{off} of {answered} answers ({100 * off / answered:.1f} %)"
+            found.append(f"{share} begin or end inside a token: what is predicted is the whole tokens")
+        return found
+
+    def _off_edges(self, row: Row, label_4: np.ndarray, window: Window) -> bool:
+        """Whether the answer begins or ends inside a token of the window that holds it."""
+        gold, context = self.parse(row), column(row, self.context, self)
+        assert gold is not None
+        assert window.offsets is not None
+        first, last = int(window.offsets[label_4[0], 0]), int(window.offsets[label_4[1], 1])
+        return not _without_token(context[first : gold.start] + context[gold.start + len(gold.text) : last])
 
     def place(self, label: Gold | None, window: Window) -> np.ndarray:
         assert window.offsets is not None

@@ -48,6 +48,9 @@ def config_of(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConfig:
         "decoder_start_token_id": task.start,
     }
     if task.from_checkpoint:
+        first = trunk.tokenizer(text_target="")["input_ids"][0] if hasattr(trunk.tokenizer, "tgt_lang") else task.end
+        if first != task.end:  # mBART-50's texts begin with their language
+            call["forced_bos_token_id"] = first
         return decoding.resolve(trunk.raw or {}, trunk.location, **call)
     return decoding.resolve({}, None, eos_token_id=task.end, pad_token_id=trunk.tokenizer.pad_token_id or 0, **call)
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mtl_jax import trunks
 from mtl_jax.data import corpus as corpora
-from mtl_jax.data import stream
+from mtl_jax.data import coverage, stream
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.mixture import InTurn
 from mtl_jax.data.stream import Stretch
@@ -87,16 +87,38 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
+    _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     generation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     held = regularised.prepare(experiment, trunk, corpus, texts[:SOME_TEXTS])
+    for name, teacher in held.teachers.items():
+        sizes = (teacher.module.trunk if teacher.tagger else teacher.module).config
+        for split in corpus.splits.values():
+            coverage.check(split.values(), (), trunk.tokenizer, trunks.tables_of(sizes, f"the teacher of {name}"))
     params["heads"] |= regularised.projections(experiment, held.teachers, trunks.width(trunk, params["trunk"]))
     plans = planning.plan(experiment, corpus.tasks, params, held.watched)
     trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))
     regularised.check(experiment, {task.name: task for task in corpus.tasks}, trunk, params, held.learned, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
     return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, held.teachers, held.learned, held.watched)
+
+
+def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:
+    """Refuses a text with a token that the model has no row for; notes how much the vocabulary does not know.
+
+    Raises:
+        UserError: There is one; names its file and line.
+    """
+    for split in corpus.splits.values():
+        coverage.check(split.values(), corpus.tasks, tokenizer, tables)
+    for source in experiment.sources:
+        parts = [split[source.name] for split in corpus.splits.values() if source.name in split]
+        if parts:
+            tasks = [task for task in corpus.tasks if task.source == source.name]
+            columns = [name for name in (source.text, source.pair) if name]
+            corpus.notes.extend(coverage.remarks(f"source {source.name}", parts, tasks, tokenizer, columns))
+            corpus.notes.extend(coverage.language_remarks(f"source {source.name}", parts, tasks, tokenizer))
 
 
 def stretches(experiment: Experiment) -> tuple[Stretch, ...]:

@@ -9,11 +9,13 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import bert_like
 
 from mtl_jax import Batching, Evaluation, Optimizer, Phase, Pretrained, Source, Span, assets, train, trunks
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.examples import make_examples
 from mtl_jax.data.labels import Window
+from mtl_jax.data.parts import make_part
 from mtl_jax.data.sources import Row, read
 from mtl_jax.errors import UserError
 from mtl_jax.prediction import predict
@@ -27,6 +29,21 @@ SOURCE = Source(name="squad", path="", format="squad", text="question", pair="co
 
 def row(context, *answers, question="who was the man ?", where="squad.json: question 1"):
     return Row({"question": question, "context": context, "answers": [{"text": t, "start": s} for t, s in answers]}, where)
+
+
+def test_answers_off_the_edges_of_tokens_are_a_line():
+    """As where words are not divided by spaces: a token is more than the answer."""
+    tokenizer = bert_like()
+    rows = [row("ab abcd ef", ("ab", 0)), row("abcd ef", ("cd", 2)), row("ab. ef", ("ab.", 0)), row("ab", ("ab", 0))]
+
+    def remarks(rows):
+        return TASK.remarks([make_part(SOURCE, [TASK], rows, tokenizer, 64, "rows").examples])
+
+    assert remarks(rows) == []
+    word = row("ab zabz ef", ("ab", 4))  # a word that the vocabulary does not know is one token
+    expected = "1 of 5 answers (20.0 %) begin or end inside a token: what is predicted is the whole tokens"
+    assert remarks([*rows, word]) == [expected]
+    assert remarks([*rows, *[row("ab", ("ab", 0))] * 200, word]) == []
 
 
 def window(offsets, number=0):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import collections
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import tqdm
 
+BURST = 0.05  # seconds: the units of one batch are told one by one, but were done together
+
 
 class Progress:
     """One bar on a terminal; elsewhere a line every few seconds. Rates are those of the last seconds.
+
+    The clock of the rates starts with the first update, since a program is compiled before it, and stands still in other work,
+    of which beside() is told.
 
     Args:
         title: What is being counted.
@@ -19,14 +25,27 @@ class Progress:
         done: Units done before.
         unit: Name of a unit.
         seconds: Time between lines where there is no terminal, and over which rates are taken.
+        coming: {other work, such as "evaluation": how many times it is still to come}. It is part of the estimate of the time
+            that is left as soon as beside() was told of it once.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, unit: str = "step", seconds: float = 10.0):
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int = 0,
+        unit: str = "step",
+        seconds: float = 10.0,
+        coming: Mapping[str, int] | None = None,
+    ):
         self._quiet = jax.process_index() != 0
         self._terminal = sys.stderr.isatty()
         self._title, self._total, self._done, self._tokens, self._unit = title, total, done, 0, unit
         self._seconds, self._last = seconds, time.monotonic()
-        self._marks = collections.deque([(self._last, done, 0)])  # (time, units, tokens), the last seconds of them
+        self._clock, self._at = 0.0, self._last  # seconds of units alone, and up to when they are counted
+        self._marks: collections.deque[tuple[float, int, int]] = collections.deque()  # (clock, units, tokens), the last seconds
+        self._coming = dict(coming or {})
+        self._took: dict[str, tuple[float, int]] = {}  # {other work: (seconds, times)}
         self._bar = tqdm.tqdm(
             total=total,
             initial=done,
@@ -49,9 +68,8 @@ class Progress:
         self._tokens += tokens
         self._title = title or self._title
         now = time.monotonic()
-        self._marks.append((now, self._done, self._tokens))
-        while len(self._marks) > 2 and now - self._marks[1][0] > self._seconds:
-            self._marks.popleft()
+        self._clock, self._at = self._clock + now - self._at, now
+        self._mark()
         if self._quiet:
             return
         if self._terminal:
@@ -60,18 +78,58 @@ class Progress:
             self._bar.update(units)
         elif now - self._last >= self._seconds or self._done == self._total:
             self._last = now
-            print(f"{self._title} {self._done}/{self._total} {self._text(losses or {})}", file=sys.stderr, flush=True)
+            print(f"{self._title} {self._done}/{self._total} {self._text(losses or {})}".rstrip(), file=sys.stderr, flush=True)
+
+    def beside(self, work: str, times: int = 1) -> None:
+        """The time since the last call was no unit's, but other work's: it does not count in the rate.
+
+        Args:
+            work: What it was, such as "evaluation".
+            times: How many of those that are to come it was.
+        """
+        now = time.monotonic()
+        seconds, before = self._took.get(work, (0.0, 0))
+        self._took[work] = seconds + now - self._at, before + times
+        self._coming[work] = max(self._coming.get(work, 0) - times, 0)
+        self._at = now
+        if not self._marks:
+            self._mark()
+
+    def skip(self, units: int, coming: Mapping[str, int] | None = None) -> None:
+        """Some units turn out to be done before, or not to be needed: they count in no rate.
+
+        Args:
+            units: How many.
+            coming: The other work that does not come with them, as for the class.
+        """
+        self._done += units
+        self._marks.clear()
+        for work, times in (coming or {}).items():
+            self._coming[work] = max(self._coming.get(work, 0) - times, 0)
+        self._bar.update(units)
 
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
 
+    def _mark(self) -> None:
+        if self._marks and self._clock - self._marks[-1][0] < BURST:
+            self._marks[-1] = (self._marks[-1][0], self._done, self._tokens)
+        else:
+            self._marks.append((self._clock, self._done, self._tokens))
+        while len(self._marks) > 3 and self._clock - self._marks[1][0] > self._seconds:
+            self._marks.popleft()
+
     def _text(self, losses: dict[str, float]) -> str:
-        (then, done, tokens), (now, *_) = self._marks[0], self._marks[-1]
-        seconds = max(now - then, 1e-9)
-        rate = (self._done - done) / seconds
-        left = round((self._total - self._done) / rate) if rate else 0
-        parts = [f"{rate:.{1 if rate < 100 else 0}f} {self._unit}/s"]
-        parts += [f"{(self._tokens - tokens) / seconds:.0f} tok/s"] if self._tokens else []
-        parts += [f"ETA {left // 60}:{left % 60:02d}"] if rate else []
+        parts = []
+        if len(self._marks) > 2:
+            (then, done, tokens), (now, now_done, now_tokens) = self._marks[0], self._marks[-2]  # the last may grow yet
+            rate = (now_done - done) / (now - then)
+            other = sum(
+                times * self._took[work][0] / self._took[work][1] for work, times in self._coming.items() if work in self._took
+            )
+            left = round((self._total - self._done) / rate + other)
+            parts.append(f"{rate:.{1 if rate < 100 else 0}f} {self._unit}/s")
+            parts += [f"{(now_tokens - tokens) / (now - then):.0f} tok/s"] if self._tokens else []
+            parts.append(f"ETA {left // 60}:{left % 60:02d}")
         return " ".join(parts + [f"{name}={loss:.3f}" for name, loss in losses.items()])

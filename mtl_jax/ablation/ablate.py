@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
@@ -24,6 +25,7 @@ from mtl_jax.progress import Progress
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.counts import other_work
 from mtl_jax.training.features import Features
 from mtl_jax.training.prepare import prepare
 from mtl_jax.training.signals import Stop, asked_to_stop
@@ -99,12 +101,15 @@ def _ablate(
     if not before:
         _read_all(planned)
     total = sum(steps_of(program) * len(program.runs) for program in planned)
+    coming: collections.Counter[str] = collections.Counter()
+    for program in planned:
+        coming.update(other_work(program.template, runs=len(program.runs)))
     with asked_to_stop() as stop:
-        progress = Progress("ablation", total)
+        progress = Progress("ablation", total, coming=coming)
         for program in planned:
             known = record["programs"][program.number]
             if all(run.name in status for run in program.runs):
-                progress.update(steps_of(program) * len(program.runs))
+                progress.skip(steps_of(program) * len(program.runs), other_work(program.template, runs=len(program.runs)))
                 continue
             ready = make_ready(program, at_once, memory, known.get("size", 0))
             known |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
@@ -207,7 +212,7 @@ def _train(
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     for place, chunk in enumerate(ready.chunks):
         if all(run.name in status for run in chunk):
-            progress.update(steps_of(ready.program) * len(chunk))
+            progress.skip(steps_of(ready.program) * len(chunk), other_work(prepared.experiment, runs=len(chunk)))
             continue
         for run in chunk:
             files = {"versions": workdirs.versions(), "data": data, "baselines": compared}

@@ -31,7 +31,7 @@ from mtl_jax.progress import Progress
 from mtl_jax.training import evaluation, reading, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint import Restored, Store
-from mtl_jax.training.counts import Counts
+from mtl_jax.training.counts import Counts, other_work
 from mtl_jax.training.logs import Logger
 from mtl_jax.training.planning import PhasePlan, renumbered
 from mtl_jax.training.prepare import stretches
@@ -125,17 +125,21 @@ class Chunk:
                 stack.enter_context(contextlib.closing(Logger(self.shared.run_folder(run), step, events=False)))
                 for run in self.runs
             ]
-            if step:
-                self.shared.progress.update(step * len(self.runs))
+            self._skip(0, step)
             for plan in self.prepared.plans:
                 if step < plan.end and not self._ended():
                     if step == plan.start and plan.number:
                         now = self._enter(plan, now)
                     held, apart = self._hold(plan, now, step == plan.start)
                     now, step = self._phase(plan, now, step, held, apart)
+            self._skip(step, self.prepared.plans[-1].end)
             self.store.wait()
             self._finish(step, now)
         return self.fates
+
+    def _skip(self, start: int, stop: int) -> None:
+        runs = len(self.runs)
+        self.shared.progress.skip((stop - start) * runs, other_work(self.experiment, start, stop, runs))
 
     def newest(self) -> Together | None:
         """The state of the newest checkpoint, without a step being taken; with it counts, fates and position."""
@@ -245,7 +249,7 @@ class Chunk:
         steps = np.arange(plan.end - plan.start)
         plans = [renumbered(plan, run.experiment) for run in self.runs]
         self.rates = [np.broadcast_to(jax.vmap(mine.rate)(steps), len(steps)) for mine in plans]
-        state, best = now.state(), now.best
+        state, best, begun = now.state(), now.best, step
         while step < plan.end and not self._ended():
             if self.shared.stop.requested(step):
                 self._read_pending(plan)
@@ -255,6 +259,8 @@ class Chunk:
             host_batch = next(self.stream)
             batch = meshes.assemble(host_batch, meshes.by_rows(self.mesh))
             run_step = self.machine.step(plan, self.values, state, batch, table, held, apart=apart)
+            if step == begun:
+                self.shared.progress.beside("compilation")
             state, metrics = run_step(self.values, state, batch, table, held)
             step += 1
             self._read_pending(plan)
@@ -264,9 +270,11 @@ class Chunk:
                 state = self.machine.collect(plan, state)
                 best = self._evaluate(step, plan, state, best, table)
                 self._save(step, _with_best(state, best))
+                self.shared.progress.beside("evaluation", len(self.runs))
             elif step % self.experiment.checkpoints.every == 0:
                 self._read_pending(plan)
                 self._save(step, _with_best(state, best))
+                self.shared.progress.beside("checkpoint", len(self.runs))
         return _with_best(state, best), step
 
     def _read_pending(self, plan: PhasePlan) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from mtl_jax.experiment import Experiment
 
 
 @dataclasses.dataclass
@@ -61,3 +64,20 @@ class Counts:
                 for source, (rows, seen, tokens) in self.seen.items()
             },
         }
+
+
+def other_work(experiment: Experiment, start: int = 0, stop: int | None = None, runs: int = 1) -> dict[str, int]:
+    """How often runs do something else than steps, for the estimate of the time that is left.
+
+    Args:
+        experiment: Theirs.
+        start: Steps done.
+        stop: Up to this step; None: to the end.
+        runs: How many runs do it.
+    """
+    ends = list(itertools.accumulate(phase.steps for phase in experiment.phases))
+    stop, every, saving = ends[-1] if stop is None else stop, experiment.evaluation.every, experiment.checkpoints.every
+    evaluations = {at for at in (*range(every, stop + 1, every), *ends) if start < at <= stop}
+    saved = range(saving * (start // saving + 1), stop + 1, saving)
+    alone = sum(at not in evaluations for at in saved)  # the checkpoint after an evaluation is a part of it
+    return {"evaluation": len(evaluations) * runs, "checkpoint": alone * runs}

@@ -23,7 +23,7 @@ from mtl_jax.training import evaluation, fingerprint, generation, hosts, left_ou
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.counts import Counts
+from mtl_jax.training.counts import Counts, other_work
 from mtl_jax.training.features import Features
 from mtl_jax.training.logs import Logger, Progress
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, stretches, template
@@ -130,7 +130,8 @@ class _Run:
             stack.callback(self.stream.close)
             self.logger = stack.enter_context(contextlib.closing(Logger(self.folder, step)))
             table = self._baselines()
-            self.progress = stack.enter_context(contextlib.closing(Progress("training", self.prepared.plans[-1].end, step)))
+            progress = Progress("training", self.prepared.plans[-1].end, step, coming=other_work(self.experiment, step))
+            self.progress = stack.enter_context(contextlib.closing(progress))
             for plan in self.prepared.plans:
                 if step < plan.end and not self._stopped_early():
                     if step == plan.start:
@@ -198,7 +199,7 @@ class _Run:
         self.counts.phase = plan.number
         # All at once: asking the schedule step by step would run a small program each time.
         self.rates = np.broadcast_to(jax.vmap(plan.rate)(np.arange(plan.end - plan.start)), plan.end - plan.start)
-        every = self.experiment.evaluation.every
+        every, begun = self.experiment.evaluation.every, step
         while step < plan.end and not self._stopped_early():
             if self.stop.requested(step):
                 self._read_pending(plan)
@@ -207,6 +208,8 @@ class _Run:
                 raise Interrupted(f"stopped at step {step}; the same command goes on from there")
             host_batch = next(self.stream)
             state, metrics = train_step(state, meshes.assemble(host_batch, meshes.by_rows(self.mesh)), table, held)
+            if step == begun:
+                self.progress.beside("compilation")
             step += 1
             self._read_pending(plan)  # of the step before: the device is already at work on this one
             self.pending = _Pending(step, host_batch.tokens.size * jax.process_count(), metrics)
@@ -214,9 +217,11 @@ class _Run:
                 self._read_pending(plan)
                 state = self._collect(plan, state)
                 self._save(step, state, self._evaluate(step, plan, state.measured(), table))
+                self.progress.beside("evaluation")
             elif step % self.experiment.checkpoints.every == 0:
                 self._read_pending(plan)
                 self._save(step, state, None)
+                self.progress.beside("checkpoint")
         return state, step
 
     def _read_pending(self, plan: PhasePlan) -> None:

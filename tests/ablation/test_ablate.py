@@ -18,6 +18,7 @@ from mtl_jax.ablation.taking import take
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, from_json
 from mtl_jax.prediction import predict
+from mtl_jax.progress import Progress
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.logs import read_metrics
@@ -54,11 +55,27 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bars() -> list[Progress]:
+    """The progress bars of the finished ablation."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, bars: list[Progress]) -> Path:
     """Eight runs; half of them diverge in their second phase."""
     folder = tmp_path_factory.mktemp("ablation") / "ablation"
-    ablate(short(bert, data), folder, VARY, seeds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "close", lambda bar: bars.append(bar))
+        ablate(short(bert, data), folder, VARY, seeds=2)
     return folder
+
+
+def test_at_the_end_nothing_is_left_to_be_estimated(finished, bars):
+    """Steps, evaluations and checkpoints came as often as they were expected."""
+    (bar,) = [bar for bar in bars if bar._unit == "step"]
+    assert bar._done == bar._total == 8 * 6
+    assert bar._coming == {"evaluation": 0, "checkpoint": 0, "compilation": 0}
+    assert {work: times for work, (_, times) in bar._took.items()} == {"evaluation": 24, "checkpoint": 8, "compilation": 2}
 
 
 def test_runs_that_differ_in_numbers_share_a_program(finished):

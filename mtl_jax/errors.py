@@ -31,7 +31,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """
     choices = list(choices)
     near = nearest(name, choices)
-    hint = f" (did you mean {near!r}?)" if near else ""
+    hint = f" (did you mean {listed([near])!r}?)" if near else ""
     given = repr(name if len(name) <= 100 else f"{name[:100]}...")
     return UserError(f"unknown {kind} {given}{hint}; choices: {listed(choices)}")
 

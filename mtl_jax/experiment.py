@@ -18,7 +18,7 @@ from mtl_jax.configuration import Configuration
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.sources import Source
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import adapters as adapting
@@ -227,7 +227,7 @@ def check(experiment: Experiment) -> None:
             raise UserError(f"the experiment has no {what}")
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise UserError(f"{what} names must differ: {', '.join(sorted(twice))}")
+            raise UserError(f"{what} names must differ: {listed(sorted(twice))}")
         for name in names:
             if not name or not set(name) <= _NAME_CHARACTERS:
                 raise UserError(f"{what} name {name!r}: use letters, digits, '_' and '-' only")

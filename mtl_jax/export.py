@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import locks, pretrained, trunks
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.marian_bart import fields_of
@@ -162,7 +162,7 @@ def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:
     if set(ours) != {"output"} or len(names) != 1 or wanted[names[0]].keys() != ours["output"].keys():
         raise UserError(
             f"task {task.name!r}: its head is not one linear layer as that of transformers' class is, which has "
-            f"{', '.join(names) or 'none'}; leave --task out"
+            f"{listed(names)}; leave --task out"
         )
     return {names[0]: ours["output"]}
 

@@ -27,6 +27,35 @@ def check_regular(path: str | Path) -> None:
         raise UserError(f"{shown(path)}: not a regular file ({kind})")
 
 
+def expanded(path: str) -> Path:
+    """A path with the home directory in the place of "~" or "~USER".
+
+    Raises:
+        UserError: There is no such user, or it is unknown where the home directory is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{shown(path)}: there is no home directory {shown(Path(path).parts[0])!r}; write the path out"
+        ) from error
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path.
+
+    Raises:
+        UserError: That cannot be found out: a name is too long, or a directory may not be looked into.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise UserError(f"{shown(path)}: cannot be read ({reason(error)})") from error
+    return True
+
+
 @contextlib.contextmanager
 def writing(path: str | Path, advice: str = "") -> Iterator[None]:
     """Turns an operating system's refusal to write, such as a full disk, into one line.

@@ -76,7 +76,21 @@ def object_of(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:  # beside what is no JSON, numbers of thousands of digits
-        raise UserError(f"{where}: no JSON ({error})") from error
+        raise UserError(f"{where}: {not_by_line(line) or f'no JSON ({error})'}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a JSON object is needed, not {type(value).__name__}")
+        raise UserError(f"{where}: {not_by_line(line) or f'a JSON object is needed, not {type(value).__name__}'}")
     return value
+
+
+def not_by_line(first: str) -> str:
+    """What is wrong with a file whose first line this is and that is one JSON value: an array, or an object over several lines.
+
+    Returns:
+        What it is and what to do; "" where the file may have an object on each line.
+    """
+    text, advice = first.strip(), "a .jsonl file has one JSON object on each line: convert it, for example by jq -c"
+    if text.startswith("[") and (text[1:].lstrip()[:1] in ("", "{") or not text.endswith("]")):
+        return f"the file is a JSON array, and {advice} '.[]'"
+    if text.startswith("{") and text.endswith(("{", "[", ",", ":")):
+        return f"the object does not end on its line, and {advice} ."
+    return ""

@@ -176,6 +176,11 @@ def _joined(text: str | list[str]) -> str:
     return text if isinstance(text, str) else " ".join(text)
 
 
+def _how_pairs(names: Sequence[str]) -> str:
+    row = ", ".join(f'"{name}": "..."' for name in names)
+    return f": --text gives one text; give pairs as --file FILE.jsonl with lines {{{row}}}"
+
+
 def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: bool) -> Row:
     names = _text_columns(source)
     columns = {names[0]: value} if isinstance(value, str) else dict(value) or dict.fromkeys(names, "")
@@ -187,5 +192,6 @@ def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: 
             raise UserError(
                 f"input {number}: source {source.name!r} needs the text columns {', '.join(names)}; {name!r} is missing"
                 + ("" if text is None else f" or no text: {type(text).__name__}")
+                + (_how_pairs(names) if isinstance(value, str) and len(names) > 1 else "")
             )
     return Row(columns, f"input {number}")

@@ -18,7 +18,7 @@ from mtl_jax import pretrained
 from mtl_jax.data import coverage
 from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokens import RowError
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.journal import digest_of_arrays, digest_of_directory
 from mtl_jax.models.seq2seq import Seq2Seq
 from mtl_jax.pretrained import families, hub
@@ -146,7 +146,7 @@ def from_run(folder: Path, asked: Asked, name: str = "") -> TextModel:
     able = {task.name: task for task in run.tasks if isinstance(task, Seq2SeqTask)}
     if name not in able and (name or len(able) != 1):
         if not able:
-            raise UserError(f"{folder}: no task of this run writes texts; its tasks are {', '.join(t.name for t in run.tasks)}")
+            raise UserError(f"{folder}: no task of this run writes texts; its tasks are {listed(t.name for t in run.tasks)}")
         raise unknown("task that writes texts" if name else "--task", name, able)
     if asked.source or asked.target:
         raise UserError(f"{folder}: a run has no choice of languages; leave out --source-language and --target-language")

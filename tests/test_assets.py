@@ -1,4 +1,5 @@
 import hashlib
+import os
 import zipfile
 
 import pytest
@@ -106,3 +107,28 @@ def test_matches_keep_the_form_of_the_path(tmp_path, monkeypatch):
     assert assets.matches("pip:x/*") == ["pip:x/*"]
     with pytest.raises(UserError, match=r"\*\.tsv: no file of such a name"):
         assets.matches("*.tsv")
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "broken link"])
+def test_what_is_no_wheel_in_the_cache_is_named(cache, monkeypatch, kind):
+    path = wheel(cache, monkeypatch)
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(cache / "none")
+    with pytest.raises(UserError, match=r"small-1\.0-py3-none-any\.whl: .*; remove it and run again to fetch the wheel anew"):
+        assets.locate("pip:small/small/data/rows.txt")
+
+
+def test_no_home_directory(monkeypatch):
+    def unknown(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MTL_JAX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", unknown)
+    with pytest.raises(UserError, match="there is no home directory '~'; write the path out"):
+        assets.cache_dir()

@@ -1,12 +1,15 @@
 """What README and docs show is there."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from mtl_jax import Experiment
+from mtl_jax import Experiment, UserError, prediction
+from mtl_jax.data import corpus
 from mtl_jax.experiment import select
+from mtl_jax.pretrained import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,3 +46,23 @@ def test_the_whole_script_is_an_experiment():
     experiment = names["EXPERIMENT"]
     assert isinstance(experiment, Experiment)
     assert [task.name for task in select(experiment).tasks] == ["spam", "type"]
+
+
+def test_the_pairs_of_the_guide_are_read_and_predicted(shallow, tmp_path, monkeypatch):
+    """The example of Source.pair, with rows as its comment shows them."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(from mtl_jax import Classification, Source.*?)^```", page, re.DOTALL | re.MULTILINE)
+    row = json.loads(re.search(r"# (\{.*\})", script).group(1))
+    names = {}
+    exec(compile(script, "data.md", "exec"), names)
+    source, task = names["PAIRS"], names["FOLLOWS"]
+    rows = [row | {"premise": f"the film was {n}", "verdict": "yes" if n % 2 else "no"} for n in range(80)]
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    monkeypatch.setenv("MTL_JAX_DATA", str(tmp_path))
+    read = corpus.read_sources([source], [task])
+    found = corpus.make_corpus([source], [task], read, load_tokenizer(shallow), 24)
+    assert found.tasks[0].labels == ("no", "yes")
+    assert prediction._row(source, row, 1, False).columns == row
+    with pytest.raises(UserError, match=r"'hypothesis' is missing: --text gives one .* lines \{.premise.: .*, .hypothesis.: "):
+        prediction._row(source, "A man sleeps.", 1, False)

@@ -15,7 +15,7 @@ from mtl_jax import weighting
 from mtl_jax.ablation import fields
 from mtl_jax.ablation.fields import Path
 from mtl_jax.ablation.space import Axis
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.experiment import Experiment, check, data_seed_of, to_json
 from mtl_jax.optimizer import UNUSED
 from mtl_jax.weighting import registry, schedules
@@ -78,7 +78,7 @@ def runs(
     by_method = [_of_method(experiment, method, axes) for method in methods] if methods else [({}, list(axes))]
     used = {path for _, own in by_method for axis in own for path in axis.paths}
     for path in (path for axis in axes for path in axis.paths if path not in used):
-        raise UserError(f"--vary {'.'.join(path)}: none of the methods {', '.join(methods)} has it")
+        raise UserError(f"--vary {'.'.join(path)}: none of the methods {listed(methods)} has it")
     found: list[Run] = []
     known: set[str] = set()
     several = seeds > 1 or bool(varied_seed)
@@ -113,7 +113,7 @@ def _methods(axes: Sequence[Axis], methods: Sequence[str]) -> tuple[list[Axis], 
     methods = [str(value) for axis in named for (value,) in axis.points] or list(methods)
     twice = {method for method in methods if methods.count(method) > 1}
     if twice:
-        raise UserError(f"--methods: {', '.join(sorted(twice))} stands there twice")
+        raise UserError(f"--methods: {listed(sorted(twice))} stands there twice")
     weights = any(path[0] == "weights" for axis in axes for path in axis.paths)
     if methods and weights and not any(method in ("fixed", "scheduled") for method in methods):
         methods = ["fixed", *methods]

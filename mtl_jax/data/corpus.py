@@ -11,9 +11,10 @@ import numpy as np
 
 from mtl_jax import assets
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.label_notes import other_labels, unlearned
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.parts import Counts, make_part, readable, remarks, shortened
-from mtl_jax.data.sources import SPLITS, Row, Source, Splits, apart, read
+from mtl_jax.data.sources import SPLITS, Row, Source, Splits, apart, left_out, read
 from mtl_jax.data.tokens import Ragged
 from mtl_jax.errors import UserError
 
@@ -102,7 +103,7 @@ def make_corpus(
         UserError: A label column does not exist or a label is outside the label set; names file and line.
     """
     declared = {source.name: source for source in sources}
-    filled = tuple(task.filled(_training_file(declared[task.source], data[task.source], task), tokenizer) for task in tasks)
+    filled = tuple(task.filled(_labelled(declared[task.source], data[task.source], task), tokenizer) for task in tasks)
     own = {name: [task for task in filled if task.source == name] for name in data}
     splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
     counts: dict[str, list[Counts]] = {name: [] for name in data}
@@ -130,20 +131,20 @@ def make_corpus(
     notes = [_note(own[name], name, parts, told[name], max_length) for name, parts in data.items()]
     for name, tasks_of_it in own.items():
         notes += remarks(tasks_of_it, told[name])
+        for task in tasks_of_it:
+            notes += [*unlearned(task, splits["train"][name]), *other_labels(task, data[name].again)]
     filled = tuple(task.fitted(splits["train"][task.source]) for task in filled)
     for task in filled:
         notes += [f"task {task.name}: {remark}" for remark in task.remarks([splits[split][task.source] for split in SPLITS])]
     return Corpus(splits, filled, notes)
 
 
-def _training_file(source: Source, splits: Splits, task: Labels) -> list[Row]:
-    """The training rows and those that were cut from the same file: what may be found in the data is found there.
+def _labelled(source: Source, splits: Splits, task: Labels) -> Sequence[Row]:
+    """All rows of the training file, whichever are trained on: what may be found in the data is found there.
 
     Of a lenient source only those of which the task can read something; the others are told of when all labels are read.
     """
-    rows = list(splits.rows["train"])
-    rows += [] if source.dev_path else splits.rows["dev"]
-    rows += [] if source.test_path else list(splits.rows["test"])
+    rows = splits.file
     return readable(rows, [task], lambda task, row: task.written(row), quiet=True) if source.lenient else rows
 
 
@@ -154,4 +155,5 @@ def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: Counts, max
         note += f"{parts.elsewhere} that stand in dev or test of another source, "
     if parts.skipped + counts.skipped:
         note += f"{parts.skipped + counts.skipped} rows that cannot be read left out, "
-    return note + shortened(tasks, counts, max_length)
+    lines_left_out = left_out(parts.no_words)
+    return note + shortened(tasks, counts, max_length) + (f", {lines_left_out}" if lines_left_out else "")

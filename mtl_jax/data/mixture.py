@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 
 # Of each mixture its option, or "" for none.
 MIXTURES = {"uniform": "", "proportional": "", "temperature": "t", "capped": "cap", "fixed": ""}
@@ -102,7 +102,7 @@ def shares(
 def _fixed(fixed: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, float]:
     missing = [source for source in sizes if source not in fixed]
     if missing:
-        raise UserError(f"batch.shares misses {', '.join(missing)}; give every source a number")
+        raise UserError(f"batch.shares misses {listed(missing)}; give every source a number")
     for source, number in fixed.items():
         if source not in sizes:
             raise unknown("source in batch.shares:", source, sizes)

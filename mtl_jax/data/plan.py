@@ -19,7 +19,7 @@ from mtl_jax.data.batches import Batch, Batching, Part, fill
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.mixture import InTurn
 from mtl_jax.data.packing import best_fit
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 
 # Packed together are the examples of so many rows: whole passes of a small source, parts of a pass of a large one.
 FEWEST_ROWS, MOST_ROWS = 16, 1024
@@ -61,8 +61,8 @@ class Plan:
         if state["hosts"] != [self.host, self.hosts] or state["next"].keys() != {part.source for part in self.parts}:
             raise UserError(
                 f"the data position was saved by host {state['hosts'][0]} of {state['hosts'][1]} for the sources "
-                f"{', '.join(state['next'])}; this is host {self.host} of {self.hosts} for "
-                f"{', '.join(part.source for part in self.parts)}: go on with as many, or choose another --workdir"
+                f"{listed(state['next'])}; this is host {self.host} of {self.hosts} for "
+                f"{listed(part.source for part in self.parts)}: go on with as many, or choose another --workdir"
             )
 
     def advance(self, state: dict[str, Any], kept: Sequence[Kept]) -> list[tuple[int, np.ndarray]]:

@@ -9,7 +9,6 @@ one of them leaves.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,15 +17,20 @@ from typing import Any, NamedTuple
 
 from mtl_jax import assets
 from mtl_jax.configuration import Configuration
+from mtl_jax.data import cutting, keys
 from mtl_jax.data.formats import READERS, hf, parallel, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, no_column
 from mtl_jax.data.formats.rows import Row as Row
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.data.keys import normalise as normalise
+from mtl_jax.data.keys import text_of as text_of
+from mtl_jax.errors import NOT_A_PATTERN, UserError, unknown
+from mtl_jax.files import shown
 
 FORMATS = tuple(READERS)
 SPLITS = ("train", "dev", "test")
 NAMED = ("csv", "tsv", "conll", "parallel")  # formats whose columns an experiment can name
+ADVICE = " (a source with lenient=True leaves such rows out, and counts them)"
 SHOWN = 5  # skipped rows of a source that are logged one by one
 
 log = logging.getLogger(__name__)
@@ -60,8 +64,10 @@ class Source(Configuration):
         group: The column that names the document a row comes from: rows of one document are cut into one split, so that no
             document is both learned from and tested on. Empty: every text is cut by itself.
         group_pattern: A regular expression for the part of that column which names the document.
-        limit: Use at most so many rows of each split, 0 for all: to try a script out.
-        limit_train: Use at most so many training rows, 0 for all: to see what few are worth, on the same dev and test.
+        limit: Use at most so many rows of each split, 0 for all: to try a script out. They are drawn by a hash of cut_seed and
+            text, so that they are of all classes; label sets are those of all rows.
+        limit_train: Use at most so many training rows, drawn as for limit, 0 for all: to see what few are worth, on the same
+            dev and test.
     """
 
     name: str
@@ -84,6 +90,10 @@ class Source(Configuration):
     limit_train: int = 0
 
 
+# A row; or the data set on disk that it is in, and its number there.
+Place = Row | tuple[Records, int]
+
+
 class Splits(NamedTuple):
     """A source's rows by split name.
 
@@ -93,6 +103,9 @@ class Splits(NamedTuple):
         skipped: Rows that could not be read and were left out because the source is lenient.
         elsewhere: Training rows that were dropped because their text stands in dev or test of another source.
         identities: {split: for each row a digest of its text}; the same for a pair and for the pair the other way round.
+        file: All rows of path that can be read: labels are found in them, however few are trained on.
+        again: Training rows that were dropped, each with the first row that has the same text.
+        no_words: Lines that are not words and were left out: CoNLL-U's ranges, and its empty nodes.
     """
 
     rows: dict[str, Sequence[Row]]
@@ -100,6 +113,9 @@ class Splits(NamedTuple):
     skipped: int = 0
     elsewhere: int = 0
     identities: Mapping[str, list[bytes]] = MappingProxyType({})
+    file: Sequence[Row] = ()
+    again: Sequence[tuple[Place, Place]] = ()
+    no_words: tuple[int, int] = (0, 0)
 
 
 def read(source: Source) -> Splits:
@@ -111,51 +127,70 @@ def read(source: Source) -> Splits:
     """
     _check(source)
     given = {"train": source.path, "dev": source.dev_path, "test": source.test_path}
-    cuts = {"dev": 0.0 if source.dev_path else source.cut_dev, "test": 0.0 if source.test_path else source.cut_test}
+    cuts = cutting.shares(source)
     opened = {split: _open(source, path) for split, path in given.items() if path}
     kept: dict[str, list[Any]] = {split: [] for split in SPLITS}  # rows, or numbers of records that stay on disk
     identities: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    seen: set[bytes] = set()
+    first: dict[str, dict[bytes, Any]] = {split: {} for split in SPLITS}  # {file: {text: the first row that has it}}
+    file: list[Any] = []
+    again: list[tuple[Place, Place]] = []
     official: set[bytes] = set()
     documents: set[str] = set()  # of the official rows
-    repeated = 0
+    cut_from: set[str] = set()
+    repeated, ranges, empty_nodes = 0, 0, 0
     skipped: list[str] = []
     # Test first: where files overlap, the repeated text leaves the training rows, not the test rows.
     for split in (split for split in reversed(SPLITS) if split in opened):
         rows = opened[split]
         for number, row, key, group in _good(source, rows, skipped, grouped=True):
             # A pair and the same pair the other way round are two rows, but of one split.
-            either = min(key, _turned(key)) if source.pair else key
-            identity, into = _digest(either), split
+            either = min(key, keys.turned(key)) if source.pair else key
+            digest, identity, into = keys.digest(key), keys.digest(either), split
+            place = number if isinstance(rows, Records) else row
+            ranges, empty_nodes = ranges + row.no_words[0], empty_nodes + row.no_words[1]
             if split == "train":
-                if _digest(key) in seen or identity in official or (group and group in documents):
+                file.append(place)
+                if digest in first[split] or identity in official or (group and group in documents):
                     repeated += 1
+                    before = next((other for other in reversed(SPLITS) if digest in first[other]), None)
+                    if before:
+                        again.append((_place(rows, place), _place(opened[before], first[before][digest])))
                     continue
-                seen.add(_digest(key))
-                into = _cut(group or either, source.cut_seed, cuts)
+                cut_from.add(group or either)
+                into = cutting.cut(group or either, source.cut_seed, cuts)
             else:
                 official.add(identity)
                 documents.add(group)
+            first[split].setdefault(digest, place)
             identities[into].append(identity)
-            kept[into].append(number if isinstance(rows, Records) else row)
+            kept[into].append(place)
     if len(skipped) > SHOWN:
         log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
     result: dict[str, Sequence[Row]] = {}
     for split in SPLITS:
         if not kept[split]:
-            why = f"; {len(skipped)} rows were skipped, the first: {skipped[0]}" if skipped else ""
-            raise UserError(f"source {source.name!r}: split {split} is empty ({given[split] or source.path}){why}")
-        chosen = kept[split][: _most(source, split)]
-        rows = opened.get(split, opened["train"])
-        result[split] = Picked(rows, chosen) if isinstance(rows, Records) else chosen
-    kept_identities = {split: found[: _most(source, split)] for split, found in identities.items()}
-    return Splits(result, repeated, len(skipped), 0, kept_identities)
+            why = [cutting.advice(source, split, len(cut_from), repeated)]
+            why += [f"{len(skipped)} rows were skipped, the first: {skipped[0]}"] if skipped else []
+            path = shown(given[split] or source.path)
+            raise UserError("; ".join([f"source {source.name!r}: split {split} is empty ({path})", *filter(None, why)]))
+        chosen = cutting.drawn(identities[split], source, split)
+        result[split] = _rows(opened.get(split, opened["train"]), [kept[split][place] for place in chosen])
+        identities[split] = [identities[split][place] for place in chosen]
+    whole = _rows(opened["train"], file)
+    return Splits(result, repeated, len(skipped), 0, identities, whole, again, (ranges, empty_nodes))
 
 
-def _most(source: Source, split: str) -> int | None:
-    """Most rows that are used of a split; None: all."""
-    limits = (source.limit, source.limit_train if split == "train" else 0)
-    return min((limit for limit in limits if limit), default=None)
+def _rows(opened: Records | Iterator[Read], chosen: list[Any]) -> Sequence[Row]:
+    return Picked(opened, chosen) if isinstance(opened, Records) else chosen
+
+
+def _place(opened: Records | Iterator[Read], chosen: Any) -> Place:
+    return (opened, chosen) if isinstance(opened, Records) else chosen
+
+
+def row_at(place: Place) -> Row:
+    """The row, read from disk if it is there."""
+    return place if isinstance(place, Row) else place[0][place[1]]
 
 
 def apart(data: Mapping[str, Splits]) -> dict[str, Splits]:
@@ -191,30 +226,41 @@ def read_one(source: Source) -> list[Row]:
     """
     _check(source)
     skipped: list[str] = []
-    rows = [row for _, row, _, _ in _good(source, _open(source, source.path), skipped, grouped=False)]
+    keyed = [(row, keys.digest(key)) for _, row, key, _ in _good(source, _open(source, source.path), skipped, grouped=False)]
     if skipped:
         log.warning("%s: %d rows skipped", source.path, len(skipped))
-    if not rows:
-        raise UserError(f"{source.path}: no row can be read")
-    return rows[: source.limit or None]
+    if not keyed:
+        raise UserError(f"{shown(source.path)}: no row can be read")
+    no_words = left_out([sum(row.no_words[kind] for row, _ in keyed) for kind in (0, 1)])
+    if no_words:
+        log.warning("%s: %s", source.path, no_words)
+    return [keyed[place][0] for place in cutting.drawn([digest for _, digest in keyed], source, "")]
 
 
-def normalise(text: str) -> str:
-    """Lower case, single spaces: texts equal after this are one text."""
-    return " ".join(text.lower().split())
+def left_out(no_words: Sequence[int]) -> str:
+    """What is to be said of lines that are not words; "" where there were none."""
+    ranges, empty_nodes = no_words
+    return f"{ranges} ranges and {empty_nodes} empty nodes are not words and left out" if ranges or empty_nodes else ""
 
 
 def _check(source: Source) -> None:
     """Raises UserError for a field that makes no sense."""
     named = f"source {source.name!r}"
+    for field in ("path", "dev_path", "test_path", "pattern"):
+        if not isinstance(getattr(source, field), str):
+            raise UserError(f"{named}: {field} is a {type(getattr(source, field)).__name__}; it must be a str")
+    if isinstance(source.columns, str):
+        raise UserError(f"{named}: columns is the text {shown(source.columns)!r}; it must be a tuple of names")
+    if not source.path:
+        raise UserError(f"{named}: path is empty; it must name the training rows")
     if source.format not in FORMATS:
         raise unknown(f"format of {named}:", source.format, FORMATS)
     for field in ("pattern", "group_pattern"):
         try:
             re.compile(getattr(source, field))
-        except re.error as error:
+        except NOT_A_PATTERN as error:
             raise UserError(f"{named}: {field} is no regular expression ({error})") from error
-    cuts = (0.0 if source.dev_path else source.cut_dev, 0.0 if source.test_path else source.cut_test)
+    cuts = cutting.shares(source).values()
     if not (min(cuts) >= 0 and sum(cuts) < 1):
         raise UserError(f"{named}: cut_dev and cut_test must be shares with a sum below 1")
     for field in ("limit", "limit_train"):
@@ -254,10 +300,10 @@ def _good(source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: 
     for number, item in enumerate(rows):
         try:
             row = _checked(source, item, ids)
-            found = number, row, _key(source, row), _group(source, row) if grouped else ""
+            found = number, row, keys.key(source, row), keys.group(source, row) if grouped else ""
         except UserError as error:
             if not source.lenient:
-                raise
+                raise UserError(f"{error}{ADVICE if grouped else ''}") from error
             skipped.append(str(error))
             if len(skipped) <= SHOWN:
                 log.warning("skipped: %s", error)
@@ -274,7 +320,7 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
     answers, context = item.columns.get("answers"), item.columns.get("context")
     if isinstance(answers, list) and isinstance(context, str):
         for answer in answers:
-            _check_answer(answer, context, item.where)
+            keys.check_answer(answer, context, item.where)
     name = source.id or ("id" if source.format == "squad" else "")
     if name:
         if name not in item.columns:
@@ -286,74 +332,3 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
             raise UserError(f"{item.where}: the id {value!r} stands already at {ids[value]}")
         ids[value] = item.where
     return item
-
-
-def _check_answer(answer: Any, context: str, where: str) -> None:
-    """Raises UserError where the context has not this answer at its place; lists of other things are not looked at."""
-    if not isinstance(answer, dict):
-        return
-    text, start = answer["text"], answer["start"]
-    found = context[max(start, 0) : max(start, 0) + len(text)]
-    if start < 0 or start + len(text) > len(context):
-        raise UserError(f"{where}: the answer {text!r} at {start} is outside the context of {len(context)} characters")
-    if not text or found != text:
-        raise UserError(f"{where}: the answer {text!r} is not in the context at {start}, where {found!r} stands")
-
-
-def text_of(source: Source, row: Row, kind: str = "text") -> str:
-    """A row's text, or pair; words joined by spaces.
-
-    Raises:
-        UserError: It has none.
-    """
-    name = getattr(source, kind)
-    if name not in row.columns:
-        raise no_column(source, row.where, kind, row.columns)
-    value = row.columns[name]
-    if isinstance(value, list):
-        if not all(isinstance(word, str) for word in value):
-            raise UserError(f"{row.where}: the {kind} column {name!r} is a list of something else than words")
-        value = " ".join(value)
-    if value is None or not value.strip():
-        raise UserError(f"{row.where}: the {kind} column {name!r} is empty")
-    return value
-
-
-def _key(source: Source, row: Row) -> str:
-    """What makes two rows one: the texts; for questions about a context, the context too."""
-    texts = [text_of(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",))]
-    if isinstance(row.columns.get("answers"), list) and "context" not in (source.text, source.pair):
-        texts.append(str(row.columns.get("context", "")))
-    return "\n".join(map(normalise, texts))
-
-
-def _turned(key: str) -> str:
-    """The key of the pair the other way round."""
-    first, second, *rest = key.split("\n")
-    return "\n".join([second, first, *rest])
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=16).digest()
-
-
-def _group(source: Source, row: Row) -> str:
-    """The document a row comes from, or "" where the source names none."""
-    if not source.group:
-        return ""
-    if source.group not in row.columns:
-        raise no_column(source, row.where, "group", row.columns)
-    value = row.columns[source.group]
-    match = re.search(source.group_pattern, value) if isinstance(value, str) else None
-    if match is None:
-        raise UserError(f"{row.where}: {value!r} does not match {source.group_pattern!r}")
-    return match.group()
-
-
-def _cut(key: str, seed: int, cuts: dict[str, float]) -> str:
-    """The split of a text: a hash of seed and text, as a number in [0, 1), falls into one of the shares."""
-    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-    at = int.from_bytes(digest[:8], "big") / 2**64
-    if at < cuts["test"]:
-        return "test"
-    return "dev" if at < cuts["test"] + cuts["dev"] else "train"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from mtl_jax import kin, pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.merge import parts
 from mtl_jax.merge.method import Method
 from mtl_jax.merge.parts import Model
@@ -97,4 +97,4 @@ def _head(checkpoint: Checkpoint) -> tuple[str | None, tuple[str, ...]]:
 
 def _named(checkpoint: Checkpoint) -> str:
     kind, labels = _head(checkpoint)
-    return f"{kind} ({', '.join(labels)})" if labels else str(kind or "none")
+    return f"{kind} ({listed(labels)})" if labels else str(kind or "none")

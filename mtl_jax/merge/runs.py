@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import kin, pretrained, staging
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.experiment import Checkpoints, to_json
 from mtl_jax.merge import checkpoints, measuring, parts
 from mtl_jax.merge.method import Method
@@ -137,7 +137,7 @@ def _base(name: str, members: Sequence[Member], union: Union) -> Model:
     adapters = [adapter.name for adapter in union.experiment.adapters]
     if adapters:
         raise UserError(
-            f"{name} is a checkpoint without adapters, and {members[0].name} has {', '.join(adapters)}: mtl-jax convert puts "
+            f"{name} is a checkpoint without adapters, and {members[0].name} has {listed(adapters)}: mtl-jax convert puts "
             "Lora and IA3 into the kernels, and such checkpoints can be merged; or let --base be a run"
         )
     checkpoint = pretrained.load(name, head=None)

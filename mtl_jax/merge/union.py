@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from mtl_jax.data.sources import Source
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.experiment import Experiment, tasks_to_json
 from mtl_jax.prediction import Run
 from mtl_jax.tasks import AnyTask, Task
@@ -127,7 +127,7 @@ def check_adapters(first: Member, second: Member) -> None:
     if own and first.run.sources != second.run.sources:
         sources = [", ".join(member.run.sources) for member in (second, first)]
         raise UserError(
-            f"{second.name}: each source has its own adapters ({', '.join(own)}), and its sources are {sources[0]}, those of "
+            f"{second.name}: each source has its own adapters ({listed(own)}), and its sources are {sources[0]}, those of "
             f"{first.name} {sources[1]}; with --task, {advice}"
         )
 

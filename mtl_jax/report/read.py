@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.experiment import from_json, select
 from mtl_jax.report.series import Series, of_records
 from mtl_jax.training.logs import read_metrics
@@ -209,7 +209,7 @@ def _tasks(files: Sequence[_Files]) -> dict[str, str]:
     for run in finished:
         if unknown := [task for task in run.tasks if task not in widest.tasks]:
             raise UserError(
-                f"{run.folder}: trains {', '.join(unknown)}, but {widest.folder} {', '.join(widest.tasks)}; a report compares "
+                f"{run.folder}: trains {listed(unknown)}, but {widest.folder} {listed(widest.tasks)}; a report compares "
                 "runs of the same tasks, or of a part of them"
             )
     return widest.tasks

@@ -15,7 +15,8 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
+from mtl_jax.files import shown
 from mtl_jax.tasks import label_metrics
 from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
 from mtl_jax.tasks.cross_entropy import balanced_weights, check_weights, cross_entropy
@@ -52,6 +53,7 @@ class Classification(Task):
     metric: str = "accuracy"
 
     compared_as: ClassVar[str] = "softmax"
+    several: ClassVar[str] = "for several labels of a text, put them in one row and declare a Multilabel; else correct them"
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -102,9 +104,9 @@ class Classification(Task):
             if math.isnan(number):
                 raise ValueError(f"{text!r} is not a number, and the task has a threshold")
             return int(number > self.threshold)
-        if text not in self.labels:
-            raise ValueError(f"label {text!r} is not in the label set ({', '.join(self.labels)})")
-        return self.labels.index(text)
+        if text not in self.place_of:
+            raise ValueError(f"label {shown(text)!r} is not in the label set ({listed(self.labels)})")
+        return self.place_of[text]
 
     def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats: sum over labelled examples, and their number."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 
 NAMES = ("accuracy", "macro_f1", "macro_recall", "matthews")
 F1_OF = "f1:"
@@ -37,7 +37,7 @@ def f1_labels(metric: str, labels: tuple[str, ...]) -> list[int]:
     parts = [named] if named in labels else named.split("+")
     for part in parts:
         if part not in labels:
-            raise UserError(f"metric {metric!r}: {part!r} is not in the label set ({', '.join(labels)})")
+            raise UserError(f"metric {metric!r}: {part!r} is not in the label set ({listed(labels)})")
     return [labels.index(part) for part in parts]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -15,10 +16,12 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
+from mtl_jax.files import shown
 from mtl_jax.tasks.base import PerExample, Task, column, known, labelled, text_of
 
-YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0}
+YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
+INDICATORS = "where a row says yes or no for each label, give every label a column of its own and name them in columns"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class Multilabel(Task):
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds the labels: a list, or text. An empty one says that no label applies.
+        column: The column of that source that holds the labels, each once: a list, or text. An empty one says that no label
+            applies. A list of yes and no for each label, such as [1, 0, 1], is refused: see columns.
         separator: What stands between labels that are given as text; spaces around labels are left out.
         columns: In place of `column`, a column for each label, which is named like it: 1, true or yes where the label applies,
             0, false or no where it does not, empty where that is not known.
@@ -51,6 +55,7 @@ class Multilabel(Task):
 
     metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "exact_match")
     compared_as: ClassVar[str] = "sigmoid"
+    several: ClassVar[str] = "only the first row of a text is learned from; put all labels of a text in one row"
 
     @property
     def outputs(self) -> int:
@@ -73,9 +78,15 @@ class Multilabel(Task):
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
             return self
-        found = self.columns or sorted({label for row in rows for label in self.written(row) or ()})
+        if self.columns:
+            return dataclasses.replace(self, labels=self.columns)
+        written = [labels for row in rows if (labels := self.written(row)) is not None]
+        found = sorted({label for labels in written for label in labels})
         if not found:
             raise UserError(f"task {self.name!r}: no row of source {self.source!r} has a label in column {self.column!r}")
+        if {label.lower() for label in found} <= YES_NO.keys() and {len(labels) for labels in written} == {2}:
+            what = f"every row has two labels in column {self.column!r}, and the labels are {listed(found)}"
+            raise UserError(f"task {self.name!r}: {what}; {INDICATORS}")
         return dataclasses.replace(self, labels=tuple(found))
 
     def parse(self, row: Row) -> np.ndarray | None:
@@ -86,10 +97,13 @@ class Multilabel(Task):
         written = self.written(row)
         if written is None:
             return None
+        label_O = np.zeros(len(self.labels), self.dtype)
         for label in written:
-            if label not in self.labels:
-                raise ValueError(f"label {label!r} is not in the label set ({', '.join(self.labels)})")
-        return np.array([label in written for label in self.labels], self.dtype)
+            if label not in self.place_of:
+                hint = f"; {INDICATORS}" if label.lower() in YES_NO else ""
+                raise ValueError(f"label {shown(label)!r} is not in the label set ({listed(self.labels)}){hint}")
+            label_O[self.place_of[label]] = 1
+        return label_O
 
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sigmoid cross-entropy in nats, mean over an example's known labels: sum over examples with any, and their number.
@@ -154,7 +168,12 @@ class Multilabel(Task):
             raise UserError(
                 f"{row.where}: task {self.name!r}: {written!r} in column {self.column!r} holds something else than text"
             )
-        return [part.strip() for part in parts if part.strip()]
+        labels = [part.strip() for part in parts if part.strip()]
+        twice = next((label for label, count in Counter(labels).items() if count > 1), None)
+        if twice is not None:
+            what = f"label {shown(twice)!r} stands twice in column {self.column!r}, {shown(repr(written))}"
+            raise UserError(f"{row.where}: task {self.name!r}: {what}; write it once, or: {INDICATORS}")
+        return labels
 
     def _yes_no(self, name: str, written: str | None) -> int:
         if not written or written in self.unlabelled:

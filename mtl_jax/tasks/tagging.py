@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import odd_blank
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.tasks import bio
 from mtl_jax.tasks.base import PerExample, Task, column
 from mtl_jax.tasks.cross_entropy import MISSING, balanced_weights, check_weights, cross_entropy
@@ -77,6 +79,11 @@ class Tagging(Task):
     @property
     def outputs(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def _entities(self) -> bool:
+        """Whether the label set is one of entities."""
+        return bio.is_bio(self.labels)
 
     @property
     def _plain(self) -> list[str]:
@@ -146,16 +153,16 @@ class Tagging(Task):
         if tags is None:
             return None
         if len(tags) != len(words):
-            raise ValueError(f"{len(words)} words and {len(tags)} tags; there must be one for each word")
-        places: dict[str | None, int] = {None: MISSING} | {label: place for place, label in enumerate(self.labels)}
+            counts = f"{len(words)} words and {len(tags)} tags; there must be one for each word"
+            raise ValueError(counts + self._divided(row))
         for number, (word, tag) in enumerate(zip(words, tags, strict=True)):
-            if tag is not None and tag not in places:
+            if tag is not None and tag not in self.place_of:
                 raise self._wrong(row, number, word, tag, self._why_unknown(tag))
-        if bio.is_bio(self.labels):
+        if self._entities:
             for place in bio.breaks(tags):
                 why = "follows neither B nor I of its type; correct it, or set repair to read it as B"
                 raise self._wrong(row, place, words[place], tags[place], why)
-        label_L = np.array([places[tag] for tag in tags], self.dtype)
+        label_L = np.array([MISSING if tag is None else self.place_of[tag] for tag in tags], self.dtype)
         return label_L if (label_L != MISSING).any() else None
 
     def place(self, label: np.ndarray | None, window: Window) -> np.ndarray:
@@ -212,15 +219,23 @@ class Tagging(Task):
 
     def _why_unknown(self, tag: str) -> str:
         """What is wrong with a tag that is not in the label set."""
-        labels = ", ".join(self.labels)
+        labels = listed(self.labels) if self.labels else "there is none"
         if bio.is_tag(tag) or not (bio.is_bio(self.labels) or self.metric in ENTITY_METRICS):
             return f"is not in the label set ({labels})"
         plain = "if they are plain tags, leave labels empty and set metric to token_accuracy"
-        return f"{NO_ENTITY} ({labels or 'there is none'}); correct it, or, {plain}"
+        return f"{NO_ENTITY} ({labels}); correct it, or, {plain}"
 
     def _wrong(self, row: Row, place: int, word: str, tag: str | None, why: str) -> UserError:
         """The error for the tag of one word, counted from 0; it names the word's own line, where it has one."""
         return UserError(f"{row.where_word(place)}: task {self.name!r}: tag {tag!r} of word {place + 1}, {word!r}, {why}")
+
+    def _divided(self, row: Row) -> str:
+        """A clause on blanks other than the space, which divide words too and look like it; "" where there are none."""
+        for name in (self.text, self.column):
+            text = row.columns[name]
+            if isinstance(text, str) and (blank := odd_blank(text)):
+                return f" (the blank {blank} in column {name!r} divides like a space: replace it, or give a list)"
+        return ""
 
     def _words(self, row: Row) -> list[str]:
         words = column(row, self.text, self)

@@ -15,7 +15,7 @@ from mtl_jax.data import corpus
 from mtl_jax.data.batches import Batch, Batching, fill, part_of
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.parts import make_part
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.runs import Run
@@ -145,7 +145,7 @@ def source_of_run(run: Run, kind: EWC) -> None:
     sources = sorted({task.source for task in run.tasks})
     if kind.source not in sources:
         raise UserError(
-            f"{FIELD}: source of {kind.name}: the run in {Path(kind.run)} has {', '.join(sources)}, no {kind.source!r}"
+            f"{FIELD}: source of {kind.name}: the run in {Path(kind.run)} has {listed(sources)}, no {kind.source!r}"
         )
 
 

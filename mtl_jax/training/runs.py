@@ -10,7 +10,7 @@ import numpy as np
 
 from mtl_jax import trunks
 from mtl_jax.data.sources import Source
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
 from mtl_jax.tasks import Task
 from mtl_jax.training import left_out
@@ -135,9 +135,7 @@ def _read(folder: Path, experiment: Experiment, step: str) -> Best:
                 raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
             return best
         if not steps or (step != "last" and int(step) not in steps):
-            raise UserError(
-                f"{folder}: there is no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'none'}"
-            )
+            raise UserError(f"{folder}: there is no checkpoint of step {step}; there are {listed(steps)}")
         number = steps[-1] if step == "last" else int(step)
         return Best(number, None, store.restore_params(number))
     finally:

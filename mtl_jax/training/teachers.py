@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtl_jax import pretrained, trunks
 from mtl_jax.data.batches import Batch
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.tasks import Tagging, Task
 from mtl_jax.training import runs
 from mtl_jax.training.step import apply_heads, encode_tokens, needs
@@ -140,18 +140,18 @@ def tasks_to_imitate(kind: Distillation, teacher: Teacher, tasks: Mapping[str, T
     theirs = {task.name: task for task in teacher.tasks}
     names = list(kind.tasks) or [name for name, task in tasks.items() if name in theirs and task.compared_as]
     if not names:
-        raise UserError(f"{where} has no task of this run (it has {', '.join(theirs) or 'none'}; here are {', '.join(tasks)})")
+        raise UserError(f"{where} has no task of this run (it has {listed(theirs)}; here are {listed(tasks)})")
     for name in names:
         own, other = tasks[name], theirs.get(name)
         if not own.compared_as:
             raise UserError(f"{FIELD}: {kind.name}: outputs of a {type(own).__name__} such as {name!r} cannot be imitated")
         if other is None:
-            raise UserError(f"{where} has no task {name!r}; it has {', '.join(theirs)}")
+            raise UserError(f"{where} has no task {name!r}; it has {listed(theirs)}")
         if type(own) is not type(other):
             raise UserError(f"{where} has {name!r} as {type(other).__name__}, and here it is {type(own).__name__}")
         if own.labels != other.labels:
             raise UserError(
-                f"{where} has another label set for {name!r}: {', '.join(other.labels)} there, {', '.join(own.labels)} here"
+                f"{where} has another label set for {name!r}: {listed(other.labels)} there, {listed(own.labels)} here"
             )
         if getattr(own, "scale", None) != getattr(other, "scale", None):
             raise UserError(f"{where} has another scale for {name!r}: {other.scale} there, {own.scale} here")  # type: ignore[attr-defined]

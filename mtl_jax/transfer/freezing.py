@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from mtl_jax.configuration import Configuration
-from mtl_jax.errors import NOT_A_PATTERN, UserError
+from mtl_jax.errors import NOT_A_PATTERN, UserError, listed
 from mtl_jax.files import shown
 
 
@@ -143,4 +143,4 @@ def _layers(names: Sequence[str]) -> str:
         if match:
             found.setdefault(match[1], set()).add(int(match[2]))
     spans = [f"{at}{min(numbers)} to {at}{max(numbers)}" for at, numbers in found.items()]
-    return f"there are {', '.join(spans)}" if spans else ""
+    return f"there are {listed(spans)}" if spans else ""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mtl_jax.configuration import Configuration
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.layers import top_layers
 
@@ -73,7 +73,7 @@ def unfreezing(
                 f"unfreezing: layer {count} from the top is to train after step {step}, but there are {steps} steps"
             )
     if at != sorted(at):
-        raise UserError(f"unfreezing: steps go up from layer to layer, but at is {', '.join(map(str, at))}")
+        raise UserError(f"unfreezing: steps go up from layer to layer, but at is {listed(at)}")
     if len(at) > layers + decoder_layers + 1:
         raise UserError(
             f"unfreezing: at has {len(at)} steps; {layers + decoder_layers} layers and the embeddings take "

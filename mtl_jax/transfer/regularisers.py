@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence, Set
 
 from mtl_jax.configuration import Configuration
-from mtl_jax.errors import NOT_A_PATTERN, UserError, unknown
+from mtl_jax.errors import NOT_A_PATTERN, UserError, listed, unknown
 from mtl_jax.files import shown
 from mtl_jax.transfer.mixout import Mixout
 from mtl_jax.weighting import schedules
@@ -179,7 +179,7 @@ def of_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> tuple
             found.append(dataclasses.replace(each, tasks=kept))
         elif each.weight not in (0, "0"):
             raise UserError(
-                f"{FIELD}: {each.name} is of {', '.join(each.tasks)}, which only leaves out; name it there, or set the weight "
+                f"{FIELD}: {each.name} is of {listed(each.tasks)}, which only leaves out; name it there, or set the weight "
                 f"of {each.name} to 0"
             )
     return tuple(found)

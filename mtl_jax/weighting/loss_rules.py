@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.weighting.base import SMALLEST, Rule, Signals, Weights, above_zero, present, share, stack, unstack
 from mtl_jax.weighting.options import choice, number
 
@@ -261,7 +261,7 @@ def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] =
                     raise unknown("task in reference of weighting 'excess':", task, names)
             missing = [name for name in names if name not in reference]
             if missing:
-                raise UserError(f"weighting excess: no reference for {', '.join(missing)}")
+                raise UserError(f"weighting excess: no reference for {listed(missing)}")
         zeros_K = jnp.zeros(len(names))
         return {"log_weights": zeros_K, "first": zeros_K, "seen": jnp.zeros(len(names), bool)}
 

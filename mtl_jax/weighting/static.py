@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.weighting.base import Rule, Signals, Weights, stack, unstack
 from mtl_jax.weighting.schedules import Schedule, at, parse
 
@@ -52,7 +52,7 @@ def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
                 raise unknown("task in weights:", task, names)
         missing = [name for name in names if name not in weights]
         if missing:
-            raise UserError(f"weights: no weight for {', '.join(missing)}; give every task one (0 leaves it out)")
+            raise UserError(f"weights: no weight for {listed(missing)}; give every task one (0 leaves it out)")
         return ()
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:

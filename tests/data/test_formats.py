@@ -421,3 +421,126 @@ def test_squad_without_articles(tmp_path):
     for content in ('{"data": 5}', '{"data": null}', "[" * 100_000):
         with pytest.raises(UserError, match=r"a\.json"):
             rows(write(tmp_path / "a.json", content), format="squad")
+
+
+# CoNLL-U
+
+
+IDS = ("id", "text", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+
+
+def universal(*words, between="\t"):
+    """Lines of ten columns, of which the first two are given."""
+    return "".join(between.join([*word.split("|"), *["_"] * 8]) + "\n" for word in words)
+
+
+@pytest.mark.parametrize("between", ["\t", " "])
+def test_ranges_and_empty_nodes_are_no_words(tmp_path, between):
+    first = universal("1|I", "2-3|don't", "2|do", "3|n't", "3.1|go", between=between)
+    comments = "# newdoc\n# text_en = a b c d e f g\n#global.columns = ID FORM\n"
+    # A sentence whose first id is not 1 is one of a file with ids all the same.
+    others = universal("0.1|E", "1|Hi", between=between) + "\n" + universal("4|a", "5-6|bc", "5|b", "6|c", between=between)
+    path = write(tmp_path / "a.conllu", comments + first + "\n" + others)
+    source = Source(name="a", path=path, format="conll", columns=IDS)
+    found = list(READERS["conll"](path, source))
+    assert [row.columns["text"] for row in found] == [["I", "do", "n't"], ["Hi"], ["a", "b", "c"]]
+    assert [row.columns["id"] for row in found] == [["1", "2", "3"], ["1"], ["4", "5", "6"]]
+    assert [row.no_words for row in found] == [(1, 1), (0, 1), (1, 0)]
+    # Places are those of the words' own lines.
+    assert [row.where_word(1).rpartition(":")[2] for row in (found[0], found[2])] == ["6", "15"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        universal("1990-1995|x", "was|x"),  # ten columns, of which the first is the word
+        universal("I|x", "won|x", "3-4|x", "8.1|x"),
+        universal("3-4|x"),
+        universal("#|x", "8.1|x"),
+    ],
+)
+def test_ten_columns_without_ids_are_words(tmp_path, content):
+    names = ("text", *(f"column{n}" for n in range(9)))
+    (found,) = rows(write(tmp_path / "a.conll", content), format="conll", columns=names)
+    assert found[0]["text"] == [line.split("\t")[0] for line in content.splitlines()]
+
+
+def test_ids_of_fewer_columns_are_left_alone(tmp_path):
+    found = rows(write(tmp_path / "a.conll", "1\tI\n2-3\tdon't\n"), format="conll", columns=("id", "text"))
+    assert found == [({"id": ["1", "2-3"], "text": ["I", "don't"]}, "1")]
+
+
+def test_a_sentence_of_ranges_alone_is_an_error(tmp_path):
+    path = write(tmp_path / "a.conllu", universal("1|I") + "\n" + universal("1-2|don't"))
+    assert (
+        rows(path, format="conll", columns=IDS)[1] == "a.conllu:3: a sentence without words, it has ranges or empty nodes only"
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-DOCSTART- -X- O O",
+        "-DOCSTART-\tx",
+        "-DOCSTART- (1 EU)",
+        "#\thttp://x.org",
+        "#begin document (a); part 000",
+        "#end document",
+    ],
+)
+@pytest.mark.parametrize("blank", ["\n", ""])
+def test_lines_between_documents_are_no_words(tmp_path, line, blank):
+    """Those of CoNLL-2003, AIDA, GermEval 2014 and CoNLL-2012, whether or not a blank line follows."""
+    path = write(tmp_path / "a.conll", f"{line}\n{blank}EU\tNNP\tI-NP\tB-ORG\n")
+    assert [columns["text"] for columns, _ in rows(path, format="conll", columns=("text", "a", "b", "c"))] == [["EU"]]
+
+
+def test_blanks_that_look_like_spaces_are_named(tmp_path):
+    path = write(tmp_path / "a.conll", "a\tO\n\nb\xa0O\n\n\xa0\tO\n\nc\u3000d\tO\n")
+    first, second, third, fourth = rows(path, format="conll", columns=("text", "tags"))
+    assert second == "a.conll:3: 1 columns, but a word has 2: text, tags (the blank U+00A0 does not divide columns)"
+    assert third == "a.conll:5: column 'text' has only the blank U+00A0"
+    assert (first[0]["text"], fourth[0]["text"]) == (["a"], ["c\u3000d"])
+
+
+# JSON that is not by line
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps([{"text": "a"}], indent=2), "the file is a JSON array, .* convert it, for example by jq -c '\\.\\[\\]'"),
+        (json.dumps([{"text": "a"}]), "the file is a JSON array"),
+        ('\n[{"text": "a"},\n{"text": "b"}]\n', "a.jsonl:2: the file is a JSON array"),
+        (json.dumps({"text": "a"}, indent=1), "the object does not end on its line, .* jq -c \\.$"),
+        ('{"text": "a",\n"b": "c"}\n', "the object does not end on its line"),
+        (json.dumps([{"text": "x" * 1_000_000}]), "longer than 1,000,000 bytes; is it a JSON array, in the place of"),
+    ],
+)
+def test_one_json_value_is_no_jsonl(tmp_path, content, message, lenient):
+    with pytest.raises(UserError, match=message):
+        read(Source(name="a", path=write(tmp_path / "a.jsonl", content), format="jsonl", lenient=lenient))
+
+
+def test_a_list_or_half_a_line_among_objects_is_one_bad_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n[{"text": "b"}]\n{"text":\n[1, 2]\n')
+    good, *bad = rows(path, format="jsonl")
+    assert good[0] == {"text": "a"}
+    assert [message.partition(": ")[2][:17] for message in bad] == [
+        "not a JSON object",
+        "no JSON (Expectin",
+        "not a JSON object",
+    ]
+
+
+def test_many_columns_take_no_time_and_no_room(tmp_path):
+    """A search of every name among all took minutes."""
+    names = [f"c{number}" for number in range(100_000)]
+    wide = write(tmp_path / "a.csv", f"text,{','.join(names)}\nb,{','.join(names)}\nc\n")
+    source = Source(name="a", path=wide)
+    row, short = READERS["csv"](wide, source)
+    assert row.columns["c99999"] == "c99999"
+    assert str(short).endswith("1 columns, but there are 100001 names: text, c0, c1, c2, c3, c4, c5, c6, c7, c8 and 99991 more")
+    with pytest.raises(UserError, match=r"no text column 'no'; columns: text, c0, .* and 99991 more$"):
+        list(READERS["csv"](wide, Source(name="a", path=wide, text="no")))

@@ -1,10 +1,12 @@
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_jax.data import sources
+from mtl_jax.data import cutting, sources
 from mtl_jax.data.sources import Source, read
 from mtl_jax.errors import UserError
 
@@ -95,7 +97,7 @@ def test_a_text_of_the_test_file_leaves_the_training_rows(tmp_path):
 
 @given(st.text(), st.integers(0, 5), st.floats(0, 0.5), st.floats(0, 0.49))
 def test_a_cut_is_always_a_split(key, seed, dev, test):
-    split = sources._cut(key, seed, {"dev": dev, "test": test})
+    split = cutting.cut(key, seed, {"dev": dev, "test": test})
     assert split in sources.SPLITS
     assert not (split == "dev" and dev == 0)
     assert not (split == "test" and test == 0)
@@ -253,7 +255,120 @@ def test_no_source_teaches_what_another_tests(tmp_path):
 def test_few_training_rows_beside_all_of_dev_and_test(tmp_path):
     path = write(tmp_path / "a.tsv", "label\ttext\n" + numbered(100))
     whole, few = (read(Source(name="a", path=path, format="tsv", **limits)) for limits in ({}, {"limit_train": 7}))
-    assert few.rows["train"] == whole.rows["train"][:7]
+    assert len(few.rows["train"]) == 7
+    assert [row for row in whole.rows["train"] if row in few.rows["train"]] == few.rows["train"] != whole.rows["train"][:7]
     assert (few.rows["dev"], few.rows["test"]) == (whole.rows["dev"], whole.rows["test"])
     few = read(Source(name="a", path=path, format="tsv", limit=3, limit_train=7))
     assert [len(few.rows[split]) for split in ("train", "dev", "test")] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~nosuchuser/x.csv", "~nosuchuser/x.csv: there is no home directory '~nosuchuser'"),
+        ("~nosuchuser/*.csv", "there is no home directory '~nosuchuser'"),
+        ("~nosuchuser/{a,b}.csv", "there is no home directory '~nosuchuser'"),
+        ("x" * 5000, "cannot be read \\(File name too long\\)"),
+        ("x/" * 5000, "cannot be read \\(File name too long\\)"),
+        ("*" + "x" * 5000, "no file of such a name"),
+        ("a\0b", "cannot be read \\(embedded null byte\\)"),
+        ("*\0b", "no file of such a name"),
+        ("https://example.org/a.csv?b", "a URL, and only files are read; fetch it"),
+        ("s3://bucket/*.csv", "a URL, and only files are read; fetch it"),
+        ("", "path is empty"),
+        ("{folder}", "a directory; a source needs a file"),
+        ("{folder}/fifo", "fifo: not a regular file"),
+        ("{folder}/fif?", "fifo: not a regular file"),
+        ("/dev/zero", "not a regular file"),
+    ],
+    ids=lambda value: value[:20].replace("\0", "NUL"),
+)
+@pytest.mark.parametrize("format", ["csv", "conll"])
+def test_paths_that_are_no_file_are_one_short_line(tmp_path, path, message, format):
+    os.mkfifo(tmp_path / "fifo")
+    columns = ("text", "label") if format == "conll" else ()
+    if "{a,b}" in path:
+        format, columns = "parallel", ("text", "b")
+    with pytest.raises(UserError, match=message) as caught:
+        read(Source(name="a", path=path.replace("{folder}", str(tmp_path)), format=format, columns=columns))
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_may_not_be_looked_at(tmp_path, monkeypatch):
+    def refused(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mtl_jax.files.os.stat", refused)
+        with pytest.raises(UserError, match=r"a\.csv: cannot be read \(Permission denied\)$"):
+            read(Source(name="a", path="a.csv"))
+
+
+@pytest.mark.parametrize("field", ["pattern", "group_pattern"])
+@pytest.mark.parametrize(
+    "pattern", ["[", "(" * 100_000, "a{1,99999999999}", r"\p{L}", "(?P<text>.)(?P<text>.)"], ids=lambda value: value[:20]
+)
+def test_patterns_that_do_not_compile(tmp_path, field, pattern):
+    source = Source(name="a", path=write(tmp_path / "a.txt", "x\n"), format="lines", **{field: pattern})
+    with pytest.raises(UserError, match=rf"source 'a': {field} is no regular expression \(") as caught:
+        read(source)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": Path("a.csv")}, "path is a PosixPath; it must be a str"),
+        ({"path": "a.csv", "columns": "text"}, "columns is the text 'text'; it must be a tuple of names"),
+    ],
+)
+def test_fields_of_another_type(fields, message):
+    with pytest.raises(UserError, match=message):
+        read(Source(name="a", **fields))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (4, {"cut_dev": 0.9, "cut_test": 0.05}, "of its 4 distinct texts none is left beside dev and test: give it more rows"),
+        (4, {}, r"none fell into the share of 0\.1 that is drawn: give it more rows, a larger cut_test, another cut_seed, or"),
+        (60, {"cut_dev": 0.0}, "split dev is empty .*; cut_dev is 0: make it a share of the texts, or name a dev_path"),
+        (60, {"cut_test": 0.0}, "cut_test is 0: make it a share of the texts, or name a test_path"),
+        (60, {"group": "label", "group_pattern": "."}, "of its 2 distinct documents none fell into"),
+        (4, {"same": True}, "the texts of all its 4 rows stand in dev or test: name another path"),
+    ],
+)
+def test_an_empty_split_says_what_to_change(tmp_path, rows, options, message):
+    path = write(tmp_path / "a.tsv", "label\ttext\n" + numbered(rows))
+    options = {"dev_path": path, "test_path": path} if options == {"same": True} else options
+    with pytest.raises(UserError, match=message):
+        read(Source(name="a", path=path, format="tsv", **options))
+
+
+def test_a_row_that_cannot_be_read_names_lenient_where_that_is_a_way(tmp_path, caplog):
+    path = write(tmp_path / "a.tsv", "label\ttext\n1\t\n" + numbered(60))
+    way = "the text column 'text' is empty (a source with lenient=True leaves such rows out, and counts them)"
+    with pytest.raises(UserError) as caught:
+        read(Source(name="a", path=path, format="tsv"))
+    assert str(caught.value).endswith(f"a.tsv:2: {way}")
+    read(Source(name="a", path=path, format="tsv", lenient=True))
+    assert "lenient" not in caplog.text.replace(path, "")
+    with pytest.raises(UserError, match=r"'text' is empty$"):  # a file to be measured on has no such field
+        sources.read_one(Source(name="a", path=path, format="tsv"))
+
+
+def test_what_is_left_out_of_universal_dependencies_is_counted(tmp_path, caplog):
+    def sentence(n):
+        lines = [f"1-2\tdu{n}", "1\tde", f"2\tle{n}", "2.1\tx"]
+        return "".join(line + "\t_" * 8 + "\n" for line in lines) + "\n"
+
+    names = ("id", "text", *(f"column{n}" for n in range(8)))
+    path = write(tmp_path / "a.conllu", "".join(map(sentence, range(60))))
+    source = Source(name="a", path=path, format="conll", columns=names)
+    splits = read(source)
+    assert splits.no_words == (60, 60)
+    assert sources.left_out(splits.no_words) == "60 ranges and 60 empty nodes are not words and left out"
+    assert {len(row.columns["text"]) for rows in splits.rows.values() for row in rows} == {2}
+    assert len(sources.read_one(source)) == 60
+    assert caplog.messages == [f"{source.path}: 60 ranges and 60 empty nodes are not words and left out"]

@@ -154,3 +154,28 @@ def test_bad_labels_are_one_line_with_their_place(bert, folder, tmp_path):
 def test_fields_that_make_no_sense(task, message):
     with pytest.raises(UserError, match=message):
         task.check()
+
+
+@pytest.mark.parametrize("written", [["1", "0", "1"], ["b", "b"], "b, a,b", ["true", "false", "false"]])
+@pytest.mark.parametrize("labels", [(), ("a", "b")])
+def test_a_label_that_stands_twice_names_columns(written, labels):
+    """A list of yes and no for each label was read as the labels "0" and "1"."""
+    task = Multilabel(name="topics", source="said", column="topics", labels=labels)
+    row = Row({"topics": written}, "a.csv:3")
+    with pytest.raises(
+        UserError, match=r"a\.csv:3: task 'topics': label '.*' stands twice in column 'topics'.* name them in col"
+    ):
+        (task.parse if labels else lambda row: task.filled([row], None))(row)
+
+
+@pytest.mark.parametrize("values", [("1", "0"), ("true", "false"), ("1.0", "0.0")])
+def test_yes_or_no_for_two_labels_names_columns(values):
+    """No label stands twice in a row where exactly one applies."""
+    yes, no = values
+    one_of_two = [Row({"labels": [yes, no]}, "a:1"), Row({"labels": [no, yes]}, "a:2")]
+    task = Multilabel(name="topics", source="said")
+    with pytest.raises(UserError, match=r"task 'topics': every row has two labels .* name them in columns"):
+        task.filled(one_of_two, None)
+    assert set(task.filled([*one_of_two, Row({"labels": [yes]}, "a:3")], None).labels) == {no, yes}
+    with pytest.raises(ValueError, match=r"not in the label set \(a, b\); where a row says yes or no .* in columns"):
+        dataclasses.replace(task, labels=("a", "b")).parse(one_of_two[0])

@@ -355,3 +355,14 @@ def test_task_and_source_must_name_the_same_text(bert, folder):
         prepare(experiment(bert, folder, dataclasses.replace(SLOTS, text="words")))
     with pytest.raises(UserError, match="task 'slots': source 'said' has pairs"):
         SLOTS.check_source(Source(name="said", path="", pair="other"))
+
+
+@pytest.mark.parametrize(("text", "tags", "column"), [("a b\xa0c", "O O", "text"), ("a b", "O\u3000O O", "tags")])
+def test_a_blank_that_divides_like_a_space_is_named(text, tags, column):
+    task = Tagging(name="slots", source="said", labels=("O",))
+    row = Row({"text": text, "tags": tags}, "a.csv:2")
+    with pytest.raises(ValueError, match=rf"words and . tags; .* \(the blank U\+.* in column '{column}' divides like a space"):
+        task.parse(row)
+    with pytest.raises(ValueError, match=r"one for each word$"):
+        task.parse(Row({"text": "a b c", "tags": "O O"}, "a.csv:3"))
+    assert len(task.parse(Row({"text": ["a", "b\xa0c"], "tags": ["O", "O"]}, "a.csv:4"))) == 2

@@ -2,52 +2,74 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from mtl_jax.data.formats.lines import lines
-from mtl_jax.data.formats.rows import Read, Row, check_columns
-from mtl_jax.errors import UserError
+from mtl_jax.data.formats.lines import Line, lines
+from mtl_jax.data.formats.rows import Read, Row, check_columns, odd_blank
+from mtl_jax.errors import UserError, listed
 
 if TYPE_CHECKING:
     from mtl_jax.data.sources import Source
 
 DOCUMENT = "-DOCSTART-"
+UNIVERSAL = 10  # columns of CoNLL-U, of which the first is an id
+ID = re.compile(r"[0-9]+([-.][0-9]+)?")  # of a word, of a range of words, or of an empty node
+ALWAYS_COMMENTS = re.compile(r"# (newdoc|newpar|sent_id|text)\b|#(begin|end) document\b")
+
+
+class _Line(NamedTuple):
+    """A line of a sentence: its number in the file, its columns, and what is wrong with it."""
+
+    number: int
+    fields: list[str]
+    error: UserError | None
+
+    @property
+    def first(self) -> str:
+        return self.fields[0] if self.fields else ""
+
+
+_END = Line(0, "", None)
 
 
 def read_conll(path: str, source: Source) -> Iterator[Read]:
     """Sentences, each column a list of str with an entry for each word; a row's place is its first line.
 
     Columns stand between tabs, or between runs of spaces in a file whose first word line has no tab. Blank is a line of
-    spaces and tabs only. A line is a comment where it starts with "# ", stands before the first word of a sentence and
-    has not as many columns as a word has: "#" and "#hashtag" are words. A sentence of the one word -DOCSTART-, which divides
+    spaces and tabs only. A line is a comment where it starts with "#" and a space or tab, stands before the first word of a
+    sentence and has not as many columns as a word has: "#" and "#hashtag" are words. The line -DOCSTART-, which divides
     documents in CoNLL-2003, is left out. A sentence with a bad line is bad as a whole.
+
+    Where a word has ten columns, of which the first is an id, the file is CoNLL-U (Nivre et al. 2020): ranges, such as 6-7, and
+    empty nodes, such as 8.1, are not words; they are left out and counted, and every line with "#" is a comment. A file has
+    ids from the first sentence on whose words begin with 1, 2, 3 ...
     """
     names = source.columns
     check_columns(source, path, names)
     divide = _divider(path)
-    words: list[list[str]] = []
-    start, error = 0, None
-    for line in lines(path):
+    sentence: list[_Line] = []
+    ids = False
+    for line in itertools.chain(lines(path), [_END]):
         fields = divide(line.text)
-        if not fields and not line.error:
-            if words or error:
-                yield from _sentence(words, error, names, (path, start))
-            words, error = [], None
-        elif not words and not error and _is_comment(line.text, fields, names):
-            continue
-        else:
-            start = start if words or error else line.number
-            error = error or line.error or _check(fields, names, f"{path}:{line.number}")
-            words.append(fields)
-    if words or error:
-        yield from _sentence(words, error, names, (path, start))
+        if fields or line.error:
+            if sentence or not fields or not _is_comment(line.text, fields, names):
+                sentence.append(_Line(line.number, fields, line.error or _check(fields, names, f"{path}:{line.number}")))
+        elif sentence:
+            words = [line for line in sentence if not line.first.startswith("#")] if len(names) == UNIVERSAL else []
+            ids = ids or _are_ids([line.first for line in words])
+            universal = ids and bool(words) and all(ID.fullmatch(line.first) for line in words)
+            yield _universal(words, names, path) if universal else _sentence(sentence, names, path)
+            sentence = []
 
 
 def _is_comment(line: str, fields: list[str], names: tuple[str, ...]) -> bool:
-    """Whether a line before a sentence's first word is none: CoNLL-U's own, or one that has not a word's columns."""
-    return line.startswith("# ") and (len(fields) != len(names) or bool(re.match(r"# (newdoc|newpar|sent_id|text)\b", line)))
+    """Whether a line before a sentence's first word is none: a known one, or one that has not a word's columns."""
+    if fields[0].split(" ")[0] == DOCUMENT or ALWAYS_COMMENTS.match(line):
+        return True
+    return line.startswith(("# ", "#\t")) and len(fields) != len(names)
 
 
 def _divider(path: str) -> Callable[[str], list[str]]:
@@ -64,17 +86,35 @@ def _divider(path: str) -> Callable[[str], list[str]]:
 
 def _check(fields: list[str], names: tuple[str, ...], where: str) -> UserError | None:
     if len(fields) != len(names):
-        return UserError(f"{where}: {len(fields)} columns, but a word has {len(names)}: {', '.join(names)}")
-    empty = [name for name, field in zip(names, fields, strict=True) if not field.strip()]
-    return UserError(f"{where}: column {empty[0]!r} is empty") if empty else None
+        blank = odd_blank(" ".join(fields))
+        hint = f" (the blank {blank} does not divide columns)" if blank else ""
+        return UserError(f"{where}: {len(fields)} columns, but a word has {len(names)}: {listed(names)}{hint}")
+    for name, field in zip(names, fields, strict=True):
+        if not field.strip():
+            return UserError(f"{where}: column {name!r} {f'has only the blank {odd_blank(field)}' if field else 'is empty'}")
+    return None
 
 
-def _sentence(
-    words: list[list[str]], error: UserError | None, names: tuple[str, ...], first: tuple[str, int]
-) -> Iterator[Read]:
+def _sentence(words: list[_Line], names: tuple[str, ...], path: str, no_words: tuple[int, int] = (0, 0)) -> Read:
+    error = next((line.error for line in words if line.error), None)
     if error:
-        yield error
-    elif not (len(words) == 1 and words[0][0] == DOCUMENT):
-        columns = {name: list(column) for name, column in zip(names, zip(*words, strict=True), strict=True)}
-        # Comments stand before the first word and blank lines after the last: the words' lines have no gap.
-        yield Row(columns, f"{first[0]}:{first[1]}", first)
+        return error
+    columns = {name: [line.fields[place] for line in words] for place, name in enumerate(names)}
+    first, last = words[0].number, words[-1].number
+    places = range(first, last + 1) if last - first + 1 == len(words) else [line.number for line in words]
+    return Row(columns, f"{path}:{first}", (path, places), no_words)
+
+
+def _universal(found: list[_Line], names: tuple[str, ...], path: str) -> Read:
+    """A sentence whose lines begin with ids of words, ranges and empty nodes."""
+    words = [line for line in found if line.first.isdecimal()]
+    ranges = sum("-" in line.first for line in found)
+    if not words:
+        return UserError(f"{path}:{found[0].number}: a sentence without words, it has ranges or empty nodes only")
+    return _sentence(words, names, path, (ranges, len(found) - len(words) - ranges))
+
+
+def _are_ids(names: list[str]) -> bool:
+    """Whether these are the ids of a sentence: of its words, 1, 2, 3 ..., and among them those of ranges and empty nodes."""
+    words = [name for name in names if name.isdecimal()]
+    return bool(words) and words == [str(number + 1) for number in range(len(words))] and all(map(ID.fullmatch, names))

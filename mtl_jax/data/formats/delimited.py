@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mtl_jax.data.formats import lines as text
 from mtl_jax.data.formats.rows import Read, Row, check_columns
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 
 if TYPE_CHECKING:
     from mtl_jax.data.sources import Source
@@ -82,5 +82,5 @@ def read_tsv(path: str, source: Source) -> Iterator[Read]:
 
 def _row(fields: list[str], names: tuple[str, ...], where: str) -> Read:
     if len(fields) != len(names):
-        return UserError(f"{where}: {len(fields)} columns, but there are {len(names)} names: {', '.join(names)}")
+        return UserError(f"{where}: {len(fields)} columns, but there are {len(names)} names: {listed(names)}")
     return Row(dict(zip(names, fields, strict=True)), where)

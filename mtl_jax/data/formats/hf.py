@@ -10,7 +10,8 @@ from typing import Any
 
 from mtl_jax.data.formats.records import Records
 from mtl_jax.data.formats.values import ClassName, Number, Schema
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
+from mtl_jax.files import expanded, shown
 
 SCHEME = "hf:"
 
@@ -32,10 +33,10 @@ def open_hf(path: str) -> Records:
     try:
         import datasets  # imported late: an optional dependency
     except ImportError as error:
-        raise UserError(f'{path}: needs the package `datasets`; pip install "mtl_jax[hf]"') from error
+        raise UserError(f'{shown(path)}: needs the package `datasets`; pip install "mtl_jax[hf]"') from error
     name, _, split = path.removeprefix(SCHEME).partition("#")
     if is_directory(path):
-        data = _from_disk(datasets, path, Path(name).expanduser(), split)
+        data = _from_disk(datasets, path, expanded(name), split)
     else:
         data = _from_hub(datasets, path, name, split or "train")
     return Records(path, data, {name: _schema(feature, datasets) for name, feature in data.features.items()})
@@ -45,20 +46,22 @@ def _from_disk(datasets: Any, path: str, folder: Path, split: str) -> Any:
     try:
         data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no data set that save_to_disk wrote ({_reason(error)})") from error
+        raise UserError(f"{shown(path)}: no data set that save_to_disk wrote ({_reason(error)})") from error
     if not isinstance(data, datasets.DatasetDict):
         if split:
-            raise UserError(f"{path}: this directory holds one data set without splits; leave '#{split}' out")
+            raise UserError(f"{shown(path)}: this directory holds one data set without splits; leave '#{split}' out")
         return data
     if (split or "train") not in data:
-        raise UserError(f"{path}: no split {split or 'train'!r}; splits: {', '.join(data)}")
+        raise UserError(f"{shown(path)}: no split {split or 'train'!r}; splits: {listed(data)}")
     return data[split or "train"]
 
 
 def _from_hub(datasets: Any, path: str, name: str, split: str) -> Any:
     parts = name.split("/")
     if len(parts) not in (2, 3):
-        raise UserError(f"{path}: a hub data set is named hf:ORG/NAME or hf:ORG/NAME/CONFIG; a directory starts with / or .")
+        raise UserError(
+            f"{path[:300]}: a hub data set is named hf:ORG/NAME or hf:ORG/NAME/CONFIG; a directory starts with / or ."
+        )
     offline = bool(os.environ.get("MTL_JAX_OFFLINE") or os.environ.get("HF_HUB_OFFLINE"))
     try:
         with _no_network(datasets) if offline else contextlib.nullcontext():
@@ -66,10 +69,10 @@ def _from_hub(datasets: Any, path: str, name: str, split: str) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if offline:
             raise UserError(
-                f"{path}: not in the cache of `datasets`, and MTL_JAX_OFFLINE or HF_HUB_OFFLINE is set; "
+                f"{shown(path)}: not in the cache of `datasets`, and MTL_JAX_OFFLINE or HF_HUB_OFFLINE is set; "
                 f"load it once where there is a network ({_reason(error)})"
             ) from error
-        raise UserError(f"{path}: cannot be loaded ({_reason(error)})") from error
+        raise UserError(f"{shown(path)}: cannot be loaded ({_reason(error)})") from error
 
 
 @contextlib.contextmanager

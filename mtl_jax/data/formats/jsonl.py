@@ -11,6 +11,7 @@ from mtl_jax.data.formats.lines import lines
 from mtl_jax.data.formats.rows import Read, Row
 from mtl_jax.data.formats.values import columns
 from mtl_jax.errors import UserError
+from mtl_jax.lines import not_by_line
 
 if TYPE_CHECKING:
     from mtl_jax.data.sources import Source
@@ -33,12 +34,22 @@ class _Float(float):
 
 
 def read_jsonl(path: str, source: Source) -> Iterator[Read]:
-    """Rows of a file with an object on every line that is not blank; see values.columns for what becomes a column."""
+    """Rows of a file with an object on every line that is not blank; see values.columns for what becomes a column.
+
+    Raises:
+        UserError: The file is one JSON value: an array, or an object over several lines.
+    """
+    first = True
     for line in lines(path):
+        where = f"{path}:{line.number}"
+        if line.text.strip():
+            if first and (problem := not_by_line(line.text)):
+                raise UserError(f"{where}: {problem}")
+            first = False
         if line.error:
             yield line.error
         elif line.text.strip():
-            yield _row(line.text, f"{path}:{line.number}")
+            yield _row(line.text, where)
 
 
 def parse(text: str) -> Any:

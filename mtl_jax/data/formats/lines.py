@@ -7,10 +7,12 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mtl_jax import assets
 from mtl_jax.errors import UserError
+from mtl_jax.files import check_regular, reason, shown
 
 # No text for a sentence model is as long as this: such a line is a file whose line ends were lost, or no text at all.
 MAX_LINE_BYTES = 1_000_000
@@ -33,7 +35,9 @@ def opened(path: str) -> Iterator[BinaryIO]:
     """
     file = assets.locate(path)
     if file.is_dir():
-        raise UserError(f"{path}: a directory; a source needs a file")
+        raise UserError(f"{shown(path)}: a directory; a source needs a file")
+    if isinstance(file, Path):
+        check_regular(file)
     try:
         with file.open("rb") as raw:
             if path.endswith(".gz"):
@@ -42,7 +46,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
             else:
                 yield raw  # type: ignore[misc]
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise UserError(f"{shown(path)}: cannot be read ({reason(error)})") from error
 
 
 def lines(path: str, *, keep_ends: bool = False) -> Iterator[Line]:
@@ -66,10 +70,11 @@ def lines(path: str, *, keep_ends: bool = False) -> Iterator[Line]:
                 data = data.removeprefix(codecs.BOM_UTF8)
             error = None
             if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
+                what = "a JSON array, in the place of an object a line" if data.lstrip().startswith(b"[") else "one text"
                 while data and not data.endswith(b"\n"):
                     data = file.readline(MAX_LINE_BYTES)
                 data = b"\n"
-                error = UserError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes; is it one text?")
+                error = UserError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes; is it {what}?")
             try:
                 text = data.decode()
             except UnicodeDecodeError as broken:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mtl_jax.data.formats.lines import lines
 from mtl_jax.data.formats.rows import Read, Row, check_columns
 from mtl_jax.errors import UserError
+from mtl_jax.files import shown
 
 if TYPE_CHECKING:
     from mtl_jax.data.sources import Source
@@ -26,4 +27,4 @@ def read_lines(path: str, source: Source) -> Iterator[Read]:
         elif match:
             yield Row(match.groupdict(default=""), where)
         elif line.text:
-            yield UserError(f"{where}: the line does not match the pattern {source.pattern!r}")
+            yield UserError(f"{where}: the line does not match the pattern {shown(source.pattern)!r}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
+from mtl_jax.files import shown
 
 if TYPE_CHECKING:
     from mtl_jax.data.sources import Source
@@ -20,19 +23,21 @@ class Row(NamedTuple):
     Attributes:
         columns: The values.
         where: File and line, or record.
-        first_word: File and line of the first word, where words stand on lines of their own, one after another; else None.
+        words: The file and each word's line, where words stand on lines of their own; else None.
+        no_words: Lines of the row that are no words and were left out: CoNLL-U's ranges, and its empty nodes.
     """
 
     columns: dict[str, Any]
     where: str
-    first_word: tuple[str, int] | None = None
+    words: tuple[str, Sequence[int]] | None = None
+    no_words: tuple[int, int] = (0, 0)
 
     def where_word(self, word: int) -> str:
         """Where a word, counted from 0, stands: its own line if it has one, else the row's place."""
-        if self.first_word is None:
+        if self.words is None:
             return self.where
-        file, line = self.first_word
-        return f"{file}:{line + word}"
+        file, lines = self.words
+        return f"{file}:{lines[word]}"
 
 
 # A bad row is given as its error, not raised: whoever reads decides whether it ends the run or is counted and left out.
@@ -42,18 +47,24 @@ Read = Row | UserError
 
 def check_columns(source: Source, path: str, columns: Iterable[str]) -> None:
     """Raises UserError where the file lacks a column that the source names, or has one name twice."""
-    columns = list(columns)
+    counts = Counter(list(columns))
     for kind in ("text", "pair", "id"):
         name = getattr(source, kind)
-        if name and name not in columns:
-            raise no_column(source, path, kind, columns)
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise UserError(f"{path}: there are two columns {twice[0]!r}; give every column a name of its own")
+        if name and name not in counts:
+            raise no_column(source, path, kind, counts)
+    twice = min((name for name, count in counts.items() if count > 1), default=None)
+    if twice is not None:
+        raise UserError(f"{path}: there are two columns {shown(twice)!r}; give every column a name of its own")
+
+
+def odd_blank(text: str) -> str:
+    """A blank that looks like a space and is none, such as U+00A0, as an error line names it; "" where there is none."""
+    blank = re.search(r"[^\S \t\r\n]", text)
+    return f"U+{ord(blank.group()):04X}" if blank else ""
 
 
 def no_column(source: Source, where: str, kind: str, columns: Iterable[str]) -> UserError:
     """The error for a column that a source names and a file or row has not."""
     return UserError(
-        f"{where}: source {source.name!r} has no {kind} column {getattr(source, kind)!r}; columns: {', '.join(columns)}"
+        f"{where}: source {source.name!r} has no {kind} column {getattr(source, kind)!r}; columns: {listed(columns)}"
     )

@@ -12,6 +12,7 @@ import numpy as np
 from mtl_jax.data.formats.records import Records
 from mtl_jax.data.formats.values import ClassName, Number, Schema
 from mtl_jax.errors import UserError
+from mtl_jax.files import shown
 
 SCHEME = "tfds:"
 
@@ -31,19 +32,19 @@ def open_tfds(path: str) -> Records:
     try:
         builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"{path}: TFDS has no text, translation or summarisation builder {name!r}") from error
+        raise UserError(f"{shown(path)}: TFDS has no text, translation or summarisation builder {shown(name)!r}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version
-        raise UserError(f"{path}: {_reason(error)}") from error
+        raise UserError(f"{shown(path)}: {_reason(error)}") from error
     except ImportError as error:  # its features are declared with TensorFlow's types, or its module needs something else
         raise UserError(
-            f"{path}: the code of this builder does not load ({_reason(error)}); "
+            f"{shown(path)}: the code of this builder does not load ({_reason(error)}); "
             "where it does, write its rows as JSONL, and give that file as path"
         ) from error
     _prepare(path, name, builder)
     try:
         records = builder.as_data_source(split=split or "train")
     except (ValueError, NotImplementedError) as error:
-        raise UserError(f"{path}: {_reason(error)}") from error
+        raise UserError(f"{shown(path)}: {_reason(error)}") from error
     return Records(path, records, _schema(builder.info.features, tfds.features))
 
 
@@ -71,12 +72,14 @@ def _prepare(path: str, name: str, builder: Any) -> None:
         return
     if os.environ.get("MTL_JAX_OFFLINE"):
         raise UserError(
-            f"{path}: not in {builder.data_path}, and MTL_JAX_OFFLINE is set; {_advice(name)}, where there is a network"
+            f"{shown(path)}: not in {builder.data_path}, and MTL_JAX_OFFLINE is set; {_advice(name)}, where there is a network"
         )
     try:
         builder.download_and_prepare(file_format="array_record")
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:  # the network, the builder's own code
-        raise UserError(f"{path}: cannot be prepared ({_reason(error)}); check the network and the data set's page") from error
+        raise UserError(
+            f"{shown(path)}: cannot be prepared ({_reason(error)}); check the network and the data set's page"
+        ) from error
 
 
 def _advice(name: str) -> str:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from mtl_jax.errors import UserError
+from mtl_jax.errors import UserError, listed
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention
 from mtl_jax.transfer.adapters.base import RUN, TASK, Adapter, Call, Layer
@@ -250,7 +250,7 @@ def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None)
                 )
     prefixes = [adapter.name for adapter in adapters if isinstance(adapter, Prefix)]
     if len(prefixes) > 1:
-        raise UserError(f"adapters {', '.join(prefixes)} are all prefixes: declare one, as long as they are together")
+        raise UserError(f"adapters {listed(prefixes)} are all prefixes: declare one, as long as they are together")
 
 
 def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:

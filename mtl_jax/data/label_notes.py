@@ -1,0 +1,78 @@
+"""What is to be said of labels before training: those that no training row has, and those that repeated texts lose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mtl_jax.data.examples import Examples
+from mtl_jax.data.labels import Labels
+from mtl_jax.data.ragged import Ragged
+from mtl_jax.data.sources import Place, Row, row_at
+from mtl_jax.errors import UserError, listed
+from mtl_jax.files import shown
+
+
+def unlearned(task: Labels, train: Examples) -> list[str]:
+    """A line on labels that no training row has, and one where there is a single label; most often there is none.
+
+    Args:
+        task: A task, filled.
+        train: The training examples of its source, with its labels.
+    """
+    labels = task.labels
+    if not labels:
+        return []
+    values = train.labels[task.name]
+    if task.label_shape:  # any number of labels
+        absent = np.flatnonzero(~(values == 1).any(axis=0))
+    else:
+        flat = values.values if isinstance(values, Ragged) else values
+        absent = np.flatnonzero(np.bincount(flat[flat >= 0], minlength=len(labels)) == 0)
+    lines = []
+    if len(absent):
+        names = listed([labels[place] for place in absent])
+        of = "word" if task.label_level == "token" else "row"
+        are = "is" if len(absent) == 1 else "are"
+        lines.append(f"task {task.name}: {len(absent)} of its {len(labels)} labels {are} on no training {of}: {names}")
+    if len(labels) == 1 and not task.label_shape:
+        lines.append(f"task {task.name}: {labels[0]!r} is its only label, so there is nothing to learn")
+    return lines
+
+
+def other_labels(task: Labels, again: Sequence[tuple[Place, Place]]) -> list[str]:
+    """A line on dropped rows whose text has another label in the row that stays; most often there is none.
+
+    Args:
+        task: A task, filled.
+        again: As in sources.Splits.
+    """
+    if task.corrupts:
+        return []
+    count, example = 0, ""
+    for dropped, first in again:
+        rows = row_at(dropped), row_at(first)
+        try:
+            labels = [task.parse(row) for row in rows]
+        except (ValueError, UserError):  # that row is dropped, or its label is refused where the row that stays is read
+            continue
+        if labels[0] is not None and not _same(*labels):
+            count += 1
+            example = example or " where ".join(f"{row.where} has {_written(task, row)}" for row in rows)
+    if not count:
+        return []
+    rows_have = "1 of the repeated texts has" if count == 1 else f"{count} of the repeated texts have"
+    return [f"task {task.name}: {rows_have} another label than the row that stays: {example}; {task.several}"]
+
+
+def _same(label: Any, other: Any) -> bool:
+    if isinstance(label, np.ndarray):
+        return other is not None and np.array_equal(label, other)
+    return bool(label == other)
+
+
+def _written(task: Labels, row: Row) -> str:
+    label = task.written(row)
+    return shown(repr(task.parse(row) if label is None else label))

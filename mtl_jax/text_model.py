@@ -22,7 +22,10 @@ from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.journal import digest_of_arrays, digest_of_directory
 from mtl_jax.models.seq2seq import Seq2Seq
 from mtl_jax.pretrained import families, hub
+from mtl_jax.pretrained.checkpoint import own_head
+from mtl_jax.pretrained.fields import brief
 from mtl_jax.pretrained.tensors import Location, read_json
+from mtl_jax.pretrained.tokenizer import foreign
 from mtl_jax.tasks import Seq2Seq as Seq2SeqTask
 from mtl_jax.training.generation import config_of
 from mtl_jax.transfer.adapters import as_module
@@ -107,10 +110,11 @@ def from_checkpoint(path: str, asked: Asked, dtype: Any = np.float32) -> TextMod
     family = families.of(raw, f"{path}/config.json")
     able = [name for name, other in families.BY_TYPE.items() if "seq2seq_lm" in other.heads.values()]
     classes = [name for name, kind in family.heads.items() if kind == "seq2seq_lm"]
+    kind = own_head(family.heads, raw, f"{path}/config.json")
     named = raw.get("architectures") or [f"{raw['model_type']} without a head"]
-    if not classes or named[0] not in classes:
+    if kind != "seq2seq_lm":
         needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(able)}"
-        raise UserError(f"{path}: a {named[0]}, which cannot write texts; {needed} is needed")
+        raise UserError(f"{path}: a {brief(named[0])[1:-1]}, which cannot write texts; {needed} is needed")
     checkpoint = pretrained.load(path, dtype=dtype)
     positions = checkpoint.config.max_positions
     limits = [positions, checkpoint.tokenizer.model_max_length]
@@ -183,8 +187,9 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         if not texts:
             return []
         cut = {"truncation": True, "max_length": max_length} if max_length else {}
-        encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
-        found = [np.array(ids, np.int32) for ids in encoded]
+        with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
+            encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
+            found = [np.array(ids, np.int32) for ids in encoded]
         if refused := coverage.beyond(found, vocab_size):
             token = next(iter(refused.values()))
             raise RowError([*refused], coverage.without_row(tokenizer, token, vocab_size, "the model's token table"))
@@ -210,6 +215,8 @@ def setting(tokenizer: Any, raw: Mapping[str, Any], where: str, asked: Asked) ->
         UserError: The model does not know a language, or must be told one.
     """
     tasks = raw.get("task_specific_params") or {}
+    if not isinstance(tasks, dict) or not all(isinstance(options, dict) for options in tasks.values()):
+        raise UserError(f"{where}: task_specific_params is {brief(tasks)}; it must be an object of tasks and their options")
     names = [f"{asked.task}_{asked.source}_to_{asked.target}", asked.task]
     pairs = [name for name in tasks if name.startswith(f"{asked.task}_")]
     if len(pairs) == 1 and not (asked.source or asked.target):

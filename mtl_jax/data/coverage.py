@@ -31,16 +31,16 @@ class Tables(NamedTuple):
 
 
 def beyond(arrays: Sequence[np.ndarray], rows: int) -> dict[int, int]:
-    """{place of an array: its first id for which a table of so many rows has none}, ascending.
+    """{place of an array: its first id for which a table of so many rows has no row}, ascending.
 
     Args:
         arrays: N arrays i32[length].
         rows: Of the table.
     """
     ragged = arrays if isinstance(arrays, Ragged) else Ragged.of(arrays, np.int32)
-    if not len(ragged.values) or int(ragged.values.max()) < rows:
+    if not len(ragged.values) or (int(ragged.values.max()) < rows and int(ragged.values.min()) >= 0):
         return {}
-    at = np.flatnonzero(ragged.values >= rows)
+    at = np.flatnonzero((ragged.values >= rows) | (ragged.values < 0))
     places = np.searchsorted(ragged.starts, at, side="right") - 1
     places, first = np.unique(places, return_index=True)
     return dict(zip(places.tolist(), ragged.values[at[first]].tolist(), strict=True))

@@ -18,6 +18,7 @@ from mtl_jax.data.ragged import starts_of
 from mtl_jax.data.windows import RowError as RowError
 from mtl_jax.data.windows import cut, divide, sequence_of
 from mtl_jax.errors import UserError
+from mtl_jax.pretrained.tokenizer import foreign
 from mtl_jax.progress import Progress
 
 # The tokenizer gets so many texts, or texts of so many characters, at once: enough to keep every core busy.
@@ -84,7 +85,7 @@ def encode(
 
     Raises:
         RowError: Texts are no valid Unicode, or leave no room in a window for the text beside them.
-        UserError: The tokenizer is no fast one and the texts are not plain, or max_length leaves no room for text.
+        UserError: The tokenizer is no fast one and the texts are not plain, it fails, or max_length leaves no room for text.
     """
     as_words = len(first) > 0 and not isinstance(first[0], str)
     if as_words and (second is not None or stride or offsets):
@@ -170,16 +171,17 @@ def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Opti
         columns = [[[*words[:1], *(word and f" {word}" for word in words[1:])] for words in columns[0]]]
     names = ("text_target",) if options.target else ("text", "text_pair")[: len(columns)]
     given = {name: list(texts) for name, texts in zip(names, columns, strict=True)}
-    encoded = tokenizer(
-        **given,
-        is_split_into_words=options.words,
-        return_attention_mask=False,
-        return_token_type_ids=pair and "token_type_ids" in tokenizer.model_input_names,
-        verbose=False,
-    )
-    encodings, lists = encoded.encodings, encoded["input_ids"]
-    starts = starts_of([len(ids) for ids in lists])
-    ids = _flat(lists)
+    with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
+        encoded = tokenizer(
+            **given,
+            is_split_into_words=options.words,
+            return_attention_mask=False,
+            return_token_type_ids=pair and "token_type_ids" in tokenizer.model_input_names,
+            verbose=False,
+        )
+        encodings, lists = encoded.encodings, encoded["input_ids"]
+        starts = starts_of([len(ids) for ids in lists])
+        ids = _flat(lists)
     fields = [ids, _flat(encoded["token_type_ids"]) if "token_type_ids" in encoded else np.zeros_like(ids)]
     words = _flat([-1 if w is None else w for w in e.word_ids] for e in encodings) if options.words else None
     if words is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +12,18 @@ import numpy as np
 
 from mtl_jax.configuration import Configuration
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.pretrained.fields import LARGEST, brief, finite
+from mtl_jax.pretrained.tensors import read_json
 
 FILE = "generation_config.json"
+
+# What a search takes at most: it holds caches of beams, and of as many tokens as a text may have.
+MOST_BEAMS, MOST_LENGTH = 1000, 100_000
+MOST = {
+    **dict.fromkeys(("num_beams", "num_return_sequences"), MOST_BEAMS),
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"), MOST_LENGTH),
+}
+MOST_TOKENS = 10_000  # that end a text or that none may have
 
 # Options of transformers that change what is generated and are not here, with the values that change nothing.
 ELSEWHERE: dict[str, tuple[Any, ...]] = {
@@ -139,18 +147,23 @@ class GenerationConfig(Configuration):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be at least {least}")
-        if not math.isfinite(self.length_penalty):
-            raise UserError(f"length_penalty is {self.length_penalty}; it must be a finite number")
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise UserError(f"{name} is {value}; it must be at most {most}")
+        for name in ("length_penalty", "temperature", "repetition_penalty"):
+            if not finite(getattr(self, name)):
+                raise UserError(f"{name} is {brief(getattr(self, name))}; it must be a finite number")
         if self.length < 2:
             name = "max_length" if self.max_new_tokens is None else "max_new_tokens"
             raise UserError(f"{name} is {getattr(self, name)}, which leaves no room for a token after the start token")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise UserError(f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"')
-        if not self.temperature > 0:
+            raise UserError(f'early_stopping is {brief(self.early_stopping)}; it must be True, False or "never"')
+        if not np.float32(self.temperature) > 0:
             raise UserError(f"temperature is {self.temperature}; it must be above 0 (do_sample=False takes the likeliest)")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not self.repetition_penalty > 0:
+        if not np.float32(self.repetition_penalty) > 0:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
         if self.num_return_sequences > self.num_beams and (self.num_beams > 1 or not self.do_sample):
             instead = "" if self.do_sample else ", or for do_sample"
@@ -235,7 +248,7 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
     for name, harmless in ELSEWHERE.items():
         value = files.pop(name, None)
         if value is not None and value not in harmless and (draws or name not in OF_DRAWS):
-            raise UserError(f"{said_by[name]}{name} is {value!r}, which is not supported here; set it to {harmless[0]!r}")
+            raise UserError(f"{said_by[name]}{name} is {brief(value)}, which is not supported here; set it to {harmless[0]!r}")
     values = {name: value for name, value in files.items() if value is not None}
     first = values.pop("bos_token_id", None)
     if first is not None:
@@ -254,8 +267,10 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
     values["eos_token_id"] = _tokens("eos_token_id", ends if isinstance(ends, list | tuple | np.ndarray) else [ends])
     words = values.get("bad_words_ids", ())
     if not isinstance(words, list | tuple):
-        raise UserError(f"bad_words_ids is {words!r}; it must be a list of lists of token ids")
+        raise UserError(f"bad_words_ids is {brief(words)}; it must be a list of lists of token ids")
     words = [_tokens("bad_words_ids", word) for word in words]
+    if len(values["eos_token_id"]) + sum(map(len, words)) > MOST_TOKENS:
+        raise UserError(f"eos_token_id and bad_words_ids hold more than {MOST_TOKENS} tokens")
     values["bad_words_ids"] = tuple(word for word in words if word not in {(end,) for end in values["eos_token_id"]})
     config = GenerationConfig(**values)
     config.check()
@@ -277,28 +292,22 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def _checked(name: str, value: Any, kinds: tuple[type, ...], where: str) -> Any:
     if isinstance(value, kinds) and (kinds is _BOOL or not isinstance(value, bool)):
+        if kinds is _INT and not -LARGEST <= value <= LARGEST:  # type: ignore[operator]  # it is a whole number
+            raise UserError(f"{where}{name} is {brief(value)}; it must be below 2^31")
         return value
     if isinstance(value, list | tuple) and len(value) == 1 and name == "forced_eos_token_id":
         return _checked(name, value[0], kinds, where)
-    raise UserError(f"{where}{name} is {value!r}; it must be of type {kinds[-1].__name__}")
+    raise UserError(f"{where}{name} is {brief(value)}; it must be of type {kinds[-1].__name__}")
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:
     """Token ids, from a file or a call, where numpy's may be among them."""
     if isinstance(value, list | tuple | np.ndarray):
         found = [token.item() if isinstance(token, np.integer) else token for token in value]
-        if all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+        if all(isinstance(token, int) and not isinstance(token, bool) and abs(token) <= LARGEST for token in found):
             return tuple(found)
-    raise UserError(f"{name} holds {value!r}; token ids are needed, whole numbers")
+    raise UserError(f"{name} holds {brief(value)}; token ids are needed, whole numbers")
 
 
 def _read(location: Path | zipfile.Path | None) -> Mapping[str, Any]:
-    if location is None or not (location / FILE).exists():
-        return {}
-    try:
-        found = json.loads((location / FILE).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{location / FILE}: no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{location / FILE}: a JSON object is needed")
-    return found
+    return {} if location is None or not (location / FILE).exists() else read_json(location, FILE)

@@ -66,7 +66,7 @@ def config(raw: Mapping[str, Any], where: str, **changes: Any) -> EncoderConfig:
     values: dict[str, Any] = {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.layers("num_hidden_layers"),
         "num_heads": heads,
         "intermediate_size": fields.integer("intermediate_size"),
         "max_positions": fields.integer("max_position_embeddings"),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.pretrained import families, hub, placing
 from mtl_jax.pretrained.family import LABELLED
+from mtl_jax.pretrained.fields import Fields, brief
 from mtl_jax.pretrained.placing import Sharding
 from mtl_jax.pretrained.tensors import Location, open_tensors, read_json
 from mtl_jax.pretrained.tokenizer import load_tokenizer
@@ -95,14 +96,16 @@ def load(
     where = f"{path}/config.json"
     raw = read_json(location, "config.json")
     family = families.of(raw, where)
-    own = _own_head(family.heads, raw, where)
+    own = own_head(family.heads, raw, where)
     kind = own if head == AUTO else head
     kinds = sorted(set(family.heads.values()))
     if kind is not None and kind not in kinds:
         raise unknown(f"head for {family.model_types[0]} checkpoints:", kind, [AUTO, *kinds])
     raw = _with_labels(raw, kind, own, labels)
     config = family.config(raw, where)
+    Fields(raw, where).num_labels()
     tensors = open_tensors(location)
+    placing.check_sizes(config, raw, tensors, where)
     model = family.build(config, kind, dtype)
     tensors, prefix = placing.unwrap(family, config, placing.shapes(family, model), tensors, path)
     if kind is not None:
@@ -126,10 +129,15 @@ def load(
     return Checkpoint(model, placed.params, config, raw, kind, location, placed.unused, placed.initialized)
 
 
-def _own_head(heads: Mapping[str, str], raw: Mapping[str, Any], where: str) -> str | None:
+def own_head(heads: Mapping[str, str], raw: Mapping[str, Any], where: str) -> str | None:
+    """The kind of head that config.json's architectures names, by a family's heads; None where it is none of them.
+
+    Raises:
+        UserError: architectures is not a list of names.
+    """
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise UserError(f"{where}: architectures is {architectures!r}; it must be a list of class names")
+        raise UserError(f"{where}: architectures is {brief(architectures)}; it must be a list of class names")
     return heads.get(architectures[0]) if architectures else None
 
 

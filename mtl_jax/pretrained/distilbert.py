@@ -51,7 +51,7 @@ def config(raw: Mapping[str, Any], where: str) -> EncoderConfig:
     return EncoderConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        num_layers=fields.integer("n_layers"),
+        num_layers=fields.layers("n_layers"),
         num_heads=heads,
         intermediate_size=fields.integer("hidden_dim"),
         max_positions=fields.integer("max_position_embeddings"),

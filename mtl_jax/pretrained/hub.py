@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mtl_jax import assets
 from mtl_jax.errors import UserError
+from mtl_jax.files import shown
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
 SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
@@ -27,14 +28,21 @@ def locate(path: str) -> Path | zipfile.Path:
         UserError: There is no such directory, or the model cannot be fetched.
     """
     found = HUB_ID.fullmatch(path)
-    if found is None or Path(path).exists():
-        if not path.startswith(assets.SCHEME) and not Path(path).expanduser().exists():
-            raise UserError(f"{path}: no such file or directory; a model on the hub is named ORG/NAME")
+    if found is None or _exists(Path(path)):
+        if not path.startswith((assets.SCHEME, assets.DATA)) and not _exists(Path(path)):
+            raise UserError(f"{shown(path)}: no such file or directory; a model on the hub is named ORG/NAME")
         location = assets.locate(path)
         if not location.is_dir():
             raise UserError(f"{path}: a file; a checkpoint is a directory with config.json")
         return location
     return _fetch(found["repo"], found["revision"])
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, nobody's home directory, a NUL character
+        return False
 
 
 def _fetch(repo: str, revision: str | None) -> Path:

@@ -16,7 +16,7 @@ from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.seq2seq_decoder import Decoder, RowClassifier
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig, sinusoidal_table
 from mtl_jax.pretrained.family import TABLE, Family, translate
-from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.fields import MOST_COMPUTED, Fields
 
 # Our module path to the file's inside the encoder or the decoder; {} is the number of a layer.
 _SIDE = {
@@ -57,8 +57,8 @@ def _config(raw: Mapping[str, Any], where: str, **changes: Any) -> Seq2SeqConfig
         "vocab_size": fields.integer("vocab_size"),
         "decoder_vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
-        "encoder_layers": fields.integer("encoder_layers"),
-        "decoder_layers": fields.integer("decoder_layers"),
+        "encoder_layers": fields.layers("encoder_layers"),
+        "decoder_layers": fields.layers("decoder_layers"),
         "encoder_heads": fields.integer("encoder_attention_heads"),
         "decoder_heads": fields.integer("decoder_attention_heads"),
         "encoder_feed_forward": fields.integer("encoder_ffn_dim"),
@@ -72,6 +72,8 @@ def _config(raw: Mapping[str, Any], where: str, **changes: Any) -> Seq2SeqConfig
         "activation_dropout": fields.rate("activation_dropout", 0.0),
         "initializer_range": fields.number("init_std", 0.02),
     }
+    if changes.get("positions") == "sinusoidal":
+        fields.integer("max_position_embeddings", maximum=MOST_COMPUTED)
     return Seq2SeqConfig(**(values | changes))
 
 

@@ -77,7 +77,7 @@ def config(raw: Mapping[str, Any], where: str) -> ModernBertConfig:
 
 
 def _global_layers(fields: Fields) -> tuple[bool, ...]:
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.layers("num_hidden_layers")
     types = fields.get("layer_types", None)
     if types is None:
         every = fields.integer("global_attn_every_n_layers", 3)

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.errors import UserError
+from mtl_jax.files import check_regular
 from mtl_jax.pretrained.lazy import LazyTensor, map_array
 from mtl_jax.pretrained.opcodes import Malformed, PickleReader
 from mtl_jax.pretrained.torch_names import Forbidden, Tensor
@@ -57,6 +58,7 @@ def open_bin(path: Path) -> dict[str, LazyTensor]:
     Raises:
         UserError: The file is damaged, no file of tensors, or its pickle names anything but tensors.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -42,6 +42,41 @@ def shapes(family: Family, model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     return traverse_util.flatten_dict(jax.eval_shape(lambda: _init(family, model, 0)), sep="/")
 
 
+# Sizes that are a side of some tensor, of encoders and of encoder-decoders.
+SIDES = (
+    *("vocab_size", "decoder_vocab_size", "hidden_size", "embedding_size", "type_vocab_size", "head_size", "num_buckets"),
+    *("intermediate_size", "encoder_feed_forward", "decoder_feed_forward", "num_heads", "encoder_heads", "decoder_heads"),
+    "max_positions",
+)
+FAR = 4  # times as large as any side in the file: no mistake of one size for another
+SOON, FEW = 2**16, 64  # sides and layers that take no time to build, so that a later check can say more
+
+
+def check_sizes(config: Any, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str) -> None:
+    """Refuses sizes that the file is far from, before a model of such sizes is built.
+
+    Args:
+        config: The sizes.
+        raw: config.json, which they are from.
+        tensors: The file's tensors.
+        where: config.json's name, for errors.
+
+    Raises:
+        UserError: There are more layers than the file has tensors, or a size is far beyond the longest side of any tensor.
+    """
+    layers = sum(getattr(config, name, 0) for name in ("num_layers", "encoder_layers", "decoder_layers"))
+    layers += len(getattr(config, "global_layers", ()))
+    if layers > max(FEW, len(tensors)):
+        raise UserError(f"{where}: it asks for {layers} layers, but the file has {len(tensors)} tensors")
+    longest = max((side for tensor in tensors.values() if 0 not in tensor.shape for side in tensor.shape), default=0)
+    computed = getattr(config, "positions", "learned") != "learned"
+    for name in SIDES[:-1] if computed else SIDES:
+        value = getattr(config, name, None) or 0
+        if value > max(SOON, FAR * longest):
+            theirs = next((key for key, read in raw.items() if type(read) is int and read == value), name)
+            raise UserError(f"{where}: {theirs} is {value}, but no tensor of the file has a side longer than {longest}")
+
+
 def unwrap(
     family: Family, config: Any, paths: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str
 ) -> tuple[dict[str, LazyTensor], str]:
@@ -57,13 +92,27 @@ def unwrap(
         UserError: Nothing in the file looks like this family's trunk.
     """
     wanted = [name for path in paths if path.startswith("trunk/") for name in family.names(path, config)]
+    before = _before(wanted, tensors)
     for name in wanted:
-        found = [tensor.removesuffix(name) for tensor in tensors if tensor == name or tensor.endswith(f".{name}")]
+        found = before.get(name, [])
         for prefix in (family.prefix, "", *found):
             if prefix in found:
                 wrapper = prefix.removesuffix(family.prefix)
                 return {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}, prefix.removeprefix(wrapper)
     raise UserError(f"{where}: no tensor of a {family.model_types[0]} model in it ({family.prefix}{wanted[0]} is missing)")
+
+
+def _before(wanted: list[str], tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:
+    """{wanted name: what stands before it in the names of tensors that end in it}, in one pass over the file."""
+    found: dict[str, list[str]] = {name: [] for name in wanted}
+    depths = {name.count(".") + 1 for name in wanted}
+    for tensor in tensors:
+        for depth in depths:
+            parts = tensor.rsplit(".", depth)
+            name = ".".join(parts[-depth:])
+            if name in found and len(parts) >= depth:
+                found[name].append(tensor.removesuffix(name))
+    return found
 
 
 def with_tying(family: Family, config: Any, tensors: Mapping[str, LazyTensor], prefix: str) -> Any:

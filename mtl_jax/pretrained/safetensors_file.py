@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from mtl_jax.errors import UserError
+from mtl_jax.files import check_regular, reason
+from mtl_jax.pretrained.fields import brief
 from mtl_jax.pretrained.lazy import LazyTensor, map_array
 
 DTYPES = {
@@ -36,6 +38,8 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+MOST_SIDES = 32  # dimensions of a tensor
+MOST_TENSORS = 100_000
 MOST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -51,6 +55,8 @@ def open_safetensors(file: Path | zipfile.Path) -> dict[str, LazyTensor]:
     Raises:
         UserError: The file cannot be read, is cut short or is not safetensors.
     """
+    if isinstance(file, Path):
+        check_regular(file)
     try:
         if isinstance(file, Path):
             size = file.stat().st_size
@@ -102,10 +108,12 @@ def _parse(header: bytes, file: Any) -> dict[str, Any]:
             raise ValueError("a name occurs twice in its header")
         return dict(pairs)
 
+    if (count := header.count(b'"dtype"')) > MOST_TENSORS:
+        raise _damaged(file, f"its header names {count} tensors, more than any model that is read here has")
     try:
         parsed = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"its header is not JSON: {error}") from error
+        raise _damaged(file, f"its header is not JSON: {reason(error)}") from error
     if not isinstance(parsed, dict):
         raise _damaged(file, "its header is no JSON object")
     return parsed
@@ -113,17 +121,20 @@ def _parse(header: bytes, file: Any) -> dict[str, Any]:
 
 def _entry(name: str, entry: Any, file: Any) -> tuple[tuple[int, ...], np.dtype, int, int]:
     def whole(numbers: Any) -> bool:
-        return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
     if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
-        raise _damaged(file, f"the header's entry for {name!r} lacks shape or data_offsets")
+        raise _damaged(file, f"the header's entry for {brief(name)} lacks shape or data_offsets")
+    if len(entry["shape"]) > MOST_SIDES:
+        raise _damaged(file, f"{brief(name)} has {len(entry['shape'])} dimensions")
     if len(entry["data_offsets"]) != 2:
-        raise _damaged(file, f"data_offsets of {name!r} are not two numbers")
-    if entry.get("dtype") not in DTYPES:
-        raise UserError(f"{file}: {name} has the type {entry.get('dtype')!r}; known are {', '.join(DTYPES)}")
+        raise _damaged(file, f"data_offsets of {brief(name)} are not two numbers")
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
+        kind = brief(entry.get("dtype"))
+        raise UserError(f"{file}: {brief(name)[1:-1]} has the type {kind}; known are {', '.join(DTYPES)}")
     shape, dtype, (start, end) = tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["data_offsets"]
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise _damaged(file, f"{name} of shape {shape} and type {entry['dtype']} takes {end - start} bytes")
+        raise _damaged(file, f"{brief(name)[1:-1]} of shape {shape} and type {entry['dtype']} takes {end - start} bytes")
     return shape, dtype, start, end
 
 
@@ -132,7 +143,7 @@ def _check_spans(spans: list[tuple[int, int, str]], size: int, file: Any) -> Non
     at = 0
     for start, end, name in sorted(spans):
         if start != at:
-            raise _damaged(file, f"{name} begins at byte {start} of the data, where {at} is due")
+            raise _damaged(file, f"{brief(name)[1:-1]} begins at byte {start} of the data, where {at} is due")
         at = end
     if at != size:
         raise _damaged(file, f"its header speaks of {at} bytes of data, there are {size}")

@@ -45,7 +45,7 @@ NAMES = {gated: _names(gated) for gated in (False, True)}
 def _config(raw: Mapping[str, Any], where: str, activation: str, scaled: bool) -> Seq2SeqConfig:
     fields = Fields(raw, where)
     hidden, heads = fields.integer("d_model"), fields.integer("num_heads")
-    layers, width = fields.integer("num_layers"), fields.integer("d_ff")
+    layers, width = fields.layers("num_layers"), fields.integer("d_ff")
     vocab_size, dropout = fields.integer("vocab_size"), fields.rate("dropout_rate", 0.1)
     buckets = fields.integer("relative_attention_num_buckets", 32, minimum=4)
     distance = fields.integer("relative_attention_max_distance", 128)
@@ -62,7 +62,7 @@ def _config(raw: Mapping[str, Any], where: str, activation: str, scaled: bool) -
         decoder_vocab_size=vocab_size,
         hidden_size=hidden,
         encoder_layers=layers,
-        decoder_layers=fields.integer("num_decoder_layers", layers),
+        decoder_layers=fields.layers("num_decoder_layers", layers),
         encoder_heads=heads,
         decoder_heads=heads,
         encoder_feed_forward=width,

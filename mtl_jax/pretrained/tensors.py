@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mtl_jax.errors import UserError
+from mtl_jax.files import check_regular, reason
+from mtl_jax.pretrained.fields import brief
 from mtl_jax.pretrained.lazy import LazyTensor
 from mtl_jax.pretrained.pickles import open_bin
-from mtl_jax.pretrained.safetensors_file import open_safetensors
+from mtl_jax.pretrained.safetensors_file import MOST_TENSORS, open_safetensors
 
 Location = Path | zipfile.Path
+MOST_JSON = 100_000_000  # bytes
+LONGEST_NAME = 255  # bytes of a file's name
 Open = Callable[[Any], dict[str, LazyTensor]]
 
 
@@ -60,12 +65,18 @@ def read_json(location: Location, name: str) -> dict[str, Any]:
     file = location / name
     if not file.exists():
         raise UserError(f"{location}: {name} is missing; a Hugging Face checkpoint directory is needed")
+    if isinstance(file, Path):
+        check_regular(file)
     try:
-        value = json.loads(file.read_bytes())
+        with file.open("rb") as stream:
+            data = stream.read(MOST_JSON + 1)
+        if len(data) > MOST_JSON:
+            raise UserError(f"{file}: more than {MOST_JSON} bytes, which no such file needs")
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{file}: not JSON ({reason(error)})") from error
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: not a JSON object")
     return value
@@ -75,15 +86,19 @@ def _sharded(location: Location, index: Location, opener: Open) -> dict[str, Laz
     shard_of = read_json(location, index.name).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UserError(f"{index}: weight_map is missing or is no object of tensor names and files")
+    if len(shard_of) > MOST_TENSORS:
+        raise UserError(f"{index}: weight_map names {len(shard_of)} tensors, more than any model that is read here has")
     shards: dict[str, dict[str, LazyTensor]] = {}
     for shard in sorted(set(shard_of.values())):
         outside = PurePosixPath(shard).is_absolute() or PureWindowsPath(shard).anchor or "\\" in shard
-        if outside or ".." in PurePosixPath(shard).parts or not PurePosixPath(shard).name:
-            raise UserError(f"{index}: the shard {shard!r} is not a file inside its directory; refused")
+        unnamed = not PurePosixPath(shard).name or not shard.isprintable() or len(shard.encode()) > LONGEST_NAME
+        if outside or ".." in PurePosixPath(shard).parts or unnamed:
+            raise UserError(f"{index}: the shard {brief(shard)} is not a file inside its directory; refused")
         if not (location / shard).exists():
             raise UserError(f"{location / shard}: the shard is missing that {index.name} names; fetch it again")
         shards[shard] = opener(location / shard)
     lost = [name for name, shard in shard_of.items() if name not in shards[shard]]
     if lost:
-        raise UserError(f"{location / shard_of[lost[0]]}: {lost[0]} is not in it, though {index.name} says so; fetch it again")
+        name, file = brief(lost[0])[1:-1], location / shard_of[lost[0]]
+        raise UserError(f"{file}: {name} is not in it, though {index.name} says so; fetch it again")
     return {name: shards[shard][name] for name, shard in shard_of.items()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mtl_jax.errors import UserError
+from mtl_jax.files import check_regular, reason
 
 # What holds the vocabulary; one of them must be there.
 VOCABULARIES = (
@@ -34,28 +37,69 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
     """The tokenizer in a directory, which may lie inside an archive.
 
     Raises:
-        UserError: There is none, or transformers cannot read it.
+        UserError: There is none, transformers cannot read it, or it does not work.
     """
     from transformers import AutoTokenizer  # imported late: it takes seconds
 
+    if isinstance(location, Path):
+        for name in (*FILES, "config.json"):
+            if (location / name).exists():
+                check_regular(location / name)
     if not any((location / name).exists() for name in VOCABULARIES):
         raise UserError(f"{location}: no tokenizer there ({', '.join(VOCABULARIES)}); copy it from the checkpoint's source")
 
     def read(folder: str) -> Any:
-        try:
-            with warnings.catch_warnings():
-                # Marian's tokenizer asks for a package for a method of its own that nothing calls.
-                warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{location}: transformers cannot read the tokenizer ({first[0]})") from error
+        with (
+            foreign(f"{location}: transformers cannot read the tokenizer, or the config.json beside it"),
+            warnings.catch_warnings(),
+        ):
+            # Marian's tokenizer asks for a package for a method of its own that nothing calls.
+            warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            _try(tokenizer)
+            return tokenizer
 
     if isinstance(location, Path):
         return read(str(location))
     with tempfile.TemporaryDirectory() as folder:
         copy_files(location, Path(folder), (*FILES, "config.json"))
         return read(folder)
+
+
+def _try(tokenizer: Any) -> None:
+    """Uses a tokenizer in every way that a run does: much of what is wrong in its files shows only then."""
+    for given in ({"text": "a b"}, {"text_target": "a b"}):
+        ids = tokenizer(**given, verbose=False)["input_ids"]
+        if not all(type(number) is int for number in ids):
+            raise ValueError("its vocabulary has ids that are not numbers")
+        tokenizer.decode(ids, skip_special_tokens=True)
+    special = {*tokenizer.all_special_ids, len(tokenizer), tokenizer.num_special_tokens_to_add(pair=False)}
+    if not all(type(number) is int for number in special):
+        raise ValueError("its special tokens have ids that are not numbers")
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError("model_max_length is not a number")
+
+
+@contextlib.contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Turns whatever a tokenizer raises into one line: its files are a stranger's, and it checks little of them.
+
+    Args:
+        what: What cannot be done, put before the reason.
+
+    Raises:
+        UserError: The block raised an exception, or the tokenizer's Rust side panicked.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({reason(error)})") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3's, which no module exports
+            raise
+        raise UserError(f"{what} ({reason(error)})") from error
 
 
 def languages(tokenizer: Any) -> tuple[str, ...]:
@@ -74,4 +118,6 @@ def copy_files(source: Path | zipfile.Path, target: Path, names: tuple[str, ...]
     """Copies those of the files that there are."""
     for name in names:
         if (source / name).exists():
+            if isinstance(source, Path):
+                check_regular(source / name)
             (target / name).write_bytes((source / name).read_bytes())

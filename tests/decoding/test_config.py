@@ -80,7 +80,7 @@ def test_refused_files(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"diversity_penalty": 0.0}')
     resolve(RAW | {"diversity_penalty": 0.5}, tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"generation_config\.json: no JSON"):
+    with pytest.raises(UserError, match=r"generation_config\.json: not JSON"):
         resolve(RAW, tmp_path)
 
 

@@ -64,8 +64,14 @@ def test_a_file_cut_anywhere_is_damaged(small, tmp_path):
         (lambda h: h["a"].update(shape=[True, 6]), "entry for 'a' lacks shape"),
         (lambda h: h["a"].update(data_offsets=[0, 24]), "begins at byte"),
         (lambda h: h["a"].update(data_offsets=[24]), "not two numbers"),
-        (lambda h: h["a"].update(data_offsets=[10**30, 10**30 + 24]), "begins at byte"),
+        (lambda h: h["a"].update(data_offsets=[10**30, 10**30 + 24]), "entry for 'a' lacks"),
+        (lambda h: h["a"].update(data_offsets=[10**9, 10**9 + 24]), "begins at byte"),
         (lambda h: h["a"].update(dtype="F4"), "a has the type 'F4'; known are F64"),
+        (lambda h: h["a"].update(dtype=[]), r"a has the type \[\]; known are F64"),
+        (lambda h: h["a"].update(shape=[2**62] * 20_000), "'a' has 20000 dimensions"),
+        (lambda h: h["a"].update(shape=[10**30]), "entry for 'a' lacks"),
+        (lambda h: h.update({"b\n" * 10_000: {}}), "entry for 'b.*b.n' lacks"),
+        (lambda h: {f"x.{i}": {"dtype": "F32"} for i in range(100_001)}, "its header names 100001 tensors"),
         (lambda h: h["a"].pop("dtype") and None, "a has the type None"),
         (lambda h: h.update(b=7) or h, "entry for 'b'"),
         (lambda h: h.pop("c") and None, "bytes of data|begins at byte"),
@@ -77,8 +83,10 @@ def test_a_file_cut_anywhere_is_damaged(small, tmp_path):
     ],
 )
 def test_a_header_that_lies(small, tmp_path, change, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         open_safetensors(with_header(change, small, tmp_path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 @given(st.data())
@@ -118,7 +126,9 @@ def test_a_shard_without_its_tensor(sharded):
     fails(sharded, r"model-00002-of-00003\.safetensors: .* is not in it")
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..\\b", "C:\\b", "", "."])
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..\\b", "C:\\b", "", ".", "x" * 5000, "a\nb", "\0"]
+)
 def test_an_index_that_points_outside_is_refused(sharded, shard):
     save_file({"a": np.ones(1, np.float32)}, sharded.parent / "outside.safetensors")
     change_index(sharded, lambda index: index["weight_map"].update({"embeddings.LayerNorm.bias": shard}))
@@ -137,6 +147,51 @@ def test_a_shard_may_be_a_link(sharded):
 def test_an_index_that_is_none(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
     fails(sharded, r"index\.json: ")
+
+
+def to_pipe(file):
+    os.mkfifo(file)
+
+
+def to_device(file):
+    file.symlink_to("/dev/zero")
+
+
+def to_directory(file):
+    file.mkdir()
+
+
+@pytest.mark.parametrize("make", [to_pipe, to_device, to_directory])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+def test_only_regular_files_are_read(bert, tmp_path, name, make):
+    """A pipe blocks whoever opens it, and a device has no end."""
+    if name != "config.json":
+        shutil.copy(bert / "config.json", tmp_path)
+    make(tmp_path / name)
+    fails(tmp_path, rf"{name}: not a regular file \((a pipe, a device or a socket|a directory)\)")
+
+
+@pytest.mark.parametrize("make", [to_pipe, to_device, to_directory])
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json"])
+def test_only_regular_files_are_a_tokenizer(bert, tmp_path, name, make):
+    shutil.copytree(bert, tmp_path / "bert")
+    (tmp_path / "bert" / name).unlink(missing_ok=True)
+    make(tmp_path / "bert" / name)
+    with pytest.raises(UserError, match=rf"{name}: not a regular file"):
+        pretrained.load_tokenizer(tmp_path / "bert")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "~nosuchuser/model", "a\0b"])
+def test_a_path_that_cannot_be(path):
+    with pytest.raises(UserError, match="no such file or directory") as caught:
+        pretrained.load(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_config_of_gigabytes_is_not_read(bert, tmp_path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(10**11)
+    fails(tmp_path, r"config\.json: more than 100000000 bytes")
 
 
 def test_the_order_in_which_files_are_looked_for(bert, tmp_path):

@@ -9,9 +9,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from numpy.typing import ArrayLike
 
 matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+DASH = 4.0  # widths of a line
 
 
 def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], path: Path) -> None:
@@ -26,12 +30,20 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
     dev = [record for record in records if record["kind"] == "dev"]
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     loss_axis, dev_axis, weight_axis = figure.subplots(1, 3)
-    for number, (task, metric) in enumerate(tasks):
-        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.4}
-        steps = [record["step"] for record in train]
-        loss_axis.plot(steps, _smooth([record[f"loss/{task}"] for record in train]), label=task, **style)
-        dev_axis.plot([r["step"] for r in dev], [r[f"{task}/{metric}"] for r in dev], marker="o", markersize=3, **style)
-        weight_axis.plot(steps, [record[f"weight/{task}"] for record in train], **style)
+    steps, measured = [record["step"] for record in train], [record["step"] for record in dev]
+    drawn: tuple[tuple[Any, list[tuple[Any, Any]], dict[str, Any]], ...] = (
+        (loss_axis, [(steps, _smooth([record[f"loss/{task}"] for record in train])) for task, _ in tasks], {}),
+        (
+            dev_axis,
+            [(measured, [r[f"{task}/{metric}"] for r in dev]) for task, metric in tasks],
+            {"marker": "o", "markersize": 3},
+        ),
+        (weight_axis, [(steps, [record[f"weight/{task}"] for record in train]) for task, _ in tasks], {}),
+    )
+    for axis, lines, style in drawn:
+        for number, ((x, y), turn) in enumerate(zip(lines, in_turns(lines), strict=True)):
+            color = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.4}
+            axis.plot(x, y, **(color | style | turn))
     starts = [b["step"] for a, b in itertools.pairwise(train) if a["phase"] != b["phase"]]
     titles = ("training loss (running mean)", "dev metric", "loss weight")
     for axis, title in zip((loss_axis, dev_axis, weight_axis), titles, strict=True):
@@ -41,8 +53,51 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
         for start in starts:
             axis.axvline(start, color="0.6", linestyle=":", linewidth=1)
     weight_axis.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=min(len(tasks), 7), frameon=False)
+    handles = [Line2D([], [], color=f"C{n % 10}", linestyle="-" if n < 10 else "--") for n in range(len(tasks))]
+    names = [f" {task}" for task, _ in tasks]  # one that began with _ would be left out
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(tasks), 7), frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def lying_together(lines: Sequence[tuple[ArrayLike, ArrayLike]]) -> list[tuple[int, ...]]:
+    """The lines of a panel that hide each other: by place, those with the same x and y that differ by less than a line is wide.
+
+    Args:
+        lines: (x, y) of each.
+    """
+    values = [np.asarray(y, np.float64) for _, y in lines]
+    finite = np.concatenate([y[np.isfinite(y)] for y in values] or [np.zeros(0)])
+    width = np.ptp(finite) / 150 if len(finite) else 0.0  # a line is 1.8 points wide, and a panel 165 high
+    found: list[list[int]] = []
+    for place, (x, _) in enumerate(lines):
+        for members in found:
+            other = lines[members[0]][0]
+            if np.array_equal(x, other) and np.allclose(values[place], values[members[0]], 0.0, width + 1e-12, equal_nan=True):
+                members.append(place)
+                break
+        else:
+            found.append([place])
+    return [tuple(members) for members in found if len(members) > 1]
+
+
+def in_turns(lines: Sequence[tuple[ArrayLike, ArrayLike]]) -> list[dict[str, Any]]:
+    """How each line of a panel is drawn so that it is seen: dashes in turns where lines hide each other, points in rings.
+
+    Args:
+        lines: (x, y) of each.
+
+    Returns:
+        Arguments for matplotlib's plot(); empty for a line of two points or more that nothing hides.
+    """
+    styles: list[dict[str, Any]] = [{"marker": "o"} if np.size(x) == 1 else {} for x, _ in lines]
+    for members in lying_together(lines):
+        for turn, place in enumerate(members):
+            rest = len(members) - 1 - turn
+            if styles[place]:
+                styles[place]["markersize"] = 6 + 4 * rest
+            else:
+                styles[place]["linestyle"] = (DASH * rest, (DASH, DASH * (len(members) - 1)))
+    return styles
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:

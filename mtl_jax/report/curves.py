@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from mtl_jax.figures import in_turns, lying_together
 from mtl_jax.report import words
 from mtl_jax.report.read import Study
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
@@ -55,10 +57,7 @@ def weights(study: Study, groups: Sequence[Group]) -> list[Figure]:
     if not chosen:
         return []
     panels = tuple(
-        Panel(
-            method,
-            _lines([(number, bands.get(task)) for number, task in enumerate(study.tasks)], None, _starts(group), deviations),
-        )
+        _panel(method, [bands.get(task) for task in study.tasks], list(study.tasks), None, _starts(group), deviations)
         for method, (group, bands) in chosen.items()
     )
     seeds = max(len(group.runs) for group, _ in chosen.values())
@@ -85,19 +84,19 @@ def _by_setting(
         best = [id(group) for group in ranked([group for group, _ in bands])] or [id(group) for group, _ in bands]
         shown = sorted((pair for pair in bands if id(pair[0]) in best[:BEST]), key=lambda pair: best.index(id(pair[0])))
         caption += f"; in colour the {len(shown)} settings of {len(bands)} that are best on dev, grey the range of all"
+    labels = words.labels([group for group, _ in shown], study.fields)
     panels = tuple(
-        Panel(
+        _panel(
             text,
-            _lines(
-                [(number, found.get(name)) for number, (_, found) in enumerate(shown)],
-                _range([found[name] for _, found in bands if name in found]) if len(bands) > len(shown) else None,
-                _starts(shown[0][0]),
-            ),
+            [found.get(name) for _, found in shown],
+            labels,
+            _range([found[name] for _, found in bands if name in found]) if len(bands) > len(shown) else None,
+            _starts(shown[0][0]),
         )
         for name, text in names.items()
         if any(name in found for _, found in bands)
     )
-    legend = tuple(words.labels([group for group, _ in shown], study.fields)) if len(bands) > 1 else ()
+    legend = tuple(labels) if len(bands) > 1 else ()
     caption += _over(shown[0][0], max(len(group.runs) for group, _ in shown))
     return [Figure(slug, title, caption, panels, legend)]
 
@@ -129,11 +128,27 @@ def _range(bands: Sequence[Band]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return steps_N, low_N, high_N
 
 
+def _panel(title: str, bands: Sequence[Band | None], names: Sequence[str], *others: Any) -> Panel:
+    """A panel of lines; says below it which of them lie on each other.
+
+    Args:
+        title: Of the panel.
+        bands: As for _lines.
+        names: Of the bands.
+        *others: As for _lines.
+    """
+    numbers = [number for number, found in enumerate(bands) if found is not None]
+    hidden = lying_together([(found.steps_N, found.mean_N) for found in bands if found is not None])
+    told = [", ".join(names[numbers[place]] for place in members) for members in hidden]
+    remark = f"On one line: {'; '.join(told)}." if told else ""
+    return Panel(title, _lines(list(enumerate(bands)), *others), remark=remark)
+
+
 class _lines:
     """Draws lines with their deviations, over the range of all, with the starts of phases.
 
     Args:
-        bands: (number of the colour, curve); None leaves a colour out.
+        bands: (number of the colour, curve); None leaves a colour out. Lines that lie on each other are dashed in turns.
         behind: Steps, low and high of what is shaded.
         starts: Steps at which a phase starts.
         deviations: Whether deviations are drawn.
@@ -149,15 +164,14 @@ class _lines:
         self.bands, self.behind, self.starts, self.deviations = bands, behind, starts, deviations
 
     def __call__(self, axes: Axes, palette: Palette) -> None:
-        for number, found in self.bands:
-            if found is None:
-                continue
+        drawn = [(number, found) for number, found in self.bands if found is not None]
+        turns = in_turns([(found.steps_N, found.mean_N) for _, found in drawn])
+        for (number, found), turn in zip(drawn, turns, strict=True):
             color, dash = palette.series[number % SERIES], "--" if number // SERIES % 2 else "-"
             if self.deviations and found.sd_N.any():
                 low_N, high_N = found.mean_N - found.sd_N, found.mean_N + found.sd_N
                 axes.fill_between(found.steps_N, low_N, high_N, color=color, alpha=0.16, linewidth=0)
-            marker = "o" if len(found.steps_N) < 2 else None
-            axes.plot(found.steps_N, found.mean_N, color=color, linestyle=dash, marker=marker)
+            axes.plot(found.steps_N, found.mean_N, **({"color": color, "linestyle": dash} | turn))
         if self.behind is not None:
             limits = axes.get_ylim()  # of the lines: among hundreds of settings some are far from everything
             axes.fill_between(*self.behind, color=palette.muted, alpha=0.18, linewidth=0, zorder=0.5)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 from matplotlib.tri import Triangulation
 
+from mtl_jax.figures import in_turns, lying_together
 from mtl_jax.report import words
 from mtl_jax.report.read import Study
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
@@ -103,7 +104,12 @@ def _against(
             for own in by_other.values()
         ]
         if any(points):
-            panels.append(Panel(f"{task}: test {metric}", _points(points, f"{name} of {task}" if shares else name, shares)))
+            draw = _points(points, f"{name} of {task}" if shares else name, shares)
+            hidden = [
+                [list(by_other)[place] for place in members] for members in lying_together([_means(own) for own in points])
+            ]
+            remark = f"On one line: {'; '.join(', '.join(names) for names in hidden)}." if hidden else ""
+            panels.append(Panel(f"{task}: test {metric}", draw, remark=remark))
     caption = "A point for each setting, mean and standard deviation over the seeds; the line joins the means at each value."
     if shares:
         caption = "Weights as shares of their sum. " + caption
@@ -111,18 +117,24 @@ def _against(
     return [Figure(f"against-{slug}", f"Metric against {name}", caption, tuple(panels), legend)] if panels else []
 
 
+def _means(points: Sequence[tuple[float, Spread]]) -> tuple[list[float], list[float]]:
+    """Values of x in order, and the mean at each."""
+    at: dict[float, list[float]] = {}
+    for x, spread in sorted(points, key=lambda point: point[0]):
+        at.setdefault(round(x, 9), []).append(spread.mean)
+    return list(at), [float(np.mean(own)) for own in at.values()]
+
+
 def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str, shares: bool) -> Callable[[Axes, Palette], None]:
     def draw(axes: Axes, palette: Palette) -> None:
         every = sorted({x for points in series for x, _ in points})
-        for number, points in enumerate(series):
+        lines = [_means(points) for points in series]
+        for number, (points, line, turn) in enumerate(zip(series, lines, in_turns(lines), strict=True)):
             color = palette.series[number]
-            at: dict[float, list[float]] = {}
-            for x, spread in sorted(points, key=lambda point: point[0]):
-                at.setdefault(round(x, 9), []).append(spread.mean)
             means, deviations = [spread.mean for _, spread in points], [spread.sd or 0.0 for _, spread in points]
             x_N = [x for x, _ in points]
             axes.errorbar(x_N, means, yerr=deviations, fmt="o", color=color, markersize=4, elinewidth=1, alpha=0.75)
-            axes.plot(list(at), [float(np.mean(own)) for own in at.values()], color=color, linewidth=1.3, alpha=0.6)
+            axes.plot(*line, color=color, linewidth=1.3, alpha=0.6, **turn)
         if not shares and every[0] > 0 and every[-1] / every[0] >= 20:
             axes.set_xscale("log")
             if len(every) <= 5:
@@ -165,8 +177,12 @@ def _front(study: Study, groups: Sequence[Group], pair: tuple[str, str], colors:
                 points_Nx2[those_N, 0], points_Nx2[those_N, 1], s=size, c=color_N[those_N], alpha=alpha, linewidths=0, zorder=3
             )
         axes.plot(*points_Nx2[order].T, color=palette.ink, linewidth=1, drawstyle="steps-pre", alpha=0.6, zorder=2)
+        places: dict[tuple[float, float], list[str]] = {}  # equal points share a place
         for number, n in enumerate(numbered, 1):
-            axes.annotate(str(number), points_Nx2[n], (4, 4), textcoords="offset points", color=palette.ink, fontsize=9.5)
+            places.setdefault((points_Nx2[n, 0], points_Nx2[n, 1]), []).append(str(number))
+        for place, together in places.items():
+            label = ", ".join(together)
+            axes.annotate(label, place, (4, 4), textcoords="offset points", color=palette.ink, fontsize=9.5)
         for limits, span in ((axes.set_xlim, spans[0]), (axes.set_ylim, spans[1])):
             limits(span[0] - 0.08 * (span[1] - span[0]), span[1] + 0.1 * (span[1] - span[0]))
         axes.set_xlabel(f"{pair[0]} {study.tasks[pair[0]]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -13,6 +14,7 @@ from mtl_jax.report.render import Figure
 from mtl_jax.report.statistics import Spread
 
 # Whatever a name may hold, the page asks nothing of anyone.
+WIDE = 120  # characters beside each other that fit on a screen of 1280 pixels
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -43,7 +45,6 @@ class Table:
         rows: The first cell of each names it.
         foot: Rows that stay where they are.
         sortable: Whether the headings are buttons.
-        cards: Whether each row becomes a card where the page is narrow.
     """
 
     name: str
@@ -51,7 +52,6 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     foot: Sequence[Sequence[Cell]] = ()
     sortable: bool = True
-    cards: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,8 @@ def html(title: str, command: str, facts: Sequence[tuple[str, str]], sections: S
     """
     links = "".join(f'<a href="#{escape(section.slug)}">{escape(section.title)}</a>\n' for section in sections)
     listed = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(much)}</dd></div>\n" for what, much in facts)
-    shown = f"<pre><code>{escape(command)}</code></pre>\n" if command else ""
+    typed = " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
+    shown = f"<pre><code>{typed}</code></pre>\n" if command else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -145,15 +146,28 @@ def _table(table: Table) -> str:
     kinds = [_numeric(table.rows, column) for column in range(len(table.head))]
     heads = []
     for (text, unit), numeric in zip(table.head, kinds, strict=True):
-        below = f'<span class="unit">{escape(unit)}</span>' if unit else ""
-        inner = f'<button type="button">{escape(text)}</button>{below}' if table.sortable else f"{escape(text)}{below}"
+        below = f'<span class="unit">{_breakable(unit)}</span>' if unit else ""
+        name = _breakable(text)
+        inner = f'<button type="button">{name}</button>{below}' if table.sortable else f"{name}{below}"
         heads.append(f'<th scope="col"{" class=n" if numeric else ""}>{inner}</th>')
-    labels = [f"{text} {unit}".strip() for text, unit in table.head] if table.cards else []
+    labels = [f"{text} {unit}".strip() for text, unit in table.head]
     foot = f"<tfoot>\n{_rows(table.foot, kinds, labels)}</tfoot>\n" if table.foot else ""
-    kind = " class=cards" if table.cards else ""
+    kind = " class=tight" if _width(table) > WIDE else ""
     body = f"<thead><tr>{''.join(heads)}</tr></thead>\n<tbody>\n{_rows(table.rows, kinds, labels)}</tbody>\n{foot}"
     region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(table.name)}">'
     return f"{region}\n<table{kind}>\n{body}</table>\n</div>\n"
+
+
+def _breakable(name: str) -> str:
+    """The name of a field with places where a line may end."""
+    return re.sub(r"([._/])(?=\w)", r"\1<wbr>", escape(name))
+
+
+def _width(table: Table) -> int:
+    """About how many characters stand beside each other in the widest rows."""
+    columns = zip(*[[len(f"{cell.text} {cell.after}") for cell in row] for row in table.rows], strict=True)
+    heads = [max(map(len, re.split(r"[._/ ]", text))) for text, _ in table.head]
+    return sum(min(max(head, *cells), 40) + 3 for head, cells in zip(heads, columns, strict=False))
 
 
 def _numeric(rows: Sequence[Sequence[Cell]], column: int) -> bool:
@@ -169,7 +183,7 @@ def _cell(row: Sequence[Cell], column: int, numeric: Sequence[bool], labels: Seq
     kinds = " ".join(dict.fromkeys([*(["n"] if numeric[column] else []), *cell.kind.split()]))
     kind = f' class="{kinds}"' if kinds else ""
     by = "" if cell.by is None else f' data-v="{escape(str(cell.by))}"'
-    label = f' data-label="{escape(labels[column])}"' if labels else ""
+    label = f' data-label="{escape(labels[column])}"'
     after = f' <span class="sd">{escape(cell.after)}</span>' if cell.after else ""
     scope = ' scope="row"' if tag == "th" else ""
     return f"<{tag}{scope}{kind}{by}{label}>{escape(cell.text)}{after}</{tag}>"

@@ -9,7 +9,7 @@ from mtl_jax.report import curves, figures, tables, words
 from mtl_jax.report.page import Cell, Section, Table, number, spread
 from mtl_jax.report.read import SPLITS, Study
 from mtl_jax.report.render import Figure
-from mtl_jax.report.statistics import Comparison, Group, criterion, ranked
+from mtl_jax.report.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
 from mtl_jax.training.results import BASELINE_NAMES
 
 BEST = 5
@@ -45,14 +45,19 @@ def facts(study: Study) -> list[tuple[str, str]]:
     programs = sum(program.get(part, 0.0) for program in study.programs for part in ("compile_seconds", "seconds"))
     seconds = programs or sum(run.facts.get("seconds", 0.0) for run in study.runs)
     seeds = len({run.seed for run in study.runs})
-    found = [("runs", str(len(study.runs)))]
+    found = [_fact(len(study.runs), "run")]
     unfinished = len(study.runs) - done - diverged
     if done < len(study.runs):
         found.append(("done", str(done)))
     found += [(what, str(number)) for what, number in (("diverged", diverged), ("unfinished", unfinished)) if number]
-    found += [("programs", str(len(study.programs)))] if study.programs else []
-    found += [("seeds", str(seeds)), ("tasks", str(len(study.tasks))), ("time", words.duration(seconds))]
+    found += [_fact(len(study.programs), "program")] if study.programs else []
+    found += [_fact(seeds, "seed"), _fact(len(study.tasks), "task"), ("time", words.duration(seconds))]
     return [*found, *([("devices", study.devices)] if study.devices else [])]
+
+
+def _fact(number: int, noun: str) -> tuple[str, str]:
+    much, _, what = words.count(number, noun).partition(" ")
+    return what, much
 
 
 def footer(study: Study) -> str:
@@ -83,14 +88,27 @@ def _best(study: Study, groups: Sequence[Group]) -> list[Section]:
     order = ranked(groups)[:BEST]
     if not order:
         return []
-    note = f"By the dev criterion ({study.criterion}), the mean over the seeds; test is only reported, not chosen by."
-    return [Section("best", "The best", [note, _table(study, "The best settings", order, best=True)])]
+    note = f"By the dev criterion ({study.criterion}), the mean over the seeds; test is only reported, not chosen by. "
+    return [Section("best", "The best", [note + _tied(groups), _table(study, "The best settings", order, best=True)])]
+
+
+def _tied(groups: Sequence[Group]) -> str:
+    """What is not told apart from the best."""
+    criteria = [group.criterion for group in groups if group.criterion]
+    best = leading(criteria)
+    tied = sum(best is not None and ties(found, best) for found in criteria)
+    told = f"{words.count(tied, 'setting')} tie for the best" + (f", of which {BEST} are shown" if tied > BEST else "")
+    if all(found.sd is None for found in criteria):
+        return "Of one seed there is no deviation, so that only equal numbers tie" + (f": {told}." if tied > 1 else ".")
+    if tied == 1:
+        return "The others are more than one standard deviation below the first."
+    return f"{told}: within one standard deviation of it, the larger of the two."
 
 
 def _settings(study: Study, groups: Sequence[Group]) -> Section:
     note = (
         "Test metrics, mean and standard deviation over the seeds of runs that came to their end; bold is the best of a "
-        "column. Press a heading to sort."
+        "column, and what ties with it: within one standard deviation, the larger of the two. Press a heading to sort."
     )
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
     return Section("settings", "All settings", [note, _table(study, "All settings", order)])
@@ -103,21 +121,25 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
         for task, metric in study.tasks.items()
     }
     decimals = {task: words.digits(list(own.values())) for task, own in scores.items()}
-    top = {task: max((found.mean for found in own.values()), default=None) for task, own in scores.items()}
+    top = {task: leading(own.values()) for task, own in scores.items()}
     criteria = [group.criterion for group in order if group.criterion]
+    first = leading(criteria)
     rows = []
     for group in order:
         row = _values(group.values, columns)
-        leads = group.criterion is not None and group.criterion.mean == max(found.mean for found in criteria)
-        row.append(spread(group.criterion, words.digits(criteria), top=leads))
+        row.append(spread(group.criterion, words.digits(criteria), top=_leads(group.criterion, first)))
         for task in study.tasks:
-            found = scores[task].get(id(group))
-            row.append(spread(found, decimals[task], top=found is not None and found.mean == top[task]))
+            found = scores[task].get(id(group))  # among the best on dev the highest on test is not said to be better
+            row.append(spread(found, decimals[task], top=not best and _leads(found, top[task])))
         done = len(group.done())
         row.append(Cell(words.runs(group), None, after=f"{done} of {len(group.runs)} done" if done < len(group.runs) else ""))
         rows.append(row)
     head = [*columns.values(), ("dev criterion", ""), *study.tasks.items(), ("runs", "")]
-    return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best, cards=best)
+    return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best)
+
+
+def _leads(found: Spread | None, best: Spread | None) -> bool:
+    return found is not None and best is not None and ties(found, best)
 
 
 def _columns(study: Study) -> dict[str, tuple[str, str]]:
@@ -126,7 +148,7 @@ def _columns(study: Study) -> dict[str, tuple[str, str]]:
     for field in study.fields:
         own = tables.columns(study, field)
         if len(own) > WEIGHTS:
-            found[field] = (field, " / ".join(column.removeprefix(f"{field}.") for column in own))
+            found[field] = (field, "\N{NO-BREAK SPACE}/ ".join(column.removeprefix(f"{field}.") for column in own))
         else:
             whole = own == [field]
             found |= {column: (column, "") if whole else (column.removeprefix(f"{field}."), "weight") for column in own}
@@ -150,7 +172,7 @@ def _below(study: Study, columns: int) -> list[list[Cell]]:
     for kind, name in BASELINE_NAMES.items():
         if any(kind in own for own in baselines.values()):
             values = [number(baselines.get(task, {}).get(kind, {}).get(metric)) for task, metric in study.tasks.items()]
-            rows.append([Cell(name), *[Cell("")] * columns, *values, Cell("")])
+            rows.append([Cell(name), *[Cell("", "")] * columns, *values, Cell("", "")])
     return rows
 
 
@@ -169,14 +191,15 @@ def _methods(study: Study, comparison: Comparison) -> Section:
     left_out = [task for task in study.tasks if task in comparison.left_out]
     note = (
         f"Of each weighting rule the setting that is best on dev. Relative change of the mean test metric against "
-        f"{comparison.reference}, in percent; rank among the {len(comparison.methods)} rules, 1 the best, mean over the tasks."
+        f"{comparison.reference}, in percent, bold the best and what ties with it; rank among the "
+        f"{words.count(len(comparison.methods), 'rule')}, 1 the best, mean over the tasks."
     )
     if left_out:
         note += f" {', '.join(left_out)}: the reference is not above 0, so nothing is relative to it."
     rows = []
-    best = max((method.change.mean for method in comparison.methods if method.change), default=None)
+    best = leading(method.change for method in comparison.methods if method.change)
     for method in comparison.methods:
-        top = method.change is not None and method.change.mean == best
+        top = _leads(method.change, best)
         changes = [number(method.changes.get(task), 1, plus=True) for task in study.tasks]
         setting = [Cell(words.setting(method.group.values, others))] if others else []
         rows.append(
@@ -198,7 +221,7 @@ def _tried(study: Study) -> Section:
         row += [number(criterion(study, run)), _value(run.facts.get("best_step")), _value(run.facts.get("steps"))]
         seconds = run.facts.get("seconds")
         at_once = run.facts.get("runs_at_once", 1)
-        row += [_time(seconds, f"with {at_once - 1} others" if at_once > 1 else "")] if timed else []
+        row += [_time(seconds, f"with {words.count(at_once - 1, 'other')}" if at_once > 1 else "")] if timed else []
         rows.append(row)
     head = [("run", ""), *columns.values(), ("seed", "")]
     head += [("status", ""), ("dev criterion", ""), ("best step", ""), ("steps", ""), *([("time", "")] if timed else [])]

@@ -98,6 +98,16 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
+def ties(one: Spread, other: Spread) -> bool:
+    """Whether two means are not told apart: they are equal, or lie within one standard deviation, the larger of the two."""
+    return abs(one.mean - other.mean) <= max(one.sd or 0.0, other.sd or 0.0) + 1e-9
+
+
+def leading(found: Iterable[Spread]) -> Spread | None:
+    """The one with the highest mean; None of none."""
+    return max(found, key=lambda spread: spread.mean, default=None)
+
+
 def groups(study: Study) -> tuple[Group, ...]:
     """The runs by the values of the varied fields, in the order in which these first occur."""
     found: dict[str, list[Run]] = {}

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import Any
 
 from mtl_jax.report.read import BY_NAME, SPLITS, Run, Scores, Study
-from mtl_jax.report.statistics import Comparison, Group, Spread, ranked
+from mtl_jax.report.statistics import Comparison, Group, Spread, leading, ranked, ties
 
 
 def columns(study: Study, *fields: str) -> list[str]:
@@ -66,13 +66,14 @@ def _cell(value: Any) -> Any:
 def to_json(study: Study, groups: Sequence[Group], comparison: Comparison | None) -> dict[str, Any]:
     """The statistics: groups over seeds, the best first where all can be compared, then methods."""
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
+    best = leading(group.criterion for group in order if group.criterion)
     return {
         "name": study.name,
         "command": study.command,
         "varied": list(study.fields),
         "tasks": {task: {"metric": metric, "baselines": _baselines(study, task)} for task, metric in study.tasks.items()},
         "criterion": study.criterion,
-        "groups": [_group(group) for group in order],
+        "groups": [_group(group, best) for group in order],
         "methods": [] if comparison is None else _methods(comparison),
         "reference": "" if comparison is None else comparison.reference,
         "programs": [dict(program) for program in study.programs],
@@ -86,11 +87,12 @@ def _baselines(study: Study, task: str) -> dict[str, dict[str, float | None]]:
     return {kind: {name: value if isfinite(value) else None for name, value in own.items()} for kind, own in found.items()}
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: Group, best: Spread | None) -> dict[str, Any]:
     return {
         "values": dict(group.values),
         "runs": [_run(run) for run in group.runs],
         "criterion": _spread(group.criterion),
+        "ties_with_the_best": group.criterion is not None and best is not None and ties(group.criterion, best),
         **{
             split: {task: {metric: _spread(found) for metric, found in metrics.items()} for task, metrics in scores.items()}
             for split, scores in group.scores.items()

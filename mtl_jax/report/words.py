@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mtl_jax.counting import count as count
 from mtl_jax.report.read import BY_NAME, key
 from mtl_jax.report.statistics import Group, Spread
 
@@ -103,8 +104,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def count(number: int, thing: str) -> str:
-    """1 run, 2 runs."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"

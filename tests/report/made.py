@@ -137,8 +137,8 @@ def _results(entry, tasks, steps):
     }
 
 
-def change_score(folder: Path, task: str, value: float) -> None:
-    """Writes another test metric into a run's results."""
+def change_score(folder: Path, task: str, value: float, split: str = "test") -> None:
+    """Writes another metric into a run's results."""
     results = json.loads((folder / "results.json").read_text())
-    results["tasks"][task]["test"][results["tasks"][task]["metric"]] = value
+    results["tasks"][task][split][results["tasks"][task]["metric"]] = value
     (folder / "results.json").write_text(json.dumps(results))

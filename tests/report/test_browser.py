@@ -1,5 +1,6 @@
 """The page as a reader has it: in a real browser, from the file."""
 
+import json
 import shutil
 
 import made
@@ -62,9 +63,55 @@ def test_figures_fit_and_can_be_read(visit, size, scheme):
     )
     assert {"step", "weight of tweets", "tweets pearson"} <= {text for text, _ in texts}
     assert min(height for text, height in texts if text.strip()) >= 9  # CSS pixels of a line
-    if size[0] < 600:  # nothing of a table is out of reach: its region scrolls
-        for region in page.query_selector_all(".scroll"):
-            assert region.evaluate("e => e.scrollWidth > e.clientWidth ? getComputedStyle(e).overflowX : 'auto'") == "auto"
+    cut = "[...document.querySelectorAll('.scroll, pre')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"
+    assert page.evaluate(cut) == []  # neither of a table nor of the command
+
+
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory):
+    """A report on two settings of six tasks, each with six weights."""
+    tasks = {f"task_{n}_of_a_suite_of_many": "macro_f1" for n in range(6)}
+    found = made.entries(points=(), methods=("equal",), tasks=tuple(tasks), rates=(1e-3, 3e-3), seeds=(0,))
+    for entry in found:
+        entry["values"] |= {"weights": dict.fromkeys(tasks, 0.125 + int(entry["run"])), "trunk.dropout": int(entry["run"]) / 10}
+    folder = made.write_ablation(tmp_path_factory.mktemp("long"), found, tasks, steps=2, name=60 * "x")
+    return report.write(folder, folder)
+
+
+@pytest.mark.parametrize("width", [1280, 600, 400, 360])
+def test_long_names_do_not_cut_the_page(visit, long_names, width):
+    """Where a table has more columns than a screen can show, its region scrolls, and says so with a shadow."""
+    page = visit((width, 800), path=long_names)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    last = page.evaluate("[...document.querySelector('#tried tbody tr').cells].at(-1).getBoundingClientRect().toJSON()")
+    assert 0 < last["left"] < last["right"] <= width  # how long each run took
+    for region in page.query_selector_all(".scroll"):
+        wide = region.evaluate("e => e.scrollWidth - e.clientWidth")
+        assert wide <= 0 or width > 600
+        assert region.evaluate("e => getComputedStyle(e).overflowX") == "auto"
+        assert "local" in region.evaluate("e => getComputedStyle(e).backgroundAttachment")
+
+
+def test_curves_that_hide_each_other_are_all_seen(visit, tmp_path):
+    """Equal curves are dashed in turns; equal curves of one point are rings; both are named below the panel."""
+    for name in ("equal", "cagrad", "pcgrad"):
+        made.write_run(tmp_path / name, {"values": {"weighting": name}, "status": "done"}, {"a": "accuracy"}, steps=12)
+        record = {f"{kind}/a": 1.0 for kind in ("loss", "weight")} | {"kind": "train", "phase": 0}
+        lines = [record | {"step": step, "loss/a": 1 / step} for step in range(1, 10)]
+        lines.append({"kind": "dev", "step": 9, "a/accuracy": 0.5, "phase": 0})
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = visit(path=report.write([tmp_path / name for name in ("equal", "cagrad", "pcgrad")], tmp_path / "report"))
+    for section in ("learning", "loss"):
+        assert page.locator(f"#{section} .panel .note").text_content() == "On one line: equal, cagrad, pcgrad."
+    strokes = (
+        "[...document.querySelectorAll('#loss .panel path')]"
+        ".map(p => [p.style.stroke, p.style.strokeDasharray, p.style.strokeDashoffset])"
+    )
+    dashed = [found for found in page.evaluate(strokes) if found[0].startswith("var(--s")]
+    assert len({color for color, _, _ in dashed}) == len({offset for _, _, offset in dashed}) == 3
+    assert len({dashes for _, dashes, _ in dashed}) == 1
+    points = page.evaluate("[...document.querySelectorAll('#learning .panel use')].map(u => u.getBoundingClientRect().width)")
+    assert len(set(points[-3:])) == 3  # CSS pixels
 
 
 def test_light_and_dark_differ_and_have_contrast(visit):

@@ -54,6 +54,25 @@ def test_the_pareto_front_is_what_nothing_beats(points_NxD):
     assert any(expected)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "tie"),
+    [
+        (((0.8, 0.02)), ((0.79, 0.001)), True),  # within the first one's deviation
+        (((0.8, 0.001)), ((0.79, 0.02)), True),  # or the other's
+        (((0.8, 0.001)), ((0.79, 0.002)), False),
+        (((0.189, 0.6)), ((-0.289, 0.5)), True),
+        (((0.189, 0.1)), ((-0.289, 0.2)), False),
+        (((-0.289, 0.02)), ((-0.3, 0.001)), True),
+        (((0.8, None)), ((0.8, None)), True),  # of one seed only equal ones
+        (((0.8, None)), ((0.7999, None)), False),
+        (((0.0, None)), ((-0.0, None)), True),
+    ],
+)
+def test_what_lies_within_a_deviation_ties(one, other, tie):
+    first, second = (statistics.Spread(mean, sd, 1 if sd is None else 2) for mean, sd in (one, other))
+    assert statistics.ties(first, second) == statistics.ties(second, first) == tie
+
+
 def test_average_relative_change():
     assert statistics.relative_change({"a": 0.6, "b": 0.3, "c": 9.0}, {"a": 0.5, "b": 0.4}) == pytest.approx((20 - 25) / 2)
 

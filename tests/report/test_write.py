@@ -13,7 +13,7 @@ import pytest
 import mtl_jax
 from mtl_jax import cli, report
 from mtl_jax.errors import UserError
-from mtl_jax.report import read, sections, statistics
+from mtl_jax.report import read, sections, statistics, tables
 
 NASTY = {'<script>alert("x")</script>': "pearson", "a$b$ & 'c'": "accuracy", "_sms": "accuracy"}
 
@@ -31,7 +31,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "path", "use", "rect", "!doctype"):
+        if tag not in ("meta", "path", "use", "rect", "wbr", "!doctype"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -105,6 +105,68 @@ def test_a_field_is_told_where_the_shown_settings_share_its_value(tmp_path):
         "equal": "learning_rate 0.001",
         "cagrad": "learning_rate 0.001, c=0.4",
     }
+
+
+@pytest.mark.parametrize(
+    ("tweets", "dev", "bold", "note"),
+    [
+        # of two seeds each, with deviations of 0.0028 on dev
+        (
+            {"equal": 0.189, "pcgrad": -0.289},
+            {"equal": 0.6, "pcgrad": 0.6},
+            ["equal", "pcgrad"],
+            "2 settings tie for the best: with",
+        ),
+        ({"equal": 0.189, "pcgrad": -0.289}, {"equal": 0.6, "pcgrad": 0.5}, ["equal"], "The others are more than one standard"),
+        (
+            {"equal": -0.3, "pcgrad": -0.289},
+            {"equal": -0.301, "pcgrad": -0.3},
+            ["equal", "pcgrad"],
+            "2 settings tie for the best",
+        ),
+        (
+            {"equal": -0.3, "pcgrad": -0.289},
+            {"equal": -0.5, "pcgrad": -0.3},
+            ["pcgrad"],
+            "The others are more than one standard",
+        ),
+    ],
+)
+def test_settings_within_a_deviation_of_the_best_are_said_to_tie(tmp_path, tweets, dev, bold, note):
+    """Also of negative numbers; and among the best on dev nothing is said to be better by its test metrics."""
+    folders = []
+    for method, seed in itertools.product(("equal", "pcgrad"), (0, 1)):
+        entry = {"values": {"weighting": method, "seed": seed}, "status": "done"}
+        folders.append(made.write_run(tmp_path / f"{method}{seed}", entry, {"tweets": "pearson"}))
+        made.change_score(folders[-1], "tweets", tweets[method] + 0.004 * seed)
+        made.change_score(folders[-1], "tweets", dev[method] + 0.004 * seed, "dev")
+    study = read(folders)
+    groups = statistics.groups(study)
+    best, settings, *_ = sections.sections(study, groups, statistics.compare(study, groups))
+    assert note in best.parts[0]
+    tops = [
+        {row[0].text: "top" in row[place].kind.split() for row in part.parts[1].rows}
+        for part in (best, settings)
+        for place in (1, 2)
+    ]
+    assert [sorted(name for name, top in column.items() if top) for column in tops[:3]] == [bold, [], bold]
+    highest = max(tweets, key=tweets.get)
+    assert [name for name, top in tops[3].items() if top] == [highest]  # on test they lie far from each other
+    found = tables.to_json(study, groups, None)
+    assert sorted(group["values"]["weighting"] for group in found["groups"] if group["ties_with_the_best"]) == bold
+
+
+def test_of_one_seed_only_equal_numbers_tie(tmp_path):
+    folders = []
+    for method, dev in (("equal", 0.6), ("pcgrad", 0.6), ("cagrad", 0.5999)):
+        folders.append(made.write_run(tmp_path / method, {"values": {"weighting": method}, "status": "done"}, {"a": "f1"}))
+        made.change_score(folders[-1], "a", dev, "dev")
+    study = read(folders)
+    best, *_ = sections.sections(study, statistics.groups(study), None)
+    assert best.parts[0].endswith(
+        "Of one seed there is no deviation, so that only equal numbers tie: 2 settings tie for the best."
+    )
+    assert [row[1].kind for row in best.parts[1].rows] == ["n top", "n top", "n"]
 
 
 def test_a_report_from_python(ablation, tmp_path):

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 
+from mtl_jax.counting import count
 from mtl_jax.data.examples import Examples, make_examples
 from mtl_jax.data.parts import make_part, remarks, shortened
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError
+from mtl_jax.lines import kind_of
 from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, generation
 from mtl_jax.training import mesh as meshes
@@ -26,7 +28,7 @@ from mtl_jax.training.step import encode_tokens, needs
 log = logging.getLogger(__name__)
 
 
-def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str] | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Predictions of the best checkpoint of a run.
 
     Args:
@@ -40,9 +42,11 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
         where a text was longer than the model's rows and had to be cut.
 
     Raises:
-        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, or a row lacks a text column or has
-            something else than text there.
+        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, a row lacks a text column or has
+            something else than text there, or `inputs` is a single text or row.
     """
+    if isinstance(inputs, str | Mapping):
+        raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
     run = open_run(Path(workdir))
     asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     as_words = any(other.words for other in run.beside(task))
@@ -96,7 +100,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     if counts.blank[task] == len(examples.data):
         raise UserError(f"{path}: no row has a label for task {task!r}")
     told = [shortened((asked,), counts, length)] if counts.cut or counts.extra else []
-    told += [f"{counts.skipped} rows that cannot be read left out"] if counts.skipped else []
+    told += [f"{count(counts.skipped, 'row')} that cannot be read left out"] if counts.skipped else []
     told += remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
     for line in told:
         log.warning("%s: %s", path, line)
@@ -123,16 +127,16 @@ def _joined(text: str | list[str]) -> str:
     return text if isinstance(text, str) else " ".join(text)
 
 
-def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: bool) -> Row:
+def _row(source: Source, value: str | Sequence[str] | Mapping[str, Any], number: int, as_words: bool) -> Row:
     names = _text_columns(source)
-    columns = {names[0]: value} if isinstance(value, str) else dict(value) or dict.fromkeys(names, "")
+    columns = dict(value) or dict.fromkeys(names, "") if isinstance(value, Mapping) else {names[0]: value}
     for name in names:
         text = columns.get(name)
-        if as_words and isinstance(text, list) and all(isinstance(word, str) for word in text):
-            continue
-        if not isinstance(text, str):
-            raise UserError(
-                f"input {number}: source {source.name!r} needs the text columns {', '.join(names)}; {name!r} is missing"
-                + ("" if text is None else f" or no text: {type(text).__name__}")
-            )
+        if as_words and isinstance(text, list | tuple) and all(isinstance(word, str) for word in text):
+            columns[name] = list(text)
+        elif not isinstance(text, str):
+            needed = f"source {source.name!r} needs the text columns {', '.join(names)}"
+            what = kind_of(text) if name in columns else "missing"
+            kind = "a text or a list of words" if as_words else "a text"
+            raise UserError(f"input {number}: {needed}; {name!r} is {what}, where {kind} is needed")
     return Row(columns, f"input {number}")

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mtl_jax import assets
+from mtl_jax.counting import count
 from mtl_jax.data.formats import READERS, hf, parallel, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, no_column
@@ -142,7 +143,7 @@ def read(source: Source) -> Splits:
     result: dict[str, Sequence[Row]] = {}
     for split in SPLITS:
         if not kept[split]:
-            why = f"; {len(skipped)} rows were skipped, the first: {skipped[0]}" if skipped else ""
+            why = f"; {count(len(skipped), 'row was', 'rows were')} skipped, the first: {skipped[0]}" if skipped else ""
             raise UserError(f"source {source.name!r}: split {split} is empty ({given[split] or source.path}){why}")
         chosen = kept[split][: _most(source, split)]
         rows = opened.get(split, opened["train"])

@@ -83,7 +83,7 @@ def _by_setting(
     if len(bands) > SERIES:
         best = [id(group) for group in ranked([group for group, _ in bands])] or [id(group) for group, _ in bands]
         shown = sorted((pair for pair in bands if id(pair[0]) in best[:BEST]), key=lambda pair: best.index(id(pair[0])))
-        caption += f"; in colour the {len(shown)} settings of {len(bands)} that are best on dev, grey the range of all"
+        caption += f"; in colour the best {len(shown)} of {words.count(len(bands), 'setting')} on dev, grey the range of all"
     labels = words.labels([group for group, _ in shown], study.fields)
     panels = tuple(
         _panel(

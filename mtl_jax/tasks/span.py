@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
@@ -112,7 +113,7 @@ class Span(Task):
             for part in parts
             for group in part.groups()
         )
-        return [f"{lost} answers stand whole in no window, and are learned as no answer"] if lost else []
+        return [f"{count(lost, 'answer stands', 'answers stand')} whole in no window: learned as no answer"] if lost else []
 
     def place(self, label: Gold | None, window: Window) -> np.ndarray:
         assert window.offsets is not None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mtl_jax.counting import count
 from mtl_jax.data.formats.lines import lines
 from mtl_jax.data.formats.rows import Read, Row, check_columns
 from mtl_jax.errors import UserError
@@ -64,7 +65,7 @@ def _divider(path: str) -> Callable[[str], list[str]]:
 
 def _check(fields: list[str], names: tuple[str, ...], where: str) -> UserError | None:
     if len(fields) != len(names):
-        return UserError(f"{where}: {len(fields)} columns, but a word has {len(names)}: {', '.join(names)}")
+        return UserError(f"{where}: {count(len(fields), 'column')}, but a word has {len(names)}: {', '.join(names)}")
     empty = [name for name, field in zip(names, fields, strict=True) if not field.strip()]
     return UserError(f"{where}: column {empty[0]!r} is empty") if empty else None
 

@@ -205,8 +205,10 @@ def main() -> None:
             for batch in args.batches:
                 rows.append(measure(peers, batch, beams))
                 print(rows[-1], flush=True)
+    from mtl_jax.counting import count  # imported late, as all that needs jax
+
     needed = programs()
-    kind = device.device_kind if gpu else f"CPU, {args.threads} threads"
+    kind = device.device_kind if gpu else f"CPU, {count(args.threads, 'thread')}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "ctranslate2"))
     host = f"{kind}, {platform.machine()}, Python {platform.python_version()}, {packages}"
     results, stem = Path(__file__).parent / "results", "decoding-gpu" if gpu else "decoding"
@@ -230,7 +232,7 @@ def main() -> None:
     text = (
         f"`python benchmarks/decoding.py` on {host}; {SOURCE} source tokens, {TARGET} generated; median of {REPEATS} turns.\n"
     )
-    text += f"\n{table}\n\nA file of 3,000 lines of mixed lengths needs {needed} compiled programs.\n"
+    text += f"\n{table}\n\nA file of 3,000 lines of mixed lengths needs {count(needed, 'compiled program')}.\n"
     (results / f"{stem}.md").write_text(text)
     print(text)
 

@@ -28,6 +28,7 @@ import tabulate
 import tyro
 
 from mtl_jax import Classification, Lora, ParamRule, adapters_only, weighting
+from mtl_jax.counting import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.errors import unknown
 from mtl_jax.models.encoder import Encoder, EncoderConfig
@@ -131,7 +132,7 @@ def main(options: Options) -> None:
     title = (
         f"`python benchmarks/transfer.py` on {device}, {options.dtype}, jax {jax.__version__}: batches of {options.rows} rows "
     )
-    title += f"of {LENGTH} tokens, medians of {options.repeats} interleaved steps"
+    title += f"of {LENGTH} tokens, medians of {count(options.repeats, 'interleaved step')}"
     note = f"\n\n{options.note}" if options.note else ""
     (folder / f"{stem}.md").write_text(f"{title}{note}\n\n{table(found)}\n", encoding="utf-8")
     print(table(found))

@@ -31,6 +31,7 @@ import tabulate
 import tyro
 
 from mtl_jax import Classification, weighting
+from mtl_jax.counting import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.head import Head
@@ -91,7 +92,8 @@ def write(case: str, result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"weighting-{jax.default_backend()}-{case}"
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    title = f"{result['device']}, {result['dtype']}, jax {result['jax']}, medians of {result['repeats']} interleaved steps"
+    steps = count(result["repeats"], "interleaved step")
+    title = f"{result['device']}, {result['dtype']}, jax {result['jax']}, medians of {steps}"
     note = f"\n\n{result['note']}" if result["note"] else ""
     (folder / f"{stem}.md").write_text(f"{title}{note}\n\n{table(result['rows'])}\n", encoding="utf-8")
 

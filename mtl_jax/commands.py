@@ -14,7 +14,7 @@ import tyro
 
 from mtl_jax.errors import UserError, listed
 from mtl_jax.journal import Journal, check_writable
-from mtl_jax.lines import STANDARD_INPUT, STANDARD_OUTPUT, lines_of, object_of, print_lines, read_bytes
+from mtl_jax.lines import STANDARD_INPUT, STANDARD_OUTPUT, kind_of, lines_of, object_of, print_lines, read_bytes
 from mtl_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -321,8 +321,8 @@ def _read(text: tuple[str, ...], files: Files, field: str) -> _Input:
 
 def _text(found: dict[str, Any], column: str, field: str, where: str) -> str:
     if not isinstance(found.get(column), str):
-        what = f"{type(found[column]).__name__}, no text" if column in found else "not there"
-        raise UserError(f"{where}: {column!r} is {what}; the object has {listed(found)} (choose by --column)")
+        what = f"is {kind_of(found[column])}, not a text" if column in found else "is missing"
+        raise UserError(f"{where}: {column!r} {what}; the object has {listed(found)} (choose by --column)")
     taken = [name for name in (field, f"{field}_score") if name in found]
     if taken:
         raise UserError(f"{where}: there is a {taken[0]!r} already; name the answer by --field")

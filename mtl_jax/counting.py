@@ -12,3 +12,8 @@ def count(number: int, noun: str, plural: str = "") -> str:
         plural: Of several, where it is not the noun and an s.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def there_are(number: int, noun: str, plural: str = "") -> str:
+    """As count(), after a verb: "there is 1 run", "there are 2 runs"."""
+    return f"there {'is' if number == 1 else 'are'} {count(number, noun, plural)}"

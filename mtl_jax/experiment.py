@@ -15,6 +15,7 @@ from cattrs.strategies import configure_tagged_union
 from mtl_jax import optimizer as optimizers
 from mtl_jax import weighting
 from mtl_jax.configuration import Configuration
+from mtl_jax.counting import count
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.sources import Source
@@ -255,7 +256,7 @@ def check(experiment: Experiment) -> None:
         if task.target_length > experiment.batch.target_places:
             raise UserError(
                 f"task {task.name!r}: target_length is {task.target_length}, but rows have room for "
-                f"{experiment.batch.target_places} target tokens: make batch.target_length as long"
+                f"{count(experiment.batch.target_places, 'target token')}: make batch.target_length as long"
             )
         others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
         if task.corrupts and others:

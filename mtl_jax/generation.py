@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from mtl_jax import decoding
+from mtl_jax.counting import count as number_of
 from mtl_jax.data.tokens import RowError
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.errors import Interrupted, UserError
@@ -103,7 +104,7 @@ def limit_of(model: TextModel, asked: int | None) -> int | None:
     if asked is None:
         return model.max_source
     if model.max_positions is not None and asked > model.max_positions:
-        raise UserError(f"--max-source-tokens is {asked}; the model has {model.max_positions} positions")
+        raise UserError(f"--max-source-tokens is {asked}; the model has {number_of(model.max_positions, 'position')}")
     return asked
 
 
@@ -146,7 +147,8 @@ def make_plan(model: TextModel, texts: Sequence[str], long: Long, limit: int | N
     except RowError as error:
         raise UserError(f"what stands beside every text: {error.reason}") from error
     if limit is not None and limit <= min(map(len, beside)):
-        raise UserError(f"{limit} tokens leave no room for the text beside special tokens and prefix; allow more")
+        tokens = number_of(limit, "token leaves", "tokens leave")
+        raise UserError(f"{tokens} no room for the text beside special tokens and prefix; allow more")
     full = [i for i, text in enumerate(texts) if text.strip()]
     encoded, refused = _encoded(model, [prefix + texts[i] for i in full])
     if refused and len(refused) == len(full):
@@ -247,7 +249,7 @@ def generate(
             progress.update(1, sum(len(tokens) for tokens in answer.tokens))
         if stopped() and len(done) < len(plan.sources):
             kept = "nothing kept without --output" if journal is None else f"kept in {journal.part}; the same command goes on"
-            raise Interrupted(f"stopped with {len(done)} of {len(plan.sources)} texts done, {kept}")
+            raise Interrupted(f"stopped with {len(done)} of {number_of(len(plan.sources), 'text')} done, {kept}")
     pieces: list[list[Any]] = [[] for _ in range(count)]
     for source, text in enumerate(plan.text_of):
         pieces[text].append(done[source])
@@ -279,5 +281,5 @@ def note(numbers: Sequence[int], file: str, what: str) -> None:
     """
     if numbers:
         places = ", ".join(str(number + 1) for number in numbers[:SHOWN]) + (", ..." if len(numbers) > SHOWN else "")
-        noun = ("line" if file else "text") + ("" if len(numbers) == 1 else "s")
-        log.warning("%s%d %s %s: %s", f"{file}: " if file else "", len(numbers), noun, what, places)
+        which = number_of(len(numbers), "line" if file else "text")
+        log.warning("%s%s %s: %s", f"{file}: " if file else "", which, what, places)

@@ -78,7 +78,7 @@ def object_of(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # beside what is no JSON, numbers of thousands of digits
         raise UserError(f"{where}: {not_by_line(line) or f'no JSON ({error})'}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {not_by_line(line) or f'a JSON object is needed, not {type(value).__name__}'}")
+        raise UserError(f"{where}: {not_by_line(line) or f'a JSON object is needed, not {kind_of(value)}'}")
     return value
 
 
@@ -94,3 +94,13 @@ def not_by_line(first: str) -> str:
     if text.startswith("{") and text.endswith(("{", "[", ",", ":")):
         return f"the object does not end on its line, and {advice} ."
     return ""
+
+
+def kind_of(value: Any) -> str:
+    """What a value is in the words of JSON, for errors: null, true, false, a number, a text, a list, an object."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    for kinds, name in (((int, float), "a number"), (str, "a text"), ((list, tuple), "a list"), (dict, "an object")):
+        if isinstance(value, kinds):
+            return name
+    return f"a Python {type(value).__name__}"

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError
 from mtl_jax.sentences import SENTENCES
 
@@ -37,7 +38,9 @@ def divide(text: str, sizes: Sizes, limit: int) -> list[str]:
         if len(parts) > 1:
             return [piece for chunk in _chunks(parts, sizes, limit) for piece in divide(chunk, sizes, limit)]
     if len(text) < 2:
-        raise UserError(f"{limit} tokens leave no room for the text beside special tokens and prefix; allow more")
+        raise UserError(
+            f"{count(limit, 'token leaves', 'tokens leave')} no room for the text beside special tokens and prefix; allow more"
+        )
     middle = len(text) // 2
     return divide(text[:middle], sizes, limit) + divide(text[middle:], sizes, limit)
 

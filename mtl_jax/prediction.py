@@ -13,12 +13,14 @@ import jax
 import numpy as np
 
 from mtl_jax import trunks
+from mtl_jax.counting import count
 from mtl_jax.data import coverage
 from mtl_jax.data.examples import Examples, make_examples
 from mtl_jax.data.labels import Refused
 from mtl_jax.data.parts import make_part, remarks, shortened
 from mtl_jax.data.sources import NAMED, Row, Source, read_one
 from mtl_jax.errors import UserError
+from mtl_jax.lines import kind_of
 from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, generation
 from mtl_jax.training import mesh as meshes
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 NOT_FINITE = "the model's output is not finite: its parameters are damaged, or training diverged"
 
 
-def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str] | Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Predictions of the best checkpoint of a run.
 
     Args:
@@ -48,9 +50,11 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Mapping[str, 
         where a text was longer than the model's rows and had to be cut.
 
     Raises:
-        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, or a row lacks a text column or has
-            something else than text there.
+        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, a row lacks a text column or has
+            something else than text there, or `inputs` is a single text or row.
     """
+    if isinstance(inputs, str | Mapping):
+        raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
     run = open_run(Path(workdir))
     asked, source = run.task(task), run.source(task)
     as_words = any(other.words for other in run.beside(task))
@@ -113,7 +117,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     if counts.blank[task] == len(examples.data):
         raise UserError(f"{path}: no row has a label for task {task!r}")
     told = [shortened((asked,), counts, length)] if counts.cut or counts.extra else []
-    told += [f"{counts.skipped} rows that cannot be read left out"] if counts.skipped else []
+    told += [f"{count(counts.skipped, 'row')} that cannot be read left out"] if counts.skipped else []
     coverage.check([examples], (asked,), run.trunk.tokenizer, trunks.tables(run.trunk))
     told += coverage.remarks("texts", [examples], (asked,), run.trunk.tokenizer, _text_columns(source))
     told += remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
@@ -181,17 +185,17 @@ def _how_pairs(names: Sequence[str]) -> str:
     return f": --text gives one text; give pairs as --file FILE.jsonl with lines {{{row}}}"
 
 
-def _row(source: Source, value: str | Mapping[str, Any], number: int, as_words: bool) -> Row:
+def _row(source: Source, value: str | Sequence[str] | Mapping[str, Any], number: int, as_words: bool) -> Row:
     names = _text_columns(source)
-    columns = {names[0]: value} if isinstance(value, str) else dict(value) or dict.fromkeys(names, "")
+    columns = dict(value) or dict.fromkeys(names, "") if isinstance(value, Mapping) else {names[0]: value}
     for name in names:
         text = columns.get(name)
-        if as_words and isinstance(text, list) and all(isinstance(word, str) for word in text):
-            continue
-        if not isinstance(text, str):
-            raise UserError(
-                f"input {number}: source {source.name!r} needs the text columns {', '.join(names)}; {name!r} is missing"
-                + ("" if text is None else f" or no text: {type(text).__name__}")
-                + (_how_pairs(names) if isinstance(value, str) and len(names) > 1 else "")
-            )
+        if as_words and isinstance(text, list | tuple) and all(isinstance(word, str) for word in text):
+            columns[name] = list(text)
+        elif not isinstance(text, str):
+            needed = f"source {source.name!r} needs the text columns {', '.join(names)}"
+            what = kind_of(text) if name in columns else "missing"
+            kind = "a text or a list of words" if as_words else "a text"
+            how = _how_pairs(names) if isinstance(value, str) and len(names) > 1 else ""
+            raise UserError(f"input {number}: {needed}; {name!r} is {what}, where {kind} is needed{how}")
     return Row(columns, f"input {number}")

@@ -190,7 +190,7 @@ def test_predict_rows(workdir, tmp_path, monkeypatch, capsys):
     (tmp_path / "in.jsonl").write_text('{"text": ["who", "is"]}\n')
     code, _, error = console(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "input 1: source 'questions' needs the text columns text; 'text' is missing or no text: list" in error
+    assert "input 1: source 'questions' needs the text columns text; 'text' is a list, where a text is needed" in error
 
 
 def test_predict_a_number(workdir, monkeypatch, capsys):
@@ -227,7 +227,7 @@ def test_evaluate_on_the_test_rows_is_the_result(workdir, bert, data, tmp_path, 
     expected = json.loads((workdir / "results.json").read_text())["tasks"]["fine"]["test"]
     assert found == pytest.approx(expected, rel=1e-5)
     (tmp_path / "test.txt").write_text("\n".join([*lines, "HUM:man who is " + "the " * 40]), encoding="utf-8")
-    assert "test.txt: 1 texts cut to 24 tokens" in console(monkeypatch, capsys, *arguments)[2]
+    assert "test.txt: 1 text cut to 24 tokens" in console(monkeypatch, capsys, *arguments)[2]
     (tmp_path / "test.txt").write_text("\n".join([*lines, "HUM:nobody who is it ?"]), encoding="utf-8")
     code, _, error = console(monkeypatch, capsys, *arguments)
     assert code == 2

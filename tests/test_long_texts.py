@@ -41,7 +41,7 @@ def test_sums_that_are_not_quite_right_end_all_the_same():
 
 
 def test_no_room_at_all():
-    with pytest.raises(UserError, match="1 tokens leave no room for the text"):
+    with pytest.raises(UserError, match="1 token leaves no room for the text"):
         divide("abc", letters, 1)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mtl_jax import weighting
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.experiment import Experiment
 from mtl_jax.weighting import Signals
 
@@ -178,3 +178,13 @@ def fits(value: Any, declared: Any) -> bool:
     if declared is bool or isinstance(value, bool):
         return declared is bool and isinstance(value, bool)
     return isinstance(value, int | float if declared is float else declared)
+
+
+def in_words(declared: Any) -> str:
+    """A declared type as an error says it."""
+    if isinstance(declared, types.UnionType) or typing.get_origin(declared) is typing.Union:
+        return " or ".join(map(in_words, typing.get_args(declared)))
+    if typing.get_origin(declared) is typing.Literal:
+        return f"one of {listed(typing.get_args(declared))}"
+    names = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "none"}
+    return names.get(declared, str(declared))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.ablation.plan import Program, Run, programs
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, completed, from_json, to_json
 from mtl_jax.experiment import as_begun as experiment_as_begun
@@ -78,7 +79,9 @@ def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
     wanted = {run.name: to_json(run.experiment) for program in planned for run in program.runs}
     there = {run["run"] for run in before["runs"]}
     if there != set(wanted):
-        raise UserError(f"{folder}: begun with {len(there)} runs, and these are {len(wanted)}; choose another --workdir")
+        raise UserError(
+            f"{folder}: begun with {count(len(there), 'run')}, and these are {len(wanted)}; choose another --workdir"
+        )
     for name, config in wanted.items():
         workdirs.changed(of_run(folder, name), config, False, completed)
     return before

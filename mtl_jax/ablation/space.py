@@ -13,6 +13,7 @@ from scipy.stats import qmc
 
 from mtl_jax.ablation import fields
 from mtl_jax.ablation.fields import Path
+from mtl_jax.counting import count as number_of
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment
 
@@ -107,7 +108,7 @@ def _values(experiment: Experiment, path: Path, spec: str, where: str) -> list[A
         drawn = Range(*_ends(rest, kind == "loguniform", where), kind == "loguniform")
         _typed(experiment, path, drawn.at(0.5), where)
         return drawn
-    return _different([_typed(experiment, path, _literal(part), where) for part in _parts(spec, where)], where)
+    return _different([_written(experiment, path, part, where) for part in _parts(spec, where)], where)
 
 
 def _ends(texts: Sequence[str], log: bool, where: str) -> tuple[float, float]:
@@ -120,10 +121,18 @@ def _ends(texts: Sequence[str], log: bool, where: str) -> tuple[float, float]:
     return low, high
 
 
-def _typed(experiment: Experiment, path: Path, value: Any, where: str) -> Any:
+def _written(experiment: Experiment, path: Path, text: str, where: str) -> Any:
+    """The value that is written so: a literal, or, where the field holds text, the text itself, whatever it looks like."""
+    declared, literal = fields.type_of(experiment, path), _literal(text)
+    if not fields.fits(literal, declared) and fields.fits(text, declared):
+        return text
+    return _typed(experiment, path, literal, where, text)
+
+
+def _typed(experiment: Experiment, path: Path, value: Any, where: str, text: str = "") -> Any:
     declared = fields.type_of(experiment, path)
     if not fields.fits(value, declared):
-        raise UserError(f"{where}: {value!r} is no value of it; it is of type {getattr(declared, '__name__', declared)}")
+        raise UserError(f"{where}: {text or repr(value)} is not a value of it, which is {fields.in_words(declared)}")
     whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if whole and declared is not Any and fields.fits(1.5, declared) else value
 
@@ -178,7 +187,7 @@ def _vectors(names: Sequence[str], spec: str, where: str) -> list[tuple[Any, ...
 def _vector(names: Sequence[str], text: str, where: str) -> tuple[Any, ...]:
     found = tuple(_literal(part.strip()) for part in text.split("/"))
     if len(found) != len(names):
-        raise UserError(f"{where}: {text!r} has {len(found)} weights; write one for each of {'/'.join(names)}")
+        raise UserError(f"{where}: {text!r} has {number_of(len(found), 'weight')}; write one for each of {'/'.join(names)}")
     for weight in found:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number and not (isinstance(weight, str) and "(" in weight):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax import assets
+from mtl_jax.counting import count
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.label_notes import other_labels, unlearned
 from mtl_jax.data.labels import Labels
@@ -150,10 +151,10 @@ def _labelled(source: Source, splits: Splits, task: Labels) -> Sequence[Row]:
 
 def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: Counts, max_length: int) -> str:
     sizes = "/".join(str(len(parts.rows[split])) for split in SPLITS)
-    note = f"source {name}: {sizes} train/dev/test, {parts.repeated} repeated texts dropped, "
+    note = f"source {name}: {sizes} train/dev/test, {count(parts.repeated, 'repeated text')} dropped, "
     if parts.elsewhere:
-        note += f"{parts.elsewhere} that stand in dev or test of another source, "
+        note += f"{count(parts.elsewhere, 'that stands', 'that stand')} in dev or test of another source, "
     if parts.skipped + counts.skipped:
-        note += f"{parts.skipped + counts.skipped} rows that cannot be read left out, "
+        note += f"{count(parts.skipped + counts.skipped, 'row')} that cannot be read left out, "
     lines_left_out = left_out(parts.no_words)
     return note + shortened(tasks, counts, max_length) + (f", {lines_left_out}" if lines_left_out else "")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mtl_jax.counting import count
 from mtl_jax.data.examples import Examples, labels_of, make_examples
 from mtl_jax.data.labels import Labels, Refused
 from mtl_jax.data.sources import SHOWN, Row, Source
@@ -96,7 +97,7 @@ def make_part(
         except Refused as error:
             if not source.lenient:
                 raise
-            log.warning("skipped %d rows, the first: %s", len(error.rows), error)
+            log.warning("skipped %s, the first: %s", count(len(error.rows), "row"), error)
             refused = set(error.rows)
             kept = [row for place, row in enumerate(kept) if place not in refused]
             if not kept:
@@ -149,10 +150,11 @@ def shortened(tasks: Sequence[Labels], counts: Counts, max_length: int) -> str:
         max_length: As for make_part.
     """
     if not counts.extra:
-        return f"{counts.cut} texts cut to {max_length} tokens"
-    told = f"{counts.long} long texts read in {counts.extra} further windows of {max_length} tokens"
+        return f"{count(counts.cut, 'text')} cut to {count(max_length, 'token')}"
+    told = f"{count(counts.long, 'long text')} read in {count(counts.extra, 'further window')} of {count(max_length, 'token')}"
     first = [task.name for task in tasks if not task.windows]
-    return f"{told}, of which {', '.join(first)} sees the first one only" if first else told
+    sees = "sees" if len(first) == 1 else "see"
+    return f"{told}, of which {', '.join(first)} {sees} the first one only" if first else told
 
 
 def remarks(tasks: Sequence[Labels], counts: Counts) -> list[str]:
@@ -162,8 +164,9 @@ def remarks(tasks: Sequence[Labels], counts: Counts) -> list[str]:
         tasks: The tasks whose labels were read.
         counts: What became of the rows.
     """
-    lines = [f"task {name}: {blank} rows have no label" for name, blank in counts.blank.items() if blank]
+    lines = [f"task {name}: {count(blank, 'row has', 'rows have')} no label" for name, blank in counts.blank.items() if blank]
     for task in tasks:
         if counts.shortened[task.name]:
-            lines.append(f"task {task.name}: {counts.shortened[task.name]} target texts cut to {task.target_length} tokens")
+            texts = count(counts.shortened[task.name], "target text")
+            lines.append(f"task {task.name}: {texts} cut to {count(task.target_length, 'token')}")
     return lines

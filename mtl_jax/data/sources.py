@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from mtl_jax import assets
 from mtl_jax.configuration import Configuration
+from mtl_jax.counting import count
 from mtl_jax.data import cutting, keys
 from mtl_jax.data.formats import READERS, hf, parallel, tfds
 from mtl_jax.data.formats.records import Picked, Records
@@ -170,7 +171,7 @@ def read(source: Source) -> Splits:
     for split in SPLITS:
         if not kept[split]:
             why = [cutting.advice(source, split, len(cut_from), repeated)]
-            why += [f"{len(skipped)} rows were skipped, the first: {skipped[0]}"] if skipped else []
+            why += [f"{count(len(skipped), 'row was', 'rows were')} skipped, the first: {skipped[0]}"] if skipped else []
             path = shown(given[split] or source.path)
             raise UserError("; ".join([f"source {source.name!r}: split {split} is empty ({path})", *filter(None, why)]))
         chosen = cutting.drawn(identities[split], source, split)

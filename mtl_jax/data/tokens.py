@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.data import array_cache, token_cache
 from mtl_jax.data.ragged import Ragged as Ragged
 from mtl_jax.data.ragged import starts_of
@@ -91,7 +92,7 @@ def encode(
     if as_words and (second is not None or stride or offsets):
         raise ValueError("texts of words take no second text, stride or offsets")
     if second is not None and len(first) != len(second):
-        raise ValueError(f"{len(first)} first and {len(second)} second texts")
+        raise ValueError(f"{count(len(first), 'first text')} and {count(len(second), 'second text')}")
     fast = getattr(tokenizer, "is_fast", False)
     if not fast and (second is not None or as_words or windows or offsets):
         raise UserError(

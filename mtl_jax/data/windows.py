@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError
 
 
@@ -45,7 +46,9 @@ def cut(sequence: np.ndarray, max_length: int, side: str) -> np.ndarray:
     texts = [np.flatnonzero(sequence == number) for number in (0, 1) if (sequence == number).any()]
     room = max_length - int((sequence < 0).sum())
     if room < len(texts):
-        raise UserError(f"rows of {max_length} tokens leave no room for text between the special tokens; make them longer")
+        raise UserError(
+            f"rows of {count(max_length, 'token')} leave no room for text between the special tokens; make them longer"
+        )
     shares = [room]
     if len(texts) == 2:
         shorter = min(len(texts[0]), len(texts[1]), room // 2)

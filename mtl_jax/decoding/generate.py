@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.decoding import search
 from mtl_jax.decoding.buckets import buckets
 from mtl_jax.decoding.config import TOKENS, GenerationConfig, divided, resolve
@@ -103,7 +104,7 @@ def generate(
     known = model.trunk.config.vocab_size
     for token in (int(ids_BxT.min()), int(ids_BxT.max())):
         if not 0 <= token < known:
-            raise UserError(f"input_ids holds {token}; the model knows {known} tokens")
+            raise UserError(f"input_ids holds {token}; the model knows {count(known, 'token')}")
     _check_source(model, ids_BxT.shape[1])
     keys = _keys(config, key, np.arange(len(ids_BxT)))
     vocabulary = vocabulary or prepare(model, checkpoint.params)
@@ -211,7 +212,7 @@ def fitted(model: Seq2Seq, config: GenerationConfig) -> GenerationConfig:
     if sizes.max_positions is not None and config.length > sizes.max_positions:
         config = dataclasses.replace(config, max_length=sizes.max_positions, max_new_tokens=None)
     if config.least > config.length and config.eos_token_id:
-        raise UserError(f"the least length, {config.least}, is above the largest, {config.length} tokens")
+        raise UserError(f"the least length, {config.least}, is above the largest, {count(config.length, 'token')}")
     named = [(name, getattr(config, name)) for name in TOKENS]
     named += [("eos_token_id", token) for token in config.eos_token_id]
     named += [("bad_words_ids", token) for word in config.bad_words_ids for token in word]
@@ -226,7 +227,7 @@ def fitted(model: Seq2Seq, config: GenerationConfig) -> GenerationConfig:
 def _check_source(model: Seq2Seq, length: int) -> None:
     limit = model.trunk.config.max_length
     if limit is not None and length > limit:
-        raise UserError(f"a source of {length} tokens is too long for this model; it has {limit} positions")
+        raise UserError(f"a source of {count(length, 'token')} is too long for this model; it has {count(limit, 'position')}")
 
 
 def _keys(config: GenerationConfig, key: jax.Array | None, numbers: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError
 from mtl_jax.models.attention import KeyValue, write_cache
 from mtl_jax.models.dense import Dense
@@ -198,7 +199,9 @@ def default_positions(cfg: Seq2SeqConfig, length: int) -> jax.Array:
         UserError: The model has fewer positions.
     """
     if cfg.max_positions is not None and length > cfg.max_positions:
-        raise UserError(f"a row of {length} tokens is too long for this model; it has {cfg.max_positions} positions")
+        raise UserError(
+            f"a row of {count(length, 'token')} is too long for this model; it has {count(cfg.max_positions, 'position')}"
+        )
     return jnp.arange(length)[None]
 
 

@@ -83,7 +83,8 @@ def _by_setting(
     if len(bands) > SERIES:
         best = [id(group) for group in ranked([group for group, _ in bands])] or [id(group) for group, _ in bands]
         shown = sorted((pair for pair in bands if id(pair[0]) in best[:BEST]), key=lambda pair: best.index(id(pair[0])))
-        caption += f"; in colour the {len(shown)} settings of {len(bands)} that are best on dev, grey the range of all"
+        settings = words.count(len(bands), "setting")
+        caption += f"; in colour the {len(shown)} of {settings} that are best on dev, grey the range of all"
     labels = words.labels([group for group, _ in shown], study.fields)
     panels = tuple(
         _panel(

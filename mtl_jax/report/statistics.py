@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from mtl_jax.report.read import SPLITS, Run, Study, key
+from mtl_jax.training import results
 
 
 class Spread(NamedTuple):
@@ -99,8 +100,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ties(one: Spread, other: Spread) -> bool:
-    """Whether two means are not told apart: they are equal, or lie within one standard deviation, the larger of the two."""
-    return abs(one.mean - other.mean) <= max(one.sd or 0.0, other.sd or 0.0) + 1e-9
+    """Whether two means are not told apart; see results.ties."""
+    return results.ties(one.mean - other.mean, one.sd, other.sd)
 
 
 def leading(found: Iterable[Spread]) -> Spread | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError
 from mtl_jax.models import warm_start
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
@@ -94,7 +95,9 @@ def like_the_encoder(task: Seq2Seq, trunk: TrunkFacts) -> Seq2SeqConfig:
     if layers > encoder.num_layers:
         raise UserError(f"{named} layers is {layers}; the encoder has {encoder.num_layers}")
     if longest >= encoder.max_length:
-        raise UserError(f"{named} texts of {longest} tokens and a start are longer than the encoder's {encoder.max_length}")
+        raise UserError(
+            f"{named} texts of {count(longest, 'token')} and a start are longer than the encoder's {encoder.max_length}"
+        )
     return warm_start.decoder_like(encoder, layers, longest + 1, task.dropout)
 
 
@@ -110,6 +113,7 @@ def _as_wide(task: Seq2Seq, trunk: TrunkFacts) -> None:
 def _long_enough(task: Seq2Seq, decoder: Seq2SeqConfig, named: str) -> Seq2SeqConfig:
     if decoder.max_positions is not None and task.target_length > decoder.max_positions:
         raise UserError(
-            f"task {task.name!r}: target_length is {task.target_length}; the {named} has {decoder.max_positions} positions"
+            f"task {task.name!r}: target_length is {task.target_length}; the {named} has "
+            f"{count(decoder.max_positions, 'position')}"
         )
     return decoder

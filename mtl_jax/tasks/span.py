@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.coverage import NOTED
 from mtl_jax.data.examples import Examples
@@ -118,7 +119,7 @@ class Span(Task):
                 whole = group.start + np.flatnonzero(labels[group.start : group.stop, 1] > 0)
                 lost += not len(whole)
                 off += bool(len(whole)) and self._off_edges(row, labels[whole[0]], part.window(whole[0], group.start))
-        found = [f"{lost} answers stand whole in no window, and are learned as no answer"] if lost else []
+        found = [f"{count(lost, 'answer stands', 'answers stand')} whole in no window: learned as no answer"] if lost else []
         if off and off >= NOTED * answered:
             share = f"{off} of {answered} answers ({100 * off / answered:.1f} %)"
             found.append(f"{share} begin or end inside a token: what is predicted is the whole tokens")

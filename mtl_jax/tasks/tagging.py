@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import odd_blank
@@ -139,12 +140,13 @@ class Tagging(Task):
         words = sum(len(self._words(row)) for row in rows)
         read = sum(int((at_L >= 0).sum()) for part in parts for at_L in part.words or ())
         broken = sum(len(bio.breaks(self.written(row) or ())) for row in rows) if self.repair else 0
-        lines = [f"{broken} tags I-X without B-X or I-X in front read as B-X"] if broken else []
+        lines = [f"{count(broken, 'tag')} I-X without B-X or I-X in front read as B-X"] if broken else []
         if self._plain and bio.has_entities(self.labels):
             lines.append(f"its tags are read as plain ones, not as entities: {self._plain[0]!r} is neither O nor B-X nor I-X")
         if read < words:
-            counted = "are outside of every entity" if "O" in self.labels else "count as wrong"
-            lines.append(f"{words - read} of {words} words have no token, teach nothing and {counted}")
+            counted = "is outside of every entity" if "O" in self.labels else "counts as wrong"
+            lost = f"{words - read:,} of {count(words, 'word')} {'has' if words - read == 1 else 'have'} no token"
+            lines.append(f"{lost}; such a word teaches nothing and {counted}")
         return lines
 
     def parse(self, row: Row) -> np.ndarray | None:
@@ -153,7 +155,7 @@ class Tagging(Task):
         if tags is None:
             return None
         if len(tags) != len(words):
-            counts = f"{len(words)} words and {len(tags)} tags; there must be one for each word"
+            counts = f"{count(len(words), 'word')} and {count(len(tags), 'tag')}; there must be one for each word"
             raise ValueError(counts + self._divided(row))
         for number, (word, tag) in enumerate(zip(words, tags, strict=True)):
             if tag is not None and tag not in self.place_of:

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from mtl_jax import assets
+from mtl_jax.counting import count
 from mtl_jax.data import array_cache
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.training import evaluation
@@ -77,7 +78,7 @@ class Features:
         if all(meshes.gather(found is not None)):  # computing takes all hosts, and each may have a cache of its own
             assert found is not None
             table_NxH = np.array(found[FILE])  # in memory, whatever becomes of the file
-            log.info("features of %s texts from the cache", f"{len(table_NxH):,}")
+            log.info("features of %s from the cache", count(len(table_NxH), "text"))
         else:
             table_NxH = self._computed(trunk, title, tokens)
             if name:

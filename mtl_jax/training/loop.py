@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from mtl_jax import trunks
+from mtl_jax.counting import count
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
@@ -160,8 +161,8 @@ class _Run:
         positions = restored.record["data"]
         if len(positions) != jax.process_count():
             raise UserError(
-                f"{self.store.folder}: written by {len(positions)} processes, and this run has {jax.process_count()}; "
-                "go on with as many, or choose another --workdir"
+                f"{self.store.folder}: written by {count(len(positions), 'process', 'processes')}, and this run has "
+                f"{jax.process_count()}; go on with as many, or choose another --workdir"
             )
         self.stream.set_state(positions[jax.process_index()])
         self.references.digests = dict(restored.record.get("references", {}))

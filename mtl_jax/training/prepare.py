@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import trunks
+from mtl_jax.counting import count
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, stream
 from mtl_jax.data.corpus import Corpus
@@ -231,7 +232,7 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
         for plan in plans
         if plan.idle
     ]
-    said = [*added, *said, f"{len(corpus.tasks)} tasks, {size:,} parameters", groups.table(experiment, params)]
+    said = [*added, *said, f"{count(len(corpus.tasks), 'task')}, {count(size, 'parameter')}", groups.table(experiment, params)]
     averaged = f"dev and test are measured on averaged parameters ({experiment.averaging}), and predictions are made with them"
     named = [f"task {task.name}: {_labels(task)}, measured by {task.metric}" for task in corpus.tasks if task.labels]
     return [*corpus.notes, *named, *said, *([] if experiment.averaging == "none" else [averaged])]
@@ -240,4 +241,4 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
 def _labels(task: Task) -> str:
     """How many labels, and the first of them: a stray one is seen before hours are spent on it."""
     more = ", ..." if len(task.labels) > SOME_LABELS else ""
-    return f"{len(task.labels)} labels ({', '.join(task.labels[:SOME_LABELS])}{more})"
+    return f"{count(len(task.labels), 'label')} ({', '.join(task.labels[:SOME_LABELS])}{more})"

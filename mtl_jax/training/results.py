@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import tabulate
 
+from mtl_jax.counting import count
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.sources import SPLITS, Source, text_of
@@ -144,6 +145,8 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """A markdown table of test metrics, one row a task, and a line for each baseline that was not beaten.
 
+    What ties() with a baseline, or is the same number as it is shown, neither beats it nor loses against it.
+
     Args:
         runs: Contents of results.json, of one run or of several of the same experiment and tasks; several give mean ± standard
             deviation (n - 1).
@@ -159,11 +162,12 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         all_ = [run["tasks"][name]["baselines"] for run in runs]
         others = {kind: [found[kind][metric] for found in all_] for kind in kinds if all(kind in found for found in all_)}
         rows.append([name, metric, *(_cell(others[kind]) if kind in others else "" for kind in kinds), _cell(own)])
-        lost += [
-            f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})"
-            for kind, other in others.items()
-            if np.mean(own) <= np.mean(other)
-        ]
+        for kind, other in others.items():
+            difference = float(np.mean(own) - np.mean(other))
+            if ties(difference, _deviation(own), _deviation(other)) or _shown(own) == _shown(other):
+                lost.append(f"{name}: ties with {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})")
+            elif difference < 0:
+                lost.append(f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})")
     header = ["task", "test metric", *(BASELINE_NAMES[kind] for kind in kinds), runs[0]["experiment"]]
     drawn = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
     verdict = lost if lost else ["Beats every baseline on every task."] if kinds else []
@@ -173,17 +177,32 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 BASELINE_NAMES = {"constant": "majority / mean", "lead": "first sentence", "probe": "linear probe"}
 
 
+def ties(difference: float, *deviations: float | None) -> bool:
+    """Whether two means are not told apart: they are equal, or lie within one standard deviation, the larger of the two.
+
+    Args:
+        difference: Of the means.
+        deviations: Of the values; None where there is one only.
+    """
+    return abs(difference) <= max((each or 0.0 for each in deviations), default=0.0) + 1e-9
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _shown(values: Sequence[float]) -> str:
+    return f"{np.mean(values) + 0.0:.4f}"
+
+
 def _cell(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+    deviation = _deviation(values)
+    return _shown(values) if deviation is None else f"{_shown(values)} ± {deviation:.4f}"
 
 
 def _ending(run: dict[str, Any]) -> str:
     if "merged" in run:
-        merged = (
-            f"{run['merged']['sources']} run{'s' if run['merged']['sources'] > 1 else ''} merged by {run['merged']['method']}"
-        )
+        merged = f"{count(run['merged']['sources'], 'run')} merged by {run['merged']['method']}"
         return f"{merged}: dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     return (
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mtl_jax import kin, pretrained
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError
 from mtl_jax.kin import Kin
 from mtl_jax.pretrained.checkpoint import AUTO
@@ -114,7 +115,7 @@ def _digest(leaves: dict[str, np.ndarray], account: Account) -> str:
 
 def _line(init: InitFrom, found: Beginning, account: Account) -> str:
     step = f", step {found.facts['step']}" if "step" in found.facts else ""
-    parts = [f"beginning from {init.path}{step}: {len(account.loaded)} parameters loaded"]
+    parts = [f"beginning from {init.path}{step}: {count(len(account.loaded), 'parameter')} loaded"]
     for paths, what in (
         (account.initialised, "not in it, as trunk and seed say"),
         (account.left_out, "left out"),

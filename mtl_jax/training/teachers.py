@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax import pretrained, trunks
+from mtl_jax.counting import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.errors import UserError, listed
 from mtl_jax.tasks import Tagging, Task
@@ -90,7 +91,9 @@ def open_teacher(
     check_vocabulary(trunk.tokenizer, tokenizer, texts, f"{where}, {kind.teacher},")
     longest = getattr((found.module.trunk if found.tagger else found.module).config, "max_length", None)
     if longest is not None and longest < row_length:
-        raise UserError(f"{where}, {kind.teacher}, takes rows of {longest} tokens, but batch.row_length is {row_length}")
+        raise UserError(
+            f"{where}, {kind.teacher}, takes rows of {count(longest, 'token')}, but batch.row_length is {row_length}"
+        )
     return found
 
 
@@ -117,8 +120,8 @@ def check_vocabulary(own: Any, other: Any, texts: Sequence[str], where: str) -> 
     """
     if own.get_vocab() != other.get_vocab():
         raise UserError(
-            f"{where} has another vocabulary than this run's trunk ({len(other.get_vocab())} and {len(own.get_vocab())} "
-            "tokens): take one of the same"
+            f"{where} has another vocabulary than this run's trunk ({len(other.get_vocab())} and "
+            f"{count(len(own.get_vocab()), 'token')}): take one of the same"
         )
     for text in texts:
         if own(text, verbose=False)["input_ids"] != other(text, verbose=False)["input_ids"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError
 
 MERGED = "merge.json"  # a workdir that holds it was not trained, but put together
@@ -138,7 +139,7 @@ def versions() -> dict[str, str]:
     devices = jax.devices()
     # Of the cores those that this process may use, where the system says it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found["devices"] = f"{len(devices)} x {devices[0].device_kind}, {cores} CPU core{'' if cores == 1 else 's'}"
+    found["devices"] = f"{len(devices)} x {devices[0].device_kind}, {count(cores or 0, 'CPU core')}"
     return found
 
 

@@ -6,6 +6,7 @@ does not fit the trunk is refused, with the rule that matches nothing or the lay
 
 from __future__ import annotations
 
+from mtl_jax.counting import there_are
 from mtl_jax.errors import UserError
 from mtl_jax.transfer.freezing import ParamRule
 
@@ -68,7 +69,7 @@ def top_layers(count: int, layers: int, decoder_layers: int = 0, decay: float = 
         raise UserError(f"decay is {decay}; it must be above 0, and 1 at most")
     total = decoder_layers + layers
     if not 0 <= count <= total + 1:
-        raise UserError(f"count is {count}; there are {total} layers, and {total + 1} stands for the embeddings, too")
+        raise UserError(f"count is {count}; {there_are(total, 'layer')}, and {total + 1} stands for the embeddings, too")
     # A rule that matches nothing is refused: what not every family has stands in one with what each of them has.
     decoder = [rf"heads/[^/]+/layer_{number}/.*" for number in reversed(range(decoder_layers))]
     heads = "heads/.*"

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from mtl_jax.configuration import Configuration
+from mtl_jax.counting import count as number_of
+from mtl_jax.counting import there_are
 from mtl_jax.errors import UserError, listed
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.layers import top_layers
@@ -70,14 +72,14 @@ def unfreezing(
     for count, step in enumerate(at, 1):
         if not 0 <= step < steps:
             raise UserError(
-                f"unfreezing: layer {count} from the top is to train after step {step}, but there are {steps} steps"
+                f"unfreezing: layer {count} from the top is to train after step {step}, but {there_are(steps, 'step')}"
             )
     if at != sorted(at):
         raise UserError(f"unfreezing: steps go up from layer to layer, but at is {listed(at)}")
     if len(at) > layers + decoder_layers + 1:
         raise UserError(
-            f"unfreezing: at has {len(at)} steps; {layers + decoder_layers} layers and the embeddings take "
-            f"{layers + decoder_layers + 1} at most"
+            f"unfreezing: at has {number_of(len(at), 'step')}; {number_of(layers + decoder_layers, 'layer')} and the "
+            f"embeddings take {layers + decoder_layers + 1} at most"
         )
     starts = {0: 0} | {step: count for count, step in enumerate(at, 1)}
     phases = []

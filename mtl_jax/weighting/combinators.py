@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.counting import there_are
 from mtl_jax.errors import UserError
 from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack
 from mtl_jax.weighting.options import number
@@ -104,7 +105,7 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
 
     def init(names: Sequence[str]) -> Any:
         if s > len(names):
-            raise UserError(f"subset: s is {s}, but there are {len(names)} tasks")
+            raise UserError(f"subset: s is {s}, but {there_are(len(names), 'task')}")
         return rule.init(names)
 
     def chosen(signals: Signals) -> Signals:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.counting import there_are
 from mtl_jax.errors import UserError
 from mtl_jax.weighting.base import Rule, Signals, Weights, share, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram, stateless
@@ -174,7 +175,7 @@ def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
 
     def init(names: Sequence[str]) -> Any:
         if n_selected > len(names):
-            raise UserError(f"weighting krum: n_selected is {n_selected}, but there are {len(names)} tasks")
+            raise UserError(f"weighting krum: n_selected is {n_selected}, but {there_are(len(names), 'task')}")
         return ()
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:

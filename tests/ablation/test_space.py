@@ -32,6 +32,20 @@ def test_lists_and_grids(experiment):
     assert points(experiment, "seed=3,5") == [3, 5]
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("averaging=none,ema", ["none", "ema"]),  # the names of values that look like others
+        ("averaging=None,ema:decay=0.9", ["None", "ema:decay=0.9"]),
+        ("dtype=float32,true,1e-5", ["float32", "true", "1e-5"]),
+        ("averaging='none','ema'", ["none", "ema"]),
+        ("phases.0.learning-rate=none,1e-3", [None, 1e-3]),
+    ],
+)
+def test_text_is_text_whatever_it_looks_like(experiment, text, values):
+    assert points(experiment, text) == values
+
+
 def test_weights_are_one_field_and_may_be_schedules(experiment):
     assert points(experiment, "weights=1/2/3")[0] == {"rating": 1.0, "coarse": 2.0, "fine": 3.0}
     assert points(experiment, "weights.coarse=0,linear_schedule(1.0, 0.0, 10)") == [0.0, "linear_schedule(1.0, 0.0, 10)"]
@@ -84,8 +98,8 @@ def test_ranges_are_drawn_together(experiment, samples):
         ("optimizer.rate=1", "", "field of optimizer.*learning_rate"),
         ("phases.9.steps=1", "", "element of phases.*heads, everything"),
         ("weights.nobody=1", "", "task in weights.*rating, coarse, fine"),
-        ("optimizer.learning-rate=fast", "", "'fast' is no value of it; it is of type float"),
-        ("phases.0.steps=1.5", "", "1.5 is no value of it; it is of type int"),
+        ("optimizer.learning-rate=fast", "", "fast is not a value of it, which is a number"),
+        ("phases.0.steps=1.5", "", "1.5 is not a value of it, which is a whole number"),
         ("optimizer.learning-rate=1e-3,1e-3", "", "stands there twice"),
         ("optimizer.learning-rate=1e-3,", "", "a value is empty"),
         ("optimizer.learning-rate=grid:1:2", "", "write grid:LOW:HIGH:N"),
@@ -94,8 +108,8 @@ def test_ranges_are_drawn_together(experiment, samples):
         ("optimizer.learning-rate=loguniform:1e-5:1e-3", "", "say how often by --samples"),
         ("optimizer.learning-rate=loguniform:1e-5:1e-3", "sobol:0", "there would be no run"),
         ("optimizer.learning-rate=1e-3", "sobol:4", "no field has a range"),
-        ("seed=uniform:0:9", "random:2", "4.5 is no value of it; it is of type int"),
-        ("optimizer.name=uniform:4:9", "random:2", "6.5 is no value of it; it is of type str"),
+        ("seed=uniform:0:9", "random:2", "4.5 is not a value of it, which is a whole number"),
+        ("optimizer.name=uniform:4:9", "random:2", "6.5 is not a value of it, which is a text"),
         ("weights=simplex:0", "", "N must be at least 1"),
         ("weights=simplex:0.5/0.6/0.1", "", "0.5/0.6/0.1 is not on the simplex"),
         ("weights=simplex:1.5/-0.5/0", "", "must not be negative"),

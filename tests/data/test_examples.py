@@ -75,7 +75,7 @@ def test_a_label_that_cannot_be_read_is_an_error_or_left_out(tmp_path, tokenizer
         corpus(tmp_path, tokenizer, tasks=(task,), train=right, dev=bad, test=parts["test"])
     found = corpus(tmp_path, tokenizer, tasks=(task,), train=right, dev=bad, test=parts["test"], lenient=True)
     assert len(found.splits["dev"]["s"].tokens) == 3
-    assert "1 rows that cannot be read left out" in found.notes[0]
+    assert "1 row that cannot be read left out" in found.notes[0]
 
 
 @pytest.mark.parametrize(("label", "message"), [({}, "no column 'label'.* it is null"), ({"label": ["x"]}, "holds a list")])
@@ -88,7 +88,7 @@ def test_a_training_row_without_a_readable_label_is_an_error_or_left_out(tmp_pat
     found = corpus(tmp_path, tokenizer, tasks=(task,), train=train, lenient=True)
     assert found.tasks[0].labels == ("x", "y")
     assert "6/3/3 train/dev/test" in found.notes[0]
-    assert "1 rows that cannot be read left out" in found.notes[0]
+    assert "1 row that cannot be read left out" in found.notes[0]
 
 
 def test_many_texts_that_are_refused_are_left_out_at_once(tmp_path, tokenizer, caplog):
@@ -129,7 +129,7 @@ def test_a_tag_of_no_entity_is_an_error_or_left_out(tmp_path, tokenizer):
     found = corpus(tmp_path, tokenizer, tasks=(task,), lenient=True, **parts)
     assert found.tasks[0].metric == "entity_f1"
     assert len(found.splits["train"]["s"].tokens) == len(kept.splits["train"]["s"].tokens) == 2
-    assert "1 rows that cannot be read left out" in found.notes[0]
+    assert "1 row that cannot be read left out" in found.notes[0]
 
 
 def test_a_text_of_which_nothing_is_left_is_refused(tmp_path, tokenizer, monkeypatch):
@@ -164,4 +164,4 @@ def test_an_answer_that_no_window_holds_is_counted(tmp_path, tokenizer):
         "test": [short | {"text": "is"}],
     }
     found = corpus(tmp_path, tokenizer, tasks=(Span(name="t", source="s", stride=2),), length=12, pair="context", **parts)
-    assert "task t: 1 answers stand whole in no window, and are learned as no answer" in found.notes
+    assert "task t: 1 answer stands whole in no window: learned as no answer" in found.notes

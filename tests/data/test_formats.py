@@ -79,7 +79,7 @@ def test_a_bad_csv_row_does_not_spoil_the_next(tmp_path):
     assert rows(path) == [
         "a.csv:2: ',' expected after '\"'",
         "a.csv:3: not UTF-8 (invalid continuation byte); convert the file to UTF-8",
-        "a.csv:5: 1 columns, but there are 2 names: text, label",
+        "a.csv:5: 1 column, but there are 2 names: text, label",
         ({"text": "d\nd", "label": "1"}, "7"),
     ]
 
@@ -146,7 +146,7 @@ def test_answers_as_squad_and_the_hub_write_them(answers):
         ('{"text": NaN}', "a:2: NaN is no JSON; write null where there is no value"),
         ('{"text": "\\ud83d"}', "a:2: an escape \\ud... that is only half of a character"),
         ('{"a.b": 1, "a": {"b": 2}}', "a:2: two values of column 'a.b'"),
-        ('{"answers": {"text": ["a"], "answer_start": []}}', "a:2: 1 answers at 0 places"),
+        ('{"answers": {"text": ["a"], "answer_start": []}}', "a:2: 1 answer at 0 places"),
     ],
 )
 def test_bad_json_names_the_line(tmp_path, line, message):
@@ -209,8 +209,8 @@ def test_columns_between_spaces(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"alone", "a:3: 1 columns, but a word has 2: words, tags"),
-        (b"# a comment inside", "a:3: 1 columns, but a word has 2: words, tags"),
+        (b"alone", "a:3: 1 column, but a word has 2: words, tags"),
+        (b"# a comment inside", "a:3: 1 column, but a word has 2: words, tags"),
         (b"a\tb\tc", "a:3: 3 columns, but a word has 2: words, tags"),
         (b"\tO", "a:3: column 'words' is empty"),
         (b"a\t", "a:3: column 'tags' is empty"),
@@ -243,7 +243,7 @@ def test_parallel_files_plain_and_packed(tmp_path):
     expected = [({"en": "one", "fr": "un"}, "1"), ({"en": "two", "fr": "deux"}, "2")]
     assert rows(path, format="parallel", text="en") == expected
     assert rows(path, format="parallel", columns=("text", "target"))[0][0] == {"text": "one", "target": "un"}
-    with pytest.raises(UserError, match="2 files, but source 'a' names 1 columns"):
+    with pytest.raises(UserError, match="2 files, but source 'a' names 1 column"):
         rows(path, format="parallel", columns=("text",))
     with pytest.raises(UserError, match="no text column 'text'; columns: en, fr"):
         rows(path, format="parallel")
@@ -253,7 +253,7 @@ def test_parallel_files_of_different_length(tmp_path):
     write(tmp_path / "a.en", "one\ntwo\n")
     write(tmp_path / "a.fr", "un\n")
     for path, longer in (("a.{en,fr}", "a.en"), ("a.{fr,en}", "a.en")):
-        with pytest.raises(UserError, match=rf"{longer}:2: \S+a\.fr has only 1 lines; parallel files must be of one length"):
+        with pytest.raises(UserError, match=rf"{longer}:2: \S+a\.fr has only 1 line; parallel files must be of one length"):
             read(Source(name="a", path=str(tmp_path / path), format="parallel", text="en", lenient=True))
 
 
@@ -402,7 +402,7 @@ def test_a_comment_has_a_space_behind_its_sign(tmp_path):
     """What has none may be a word of a tweet; and "# word" is one where a word has two columns between spaces."""
     path = write(tmp_path / "a", "#comment\na O\n\n## a comment\na O\n\n# word\na O\n\n# a comment\na O\n")
     assert rows(path, **CONLL) == [
-        "a:1: 1 columns, but a word has 2: words, tags",
+        "a:1: 1 column, but a word has 2: words, tags",
         "a:4: 3 columns, but a word has 2: words, tags",
         ({"words": ["#", "a"], "tags": ["word", "O"]}, "7"),
         ({"words": ["a"], "tags": ["O"]}, "11"),

@@ -185,7 +185,7 @@ def test_lenient_counts_and_names_what_it_leaves_out(tmp_path, caplog):
     assert sum(len(rows) for rows in splits.rows.values()) == 60
     assert [message.replace(path, "a.tsv") for message in caplog.messages] == [
         "skipped: a.tsv:2: the text column 'text' is empty",
-        "skipped: a.tsv:3: 1 columns, but there are 2 names: label, text",
+        "skipped: a.tsv:3: 1 column, but there are 2 names: label, text",
         "skipped: a.tsv:4: not UTF-8 (invalid continuation byte); convert the file to UTF-8",
         "skipped: a.tsv:5: the line is longer than 1,000,000 bytes; is it one text?",
         "skipped: a.tsv:6: the text column 'text' is empty",

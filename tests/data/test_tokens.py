@@ -356,7 +356,7 @@ def test_half_a_character_is_named():
 
 
 def test_pairs_of_different_number():
-    with pytest.raises(ValueError, match="1 first and 2 second"):
+    with pytest.raises(ValueError, match="1 first text and 2 second"):
         encode(TOKENIZERS["bert"], ["a"], ["b", "c"], max_length=9)
 
 

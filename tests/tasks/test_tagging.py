@@ -190,7 +190,7 @@ def test_a_word_without_a_token(bert, task, predicted, accuracy):
     assert answer["tags"] == [tags[0], predicted, tags[2]]
     assert task.metrics(perfect(task, examples), examples)["token_accuracy"] == pytest.approx(accuracy)
     assert len(task.remarks([examples])) == 1
-    assert "1 of 3 words have no token" in task.remarks([examples])[0]
+    assert "1 of 3 words has no token" in task.remarks([examples])[0]
     assert ("entities" in answer) == (task is SLOTS)
 
 
@@ -347,7 +347,9 @@ def test_a_run_from_text_to_entities(bert, folder, tmp_path):
     assert (len(short["tags"]), len(long["tags"])) == (3, 60)
     assert "truncated" not in long
     assert predict(tmp_path / "run", "intent", ["the film " * 30])[0]["truncated"]
-    assert predict(tmp_path / "run", "slots", [{"text": ["a", "fine", "film"]}]) == [short]
+    words, empty = ["a", "fine", "film"], {"error": "empty text"}
+    for as_words in ({"text": words}, words, tuple(words), {"text": tuple(words)}):
+        assert predict(tmp_path / "run", "slots", [as_words, "", []]) == [short, empty, empty]
 
 
 def test_task_and_source_must_name_the_same_text(bert, folder):

@@ -248,6 +248,9 @@ def test_the_table_says_what_was_lost(finished):
     found["tasks"]["coarse"]["baselines"]["constant"]["accuracy"] = 0.5
     text = results.table([found])
     assert "coarse: did not beat majority / mean (0.2500 against 0.5000)" in text
+    found["tasks"]["coarse"]["baselines"]["constant"]["accuracy"] = 0.25
+    assert "coarse: ties with majority / mean (0.2500 against 0.2500)" in results.table([found])
+    found["tasks"]["coarse"]["baselines"]["constant"]["accuracy"] = 0.5
     other = json.loads(json.dumps(found))
     other["tasks"]["coarse"]["test"]["accuracy"] = 0.75
     assert "0.5000 ± 0.3536" in results.table([found, other])

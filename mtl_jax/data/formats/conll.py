@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from mtl_jax.counting import count
 from mtl_jax.data.formats.lines import Line, lines
 from mtl_jax.data.formats.rows import Read, Row, check_columns, odd_blank
 from mtl_jax.errors import UserError, listed
@@ -88,7 +89,7 @@ def _check(fields: list[str], names: tuple[str, ...], where: str) -> UserError |
     if len(fields) != len(names):
         blank = odd_blank(" ".join(fields))
         hint = f" (the blank {blank} does not divide columns)" if blank else ""
-        return UserError(f"{where}: {len(fields)} columns, but a word has {len(names)}: {listed(names)}{hint}")
+        return UserError(f"{where}: {count(len(fields), 'column')}, but a word has {len(names)}: {listed(names)}{hint}")
     for name, field in zip(names, fields, strict=True):
         if not field.strip():
             return UserError(f"{where}: column {name!r} {f'has only the blank {odd_blank(field)}' if field else 'is empty'}")

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mtl_jax.counting import count, there_are
 from mtl_jax.data.formats import lines as text
 from mtl_jax.data.formats.rows import Read, Row, check_columns
 from mtl_jax.errors import UserError, listed
@@ -82,5 +83,5 @@ def read_tsv(path: str, source: Source) -> Iterator[Read]:
 
 def _row(fields: list[str], names: tuple[str, ...], where: str) -> Read:
     if len(fields) != len(names):
-        return UserError(f"{where}: {len(fields)} columns, but there are {len(names)} names: {listed(names)}")
+        return UserError(f"{where}: {count(len(fields), 'column')}, but {there_are(len(names), 'name')}: {listed(names)}")
     return Row(dict(zip(names, fields, strict=True)), where)

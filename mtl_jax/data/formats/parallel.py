@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from mtl_jax import assets
+from mtl_jax.counting import count
 from mtl_jax.data.formats.lines import lines
 from mtl_jax.data.formats.rows import Read, Row, check_columns
 from mtl_jax.errors import UserError
@@ -68,7 +69,9 @@ def read_parallel(path: str, source: Source) -> Iterator[Read]:
     """
     names = source.columns or tuple(parts(path))
     if len(names) != len(parts(path)):
-        raise UserError(f"{path}: {len(parts(path))} files, but source {source.name!r} names {len(names)} columns")
+        raise UserError(
+            f"{path}: {count(len(parts(path)), 'file')}, but source {source.name!r} names {count(len(names), 'column')}"
+        )
     check_columns(source, path, names)
     before, after = re.split(r"\{[^{}]+\}", path)
     files = [before + part + after for part in parts(path)]
@@ -76,7 +79,9 @@ def read_parallel(path: str, source: Source) -> Iterator[Read]:
         ended = [file for file, line in zip(files, row, strict=True) if line is None]
         if ended:
             longer = next(file for file, line in zip(files, row, strict=True) if line is not None)
-            raise UserError(f"{longer}:{number}: {ended[0]} has only {number - 1} lines; parallel files must be of one length")
+            raise UserError(
+                f"{longer}:{number}: {ended[0]} has only {count(number - 1, 'line')}; parallel files must be of one length"
+            )
         errors = [line.error for line in row if line.error]
         where = f"{path}:{number}"
         yield errors[0] if errors else Row({name: line.text for name, line in zip(names, row, strict=True)}, where)

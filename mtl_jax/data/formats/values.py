@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mtl_jax.counting import count
+
 # How the plain values of a column become text: a function, or {name: ...} for nested columns. None: by str().
 Schema = Mapping[str, Any] | Callable[[Any], str | None] | None
 
@@ -95,7 +97,7 @@ def _are_answers(value: Mapping[str, Any]) -> bool:
 
 def _answers(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     if len(value["text"]) != len(value["answer_start"]):
-        raise ValueError(f"{len(value['text'])} answers at {len(value['answer_start'])} places")
+        raise ValueError(f"{count(len(value['text']), 'answer')} at {count(len(value['answer_start']), 'place')}")
     return [_answer(text, start) for text, start in zip(value["text"], value["answer_start"], strict=True)]
 
 

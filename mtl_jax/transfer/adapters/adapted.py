@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from mtl_jax.counting import count
 from mtl_jax.errors import UserError, listed
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention
@@ -263,9 +264,9 @@ def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
     lines = []
     for adapter in adapted.adapters:
         size = sum(leaf.size for leaf in jax.tree.leaves(params[ADAPTERS][adapter.name]))
-        shared = "for all rows alike" if adapter.per == RUN else f"for each of {adapted.sources} sources its own"
+        shared = "for all rows alike" if adapter.per == RUN else f"for each of {count(adapted.sources, 'source')} its own"
         kind, places = type(adapter).__name__, len(adapted.where[adapter.name])
-        lines.append(f"adapter {adapter.name}: {kind} at {places} layers, {size:,} parameters, {shared}")
+        lines.append(f"adapter {adapter.name}: {kind} at {count(places, 'layer')}, {count(size, 'parameter')}, {shared}")
     return lines
 
 

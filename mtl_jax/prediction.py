@@ -103,9 +103,15 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     examples = examples._replace(place=run.place(task))
     split = {source.name: examples}
     texts = generation.text_scores((asked,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices())
-    scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)[task]
+    scores = evaluation.score((asked,), split, _apply(run, asked, examples), texts)
+    for line in evaluation.undefined((asked,), scores, path).values():
+        log.warning("the %s", line)
     signatures = asked.signatures(examples.data)
-    return {"rows": len(examples.data), **scores, **({"signatures": signatures} if signatures else {})}
+    return {
+        "rows": len(examples.data),
+        **evaluation.for_json(scores[task]),
+        **({"signatures": signatures} if signatures else {}),
+    }
 
 
 def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:

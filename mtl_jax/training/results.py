@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.base import known_rows
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.evaluation import score_fixed
+from mtl_jax.training.evaluation import for_json, score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
 def baselines(
     corpus: Corpus, sources: Sequence[Source], kind: str, features_NxH: np.ndarray | None
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {baseline: {metric: value}}} on test.
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{task: {baseline: {metric: value}}} on test; None where a metric is not defined.
 
     Args:
         corpus: The data.
@@ -56,7 +57,7 @@ def baselines(
             fitted = task.probe(features, labels)
             if fitted is not None:
                 scores[task.name]["probe"] = score_fixed(task, fitted, split["test"])
-    return scores
+    return for_json(scores)
 
 
 def _ids(examples: Examples) -> slice:
@@ -89,12 +90,12 @@ def write(
         "seed": experiment.seed,
         "weighting": experiment.weighting,
         "averaging": experiment.averaging,
-        **facts,
+        **for_json(facts),
         "tasks": {
             task.name: {
                 "metric": task.metric,
-                "dev": scores["dev"][task.name],
-                "test": scores["test"][task.name],
+                "dev": for_json(scores["dev"][task.name]),
+                "test": for_json(scores["test"][task.name]),
                 "baselines": compared.get(task.name, {}),
                 **({"signatures": signatures[task.name]} if signatures[task.name] else {}),
             }
@@ -155,15 +156,19 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     rows, lost = [], []
     for name, task in tasks.items():
         metric = task["metric"]
-        own = [run["tasks"][name]["test"][metric] for run in runs]
+        own = [number(run["tasks"][name]["test"][metric]) for run in runs]
         all_ = [run["tasks"][name]["baselines"] for run in runs]
-        others = {kind: [found[kind][metric] for found in all_] for kind in kinds if all(kind in found for found in all_)}
+        others = {
+            kind: [number(found[kind][metric]) for found in all_] for kind in kinds if all(kind in found for found in all_)
+        }
         rows.append([name, metric, *(_cell(others[kind]) if kind in others else "" for kind in kinds), _cell(own)])
         lost += [
             f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})"
             for kind, other in others.items()
             if np.mean(own) <= np.mean(other)
         ]
+        if np.isnan(own).any():
+            lost.append(f"{name}: test {metric} is not defined (predictions or labels are constant, or not finite)")
     header = ["task", "test metric", *(BASELINE_NAMES[kind] for kind in kinds), runs[0]["experiment"]]
     drawn = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
     verdict = lost if lost else ["Beats every baseline on every task."] if kinds else []
@@ -173,7 +178,14 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 BASELINE_NAMES = {"constant": "majority / mean", "lead": "first sentence", "probe": "linear probe"}
 
 
+def number(value: float | None) -> float:
+    """A metric of results.json: NaN where it is null, because it is not defined."""
+    return math.nan if value is None else value
+
+
 def _cell(values: Sequence[float]) -> str:
+    if np.isnan(values).any():
+        return "undefined"
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
@@ -184,8 +196,9 @@ def _ending(run: dict[str, Any]) -> str:
         merged = (
             f"{run['merged']['sources']} run{'s' if run['merged']['sources'] > 1 else ''} merged by {run['merged']['method']}"
         )
-        return f"{merged}: dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
+        criterion = number(run["best_criterion"])
+        return f"{merged}: dev criterion {criterion:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     return (
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
-        f"dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
+        f"dev criterion {number(run['best_criterion']):.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     )

@@ -129,9 +129,15 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     found = _apply(run, asked, examples)
     if not all(np.isfinite(outputs).all() for outputs in found.outputs[task]):
         raise UserError(f"{path}: task {task!r}: {NOT_FINITE}")
-    scores = evaluation.score((asked,), split, found, texts)[task]
+    scores = evaluation.score((asked,), split, found, texts)
+    for line in evaluation.undefined((asked,), scores, path).values():
+        log.warning("the %s", line)
     signatures = asked.signatures(examples.data)
-    return {"rows": len(examples.data), **scores, **({"signatures": signatures} if signatures else {})}
+    return {
+        "rows": len(examples.data),
+        **evaluation.for_json(scores[task]),
+        **({"signatures": signatures} if signatures else {}),
+    }
 
 
 def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -240,12 +241,17 @@ def _run(
         status=status,
         method=method,
         weights=weights if fixed else {},
-        scores={split: {task: found[split] for task, found in scored.items()} for split in SPLITS} if scored else {},
-        baselines={task: found["baselines"] for task, found in scored.items()},
+        scores={split: {task: _numbers(found[split]) for task, found in scored.items()} for split in SPLITS} if scored else {},
+        baselines={task: {kind: _numbers(own) for kind, own in found["baselines"].items()} for task, found in scored.items()},
         facts={key: value for key, value in results.items() if key not in ("tasks", "versions")},
         curves=of_records(records, tasks, ends[-1] if ends else 0),
         phases=tuple(ends[:-1]),
     )
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """NaN in place of null: a metric that is not defined."""
+    return {metric: math.nan if value is None else value for metric, value in metrics.items()}
 
 
 def _varied(fields: Sequence[str], values: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

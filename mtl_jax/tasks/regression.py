@@ -85,15 +85,19 @@ class Regression(Task):
         return self.scores(*labelled(self, outputs, examples))
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-        """Pearson and Spearman correlation (0 where predictions or labels are constant); mean absolute error in label units."""
+        """Pearson and Spearman correlation; mean absolute error in label units.
+
+        A correlation is NaN where it is not defined: of predictions that are not finite, of constant predictions or labels, and
+        of less than two rows.
+        """
         from scipy import stats
 
         predicted_N = outputs_NxO[:, 0].astype(np.float64) * self.scale
         labels_N = labels_N.astype(np.float64)
-        varies = len(labels_N) > 1 and np.ptp(predicted_N) > 0 and np.ptp(labels_N) > 0
+        varies = len(labels_N) > 1 and np.isfinite(predicted_N).all() and np.ptp(predicted_N) > 0 and np.ptp(labels_N) > 0
         return {
-            "pearson": float(stats.pearsonr(predicted_N, labels_N).statistic) if varies else 0.0,
-            "spearman": float(stats.spearmanr(predicted_N, labels_N).statistic) if varies else 0.0,
+            "pearson": float(stats.pearsonr(predicted_N, labels_N).statistic) if varies else math.nan,
+            "spearman": float(stats.spearmanr(predicted_N, labels_N).statistic) if varies else math.nan,
             "mean_absolute_error": float(np.abs(predicted_N - labels_N).mean()),
         }
 

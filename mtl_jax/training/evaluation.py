@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -266,7 +267,10 @@ NO_BATCH = Batch(None, None, None, None, None, {})
 
 
 def criterion(name: str, tasks: Sequence[Task], scores: dict[str, dict[str, float]]) -> float:
-    """The one number by which checkpoints are compared; higher is better.
+    """The one number by which checkpoints are compared; higher is better. NaN: such a checkpoint is never the best.
+
+    A metric that is not defined, as the correlation of constant predictions, counts as 0; undefined() names its task. Where the
+    loss is not finite either, the criterion is NaN.
 
     Args:
         name: "mean": mean over tasks of each task's own metric. "TASK": that task's metric. "TASK/METRIC": as it says.
@@ -274,10 +278,29 @@ def criterion(name: str, tasks: Sequence[Task], scores: dict[str, dict[str, floa
         scores: What score() returned.
     """
     metrics = {task.name: task.metric for task in tasks}
+
+    def value(task: str, metric: str) -> float:
+        sound = math.isfinite(scores[task].get("loss", 0.0))
+        return 0.0 if sound and math.isnan(scores[task][metric]) else scores[task][metric]
+
     if name == "mean":
-        return float(np.mean([scores[task][metric] for task, metric in metrics.items()]))
+        return float(np.mean([value(task, metric) for task, metric in metrics.items()]))
     task, _, metric = name.partition("/")
-    return scores[task][metric or metrics[task]]
+    return value(task, metric or metrics[task])
+
+
+def undefined(tasks: Sequence[Task], scores: Mapping[str, Mapping[str, float]], split: str) -> dict[str, str]:
+    """{task: a line that says so} of the tasks whose own metric is NaN."""
+    why = "is not defined (its predictions or labels are constant, or not finite)"
+    found = [task for task in tasks if math.isnan(scores[task.name][task.metric])]
+    return {task.name: f"{split} {task.metric} of task {task.name!r} {why}" for task in found}
+
+
+def for_json(tree: Any) -> Any:
+    """Dicts of numbers with None, JSON's null, in place of those that JSON does not have: NaN and the infinities."""
+    if isinstance(tree, Mapping):
+        return {key: for_json(value) for key, value in tree.items()}
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def check_criterion(name: str, tasks: Sequence[Task]) -> None:

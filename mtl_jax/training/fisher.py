@@ -19,7 +19,7 @@ from mtl_jax.errors import UserError, listed
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.runs import Run
-from mtl_jax.training.step import apply_heads, encode_tokens, needs
+from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, needs
 from mtl_jax.transfer.divergence import SIGMOID, SOFTMAX
 from mtl_jax.transfer.ewc import squared_gradients
 from mtl_jax.transfer.leaves import leaves_of, put
@@ -54,7 +54,8 @@ def diagonal(
 ) -> dict[str, np.ndarray]:
     """{path: f32}, the diagonal of the Fisher information: the mean over examples of the squared gradient of each.
 
-    The log-likelihood of an example is minus the sum of its tasks' losses; without dropout.
+    The log-likelihood of an example is minus the sum of its tasks' losses; without dropout. With the data's labels, examples
+    that have none are not among those that the mean is over.
 
     Args:
         kind: Says how many examples, and which labels.
@@ -90,13 +91,22 @@ def diagonal(
         squares = squared_gradients(log_likelihood, {path: leaves[path] for path in paths}, (batch, keys))
         return jax.tree.map(jnp.add, total, squares)
 
+    @jax.jit
+    def labelled(batch: Batch) -> jax.Array:
+        """i32[]: the rows that have a label of any task."""
+
+        def count(row: Batch) -> jax.Array:
+            return sum(label_counts(tasks, jax.tree.map(lambda leaf: leaf[None], row)).values(), jnp.zeros(()))
+
+        return (jax.vmap(count)(batch) > 0).sum()
+
     leaves = leaves_of(params)
     total: Any = {path: jnp.zeros(leaves[path].shape, jnp.float32) for path in paths}
     count = 0
     for number, batch in enumerate(_batches(kind, tasks, examples, batching, seed, place)):
         total = add(total, params, batch, jax.random.fold_in(jax.random.key(seed), number))
-        count += len(batch.tokens)
-    return {path: np.asarray(leaf) / np.float32(count) for path, leaf in total.items()}
+        count += len(batch.tokens) if kind.labels == "model" else int(labelled(batch))
+    return {path: np.asarray(leaf) / np.float32(max(count, 1)) for path, leaf in total.items()}
 
 
 def draw(task: Task, outputs: jax.Array, labels: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mtl_jax.progress import Progress as Progress
+from mtl_jax.training.evaluation import for_json
 
 
 class Logger:
@@ -45,7 +46,7 @@ class Logger:
         """
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step, **for_json(values)}) + "\n")
         for name, value in values.items() if self._board is not None else ():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{name}", value, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,7 @@ class _Run:
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
+        self.undefined: set[str] = set()  # tasks whose metric was said to be undefined
         self.references = References(prepared, folder)
 
     def train(self, state: TrainState, step: int) -> dict[str, Any]:
@@ -258,7 +260,8 @@ class _Run:
         trained, _ = freezing.split(state.params, plan.mask)
         return state._replace(average=self.collect(state.average, trained))
 
-    def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float:
+    def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float | None:
+        """The dev criterion; None where it is not a number."""
         dev = self.prepared.corpus.splits["dev"]
         apply = self.outputs_by_look_up if plan.cached else self.outputs
         batching = self.experiment.batch
@@ -268,6 +271,14 @@ class _Run:
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": x for task, metrics in scores.items() for metric, x in metrics.items()}
         self.logger.write("dev", step, {**record, "criterion": value, "phase": plan.number})
+        for task, line in evaluation.undefined(self.tasks, scores, "dev").items():
+            if task not in self.undefined:
+                self.undefined.add(task)
+                log.warning("step %d: the %s; it counts as 0 where checkpoints are compared", step, line)
+        if math.isnan(value):
+            log.warning("step %d: the dev criterion is not a number, so this checkpoint cannot be the best", step)
+            self.counts.evaluations_since_best += 1
+            return None
         if self.counts.best is None or value >= self.counts.best:
             self.counts.best, self.counts.evaluations_since_best = value, 0
         else:

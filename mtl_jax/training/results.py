@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.base import known_rows
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.evaluation import score_fixed
+from mtl_jax.training.evaluation import for_json, score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
 def baselines(
     corpus: Corpus, sources: Sequence[Source], kind: str, features_NxH: np.ndarray | None
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {baseline: {metric: value}}} on test.
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{task: {baseline: {metric: value}}} on test; None where a metric is not defined.
 
     Args:
         corpus: The data.
@@ -57,7 +58,7 @@ def baselines(
             fitted = task.probe(features, labels)
             if fitted is not None:
                 scores[task.name]["probe"] = score_fixed(task, fitted, split["test"])
-    return scores
+    return for_json(scores)
 
 
 def _ids(examples: Examples) -> slice:
@@ -90,12 +91,12 @@ def write(
         "seed": experiment.seed,
         "weighting": experiment.weighting,
         "averaging": experiment.averaging,
-        **facts,
+        **for_json(facts),
         "tasks": {
             task.name: {
                 "metric": task.metric,
-                "dev": scores["dev"][task.name],
-                "test": scores["test"][task.name],
+                "dev": for_json(scores["dev"][task.name]),
+                "test": for_json(scores["test"][task.name]),
                 "baselines": compared.get(task.name, {}),
                 **({"signatures": signatures[task.name]} if signatures[task.name] else {}),
             }
@@ -158,10 +159,15 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     rows, lost = [], []
     for name, task in tasks.items():
         metric = task["metric"]
-        own = [run["tasks"][name]["test"][metric] for run in runs]
+        own = [number(run["tasks"][name]["test"][metric]) for run in runs]
         all_ = [run["tasks"][name]["baselines"] for run in runs]
-        others = {kind: [found[kind][metric] for found in all_] for kind in kinds if all(kind in found for found in all_)}
+        others = {
+            kind: [number(found[kind][metric]) for found in all_] for kind in kinds if all(kind in found for found in all_)
+        }
         rows.append([name, metric, *(_cell(others[kind]) if kind in others else "" for kind in kinds), _cell(own)])
+        if np.isnan(own).any():
+            lost.append(f"{name}: test {metric} is not defined (predictions or labels are constant, or not finite)")
+            continue
         for kind, other in others.items():
             difference = float(np.mean(own) - np.mean(other))
             if ties(difference, _deviation(own), _deviation(other)) or _shown(own) == _shown(other):
@@ -175,6 +181,11 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 BASELINE_NAMES = {"constant": "majority / mean", "lead": "first sentence", "probe": "linear probe"}
+
+
+def number(value: float | None) -> float:
+    """A metric of results.json: NaN where it is null, because it is not defined."""
+    return math.nan if value is None else value
 
 
 def ties(difference: float, *deviations: float | None) -> bool:
@@ -196,6 +207,8 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def _cell(values: Sequence[float]) -> str:
+    if np.isnan(values).any():
+        return "undefined"
     deviation = _deviation(values)
     return _shown(values) if deviation is None else f"{_shown(values)} ± {deviation:.4f}"
 
@@ -203,8 +216,9 @@ def _cell(values: Sequence[float]) -> str:
 def _ending(run: dict[str, Any]) -> str:
     if "merged" in run:
         merged = f"{count(run['merged']['sources'], 'run')} merged by {run['merged']['method']}"
-        return f"{merged}: dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
+        criterion = number(run["best_criterion"])
+        return f"{merged}: dev criterion {criterion:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     return (
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
-        f"dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
+        f"dev criterion {number(run['best_criterion']):.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     )

@@ -33,8 +33,10 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
     With n_k = |g_k|, the relative inverse training rate r_k = (L_k / L_k(first)) over its mean, and the target
     t_k = mean(w n) r_k^alpha, held constant: w follows the gradient of sum_k |w_k n_k - t_k|, is kept above 0 and rescaled to
     sum to K. The first losses are those of the first step in which a task is present. The paper compares gradients in the last
-    shared layer: set gram_over to it. Departs from it by Adam on w, so that the gradients' scale does not matter. Heads follow
-    their plain losses, as in LibMTL; the paper differentiates the weighted sum by all parameters.
+    shared layer: set gram_over to it. Departs from it by Adam on w, and by lengths that are scaled in each step, to a longest
+    one of 1, so that the gradients' scale does not matter: where that changes from step to step, Adam's averages, and so the
+    weights, differ by a few percent from those of lengths as they are. Heads follow their plain losses, as in LibMTL; the paper
+    differentiates the weighted sum by all parameters.
 
     Args:
         alpha: How strongly slow tasks are pulled; not negative.

@@ -69,7 +69,7 @@ def _learned(
     weights: Callable[[jax.Array], jax.Array],
     bounds: tuple[float, float],
 ) -> Rule:
-    """A rule with a learned number s a task, within bounds; objective is f32[K] of (s, losses), weights its derivative."""
+    """A rule with a learned number s for each task: an objective f32[K] of (s, losses), its derivative by them, bounds of s."""
     number(f"weighting {name}: learning_rate", learning_rate, above=0)
     adam = optax.adam(learning_rate)
 

@@ -61,7 +61,23 @@ def test_regression_metrics_by_hand():
     assert found["spearman"] == pytest.approx(1.0)
     assert found["pearson"] == pytest.approx(np.corrcoef([1.0, 1.2, 10.0], labels)[0, 1])
     assert found["mean_absolute_error"] == pytest.approx((0 + 0.8 + 6) / 3)
-    assert RATING.scores(np.ones((3, 1)), labels)["pearson"] == 0.0  # constant predictions
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 2.0, 4.0]),
+        ([1.0, 2.0, 4.0], [3.0, 3.0, 3.0]),
+        ([1.0, np.nan, 2.0], [1.0, 2.0, 4.0]),
+        ([np.nan] * 3, [1.0, 2.0, 4.0]),
+        ([1.0, np.inf, 2.0], [1.0, 2.0, 4.0]),
+        ([1.0], [1.0]),
+    ],
+)
+def test_a_correlation_that_is_not_defined_is_nan(predicted, labels):
+    found = RATING.scores(np.array(predicted, np.float32)[:, None], np.array(labels, np.float32))
+    assert np.isnan([found["pearson"], found["spearman"]]).all()
+    assert np.isfinite(found["mean_absolute_error"]) == np.isfinite(predicted).all()
 
 
 def test_constant_baselines():

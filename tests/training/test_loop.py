@@ -7,14 +7,14 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Phase
+from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Phase, report
 from mtl_jax.data.examples import Examples
 from mtl_jax.errors import UserError
 from mtl_jax.progress import Progress
-from mtl_jax.training import results
+from mtl_jax.training import evaluation, results
 from mtl_jax.training.checkpoint import Store
 from mtl_jax.training.counts import other_work
-from mtl_jax.training.evaluation import criterion, score_fixed
+from mtl_jax.training.evaluation import criterion, score_fixed, undefined
 from mtl_jax.training.logs import read_metrics
 
 
@@ -232,6 +232,52 @@ def test_criteria():
     assert criterion("mean", tasks, scores) == pytest.approx(0.7)
     assert criterion("coarse", tasks, scores) == 0.9
     assert criterion("rating/spearman", tasks, scores) == 0.1
+
+
+@pytest.mark.parametrize("name", ["mean", "rating", "rating/pearson"])
+def test_a_metric_that_is_not_defined_counts_as_0_and_a_broken_model_as_nothing(name):
+    """Constant predictions say as much as none; where the loss is not finite, nothing may look better than it."""
+    tasks, nan = (tiny.experiment("", "").tasks)[:2], float("nan")
+    scores = {"rating": {"loss": 1.0, "pearson": nan, "spearman": nan}, "coarse": {"loss": 1.0, "accuracy": 0.9}}
+    assert criterion(name, tasks, scores) == pytest.approx(0.45 if name == "mean" else 0.0)
+    (line,) = undefined(tasks, scores, "dev").values()
+    assert line.startswith("dev pearson of task 'rating' is not defined")
+    scores["rating"]["loss"] = nan
+    assert np.isnan(criterion(name, tasks, scores))
+
+
+def test_a_run_says_what_is_not_defined(bert, data, tmp_path, monkeypatch, caplog):
+    """The first evaluation is broken, the second has constant predictions: logged, null in the files, and never the best."""
+    caplog.set_level("WARNING", logger="mtl_jax")
+    kept, broken = evaluation.score, [{"loss": np.nan, "pearson": np.nan}, {"pearson": np.nan}]
+
+    def score(*arguments):
+        scores = kept(*arguments)
+        return scores | {"rating": scores["rating"] | (broken.pop(0) if broken else {})}
+
+    monkeypatch.setattr(evaluation, "score", score)
+    experiment = tiny.experiment(bert, data, evaluation=Evaluation(every=4, baseline="constant"))
+    found = mtl_jax.train(experiment, tmp_path)
+    told = [record.getMessage() for record in caplog.records if "defined" in record.message or "criterion" in record.message]
+    assert told == [
+        "step 4: the dev pearson of task 'rating' is not defined (its predictions or labels are constant, or not finite); "
+        "it counts as 0 where checkpoints are compared",
+        "step 4: the dev criterion is not a number, so this checkpoint cannot be the best",
+    ]
+    dev = records(tmp_path, "dev")
+    assert [record["rating/pearson"] is None for record in dev] == [True, True, False, False]
+    assert [record["criterion"] is None for record in dev] == [True, False, False, False]
+    assert found["best_step"] > 4
+    assert found["tasks"]["rating"]["baselines"]["constant"]["pearson"] is None  # the mean is a constant
+    for name in ("results.json", "baselines.json"):
+        assert "NaN" not in (tmp_path / name).read_text()
+    assert "| undefined " in results.table([found])
+    report.write([tmp_path], tmp_path / "report")
+    assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
+    lost = json.loads(json.dumps(found))
+    lost["tasks"]["rating"]["test"]["pearson"] = None
+    assert "rating: test pearson is not defined" in results.table([lost])
+    assert "Beats every baseline" not in results.table([lost])
 
 
 def test_scores_leave_out_examples_without_a_label():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -18,7 +18,8 @@ from mtl_jax.ablating import ablate, take
 from mtl_jax.commands import summarize, translate
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment
-from mtl_jax.lines import lines_of, object_of, read_bytes
+from mtl_jax.files import reason, refusal, shown, to_json
+from mtl_jax.lines import flush_output, lines_of, object_of, print_lines, read_bytes
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, goes on
@@ -101,8 +102,7 @@ def predict(
     if file.endswith(".jsonl"):
         numbered = enumerate(rows, start=1)
         rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
-    for answer in prediction.predict(workdir, task, [*text, *rows]):
-        print(json.dumps(answer, ensure_ascii=False))
+    print_lines(to_json(answer, ensure_ascii=False) for answer in prediction.predict(workdir, task, [*text, *rows]))
 
 
 def evaluate(
@@ -122,7 +122,7 @@ def evaluate(
     """
     from mtl_jax import prediction
 
-    print(json.dumps(prediction.evaluate(workdir, task, path, format)))
+    print_lines([to_json(prediction.evaluate(workdir, task, path, format))])
 
 
 def convert(
@@ -247,7 +247,19 @@ def run(command: Callable[[], None]) -> None:
     """Runs a command; what is the user's to mend becomes one line on standard error and an exit code, as in main()."""
     _log_to_stderr()
     try:
-        command()
+        try:
+            command()
+        except (UserError, Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # a write that nothing nearer to it has told of
+            refused = refusal(error)
+            if refused is None:
+                raise
+            with contextlib.suppress(UserError):
+                flush_output()  # or Python tries once more when it ends
+            where = getattr(error, "filename", None) or "a file"
+            raise UserError(f"{shown(where)}: cannot be read or written ({reason(refused)})") from error
+        flush_output()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

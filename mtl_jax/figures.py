@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure
 
+from mtl_jax.files import write_bytes
+
 
 def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], path: Path) -> None:
     """Training loss, dev metric and weight of every task over the steps.
@@ -21,6 +25,9 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
         records: Records of metrics.jsonl.
         tasks: (task, its metric) in order.
         path: The PNG to write.
+
+    Raises:
+        UserError: It cannot be written.
     """
     train = [record for record in records if record["kind"] == "train"]
     dev = [record for record in records if record["kind"] == "dev"]
@@ -29,10 +36,12 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
     for number, (task, metric) in enumerate(tasks):
         style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.4}
         steps = [record["step"] for record in train]
-        loss_axis.plot(steps, _smooth([record[f"loss/{task}"] for record in train]), label=task, **style)
-        dev_axis.plot([r["step"] for r in dev], [r[f"{task}/{metric}"] for r in dev], marker="o", markersize=3, **style)
-        weight_axis.plot(steps, [record[f"weight/{task}"] for record in train], **style)
-    starts = [b["step"] for a, b in itertools.pairwise(train) if a["phase"] != b["phase"]]
+        loss_axis.plot(steps, _smooth([record.get(f"loss/{task}", math.nan) for record in train]), label=task, **style)
+        dev_axis.plot(
+            [r["step"] for r in dev], [r.get(f"{task}/{metric}", math.nan) for r in dev], marker="o", markersize=3, **style
+        )
+        weight_axis.plot(steps, [record.get(f"weight/{task}", math.nan) for record in train], **style)
+    starts = [b["step"] for a, b in itertools.pairwise(train) if a.get("phase") != b.get("phase")]
     titles = ("training loss (running mean)", "dev metric", "loss weight")
     for axis, title in zip((loss_axis, dev_axis, weight_axis), titles, strict=True):
         axis.set_title(title)
@@ -42,7 +51,19 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
             axis.axvline(start, color="0.6", linestyle=":", linewidth=1)
     weight_axis.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=min(len(tasks), 7), frameon=False)
-    figure.savefig(path, dpi=110)
+    write_bytes(path, png(figure))
+
+
+def png(figure: Figure, **options: Any) -> bytes:
+    """A figure as the bytes of a PNG.
+
+    Args:
+        figure: The figure.
+        options: As savefig() takes them.
+    """
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110, **options)
+    return data.getvalue()
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
@@ -72,4 +93,4 @@ def bands(series: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, ac
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=min(len(series), 4), fontsize="small", frameon=False)
-    figure.savefig(path, dpi=110)
+    write_bytes(path, png(figure))

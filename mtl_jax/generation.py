@@ -17,9 +17,12 @@ import numpy as np
 from mtl_jax import decoding
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.errors import Interrupted, UserError
+from mtl_jax.files import number_of
 from mtl_jax.journal import Journal, digest
 from mtl_jax.long_texts import divide
 from mtl_jax.progress import Progress
+from mtl_jax.shapes import anything, list_of, number, object_of
+from mtl_jax.shapes import text as string
 from mtl_jax.text_model import TextModel
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,8 @@ class Answered(NamedTuple):
     ended: bool
 
 
+# A finished source in a journal.
+ITEM = object_of({"texts": list_of(string), "scores": list_of(number), "ended": anything})
 BLANK = Answered((), (), True)
 
 
@@ -242,7 +247,10 @@ def _joined(items: list[Any]) -> Answered:
         return BLANK
     return Answered(
         tuple(" ".join(filter(None, texts)) for texts in zip(*(item["texts"] for item in items), strict=True)),
-        tuple(float(np.mean(scores)) for scores in zip(*(item["scores"] for item in items), strict=True)),
+        tuple(
+            float(np.mean([number_of(score) for score in scores]))
+            for scores in zip(*(item["scores"] for item in items), strict=True)
+        ),
         all(item["ended"] for item in items),
     )
 

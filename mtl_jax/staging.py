@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtl_jax.errors import UserError
+from mtl_jax.files import writing
 
 
 @contextlib.contextmanager
@@ -21,18 +21,15 @@ def staged(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder cannot be written.
     """
-    try:
+    with writing(folder):
         place = folder.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
-        yield staging
-        staging.chmod(0o755)  # temporary directories are for their owner alone
-        _move(staging, place)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        with writing(folder):
+            yield staging
+            staging.chmod(0o755)  # temporary directories are for their owner alone
+            _move(staging, place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

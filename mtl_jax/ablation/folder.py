@@ -49,10 +49,14 @@ def opened(folder: Path, record: dict[str, Any]) -> list[Program]:
         folder: Its workdir.
         record: ablation.json.
     """
-    configs = [workdirs.read_json(of_run(folder, run["run"]) / "config.json") for run in record["runs"]]
-    return programs(
-        [Run(run["run"], run["values"], from_json(config)) for run, config in zip(record["runs"], configs, strict=True)]
-    )
+    found = []
+    for run in record["runs"]:
+        file = of_run(folder, run["run"]) / "config.json"
+        found.append(Run(run["run"], run["values"], from_json(workdirs.read_json(file), str(file))))
+    planned = programs(found)
+    if len(record["programs"]) != len(planned):
+        raise workdirs.damaged(folder / RECORD, f"it has {len(record['programs'])} programs, and its runs make {len(planned)}")
+    return planned
 
 
 def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
@@ -71,6 +75,8 @@ def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
     there = {run["run"] for run in before["runs"]}
     if there != set(wanted):
         raise UserError(f"{folder}: begun with {len(there)} runs, and these are {len(wanted)}; choose another --workdir")
+    if len(before["programs"]) != len(planned):
+        raise workdirs.damaged(folder / RECORD, f"it has {len(before['programs'])} programs, and its runs make {len(planned)}")
     for name, config in wanted.items():
         workdirs.changed(of_run(folder, name), config, False, completed)
     return before

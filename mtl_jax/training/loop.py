@@ -59,10 +59,9 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
             f"{folder}: a merged model; to train it, begin from it in another --workdir by --init-from.path {folder}"
         )
     changed = workdirs.changed(folder, config, allow_config_change, completed)
-    done = workdirs.read_json(folder / "results.json")
-    if done is not None and not changed:
+    if (folder / "results.json").exists() and not changed:
         log.info("%s is done", folder)
-        return done
+        return results.read(folder)
     prepared = prepare(experiment)
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     if not changed:

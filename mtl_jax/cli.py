@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from mtl_jax.ablating import ablate, take
 from mtl_jax.commands import summarize, translate
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, HeadWeights
-from mtl_jax.lines import lines_of, object_of, read_bytes
+from mtl_jax.files import reason, refusal, shown, to_json
+from mtl_jax.lines import flush_output, lines_of, object_of, print_lines, read_bytes
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, goes on
@@ -139,8 +139,7 @@ def predict(
     if file.endswith(".jsonl"):
         numbered = enumerate(rows, start=1)
         rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
-    for answer in prediction.predict(workdir, task, [*text, *rows]):
-        print(json.dumps(answer, ensure_ascii=False, allow_nan=False))
+    print_lines(to_json(answer, ensure_ascii=False) for answer in prediction.predict(workdir, task, [*text, *rows]))
 
 
 def evaluate(
@@ -160,9 +159,7 @@ def evaluate(
     """
     from mtl_jax import prediction
 
-    scores = prediction.evaluate(workdir, task, path, format)
-    strict = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in scores.items()}
-    print(json.dumps(strict, allow_nan=False))
+    print_lines([to_json(prediction.evaluate(workdir, task, path, format))])
 
 
 def convert(
@@ -287,7 +284,19 @@ def run(command: Callable[[], None]) -> None:
     """Runs a command; what is the user's to mend becomes one line on standard error and an exit code, as in main()."""
     _log_to_stderr()
     try:
-        command()
+        try:
+            command()
+        except (UserError, Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # a write that nothing nearer to it has told of
+            refused = refusal(error)
+            if refused is None:
+                raise
+            with contextlib.suppress(UserError):
+                flush_output()  # or Python tries once more when it ends
+            where = getattr(error, "filename", None) or "a file"
+            raise UserError(f"{shown(where)}: cannot be read or written ({reason(refused)})") from error
+        flush_output()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 
 from mtl_jax.errors import UserError, listed
+from mtl_jax.files import to_json
 from mtl_jax.journal import Journal, check_writable
 from mtl_jax.lines import STANDARD_INPUT, STANDARD_OUTPUT, kind_of, lines_of, object_of, print_lines, read_bytes
 from mtl_jax.progress import Progress
@@ -253,7 +254,7 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
         journal = None
         if output is not None:
             made_from = generation.made_from(model, given.texts, config, work.rows, search.seed)
-            journal = Journal(output, {"command": command.name, **made_from, "limit": limit, "long": long})
+            journal = Journal(output, {"command": command.name, **made_from, "limit": limit, "long": long}, generation.ITEM)
             stack.callback(journal.close)
         progress = None
         if not text:
@@ -349,4 +350,4 @@ def _line(given: _Input, place: int, answer: Answered, field: str, scores: bool)
     added: dict[str, Any] = {field: texts if several else "".join(texts)}
     if scores:
         added[f"{field}_score"] = numbers if several else next(iter(numbers), None)
-    return json.dumps(found | added, ensure_ascii=False)
+    return to_json(found | added, ensure_ascii=False)

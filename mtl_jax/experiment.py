@@ -12,14 +12,15 @@ from typing import Any, Literal, cast
 import cattrs
 from cattrs.strategies import configure_tagged_union
 
+from mtl_jax import bounds, weighting
 from mtl_jax import optimizer as optimizers
-from mtl_jax import weighting
 from mtl_jax.configuration import Configuration
 from mtl_jax.counting import count
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, listed, unknown
+from mtl_jax.files import to_json as strict
 from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import adapters as adapting
@@ -219,6 +220,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         UserError: One line that names the field.
     """
+    bounds.check(experiment, coarse=True)  # what the checks below could not take; they say more than the last one
     for what, names in {
         "task": [t.name for t in experiment.tasks],
         "source": [s.name for s in experiment.sources],
@@ -293,6 +295,7 @@ def check(experiment: Experiment) -> None:
     batches.check(experiment.batch)
     optimizers.check(experiment.optimizer)
     averaging.make(experiment.averaging)
+    bounds.check(experiment)
 
 
 def _check_some_weight(experiment: Experiment, phase: Phase, steps: range) -> None:
@@ -321,16 +324,41 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
     return _converter().unstructure(experiment)
 
 
-def from_json(values: Mapping[str, Any]) -> Experiment:
-    """The inverse of to_json."""
-    return _converter().structure(values, Experiment)
+def from_json(values: Any, where: str = "config.json") -> Experiment:
+    """The inverse of to_json.
+
+    Args:
+        values: Parsed JSON.
+        where: The file that they are from, for errors.
+
+    Raises:
+        UserError: They are not those of an experiment, or a number is none that a field can have.
+    """
+    experiment: Experiment = _structured(values, Experiment, where)
+    try:
+        bounds.check(experiment, leave_out=bounds.SEEDS)  # earlier versions took any
+    except UserError as error:
+        raise UserError(f"{where}: not what mtl_jax wrote ({error})") from error
+    return experiment
+
+
+def _structured(values: Any, kind: Any, where: str) -> Any:
+    try:
+        return _converter().structure(values, kind)
+    # A union's kind that is not known or not a text: cattrs looks it up as it is.
+    except (cattrs.BaseValidationError, AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        told = cattrs.transform_error(error) if isinstance(error, cattrs.BaseValidationError) else [repr(error)]
+        raise UserError(
+            f"{where}: not what mtl_jax wrote ({told[0].replace(' @ $.', ' at ').replace(' @ $', '')[:200]}); it may be of "
+            "another version, or damaged"
+        ) from error
 
 
 def completed(values: Any) -> Any:
     """A configuration that an earlier version wrote, with the fields that came later at their defaults; else as it is."""
     try:
-        return json.loads(json.dumps(to_json(from_json(values))))
-    except (cattrs.BaseValidationError, AttributeError, KeyError, TypeError):
+        return json.loads(strict(to_json(_structured(values, Experiment, ""))))
+    except UserError:
         return values  # of another shape: whatever differs will be shown
 
 
@@ -339,10 +367,13 @@ def tasks_to_json(tasks: Sequence[AnyTask]) -> dict[str, Any]:
     return {task.name: _converter().unstructure(task, AnyTask) for task in tasks}
 
 
-def tasks_from_json(values: Mapping[str, Any]) -> tuple[AnyTask, ...]:
-    """The inverse of tasks_to_json."""
-    converter, kind = _converter(), cast(Any, AnyTask)
-    return tuple(converter.structure(value, kind) for value in values.values())
+def tasks_from_json(values: Mapping[str, Any], where: str = "data.json") -> tuple[AnyTask, ...]:
+    """The inverse of tasks_to_json.
+
+    Raises:
+        UserError: They are not those of tasks.
+    """
+    return tuple(_structured(value, AnyTask, where) for value in values.values())
 
 
 def _head_weights(value: Any, _: Any) -> HeadWeights:
@@ -354,12 +385,18 @@ def _head_weights(value: Any, _: Any) -> HeadWeights:
 @functools.cache  # making one takes a tenth of a second
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(float | str, lambda value, _: value)
+    converter.register_structure_hook(float | str, _number_or_text)
     converter.register_structure_hook(HeadWeights, _head_weights)
+    # JSON has no infinity: unbounded is written as a text. Before the unions, whose hooks are made from those there are.
+    converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))
     configure_tagged_union(AnyTrunk, converter, tag_name="kind")
     configure_tagged_union(AnyTask, converter, tag_name="kind")
     configure_tagged_union(AnyAdapter, converter, tag_name="kind")
     configure_tagged_union(AnyRegulariser, converter, tag_name="kind")
-    # JSON has no infinity: unbounded is written as a string.
-    converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))
     return converter
+
+
+def _number_or_text(value: Any, _: Any) -> float | str:
+    if not isinstance(value, (int, float, str)):
+        raise ValueError(f"{value!r} is not a number or a text")
+    return value

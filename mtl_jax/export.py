@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from mtl_jax import locks, pretrained, trunks
 from mtl_jax.errors import UserError, listed
+from mtl_jax.files import write_json
 from mtl_jax.prediction import Run, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.marian_bart import fields_of
@@ -195,4 +195,4 @@ def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale:
 
 def _write_json(file: Path, value: Any) -> None:
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(file, value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ matplotlib.use("Agg", force=False)
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mtl_jax.files import write_bytes
+
 DASH = 4.0  # widths of a line
 
 
@@ -25,26 +29,29 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
         records: Records of metrics.jsonl.
         tasks: (task, its metric) in order.
         path: The PNG to write.
+
+    Raises:
+        UserError: It cannot be written.
     """
     train = [record for record in records if record["kind"] == "train"]
     dev = [record for record in records if record["kind"] == "dev"]
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     loss_axis, dev_axis, weight_axis = figure.subplots(1, 3)
     steps, measured = [record["step"] for record in train], [record["step"] for record in dev]
+
+    def values(records: Sequence[dict[str, Any]], name: str) -> list[float]:
+        return [record.get(name, math.nan) for record in records]
+
     drawn: tuple[tuple[Any, list[tuple[Any, Any]], dict[str, Any]], ...] = (
-        (loss_axis, [(steps, _smooth([record[f"loss/{task}"] for record in train])) for task, _ in tasks], {}),
-        (
-            dev_axis,
-            [(measured, [r[f"{task}/{metric}"] for r in dev]) for task, metric in tasks],
-            {"marker": "o", "markersize": 3},
-        ),
-        (weight_axis, [(steps, [record[f"weight/{task}"] for record in train]) for task, _ in tasks], {}),
+        (loss_axis, [(steps, _smooth(values(train, f"loss/{task}"))) for task, _ in tasks], {}),
+        (dev_axis, [(measured, values(dev, f"{task}/{metric}")) for task, metric in tasks], {"marker": "o", "markersize": 3}),
+        (weight_axis, [(steps, values(train, f"weight/{task}")) for task, _ in tasks], {}),
     )
     for axis, lines, style in drawn:
         for number, ((x, y), turn) in enumerate(zip(lines, in_turns(lines), strict=True)):
             color = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.4}
             axis.plot(x, y, **(color | style | turn))
-    starts = [b["step"] for a, b in itertools.pairwise(train) if a["phase"] != b["phase"]]
+    starts = [b["step"] for a, b in itertools.pairwise(train) if a.get("phase") != b.get("phase")]
     titles = ("training loss (running mean)", "dev metric", "loss weight")
     for axis, title in zip((loss_axis, dev_axis, weight_axis), titles, strict=True):
         axis.set_title(title)
@@ -56,7 +63,19 @@ def curves(records: Sequence[dict[str, Any]], tasks: Sequence[tuple[str, str]], 
     handles = [Line2D([], [], color=f"C{n % 10}", linestyle="-" if n < 10 else "--") for n in range(len(tasks))]
     names = [f" {task}" for task, _ in tasks]  # one that began with _ would be left out
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(tasks), 7), frameon=False)
-    figure.savefig(path, dpi=110)
+    write_bytes(path, png(figure))
+
+
+def png(figure: Figure, **options: Any) -> bytes:
+    """A figure as the bytes of a PNG.
+
+    Args:
+        figure: The figure.
+        options: As savefig() takes them.
+    """
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110, **options)
+    return data.getvalue()
 
 
 def lying_together(lines: Sequence[tuple[ArrayLike, ArrayLike]]) -> list[tuple[int, ...]]:
@@ -127,4 +146,4 @@ def bands(series: Mapping[str, Mapping[int, Sequence[float]]], path: Path, *, ac
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=min(len(series), 4), fontsize="small", frameon=False)
-    figure.savefig(path, dpi=110)
+    write_bytes(path, png(figure))

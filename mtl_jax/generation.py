@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from mtl_jax import decoding
+from mtl_jax import decoding, files
 from mtl_jax.counting import count as number_of
 from mtl_jax.data.tokens import RowError
 from mtl_jax.decoding import GenerationConfig
@@ -23,6 +23,8 @@ from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.journal import Journal, digest
 from mtl_jax.long_texts import divide
 from mtl_jax.progress import Progress
+from mtl_jax.shapes import anything, list_of, number, object_of
+from mtl_jax.shapes import text as string
 from mtl_jax.text_model import TextModel
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class Answered(NamedTuple):
     ended: bool
 
 
+# A finished source in a journal.
+ITEM = object_of({"texts": list_of(string), "scores": list_of(number), "ended": anything})
 BLANK = Answered((), (), True)
 
 
@@ -266,7 +270,10 @@ def _joined(items: list[Any]) -> Answered:
         return BLANK
     return Answered(
         tuple(" ".join(filter(None, texts)) for texts in zip(*(item["texts"] for item in items), strict=True)),
-        tuple(float(np.mean(scores)) for scores in zip(*(item["scores"] for item in items), strict=True)),
+        tuple(
+            float(np.mean([files.number_of(score) for score in scores]))
+            for scores in zip(*(item["scores"] for item in items), strict=True)
+        ),
         all(item["ended"] for item in items),
     )
 

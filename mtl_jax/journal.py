@@ -19,7 +19,9 @@ import numpy as np
 
 from mtl_jax import locks
 from mtl_jax.errors import UserError
+from mtl_jax.files import to_json
 from mtl_jax.pretrained.tensors import Location
+from mtl_jax.shapes import Shape, anything, whole
 
 SUFFIX = ".part"
 _MARK = "partial"
@@ -33,6 +35,8 @@ class Journal:
     Args:
         output: The file to make. What is there stays until finish().
         made_from: What decides the result, by names that an error can show: the input, the model, every option. JSON values.
+        item: What is wrong with a finished item as it was read, "" where nothing is. Items from the first wrong one on are
+            made again.
 
     Attributes:
         done: Finished items, by their number.
@@ -44,31 +48,31 @@ class Journal:
 
     done: dict[int, Any]
 
-    def __init__(self, output: Path, made_from: Mapping[str, Any]):
+    def __init__(self, output: Path, made_from: Mapping[str, Any], item: Shape = anything):
         self.output, self.part = output, part_of(output)
         try:
             self._file = _opened(self.part)
         except OSError as error:
             raise UserError(f"{self.part}: cannot be written ({error.strerror})") from error
         try:
-            self.done = self._begin(_line({_MARK: True, **made_from}))
+            self.done = self._begin(_line({_MARK: True, **made_from}), item)
         except BaseException:
             self._file.close()
             raise
 
-    def _begin(self, header: bytes) -> dict[int, Any]:
+    def _begin(self, header: bytes, item: Shape) -> dict[int, Any]:
         """The items that are there; what follows them is cut off, and nothing is changed if the file is not this output's."""
         try:
             found = self._file.read()
-            if found and not found.startswith(_MARKED):
-                raise UserError(f"{self.part}: in the way, and not what an interrupted command left; move it elsewhere")
             lines = found.split(b"\n")[:-1]  # what follows the last line feed was not written to its end
+            if found and not (found.startswith(_MARKED) and all(map(_is_object, lines[:1]))):
+                raise UserError(f"{self.part}: in the way, and not what an interrupted command left; move it elsewhere")
             if len(lines) > 1 and lines[0] + b"\n" != header:
                 raise UserError(
                     f"{self.part}: an interrupted command left it that had other values of {_changes(lines[0], header)}; "
                     "repeat that command to go on, or delete the file to begin anew"
                 )
-            done = _items(lines[1:])
+            done = _items(lines[1:], item)
             kept = lines[: 1 + len(done)] if done else [header[:-1]]
             self._file.seek(0)
             self._file.write(b"".join(line + b"\n" for line in kept))
@@ -217,18 +221,25 @@ def _opened(part: Path) -> BinaryIO:
 
 
 def _line(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    return (to_json(value, ensure_ascii=False) + "\n").encode()
 
 
-def _items(lines: list[bytes]) -> dict[int, Any]:
-    """Items by number, up to the first line that is none: a disk that lost power may hold anything from there on."""
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _items(lines: list[bytes], shape: Shape) -> dict[int, Any]:
+    """Items by number, up to the first line that is not one: a disk that lost power may hold anything from there on."""
     done: dict[int, Any] = {}
     for line in lines:
         try:
             number, item = json.loads(line)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             break
-        if not isinstance(number, int) or number in done:
+        if whole(number) or number < 0 or number in done or shape(item):
             break
         done[number] = item
     return done

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,26 @@ def print_lines(lines: Iterable[str]) -> None:
     Raises:
         UserError: They cannot be written: the disk is full, or what reads them has ended.
     """
-    try:
+    with _printing():
         sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
-        sys.stdout.flush()
+
+
+def flush_output() -> None:
+    """Puts out what was printed.
+
+    Raises:
+        UserError: As in print_lines().
+    """
+    with _printing():
+        pass
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
         # Python tries once more when it ends; then there must be no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_jax import locks
-from mtl_jax.errors import UserError
+from mtl_jax.files import writing
 
 
 @contextlib.contextmanager
@@ -22,19 +22,16 @@ def staged(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder cannot be written, or a process trains in it.
     """
-    try:
+    with writing(folder):
         place = folder.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
-        yield staging
-        staging.chmod(0o755)  # temporary directories are for their owner alone
-        locks.check_free(place)
-        _move(staging, place)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        with writing(folder):
+            yield staging
+            staging.chmod(0o755)  # temporary directories are for their owner alone
+            locks.check_free(place)
+            _move(staging, place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

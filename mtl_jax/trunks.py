@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cattrs
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from mtl_jax.configuration import Configuration
 from mtl_jax.data import vocabulary
 from mtl_jax.data.coverage import Tables
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.files import reason, write_json, writing
 from mtl_jax.models.embedding import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.encoded import token_table as token_table
 from mtl_jax.models.encoder import Encoder
@@ -284,18 +285,23 @@ def width(trunk: Trunk, params: Any) -> int:
 
 
 def save(trunk: Trunk, folder: Path) -> None:
-    """Writes what opening the trunk again needs, except what trains: configuration, tokenizer, parameters beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trunk.tokenizer.save_pretrained(folder)
-    if trunk.raw is None:
-        name, sizes = "trunk.json", dataclasses.asdict(trunk.module.config)
-    else:
-        name, sizes = "config.json", dict(trunk.raw)
-        flat = traverse_util.flatten_dict(trunk.beside, sep="/")
-        write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
-        if trunk.location is not None:
-            copy_files(trunk.location, folder, ("generation_config.json",))
-    (folder / name).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    """Writes what opening the trunk again needs, except what trains: configuration, tokenizer, parameters beside it.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        trunk.tokenizer.save_pretrained(folder)
+        if trunk.raw is None:
+            name, sizes = "trunk.json", dataclasses.asdict(trunk.module.config)
+        else:
+            name, sizes = "config.json", dict(trunk.raw)
+            flat = traverse_util.flatten_dict(trunk.beside, sep="/")
+            write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
+            if trunk.location is not None:
+                copy_files(trunk.location, folder, ("generation_config.json",))
+        write_json(folder / name, sizes)
 
 
 def reopen(config: AnyTrunk, folder: Path, dtype: Any) -> Trunk:
@@ -308,10 +314,23 @@ def reopen(config: AnyTrunk, folder: Path, dtype: Any) -> Trunk:
         beside = traverse_util.unflatten_dict(flat, sep="/")
         return Trunk(module, None, tokenizer, UNBOUNDED, raw, beside, location=folder)
     if isinstance(config, Transformer):
-        sizes = Seq2SeqConfig(**read_json(folder, "trunk.json"))
+        sizes = _sizes(Seq2SeqConfig, folder)
         return Trunk(Seq2SeqEncoder(sizes, dtype), None, tokenizer, UNBOUNDED, None, {}, sizes)
-    words = EmbeddingConfig(**read_json(folder, "trunk.json"))
+    words = _sizes(EmbeddingConfig, folder)
     return Trunk(SharedEmbedding(words, dtype), None, tokenizer, UNBOUNDED, None, {})
+
+
+def _sizes(kind: type[Any], folder: Path) -> Any:
+    """The sizes in trunk.json.
+
+    Raises:
+        UserError: They are not those of a trunk.
+    """
+    try:
+        return cattrs.Converter(forbid_extra_keys=True).structure(read_json(folder, "trunk.json"), kind)
+    except (cattrs.BaseValidationError, TypeError, ValueError) as error:
+        told = cattrs.transform_error(error)[0] if isinstance(error, cattrs.BaseValidationError) else reason(error)
+        raise UserError(f"{folder / 'trunk.json'}: not what mtl_jax wrote ({told.replace(' @ $.', ' at ')[:200]})") from error
 
 
 def _word_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:

@@ -51,10 +51,14 @@ def opened(folder: Path, record: dict[str, Any]) -> list[Program]:
         folder: Its workdir.
         record: ablation.json.
     """
-    configs = [workdirs.read_json(of_run(folder, run["run"]) / "config.json") for run in record["runs"]]
-    return programs(
-        [Run(run["run"], run["values"], from_json(config)) for run, config in zip(record["runs"], configs, strict=True)]
-    )
+    found = []
+    for run in record["runs"]:
+        file = of_run(folder, run["run"]) / "config.json"
+        found.append(Run(run["run"], run["values"], from_json(workdirs.read_json(file), str(file))))
+    planned = programs(found)
+    if len(record["programs"]) != len(planned):
+        raise workdirs.damaged(folder / RECORD, f"it has {len(record['programs'])} programs, and its runs make {len(planned)}")
+    return planned
 
 
 def as_begun(folder: Path, experiment: Experiment) -> Experiment:
@@ -82,6 +86,8 @@ def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
         raise UserError(
             f"{folder}: begun with {count(len(there), 'run')}, and these are {len(wanted)}; choose another --workdir"
         )
+    if len(before["programs"]) != len(planned):
+        raise workdirs.damaged(folder / RECORD, f"it has {len(before['programs'])} programs, and its runs make {len(planned)}")
     for name, config in wanted.items():
         workdirs.changed(of_run(folder, name), config, False, completed)
     return before

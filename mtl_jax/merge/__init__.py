@@ -13,6 +13,7 @@ from mtl_jax.merge.method import Method as Method
 from mtl_jax.merge.method import checked
 from mtl_jax.merge.runs import merge_runs
 from mtl_jax.prediction import is_workdir
+from mtl_jax.shapes import anything
 from mtl_jax.training import workdir as workdirs
 
 
@@ -84,7 +85,7 @@ def _check_sources(sources: Sequence[str], base: str) -> None:
         if place in names:
             raise UserError(f"{path}: the same directory as {names[place]}; each counts once")
         names[place] = path
-        config = workdirs.read_json(folder / "config.json")
+        config = workdirs.read_json(folder / "config.json", anything)
         if config is None:
             raise UserError(f"{path}: neither a workdir of a run nor a checkpoint (config.json is missing)")
         if isinstance(config, dict) and "model_type" not in config and not is_workdir(folder):

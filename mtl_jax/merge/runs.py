@@ -17,6 +17,7 @@ import numpy as np
 from mtl_jax import kin, pretrained, staging
 from mtl_jax.errors import UserError, listed
 from mtl_jax.experiment import Checkpoints, to_json
+from mtl_jax.files import writing
 from mtl_jax.merge import checkpoints, measuring, parts
 from mtl_jax.merge.method import Method
 from mtl_jax.merge.parts import TRUNK, Model, Parts
@@ -147,7 +148,8 @@ def _base(name: str, members: Sequence[Member], union: Union) -> Model:
 
 def _write(folder: Path, members: Sequence[Member], union: Union, params: Mapping[str, Any], dev: float | None) -> None:
     """What opening the workdir needs, and the baselines that the runs were compared with."""
-    shutil.copytree(Path(members[0].name) / "trunk", folder / "trunk")
+    with writing(folder):
+        shutil.copytree(Path(members[0].name) / "trunk", folder / "trunk")
     baselines: dict[str, Any] = {}
     for member in reversed(members):
         baselines |= workdirs.read_json(Path(member.name) / "baselines.json") or {}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_jax import locks
 from mtl_jax.errors import UserError
+from mtl_jax.files import write_json, write_text, writing
 from mtl_jax.report.read import ABLATION
 from mtl_jax.report.read import read as read
 
@@ -58,24 +58,16 @@ def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patienc
     out = Path(out)
     if (out / "config.json").exists() and not (out / ABLATION).exists():
         raise UserError(f"{out}: the workdir of a run, whose results.json would be lost; choose another --output")
-    try:
+    with writing(out, "choose another --output"):
         (out / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --output") from error
     groups = statistics.groups(study)
     comparison = statistics.compare(study, groups)
     parts = sections.sections(study, groups, comparison)
     with locks.report(out, patience):
         for figure in sections.drawn(parts):
             render.png(figure, out / "figures" / f"{figure.slug}.png")
-        _write(out / "ablation.csv", tables.to_csv(study))
-        _write(out / "results.json", json.dumps(tables.to_json(study, groups, comparison), indent=2, allow_nan=False) + "\n")
+        write_text(out / "ablation.csv", tables.to_csv(study))
+        write_json(out / "results.json", tables.to_json(study, groups, comparison))
         text = page.html(f"{study.name}: report", study.command, sections.facts(study), parts, sections.footer(study))
-        _write(out / "report.html", text)
+        write_text(out / "report.html", text)
     return out / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -14,7 +14,7 @@ from mtl_jax.errors import UserError, listed
 from mtl_jax.experiment import from_json, select
 from mtl_jax.report.series import Series, of_records
 from mtl_jax.training.logs import read_metrics
-from mtl_jax.training.workdir import differences, read_json
+from mtl_jax.training.workdir import differences, read_json, read_results
 
 ABLATION = "ablation.json"  # a directory that holds it is an ablation: its runs are in runs/
 DONE = "done"
@@ -107,7 +107,8 @@ class _Files:
         """{task: its metric}; read from the configuration where the run is not finished."""
         if self.results:
             return {name: task["metric"] for name, task in self.results["tasks"].items()}
-        return {task.name: task.metric for task in select(from_json(self.config)).tasks} if self.config else {}
+        where = str(self.folder / "config.json")
+        return {task.name: task.metric for task in select(from_json(self.config, where)).tasks} if self.config else {}
 
 
 def read(workdirs: Sequence[Path]) -> Study:
@@ -192,9 +193,10 @@ def _study(
 
 def _files(folder: Path, there: bool) -> _Files:
     config = read_json(folder / "config.json")
+    results = read_results(folder)
     if there and (not isinstance(config, dict) or not {"tasks", "phases"} <= config.keys()):
         raise UserError(f"{folder}: no workdir of a run (its config.json is missing, or is not that of an experiment)")
-    return _Files(folder, config or {}, read_json(folder / "results.json") or {})
+    return _Files(folder, config or {}, results or {})
 
 
 def _tasks(files: Sequence[_Files]) -> dict[str, str]:
@@ -230,10 +232,6 @@ def _run(
     method = values.get("weighting", config.get("weighting", ""))
     fixed = method == "fixed" and all(isinstance(weight, (int, float)) for weight in weights.values())
     ends = list(itertools.accumulate(phase["steps"] for phase in config.get("phases", ())))
-    try:
-        records = read_metrics(files.folder)
-    except ValueError as error:
-        raise UserError(f"{files.folder / 'metrics.jsonl'}: a line is not JSON ({error})") from error
     return Run(
         name=name,
         values={field: values[field] for field in fields if field in values},
@@ -244,7 +242,7 @@ def _run(
         scores={split: {task: _numbers(found[split]) for task, found in scored.items()} for split in SPLITS} if scored else {},
         baselines={task: {kind: _numbers(own) for kind, own in found["baselines"].items()} for task, found in scored.items()},
         facts={key: value for key, value in results.items() if key not in ("tasks", "versions")},
-        curves=of_records(records, tasks, ends[-1] if ends else 0),
+        curves=of_records(read_metrics(files.folder), tasks, ends[-1] if ends else 0),
         phases=tuple(ends[:-1]),
     )
 

@@ -18,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
+from mtl_jax import figures
+from mtl_jax.files import write_bytes
+
 SERIES = 8  # colours; more series than that are not told apart
 TITLE = 0.35  # inches above a panel of a PNG
 WIDTH, HEIGHT = 4.2, 2.9  # inches of a panel: its text is as large as the page's small print, on a phone and beside others
@@ -163,7 +166,7 @@ def _short(text: str, decimals: int) -> str:
 def png(figure: Figure, path: Path) -> None:
     """All panels of a figure in one picture, with its legend."""
     with _style(PAPER):
-        _picture(figure).savefig(path, dpi=110, metadata={"Software": None})
+        write_bytes(path, figures.png(_picture(figure), metadata={"Software": None}))
 
 
 def _picture(figure: Figure) -> Canvas:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import logging
 import math
-from collections.abc import Callable
+import os
+import shutil
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Checkpoints
-from mtl_jax.training import left_out
+from mtl_jax.files import check_room, parse_json, reason, refusal, shown, to_json, write_json, writing
+from mtl_jax.training import left_out, saved
 from mtl_jax.training import mesh as meshes
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer.freezing import path_name
 
 log = logging.getLogger(__name__)
+
+ORBAX = f"{os.sep}orbax{os.sep}"  # in the paths of its code
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
 
 
 class Restored(NamedTuple):
@@ -77,19 +84,21 @@ class Store:
         self.base = base
         self.left_out: dict[str, str] = {}
         self.folder = workdir.resolve() / "checkpoints"
+        self._manager: ocp.CheckpointManager | None = None
+        if read_only:
+            return
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_not_orbax)
+        with writing(self.folder):
+            self._tidy()
+            self._manager = ocp.CheckpointManager(self.folder, options=self._options(config))
+
+    def _options(self, config: Checkpoints) -> ocp.CheckpointManagerOptions:
         keep = AnyPreservationPolicy(
             [LatestN(config.keep), BestN(get_metric_fn=self._dev, n=1, keep_checkpoints_without_metrics=False)]
         )
-        options = ocp.CheckpointManagerOptions(
-            # best_fn has the numbers written, too: without it the best would be forgotten, and deleted, after a restart.
-            best_fn=None if read_only else self._dev,
-            preservation_policy=None if read_only else keep,
-            enable_async_checkpointing=True,
-            read_only=read_only,
-        )
-        if not read_only:
-            self._set_aside_unreadable_numbers()
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # best_fn has the numbers written, too: without it the best would be forgotten, and deleted, after a restart.
+        return ocp.CheckpointManagerOptions(best_fn=self._dev, preservation_policy=keep, enable_async_checkpointing=True)
 
     def save(self, step: int, state: Any, record: dict[str, Any], dev: float | None) -> None:
         """Starts writing; returns once the arrays are copied off the devices.
@@ -102,14 +111,18 @@ class Store:
         """
         if step in self.steps():
             return
+        assert self._manager is not None, "opened to read only"
         state = state._replace(params=left_out.without(state.params, self.left_out))
-        record = {**record, "dev": None if dev is None else {self.criterion: dev}, "arrays": _describe(state._asdict())}
-        record["left_out"] = self.left_out
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), record=ocp.args.JsonSave(record)),
-            metrics=record["dev"] or {},
-        )
+        record = {**record, "dev": None if dev is None else {self.criterion: dev}, "left_out": self.left_out}
+        record = saved.signed({**record, "arrays": saved.describe(state._asdict())})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), record=ocp.args.JsonSave(record))
+        metrics = {} if dev is None or not math.isfinite(dev) else {self.criterion: dev}
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + len(to_json(record))
+        with self._writing():
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:  # orbax's threads, once begun, tell of a full disk on hundreds of lines of their own
+                check_room(self.folder, size)
+            self._manager.save(step, args=items, metrics=metrics)
 
     def latest(self, template: Template) -> Restored | None:
         """The newest checkpoint that can be read whole. Damaged ones after it are reported and set aside in damaged/.
@@ -124,13 +137,14 @@ class Store:
             try:
                 return self.restore(step, template)
             except Damaged as error:
-                log.warning("%s; set aside in damaged/, going back to the checkpoint before it", error)
+                aside = "set aside in damaged/, " if self._manager is not None else ""
+                log.warning("%s; %sgoing back to the checkpoint before it", error, aside)
                 self._set_aside(step)
         return None
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        return saved.steps(self.folder) if self._manager is None else sorted(self._manager.all_steps())
 
     def best(self, read: Callable[[int], Any]) -> Best | None:
         """The checkpoint with the highest dev criterion that can be read, the later one where two are equal.
@@ -141,12 +155,12 @@ class Store:
         measured = []
         for step in self.steps():
             try:
-                dev = (self._record(step)["dev"] or {}).get(self.criterion)
+                dev = self._record(step)["dev"] or {}
             except Damaged as error:
                 log.warning("%s; passed over", error)
                 continue
-            if dev is not None:
-                measured.append((dev, step))
+            if self.criterion in dev:
+                measured.append((_ranked(dev[self.criterion]), step))
         for dev, step in sorted(measured, reverse=True):
             try:
                 return Best(step, dev, read(step))
@@ -171,58 +185,97 @@ class Store:
         gone = record.get("left_out", {})
         shapes = whole._replace(params=left_out.without(whole.params, gone))
         self._check_same_model(step, record["arrays"], shapes)
-        try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(shapes)))
-            state = type(whole)(**self._manager.restore(step, args=args).state)
-        # Orbax and tensorstore raise many kinds for damaged files; whichever it is, the checkpoint cannot be used.
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        self._verify(step, state._asdict(), record["arrays"])
+        arrays = dict(self._arrays(step, record))
+
+        def put(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+            name = path_name(path)
+            array = arrays.pop(name)
+            if array.dtype != leaf.dtype:
+                raise self._another(step, f"{name} is {array.dtype} in it and {leaf.dtype} here")
+            return meshes.place(array, leaf.sharding)
 
         def place(path: str, array: np.ndarray) -> jax.Array:
             return meshes.place(array, left_out.flat(whole.params)[path].sharding)
 
-        return Restored(step, state._replace(params=left_out.put_back(state.params, gone, self.base, place)), record)
+        state = jax.tree_util.tree_map_with_path(put, shapes._asdict())
+        params = left_out.put_back(state["params"], gone, self.base, place)
+        return Restored(step, type(whole)(**{**state, "params": params}), record)
 
     def restore_params(self, step: int) -> Any:
         """The parameters that were measured, of one checkpoint, as host arrays, whatever devices and phase it was saved from.
 
+        All of it is read and compared, as restore() does: a checkpoint that a run cannot resume from is not predicted with.
+
         Raises:
             UserError: It is damaged, or leaves out parameters that are not where they were.
         """
-        path = self.folder / str(step) / "state"
         record = self._record(step)
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                tree = reader.metadata(path).item_metadata.tree
-                shapes = {"params": tree["params"]}
-                if "average" in tree:
-                    shapes["average"] = {"mean": tree["average"]["mean"]}
-                wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-                args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-                found = reader.restore(path, args=args)
-        except Exception as error:  # as in restore
-            raise self._damaged(step, error) from error
-        self._verify(step, found, record["arrays"])
-        params = left_out.put_back(found["params"], record.get("left_out", {}), self.base, lambda _, array: array)
-        return freezing.merge(found["average"]["mean"], params) if "average" in found else params
+        found: dict[str, dict[str, np.ndarray]] = {"params": {}, "average/mean": {}}
+        for path, array in self._arrays(step, record):
+            for part, leaves in found.items():
+                if path.startswith(f"{part}/"):
+                    leaves[path.removeprefix(f"{part}/")] = array
+        params = left_out.nested(found["params"])
+        params = left_out.put_back(params, record.get("left_out", {}), self.base, lambda _, array: array)
+        mean = found["average/mean"]
+        return freezing.merge(_like(params, mean), params) if mean else params
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        if self._manager is not None:
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and ends the background threads."""
-        self._manager.close()
+        """Waits and ends the background threads.
+
+        Raises:
+            UserError: What was saved last cannot be written.
+        """
+        if self._manager is not None:
+            manager, self._manager = self._manager, None
+            with self._writing():
+                manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax writes in threads of its own, and what went wrong there is raised by whatever is called next, once or twice."""
+        try:
+            yield
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                raise
+            with contextlib.suppress(Exception):  # what it says is that which was just raised
+                if self._manager is not None:
+                    manager, self._manager = self._manager, None
+                    manager.close()
+            for thread in threading.enumerate():  # which go on writing
+                if type(thread).__module__.startswith("orbax."):
+                    thread.join()
+            self._remove_unfinished()
+            raise UserError(
+                f"{shown(self.folder)}: a checkpoint cannot be written ({reason(refused)}); when it can be, the same command "
+                f"{'resumes from step ' + str(steps[-1]) if (steps := saved.steps(self.folder)) else 'begins anew'}"
+            ) from error
 
     def _dev(self, metrics: dict[str, float]) -> float:
         return metrics.get(self.criterion, -math.inf)
 
     def _record(self, step: int) -> dict[str, Any]:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-        except Exception as error:  # as in restore
+            return saved.read_record(self.folder / str(step))
+        except saved.Unreadable as error:
+            raise self._damaged(step, error) from error
+
+    def _arrays(self, step: int, record: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+        try:
+            yield from saved.read_arrays(self.folder / str(step), record["arrays"])
+        except saved.Unreadable as error:
             raise self._damaged(step, error) from error
 
     def _check_same_model(self, step: int, saved: dict[str, list[Any]], template: Any) -> None:
@@ -230,40 +283,81 @@ class Store:
         for path in sorted(wanted.keys() | saved.keys()):
             here, there = wanted.get(path), saved.get(path, [None])[0]
             if here != there:
-                raise UserError(
-                    f"checkpoint {self.folder / str(step)} is of another model: {path} is {_shape(there)} in it and "
-                    f"{_shape(here)} here; choose another --workdir"
-                )
+                raise self._another(step, f"{path} is {_shape(there)} in it and {_shape(here)} here")
 
-    def _verify(self, step: int, tree: dict[str, Any], saved: dict[str, list[Any]]) -> None:
-        if any(saved.get(path) != value for path, value in _describe(tree).items()):
-            raise self._damaged(step, "its arrays are not those that were saved")
+    def _another(self, step: int, difference: str) -> UserError:
+        return UserError(f"checkpoint {self.folder / str(step)} is of another model: {difference}; choose another --workdir")
 
-    def _damaged(self, step: int, why: Exception | str) -> Damaged:
-        first_line = (str(why).strip().splitlines() or [type(why).__name__])[0]
-        return Damaged(f"checkpoint {self.folder / str(step)} is damaged ({first_line[:200]})")
+    def _damaged(self, step: int, why: Exception) -> Damaged:
+        return Damaged(f"checkpoint {self.folder / str(step)} is damaged ({reason(why)})")
 
-    def _set_aside_unreadable_numbers(self) -> None:
-        """Orbax reads all checkpoints' dev numbers when it is opened, and one that it cannot read would be the end of it."""
-        for path in sorted(self.folder.glob("*/metrics/metrics")) if jax.process_index() == 0 else ():
-            try:
-                json.loads(path.read_bytes())
-            except ValueError:
-                log.warning("%s: no JSON; its checkpoint is set aside in damaged/", path)
-                self._move_aside(int(path.parts[-3]))
+    def _tidy(self) -> None:
+        """Leaves in the directory what orbax can read; anything else there would be the end of it."""
+        if jax.process_index() == 0 and self.folder.is_dir():
+            self._remove_unfinished()
+            for path in sorted(self.folder.iterdir()):
+                if path.is_dir() != saved.is_step(path.name):
+                    log.warning("%s: not a checkpoint; set aside in damaged/", path)
+                    self._move_aside(path.name)
+            for step in saved.steps(self.folder):
+                self._repair(step)
         _wait_for_host_0()
 
+    def _remove_unfinished(self) -> None:
+        """Removes what a process left that was killed, or had no room, while it wrote."""
+        if jax.process_index() != 0 or not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            if UNFINISHED in path.name and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif UNFINISHED in path.name:
+                path.unlink(missing_ok=True)
+
+    def _repair(self, step: int) -> None:
+        """Gives a checkpoint the two files that orbax reads of all of them when it is opened, where they are damaged."""
+        folder = self.folder / str(step)
+        try:
+            dev = self._record(step).get("dev") or {}
+        except Damaged as error:
+            log.warning("%s; set aside in damaged/", error)
+            self._move_aside(str(step))
+            return
+        numbers = {name: value for name, value in dev.items() if isinstance(value, (int, float))}
+        if _parsed(folder / "metrics" / "metrics") != numbers:
+            (folder / "metrics").mkdir(exist_ok=True)
+            write_json(folder / "metrics" / "metrics", numbers)
+        if saved.TIMES(_parsed(folder / "_CHECKPOINT_METADATA")):
+            (folder / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+
     def _set_aside(self, step: int) -> None:
+        if self._manager is None:  # opened to read only
+            return
         if jax.process_index() == 0:
-            self._move_aside(step)
+            self._move_aside(str(step))
         _wait_for_host_0()
         self._manager.reload()
 
-    def _move_aside(self, step: int) -> None:
+    def _move_aside(self, name: str) -> None:
         aside = self.folder.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        free = next(name for n in itertools.count() if not (name := aside / f"{step}-{n}").exists())
-        (self.folder / str(step)).rename(free)
+        with writing(aside):
+            aside.mkdir(exist_ok=True)
+            free = next(path for n in itertools.count() if not (path := aside / f"{name}-{n}").exists())
+            (self.folder / name).rename(free)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Whether a record is somebody else's.
+
+    What goes wrong in orbax's threads is raised by its next call and told once, from there. Its logs, and asyncio's of tasks
+    that it gave up, say the same on hundreds of lines; or tell of files that nothing here reads.
+    """
+    if record.name == "absl":
+        return ORBAX not in record.pathname
+    if "exception was never retrieved" not in record.getMessage():
+        return True
+    trace = record.exc_info[2] if record.exc_info else None
+    frames = traceback.extract_tb(trace) if trace else []
+    return UNFINISHED not in record.getMessage() and not any(ORBAX in frame.filename for frame in frames)
 
 
 def _wait_for_host_0() -> None:
@@ -286,21 +380,20 @@ def _leaves(tree: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> jax.Array:
-    """u32[L]: the sum of each leaf's bits, modulo 2^32. Any single changed word changes it."""
-
-    def bits(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype == bool:  # has no bits of its own to reinterpret
-            leaf = leaf.astype(jnp.uint8)
-        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        return jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-    return jnp.stack([bits(leaf) for leaf in leaves])
+def _parsed(file: Path) -> Any:
+    """What is in a JSON file; None where nothing can be read."""
+    try:
+        return parse_json(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
-def _describe(tree: dict[str, Any]) -> dict[str, list[Any]]:
-    """{path: [shape, sum of bits]}. The sum catches damage that decompresses without an error."""
-    leaves = _leaves(tree)
-    sums = np.asarray(_sums([leaf for _, leaf in leaves])).tolist()
-    return {path: [list(leaf.shape), total] for (path, leaf), total in zip(leaves, sums, strict=True)}
+def _ranked(dev: float | str | None) -> float:
+    """A dev number as checkpoints are ranked by it; what is not a number comes last."""
+    value = -math.inf if dev is None else float(dev)
+    return -math.inf if math.isnan(value) else value
+
+
+def _like(params: Any, leaves: dict[str, np.ndarray]) -> Any:
+    """Leaves by path as a tree with the structure of the parameters; None where there is none."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(path_name(path)), params)

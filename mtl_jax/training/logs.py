@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 
+from mtl_jax.errors import UserError
+from mtl_jax.files import check_regular, number_of, parse_json, to_json, write_text, writing
 from mtl_jax.progress import Progress as Progress
-from mtl_jax.training.evaluation import for_json
+from mtl_jax.shapes import list_of, mapping, number, object_of, text, whole
+from mtl_jax.training.board import Board
+
+log = logging.getLogger(__name__)
+
+LOG = "metrics.jsonl"
+MOST_STEPS = 2**53  # beyond it a number is damage
 
 
 class Logger:
@@ -19,25 +28,31 @@ class Logger:
 
     Args:
         workdir: Where to write.
-        step: Steps done so far: records after it, left by a process that was killed, are removed.
+        step: Steps done so far: records after it, left by a process that was killed, are removed; so are damaged lines, which
+            are reported, like steps that the log does not have.
         events: Whether to write TensorBoard's files, and each record at once; hundreds of runs do without.
+
+    Raises:
+        UserError: A file cannot be written; so do the other functions.
     """
 
     def __init__(self, workdir: Path, step: int, events: bool = True):
+        self._path, self._failed = workdir / LOG, False
         self._file: TextIO | None = None
-        self._board: Any = None
+        self._board: Board | None = None
         if jax.process_index() != 0:
             return
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if _step(line) <= step]
-        part = path.with_name(path.name + ".part")  # whole or not at all: a kill here must not cost the history
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1 if events else -1)  # 1: whole lines, at once
-        if events:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        kept = [(line, record) for line, record in _whole_lines(self._path) if record["step"] <= step]
+        gone = step - len({record["step"] for _, record in kept if record["kind"] == "train"})
+        if gone > 0 and events:  # runs of an ablation may have ended before
+            log.warning(
+                "%s: %d of the %d steps so far are not in it; curves are short, nothing else is", self._path, gone, step
+            )
+        write_text(self._path, "".join(line for line, _ in kept))
+        with self._writing():
+            self._file = self._path.open("a", encoding="utf-8", buffering=1 if events else -1)  # 1: whole lines, at once
+            if events:
+                self._board = Board(workdir / "tensorboard", step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Appends one record: {"kind": ..., "step": ..., **values}.
@@ -46,44 +61,92 @@ class Logger:
         """
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **for_json(values)}) + "\n")
-        for name, value in values.items() if self._board is not None else ():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-            elif isinstance(value, list):
-                cells = (1 + np.clip(value, -1, 1)) / 2
-                pixels = (255 * np.kron(cells, np.ones((16, 16)))).astype(np.uint8)
-                self._board.add_image(f"{kind}/{name}", pixels, step, dataformats="HW")
+        with self._writing():
+            self._file.write(to_json({"kind": kind, "step": step, **values}) + "\n")
+            for name, value in values.items() if self._board is not None else ():
+                assert self._board is not None
+                if isinstance(value, (int, float)):
+                    self._board.scalar(f"{kind}/{name}", value, step)
+                elif isinstance(value, list):
+                    cells = (1 + np.clip(value, -1, 1)) / 2
+                    pixels = (255 * np.kron(cells, np.ones((16, 16)))).astype(np.uint8)
+                    self._board.image(f"{kind}/{name}", pixels, step)
 
     def flush(self) -> None:
         """Puts everything on disk that was written so far."""
-        if self._file is not None:
-            self._file.flush()
-        if self._board is not None:
-            self._board.flush()
+        with self._writing():
+            for file in (self._file, self._board):
+                if file is not None:
+                    file.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            # What could not be written a moment ago cannot be now: closing tries once more, and it was said.
+            with contextlib.suppress(UserError) if self._failed else contextlib.nullcontext(), self._writing():
+                if file is not None:
+                    file.close()
+        self._file = self._board = None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with writing(self._path.parent, "the same command resumes when it can be"):
+                yield
+        except UserError:
+            self._failed = True
+            raise
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in order."""
-    return [json.loads(line) for line in _lines(workdir / "metrics.jsonl")]
+    """The records of metrics.jsonl in order; numbers that are not finite are floats again. Damaged lines are reported.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    return [{name: _read(name, value) for name, value in record.items()} for _, record in _whole_lines(workdir / LOG)]
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines only: a process that was killed may have left half a one."""
+def _read(name: str, value: Any) -> Any:
+    return number_of(value) if value is None or (isinstance(value, str) and name != "kind") else value
+
+
+_FIRST = object_of({"kind": text, "step": whole})
+_MATRIX = list_of(list_of(number))
+
+
+def _problem(record: Any) -> str:
+    """What is wrong with a record."""
+    if problem := _FIRST(record) or ("" if 0 <= record["step"] < MOST_STEPS else "step is not one"):
+        return problem
+    if problem := _MATRIX(record.get("cosines", [])):
+        return problem
+    return mapping(number)({name: value for name, value in record.items() if name not in ("kind", "cosines")})
+
+
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, record) of what is in order. The last line may be half a one, where a process was killed; others are reported."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _step(line: str) -> int:
-    return json.loads(line)["step"]
+    check_regular(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    kept, wrong = [], []
+    for place, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            record = parse_json(line.decode())
+        except (ValueError, RecursionError):
+            record = None
+        if _problem(record):
+            wrong.append(place)
+        else:
+            kept.append((line.decode() + "\n", record))
+    if wrong:
+        number_of_lines = f"{len(wrong)} line{'s' if len(wrong) > 1 else ''}"
+        log.warning("%s: %s not what mtl_jax wrote, from line %d on; left out", path, number_of_lines, wrong[0])
+    return kept
 
 
 def compare_gradients(gram_KxK: np.ndarray, tasks: Sequence[str], present: Sequence[bool] | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mtl_jax import locks
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, as_begun, completed, tasks_to_json, to_json
-from mtl_jax.training import hosts, starting
+from mtl_jax.training import hosts, results, starting
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.prepare import Prepared, prepare
 
@@ -59,9 +59,8 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
         experiment = as_begun(experiment, workdirs.read_json(folder / "config.json"))
     config = to_json(experiment)
     changed = workdirs.changed(folder, config, allow_config_change, completed)
-    done = workdirs.read_json(folder / "results.json")
-    if done is not None and not changed:
-        return Opened(config, done)
+    if (folder / "results.json").exists() and not changed:
+        return Opened(config, results.read(folder))
     prepared = prepare(experiment)
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     if not changed:

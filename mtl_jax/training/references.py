@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from mtl_jax.errors import UserError
+from mtl_jax.files import writing
 from mtl_jax.pretrained.safetensors_file import open_safetensors
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.training import fisher
@@ -135,10 +136,14 @@ class References:
     def _keep(self, name: str, make: Any) -> None:
         """Writes a reference whole, on the first host; all hosts then read the same file."""
         if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self._file(name).with_suffix(".part")
-            write_safetensors(part, {path: Saved(leaf, False) for path, leaf in make().items()})
-            part.replace(self._file(name))
+            leaves, part = make(), self._file(name).with_suffix(".part")
+            with writing(self._file(name)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    write_safetensors(part, {path: Saved(leaf, False) for path, leaf in leaves.items()})
+                    part.replace(self._file(name))
+                finally:
+                    part.unlink(missing_ok=True)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

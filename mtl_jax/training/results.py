@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.base import known_rows
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.evaluation import for_json, score_fixed
+from mtl_jax.training.evaluation import score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
 def baselines(
     corpus: Corpus, sources: Sequence[Source], kind: str, features_NxH: np.ndarray | None
-) -> dict[str, dict[str, dict[str, float | None]]]:
-    """{task: {baseline: {metric: value}}} on test; None where a metric is not defined.
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{task: {baseline: {metric: value}}} on test; NaN where a metric is not defined.
 
     Args:
         corpus: The data.
@@ -58,7 +57,7 @@ def baselines(
             fitted = task.probe(features, labels)
             if fitted is not None:
                 scores[task.name]["probe"] = score_fixed(task, fitted, split["test"])
-    return for_json(scores)
+    return scores
 
 
 def _ids(examples: Examples) -> slice:
@@ -85,18 +84,21 @@ def write(
         facts: Steps, seconds and the like.
         figure: Whether to write curves.png.
     """
-    compared = workdirs.read_json(folder / "baselines.json") or {}
+    compared = workdirs.numbers(workdirs.read_json(folder / "baselines.json") or {})
+    for task in tasks:
+        if any(task.metric not in scores for scores in compared.get(task.name, {}).values()):
+            raise workdirs.damaged(folder / "baselines.json", f"{task.name} lacks {task.metric}")
     found = {
         "experiment": experiment.name,
         "seed": experiment.seed,
         "weighting": experiment.weighting,
         "averaging": experiment.averaging,
-        **for_json(facts),
+        **facts,
         "tasks": {
             task.name: {
                 "metric": task.metric,
-                "dev": for_json(scores["dev"][task.name]),
-                "test": for_json(scores["test"][task.name]),
+                "dev": scores["dev"][task.name],
+                "test": scores["test"][task.name],
                 "baselines": compared.get(task.name, {}),
                 **({"signatures": signatures[task.name]} if signatures[task.name] else {}),
             }
@@ -118,9 +120,9 @@ def read(folder: Path) -> dict[str, Any]:
     """results.json of a workdir.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it is not what mtl_jax wrote.
     """
-    found = workdirs.read_json(folder / "results.json")
+    found: dict[str, Any] | None = workdirs.read_results(folder)
     if found is None:
         raise UserError(f"{folder}: no results.json; the run is not finished or this is no workdir")
     return found
@@ -159,11 +161,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     rows, lost = [], []
     for name, task in tasks.items():
         metric = task["metric"]
-        own = [number(run["tasks"][name]["test"][metric]) for run in runs]
+        own = [run["tasks"][name]["test"][metric] for run in runs]
         all_ = [run["tasks"][name]["baselines"] for run in runs]
-        others = {
-            kind: [number(found[kind][metric]) for found in all_] for kind in kinds if all(kind in found for found in all_)
-        }
+        others = {kind: [found[kind][metric] for found in all_] for kind in kinds if all(kind in found for found in all_)}
         rows.append([name, metric, *(_cell(others[kind]) if kind in others else "" for kind in kinds), _cell(own)])
         if np.isnan(own).any():
             lost.append(f"{name}: test {metric} is not defined (predictions or labels are constant, or not finite)")
@@ -181,11 +181,6 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 BASELINE_NAMES = {"constant": "majority / mean", "lead": "first sentence", "probe": "linear probe"}
-
-
-def number(value: float | None) -> float:
-    """A metric of results.json: NaN where it is null, because it is not defined."""
-    return math.nan if value is None else value
 
 
 def ties(difference: float, *deviations: float | None) -> bool:
@@ -216,9 +211,9 @@ def _cell(values: Sequence[float]) -> str:
 def _ending(run: dict[str, Any]) -> str:
     if "merged" in run:
         merged = f"{count(run['merged']['sources'], 'run')} merged by {run['merged']['method']}"
-        criterion = number(run["best_criterion"])
+        criterion = run["best_criterion"]
         return f"{merged}: dev criterion {criterion:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     return (
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
-        f"dev criterion {number(run['best_criterion']):.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
+        f"dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     )

@@ -12,8 +12,9 @@ from mtl_jax import trunks
 from mtl_jax.data.sources import Source
 from mtl_jax.errors import UserError, listed, unknown
 from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
+from mtl_jax.files import reason
 from mtl_jax.tasks import Task
-from mtl_jax.training import left_out
+from mtl_jax.training import left_out, saved
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Best, Store
@@ -89,12 +90,38 @@ def open_run(folder: Path, step: str = "best") -> Run:
     config, data = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "data.json")
     if config is None or data is None:
         raise UserError(f"{folder}: no workdir of a run (config.json or data.json is missing)")
-    experiment = select(from_json(config))
-    tasks = tasks_from_json(data["tasks"])
+    experiment = select(from_json(config, str(folder / "config.json")))
+    tasks = tasks_from_json(data["tasks"], str(folder / "data.json"))
+    if [task.name for task in tasks] != [task.name for task in experiment.tasks]:
+        raise workdirs.damaged(folder / "data.json", "its tasks are not those of config.json")
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
     trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
     found = _read(folder, experiment, step)
+    _check_sizes(folder, trunk, tasks, found)
     return Run(experiment, tasks, trunk, jax.device_put(found.value, jax.devices()[0]), found.step, found.dev)
+
+
+def _check_sizes(folder: Path, trunk: Trunk, tasks: tuple[Task, ...], found: Best) -> None:
+    """Compares the sizes that trunk/ and data.json say with those of the parameters.
+
+    Raises:
+        UserError: They are not the same.
+    """
+    from mtl_jax.training.prepare import init_params  # imported late: it needs this module
+
+    where = f"{folder}: trunk/, data.json and the parameters of step {found.step}"
+    advice = "one of them is not what mtl_jax wrote; put the workdir back, or delete its results.json and let the run end again"
+    try:
+        wanted = left_out.flat(jax.eval_shape(lambda: init_params(trunk, tasks, 0)))
+    # A module that is built from sizes which no trunk has raises many kinds.
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError, LookupError, AssertionError) as error:
+        raise UserError(f"{where} do not fit together ({reason(error)}): {advice}") from error
+    there = left_out.flat(found.value)
+    for path, leaf in wanted.items():
+        shape = tuple(there[path].shape) if path in there else "absent"
+        if shape != tuple(leaf.shape):
+            sizes = f"{path} is {tuple(leaf.shape)} by the first two, {shape} in the last"
+            raise UserError(f"{where} do not fit together ({sizes}): {advice}")
 
 
 def open_finished(folder: Path, where: str) -> Run:
@@ -134,7 +161,7 @@ def _read(folder: Path, experiment: Experiment, step: str) -> Best:
             if best is None:
                 raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
             return best
-        if not steps or (step != "last" and int(step) not in steps):
+        if not steps or (step != "last" and not (saved.is_step(step) and int(step) in steps)):
             raise UserError(f"{folder}: there is no checkpoint of step {step}; there are {listed(steps)}")
         number = steps[-1] if step == "last" else int(step)
         return Best(number, None, store.restore_params(number))

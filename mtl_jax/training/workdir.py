@@ -12,34 +12,143 @@ from typing import Any
 
 import jax
 
+from mtl_jax import files
 from mtl_jax.counting import count
 from mtl_jax.errors import UserError
+from mtl_jax.files import check_regular, number_of, parse_json, shown, to_json, writing
+from mtl_jax.shapes import Shape, anything, list_of, mapping, number, object_of, text, whole
+from mtl_jax.training import saved
+
+_SCORES = mapping(number)
+
+
+def _task(value: Any) -> str:
+    """A task of results.json."""
+    problem = object_of({"metric": text, "dev": _SCORES, "test": _SCORES, "baselines": mapping(_SCORES)})(value)
+    if problem:
+        return problem
+    every = {"dev": value["dev"], "test": value["test"], **value["baselines"]}
+    lacking = [name for name, scores in every.items() if value["metric"] not in scores]
+    return f"{lacking[0]} lacks {value['metric']}" if lacking else ""
+
+
+def _facts(value: Any) -> str:
+    """The rest of results.json, of a run that was trained or merged."""
+    merged = "merged" in value
+    trained = {"seed": whole, "weighting": text, "best_step": whole, "steps": whole}
+    made = {"merged": object_of({"sources": whole, "method": text})}
+    common = {"experiment": text, "best_criterion": number, "seconds": number, "versions": object_of({"devices": text})}
+    return object_of({"tasks": mapping(_task), **common, **(made if merged else trained)})(value)
+
+
+_AGAIN = "the command that began the run, given once more, then writes it anew from the checkpoints"
+_TWO = f"delete it, and results.json if there is one: {_AGAIN}"
+# What a file of a workdir looks like, and what to do where it does not.
+FILES: dict[str, tuple[Shape, str]] = {
+    "config.json": (
+        object_of(
+            {},
+            name=text,
+            tasks=list_of(object_of({"name": text})),
+            phases=list_of(object_of({"name": text, "steps": whole})),
+            weighting=text,
+            weights=mapping(anything),
+            seed=whole,
+            evaluation=object_of({}, criterion=text),
+        ),
+        _TWO,
+    ),
+    "data.json": (object_of({"sources": mapping(mapping(anything)), "tasks": mapping(object_of({"name": text}))}), _TWO),
+    "versions.json": (mapping(anything), _TWO),
+    "baselines.json": (mapping(mapping(_SCORES)), f"delete it: {_AGAIN}"),
+    "results.json": (lambda value: mapping(anything)(value) or _facts(value), f"delete it: {_AGAIN}"),
+    "merge.json": (object_of({}, written=list_of(text)), "merge once more into another directory"),
+    "ablation.json": (
+        object_of(
+            {
+                "name": text,
+                "runs": list_of(object_of({"run": text, "values": mapping(anything), "program": whole, "status": text})),
+                "axes": list_of(object_of({"fields": list_of(text), "values": list_of(list_of(anything))})),
+                "programs": list_of(mapping(anything)),
+            },
+            command=text,
+            devices=text,
+        ),
+        "delete it: the same ablation, started again, goes on from its checkpoints",
+    ),
+}
 
 MERGED = "merge.json"  # a workdir that holds it was not trained, but put together
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy", "mtl_jax")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, shape: Shape | None = None) -> Any:
     """The parsed file, or None where there is none.
 
+    Args:
+        path: The file.
+        shape: What it must look like; default: what a file of this name does, see FILES.
+
     Raises:
-        UserError: The file is not JSON.
+        UserError: The file cannot be read, or is not what mtl_jax wrote.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    check_regular(path)
+    known, advice = FILES.get(path.name, (anything, ""))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        value = parse_json(path.read_bytes())
+        problem = (shape or known)(value)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        problem = f"not JSON: {error}"
+    if problem:
+        raise damaged(path, f"it{problem}" if problem.startswith(" ") else problem, "" if shape else advice)
+    return value
+
+
+def read_results(folder: Path) -> Any:
+    """results.json of a workdir, numbers as floats also where they are not finite; None where there is none.
+
+    Raises:
+        UserError: It is not what mtl_jax wrote.
+    """
+    found = read_json(folder / "results.json")
+    if found is None:
+        return None
+    tasks = {
+        name: {**task, "baselines": numbers(task["baselines"]), **{split: numbers(task[split]) for split in ("dev", "test")}}
+        for name, task in found["tasks"].items()
+    }
+    return {**found, "tasks": tasks, **{name: number_of(found[name]) for name in ("best_criterion", "seconds")}}
+
+
+def numbers(scores: Any) -> Any:
+    """Scores as files.to_json() wrote them, in dicts, as floats: null is NaN, a metric that is not defined."""
+    return {name: numbers(each) for name, each in scores.items()} if isinstance(scores, dict) else number_of(scores)
+
+
+def damaged(path: Path, problem: str, advice: str = "") -> UserError:
+    """The error for a file of a workdir that cannot have been written so.
+
+    Args:
+        path: The file.
+        problem: What is wrong with it.
+        advice: What to do; default: what FILES says of a file of this name.
+    """
+    advice = advice or FILES.get(path.name, (anything, ""))[1]
+    return UserError(f"{shown(path)}: not what mtl_jax wrote ({problem[:300]}){'; ' + advice if advice else ''}")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all; on host 0 only."""
-    if jax.process_index() != 0:
-        return
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    """Writes a file of strict JSON whole or not at all; on host 0 only.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    if jax.process_index() == 0:
+        files.write_json(path, value)
 
 
 def check_writable(workdir: Path) -> None:
@@ -77,7 +186,7 @@ def changed(
     before = read_json(workdir / "config.json")
     if before is None:
         return False
-    now = json.loads(json.dumps(config))
+    now = json.loads(to_json(config))
     changes = [f"{name} was {old}, is {new}" for name, old, new in differences(complete(before), now)]
     if changes and not allow_change:
         raise UserError(
@@ -91,7 +200,8 @@ def forget_results(workdir: Path) -> None:
     """Removes what an earlier configuration concluded: results and baselines."""
     if jax.process_index() == 0:
         for name in ("results.json", "baselines.json", "curves.png"):
-            (workdir / name).unlink(missing_ok=True)
+            with writing(workdir / name):
+                (workdir / name).unlink(missing_ok=True)
 
 
 def check_data(workdir: Path, data: dict[str, Any]) -> None:
@@ -103,7 +213,7 @@ def check_data(workdir: Path, data: dict[str, Any]) -> None:
     before = read_json(workdir / "data.json")
     if before is None:
         return
-    changed = [path for path, _, _ in differences(before, json.loads(json.dumps(data)))]
+    changed = [path for path, _, _ in differences(before, json.loads(to_json(data)))]
     if changed:
         raise UserError(
             f"{workdir} was begun with other data: {', '.join(changed[:5])} changed. Put the files back, choose another "
@@ -113,7 +223,7 @@ def check_data(workdir: Path, data: dict[str, Any]) -> None:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether there is any, good or damaged."""
-    return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+    return bool(saved.steps(workdir / "checkpoints"))
 
 
 def create(workdir: Path) -> None:
@@ -122,10 +232,8 @@ def create(workdir: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    try:
+    with writing(workdir, "choose another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{workdir}: cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def versions() -> dict[str, str]:

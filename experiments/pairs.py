@@ -46,7 +46,6 @@ from mtl_jax import (
     Source,
 )
 from mtl_jax.errors import UserError
-from mtl_jax.training.results import number
 
 EXPERIMENT = Experiment(
     name="pairs",
@@ -179,7 +178,7 @@ def _then(together: Experiment, task: str, comparison: Comparison, start: Path, 
 def _score(scores: dict[tuple[str, str], list[float]], way: str, results: dict, only: str = "") -> None:
     for name, task in results["tasks"].items():
         if not only or name == only:
-            scores.setdefault((name, way), []).append(100 * number(task["test"][task["metric"]]))
+            scores.setdefault((name, way), []).append(100 * task["test"][task["metric"]])
 
 
 def table(scores: dict[tuple[str, str], list[float]]) -> str:

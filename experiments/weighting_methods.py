@@ -25,7 +25,6 @@ import mtl_jax
 from mtl_jax import Embedding, Evaluation, Experiment, Optimizer, Phase, weighting
 from mtl_jax.errors import UserError, unknown
 from mtl_jax.report.statistics import relative_change
-from mtl_jax.training.results import number
 
 TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
 EQUAL = dict.fromkeys(TASKS, 1.0)
@@ -172,7 +171,7 @@ def compare(comparison: Comparison) -> str:
     for done, ((name, seed), experiment) in enumerate(todo.items(), 1):
         print(f"{done}/{len(todo)} {name} seed {seed}", flush=True)
         results = mtl_jax.train(experiment, folder / f"{name}-{seed}")
-        scores[name, seed] = {task: number(values["test"][TASKS[task].metric]) for task, values in results["tasks"].items()}
+        scores[name, seed] = {task: values["test"][TASKS[task].metric] for task, values in results["tasks"].items()}
     text = table(comparison, scores)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -132,15 +132,19 @@ def _held(path: Path, what: Path, advice: str, patience: float = 0.0) -> Iterato
             if time.monotonic() >= until:
                 raise busy
             time.sleep(_PAUSE)
+        stack.callback(_take_away, file, path)
         _say_left(what, _holder(path))
         _write(file)
         opened = stack.pop_all()
-    try:
+    with opened:
         yield
-    finally:
-        with opened, contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # it may have been deleted, and be another's now
-                path.unlink()  # before it is closed: who has opened it in the meantime finds that it is not there
+
+
+def _take_away(file: BinaryIO, path: Path) -> None:
+    """Removes the file of a lock before it is closed: who has opened it in the meantime finds that it is not there."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # it may have been deleted, and be another's now
+            path.unlink()
 
 
 def _write(file: BinaryIO) -> None:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import cli, scripts
+from mtl_jax import cli, locks, scripts
 from mtl_jax.data.sources import read
 from mtl_jax.prediction import predict
 
@@ -197,6 +197,16 @@ def test_predict_a_number(workdir, monkeypatch, capsys):
     code, out, _ = console(monkeypatch, capsys, "predict", workdir, "--task", "rating", "--text", "good", "bad film")
     assert code == 0
     assert [list(json.loads(line)) for line in out.splitlines()] == [["value"], ["value"]]
+
+
+def test_a_workdir_is_read_while_it_trains(workdir, monkeypatch, capsys):
+    """Under its lock, and nothing of it changes."""
+    before = sorted(path.name for path in workdir.iterdir())
+    with locks.workdir(workdir):
+        for command in (("predict", workdir, "--task", "rating", "--text", "good"), ("results", workdir)):
+            code, out, error = console(monkeypatch, capsys, *command)
+            assert (code, bool(out)) == (0, True), error
+    assert sorted(path.name for path in workdir.iterdir()) == before
 
 
 def test_predict_bad_input(workdir, tmp_path, monkeypatch, capsys):

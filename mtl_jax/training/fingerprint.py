@@ -9,18 +9,20 @@ import hashlib
 import importlib.resources
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from mtl_jax.data import corpus as corpora
+from mtl_jax.data.examples import Examples
 from mtl_jax.experiment import tasks_to_json
 from mtl_jax.training import left_out
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.hosts import Facts
 from mtl_jax.training.prepare import Prepared
+from mtl_jax.transfer.leaves import leaves_of
 
 # Flags of jax that change numbers or programs. Others say where caches and logs are: these may differ.
 FLAGS = (
@@ -65,29 +67,29 @@ def of(config: Any, folder: Path, prepared: Prepared | None) -> Facts:
         prepared: The run with the parameters that it begins with; None where the workdir's is done.
     """
     begun = [
-        ("versions", versions()),
-        ("environment", environment(os.environ)),
-        ("", {name: [part["name"] for part in config[name]] for name in ("tasks", "sources", "phases")}),
+        *versions().items(),
+        *environment(os.environ).items(),
+        *((name, [part["name"] for part in config[name]]) for name in ("tasks", "sources", "phases")),
         ("", config),
-        (f"in {folder.name}/", workdir(folder)),
+        *workdir(folder).items(),
     ]
     if prepared is None:
         return begun
-    splits = prepared.corpus.splits
-    params: dict[str, Any] = {
-        "params": prepared.params,
-        **{f"teacher of {name}": teacher.params for name, teacher in prepared.teachers.items()},
-        **{f"run of {name}": run.params for name, run in prepared.learned.items()},
-    }
+    trees = [("parameter", prepared.params)]
+    trees += [(f"teacher of {name}, parameter", teacher.params) for name, teacher in prepared.teachers.items()]
+    trees += [(f"run of {name}, parameter", run.params) for name, run in prepared.learned.items()]
     return [
         *begun,
-        *_by_source(splits, lambda part: {"rows": len(part.data), "examples": len(part.tokens)}),
-        *_by_source(splits, lambda part: {"columns": columns(row.columns for row in part.data)}),
-        ("trunk", {"config.json": prepared.trunk.raw, "tokenizer": tokenizer(prepared.trunk.tokenizer)}),
-        *_by_source(splits, lambda part: {"tokens": arrays(part.tokens, part.types)}),
-        *_by_source(splits, lambda part: {"labels": {task: arrays(labels) for task, labels in part.labels.items()}}),
+        *data(prepared.corpus.splits, lambda part: {"number of rows": len(part.data), "number of examples": len(part.tokens)}),
+        *data(prepared.corpus.splits, lambda part: columns(row.columns for row in part.data)),
+        ("trunk.config.json", prepared.trunk.raw),
+        ("tokenizer", tokenizer(prepared.trunk.tokenizer)),
+        *data(prepared.corpus.splits, lambda part: {"tokens": arrays(part.tokens, part.types)}),
+        *data(
+            prepared.corpus.splits, lambda part: {f"labels of task {task}": arrays(each) for task, each in part.labels.items()}
+        ),
         ("tasks", tasks_to_json(prepared.corpus.tasks)),
-        *((name, {path: left_out.sha256(leaf) for path, leaf in left_out.flat(tree).items()}) for name, tree in params.items()),
+        *((f"{kind} {path}", _of_array(leaf)) for kind, tree in trees for path, leaf in leaves_of(tree).items()),
     ]
 
 
@@ -98,8 +100,8 @@ def versions() -> dict[str, str]:
     for file in sorted(folder.rglob("*.py")):
         code.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     of_this_host = ("platform", "devices")  # a kernel's release, free cores
-    found = {name: version for name, version in workdirs.versions().items() if name not in of_this_host}
-    return found | {"mtl_jax's code": _shown(code)}
+    found = {f"version of {name}": each for name, each in workdirs.versions().items() if name not in of_this_host}
+    return found | {"code of mtl_jax": _shown(code)}
 
 
 def environment(variables: Any) -> dict[str, Any]:
@@ -114,12 +116,26 @@ def environment(variables: Any) -> dict[str, Any]:
     return flags | found | {"devices of a host": f"{len(devices)} x {devices[0].platform} {devices[0].device_kind}"}
 
 
-def workdir(folder: Path) -> dict[str, Any]:
-    """What decides where a run goes on."""
-    checkpoints = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
-    names = ("config.json", "data.json", "results.json", "init_from.json")
-    files = {name: _shown(hashlib.sha256((folder / name).read_bytes())) for name in names if (folder / name).is_file()}
-    return {"files": {name: files.get(name, "absent") for name in names}, "checkpoints": checkpoints}
+def workdir(folder: Path) -> dict[str, str]:
+    """What decides where a run resumes."""
+    found = {f"{name} in the workdir": _of_file(folder / name) for name in ("config.json", "data.json", "results.json")}
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
+    return found | {"checkpoints in the workdir": ", ".join(map(str, steps)) or "none"}
+
+
+def data(splits: Mapping[str, Mapping[str, Examples]], about: Callable[[Examples], dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Facts of every source in every split.
+
+    Args:
+        splits: {split: {source: Examples}}.
+        about: {name: value} of one of them.
+    """
+    return [
+        (f"{field} of source {name}, split {split},", value)
+        for split, parts in splits.items()
+        for name, part in parts.items()
+        for field, value in about(part).items()
+    ]
 
 
 def columns(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -128,7 +144,7 @@ def columns(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
     for number, row in enumerate(rows):
         for name, value in row.items():
             digests.setdefault(name, hashlib.sha256()).update(f"{number} {value!r}\n".encode("utf-8", "surrogatepass"))
-    return {name: _shown(digest) for name, digest in digests.items()}
+    return {f"column {name}": _shown(digest) for name, digest in digests.items()}
 
 
 def arrays(*values: Any) -> str:
@@ -147,9 +163,12 @@ def tokenizer(found: Any) -> str:
     return _shown(hashlib.sha256(json.dumps(about).encode()))
 
 
-def _by_source(splits: Any, about: Any) -> list[tuple[str, Any]]:
-    """One entry for each source and split, in the run's order."""
-    return [(f"data.{name}.{split}", about(part)) for split, parts in splits.items() for name, part in parts.items()]
+def _of_file(path: Path) -> str:
+    return _shown(hashlib.sha256(path.read_bytes())) if path.is_file() else "absent"
+
+
+def _of_array(leaf: Any) -> str:
+    return f"sha256 {left_out.sha256(leaf)[:16]}"
 
 
 def _of_all_hosts(flag: str) -> bool:

@@ -31,7 +31,7 @@ from mtl_jax.training import workdir as workdirs
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Facts = Sequence[tuple[str, Any]]  # (a name that goes before the fields, JSON-able values), what explains most first
+Facts = Sequence[tuple[str, Any]]  # (name, JSON-able value, or fields with values), what explains most first
 
 SLICE = 30  # seconds of waiting for a host before a line says so
 GRACE = 5.0  # seconds in which a host may find an error of all by itself, before another's ends it
@@ -130,15 +130,21 @@ def difference(facts: Sequence[Facts]) -> str:
         facts: Those of each host, not all the same.
     """
     for number, host in ((number, host) for number, host in enumerate(facts) if host != facts[0]):
-        for (name, here), (_, there) in zip(facts[0], host, strict=False):  # where a run is done there is less to compare
-            for field, first, other in workdirs.differences(here, there, name):
-                others = sum(each != facts[0] for each in facts) - 1
-                more = f" ({others} more differ{'s' if others == 1 else ''} from host 0)" if others else ""
-                return (
-                    f"host {number} has {field} {_cut(other)}, host 0 has {_cut(first)}{more}: start the same command on every "
-                    "host, with the same files and versions"
-                )
+        for (name, first), (other_name, other) in itertools.zip_longest(facts[0], host, fillvalue=("", None)):
+            if name != other_name:
+                return _differs(number, name or other_name, json.dumps(first), json.dumps(other), facts)
+            for field, here, there in workdirs.differences(first, other, name):
+                return _differs(number, field, here, there, facts)
     raise ValueError("all hosts have the same")
+
+
+def _differs(host: int, field: str, first: str, other: str, facts: Sequence[Facts]) -> str:
+    others = sum(each != facts[0] for each in facts) - 1
+    more = f" ({others} more differ{'s' if others == 1 else ''} from host 0)" if others else ""
+    return (
+        f"host {host} has {field} {_cut(other)}, host 0 has {_cut(first)}{more}: start the same command on every host, with "
+        "the same files and versions"
+    )
 
 
 def check_shared(folder: Path) -> None:
@@ -215,6 +221,7 @@ def _get(key: str, host: int) -> str:
             return _store().blocking_key_value_get(key, 1000 * SLICE)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
+                time.sleep(2 * GRACE)  # where another host has failed, this process is being ended with the reason
                 raise UserError(f"host {host} cannot be reached any more ({reason(error)})") from error
             waited += SLICE
             log.warning("waiting for host %d since %d s", host, waited)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ from mtl_jax.errors import UserError
 
 DATA = "data"
 RUN = "run"
+PATIENCE = 280  # seconds for which processes wait for each other in the beginning; jax's own limit is 300
 
 
 def make(rows: int, devices: int = 0) -> Mesh:
@@ -160,8 +164,24 @@ def connect(cluster: str) -> None:
             process's index from 0, and the number of processes.
 
     Raises:
-        UserError: It is neither.
+        UserError: It is neither. Where not all processes come, this one ends with a line and exit code 2.
     """
+    # Jax would end the process itself, with pages of addresses.
+    late = threading.Timer(PATIENCE, _end, [f"not all processes of --distributed {cluster} have come within {PATIENCE} s"])
+    late.daemon = True
+    late.start()
+    try:
+        _connect(cluster)
+    finally:
+        late.cancel()
+
+
+def _end(why: str) -> None:
+    print(f"error: {why}; start the same command on every host", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def _connect(cluster: str) -> None:
     if cluster == "auto":
         try:
             jax.distributed.initialize()

@@ -11,7 +11,7 @@ import made
 import pytest
 
 import mtl_jax
-from mtl_jax import cli, report
+from mtl_jax import cli, locks, report
 from mtl_jax.errors import UserError
 from mtl_jax.report import read, sections, statistics, tables
 
@@ -294,3 +294,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ablation = made.write_ablation(tmp_path / "ablation")
     assert report.default_output([ablation]) == ablation
     assert report.default_output([Path("run0")]) == Path("report")
+
+
+def test_two_processes_do_not_write_one_report(tmp_path):
+    made.write_ablation(tmp_path, [entry | {"status": "waiting"} for entry in made.entries()])
+    with (
+        locks.report(tmp_path),
+        pytest.raises(UserError, match=r"process .* has been writing it since .*choose another --output"),
+    ):
+        report.write(tmp_path, tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    with locks.workdir(tmp_path):  # the ablation itself may be under way
+        assert report.write(tmp_path, tmp_path).exists()

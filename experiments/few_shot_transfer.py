@@ -67,6 +67,7 @@ from mtl_jax import (
 )
 from mtl_jax.data import sources
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.files import number_of
 from mtl_jax.staging import staged
 from mtl_jax.transfer import probe_then_finetune
 
@@ -272,7 +273,7 @@ def compare(comparison: Comparison) -> str:
                 full = base(comparison, dataclasses.replace(target, limit_train=rows), seed)
                 workdir = folder / f"{way}-{rows}-{seed}"
                 results = mtl_jax.train(WAYS[way][0](full, comparison), workdir)
-                scores[way][rows].append(results["tasks"][TASK.name]["test"]["pearson"])
+                scores[way][rows].append(number_of(results["tasks"][TASK.name]["test"]["pearson"]))
                 if not comparison.keep_checkpoints:
                     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     named = {name(way, comparison): of_way for way, of_way in scores.items()}

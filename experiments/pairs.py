@@ -46,6 +46,7 @@ from mtl_jax import (
     Source,
 )
 from mtl_jax.errors import UserError
+from mtl_jax.files import number_of
 
 EXPERIMENT = Experiment(
     name="pairs",
@@ -178,7 +179,7 @@ def _then(together: Experiment, task: str, comparison: Comparison, start: Path, 
 def _score(scores: dict[tuple[str, str], list[float]], way: str, results: dict, only: str = "") -> None:
     for name, task in results["tasks"].items():
         if not only or name == only:
-            scores.setdefault((name, way), []).append(100 * task["test"][task["metric"]])
+            scores.setdefault((name, way), []).append(100 * number_of(task["test"][task["metric"]]))
 
 
 def table(scores: dict[tuple[str, str], list[float]]) -> str:

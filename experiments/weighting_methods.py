@@ -24,6 +24,7 @@ import tyro
 import mtl_jax
 from mtl_jax import Embedding, Evaluation, Experiment, Optimizer, Phase, weighting
 from mtl_jax.errors import UserError, unknown
+from mtl_jax.files import number_of
 from mtl_jax.report.statistics import relative_change
 
 TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
@@ -171,7 +172,7 @@ def compare(comparison: Comparison) -> str:
     for done, ((name, seed), experiment) in enumerate(todo.items(), 1):
         print(f"{done}/{len(todo)} {name} seed {seed}", flush=True)
         results = mtl_jax.train(experiment, folder / f"{name}-{seed}")
-        scores[name, seed] = {task: values["test"][TASKS[task].metric] for task, values in results["tasks"].items()}
+        scores[name, seed] = {task: number_of(values["test"][TASKS[task].metric]) for task, values in results["tasks"].items()}
     text = table(comparison, scores)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -135,7 +135,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     signatures = asked.signatures(examples.data)
     return {
         "rows": len(examples.data),
-        **scores[task],
+        **evaluation.for_json(scores[task]),
         **({"signatures": signatures} if signatures else {}),
     }
 

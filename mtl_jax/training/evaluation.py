@@ -296,6 +296,13 @@ def undefined(tasks: Sequence[Task], scores: Mapping[str, Mapping[str, float]], 
     return {task.name: f"{split} {task.metric} of task {task.name!r} {why}" for task in found}
 
 
+def for_json(tree: Any) -> Any:
+    """Dicts of numbers with None, JSON's null, in place of those that JSON does not have: NaN and the infinities."""
+    if isinstance(tree, Mapping):
+        return {key: for_json(value) for key, value in tree.items()}
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def check_criterion(name: str, tasks: Sequence[Task]) -> None:
     """Raises UserError where a criterion names no task of the run, or a metric that its task does not have."""
     choices = ["mean", *(task.name for task in tasks)]

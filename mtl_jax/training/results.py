@@ -16,17 +16,18 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.sources import SPLITS, Source, text_of
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment
+from mtl_jax.files import number_of
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.base import known_rows
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.evaluation import score_fixed
+from mtl_jax.training.evaluation import for_json, score_fixed
 from mtl_jax.training.logs import read_metrics
 
 
 def baselines(
     corpus: Corpus, sources: Sequence[Source], kind: str, features_NxH: np.ndarray | None
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {baseline: {metric: value}}} on test; NaN where a metric is not defined.
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{task: {baseline: {metric: value}}} on test; None where a metric is not defined.
 
     Args:
         corpus: The data.
@@ -57,7 +58,7 @@ def baselines(
             fitted = task.probe(features, labels)
             if fitted is not None:
                 scores[task.name]["probe"] = score_fixed(task, fitted, split["test"])
-    return scores
+    return for_json(scores)
 
 
 def _ids(examples: Examples) -> slice:
@@ -93,12 +94,12 @@ def write(
         "seed": experiment.seed,
         "weighting": experiment.weighting,
         "averaging": experiment.averaging,
-        **facts,
+        **for_json(facts),
         "tasks": {
             task.name: {
                 "metric": task.metric,
-                "dev": scores["dev"][task.name],
-                "test": scores["test"][task.name],
+                "dev": for_json(scores["dev"][task.name]),
+                "test": for_json(scores["test"][task.name]),
                 "baselines": compared.get(task.name, {}),
                 **({"signatures": signatures[task.name]} if signatures[task.name] else {}),
             }
@@ -161,9 +162,11 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     rows, lost = [], []
     for name, task in tasks.items():
         metric = task["metric"]
-        own = [run["tasks"][name]["test"][metric] for run in runs]
+        own = [number_of(run["tasks"][name]["test"][metric]) for run in runs]
         all_ = [run["tasks"][name]["baselines"] for run in runs]
-        others = {kind: [found[kind][metric] for found in all_] for kind in kinds if all(kind in found for found in all_)}
+        others = {
+            kind: [number_of(found[kind][metric]) for found in all_] for kind in kinds if all(kind in found for found in all_)
+        }
         rows.append([name, metric, *(_cell(others[kind]) if kind in others else "" for kind in kinds), _cell(own)])
         if np.isnan(own).any():
             lost.append(f"{name}: test {metric} is not defined (predictions or labels are constant, or not finite)")
@@ -211,9 +214,9 @@ def _cell(values: Sequence[float]) -> str:
 def _ending(run: dict[str, Any]) -> str:
     if "merged" in run:
         merged = f"{count(run['merged']['sources'], 'run')} merged by {run['merged']['method']}"
-        criterion = run["best_criterion"]
+        criterion = number_of(run["best_criterion"])
         return f"{merged}: dev criterion {criterion:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     return (
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
-        f"dev criterion {run['best_criterion']:.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
+        f"dev criterion {number_of(run['best_criterion']):.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     )

@@ -109,7 +109,7 @@ def read_json(path: Path, shape: Shape | None = None) -> Any:
 
 
 def read_results(folder: Path) -> Any:
-    """results.json of a workdir, numbers as floats also where they are not finite; None where there is none.
+    """results.json of a workdir, or None; a metric that is not defined is None there, an infinite one a float.
 
     Raises:
         UserError: It is not what mtl_jax wrote.
@@ -121,12 +121,14 @@ def read_results(folder: Path) -> Any:
         name: {**task, "baselines": numbers(task["baselines"]), **{split: numbers(task[split]) for split in ("dev", "test")}}
         for name, task in found["tasks"].items()
     }
-    return {**found, "tasks": tasks, **{name: number_of(found[name]) for name in ("best_criterion", "seconds")}}
+    return {**found, "tasks": tasks, **{name: numbers(found[name]) for name in ("best_criterion", "seconds")}}
 
 
 def numbers(scores: Any) -> Any:
-    """Scores as files.to_json() wrote them, in dicts, as floats: null is NaN, a metric that is not defined."""
-    return {name: numbers(each) for name, each in scores.items()} if isinstance(scores, dict) else number_of(scores)
+    """Scores of a file, in dicts: floats, and None for a metric that is not defined."""
+    if isinstance(scores, dict):
+        return {name: numbers(each) for name, each in scores.items()}
+    return None if scores is None else number_of(scores)
 
 
 def damaged(path: Path, problem: str, advice: str = "") -> UserError:

@@ -268,14 +268,14 @@ def test_a_run_says_what_is_not_defined(bert, data, tmp_path, monkeypatch, caplo
     assert [record["rating/pearson"] is None for record in dev] == [True, True, False, False]
     assert [record["criterion"] is None for record in dev] == [True, False, False, False]
     assert found["best_step"] > 4
-    assert np.isnan(found["tasks"]["rating"]["baselines"]["constant"]["pearson"])  # the mean is a constant
+    assert found["tasks"]["rating"]["baselines"]["constant"]["pearson"] is None  # the mean is a constant
     for name in ("results.json", "baselines.json"):
         assert "NaN" not in (tmp_path / name).read_text()
     assert "| undefined " in results.table([found])
     report.write([tmp_path], tmp_path / "report")
     assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
     lost = json.loads(json.dumps(found))
-    lost["tasks"]["rating"]["test"]["pearson"] = np.nan
+    lost["tasks"]["rating"]["test"]["pearson"] = None
     assert "rating: test pearson is not defined" in results.table([lost])
     assert "Beats every baseline" not in results.table([lost])
 

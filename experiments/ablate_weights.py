@@ -25,8 +25,8 @@ Test Pearson's correlation, mean and standard deviation over the seeds, float32:
 
 (five of the eight points, two of the sixteen; WORKDIR/*/report.html has all). Where everything trains, too little weight costs
 a domain up to 0.08, and equal weights are hard to beat. Heads that share nothing but a frozen trunk do not compete, and Adam
-divides a weight out again: all sixteen points are the same to 0.001. The 48 runs of heads took 83 s on two CPU cores, the 16 of
-everything 16 minutes, both beside other work.
+divides a weight out again: all sixteen points are the same to 0.001, and the program says so before it trains them. The 48 runs
+of heads took 83 s on two CPU cores, the 16 of everything 16 minutes, both beside other work.
 """
 
 import dataclasses

@@ -120,16 +120,20 @@ def dry(planned: list[Program], at_once: int, memory: float) -> str:
 
     from mtl_jax.ablation.ablate import about, steps_of
     from mtl_jax.ablation.ready import make_ready
+    from mtl_jax.ablation.remarks import weights_do_nothing
 
-    rows, together, alone = [], 0, 0
+    rows, remarks, together, alone = [], [], 0, 0
     for program in planned:
         ready = make_ready(program, at_once, memory)
         shown = ", ".join(f"{name} {value}" for name, value in about(program)["fixed"].items())
         steps, machine = steps_of(program), ready.machine
         facts = [len(program.runs), machine.size, len(ready.chunks), steps, machine.weight / 1e9, machine.compile_seconds]
         rows.append([program.number, shown, *facts])
+        remark = weights_do_nothing(program, ready.prepared.plans)
+        remarks += [f"program {program.number}: {remark}"] if remark else []
         together, alone = together + len(ready.chunks) * steps, alone + len(program.runs) * steps
     headers = ["program", "of", "runs", "at once", "chunks", "steps", "GB on a device", "compiling, s"]
     table = tabulate.tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f")
     runs = sum(len(program.runs) for program in planned)
-    return f"{table}\nprograms: {len(planned)}, runs: {runs}, steps: {together:,} of many at once, in place of {alone:,} of one"
+    total = f"programs: {len(planned)}, runs: {runs}, steps: {together:,} of many at once, in place of {alone:,} of one"
+    return "\n".join([table, total, *remarks])

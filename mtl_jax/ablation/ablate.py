@@ -19,6 +19,7 @@ from mtl_jax.ablation import space
 from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.ready import Ready, make_ready
+from mtl_jax.ablation.remarks import weights_do_nothing
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import Experiment, select, tasks_to_json, to_json
 from mtl_jax.progress import Progress
@@ -114,6 +115,10 @@ def _ablate(
             ready = make_ready(program, at_once, memory, known.get("size", 0))
             known |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
             known["bytes"] = ready.machine.weight or known.get("bytes", 0)
+            remark = weights_do_nothing(program, ready.prepared.plans)
+            if remark:
+                log.info("program %d: %s", program.number, remark)
+                known["remark"] = remark
             folders.begin(folder, planned)
             folders.write(folder, record, planned, status)
 

@@ -146,7 +146,7 @@ def _traceable(rule_name: str, options: tuple[tuple[str, Any], ...], names: tupl
             losses = {task: jax.numpy.ones(()) for task in names}
             gram = jax.numpy.eye(len(names)) if rule.needs_gram else None
             state = rule.init(names)
-            return rule.update(state, Signals(losses, gram, jax.numpy.zeros((), int), jax.random.key(0)))
+            return rule.update(state, Signals(losses, gram, jax.numpy.zeros((), int), jax.random.key(0), transformed=()))
 
         try:
             jax.eval_shape(weigh, jax.ShapeDtypeStruct((), jax.numpy.float32))

@@ -111,7 +111,8 @@ def _settings(study: Study, groups: Sequence[Group]) -> Section:
         "column, and what ties with it: within one standard deviation, the larger of the two. Press a heading to sort."
     )
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
-    return Section("settings", "All settings", [note, _table(study, "All settings", order)])
+    remarks = [f"Program {each['program']}: {each['remark']}." for each in study.programs if each.get("remark")]
+    return Section("settings", "All settings", [note, *remarks, _table(study, "All settings", order)])
 
 
 def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) -> Table:

@@ -173,7 +173,8 @@ def by_gram(
                 state.rule_state["transform"], signals._replace(key=key), gradients.in_order(rounds, names)
             )
             rounds = [changed]
-            signals = signals._replace(gram=gradients.gram_matrix(rounds, order) if rule.needs_gram else None)
+            gram = gradients.gram_matrix(rounds, order) if rule.needs_gram else None
+            signals = signals._replace(gram=gram, transformed=())
             weights, rule_state = rule.update(state.rule_state["rule"], signals)
             rule_state = {"rule": rule_state, "transform": changed_state}
 

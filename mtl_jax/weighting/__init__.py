@@ -35,6 +35,9 @@ from mtl_jax.weighting.loss_rules import imtl_l as imtl_l
 from mtl_jax.weighting.loss_rules import rlw as rlw
 from mtl_jax.weighting.loss_rules import stch as stch
 from mtl_jax.weighting.loss_rules import uncertainty as uncertainty
+from mtl_jax.weighting.own_loop import gradient as gradient
+from mtl_jax.weighting.own_loop import gram as gram
+from mtl_jax.weighting.own_loop import init as init
 from mtl_jax.weighting.registry import COMBINATORS as COMBINATORS
 from mtl_jax.weighting.registry import RULES as RULES
 from mtl_jax.weighting.registry import combine as combine

@@ -18,6 +18,7 @@ from mtl_jax.weighting.base import (
     Transform,
     Weights,
     above_zero,
+    after_transform,
     present,
     share,
     stack,
@@ -128,6 +129,7 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
         return changed, {"average": averaged, "seen": seen_K}
 
     transform = Transform(init_average, average) if beta > 0 else None
+    update = update if transform is None else after_transform("db_mtl", update)
     return Rule(init=lambda names: (), update=update, needs_gram=True, transform=transform, weighs_heads=False)
 
 
@@ -180,7 +182,13 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
         tracked = jax.tree.map(lambda old, new: old + _rows(new_K, old) * (new - old), state["tracked"], gradients)
         return tracked, {"tracked": tracked, "done": state["done"] + 1}
 
-    return Rule(init=init, update=update, needs_gram=True, transform=Transform(init_tracked, track), weighs_heads=False)
+    return Rule(
+        init=init,
+        update=after_transform("moco", update),
+        needs_gram=True,
+        transform=Transform(init_tracked, track),
+        weighs_heads=False,
+    )
 
 
 def graddrop(leak: float = 0.0) -> Rule:
@@ -217,7 +225,12 @@ def graddrop(leak: float = 0.0) -> Rule:
             kept.append(jnp.stack([jnp.where(stay, row, leak * row) for stay, row in zip(stays, rows, strict=True)]))
         return jax.tree.unflatten(treedef, kept), state
 
-    return Rule(init=lambda names: (), update=update, transform=Transform(lambda gradients: (), drop), weighs_heads=False)
+    return Rule(
+        init=lambda names: (),
+        update=after_transform("graddrop", update),
+        transform=Transform(lambda gradients: (), drop),
+        weighs_heads=False,
+    )
 
 
 def _rows(values_K: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.errors import UserError
+
 Weights = dict[str, jax.Array]
 
 SMALLEST = 1e-6  # of the largest loss: what a loss counts for at least, where a weight is one over it
@@ -25,6 +27,8 @@ class Signals(NamedTuple):
         key: PRNG key of this step, for rules that draw.
         counts: {task: f32[]}, labelled examples in this step; a task with none is absent, and the rule is that of the others.
             None: all tasks are present.
+        transformed: () where the gradients have gone through the rule's transform; else None. No array, so that a program
+            knows it when it is traced.
     """
 
     losses: dict[str, jax.Array]
@@ -32,6 +36,7 @@ class Signals(NamedTuple):
     step: jax.Array
     key: jax.Array
     counts: dict[str, jax.Array] | None = None
+    transformed: tuple[()] | None = None
 
 
 class Transform(NamedTuple):
@@ -56,7 +61,8 @@ class Rule(NamedTuple):
         update: (state, Signals) to (weights, new state); weights is {task: f32[]}, 0 for absent tasks, and carries no gradient.
         needs_gram: Whether Signals.gram must be computed.
         objective: (state, Signals) to f32[], where the weights are the derivative of one number by the losses; else None.
-        transform: Set where the rule changes the task gradients; Signals.gram is then that of the changed ones.
+        transform: Set where the rule changes the task gradients; Signals.gram is then that of the changed ones. Its weights
+            alone are not the rule, so its update() asks for Signals.transformed: own_loop.gradient and the train step do both.
         due: (state) to bool[], where the rule looks at the Gram matrix in some steps only; else None.
         weighs_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum of losses. False:
             the weights are for what the tasks share, and every head follows its plain loss. Where it is True, a head whose
@@ -70,6 +76,25 @@ class Rule(NamedTuple):
     transform: Transform | None = None
     due: Callable[[Any], jax.Array] | None = None
     weighs_heads: bool = True
+
+
+def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, Any]]) -> Callable[..., tuple[Weights, Any]]:
+    """The update of a rule with a transform, which is refused to those who have not applied it.
+
+    Args:
+        name: The rule.
+        update: Its weights, from the changed gradients.
+    """
+
+    def checked(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        if signals.transformed is None:
+            raise UserError(
+                f"weighting {name} changes the task gradients, and its weights alone are not the rule; in a loop of your own "
+                "call mtl_jax.weighting.gradient(rule, state, task_gradients, losses, step=step, key=key)"
+            )
+        return update(state, signals)
+
+    return checked
 
 
 def weighted_sum(weights: Weights, losses: dict[str, jax.Array]) -> jax.Array:

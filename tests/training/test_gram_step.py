@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -325,6 +326,25 @@ def test_graddrop_is_its_definition(bert, data):
     drawn = np.abs(flat - positive) < np.abs(flat - negative)
     chance = positive / (positive - negative + 1e-30)
     assert drawn[both].mean() == pytest.approx(chance[both].mean(), abs=0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["graddrop", "moco", "db_mtl", "cagrad"])
+def test_a_loop_of_ones_own_has_the_same_gradient(bert, data, name):
+    """weighting.gradient on the gradients of K backward passes, with the step's own key."""
+    prepared, batch, state = set_up(bert, data, weighting=name)
+    frozen = jax.tree.map(lambda _: None, prepared.params)
+    found = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    rows, rule = jacobian(prepared, batch), prepared.plans[0].rule
+    key = jax.random.split(state.step_key(), 3)[2]
+    _, unflatten = jax.flatten_util.ravel_pytree(prepared.params["trunk"])
+    by_task = {task: unflatten(jnp.asarray(row)) for task, row in rows.items()}
+    gradient, weights, _ = weighting.gradient(rule, rule.init(list(rows)), by_task, found.losses, step=0, key=key)
+    for task, weight in found.weights.items():
+        assert float(weights[task]) == pytest.approx(float(weight), rel=1e-3)
+    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (gradient, found.gradient["trunk"])]
+    close = np.abs(flat[0] - flat[1]) < 1e-3 * np.abs(flat[1]).max()
+    assert close.mean() > 0.999  # a sign that is drawn may fall otherwise where rounding decides
 
 
 def test_where_a_rule_is_not_due_the_step_is_plain(bert, data):

@@ -49,7 +49,7 @@ def test_db_mtl_weighs_alike_with_and_without_average():
         if rule.transform is not None:
             changed, _ = rule.transform.update(rule.transform.init(gradients), signals(0, losses), gradients)
         gram = changed["kernel"] @ changed["kernel"].T
-        found[beta], _ = rule.update((), signals(0, losses)._replace(gram=gram))
+        found[beta], _ = rule.update((), signals(0, losses)._replace(gram=gram, transformed=()))
     for task in "ab":
         np.testing.assert_allclose(found[0.9][task], found[0.0][task], rtol=1e-5)
     np.testing.assert_allclose(found[0.0]["a"], 6 / (4 / 2) / 2, rtol=1e-5)  # the longest h, of b, is 3 / 0.5

@@ -48,7 +48,7 @@ def weigh(name, history, **options):
         at = signals(losses, step, rows)
         if rule.transform is not None:
             rows, kept = rule.transform.update(kept, at._replace(gram=None), rows)
-            at = at._replace(gram=rows @ rows.T)
+            at = at._replace(gram=rows @ rows.T, transformed=())
         weights, state = update(state, at)
         weights_N.append([float(weights[task]) for task in "abc"])
         rows_N.append(rows)

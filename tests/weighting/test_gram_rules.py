@@ -34,7 +34,7 @@ def history_of(rule, steps, key=0):
         gram = jnp.asarray(np.asarray(gradients, np.float64) @ np.asarray(gradients, np.float64).T, jnp.float32)
         losses = dict(zip(names, jnp.asarray(losses, jnp.float32), strict=True))
         counts = None if counts is None else dict(zip(names, jnp.asarray(counts, jnp.float32), strict=True))
-        weights, new_state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts))
+        weights, new_state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts, ()))
         same = jax.tree.map(lambda a, b: jax.typeof(a) == jax.typeof(b), state, new_state)
         assert all(jax.tree.leaves(same)), "the state changed its type: the program would be compiled again"
         state = new_state
@@ -344,7 +344,7 @@ def test_a_rule_may_be_vmapped(name):
     losses = dict(zip(names, jnp.asarray(rng.uniform(1, 2, size=(3, 2)), jnp.float32), strict=True))
 
     def update(losses, gram):
-        return rule.update(rule.init(names), Signals(losses, gram, jnp.int32(0), jax.random.key(0)))[0]
+        return rule.update(rule.init(names), Signals(losses, gram, jnp.int32(0), jax.random.key(0), transformed=()))[0]
 
     together = jax.vmap(update)(losses, grams)
     for n in range(2):

@@ -1,0 +1,130 @@
+"""A rule in a training loop of one's own: from task gradients to the gradient that an optimizer follows.
+
+    loss_of = lambda params, task: ...                                # f32[]
+    gradients = {task: jax.grad(loss_of)(params, task) for task in tasks}
+    gradient, weights, state = gradient(rule, state, gradients, losses, step=step, key=key)
+
+The train step does the same with fewer backward passes, as it knows which rows belong to which task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.errors import UserError, listed
+from mtl_jax.weighting.base import Rule, Signals, Weights
+
+
+def gram(task_gradients: Mapping[str, Any]) -> jax.Array:
+    """Inner products of task gradients: f32[K, K], rows in the sorted order of the tasks.
+
+    Args:
+        task_gradients: {task: a tree of arrays}, all of one structure and with the same shapes.
+
+    Raises:
+        UserError: There are none, or two of them differ in structure or shapes.
+    """
+    return _gram(_stacked(task_gradients))
+
+
+def gradient(
+    rule: Rule,
+    state: Any,
+    task_gradients: Mapping[str, Any],
+    losses: Mapping[str, jax.Array],
+    *,
+    step: jax.Array | int,
+    key: jax.Array,
+    counts: Mapping[str, jax.Array] | None = None,
+) -> tuple[Any, Weights, Any]:
+    """The gradient of the shared parameters by any rule, also those that change the task gradients themselves.
+
+    Pure, and the same as in the train step; may be jitted, with the rule closed over. Of heads, which only one task has, each
+    follows its own gradient: multiplied by the task's weight, but at least 0, where rule.weighs_heads.
+
+    Args:
+        rule: The rule, which may be inside combinators.
+        state: rule.init(names) before the first step, then what the last step returned. A rule with a transform keeps
+            {"rule": ..., "transform": ...} from the first step on, as init() makes it at once.
+        task_gradients: {task: gradient of its loss by the shared parameters}, trees of one structure.
+        losses: {task: f32[]}, the losses of this step.
+        step: Steps done before this one.
+        key: PRNG key of this step.
+        counts: {task: f32[]}, labelled examples; a task with none is absent. None: all are present.
+
+    Returns:
+        The combined gradient, a tree like each of the task gradients, float32; {task: f32[]}, the weights; the new state.
+
+    Raises:
+        UserError: Gradients and losses are not of the same tasks, or gradients differ in structure or shapes.
+    """
+    names = sorted(task_gradients)
+    for what, given in (("losses", losses), ("counts", counts)):
+        if given is not None and sorted(given) != names:
+            raise UserError(f"{what} are of the tasks {listed(sorted(given))}, and task_gradients of {listed(names)}")
+    rows = _stacked(task_gradients)
+    by_task = {name: jnp.asarray(losses[name], jnp.float32) for name in names}
+    present = None if counts is None else {name: jnp.asarray(counts[name], jnp.float32) for name in names}
+    signals = Signals(by_task, None, jnp.asarray(step, jnp.int32), key, present)
+    if rule.transform is None:
+        weights, state = rule.update(state, signals._replace(gram=_gram(rows) if rule.needs_gram else None))
+        return _combined(rows, weights), weights, state
+    state = state if _has_transform(state) else {"rule": state, "transform": rule.transform.init(rows)}
+    # A key of its own: the rule may draw, too.
+    drawing = signals._replace(key=jax.random.fold_in(key, 1))
+    rows, transformed = rule.transform.update(state["transform"], drawing, rows)
+    signals = signals._replace(gram=_gram(rows) if rule.needs_gram else None, transformed=())
+    weights, own = rule.update(state["rule"], signals)
+    return _combined(rows, weights), weights, {"rule": own, "transform": transformed}
+
+
+def init(rule: Rule, task_gradients: Mapping[str, Any]) -> Any:
+    """The state for gradient(), of one structure from the start: for jax.lax.scan, or to save it.
+
+    Args:
+        rule: The rule.
+        task_gradients: As for gradient(); shapes are enough.
+
+    Raises:
+        UserError: As rule.init.
+    """
+    names = sorted(task_gradients)
+    if rule.transform is None:
+        return rule.init(names)
+    rows = jax.eval_shape(_stacked, dict(task_gradients))
+    return {"rule": rule.init(names), "transform": rule.transform.init(rows)}
+
+
+def _has_transform(state: Any) -> bool:
+    return isinstance(state, Mapping) and set(state) == {"rule", "transform"}
+
+
+def _stacked(task_gradients: Mapping[str, Any]) -> Any:
+    """One tree, leaves f32[K, ...] in the sorted order of the tasks."""
+    if not task_gradients:
+        raise UserError("task_gradients is empty; give the gradient of each task's loss")
+    names = sorted(task_gradients)
+    trees = [task_gradients[name] for name in names]
+    forms = [(jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]) for tree in trees]
+    for name, form in zip(names, forms, strict=True):
+        if form != forms[0]:
+            raise UserError(f"the gradients of the tasks {names[0]!r} and {name!r} are not by the same parameters")
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf, jnp.float32) for leaf in leaves]), *trees)
+
+
+def _gram(rows: Any) -> jax.Array:
+    def inner(leaf: jax.Array) -> jax.Array:
+        flat_KxP = leaf.reshape(len(leaf), -1)
+        return jnp.matmul(flat_KxP, flat_KxP.T, precision="highest")
+
+    leaves = jax.tree.leaves(rows)
+    return sum((inner(leaf) for leaf in leaves[1:]), inner(leaves[0]))
+
+
+def _combined(rows: Any, weights: Weights) -> Any:
+    weights_K = jnp.stack([weights[name] for name in sorted(weights)])
+    return jax.tree.map(lambda leaf: jnp.tensordot(weights_K, leaf, axes=1), rows)

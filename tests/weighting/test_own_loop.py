@@ -1,0 +1,133 @@
+"""Rules in a loop of one's own: the gradient of the train step, from task gradients that someone else computed."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtl_jax import weighting
+from mtl_jax.errors import UserError
+from mtl_jax.training import gradients
+from mtl_jax.weighting import RULES, Signals
+
+NAMES = ("fine", "coarse", "rating")  # not in sorted order
+CHANGING = ("graddrop", "moco", "db_mtl")
+GUIDE = Path(__file__).parents[2] / "docs" / "weighting.md"
+
+
+def made(name):
+    return weighting.make(name, **({"weights": dict.fromkeys(NAMES, 0.5)} if name in ("fixed", "scheduled") else {}))
+
+
+def drawn(seed):
+    """Losses and task gradients, which conflict here and there."""
+    rng = np.random.default_rng(seed)
+    shapes = {"bias": (3,), "layer": {"kernel": (4, 3)}}
+
+    def tree():
+        return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: type(s) is tuple)
+
+    return {name: jnp.float32(rng.uniform(0.5, 2)) for name in NAMES}, {name: tree() for name in NAMES}
+
+
+def as_in_the_train_step(rule, state, tasks, losses, step, key):
+    """The end of gram_step.by_gram, on two rounds as it would have."""
+    rounds = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tasks[name] for name in names)) for names in (NAMES[:2], NAMES[2:])
+    ]
+    signals, order = Signals(losses, None, jnp.int32(step), key, None), list(NAMES)
+    if rule.transform is None:
+        weights, state = rule.update(state, signals._replace(gram=gradients.gram_matrix(rounds, order)))
+        return gradients.combine(rounds, weights, order), weights, state
+    drawing = signals._replace(key=jax.random.fold_in(key, 1))
+    changed, kept = rule.transform.update(state["transform"], drawing, gradients.in_order(rounds, order))
+    gram = gradients.gram_matrix([changed], sorted(order)) if rule.needs_gram else None
+    weights, own = rule.update(state["rule"], signals._replace(gram=gram, transformed=()))
+    return gradients.combine([changed], weights, sorted(order)), weights, {"rule": own, "transform": kept}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_gives_the_train_steps_gradient(name):
+    rule, losses, tasks = made(name), *drawn(0)
+    state, expected_state = rule.init(NAMES), weighting.init(rule, tasks)
+    for step in range(2):
+        losses, tasks = drawn(step)
+        key = jax.random.key(step)
+        gradient, weights, state = weighting.gradient(rule, state, tasks, losses, step=step, key=key)
+        expected, expected_weights, expected_state = as_in_the_train_step(rule, expected_state, tasks, losses, step, key)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
+        assert weights == pytest.approx({task: float(weight) for task, weight in expected_weights.items()}, rel=1e-4, abs=1e-6)
+        assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+
+
+def test_it_may_be_jitted_and_scanned():
+    rule, losses, tasks = weighting.combine(weighting.moco(), "ema:decay=0.5"), *drawn(0)
+
+    def step(state, number):
+        gradient, weights, state = weighting.gradient(rule, state, tasks, losses, step=number, key=jax.random.key(0))
+        return state, (gradient, weights)
+
+    start = weighting.init(rule, jax.eval_shape(lambda: tasks))
+    _, (_, weights_N) = jax.lax.scan(step, start, jnp.arange(3))
+    state = rule.init(NAMES)
+    for n in range(3):
+        _, weights, state = weighting.gradient(rule, state, tasks, losses, step=n, key=jax.random.key(0))
+        assert weights == pytest.approx({task: float(leaf[n]) for task, leaf in weights_N.items()}, rel=1e-5)
+
+
+def test_the_gram_matrix_is_in_sorted_order():
+    _, tasks = drawn(0)
+    flat = {name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for name, tree in tasks.items()}
+    expected = [[flat[a] @ flat[b] for b in sorted(NAMES)] for a in sorted(NAMES)]
+    np.testing.assert_allclose(weighting.gram(tasks), expected, rtol=1e-5)
+
+
+def test_absent_tasks_have_no_weight():
+    losses, tasks = drawn(0)
+    counts = {"fine": 0, "coarse": 2, "rating": 5}
+    found = weighting.gradient(made("mgda"), (), tasks, losses, step=0, key=jax.random.key(0), counts=counts)
+    without = {name: tree for name, tree in tasks.items() if name != "fine"}
+    losses = {name: losses[name] for name in without}
+    expected = weighting.gradient(made("mgda"), (), without, losses, step=0, key=jax.random.key(0))
+    assert found[1]["fine"] == 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found[0], expected[0])
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("combinator", ["", "normalized", "ema", "clipped", "subset:s=2"])
+@pytest.mark.parametrize("wrap", [lambda update: update, jax.jit])
+def test_a_rule_that_changes_gradients_refuses_to_give_weights_alone(name, combinator, wrap):
+    rule = weighting.combine(made(name), combinator) if combinator else made(name)
+    losses, tasks = drawn(0)
+    signals = Signals(losses, weighting.gram(tasks), jnp.int32(0), jax.random.key(0))
+    with pytest.raises(UserError, match=rf"weighting {name} changes the task gradients, .*mtl_jax\.weighting\.gradient\("):
+        wrap(rule.update)(rule.init(NAMES), signals)
+
+
+def test_without_an_average_db_mtl_is_a_weighted_sum():
+    losses, tasks = drawn(0)
+    rule = weighting.db_mtl(beta=0.0)
+    weights, _ = rule.update((), Signals(losses, weighting.gram(tasks), jnp.int32(0), jax.random.key(0)))
+    assert all(float(weight) > 0 for weight in weights.values())
+
+
+def test_what_does_not_fit_is_one_line():
+    losses, tasks = drawn(0)
+    rule, more = made("equal"), {"step": 0, "key": jax.random.key(0)}
+    with pytest.raises(UserError, match="losses are of the tasks coarse, fine, and task_gradients of coarse, fine, rating"):
+        weighting.gradient(rule, (), tasks, {name: losses[name] for name in NAMES[:2]}, **more)
+    with pytest.raises(UserError, match="the tasks 'coarse' and 'rating' are not by the same parameters"):
+        weighting.gradient(rule, (), tasks | {"rating": {"bias": jnp.ones(3)}}, losses, **more)
+    with pytest.raises(UserError, match="task_gradients is empty"):
+        weighting.gram({})
+
+
+def test_the_loop_in_the_guide_runs():
+    (loop,) = re.findall(r"^```python\n(import jax\n.*?)^```", GUIDE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(compile(loop, str(GUIDE), "exec"), names)
+    assert sum(map(float, names["weights"].values())) == pytest.approx(1.0, abs=1e-5)
+    assert names["losses"]["a"] < 0.9 * float(jnp.square(jnp.ones(3) @ jnp.ones((3, 2)) - 1).mean())

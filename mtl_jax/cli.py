@@ -57,6 +57,8 @@ def main(experiment: Experiment, description: str | None = None) -> None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
     launch = tyro.cli(Launch, default=Launch(experiment), description=description, config=_CONFIG)
     if scripts.only_read.get():
+        if launch.distributed:
+            raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
         raise scripts.Read(launch.experiment)
     run(lambda: _launch(launch))
 

@@ -58,6 +58,11 @@ def open_workdir(
         )
     changed = workdirs.changed(folder, config, allow_config_change, completed)
     done = workdirs.read_json(folder / "results.json")
+    for name in ("ablation.json", "results.json"):  # a report has one, too, and is no finished run
+        if (folder / name).exists() and not (folder / "config.json").exists():
+            raise UserError(
+                f"{folder}: not the workdir of a run ({name} is there, config.json is not); choose another --workdir"
+            )
     if done is not None and not changed:
         return Opened(done)
     prepared = prepare(experiment)

@@ -95,6 +95,8 @@ def main(experiment: Experiment, description: str | None = None) -> None:
         registry=_REGISTRY,
     )
     if scripts.only_read.get():
+        if launch.distributed:
+            raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
         raise scripts.Read(launch.experiment)
     run(lambda: _launch(launch))
 

@@ -59,6 +59,11 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
         experiment = as_begun(experiment, workdirs.read_json(folder / "config.json"))
     config = to_json(experiment)
     changed = workdirs.changed(folder, config, allow_config_change, completed)
+    for name in ("ablation.json", "results.json"):  # a report has one, too, and is no finished run
+        if (folder / name).exists() and not (folder / "config.json").exists():
+            raise UserError(
+                f"{folder}: not the workdir of a run ({name} is there, config.json is not); choose another --workdir"
+            )
     if (folder / "results.json").exists() and not changed:
         return Opened(config, results.read(folder))
     prepared = prepare(experiment)

@@ -103,6 +103,8 @@ def test_a_script_is_read_with_its_flags(tmp_path, monkeypatch):
     with scripts.given(["--phases.0.steps", "77", "--weighting", "famo"]):
         found = scripts.read(tiny.__file__)
     assert (found.phases[0].steps, found.weighting) == (77, "famo")
+    with scripts.given(["--distributed", "auto"]), pytest.raises(UserError, match="--distributed: an ablation trains on the"):
+        scripts.read(tiny.__file__)
     (tmp_path / "idle.py").write_text("import mtl_jax\n")
     with pytest.raises(UserError, match="it did not call mtl_jax"):
         scripts.read(str(tmp_path / "idle.py"))

@@ -107,6 +107,14 @@ def test_a_second_run_is_done_at_once(finished, bert, data):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["results.json", "ablation.json"])
+def test_a_report_or_an_ablation_is_not_a_finished_run(tmp_path, name):
+    (tmp_path / name).write_text('{"tasks": {}}')
+    with pytest.raises(UserError, match=rf"not the workdir of a run \({name} is there, config\.json is not\)"):
+        mtl_jax.train(tiny.experiment("bert", "data"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_another_configuration_is_refused_with_the_difference(finished, bert, data):
     workdir, _ = finished
     changed = tiny.experiment(bert, data, optimizer=Optimizer(learning_rate=3e-5))

@@ -75,4 +75,8 @@ def _same(label: Any, other: Any) -> bool:
 
 def _written(task: Labels, row: Row) -> str:
     label = task.written(row)
-    return shown(repr(task.parse(row) if label is None else label))
+    if label is None:
+        label = task.parse(row)
+    if isinstance(label, np.ndarray):
+        label = [task.labels[place] for place in np.flatnonzero(label == 1)]
+    return shown(repr(label))

@@ -177,3 +177,26 @@ def test_twenty_thousand_labels_are_looked_up():
     with pytest.raises(ValueError, match=r"'new' is not in the label set \(class 0, .*, class 9 and 19990 more\)$") as caught:
         task.parse(Row({"label": "new"}, "a"))
     assert not isinstance(caught.value, UserError)
+
+
+LONG = "y" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        (Classification(name="t", source="s", labels=("a",)), {"label": LONG}),
+        (Classification(name="t", source="s", labels=("a", "b"), threshold=0.5), {"label": LONG}),
+        (Classification(name="t", source="s", labels=("a",)), {"label": [LONG]}),
+        (Regression(name="t", source="s"), {"label": LONG}),
+        (Multilabel(name="t", source="s", columns=("a",)), {"a": LONG}),
+        (Multilabel(name="t", source="s", column="label", labels=("a",)), {"label": [LONG, LONG]}),
+        (Multilabel(name="t", source="s", column="label", labels=("a",)), {"label": LONG}),
+        (Tagging(name="t", source="s", column="label", labels=("O",)), {"text": LONG, "label": LONG}),
+        (Tagging(name="t", source="s", column="label", labels=("O",)), {LONG: ""}),
+    ],
+)
+def test_an_error_cuts_what_it_quotes(task, columns):
+    with pytest.raises((UserError, ValueError)) as caught:
+        task.parse(Row(columns, "a.csv:2"))
+    assert len(str(caught.value)) < 1500

@@ -101,7 +101,7 @@ class Tagging(Task):
             raise UserError(f"task {self.name!r}: a label stands twice in its label set")
         if bio.is_bio(self.labels):
             for label in self.labels:
-                if label.startswith("I-") and f"B-{label[2:]}" not in self.labels:
+                if label.startswith("I-") and f"B-{label[2:]}" not in self.place_of:
                     raise UserError(
                         f"task {self.name!r}: the label set has {label} and lacks B-{label[2:]}, which must precede it"
                     )

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mtl_jax.errors import UserError, listed, unknown
+from mtl_jax.files import shown
 
 EXIT_BAD_INPUT = 2
 
@@ -39,7 +40,7 @@ def _check(cls: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     names = [field.name for field in fields]
     ordered = [field.name for field in fields if not field.kw_only]
     given = dict(zip(ordered, args, strict=False)) | kwargs
-    what = f"{cls.__name__} {given['name']!r}" if isinstance(given.get("name"), str) else cls.__name__
+    what = f"{cls.__name__} {shown(given['name'])!r}" if isinstance(given.get("name"), str) else cls.__name__
     for name in kwargs:
         if name not in names:
             free = [other for other in names if other not in given]

@@ -64,5 +64,5 @@ def test_the_pairs_of_the_guide_are_read_and_predicted(shallow, tmp_path, monkey
     found = corpus.make_corpus([source], [task], read, load_tokenizer(shallow), 24)
     assert found.tasks[0].labels == ("no", "yes")
     assert prediction._row(source, row, 1, False).columns == row
-    with pytest.raises(UserError, match=r"'hypothesis' is missing: --text gives one .* lines \{.premise.: .*, .hypothesis.: "):
+    with pytest.raises(UserError, match=r"'hypothesis' is missing.*: --text gives one .* \{.premise.: .*, .hypothesis.: "):
         prediction._row(source, "A man sleeps.", 1, False)

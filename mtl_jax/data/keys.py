@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtl_jax.data.formats.rows import Row, no_column
 from mtl_jax.errors import UserError
+from mtl_jax.files import shown
 
 if TYPE_CHECKING:
     from mtl_jax.data.sources import Source
@@ -64,7 +65,7 @@ def group(source: Source, row: Row) -> str:
     value = row.columns[source.group]
     match = re.search(source.group_pattern, value) if isinstance(value, str) else None
     if match is None:
-        raise UserError(f"{row.where}: {value!r} does not match {source.group_pattern!r}")
+        raise UserError(f"{row.where}: {shown(repr(value))} does not match {shown(source.group_pattern)!r}")
     return match.group()
 
 
@@ -75,6 +76,6 @@ def check_answer(answer: Any, context: str, where: str) -> None:
     text, start = answer["text"], answer["start"]
     found = context[max(start, 0) : max(start, 0) + len(text)]
     if start < 0 or start + len(text) > len(context):
-        raise UserError(f"{where}: the answer {text!r} at {start} is outside the context of {len(context)} characters")
+        raise UserError(f"{where}: the answer {shown(text)!r} at {start} is outside the context of {len(context)} characters")
     if not text or found != text:
-        raise UserError(f"{where}: the answer {text!r} is not in the context at {start}, where {found!r} stands")
+        raise UserError(f"{where}: the answer {shown(text)!r} is not in the context at {start}, where {shown(found)!r} stands")

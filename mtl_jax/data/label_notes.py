@@ -60,7 +60,7 @@ def other_labels(task: Labels, again: Sequence[tuple[Place, Place]]) -> list[str
             continue
         if labels[0] is not None and not _same(*labels):
             count += 1
-            example = example or " where ".join(f"{row.where} has {_written(task, row)}" for row in rows)
+            example = example or _example(task, rows)
     if not count:
         return []
     rows_have = "1 of the repeated texts has" if count == 1 else f"{count} of the repeated texts have"
@@ -73,6 +73,20 @@ def _same(label: Any, other: Any) -> bool:
     return bool(label == other)
 
 
-def _written(task: Labels, row: Row) -> str:
+def _example(task: Labels, rows: tuple[Row, Row]) -> str:
+    written = [_written(task, row) for row in rows]
+    where = [row.where for row in rows]
+    if all(isinstance(label, list) for label in written) and task.label_level == "token":
+        pairs = enumerate(zip(*written, strict=False))
+        word = next((word for word, (label, other) in pairs if label != other), None)
+        if word is not None:  # not two whole sentences: the first word that differs
+            written = [labels[word] for labels in written]
+            where = [row.where_word(word) if row.words else f"{row.where}, word {word + 1}," for row in rows]
+    return " where ".join(f"{place} has {shown(repr(label))}" for place, label in zip(where, written, strict=True))
+
+
+def _written(task: Labels, row: Row) -> Any:
     label = task.written(row)
-    return shown(repr(task.parse(row) if label is None else label))
+    if label is None:
+        label = task.parse(row)
+    return [task.labels[place] for place in np.flatnonzero(label == 1)] if isinstance(label, np.ndarray) else label

@@ -330,6 +330,6 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
         if not isinstance(value, str):
             raise UserError(f"{item.where}: the id column {name!r} is empty or a list")
         if value in ids:
-            raise UserError(f"{item.where}: the id {value!r} stands already at {ids[value]}")
+            raise UserError(f"{item.where}: the id {shown(value)!r} stands already at {ids[value]}")
         ids[value] = item.where
     return item

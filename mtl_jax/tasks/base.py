@@ -18,6 +18,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError, listed, unknown
+from mtl_jax.files import shown
 from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.head import Head
@@ -318,7 +319,9 @@ def text_of(row: Row, name: str, task: Task) -> str | None:
     """
     value = column(row, name, task)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{row.where}: task {task.name!r}: column {name!r} holds a list, {value!r}; one value is needed")
+        raise UserError(
+            f"{row.where}: task {task.name!r}: column {name!r} holds a list, {shown(repr(value))}; one value is needed"
+        )
     return value
 
 

@@ -102,7 +102,7 @@ class Classification(Task):
             except ValueError:
                 number = math.nan
             if math.isnan(number):
-                raise ValueError(f"{text!r} is not a number, and the task has a threshold")
+                raise ValueError(f"{shown(text)!r} is not a number, and the task has a threshold")
             return int(number > self.threshold)
         if text not in self.place_of:
             raise ValueError(f"label {shown(text)!r} is not in the label set ({listed(self.labels)})")

@@ -68,8 +68,9 @@ def check_weights(task: str, balanced: bool, weights: Mapping[str, float], names
     """
     if balanced and weights:
         raise UserError(f"task {task!r}: balanced computes class_weights; give one or the other")
+    known = set(names)
     for name, weight in weights.items():
-        if names and name not in names:
+        if known and name not in known:
             raise unknown(f"label in class_weights of task {task!r}:", name, names)
         if not 0 <= weight < np.inf:
             raise UserError(f"task {task!r}: class_weights of {name!r} is {weight}; it must be a number of at least 0")

@@ -165,9 +165,8 @@ class Multilabel(Task):
             return None
         parts = written.split(self.separator) if isinstance(written, str) else written
         if not all(isinstance(part, str) for part in parts):
-            raise UserError(
-                f"{row.where}: task {self.name!r}: {written!r} in column {self.column!r} holds something else than text"
-            )
+            what = f"{shown(repr(written))} in column {self.column!r}"
+            raise UserError(f"{row.where}: task {self.name!r}: {what} holds something else than text")
         labels = [part.strip() for part in parts if part.strip()]
         twice = next((label for label, count in Counter(labels).items() if count > 1), None)
         if twice is not None:
@@ -179,5 +178,5 @@ class Multilabel(Task):
         if not written or written in self.unlabelled:
             return -1
         if written.lower() not in YES_NO:
-            raise ValueError(f"{written!r} in column {name!r} says neither yes (1, true, yes) nor no (0, false, no)")
+            raise ValueError(f"{shown(written)!r} in column {name!r} says neither yes (1, true, yes) nor no (0, false, no)")
         return YES_NO[written.lower()]

@@ -16,6 +16,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row
 from mtl_jax.errors import UserError
+from mtl_jax.files import shown
 from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
 
 
@@ -66,11 +67,11 @@ class Regression(Task):
         except ValueError:
             value = math.nan
         if math.isnan(value):
-            raise ValueError(f"label {text!r} is not a number")
+            raise ValueError(f"label {shown(text)!r} is not a number")
         if math.isinf(value):
-            raise ValueError(f"label {text!r} is not a finite number")
+            raise ValueError(f"label {shown(text)!r} is not a finite number")
         if not self.minimum <= value <= self.maximum:
-            raise ValueError(f"label {text!r} is outside {self.minimum:g}..{self.maximum:g}")
+            raise ValueError(f"label {shown(text)!r} is outside {self.minimum:g}..{self.maximum:g}")
         return value
 
     def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:

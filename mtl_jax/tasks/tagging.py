@@ -17,6 +17,7 @@ from mtl_jax.data.formats.rows import odd_blank
 from mtl_jax.data.labels import Window
 from mtl_jax.data.sources import Row, Source
 from mtl_jax.errors import UserError, listed
+from mtl_jax.files import shown
 from mtl_jax.tasks import bio
 from mtl_jax.tasks.base import PerExample, Task, column
 from mtl_jax.tasks.cross_entropy import MISSING, balanced_weights, check_weights, cross_entropy
@@ -101,7 +102,7 @@ class Tagging(Task):
             raise UserError(f"task {self.name!r}: a label stands twice in its label set")
         if bio.is_bio(self.labels):
             for label in self.labels:
-                if label.startswith("I-") and f"B-{label[2:]}" not in self.labels:
+                if label.startswith("I-") and f"B-{label[2:]}" not in self.place_of:
                     raise UserError(
                         f"task {self.name!r}: the label set has {label} and lacks B-{label[2:]}, which must precede it"
                     )
@@ -229,7 +230,9 @@ class Tagging(Task):
 
     def _wrong(self, row: Row, place: int, word: str, tag: str | None, why: str) -> UserError:
         """The error for the tag of one word, counted from 0; it names the word's own line, where it has one."""
-        return UserError(f"{row.where_word(place)}: task {self.name!r}: tag {tag!r} of word {place + 1}, {word!r}, {why}")
+        return UserError(
+            f"{row.where_word(place)}: task {self.name!r}: tag {shown(repr(tag))} of word {place + 1}, {shown(word)!r}, {why}"
+        )
 
     def _divided(self, row: Row) -> str:
         """A clause on blanks other than the space, which divide words too and look like it; "" where there are none."""

@@ -14,7 +14,7 @@ The head reads the mean of the token vectors. No class of transformers has such 
 and names no labels: a pipeline("text-classification") of this directory has a random head. The head lies beside the trunk,
 in the format of sentence-transformers, which gives the task's outputs: {outputs}.
 """
-_SNIPPETS = {
+_SNIPPETS: dict[Any, str] = {
     Classification: """\
 import json
 from pathlib import Path
@@ -80,8 +80,8 @@ model = AutoModel.from_pretrained(folder)
 print(model(**tokenizer("a text", return_tensors="pt")).last_hidden_state.shape)
 """,
 }
-_LIBRARIES = {Classification: "sentence-transformers", Regression: "sentence-transformers"}
-_OUTPUTS = {Classification: f"logits in the order of {LABELS}", Regression: "predicted values"}
+_LIBRARIES: dict[Any, str] = {Classification: "sentence-transformers", Regression: "sentence-transformers"}
+_OUTPUTS: dict[Any, str] = {Classification: f"logits in the order of {LABELS}", Regression: "predicted values"}
 
 
 def card(run: str, task: Task | None, raw: Any) -> str:

@@ -181,7 +181,8 @@ def convert(
     """
     from mtl_jax import export
 
-    export.convert(source, target, task=task, overwrite=overwrite)
+    if note := export.convert(source, target, task=task, overwrite=overwrite):
+        print(note)
     print(f"everything is in {target}")
 
 

@@ -274,6 +274,8 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
         )
         unfinished = [i for i, answer in enumerate(answers) if not answer.ended]
         generation.note(unfinished, given.name, "with an answer that the length limit ended (--max-new-tokens)")
+        broken = [i for i, answer in enumerate(answers) if None in answer.scores]
+        generation.note(broken, given.name, "left empty, as the model's output is not finite")
         lines = [_line(given, i, answer, field, files.scores) for i, answer in enumerate(answers)]
         if journal is None:
             print_lines(lines)
@@ -345,7 +347,7 @@ def _line(given: _Input, place: int, answer: Answered, field: str, scores: bool)
     found = {"text": given.texts[place]} if given.objects is None else given.objects[place]
     if found is None:
         return ""
-    texts, numbers = list(answer.texts), [round(score, 4) for score in answer.scores]
+    texts, numbers = list(answer.texts), [None if score is None else round(score, 4) for score in answer.scores]
     several = len(texts) > 1
     added: dict[str, Any] = {field: texts if several else "".join(texts)}
     if scores:

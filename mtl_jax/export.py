@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import locks, pretrained, trunks
+from mtl_jax import cards, locks, pretrained, trunks
 from mtl_jax.errors import UserError, listed
 from mtl_jax.files import write_json
 from mtl_jax.prediction import Run, is_workdir, open_run
@@ -26,25 +26,31 @@ from mtl_jax.transfer.adapters import Adapted, merge_adapters
 _MODULE = "sentence_transformers.models"
 _RELU, _IDENTITY = "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"
 
+OF_LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # fields of config.json
+
 # Tasks whose heads transformers has a class for.
 TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
 
 
-def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool = False) -> None:
+def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool = False) -> str:
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
     A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
     of a classification or regression reads the mean of the token vectors. No class of transformers does that and nothing
     else, so the directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
     sentence-transformers: SentenceTransformer(target).encode(texts) are the task's outputs, logits of a classification in
-    the order of config.json's id2label, predicted values of a regression. A trunk with its decoder becomes the checkpoint that
-    it began as, or, from scratch, a Marian model (MarianMTModel; with norms in front a Pegasus model).
+    the order of labels.json, predicted values of a regression. config.json then names no labels, as a class for texts of
+    transformers would put a random head under them. A trunk with its decoder becomes the checkpoint that it began as, or, from
+    scratch, a Marian model (MarianMTModel; with norms in front a Pegasus model). README.md has the lines that open it.
 
     Args:
         source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
         target: The directory to write.
         task: The task whose head goes with a run's trunk; empty for the trunk alone.
         overwrite: Whether a checkpoint that is there may be replaced.
+
+    Returns:
+        What must be known to open it; "" where it opens as any checkpoint.
 
     Raises:
         UserError: The source cannot be read, has no such task, or has no counterpart; or the target is taken, or
@@ -59,12 +65,12 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> Non
         if task:
             raise UserError(f"{source}: no workdir of a run, so there is no task {task!r}; leave --task out")
         pretrained.save(target, pretrained.load(source), overwrite=overwrite)
-        return
+        return ""
     run = open_run(Path(source))
     head = run.task(task) if task else None
     if isinstance(head, Seq2Seq):
         _write_seq2seq(Path(source), target, run, head, overwrite)
-        return
+        return ""
     if run.trunk.raw is None:
         of = "only with a decoder, a seq2seq task's" if run.trunk.decoder else "not at all"
         raise UserError(f"{source}: its trunk is from scratch: transformers has a class for it {of}")
@@ -73,13 +79,13 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> Non
             f"task {task!r}: only heads of classification, regression, tagging, span and seq2seq can be written; "
             "leave --task out"
         )
-    raw = dict(run.trunk.raw)
+    # Labels of a head that the source checkpoint had are not this one's, and the bare model has none.
+    raw = {name: value for name, value in run.trunk.raw.items() if name not in OF_LABELS}
     kind = TOKEN_HEADS.get(type(head))
     if kind == "question_answering":
         raw |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}  # start and end
-    elif head is not None:
-        # those of a head that the source checkpoint had are not this one's
-        names = head.labels or (head.name,)
+    elif kind is not None and head is not None:
+        names = head.labels
         raw |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
     family = families.of(raw, f"{source}/trunk/config.json")
     config = family.config(raw, f"{source}/trunk/config.json")
@@ -92,8 +98,10 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> Non
     def add_head(folder: Path) -> None:
         if head is not None and kind is None:
             _write_head(folder, run, head, config.hidden_size)
+        _write_card(folder, run, head, raw)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
+    return cards.note(head, Path(target))
 
 
 def _trunk(run: Run, task: str) -> Any:
@@ -146,6 +154,7 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
         if not task.from_checkpoint:
             search = {"num_beams": generation.num_beams, "length_penalty": generation.length_penalty}
             _write_json(folder / "generation_config.json", ids | search | {"max_length": generation.length})
+        _write_card(folder, run, task, raw)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
 
@@ -183,6 +192,8 @@ def _write_head(folder: Path, run: Run, task: Task, width: int) -> None:
         modules.append((f"{number}_Dense", "Dense"))
     listed = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
     _write_json(folder / "modules.json", listed)
+    if isinstance(task, Classification):
+        _write_json(folder / cards.LABELS, list(task.labels))
 
 
 def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale: float) -> None:
@@ -191,6 +202,10 @@ def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale:
     _write_json(folder / "config.json", config)
     tensors = {"linear.bias": Saved(bias, False), "linear.weight": Saved(kernel, True)}
     saving.write_safetensors(folder / "model.safetensors", tensors)
+
+
+def _write_card(folder: Path, run: Run, task: Task | None, raw: Mapping[str, Any]) -> None:
+    (folder / "README.md").write_text(cards.card(run.experiment.name, task, raw), encoding="utf-8")
 
 
 def _write_json(file: Path, value: Any) -> None:

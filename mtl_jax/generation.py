@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -61,12 +62,13 @@ class Answered(NamedTuple):
     Attributes:
         texts: num_return_sequences of them, the best first; of a text that was divided, the pieces' joined by spaces. None of a
             blank text.
-        scores: Their scores; of a text that was divided, the pieces' mean.
+        scores: Their scores; of a text that was divided, the pieces' mean. None where the model's output was not finite: the
+            text is then empty.
         ended: Whether all of them came to an end before the length limit.
     """
 
     texts: tuple[str, ...]
-    scores: tuple[float, ...]
+    scores: tuple[float | None, ...]
     ended: bool
 
 
@@ -240,9 +242,10 @@ def generate(
     how: dict[str, Any] = {"rows": rows, "key": key, "done": done, "devices": jax.local_devices()}
     for answer in decoding.generate_all(model.model, model.params, plan.sources, config, **how):
         new = answer.index not in done
+        scores = [float(score) if math.isfinite(score) else None for score in answer.scores]
         item = {
-            "texts": [model.decode(tokens) for tokens in answer.tokens],
-            "scores": [float(score) for score in answer.scores],
+            "texts": ["" if score is None else model.decode(t) for t, score in zip(answer.tokens, scores, strict=True)],
+            "scores": scores,
             "ended": all(answer.ended) and not any(_forced(config, tokens) for tokens in answer.tokens),
         }
         if journal is None:
@@ -271,11 +274,15 @@ def _joined(items: list[Any]) -> Answered:
     return Answered(
         tuple(" ".join(filter(None, texts)) for texts in zip(*(item["texts"] for item in items), strict=True)),
         tuple(
-            float(np.mean([files.number_of(score) for score in scores]))
+            _finite(np.mean([files.number_of(score) for score in scores]))
             for scores in zip(*(item["scores"] for item in items), strict=True)
         ),
         all(item["ended"] for item in items),
     )
+
+
+def _finite(score: Any) -> float | None:
+    return float(score) if np.isfinite(score) else None
 
 
 def note(numbers: Sequence[int], file: str, what: str) -> None:

@@ -306,13 +306,14 @@ def save(trunk: Trunk, folder: Path) -> None:
 
 def reopen(config: AnyTrunk, folder: Path, dtype: Any) -> Trunk:
     """The trunk that save() wrote; params is None, they are in the run's checkpoint."""
-    tokenizer = pretrained.load_tokenizer(folder)
     if isinstance(config, Pretrained):
         raw = read_json(folder, "config.json")
-        module = _encoder(raw, f"{folder}/config.json", dtype)
+        module = _encoder(raw, f"{folder}/config.json", dtype)  # before the tokenizer, for which transformers reads config.json
+        tokenizer = pretrained.load_tokenizer(folder)
         flat = {path: np.array(tensor.read()) for path, tensor in open_safetensors(folder / BESIDE).items()}
         beside = traverse_util.unflatten_dict(flat, sep="/")
         return Trunk(module, None, tokenizer, UNBOUNDED, raw, beside, location=folder)
+    tokenizer = pretrained.load_tokenizer(folder)
     if isinstance(config, Transformer):
         sizes = _sizes(Seq2SeqConfig, folder)
         return Trunk(Seq2SeqEncoder(sizes, dtype), None, tokenizer, UNBOUNDED, None, {}, sizes)

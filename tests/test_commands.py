@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -409,6 +410,33 @@ def test_asked_to_stop_when_all_is_done(monkeypatch):
     plan, config = generation.Plan([np.array([3])], [0], [], []), decoding.resolve({"decoder_start_token_id": 0}, None)
     (found,) = generation.generate(model, plan, config, 1, rows=1, stopped=lambda: True)
     assert found.texts == ("le chat",)
+
+
+@pytest.mark.parametrize("score", [math.nan, -math.inf, math.inf])
+def test_a_score_that_is_not_finite_is_never_printed(console, marian, monkeypatch, score):
+    """A damaged model: the text is empty, and what else is asked for keeps its answer."""
+    found = [decoding.Answer(i, (np.array([5]),), (score if i else -1.0,), (True,)) for i in range(2)]
+    monkeypatch.setattr(decoding, "generate_all", lambda *given, **named: iter(found))
+    code, output, error = console("translate", "--model", marian, "--scores", "a film", "the song")
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in output.splitlines())
+    assert code == 0
+    assert (second["translation"], second["translation_score"]) == ("", None)
+    assert (first["translation_score"], bool(first["translation"])) == (-1.0, True)
+    assert "1 text left empty, as the model's output is not finite: 2" in error
+
+
+def test_a_line_with_a_token_beyond_the_table_is_left_empty(console, tmp_path):
+    marian = tiny_seq2seq.write_marian(tmp_path / "marian")
+    known = json.loads((marian / "vocab.json").read_text(encoding="utf-8"))
+    known["▁the"] = 500
+    (marian / "vocab.json").write_text(json.dumps(known), encoding="utf-8")
+    (tmp_path / "in.txt").write_text("a film\nthe film\na song\n")
+    code, output, error = console("translate", "--model", marian, "--file", tmp_path / "in.txt")
+    assert code == 0
+    assert [bool(line) for line in output.splitlines()] == [True, False, True]
+    assert "1 line left empty, the first because the token '▁the' has the id 500, but the model's token table" in error
+    code, output, error = console("translate", "--model", marian, "the film")
+    assert (code, output) == (2, "")
 
 
 def test_other_options_do_not_go_on_with_what_was_interrupted(console, marian, tmp_path, monkeypatch):

@@ -1,14 +1,18 @@
 """mtl-jax convert: what it writes says what the run says."""
 
+import ast
 import json
+import re
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from mtl_jax import Evaluation, Phase, Source, Span, Tagging, cli, pretrained, train
+from mtl_jax import Evaluation, Phase, Source, Span, Tagging, cli, export, pretrained, train
 from mtl_jax.errors import UserError
 from mtl_jax.export import convert
 from mtl_jax.prediction import open_run, predict
@@ -62,9 +66,54 @@ def test_a_head_goes_out_beside_the_trunk(workdir, tmp_path, task):
     if task == "rating":
         np.testing.assert_allclose(outputs[:, 0], [line["value"] for line in expected], atol=2e-6)
         return
-    labels = json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]
-    assert [labels[str(best)] for best in outputs.argmax(-1)] == [line["label"] for line in expected]
+    labels = json.loads((tmp_path / "out" / "labels.json").read_text())
+    assert [labels[best] for best in outputs.argmax(-1)] == [line["label"] for line in expected]
     np.testing.assert_allclose(softmax(outputs).max(-1), [line["probability"] for line in expected], atol=2e-6)
+
+
+def snippet(folder):
+    """The lines of the export's card, as whoever follows it would run them."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert code.count("path/of/this/directory") == 1
+    return code.replace("path/of/this/directory", str(folder))
+
+
+@pytest.mark.parametrize("task", ["rating", "fine"])
+def test_the_card_of_a_text_head_works(workdir, tmp_path, monkeypatch, capsys, task):
+    """The files say what sentence-transformers would; test_sentence_transformers_opens_it asks itself, where it is there."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["mtl-jax", "convert", str(workdir), str(out), "--task", task])
+    cli.console()
+    assert f"no class for the head of {task}: open {out} with sentence-transformers" in capsys.readouterr().out
+    model = types.SimpleNamespace(
+        SentenceTransformer=lambda path: types.SimpleNamespace(encode=lambda x: answers(Path(path), x))
+    )
+    monkeypatch.setitem(sys.modules, "sentence_transformers", model)
+    exec(snippet(out), {})
+    shown, expected = capsys.readouterr().out, predict(workdir, task, ["a text", "another one"])
+    if task == "fine":
+        assert shown == f"{[line['label'] for line in expected]}\n"
+    else:
+        np.testing.assert_allclose([float(x) for x in shown.strip("[]\n").split()], [x["value"] for x in expected], atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["", "rating", "fine"])
+def test_a_bare_model_names_no_labels(workdir, tmp_path, monkeypatch, task):
+    """transformers would put a random head under them."""
+    run = open_run(workdir)
+    labels = {
+        "id2label": {"0": "no", "1": "yes"},
+        "label2id": {"no": 0, "yes": 1},
+        "problem_type": "single_label_classification",
+    }
+    monkeypatch.setattr(
+        export, "open_run", lambda folder: run._replace(trunk=run.trunk._replace(raw={**run.trunk.raw, **labels}))
+    )
+    convert(str(workdir), tmp_path / "out", task=task)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"id2label", "label2id", "num_labels", "problem_type"} & config.keys()
+    assert config["architectures"] == ["BertModel"]
 
 
 def test_transformers_opens_it(workdir, tmp_path):
@@ -145,6 +194,30 @@ def test_transformers_tags_as_the_run_does(tagger, tmp_path):
         logits = theirs.logits if task == "tags" else torch.stack([theirs.start_logits, theirs.end_logits], dim=-1)
         real = inputs["attention_mask"].astype(bool)
         np.testing.assert_allclose(ours[real], logits.numpy()[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["tags", "answer"])
+def test_the_card_of_a_head_on_tokens_works(tagger, tmp_path, capsys, task):
+    pytest.importorskip("torch")
+    assert convert(str(tagger), tmp_path / "out", task=task) == ""
+    code = snippet(tmp_path / "out").replace("a question", "who").replace("a text with the answer", "the city was sad")
+    code = code.replace("a text", "good film the city")
+    exec(code, {})
+    shown = capsys.readouterr().out.strip()
+    if task == "answer":
+        assert shown in "the city was sad"
+    else:
+        expected = predict(tagger, "tags", ["good film the city"])[0]["tags"]
+        pieces = ast.literal_eval(re.sub(r"np\.float32\(([^)]+)\)", r"\1", shown))
+        found = {piece["word"]: piece["entity"] for piece in pieces}
+        assert [found.get(word, "O") for word in ("good", "film", "the", "city")] == expected
+
+
+def test_the_card_of_the_trunk_works(workdir, tmp_path, capsys):
+    pytest.importorskip("torch")
+    assert convert(str(workdir), tmp_path / "out") == ""
+    exec(snippet(tmp_path / "out"), {})
+    assert capsys.readouterr().out.strip() == f"torch.Size([1, 4, {tiny.HIDDEN}])"
 
 
 def test_a_head_that_transformers_has_not_is_refused(tagger, tmp_path):

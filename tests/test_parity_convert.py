@@ -40,6 +40,8 @@ def converted(request, tmp_path_factory):
         theirs, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / family, output_loading_info=True)
     assert not any(told.values()), told
     assert type(theirs).__name__ == CLASSES[family]
+    code = (folder / family / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(code.replace("path/of/this/directory", str(folder / family)), {})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / family)
     inputs = tokenizer(TEXTS, padding=True, return_tensors="np")
     ids, mask = inputs["input_ids"].astype(np.int64), inputs["attention_mask"].astype(np.int64)

@@ -12,6 +12,8 @@ from typing import Any
 
 from mtl_jax.errors import UserError
 from mtl_jax.files import check_regular, reason
+from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.tensors import read_json
 
 # What holds the vocabulary; one of them must be there.
 VOCABULARIES = (
@@ -22,13 +24,16 @@ VOCABULARIES = (
     "sentencepiece.bpe.model",
     "source.spm",
 )
+SETTINGS = "tokenizer_config.json"
+COUNTS = ("extra_ids", "num_extra_ids", "offset")  # settings that are numbers of tokens to add: T5's and Pegasus'
+MOST_EXTRA = 10_000
 FILES = (
     *VOCABULARIES,
     "target.spm",
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
-    "tokenizer_config.json",
+    SETTINGS,
     "chat_template.jinja",
 )
 
@@ -45,6 +50,7 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
         for name in (*FILES, "config.json"):
             if (location / name).exists():
                 check_regular(location / name)
+    _check_settings(location)
     if not any((location / name).exists() for name in VOCABULARIES):
         raise UserError(f"{location}: no tokenizer there ({', '.join(VOCABULARIES)}); copy it from the checkpoint's source")
 
@@ -64,6 +70,18 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         copy_files(location, Path(folder), (*FILES, "config.json"))
         return read(folder)
+
+
+def _check_settings(location: Path | zipfile.Path) -> None:
+    """Refuses settings that make transformers work without end.
+
+    Raises:
+        UserError: tokenizer_config.json is not an object, or asks for more extra tokens than any vocabulary has.
+    """
+    if (location / SETTINGS).exists():
+        raw = read_json(location, SETTINGS)
+        for name in COUNTS:
+            Fields(raw, f"{location / SETTINGS}").integer(name, 0, minimum=0, maximum=MOST_EXTRA)
 
 
 def _try(tokenizer: Any) -> None:

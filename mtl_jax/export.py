@@ -57,10 +57,10 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
             another process writes it.
     """
     with locks.target(Path(target)):
-        _convert(source, target, task, overwrite)
+        return _convert(source, target, task, overwrite)
 
 
-def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> None:
+def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str:
     if not is_workdir(Path(source)):
         if task:
             raise UserError(f"{source}: no workdir of a run, so there is no task {task!r}; leave --task out")

@@ -79,10 +79,9 @@ def after(weight, config):
     optimizer = optimizers.build(config, freezing.decide(params, (ParamRule(".*"),)), 0.1, 5)
     state = optimizer.init(params)
     for step in range(5):
-        gradient = np.cos(np.arange(4, dtype=np.float32).reshape(2, 2) + step)
-        updates, state = optimizer.update(
-            {"heads": {"a": {"kernel": weight * gradient}, "b": {"kernel": gradient}}}, state, params
-        )
+        gradient = 0.3 * (1 + step % 3) * np.cos(np.arange(4, dtype=np.float32).reshape(2, 2) + step)
+        gradients = {"heads": {"a": {"kernel": weight * gradient}, "b": {"kernel": gradient}}}
+        updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
 

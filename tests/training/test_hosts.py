@@ -14,6 +14,7 @@ from pathlib import Path
 
 import compiling
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -169,6 +170,18 @@ def test_a_workdir_that_is_not_the_same_is_named(tmp_path):
     assert hosts.difference([one, two]).startswith('host 1 has checkpoints in the workdir "2", host 0 has "2, 4":')
     assert hosts.difference([one, three]).startswith('host 1 has results.json in the workdir "sha256 ')
     assert hosts.difference([[*one, ["tokenizer", "a"]], one]).startswith('host 1 has tokenizer null, host 0 has "a":')
+
+
+def test_digests_see_values_order_lengths_and_columns():
+    one, two = np.array([1, 2], np.int32), np.array([3], np.int32)
+    tokens = [fingerprint.arrays(*each) for each in ([[one, two]], [[two, one]], [[one]], [[np.array([1]), np.array([2, 3])]])]
+    tokens += [fingerprint.arrays([one, two], types) for types in (None, [one, two], [one * 0, two * 0])]
+    tokens += [fingerprint.arrays(np.array(labels)) for labels in ([0, 1, 1], [1, 0, 1], [[0, 1, 1]], [], [0.5])]
+    assert len(set(tokens)) == len(tokens)
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": None}]
+    assert fingerprint.columns(rows) == fingerprint.columns([dict(reversed(row.items())) for row in rows])
+    for other in (rows[::-1], [rows[0], {"text": "b", "label": "None"}], [rows[0] | {"text": ["a"]}, rows[1]]):
+        assert fingerprint.columns(other) != fingerprint.columns(rows)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import warnings
 import zipfile
@@ -61,8 +62,9 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
         ):
             # Marian's tokenizer asks for a package for a method of its own that nothing calls.
             warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            _try(tokenizer)
+            with _panics_unsaid():
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                _try(tokenizer)
             return tokenizer
 
     if isinstance(location, Path):
@@ -98,6 +100,34 @@ def _try(tokenizer: Any) -> None:
         raise ValueError("model_max_length is not a number")
 
 
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # pyo3's, which no module exports
+
+
+@contextlib.contextmanager
+def _panics_unsaid() -> Iterator[None]:
+    """Holds back standard error, to which Rust writes a trace of its own when it panics; gives out what else was written."""
+    try:
+        real = os.dup(2)
+    except OSError:  # standard error is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        told = True
+        try:
+            yield
+        except BaseException as error:
+            told = not _is_panic(error)
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+            held.seek(0)
+            if told and (text := held.read()):
+                os.write(2, text)
+
+
 @contextlib.contextmanager
 def foreign(what: str) -> Iterator[None]:
     """Turns whatever a tokenizer raises into one line: its files are a stranger's, and it checks little of them.
@@ -115,7 +145,7 @@ def foreign(what: str) -> Iterator[None]:
     except Exception as error:
         raise UserError(f"{what} ({reason(error)})") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3's, which no module exports
+        if not _is_panic(error):
             raise
         raise UserError(f"{what} ({reason(error)})") from error
 

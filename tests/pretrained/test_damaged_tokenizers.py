@@ -1,6 +1,7 @@
 """Damaged files of tokenizers: one short line, or a tokenizer that works; seldom anything else is right."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from vocabularies import bert_like, roberta_like
 
 from mtl_jax.data.tokens import encode
 from mtl_jax.errors import UserError
-from mtl_jax.pretrained.tokenizer import foreign, load_tokenizer
+from mtl_jax.pretrained.tokenizer import _panics_unsaid, foreign, load_tokenizer
 from mtl_jax.text_model import encoder
 
 TEXTS = ["the film is a b", "电 z\u200d ḟ", "<s> [MASK] </s>", "aab 12,3 don't"]
@@ -288,6 +289,34 @@ def test_a_panic_at_the_first_text(tmp_path):
 
     with pytest.raises(UserError, match=r"the tokenizer cannot read the texts; .* \(index out of bounds\)"):
         encode(Panics(), ["a"], max_length=8)
+
+
+def test_a_panic_of_rust_is_one_line_on_standard_error_too(whole, tmp_path, capfd):
+    """A template that names a special token which it does not have."""
+    shutil.copytree(whole / "fast", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    value = json.loads(file.read_text(encoding="utf-8"))
+    special = value["post_processor"]["special_tokens"]
+    special["[NONE]"] = special.pop("[CLS]")
+    file.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(UserError, match=r"transformers cannot read the tokenizer.* \(no entry found for key\)"):
+        load_tokenizer(tmp_path / "model")
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_what_else_is_written_while_a_tokenizer_is_read_comes_out(capfd):
+    def says(text, error=None):
+        with _panics_unsaid():
+            os.write(2, text)
+            if error is not None:
+                raise error
+
+    says(b"a word\n")
+    with pytest.raises(ValueError, match="x"):
+        says(b"another\n", ValueError("x"))
+    with pytest.raises(PanicException):
+        says(b"a trace\n", PanicException())
+    assert capfd.readouterr().err == "a word\nanother\n"
 
 
 def test_paths_in_errors_are_the_checkpoints(whole, tmp_path):

@@ -19,7 +19,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, completed, data_seed_of, tasks_to_json, to_json
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, generation, left_out, reading, results, starting
+from mtl_jax.training import blame, evaluation, generation, left_out, reading, results, starting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
@@ -244,10 +244,8 @@ class _Run:
         if trouble:
             self.logger.flush()
             self.store.wait()
-            raise UserError(
-                f"step {step}: {trouble}; training stopped. The last good checkpoint is intact in "
-                f"{self.store.folder}; try a lower learning rate in another --workdir"
-            )
+            why = blame.of(step, self.experiment, self.prepared.params, self.store)
+            raise UserError(f"step {step}: {trouble}; training stopped. {why}")
 
     def _collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
         """The state with these parameters in its average, where that is one over evaluations."""

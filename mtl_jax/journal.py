@@ -6,6 +6,7 @@ process may be killed at any time: a line that was not written to its end is dro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -116,7 +117,8 @@ class Journal:
 
     def close(self) -> None:
         """Closes the partial file, which stays if anything is in it."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing tries once more what add() could not write, and told
+            self._file.close()
         if not self.done:
             self.part.unlink(missing_ok=True)
 

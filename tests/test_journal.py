@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax.errors import UserError
+from mtl_jax.generation import ITEM
 from mtl_jax.journal import Journal, check_writable, digest_of_directory, part_of
 
 MADE_FROM = {"input": "a" * 64, "model": "b" * 64, "num_beams": 4}
@@ -134,3 +135,51 @@ def test_a_directory_and_the_same_in_an_archive_have_one_digest_until_a_byte_cha
     assert digest_of_directory(zipfile.Path(tmp_path / "model.zip", "m/")) == found
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 99 + b"\1")
     assert digest_of_directory(tmp_path / "model") != found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"null",
+        b"3",
+        b"[]",
+        b"[1]",
+        b"[1, 2]",
+        b'[1, "x"]',
+        b"[true, {}]",
+        b"[-1, {}]",
+        b"[1, {}, 2]",
+        b'{"1": {}}',
+        b"[" * 100_000,
+    ]
+    + [json.dumps([1, item]).encode() for item in ({"texts": "x"}, {"texts": [1], "scores": [0.5], "ended": True})]
+    + [b'[1, {"texts": ["x"], "scores": "low", "ended": true}]', b'[1, {"texts": ["x"], "ended": true}]', b'["1", {}]'],
+)
+def test_items_of_another_shape_are_made_again(output, line):
+    """They and what follows them: nobody knows what happened to the file."""
+    good = {"texts": ["x"], "scores": [-0.5], "ended": True}
+    with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as journal:
+        journal.add(0, good)
+        journal.add(2, good)
+    lines = part_of(output).read_bytes().splitlines(keepends=True)
+    part_of(output).write_bytes(b"".join([*lines[:2], line + b"\n", *lines[2:]]))
+    with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as again:
+        assert again.done == {0: good}
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"partial": true', b'{"partial": true, "a": [', b'{"partial": true}}', b'{"partial": true, 3}']
+)
+def test_a_first_line_that_is_damaged_is_not_taken_for_ours(output, line):
+    part_of(output).write_bytes(line + b'\n[0, {"texts": ["x"]}]\n')
+    with pytest.raises(UserError, match="in the way, and not what an interrupted command left"):
+        Journal(output, MADE_FROM)
+
+
+def test_scores_that_are_not_finite_are_strict_json(output):
+    with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as journal:
+        journal.add(0, {"texts": ["x"], "scores": [float("-inf")], "ended": True})
+    for line in part_of(output).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as again:
+        assert again.done[0]["scores"] == ["-inf"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,26 @@ class Board:
     """
 
     def __init__(self, folder: Path, purge_step: int):
-        from tensorboardX.event_file_writer import EventsWriter  # imported late: it takes a while
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # imported late: it takes a while
+        from tensorboardX.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._event = Event
-        self._file = EventsWriter(str(folder / "events"))
-        self._file.write_event(Event(step=purge_step, file_version="brain.Event:2"))
-        self._file.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        # As TensorBoard looks for them.
+        self._file = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"))
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """A number at a step."""
-        from tensorboardX import summary
+        from tensorboardX.proto.summary_pb2 import Summary
 
-        self._write(summary.scalar(name, value), step)
+        self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
 
     def image(self, name: str, pixels_HxW: np.ndarray, step: int) -> None:
         """A grey image u8 at a step."""
         from tensorboardX import summary
 
-        self._write(summary.image(name, pixels_HxW, dataformats="HW"), step)
+        self._write(step=step, summary=summary.image(name, pixels_HxW, dataformats="HW"))
 
     def flush(self) -> None:
         """Puts everything on disk that was written so far."""
@@ -50,5 +51,7 @@ class Board:
         """Flushes and closes the file."""
         self._file.close()
 
-    def _write(self, made: Any, step: int) -> None:
-        self._file.write_event(self._event(summary=made, step=step, wall_time=time.time()))
+    def _write(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write(Event(wall_time=time.time(), **fields).SerializeToString())

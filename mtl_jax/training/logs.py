@@ -45,9 +45,7 @@ class Logger:
         kept = [(line, record) for line, record in _whole_lines(self._path) if record["step"] <= step]
         gone = step - len({record["step"] for _, record in kept if record["kind"] == "train"})
         if gone > 0 and events:  # runs of an ablation may have ended before
-            log.warning(
-                "%s: %d of the %d steps so far are not in it; curves are short, nothing else is", self._path, gone, step
-            )
+            log.warning("%s: %d of the %d steps so far are not in it: curves are short, nothing else", self._path, gone, step)
         write_text(self._path, "".join(line for line, _ in kept))
         with self._writing():
             self._file = self._path.open("a", encoding="utf-8", buffering=1 if events else -1)  # 1: whole lines, at once
@@ -68,7 +66,7 @@ class Logger:
                 if isinstance(value, (int, float)):
                     self._board.scalar(f"{kind}/{name}", value, step)
                 elif isinstance(value, list):
-                    cells = (1 + np.clip(value, -1, 1)) / 2
+                    cells = (1 + np.clip(np.nan_to_num(np.array(value, np.float64)), -1, 1)) / 2
                     pixels = (255 * np.kron(cells, np.ones((16, 16)))).astype(np.uint8)
                     self._board.image(f"{kind}/{name}", pixels, step)
 

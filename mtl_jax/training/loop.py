@@ -21,7 +21,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, fingerprint, generation, hosts, left_out, opening, reading, results, starting
+from mtl_jax.training import blame, evaluation, fingerprint, generation, hosts, left_out, opening, reading, results, starting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
@@ -248,10 +248,8 @@ class _Run:
         if trouble:
             self.logger.flush()
             self.store.wait()
-            raise UserError(
-                f"step {step}: {trouble}; training stopped. The last good checkpoint is intact in "
-                f"{self.store.folder}; try a lower learning rate in another --workdir"
-            )
+            why = blame.of(step, self.experiment, self.prepared.params, self.store)
+            raise UserError(f"step {step}: {trouble}; training stopped. {why}")
 
     def _collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
         """The state with these parameters in its average, where that is one over evaluations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.evaluation import for_json, score_fixed
 from mtl_jax.training.logs import read_metrics
 
+log = logging.getLogger(__name__)
+
 
 def baselines(
     corpus: Corpus, sources: Sequence[Source], kind: str, features_NxH: np.ndarray | None
@@ -33,7 +36,7 @@ def baselines(
         corpus: The data.
         sources: Where it is from.
         kind: none, constant (majority class or mean; where texts are written, the first sentence of what is read), or probe
-            (that, and a linear model on the features).
+            (that, and a linear model on the features, where they are finite; where not, that is logged).
         features_NxH: For probe: the untrained trunk's vector of every example, by id.
     """
     scores: dict[str, dict[str, dict[str, float]]] = {}
@@ -52,6 +55,14 @@ def baselines(
         if features_NxH is not None and task.level == "example":
             features = {name: features_NxH[_ids(examples)] for name, examples in split.items()}
             labels = {name: examples.labels[task.name] for name, examples in split.items()}
+            lost = {name: int((~np.isfinite(rows)).any(axis=1).sum()) for name, rows in features.items()}
+            if any(lost.values()):
+                log.warning(
+                    "task %s: no linear probe, the trunk's features of %s examples are not finite",
+                    task.name,
+                    ", ".join(f"{count} {name}" for name, count in lost.items() if count),
+                )
+                continue
             for name in ("train", "dev"):
                 there = known_rows(task, split[name])
                 features[name], labels[name] = features[name][there], labels[name][there]

@@ -25,7 +25,8 @@ AT_ONCE = 64  # arrays that are read together
 Arrays = dict[str, list[Any]]  # {path: [shape, sum of bits]}
 
 RECORD = object_of(
-    {"step": whole, "arrays": mapping(list_of(anything))},
+    {"arrays": mapping(list_of(anything))},
+    step=whole,
     counts=object_of({"phase": whole, "places": whole, "seen": mapping(list_of(whole)), "seconds": number}),
     dev=mapping(number, none=True),
     left_out=mapping(text),

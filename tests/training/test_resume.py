@@ -185,7 +185,8 @@ def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
 def test_a_damaged_latest_checkpoint_is_passed_over(folder, uninterrupted):
     workdir = folder / "damaged"
     tiny.cut(folder / "whole", workdir, 57)
-    largest = max((workdir / "checkpoints" / "57").rglob("*"), key=lambda path: path.stat().st_size)
+    # Of the files that hold arrays: others are not needed.
+    largest = max((workdir / "checkpoints" / "57" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     code, output = finish(start(folder, workdir))
     assert code == 0, output

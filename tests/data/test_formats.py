@@ -498,7 +498,7 @@ def test_lines_between_documents_are_no_words(tmp_path, line, blank):
 def test_blanks_that_look_like_spaces_are_named(tmp_path):
     path = write(tmp_path / "a.conll", "a\tO\n\nb\xa0O\n\n\xa0\tO\n\nc\u3000d\tO\n")
     first, second, third, fourth = rows(path, format="conll", columns=("text", "tags"))
-    assert second == "a.conll:3: 1 columns, but a word has 2: text, tags (the blank U+00A0 does not divide columns)"
+    assert second == "a.conll:3: 1 column, but a word has 2: text, tags (the blank U+00A0 does not divide columns)"
     assert third == "a.conll:5: column 'text' has only the blank U+00A0"
     assert (first[0]["text"], fourth[0]["text"]) == (["a"], ["c\u3000d"])
 
@@ -541,6 +541,6 @@ def test_many_columns_take_no_time_and_no_room(tmp_path):
     source = Source(name="a", path=wide)
     row, short = READERS["csv"](wide, source)
     assert row.columns["c99999"] == "c99999"
-    assert str(short).endswith("1 columns, but there are 100001 names: text, c0, c1, c2, c3, c4, c5, c6, c7, c8 and 99991 more")
+    assert str(short).endswith("1 column, but there are 100001 names: text, c0, c1, c2, c3, c4, c5, c6, c7, c8 and 99991 more")
     with pytest.raises(UserError, match=r"no text column 'no'; columns: text, c0, .* and 99991 more$"):
         list(READERS["csv"](wide, Source(name="a", path=wide, text="no")))

@@ -106,7 +106,7 @@ def test_a_label_whose_only_row_is_dropped_counts(tmp_path, tokenizer):
     rows = [(f"film was {number}", "ab"[number % 2]) for number in range(100)]
     found = corpus(tmp_path, tokenizer, CLASS, [*rows, ("film  WAS 1", "rare")])
     assert found.tasks[0].labels == ("a", "b", "rare")
-    assert "1 repeated texts dropped" in found.notes[0]
+    assert "1 repeated text dropped" in found.notes[0]
     path = tmp_path / "a.jsonl"
     assert told(found) == [
         "1 of its 3 labels is on no training row: rare",

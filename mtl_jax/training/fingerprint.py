@@ -18,6 +18,7 @@ import jax
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.examples import Examples
 from mtl_jax.experiment import tasks_to_json
+from mtl_jax.pretrained.tensors import Location
 from mtl_jax.training import left_out
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.hosts import Facts
@@ -83,6 +84,10 @@ def of(config: Any, folder: Path, prepared: Prepared | None) -> Facts:
         *data(prepared.corpus.splits, lambda part: {"number of rows": len(part.data), "number of examples": len(part.tokens)}),
         *data(prepared.corpus.splits, lambda part: columns(row.columns for row in part.data)),
         ("trunk.config.json", prepared.trunk.raw),
+        (
+            "trunk.generation_config.json",
+            _of_file(prepared.trunk.location and prepared.trunk.location / "generation_config.json"),
+        ),
         ("tokenizer", tokenizer(prepared.trunk.tokenizer)),
         *data(prepared.corpus.splits, lambda part: {"tokens": arrays(part.tokens, part.types)}),
         *data(
@@ -163,8 +168,8 @@ def tokenizer(found: Any) -> str:
     return _shown(hashlib.sha256(json.dumps(about).encode()))
 
 
-def _of_file(path: Path) -> str:
-    return _shown(hashlib.sha256(path.read_bytes())) if path.is_file() else "absent"
+def _of_file(path: Location | None) -> str:
+    return _shown(hashlib.sha256(path.read_bytes())) if path is not None and path.is_file() else "absent"
 
 
 def _of_array(leaf: Any) -> str:

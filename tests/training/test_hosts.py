@@ -26,6 +26,12 @@ from mtl_jax.training import fingerprint, hosts, loop, opening
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.prepare import prepare
 
+FILES = {
+    "questions": "data/questions.txt",
+    "tokenizer": "bert/tokenizer.json",
+    "config": "bert/config.json",
+    "generation": "bert/generation_config.json",
+}
 CASES = ("rate", "missing", "fault", "locked", "apart")
 
 
@@ -40,10 +46,8 @@ def write(folder: Path, **changed) -> Path:
     tiny.write_bert(folder / "bert", tiny.bert_tensors(seed=changed.pop("seed", 0), layers=1), layers=1)
     tiny.write_data(folder / "data", rows=60)
     for file, change in changed.items():
-        path = (
-            folder / {"questions": "data/questions.txt", "tokenizer": "bert/tokenizer.json", "config": "bert/config.json"}[file]
-        )
-        path.write_text(change(path.read_text()))
+        path = folder / FILES[file]
+        path.write_text(change(path.read_text() if path.exists() else ""))
     return folder
 
 
@@ -87,9 +91,10 @@ def experiment_in(folder: Path, **changes) -> Experiment:
             {"config": lambda text: text.replace("1e-12", "1e-06")},
             r"trunk\.config\.json\.layer_norm_eps 1e-06,",
         ),
+        ({"generation": lambda _: '{"num_beams": 3}'}, r"trunk\.generation_config\.json"),
         ({"seed": 1}, "parameter trunk/[a-z/]+"),
     ],
-    ids=["label", "order", "fewer rows", "a text", "tokenizer", "config.json", "weights"],
+    ids=["label", "order", "fewer rows", "a text", "tokenizer", "config.json", "generation_config.json", "weights"],
 )
 def test_other_files_are_named(first, tmp_path, changed, field):
     other = facts_of(experiment_in(write(tmp_path, **changed)), tmp_path / "run", whole=True)

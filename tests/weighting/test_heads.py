@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from mtl_jax import weighting
+from mtl_jax.ablation import folder
 from mtl_jax.errors import UserError
 from mtl_jax.experiment import as_begun, check, from_json, rule_of, to_json, weighs_heads
 from mtl_jax.training import workdir as workdirs
@@ -92,3 +93,13 @@ def test_other_workdirs_are_not_reinterpreted(before, now):
     experiment = tiny.experiment("bert", "data", weighting="mgda", weigh_heads=now)
     config = None if before is None else to_json(dataclasses.replace(experiment, weigh_heads=before))
     assert as_begun(experiment, config) == experiment
+
+
+@pytest.mark.parametrize("kept", [True, "rule"])
+def test_an_ablation_of_before_goes_on_as_it_was(tmp_path, kept):
+    now = tiny.experiment("bert", "data", weighting="mgda")
+    (tmp_path / "runs" / "0000").mkdir(parents=True)
+    assert folder.as_begun(tmp_path, now) == now
+    workdirs.write_json(tmp_path / "ablation.json", {"runs": [{"run": "0000", "values": {}}]})
+    workdirs.write_json(tmp_path / "runs" / "0000" / "config.json", to_json(dataclasses.replace(now, weigh_heads=kept)))
+    assert folder.as_begun(tmp_path, now).weigh_heads == kept

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.data import corpus
+from mtl_jax import trunks
+from mtl_jax.data import corpus, coverage
 from mtl_jax.data.batches import Batch, Batching, fill, part_of
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.parts import make_part
@@ -140,14 +141,16 @@ def of_run(run: Run, kind: EWC) -> tuple[list[Task], Examples]:
         kind: Names the source.
 
     Raises:
-        UserError: Its rows cannot be read any more.
+        UserError: Its rows cannot be read any more, or hold a token that its trunk has no row for.
     """
     tasks = [task for task in run.tasks if task.source == kind.source]
     declared = run.experiment.sources
     rows = corpus.read_sources(declared, tasks)[kind.source].rows["train"]
     source = next(source for source in declared if source.name == kind.source)
     length = run.experiment.batch.row_length
-    return tasks, make_part(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {kind.run}").examples
+    examples = make_part(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {kind.run}").examples
+    coverage.check([examples], tasks, run.trunk.tokenizer, trunks.tables(run.trunk))
+    return tasks, examples
 
 
 def source_of_run(run: Run, kind: EWC) -> None:

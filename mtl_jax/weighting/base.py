@@ -55,6 +55,7 @@ class Rule(NamedTuple):
         objective: (state, Signals) to f32[], where the weights are the derivative of one number by the losses; else None.
         transform: Set where the rule changes the task gradients; Signals.gram is then that of the changed ones.
         due: (state) to bool[], where the rule looks at the Gram matrix in some steps only; else None.
+        solve: As update, and the relative residual of what was solved, where the rule solves something; else None. See solve().
     """
 
     init: Callable[[Sequence[str]], Any]
@@ -63,6 +64,30 @@ class Rule(NamedTuple):
     objective: Callable[[Any, Signals], jax.Array] | None = None
     transform: Transform | None = None
     due: Callable[[Any], jax.Array] | None = None
+    solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]] | None = None
+
+
+def solve(rule: Rule, state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+    """What rule.update returns, and how far the weights are from the solution of the rule's problem.
+
+    Returns:
+        Weights and new state; the residual, f32[]: relative, 0 where the problem is solved, of the order of 1 where it is not
+        at all. NaN where the rule solves nothing, or did not in this step.
+    """
+    if rule.solve is not None:
+        return rule.solve(state, signals)
+    weights, state = rule.update(state, signals)
+    return weights, state, jnp.full((), jnp.nan)
+
+
+def around(rule: Rule, solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]], **fields: Any) -> Rule:
+    """A rule made from another: these fields, and for update this solve, which hands on the inner rule's residual."""
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        weights, state, _ = solve(state, signals)
+        return weights, state
+
+    return rule._replace(update=update, solve=None if rule.solve is None else solve, **fields)
 
 
 def weighted_sum(weights: Weights, losses: dict[str, jax.Array]) -> jax.Array:

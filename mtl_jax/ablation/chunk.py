@@ -110,6 +110,7 @@ class Chunk:
         self.counts = Counts(seen={name: [0, 0, 0] for name in self.examples})
         self.fates = [Fate() for _ in self.runs]
         self.pending: _Pending | None = None
+        self.warned: set[int] = set()
         self.references = [References(self._alone(run), shared.run_folder(run)) for run in self.runs]
 
     def train(self) -> list[Fate]:
@@ -299,6 +300,10 @@ class Chunk:
             }
             self.loggers[number].write("train", step, record)
             self._note(number, step, reading.not_finite(own))
+            unsolved = reading.unsolved(own)
+            if unsolved and number not in self.warned:
+                self.warned.add(number)
+                log.warning("run %s, step %d: %s", self.runs[number].name, step, unsolved)
         self.shared.progress.update(len(self.runs), tokens, title=plan.phase.name)
 
     def _note(self, number: int, step: int, trouble: str) -> None:

@@ -21,7 +21,7 @@ from mtl_jax.training.parts import add_up, in_parts, part_key
 from mtl_jax.training.state import TrainState
 from mtl_jax.training.step import Encode, Look, Measure, Measured, by_losses, label_counts, mean_losses, whole_batch
 from mtl_jax.transfer import freezing
-from mtl_jax.weighting import Rule, Signals
+from mtl_jax.weighting import Rule, Signals, solve
 
 TRUNK, REPRESENTATION = "trunk", "representation"
 
@@ -165,7 +165,7 @@ def by_gram(
         gram_KxK = gradients.gram_matrix(rounds, names)
         order = names
         if rule.transform is None:
-            weights, rule_state = rule.update(state.rule_state, signals._replace(gram=gram_KxK))
+            weights, rule_state, residual = solve(rule, state.rule_state, signals._replace(gram=gram_KxK))
         else:
             # The rule sees the Gram matrix of the changed gradients; the one that is logged is of this step's own.
             order, key = sorted(names), jax.random.fold_in(rule_key, 1)
@@ -175,7 +175,7 @@ def by_gram(
             rounds = [changed]
             gram = gradients.gram_matrix(rounds, order) if rule.needs_gram else None
             signals = signals._replace(gram=gram, transformed=())
-            weights, rule_state = rule.update(state.rule_state["rule"], signals)
+            weights, rule_state, residual = solve(rule, state.rule_state["rule"], signals)
             rule_state = {"rule": rule_state, "transform": changed_state}
 
         trunk_gradient = gradients.combine(rounds, weights, order) if gram_over == TRUNK else weighted(weights)
@@ -185,7 +185,9 @@ def by_gram(
                 for name, weight in weights.items()
             }
         gradient = {"trunk": trunk_gradient, "heads": head_gradients}
-        return Measured(gradient, losses, counts, weights, gram_KxK, rule_state, held={}, held_weights={})
+        return Measured(
+            gradient, losses, counts, weights, gram_KxK, rule_state, {}, {}, None if rule.solve is None else residual
+        )
 
     if rule.due is None:
         return measure

@@ -124,6 +124,7 @@ class _Run:
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.pending: _Pending | None = None
         self.undefined: set[str] = set()  # tasks whose metric was said to be undefined
+        self.warned = False
         self.references = References(prepared, folder)
 
     def train(self, state: TrainState, step: int) -> dict[str, Any]:
@@ -244,6 +245,10 @@ class _Run:
         }
         self.logger.write("train", step, record)
         self.progress.update(1, record["tokens"], losses, title=plan.phase.name)
+        unsolved = reading.unsolved(metrics)
+        if unsolved and not self.warned:
+            self.warned = True
+            log.warning("step %d: %s", step, unsolved)
         trouble = reading.not_finite(metrics)
         if trouble:
             self.logger.flush()

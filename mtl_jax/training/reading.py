@@ -10,6 +10,7 @@ import numpy as np
 
 from mtl_jax.training.logs import compare_gradients
 from mtl_jax.training.step import Metrics
+from mtl_jax.weighting.solvers import TOLERANCE
 
 
 def read(metrics: Metrics, seen: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -31,6 +32,8 @@ def read(metrics: Metrics, seen: Mapping[str, Mapping[str, float]]) -> tuple[dic
         tasks = sorted(metrics.losses)
         present = [bool(metrics.counts[task] > 0) for task in tasks]
         record |= compare_gradients(np.asarray(metrics.gram), tasks, present)
+    if metrics.residual is not None and np.isfinite(metrics.residual):
+        record["solver_residual"] = float(metrics.residual)
     return losses, record
 
 
@@ -41,3 +44,13 @@ def not_finite(metrics: Metrics) -> str:
             if not math.isfinite(loss):
                 return f"the loss of {kind} {name!r} is {float(loss)}"
     return "" if math.isfinite(metrics.gradient_norm) else "the gradient is not finite"
+
+
+def unsolved(metrics: Metrics) -> str:
+    """A line where a step's weights are not the solution that their rule is after; empty where all is well."""
+    if metrics.residual is None or not metrics.residual > TOLERANCE:  # NaN: nothing was solved
+        return ""
+    return (
+        f"the weighting rule's solver left a relative residual of {float(metrics.residual):.2g}, above {TOLERANCE:g}: such "
+        "steps are not the rule's; solver_residual in metrics.jsonl has every step's"
+    )

@@ -21,7 +21,7 @@ from mtl_jax.training.state import TrainState
 from mtl_jax.transfer import averaging, freezing
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.trunks import token_table
-from mtl_jax.weighting import Rule, Signals, weighted_sum
+from mtl_jax.weighting import Rule, Signals, solve, weighted_sum
 
 
 class Metrics(NamedTuple):
@@ -38,6 +38,8 @@ class Metrics(NamedTuple):
         seen: i32[N, 3], of each source the rows, examples and tokens of the batch, over all hosts.
         held: {regulariser: f32[]}, their losses.
         held_weights: {regulariser: f32[]}.
+        residual: f32[], of what the rule solved for its weights, as weighting.solve gives it; NaN where it solved nothing in
+            this step, None if it never does.
     """
 
     losses: dict[str, jax.Array]
@@ -49,6 +51,7 @@ class Metrics(NamedTuple):
     seen: jax.Array
     held: dict[str, jax.Array]
     held_weights: dict[str, jax.Array]
+    residual: jax.Array | None = None
 
 
 # (trunk params, batch, dropout key or None for none, feature table or None) -> Encoded
@@ -163,7 +166,7 @@ class Measured(NamedTuple):
 
     Attributes:
         gradient: Of the weighted sum, a tree like the trainable leaves.
-        losses: As in Metrics; so are counts, weights, gram, held and held_weights.
+        losses: As in Metrics; so are counts, weights, gram, held, held_weights and residual.
         rule_state: The rule's new state.
     """
 
@@ -175,6 +178,7 @@ class Measured(NamedTuple):
     rule_state: Any
     held: dict[str, jax.Array]
     held_weights: dict[str, jax.Array]
+    residual: jax.Array | None = None
 
 
 # (trainable leaves, frozen leaves, batch, feature table, state, what regularisers hold on to) -> Measured
@@ -212,7 +216,16 @@ def make_train_step(
         total = weighted_sum(found.weights | found.held_weights, found.losses | found.held)
         norm, seen = optax.tree.norm(found.gradient), count_seen(batch, sources)
         metrics = Metrics(
-            found.losses, found.counts, found.weights, total, norm, found.gram, seen, found.held, found.held_weights
+            found.losses,
+            found.counts,
+            found.weights,
+            total,
+            norm,
+            found.gram,
+            seen,
+            found.held,
+            found.held_weights,
+            found.residual,
         )
         return TrainState(state.step + 1, params, opt_state, found.rule_state, state.key, average), metrics
 
@@ -277,11 +290,12 @@ def by_losses(
             return own, held.losses(params, encoded, outputs, part, held_counts, references)
 
         def weigh(losses: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
-            return rule.update(state.rule_state, Signals(losses, None, state.step, rule_key, counts))
+            weights, *rest = solve(rule, state.rule_state, Signals(losses, None, state.step, rule_key, counts))
+            return weights, rest
 
         def gradient_of(part: Batch, number: Any, choose: Any) -> tuple[Any, Any, Any]:
             losses, pull, encoded = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
-            weights, rule_state = choose(losses[0])
+            weights, rest = choose(losses[0])
             (gradient,) = pull((weights, held_weights))
             if not weigh_heads:
 
@@ -292,18 +306,19 @@ def by_losses(
                 gradient = gradient | {"heads": jax.grad(plain)(trained["heads"])}
             else:
                 gradient = gradient | {"heads": _not_uphill(gradient["heads"], weights)}
-            return gradient, losses, (weights, rule_state)
+            return gradient, losses, (weights, rest)
 
         if accumulate == 1:
-            gradient, (losses, beside), (weights, rule_state) = gradient_of(batch, 0, weigh)
+            gradient, (losses, beside), (weights, (rule_state, residual)) = gradient_of(batch, 0, weigh)
         else:
             parts = in_parts(batch, accumulate)
             # Where the rule does not look at the losses, nothing asks for this pass, and XLA leaves it out.
-            weights, rule_state = weigh(add_up(lambda part, number: forward(trained, part, number)[0][0], parts))
+            weights, (rule_state, residual) = weigh(add_up(lambda part, number: forward(trained, part, number)[0][0], parts))
             gradient, (losses, beside) = add_up(
                 lambda part, number: gradient_of(part, number, lambda _: (weights, ()))[:2], parts
             )
-        return Measured(gradient, losses, counts, weights, None, rule_state, beside, held_weights)
+        residual = None if rule.solve is None else residual
+        return Measured(gradient, losses, counts, weights, None, rule_state, beside, held_weights, residual)
 
     return measure
 

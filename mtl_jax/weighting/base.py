@@ -67,6 +67,7 @@ class Rule(NamedTuple):
         weighs_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum of losses. False:
             the weights are for what the tasks share, and every head follows its plain loss. Where it is True, a head whose
             weight is below 0 stands still: it never climbs its own loss.
+        solve: As update, and the relative residual of what was solved, where the rule solves something; else None. See solve().
     """
 
     init: Callable[[Sequence[str]], Any]
@@ -76,6 +77,7 @@ class Rule(NamedTuple):
     transform: Transform | None = None
     due: Callable[[Any], jax.Array] | None = None
     weighs_heads: bool = True
+    solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]] | None = None
 
 
 def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, Any]]) -> Callable[..., tuple[Weights, Any]]:
@@ -95,6 +97,29 @@ def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, A
         return update(state, signals)
 
     return checked
+
+
+def solve(rule: Rule, state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+    """What rule.update returns, and how far the weights are from the solution of the rule's problem.
+
+    Returns:
+        Weights and new state; the residual, f32[]: relative, 0 where the problem is solved, of the order of 1 where it is not
+        at all. NaN where the rule solves nothing, or did not in this step.
+    """
+    if rule.solve is not None:
+        return rule.solve(state, signals)
+    weights, state = rule.update(state, signals)
+    return weights, state, jnp.full((), jnp.nan)
+
+
+def around(rule: Rule, solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]], **fields: Any) -> Rule:
+    """A rule made from another: these fields, and for update this solve, which hands on the inner rule's residual."""
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        weights, state, _ = solve(state, signals)
+        return weights, state
+
+    return rule._replace(update=update, solve=None if rule.solve is None else solve, **fields)
 
 
 def weighted_sum(weights: Weights, losses: dict[str, jax.Array]) -> jax.Array:

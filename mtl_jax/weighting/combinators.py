@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from mtl_jax.counting import there_are
 from mtl_jax.errors import UserError
-from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack
+from mtl_jax.weighting import base
+from mtl_jax.weighting.base import Rule, Signals, Weights, around, present, share, stack, unstack
 from mtl_jax.weighting.options import number
 
 
@@ -35,17 +36,17 @@ def normalized(rule: Rule, total: float | None = None) -> Rule:
     if total is not None:
         number("normalized: total", total, above=0)
 
-    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        weights, state = rule.update(state, signals)
+    def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+        weights, state, residual = base.solve(rule, state, signals)
         weights_K, present_K = stack(weights), present(signals)
         aim = jnp.maximum(present_K.sum(), 1) if total is None else total
         largest = jnp.maximum(jnp.abs(weights_K).max(), 1e-30)
         relative_K = weights_K / largest  # a sum of huge weights could overflow
         found = relative_K.sum() > 1e-6
         weights_K = jnp.where(found, relative_K / jnp.where(found, relative_K.sum(), 1.0), share(present_K))
-        return unstack(aim * weights_K, signals), state
+        return unstack(aim * weights_K, signals), state, residual
 
-    return rule._replace(update=update, objective=None)
+    return around(rule, solve, objective=None)
 
 
 def every(rule: Rule, k: int) -> Rule:
@@ -70,21 +71,21 @@ def every(rule: Rule, k: int) -> Rule:
     def due(state: Any) -> jax.Array:
         return state["since"] % k == 0
 
-    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        def renew(state: Any) -> tuple[jax.Array, Any]:
-            weights, inner = rule.update(state["rule"], signals)
-            return stack(weights), inner
+    def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+        def renew(state: Any) -> tuple[jax.Array, Any, jax.Array]:
+            weights, inner, residual = base.solve(rule, state["rule"], signals)
+            return stack(weights), inner, residual
 
-        def hold(state: Any) -> tuple[jax.Array, Any]:
-            return state["held"], state["rule"]
+        def hold(state: Any) -> tuple[jax.Array, Any, jax.Array]:
+            return state["held"], state["rule"], jnp.full((), jnp.nan)
 
         if rule.needs_gram and signals.gram is None:  # the step knew that the rule is not due
-            held_K, inner = hold(state)
+            held_K, inner, residual = hold(state)
         else:
-            held_K, inner = jax.lax.cond(due(state), renew, hold, state)
-        return unstack(held_K, signals), {"rule": inner, "since": (state["since"] + 1) % k, "held": held_K}
+            held_K, inner, residual = jax.lax.cond(due(state), renew, hold, state)
+        return unstack(held_K, signals), {"rule": inner, "since": (state["since"] + 1) % k, "held": held_K}, residual
 
-    return rule._replace(init=init, update=update, objective=None, due=due if rule.needs_gram else None)
+    return around(rule, solve, init=init, objective=None, due=due if rule.needs_gram else None)
 
 
 def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
@@ -118,14 +119,14 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
         drawn_K = jnp.where(place_K < s, counts_K, 0.0)
         return signals._replace(counts=dict(zip(sorted(signals.losses), drawn_K, strict=True)), key=key)
 
-    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        return rule.update(state, chosen(signals))
+    def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+        return base.solve(rule, state, chosen(signals))
 
     transform = rule.transform
     if transform is not None:
         inner = transform
         transform = inner._replace(update=lambda state, signals, gradients: inner.update(state, chosen(signals), gradients))
-    return rule._replace(init=init, update=update, objective=None, transform=transform)
+    return around(rule, solve, init=init, objective=None, transform=transform)
 
 
 def clipped(rule: Rule, low: float = 0.0, high: float = math.inf) -> Rule:
@@ -144,11 +145,11 @@ def clipped(rule: Rule, low: float = 0.0, high: float = math.inf) -> Rule:
     if not low <= high:
         raise UserError(f"clipped: low is {low} and high is {high}; low must not be above high")
 
-    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        weights, state = rule.update(state, signals)
-        return unstack(jnp.clip(stack(weights), low, high), signals), state
+    def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+        weights, state, residual = base.solve(rule, state, signals)
+        return unstack(jnp.clip(stack(weights), low, high), signals), state, residual
 
-    return rule._replace(update=update, objective=None)
+    return around(rule, solve, objective=None)
 
 
 def ema(rule: Rule, decay: float = 0.9) -> Rule:
@@ -166,14 +167,12 @@ def ema(rule: Rule, decay: float = 0.9) -> Rule:
     def init(names: Sequence[str]) -> Any:
         return {"rule": rule.init(names), "mean": jnp.zeros(len(names)), "seen": jnp.zeros(len(names), bool)}
 
-    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        weights, inner = rule.update(state["rule"], signals)
+    def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+        weights, inner, residual = base.solve(rule, state["rule"], signals)
         weights_K, present_K = stack(weights), present(signals)
         past_K = jnp.where(state["seen"], decay, 0.0)
         mean_K = jnp.where(present_K, past_K * state["mean"] + (1 - past_K) * weights_K, state["mean"])
-        return unstack(mean_K, signals), {"rule": inner, "mean": mean_K, "seen": state["seen"] | present_K}
+        return unstack(mean_K, signals), {"rule": inner, "mean": mean_K, "seen": state["seen"] | present_K}, residual
 
     due = rule.due
-    return rule._replace(
-        init=init, update=update, objective=None, due=None if due is None else lambda state: due(state["rule"])
-    )
+    return around(rule, solve, init=init, objective=None, due=None if due is None else lambda state: due(state["rule"]))

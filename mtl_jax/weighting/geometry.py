@@ -16,9 +16,10 @@ from mtl_jax.errors import UserError
 from mtl_jax.weighting.base import Rule, Signals, Weights, share, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram, stateless
 from mtl_jax.weighting.options import choice, number
-from mtl_jax.weighting.solvers import cosines
+from mtl_jax.weighting.solvers import cosines, firm
 
 ORDERS = ("random", "sorted")
+DEPENDENT = 3e-5  # an eigenvalue of cosines below this may be rounding
 
 
 def pcgrad(order: str = "random") -> Rule:
@@ -104,36 +105,25 @@ def imtl_g() -> Rule:
     """The combination whose projections onto all unit gradients are equal (Liu et al. 2021, IMTL-G).
 
     (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative. Where gradients are dependent, or
-    zero, it is the least-squares solution in unit gradients; zero gradients then have weight 0. Heads follow their plain
-    losses: the paper has it for the shared parameters, beside imtl_l for the heads.
+    zero, it is the least-squares solution in unit gradients; zero gradients then have weight 0. What counts as dependent, and
+    opposite, sets in smoothly where an eigenvalue of the cosines is below 3e-5. Weights that nearly sum to 0 have no multiple
+    that sums to 1: none is above 600, and instead they become those of gradients at equal length, 1 / |g_i| over its sum.
+    Heads follow their plain losses: the paper has it for the shared parameters, beside imtl_l for the heads.
     """
 
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
         cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+        shortest = jnp.min(jnp.where(some_K, norm_K, 1.0))
+        inverse_K = jnp.where(some_K, shortest / norm_K, 0.0)
+        equal_K = jnp.where(some_K.any(), inverse_K / jnp.maximum(inverse_K.sum(), 1e-30), share(present_K))
         # The solution is G^-1 |g| up to scale.
-        w_K = jnp.linalg.pinv(cosine_KxK, hermitian=True, rtol=1e-5) @ some_K.astype(jnp.float32)
-        w_K = jnp.where(some_K, w_K / norm_K * norm_K.min(), 0.0)
+        part_K, _, residual = _equal_angles(cosine_KxK, some_K)
+        w_K = part_K * inverse_K
+        size = jnp.abs(w_K).sum()
+        w_K = w_K / jnp.where(size > 0, size, 1.0)
         total = w_K.sum()
-        found = jnp.abs(total) > 1e-6 * jnp.abs(w_K).max()
-        return jnp.where(found, w_K / jnp.where(found, total, 1.0), share(present_K))
-
-    return stateless(weigh)
-
-
-def aligned() -> Rule:
-    """The mean of the gradients after all singular values of J became the smallest one (Senushkin et al. 2023, Aligned-MTL).
-
-    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero. The weights may be negative.
-    Heads follow their plain losses, as in LibMTL.
-    """
-
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
-        values_K, vectors_KxK = jnp.linalg.eigh(gram_KxK)
-        kept_K = values_K > values_K.max() * len(values_K) * jnp.finfo(jnp.float32).eps
-        smallest = jnp.min(jnp.where(kept_K, values_K, jnp.inf))
-        shrink_K = jnp.where(kept_K, jnp.sqrt(smallest / jnp.where(kept_K, values_K, 1.0)), 0.0)
-        mean_K = share(present_K)
-        return jnp.where(kept_K.any(), vectors_KxK @ (shrink_K * (vectors_KxK.T @ mean_K)), mean_K)
+        sums = (total / 1e-3) ** 4 / (1 + (total / 1e-3) ** 4)
+        return sums * w_K / jnp.where(total == 0, 1.0, total) + (1 - sums) * equal_K, residual
 
     return stateless(weigh)
 
@@ -141,16 +131,65 @@ def aligned() -> Rule:
 def config() -> Rule:
     """The direction with equal cosine to every gradient, as long as the gradients' projections on it (Liu et al. 2025, ConFIG).
 
-    With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u. The weights may be negative. Heads follow their plain
-    losses, as in TorchJD.
+    With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u. U^+ leaves out, smoothly, the directions in which an
+    eigenvalue of the cosines is below 3e-5: d is then at most 200 times as long as a gradient. As gradients become opposite, g
+    goes to 0 and weights to mean(|g|) / |g_i| for two of them; beyond, the direction of a pair that is as good as opposite is
+    left to the other gradients. The weights may be negative. Heads follow their plain losses, as in TorchJD.
     """
 
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
         cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-        part_K = jnp.linalg.pinv(cosine_KxK, hermitian=True, rtol=1e-5) @ some_K.astype(jnp.float32)
-        length = jnp.sqrt(jnp.maximum(part_K @ cosine_KxK @ part_K, 1e-12))
-        magnitude = jnp.where(some_K, norm_K * (cosine_KxK @ part_K), 0.0).sum() / length
-        return jnp.where(some_K, magnitude / length * part_K / norm_K, 0.0)
+        part_K, projected_K, residual = _equal_angles(cosine_KxK, some_K)
+        square = jnp.maximum(part_K @ projected_K, 0.0)  # |d|^2, at least 1 where the angles can be equal
+        length = jnp.where(some_K, norm_K * projected_K, 0.0).sum()
+        weights_K = length * square * part_K + 1e-6 * (share(some_K) * norm_K).sum()
+        return jnp.where(some_K, weights_K / (square**2 + 1e-6) / norm_K, 0.0), residual
+
+    return stateless(weigh)
+
+
+def _equal_angles(cosine_KxK: jax.Array, some_K: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights of unit gradients whose sum has the inner product 1 with each, these products, and the residual.
+
+    Eigenvalues s far below DEPENDENT are left out, as in a pseudo-inverse, but smoothly: 1 / s becomes s^3 / (s^4 +
+    DEPENDENT^4), nowhere above 0.6 / DEPENDENT. The residual is the most that a product is off 1, over the terms that make it.
+    """
+    values_K, vectors_KxK = jnp.linalg.eigh(cosine_KxK)
+    relative_K = jnp.maximum(values_K, 0.0) / DEPENDENT
+    inverse_K = relative_K**3 / (1 + relative_K**4) / DEPENDENT
+    along_K = vectors_KxK.T @ some_K.astype(jnp.float32)
+    part_K = jnp.where(some_K, vectors_KxK @ (inverse_K * along_K), 0.0)
+    projected_K = vectors_KxK @ (values_K * inverse_K * along_K)
+    off_K = jnp.abs(projected_K - 1) / (1 + jnp.abs(cosine_KxK) @ jnp.abs(part_K))
+    return part_K, projected_K, jnp.max(jnp.where(some_K, off_K, 0.0))
+
+
+def aligned() -> Rule:
+    """The mean of the gradients after all singular values of J became the smallest one (Senushkin et al. 2023, Aligned-MTL).
+
+    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero. One is as good as zero, and is
+    left out smoothly, where it is below 3e-5 of what it would be if the gradients were orthogonal: unlike lengths alone are no
+    dependence. Gradients shorter than 1e-6 of the longest count as about that long: g does not become shorter than they. The
+    weights may be negative. Heads follow their plain losses, as in LibMTL.
+    """
+
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+        # What is absent or 0 stands aside, as long as the longest and across all others: never the smallest value.
+        _, root_KxK = firm(cosine_KxK + jnp.diag(jnp.where(some_K, 0.0, 1.0)))
+        # Singular values of a root of G: they have twice the digits of the eigenvalues. `norm_K` is 1 where it was 0.
+        vectors_KxK, values_K, _ = jnp.linalg.svd(norm_K[:, None] * root_KxK)
+        floored_K = jnp.sqrt(values_K**2 + (1e-7 * values_K.max()) ** 2)
+        orthogonal_K = jnp.square(vectors_KxK.T) @ jnp.square(norm_K)
+        kept_K = (floored_K**2 / orthogonal_K / DEPENDENT) ** 6
+        kept_K = kept_K / (1 + kept_K)
+        inverse_K = jnp.sqrt(kept_K) / floored_K
+        shrink_K = inverse_K / inverse_K.max()
+        mean_K = jnp.where(some_K, share(present_K), 0.0)
+        weights_K = jnp.where(some_K, vectors_KxK @ (shrink_K * (vectors_KxK.T @ mean_K)), 0.0)
+        # After the change every singular value that counts is the same.
+        off_K = kept_K * jnp.abs(values_K * shrink_K * inverse_K.max() - 1)
+        return jnp.where(some_K.any(), weights_K, share(present_K)), jnp.max(off_K)
 
     return stateless(weigh)
 

@@ -17,17 +17,23 @@ from mtl_jax.weighting import solvers
 from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, unstack
 from mtl_jax.weighting.options import number
 
-# (Gram matrix f32[K, K] with its largest diagonal entry 1, that entry before, present bool[K], signals) -> weights f32[K]
-Weigh = Callable[[jax.Array, jax.Array, jax.Array, Signals], jax.Array]
+# (Gram matrix f32[K, K] with its largest diagonal entry 1, that entry before, present bool[K]) -> (weights f32[K], residual)
+Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def stateless(weigh: Weigh, weighs_heads: bool = False) -> Rule:
-    """A rule without state from the Gram matrix to the weights; rows of absent tasks are 0."""
+    """A rule without state from the Gram matrix to the weights and their residual; rows of absent tasks are 0."""
+
+    def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+        with jax.default_matmul_precision("highest"):  # on GPU else not float32
+            weights_K, residual = weigh(*scaled_gram(signals))
+        return unstack(weights_K, signals), state, residual
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        return unstack(weigh(*scaled_gram(signals), signals), signals), state
+        weights, state, _ = solve(state, signals)
+        return weights, state
 
-    return Rule(init=lambda names: (), update=update, needs_gram=True, weighs_heads=weighs_heads)
+    return Rule(init=lambda names: (), update=update, needs_gram=True, weighs_heads=weighs_heads, solve=solve)
 
 
 def scaled_gram(signals: Signals) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -44,15 +50,20 @@ def mgda() -> Rule:
     w = argmin over the simplex of w^T G w. It conflicts with no task. The weights sum to 1. Heads follow their plain losses, as
     in the second paper and in LibMTL.
     """
-    return stateless(lambda gram_KxK, scale, present_K, signals: solvers.min_norm(gram_KxK, present_K=present_K))
+    return stateless(lambda gram_KxK, scale, present_K: _shortest(gram_KxK, present_K))
 
 
 def cagrad(c: float = 0.4) -> Rule:
     """The direction near the mean gradient g_0 that helps the worst task most (Liu et al. 2021).
 
-    g = g_0 + c |g_0| g_w / |g_w|, with w = argmin over the simplex of g_w . g_0 + c |g_0| |g_w|, g_w = sum_i w_i g_i. Not
-    rescaled by 1 / (1 + c^2). The weights sum to 1 + c |g_0| / |g_w|; c = 0, or a g_w of 0, is the mean. Heads follow their
-    plain losses, as in LibMTL.
+    g = argmax of min_i g_i . g over |g - g_0| <= c |g_0|; that is g_0 + c |g_0| g_w / |g_w|, with w = argmin over the simplex
+    of g_w . g_0 + c |g_0| |g_w|, g_w = sum_i w_i g_i. Not rescaled by 1 / (1 + c^2). The weights sum to 1 + c |g_0| / |g_w|;
+    c = 0 is the mean. Heads follow their plain losses, as in LibMTL.
+
+    The more gradients oppose each other, the larger are their weights: 1/K and at most 1000 c |g_0| / |g_i|. Where a pair's
+    cosine is below -1 + 1e-5, or three and more are as dependent, the worst task therefore loses up to 1e-3 c |g_0| |g_i|. A
+    gradient of 0 asks for nothing and keeps 1/K. Lengths in a Gram matrix are squares, and weights are float32: the worst
+    gain is exact to about 1e-6 of |g_0| times the longest gradient.
 
     Args:
         c: Radius around the mean gradient, in units of its norm; not negative, and below 1 for the paper's convergence.
@@ -62,21 +73,9 @@ def cagrad(c: float = 0.4) -> Rule:
     """
     number("weighting cagrad: c", c, least=0)
 
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
-        mean_K = share(present_K)
-        with_mean_K = gram_KxK @ mean_K
-        mean_norm = jnp.sqrt(jnp.maximum(mean_K @ with_mean_K, 0.0))
-
-        def derivatives(w_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-            inner_K = gram_KxK @ w_K
-            norm = jnp.sqrt(jnp.maximum(w_K @ inner_K, 0.0) + 1e-12)
-            unit_K = inner_K / norm
-            hessian_KxK = (gram_KxK - jnp.outer(unit_K, unit_K)) / norm
-            return with_mean_K + c * mean_norm * unit_K, c * mean_norm * hessian_KxK
-
-        w_K = solvers.minimize(derivatives, mean_K, jnp.ones_like(mean_K), present_K)
-        norm = jnp.sqrt(jnp.maximum(w_K @ gram_KxK @ w_K, 0.0))
-        return mean_K + jnp.where(norm > 1e-6, c * mean_norm / jnp.maximum(norm, 1e-6), 0.0) * w_K
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        added_K, residual = solvers.within_ball(gram_KxK, c, present_K)
+        return share(present_K) + added_K, residual
 
     return stateless(weigh)
 
@@ -85,8 +84,9 @@ def sdmgrad(lam: float = 0.3) -> Rule:
     """Between the shortest vector and the mean gradient g_0 (Xiao, Ban and Ji 2023, SDMGrad).
 
     g = (g_w + lam g_0) / (1 + lam), with w = argmin over the simplex of |g_w + lam g_0|^2. lam = 0 is MGDA, and for a large lam
-    it is the mean. The weights sum to 1. Departs from the paper: w is solved for, where the paper takes steps towards it with
-    gradients of three independent batches. Heads follow their plain losses, as in LibMTL.
+    it is the mean. The weights sum to 1. A gradient of 0 is part of the simplex like any other. Departs from the paper: w is
+    solved for, where the paper takes steps towards it with gradients of three independent batches. Heads follow their plain
+    losses, as in LibMTL.
 
     Args:
         lam: The pull towards the mean; not negative.
@@ -96,10 +96,15 @@ def sdmgrad(lam: float = 0.3) -> Rule:
     """
     number("weighting sdmgrad: lam", lam, least=0)
 
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # On the simplex g_w + lam g_0 is the sum of w_i (g_i + lam g_0): the shortest vector in another hull.
         mean_K = share(present_K)
-        w_K = solvers.min_norm(gram_KxK, lam, present_K)
-        return (w_K + lam * mean_K) / (1 + lam)
+        with_mean_K = gram_KxK @ mean_K
+        pulled_KxK = gram_KxK + lam * (with_mean_K[:, None] + with_mean_K[None, :]) + lam**2 * (mean_K @ with_mean_K)
+        both_KxK = present_K[:, None] & present_K[None, :]
+        pulled_KxK, _ = solvers.scaled(jnp.where(both_KxK, pulled_KxK, 0.0))
+        w_K, residual = _shortest(pulled_KxK, present_K)
+        return (w_K + lam * mean_K) / (1 + lam), residual
 
     return stateless(weigh)
 
@@ -107,14 +112,15 @@ def sdmgrad(lam: float = 0.3) -> Rule:
 def upgrad() -> Rule:
     """The mean of the gradients' projections onto the cone that conflicts with none (Quinton and Rey 2024).
 
-    w = (1/K) sum_k argmin of v^T G v over v >= e_k. Without conflict every weight is 1/K. Heads follow their plain losses, as
-    in the authors' TorchJD.
+    w = (1/K) sum_k argmin of v^T G v over v >= e_k. Without conflict every weight is 1/K. Weights of opposite gradients are
+    bounded as in solvers.into_dual_cone. Heads follow their plain losses, as in the authors' TorchJD.
     """
 
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
         units_KxK = jnp.eye(gram_KxK.shape[0])
-        projected_KxK = jax.vmap(lambda unit_K: solvers.into_dual_cone(gram_KxK, unit_K, present_K))(units_KxK)
-        return share(present_K) @ projected_KxK
+        project = jax.vmap(lambda unit_K: _projected(gram_KxK, unit_K, present_K))
+        projected_KxK, residual_K = project(units_KxK)
+        return share(present_K) @ projected_KxK, jnp.max(residual_K)
 
     return stateless(weigh)
 
@@ -122,9 +128,10 @@ def upgrad() -> Rule:
 def dualproj() -> Rule:
     """The mean gradient projected onto the cone that conflicts with no task (Lopez-Paz and Ranzato 2017, GEM).
 
-    w = argmin of v^T G v over v >= 1/K. Without conflict every weight is 1/K. Heads follow their plain losses, as in TorchJD.
+    w = argmin of v^T G v over v >= 1/K. Without conflict every weight is 1/K. Weights of opposite gradients are bounded as in
+    solvers.into_dual_cone. Heads follow their plain losses, as in TorchJD.
     """
-    return stateless(lambda gram_KxK, scale, present_K, signals: solvers.into_dual_cone(gram_KxK, share(present_K), present_K))
+    return stateless(lambda gram_KxK, scale, present_K: _projected(gram_KxK, share(present_K), present_K))
 
 
 def fairgrad(alpha: float = 1.0) -> Rule:
@@ -132,28 +139,34 @@ def fairgrad(alpha: float = 1.0) -> Rule:
 
     alpha = 1 is the Nash bargaining solution (Navon et al. 2022). If all gradients grow by t, the weights shrink by
     t^(-2 alpha / (1 + alpha)): for alpha = 1 the combined gradient does not depend on the gradients' scale. Departs from the
-    paper by 1e-6 on the diagonal of the cosines: opposite gradients would have no finite solution. A gradient of 0, which has
-    none either, gets the mean of the other weights. Heads are weighted, as in the authors' program and in LibMTL.
+    paper by a smallest eigenvalue of the cosines of 1e-6: opposite gradients would have no finite solution. Towards opposition
+    their weights grow no further than 1000 / |g_i| for alpha = 1. A gradient of 0, which has none either, gets the mean of the
+    other weights. Solved for lengths 10^-4 to 10^4; the residual is over the terms that are added up in a row of G w. Heads are
+    weighted, as in the authors' program and in LibMTL.
 
     Args:
-        alpha: Above 0; the larger, the more the worst task counts.
+        alpha: 0.1 to 5; the larger, the more the worst task counts. Beyond, weights of unlike gradients leave float32.
 
     Raises:
-        UserError: alpha is not above 0.
+        UserError: alpha is out of range.
     """
-    number("weighting fairgrad: alpha", alpha, above=0)
-    return stateless(
-        lambda gram_KxK, scale, present_K, signals: _alpha_fair(gram_KxK, present_K, alpha) * scale ** (-alpha / (1 + alpha)),
-        weighs_heads=True,
-    )
+    number("weighting fairgrad: alpha", alpha, least=0.1, most=5)
+
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        w_K, residual = _alpha_fair(gram_KxK, present_K, alpha)
+        return w_K * scale ** (-alpha / (1 + alpha)), residual
+
+    return stateless(weigh, weighs_heads=True)
 
 
 def nash(max_norm: float = 1.0) -> Rule:
     """The Nash bargaining solution (Navon et al. 2022, Nash-MTL): G w = 1 / w, elementwise.
 
     That is fairgrad(alpha=1): the combined gradient does not depend on the gradients' scale, and |g|^2 = K; then, as the
-    authors' program does, g is scaled down to max_norm. Theirs solves a sequence of convex problems on the host; here it is
-    Newton's method on the device. Heads are weighted, as in the authors' program and in LibMTL.
+    authors' program does, g is scaled down to max_norm. As there, a weight is at most 1000 / |g_i|: from a cosine of about
+    -1 + 1e-6 on, opposite gradients have no more, and |g| goes to 0 with the angle that is left. Theirs solves a sequence of
+    convex problems on the host; here it is Newton's method on the device. Heads are weighted, as in the authors' program and
+    in LibMTL.
 
     Args:
         max_norm: Largest norm of the combined gradient, above 0; inf leaves it alone.
@@ -163,23 +176,35 @@ def nash(max_norm: float = 1.0) -> Rule:
     """
     number("weighting nash: max_norm", max_norm, above=0, infinite=True)
 
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array, signals: Signals) -> jax.Array:
-        w_K = _alpha_fair(gram_KxK, present_K, 1.0)
+    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        w_K, residual = _alpha_fair(gram_KxK, present_K, 1.0)
         norm = jnp.sqrt(jnp.maximum(w_K @ gram_KxK @ w_K, 0.0))  # does not depend on the scale
-        return w_K * jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12)) / jnp.sqrt(scale)
+        return w_K * jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12)) / jnp.sqrt(scale), residual
 
     return stateless(weigh, weighs_heads=True)
 
 
-def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> jax.Array:
-    """The positive w, f32[K], with G w = w^(-1/alpha), for a scaled Gram matrix.
+def _shortest(gram_KxK: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights_K = solvers.min_norm(gram_KxK, present_K)
+    return weights_K, solvers.off_min_norm(gram_KxK, weights_K, present_K)
+
+
+def _projected(gram_KxK: jax.Array, lower_K: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights_K = solvers.into_dual_cone(gram_KxK, lower_K, present_K)
+    return weights_K, solvers.off_dual_cone(gram_KxK, lower_K, weights_K, present_K)
+
+
+def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """The positive w, f32[K], with G w = w^(-1/alpha), for a scaled Gram matrix, and its residual f32[].
 
     In u = w |g|, with cosines C in place of G: C u = |g|^(1/alpha - 1) u^(-1/alpha), the optimality of a convex problem.
     """
     cosine_KxK, norm_K, some_K = solvers.cosines(gram_KxK)
     solved_K = present_K & some_K
     # What is not solved for is alone with itself: its equation is u = u^(-1/alpha).
-    matrix_KxK = cosine_KxK + jnp.diag(jnp.where(solved_K, 1e-6, 1.0))
+    firm_KxK, _ = solvers.firm(cosine_KxK)
+    both_KxK = solved_K[:, None] & solved_K[None, :]
+    matrix_KxK = jnp.where(both_KxK, firm_KxK, jnp.eye(len(norm_K)))
     log_right_K = jnp.where(solved_K, (1 / alpha - 1) * jnp.log(norm_K), 0.0)
 
     def iterate(_: int, v_K: jax.Array) -> jax.Array:
@@ -189,13 +214,18 @@ def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> jax.
         # Scaled by u on both sides, as unlike lengths make unlike u.
         hessian_KxK = u_K[:, None] * matrix_KxK * u_K[None, :] + jnp.diag(u_K * utility_K / alpha)
         gradient_K = u_K * (matrix_KxK @ u_K - utility_K)
-        relative_K = -jnp.linalg.solve(hessian_KxK, gradient_K)
-        # Steps are cut so that nothing falls by more than half.
-        length = jnp.minimum(1.0, 0.5 / jnp.maximum(jnp.max(-relative_K), 1e-12))
+        scale_K = jnp.sqrt(jnp.diagonal(hessian_KxK))
+        scaled_KxK = hessian_KxK / scale_K[:, None] / scale_K[None, :]
+        relative_K = -jnp.linalg.solve(scaled_KxK, gradient_K / scale_K) / scale_K
+        # Steps are cut so that something is left of everything; a large alpha takes weights down by many powers of ten.
+        length = jnp.minimum(1.0, 0.9 / jnp.maximum(jnp.max(-relative_K), 1e-12))
         new_K = v_K + jnp.log1p(length * relative_K)
         return jnp.where(jnp.isfinite(new_K).all(), new_K, v_K)
 
     start_K = log_right_K * alpha / (1 + alpha)  # the solution for orthogonal gradients
-    w_K = jnp.exp(jax.lax.fori_loop(0, 2 * solvers.ITERATIONS, iterate, start_K)) / norm_K
+    v_K = jax.lax.fori_loop(0, 2 * solvers.ITERATIONS, iterate, start_K)
+    u_K, utility_K = jnp.exp(v_K), jnp.exp(log_right_K - v_K / alpha)
+    off_K = jnp.abs(matrix_KxK @ u_K - utility_K) / (jnp.abs(matrix_KxK) @ u_K + utility_K)
+    w_K = u_K / norm_K
     others = (share(solved_K) * w_K).sum()
-    return jnp.where(solved_K, w_K, jnp.where(solved_K.any(), others, 1.0))
+    return jnp.where(solved_K, w_K, jnp.where(solved_K.any(), others, 1.0)), jnp.max(jnp.where(solved_K, off_K, 0.0))

@@ -1,8 +1,11 @@
 """Small convex problems over K task weights: fixed iteration counts, no host, vmap-able, float32.
 
-A primal-dual interior point method: one K x K solve an iteration, and so few iterations that nothing needs to be tuned or
-stopped early. Gram matrices are scaled inside, so that gradients of any magnitude that float32 holds work alike. A task that is
-absent has no variable: its weight stays 0, and the others' problem is the smaller one.
+Quadratic problems go to a primal-dual interior point method: one K x K solve an iteration, and so few iterations that nothing
+needs to be tuned or stopped early. Gram matrices are scaled inside, so that gradients of any magnitude that float32 holds work
+alike. A task that is absent has no variable: its weight stays 0, and the others' problem is the smaller one.
+
+A Gram matrix in float32 says no more than 1e-7 of the product of two lengths, so gradients whose cosine is below -1 + 1e-6 may
+as well be opposite: where weights would grow without bound, firm() holds them at a thousand over a gradient's length.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import jax.numpy as jnp
 from mtl_jax.weighting.base import share
 
 ITERATIONS = 40
+FLOOR = 1e-6  # of the eigenvalues of the cosines: far above what float32 rounds off, far below gradients that merely conflict
+TOLERANCE = 1e-2  # a residual above this is worth a warning; where float32 has the digits, it is below 1e-4
 
 # x [K] -> gradient [K] and Hessian [K, K] of a convex function
 Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -104,10 +109,20 @@ def cosines(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.clip(cosine_KxK, -1.0, 1.0), norm_K, some_K
 
 
-def min_norm(gram_KxK: jax.Array, pull: float = 0.0, present_K: jax.Array | None = None) -> jax.Array:
-    """Weights f32[K] on the simplex that minimise |g_w + pull g_0|^2, g_0 the mean gradient, for a scaled Gram matrix.
+def firm(cosine_KxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines whose eigenvalues are all above 0, and their root: f32[K, K] each, root root^T the first.
 
-    Without a pull: the shortest vector in the gradients' convex hull, which is 0 where one of them is.
+    An eigenvalue s becomes (s + sqrt(s^2 + 4 FLOOR^2)) / 2: FLOOR at 0, the same to 1e-6 of it from 1e-3 on, smooth between.
+    """
+    values_K, vectors_KxK = jnp.linalg.eigh(cosine_KxK)
+    root_KxK = vectors_KxK * jnp.sqrt(0.5 * (values_K + jnp.sqrt(values_K**2 + 4 * FLOOR**2)))
+    return root_KxK @ root_KxK.T, root_KxK
+
+
+def min_norm(gram_KxK: jax.Array, present_K: jax.Array | None = None) -> jax.Array:
+    """Weights f32[K] on the simplex that minimise |g_w|, for a scaled Gram matrix.
+
+    It is the shortest vector in the gradients' convex hull, which is 0 where one of them is.
     """
     K = gram_KxK.shape[0]
     present_K = jnp.ones(K, bool) if present_K is None else present_K
@@ -116,31 +131,114 @@ def min_norm(gram_KxK: jax.Array, pull: float = 0.0, present_K: jax.Array | None
     solved_K = some_K & present_K
     shortest = jnp.min(jnp.where(solved_K, norm_K, 1.0))
     along_K = jnp.where(solved_K, shortest / norm_K, 0.0)
-    mean_K = cosine_KxK @ (norm_K * share(present_K)) / shortest
-
-    def derivatives(z_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return cosine_KxK @ z_K + pull * mean_K, cosine_KxK
-
     start_K = jnp.full(K, 1.0) / jnp.maximum(along_K.sum(), 1e-30)
-    z_K = minimize(derivatives, start_K, along_K, solved_K)
+    z_K = minimize(lambda z_K: (cosine_KxK @ z_K, cosine_KxK), start_K, along_K, solved_K)
     zero_K = present_K & ~some_K
-    at_zero = zero_K.any() & (jnp.asarray(pull) == 0)
-    return jnp.where(at_zero | ~solved_K.any(), share(jnp.where(at_zero, zero_K, present_K)), z_K * along_K)
+    return jnp.where(zero_K.any() | ~solved_K.any(), share(jnp.where(zero_K.any(), zero_K, present_K)), z_K * along_K)
+
+
+def off_min_norm(gram_KxK: jax.Array, weights_K: jax.Array, present_K: jax.Array) -> jax.Array:
+    """The residual of min_norm, f32[]: the most by which a gradient is shorter along g_w than g_w is, in units of lengths."""
+    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+    z_K = jnp.where(some_K, weights_K * norm_K, 0.0)
+    inner_K = cosine_KxK @ z_K
+    short_K = jnp.where(some_K & present_K, z_K @ inner_K / norm_K - inner_K, 0.0)
+    return jnp.maximum(short_K.max(), 0.0) / jnp.maximum(z_K.sum(), 1e-30)
 
 
 def into_dual_cone(gram_KxK: jax.Array, weights_K: jax.Array, present_K: jax.Array | None = None) -> jax.Array:
     """The v >= weights, f32[K], that minimises v^T G v, for a scaled Gram matrix.
 
     J^T v is the projection of J^T weights onto the cone of the directions that conflict with no row of J. A gradient of 0
-    keeps its weight.
+    keeps its weight. Cosines are firm: what is added to a weight stays below a thousand lengths of J^T weights over its own.
     """
     K = gram_KxK.shape[0]
     present_K = jnp.ones(K, bool) if present_K is None else present_K
     cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-    lower_K = jnp.where(present_K, weights_K * norm_K, 0.0)
+    firm_KxK, root_KxK = firm(cosine_KxK)
+    lower_K = jnp.where(present_K & some_K, weights_K * norm_K, 0.0)
+
+    def derivatives(s_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # By the root: near opposition the matrix has lost the digits that the product needs.
+        return root_KxK @ (root_KxK.T @ (lower_K + s_K)), firm_KxK
+
     # What is added to the bounds is solved for, not the sum: it may be far smaller, and must be as exact.
-    added_K = minimize(lambda s_K: (cosine_KxK @ (lower_K + s_K), cosine_KxK), jnp.full(K, 1 / K), present_K=present_K & some_K)
+    added_K = minimize(derivatives, jnp.full(K, 1 / K), present_K=present_K & some_K)
     return jnp.where(present_K, weights_K + jnp.where(some_K, added_K / norm_K, 0.0), 0.0)
+
+
+def off_dual_cone(gram_KxK: jax.Array, lower_K: jax.Array, weights_K: jax.Array, present_K: jax.Array) -> jax.Array:
+    """The residual of into_dual_cone, f32[]: the most that conflicts, or was added without a conflict, in units of lengths."""
+    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+    z_K = jnp.where(some_K & present_K, weights_K * norm_K, 0.0)
+    off_K = jnp.minimum(z_K - lower_K * norm_K, cosine_KxK @ z_K)
+    return jnp.max(jnp.where(some_K & present_K, jnp.abs(off_K), 0.0)) / jnp.maximum(jnp.abs(z_K).sum(), 1e-30)
+
+
+def within_ball(gram_KxK: jax.Array, radius: float, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What to add to the mean's weights so that, at that distance from the mean gradient g_0, the worst task gains most.
+
+    For a scaled Gram matrix: the v >= 0, f32[K], of max min_i g_i . (g_0 + g_v) over |g_v| <= radius |g_0|, and its residual
+    f32[]. The point that gives all tasks at least the gain t, and is the nearest to g_0, goes along a path of straight pieces
+    as t grows: tasks that gain t have weights, linear in t, and the others gain more. It is followed until it leaves the ball,
+    by one K x K solve a piece; there is nothing to converge. Gradients of 0 have no gain to ask for, and v = 0.
+
+    Cosines are firm: v_i |g_i| stays below a thousand times radius |g_0|, and for opposite gradients the worst task loses less
+    than 1e-3 radius |g_0| |g_i|. The residual is the most that a task falls short of the gain, or that it weighs while gaining
+    more, over (1 + radius) |g_0| and its length.
+    """
+    K = gram_KxK.shape[0]
+    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+    solved_K = some_K & present_K
+    firm_KxK, root_KxK = firm(cosine_KxK)
+    # In u = v |g| / |g_0|, with gains over |g| |g_0|: task i gains t shortest / |g_i| and what it gains more.
+    along_K = jnp.where(solved_K, jnp.min(jnp.where(solved_K, norm_K, 1.0)) / norm_K, 0.0)
+    mean_K = root_KxK.T @ jnp.where(solved_K, norm_K * share(present_K), 0.0)
+    mean_norm = jnp.sqrt(jnp.maximum(mean_K @ mean_K, 1e-30))
+    before_K = root_KxK @ (mean_K / mean_norm)
+    never = jnp.float32(3e38)
+
+    def piece(active_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """u = t slope - offset where these tasks gain t."""
+        matrix_KxK = jnp.where(active_K[:, None] & active_K[None, :], firm_KxK, jnp.eye(K))
+        right_Kx2 = jnp.where(active_K[:, None], jnp.stack([along_K, before_K], axis=1), 0.0)
+        solved_Kx2 = jnp.linalg.solve(matrix_KxK, right_Kx2)
+        return solved_Kx2[:, 0], solved_Kx2[:, 1]
+
+    def follow(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        active_K, gain, last, done = carry
+        slope_K, offset_K = piece(active_K)
+        toward_K, back_K = root_KxK.T @ slope_K, root_KxK.T @ offset_K
+        falls_K = along_K - root_KxK @ toward_K  # how fast t catches up with the others' gains
+        rounding_K = 2e-6 * (along_K + jnp.abs(firm_KxK) @ jnp.abs(slope_K))
+        enters_K, leaves_K = solved_K & ~active_K & (falls_K > rounding_K), active_K & (slope_K < 0)
+        at_K = jnp.where(enters_K, (before_K - root_KxK @ back_K) / jnp.where(enters_K, falls_K, 1.0), never)
+        at_K = jnp.where(leaves_K, offset_K / jnp.where(leaves_K, slope_K, 1.0), at_K)
+        at_K = jnp.where(jnp.arange(K) == last, never, jnp.maximum(at_K, gain))  # no task goes to and fro
+        next_one = jnp.argmin(at_K)
+        # |t toward - back| is the radius; apart from the nearest point to 0, so that no digits cancel.
+        square = jnp.maximum(toward_K @ toward_K, 1e-38)
+        nearest = toward_K @ back_K / square
+        rest_K = back_K - nearest * toward_K
+        out = jnp.maximum(nearest + jnp.sqrt(jnp.maximum(radius**2 - rest_K @ rest_K, 0.0) / square), gain)
+        ends = done | (out <= at_K[next_one])
+        turned_K = active_K ^ (jnp.arange(K) == next_one)
+        gain = jnp.where(done, gain, jnp.minimum(out, at_K[next_one]))
+        return jnp.where(ends, active_K, turned_K), gain, jnp.where(ends, last, next_one), ends
+
+    lowest_K = jnp.where(solved_K, before_K / jnp.where(solved_K, along_K, 1.0), never)
+    first = jnp.argmin(lowest_K)
+    start = (solved_K & (jnp.arange(K) == first), lowest_K[first], jnp.asarray(-1, first.dtype), ~solved_K.any())
+    active_K, gain, _, _ = jax.lax.fori_loop(0, max(ITERATIONS, 3 * K), follow, start)
+    slope_K, offset_K = piece(active_K)
+    u_K = jnp.where(active_K, jnp.maximum(gain * slope_K - offset_K, 0.0), 0.0)
+    length = jnp.sqrt(jnp.square(root_KxK.T @ u_K).sum())
+    u_K = u_K * jnp.where(length > 0, radius / jnp.where(length > 0, length, 1.0), 0.0)
+    gains_K = before_K + root_KxK @ (root_KxK.T @ u_K)
+    reached = jnp.where(radius > 0, (u_K @ gains_K) / jnp.maximum(u_K @ along_K, 1e-30), gain)
+    off_K = jnp.minimum(u_K, gains_K - reached * along_K)
+    residual = jnp.max(jnp.where(solved_K, jnp.abs(off_K), 0.0)) / (1 + radius)
+    return jnp.where(solved_K, mean_norm * u_K / norm_K, 0.0), residual
 
 
 def onto_simplex(values_K: jax.Array, present_K: jax.Array) -> jax.Array:

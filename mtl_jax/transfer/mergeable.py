@@ -58,7 +58,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def check_weights(weights: Sequence[float], count: int) -> None:
     """Raises UserError where these are no weights of so many models."""
     if len(weights) != count:
-        raise UserError(f"weights are {_listed(weights)}: one for each of {number_of(count, 'model')} is needed")
+        raise UserError(f"weights are {_listed(weights)}: one for each of the {number_of(count, 'model')} is needed")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not math.fsum(weights):
         raise UserError(f"weights are {_listed(weights)}; they must be finite, not negative, and not all 0")
 
@@ -66,7 +66,7 @@ def check_weights(weights: Sequence[float], count: int) -> None:
 def check_scales(scales: Sequence[float], count: int) -> None:
     """Raises UserError where these are no scales of so many task vectors."""
     if len(scales) != count:
-        raise UserError(f"scale is {_listed(scales)}: give one number, or one for each of {number_of(count, 'task vector')}")
+        raise UserError(f"scale is {_listed(scales)}: give one number, or one for each of the {number_of(count, 'task vector')}")
     if not all(math.isfinite(scale) for scale in scales):
         raise UserError(f"scale is {_listed(scales)}; it must be finite")
 

@@ -100,6 +100,7 @@ def test_an_ablation_of_before_goes_on_as_it_was(tmp_path, kept):
     now = tiny.experiment("bert", "data", weighting="mgda")
     (tmp_path / "runs" / "0000").mkdir(parents=True)
     assert folder.as_begun(tmp_path, now) == now
-    workdirs.write_json(tmp_path / "ablation.json", {"runs": [{"run": "0000", "values": {}}]})
+    run = {"run": "0000", "values": {}, "program": 0, "status": "waiting"}
+    workdirs.write_json(tmp_path / "ablation.json", {"name": "tiny", "runs": [run], "axes": [], "programs": [{}]})
     workdirs.write_json(tmp_path / "runs" / "0000" / "config.json", to_json(dataclasses.replace(now, weigh_heads=kept)))
     assert folder.as_begun(tmp_path, now).weigh_heads == kept

@@ -541,6 +541,6 @@ def test_many_columns_take_no_time_and_no_room(tmp_path):
     source = Source(name="a", path=wide)
     row, short = READERS["csv"](wide, source)
     assert row.columns["c99999"] == "c99999"
-    assert str(short).endswith("1 column, but there are 100001 names: text, c0, c1, c2, c3, c4, c5, c6, c7, c8 and 99991 more")
+    assert str(short).endswith("1 column, but there are 100,001 names: text, c0, c1, c2, c3, c4, c5, c6, c7, c8 and 99991 more")
     with pytest.raises(UserError, match=r"no text column 'no'; columns: text, c0, .* and 99991 more$"):
         list(READERS["csv"](wide, Source(name="a", path=wide, text="no")))

@@ -368,7 +368,7 @@ def test_the_weights_do_not_depend_on_a_common_scale(name):
         (lambda: weighting.make("cagrad", c=float("inf")), "c is inf; it must be a finite number"),
         (lambda: weighting.make("cagrad", d=1.0), "unknown option of weighting 'cagrad': 'd'.*choices: c"),
         (lambda: weighting.make("cagrad", c="half"), "c is 'half'; it must be a number"),
-        (lambda: weighting.make("fairgrad", alpha=0.0), "alpha is 0.0; it must be a finite number of at least 0.1 and of at most 5"),
+        (lambda: weighting.make("fairgrad", alpha=0.0), "alpha is 0.0; .* of at least 0.1 and of at most 5"),
         (lambda: weighting.make("pcgrad", order="size"), "order is 'size'; it must be random or sorted"),
         (lambda: weighting.make("gradvac", beta=2.0), "beta is 2.0; it must be a finite number of at least 0 and of at most 1"),
         (lambda: weighting.make("nash", max_norm=0.0), "max_norm is 0.0; it must be a number above 0"),

@@ -172,7 +172,9 @@ def off_dual_cone(gram_KxK: jax.Array, lower_K: jax.Array, weights_K: jax.Array,
     cosine_KxK, norm_K, some_K = cosines(gram_KxK)
     z_K = jnp.where(some_K & present_K, weights_K * norm_K, 0.0)
     off_K = jnp.minimum(z_K - lower_K * norm_K, cosine_KxK @ z_K)
-    return jnp.max(jnp.where(some_K & present_K, jnp.abs(off_K), 0.0)) / jnp.maximum(jnp.abs(z_K).sum(), 1e-30)
+    some = (jnp.where(some_K & present_K, lower_K, 0.0) > 0).any()  # else 0 is projected, and z is what rounding left
+    off = jnp.max(jnp.where(some_K & present_K, jnp.abs(off_K), 0.0))
+    return jnp.where(some, off / jnp.maximum(jnp.abs(z_K).sum(), 1e-30), 0.0)
 
 
 def within_ball(gram_KxK: jax.Array, radius: float, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,11 +12,11 @@ import mtl_jax
 from mtl_jax import Batching, ParamRule, Phase, weighting
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.errors import UserError
-from mtl_jax.training import gradients, gram_step
+from mtl_jax.training import gradients, gram_step, reading
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.logs import compare_gradients, read_metrics
 from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
+from mtl_jax.training.step import Metrics, apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
 
 EVERYTHING = (Phase("everything", 4),)
 
@@ -211,6 +211,10 @@ def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     records = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]
     assert all(record["weight/rating"] == 1.0 for record in records[:6])
     assert all("conflicts" in record for record in records[6:])
+    solved = [record["solver_residual"] for record in records[6:] if "solver_residual" in record]
+    assert len(solved) == (6 if weighting_name == "upgrad" else 0)
+    assert max(solved, default=0.0) < 1e-4
+    assert not any("solver_residual" in record for record in records[:6])
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert events.count(b"train/cosines") == 6
     assert events.count(b"train/conflicts") == 6
@@ -356,6 +360,8 @@ def test_where_a_rule_is_not_due_the_step_is_plain(bert, data):
     _, second = step(state, batch, None)
     assert np.isfinite(first.gram).all()
     assert np.isnan(second.gram).all()
+    assert first.residual < 1e-4
+    assert np.isnan(second.residual)
     assert first.weights == second.weights
     weights = {task: float(weight) for task, weight in second.weights.items()}
     prepared, _, _ = set_up(bert, data, weighting="fixed", weights=weights)
@@ -374,6 +380,19 @@ def test_an_absent_task_is_not_compared(bert, data):
     assert sum(found.weights.values()) == pytest.approx(1.0, abs=1e-4)
     assert all(weight > 0.01 for task, weight in found.weights.items() if task != "fine")
     assert not any(leaf.any() for leaf in jax.tree.leaves(found.gradient["heads"]["fine"]))
+
+
+@pytest.mark.parametrize(
+    ("residual", "logged", "warns"), [(None, False, False), (np.nan, False, False), (1e-5, True, False), (0.5, True, True)]
+)
+def test_a_residual_is_logged_and_a_large_one_is_a_warning(residual, logged, warns):
+    nothing = {"a": 1.0}
+    residual = None if residual is None else np.float32(residual)
+    metrics = Metrics(nothing, nothing, nothing, 1.0, 1.0, None, np.zeros((1, 3)), {}, {}, residual)
+    _, record = reading.read(metrics, {})
+    assert ("solver_residual" in record) == logged
+    assert ("a relative residual of 0.5" in reading.unsolved(metrics)) == warns
+    assert bool(reading.unsolved(metrics)) == warns
 
 
 def test_diagnostics_leave_absent_tasks_out():

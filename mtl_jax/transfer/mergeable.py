@@ -66,7 +66,9 @@ def check_weights(weights: Sequence[float], count: int) -> None:
 def check_scales(scales: Sequence[float], count: int) -> None:
     """Raises UserError where these are no scales of so many task vectors."""
     if len(scales) != count:
-        raise UserError(f"scale is {_listed(scales)}: give one number, or one for each of the {number_of(count, 'task vector')}")
+        raise UserError(
+            f"scale is {_listed(scales)}: give one number, or one for each of the {number_of(count, 'task vector')}"
+        )
     if not all(math.isfinite(scale) for scale in scales):
         raise UserError(f"scale is {_listed(scales)}; it must be finite")
 

@@ -27,6 +27,9 @@ class Progress:
         seconds: Time between lines where there is no terminal, and over which rates are taken.
         coming: {other work, such as "evaluation": how many times it is still to come}. It is part of the estimate of the time
             that is left as soon as beside() was told of it once.
+        stretches: {title: units that are still to come under it}, where units of one title take longer than those of another,
+            as steps of phases do. The time that is left is more than what is shown (">") until each of them has been seen.
+            None: all units are alike.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Progress:
         unit: str = "step",
         seconds: float = 10.0,
         coming: Mapping[str, int] | None = None,
+        stretches: Mapping[str, int] | None = None,
     ):
         self._quiet = jax.process_index() != 0
         self._terminal = sys.stderr.isatty()
@@ -44,7 +48,8 @@ class Progress:
         self._seconds, self._last = seconds, time.monotonic()
         self._clock, self._at = 0.0, self._last  # seconds of units alone, and up to when they are counted
         self._marks: collections.deque[tuple[float, int, int]] = collections.deque()  # (clock, units, tokens), the last seconds
-        self._coming = dict(coming or {})
+        self._coming, self._left = dict(coming or {}), dict(stretches or {title: total - done})
+        self._pace: dict[str, float] = {}  # {title: seconds of a unit, as they were last}
         self._took: dict[str, tuple[float, int]] = {}  # {other work: (seconds, times)}
         self._bar = tqdm.tqdm(
             total=total,
@@ -64,9 +69,12 @@ class Progress:
             losses: Numbers to show by name.
             title: A new title, if it changes.
         """
+        if title and title != self._title:
+            self._title = title
+            self._marks.clear()
         self._done += units
         self._tokens += tokens
-        self._title = title or self._title
+        self._left[self._title] = self._left.get(self._title, 0) - units
         now = time.monotonic()
         self._clock, self._at = self._clock + now - self._at, now
         self._mark()
@@ -95,15 +103,18 @@ class Progress:
         if not self._marks:
             self._mark()
 
-    def skip(self, units: int, coming: Mapping[str, int] | None = None) -> None:
+    def skip(self, stretches: Mapping[str, int], coming: Mapping[str, int] | None = None) -> None:
         """Some units turn out to be done before, or not to be needed: they count in no rate.
 
         Args:
-            units: How many.
+            stretches: {title: how many units}.
             coming: The other work that does not come with them, as for the class.
         """
+        units = sum(stretches.values())
         self._done += units
         self._marks.clear()
+        for title, number in stretches.items():
+            self._left[title] = self._left.get(title, 0) - number
         for work, times in (coming or {}).items():
             self._coming[work] = max(self._coming.get(work, 0) - times, 0)
         self._bar.update(units)
@@ -119,17 +130,27 @@ class Progress:
             self._marks.append((self._clock, self._done, self._tokens))
         while len(self._marks) > 3 and self._clock - self._marks[1][0] > self._seconds:
             self._marks.popleft()
+        rate, _ = self._rates()
+        if rate:
+            self._pace[self._title] = 1 / rate
+
+    def _rates(self) -> tuple[float, float]:
+        """Units and tokens a second; 0 where they are not known. The last mark is left out: it may grow yet."""
+        if len(self._marks) < 3:
+            return 0.0, 0.0
+        (then, done, tokens), (now, now_done, now_tokens) = self._marks[0], self._marks[-2]
+        return (now_done - done) / (now - then), (now_tokens - tokens) / (now - then)
+
+    def _left_over(self) -> str:
+        """The estimate of the time that is left."""
+        other = sum(self._coming[work] * seconds / times for work, (seconds, times) in self._took.items())
+        left = round(other + sum(units * self._pace.get(title, 0.0) for title, units in self._left.items()))
+        unknown = any(units > 0 and title not in self._pace for title, units in self._left.items())
+        return f"{'>' if unknown else ''}{left // 60}:{left % 60:02d}"
 
     def _text(self, losses: dict[str, float]) -> str:
-        parts = []
-        if len(self._marks) > 2:
-            (then, done, tokens), (now, now_done, now_tokens) = self._marks[0], self._marks[-2]  # the last may grow yet
-            rate = (now_done - done) / (now - then)
-            other = sum(
-                times * self._took[work][0] / self._took[work][1] for work, times in self._coming.items() if work in self._took
-            )
-            left = round((self._total - self._done) / rate + other)
-            parts.append(f"{rate:.{1 if rate < 100 else 0}f} {self._unit}/s")
-            parts += [f"{(now_tokens - tokens) / (now - then):.0f} tok/s"] if self._tokens else []
-            parts.append(f"ETA {left // 60}:{left % 60:02d}")
+        rate, tokens = self._rates()
+        parts = [f"{rate:.{1 if rate < 100 else 0}f} {self._unit}/s"] if rate else []
+        parts += [f"{tokens:.0f} tok/s"] if tokens else []
+        parts += [f"ETA {self._left_over()}"] if rate else []
         return " ".join(parts + [f"{name}={loss:.3f}" for name, loss in losses.items()])

@@ -9,7 +9,7 @@ import tiny
 from mtl_jax import progress
 from mtl_jax.experiment import Checkpoints, Evaluation, Phase
 from mtl_jax.progress import Progress
-from mtl_jax.training.counts import other_work
+from mtl_jax.training.counts import other_work, steps_by_phase
 
 
 @pytest.fixture
@@ -78,15 +78,45 @@ def test_other_work_that_is_still_to_come_is_in_the_time_that_is_left(clock):
 def test_units_that_were_done_before_are_in_no_rate(clock):
     """An ablation that goes on, or ends a chunk early."""
     bar = Progress("ablation", 1000, seconds=4.0, coming={"evaluation": 10})
-    bar.skip(500, {"evaluation": 5})
+    bar.skip({"ablation": 500}, {"evaluation": 5})
     clock.pass_(60)
     steps(bar, clock, 5)
     assert clock.last() == "ablation 505/1000 1.0 step/s ETA 8:15"
     clock.pass_(30)
     bar.beside("evaluation", 3)
-    bar.skip(395)
+    bar.skip({"ablation": 395})
     steps(bar, clock, 5)
     assert clock.last() == "ablation 905/1000 1.0 step/s ETA 1:55"  # 95 steps, 2 evaluations of 10 s
+
+
+def test_steps_of_each_phase_have_a_rate_of_their_own(clock):
+    """Heads on cached features take no time; what everything takes is not known before it begins."""
+    bar = Progress("training", 2000, seconds=1.0, stretches={"heads": 1000, "everything": 1000})
+
+    def take(count, seconds, title):
+        for _ in range(count):
+            clock.pass_(seconds)
+            bar.update(1, title=title)
+
+    take(900, 0.125, "heads")
+    assert " 8.0 step/s ETA >0:1" in clock.last()
+    take(100, 0.125, "heads")
+    clock.pass_(60)
+    bar.beside("compilation")
+    take(1, 5, "everything")
+    assert clock.last() == "everything 1001/2000"  # not yet known
+    take(3, 5, "everything")
+    assert clock.last() == "everything 1004/2000 0.2 step/s ETA 83:00"
+
+
+def test_phases_that_come_again_are_known(clock):
+    """Chunks of an ablation go through the same phases."""
+    bar = Progress("ablation", 40, seconds=1.0, stretches={"heads": 20, "everything": 20})
+    for title, seconds in (("heads", 1), ("everything", 4), ("heads", 1)):
+        for _ in range(5 if title == "heads" else 10):
+            clock.pass_(seconds)
+            bar.update(1, title=title)
+    assert clock.last() == "heads 20/40 1.0 step/s ETA 0:50"
 
 
 def test_units_of_one_batch_are_done_together(clock):
@@ -110,5 +140,7 @@ def test_what_a_run_does_beside_its_steps(done):
     evaluations, saved = {4, 6, 8, 12}, {3, 9}  # 6 and 12 are saved with the evaluation
     expected = {"evaluation": sum(at > done for at in evaluations), "checkpoint": sum(at > done for at in saved)}
     assert other_work(experiment, done) == expected
+    assert steps_by_phase(experiment, done) == {"a": max(6 - done, 0), "b": min(12 - done, 6)}
+    assert steps_by_phase(experiment, 0, done, 2) == {"a": 2 * min(done, 6), "b": 2 * max(done - 6, 0)}
     both = [other_work(experiment, 0, done, 3), other_work(experiment, done, None, 3)]
     assert {name: both[0][name] + both[1][name] for name in expected} == {"evaluation": 12, "checkpoint": 6}

@@ -26,7 +26,7 @@ from mtl_jax.progress import Progress
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.counts import other_work
+from mtl_jax.training.counts import other_work, steps_by_phase
 from mtl_jax.training.features import Features
 from mtl_jax.training.prepare import prepare
 from mtl_jax.training.signals import Stop, asked_to_stop
@@ -103,14 +103,17 @@ def _ablate(
         _read_all(planned)
     total = sum(steps_of(program) * len(program.runs) for program in planned)
     coming: collections.Counter[str] = collections.Counter()
+    stretches: collections.Counter[str] = collections.Counter()
     for program in planned:
         coming.update(other_work(program.template, runs=len(program.runs)))
+        stretches.update(steps_by_phase(program.template, runs=len(program.runs)))
     with asked_to_stop() as stop:
-        progress = Progress("ablation", total, coming=coming)
+        progress = Progress("ablation", total, coming=coming, stretches=stretches)
         for program in planned:
             known = record["programs"][program.number]
             if all(run.name in status for run in program.runs):
-                progress.skip(steps_of(program) * len(program.runs), other_work(program.template, runs=len(program.runs)))
+                span = (program.template, 0, None, len(program.runs))
+                progress.skip(steps_by_phase(*span), other_work(*span))
                 continue
             ready = make_ready(program, at_once, memory, known.get("size", 0))
             known |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
@@ -217,7 +220,8 @@ def _train(
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     for place, chunk in enumerate(ready.chunks):
         if all(run.name in status for run in chunk):
-            progress.skip(steps_of(ready.program) * len(chunk), other_work(prepared.experiment, runs=len(chunk)))
+            span = (prepared.experiment, 0, None, len(chunk))
+            progress.skip(steps_by_phase(*span), other_work(*span))
             continue
         for run in chunk:
             files = {"versions": workdirs.versions(), "data": data, "baselines": compared}

@@ -31,7 +31,7 @@ from mtl_jax.progress import Progress
 from mtl_jax.training import evaluation, reading, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint import Restored, Store
-from mtl_jax.training.counts import Counts, other_work
+from mtl_jax.training.counts import Counts, other_work, steps_by_phase
 from mtl_jax.training.logs import Logger
 from mtl_jax.training.planning import PhasePlan, renumbered
 from mtl_jax.training.prepare import stretches
@@ -139,8 +139,8 @@ class Chunk:
         return self.fates
 
     def _skip(self, start: int, stop: int) -> None:
-        runs = len(self.runs)
-        self.shared.progress.skip((stop - start) * runs, other_work(self.experiment, start, stop, runs))
+        span = (self.experiment, start, stop, len(self.runs))
+        self.shared.progress.skip(steps_by_phase(*span), other_work(*span))
 
     def newest(self) -> Together | None:
         """The state of the newest checkpoint, without a step being taken; with it counts, fates and position."""

@@ -66,6 +66,17 @@ class Counts:
         }
 
 
+def steps_by_phase(experiment: Experiment, start: int = 0, stop: int | None = None, runs: int = 1) -> dict[str, int]:
+    """{name of a phase: steps that runs take in it}, for the estimate of the time that is left; arguments as for other_work."""
+    found: dict[str, int] = {}
+    end = 0
+    for phase in experiment.phases:
+        begin, end = end, end + phase.steps
+        steps = max(0, min(end, end if stop is None else stop) - max(begin, start))
+        found[phase.name] = found.get(phase.name, 0) + steps * runs
+    return found
+
+
 def other_work(experiment: Experiment, start: int = 0, stop: int | None = None, runs: int = 1) -> dict[str, int]:
     """How often runs do something else than steps, for the estimate of the time that is left.
 

@@ -25,7 +25,7 @@ from mtl_jax.training import blame, evaluation, fingerprint, generation, hosts, 
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.counts import Counts, other_work
+from mtl_jax.training.counts import Counts, other_work, steps_by_phase
 from mtl_jax.training.features import Features
 from mtl_jax.training.logs import Logger, Progress
 from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, stretches, template
@@ -134,7 +134,8 @@ class _Run:
             stack.callback(self.stream.close)
             self.logger = stack.enter_context(contextlib.closing(Logger(self.folder, step)))
             table = self._baselines()
-            progress = Progress("training", self.prepared.plans[-1].end, step, coming=other_work(self.experiment, step))
+            coming, stretches = other_work(self.experiment, step), steps_by_phase(self.experiment, step)
+            progress = Progress("training", self.prepared.plans[-1].end, step, coming=coming, stretches=stretches)
             self.progress = stack.enter_context(contextlib.closing(progress))
             for plan in self.prepared.plans:
                 if step < plan.end and not self._stopped_early():

@@ -132,7 +132,7 @@ def config() -> Rule:
     """The direction with equal cosine to every gradient, as long as the gradients' projections on it (Liu et al. 2025, ConFIG).
 
     With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u. U^+ leaves out, smoothly, the directions in which an
-    eigenvalue of the cosines is below 3e-5: d is then at most 200 times as long as a gradient. As gradients become opposite, g
+    eigenvalue of the cosines is below 3e-5: d is then below 130 sqrt(K). As gradients become opposite, g
     goes to 0 and weights to mean(|g|) / |g_i| for two of them; beyond, the direction of a pair that is as good as opposite is
     left to the other gradients. The weights may be negative. Heads follow their plain losses, as in TorchJD.
     """

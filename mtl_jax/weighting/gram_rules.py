@@ -139,10 +139,10 @@ def fairgrad(alpha: float = 1.0) -> Rule:
 
     alpha = 1 is the Nash bargaining solution (Navon et al. 2022). If all gradients grow by t, the weights shrink by
     t^(-2 alpha / (1 + alpha)): for alpha = 1 the combined gradient does not depend on the gradients' scale. Departs from the
-    paper by a smallest eigenvalue of the cosines of 1e-6: opposite gradients would have no finite solution. Towards opposition
-    their weights grow no further than 1000 / |g_i| for alpha = 1. A gradient of 0, which has none either, gets the mean of the
-    other weights. Solved for lengths 10^-4 to 10^4; the residual is over the terms that are added up in a row of G w. Heads are
-    weighted, as in the authors' program and in LibMTL.
+    paper by a smallest eigenvalue of the cosines of 1e-6: opposite gradients would have no finite solution, and towards
+    opposition their weights grow no further than 1000 sqrt(K) / |g_i| for alpha = 1. A gradient of 0, which has none either,
+    gets the mean of the other weights. Tested for lengths 10^-3 to 10^3; the residual is over the terms that are added up in a
+    row of G w. Heads are weighted, as in the authors' program and in LibMTL.
 
     Args:
         alpha: 0.1 to 5; the larger, the more the worst task counts. Beyond, weights of unlike gradients leave float32.
@@ -163,9 +163,9 @@ def nash(max_norm: float = 1.0) -> Rule:
     """The Nash bargaining solution (Navon et al. 2022, Nash-MTL): G w = 1 / w, elementwise.
 
     That is fairgrad(alpha=1): the combined gradient does not depend on the gradients' scale, and |g|^2 = K; then, as the
-    authors' program does, g is scaled down to max_norm. As there, a weight is at most 1000 / |g_i|: from a cosine of about
-    -1 + 1e-6 on, opposite gradients have no more, and |g| goes to 0 with the angle that is left. Theirs solves a sequence of
-    convex problems on the host; here it is Newton's method on the device. Heads are weighted, as in the authors' program and
+    authors' program does, g is scaled down to max_norm. As in fairgrad a weight is at most 1000 sqrt(K) / |g_i|: from a cosine
+    of about -1 + 1e-6 on, opposite gradients have no more, and |g| goes to 0 with the angle that is left. The authors' program
+    solves a sequence of convex problems on the host; here it is Newton's method on the device. Heads are weighted, as there and
     in LibMTL.
 
     Args:

@@ -13,7 +13,8 @@ REQUIRED: Any = object()
 LARGEST = 2**31 - 1  # what an index of a program can be
 MOST_LAYERS = 1000
 MOST_LABELS = 1_000_000
-MOST_COMPUTED = 2**16  # positions whose vectors are computed: a table that no file vouches for
+MOST_NUMBER = 1e12  # its square is still a float32
+MOST_COMPUTED = 2**16  # positions or distances of a table that is computed: no file vouches for its size
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 100, 100, 40
@@ -67,6 +68,8 @@ class Fields(NamedTuple):
         value = self.get(name, default)
         if not finite(value) or value < 0:
             raise UserError(f"{self.where}: {name} is {brief(value)}; it must be a number of at least 0")
+        if value > MOST_NUMBER:
+            raise UserError(f"{self.where}: {name} is {brief(value)}; it must be at most {MOST_NUMBER:g}")
         return float(value)
 
     def rate(self, name: str, default: Any = REQUIRED) -> float:

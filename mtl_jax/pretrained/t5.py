@@ -11,7 +11,7 @@ from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.pretrained.family import TABLE, Family, translate
-from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.fields import MOST_COMPUTED, Fields
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 
@@ -48,7 +48,7 @@ def _config(raw: Mapping[str, Any], where: str, activation: str, scaled: bool) -
     layers, width = fields.layers("num_layers"), fields.integer("d_ff")
     vocab_size, dropout = fields.integer("vocab_size"), fields.rate("dropout_rate", 0.1)
     buckets = fields.integer("relative_attention_num_buckets", 32, minimum=4)
-    distance = fields.integer("relative_attention_max_distance", 128)
+    distance = fields.integer("relative_attention_max_distance", 128, maximum=MOST_COMPUTED)
     if distance <= buckets // 2:
         raise UserError(
             f"{where}: relative_attention_max_distance is {distance}; it must be above half of the {buckets} buckets"

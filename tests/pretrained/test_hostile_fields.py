@@ -39,6 +39,7 @@ NAMED = [
     ("modernbert_rows", "num_hidden_layers", 10**9),
     ("marian", "max_position_embeddings", 10**9),
     ("t5", "d_kv", 10**9),
+    ("t5", "relative_attention_max_distance", 10**9),
     ("bart", "id2label", []),
     ("marian", "id2label", ["a"]),
     ("bert_rows", "num_labels", 10**9),

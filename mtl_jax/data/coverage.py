@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.ragged import Ragged
@@ -167,7 +168,7 @@ def language_remarks(what: str, parts: Sequence[Examples], tasks: Sequence[Label
     known = tokenizer.convert_tokens_to_ids(codes)
     firsts = [tokens[0] for part in parts for tokens in part.tokens if len(tokens)]
     without = len(firsts) - int(np.isin(firsts, known).sum())
-    said = f"{what}: {without} of {len(firsts)} texts do not begin with the language that the checkpoint is to write"
+    said = f"{what}: {without} of {count(len(firsts), 'text')} do not begin with the language that the checkpoint is to write"
     return [f"{said} ({listed(codes)})"] if without else []
 
 

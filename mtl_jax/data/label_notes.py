@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mtl_jax.counting import count
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.ragged import Ragged
@@ -36,7 +37,7 @@ def unlearned(task: Labels, train: Examples) -> list[str]:
         names = listed([labels[place] for place in absent])
         of = "word" if task.label_level == "token" else "row"
         are = "is" if len(absent) == 1 else "are"
-        lines.append(f"task {task.name}: {len(absent)} of its {len(labels)} labels {are} on no training {of}: {names}")
+        lines.append(f"task {task.name}: {len(absent)} of its {count(len(labels), 'label')} {are} on no training {of}: {names}")
     if len(labels) == 1 and not task.label_shape:
         lines.append(f"task {task.name}: {labels[0]!r} is its only label, so there is nothing to learn")
     return lines

@@ -3,6 +3,7 @@
 As a script it is one of the two: python tests/training/test_hosts.py FOLDER ADDRESS INDEX
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -65,7 +66,8 @@ def relabelled(text: str) -> str:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = write(tmp_path_factory.mktemp("first"))
-    return facts_of(experiment_in(folder), folder / "run", whole=True)
+    with contextlib.chdir(folder):  # this fixture comes before the one below, which would go back to where this one went
+        return facts_of(experiment_in(folder), folder / "run", whole=True)
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,7 @@ def test_cagrad_where_two_of_three_gradients_are_nearly_opposite(c, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("K", [2, 7, 16])
+@pytest.mark.parametrize("K", [2, 7, pytest.param(16, marks=pytest.mark.long)])
 def test_cagrad_helps_the_worst_task_most(kind, K):
     """Within 1e-5 of the exact optimum, in units of |g_0| and the longest gradient; 1e-3 where opposite ones are bounded."""
     for c in (0.4, 0.9):

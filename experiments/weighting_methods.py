@@ -8,7 +8,7 @@ tasks' weights: papers and programs differ in that, and where rules are compared
 ordinary workdir, WORKDIR/RULE-HEADS-SEED (or alone-TASK-SEED): started again, the script goes on where it was, and when all are
 done it only prints the table, which is also written to WORKDIR/table.md. With the shared embedding, a network from scratch that
 trains in seconds on a laptop, rules can be compared with many seeds; minilm fine-tunes the quickstart's trunk. The first
-command's table, three seeds, is in docs/weighting_methods.md.
+command's table, two seeds so far, is in docs/weighting_methods.md.
 """
 
 import dataclasses

@@ -210,7 +210,7 @@ def as_begun(experiment: Experiment, before: Any) -> Experiment:
     if not (isinstance(before, Mapping) and before.get("weigh_heads") is True and experiment.weigh_heads == "rule"):
         return experiment
     if not all(rule_of(experiment, phase).weighs_heads for phase in experiment.phases):
-        log.info("weigh_heads is rule, but this workdir was begun with true: its heads go on with weighted gradients")
+        log.info("weigh_heads is rule, but this workdir was begun with true: its heads keep their weighted gradients")
     return dataclasses.replace(experiment, weigh_heads=True)
 
 

@@ -85,7 +85,7 @@ def test_a_workdir_of_before_goes_on_as_it_was(tmp_path, caplog, name):
     going_on = as_begun(now, before)
     assert going_on.weigh_heads is True
     assert not workdirs.changed(tmp_path, to_json(going_on), allow_change=False)
-    assert ("its heads go on with weighted gradients" in caplog.text) == (name == "mgda")
+    assert ("its heads keep their weighted gradients" in caplog.text) == (name == "mgda")
 
 
 @pytest.mark.parametrize(("before", "now"), [("rule", "rule"), (False, "rule"), (True, False), (True, True), (None, "rule")])

@@ -14,6 +14,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import dataclasses
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,18 @@ from mtl_jax.errors import UserError
 # The same cases every time, however slow the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _logging_restored() -> Iterator[None]:
+    """The command line's log handler writes to a standard error that pytest closes with the test: no later test may meet it."""
+    ours, absl = logging.getLogger("mtl_jax"), logging.getLogger("absl")
+    before = (list(ours.handlers), ours.level, ours.propagate, absl.level)
+    yield
+    ours.handlers[:] = before[0]
+    ours.setLevel(before[1])
+    ours.propagate = before[2]
+    absl.setLevel(before[3])
 
 
 @pytest.fixture(scope="session")

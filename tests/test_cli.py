@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,13 +11,6 @@ import mtl_jax
 from mtl_jax import cli, locks, scripts
 from mtl_jax.data.sources import read
 from mtl_jax.prediction import predict
-
-
-@pytest.fixture(autouse=True)
-def _no_handlers_left():
-    """The command line's log handler writes to a standard error that pytest closes with the test."""
-    yield
-    logging.getLogger("mtl_jax").handlers.clear()
 
 
 @pytest.fixture

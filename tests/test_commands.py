@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import math
 import os
 import shutil
@@ -25,13 +24,6 @@ from mtl_jax.prediction import predict
 
 LINES = [*tiny_seq2seq.sentences(tiny_seq2seq.ENGLISH, 40), "", "hello .", "   ", *tiny_seq2seq.sentences(["how", "are"], 3)]
 LONG = "the film is good . who is the man ? " * 6
-
-
-@pytest.fixture(autouse=True)
-def _no_handlers_left():
-    """The command line's log handler writes to a standard error that pytest closes with the test."""
-    yield
-    logging.getLogger("mtl_jax").handlers.clear()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,18 +25,6 @@ from mtl_jax.training.logs import Logger, read_metrics
 resource = pytest.importorskip("resource")
 FULL = Path("/dev/full")
 TOO_LARGE = r"cannot be written \(File too large\)"
-
-
-@pytest.fixture
-def logging_restored() -> Iterator[None]:
-    """The command line's handlers and levels do not outlive a test."""
-    ours, absl = logging.getLogger("mtl_jax"), logging.getLogger("absl")
-    before = (ours.level, ours.propagate, absl.level)
-    yield
-    ours.handlers.clear()
-    ours.setLevel(before[0])
-    ours.propagate = before[1]
-    absl.setLevel(before[2])
 
 
 @contextlib.contextmanager
@@ -144,7 +131,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
         (ValueError("No space for it"), None),
     ],
 )
-def test_refusals_are_told_from_mistakes(error, expected, capsys, logging_restored):
+def test_refusals_are_told_from_mistakes(error, expected, capsys):
     """In whichever kind of exception and however deep; what is not one keeps its traceback."""
 
     def raises() -> None:
@@ -166,7 +153,7 @@ def test_refusals_are_told_from_mistakes(error, expected, capsys, logging_restor
 
 
 @pytest.mark.long
-def test_a_training_without_room_ends_in_one_line_and_resumes(shallow, data, tmp_path, monkeypatch, capfd, logging_restored):
+def test_a_training_without_room_ends_in_one_line_and_resumes(shallow, data, tmp_path, monkeypatch, capfd):
     whole = tiny.experiment(shallow, data)
     experiment = dataclasses.replace(whole, tasks=whole.tasks[1:2], phases=whole.phases[1:])
     saved = Store.save

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import signal
 import socket
@@ -123,7 +122,6 @@ def test_of_another_host_it_is_said_how_to_end_a_lock_and_that_one_was_left(tmp_
         with pytest.raises(UserError, match=r"process 7 on another-host .*, or delete .*\.lock if that host is gone"):
             locks.workdir(tmp_path).__enter__()
     (tmp_path / locks.NAME).write_text(json.dumps(ELSEWHERE))
-    monkeypatch.setattr(logging.getLogger("mtl_jax"), "propagate", True)
     assert free(tmp_path)
     assert "process 7 on another-host began to write it at 2020-01-01" in caplog.text
 
@@ -147,7 +145,6 @@ def test_where_the_file_system_has_no_locks_a_line_says_so(tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr(filelock, "lock_descriptor", refuse)
-    monkeypatch.setattr(logging.getLogger("mtl_jax"), "propagate", True)
     assert free(tmp_path)
     assert f"{tmp_path}: this file system has no locks" in caplog.text
 

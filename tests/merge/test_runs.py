@@ -435,8 +435,6 @@ def test_the_command(runs, bert, tmp_path, monkeypatch, capsys):
             cli.console()
         except SystemExit as stopped:
             return stopped.code, *capsys.readouterr()
-        finally:
-            logging.getLogger("mtl_jax").handlers.clear()
         return 0, *capsys.readouterr()
 
     code, output, log = run(str(tmp_path / "soup"), *runs[:2], "--method", "average", "--weights", "1", "2")

@@ -29,14 +29,16 @@ import tabulate
 import tyro
 
 import mtl_jax
-from mtl_jax import Batching, Evaluation, Experiment, Lora, Phase, adapters_only, scripts
-from mtl_jax.ablation import plan, space, together
-from mtl_jax.ablation.ready import Ready, make_ready
-from mtl_jax.ablation.sizes import weight_of
+from mtl_jax import Batching, Evaluation, Experiment, Lora, Phase, adapters_only
+from mtl_jax.ablation import plan, space, stacking
+from mtl_jax.ablation.prepare_program import Ready, make_ready
+from mtl_jax.ablation.programs import weight_of
+from mtl_jax.cli import scripts
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import select
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.prepare import initial_state, measure, stretches
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.setup import initial_state, stretches
 from mtl_jax.training.step import make_train_step
 
 QUICKSTART = scripts.read(str(Path(__file__).resolve().parents[1] / "experiments" / "quickstart.py"))
@@ -110,10 +112,10 @@ def many(made: Ready, table: Any) -> Timed:
     machine, plan_of = made.machine, made.prepared.plans[0]
     runs = made.chunks[0]
     values = jax.device_put(made.values(runs), meshes.by_runs(machine.mesh))
-    params = together.stack([made.params[run.experiment.seed] for run in runs], machine.own[0], machine.mesh)
+    params = stacking.stack([made.params[run.experiment.seed] for run in runs], machine.own[0], machine.mesh)
     fresh = machine.begin(plan_of, values, params)
     step = meshes.place(np.zeros((), np.int32), meshes.replicated(machine.mesh))
-    key = together.keys([run.experiment.seed for run in runs], machine.mesh)
+    key = stacking.keys([run.experiment.seed for run in runs], machine.mesh)
     state = fresh._replace(step=step, params=params, key=key)
     batch = batch_of(made)
     program = machine.step(plan_of, values, state, batch, table, None)

@@ -158,7 +158,7 @@ def programs() -> int:
     """Programs that 3,000 lines of mixed lengths need, with beam search and a limit of 512 tokens."""
     import jax
 
-    from mtl_jax.decoding import GenerationConfig, generate_all, search, vocabulary
+    from mtl_jax.decoding import GenerationConfig, generate_all, logits, search
     from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
     from mtl_jax.models.seq2seq_decoder import Decoder
     from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
@@ -174,7 +174,7 @@ def programs() -> int:
     config = GenerationConfig(max_length=512, num_beams=2, decoder_start_token_id=1, eos_token_id=(2,), pad_token_id=0)
 
     def compiled() -> int:
-        return sum(function._cache_size() for function in (vocabulary.prepare, search.begin, search.widened, search.go_on))
+        return sum(function._cache_size() for function in (logits.prepare, search.begin, search.widened, search.go_on))
 
     before = compiled()
     answers = sum(1 for _ in generate_all(model, params, sources, config, rows=64))
@@ -205,7 +205,7 @@ def main() -> None:
             for batch in args.batches:
                 rows.append(measure(peers, batch, beams))
                 print(rows[-1], flush=True)
-    from mtl_jax.counting import count  # imported late, as all that needs jax
+    from mtl_jax.core.errors import count  # imported late, as all that needs jax
 
     needed = programs()
     kind = device.device_kind if gpu else f"CPU, {count(args.threads, 'thread')}"

@@ -36,7 +36,8 @@ from mtl_jax import Batching, Classification, Evaluation, Experiment, Optimizer,
 from mtl_jax.data.batches import Batch, fill, part_of
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.prepare import initial_state, measure, prepare
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
 
 LENGTH, EXAMPLES = 64, 128  # row length; rows of a batch of padded examples

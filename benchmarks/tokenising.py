@@ -66,9 +66,9 @@ def sentences(data: Path) -> list[str]:
 
 def measure(data: Path, kind: str, cache: Path) -> dict[str, Any]:
     """Times in this process; on an empty cache "first", on a filled one "second"."""
-    from mtl_jax import assets
-    from mtl_jax.data import token_cache
-    from mtl_jax.data.tokens import encode
+    from mtl_jax.core import assets
+    from mtl_jax.data import tokenize
+    from mtl_jax.data.tokenize import encode
     from mtl_jax.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(assets.locate(TOKENIZER))
@@ -84,7 +84,7 @@ def measure(data: Path, kind: str, cache: Path) -> dict[str, Any]:
     if cache.exists():
         return {
             "second": seconds(lambda: encode(tokenizer, *columns, **options, cache=cache)),
-            "key": seconds(lambda: token_cache.key(tokenizer, options, *columns)),
+            "key": seconds(lambda: tokenize.key(tokenizer, options, *columns)),
         }
     first = seconds(lambda: encode(tokenizer, *columns, **options, cache=cache))
     found = encode(tokenizer, *columns, **options, cache=cache)

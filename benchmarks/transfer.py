@@ -28,13 +28,15 @@ import tabulate
 import tyro
 
 from mtl_jax import Classification, Lora, ParamRule, adapters_only, weighting
-from mtl_jax.counting import count
+from mtl_jax.core import trees
+from mtl_jax.core.errors import count, unknown
 from mtl_jax.data.batches import Batch
-from mtl_jax.errors import unknown
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.head import Head
-from mtl_jax.training.state import create
-from mtl_jax.training.step import by_losses, encode_tokens, look_up, make_train_step
+from mtl_jax.training.forward import encode_tokens, look_up
+from mtl_jax.training.gradient import by_losses
+from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import create
 from mtl_jax.transfer import freezing, top_layers
 from mtl_jax.transfer.adapters import adapt
 
@@ -89,7 +91,7 @@ class Way:
             "cached features": HEADS_ONLY,
         }[name]
         mask = freezing.trainable(params, rules)
-        trained, _ = freezing.split(params, mask)
+        trained, _ = trees.split(params, mask)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
         state = create(params, optimizer.init(trained), (), 2)
         cached = name == "cached features"

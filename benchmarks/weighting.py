@@ -31,13 +31,15 @@ import tabulate
 import tyro
 
 from mtl_jax import Classification, weighting
-from mtl_jax.counting import count
+from mtl_jax.core.errors import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.head import Head
-from mtl_jax.training import gradients, gram_step, token_rows
-from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import by_losses, encode_tokens, make_train_step
+from mtl_jax.training import gram_gradient, task_gradients
+from mtl_jax.training.forward import encode_tokens
+from mtl_jax.training.gradient import by_losses
+from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import TrainState
 from mtl_jax.weighting import Rule
 
 SIZES = EncoderConfig(30522, 384, 6, 12, 1536, 512, dropout=0.0, attention_dropout=0.0)  # MiniLM-L6
@@ -121,7 +123,7 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
     mask = jax.tree.map(lambda leaf: True, params)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     opt_state = optimizer.init(params)
-    layout = gradients.layout(tasks, {task.source: rows for task in tasks}, fixed=True)
+    layout = task_gradients.layout(tasks, {task.source: rows for task in tasks}, fixed=True)
     programs: dict[str, Callable[[], Any]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in rules:
@@ -130,7 +132,7 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
             jnp.zeros((), jnp.int32),
             params,
             opt_state,
-            gram_step.init_rule(rule, [task.name for task in tasks], params["trunk"]),
+            gram_gradient.init_rule(rule, [task.name for task in tasks], params["trunk"]),
             jax.random.key_data(jax.random.key(2)),
         )
         step = make_train_step(measure_of(rule, encoder, tasks, layout, params, mask), optimizer, mask)
@@ -169,14 +171,14 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
 
 
 def measure_of(
-    rule: Rule, encoder: Encoder, tasks: tuple[Classification, ...], layout: gradients.Layout, params: Any, mask: Any
+    rule: Rule, encoder: Encoder, tasks: tuple[Classification, ...], layout: task_gradients.Layout, params: Any, mask: Any
 ) -> Any:
     """The measure that training takes for a rule."""
     encode = encode_tokens(encoder)
     if not rule.needs_gram and rule.transform is None:
         return by_losses(encode, tasks, rule, trains_trunk=True)
-    found = gram_step.by_gram(encode, tasks, rule, layout, gram_step.check(params, mask, "trunk"))
-    return token_rows.only_read(found) if rule.transform is None else found
+    found = gram_gradient.by_gram(encode, tasks, rule, layout, gram_gradient.check(params, mask, "trunk"))
+    return gram_gradient.only_read(found) if rule.transform is None else found
 
 
 def make_batch(K: int, rows: int) -> Batch:

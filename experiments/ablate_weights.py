@@ -37,7 +37,7 @@ import tyro
 
 import mtl_jax
 from mtl_jax import Batching, Evaluation, Experiment, Phase, ablate
-from mtl_jax.errors import unknown
+from mtl_jax.core.errors import unknown
 from mtl_jax.experiment import select
 
 DOMAINS = ("tweets", "movies", "products", "editorials")

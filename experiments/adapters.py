@@ -62,13 +62,14 @@ from mtl_jax import (
     adapters_only,
     bitfit,
 )
+from mtl_jax.core import trees
+from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.data.stream import stream
-from mtl_jax.errors import UserError, unknown
 from mtl_jax.tasks import AnyTask
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.prepare import initial_state, measure, prepare, stretches
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.setup import initial_state, prepare, stretches
 from mtl_jax.training.step import make_train_step
-from mtl_jax.transfer import freezing
 from mtl_jax.transfer.adapters import AnyAdapter
 
 EVERYTHING = (ParamRule(".*"),)
@@ -200,7 +201,7 @@ def _costs(experiment: Experiment, workdir: Path, timed: int) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     prepared = prepare(experiment)
     plan, state = prepared.plans[0], initial_state(prepared)
-    trained, _ = freezing.split(prepared.params, plan.mask)
+    trained, _ = trees.split(prepared.params, plan.mask)
     step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), donate_argnums=0)
     batches = stream(prepared.corpus, experiment.batch, experiment.seed, stretches(experiment), 0, 1)
     optimizer_bytes = _bytes(state.opt_state)

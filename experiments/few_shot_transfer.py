@@ -63,12 +63,13 @@ from mtl_jax import (
     Pretrained,
     Source,
     adapters_only,
-    figures,
 )
-from mtl_jax.data import sources
-from mtl_jax.errors import UserError, unknown
-from mtl_jax.files import number_of
-from mtl_jax.staging import staged
+from mtl_jax.core import plotting
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.files import number_of
+from mtl_jax.core.staging import staged
+from mtl_jax.data import source as sources
+from mtl_jax.data import splits
 from mtl_jax.transfer import probe_then_finetune
 
 HEAD_RATE, RATE, LORA_RATE, SCRATCH_RATE = 3e-3, 1e-4, 2e-3, 5e-4
@@ -231,7 +232,7 @@ def drawn(comparison: Comparison, seed: int) -> Source:
     """The target with its training rows in an order that the seed draws, in files of the workdir: the first n are a sample."""
     folder = Path(comparison.workdir) / f"rows-{seed}"
     if not folder.exists():
-        rows = sources.read(TARGET).rows
+        rows = splits.read(TARGET).rows
         with staged(folder) as part:
             for split, found in rows.items():
                 order = np.random.default_rng(seed).permutation(len(found)) if split == "train" else np.arange(len(found))
@@ -279,7 +280,7 @@ def compare(comparison: Comparison) -> str:
     named = {name(way, comparison): of_way for way, of_way in scores.items()}
     text = table(named, comparison.rows)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    figures.bands(named, folder / "few_shot.png", across="training rows", up="Pearson's correlation on test")
+    plotting.bands(named, folder / "few_shot.png", across="training rows", up="Pearson's correlation on test")
     return text
 
 

@@ -47,7 +47,7 @@ import tyro
 
 import mtl_jax
 from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Seq2Seq, Source, Transformer
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 
 
 def _source(name: str, languages: str, limit: int = 0, pairs: int = 0) -> Source:

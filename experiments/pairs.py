@@ -45,8 +45,8 @@ from mtl_jax import (
     Regression,
     Source,
 )
-from mtl_jax.errors import UserError
-from mtl_jax.files import number_of
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import number_of
 
 EXPERIMENT = Experiment(
     name="pairs",

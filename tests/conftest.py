@@ -22,8 +22,9 @@ import pytest
 import tiny
 from hypothesis import settings
 
-from mtl_jax import assets, train
-from mtl_jax.errors import UserError
+from mtl_jax import train
+from mtl_jax.core import assets
+from mtl_jax.core.errors import UserError
 
 # The same cases every time, however slow the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

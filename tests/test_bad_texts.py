@@ -9,10 +9,12 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from mtl_jax import Pretrained, Source, cli, prediction
-from mtl_jax.errors import UserError
-from mtl_jax.prediction import evaluate, open_run, predict
-from mtl_jax.training.prepare import prepare
+from mtl_jax import Pretrained, Source
+from mtl_jax.cli import main
+from mtl_jax.core.errors import UserError
+from mtl_jax.inference import predict as prediction
+from mtl_jax.inference.predict import evaluate, open_run, predict
+from mtl_jax.training.setup import prepare
 
 GOOD = ["who is the man ?", "where is the city ?", "the man was sad", "where was the film"]
 ENTITY = f"the token '<ent>' has the id {len(tiny.WORDS)}, but the token table of the trunk has {len(tiny.WORDS)} rows"
@@ -54,7 +56,7 @@ def test_numbers_that_are_none_are_never_printed(run, monkeypatch, capsys, tmp_p
     head = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), broken.params["heads"][task])
     broken.params["heads"][task] = head
     monkeypatch.setattr(prediction, "open_run", lambda folder: broken)
-    cli.predict(str(run), task=task, text=tuple(GOOD))
+    main.predict(str(run), task=task, text=tuple(GOOD))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [[*line] for line in lines] == [["error"]] * len(GOOD)
     assert lines[0]["error"].startswith("the model's output is not finite")

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from mtl_jax import bounds, experiment
+from mtl_jax import experiment
+from mtl_jax.core import configuration
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batching
-from mtl_jax.data.sources import Source
-from mtl_jax.errors import UserError
+from mtl_jax.data.source import Source
 from mtl_jax.experiment import Checkpoints, Evaluation, Experiment
-from mtl_jax.optimizer import Optimizer
 from mtl_jax.tasks import Classification, MaskedLM, Multilabel, Regression, Seq2Seq, Span, Tagging
 from mtl_jax.transfer.adapters import IA3, Bottleneck, Lora, Prefix
 from mtl_jax.transfer.freezing import ParamRule
-from mtl_jax.transfer.mixout import Mixout
+from mtl_jax.transfer.optimizer import Optimizer
+from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.transfer.phases import Phase
 from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation, RDrop
 from mtl_jax.trunks import Embedding, Pretrained, Transformer
@@ -40,12 +41,12 @@ PARTS: tuple[Any, ...] = (
 FIELDS = [
     (part, path, name, kind)
     for part in PARTS
-    for path, name, kind, _ in bounds.numeric(part)
+    for path, name, kind, _ in configuration.numeric(part)
     if name.startswith(f"{type(part).__name__}.")
 ]
 UNBOUNDED = ("Regression.minimum", "Regression.maximum")
 # What zero and negative numbers mean somewhere; everywhere else they are refused.
-ZERO = {name for name, limits in bounds.LIMITS.items() if limits.hold(0)}
+ZERO = {name for name, limits in configuration.LIMITS.items() if limits.hold(0)}
 NEGATIVE = {
     *("Regression.minimum", "Regression.maximum", "Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"),
     *("Experiment.weights", "Experiment.weighting_options", "Phase.weights", "Source.cut_seed"),
@@ -65,7 +66,7 @@ def with_value(part: Any, path: str, value: Any) -> Any:
 
 def refused(part: Any) -> str:
     try:
-        bounds.check(part)
+        configuration.check(part)
     except UserError as error:
         return str(error)
     return ""
@@ -75,7 +76,7 @@ def test_the_numbers_that_an_experiment_has_are_all_looked_at():
     named = {name for _, _, name, _ in FIELDS}
     assert {"Optimizer.learning_rate", "Embedding.dimension", "Experiment.seed", "ParamRule.rate"} <= named | {"ParamRule.rate"}
     assert len(named) > 70
-    assert set(bounds.LIMITS) - named <= {"ParamRule.rate", "EWC.weight"}, "a name in LIMITS is not that of a field"
+    assert set(configuration.LIMITS) - named <= {"ParamRule.rate", "EWC.weight"}, "a name in LIMITS is not that of a field"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, 10**400, 2**64, "high", True, [], {}])
@@ -97,7 +98,7 @@ def test_no_field_takes_what_is_not_a_number_of_use(value):
 
 def test_zero_and_negative_numbers_pass_where_they_mean_something():
     for part, path, name, kind in FIELDS:
-        default = name not in bounds.LIMITS
+        default = name not in configuration.LIMITS
         assert bool(refused(with_value(part, path, 0))) == (not default and name not in ZERO), path
         assert bool(refused(with_value(part, path, -1))) == (name not in NEGATIVE), path
         if kind is int:

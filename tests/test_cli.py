@@ -8,9 +8,10 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import cli, locks, scripts
-from mtl_jax.data.sources import read
-from mtl_jax.prediction import predict
+from mtl_jax.cli import main, scripts
+from mtl_jax.core import locks
+from mtl_jax.data.splits import read
+from mtl_jax.inference.predict import predict
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_flags_reach_the_run(launch, tmp_path):
 def console(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["mtl-jax", *map(str, arguments)])
     try:
-        cli.console()
+        main.console()
         code = 0
     except SystemExit as stopped:
         code = stopped.code

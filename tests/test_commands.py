@@ -19,8 +19,10 @@ import tiny
 import tiny_seq2seq
 import tiny_translation
 
-from mtl_jax import Evaluation, Phase, cli, decoding, generation, pretrained, train
-from mtl_jax.prediction import predict
+from mtl_jax import Evaluation, Phase, decoding, pretrained, train
+from mtl_jax.cli import main
+from mtl_jax.inference import generate_texts
+from mtl_jax.inference.predict import predict
 
 LINES = [*tiny_seq2seq.sentences(tiny_seq2seq.ENGLISH, 40), "", "hello .", "   ", *tiny_seq2seq.sentences(["how", "are"], 3)]
 LONG = "the film is good . who is the man ? " * 6
@@ -44,7 +46,7 @@ def console(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mtl-jax", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         try:
-            cli.console()
+            main.console()
             code = 0
         except SystemExit as stopped:
             code = stopped.code
@@ -337,7 +339,7 @@ def test_bad_input_is_one_line_and_earlier_output_is_kept(
 
 
 def start(*arguments) -> subprocess.Popen:
-    code = "from mtl_jax.cli import console; console()"
+    code = "from mtl_jax.cli.main import console; console()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=compiling.environment(), cwd=Path(tiny.__file__).parents[1], **pipes)
@@ -399,8 +401,8 @@ def test_asked_to_stop_when_all_is_done(monkeypatch):
     answer = decoding.Answer(0, (np.array([5]),), (-1.0,), (True,))
     monkeypatch.setattr(decoding, "generate_all", lambda *given, **named: iter([answer]))
     model = SimpleNamespace(model=None, params=None, decode=lambda tokens: "le chat")
-    plan, config = generation.Plan([np.array([3])], [0], [], []), decoding.resolve({"decoder_start_token_id": 0}, None)
-    (found,) = generation.generate(model, plan, config, 1, rows=1, stopped=lambda: True)
+    plan, config = generate_texts.Plan([np.array([3])], [0], [], []), decoding.resolve({"decoder_start_token_id": 0}, None)
+    (found,) = generate_texts.generate(model, plan, config, 1, rows=1, stopped=lambda: True)
     assert found.texts == ("le chat",)
 
 

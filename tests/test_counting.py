@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_jax.counting import count, there_are
+from mtl_jax.core.errors import count, there_are
 
 NOUNS = "columns|files|labels|layers|lines|rows|runs|seeds|settings|sources|steps|tags|tasks|texts|tokens|words"
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mtl_jax import figures
+from mtl_jax.core import plotting
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def axes(monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
 
     def axes(records, tasks=("a", "b", "c")):
-        figures.curves(records, [(task, "f1") for task in tasks], tmp_path / "curves.png")
+        plotting.curves(records, [(task, "f1") for task in tasks], tmp_path / "curves.png")
         return drawn[-1].axes
 
     return axes
@@ -52,19 +52,19 @@ def test_lines_that_hide_each_other_are_dashed_in_turns(axes):
 def test_what_lies_together():
     x = np.arange(5)
     lines = [(x, x), (x, x + 1.0), (x, x + 1e-3), (x[:4], x[:4]), (x, x + 1.001), (x, np.full(5, 2.0))]
-    assert figures.lying_together(lines) == [(0, 2), (1, 4)]
-    assert figures.lying_together([(x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0 + 1e-6)]) == [(0, 1)]
-    assert figures.lying_together([]) == []
+    assert plotting.lying_together(lines) == [(0, 2), (1, 4)]
+    assert plotting.lying_together([(x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0 + 1e-6)]) == [(0, 1)]
+    assert plotting.lying_together([]) == []
     nan = np.where(x == 2, np.nan, 1.0)
-    assert figures.lying_together([(x, nan), (x, nan), (x, np.ones(5))]) == [(0, 1)]
+    assert plotting.lying_together([(x, nan), (x, nan), (x, np.ones(5))]) == [(0, 1)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_each_of_equal_lines_has_its_part(count):
     """Of the period of the dashes every line takes its own part, and together they take all of it."""
     parts = []
-    for style in figures.in_turns([(range(9), range(9))] * count):
+    for style in plotting.in_turns([(range(9), range(9))] * count):
         offset, (on, off) = style["linestyle"]
         parts.append({int((place - offset) % (on + off)) for place in range(int(on))})
-    assert set.union(*parts) == set(range(int(figures.DASH) * count))
+    assert set.union(*parts) == set(range(int(plotting.DASH) * count))
     assert all(not one & other for one, other in itertools.combinations(parts, 2))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mtl_jax
-from mtl_jax.errors import listed, unknown
+from mtl_jax.core.errors import listed, unknown
 
 PACKAGE = Path(mtl_jax.__file__).parent
 # Lists of ours with a known end, or that are cut where they are made; and codes, all of which are needed to choose one.

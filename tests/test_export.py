@@ -12,10 +12,12 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from mtl_jax import Evaluation, Phase, Source, Span, Tagging, cli, export, pretrained, train
-from mtl_jax.errors import UserError
-from mtl_jax.export import convert
-from mtl_jax.prediction import open_run, predict
+from mtl_jax import Evaluation, Phase, Source, Span, Tagging, pretrained, train
+from mtl_jax.cli import main
+from mtl_jax.core.errors import UserError
+from mtl_jax.inference import export
+from mtl_jax.inference.export import convert
+from mtl_jax.inference.predict import open_run, predict
 
 TEXTS = ["the film is great", "who is the man ?", "a sad song", "where was the city . " * 9]
 
@@ -84,7 +86,7 @@ def test_the_card_of_a_text_head_works(workdir, tmp_path, monkeypatch, capsys, t
     """The files say what sentence-transformers would; test_sentence_transformers_opens_it asks itself, where it is there."""
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["mtl-jax", "convert", str(workdir), str(out), "--task", task])
-    cli.console()
+    main.console()
     assert f"no class for the head of {task}: open {out} with sentence-transformers" in capsys.readouterr().out
     model = types.SimpleNamespace(
         SentenceTransformer=lambda path: types.SimpleNamespace(encode=lambda x: answers(Path(path), x))
@@ -235,7 +237,7 @@ def test_sentence_transformers_opens_it(workdir, tmp_path):
 
 def test_a_checkpoint_of_another_form(bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mtl-jax", "convert", str(bert), str(tmp_path / "out")])
-    cli.console()
+    main.console()
     assert capsys.readouterr().out == f"everything is in {tmp_path / 'out'}\n"
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in tiny.bert_tensors().items():

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import cli, figures, files, trunks
+from mtl_jax import trunks
+from mtl_jax.cli import main
+from mtl_jax.core import files, plotting
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.staging import staged
 from mtl_jax.data import array_cache
-from mtl_jax.errors import UserError
-from mtl_jax.journal import Journal
+from mtl_jax.inference.resumable_output import Journal
 from mtl_jax.pretrained.saving import Saved, write_safetensors
-from mtl_jax.staging import staged
 from mtl_jax.training import loop
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import Logger, read_metrics
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.metrics_log import Logger, read_metrics
 
 resource = pytest.importorskip("resource")
 FULL = Path("/dev/full")
@@ -67,7 +69,7 @@ def log(folder: Path) -> None:
 WRITERS = {
     "JSON": lambda folder: workdirs.write_json(folder / "a.json", list(range(100))),
     "text": lambda folder: files.write_text(folder / "a.csv", "x" * 100),
-    "figure": lambda folder: figures.curves([], [("a", "loss")], folder / "a.png"),
+    "figure": lambda folder: plotting.curves([], [("a", "loss")], folder / "a.png"),
     "log": log,
     "export": write_staged,
     "trunk": save_trunk,
@@ -143,9 +145,9 @@ def test_refusals_are_told_from_mistakes(error, expected, capsys):
     refused = files.refusal(error)
     assert (refused and files.reason(refused)) == expected
     with pytest.raises(SystemExit if expected else RuntimeError) as ended:
-        cli.run(raises)
+        main.run(raises)
     if expected:
-        assert ended.value.code == cli.EXIT_BAD_INPUT
+        assert ended.value.code == main.EXIT_BAD_INPUT
         said = capsys.readouterr().err
         assert said.startswith("error: ")
         assert said.count("\n") == 1
@@ -166,8 +168,8 @@ def test_a_training_without_room_ends_in_one_line_and_resumes(shallow, data, tmp
 
     monkeypatch.setattr(loop.Store, "save", save)
     with limits, pytest.raises(SystemExit) as ended:
-        cli.run(lambda: loop.train(experiment, tmp_path / "run"))
-    assert ended.value.code == cli.EXIT_BAD_INPUT
+        main.run(lambda: loop.train(experiment, tmp_path / "run"))
+    assert ended.value.code == main.EXIT_BAD_INPUT
     error = capfd.readouterr().err
     assert "error: " in error
     assert "a checkpoint cannot be written (File too large); when it can be, the same command resumes from step 2" in error

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mtl_jax import Experiment, UserError, prediction
+from mtl_jax import Experiment, UserError
 from mtl_jax.data import corpus
 from mtl_jax.experiment import select
+from mtl_jax.inference import predict
 from mtl_jax.pretrained import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,6 @@ def test_the_pairs_of_the_guide_are_read_and_predicted(shallow, tmp_path, monkey
     read = corpus.read_sources([source], [task])
     found = corpus.make_corpus([source], [task], read, load_tokenizer(shallow), 24)
     assert found.tasks[0].labels == ("no", "yes")
-    assert prediction._row(source, row, 1, False).columns == row
+    assert predict._row(source, row, 1, False).columns == row
     with pytest.raises(UserError, match=r"'hypothesis' is missing.*: --text gives one .* \{.premise.: .*, .hypothesis.: "):
-        prediction._row(source, "A man sleeps.", 1, False)
+        predict._row(source, "A man sleeps.", 1, False)

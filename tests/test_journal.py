@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_jax.errors import UserError
-from mtl_jax.generation import ITEM
-from mtl_jax.journal import Journal, check_writable, digest_of_directory, part_of
+from mtl_jax.core.errors import UserError
+from mtl_jax.inference.generate_texts import ITEM
+from mtl_jax.inference.resumable_output import Journal, check_writable, digest_of_directory, part_of
 
 MADE_FROM = {"input": "a" * 64, "model": "b" * 64, "num_beams": 4}
 

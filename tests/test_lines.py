@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mtl_jax.errors import UserError
-from mtl_jax.lines import STANDARD_INPUT, lines_of, print_lines, read_bytes
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.text_lines import STANDARD_INPUT, lines_of, print_lines, read_bytes
 
 
 def test_lines_are_written_as_they_are_read(monkeypatch, tmp_path):

@@ -14,10 +14,12 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import export, locks, merge, staging
+from mtl_jax import merge
 from mtl_jax.ablation import ablate
-from mtl_jax.ablation.taking import take
-from mtl_jax.errors import UserError
+from mtl_jax.ablation.extract import take
+from mtl_jax.core import locks, staging
+from mtl_jax.core.errors import UserError
+from mtl_jax.inference import export
 from mtl_jax.merge import Method
 
 ELSEWHERE = {"pid": 7, "host": "another-host", "since": "2020-01-01 00:00:00+00:00"}

@@ -2,9 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_jax.errors import UserError
-from mtl_jax.long_texts import divide
-from mtl_jax.sentences import first_sentence
+from mtl_jax.core.errors import UserError
+from mtl_jax.data.split_texts import divide, first_sentence
 
 
 def words(texts):

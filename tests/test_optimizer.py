@@ -4,9 +4,9 @@ import optax
 import pytest
 
 from mtl_jax import Optimizer, ParamRule
-from mtl_jax import optimizer as optimizers
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.transfer import freezing
+from mtl_jax.transfer import optimizer as optimizers
 
 
 def rates(steps=40, **fields):

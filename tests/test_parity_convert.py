@@ -9,7 +9,7 @@ import pytest
 import tiny_translation
 
 from mtl_jax import Evaluation, decoding, pretrained, train
-from mtl_jax.export import convert
+from mtl_jax.inference.export import convert
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

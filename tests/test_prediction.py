@@ -3,8 +3,8 @@
 import pytest
 
 from mtl_jax import Source
-from mtl_jax.errors import UserError
-from mtl_jax.prediction import _row, predict
+from mtl_jax.core.errors import UserError
+from mtl_jax.inference.predict import _row, predict
 
 ONE = Source(name="s", path="s.csv")
 PAIR = Source(name="p", path="p.csv", text="a", pair="b")

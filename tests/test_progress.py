@@ -6,9 +6,9 @@ import sys
 import pytest
 import tiny
 
-from mtl_jax import progress
+from mtl_jax.core import progress
+from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Checkpoints, Evaluation, Phase
-from mtl_jax.progress import Progress
 from mtl_jax.training.counts import other_work, steps_by_phase
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny_seq2seq
 
-from mtl_jax.errors import UserError
-from mtl_jax.generation import configure, make_plan
-from mtl_jax.text_model import Asked, from_checkpoint
+from mtl_jax.core.errors import UserError
+from mtl_jax.inference.generate_texts import configure, make_plan
+from mtl_jax.inference.text_model import Asked, from_checkpoint
 
 TRANSLATE = Asked("translation")
 
@@ -88,7 +88,7 @@ def test_t5_reads_its_task_in_front_of_the_text(tmp_path):
 
 def test_answers_stay_on_one_line(tmp_path):
     """Vocabularies of bytes can write line feeds."""
-    from mtl_jax.text_model import decoder
+    from mtl_jax.inference.text_model import decoder
 
     class Bytes:
         def decode(self, tokens, skip_special_tokens):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mtl_jax import trunks
-from mtl_jax.errors import UserError
-from mtl_jax.models.encoded import token_table, with_token_table
+from mtl_jax.core.errors import UserError
+from mtl_jax.models.trunk_output import token_table, with_token_table
 from mtl_jax.trunks import Embedding, Pretrained, Transformer
 
 FIXTURES = Path(__file__).parent / "pretrained" / "fixtures"

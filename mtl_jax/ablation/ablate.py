@@ -13,23 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax import locks, trunks
-from mtl_jax.ablation import folder as folders
+from mtl_jax import trunks
+from mtl_jax.ablation import ablation_dir as folders
 from mtl_jax.ablation import space
 from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
-from mtl_jax.ablation.ready import Ready, make_ready
+from mtl_jax.ablation.prepare_program import Ready, make_ready
 from mtl_jax.ablation.remarks import weights_do_nothing
-from mtl_jax.errors import UserError
+from mtl_jax.core import locks
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment, select, tasks_to_json, to_json
-from mtl_jax.progress import Progress
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.counts import other_work, steps_by_phase
 from mtl_jax.training.features import Features
-from mtl_jax.training.prepare import prepare
-from mtl_jax.training.signals import Stop, asked_to_stop
+from mtl_jax.training.preemption import Stop, asked_to_stop
+from mtl_jax.training.setup import prepare
 
 log = logging.getLogger(__name__)
 

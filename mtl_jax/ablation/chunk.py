@@ -19,27 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.ablation import together
-from mtl_jax.ablation.machine import Machine
-from mtl_jax.ablation.measuring import scores_of
-from mtl_jax.ablation.numbers import Numbers
+from mtl_jax.ablation import stacking
+from mtl_jax.ablation.fields import Numbers
 from mtl_jax.ablation.plan import Run, order_of
-from mtl_jax.ablation.together import Together
+from mtl_jax.ablation.programs import Machine, scores_of
+from mtl_jax.ablation.stacking import Together
+from mtl_jax.core import trees as freezing
+from mtl_jax.core.errors import Interrupted
+from mtl_jax.core.progress import Progress
 from mtl_jax.data.stream import stream
-from mtl_jax.errors import Interrupted
-from mtl_jax.progress import Progress
-from mtl_jax.training import evaluation, reading, results
+from mtl_jax.training import evaluation, metrics_log, results
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.checkpoint import Restored, Store
+from mtl_jax.training.checkpoint_store import Restored, Store
 from mtl_jax.training.counts import Counts, other_work, steps_by_phase
-from mtl_jax.training.logs import Logger
-from mtl_jax.training.planning import PhasePlan, renumbered
-from mtl_jax.training.prepare import stretches
-from mtl_jax.training.references import References
-from mtl_jax.training.signals import Stop
-from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Metrics
-from mtl_jax.transfer import freezing, moving
+from mtl_jax.training.metrics_log import Logger
+from mtl_jax.training.phase_plan import PhasePlan, renumbered
+from mtl_jax.training.preemption import Stop
+from mtl_jax.training.regularisation.references import References
+from mtl_jax.training.setup import stretches
+from mtl_jax.training.train_state import Metrics, TrainState
+from mtl_jax.transfer import optax_rules
 
 log = logging.getLogger(__name__)
 
@@ -169,21 +168,21 @@ class Chunk:
 
     def _first(self) -> Together:
         plan, own = self.prepared.plans[0], self.machine.own[0]
-        params = together.stack([self.shared.params[seed] for seed in self._seeds()], own, self.mesh)
+        params = stacking.stack([self.shared.params[seed] for seed in self._seeds()], own, self.mesh)
         fresh = self.machine.begin(plan, self.values, params)
         step = meshes.place(np.zeros((), np.int32), meshes.replicated(self.mesh))
-        key, best = together.keys(self._seeds(), self.mesh), _copied(together.own_part(params, own))
+        key, best = stacking.keys(self._seeds(), self.mesh), _copied(stacking.own_part(params, own))
         return Together(step, params, fresh.opt_state, fresh.rule_state, key, _copied(fresh.average), best)
 
     def _enter(self, plan: PhasePlan, now: Together) -> Together:
         """The state at the start of a later phase; see training.prepare.enter."""
         before, own = self.machine.own[plan.number - 1], self.machine.own[plan.number]
-        params = together.widen(now.params, before, own, self.machine.size, self.mesh)
+        params = stacking.widen(now.params, before, own, self.machine.size, self.mesh)
         best = jax.tree.map(
             lambda was, has, old, new: old if was else jnp.copy(new) if has else None, before, own, now.best, params
         )
         fresh = self.machine.begin(plan, self.values, params)
-        moments = jax.device_put(moving.carry(now.opt_state, fresh.opt_state), meshes.by_runs(self.mesh))
+        moments = jax.device_put(optax_rules.carry(now.opt_state, fresh.opt_state), meshes.by_runs(self.mesh))
         rule_state = fresh.rule_state if plan.fresh_rule else now.rule_state
         return now._replace(params=params, opt_state=moments, rule_state=rule_state, average=_copied(fresh.average), best=best)
 
@@ -196,10 +195,10 @@ class Chunk:
         )
         fresh = self.machine.begin_shapes(plan, self.values, params)
         step, key = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((size, 2), np.uint32)
-        best = together.own_part(params, own)
+        best = stacking.own_part(params, own)
         shapes: Any = (step, params, fresh.opt_state, fresh.rule_state, key, fresh.average, best)
-        shardings = (*together.shardings(own, self.mesh), meshes.by_runs(self.mesh))
-        return Together(*together.placed(shapes, shardings))
+        shardings = (*stacking.shardings(own, self.mesh), meshes.by_runs(self.mesh))
+        return Together(*stacking.placed(shapes, shardings))
 
     def _alone(self, run: Run) -> Any:
         """A run as if it were trained alone, for what is done run by run."""
@@ -214,16 +213,16 @@ class Chunk:
         own, found = self.machine.own[plan.number], []
         for number, references in enumerate(self.references):
             mine = references.prepared.plans[plan.number]
-            found.append(jax.device_get(references.enter(mine, together.take_state(now.state(), own, number), begins)))
+            found.append(jax.device_get(references.enter(mine, stacking.take_state(now.state(), own, number), begins)))
         if found[0] is None:
             return None, frozenset()
         found += [found[-1]] * (self.machine.size - len(found))
         trees, apart = {}, set()
         for name in found[0]:
             each = [held[name] for held in found]
-            if any(jax.tree.leaves(together.differing(each))):
+            if any(jax.tree.leaves(stacking.differing(each))):
                 apart.add(name)
-                trees[name] = together.stack(each, jax.tree.map(lambda _: True, each[0]), self.mesh)
+                trees[name] = stacking.stack(each, jax.tree.map(lambda _: True, each[0]), self.mesh)
             else:
                 trees[name] = meshes.place(each[0], meshes.replicated(self.mesh))
         return trees, frozenset(apart)
@@ -238,7 +237,7 @@ class Chunk:
         parts = [part for split in prepared.corpus.splits.values() for part in split.values()]
         tables = [
             evaluation.features(
-                self.machine.features, together.take(now.params, own, number), parts, self.experiment.batch, self.mesh
+                self.machine.features, stacking.take(now.params, own, number), parts, self.experiment.batch, self.mesh
             )
             for number in range(self.machine.size)
         ]
@@ -291,7 +290,7 @@ class Chunk:
             if fate.ended:
                 continue
             own = jax.tree.map(lambda leaf, number=number: leaf[number], metrics)
-            _, record = reading.read(own, facts["seen"])
+            _, record = metrics_log.read(own, facts["seen"])
             tokens += record["tokens"]
             record |= {
                 "padding": facts["padding"],
@@ -299,8 +298,8 @@ class Chunk:
                 "phase": plan.number,
             }
             self.loggers[number].write("train", step, record)
-            self._note(number, step, reading.not_finite(own))
-            unsolved = reading.unsolved(own)
+            self._note(number, step, metrics_log.not_finite(own))
+            unsolved = metrics_log.unsolved(own)
             if unsolved and number not in self.warned:
                 self.warned.add(number)
                 log.warning("run %s, step %d: %s", self.runs[number].name, step, unsolved)
@@ -339,7 +338,7 @@ class Chunk:
                 fate.since_best += 1
                 if fate.since_best == self.experiment.evaluation.patience:
                     fate.ended = step
-        return self.machine.keep_better(best, together.own_part(measured, own), jnp.asarray(better))
+        return self.machine.keep_better(best, stacking.own_part(measured, own), jnp.asarray(better))
 
     def _save(self, step: int, now: Together) -> None:
         before, self.started = self.started, time.monotonic()

@@ -15,9 +15,9 @@ from mtl_jax import weighting
 from mtl_jax.ablation import fields
 from mtl_jax.ablation.fields import Path
 from mtl_jax.ablation.space import Axis
-from mtl_jax.errors import UserError, listed
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.experiment import Experiment, check, data_seed_of, to_json
-from mtl_jax.optimizer import UNUSED
+from mtl_jax.transfer.optimizer import UNUSED
 from mtl_jax.weighting import registry, schedules
 
 GIVEN = ("equal", "fixed", "scheduled")  # the weightings that given weights go with

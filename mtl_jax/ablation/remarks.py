@@ -9,7 +9,7 @@ import jax
 
 from mtl_jax.ablation.plan import Program
 from mtl_jax.experiment import Experiment, rule_of, weighs_heads
-from mtl_jax.training.planning import PhasePlan
+from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.weighting import schedules
 
 NOTHING_SHARED = "nothing that tasks share trains"

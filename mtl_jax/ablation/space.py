@@ -13,8 +13,8 @@ from scipy.stats import qmc
 
 from mtl_jax.ablation import fields
 from mtl_jax.ablation.fields import Path
-from mtl_jax.counting import count as number_of
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import count as number_of
 from mtl_jax.experiment import Experiment
 
 _ROUND = 6  # digits after the point of weights on the simplex

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.configuration import Configuration
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import UserError
 from mtl_jax.data import mixture
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.packing import best_fit
-from mtl_jax.data.tokens import Ragged, starts_of
-from mtl_jax.errors import UserError
+from mtl_jax.data.tokenize import Ragged, starts_of
 
 AT_ONCE = 8192  # examples that are packed together for evaluation
 

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax import assets
-from mtl_jax.counting import count
-from mtl_jax.data.examples import Examples
+from mtl_jax.core import assets
+from mtl_jax.core.errors import UserError, count
+from mtl_jax.data.examples import Counts, Examples, make_part, readable, remarks, shortened
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.label_notes import other_labels, unlearned
 from mtl_jax.data.labels import Labels
-from mtl_jax.data.parts import Counts, make_part, readable, remarks, shortened
-from mtl_jax.data.sources import SPLITS, Row, Source, Splits, apart, left_out, read
-from mtl_jax.data.tokens import Ragged
-from mtl_jax.errors import UserError
+from mtl_jax.data.source import SPLITS, Source
+from mtl_jax.data.splits import Splits, apart, left_out, read
+from mtl_jax.data.tokenize import Ragged
 
 
 class Corpus(NamedTuple):

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.counting import count
+from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.ragged import Ragged
-from mtl_jax.errors import UserError, listed
-from mtl_jax.pretrained.tokenizer import languages
+from mtl_jax.pretrained.locate import languages
 
 NOTED = 0.01  # share of unknown tokens, or of answers off the edges of tokens, that is worth a line
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mtl_jax.counting import count
+from mtl_jax.core.errors import UserError, count, listed
+from mtl_jax.core.files import shown
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.ragged import Ragged
-from mtl_jax.data.sources import Place, Row, row_at
-from mtl_jax.errors import UserError, listed
-from mtl_jax.files import shown
+from mtl_jax.data.splits import Place, row_at
 
 
 def unlearned(task: Labels, train: Examples) -> list[str]:

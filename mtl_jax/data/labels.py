@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
+from mtl_jax.data.formats.rows import Row
 
 
 class Window(NamedTuple):

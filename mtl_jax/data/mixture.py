@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mtl_jax.errors import UserError, listed, unknown
+from mtl_jax.core.errors import UserError, listed, unknown
 
 # Of each mixture its option, or "" for none.
 MIXTURES = {"uniform": "", "proportional": "", "temperature": "t", "capped": "cap", "fixed": ""}

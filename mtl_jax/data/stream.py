@@ -18,12 +18,12 @@ import grain
 from absl import flags
 from grain import experimental as grain_experimental
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data import mixture
+from mtl_jax.data.batch_plan import Kept, Plan
 from mtl_jax.data.batches import Batch, Batching, Part, part_of
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.mixture import InTurn
-from mtl_jax.data.plan import Kept, Plan
-from mtl_jax.errors import UserError
 
 AHEAD = 4  # batches made ahead of the step
 

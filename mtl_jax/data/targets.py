@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.data import tokens as tokenizing
+from mtl_jax.core.errors import UserError
+from mtl_jax.data import tokenize as tokenizing
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels, Refused
 from mtl_jax.data.ragged import Ragged
-from mtl_jax.data.sources import Row
-from mtl_jax.data.tokens import RowError
-from mtl_jax.errors import UserError
+from mtl_jax.data.tokenize import RowError
 
 
 class Targets(NamedTuple):

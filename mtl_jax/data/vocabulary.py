@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 
 KINDS = ("bpe", "unigram")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mtl_jax.counting import count
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError, count
 
 
 class RowError(UserError):

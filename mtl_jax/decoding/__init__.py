@@ -7,4 +7,4 @@ from mtl_jax.decoding.generate import fitted as fitted
 from mtl_jax.decoding.generate import generate as generate
 from mtl_jax.decoding.generate import generate_all as generate_all
 from mtl_jax.decoding.generate import require_seq2seq as require_seq2seq
-from mtl_jax.decoding.vocabulary import prepare as prepare
+from mtl_jax.decoding.logits import prepare as prepare

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.configuration import Configuration
-from mtl_jax.errors import UserError, unknown
-from mtl_jax.pretrained.fields import LARGEST, brief, finite
-from mtl_jax.pretrained.tensors import read_json
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.pretrained.family import LARGEST, brief, finite
+from mtl_jax.pretrained.tensor_files import read_json
 
 FILE = "generation_config.json"
 

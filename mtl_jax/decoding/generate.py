@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.counting import count
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.decoding import search
-from mtl_jax.decoding.buckets import buckets
+from mtl_jax.decoding.batching import AS_THEY_ARE, Devices, buckets, share
 from mtl_jax.decoding.config import TOKENS, GenerationConfig, divided, resolve
-from mtl_jax.decoding.devices import AS_THEY_ARE, Devices, share
+from mtl_jax.decoding.logits import Vocabulary, prepare
 from mtl_jax.decoding.state import State
-from mtl_jax.decoding.vocabulary import Vocabulary, prepare
-from mtl_jax.errors import UserError
 from mtl_jax.models.seq2seq import Seq2Seq
 from mtl_jax.models.seq2seq_decoder import Decoder, Source
 from mtl_jax.pretrained.checkpoint import Checkpoint

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.decoding import best
+from mtl_jax.decoding import steps
 from mtl_jax.decoding.config import GenerationConfig, Numbers
 
 FLOOR = -jnp.inf
@@ -143,7 +143,7 @@ def likely(scores_BxKxW: jax.Array, config: GenerationConfig, numbers: Numbers, 
         where renormalised.
     """
     if config.top_k and max(config.top_k, least) < scores_BxKxW.shape[-1]:
-        x, tokens = best.top_of_many(scores_BxKxW, max(config.top_k, least))
+        x, tokens = steps.top_of_many(scores_BxKxW, max(config.top_k, least))
     else:
         x, tokens = scores_BxKxW, jnp.broadcast_to(jnp.arange(scores_BxKxW.shape[-1]), scores_BxKxW.shape)
     x = x / numbers.temperature
@@ -151,7 +151,7 @@ def likely(scores_BxKxW: jax.Array, config: GenerationConfig, numbers: Numbers, 
         keep = jax.nn.softmax(x, axis=-1)
         keep = keep >= _nucleus(keep, numbers.top_p)
         if least > 1:
-            keep |= x >= best.top_of_many(scores_BxKxW, least)[0][..., -1:] / numbers.temperature
+            keep |= x >= steps.top_of_many(scores_BxKxW, least)[0][..., -1:] / numbers.temperature
         x = jnp.where(keep, x, FLOOR)
     return tokens, jax.nn.log_softmax(x, axis=-1) if config.renormalize_logits else x
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.decoding.config import GenerationConfig
-from mtl_jax.models.attention import KeyValue
+from mtl_jax.models.kv_cache import KeyValue
 from mtl_jax.models.seq2seq import Seq2Seq
 
 WORST = -1e9  # the score of a beam that is not there yet, as in transformers: added, not put in its place

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_jax import locks
-from mtl_jax.errors import UserError
+from mtl_jax.core import locks
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.json_shapes import anything
+from mtl_jax.inference.predict import is_workdir
 from mtl_jax.merge.checkpoints import merge_checkpoints
 from mtl_jax.merge.method import Method as Method
 from mtl_jax.merge.method import checked
 from mtl_jax.merge.runs import merge_runs
-from mtl_jax.prediction import is_workdir
-from mtl_jax.shapes import anything
 from mtl_jax.training import workdir as workdirs
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax import kin, pretrained
-from mtl_jax.errors import UserError, listed
-from mtl_jax.merge import parts
+from mtl_jax import pretrained, trunk_compatibility
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.inference.predict import is_workdir
+from mtl_jax.merge import inputs
+from mtl_jax.merge.inputs import Model
 from mtl_jax.merge.method import Method
-from mtl_jax.merge.parts import Model
-from mtl_jax.prediction import is_workdir
 from mtl_jax.pretrained import Checkpoint, saving
 from mtl_jax.pretrained.family import LABELLED
-from mtl_jax.pretrained.tensors import Location
+from mtl_jax.pretrained.tensor_files import Location
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +56,22 @@ def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: M
         start = model(base, checkpoint)
         if _head(checkpoint) != _head(first):
             start = start._replace(parts={part: params for part, params in start.parts.items() if part != "head"})
-    parts.check(start, models)
-    merged = parts.put_together(method, start, models)
+    inputs.check(start, models)
+    merged = inputs.put_together(method, start, models)
     for part, how in merged.record["parts"].items():
         log.info("%s: %s", part, how)
 
     written = dataclasses.replace(first, params={**first.params, **merged.parts})
-    saving.save(target, written, overwrite=True, finish=lambda folder: parts.write_record(folder, merged.record))
+    saving.save(target, written, overwrite=True, finish=lambda folder: inputs.write_record(folder, merged.record))
 
 
 def model(name: str, checkpoint: Checkpoint) -> Model:
     """A checkpoint's parts, without those that its file does not have, such as the pooler of a tagger."""
     fresh = {path.split("/")[0] for path in checkpoint.initialized}
     found = {part: jax.tree.map(np.asarray, params) for part, params in checkpoint.params.items() if part not in fresh}
-    return Model(name, found, kin.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)})
+    return Model(
+        name, found, trunk_compatibility.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)}
+    )
 
 
 def _load(path: str, trunk_only: bool) -> Checkpoint:

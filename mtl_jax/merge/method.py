@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mtl_jax.configuration import Configuration
-from mtl_jax.errors import UserError, unknown
-from mtl_jax.transfer import mergeable
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.transfer import merging
 
 # Of each method the options that it has.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -89,18 +89,18 @@ def checked(method: Method, sources: Sequence[str], base: str) -> Method:
     if method.name == "average" and not method.weights:
         raise UserError("method average needs --weights, one for each source; with equal ones it is the method soup")
     if method.weights:
-        mergeable.check_weights(method.weights, len(sources))
+        merging.check_weights(method.weights, len(sources))
     if method.alpha is not None:
-        mergeable.check_share("alpha", method.alpha)
+        merging.check_share("alpha", method.alpha)
     if method.keep is not None:
-        mergeable.check_keep(method.keep)
+        merging.check_keep(method.keep)
     if method.drop is not None:
-        mergeable.check_drop(method.drop)
+        merging.check_drop(method.drop)
     if method.seed is not None and method.seed < 0:
         raise UserError(f"seed is {method.seed}; it must not be negative")
     if method.scale is not None:
         several = method.name in OF_ANY and len(method.scale) > 1
-        mergeable.check_scales(method.scale, len(sources) if several else 1)
+        merging.check_scales(method.scale, len(sources) if several else 1)
     return method
 
 

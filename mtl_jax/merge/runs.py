@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax import kin, pretrained, staging
-from mtl_jax.errors import UserError, listed
+from mtl_jax import pretrained, trunk_compatibility
+from mtl_jax.core import staging
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.files import writing
+from mtl_jax.data import corpus as corpora
+from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Checkpoints, to_json
-from mtl_jax.files import writing
-from mtl_jax.merge import checkpoints, measuring, parts
+from mtl_jax.inference.predict import is_workdir, open_run
+from mtl_jax.merge import checkpoints, inputs
+from mtl_jax.merge.inputs import TRUNK, Model, Parts
 from mtl_jax.merge.method import Method
-from mtl_jax.merge.parts import TRUNK, Model, Parts
 from mtl_jax.merge.union import Member, Union, check_adapters, unite
-from mtl_jax.prediction import is_workdir, open_run
-from mtl_jax.training import results
+from mtl_jax.training import evaluation, results, text_evaluation
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.state import create
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.forward import encode_tokens, needs
+from mtl_jax.training.train_state import create
 from mtl_jax.transfer.adapters import Lora
+from mtl_jax.trunks import Trunk
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +60,7 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
         raise UserError("method greedy measures every source on dev, so all must have the same tasks; use soup")
     models = [_model(member) for member in members]
     start = _base(base, members, union) if base else None
-    parts.check(start, models)
+    inputs.check(start, models)
     lora = [adapter.name for adapter in union.experiment.adapters if isinstance(adapter, Lora)]
     if lora:
         log.warning(
@@ -64,8 +70,8 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
         )
     measure, reason, signatures = None, "", {}
     try:
-        corpus = measuring.corpus_of(union, members)
-        measure = measuring.measurer(union, members[0].run.trunk, corpus)
+        corpus = corpus_of(union, members)
+        measure = measurer(union, members[0].run.trunk, corpus)
         signatures = {task.name: task.signatures(corpus.splits["test"][task.source].data) for task in union.tasks}
     except UserError as error:
         if method.name == "greedy":
@@ -75,14 +81,14 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
 
     def on_dev(found: Parts) -> float:
         assert measure is not None
-        return measuring.criterion(union, measure(params_of(found), "dev"))
+        return criterion(union, measure(params_of(found), "dev"))
 
-    merged = parts.put_together(method, start, models, on_dev)
+    merged = inputs.put_together(method, start, models, on_dev)
     params = params_of(merged.parts)
     for part, how in merged.record["parts"].items():
         log.info("%s: %s", part, how)
     scores = {split: measure(params, split) for split in ("dev", "test")} if measure else None
-    dev = measuring.criterion(union, scores["dev"]) if scores else None
+    dev = criterion(union, scores["dev"]) if scores else None
     with staging.staged(target) as folder:
         _write(folder, members, union, params, dev)
         found = None
@@ -91,7 +97,7 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
             facts |= {"seconds": round(time.monotonic() - started, 1)}
             facts |= {"merged": {"method": method.name, "sources": len(members)}}
             found = results.write(folder, union.experiment, union.tasks, scores, signatures, facts)
-        parts.write_record(folder, merged.record | ({"not_measured": reason} if reason else {}))
+        inputs.write_record(folder, merged.record | ({"not_measured": reason} if reason else {}))
     return found
 
 
@@ -119,7 +125,7 @@ def _model(member: Member) -> Model:
     heads = {f"heads/{task}": params for task, params in run.params["heads"].items()}
     facts = {"path": member.name, "step": run.step, "dev": run.dev, "criterion": run.experiment.evaluation.criterion}
     facts |= {"experiment": run.experiment.name, "seed": run.experiment.seed}
-    return Model(member.name, {TRUNK: run.params[TRUNK], **heads}, kin.of_trunk(run.trunk), facts)
+    return Model(member.name, {TRUNK: run.params[TRUNK], **heads}, trunk_compatibility.of_trunk(run.trunk), facts)
 
 
 def _base(name: str, members: Sequence[Member], union: Union) -> Model:
@@ -161,3 +167,55 @@ def _write(folder: Path, members: Sequence[Member], union: Union, params: Mappin
     with contextlib.closing(store):
         store.save(0, state, {"step": 0}, 0.0 if dev is None else dev)  # the only one is the best one, measured or not
         store.wait()
+
+
+# (params, split) -> {task: {metric: value}}
+Measure = Callable[[Mapping[str, Any], str], dict[str, dict[str, float]]]
+
+
+def corpus_of(union: Union, members: Sequence[Member]) -> Corpus:
+    """The runs' data, read again.
+
+    Raises:
+        UserError: It is not there any more, or not the same.
+    """
+    experiment, tokenizer = union.experiment, members[0].run.trunk.tokenizer
+    data = corpora.read_sources(experiment.sources, union.tasks)
+    corpus = corpora.make_corpus(experiment.sources, union.tasks, data, tokenizer, experiment.batch.row_length)
+    for name, now in corpus.describe()["sources"].items():
+        before = union.data["sources"][name]
+        for split in ("dev", "test"):
+            # The hash is also of the labels, and so of the tasks that were trained together.
+            if now[split] != before[split] if union.same else now[split]["examples"] != before[split]["examples"]:
+                raise UserError(f"source {name!r} has other {split} rows now than when {members[0].name} was trained")
+        # Reading all sources together drops training rows that stand in dev or test of another one.
+        learned = before["train"]["examples"] - now["train"]["examples"]
+        if learned > 0 and not union.same:
+            log.warning(
+                "source %s: %d of its training rows stand in dev or test of another source, and a run has learned from them: "
+                "scores on that may be too high",
+                name,
+                learned,
+            )
+    return corpus
+
+
+def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
+    """How parameters are measured: as after training, on one device."""
+    batching, tasks = union.experiment.batch, union.tasks
+    mesh = meshes.make(batching.rows, 1)
+    apply = evaluation.make_outputs(encode_tokens(trunk.module, needs(tasks)), tasks, mesh)
+
+    def measure(params: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
+        data = corpus.splits[split]
+        placed = meshes.place(params, meshes.replicated(mesh))
+        found = evaluation.run(apply, placed, tasks, list(data.values()), batching, mesh)
+        texts = text_evaluation.text_scores(tasks, trunk, placed, data, lambda task: task.beams)
+        return evaluation.score(tasks, data, found, texts)
+
+    return measure
+
+
+def criterion(union: Union, scores: dict[str, dict[str, float]]) -> float:
+    """The merged experiment's criterion of dev scores."""
+    return evaluation.criterion(union.experiment.evaluation.criterion, union.tasks, scores)

@@ -13,10 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.embed import Embed
-from mtl_jax.models.layers import ACTIVATIONS, Attention, attention_mask_BxTxT, layer_norm
+from mtl_jax.models.layers import ACTIVATIONS, Attention, Dense, Embed, attention_mask_BxTxT, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)

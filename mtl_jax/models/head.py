@@ -5,8 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
+from mtl_jax.models.layers import Dense
 
 
 class Head(nn.Module):

@@ -12,10 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from mtl_jax.models.attention import KeyValue, visible_keys
-from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
+from mtl_jax.models.kv_cache import KeyValue, visible_keys
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),  # Hugging Face "gelu" is the erf form
@@ -146,3 +146,32 @@ class Attention(nn.Module):
 def layer_norm(epsilon: float, dtype: Any, name: str, use_bias: bool = True) -> nn.LayerNorm:
     # flax's fast variance, E[x^2] - E[x]^2, loses all digits on near-constant rows.
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, use_bias=use_bias, dtype=dtype, name=name)
+
+
+def times(x_xI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
+    """x @ kernel, f[..., O]; kernels of more than two axes, one for each row, are multiplied as matmul does."""
+    if kernel_IxO.ndim != 2:
+        return jnp.matmul(x_xI, kernel_IxO)
+    return jnp.matmul(x_xI.reshape(-1, x_xI.shape[-1]), kernel_IxO).reshape(*x_xI.shape[:-1], -1)
+
+
+def _by_rows(x_xI: jax.Array, kernel_IxO: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
+    """lax.dot_general as nn.Dense calls it."""
+    assert dimensions == (((x_xI.ndim - 1,), (0,)), ((), ()))
+    y_RxO = lax.dot_general(x_xI.reshape(-1, x_xI.shape[-1]), kernel_IxO, (((1,), (0,)), ((), ())), precision=precision)
+    return y_RxO.reshape(*x_xI.shape[:-1], -1)
+
+
+Dense = functools.partial(nn.Dense, dot_general=_by_rows)
+
+
+class Embed(nn.Embed):
+    """nn.Embed, with as many rows as the table that it is given; a new one has num_embeddings.
+
+    So a step can hold only the rows that a batch reads (training/token_rows.py), where linen insists on the shape declared.
+    """
+
+    def setup(self) -> None:
+        given: jax.Array | None = self.get_variable("params", "embedding")
+        rows = self.num_embeddings if given is None else given.shape[0]
+        self.embedding = self.param("embedding", self.embedding_init, (rows, self.features), self.param_dtype)

@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.embed import Embed
 from mtl_jax.models.encoder import EncoderOutput
-from mtl_jax.models.layers import ACTIVATIONS, attend, attention_mask_BxTxT, layer_norm
-from mtl_jax.models.pooling import segment_mean
+from mtl_jax.models.layers import ACTIVATIONS, Dense, Embed, attend, attention_mask_BxTxT, layer_norm
+from mtl_jax.models.trunk_output import segment_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.models.attention import KeyValue, visible_keys
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.encoded import token_table
 from mtl_jax.models.encoder import EncoderOutput
+from mtl_jax.models.kv_cache import KeyValue, visible_keys
 from mtl_jax.models.seq2seq_decoder import Cache, Decoder, DecoderOutput, RowClassifier, Source
 from mtl_jax.models.seq2seq_layers import Block, Embeddings, Seq2SeqConfig, default_positions, make_norm, relative_bias
+from mtl_jax.models.trunk_output import token_table
 
 
 class Seq2SeqOutput(NamedTuple):

@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.models.attention import KeyValue, visible_ancestors, visible_keys, visible_past
-from mtl_jax.models.dense import Dense
 from mtl_jax.models.dropout import Dropout
+from mtl_jax.models.kv_cache import KeyValue, visible_ancestors, visible_keys, visible_past
+from mtl_jax.models.layers import Dense
 from mtl_jax.models.seq2seq_layers import (
     Block,
     Embeddings,

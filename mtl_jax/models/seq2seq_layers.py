@@ -14,14 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.counting import count
-from mtl_jax.errors import UserError
-from mtl_jax.models.attention import KeyValue, write_cache
-from mtl_jax.models.dense import Dense
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.embed import Embed
-from mtl_jax.models.layers import ACTIVATIONS, Attention
-from mtl_jax.models.t5 import RelativeBias
+from mtl_jax.models.kv_cache import KeyValue, write_cache
+from mtl_jax.models.layers import ACTIVATIONS, Attention, Dense, Embed
+from mtl_jax.models.relative_bias import RelativeBias
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,5 +2,5 @@
 
 from mtl_jax.pretrained.checkpoint import Checkpoint as Checkpoint
 from mtl_jax.pretrained.checkpoint import load as load
+from mtl_jax.pretrained.locate import load_tokenizer as load_tokenizer
 from mtl_jax.pretrained.saving import save as save
-from mtl_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer

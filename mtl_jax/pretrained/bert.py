@@ -9,12 +9,11 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
+from mtl_jax.models.checkpoint_heads import EncoderModel, MaskedLMHead, Pooler, SequenceHead, TokenHead
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.heads import EncoderModel, MaskedLMHead, Pooler, SequenceHead, TokenHead
 from mtl_jax.models.layers import ACTIVATIONS
-from mtl_jax.pretrained.family import Family, translate
-from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.family import Family, Fields, translate
 
 # Our module path to the file's; {} is the number of a layer.
 TRUNK: dict[str, str | tuple[str, ...]] = {

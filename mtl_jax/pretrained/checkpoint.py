@@ -10,13 +10,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError, unknown
-from mtl_jax.pretrained import families, hub, placing
-from mtl_jax.pretrained.family import LABELLED
-from mtl_jax.pretrained.fields import Fields, brief
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.pretrained import families, locate, placing
+from mtl_jax.pretrained.family import LABELLED, Fields, brief
+from mtl_jax.pretrained.locate import load_tokenizer
 from mtl_jax.pretrained.placing import Sharding
-from mtl_jax.pretrained.tensors import Location, open_tensors, read_json
-from mtl_jax.pretrained.tokenizer import load_tokenizer
+from mtl_jax.pretrained.tensor_files import Location, open_tensors, read_json
 
 AUTO = "auto"
 
@@ -92,7 +91,7 @@ def load(
     Raises:
         UserError: A file is missing or damaged, the family is unknown, or a tensor is missing or has another shape.
     """
-    location = hub.locate(path)
+    location = locate.locate(path)
     where = f"{path}/config.json"
     raw = read_json(location, "config.json")
     family = families.of(raw, where)

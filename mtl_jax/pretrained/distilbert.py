@@ -7,12 +7,11 @@ from typing import Any
 
 import flax.linen as nn
 
+from mtl_jax.models.checkpoint_heads import EncoderModel, SequenceHead
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.heads import EncoderModel, SequenceHead
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.pretrained import bert
-from mtl_jax.pretrained.family import Family, translate
-from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.family import Family, Fields, translate
 
 NAMES: dict[str, str | tuple[str, ...]] = {
     "trunk/embeddings/word": "embeddings.word_embeddings",

@@ -7,11 +7,10 @@ from typing import Any
 
 import flax.linen as nn
 
+from mtl_jax.models.checkpoint_heads import EncoderModel, ReplacedTokenHead, SequenceHead
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.heads import EncoderModel, ReplacedTokenHead, SequenceHead
 from mtl_jax.pretrained import bert
-from mtl_jax.pretrained.family import Family, translate
-from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.family import Family, Fields, translate
 
 NAMES: dict[str, str | tuple[str, ...]] = {
     "trunk/embeddings/project": "embeddings_project",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtl_jax.errors import unknown
+from mtl_jax.core.errors import unknown
 from mtl_jax.pretrained import bert, distilbert, electra, marian_bart, modernbert, roberta, t5
 from mtl_jax.pretrained.family import Family
 

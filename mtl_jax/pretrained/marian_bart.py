@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.seq2seq_decoder import Decoder, RowClassifier
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig, sinusoidal_table
-from mtl_jax.pretrained.family import TABLE, Family, translate
-from mtl_jax.pretrained.fields import MOST_COMPUTED, Fields
+from mtl_jax.pretrained.family import MOST_COMPUTED, TABLE, Family, Fields, translate
 
 # Our module path to the file's inside the encoder or the decoder; {} is the number of a layer.
 _SIDE = {

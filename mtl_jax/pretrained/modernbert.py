@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtl_jax.errors import UserError
-from mtl_jax.models.heads import EncoderModel, MaskedLMHead
+from mtl_jax.core.errors import UserError
+from mtl_jax.models.checkpoint_heads import EncoderModel, MaskedLMHead
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.modernbert import LabelHead, MeanPooler, ModernBert, ModernBertConfig, output_init
-from mtl_jax.pretrained.family import Family, translate
-from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.family import Family, Fields, translate
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained.family import Family
-from mtl_jax.pretrained.lazy import LazyTensor
+from mtl_jax.pretrained.lazy_tensor import LazyTensor
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 

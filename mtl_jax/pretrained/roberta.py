@@ -8,11 +8,10 @@ from typing import Any
 
 import flax.linen as nn
 
+from mtl_jax.models.checkpoint_heads import EncoderModel, Pooler, SequenceHead
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.heads import EncoderModel, Pooler, SequenceHead
 from mtl_jax.pretrained import bert
-from mtl_jax.pretrained.family import Family, translate
-from mtl_jax.pretrained.fields import Fields
+from mtl_jax.pretrained.family import Family, Fields, translate
 
 HEADS: dict[str, str | tuple[str, ...]] = {
     "head/dense": "classifier.dense",

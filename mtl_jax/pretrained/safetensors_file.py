@@ -16,10 +16,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mtl_jax.errors import UserError
-from mtl_jax.files import check_regular, reason
-from mtl_jax.pretrained.fields import brief
-from mtl_jax.pretrained.lazy import LazyTensor, map_array
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import check_regular, reason
+from mtl_jax.pretrained.family import brief
+from mtl_jax.pretrained.lazy_tensor import LazyTensor, map_array
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.staging import staged
 from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import Checkpoint
 from mtl_jax.pretrained.family import Family
-from mtl_jax.pretrained.tokenizer import FILES, copy_files
-from mtl_jax.staging import staged
+from mtl_jax.pretrained.locate import FILES, copy_files
 
 MOST_SHARD = 5 * 10**9  # bytes of tensors in one file
 

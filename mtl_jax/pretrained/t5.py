@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.pretrained.family import TABLE, Family, translate
-from mtl_jax.pretrained.fields import MOST_COMPUTED, Fields
+from mtl_jax.pretrained.family import MOST_COMPUTED, TABLE, Family, Fields, translate
 
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 

@@ -6,11 +6,11 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_jax import locks
-from mtl_jax.errors import UserError
-from mtl_jax.files import write_json, write_text, writing
-from mtl_jax.report.read import ABLATION
-from mtl_jax.report.read import read as read
+from mtl_jax.core import locks
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import write_json, write_text, writing
+from mtl_jax.report.study import ABLATION
+from mtl_jax.report.study import read as read
 
 
 def find(patterns: Sequence[str]) -> list[Path]:

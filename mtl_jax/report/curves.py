@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from mtl_jax.figures import in_turns, lying_together
-from mtl_jax.report import words
-from mtl_jax.report.read import Study
+from mtl_jax.core.plotting import in_turns, lying_together
+from mtl_jax.report import formatting
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
 from mtl_jax.report.series import Band, band
 from mtl_jax.report.statistics import Group, ranked
+from mtl_jax.report.study import Study
 
 BEST = 5  # so many settings are drawn by themselves where there are more than SERIES
 MANY = 6  # panels; where there are more, a reader chooses one
@@ -83,9 +83,9 @@ def _by_setting(
     if len(bands) > SERIES:
         best = [id(group) for group in ranked([group for group, _ in bands])] or [id(group) for group, _ in bands]
         shown = sorted((pair for pair in bands if id(pair[0]) in best[:BEST]), key=lambda pair: best.index(id(pair[0])))
-        settings = words.count(len(bands), "setting")
+        settings = formatting.count(len(bands), "setting")
         caption += f"; in colour the {len(shown)} of {settings} that are best on dev, grey the range of all"
-    labels = words.labels([group for group, _ in shown], study.fields)
+    labels = formatting.labels([group for group, _ in shown], study.fields)
     panels = tuple(
         _panel(
             text,

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 from matplotlib.tri import Triangulation
 
-from mtl_jax.figures import in_turns, lying_together
-from mtl_jax.report import words
-from mtl_jax.report.read import Study
+from mtl_jax.core.plotting import in_turns, lying_together
+from mtl_jax.report import formatting
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
 from mtl_jax.report.statistics import Comparison, Group, Spread, pareto
+from mtl_jax.report.study import Study
 
 FAR = 6.0  # times the distance of the quartiles
 PHASE_WEIGHTS = re.compile(r"phases\.\d+\.weights")
@@ -36,7 +36,7 @@ def methods(comparison: Comparison) -> list[Figure]:
         for row, (_, change) in enumerate(rows):
             if change.mean < low:
                 axes.plot(low - 0.04 * (high - low), row, "<", color=palette.series[0], markersize=5)
-                axes.text(low, row, words.spread(change, 1), va="center", color=palette.ink, fontsize=9.5)
+                axes.text(low, row, formatting.spread(change, 1), va="center", color=palette.ink, fontsize=9.5)
             else:
                 axes.errorbar(change.mean, row, xerr=change.sd, fmt="o", color=palette.series[0], markersize=5, elinewidth=1.6)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
@@ -94,7 +94,7 @@ def _against(
     """A panel for each task, over {task: x} of each group; a colour for each value of the other fields."""
     by_other: dict[str, list[tuple[Group, Mapping[str, float]]]] = {}
     for group, x in ((group, x) for group, x in groups if group.scores["test"]):
-        by_other.setdefault(words.setting(group.values, others), []).append((group, x))
+        by_other.setdefault(formatting.setting(group.values, others), []).append((group, x))
     if len(by_other) > SERIES:  # not told apart any more
         by_other = {"": list(groups)}
     panels = []
@@ -139,7 +139,7 @@ def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str, shares:
             axes.set_xscale("log")
             if len(every) <= 5:
                 axes.set_xticks(every, minor=False)
-            axes.xaxis.set_major_formatter(lambda x, _: words.value(float(x)))
+            axes.xaxis.set_major_formatter(lambda x, _: formatting.value(float(x)))
             axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(name)
 
@@ -187,10 +187,10 @@ def _front(study: Study, groups: Sequence[Group], pair: tuple[str, str], colors:
             limits(span[0] - 0.08 * (span[1] - span[0]), span[1] + 0.1 * (span[1] - span[0]))
         axes.set_xlabel(f"{pair[0]} {study.tasks[pair[0]]}")
 
-    labels = words.labels(groups, study.fields)
+    labels = formatting.labels(groups, study.fields)
     notes = tuple(labels[n] for n in numbered)
     title = f"{pair[1]} {study.tasks[pair[1]]} over {pair[0]} {study.tasks[pair[0]]}"
-    remark = f"{words.count(outside, 'setting')} further down or to the left not shown." if outside else ""
+    remark = f"{formatting.count(outside, 'setting')} further down or to the left not shown." if outside else ""
     return Panel(title, draw, notes, remark)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
-from mtl_jax.report import render, words
+from mtl_jax.report import formatting, render
 from mtl_jax.report.render import Figure
 from mtl_jax.report.statistics import Spread
 
@@ -72,15 +72,15 @@ class Section:
 def number(found: float | None, decimals: int = 3, plus: bool = False) -> Cell:
     """A cell with a number; empty of none."""
     if found is None or not math.isfinite(found):
-        return Cell(words.NOTHING, "", "n")
-    return Cell(words.number(found, decimals, plus), found, "n")
+        return Cell(formatting.NOTHING, "", "n")
+    return Cell(formatting.number(found, decimals, plus), found, "n")
 
 
 def spread(found: Spread | None, decimals: int = 3, plus: bool = False, top: bool = False) -> Cell:
     """A cell with a mean and its standard deviation."""
     if found is None:
-        return Cell(words.NOTHING, "", "n")
-    mean, _, deviation = words.spread(found, decimals, plus).partition(" ")
+        return Cell(formatting.NOTHING, "", "n")
+    mean, _, deviation = formatting.spread(found, decimals, plus).partition(" ")
     return Cell(mean, found.mean, "n top" if top else "n", deviation)
 
 

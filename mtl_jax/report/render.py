@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from mtl_jax import figures
-from mtl_jax.files import write_bytes
+from mtl_jax.core import plotting
+from mtl_jax.core.files import write_bytes
 
 SERIES = 8  # colours; more series than that are not told apart
 TITLE = 0.35  # inches above a panel of a PNG
@@ -166,7 +166,7 @@ def _short(text: str, decimals: int) -> str:
 def png(figure: Figure, path: Path) -> None:
     """All panels of a figure in one picture, with its legend."""
     with _style(PAPER):
-        write_bytes(path, figures.png(_picture(figure), metadata={"Software": None}))
+        write_bytes(path, plotting.png(_picture(figure), metadata={"Software": None}))
 
 
 def _picture(figure: Figure) -> Canvas:

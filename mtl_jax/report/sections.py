@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mtl_jax.report import curves, figures, tables, words
+from mtl_jax.report import curves, figures, formatting, tables
 from mtl_jax.report.page import Cell, Section, Table, number, spread
-from mtl_jax.report.read import SPLITS, Study
 from mtl_jax.report.render import Figure
 from mtl_jax.report.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
+from mtl_jax.report.study import SPLITS, Study
 from mtl_jax.training.results import BASELINE_NAMES
 
 BEST = 5
@@ -51,12 +51,12 @@ def facts(study: Study) -> list[tuple[str, str]]:
         found.append(("done", str(done)))
     found += [(what, str(number)) for what, number in (("diverged", diverged), ("unfinished", unfinished)) if number]
     found += [_fact(len(study.programs), "program")] if study.programs else []
-    found += [_fact(seeds, "seed"), _fact(len(study.tasks), "task"), ("time", words.duration(seconds))]
+    found += [_fact(seeds, "seed"), _fact(len(study.tasks), "task"), ("time", formatting.duration(seconds))]
     return [*found, *([("devices", study.devices)] if study.devices else [])]
 
 
 def _fact(number: int, noun: str) -> tuple[str, str]:
-    much, _, what = words.count(number, noun).partition(" ")
+    much, _, what = formatting.count(number, noun).partition(" ")
     return what, much
 
 
@@ -77,7 +77,7 @@ def _result(study: Study, group: Group) -> Section:
         rows.append([Cell(task, after=metric), test, *compared, dev])
     head = [("task", ""), ("test", ""), *((BASELINE_NAMES[kind], "test") for kind in kinds), ("dev", "")]
     seeds = len(group.done())
-    note = f"Mean and standard deviation over {words.count(seeds, 'seed')}. " if seeds > 1 else ""
+    note = f"Mean and standard deviation over {formatting.count(seeds, 'seed')}. " if seeds > 1 else ""
     unfinished = "" if seeds else "No run has come to its end. "
     return Section(
         "result", "Result", [f"{unfinished}{note}Of the checkpoint that is best on dev.", Table("Result", head, rows)]
@@ -97,7 +97,7 @@ def _tied(groups: Sequence[Group]) -> str:
     criteria = [group.criterion for group in groups if group.criterion]
     best = leading(criteria)
     tied = sum(best is not None and ties(found, best) for found in criteria)
-    told = f"{words.count(tied, 'setting')} tie for the best" + (f", of which {BEST} are shown" if tied > BEST else "")
+    told = f"{formatting.count(tied, 'setting')} tie for the best" + (f", of which {BEST} are shown" if tied > BEST else "")
     if all(found.sd is None for found in criteria):
         return "Of one seed there is no deviation, so that only equal numbers tie" + (f": {told}." if tied > 1 else ".")
     if tied == 1:
@@ -121,19 +121,21 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
         task: {id(group): found for group in order if (found := group.scores["test"].get(task, {}).get(metric))}
         for task, metric in study.tasks.items()
     }
-    decimals = {task: words.digits(list(own.values())) for task, own in scores.items()}
+    decimals = {task: formatting.digits(list(own.values())) for task, own in scores.items()}
     top = {task: leading(own.values()) for task, own in scores.items()}
     criteria = [group.criterion for group in order if group.criterion]
     first = leading(criteria)
     rows = []
     for group in order:
         row = _values(group.values, columns)
-        row.append(spread(group.criterion, words.digits(criteria), top=_leads(group.criterion, first)))
+        row.append(spread(group.criterion, formatting.digits(criteria), top=_leads(group.criterion, first)))
         for task in study.tasks:
             found = scores[task].get(id(group))  # among the best on dev the highest on test is not said to be better
             row.append(spread(found, decimals[task], top=not best and _leads(found, top[task])))
         done = len(group.done())
-        row.append(Cell(words.runs(group), None, after=f"{done} of {len(group.runs)} done" if done < len(group.runs) else ""))
+        row.append(
+            Cell(formatting.runs(group), None, after=f"{done} of {len(group.runs)} done" if done < len(group.runs) else "")
+        )
         rows.append(row)
     head = [*columns.values(), ("dev criterion", ""), *study.tasks.items(), ("runs", "")]
     return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best)
@@ -159,7 +161,9 @@ def _columns(study: Study) -> dict[str, tuple[str, str]]:
 def _values(values: Mapping[str, Any], columns: Iterable[str]) -> list[Cell]:
     cells = tables.cells(values)
     return [
-        Cell(words.numbers(values[column]) if values[column] else words.NOTHING, None if values[column] else "", "wrap")
+        Cell(
+            formatting.numbers(values[column]) if values[column] else formatting.NOTHING, None if values[column] else "", "wrap"
+        )
         if column in values and column not in cells
         else _value(cells.get(column))
         for column in columns
@@ -183,8 +187,8 @@ def _baselines(study: Study) -> dict:
 
 def _value(found: object) -> Cell:
     if isinstance(found, (int, float)) and not isinstance(found, bool):
-        return Cell(words.value(found), found, "n")
-    return Cell(words.value(found), "" if found in (None, "", [], {}) else None)
+        return Cell(formatting.value(found), found, "n")
+    return Cell(formatting.value(found), "" if found in (None, "", [], {}) else None)
 
 
 def _methods(study: Study, comparison: Comparison) -> Section:
@@ -193,7 +197,7 @@ def _methods(study: Study, comparison: Comparison) -> Section:
     note = (
         f"Of each weighting rule the setting that is best on dev. Relative change of the mean test metric against "
         f"{comparison.reference}, in percent, bold the best and what ties with it; rank among the "
-        f"{words.count(len(comparison.methods), 'rule')}, 1 the best, mean over the tasks."
+        f"{formatting.count(len(comparison.methods), 'rule')}, 1 the best, mean over the tasks."
     )
     if left_out:
         note += f" {', '.join(left_out)}: the reference is not above 0, so nothing is relative to it."
@@ -202,7 +206,7 @@ def _methods(study: Study, comparison: Comparison) -> Section:
     for method in comparison.methods:
         top = _leads(method.change, best)
         changes = [number(method.changes.get(task), 1, plus=True) for task in study.tasks]
-        setting = [Cell(words.setting(method.group.values, others))] if others else []
+        setting = [Cell(formatting.setting(method.group.values, others))] if others else []
         rows.append(
             [Cell(method.name), spread(method.change, 2, plus=True, top=top), number(method.rank, 1), *changes, *setting]
         )
@@ -222,13 +226,13 @@ def _tried(study: Study) -> Section:
         row += [number(criterion(study, run)), _value(run.facts.get("best_step")), _value(run.facts.get("steps"))]
         seconds = run.facts.get("seconds")
         at_once = run.facts.get("runs_at_once", 1)
-        row += [_time(seconds, f"with {words.count(at_once - 1, 'other')}" if at_once > 1 else "")] if timed else []
+        row += [_time(seconds, f"with {formatting.count(at_once - 1, 'other')}" if at_once > 1 else "")] if timed else []
         rows.append(row)
     head = [("run", ""), *columns.values(), ("seed", "")]
     head += [("status", ""), ("dev criterion", ""), ("best step", ""), ("steps", ""), *([("time", "")] if timed else [])]
     parts: list[str | Table | Figure] = []
     if diverged := sum(run.diverged for run in study.runs):
-        parts.append(f"{words.count(diverged, 'run')} diverged, which counts in no mean.")
+        parts.append(f"{formatting.count(diverged, 'run')} diverged, which counts in no mean.")
     parts.append(Table("Every run", head, rows))
     if study.programs:
         parts += ["The programs that they were trained in:", _programs(study)]
@@ -236,14 +240,14 @@ def _tried(study: Study) -> Section:
 
 
 def _time(seconds: float | None, after: str = "") -> Cell:
-    return Cell(words.NOTHING, "", "n") if seconds is None else Cell(words.duration(seconds), seconds, "n", after)
+    return Cell(formatting.NOTHING, "", "n") if seconds is None else Cell(formatting.duration(seconds), seconds, "n", after)
 
 
 def _programs(study: Study) -> Table:
     rows = [
         [
             Cell(str(program["program"]), program["program"]),
-            Cell(words.setting(program["fixed"], list(program["fixed"])), None, "wrap"),
+            Cell(formatting.setting(program["fixed"], list(program["fixed"])), None, "wrap"),
             *(_value(program.get(name)) for name in ("runs", "chunks", "steps")),
             *(_time(program.get(name)) for name in ("compile_seconds", "seconds")),
         ]

@@ -6,48 +6,25 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.configuration import Configuration
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.files import shown
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row, Source
-from mtl_jax.errors import UserError, listed, unknown
-from mtl_jax.files import shown
-from mtl_jax.models.encoded import Encoded
-from mtl_jax.models.encoder import EncoderConfig
+from mtl_jax.data.source import Source
 from mtl_jax.models.head import Head
-from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
+from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 
 # Outputs of N examples: f32[N, O], or for each of them an f32[len, O].
 PerExample = Sequence[np.ndarray] | np.ndarray
-
-
-class TrunkFacts(NamedTuple):
-    """What a task may ask about the run's trunk.
-
-    Attributes:
-        tokenizer: A transformers tokenizer.
-        width: H, the size of its vectors.
-        table: V, E: shape of its token table; (0, 0): it has none.
-        decoder: The sizes of a decoder that belongs to it, of an encoder-decoder checkpoint or of a trunk from scratch; None.
-        head: Parameters of that decoder where they come with the trunk, else None.
-        start: The token that this decoder reads first.
-        encoder: The sizes of an encoder whose layers a decoder could start as; None.
-    """
-
-    tokenizer: Any
-    width: int
-    table: tuple[int, int]
-    decoder: Seq2SeqConfig | None
-    head: Any
-    start: int | None
-    encoder: EncoderConfig | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.files import shown
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError, listed
-from mtl_jax.files import shown
-from mtl_jax.tasks import label_metrics
+from mtl_jax.tasks import metrics
 from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
-from mtl_jax.tasks.cross_entropy import balanced_weights, check_weights, cross_entropy
+from mtl_jax.tasks.losses import balanced_weights, check_weights, cross_entropy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Classification(Task):
         balanced: Whether an example's loss counts n / (K n_c): n_c of n training examples have its label, K labels occur there.
         class_weights: How much an example's loss counts, by its label; 1 for labels that are not named.
         metric: The metric that stands for the task: accuracy, macro_f1, macro_recall, matthews; f1:LABEL, the F1 of one label;
-            f1:LABEL+LABEL, the mean F1 of several. tasks/label_metrics.py says which of them are TweetEval's.
+            f1:LABEL+LABEL, the mean F1 of several. tasks/metrics.py says which of them are TweetEval's.
     """
 
     column: str = "label"
@@ -57,7 +57,7 @@ class Classification(Task):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        return label_metrics.names(self.metric)
+        return metrics.names(self.metric)
 
     @property
     def outputs(self) -> int:
@@ -72,7 +72,7 @@ class Classification(Task):
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task {self.name!r}: label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
         if self.labels:
-            label_metrics.f1_labels(self.metric, self.labels)
+            metrics.f1_labels(self.metric, self.labels)
         check_weights(self.name, self.balanced, self.class_weights, self.labels)
 
     def written(self, row: Row) -> str | None:
@@ -116,8 +116,8 @@ class Classification(Task):
         return self.scores(*labelled(self, outputs, examples))
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-        """The metrics of label_metrics.scores."""
-        return label_metrics.scores(labels_N, outputs_NxO.argmax(axis=-1), self.metric, self.labels)
+        """The metrics of metrics.scores."""
+        return metrics.scores(labels_N, outputs_NxO.argmax(axis=-1), self.metric, self.labels)
 
     def constant(self, train: Examples, test: Examples) -> np.ndarray:
         return np.tile(self.prior(known(self, train)), (len(test.tokens), 1))

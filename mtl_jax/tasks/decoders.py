@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mtl_jax.counting import count
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.models import warm_start
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.tasks.base import TrunkFacts
+from mtl_jax.models.trunk_output import TrunkFacts
 
 if TYPE_CHECKING:
     from mtl_jax.tasks.seq2seq import Seq2Seq

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.coverage import without_row
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
+from mtl_jax.models.checkpoint_heads import MaskedLMHead
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.encoded import Encoded
-from mtl_jax.models.heads import MaskedLMHead
-from mtl_jax.tasks.base import Task, TrunkFacts
+from mtl_jax.models.trunk_output import Encoded, TrunkFacts
+from mtl_jax.tasks.base import Task
 
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the others stay as they are
 

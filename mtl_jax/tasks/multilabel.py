@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.files import shown
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError, listed
-from mtl_jax.files import shown
 from mtl_jax.tasks.base import PerExample, Task, column, known, labelled, text_of
 
 YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}

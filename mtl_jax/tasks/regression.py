@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import shown
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
-from mtl_jax.files import shown
 from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
 
 

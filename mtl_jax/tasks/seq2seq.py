@@ -13,21 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row, Source
-from mtl_jax.errors import UserError, listed
+from mtl_jax.data.source import Source
+from mtl_jax.data.split_texts import first_sentence
 from mtl_jax.models import warm_start
-from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.pretrained.tokenizer import languages
-from mtl_jax.sentences import first_sentence
-from mtl_jax.tasks import decoders, text_metrics
-from mtl_jax.tasks.base import Task, TrunkFacts, column
-from mtl_jax.tasks.token_losses import token_losses
+from mtl_jax.models.trunk_output import Encoded, TrunkFacts
+from mtl_jax.pretrained.locate import languages
+from mtl_jax.tasks import decoders, metrics
+from mtl_jax.tasks.base import Task, column
+from mtl_jax.tasks.losses import token_losses
 
 TABLES = ("trunk", "own")
 BEGINNINGS = ("fresh", "encoder")
@@ -100,8 +101,8 @@ class Seq2Seq(Task):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        family = text_metrics.family(self.metric)
-        return ("token_accuracy", *(family or text_metrics.NAMES))
+        family = metrics.family(self.metric)
+        return ("token_accuracy", *(family or metrics.TEXT_METRICS))
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -265,15 +266,15 @@ class Seq2Seq(Task):
         """
         references = [self.parse(row) for row in rows]
         known = [(text, found) for text, found in zip(texts, references, strict=True) if found]
-        return text_metrics.scores(self.metric, [text for text, _ in known], [found for _, found in known])
+        return metrics.text_scores(self.metric, [text for text, _ in known], [found for _, found in known])
 
     def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:
-        if not text_metrics.family(self.metric) or not any(map(self.parse, rows)):
+        if not metrics.family(self.metric) or not any(map(self.parse, rows)):
             return None
         return self.text_metrics([first_sentence(text) for text in texts], rows)
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
-        return text_metrics.signatures(self.metric, [found for found in map(self.parse, rows) if found])
+        return metrics.signatures(self.metric, [found for found in map(self.parse, rows) if found])
 
     def describe(self, outputs: Sequence[Any], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         raise UserError(f"task {self.name!r} answers with generated text; it has no outputs for a text by itself")

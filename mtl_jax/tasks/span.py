@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.counting import count
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.coverage import NOTED
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row, Source
-from mtl_jax.errors import UserError
-from mtl_jax.tasks import answers
+from mtl_jax.data.source import Source
+from mtl_jax.tasks import metrics
 from mtl_jax.tasks.base import Task, column
-from mtl_jax.tasks.best_span import best_span
 
 
 class Gold(NamedTuple):
@@ -45,7 +44,7 @@ class Span(Task):
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds the gold answers. None means that they are not known, an empty list that
+        column: The column of that source that holds the gold metrics. None means that they are not known, an empty list that
             there is none.
         context: The column that holds the context.
         stride: Tokens that consecutive windows of a long context share.
@@ -181,7 +180,7 @@ class Span(Task):
                 logits, offsets = [outputs[i] for i in windows], [examples.offsets[i] for i in windows]
                 predicted.append(self._answer(logits, offsets, row)["answer"])
                 gold.append([answer["text"] for answer in known])
-        return answers.score(predicted, gold)
+        return metrics.score(predicted, gold)
 
     def constant(self, train: Examples, test: Examples) -> Sequence[np.ndarray]:
         """No answer, everywhere."""
@@ -219,3 +218,51 @@ def _tokens(gold: Gold, offsets_Nx2: np.ndarray) -> tuple[int, int]:
 def _without_token(text: str) -> bool:
     """Whether it is all space, control characters and marks: what tokenizers leave out."""
     return all(unicodedata.category(character)[0] in "ZCM" for character in text)
+
+
+class Best(NamedTuple):
+    """The best span over all windows.
+
+    Attributes:
+        window: In which window it lies.
+        start: Its first token, counted in the window.
+        end: Its last token.
+        score: Sum of its start and end logit.
+        null: The score of "no answer": the smallest, over the windows, of the same sum at a window's first token.
+    """
+
+    window: int
+    start: int
+    end: int
+    score: float
+    null: float
+
+
+def best_span(logits: Sequence[np.ndarray], context: Sequence[np.ndarray], max_answer: int) -> Best | None:
+    """The span with the highest sum of start and end logit, over every pair start <= end < start + max_answer in the context.
+
+    A window that does not hold the answer is sure of that, one that does is not: so the smallest null score speaks for the
+    question (Devlin et al., 2019, and SQuAD 2.0's baselines).
+
+    Args:
+        logits: For each window f32[len, 2], start and end.
+        context: For each window bool[len]: which tokens an answer may touch; they stand side by side.
+        max_answer: Most tokens of an answer, at least 1.
+
+    Returns:
+        The best; of equal ones the first. None where no window has a context token.
+    """
+    null = min((float(window[0].sum()) for window in logits), default=np.inf)
+    best: Best | None = None
+    for number, (window, inside) in enumerate(zip(logits, context, strict=True)):
+        start_N = np.where(inside, window[:, 0], -np.inf)
+        end_N = np.where(inside, window[:, 1], -np.inf)
+        # For each start the ends that it may have: [N, max_answer], nothing past the window.
+        end_N = np.concatenate([end_N, np.full(max_answer - 1, -np.inf, end_N.dtype)])
+        ends_NxA = np.lib.stride_tricks.sliding_window_view(end_N, max_answer)
+        total_N = start_N + ends_NxA.max(axis=1)
+        at = int(total_N.argmax())
+        score = float(total_N[at])
+        if score > (-np.inf if best is None else best.score):
+            best = Best(number, at, at + int(ends_NxA[at].argmax()), score, null)
+    return best

@@ -10,17 +10,16 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 
-from mtl_jax.counting import count
+from mtl_jax.core.errors import UserError, count, listed
+from mtl_jax.core.files import shown
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.formats.rows import odd_blank
+from mtl_jax.data.formats.rows import Row, odd_blank
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row, Source
-from mtl_jax.errors import UserError, listed
-from mtl_jax.files import shown
+from mtl_jax.data.source import Source
 from mtl_jax.tasks import bio
 from mtl_jax.tasks.base import PerExample, Task, column
-from mtl_jax.tasks.cross_entropy import MISSING, balanced_weights, check_weights, cross_entropy
+from mtl_jax.tasks.losses import MISSING, balanced_weights, check_weights, cross_entropy
 
 ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
 NO_ENTITY = "is neither O nor B-X nor I-X, as tags of entities are"

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mtl_jax.core.errors import unknown
 from mtl_jax.data.batches import Batch, Batching, eval_batches
 from mtl_jax.data.examples import Examples
-from mtl_jax.errors import unknown
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.step import Encode, apply_heads
+from mtl_jax.training.forward import Encode, apply_heads
 
 # (params, batch, feature table or None) -> what the device makes of a batch
 Apply = Callable[[Any, Batch, jax.Array | None], Any]

@@ -27,17 +27,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax import assets
-from mtl_jax.counting import count
+from mtl_jax.core import assets
+from mtl_jax.core.errors import count
 from mtl_jax.data import array_cache
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.logs import Progress
-from mtl_jax.training.prepare import Prepared
-from mtl_jax.training.references import digest_of
-from mtl_jax.training.signals import Stop
-from mtl_jax.training.step import encode_tokens
+from mtl_jax.training.forward import encode_tokens
+from mtl_jax.training.metrics_log import Progress
+from mtl_jax.training.preemption import Stop
+from mtl_jax.training.regularisation.references import digest_of
+from mtl_jax.training.setup import Prepared
 
 log = logging.getLogger(__name__)
 

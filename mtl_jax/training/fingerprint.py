@@ -15,15 +15,15 @@ from typing import Any
 
 import jax
 
+from mtl_jax.core import trees as left_out
+from mtl_jax.core.trees import leaves_of
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.examples import Examples
 from mtl_jax.experiment import tasks_to_json
-from mtl_jax.pretrained.tensors import Location
-from mtl_jax.training import left_out
+from mtl_jax.pretrained.tensor_files import Location
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.hosts import Facts
-from mtl_jax.training.prepare import Prepared
-from mtl_jax.transfer.leaves import leaves_of
+from mtl_jax.training.setup import Prepared
 
 # Flags of jax that change numbers or programs. Others say where caches and logs are: these may differ.
 FLAGS = (

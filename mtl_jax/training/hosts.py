@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import jax
 from jax._src.distributed import global_state  # the store has no public door
 
-from mtl_jax.errors import Interrupted, UserError, listed
-from mtl_jax.files import reason, writing
+from mtl_jax.core.errors import Interrupted, UserError, listed
+from mtl_jax.core.files import reason, writing
 from mtl_jax.training import workdir as workdirs
 
 log = logging.getLogger(__name__)

@@ -15,25 +15,38 @@ import jax
 import numpy as np
 
 from mtl_jax import trunks
-from mtl_jax.counting import count
+from mtl_jax.core import trees
+from mtl_jax.core.errors import Interrupted, UserError, count
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
-from mtl_jax.errors import Interrupted, UserError
 from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import blame, evaluation, fingerprint, generation, hosts, left_out, opening, reading, results, starting
+from mtl_jax.training import (
+    evaluation,
+    fingerprint,
+    frozen_params,
+    hosts,
+    init_from,
+    metrics_log,
+    non_finite,
+    open_workdir,
+    results,
+    text_evaluation,
+)
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.counts import Counts, other_work, steps_by_phase
 from mtl_jax.training.features import Features
-from mtl_jax.training.logs import Logger, Progress
-from mtl_jax.training.prepare import PhasePlan, Prepared, enter, initial_state, measure, stretches, template
-from mtl_jax.training.references import References
-from mtl_jax.training.signals import Stop, asked_to_stop
-from mtl_jax.training.state import TrainState
-from mtl_jax.training.step import Metrics, encode_tokens, look_up, make_train_step, needs
-from mtl_jax.transfer import averaging, freezing
+from mtl_jax.training.forward import encode_tokens, look_up, needs
+from mtl_jax.training.metrics_log import Logger, Progress
+from mtl_jax.training.preemption import Stop, asked_to_stop
+from mtl_jax.training.regularisation.references import References
+from mtl_jax.training.setup import PhasePlan, Prepared, enter, initial_state, stretches, template
+from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import Metrics, TrainState
+from mtl_jax.transfer import averaging
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +69,7 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     folder = Path(workdir)
     with contextlib.ExitStack() as stack:
         opened = hosts.alike(
-            lambda: opening.open_workdir(experiment, folder, allow_config_change, stack),
+            lambda: open_workdir.open_workdir(experiment, folder, allow_config_change, stack),
             lambda opened: fingerprint.of(opened.config, folder, opened.prepared),
         )
         if opened.prepared is None:
@@ -68,22 +81,22 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         return _train(opened.prepared, opened, folder)
 
 
-def _train(prepared: Prepared, opened: opening.Opened, folder: Path) -> dict[str, Any]:
+def _train(prepared: Prepared, opened: open_workdir.Opened, folder: Path) -> dict[str, Any]:
     kept = prepared.experiment.checkpoints
-    base = left_out.Base(lambda: opened.trunk, getattr(prepared.experiment.trunk, "path", ""))
+    base = frozen_params.Base(lambda: opened.trunk, getattr(prepared.experiment.trunk, "path", ""))
     store = Store(folder, kept, criterion=prepared.experiment.evaluation.criterion, base=base)
     with contextlib.closing(store), asked_to_stop() as stop:
         run = _Run(prepared, folder, store, stop, begun=bool(opened.begun))
         state, step = run.resume()  # before anything of this configuration is written: it may not fit the checkpoints
         hosts.check_same([("checkpoint", {"step": step})])
         if not kept.frozen:
-            store.left_out = left_out.to_leave_out((plan.mask for plan in prepared.plans), state.params, opened.trunk)
+            store.left_out = frozen_params.to_leave_out((plan.mask for plan in prepared.plans), state.params, opened.trunk)
         if opened.changed:
             workdirs.forget_results(folder)
         for name, value in (("config", opened.config), ("versions", workdirs.versions()), ("data", opened.data)):
             workdirs.write_json(folder / f"{name}.json", value)
         if opened.begun:
-            workdirs.write_json(folder / starting.RECORD, opened.begun)
+            workdirs.write_json(folder / init_from.RECORD, opened.begun)
         if jax.process_index() == 0:
             trunks.save(prepared.trunk, folder / "trunk")
         for note in prepared.notes:
@@ -238,7 +251,7 @@ class _Run:
         metrics = jax.device_get(metrics)
         self.counts.add(metrics.seen, places)
         facts = self.counts.facts(self.examples)
-        losses, record = reading.read(metrics, facts["seen"])
+        losses, record = metrics_log.read(metrics, facts["seen"])
         record |= {
             "padding": facts["padding"],
             "learning_rate": float(self.rates[step - 1 - plan.start]),
@@ -246,22 +259,22 @@ class _Run:
         }
         self.logger.write("train", step, record)
         self.progress.update(1, record["tokens"], losses, title=plan.phase.name)
-        unsolved = reading.unsolved(metrics)
+        unsolved = metrics_log.unsolved(metrics)
         if unsolved and not self.warned:
             self.warned = True
             log.warning("step %d: %s", step, unsolved)
-        trouble = reading.not_finite(metrics)
+        trouble = metrics_log.not_finite(metrics)
         if trouble:
             self.logger.flush()
             self.store.wait()
-            why = blame.of(step, self.experiment, self.prepared.params, self.store)
+            why = non_finite.of(step, self.experiment, self.prepared.params, self.store)
             raise UserError(f"step {step}: {trouble}; training stopped. {why}")
 
     def _collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
         """The state with these parameters in its average, where that is one over evaluations."""
         if self.collect is None:
             return state
-        trained, _ = freezing.split(state.params, plan.mask)
+        trained, _ = trees.split(state.params, plan.mask)
         return state._replace(average=self.collect(state.average, trained))
 
     def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float | None:
@@ -297,7 +310,7 @@ class _Run:
             return {}
         whole, devices = meshes.own(params, self.mesh), meshes.own_devices(self.mesh)
         trunk = self.prepared.trunk
-        return generation.text_scores(self.tasks, trunk, whole, split, beams, between, devices=devices, together=True)
+        return text_evaluation.text_scores(self.tasks, trunk, whole, split, beams, between, devices=devices, together=True)
 
     def _stopped_early(self) -> bool:
         patience = self.experiment.evaluation.patience

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 
 DATA = "data"
 RUN = "run"

@@ -11,18 +11,18 @@ import jax
 import numpy as np
 import tabulate
 
-from mtl_jax.counting import count
+from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.files import number_of
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.sources import SPLITS, Source, text_of
-from mtl_jax.errors import UserError
+from mtl_jax.data.row_keys import text_of
+from mtl_jax.data.source import SPLITS, Source
 from mtl_jax.experiment import Experiment
-from mtl_jax.files import number_of
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.base import known_rows
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.evaluation import for_json, score_fixed
-from mtl_jax.training.logs import read_metrics
+from mtl_jax.training.metrics_log import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -120,10 +120,10 @@ def write(
     }
     records = read_metrics(folder) if figure else []
     if records and jax.process_index() == 0:  # merged runs took no steps
-        from mtl_jax import figures  # imported late: matplotlib takes a while
+        from mtl_jax.core import plotting  # imported late: matplotlib takes a while
 
         # Before results.json, which says that the run is done.
-        figures.curves(records, [(task.name, task.metric) for task in tasks], folder / "curves.png")
+        plotting.curves(records, [(task.name, task.metric) for task in tasks], folder / "curves.png")
     workdirs.write_json(folder / "results.json", found)
     return found
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 
-from mtl_jax import files
-from mtl_jax.counting import count
-from mtl_jax.errors import UserError
-from mtl_jax.files import check_regular, number_of, parse_json, shown, to_json, writing
-from mtl_jax.shapes import Shape, anything, list_of, mapping, number, object_of, text, whole
-from mtl_jax.training import saved
+from mtl_jax.core import files
+from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.files import check_regular, number_of, parse_json, shown, to_json, writing
+from mtl_jax.core.json_shapes import Shape, anything, list_of, mapping, number, object_of, text, whole
+from mtl_jax.training import checkpoint_files
 
 _SCORES = mapping(number)
 
@@ -225,7 +224,7 @@ def check_data(workdir: Path, data: dict[str, Any]) -> None:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether there is any, good or damaged."""
-    return bool(saved.steps(workdir / "checkpoints"))
+    return bool(checkpoint_files.steps(workdir / "checkpoints"))
 
 
 def create(workdir: Path) -> None:

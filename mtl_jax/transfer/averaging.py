@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, unknown
 
 KINDS = ("none", "ema", "last")
 DECAY = 0.999

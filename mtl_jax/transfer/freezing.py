@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 
-from mtl_jax.configuration import Configuration
-from mtl_jax.errors import NOT_A_PATTERN, UserError, listed
-from mtl_jax.files import shown
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed
+from mtl_jax.core.files import shown
+from mtl_jax.core.trees import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,6 @@ class ParamRule(Configuration):
     rate: float = 1.0
     weight_decay: float | None = None
     schedule: str = ""
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A jax key path as names with slashes: trunk/layer_0/attention/query/kernel."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def check(rules: Sequence[ParamRule]) -> None:
@@ -111,28 +107,6 @@ def trainable(params: Any, rules: Sequence[ParamRule]) -> Any:
         UserError: As for decide.
     """
     return jax.tree.map(lambda rule: rule.train, decide(params, rules))
-
-
-def split(params: Any, mask: Any) -> tuple[Any, Any]:
-    """Two trees of the same shape: the trainable leaves, and the frozen ones; None stands where a leaf is in the other.
-
-    Args:
-        params: A tree of arrays; None leaves, from an earlier split, stay None in both.
-        mask: A tree of bools.
-    """
-    return (
-        jax.tree.map(lambda leaf, train: leaf if train else None, params, mask, is_leaf=_is_none),
-        jax.tree.map(lambda leaf, train: None if train else leaf, params, mask, is_leaf=_is_none),
-    )
-
-
-def merge(trained: Any, frozen: Any) -> Any:
-    """The inverse of split."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=_is_none)
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
 
 
 def _layers(names: Sequence[str]) -> str:

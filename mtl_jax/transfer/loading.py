@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from flax import traverse_util
 
-from mtl_jax.configuration import Configuration
-from mtl_jax.errors import NOT_A_PATTERN, UserError
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import NOT_A_PATTERN, UserError
 
 FIELD = "init_from"
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mtl_jax.configuration import Configuration
-from mtl_jax.counting import count as number_of
-from mtl_jax.counting import there_are
-from mtl_jax.errors import UserError, listed
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import UserError, listed, there_are
+from mtl_jax.core.errors import count as number_of
 from mtl_jax.transfer.freezing import ParamRule
-from mtl_jax.transfer.layers import top_layers
+from mtl_jax.transfer.param_rules import top_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ import math
 import re
 from collections.abc import Sequence, Set
 
-from mtl_jax.configuration import Configuration
-from mtl_jax.errors import NOT_A_PATTERN, UserError, listed, unknown
-from mtl_jax.files import shown
-from mtl_jax.transfer.mixout import Mixout
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed, unknown
+from mtl_jax.core.files import shown
+from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.weighting import schedules
 
 FIELD = "regularisers"

@@ -19,13 +19,13 @@ from mtl_jax.weighting.base import (
     Weights,
     above_zero,
     after_transform,
+    number,
     present,
     share,
     stack,
     unstack,
 )
 from mtl_jax.weighting.gram_rules import scaled_gram
-from mtl_jax.weighting.options import number
 
 
 def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:

@@ -13,11 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.counting import there_are
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError, there_are
 from mtl_jax.weighting import base
-from mtl_jax.weighting.base import Rule, Signals, Weights, around, present, share, stack, unstack
-from mtl_jax.weighting.options import number
+from mtl_jax.weighting.base import Rule, Signals, Weights, around, number, present, share, stack, unstack
 
 
 def normalized(rule: Rule, total: float | None = None) -> Rule:

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.weighting import solvers
-from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, unstack
-from mtl_jax.weighting.options import number
+from mtl_jax.weighting.base import Rule, Signals, Weights, number, present, share, unstack
 
 # (Gram matrix f32[K, K] with its largest diagonal entry 1, that entry before, present bool[K]) -> (weights f32[K], residual)
 Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.errors import UserError, listed, unknown
-from mtl_jax.weighting.base import SMALLEST, Rule, Signals, Weights, above_zero, present, share, stack, unstack
-from mtl_jax.weighting.options import choice, number
+from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.weighting.base import SMALLEST, Rule, Signals, Weights, above_zero, choice, number, present, share, stack, unstack
 
 LOWEST, HIGHEST = -69.0, -math.log(SMALLEST)  # of a logarithm of a learned weight: 1e-30 and 1e6
 BIG = 3e38  # the largest float32, nearly

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError, listed
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.weighting.base import Rule, Signals, Weights
 
 

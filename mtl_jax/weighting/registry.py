@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static
 from mtl_jax.weighting.base import Rule
 

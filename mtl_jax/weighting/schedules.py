@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, unknown
 
 Schedule = Callable[[jax.Array], jax.Array]
 

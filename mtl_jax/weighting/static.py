@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError, listed, unknown
+from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.weighting.base import Rule, Signals, Weights, stack, unstack
 from mtl_jax.weighting.schedules import Schedule, at, parse
 

@@ -14,14 +14,14 @@ import tiny_translation
 
 from mtl_jax import L2SP, Checkpoints, Evaluation, Phase, train
 from mtl_jax.ablation.ablate import ablate
-from mtl_jax.ablation.taking import take
-from mtl_jax.errors import UserError
+from mtl_jax.ablation.extract import take
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment, from_json
-from mtl_jax.prediction import predict
-from mtl_jax.progress import Progress
+from mtl_jax.inference.predict import predict
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import read_metrics
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.metrics_log import read_metrics
 
 VARY = ["weights=1/1/1,0.2/0.3/0.5", "phases.everything.learning-rate=1e-2,1e30"]
 SHORT = (Phase("heads", steps=3, rules=tiny.HEADS_ONLY), Phase("everything", steps=3))

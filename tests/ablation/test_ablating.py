@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Checkpoints, scripts
-from mtl_jax.ablating import method_list
-from mtl_jax.errors import UserError
-from mtl_jax.training.checkpoint import Store
+from mtl_jax import Checkpoints
+from mtl_jax.cli import scripts
+from mtl_jax.cli.ablations import method_list
+from mtl_jax.core.errors import UserError
+from mtl_jax.training.checkpoint_store import Store
 
-ABLATE = [sys.executable, "-c", "from mtl_jax.cli import console; console()", "ablate", tiny.__file__]
+ABLATE = [sys.executable, "-c", "from mtl_jax.cli.main import console; console()", "ablate", tiny.__file__]
 FLAGS = ["--vary", "weights=1/1/1,0.2/0.3/0.5", "--seeds", "2", "--methods", "dwa"]
 SHORT = ["--", "--phases.0.steps", "9", "--phases.1.steps", "9", "--evaluation.every", "6", "--checkpoints.every", "3"]
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax.ablation import numbers, plan, sizes, space
-from mtl_jax.errors import UserError
+from mtl_jax.ablation import fields, plan, space
+from mtl_jax.ablation import programs as sizes
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import Experiment
 
 
@@ -60,7 +61,7 @@ def test_what_shapes_a_program_makes_a_program(experiment):
 def test_numbers_come_with_an_axis_over_runs(experiment):
     runs = runs_of(experiment, "weights.coarse=0,2,linear_schedule(1.0, 0.0, 10)", "phases.0.learning-rate=1e-3,1e-2")
     (program,) = plan.programs(runs)
-    found = numbers.collect([run.experiment for run in runs])
+    found = fields.collect([run.experiment for run in runs])
     assert found["phases.0.learning_rate"].tolist() == np.float32([1e-3, 1e-2] * 3).tolist()
     assert found["weights.coarse"].shape == (6, 12)  # a schedule among them: a number for every step
     assert found["weights.coarse"][4, :3] == pytest.approx([1.0, 0.9, 0.8])

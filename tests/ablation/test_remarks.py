@@ -10,12 +10,12 @@ import pytest
 import tiny
 
 from mtl_jax import L2SP, Optimizer, ParamRule, Phase
-from mtl_jax import optimizer as optimizers
 from mtl_jax.ablation import plan, space
 from mtl_jax.ablation.remarks import weights_do_nothing
 from mtl_jax.report import sections
-from mtl_jax.report.read import Study
+from mtl_jax.report.study import Study
 from mtl_jax.transfer import freezing
+from mtl_jax.transfer import optimizer as optimizers
 
 ONES = {"rating": 1.0, "coarse": 1.0, "fine": 1.0}
 ADAM = Optimizer(clip_norm=0.0)

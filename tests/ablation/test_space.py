@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax.ablation import space
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import Experiment
 
 

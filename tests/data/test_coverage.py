@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from vocabularies import bert_like, roberta_like
 
 from mtl_jax import Classification, MaskedLM, Seq2Seq, Source, pretrained
+from mtl_jax.core.errors import UserError
 from mtl_jax.data import coverage
 from mtl_jax.data.coverage import Tables
-from mtl_jax.data.parts import make_part
+from mtl_jax.data.examples import make_part
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.ragged import Ragged
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.pretrained.tokenizer import languages
-from mtl_jax.tasks.base import TrunkFacts
+from mtl_jax.models.trunk_output import TrunkFacts
+from mtl_jax.pretrained.locate import languages
 
 BERT, ROBERTA = bert_like(), roberta_like()
 SIZE = len(BERT)

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from mtl_jax import Classification, Regression, Source, Span, Tagging
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.corpus import make_corpus, read_sources
-from mtl_jax.errors import UserError
 from mtl_jax.pretrained import load_tokenizer
 
 TASK = Classification(name="t", source="s", labels=("x", "y"))

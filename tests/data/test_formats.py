@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_jax.data.formats import READERS, lines, parallel
-from mtl_jax.data.formats.jsonl import parse
-from mtl_jax.data.formats.values import columns
-from mtl_jax.data.sources import Row, Source, read
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
+from mtl_jax.data.formats import READERS, lines, text_files
+from mtl_jax.data.formats.json_files import parse
+from mtl_jax.data.formats.records import columns
+from mtl_jax.data.formats.rows import Row
+from mtl_jax.data.source import Source
+from mtl_jax.data.splits import read
 
 
 def write(path, text):
@@ -270,14 +272,14 @@ def test_wildcards_of_parallel_files(tmp_path, monkeypatch):
         (tmp_path / topic).mkdir()
         for part in ("text", "labels"):
             write(tmp_path / topic / f"train_{part}.txt", f"{topic} {part}\n")
-    assert parallel.matches(f"{tmp_path}/*/train_{{text,labels}}.txt") == [
+    assert text_files.matches(f"{tmp_path}/*/train_{{text,labels}}.txt") == [
         f"{tmp_path}/{topic}/train_{{text,labels}}.txt" for topic in ("a", "b")
     ]
     monkeypatch.setenv("MTL_JAX_DATA", str(tmp_path))
-    assert parallel.matches("data:?/*_{text,labels}.*") == [f"data:{topic}/train_{{text,labels}}.txt" for topic in ("a", "b")]
+    assert text_files.matches("data:?/*_{text,labels}.*") == [f"data:{topic}/train_{{text,labels}}.txt" for topic in ("a", "b")]
     (tmp_path / "b" / "train_labels.txt").unlink()
     with pytest.raises(UserError, match=r"b/train_\{text,labels\}\.txt: not all of these files exist"):
-        parallel.matches(f"{tmp_path}/*/train_{{text,labels}}.txt")
+        text_files.matches(f"{tmp_path}/*/train_{{text,labels}}.txt")
 
 
 @pytest.mark.parametrize("path", ["plain.txt", "a{b", "{a,b}{c,d}", "{}"])

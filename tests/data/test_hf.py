@@ -2,9 +2,10 @@ import sys
 
 import pytest
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.formats.hf import open_hf
-from mtl_jax.data.sources import Source, read
-from mtl_jax.errors import UserError
+from mtl_jax.data.source import Source
+from mtl_jax.data.splits import read
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ import pytest
 import tiny
 
 from mtl_jax import Classification, Multilabel, Regression, Seq2Seq, Source, Tagging
+from mtl_jax.core.errors import UserError
 from mtl_jax.data import label_notes
 from mtl_jax.data.corpus import make_corpus, read_sources
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.records import Records
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.ragged import Ragged
-from mtl_jax.data.sources import Row, read
-from mtl_jax.errors import UserError
+from mtl_jax.data.splits import read
 from mtl_jax.pretrained import load_tokenizer
 
 CLASS, TAGS = Classification(name="t", source="s"), Tagging(name="t", source="s", column="label")
@@ -92,7 +93,7 @@ def test_records_on_disk_are_drawn_alike(tmp_path, monkeypatch):
     rows = [{"text": f"text {number}", "label": f"c{number // 10}"} for number in range(200)] + [
         {"text": "text 0", "label": "new"}
     ]
-    monkeypatch.setattr("mtl_jax.data.sources._open", lambda source, path: Records(path, rows, {}))
+    monkeypatch.setattr("mtl_jax.data.splits._open", lambda source, path: Records(path, rows, {}))
     splits = read(Source(name="s", path="hf:any", limit=5))
     assert [len(splits.rows[split]) for split in ("train", "dev", "test")] == [5, 5, 5]
     assert {row.columns["label"] for row in splits.file} == {*(f"c{n}" for n in range(20)), "new"}

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data import mixture
 from mtl_jax.data.mixture import InTurn, Schedule, schedule, shares
-from mtl_jax.errors import UserError
 
 SIZES = {"a": 100_000, "b": 10_000, "c": 1_000}
 

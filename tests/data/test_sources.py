@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_jax.data import cutting, sources
-from mtl_jax.data.sources import Source, read
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
+from mtl_jax.data import row_keys, splits
+from mtl_jax.data import source as sources
+from mtl_jax.data.source import Source
+from mtl_jax.data.splits import read
 
 
 def write(path, text):
@@ -61,7 +63,7 @@ def test_the_same_text_is_in_one_split_only(tmp_path):
     repeated = "".join(f"1\tTEXT   number {i}\n" for i in range(0, 200, 3))
     path = write(tmp_path / "a.tsv", "label\ttext\n" + numbered(200) + repeated)
     splits = read(Source(name="a", path=path, format="tsv"))
-    found = [sources.normalise(text) for rows in texts(splits).values() for text in rows]
+    found = [row_keys.normalise(text) for rows in texts(splits).values() for text in rows]
     assert len(found) == len(set(found)) == 200
     assert splits.repeated == 67
     assert 5 <= len(splits.rows["dev"]) <= 40
@@ -97,7 +99,7 @@ def test_a_text_of_the_test_file_leaves_the_training_rows(tmp_path):
 
 @given(st.text(), st.integers(0, 5), st.floats(0, 0.5), st.floats(0, 0.49))
 def test_a_cut_is_always_a_split(key, seed, dev, test):
-    split = cutting.cut(key, seed, {"dev": dev, "test": test})
+    split = splits.cut(key, seed, {"dev": dev, "test": test})
     assert split in sources.SPLITS
     assert not (split == "dev" and dev == 0)
     assert not (split == "test" and test == 0)
@@ -300,7 +302,7 @@ def test_a_path_that_may_not_be_looked_at(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", path)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mtl_jax.files.os.stat", refused)
+        patched.setattr("mtl_jax.core.files.os.stat", refused)
         with pytest.raises(UserError, match=r"a\.csv: cannot be read \(Permission denied\)$"):
             read(Source(name="a", path="a.csv"))
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mtl_jax.data.sources import SPLITS, Source, read
+from mtl_jax.data.source import SPLITS, Source
+from mtl_jax.data.splits import read
 
 PARALLEL = {"format": "parallel"}
 WORDS = {"format": "conll", "columns": ("words", "tags"), "text": "words"}

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from two_sources import BATCHING, corpus
 
-from mtl_jax.data.plan import deal
+from mtl_jax.core.errors import UserError
+from mtl_jax.data.batch_plan import deal
 from mtl_jax.data.stream import Stretch, one_stretch, schedule, stream
-from mtl_jax.errors import UserError
 
 
 def take(count, data, batching=BATCHING, *, seed=0, steps=1000, host=0, hosts=1, state=None):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.tfds import open_tfds
-from mtl_jax.data.sources import Source, read
-from mtl_jax.errors import UserError
+from mtl_jax.data.source import Source
+from mtl_jax.data.splits import read
 
 TEXTS = 100
 

@@ -11,9 +11,9 @@ import tiny
 from transformers import AutoTokenizer
 from vocabularies import bert_like, roberta_like
 
-from mtl_jax.data import array_cache, corpus, token_cache, tokens
+from mtl_jax.data import array_cache, corpus, tokenize
 from mtl_jax.data.batches import eval_batches
-from mtl_jax.data.tokens import Ragged, encode
+from mtl_jax.data.tokenize import Ragged, encode
 
 TEXTS = [" ".join("abcdef"[(i * j) % 6] * (j % 3 + 1) for j in range(i % 9)) for i in range(40)]
 BERT = bert_like()
@@ -32,14 +32,14 @@ def same(a, b):
 
 @pytest.fixture(autouse=True)
 def _however_little(monkeypatch):
-    monkeypatch.setattr(tokens, "CACHED_CHARACTERS", 0)
+    monkeypatch.setattr(tokenize, "CACHED_CHARACTERS", 0)
 
 
 @pytest.fixture
 def tokenised(monkeypatch):
     """How often texts were really tokenised."""
-    calls, part = [], tokens._part
-    monkeypatch.setattr(tokens, "_part", lambda *args: calls.append(1) or part(*args))
+    calls, part = [], tokenize._part
+    monkeypatch.setattr(tokenize, "_part", lambda *args: calls.append(1) or part(*args))
     return calls
 
 
@@ -79,7 +79,7 @@ def test_what_is_read_is_mapped_and_read_only(tmp_path):
 
 
 def test_little_text_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "CACHED_CHARACTERS", sum(map(len, TEXTS)) + 1)
+    monkeypatch.setattr(tokenize, "CACHED_CHARACTERS", sum(map(len, TEXTS)) + 1)
     encode(BERT, TEXTS, max_length=8, cache=tmp_path)
     assert entries(tmp_path) == []
     encode(BERT, [*TEXTS, "a"], max_length=8, cache=tmp_path)
@@ -128,7 +128,7 @@ def test_a_word_added_to_the_vocabulary(tmp_path, tokenised):
 
 def test_other_versions(tmp_path, tokenised, monkeypatch):
     encode(BERT, TEXTS, max_length=8, cache=tmp_path)
-    monkeypatch.setattr(token_cache, "version", lambda name: "0")
+    monkeypatch.setattr(tokenize, "version", lambda name: "0")
     encode(BERT, TEXTS, max_length=8, cache=tmp_path)
     assert len(tokenised) == 2
 

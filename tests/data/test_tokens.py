@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vocabularies import LETTERS, bert_like, roberta_like
 
-from mtl_jax import assets
-from mtl_jax.data import tokens as tokens_module
-from mtl_jax.data.tokens import Ragged, RowError, encode
-from mtl_jax.errors import UserError
+from mtl_jax.core import assets
+from mtl_jax.core.errors import UserError
+from mtl_jax.data import tokenize as tokens_module
+from mtl_jax.data.tokenize import Ragged, RowError, encode
 from mtl_jax.pretrained import load_tokenizer
 
 TOKENIZERS = {"bert": bert_like(), "roberta": roberta_like()}

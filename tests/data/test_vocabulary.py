@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data import vocabulary
-from mtl_jax.errors import UserError
 
 TEXTS = ["Two dogs run.", "Deux chiens courent.", "L'homme est là, près du café!", "a dog's life", "été"] * 5
 

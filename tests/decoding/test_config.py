@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import mtl_jax
+from mtl_jax.core.errors import UserError
 from mtl_jax.decoding import GenerationConfig, fitted, generate, generate_all, resolve
-from mtl_jax.errors import UserError
 
 RAW = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "num_beams": 4, "length_penalty": 2.0}
 

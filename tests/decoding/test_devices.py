@@ -10,8 +10,8 @@ import pytest
 
 from mtl_jax import pretrained
 from mtl_jax.decoding import generate_all, prepare, resolve, search
+from mtl_jax.decoding.batching import share
 from mtl_jax.decoding.config import divided
-from mtl_jax.decoding.devices import share
 
 MARIAN = str(Path(__file__).parent.parent / "pretrained" / "fixtures" / "marian")
 SEARCHES = {

@@ -7,13 +7,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mtl_jax.decoding.best import BLOCK
-from mtl_jax.decoding.buckets import buckets
+from mtl_jax.decoding.batching import buckets
 from mtl_jax.decoding.config import GenerationConfig, divided
 from mtl_jax.decoding.processors import likely, process
 from mtl_jax.decoding.state import State
+from mtl_jax.decoding.steps import BLOCK, plain_step
 from mtl_jax.decoding.steps import _drawn as drawn_candidates
-from mtl_jax.decoding.steps import plain_step
 
 V, L = 7, 6
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.merge import Method, merge
 from mtl_jax.transfer import merging
 

@@ -1,6 +1,6 @@
 import pytest
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.merge.method import Method, checked
 
 TWO = ("a", "b")

@@ -15,16 +15,17 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import IA3, Checkpoints, Lora, Phase, adapters_only, cli, trunks
-from mtl_jax.errors import UserError
+from mtl_jax import IA3, Checkpoints, Lora, Phase, adapters_only, trunks
+from mtl_jax.cli import main
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import tasks_to_json, to_json
+from mtl_jax.inference.predict import Run, evaluate, open_run, predict
 from mtl_jax.merge import Method, merge
-from mtl_jax.merge.measuring import corpus_of
+from mtl_jax.merge.runs import corpus_of
 from mtl_jax.merge.union import Member, unite
-from mtl_jax.prediction import Run, evaluate, open_run, predict
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.prepare import prepare
-from mtl_jax.training.state import create
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.setup import prepare
+from mtl_jax.training.train_state import create
 from mtl_jax.transfer import merging
 
 
@@ -432,7 +433,7 @@ def test_the_command(runs, bert, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mtl-jax", "merge", *arguments])
         try:
-            cli.console()
+            main.console()
         except SystemExit as stopped:
             return stopped.code, *capsys.readouterr()
         return 0, *capsys.readouterr()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mtl_jax.models.dense import Dense, times
+from mtl_jax.models.layers import Dense, times
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (2, 3, 4, 6)])

@@ -7,7 +7,7 @@ from scipy.special import erf
 
 from mtl_jax import pretrained
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.pooling import segment_mean
+from mtl_jax.models.trunk_output import segment_mean
 
 
 def numpy_bert(tensors: dict[str, np.ndarray], ids_T: list[int]) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder, Seq2SeqOutput
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig, sinusoidal_table

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtl_jax.models.relative_bias import relative_buckets
 from mtl_jax.models.seq2seq import Seq2SeqEncoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.models.t5 import relative_buckets
 
 CONFIG = Seq2SeqConfig(
     vocab_size=20,

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained.safetensors_file import open_safetensors
-from mtl_jax.pretrained.tensors import open_tensors
+from mtl_jax.pretrained.tensor_files import open_tensors
 
 
 @pytest.fixture(scope="module")

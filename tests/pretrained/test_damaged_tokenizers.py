@@ -12,10 +12,10 @@ import tiny_seq2seq
 from tokenizers import SentencePieceUnigramTokenizer
 from vocabularies import bert_like, roberta_like
 
-from mtl_jax.data.tokens import encode
-from mtl_jax.errors import UserError
-from mtl_jax.pretrained.tokenizer import _panics_unsaid, foreign, load_tokenizer
-from mtl_jax.text_model import encoder
+from mtl_jax.core.errors import UserError
+from mtl_jax.data.tokenize import encode
+from mtl_jax.inference.text_model import encoder
+from mtl_jax.pretrained.locate import _panics_unsaid, foreign, load_tokenizer
 
 TEXTS = ["the film is a b", "电 z\u200d ḟ", "<s> [MASK] </s>", "aab 12,3 don't"]
 HUGE = 10**30

@@ -11,10 +11,10 @@ import tiny_seq2seq
 from safetensors.numpy import load_file, save_file
 
 from mtl_jax import decoding, pretrained
+from mtl_jax.core.errors import UserError
 from mtl_jax.decoding.config import FIELDS
-from mtl_jax.errors import UserError
+from mtl_jax.inference.text_model import Asked, from_checkpoint
 from mtl_jax.pretrained import placing
-from mtl_jax.text_model import Asked, from_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())

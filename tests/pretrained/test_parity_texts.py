@@ -3,8 +3,8 @@
 import pytest
 import tiny_seq2seq
 
-from mtl_jax import generation
-from mtl_jax.text_model import Asked, from_checkpoint
+from mtl_jax.inference import generate_texts
+from mtl_jax.inference.text_model import Asked, from_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,9 +24,9 @@ def theirs(folder, cls, texts, before=None, tokenizer_options=None, **options):
 
 def ours(folder, asked, **options):
     model = from_checkpoint(str(folder), asked)
-    plan = generation.make_plan(model, TEXTS, "cut", generation.limit_of(model, None))
+    plan = generate_texts.make_plan(model, TEXTS, "cut", generate_texts.limit_of(model, None))
     assert not plan.long
-    answers = generation.generate(model, plan, generation.configure(model, options, "model"), len(TEXTS), rows=4)
+    answers = generate_texts.generate(model, plan, generate_texts.configure(model, options, "model"), len(TEXTS), rows=4)
     return [answer.texts[0] for answer in answers]
 
 

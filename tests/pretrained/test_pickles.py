@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl_jax.errors import UserError
-from mtl_jax.pretrained.pickles import open_bin
+from mtl_jax.core.errors import UserError
+from mtl_jax.pretrained.torch_bin.pickles import open_bin
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FORMATS = ("zip", "legacy")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained.modernbert import config
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mtl_jax import pretrained
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained import families
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import to_json
-from mtl_jax.report import read
+from mtl_jax.report import study as read
 from mtl_jax.report.series import POINTS, Series, band, of_records
 from mtl_jax.report.statistics import criterion
 

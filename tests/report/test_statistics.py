@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mtl_jax.report import read, statistics
+from mtl_jax.report import statistics
+from mtl_jax.report import study as read
 
 
 @pytest.fixture(scope="module")

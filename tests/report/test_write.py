@@ -11,9 +11,12 @@ import made
 import pytest
 
 import mtl_jax
-from mtl_jax import cli, locks, report
-from mtl_jax.errors import UserError
-from mtl_jax.report import read, sections, statistics, tables
+from mtl_jax import report
+from mtl_jax.cli import main
+from mtl_jax.core import locks
+from mtl_jax.core.errors import UserError
+from mtl_jax.report import sections, statistics, tables
+from mtl_jax.report import study as read
 
 NASTY = {'<script>alert("x")</script>': "pearson", "a$b$ & 'c'": "accuracy", "_sms": "accuracy"}
 
@@ -284,13 +287,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         made.write_run(tmp_path / f"run{seed}", {"values": {"weighting": "equal", "seed": seed}, "status": "done"})
     (tmp_path / "run.log").write_text("")
     monkeypatch.chdir(tmp_path)
-    cli.report(("run*",))
+    main.report(("run*",))
     assert capsys.readouterr().out == "the report is report/report.html\n"
     assert "Mean and standard deviation over 2 seeds" in (tmp_path / "report" / "report.html").read_text()
-    cli.report(("run0",), output="alone")
+    main.report(("run0",), output="alone")
     assert (tmp_path / "alone" / "report.html").exists()
     with pytest.raises(UserError, match=r"no\*: no workdir of a run is there"):
-        cli.report(("no*",))
+        main.report(("no*",))
     ablation = made.write_ablation(tmp_path / "ablation")
     assert report.default_output([ablation]) == ablation
     assert report.default_output([Path("run0")]) == Path("report")

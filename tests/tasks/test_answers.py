@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mtl_jax.tasks.answers import exact, f1, normalise, score
+from mtl_jax.tasks.metrics import exact, f1, normalise, score
 
 # Five systems on the questions of XQuAD (English) that they answered: how many, exact match, F1.
 SYSTEMS = {

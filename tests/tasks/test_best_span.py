@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_jax.tasks.best_span import Best, best_span
+from mtl_jax.tasks.span import Best, best_span
 
 
 def brute_force(logits, context, max_answer):

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.tasks import Classification
-from mtl_jax.tasks.cross_entropy import balanced_weights
+from mtl_jax.tasks.losses import balanced_weights
 
 CLASSES = Classification(name="t", source="s", labels=("x", "y", "z"))
 

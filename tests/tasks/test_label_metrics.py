@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from mtl_jax.errors import UserError
-from mtl_jax.tasks import label_metrics
+from mtl_jax.core.errors import UserError
+from mtl_jax.tasks import metrics
 
 LABELS = ("none", "against", "favor")
 
 
 def test_by_hand():
     gold, found = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
-    scores = label_metrics.scores(gold, found, "f1:against+favor", LABELS)
+    scores = metrics.scores(gold, found, "f1:against+favor", LABELS)
     assert scores == pytest.approx(
         {
             "accuracy": 3 / 5,
@@ -25,26 +25,26 @@ def test_by_hand():
 def test_against_sklearn():
     rng = np.random.default_rng(0)
     gold, found = rng.integers(0, 3, 60), rng.integers(0, 3, 60)
-    scores = label_metrics.scores(gold, found, "f1:favor", LABELS)
+    scores = metrics.scores(gold, found, "f1:favor", LABELS)
     assert scores["f1:favor"] == pytest.approx(f1_score(gold == 2, found == 2))
     assert scores["matthews"] == pytest.approx(matthews_corrcoef(gold, found))
-    assert label_metrics.scores(gold, found, "accuracy", LABELS).keys() == set(label_metrics.NAMES)
+    assert metrics.scores(gold, found, "accuracy", LABELS).keys() == set(metrics.NAMES)
 
 
 def test_nothing_varies():
     same = np.zeros(3, int)
     expected = {"accuracy": 1.0, "macro_f1": 1.0, "macro_recall": 1.0, "matthews": 0.0, "f1:favor": 0.0}
-    assert label_metrics.scores(same, same, "f1:favor", LABELS) == expected
+    assert metrics.scores(same, same, "f1:favor", LABELS) == expected
 
 
 def test_names():
-    assert label_metrics.names("macro_f1") == label_metrics.NAMES
-    assert label_metrics.names("f1:favor") == (*label_metrics.NAMES, "f1:favor")
-    assert label_metrics.names("f1:") == label_metrics.NAMES
-    assert label_metrics.f1_labels("f1:favor+against", LABELS) == [2, 1]
-    assert label_metrics.f1_labels("f1:a+b", ("a+b", "c")) == [0]
+    assert metrics.names("macro_f1") == metrics.NAMES
+    assert metrics.names("f1:favor") == (*metrics.NAMES, "f1:favor")
+    assert metrics.names("f1:") == metrics.NAMES
+    assert metrics.f1_labels("f1:favor+against", LABELS) == [2, 1]
+    assert metrics.f1_labels("f1:a+b", ("a+b", "c")) == [0]
     with pytest.raises(UserError, match=r"metric 'f1:x': 'x' is not in the label set \(none, against, favor\)"):
-        label_metrics.f1_labels("f1:x", LABELS)
+        metrics.f1_labels("f1:x", LABELS)
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_tweeteval_figures_from_the_systems_own_files(shared_data, name, metric,
         for path in (folder / name / "test_labels.txt", folder / "predictions" / f"{name}.txt")
     )
     labels = tuple(map(str, range(gold.max() + 1)))
-    assert 100 * label_metrics.scores(gold, found, metric, labels)[metric] == pytest.approx(published, abs=0.005)
+    assert 100 * metrics.scores(gold, found, metric, labels)[metric] == pytest.approx(published, abs=0.005)

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax import Checkpoints, Evaluation, MaskedLM, Phase, Pretrained, Regression, Source, train, weighting
+from mtl_jax.core.errors import Interrupted, UserError
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.errors import Interrupted, UserError
-from mtl_jax.models.encoded import Encoded
-from mtl_jax.prediction import predict
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import read_metrics
-from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.signals import Stop
+from mtl_jax.inference.predict import predict
+from mtl_jax.models.trunk_output import Encoded
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.preemption import Stop
+from mtl_jax.training.setup import initial_state, prepare
 
 LM = MaskedLM(name="lm", source="texts", mask=4, vocabulary=50, special=(0, 2, 3, 4, 49))
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=5)

@@ -10,11 +10,11 @@ import tiny
 from sklearn.metrics import accuracy_score, f1_score
 
 from mtl_jax import Phase, Pretrained, Source
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.sources import Row
-from mtl_jax.errors import UserError
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.tasks import Multilabel
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training.setup import prepare
 
 TOPICS = Multilabel(name="topics", source="said", column="topics", labels=("film", "good", "who"))
 COLUMNS = Multilabel(name="columns", source="said", columns=("is_film", "is_good"))

@@ -7,7 +7,7 @@ import packing
 import tiny
 
 from mtl_jax import Classification, Phase, Pretrained, Regression, Source
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training.setup import prepare
 
 
 def test_packed_equals_unpacked(tmp_path):

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax import Batching, Embedding, Pretrained, Seq2Seq
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import eval_batches, part_of
-from mtl_jax.data.sources import Row
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.errors import UserError
-from mtl_jax.models.encoded import Encoded
-from mtl_jax.tasks import token_losses
+from mtl_jax.models.trunk_output import Encoded
+from mtl_jax.tasks import losses
 from mtl_jax.tasks.seq2seq import shifted
 from mtl_jax.training import results
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training.setup import prepare
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_logits_of_a_few_places_at_a_time(prepared, monkeypatch):
     R, U, V = *batch.labels["translation"].shape[:2], len(table)
     memory = {U: jax.jit(gradients).lower().compile().memory_analysis().temp_size_in_bytes}
     for chunk in (1, 7, 24):
-        monkeypatch.setattr(token_losses, "AT_ONCE", R * V * chunk)
+        monkeypatch.setattr(losses, "AT_ONCE", R * V * chunk)
         # Not the function of before: what was traced for that is kept.
         found = jax.jit(lambda: gradients()).lower().compile()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, found())

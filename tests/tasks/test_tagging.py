@@ -9,14 +9,15 @@ import pytest
 import tiny
 
 from mtl_jax import Classification, Evaluation, Phase, Pretrained, Source, train
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.examples import make_examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.data.sources import Row, read_one
-from mtl_jax.errors import UserError
-from mtl_jax.prediction import predict
+from mtl_jax.data.splits import read_one
+from mtl_jax.inference.predict import predict
 from mtl_jax.pretrained import load_tokenizer
 from mtl_jax.tasks import Tagging
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training.setup import prepare
 
 LABELS = ("B-bad", "B-good", "I-bad", "I-good", "O")
 SLOTS = Tagging(name="slots", source="said", labels=LABELS)

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.sources import Row
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.tasks import Classification, Regression
 
 CLASSES = Classification(name="t", source="s", labels=("x", "y", "z"))

@@ -9,9 +9,9 @@ import tiny
 
 from mtl_jax import Embedding
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.training import blame, results
-from mtl_jax.training.checkpoint import Damaged
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training import non_finite, results
+from mtl_jax.training.checkpoint_store import Damaged
+from mtl_jax.training.setup import prepare
 from mtl_jax.transfer.loading import InitFrom
 
 FINITE = {"trunk": {"kernel": np.ones(3, np.float32)}, "heads": {"a": {"bias": np.zeros(2, np.float32)}}}
@@ -39,7 +39,7 @@ class Kept:
 
 
 def said(step, start=FINITE, kept=None, experiment=EXPERIMENT):
-    return blame.of(step, experiment, start, Kept(kept or {}))
+    return non_finite.of(step, experiment, start, Kept(kept or {}))
 
 
 def test_a_parameter_that_is_not_finite_from_the_start_is_named_with_its_place():

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from mtl_jax import Checkpoints, Phase
-from mtl_jax.errors import UserError
-from mtl_jax.training import saved
-from mtl_jax.training.checkpoint import Damaged, Store
-from mtl_jax.training.prepare import initial_state, prepare, template
+from mtl_jax.core.errors import UserError
+from mtl_jax.training import checkpoint_files
+from mtl_jax.training.checkpoint_store import Damaged, Store
+from mtl_jax.training.setup import initial_state, prepare, template
 
 CRITERION = "mean"
 
@@ -159,7 +159,7 @@ def test_what_was_saved_is_what_is_read(prepared, store_of):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "uint32"])
 def test_sums_on_the_host_are_those_on_the_devices(dtype):
     array = jax.numpy.asarray(np.random.default_rng(0).integers(0, 200, (7, 5))).astype(dtype)
-    assert saved.describe({"x": array})["x"] == [[7, 5], saved.sum_of(np.asarray(array))]
+    assert checkpoint_files.describe({"x": array})["x"] == [[7, 5], checkpoint_files.sum_of(np.asarray(array))]
 
 
 def test_dev_numbers_that_are_not_finite_come_last_and_are_strict_json(prepared, tmp_path):

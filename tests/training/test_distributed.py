@@ -16,14 +16,14 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Checkpoints
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import stream
-from mtl_jax.errors import UserError
 from mtl_jax.training import loop
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import read_metrics
-from mtl_jax.training.prepare import prepare, stretches
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.setup import prepare, stretches
 
 STEPS = 46
 FLAGS = ["--devices", "0", "--trunk.dropout", "0", "--checkpoints.every", "5", "--evaluation.every", "20"]

@@ -11,9 +11,9 @@ import pytest
 import tiny_translation
 
 from mtl_jax import Evaluation
-from mtl_jax.prediction import open_run
-from mtl_jax.training import generation
-from mtl_jax.training.prepare import prepare
+from mtl_jax.inference.predict import open_run
+from mtl_jax.training import text_evaluation
+from mtl_jax.training.setup import prepare
 
 FLAGS = ["--devices", "0", "--evaluation.every", "6", "--evaluation.baseline", "none"]
 
@@ -49,7 +49,7 @@ def test_the_scores_of_two_processes_are_those_of_one(folder):
     corpus = prepare(dataclasses.replace(whole, evaluation=Evaluation(every=6, baseline="none"))).corpus
     for split in ("dev", "test"):
         assert len(corpus.splits[split]["pairs"].tokens) > 3
-        texts = generation.text_scores(run.tasks, run.trunk, run.params, corpus.splits[split], lambda task: task.beams)
+        texts = text_evaluation.text_scores(run.tasks, run.trunk, run.params, corpus.splits[split], lambda task: task.beams)
         found = results["tasks"]["translation"][split]
         assert found["chrf"] > 0
         for name, value in texts["translation"].items():

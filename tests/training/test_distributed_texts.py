@@ -14,7 +14,7 @@ from test_distributed import Together
 import mtl_jax
 from mtl_jax import Evaluation, Phase
 from mtl_jax.training import loop
-from mtl_jax.training.logs import read_metrics
+from mtl_jax.training.metrics_log import read_metrics
 
 pytestmark = pytest.mark.long
 FLAGS = ["--devices", "0", "--phases.0.steps", "4", "--evaluation.every", "4", "--tasks.0.dev-beams", "2"]

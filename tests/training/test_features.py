@@ -19,9 +19,9 @@ from mtl_jax import Lora, Phase, Pretrained
 from mtl_jax.training import evaluation, features
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.features import Features
-from mtl_jax.training.logs import read_metrics
-from mtl_jax.training.prepare import prepare
-from mtl_jax.training.signals import Stop
+from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.preemption import Stop
+from mtl_jax.training.setup import prepare
 
 
 @pytest.fixture(autouse=True)

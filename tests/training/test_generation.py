@@ -13,14 +13,14 @@ import tiny_translation
 from sacrebleu.metrics import BLEU, CHRF
 
 from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, Phase, Pretrained, Seq2Seq, decoding, pretrained, train
-from mtl_jax.errors import Interrupted, UserError
-from mtl_jax.export import convert
-from mtl_jax.prediction import evaluate, open_run, predict
-from mtl_jax.training import generation
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import read_metrics
-from mtl_jax.training.prepare import prepare
-from mtl_jax.training.signals import Stop
+from mtl_jax.core.errors import Interrupted, UserError
+from mtl_jax.inference.export import convert
+from mtl_jax.inference.predict import evaluate, open_run, predict
+from mtl_jax.training import text_evaluation
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.preemption import Stop
+from mtl_jax.training.setup import prepare
 
 AT_THE_END = Evaluation(every=100, baseline="none")
 
@@ -72,14 +72,14 @@ def test_the_metrics_are_those_of_sacrebleu_on_the_predictions(learned, pairs):
 def test_the_last_search_is_left_when_asked_to_stop_and_made_again(pairs, tmp_path, monkeypatch):
     """Everything is trained and saved by then."""
     experiment = tiny_translation.experiment(pairs, phases=(Phase("everything", steps=2),))
-    plain, stops = generation.text_scores, []
+    plain, stops = text_evaluation.text_scores, []
 
     def stop_at_the_end(*arguments, **named):
         if arguments[-2](experiment.tasks[0]) == experiment.tasks[0].beams:
             stops.append(os.kill(os.getpid(), signal.SIGTERM))
         return plain(*arguments, **named)
 
-    monkeypatch.setattr(generation, "text_scores", stop_at_the_end)
+    monkeypatch.setattr(text_evaluation, "text_scores", stop_at_the_end)
     with pytest.raises(Interrupted, match="the same command goes on from the last one"):
         train(experiment, tmp_path / "run")
     assert len(stops) == 1
@@ -105,7 +105,7 @@ def test_dev_is_decoded_greedily_while_training(learned):
     folder, results = learned
     run = open_run(folder)
     task = run.task("translation")
-    assert generation.config_of(task, run.trunk, task.dev_beams).num_beams == 1
+    assert text_evaluation.config_of(task, run.trunk, task.dev_beams).num_beams == 1
     logged = [record for record in read_metrics(folder) if record["kind"] == "dev"]
     assert [record["step"] for record in logged] == [125, 250]
     assert max(record["translation/bleu"] for record in logged) == results["best_criterion"]

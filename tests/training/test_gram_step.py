@@ -10,13 +10,16 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Batching, ParamRule, Phase, weighting
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.errors import UserError
-from mtl_jax.training import gradients, gram_step, reading
+from mtl_jax.training import gram_gradient, metrics_log, task_gradients
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.logs import compare_gradients, read_metrics
-from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.step import Metrics, apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
+from mtl_jax.training.metrics_log import compare_gradients, read_metrics
+from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import Metrics
 
 EVERYTHING = (Phase("everything", 4),)
 
@@ -142,7 +145,7 @@ def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
         return y, jax.tree.leaves(pull)
 
     kernel_HxF, x_TxH = jnp.ones((3, 4)), jnp.ones((5, 3))
-    flags = gradients.depends(forward, kernel_HxF, x_TxH)
+    flags = task_gradients.depends(forward, kernel_HxF, x_TxH)
     shapes = [leaf.shape for leaf in forward(kernel_HxF, x_TxH)[1]]
     assert flags[0]
     assert not any(by_block for shape, by_block in zip(shapes, flags[1], strict=True) if shape in ((3, 4), (4, 3)))
@@ -152,8 +155,8 @@ def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
 def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
     batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="uniform")
     prepared, batch, _ = set_up(bert, data, batch=batching)
-    layout = gradients.layout(prepared.corpus.tasks, prepared.schedule.capacity(range(1)))
-    blocks = gradients.cut(batch, layout, prepared.corpus.tasks)
+    layout = task_gradients.layout(prepared.corpus.tasks, prepared.schedule.capacity(range(1)))
+    blocks = task_gradients.cut(batch, layout, prepared.corpus.tasks)
     assert layout.rows == (5, 5)
     np.testing.assert_array_equal(blocks.tokens[0], batch.tokens[:5])
     np.testing.assert_array_equal(blocks.tokens[1, :4], batch.tokens[5:])
@@ -165,11 +168,11 @@ def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
 def test_rows_in_any_order_with_empty_ones_are_cut_by_source(bert, data):
     """Against a loop over the rows; a block of a source that is not there is empty."""
     prepared, batch, _ = set_up(bert, data)
-    layout = gradients.layout(prepared.corpus.tasks, {"ratings": 6, "questions": 5})
+    layout = task_gradients.layout(prepared.corpus.tasks, {"ratings": 6, "questions": 5})
     rng = np.random.default_rng(0)
     for source in (rng.permutation([0, 0, 0, 1, 1, 1, 1, -1]), np.array([1, -1, 1, 1, -1, 1, 1, -1]), np.full(8, -1)):
         shuffled = batch._replace(source=jnp.asarray(source))
-        blocks = gradients.cut(shuffled, layout, prepared.corpus.tasks, multiple=4)
+        blocks = task_gradients.cut(shuffled, layout, prepared.corpus.tasks, multiple=4)
         assert blocks.tokens.shape[:2] == (2, 8)
         for number in range(2):
             rows = [row for row in range(8) if source[row] == number]
@@ -389,10 +392,10 @@ def test_a_residual_is_logged_and_a_large_one_is_a_warning(residual, logged, war
     nothing = {"a": 1.0}
     residual = None if residual is None else np.float32(residual)
     metrics = Metrics(nothing, nothing, nothing, 1.0, 1.0, None, np.zeros((1, 3)), {}, {}, residual)
-    _, record = reading.read(metrics, {})
+    _, record = metrics_log.read(metrics, {})
     assert ("solver_residual" in record) == logged
-    assert ("a relative residual of 0.5" in reading.unsolved(metrics)) == warns
-    assert bool(reading.unsolved(metrics)) == warns
+    assert ("a relative residual of 0.5" in metrics_log.unsolved(metrics)) == warns
+    assert bool(metrics_log.unsolved(metrics)) == warns
 
 
 def test_diagnostics_leave_absent_tasks_out():
@@ -444,4 +447,4 @@ def test_a_frozen_layer_cannot_carry_the_gram_matrix(bert, data):
     rules = (ParamRule("trunk/layer_0/.*", train=False), ParamRule(".*"))
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("top", 1, rules=rules),)))
     with pytest.raises(UserError, match="matches no trunk parameter that trains"):
-        gram_step.check(prepared.params, prepared.plans[0].mask, "trunk/layer_0/.*")
+        gram_gradient.check(prepared.params, prepared.plans[0].mask, "trunk/layer_0/.*")

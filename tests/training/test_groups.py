@@ -8,11 +8,11 @@ import pytest
 import tiny
 
 from mtl_jax import Checkpoints, Optimizer, ParamRule, Phase
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.groups import table
-from mtl_jax.training.prepare import enter, initial_state, prepare, template
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.phase_plan import table
+from mtl_jax.training.setup import enter, initial_state, prepare, template
 from mtl_jax.transfer import probe_then_finetune, unfreezing
 
 PHASES = unfreezing(9, at=(3, 6), layers=tiny.LAYERS, decay=0.5, learning_rate=0.1)

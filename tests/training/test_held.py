@@ -13,21 +13,26 @@ import two_sources
 
 import mtl_jax
 from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Phase, RDrop, Regression, transfer, trunks
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.trees import leaves_of
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.errors import UserError
 from mtl_jax.experiment import select
-from mtl_jax.models.encoded import Encoded
 from mtl_jax.models.head import Head
-from mtl_jax.training import fisher, holding, loop, regularised, runs, teachers, watching
+from mtl_jax.models.trunk_output import Encoded
+from mtl_jax.training import loop, restore
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import read_metrics
-from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.references import References
-from mtl_jax.training.state import create
-from mtl_jax.training.step import Measured, apply_heads, encode_tokens, make_train_step
-from mtl_jax.transfer.leaves import leaves_of
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.forward import apply_heads, encode_tokens
+from mtl_jax.training.gradient import Measured
+from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.regularisation import fisher, output_losses, teachers, transforms
+from mtl_jax.training.regularisation import prepare as regularised
+from mtl_jax.training.regularisation.references import References
+from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import create
 
 ALL = (Phase("all", 4),)
 TRUNK = mtl_jax.Embedding(dimension=4)
@@ -75,7 +80,7 @@ def test_gradients_are_added_to_those_of_the_tasks(bert, data, taught, tmp_path,
     )
     prepared, plan, batch, state, references = setup(bert, data, tmp_path, **rule, regularisers=held)
     state = moved(state)._replace(step=jnp.int32(2))
-    teacher, tasks = runs.open_run(taught), prepared.corpus.tasks
+    teacher, tasks = restore.open_run(taught), prepared.corpus.tasks
 
     def written_out(params):
         def model(params, module):
@@ -218,7 +223,7 @@ def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_p
     teacher, heads = prepared.teachers["see"], prepared.params["heads"]
     assert heads["see"]["projection"]["kernel"].shape == (16, 8)
     own = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 16)).astype(np.float32)
-    each = watching.on_outputs(see, prepared.corpus.tasks, {}, teacher)
+    each = output_losses.on_outputs(see, prepared.corpus.tasks, {}, teacher)
     found = each.loss(heads, Encoded(tokens=own), {}, batch, each.count(batch), references)
     there = np.asarray(teacher.hidden(teacher.params, batch))
     difference = (own @ heads["see"]["projection"]["kernel"] - there) ** 2
@@ -310,14 +315,14 @@ def test_r_drop_compares_the_halves_of_a_batch_that_is_there_twice():
     batch = Batch(np.zeros((2, 3)), None, None, index, source, {"a": np.array([[-1, -1], [0, 1]])})
     doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
     outputs = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
-    each = watching.on_outputs(RDrop(), [task], {"first": 0, "second": 1}, None)
+    each = output_losses.on_outputs(RDrop(), [task], {"first": 0, "second": 1}, None)
     found = each.loss({}, Encoded(), {"a": outputs}, doubled, each.count(doubled), None)
     np.testing.assert_allclose(found, transfer.r_drop(outputs[0, 0], outputs[2, 0]), rtol=1e-5)
 
     def measure(trained, frozen, batch, table, state, references):
         return Measured(trained, {}, {"a": jnp.float32(len(batch.index))}, {}, None, (), {}, {})
 
-    assert holding.twice(measure)({}, {}, batch, None, None, None).counts == {"a": 2}
+    assert transforms.twice(measure)({}, {}, batch, None, None, None).counts == {"a": 2}
 
 
 def test_mixout_is_around_the_measure():
@@ -328,7 +333,7 @@ def test_mixout_is_around_the_measure():
     def measure(trained, frozen, batch, table, state, references):
         return Measured(jax.tree.map(lambda leaf: 3.0 * leaf, trained), {}, {}, {}, None, (), {}, {})
 
-    mixed = holding.mix(measure, 0.75, ("trunk/kernel",), "start-all")
+    mixed = transforms.mix(measure, 0.75, ("trunk/kernel",), "start-all")
     found = mixed(trained, {}, None, None, state, {"start-all": {"trunk/kernel": jnp.zeros(1000)}}).gradient
     own = np.asarray(found["trunk"]["kernel"]) != 0
     np.testing.assert_allclose(found["trunk"]["kernel"], np.where(own, 3.0 * 8.0 * 4.0, 0.0))

@@ -20,12 +20,14 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Batching, Embedding, Experiment, Optimizer, Phase, cli, locks
-from mtl_jax.errors import UserError
+from mtl_jax import Batching, Embedding, Experiment, Optimizer, Phase
+from mtl_jax.cli import main as cli
+from mtl_jax.core import locks
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import to_json
-from mtl_jax.training import fingerprint, hosts, loop, opening
+from mtl_jax.training import fingerprint, hosts, loop, open_workdir
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training.setup import prepare
 
 FILES = {
     "questions": "data/questions.txt",
@@ -303,7 +305,7 @@ def run(case: str, folder: Path, index: int) -> None:
             mtl_jax.train(experiment, workdir)
     with pytest.MonkeyPatch.context() as patch:
         if index and case == "fault":
-            patch.setattr(opening, "prepare", lambda experiment: 1 / 0)
+            patch.setattr(open_workdir, "prepare", lambda experiment: 1 / 0)
         mtl_jax.train(experiment, workdir)
 
 

@@ -7,11 +7,12 @@ import tiny
 import two_sources
 
 from mtl_jax import L2SP, Batching, Phase
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
-from mtl_jax.errors import UserError
 from mtl_jax.experiment import check
-from mtl_jax.training.idle import rows_that_count
-from mtl_jax.training.prepare import initial_state, measure, prepare, stretches
+from mtl_jax.training.batch_parts import rows_that_count
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.setup import initial_state, prepare, stretches
 from mtl_jax.training.step import make_train_step
 
 STEPS = 3

@@ -8,14 +8,14 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Phase, report
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.progress import Progress
 from mtl_jax.data.examples import Examples
-from mtl_jax.errors import UserError
-from mtl_jax.progress import Progress
 from mtl_jax.training import evaluation, results
-from mtl_jax.training.checkpoint import Store
+from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.counts import other_work
 from mtl_jax.training.evaluation import criterion, score_fixed, undefined
-from mtl_jax.training.logs import read_metrics
+from mtl_jax.training.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +220,10 @@ def test_dev_scores_do_not_depend_on_the_batch_size(bert, data, tmp_path):
     found = {}
     for rows in (2, 8):
         experiment = tiny.experiment(bert, data, batch=Batching(rows=8, row_length=24, examples_per_row=6))
-        prepared = mtl_jax.training.prepare.prepare(experiment)
+        prepared = mtl_jax.training.setup.prepare(experiment)
         mesh = prepared.mesh
         from mtl_jax.training import evaluation
-        from mtl_jax.training.step import encode_tokens
+        from mtl_jax.training.forward import encode_tokens
 
         apply = evaluation.make_outputs(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, mesh)
         dev = prepared.corpus.splits["dev"]

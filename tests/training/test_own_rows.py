@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from mtl_jax import Classification, Seq2Seq, Source
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.models.encoded import Encoded
+from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.own_rows import in_part, of_source
-from mtl_jax.training.parts import in_parts
-from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.step import by_losses, encode_tokens, needs
+from mtl_jax.training.batch_parts import in_part, in_parts, of_source
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.forward import encode_tokens, needs
+from mtl_jax.training.gradient import by_losses
+from mtl_jax.training.setup import initial_state, prepare
 
 SMALL = Classification(name="small", source="a")
 LARGE = Seq2Seq(name="large", source="b", column="text")

@@ -18,9 +18,9 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Checkpoints, Evaluation, Phase
-from mtl_jax.errors import UserError
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import read_metrics
+from mtl_jax.core.errors import UserError
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.metrics_log import read_metrics
 
 FLAGS = ["--phases.0.steps", "25", "--phases.1.steps", "35", "--evaluation.every", "10", "--checkpoints.every", "3"]
 FLAGS += ["--weighting", "dwa"]  # a rule with state
@@ -198,11 +198,11 @@ def test_a_damaged_latest_checkpoint_is_passed_over(folder, uninterrupted):
 
 def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path):
     """Damage that decompresses: the state's own bits no longer give the sum that was saved with them."""
-    from mtl_jax.training import prepare
+    from mtl_jax.training import setup
 
     experiment = tiny.experiment(folder / "bert", folder / "data")
-    prepared = prepare.prepare(experiment)
-    state = prepare.initial_state(prepared)
+    prepared = setup.prepare(experiment)
+    state = setup.initial_state(prepared)
     store = Store(tmp_path, experiment.checkpoints)
     store.save(1, state, {}, dev=None)
     store.wait()
@@ -212,14 +212,14 @@ def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path
     saved["arrays"][name][1] += 1
     record.write_text(json.dumps(saved))
     with pytest.raises(UserError, match="is damaged"):
-        store.restore(1, lambda record: prepare.template(prepared, 0, 1))
+        store.restore(1, lambda record: setup.template(prepared, 0, 1))
     with pytest.raises(UserError, match="is damaged"):
         store.restore_params(1)
     store.close()
 
 
 def test_the_best_checkpoint_outlives_a_restart(tmp_path):
-    from mtl_jax.training.state import create
+    from mtl_jax.training.train_state import create
 
     state = create({"trunk": np.ones(2, np.float32)}, (), (), 0)
     for devs in ({1: 0.9, 2: 0.5, 3: None}, {4: 0.7, 5: None, 6: 0.8}):
@@ -276,7 +276,7 @@ def test_data_that_changed_is_refused(tmp_path):
 
 
 def test_a_damaged_best_checkpoint_gives_way_to_the_next(short, tmp_path):
-    from mtl_jax.prediction import predict
+    from mtl_jax.inference.predict import predict
 
     shutil.copytree(short[0], tmp_path / "run")
     found = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import Checkpoints, weighting
-from mtl_jax.training import gram_step
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.state import create
+from mtl_jax.training import gram_gradient
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.train_state import create
 from mtl_jax.weighting import Signals
 
 TASKS = ("a", "b", "c")
@@ -31,7 +31,7 @@ def test_the_state_of_every_rule_comes_back(tmp_path):
     states = {}
     for name in (*weighting.RULES, *WRAPPED):
         rule = rule_of(name)
-        state = gram_step.init_rule(rule, TASKS, trunk)
+        state = gram_gradient.init_rule(rule, TASKS, trunk)
         if rule.transform is not None:
             changed, after = rule.transform.update(state["transform"], signals, gradients)
             _, own = rule.update(state["rule"], signals._replace(gram=jnp.eye(3), transformed=()))

@@ -8,13 +8,15 @@ import pytest
 import tiny
 
 from mtl_jax import ParamRule, Phase, weighting
-from mtl_jax import optimizer as optimizers
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.models.head import Head
-from mtl_jax.optimizer import Optimizer
-from mtl_jax.training.prepare import initial_state, prepare
-from mtl_jax.training.step import by_losses, encode_tokens, look_up, make_train_step
+from mtl_jax.training.forward import encode_tokens, look_up
+from mtl_jax.training.gradient import by_losses
+from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.step import make_train_step
 from mtl_jax.transfer import freezing, top_layers
+from mtl_jax.transfer import optimizer as optimizers
+from mtl_jax.transfer.optimizer import Optimizer
 
 DECAYING = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.1, warmup=0.0)
 

@@ -9,8 +9,9 @@ import pytest
 import tiny_translation
 
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, mean_losses, needs
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses, needs
+from mtl_jax.training.setup import initial_state, prepare
 
 
 @pytest.mark.long

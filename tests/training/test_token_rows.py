@@ -8,9 +8,10 @@ import tiny
 
 from mtl_jax import Batching, Phase
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.models.encoded import token_table, with_token_table
-from mtl_jax.training import token_rows
-from mtl_jax.training.prepare import initial_state, measure, prepare
+from mtl_jax.models.trunk_output import token_table, with_token_table
+from mtl_jax.training import gram_gradient
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.setup import initial_state, prepare
 
 V = 500
 
@@ -39,7 +40,7 @@ def run(prepared, batch):
 def test_the_result_is_that_of_whole_tables_which_no_task_has(wide, monkeypatch):
     prepared, batch = wide
     narrow, program = run(prepared, batch)
-    monkeypatch.setattr(token_rows, "only_read", lambda found: found)
+    monkeypatch.setattr(gram_gradient, "only_read", lambda found: found)
     whole, with_tables = run(prepared, batch)
     np.testing.assert_allclose(narrow.gram, whole.gram, rtol=1e-5, atol=1e-6)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole.gradient))
@@ -61,6 +62,6 @@ def test_a_frozen_table_and_a_small_one_stay_as_they_are(wide):
 
     for table in (None, jnp.zeros((batch.tokens.size, 1))):
         trained = {"trunk": with_token_table(prepared.params["trunk"], table), "heads": {}}
-        token_rows.only_read(found)(trained, None, batch, None, None)
+        gram_gradient.only_read(found)(trained, None, batch, None, None)
         assert token_table(seen[-1][0]["trunk"]) is table
         assert seen[-1][1] is batch

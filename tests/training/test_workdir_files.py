@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Regression, files, report
-from mtl_jax.ablation import folder as folders
-from mtl_jax.errors import UserError
+from mtl_jax import Regression, report
+from mtl_jax.ablation import ablation_dir as folders
+from mtl_jax.core import files
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import completed, from_json, to_json
-from mtl_jax.prediction import predict
+from mtl_jax.inference.predict import predict
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.logs import Logger, read_metrics
-from mtl_jax.training.runs import open_run
+from mtl_jax.training.metrics_log import Logger, read_metrics
+from mtl_jax.training.restore import open_run
 
 
 def edited(content: bytes, **changes: object) -> bytes:

@@ -10,12 +10,12 @@ import tiny_translation
 
 import mtl_jax
 from mtl_jax import IA3, Classification, Evaluation, Lora, Optimizer, Phase, Source, adapters_only
+from mtl_jax.inference.predict import open_run, predict
+from mtl_jax.inference.text_model import Asked, from_run
 from mtl_jax.merge import merge
 from mtl_jax.merge.method import Method
-from mtl_jax.prediction import open_run, predict
-from mtl_jax.text_model import Asked, from_run
-from mtl_jax.training import generation
-from mtl_jax.training.prepare import prepare
+from mtl_jax.training import text_evaluation
+from mtl_jax.training.setup import prepare
 from mtl_jax.transfer.adapters import merge_adapters
 
 ADAPTERS = (Lora(name="lora", rank=2, alpha=4.0, per="source"), IA3(name="ia3", per="source"))
@@ -55,10 +55,10 @@ def test_texts_are_by_the_adapters_of_the_task_s_source(folder):
     run = open_run(folder / "run")
     task, adapted, trunk = run.task("translation"), run.trunk.module, run.params["trunk"]
     examples = prepare(declared(folder)).corpus.splits["dev"]["pairs"]
-    found = generation.generate(task, run.trunk, run.params, examples, 1)
+    found = text_evaluation.generate(task, run.trunk, run.params, examples, 1)
     for place in (0, 1):
         inside = run.params | {"trunk": merge_adapters(adapted, trunk, place)}
-        expected = generation.generate(task, run.trunk._replace(module=adapted.base), inside, examples, 1)
+        expected = text_evaluation.generate(task, run.trunk._replace(module=adapted.base), inside, examples, 1)
         own = np.allclose([one.score for one in found], [one.score for one in expected], atol=1e-4)
         assert own == (place == 1)
 

@@ -14,28 +14,19 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import mtl_jax
-from mtl_jax import (
-    IA3,
-    Batching,
-    Bottleneck,
-    Checkpoints,
-    Lora,
-    ParamRule,
-    Phase,
-    Prefix,
-    adapters_only,
-    bitfit,
-    cli,
-    pretrained,
-)
+from mtl_jax import IA3, Batching, Bottleneck, Checkpoints, Lora, ParamRule, Phase, Prefix, adapters_only, bitfit, pretrained
+from mtl_jax.cli import main
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.trees import flat
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.errors import UserError
-from mtl_jax.export import convert
-from mtl_jax.prediction import evaluate, open_run, predict
-from mtl_jax.training.left_out import flat, to_leave_out
-from mtl_jax.training.logs import read_metrics
-from mtl_jax.training.prepare import initial_state, measure, prepare
-from mtl_jax.training.step import apply_heads, encode_tokens, label_counts, make_train_step, mean_losses
+from mtl_jax.inference.export import convert
+from mtl_jax.inference.predict import evaluate, open_run, predict
+from mtl_jax.training.build_step import measure
+from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
+from mtl_jax.training.frozen_params import to_leave_out
+from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.step import make_train_step
 from mtl_jax.transfer import freezing
 
 LORA = Lora(name="lora", rank=2, alpha=4.0, dropout=0.1)
@@ -330,8 +321,8 @@ def test_flags_change_adapters(bert, data, monkeypatch):
     flags = ["--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer"]
     monkeypatch.setattr(sys, "argv", ["tiny.py", *flags])
     launched = []
-    monkeypatch.setattr(cli, "_launch", launched.append)
-    cli.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
+    monkeypatch.setattr(main, "_launch", launched.append)
+    main.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
     (launch,) = launched
     config = mtl_jax.experiment.to_json(launch.experiment)
     assert config["adapters"][0] == dataclasses.asdict(LORA) | {"rank": 3, "kind": "Lora"}

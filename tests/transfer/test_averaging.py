@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import mtl_jax
 from mtl_jax import Checkpoints, Evaluation
-from mtl_jax.errors import UserError
-from mtl_jax.training.checkpoint import Store
-from mtl_jax.training.logs import read_metrics
+from mtl_jax.core.errors import UserError
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.transfer import averaging
 
 SMALL = st.floats(-100, 100, width=32, allow_subnormal=False)  # XLA takes those for 0
@@ -136,7 +136,7 @@ def test_the_average_of_a_phase_is_what_is_measured_and_kept(runs, text):
 
 def test_results_say_so_and_are_of_the_average(runs, bert, data):
     """The test score is that of the parameters that predict() opens."""
-    from mtl_jax.prediction import open_run, predict
+    from mtl_jax.inference.predict import open_run, predict
 
     for text, (workdir, found) in runs.items():
         assert found["averaging"] == json.loads((workdir / "results.json").read_text())["averaging"] == text

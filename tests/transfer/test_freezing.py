@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.transfer import ParamRule, merge, split, trainable
 
 PARAMS = {"trunk": {"layer_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, "heads": {"a": {"bias": jnp.ones(1)}}}

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.trees import path_name
 from mtl_jax.pretrained import families
 from mtl_jax.transfer import decide, discriminative, layerwise, top_layers
 from mtl_jax.transfer.adapters import Lora, adapt
-from mtl_jax.transfer.freezing import path_name
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
 ENCODERS = ["bert_rows", "roberta_tokens", "xlm_roberta_rows", "distilbert_masked_lm", "electra_replaced", "modernbert_rows"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.transfer import loading
 from mtl_jax.transfer.loading import InitFrom, load_into
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.transfer import merging
-from mtl_jax.transfer.mergeable import flat
+from mtl_jax.transfer.merging import flat
 
 SHAPES = {"trunk": {"kernel": (2, 3), "bias": (3,)}, "heads": {"a": {"bias": (1,)}}}
 SIZE = 10

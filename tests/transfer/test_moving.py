@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax.errors import UserError
-from mtl_jax.optimizer import Optimizer, build, schedule
+from mtl_jax.core.errors import UserError
 from mtl_jax.transfer import ParamRule, by_rules, decide, merge, split, trainable
-from mtl_jax.transfer.moving import AdamState, carry, scale_by_adam, scale_by_rules
+from mtl_jax.transfer.optax_rules import AdamState, carry, scale_by_adam, scale_by_rules
+from mtl_jax.transfer.optimizer import Optimizer, build, schedule
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -1,7 +1,7 @@
 import pytest
 
 from mtl_jax import ParamRule
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.transfer import layerwise, probe_then_finetune, top_layers, unfreezing
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtl_jax import weighting
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.weighting import Signals
 
 NAMES = ("a", "b", "c")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from mtl_jax import weighting
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.weighting import Signals
 
 GRAM_RULES = tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled") and weighting.make(name).needs_gram)

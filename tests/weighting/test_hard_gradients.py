@@ -10,7 +10,7 @@ import pytest
 from scipy import optimize
 
 from mtl_jax import weighting
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.weighting import Signals, solvers
 from mtl_jax.weighting.solvers import TOLERANCE
 

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from mtl_jax import weighting
-from mtl_jax.ablation import folder
-from mtl_jax.errors import UserError
+from mtl_jax.ablation import ablation_dir
+from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import as_begun, check, from_json, rule_of, to_json, weighs_heads
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.weighting import COMBINATORS, RULES
@@ -99,8 +99,8 @@ def test_other_workdirs_are_not_reinterpreted(before, now):
 def test_an_ablation_of_before_goes_on_as_it_was(tmp_path, kept):
     now = tiny.experiment("bert", "data", weighting="mgda")
     (tmp_path / "runs" / "0000").mkdir(parents=True)
-    assert folder.as_begun(tmp_path, now) == now
+    assert ablation_dir.as_begun(tmp_path, now) == now
     run = {"run": "0000", "values": {}, "program": 0, "status": "waiting"}
     workdirs.write_json(tmp_path / "ablation.json", {"name": "tiny", "runs": [run], "axes": [], "programs": [{}]})
     workdirs.write_json(tmp_path / "runs" / "0000" / "config.json", to_json(dataclasses.replace(now, weigh_heads=kept)))
-    assert folder.as_begun(tmp_path, now).weigh_heads == kept
+    assert ablation_dir.as_begun(tmp_path, now).weigh_heads == kept

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax import weighting
-from mtl_jax.errors import UserError
+from mtl_jax.core.errors import UserError
 from mtl_jax.weighting import Signals
 
 RULES = ("equal", "uncertainty", "dwa", "rlw", "gls", "imtl_l", "stch", "famo", "excess")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mtl_jax import weighting
-from mtl_jax.errors import UserError
-from mtl_jax.training import gradients
+from mtl_jax.core.errors import UserError
+from mtl_jax.training import task_gradients
 from mtl_jax.weighting import RULES, Signals
 
 NAMES = ("fine", "coarse", "rating")  # not in sorted order
@@ -40,13 +40,13 @@ def as_in_the_train_step(rule, state, tasks, losses, step, key):
     ]
     signals, order = Signals(losses, None, jnp.int32(step), key, None), list(NAMES)
     if rule.transform is None:
-        weights, state = rule.update(state, signals._replace(gram=gradients.gram_matrix(rounds, order)))
-        return gradients.combine(rounds, weights, order), weights, state
+        weights, state = rule.update(state, signals._replace(gram=task_gradients.gram_matrix(rounds, order)))
+        return task_gradients.combine(rounds, weights, order), weights, state
     drawing = signals._replace(key=jax.random.fold_in(key, 1))
-    changed, kept = rule.transform.update(state["transform"], drawing, gradients.in_order(rounds, order))
-    gram = gradients.gram_matrix([changed], sorted(order)) if rule.needs_gram else None
+    changed, kept = rule.transform.update(state["transform"], drawing, task_gradients.in_order(rounds, order))
+    gram = task_gradients.gram_matrix([changed], sorted(order)) if rule.needs_gram else None
     weights, own = rule.update(state["rule"], signals._replace(gram=gram, transformed=()))
-    return gradients.combine([changed], weights, sorted(order)), weights, {"rule": own, "transform": kept}
+    return task_gradients.combine([changed], weights, sorted(order)), weights, {"rule": own, "transform": kept}
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -1,11 +1,8 @@
 """How files become rows: a reader for each format."""
 
 from mtl_jax.data.formats.conll import read_conll
-from mtl_jax.data.formats.delimited import read_csv, read_tsv
-from mtl_jax.data.formats.jsonl import read_jsonl
-from mtl_jax.data.formats.parallel import read_parallel
-from mtl_jax.data.formats.pattern import read_lines
-from mtl_jax.data.formats.squad import read_squad
+from mtl_jax.data.formats.json_files import read_jsonl, read_squad
+from mtl_jax.data.formats.text_files import read_csv, read_lines, read_parallel, read_tsv
 
 READERS = {
     "csv": read_csv,

@@ -7,13 +7,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from mtl_jax.counting import count
+from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.data.formats.lines import Line, lines
 from mtl_jax.data.formats.rows import Read, Row, check_columns, odd_blank
-from mtl_jax.errors import UserError, listed
 
 if TYPE_CHECKING:
-    from mtl_jax.data.sources import Source
+    from mtl_jax.data.source import Source
 
 DOCUMENT = "-DOCSTART-"
 UNIVERSAL = 10  # columns of CoNLL-U, of which the first is an id

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.data.formats.records import Records
-from mtl_jax.data.formats.values import ClassName, Number, Schema
-from mtl_jax.errors import UserError, listed
-from mtl_jax.files import expanded, shown
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.files import expanded, shown
+from mtl_jax.data.formats.records import ClassName, Number, Records, Schema
 
 SCHEME = "hf:"
 

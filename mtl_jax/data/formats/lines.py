@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mtl_jax import assets
-from mtl_jax.errors import UserError
-from mtl_jax.files import check_regular, reason, shown
+from mtl_jax.core import assets
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import check_regular, reason, shown
 
 # No text for a sentence model is as long as this: such a line is a file whose line ends were lost, or no text at all.
 MAX_LINE_BYTES = 1_000_000

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mtl_jax.errors import UserError, listed
-from mtl_jax.files import shown
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.files import shown
 
 if TYPE_CHECKING:
-    from mtl_jax.data.sources import Source
+    from mtl_jax.data.source import Source
 
 
 class Row(NamedTuple):

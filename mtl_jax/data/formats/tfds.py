@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mtl_jax.data.formats.records import Records
-from mtl_jax.data.formats.values import ClassName, Number, Schema
-from mtl_jax.errors import UserError
-from mtl_jax.files import shown
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import shown
+from mtl_jax.data.formats.records import ClassName, Number, Records, Schema
 
 SCHEME = "tfds:"
 

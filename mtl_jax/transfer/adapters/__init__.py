@@ -9,15 +9,15 @@ from mtl_jax.transfer.adapters.adapted import Adapted as Adapted
 from mtl_jax.transfer.adapters.adapted import adapt as adapt
 from mtl_jax.transfer.adapters.adapted import as_module as as_module
 from mtl_jax.transfer.adapters.adapted import check as check
+from mtl_jax.transfer.adapters.adapted import merge_adapters as merge_adapters
 from mtl_jax.transfer.adapters.adapted import notes as notes
 from mtl_jax.transfer.adapters.base import Adapter as Adapter
 from mtl_jax.transfer.adapters.bottleneck import Bottleneck as Bottleneck
 from mtl_jax.transfer.adapters.ia3 import IA3 as IA3
 from mtl_jax.transfer.adapters.lora import Lora as Lora
-from mtl_jax.transfer.adapters.merging import merge_adapters as merge_adapters
 from mtl_jax.transfer.adapters.prefix import Prefix as Prefix
-from mtl_jax.transfer.adapters.rules import adapters_only as adapters_only
-from mtl_jax.transfer.adapters.rules import bitfit as bitfit
+from mtl_jax.transfer.param_rules import adapters_only as adapters_only
+from mtl_jax.transfer.param_rules import bitfit as bitfit
 
 # What an experiment may hold: a new kind is added here.
 AnyAdapter = Lora | Bottleneck | IA3 | Prefix

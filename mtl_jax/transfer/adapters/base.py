@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from mtl_jax.configuration import Configuration
-from mtl_jax.errors import NOT_A_PATTERN, UserError, listed, unknown
-from mtl_jax.files import shown
+from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed, unknown
+from mtl_jax.core.files import shown
 
 RUN, SOURCE, TASK = SHARING = ("run", "source", "task")
 

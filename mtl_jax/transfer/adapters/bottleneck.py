@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError, unknown
-from mtl_jax.models.dense import times
-from mtl_jax.models.layers import ACTIVATIONS
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.models.layers import ACTIVATIONS, times
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
 # What each variant stands behind.

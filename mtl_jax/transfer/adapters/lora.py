@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError
-from mtl_jax.models.dense import times
+from mtl_jax.core.errors import UserError
 from mtl_jax.models.dropout import drop
+from mtl_jax.models.layers import times
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
 

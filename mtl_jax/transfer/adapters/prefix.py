@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.errors import UserError
-from mtl_jax.models.attention import KeyValue
+from mtl_jax.core.errors import UserError
+from mtl_jax.models.kv_cache import KeyValue
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 from mtl_jax.transfer.adapters.ia3 import FUSED
 

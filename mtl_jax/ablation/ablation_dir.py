@@ -1,0 +1,118 @@
+"""The workdir of an ablation: ablation.json, a folder for every run, and for every program its checkpoints and its trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_jax.ablation.plan import Program, Run, programs
+from mtl_jax.core.errors import UserError, count
+from mtl_jax.experiment import Experiment, completed, from_json, to_json
+from mtl_jax.experiment import as_begun as experiment_as_begun
+from mtl_jax.training import workdir as workdirs
+
+RECORD = "ablation.json"
+WAITING = "waiting"
+
+
+def of_run(folder: Path, name: str) -> Path:
+    """A run's folder: an ordinary workdir but for checkpoints and trunk."""
+    return folder / "runs" / name
+
+
+def of_program(folder: Path, number: int) -> Path:
+    """A program's: checkpoints of its chunks, its trunk's sizes and tokenizer."""
+    return folder / "programs" / str(number)
+
+
+def of_chunk(folder: Path, number: int, place: int) -> Path:
+    """Where the checkpoints of a program's chunk are."""
+    return of_program(folder, number) / f"chunk-{place}"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """ablation.json.
+
+    Raises:
+        UserError: There is none.
+    """
+    record = workdirs.read_json(folder / RECORD)
+    if record is None:
+        raise UserError(f"{folder}: no workdir of an ablation ({RECORD} is missing)")
+    return record
+
+
+def opened(folder: Path, record: dict[str, Any]) -> list[Program]:
+    """The programs of an ablation that was begun.
+
+    Args:
+        folder: Its workdir.
+        record: ablation.json.
+    """
+    found = []
+    for run in record["runs"]:
+        file = of_run(folder, run["run"]) / "config.json"
+        found.append(Run(run["run"], run["values"], from_json(workdirs.read_json(file), str(file))))
+    planned = programs(found)
+    if len(record["programs"]) != len(planned):
+        raise workdirs.damaged(folder / RECORD, f"it has {len(record['programs'])} programs, and its runs make {len(planned)}")
+    return planned
+
+
+def as_begun(folder: Path, experiment: Experiment) -> Experiment:
+    """experiment.as_begun, for an ablation that goes on: its runs say how their heads were weighted."""
+    record = workdirs.read_json(folder / RECORD)
+    begun = [of_run(folder, run["run"]) / "config.json" for run in record["runs"]] if record else []
+    return experiment_as_begun(experiment, workdirs.read_json(begun[0])) if begun else experiment
+
+
+def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
+    """ablation.json of the same ablation, if it was begun.
+
+    Raises:
+        UserError: Another one was begun there, or the workdir is that of a run, or cannot be written.
+    """
+    workdirs.check_writable(folder)
+    before = workdirs.read_json(folder / RECORD)
+    if before is None:
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder}: the workdir of a run; choose another --workdir for the ablation")
+        return None
+    wanted = {run.name: to_json(run.experiment) for program in planned for run in program.runs}
+    there = {run["run"] for run in before["runs"]}
+    if there != set(wanted):
+        raise UserError(
+            f"{folder}: begun with {count(len(there), 'run')}, and these are {len(wanted)}; choose another --workdir"
+        )
+    if len(before["programs"]) != len(planned):
+        raise workdirs.damaged(folder / RECORD, f"it has {len(before['programs'])} programs, and its runs make {len(planned)}")
+    for name, config in wanted.items():
+        workdirs.changed(of_run(folder, name), config, False, completed)
+    return before
+
+
+def begin(folder: Path, planned: Sequence[Program]) -> None:
+    """Writes the configuration of every run."""
+    for run in (run for program in planned for run in program.runs):
+        workdirs.create(of_run(folder, run.name))
+        if not (of_run(folder, run.name) / "config.json").exists():
+            workdirs.write_json(of_run(folder, run.name) / "config.json", to_json(run.experiment))
+
+
+def write(folder: Path, record: dict[str, Any], planned: Sequence[Program], status: dict[str, str]) -> dict[str, Any]:
+    """Writes ablation.json, and returns it.
+
+    Args:
+        folder: The workdir.
+        record: All but the runs.
+        planned: The programs.
+        status: {run: what became of it}; those that are not in it wait.
+    """
+    rows = sorted((run.name, program.number, run.values) for program in planned for run in program.runs)
+    runs = [
+        {"run": name, "values": values, "program": number, "status": status.get(name, WAITING)} for name, number, values in rows
+    ]
+    found = record | {"runs": runs, "devices": workdirs.versions()["devices"]}
+    workdirs.write_json(folder / RECORD, found)
+    return found

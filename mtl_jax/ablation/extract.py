@@ -1,0 +1,98 @@
+"""A single run of an ablation as an ordinary workdir: with checkpoints, to predict with, to convert, or to go on with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mtl_jax.ablation import ablation_dir as folders
+from mtl_jax.ablation import stacking
+from mtl_jax.ablation.ablate import share
+from mtl_jax.ablation.chunk import Chunk
+from mtl_jax.ablation.prepare_program import make_ready
+from mtl_jax.ablation.stacking import Together
+from mtl_jax.core import locks, trees
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.progress import Progress
+from mtl_jax.core.staging import staged
+from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.preemption import Stop
+
+
+def take(ablation: str | Path, name: str, target: str | Path) -> None:
+    """Writes a run as a workdir of its own: its files, its trunk, the checkpoint of its best evaluation and its newest one.
+
+    Args:
+        ablation: The workdir of the ablation; it may still be under way.
+        name: The run's number, such as "0007".
+        target: The directory to write; it must not be there.
+
+    Raises:
+        UserError: There is no such ablation or run, nothing is known of the run yet, it diverged before it was measured, the
+            target is there, or another process writes it.
+    """
+    with locks.target(Path(target)):
+        _take(Path(ablation), name, Path(target))
+
+
+def _take(folder: Path, name: str, out: Path) -> None:
+    record = folders.read(folder)
+    names = [run["run"] for run in record["runs"]]
+    if name not in names:
+        raise unknown(f"run of {folder}:", name, names)
+    if out.exists():
+        raise UserError(f"{out}: is there already; choose another directory")
+    program = next(one for one in folders.opened(folder, record) if name in [run.name for run in one.runs])
+    size = record["programs"][program.number].get("size", 0)
+    if not size:
+        raise UserError(f"{folder}: run {name} has not begun")
+    ready = make_ready(program, size=size, trains=False)
+    place = next(place for place, runs in enumerate(ready.chunks) if name in [run.name for run in runs])
+    at = folders.of_chunk(folder, program.number, place)
+    with contextlib.closing(Progress("", 1)) as progress:
+        shared = share(ready, folder, Stop(), progress)
+        chunk = Chunk(shared, ready.chunks[place], ready.values(ready.chunks[place]), at)
+        now = chunk.newest() if (at / "checkpoints").is_dir() else None
+    if now is None:
+        raise UserError(f"{folder}: there is no checkpoint of run {name} yet")
+    number = [run.name for run in chunk.runs].index(name)
+    fate = chunk.fates[number]
+    if fate.diverged and fate.best is None:
+        raise UserError(f"{folder}: run {name} diverged {fate.diverged}, before it was measured; there is nothing to take out")
+    with staged(out) as part:
+        shutil.copytree(folder / "runs" / name, part, dirs_exist_ok=True)
+        shutil.copytree(folders.of_program(folder, program.number) / "trunk", part / "trunk")
+        _write_checkpoints(chunk, now, number, part)
+
+
+def _write_checkpoints(chunk: Chunk, now: Together, number: int, folder: Path) -> None:
+    experiment, fate = chunk.runs[number].experiment, chunk.fates[number]
+    own = chunk.machine.own[chunk.counts.phase]
+    step = int(now.step)
+    counts = dataclasses.replace(
+        chunk.counts, criterion=experiment.evaluation.criterion, best=fate.best, evaluations_since_best=fate.since_best
+    )
+    record = {"counts": dataclasses.asdict(counts), "references": chunk.references[number].digests}
+    position = chunk.stream.get_state()
+    with contextlib.closing(Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion)) as store:
+        last = _on_first_device(stacking.take_state(now.state(), own, number))
+        if fate.best is not None and fate.best_step < step:
+            best = stacking.take(trees.merge(now.best, now.params), own, number)
+            measured = last._replace(
+                step=jax.numpy.asarray(fate.best_step, "int32"), params=_on_first_device(best), average=None
+            )
+            # Moments of that step are not known: without a position in the data nothing goes on from it.
+            store.save(fate.best_step, measured, record | {"step": fate.best_step, "data": []}, fate.best)
+        if not fate.diverged:
+            dev = fate.best if fate.best_step == step else None
+            store.save(step, last, record | {"step": step, "data": [position]}, dev)
+        store.wait()
+
+
+def _on_first_device(tree: Any) -> Any:
+    return jax.device_put(jax.device_get(tree), jax.devices()[0])

@@ -1,0 +1,139 @@
+"""The commands mtl-jax ablate and mtl-jax take: many trainings in one program, and one of them as a workdir of its own."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mtl_jax.cli import scripts
+from mtl_jax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mtl_jax.ablation.plan import Program
+
+
+def ablate(
+    script: Annotated[str, tyro.conf.Positional],
+    /,
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    methods: str = "",
+    seeds: int = 1,
+    samples: str = "",
+    workdir: str = "",
+    own_order: bool = False,
+    at_once: int = 0,
+    memory: float = 0.0,
+    dry_run: bool = False,
+) -> None:
+    """Trains an experiment with everything that is varied, in as few programs as can be.
+
+    Runs that differ in numbers (weights, rates, decay, regularisers, options of a rule, seeds) are one program, trained at once
+    on one pass over the data; anything else that varies takes a program for each value. The same command goes on where it was
+    stopped.
+
+    Args:
+        script: A script that calls mtl_jax.main; its own flags come after --.
+        vary: FIELD=VALUES, may be repeated: every combination is trained. FIELD is a flag without its dashes, such
+            as optimizer.learning-rate, weights, weights.TASK, phases.0.steps. VALUES are 1e-5,3e-5, grid:LOW:HIGH:N,
+            loggrid:LOW:HIGH:N, uniform:LOW:HIGH, loguniform:LOW:HIGH; of weights simplex:N, simplex:lattice:M, or A/B/C,A/B/C.
+        methods: Weighting rules, such as equal,pcgrad,cagrad:c=0.4. Varied weights go with fixed, which is then added.
+        seeds: How many, from the experiment's seed on.
+        samples: How ranges are drawn, together: sobol:N or random:N.
+        workdir: Default: runs/NAME_ablation.
+        own_order: Each seed has its own order of the data; else all runs see the same batches.
+        at_once: Most runs in one program; 0: as many as fit into memory, which is measured.
+        memory: GB of a device that may be used; 0: what it has free.
+        dry_run: Compile, say how many programs, runs, chunks, bytes and steps there are, and write nothing.
+    """
+    from mtl_jax.ablation import ablate as module
+
+    experiment = scripts.read(script)
+    chosen = method_list(methods)
+    if dry_run:
+        planned = module.plan(experiment, vary, chosen, seeds, samples, own_order)
+        print(dry(planned, at_once, memory))
+        return
+    folder = workdir or f"runs/{experiment.name}_ablation"
+    module.ablate(
+        experiment,
+        folder,
+        vary,
+        methods=chosen,
+        seeds=seeds,
+        samples=samples,
+        own_order=own_order,
+        at_once=at_once,
+        memory=memory,
+        command=shlex.join(["mtl-jax", *sys.argv[1:]]),
+    )
+    print(f"everything is in {folder}")
+
+
+def take(
+    ablation: Annotated[str, tyro.conf.Positional],
+    run: Annotated[str, tyro.conf.Positional],
+    target: Annotated[str, tyro.conf.Positional],
+    /,
+) -> None:
+    """One run of an ablation as an ordinary workdir, with checkpoints: for predict, evaluate, convert, merge, or to go on with.
+
+    Args:
+        ablation: The ablation's workdir.
+        run: The run's number, such as 0007.
+        target: The directory to write.
+    """
+    from mtl_jax.ablation.extract import take as take_out
+
+    take_out(ablation, run, target)
+    print(f"everything is in {target}")
+
+
+def method_list(text: str) -> list[str]:
+    """Rules with their options: "equal,cagrad:c=0.4,db_mtl:a=1,b=2" has three.
+
+    Raises:
+        UserError: An option follows no method that has some.
+    """
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if "=" in part and ":" not in part:
+            if not found or ":" not in found[-1]:
+                raise UserError(f"--methods {text}: {part!r} is an option without a method; write NAME:OPTION=NUMBER")
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def dry(planned: list[Program], at_once: int, memory: float) -> str:
+    """A table of what an ablation will take, its programs compiled.
+
+    Args:
+        planned: The programs.
+        at_once: As for ablate; so is memory.
+        memory: GB.
+    """
+    import tabulate
+
+    from mtl_jax.ablation.ablate import about, steps_of
+    from mtl_jax.ablation.prepare_program import make_ready
+    from mtl_jax.ablation.remarks import weights_do_nothing
+
+    rows, remarks, together, alone = [], [], 0, 0
+    for program in planned:
+        ready = make_ready(program, at_once, memory)
+        shown = ", ".join(f"{name} {value}" for name, value in about(program)["fixed"].items())
+        steps, machine = steps_of(program), ready.machine
+        facts = [len(program.runs), machine.size, len(ready.chunks), steps, machine.weight / 1e9, machine.compile_seconds]
+        rows.append([program.number, shown, *facts])
+        remark = weights_do_nothing(program, ready.prepared.plans)
+        remarks += [f"program {program.number}: {remark}"] if remark else []
+        together, alone = together + len(ready.chunks) * steps, alone + len(program.runs) * steps
+    headers = ["program", "of", "runs", "at once", "chunks", "steps", "GB on a device", "compiling, s"]
+    table = tabulate.tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f")
+    runs = sum(len(program.runs) for program in planned)
+    total = f"programs: {len(planned)}, runs: {runs}, steps: {together:,} of many at once, in place of {alone:,} of one"
+    return "\n".join([table, total, *remarks])

@@ -1,0 +1,206 @@
+"""What configuration dataclasses have in common: a wrong field in a script is one line, not a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, Self, cast
+
+from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.files import shown
+
+EXIT_BAD_INPUT = 2
+
+_Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+
+
+class WrongField(UserError, TypeError):
+    """A configuration was given a field that it does not have, or was not given one that it needs.
+
+    It is also the TypeError that Python raises for such a call.
+    """
+
+
+class Configuration:
+    """Base of the dataclasses that a script builds: checks the names of their fields before Python does.
+
+    Other mistakes in a call, such as too many positional arguments, stay Python's own.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if args or kwargs:  # without, it is being unpickled or copied
+            _check(cls, args, kwargs)
+        return super().__new__(cls)
+
+
+def _check(cls: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    names = [field.name for field in fields]
+    ordered = [field.name for field in fields if not field.kw_only]
+    given = dict(zip(ordered, args, strict=False)) | kwargs
+    what = f"{cls.__name__} {shown(given['name'])!r}" if isinstance(given.get("name"), str) else cls.__name__
+    for name in kwargs:
+        if name not in names:
+            free = [other for other in names if other not in given]
+            raise WrongField(str(unknown(f"field of {what}:", name, free or names)))
+    needed = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and field.name not in given
+    ]
+    if needed and len(args) <= len(ordered):
+        raise WrongField(f"{what} needs {'the field' if len(needed) == 1 else 'the fields'} {listed(needed)}")
+
+
+def show_in_one_line() -> None:
+    """From now on a UserError that nothing catches ends a script with one line and exit code 2.
+
+    A script builds its configuration before it calls main(), which does the same for what comes later. Other exceptions go to
+    the hook that was there; debuggers, pytest and IPython do not use it.
+    """
+    sys.excepthook = _hook(sys.excepthook)
+
+
+def _hook(before: _Hook) -> _Hook:
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not isinstance(error, UserError):
+            before(kind, error, traceback)
+            return
+        print(f"error: {error}", file=sys.stderr)
+        if not hasattr(sys, "ps1") and not sys.flags.interactive:  # at Python's prompt the session stays
+            raise SystemExit(EXIT_BAD_INPUT)
+
+    return show
+
+
+MOST = 2**31 - 1
+LARGEST = 3.4028234e38
+MOST_SEED = 2**32 - 1  # jax.random.key takes the lower 32 bits, so that 2**32 would be seed 0
+
+
+class Limits(NamedTuple):
+    """What a number may be.
+
+    Attributes:
+        low: The least.
+        high: The most.
+        above: Whether the least itself is refused.
+        below: Whether the most itself is refused.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def hold(self, value: float) -> bool:
+        """Whether a number is within them; NaN never is."""
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.low in (-math.inf, -LARGEST, -MOST):
+            return {math.inf: "a number", MOST: "a whole number"}.get(self.high, "a number that is finite in float32")
+        low = f"{'above' if self.above else 'at least'} {self.low:g}"
+        high = "finite in float32" if self.high == LARGEST else f"{'below' if self.below else 'at most'} {self.high:.10g}"
+        return f"{low} and {high}"
+
+
+WHOLE, FLOAT = Limits(0, MOST), Limits(0, LARGEST)
+COUNT, POSITIVE = Limits(1, MOST), Limits(0, LARGEST, above=True)
+SEED, SHARE = Limits(0, MOST_SEED), Limits(0, 1)
+RATE = Limits(0, 1, below=True)
+ANY_WHOLE, ANY, UNBOUNDED = Limits(-MOST, MOST), Limits(-LARGEST, LARGEST), Limits(-math.inf, math.inf)
+
+# {class and field: limits} where they are not WHOLE or FLOAT.
+LIMITS: dict[str, Limits] = {
+    **dict.fromkeys(("Experiment.seed", "Experiment.data_seed"), SEED),
+    "Source.cut_seed": ANY_WHOLE,  # it is hashed as text
+    **dict.fromkeys(("Embedding.vocabulary", "Embedding.dimension"), COUNT),
+    **{f"Transformer.{name}": COUNT for name in ("vocabulary", "layers", "width", "heads", "feed_forward", "max_length")},
+    **{f"Batching.{name}": COUNT for name in ("rows", "row_length", "examples_per_row", "accumulate", "buckets")},
+    **dict.fromkeys(("Evaluation.every", "Checkpoints.every", "Checkpoints.keep", "Phase.steps", "EWC.batches"), COUNT),
+    **dict.fromkeys(("Lora.rank", "Bottleneck.width", "Prefix.length"), COUNT),
+    **dict.fromkeys(("Seq2Seq.target_length", "Seq2Seq.beams", "Seq2Seq.dev_beams", "Span.max_answer"), COUNT),
+    **{f"{kind}.dropout": RATE for kind in ("Pretrained", "Transformer", "Lora")},
+    **{f"Transformer.{name}": RATE for name in ("attention_dropout", "activation_dropout")},
+    **{f"{kind}.dropout": RATE for kind in ("Classification", "MaskedLM", "Multilabel", "Regression", "Seq2Seq", "Span")},
+    **dict.fromkeys(("Tagging.dropout", "Classification.label_smoothing", "Seq2Seq.label_smoothing", "Mixout.p"), RATE),
+    **dict.fromkeys(("Source.cut_dev", "Source.cut_test"), RATE),
+    **dict.fromkeys(("Classification.threshold", "Optimizer.warmup"), SHARE),
+    "MaskedLM.rate": Limits(0, 1, above=True),
+    **dict.fromkeys(("Optimizer.b1", "Optimizer.b2"), RATE),
+    **dict.fromkeys(("Optimizer.eps", "ParamRule.rate", "Distillation.temperature", "Regression.scale"), POSITIVE),
+    "Optimizer.ratio": Limits(1, LARGEST),
+    **dict.fromkeys(("Regression.minimum", "Regression.maximum"), UNBOUNDED),
+    **dict.fromkeys(("Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"), ANY),
+    **dict.fromkeys(("Experiment.weighting_options", "Experiment.weights", "Phase.weights"), ANY),  # their rules look at them
+    # Filled from the data; -1 before that.
+    **dict.fromkeys(("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end"), Limits(-1, MOST)),
+}
+SEEDS = ("Experiment.seed", "Experiment.data_seed")
+
+
+def check(configuration: Any, leave_out: Collection[str] = (), *, coarse: bool = False) -> None:
+    """Raises UserError at the first field, by its path, that is not a number that makes sense.
+
+    Args:
+        configuration: An Experiment, or any dataclass of one.
+        leave_out: Names in LIMITS that are not looked at.
+        coarse: Refuse only what is not a number, not finite where it must be, or too large for any use.
+    """
+    for path, name, kind, value in numeric(configuration):
+        limits = LIMITS.get(name, WHOLE if kind is int else FLOAT)
+        if name in leave_out:
+            continue
+        is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        if not is_number:
+            raise UserError(f"{path} is {str(value)[:100]!r}; it must be a {'whole ' if kind is int else ''}number")
+        most = MOST if kind is int else LARGEST
+        if not (Limits(min(limits.low, -most), max(limits.high, most)) if coarse else limits).hold(value):
+            raise UserError(f"{path} is {str(value)[:100]}; it must be {limits}")
+
+
+def numeric(value: Any, path: str = "") -> Iterator[tuple[str, str, type, Any]]:
+    """(path, class and field, int or float, value) of every number that a configuration holds, in the order of its fields."""
+    for name, kinds in _fields(cast(Hashable, type(value))).items():
+        place, known = f"{path}.{name}" if path else name, f"{type(value).__name__}.{name}"
+        for at, one in _elements(place, getattr(value, name)):
+            if dataclasses.is_dataclass(one):
+                if not type(one).__module__.startswith("mtl_jax.models"):  # sizes of a checkpoint's decoder, filled in
+                    yield from numeric(one, at)
+            elif kinds and not (one is None and type(None) in kinds) and not (isinstance(one, str) and str in kinds):
+                yield at, known, int if int in kinds else float, one
+
+
+def _elements(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((f"{path}.{name}", each) for name, each in value.items())
+    elif isinstance(value, (tuple, list)):
+        yield from ((f"{path}.{place}", each) for place, each in enumerate(value))
+    else:
+        yield path, value
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, frozenset[type]]:
+    """{field: what it or its elements may be, where that is a number, else nothing}."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: _kinds(hints[field.name]) for field in dataclasses.fields(kind)}
+
+
+def _kinds(hint: Any) -> frozenset[type]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return _kinds(arguments[1])
+    if origin is tuple:
+        return _kinds(arguments[0]) if len(set(arguments) - {Ellipsis}) == 1 else frozenset()
+    kinds = frozenset(arguments) if origin in (typing.Union, types.UnionType) else frozenset([hint])
+    return kinds if kinds & {int, float} else frozenset()

@@ -1,0 +1,76 @@
+"""Errors that are the user's to mend: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+SHOWN = 10  # names that an error line lists at most
+NOT_A_PATTERN = (re.error, OverflowError, RecursionError)  # what re.compile raises
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the field, file or line and says what to do."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM or SIGINT) and has saved its state; the same command goes on."""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
+    """The error for a name that is not among the choices: lists them and suggests the nearest.
+
+    Args:
+        kind: What is being named, for example "task".
+        name: The name that was given.
+        choices: The names that exist.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    choices = list(choices)
+    near = nearest(name, choices)
+    hint = f" (did you mean {listed([near])!r}?)" if near else ""
+    given = repr(name if len(name) <= 100 else f"{name[:100]}...")
+    return UserError(f"unknown {kind} {given}{hint}; choices: {listed(choices)}")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The choice that a mistyped name most likely means, "" where none is near.
+
+    First what is written almost alike; then a choice that is the last words of the name, or the first ones: a text_pair is a
+    pair; then what is written somewhat alike; then the choice whose initials the name is: lr.
+    """
+    choices, name = list(choices), name[:100]
+    words = [choice for choice in choices if name.endswith(f"_{choice}") or name.startswith(f"{choice}_")]
+    near = [
+        *difflib.get_close_matches(name, choices, n=1, cutoff=0.8),
+        *sorted(words, key=lambda choice: (name.endswith(choice), len(choice)), reverse=True),
+        *difflib.get_close_matches(name, choices, n=1),
+        *(choice for choice in choices if "".join(word[:1] for word in choice.split("_")) == name),
+    ]
+    return near[0] if near else ""
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names as an error line lists them: the first ten, each cut to 100 characters, and how many more there are."""
+    texts = [str(name) for name in names]
+    first = ", ".join(text if len(text) <= 100 else f"{text[:100]}..." for text in texts[:SHOWN])
+    return f"{first} and {len(texts) - SHOWN} more" if len(texts) > SHOWN else first or "none"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun: "1 run", "2 runs", "1,000 runs".
+
+    Args:
+        number: How many.
+        noun: Of one, with what goes before it, such as "other run".
+        plural: Of several, where it is not the noun and an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def there_are(number: int, noun: str, plural: str = "") -> str:
+    """As count(), after a verb: "there is 1 run", "there are 2 runs"."""
+    return f"there {'is' if number == 1 else 'are'} {count(number, noun, plural)}"

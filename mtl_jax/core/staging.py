@@ -1,0 +1,46 @@
+"""Directories that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from mtl_jax.core import locks
+from mtl_jax.core.files import writing
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A directory beside `folder` to write into. It takes the place of `folder` when the block ends, and is gone if that fails.
+
+    Args:
+        folder: May exist: it is then replaced, or what it is a link to.
+
+    Raises:
+        UserError: The folder cannot be written, or a process trains in it.
+    """
+    with writing(folder):
+        place = folder.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        with writing(folder):
+            yield staging
+            staging.chmod(0o755)  # temporary directories are for their owner alone
+            locks.check_free(place)
+            _move(staging, place)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(staging: Path, folder: Path) -> None:
+    if folder.exists():
+        old = staging.with_name(staging.name + ".old")
+        folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old)
+    else:
+        staging.rename(folder)

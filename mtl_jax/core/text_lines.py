@@ -1,0 +1,124 @@
+"""Files of lines as the commands read them: UTF-8 text, a text or a JSON object a line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mtl_jax.core.errors import UserError
+
+STANDARD_INPUT = STANDARD_OUTPUT = "-"
+
+
+def read_bytes(file: str) -> bytes:
+    """The bytes of a file, or of standard input for "-".
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if file == STANDARD_INPUT and sys.stdin is None:
+        raise UserError("standard input is closed; give a text, or --file")
+    try:
+        return sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Writes lines to standard output, as UTF-8.
+
+    Raises:
+        UserError: They cannot be written: the disk is full, or what reads them has ended.
+    """
+    with _printing():
+        sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def flush_output() -> None:
+    """Puts out what was printed.
+
+    Raises:
+        UserError: As in print_lines().
+    """
+    with _printing():
+        pass
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # Python tries once more when it ends; then there must be no error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"standard output: cannot be written ({error.strerror})") from error
+
+
+def lines_of(data: bytes, file: str) -> list[str]:
+    """The lines of a file, without their ends (a line feed, with or without a carriage return) and without a byte order mark.
+
+    Args:
+        data: The file's bytes.
+        file: Its name, for errors.
+
+    Raises:
+        UserError: It is not UTF-8; the message names the line.
+    """
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason})") from error
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def object_of(line: str, where: str) -> dict[str, Any]:
+    """A line of JSON as the object that it must be.
+
+    Args:
+        line: The line.
+        where: Its file and number, for errors.
+
+    Raises:
+        UserError: It is no JSON, or no object.
+    """
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:  # beside what is no JSON, numbers of thousands of digits
+        raise UserError(f"{where}: {not_by_line(line) or f'no JSON ({error})'}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {not_by_line(line) or f'a JSON object is needed, not {kind_of(value)}'}")
+    return value
+
+
+def not_by_line(first: str) -> str:
+    """What is wrong with a file whose first line this is and that is one JSON value: an array, or an object over several lines.
+
+    Returns:
+        What it is and what to do; "" where the file may have an object on each line.
+    """
+    text, advice = first.strip(), "a .jsonl file has one JSON object on each line: convert it, for example by jq -c"
+    if text.startswith("[") and (text[1:].lstrip()[:1] in ("", "{") or not text.endswith("]")):
+        return f"the file is a JSON array, and {advice} '.[]'"
+    if text.startswith("{") and text.endswith(("{", "[", ",", ":")):
+        return f"the object does not end on its line, and {advice} ."
+    return ""
+
+
+def kind_of(value: Any) -> str:
+    """What a value is in the words of JSON, for errors: null, true, false, a number, a text, a list, an object."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    for kinds, name in (((int, float), "a number"), (str, "a text"), ((list, tuple), "a list"), (dict, "an object")):
+        if isinstance(value, kinds):
+            return name
+    return f"a Python {type(value).__name__}"

@@ -1,0 +1,182 @@
+"""csv and tsv: a header or given names, then a row a line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import shown
+from mtl_jax.data.formats.lines import lines
+from mtl_jax.data.formats.rows import Read, Row, check_columns
+
+if TYPE_CHECKING:
+    from mtl_jax.data.source import Source
+import csv
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from mtl_jax.core import assets
+from mtl_jax.core.errors import count, listed, there_are
+from mtl_jax.data.formats import lines as text
+
+if TYPE_CHECKING:
+    from mtl_jax.data.source import Source
+
+
+def read_csv(path: str, source: Source) -> Iterator[Read]:
+    """Rows of a csv file: fields may be quoted with ", a quoted one may hold commas, line ends and "".
+
+    Raises:
+        UserError: A column is missing, or it is unknown where the next row begins: a quote that is never closed, a line that
+            is too long.
+    """
+    csv.field_size_limit(text.MAX_LINE_BYTES)
+    broken: list[UserError] = []  # of the lines of the row that is being read
+
+    def texts() -> Iterator[str]:
+        for line in text.lines(path, keep_ends=True):
+            if line.error:
+                if line.text == "\n":  # too long: it may have opened a quote
+                    raise line.error
+                broken.append(line.error)
+            yield line.text
+
+    reader = csv.reader(texts(), strict=True)
+    names: tuple[str, ...] = source.columns
+    if names:
+        check_columns(source, path, names)
+    while True:
+        first = reader.line_num + 1
+        broken.clear()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            where = f"{path}:{reader.line_num}"
+            if "unexpected end" in str(error):
+                raise UserError(f"{where}: {error}: a quote is not closed in the row that begins on line {first}") from error
+            if "field larger" in str(error):
+                raise UserError(f"{where}: {error}; is a quote not closed in the row that begins on line {first}?") from error
+            yield UserError(f"{where}: {error}")
+            continue
+        where = f"{path}:{reader.line_num}"
+        if not names:
+            if broken:
+                raise broken[0]
+            names = tuple(fields)
+            check_columns(source, path, names)
+        elif broken:
+            yield broken[0]
+        elif fields:
+            yield _row(fields, names, where)
+
+
+def read_tsv(path: str, source: Source) -> Iterator[Read]:
+    """Rows of a tsv file: fields between tabs, quotes are characters like any other. An empty line is no row."""
+    names = source.columns
+    if names:
+        check_columns(source, path, names)
+    for line in text.lines(path):
+        if not names:
+            if line.error:
+                raise line.error
+            names = tuple(line.text.split("\t"))
+            check_columns(source, path, names)
+        elif line.error:
+            yield line.error
+        elif line.text:
+            yield _row(line.text.split("\t"), names, f"{path}:{line.number}")
+
+
+def _row(fields: list[str], names: tuple[str, ...], where: str) -> Read:
+    if len(fields) != len(names):
+        return UserError(f"{where}: {count(len(fields), 'column')}, but {there_are(len(names), 'name')}: {listed(names)}")
+    return Row(dict(zip(names, fields, strict=True)), where)
+
+
+def read_lines(path: str, source: Source) -> Iterator[Read]:
+    """Rows of a text file: source.pattern must match the whole of every line that is not empty."""
+    pattern = re.compile(source.pattern)
+    check_columns(source, path, pattern.groupindex)
+    for line in lines(path):
+        where = f"{path}:{line.number}"
+        match = None if line.error else pattern.fullmatch(line.text)
+        if line.error:
+            yield line.error
+        elif match:
+            yield Row(match.groupdict(default=""), where)
+        elif line.text:
+            yield UserError(f"{where}: the line does not match the pattern {shown(source.pattern)!r}")
+
+
+def parts(path: str) -> list[str]:
+    """The names between the braces of a path.
+
+    Raises:
+        UserError: There are no braces, or more than one pair.
+    """
+    found = re.findall(r"\{([^{}]+)\}", path)
+    if len(found) != 1 or path.count("{") != 1 or path.count("}") != 1:
+        raise UserError(f'{path}: parallel files are named with one pair of braces, for example "train.{{en,fr}}"')
+    return found[0].split(",")
+
+
+def matches(path: str) -> list[str]:
+    """The paths, one pair of braces in each, that a pattern with wildcards stands for, in sorted order.
+
+    Raises:
+        UserError: Nothing matches, or one file matches and another of its row does not.
+    """
+    names = parts(path)
+    before, after = re.split(r"\{[^{}]+\}", path)
+    if not assets.has_wildcard(before + after):
+        return [path]
+    braces = "{" + ",".join(names) + "}"
+    found: list[set[str]] = []
+    for name in names:
+        # The texts that the wildcards stand for are the name of a set of files.
+        pattern = _regex(before) + re.escape(name) + _regex(after)
+        hits = [re.fullmatch(pattern, file) for file in assets.matches(before + name + after)]
+        found.append({_fill(before + braces + after, hit.groups()) for hit in hits if hit})
+    alone = sorted(found[0].union(*found) - found[0].intersection(*found))
+    if alone:
+        raise UserError(f"{alone[0]}: not all of these files exist")
+    return sorted(found[0])
+
+
+def _regex(pattern: str) -> str:
+    return "".join({"*": "([^/]*)", "?": "([^/])"}.get(c, re.escape(c)) for c in pattern)
+
+
+def _fill(pattern: str, texts: tuple[str, ...]) -> str:
+    filled = iter(texts)
+    return re.sub(r"[*?]", lambda _: next(filled), pattern)
+
+
+def read_parallel(path: str, source: Source) -> Iterator[Read]:
+    """Rows of files whose names differ between the braces only. Those parts name the columns, unless source.columns does.
+
+    Raises:
+        UserError: The files are not of one length: from some line on the rows would be wrong, and none can say which.
+    """
+    names = source.columns or tuple(parts(path))
+    if len(names) != len(parts(path)):
+        raise UserError(
+            f"{path}: {count(len(parts(path)), 'file')}, but source {source.name!r} names {count(len(names), 'column')}"
+        )
+    check_columns(source, path, names)
+    before, after = re.split(r"\{[^{}]+\}", path)
+    files = [before + part + after for part in parts(path)]
+    for number, row in enumerate(zip_longest(*map(lines, files)), start=1):
+        ended = [file for file, line in zip(files, row, strict=True) if line is None]
+        if ended:
+            longer = next(file for file, line in zip(files, row, strict=True) if line is not None)
+            raise UserError(
+                f"{longer}:{number}: {ended[0]} has only {count(number - 1, 'line')}; parallel files must be of one length"
+            )
+        errors = [line.error for line in row if line.error]
+        where = f"{path}:{number}"
+        yield errors[0] if errors else Row({name: line.text for name, line in zip(names, row, strict=True)}, where)

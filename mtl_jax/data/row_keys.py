@@ -1,0 +1,81 @@
+"""What makes two rows one, and whether a row has what it must: a text, and answers where they say that they stand."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import shown
+from mtl_jax.data.formats.rows import Row, no_column
+
+if TYPE_CHECKING:
+    from mtl_jax.data.source import Source
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces: texts equal after this are one text."""
+    return " ".join(text.lower().split())
+
+
+def text_of(source: Source, row: Row, kind: str = "text") -> str:
+    """A row's text, or pair; words joined by spaces.
+
+    Raises:
+        UserError: It has none.
+    """
+    name = getattr(source, kind)
+    if name not in row.columns:
+        raise no_column(source, row.where, kind, row.columns)
+    value = row.columns[name]
+    if isinstance(value, list):
+        if not all(isinstance(word, str) for word in value):
+            raise UserError(f"{row.where}: the {kind} column {name!r} is a list of something else than words")
+        value = " ".join(value)
+    if value is None or not value.strip():
+        raise UserError(f"{row.where}: the {kind} column {name!r} is empty")
+    return value
+
+
+def key(source: Source, row: Row) -> str:
+    """What makes two rows one: the texts; for questions about a context, the context too."""
+    texts = [text_of(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",))]
+    if isinstance(row.columns.get("answers"), list) and "context" not in (source.text, source.pair):
+        texts.append(str(row.columns.get("context", "")))
+    return "\n".join(map(normalise, texts))
+
+
+def turned(key: str) -> str:
+    """The key of the pair the other way round."""
+    first, second, *rest = key.split("\n")
+    return "\n".join([second, first, *rest])
+
+
+def digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()
+
+
+def group(source: Source, row: Row) -> str:
+    """The document a row comes from, or "" where the source names none."""
+    if not source.group:
+        return ""
+    if source.group not in row.columns:
+        raise no_column(source, row.where, "group", row.columns)
+    value = row.columns[source.group]
+    match = re.search(source.group_pattern, value) if isinstance(value, str) else None
+    if match is None:
+        raise UserError(f"{row.where}: {shown(repr(value))} does not match {shown(source.group_pattern)!r}")
+    return match.group()
+
+
+def check_answer(answer: Any, context: str, where: str) -> None:
+    """Raises UserError where the context has not this answer at its place; lists of other things are not looked at."""
+    if not isinstance(answer, dict):
+        return
+    text, start = answer["text"], answer["start"]
+    found = context[max(start, 0) : max(start, 0) + len(text)]
+    if start < 0 or start + len(text) > len(context):
+        raise UserError(f"{where}: the answer {shown(text)!r} at {start} is outside the context of {len(context)} characters")
+    if not text or found != text:
+        raise UserError(f"{where}: the answer {shown(text)!r} is not in the context at {start}, where {shown(found)!r} stands")

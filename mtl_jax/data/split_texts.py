@@ -1,0 +1,80 @@
+"""Texts of more tokens than a model takes, divided where a reader would divide them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+from mtl_jax.core.errors import UserError, count
+
+SPACES = re.compile(r"\s+")
+
+Sizes = Callable[[Sequence[str]], Sequence[int]]
+
+
+def divide(text: str, sizes: Sizes, limit: int) -> list[str]:
+    """A text in pieces that fit: as many whole sentences in each as there is room for.
+
+    A sentence that is too long by itself is divided at spaces, and a word that is too long anywhere.
+
+    Args:
+        text: The text.
+        sizes: Numbers of tokens of texts, special tokens and prefix included.
+        limit: Most tokens of a piece.
+
+    Returns:
+        The pieces in order, without the space around them; the text itself where it fits.
+
+    Raises:
+        UserError: Not even a single character fits.
+    """
+    if sizes([text])[0] <= limit:
+        return [text]
+    for boundary in (SENTENCES, SPACES):
+        parts = _split(text, boundary)
+        if len(parts) > 1:
+            return [piece for chunk in _chunks(parts, sizes, limit) for piece in divide(chunk, sizes, limit)]
+    if len(text) < 2:
+        raise UserError(
+            f"{count(limit, 'token leaves', 'tokens leave')} no room for the text beside special tokens and prefix; allow more"
+        )
+    middle = len(text) // 2
+    return divide(text[:middle], sizes, limit) + divide(text[middle:], sizes, limit)
+
+
+def _split(text: str, boundary: re.Pattern[str]) -> list[str]:
+    """The text cut after every boundary."""
+    ends = [0, *(found.end() for found in boundary.finditer(text)), len(text)]
+    return [part for start, stop in itertools.pairwise(ends) if (part := text[start:stop])]
+
+
+def _chunks(parts: list[str], sizes: Sizes, limit: int) -> list[str]:
+    """Parts joined again, greedily; sizes of parts nearly add up. Always at least two, each shorter than the whole."""
+    empty, *each = sizes(["", *(part.strip() for part in parts)])
+    chunks, room = [""], 0
+    for part, size in zip(parts, each, strict=True):
+        if chunks[-1] and size - empty > room:
+            chunks.append("")
+        if not chunks[-1]:
+            room = limit - empty
+        chunks[-1] += part
+        room -= size - empty
+    if len(chunks) == 1:  # together they are a little longer than the sum said
+        middle = len(parts) // 2
+        chunks = ["".join(parts[:middle]), "".join(parts[middle:])]
+    return [stripped for chunk in chunks if (stripped := chunk.strip())]
+
+
+# Ends of sentences: the mark, what closes after it, and the space up to the next; Chinese and Japanese have no space there.
+SENTENCES = re.compile(
+    r"[.!?\u2026]+[\"'\u2019\u201d\u00bb)\]]*\s+"
+    r"|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u2019\u201d\uff09]*\s*"
+)
+
+
+def first_sentence(text: str) -> str:
+    """A text up to the first end of a sentence, or all of it; white space around it is left out."""
+    text = text.strip()
+    found = SENTENCES.search(text)
+    return text if found is None else text[: found.end()].strip()

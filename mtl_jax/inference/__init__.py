@@ -1,0 +1,1 @@
+"""A finished run or a checkpoint put to use."""

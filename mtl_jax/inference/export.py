@@ -1,0 +1,215 @@
+"""A finished run as a directory that other libraries open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax import pretrained, trunks
+from mtl_jax.core import locks
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.files import write_json
+from mtl_jax.inference import model_card
+from mtl_jax.inference.predict import Run, is_workdir, open_run
+from mtl_jax.pretrained import families, saving
+from mtl_jax.pretrained.marian_bart import fields_of
+from mtl_jax.pretrained.saving import Saved
+from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.training import text_evaluation as generating
+from mtl_jax.transfer.adapters import Adapted, merge_adapters
+
+# Class names that sentence-transformers reads from a directory's files since its second version.
+_MODULE = "sentence_transformers.models"
+_RELU, _IDENTITY = "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"
+
+OF_LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # fields of config.json
+
+# Tasks whose heads transformers has a class for.
+TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
+
+
+def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool = False) -> str:
+    """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
+
+    A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
+    of a classification or regression reads the mean of the token vectors. No class of transformers does that and nothing
+    else, so the directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
+    sentence-transformers: SentenceTransformer(target).encode(texts) are the task's outputs, logits of a classification in
+    the order of labels.json, predicted values of a regression. config.json then names no labels, as a class for texts of
+    transformers would put a random head under them. A trunk with its decoder becomes the checkpoint that it began as, or, from
+    scratch, a Marian model (MarianMTModel; with norms in front a Pegasus model). README.md has the lines that open it.
+
+    Args:
+        source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
+        target: The directory to write.
+        task: The task whose head goes with a run's trunk; empty for the trunk alone.
+        overwrite: Whether a checkpoint that is there may be replaced.
+
+    Returns:
+        What must be known to open it; "" where it opens as any checkpoint.
+
+    Raises:
+        UserError: The source cannot be read, has no such task, or has no counterpart; or the target is taken, or
+            another process writes it.
+    """
+    with locks.target(Path(target)):
+        return _convert(source, target, task, overwrite)
+
+
+def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str:
+    if not is_workdir(Path(source)):
+        if task:
+            raise UserError(f"{source}: no workdir of a run, so there is no task {task!r}; leave --task out")
+        pretrained.save(target, pretrained.load(source), overwrite=overwrite)
+        return ""
+    run = open_run(Path(source))
+    head = run.task(task) if task else None
+    if isinstance(head, Seq2Seq):
+        _write_seq2seq(Path(source), target, run, head, overwrite)
+        return ""
+    if run.trunk.raw is None:
+        of = "only with a decoder, a seq2seq task's" if run.trunk.decoder else "not at all"
+        raise UserError(f"{source}: its trunk is from scratch: transformers has a class for it {of}")
+    if head is not None and not isinstance(head, Classification | Regression | Tagging | Span):
+        raise UserError(
+            f"task {task!r}: only heads of classification, regression, tagging, span and seq2seq can be written; "
+            "leave --task out"
+        )
+    # Labels of a head that the source checkpoint had are not this one's, and the bare model has none.
+    raw = {name: value for name, value in run.trunk.raw.items() if name not in OF_LABELS}
+    kind = TOKEN_HEADS.get(type(head))
+    if kind == "question_answering":
+        raw |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}  # start and end
+    elif kind is not None and head is not None:
+        names = head.labels
+        raw |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+    family = families.of(raw, f"{source}/trunk/config.json")
+    config = family.config(raw, f"{source}/trunk/config.json")
+    model = family.build(config, kind, np.float32)
+    params = {"trunk": _trunk(run, task)}
+    params |= run.trunk.beside if kind is None or head is None else {"head": _token_head(model, run, head)}
+    location = Path(source) / "trunk"
+    checkpoint = pretrained.Checkpoint(model, params, config, raw, kind, location)
+
+    def add_head(folder: Path) -> None:
+        if head is not None and kind is None:
+            _write_head(folder, run, head, config.hidden_size)
+        _write_card(folder, run, head, raw)
+
+    saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
+    return model_card.note(head, Path(target))
+
+
+def _trunk(run: Run, task: str) -> Any:
+    """The trunk's parameters, adapters put into its kernels.
+
+    Raises:
+        UserError: An adapter cannot be, or each source has its own and no task is named.
+    """
+    if not isinstance(run.trunk.module, Adapted):
+        return run.params["trunk"]
+    return merge_adapters(run.trunk.module, run.params["trunk"], run.place(task) if task else None)
+
+
+def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, overwrite: bool) -> None:
+    """Trunk and decoder as the checkpoint that they began as, or as a Marian or Pegasus model.
+
+    Raises:
+        UserError: transformers has no class for the two.
+    """
+    config, tokenizer = task.decoder, run.trunk.tokenizer
+    assert config is not None
+    generation = generating.config_of(task, run.trunk, task.beams)
+    ids = {
+        "decoder_start_token_id": task.start,
+        "eos_token_id": task.end,
+        "pad_token_id": generation.padding,
+        "bos_token_id": tokenizer.bos_token_id,
+        "forced_eos_token_id": None,
+    }
+    if task.from_checkpoint:
+        raw = dict(run.trunk.raw or {})
+    elif run.trunk.raw is not None:
+        raise UserError(
+            f"task {task.name!r}: transformers has no class for an encoder checkpoint with a decoder of the run's own; "
+            "leave --task out"
+        )
+    else:
+        fields = fields_of(config)
+        if fields is None:
+            raise UserError(
+                f"task {task.name!r}: with norms in front transformers has a class (Pegasus) only where trunk and decoder "
+                'share their token table (table "trunk")'
+            )
+        raw = fields | ids
+    model = families.of(raw, f"{source}/trunk/config.json").build(config, trunks.DECODER, np.float32)
+    params = {"trunk": _trunk(run, task.name), "head": run.params["heads"][task.name]}
+    checkpoint = pretrained.Checkpoint(model, params, config, raw, trunks.DECODER, source / "trunk")
+
+    def add_generation(folder: Path) -> None:
+        if not task.from_checkpoint:
+            search = {"num_beams": generation.num_beams, "length_penalty": generation.length_penalty}
+            _write_json(folder / "generation_config.json", ids | search | {"max_length": generation.length})
+        _write_card(folder, run, task, raw)
+
+    saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
+
+
+def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:
+    """A task's layer under the name that the class of transformers has for it.
+
+    Raises:
+        UserError: The class has other layers than the task's head.
+    """
+    ours = run.params["heads"][task.name]
+    wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"].get("head", {})
+    names = list(wanted)
+    if set(ours) != {"output"} or len(names) != 1 or wanted[names[0]].keys() != ours["output"].keys():
+        raise UserError(
+            f"task {task.name!r}: its head is not one linear layer as that of transformers' class is, which has "
+            f"{listed(names)}; leave --task out"
+        )
+    return {names[0]: ours["output"]}
+
+
+def _write_head(folder: Path, run: Run, task: Task, width: int) -> None:
+    """modules.json and its parts: the trunk, the mean over tokens, the head's one or two linear layers."""
+    params = run.params["heads"][task.name]
+    layers = [params[name] for name in ("hidden", "output") if name in params]
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True})
+    _write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": run.experiment.batch.row_length, "do_lower_case": False}
+    )
+    for number, layer in enumerate(layers, start=2):
+        is_last = number == len(layers) + 1
+        scale = task.scale if is_last and isinstance(task, Regression) else 1.0
+        _write_dense(folder / f"{number}_Dense", layer, _IDENTITY if is_last else _RELU, scale)
+        modules.append((f"{number}_Dense", "Dense"))
+    listed = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
+    _write_json(folder / "modules.json", listed)
+    if isinstance(task, Classification):
+        _write_json(folder / model_card.LABELS, list(task.labels))
+
+
+def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale: float) -> None:
+    kernel, bias = np.asarray(layer["kernel"]) * np.float32(scale), np.asarray(layer["bias"]) * np.float32(scale)
+    config = {"in_features": kernel.shape[0], "out_features": kernel.shape[1], "bias": True, "activation_function": activation}
+    _write_json(folder / "config.json", config)
+    tensors = {"linear.bias": Saved(bias, False), "linear.weight": Saved(kernel, True)}
+    saving.write_safetensors(folder / "model.safetensors", tensors)
+
+
+def _write_card(folder: Path, run: Run, task: Task | None, raw: Mapping[str, Any]) -> None:
+    (folder / "README.md").write_text(model_card.card(run.experiment.name, task, raw), encoding="utf-8")
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, value)

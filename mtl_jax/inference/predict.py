@@ -1,0 +1,209 @@
+"""A finished or running workdir as a model: texts in, predictions out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtl_jax import trunks
+from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.text_lines import kind_of
+from mtl_jax.data import coverage
+from mtl_jax.data.examples import Examples, make_examples, make_part, remarks, shortened
+from mtl_jax.data.formats.rows import Row
+from mtl_jax.data.labels import Refused
+from mtl_jax.data.source import NAMED, Source
+from mtl_jax.data.splits import read_one
+from mtl_jax.tasks import Seq2Seq, Task
+from mtl_jax.training import evaluation, text_evaluation
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training.forward import encode_tokens, needs
+from mtl_jax.training.restore import Run as Run
+from mtl_jax.training.restore import is_workdir as is_workdir
+from mtl_jax.training.restore import open_run as open_run
+from mtl_jax.training.text_evaluation import Generated
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model's output is not finite: its parameters are damaged, or training diverged"
+
+
+def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str] | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Predictions of the best checkpoint of a run.
+
+    Args:
+        workdir: A workdir that has at least one evaluated checkpoint.
+        task: A task of that run.
+        inputs: Any number of texts, or of rows {column: text} with the text columns of the task's source, as pairs need; where
+            texts are tagged, a text may be given as the list of its words. A text that is empty, or that the model cannot
+            read, gets {"error": ...} and changes no other's answer.
+
+    Returns:
+        One JSON object for each input, in order; what is in it, the task kind's describe() says. "truncated": true is added
+        where a text was longer than the model's rows and had to be cut.
+
+    Raises:
+        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, a row lacks a text column or has
+            something else than text there, or `inputs` is a single text or row.
+    """
+    if isinstance(inputs, str | Mapping):
+        raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
+    run = open_run(Path(workdir))
+    asked, source = run.task(task), run.source(task)
+    as_words = any(other.words for other in run.beside(task))
+    rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
+    known = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
+    results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
+    examples, cut, refused = _readable(run, task, [rows[i] for i in known])
+    for place, reason in refused.items():
+        results[known[place]] = {"error": reason}
+    known = [i for place, i in enumerate(known) if place not in refused]
+    if not known:
+        return results
+    for line in coverage.remarks("texts", [examples], (), run.trunk.tokenizer, _text_columns(source)):
+        log.warning("%s", line)
+    generated: list[Generated] = []
+    outputs: Any = ()
+    if isinstance(asked, Seq2Seq):
+        generated = text_evaluation.generate(asked, run.trunk, run.params, examples, asked.beams, devices=jax.local_devices())
+    else:
+        outputs = _apply(run, asked, examples).outputs[task]
+    for number, group in enumerate(examples.groups()):
+        place = examples.row_of[group[0]]
+        if not all(len(examples.tokens[i]) for i in group):
+            continue
+        if generated:
+            text, score, ended = generated[number]
+            if not math.isfinite(score):
+                results[known[place]] = {"error": NOT_FINITE}
+                continue
+            answer: dict[str, Any] = {"text": text, "score": round(score, 6)} | ({} if ended else {"unfinished": True})
+        else:
+            windows = [examples.window(i, group[0]) for i in group]
+            if not all(np.isfinite(outputs[i]).all() for i in group):
+                results[known[place]] = {"error": NOT_FINITE}
+                continue
+            answer = asked.describe([outputs[i] for i in group], windows, examples.data[place])
+        truncated = place in cut or (len(group) > 1 and not asked.windows)
+        results[known[place]] = answer | ({"truncated": True} if truncated else {})
+    return results
+
+
+def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dict[str, Any]:
+    """Loss and metrics of the best checkpoint of a run on rows that it may never have seen; of generated texts with signatures.
+
+    Args:
+        workdir: A workdir that has at least one evaluated checkpoint.
+        task: A task of that run.
+        path: Rows with the columns of the task's source, all of which count: whatever Source.path may be.
+        format: Of a file, if it is another than the source's.
+
+    Raises:
+        UserError: As predict(), a row or label cannot be read, or the model's outputs are not finite.
+    """
+    run = open_run(Path(workdir))
+    asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
+    kind = format or source.format
+    source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
+    rows = read_one(source)
+    examples, counts = make_part(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(asked,))
+    if counts.blank[task] == len(examples.data):
+        raise UserError(f"{path}: no row has a label for task {task!r}")
+    told = [shortened((asked,), counts, length)] if counts.cut or counts.extra else []
+    told += [f"{count(counts.skipped, 'row')} that cannot be read left out"] if counts.skipped else []
+    coverage.check([examples], (asked,), run.trunk.tokenizer, trunks.tables(run.trunk))
+    told += coverage.remarks("texts", [examples], (asked,), run.trunk.tokenizer, _text_columns(source))
+    told += remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
+    for line in told:
+        log.warning("%s: %s", path, line)
+    examples = examples._replace(place=run.place(task))
+    split = {source.name: examples}
+    texts = text_evaluation.text_scores(
+        (asked,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices()
+    )
+    found = _apply(run, asked, examples)
+    if not all(np.isfinite(outputs).all() for outputs in found.outputs[task]):
+        raise UserError(f"{path}: task {task!r}: {NOT_FINITE}")
+    scores = evaluation.score((asked,), split, found, texts)
+    for line in evaluation.undefined((asked,), scores, path).values():
+        log.warning("the %s", line)
+    signatures = asked.signatures(examples.data)
+    return {
+        "rows": len(examples.data),
+        **evaluation.for_json(scores[task]),
+        **({"signatures": signatures} if signatures else {}),
+    }
+
+
+def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:
+    """Rows as examples, without those that the model cannot read.
+
+    Returns:
+        The examples, which of their rows were cut, and {place among the given rows: why it cannot be read}.
+    """
+    source, tokenizer, tables = run.source(task), run.trunk.tokenizer, trunks.tables(run.trunk)
+
+    def make(some: Sequence[Row]) -> tuple[Examples, set[int]]:
+        return make_examples(source, run.beside(task), some, tokenizer, run.experiment.batch.row_length, lenient=True)
+
+    refused: dict[int, str] = {}
+    while True:
+        left = [place for place in range(len(rows)) if place not in refused]
+        try:
+            examples, cut = make([rows[place] for place in left])
+            bad = coverage.unfit(examples, tokenizer, tables)
+        except Refused as error:
+            bad = {}
+            for place in error.rows:  # each has a reason of its own
+                try:
+                    make([rows[left[place]]])
+                except Refused as own:
+                    bad[place] = str(own).removeprefix(f"{rows[left[place]].where}: ")
+            if not bad:
+                raise
+        if not bad:
+            return examples._replace(place=run.place(task)), cut, refused
+        refused |= {left[place]: reason for place, reason in bad.items()}
+
+
+def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:
+    """One task's outputs on examples of its source, on one device."""
+    batch, mesh = run.experiment.batch, meshes.make(run.experiment.batch.rows, 1)
+    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs((task,))), (task,), mesh)
+    return evaluation.run(apply, run.params, (task,), [examples], batch, mesh)
+
+
+def _text_columns(source: Source) -> list[str]:
+    return [name for name in (source.text, source.pair) if name]
+
+
+def _joined(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else " ".join(text)
+
+
+def _how_pairs(names: Sequence[str]) -> str:
+    row = ", ".join(f'"{name}": "..."' for name in names)
+    return f": --text gives one text; give pairs as --file FILE.jsonl with lines {{{row}}}"
+
+
+def _row(source: Source, value: str | Sequence[str] | Mapping[str, Any], number: int, as_words: bool) -> Row:
+    names = _text_columns(source)
+    columns = dict(value) or dict.fromkeys(names, "") if isinstance(value, Mapping) else {names[0]: value}
+    for name in names:
+        text = columns.get(name)
+        if as_words and isinstance(text, list | tuple) and all(isinstance(word, str) for word in text):
+            columns[name] = list(text)
+        elif not isinstance(text, str):
+            needed = f"source {source.name!r} needs the text columns {', '.join(names)}"
+            what = kind_of(text) if name in columns else "missing"
+            kind = "a text or a list of words" if as_words else "a text"
+            how = _how_pairs(names) if isinstance(value, str) and len(names) > 1 else ""
+            raise UserError(f"input {number}: {needed}; {name!r} is {what}, where {kind} is needed{how}")
+    return Row(columns, f"input {number}")

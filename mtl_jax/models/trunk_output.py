@@ -1,0 +1,84 @@
+"""What a trunk hands to the heads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.core.errors import UserError
+from mtl_jax.models.encoder import EncoderConfig
+from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
+
+
+class Encoded(NamedTuple):
+    """A batch as the trunk sees it; each part is there only where a task of the run asks for it.
+
+    Attributes:
+        tokens: f[R, T, H], a vector for each token.
+        pooled: f32[R, S, H], the mean of each example's token vectors.
+        table: f32[V, E], the trunk's token table, for heads that share it.
+    """
+
+    tokens: jax.Array | None = None
+    pooled: jax.Array | None = None
+    table: jax.Array | None = None
+
+
+def token_table(params: Any) -> jax.Array:
+    """The trunk's token table f32[V, E]: every trunk calls it word/embedding, on top or under embeddings.
+
+    Raises:
+        UserError: There is none.
+    """
+    for found in (params, params.get("embeddings", {})):
+        if "word" in found:
+            return found["word"]["embedding"]
+    raise UserError("the trunk has no token table that a head could share")
+
+
+def with_token_table(params: Any, table_VxE: jax.Array) -> Any:
+    """The trunk's parameters with another token table."""
+    if "word" in params:
+        return params | {"word": params["word"] | {"embedding": table_VxE}}
+    return params | {"embeddings": with_token_table(params["embeddings"], table_VxE)}
+
+
+class TrunkFacts(NamedTuple):
+    """What a task may ask about the run's trunk.
+
+    Attributes:
+        tokenizer: A transformers tokenizer.
+        width: H, the size of its vectors.
+        table: V, E: shape of its token table; (0, 0): it has none.
+        decoder: The sizes of a decoder that belongs to it, of an encoder-decoder checkpoint or of a trunk from scratch; None.
+        head: Parameters of that decoder where they come with the trunk, else None.
+        start: The token that this decoder reads first.
+        encoder: The sizes of an encoder whose layers a decoder could start as; None.
+    """
+
+    tokenizer: Any
+    width: int
+    table: tuple[int, int]
+    decoder: Seq2SeqConfig | None
+    head: Any
+    start: int | None
+    encoder: EncoderConfig | None
+
+
+def segment_mean(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments: int) -> jax.Array:
+    """Mean of the token vectors of every segment, in float32.
+
+    Args:
+        hidden_RxTxH: Token vectors of R rows.
+        segments_RxT: Segment of each token, counted from 1; 0 is padding.
+        num_segments: S, how many segments a row can hold.
+
+    Returns:
+        f32[R, S, H]; zeros for segments that have no token.
+    """
+    member_RxSxT = segments_RxT[:, None, :] == jnp.arange(1, num_segments + 1)[None, :, None]
+    member_RxSxT = member_RxSxT.astype(jnp.float32)
+    total_RxSxH = jnp.einsum("rst,rth->rsh", member_RxSxT, hidden_RxTxH.astype(jnp.float32))
+    return total_RxSxH / jnp.maximum(member_RxSxT.sum(axis=-1, keepdims=True), 1.0)

@@ -1,0 +1,186 @@
+"""Metrics of single labels, counted by scikit-learn.
+
+The metrics of the TweetEval benchmark (Barbieri et al. 2020) are these, with labels as the benchmark writes them:
+
+| data set | metric |
+|---|---|
+| emotion, hate, offensive, emoji | macro_f1 |
+| irony | f1:1, the F1 of ironic tweets |
+| stance | f1:1+2, the mean F1 of against and favor, over the five targets together |
+| sentiment | macro_recall |
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtl_jax.core.errors import UserError, listed
+
+NAMES = ("accuracy", "macro_f1", "macro_recall", "matthews")
+F1_OF = "f1:"
+
+
+def names(metric: str) -> tuple[str, ...]:
+    """Those that can stand for a task whose metric is `metric`: the four, and a well-formed f1:LABEL or f1:LABEL+LABEL."""
+    return (*NAMES, metric) if metric.startswith(F1_OF) and len(metric) > len(F1_OF) else NAMES
+
+
+def f1_labels(metric: str, labels: tuple[str, ...]) -> list[int]:
+    """Places in the label set of the labels that f1:LABEL or f1:LABEL+LABEL names; none for the other metrics.
+
+    Raises:
+        UserError: One of them is not in the label set.
+    """
+    if not metric.startswith(F1_OF):
+        return []
+    named = metric.removeprefix(F1_OF)
+    parts = [named] if named in labels else named.split("+")
+    for part in parts:
+        if part not in labels:
+            raise UserError(f"metric {metric!r}: {part!r} is not in the label set ({listed(labels)})")
+    return [labels.index(part) for part in parts]
+
+
+def scores(gold_N: np.ndarray, predicted_N: np.ndarray, metric: str, labels: tuple[str, ...]) -> dict[str, float]:
+    """The four metrics, and `metric` where it is an F1 of labels; shares of 1, Matthews from -1 to 1.
+
+    F1 and recall are averaged over the labels that occur in truth or prediction. What would be divided by 0 is 0.
+
+    Args:
+        gold_N: The true labels, places in the label set.
+        predicted_N: The predicted ones.
+        metric: The task's metric.
+        labels: The label set.
+    """
+    from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
+
+    one_label = len(np.unique(np.concatenate([gold_N, predicted_N]))) < 2  # scikit-learn warns where nothing varies
+    found = {
+        "accuracy": float((predicted_N == gold_N).mean()),
+        "macro_f1": float(f1_score(gold_N, predicted_N, average="macro", zero_division=0)),
+        "macro_recall": float(recall_score(gold_N, predicted_N, average="macro", zero_division=0)),
+        "matthews": 0.0 if one_label else float(matthews_corrcoef(gold_N, predicted_N)),
+    }
+    if wanted := f1_labels(metric, labels):
+        found[metric] = float(f1_score(gold_N, predicted_N, labels=wanted, average="macro", zero_division=0))
+    return found
+
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def normalise(text: str) -> str:
+    """Lower case, without ASCII punctuation, then without articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact(predicted: str, gold: Iterable[str]) -> float:
+    """1 if the text equals one of the gold answers after normalisation, else 0; no gold answer: the empty text is right."""
+    return max(float(normalise(predicted) == normalise(answer)) for answer in _known(gold))
+
+
+def f1(predicted: str, gold: Iterable[str]) -> float:
+    """The best F1 of words, as multisets after normalisation, over the gold answers; no gold answer: the empty text is right.
+
+    Where one of two texts has no word, the score is 1 if the other has none either, else 0.
+    """
+    return max(_shared_words(predicted, answer) for answer in _known(gold))
+
+
+def score(predicted: Sequence[str], gold: Sequence[Iterable[str]]) -> dict[str, float]:
+    """Means of exact and f1 over N questions, shares of 1.
+
+    Args:
+        predicted: N texts; "" says that there is no answer.
+        gold: The gold answers of each, none or more.
+    """
+    pairs = list(zip(predicted, gold, strict=True))
+    return {
+        "exact": sum(exact(text, answers) for text, answers in pairs) / len(pairs),
+        "f1": sum(f1(text, answers) for text, answers in pairs) / len(pairs),
+    }
+
+
+def _known(gold: Iterable[str]) -> list[str]:
+    """The answers that are more than punctuation and articles; if there is none, the empty text, which says "no answer"."""
+    return [answer for answer in gold if normalise(answer)] or [""]
+
+
+def _shared_words(predicted: str, gold: str) -> float:
+    predicted_words, gold_words = normalise(predicted).split(), normalise(gold).split()
+    if not predicted_words or not gold_words:
+        return float(predicted_words == gold_words)
+    shared = (Counter(predicted_words) & Counter(gold_words)).total()
+    return 2 * shared / (len(predicted_words) + len(gold_words))
+
+
+FAMILIES = (("bleu", "chrf"), ("rouge1", "rouge2", "rougeL"))
+TEXT_METRICS = tuple(name for names in FAMILIES for name in names)
+
+
+def family(name: str) -> tuple[str, ...]:
+    """The metrics that are computed together with this one; () for a name that is none."""
+    return next((names for names in FAMILIES if name in names), ())
+
+
+def text_scores(name: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The metrics of family(name).
+
+    bleu, chrf: corpus BLEU and chrF of sacrebleu with its defaults, over all references of a text. rouge1, rouge2, rougeL: the
+    mean over texts of ROUGE's F1 of rouge-score with stemming; of several references the nearest one counts, by each metric.
+
+    Args:
+        name: A metric.
+        texts: Generated texts.
+        references: For each of them one or more texts that would have been right.
+    """
+    names = family(name)
+    if not names or not texts:
+        return dict.fromkeys(names, 0.0)
+    if "bleu" in names:
+        streams = _streams(references)
+        return {key: metric.corpus_score(list(texts), streams).score / 100 for key, metric in _sacrebleu().items()}
+    scorer = _rouge(names)
+    found = [scorer.score_multi(list(right), text) for text, right in zip(texts, references, strict=True)]
+    return {key: sum(each[key].fmeasure for each in found) / len(found) for key in names}
+
+
+def signatures(name: str, references: Sequence[Sequence[str]]) -> dict[str, str]:
+    """{metric: how scores(name, texts, references) computed it, and by which version}."""
+    from importlib.metadata import version
+
+    names = family(name)
+    if "bleu" in names:
+        # A signature says how many references there were, which a metric knows once it has seen some: as many, or not as many.
+        counts = sorted({len(found) for found in references}) or [1]
+        few = [["a"] * count for count in (counts[0], counts[-1])]
+        metrics = _sacrebleu()
+        for metric in metrics.values():
+            metric.corpus_score(["a"] * len(few), _streams(few))
+        return {key: str(metric.get_signature()) for key, metric in metrics.items()}
+    return {key: f"rouge-score:{version('rouge-score')}|stemmer:yes|F1|refs:best" for key in names}
+
+
+def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """As sacrebleu takes references: one list for each place, with None, which it leaves out, where a text has fewer."""
+    most = max(map(len, references))
+    return [[found[place] if place < len(found) else None for found in references] for place in range(most)]
+
+
+def _sacrebleu() -> dict[str, Any]:
+    from sacrebleu.metrics import BLEU, CHRF  # imported late: not every run has texts
+
+    return {"bleu": BLEU(), "chrf": CHRF()}
+
+
+def _rouge(names: Sequence[str]) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(names), use_stemmer=True)

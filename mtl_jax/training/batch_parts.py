@@ -1,0 +1,117 @@
+"""A batch in parts, gone through one after another: the activations of one part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtl_jax.data.batches import Batch
+from mtl_jax.models.trunk_output import Encoded
+from mtl_jax.tasks import Task
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training.forward import Look
+
+
+def in_parts(batch: Any, parts: int, axis: int = 0) -> Any:
+    """Leaves [..., R, ...] become [parts, ..., R / parts, ...].
+
+    Every parts-th row belongs to a part, so that each device has as many rows of every part, if it has enough.
+
+    Args:
+        batch: A pytree of arrays.
+        parts: How many; divides R.
+        axis: Which axis is R.
+    """
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        shape = (*leaf.shape[:axis], leaf.shape[axis] // parts, parts, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf.reshape(shape), axis + 1, 0)
+
+    return jax.tree.map(cut, batch)
+
+
+def part_key(key: jax.Array, number: jax.Array | int, parts: int) -> jax.Array:
+    """The PRNG key of a part; with one part, the key itself."""
+    return key if parts == 1 else jax.random.fold_in(key, number)
+
+
+def add_up(function: Callable[[Any, jax.Array], Any], parts: Any) -> Any:
+    """The sum of function(part, its number) over the parts, leaf by leaf: one compiled body, a loop on the device."""
+    count = len(jax.tree.leaves(parts)[0])
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    zero = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first, jnp.zeros((), jnp.int32))
+    )
+
+    def body(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    return jax.lax.scan(body, zero, (parts, jnp.arange(count)))[0]
+
+
+def rows_that_count(
+    tasks: Sequence[Task], idle: Collection[str], rows: Mapping[str, int] | None, multiple: int
+) -> tuple[slice, ...]:
+    """Where the rows of the sources that count stand in a batch; () where that cannot be said, or all of them count.
+
+    Args:
+        tasks: The tasks of the run.
+        idle: The names of those that weigh nothing.
+        rows: {source: its rows in every batch}, in the run's order, which is that of the rows; None: they differ.
+        multiple: The rows that are left must be one of this many, for devices and parts of a batch.
+    """
+    counting = {task.source for task in tasks if task.name not in idle}
+    if rows is None or not counting:
+        return ()
+    if counting == set(rows) or sum(rows[source] for source in counting) % multiple:
+        return ()
+    found, start = [], 0
+    for source, count in rows.items():
+        if source in counting and count:
+            found.append(slice(start, start + count))
+        start += count
+    return tuple(found)
+
+
+def of_source(most: Mapping[str, int], mesh: Mesh) -> Look:
+    """What a task's head sees of a batch: all of it, or of a large head's task r rows, those of its source among them.
+
+    Args:
+        most: {source: the most rows that it has in a batch}, in the run's order.
+        mesh: The devices; each gets as many of the r rows.
+    """
+    places = {source: place for place, source in enumerate(most)}
+    shards = meshes.shards(mesh)
+
+    def look(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
+        rows = -(-max(most[task.source], 1) // shards) * shards  # one at least: a head has no shape for none
+        if not task.large or rows >= len(batch.source):
+            return encoded, batch
+        # The rows of the source come first, in their order; what stands behind them has no label for the task.
+        at_r = jnp.argsort(batch.source != places[task.source], stable=True)[:rows]
+
+        def take(leaf_Rx: jax.Array) -> Any:
+            leaf_rx = leaf_Rx.at[at_r].get(unique_indices=True, mode="promise_in_bounds")
+            if shards == 1:
+                return leaf_rx
+            return jax.lax.with_sharding_constraint(leaf_rx, meshes.by_rows(mesh))
+
+        by_row = jax.tree.map(take, encoded._replace(table=None))
+        return by_row._replace(table=encoded.table), jax.tree.map(take, batch)
+
+    return look
+
+
+def in_part(most: Mapping[str, int], parts: int, runs: int = 1) -> dict[str, int]:
+    """The most rows of each source in a part of a batch, see parts.in_parts().
+
+    Args:
+        most: {source: the most rows that it has in a batch}.
+        parts: Every parts-th row belongs to a part.
+        runs: In so many pieces a source's rows may stand in a batch: of n rows in a piece a part has n / parts, rounded up.
+    """
+    return {source: min(rows, (rows + runs * (parts - 1)) // parts) for source, rows in most.items()}

@@ -1,0 +1,111 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.data.batches import Batch
+from mtl_jax.models.trunk_output import Encoded, segment_mean
+from mtl_jax.tasks import Task
+from mtl_jax.transfer.adapters import Adapted
+from mtl_jax.trunks import token_table
+
+# (trunk params, batch, dropout key or None for none, feature table or None) -> Encoded
+Encode = Callable[[Any, Batch, jax.Array | None, jax.Array | None], Encoded]
+
+
+def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
+    """Runs the trunk over the tokens, and makes of them what the heads need.
+
+    Args:
+        trunk: A linen module with the call signature of models.encoder.Encoder, or one with adapters.
+        needs: Fields of Encoded; the others are None.
+    """
+
+    def encode(params: Any, batch: Batch, key: jax.Array | None, table: jax.Array | None) -> Encoded:
+        own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
+        output = trunk.apply(
+            {"params": params},
+            batch.tokens,
+            (batch.segments > 0).astype(jnp.int32),
+            token_type_ids=batch.types,
+            position_ids=batch.positions,
+            segment_ids=batch.segments,
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+            **own_adapters,
+        )
+        return Encoded(
+            tokens=output.hidden if "tokens" in needs else None,
+            pooled=segment_mean(output.hidden, batch.segments, batch.index.shape[-1]) if "pooled" in needs else None,
+            table=token_table(params) if "table" in needs else None,
+        )
+
+    return encode
+
+
+def look_up(params: Any, batch: Batch, key: jax.Array | None, table_NxH: jax.Array | None) -> Encoded:
+    """The Encode of a frozen trunk whose features are known: row i of the table belongs to the example with id i."""
+    assert table_NxH is not None
+    return Encoded(pooled=table_NxH[jnp.maximum(batch.index, 0)])  # an empty slot, -1, reads some row; it has no label
+
+
+def needs(tasks: tuple[Task, ...]) -> tuple[str, ...]:
+    """The fields of Encoded that the tasks' heads read."""
+    return tuple(field for field in Encoded._fields if any(field in task.needs for task in tasks))
+
+
+def apply_heads(
+    tasks: tuple[Task, ...], params: dict[str, Any], encoded: Encoded, batch: Batch, key: jax.Array | None
+) -> dict[str, jax.Array]:
+    """{task: outputs f32[R, S, O], f32[R, T, O] or f32[R, U, O], by level} of every head; a key means dropout."""
+
+    return {
+        task.name: task.apply(params[task.name], encoded, batch, None if key is None else jax.random.fold_in(key, number))
+        for number, task in enumerate(tasks)
+    }
+
+
+def label_counts(tasks: tuple[Task, ...], batch: Batch) -> dict[str, jax.Array]:
+    """{task: f32[]}: how many examples, or tokens, have a label."""
+    blank = {}
+    for task in tasks:
+        places = {"example": batch.index, "token": batch.tokens, "target": batch.labels[task.name]}[task.level].shape[:2]
+        blank[task.name] = jnp.zeros((*places, task.outputs))
+    return {task.name: task.loss(blank[task.name], batch.labels[task.name], batch)[1] for task in tasks}
+
+
+def mean_losses(
+    tasks: tuple[Task, ...], outputs: dict[str, jax.Array], batch: Batch, counts: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """{task: f32[]}: the sum of the losses over all rows and devices, divided once by the number of labelled examples.
+
+    Args:
+        tasks: The tasks.
+        outputs: What apply_heads returned.
+        batch: The rows.
+        counts: {task: f32[]}, labelled examples or tokens; of the rows here, or of the batch that they are a part of.
+    """
+    sums = {task.name: task.loss(outputs[task.name], batch.labels[task.name], batch)[0] for task in tasks}
+    return {name: total / jnp.maximum(counts[name], 1.0) for name, total in sums.items()}
+
+
+# (task, Encoded, rows) -> what its head sees of them: Encoded and rows, with all labels that the task has.
+Look = Callable[[Task, Encoded, Batch], tuple[Encoded, Batch]]
+
+
+def whole_batch(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
+    """The Look of a head that sees every row."""
+    return encoded, batch
+
+
+def count_seen(batch: Batch, sources: int) -> jax.Array:
+    """i32[N, 3]: of each source its rows in a batch, their examples, their tokens."""
+    of_source_RxN = batch.source[:, None] == jnp.arange(sources)
+    examples_R, tokens_R = (batch.index >= 0).sum(axis=1), (batch.segments > 0).sum(axis=1)
+    per_row_Rx3 = jnp.stack([jnp.ones_like(examples_R), examples_R, tokens_R], axis=1)
+    return jnp.einsum("rn,rk->nk", of_source_RxN.astype(per_row_Rx3.dtype), per_row_Rx3)

@@ -1,0 +1,256 @@
+"""Losses -> Gram matrix -> weights -> gradient: the measure of a step for rules that compare task task_gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtl_jax.core import trees
+from mtl_jax.core.errors import NOT_A_PATTERN, UserError
+from mtl_jax.core.files import shown
+from mtl_jax.data.batches import Batch
+from mtl_jax.models.trunk_output import Encoded, token_table, with_token_table
+from mtl_jax.tasks import Task
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training import task_gradients
+from mtl_jax.training.batch_parts import add_up, in_parts, part_key
+from mtl_jax.training.forward import Encode, Look, label_counts, mean_losses, whole_batch
+from mtl_jax.training.gradient import Measure, Measured, by_losses
+from mtl_jax.training.train_state import TrainState
+from mtl_jax.weighting import Rule, Signals, solve
+
+TRUNK, REPRESENTATION = "trunk", "representation"
+
+
+def check(params: Any, mask: Any, gram_over: str) -> Any:
+    """The tree of bools that says which parameters the Gram matrix is taken over.
+
+    Args:
+        params: The parameters.
+        mask: Which of them train.
+        gram_over: "trunk", "representation", or a regular expression of parameter paths.
+
+    Raises:
+        UserError: The expression is none, or matches no trunk parameter that trains.
+    """
+    try:
+        pattern = re.compile("trunk/.*" if gram_over in (TRUNK, REPRESENTATION) else gram_over)
+    except NOT_A_PATTERN as error:
+        raise UserError(f"gram_over {shown(gram_over)!r} is no regular expression ({error})") from error
+
+    def chosen(path: Any, train: bool) -> bool:
+        name = trees.path_name(path)
+        return train and name.startswith("trunk/") and bool(pattern.fullmatch(name))
+
+    tree = jax.tree_util.tree_map_with_path(chosen, mask)
+    if not any(jax.tree.leaves(tree)):
+        raise UserError(f"gram_over {gram_over!r} matches no trunk parameter that trains")
+    return tree
+
+
+def by_gram(
+    encode: Encode,
+    tasks: tuple[Task, ...],
+    rule: Rule,
+    layout: task_gradients.Layout,
+    over: Any,
+    *,
+    gram_over: str = TRUNK,
+    dtype: Any = jnp.float32,
+    weigh_heads: bool = True,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+    look: Look = whole_batch,
+) -> Measure:
+    """The measure of a rule that compares or changes the task task_gradients.
+
+    Over the whole trunk, the task gradients that make the Gram matrix also make the combined gradient, and nothing is
+    computed twice. Over a part of it, or over the representation, the weights come first, and one ordinary backward pass
+    follows; a part costs a second forward pass. The representation's gradient is that by a vector added to every token's
+    vector (and so to every example's mean), f32[H]. A rule that is not due in a step gets the step of by_losses.
+
+    Args:
+        encode: encode_tokens(trunk).
+        tasks: The tasks, label sets filled in.
+        rule: A rule with needs_gram or a transform.
+        layout: task_gradients.layout(...).
+        over: check(...), for the trainable part of this phase.
+        gram_over: "trunk", "representation", or the expression that `over` was made from; "trunk" for a transform.
+        dtype: In which the task gradients are held, and so summed: bfloat16 halves their memory, K times the trainable trunk.
+            Sums over parts and changed gradients are float32 all the same.
+        weigh_heads: As in by_losses.
+        accumulate: As in by_losses; the task gradients are added up before they are compared. Not over the whole trunk, the
+            weighted gradient costs a second pass over the parts.
+        mesh: The devices, if there are several: each gets as many rows of every block.
+        look: As in by_losses, where the rule is not due.
+    """
+    block_of = {task: block for entries in layout.rounds for task, block in entries}
+    names = layout.tasks
+
+    def measure(
+        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
+    ) -> Measured:
+        trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
+        counts = label_counts(tasks, batch)
+        blocks = task_gradients.cut(batch, layout, tasks, accumulate * (1 if mesh is None else meshes.shards(mesh)))
+        if mesh is not None:  # left to itself, XLA gives every device all rows that were gathered
+            blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
+
+        def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
+            return encode(trees.merge(trunk, frozen["trunk"]), block, key, table)
+
+        def compare(blocks: Batch, number: Any) -> tuple[Any, Any]:
+            """Losses, gradients of the heads, task gradients by round; and the trunk's gradient as a function of weights."""
+            keys_N = jax.random.split(part_key(trunk_key, number, accumulate), len(layout.rows))
+            part_head_key = part_key(head_key, number, accumulate)
+
+            def block(tree: Any, task: str) -> Any:
+                return jax.tree.map(lambda leaf: leaf[block_of[task]], tree)
+
+            def encode_all(trunk: Any) -> Encoded:
+                return jax.vmap(encode_block, in_axes=(None, 0, 0))(trunk, blocks, keys_N)
+
+            def head_losses(heads: Any, encoded: dict[str, Encoded]) -> tuple[jax.Array, Any]:
+                params = trees.merge(heads, frozen["heads"])
+                losses: dict[str, jax.Array] = {}
+                for n, task in enumerate(tasks):
+                    own, key = block(blocks, task.name), jax.random.fold_in(part_head_key, n)
+                    outputs = {task.name: task.apply(params[task.name], encoded[task.name], own, key)}
+                    losses |= mean_losses((task,), outputs, own, counts)
+                return jax.tree.reduce(jnp.add, losses), losses
+
+            if gram_over == TRUNK:
+                encoded, pull_blocks = task_gradients.encode_blocks(encode_block, trained["trunk"], blocks, keys_N)
+            else:
+                encoded, pull_all = jax.vjp(encode_all, trained["trunk"])
+            by_task = {task: block(encoded, task) for task in block_of}
+            (head_gradients, cotangents), losses = jax.grad(head_losses, argnums=(0, 1), has_aux=True)(
+                trained["heads"], by_task
+            )
+
+            def weighted(weights: dict[str, jax.Array]) -> Any:
+                total = jax.tree.map(jnp.zeros_like, encoded)
+                for task, n in block_of.items():
+                    part = jax.tree.map(lambda leaf, w=weights[task]: w.astype(leaf.dtype) * leaf, cotangents[task])
+                    total = jax.tree.map(lambda whole, leaf, n=n: whole.at[n].add(leaf), total, part)
+                return pull_all(total)[0]
+
+            if gram_over == REPRESENTATION:
+                rounds: list[Any] = [jnp.stack([_of_vectors(cotangents[name]) for name in names])]
+                return (losses, head_gradients, rounds), weighted
+            if gram_over != TRUNK:
+                part, rest = trees.split(trained["trunk"], over["trunk"])
+
+                def encode_part(part: Any, block: Batch, key: jax.Array) -> Encoded:
+                    return encode_block(trees.merge(part, rest), block, key)
+
+                _, pull_blocks = task_gradients.encode_blocks(encode_part, part, blocks, keys_N)
+            held = dtype if accumulate == 1 else jnp.float32
+            return (
+                losses,
+                head_gradients,
+                task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, held),
+            ), weighted
+
+        if accumulate == 1:
+            (losses, head_gradients, rounds), weighted = compare(blocks, 0)
+        else:
+            parts = in_parts(blocks, accumulate, axis=1)
+            losses, head_gradients, rounds = add_up(lambda part, number: compare(part, number)[0], parts)
+
+            def weighted(weights: dict[str, jax.Array]) -> Any:
+                return add_up(lambda part, number: compare(part, number)[1](weights), parts)
+
+        signals = Signals(losses, None, state.step, rule_key, counts)
+        gram_KxK = task_gradients.gram_matrix(rounds, names)
+        order = names
+        if rule.transform is None:
+            weights, rule_state, residual = solve(rule, state.rule_state, signals._replace(gram=gram_KxK))
+        else:
+            # The rule sees the Gram matrix of the changed gradients; the one that is logged is of this step's own.
+            order, key = sorted(names), jax.random.fold_in(rule_key, 1)
+            changed, changed_state = rule.transform.update(
+                state.rule_state["transform"], signals._replace(key=key), task_gradients.in_order(rounds, names)
+            )
+            rounds = [changed]
+            gram = task_gradients.gram_matrix(rounds, order) if rule.needs_gram else None
+            signals = signals._replace(gram=gram, transformed=())
+            weights, rule_state, residual = solve(rule, state.rule_state["rule"], signals)
+            rule_state = {"rule": rule_state, "transform": changed_state}
+
+        trunk_gradient = task_gradients.combine(rounds, weights, order) if gram_over == TRUNK else weighted(weights)
+        if weigh_heads:
+            head_gradients |= {
+                name: jax.tree.map(lambda leaf, w=weight: jnp.maximum(w, 0.0) * leaf, head_gradients[name])
+                for name, weight in weights.items()
+            }
+        gradient = {"trunk": trunk_gradient, "heads": head_gradients}
+        return Measured(
+            gradient, losses, counts, weights, gram_KxK, rule_state, {}, {}, None if rule.solve is None else residual
+        )
+
+    if rule.due is None:
+        return measure
+    due = rule.due
+    plain = by_losses(encode, tasks, rule, trains_trunk=True, weigh_heads=weigh_heads, accumulate=accumulate, look=look)
+
+    def measure_where_due(
+        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
+    ) -> Measured:
+        def hold() -> Measured:
+            return plain(trained, frozen, batch, table, state, None)._replace(gram=jnp.full((len(names), len(names)), jnp.nan))
+
+        return jax.lax.cond(due(state.rule_state), lambda: measure(trained, frozen, batch, table, state), hold)
+
+    return measure_where_due
+
+
+def _of_vectors(cotangent: Encoded) -> jax.Array:
+    """f32[H], the gradient by a vector that is added to every token's."""
+    parts = [part for part in (cotangent.tokens, cotangent.pooled) if part is not None]
+    return sum((part.astype(jnp.float32).sum(axis=(0, 1)) for part in parts[1:]), parts[0].astype(jnp.float32).sum(axis=(0, 1)))
+
+
+def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:
+    """The rule's state at the start: its own, and that of its transform where it has one.
+
+    Args:
+        rule: The rule.
+        names: Task names, in order.
+        trunk: The trunk's trainable leaves.
+    """
+    if rule.transform is None:
+        return rule.init(names)
+    gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(names), *leaf.shape), jnp.float32), trunk)
+    return {"rule": rule.init(names), "transform": rule.transform.init(gradients)}
+
+
+def only_read(found: Measure) -> Measure:
+    """A measure with the same result, inside of which the token table has the rows of the batch's tokens only.
+
+    Args:
+        found: A measure for which tokens are places in the token table and nothing else.
+    """
+
+    def measure(
+        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
+    ) -> Measured:
+        whole_VxE = token_table(trained["trunk"])
+        if whole_VxE is None or len(whole_VxE) <= batch.tokens.size:  # it is frozen, or there is nothing to win
+            return found(trained, frozen, batch, table, state, references)
+        # Different tokens in order, then V for each that is there twice; no row is read from V, and none is written to it.
+        ids_U, places_RxT = jnp.unique(batch.tokens, return_inverse=True, size=batch.tokens.size, fill_value=len(whole_VxE))
+        rows_UxE = whole_VxE.at[ids_U].get(mode="fill", fill_value=0.0)
+        narrow = trained | {"trunk": with_token_table(trained["trunk"], rows_UxE)}
+        tokens_RxT = places_RxT.reshape(batch.tokens.shape).astype(batch.tokens.dtype)
+        measured = found(narrow, frozen, batch._replace(tokens=tokens_RxT), table, state, references)
+        trunk = measured.gradient["trunk"]
+        gradient_VxE = jnp.zeros_like(whole_VxE).at[ids_U].set(token_table(trunk), mode="drop")
+        return measured._replace(gradient=measured.gradient | {"trunk": with_token_table(trunk, gradient_VxE)})
+
+    return measure

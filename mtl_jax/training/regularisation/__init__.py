@@ -1,0 +1,1 @@
+"""Regularisers in a training run."""

@@ -1,0 +1,178 @@
+"""The Fisher information of a source's tasks, for EWC."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax import trunks
+from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.trees import leaves_of, put
+from mtl_jax.data import corpus, coverage
+from mtl_jax.data.batches import Batch, Batching, fill, part_of
+from mtl_jax.data.examples import Examples, make_part
+from mtl_jax.models.trunk_output import Encoded
+from mtl_jax.tasks import Task
+from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needs
+from mtl_jax.training.restore import Run
+from mtl_jax.transfer.penalties import SIGMOID, SOFTMAX, squared_gradients
+from mtl_jax.transfer.regularisers import EWC, FIELD
+
+
+def check(kind: EWC, tasks: Sequence[Task]) -> None:
+    """Raises UserError where the labels of a task cannot be drawn.
+
+    Args:
+        kind: Says which labels.
+        tasks: The tasks of its source.
+    """
+    for task in tasks:
+        if kind.labels == "model" and not task.compared_as:
+            raise UserError(
+                f"{FIELD}: {kind.name}: labels of a {type(task).__name__} such as {task.name!r} are not drawn from the model; "
+                "use labels data"
+            )
+
+
+def diagonal(
+    kind: EWC,
+    module: Any,
+    params: Any,
+    tasks: Sequence[Task],
+    examples: Examples,
+    batching: Batching,
+    paths: Collection[str],
+    seed: int,
+    place: int = 0,
+) -> dict[str, np.ndarray]:
+    """{path: f32}, the diagonal of the Fisher information: the mean over examples of the squared gradient of each.
+
+    The log-likelihood of an example is minus the sum of its tasks' losses; without dropout. With the data's labels, examples
+    that have none are not among those that the mean is over.
+
+    Args:
+        kind: Says how many examples, and which labels.
+        module: The trunk.
+        params: The model.
+        tasks: The tasks of the source.
+        examples: Its training examples, with their labels.
+        batching: Shape of the run's batches.
+        paths: The parameters to differentiate by.
+        seed: Which examples are taken, and which labels drawn.
+        place: The source's place in the run's order.
+    """
+    tasks, encode = tuple(tasks), encode_tokens(module, needs(tuple(tasks)))
+
+    @jax.jit
+    def add(total: Any, params: Any, batch: Batch, key: jax.Array) -> Any:
+        leaves = leaves_of(params)
+
+        def log_likelihood(own: Any, row_and_key: tuple[Batch, jax.Array]) -> jax.Array:
+            row, key = jax.tree.map(lambda leaf: leaf[None], row_and_key[0]), row_and_key[1]
+            whole = put(params, own)
+            encoded: Encoded = encode(whole["trunk"], row, None, None)
+            outputs = apply_heads(tasks, whole["heads"], encoded, row, None)
+            total = jnp.zeros(())
+            for number, task in enumerate(tasks):
+                labels = row.labels[task.name]
+                if kind.labels == "model":
+                    labels = draw(task, outputs[task.name], labels, row, jax.random.fold_in(key, number))
+                total -= task.loss(outputs[task.name], labels, row)[0]
+            return total
+
+        keys = jax.random.split(key, len(batch.tokens))
+        squares = squared_gradients(log_likelihood, {path: leaves[path] for path in paths}, (batch, keys))
+        return jax.tree.map(jnp.add, total, squares)
+
+    @jax.jit
+    def labelled(batch: Batch) -> jax.Array:
+        """i32[]: the rows that have a label of any task."""
+
+        def count(row: Batch) -> jax.Array:
+            return sum(label_counts(tasks, jax.tree.map(lambda leaf: leaf[None], row)).values(), jnp.zeros(()))
+
+        return (jax.vmap(count)(batch) > 0).sum()
+
+    leaves = leaves_of(params)
+    total: Any = {path: jnp.zeros(leaves[path].shape, jnp.float32) for path in paths}
+    count = 0
+    for number, batch in enumerate(_batches(kind, tasks, examples, batching, seed, place)):
+        total = add(total, params, batch, jax.random.fold_in(jax.random.key(seed), number))
+        count += len(batch.tokens) if kind.labels == "model" else int(labelled(batch))
+    return {path: np.asarray(leaf) / np.float32(max(count, 1)) for path, leaf in total.items()}
+
+
+def draw(task: Task, outputs: jax.Array, labels: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
+    """Labels as the model's own outputs say that they are distributed; missing where there is no example, or no labelled word.
+
+    A softmax and a sigmoid are distributions; a squared error is minus the log-likelihood of a normal one of variance 1/2.
+
+    Args:
+        task: The task.
+        outputs: Its outputs.
+        labels: Labels of the same shape as those that are drawn.
+        batch: The rows.
+        key: A PRNG key.
+    """
+    outputs = jax.lax.stop_gradient(outputs.astype(jnp.float32))
+    if task.compared_as == SOFTMAX:
+        drawn = jax.random.categorical(key, outputs)
+    elif task.compared_as == SIGMOID:
+        drawn = jax.random.bernoulli(key, jax.nn.sigmoid(outputs))
+    else:
+        drawn = (outputs + jnp.sqrt(0.5) * jax.random.normal(key, outputs.shape))[..., 0] * task.scale  # type: ignore[attr-defined]
+    there = batch.index >= 0 if task.level == "example" else labels != task.missing
+    return jnp.where(there.reshape(there.shape + (1,) * (labels.ndim - there.ndim)), drawn, task.missing).astype(labels.dtype)
+
+
+def of_run(run: Run, kind: EWC) -> tuple[list[Task], Examples]:
+    """The tasks and training examples of a source of another run.
+
+    Args:
+        run: The run.
+        kind: Names the source.
+
+    Raises:
+        UserError: Its rows cannot be read any more, or hold a token that its trunk has no row for.
+    """
+    tasks = [task for task in run.tasks if task.source == kind.source]
+    declared = run.experiment.sources
+    rows = corpus.read_sources(declared, tasks)[kind.source].rows["train"]
+    source = next(source for source in declared if source.name == kind.source)
+    length = run.experiment.batch.row_length
+    examples = make_part(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {kind.run}").examples
+    coverage.check([examples], tasks, run.trunk.tokenizer, trunks.tables(run.trunk))
+    return tasks, examples
+
+
+def source_of_run(run: Run, kind: EWC) -> None:
+    """Raises UserError where a run has no task on the source."""
+    sources = sorted({task.source for task in run.tasks})
+    if kind.source not in sources:
+        raise UserError(
+            f"{FIELD}: source of {kind.name}: the run in {Path(kind.run)} has {listed(sources)}, no {kind.source!r}"
+        )
+
+
+def _batches(
+    kind: EWC, tasks: Sequence[Task], examples: Examples, batching: Batching, seed: int, place: int
+) -> Iterator[Batch]:
+    """Batches of examples chosen by chance, each in a row of its own; no row is empty."""
+    part = part_of(examples, tasks)
+    single = dataclasses.replace(batching, packed=False, buckets=())
+    rows = min(batching.rows, len(part))
+    chosen = np.random.default_rng([seed, 7]).permutation(len(part))
+
+    def always_the_same(part: Any, ticket: int) -> np.random.Generator:
+        return np.random.default_rng([seed, ticket])
+
+    for number in range(min(kind.batches, len(part) // rows)):
+        tickets = [(0, chosen[n : n + 1]) for n in range(number * rows, (number + 1) * rows)]
+        batch = fill([part], tickets, tasks, single, rows, part.types is not None, always_the_same)
+        yield batch._replace(source=np.full_like(batch.source, place))

@@ -1,0 +1,170 @@
+"""A run that was trained, opened again from its workdir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mtl_jax import trunks
+from mtl_jax.core import trees
+from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.files import reason
+from mtl_jax.data.source import Source
+from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
+from mtl_jax.tasks import Task
+from mtl_jax.training import checkpoint_files, frozen_params
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.checkpoint_store import Best, Store
+from mtl_jax.transfer.adapters.base import RUN
+from mtl_jax.trunks import Trunk
+
+
+class Run(NamedTuple):
+    """A run as a model.
+
+    Attributes:
+        experiment: Its configuration, tasks selected.
+        tasks: Its tasks, filled with what was found in its data.
+        trunk: The trunk; its parameters are in params.
+        params: {"trunk": ..., "heads": {task: ...}} of a checkpoint, the best one unless another was asked for, on the first
+            device.
+        step: The step of that checkpoint.
+        dev: Its dev criterion; None where it is not known.
+    """
+
+    experiment: Experiment
+    tasks: tuple[Task, ...]
+    trunk: Trunk
+    params: Any
+    step: int
+    dev: float | None
+
+    def task(self, name: str) -> Task:
+        """The task of that name.
+
+        Raises:
+            UserError: There is none.
+        """
+        found = {task.name: task for task in self.tasks}
+        if name not in found:
+            raise unknown("task", name, found)
+        return found[name]
+
+    def source(self, task: str) -> Source:
+        """The source of a task."""
+        return next(source for source in self.experiment.sources if source.name == self.task(task).source)
+
+    @property
+    def sources(self) -> list[str]:
+        """Those that the run has tasks on, in its order."""
+        used = {task.source for task in self.tasks}
+        return [source.name for source in self.experiment.sources if source.name in used]
+
+    def place(self, task: str) -> int:
+        """The place of a task's source among those that the run has tasks on."""
+        return self.sources.index(self.task(task).source)
+
+    def beside(self, task: str) -> list[Task]:
+        """The tasks of the same source: texts are read as in training, where all of them have a say in it."""
+        return [other for other in self.tasks if other.source == self.task(task).source]
+
+
+def is_workdir(folder: Path) -> bool:
+    """Whether a directory was written by a run."""
+    return (folder / "data.json").exists() and (folder / "config.json").exists()
+
+
+def open_run(folder: Path, step: str = "best") -> Run:
+    """A checkpoint of a run.
+
+    Args:
+        folder: Its workdir.
+        step: best (by dev), last, or the number of a step that has a checkpoint.
+
+    Raises:
+        UserError: The directory is no workdir, or has no such checkpoint.
+    """
+    config, data = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "data.json")
+    if config is None or data is None:
+        raise UserError(f"{folder}: no workdir of a run (config.json or data.json is missing)")
+    experiment = select(from_json(config, str(folder / "config.json")))
+    tasks = tasks_from_json(data["tasks"], str(folder / "data.json"))
+    if [task.name for task in tasks] != [task.name for task in experiment.tasks]:
+        raise workdirs.damaged(folder / "data.json", "its tasks are not those of config.json")
+    trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
+    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
+    found = _read(folder, experiment, step)
+    _check_sizes(folder, trunk, tasks, found)
+    return Run(experiment, tasks, trunk, jax.device_put(found.value, jax.devices()[0]), found.step, found.dev)
+
+
+def _check_sizes(folder: Path, trunk: Trunk, tasks: tuple[Task, ...], found: Best) -> None:
+    """Compares the sizes that trunk/ and data.json say with those of the parameters.
+
+    Raises:
+        UserError: They are not the same.
+    """
+    from mtl_jax.training.setup import init_params  # imported late: it needs this module
+
+    where = f"{folder}: trunk/, data.json and the parameters of step {found.step}"
+    advice = "one of them is not what mtl_jax wrote; put the workdir back, or delete its results.json and let the run end again"
+    try:
+        wanted = trees.flat(jax.eval_shape(lambda: init_params(trunk, tasks, 0)))
+    # A module that is built from sizes which no trunk has raises many kinds.
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError, LookupError, AssertionError) as error:
+        raise UserError(f"{where} do not fit together ({reason(error)}): {advice}") from error
+    there = trees.flat(found.value)
+    for path, leaf in wanted.items():
+        shape = tuple(there[path].shape) if path in there else "absent"
+        if shape != tuple(leaf.shape):
+            sizes = f"{path} is {tuple(leaf.shape)} by the first two, {shape} in the last"
+            raise UserError(f"{where} do not fit together ({sizes}): {advice}")
+
+
+def open_finished(folder: Path, where: str) -> Run:
+    """The same of a run that came to its end, to be used on any rows.
+
+    Args:
+        folder: Its workdir.
+        where: The field that names it, for errors.
+
+    Raises:
+        UserError: It is no workdir, the run is not done, or each of its sources has adapters of its own.
+    """
+    if not is_workdir(folder):
+        raise UserError(f"{where}: {folder} is no workdir of a run")
+    if not (folder / "results.json").exists():
+        raise UserError(f"{where}: the run in {folder} is not finished (it has no results.json); let it end first")
+    run = open_run(folder)
+    own = [adapter.name for adapter in run.experiment.adapters if adapter.per != RUN]
+    if own:
+        raise UserError(
+            f"{where}: each source of the run in {folder} has its own adapters ({', '.join(own)}), and none is of "
+            "the rows of this one; name a run whose adapters are shared, or one without"
+        )
+    return run
+
+
+def _read(folder: Path, experiment: Experiment, step: str) -> Best:
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: there is no checkpoint yet")
+    criterion, declared = experiment.evaluation.criterion, experiment.trunk
+    base = frozen_params.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, getattr(declared, "path", ""))
+    store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
+    try:
+        steps = store.steps()
+        if step == "best":
+            best = store.best(store.restore_params)
+            if best is None:
+                raise UserError(f"{folder}: there is no readable checkpoint that has been evaluated on dev")
+            return best
+        if not steps or (step != "last" and not (checkpoint_files.is_step(step) and int(step) in steps)):
+            raise UserError(f"{folder}: there is no checkpoint of step {step}; there are {listed(steps)}")
+        number = steps[-1] if step == "last" else int(step)
+        return Best(number, None, store.restore_params(number))
+    finally:
+        store.close()

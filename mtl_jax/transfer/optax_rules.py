@@ -1,0 +1,196 @@
+"""From parameter rules to optax: rates, decay and schedules by leaf, and moments that know how old they are.
+
+Numbers differ by leaf, not optimizers: Adam's scaling runs once over all that trains, then each leaf is decayed and multiplied
+with its own numbers, so hundreds of rules cost what one does. Trees may have None where a leaf is frozen, as freezing.split
+leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtl_jax.core.errors import unknown
+from mtl_jax.core.trees import merge, split
+from mtl_jax.transfer.freezing import ParamRule, decide
+
+
+class AdamState(NamedTuple):
+    """Adam's moments.
+
+    Attributes:
+        counts: i32[L], of each leaf the steps that its moments have seen; leaves in the order of jax.tree.leaves.
+        mu: First moments, a tree like the parameters.
+        nu: Second moments.
+    """
+
+    counts: jax.Array
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """optax.scale_by_adam with a count for each leaf: one that begins to train later is corrected for its own age.
+
+    With one count for all, the moments of a leaf that starts from zeros at step 1000 would be taken for old ones, and its first
+    step would be about 3 times too long.
+    """
+
+    def init(params: Any) -> AdamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AdamState(jnp.zeros(len(jax.tree.leaves(params)), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+        del params
+        counts = optax.safe_increment(state.counts)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        # Powers of all counts at once: hundreds of scalar ones would each be a program of its own on a GPU.
+        correction_mu_L, correction_nu_L = 1 - b1**counts, 1 - b2**counts
+        leaves, treedef = jax.tree.flatten(mu)
+        scaled = [
+            m / correction_mu_L[n] / (jnp.sqrt(v / correction_nu_L[n]) + eps)
+            for n, (m, v) in enumerate(zip(leaves, jax.tree.leaves(nu), strict=True))
+        ]
+        return jax.tree.unflatten(treedef, scaled), AdamState(counts, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+class RulesState(NamedTuple):
+    """What schedules count.
+
+    Attributes:
+        steps: i32[], those so far.
+    """
+
+    steps: jax.Array
+
+
+def scale_by_rules(
+    decided: Any, schedules: Mapping[str, optax.Schedule], weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """The end of a chain: update -> -(rule.rate * schedule) * (update + decay * parameter), with each leaf's own numbers.
+
+    Decay (decoupled, as AdamW's) is for parameters of two and more dimensions only: no biases, no norms.
+
+    Args:
+        decided: freezing.decide(params, rules): the rule of each parameter.
+        schedules: Learning rates by step; "" is that of rules that name none.
+        weight_decay: Of rules that name none.
+
+    Returns:
+        A transformation over what freezing.split(params, mask) gives as the trained part.
+
+    Raises:
+        UserError: A rule names a schedule that is not there.
+    """
+    for rule in jax.tree.leaves(decided):
+        if rule.schedule not in schedules:
+            raise unknown(f"schedule of the rule {rule.pattern!r}:", rule.schedule, [name for name in schedules if name])
+
+    def init(params: Any) -> RulesState:
+        del params
+        return RulesState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: RulesState, params: Any = None) -> tuple[Any, RulesState]:
+        used = {rule.schedule for rule in jax.tree.leaves(decided) if rule.train}
+        rates = {name: jnp.asarray(schedules[name](state.steps), jnp.float32) for name in sorted(used)}
+
+        def move(rule: ParamRule, update: Any, leaf: Any) -> Any:
+            if update is None:
+                return None
+            decay = weight_decay if rule.weight_decay is None else rule.weight_decay
+            decays = isinstance(decay, jax.core.Tracer) or decay != 0
+            if decays and leaf.ndim >= 2:
+                update = update + decay * leaf
+            return (-rule.rate * rates[rule.schedule] * update).astype(update.dtype)
+
+        return jax.tree.map(move, decided, updates, params), RulesState(optax.safe_increment(state.steps))
+
+    return optax.GradientTransformation(init, update)
+
+
+def by_rules(
+    params: Any,
+    rules: Sequence[ParamRule],
+    scale: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    schedules: Mapping[str, optax.Schedule] | None = None,
+) -> optax.GradientTransformation:
+    """Parameter rules for plain optax: a transformation over whole trees; frozen leaves have updates of 0 and no state.
+
+        optimizer = by_rules(params, layerwise(0.9, layers=12), optax.scale_by_adam(), 2e-5, weight_decay=0.01)
+        state = optimizer.init(params)
+        updates, state = optimizer.update(gradients, state, params)
+
+    Frozen parts cost no backward pass only where freezing.split(params, freezing.trainable(params, rules))[0] is what is
+    differentiated; their gradients may then be None.
+
+    Args:
+        params: A tree of arrays or of shapes.
+        rules: Must cover it.
+        scale: What makes an update of the gradient, without rate and sign.
+        learning_rate: A number, or a schedule.
+        weight_decay: Of rules that name none.
+        schedules: Those that rules may name.
+
+    Raises:
+        UserError: As for freezing.decide and scale_by_rules.
+    """
+    decided = decide(params, rules)
+    mask = jax.tree.map(lambda rule: rule.train, decided)
+    base = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+    inner = optax.chain(scale, scale_by_rules(decided, {**(schedules or {}), "": base}, weight_decay))
+
+    def init(params: Any) -> Any:
+        return inner.init(split(params, mask)[0])
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moved, state = inner.update(split(updates, mask)[0], state, split(params, mask)[0])
+        return merge(moved, jax.tree.map(jnp.zeros_like, split(params, mask)[1])), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def carry(old: Any, new: Any) -> Any:
+    """A new optimizer state with the moments of an old one, where leaves trained before and train now.
+
+    Moments, and with AdamState their counts, go on as if nothing had happened; leaves that start to train begin from zeros, and
+    so does one that stood still in between. The steps that schedules count begin anew.
+
+    Args:
+        old: State of the same chain of transformations over other leaves of the same parameters.
+        new: Its fresh state over what trains now.
+    """
+    if isinstance(new, AdamState):
+        return AdamState(_carry_counts(old, new), _carry_leaves(old.mu, new.mu), _carry_leaves(old.nu, new.nu))
+    if isinstance(new, optax.TraceState):
+        return optax.TraceState(_carry_leaves(old.trace, new.trace))
+    if type(new) is tuple:  # a chain
+        return tuple(carry(a, b) for a, b in zip(old, new, strict=True))
+    return new
+
+
+def _carry_leaves(old: Any, new: Any) -> Any:
+    return jax.tree.map(lambda a, b: b if a is None or b is None else a, old, new, is_leaf=_is_none)
+
+
+def _carry_counts(old: AdamState, new: AdamState) -> jax.Array:
+    counts = np.asarray(old.counts)  # on the host: the two may lie on different devices
+    before = iter(np.moveaxis(counts, -1, 0))  # axes before that of the leaves are those of several runs
+    ages = [None if leaf is None else next(before) for leaf in jax.tree.leaves(old.mu, is_leaf=_is_none)]
+    trains = [leaf is not None for leaf in jax.tree.leaves(new.mu, is_leaf=_is_none)]
+    none = np.zeros(counts.shape[:-1], np.int32)
+    kept = [none if age is None else age for age, now in zip(ages, trains, strict=True) if now]
+    return jnp.array(np.stack(kept, axis=-1), jnp.int32)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

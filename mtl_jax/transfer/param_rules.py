@@ -1,0 +1,104 @@
+"""Rules by the depth of a layer: layer-wise decay, discriminative rates, the top layers only.
+
+They are told how many layers there are, so that what they make are plain rules, which can be read and changed. A number that
+does not fit the trunk is refused, with the rule that matches nothing or the layer that no rule covers.
+"""
+
+from __future__ import annotations
+
+from mtl_jax.core.errors import UserError, there_are
+from mtl_jax.transfer.freezing import ParamRule
+
+ULMFIT_FACTOR = 2.6
+
+
+def layerwise(decay: float, layers: int, decoder_layers: int = 0) -> tuple[ParamRule, ...]:
+    """Layer-wise decay of the learning rate: each layer has `decay` times the rate of the one above it, heads have all of it.
+
+    For every trunk that has layers: BERT and its family, ModernBERT, the encoder of Marian, BART and T5, and `Transformer`.
+    As in BEiT (Bao et al., 2022), after ELECTRA (Clark et al., 2020).
+
+    Args:
+        decay: Above 0, 1 at most.
+        layers: Layers of the trunk.
+        decoder_layers: Layers of the decoders among the heads, which then stand above those of the trunk: a decoder's own
+            embeddings go with its lowest layer, its output is fresh. 0: decoders are fresh whole, as other heads.
+
+    Returns:
+        Rules that cover every parameter. The top layer's rate is `decay`, the lowest's decay ** layers, the embeddings' (and
+        T5's table of positions) decay ** (layers + 1). Heads, adapters and norms after the last layer have the full rate.
+
+    Raises:
+        UserError: A number makes no sense.
+    """
+    _check(layers, decoder_layers)
+    return top_layers(1 + layers + decoder_layers, layers, decoder_layers, decay)
+
+
+def discriminative(layers: int, factor: float = ULMFIT_FACTOR, decoder_layers: int = 0) -> tuple[ParamRule, ...]:
+    """Discriminative fine-tuning (Howard and Ruder, 2018, ULMFiT): top down, the rate is divided by `factor` with each layer.
+
+    Args:
+        layers: As for layerwise.
+        factor: At least 1.
+        decoder_layers: As for layerwise.
+
+    Raises:
+        UserError: A number makes no sense.
+    """
+    if not factor >= 1:
+        raise UserError(f"factor is {factor}; a rate is divided by it from layer to layer, so it must be at least 1")
+    return layerwise(1 / factor, layers, decoder_layers)
+
+
+def top_layers(count: int, layers: int, decoder_layers: int = 0, decay: float = 1.0) -> tuple[ParamRule, ...]:
+    """Heads, adapters and the topmost layers train; what is below them is frozen and costs no backward pass.
+
+    Args:
+        count: How many layers train; one more than there are: the embeddings, too; 0: none, and no norm after them.
+        layers: As for layerwise.
+        decoder_layers: As for layerwise.
+        decay: As for layerwise, among those that train.
+
+    Raises:
+        UserError: A number makes no sense.
+    """
+    _check(layers, decoder_layers)
+    if not 0 < decay <= 1:
+        raise UserError(f"decay is {decay}; it must be above 0, and 1 at most")
+    total = decoder_layers + layers
+    if not 0 <= count <= total + 1:
+        raise UserError(f"count is {count}; {there_are(total, 'layer')}, and {total + 1} stands for the embeddings, too")
+    # A rule that matches nothing is refused: what not every family has stands in one with what each of them has.
+    decoder = [rf"heads/[^/]+/layer_{number}/.*" for number in reversed(range(decoder_layers))]
+    heads = "heads/.*"
+    if decoder:
+        decoder[-1] = r"heads/[^/]+/(layer_0|embeddings|relative_bias)/.*"
+        heads = r"heads/[^/]+/(?!layer_|embeddings/|relative_bias/).*"
+    encoder = [rf"trunk/layer_{number}/.*" for number in reversed(range(layers))]
+    if count:
+        fresh, lowest = "trunk/(adapters|norm|final_norm)/.*", "trunk/(embeddings|relative_bias)/.*"
+    else:
+        fresh, lowest = "trunk/adapters/.*", "trunk/(embeddings|relative_bias|norm|final_norm)/.*"
+    below = [*decoder, *encoder, lowest]
+    moving = [ParamRule(pattern, rate=decay**depth) for depth, pattern in enumerate(below[:count], 1)]
+    return (ParamRule(f"{heads}|{fresh}"), *moving, *(ParamRule(pattern, train=False) for pattern in below[count:]))
+
+
+def _check(layers: int, decoder_layers: int) -> None:
+    for name, number, least in (("layers", layers, 1), ("decoder_layers", decoder_layers, 0)):
+        if number < least:
+            raise UserError(f"{name} is {number}; it must be at least {least}")
+
+
+def adapters_only() -> tuple[ParamRule, ...]:
+    """The adapters and the heads train; the trunk itself stays as it is."""
+    return (ParamRule("trunk/adapters/.*"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))
+
+
+def bitfit() -> tuple[ParamRule, ...]:
+    """Of the trunk only the biases train, those of norms included (Zaken et al. 2022, BitFit); heads train whole.
+
+    T5 has no biases, and ModernBERT usually none: there the rules are refused, as any that match nothing.
+    """
+    return (ParamRule("trunk/(.*/)?bias"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))

@@ -68,8 +68,8 @@ from mtl_jax.core import plotting
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import number_of
 from mtl_jax.core.staging import staged
-from mtl_jax.data import source as sources
-from mtl_jax.data import splits
+from mtl_jax.data.source import SPLITS
+from mtl_jax.data.splits import read
 from mtl_jax.transfer import probe_then_finetune
 
 HEAD_RATE, RATE, LORA_RATE, SCRATCH_RATE = 3e-3, 1e-4, 2e-3, 5e-4
@@ -232,13 +232,13 @@ def drawn(comparison: Comparison, seed: int) -> Source:
     """The target with its training rows in an order that the seed draws, in files of the workdir: the first n are a sample."""
     folder = Path(comparison.workdir) / f"rows-{seed}"
     if not folder.exists():
-        rows = splits.read(TARGET).rows
+        rows = read(TARGET).rows
         with staged(folder) as part:
             for split, found in rows.items():
                 order = np.random.default_rng(seed).permutation(len(found)) if split == "train" else np.arange(len(found))
                 lines = [json.dumps(found[i].columns) + "\n" for i in order.tolist()]
                 (part / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    train, dev, test = (str(folder / f"{split}.jsonl") for split in sources.SPLITS)
+    train, dev, test = (str(folder / f"{split}.jsonl") for split in SPLITS)
     return Source(name=TARGET.name, path=train, dev_path=dev, test_path=test, format="jsonl", limit=comparison.limit)
 
 

@@ -213,8 +213,8 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
-from mtl_jax.data import tokens
-tokens.CACHED_CHARACTERS = 0
+from mtl_jax.data import tokenize
+tokenize.CACHED_CHARACTERS = 0
 bert, cache, mode = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(bert)
 if mode == "slow":
@@ -227,7 +227,7 @@ if mode == "slow":
 else:
     print("ready", flush=True)
     sys.stdin.readline()
-print(tokens.encode(tokenizer, ["the good film"] * 50, max_length=8, cache=Path(cache)).tokens.values.sum())
+print(tokenize.encode(tokenizer, ["the good film"] * 50, max_length=8, cache=Path(cache)).tokens.values.sum())
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 from mtl_jax.core.errors import count, there_are
 
 NOUNS = "columns|files|labels|layers|lines|rows|runs|seeds|settings|sources|steps|tags|tasks|texts|tokens|words"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

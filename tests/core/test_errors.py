@@ -11,14 +11,14 @@ from mtl_jax.core.errors import listed, unknown
 PACKAGE = Path(mtl_jax.__file__).parent
 # Lists of ours with a known end, or that are cut where they are made; and codes, all of which are needed to choose one.
 SHORT = {
-    ("generation.py", "languages"),
+    ("inference/generate_texts.py", "languages"),
     ("tasks/seq2seq.py", "choices"),
     ("training/workdir.py", "changed[:5]"),
-    ("training/runs.py", "own"),
-    ("prediction.py", "names"),
-    ("pretrained/tokenizer.py", "VOCABULARIES"),
+    ("training/restore.py", "own"),
+    ("inference/predict.py", "names"),
+    ("pretrained/locate.py", "VOCABULARIES"),
     ("pretrained/safetensors_file.py", "DTYPES"),
-    ("data/sources.py", "NAMED"),
+    ("data/splits.py", "NAMED"),
     ("merge/__init__.py", "others[:3]"),
     ("merge/method.py", "used"),
     ("transfer/adapters/adapted.py", "together[:2]"),

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.data import row_keys, splits
-from mtl_jax.data import source as sources
+from mtl_jax.data import row_keys
+from mtl_jax.data import splits as sources
 from mtl_jax.data.source import Source
 from mtl_jax.data.splits import read
 
@@ -99,7 +99,7 @@ def test_a_text_of_the_test_file_leaves_the_training_rows(tmp_path):
 
 @given(st.text(), st.integers(0, 5), st.floats(0, 0.5), st.floats(0, 0.49))
 def test_a_cut_is_always_a_split(key, seed, dev, test):
-    split = splits.cut(key, seed, {"dev": dev, "test": test})
+    split = sources.cut(key, seed, {"dev": dev, "test": test})
     assert split in sources.SPLITS
     assert not (split == "dev" and dev == 0)
     assert not (split == "test" and test == 0)

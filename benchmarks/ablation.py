@@ -37,9 +37,10 @@ from mtl_jax.cli import scripts
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import select
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.setup import initial_state, stretches
 from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import StepInputs
 
 QUICKSTART = scripts.read(str(Path(__file__).resolve().parents[1] / "experiments" / "quickstart.py"))
 DOMAINS = ("tweets", "movies", "products", "editorials")
@@ -118,19 +119,19 @@ def many(made: Ready, table: Any) -> Timed:
     key = stacking.keys([run.experiment.seed for run in runs], machine.mesh)
     state = fresh._replace(step=step, params=params, key=key)
     batch = batch_of(made)
-    program = machine.step(plan_of, values, state, batch, table, None)
-    return Timed(program, machine.compile_seconds, state, (batch, table, None), (values,))
+    program = machine.step(plan_of, values, state, StepInputs(batch, table))
+    return Timed(program, machine.compile_seconds, state, (StepInputs(batch, table),), (values,))
 
 
 def one(made: Ready, table: Any) -> Timed:
     """The step of a run alone."""
     prepared = made.prepared
     plan_of = prepared.plans[0]
-    step = make_train_step(measure(prepared, plan_of), plan_of.optimizer, plan_of.mask, len(DOMAINS))
+    step = make_train_step(gradient_fn(prepared, plan_of), plan_of.optimizer, plan_of.mask, len(DOMAINS))
     state, batch = initial_state(prepared), batch_of(made)
     began = time.perf_counter()
-    program = jax.jit(step, donate_argnums=0).lower(state, batch, table).compile()
-    return Timed(program, time.perf_counter() - began, state, (batch, table))
+    program = jax.jit(step, donate_argnums=0).lower(state, StepInputs(batch, table)).compile()
+    return Timed(program, time.perf_counter() - began, state, (StepInputs(batch, table),))
 
 
 def batch_of(made: Ready) -> Any:

@@ -36,9 +36,10 @@ from mtl_jax import Batching, Classification, Evaluation, Experiment, Optimizer,
 from mtl_jax.data.batches import Batch, fill, part_of
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import StepInputs
 
 LENGTH, EXAMPLES = 64, 128  # row length; rows of a batch of padded examples
 REPEATS, STEPS, MADE = 5, 6, 60  # times that layouts take turns; training steps of a turn; batches of the first measurement
@@ -116,7 +117,7 @@ class Layout:
         self.batches = batches(name, self.prepared)
         self.by_rows = meshes.by_rows(self.prepared.mesh)
         plan = self.prepared.plans[0]
-        step = make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask)
+        step = make_train_step(gradient_fn(self.prepared, plan), plan.optimizer, plan.mask)
         self.step = jax.jit(step, donate_argnums=0)
         self.state = initial_state(self.prepared)
         self.tokens = self.places = 0
@@ -132,7 +133,7 @@ class Layout:
         for batch in itertools.islice(self.batches, 40):
             if batch.tokens.shape[1] not in seen:
                 seen.add(batch.tokens.shape[1])
-                self.state, _ = self.step(self.state, meshes.place(batch, self.by_rows), None)
+                self.state, _ = self.step(self.state, StepInputs(meshes.place(batch, self.by_rows)))
         jax.block_until_ready(self.state)
 
     def make(self) -> float:
@@ -152,7 +153,7 @@ class Layout:
             asked = time.perf_counter()
             batch = self.place(next(self.batches))
             waited += time.perf_counter() - asked
-            before, (self.state, pending) = pending, self.step(self.state, batch, None)
+            before, (self.state, pending) = pending, self.step(self.state, StepInputs(batch))
             jax.block_until_ready(before)
         jax.block_until_ready(pending)
         seconds = time.perf_counter() - start

@@ -33,10 +33,10 @@ from mtl_jax.core.errors import count, unknown
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.head import Head
-from mtl_jax.training.forward import encode_tokens, look_up
-from mtl_jax.training.gradient import by_losses
-from mtl_jax.training.step import make_train_step
-from mtl_jax.training.train_state import create
+from mtl_jax.training.forward import cached_features, encode_tokens
+from mtl_jax.training.gradient import make_backward
+from mtl_jax.training.step import make_gradient_fn, make_train_step
+from mtl_jax.training.train_state import StepInputs, create
 from mtl_jax.transfer import freezing, top_layers
 from mtl_jax.transfer.adapters import adapt
 
@@ -95,12 +95,13 @@ class Way:
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
         state = create(params, optimizer.init(trained), (), 2)
         cached = name == "cached features"
-        self.table = jnp.zeros((len(batch.tokens), sizes.hidden_size)) if cached else None
-        encode = look_up if cached else encode_tokens(module)
-        measure = by_losses(encode, (TASK,), weighting.make("equal"), trains_trunk=any(jax.tree.leaves(mask["trunk"])))
-        step = jax.jit(make_train_step(measure, optimizer, mask), donate_argnums=0)
-        self.program = step.lower(state, batch, self.table).compile()
-        self.state, self.batch = jax.block_until_ready(state), batch
+        features = jnp.zeros((len(batch.tokens), sizes.hidden_size)) if cached else None
+        encode = cached_features if cached else encode_tokens(module)
+        backward = make_backward(encode, (TASK,), trains_trunk=any(jax.tree.leaves(mask["trunk"])))
+        gradients = make_gradient_fn(backward, weighting.make("equal"))
+        step = jax.jit(make_train_step(gradients, optimizer, mask), donate_argnums=0)
+        self.program = step.lower(state, StepInputs(batch, features)).compile()
+        self.state, self.inputs = jax.block_until_ready(state), StepInputs(batch, features)
         memory = self.program.memory_analysis()
         self.facts = {
             "trained": sum(leaf.size for leaf in jax.tree.leaves(trained)),
@@ -113,7 +114,7 @@ class Way:
         """Of a step, the mean over so many."""
         began = time.perf_counter()
         for _ in range(steps):
-            self.state, metrics = self.program(self.state, self.batch, self.table)
+            self.state, metrics = self.program(self.state, self.inputs)
         jax.block_until_ready(metrics)
         return (time.perf_counter() - began) / steps
 

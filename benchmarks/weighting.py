@@ -37,9 +37,9 @@ from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.head import Head
 from mtl_jax.training import gram_gradient, task_gradients
 from mtl_jax.training.forward import encode_tokens
-from mtl_jax.training.gradient import by_losses
-from mtl_jax.training.step import make_train_step
-from mtl_jax.training.train_state import TrainState
+from mtl_jax.training.gradient import GradientFn, make_backward
+from mtl_jax.training.step import make_gradient_fn, make_train_step
+from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.weighting import Rule
 
 SIZES = EncoderConfig(30522, 384, 6, 12, 1536, 512, dropout=0.0, attention_dropout=0.0)  # MiniLM-L6
@@ -135,9 +135,9 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
             gram_gradient.init_rule(rule, [task.name for task in tasks], params["trunk"]),
             jax.random.key_data(jax.random.key(2)),
         )
-        step = make_train_step(measure_of(rule, encoder, tasks, layout, params, mask), optimizer, mask)
+        step = make_train_step(gradient_fn_of(rule, encoder, tasks, layout, params, mask), optimizer, mask)
         began = time.perf_counter()
-        program = jax.jit(step).lower(state, batch, None).compile()
+        program = jax.jit(step).lower(state, StepInputs(batch)).compile()
         facts[name] = {"compile_s": time.perf_counter() - began}
         facts[name]["flops"] = (program.cost_analysis() or {}).get("flops", float("nan"))
         if (rule.needs_gram or rule.transform) and jax.default_backend() == "cpu":
@@ -145,7 +145,7 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
             size = sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
             unread = max(0, SIZES.vocab_size - batch.tokens.size) * SIZES.hidden_size if rule.transform is None else 0
             facts[name]["flops"] += 2 * K**2 * (size - unread)
-        programs[name] = lambda program=program, state=state: jax.block_until_ready(program(state, batch, None)[1])
+        programs[name] = lambda program=program, state=state: jax.block_until_ready(program(state, StepInputs(batch))[1])
         programs[name]()
     times: dict[str, list[float]] = {name: [] for name in rules}
     for _ in range(options.repeats):
@@ -170,15 +170,15 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
     return found
 
 
-def measure_of(
+def gradient_fn_of(
     rule: Rule, encoder: Encoder, tasks: tuple[Classification, ...], layout: task_gradients.Layout, params: Any, mask: Any
-) -> Any:
-    """The measure that training takes for a rule."""
+) -> GradientFn:
+    """The gradient function that training takes for a rule."""
     encode = encode_tokens(encoder)
     if not rule.needs_gram and rule.transform is None:
-        return by_losses(encode, tasks, rule, trains_trunk=True)
-    found = gram_gradient.by_gram(encode, tasks, rule, layout, gram_gradient.check(params, mask, "trunk"))
-    return gram_gradient.only_read(found) if rule.transform is None else found
+        return make_gradient_fn(make_backward(encode, tasks, trains_trunk=True), rule)
+    backward = gram_gradient.make_backward(encode, tasks, rule, layout, gram_gradient.check(params, mask, "trunk"))
+    return make_gradient_fn(gram_gradient.only_read(backward) if rule.transform is None else backward, rule)
 
 
 def make_batch(K: int, rows: int) -> Batch:

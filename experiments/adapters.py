@@ -67,9 +67,10 @@ from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.data.stream import stream
 from mtl_jax.tasks import AnyTask
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.setup import initial_state, prepare, stretches
 from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer.adapters import AnyAdapter
 
 EVERYTHING = (ParamRule(".*"),)
@@ -202,14 +203,14 @@ def _costs(experiment: Experiment, workdir: Path, timed: int) -> dict[str, Any]:
     prepared = prepare(experiment)
     plan, state = prepared.plans[0], initial_state(prepared)
     trained, _ = trees.split(prepared.params, plan.mask)
-    step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), donate_argnums=0)
+    step = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask), donate_argnums=0)
     batches = stream(prepared.corpus, experiment.batch, experiment.seed, stretches(experiment), 0, 1)
     optimizer_bytes = _bytes(state.opt_state)
     seconds = []
     for _ in range(timed + 2):  # the first compiles
         batch = meshes.assemble(next(batches), meshes.by_rows(prepared.mesh))
         started = time.perf_counter()
-        state, metrics = step(state, batch, None)
+        state, metrics = step(state, StepInputs(batch))
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
     batches.close()

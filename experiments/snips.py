@@ -3,8 +3,8 @@
     python experiments/snips.py
     python experiments/snips.py --workdir runs/snips1 --seed 1
 
-Test, mean ± standard deviation of seeds 0, 1 and 2 (one core of a shared CPU): intent 98.5 ± 0.3 % accuracy, slots
-95.3 ± 0.1 F1.
+Test, mean ± standard deviation of seeds 0, 1 and 2 (one NVIDIA H200, bfloat16): intent 98.6 ± 0.4 % accuracy, slots
+95.4 ± 0.04 F1.
 
 Both tasks share one forward pass. MTL_JAX_DATA names a folder with snips/{train,valid,test}/{seq.in,seq.out,label}, the
 split of Goo et al. 2018 (13,084, 700 and 700 sentences, CC0).

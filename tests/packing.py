@@ -10,9 +10,11 @@ from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import encode_tokens, needs
-from mtl_jax.training.gradient import Measured, by_losses
+from mtl_jax.training.forward import encode_tokens, needed_fields
+from mtl_jax.training.gradient import StepGradients, make_backward
 from mtl_jax.training.setup import Prepared, initial_state
+from mtl_jax.training.step import make_gradient_fn
+from mtl_jax.training.train_state import StepInputs
 
 PACKED = Batching(rows=16, row_length=24, examples_per_row=6)
 UNPACKED = dataclasses.replace(PACKED, rows=48, packed=False)
@@ -24,19 +26,19 @@ def whole(prepared: Prepared, batching: Batching, split: str = "train") -> Batch
     return batch
 
 
-def measured(prepared: Prepared, batch: Batch) -> Measured:
+def measured(prepared: Prepared, batch: Batch) -> StepGradients:
     """Losses and gradient of a batch, as a training step finds them."""
     tasks, plan = prepared.corpus.tasks, prepared.plans[0]
     state = initial_state(prepared)
     trained, frozen = trees.split(state.params, plan.mask)
-    measure = by_losses(encode_tokens(prepared.trunk.module, needs(tasks)), tasks, plan.rule, trains_trunk=True)
-    return jax.jit(measure)(trained, frozen, batch, None, state)
+    backward = make_backward(encode_tokens(prepared.trunk.module, needed_fields(tasks)), tasks, trains_trunk=True)
+    return jax.jit(make_gradient_fn(backward, plan.rule))(trained, frozen, StepInputs(batch), state)
 
 
 def predictions(prepared: Prepared, batching: Batching, split: str = "train") -> evaluation.Found:
     """Every task's outputs on a split."""
     tasks, mesh = prepared.corpus.tasks, meshes.make(batching.rows, 1)
-    apply = evaluation.make_outputs(encode_tokens(prepared.trunk.module, needs(tasks)), tasks, mesh)
+    apply = evaluation.make_outputs(encode_tokens(prepared.trunk.module, needed_fields(tasks)), tasks, mesh)
     params = initial_state(prepared).params
     return evaluation.run(apply, params, tasks, list(prepared.corpus.splits[split].values()), batching, mesh)
 

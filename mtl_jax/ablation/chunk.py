@@ -25,19 +25,20 @@ from mtl_jax.ablation.plan import Run, order_of
 from mtl_jax.ablation.programs import Machine, scores_of
 from mtl_jax.ablation.stacking import Together
 from mtl_jax.core import trees as freezing
-from mtl_jax.core.errors import Interrupted
 from mtl_jax.core.progress import Progress
+from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import stream
 from mtl_jax.training import evaluation, metrics_log, results
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Restored, Store
 from mtl_jax.training.counts import Counts, other_work, steps_by_phase
 from mtl_jax.training.metrics_log import Logger
+from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
 from mtl_jax.training.phase_plan import PhasePlan, renumbered
 from mtl_jax.training.preemption import Stop
-from mtl_jax.training.regularisation.references import References
+from mtl_jax.training.references import References
 from mtl_jax.training.setup import stretches
-from mtl_jax.training.train_state import Metrics, TrainState
+from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 from mtl_jax.transfer import optax_rules
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,6 @@ class Fate:
     since_best: int = 0
     diverged: str = ""
     ended: int = 0
-
-
-class _Pending(NamedTuple):
-    step: int
-    places: int
-    metrics: Metrics
 
 
 class Shared(NamedTuple):
@@ -108,7 +103,6 @@ class Chunk:
         self.examples = {name: len(part.tokens) for name, part in self.prepared.corpus.splits["train"].items()}
         self.counts = Counts(seen={name: [0, 0, 0] for name in self.examples})
         self.fates = [Fate() for _ in self.runs]
-        self.pending: _Pending | None = None
         self.warned: set[int] = set()
         self.references = [References(self._alone(run), shared.run_folder(run)) for run in self.runs]
 
@@ -130,8 +124,8 @@ class Chunk:
                 if step < plan.end and not self._ended():
                     if step == plan.start and plan.number:
                         now = self._enter(plan, now)
-                    held, apart = self._hold(plan, now, step == plan.start)
-                    now, step = self._phase(plan, now, step, held, apart)
+                    references, apart = self._references_of(plan, now, step == plan.start)
+                    now, step = self._phase(plan, now, step, references, apart)
             self._skip(step, self.prepared.plans[-1].end)
             self.store.wait()
             self._finish(step, now)
@@ -206,9 +200,13 @@ class Chunk:
         params = self.shared.params[run.experiment.seed]
         return self.prepared._replace(experiment=run.experiment, params=params, plans=plans)
 
-    def _hold(self, plan: PhasePlan, now: Together, begins: bool) -> tuple[Any, frozenset[str]]:
-        """What the regularisers of a phase hold on to, and of which of it each run has its own."""
-        if not plan.held and not plan.mixed and not any(each.held or each.mixed for each in self.prepared.plans):
+    def _references_of(self, plan: PhasePlan, now: Together, begins: bool) -> tuple[Any, frozenset[str]]:
+        """The references of the regularisers of a phase, and the names of those that differ from run to run."""
+        if (
+            not plan.regularisers
+            and not plan.mixout_paths
+            and not any(each.regularisers or each.mixout_paths for each in self.prepared.plans)
+        ):
             return None, frozenset()
         own, found = self.machine.own[plan.number], []
         for number, references in enumerate(self.references):
@@ -243,72 +241,61 @@ class Chunk:
         ]
         return meshes.place(np.stack(tables), meshes.by_runs(self.mesh))
 
-    def _phase(self, plan: PhasePlan, now: Together, step: int, held: Any, apart: frozenset[str]) -> tuple[Together, int]:
+    def _phase(self, plan: PhasePlan, now: Together, step: int, references: Any, apart: frozenset[str]) -> tuple[Together, int]:
         table = self._table(plan, now)
         self.counts.phase = plan.number
         steps = np.arange(plan.end - plan.start)
         plans = [renumbered(plan, run.experiment) for run in self.runs]
         self.rates = [np.broadcast_to(jax.vmap(mine.rate)(steps), len(steps)) for mine in plans]
-        state, best, begun = now.state(), now.best, step
-        while step < plan.end and not self._ended():
-            if self.shared.stop.requested(step):
-                self._read_pending(plan)
-                self._save(step, _with_best(state, best))
-                self.store.wait()
-                raise Interrupted(f"stopped at step {step}; the same command goes on from there")
-            host_batch = next(self.stream)
-            batch = meshes.assemble(host_batch, meshes.by_rows(self.mesh))
-            run_step = self.machine.step(plan, self.values, state, batch, table, held, apart=apart)
-            if step == begun:
-                self.shared.progress.beside("compilation")
-            state, metrics = run_step(self.values, state, batch, table, held)
-            step += 1
-            self._read_pending(plan)
-            self.pending = _Pending(step, host_batch.tokens.size, metrics)
-            if step % self.experiment.evaluation.every == 0 or step == plan.end:
-                self._read_pending(plan)
-                state = self.machine.collect(plan, state)
-                best = self._evaluate(step, plan, state, best, table)
-                self._save(step, _with_best(state, best))
-                self.shared.progress.beside("evaluation", len(self.runs))
-            elif step % self.experiment.checkpoints.every == 0:
-                self._read_pending(plan)
-                self._save(step, _with_best(state, best))
-                self.shared.progress.beside("checkpoint", len(self.runs))
-        return _with_best(state, best), step
+        actions = Actions(
+            take_step=lambda now, batch: self._step(plan, now, batch, table, references, apart),
+            read=lambda sent: self._read(sent, plan),
+            evaluate=lambda step, now: self._evaluate_and_save(step, plan, now, table),
+            save=self._save,
+            wait=self.store.wait,
+            ended=self._ended,
+        )
+        shared, runs = self.shared, len(self.runs)
+        return train_phase(now, step, plan, self.stream, actions, self.experiment, shared.stop, shared.progress, runs)
 
-    def _read_pending(self, plan: PhasePlan) -> None:
-        """Logs the step that was sent off last, and notes which runs are not finite any more."""
-        if self.pending is None:
-            return
-        step, places, metrics = self.pending
-        self.pending = None
-        metrics = jax.device_get(metrics)
-        self.counts.add(metrics.seen[0], places)
+    def _step(
+        self, plan: PhasePlan, now: Together, batch: Batch, table: Any, references: Any, apart: frozenset[str]
+    ) -> tuple[Together, StepMetrics]:
+        inputs = StepInputs(meshes.assemble(batch, meshes.by_rows(self.mesh)), table, references)
+        run_step = self.machine.step(plan, self.values, now.state(), inputs, apart=apart)
+        state, metrics = run_step(self.values, now.state(), inputs)
+        return _with_best(state, now.best), metrics
+
+    def _read(self, sent: SentStep, plan: PhasePlan) -> None:
+        """Waits for the metrics of a step, logs them run by run, and notes which runs are not finite any more."""
+        metrics = jax.device_get(sent.metrics)
+        self.counts.add(metrics.seen[0], sent.places)
         facts, tokens = self.counts.facts(self.examples), 0
         for number, fate in enumerate(self.fates):
             if fate.ended:
                 continue
-            own = jax.tree.map(lambda leaf, number=number: leaf[number], metrics)
-            _, record = metrics_log.read(own, facts["seen"])
+            run_metrics = jax.tree.map(lambda leaf, number=number: leaf[number], metrics)
+            rate = float(self.rates[number][sent.step - 1 - plan.start])
+            _, record = metrics_log.step_record(run_metrics, facts, rate, plan.number)
             tokens += record["tokens"]
-            record |= {
-                "padding": facts["padding"],
-                "learning_rate": float(self.rates[number][step - 1 - plan.start]),
-                "phase": plan.number,
-            }
-            self.loggers[number].write("train", step, record)
-            self._note(number, step, metrics_log.not_finite(own))
-            unsolved = metrics_log.unsolved(own)
+            self.loggers[number].write("train", sent.step, record)
+            self._note(number, sent.step, metrics_log.not_finite(run_metrics))
+            unsolved = metrics_log.unsolved(run_metrics)
             if unsolved and number not in self.warned:
                 self.warned.add(number)
-                log.warning("run %s, step %d: %s", self.runs[number].name, step, unsolved)
+                log.warning("run %s, step %d: %s", self.runs[number].name, sent.step, unsolved)
         self.shared.progress.update(len(self.runs), tokens, title=plan.phase.name)
+
+    def _evaluate_and_save(self, step: int, plan: PhasePlan, now: Together, table: Any) -> Together:
+        state = self.machine.collect(plan, now.state())
+        now = _with_best(state, self._evaluate(step, plan, state, now.best, table))
+        self._save(step, now)
+        return now
 
     def _note(self, number: int, step: int, trouble: str) -> None:
         if trouble:
             self.fates[number].diverged, self.fates[number].ended = f"at step {step}: {trouble}", step
-            log.warning("run %s diverged at step %d: %s; the others go on", self.runs[number].name, step, trouble)
+            log.warning("run %s diverged at step %d: %s; the other runs are trained on", self.runs[number].name, step, trouble)
 
     def _ended(self) -> bool:
         """Whether no run goes on: each has diverged, or stopped early."""

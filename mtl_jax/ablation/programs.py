@@ -21,12 +21,12 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Seq2Seq
 from mtl_jax.training import evaluation, gram_gradient, text_evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import measure
-from mtl_jax.training.forward import encode_tokens, look_up, needs
+from mtl_jax.training.build_step import gradient_fn
+from mtl_jax.training.forward import cached_features, encode_tokens, needed_fields
 from mtl_jax.training.phase_plan import PhasePlan, renumbered
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_train_step
-from mtl_jax.training.train_state import TrainState
+from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
 
 
@@ -82,43 +82,47 @@ class Machine:
         return jax.vmap(one, axis_size=self.size)
 
     def step(self, plan: PhasePlan, *arguments: Any, apart: frozenset[str] = frozenset()) -> Any:
-        """The compiled step of a phase: (numbers, state, batch, table, references) -> (state, Metrics of all runs).
+        """The compiled step of a phase: (numbers, state, inputs) -> (state, StepMetrics of all runs).
 
         Args:
             plan: The phase.
             *arguments: Those of the step, or their shapes.
             apart: The references of which each run has its own.
         """
-        held = tuple(each.name for each in plan.held)
-        key = (plan.number, held, plan.mixed, apart, *(leaf.shape for leaf in jax.tree.leaves(arguments[2])))
+        names = tuple(each.name for each in plan.regularisers)
+        batch = arguments[2].batch
+        key = (plan.number, names, plan.mixout_paths, apart, *(leaf.shape for leaf in jax.tree.leaves(batch)))
         if key not in self._steps:
             started = time.monotonic()
-            self._steps[key] = self._make_step(plan, arguments[3], arguments[4], apart).lower(*arguments).compile()
+            self._steps[key] = self._make_step(plan, arguments[2], apart).lower(*arguments).compile()
             self.compile_seconds += time.monotonic() - started
             self.compiled += 1
         return self._steps[key]
 
-    def _make_step(self, plan: PhasePlan, table: Any, references: Any, apart: frozenset[str]) -> Any:
+    def _make_step(self, plan: PhasePlan, inputs: StepInputs, apart: frozenset[str]) -> Any:
         sources = len(self.prepared.corpus.splits["train"])
 
-        def one(values: Numbers, state: TrainState, batch: Batch, table: Any, references: Any) -> Any:
+        def of_one_run(values: Numbers, state: TrainState, inputs: StepInputs) -> Any:
             experiment = fields.insert(self.prepared.experiment, values)
-            mine = renumbered(plan, experiment)
-            found = measure(self.prepared._replace(experiment=experiment), mine)
-            step = make_train_step(found, mine.optimizer, plan.mask, sources, self.averaging.follow)
-            return step(state, batch, table, references)
+            run_plan = renumbered(plan, experiment)
+            gradients = gradient_fn(self.prepared._replace(experiment=experiment), run_plan)
+            step = make_train_step(gradients, run_plan.optimizer, plan.mask, sources, self.averaging.follow)
+            return step(state, inputs)
 
         axes = stacking.axes(self.own[plan.number])
-        held = None if references is None else {name: 0 if name in apart else None for name in references}
-        many = jax.vmap(
-            one,
-            in_axes=(0, axes, None, self._table_axis(plan) if table is not None else None, held),
+        features_axis = None if inputs.features is None else self._table_axis(plan)
+        reference_axes = (
+            None if inputs.references is None else {name: 0 if name in apart else None for name in inputs.references}
+        )
+        of_all_runs = jax.vmap(
+            of_one_run,
+            in_axes=(0, axes, StepInputs(None, features_axis, reference_axes)),  # type: ignore[arg-type]
             out_axes=(axes, 0),
             axis_size=self.size,
             spmd_axis_name=meshes.RUN,
         )
         placed = (stacking.shardings(self.own[plan.number], self.mesh), meshes.by_runs(self.mesh))
-        return jax.jit(many, donate_argnums=1, out_shardings=placed)
+        return jax.jit(of_all_runs, donate_argnums=1, out_shardings=placed)
 
     def weigh(self, values: Numbers, batch: Batch) -> int:
         """Bytes on a device in the heaviest phase: its step, as XLA plans it, and what lies beside it.
@@ -148,9 +152,10 @@ class Machine:
                     table = jax.ShapeDtypeStruct((self.size, *shape), np.float32, sharding=by_runs)
                 else:
                     table = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
-            program = self.step(plan._replace(held=(), mixed=()), values, state, batch, table, None)
+            unregularised = plan._replace(regularisers=(), mixout_paths=())
+            program = self.step(unregularised, values, state, StepInputs(batch, table))  # type: ignore[arg-type]
             best, trained = stacking.own_part(params, own), stacking.own_part(params, plan.mask)
-            beside = _bytes(best) + (2 * _bytes(trained) if plan.held or plan.mixed else 0)
+            beside = _bytes(best) + (2 * _bytes(trained) if plan.regularisers or plan.mixout_paths else 0)
             if jax.default_backend() == "cpu":
                 beside += _bytes((shapes, best))
             self.weight = max(self.weight, weight_of(program) + beside // self.mesh.shape[meshes.RUN])
@@ -168,7 +173,7 @@ class Machine:
         key = (plan.number, cached)
         if key not in self._outputs:
             tasks = self.prepared.corpus.tasks
-            encode = look_up if cached else encode_tokens(self.prepared.trunk.module, needs(tasks))
+            encode = cached_features if cached else encode_tokens(self.prepared.trunk.module, needed_fields(tasks))
             over = (stacking.axes(self.own[plan.number]).params, None, self._table_axis(plan) if cached else None)
             self._outputs[key] = evaluation.make_outputs(encode, tasks, self.mesh, over)
         return self._outputs[key]

@@ -41,7 +41,7 @@ def weights_do_nothing(program: Program, plans: Sequence[PhasePlan]) -> str:
         )
     if optimizer.name not in ("adam", "adamw") or any(run.experiment.optimizer.eps > LARGEST_EPS for run in program.runs):
         return ""
-    if any(plan.held for plan in plans):
+    if any(plan.regularisers for plan in plans):
         return ""
     but = [f"for what clipping at norm {optimizer.clip_norm:g} makes of them"] if optimizer.clip_norm else []
     but += ["for heads whose weight is 0"] if any(0 in weights.values() for weights in known) else []

@@ -1,0 +1,1 @@
+"""Rows, labels and tokens: from files to the batches of a step."""

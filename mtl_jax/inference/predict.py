@@ -24,7 +24,7 @@ from mtl_jax.data.splits import read_one
 from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import encode_tokens, needs
+from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.restore import Run as Run
 from mtl_jax.training.restore import is_workdir as is_workdir
 from mtl_jax.training.restore import open_run as open_run
@@ -176,7 +176,7 @@ def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int],
 def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:
     """One task's outputs on examples of its source, on one device."""
     batch, mesh = run.experiment.batch, meshes.make(run.experiment.batch.rows, 1)
-    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needs((task,))), (task,), mesh)
+    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needed_fields((task,))), (task,), mesh)
     return evaluation.run(apply, run.params, (task,), [examples], batch, mesh)
 
 

@@ -30,7 +30,7 @@ from mtl_jax.training import evaluation, results, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
-from mtl_jax.training.forward import encode_tokens, needs
+from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.train_state import create
 from mtl_jax.transfer.adapters import Lora
 from mtl_jax.trunks import Trunk
@@ -204,7 +204,7 @@ def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
     """How parameters are measured: as after training, on one device."""
     batching, tasks = union.experiment.batch, union.tasks
     mesh = meshes.make(batching.rows, 1)
-    apply = evaluation.make_outputs(encode_tokens(trunk.module, needs(tasks)), tasks, mesh)
+    apply = evaluation.make_outputs(encode_tokens(trunk.module, needed_fields(tasks)), tasks, mesh)
 
     def measure(params: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
         data = corpus.splits[split]

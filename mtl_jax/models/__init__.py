@@ -1,0 +1,1 @@
+"""Linen modules: trunks and the layers that they are made of."""

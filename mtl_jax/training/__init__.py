@@ -1,0 +1,1 @@
+"""A training run, from an experiment to results.json."""

@@ -1,4 +1,11 @@
-"""A batch in parts, gone through one after another: the activations of one part at a time."""
+"""Parts of a batch: one after another, the rows of a source for a large head, the rows of tasks that weigh something.
+
+A head reads every row of a batch, and rows without a label for it change nothing but the price. Small heads do that, as it is
+cheaper than to pick rows; two decoders over a whole batch would cost twice as much as each over its half. Which rows a source
+has differs from step to step; the most that it has does not, so that is the shape.
+
+Shapes in names: R rows, r rows of a source at most.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +20,7 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import Look
+from mtl_jax.training.forward import HeadInputs
 
 
 def in_parts(batch: Any, parts: int, axis: int = 0) -> Any:
@@ -39,7 +46,7 @@ def part_key(key: jax.Array, number: jax.Array | int, parts: int) -> jax.Array:
     return key if parts == 1 else jax.random.fold_in(key, number)
 
 
-def add_up(function: Callable[[Any, jax.Array], Any], parts: Any) -> Any:
+def sum_over_parts(function: Callable[[Any, jax.Array], Any], parts: Any) -> Any:
     """The sum of function(part, its number) over the parts, leaf by leaf: one compiled body, a loop on the device."""
     count = len(jax.tree.leaves(parts)[0])
     first = jax.tree.map(lambda leaf: leaf[0], parts)
@@ -53,7 +60,7 @@ def add_up(function: Callable[[Any, jax.Array], Any], parts: Any) -> Any:
     return jax.lax.scan(body, zero, (parts, jnp.arange(count)))[0]
 
 
-def rows_that_count(
+def weighted_rows(
     tasks: Sequence[Task], idle: Collection[str], rows: Mapping[str, int] | None, multiple: int
 ) -> tuple[slice, ...]:
     """Where the rows of the sources that count stand in a batch; () where that cannot be said, or all of them count.
@@ -77,8 +84,8 @@ def rows_that_count(
     return tuple(found)
 
 
-def of_source(most: Mapping[str, int], mesh: Mesh) -> Look:
-    """What a task's head sees of a batch: all of it, or of a large head's task r rows, those of its source among them.
+def rows_of_source(most: Mapping[str, int], mesh: Mesh) -> HeadInputs:
+    """Every row for a small head; for a large one r rows, those of its task's source among them.
 
     Args:
         most: {source: the most rows that it has in a batch}, in the run's order.
@@ -87,7 +94,7 @@ def of_source(most: Mapping[str, int], mesh: Mesh) -> Look:
     places = {source: place for place, source in enumerate(most)}
     shards = meshes.shards(mesh)
 
-    def look(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
+    def head_inputs(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
         rows = -(-max(most[task.source], 1) // shards) * shards  # one at least: a head has no shape for none
         if not task.large or rows >= len(batch.source):
             return encoded, batch
@@ -103,11 +110,11 @@ def of_source(most: Mapping[str, int], mesh: Mesh) -> Look:
         by_row = jax.tree.map(take, encoded._replace(table=None))
         return by_row._replace(table=encoded.table), jax.tree.map(take, batch)
 
-    return look
+    return head_inputs
 
 
-def in_part(most: Mapping[str, int], parts: int, runs: int = 1) -> dict[str, int]:
-    """The most rows of each source in a part of a batch, see parts.in_parts().
+def rows_in_part(most: Mapping[str, int], parts: int, runs: int = 1) -> dict[str, int]:
+    """The most rows of each source in a part of a batch, see in_parts().
 
     Args:
         most: {source: the most rows that it has in a batch}.

@@ -1,124 +1,144 @@
-"""The measure of a phase's steps, put together: tasks, rule, regularisers."""
+"""The steps of a phase, put together: which backward pass, which weights, which transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 
-from mtl_jax.data.batches import Batch
 from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
-from mtl_jax.training import batch_parts, gram_gradient, task_gradients
+from mtl_jax.training import batch_parts, gradient, gram_gradient, task_gradients
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import encode_tokens, look_up, needs
-from mtl_jax.training.gradient import Measure, Measured, by_losses
+from mtl_jax.training.forward import Encode, HeadInputs, cached_features, encode_tokens, needed_fields
+from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
 from mtl_jax.training.phase_plan import PhasePlan, per_task
 from mtl_jax.training.regularisation import output_losses, transforms
-from mtl_jax.training.train_state import TrainState
+from mtl_jax.training.setup import Prepared
+from mtl_jax.training.step import make_gradient_fn
 from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation, RDrop
-from mtl_jax.weighting import fixed, schedules
+from mtl_jax.weighting import schedules
 
-if TYPE_CHECKING:  # prepare imports this module
-    from mtl_jax.training.setup import Prepared
-
-
-def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
-    """How a phase's steps come from losses to a gradient."""
-    experiment, tasks = prepared.experiment, prepared.corpus.tasks
-    counting = tuple(task for task in tasks if task.name not in plan.idle)
-    weights = {each.name: schedules.parse(each.weight, each.name) for each in plan.held}
-    watched = _watched(prepared, plan, counting)
-    held = output_losses.held(watched, weights)
-    vectors = ("tokens",) if any(isinstance(each, Distillation) and each.of == "hidden" for each in plan.held) else ()
-    encode = look_up if plan.cached else encode_tokens(prepared.trunk.module, (*needs(tasks), *vectors))
-    doubled = any(isinstance(each, RDrop) for each in plan.held)
-    weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
-    most = prepared.schedule.capacity(range(plan.start, plan.end))
-    rows = {source: count * (2 if doubled else 1) for source, count in most.items()}
-    pieces = jax.process_count() * (2 if doubled else 1)
-    look = batch_parts.of_source(batch_parts.in_part(rows, accumulate, pieces), prepared.mesh)
-    if not per_task(plan.rule):
-        trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
-        found = by_losses(
-            encode,
-            counting,
-            plan.rule,
-            trains_trunk=trains_trunk,
-            weigh_heads=weigh_heads,
-            accumulate=accumulate,
-            held=held,
-            look=look,
-        )
-    else:
-        same = prepared.schedule.constant() and jax.process_count() == 1 and not doubled
-        found = gram_gradient.by_gram(
-            encode,
-            tasks,
-            plan.rule,
-            task_gradients.layout(tasks, rows, same),
-            gram_gradient.check(prepared.params, plan.mask, experiment.gram_over),
-            gram_over=experiment.gram_over,
-            dtype=meshes.compute_dtype(experiment.gram_dtype),
-            weigh_heads=weigh_heads,
-            accumulate=accumulate,
-            mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
-            look=look,
-        )
-        if plan.rule.transform is None and not any("table" in task.needs for task in tasks):
-            found = gram_gradient.only_read(found)
-        if watched:
-            nothing = fixed({task.name: 0.0 for task in tasks})
-            alone = by_losses(encode, tasks, nothing, trains_trunk=True, accumulate=accumulate, held=held, look=look)
-            found = transforms.beside(found, alone)
-    if doubled:
-        found = transforms.twice(found)
-    if plan.idle:
-        # On several hosts the rows of a source are not in one piece.
-        rows_of = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
-        left = batch_parts.rows_that_count(tasks, plan.idle, rows_of, accumulate * meshes.shards(prepared.mesh))
-        found = leave_out(found, plan.idle, left)
-    first = prepared.plans[0].phase.name
-    if plan.mixed:
-        found = transforms.mix(found, experiment.mixout.p, plan.mixed, transforms.start_of(first))
-    penalties = {
-        each.name: transforms.penalty_of(each, each.phase or first) for each in plan.held if isinstance(each, L2SP | EWC)
-    }
-    return transforms.penalise(found, penalties, weights) if penalties else found
+Transform = Callable[[GradientFn], GradientFn]
 
 
-def _watched(prepared: Prepared, plan: PhasePlan, counting: Sequence[Task]) -> dict[str, output_losses.OnOutputs]:
-    """The regularisers of a phase that look at what the model makes of a batch."""
-    places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
-    found = {}
-    for each in plan.held:
-        if isinstance(each, Distillation | RDrop):
-            names = prepared.watched.get(each.name) or [task.name for task in counting if task.compared_as]
-            tasks = [task for task in counting if task.name in names]
-            found[each.name] = output_losses.on_outputs(each, tasks, places, prepared.teachers.get(each.name))
-    return found
-
-
-def leave_out(measure: Measure, idle: Collection[str], rows: Sequence[slice]) -> Measure:
-    """The measure of the tasks that count, over their rows, as one of all tasks: those that are idle are absent.
+def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
+    """From a phase's inputs to its gradient, for step.make_train_step().
 
     Args:
-        measure: by_losses(...) of the tasks that count.
-        idle: The others.
-        rows: rows_that_count(...).
+        prepared: The run.
+        plan: The phase.
     """
+    weights = {each.name: schedules.parse(each.weight, each.name) for each in plan.regularisers}
+    backward, without_gram = _backward(prepared, plan)
+    step = make_gradient_fn(
+        backward,
+        plan.rule,
+        lambda step: {name: schedules.at(weight, step) for name, weight in weights.items()},
+        without_gram,
+    )
+    for transform in _transforms(prepared, plan):
+        step = transform(step)
+    return step
 
-    def take(leaf: jax.Array) -> jax.Array:
-        parts = [leaf[part] for part in rows]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def measure_the_others(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        found = measure(trained, frozen, jax.tree.map(take, batch) if rows else batch, table, state, references)
-        nothing = {name: jnp.zeros(()) for name in idle}
-        return found._replace(losses=found.losses | nothing, counts=found.counts | nothing, weights=found.weights | nothing)
+def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
+    """Innermost first.
 
-    return measure_the_others
+    R-Drop's second pass doubles the rows that are left, so rows leave after it is around the step. Mixout changes the
+    parameters of all passes. Penalties come last: they are losses of the parameters themselves, not of the mixed ones.
+    """
+    experiment, tasks = prepared.experiment, prepared.corpus.tasks
+    first_phase = prepared.plans[0].phase.name
+    chosen: list[Transform] = []
+    if _doubles(plan):
+        chosen.append(transforms.every_row_twice)
+    if plan.weightless:
+        # On several hosts the rows of a source are not in one piece.
+        counts = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
+        multiple = experiment.batch.accumulate * meshes.shards(prepared.mesh)
+        rows = batch_parts.weighted_rows(tasks, plan.weightless, counts, multiple)
+        chosen.append(functools.partial(transforms.without_tasks, tasks=plan.weightless, rows=rows))
+    if plan.mixout_paths:
+        start = transforms.start_of(first_phase)
+        mixout = functools.partial(transforms.at_mixed_parameters, p=experiment.mixout.p, paths=plan.mixout_paths, start=start)
+        chosen.append(mixout)
+    penalties = {
+        each.name: transforms.penalty_of(each, each.phase or first_phase)
+        for each in plan.regularisers
+        if isinstance(each, L2SP | EWC)
+    }
+    if penalties:
+        chosen.append(functools.partial(transforms.with_penalties, penalties=penalties))
+    return tuple(chosen)
+
+
+def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, BackwardFn | None]:
+    """The backward pass of a phase, and that of the steps in which its rule is not due to compare gradients."""
+    experiment, tasks = prepared.experiment, prepared.corpus.tasks
+    weighted = tuple(task for task in tasks if task.name not in plan.weightless)
+    regularisers = _output_regularisers(prepared, plan, weighted)
+    encode, head_inputs = _encode(prepared, plan), _head_inputs(prepared, plan)
+    weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
+    common = functools.partial(gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs)
+    if not per_task(plan.rule):
+        trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
+        of_losses = common(weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads, regularisers=regularisers)
+        return of_losses, None
+    same_rows = prepared.schedule.constant() and jax.process_count() == 1 and not _doubles(plan)
+    compared = gram_gradient.make_backward(
+        encode,
+        tasks,
+        plan.rule,
+        task_gradients.layout(tasks, _most_rows(prepared, plan), same_rows),
+        gram_gradient.check(prepared.params, plan.mask, experiment.gram_over),
+        gram_over=experiment.gram_over,
+        dtype=meshes.compute_dtype(experiment.gram_dtype),
+        weigh_heads=weigh_heads,
+        accumulate=accumulate,
+        mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
+    )
+    without_gram = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
+    if plan.rule.transform is None and not any("table" in task.needs for task in tasks):
+        compared, without_gram = gram_gradient.only_read(compared), gram_gradient.only_read(without_gram)
+    if regularisers is not NO_REGULARISERS:
+        # Of their own backward pass: the rule must not see their gradients among those of the tasks.
+        regularised = common(tasks, trains_trunk=True, regularisers=regularisers)
+        compared, without_gram = gradient.beside(compared, regularised), gradient.beside(without_gram, regularised)
+    return compared, without_gram
+
+
+def _doubles(plan: PhasePlan) -> bool:
+    return any(isinstance(each, RDrop) for each in plan.regularisers)
+
+
+def _most_rows(prepared: Prepared, plan: PhasePlan) -> dict[str, int]:
+    """{source: the most rows that it has in a batch of the phase}, R-Drop's second ones included."""
+    most = prepared.schedule.capacity(range(plan.start, plan.end))
+    return {source: count * (2 if _doubles(plan) else 1) for source, count in most.items()}
+
+
+def _head_inputs(prepared: Prepared, plan: PhasePlan) -> HeadInputs:
+    pieces = jax.process_count() * (2 if _doubles(plan) else 1)
+    most = batch_parts.rows_in_part(_most_rows(prepared, plan), prepared.experiment.batch.accumulate, pieces)
+    return batch_parts.rows_of_source(most, prepared.mesh)
+
+
+def _encode(prepared: Prepared, plan: PhasePlan) -> Encode:
+    if plan.cached:
+        return cached_features
+    hidden = any(isinstance(each, Distillation) and each.of == "hidden" for each in plan.regularisers)
+    return encode_tokens(prepared.trunk.module, (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ())))
+
+
+def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence[Task]) -> OutputRegularisers:
+    """The regularisers of a phase that compare outputs."""
+    places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
+    chosen = {}
+    for each in plan.regularisers:
+        if isinstance(each, Distillation | RDrop):
+            names = prepared.watched.get(each.name) or [task.name for task in weighted if task.compared_as]
+            tasks = [task for task in weighted if task.name in names]
+            chosen[each.name] = output_losses.output_loss(each, tasks, places, prepared.teachers.get(each.name))
+    return output_losses.together(chosen) if chosen else NO_REGULARISERS

@@ -38,7 +38,7 @@ class Counts:
         """Counts a batch.
 
         Args:
-            seen_Nx3: Metrics.seen, sources in the order of `seen`.
+            seen_Nx3: StepMetrics.seen, sources in the order of `seen`.
             places: Its places for tokens.
         """
         self.places += places

@@ -36,7 +36,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.metrics_log import Progress
 from mtl_jax.training.preemption import Stop
-from mtl_jax.training.regularisation.references import digest_of
+from mtl_jax.training.references import digest_of
 from mtl_jax.training.setup import Prepared
 
 log = logging.getLogger(__name__)

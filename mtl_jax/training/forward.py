@@ -1,4 +1,7 @@
-"""TODO."""
+"""The forward pass: trunk, heads, and the mean losses of the tasks.
+
+Shapes in names: R rows, T tokens a row, U target tokens a row, S examples a row, H trunk width, O outputs of a task.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ Encode = Callable[[Any, Batch, jax.Array | None, jax.Array | None], Encoded]
 
 
 def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
-    """Runs the trunk over the tokens, and makes of them what the heads need.
+    """Runs the trunk over the tokens, and gives the heads the fields that they read.
 
     Args:
         trunk: A linen module with the call signature of models.encoder.Encoder, or one with adapters.
         needs: Fields of Encoded; the others are None.
     """
 
-    def encode(params: Any, batch: Batch, key: jax.Array | None, table: jax.Array | None) -> Encoded:
+    def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
         own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
         output = trunk.apply(
             {"params": params},
@@ -48,13 +51,13 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
     return encode
 
 
-def look_up(params: Any, batch: Batch, key: jax.Array | None, table_NxH: jax.Array | None) -> Encoded:
-    """The Encode of a frozen trunk whose features are known: row i of the table belongs to the example with id i."""
-    assert table_NxH is not None
-    return Encoded(pooled=table_NxH[jnp.maximum(batch.index, 0)])  # an empty slot, -1, reads some row; it has no label
+def cached_features(params: Any, batch: Batch, key: jax.Array | None, features_NxH: jax.Array | None) -> Encoded:
+    """The Encode of a frozen trunk whose features are known: row i of them belongs to the example with id i."""
+    assert features_NxH is not None
+    return Encoded(pooled=features_NxH[jnp.maximum(batch.index, 0)])  # an empty slot, -1, reads some row; it has no label
 
 
-def needs(tasks: tuple[Task, ...]) -> tuple[str, ...]:
+def needed_fields(tasks: tuple[Task, ...]) -> tuple[str, ...]:
     """The fields of Encoded that the tasks' heads read."""
     return tuple(field for field in Encoded._fields if any(field in task.needs for task in tasks))
 
@@ -94,16 +97,16 @@ def mean_losses(
     return {name: total / jnp.maximum(counts[name], 1.0) for name, total in sums.items()}
 
 
-# (task, Encoded, rows) -> what its head sees of them: Encoded and rows, with all labels that the task has.
-Look = Callable[[Task, Encoded, Batch], tuple[Encoded, Batch]]
+# (task, Encoded, rows) -> the Encoded and rows that its head reads: with all labels of the task.
+HeadInputs = Callable[[Task, Encoded, Batch], tuple[Encoded, Batch]]
 
 
-def whole_batch(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
-    """The Look of a head that sees every row."""
+def every_row(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
+    """The head reads the whole batch."""
     return encoded, batch
 
 
-def count_seen(batch: Batch, sources: int) -> jax.Array:
+def count_rows(batch: Batch, sources: int) -> jax.Array:
     """i32[N, 3]: of each source its rows in a batch, their examples, their tokens."""
     of_source_RxN = batch.source[:, None] == jnp.arange(sources)
     examples_R, tokens_R = (batch.index >= 0).sum(axis=1), (batch.segments > 0).sum(axis=1)

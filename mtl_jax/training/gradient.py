@@ -1,8 +1,11 @@
-"""TODO."""
+"""The weighted backward pass: a forward pass over a batch, and the way back from weights of its losses to one gradient.
+
+Shapes in names: R rows, T tokens a row, S examples a row, H trunk width, O outputs of a task.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,36 +15,43 @@ from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
-from mtl_jax.training.batch_parts import add_up, in_parts, part_key
-from mtl_jax.training.forward import Encode, Look, label_counts, mean_losses, whole_batch
-from mtl_jax.training.train_state import TrainState
-from mtl_jax.weighting import Rule, Signals, solve
+from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
+from mtl_jax.training.forward import Encode, HeadInputs, every_row, label_counts, mean_losses
+from mtl_jax.training.train_state import StepInputs, TrainState
+
+Weights = Mapping[str, jax.Array]
 
 
-class Held(NamedTuple):
-    """Regularisers of what the model makes of a batch.
+class Backward(NamedTuple):
+    """A forward pass over a batch, and the way back.
 
     Attributes:
-        counts: Batch -> what their sums are divided by, a tree of f32[].
-        losses: (heads' params, Encoded, {task: outputs}, rows, counts of the batch, references) -> {regulariser: f32[]}, the
-            rows' part in it.
-        weights: Step -> {regulariser: f32[]}.
+        losses: {task: f32[]}, what the rule looks at.
+        counts: {task: f32[]}, labelled examples or tokens.
+        pull: (weights of all losses, rows or None) -> the gradient of the weighted sum, a tree like the trainable leaves, and
+            {task or regulariser: f32[]}, all losses. Rows replace the task gradients.
+        gram: f32[K, K], of the task gradients in sorted order; None: they were not compared.
+        rows: A tree like the trunk's trainable leaves, each f32[K, ...]: the task gradients for a rule that changes them; else
+            None.
     """
 
-    counts: Callable[[Batch], Any]
-    losses: Callable[[Any, Encoded, dict[str, jax.Array], Batch, Any, Any], dict[str, jax.Array]]
-    weights: Callable[[jax.Array], dict[str, jax.Array]]
+    losses: dict[str, jax.Array]
+    counts: dict[str, jax.Array]
+    pull: Callable[[Weights, Any], tuple[Any, dict[str, jax.Array]]]
+    gram: jax.Array | None = None
+    rows: Any = None
 
 
-NOTHING_HELD = Held(lambda batch: {}, lambda *seen: {}, lambda step: {})
+# (trainable leaves, frozen leaves, inputs, (PRNG key of the trunk's dropout, of the heads')) -> Backward
+BackwardFn = Callable[[Any, Any, StepInputs, tuple[jax.Array, jax.Array]], Backward]
 
 
-class Measured(NamedTuple):
-    """What the losses of a batch ask for.
+class StepGradients(NamedTuple):
+    """The gradient of a step with all that it was made of.
 
     Attributes:
         gradient: Of the weighted sum, a tree like the trainable leaves.
-        losses: As in Metrics; so are counts, weights, gram, held, held_weights and residual.
+        losses: As in StepMetrics; so are counts, weights, gram and residual.
         rule_state: The rule's new state.
     """
 
@@ -49,101 +59,142 @@ class Measured(NamedTuple):
     losses: dict[str, jax.Array]
     counts: dict[str, jax.Array]
     weights: dict[str, jax.Array]
-    gram: jax.Array | None
     rule_state: Any
-    held: dict[str, jax.Array]
-    held_weights: dict[str, jax.Array]
+    gram: jax.Array | None = None
     residual: jax.Array | None = None
 
 
-# (trainable leaves, frozen leaves, batch, feature table, state, what regularisers hold on to) -> Measured
-Measure = Callable[[Any, Any, Batch, jax.Array | None, TrainState, Any], Measured]
+# (trainable leaves, frozen leaves, inputs, state) -> StepGradients
+GradientFn = Callable[[Any, Any, StepInputs, TrainState], StepGradients]
 
 
-def by_losses(
+class OutputRegularisers(NamedTuple):
+    """Regularisers of the outputs of a forward pass, such as distillation.
+
+    Attributes:
+        counts: Batch -> the divisors of their sums, a tree of f32[].
+        losses: (heads' params, Encoded, {task: outputs}, rows, counts of the batch, references) -> {regulariser: f32[]}, the
+            rows' part in it.
+    """
+
+    counts: Callable[[Batch], Any]
+    losses: Callable[[Any, Encoded, dict[str, jax.Array], Batch, Any, Any], dict[str, jax.Array]]
+
+
+NO_REGULARISERS = OutputRegularisers(lambda batch: {}, lambda *outputs: {})
+
+
+def make_backward(
     encode: Encode,
     tasks: tuple[Task, ...],
-    rule: Rule,
     *,
     trains_trunk: bool,
     weigh_heads: bool = True,
     accumulate: int = 1,
-    held: Held = NOTHING_HELD,
-    look: Look = whole_batch,
-) -> Measure:
-    """Losses -> weights -> gradient, in one backward pass: for rules that look at the losses only.
+    regularisers: OutputRegularisers = NO_REGULARISERS,
+    head_inputs: HeadInputs = every_row,
+) -> BackwardFn:
+    """One backward pass for all losses: for rules that look at the losses only.
 
     Args:
-        encode: encode_tokens(trunk), or look_up where the whole trunk is frozen and its features are known.
+        encode: encode_tokens(trunk), or cached_features where the whole trunk is frozen and its features are known.
         tasks: The tasks, label sets filled in.
-        rule: The weighting rule.
         trains_trunk: Whether any part of the trunk trains. A frozen trunk is a fixed function: no dropout in it.
         weigh_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum; else it is
             trained by its plain loss. A head whose weight is below 0 stands still.
         accumulate: Parts of a batch that are gone through one after another. The weights are those of the whole batch: with
             more than one part, a rule that looks at the losses costs a second forward pass.
-        held: Regularisers that look at the same forward pass; the rule does not see them.
-        look: What each task's head sees of a batch.
+        regularisers: Regularisers of the same forward pass; the rule does not see them.
+        head_inputs: The rows of a batch that each task's head reads.
     """
 
-    def measure(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        counts, held_counts, held_weights = label_counts(tasks, batch), held.counts(batch), held.weights(state.step)
-
-        def forward(trained: Any, part: Batch, number: jax.Array | int) -> tuple[Any, Encoded]:
-            params = trees.merge(trained, frozen)
-            key = part_key(trunk_key, number, accumulate) if trains_trunk else None
-            encoded = encode(params["trunk"], part, key, table)
-            return head_losses(trained["heads"], encoded, part, number), encoded
+    def backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
+        trunk_key, head_key = keys
+        counts, divisors = label_counts(tasks, inputs.batch), regularisers.counts(inputs.batch)
 
         def head_losses(heads: Any, encoded: Encoded, part: Batch, number: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             """The losses of the tasks, and those of the regularisers."""
             params, key = trees.merge(heads, frozen["heads"]), part_key(head_key, number, accumulate)
             outputs: dict[str, jax.Array] = {}
-            own: dict[str, jax.Array] = {}
+            losses: dict[str, jax.Array] = {}
             for n, task in enumerate(tasks):
-                seen, rows = look(task, encoded, part)
-                outputs[task.name] = task.apply(params[task.name], seen, rows, jax.random.fold_in(key, n))
-                own |= mean_losses((task,), outputs, rows, counts)
-            return own, held.losses(params, encoded, outputs, part, held_counts, references)
+                features, rows = head_inputs(task, encoded, part)
+                outputs[task.name] = task.apply(params[task.name], features, rows, jax.random.fold_in(key, n))
+                losses |= mean_losses((task,), outputs, rows, counts)
+            return losses, regularisers.losses(params, encoded, outputs, part, divisors, inputs.references)
 
-        def weigh(losses: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
-            weights, *rest = solve(rule, state.rule_state, Signals(losses, None, state.step, rule_key, counts))
-            return weights, rest
+        def forward(trained: Any, part: Batch, number: Any) -> tuple[tuple[dict[str, Any], dict[str, Any]], Encoded]:
+            params = trees.merge(trained, frozen)
+            key = part_key(trunk_key, number, accumulate) if trains_trunk else None
+            encoded = encode(params["trunk"], part, key, inputs.features)
+            return head_losses(trained["heads"], encoded, part, number), encoded
 
-        def gradient_of(part: Batch, number: Any, choose: Any) -> tuple[Any, Any, Any]:
+        def way_back(part: Batch, number: Any) -> tuple[Any, Callable[[Weights], Any]]:
+            """The losses of a part, and its gradient as a function of their weights."""
             losses, pull, encoded = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
-            weights, rest = choose(losses[0])
-            (gradient,) = pull((weights, held_weights))
-            if not weigh_heads:
 
-                def plain(heads: Any) -> jax.Array:
-                    own, beside = head_losses(heads, encoded, part, number)
-                    return sum(own.values()) + sum(held_weights[name] * loss for name, loss in beside.items())
+            def gradient_of(weights: Weights) -> Any:
+                (gradient,) = pull(_like(losses, weights))
+                if weigh_heads:
+                    heads = _not_uphill(gradient["heads"], {task.name: weights[task.name] for task in tasks})
+                else:
 
-                gradient = gradient | {"heads": jax.grad(plain)(trained["heads"])}
-            else:
-                gradient = gradient | {"heads": _not_uphill(gradient["heads"], weights)}
-            return gradient, losses, (weights, rest)
+                    def plain(heads: Any) -> jax.Array:
+                        of_tasks, of_regularisers = head_losses(heads, encoded, part, number)
+                        return sum(of_tasks.values()) + sum(weights[name] * loss for name, loss in of_regularisers.items())
+
+                    heads = jax.grad(plain)(trained["heads"])
+                return gradient | {"heads": heads}
+
+            return losses, gradient_of
 
         if accumulate == 1:
-            gradient, (losses, beside), (weights, (rule_state, residual)) = gradient_of(batch, 0, weigh)
-        else:
-            parts = in_parts(batch, accumulate)
-            # Where the rule does not look at the losses, nothing asks for this pass, and XLA leaves it out.
-            weights, (rule_state, residual) = weigh(add_up(lambda part, number: forward(trained, part, number)[0][0], parts))
-            gradient, (losses, beside) = add_up(
-                lambda part, number: gradient_of(part, number, lambda _: (weights, ()))[:2], parts
-            )
-        residual = None if rule.solve is None else residual
-        return Measured(gradient, losses, counts, weights, None, rule_state, beside, held_weights, residual)
+            losses, gradient_of = way_back(inputs.batch, 0)
+            return Backward(losses[0], counts, lambda weights, _: (gradient_of(weights), losses[0] | losses[1]))
+        parts = in_parts(inputs.batch, accumulate)
 
-    return measure
+        def pull_parts(weights: Weights, _: Any) -> tuple[Any, dict[str, jax.Array]]:
+            def of_part(part: Batch, number: Any) -> tuple[Any, dict[str, jax.Array]]:
+                losses, gradient_of = way_back(part, number)
+                return gradient_of(weights), losses[0] | losses[1]
+
+            return sum_over_parts(of_part, parts)
+
+        # Where the rule does not look at the losses, nothing asks for this pass, and XLA leaves it out.
+        return Backward(sum_over_parts(lambda part, number: forward(trained, part, number)[0][0], parts), counts, pull_parts)
+
+    return backward
 
 
-def _not_uphill(gradients: dict[str, Any], weights: dict[str, jax.Array]) -> dict[str, Any]:
+def beside(backward: BackwardFn, other: BackwardFn) -> BackwardFn:
+    """A pass with the regularisers of another one, whose tasks get a weight of 0, added.
+
+    Args:
+        backward: Of the tasks.
+        other: make_backward(...) with regularisers.
+    """
+
+    def both(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
+        first, second = backward(trained, frozen, inputs, keys), other(trained, frozen, inputs, keys)
+
+        def pull(weights: Weights, rows: Any) -> tuple[Any, dict[str, jax.Array]]:
+            gradient, losses = first.pull(weights, rows)
+            nothing = {task: jnp.zeros(()) for task in second.counts}
+            regularisers, their_losses = second.pull({**weights, **nothing}, None)
+            return jax.tree.map(jnp.add, gradient, regularisers), their_losses | losses
+
+        return first._replace(pull=pull)
+
+    return both
+
+
+def _like(losses: tuple[dict[str, Any], dict[str, Any]], weights: Weights) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights in the form of the losses."""
+    of_tasks, of_regularisers = losses
+    return {name: weights[name] for name in of_tasks}, {name: weights[name] for name in of_regularisers}
+
+
+def _not_uphill(gradients: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """Gradients of the heads, 0 where the weight that they were multiplied by is negative."""
     return gradients | {
         name: jax.tree.map(lambda leaf, w=weight: jnp.where(w < 0, 0.0, leaf), gradients[name])

@@ -1,4 +1,4 @@
-"""Losses -> Gram matrix -> weights -> gradient: the measure of a step for rules that compare task task_gradients."""
+"""The backward pass of rules that compare task gradients: losses, Gram matrix, and the gradient as a function of weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mtl_jax.models.trunk_output import Encoded, token_table, with_token_table
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import task_gradients
-from mtl_jax.training.batch_parts import add_up, in_parts, part_key
-from mtl_jax.training.forward import Encode, Look, label_counts, mean_losses, whole_batch
-from mtl_jax.training.gradient import Measure, Measured, by_losses
-from mtl_jax.training.train_state import TrainState
-from mtl_jax.weighting import Rule, Signals, solve
+from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
+from mtl_jax.training.forward import Encode, label_counts, mean_losses
+from mtl_jax.training.gradient import Backward, BackwardFn, Weights
+from mtl_jax.training.train_state import StepInputs
+from mtl_jax.weighting import Rule
 
 TRUNK, REPRESENTATION = "trunk", "representation"
 
@@ -53,7 +53,7 @@ def check(params: Any, mask: Any, gram_over: str) -> Any:
     return tree
 
 
-def by_gram(
+def make_backward(
     encode: Encode,
     tasks: tuple[Task, ...],
     rule: Rule,
@@ -65,14 +65,13 @@ def by_gram(
     weigh_heads: bool = True,
     accumulate: int = 1,
     mesh: Mesh | None = None,
-    look: Look = whole_batch,
-) -> Measure:
-    """The measure of a rule that compares or changes the task task_gradients.
+) -> BackwardFn:
+    """A pass that compares the task gradients, for rules that look at their Gram matrix or change them.
 
     Over the whole trunk, the task gradients that make the Gram matrix also make the combined gradient, and nothing is
     computed twice. Over a part of it, or over the representation, the weights come first, and one ordinary backward pass
     follows; a part costs a second forward pass. The representation's gradient is that by a vector added to every token's
-    vector (and so to every example's mean), f32[H]. A rule that is not due in a step gets the step of by_losses.
+    vector (and so to every example's mean), f32[H].
 
     Args:
         encode: encode_tokens(trunk).
@@ -81,28 +80,25 @@ def by_gram(
         layout: task_gradients.layout(...).
         over: check(...), for the trainable part of this phase.
         gram_over: "trunk", "representation", or the expression that `over` was made from; "trunk" for a transform.
-        dtype: In which the task gradients are held, and so summed: bfloat16 halves their memory, K times the trainable trunk.
+        dtype: In which the task gradients are kept, and so summed: bfloat16 halves their memory, K times the trainable trunk.
             Sums over parts and changed gradients are float32 all the same.
-        weigh_heads: As in by_losses.
-        accumulate: As in by_losses; the task gradients are added up before they are compared. Not over the whole trunk, the
+        weigh_heads: As in gradient.make_backward().
+        accumulate: As there; the task gradients are added up before they are compared. Not over the whole trunk, the
             weighted gradient costs a second pass over the parts.
         mesh: The devices, if there are several: each gets as many rows of every block.
-        look: As in by_losses, where the rule is not due.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
 
-    def measure(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        counts = label_counts(tasks, batch)
-        blocks = task_gradients.cut(batch, layout, tasks, accumulate * (1 if mesh is None else meshes.shards(mesh)))
+    def backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
+        trunk_key, head_key = keys
+        counts = label_counts(tasks, inputs.batch)
+        blocks = task_gradients.cut(inputs.batch, layout, tasks, accumulate * (1 if mesh is None else meshes.shards(mesh)))
         if mesh is not None:  # left to itself, XLA gives every device all rows that were gathered
             blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
 
         def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
-            return encode(trees.merge(trunk, frozen["trunk"]), block, key, table)
+            return encode(trees.merge(trunk, frozen["trunk"]), block, key, inputs.features)
 
         def compare(blocks: Batch, number: Any) -> tuple[Any, Any]:
             """Losses, gradients of the heads, task gradients by round; and the trunk's gradient as a function of weights."""
@@ -119,9 +115,9 @@ def by_gram(
                 params = trees.merge(heads, frozen["heads"])
                 losses: dict[str, jax.Array] = {}
                 for n, task in enumerate(tasks):
-                    own, key = block(blocks, task.name), jax.random.fold_in(part_head_key, n)
-                    outputs = {task.name: task.apply(params[task.name], encoded[task.name], own, key)}
-                    losses |= mean_losses((task,), outputs, own, counts)
+                    rows, key = block(blocks, task.name), jax.random.fold_in(part_head_key, n)
+                    outputs = {task.name: task.apply(params[task.name], encoded[task.name], rows, key)}
+                    losses |= mean_losses((task,), outputs, rows, counts)
                 return jax.tree.reduce(jnp.add, losses), losses
 
             if gram_over == TRUNK:
@@ -133,7 +129,7 @@ def by_gram(
                 trained["heads"], by_task
             )
 
-            def weighted(weights: dict[str, jax.Array]) -> Any:
+            def weighted(weights: Weights) -> Any:
                 total = jax.tree.map(jnp.zeros_like, encoded)
                 for task, n in block_of.items():
                     part = jax.tree.map(lambda leaf, w=weights[task]: w.astype(leaf.dtype) * leaf, cotangents[task])
@@ -150,64 +146,36 @@ def by_gram(
                     return encode_block(trees.merge(part, rest), block, key)
 
                 _, pull_blocks = task_gradients.encode_blocks(encode_part, part, blocks, keys_N)
-            held = dtype if accumulate == 1 else jnp.float32
-            return (
-                losses,
-                head_gradients,
-                task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, held),
-            ), weighted
+            kept_in = dtype if accumulate == 1 else jnp.float32
+            rounds = task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, kept_in)
+            return (losses, head_gradients, rounds), weighted
 
         if accumulate == 1:
             (losses, head_gradients, rounds), weighted = compare(blocks, 0)
         else:
             parts = in_parts(blocks, accumulate, axis=1)
-            losses, head_gradients, rounds = add_up(lambda part, number: compare(part, number)[0], parts)
+            losses, head_gradients, rounds = sum_over_parts(lambda part, number: compare(part, number)[0], parts)
 
-            def weighted(weights: dict[str, jax.Array]) -> Any:
-                return add_up(lambda part, number: compare(part, number)[1](weights), parts)
+            def weighted(weights: Weights) -> Any:
+                return sum_over_parts(lambda part, number: compare(part, number)[1](weights), parts)
 
-        signals = Signals(losses, None, state.step, rule_key, counts)
-        gram_KxK = task_gradients.gram_matrix(rounds, names)
-        order = names
-        if rule.transform is None:
-            weights, rule_state, residual = solve(rule, state.rule_state, signals._replace(gram=gram_KxK))
-        else:
-            # The rule sees the Gram matrix of the changed gradients; the one that is logged is of this step's own.
-            order, key = sorted(names), jax.random.fold_in(rule_key, 1)
-            changed, changed_state = rule.transform.update(
-                state.rule_state["transform"], signals._replace(key=key), task_gradients.in_order(rounds, names)
-            )
-            rounds = [changed]
-            gram = task_gradients.gram_matrix(rounds, order) if rule.needs_gram else None
-            signals = signals._replace(gram=gram, transformed=())
-            weights, rule_state, residual = solve(rule, state.rule_state["rule"], signals)
-            rule_state = {"rule": rule_state, "transform": changed_state}
+        def pull(weights: Weights, rows: Any) -> tuple[Any, dict[str, jax.Array]]:
+            if rows is not None:
+                trunk = task_gradients.combine([rows], weights, sorted(names))
+            else:
+                trunk = task_gradients.combine(rounds, weights, names) if gram_over == TRUNK else weighted(weights)
+            heads = head_gradients
+            if weigh_heads:
+                heads = head_gradients | {
+                    name: jax.tree.map(lambda leaf, w=weights[name]: jnp.maximum(w, 0.0) * leaf, head_gradients[name])
+                    for name in names
+                }
+            return {"trunk": trunk, "heads": heads}, losses
 
-        trunk_gradient = task_gradients.combine(rounds, weights, order) if gram_over == TRUNK else weighted(weights)
-        if weigh_heads:
-            head_gradients |= {
-                name: jax.tree.map(lambda leaf, w=weight: jnp.maximum(w, 0.0) * leaf, head_gradients[name])
-                for name, weight in weights.items()
-            }
-        gradient = {"trunk": trunk_gradient, "heads": head_gradients}
-        return Measured(
-            gradient, losses, counts, weights, gram_KxK, rule_state, {}, {}, None if rule.solve is None else residual
-        )
+        rows = None if rule.transform is None else task_gradients.in_order(rounds, names)
+        return Backward(losses, counts, pull, task_gradients.gram_matrix(rounds, names), rows)
 
-    if rule.due is None:
-        return measure
-    due = rule.due
-    plain = by_losses(encode, tasks, rule, trains_trunk=True, weigh_heads=weigh_heads, accumulate=accumulate, look=look)
-
-    def measure_where_due(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        def hold() -> Measured:
-            return plain(trained, frozen, batch, table, state, None)._replace(gram=jnp.full((len(names), len(names)), jnp.nan))
-
-        return jax.lax.cond(due(state.rule_state), lambda: measure(trained, frozen, batch, table, state), hold)
-
-    return measure_where_due
+    return backward
 
 
 def _of_vectors(cotangent: Encoded) -> jax.Array:
@@ -230,27 +198,33 @@ def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:
     return {"rule": rule.init(names), "transform": rule.transform.init(gradients)}
 
 
-def only_read(found: Measure) -> Measure:
-    """A measure with the same result, inside of which the token table has the rows of the batch's tokens only.
+def only_read(backward: BackwardFn) -> BackwardFn:
+    """A pass with the same result, inside of which the token table has the rows of the batch's tokens only.
+
+    A gradient of the table is zero but in these rows. A step that keeps one for each task keeps K tables otherwise: half of
+    the K gradients of MiniLM, and more with a vocabulary of many languages. Shapes in names: V rows of the table, E its
+    columns, R rows of a batch, T tokens a row, U = R T.
 
     Args:
-        found: A measure for which tokens are places in the token table and nothing else.
+        backward: A pass for which tokens are places in the token table and nothing else.
     """
 
-    def measure(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        whole_VxE = token_table(trained["trunk"])
+    def narrow_backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
+        whole_VxE, batch = token_table(trained["trunk"]), inputs.batch
         if whole_VxE is None or len(whole_VxE) <= batch.tokens.size:  # it is frozen, or there is nothing to win
-            return found(trained, frozen, batch, table, state, references)
-        # Different tokens in order, then V for each that is there twice; no row is read from V, and none is written to it.
+            return backward(trained, frozen, inputs, keys)
+        # Different tokens in order, then V for each that stands twice; no row is read from V, and none is written to it.
         ids_U, places_RxT = jnp.unique(batch.tokens, return_inverse=True, size=batch.tokens.size, fill_value=len(whole_VxE))
         rows_UxE = whole_VxE.at[ids_U].get(mode="fill", fill_value=0.0)
         narrow = trained | {"trunk": with_token_table(trained["trunk"], rows_UxE)}
         tokens_RxT = places_RxT.reshape(batch.tokens.shape).astype(batch.tokens.dtype)
-        measured = found(narrow, frozen, batch._replace(tokens=tokens_RxT), table, state, references)
-        trunk = measured.gradient["trunk"]
-        gradient_VxE = jnp.zeros_like(whole_VxE).at[ids_U].set(token_table(trunk), mode="drop")
-        return measured._replace(gradient=measured.gradient | {"trunk": with_token_table(trunk, gradient_VxE)})
+        narrowed = backward(narrow, frozen, inputs._replace(batch=batch._replace(tokens=tokens_RxT)), keys)
 
-    return measure
+        def pull(weights: Weights, rows: Any) -> tuple[Any, dict[str, jax.Array]]:
+            gradient, losses = narrowed.pull(weights, rows)
+            gradient_VxE = jnp.zeros_like(whole_VxE).at[ids_U].set(token_table(gradient["trunk"]), mode="drop")
+            return gradient | {"trunk": with_token_table(gradient["trunk"], gradient_VxE)}, losses
+
+        return narrowed._replace(pull=pull)
+
+    return narrow_backward

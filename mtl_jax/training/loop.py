@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from mtl_jax import trunks
 from mtl_jax.core import trees
-from mtl_jax.core.errors import Interrupted, UserError, count
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import Experiment, data_seed_of
@@ -35,17 +35,18 @@ from mtl_jax.training import (
 )
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.counts import Counts, other_work, steps_by_phase
 from mtl_jax.training.features import Features
-from mtl_jax.training.forward import encode_tokens, look_up, needs
+from mtl_jax.training.forward import cached_features, encode_tokens, needed_fields
 from mtl_jax.training.metrics_log import Logger, Progress
+from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
 from mtl_jax.training.preemption import Stop, asked_to_stop
-from mtl_jax.training.regularisation.references import References
+from mtl_jax.training.references import References
 from mtl_jax.training.setup import PhasePlan, Prepared, enter, initial_state, stretches, template
 from mtl_jax.training.step import make_train_step
-from mtl_jax.training.train_state import Metrics, TrainState
+from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
 
 log = logging.getLogger(__name__)
@@ -104,14 +105,6 @@ def _train(prepared: Prepared, opened: open_workdir.Opened, folder: Path) -> dic
         return run.train(state, step)
 
 
-class _Pending(NamedTuple):
-    """A step that was sent off and whose metrics have not been read."""
-
-    step: int
-    places: int
-    metrics: Metrics
-
-
 class _Run:
     """One process's part of a run: holds what lives as long as the process, so that the steps below read in order."""
 
@@ -119,15 +112,15 @@ class _Run:
         self.prepared, self.folder, self.store, self.stop, self.begun = prepared, folder, store, stop, begun
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
-        encode = encode_tokens(prepared.trunk.module, needs(self.tasks))
+        encode = encode_tokens(prepared.trunk.module, needed_fields(self.tasks))
         batching, seed = self.experiment.batch, data_seed_of(self.experiment)
         self.stream = stream(
             prepared.corpus, batching, seed, stretches(self.experiment), jax.process_index(), jax.process_count()
         )
         self.features = Features(prepared, stop)
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
-        self.outputs_by_look_up = evaluation.make_outputs(look_up, self.tasks, self.mesh)  # compiled where a phase is cached
-        self.programs: list[Any] = [self.features.apply, self.outputs, self.outputs_by_look_up]
+        self.outputs_of_features = evaluation.make_outputs(cached_features, self.tasks, self.mesh)
+        self.programs: list[Any] = [self.features.apply, self.outputs, self.outputs_of_features]
         self.averaging = averaging.make(self.experiment.averaging)
         self.collect: Any = None
         if self.averaging.collect is not None:
@@ -135,7 +128,6 @@ class _Run:
             self.programs.append(self.collect)
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
-        self.pending: _Pending | None = None
         self.undefined: set[str] = set()  # tasks whose metric was said to be undefined
         self.warned = False
         self.references = References(prepared, folder)
@@ -154,10 +146,10 @@ class _Run:
                 if step < plan.end and not self._stopped_early():
                     if step == plan.start:
                         state = enter(plan, state, self.prepared)
-                    held = self.references.enter(plan, state, step == plan.start)
+                    references = self.references.enter(plan, state, step == plan.start)
                     if plan.cached and (table is None or plan.number > 0):
                         table = self.features.table(state.params, f"features for {plan.phase.name}")
-                    state, step = self._phase(plan, state, step, table if plan.cached else None, held)
+                    state, step = self._phase(plan, state, step, table if plan.cached else None, references)
             self.progress.close()
             self.store.wait()
             return self._finish(step)
@@ -207,9 +199,10 @@ class _Run:
         workdirs.write_json(path, scores)
         return table
 
-    def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any, held: Any) -> tuple[TrainState, int]:
+    def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any, references: Any) -> tuple[TrainState, int]:
+        step_gradients = gradient_fn(self.prepared, plan)
         train_step = jax.jit(
-            make_train_step(measure(self.prepared, plan), plan.optimizer, plan.mask, len(self.examples), self.averaging.follow),
+            make_train_step(step_gradients, plan.optimizer, plan.mask, len(self.examples), self.averaging.follow),
             donate_argnums=0,
             out_shardings=meshes.replicated(self.mesh),
         )
@@ -217,58 +210,41 @@ class _Run:
         self.counts.phase = plan.number
         # All at once: asking the schedule step by step would run a small program each time.
         self.rates = np.broadcast_to(jax.vmap(plan.rate)(np.arange(plan.end - plan.start)), plan.end - plan.start)
-        every, begun = self.experiment.evaluation.every, step
-        while step < plan.end and not self._stopped_early():
-            if self.stop.requested(step):
-                self._read_pending(plan)
-                self._save(step, state, None)
-                self.store.wait()
-                raise Interrupted(f"stopped at step {step}; the same command goes on from there")
-            host_batch = next(self.stream)
-            state, metrics = train_step(state, meshes.assemble(host_batch, meshes.by_rows(self.mesh)), table, held)
-            if step == begun:
-                self.progress.beside("compilation")
-            step += 1
-            self._read_pending(plan)  # of the step before: the device is already at work on this one
-            self.pending = _Pending(step, host_batch.tokens.size * jax.process_count(), metrics)
-            if step % every == 0 or step == plan.end:
-                self._read_pending(plan)
-                state = self._collect(plan, state)
-                self._save(step, state, self._evaluate(step, plan, state.measured(), table))
-                self.progress.beside("evaluation")
-            elif step % self.experiment.checkpoints.every == 0:
-                self._read_pending(plan)
-                self._save(step, state, None)
-                self.progress.beside("checkpoint")
-        return state, step
+        actions = Actions(
+            take_step=lambda state, batch: train_step(
+                state, StepInputs(meshes.assemble(batch, meshes.by_rows(self.mesh)), table, references)
+            ),
+            read=lambda sent: self._read(sent, plan),
+            evaluate=lambda step, state: self._evaluate_and_save(step, plan, state, table),
+            save=lambda step, state: self._save(step, state, None),
+            wait=self.store.wait,
+            ended=self._stopped_early,
+        )
+        return train_phase(state, step, plan, self.stream, actions, self.experiment, self.stop, self.progress)
 
-    def _read_pending(self, plan: PhasePlan) -> None:
-        """Waits for the metrics of the step that was sent off last, logs them, and refuses what is not finite."""
-        if self.pending is None:
-            return
-        step, places, metrics = self.pending
-        self.pending = None
-        metrics = jax.device_get(metrics)
-        self.counts.add(metrics.seen, places)
-        facts = self.counts.facts(self.examples)
-        losses, record = metrics_log.read(metrics, facts["seen"])
-        record |= {
-            "padding": facts["padding"],
-            "learning_rate": float(self.rates[step - 1 - plan.start]),
-            "phase": plan.number,
-        }
-        self.logger.write("train", step, record)
+    def _read(self, sent: SentStep, plan: PhasePlan) -> None:
+        """Waits for the metrics of a step, logs them, and refuses those that are not finite."""
+        metrics = jax.device_get(sent.metrics)
+        self.counts.add(metrics.seen, sent.places)
+        rate = float(self.rates[sent.step - 1 - plan.start])
+        losses, record = metrics_log.step_record(metrics, self.counts.facts(self.examples), rate, plan.number)
+        self.logger.write("train", sent.step, record)
         self.progress.update(1, record["tokens"], losses, title=plan.phase.name)
         unsolved = metrics_log.unsolved(metrics)
         if unsolved and not self.warned:
             self.warned = True
-            log.warning("step %d: %s", step, unsolved)
+            log.warning("step %d: %s", sent.step, unsolved)
         trouble = metrics_log.not_finite(metrics)
         if trouble:
             self.logger.flush()
             self.store.wait()
-            why = non_finite.of(step, self.experiment, self.prepared.params, self.store)
-            raise UserError(f"step {step}: {trouble}; training stopped. {why}")
+            why = non_finite.of(sent.step, self.experiment, self.prepared.params, self.store)
+            raise UserError(f"step {sent.step}: {trouble}; training stopped. {why}")
+
+    def _evaluate_and_save(self, step: int, plan: PhasePlan, state: TrainState, table: Any) -> TrainState:
+        state = self._collect(plan, state)
+        self._save(step, state, self._evaluate(step, plan, state.measured(), table))
+        return state
 
     def _collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
         """The state with these parameters in its average, where that is one over evaluations."""
@@ -280,7 +256,7 @@ class _Run:
     def _evaluate(self, step: int, plan: PhasePlan, params: Any, table: Any) -> float | None:
         """The dev criterion; None where it is not a number."""
         dev = self.prepared.corpus.splits["dev"]
-        apply = self.outputs_by_look_up if plan.cached else self.outputs
+        apply = self.outputs_of_features if plan.cached else self.outputs
         batching = self.experiment.batch
         found = evaluation.run(apply, params, self.tasks, list(dev.values()), batching, self.mesh, table=table)
         texts = self._texts(params, dev, lambda task: task.dev_beams, lambda: None)

@@ -18,7 +18,7 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import check_regular, number_of, parse_json, to_json, write_text, writing
 from mtl_jax.core.json_shapes import list_of, mapping, number, object_of, text, whole
 from mtl_jax.core.progress import Progress as Progress
-from mtl_jax.training.train_state import Metrics
+from mtl_jax.training.train_state import StepMetrics
 from mtl_jax.weighting.solvers import TOLERANCE
 
 log = logging.getLogger(__name__)
@@ -222,23 +222,23 @@ def compare_gradients(gram_KxK: np.ndarray, tasks: Sequence[str], present: Seque
     return record
 
 
-def read(metrics: Metrics, seen: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, float], dict[str, Any]]:
+def read(metrics: StepMetrics, seen: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, float], dict[str, Any]]:
     """The losses by name, and the record of a step.
 
     Args:
         metrics: Of one run, on the host.
         seen: {source: {"rows", "examples", "passes": so far}}.
     """
-    losses = {name: float(loss) for name, loss in (metrics.losses | metrics.held).items()}
+    losses = {name: float(loss) for name, loss in metrics.losses.items()}
     record: dict[str, Any] = {f"loss/{name}": loss for name, loss in losses.items()}
-    record |= {f"weight/{name}": float(weight) for name, weight in (metrics.weights | metrics.held_weights).items()}
+    record |= {f"weight/{name}": float(weight) for name, weight in metrics.weights.items()}
     record |= {f"examples/{task}": int(count) for task, count in metrics.counts.items()}
     record |= {"total": float(metrics.total), "gradient_norm": float(metrics.gradient_norm)}
     record |= {"tokens": int(metrics.seen[:, 2].sum())}
     for source, facts in seen.items():
         record |= {f"seen/{source}/{name}": facts[name] for name in ("rows", "examples", "passes")}
     if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
-        tasks = sorted(metrics.losses)
+        tasks = sorted(metrics.counts)
         present = [bool(metrics.counts[task] > 0) for task in tasks]
         record |= compare_gradients(np.asarray(metrics.gram), tasks, present)
     if metrics.residual is not None and np.isfinite(metrics.residual):
@@ -246,16 +246,31 @@ def read(metrics: Metrics, seen: Mapping[str, Mapping[str, float]]) -> tuple[dic
     return losses, record
 
 
-def not_finite(metrics: Metrics) -> str:
+def step_record(
+    metrics: StepMetrics, facts: Mapping[str, Any], learning_rate: float, phase: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The losses by name, and the record of a step in metrics.jsonl.
+
+    Args:
+        metrics: Of one run, on the host.
+        facts: Counts.facts(...) after the step.
+        learning_rate: Of the step.
+        phase: The number of its phase.
+    """
+    losses, record = read(metrics, facts["seen"])
+    return losses, record | {"padding": facts["padding"], "learning_rate": learning_rate, "phase": phase}
+
+
+def not_finite(metrics: StepMetrics) -> str:
     """What is not finite in a step: a task's or regulariser's loss, or the gradient; empty where all is well."""
-    for kind, losses in (("task", metrics.losses), ("regulariser", metrics.held)):
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                return f"the loss of {kind} {name!r} is {float(loss)}"
+    for name in sorted(metrics.losses, key=lambda name: name not in metrics.counts):  # the tasks first
+        if not math.isfinite(metrics.losses[name]):
+            kind = "task" if name in metrics.counts else "regulariser"
+            return f"the loss of {kind} {name!r} is {float(metrics.losses[name])}"
     return "" if math.isfinite(metrics.gradient_norm) else "the gradient is not finite"
 
 
-def unsolved(metrics: Metrics) -> str:
+def unsolved(metrics: StepMetrics) -> str:
     """A line where a step's weights are not the solution that their rule is after; empty where all is well."""
     if metrics.residual is None or not metrics.residual > TOLERANCE:  # NaN: nothing was solved
         return ""

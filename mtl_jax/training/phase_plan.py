@@ -16,7 +16,7 @@ from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.experiment import Experiment, Phase, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
-from mtl_jax.training.forward import needs
+from mtl_jax.training.forward import needed_fields
 from mtl_jax.training.regularisation import prepare
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
@@ -45,9 +45,9 @@ class PhasePlan(NamedTuple):
         optimizer: The optax transformation over the trainable leaves.
         cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
         fresh_rule: Whether the rule's state starts anew with this phase.
-        idle: The tasks whose weight is 0 in all its steps, and at which no regulariser looks.
-        held: The regularisers that count in it.
-        mixed: The parameters to which Mixout applies in it.
+        weightless: The tasks whose weight is 0 in all its steps, and whose outputs no regulariser compares.
+        regularisers: The regularisers of the phase.
+        mixout_paths: The parameters to which Mixout applies in it.
     """
 
     phase: Phase
@@ -61,9 +61,9 @@ class PhasePlan(NamedTuple):
     optimizer: Any
     cached: bool
     fresh_rule: bool
-    idle: tuple[str, ...] = ()
-    held: tuple[AnyRegulariser, ...] = ()
-    mixed: tuple[str, ...] = ()
+    weightless: tuple[str, ...] = ()
+    regularisers: tuple[AnyRegulariser, ...] = ()
+    mixout_paths: tuple[str, ...] = ()
 
 
 def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: Mapping[str, Sequence[str]]) -> list[PhasePlan]:
@@ -102,9 +102,9 @@ def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: 
         # A transform's state has the shape of what trains.
         same = same and (rule.transform is None or plans[-1].mask == mask)
         steps = range(start, start + phase.steps)
-        held = prepare.of_phase(experiment, number, steps)
-        vectors = any(isinstance(each, Distillation) and each.of == "hidden" for each in held)
-        looked_at = {name for each in held for name in watched.get(each.name, ())}
+        regularisers = prepare.of_phase(experiment, number, steps)
+        vectors = any(isinstance(each, Distillation) and each.of == "hidden" for each in regularisers)
+        compared = {name for each in regularisers for name in watched.get(each.name, ())}
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
@@ -117,11 +117,11 @@ def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: 
                 rule=rule,
                 rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
                 optimizer=optimizers.build(experiment.optimizer, decided, _peak(experiment, phase), phase.steps),
-                cached=phase.cache_features and not trains_trunk and needs(tasks) == ("pooled",) and not vectors,
+                cached=phase.cache_features and not trains_trunk and needed_fields(tasks) == ("pooled",) and not vectors,
                 fresh_rule=not same,
-                idle=() if vectors else _idle(experiment, phase, rule, steps, looked_at),
-                held=held,
-                mixed=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
+                weightless=() if vectors else _weightless(experiment, phase, rule, steps, compared),
+                regularisers=regularisers,
+                mixout_paths=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
             )
         )
         start += phase.steps
@@ -136,13 +136,13 @@ def renumbered(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
         experiment: The other experiment; its numbers may be traced, as under vmap.
     """
     phase = experiment.phases[plan.number]
-    held = {each.name for each in plan.held}
+    names = {each.name for each in plan.regularisers}
     return plan._replace(
         phase=phase,
         rule=_rule(experiment, phase, any(jax.tree.leaves(plan.mask["trunk"]))),
         rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
         optimizer=optimizers.build(experiment.optimizer, plan.decided, _peak(experiment, phase), phase.steps),
-        held=tuple(each for each in experiment.regularisers if each.name in held),
+        regularisers=tuple(each for each in experiment.regularisers if each.name in names),
     )
 
 
@@ -159,7 +159,7 @@ def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
     return rule
 
 
-def _idle(experiment: Experiment, phase: Phase, rule: Rule, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
+def _weightless(experiment: Experiment, phase: Phase, rule: Rule, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
     """The tasks whose weight is 0 in all of these steps, and at which no regulariser looks; () where that is every task."""
     weights = phase.weights or ({} if experiment.combinators else experiment.weights)
     if not weighs_heads(experiment, rule):  # a head learns by its plain loss, whatever the task's weight

@@ -19,6 +19,7 @@ from mtl_jax.training import checkpoint_files, frozen_params
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Best, Store
+from mtl_jax.training.train_state import init_params
 from mtl_jax.transfer.adapters.base import RUN
 from mtl_jax.trunks import Trunk
 
@@ -108,8 +109,6 @@ def _check_sizes(folder: Path, trunk: Trunk, tasks: tuple[Task, ...], found: Bes
     Raises:
         UserError: They are not the same.
     """
-    from mtl_jax.training.setup import init_params  # imported late: it needs this module
-
     where = f"{folder}: trunk/, data.json and the parameters of step {found.step}"
     advice = "one of them is not what mtl_jax wrote; put the workdir back, or delete its results.json and let the run end again"
     try:

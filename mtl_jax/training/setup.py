@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,7 +28,7 @@ from mtl_jax.training.phase_plan import per_task as per_task
 from mtl_jax.training.regularisation import prepare as regularised
 from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.restore import Run
-from mtl_jax.training.train_state import TrainState, create
+from mtl_jax.training.train_state import TrainState, create, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
 from mtl_jax.trunks import Trunk
 
@@ -137,25 +135,6 @@ def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
     return tuple(found)
 
 
-def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
-    """{"trunk": ..., "heads": {task: ...}}: the trunk as loaded or fresh, fresh heads, decoders as the checkpoint's.
-
-    A head's numbers depend on the seed and the task's name alone, not on which other tasks there are.
-    """
-    key = jax.random.key(seed)
-    params = {"trunk": trunks.init_params(trunk, key)}
-    width = trunks.width(trunk, params["trunk"])
-    heads = {}
-    for task in tasks:
-        if task.decodes and trunk.head is not None:
-            heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # its own: the step donates its buffers
-            continue
-        name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
-        fresh = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
-        heads[task.name] = task.start_from(params["trunk"], fresh)
-    return params | {"heads": heads}
-
-
 def reseeded(prepared: Prepared, seed: int) -> Prepared:
     """The same run with the initial parameters, before init_from, of another seed."""
     params = init_params(prepared.trunk, prepared.corpus.tasks, seed)
@@ -227,10 +206,10 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     added = adapters.notes(trunk.module, params["trunk"]) if isinstance(trunk.module, adapters.Adapted) else []
     said = [
-        f"phase {plan.phase.name}: {', '.join(plan.idle)} weigh{'s' if len(plan.idle) == 1 else ''} 0 throughout and "
-        f"{'is' if len(plan.idle) == 1 else 'are'} not computed"
+        f"phase {plan.phase.name}: {', '.join(plan.weightless)} "
+        f"{'weighs 0 throughout and is' if len(plan.weightless) == 1 else 'weigh 0 throughout and are'} not computed"
         for plan in plans
-        if plan.idle
+        if plan.weightless
     ]
     said = [
         *added,

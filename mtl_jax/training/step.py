@@ -1,67 +1,87 @@
-"""The train step: losses, weights, gradient, update. Pure; the whole program in one screen.
-
-Shapes in names: R rows, T tokens a row, S examples a row, H trunk width, O outputs of a task.
-"""
+"""The train step: losses, weights, gradient, update. Pure; the whole program on one screen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mtl_jax.core import trees
-from mtl_jax.data.batches import Batch
-from mtl_jax.training.forward import count_seen
-from mtl_jax.training.gradient import Measure
-from mtl_jax.training.train_state import Metrics, TrainState
+from mtl_jax.training.forward import count_rows
+from mtl_jax.training.gradient import BackwardFn, GradientFn, StepGradients
+from mtl_jax.training.task_gradients import gram_of_rows
+from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 from mtl_jax.transfer import averaging
-from mtl_jax.weighting import weighted_sum
+from mtl_jax.weighting import Rule, Signals, weigh, weighted_sum
 
 
 def make_train_step(
-    measure: Measure,
+    gradient_fn: GradientFn,
     optimizer: optax.GradientTransformation,
     mask: Any,
     sources: int = 0,
     follow: Callable[[Any, Any], Any] = averaging.as_it_is,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The step function of a phase, to be jitted by the caller.
+) -> Callable[[TrainState, StepInputs], tuple[TrainState, StepMetrics]]:
+    """The step function of a phase, to be jitted by the caller: (state, inputs) -> (new state, metrics).
 
     Args:
-        measure: by_losses(...) or gram_step.by_gram(...): losses, weights, gradient.
+        gradient_fn: make_gradient_fn(...), or one with transforms around it (build_step.py).
         optimizer: An optax transformation over the trainable leaves.
         mask: freezing.trainable(params, rules).
-        sources: N, for Metrics.seen.
+        sources: N, for StepMetrics.seen.
         follow: How the average of the trainable leaves follows them.
-
-    Returns:
-        (state, batch, feature table or None, references of regularisers or None) -> (new state, Metrics).
     """
 
-    def train_step(
-        state: TrainState, batch: Batch, table: jax.Array | None, references: Any = None
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, inputs: StepInputs) -> tuple[TrainState, StepMetrics]:
         trained, frozen = trees.split(state.params, mask)
-        found = measure(trained, frozen, batch, table, state, references)
-        updates, opt_state = optimizer.update(found.gradient, state.opt_state, trained)
+        step = gradient_fn(trained, frozen, inputs, state)
+        updates, opt_state = optimizer.update(step.gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         params, average = trees.merge(trained, frozen), follow(state.average, trained)
-        total = weighted_sum(found.weights | found.held_weights, found.losses | found.held)
-        norm, seen = optax.tree.norm(found.gradient), count_seen(batch, sources)
-        metrics = Metrics(
-            found.losses,
-            found.counts,
-            found.weights,
-            total,
-            norm,
-            found.gram,
-            seen,
-            found.held,
-            found.held_weights,
-            found.residual,
-        )
-        return TrainState(state.step + 1, params, opt_state, found.rule_state, state.key, average), metrics
+        total, norm = weighted_sum(step.weights, step.losses), optax.tree.norm(step.gradient)
+        seen = count_rows(inputs.batch, sources)
+        metrics = StepMetrics(step.losses, step.counts, step.weights, total, norm, seen, step.gram, step.residual)
+        return TrainState(state.step + 1, params, opt_state, step.rule_state, state.key, average), metrics
 
     return train_step
+
+
+def make_gradient_fn(
+    backward: BackwardFn,
+    rule: Rule,
+    regulariser_weights: Callable[[jax.Array], Mapping[str, jax.Array]] = lambda step: {},
+    without_gram: BackwardFn | None = None,
+) -> GradientFn:
+    """From losses to weights to the gradient of their weighted sum.
+
+    Args:
+        backward: gradient.make_backward(...), or gram_gradient.make_backward(...) for a rule that compares task gradients.
+        rule: The weighting rule, for the tasks.
+        regulariser_weights: Step -> {regulariser: f32[]}, from their schedules.
+        without_gram: The pass of the steps in which the rule is not due to compare gradients; None: it is due in every step.
+    """
+
+    def weighted(backward: BackwardFn, trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+        trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
+        losses, counts, pull, gram, rows = backward(trained, frozen, inputs, (trunk_key, head_key))
+        signals = Signals(losses, gram, state.step, rule_key, counts)
+        weights, rule_state, residual, rows = weigh(rule, state.rule_state, signals, rows, gram_of_rows)
+        weights = {**weights, **regulariser_weights(state.step)}
+        gradient, losses = pull(weights, rows)
+        return StepGradients(gradient, losses, counts, weights, rule_state, gram, None if rule.solve is None else residual)
+
+    def gradient_fn(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+        arguments = trained, frozen, inputs, state
+        if rule.due is None or without_gram is None:
+            return weighted(backward, *arguments)
+
+        def not_due() -> StepGradients:
+            step = weighted(without_gram, *arguments)
+            return step._replace(gram=jnp.full((len(step.counts),) * 2, jnp.nan))
+
+        return jax.lax.cond(rule.due(state.rule_state), lambda: weighted(backward, *arguments), not_due)
+
+    return gradient_fn

@@ -9,7 +9,7 @@ Shapes in names: N blocks (sources), R rows a block, S examples a row, H trunk w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -222,7 +222,7 @@ def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
     return gram_KxK[order][:, order]
 
 
-def combine(rounds: Sequence[Any], weights: dict[str, jax.Array], names: Sequence[str]) -> Any:
+def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str]) -> Any:
     """sum_k weight_k * gradient_k, a tree like the parameters, float32."""
     at, total = 0, None
     for gradients in rounds:
@@ -232,3 +232,8 @@ def combine(rounds: Sequence[Any], weights: dict[str, jax.Array], names: Sequenc
         total = part if total is None else jax.tree.map(jnp.add, total, part)
         at += count
     return total
+
+
+def gram_of_rows(rows: Any) -> jax.Array:
+    """f32[K, K], the inner products of task gradients in order: a tree of leaves [K, ...]."""
+    return gram_matrix([rows], [str(k) for k in range(len(jax.tree.leaves(rows)[0]))])

@@ -1,17 +1,22 @@
-"""The train state: everything a step changes."""
+"""A step takes a train state and its inputs, and gives a new state and metrics."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mtl_jax import trunks
 from mtl_jax.core import trees
+from mtl_jax.data.batches import Batch
+from mtl_jax.tasks import Task
+from mtl_jax.trunks import Trunk
 
 
 class TrainState(NamedTuple):
-    """One pytree; saved whole, restored whole.
+    """Everything that a step changes: one pytree, saved whole, restored whole.
 
     Attributes:
         step: i32[], steps done.
@@ -34,8 +39,50 @@ class TrainState(NamedTuple):
         return jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step)
 
     def measured(self) -> Any:
-        """The parameters that are measured: the average of those that train, where there is one."""
+        """The parameters that are evaluated: the average of those that train, where there is one."""
         return self.params if self.average is None else trees.merge(self.average.mean, self.params)
+
+
+class StepInputs(NamedTuple):
+    """Everything that a step reads and does not change.
+
+    Attributes:
+        batch: The rows.
+        features: f32[N, H], the features of all examples where the trunk is frozen and they are known; else None.
+        references: {name: tree}, the parameters and numbers that the regularisers of the phase compare with; None: there are
+            none.
+    """
+
+    batch: Batch
+    features: jax.Array | None = None
+    references: Any = None
+
+
+class StepMetrics(NamedTuple):
+    """The report of a step; read by the host one step late.
+
+    Attributes:
+        losses: {task or regulariser: f32[]}, of a task the mean over the labelled examples (or tokens) of the step; 0 where
+            there are none.
+        counts: {task: f32[]}, the number of those examples or tokens.
+        weights: {task or regulariser: f32[]}.
+        total: f32[], the sum of weight times loss.
+        gradient_norm: f32[], of the trainable part, before clipping.
+        seen: i32[N, 3], of each source the rows, examples and tokens of the batch, over all hosts.
+        gram: f32[K, K], inner products of the task gradients in sorted order; NaN where the rule did not look at them in this
+            step, None if it never does.
+        residual: f32[], the relative residual of the problem that the rule solves for its weights (weighting.solve); NaN where
+            it solved none in this step, None if it never does.
+    """
+
+    losses: dict[str, jax.Array]
+    counts: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+    total: jax.Array
+    gradient_norm: jax.Array
+    seen: jax.Array
+    gram: jax.Array | None = None
+    residual: jax.Array | None = None
 
 
 def create(params: Any, opt_state: Any, rule_state: Any, seed: int, average: Any = None) -> TrainState:
@@ -44,31 +91,20 @@ def create(params: Any, opt_state: Any, rule_state: Any, seed: int, average: Any
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rule_state, key, average)
 
 
-class Metrics(NamedTuple):
-    """What a step reports; read by the host one step late.
+def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
+    """{"trunk": ..., "heads": {task: ...}}: the trunk as loaded or fresh, fresh heads, decoders as the checkpoint's.
 
-    Attributes:
-        losses: {task: f32[]}, mean loss over the labelled examples (or tokens) of the step; 0 where there are none.
-        counts: {task: f32[]}, number of those examples, or tokens.
-        weights: {task: f32[]}.
-        total: f32[], the weighted sum, regularisers included.
-        gradient_norm: f32[], of the trainable part, before clipping.
-        gram: f32[K, K], inner products of the task gradients in sorted order; NaN where the rule did not look at them in this
-            step, None if it never does.
-        seen: i32[N, 3], of each source the rows, examples and tokens of the batch, over all hosts.
-        held: {regulariser: f32[]}, their losses.
-        held_weights: {regulariser: f32[]}.
-        residual: f32[], of what the rule solved for its weights, as weighting.solve gives it; NaN where it solved nothing in
-            this step, None if it never does.
+    A head's numbers depend on the seed and the task's name alone, not on which other tasks there are.
     """
-
-    losses: dict[str, jax.Array]
-    counts: dict[str, jax.Array]
-    weights: dict[str, jax.Array]
-    total: jax.Array
-    gradient_norm: jax.Array
-    gram: jax.Array | None
-    seen: jax.Array
-    held: dict[str, jax.Array]
-    held_weights: dict[str, jax.Array]
-    residual: jax.Array | None = None
+    key = jax.random.key(seed)
+    params = {"trunk": trunks.init_params(trunk, key)}
+    width = trunks.width(trunk, params["trunk"])
+    heads = {}
+    for task in tasks:
+        if task.decodes and trunk.head is not None:
+            heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # its own: the step donates its buffers
+            continue
+        name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
+        fresh = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
+        heads[task.name] = task.start_from(params["trunk"], fresh)
+    return params | {"heads": heads}

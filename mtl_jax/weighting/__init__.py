@@ -9,6 +9,7 @@ from mtl_jax.weighting.base import Rule as Rule
 from mtl_jax.weighting.base import Signals as Signals
 from mtl_jax.weighting.base import Transform as Transform
 from mtl_jax.weighting.base import solve as solve
+from mtl_jax.weighting.base import weigh as weigh
 from mtl_jax.weighting.base import weighted_sum as weighted_sum
 from mtl_jax.weighting.combinators import clipped as clipped
 from mtl_jax.weighting.combinators import ema as ema

@@ -113,6 +113,30 @@ def solve(rule: Rule, state: Any, signals: Signals) -> tuple[Weights, Any, jax.A
     return weights, state, jnp.full((), jnp.nan)
 
 
+def weigh(
+    rule: Rule, state: Any, signals: Signals, rows: Any, gram: Callable[[Any], jax.Array]
+) -> tuple[Weights, Any, jax.Array, Any]:
+    """The weights by any rule, also one that changes the task gradients before it weighs them.
+
+    Args:
+        rule: The rule.
+        state: Its state; with a transform {"rule": ..., "transform": ...}.
+        signals: Of the step, with the Gram matrix where the rule needs it.
+        rows: For a rule with a transform the task gradients, one tree, leaves f32[K, ...] in sorted order; others ignore it.
+        gram: Rows to f32[K, K], their inner products.
+
+    Returns:
+        As solve(), and the rows, changed where the rule changes them.
+    """
+    if rule.transform is None:
+        return (*solve(rule, state, signals), rows)
+    drawing = signals._replace(gram=None, key=jax.random.fold_in(signals.key, 1))  # the rule may draw, too
+    rows, transform_state = rule.transform.update(state["transform"], drawing, rows)
+    signals = signals._replace(gram=gram(rows) if rule.needs_gram else None, transformed=())
+    weights, rule_state, residual = solve(rule, state["rule"], signals)
+    return weights, {"rule": rule_state, "transform": transform_state}, residual, rows
+
+
 def around(rule: Rule, solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]], **fields: Any) -> Rule:
     """A rule made from another: these fields, and for update this solve, which hands on the inner rule's residual."""
 

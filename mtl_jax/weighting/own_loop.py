@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.weighting.base import Rule, Signals, Weights
+from mtl_jax.weighting.base import Rule, Signals, Weights, weigh
 
 
 def gram(task_gradients: Mapping[str, Any]) -> jax.Array:
@@ -71,15 +71,11 @@ def gradient(
     present = None if counts is None else {name: jnp.asarray(counts[name], jnp.float32) for name in names}
     signals = Signals(by_task, None, jnp.asarray(step, jnp.int32), key, present)
     if rule.transform is None:
-        weights, state = rule.update(state, signals._replace(gram=_gram(rows) if rule.needs_gram else None))
-        return _combined(rows, weights), weights, state
-    state = state if _has_transform(state) else {"rule": state, "transform": rule.transform.init(rows)}
-    # A key of its own: the rule may draw, too.
-    drawing = signals._replace(key=jax.random.fold_in(key, 1))
-    rows, transformed = rule.transform.update(state["transform"], drawing, rows)
-    signals = signals._replace(gram=_gram(rows) if rule.needs_gram else None, transformed=())
-    weights, own = rule.update(state["rule"], signals)
-    return _combined(rows, weights), weights, {"rule": own, "transform": transformed}
+        signals = signals._replace(gram=_gram(rows) if rule.needs_gram else None)
+    elif not _has_transform(state):
+        state = {"rule": state, "transform": rule.transform.init(rows)}
+    weights, state, _, rows = weigh(rule, state, signals, rows, _gram)
+    return _combined(rows, weights), weights, state
 
 
 def init(rule: Rule, task_gradients: Mapping[str, Any]) -> Any:

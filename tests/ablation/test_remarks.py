@@ -31,7 +31,9 @@ def remark(*vary, trunk=False, **changes):
     """Of the first program; as prepare() would have it, with phases that train the trunk or do not."""
     experiment = tiny.experiment("no/bert", "no/data", **{"phases": HEADS, "optimizer": ADAM} | changes)
     (program, *_) = plan.programs(plan.runs(experiment, space.axes(experiment, vary or ("weights=1/1/1,0.2/0.3/0.5",))))
-    plans = [SimpleNamespace(phase=p, mask={"trunk": {"k": trunk}}, held=experiment.regularisers) for p in experiment.phases]
+    plans = [
+        SimpleNamespace(phase=p, mask={"trunk": {"k": trunk}}, regularisers=experiment.regularisers) for p in experiment.phases
+    ]
     return weights_do_nothing(program, plans)
 
 

@@ -16,11 +16,12 @@ from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.inference.predict import predict
 from mtl_jax.models.trunk_output import Encoded
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.train_state import StepInputs
 
 LM = MaskedLM(name="lm", source="texts", mask=4, vocabulary=50, special=(0, 2, 3, 4, 49))
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=5)
@@ -238,12 +239,12 @@ def test_the_gradient_of_the_shared_table_reaches_the_trunk_under_the_gram_step(
     batch = jax.tree.map(jnp.asarray, take(stream(prepared.corpus, batching, 0, one_stretch(batching, 4)), 1)[0])
     plan, state = prepared.plans[0], initial_state(prepared)
     frozen = jax.tree.map(lambda _: None, prepared.params)
-    plain = jax.jit(measure(prepared, plan))(prepared.params, frozen, batch, None, state)
+    plain = jax.jit(gradient_fn(prepared, plan))(prepared.params, frozen, StepInputs(batch), state)
     rule = weighting.Rule(
         init=lambda names: (), update=lambda s, signals: ({t: jnp.ones(()) for t in signals.losses}, s), needs_gram=True
     )
     prepared = prepared._replace(experiment=dataclasses.replace(prepared.experiment, gram_over=gram_over))
-    found = jax.jit(measure(prepared, plan._replace(rule=rule)))(prepared.params, frozen, batch, None, state)
+    found = jax.jit(gradient_fn(prepared, plan._replace(rule=rule)))(prepared.params, frozen, StepInputs(batch), state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found.gradient, plain.gradient)
 
     def loss(params):

@@ -15,11 +15,13 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.batch_parts import in_part, in_parts, of_source
-from mtl_jax.training.build_step import measure
-from mtl_jax.training.forward import encode_tokens, needs
-from mtl_jax.training.gradient import by_losses
+from mtl_jax.training.batch_parts import in_parts, rows_in_part, rows_of_source
+from mtl_jax.training.build_step import gradient_fn
+from mtl_jax.training.forward import encode_tokens, needed_fields
+from mtl_jax.training.gradient import make_backward
 from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.step import make_gradient_fn
+from mtl_jax.training.train_state import StepInputs
 
 SMALL = Classification(name="small", source="a")
 LARGE = Seq2Seq(name="large", source="b", column="text")
@@ -58,12 +60,12 @@ def test_losses_and_gradient_are_those_of_the_whole_batch(folder, accumulate):
     plain = experiment(folder)
     prepared = prepare(dataclasses.replace(plain, batch=dataclasses.replace(plain.batch, accumulate=accumulate)))
     tasks, plan, params = prepared.corpus.tasks, prepared.plans[0], prepared.params
-    encode, frozen = encode_tokens(prepared.trunk.module, needs(tasks)), jax.tree.map(lambda _: None, params)
-    own = jax.jit(measure(prepared, plan))
-    whole = jax.jit(by_losses(encode, tasks, plan.rule, trains_trunk=True))
+    encode, frozen = encode_tokens(prepared.trunk.module, needed_fields(tasks)), jax.tree.map(lambda _: None, params)
+    own = jax.jit(gradient_fn(prepared, plan))
+    whole = jax.jit(make_gradient_fn(make_backward(encode, tasks, trains_trunk=True), plan.rule))
     rows = set()
     for batch in batch_of(prepared):
-        a, b = (each(params, frozen, batch, None, initial_state(prepared)) for each in (own, whole))
+        a, b = (each(params, frozen, StepInputs(batch), initial_state(prepared)) for each in (own, whole))
         for x, y in ((a.losses, b.losses), (a.counts, b.counts), (a.gradient, b.gradient)):
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), x, y)
         rows.add(int((batch.source == 0).sum()))
@@ -75,17 +77,17 @@ def test_it_costs_what_the_rows_cost(folder):
     plain = experiment(folder)
     prepared = prepare(dataclasses.replace(plain, batch=dataclasses.replace(plain.batch, mixture="uniform", shares={})))
     tasks, plan, params = prepared.corpus.tasks, prepared.plans[0], prepared.params
-    encode = encode_tokens(prepared.trunk.module, needs(tasks))
+    encode = encode_tokens(prepared.trunk.module, needed_fields(tasks))
     (batch,) = batch_of(prepared, 1)
 
-    def operations(measure, tasks):
-        arguments = (params, jax.tree.map(lambda _: None, params), batch, None, initial_state(prepared))
-        return jax.jit(measure).lower(*arguments).compile().cost_analysis()["flops"]
+    def operations(gradients, tasks):
+        arguments = (params, jax.tree.map(lambda _: None, params), StepInputs(batch), initial_state(prepared))
+        return jax.jit(gradients).lower(*arguments).compile().cost_analysis()["flops"]
 
     small = tuple(task for task in tasks if not task.large)
-    trunk = operations(by_losses(encode, small, plan.rule, trains_trunk=True), small)
-    whole = operations(by_losses(encode, tasks, plan.rule, trains_trunk=True), tasks)
-    own = operations(measure(prepared, plan), tasks)
+    trunk = operations(make_gradient_fn(make_backward(encode, small, trains_trunk=True), plan.rule), small)
+    whole = operations(make_gradient_fn(make_backward(encode, tasks, trains_trunk=True), plan.rule), tasks)
+    own = operations(gradient_fn(prepared, plan), tasks)
     assert (own - trunk) / (whole - trunk) < 0.6
 
 
@@ -98,7 +100,9 @@ def test_four_devices_draw_and_learn_what_one_does(folder):
         (batch,) = batch_of(prepared, 1)
         batch = meshes.assemble(jax.tree.map(np.asarray, batch), meshes.by_rows(prepared.mesh))
         frozen = jax.tree.map(lambda _: None, prepared.params)
-        found = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, initial_state(prepared))
+        found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(
+            prepared.params, frozen, StepInputs(batch), initial_state(prepared)
+        )
         return found.losses, found.gradient
 
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)  # noqa: E731
@@ -112,7 +116,7 @@ def test_every_row_of_the_source_is_seen_in_its_order_by_large_heads_only(source
     number_R = jnp.arange(len(sources))
     batch = Batch(*(number_R,) * 4, jnp.asarray(source_R), {})
     encoded = Encoded(tokens=number_R, table=jnp.ones((3, 2)))
-    look = of_source(most, meshes.make(1, 1))
+    look = rows_of_source(most, meshes.make(1, 1))
     assert look(SMALL, encoded, batch) == (encoded, batch)
     seen, rows = look(LARGE, encoded, batch)
     assert len(rows.source) == max(most["b"], 1)  # a head has no shape for no rows
@@ -128,6 +132,6 @@ def test_most_rows_of_a_part(pieces, parts):
     rows += [-1] * (-len(rows) % parts)
     of_part = in_parts(np.array(rows, np.int32), parts)
     most = {name: rows.count(place) for place, name in enumerate("ab")}
-    bound = in_part(most, parts, len(pieces))
+    bound = rows_in_part(most, parts, len(pieces))
     for place, name in enumerate("ab"):
         assert int((of_part == place).sum(axis=1).max(initial=0)) <= bound[name] <= most[name]

@@ -14,12 +14,12 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.training import gram_gradient, metrics_log, task_gradients
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.metrics_log import compare_gradients, read_metrics
 from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
-from mtl_jax.training.train_state import Metrics
+from mtl_jax.training.train_state import StepInputs, StepMetrics
 
 EVERYTHING = (Phase("everything", 4),)
 
@@ -61,8 +61,8 @@ def test_the_gram_matrix_is_that_of_k_backward_passes(bert, data, mixture):
     prepared, batch, state = set_up(bert, data, weighting="mgda", batch=batching)
     rows = jacobian(prepared, batch)
     expected = np.array([[rows[a] @ rows[b] for b in sorted(rows)] for a in sorted(rows)])
-    step = make_train_step(measure(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
-    _, metrics = jax.jit(step)(state, batch, None)
+    step = make_train_step(gradient_fn(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
+    _, metrics = jax.jit(step)(state, StepInputs(batch))
     np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
 
@@ -70,13 +70,15 @@ def test_the_gram_matrix_is_that_of_k_backward_passes(bert, data, mixture):
 def test_equal_weights_through_the_gram_step_are_plain_training(bert, data, gram_over):
     prepared, batch, state = set_up(bert, data)
     plan = prepared.plans[0]
-    plain, plain_metrics = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))(state, batch, None)
+    plain, plain_metrics = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask))(
+        state, StepInputs(batch)
+    )
     rule = weighting.Rule(
         init=lambda names: (), update=lambda s, signals: ({t: jnp.ones(()) for t in signals.losses}, s), needs_gram=True
     )
     prepared = prepared._replace(experiment=dataclasses.replace(prepared.experiment, gram_over=gram_over))
-    step = make_train_step(measure(prepared, plan._replace(rule=rule)), plan.optimizer, plan.mask)
-    found, metrics = jax.jit(step)(state, batch, None)
+    step = make_train_step(gradient_fn(prepared, plan._replace(rule=rule)), plan.optimizer, plan.mask)
+    found, metrics = jax.jit(step)(state, StepInputs(batch))
     np.testing.assert_allclose(metrics.total, plain_metrics.total, rtol=1e-5)
     np.testing.assert_allclose(metrics.gradient_norm, plain_metrics.gradient_norm, rtol=1e-4)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain.opt_state, found.opt_state)
@@ -86,7 +88,9 @@ def test_equal_weights_through_the_gram_step_are_plain_training(bert, data, gram
 def test_the_combined_gradient_follows_the_weights(bert, data):
     prepared, batch, state = set_up(bert, data, weighting="pcgrad")
     plan = prepared.plans[0]
-    found = jax.jit(measure(prepared, plan))(prepared.params, jax.tree.map(lambda _: None, prepared.params), batch, None, state)
+    found = jax.jit(gradient_fn(prepared, plan))(
+        prepared.params, jax.tree.map(lambda _: None, prepared.params), StepInputs(batch), state
+    )
     rows = jacobian(prepared, batch)
     expected = sum(float(found.weights[task]) * row for task, row in rows.items())
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found.gradient["trunk"])])
@@ -98,7 +102,7 @@ def test_heads_may_keep_their_plain_gradient(bert, data):
     for weigh in (True, "rule"):  # mgda's source leaves heads alone
         prepared, batch, state = set_up(bert, data, weighting="mgda", weigh_heads=weigh)
         frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[weigh] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+        found[weigh] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
     for task, gradient in found["rule"].gradient["heads"].items():
         weighted = jax.tree.map(lambda leaf, w=found[True].weights[task]: w * leaf, gradient)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True].gradient["heads"][task], weighted)
@@ -117,8 +121,8 @@ def test_the_gram_step_costs_what_plain_training_costs(data, tmp_path):
     flops = {}
     for needs_gram in (False, True):
         plan = plan._replace(rule=weighting.equal()._replace(needs_gram=needs_gram))
-        step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
-        flops[needs_gram] = step.lower(state, batch, None).compile().cost_analysis()["flops"]
+        step = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask))
+        flops[needs_gram] = step.lower(state, StepInputs(batch)).compile().cost_analysis()["flops"]
     size = sum(leaf.size for leaf in jax.tree.leaves(prepared.params["trunk"]))
     assert flops[True] - 12 * size < 1.04 * flops[False]
 
@@ -128,7 +132,7 @@ def test_task_gradients_may_be_held_in_bfloat16(bert, data):
     for dtype in ("float32", "bfloat16"):
         prepared, batch, state = set_up(bert, data, weighting="mgda", gram_dtype=dtype)
         frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[dtype] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+        found[dtype] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
     scale = float(jnp.max(found["float32"].gram))
     np.testing.assert_allclose(found["bfloat16"].gram, found["float32"].gram, atol=2e-2 * scale)
     assert (found["bfloat16"].gram != found["float32"].gram).any()
@@ -185,7 +189,7 @@ def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(bert
     """Steps with 5 to 7 of 7 rows of one source, the other's absent in some; the same program for all of them."""
     batching = Batching(rows=7, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 9, "questions": 1})
     prepared, _, state = set_up(bert, data, weighting="mgda", batch=batching)
-    step = jax.jit(make_train_step(measure(prepared, prepared.plans[0]), optax.sgd(1.0), prepared.plans[0].mask))
+    step = jax.jit(make_train_step(gradient_fn(prepared, prepared.plans[0]), optax.sgd(1.0), prepared.plans[0].mask))
     state = state._replace(opt_state=optax.sgd(1.0).init(prepared.params))
     batches = stream(prepared.corpus, batching, 0, one_stretch(batching, 4))
     counts = set()
@@ -194,7 +198,7 @@ def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(bert
         counts.add(int((batch.source == 1).sum()))
         rows = jacobian(prepared, batch)
         expected = np.array([[rows[a] @ rows[b] for b in sorted(rows)] for a in sorted(rows)])
-        after, metrics = step(state, batch, None)
+        after, metrics = step(state, StepInputs(batch))
         np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
         moved = jax.tree.map(lambda a, b: a - b, prepared.params["trunk"], after.params["trunk"])
         flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moved)])
@@ -253,8 +257,8 @@ def test_devices_share_the_rows_that_are_gathered_by_source(bert, data):
             bert, data, weighting="mgda", batch=batching, devices=devices, only=("rating", "coarse")
         )
         batch = meshes.assemble(jax.tree.map(np.asarray, batch), meshes.by_rows(prepared.mesh))
-        step = make_train_step(measure(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
-        flops[devices] = jax.jit(step).lower(state, batch, None).compile().cost_analysis()["flops"]
+        step = make_train_step(gradient_fn(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
+        flops[devices] = jax.jit(step).lower(state, StepInputs(batch)).compile().cost_analysis()["flops"]
     assert flops[8] < flops[1] / 3
 
 
@@ -275,7 +279,7 @@ def test_a_batch_in_parts_is_the_whole_batch(bert, data, name, over):
         batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="proportional", accumulate=accumulate)
         prepared, batch, state = set_up(bert, data, weighting=name, gram_over=over, batch=batching)
         frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[accumulate] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+        found[accumulate] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[1].gradient))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), found[3].gradient, found[1].gradient)
     for field in ("losses", "counts", "weights"):
@@ -289,7 +293,9 @@ def test_loss_rules_may_leave_the_heads_alone(bert, data):
         weights = {"rating": 3.0, "coarse": 0.0, "fine": 0.5}
         prepared, batch, state = set_up(bert, data, weighting="fixed", weights=weights, weigh_heads=weigh)
         frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[weigh] = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state).gradient
+        found[weigh] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(
+            prepared.params, frozen, StepInputs(batch), state
+        ).gradient
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True]["trunk"], found[False]["trunk"])
     for task, gradient in found[False]["heads"].items():
         weighted = jax.tree.map(lambda leaf, w=weights[task]: w * leaf, gradient)
@@ -308,8 +314,8 @@ def test_no_head_climbs_its_loss(bert, data, needs_gram):
     prepared, batch, state = set_up(bert, data)
     frozen = jax.tree.map(lambda _: None, prepared.params)
     plan = prepared.plans[0]
-    plain = jax.jit(measure(prepared, plan))(prepared.params, frozen, batch, None, state).gradient["heads"]
-    found = jax.jit(measure(prepared, plan._replace(rule=rule)))(prepared.params, frozen, batch, None, state).gradient
+    plain = jax.jit(gradient_fn(prepared, plan))(prepared.params, frozen, StepInputs(batch), state).gradient["heads"]
+    found = jax.jit(gradient_fn(prepared, plan._replace(rule=rule)))(prepared.params, frozen, StepInputs(batch), state).gradient
     rows = jacobian(prepared, batch)
     expected = sum(weights[task] * row for task, row in rows.items())
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found["trunk"])])
@@ -323,7 +329,7 @@ def test_graddrop_is_its_definition(bert, data):
     """On the gradients of K backward passes: every coordinate of the combined gradient is the sum of one sign."""
     prepared, batch, state = set_up(bert, data, weighting="graddrop")
     frozen = jax.tree.map(lambda _: None, prepared.params)
-    found = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found.gradient["trunk"])])
     rows = np.stack(list(jacobian(prepared, batch).values()))
     positive, negative = np.maximum(rows, 0).sum(0), np.minimum(rows, 0).sum(0)
@@ -341,7 +347,7 @@ def test_a_loop_of_ones_own_has_the_same_gradient(bert, data, name):
     """weighting.gradient on the gradients of K backward passes, with the step's own key."""
     prepared, batch, state = set_up(bert, data, weighting=name)
     frozen = jax.tree.map(lambda _: None, prepared.params)
-    found = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
     rows, rule = jacobian(prepared, batch), prepared.plans[0].rule
     key = jax.random.split(state.step_key(), 3)[2]
     _, unflatten = jax.flatten_util.ravel_pytree(prepared.params["trunk"])
@@ -358,9 +364,9 @@ def test_where_a_rule_is_not_due_the_step_is_plain(bert, data):
     """every(k=2): a Gram step, then a plain one with the same weights, whose metrics say that nothing was compared."""
     prepared, batch, state = set_up(bert, data, weighting="mgda", combinators=("every:k=2",), weigh_heads=True)
     plan = prepared.plans[0]
-    step = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))
-    state, first = step(state, batch, None)
-    _, second = step(state, batch, None)
+    step = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask))
+    state, first = step(state, StepInputs(batch))
+    _, second = step(state, StepInputs(batch))
     assert np.isfinite(first.gram).all()
     assert np.isnan(second.gram).all()
     assert first.residual < 1e-4
@@ -368,8 +374,10 @@ def test_where_a_rule_is_not_due_the_step_is_plain(bert, data):
     assert first.weights == second.weights
     weights = {task: float(weight) for task, weight in second.weights.items()}
     prepared, _, _ = set_up(bert, data, weighting="fixed", weights=weights)
-    fixed = jax.jit(make_train_step(measure(prepared, plan._replace(rule=weighting.fixed(weights))), plan.optimizer, plan.mask))
-    _, expected = fixed(state._replace(rule_state=()), batch, None)
+    fixed = jax.jit(
+        make_train_step(gradient_fn(prepared, plan._replace(rule=weighting.fixed(weights))), plan.optimizer, plan.mask)
+    )
+    _, expected = fixed(state._replace(rule_state=()), StepInputs(batch))
     np.testing.assert_allclose(second.gradient_norm, expected.gradient_norm, rtol=1e-5)
 
 
@@ -378,7 +386,7 @@ def test_an_absent_task_is_not_compared(bert, data):
     prepared, batch, state = set_up(bert, data, weighting="mgda")
     batch = batch._replace(labels=batch.labels | {"fine": jnp.full_like(batch.labels["fine"], -1)})
     frozen = jax.tree.map(lambda _: None, prepared.params)
-    found = jax.jit(measure(prepared, prepared.plans[0]))(prepared.params, frozen, batch, None, state)
+    found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
     assert found.weights["fine"] == 0
     assert sum(found.weights.values()) == pytest.approx(1.0, abs=1e-4)
     assert all(weight > 0.01 for task, weight in found.weights.items() if task != "fine")
@@ -391,7 +399,7 @@ def test_an_absent_task_is_not_compared(bert, data):
 def test_a_residual_is_logged_and_a_large_one_is_a_warning(residual, logged, warns):
     nothing = {"a": 1.0}
     residual = None if residual is None else np.float32(residual)
-    metrics = Metrics(nothing, nothing, nothing, 1.0, 1.0, None, np.zeros((1, 3)), {}, {}, residual)
+    metrics = StepMetrics(nothing, nothing, nothing, 1.0, 1.0, np.zeros((1, 3)), None, residual)
     _, record = metrics_log.read(metrics, {})
     assert ("solver_residual" in record) == logged
     assert ("a relative residual of 0.5" in metrics_log.unsolved(metrics)) == warns

@@ -10,10 +10,11 @@ from mtl_jax import L2SP, Batching, Phase
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import check
-from mtl_jax.training.batch_parts import rows_that_count
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.batch_parts import weighted_rows
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.setup import initial_state, prepare, stretches
 from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import StepInputs
 
 STEPS = 3
 JOINT = Batching(rows=6, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 2.0, "questions": 1.0})
@@ -30,12 +31,12 @@ def trained(bert, data, **changes):
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("all", STEPS),), **changes))
     plan, state = prepared.plans[0], initial_state(prepared)
     step = jax.jit(
-        make_train_step(measure(prepared, plan), plan.optimizer, plan.mask, len(prepared.corpus.splits["train"])),
+        make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, len(prepared.corpus.splits["train"])),
         compiler_options=compiling.AS_FOR_USERS,  # two programs agree to the bit only as far as XLA makes the same of both
     )
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, stretches(prepared.experiment))
     for _ in range(STEPS):
-        state, metrics = step(state, next(batches), None)
+        state, metrics = step(state, StepInputs(next(batches)))
     batches.close()
     return jax.device_get(state), jax.device_get(metrics), prepared
 
@@ -64,7 +65,7 @@ def test_who_is_idle(bert, data):
     weights = {"rating": 1.0, "coarse": 0.0, "fine": 0.0}
 
     def idle(weights, **changes):
-        return prepare(tiny.experiment(bert, data, weighting="fixed", weights=weights, **changes)).plans[0].idle
+        return prepare(tiny.experiment(bert, data, weighting="fixed", weights=weights, **changes)).plans[0].weightless
 
     assert idle(weights) == ("coarse", "fine")
     assert idle(weights, weigh_heads=True) == ("coarse", "fine")
@@ -83,7 +84,7 @@ def test_who_is_idle(bert, data):
     ],
 )
 def test_rows_that_count(idle, rows, multiple, expected):
-    assert rows_that_count(two_sources.TASKS, idle, rows, multiple) == expected
+    assert weighted_rows(two_sources.TASKS, idle, rows, multiple) == expected
 
 
 ZERO = dict.fromkeys(("rating", "coarse", "fine"), 0.0)

@@ -22,17 +22,17 @@ from mtl_jax.models.head import Head
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training import loop, restore
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.forward import apply_heads, encode_tokens
-from mtl_jax.training.gradient import Measured
+from mtl_jax.training.gradient import StepGradients
 from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.references import References
 from mtl_jax.training.regularisation import fisher, output_losses, teachers, transforms
 from mtl_jax.training.regularisation import prepare as regularised
-from mtl_jax.training.regularisation.references import References
 from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
-from mtl_jax.training.train_state import create
+from mtl_jax.training.train_state import StepInputs, create
 
 ALL = (Phase("all", 4),)
 TRUNK = mtl_jax.Embedding(dimension=4)
@@ -106,23 +106,23 @@ def test_gradients_are_added_to_those_of_the_tasks(bert, data, taught, tmp_path,
 
     (total, losses), expected = jax.jit(jax.value_and_grad(written_out, has_aux=True))(state.params)
     frozen = jax.tree.map(lambda _: None, state.params)
-    found = jax.jit(measure(prepared, plan))(state.params, frozen, batch, None, state, references)
+    found = jax.jit(gradient_fn(prepared, plan))(state.params, frozen, StepInputs(batch, None, references), state)
     gradient = found.gradient
     if rule is not NOTHING:
-        alone = jax.jit(measure(prepared, plan._replace(held=())))(state.params, frozen, batch, None, state, None)
+        alone = jax.jit(gradient_fn(prepared, plan._replace(regularisers=())))(state.params, frozen, StepInputs(batch), state)
         gradient = jax.tree.map(jnp.subtract, gradient, alone.gradient)
-        jax.tree.map(np.testing.assert_array_equal, found.weights, alone.weights)
+        jax.tree.map(np.testing.assert_array_equal, {task: found.weights[task] for task in alone.weights}, alone.weights)
     for name, loss in losses.items():
-        np.testing.assert_allclose(found.held[name], loss, rtol=1e-4, err_msg=name)
-    sums = [found.held_weights[name] * loss for name, loss in found.held.items()]
+        np.testing.assert_allclose(found.losses[name], loss, rtol=1e-4, err_msg=name)
+    sums = [found.weights[name] * found.losses[name] for name in losses]
     np.testing.assert_allclose(sum(sums), total, rtol=1e-4)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda own, other: np.testing.assert_allclose(own, other, atol=1e-4 * scale), gradient, expected)
 
 
 def program(prepared, plan, batch, state, references=None):
-    step = make_train_step(measure(prepared, plan), plan.optimizer, plan.mask)
-    return str(jax.make_jaxpr(step)(state, batch, None, references))
+    step = make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask)
+    return str(jax.make_jaxpr(step)(state, StepInputs(batch, None, references)))
 
 
 def test_a_weight_of_0_is_the_run_without(bert, data, tmp_path):
@@ -155,13 +155,13 @@ def test_they_go_with_every_kind_of_rule(bert, data, tmp_path, weighting, accumu
     }
     tasks = tuple(dataclasses.replace(task, dropout=0.1) for task in tiny.experiment(bert, data).tasks)
     prepared, plan, rows, state, references = setup(bert, data, tmp_path, **changes, tasks=tasks, regularisers=held)
-    step = make_train_step(measure(prepared, plan), plan.optimizer, plan.mask, 2)
-    after, metrics = jax.eval_shape(step, state, rows, None, references)
+    step = make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, 2)
+    after, metrics = jax.eval_shape(step, state, StepInputs(rows, None, references))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
-    assert set(metrics.held) == set(metrics.held_weights) == {"l2sp", "ewc", "r_drop"}
-    assert set(metrics.losses) == {"rating", "coarse", "fine"}
+    assert set(metrics.losses) == set(metrics.weights) == {"rating", "coarse", "fine", "l2sp", "ewc", "r_drop"}
+    assert set(metrics.counts) == {"rating", "coarse", "fine"}
 
 
 def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data, taught, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_p
     teacher, heads = prepared.teachers["see"], prepared.params["heads"]
     assert heads["see"]["projection"]["kernel"].shape == (16, 8)
     own = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 16)).astype(np.float32)
-    each = output_losses.on_outputs(see, prepared.corpus.tasks, {}, teacher)
+    each = output_losses.output_loss(see, prepared.corpus.tasks, {}, teacher)
     found = each.loss(heads, Encoded(tokens=own), {}, batch, each.count(batch), references)
     there = np.asarray(teacher.hidden(teacher.params, batch))
     difference = (own @ heads["see"]["projection"]["kernel"] - there) ** 2
@@ -293,14 +293,14 @@ def test_one_and_two_devices_agree(bert, data, taught, tmp_path, accumulate):
     for devices in (1, 2):
         prepared, plan, batch, state, references = setup(bert, data, tmp_path, devices=devices, **changes)
         step = jax.jit(
-            make_train_step(measure(prepared, plan), plan.optimizer, plan.mask, 2),
+            make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, 2),
             out_shardings=meshes.replicated(prepared.mesh),
         )
         batch = meshes.place(jax.device_get(batch), meshes.by_rows(prepared.mesh))
         assert len(batch.tokens.devices()) == devices
-        moved, first = step(state, batch, None, references)
-        _, second = step(moved, batch, None, references)
-        found.append([{"norm": each.gradient_norm, **each.losses, **each.held} for each in (first, second)])
+        moved, first = step(state, StepInputs(batch, None, references))
+        _, second = step(moved, StepInputs(batch, None, references))
+        found.append([{"norm": each.gradient_norm, **each.losses} for each in (first, second)])
     assert set(found[0][1]) == {"norm", "rating", "coarse", "fine", "r_drop", "say", "see"}
     for one, two in zip(*found, strict=True):
         for name, loss in one.items():
@@ -315,31 +315,32 @@ def test_r_drop_compares_the_halves_of_a_batch_that_is_there_twice():
     batch = Batch(np.zeros((2, 3)), None, None, index, source, {"a": np.array([[-1, -1], [0, 1]])})
     doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
     outputs = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
-    each = output_losses.on_outputs(RDrop(), [task], {"first": 0, "second": 1}, None)
+    each = output_losses.output_loss(RDrop(), [task], {"first": 0, "second": 1}, None)
     found = each.loss({}, Encoded(), {"a": outputs}, doubled, each.count(doubled), None)
     np.testing.assert_allclose(found, transfer.r_drop(outputs[0, 0], outputs[2, 0]), rtol=1e-5)
 
-    def measure(trained, frozen, batch, table, state, references):
-        return Measured(trained, {}, {"a": jnp.float32(len(batch.index))}, {}, None, (), {}, {})
+    def counted(trained, frozen, inputs, state):
+        return StepGradients(trained, {}, {"a": jnp.float32(len(inputs.batch.index))}, {}, ())
 
-    assert transforms.twice(measure)({}, {}, batch, None, None, None).counts == {"a": 2}
+    assert transforms.every_row_twice(counted)({}, {}, StepInputs(batch), None).counts == {"a": 2}
 
 
-def test_mixout_is_around_the_measure():
-    """The measure sees mixed parameters; its gradient comes back through the mixing; a frozen leaf is left alone."""
+def test_mixout_is_around_the_gradient_function():
+    """The function sees mixed parameters; its gradient comes back through the mixing; a frozen leaf is left alone."""
     trained = {"trunk": {"kernel": jnp.full(1000, 2.0), "bias": None}, "heads": {"a": jnp.ones(2)}}
     state = create({}, (), (), 0)
 
-    def measure(trained, frozen, batch, table, state, references):
-        return Measured(jax.tree.map(lambda leaf: 3.0 * leaf, trained), {}, {}, {}, None, (), {}, {})
+    def three_times(trained, frozen, inputs, state):
+        return StepGradients(jax.tree.map(lambda leaf: 3.0 * leaf, trained), {}, {}, {}, ())
 
-    mixed = transforms.mix(measure, 0.75, ("trunk/kernel",), "start-all")
-    found = mixed(trained, {}, None, None, state, {"start-all": {"trunk/kernel": jnp.zeros(1000)}}).gradient
+    mixed = transforms.at_mixed_parameters(three_times, p=0.75, paths=("trunk/kernel",), start="start-all")
+    inputs = StepInputs(None, None, {"start-all": {"trunk/kernel": jnp.zeros(1000)}})
+    found = mixed(trained, {}, inputs, state).gradient
     own = np.asarray(found["trunk"]["kernel"]) != 0
     np.testing.assert_allclose(found["trunk"]["kernel"], np.where(own, 3.0 * 8.0 * 4.0, 0.0))
     assert 0.2 < own.mean() < 0.3
     np.testing.assert_array_equal(found["heads"]["a"], 3.0)
-    again = mixed(trained, {}, None, None, state._replace(step=jnp.int32(1)), {"start-all": {"trunk/kernel": jnp.zeros(1000)}})
+    again = mixed(trained, {}, inputs, state._replace(step=jnp.int32(1)))
     assert (np.asarray(again.gradient["trunk"]["kernel"] != 0) != own).any()
 
 

@@ -10,10 +10,11 @@ import tiny
 from mtl_jax import ParamRule, Phase, weighting
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.models.head import Head
-from mtl_jax.training.forward import encode_tokens, look_up
-from mtl_jax.training.gradient import by_losses
+from mtl_jax.training.forward import cached_features, encode_tokens
+from mtl_jax.training.gradient import make_backward
 from mtl_jax.training.setup import initial_state, prepare
-from mtl_jax.training.step import make_train_step
+from mtl_jax.training.step import make_gradient_fn, make_train_step
+from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer import freezing, top_layers
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.optimizer import Optimizer
@@ -33,13 +34,13 @@ def one_phase(bert, data, *rules, **changes):
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("only", 5, rules=rules),), **changes))
     plan = prepared.plans[0]
     trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
-    measure = by_losses(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, plan.rule, trains_trunk=trains_trunk)
-    step = make_train_step(measure, plan.optimizer, plan.mask)
+    backward = make_backward(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, trains_trunk=trains_trunk)
+    step = make_train_step(make_gradient_fn(backward, plan.rule), plan.optimizer, plan.mask)
     return prepared, step, initial_state(prepared)
 
 
 def flops(step, state, batch, table=None):
-    return jax.jit(step).lower(state, batch, table).compile().cost_analysis()["flops"]
+    return jax.jit(step).lower(state, StepInputs(batch, table)).compile().cost_analysis()["flops"]
 
 
 def test_one_step_is_the_textbook_written_out(bert, data, batch):
@@ -74,7 +75,7 @@ def test_one_step_is_the_textbook_written_out(bert, data, batch):
 
     total, gradient = jax.value_and_grad(objective)(prepared.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, prepared.params, gradient)
-    new_state, metrics = jax.jit(step)(state, batch, None)
+    new_state, metrics = jax.jit(step)(state, StepInputs(batch))
     np.testing.assert_allclose(metrics.total, total, rtol=1e-5)
     np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(gradient), rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), new_state.params, expected)
@@ -87,7 +88,7 @@ def test_frozen_leaves_do_not_move_by_a_bit(bert, data, batch):
     _, step, state = one_phase(bert, data, *rules, optimizer=DECAYING)
     before = jax.device_get(state.params)
     for _ in range(3):
-        state, _ = jax.jit(step)(state, batch, None)
+        state, _ = jax.jit(step)(state, StepInputs(batch))
     mask = freezing.trainable(before, rules)
     same = jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), before, state.params)
     assert jax.tree.all(jax.tree.map(lambda same, train: same != train, same, mask))
@@ -109,8 +110,8 @@ def test_frozen_parts_cost_no_backward_pass(bert, data, batch):
     prepared, heads_step, heads = one_phase(bert, data, *tiny.HEADS_ONLY, optimizer=DECAYING)
     plan = prepared.plans[0]
     table = jnp.zeros((prepared.corpus.size, tiny.HIDDEN))
-    cached_measure = by_losses(look_up, prepared.corpus.tasks, plan.rule, trains_trunk=False)
-    cached_step = make_train_step(cached_measure, plan.optimizer, plan.mask)
+    cached_backward = make_backward(cached_features, prepared.corpus.tasks, trains_trunk=False)
+    cached_step = make_train_step(make_gradient_fn(cached_backward, plan.rule), plan.optimizer, plan.mask)
 
     def forward(params, batch):
         return encode_tokens(prepared.trunk.module)(params["trunk"], batch, None, None)
@@ -127,13 +128,13 @@ def test_frozen_parts_cost_no_backward_pass(bert, data, batch):
 def test_cached_features_give_the_same_step(bert, data, batch):
     prepared, step, state = one_phase(bert, data, *tiny.HEADS_ONLY)
     plan = prepared.plans[0]
-    cached_measure = by_losses(look_up, prepared.corpus.tasks, plan.rule, trains_trunk=False)
-    cached_step = make_train_step(cached_measure, plan.optimizer, plan.mask)
+    cached_backward = make_backward(cached_features, prepared.corpus.tasks, trains_trunk=False)
+    cached_step = make_train_step(make_gradient_fn(cached_backward, plan.rule), plan.optimizer, plan.mask)
     pooled = encode_tokens(prepared.trunk.module)(prepared.params["trunk"], batch, None, None).pooled
     table = np.zeros((prepared.corpus.size, tiny.HIDDEN), np.float32)
     table[batch.index[batch.index >= 0]] = pooled[batch.index >= 0]
-    a, metrics_a = jax.jit(step)(state, batch, None)
-    b, metrics_b = jax.jit(cached_step)(state, batch, jnp.asarray(table))
+    a, metrics_a = jax.jit(step)(state, StepInputs(batch))
+    b, metrics_b = jax.jit(cached_step)(state, StepInputs(batch, jnp.asarray(table)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), metrics_a, metrics_b)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a.params, b.params)
 
@@ -141,7 +142,7 @@ def test_cached_features_give_the_same_step(bert, data, batch):
 def test_an_absent_task_has_no_loss_and_no_gradient(bert, data, batch):
     _, step, state = one_phase(bert, data, ParamRule(".*"), optimizer=dataclasses.replace(DECAYING, weight_decay=0.0))
     labels = batch.labels | {"fine": np.full_like(batch.labels["fine"], -1)}
-    new_state, metrics = jax.jit(step)(state, batch._replace(labels=labels), None)
+    new_state, metrics = jax.jit(step)(state, StepInputs(batch._replace(labels=labels)))
     assert metrics.losses["fine"] == metrics.counts["fine"] == 0
     before, after = state.params["heads"]["fine"], new_state.params["heads"]["fine"]
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -156,12 +157,12 @@ def test_the_rule_sees_losses_without_gradient(bert, data, batch):
         return {task: 1.0 / (loss + 1.0) for task, loss in signals.losses.items()}, state
 
     rule = weighting.Rule(init=lambda names: (), update=by_loss)
-    arguments = (encode_tokens(prepared.trunk.module), prepared.corpus.tasks)
-    step = make_train_step(by_losses(*arguments, rule, trains_trunk=True), plan.optimizer, plan.mask)
-    _, metrics = jax.jit(step)(state, batch, None)
+    backward = make_backward(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, trains_trunk=True)
+    step = make_train_step(make_gradient_fn(backward, rule), plan.optimizer, plan.mask)
+    _, metrics = jax.jit(step)(state, StepInputs(batch))
     weights = {task: float(weight) for task, weight in metrics.weights.items()}
-    fixed_step = make_train_step(by_losses(*arguments, weighting.fixed(weights), trains_trunk=True), plan.optimizer, plan.mask)
-    _, expected = jax.jit(fixed_step)(state, batch, None)
+    fixed_step = make_train_step(make_gradient_fn(backward, weighting.fixed(weights)), plan.optimizer, plan.mask)
+    _, expected = jax.jit(fixed_step)(state, StepInputs(batch))
     np.testing.assert_allclose(metrics.gradient_norm, expected.gradient_norm, rtol=1e-5)
 
 

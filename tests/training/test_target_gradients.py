@@ -9,8 +9,8 @@ import pytest
 import tiny_translation
 
 from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.training.build_step import measure
-from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses, needs
+from mtl_jax.training.build_step import gradient_fn
+from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses, needed_fields
 from mtl_jax.training.setup import initial_state, prepare
 
 
@@ -26,7 +26,7 @@ def test_parts_of_a_batch_and_task_gradients_count_target_tokens(tmp_path):
     tasks, params, encode = (
         prepared.corpus.tasks,
         prepared.params,
-        encode_tokens(prepared.trunk.module, needs(prepared.corpus.tasks)),
+        encode_tokens(prepared.trunk.module, needed_fields(prepared.corpus.tasks)),
     )
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
@@ -45,7 +45,7 @@ def test_parts_of_a_batch_and_task_gradients_count_target_tokens(tmp_path):
     rows = jacobian(params)
     flat = {task: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row["trunk"])]) for task, row in rows.items()}
     assert np.abs(rows["translation"]["trunk"]["embeddings"]["word"]["embedding"]).sum(axis=1).min() > 0  # every token's
-    found = jax.jit(measure(prepared, prepared.plans[0]))(
+    found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(
         params, jax.tree.map(lambda _: None, params), batch, None, initial_state(prepared)
     )
     gram = np.array([[flat[a] @ flat[b] for b in sorted(flat)] for a in sorted(flat)])

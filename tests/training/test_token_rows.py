@@ -10,8 +10,9 @@ from mtl_jax import Batching, Phase
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.models.trunk_output import token_table, with_token_table
 from mtl_jax.training import gram_gradient
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.train_state import StepInputs
 
 V = 500
 
@@ -31,8 +32,8 @@ def wide(shallow, data):
 
 def run(prepared, batch):
     """What the only phase measures, and the shapes of all that its program holds."""
-    found = measure(prepared, prepared.plans[0])
-    given = (prepared.params, jax.tree.map(lambda _: None, prepared.params), batch, None, initial_state(prepared))
+    found = gradient_fn(prepared, prepared.plans[0])
+    given = (prepared.params, jax.tree.map(lambda _: None, prepared.params), StepInputs(batch), initial_state(prepared))
     program = str(jax.make_jaxpr(found)(*given))
     return jax.jit(found)(*given), program
 
@@ -57,11 +58,11 @@ def test_a_frozen_table_and_a_small_one_stay_as_they_are(wide):
     prepared, batch = wide
     seen = []
 
-    def found(trained, frozen, batch, table, state, references=None):
-        seen.append((trained, batch))
+    def backward(trained, frozen, inputs, keys):
+        seen.append((trained, inputs.batch))
 
     for table in (None, jnp.zeros((batch.tokens.size, 1))):
         trained = {"trunk": with_token_table(prepared.params["trunk"], table), "heads": {}}
-        gram_gradient.only_read(found)(trained, None, batch, None, None)
+        gram_gradient.only_read(backward)(trained, None, StepInputs(batch), None)
         assert token_table(seen[-1][0]["trunk"]) is table
         assert seen[-1][1] is batch

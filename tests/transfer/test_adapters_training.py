@@ -21,12 +21,13 @@ from mtl_jax.core.trees import flat
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
-from mtl_jax.training.build_step import measure
+from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.frozen_params import to_leave_out
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
+from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer import freezing
 
 LORA = Lora(name="lora", rank=2, alpha=4.0, dropout=0.1)
@@ -81,14 +82,18 @@ def first_batch(prepared):
 def step_of(bert, data, rules, *adapters, **changes):
     prepared = prepare(tiny.experiment(bert, data, phases=(Phase("only", 5, rules=rules),), adapters=adapters, **changes))
     plan = prepared.plans[0]
-    return make_train_step(measure(prepared, plan), plan.optimizer, plan.mask), initial_state(prepared), first_batch(prepared)
+    return (
+        make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask),
+        initial_state(prepared),
+        first_batch(prepared),
+    )
 
 
 @pytest.fixture(scope="module")
 def stepped(bert, data):
     """A step of adapters of every kind, each source its own: compiled, with a state and a batch for it."""
     step, state, batch = step_of(bert, data, adapters_only(), *per_source(*ALL))
-    return jax.jit(step).lower(state, batch, None).compile(), state, batch
+    return jax.jit(step).lower(state, StepInputs(batch)).compile(), state, batch
 
 
 def flops(step, *args):
@@ -111,7 +116,7 @@ def test_the_rest_stays_as_it_is_to_the_bit(stepped):
     part, state, batch = stepped
     before = jax.device_get(state.params)
     for _ in range(3):
-        state, _ = part(state, batch, None)
+        state, _ = part(state, StepInputs(batch))
     same = jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), before, state.params)
     mask = freezing.trainable(before, adapters_only())
     assert jax.tree.all(jax.tree.map(lambda same, train: same != train, same, mask))
@@ -144,7 +149,7 @@ def test_rules_over_the_gram_matrix_compare_the_adapters_gradients(bert, data):
     experiment = without_dropout(bert, data, phases=(ONLY,), weighting="mgda", adapters=adapters)
     prepared = moved(prepare(experiment))
     plan, state, batch = prepared.plans[0], initial_state(prepared), first_batch(prepared)
-    _, metrics = jax.jit(make_train_step(measure(prepared, plan), plan.optimizer, plan.mask))(state, batch, None)
+    _, metrics = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask))(state, StepInputs(batch))
     tasks, trunk = prepared.corpus.tasks, prepared.params["trunk"]
 
     @jax.jit
@@ -377,6 +382,6 @@ def test_accumulated_parts_are_the_whole_batch(bert, data):
         adapters = per_source(dataclasses.replace(LORA, dropout=0.0))
         trunk = mtl_jax.Pretrained(str(bert), dropout=0.0)
         step, state, batch = step_of(bert, data, adapters_only(), *adapters, batch=batching, tasks=tasks, trunk=trunk)
-        _, found[parts] = jax.jit(step)(state, batch, None)
+        _, found[parts] = jax.jit(step)(state, StepInputs(batch))
     np.testing.assert_allclose(found[2].total, found[1].total, rtol=1e-5)
     np.testing.assert_allclose(found[2].gradient_norm, found[1].gradient_norm, rtol=1e-4)

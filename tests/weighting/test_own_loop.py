@@ -34,7 +34,7 @@ def drawn(seed):
 
 
 def as_in_the_train_step(rule, state, tasks, losses, step, key):
-    """The end of gram_step.by_gram, on two rounds as it would have."""
+    """The end of a step over the Gram matrix, on two rounds as it would have."""
     rounds = [
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tasks[name] for name in names)) for names in (NAMES[:2], NAMES[2:])
     ]

@@ -19,7 +19,7 @@ from mtl_jax.data.batches import Batch, Batching, fill, part_of
 from mtl_jax.data.examples import Examples, make_part
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
-from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needs
+from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needed_fields
 from mtl_jax.training.restore import Run
 from mtl_jax.transfer.penalties import SIGMOID, SOFTMAX, squared_gradients
 from mtl_jax.transfer.regularisers import EWC, FIELD
@@ -67,7 +67,7 @@ def diagonal(
         seed: Which examples are taken, and which labels drawn.
         place: The source's place in the run's order.
     """
-    tasks, encode = tuple(tasks), encode_tokens(module, needs(tuple(tasks)))
+    tasks, encode = tuple(tasks), encode_tokens(module, needed_fields(tuple(tasks)))
 
     @jax.jit
     def add(total: Any, params: Any, batch: Batch, key: jax.Array) -> Any:

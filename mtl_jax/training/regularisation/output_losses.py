@@ -1,4 +1,4 @@
-"""Regularisers that look at what the model makes of a batch: distillation and R-Drop."""
+"""The losses of regularisers that compare outputs: distillation and R-Drop."""
 
 from __future__ import annotations
 
@@ -12,44 +12,38 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.models.layers import times
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
-from mtl_jax.training.gradient import Held
+from mtl_jax.training.gradient import OutputRegularisers
 from mtl_jax.training.regularisation.teachers import Teacher
-from mtl_jax.training.regularisation.transforms import Weights, teacher_of, weights_at
+from mtl_jax.training.regularisation.transforms import teacher_of
 from mtl_jax.transfer import distill, distill_hidden, r_drop
 from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation, RDrop
 
 
-class OnOutputs(NamedTuple):
-    """A regulariser that looks at what the model makes of a batch; as in Held, of one."""
+class OutputLoss(NamedTuple):
+    """One regulariser of outputs; the fields are those of OutputRegularisers, for one."""
 
     count: Callable[[Batch], Any]
     loss: Callable[[Any, Encoded, dict[str, jax.Array], Batch, Any, Any], jax.Array]
 
 
-def held(regularisers: Mapping[str, OnOutputs], weights: Weights) -> Held:
-    """What by_losses() takes.
-
-    Args:
-        regularisers: By name.
-        weights: Their weights.
-    """
+def together(regularisers: Mapping[str, OutputLoss]) -> OutputRegularisers:
+    """All regularisers of outputs of a phase, by name."""
 
     def losses(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> dict[str, Any]:
         return {
-            name: each.loss(heads, encoded, outputs, batch, counts[name], references) for name, each in regularisers.items()
+            name: regulariser.loss(heads, encoded, outputs, batch, counts[name], references)
+            for name, regulariser in regularisers.items()
         }
 
-    return Held(
-        counts=lambda batch: {name: each.count(batch) for name, each in regularisers.items()},
-        losses=losses,
-        weights=lambda step: weights_at(weights, regularisers, step),
+    return OutputRegularisers(
+        counts=lambda batch: {name: regulariser.count(batch) for name, regulariser in regularisers.items()}, losses=losses
     )
 
 
-def on_outputs(
+def output_loss(
     regulariser: AnyRegulariser, tasks: Sequence[Task], places: Mapping[str, int], teacher: Teacher | None
-) -> OnOutputs:
-    """A regulariser that looks at what the model makes of a batch.
+) -> OutputLoss:
+    """The loss of a regulariser that compares outputs.
 
     Args:
         regulariser: Distillation or RDrop.
@@ -66,62 +60,62 @@ def on_outputs(
     return _distil(regulariser, teacher, tasks, places)
 
 
-def _there(task: Task, batch: Batch, places: Mapping[str, int]) -> jax.Array:
+def _compared(task: Task, batch: Batch, places: Mapping[str, int]) -> jax.Array:
     """bool[R, S], examples of the task's source, labelled or not; or bool[R, T], labelled words."""
     if task.level == "example":
         return (batch.index >= 0) & (batch.source == places[task.source])[:, None]
-    there: jax.Array = batch.labels[task.name] != task.missing
-    return there
+    labelled: jax.Array = batch.labels[task.name] != task.missing
+    return labelled
 
 
-def _masked_sum(values: jax.Array, there: jax.Array) -> jax.Array:
-    # Where nothing is, outputs are finite: no NaN that a product with 0 would keep.
-    return jnp.where(there, values, 0.0).sum()
+def _masked_sum(values: jax.Array, compared: jax.Array) -> jax.Array:
+    # Outputs of empty places are finite, so their zeroed values have no NaN in their gradients.
+    return jnp.where(compared, values, 0.0).sum()
 
 
-def _r_drop(tasks: Sequence[Task], places: Mapping[str, int]) -> OnOutputs:
+def _r_drop(tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
     def halves(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
         return leaf[: len(leaf) // 2], leaf[len(leaf) // 2 :]
 
     def count(batch: Batch) -> dict[str, jax.Array]:
-        return {task.name: jnp.maximum(_there(task, batch, places).sum() / 2, 1) for task in tasks}
+        return {task.name: jnp.maximum(_compared(task, batch, places).sum() / 2, 1) for task in tasks}
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
         total = jnp.zeros(())
         for task in tasks:
             first, second = halves(outputs[task.name])
-            there, _ = halves(_there(task, batch, places))
-            total += _masked_sum(r_drop(first, second, task.compared_as), there) / counts[task.name]
+            compared, _ = halves(_compared(task, batch, places))
+            total += _masked_sum(r_drop(first, second, task.compared_as), compared) / counts[task.name]
         return total
 
-    return OnOutputs(count, loss)
+    return OutputLoss(count, loss)
 
 
-def _distil(regulariser: Distillation, teacher: Teacher, tasks: Sequence[Task], places: Mapping[str, int]) -> OnOutputs:
+def _distil(regulariser: Distillation, teacher: Teacher, tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
     def count(batch: Batch) -> dict[str, jax.Array]:
-        return {task.name: jnp.maximum(_there(task, batch, places).sum(), 1) for task in tasks}
+        return {task.name: jnp.maximum(_compared(task, batch, places).sum(), 1) for task in tasks}
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        said = teacher.outputs(references[teacher_of(regulariser)], batch, [task.name for task in tasks])
+        targets = teacher.outputs(references[teacher_of(regulariser)], batch, [task.name for task in tasks])
         total = jnp.zeros(())
         for task in tasks:
-            values = distill(outputs[task.name], said[task.name], regulariser.temperature, task.compared_as)
-            total += _masked_sum(values, _there(task, batch, places)) / counts[task.name]
+            values = distill(outputs[task.name], targets[task.name], regulariser.temperature, task.compared_as)
+            total += _masked_sum(values, _compared(task, batch, places)) / counts[task.name]
         return total
 
-    return OnOutputs(count, loss)
+    return OutputLoss(count, loss)
 
 
-def _distil_hidden(regulariser: Distillation, teacher: Teacher) -> OnOutputs:
+def _distil_hidden(regulariser: Distillation, teacher: Teacher) -> OutputLoss:
     def count(batch: Batch) -> jax.Array:
         return jnp.maximum((batch.segments > 0).sum(), 1)
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        seen, own = teacher.hidden(references[teacher_of(regulariser)], batch), encoded.tokens
-        assert own is not None
+        target, hidden = teacher.hidden(references[teacher_of(regulariser)], batch), encoded.tokens
+        assert hidden is not None
         if regulariser.name in heads:
-            own = times(own, heads[regulariser.name]["projection"]["kernel"])
-        values = distill_hidden(own, seen, regulariser.distance)
+            hidden = times(hidden, heads[regulariser.name]["projection"]["kernel"])
+        values = distill_hidden(hidden, target, regulariser.distance)
         return _masked_sum(values, batch.segments > 0) / counts
 
-    return OnOutputs(count, loss)
+    return OutputLoss(count, loss)

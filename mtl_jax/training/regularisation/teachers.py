@@ -15,7 +15,7 @@ from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Tagging, Task
 from mtl_jax.training import restore
-from mtl_jax.training.forward import apply_heads, encode_tokens, needs
+from mtl_jax.training.forward import apply_heads, encode_tokens, needed_fields
 from mtl_jax.transfer.regularisers import FIELD, Distillation
 from mtl_jax.trunks import Pretrained, Trunk
 
@@ -50,7 +50,7 @@ class Teacher(NamedTuple):
             types, own = batch.types, {"position_ids": batch.positions, "segment_ids": batch.segments}
             return {names[0]: self.module.apply({"params": params}, batch.tokens, real, token_type_ids=types, **own).logits}
         chosen = tuple(task for task in self.tasks if task.name in names)
-        encoded = encode_tokens(self.module, needs(chosen))(params["trunk"], batch, None, None)
+        encoded = encode_tokens(self.module, needed_fields(chosen))(params["trunk"], batch, None, None)
         return apply_heads(chosen, params["heads"], encoded, batch, None)
 
     def hidden(self, params: Any, batch: Batch) -> jax.Array:

@@ -1,40 +1,36 @@
-"""Regularisers around the measure of a step: losses of parameters, passes of their own, and Mixout."""
+"""Transforms of a step's GradientFn: each is given one and returns one. build_step.py says which, and in which order."""
 
 from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.trees import Leaves, leaves_of, matching, put
-from mtl_jax.data.batches import Batch
-from mtl_jax.training.gradient import Measure, Measured
-from mtl_jax.training.train_state import TrainState
+from mtl_jax.training.gradient import GradientFn, StepGradients
+from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer.penalties import ewc, l2sp, mixout
 from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation
-from mtl_jax.weighting import schedules
-from mtl_jax.weighting.schedules import Schedule
 
-Weights = Mapping[str, float | Schedule]
 # (leaves that train, references) -> f32[]
 Penalty = Callable[[Leaves, Any], jax.Array]
 
 
 def start_of(phase: str) -> str:
-    """The reference's name: what parameters were when a phase began."""
+    """The reference's name: the parameters at the start of a phase."""
     return f"start-{phase}"
 
 
 def penalty_of(regulariser: L2SP | EWC, phase: str) -> Penalty:
-    """A regulariser that looks at the parameters alone.
+    """The loss of a regulariser of the parameters alone.
 
     Args:
         regulariser: The regulariser.
-        phase: The phase whose start it holds on to.
+        phase: The phase at whose start the parameters are compared with.
     """
     if isinstance(regulariser, L2SP):
         return functools.partial(_l2sp, regulariser, start_of(phase))
@@ -42,7 +38,7 @@ def penalty_of(regulariser: L2SP | EWC, phase: str) -> Penalty:
 
 
 def anchor_of(regulariser: EWC, phase: str) -> str:
-    """The reference's name: where its source had been learned."""
+    """The reference's name: the parameters after the source was learned."""
     return f"{regulariser.name}-anchor" if regulariser.run else start_of(phase)
 
 
@@ -59,10 +55,9 @@ def teacher_of(regulariser: Distillation) -> str:
 def _l2sp(regulariser: L2SP, start: str, trained: Leaves, references: Any) -> jax.Array:
     shared = matching(regulariser.shared, trained)
     new = [path for path in matching(regulariser.new, trained) if path not in shared]
-    then = {path: references[start][path] for path in shared}
     return l2sp(
         {path: trained[path] for path in shared},
-        then,
+        {path: references[start][path] for path in shared},
         {path: trained[path] for path in new},
         alpha=regulariser.alpha,
         beta=regulariser.beta,
@@ -70,104 +65,91 @@ def _l2sp(regulariser: L2SP, start: str, trained: Leaves, references: Any) -> ja
 
 
 def _ewc(regulariser: EWC, anchor: str, trained: Leaves, references: Any) -> jax.Array:
-    held = matching(regulariser.parameters, trained)
-    params, then, fisher = (
-        {path: tree[path] for path in held} for tree in (trained, references[anchor], references[fisher_of(regulariser)])
+    paths = matching(regulariser.parameters, trained)
+    params, anchors, fisher = (
+        {path: tree[path] for path in paths} for tree in (trained, references[anchor], references[fisher_of(regulariser)])
     )
-    return ewc(params, then, fisher)
+    return ewc(params, anchors, fisher)
 
 
-def penalise(measure: Measure, penalties: Mapping[str, Penalty], weights: Weights) -> Measure:
-    """The measure with the gradient of weight times penalty, over the parameters that train, added to what it found.
+def without_tasks(gradient_fn: GradientFn, *, tasks: Collection[str], rows: Sequence[slice]) -> GradientFn:
+    """The step of the other tasks, over their rows alone, reported as one of all tasks.
+
+    L_target + 0 L_source is L_target to the last bit: where a source has the same rows in every step, and all of its tasks
+    weigh nothing, the step is that of the other rows by themselves, dropout included, and costs as much.
 
     Args:
-        measure: The measure.
-        penalties: {regulariser: its loss}.
-        weights: Their weights.
+        gradient_fn: Of the tasks that weigh something.
+        tasks: The others, whose weight is 0 in every step of the phase.
+        rows: batch_parts.weighted_rows(...); none: all rows stay.
     """
 
-    def measure_and_penalise(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        found = measure(trained, frozen, batch, table, state, references)
+    def take(leaf: jax.Array) -> jax.Array:
+        parts = [leaf[part] for part in rows]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-        def losses_of(trained: Any) -> dict[str, jax.Array]:
-            leaves = leaves_of(trained)
-            return {name: penalty(leaves, references) for name, penalty in penalties.items()}
+    def of_the_others(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+        inputs = inputs._replace(batch=jax.tree.map(take, inputs.batch)) if rows else inputs
+        step = gradient_fn(trained, frozen, inputs, state)
+        zeros = {name: jnp.zeros(()) for name in tasks}
+        return step._replace(losses=step.losses | zeros, counts=step.counts | zeros, weights=step.weights | zeros)
 
-        losses, pull = jax.vjp(losses_of, trained)
-        now = weights_at(weights, penalties, state.step)
-        return _add(found, pull(now)[0], losses, now)
-
-    return measure_and_penalise
+    return of_the_others
 
 
-def beside(measure: Measure, other: Measure) -> Measure:
-    """The measure with the gradient and the regularisers of another one, which has nothing else, added.
+def every_row_twice(gradient_fn: GradientFn) -> GradientFn:
+    """The step of a batch with every row twice, as R-Drop compares them; counts are those of the batch as it is."""
 
-    Args:
-        measure: Of the tasks.
-        other: by_losses(...) with regularisers, under a rule that gives every task a weight of 0.
-    """
+    def of_both(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+        doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), inputs.batch)
+        step = gradient_fn(trained, frozen, inputs._replace(batch=doubled), state)
+        return step._replace(counts={task: count / 2 for task, count in step.counts.items()})
 
-    def measure_both(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        found = measure(trained, frozen, batch, table, state, references)
-        also = other(trained, frozen, batch, table, state._replace(rule_state=()), references)
-        return _add(found, also.gradient, also.held, also.held_weights)
-
-    return measure_both
+    return of_both
 
 
-def twice(measure: Measure) -> Measure:
-    """The measure with every row in the batch twice, as R-Drop wants it; counts are those of the batch as it is."""
-
-    def measure_twice(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
-        doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
-        found = measure(trained, frozen, doubled, table, state, references)
-        return found._replace(counts={task: count / 2 for task, count in found.counts.items()})
-
-    return measure_twice
-
-
-def mix(measure: Measure, p: float, paths: Sequence[str], start: str) -> Measure:
-    """The measure at mixed parameters, its gradient carried back to the parameters themselves.
+def at_mixed_parameters(gradient_fn: GradientFn, *, p: float, paths: Sequence[str], start: str) -> GradientFn:
+    """Mixout: the step at mixed parameters, its gradient carried back to the parameters themselves.
 
     Args:
-        measure: The measure.
+        gradient_fn: The step.
         p: As in mixout().
         paths: The parameters to mix.
         start: The reference with their start.
     """
 
-    def measure_mixed(
-        trained: Any, frozen: Any, batch: Batch, table: jax.Array | None, state: TrainState, references: Any = None
-    ) -> Measured:
+    def at_mixed(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
         key = jax.random.fold_in(state.step_key(), zlib.crc32(b"mixout"))  # no small number: split() uses these
 
-        def mixed(trained: Any) -> Any:
+        def mix(trained: Any) -> Any:
             leaves = leaves_of(trained)
-            own = {path: leaves[path] for path in paths}
-            return put(trained, mixout(key, own, {path: references[start][path] for path in paths}, p))
+            values, starts = ({path: tree[path] for path in paths} for tree in (leaves, inputs.references[start]))
+            return put(trained, mixout(key, values, starts, p))
 
-        at, pull = jax.vjp(mixed, trained)
-        found = measure(at, frozen, batch, table, state, references)
-        return found._replace(gradient=pull(found.gradient)[0])
+        mixed, pull = jax.vjp(mix, trained)
+        step = gradient_fn(mixed, frozen, inputs, state)
+        return step._replace(gradient=pull(step.gradient)[0])
 
-    return measure_mixed
-
-
-def weights_at(weights: Weights, names: Mapping[str, Any], step: jax.Array) -> dict[str, jax.Array]:
-    """{regulariser: f32[]}, the weights of some of them at a step."""
-    return {name: schedules.at(weights[name], step) for name in names}
+    return at_mixed
 
 
-def _add(found: Measured, gradient: Any, losses: dict[str, jax.Array], weights: dict[str, jax.Array]) -> Measured:
-    return found._replace(
-        gradient=jax.tree.map(jnp.add, found.gradient, gradient),
-        held=found.held | losses,
-        held_weights=found.held_weights | weights,
-    )
+def with_penalties(gradient_fn: GradientFn, *, penalties: Mapping[str, Penalty]) -> GradientFn:
+    """The step with weight times penalty, of the parameters that train, added to its objective.
+
+    Args:
+        gradient_fn: The step, which gives the penalties' weights beside all others.
+        penalties: {regulariser: its loss}.
+    """
+
+    def penalised(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+        step = gradient_fn(trained, frozen, inputs, state)
+
+        def losses_of(trained: Any) -> dict[str, jax.Array]:
+            leaves = leaves_of(trained)
+            return {name: penalty(leaves, inputs.references) for name, penalty in penalties.items()}
+
+        losses, pull = jax.vjp(losses_of, trained)
+        (gradient,) = pull({name: step.weights[name] for name in penalties})
+        return step._replace(gradient=jax.tree.map(jnp.add, step.gradient, gradient), losses=step.losses | losses)
+
+    return penalised

@@ -64,8 +64,8 @@ class References:
         return found or None
 
     def _needed(self, plan: PhasePlan) -> set[str]:
-        names = {name for each in plan.held for name in self._names(each)}
-        return names | ({start_of(self._first)} if plan.mixed else set())
+        names = {name for each in plan.regularisers for name in self._names(each)}
+        return names | ({start_of(self._first)} if plan.mixout_paths else set())
 
     def _names(self, each: AnyRegulariser) -> list[str]:
         phase = each.phase or self._first
@@ -91,7 +91,7 @@ class References:
 
     def _used(self) -> list[AnyRegulariser]:
         """The regularisers that count in some phase."""
-        held = [each for plan in self.prepared.plans for each in plan.held]
+        held = [each for plan in self.prepared.plans for each in plan.regularisers]
         return [each for each in self.prepared.experiment.regularisers if each in held]
 
     def _at_the_start(self, plan: PhasePlan) -> set[str]:
@@ -99,14 +99,14 @@ class References:
         found: set[str] = set()
         for later in self.prepared.plans[plan.number :]:
             trained = _trained(later)
-            for each in later.held:
+            for each in later.regularisers:
                 if (each.phase or self._first) == plan.phase.name:
                     if isinstance(each, L2SP):
                         found.update(matching(each.shared, trained))
                     elif isinstance(each, EWC) and not each.run:
                         found.update(matching(each.parameters, trained))
             if plan.number == 0:
-                found.update(later.mixed)
+                found.update(later.mixout_paths)
         return found
 
     def _learned(self, each: EWC, plan: PhasePlan, state: TrainState) -> None:

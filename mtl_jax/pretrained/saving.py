@@ -137,7 +137,10 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) 
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Saved]) -> None:
-    """Writes float32 tensors one at a time, so that a sharded tree is never whole on the host."""
+    """Writes float32 tensors one at a time, so that a sharded tree is never whole on the host.
+
+    The safetensors package writes the same bytes, but wants every tensor of a file in the host's memory at once.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
     at = 0
     for name, tensor in tensors.items():

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 
 from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
@@ -39,6 +40,13 @@ def test_everything_goes_out_and_comes_back(bert, tmp_path):
     assert again.raw["architectures"] == ["BertModel"]
     assert (again.raw["dtype"], again.raw.get("torch_dtype")) == ("float32", None)
     assert again.tokenizer("good film")["input_ids"] == loaded.tokenizer("good film")["input_ids"]
+
+
+def test_a_file_has_the_bytes_that_the_package_of_the_format_writes(bert, tmp_path):
+    pretrained.save(tmp_path / "out", pretrained.load(str(bert)))
+    file = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(file), tmp_path / "theirs", metadata={"format": "pt"})
+    assert file.read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_nothing_half_written_remains(bert, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from mtl_jax.data.tokenize import RowError
 from mtl_jax.inference.resumable_output import digest_of_arrays, digest_of_directory
 from mtl_jax.models.seq2seq import Seq2Seq
 from mtl_jax.pretrained import families, locate
-from mtl_jax.pretrained.checkpoint import own_head
+from mtl_jax.pretrained.checkpoint import head_kind
 from mtl_jax.pretrained.family import brief
 from mtl_jax.pretrained.locate import foreign
 from mtl_jax.pretrained.tensor_files import Location, read_json
@@ -110,7 +110,7 @@ def from_checkpoint(path: str, asked: Asked, dtype: Any = np.float32) -> TextMod
     family = families.of(raw, f"{path}/config.json")
     able = [name for name, other in families.BY_TYPE.items() if "seq2seq_lm" in other.heads.values()]
     classes = [name for name, kind in family.heads.items() if kind == "seq2seq_lm"]
-    kind = own_head(family.heads, raw, f"{path}/config.json")
+    kind = head_kind(family.heads, raw, f"{path}/config.json")
     named = raw.get("architectures") or [f"{raw['model_type']} without a head"]
     if kind != "seq2seq_lm":
         needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(able)}"

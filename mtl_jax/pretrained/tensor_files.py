@@ -128,7 +128,7 @@ def _damaged(file: Location, why: str) -> UserError:
     return UserError(f"{file}: damaged or not safetensors ({why}); fetch it again")
 
 
-# Looked for in this order; what opens the file, or each shard that an index names.
+# In order of preference; the function opens the file, or each shard that an index names.
 FILES: tuple[tuple[str, Open], ...] = (
     ("model.safetensors", open_safetensors),
     ("model.safetensors.index.json", open_safetensors),
@@ -147,20 +147,20 @@ def open_tensors(location: Location) -> dict[str, LazyTensor]:
         Tensor name -> LazyTensor.
 
     Raises:
-        UserError: There is no such file, a shard is missing, an index is wrong, or a file is damaged.
+        UserError: The directory has no tensor file, a shard is missing, an index is wrong, or a file is damaged.
     """
     for name, opener in FILES:
         file = location / name
         if file.exists():
             return _sharded(location, file, opener) if name.endswith(".json") else opener(file)
-    raise UserError(f"{location}: no {', no '.join(name for name, _ in FILES)}; a checkpoint has one of them")
+    raise UserError(f"{location}: no {', no '.join(name for name, _ in FILES)}; a checkpoint must have one of them")
 
 
 def read_json(location: Location, name: str) -> dict[str, Any]:
     """A JSON object in a checkpoint's directory.
 
     Raises:
-        UserError: It is not there, or is no JSON object.
+        UserError: It is missing, cannot be read, or is not a JSON object.
     """
     file = location / name
     if not file.exists():
@@ -171,7 +171,7 @@ def read_json(location: Location, name: str) -> dict[str, Any]:
         with file.open("rb") as stream:
             data = stream.read(MOST_JSON + 1)
         if len(data) > MOST_JSON:
-            raise UserError(f"{file}: more than {MOST_JSON} bytes, which no such file needs")
+            raise UserError(f"{file}: more than {MOST_JSON} bytes; no such file needs as many")
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({reason(error)})") from error
@@ -185,7 +185,7 @@ def read_json(location: Location, name: str) -> dict[str, Any]:
 def _sharded(location: Location, index: Location, opener: Open) -> dict[str, LazyTensor]:
     shard_of = read_json(location, index.name).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise UserError(f"{index}: weight_map is missing or is no object of tensor names and files")
+        raise UserError(f"{index}: weight_map is missing or is not an object of tensor names and files")
     if len(shard_of) > MOST_TENSORS:
         raise UserError(f"{index}: weight_map names {len(shard_of)} tensors, more than any model that is read here has")
     shards: dict[str, dict[str, LazyTensor]] = {}
@@ -195,10 +195,10 @@ def _sharded(location: Location, index: Location, opener: Open) -> dict[str, Laz
         if outside or ".." in PurePosixPath(shard).parts or unnamed:
             raise UserError(f"{index}: the shard {brief(shard)} is not a file inside its directory; refused")
         if not (location / shard).exists():
-            raise UserError(f"{location / shard}: the shard is missing that {index.name} names; fetch it again")
+            raise UserError(f"{location / shard}: a shard that {index.name} names is missing; fetch it again")
         shards[shard] = opener(location / shard)
-    lost = [name for name, shard in shard_of.items() if name not in shards[shard]]
-    if lost:
-        name, file = brief(lost[0])[1:-1], location / shard_of[lost[0]]
-        raise UserError(f"{file}: {name} is not in it, though {index.name} says so; fetch it again")
+    absent = [name for name, shard in shard_of.items() if name not in shards[shard]]
+    if absent:
+        name, file = brief(absent[0])[1:-1], location / shard_of[absent[0]]
+        raise UserError(f"{file}: {name} is not in it, although {index.name} says so; fetch it again")
     return {name: shards[shard][name] for name, shard in shard_of.items()}

@@ -257,11 +257,11 @@ BAD = [
     (["--model", "{marian}", "--file", "{dir}/none.txt"], b"", "none.txt: No such file or directory"),
     (["--model", "{marian}", "--file", "{dir}"], b"", "Is a directory"),
     (["--model", "{marian}"], b"fine\nbad \xff byte\n", "-:2: not UTF-8 (invalid start byte)"),
-    (["--model", "{marian}", "--column", "text"], b'{"text": "x"}\nhello\n', "-:2: no JSON"),
+    (["--model", "{marian}", "--column", "text"], b'{"text": "x"}\nhello\n', "-:2: not JSON"),
     (
         ["--model", "{marian}", "--column", "text"],
         b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
-        "-:1: no JSON (Exceeds the limit",
+        "-:1: not JSON (Exceeds the limit",
     ),
     (["--model", "{marian}", "--column", "text"], b'["text"]\n', "-:1: a JSON object is needed, not a list"),
     (["--model", "{marian}", "--column", "text"], b"null\n", "-:1: a JSON object is needed, not null"),

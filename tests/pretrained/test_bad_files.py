@@ -149,7 +149,7 @@ def change_index(folder, change):
 
 def test_a_missing_shard_is_named(sharded):
     (sharded / "model-00002-of-00003.safetensors").unlink()
-    fails(sharded, r"model-00002-of-00003\.safetensors: the shard is missing that model\.safetensors\.index\.json names")
+    fails(sharded, r"model-00002-of-00003\.safetensors: a shard that model\.safetensors\.index\.json names is missing")
 
 
 def test_a_shard_without_its_tensor(sharded):
@@ -323,7 +323,7 @@ def test_a_missing_tokenizer_is_named_when_it_is_asked_for(bert, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(bert / name, tmp_path)
     checkpoint = pretrained.load(str(tmp_path))
-    with pytest.raises(UserError, match=r"no tokenizer there \(tokenizer\.json, .*\); copy it from"):
+    with pytest.raises(UserError, match=r"no tokenizer in it \(tokenizer\.json, .*\); copy it from"):
         _ = checkpoint.tokenizer
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="transformers cannot read the tokenizer"):

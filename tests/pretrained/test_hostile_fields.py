@@ -112,7 +112,7 @@ def test_a_wrapped_name_is_looked_up_in_one_pass():
     names = ["a.b.weight", "weight", "b.weight"]
     tensors = dict.fromkeys(["module.a.b.weight", "a.b.weight", "weight", "xa.b.weight", "m.n.b.weight", "b.weightx"])
     slow = {n: [t.removesuffix(n) for t in tensors if t == n or t.endswith(f".{n}")] for n in names}
-    assert placing._before(names, tensors) == slow
+    assert placing._prefixes(names, tensors) == slow
 
 
 GENERATION = [(field, value) for field in FIELDS for value in [*VALUES, [10**30], [1] * 20_000, [[1]] * 20_000]]

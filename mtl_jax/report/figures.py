@@ -105,9 +105,7 @@ def _against(
         ]
         if any(points):
             draw = _points(points, f"{name} of {task}" if shares else name, shares)
-            hidden = [
-                [list(by_other)[place] for place in members] for members in overlapping([_means(own) for own in points])
-            ]
+            hidden = [[list(by_other)[place] for place in members] for members in overlapping([_means(own) for own in points])]
             remark = f"On one line: {'; '.join(', '.join(names) for names in hidden)}." if hidden else ""
             panels.append(Panel(f"{task}: test {metric}", draw, remark=remark))
     caption = "A point for each setting, mean and standard deviation over the seeds; the line joins the means at each value."

@@ -282,7 +282,7 @@ BAD = [
     (
         ["--model", "{bert}", "hello"],
         b"",
-        "which cannot write texts; a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
+        "cannot generate texts; a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
     ),
     (["--model", "{dir}", "hello"], b"", "config.json is missing"),
     (["--model", "/nowhere", "hello"], b"", "/nowhere: no such file or directory"),
@@ -382,7 +382,7 @@ def test_a_killed_process_goes_on_and_the_output_is_that_of_one_that_was_not(mar
     signal_at(process, part, before + 20, signal.SIGTERM)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 75, error
-    assert "out.txt.part; the same command goes on" in error.splitlines()[-1]
+    assert "out.txt.part; the same command resumes it" in error.splitlines()[-1]
     assert output.read_text() == "earlier\n"
     assert finished_lines(part) < len(texts)
 
@@ -450,6 +450,6 @@ def test_other_options_do_not_go_on_with_what_was_interrupted(console, marian, t
     monkeypatch.setattr(decoding, "generate_all", real)
     code, _, error = console(*command, "--num-beams", "3")
     assert code == 2
-    assert "num_beams (2 then, 3 now); repeat that command to go on, or delete the file to begin anew" in error
+    assert "num_beams (2 then, 3 now); repeat that command to resume it, or delete the file to start anew" in error
     assert (tmp_path / "out.txt").read_text() == "earlier\n"
     assert console(*command)[0] == 0

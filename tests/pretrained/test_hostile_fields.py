@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from mtl_jax import decoding, pretrained
 from mtl_jax.core.errors import UserError
 from mtl_jax.decoding.config import FIELDS
-from mtl_jax.inference.text_model import Asked, from_checkpoint
+from mtl_jax.inference.text_model import TextRequest, from_checkpoint
 from mtl_jax.pretrained import placing
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -61,7 +61,7 @@ def opens(family, field, value, folder):
         assert len(checkpoint.labels) == checkpoint.config.num_labels
         if checkpoint.head == "seq2seq_lm":
             decoding.fitted(checkpoint.model, decoding.resolve(checkpoint.raw, checkpoint.location))
-            from_checkpoint(str(folder), Asked("summarization"))
+            from_checkpoint(str(folder), TextRequest("summarization"))
     except UserError as error:
         one_short_line(error)
         return error

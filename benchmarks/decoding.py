@@ -174,7 +174,7 @@ def programs() -> int:
     config = GenerationConfig(max_length=512, num_beams=2, decoder_start_token_id=1, eos_token_id=(2,), pad_token_id=0)
 
     def compiled() -> int:
-        return sum(function._cache_size() for function in (logits.prepare, search.begin, search.widened, search.go_on))
+        return sum(function._cache_size() for function in (logits.prepare, search.begin, search.pad_source, search.resume))
 
     before = compiled()
     answers = sum(1 for _ in generate_all(model, params, sources, config, rows=64))

@@ -62,7 +62,7 @@ def write(folder: Path) -> dict[str, Path]:
     from mtl_jax import pretrained
     from mtl_jax.pretrained import families
     from mtl_jax.pretrained.checkpoint import Checkpoint
-    from mtl_jax.pretrained.safetensors_file import open_safetensors
+    from mtl_jax.pretrained.tensor_files import open_safetensors
 
     family = families.of(BERT_BASE, "here")
     config = family.config(BERT_BASE, "here")

@@ -280,7 +280,7 @@ def compare(comparison: Comparison) -> str:
     named = {name(way, comparison): of_way for way, of_way in scores.items()}
     text = table(named, comparison.rows)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    plotting.bands(named, folder / "few_shot.png", across="training rows", up="Pearson's correlation on test")
+    plotting.bands(named, folder / "few_shot.png", xlabel="training rows", ylabel="Pearson's correlation on test")
     return text
 
 

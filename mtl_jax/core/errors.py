@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend: shown as one line, without a traceback."""
+"""Errors that the user can mend, shown as one line without a traceback, and the phrases that error lines are made of.
+
+Suggestions for mistyped names, lists cut to a readable length, numbers with their nouns.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-SHOWN = 10  # names that an error line lists at most
+SHOWN = 10  # most names in an error line
 NOT_A_PATTERN = (re.error, OverflowError, RecursionError)  # what re.compile raises
 
 
@@ -15,14 +18,14 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or SIGINT) and has saved its state; the same command goes on."""
+    """The run was asked to stop (SIGTERM or SIGINT) and has saved its state; the same command resumes it."""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
-    """The error for a name that is not among the choices: lists them and suggests the nearest.
+    """The error for a name that is not among the choices; it lists them and suggests the nearest.
 
     Args:
-        kind: What is being named, for example "task".
+        kind: The kind of thing that is named, for example "task".
         name: The name that was given.
         choices: The names that exist.
 
@@ -37,10 +40,10 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The choice that a mistyped name most likely means, "" where none is near.
+    """The choice that a mistyped name most likely means; "" where none is near.
 
-    First what is written almost alike; then a choice that is the last words of the name, or the first ones: a text_pair is a
-    pair; then what is written somewhat alike; then the choice whose initials the name is: lr.
+    In this order: a choice with almost the same spelling; one that is the first or last words of the name (a text_pair is a
+    pair); one with a similar spelling; one whose initials are the name (lr).
     """
     choices, name = list(choices), name[:100]
     words = [choice for choice in choices if name.endswith(f"_{choice}") or name.startswith(f"{choice}_")]
@@ -54,7 +57,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names as an error line lists them: the first ten, each cut to 100 characters, and how many more there are."""
+    """Names for an error line: the first ten, each cut to 100 characters, and the number of the others."""
     texts = [str(name) for name in names]
     first = ", ".join(text if len(text) <= 100 else f"{text[:100]}..." for text in texts[:SHOWN])
     return f"{first} and {len(texts) - SHOWN} more" if len(texts) > SHOWN else first or "none"
@@ -64,13 +67,13 @@ def count(number: int, noun: str, plural: str = "") -> str:
     """A number and its noun: "1 run", "2 runs", "1,000 runs".
 
     Args:
-        number: How many.
-        noun: Of one, with what goes before it, such as "other run".
-        plural: Of several, where it is not the noun and an s.
+        number: The number.
+        noun: The singular, with its adjectives, such as "other run".
+        plural: The plural, where it is not the singular and an s.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def there_are(number: int, noun: str, plural: str = "") -> str:
-    """As count(), after a verb: "there is 1 run", "there are 2 runs"."""
+    """count() with a verb before it: "there is 1 run", "there are 2 runs"."""
     return f"there {'is' if number == 1 else 'are'} {count(number, noun, plural)}"

@@ -1,4 +1,4 @@
-"""Files that are read only where they are files, and written whole or not at all; JSON as every reader takes it."""
+"""Files: read only if they are regular files, written whole or not at all; and JSON that every reader accepts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from typing import Any
 
 from mtl_jax.core.errors import UserError
 
-INFINITIES = {"inf": math.inf, "-inf": -math.inf}  # JSON has none: they are texts
-_CONSTANTS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # as earlier versions wrote them
-# A system's refusals to write. Others, such as a file that is not there, are a program's mistakes.
+INFINITIES = {"inf": math.inf, "-inf": -math.inf}  # JSON has no infinities: they are written as texts
+_CONSTANTS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # written by earlier versions
+# Errors by which a system refuses to write. Others, such as a missing file, are mistakes of the program.
 _REFUSALS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENODEV", "ESTALE", "EMFILE", "ENFILE", "EPIPE")
 REFUSALS = frozenset(getattr(errno, name) for name in _REFUSALS if hasattr(errno, name))
-_PIECE = 2**30  # bytes of a file: a limit on the length of one is not one on all of them
-_OS_ERROR = re.compile(r"\bos error:? (\d+)", re.IGNORECASE)  # as tensorstore and Rust put it into the text
+_PIECE = 2**30  # bytes; several files, because a limit on the length of one file does not limit all together
+_OS_ERROR = re.compile(r"\bos error:? (\d+)", re.IGNORECASE)  # the form in messages of tensorstore and Rust
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuses what is not a regular file, or a link to one, before it is opened: a pipe or a device may never end.
+    """Refuses anything but a regular file, or a link to one, before it is opened: a pipe or a device may never end.
 
     Raises:
-        UserError: The path is a directory, a pipe, a device or a socket, does not exist, or cannot be looked at.
+        UserError: The path is a directory, a pipe, a device or a socket, does not exist, or cannot be inspected.
     """
     try:
         mode = os.stat(path).st_mode
@@ -43,24 +43,24 @@ def check_regular(path: str | Path) -> None:
 
 
 def expanded(path: str) -> Path:
-    """A path with the home directory in the place of "~" or "~USER".
+    """A path with "~" or "~USER" replaced by the home directory.
 
     Raises:
-        UserError: There is no such user, or it is unknown where the home directory is.
+        UserError: The user or the home directory is unknown.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(
-            f"{shown(path)}: there is no home directory {shown(Path(path).parts[0])!r}; write the path out"
+            f"{shown(path)}: the home directory {shown(Path(path).parts[0])!r} is unknown; write the whole path"
         ) from error
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at a path.
+    """Whether a path exists.
 
     Raises:
-        UserError: That cannot be found out: a name is too long, or a directory may not be looked into.
+        UserError: That is not known: a name is too long, or a directory may not be read.
     """
     try:
         os.stat(path)
@@ -76,18 +76,18 @@ def writing(path: str | Path, advice: str = "") -> Iterator[None]:
     """Turns an operating system's refusal to write, such as a full disk, into one line.
 
     Args:
-        path: What is written, for the message.
-        advice: What to do, put after the reason.
+        path: The path that is written, for the message.
+        advice: Advice to the user, put after the reason.
 
     Raises:
-        UserError: The block raised an OSError, or what stems from or tells of a system's refusal.
+        UserError: The block raised an OSError, or an exception whose cause or text is a system's refusal to write.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as caught:
-        # Libraries of other languages, such as tokenizers and tensorstore, have kinds of their own for it.
+        # Libraries in other languages, such as tokenizers and tensorstore, raise exceptions of their own for it.
         error = caught if isinstance(caught, OSError) else refusal(caught)
         if error is None:
             raise
@@ -95,10 +95,10 @@ def writing(path: str | Path, advice: str = "") -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all: a process that is killed, or a full disk, leaves the file that was there.
+    """Writes a UTF-8 file whole or not at all: if the process is killed or the disk is full, the previous file stays.
 
     Raises:
-        UserError: It cannot be written. Nothing is left beside it.
+        UserError: It cannot be written. No temporary file is left.
     """
     write_bytes(path, text.encode("utf-8"))
 
@@ -107,7 +107,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, as write_text() does.
 
     Raises:
-        UserError: It cannot be written. Nothing is left beside it.
+        UserError: It cannot be written. No temporary file is left.
     """
     with writing(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
@@ -117,7 +117,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            part.chmod(0o644)  # temporary files are for their owner alone
+            part.chmod(0o644)  # only the owner may read a temporary file
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -125,14 +125,14 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Finds out, before anything is begun, whether files of so many bytes can be written; no byte of them is.
+    """Checks beforehand that files of so many bytes can be written, without writing them.
 
-    Blocks are asked for as for a real file and given back at once, so that quotas count; where the system has no such call,
-    what it says to be free is compared.
+    Blocks are allocated as for a real file and freed at once, so quotas count. Where the system cannot allocate, the free space
+    that it reports is compared.
 
     Args:
-        folder: Where.
-        size: Bytes in all.
+        folder: The directory to write into.
+        size: Bytes of all files together.
 
     Raises:
         OSError: The system's refusal.
@@ -167,7 +167,7 @@ def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = True)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The inverse of json.dumps, strict or not: constants that JSON does not have become what to_json() makes of them.
+    """Parses JSON, strict or as json.dumps writes it: constants outside JSON become the values that to_json() writes for them.
 
     Raises:
         ValueError: It is not JSON.
@@ -177,7 +177,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def number_of(value: Any) -> float:
-    """A number as to_json() wrote it: null is NaN, "inf" and "-inf" are infinities."""
+    """The number behind a value that to_json() wrote: null is NaN, "inf" and "-inf" are infinities."""
     return math.nan if value is None else INFINITIES[value] if isinstance(value, str) else value
 
 
@@ -185,35 +185,36 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: _finite(element) for name, element in value.items()}
+    return [_finite(element) for element in value] if isinstance(value, (list, tuple)) else value
 
 
 def refusal(error: BaseException) -> OSError | None:
-    """The system's refusal to write that an exception is, stems from, or tells of in its text; None: it is something else."""
-    seen: list[BaseException] = []
+    """The system's refusal to write that an exception is, has as its cause, or names in its text; None if there is none."""
+    visited: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
-        each = waiting.pop(0)
-        if each is None or each in seen:
+        current = waiting.pop(0)
+        if current is None or current in visited:
             continue
-        seen.append(each)
-        if isinstance(each, OSError) and each.errno in REFUSALS:
-            return each
-        told = _OS_ERROR.search(str(each))
-        if told and int(told[1]) in REFUSALS:
-            return OSError(int(told[1]), os.strerror(int(told[1])))
-        waiting += [*(each.exceptions if isinstance(each, BaseExceptionGroup) else ()), each.__cause__, each.__context__]
+        visited.append(current)
+        if isinstance(current, OSError) and current.errno in REFUSALS:
+            return current
+        number = _OS_ERROR.search(str(current))
+        if number and int(number[1]) in REFUSALS:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        group = current.exceptions if isinstance(current, BaseExceptionGroup) else ()
+        waiting += [*group, current.__cause__, current.__context__]
     return None
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what went wrong, short."""
+    """The first line of an exception's message, at most 200 characters."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def shown(path: str | Path) -> str:
-    """A path as error lines print it: the middle of a very long one is left out."""
+    """A path for an error line; the middle of a very long one is left out."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"

@@ -1,6 +1,6 @@
-"""Shapes of parsed JSON: what a file that mtl_jax wrote must look like before anything is taken out of it.
+"""Shapes of parsed JSON: the structure that a file of mtl_jax must have before its values are used.
 
-A shape is a function from a value to what is wrong with it: "" where nothing is, else "tasks.topic.metric is null, not a text".
+A shape is a function from a value to its fault: "" where it fits, else for example "tasks.topic.metric is null, not a text".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Shape = Callable[[Any], str]
 
 
 def anything(value: Any) -> str:
-    """No demand."""
+    """Any value."""
     return ""
 
 
@@ -29,28 +29,28 @@ def whole(value: Any) -> str:
 
 
 def number(value: Any) -> str:
-    """A number; one that is not finite as files.to_json() writes it."""
+    """A number; null and texts stand for those that are not finite, as files.to_json() writes them."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return "" if value is None or is_number or value in list(INFINITIES) else _is(value, "a number")
 
 
-def list_of(each: Shape) -> Shape:
-    """A list, all of one shape."""
+def list_of(element: Shape) -> Shape:
+    """A list whose elements have one shape."""
 
     def check(value: Any) -> str:
         if not isinstance(value, list):
             return _is(value, "a list")
-        return next((_within(str(place), problem) for place, one in enumerate(value) if (problem := each(one))), "")
+        return next((_within(str(i), problem) for i, item in enumerate(value) if (problem := element(item))), "")
 
     return check
 
 
-def mapping(each: Shape, *, none: bool = False) -> Shape:
-    """An object, all of whose values are of one shape.
+def mapping(element: Shape, *, none: bool = False) -> Shape:
+    """An object whose values have one shape.
 
     Args:
-        each: The shape.
-        none: Whether null may stand in its place.
+        element: The shape of the values.
+        none: Whether null is allowed in place of the object.
     """
 
     def check(value: Any) -> str:
@@ -58,25 +58,25 @@ def mapping(each: Shape, *, none: bool = False) -> Shape:
             return ""
         if not isinstance(value, dict):
             return _is(value, "an object")
-        return next((_within(name, problem) for name, one in value.items() if (problem := each(one))), "")
+        return next((_within(name, problem) for name, item in value.items() if (problem := element(item))), "")
 
     return check
 
 
-def object_of(needed: Mapping[str, Shape], **may: Shape) -> Shape:
-    """An object with some fields; what others it has is not looked at.
+def object_of(required: Mapping[str, Shape], **optional: Shape) -> Shape:
+    """An object with some fields; other fields are not checked.
 
     Args:
-        needed: {field that must be there: its shape}.
-        may: Fields that may be there.
+        required: Shapes of the fields that must be present, by name.
+        optional: Shapes of the fields that may be absent, by name.
     """
 
     def check(value: Any) -> str:
         if not isinstance(value, dict):
             return _is(value, "an object")
-        for name, shape in {**needed, **may}.items():
+        for name, shape in {**required, **optional}.items():
             if name not in value:
-                if name in needed:
+                if name in required:
                     return f"{name} is missing"
             elif problem := shape(value[name]):
                 return _within(name, problem)
@@ -91,6 +91,6 @@ def _is(value: Any, wanted: str) -> str:
 
 
 def _within(name: str, problem: str) -> str:
-    """A problem of a part as one of the whole."""
+    """The fault of a part, with the path of the part in the whole."""
     name = name if len(name) <= 60 else f"{name[:60]}..."
     return f"{name}{problem}" if problem.startswith(" ") else f"{name}.{problem}"

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: one bar on a terminal."""
+"""The progress of a long piece of work, with its rate and the time that is left: one bar on a terminal."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from collections.abc import Mapping
 import jax
 import tqdm
 
-BURST = 0.05  # seconds: the units of one batch are told one by one, but were done together
+BURST = 0.05  # seconds; the units of one batch are reported one by one, but were done together
 
 
 class Progress:
     """One bar on a terminal; elsewhere a line every few seconds. Rates are those of the last seconds.
 
-    The clock of the rates starts with the first update, since a program is compiled before it, and stands still in other work,
-    of which beside() is told.
+    The clock of the rates starts with the first update, since a program is compiled before it, and stops for other work, which
+    the caller reports by beside().
 
     Args:
-        title: What is being counted.
-        total: Units in all.
-        done: Units done before.
+        title: Name of the work.
+        total: Number of units.
+        done: Units that were done before.
         unit: Name of a unit.
-        seconds: Time between lines where there is no terminal, and over which rates are taken.
-        coming: {other work, such as "evaluation": how many times it is still to come}. It is part of the estimate of the time
-            that is left as soon as beside() was told of it once.
-        stretches: {title: units that are still to come under it}, where units of one title take longer than those of another,
-            as steps of phases do. The time that is left is more than what is shown (">") until each of them has been seen.
-            None: all units are alike.
+        seconds: Time between lines where there is no terminal, and over which rates are measured.
+        coming: {other work, such as "evaluation": how often it is still to come}. It counts in the time that is left after
+            the first call of beside() for it.
+        stretches: {title: units that are still to come}, where units of one title take longer than those of another, as steps
+            of phases do. Until a unit of each title is done, more time is left than the bar shows (">"). None: all units take
+            equally long.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._title, self._total, self._done, self._tokens, self._unit = title, total, done, 0, unit
         self._seconds, self._last = seconds, time.monotonic()
-        self._clock, self._at = 0.0, self._last  # seconds of units alone, and up to when they are counted
+        self._clock, self._at = 0.0, self._last  # seconds spent on units, and the time up to which they are counted
         self._marks: collections.deque[tuple[float, int, int]] = collections.deque()  # (clock, units, tokens), the last seconds
         self._coming, self._left = dict(coming or {}), dict(stretches or {title: total - done})
-        self._pace: dict[str, float] = {}  # {title: seconds of a unit, as they were last}
+        self._pace: dict[str, float] = {}  # {title: seconds a unit, at the last measurement}
         self._took: dict[str, tuple[float, int]] = {}  # {other work: (seconds, times)}
         self._bar = tqdm.tqdm(
             total=total,
@@ -61,12 +61,12 @@ class Progress:
         )
 
     def update(self, units: int, tokens: int = 0, losses: dict[str, float] | None = None, title: str = "") -> None:
-        """Some units are done.
+        """Counts units that are done.
 
         Args:
-            units: How many.
-            tokens: Real (not padding) tokens in them, where the unit is another.
-            losses: Numbers to show by name.
+            units: Their number.
+            tokens: Real (not padding) tokens in them, if the unit is not a token.
+            losses: Losses to show, by name.
             title: A new title, if it changes.
         """
         if title and title != self._title:
@@ -75,8 +75,8 @@ class Progress:
         self._done += units
         self._tokens += tokens
         self._left[self._title] = self._left.get(self._title, 0) - units
-        now = time.monotonic()
-        self._clock, self._at = self._clock + now - self._at, now
+        current = time.monotonic()
+        self._clock, self._at = self._clock + current - self._at, current
         self._mark()
         if self._quiet:
             return
@@ -84,31 +84,31 @@ class Progress:
             self._bar.set_description_str(self._title, refresh=False)
             self._bar.set_postfix_str(self._text(losses or {}), refresh=False)
             self._bar.update(units)
-        elif now - self._last >= self._seconds or self._done == self._total:
-            self._last = now
+        elif current - self._last >= self._seconds or self._done == self._total:
+            self._last = current
             print(f"{self._title} {self._done}/{self._total} {self._text(losses or {})}".rstrip(), file=sys.stderr, flush=True)
 
     def beside(self, work: str, times: int = 1) -> None:
-        """The time since the last call was no unit's, but other work's: it does not count in the rate.
+        """Attributes the time since the last call to other work, so that it does not count in the rate.
 
         Args:
-            work: What it was, such as "evaluation".
-            times: How many of those that are to come it was.
+            work: Its name, such as "evaluation".
+            times: How often it was done.
         """
-        now = time.monotonic()
-        seconds, before = self._took.get(work, (0.0, 0))
-        self._took[work] = seconds + now - self._at, before + times
+        current = time.monotonic()
+        seconds, count = self._took.get(work, (0.0, 0))
+        self._took[work] = seconds + current - self._at, count + times
         self._coming[work] = max(self._coming.get(work, 0) - times, 0)
-        self._at = now
+        self._at = current
         if not self._marks:
             self._mark()
 
     def skip(self, stretches: Mapping[str, int], coming: Mapping[str, int] | None = None) -> None:
-        """Some units turn out to be done before, or not to be needed: they count in no rate.
+        """Counts units that were done before or are not needed; they do not count in any rate.
 
         Args:
-            stretches: {title: how many units}.
-            coming: The other work that does not come with them, as for the class.
+            stretches: {title: number of units}.
+            coming: {other work: how often it would have come with them}.
         """
         units = sum(stretches.values())
         self._done += units
@@ -135,13 +135,13 @@ class Progress:
             self._pace[self._title] = 1 / rate
 
     def _rates(self) -> tuple[float, float]:
-        """Units and tokens a second; 0 where they are not known. The last mark is left out: it may grow yet."""
+        """Units and tokens a second; 0 where they are not known. The last mark is left out, as it may still grow."""
         if len(self._marks) < 3:
             return 0.0, 0.0
-        (then, done, tokens), (now, now_done, now_tokens) = self._marks[0], self._marks[-2]
-        return (now_done - done) / (now - then), (now_tokens - tokens) / (now - then)
+        (start, first_done, first_tokens), (end, last_done, last_tokens) = self._marks[0], self._marks[-2]
+        return (last_done - first_done) / (end - start), (last_tokens - first_tokens) / (end - start)
 
-    def _left_over(self) -> str:
+    def _time_left(self) -> str:
         """The estimate of the time that is left."""
         other = sum(self._coming[work] * seconds / times for work, (seconds, times) in self._took.items())
         left = round(other + sum(units * self._pace.get(title, 0.0) for title, units in self._left.items()))
@@ -152,5 +152,5 @@ class Progress:
         rate, tokens = self._rates()
         parts = [f"{rate:.{1 if rate < 100 else 0}f} {self._unit}/s"] if rate else []
         parts += [f"{tokens:.0f} tok/s"] if tokens else []
-        parts += [f"ETA {self._left_over()}"] if rate else []
+        parts += [f"ETA {self._time_left()}"] if rate else []
         return " ".join(parts + [f"{name}={loss:.3f}" for name, loss in losses.items()])

@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all."""
+"""Directories that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mtl_jax.core.files import writing
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A directory beside `folder` to write into. It takes the place of `folder` when the block ends, and is gone if that fails.
+    """A directory beside `folder` to write into; it replaces `folder` when the block ends, and is removed if the block fails.
 
     Args:
-        folder: May exist: it is then replaced, or what it is a link to.
+        folder: The directory to write. If it exists it is replaced; if it is a link, its target is.
 
     Raises:
-        UserError: The folder cannot be written, or a process trains in it.
+        UserError: The directory cannot be written, or a process trains in it.
     """
     with writing(folder):
         place = folder.resolve()
@@ -29,7 +29,7 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         with writing(folder):
             yield staging
-            staging.chmod(0o755)  # temporary directories are for their owner alone
+            staging.chmod(0o755)  # only the owner may read a temporary directory
             locks.check_free(place)
             _move(staging, place)
     finally:

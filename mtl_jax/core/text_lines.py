@@ -1,4 +1,4 @@
-"""Files of lines as the commands read them: UTF-8 text, a text or a JSON object a line."""
+"""Text files as commands read and print them: UTF-8, with one text or one JSON object on each line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_bytes(file: str) -> bytes:
     """The bytes of a file, or of standard input for "-".
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The file cannot be read.
     """
     if file == STANDARD_INPUT and sys.stdin is None:
         raise UserError("standard input is closed; give a text, or --file")
@@ -33,14 +33,14 @@ def print_lines(lines: Iterable[str]) -> None:
     """Writes lines to standard output, as UTF-8.
 
     Raises:
-        UserError: They cannot be written: the disk is full, or what reads them has ended.
+        UserError: They cannot be written: the disk is full, or the program that reads them has ended.
     """
     with _printing():
         sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def flush_output() -> None:
-    """Puts out what was printed.
+    """Flushes standard output.
 
     Raises:
         UserError: As in print_lines().
@@ -56,7 +56,7 @@ def _printing() -> Iterator[None]:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        # Python tries once more when it ends; then there must be no error.
+        # Python flushes once more when it exits; that must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise UserError(f"standard output: cannot be written ({error.strerror})") from error
 
@@ -82,29 +82,29 @@ def lines_of(data: bytes, file: str) -> list[str]:
 
 
 def object_of(line: str, where: str) -> dict[str, Any]:
-    """A line of JSON as the object that it must be.
+    """Parses a line that must be a JSON object.
 
     Args:
         line: The line.
         where: Its file and number, for errors.
 
     Raises:
-        UserError: It is no JSON, or no object.
+        UserError: It is not JSON, or not an object.
     """
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # beside what is no JSON, numbers of thousands of digits
-        raise UserError(f"{where}: {not_by_line(line) or f'no JSON ({error})'}") from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise UserError(f"{where}: {not_by_line(line) or f'not JSON ({error})'}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: {not_by_line(line) or f'a JSON object is needed, not {kind_of(value)}'}")
     return value
 
 
 def not_by_line(first: str) -> str:
-    """What is wrong with a file whose first line this is and that is one JSON value: an array, or an object over several lines.
+    """The fault of a file that is one JSON value (an array, or an object over several lines), by its first line.
 
     Returns:
-        What it is and what to do; "" where the file may have an object on each line.
+        The fault and what to do; "" where the file may have an object on each line.
     """
     text, advice = first.strip(), "a .jsonl file has one JSON object on each line: convert it, for example by jq -c"
     if text.startswith("[") and (text[1:].lstrip()[:1] in ("", "{") or not text.endswith("]")):
@@ -115,7 +115,7 @@ def not_by_line(first: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is in the words of JSON, for errors: null, true, false, a number, a text, a list, an object."""
+    """The kind of a value in the words of JSON, for errors: null, true, false, a number, a text, a list, an object."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     for kinds, name in (((int, float), "a number"), (str, "a text"), ((list, tuple), "a list"), (dict, "an object")):

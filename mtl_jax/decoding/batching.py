@@ -1,4 +1,7 @@
-"""The few lengths that sources of all lengths are padded to, as each one is a program."""
+"""Batches of sources: the few lengths that they are padded to, and the devices that share their rows.
+
+Each length compiles a program of its own, so sources of all lengths share a few of them.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +12,47 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-SHORTEST = 8  # source tokens of the smallest bucket, and what all are multiples of
+STEP = 8  # source tokens; bucket lengths are multiples of it
 
 
 def buckets(lengths: np.ndarray, most: int, limit: int | None = None) -> list[int]:
-    """At most so many lengths, ascending, to which sources are padded with the least padding in all.
+    """The lengths, ascending and at most `most` of them, that pad the sources least.
 
-    Multiples of 8, so that other data of the same kind can be given the same; the last holds the longest source.
+    They are multiples of 8, so that similar data get the same ones. The last is at least as long as the longest source.
 
     Args:
         lengths: i64[N], tokens of each source.
-        most: How many.
-        limit: The model's longest row.
+        most: Most lengths to return.
+        limit: The most tokens that the model reads, for the last length.
     """
-    rounded = np.maximum(-(-lengths // SHORTEST) * SHORTEST, SHORTEST)
+    rounded = np.maximum(-(-lengths // STEP) * STEP, STEP)
     sizes, counts = np.unique(rounded, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])  # sources shorter than sizes[i]
-    # cost[j]: places for all sources up to sizes[j], that one being a bucket; one more bucket in every round.
-    cost = (below[1:] * sizes).astype(float)
+    shorter = np.concatenate([[0], np.cumsum(counts)])  # sources shorter than sizes[i]
+    # cost[j]: padded tokens of all sources up to sizes[j] if sizes[j] is a bucket. Each round allows one more bucket.
+    cost = (shorter[1:] * sizes).astype(float)
     choices: list[np.ndarray] = []
     for _ in range(min(most, len(sizes)) - 1):
-        with_before = cost[:, None] + np.where(
-            np.arange(len(sizes))[:, None] < np.arange(len(sizes)), (below[1:] - below[1:, None]) * sizes, np.inf
+        with_another = cost[:, None] + np.where(
+            np.arange(len(sizes))[:, None] < np.arange(len(sizes)), (shorter[1:] - shorter[1:, None]) * sizes, np.inf
         )
-        choices.append(with_before.argmin(axis=0))
-        cost = np.minimum(with_before.min(axis=0), cost)
-    found, at = [len(sizes) - 1], len(sizes) - 1
+        choices.append(with_another.argmin(axis=0))
+        cost = np.minimum(with_another.min(axis=0), cost)
+    indices = [len(sizes) - 1]
     for choice in reversed(choices):
-        if at == 0:
+        if indices[-1] == 0:
             break
-        at = int(choice[at])
-        found.append(at)
-    chosen = sorted({int(sizes[at]) for at in found})
+        indices.append(int(choice[indices[-1]]))
+    chosen = sorted({int(sizes[index]) for index in indices})
     return [min(size, limit) if limit else size for size in chosen]
 
 
 class Devices(NamedTuple):
-    """Where things lie.
+    """The devices that share a batch.
 
     Attributes:
-        number: How many devices there are.
-        rows: Of arrays whose first axis is over rows; None: where jax puts them.
-        whole: Of the parameters; None: where they are.
+        number: Number of devices.
+        rows: Sharding of arrays whose first axis is over rows; None: arrays are left to jax.
+        whole: Sharding of the parameters; None: they stay where they are.
     """
 
     number: int
@@ -58,29 +60,29 @@ class Devices(NamedTuple):
     whole: Sharding | None
 
     def place_rows(self, arrays: Any) -> Any:
-        """A tree of arrays, cut by rows, of which there are a multiple of the devices."""
+        """Places a tree of arrays, split by rows; their number must be a multiple of the devices."""
         return arrays if self.rows is None else jax.device_put(arrays, self.rows)
 
-    def place_whole(self, tree: Any) -> Any:
-        """A tree of arrays, all of it on every device; nothing is copied that is there already."""
+    def replicate(self, tree: Any) -> Any:
+        """Copies a tree of arrays to every device that does not have it yet."""
         return tree if self.whole is None else jax.device_put(tree, self.whole)
 
 
-AS_THEY_ARE = Devices(1, None, None)
+UNPLACED = Devices(1, None, None)
 
 
-def share(devices: Sequence[jax.Device], batches: int) -> Devices:
-    """As many of a process's devices as there are batches for.
+def share_devices(devices: Sequence[jax.Device], batches: int) -> Devices:
+    """The devices that share each batch: no more than there are batches for.
 
     Args:
-        devices: Of this process; none: things stay where they are.
-        batches: How many batches of one device there are.
+        devices: The devices of this process; if empty, arrays stay where they are.
+        batches: Number of batches that one device alone would have.
     """
     if not devices:
-        return AS_THEY_ARE
+        return UNPLACED
     count = max(1, min(len(devices), batches))
     if count == 1:
-        alone = SingleDeviceSharding(devices[0])
-        return Devices(1, alone, alone)
+        single = SingleDeviceSharding(devices[0])
+        return Devices(1, single, single)
     mesh = jax.make_mesh((count,), ("rows",), axis_types=(AxisType.Auto,), devices=devices[:count])
     return Devices(count, NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec()))

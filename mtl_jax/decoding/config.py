@@ -1,4 +1,4 @@
-"""How to decode: options with the names, meanings and defaults of transformers 5, from a call and a checkpoint's files."""
+"""Generation options with the names, meanings and defaults of transformers 5, from a call and a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mtl_jax.pretrained.tensor_files import read_json
 
 FILE = "generation_config.json"
 
-# What a search takes at most: it holds caches of beams, and of as many tokens as a text may have.
+# Upper bounds of options: a search allocates a cache for all beams and all tokens.
 MOST_BEAMS, MOST_LENGTH = 1000, 100_000
 MOST = {
     **dict.fromkeys(("num_beams", "num_return_sequences"), MOST_BEAMS),
     **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"), MOST_LENGTH),
 }
-MOST_TOKENS = 10_000  # that end a text or that none may have
+MOST_TOKENS = 10_000  # in eos_token_id and bad_words_ids together
 
-# Options of transformers that change what is generated and are not here, with the values that change nothing.
-ELSEWHERE: dict[str, tuple[Any, ...]] = {
+# Options of transformers that are not supported, with the values that change nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "begin_suppress_tokens": (None, []),
     "constraints": (None, []),
     "diversity_penalty": (None, 0.0),
@@ -49,37 +49,47 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "typical_p": (None, 1.0),
     "watermarking_config": (None,),
 }
-# Of these, options that only change draws.
-OF_DRAWS = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
+# Unsupported options that only matter with do_sample.
+SAMPLING_ONLY = ("epsilon_cutoff", "eta_cutoff", "min_p", "top_h", "typical_p")
+# Options that are one token.
+TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "pad_token_id")
+_INT, _FLOAT, _BOOL = (int,), (int, float), (bool,)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), _INT),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "top_k", "no_repeat_ngram_size"), _INT),
+    **dict.fromkeys(TOKENS, _INT),
+    **dict.fromkeys(("length_penalty", "temperature", "top_p", "repetition_penalty"), _FLOAT),
+    **dict.fromkeys(("do_sample", "renormalize_logits"), _BOOL),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig(Configuration):
-    """How token sequences are found; the lengths count the start token.
+    """Generation options, named as in transformers 5.
 
     Attributes:
         max_length: Most tokens, the start token included.
         max_new_tokens: Most tokens after the start token; wins over max_length.
-        min_length: No end token before so many tokens, the start token included.
-        min_new_tokens: No end token before so many tokens after the start token; wins over min_length.
-        do_sample: Draw tokens; else take the likeliest.
-        num_beams: K, beams of each row; 1 is greedy search, or plain sampling.
+        min_length: Fewest tokens before an end token, the start token included.
+        min_new_tokens: Fewest tokens between start and end token; wins over min_length.
+        do_sample: Whether tokens are drawn; else the likeliest are taken.
+        num_beams: K, beams of each row; 1 is greedy search, or sampling without beams.
         num_return_sequences: Sequences returned for each row.
-        early_stopping: Beam search is done with a row when it has num_beams finished sequences (True), when its best running
-            beam is worse than they all are, at its present length (False), or at any length that it may reach ("never").
+        early_stopping: Beam search is done with a row when it has num_beams finished sequences (True), or when its best running
+            beam is worse than all of them at its present length (False) or at any length that it can reach ("never").
         length_penalty: A sequence's score is its log-probability over (tokens after the start) ** length_penalty.
         temperature: Scores are divided by it before drawing.
-        top_k: Draw from the k likeliest tokens; 0: from all.
-        top_p: Draw from the fewest tokens whose probability is top_p together.
-        repetition_penalty: Above 1 makes tokens that stand there already less likely (Keskar et al. 2019).
-        no_repeat_ngram_size: No n tokens may stand there twice; 0: any may.
+        top_k: Number of likeliest tokens to draw from; 0: all.
+        top_p: Tokens are drawn from the fewest whose probabilities sum to top_p.
+        repetition_penalty: A value above 1 makes tokens that occur already less likely (Keskar et al. 2019).
+        no_repeat_ngram_size: n-grams of this length may not occur twice; 0: they may.
         bad_words_ids: Token sequences that must not occur.
-        renormalize_logits: Normalise again after everything that changes scores.
+        renormalize_logits: Whether scores are normalised again after all changes.
         forced_bos_token_id: The first token after the start token.
-        forced_eos_token_id: The token at max_length, if no end came before.
-        decoder_start_token_id: What the decoder reads first.
+        forced_eos_token_id: The token at max_length of a sequence that has not ended before.
+        decoder_start_token_id: The token that the decoder reads first.
         eos_token_id: Tokens that end a sequence.
-        pad_token_id: What stands after the end.
+        pad_token_id: The token after the end.
     """
 
     max_length: int = 20
@@ -110,7 +120,7 @@ class GenerationConfig(Configuration):
         return self.max_length if self.max_new_tokens is None else 1 + self.max_new_tokens
 
     @property
-    def least(self) -> int:
+    def minimum_length(self) -> int:
         """Fewest tokens before an end, the start token included."""
         return self.min_length if self.min_new_tokens is None else 1 + self.min_new_tokens
 
@@ -122,20 +132,20 @@ class GenerationConfig(Configuration):
 
     @property
     def padding(self) -> int:
-        """What greedy search and sampling write after the end."""
+        """The token that greedy search and sampling write after the end."""
         if self.pad_token_id is not None:
             return self.pad_token_id
         return self.eos_token_id[0] if self.eos_token_id else 0
 
     @property
     def beam_padding(self) -> int:
-        """What beam search writes after the end: as transformers does, an end token where the padding token is 0."""
+        """The token that beam search writes after the end: an end token where the padding token is 0, as in transformers."""
         if not self.eos_token_id:
             return -1
         return self.pad_token_id or self.eos_token_id[0]
 
     def check(self) -> None:
-        """Raises UserError for a value that makes no sense."""
+        """Raises UserError for a value that is out of range or contradicts another."""
         for name, least in (
             ("num_beams", 1),
             ("num_return_sequences", 1),
@@ -166,48 +176,51 @@ class GenerationConfig(Configuration):
         if not np.float32(self.repetition_penalty) > 0:
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
         if self.num_return_sequences > self.num_beams and (self.num_beams > 1 or not self.do_sample):
-            instead = "" if self.do_sample else ", or for do_sample"
+            alternative = "" if self.do_sample else ", or for do_sample"
             raise UserError(
                 f"num_return_sequences is {self.num_return_sequences}, more than num_beams, {self.num_beams}: "
-                f"ask for more beams{instead}"
+                f"ask for more beams{alternative}"
             )
         if self.decoder_start_token_id is None:
-            raise UserError("decoder_start_token_id is not known: neither the call nor the checkpoint's files say it")
+            raise UserError("decoder_start_token_id is not known: neither the call nor the checkpoint's files set it")
         if any(not word for word in self.bad_words_ids):
             raise UserError("bad_words_ids has an empty sequence")
 
 
-class Numbers(NamedTuple):
-    """Options that do not shape the compiled program: other values need no other program.
+class TracedOptions(NamedTuple):
+    """Options that a compiled program takes as arguments: other values need no other program.
 
     Attributes:
         length_penalty: f32[], as in GenerationConfig; so are the next three.
         temperature: f32[].
         top_p: f32[].
         repetition_penalty: f32[].
-        stop_when_full: bool[], early_stopping is True.
-        hope_for_more: bool[], early_stopping is "never".
+        early_always: bool[], whether early_stopping is True.
+        early_never: bool[], whether early_stopping is "never".
     """
 
     length_penalty: Any
     temperature: Any
     top_p: Any
     repetition_penalty: Any
-    stop_when_full: Any
-    hope_for_more: Any
+    early_always: Any
+    early_never: Any
 
 
-def divided(config: GenerationConfig) -> tuple[GenerationConfig, Numbers]:
-    """The options that shape a program, and its numbers; of a number there remains whether it does anything."""
-    numbers = Numbers(
+def split_options(config: GenerationConfig) -> tuple[GenerationConfig, TracedOptions]:
+    """Splits options into static ones, which shape the program, and traced ones, its arguments.
+
+    Of a traced option the static ones keep whether it has an effect.
+    """
+    traced = TracedOptions(
         length_penalty=np.float32(config.length_penalty),
         temperature=np.float32(config.temperature),
         top_p=np.float32(config.top_p),
         repetition_penalty=np.float32(config.repetition_penalty),
-        stop_when_full=np.bool_(config.early_stopping is True),
-        hope_for_more=np.bool_(config.early_stopping == "never"),
+        early_always=np.bool_(config.early_stopping is True),
+        early_never=np.bool_(config.early_stopping == "never"),
     )
-    shape = dataclasses.replace(
+    static = dataclasses.replace(
         config,
         length_penalty=1.0,
         temperature=1.0,
@@ -215,7 +228,7 @@ def divided(config: GenerationConfig) -> tuple[GenerationConfig, Numbers]:
         repetition_penalty=1.0 if config.repetition_penalty == 1 else 2.0,
         early_stopping=False,
     )
-    return shape, numbers
+    return static, traced
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(GenerationConfig)}
@@ -226,29 +239,29 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
 
     Args:
         raw: The parsed config.json.
-        location: The checkpoint's directory, where generation_config.json may be; None: there is none. A null there takes back
-            what config.json says.
-        call: Options of the call; None means not given. max_length takes the place of a max_new_tokens of the files. Where
-            nobody says how long, there are 20 new tokens.
+        location: The checkpoint's directory, which may hold generation_config.json; None: without that file. A null in it
+            cancels the value in config.json.
+        call: Options of the call; None means not given. max_length replaces a max_new_tokens of the files. The
+            default length is 20 new tokens.
 
     Raises:
-        UserError: An option is unknown or makes no sense, a file is damaged or asks for what is not supported here.
+        UserError: An option is unknown or out of range, or a file is damaged or sets an option that is not supported.
     """
     for name in call:
         if name not in FIELDS:
             raise unknown("generation option", name, FIELDS)
     given = {name: value for name, value in call.items() if value is not None}
     files: dict[str, Any] = {}
-    said_by: dict[str, str] = {}
+    origin: dict[str, str] = {}
     for source, where in ((raw, "config.json"), (_read(location), FILE)):
-        found = {name: source[name] for name in (*FIELDS, *ELSEWHERE, "bos_token_id") if name in source}
-        files |= found
-        said_by |= dict.fromkeys(found, f"{where}: ")
+        options = {name: source[name] for name in (*FIELDS, *UNSUPPORTED, "bos_token_id") if name in source}
+        files |= options
+        origin |= dict.fromkeys(options, f"{where}: ")
     draws = given.get("do_sample", files.get("do_sample"))
-    for name, harmless in ELSEWHERE.items():
+    for name, harmless in UNSUPPORTED.items():
         value = files.pop(name, None)
-        if value is not None and value not in harmless and (draws or name not in OF_DRAWS):
-            raise UserError(f"{said_by[name]}{name} is {brief(value)}, which is not supported here; set it to {harmless[0]!r}")
+        if value is not None and value not in harmless and (draws or name not in SAMPLING_ONLY):
+            raise UserError(f"{origin[name]}{name} is {brief(value)}, which is not supported here; set it to {harmless[0]!r}")
     values = {name: value for name, value in files.items() if value is not None}
     first = values.pop("bos_token_id", None)
     if first is not None:
@@ -259,10 +272,10 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
         values.pop("min_new_tokens", None)
     values |= given
     if "max_length" not in values and "max_new_tokens" not in values:
-        values["max_new_tokens"] = GenerationConfig.max_length  # as theirs: where nobody says a length, it counts new tokens
+        values["max_new_tokens"] = GenerationConfig.max_length  # as transformers: the default length counts new tokens
     for name, kinds in _KINDS.items():
         if name in values:
-            values[name] = _checked(name, values[name], kinds, "" if name in given else said_by.get(name, ""))
+            values[name] = _checked(name, values[name], kinds, "" if name in given else origin.get(name, ""))
     ends = values.get("eos_token_id", ())
     values["eos_token_id"] = _tokens("eos_token_id", ends if isinstance(ends, list | tuple | np.ndarray) else [ends])
     words = values.get("bad_words_ids", ())
@@ -277,19 +290,6 @@ def resolve(raw: Mapping[str, Any], location: Path | zipfile.Path | None, /, **c
     return config
 
 
-TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "pad_token_id")  # options that are one token
-
-
-_INT, _FLOAT, _BOOL = (int,), (int, float), (bool,)
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), _INT),
-    **dict.fromkeys(("num_beams", "num_return_sequences", "top_k", "no_repeat_ngram_size"), _INT),
-    **dict.fromkeys(TOKENS, _INT),
-    **dict.fromkeys(("length_penalty", "temperature", "top_p", "repetition_penalty"), _FLOAT),
-    **dict.fromkeys(("do_sample", "renormalize_logits"), _BOOL),
-}
-
-
 def _checked(name: str, value: Any, kinds: tuple[type, ...], where: str) -> Any:
     if isinstance(value, kinds) and (kinds is _BOOL or not isinstance(value, bool)):
         if kinds is _INT and not -LARGEST <= value <= LARGEST:  # type: ignore[operator]  # it is a whole number
@@ -301,12 +301,12 @@ def _checked(name: str, value: Any, kinds: tuple[type, ...], where: str) -> Any:
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:
-    """Token ids, from a file or a call, where numpy's may be among them."""
+    """Token ids from a file or a call; NumPy integers become ints."""
     if isinstance(value, list | tuple | np.ndarray):
-        found = [token.item() if isinstance(token, np.integer) else token for token in value]
-        if all(isinstance(token, int) and not isinstance(token, bool) and abs(token) <= LARGEST for token in found):
-            return tuple(found)
-    raise UserError(f"{name} holds {brief(value)}; token ids are needed, whole numbers")
+        tokens = [token.item() if isinstance(token, np.integer) else token for token in value]
+        if all(isinstance(token, int) and not isinstance(token, bool) and abs(token) <= LARGEST for token in tokens):
+            return tuple(tokens)
+    raise UserError(f"{name} holds {brief(value)}; token ids are needed, which are whole numbers")
 
 
 def _read(location: Path | zipfile.Path | None) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
-"""What a search knows between two steps.
+"""The state of a search between two steps.
 
-Shapes in names: B rows, K beams, S places of the cache, L = S + 1 places of a target.
+Shapes in names: B rows, K beams, S positions of the cache, L = S + 1 positions of a target.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ from mtl_jax.decoding.config import GenerationConfig
 from mtl_jax.models.kv_cache import KeyValue
 from mtl_jax.models.seq2seq import Seq2Seq
 
-WORST = -1e9  # the score of a beam that is not there yet, as in transformers: added, not put in its place
+WORST = -1e9  # added to the score of a beam that does not count, as in transformers
 
 
 class State(NamedTuple):
-    """A search under way.
+    """The state of a search.
 
     Attributes:
         length: i32[], tokens so far, the start token included.
-        tokens: i32[B, K, L], of the running beams.
-        scores: f32[B, K], their summed scores, best first.
-        ended: bool[B, K]; greedy search and sampling: the beam has its end token.
-        found: i32[B, K, L], finished sequences of beam search, best first.
-        found_scores: f32[B, K], over their penalised lengths.
-        found_lengths: i32[B, K], tokens after the start token.
-        full: bool[B, K], whether there is such a sequence.
-        by_end: bool[B, K], whether it has its end token; else it is cut.
-        open: bool[B], rows that are not done.
+        tokens: i32[B, K, L], tokens of the running beams.
+        scores: f32[B, K], summed scores of the running beams, best first.
+        ended: bool[B, K], whether a running beam has an end token; for greedy search and sampling.
+        finished: i32[B, K, L], tokens of the finished sequences, best first; for beam search, and so are the next four.
+        finished_scores: f32[B, K], their scores over their penalised lengths.
+        lengths: i32[B, K], tokens after the start token; for greedy search and sampling, those of the running beams.
+        is_finished: bool[B, K], whether there is a finished sequence.
+        reached_end: bool[B, K], whether it has an end token; else the limit cut it. For all kinds of search.
+        active: bool[B], rows whose search is not done.
         ancestry: i32[B, K, S], see models.seq2seq.Seq2Seq.decode.
-        cache: Keys and values of the beams.
-        keys: u32[B, 2], key data for each row's draws.
+        cache: Keys and values of the running beams.
+        keys: u32[B, 2], key data for drawing, one key a row.
     """
 
     length: jax.Array
     tokens: jax.Array
     scores: jax.Array
     ended: jax.Array
-    found: jax.Array
-    found_scores: jax.Array
-    found_lengths: jax.Array
-    full: jax.Array
-    by_end: jax.Array
-    open: jax.Array
+    finished: jax.Array
+    finished_scores: jax.Array
+    lengths: jax.Array
+    is_finished: jax.Array
+    reached_end: jax.Array
+    active: jax.Array
     ancestry: jax.Array
     cache: tuple[KeyValue, ...]
     keys: jax.Array
 
 
 def beams(config: GenerationConfig) -> int:
-    """K: beams of beam search, or the sequences that are drawn for a row."""
+    """K: the beams of beam search, or the sequences that are drawn for each row."""
     return config.num_beams if config.num_beams > 1 else config.num_return_sequences
 
 
@@ -60,38 +60,38 @@ def _padding(config: GenerationConfig) -> int:
     return config.beam_padding if config.num_beams > 1 else config.padding
 
 
-def first(model: Seq2Seq, config: GenerationConfig, places: int, open_B: jax.Array, keys_Bx2: jax.Array) -> State:
-    """The state before the first step; all beams of a row are the same then, so that only one of them counts."""
-    B, K = len(open_B), beams(config)
-    tokens = jnp.full((B, K, places + 1), _padding(config), jnp.int32).at[..., 0].set(config.start)
+def initial(model: Seq2Seq, config: GenerationConfig, positions: int, active_B: jax.Array, keys_Bx2: jax.Array) -> State:
+    """The state before the first step. All beams of a row are equal then, so only one of them counts."""
+    B, K = len(active_B), beams(config)
+    tokens = jnp.full((B, K, positions + 1), _padding(config), jnp.int32).at[..., 0].set(config.start)
     return State(
         length=jnp.ones((), jnp.int32),
         tokens=tokens,
         scores=jnp.zeros((B, K)).at[:, 1:].set(WORST if config.num_beams > 1 else 0.0),
         ended=jnp.zeros((B, K), bool),
-        found=tokens,
-        found_scores=jnp.full((B, K), WORST),
-        found_lengths=jnp.zeros((B, K), jnp.int32),
-        full=jnp.zeros((B, K), bool),
-        by_end=jnp.zeros((B, K), bool),
-        open=open_B,
-        ancestry=jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32)[:, None], (B, K, places)),
-        cache=model.init_cache(B, places, K),
+        finished=tokens,
+        finished_scores=jnp.full((B, K), WORST),
+        lengths=jnp.zeros((B, K), jnp.int32),
+        is_finished=jnp.zeros((B, K), bool),
+        reached_end=jnp.zeros((B, K), bool),
+        active=active_B,
+        ancestry=jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32)[:, None], (B, K, positions)),
+        cache=model.init_cache(B, positions, K),
         keys=keys_Bx2,
     )
 
 
-def grown(state: State, config: GenerationConfig, places: int) -> State:
-    """The same with room for so many tokens in the cache."""
-    K, more = state.ancestry.shape[1], places - state.ancestry.shape[2]
+def enlarged(state: State, config: GenerationConfig, positions: int) -> State:
+    """The state with a cache of so many positions."""
+    K, more = state.ancestry.shape[1], positions - state.ancestry.shape[2]
 
     def widen(x_BxKxL: jax.Array) -> jax.Array:
         return jnp.pad(x_BxKxL, ((0, 0), (0, 0), (0, more)), constant_values=_padding(config))
 
-    own_BxKxS = jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32)[:, None], (*state.ancestry.shape[:2], more))
+    self_BxKxS = jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32)[:, None], (*state.ancestry.shape[:2], more))
     return state._replace(
         tokens=widen(state.tokens),
-        found=widen(state.found),
-        ancestry=jnp.concatenate([state.ancestry, own_BxKxS], axis=-1),
+        finished=widen(state.finished),
+        ancestry=jnp.concatenate([state.ancestry, self_BxKxS], axis=-1),
         cache=jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more * K), (0, 0))), state.cache),
     )

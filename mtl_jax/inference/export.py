@@ -1,4 +1,4 @@
-"""A finished run as a directory that other libraries open."""
+"""Writes a run as a directory that transformers or sentence-transformers open."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
 from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
-from mtl_jax.training import text_evaluation as generating
+from mtl_jax.training import text_evaluation
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
 
 # Class names that sentence-transformers reads from a directory's files since its second version.
 _MODULE = "sentence_transformers.models"
 _RELU, _IDENTITY = "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"
 
-OF_LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # fields of config.json
+LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")  # of config.json
 
-# Tasks whose heads transformers has a class for.
+# Task kinds whose heads have a class in transformers, with its kind of head.
 TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
 
 
@@ -38,25 +38,26 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
     A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
-    of a classification or regression reads the mean of the token vectors. No class of transformers does that and nothing
-    else, so the directory is the bare model to transformers (AutoModel), and the head lies beside it in the format of
-    sentence-transformers: SentenceTransformer(target).encode(texts) are the task's outputs, logits of a classification in
-    the order of labels.json, predicted values of a regression. config.json then names no labels, as a class for texts of
-    transformers would put a random head under them. A trunk with its decoder becomes the checkpoint that it began as, or, from
-    scratch, a Marian model (MarianMTModel; with norms in front a Pegasus model). README.md has the lines that open it.
+    of a classification or regression reads the mean of the token vectors, and transformers has no such class. The directory is
+    then the bare model for transformers (AutoModel), and the head lies beside it in the format of sentence-transformers:
+    SentenceTransformer(target).encode(texts) gives the task's outputs, which are logits in the order of labels.json for a
+    classification and predicted values for a regression. Its config.json names no labels, because a text class of transformers
+    would put a random head under them. A trunk with its decoder is written as the family of the checkpoint that it started
+    from, and a trunk from scratch as a Marian model (MarianMTModel), or with pre-norm as a Pegasus model. README.md shows how
+    to open the directory.
 
     Args:
         source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
         target: The directory to write.
-        task: The task whose head goes with a run's trunk; empty for the trunk alone.
-        overwrite: Whether a checkpoint that is there may be replaced.
+        task: The task whose head is written with a run's trunk; empty for the trunk alone.
+        overwrite: Whether an existing checkpoint may be replaced.
 
     Returns:
-        What must be known to open it; "" where it opens as any checkpoint.
+        A hint for opening the directory; "" where transformers opens it as usual.
 
     Raises:
-        UserError: The source cannot be read, has no such task, or has no counterpart; or the target is taken, or
-            another process writes it.
+        UserError: The source cannot be read, has no such task, or has no counterpart in other libraries; or the target is not
+            free, or another process writes it.
     """
     with locks.target(Path(target)):
         return _convert(source, target, task, overwrite)
@@ -65,7 +66,7 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
 def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str:
     if not is_workdir(Path(source)):
         if task:
-            raise UserError(f"{source}: no workdir of a run, so there is no task {task!r}; leave --task out")
+            raise UserError(f"{source}: not a workdir of a run, so there is no task {task!r}; leave --task out")
         pretrained.save(target, pretrained.load(source), overwrite=overwrite)
         return ""
     run = open_run(Path(source))
@@ -74,15 +75,15 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
         _write_seq2seq(Path(source), target, run, head, overwrite)
         return ""
     if run.trunk.raw is None:
-        of = "only with a decoder, a seq2seq task's" if run.trunk.decoder else "not at all"
-        raise UserError(f"{source}: its trunk is from scratch: transformers has a class for it {of}")
+        problem = "a class for it only with the decoder of a seq2seq task" if run.trunk.decoder else "no class for it"
+        raise UserError(f"{source}: its trunk is from scratch, and transformers has {problem}")
     if head is not None and not isinstance(head, Classification | Regression | Tagging | Span):
         raise UserError(
             f"task {task!r}: only heads of classification, regression, tagging, span and seq2seq can be written; "
             "leave --task out"
         )
-    # Labels of a head that the source checkpoint had are not this one's, and the bare model has none.
-    raw = {name: value for name, value in run.trunk.raw.items() if name not in OF_LABELS}
+    # The labels in the source checkpoint belong to another head, and the bare model has none.
+    raw = {name: value for name, value in run.trunk.raw.items() if name not in LABEL_FIELDS}
     kind = TOKEN_HEADS.get(type(head))
     if kind == "question_answering":
         raw |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}  # start and end
@@ -107,10 +108,10 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
 
 
 def _trunk(run: Run, task: str) -> Any:
-    """The trunk's parameters, adapters put into its kernels.
+    """The trunk's parameters, with adapters merged into its kernels.
 
     Raises:
-        UserError: An adapter cannot be, or each source has its own and no task is named.
+        UserError: An adapter cannot be merged, or each source has a separate one and no task is named.
     """
     if not isinstance(run.trunk.module, Adapted):
         return run.params["trunk"]
@@ -118,14 +119,14 @@ def _trunk(run: Run, task: str) -> Any:
 
 
 def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, overwrite: bool) -> None:
-    """Trunk and decoder as the checkpoint that they began as, or as a Marian or Pegasus model.
+    """Writes trunk and decoder as the checkpoint that they started from, or as a Marian or Pegasus model.
 
     Raises:
-        UserError: transformers has no class for the two.
+        UserError: transformers has no class for this trunk with this decoder.
     """
     config, tokenizer = task.decoder, run.trunk.tokenizer
     assert config is not None
-    generation = generating.config_of(task, run.trunk, task.beams)
+    generation = text_evaluation.config_of(task, run.trunk, task.beams)
     ids = {
         "decoder_start_token_id": task.start,
         "eos_token_id": task.end,
@@ -137,14 +138,14 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
         raw = dict(run.trunk.raw or {})
     elif run.trunk.raw is not None:
         raise UserError(
-            f"task {task.name!r}: transformers has no class for an encoder checkpoint with a decoder of the run's own; "
+            f"task {task.name!r}: transformers has no class for an encoder checkpoint with a decoder from scratch; "
             "leave --task out"
         )
     else:
         fields = fields_of(config)
         if fields is None:
             raise UserError(
-                f"task {task.name!r}: with norms in front transformers has a class (Pegasus) only where trunk and decoder "
+                f"task {task.name!r}: with pre-norm transformers has a class (Pegasus) only where trunk and decoder "
                 'share their token table (table "trunk")'
             )
         raw = fields | ids
@@ -162,24 +163,24 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
 
 
 def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:
-    """A task's layer under the name that the class of transformers has for it.
+    """The layer of a task's head under its name in the class of transformers.
 
     Raises:
-        UserError: The class has other layers than the task's head.
+        UserError: The layers of the class differ from those of the task's head.
     """
-    ours = run.params["heads"][task.name]
-    wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"].get("head", {})
-    names = list(wanted)
-    if set(ours) != {"output"} or len(names) != 1 or wanted[names[0]].keys() != ours["output"].keys():
+    layers = run.params["heads"][task.name]
+    expected = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"].get("head", {})
+    names = list(expected)
+    if set(layers) != {"output"} or len(names) != 1 or expected[names[0]].keys() != layers["output"].keys():
         raise UserError(
-            f"task {task.name!r}: its head is not one linear layer as that of transformers' class is, which has "
-            f"{listed(names)}; leave --task out"
+            f"task {task.name!r}: its head is not a single linear layer like that of the class of transformers, which "
+            f"has {listed(names)}; leave --task out"
         )
-    return {names[0]: ours["output"]}
+    return {names[0]: layers["output"]}
 
 
 def _write_head(folder: Path, run: Run, task: Task, width: int) -> None:
-    """modules.json and its parts: the trunk, the mean over tokens, the head's one or two linear layers."""
+    """Writes modules.json and its modules: trunk, mean over tokens, and the one or two linear layers of the head."""
     params = run.params["heads"][task.name]
     layers = [params[name] for name in ("hidden", "output") if name in params]
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
@@ -192,8 +193,8 @@ def _write_head(folder: Path, run: Run, task: Task, width: int) -> None:
         scale = task.scale if is_last and isinstance(task, Regression) else 1.0
         _write_dense(folder / f"{number}_Dense", layer, _IDENTITY if is_last else _RELU, scale)
         modules.append((f"{number}_Dense", "Dense"))
-    listed = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
-    _write_json(folder / "modules.json", listed)
+    entries = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
+    _write_json(folder / "modules.json", entries)
     if isinstance(task, Classification):
         _write_json(folder / model_card.LABELS, list(task.labels))
 

@@ -1,4 +1,4 @@
-"""Many texts to many texts with a model: long ones made to fit, answers in order, what is done kept by a journal."""
+"""Generates an answer to each of many texts: long texts are divided or cut, and a journal keeps what is done."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from mtl_jax.inference.text_model import TextModel
 log = logging.getLogger(__name__)
 
 Long = Literal["divide", "cut"]
-AT_ONCE = 1000  # texts that the tokenizer gets
+AT_ONCE = 1000  # texts in one call of the tokenizer
 PATIENCE = 2.0  # seconds before the progress of the tokenizer is shown
-SHOWN = 10  # numbers of lines that a note lists
+SHOWN = 10  # most line numbers in a warning
 
 
 class Plan(NamedTuple):
-    """What is given to the model.
+    """The sources that the model reads, and the texts that they belong to.
 
     Attributes:
-        sources: Token ids i32[length], each short enough.
-        text_of: The text that each source is of, ascending; blank texts have none.
-        long: Texts that did not fit, ascending.
-        unknown: Texts of which the vocabulary knows nothing, ascending; they are left out like blank ones.
-        refused: {text: why the model cannot read it}, ascending; so are these.
-        remarks: Lines on what the vocabulary does not know of the others.
+        sources: Token ids i32[length], none longer than the limit.
+        text_of: Index of the text of each source, ascending; blank texts have no source.
+        long: Indices of texts that were longer than the limit, ascending.
+        unknown: Indices of texts without a known token, ascending; they have no source.
+        refused: {index of a text that the model cannot read: the reason}, ascending; they have no source.
+        remarks: Lines on tokens of the other texts that the vocabulary does not know.
     """
 
     sources: list[np.ndarray]
@@ -57,15 +57,15 @@ class Plan(NamedTuple):
     remarks: Sequence[str] = ()
 
 
-class Answered(NamedTuple):
+class TextAnswer(NamedTuple):
     """The answers to a text.
 
     Attributes:
-        texts: num_return_sequences of them, the best first; of a text that was divided, the pieces' joined by spaces. None of a
-            blank text.
-        scores: Their scores; of a text that was divided, the pieces' mean. None where the model's output was not finite: the
-            text is then empty.
-        ended: Whether all of them came to an end before the length limit.
+        texts: num_return_sequences answers, the best first; for a text that was divided, the answers to its pieces joined by
+            spaces. A blank text has none.
+        scores: Their scores; for a text that was divided, the mean over its pieces. None where the model's output was not
+            finite; the answer is then empty.
+        ended: Whether all answers ended before the length limit.
     """
 
     texts: tuple[str, ...]
@@ -75,50 +75,50 @@ class Answered(NamedTuple):
 
 # A finished source in a journal.
 ITEM = object_of({"texts": list_of(string), "scores": list_of(number), "ended": anything})
-BLANK = Answered((), (), True)
+BLANK = TextAnswer((), (), True)
 
 
 def configure(model: TextModel, options: Mapping[str, Any], where: str) -> GenerationConfig:
-    """How to search: what the user says, then the task's options in the checkpoint, then the checkpoint's, then the defaults.
+    """Generation options: the user's, then the task's in the checkpoint, then the checkpoint's, then the defaults.
 
     Args:
         model: The model.
-        options: What the user says; None: nothing.
+        options: The user's options; None means not given.
         where: The model's name, for errors.
 
     Raises:
-        UserError: A value makes no sense, or the model must be told a target language.
+        UserError: A value is out of range, or the model needs a target language.
     """
-    known = {field.name for field in dataclasses.fields(GenerationConfig)}
-    task = {name: value for name, value in model.setting.options.items() if name in known}
-    said = {name: value for name, value in options.items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
+    task = {name: value for name, value in model.setting.options.items() if name in fields}
+    given = {name: value for name, value in options.items() if value is not None}
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if total in said and new not in said:
-            task.pop(new, None)  # the task's would win, as it counts from another place
-    config = decoding.fitted(model.model, decoding.resolve(model.raw, model.location, **(task | said)))
+        if total in given and new not in given:
+            task.pop(new, None)  # the count of new tokens wins, even where the task sets it and the user the total
+    config = decoding.fit_to_model(model.model, decoding.resolve(model.raw, model.location, **(task | given)))
     languages = model.setting.languages
     if languages and not {config.decoder_start_token_id, config.forced_bos_token_id} & set(languages.values()):
-        raise UserError(f"{where}: give --target-language, the model writes several; choices: {', '.join(languages)}")
+        raise UserError(f"{where}: the model writes several languages; choose one by --target-language: {', '.join(languages)}")
     return config
 
 
-def limit_of(model: TextModel, asked: int | None) -> int | None:
-    """Most tokens of a source: as asked, or what the model takes.
+def source_limit(model: TextModel, requested: int | None) -> int | None:
+    """Most tokens of a source: the requested number, or as many as the model reads.
 
     Raises:
-        UserError: More were asked for than the model has positions.
+        UserError: The requested number is above the model's positions.
     """
-    if asked is None:
+    if requested is None:
         return model.max_source
-    if model.max_positions is not None and asked > model.max_positions:
-        raise UserError(f"--max-source-tokens is {asked}; the model has {number_of(model.max_positions, 'position')}")
-    return asked
+    if model.max_positions is not None and requested > model.max_positions:
+        raise UserError(f"--max-source-tokens is {requested}; the model has {number_of(model.max_positions, 'position')}")
+    return requested
 
 
-def made_from(model: TextModel, texts: Sequence[str], config: GenerationConfig, rows: int, seed: int) -> dict[str, Any]:
-    """What decides the answers, for a journal: JSON values by names that an error can show.
+def provenance(model: TextModel, texts: Sequence[str], config: GenerationConfig, rows: int, seed: int) -> dict[str, Any]:
+    """All that the answers depend on, for a journal: JSON values by names that an error can show.
 
-    The program, the devices and the rows of a batch are among them: sums in another order may turn a search.
+    The program, the devices and the rows of a batch are among them, because sums in another order may change a search.
     """
     return {
         "input": digest(json.dumps(list(texts)).encode()),
@@ -141,72 +141,73 @@ def make_plan(model: TextModel, texts: Sequence[str], long: Long, limit: int | N
     Args:
         model: The model.
         texts: The texts.
-        long: What becomes of a text of more tokens than the limit: divided at ends of sentences, or cut.
+        long: Whether a text with more tokens than the limit is divided at ends of sentences, or cut.
         limit: Most tokens of a source, special tokens and prefix included; None: any number.
 
     Raises:
-        UserError: The limit leaves no room for text, or the model can read none of the texts.
+        UserError: The limit leaves no room for the text, or the model can read none of the texts.
     """
     prefix = model.setting.prefix
-    # What stands beside every text, prefix and special tokens; a space that ends the prefix may be in the text's first token.
+    # Tokens of an empty text. A space at the end of the prefix may belong to the text's first token, so there are two forms.
     try:
-        beside = {tuple(ids.tolist()) for ids in map(np.asarray, model.encode([prefix, prefix.rstrip()], None))}
+        empty = {tuple(ids.tolist()) for ids in map(np.asarray, model.encode([prefix, prefix.rstrip()], None))}
     except RowError as error:
-        raise UserError(f"what stands beside every text: {error.reason}") from error
-    if limit is not None and limit <= min(map(len, beside)):
+        raise UserError(f"prefix and special tokens: {error.reason}") from error
+    if limit is not None and limit <= min(map(len, empty)):
         tokens = number_of(limit, "token leaves", "tokens leave")
         raise UserError(f"{tokens} no room for the text beside special tokens and prefix; allow more")
-    full = [i for i, text in enumerate(texts) if text.strip()]
-    encoded, refused = _encoded(model, [prefix + texts[i] for i in full])
-    if refused and len(refused) == len(full):
-        raise UserError(f"text {full[0] + 1}: {refused[0]}")
-    readable = [place for place in range(len(full)) if place not in refused]
-    remarks = model.remarks([texts[full[place]] for place in readable], [encoded[place] for place in readable])
-    refused = {full[place]: reason for place, reason in refused.items()}
-    full, encoded = [full[place] for place in readable], [encoded[place] for place in readable]
+    indices = [i for i, text in enumerate(texts) if text.strip()]
+    encoded, refused = _encoded(model, [prefix + texts[i] for i in indices])
+    if refused and len(refused) == len(indices):
+        raise UserError(f"text {indices[0] + 1}: {refused[0]}")
+    readable = [k for k in range(len(indices)) if k not in refused]
+    remarks = model.remarks([texts[indices[k]] for k in readable], [encoded[k] for k in readable])
+    refused = {indices[k]: reason for k, reason in refused.items()}
+    indices, encoded = [indices[k] for k in readable], [encoded[k] for k in readable]
     sources: list[np.ndarray] = []
     text_of: list[int] = []
     too_long: list[int] = []
-    unknown = [i for i, ids in zip(full, encoded, strict=True) if tuple(ids.tolist()) in beside]
+    unknown = [i for i, ids in zip(indices, encoded, strict=True) if tuple(ids.tolist()) in empty]
 
-    def sizes(pieces: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in model.encode([prefix + piece for piece in pieces], None)]
+    def sizes(parts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in model.encode([prefix + part for part in parts], None)]
 
-    for i, ids in zip(full, encoded, strict=True):
-        if tuple(ids.tolist()) in beside:
+    for i, ids in zip(indices, encoded, strict=True):
+        if tuple(ids.tolist()) in empty:
             continue
-        fitting = [ids]
+        pieces = [ids]
         if limit is not None and len(ids) > limit:
             too_long.append(i)
             if long == "divide":
-                fitting = model.encode([prefix + piece for piece in divide(texts[i].strip(), sizes, limit)], None)
+                pieces = model.encode([prefix + piece for piece in divide(texts[i].strip(), sizes, limit)], None)
             else:
-                fitting = model.encode([prefix + texts[i]], limit)
-        fitting = [piece for piece in fitting if tuple(piece.tolist()) not in beside]
-        sources += fitting
-        text_of += [i] * len(fitting)
+                pieces = model.encode([prefix + texts[i]], limit)
+        pieces = [piece for piece in pieces if tuple(piece.tolist()) not in empty]
+        sources += pieces
+        text_of += [i] * len(pieces)
     return Plan(sources, text_of, too_long, unknown, refused, remarks)
 
 
 def _encoded(model: TextModel, texts: Sequence[str]) -> tuple[list[np.ndarray], dict[int, str]]:
-    """model.encode() of all texts, empty where it refuses one, and {text: why}; shows how far it is where it takes long."""
-    found: list[np.ndarray] = []
+    """model.encode() of all texts, empty for those that it refuses, and {index: reason} of these; may show progress."""
+    encoded: list[np.ndarray] = []
     refused: dict[int, str] = {}
     began, progress = time.monotonic(), None
     with contextlib.ExitStack() as stack:
         for first in range(0, len(texts), AT_ONCE):
             part = list(texts[first : first + AT_ONCE])
             try:
-                found += model.encode(part, None)
+                encoded += model.encode(part, None)
             except RowError as error:
-                refused |= {first + place: error.reason for place in error.rows}
-                readable = iter(model.encode([text for place, text in enumerate(part) if place not in error.rows], None))
-                found += [np.zeros(0, np.int32) if place in error.rows else next(readable) for place in range(len(part))]
+                refused |= {first + k: error.reason for k in error.rows}
+                readable = iter(model.encode([text for k, text in enumerate(part) if k not in error.rows], None))
+                encoded += [np.zeros(0, np.int32) if k in error.rows else next(readable) for k in range(len(part))]
             if progress is not None:
-                progress.update(len(found) - first)
-            elif time.monotonic() - began > PATIENCE and len(found) < len(texts):
-                progress = stack.enter_context(contextlib.closing(Progress("tokenising", len(texts), len(found), unit="text")))
-    return found, refused
+                progress.update(len(encoded) - first)
+            elif time.monotonic() - began > PATIENCE and len(encoded) < len(texts):
+                bar = Progress("tokenising", len(texts), len(encoded), unit="text")
+                progress = stack.enter_context(contextlib.closing(bar))
+    return encoded, refused
 
 
 def generate(
@@ -220,28 +221,28 @@ def generate(
     journal: Journal | None = None,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[Answered]:
+) -> list[TextAnswer]:
     """The answers to all texts, in order.
 
     Args:
         model: The model.
         plan: From make_plan().
-        config: How to search.
+        config: The generation options.
         count: The number of texts.
         rows: Rows of a batch, on each device of this process.
-        seed: Of sampling.
-        journal: Where finished sources are kept and found again. A batch of which any is missing is computed again as a whole,
-            so that an answer does not depend on when a process was stopped.
-        progress: Told of each finished source.
-        stopped: Asked after each; True ends the work.
+        seed: Seed of sampling.
+        journal: Keeps finished sources for a later call. A batch with a missing source is computed again as a whole, so
+            answers do not depend on when a process was stopped.
+        progress: Updated for each finished source.
+        stopped: Called after each source; True ends the work.
 
     Raises:
-        Interrupted: stopped() said so.
+        Interrupted: stopped() returned True.
     """
     done: dict[int, Any] = {} if journal is None else journal.done
     key = jax.random.key(seed)
-    how: dict[str, Any] = {"rows": rows, "key": key, "done": done, "devices": jax.local_devices()}
-    for answer in decoding.generate_all(model.model, model.params, plan.sources, config, **how):
+    options: dict[str, Any] = {"rows": rows, "key": key, "done": done, "devices": jax.local_devices()}
+    for answer in decoding.generate_all(model.model, model.params, plan.sources, config, **options):
         new = answer.index not in done
         scores = [float(score) if math.isfinite(score) else None for score in answer.scores]
         item = {
@@ -256,7 +257,7 @@ def generate(
         if progress is not None and new:
             progress.update(1, sum(len(tokens) for tokens in answer.tokens))
         if stopped() and len(done) < len(plan.sources):
-            kept = "nothing kept without --output" if journal is None else f"kept in {journal.part}; the same command goes on"
+            kept = f"kept in {journal.part}; the same command resumes it" if journal else "nothing is kept without --output"
             raise Interrupted(f"stopped with {len(done)} of {number_of(len(plan.sources), 'text')} done, {kept}")
     pieces: list[list[Any]] = [[] for _ in range(count)]
     for source, text in enumerate(plan.text_of):
@@ -265,14 +266,14 @@ def generate(
 
 
 def _forced(config: GenerationConfig, tokens: np.ndarray) -> bool:
-    """Whether a sequence got its end token because it was as long as it may be, start and end included."""
+    """Whether a sequence has its end token only because it reached the length limit, start and end included."""
     return config.forced_eos_token_id is not None and len(tokens) + 2 >= config.length
 
 
-def _joined(items: list[Any]) -> Answered:
+def _joined(items: list[Any]) -> TextAnswer:
     if not items:
         return BLANK
-    return Answered(
+    return TextAnswer(
         tuple(" ".join(filter(None, texts)) for texts in zip(*(item["texts"] for item in items), strict=True)),
         tuple(
             _finite(np.mean([files.number_of(score) for score in scores]))
@@ -286,15 +287,15 @@ def _finite(score: Any) -> float | None:
     return float(score) if np.isfinite(score) else None
 
 
-def note(numbers: Sequence[int], file: str, what: str) -> None:
-    """Tells on standard error what happened to some of the texts.
+def warn_of_texts(indices: Sequence[int], file: str, problem: str) -> None:
+    """Logs a warning about some of the texts.
 
     Args:
-        numbers: Their places, from 0.
+        indices: Their indices, from 0.
         file: The file of which they are lines, or "".
-        what: What happened, after "3 lines".
+        problem: The problem, put after "3 lines".
     """
-    if numbers:
-        places = ", ".join(str(number + 1) for number in numbers[:SHOWN]) + (", ..." if len(numbers) > SHOWN else "")
-        which = number_of(len(numbers), "line" if file else "text")
-        log.warning("%s%s %s: %s", f"{file}: " if file else "", which, what, places)
+    if indices:
+        listed = ", ".join(str(index + 1) for index in indices[:SHOWN]) + (", ..." if len(indices) > SHOWN else "")
+        texts = number_of(len(indices), "line" if file else "text")
+        log.warning("%s%s %s: %s", f"{file}: " if file else "", texts, problem, listed)

@@ -1,4 +1,4 @@
-"""The README.md of an export: what is in the directory, and the lines that use it."""
+"""The README.md of an exported model: the content of the directory, and code that uses it."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ def card(run: str, task: Task | None, raw: Any) -> str:
     Args:
         run: The experiment's name.
         task: The task whose head is in the directory; None: the trunk alone.
-        raw: config.json of the trunk.
+        raw: The config.json of the trunk.
     """
     kind: Any = next((kind for kind in _SNIPPETS if isinstance(task, kind)), type(None))
     library = _LIBRARIES.get(kind, "transformers")
-    what = "the trunk" if task is None else f"the trunk with the head of the task {task.name}, {_article(type(task).__name__)}"
+    head = "" if task is None else f" with the head of the task {task.name}, {_article(type(task).__name__)}"
     parts = [
         f"---\nlibrary_name: {library}\n---\n",
         f"# {run}{'' if task is None else f': {task.name}'}\n",
-        f"Written by mtl_jax: {what}, of the run {run}. The trunk is a {raw.get('model_type')} model.\n",
+        f"Written by mtl_jax: the trunk{head}, of the run {run}. The trunk is a {raw.get('model_type')} model.\n",
     ]
     if kind in _OUTPUTS:
         parts.append(_HEADLESS.format(outputs=_OUTPUTS[kind]))
@@ -107,7 +107,7 @@ def card(run: str, task: Task | None, raw: Any) -> str:
 
 
 def note(task: Task | None, folder: Path) -> str:
-    """What the user must know of an export besides where it is; "" where it opens as one expects."""
+    """A hint for opening an export; "" where transformers opens it as usual."""
     if not isinstance(task, Classification | Regression):
         return ""
     return (

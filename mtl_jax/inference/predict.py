@@ -1,4 +1,4 @@
-"""A finished or running workdir as a model: texts in, predictions out."""
+"""Predictions and scores of the best checkpoint of a run, finished or not."""
 
 from __future__ import annotations
 
@@ -41,40 +41,40 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str]
     Args:
         workdir: A workdir that has at least one evaluated checkpoint.
         task: A task of that run.
-        inputs: Any number of texts, or of rows {column: text} with the text columns of the task's source, as pairs need; where
-            texts are tagged, a text may be given as the list of its words. A text that is empty, or that the model cannot
-            read, gets {"error": ...} and changes no other's answer.
+        inputs: Texts, or rows {column: text} with the text columns of the task's source, as pairs need; where texts are tagged,
+            a text may also be the list of its words. A text that is empty, or that the model cannot read, gets
+            {"error": ...} and does not change the other answers.
 
     Returns:
-        One JSON object for each input, in order; what is in it, the task kind's describe() says. "truncated": true is added
-        where a text was longer than the model's rows and had to be cut.
+        One JSON object for each input, in order; describe() of the task's kind documents its fields. "truncated": true is added
+        where a text was longer than the model's rows and was cut.
 
     Raises:
-        UserError: The directory is no workdir, has no checkpoint yet, the task is unknown, a row lacks a text column or has
-            something else than text there, or `inputs` is a single text or row.
+        UserError: The directory is not a workdir or has no checkpoint yet, the task is unknown, a row has no text in a text
+            column, or `inputs` is a single text or row.
     """
     if isinstance(inputs, str | Mapping):
         raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
     run = open_run(Path(workdir))
-    asked, source = run.task(task), run.source(task)
+    chosen, source = run.task(task), run.source(task)
     as_words = any(other.words for other in run.beside(task))
     rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
-    known = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
+    readable = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
-    examples, cut, refused = _readable(run, task, [rows[i] for i in known])
+    examples, cut, refused = _readable(run, task, [rows[i] for i in readable])
     for place, reason in refused.items():
-        results[known[place]] = {"error": reason}
-    known = [i for place, i in enumerate(known) if place not in refused]
-    if not known:
+        results[readable[place]] = {"error": reason}
+    readable = [i for place, i in enumerate(readable) if place not in refused]
+    if not readable:
         return results
     for line in coverage.remarks("texts", [examples], (), run.trunk.tokenizer, _text_columns(source)):
         log.warning("%s", line)
     generated: list[Generated] = []
     outputs: Any = ()
-    if isinstance(asked, Seq2Seq):
-        generated = text_evaluation.generate(asked, run.trunk, run.params, examples, asked.beams, devices=jax.local_devices())
+    if isinstance(chosen, Seq2Seq):
+        generated = text_evaluation.generate(chosen, run.trunk, run.params, examples, chosen.beams, devices=jax.local_devices())
     else:
-        outputs = _apply(run, asked, examples).outputs[task]
+        outputs = _apply(run, chosen, examples).outputs[task]
     for number, group in enumerate(examples.groups()):
         place = examples.row_of[group[0]]
         if not all(len(examples.tokens[i]) for i in group):
@@ -82,59 +82,59 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str]
         if generated:
             text, score, ended = generated[number]
             if not math.isfinite(score):
-                results[known[place]] = {"error": NOT_FINITE}
+                results[readable[place]] = {"error": NOT_FINITE}
                 continue
             answer: dict[str, Any] = {"text": text, "score": round(score, 6)} | ({} if ended else {"unfinished": True})
         else:
             windows = [examples.window(i, group[0]) for i in group]
             if not all(np.isfinite(outputs[i]).all() for i in group):
-                results[known[place]] = {"error": NOT_FINITE}
+                results[readable[place]] = {"error": NOT_FINITE}
                 continue
-            answer = asked.describe([outputs[i] for i in group], windows, examples.data[place])
-        truncated = place in cut or (len(group) > 1 and not asked.windows)
-        results[known[place]] = answer | ({"truncated": True} if truncated else {})
+            answer = chosen.describe([outputs[i] for i in group], windows, examples.data[place])
+        truncated = place in cut or (len(group) > 1 and not chosen.windows)
+        results[readable[place]] = answer | ({"truncated": True} if truncated else {})
     return results
 
 
 def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dict[str, Any]:
-    """Loss and metrics of the best checkpoint of a run on rows that it may never have seen; of generated texts with signatures.
+    """Loss and metrics of the best checkpoint of a run on any rows; for generated texts with signatures of the metrics.
 
     Args:
         workdir: A workdir that has at least one evaluated checkpoint.
         task: A task of that run.
-        path: Rows with the columns of the task's source, all of which count: whatever Source.path may be.
-        format: Of a file, if it is another than the source's.
+        path: Rows with the columns of the task's source, in any form that Source.path may have; all rows count.
+        format: The format of the file, if it differs from the source's.
 
     Raises:
         UserError: As predict(), a row or label cannot be read, or the model's outputs are not finite.
     """
     run = open_run(Path(workdir))
-    asked, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
+    chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     kind = format or source.format
     source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
     rows = read_one(source)
-    examples, counts = make_part(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(asked,))
+    examples, counts = make_part(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,))
     if counts.blank[task] == len(examples.data):
         raise UserError(f"{path}: no row has a label for task {task!r}")
-    told = [shortened((asked,), counts, length)] if counts.cut or counts.extra else []
-    told += [f"{count(counts.skipped, 'row')} that cannot be read left out"] if counts.skipped else []
-    coverage.check([examples], (asked,), run.trunk.tokenizer, trunks.tables(run.trunk))
-    told += coverage.remarks("texts", [examples], (asked,), run.trunk.tokenizer, _text_columns(source))
-    told += remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
-    for line in told:
+    lines = [shortened((chosen,), counts, length)] if counts.cut or counts.extra else []
+    lines += [f"{count(counts.skipped, 'row')} that cannot be read left out"] if counts.skipped else []
+    coverage.check([examples], (chosen,), run.trunk.tokenizer, trunks.tables(run.trunk))
+    lines += coverage.remarks("texts", [examples], (chosen,), run.trunk.tokenizer, _text_columns(source))
+    lines += remarks((chosen,), counts) + [f"task {task}: {remark}" for remark in chosen.remarks([examples])]
+    for line in lines:
         log.warning("%s: %s", path, line)
     examples = examples._replace(place=run.place(task))
     split = {source.name: examples}
     texts = text_evaluation.text_scores(
-        (asked,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices()
+        (chosen,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices()
     )
-    found = _apply(run, asked, examples)
-    if not all(np.isfinite(outputs).all() for outputs in found.outputs[task]):
+    measured = _apply(run, chosen, examples)
+    if not all(np.isfinite(outputs).all() for outputs in measured.outputs[task]):
         raise UserError(f"{path}: task {task!r}: {NOT_FINITE}")
-    scores = evaluation.score((asked,), split, found, texts)
-    for line in evaluation.undefined((asked,), scores, path).values():
+    scores = evaluation.score((chosen,), split, measured, texts)
+    for line in evaluation.undefined((chosen,), scores, path).values():
         log.warning("the %s", line)
-    signatures = asked.signatures(examples.data)
+    signatures = chosen.signatures(examples.data)
     return {
         "rows": len(examples.data),
         **evaluation.for_json(scores[task]),
@@ -143,38 +143,38 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
 
 
 def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:
-    """Rows as examples, without those that the model cannot read.
+    """Examples of rows, without those that the model cannot read.
 
     Returns:
-        The examples, which of their rows were cut, and {place among the given rows: why it cannot be read}.
+        The examples, the indices of their rows that were cut, and {index of a row that cannot be read: the reason}.
     """
     source, tokenizer, tables = run.source(task), run.trunk.tokenizer, trunks.tables(run.trunk)
 
-    def make(some: Sequence[Row]) -> tuple[Examples, set[int]]:
-        return make_examples(source, run.beside(task), some, tokenizer, run.experiment.batch.row_length, lenient=True)
+    def make(subset: Sequence[Row]) -> tuple[Examples, set[int]]:
+        return make_examples(source, run.beside(task), subset, tokenizer, run.experiment.batch.row_length, lenient=True)
 
     refused: dict[int, str] = {}
     while True:
-        left = [place for place in range(len(rows)) if place not in refused]
+        remaining = [place for place in range(len(rows)) if place not in refused]
         try:
-            examples, cut = make([rows[place] for place in left])
+            examples, cut = make([rows[place] for place in remaining])
             bad = coverage.unfit(examples, tokenizer, tables)
         except Refused as error:
             bad = {}
-            for place in error.rows:  # each has a reason of its own
+            for place in error.rows:  # one by one, for the reason of each
                 try:
-                    make([rows[left[place]]])
-                except Refused as own:
-                    bad[place] = str(own).removeprefix(f"{rows[left[place]].where}: ")
+                    make([rows[remaining[place]]])
+                except Refused as single:
+                    bad[place] = str(single).removeprefix(f"{rows[remaining[place]].where}: ")
             if not bad:
                 raise
         if not bad:
             return examples._replace(place=run.place(task)), cut, refused
-        refused |= {left[place]: reason for place, reason in bad.items()}
+        refused |= {remaining[place]: reason for place, reason in bad.items()}
 
 
 def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:
-    """One task's outputs on examples of its source, on one device."""
+    """Outputs of a task on examples of its source, on one device."""
     batch, mesh = run.experiment.batch, meshes.make(run.experiment.batch.rows, 1)
     apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needed_fields((task,))), (task,), mesh)
     return evaluation.run(apply, run.params, (task,), [examples], batch, mesh)
@@ -188,7 +188,7 @@ def _joined(text: str | list[str]) -> str:
     return text if isinstance(text, str) else " ".join(text)
 
 
-def _how_pairs(names: Sequence[str]) -> str:
+def _pairs_hint(names: Sequence[str]) -> str:
     row = ", ".join(f'"{name}": "..."' for name in names)
     return f": --text gives one text; give pairs as --file FILE.jsonl with lines {{{row}}}"
 
@@ -201,9 +201,9 @@ def _row(source: Source, value: str | Sequence[str] | Mapping[str, Any], number:
         if as_words and isinstance(text, list | tuple) and all(isinstance(word, str) for word in text):
             columns[name] = list(text)
         elif not isinstance(text, str):
-            needed = f"source {source.name!r} needs the text columns {', '.join(names)}"
-            what = kind_of(text) if name in columns else "missing"
+            requirement = f"source {source.name!r} needs the text columns {', '.join(names)}"
+            actual = kind_of(text) if name in columns else "missing"
             kind = "a text or a list of words" if as_words else "a text"
-            how = _how_pairs(names) if isinstance(value, str) and len(names) > 1 else ""
-            raise UserError(f"input {number}: {needed}; {name!r} is {what}, where {kind} is needed{how}")
+            hint = _pairs_hint(names) if isinstance(value, str) and len(names) > 1 else ""
+            raise UserError(f"input {number}: {requirement}; {name!r} is {actual}, where {kind} is needed{hint}")
     return Row(columns, f"input {number}")

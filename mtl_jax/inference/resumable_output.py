@@ -1,7 +1,7 @@
-"""An output file that is made bit by bit: what is done is kept beside it, and the file itself appears whole.
+"""Output files that survive an interruption: finished items are kept in a journal, and the file itself appears whole.
 
-While OUTPUT is being made, OUTPUT.part holds one JSON line that says what it is made from, then one for each finished item. A
-process may be killed at any time: a line that was not written to its end is dropped when the file is opened again.
+While OUTPUT is being made, OUTPUT.part holds a JSON line with all that the output depends on, then one line for each finished
+item. A process may be killed at any time: an incomplete last line is dropped when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -26,25 +26,24 @@ from mtl_jax.pretrained.tensor_files import Location
 
 SUFFIX = ".part"
 _MARK = "partial"
-_MARKED = b'{"partial": true'  # how the first line begins
-_CHUNK = 1 << 20
+_MARKED = b'{"partial": true'  # begin of the first line
+_CHUNK = 1 << 20  # bytes
 
 
 class Journal:
-    """The partial file of an output, opened.
+    """The partial file of an output, open for adding items.
 
     Args:
-        output: The file to make. What is there stays until finish().
-        made_from: What decides the result, by names that an error can show: the input, the model, every option. JSON values.
-        item: What is wrong with a finished item as it was read, "" where nothing is. Items from the first wrong one on are
-            made again.
+        output: The file to make. An existing file stays until finish().
+        made_from: All that the output depends on (input, model, options): JSON values by names that an error can show.
+        item: The shape of a finished item. Items from the first that does not fit are made again.
 
     Attributes:
-        done: Finished items, by their number.
+        done: Finished items by number.
 
     Raises:
-        UserError: The partial file was made from something else, is another kind of file, cannot be written, or another process
-            writes it now.
+        UserError: The partial file depends on other values, is another kind of file, or cannot be written, or another process
+            writes it.
     """
 
     done: dict[int, Any]
@@ -52,7 +51,7 @@ class Journal:
     def __init__(self, output: Path, made_from: Mapping[str, Any], item: Shape = anything):
         self.output, self.part = output, part_of(output)
         try:
-            self._file = _opened(self.part)
+            self._file = _open_locked(self.part)
         except OSError as error:
             raise UserError(f"{self.part}: cannot be written ({error.strerror})") from error
         try:
@@ -62,16 +61,16 @@ class Journal:
             raise
 
     def _begin(self, header: bytes, item: Shape) -> dict[int, Any]:
-        """The items that are there; what follows them is cut off, and nothing is changed if the file is not this output's."""
+        """Reads the finished items and cuts off what follows them. A file of another output is not changed."""
         try:
-            found = self._file.read()
-            lines = found.split(b"\n")[:-1]  # what follows the last line feed was not written to its end
-            if found and not (found.startswith(_MARKED) and all(map(_is_object, lines[:1]))):
-                raise UserError(f"{self.part}: in the way, and not what an interrupted command left; move it elsewhere")
+            data = self._file.read()
+            lines = data.split(b"\n")[:-1]  # without an incomplete last line
+            if data and not (data.startswith(_MARKED) and all(map(_is_object, lines[:1]))):
+                raise UserError(f"{self.part}: not the partial output of an interrupted command; move it elsewhere")
             if len(lines) > 1 and lines[0] + b"\n" != header:
                 raise UserError(
-                    f"{self.part}: an interrupted command left it that had other values of {_changes(lines[0], header)}; "
-                    "repeat that command to go on, or delete the file to begin anew"
+                    f"{self.part}: the interrupted command that wrote it had other values of {_changes(lines[0], header)}; "
+                    "repeat that command to resume it, or delete the file to start anew"
                 )
             done = _items(lines[1:], item)
             kept = lines[: 1 + len(done)] if done else [header[:-1]]
@@ -84,7 +83,7 @@ class Journal:
         return done
 
     def add(self, number: int, item: Any) -> None:
-        """Keeps a finished item, unless it is there already.
+        """Adds a finished item, unless the journal has it already.
 
         Args:
             number: Its number.
@@ -103,7 +102,7 @@ class Journal:
         self.done[number] = item
 
     def finish(self, lines: Iterable[str]) -> None:
-        """Puts the finished file in its place and takes the partial one away.
+        """Writes the finished file and removes the partial one.
 
         Args:
             lines: The file's lines, without line feeds.
@@ -116,42 +115,42 @@ class Journal:
         self.part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Closes the partial file, which stays if anything is in it."""
-        with contextlib.suppress(OSError):  # closing tries once more what add() could not write, and told
+        """Closes the partial file, and removes it if it has no items."""
+        with contextlib.suppress(OSError):  # closing repeats a write that failed in add(), which reported it
             self._file.close()
         if not self.done:
             self.part.unlink(missing_ok=True)
 
 
 def part_of(output: Path) -> Path:
-    """Where the partial file of an output lies."""
+    """The path of the partial file of an output."""
     return output.with_name(output.name + SUFFIX)
 
 
 def check_writable(output: str, inputs: Iterable[str]) -> Path:
-    """Whether a file can be written, found out before any work.
+    """Checks before any work that an output file can be written.
 
     Args:
-        output: The file that is going to be made.
-        inputs: Files that are read and must not be lost.
+        output: The file that is going to be written.
+        inputs: Files that are read and must not be replaced.
 
     Returns:
-        Its path, links followed: they stay links.
+        The path behind links, so that links stay.
 
     Raises:
-        UserError: It cannot be, or it is one of the inputs.
+        UserError: It cannot be written, or it is one of the inputs.
     """
     path = Path(os.path.realpath(output))
-    for taken in inputs:
-        if Path(os.path.realpath(taken)) in (path, part_of(path)):
+    for file in inputs:
+        if Path(os.path.realpath(file)) in (path, part_of(path)):
             raise UserError(f"{output}: the output is the input; give another file")
     try:
         if path.is_dir():
-            raise UserError(f"{output}: a directory; the output must be a file")
+            raise UserError(f"{output}: it is a directory; the output must be a file")
         if not path.parent.is_dir():
-            raise UserError(f"{output}: there is no directory {path.parent}; make it first")
+            raise UserError(f"{output}: there is no directory {path.parent}; create it first")
         if path.exists() and not path.is_file():
-            raise UserError(f"{output}: no ordinary file; leave --output out to write to standard output")
+            raise UserError(f"{output}: not a regular file; leave --output out to write to standard output")
         if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"{output}: cannot be written (it is read-only)")
         with tempfile.TemporaryFile(dir=path.parent):
@@ -162,7 +161,7 @@ def check_writable(output: str, inputs: Iterable[str]) -> Path:
 
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file of lines beside its place and then moves it there.
+    """Writes a file of lines whole or not at all.
 
     Raises:
         UserError: It cannot be written.
@@ -188,34 +187,34 @@ def digest(data: bytes) -> str:
 
 
 def digest_of_directory(location: Location) -> str:
-    """SHA-256 over the names and contents of the files of a directory, which may lie inside an archive; its own level only."""
+    """SHA-256 of names and contents of the files in a directory, without its subdirectories; it may be inside an archive."""
     total = hashlib.sha256()
     files: list[Location] = list(location.iterdir())
     for file in sorted(files, key=lambda file: file.name):
         if not file.is_file() or file.name.startswith("."):
             continue
-        own = hashlib.sha256()
+        content = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
-                own.update(chunk)
-        total.update(f"{file.name}\0{own.hexdigest()}\n".encode())
+                content.update(chunk)
+        total.update(f"{file.name}\0{content.hexdigest()}\n".encode())
     return total.hexdigest()
 
 
 def digest_of_arrays(tree: Any) -> str:
-    """SHA-256 over the bytes of the arrays of a tree."""
+    """SHA-256 of the bytes of the arrays of a tree."""
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         total.update(np.ascontiguousarray(leaf).tobytes())
     return total.hexdigest()
 
 
-def _opened(part: Path) -> BinaryIO:
-    """The file, made if it is not there, and this process's own until it is closed."""
+def _open_locked(part: Path) -> BinaryIO:
+    """Opens the file, which is created if absent, and locks it until it is closed."""
     file = locks.open_to_lock(part)
     try:
         if not locks.lock(file, part):
-            raise UserError(f"{part}: another process is writing this output now; let it end, or give another output")
+            raise UserError(f"{part}: another process is writing this output; let it end, or give another output")
     except BaseException:
         file.close()
         raise
@@ -234,7 +233,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _items(lines: list[bytes], shape: Shape) -> dict[int, Any]:
-    """Items by number, up to the first line that is not one: a disk that lost power may hold anything from there on."""
+    """Items by number, up to the first line that is not an item: after a power failure the rest may be anything."""
     done: dict[int, Any] = {}
     for line in lines:
         try:
@@ -247,12 +246,12 @@ def _items(lines: list[bytes], shape: Shape) -> dict[int, Any]:
     return done
 
 
-def _changes(before: bytes, now: bytes) -> str:
-    """What differs between two headers; short values are shown."""
-    old, new = json.loads(before), json.loads(now)
-    shown = []
+def _changes(old_header: bytes, new_header: bytes) -> str:
+    """The fields in which two headers differ, with their values where these are short."""
+    old, new = json.loads(old_header), json.loads(new_header)
+    fields = []
     for name in (name for name in {**old, **new} if old.get(name) != new.get(name)):
-        values = [json.dumps(one.get(name), ensure_ascii=False) for one in (old, new)]
+        values = [json.dumps(header.get(name), ensure_ascii=False) for header in (old, new)]
         short = all(len(value) < 40 for value in values)
-        shown.append(f"{name} ({values[0]} then, {values[1]} now)" if short else name)
-    return ", ".join(shown)
+        fields.append(f"{name} ({values[0]} then, {values[1]} now)" if short else name)
+    return ", ".join(fields)

@@ -1,7 +1,7 @@
-"""A model that turns a text into another one: an encoder-decoder with its tokenizer, from a checkpoint or a run.
+"""Encoder-decoders with their tokenizers that turn texts into texts, from a checkpoint or a run.
 
-What translating or summarising asks of it beside the text (languages, a prefix, options of the task) differs by family, and is
-settled here once, in the Setting.
+Beside the text, translating and summarising need languages, a prefix, or options of the task. They differ by family of
+checkpoints; the Setting holds them in one form.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtl_jax.data.tokenize import RowError
 from mtl_jax.inference.resumable_output import digest_of_arrays, digest_of_directory
 from mtl_jax.models.seq2seq import Seq2Seq
 from mtl_jax.pretrained import families, locate
-from mtl_jax.pretrained.checkpoint import own_head
+from mtl_jax.pretrained.checkpoint import head_kind
 from mtl_jax.pretrained.family import brief
 from mtl_jax.pretrained.locate import foreign
 from mtl_jax.pretrained.tensor_files import Location, read_json
@@ -30,11 +30,11 @@ from mtl_jax.tasks import Seq2Seq as Seq2SeqTask
 from mtl_jax.training.text_evaluation import config_of
 from mtl_jax.transfer.adapters import as_module
 
-NO_LIMIT = 10**9  # tokenizers without a limit of their own say 10**30
+NO_LIMIT = 10**9  # tokens; tokenizers without a limit report 10**30
 
 
 class TextModel(NamedTuple):
-    """What turning texts into texts needs.
+    """A model that turns texts into texts.
 
     Attributes:
         model: Encoder and decoder.
@@ -42,13 +42,13 @@ class TextModel(NamedTuple):
         encode: (texts, most tokens or None) -> i32[length] token ids of each text, with special tokens; longer ones are cut.
             Raises RowError for texts with a token that the model has no row for.
         decode: Token ids -> plain text on one line, without special tokens.
-        raw: config.json, from which decoding reads options of generation.
-        location: Where generation_config.json may lie; None: nowhere.
-        max_positions: Most tokens of a source that the model can take, special tokens included; None: any number.
-        max_source: Most tokens of a source unless the user says otherwise: fewer where the tokenizer says so.
+        raw: The parsed config.json, which may have generation options.
+        location: The directory that may hold generation_config.json; None: there is no such directory.
+        max_positions: Most tokens of a source that the model can read, special tokens included; None: any number.
+        max_source: Most tokens of a source by default; fewer than max_positions where the tokenizer has a lower limit.
         setting: Prefix and options of the task.
         identity: Computes a hash of everything above.
-        remarks: (texts, their tokens) -> lines on what the vocabulary does not know of them.
+        remarks: (texts, their tokens) -> lines on tokens that the vocabulary does not know.
     """
 
     model: Seq2Seq
@@ -65,12 +65,12 @@ class TextModel(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a task asks of a checkpoint beside the text.
+    """What a task needs of a checkpoint beside the text.
 
     Attributes:
-        prefix: What stands before every text.
-        options: Options of generation, by the names of GenerationConfig; what the user says goes before them.
-        languages: Where the model must be told the target language: its tokens of languages, by name.
+        prefix: A text that is put before every text.
+        options: Generation options by the names of GenerationConfig; the user's options override them.
+        languages: Token ids of the languages, by name, if the model must be told the target language.
     """
 
     prefix: str = ""
@@ -78,14 +78,14 @@ class Setting(NamedTuple):
     languages: Mapping[str, int] = {}
 
 
-class Asked(NamedTuple):
-    """What the user said about the task.
+class TextRequest(NamedTuple):
+    """A user's request: the task and its languages.
 
     Attributes:
         task: "translation" or "summarization".
         source: The language of the texts, or "".
         target: The language of the answers, or "".
-        prefix: What stands before every text; None: what the checkpoint says.
+        prefix: A text to put before every text; None: the checkpoint's.
     """
 
     task: str
@@ -94,27 +94,27 @@ class Asked(NamedTuple):
     prefix: str | None = None
 
 
-def from_checkpoint(path: str, asked: Asked, dtype: Any = np.float32) -> TextModel:
+def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) -> TextModel:
     """Opens a checkpoint.
 
     Args:
         path: A local directory, "pip:ASSET/MEMBER", or a hub id.
-        asked: What the user said about the task.
+        request: The user's request.
         dtype: Compute dtype.
 
     Raises:
-        UserError: It cannot be opened, is no encoder-decoder with a vocabulary on top, has no tokenizer, or does not know the
+        UserError: It cannot be opened, is not an encoder-decoder with an LM head, has no tokenizer, or does not know the
             languages.
     """
-    raw = read_json(locate.locate(path), "config.json")  # before the tensors: a wrong model is found out at once
+    raw = read_json(locate.locate(path), "config.json")  # before the tensors, so that a wrong model is refused at once
     family = families.of(raw, f"{path}/config.json")
-    able = [name for name, other in families.BY_TYPE.items() if "seq2seq_lm" in other.heads.values()]
+    model_types = [name for name, other in families.BY_TYPE.items() if "seq2seq_lm" in other.heads.values()]
     classes = [name for name, kind in family.heads.items() if kind == "seq2seq_lm"]
-    kind = own_head(family.heads, raw, f"{path}/config.json")
-    named = raw.get("architectures") or [f"{raw['model_type']} without a head"]
+    kind = head_kind(family.heads, raw, f"{path}/config.json")
+    architectures = raw.get("architectures") or [f"{raw['model_type']} without a head"]
     if kind != "seq2seq_lm":
-        needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(able)}"
-        raise UserError(f"{path}: a {brief(named[0])[1:-1]}, which cannot write texts; {needed} is needed")
+        needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(model_types)}"
+        raise UserError(f"{path}: {brief(architectures[0])[1:-1]} cannot generate texts; {needed} is needed")
     checkpoint = pretrained.load(path, dtype=dtype)
     positions = checkpoint.config.max_positions
     limits = [positions, checkpoint.tokenizer.model_max_length]
@@ -127,34 +127,34 @@ def from_checkpoint(path: str, asked: Asked, dtype: Any = np.float32) -> TextMod
         location=checkpoint.location,
         max_positions=positions,
         max_source=min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None),
-        setting=setting(checkpoint.tokenizer, raw, path, asked),
+        setting=setting(checkpoint.tokenizer, raw, path, request),
         identity=functools.partial(digest_of_directory, checkpoint.location),
         remarks=functools.partial(coverage.remarks_on_texts, checkpoint.tokenizer),
     )
 
 
-def from_run(folder: Path, asked: Asked, name: str = "") -> TextModel:
+def from_run(folder: Path, request: TextRequest, name: str = "") -> TextModel:
     """Opens the best checkpoint of a run.
 
     Args:
         folder: Its workdir.
-        asked: What the user said.
-        name: The task whose decoder writes; "": the only one.
+        request: The user's request.
+        name: The task whose decoder generates; "": the only such task.
 
     Raises:
-        UserError: The workdir has no checkpoint yet, there is no such task, or the user asked for a language.
+        UserError: The workdir has no checkpoint yet, the run has no such task, or the request names a language.
     """
-    from mtl_jax.inference.predict import open_run  # imported late: it is everything
+    from mtl_jax.inference.predict import open_run  # imported late: it imports the whole package
 
     run = open_run(folder)
-    able = {task.name: task for task in run.tasks if isinstance(task, Seq2SeqTask)}
-    if name not in able and (name or len(able) != 1):
-        if not able:
+    generators = {task.name: task for task in run.tasks if isinstance(task, Seq2SeqTask)}
+    if name not in generators and (name or len(generators) != 1):
+        if not generators:
             raise UserError(f"{folder}: no task of this run writes texts; its tasks are {listed(t.name for t in run.tasks)}")
-        raise unknown("task that writes texts" if name else "--task", name, able)
-    if asked.source or asked.target:
+        raise unknown("task that writes texts" if name else "--task", name, generators)
+    if request.source or request.target:
         raise UserError(f"{folder}: a run has no choice of languages; leave out --source-language and --target-language")
-    task = able[name] if name else next(iter(able.values()))
+    task = generators[name] if name else next(iter(generators.values()))
     module, tokenizer = run.trunk.module, run.trunk.tokenizer
     model = Seq2Seq(as_module(module, run.place(task.name)), task.module(module.dtype))
     params = {"trunk": run.params["trunk"], "head": run.params["heads"][task.name]}
@@ -169,18 +169,18 @@ def from_run(folder: Path, asked: Asked, name: str = "") -> TextModel:
         location=None,
         max_positions=positions,
         max_source=min(run.experiment.batch.row_length, positions or NO_LIMIT),
-        setting=Setting(asked.prefix or "", options),
+        setting=Setting(request.prefix or "", options),
         identity=lambda: digest_of_arrays(params) + digest_of_directory(folder / "trunk"),
         remarks=functools.partial(coverage.remarks_on_texts, tokenizer),
     )
 
 
 def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | None], list[np.ndarray]]:
-    """TextModel.encode of a tokenizer of transformers, fast or slow.
+    """The function TextModel.encode for a tokenizer of transformers, fast or slow.
 
     Args:
         tokenizer: The tokenizer.
-        vocab_size: Rows of the model's token table; a token beyond them is a RowError: jax would read NaN in its place.
+        vocab_size: Rows of the model's token table. A token beyond them is a RowError, because jax would read NaN for it.
     """
 
     def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
@@ -189,89 +189,89 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         cut = {"truncation": True, "max_length": max_length} if max_length else {}
         with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
             encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
-            found = [np.array(ids, np.int32) for ids in encoded]
-        if refused := coverage.beyond(found, vocab_size):
+            arrays = [np.array(ids, np.int32) for ids in encoded]
+        if refused := coverage.beyond(arrays, vocab_size):
             token = next(iter(refused.values()))
             raise RowError([*refused], coverage.without_row(tokenizer, token, vocab_size, "the model's token table"))
-        return found
+        return arrays
 
     return encode
 
 
-def setting(tokenizer: Any, raw: Mapping[str, Any], where: str, asked: Asked) -> Setting:
+def setting(tokenizer: Any, raw: Mapping[str, Any], where: str, request: TextRequest) -> Setting:
     """Prefix and options of a task with a checkpoint; sets the tokenizer's languages.
 
-    mBART is told the languages by tokens of their own: the source's by the tokenizer, the target's where decoding begins.
-    Marian models of several languages read ">>fra<<" in front of the text. T5 reads its task there ("summarize: "), which
-    task_specific_params of config.json spells, together with options for the search that other families have there too.
+    mBART has tokens for languages: the tokenizer adds that of the source, and decoding begins with that of the target. Marian
+    models of several languages read ">>fra<<" before the text. T5 reads its task before the text ("summarize: "), as
+    task_specific_params of config.json spells it; there are generation options, too, also for other families.
 
     Args:
-        tokenizer: The checkpoint's.
-        raw: config.json.
-        where: The checkpoint, for errors.
-        asked: What the user said.
+        tokenizer: The checkpoint's tokenizer.
+        raw: The parsed config.json.
+        where: The checkpoint's name, for errors.
+        request: The user's request.
 
     Raises:
-        UserError: The model does not know a language, or must be told one.
+        UserError: The model does not know a language, or needs one.
     """
     tasks = raw.get("task_specific_params") or {}
     if not isinstance(tasks, dict) or not all(isinstance(options, dict) for options in tasks.values()):
         raise UserError(f"{where}: task_specific_params is {brief(tasks)}; it must be an object of tasks and their options")
-    names = [f"{asked.task}_{asked.source}_to_{asked.target}", asked.task]
-    pairs = [name for name in tasks if name.startswith(f"{asked.task}_")]
-    if len(pairs) == 1 and not (asked.source or asked.target):
+    names = [f"{request.task}_{request.source}_to_{request.target}", request.task]
+    pairs = [name for name in tasks if name.startswith(f"{request.task}_")]
+    if len(pairs) == 1 and not (request.source or request.target):
         names += pairs
     name = next((name for name in names if name in tasks), None)
     options = {} if name is None else dict(tasks[name])
     prefix = str(options.pop("prefix", "")).lstrip()
-    found = Setting(prefix if asked.prefix is None else asked.prefix, options)
+    settings = Setting(prefix if request.prefix is None else request.prefix, options)
     codes = getattr(tokenizer, "supported_language_codes", ())
     if hasattr(tokenizer, "lang_code_to_id"):
-        found = _mbart(tokenizer, where, asked, found)
+        settings = _mbart(tokenizer, where, request, settings)
     elif codes:
-        found = _marian(list(codes), where, asked, found)
-    elif name is None and pairs and asked.prefix is None:
-        spoken = ", ".join(pair.removeprefix(f"{asked.task}_").replace("_to_", " to ") for pair in pairs)
-        raise UserError(f"{where}: choose by --source-language and --target-language ({spoken}), or give a --prefix")
+        settings = _marian(list(codes), where, request, settings)
+    elif name is None and pairs and request.prefix is None:
+        languages = ", ".join(pair.removeprefix(f"{request.task}_").replace("_to_", " to ") for pair in pairs)
+        raise UserError(f"{where}: choose by --source-language and --target-language ({languages}), or give a --prefix")
     elif name is None:
-        _check_pair(tokenizer, where, asked)
-    return found
+        _check_pair(tokenizer, where, request)
+    return settings
 
 
-def _mbart(tokenizer: Any, where: str, asked: Asked, found: Setting) -> Setting:
-    known = {name: int(number) for name, number in tokenizer.lang_code_to_id.items() if number != tokenizer.unk_token_id}
-    for name in (asked.source, asked.target):
-        if name and name not in known:
-            raise unknown(f"language of {where}:", name, known)
-    if asked.source:
-        tokenizer.src_lang = asked.source
-    if not asked.target:
-        return found._replace(languages=known)
-    # How the training targets look says how decoding begins: their last token is what the decoder reads first, and the language
-    # in front, if it is there, what it must write first (mBART-50). In mBART it reads the language (the last token).
-    tokenizer.tgt_lang = asked.target
+def _mbart(tokenizer: Any, where: str, request: TextRequest, settings: Setting) -> Setting:
+    languages = {name: int(i) for name, i in tokenizer.lang_code_to_id.items() if i != tokenizer.unk_token_id}
+    for name in (request.source, request.target):
+        if name and name not in languages:
+            raise unknown(f"language of {where}:", name, languages)
+    if request.source:
+        tokenizer.src_lang = request.source
+    if not request.target:
+        return settings._replace(languages=languages)
+    # The tokens of a training target show how decoding begins: the decoder reads their last token first. If the first token is
+    # the language, the decoder must write it first (mBART-50); in mBART the last token is the language.
+    tokenizer.tgt_lang = request.target
     first, *_, last = tokenizer(text_target="")["input_ids"]
     options: dict[str, Any] = {"decoder_start_token_id": last}
-    if first == known[asked.target]:
+    if first == languages[request.target]:
         options["forced_bos_token_id"] = first
-    return found._replace(options={**found.options, **options}, languages=known)
+    return settings._replace(options={**settings.options, **options}, languages=languages)
 
 
-def _marian(codes: list[str], where: str, asked: Asked, found: Setting) -> Setting:
-    if not asked.target:
-        return found
+def _marian(codes: list[str], where: str, request: TextRequest, settings: Setting) -> Setting:
+    if not request.target:
+        return settings
     names = [code.removeprefix(">>").removesuffix("<<") for code in codes]
-    if asked.target not in names:
-        raise unknown(f"target language of {where}:", asked.target, names)
-    return found._replace(prefix=f">>{asked.target}<< {found.prefix}")
+    if request.target not in names:
+        raise unknown(f"target language of {where}:", request.target, names)
+    return settings._replace(prefix=f">>{request.target}<< {settings.prefix}")
 
 
-def _check_pair(tokenizer: Any, where: str, asked: Asked) -> None:
-    """For models of one pair of languages: what was asked for is what they do, if they say what they do."""
-    for flag, name, own in (
-        ("--source-language", asked.source, getattr(tokenizer, "source_lang", None)),
-        ("--target-language", asked.target, getattr(tokenizer, "target_lang", None)),
+def _check_pair(tokenizer: Any, where: str, request: TextRequest) -> None:
+    """For models of one pair of languages: refuses another pair, if the tokenizer names its languages."""
+    for flag, name, supported in (
+        ("--source-language", request.source, getattr(tokenizer, "source_lang", None)),
+        ("--target-language", request.target, getattr(tokenizer, "target_lang", None)),
     ):
-        if name and name != own:
-            does = f"it is {own}" if own else "the model has no choice of languages"
-            raise UserError(f"{where}: {flag} {name}: {does}; leave it out")
+        if name and name != supported:
+            reason = f"it is {supported}" if supported else "the model has no choice of languages"
+            raise UserError(f"{where}: {flag} {name}: {reason}; leave it out")

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019), MiniLM with it, and what its relatives share with it: the configuration and most names."""
+"""BERT (Devlin et al. 2019) and MiniLM, and what related families share with them: configuration and most names."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ LM: dict[str, str | tuple[str, ...]] = {
 
 
 def config(raw: Mapping[str, Any], where: str, **changes: Any) -> EncoderConfig:
-    """config.json to EncoderConfig, for every family whose fields are called as BERT's.
+    """config.json to EncoderConfig, for every family whose fields have the names of BERT's.
 
     Args:
         raw: The parsed file.
         where: Its name, for errors.
-        changes: Fields of EncoderConfig that the family sets otherwise.
+        changes: Fields of EncoderConfig that the family sets to other values.
 
     Raises:
         UserError: A field is missing, or its value has no counterpart here.
@@ -111,7 +111,7 @@ def build(cfg: EncoderConfig, kind: str | None, dtype: Any) -> EncoderModel:
 
 
 def lm_bias(cfg: EncoderConfig, bias: str, output: str) -> list[str]:
-    """Names of a masked-LM head's bias: a tied head's output layer holds a copy of it, an untied one has its own."""
+    """Names of a masked-LM head's bias: a tied head's output layer has a copy of it, an untied one a separate bias."""
     return [bias, output] if cfg.tied else [output, bias]
 
 

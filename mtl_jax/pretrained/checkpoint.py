@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints to linen modules and parameter trees, without PyTorch."""
+"""Opens a Hugging Face checkpoint as a linen module and a parameter tree, without PyTorch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Checkpoint:
     Attributes:
         model: A linen module. model.apply({"params": params}, input_ids, attention_mask) returns .hidden f[B, T, H], .pooled
             and .logits; model.trunk is the encoder alone, for params["trunk"].
-        params: {"trunk": ...}, with "pooler" and "head" where there are such; float32.
+        params: {"trunk": ...}, with "pooler" and "head" where the model has them; float32.
         config: Sizes and constants, as our modules read them.
-        raw: config.json as it is in the file, with the labels that were asked for.
+        raw: config.json as it is in the file, with the requested labels.
         head: Kind of its head (a key of family.KINDS), or None.
-        location: Where it came from: tokenizer and generation_config.json are read from there.
-        unused: Names of the file's tensors that found no place.
-        initialized: Our paths of parameters that the file lacks and that are freshly initialised.
+        location: The directory it was read from; tokenizer and generation_config.json are read from there, too.
+        unused: Names of the file's tensors that are no parameter of the model.
+        initialized: Our paths of parameters that the file lacks; they are freshly initialised.
     """
 
     model: nn.Module
@@ -48,8 +48,8 @@ class Checkpoint:
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the head's outputs in order; LABEL_0 and so on where config.json names none."""
-        named = self.raw.get("id2label") or {}
-        return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(self.config.num_labels))
+        id2label = self.raw.get("id2label") or {}
+        return tuple(str(id2label.get(str(i), f"LABEL_{i}")) for i in range(self.config.num_labels))
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -75,15 +75,15 @@ def load(
 
     Args:
         path: A local directory, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
-        head: Kind of head; "auto" is the one that config.json's architectures names, None the trunk alone (with its pooler).
-            A kind that the checkpoint does not have is freshly initialised.
-        labels: Number or names of the outputs of a head with labels, where they are not the checkpoint's; an output layer
-            of another size is then freshly initialised.
+        head: Kind of head (a key of family.KINDS); "auto" is the kind that architectures in config.json names, None the trunk
+            alone, with its pooler. A kind that the checkpoint does not have is freshly initialised.
+        labels: Number or names of the head's outputs; None keeps the checkpoint's. An output layer of another size is then
+            freshly initialised.
         dtype: Compute dtype of the module; the parameters are float32.
         sharding: A jax Sharding for all parameters, or a function from our path ("trunk/layer_0/attention/query/kernel") to
-            one; each tensor goes straight there. None: the default device.
-        allow_missing: Initialise parameters that the file lacks, the trunk's included, in place of an error.
-        seed: Of what is freshly initialised.
+            one. Each tensor is put straight where it says. None is the default device.
+        allow_missing: Whether parameters that the file lacks are initialised, the trunk's included; else they are an error.
+        seed: Seed of freshly initialised parameters.
 
     Returns:
         The checkpoint.
@@ -95,12 +95,12 @@ def load(
     where = f"{path}/config.json"
     raw = read_json(location, "config.json")
     family = families.of(raw, where)
-    own = own_head(family.heads, raw, where)
-    kind = own if head == AUTO else head
+    file_kind = head_kind(family.heads, raw, where)
+    kind = file_kind if head == AUTO else head
     kinds = sorted(set(family.heads.values()))
     if kind is not None and kind not in kinds:
         raise unknown(f"head for {family.model_types[0]} checkpoints:", kind, [AUTO, *kinds])
-    raw = _with_labels(raw, kind, own, labels)
+    raw = _with_labels(raw, kind, file_kind, labels)
     config = family.config(raw, where)
     Fields(raw, where).num_labels()
     tensors = open_tensors(location)
@@ -118,7 +118,7 @@ def load(
         tensors,
         prefix,
         path,
-        head_from_file=own in (None, kind),
+        head_from_file=file_kind in (None, kind),
         new_head=head != AUTO or labels is not None,
         new_labels=labels is not None,
         allow_missing=allow_missing,
@@ -128,8 +128,13 @@ def load(
     return Checkpoint(model, placed.params, config, raw, kind, location, placed.unused, placed.initialized)
 
 
-def own_head(heads: Mapping[str, str], raw: Mapping[str, Any], where: str) -> str | None:
-    """The kind of head that config.json's architectures names, by a family's heads; None where it is none of them.
+def head_kind(heads: Mapping[str, str], raw: Mapping[str, Any], where: str) -> str | None:
+    """The kind of head that architectures in config.json names; None where the family does not list that class.
+
+    Args:
+        heads: A family's heads: class name -> kind.
+        raw: The parsed config.json.
+        where: Its name, for errors.
 
     Raises:
         UserError: architectures is not a list of names.
@@ -141,17 +146,17 @@ def own_head(heads: Mapping[str, str], raw: Mapping[str, Any], where: str) -> st
 
 
 def _with_labels(
-    raw: Mapping[str, Any], kind: str | None, own: str | None, labels: int | Sequence[str] | None
+    raw: Mapping[str, Any], kind: str | None, file_kind: str | None, labels: int | Sequence[str] | None
 ) -> dict[str, Any]:
-    """config.json with the labels that the head will have."""
+    """config.json with the labels of the head that is loaded."""
     if labels is not None:
         if kind not in LABELLED or kind == "question_answering":
-            raise UserError(f"labels were given, but a head of kind {kind} has none to choose")
+            raise UserError(f"labels were given, but those of a head of kind {kind} cannot be chosen")
         names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
         if not names:
-            raise UserError("labels must be at least one")
-    elif kind == "question_answering" and own != kind:
-        names = ["LABEL_0", "LABEL_1"]  # start and end; the checkpoint's labels were another head's
+            raise UserError("labels is empty; a head needs at least one")
+    elif kind == "question_answering" and file_kind != kind:
+        names = ["LABEL_0", "LABEL_1"]  # start and end; the labels in the file belong to another head
     else:
         return dict(raw)
     changed = {

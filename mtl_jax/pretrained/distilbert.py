@@ -1,4 +1,4 @@
-"""DistilBERT (Sanh et al. 2019): BERT without token types and pooler, under names of its own."""
+"""DistilBERT (Sanh et al. 2019): BERT without token types and pooler, with other tensor names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NAMES: dict[str, str | tuple[str, ...]] = {
 def config(raw: Mapping[str, Any], where: str) -> EncoderConfig:
     """config.json to EncoderConfig.
 
-    Sinusoidal position tables (sinusoidal_pos_embds) lie in the files like learned ones and are read like them.
+    Sinusoidal position tables (sinusoidal_pos_embds) are stored like learned ones and read like them.
 
     Raises:
         UserError: A field is missing, or its value has no counterpart here.

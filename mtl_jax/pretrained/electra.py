@@ -1,4 +1,4 @@
-"""ELECTRA (Clark et al. 2020): BERT with narrow embeddings and no pooler; discriminators mostly, generators as masked LM."""
+"""ELECTRA (Clark et al. 2020): BERT with narrow embeddings and no pooler; mostly discriminators; generators are masked LMs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family there is, by model_type."""
+"""The registry of checkpoint families, by model_type of config.json."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BY_TYPE: dict[str, Family] = {model_type: family for family in FAMILIES for mode
 
 
 def of(raw: Mapping[str, Any], where: str) -> Family:
-    """The family of a parsed config.json.
+    """The family that a config.json belongs to.
 
     Args:
         raw: The parsed file.
         where: Its name, for errors.
 
     Raises:
-        UserError: There is no family for its model_type; the message lists them.
+        UserError: No family has its model_type; the message lists those that do.
     """
     model_type = str(raw.get("model_type"))
     if model_type not in BY_TYPE:

@@ -1,8 +1,8 @@
-"""What a family of checkpoints is: its configuration, its modules and its tensor names.
+"""A family of checkpoints: its modules, its tensor names, and the checked fields of its config.json.
 
 Parameters of a loaded checkpoint are {"trunk": ...}, with "pooler" and "head" beside it where the checkpoint's class has
-them. Between file and parameters lies a renaming and nothing else, but that leaves named "kernel" are transposed: PyTorch keeps
-linear weights as [out, in], linen as [in, out].
+them. Tensors of a file become parameters under other names; leaves named "kernel" are transposed, too, because PyTorch keeps
+linear weights as [out, in] and linen as [in, out].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from mtl_jax.core.errors import UserError, unknown
 
-# Kinds of heads, and what their logits are.
+# Kinds of heads, and the shapes of their logits.
 KINDS = {
     "sequence_classification": "f[B, num_labels]",
     "token_classification": "f[B, T, num_labels]",
@@ -29,10 +29,10 @@ KINDS = {
 }
 LABELLED = ("sequence_classification", "token_classification", "question_answering")
 
-# Where every trunk keeps its token embeddings; a tied head reads them.
+# Path of every trunk's token embeddings; a tied head reads them.
 TABLE = "trunk/embeddings/word/embedding"
 
-# Our leaf name to the file's, the one that is saved first; older files say gamma and beta.
+# Our leaf name -> its names in files, the name to save under first. Older files have gamma and beta.
 LEAVES = {"embedding": ("weight",), "kernel": ("weight",), "scale": ("weight", "gamma"), "bias": ("bias", "beta")}
 
 
@@ -49,30 +49,29 @@ def _no_constants(config: Any) -> dict[str, Any]:
 
 
 class Family(NamedTuple):
-    """One family of checkpoints. Model types whose transformers classes have other names are families of their own.
+    """One family of checkpoints. Model types with other class names in transformers are separate families.
 
     Attributes:
         model_types: Values of config.json's model_type.
         config: (raw config.json, its name for errors) -> frozen dataclass of sizes and constants; raises UserError that names
-            the field. It has vocab_size, hidden_size, num_labels, tied (does a language-model head read the token table),
-            max_length (longest example in tokens, None for no bound), and its dropout rates have "dropout" in their names.
+            the field. It has vocab_size, hidden_size, num_labels, tied (whether a language-model head reads the token
+            table) and max_length (longest example in tokens, None for no bound). Names of its dropout rates contain "dropout".
         build: (config, head kind or None, compute dtype) -> linen module with parameters {"trunk"[, "pooler"][, "head"]} and an
             attribute `trunk`, the encoder alone (the call signature of models.encoder.Encoder).
-        names: (our path, config) -> names the tensor may have, the one it is saved under first. Paths are "trunk/...",
-            "pooler/..." and "head/..."; for the first two the names come without the base prefix, for heads in full.
-        heads: transformers class name (architectures[0] of config.json) -> head kind; the first class of a kind is the
-            one that is saved. Classes that are not here are loaded without a head.
-        base: The class that is saved without a head; None where there is no such class.
-        prefix: What the base model's tensors are called in a class with a head, for example "bert.".
-        untied: Names of a language-model head's own output weight, where it may have one. Present and different from the token
-            table means not tied, whatever config.json says.
+        names: (our path, config) -> names that the tensor may have in a file, the first to save under. Paths are
+            "trunk/...", "pooler/..." and "head/..."; names of the first two lack the base prefix, those of heads are whole.
+        heads: transformers class name (architectures[0] of config.json) -> head kind; a kind is saved as the
+            first class that has it. A class that is not listed is loaded without a head.
+        base: The class that a model without a head is saved as; None where transformers has no such class.
+        prefix: Prefix of the base model's tensors in a class with a head, for example "bert.".
+        untied: Names of a language-model head's output weight, where it may be a separate tensor. If the file has it and it
+            differs from the token table, the head is not tied, whatever config.json says.
         table: config -> our path of the table that a tied language-model head reads.
-        ignored: Regular expression for names of tensors that carry nothing: position_ids, tied copies, computed tables.
-        defaults: Our path -> the number that fills it where the file lacks it. Paths that are not here must be present.
-        extra: (params, config) -> tensors by name that transformers wants in the file beside our parameters: computed tables,
-            copies.
-        constants: config -> fields of config.json that are saved beside those that were read.
-        inputs: Arguments that the module needs beside input_ids, as the shape [B, T] of input_ids, by name.
+        ignored: Regular expression for names of tensors that are not needed: position_ids, tied copies, computed tables.
+        defaults: Our path -> the number that fills the parameter where the file lacks it. All other parameters must be present.
+        extra: (params, config) -> further tensors by name that transformers expects in the file: computed tables, copies.
+        constants: config -> fields of config.json to save in addition to those that were read.
+        inputs: Names of the arguments that the module needs beside input_ids; each is i32[B, T], too.
     """
 
     model_types: tuple[str, ...]
@@ -92,12 +91,12 @@ class Family(NamedTuple):
 
 
 def translate(path: str, table: Mapping[str, str | tuple[str, ...]]) -> list[str]:
-    """The names of a parameter by a table of module paths.
+    """The names that a parameter may have in a file, by a table of module paths.
 
     Args:
         path: For example "trunk/layer_3/attention/query/kernel".
-        table: Module path with "{}" for numbers -> the file's, for example {"trunk/layer_{}/attention/query":
-            "encoder.layer.{}.attention.self.query"}; several where files differ, the one to save first.
+        table: Module path with "{}" for numbers -> the module's name in files, for example {"trunk/layer_{}/attention/query":
+            "encoder.layer.{}.attention.self.query"}. Several names where files differ, the name to save under first.
 
     Returns:
         For example ["encoder.layer.3.attention.self.query.weight"].
@@ -110,32 +109,32 @@ def translate(path: str, table: Mapping[str, str | tuple[str, ...]]) -> list[str
 
 
 REQUIRED: Any = object()
-LARGEST = 2**31 - 1  # what an index of a program can be
+LARGEST = 2**31 - 1  # the largest 32-bit index
 MOST_LAYERS = 1000
 MOST_LABELS = 1_000_000
 MOST_NUMBER = 1e12  # its square is still a float32
-MOST_COMPUTED = 2**16  # positions or distances of a table that is computed: no file vouches for its size
+MOST_COMPUTED = 2**16  # rows of a computed table, whose size no tensor of the file confirms
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 100, 100, 40
 
 
 def brief(value: Any) -> str:
-    """A value that a file holds, as error lines print it: on one line, and cut where it is long."""
+    """A value from a file as error lines print it: on one line, shortened where it is long."""
     return _BRIEF.repr(value)
 
 
 def finite(value: Any) -> bool:
-    """Whether it is a number that a float32 can hold."""
+    """Whether a value is a number that a float32 can represent."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) and abs(value) < 3.4e38 if isinstance(value, float) else abs(value) < 10**38
 
 
 class Fields(NamedTuple):
-    """A parsed config.json. Every method takes the field's name and a default, and raises UserError naming the field.
+    """A parsed config.json. Each method takes a field's name and a default, and raises a UserError that names the field.
 
-    null counts as absent, as transformers writes it for what is not set.
+    null counts as absent: transformers writes it for fields that are not set.
 
     Attributes:
         raw: The parsed file.
@@ -191,7 +190,7 @@ class Fields(NamedTuple):
         return value
 
     def num_labels(self, default: int = 2) -> int:
-        """transformers writes id2label, or num_labels, or neither for the family's default."""
+        """The number of labels: transformers writes id2label, or num_labels, or neither for the family's default."""
         labels, number = self.get("id2label", None), self.integer("num_labels", default, maximum=MOST_LABELS)
         if labels is None:
             return number

@@ -1,4 +1,4 @@
-"""A tensor of a file that is not read yet."""
+"""Tensors of files that are read, by mapping, only when asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LazyTensor(NamedTuple):
     Attributes:
         shape: Its shape in the file.
         dtype: Its dtype in the file.
-        read: Returns it, of that shape and dtype; a read-only view of the mapped file where possible.
+        read: Returns the array, of that shape and dtype; a read-only view of the mapped file where possible.
     """
 
     shape: tuple[int, ...]
@@ -26,13 +26,13 @@ class LazyTensor(NamedTuple):
 
 
 def map_array(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A part of a file as a read-only array, mapped for itself: when the array goes, its pages leave our memory.
+    """A part of a file as a read-only array with a mapping of its own, which is freed together with the array.
 
     Args:
         file: The file.
         offset: The byte where the array begins.
         shape: Its shape.
-        dtype: Its type.
+        dtype: Its dtype.
 
     Raises:
         UserError: The file is gone or shorter than it was.

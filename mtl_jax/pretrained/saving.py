@@ -1,4 +1,4 @@
-"""Checkpoints out: a directory that transformers opens."""
+"""Writes a checkpoint as a directory that transformers opens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_SHARD = 5 * 10**9  # bytes of tensors in one file
 
 
 class Saved(NamedTuple):
-    """One tensor to write: our array, and whether it is turned around on the way."""
+    """One tensor to write: our array, and whether it is transposed in the file."""
 
     array: Any
     transpose: bool
@@ -51,17 +51,17 @@ def save(
 ) -> None:
     """Writes a checkpoint as transformers does: safetensors in float32, config.json, tokenizer, generation_config.json.
 
-    Everything is written beside the folder first and then moved there, so that nothing half-written is ever in its place.
+    Everything is written into a directory beside the folder and then moved, so the folder is never half-written.
 
     Args:
-        folder: Where to; it must not exist, be empty, or with `overwrite` hold a checkpoint.
-        checkpoint: What to write: a loaded one, or one whose params were replaced.
-        overwrite: Whether a checkpoint that is there may be replaced.
-        shard_size: Most bytes of tensors in one file; beyond it there are several and an index.
-        finish: Called with the directory before it is moved, to add files of the caller's.
+        folder: The directory to write. It must not exist, or be empty, or with `overwrite` hold a checkpoint.
+        checkpoint: A loaded checkpoint, or one whose params were replaced.
+        overwrite: Whether an existing checkpoint may be replaced.
+        shard_size: Most bytes of tensors in one file; a larger model is written as several files and an index.
+        finish: Called with the temporary directory before it is moved, to add further files.
 
     Raises:
-        UserError: The folder is taken or cannot be written, or transformers has no class for what the checkpoint is.
+        UserError: The folder is not free or cannot be written, or transformers has no class for the model and its head.
     """
     folder = Path(folder)
     family = families.of(checkpoint.raw, "config.json")
@@ -76,10 +76,10 @@ def save(
 
 
 def exported_config(family: Family, checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json of a checkpoint as it is saved.
+    """The config.json that is saved with a checkpoint.
 
     Raises:
-        UserError: transformers has no class for it.
+        UserError: transformers has no class for the model and its head.
     """
     if checkpoint.head is None:
         architecture = family.base
@@ -95,7 +95,7 @@ def exported_config(family: Family, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tensors(family: Family, checkpoint: Checkpoint) -> dict[str, Saved]:
-    """What is written, by name, in order of names."""
+    """The tensors to write by name, sorted by name."""
     prefix = "" if checkpoint.head is None else family.prefix
     tensors: dict[str, Saved] = {}
     for path, array in traverse_util.flatten_dict(checkpoint.params, sep="/").items():
@@ -109,13 +109,13 @@ def _tensors(family: Family, checkpoint: Checkpoint) -> dict[str, Saved]:
 
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file is in the way; choose another directory")
+        raise UserError(f"{folder}: it is a file; choose another directory")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: not empty, and no checkpoint; choose another directory")
+        raise UserError(f"{folder}: not empty, and not a checkpoint; choose another directory")
     if not overwrite:
-        raise UserError(f"{folder}: a checkpoint is there already; choose another directory, or overwrite it")
+        raise UserError(f"{folder}: it holds a checkpoint already; choose another directory, or overwrite it")
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) -> None:
@@ -137,12 +137,15 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) 
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Saved]) -> None:
-    """Writes float32 tensors one at a time, so that a sharded tree is never whole on the host."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
-    at = 0
+    """Writes float32 tensors one at a time, so that a sharded tree is never whole on the host.
+
+    The safetensors package writes the same bytes, but wants every tensor of a file in the host's memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    offset = 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.size]}
-        at += tensor.size
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
+        offset += tensor.size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
     with file.open("wb") as stream:

@@ -18,21 +18,21 @@ _ATTENTION = {"query": "q", "key": "k", "value": "v", "output": "o"}
 def _names(gated: bool) -> dict[str, str | tuple[str, ...]]:
     """Our module path to the file's; {} is the number of a layer."""
     table: dict[str, str | tuple[str, ...]] = {"head/lm_head": "lm_head"}
-    for ours, theirs, parts in (("trunk", "encoder", 2), ("head", "decoder", 3)):
+    for ours, theirs, sublayers in (("trunk", "encoder", 2), ("head", "decoder", 3)):
         layer, block = f"{ours}/layer_{{}}", f"{theirs}.block.{{}}.layer"
         for name, letter in _ATTENTION.items():
             table[f"{layer}/attention/{name}"] = f"{block}.0.SelfAttention.{letter}"
             table[f"{layer}/cross_attention/{name}"] = f"{block}.1.EncDecAttention.{letter}"
-        feed_forward = f"{block}.{parts - 1}.DenseReluDense"
+        feed_forward = f"{block}.{sublayers - 1}.DenseReluDense"
         table |= {
-            # Block 0 lends the bias of relative positions to the others.
+            # Only block 0 has the bias of relative positions; the others share it.
             f"{ours}/relative_bias/table": f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias",
             f"{layer}/attention_norm": f"{block}.0.layer_norm",
             f"{layer}/cross_attention_norm": f"{block}.1.layer_norm",
             f"{layer}/feed_forward_in": f"{feed_forward}.wi_0" if gated else f"{feed_forward}.wi",
             f"{layer}/feed_forward_gate": f"{feed_forward}.wi_1",
             f"{layer}/feed_forward_out": f"{feed_forward}.wo",
-            f"{layer}/feed_forward_norm": f"{block}.{parts - 1}.layer_norm",
+            f"{layer}/feed_forward_norm": f"{block}.{sublayers - 1}.layer_norm",
             f"{ours}/norm": f"{theirs}.final_layer_norm",
         }
     return table
@@ -81,8 +81,8 @@ def _config(raw: Mapping[str, Any], where: str, activation: str, scaled: bool) -
         attention_scale=1.0,
         logit_scale=hidden**-0.5 if scaled else 1.0,
         logit_bias=False,
-        # Published 1.1 and mT5 files have a matrix of their own and say so; what transformers 5 writes says tied in any case.
-        # The file decides: the matrix is there, or it is not.
+        # Published 1.1 and mT5 files have a separate output matrix and say so, but transformers 5 writes "tied" in any case:
+        # the presence of the matrix in the file decides.
         tied=True,
         shared_if_untied=True,
         dropout=dropout,
@@ -106,7 +106,7 @@ def t5_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
         UserError: A field is missing, or its value has no counterpart here.
     """
     fields = Fields(raw, where)
-    # Only T5 1.0 scales. transformers 5 says so outright; before, an output of its own meant T5 1.1.
+    # Only T5 1.0 scales. transformers 5 has a field for it; in older files a separate output matrix means T5 1.1.
     scaled = fields.flag("scale_decoder_outputs", fields.flag("tie_word_embeddings", True))
     return _config(raw, where, "relu", scaled)
 
@@ -129,7 +129,7 @@ def names(path: str, cfg: Seq2SeqConfig) -> list[str]:
 
 
 def constants(cfg: Seq2SeqConfig) -> dict[str, Any]:
-    """transformers 5 guesses from tie_word_embeddings what this field does not tell it."""
+    """Without this field transformers 5 guesses from tie_word_embeddings whether the output is scaled."""
     return {"scale_decoder_outputs": cfg.logit_scale != 1.0}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from mtl_jax.core.plotting import in_turns, lying_together
+from mtl_jax.core.plotting import distinguish, overlapping
 from mtl_jax.report import formatting
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
 from mtl_jax.report.series import Band, band
@@ -139,7 +139,7 @@ def _panel(title: str, bands: Sequence[Band | None], names: Sequence[str], *othe
         *others: As for _lines.
     """
     numbers = [number for number, found in enumerate(bands) if found is not None]
-    hidden = lying_together([(found.steps_N, found.mean_N) for found in bands if found is not None])
+    hidden = overlapping([(found.steps_N, found.mean_N) for found in bands if found is not None])
     told = [", ".join(names[numbers[place]] for place in members) for members in hidden]
     remark = f"On one line: {'; '.join(told)}." if told else ""
     return Panel(title, _lines(list(enumerate(bands)), *others), remark=remark)
@@ -166,7 +166,7 @@ class _lines:
 
     def __call__(self, axes: Axes, palette: Palette) -> None:
         drawn = [(number, found) for number, found in self.bands if found is not None]
-        turns = in_turns([(found.steps_N, found.mean_N) for _, found in drawn])
+        turns = distinguish([(found.steps_N, found.mean_N) for _, found in drawn])
         for (number, found), turn in zip(drawn, turns, strict=True):
             color, dash = palette.series[number % SERIES], "--" if number // SERIES % 2 else "-"
             if self.deviations and found.sd_N.any():

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 from matplotlib.tri import Triangulation
 
-from mtl_jax.core.plotting import in_turns, lying_together
+from mtl_jax.core.plotting import distinguish, overlapping
 from mtl_jax.report import formatting
 from mtl_jax.report.render import SERIES, Figure, Palette, Panel
 from mtl_jax.report.statistics import Comparison, Group, Spread, pareto
@@ -105,9 +105,7 @@ def _against(
         ]
         if any(points):
             draw = _points(points, f"{name} of {task}" if shares else name, shares)
-            hidden = [
-                [list(by_other)[place] for place in members] for members in lying_together([_means(own) for own in points])
-            ]
+            hidden = [[list(by_other)[place] for place in members] for members in overlapping([_means(own) for own in points])]
             remark = f"On one line: {'; '.join(', '.join(names) for names in hidden)}." if hidden else ""
             panels.append(Panel(f"{task}: test {metric}", draw, remark=remark))
     caption = "A point for each setting, mean and standard deviation over the seeds; the line joins the means at each value."
@@ -129,7 +127,7 @@ def _points(series: Sequence[Sequence[tuple[float, Spread]]], name: str, shares:
     def draw(axes: Axes, palette: Palette) -> None:
         every = sorted({x for points in series for x, _ in points})
         lines = [_means(points) for points in series]
-        for number, (points, line, turn) in enumerate(zip(series, lines, in_turns(lines), strict=True)):
+        for number, (points, line, turn) in enumerate(zip(series, lines, distinguish(lines), strict=True)):
             color = palette.series[number]
             means, deviations = [spread.mean for _, spread in points], [spread.sd or 0.0 for _, spread in points]
             x_N = [x for x, _ in points]

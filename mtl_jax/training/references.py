@@ -17,8 +17,8 @@ import numpy as np
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import writing
 from mtl_jax.core.trees import leaves_of, matching
-from mtl_jax.pretrained.safetensors_file import open_safetensors
 from mtl_jax.pretrained.saving import Saved, write_safetensors
+from mtl_jax.pretrained.tensor_files import open_safetensors
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, start_of, teacher_of

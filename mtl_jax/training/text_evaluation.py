@@ -62,7 +62,7 @@ def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
             for beams in (task.dev_beams, task.beams):
                 try:
                     config = config_of(task, trunk, beams)
-                    decoding.fitted(EncoderDecoder(as_module(trunk.module, 0), task.module(trunk.module.dtype)), config)
+                    decoding.fit_to_model(EncoderDecoder(as_module(trunk.module, 0), task.module(trunk.module.dtype)), config)
                 except UserError as error:
                     raise UserError(
                         f"task {task.name!r}: {error} (as target_length or max_new_tokens and the checkpoint's "

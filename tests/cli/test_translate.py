@@ -257,11 +257,11 @@ BAD = [
     (["--model", "{marian}", "--file", "{dir}/none.txt"], b"", "none.txt: No such file or directory"),
     (["--model", "{marian}", "--file", "{dir}"], b"", "Is a directory"),
     (["--model", "{marian}"], b"fine\nbad \xff byte\n", "-:2: not UTF-8 (invalid start byte)"),
-    (["--model", "{marian}", "--column", "text"], b'{"text": "x"}\nhello\n', "-:2: no JSON"),
+    (["--model", "{marian}", "--column", "text"], b'{"text": "x"}\nhello\n', "-:2: not JSON"),
     (
         ["--model", "{marian}", "--column", "text"],
         b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
-        "-:1: no JSON (Exceeds the limit",
+        "-:1: not JSON (Exceeds the limit",
     ),
     (["--model", "{marian}", "--column", "text"], b'["text"]\n', "-:1: a JSON object is needed, not a list"),
     (["--model", "{marian}", "--column", "text"], b"null\n", "-:1: a JSON object is needed, not null"),
@@ -282,7 +282,7 @@ BAD = [
     (
         ["--model", "{bert}", "hello"],
         b"",
-        "which cannot write texts; a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
+        "cannot generate texts; a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
     ),
     (["--model", "{dir}", "hello"], b"", "config.json is missing"),
     (["--model", "/nowhere", "hello"], b"", "/nowhere: no such file or directory"),
@@ -382,7 +382,7 @@ def test_a_killed_process_goes_on_and_the_output_is_that_of_one_that_was_not(mar
     signal_at(process, part, before + 20, signal.SIGTERM)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 75, error
-    assert "out.txt.part; the same command goes on" in error.splitlines()[-1]
+    assert "out.txt.part; the same command resumes it" in error.splitlines()[-1]
     assert output.read_text() == "earlier\n"
     assert finished_lines(part) < len(texts)
 
@@ -450,6 +450,6 @@ def test_other_options_do_not_go_on_with_what_was_interrupted(console, marian, t
     monkeypatch.setattr(decoding, "generate_all", real)
     code, _, error = console(*command, "--num-beams", "3")
     assert code == 2
-    assert "num_beams (2 then, 3 now); repeat that command to go on, or delete the file to begin anew" in error
+    assert "num_beams (2 then, 3 now); repeat that command to resume it, or delete the file to start anew" in error
     assert (tmp_path / "out.txt").read_text() == "earlier\n"
     assert console(*command)[0] == 0

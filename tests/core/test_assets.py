@@ -130,5 +130,5 @@ def test_no_home_directory(monkeypatch):
     monkeypatch.delenv("MTL_JAX_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pathlib.Path.expanduser", unknown)
-    with pytest.raises(UserError, match="there is no home directory '~'; write the path out"):
+    with pytest.raises(UserError, match="the home directory '~' is unknown; write the whole path"):
         assets.cache_dir()

@@ -46,7 +46,7 @@ FIELDS = [
 ]
 UNBOUNDED = ("Regression.minimum", "Regression.maximum")
 # What zero and negative numbers mean somewhere; everywhere else they are refused.
-ZERO = {name for name, limits in configuration.LIMITS.items() if limits.hold(0)}
+ZERO = {name for name, limits in configuration.LIMITS.items() if limits.allow(0)}
 NEGATIVE = {
     *("Regression.minimum", "Regression.maximum", "Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"),
     *("Experiment.weights", "Experiment.weighting_options", "Phase.weights", "Source.cut_seed"),

@@ -52,18 +52,18 @@ def test_lines_that_hide_each_other_are_dashed_in_turns(axes):
 def test_what_lies_together():
     x = np.arange(5)
     lines = [(x, x), (x, x + 1.0), (x, x + 1e-3), (x[:4], x[:4]), (x, x + 1.001), (x, np.full(5, 2.0))]
-    assert plotting.lying_together(lines) == [(0, 2), (1, 4)]
-    assert plotting.lying_together([(x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0 + 1e-6)]) == [(0, 1)]
-    assert plotting.lying_together([]) == []
+    assert plotting.overlapping(lines) == [(0, 2), (1, 4)]
+    assert plotting.overlapping([(x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0), (x, x * 0.0 - 3.0 + 1e-6)]) == [(0, 1)]
+    assert plotting.overlapping([]) == []
     nan = np.where(x == 2, np.nan, 1.0)
-    assert plotting.lying_together([(x, nan), (x, nan), (x, np.ones(5))]) == [(0, 1)]
+    assert plotting.overlapping([(x, nan), (x, nan), (x, np.ones(5))]) == [(0, 1)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_each_of_equal_lines_has_its_part(count):
     """Of the period of the dashes every line takes its own part, and together they take all of it."""
     parts = []
-    for style in plotting.in_turns([(range(9), range(9))] * count):
+    for style in plotting.distinguish([(range(9), range(9))] * count):
         offset, (on, off) = style["linestyle"]
         parts.append({int((place - offset) % (on + off)) for place in range(int(on))})
     assert set.union(*parts) == set(range(int(plotting.DASH) * count))

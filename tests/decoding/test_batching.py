@@ -10,8 +10,8 @@ import pytest
 
 from mtl_jax import pretrained
 from mtl_jax.decoding import generate_all, prepare, resolve, search
-from mtl_jax.decoding.batching import share
-from mtl_jax.decoding.config import divided
+from mtl_jax.decoding.batching import share_devices
+from mtl_jax.decoding.config import split_options
 
 MARIAN = str(Path(__file__).parent.parent / "pretrained" / "fixtures" / "marian")
 SEARCHES = {
@@ -54,18 +54,20 @@ def test_four_devices_are_one(model, options):
 
 
 def test_no_more_devices_than_batches():
-    assert share(jax.devices(), 1).number == share((), 5).number == share(jax.devices()[:1], 5).number == 1
-    assert share(jax.devices(), 3).number == 3
-    assert share(jax.devices(), 99).number == len(jax.devices())
+    assert (
+        share_devices(jax.devices(), 1).number == share_devices((), 5).number == share_devices(jax.devices()[:1], 5).number == 1
+    )
+    assert share_devices(jax.devices(), 3).number == 3
+    assert share_devices(jax.devices(), 99).number == len(jax.devices())
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_devices_tell_each_other_whether_rows_are_open_and_nothing_else(model, beams):
-    shape, numbers = divided(config_of({"num_beams": beams}))
-    devices = share(jax.devices(), 8)
-    params, vocabulary = devices.place_whole((model.params, prepare(model.model, model.params)))
+    static, traced = split_options(config_of({"num_beams": beams}))
+    devices = share_devices(jax.devices(), 8)
+    params, vocabulary = devices.replicate((model.params, prepare(model.model, model.params)))
     ids, keys = np.ones((16, 8), np.int32), np.zeros((16, 2), np.uint32)
     rows = devices.place_rows((ids, ids, keys, np.ones(16, bool)))
-    lowered = search.begin.lower(model.model, params, vocabulary, *rows, numbers, config=shape, places=13)
+    lowered = search.begin.lower(model.model, params, vocabulary, *rows, traced, config=static, positions=13)
     collectives = r"= (\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     assert set(collections.Counter(re.findall(collectives, lowered.compile().as_text()))) == {("pred[]", "all-reduce")}

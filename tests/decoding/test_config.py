@@ -8,7 +8,7 @@ import pytest
 
 import mtl_jax
 from mtl_jax.core.errors import UserError
-from mtl_jax.decoding import GenerationConfig, fitted, generate, generate_all, resolve
+from mtl_jax.decoding import GenerationConfig, fit_to_model, generate, generate_all, resolve
 
 RAW = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, "num_beams": 4, "length_penalty": 2.0}
 
@@ -87,13 +87,13 @@ def test_refused_files(tmp_path):
 def test_refused_with_a_model(checkpoint):
     model = checkpoint.model
     with pytest.raises(UserError, match="token 99 of the generation options is outside the vocabulary of 40"):
-        fitted(model, resolve(RAW, None, forced_bos_token_id=99))
+        fit_to_model(model, resolve(RAW, None, forced_bos_token_id=99))
     with pytest.raises(UserError, match="the least length, 16, is above the largest, 15 tokens"):
-        fitted(model, resolve(RAW, None, min_length=16, max_length=15))
-    assert fitted(model, resolve(RAW, None, min_length=15, max_length=15)).least == 15
-    assert fitted(model, resolve(RAW, None, max_length=500)).length == 16  # all positions that there are
+        fit_to_model(model, resolve(RAW, None, min_length=16, max_length=15))
+    assert fit_to_model(model, resolve(RAW, None, min_length=15, max_length=15)).least == 15
+    assert fit_to_model(model, resolve(RAW, None, max_length=500)).length == 16  # all positions that there are
     with pytest.raises(UserError, match="the least length, 17, is above the largest, 16 tokens"):
-        fitted(model, resolve(RAW, None, min_length=17, max_length=500))
+        fit_to_model(model, resolve(RAW, None, min_length=17, max_length=500))
     for token in (-1, 40):
         with pytest.raises(UserError, match=f"input_ids holds {token}; the model knows 40 tokens"):
             generate(checkpoint, np.array([[5, token]]))

@@ -8,11 +8,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mtl_jax.decoding.batching import buckets
-from mtl_jax.decoding.config import GenerationConfig, divided
+from mtl_jax.decoding.config import GenerationConfig, split_options
+from mtl_jax.decoding.logits import BLOCK
 from mtl_jax.decoding.processors import likely, process
 from mtl_jax.decoding.state import State
-from mtl_jax.decoding.steps import BLOCK, plain_step
 from mtl_jax.decoding.steps import _drawn as drawn_candidates
+from mtl_jax.decoding.steps import plain_step
 
 V, L = 7, 6
 
@@ -48,9 +49,9 @@ def test_changes_of_scores(tokens, length, penalty, n, words, least):
     config = GenerationConfig(
         repetition_penalty=penalty, no_repeat_ngram_size=n, bad_words_ids=words, min_length=least, eos_token_id=(2,)
     )
-    shape, numbers = divided(config)
+    static, traced = split_options(config)
     scores = np.random.default_rng(length).normal(size=(1, 1, V)).astype(np.float32)
-    found = process(jnp.array(scores), jnp.array([[tokens]]), jnp.int32(length), shape, numbers)
+    found = process(jnp.array(scores), jnp.array([[tokens]]), jnp.int32(length), static, traced)
     expected = by_hand(scores[0, 0], tokens, length, config)
     np.testing.assert_allclose(found[0, 0], expected, rtol=1e-6)
 
@@ -59,8 +60,8 @@ def test_changes_of_scores(tokens, length, penalty, n, words, least):
 def test_what_may_be_drawn(top_k, top_p, temperature):
     scores = np.full(BLOCK, -np.inf, np.float32)  # a vocabulary in whole blocks
     scores[:V] = np.random.default_rng(0).normal(size=V)
-    config, numbers = divided(GenerationConfig(top_k=top_k, top_p=top_p, temperature=temperature))
-    tokens, kept = likely(scores[None, None], config, numbers)
+    config, traced = split_options(GenerationConfig(top_k=top_k, top_p=top_p, temperature=temperature))
+    tokens, kept = likely(scores[None, None], config, traced)
     order = np.argsort(-scores, kind="stable")[: top_k or V]
     probability = np.exp(scores[order] / temperature)
     probability /= probability.sum()
@@ -92,14 +93,14 @@ def drawing(config, scores):
             false_BxK,
             false_BxK,
         ),
-        open=np.ones(ROWS, bool),
+        active=np.ones(ROWS, bool),
         ancestry=tokens_BxKxL[..., :2],
         cache=(),
         keys=jax.random.key_data(jax.random.split(jax.random.key(0), ROWS)),
     )
     logits_W = np.full(BLOCK, -1e9, np.float32)
     logits_W[:4] = np.log(PROBABILITY)
-    return jax.tree.map(jnp.asarray, state), jnp.broadcast_to(logits_W, (ROWS, len(scores), BLOCK)), *divided(config)
+    return jax.tree.map(jnp.asarray, state), jnp.broadcast_to(logits_W, (ROWS, len(scores), BLOCK)), *split_options(config)
 
 
 def test_draws_have_the_frequencies_of_their_scores():
@@ -113,8 +114,8 @@ def test_draws_have_the_frequencies_of_their_scores():
 
 def test_beams_are_drawn_without_replacement_by_their_sums():
     """Two beams, one half as likely as the other: of eight pairs of beam and token four are drawn."""
-    state, logits, config, numbers = drawing(GenerationConfig(do_sample=True, num_beams=2, top_k=0), [0.0, np.log(0.5)])
-    scores_BxC, beam_BxC, token_BxC = (np.asarray(x) for x in drawn_candidates(state, logits, config, numbers, 4))
+    state, logits, config, traced = drawing(GenerationConfig(do_sample=True, num_beams=2, top_k=0), [0.0, np.log(0.5)])
+    scores_BxC, beam_BxC, token_BxC = (np.asarray(x) for x in drawn_candidates(state, logits, config, traced, 4))
     pair_BxC = beam_BxC * 4 + token_BxC
     assert all(len(set(pairs)) == 4 for pairs in pair_BxC.tolist())
     sums = np.concatenate([PROBABILITY, 0.5 * PROBABILITY])

@@ -58,7 +58,7 @@ def test_two_processes_do_not_write_one_output(output):
     journal = Journal(output, MADE_FROM)
     journal.add(0, "x")
     before = part_of(output).read_bytes()
-    with pytest.raises(UserError, match=r"out\.txt\.part: another process is writing this output now"):
+    with pytest.raises(UserError, match=r"out\.txt\.part: another process is writing this output"):
         Journal(output, MADE_FROM)
     assert part_of(output).read_bytes() == before
     journal.close()
@@ -87,7 +87,7 @@ def test_nothing_done_yet_is_nothing_to_lose(output):
 
 def test_another_file_in_the_place_of_the_partial_one_is_left_alone(output):
     part_of(output).write_text("my notes\n")
-    with pytest.raises(UserError, match="in the way, and not what an interrupted command left"):
+    with pytest.raises(UserError, match="not the partial output of an interrupted command"):
         Journal(output, MADE_FROM)
     assert part_of(output).read_text() == "my notes\n"
 
@@ -103,9 +103,9 @@ def test_outputs_that_cannot_be_are_found_out_before_the_work(tmp_path):
         (tmp_path / "folder", "a directory; the output must be a file"),
         (tmp_path / "absent" / "out.txt", "there is no directory"),
         (tmp_path / "in.txt" / "out.txt", "there is no directory"),
-        (tmp_path / "pipe", "no ordinary file"),
+        (tmp_path / "pipe", "not a regular file"),
         (Path("/proc/out.txt"), "cannot be written"),
-        (Path("/dev/null"), "no ordinary file"),
+        (Path("/dev/null"), "not a regular file"),
     ):
         with pytest.raises(UserError, match=message):
             check_writable(str(output), [str(tmp_path / "in.txt")])
@@ -172,7 +172,7 @@ def test_items_of_another_shape_are_made_again(output, line):
 )
 def test_a_first_line_that_is_damaged_is_not_taken_for_ours(output, line):
     part_of(output).write_bytes(line + b'\n[0, {"texts": ["x"]}]\n')
-    with pytest.raises(UserError, match="in the way, and not what an interrupted command left"):
+    with pytest.raises(UserError, match="not the partial output of an interrupted command"):
         Journal(output, MADE_FROM)
 
 

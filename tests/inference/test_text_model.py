@@ -9,9 +9,9 @@ import tiny_seq2seq
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.generate_texts import configure, make_plan
-from mtl_jax.inference.text_model import Asked, from_checkpoint
+from mtl_jax.inference.text_model import TextRequest, from_checkpoint
 
-TRANSLATE = Asked("translation")
+TRANSLATE = TextRequest("translation")
 
 
 def test_marian_puts_pieces_together_with_the_vocabulary_of_the_target(tmp_path):
@@ -58,7 +58,7 @@ def test_mbart_is_told_the_languages_by_tokens(tmp_path, cls, source, start):
     assert found == start
     french = tokenizer.convert_tokens_to_ids("fr_XX")
     assert model.decode([2, french, *pieces, 2, 1]) == "the"
-    with pytest.raises(UserError, match="give --target-language, the model writes several; choices: ar_AR, "):
+    with pytest.raises(UserError, match="the model writes several languages; choose one by --target-language: ar_AR, "):
         configure(from_checkpoint(str(folder), TRANSLATE), {}, "mbart")
     with pytest.raises(UserError, match=r"unknown language of .*: 'fr'"):
         from_checkpoint(str(folder), TRANSLATE._replace(target="fr"))
@@ -75,14 +75,14 @@ def test_mbart_that_was_tuned_to_one_pair_needs_no_language(tmp_path):
 
 def test_t5_reads_its_task_in_front_of_the_text(tmp_path):
     folder = str(tiny_seq2seq.write_t5(tmp_path / "t5"))
-    assert from_checkpoint(folder, Asked("summarization")).setting.prefix == "summarize: "
-    german = from_checkpoint(folder, Asked("translation", "en", "de"))
+    assert from_checkpoint(folder, TextRequest("summarization")).setting.prefix == "summarize: "
+    german = from_checkpoint(folder, TextRequest("translation", "en", "de"))
     assert german.setting.prefix == "translate English to German: "
     assert configure(german, {"max_length": None}, "t5").num_beams == 3
     assert configure(german, {"num_beams": 1}, "t5").num_beams == 1
-    assert from_checkpoint(folder, Asked("translation", prefix="say in Finnish: ")).setting.prefix == "say in Finnish: "
+    assert from_checkpoint(folder, TextRequest("translation", prefix="say in Finnish: ")).setting.prefix == "say in Finnish: "
     with pytest.raises(UserError, match="choose by --source-language and --target-language"):
-        from_checkpoint(folder, Asked("translation", "en", "fi"))
+        from_checkpoint(folder, TextRequest("translation", "en", "fi"))
     assert (german.max_positions, german.max_source) == (None, 40)
 
 
@@ -111,7 +111,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path):
     assert (plan.text_of, [*plan.refused], [*whole.refused]) == ([0, 3], [1], [])
     with pytest.raises(UserError, match="text 2: the token '▁the' has the id 500"):
         make_plan(model, ["", "the film"], "cut", None)
-    with pytest.raises(UserError, match="what stands beside every text: the token '▁the' has the id 500"):
+    with pytest.raises(UserError, match="prefix and special tokens: the token '▁the' has the id 500"):
         make_plan(model._replace(setting=model.setting._replace(prefix="the ")), ["film"], "cut", None)
 
 
@@ -132,7 +132,7 @@ def test_classes_that_cannot_write_are_named(tmp_path):
         ),
         (
             {"architectures": []},
-            "a marian without a head, which cannot write texts; one of MarianMTModel, MarianModel is needed",
+            "marian without a head cannot generate texts; one of MarianMTModel, MarianModel is needed",
         ),
     ):
         (folder / "config.json").write_text(json.dumps(raw | changed))

@@ -15,7 +15,7 @@ from vocabularies import bert_like, roberta_like
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.tokenize import encode
 from mtl_jax.inference.text_model import encoder
-from mtl_jax.pretrained.locate import _panics_unsaid, foreign, load_tokenizer
+from mtl_jax.pretrained.locate import _without_panic_traces, foreign, load_tokenizer
 
 TEXTS = ["the film is a b", "电 z\u200d ḟ", "<s> [MASK] </s>", "aab 12,3 don't"]
 HUGE = 10**30
@@ -306,7 +306,7 @@ def test_a_panic_of_rust_is_one_line_on_standard_error_too(whole, tmp_path, capf
 
 def test_what_else_is_written_while_a_tokenizer_is_read_comes_out(capfd):
     def says(text, error=None):
-        with _panics_unsaid():
+        with _without_panic_traces():
             os.write(2, text)
             if error is not None:
                 raise error

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from mtl_jax import decoding, pretrained
 from mtl_jax.core.errors import UserError
 from mtl_jax.decoding.config import FIELDS
-from mtl_jax.inference.text_model import Asked, from_checkpoint
+from mtl_jax.inference.text_model import TextRequest, from_checkpoint
 from mtl_jax.pretrained import placing
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -61,7 +61,7 @@ def opens(family, field, value, folder):
         assert len(checkpoint.labels) == checkpoint.config.num_labels
         if checkpoint.head == "seq2seq_lm":
             decoding.fitted(checkpoint.model, decoding.resolve(checkpoint.raw, checkpoint.location))
-            from_checkpoint(str(folder), Asked("summarization"))
+            from_checkpoint(str(folder), TextRequest("summarization"))
     except UserError as error:
         one_short_line(error)
         return error
@@ -112,7 +112,7 @@ def test_a_wrapped_name_is_looked_up_in_one_pass():
     names = ["a.b.weight", "weight", "b.weight"]
     tensors = dict.fromkeys(["module.a.b.weight", "a.b.weight", "weight", "xa.b.weight", "m.n.b.weight", "b.weightx"])
     slow = {n: [t.removesuffix(n) for t in tensors if t == n or t.endswith(f".{n}")] for n in names}
-    assert placing._before(names, tensors) == slow
+    assert placing._prefixes(names, tensors) == slow
 
 
 GENERATION = [(field, value) for field in FIELDS for value in [*VALUES, [10**30], [1] * 20_000, [[1]] * 20_000]]

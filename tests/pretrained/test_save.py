@@ -11,6 +11,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 
 from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
@@ -41,6 +42,13 @@ def test_everything_goes_out_and_comes_back(bert, tmp_path):
     assert again.tokenizer("good film")["input_ids"] == loaded.tokenizer("good film")["input_ids"]
 
 
+def test_a_file_has_the_bytes_that_the_package_of_the_format_writes(bert, tmp_path):
+    pretrained.save(tmp_path / "out", pretrained.load(str(bert)))
+    file = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(file), tmp_path / "theirs", metadata={"format": "pt"})
+    assert file.read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_nothing_half_written_remains(bert, tmp_path, monkeypatch):
     loaded = pretrained.load(str(bert))
     pretrained.save(tmp_path / "out", loaded)
@@ -62,13 +70,13 @@ def test_what_is_there_is_replaced_only_if_it_is_a_checkpoint_and_asked_for(bert
     loaded = pretrained.load(str(bert))
     (tmp_path / "empty").mkdir()
     pretrained.save(tmp_path / "empty", loaded)
-    with pytest.raises(UserError, match="a checkpoint is there already"):
+    with pytest.raises(UserError, match="it holds a checkpoint already"):
         pretrained.save(tmp_path / "empty", loaded)
     changed = dataclasses.replace(loaded, params=jax.tree.map(lambda leaf: leaf + 1, loaded.params))
     pretrained.save(tmp_path / "empty", changed, overwrite=True)
     assert equal(pretrained.load(str(tmp_path / "empty")).params, changed.params)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="a file is in the way"):
+    with pytest.raises(UserError, match="it is a file; choose another"):
         pretrained.save(tmp_path / "file", loaded, overwrite=True)
     with pytest.raises(UserError, match="cannot be written"):
         pretrained.save("/proc/checkpoint", loaded)
@@ -91,8 +99,8 @@ def test_new_heads(bert):
     assert not equal(loaded.params["head"], other.params["head"])
     for options, message in (
         ({"head": "tagging"}, r"unknown head for bert checkpoints: 'tagging'.*choices: auto, masked_lm"),
-        ({"labels": 3}, "labels were given, but a head of kind None has none"),
-        ({"head": "token_classification", "labels": 0}, "labels must be at least one"),
+        ({"labels": 3}, "labels were given, but those of a head of kind None cannot be chosen"),
+        ({"head": "token_classification", "labels": 0}, "labels is empty; a head needs at least one"),
     ):
         with pytest.raises(UserError, match=message):
             pretrained.load(str(bert), **options)

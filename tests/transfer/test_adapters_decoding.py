@@ -11,7 +11,7 @@ import tiny_translation
 import mtl_jax
 from mtl_jax import IA3, Classification, Evaluation, Lora, Optimizer, Phase, Source, adapters_only
 from mtl_jax.inference.predict import open_run, predict
-from mtl_jax.inference.text_model import Asked, from_run
+from mtl_jax.inference.text_model import TextRequest, from_run
 from mtl_jax.merge import merge
 from mtl_jax.merge.method import Method
 from mtl_jax.training import text_evaluation
@@ -65,7 +65,7 @@ def test_texts_are_by_the_adapters_of_the_task_s_source(folder):
 
 def test_a_run_translates(folder):
     (answer,) = predict(folder / "run", "translation", ["the dog sees"])
-    model = from_run(folder / "run", Asked("translation"))
+    model = from_run(folder / "run", TextRequest("translation"))
     ids = model.encode(["the dog sees"], None)
     config = mtl_jax.decoding.GenerationConfig(**model.setting.options)
     (same,) = mtl_jax.decoding.generate_all(model.model, model.params, ids, config)

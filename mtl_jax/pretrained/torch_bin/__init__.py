@@ -1,1 +1,1 @@
-"""PyTorch files read without PyTorch, and without running what they say."""
+"""Reads files of PyTorch tensors without PyTorch, and without running the pickles in them."""

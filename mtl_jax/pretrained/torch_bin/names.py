@@ -1,7 +1,7 @@
-"""The names that a file of PyTorch tensors may use, and the inert records that they become here.
+"""The names that a file of PyTorch tensors may use, and the inert records that stand for them.
 
-Nothing of PyTorch is imported. A listed name is a pair of strings; a call of one of CALLS checks its arguments, which come from
-a stranger, and returns a dict or a Tensor record. Bytes are not touched: a Storage says which ones are meant.
+Nothing of PyTorch is imported. A listed name is a pair of strings; a call of one of CALLS checks its untrusted arguments and
+returns a dict or a Tensor record. No bytes of a tensor are read: a Storage says where they are.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ KEY_TYPES = (str, bytes, int, float, bool, type(None))  # hashing these takes ne
 
 
 class Forbidden(Exception):
-    """The pickle asks for something that no file of tensors needs. The message is what it asks for."""
+    """The pickle asks for something that no file of tensors needs. The message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A listed name: two strings, not the thing that it names."""
+    """A listed name: two strings, not the object with that name."""
 
     module: str
     name: str
@@ -64,8 +64,8 @@ class Storage:
     """A run of elements in the file.
 
     Attributes:
-        key: What the file calls it.
-        dtype: Of its elements.
+        key: Its name in the file.
+        dtype: Dtype of its elements.
         size: Number of its elements.
     """
 
@@ -85,28 +85,28 @@ class Tensor:
     dtype: np.dtype
 
 
-def look_up(module: Any, name: Any) -> Global:
+def resolve(module: Any, name: Any) -> Global:
     """The record for a name.
 
     Raises:
         Forbidden: The name is not listed.
-        ValueError: It is no name.
+        ValueError: It is not a pair of strings.
     """
     if type(module) is not str or type(name) is not str:
-        raise ValueError("a name that is no text")
+        raise ValueError("a name that is not a text")
     if (module, name) in CALLS or (module, name) in STORAGES or (module, name) in DTYPES:
         return Global(module, name)
     raise Forbidden(repr(f"{module}.{name}"[:200]))
 
 
 def call(called: Any, arguments: Any) -> Any:
-    """The value of calling a listed name.
+    """The result of calling a listed name.
 
     Raises:
-        Forbidden: It is none that may be called.
-        ValueError: The arguments are not those of PyTorch.
-        KeyError: So is a dtype.
-        IndexError: There are too few.
+        Forbidden: It is not one of CALLS.
+        ValueError: The arguments are not those that PyTorch writes.
+        KeyError: A dtype is not listed.
+        IndexError: Arguments are missing.
     """
     if type(arguments) is not tuple:
         raise ValueError("a call without a tuple of arguments")
@@ -118,14 +118,16 @@ def call(called: Any, arguments: Any) -> Any:
 
 
 def storage(reference: Any) -> Storage:
-    """The storage that a persistent id means: ("storage", type, key, device, elements), in the older format with None after it.
+    """The storage that a persistent id refers to.
+
+    It is ("storage", type, key, device, elements), in the older format with None after them.
 
     Raises:
         Forbidden: It is a view of a storage.
-        ValueError: It is something else.
+        ValueError: It is not such a tuple.
     """
     if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
-        raise ValueError("a reference that is no storage")
+        raise ValueError("a reference that is not a storage")
     kind, key, size = reference[1], reference[2], reference[4]
     if type(kind) is not Global or (kind.module, kind.name) not in STORAGES or type(key) is not str or not _is_size(size):
         raise ValueError("a storage without type, key or size")
@@ -155,7 +157,7 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     if arguments:
         (pairs,) = arguments  # Python 2 passes a list of [key, value]
         if type(pairs) is not list or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
-            raise ValueError("an OrderedDict of no pairs")
+            raise ValueError("an OrderedDict of something other than pairs")
         insert(result, [(key, value) for key, value in pairs])
     return result
 
@@ -178,7 +180,7 @@ def _tensor_with_dtype(arguments: tuple[Any, ...]) -> Tensor:
 
 def _checked(tensor: Tensor, metadata: list[Any]) -> Tensor:
     if not all(type(sizes) is tuple and all(map(_is_size, sizes)) for sizes in (tensor.shape, tensor.strides)):
-        raise ValueError("a tensor whose shape and strides are no sizes")
+        raise ValueError("a tensor whose shape and strides are not sizes")
     if not _is_size(tensor.offset) or len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 32:
         raise ValueError("a tensor whose offset, shape and strides do not fit together")
     if any(metadata):

@@ -1,16 +1,19 @@
-"""A pickle read as data: its opcodes are interpreted here, and nothing that it names is imported or called.
+"""Reads a pickle as data: interprets its opcodes, and never imports or calls what it names.
 
-A pickle is a small program for a stack machine. Python's own unpickler runs it by importing whatever it names and calling
-that, so a pickle from a stranger can do anything. This reader knows only the opcodes that files of tensors are made of:
+A pickle is a small program for a stack machine. Python's unpickler runs it: it imports whatever the pickle names and calls
+it, so an untrusted pickle can do anything. This reader knows only the opcodes of which files of tensors are made:
 
 - numbers, strings, tuples, lists, dicts, and a memo of values to use again;
-- a name (GLOBAL) becomes a record of two strings if it is listed in torch_names; any other name ends the reading;
+- a name (GLOBAL) becomes a record of two strings if the module names lists it; any other name ends the reading;
 - a call (REDUCE) of a listed name builds a dict or a record from checked arguments;
 - a reference to bytes outside (BINPERSID) becomes a record;
 - attributes (BUILD) are taken for dicts only, and dropped.
 
-No opcode here imports anything, calls anything else, or sets an attribute, and every other opcode ends the reading. What is
-built is no larger than the pickle: strings and numbers are cut out of it, and the memo is a dict.
+No opcode here imports anything, calls anything else, or sets an attribute, and every other opcode ends the reading. The values
+that are built are no larger than the pickle: strings and numbers are cut out of it, and the memo is a dict.
+
+An allow-list for pickle.Unpickler would restrict names only: its C code still sets attributes, accepts every opcode, and
+allocates a memo of whatever size an opcode names, and it cannot say at which byte a pickle is damaged.
 """
 
 from __future__ import annotations
@@ -23,16 +26,16 @@ from mtl_jax.pretrained.torch_bin import names
 
 
 class Malformed(Exception):
-    """The bytes are no pickle of tensors. The message says what is wrong, and where."""
+    """The bytes are not a pickle of tensors. The message says what is wrong, and where."""
 
 
 class _Op(NamedTuple):
-    """What an opcode does with the number behind it, and the number's struct format.
+    """What an opcode does with the number that follows it, and the struct format of that number.
 
-    For "text", "bytes" and "integer" the number says how many bytes follow.
+    For "text", "bytes" and "integer" the number is how many bytes follow.
     """
 
-    does: str
+    action: str
     format: str
 
 
@@ -80,10 +83,10 @@ class PickleReader:
         self._memo: dict[int, Any] = {}
 
     def read(self) -> Any:
-        """The value of the next pickle: plain values and the records of torch_names.
+        """The value of the next pickle: plain values, and the records of the module names.
 
         Raises:
-            torch_names.Forbidden: It asks for a name, a call or an opcode that is not listed.
+            names.Forbidden: It asks for a name, a call or an opcode that is not listed.
             Malformed: It is damaged.
         """
         self._stack, self._marks, self._memo = [], [], {}
@@ -130,10 +133,10 @@ class PickleReader:
             self._memo[len(self._memo)] = self._top()
         elif code == b"c":
             module = self._line()
-            stack.append(names.look_up(module, self._line()))
+            stack.append(names.resolve(module, self._line()))
         elif code == b"\x93":
             name, module = self._pop(), self._pop()
-            stack.append(names.look_up(module, name))
+            stack.append(names.resolve(module, name))
         elif code == b"R":
             arguments, called = self._pop(), self._pop()
             stack.append(names.call(called, arguments))
@@ -150,17 +153,17 @@ class PickleReader:
 
     def _argument(self, op: _Op) -> None:
         (number,) = struct.unpack(op.format, self._take(struct.calcsize(op.format)))
-        if op.does == "number":
+        if op.action == "number":
             self._stack.append(number)
-        elif op.does == "integer":
+        elif op.action == "integer":
             self._stack.append(int.from_bytes(self._take(number), "little", signed=True))
-        elif op.does == "text":
+        elif op.action == "text":
             self._stack.append(self._take(number).decode("utf-8"))
-        elif op.does == "bytes":
+        elif op.action == "bytes":
             self._stack.append(self._take(number))
-        elif op.does == "put":
+        elif op.action == "put":
             self._memo[number] = self._top()
-        elif op.does == "get":
+        elif op.action == "get":
             self._stack.append(self._memo[number])
 
     def _take(self, size: int) -> bytes:

@@ -9,14 +9,14 @@ The older format is a row of pickles: a magic number, a protocol version, facts 
 tensors, the list of storage keys. Then, for each key in that order, come a 64-bit number of elements and the elements, always
 little-endian.
 
-A storage is a run of elements; a tensor is a view of one, given by offset, shape and strides. Several may share a storage.
+A storage is a run of elements; a tensor is a view of a storage, given by offset, shape and strides. Several tensors may share
+a storage.
 
-Why this is safe: a pickle is a program, but here it is not run. The module opcodes interprets it as data and stops at any name
-that torch_names does not list. The worst that a hostile file can do is to describe tensors: every view is checked against its
-storage, every storage against the file, and no tensor may be larger than the whole file.
+Why this is safe: a pickle is a program, but it is not run. The module opcodes interprets it as data and stops at any name that
+the module names does not list. A hostile file can only describe tensors: every view is checked against its storage, every
+storage against the file, and no tensor may be larger than the whole file.
 
-The file is mapped, and a tensor that is read is a view of the map, so opening copies no tensor. The file must not change while
-it is in use.
+Opening copies no tensor: each is a view of a mapping of the file. The file must not change while it is in use.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def open_bin(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a file that torch.save wrote from a state dict, in the file's order.
 
     Args:
-        path: The file, in either format. Where it holds a dict without tensors and one dict below "state_dict" or "model", that
-            one is meant.
+        path: The file, in either format. If it holds a dict without tensors that has a dict below "state_dict" or "model", that
+            inner dict is read.
 
     Returns:
-        Tensors by name. They are read-only views of maps of their own, not always contiguous or aligned.
+        Tensors by name. They are read as read-only views of separate mappings, not always contiguous or aligned.
 
     Raises:
-        UserError: The file is damaged, no file of tensors, or its pickle names anything but tensors.
+        UserError: The file is damaged or not a file of tensors, or its pickle names anything but tensors.
     """
     check_regular(path)
     try:
@@ -75,18 +75,18 @@ def open_bin(path: Path) -> dict[str, LazyTensor]:
         ) from error
     except Malformed as error:
         raise UserError(
-            f"{path}: damaged, or no PyTorch file of tensors ({error}); fetch it again, or convert it to safetensors"
+            f"{path}: damaged, or not a PyTorch file of tensors ({error}); fetch it again, or convert it to safetensors"
         ) from error
 
 
 def _open_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, int]]:
-    """What the pickle holds, and where in the file each storage begins."""
+    """The pickle's value, and the byte of the file where each storage begins."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
     # NotImplementedError is what zipfile raises for an archive of a version that it does not know.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise Malformed(f"no whole zip archive: {error}") from error
+        raise Malformed(f"not a complete zip archive: {error}") from error
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise Malformed(f"{len(pickles)} members are called data.pkl")
@@ -123,14 +123,14 @@ def _span(data: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _open_legacy(data: mmap.mmap) -> tuple[Any, dict[str, int]]:
-    """What the pickle holds, and where in the file each storage begins."""
+    """The pickle's value, and the byte of the file where each storage begins."""
     reader = PickleReader(data, 0, len(data))
     if reader.read() != _MAGIC_NUMBER or reader.read() != _PROTOCOL_VERSION:
-        raise Malformed("it does not begin as one")
+        raise Malformed("it does not begin like one")
     reader.read()  # sizes of C types and the byte order of the machine: neither bears on what follows
     value, keys = reader.read(), reader.read()
     if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != reader.storages.keys():
-        raise Malformed("its list of storages is not that of its tensors")
+        raise Malformed("its list of storages differs from those of its tensors")
     starts: dict[str, int] = {}
     position = reader.position
     for key in keys:
@@ -145,11 +145,11 @@ def _open_legacy(data: mmap.mmap) -> tuple[Any, dict[str, int]]:
 
 
 def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
-    """The tensors in what the file holds, which must be a dict of tensors, or a dict without tensors that has one."""
+    """The dict of tensors that the file holds, either itself or below one key of a dict without tensors."""
     if type(value) is dict and not any(type(entry) is Tensor for entry in value.values()):
-        found = [key for key in _NESTED if type(value.get(key)) is dict]
-        if len(found) == 1:
-            value = value[found[0]]
+        nested = [key for key in _NESTED if type(value.get(key)) is dict]
+        if len(nested) == 1:
+            value = value[nested[0]]
     if type(value) is not dict:
         raise UserError(f"{path}: holds a {type(value).__name__}, not a dict of tensors; save model.state_dict()")
     for name, entry in value.items():
@@ -160,7 +160,7 @@ def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
 
 
 def _lazy(path: Path, length: int, name: str, tensor: Tensor, starts: Mapping[str, int]) -> LazyTensor:
-    """The tensor as a view of a map of its own; checks that it lies inside its storage."""
+    """The tensor as a view of a separate mapping; checks that it lies inside its storage."""
     size, start = tensor.dtype.itemsize, starts[tensor.storage.key]
     # A stride of 0 repeats elements, so few bytes could be said to be many.
     if math.prod(max(n, 1) for n in tensor.shape) * size > length:

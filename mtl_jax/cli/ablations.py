@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mtl_jax.cli import scripts
+from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,17 +96,17 @@ def method_list(text: str) -> list[str]:
     """Rules with their options: "equal,cagrad:c=0.4,db_mtl:a=1,b=2" has three.
 
     Raises:
-        UserError: An option follows no method that has some.
+        UserError: An option does not follow a method that has options.
     """
-    found: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        if "=" in part and ":" not in part:
-            if not found or ":" not in found[-1]:
-                raise UserError(f"--methods {text}: {part!r} is an option without a method; write NAME:OPTION=NUMBER")
-            found[-1] += f",{part}"
+    methods: list[str] = []
+    for part in filter(None, name_options.split(text, ",")):
+        if not name_options.is_option(part):
+            methods.append(part)
+        elif methods and ":" in methods[-1]:
+            methods[-1] += f",{part}"
         else:
-            found.append(part)
-    return found
+            raise UserError(f"--methods {text}: {part!r} is an option without a method; write NAME:OPTION=VALUE")
+    return methods
 
 
 def dry(planned: list[Program], at_once: int, memory: float) -> str:

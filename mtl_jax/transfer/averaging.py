@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core import name_options
+from mtl_jax.core.errors import UserError
 
 KINDS = ("none", "ema", "last")
+FORM = "none, ema[:decay=D] or last:n=N"
 DECAY = 0.999
 
 
@@ -104,25 +106,19 @@ def make(text: str) -> Averaging:
     """The averaging that is given as text: "none", "ema", "ema:decay=0.99", "last:n=5".
 
     Raises:
-        UserError: It is none of these, or its number is refused.
+        UserError: The name is unknown, or its option is missing or refused.
     """
-    name, colon, rest = text.partition(":")
-    if name not in KINDS:
-        raise unknown("averaging", name, KINDS)
-    if not colon and name != "last":
-        return none() if name == "none" else ema()
-    option = {"ema": "decay", "last": "n"}.get(name)
-    given, _, number = rest.partition("=")
-    if option is None or given != option:
-        raise UserError(f"averaging is {text!r}; write none, ema[:decay=D] or last:n=N")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if name == "ema":
-        if not 0 < value < 1:
+    name, _, options = name_options.parse(text, "averaging", KINDS, form=FORM)
+    if name == "none" and not options:
+        return none()
+    if name == "ema" and set(options) <= {"decay"}:
+        decay = name_options.number(options.get("decay", DECAY))
+        if not 0 < decay < 1:
             raise UserError(f"averaging is {text!r}; decay must be a number above 0 and below 1")
-        return ema(value)
-    if not (value >= 2 and value == int(min(value, 1e9))):
-        raise UserError(f"averaging is {text!r}; n must be a whole number of at least 2")
-    return last(int(value))
+        return ema(decay)
+    if name == "last" and set(options) == {"n"}:
+        n = name_options.number(options["n"])
+        if not (n >= 2 and n == int(min(n, 1e9))):
+            raise UserError(f"averaging is {text!r}; n must be a whole number of at least 2")
+        return last(int(n))
+    raise UserError(f"averaging is {text!r}; write {FORM}")

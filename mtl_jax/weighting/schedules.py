@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
 
 Schedule = Callable[[jax.Array], jax.Array]
+FORM = "a number or a schedule such as linear_schedule(1.0, 0.0, 1000)"
 
 
 def dann_schedule(init_value: float, end_value: float, transition_steps: int, sharpness: float = 10.0) -> Schedule:
@@ -78,37 +79,30 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def parse(weight: float | str | Schedule, task: str, field: str = "weights") -> float | Schedule:
-    """A weight with its text, if it is one, read: a number, or the call of one of SCHEDULES with literal arguments.
+    """A weight; one that is text is read: a number, or a name of SCHEDULES with its arguments.
 
     Args:
         weight: The weight.
-        task: Whose it is; with `field`, where it stands, for errors.
-        field: As it says.
+        task: The task or regulariser that it belongs to; errors name it.
+        field: The field of the configuration that the weight stands in; errors name it.
 
     Raises:
-        UserError: It is neither.
+        UserError: The text is neither.
     """
     if not isinstance(weight, str):
         return weight
     try:
         return float(weight)
     except ValueError:
-        pass  # not a number: a call
+        pass  # not a number: a schedule
+    name, arguments, options = name_options.parse(weight, f"{field}: {task}", form=FORM, arguments=True)
+    if name not in SCHEDULES:
+        if not arguments and not options:  # a mistyped number, perhaps
+            raise UserError(f"{field}: {task} is {weight!r}; write {FORM}")
+        raise unknown(f"schedule in the weight of {task!r}:", name, SCHEDULES)
     try:
-        call = ast.parse(weight, mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError("not a call")
-        arguments = [ast.literal_eval(argument) for argument in call.args]
-        options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{field}: {task} is {weight!r}; write a number or a schedule such as linear_schedule(1.0, 0.0, 1000)"
-        ) from error
-    if call.func.id not in SCHEDULES:
-        raise unknown(f"schedule in the weight of {task!r}:", call.func.id, SCHEDULES)
-    try:
-        return SCHEDULES[call.func.id](*arguments, **options)
-    except (TypeError, ValueError, AttributeError) as error:
+        return SCHEDULES[name](*arguments, **options)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{field}: {task} is {weight!r}: {error}") from error
 
 

@@ -159,7 +159,7 @@ class RDrop(Regulariser):
 AnyRegulariser = L2SP | EWC | Distillation | RDrop
 
 
-def of_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> tuple[AnyRegulariser, ...]:
+def without_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> tuple[AnyRegulariser, ...]:
     """The regularisers without the tasks that are left out of a run.
 
     Args:

@@ -1,22 +1,17 @@
-"""The experiment: one frozen dataclass that a script builds and the command line can change."""
+"""The experiment: one frozen dataclass that a script builds, the command line can change, and check() checks."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
-
-import cattrs
-from cattrs.strategies import configure_tagged_union
+import string
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from mtl_jax import weighting
 from mtl_jax.core import configuration
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, count, listed, unknown
-from mtl_jax.core.files import to_json as strict
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
@@ -34,6 +29,7 @@ from mtl_jax.trunks import AnyTrunk, Pretrained
 
 BASELINES = ("none", "constant", "probe")
 DTYPES = ("auto", "float32", "bfloat16")
+NAME_CHARACTERS = set(string.ascii_letters + string.digits + "_-")
 HeadWeights = bool | Literal["rule"]
 
 log = logging.getLogger(__name__)
@@ -41,14 +37,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Configuration):
-    """Measuring on dev while training, and what the result is compared with.
+    """Evaluation on dev during training, and the baselines that the result is compared with.
 
     Attributes:
-        every: Steps between evaluations on dev; the end of a phase is always one.
-        criterion: What makes a checkpoint the best: mean (of the tasks' metrics), a task, or TASK/METRIC. Higher is better.
-        patience: Stop after so many evaluations without a new best; 0: never.
-        baseline: Compared with on test. constant: majority class or mean; of tasks that write texts, the first sentence of what
-            they read. probe: that, and a linear model on the trunk's features before training. none: nothing.
+        every: Steps between evaluations on dev; every phase also ends with one.
+        criterion: The score that decides which checkpoint is the best: mean (of the tasks' metrics), a task, or TASK/METRIC.
+            Higher is better.
+        patience: Stop after this many evaluations without a new best score; 0: never.
+        baseline: The baselines on test. constant: the majority class or the mean; for tasks that write texts, the first
+            sentence of the input. probe: constant, and a linear model on the trunk's features before training. none: nothing.
     """
 
     every: int = 100
@@ -63,9 +60,9 @@ class Checkpoints(Configuration):
 
     Attributes:
         every: Steps between checkpoints; one is also written with every evaluation, and at the end.
-        keep: How many of the latest are kept, beside the best by dev.
-        frozen: Whether parameters of a pretrained trunk that train in no phase are in them, too. Else they are read from
-            trunk.path again, which must not change; with adapters, a checkpoint is a few MB.
+        keep: Number of latest checkpoints that are kept, beside the best one by dev.
+        frozen: Whether checkpoints include parameters of a pretrained trunk that train in no phase. If false, these are read
+            from trunk.path again, which must not change; with adapters, a checkpoint then has a few MB.
     """
 
     every: int = 100
@@ -75,39 +72,41 @@ class Checkpoints(Configuration):
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Configuration):
-    """Everything that decides a run's numbers.
+    """Everything that decides the numbers of a run.
 
     Attributes:
         name: The experiment's name.
         trunk: The shared network.
         sources: Where rows come from.
-        tasks: What is predicted from them.
-        phases: What trains, and for how long.
-        init_from: Another run, or a checkpoint, whose parameters these begin as; a run that goes on does not need it any more.
-        adapters: Parameters added inside the trunk, trunk/adapters/NAME/... to the phases' rules.
+        tasks: What is predicted from the rows.
+        phases: Which parameters train, and for how long.
+        init_from: Another run, or a checkpoint, that gives the initial parameters; a resumed run no longer needs it.
+        adapters: Parameters that are added inside the trunk; the phases' rules call them trunk/adapters/NAME/...
         weighting: The rule that weighs the losses.
         weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
             step such as "linear_schedule(1.0, 0.0, 1000)".
         weighting_options: Options of the rule, such as c 0.5 for cagrad.
-        combinators: What is done to the rule, the innermost first: normalized[:total=T], every:k=K, subset:s=S[,temperature=T],
-            clipped[:low=L,high=H], ema[:decay=D].
-        gram_over: For rules that compare task gradients: over which parameters. trunk: all of it that trains; a regular
-            expression of parameter paths; representation: the trunk's output, the cheapest.
-        gram_dtype: In which task gradients are held, and so the trunk's gradient is rounded: float32 or bfloat16. They take K
-            times the trainable trunk.
-        weigh_heads: Whether a head's own gradient is multiplied by its task's weight, or by 0 where that is negative: true,
-            false (it follows its plain loss), or rule: as the rule's source has it.
-        regularisers: Losses beside those of the tasks, which the weighting rule does not see, each with a weight of its own.
-        mixout: Mixing parameters with their start while training.
+        combinators: Combinators around the rule, the innermost first: normalized[:total=T], every:k=K,
+            subset:s=S[,temperature=T], clipped[:low=L,high=H], ema[:decay=D].
+        gram_over: For rules that compare task gradients: the parameters that the gradients are taken with respect to. trunk:
+            all its trainable parameters; a regular expression of parameter paths; representation: the trunk's output in place
+            of parameters, which is the cheapest.
+        gram_dtype: The dtype of stored task gradients, to which the trunk's gradient is therefore rounded: float32 or bfloat16.
+            They need K times the memory of the trainable trunk.
+        weigh_heads: Whether a head's own gradient is multiplied by its task's weight (by 0 if the weight is negative): true,
+            false (the head follows its unweighted loss), or rule: as in the paper or program that the rule is from.
+        regularisers: Losses beside those of the tasks; the weighting rule does not see them, and each has its own weight.
+        mixout: During training, some numbers of the parameters are replaced by their initial values.
         only: Train these tasks and leave the others out; empty: all.
-        optimizer: How parameters follow the gradient.
-        averaging: What is measured on dev and test, and kept as the result. none: the parameters as they are; ema[:decay=D]:
-            their debiased exponential moving average over a phase's steps; last:n=N: their mean over its last N evaluations.
+        optimizer: How gradients become updates of the parameters.
+        averaging: The parameters that are evaluated and kept as the result. none: the parameters themselves; ema[:decay=D]:
+            their debiased exponential moving average over the steps of a phase; last:n=N: their mean over the phase's last N
+            evaluations.
         batch: Shape of a batch and mixture of the sources.
-        evaluation: Dev evaluation, early stopping, baselines.
-        checkpoints: When checkpoints are written, how many are kept.
-        seed: Seed of initialisation, data order and dropout.
-        data_seed: Seed of the data order, where it is to be another; None: the same. Runs that share it see the same batches.
+        evaluation: Evaluation on dev, early stopping, baselines.
+        checkpoints: When checkpoints are written, and how many are kept.
+        seed: Seed of the initialisation, the data order and dropout.
+        data_seed: Seed of the data order alone; None: seed decides it, too. Runs with one data_seed see the same batches.
         dtype: Compute dtype: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere).
         devices: Number of devices to use; 0: all.
     """
@@ -141,10 +140,10 @@ class Experiment(Configuration):
 
 
 def select(experiment: Experiment) -> Experiment:
-    """The experiment with only the tasks that `only` names, their weights and regularisers, and the shares of their sources.
+    """The experiment reduced to the tasks that `only` names, with the weights, shares and regularisers that belong to them.
 
     Raises:
-        UserError: `only` names an unknown task, or leaves a regulariser without any.
+        UserError: `only` names an unknown task, or leaves a regulariser without any task.
     """
     names = [task.name for task in experiment.tasks]
     for name in experiment.only:
@@ -152,33 +151,34 @@ def select(experiment: Experiment) -> Experiment:
             raise unknown("task in only:", name, names)
     if not experiment.only:
         return experiment
+    tasks = tuple(task for task in experiment.tasks if task.name in experiment.only)
+    sources = {task.source for task in tasks}
     dropped = set(names) - set(experiment.only)
 
-    def kept(weights: dict[str, float | str]) -> dict[str, float | str]:
+    def selected_weights(weights: dict[str, float | str]) -> dict[str, float | str]:
         return {task: weight for task, weight in weights.items() if task not in dropped}
 
-    sources = {task.source for task in experiment.tasks if task.name not in dropped}
-
-    def seen(shares: dict[str, float]) -> dict[str, float]:
+    def selected_shares(shares: dict[str, float]) -> dict[str, float]:
         return {source: share for source, share in shares.items() if source in sources}
 
     return dataclasses.replace(
         experiment,
-        tasks=tuple(task for task in experiment.tasks if task.name not in dropped),
+        tasks=tasks,
         phases=tuple(
-            dataclasses.replace(phase, weights=kept(phase.weights), shares=seen(phase.shares)) for phase in experiment.phases
+            dataclasses.replace(phase, weights=selected_weights(phase.weights), shares=selected_shares(phase.shares))
+            for phase in experiment.phases
         ),
-        batch=dataclasses.replace(experiment.batch, shares=seen(experiment.batch.shares)),
-        weights=kept(experiment.weights),
-        regularisers=regularisers.of_tasks(experiment.regularisers, dropped),
+        batch=dataclasses.replace(experiment.batch, shares=selected_shares(experiment.batch.shares)),
+        weights=selected_weights(experiment.weights),
+        regularisers=regularisers.without_tasks(experiment.regularisers, dropped),
     )
 
 
 def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
-    """The weighting rule of a phase.
+    """The weighting rule of a phase, its combinators included.
 
     Raises:
-        UserError: The rule or a weight is refused.
+        UserError: The rule, a combinator or a weight is refused.
     """
     if phase.weights:
         return weighting.scheduled(phase.weights)
@@ -198,16 +198,22 @@ def weighs_heads(experiment: Experiment, rule: weighting.Rule) -> bool:
     return rule.weighs_heads if experiment.weigh_heads == "rule" else bool(experiment.weigh_heads)
 
 
-def as_begun(experiment: Experiment, before: Any) -> Experiment:
-    """The experiment, with the heads weighted as in the workdir in which it goes on.
+def data_seed_of(experiment: Experiment) -> int:
+    """The seed of the data order."""
+    return experiment.seed if experiment.data_seed is None else experiment.data_seed
 
-    Before a rule said how its heads are trained, every rule weighted them, and configurations say so by true.
+
+def keep_head_weights(experiment: Experiment, stored: Any) -> Experiment:
+    """The experiment with the head weights of the workdir that it resumes.
+
+    Earlier versions weighted the heads under every rule; their configurations have weigh_heads true, where today's default
+    is "rule".
 
     Args:
-        experiment: The experiment now.
-        before: config.json of the workdir, or None.
+        experiment: The experiment that resumes.
+        stored: The parsed config.json of the workdir, or None.
     """
-    if not (isinstance(before, Mapping) and before.get("weigh_heads") is True and experiment.weigh_heads == "rule"):
+    if not (isinstance(stored, Mapping) and stored.get("weigh_heads") is True and experiment.weigh_heads == "rule"):
         return experiment
     if not all(rule_of(experiment, phase).weighs_heads for phase in experiment.phases):
         log.info("weigh_heads is rule, but this workdir was begun with true: its heads keep their weighted gradients")
@@ -215,25 +221,44 @@ def as_begun(experiment: Experiment, before: Any) -> Experiment:
 
 
 def check(experiment: Experiment) -> None:
-    """Finds what is wrong with an experiment before anything is read or written.
+    """Checks an experiment before anything is read or written.
 
     Raises:
-        UserError: One line that names the field.
+        UserError: One line that names the field and says what to write.
     """
-    configuration.check(experiment, coarse=True)  # what the checks below could not take; they say more than the last one
-    for what, names in {
-        "task": [t.name for t in experiment.tasks],
-        "source": [s.name for s in experiment.sources],
-        "phase": [p.name for p in experiment.phases],
+    configuration.check(experiment, coarse=True)  # refuses what the checks below cannot compare; they say more
+    _check_names(experiment)
+    steps = _check_phases(experiment)
+    _check_tasks(experiment)
+    loading.check(experiment.init_from)
+    adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
+    names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
+    regularisers.check(experiment.regularisers, experiment.mixout, names, phases, steps)
+    _check_settings(experiment)
+    batches.check(experiment.batch)
+    optimizers.check(experiment.optimizer)
+    averaging.make(experiment.averaging)
+    configuration.check(experiment)
+
+
+def _check_names(experiment: Experiment) -> None:
+    for kind, names in {
+        "task": [task.name for task in experiment.tasks],
+        "source": [source.name for source in experiment.sources],
+        "phase": [phase.name for phase in experiment.phases],
     }.items():
         if not names:
-            raise UserError(f"the experiment has no {what}")
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise UserError(f"{what} names must differ: {listed(sorted(twice))}")
+            raise UserError(f"the experiment has no {kind}")
+        repeated = {name for name in names if names.count(name) > 1}
+        if repeated:
+            raise UserError(f"{kind} names must differ: {listed(sorted(repeated))}")
         for name in names:
-            if not name or not set(name) <= _NAME_CHARACTERS:
-                raise UserError(f"{what} name {name!r}: use letters, digits, '_' and '-' only")
+            if not name or not set(name) <= NAME_CHARACTERS:
+                raise UserError(f"{kind} name {name!r}: use letters, digits, '_' and '-' only")
+
+
+def _check_phases(experiment: Experiment) -> int:
+    """Checks the phases, and returns the number of steps of the run."""
     start = 0
     for phase in experiment.phases:
         if phase.steps < 1:
@@ -250,11 +275,29 @@ def check(experiment: Experiment) -> None:
         weighting.check_steps(phase.weights or experiment.weights, steps)
         _check_some_weight(experiment, phase, steps)
         start += phase.steps
+    return start
+
+
+def _check_some_weight(experiment: Experiment, phase: Phase, steps: range) -> None:
+    """Raises UserError if all given weights are 0 in all steps of a phase, and nothing else changes a parameter."""
+    weights = phase.weights or ({} if experiment.combinators else experiment.weights)
+    if not weights or experiment.regularisers or not weighs_heads(experiment, rule_of(experiment, phase)):
+        return
+    if not any(weighting.schedules.over(weight, steps, task).any() for task, weight in weights.items()):
+        field = f"phases.{phase.name}.weights" if phase.weights else "weights"
+        raise UserError(
+            f"{field}: every task's weight is 0 in all steps of phase {phase.name!r}, so nothing would be learned; give one "
+            "task a weight above 0"
+        )
+
+
+def _check_tasks(experiment: Experiment) -> None:
+    sources = {source.name: source for source in experiment.sources}
     for task in experiment.tasks:
-        if task.source not in [s.name for s in experiment.sources]:
-            raise unknown(f"source of task {task.name!r}:", task.source, [s.name for s in experiment.sources])
+        if task.source not in sources:
+            raise unknown(f"source of task {task.name!r}:", task.source, sources)
         task.check()
-        task.check_source(next(s for s in experiment.sources if s.name == task.source))
+        task.check_source(sources[task.source])
         if task.target_length > experiment.batch.target_places:
             raise UserError(
                 f"task {task.name!r}: target_length is {task.target_length}, but rows have room for "
@@ -266,12 +309,13 @@ def check(experiment: Experiment) -> None:
                 f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
                 "declare the same file as a second source"
             )
-    loading.check(experiment.init_from)
-    adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
-    names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
-    regularisers.check(experiment.regularisers, experiment.mixout, names, phases, start)
+
+
+def _check_settings(experiment: Experiment) -> None:
+    """Checks single fields of the experiment, its evaluation and its checkpoints."""
+    evaluation, checkpoints = experiment.evaluation, experiment.checkpoints
     for field, value, choices in (
-        ("evaluation.baseline", experiment.evaluation.baseline, BASELINES),
+        ("evaluation.baseline", evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
         ("gram_dtype", experiment.gram_dtype, DTYPES[1:]),
     ):
@@ -280,123 +324,15 @@ def check(experiment: Experiment) -> None:
     if not isinstance(experiment.weigh_heads, bool) and experiment.weigh_heads != "rule":
         raise UserError(f"weigh_heads is {experiment.weigh_heads!r}; it must be true, false or rule")
     for field, number in (
-        ("evaluation.every", experiment.evaluation.every),
-        ("checkpoints.every", experiment.checkpoints.every),
-        ("checkpoints.keep", experiment.checkpoints.keep),
+        ("evaluation.every", evaluation.every),
+        ("checkpoints.every", checkpoints.every),
+        ("checkpoints.keep", checkpoints.keep),
     ):
         if number < 1:
             raise UserError(f"{field} is {number}; it must be at least 1")
-    if not experiment.checkpoints.frozen and (not isinstance(experiment.trunk, Pretrained) or experiment.trunk.fresh):
+    if not checkpoints.frozen and (not isinstance(experiment.trunk, Pretrained) or experiment.trunk.fresh):
         raise UserError("checkpoints.frozen is false, but a trunk from scratch is in its checkpoints only: leave it true")
     seeds = (("seed", experiment.seed), ("data_seed", experiment.data_seed or 0))
     for field, number in (*seeds, ("devices", experiment.devices)):
         if number < 0:
             raise UserError(f"{field} is {number}; it must not be negative")
-    batches.check(experiment.batch)
-    optimizers.check(experiment.optimizer)
-    averaging.make(experiment.averaging)
-    configuration.check(experiment)
-
-
-def _check_some_weight(experiment: Experiment, phase: Phase, steps: range) -> None:
-    """Raises UserError where all given weights are 0 in all steps of a phase, and nothing else moves a parameter."""
-    weights = phase.weights or ({} if experiment.combinators else experiment.weights)
-    if not weights or experiment.regularisers or not weighs_heads(experiment, rule_of(experiment, phase)):
-        return
-    if not any(weighting.schedules.over(weight, steps, task).any() for task, weight in weights.items()):
-        where = f"phases.{phase.name}.weights" if phase.weights else "weights"
-        raise UserError(
-            f"{where}: every task's weight is 0 in all steps of phase {phase.name!r}, so nothing would be learned; give one "
-            "task a weight above 0"
-        )
-
-
-_NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
-
-
-def data_seed_of(experiment: Experiment) -> int:
-    """The seed of the data order."""
-    return experiment.seed if experiment.data_seed is None else experiment.data_seed
-
-
-def to_json(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as JSON-able values; unions carry their class name as "kind"."""
-    return _converter().unstructure(experiment)
-
-
-def from_json(values: Any, where: str = "config.json") -> Experiment:
-    """The inverse of to_json.
-
-    Args:
-        values: Parsed JSON.
-        where: The file that they are from, for errors.
-
-    Raises:
-        UserError: They are not those of an experiment, or a number is none that a field can have.
-    """
-    experiment: Experiment = _structured(values, Experiment, where)
-    try:
-        configuration.check(experiment, leave_out=configuration.SEEDS)  # earlier versions took any
-    except UserError as error:
-        raise UserError(f"{where}: not what mtl_jax wrote ({error})") from error
-    return experiment
-
-
-def _structured(values: Any, kind: Any, where: str) -> Any:
-    try:
-        return _converter().structure(values, kind)
-    # A union's kind that is not known or not a text: cattrs looks it up as it is.
-    except (cattrs.BaseValidationError, AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        told = cattrs.transform_error(error) if isinstance(error, cattrs.BaseValidationError) else [repr(error)]
-        raise UserError(
-            f"{where}: not what mtl_jax wrote ({told[0].replace(' @ $.', ' at ').replace(' @ $', '')[:200]}); it may be of "
-            "another version, or damaged"
-        ) from error
-
-
-def completed(values: Any) -> Any:
-    """A configuration that an earlier version wrote, with the fields that came later at their defaults; else as it is."""
-    try:
-        return json.loads(strict(to_json(_structured(values, Experiment, ""))))
-    except UserError:
-        return values  # of another shape: whatever differs will be shown
-
-
-def tasks_to_json(tasks: Sequence[AnyTask]) -> dict[str, Any]:
-    """Tasks, filled with what was found in the data, as JSON-able values by name."""
-    return {task.name: _converter().unstructure(task, AnyTask) for task in tasks}
-
-
-def tasks_from_json(values: Mapping[str, Any], where: str = "data.json") -> tuple[AnyTask, ...]:
-    """The inverse of tasks_to_json.
-
-    Raises:
-        UserError: They are not those of tasks.
-    """
-    return tuple(_structured(value, AnyTask, where) for value in values.values())
-
-
-def _head_weights(value: Any, _: Any) -> HeadWeights:
-    if not isinstance(value, bool) and value != "rule":
-        raise ValueError(f"{value!r} is not true, false or rule")
-    return cast(HeadWeights, value)
-
-
-@functools.cache  # making one takes a tenth of a second
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(float | str, _number_or_text)
-    converter.register_structure_hook(HeadWeights, _head_weights)
-    # JSON has no infinity: unbounded is written as a text. Before the unions, whose hooks are made from those there are.
-    converter.register_unstructure_hook(float, lambda x: x if abs(x) != float("inf") else str(x))
-    configure_tagged_union(AnyTrunk, converter, tag_name="kind")
-    configure_tagged_union(AnyTask, converter, tag_name="kind")
-    configure_tagged_union(AnyAdapter, converter, tag_name="kind")
-    configure_tagged_union(AnyRegulariser, converter, tag_name="kind")
-    return converter
-
-
-def _number_or_text(value: Any, _: Any) -> float | str:
-    if not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a number or a text")
-    return value

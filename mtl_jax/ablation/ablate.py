@@ -23,7 +23,8 @@ from mtl_jax.ablation.remarks import weights_do_nothing
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
-from mtl_jax.experiment import Experiment, select, tasks_to_json, to_json
+from mtl_jax.experiment import Experiment, select
+from mtl_jax.experiment_json import tasks_to_json, to_json
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
@@ -76,7 +77,7 @@ def ablate(
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     folder = Path(workdir)
-    planned = plan(folders.as_begun(folder, experiment), vary, methods, seeds, samples, own_order)
+    planned = plan(folders.keep_head_weights_of_runs(folder, experiment), vary, methods, seeds, samples, own_order)
     workdirs.check_writable(folder)
     with locks.workdir(folder):
         return _ablate(experiment, folder, planned, vary, samples, at_once, memory, command)

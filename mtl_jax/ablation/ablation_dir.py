@@ -8,8 +8,8 @@ from typing import Any
 
 from mtl_jax.ablation.plan import Program, Run, programs
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.experiment import Experiment, completed, from_json, to_json
-from mtl_jax.experiment import as_begun as experiment_as_begun
+from mtl_jax.experiment import Experiment, keep_head_weights
+from mtl_jax.experiment_json import from_json, to_json, with_defaults
 from mtl_jax.training import workdir as workdirs
 
 RECORD = "ablation.json"
@@ -60,11 +60,11 @@ def opened(folder: Path, record: dict[str, Any]) -> list[Program]:
     return planned
 
 
-def as_begun(folder: Path, experiment: Experiment) -> Experiment:
-    """experiment.as_begun, for an ablation that goes on: its runs say how their heads were weighted."""
+def keep_head_weights_of_runs(folder: Path, experiment: Experiment) -> Experiment:
+    """experiment.keep_head_weights, for an ablation that is resumed: the configurations of its runs decide."""
     record = workdirs.read_json(folder / RECORD)
     begun = [of_run(folder, run["run"]) / "config.json" for run in record["runs"]] if record else []
-    return experiment_as_begun(experiment, workdirs.read_json(begun[0])) if begun else experiment
+    return keep_head_weights(experiment, workdirs.read_json(begun[0])) if begun else experiment
 
 
 def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
@@ -88,7 +88,7 @@ def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
     if len(before["programs"]) != len(planned):
         raise workdirs.damaged(folder / RECORD, f"it has {len(before['programs'])} programs, and its runs make {len(planned)}")
     for name, config in wanted.items():
-        workdirs.changed(of_run(folder, name), config, False, completed)
+        workdirs.changed(of_run(folder, name), config, False, with_defaults)
     return before
 
 

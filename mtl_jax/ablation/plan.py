@@ -15,10 +15,12 @@ from mtl_jax import weighting
 from mtl_jax.ablation import fields
 from mtl_jax.ablation.fields import Path
 from mtl_jax.ablation.space import Axis
+from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.experiment import Experiment, check, data_seed_of, to_json
+from mtl_jax.experiment import Experiment, check, data_seed_of
+from mtl_jax.experiment_json import to_json
 from mtl_jax.transfer.optimizer import UNUSED
-from mtl_jax.weighting import registry, schedules
+from mtl_jax.weighting import schedules
 
 GIVEN = ("equal", "fixed", "scheduled")  # the weightings that given weights go with
 
@@ -122,7 +124,7 @@ def _methods(axes: Sequence[Axis], methods: Sequence[str]) -> tuple[list[Axis], 
 
 def _of_method(experiment: Experiment, text: str, axes: Sequence[Axis]) -> tuple[dict[Path, Any], list[Axis]]:
     """The values that a method brings, and the axes that it is crossed with."""
-    name, options = registry.read(text, "method", weighting.RULES)
+    name, _, options = name_options.parse(text, "method", weighting.RULES)
     has = inspect.signature(weighting.RULES[name]).parameters
     fixed: dict[Path, Any] = {("weighting",): name}
     if name not in GIVEN:

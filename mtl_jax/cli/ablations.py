@@ -1,4 +1,4 @@
-"""The commands mtl-jax ablate and mtl-jax take: many trainings in one program, and one of them as a workdir of its own."""
+"""The commands mtl-jax ablate and mtl-jax take: train many runs in one program; copy one of them to its own workdir."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mtl_jax.cli import scripts
+from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,40 +29,40 @@ def ablate(
     memory: float = 0.0,
     dry_run: bool = False,
 ) -> None:
-    """Trains an experiment with everything that is varied, in as few programs as can be.
+    """Trains every combination of the varied fields of an experiment, in as few compiled programs as possible.
 
-    Runs that differ in numbers (weights, rates, decay, regularisers, options of a rule, seeds) are one program, trained at once
-    on one pass over the data; anything else that varies takes a program for each value. The same command goes on where it was
-    stopped.
+    Runs that differ only in numbers (weights, rates, decay, regularisers, options of a rule, seeds) share one program and are
+    trained at once, on one pass over the data; every other varied field needs a program for each of its values. The same
+    command, started again, resumes.
 
     Args:
         script: A script that calls mtl_jax.main; its own flags come after --.
         vary: FIELD=VALUES, may be repeated: every combination is trained. FIELD is a flag without its dashes, such
             as optimizer.learning-rate, weights, weights.TASK, phases.0.steps. VALUES are 1e-5,3e-5, grid:LOW:HIGH:N,
-            loggrid:LOW:HIGH:N, uniform:LOW:HIGH, loguniform:LOW:HIGH; of weights simplex:N, simplex:lattice:M, or A/B/C,A/B/C.
-        methods: Weighting rules, such as equal,pcgrad,cagrad:c=0.4. Varied weights go with fixed, which is then added.
-        seeds: How many, from the experiment's seed on.
-        samples: How ranges are drawn, together: sobol:N or random:N.
-        workdir: Default: runs/NAME_ablation.
+            loggrid:LOW:HIGH:N, uniform:LOW:HIGH, loguniform:LOW:HIGH; for weights simplex:N, simplex:lattice:M, or A/B/C,A/B/C.
+        methods: Weighting rules, such as equal,pcgrad,cagrad:c=0.4. Varied weights belong to fixed, which is added if needed.
+        seeds: Number of seeds, from the experiment's seed on.
+        samples: How all ranges are sampled together: sobol:N or random:N.
+        workdir: The directory to write. Default: runs/NAME_ablation.
         own_order: Each seed has its own order of the data; else all runs see the same batches.
         at_once: Most runs in one program; 0: as many as fit into memory, which is measured.
-        memory: GB of a device that may be used; 0: what it has free.
-        dry_run: Compile, say how many programs, runs, chunks, bytes and steps there are, and write nothing.
+        memory: GB of a device that may be used; 0: its free memory.
+        dry_run: Compile, print the numbers of programs, runs, chunks, bytes and steps, and write nothing.
     """
     from mtl_jax.ablation import ablate as module
 
     experiment = scripts.read(script)
-    chosen = method_list(methods)
+    rules = method_list(methods)
     if dry_run:
-        planned = module.plan(experiment, vary, chosen, seeds, samples, own_order)
-        print(dry(planned, at_once, memory))
+        planned = module.plan(experiment, vary, rules, seeds, samples, own_order)
+        print(plan_table(planned, at_once, memory))
         return
     folder = workdir or f"runs/{experiment.name}_ablation"
     module.ablate(
         experiment,
         folder,
         vary,
-        methods=chosen,
+        methods=rules,
         seeds=seeds,
         samples=samples,
         own_order=own_order,
@@ -78,7 +79,7 @@ def take(
     target: Annotated[str, tyro.conf.Positional],
     /,
 ) -> None:
-    """One run of an ablation as an ordinary workdir, with checkpoints: for predict, evaluate, convert, merge, or to go on with.
+    """Copies one run of an ablation to an ordinary workdir with checkpoints, to predict, evaluate, convert, merge or resume.
 
     Args:
         ablation: The ablation's workdir.
@@ -92,29 +93,29 @@ def take(
 
 
 def method_list(text: str) -> list[str]:
-    """Rules with their options: "equal,cagrad:c=0.4,db_mtl:a=1,b=2" has three.
+    """The rules of a list, each with its options: "equal,cagrad:c=0.4,db_mtl:a=1,b=2" has three.
 
     Raises:
-        UserError: An option follows no method that has some.
+        UserError: An option does not follow a method that has options.
     """
-    found: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        if "=" in part and ":" not in part:
-            if not found or ":" not in found[-1]:
-                raise UserError(f"--methods {text}: {part!r} is an option without a method; write NAME:OPTION=NUMBER")
-            found[-1] += f",{part}"
+    methods: list[str] = []
+    for part in filter(None, name_options.split(text, ",")):
+        if not name_options.is_option(part):
+            methods.append(part)
+        elif methods and ":" in methods[-1]:
+            methods[-1] += f",{part}"
         else:
-            found.append(part)
-    return found
+            raise UserError(f"--methods {text}: {part!r} is an option without a method; write NAME:OPTION=VALUE")
+    return methods
 
 
-def dry(planned: list[Program], at_once: int, memory: float) -> str:
-    """A table of what an ablation will take, its programs compiled.
+def plan_table(planned: list[Program], at_once: int, memory: float) -> str:
+    """A table of the runs, steps and memory of an ablation's programs, which are compiled for it.
 
     Args:
         planned: The programs.
-        at_once: As for ablate; so is memory.
-        memory: GB.
+        at_once: As for ablate.
+        memory: As for ablate, in GB.
     """
     import tabulate
 
@@ -122,18 +123,21 @@ def dry(planned: list[Program], at_once: int, memory: float) -> str:
     from mtl_jax.ablation.prepare_program import make_ready
     from mtl_jax.ablation.remarks import weights_do_nothing
 
-    rows, remarks, together, alone = [], [], 0, 0
+    rows, remarks, joint_steps, single_steps = [], [], 0, 0
     for program in planned:
         ready = make_ready(program, at_once, memory)
-        shown = ", ".join(f"{name} {value}" for name, value in about(program)["fixed"].items())
+        values = ", ".join(f"{name} {value}" for name, value in about(program)["fixed"].items())
         steps, machine = steps_of(program), ready.machine
         facts = [len(program.runs), machine.size, len(ready.chunks), steps, machine.weight / 1e9, machine.compile_seconds]
-        rows.append([program.number, shown, *facts])
+        rows.append([program.number, values, *facts])
         remark = weights_do_nothing(program, ready.prepared.plans)
         remarks += [f"program {program.number}: {remark}"] if remark else []
-        together, alone = together + len(ready.chunks) * steps, alone + len(program.runs) * steps
+        joint_steps += len(ready.chunks) * steps
+        single_steps += len(program.runs) * steps
     headers = ["program", "of", "runs", "at once", "chunks", "steps", "GB on a device", "compiling, s"]
     table = tabulate.tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f")
     runs = sum(len(program.runs) for program in planned)
-    total = f"programs: {len(planned)}, runs: {runs}, steps: {together:,} of many at once, in place of {alone:,} of one"
+    total = (
+        f"programs: {len(planned)}, runs: {runs}, steps: {joint_steps:,} of many at once, in place of {single_steps:,} of one"
+    )
     return "\n".join([table, total, *remarks])

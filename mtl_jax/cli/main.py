@@ -23,50 +23,50 @@ from mtl_jax.core.text_lines import flush_output, lines_of, object_of, print_lin
 from mtl_jax.experiment import Experiment, HeadWeights
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, goes on
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, resumes
 
-_CONFIG = (tyro.conf.AvoidSubcommands,)  # a union's default decides its type; flags set that type's fields
+_CONFIG = (tyro.conf.AvoidSubcommands,)  # the default of a union decides its type; flags set the fields of that type
 _REGISTRY = tyro.constructors.ConstructorRegistry()
-_WORDS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
+_HEAD_WEIGHTS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
 
 
 @_REGISTRY.primitive_rule
 def _head_weights(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """How weigh_heads is read and shown: true, false or rule."""
+    """How weigh_heads is parsed and shown: true, false or rule."""
     if field.type != HeadWeights:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{true,false,rule}",
-        instance_from_str=lambda words: _WORDS[words[0]],
+        instance_from_str=lambda words: _HEAD_WEIGHTS[words[0]],
         is_instance=lambda value: isinstance(value, bool) or value == "rule",
         str_from_instance=lambda value: [str(value).lower()],
-        choices=tuple(_WORDS),
+        choices=tuple(_HEAD_WEIGHTS),
     )
 
 
-def _as_words(arguments: Sequence[str]) -> list[str]:
-    """The command line with --weigh-heads and --no-weigh-heads, which were a switch, as --weigh-heads true and false."""
-    found: list[str] = []
+def _without_switches(arguments: Sequence[str]) -> list[str]:
+    """The command line with the former switches --weigh-heads and --no-weigh-heads as --weigh-heads true and false."""
+    changed: list[str] = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         flag = argument.replace("_", "-")
         if flag == "--no-weigh-heads":
-            found += ["--weigh-heads", "false"]
+            changed += ["--weigh-heads", "false"]
         else:
-            found += [argument, "true"] if flag == "--weigh-heads" and following.startswith("--") else [argument]
-    return found
+            changed += [argument, "true"] if flag == "--weigh-heads" and following.startswith("--") else [argument]
+    return changed
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What a script's command line sets: the experiment's fields, and where and how to run it.
+    """The flags of a script: the experiment's fields, and where and how to run it.
 
     Attributes:
         experiment: The experiment.
         workdir: Where everything is written; the same workdir resumes. Default: runs/NAME.
-        allow_config_change: Go on in a workdir that was begun with another configuration.
-        distributed: Train together with other processes, each started with the same command and a shared workdir: auto on a
-            TPU pod, Slurm and the like, else HOST:PORT,INDEX,COUNT (process 0's address, own index, number of processes).
+        allow_config_change: Resume in a workdir that was begun with another configuration.
+        distributed: Train together with other processes that are started with the same command and a shared workdir: auto on a
+            TPU pod, Slurm and the like, else HOST:PORT,INDEX,COUNT (address of process 0, index of this process, their number).
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
@@ -76,19 +76,19 @@ class Launch:
 
 
 def main(experiment: Experiment, description: str | None = None) -> None:
-    """Command line over an experiment: parses the flags, trains, prints the table; ends the process with an exit code.
+    """The command line of a script: parses the flags, trains, prints the table of results, and exits.
 
     Exit codes: 0 done, 2 bad input or a loss that is not finite, 75 stopped by a signal with the state saved.
 
     Args:
-        experiment: The defaults of every flag.
-        description: Shown by --help; default: the docstring of the calling script.
+        experiment: The default of every flag.
+        description: The text that --help shows; default: the docstring of the calling script.
     """
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
     launch = tyro.cli(
         Launch,
-        args=_as_words(sys.argv[1:]),
+        args=_without_switches(sys.argv[1:]),
         default=Launch(experiment),
         description=description,
         config=_CONFIG,
@@ -111,9 +111,9 @@ def _launch(launch: Launch) -> None:
     if launch.distributed:
         meshes.connect(launch.distributed)
     workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
-    found = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
+    scores = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
     if jax.process_index() == 0:
-        print(results.table([found]))
+        print(results.table([scores]))
         print(f"everything is in {workdir}")
 
 
@@ -124,14 +124,14 @@ def predict(
     text: tuple[str, ...] = (),
     file: str = "",
 ) -> None:
-    """Predictions of a run's best checkpoint: one JSON object a line, in the order of the input.
+    """Predictions of a run's best checkpoint: one JSON object per line, in the order of the input.
 
     Args:
         workdir: The run's workdir.
         task: The task whose head answers.
         text: Texts to predict.
-        file: A UTF-8 file with one text a line, or of lines of JSON objects with the text columns of the task's source if its
-            name ends in .jsonl; - for standard input. Every line gets an answer, empty ones an error object.
+        file: A UTF-8 file with one text per line, or, if its name ends in .jsonl, with one JSON object per line that has the
+            text columns of the task's source; - for standard input. Every line gets an answer, an empty line an error object.
     """
     from mtl_jax.inference import predict as prediction
 
@@ -151,13 +151,13 @@ def evaluate(
     path: str,
     format: str = "",
 ) -> None:
-    """Loss and metrics of a run's best checkpoint on other rows, as one JSON object; null where a metric is not defined.
+    """Loss and metrics of a run's best checkpoint on other rows: one JSON object, null where a metric is not defined.
 
     Args:
         workdir: The run's workdir.
         task: The task whose head answers.
-        path: Rows with the columns of the task's source: a file, data:REST, tfds:NAME#SPLIT or hf:ORG/NAME#SPLIT.
-        format: Of a file, if it is another than the source's.
+        path: The rows, with the columns of the task's source: a file, data:REST, tfds:NAME#SPLIT or hf:ORG/NAME#SPLIT.
+        format: The file's format, if it differs from the source's.
     """
     from mtl_jax.inference import predict as prediction
 
@@ -176,8 +176,8 @@ def convert(
     Args:
         source: A run's workdir, or a checkpoint: a directory, pip:ASSET/MEMBER, or a hub id ORG/NAME.
         target: The directory to write.
-        task: Of a workdir: the task whose head is written beside the trunk, in the format of sentence-transformers.
-        overwrite: Replace a checkpoint that is there.
+        task: For a workdir: the task whose head is written beside the trunk, in the format of sentence-transformers.
+        overwrite: Replace an existing checkpoint.
     """
     from mtl_jax.inference import export
 
@@ -201,43 +201,43 @@ def merge(
     trunk_only: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Models put together: finished runs as a workdir, or checkpoints of one family as a directory that transformers opens.
+    """Merges models: finished runs into a workdir, or checkpoints of one family into a directory that transformers opens.
 
-    Of runs the best checkpoints are merged. Heads of tasks that all of them have are merged like the trunk; those that one run
-    has stand beside each other. Where the runs' data is there, the result is measured on dev and test.
+    For runs, the best checkpoints are merged. Heads of tasks that all runs have are merged like the trunk; the other heads are
+    kept side by side. If the runs' data can be read, the result is evaluated on dev and test.
 
     Args:
-        target: The directory to write; merge.json in it says what was merged, and how.
+        target: The directory to write; its merge.json records the sources and the method.
         sources: Workdirs; or checkpoints: directories, pip:ASSET/MEMBER, or hub ids ORG/NAME.
-        method: soup: the mean. average: weighted by --weights. greedy: the best run by dev, and in order of dev every other
-            that does not hurt. wise: (1 - alpha) base + alpha source. arithmetic: base + scale * the sum of (source - base).
-            ties: base + scale * what the sources' changes agree on, each trimmed to its largest. dare, dare_ties: changes are
-            dropped by chance and the rest grows, then arithmetic or ties.
+        method: soup: the mean. average: the mean weighted by --weights. greedy: the best run by dev, and in order of dev every
+            other run that does not lower its score. wise: (1 - alpha) base + alpha source. arithmetic: base + scale * the sum
+            of (source - base). ties: base + scale * the mean of the sources' largest changes that agree in sign. dare,
+            dare_ties: changes are dropped at random and the others scaled up, then arithmetic or ties.
         base: For wise, arithmetic, ties and dare: the checkpoint or run that the sources started from.
         weights: For average: one for each source.
         alpha: For wise: from 0, the base, to 1, the source (0.5).
         scale: For arithmetic, ties and dare (1.0); for arithmetic and dare also one for each source. May be negative.
-        keep: For ties: the share of each source's changes that stays (0.2).
+        keep: For ties: the share of each source's changes that is kept (0.2).
         drop: For dare: the share of each source's changes that is dropped (0.9).
-        seed: For dare (0).
-        trunk_only: Of checkpoints with different heads: the bare models.
-        overwrite: Replace what an earlier merge wrote.
+        seed: For dare: the seed of what is dropped (0).
+        trunk_only: For checkpoints with different heads: merge the bare models.
+        overwrite: Replace the result of an earlier merge.
     """
     from mtl_jax import merge as module
     from mtl_jax.training import results
 
-    how = module.Method(method, weights or None, alpha, scale or None, keep, drop, seed)
-    found = module.merge(target, sources, how, base=base, trunk_only=trunk_only, overwrite=overwrite)
-    if found is not None:
-        print(results.table([found]))
+    checked = module.Method(method, weights or None, alpha, scale or None, keep, drop, seed)
+    scores = module.merge(target, sources, checked, base=base, trunk_only=trunk_only, overwrite=overwrite)
+    if scores is not None:
+        print(results.table([scores]))
     print(f"everything is in {target}")
 
 
 def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
-    """The table of a finished run; of several, mean and standard deviation over those of the same experiment and tasks.
+    """The table of results of a finished run, or mean and standard deviation over several runs.
 
     Args:
-        workdirs: Workdirs of finished runs; a table for each experiment and set of tasks.
+        workdirs: Workdirs of finished runs; each experiment and set of tasks has one table.
     """
     from mtl_jax.training import results as module
 
@@ -245,14 +245,14 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
 
 
 def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "") -> None:
-    """A page, a table of all values, statistics and figures of an ablation, or of ordinary runs beside each other.
+    """A report on an ablation, or on ordinary runs side by side: a page, a table of all values, statistics and figures.
 
     Writes report.html, which needs no other file, ablation.csv, results.json and figures/*.png.
 
     Args:
-        workdirs: One ablation; or workdirs of runs of the same tasks, "runs/*" for those there. Of runs that differ in the seed
-            only, mean and standard deviation.
-        output: Where to. Default: of an ablation itself, of runs report/.
+        workdirs: One ablation; or workdirs of runs with the same tasks, such as "runs/*". Runs that differ only in the seed
+            are shown as mean and standard deviation.
+        output: The directory to write. Default: the ablation's workdir; for runs, report/.
     """
     from mtl_jax import report as module
 
@@ -274,31 +274,31 @@ def console() -> None:
         "results": results,
         "report": report,
     }
-    own, flags = scripts.divided(sys.argv[1:])
+    arguments, script_flags = scripts.divided(sys.argv[1:])
 
     def command() -> None:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, args=own, config=_CONFIG)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, args=arguments, config=_CONFIG)
 
-    with scripts.given(flags):
+    with scripts.given(script_flags):
         run(command)
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command; what is the user's to mend becomes one line on standard error and an exit code, as in main()."""
+    """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main()."""
     _log_to_stderr()
     try:
         try:
             command()
         except (UserError, Interrupted, KeyboardInterrupt):
             raise
-        except Exception as error:  # a write that nothing nearer to it has told of
+        except Exception as error:  # a failed write that no code nearer to it has reported
             refused = refusal(error)
             if refused is None:
                 raise
             with contextlib.suppress(UserError):
-                flush_output()  # or Python tries once more when it ends
-            where = getattr(error, "filename", None) or "a file"
-            raise UserError(f"{shown(where)}: cannot be read or written ({reason(refused)})") from error
+                flush_output()  # else Python tries again when it exits
+            path = getattr(error, "filename", None) or "a file"
+            raise UserError(f"{shown(path)}: cannot be read or written ({reason(refused)})") from error
         flush_output()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -306,14 +306,14 @@ def run(command: Callable[[], None]) -> None:
     except Interrupted as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:  # before or after the work that listens to it
+    except KeyboardInterrupt:  # before or after the work that catches the signal itself
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
 def _log_to_stderr() -> None:
-    """Our own progress notes as plain lines; of the libraries, errors only."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    """Logs the lines of mtl_jax as plain text, and of other libraries only errors."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch was not found, which is not needed
     logging.getLogger("absl").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,4 +1,4 @@
-"""Experiment scripts as data: the experiment that a script would train, without training it."""
+"""Reads the experiment that a script would train, without training it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _flags: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("flags"
 
 
 class Read(BaseException):
-    """Ends a script at its call of main: what it would train is known. No error, and not to be caught as one."""
+    """Ends a script at its call of main(), where its experiment is known. Not an Exception, so that scripts do not catch it."""
 
     def __init__(self, experiment: Experiment):
         super().__init__()
@@ -25,14 +25,14 @@ class Read(BaseException):
 
 
 def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's own arguments, and those after "--", which are a script's."""
-    at = list(arguments).index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:at]), list(arguments[at + 1 :])
+    """The arguments of a command, and those after "--", which belong to a script."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:end]), list(arguments[end + 1 :])
 
 
 @contextlib.contextmanager
 def given(flags: Sequence[str]) -> Iterator[None]:
-    """While inside, scripts are read with these flags."""
+    """Within this context, read() passes these flags to the script."""
     token = _flags.set(tuple(flags))
     try:
         yield
@@ -41,13 +41,13 @@ def given(flags: Sequence[str]) -> Iterator[None]:
 
 
 def read(script: str) -> Experiment:
-    """The experiment of a script, with the flags that are given for it.
+    """The experiment of a script, with the flags of given().
 
     Args:
         script: A Python file that calls mtl_jax.main, as `python SCRIPT FLAGS` would run it.
 
     Raises:
-        UserError: There is no such file, or it ends without calling main.
+        UserError: The file does not exist, or it ends without calling main().
     """
     path = Path(script)
     if not path.is_file():
@@ -57,8 +57,8 @@ def read(script: str) -> Experiment:
     sys.argv, sys.path[:0] = [script, *_flags.get()], [str(path.resolve().parent)]
     try:
         runpy.run_path(script, run_name="__main__")
-    except Read as found:
-        return found.experiment
+    except Read as called:
+        return called.experiment
     finally:
         sys.argv, sys.path[:] = argv, folders
         only_read.reset(token)

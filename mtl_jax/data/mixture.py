@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, listed, unknown
 
 # Of each mixture its option, or "" for none.
@@ -30,25 +31,20 @@ def parse(mixture: str, field: str = "batch.mixture") -> tuple[str, float]:
     """A mixture's name and the value of its option, NaN where it has none.
 
     Raises:
-        UserError: The text is no mixture; names the field.
+        UserError: The name is unknown, or its option is missing or refused; the message names the field.
     """
-    name, _, rest = mixture.partition(":")
-    if name not in MIXTURES:
-        raise unknown(field, name, MIXTURES)
-    wanted = MIXTURES[name]
-    option, _, text = rest.partition("=")
-    if not wanted:
-        if ":" in mixture:
+    forms = {name: f"{name}:{option}=NUMBER" if option else name for name, option in MIXTURES.items()}
+    name, arguments, options = name_options.parse(mixture, field, MIXTURES, form=forms, arguments=True)
+    option = MIXTURES[name]
+    if not option:
+        if arguments or options:
             raise UserError(f"{field} is {mixture!r}; {name} has no option")
         return name, math.nan
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if option.strip() != wanted or math.isnan(value):
-        raise UserError(f"{field} is {mixture!r}; write {name}:{wanted}=NUMBER")
+    value = name_options.number(options.get(option))
+    if arguments or set(options) != {option} or math.isnan(value):
+        raise UserError(f"{field} is {mixture!r}; write {forms[name]}")
     if not 0 < value < math.inf:
-        raise UserError(f"{field} is {mixture!r}; {wanted} must be a number above 0")
+        raise UserError(f"{field} is {mixture!r}; {option} must be a number above 0")
     return name, value
 
 

@@ -20,7 +20,8 @@ from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import writing
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.experiment import Checkpoints, to_json
+from mtl_jax.experiment import Checkpoints
+from mtl_jax.experiment_json import to_json
 from mtl_jax.inference.predict import is_workdir, open_run
 from mtl_jax.merge import checkpoints, inputs
 from mtl_jax.merge.inputs import TRUNK, Model, Parts

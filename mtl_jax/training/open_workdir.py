@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import Experiment, as_begun, completed, tasks_to_json, to_json
+from mtl_jax.experiment import Experiment, keep_head_weights
+from mtl_jax.experiment_json import tasks_to_json, to_json, with_defaults
 from mtl_jax.training import hosts, init_from, results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.setup import Prepared, prepare
@@ -56,9 +57,9 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
             f"{folder}: a merged model; to train it, begin from it in another --workdir by --init-from.path {folder}"
         )
     if not allow_config_change:
-        experiment = as_begun(experiment, workdirs.read_json(folder / "config.json"))
+        experiment = keep_head_weights(experiment, workdirs.read_json(folder / "config.json"))
     config = to_json(experiment)
-    changed = workdirs.changed(folder, config, allow_config_change, completed)
+    changed = workdirs.changed(folder, config, allow_config_change, with_defaults)
     for name in ("ablation.json", "results.json"):  # a report has one, too, and is no finished run
         if (folder / name).exists() and not (folder / "config.json").exists():
             raise UserError(

@@ -13,7 +13,8 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import reason
 from mtl_jax.data.source import Source
-from mtl_jax.experiment import Experiment, from_json, select, tasks_from_json
+from mtl_jax.experiment import Experiment, select
+from mtl_jax.experiment_json import from_json, tasks_from_json
 from mtl_jax.tasks import Task
 from mtl_jax.training import checkpoint_files, frozen_params
 from mtl_jax.training import mesh as meshes

@@ -1,6 +1,6 @@
-"""What is loaded, what moves, how fast, and what stays; what is added; what is held on to; what is put together afterwards.
+"""Transfer learning: loading, freezing and learning rates by layer; adapters; regularisers; averaging and merging.
 
-Everything here works by itself on parameter trees, with plain jax and optax.
+Every part also works alone on parameter trees, with plain jax and optax.
 """
 
 from mtl_jax.core.trees import merge as merge
@@ -8,6 +8,10 @@ from mtl_jax.core.trees import split as split
 from mtl_jax.transfer import adapters as adapters
 from mtl_jax.transfer import averaging as averaging
 from mtl_jax.transfer import merging as merging
+from mtl_jax.transfer.divergences import distill as distill
+from mtl_jax.transfer.divergences import distill_hidden as distill_hidden
+from mtl_jax.transfer.divergences import divergence as divergence
+from mtl_jax.transfer.divergences import r_drop as r_drop
 from mtl_jax.transfer.freezing import ParamRule as ParamRule
 from mtl_jax.transfer.freezing import decide as decide
 from mtl_jax.transfer.freezing import trainable as trainable
@@ -21,14 +25,10 @@ from mtl_jax.transfer.param_rules import discriminative as discriminative
 from mtl_jax.transfer.param_rules import layerwise as layerwise
 from mtl_jax.transfer.param_rules import top_layers as top_layers
 from mtl_jax.transfer.penalties import Mixout as Mixout
-from mtl_jax.transfer.penalties import distill as distill
-from mtl_jax.transfer.penalties import distill_hidden as distill_hidden
-from mtl_jax.transfer.penalties import divergence as divergence
 from mtl_jax.transfer.penalties import ewc as ewc
 from mtl_jax.transfer.penalties import fisher as fisher
 from mtl_jax.transfer.penalties import l2sp as l2sp
 from mtl_jax.transfer.penalties import mixout as mixout
-from mtl_jax.transfer.penalties import r_drop as r_drop
 from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.phases import probe_then_finetune as probe_then_finetune
 from mtl_jax.transfer.phases import unfreezing as unfreezing

@@ -1,6 +1,6 @@
-"""Averages of the parameters along a run, which often do better than the last ones: pure functions, like a rule's.
+"""Averages of the parameters over a run, which often score better than the last parameters: pure functions.
 
-A run measures, and keeps as its result, the average in place of the parameters themselves; these go on training untouched.
+A run evaluates the average and keeps it as its result; training itself goes on with the parameters, unchanged.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core import name_options
+from mtl_jax.core.errors import UserError
 
 KINDS = ("none", "ema", "last")
+FORM = "none, ema[:decay=D] or last:n=N"
 DECAY = 0.999
 
 
 class Average(NamedTuple):
-    """An average under way; part of the train state.
+    """The state of an average; part of the train state.
 
     Attributes:
-        mean: The average, a tree like the leaves that train.
-        kept: For last: leaves [n - 1, ...], those that were collected before, the latest first; else None.
-        times: i32[], steps, or evaluations, so far.
+        mean: The average, a tree like the trainable leaves.
+        kept: For last: leaves [n - 1, ...], the values at the evaluations before, the latest first; else None.
+        times: i32[], number of steps, or of evaluations, so far.
     """
 
     mean: Any
@@ -36,9 +38,9 @@ class Averaging(NamedTuple):
     """How an average is made.
 
     Attributes:
-        init: Leaves that train -> Average, or None where nothing is averaged.
+        init: Trainable leaves -> Average, or None if nothing is averaged.
         follow: (Average, leaves after a step) -> Average; part of the step.
-        collect: (Average, leaves) -> Average, before an evaluation; None: it does nothing.
+        collect: (Average, leaves) -> Average, applied before an evaluation; None: nothing is done.
     """
 
     init: Callable[[Any], Average | None]
@@ -47,20 +49,21 @@ class Averaging(NamedTuple):
 
 
 def as_it_is(average: Any, leaves: Any) -> Any:
-    """The average, unchanged."""
+    """Returns the average unchanged: the `follow` of an average that changes at evaluations only."""
     return average
 
 
 def none() -> Averaging:
-    """No average: the parameters themselves are measured."""
+    """No average: the parameters themselves are evaluated."""
     return Averaging(lambda leaves: None, as_it_is)
 
 
 def ema(decay: float = DECAY) -> Averaging:
-    """The exponential moving average over the steps so far, of which step t counts decay^(n - t), debiased.
+    """The debiased exponential moving average over the steps so far; step t of n has the weight decay^(n - t).
 
     With m_n = decay m_(n-1) + (1 - decay) x_n and m_0 = 0, the average m_n / (1 - decay^n) (the debiasing of Adam, Kingma and
-    Ba, 2015) moves by (1 - decay) / (1 - decay^n) of the way to x_n. Written like that, what does not move keeps its bits.
+    Ba, 2015) moves by (1 - decay) / (1 - decay^n) of the way to x_n. Computed like this, a leaf that does not change keeps its
+    bits.
 
     Args:
         decay: Above 0 and below 1.
@@ -77,10 +80,10 @@ def ema(decay: float = DECAY) -> Averaging:
 
 
 def last(n: int) -> Averaging:
-    """The plain mean over the last n evaluations, or over as many as there were.
+    """The plain mean over the last n evaluations, or over all if there were fewer.
 
     Args:
-        n: At least 2. The state holds as many copies of the leaves.
+        n: At least 2. The state has n copies of the leaves.
     """
 
     def init(leaves: Any) -> Average:
@@ -88,11 +91,11 @@ def last(n: int) -> Averaging:
         return Average(leaves, kept, jnp.zeros((), jnp.int32))
 
     def collect(average: Average, leaves: Any) -> Average:
-        there_K = jnp.arange(n - 1) < average.times
+        filled_K = jnp.arange(n - 1) < average.times
 
         def mean(leaf: jax.Array, kept: jax.Array) -> jax.Array:
-            there = there_K.reshape(-1, *[1] * leaf.ndim)
-            return leaf + jnp.where(there, kept - leaf, 0).sum(axis=0) / (1 + there_K.sum()).astype(leaf.dtype)
+            filled = filled_K.reshape(-1, *[1] * leaf.ndim)
+            return leaf + jnp.where(filled, kept - leaf, 0).sum(axis=0) / (1 + filled_K.sum()).astype(leaf.dtype)
 
         kept = jax.tree.map(lambda leaf, kept: jnp.concatenate([leaf[None], kept[:-1]]), leaves, average.kept)
         return Average(jax.tree.map(mean, leaves, average.kept), kept, average.times + 1)
@@ -101,28 +104,22 @@ def last(n: int) -> Averaging:
 
 
 def make(text: str) -> Averaging:
-    """The averaging that is given as text: "none", "ema", "ema:decay=0.99", "last:n=5".
+    """The averaging that a text names: "none", "ema", "ema:decay=0.99", "last:n=5".
 
     Raises:
-        UserError: It is none of these, or its number is refused.
+        UserError: The name is unknown, or its option is missing or refused.
     """
-    name, colon, rest = text.partition(":")
-    if name not in KINDS:
-        raise unknown("averaging", name, KINDS)
-    if not colon and name != "last":
-        return none() if name == "none" else ema()
-    option = {"ema": "decay", "last": "n"}.get(name)
-    given, _, number = rest.partition("=")
-    if option is None or given != option:
-        raise UserError(f"averaging is {text!r}; write none, ema[:decay=D] or last:n=N")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if name == "ema":
-        if not 0 < value < 1:
+    name, _, options = name_options.parse(text, "averaging", KINDS, form=FORM)
+    if name == "none" and not options:
+        return none()
+    if name == "ema" and set(options) <= {"decay"}:
+        decay = name_options.number(options.get("decay", DECAY))
+        if not 0 < decay < 1:
             raise UserError(f"averaging is {text!r}; decay must be a number above 0 and below 1")
-        return ema(value)
-    if not (value >= 2 and value == int(min(value, 1e9))):
-        raise UserError(f"averaging is {text!r}; n must be a whole number of at least 2")
-    return last(int(value))
+        return ema(decay)
+    if name == "last" and set(options) == {"n"}:
+        n = name_options.number(options["n"])
+        if not (n >= 2 and n == int(min(n, 1e9))):
+            raise UserError(f"averaging is {text!r}; n must be a whole number of at least 2")
+        return last(int(n))
+    raise UserError(f"averaging is {text!r}; write {FORM}")

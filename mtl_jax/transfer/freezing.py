@@ -1,8 +1,7 @@
-"""Which parameters train, and how fast: regex rules on parameter paths, and the split of a tree by them.
+"""Which parameters train, and how fast: rules with regular expressions on parameter paths.
 
-A frozen leaf is not part of what is differentiated, so it costs no backward pass and has no optimizer state; nothing is
-added to it, so it stays bit-identical. (optax.masked would pass raw gradients through frozen leaves, and zeroed gradients
-would still decay them.)
+A frozen leaf is not differentiated, so it costs no backward pass and has no optimizer state; no update is added to it, so it
+stays bit-identical. (optax.masked would pass raw gradients through frozen leaves, and zeroed gradients would still decay them.)
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ class ParamRule(Configuration):
 
     Attributes:
         pattern: A regular expression that must match the whole path, such as "trunk/layer_0/attention/query/kernel".
-        train: Whether these parameters train; False keeps them as they are.
-        rate: Factor on the learning rate; with adamw it slows the decay down as well.
-        weight_decay: In place of the optimizer's; None: the optimizer's. Neither is for parameters of one dimension.
-        schedule: In place of the optimizer's, by its name; empty: the optimizer's.
+        train: Whether these parameters train; False freezes them.
+        rate: Factor on the learning rate; with adamw it also scales the decay.
+        weight_decay: Weight decay in place of the optimizer's; None: the optimizer's. Parameters of one dimension have none.
+        schedule: Name of a schedule in place of the optimizer's; empty: the optimizer's.
     """
 
     pattern: str
@@ -41,28 +40,28 @@ class ParamRule(Configuration):
 
 
 def check(rules: Sequence[ParamRule]) -> None:
-    """Finds what is wrong with rules without parameters.
+    """Checks rules without parameters.
 
     Raises:
-        UserError: A pattern is no regular expression, or a number makes no sense.
+        UserError: A pattern is not a regular expression, or a number is out of range.
     """
     for rule in rules:
-        at = f"the rule {rule.pattern!r}"
+        where = f"the rule {rule.pattern!r}"
         try:
             re.compile(rule.pattern)
         except NOT_A_PATTERN as error:
-            raise UserError(f"a parameter rule is no regular expression: {shown(rule.pattern)!r} ({error})") from error
+            raise UserError(f"a parameter rule is not a regular expression: {shown(rule.pattern)!r} ({error})") from error
         if not 0 < rule.rate < math.inf:
-            hint = "; to keep parameters as they are, say train=False" if rule.rate == 0 else ""
-            raise UserError(f"{at}: rate is {rule.rate}; it must be above 0{hint}")
+            hint = "; to freeze parameters, set train=False" if rule.rate == 0 else ""
+            raise UserError(f"{where}: rate is {rule.rate}; it must be above 0{hint}")
         if rule.weight_decay is not None and not 0 <= rule.weight_decay < math.inf:
-            raise UserError(f"{at}: weight_decay is {rule.weight_decay}; it must not be negative")
+            raise UserError(f"{where}: weight_decay is {rule.weight_decay}; it must not be negative")
         if not rule.train and (rule.rate != 1.0 or rule.weight_decay is not None or rule.schedule):
-            raise UserError(f"{at}: it keeps parameters as they are (train=False): leave out rate, weight_decay and schedule")
+            raise UserError(f"{where}: it freezes parameters (train=False): leave out rate, weight_decay and schedule")
 
 
 def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
-    """The rule that decides on each parameter: the first that matches.
+    """The rule that decides on each parameter: the first one that matches.
 
     Args:
         params: A tree of arrays or of shapes.
@@ -72,7 +71,7 @@ def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
         A tree of rules with the structure of params.
 
     Raises:
-        UserError: A rule makes no sense or matches nothing, or a parameter is not covered.
+        UserError: A rule is refused by check() or matches no parameter, or a parameter is not covered.
     """
     check(rules)
     patterns = [re.compile(rule.pattern) for rule in rules]
@@ -81,8 +80,8 @@ def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
     for pattern in patterns:
         if not any(pattern.fullmatch(name) for name in names):
             layers = _layers(names) if "layer_" in pattern.pattern else ""
-            there = layers or f"paths look like {names[0]} and {names[-1]}"
-            raise UserError(f"the rule {pattern.pattern!r} matches no parameter; {there}")
+            hint = layers or f"paths look like {names[0]} and {names[-1]}"
+            raise UserError(f"the rule {pattern.pattern!r} matches no parameter; {hint}")
     decided = []
     for name in names:
         first = next((rule for rule, pattern in zip(rules, patterns, strict=True) if pattern.fullmatch(name)), None)
@@ -94,7 +93,7 @@ def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
 
 
 def trainable(params: Any, rules: Sequence[ParamRule]) -> Any:
-    """The optax mask that the rules describe: True where a parameter trains.
+    """The optax mask of the rules: True for a parameter that trains.
 
     Args:
         params: A tree of arrays or of shapes.
@@ -110,11 +109,11 @@ def trainable(params: Any, rules: Sequence[ParamRule]) -> Any:
 
 
 def _layers(names: Sequence[str]) -> str:
-    """Which numbered layers there are: "there are trunk/layer_0 to trunk/layer_5"."""
-    found: dict[str, set[int]] = {}
+    """The numbered layers among parameters: "there are trunk/layer_0 to trunk/layer_5"; "" without any."""
+    layers: dict[str, set[int]] = {}
     for name in names:
         match = re.match(r"(.*?layer_)(\d+)/", name)
         if match:
-            found.setdefault(match[1], set()).add(int(match[2]))
-    spans = [f"{at}{min(numbers)} to {at}{max(numbers)}" for at, numbers in found.items()]
+            layers.setdefault(match[1], set()).add(int(match[2]))
+    spans = [f"{prefix}{min(numbers)} to {prefix}{max(numbers)}" for prefix, numbers in layers.items()]
     return f"there are {listed(spans)}" if spans else ""

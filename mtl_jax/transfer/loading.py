@@ -1,4 +1,4 @@
-"""Where parameters begin: which of a source go where, by name, and what became of every one of both sides."""
+"""Initial parameters from a run or a checkpoint: which are loaded where, by name, and an account of every parameter."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ FIELD = "init_from"
 
 @dataclasses.dataclass(frozen=True)
 class InitFrom(Configuration):
-    """What a run's parameters begin as, where they are not as trunk and seed say.
+    """A run or checkpoint that gives initial parameters, in place of those that the trunk and the seed give.
 
-    Names are paths such as trunk/layer_0/attention/query/kernel, heads/TASK/output/bias; of a checkpoint in place of a run,
-    head/... is its own head.
+    Names are paths such as trunk/layer_0/attention/query/kernel, heads/TASK/output/bias; head/... is the head of a checkpoint.
 
     Attributes:
-        path: The workdir of a run, or a Hugging Face checkpoint: a directory, pip:ASSET/MEMBER, or a hub id. Empty: nowhere.
-        step: Of a run: best, last, or the number of a step that has a checkpoint.
-        subtree: What is taken: all below this path, such as trunk or heads/TASK; empty: everything.
-        into: Where that goes: the path that takes the place of subtree; empty: the same place.
-        renames: Pairs of a regular expression and what replaces it wherever it stands in a path (as re.sub does), one after
+        path: The workdir of a run, or a Hugging Face checkpoint: a directory, pip:ASSET/MEMBER, or a hub id. Empty: none.
+        step: For a run: best, last, or the number of a step that has a checkpoint.
+        subtree: Only parameters below this path are loaded, such as trunk or heads/TASK; empty: all.
+        into: The path that replaces subtree in their names; empty: subtree stays.
+        renames: Pairs of a regular expression and its replacement, which are applied to every path (as by re.sub), one after
             another, after into.
-        leave_out: Regular expressions; what matches one with the whole of its new path is not loaded.
+        leave_out: Regular expressions; a parameter whose whole new path matches one is not loaded.
     """
 
     path: str = ""
@@ -41,13 +40,13 @@ class InitFrom(Configuration):
 
 
 class Account(NamedTuple):
-    """What became of every parameter.
+    """Which parameters were loaded, and which were not.
 
     Attributes:
         loaded: {path: the path in the source that it was loaded from}.
-        initialised: Paths that stay as they were.
-        left_out: Paths in the source that leave_out names, or that are not in the subtree.
-        without_place: Paths in the source for which there is no parameter here.
+        initialised: Paths of the parameters that keep their values.
+        left_out: Paths in the source that match leave_out, or that are not in the subtree.
+        without_place: Paths in the source without a parameter of that name in the model.
     """
 
     loaded: dict[str, str]
@@ -57,15 +56,15 @@ class Account(NamedTuple):
 
 
 def check(init: InitFrom) -> None:
-    """Finds what is wrong with the fields alone.
+    """Checks the fields without reading anything.
 
     Raises:
         UserError: One line that names the field.
     """
     if not init.path:
-        given = [field.name for field in dataclasses.fields(init) if getattr(init, field.name) != field.default]
-        if given:
-            raise UserError(f"{FIELD}.{given[0]} is given, but {FIELD}.path is not")
+        others = [field.name for field in dataclasses.fields(init) if getattr(init, field.name) != field.default]
+        if others:
+            raise UserError(f"{FIELD}.{others[0]} is given, but {FIELD}.path is not")
     if init.step not in ("best", "last") and not init.step.isdecimal():
         raise UserError(f"{FIELD}.step is {init.step!r}; it must be best, last, or the number of a step")
     for field, patterns in (("renames", [pattern for pattern, _ in init.renames]), ("leave_out", init.leave_out)):
@@ -73,7 +72,7 @@ def check(init: InitFrom) -> None:
             try:
                 re.compile(pattern)
             except NOT_A_PATTERN as error:
-                raise UserError(f"{FIELD}.{field}: {pattern[:300]!r} is no regular expression ({error})") from error
+                raise UserError(f"{FIELD}.{field}: {pattern[:300]!r} is not a regular expression ({error})") from error
     for pattern, new in init.renames:
         try:
             re.sub(pattern, new, "")
@@ -82,22 +81,23 @@ def check(init: InitFrom) -> None:
 
 
 def load_into(params: Any, source: Mapping[str, Any], init: InitFrom) -> tuple[Any, Account]:
-    """Parameters with those of a source in their places.
+    """The parameters of a model, with those of a source loaded into it.
 
     Args:
-        params: A tree of nested dicts of arrays.
+        params: The model's parameters, a tree of nested dicts of arrays.
         source: {path: array}.
-        init: What goes where; its path is for errors.
+        init: Which parameters are loaded, and where; its path is for errors.
 
     Returns:
-        A tree as params, each loaded leaf in the dtype that it has there; and the account.
+        A tree like params, each loaded leaf in the dtype of params; and the account.
 
     Raises:
-        UserError: A subtree, rename or pattern matches nothing, two go to one place, shapes differ, or nothing is loaded.
+        UserError: A subtree, rename or pattern matches nothing, two parameters get one name, shapes differ, or nothing is
+            loaded.
     """
     target = traverse_util.flatten_dict(params, sep="/")
-    taken = _below(init, source)
-    placed, left_out = _left_out(init, _renamed(init, taken))
+    selected = _below(init, source)
+    placed, left_out = _left_out(init, _renamed(init, selected))
     result, loaded, without_place = dict(target), dict[str, str](), list[str]()
     for new, old in placed:
         if new not in target:
@@ -105,11 +105,11 @@ def load_into(params: Any, source: Mapping[str, Any], init: InitFrom) -> tuple[A
             continue
         if new in loaded:
             raise UserError(f"{FIELD}: {loaded[new]} and {old} of {init.path} would both become {new}; leave one out")
-        here, there = target[new].shape, source[old].shape
-        if here != there:
+        shape, source_shape = target[new].shape, source[old].shape
+        if shape != source_shape:
             raise UserError(
-                f"{FIELD}: {new} is {_shape(here)} here and {_shape(there)} in {init.path} ({old}); models of other sizes do "
-                f"not fit, and what may stay as it is here is named in {FIELD}.leave_out"
+                f"{FIELD}: {new} is {_shape(shape)} here and {_shape(source_shape)} in {init.path} ({old}); models of other "
+                f"sizes do not fit; name parameters that need not be loaded in {FIELD}.leave_out"
             )
         result[new], loaded[new] = source[old].astype(target[new].dtype), old
     if not loaded:
@@ -117,13 +117,13 @@ def load_into(params: Any, source: Mapping[str, Any], init: InitFrom) -> tuple[A
             f"{FIELD}: nothing of {init.path} has a place here; its paths look like {next(iter(source))}, those here like "
             f"{next(iter(target))}: see {FIELD}.into and {FIELD}.renames"
         )
-    left_out += [path for path in source if path not in taken]
+    left_out += [path for path in source if path not in selected]
     account = Account(loaded, tuple(path for path in target if path not in loaded), tuple(left_out), tuple(without_place))
     return traverse_util.unflatten_dict(result, sep="/"), account
 
 
 def shown(paths: Sequence[str], most: int = 3) -> str:
-    """A few of many paths, those of one module as one."""
+    """A few of many paths; the paths of one module are shown as one, such as trunk/layer_0/..."""
     groups: dict[str, int] = {}
     for path in paths:
         group = "/".join(path.split("/")[:2])
@@ -140,14 +140,14 @@ def _below(init: InitFrom, source: Mapping[str, Any]) -> dict[str, str]:
     whole = {path: into for path in source if path == init.subtree}
     below = {path: into + path.removeprefix(init.subtree) for path in source if path.startswith(f"{init.subtree}/")}
     if not whole and not below:
-        there = ", ".join(sorted({_top(path) for path in source}))
-        raise UserError(f"{FIELD}.subtree: {init.path} has nothing at {init.subtree!r}; there are {there}")
+        subtrees = ", ".join(sorted({_top(path) for path in source}))
+        raise UserError(f"{FIELD}.subtree: {init.path} has nothing at {init.subtree!r}; there are {subtrees}")
     return whole | below
 
 
-def _renamed(init: InitFrom, taken: Mapping[str, str]) -> list[tuple[str, str]]:
+def _renamed(init: InitFrom, selected: Mapping[str, str]) -> list[tuple[str, str]]:
     """Pairs of new path and path in the source."""
-    names = dict(taken)
+    names = dict(selected)
     for pattern, new in init.renames:
         changed = {path: re.sub(pattern, new, name) for path, name in names.items()}
         if changed == names:
@@ -157,14 +157,14 @@ def _renamed(init: InitFrom, taken: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _left_out(init: InitFrom, named: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Those that are loaded, and the source's paths of the others."""
-    gone: set[str] = set()
+    """The pairs that are loaded, and the paths in the source of those that leave_out matches."""
+    matching: set[str] = set()
     for pattern in init.leave_out:
         matched = {new for new, _ in named if re.fullmatch(pattern, new)}
         if not matched:
             raise UserError(f"{FIELD}.leave_out: {pattern!r} matches no path; they look like {named[0][0]} and {named[-1][0]}")
-        gone |= matched
-    return [pair for pair in named if pair[0] not in gone], [path for new, path in named if new in gone]
+        matching |= matched
+    return [pair for pair in named if pair[0] not in matching], [path for new, path in named if new in matching]
 
 
 def _top(path: str) -> str:

@@ -1,7 +1,8 @@
-"""Models of one shape put together in the space of their parameters: averages, interpolation, task vectors.
+"""Merging the parameters of models of one shape: averages, interpolation, task vectors.
 
-Pure functions on parameter trees, on the host: numbers are taken in float64, leaf by leaf, and rounded once, to the type that
-they came in. A task vector is what training added to the parameters that it started from, the base (Ilharco et al., 2023).
+Pure functions on parameter trees, on the host: they compute in float64, leaf by leaf, and round once, to the dtype of the leaf.
+A task vector is the difference between trained parameters and those that training started from, the base (Ilharco et al.,
+2023).
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.core.errors import count as number_of
 from mtl_jax.core.trees import path_name
 
-# A task vector: path -> f64 leaf, made when it is asked for, so that vectors of large models are never whole in memory.
+# Leaves of a tree by path, on the host.
+Flat = dict[str, np.ndarray]
+# A task vector, path -> f64 leaf: computed leaf by leaf, so that vectors of large models are never whole in memory.
 Vector = Callable[[str], np.ndarray]
 
 
 class Soup(NamedTuple):
-    """What greedy_soup found.
+    """The result of greedy_soup.
 
     Attributes:
-        params: The mean of those that were taken.
+        params: The mean of the chosen trees.
         score: Its score.
-        scores: Of each tree by itself.
-        tried: (number of the tree, score of the soup with it, whether it was taken), in the order in which they were tried.
+        scores: The score of each tree alone.
+        tried: (number of the tree, score of the soup with it, whether it was chosen), in the order in which they were tried.
     """
 
     params: Any
@@ -44,8 +47,8 @@ def average(trees: Sequence[Any], weights: Sequence[float] = (), *, names: Seque
 
     Args:
         trees: Parameter trees of one shape.
-        weights: One for each tree, none negative; what counts is their share of the sum.
-        names: What errors call the trees.
+        weights: One for each tree, none negative; they are divided by their sum.
+        names: Names of the trees in errors.
 
     Raises:
         UserError: The trees differ in structure or shape, or the weights are refused.
@@ -65,13 +68,13 @@ def average(trees: Sequence[Any], weights: Sequence[float] = (), *, names: Seque
 def greedy_soup(trees: Sequence[Any], measure: Callable[[Any], float], *, names: Sequence[str] = ()) -> Soup:
     """The greedy soup of Wortsman et al. (2022): the best model, and in order of score every other that does not hurt.
 
-    A tree is taken if the mean of those taken so far and of it scores no less than without it. Of equal ones the first goes
-    first.
+    A tree is chosen if the mean of it and the trees chosen so far scores no less than without it. Trees with equal scores are
+    tried in the given order.
 
     Args:
         trees: Parameter trees of one shape.
-        measure: Parameters -> score on held-out data; higher is better, NaN is the worst.
-        names: What errors call the trees.
+        measure: Parameters -> score on held-out data; higher is better, NaN is worst.
+        names: Names of the trees in errors.
 
     Raises:
         UserError: The trees differ in structure or shape.
@@ -79,29 +82,29 @@ def greedy_soup(trees: Sequence[Any], measure: Callable[[Any], float], *, names:
     check_alike(trees, names)
 
     def score_of(params: Any) -> float:
-        found = float(measure(params))
-        return -math.inf if math.isnan(found) else found
+        score = float(measure(params))
+        return -math.inf if math.isnan(score) else score
 
     scores = [score_of(tree) for tree in trees]
     first, *others = sorted(range(len(trees)), key=lambda number: -scores[number])
-    taken, score = [first], scores[first]
+    chosen, score = [first], scores[first]
     tried = [(first, score, True)]
     for number in others:
-        found = score_of(average([trees[other] for other in [*taken, number]]))
-        tried.append((number, found, found >= score))
-        if found >= score:
-            taken, score = [*taken, number], found
-    return Soup(average([trees[number] for number in taken]), score, scores, tried)
+        with_it = score_of(average([trees[other] for other in [*chosen, number]]))
+        tried.append((number, with_it, with_it >= score))
+        if with_it >= score:
+            chosen, score = [*chosen, number], with_it
+    return Soup(average([trees[number] for number in chosen]), score, scores, tried)
 
 
 def interpolate(start: Any, end: Any, alpha: float, *, names: Sequence[str] = ()) -> Any:
-    """(1 - alpha) start + alpha end: between a model and what it started from, as WiSE-FT (Wortsman et al., 2022).
+    """(1 - alpha) start + alpha end: between a model and its start, as in WiSE-FT (Wortsman et al., 2022).
 
     Args:
         start: Parameters.
         end: Parameters of the same shape.
-        alpha: From 0, the start, to 1, the end: both to the last bit.
-        names: What errors call start and end.
+        alpha: From 0 to 1; 0 gives the start and 1 the end, both bit by bit.
+        names: Names of start and end in errors.
 
     Raises:
         UserError: The trees differ in structure or shape, or alpha is outside 0..1.
@@ -117,10 +120,10 @@ def arithmetic(base: Any, tuned: Sequence[Any], scale: float | Sequence[float] =
     """Task arithmetic (Ilharco et al., 2023): base + sum over i of scale_i (tuned_i - base).
 
     Args:
-        base: What all of them started from.
+        base: The parameters that all of them started from.
         tuned: Parameter trees of the same shape.
-        scale: Of all task vectors, or of each; a negative one forgets.
-        names: What errors call the base and the others.
+        scale: The factor of all task vectors, or of each; a negative factor forgets.
+        names: Names of the base and the others in errors.
 
     Raises:
         UserError: The trees differ in structure or shape, or a scale is refused.
@@ -130,18 +133,19 @@ def arithmetic(base: Any, tuned: Sequence[Any], scale: float | Sequence[float] =
 
 
 def ties(base: Any, tuned: Sequence[Any], keep: float = 0.2, scale: float = 1.0, *, names: Sequence[str] = ()) -> Any:
-    """TIES (Yadav et al., 2023): base + scale m, where m is put together of what the task vectors agree on.
+    """TIES (Yadav et al., 2023): base + scale m, where m is merged from the numbers whose sign most task vectors share.
 
-    Trim: of each vector the share `keep` of its numbers stays, the largest over the whole vector (as many as are equal to the
-    last of them stay, too); the others become 0. Elect: the sign of each number is that of the sum over the vectors, 0 where
-    they cancel. Merge: the mean of those that are not 0 and have this sign; 0 where there is none.
+    Trim: each vector keeps the share `keep` of its numbers, the largest over the whole vector, with ties for the last place;
+        the
+    others become 0. Elect: the sign of each number is that of the sum over the vectors, 0 if they cancel. Merge: the mean of
+    the numbers that are not 0 and have this sign; 0 if there is none.
 
     Args:
-        base: What all of them started from.
+        base: The parameters that all of them started from.
         tuned: Parameter trees of the same shape.
         keep: Above 0, 1 at most.
-        scale: Of what is added.
-        names: What errors call the base and the others.
+        scale: The factor of m.
+        names: Names of the base and the others in errors.
 
     Raises:
         UserError: The trees differ in structure or shape, or keep or scale are refused.
@@ -161,18 +165,18 @@ def dare(
     *,
     names: Sequence[str] = (),
 ) -> Any:
-    """DARE (Yu et al., 2024): of each task vector the share `drop` becomes 0 by chance, the others grow by 1 / (1 - drop).
+    """DARE (Yu et al., 2024): in each task vector a random share `drop` becomes 0, and the rest is divided by 1 - drop.
 
-    Then the vectors are merged by task arithmetic, or by TIES.
+    The vectors are then merged by task arithmetic, or by TIES.
 
     Args:
-        base: What all of them started from.
+        base: The parameters that all of them started from.
         tuned: Parameter trees of the same shape.
         drop: From 0, below 1.
-        key: Decides by chance; what is dropped depends on it, the place in `tuned`, the path and the shape.
+        key: PRNG key; it decides what is dropped, with the place in `tuned`, the path and the shape of a leaf.
         scale: As in arithmetic; for TIES one number.
         keep: As in ties; None: task arithmetic.
-        names: What errors call the base and the others.
+        names: Names of the base and the others in errors.
 
     Raises:
         UserError: The trees differ in structure or shape, or a number is refused.
@@ -192,31 +196,31 @@ def _vector(base: Flat, tuned: Flat) -> Vector:
 
 def _dropped(vector: Vector, drop: float, key: jax.Array) -> Vector:
     def leaf(path: str) -> np.ndarray:
-        found = vector(path)
-        kept = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(path.encode())), 1 - drop, found.shape)
-        return np.where(kept, found / (1 - drop), 0.0)
+        values = vector(path)
+        kept = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(path.encode())), 1 - drop, values.shape)
+        return np.where(kept, values / (1 - drop), 0.0)
 
     return leaf
 
 
 def _trimmed(vector: Vector, like: Flat, keep: float) -> Vector:
-    # float32 halves the memory of what is sorted; the same rounding on both sides of the comparison below.
+    # float32 halves the memory of the sort; both sides of the comparison below are rounded alike.
     magnitudes = np.concatenate([np.abs(vector(path)).astype(np.float32).ravel() for path in like])
     count = max(1, round(keep * len(magnitudes)))
     least = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
 
     def leaf(path: str) -> np.ndarray:
-        found = vector(path)
-        return np.where(np.abs(found).astype(np.float32) >= least, found, 0.0)
+        values = vector(path)
+        return np.where(np.abs(values).astype(np.float32) >= least, values, 0.0)
 
     return leaf
 
 
 def _elected(vectors: Sequence[Vector]) -> Vector:
     def leaf(path: str) -> np.ndarray:
-        found = np.stack([vector(path) for vector in vectors])
-        agrees = (np.sign(found) == np.sign(found.sum(axis=0))) & (found != 0)
-        return np.where(agrees, found, 0.0).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
+        values = np.stack([vector(path) for vector in vectors])
+        agrees = (np.sign(values) == np.sign(values.sum(axis=0))) & (values != 0)
+        return np.where(agrees, values, 0.0).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
 
     return leaf
 
@@ -235,16 +239,13 @@ def _add(base: Any, start: Flat, vectors: Sequence[Vector], scale: float | Seque
 
 
 def _like(tree: Any, leaf: Callable[[str], np.ndarray]) -> Any:
-    """A tree of the same structure and types, from its paths."""
+    """A tree with the structure and dtypes of another one, with leaves by path."""
 
     def made(path: tuple[Any, ...], like: Any) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, as in any arithmetic
+        with np.errstate(over="ignore"):  # a number that is too large becomes infinite, as in any arithmetic
             return leaf(path_name(path)).astype(like.dtype)
 
     return jax.tree_util.tree_map_with_path(made, tree)
-
-
-Flat = dict[str, np.ndarray]
 
 
 def flat(tree: Any) -> Flat:
@@ -257,10 +258,10 @@ def check_alike(trees: Sequence[Any], names: Sequence[str] = ()) -> list[Flat]:
 
     Args:
         trees: The trees.
-        names: What errors call them.
+        names: Their names in errors.
 
     Raises:
-        UserError: There are none; a path is not in all of them; a leaf has not the same shape in all, or is no float.
+        UserError: There is no tree, a path is not in all trees, or a leaf differs in shape or is not of floats.
     """
     if not trees:
         raise UserError("there is nothing to merge: no parameters were given")
@@ -268,11 +269,11 @@ def check_alike(trees: Sequence[Any], names: Sequence[str] = ()) -> list[Flat]:
     first, *others = flats = [flat(tree) for tree in trees]
     for name, other in zip(names[1:], others, strict=True):
         for path in [*first, *(path for path in other if path not in first)]:
-            here, there = (leaves[path].shape if path in leaves else None for leaves in (first, other))
-            if here != there:
+            shape, other_shape = (leaves[path].shape if path in leaves else None for leaves in (first, other))
+            if shape != other_shape:
                 raise UserError(
-                    f"{name}: {path} is {_shape(there)} there, and {_shape(here)} in {names[0]}; only models of one family and "
-                    "shape can be merged"
+                    f"{name}: {path} is {_shape(other_shape)} there, and {_shape(shape)} in {names[0]}; only models of one "
+                    "family and shape can be merged"
                 )
     for name, leaves in zip(names, flats, strict=True):
         for path, leaf in leaves.items():
@@ -286,7 +287,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def check_weights(weights: Sequence[float], count: int) -> None:
-    """Raises UserError where these are no weights of so many models."""
+    """Raises UserError unless these are the weights of so many models."""
     if len(weights) != count:
         raise UserError(f"weights are {_listed(weights)}: one for each of the {number_of(count, 'model')} is needed")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not math.fsum(weights):
@@ -294,7 +295,7 @@ def check_weights(weights: Sequence[float], count: int) -> None:
 
 
 def check_scales(scales: Sequence[float], count: int) -> None:
-    """Raises UserError where these are no scales of so many task vectors."""
+    """Raises UserError unless these are the scales of so many task vectors."""
     if len(scales) != count:
         raise UserError(
             f"scale is {_listed(scales)}: give one number, or one for each of the {number_of(count, 'task vector')}"
@@ -303,20 +304,20 @@ def check_scales(scales: Sequence[float], count: int) -> None:
         raise UserError(f"scale is {_listed(scales)}; it must be finite")
 
 
-def check_share(what: str, value: float) -> None:
-    """Raises UserError where alpha is outside 0..1."""
+def check_share(name: str, value: float) -> None:
+    """Raises UserError if a number is outside 0..1."""
     if not 0 <= value <= 1:
-        raise UserError(f"{what} is {value:g}; it must be from 0 to 1 (further than that goes task arithmetic, with a scale)")
+        raise UserError(f"{name} is {value:g}; it must be from 0 to 1 (task arithmetic with a scale goes further)")
 
 
 def check_keep(keep: float) -> None:
-    """Raises UserError where this is no share of a vector that stays."""
+    """Raises UserError unless this is a share of a vector that can be kept."""
     if not 0 < keep <= 1:
-        raise UserError(f"keep is {keep:g}; it is the share that stays, above 0 and 1 at most")
+        raise UserError(f"keep is {keep:g}; it is the share that is kept, above 0 and at most 1")
 
 
 def check_drop(drop: float) -> None:
-    """Raises UserError where this is no share of a vector that is dropped."""
+    """Raises UserError unless this is a share of a vector that can be dropped."""
     if not 0 <= drop < 1:
         raise UserError(f"drop is {drop:g}; it is the share that is dropped, at least 0 and below 1")
 

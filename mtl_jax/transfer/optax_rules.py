@@ -1,7 +1,7 @@
-"""From parameter rules to optax: rates, decay and schedules by leaf, and moments that know how old they are.
+"""Parameter rules in optax: rates, decay and schedules by leaf, and Adam's moments with an age for each leaf.
 
-Numbers differ by leaf, not optimizers: Adam's scaling runs once over all that trains, then each leaf is decayed and multiplied
-with its own numbers, so hundreds of rules cost what one does. Trees may have None where a leaf is frozen, as freezing.split
+Only numbers differ between leaves, not optimizers: Adam's scaling runs once over all trainable leaves, then each leaf is
+decayed and multiplied by its numbers, so hundreds of rules cost as much as one. Frozen leaves may be None, as core.trees.split
 leaves them.
 """
 
@@ -24,7 +24,7 @@ class AdamState(NamedTuple):
     """Adam's moments.
 
     Attributes:
-        counts: i32[L], of each leaf the steps that its moments have seen; leaves in the order of jax.tree.leaves.
+        counts: i32[L], for each leaf the number of steps in its moments; leaves in the order of jax.tree.leaves.
         mu: First moments, a tree like the parameters.
         nu: Second moments.
     """
@@ -35,10 +35,10 @@ class AdamState(NamedTuple):
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """optax.scale_by_adam with a count for each leaf: one that begins to train later is corrected for its own age.
+    """optax.scale_by_adam with a count for each leaf, so that a leaf that starts to train later has its own bias correction.
 
-    With one count for all, the moments of a leaf that starts from zeros at step 1000 would be taken for old ones, and its first
-    step would be about 3 times too long.
+    With one count for all leaves, a leaf whose moments start from zeros at step 1000 would be corrected as if they were old,
+    and its first step would be about 3 times too long.
     """
 
     def init(params: Any) -> AdamState:
@@ -50,7 +50,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
         counts = optax.safe_increment(state.counts)
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        # Powers of all counts at once: hundreds of scalar ones would each be a program of its own on a GPU.
+        # The powers of all counts in one array: hundreds of scalar powers would each be a kernel on a GPU.
         correction_mu_L, correction_nu_L = 1 - b1**counts, 1 - b2**counts
         leaves, treedef = jax.tree.flatten(mu)
         scaled = [
@@ -63,10 +63,10 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
 
 
 class RulesState(NamedTuple):
-    """What schedules count.
+    """The state of scale_by_rules.
 
     Attributes:
-        steps: i32[], those so far.
+        steps: i32[], number of steps so far, which schedules depend on.
     """
 
     steps: jax.Array
@@ -75,20 +75,20 @@ class RulesState(NamedTuple):
 def scale_by_rules(
     decided: Any, schedules: Mapping[str, optax.Schedule], weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """The end of a chain: update -> -(rule.rate * schedule) * (update + decay * parameter), with each leaf's own numbers.
+    """The last part of a chain: update -> -(rule.rate * schedule) * (update + decay * parameter), with numbers by leaf.
 
-    Decay (decoupled, as AdamW's) is for parameters of two and more dimensions only: no biases, no norms.
+    Decay (decoupled, as AdamW's) is for parameters of two or more dimensions only: no biases, no norms.
 
     Args:
         decided: freezing.decide(params, rules): the rule of each parameter.
-        schedules: Learning rates by step; "" is that of rules that name none.
-        weight_decay: Of rules that name none.
+        schedules: {name: learning rate by step}; "" is for rules without a schedule.
+        weight_decay: The decay for rules without one.
 
     Returns:
-        A transformation over what freezing.split(params, mask) gives as the trained part.
+        A transformation of the trained part of core.trees.split(params, mask).
 
     Raises:
-        UserError: A rule names a schedule that is not there.
+        UserError: A rule names an unknown schedule.
     """
     for rule in jax.tree.leaves(decided):
         if rule.schedule not in schedules:
@@ -124,22 +124,22 @@ def by_rules(
     weight_decay: float = 0.0,
     schedules: Mapping[str, optax.Schedule] | None = None,
 ) -> optax.GradientTransformation:
-    """Parameter rules for plain optax: a transformation over whole trees; frozen leaves have updates of 0 and no state.
+    """Parameter rules for plain optax: a transformation of whole trees; frozen leaves have updates of 0 and no state.
 
         optimizer = by_rules(params, layerwise(0.9, layers=12), optax.scale_by_adam(), 2e-5, weight_decay=0.01)
         state = optimizer.init(params)
         updates, state = optimizer.update(gradients, state, params)
 
-    Frozen parts cost no backward pass only where freezing.split(params, freezing.trainable(params, rules))[0] is what is
-    differentiated; their gradients may then be None.
+    Frozen parts cost no backward pass only if the loss is differentiated by the trained part, the first of
+    core.trees.split(params, freezing.trainable(params, rules)); the gradients of frozen leaves may then be None.
 
     Args:
         params: A tree of arrays or of shapes.
         rules: Must cover it.
-        scale: What makes an update of the gradient, without rate and sign.
+        scale: Makes an update of the gradient, without rate and sign.
         learning_rate: A number, or a schedule.
-        weight_decay: Of rules that name none.
-        schedules: Those that rules may name.
+        weight_decay: The decay for rules without one.
+        schedules: {name: schedule} that rules may name.
 
     Raises:
         UserError: As for freezing.decide and scale_by_rules.
@@ -160,14 +160,14 @@ def by_rules(
 
 
 def carry(old: Any, new: Any) -> Any:
-    """A new optimizer state with the moments of an old one, where leaves trained before and train now.
+    """A new optimizer state with the moments of an old one, for leaves that trained before and still train.
 
-    Moments, and with AdamState their counts, go on as if nothing had happened; leaves that start to train begin from zeros, and
-    so does one that stood still in between. The steps that schedules count begin anew.
+    Moments, and the counts of AdamState, continue unchanged; a leaf that starts to train begins from zeros, also if it trained
+    in an earlier phase but not in the last one. The steps that schedules count start again from 0.
 
     Args:
         old: State of the same chain of transformations over other leaves of the same parameters.
-        new: Its fresh state over what trains now.
+        new: Fresh state of the chain over the leaves that train next.
     """
     if isinstance(new, AdamState):
         return AdamState(_carry_counts(old, new), _carry_leaves(old.mu, new.mu), _carry_leaves(old.nu, new.nu))
@@ -184,12 +184,12 @@ def _carry_leaves(old: Any, new: Any) -> Any:
 
 def _carry_counts(old: AdamState, new: AdamState) -> jax.Array:
     counts = np.asarray(old.counts)  # on the host: the two may lie on different devices
-    before = iter(np.moveaxis(counts, -1, 0))  # axes before that of the leaves are those of several runs
-    ages = [None if leaf is None else next(before) for leaf in jax.tree.leaves(old.mu, is_leaf=_is_none)]
+    by_leaf = iter(np.moveaxis(counts, -1, 0))  # the axis of leaves is the last; axes before it are several runs
+    ages = [None if leaf is None else next(by_leaf) for leaf in jax.tree.leaves(old.mu, is_leaf=_is_none)]
     trains = [leaf is not None for leaf in jax.tree.leaves(new.mu, is_leaf=_is_none)]
-    none = np.zeros(counts.shape[:-1], np.int32)
-    kept = [none if age is None else age for age, now in zip(ages, trains, strict=True) if now]
-    return jnp.array(np.stack(kept, axis=-1), jnp.int32)
+    zero = np.zeros(counts.shape[:-1], np.int32)
+    carried = [zero if age is None else age for age, leaf_trains in zip(ages, trains, strict=True) if leaf_trains]
+    return jnp.array(np.stack(carried, axis=-1), jnp.int32)
 
 
 def _is_none(leaf: Any) -> bool:

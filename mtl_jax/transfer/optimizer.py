@@ -1,4 +1,4 @@
-"""The optimizer of a phase, from its configuration to optax."""
+"""The optimizer of a phase: its configuration, its learning rate by step, and the optax chain that they make."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from mtl_jax.transfer import optax_rules
 from mtl_jax.transfer.freezing import ParamRule
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
-# Numbers that an optimizer does not look at.
+# {optimizer: fields that it does not use}
 UNUSED = {"adam": ("weight_decay",), "sgd": ("weight_decay", "b2", "eps")}
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "slanted_triangular")
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Configuration):
-    """How the trainable parameters follow the gradient.
+    """How gradients become updates of the trainable parameters.
 
     Attributes:
         name: adamw, adam or sgd.
-        learning_rate: Peak rate, for phases that name none of their own.
-        schedule: After the warm-up: constant; linear or cosine decay that would reach 0 in the step after the phase's last; or
-            inverse_sqrt, with the square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does
-            not depend on the end; or slanted_triangular (Howard and Ruder, 2018), which rises from peak / ratio and falls back
-            to it.
-        warmup: Share of a phase's steps over which the rate rises, to its peak in the last of them: from one step above 0, but
-            for slanted_triangular.
+        learning_rate: Peak rate, for phases without a learning_rate.
+        schedule: The rate after the warm-up. constant; linear or cosine: decay that would reach 0 one step after the phase;
+            inverse_sqrt: the square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does not
+            depend on the length of the phase; slanted_triangular (Howard and Ruder, 2018): rises from peak / ratio and falls
+            back to it.
+        warmup: Share of a phase's steps in which the rate rises: in W such steps, from peak / W to the peak;
+            slanted_triangular rises from peak / ratio.
         ratio: For slanted_triangular: the highest rate over the lowest.
-        weight_decay: AdamW's decoupled decay, on parameters of two and more dimensions only (no biases, no norms).
-        clip_norm: Largest norm of the trainable part's gradient; 0 for no clipping.
+        weight_decay: AdamW's decoupled decay, for parameters of two or more dimensions only (no biases, no norms).
+        clip_norm: Largest norm of the gradient of all trainable parameters; 0: no clipping.
         b1: Adam's decay of the first moment; SGD's momentum.
         b2: Adam's decay of the second moment.
         eps: Adam's epsilon.
@@ -55,7 +55,7 @@ class Optimizer(Configuration):
 
 
 def check(config: Optimizer) -> None:
-    """Raises UserError where a field of Optimizer makes no sense."""
+    """Raises UserError if a field of Optimizer is out of range."""
     if config.name not in OPTIMIZERS:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     if config.schedule not in SCHEDULES:
@@ -70,7 +70,7 @@ def check(config: Optimizer) -> None:
 
 
 def check_rule(config: Optimizer, rule: ParamRule) -> None:
-    """Raises UserError where a parameter rule asks for what this optimizer does not have."""
+    """Raises UserError if a parameter rule has a schedule or a decay that this optimizer does not have."""
     if rule.schedule and rule.schedule not in SCHEDULES:
         raise unknown(f"schedule of the rule {rule.pattern!r}:", rule.schedule, SCHEDULES)
     if rule.weight_decay is not None and config.name != "adamw":
@@ -78,29 +78,29 @@ def check_rule(config: Optimizer, rule: ParamRule) -> None:
 
 
 def schedule(config: Optimizer, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate by step of the phase, 0 in none of them.
+    """The learning rate by step of the phase; it is 0 in no step.
 
-    Steps count from 0. Of W steps of warm-up, step t has the share (t + 1) / W of the peak; of the N steps of the phase, the
-    last one has 1 / (N - W + 1) of it with a linear schedule, or 1 / N where there is no warm-up.
+    Steps count from 0. In W steps of warm-up, step t has the share (t + 1) / W of the peak; in a phase of N steps with a linear
+    schedule, the last step has the share 1 / (N - W + 1), or 1 / N without a warm-up.
     """
     warmup = round(config.warmup * steps)
     if config.schedule == "slanted_triangular":
         return slanted_triangular(peak, steps, warmup, config.ratio)
     rise = optax.linear_schedule(0.0, peak, warmup)
-    # The first step of a warm-up from exactly 0 would be wasted: count from 1, to one more.
-    counted = 1 if warmup else 0
-    rest = max(1, steps + counted - warmup)
+    # A first step with rate 0 would be wasted, so steps are counted from 1, and to one more.
+    offset = 1 if warmup else 0
+    rest = max(1, steps + offset - warmup)
     fall = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": lambda step: _cosine(peak, rest, step),
         "inverse_sqrt": lambda step: peak * jax.lax.rsqrt(1.0 + jnp.asarray(step, jnp.float32) / max(1, warmup)),
     }[config.schedule]
-    return lambda step: optax.join_schedules([rise, fall], [warmup])(step + counted)
+    return lambda step: optax.join_schedules([rise, fall], [warmup])(step + offset)
 
 
 def _cosine(peak: float, steps: int, step: Any) -> jax.Array:
-    """peak * (1 + cos(pi step / steps)) / 2; written as a square, since in float32 the sum is 0 long before the end."""
+    """peak * (1 + cos(pi step / steps)) / 2, computed as a square, as the sum would be 0 in float32 long before the end."""
     left = 1.0 - jnp.minimum(jnp.asarray(step, jnp.float32), steps) / steps
     return peak * jnp.sin(0.5 * jnp.pi * left) ** 2
 
@@ -108,14 +108,14 @@ def _cosine(peak: float, steps: int, step: Any) -> jax.Array:
 def slanted_triangular(peak: float, steps: int, cut: int, ratio: float = 32.0) -> optax.Schedule:
     """ULMFiT's schedule (Howard and Ruder, 2018): peak * (1 + p * (ratio - 1)) / ratio.
 
-    At step t = 1, 2 ... p = t / cut up to the cut, then 1 - (t - cut) / (steps - cut). That is the paper's
-    1 - (t - cut) / (cut * (1 / cut_frac - 1)) where the cut is that share of the steps exactly; where it is rounded, the
-    paper's p falls below 0.
+    At step t = 1, 2 ..., p = t / cut up to the cut, then 1 - (t - cut) / (steps - cut). That is the paper's
+    1 - (t - cut) / (cut * (1 / cut_frac - 1)) if cut is exactly cut_frac of the steps; if it is rounded, the paper's p can fall
+    below 0.
 
     Args:
         peak: The highest rate.
-        steps: In all.
-        cut: The step of the highest rate; 0: it only falls.
+        steps: Number of steps.
+        cut: The step with the highest rate; 0: the rate only falls.
         ratio: The highest rate over the lowest.
     """
 
@@ -128,16 +128,16 @@ def slanted_triangular(peak: float, steps: int, cut: int, ratio: float = 32.0) -
 
 
 def build(config: Optimizer, decided: Any, peak: float, steps: int) -> optax.GradientTransformation:
-    """The optax chain: clip, the moments of all that trains, then each leaf's own decay, rate and schedule.
+    """The optax chain: clipping, moments, then the decay, rate and schedule of each leaf.
 
     Args:
         config: The optimizer.
         decided: freezing.decide(params, rules): the rule of each parameter.
         peak: Highest rate.
-        steps: Length of the phase.
+        steps: Number of steps of the phase.
 
     Returns:
-        A transformation over the trainable leaves only. moving.carry takes its state from one phase to the next.
+        A transformation of the trainable leaves only. optax_rules.carry takes its state from one phase to the next.
     """
     names = {rule.schedule for rule in jax.tree.leaves(decided)}
     schedules = {

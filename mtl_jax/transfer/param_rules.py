@@ -1,7 +1,7 @@
-"""Rules by the depth of a layer: layer-wise decay, discriminative rates, the top layers only.
+"""Parameter rules of the literature: layer-wise decay, discriminative rates, top layers, adapters or biases only.
 
-They are told how many layers there are, so that what they make are plain rules, which can be read and changed. A number that
-does not fit the trunk is refused, with the rule that matches nothing or the layer that no rule covers.
+Rules by depth take the number of layers, so that they are plain rules, which can be read and changed. A number that does not
+fit the trunk is refused when the rules are applied: the error names a rule that matches nothing or a layer that no rule covers.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ ULMFIT_FACTOR = 2.6
 
 
 def layerwise(decay: float, layers: int, decoder_layers: int = 0) -> tuple[ParamRule, ...]:
-    """Layer-wise decay of the learning rate: each layer has `decay` times the rate of the one above it, heads have all of it.
+    """Layer-wise decay of the learning rate: each layer has `decay` times the rate of the layer above it; heads have it all.
 
-    For every trunk that has layers: BERT and its family, ModernBERT, the encoder of Marian, BART and T5, and `Transformer`.
-    As in BEiT (Bao et al., 2022), after ELECTRA (Clark et al., 2020).
+    For every trunk with numbered layers: BERT and its family, ModernBERT, the encoder of Marian, BART and T5, and
+    `Transformer`. As in BEiT (Bao et al., 2022), after ELECTRA (Clark et al., 2020).
 
     Args:
         decay: Above 0, 1 at most.
-        layers: Layers of the trunk.
-        decoder_layers: Layers of the decoders among the heads, which then stand above those of the trunk: a decoder's own
-            embeddings go with its lowest layer, its output is fresh. 0: decoders are fresh whole, as other heads.
+        layers: Number of layers of the trunk.
+        decoder_layers: Number of layers of the decoders among the heads, which count as layers above the trunk: a decoder's
+            embeddings belong to its lowest layer, and its output layer has the full rate. 0: decoders have the full rate, as
+            other heads.
 
     Returns:
         Rules that cover every parameter. The top layer's rate is `decay`, the lowest's decay ** layers, the embeddings' (and
-        T5's table of positions) decay ** (layers + 1). Heads, adapters and norms after the last layer have the full rate.
+        T5's position biases) decay ** (layers + 1). Heads, adapters and norms after the last layer have the full rate.
 
     Raises:
-        UserError: A number makes no sense.
+        UserError: A number is out of range.
     """
     _check(layers, decoder_layers)
     return top_layers(1 + layers + decoder_layers, layers, decoder_layers, decay)
@@ -44,7 +45,7 @@ def discriminative(layers: int, factor: float = ULMFIT_FACTOR, decoder_layers: i
         decoder_layers: As for layerwise.
 
     Raises:
-        UserError: A number makes no sense.
+        UserError: A number is out of range.
     """
     if not factor >= 1:
         raise UserError(f"factor is {factor}; a rate is divided by it from layer to layer, so it must be at least 1")
@@ -52,16 +53,17 @@ def discriminative(layers: int, factor: float = ULMFIT_FACTOR, decoder_layers: i
 
 
 def top_layers(count: int, layers: int, decoder_layers: int = 0, decay: float = 1.0) -> tuple[ParamRule, ...]:
-    """Heads, adapters and the topmost layers train; what is below them is frozen and costs no backward pass.
+    """Heads, adapters and the topmost layers train; the layers below are frozen and cost no backward pass.
 
     Args:
-        count: How many layers train; one more than there are: the embeddings, too; 0: none, and no norm after them.
+        count: Number of layers that train; one more than all layers: the embeddings train, too; 0: no layer trains, nor the
+            norm after the last layer.
         layers: As for layerwise.
         decoder_layers: As for layerwise.
-        decay: As for layerwise, among those that train.
+        decay: As for layerwise, for the layers that train.
 
     Raises:
-        UserError: A number makes no sense.
+        UserError: A number is out of range.
     """
     _check(layers, decoder_layers)
     if not 0 < decay <= 1:
@@ -69,7 +71,7 @@ def top_layers(count: int, layers: int, decoder_layers: int = 0, decay: float = 
     total = decoder_layers + layers
     if not 0 <= count <= total + 1:
         raise UserError(f"count is {count}; {there_are(total, 'layer')}, and {total + 1} stands for the embeddings, too")
-    # A rule that matches nothing is refused: what not every family has stands in one with what each of them has.
+    # A rule that matches nothing is refused, so parts that only some families have share a rule with a part that all have.
     decoder = [rf"heads/[^/]+/layer_{number}/.*" for number in reversed(range(decoder_layers))]
     heads = "heads/.*"
     if decoder:
@@ -77,12 +79,12 @@ def top_layers(count: int, layers: int, decoder_layers: int = 0, decay: float = 
         heads = r"heads/[^/]+/(?!layer_|embeddings/|relative_bias/).*"
     encoder = [rf"trunk/layer_{number}/.*" for number in reversed(range(layers))]
     if count:
-        fresh, lowest = "trunk/(adapters|norm|final_norm)/.*", "trunk/(embeddings|relative_bias)/.*"
+        full_rate, lowest = "trunk/(adapters|norm|final_norm)/.*", "trunk/(embeddings|relative_bias)/.*"
     else:
-        fresh, lowest = "trunk/adapters/.*", "trunk/(embeddings|relative_bias|norm|final_norm)/.*"
+        full_rate, lowest = "trunk/adapters/.*", "trunk/(embeddings|relative_bias|norm|final_norm)/.*"
     below = [*decoder, *encoder, lowest]
-    moving = [ParamRule(pattern, rate=decay**depth) for depth, pattern in enumerate(below[:count], 1)]
-    return (ParamRule(f"{heads}|{fresh}"), *moving, *(ParamRule(pattern, train=False) for pattern in below[count:]))
+    training = [ParamRule(pattern, rate=decay**depth) for depth, pattern in enumerate(below[:count], 1)]
+    return (ParamRule(f"{heads}|{full_rate}"), *training, *(ParamRule(pattern, train=False) for pattern in below[count:]))
 
 
 def _check(layers: int, decoder_layers: int) -> None:
@@ -92,13 +94,13 @@ def _check(layers: int, decoder_layers: int) -> None:
 
 
 def adapters_only() -> tuple[ParamRule, ...]:
-    """The adapters and the heads train; the trunk itself stays as it is."""
+    """The adapters and the heads train; the trunk itself is frozen."""
     return (ParamRule("trunk/adapters/.*"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))
 
 
 def bitfit() -> tuple[ParamRule, ...]:
-    """Of the trunk only the biases train, those of norms included (Zaken et al. 2022, BitFit); heads train whole.
+    """In the trunk only the biases train, those of norms included (Zaken et al. 2022, BitFit); heads train in full.
 
-    T5 has no biases, and ModernBERT usually none: there the rules are refused, as any that match nothing.
+    T5 has no biases, and ModernBERT usually none: for them the rules are refused, as all rules that match nothing.
     """
     return (ParamRule("trunk/(.*/)?bias"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))

@@ -1,4 +1,4 @@
-"""Stretches of a run, and those that the literature describes: gradual unfreezing, linear probing before fine-tuning."""
+"""Phases of a run, and the sequences of phases of the literature: gradual unfreezing, linear probing before fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mtl_jax.transfer.param_rules import top_layers
 
 @dataclasses.dataclass(frozen=True)
 class Phase(Configuration):
-    """A stretch of steps with its own trainable part, weights and learning rate; schedules run over the phase.
+    """A number of steps with their own trainable parameters, weights and learning rate; schedules run over the phase.
 
     Attributes:
-        name: Shown in the progress bar and the logs.
-        steps: Length of the phase.
+        name: The name in the progress bar and the logs.
+        steps: Number of steps of the phase.
         rules: Which parameters train, and how: the first rule whose pattern matches a parameter's path decides.
         learning_rate: Peak rate; None: optimizer.learning_rate.
-        weights: Loss weights of this phase, numbers or schedules of the run's step, as they stand, without combinators; empty:
-            the experiment's weighting.
+        weights: Loss weights of this phase, numbers or schedules of the run's step, used without combinators; empty: the
+            experiment's weighting.
         mixture: How often each source is seen in this phase, as in batch.mixture; empty: as batch.mixture says.
         shares: For the mixture fixed: a number for each source.
-        cache_features: Where the rules freeze the whole trunk, compute its output for every example once; not where a
-            task labels tokens.
+        cache_features: If the rules freeze the whole trunk, compute its output once for every example; not if a task labels
+            tokens.
     """
 
     name: str
@@ -48,24 +48,24 @@ def unfreezing(
     decay: float = 1.0,
     learning_rate: float | None = None,
 ) -> tuple[Phase, ...]:
-    """Gradual unfreezing from the top (Howard and Ruder, 2018, ULMFiT): heads first, then one layer more at each step of `at`.
+    """Gradual unfreezing from the top (Howard and Ruder, 2018, ULMFiT): heads first, then one more layer at each step of `at`.
 
-    Each phase has its own schedule, as ULMFiT has; moments of what goes on training are kept.
+    Each phase has its own schedule, as in ULMFiT; parameters that continue to train keep their moments.
 
     Args:
-        steps: Of all these phases together.
-        at: The steps after which the next layer trains, too, in order, such as range(100, 700, 100). The number after that of
-            the lowest layer is the embeddings'; what has no number stays frozen. Layers with the same number come together.
+        steps: Steps of all phases together.
+        at: The steps after which the next layer trains, too, in order, such as range(100, 700, 100). The step after the lowest
+            layer's is for the embeddings; layers without a step stay frozen, and layers with the same step start together.
         layers: As for layerwise.
         decoder_layers: As for layerwise.
         decay: As for layerwise: 1 / 2.6 are ULMFiT's discriminative rates.
-        learning_rate: Of each phase.
+        learning_rate: The peak rate of each phase.
 
     Returns:
-        The phases "heads", "top_1", "top_2" ...: as many layers train.
+        The phases "heads", "top_1", "top_2" ..., named after the number of layers that train.
 
     Raises:
-        UserError: A step lies outside, steps are out of order or too many, or a number makes no sense.
+        UserError: A step is not one of the run, steps are out of order or too many, or a number is out of range.
     """
     at = list(at)
     for count, step in enumerate(at, 1):
@@ -95,22 +95,22 @@ def probe_then_finetune(
     rate: float,
     rules: tuple[ParamRule, ...] = (ParamRule(".*"),),
 ) -> tuple[Phase, ...]:
-    """Linear probing, then fine-tuning (Kumar et al., 2022, LP-FT): features are not bent by a head that is still random.
+    """Linear probing, then fine-tuning (Kumar et al., 2022, LP-FT), so that a random head does not distort the features.
 
-    The heads of the first phase see a frozen trunk, whose features are computed once where tasks read pooled vectors only.
+    The trunk is frozen in the first phase; its features are computed once if all tasks read pooled vectors.
 
     Args:
-        probe_steps: Steps in which heads alone train.
-        steps: Steps after them.
+        probe_steps: Steps of the first phase, in which only heads train.
+        steps: Steps of the second phase.
         probe_rate: Learning rate of the first phase.
-        rate: Of the second; it must be lower.
-        rules: Of the second, such as layerwise(0.9, layers=6).
+        rate: Learning rate of the second phase; it must be lower.
+        rules: Parameter rules of the second phase, such as layerwise(0.9, layers=6).
 
     Returns:
         The phases "probe" and "finetune".
 
     Raises:
-        UserError: The second rate is not the lower one.
+        UserError: The second rate is not lower than the first.
     """
     if not rate < probe_rate:
         raise UserError(f"probe_then_finetune: rate is {rate}; it must be lower than probe_rate, which is {probe_rate}")

@@ -1,7 +1,7 @@
-"""What a run may hold on to: losses beside those of the tasks, each with a weight of its own.
+"""The regularisers of an experiment: losses beside those of the tasks, each with its own weight.
 
-The objective is what the weighting rule makes of the tasks' losses, plus the sum of weight times loss over the regularisers.
-Rules see the tasks only.
+The objective is the weighting rule's combination of the tasks' losses, plus the sum of weight times loss over the regularisers,
+which the rule does not see.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ FIELD = "regularisers"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regulariser(Configuration):
-    """What all of them have.
+    """The fields of all regularisers.
 
     Attributes:
         name: Its name in logs and metrics, beside those of tasks.
-        weight: A number, or a schedule of the run's step as text, as in Experiment.weights. Where it is 0 all through a phase,
-            the phase is that of a run without the regulariser, bit by bit.
-        phase: It counts from this phase on, and what it holds on to is what is there when that begins; empty: the first.
+        weight: A number, or a schedule of the run's step as text, as in Experiment.weights. A phase in which it is 0 throughout
+            is the same, bit by bit, as without the regulariser.
+        phase: The phase from which the regulariser is used; its reference values are those at the start of that phase. Empty:
+            the first phase.
     """
 
     name: str
@@ -36,21 +37,21 @@ class Regulariser(Configuration):
     phase: str = ""
 
     def check(self) -> None:
-        """Raises UserError where a field makes no sense."""
+        """Raises UserError if a field is refused."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class L2SP(Regulariser):
-    """Parameters are drawn to their start, new ones to 0 (Li et al., 2018): transfer.l2sp over what trains.
+    """Trainable parameters are pulled to their initial values, new ones to 0 (Li et al., 2018): transfer.l2sp.
 
     Attributes:
         name: As in all regularisers.
         weight: As in all regularisers.
         phase: As in all regularisers.
-        alpha: How strongly parameters are drawn to their start.
-        beta: How strongly new ones are drawn to 0; they have no start that is worth keeping.
-        shared: A regular expression: the parameters that have a start.
-        new: A regular expression: the new ones.
+        alpha: Strength of the pull towards initial values.
+        beta: Strength of the pull towards 0, for new parameters, whose initial values are random.
+        shared: A regular expression: the parameters with initial values that are worth keeping.
+        new: A regular expression: the new parameters.
     """
 
     name: str = "l2sp"
@@ -66,19 +67,20 @@ class L2SP(Regulariser):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EWC(Regulariser):
-    """Parameters are held where they matter for a source's tasks (Kirkpatrick et al., 2017): transfer.ewc over what trains.
+    """Trainable parameters that matter for a source's tasks keep near their values (Kirkpatrick et al., 2017): transfer.ewc.
 
     Attributes:
         name: As in all regularisers.
         weight: As in all regularisers; the paper's lambda.
-        phase: As in all regularisers: begin it after the phases that train the source, or let init_from or `run` bring them.
-        source: The source whose tasks are not to be forgotten, of this run or of `run`.
+        phase: As in all regularisers: choose one after the phases that train the source, unless init_from or `run` gives
+            parameters that are trained on it.
+        source: The source whose tasks must not be forgotten, of this run or of `run`.
         run: The workdir of a finished run with that source: its best checkpoint is the anchor, and its heads and training rows
             give the Fisher information. Empty: the source is one of this run.
-        batches: Batches of training rows, batch.rows rows with one example each, from which the Fisher information is computed.
-        labels: model: labels drawn from what the model says, as in the definition of the Fisher information. data: those of
-            the rows (the empirical one); for spans, masked LM and seq2seq tasks it must be this.
-        parameters: A regular expression: what is held.
+        batches: Number of batches of training rows, batch.rows rows with one example each, for the Fisher information.
+        labels: model: labels drawn from the model's predictions, as in the definition of the Fisher information. data: the
+            labels of the rows (the empirical Fisher information), which spans, masked LM and seq2seq tasks need.
+        parameters: A regular expression: the parameters that are kept near their values.
     """
 
     name: str = "ewc"
@@ -91,7 +93,7 @@ class EWC(Regulariser):
     def check(self) -> None:
         _expressions(self, "parameters")
         if not self.source:
-            raise UserError(f"{FIELD}: {self.name} needs a source: the one whose tasks are not to be forgotten")
+            raise UserError(f"{FIELD}: {self.name} needs a source: the one whose tasks must not be forgotten")
         if self.batches < 1:
             raise UserError(f"{FIELD}: batches of {self.name} is {self.batches}; it must be at least 1")
         if self.labels not in ("model", "data"):
@@ -100,20 +102,21 @@ class EWC(Regulariser):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(Regulariser):
-    """A teacher is imitated: transfer.distill over the outputs of tasks, or transfer.distill_hidden over vectors of tokens.
+    """The model imitates a teacher: transfer.distill of the outputs of tasks, or transfer.distill_hidden of token vectors.
 
     Attributes:
         name: As in all regularisers.
         weight: As in all regularisers.
         phase: As in all regularisers.
-        teacher: The workdir of a finished run, of which the best checkpoint is taken; for hidden also a checkpoint's directory
-            or hub id, and for one tagging task the directory of a token classifier with the task's labels in order. Its
-            vocabulary must be that of this run's trunk.
-        of: logits: the outputs of tasks that both have, under the same name: the sum over tasks of the mean over the task's
-            examples (labelled or not; for taggers, labelled words). hidden: the last vectors of all tokens, the mean over them.
-        tasks: For logits: these tasks; empty: all that both have.
+        teacher: The workdir of a finished run, whose best checkpoint is used; for hidden also a checkpoint's directory or hub
+            id, and for one tagging task the directory of a token classifier with the task's labels in order. Its vocabulary
+            must be that of this run's trunk.
+        of: logits: the outputs of tasks that both runs have under the same name; the loss is the sum over tasks of the mean
+            over the task's examples (labelled or not; for taggers, labelled words). hidden: the last vectors of all tokens; the
+            loss is the mean over tokens.
+        tasks: For logits: these tasks; empty: all that both runs have.
         temperature: For logits: T.
-        distance: For hidden: mse or cosine. Where the widths differ, a projection to the teacher's is learned,
+        distance: For hidden: mse or cosine. If the widths differ, a projection to the teacher's width is learned,
             heads/NAME/projection.
     """
 
@@ -139,7 +142,7 @@ class Distillation(Regulariser):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RDrop(Regulariser):
-    """Every row goes through the model twice, with different dropout, and the outputs are drawn together (Liang et al., 2021).
+    """Every row goes through the model twice, with different dropout; the outputs are pulled together (Liang et al., 2021).
 
     The tasks' losses are then means over both passes. (The paper adds them up, so its alpha is twice this weight.) The loss is
     the sum over tasks of the mean of transfer.r_drop over the task's examples; for taggers, labelled words.
@@ -155,66 +158,68 @@ class RDrop(Regulariser):
     tasks: tuple[str, ...] = ()
 
 
-# What an experiment may hold: a new kind is added here.
+# The kinds that an experiment may have; a new kind is added here.
 AnyRegulariser = L2SP | EWC | Distillation | RDrop
 
 
-def of_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> tuple[AnyRegulariser, ...]:
-    """The regularisers without the tasks that are left out of a run.
+def without_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> tuple[AnyRegulariser, ...]:
+    """The regularisers of a run that leaves some tasks out.
 
     Args:
-        regularisers: The experiment's regularisers; one of weight 0 goes with the last of its tasks.
+        regularisers: The experiment's regularisers; one of weight 0 is dropped with the last of its tasks.
         dropped: The tasks that are left out.
 
     Raises:
-        UserError: One has none of its tasks left: no tasks would mean all.
+        UserError: A regulariser has none of its tasks left; an empty list would mean all tasks.
     """
-    found: list[AnyRegulariser] = []
-    for each in regularisers:
-        if not isinstance(each, Distillation | RDrop) or dropped.isdisjoint(each.tasks):
-            found.append(each)
+    remaining: list[AnyRegulariser] = []
+    for regulariser in regularisers:
+        if not isinstance(regulariser, Distillation | RDrop) or dropped.isdisjoint(regulariser.tasks):
+            remaining.append(regulariser)
             continue
-        kept = tuple(task for task in each.tasks if task not in dropped)
-        if kept:
-            found.append(dataclasses.replace(each, tasks=kept))
-        elif each.weight not in (0, "0"):
+        tasks = tuple(task for task in regulariser.tasks if task not in dropped)
+        if tasks:
+            remaining.append(dataclasses.replace(regulariser, tasks=tasks))
+        elif regulariser.weight not in (0, "0"):
+            name = regulariser.name
             raise UserError(
-                f"{FIELD}: {each.name} is of {listed(each.tasks)}, which only leaves out; name it there, or set the weight "
-                f"of {each.name} to 0"
+                f"{FIELD}: {name} is of {listed(regulariser.tasks)}, which only leaves out; name it there, or set the weight "
+                f"of {name} to 0"
             )
-    return tuple(found)
+    return tuple(remaining)
 
 
 def check(
     regularisers: Sequence[AnyRegulariser], mixout: Mixout, tasks: Sequence[str], phases: Sequence[str], steps: int
 ) -> None:
-    """Finds what is wrong with them before anything is read.
+    """Checks regularisers and mixout before anything is read.
 
     Args:
         regularisers: The experiment's regularisers.
         mixout: Its mixout.
         tasks: The names of its tasks.
         phases: The names of its phases.
-        steps: Steps of the run.
+        steps: Number of steps of the run.
 
     Raises:
         UserError: One line that names the field.
     """
-    seen = set(tasks)
-    for each in regularisers:
-        if not re.fullmatch("[A-Za-z0-9_-]+", each.name):
-            raise UserError(f"{FIELD}: name {each.name!r}: use letters, digits, '_' and '-' only")
-        if each.name in seen:
-            what = "a task" if each.name in tasks else "another one"
-            raise UserError(f"{FIELD}: {each.name!r} is also the name of {what}; names must differ")
-        seen.add(each.name)
-        if each.phase and each.phase not in phases:
-            raise unknown(f"phase of {each.name}:", each.phase, phases)
-        schedules.check_steps({each.name: each.weight}, range(steps), FIELD)
-        each.check()
-        for name in getattr(each, "tasks", ()):
-            if name not in tasks:
-                raise unknown(f"task of {each.name}:", name, tasks)
+    names = set(tasks)
+    for regulariser in regularisers:
+        name = regulariser.name
+        if not re.fullmatch("[A-Za-z0-9_-]+", name):
+            raise UserError(f"{FIELD}: name {name!r}: use letters, digits, '_' and '-' only")
+        if name in names:
+            owner = "a task" if name in tasks else "another one"
+            raise UserError(f"{FIELD}: {name!r} is also the name of {owner}; names must differ")
+        names.add(name)
+        if regulariser.phase and regulariser.phase not in phases:
+            raise unknown(f"phase of {name}:", regulariser.phase, phases)
+        schedules.check_steps({name: regulariser.weight}, range(steps), FIELD)
+        regulariser.check()
+        for task in getattr(regulariser, "tasks", ()):
+            if task not in tasks:
+                raise unknown(f"task of {name}:", task, tasks)
     if not 0 <= mixout.p < 1:
         raise UserError(f"mixout.p is {mixout.p}; it must be at least 0 and below 1")
     _expression("mixout.parameters", mixout.parameters)
@@ -236,4 +241,4 @@ def _expression(where: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except NOT_A_PATTERN as error:
-        raise UserError(f"{where} is no regular expression: {shown(pattern)!r} ({error})") from error
+        raise UserError(f"{where} is not a regular expression: {shown(pattern)!r} ({error})") from error

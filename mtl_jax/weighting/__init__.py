@@ -1,4 +1,4 @@
-"""Weighting rules: how much each loss counts at each step."""
+"""Weighting rules: the weight of each task's loss at each step."""
 
 from mtl_jax.weighting import schedules as schedules
 from mtl_jax.weighting.balance import db_mtl as db_mtl
@@ -16,6 +16,9 @@ from mtl_jax.weighting.combinators import ema as ema
 from mtl_jax.weighting.combinators import every as every
 from mtl_jax.weighting.combinators import normalized as normalized
 from mtl_jax.weighting.combinators import subset as subset
+from mtl_jax.weighting.custom_loop import gradient as gradient
+from mtl_jax.weighting.custom_loop import gram as gram
+from mtl_jax.weighting.custom_loop import init as init
 from mtl_jax.weighting.geometry import aligned as aligned
 from mtl_jax.weighting.geometry import config as config
 from mtl_jax.weighting.geometry import gradvac as gradvac
@@ -37,9 +40,6 @@ from mtl_jax.weighting.loss_rules import imtl_l as imtl_l
 from mtl_jax.weighting.loss_rules import rlw as rlw
 from mtl_jax.weighting.loss_rules import stch as stch
 from mtl_jax.weighting.loss_rules import uncertainty as uncertainty
-from mtl_jax.weighting.own_loop import gradient as gradient
-from mtl_jax.weighting.own_loop import gram as gram
-from mtl_jax.weighting.own_loop import init as init
 from mtl_jax.weighting.registry import COMBINATORS as COMBINATORS
 from mtl_jax.weighting.registry import RULES as RULES
 from mtl_jax.weighting.registry import combine as combine

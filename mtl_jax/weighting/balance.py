@@ -33,15 +33,15 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
 
     With n_k = |g_k|, the relative inverse training rate r_k = (L_k / L_k(first)) over its mean, and the target
     t_k = mean(w n) r_k^alpha, held constant: w follows the gradient of sum_k |w_k n_k - t_k|, is kept above 0 and rescaled to
-    sum to K. The first losses are those of the first step in which a task is present. The paper compares gradients in the last
-    shared layer: set gram_over to it. Departs from it by Adam on w, and by lengths that are scaled in each step, to a longest
-    one of 1, so that the gradients' scale does not matter: where that changes from step to step, Adam's averages, and so the
-    weights, differ by a few percent from those of lengths as they are. Heads follow their plain losses, as in LibMTL; the paper
+    sum to K. A task's first loss is that of the first step in which it is present. The paper compares gradients in the last
+    shared layer: set gram_over to it. Departs from the paper by Adam on w, and by scaling the lengths in each step so that the
+    longest is 1 and the gradients' scale does not matter; if the scale changes from step to step, Adam's averages, and so the
+    weights, differ by a few percent from those of unscaled lengths. Heads follow their plain losses, as in LibMTL; the paper
     differentiates the weighted sum by all parameters.
 
     Args:
-        alpha: How strongly slow tasks are pulled; not negative.
-        learning_rate: Of w, above 0.
+        alpha: How much longer the gradients of slow tasks become; not negative.
+        learning_rate: The rate of w, above 0.
 
     Raises:
         UserError: An option is out of range.
@@ -52,8 +52,7 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
 
     def init(names: Sequence[str]) -> Any:
         ones_K = jnp.ones(len(names))
-        seen_K = jnp.zeros(len(names), bool)
-        return {"weights": ones_K, "adam": adam.init(ones_K), "first": ones_K, "seen": seen_K}
+        return {"weights": ones_K, "adam": adam.init(ones_K), "first": ones_K, "seen": jnp.zeros(len(names), bool)}
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         gram_KxK, _, present_K = scaled_gram(signals)
@@ -67,9 +66,9 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
         gradient_K = jnp.where(present_K, jnp.sign(state["weights"] * norm_K - target_K) * norm_K, 0.0)
         updates_K, adam_state = adam.update(gradient_K, state["adam"])
         moved_K = jnp.where(present_K, jnp.maximum(state["weights"] + updates_K, 1e-3), state["weights"])
-        # Present tasks share what they had together, so that all weights go on summing to K.
-        had, have = (mean_K > 0) @ state["weights"], (mean_K > 0) @ moved_K
-        moved_K = jnp.where(present_K, moved_K * had / jnp.where(have > 0, have, 1.0), moved_K)
+        # The weights of the present tasks keep their sum, so that all weights still sum to K.
+        old_sum, new_sum = (mean_K > 0) @ state["weights"], (mean_K > 0) @ moved_K
+        moved_K = jnp.where(present_K, moved_K * old_sum / jnp.where(new_sum > 0, new_sum, 1.0), moved_K)
         new = {"weights": moved_K, "adam": adam_state, "first": first_K, "seen": state["seen"] | present_K}
         return unstack(state["weights"], signals), new
 
@@ -77,17 +76,17 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
 
 
 def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
-    """All logarithms of losses, and all their gradients at the length of the longest (Lin et al. 2023, DB-MTL).
+    """Logarithms of the losses, whose gradients are all scaled to the length of the longest (Lin et al. 2023, DB-MTL).
 
     With h_k the gradient of log(L_k + 1e-8), averaged over steps: h <- h + b_t (h(before) - h), b_t = beta / t^sigma, from the
-    first one on: the combined gradient is max_i |h_i| sum_k h_k / |h_k|. The weights are those of the losses, not of their
-    logarithms: w_k = max_i |h_i| / (|h_k| L_k). Heads follow their plain losses: the lengths are evened out in the trunk only.
-    Departs from the paper and LibMTL there, whose heads follow the logarithms, g / L; and by what a loss, or a task gradient's
-    length, counts for at least: a millionth of the largest one, as a loss of 0 would stretch its noise to the length of all.
+    first step on: the combined gradient is max_i |h_i| sum_k h_k / |h_k|. The weights are those of the losses, not of their
+    logarithms: w_k = max_i |h_i| / (|h_k| L_k). Heads follow their plain losses: only the trunk's gradients are scaled.
+    Departs from the paper and LibMTL, whose heads follow the logarithms, g / L; and by a least value of losses and of gradient
+    lengths, a millionth of the largest, as the noise of a loss of 0 would else be stretched to the length of the others.
 
     Args:
-        beta: Share of the past in the average, 0 to below 1. With 0 there is none, and nothing is kept; else the rule holds
-            a gradient of the trunk for each task, in float32, also in every checkpoint.
+        beta: Share of the past in the average, 0 to below 1. With 0 there is no average and no state; else the state has a
+            gradient of the trunk for each task, in float32, also in every checkpoint.
         sigma: How fast that share falls with the step; not negative.
 
     Raises:
@@ -106,7 +105,7 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
         gram_KxK, _, _ = scaled_gram(signals)
         norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
         longest = jnp.max(norm_K * log_scale(signals))  # |h| = |g| / L
-        # A gradient that is nothing beside the others is not stretched to their length: it is noise.
+        # A gradient that is negligible beside the others is noise, and is not stretched to their length.
         weights_K = longest / jnp.maximum(norm_K, jnp.maximum(SMALLEST * norm_K.max(), TINY))
         weights_K = jnp.where(norm_K > 0, weights_K, 0.0)
         return unstack(weights_K, signals), state
@@ -117,16 +116,16 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
 
     def average(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
         present_K, scale_K = present(signals), log_scale(signals)
-        seen_K = state["seen"] + present_K
-        past_K = jnp.where(state["seen"] > 0, beta / jnp.maximum(seen_K, 1) ** sigma, 0.0)
+        times_K = state["seen"] + present_K
+        past_K = jnp.where(state["seen"] > 0, beta / jnp.maximum(times_K, 1) ** sigma, 0.0)
         past_K = jnp.where(present_K, past_K, 1.0)
         averaged = jax.tree.map(
             lambda old, new: _rows(past_K, old) * old + _rows((1 - past_K) * scale_K, new) * new, state["average"], gradients
         )
-        # Handed on as gradients of the losses, L h: so the weights are in the units of any rule's, also for heads.
+        # Returned as gradients of the losses, L h, so that the weights have the units of any rule's, also for heads.
         back_K = jnp.where(present_K, loss(signals), 0.0)
         changed = jax.tree.map(lambda leaf: _rows(back_K, leaf) * leaf, averaged)
-        return changed, {"average": averaged, "seen": seen_K}
+        return changed, {"average": averaged, "seen": times_K}
 
     transform = Transform(init_average, average) if beta > 0 else None
     update = update if transform is None else after_transform("db_mtl", update)
@@ -134,10 +133,10 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
 
 
 def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> Rule:
-    """The shortest vector in the convex hull of tracked gradients, approached step by step (Fernando et al. 2023, MoCo).
+    """The shortest vector in the convex hull of tracked gradients, approached over the steps (Fernando et al. 2023, MoCo).
 
     y_k <- y_k - b_t (y_k - g_k) with y = 0 before the first step and b_t = beta / t^sigma; then, with G of y,
-    w <- projection of w - gamma_t (G + rho 1) w onto the simplex, gamma_t = gamma / t^sigma, from 1/K each. The combined
+    w <- projection of w - gamma_t (G + rho 1) w onto the simplex, gamma_t = gamma / t^sigma, starting at 1/K each. The combined
     gradient is sum_k w_k y_k. The weights sum to 1. Tracking removes the bias that one batch's gradients give the weights;
     its state is a gradient of the trunk for each task, in float32, also in every checkpoint. This is the paper's algorithm;
     the authors' program scales every gradient to the length of its loss first, and takes a softmax for the projection. Heads
@@ -166,12 +165,12 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         gram_KxK, scale, present_K = scaled_gram(signals)
         gram_KxK = gram_KxK * scale + rho * jnp.eye(gram_KxK.shape[0])
-        # Absent tasks keep what they had; the present ones are a simplex of their own, and share the rest.
-        held_K, own_K = jnp.where(present_K, 0.0, state["weights"]), jnp.where(present_K, state["weights"], 0.0)
-        own_K = jnp.where(own_K.sum() > 0, own_K / jnp.maximum(own_K.sum(), TINY), share(present_K))
-        weights_K = solvers.onto_simplex(own_K - rate(gamma, state["done"]) * (gram_KxK @ own_K), present_K)
-        kept_K = jnp.where(present_K, weights_K * (1 - held_K.sum()), held_K)
-        return unstack(weights_K, signals), {"weights": kept_K, "done": state["done"] + 1}
+        # Absent tasks keep their weights; the present tasks move on a simplex of their own, scaled to the rest of the sum.
+        absent_K, w_K = jnp.where(present_K, 0.0, state["weights"]), jnp.where(present_K, state["weights"], 0.0)
+        w_K = jnp.where(w_K.sum() > 0, w_K / jnp.maximum(w_K.sum(), TINY), share(present_K))
+        weights_K = solvers.onto_simplex(w_K - rate(gamma, state["done"]) * (gram_KxK @ w_K), present_K)
+        new_K = jnp.where(present_K, weights_K * (1 - absent_K.sum()), absent_K)
+        return unstack(weights_K, signals), {"weights": new_K, "done": state["done"] + 1}
 
     def init_tracked(gradients: Any) -> Any:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), gradients)
@@ -192,7 +191,7 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
 
 
 def graddrop(leak: float = 0.0) -> Rule:
-    """Every coordinate keeps the gradients of one sign only, drawn by their share (Chen et al. 2020, GradDrop).
+    """Every coordinate keeps the gradients of one sign only, which is drawn by their share (Chen et al. 2020, GradDrop).
 
     In a coordinate with P = (1 + sum_k g_k / sum_k |g_k|) / 2 and U uniform from 0 to 1: gradients above 0 stay where P > U,
     those below 0 where P < U; the others are multiplied by the leak. The gradient is the sum: the weights are 1. Departs from
@@ -200,7 +199,7 @@ def graddrop(leak: float = 0.0) -> Rule:
     their plain losses, as in the paper.
 
     Args:
-        leak: Share of a dropped gradient that stays, 0 to 1; 1 is the plain sum.
+        leak: Share of a dropped gradient that is kept, 0 to 1; 1 is the plain sum.
 
     Raises:
         UserError: The leak is out of range.
@@ -234,5 +233,5 @@ def graddrop(leak: float = 0.0) -> Rule:
 
 
 def _rows(values_K: jax.Array, leaf: jax.Array) -> jax.Array:
-    """One number a task, shaped to multiply a leaf [K, ...]."""
+    """f32[K], one number for each task, in a shape that multiplies a leaf [K, ...]."""
     return values_K.reshape(-1, *[1] * (leaf.ndim - 1))

@@ -1,4 +1,9 @@
-"""The shape of a weighting rule: pure functions, like an optax transformation."""
+"""The interface of a weighting rule, pure functions like an optax transformation, and what all rules share.
+
+Rule, Signals and Transform are the interface; then come stacking by task, absent tasks, and checks of options.
+
+Shapes in names: K tasks, in sorted order.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +18,23 @@ from mtl_jax.core.errors import UserError
 
 Weights = dict[str, jax.Array]
 
-SMALLEST = 1e-6  # of the largest loss: what a loss counts for at least, where a weight is one over it
-TINY = 1e-30  # in place of a number of zero, where a logarithm or a quotient is taken
+SMALLEST = 1e-6  # of the largest loss: the least that a loss counts as where a weight is its inverse
+TINY = 1e-30  # stands for zero where a logarithm or a quotient is taken
 
 
 class Signals(NamedTuple):
-    """What a rule may look at.
+    """The inputs of a rule at one step.
 
     Attributes:
         losses: {task: f32[]}, this step's mean losses; 0 for a task that is absent.
-        gram: f32[K, K], inner products of the task gradients, rows in the order of the losses' sorted keys; None where the
-            rule does not need it.
+        gram: f32[K, K], inner products of the task gradients, rows in the order of the losses' sorted keys; None if the rule
+            does not need it.
         step: i32[], steps done before this one.
         key: PRNG key of this step, for rules that draw.
-        counts: {task: f32[]}, labelled examples in this step; a task with none is absent, and the rule is that of the others.
-            None: all tasks are present.
-        transformed: () where the gradients have gone through the rule's transform; else None. No array, so that a program
-            knows it when it is traced.
+        counts: {task: f32[]}, labelled examples in this step; a task without any is absent, and the rule is applied to the
+            others. None: all tasks are present.
+        transformed: () if the gradients have gone through the rule's transform, else None. Not an array, so that it is known
+            while a program is traced.
     """
 
     losses: dict[str, jax.Array]
@@ -41,9 +46,9 @@ class Signals(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """What a rule does to the task gradients themselves, before they are compared and summed.
+    """A change of the task gradients themselves, before they are compared and summed.
 
-    The narrow door for the few methods that are no weighted sum of this step's gradients. A state may be as large as they are.
+    It is for the few methods that are not a weighted sum of this step's gradients. Its state may be as large as the gradients.
 
     Attributes:
         init: Task gradients (arrays or shapes), leaves [K, ...] in sorted order, to a state.
@@ -58,17 +63,17 @@ class Rule(NamedTuple):
     """A weighting rule.
 
     Attributes:
-        init: Task names, in order, to the rule's state: any pytree of arrays; it lives in the train state.
+        init: Task names, in order, to the rule's state: any pytree of arrays, which is part of the train state.
         update: (state, Signals) to (weights, new state); weights is {task: f32[]}, 0 for absent tasks, and carries no gradient.
         needs_gram: Whether Signals.gram must be computed.
-        objective: (state, Signals) to f32[], where the weights are the derivative of one number by the losses; else None.
-        transform: Set where the rule changes the task gradients; Signals.gram is then that of the changed ones. Its weights
-            alone are not the rule, so its update() asks for Signals.transformed: own_loop.gradient and the train step do both.
-        due: (state) to bool[], where the rule looks at the Gram matrix in some steps only; else None.
+        objective: (state, Signals) to f32[], if the weights are the derivative of one number by the losses; else None.
+        transform: Set if the rule changes the task gradients; Signals.gram is then of the changed gradients. The weights alone
+            are not the rule, so update() asks for Signals.transformed; custom_loop.gradient and the train step apply both.
+        due: (state) to bool[], if the rule needs the Gram matrix in some steps only; else None.
         weighs_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum of losses. False:
-            the weights are for what the tasks share, and every head follows its plain loss. Where it is True, a head whose
-            weight is below 0 stands still: it never climbs its own loss.
-        solve: As update, and the relative residual of what was solved, where the rule solves something; else None. See solve().
+            the weights are for the shared parameters, and every head follows its plain loss. If True, a head with a negative
+            weight does not move: it never climbs its own loss.
+        solve: As update, with the relative residual of the solution, if the rule solves a problem; else None. See solve().
     """
 
     init: Callable[[Sequence[str]], Any]
@@ -82,11 +87,11 @@ class Rule(NamedTuple):
 
 
 def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, Any]]) -> Callable[..., tuple[Weights, Any]]:
-    """The update of a rule with a transform, which is refused to those who have not applied it.
+    """The update of a rule with a transform; it refuses signals whose gradients have not gone through the transform.
 
     Args:
-        name: The rule.
-        update: Its weights, from the changed gradients.
+        name: The rule's name.
+        update: The rule's weights, from the changed gradients.
     """
 
     def checked(state: Any, signals: Signals) -> tuple[Weights, Any]:
@@ -101,11 +106,11 @@ def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, A
 
 
 def solve(rule: Rule, state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
-    """What rule.update returns, and how far the weights are from the solution of the rule's problem.
+    """The result of rule.update, and the distance of the weights from the solution of the rule's problem.
 
     Returns:
-        Weights and new state; the residual, f32[]: relative, 0 where the problem is solved, of the order of 1 where it is not
-        at all. NaN where the rule solves nothing, or did not in this step.
+        Weights, new state, and the relative residual, f32[]: 0 if the problem is solved, of the order of 1 if it is not solved
+        at all, NaN if the rule has no problem to solve in this step.
     """
     if rule.solve is not None:
         return rule.solve(state, signals)
@@ -130,15 +135,22 @@ def weigh(
     """
     if rule.transform is None:
         return (*solve(rule, state, signals), rows)
-    drawing = signals._replace(gram=None, key=jax.random.fold_in(signals.key, 1))  # the rule may draw, too
-    rows, transform_state = rule.transform.update(state["transform"], drawing, rows)
+    # Another key than the rule's, which may draw, too.
+    transform_signals = signals._replace(gram=None, key=jax.random.fold_in(signals.key, 1))
+    rows, transform_state = rule.transform.update(state["transform"], transform_signals, rows)
     signals = signals._replace(gram=gram(rows) if rule.needs_gram else None, transformed=())
     weights, rule_state, residual = solve(rule, state["rule"], signals)
     return weights, {"rule": rule_state, "transform": transform_state}, residual, rows
 
 
-def around(rule: Rule, solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]], **fields: Any) -> Rule:
-    """A rule made from another: these fields, and for update this solve, which hands on the inner rule's residual."""
+def wrap(rule: Rule, solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]], **fields: Any) -> Rule:
+    """A rule around another one.
+
+    Args:
+        rule: The inner rule.
+        solve: As Rule.solve; it passes the inner rule's residual on.
+        **fields: Further fields of Rule that differ from the inner rule's.
+    """
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
         weights, state, _ = solve(state, signals)
@@ -173,9 +185,9 @@ def share(present_K: jax.Array) -> jax.Array:
 
 
 def above_zero(losses_K: jax.Array, present_K: jax.Array) -> jax.Array:
-    """f32[K]: losses to be divided by: none below SMALLEST of the largest of the present ones; all alike where all are 0.
+    """f32[K]: losses that can be divided by: at least SMALLEST of the largest present loss, and equal if all are 0.
 
-    A loss of exactly 0 is one that float32 cannot tell from 0; its gradient is noise, which must not be blown up.
+    A loss of exactly 0 is one that float32 cannot tell from 0; its gradient is noise, which must not be magnified.
     """
     largest = jnp.max(jnp.where(present_K, losses_K, 0.0))
     return jnp.maximum(losses_K, jnp.maximum(SMALLEST * largest, TINY))
@@ -192,7 +204,7 @@ def number(
     infinite: bool = False,
     whole: bool = False,
 ) -> float:
-    """The value, if it is a number within its bounds. A traced value passes: inside a program nothing can be refused.
+    """The value of an option, after a check that it is a number within bounds. Traced values cannot be checked and pass.
 
     Args:
         where: Rule and option, for the error: "weighting cagrad: c".
@@ -205,16 +217,16 @@ def number(
         whole: Whether it must be a whole number.
 
     Raises:
-        UserError: It is not.
+        UserError: The value is not such a number.
     """
     if isinstance(value, jax.core.Tracer):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{where} is {value!r}; it must be a number")
-    sound = not math.isnan(value) and (infinite or math.isfinite(value)) and (not whole or int(value) == value)
-    sound = sound and (above is None or value > above) and (least is None or value >= least)
-    sound = sound and (below is None or value < below) and (most is None or value <= most)
-    if not sound:
+    valid = not math.isnan(value) and (infinite or math.isfinite(value)) and (not whole or int(value) == value)
+    valid = valid and (above is None or value > above) and (least is None or value >= least)
+    valid = valid and (below is None or value < below) and (most is None or value <= most)
+    if not valid:
         kind = "a whole number" if whole else "a number" if infinite else "a finite number"
         bounds = [
             f"{word} {bound:g}"
@@ -226,10 +238,10 @@ def number(
 
 
 def choice(where: str, value: str, choices: tuple[str, ...]) -> str:
-    """The value, if it is one of the choices.
+    """The value of an option, after a check that it is one of the choices.
 
     Raises:
-        UserError: It is not.
+        UserError: The value is not one of them.
     """
     if value not in choices:
         raise UserError(f"{where} is {value!r}; it must be {' or '.join(choices)}")

@@ -1,7 +1,7 @@
-"""Rules made from rules. In a configuration: a list such as ("ema:decay=0.9", "normalized"), the innermost first.
+"""Rules around rules; in a configuration a list such as ("ema:decay=0.9", "normalized"), the innermost first.
 
-Each does its work on what the rule inside gives it. So subset goes last: an ema around it gives tasks that were not drawn the
-mean of earlier steps, and a lower bound around it gives them that.
+A combinator changes the weights of the rule inside it. So subset goes last: an ema around subset would give the tasks that were
+not drawn the mean of earlier steps, and a lower bound around subset would give them that bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, there_are
 from mtl_jax.weighting import base
-from mtl_jax.weighting.base import Rule, Signals, Weights, around, number, present, share, stack, unstack
+from mtl_jax.weighting.base import Rule, Signals, Weights, number, present, share, stack, unstack, wrap
 
 
 def normalized(rule: Rule, total: float | None = None) -> Rule:
@@ -37,27 +37,27 @@ def normalized(rule: Rule, total: float | None = None) -> Rule:
     def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
         weights, state, residual = base.solve(rule, state, signals)
         weights_K, present_K = stack(weights), present(signals)
-        aim = jnp.maximum(present_K.sum(), 1) if total is None else total
+        target = jnp.maximum(present_K.sum(), 1) if total is None else total
         largest = jnp.maximum(jnp.abs(weights_K).max(), 1e-30)
         relative_K = weights_K / largest  # a sum of huge weights could overflow
-        found = relative_K.sum() > 1e-6
-        weights_K = jnp.where(found, relative_K / jnp.where(found, relative_K.sum(), 1.0), share(present_K))
-        return unstack(aim * weights_K, signals), state, residual
+        scalable = relative_K.sum() > 1e-6
+        weights_K = jnp.where(scalable, relative_K / jnp.where(scalable, relative_K.sum(), 1.0), share(present_K))
+        return unstack(target * weights_K, signals), state, residual
 
-    return around(rule, solve, objective=None)
+    return wrap(rule, solve, objective=None)
 
 
 def every(rule: Rule, k: int) -> Rule:
-    """The rule's weights, computed anew in each k-th step and held in between; the steps between are plain training.
+    """The rule's weights, computed in every k-th step and kept in between; the steps between cost no more than fixed weights.
 
-    A task that was absent when the weights were computed waits for the next time.
+    A task that was absent when the weights were computed has no weight until they are computed again.
 
     Args:
         rule: The rule.
         k: At least 1.
 
     Raises:
-        UserError: k is below 1, or the rule changes the gradients themselves, which cannot be held.
+        UserError: k is below 1, or the rule changes the gradients themselves, in every step.
     """
     k = int(number("every: k", k, least=1, whole=True))
     if rule.transform is not None:
@@ -74,16 +74,16 @@ def every(rule: Rule, k: int) -> Rule:
             weights, inner, residual = base.solve(rule, state["rule"], signals)
             return stack(weights), inner, residual
 
-        def hold(state: Any) -> tuple[jax.Array, Any, jax.Array]:
+        def keep(state: Any) -> tuple[jax.Array, Any, jax.Array]:
             return state["held"], state["rule"], jnp.full((), jnp.nan)
 
-        if rule.needs_gram and signals.gram is None:  # the step knew that the rule is not due
-            held_K, inner, residual = hold(state)
+        if rule.needs_gram and signals.gram is None:  # the train step has seen that the rule is not due
+            kept_K, inner, residual = keep(state)
         else:
-            held_K, inner, residual = jax.lax.cond(due(state), renew, hold, state)
-        return unstack(held_K, signals), {"rule": inner, "since": (state["since"] + 1) % k, "held": held_K}, residual
+            kept_K, inner, residual = jax.lax.cond(due(state), renew, keep, state)
+        return unstack(kept_K, signals), {"rule": inner, "since": (state["since"] + 1) % k, "held": kept_K}, residual
 
-    return around(rule, solve, init=init, objective=None, due=due if rule.needs_gram else None)
+    return wrap(rule, solve, init=init, objective=None, due=due if rule.needs_gram else None)
 
 
 def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
@@ -93,8 +93,8 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
 
     Args:
         rule: The rule.
-        s: How many tasks, at least 1.
-        temperature: Above 0; inf draws all alike.
+        s: Number of tasks that are drawn, at least 1.
+        temperature: Above 0; inf draws all tasks with the same chance.
 
     Raises:
         UserError: An option is out of range; at init, s is above the number of tasks.
@@ -107,8 +107,8 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
             raise UserError(f"subset: s is {s}, but {there_are(len(names), 'task')}")
         return rule.init(names)
 
-    def chosen(signals: Signals) -> Signals:
-        """The signals with a count of 0 for every task that was not drawn, and a key that was not used."""
+    def drawn(signals: Signals) -> Signals:
+        """The signals with a count of 0 for every task that was not drawn, and an unused key."""
         present_K = present(signals)
         counts_K = present_K.astype(jnp.float32) if signals.counts is None else stack(signals.counts)
         draw_key, key = jax.random.split(signals.key)
@@ -118,13 +118,13 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
         return signals._replace(counts=dict(zip(sorted(signals.losses), drawn_K, strict=True)), key=key)
 
     def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
-        return base.solve(rule, state, chosen(signals))
+        return base.solve(rule, state, drawn(signals))
 
     transform = rule.transform
     if transform is not None:
         inner = transform
-        transform = inner._replace(update=lambda state, signals, gradients: inner.update(state, chosen(signals), gradients))
-    return around(rule, solve, init=init, objective=None, transform=transform)
+        transform = inner._replace(update=lambda state, signals, gradients: inner.update(state, drawn(signals), gradients))
+    return wrap(rule, solve, init=init, objective=None, transform=transform)
 
 
 def clipped(rule: Rule, low: float = 0.0, high: float = math.inf) -> Rule:
@@ -147,7 +147,7 @@ def clipped(rule: Rule, low: float = 0.0, high: float = math.inf) -> Rule:
         weights, state, residual = base.solve(rule, state, signals)
         return unstack(jnp.clip(stack(weights), low, high), signals), state, residual
 
-    return around(rule, solve, objective=None)
+    return wrap(rule, solve, objective=None)
 
 
 def ema(rule: Rule, decay: float = 0.9) -> Rule:
@@ -173,4 +173,4 @@ def ema(rule: Rule, decay: float = 0.9) -> Rule:
         return unstack(mean_K, signals), {"rule": inner, "mean": mean_K, "seen": state["seen"] | present_K}, residual
 
     due = rule.due
-    return around(rule, solve, init=init, objective=None, due=None if due is None else lambda state: due(state["rule"]))
+    return wrap(rule, solve, init=init, objective=None, due=None if due is None else lambda state: due(state["rule"]))

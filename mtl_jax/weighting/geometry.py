@@ -35,20 +35,20 @@ def pcgrad(order: str = "random") -> Rule:
     choice("weighting pcgrad: order", order, ORDERS)
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        aims_KxK = jnp.zeros((len(signals.losses), len(signals.losses)))
-        weights_K, _ = _turn_apart(signals, order, aims_KxK, beta=0.0)
+        goals_KxK = jnp.zeros((len(signals.losses), len(signals.losses)))
+        weights_K, _ = _turn_apart(signals, order, goals_KxK, beta=0.0)
         return unstack(weights_K, signals), state
 
     return Rule(init=lambda names: (), update=update, needs_gram=True, weighs_heads=False)
 
 
 def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
-    """Each gradient turned until its cosines with the others are what they usually are (Wang et al. 2021, Gradient Vaccine).
+    """Each gradient turned until its cosines with the others reach their running means (Wang et al. 2021, Gradient Vaccine).
 
     For each task i in turn over the other tasks j, with c the cosine of g_i' and g_j and t_ij its running mean, 0 at the start:
     if c < t_ij, g_i' += |g_i'| (t sqrt(1 - c^2) - c sqrt(1 - t^2)) / (|g_j| sqrt(1 - t^2)) g_j; then
-    t_ij <- (1 - beta) t_ij + beta c. The gradient is sum_i g_i'. In the first step it is that of pcgrad. Heads follow their
-    plain losses, as in LibMTL.
+    t_ij <- (1 - beta) t_ij + beta c. The gradient is sum_i g_i'. In the first step it is the same as pcgrad's. Heads follow
+    their plain losses, as in LibMTL.
 
     Args:
         beta: Share of the new cosine in the running mean, 0 to 1.
@@ -60,15 +60,15 @@ def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
     choice("weighting gradvac: order", order, ORDERS)
     number("weighting gradvac: beta", beta, least=0, most=1)
 
-    def update(aims_KxK: jax.Array, signals: Signals) -> tuple[Weights, jax.Array]:
-        weights_K, aims_KxK = _turn_apart(signals, order, aims_KxK, beta)
-        return unstack(weights_K, signals), aims_KxK
+    def update(goals_KxK: jax.Array, signals: Signals) -> tuple[Weights, jax.Array]:
+        weights_K, goals_KxK = _turn_apart(signals, order, goals_KxK, beta)
+        return unstack(weights_K, signals), goals_KxK
 
     return Rule(init=lambda names: jnp.zeros((len(names), len(names))), update=update, needs_gram=True, weighs_heads=False)
 
 
-def _turn_apart(signals: Signals, order: str, aims_KxK: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
-    """Every gradient turned until its cosine with each other one is at least the aim: weights f32[K], new aims f32[K, K]."""
+def _turn_apart(signals: Signals, order: str, goals_KxK: jax.Array, beta: float) -> tuple[jax.Array, jax.Array]:
+    """Every gradient turned until its cosines with the others reach the goals: weights f32[K], new goals f32[K, K]."""
     gram_KxK, _, present_K = scaled_gram(signals)
     K = gram_KxK.shape[0]
     rows_K = jnp.arange(K)
@@ -78,35 +78,36 @@ def _turn_apart(signals: Signals, order: str, aims_KxK: jax.Array, beta: float) 
         orders_KxK = jax.vmap(lambda key: jax.random.permutation(key, K))(jax.random.split(signals.key, K))
 
     def turn(place: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Row i of the parts holds g_i' as weights of the original gradients; all rows at once, each against its own j."""
-        parts_KxK, aims_KxK = carry
+        """Row i of the parts is g_i' as weights of the original gradients; all rows turn at once, each from its own g_j."""
+        parts_KxK, goals_KxK = carry
         j_K = orders_KxK[:, place]
         inner_K = (parts_KxK * gram_KxK[j_K]).sum(axis=1)
-        own_K = jnp.sqrt(jnp.maximum(jnp.einsum("ij,jk,ik->i", parts_KxK, gram_KxK, parts_KxK), 0.0))
+        length_K = jnp.sqrt(jnp.maximum(jnp.einsum("ij,jk,ik->i", parts_KxK, gram_KxK, parts_KxK), 0.0))
         other_K = jnp.sqrt(jnp.diagonal(gram_KxK)[j_K])
-        comparable_K = (j_K != rows_K) & (own_K > 0) & (other_K > 0)
+        comparable_K = (j_K != rows_K) & (length_K > 0) & (other_K > 0)
         safe_K = jnp.where(comparable_K, other_K, 1.0)
-        cosine_K = jnp.clip(inner_K / safe_K / jnp.where(comparable_K, own_K, 1.0), -1.0, 1.0)
-        aim_K = aims_KxK[rows_K, j_K]
-        sine_K = jnp.sqrt(jnp.maximum(1 - aim_K**2, 1e-6))
-        along_K = own_K * (aim_K * jnp.sqrt(1 - cosine_K**2) - cosine_K * sine_K) / (safe_K * sine_K)
-        parts_KxK = parts_KxK.at[rows_K, j_K].add(jnp.where(comparable_K & (cosine_K < aim_K), along_K, 0.0))
-        new_K = jnp.where(comparable_K, (1 - beta) * aim_K + beta * cosine_K, aim_K)
-        return parts_KxK, aims_KxK.at[rows_K, j_K].set(new_K)
+        cosine_K = jnp.clip(inner_K / safe_K / jnp.where(comparable_K, length_K, 1.0), -1.0, 1.0)
+        goal_K = goals_KxK[rows_K, j_K]
+        sine_K = jnp.sqrt(jnp.maximum(1 - goal_K**2, 1e-6))
+        along_K = length_K * (goal_K * jnp.sqrt(1 - cosine_K**2) - cosine_K * sine_K) / (safe_K * sine_K)
+        parts_KxK = parts_KxK.at[rows_K, j_K].add(jnp.where(comparable_K & (cosine_K < goal_K), along_K, 0.0))
+        new_K = jnp.where(comparable_K, (1 - beta) * goal_K + beta * cosine_K, goal_K)
+        return parts_KxK, goals_KxK.at[rows_K, j_K].set(new_K)
 
-    start = (jnp.diag(present_K.astype(jnp.float32)), aims_KxK)
-    parts_KxK, aims_KxK = jax.lax.fori_loop(0, K, turn, start)
-    return parts_KxK.sum(axis=0), aims_KxK
+    start = (jnp.diag(present_K.astype(jnp.float32)), goals_KxK)
+    parts_KxK, goals_KxK = jax.lax.fori_loop(0, K, turn, start)
+    return parts_KxK.sum(axis=0), goals_KxK
 
 
 def imtl_g() -> Rule:
     """The combination whose projections onto all unit gradients are equal (Liu et al. 2021, IMTL-G).
 
-    (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative. Where gradients are dependent, or
-    zero, it is the least-squares solution in unit gradients; zero gradients then have weight 0. What counts as dependent, and
-    opposite, sets in smoothly where an eigenvalue of the cosines is below 3e-5. Weights that nearly sum to 0 have no multiple
-    that sums to 1: none is above 600, and instead they become those of gradients at equal length, 1 / |g_i| over its sum.
-    Heads follow their plain losses: the paper has it for the shared parameters, beside imtl_l for the heads.
+    (G w)_i / |g_i| is the same for all i, and the weights sum to 1; they may be negative. If gradients are dependent, or
+    zero, it is the least-squares solution in unit gradients; zero gradients then have weight 0. Gradients begin to count as
+    dependent, or opposite, where an eigenvalue of the cosines is below 3e-5, and the transition is smooth. Weights that nearly
+    sum to 0 have no multiple that sums to 1: none is above 600, and instead they become 1 / |g_i| over its sum, the weights of
+    gradients at equal length. Heads follow their plain losses: the paper uses it for the shared parameters, with imtl_l for
+    the heads.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -163,17 +164,17 @@ def _equal_angles(cosine_KxK: jax.Array, some_K: jax.Array) -> tuple[jax.Array, 
 
 
 def aligned() -> Rule:
-    """The mean of the gradients after all singular values of J became the smallest one (Senushkin et al. 2023, Aligned-MTL).
+    """The mean gradient after all singular values of J are set to the smallest (Senushkin et al. 2023, Aligned-MTL).
 
-    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero. One is as good as zero, and is
-    left out smoothly, where it is below 3e-5 of what it would be if the gradients were orthogonal: unlike lengths alone are no
-    dependence. Gradients shorter than 1e-6 of the longest count as about that long: g does not become shorter than they. The
+    With G = V S V^T: w = sqrt(s_min) V S^(-1/2) V^T 1/K over the eigenvalues that are not zero. An eigenvalue counts as
+    zero, and is left out smoothly, if it is below 3e-5 of its value for orthogonal gradients: unlike lengths alone are not
+    dependence. Gradients shorter than 1e-6 of the longest count as about that long, and g is never shorter than that. The
     weights may be negative. Heads follow their plain losses, as in LibMTL.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
         cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-        # What is absent or 0 stands aside, as long as the longest and across all others: never the smallest value.
+        # An absent or zero gradient counts as orthogonal to all others and as long as the longest: never the smallest value.
         _, root_KxK = firm(cosine_KxK + jnp.diag(jnp.where(some_K, 0.0, 1.0)))
         # Singular values of a root of G: they have twice the digits of the eigenvalues. `norm_K` is 1 where it was 0.
         vectors_KxK, values_K, _ = jnp.linalg.svd(norm_K[:, None] * root_KxK)
@@ -197,12 +198,12 @@ def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
 
     A task's score is the sum of |g_i - g_j|^2 over its K - n_byzantine - 2 nearest other tasks; the n_selected tasks with the
     lowest scores have weight 1 / n_selected, the others 0. The weights sum to 1. Departs from the paper, which asks for
-    K >= n_byzantine + 3: with fewer tasks the nearest single one is looked at. Tasks that tie for the last place share it.
+    K >= n_byzantine + 3: with fewer tasks only the nearest one is counted. Tasks that tie for the last place share it.
     Heads follow their plain losses, as in TorchJD, so those of the other tasks train, too.
 
     Args:
-        n_byzantine: Tasks that may be wrong; not negative.
-        n_selected: Tasks that are kept, at least 1.
+        n_byzantine: Number of tasks that may be wrong; not negative.
+        n_selected: Number of tasks that are kept, at least 1.
 
     Raises:
         UserError: An option is out of range; at init, more tasks are to be kept than there are.
@@ -221,8 +222,8 @@ def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
         distance_KxK = jnp.maximum(square_K[:, None] + square_K[None, :] - 2 * gram_KxK, 0.0)
         other_KxK = present_K[:, None] & present_K[None, :] & ~jnp.eye(len(square_K), dtype=bool)
         nearest_KxK = jnp.sort(jnp.where(other_KxK, distance_KxK, jnp.inf), axis=1)
-        looked_at = jnp.maximum(present_K.sum() - n_byzantine - 2, 1)
-        counted_KxK = (jnp.arange(len(square_K)) < looked_at) & jnp.isfinite(nearest_KxK)
+        neighbours = jnp.maximum(present_K.sum() - n_byzantine - 2, 1)
+        counted_KxK = (jnp.arange(len(square_K)) < neighbours) & jnp.isfinite(nearest_KxK)
         score_K = jnp.where(present_K, jnp.where(counted_KxK, nearest_KxK, 0.0).sum(axis=1), jnp.inf)
         selected = jnp.minimum(n_selected, jnp.maximum(present_K.sum(), 1))
         last = jnp.sort(score_K)[selected - 1]

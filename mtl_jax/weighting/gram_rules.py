@@ -61,7 +61,7 @@ def cagrad(c: float = 0.4) -> Rule:
 
     The more gradients oppose each other, the larger are their weights: 1/K and at most 1000 c |g_0| / |g_i|. Where a pair's
     cosine is below -1 + 1e-5, or three and more are as dependent, the worst task therefore loses up to 1e-3 c |g_0| |g_i|. A
-    gradient of 0 asks for nothing and keeps 1/K. Lengths in a Gram matrix are squares, and weights are float32: the worst
+    gradient of 0 has no gain to raise and keeps 1/K. A Gram matrix has squared lengths, and weights are float32, so the worst
     gain is exact to about 1e-6 of |g_0| times the longest gradient.
 
     Args:
@@ -96,7 +96,7 @@ def sdmgrad(lam: float = 0.3) -> Rule:
     number("weighting sdmgrad: lam", lam, least=0)
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # On the simplex g_w + lam g_0 is the sum of w_i (g_i + lam g_0): the shortest vector in another hull.
+        # On the simplex g_w + lam g_0 is the sum of w_i (g_i + lam g_0): the shortest vector in the hull of these.
         mean_K = share(present_K)
         with_mean_K = gram_KxK @ mean_K
         pulled_KxK = gram_KxK + lam * (with_mean_K[:, None] + with_mean_K[None, :]) + lam**2 * (mean_K @ with_mean_K)
@@ -138,10 +138,10 @@ def fairgrad(alpha: float = 1.0) -> Rule:
 
     alpha = 1 is the Nash bargaining solution (Navon et al. 2022). If all gradients grow by t, the weights shrink by
     t^(-2 alpha / (1 + alpha)): for alpha = 1 the combined gradient does not depend on the gradients' scale. Departs from the
-    paper by a smallest eigenvalue of the cosines of 1e-6: opposite gradients would have no finite solution, and towards
-    opposition their weights grow no further than 1000 sqrt(K) / |g_i| for alpha = 1. A gradient of 0, which has none either,
-    gets the mean of the other weights. Tested for lengths 10^-3 to 10^3; the residual is over the terms that are added up in a
-    row of G w. Heads are weighted, as in the authors' program and in LibMTL.
+    paper by a smallest eigenvalue of the cosines of 1e-6: opposite gradients would have no finite solution, and the weights
+    of nearly opposite ones grow no further than 1000 sqrt(K) / |g_i| for alpha = 1. A gradient of 0, which has no finite
+    solution either, gets the mean of the other weights. Tested for lengths 10^-3 to 10^3; the residual is relative to the sum
+    of the absolute terms of a row of G w. Heads are weighted, as in the authors' program and in LibMTL.
 
     Args:
         alpha: 0.1 to 5; the larger, the more the worst task counts. Beyond, weights of unlike gradients leave float32.
@@ -162,10 +162,10 @@ def nash(max_norm: float = 1.0) -> Rule:
     """The Nash bargaining solution (Navon et al. 2022, Nash-MTL): G w = 1 / w, elementwise.
 
     That is fairgrad(alpha=1): the combined gradient does not depend on the gradients' scale, and |g|^2 = K; then, as the
-    authors' program does, g is scaled down to max_norm. As in fairgrad a weight is at most 1000 sqrt(K) / |g_i|: from a cosine
-    of about -1 + 1e-6 on, opposite gradients have no more, and |g| goes to 0 with the angle that is left. The authors' program
-    solves a sequence of convex problems on the host; here it is Newton's method on the device. Heads are weighted, as there and
-    in LibMTL.
+    authors' program does, g is scaled down to max_norm. As in fairgrad a weight is at most 1000 sqrt(K) / |g_i|: below
+    a cosine of about -1 + 1e-6 the weights of opposite gradients stop growing, and |g| goes to 0 with the remaining angle. The
+    authors' program solves a sequence of convex problems on the host; here it is Newton's method on the device. Heads are
+    weighted, as there and in LibMTL.
 
     Args:
         max_norm: Largest norm of the combined gradient, above 0; inf leaves it alone.
@@ -200,7 +200,7 @@ def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> tupl
     """
     cosine_KxK, norm_K, some_K = solvers.cosines(gram_KxK)
     solved_K = present_K & some_K
-    # What is not solved for is alone with itself: its equation is u = u^(-1/alpha).
+    # A gradient that is not solved for gets an equation of its own, u = u^(-1/alpha).
     firm_KxK, _ = solvers.firm(cosine_KxK)
     both_KxK = solved_K[:, None] & solved_K[None, :]
     matrix_KxK = jnp.where(both_KxK, firm_KxK, jnp.eye(len(norm_K)))
@@ -216,7 +216,7 @@ def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> tupl
         scale_K = jnp.sqrt(jnp.diagonal(hessian_KxK))
         scaled_KxK = hessian_KxK / scale_K[:, None] / scale_K[None, :]
         relative_K = -jnp.linalg.solve(scaled_KxK, gradient_K / scale_K) / scale_K
-        # Steps are cut so that something is left of everything; a large alpha takes weights down by many powers of ten.
+        # A step leaves at least a tenth of every weight; a large alpha takes weights down by many powers of ten.
         length = jnp.minimum(1.0, 0.9 / jnp.maximum(jnp.max(-relative_K), 1e-12))
         new_K = v_K + jnp.log1p(length * relative_K)
         return jnp.where(jnp.isfinite(new_K).all(), new_K, v_K)

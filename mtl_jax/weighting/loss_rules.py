@@ -1,4 +1,4 @@
-"""Rules that look at the losses only: they cost K numbers a step."""
+"""Rules that depend on the losses only; they cost K numbers per step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import optax
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.weighting.base import SMALLEST, Rule, Signals, Weights, above_zero, choice, number, present, share, stack, unstack
 
-LOWEST, HIGHEST = -69.0, -math.log(SMALLEST)  # of a logarithm of a learned weight: 1e-30 and 1e6
+LOWEST, HIGHEST = -69.0, -math.log(SMALLEST)  # bounds of the logarithm of a learned weight: 1e-30 and 1e6
 BIG = 3e38  # the largest float32, nearly
 
 
@@ -22,10 +22,10 @@ def uncertainty(learning_rate: float = 1e-2) -> Rule:
 
     The objective is sum_k exp(-s_k) L_k / 2 + s_k / 2 with s_k = log sigma_k^2, 0 at the start, so the weights are
     exp(-s_k) / 2: 1/2 each at the start, 1 / (2 L_k) at the optimum, never above 5e5. Departs from the paper: s has an Adam of
-    its own. Heads are weighted, as in the paper: they follow the objective like all else.
+    its own. Heads are weighted, as in the paper: they follow the objective, like all parameters.
 
     Args:
-        learning_rate: Of s, above 0.
+        learning_rate: The rate of s, above 0.
 
     Raises:
         UserError: The rate is not above 0.
@@ -47,7 +47,7 @@ def imtl_l(learning_rate: float = 1e-2) -> Rule:
     paper, whose task parameters follow the scaled losses.
 
     Args:
-        learning_rate: Of s, above 0.
+        learning_rate: The rate of s, above 0.
 
     Raises:
         UserError: The rate is not above 0.
@@ -68,7 +68,15 @@ def _learned(
     weights: Callable[[jax.Array], jax.Array],
     bounds: tuple[float, float],
 ) -> Rule:
-    """A rule with a learned number s for each task: an objective f32[K] of (s, losses), its derivative by them, bounds of s."""
+    """A rule with a learned number s for each task.
+
+    Args:
+        name: The rule's name, for errors.
+        learning_rate: The rate of s.
+        objective: (s, losses) to the terms of the objective, f32[K].
+        weights: s to the derivatives of the terms by the losses, f32[K].
+        bounds: The least and the largest s.
+    """
     number(f"weighting {name}: learning_rate", learning_rate, above=0)
     adam = optax.adam(learning_rate)
 
@@ -91,9 +99,9 @@ def _learned(
 def dwa(temperature: float = 2.0) -> Rule:
     """Dynamic weight averaging: tasks whose loss falls slowly get more weight (Liu, Johns and Davison 2019).
 
-    w_k = K softmax_k(r_k / temperature), with r_k = L_k(t-1) / L_k(t-2); 1 for a task that was seen less than twice. The
-    weights sum to K. The paper takes epoch means of the losses; here a step stands for an epoch. Heads are weighted, as in the
-    paper and in LibMTL.
+    w_k = K softmax_k(r_k / temperature), with r_k = L_k(t-1) / L_k(t-2); 1 for a task that has been present less than twice.
+    The weights sum to K. The paper takes means of the losses over epochs; here a step takes the place of an epoch. Heads are
+    weighted, as in the paper and in LibMTL.
 
     Args:
         temperature: Above 0; the larger, the more equal the weights.
@@ -123,7 +131,7 @@ def dwa(temperature: float = 2.0) -> Rule:
 
 
 def rlw(distribution: str = "normal") -> Rule:
-    """Random loss weighting: weights drawn anew at each step (Lin et al. 2022).
+    """Random loss weighting: weights drawn at each step (Lin et al. 2022).
 
     The weights sum to 1; so does their mean over steps, 1/K each. Heads are weighted: the paper draws weights of the losses.
 
@@ -148,9 +156,9 @@ def rlw(distribution: str = "normal") -> Rule:
 def gls() -> Rule:
     """Geometric loss strategy: the geometric mean of the losses (Chennupati et al. 2019).
 
-    The objective is (prod_k L_k)^(1/K), so the weights are that over K L_k. Weights times losses sum to the objective. A loss
-    counts as a millionth of the largest one at least, so that no weight is above 1e6 / K. Heads are weighted: they follow the
-    objective like all else.
+    The objective is (prod_k L_k)^(1/K), so a weight is the objective over K L_k. Weights times losses sum to the objective. A
+    loss counts as at least a millionth of the largest, so that no weight is above 1e6 / K. Heads are weighted: they follow the
+    objective, like all parameters.
     """
 
     def log_mean(signals: Signals) -> tuple[jax.Array, jax.Array]:
@@ -169,12 +177,12 @@ def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
 
     The objective is mu log sum_k exp((L_k - ideal) / mu), so the weights are softmax_k(L_k / mu) and sum to 1. All
     preferences are equal, and the losses are taken as they are, as in the paper's definition; its program for multi-task
-    training takes their logarithms relative to the losses of a warm-up. Heads are weighted: they follow the objective like all
-    else.
+    training takes their logarithms relative to the losses of a warm-up. Heads are weighted: they follow the objective, like
+    all parameters.
 
     Args:
-        mu: Above 0; towards 0 the largest loss alone counts, towards infinity all count the same.
-        ideal: The loss that is aimed at; it changes the objective by a constant only.
+        mu: Above 0; towards 0 the largest loss alone counts, towards infinity all losses count the same.
+        ideal: The loss that is aimed at; it only changes the objective by a constant.
 
     Raises:
         UserError: mu is not above 0.
@@ -197,11 +205,11 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
 
     With z = softmax(xi) and D_k = L_k - lowest: weights z_k / D_k, scaled to sum to 1. xi follows, by Adam with decay, the
     change of log D from one step to the next through the softmax. Departs from the paper: the loss after a step is that of
-    the next step's batch, not of the same batch evaluated again, which would cost another forward pass; and D counts as a
-    millionth of the largest D at least, and as 1e-8. Heads are weighted, as in the authors' program and in LibMTL.
+    the next step's batch, not of the same batch evaluated again, which would cost another forward pass; and D counts as at
+    least a millionth of the largest D, and at least 1e-8. Heads are weighted, as in the authors' program and in LibMTL.
 
     Args:
-        learning_rate: Of xi, above 0.
+        learning_rate: The rate of xi, above 0.
         decay: Weight decay of xi, added to its gradient; not negative.
         lowest: A lower bound of the losses.
 
@@ -224,7 +232,7 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
         fall_K = jnp.where(both_K, state["last"] - logs_K, 0.0)
         _, pull = jax.vjp(lambda xi_K: jax.nn.softmax(xi_K, where=both_K), state["xi"])
         updates_K, adam_state = adam.update(pull(fall_K)[0], state["adam"], state["xi"])
-        # Before a second look at the losses there is nothing to follow; not even decay.
+        # A change of the losses is known from the second step on; before it, nothing moves, not even by decay.
         xi_K = jnp.where(both_K, state["xi"] + updates_K, state["xi"])
         adam_state = jax.tree.map(lambda new, old: jnp.where(both_K.any(), new, old), adam_state, state["adam"])
         weights_K = jax.nn.softmax(jax.nn.log_softmax(xi_K) - logs_K, where=present_K)
@@ -235,15 +243,15 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
 
 
 def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] = 0.0) -> Rule:
-    """Weights grow with what a loss has in excess of the lowest it can reach (after He et al. 2024, ExcessMTL).
+    """Weights grow with the excess of a loss over its lowest possible value (after He et al. 2024, ExcessMTL).
 
     w_k <- w_k exp(rate E_k / E_k(first)), scaled to sum to 1, with E_k = max(L_k - reference_k, 0), the first one at least 1 %
-    of the first loss. With the lowest losses given, for example those of single-task training, noisy tasks, whose loss stays
-    high whatever is done, take no weight from the others; with the default of 0 the loss itself counts. Departs from the paper,
+    of the first loss. If the lowest losses are given, for example those of single-task training, noisy tasks, whose losses
+    stay high in any case, take no weight from the others; with the default of 0 the loss itself counts. Departs from the paper,
     which estimates E_k from the curvature of every task. Heads are weighted, as in LibMTL.
 
     Args:
-        learning_rate: Of the logarithms of the weights, above 0.
+        learning_rate: The rate of the logarithms of the weights, above 0.
         reference: The lowest loss, one number for all or {task: number}.
 
     Raises:
@@ -269,7 +277,7 @@ def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] =
         low_K = stack({task: reference[task] if isinstance(reference, Mapping) else reference for task in signals.losses})
         losses_K = stack(signals.losses)
         excess_K = jnp.maximum(losses_K - low_K, 0.0)
-        # A first loss that happens to lie at the reference must not make all that follow infinitely worse.
+        # A first loss that happens to be at the reference must not make all later losses infinitely worse.
         first_K = jnp.where(state["seen"], state["first"], jnp.maximum(excess_K, 0.01 * jnp.abs(losses_K)))
         growth_K = jnp.where(first_K > 0, jnp.minimum(excess_K / jnp.where(first_K > 0, first_K, 1.0), 1e6), 0.0)
         logs_K = jnp.where(present_K, state["log_weights"] + learning_rate * growth_K, state["log_weights"])

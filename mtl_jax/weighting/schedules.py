@@ -1,26 +1,28 @@
-"""Numbers that change with the step: of a task's weight, and of a regulariser's. In a configuration they are text."""
+"""Schedules of weights, of tasks and of regularisers: numbers that change with the step, in a configuration as text."""
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
 
 Schedule = Callable[[jax.Array], jax.Array]
+FORM = "a number or a schedule such as linear_schedule(1.0, 0.0, 1000)"
 
 
 def dann_schedule(init_value: float, end_value: float, transition_steps: int, sharpness: float = 10.0) -> Schedule:
-    """The upper half of a sigmoid: steep at first, then ever flatter.
+    """The upper half of a sigmoid: steep at first, then flatter and flatter.
 
-    init_value + (end_value - init_value) * (2 / (1 + exp(-sharpness * p)) - 1), p the share of transition_steps that is done.
-    dann_schedule(0, 1, N) is the schedule of Ganin and Lempitsky (2015, https://arxiv.org/abs/1409.7495, section 4.1),
-    dann_schedule(1, 0, N) its mirror image, for a source that counts less and less. As in the paper the end is not quite
-    reached: with a sharpness of 10 all but 0.0001 of the way is done after transition_steps, and it stays there.
+    init_value + (end_value - init_value) * (2 / (1 + exp(-sharpness * p)) - 1), where p is the completed share of
+    transition_steps. dann_schedule(0, 1, N) is the schedule of Ganin and Lempitsky (2015, https://arxiv.org/abs/1409.7495,
+    section 4.1), dann_schedule(1, 0, N) its mirror image, for a source that counts less and less. As in the paper, end_value is
+    not quite reached: with a sharpness of 10, all but 0.0001 of the way is done after transition_steps, and the value stays
+    there.
 
     Raises:
         ValueError: transition_steps or sharpness is not above 0.
@@ -78,37 +80,30 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def parse(weight: float | str | Schedule, task: str, field: str = "weights") -> float | Schedule:
-    """A weight with its text, if it is one, read: a number, or the call of one of SCHEDULES with literal arguments.
+    """A weight; one that is text is read: a number, or a name of SCHEDULES with its arguments.
 
     Args:
         weight: The weight.
-        task: Whose it is; with `field`, where it stands, for errors.
-        field: As it says.
+        task: The task or regulariser that it belongs to; errors name it.
+        field: The field of the configuration that the weight stands in; errors name it.
 
     Raises:
-        UserError: It is neither.
+        UserError: The text is neither.
     """
     if not isinstance(weight, str):
         return weight
     try:
         return float(weight)
     except ValueError:
-        pass  # not a number: a call
+        pass  # not a number: a schedule
+    name, arguments, options = name_options.parse(weight, f"{field}: {task}", form=FORM, arguments=True)
+    if name not in SCHEDULES:
+        if not arguments and not options:  # a mistyped number, perhaps
+            raise UserError(f"{field}: {task} is {weight!r}; write {FORM}")
+        raise unknown(f"schedule in the weight of {task!r}:", name, SCHEDULES)
     try:
-        call = ast.parse(weight, mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError("not a call")
-        arguments = [ast.literal_eval(argument) for argument in call.args]
-        options = {str(option.arg): ast.literal_eval(option.value) for option in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{field}: {task} is {weight!r}; write a number or a schedule such as linear_schedule(1.0, 0.0, 1000)"
-        ) from error
-    if call.func.id not in SCHEDULES:
-        raise unknown(f"schedule in the weight of {task!r}:", call.func.id, SCHEDULES)
-    try:
-        return SCHEDULES[call.func.id](*arguments, **options)
-    except (TypeError, ValueError, AttributeError) as error:
+        return SCHEDULES[name](*arguments, **options)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{field}: {task} is {weight!r}: {error}") from error
 
 
@@ -118,31 +113,31 @@ def at(weight: float | Schedule, step: jax.Array) -> jax.Array:
 
 
 def check_steps(weights: Mapping[str, float | str | Schedule], steps: range, field: str = "weights") -> None:
-    """Looks at the weights of some steps before any is done.
+    """Checks weights in all steps in which they are used, before the first step.
 
     Args:
-        weights: What fixed() or scheduled() takes.
-        steps: The steps of the run in which they count.
-        field: Where they stand, for errors.
+        weights: As for fixed() or scheduled().
+        steps: The steps of the run in which the weights are used.
+        field: The field of the configuration that they stand in; errors name it.
 
     Raises:
-        UserError: A weight is negative or not finite in one of them.
+        UserError: A weight is negative or not finite in one of the steps.
     """
     for task, weight in weights.items():
         values_N = over(weight, steps, task, field)
         bad_N = ~(jnp.isfinite(values_N) & (values_N >= 0))
         if bad_N.any():
-            first, what = int(jnp.argmax(bad_N)), f"the schedule of {task}" if callable(parse(weight, task, field)) else task
+            first, name = int(jnp.argmax(bad_N)), f"the schedule of {task}" if callable(parse(weight, task, field)) else task
             raise UserError(
-                f"{field}: {what} is {float(values_N[first])} at step {steps[first]}; it must be finite and not negative"
+                f"{field}: {name} is {float(values_N[first])} at step {steps[first]}; it must be finite and not negative"
             )
 
 
 def over(weight: float | str | Schedule, steps: range, task: str, field: str = "weights") -> jax.Array:
-    """f32[N]: the weight in each of some steps.
+    """f32[N]: the weight in each of N steps; the other arguments are as for parse().
 
     Raises:
-        UserError: It is no weight.
+        UserError: The weight is neither a number nor a schedule that can be evaluated.
     """
     schedule = parse(weight, task, field)
     if not callable(schedule):

@@ -1,11 +1,12 @@
-"""Small convex problems over K task weights: fixed iteration counts, no host, vmap-able, float32.
+"""Solvers of small convex problems over K task weights, on the device in float32, with a fixed number of iterations.
 
-Quadratic problems go to a primal-dual interior point method: one K x K solve an iteration, and so few iterations that nothing
-needs to be tuned or stopped early. Gram matrices are scaled inside, so that gradients of any magnitude that float32 holds work
-alike. A task that is absent has no variable: its weight stays 0, and the others' problem is the smaller one.
+All of them can be jitted and vmapped. Quadratic problems are solved by a primal-dual interior point method with one K x K solve
+per iteration, and so few iterations that nothing needs to be tuned or stopped early. Gram matrices are scaled first, so that
+gradients of any magnitude in float32 give the same weights. An absent task has no variable: its weight is 0, and the problem
+is that of the others.
 
-A Gram matrix in float32 says no more than 1e-7 of the product of two lengths, so gradients whose cosine is below -1 + 1e-6 may
-as well be opposite: where weights would grow without bound, firm() holds them at a thousand over a gradient's length.
+A Gram matrix in float32 is exact to 1e-7 of the product of two lengths, so gradients whose cosine is below -1 + 1e-6 may as
+well be opposite: where weights would grow without bound, firm() bounds them by a thousand over a gradient's length.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import jax.numpy as jnp
 from mtl_jax.weighting.base import share
 
 ITERATIONS = 40
-FLOOR = 1e-6  # of the eigenvalues of the cosines: far above what float32 rounds off, far below gradients that merely conflict
-TOLERANCE = 1e-2  # a residual above this is worth a warning; where float32 has the digits, it is below 1e-4
+FLOOR = 1e-6  # of eigenvalues of cosines: far above rounding in float32, far below those of gradients that merely conflict
+TOLERANCE = 1e-2  # a residual above this is worth a warning; unless float32 lacks the digits, it is below 1e-4
 
 # x [K] -> gradient [K] and Hessian [K, K] of a convex function
 Derivatives = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -33,8 +34,8 @@ def minimize(
 ) -> jax.Array:
     """The x >= 0, with along^T x = 1 if that is set, that minimises a convex function: f32[K].
 
-    Newton steps on the perturbed optimality conditions (Boyd and Vandenberghe 2004, section 11.7), the barrier falling tenfold
-    an iteration; a step that float32 cannot carry any further is not taken.
+    Newton steps on the perturbed optimality conditions (Boyd and Vandenberghe 2004, section 11.7); the barrier falls tenfold
+    in each iteration, and a step that is no longer accurate in float32 is not taken.
 
     Args:
         derivatives: Gradient and Hessian of the function, of order 1 where x is.
@@ -55,12 +56,12 @@ def minimize(
         return jnp.min(jnp.where(falls, -0.95 * value_K / jnp.where(falls, step_K, -1.0), 1.0))
 
     def iterate(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        slack_K, dual_K, multiplier = carry  # where absent, both stay at 1 and count nowhere
+        slack_K, dual_K, multiplier = carry  # of an absent task both stay at 1 and are never used
         x_K = jnp.where(present_K, slack_K, 0.0)
         gradient_K, hessian_KxK = derivatives(x_K)
         barrier = 0.1 * jnp.where(present_K, slack_K * dual_K, 0.0).sum() / count
-        # Where along^T x is given, a step does not change it, so a multiple of along along^T changes no step; it keeps the
-        # matrix regular where the function is flat along x itself, as a norm is.
+        # A step does not change along^T x, so a multiple of along along^T does not change the step; it keeps the matrix
+        # regular if the function is flat along x itself, as a norm is.
         curved_KxK = hessian_KxK + jnp.outer(fixed_K, fixed_K) + jnp.diag(dual_K / slack_K)
         matrix_KxK = jnp.where(both_KxK, curved_KxK, jnp.eye(K))
         scale_K = jnp.sqrt(jnp.diagonal(matrix_KxK))  # near the bounds the diagonal spans all of float32
@@ -76,10 +77,10 @@ def minimize(
         dual_step_K = jnp.where(present_K, (barrier - dual_K * step_K) / slack_K - dual_K, 0.0)
         length = jnp.minimum(1.0, jnp.minimum(longest(slack_K, step_K), longest(dual_K, dual_step_K)))
         new = (slack_K + length * step_K, dual_K + length * dual_step_K, multiplier + length * multiplier_step)
-        sound = jnp.isfinite(new[0]).all() & jnp.isfinite(new[1]).all() & (new[0] > 0).all() & (new[1] > 0).all()
+        valid = jnp.isfinite(new[0]).all() & jnp.isfinite(new[1]).all() & (new[0] > 0).all() & (new[1] > 0).all()
         if along_K is not None:
-            sound &= jnp.abs(fixed_K @ new[0] - 1) < 1e-4  # along is 0 where absent
-        return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, carry)
+            valid &= jnp.abs(fixed_K @ new[0] - 1) < 1e-4  # along is 0 where absent
+        return jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, carry)
 
     start = (jnp.where(present_K, jnp.asarray(start_K, jnp.float32), 1.0), jnp.ones(K), jnp.zeros(()))
     return jnp.where(present_K, jax.lax.fori_loop(0, ITERATIONS, iterate, start)[0], 0.0)
@@ -93,13 +94,13 @@ def scaled(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def cosines(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The Gram matrix taken apart, so that gradients of very unlike lengths do not drown in float32.
+    """The Gram matrix as cosines and lengths, so that gradients of very unlike lengths keep their digits in float32.
 
     Args:
         gram_KxK: Scaled: its largest diagonal entry is 1, or all are 0.
 
     Returns:
-        Cosines f32[K, K], 0 beside a gradient of 0; lengths f32[K], 1 in place of 0; bool[K], which gradients are not 0.
+        Cosines f32[K, K], 0 for a gradient of 0; lengths f32[K], 1 in place of 0; bool[K], which gradients are not 0.
     """
     norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
     some_K = norm_K > 1e-15
@@ -110,9 +111,9 @@ def cosines(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def firm(cosine_KxK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines whose eigenvalues are all above 0, and their root: f32[K, K] each, root root^T the first.
+    """Cosines changed so that all eigenvalues are above 0, and their root: both f32[K, K], with root root^T = cosines.
 
-    An eigenvalue s becomes (s + sqrt(s^2 + 4 FLOOR^2)) / 2: FLOOR at 0, the same to 1e-6 of it from 1e-3 on, smooth between.
+    An eigenvalue s becomes (s + sqrt(s^2 + 4 FLOOR^2)) / 2: FLOOR at 0, unchanged to 1e-6 of it from 1e-3 on, and smooth.
     """
     values_K, vectors_KxK = jnp.linalg.eigh(cosine_KxK)
     root_KxK = vectors_KxK * jnp.sqrt(0.5 * (values_K + jnp.sqrt(values_K**2 + 4 * FLOOR**2)))
@@ -159,35 +160,35 @@ def into_dual_cone(gram_KxK: jax.Array, weights_K: jax.Array, present_K: jax.Arr
     lower_K = jnp.where(present_K & some_K, weights_K * norm_K, 0.0)
 
     def derivatives(s_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # By the root: near opposition the matrix has lost the digits that the product needs.
+        # Through the root: for nearly opposite gradients the matrix itself has lost the digits that the product needs.
         return root_KxK @ (root_KxK.T @ (lower_K + s_K)), firm_KxK
 
-    # What is added to the bounds is solved for, not the sum: it may be far smaller, and must be as exact.
+    # The variable is what is added to the bounds: it may be far smaller than the sum, and must be as exact.
     added_K = minimize(derivatives, jnp.full(K, 1 / K), present_K=present_K & some_K)
     return jnp.where(present_K, weights_K + jnp.where(some_K, added_K / norm_K, 0.0), 0.0)
 
 
 def off_dual_cone(gram_KxK: jax.Array, lower_K: jax.Array, weights_K: jax.Array, present_K: jax.Array) -> jax.Array:
-    """The residual of into_dual_cone, f32[]: the most that conflicts, or was added without a conflict, in units of lengths."""
+    """The residual of into_dual_cone, f32[]: the largest conflict, or addition without a conflict, in units of lengths."""
     cosine_KxK, norm_K, some_K = cosines(gram_KxK)
     z_K = jnp.where(some_K & present_K, weights_K * norm_K, 0.0)
     off_K = jnp.minimum(z_K - lower_K * norm_K, cosine_KxK @ z_K)
-    some = (jnp.where(some_K & present_K, lower_K, 0.0) > 0).any()  # else 0 is projected, and z is what rounding left
+    some = (jnp.where(some_K & present_K, lower_K, 0.0) > 0).any()  # else the projected vector is 0, and z is only rounding
     off = jnp.max(jnp.where(some_K & present_K, jnp.abs(off_K), 0.0))
     return jnp.where(some, off / jnp.maximum(jnp.abs(z_K).sum(), 1e-30), 0.0)
 
 
 def within_ball(gram_KxK: jax.Array, radius: float, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What to add to the mean's weights so that, at that distance from the mean gradient g_0, the worst task gains most.
+    """The weights to add to the mean's so that the worst task gains most within a distance from the mean gradient g_0.
 
-    For a scaled Gram matrix: the v >= 0, f32[K], of max min_i g_i . (g_0 + g_v) over |g_v| <= radius |g_0|, and its residual
-    f32[]. The point that gives all tasks at least the gain t, and is the nearest to g_0, goes along a path of straight pieces
-    as t grows: tasks that gain t have weights, linear in t, and the others gain more. It is followed until it leaves the ball,
-    by one K x K solve a piece; there is nothing to converge. Gradients of 0 have no gain to ask for, and v = 0.
+    For a scaled Gram matrix: the v >= 0, f32[K], that maximises min_i g_i . (g_0 + g_v) over |g_v| <= radius |g_0|, and its
+    residual f32[]. The point nearest to g_0 that gives every task at least the gain t moves along a path of straight pieces as
+    t grows: tasks that gain exactly t have weights, linear in t, and the others gain more. The path is followed until it leaves
+    the ball, with one K x K solve per piece; nothing has to converge. Gradients of 0 have no gain to raise, and v = 0.
 
     Cosines are firm: v_i |g_i| stays below a thousand times radius |g_0|, and for opposite gradients the worst task loses less
-    than 1e-3 radius |g_0| |g_i|. The residual is the most that a task falls short of the gain, or that it weighs while gaining
-    more, over (1 + radius) |g_0| and its length.
+    than 1e-3 radius |g_0| |g_i|. The residual is the largest amount by which a task falls short of the gain, or weighs although
+    it gains more, over (1 + radius) |g_0| and its length.
     """
     K = gram_KxK.shape[0]
     cosine_KxK, norm_K, some_K = cosines(gram_KxK)
@@ -216,17 +217,17 @@ def within_ball(gram_KxK: jax.Array, radius: float, present_K: jax.Array) -> tup
         enters_K, leaves_K = solved_K & ~active_K & (falls_K > rounding_K), active_K & (slope_K < 0)
         at_K = jnp.where(enters_K, (before_K - root_KxK @ back_K) / jnp.where(enters_K, falls_K, 1.0), never)
         at_K = jnp.where(leaves_K, offset_K / jnp.where(leaves_K, slope_K, 1.0), at_K)
-        at_K = jnp.where(jnp.arange(K) == last, never, jnp.maximum(at_K, gain))  # no task goes to and fro
-        next_one = jnp.argmin(at_K)
-        # |t toward - back| is the radius; apart from the nearest point to 0, so that no digits cancel.
+        at_K = jnp.where(jnp.arange(K) == last, never, jnp.maximum(at_K, gain))  # a task cannot enter and leave again at once
+        turning = jnp.argmin(at_K)
+        # |t toward - back| is the radius; measured from the point nearest to 0, so that no digits cancel.
         square = jnp.maximum(toward_K @ toward_K, 1e-38)
         nearest = toward_K @ back_K / square
         rest_K = back_K - nearest * toward_K
         out = jnp.maximum(nearest + jnp.sqrt(jnp.maximum(radius**2 - rest_K @ rest_K, 0.0) / square), gain)
-        ends = done | (out <= at_K[next_one])
-        turned_K = active_K ^ (jnp.arange(K) == next_one)
-        gain = jnp.where(done, gain, jnp.minimum(out, at_K[next_one]))
-        return jnp.where(ends, active_K, turned_K), gain, jnp.where(ends, last, next_one), ends
+        ends = done | (out <= at_K[turning])
+        turned_K = active_K ^ (jnp.arange(K) == turning)
+        gain = jnp.where(done, gain, jnp.minimum(out, at_K[turning]))
+        return jnp.where(ends, active_K, turned_K), gain, jnp.where(ends, last, turning), ends
 
     lowest_K = jnp.where(solved_K, before_K / jnp.where(solved_K, along_K, 1.0), never)
     first = jnp.argmin(lowest_K)

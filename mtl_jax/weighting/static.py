@@ -1,4 +1,4 @@
-"""Rules that look at nothing but the step."""
+"""Rules that depend on the step alone: equal, fixed and scheduled weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtl_jax.weighting.schedules import Schedule, at, parse
 def equal() -> Rule:
     """Every weight is 1: the plain sum of the losses (Caruana 1997). The weights sum to K.
 
-    Heads are weighted: it is one sum of losses. Alone, that is their plain losses.
+    Heads are weighted, as in one sum of losses; with weights of 1 they follow their plain losses.
     """
 
     def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
@@ -29,11 +29,11 @@ def equal() -> Rule:
 def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
     """Given weights: L_target + lambda L_source is fixed({"target": 1, "source": lam}).
 
-    Heads are weighted: it is one sum of losses.
+    Heads are weighted, as in one sum of losses.
 
     Args:
         weights: {task: weight}; a weight is a number that is finite and not negative, or an optax schedule of the step.
-            Their sum is the user's.
+            Nothing scales their sum.
 
     Raises:
         UserError: A weight is negative or not finite; at init, a task has no weight or a weight no task.
@@ -63,9 +63,9 @@ def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
 
 
 def scheduled(weights: Mapping[str, float | str | Schedule]) -> Rule:
-    """Weights that change with the step: an optax schedule for each task. Their sum is the user's.
+    """Weights that change with the step: an optax schedule for each task. Nothing scales their sum.
 
-    Heads are weighted: it is one sum of losses.
+    Heads are weighted, as in one sum of losses.
 
     Args:
         weights: {task: weight}; a number, an optax schedule, or the call that makes one as text, so that it can stand in a

@@ -17,7 +17,8 @@ from mtl_jax.ablation.ablate import ablate
 from mtl_jax.ablation.extract import take
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
-from mtl_jax.experiment import Experiment, from_json
+from mtl_jax.experiment import Experiment
+from mtl_jax.experiment_json import from_json
 from mtl_jax.inference.predict import predict
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Store

@@ -235,7 +235,7 @@ def test_a_run_translates_as_it_predicts(console, run):
         (("--task", "translatoin"), "unknown task that writes texts 'translatoin' (did you mean 'translation'?); choices: "),
         (("--task", "long"), "unknown task that writes texts 'long'"),
         (("--target-language", "fr"), "a run has no choice of languages"),
-        (("--dtype", "bfloat16"), "which is computed in what it was trained in"),
+        (("--dtype", "bfloat16"), "which computes in the dtype of its training"),
         (("--max-source-tokens", "49"), "the model has 48 positions"),
     ):
         code, out, error = console("translate", "--model", run, *flags, "the dog")
@@ -304,7 +304,7 @@ BAD = [
         b"",
         "num_return_sequences is 5, more than num_beams, 3: ask for more beams",
     ),
-    (["--model", "{marian}", "--task", "x", "hello"], b"", "is no workdir of a run; leave it out"),
+    (["--model", "{marian}", "--task", "x", "hello"], b"", "is not the workdir of a run; leave the flag out"),
     (["--model", "{marian}", "--target-language", "de", "hello"], b"", "--target-language de: it is fr; leave it out"),
     (
         ["--model", "{t5}", "hello"],

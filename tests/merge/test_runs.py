@@ -18,7 +18,7 @@ import mtl_jax
 from mtl_jax import IA3, Checkpoints, Lora, Phase, adapters_only, trunks
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import tasks_to_json, to_json
+from mtl_jax.experiment_json import tasks_to_json, to_json
 from mtl_jax.inference.predict import Run, evaluate, open_run, predict
 from mtl_jax.merge import Method, merge
 from mtl_jax.merge.runs import corpus_of

@@ -24,7 +24,7 @@ from mtl_jax import Batching, Embedding, Experiment, Optimizer, Phase
 from mtl_jax.cli import main as cli
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import to_json
+from mtl_jax.experiment_json import to_json
 from mtl_jax.training import fingerprint, hosts, loop, open_workdir
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.setup import prepare

@@ -98,7 +98,7 @@ def test_a_checkpoint_of_any_phase_is_its_state_and_enters_the_next_one(prepared
     ("rule", "optimizer", "message"),
     [
         (ParamRule(".*", rate=-0.5), {}, "rate is -0.5; it must be above 0"),
-        (ParamRule(".*", rate=0.0), {}, "rate is 0.0; it must be above 0; to keep parameters as they are, say train=False"),
+        (ParamRule(".*", rate=0.0), {}, "rate is 0.0; it must be above 0; to freeze parameters, set train=False"),
         (ParamRule(".*", rate=math.nan), {}, "rate is nan"),
         (ParamRule(".*", weight_decay=-0.1), {}, "weight_decay is -0.1; it must not be negative"),
         (ParamRule(".*", schedule="cosin"), {}, "unknown schedule of the rule '..': 'cosin' .did you mean 'cosine'"),

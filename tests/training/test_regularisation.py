@@ -417,7 +417,7 @@ def test_a_run_with_another_trunk_is_refused():
             {"regularisers": (L2SP(shared="trunk/laier.*"),)},
             "shared of l2sp, 'trunk/laier.*', matches no parameter; paths look like",
         ),
-        ({"regularisers": (EWC(parameters="("),)}, "parameters of ewc is no regular expression"),
+        ({"regularisers": (EWC(parameters="("),)}, "parameters of ewc is not a regular expression"),
         ({"regularisers": (EWC(),)}, "ewc needs a source"),
         ({"regularisers": (EWC(source="films"),)}, "unknown source of ewc: 'films'; choices: ratings, questions"),
         ({"regularisers": (EWC(source="films", run="WORKDIR"),)}, "the run in .* has questions, ratings, no 'films'"),

@@ -347,7 +347,7 @@ def test_init_is_the_module_s_own_with_adapters_beside():
             [Lora(name="lora", target=".*/qurey")],
             r"'lora' finds no place .*'\.\*/qurey' matches no layer; there are layer_N/attention/key, .*layer_N/feed_forward",
         ),
-        ([Lora(name="lora", target="(")], r"'lora': '\(' is no regular expression"),
+        ([Lora(name="lora", target="(")], r"'lora': '\(' is not a regular expression"),
         ([Lora(name="lora", rank=0)], "'lora': rank is 0; it must be at least 1"),
         ([Lora(name="lora", rank=17)], "'lora': rank is 17, but layer_0/attention/value is only 16 x 16"),
         ([Lora(name="lora", dropout=1.0)], r"'lora': dropout is 1\.0"),

@@ -14,7 +14,20 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import mtl_jax
-from mtl_jax import IA3, Batching, Bottleneck, Checkpoints, Lora, ParamRule, Phase, Prefix, adapters_only, bitfit, pretrained
+from mtl_jax import (
+    IA3,
+    Batching,
+    Bottleneck,
+    Checkpoints,
+    Lora,
+    ParamRule,
+    Phase,
+    Prefix,
+    adapters_only,
+    bitfit,
+    experiment_json,
+    pretrained,
+)
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
@@ -280,7 +293,7 @@ def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
         predict(run, "fine", ["a sad song"])
     (run / "results.json").unlink()
     with pytest.raises(UserError, match="put the trunk back that the run started from"):
-        mtl_jax.train(mtl_jax.experiment.from_json(config), run)
+        mtl_jax.train(experiment_json.from_json(config), run)
     assert not (run / "damaged").exists()
 
 
@@ -329,10 +342,10 @@ def test_flags_change_adapters(bert, data, monkeypatch):
     monkeypatch.setattr(main, "_launch", launched.append)
     main.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
     (launch,) = launched
-    config = mtl_jax.experiment.to_json(launch.experiment)
+    config = experiment_json.to_json(launch.experiment)
     assert config["adapters"][0] == dataclasses.asdict(LORA) | {"rank": 3, "kind": "Lora"}
     assert config["adapters"][1]["variant"] == "pfeiffer"
-    assert mtl_jax.experiment.from_json(config) == launch.experiment
+    assert experiment_json.from_json(config) == launch.experiment
     prepared = prepare(launch.experiment)
     assert "adapter lora: Lora at 2 layers, 192 parameters, for all rows alike" in prepared.notes
     assert prepared.params["trunk"]["adapters"]["lora"]["layer_0"]["attention"]["query"]["a"].shape == (16, 3)

@@ -98,7 +98,7 @@ def test_both_shapes_are_named():
     [
         (InitFrom(subtree="trunk"), "init_from.subtree is given, but init_from.path is not"),
         (InitFrom("x", step="-3"), "init_from.step is '-3'; it must be best, last, or the number of a step"),
-        (InitFrom("x", leave_out=("(",)), r"init_from.leave_out: '\(' is no regular expression"),
+        (InitFrom("x", leave_out=("(",)), r"init_from.leave_out: '\(' is not a regular expression"),
         (InitFrom("x", renames=(("a", r"\1"),)), r"init_from.renames: .* cannot take the place of 'a'"),
     ],
 )

@@ -294,7 +294,7 @@ def test_trees_of_another_shape_are_named_with_path_and_both_shapes(merge):
         (lambda: merging.interpolate(ONE, ONE, math.nan), "alpha is nan"),
         (lambda: merging.arithmetic(ONE, [ONE], [1.0, 2.0]), "scale is 1 2: give one number, or one for each of the 1"),
         (lambda: merging.arithmetic(ONE, [ONE], math.inf), "scale is inf; it must be finite"),
-        (lambda: merging.ties(ONE, [ONE], 0.0), "keep is 0; it is the share that stays, above 0 and 1 at most"),
+        (lambda: merging.ties(ONE, [ONE], 0.0), "keep is 0; it is the share that is kept, above 0 and at most 1"),
         (lambda: merging.ties(ONE, [ONE], 1.5), "keep is 1.5"),
         (lambda: merging.dare(ONE, [ONE], 1.0, jax.random.key(0)), "drop is 1; it is the share that is dropped"),
         (lambda: merging.dare(ONE, [ONE], -0.1, jax.random.key(0)), "drop is -0.1"),

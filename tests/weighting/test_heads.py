@@ -11,7 +11,8 @@ import tiny
 from mtl_jax import weighting
 from mtl_jax.ablation import ablation_dir
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import as_begun, check, from_json, rule_of, to_json, weighs_heads
+from mtl_jax.experiment import check, keep_head_weights, rule_of, weighs_heads
+from mtl_jax.experiment_json import from_json, to_json
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.weighting import COMBINATORS, RULES
 
@@ -82,7 +83,7 @@ def test_a_workdir_of_before_goes_on_as_it_was(tmp_path, caplog, name):
     now = tiny.experiment("bert", "data", weighting=name)
     before = to_json(dataclasses.replace(now, weigh_heads=True))
     workdirs.write_json(tmp_path / "config.json", before)
-    going_on = as_begun(now, before)
+    going_on = keep_head_weights(now, before)
     assert going_on.weigh_heads is True
     assert not workdirs.changed(tmp_path, to_json(going_on), allow_change=False)
     assert ("its heads keep their weighted gradients" in caplog.text) == (name == "mgda")
@@ -92,15 +93,15 @@ def test_a_workdir_of_before_goes_on_as_it_was(tmp_path, caplog, name):
 def test_other_workdirs_are_not_reinterpreted(before, now):
     experiment = tiny.experiment("bert", "data", weighting="mgda", weigh_heads=now)
     config = None if before is None else to_json(dataclasses.replace(experiment, weigh_heads=before))
-    assert as_begun(experiment, config) == experiment
+    assert keep_head_weights(experiment, config) == experiment
 
 
 @pytest.mark.parametrize("kept", [True, "rule"])
 def test_an_ablation_of_before_goes_on_as_it_was(tmp_path, kept):
     now = tiny.experiment("bert", "data", weighting="mgda")
     (tmp_path / "runs" / "0000").mkdir(parents=True)
-    assert ablation_dir.as_begun(tmp_path, now) == now
+    assert ablation_dir.keep_head_weights_of_runs(tmp_path, now) == now
     run = {"run": "0000", "values": {}, "program": 0, "status": "waiting"}
     workdirs.write_json(tmp_path / "ablation.json", {"name": "tiny", "runs": [run], "axes": [], "programs": [{}]})
     workdirs.write_json(tmp_path / "runs" / "0000" / "config.json", to_json(dataclasses.replace(now, weigh_heads=kept)))
-    assert ablation_dir.as_begun(tmp_path, now).weigh_heads == kept
+    assert ablation_dir.keep_head_weights_of_runs(tmp_path, now).weigh_heads == kept

@@ -21,7 +21,8 @@ from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needed_fields
 from mtl_jax.training.restore import Run
-from mtl_jax.transfer.penalties import SIGMOID, SOFTMAX, squared_gradients
+from mtl_jax.transfer.divergences import SIGMOID, SOFTMAX
+from mtl_jax.transfer.penalties import squared_gradients
 from mtl_jax.transfer.regularisers import EWC, FIELD
 
 

@@ -1,7 +1,7 @@
-"""A few parameters added inside any of our trunks, whose code knows nothing of them.
+"""Adapters: a few parameters added inside any trunk, whose code does not change.
 
-Each works by itself with linen's apply and optax, as adapt() shows, and in Experiment(adapters=...), where rules say what
-trains, as of every other parameter; adapters_only() makes the usual ones.
+Each works alone with linen's apply and optax, as adapt() shows, and in Experiment(adapters=...), where parameter rules decide
+what trains; adapters_only() makes the usual rules.
 """
 
 from mtl_jax.transfer.adapters.adapted import ADAPTERS as ADAPTERS
@@ -19,5 +19,5 @@ from mtl_jax.transfer.adapters.prefix import Prefix as Prefix
 from mtl_jax.transfer.param_rules import adapters_only as adapters_only
 from mtl_jax.transfer.param_rules import bitfit as bitfit
 
-# What an experiment may hold: a new kind is added here.
+# The kinds that an experiment may have; a new kind is added here.
 AnyAdapter = Lora | Bottleneck | IA3 | Prefix

@@ -1,4 +1,4 @@
-"""A trunk with adapters in it: the trunk's own code runs, and the calls of its layers are intercepted.
+"""A trunk with adapters: the trunk's own code runs, and the calls of its layers are intercepted.
 
 Shapes in names: B rows, N sources.
 """
@@ -32,9 +32,9 @@ class Adapted:
     Its parameters are the module's and, beside them, {"adapters": {name: {layer: ...}}}.
 
     Attributes:
-        base: The module, as it is.
-        adapters: What is added to it.
-        sources: N, for adapters that each source has its own of.
+        base: The module, unchanged.
+        adapters: The adapters.
+        sources: N, for adapters with parameters for each source.
     """
 
     base: nn.Module
@@ -48,52 +48,52 @@ class Adapted:
 
     @property
     def dtype(self) -> Any:
-        """What the module computes in."""
+        """The compute dtype of the module."""
         return self.base.dtype
 
     @functools.cached_property
     def layers(self) -> dict[str, Layer]:
-        """What could be adapted, by path."""
-        found: dict[str, Layer] = {}
+        """The layers that can be adapted, by path."""
+        layers: dict[str, Layer] = {}
 
-        def look(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             if context.method_name == "__call__":
                 layer = _layer("/".join(context.module.path), context.module, args)
                 if layer is not None:
-                    found[layer.path] = layer
+                    layers[layer.path] = layer
             return next_call(*args, **kwargs)
 
-        with nn.intercept_methods(look):
+        with nn.intercept_methods(record):
             jax.eval_shape(lambda: self.base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-        return found
+        return layers
 
     @functools.cached_property
     def where(self) -> dict[str, list[Layer]]:
-        """{adapter: the layers that have parameters of it}.
+        """{adapter: the layers that have its parameters}.
 
         Raises:
-            UserError: One has no place in this module.
+            UserError: An adapter has no layer in this module.
         """
         return {adapter.name: adapter.where(self.layers) for adapter in self.adapters}
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """{"params": ...}: those of the module's own init, and fresh adapters from the same key."""
+        """{"params": ...}: the parameters of the module's init(), and new adapters from the same key."""
         key = rngs["params"] if isinstance(rngs, Mapping) else rngs
         return {"params": self.add(self.base.init(rngs, *args, **kwargs)["params"], key)}
 
     def add(self, params: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
-        """The parameters of the module, pretrained as they may be, with fresh adapters beside them."""
-        fresh: dict[str, Any] = {}
+        """The parameters of the module, such as pretrained ones, with new adapters beside them."""
+        added: dict[str, Any] = {}
         for adapter in self.adapters:
             for layer in self.where[adapter.name]:
                 path = f"{adapter.name}/{layer.path}"
-                own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 if adapter.per == RUN:
-                    fresh[path] = adapter.init(own_key, layer)
+                    added[path] = adapter.init(layer_key, layer)
                 else:
-                    each = jax.vmap(lambda key, a=adapter, at=layer: a.init(key, at))(jax.random.split(own_key, self.sources))
-                    fresh[path] = jax.tree.map(_stack, each)
-        return {**params, ADAPTERS: traverse_util.unflatten_dict(fresh, sep="/")}
+                    init = jax.vmap(lambda key, adapter=adapter, layer=layer: adapter.init(key, layer))
+                    added[path] = jax.tree.map(_stack, init(jax.random.split(layer_key, self.sources)))
+        return {**params, ADAPTERS: traverse_util.unflatten_dict(added, sep="/")}
 
     def apply(
         self,
@@ -109,19 +109,27 @@ class Adapted:
             variables: {"params": ...}.
             *args: Of the module.
             rngs: As linen's; with deterministic=False adapters, too, take their dropout from "dropout".
-            source: i32[B], the source of each row, where each has its own adapters; a row of none, -1, gets some.
+            source: i32[B], the source of each row, if sources have their own adapters; a row without a source, -1, gets those
+                of source 0.
             **kwargs: Of the module.
 
         Raises:
-            ValueError: There are no parameters of adapters, or source or an rng is missing.
+            ValueError: The parameters have no adapters, or source or an rng is missing.
         """
         params = dict(variables["params"])
         if ADAPTERS not in params:
-            raise ValueError("these parameters have no adapters; add() puts fresh ones beside them")
+            raise ValueError("these parameters have no adapters; add() adds new ones")
         added = params.pop(ADAPTERS)
-        own = {a.name: self._of_rows(a, traverse_util.flatten_dict(added[a.name], sep="/"), source) for a in self.adapters}
+        by_layer = {
+            adapter.name: self._by_layer(adapter, traverse_util.flatten_dict(added[adapter.name], sep="/"), source)
+            for adapter in self.adapters
+        }
         key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
-        if key is None and not kwargs.get("deterministic", True) and any(getattr(a, "dropout", 0) for a in self.adapters):
+        if (
+            key is None
+            and not kwargs.get("deterministic", True)
+            and any(getattr(adapter, "dropout", 0) for adapter in self.adapters)
+        ):
             raise ValueError('adapters have dropout, so apply() needs an rng named "dropout" unless deterministic')
         nearest_first = sorted(self.adapters, key=lambda adapter: adapter.order)
 
@@ -131,27 +139,29 @@ class Adapted:
                 return next_call(*args, **kwargs)
             call: Callable[..., Any] = next_call
             for adapter in nearest_first:
-                there = own[adapter.name].get(adapter.uses(layer))
-                if there is not None:
-                    call = _around(adapter, there, layer, context.module, call, key)
+                layer_params = by_layer[adapter.name].get(adapter.uses(layer))
+                if layer_params is not None:
+                    call = _around(adapter, layer_params, layer, context.module, call, key)
             return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
             return self.base.apply({**variables, "params": params}, *args, rngs=rngs, **kwargs)
 
-    def _of_rows(self, adapter: Adapter, flat: Mapping[str, Any], source: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-        """{layer: parameters}, or of an adapter that is not shared those of each row's source."""
-        found: dict[str, dict[str, jax.Array]] = {}
+    def _by_layer(self, adapter: Adapter, flat: Mapping[str, Any], source: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
+        """{layer: parameters}; if sources have their own, the parameters of each row's source."""
+        by_layer: dict[str, dict[str, jax.Array]] = {}
         for path, leaf in flat.items():
             layer, _, name = path.rpartition("/")
-            found.setdefault(layer, {})[name] = leaf
+            by_layer.setdefault(layer, {})[name] = leaf
         if adapter.per == RUN:
-            return found
+            return by_layer
         if source is None:
             raise ValueError(f"adapter {adapter.name!r}: each source has its own, so apply() needs the source of every row")
-        # A product, since the gradient of a look-up adds up in no fixed order on GPUs.
+        # A product, since the gradient of indexing is summed in no fixed order on GPUs.
         chosen_BxN = jax.nn.one_hot(jnp.maximum(source, 0), self.sources)
-        return {layer: {name: self._chosen(leaf, chosen_BxN) for name, leaf in own.items()} for layer, own in found.items()}
+        return {
+            layer: {name: self._chosen(leaf, chosen_BxN) for name, leaf in params.items()} for layer, params in by_layer.items()
+        }
 
     def _chosen(self, leaf: jax.Array, chosen_BxN: jax.Array) -> jax.Array:
         stack = leaf.reshape(self.sources, 1, -1) if leaf.ndim == 1 else leaf
@@ -159,7 +169,7 @@ class Adapted:
 
 
 class OfSource(nn.Module):
-    """A trunk with adapters as a linen module, to be a part of another one that knows no sources: all rows are of one.
+    """A trunk with adapters as a linen module, for use inside a module without sources: all rows are of one source.
 
     Attributes:
         adapted: The trunk.
@@ -176,24 +186,24 @@ class OfSource(nn.Module):
 
     @property
     def dtype(self) -> Any:
-        """What the trunk computes in."""
+        """The compute dtype of the trunk."""
         return self.adapted.dtype
 
     def __call__(self, input_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """The trunk's output; arguments are those of its own call."""
+        """The trunk's output; the arguments are those of the trunk."""
         rows_B = jnp.full(len(input_ids), self.source)
         return self.adapted.apply({"params": self.variables["params"]}, input_ids, *args, source=rows_B, **kwargs)
 
 
 def as_module(trunk: nn.Module | Adapted, source: int) -> nn.Module:
-    """A trunk that can be a part of another linen module: itself, or where it has adapters those of one source."""
+    """A trunk for use inside another linen module: itself, or, if it has adapters, the trunk with those of one source."""
     return OfSource(trunk, source) if isinstance(trunk, Adapted) else trunk
 
 
 def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> Adapted:
     """A trunk with adapters: BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, or the encoder of Marian, BART, T5.
 
-    With optax and nothing else of ours:
+    With optax alone:
 
         checkpoint = mtl_jax.pretrained.load("path", head=None)
         module = adapt(checkpoint.model.trunk, [Lora(name="lora", rank=8)])
@@ -209,21 +219,21 @@ def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> A
         added = optax.apply_updates(added, updates)
 
     Args:
-        module: The trunk: a linen module of models.attention's or models.modernbert's attention and nn.Dense.
-        adapters: What is added.
-        sources: How many sources there are, for adapters that are not shared by all.
+        module: The trunk: a linen module with the attention of models.layers or models.modernbert, and nn.Dense.
+        adapters: The adapters.
+        sources: Number of sources, for adapters with parameters for each source.
 
     Raises:
-        UserError: A field makes no sense, two have one name, or one finds no place in the module.
+        UserError: A field is refused, two adapters have one name, or one has no layer in the module.
     """
     check(adapters)
     adapted = Adapted(module, tuple(adapters), sources)
-    adapted.where  # noqa: B018  finds out whether every one has a place
+    adapted.where  # noqa: B018  raises if an adapter has no layer
     return adapted
 
 
 def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None) -> None:
-    """Finds what is wrong with adapters without a trunk.
+    """Checks adapters without a trunk.
 
     Args:
         adapters: The adapters.
@@ -241,11 +251,11 @@ def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None)
         adapter.check()
         if adapter.per == TASK and sources is not None:
             used = list(sources.values())
-            together = [task for task, source in sources.items() if used.count(source) > 1]
-            if together:
+            sharing = [task for task, source in sources.items() if used.count(source) > 1]
+            if sharing:
                 raise UserError(
-                    f"adapter {adapter.name!r}: per is task, but tasks {', '.join(together[:2])} share the rows of source "
-                    f"{sources[together[0]]!r}, which pass the trunk once: say per source, or declare the same file as a "
+                    f"adapter {adapter.name!r}: per is task, but tasks {', '.join(sharing[:2])} share the rows of source "
+                    f"{sources[sharing[0]]!r}, which pass the trunk once: say per source, or declare the same file as a "
                     "second source"
                 )
     prefixes = [adapter.name for adapter in adapters if isinstance(adapter, Prefix)]
@@ -254,11 +264,11 @@ def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None)
 
 
 def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
-    """A line for each adapter: where it is, its parameters, who shares them.
+    """A line for each adapter with its numbers of layers and parameters, and what shares them.
 
     Args:
         adapted: The trunk.
-        params: Its parameters, {"adapters": ...} among them.
+        params: Its parameters, with {"adapters": ...}.
     """
     lines = []
     for adapter in adapted.adapters:
@@ -282,40 +292,40 @@ def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
 def _around(
     adapter: Adapter, params: dict[str, jax.Array], layer: Layer, module: nn.Module, call: Any, key: jax.Array | None
 ) -> Callable[..., Any]:
-    own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"{adapter.name}/{layer.path}".encode()))
-    return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, own_key))
+    layer_key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"{adapter.name}/{layer.path}".encode()))
+    return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, layer_key))
 
 
 def _stack(leaf: jax.Array) -> jax.Array:
-    # Vectors stand end to end, so that weight decay, which goes by the number of dimensions, still takes them for vectors.
+    # The vectors of all sources become one vector, since weight decay is for leaves of two or more dimensions only.
     return leaf.reshape(-1) if leaf.ndim == 2 else leaf
 
 
 def merge_adapters(adapted: Adapted, params: Mapping[str, Any], source: int | None = None) -> dict[str, Any]:
-    """The parameters of the module alone that do, without dropout, what it does with its adapters: W + (alpha / rank) A B.
+    """The parameters of the module with its adapters merged into them, such as W + (alpha / rank) A B; without dropout.
 
     Args:
         adapted: The module with adapters, Lora and IA3 only.
-        params: Its parameters, {"adapters": ...} among them.
-        source: Whose adapters, where each source has its own.
+        params: Its parameters, with {"adapters": ...}.
+        source: The source whose adapters are merged, if sources have their own.
 
     Raises:
-        UserError: An adapter cannot be merged, or it is not said whose.
+        UserError: An adapter cannot be merged, or source is missing.
     """
     base = traverse_util.flatten_dict({name: tree for name, tree in params.items() if name != ADAPTERS}, sep="/")
     for adapter in sorted(adapted.adapters, key=lambda adapter: adapter.order):
         if adapter.per != RUN and source is None:
             raise UserError(f"adapter {adapter.name!r}: each source has its own; say of which task it is to be merged")
         for layer in adapted.where[adapter.name]:
-            own: Any = params[ADAPTERS][adapter.name]
+            layer_params: Any = params[ADAPTERS][adapter.name]
             for name in layer.path.split("/"):
-                own = own[name]
+                layer_params = layer_params[name]
             if adapter.per != RUN:
-                own = jax.tree.map(lambda leaf: _of(leaf, adapted.sources, source), own)
+                layer_params = jax.tree.map(lambda leaf: _of_source(leaf, adapted.sources, source), layer_params)
             kernel = {name: base[f"{layer.path}/{name}"] for name in ("kernel", "bias") if f"{layer.path}/{name}" in base}
-            base |= {f"{layer.path}/{name}": leaf for name, leaf in adapter.merged(own, kernel, layer).items()}
+            base |= {f"{layer.path}/{name}": leaf for name, leaf in adapter.merged(layer_params, kernel, layer).items()}
     return traverse_util.unflatten_dict(base, sep="/")
 
 
-def _of(leaf: jax.Array, sources: int, source: int | None) -> jax.Array:
+def _of_source(leaf: jax.Array, sources: int, source: int | None) -> jax.Array:
     return leaf.reshape(sources, -1)[source] if leaf.ndim == 1 else leaf[source]

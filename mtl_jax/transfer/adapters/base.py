@@ -1,4 +1,4 @@
-"""What every kind of adapter is: a few parameters at some layers of a trunk, and what they do there.
+"""The interface of an adapter: its layers in a trunk, its parameters there, and how they change the layer's output.
 
 Shapes in names: B rows, T tokens a row, I inputs of a linear map, O its outputs.
 """
@@ -26,12 +26,12 @@ class Layer(NamedTuple):
     """A place in a trunk where an adapter can be.
 
     Attributes:
-        path: Where it is, such as "layer_0/attention/query": a parameter's path without "trunk/" and the parameter's name.
-        kind: "dense", a linear map; "attention", of models.layers; "rotary", of models.modernbert.
-        inputs: I, of a linear map, else 0.
-        outputs: O, of a linear map, else 0.
-        heads: Of an attention, else 0.
-        head_size: Of an attention, else 0.
+        path: The path, such as "layer_0/attention/query": a parameter's path without "trunk/" and the parameter's name.
+        kind: "dense", a linear map; "attention", as in models.layers; "rotary", as in models.modernbert.
+        inputs: I for a linear map, else 0.
+        outputs: O for a linear map, else 0.
+        heads: Number of heads of an attention, else 0.
+        head_size: Size of a head of an attention, else 0.
     """
 
     path: str
@@ -46,12 +46,12 @@ class Call(NamedTuple):
     """One call of a layer that an adapter may change.
 
     Attributes:
-        layer: Which.
-        module: The linen module, bound.
-        next: The call itself, adapters that stand nearer to the layer included.
+        layer: The layer.
+        module: Its linen module, bound.
+        next: The call itself, with the adapters that are nearer to the layer.
         args: Its arguments.
         kwargs: Its arguments by name.
-        key: PRNG key for dropout; None: there is none.
+        key: PRNG key for dropout; None: no dropout.
     """
 
     layer: Layer
@@ -62,7 +62,7 @@ class Call(NamedTuple):
     key: jax.Array | None
 
     def __call__(self) -> Any:
-        """The call as it would be without the adapter."""
+        """The result of the call without this adapter."""
         return self.next(*self.args, **self.kwargs)
 
 
@@ -72,57 +72,57 @@ class Adapter(Configuration, abc.ABC):
 
     Attributes:
         name: Its parameters are trunk/adapters/NAME/LAYER/... in the model.
-        per: Who shares them. run: everything. task: each task has its own; every task needs a source of its own, since the rows
-            of a source pass the trunk once. source: each source has its own, which its tasks share.
+        per: What shares the parameters. run: all rows. task: each task has its own parameters, and needs its own source, since
+            the rows of a source pass the trunk once. source: each source has its own parameters, which its tasks share.
     """
 
     name: str
     per: str = RUN
 
-    # Where several adapters change one layer, those with lower numbers stand nearer to it, in whatever order they are declared:
-    # low-rank changes belong to the kernel, scales apply to what it gives, a bottleneck follows that, a prefix is around all.
+    # If several adapters change one layer, those with lower numbers are nearer to it, whatever the order of declaration:
+    # low-rank changes belong to the kernel, scales apply to its output, a bottleneck follows them, a prefix is around all.
     order: ClassVar[int] = 0
 
     def check(self) -> None:
-        """Raises UserError where a field makes no sense."""
+        """Raises UserError if a field is refused."""
         if self.per not in SHARING:
             raise unknown(f"per of adapter {self.name!r}:", self.per, SHARING)
 
     @abc.abstractmethod
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        """The layers, of all that a trunk has by path, that have parameters of this adapter.
+        """The layers that have parameters of this adapter, out of all layers of a trunk by path.
 
         Raises:
-            UserError: There are none.
+            UserError: There is no such layer.
         """
 
     @abc.abstractmethod
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
-        """Fresh parameters f32 for one of those layers."""
+        """Initial parameters, f32, for one of these layers."""
 
     @abc.abstractmethod
     def around(self, params: Params, call: Call) -> Any:
-        """What a layer gives with the adapter.
+        """The output of a layer with the adapter.
 
         Args:
-            params: What init() made; or for each row its own: matrices [B, ...], vectors [B, 1, ...].
-            call: The call.
+            params: Parameters as from init(); or, if rows differ, those of each row: matrices [B, ...], vectors [B, 1, ...].
+            call: The call of the layer.
         """
 
     def uses(self, layer: Layer) -> str:
-        """The path under which the parameters for a layer are, "" for none."""
+        """The path of the layer whose parameters of this adapter are used at a layer; "" for none."""
         return layer.path
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
-        """The parameters of a linear map that does by itself what it did with this adapter; without dropout.
+        """The parameters of a linear map with the adapter merged into them: the same outputs without dropout.
 
         Args:
-            params: What init() made.
+            params: Parameters as from init().
             kernel: {"kernel": f32[I, O], "bias": f32[O] if there is one}.
             layer: The linear map.
 
         Raises:
-            UserError: A kernel cannot do that.
+            UserError: This kind of adapter cannot be merged into a kernel.
         """
         raise UserError(
             f"adapter {self.name!r} is a {type(self).__name__}, which cannot be put into the trunk's kernels, and transformers "
@@ -133,19 +133,19 @@ class Adapter(Configuration, abc.ABC):
         """The layers of these kinds whose whole path the pattern matches.
 
         Raises:
-            UserError: It is no regular expression, or there are none.
+            UserError: The pattern is not a regular expression, or matches no layer.
         """
         try:
             expression = re.compile(pattern)
         except NOT_A_PATTERN as error:
-            raise UserError(f"adapter {self.name!r}: {shown(pattern)!r} is no regular expression ({error})") from error
+            raise UserError(f"adapter {self.name!r}: {shown(pattern)!r} is not a regular expression ({error})") from error
         possible = [layer for layer in layers.values() if layer.kind in kinds]
-        found = [layer for layer in possible if expression.fullmatch(layer.path)]
-        if not found:
-            there = sorted({re.sub(r"\d+", "N", layer.path) for layer in possible})
+        matching = [layer for layer in possible if expression.fullmatch(layer.path)]
+        if not matching:
+            paths = sorted({re.sub(r"\d+", "N", layer.path) for layer in possible})
             raise UserError(
-                f"adapter {self.name!r} finds no place in this trunk: {pattern!r} matches no layer; there are {listed(there)}"
-                if there
+                f"adapter {self.name!r} finds no place in this trunk: {pattern!r} matches no layer; there are {listed(paths)}"
+                if paths
                 else f"adapter {self.name!r} finds no place in this trunk: it has no layers that could be adapted"
             )
-        return found
+        return matching

@@ -1,4 +1,4 @@
-"""Small networks behind the parts of each block.
+"""Bottleneck adapters: small networks behind the parts of each block.
 
 Shapes in names: B rows, T tokens a row, O width of what is adapted, W width of the bottleneck.
 """
@@ -16,18 +16,19 @@ from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.models.layers import ACTIVATIONS, times
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
-# What each variant stands behind.
+# {variant: the layers that it follows}
 VARIANTS = {"houlsby": r".*/(attention/output|feed_forward_out)", "pfeiffer": r".*/feed_forward_out"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bottleneck(Adapter):
-    """y + up(activation(down(y))), where y is what a part of a block is about to add to the stream.
+    """y + up(activation(down(y))), where y is the output of a part of a block, before it is added to the residual stream.
 
-    Parameters for each place: down_kernel f32[O, W], normal with variance 1 / O, down_bias f32[W], up_kernel f32[W, O] and
-    up_bias f32[O]. The last three start at 0, so that nothing changes; Houlsby et al. draw kernels from a normal of deviation
-    0.01. It stands before the block's dropout, residual and norm. Norms train only where rules say so (Houlsby et al. train
-    them), and of Pfeiffer et al.'s search only the place in the block is taken over, not that of norms and residuals.
+    Parameters for each layer: down_kernel f32[O, W], normal with variance 1 / O, down_bias f32[W], up_kernel f32[W, O] and
+    up_bias f32[O]. The last three start at 0, so that the output does not change at first; Houlsby et al. draw kernels from a
+    normal with deviation 0.01. The adapter comes before the block's dropout, residual and norm. Norms train only if the rules
+    say so (Houlsby et al. train them), and from the search of Pfeiffer et al. only the place in the block is used, not the
+    arrangement of norms and residuals.
 
     Attributes:
         width: W.
@@ -64,6 +65,6 @@ class Bottleneck(Adapter):
 
     def around(self, params: Params, call: Call) -> Any:
         y_BxTxO = call()
-        own = {name: leaf.astype(y_BxTxO.dtype) for name, leaf in params.items()}
-        inner_BxTxW = ACTIVATIONS[self.activation](times(y_BxTxO, own["down_kernel"]) + own["down_bias"])
-        return y_BxTxO + (times(inner_BxTxW, own["up_kernel"]) + own["up_bias"])
+        cast = {name: leaf.astype(y_BxTxO.dtype) for name, leaf in params.items()}
+        inner_BxTxW = ACTIVATIONS[self.activation](times(y_BxTxO, cast["down_kernel"]) + cast["down_bias"])
+        return y_BxTxO + (times(inner_BxTxW, cast["up_kernel"]) + cast["up_bias"])

@@ -1,4 +1,4 @@
-"""Learned scales inside a trunk.
+"""IA3: learned scales inside a trunk.
 
 Shapes in names: B rows, T tokens a row, I inputs of a linear map, O its outputs.
 """
@@ -21,8 +21,8 @@ FUSED = "query_key_value"
 class IA3(Adapter):
     """Keys, values and the inside of the feed-forward part, each multiplied by a learned vector (Liu et al. 2022, section 3.3).
 
-    Parameters: scale f32[O] at every key and value map and scale f32[I] at feed_forward_out, on its input; where one map makes
-    query, key and value, key and value f32[O / 3]. All start at 1, where nothing changes.
+    Parameters: scale f32[O] at every key and value map, and scale f32[I] on the input of feed_forward_out; if one map makes
+    query, key and value, key and value f32[O / 3]. All start at 1, so that the output does not change at first.
     """
 
     order: ClassVar[int] = 1

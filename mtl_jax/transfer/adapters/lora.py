@@ -1,4 +1,4 @@
-"""Low-rank changes of linear maps.
+"""LoRA: low-rank changes of linear maps.
 
 Shapes in names: B rows, T tokens a row, I inputs of a linear map, O its outputs, R rank.
 """
@@ -22,12 +22,13 @@ from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 class Lora(Adapter):
     """y = W x + (alpha / rank) B A x at linear maps (Hu et al. 2022, LoRA, section 4.1).
 
-    Parameters for each layer: a f32[I, R], normal with variance 1 / I, and b f32[R, O], zeros: at the start nothing changes.
+    Parameters for each layer: a f32[I, R], normal with variance 1 / I, and b f32[R, O], zeros, so that the output does not
+    change at first.
 
     Attributes:
         rank: R.
         alpha: The change is multiplied by alpha / rank.
-        dropout: Rate on the input of A while training.
+        dropout: Dropout rate on the input of A during training.
         target: A regular expression that must match the whole path of a linear map inside the trunk, such as
             "layer_0/attention/query". The paper's choice is query and value; ModernBERT has one map for query, key and value.
     """
@@ -47,13 +48,13 @@ class Lora(Adapter):
             raise UserError(f"adapter {self.name!r}: dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        found = self._matching(layers, self.target)
-        for layer in found:
+        matching = self._matching(layers, self.target)
+        for layer in matching:
             if self.rank > min(layer.inputs, layer.outputs):
                 raise UserError(
                     f"adapter {self.name!r}: rank is {self.rank}, but {layer.path} is only {layer.inputs} x {layer.outputs}"
                 )
-        return found
+        return matching
 
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         a_IxR = jax.random.normal(key, (layer.inputs, self.rank)) * layer.inputs**-0.5

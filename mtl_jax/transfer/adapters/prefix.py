@@ -1,4 +1,4 @@
-"""Learned keys and values in front of every row.
+"""Prefix tuning: learned keys and values in front of every row.
 
 Shapes in names: B rows, T queries, S keys, P length of the prefix, N attention heads, D size of a head.
 """
@@ -20,12 +20,12 @@ from mtl_jax.transfer.adapters.ia3 import FUSED
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix(Adapter):
-    """Further keys and values in every attention, which all queries see (Li and Liang 2021, section 4.2).
+    """Additional keys and values in every attention, visible to all queries (Li and Liang 2021, section 4.2).
 
-    Parameters for each attention: key and value f32[P, N, D], normal with deviation 0.02. They are trained as they are, not
+    Parameters for each attention: key and value f32[P, N, D], normal with deviation 0.02. They are trained directly, not
     reparametrised by a network over a smaller matrix as in the paper's section 4.3, which finds that more stable. In a packed
-    row all examples see the prefix; padding stays unseen. It has no positions: it is not turned in ModernBERT, where local
-    layers see it, too, and T5's bias towards it is 0. Even when fresh, it changes the output.
+    row the prefix is visible to all examples; padding stays masked. The prefix has no positions: it is not rotated in
+    ModernBERT, where local layers see it, too, and T5's position bias for it is 0. It changes the output from the start.
 
     Attributes:
         length: P.
@@ -58,44 +58,44 @@ class Prefix(Adapter):
         return kinds[call.layer.kind](params, call)
 
     def _extend(self, params: Params, call: Call) -> Any:
-        """Attention: more keys and values than the row's own."""
+        """Attention with the prefix before the row's keys and values."""
         x_BxTxH, mask_BxTxS, *rest = call.args
         changed = dict(call.kwargs)
-        own = changed.get("source")
-        if own is None:
-            own = call.module.keys_values(x_BxTxH)
+        row = changed.get("source")
+        if row is None:
+            row = call.module.keys_values(x_BxTxH)
 
         def longer(name: str) -> jax.Array:
-            own_BxNxSxD = getattr(own, name)
-            prefix_BxPxNxD = self._rows(params[name], len(x_BxTxH), own_BxNxSxD.dtype)
-            return jnp.concatenate([prefix_BxPxNxD.swapaxes(1, 2), own_BxNxSxD], axis=2)
+            row_BxNxSxD = getattr(row, name)
+            prefix_BxPxNxD = self._rows(params[name], len(x_BxTxH), row_BxNxSxD.dtype)
+            return jnp.concatenate([prefix_BxPxNxD.swapaxes(1, 2), row_BxNxSxD], axis=2)
 
-        seen = jnp.ones((*mask_BxTxS.shape[:-1], self.length), mask_BxTxS.dtype)
+        visible = jnp.ones((*mask_BxTxS.shape[:-1], self.length), mask_BxTxS.dtype)
         bias = changed.get("bias_BxNxTxS")
         if bias is not None:
             changed["bias_BxNxTxS"] = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (self.length, 0)))
         changed["source"] = KeyValue(longer("key"), longer("value"))
-        return call.next(x_BxTxH, jnp.concatenate([seen, mask_BxTxS], axis=-1), *rest, **changed)
+        return call.next(x_BxTxH, jnp.concatenate([visible, mask_BxTxS], axis=-1), *rest, **changed)
 
     def _make_room(self, params: Params, call: Call) -> Any:
-        """Attention that makes queries, keys and values by one map: P tokens more, for _fill, and later without them."""
+        """Attention with one map for queries, keys and values: P more tokens, which _fill() fills; later cut off."""
         x_BxTxH, mask_BxTxT, turn, *rest = call.args
-        before = (self.length, 0)
-        x_BxTxH = jnp.pad(x_BxTxH, ((0, 0), before, (0, 0)))
-        mask_BxTxT = jnp.pad(mask_BxTxT, ((0, 0), before, before), constant_values=True)
-        unturned = [
-            jnp.pad(part, ((0, 0), before, (0, 0), (0, 0)), constant_values=value)
+        padding = (self.length, 0)
+        x_BxTxH = jnp.pad(x_BxTxH, ((0, 0), padding, (0, 0)))
+        mask_BxTxT = jnp.pad(mask_BxTxT, ((0, 0), padding, padding), constant_values=True)
+        unrotated = [
+            jnp.pad(part, ((0, 0), padding, (0, 0), (0, 0)), constant_values=value)
             for part, value in ((turn.cos, 1.0), (turn.sin, 0.0))
         ]
-        return call.next(x_BxTxH, mask_BxTxT, type(turn)(*unturned), *rest, **call.kwargs)[:, self.length :]
+        return call.next(x_BxTxH, mask_BxTxT, type(turn)(*unrotated), *rest, **call.kwargs)[:, self.length :]
 
     def _fill(self, params: Params, call: Call) -> Any:
-        """What the map gives for these P tokens: no query, and the prefix."""
+        """The map's output, with the prefix as keys and values, and 0 as query, for the P added tokens."""
         y_BxTx3H = call()
         key, value = (self._rows(params[name], len(y_BxTx3H), y_BxTx3H.dtype) for name in ("key", "value"))
         rows = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in (jnp.zeros_like(key), key, value)], axis=-1)
         return jnp.concatenate([rows, y_BxTx3H[:, self.length :]], axis=1)
 
     def _rows(self, leaf: jax.Array, rows: int, dtype: Any) -> jax.Array:
-        """f[B, P, N, D], the same for every row or of each its own."""
+        """f[B, P, N, D]: the prefix of each row, from one prefix for all rows or one for each."""
         return jnp.broadcast_to(leaf, (rows, *leaf.shape[-3:])).astype(dtype)

@@ -1,4 +1,4 @@
-"""A rule in a training loop of one's own: from task gradients to the gradient that an optimizer follows.
+"""Weighting rules in a custom training loop: from task gradients to the gradient that an optimizer follows.
 
     loss_of = lambda params, task: ...                                # f32[]
     gradients = {task: jax.grad(loss_of)(params, task) for task in tasks}
@@ -41,15 +41,15 @@ def gradient(
     key: jax.Array,
     counts: Mapping[str, jax.Array] | None = None,
 ) -> tuple[Any, Weights, Any]:
-    """The gradient of the shared parameters by any rule, also those that change the task gradients themselves.
+    """The gradient of the shared parameters under any rule, also under a rule that changes the task gradients.
 
-    Pure, and the same as in the train step; may be jitted, with the rule closed over. Of heads, which only one task has, each
-    follows its own gradient: multiplied by the task's weight, but at least 0, where rule.weighs_heads.
+    Pure, and the same as in the train step; it may be jitted, with the rule closed over. A head belongs to one task and follows
+    its own gradient; if rule.weighs_heads, multiply that by the task's weight, or by 0 if the weight is negative.
 
     Args:
         rule: The rule, which may be inside combinators.
-        state: rule.init(names) before the first step, then what the last step returned. A rule with a transform keeps
-            {"rule": ..., "transform": ...} from the first step on, as init() makes it at once.
+        state: rule.init(names) or init() before the first step, then the state that the last step returned. For a rule with a
+            transform that is {"rule": ..., "transform": ...}, which init() makes from the start.
         task_gradients: {task: gradient of its loss by the shared parameters}, trees of one structure.
         losses: {task: f32[]}, the losses of this step.
         step: Steps done before this one.
@@ -63,9 +63,9 @@ def gradient(
         UserError: Gradients and losses are not of the same tasks, or gradients differ in structure or shapes.
     """
     names = sorted(task_gradients)
-    for what, given in (("losses", losses), ("counts", counts)):
-        if given is not None and sorted(given) != names:
-            raise UserError(f"{what} are of the tasks {listed(sorted(given))}, and task_gradients of {listed(names)}")
+    for argument, by_name in (("losses", losses), ("counts", counts)):
+        if by_name is not None and sorted(by_name) != names:
+            raise UserError(f"{argument} are of the tasks {listed(sorted(by_name))}, and task_gradients of {listed(names)}")
     rows = _stacked(task_gradients)
     by_task = {name: jnp.asarray(losses[name], jnp.float32) for name in names}
     present = None if counts is None else {name: jnp.asarray(counts[name], jnp.float32) for name in names}
@@ -79,7 +79,7 @@ def gradient(
 
 
 def init(rule: Rule, task_gradients: Mapping[str, Any]) -> Any:
-    """The state for gradient(), of one structure from the start: for jax.lax.scan, or to save it.
+    """The state for gradient(), with the same structure in all steps, as jax.lax.scan and checkpoints need it.
 
     Args:
         rule: The rule.
@@ -105,9 +105,9 @@ def _stacked(task_gradients: Mapping[str, Any]) -> Any:
         raise UserError("task_gradients is empty; give the gradient of each task's loss")
     names = sorted(task_gradients)
     trees = [task_gradients[name] for name in names]
-    forms = [(jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]) for tree in trees]
-    for name, form in zip(names, forms, strict=True):
-        if form != forms[0]:
+    shapes = [(jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]) for tree in trees]
+    for name, shape in zip(names, shapes, strict=True):
+        if shape != shapes[0]:
             raise UserError(f"the gradients of the tasks {names[0]!r} and {name!r} are not by the same parameters")
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf, jnp.float32) for leaf in leaves]), *trees)
 

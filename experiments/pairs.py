@@ -20,9 +20,9 @@ of one CPU core, or 12 minutes beside twelve other runs on that GPU:
 | cola   | matthews | 25.6 ± 1.8 | 6.8 ± 0.5  | 15.4 ± 2.4       |
 
 RTE, with its 2,242 training rows, gains most by what the tasks learn together and it then finishes by itself; STS-B and MRPC
-gain no more than their deviation, or little more. CoLA, which asks something else of single sentences, loses: 300 steps of its own are worth more to it than 600 shared ones and
-100 of its own. STS-B and MRPC have pairs in common: beside MRPC's dev and test, 552 of STS-B's 5,685 training rows are left
-out, which it keeps alone, and 216 of MRPC's beside STS-B's.
+gain no more than their deviation, or little more. CoLA, which asks something else of single sentences, loses: 300 steps of its
+own are worth more to it than 600 shared ones and 100 of its own. STS-B and MRPC have pairs in common: beside MRPC's dev and
+test, 552 of STS-B's 5,685 training rows are left out, which it keeps alone, and 216 of MRPC's beside STS-B's.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import mixture
 from mtl_jax.data.examples import Examples
-from mtl_jax.data.labels import Labels
+from mtl_jax.data.labels import TOKEN_LEVELS, Labels
 from mtl_jax.data.packing import best_fit
 from mtl_jax.data.tokenize import Ragged, starts_of
 
@@ -299,7 +299,7 @@ def _trim(batch: Batch, batching: Batching, tasks: Sequence[Labels]) -> Batch:
             target = int((batch.labels[task.name][..., 1] > 0).sum(axis=1).max(initial=0))
             longest = max(longest, -(-target * whole_T // whole_U))
     T = next(length for length in (*batching.buckets, whole_T) if length >= longest)
-    places = {"token": T, "target": -(-T * whole_U // whole_T), "example": None}
+    places = {**dict.fromkeys(TOKEN_LEVELS, T), "target": -(-T * whole_U // whole_T), "example": None}
     labels = {task.name: batch.labels[task.name][:, : places[task.label_level]] for task in tasks}
     cut = {name: getattr(batch, name)[:, :T] for name in ("tokens", "segments", "positions")}
     return batch._replace(**cut, labels=labels, types=None if batch.types is None else batch.types[:, :T])
@@ -307,7 +307,7 @@ def _trim(batch: Batch, batching: Batching, tasks: Sequence[Labels]) -> Batch:
 
 def _shape(task: Labels, batching: Batching) -> tuple[int, ...]:
     """Shape of a task's labels in one row."""
-    if task.label_level == "token":
+    if task.label_level in TOKEN_LEVELS:
         return (batching.row_length,)
     if task.label_level == "target":
         return (batching.target_places, 2)

@@ -146,7 +146,7 @@ def _labelled(source: Source, splits: Splits, task: Labels) -> Sequence[Row]:
     Of a lenient source only those of which the task can read something; the others are told of when all labels are read.
     """
     rows = splits.file
-    return readable(rows, [task], lambda task, row: task.written(row), quiet=True) if source.lenient else rows
+    return readable(rows, [task], lambda task, row: task.raw_label(row), quiet=True) if source.lenient else rows
 
 
 def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: Counts, max_length: int) -> str:

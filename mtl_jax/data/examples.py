@@ -13,7 +13,7 @@ from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import targets
 from mtl_jax.data import tokenize as tokenizing
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.labels import Labels, Refused, Window
+from mtl_jax.data.labels import TOKEN_LEVELS, Labels, UnreadableTexts, Window
 from mtl_jax.data.source import Source
 from mtl_jax.data.splits import SHOWN
 from mtl_jax.data.tokenize import Ragged, RowError, starts_of
@@ -87,7 +87,8 @@ def make_examples(
         cache: Where the tokens of much text are kept for the next time; None: nowhere.
 
     Raises:
-        Refused: A text has no token that the vocabulary knows, is no valid Unicode, or leaves no room for the text beside it.
+        UnreadableTexts: A text has no token that the vocabulary knows, is not valid Unicode, or leaves no room for the other
+            text of its pair.
     """
     as_words = any(task.words for task in tasks)
     first = [_text(row, source.text, as_words) for row in rows]
@@ -104,13 +105,13 @@ def make_examples(
             cache=cache,
         )
     except RowError as error:
-        raise Refused(error.rows, f"{rows[error.rows[0]].where}: {error.reason}") from error
+        raise UnreadableTexts(error.rows, f"{rows[error.rows[0]].where}: {error.reason}") from error
     # Words without any token are the tagging task's to count.
     special = 0 if as_words else tokenizer.num_special_tokens_to_add(pair=second is not None)
     empty = np.flatnonzero(found.tokens.lengths <= special)
     if len(empty) and not lenient:
         places = sorted(set(found.rows[empty].tolist()))
-        raise Refused(places, f"{rows[places[0]].where}: the text has no token that the vocabulary knows")
+        raise UnreadableTexts(places, f"{rows[places[0]].where}: the text has no token that the vocabulary knows")
     examples = Examples(source.name, first_id, found.tokens, {}, found.types, found.words, found.offsets, found.rows, rows)
     return examples, set(found.cut.tolist())
 
@@ -162,11 +163,11 @@ def labels_of(task: Labels, examples: Examples, tokenizer: Any, cache: Path | No
     for group, row in zip(groups, rows, strict=True):
         try:
             label = task.parse(row)
-            placed += [task.place(label, examples.window(i, group[0])) for i in group]
+            placed += [task.window_label(label, examples.window(i, group[0])) for i in group]
         except ValueError as error:
             raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
         blank += label is None
-    if task.label_level == "token":
+    if task.label_level in TOKEN_LEVELS:
         return Placed(Ragged.of(placed, task.dtype), blank)
     return Placed(np.array(placed, task.dtype).reshape(len(placed), *task.label_shape), blank)
 
@@ -252,7 +253,7 @@ def make_part(
             examples, cut = make_examples(source, tasks, kept, tokenizer, max_length, first_id=first_id, cache=cache)
             placed = {task.name: labels_of(task, examples, tokenizer, cache) for task in asked}
             break
-        except Refused as error:
+        except UnreadableTexts as error:
             if not source.lenient:
                 raise
             log.warning("skipped %s, the first: %s", count(len(error.rows), "row"), error)

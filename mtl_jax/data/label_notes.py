@@ -35,7 +35,7 @@ def unlearned(task: Labels, train: Examples) -> list[str]:
     lines = []
     if len(absent):
         names = listed([labels[place] for place in absent])
-        of = "word" if task.label_level == "token" else "row"
+        of = "word" if task.label_level == "word" else "row"
         are = "is" if len(absent) == 1 else "are"
         lines.append(f"task {task.name}: {len(absent)} of its {count(len(labels), 'label')} {are} on no training {of}: {names}")
     if len(labels) == 1 and not task.label_shape:
@@ -65,7 +65,7 @@ def other_labels(task: Labels, again: Sequence[tuple[Place, Place]]) -> list[str
     if not count:
         return []
     rows_have = "1 of the repeated texts has" if count == 1 else f"{count} of the repeated texts have"
-    return [f"task {task.name}: {rows_have} another label than the row that stays: {example}; {task.several}"]
+    return [f"task {task.name}: {rows_have} another label than the row that stays: {example}; {task.conflict_advice}"]
 
 
 def _same(label: Any, other: Any) -> bool:
@@ -77,7 +77,7 @@ def _same(label: Any, other: Any) -> bool:
 def _example(task: Labels, rows: tuple[Row, Row]) -> str:
     written = [_written(task, row) for row in rows]
     where = [row.where for row in rows]
-    if all(isinstance(label, list) for label in written) and task.label_level == "token":
+    if all(isinstance(label, list) for label in written) and task.label_level == "word":
         pairs = enumerate(zip(*written, strict=False))
         word = next((word for word, (label, other) in pairs if label != other), None)
         if word is not None:  # not two whole sentences: the first word that differs
@@ -87,7 +87,7 @@ def _example(task: Labels, rows: tuple[Row, Row]) -> str:
 
 
 def _written(task: Labels, row: Row) -> Any:
-    label = task.written(row)
+    label = task.raw_label(row)
     if label is None:
         label = task.parse(row)
     return [task.labels[place] for place in np.flatnonzero(label == 1)] if isinstance(label, np.ndarray) else label

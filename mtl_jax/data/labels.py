@@ -1,4 +1,4 @@
-"""What reading and batching must know of a task: where its labels are and what shape they have."""
+"""The part of a task that reading and batching use: the level, shape and dtype of its labels, and how they are read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import numpy as np
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.formats.rows import Row
 
+# Levels of labels that are arrays with an entry for each token.
+TOKEN_LEVELS = ("word", "token")
+
 
 class Window(NamedTuple):
     """A row, or one of the pieces that a long row is read in.
 
     Attributes:
-        number: Its place among the row's windows, from 0.
+        number: Its number among the row's windows, from 0.
         tokens: i32[len], special tokens included.
         types: i32[len], token types; None where all are 0.
-        words: i32[len], for texts given as words: the word's index at its first sub-word, else -1.
-        offsets: i32[len, 2], where a task asks for them: the token's characters in the row's last text; (-1, -1) elsewhere.
+        words: i32[len], for texts read as words: the word's index at its first sub-word, else -1.
+        offsets: i32[len, 2], where a task needs them: the token's characters in the row's last text; (-1, -1) elsewhere.
     """
 
     number: int
@@ -29,11 +32,11 @@ class Window(NamedTuple):
     offsets: np.ndarray | None
 
 
-class Refused(UserError):
-    """Texts of which the tokenizer makes nothing.
+class UnreadableTexts(UserError):
+    """Texts that the tokenizer cannot encode.
 
     Attributes:
-        rows: Their places among the rows, ascending; there may be more of them.
+        rows: The indices of their rows, ascending; there may be more such rows.
     """
 
     def __init__(self, rows: list[int], message: str):
@@ -42,7 +45,7 @@ class Refused(UserError):
 
 
 class Labels(Protocol):
-    """The part of a task that the data floor uses; tasks.base.Task says what the names mean."""
+    """The part of tasks.base.Task that this package uses; Task explains the names."""
 
     @property
     def name(self) -> str: ...
@@ -51,7 +54,7 @@ class Labels(Protocol):
     @property
     def labels(self) -> tuple[str, ...]: ...
     @property
-    def several(self) -> str: ...
+    def conflict_advice(self) -> str: ...
     @property
     def label_level(self) -> str: ...
     @property
@@ -77,10 +80,10 @@ class Labels(Protocol):
     @property
     def text_columns(self) -> tuple[str, ...]: ...
 
-    def written(self, row: Row) -> Any: ...
+    def raw_label(self, row: Row) -> Any: ...
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Any: ...
     def fitted(self, train: Any) -> Any: ...
     def remarks(self, parts: Sequence[Any]) -> list[str]: ...
     def parse(self, row: Row) -> Any: ...
-    def place(self, label: Any, window: Window) -> np.ndarray: ...
+    def window_label(self, label: Any, window: Window) -> np.ndarray: ...
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]: ...

@@ -11,7 +11,7 @@ import numpy as np
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import tokenize as tokenizing
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.labels import Labels, Refused
+from mtl_jax.data.labels import Labels, UnreadableTexts
 from mtl_jax.data.ragged import Ragged
 from mtl_jax.data.tokenize import RowError
 
@@ -41,7 +41,7 @@ def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = N
 
     Raises:
         UserError: A row's text is none; names file and line.
-        Refused: It has no token that the vocabulary knows, or is no valid Unicode.
+        UnreadableTexts: It has no token that the vocabulary knows, or is no valid Unicode.
     """
     texts, places = [], []
     for place, row in enumerate(rows):
@@ -57,13 +57,13 @@ def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = N
         encoded = tokenizing.encode(tokenizer, texts, max_length=most, target=True, cache=cache)
     except RowError as error:
         refused = [places[row] for row in error.rows]
-        raise Refused(refused, f"{rows[refused[0]].where}: task {task.name!r}: {error.reason}") from error
+        raise UnreadableTexts(refused, f"{rows[refused[0]].where}: task {task.name!r}: {error.reason}") from error
     special = tokenizer.num_special_tokens_to_add(pair=False)
     empty = np.flatnonzero(encoded.tokens.lengths <= special)
     if len(empty):
         refused = [places[row] for row in empty]
         where = rows[refused[0]].where
-        raise Refused(refused, f"{where}: task {task.name!r}: the target text has no token that the vocabulary knows")
+        raise UnreadableTexts(refused, f"{where}: task {task.name!r}: the target text has no token that the vocabulary knows")
     lengths = np.zeros(len(rows), np.int64)
     lengths[places] = encoded.tokens.lengths - task.leading
     kept = np.ones(len(encoded.tokens.values), bool)

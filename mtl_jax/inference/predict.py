@@ -18,7 +18,7 @@ from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage
 from mtl_jax.data.examples import Examples, make_examples, make_part, remarks, shortened
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.labels import Refused
+from mtl_jax.data.labels import UnreadableTexts
 from mtl_jax.data.source import NAMED, Source
 from mtl_jax.data.splits import read_one
 from mtl_jax.tasks import Seq2Seq, Task
@@ -159,12 +159,12 @@ def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int],
         try:
             examples, cut = make([rows[place] for place in remaining])
             bad = coverage.unfit(examples, tokenizer, tables)
-        except Refused as error:
+        except UnreadableTexts as error:
             bad = {}
             for place in error.rows:  # one by one, for the reason of each
                 try:
                     make([rows[remaining[place]]])
-                except Refused as single:
+                except UnreadableTexts as single:
                     bad[place] = str(single).removeprefix(f"{rows[remaining[place]].where}: ")
             if not bad:
                 raise

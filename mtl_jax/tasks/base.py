@@ -1,10 +1,11 @@
-"""What every task kind declares: how to read a label, what the head outputs, its loss and its metrics."""
+"""The base class of task kinds: how to read a label, the head's outputs, its loss and its metrics."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -13,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core.configuration import Configuration
-from mtl_jax.core.errors import UserError, listed, unknown
-from mtl_jax.core.files import shown
+from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
@@ -23,16 +23,20 @@ from mtl_jax.data.source import Source
 from mtl_jax.models.head import Head
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 
-# Outputs of N examples: f32[N, O], or for each of them an f32[len, O].
+# Outputs of N examples: f32[N, O], or a sequence of N arrays f32[len, O].
 PerExample = Sequence[np.ndarray] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task(Configuration, abc.ABC):
-    """What is predicted from a source's rows.
+    """What is predicted from the rows of a source: how to read a label, the head, its loss and its metrics.
+
+    A minimal kind has a metric, outputs, parse(), loss() and metrics(). A kind whose outputs or labels are not those of whole
+    texts declares so in level, label_level, needs and dtype; the other properties follow from these four.
 
     Losses come as sums and counts, so that a mean is divided once, after the sum over rows and devices. A missing label
-    (`missing`) adds nothing to either. Shapes in names: R rows, T tokens a row, S examples a row, O outputs, N examples.
+    (`missing`) adds nothing to either. Shapes in names: R rows, T tokens a row, S examples a row, U target tokens a row,
+    O outputs, N examples.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
@@ -48,44 +52,98 @@ class Task(Configuration, abc.ABC):
     dropout: float = 0.0
     metric: str = ""
 
-    # What the outputs are of: "example" (f32[R, S, O]), "token" (f32[R, T, O]), or "target" (f32[R, U, O], the tokens of target
-    # texts, which are the labels); and what the labels are of.
+    # The level of the outputs: "example" (f32[R, S, O]), "token" (f32[R, T, O]), or "target" (f32[R, U, O], the tokens of
+    # target texts, which are the labels).
     level: ClassVar[str] = "example"
-    label_level: ClassVar[str] = "example"
-    # A label's value where there is none, and the numpy dtype of labels.
-    missing: ClassVar[float] = -1
+    # The numpy dtype of labels: integers, or floats.
     dtype: ClassVar[type[np.generic]] = np.int32
-    # Whether labels belong to words: the text is then read as words.
-    words: ClassVar[bool] = False
-    # Whether a row longer than a packed row's length becomes several windows; else it is cut, and counted. Where another task
-    # of the source asks for windows, a task that does not reads the first one.
-    windows: ClassVar[bool] = False
-    # Whether windows carry the places of their tokens in the text.
-    needs_offsets: ClassVar[bool] = False
-    # Whether the head is a decoder: it starts as that of an encoder-decoder checkpoint, and is measured by what it generates.
-    decodes: ClassVar[bool] = False
-    # Whether the head costs so much that rows of other sources, which have no labels for it, are kept from it.
-    large: ClassVar[bool] = False
-    # Whether the task changes its source's tokens, by corrupt().
-    corrupts: ClassVar[bool] = False
-    # Whether one vector added to every token's leaves the loss as it is: then it has no gradient over the representation.
-    shift_free: ClassVar[bool] = False
-    # What to do with a text that stands in several rows with different labels: the first row counts.
-    several: ClassVar[str] = "only the first row of a text is learned from; correct the labels, or give each text one row"
-    # What the outputs are, for transfer.divergence: softmax, sigmoid, number; "": nothing to compare models by.
+    # How transfer.divergence compares two models' outputs: "softmax", "sigmoid", "number", or "" where it cannot.
     compared_as: ClassVar[str] = ""
-    # The parts of Encoded that the head reads.
-    needs: ClassVar[tuple[str, ...]] = ("pooled",)
+    # The advice on texts that stand in several rows with different labels; the first row counts.
+    conflict_advice: ClassVar[str] = (
+        "only the first row of a text is learned from; correct the labels, or give each text one row"
+    )
 
     @property
-    @abc.abstractmethod
+    def label_level(self) -> str:
+        """The level of the labels: "example", "word" (the text is then read as words), "token" or "target"."""
+        return self.level
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The fields of Encoded that the head reads."""
+        return {"example": ("pooled",), "token": ("tokens",), "target": ("tokens", "table")}[self.level]
+
+    @property
+    def missing(self) -> float:
+        """The value of a label that does not exist."""
+        return -1 if np.issubdtype(self.dtype, np.integer) else math.nan
+
+    @property
+    def words(self) -> bool:
+        """Whether the text is read as words."""
+        return self.label_level == "word"
+
+    @property
+    def windows(self) -> bool:
+        """Whether a row that is too long becomes several windows; else it is cut, and counted.
+
+        Where another task of the source asks for windows, a task that does not reads the first one.
+        """
+        return self.level == "token"
+
+    @property
+    def needs_offsets(self) -> bool:
+        """Whether windows carry the positions of their tokens in the text: an example's label then points at tokens."""
+        return self.level == "token" and self.label_level == "example"
+
+    @property
+    def shift_free(self) -> bool:
+        """Whether the loss compares tokens: a vector added to all of them changes nothing.
+
+        The gradient over a representation is then always 0.
+        """
+        return self.level == "token" and self.label_level == "example"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the head is a decoder: it may start as a checkpoint's, and is evaluated by generated texts."""
+        return self.level == "target"
+
+    @property
+    def large(self) -> bool:
+        """Whether the head is so expensive that it gets only the rows of its own source: one that reads the token table."""
+        return "table" in self.needs
+
+    @property
+    def corrupts(self) -> bool:
+        """Whether the task changes its source's tokens: it defines corrupt()."""
+        return type(self).corrupt is not Task.corrupt
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """Those of metrics() that can stand for a task: higher is better."""
+        return (self.metric,) if self.metric else ()
 
     @property
     @abc.abstractmethod
     def outputs(self) -> int:
-        """O, numbers the head gives per example or token."""
+        """O, how many numbers the head computes for each example or token."""
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of one label."""
+        return ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label set; empty where labels have no names."""
+        return ()
+
+    @functools.cached_property
+    def index_of(self) -> dict[str, int]:
+        """The index of each label in the label set."""
+        return {label: index for index, label in enumerate(self.labels)}
 
     @property
     def stride(self) -> int:
@@ -94,7 +152,7 @@ class Task(Configuration, abc.ABC):
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """Columns with texts, beside the source's, that a vocabulary must know."""
+        """Columns with texts, beside the source's, that a vocabulary must cover."""
         return ()
 
     @property
@@ -107,21 +165,6 @@ class Task(Configuration, abc.ABC):
         """Special tokens in front of a target text that are not learned."""
         return 0
 
-    @property
-    def label_shape(self) -> tuple[int, ...]:
-        """Shape of one label."""
-        return ()
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The label set; empty where labels are no names."""
-        return ()
-
-    @functools.cached_property
-    def place_of(self) -> dict[str, int]:
-        """The place of each label in the label set."""
-        return {label: place for place, label in enumerate(self.labels)}
-
     def check(self) -> None:
         """Raises UserError where a field makes no sense."""
         if self.metric not in self.metric_names:
@@ -130,36 +173,36 @@ class Task(Configuration, abc.ABC):
             raise UserError(f"task {self.name!r}: dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def check_source(self, source: Source) -> None:
-        """Raises UserError where the task does not fit its source, such as where they name different text columns."""
+        """Raises UserError where the task does not fit its source, for example where they name different text columns."""
         return
 
     def on(self, trunk: TrunkFacts) -> Self:
-        """The task with what it must know of the trunk.
+        """The task with the sizes and constants that it takes from the trunk.
 
         Raises:
-            UserError: It does not go with such a trunk.
+            UserError: The task cannot be put on this trunk.
         """
         return self
 
-    def written(self, row: Row) -> Any:
-        """What a row says of its label, as far as that can be read without a label set; None: nothing.
+    def raw_label(self, row: Row) -> Any:
+        """A row's label as the file has it, read without a label set; None where there is none.
 
         Raises:
-            UserError: It has no such column, or something of another kind there.
+            UserError: The row has no such column, or a value of another type in it.
         """
         return None
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
-        """The task with what is found in the data: its label set, for a start.
+        """The task with the fields that the data decides, such as the label set.
 
         Args:
-            rows: The rows of the training file: the training rows, and those that were cut from them.
+            rows: The rows of the training file: the training rows, and those that were split off as dev and test.
             tokenizer: The trunk's.
         """
         return self
 
     def fitted(self, train: Examples) -> Self:
-        """The task with what is computed from the training labels, such as class weights.
+        """The task with the fields that are computed from the training labels, such as class weights.
 
         Args:
             train: The training examples of its source, with this task's labels.
@@ -167,7 +210,7 @@ class Task(Configuration, abc.ABC):
         return self
 
     def remarks(self, parts: Sequence[Examples]) -> list[str]:
-        """What must be said about this task's data, a line each, so that nothing happens to it in silence.
+        """Remarks on this task's data for the log, a line each: whatever was changed or lost.
 
         Args:
             parts: The examples of its source, split by split.
@@ -176,15 +219,20 @@ class Task(Configuration, abc.ABC):
 
     @abc.abstractmethod
     def parse(self, row: Row) -> Any:
-        """A row's label, None where it has none; ValueError says in a few words what is wrong, UserError also where."""
+        """A row's label, None where it has none.
 
-    def place(self, label: Any, window: Window) -> np.ndarray:
-        """A window's label: [*label_shape], or [len] where labels are of tokens.
+        Raises:
+            ValueError: The label is wrong; a few words say why.
+            UserError: The same, with file and line.
+        """
 
-        Here: the row's label on its first window.
+    def window_label(self, label: Any, window: Window) -> np.ndarray:
+        """A window's label: [*label_shape], or [len] where labels are those of words or tokens.
+
+        By default the row's label stands on its first window.
 
         Args:
-            label: What parse() returned.
+            label: The result of parse().
             window: A window of that row.
         """
         value = self.missing if label is None or window.number else label
@@ -195,9 +243,9 @@ class Task(Configuration, abc.ABC):
 
         Args:
             tokens: i32[len], a window.
-            rng: In training another one at every pass; in evaluation always the same one for a window.
+            rng: In training a new generator at every pass; in evaluation the same one for a window every time.
         """
-        raise NotImplementedError(f"{type(self).__name__} says that it changes tokens, and has no corrupt()")
+        raise NotImplementedError(f"{type(self).__name__} has no corrupt()")
 
     def init(self, key: jax.Array, width: int) -> Any:
         """The head's parameters.
@@ -213,7 +261,7 @@ class Task(Configuration, abc.ABC):
 
         Args:
             trunk: The trunk's, before training.
-            fresh: What init() gave.
+            fresh: The result of init().
         """
         return fresh
 
@@ -227,7 +275,13 @@ class Task(Configuration, abc.ABC):
 
     @abc.abstractmethod
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Sum of the losses over labelled examples (or tokens), and their number, both f32[]."""
+        """Sum of the losses over labelled examples (or tokens), and their number, both f32[].
+
+        Args:
+            outputs: f32[R, S, O], f32[R, T, O] or f32[R, U, O], by level.
+            labels: As in Batch.labels.
+            batch: The rows.
+        """
 
     @abc.abstractmethod
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
@@ -242,78 +296,33 @@ class Task(Configuration, abc.ABC):
         """{metric: how it is computed}, of metrics that have variants.
 
         Args:
-            rows: What they are computed on.
+            rows: The rows that they are computed on.
         """
         return {}
 
     def constant(self, train: Examples, test: Examples) -> PerExample | None:
-        """Outputs for test that ignore the text and fit train best, such as its majority class; None: there is none."""
+        """Outputs for test that ignore the text and fit train best, such as its majority class; None: no such baseline."""
         return None
 
     def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:
-        """Metrics on rows where each answer is the first sentence of the text; None: the kind answers with no texts."""
+        """Metrics of the baseline that answers with each text's first sentence; None where answers are not summaries."""
         return None
 
     def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray | None:
-        """Test outputs f32[N, O] of a linear model on fixed features f32[N, H]; None where the kind has none.
+        """Test outputs f32[N, O] of a linear model on fixed features; None where the kind has none.
 
         Args:
-            features: By split: "train", "dev" and "test".
-            labels: The same; train and dev without rows that have no label.
+            features: {split: f32[N, H]} of "train", "dev" and "test".
+            labels: {split: [N]}; those of train and dev have no missing label.
         """
         return None
 
-    @abc.abstractmethod
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
-        """One row's prediction as a JSON object.
+        """One row's prediction as a JSON object; by default the numbers of its first window.
 
         Args:
             outputs: For each window of the row f32[O] or f32[len, O], by level.
             windows: Those windows.
             row: The row.
         """
-
-
-def column(row: Row, name: str, task: Task) -> Any:
-    """A row's value in a column that a task names.
-
-    Raises:
-        UserError: There is no such column.
-    """
-    if name not in row.columns:
-        raise UserError(
-            f"{row.where}: source {task.source!r} has no column {name!r} for task {task.name!r}; "
-            f"columns: {listed(row.columns)} (where a row has no label, it is null or empty there)"
-        )
-    return row.columns[name]
-
-
-def text_of(row: Row, name: str, task: Task) -> str | None:
-    """A row's value in a column that a task names, where that must be text, or nothing.
-
-    Raises:
-        UserError: There is no such column, or it holds a list.
-    """
-    value = column(row, name, task)
-    if value is not None and not isinstance(value, str):
-        raise UserError(
-            f"{row.where}: task {task.name!r}: column {name!r} holds a list, {shown(repr(value))}; one value is needed"
-        )
-    return value
-
-
-def known_rows(task: Task, examples: Examples) -> np.ndarray:
-    """bool[N], which examples have a label; a label of several numbers is there if one of them is."""
-    labels = examples.labels[task.name]
-    there = ~np.isnan(labels) if np.isnan(task.missing) else labels != task.missing
-    return there.reshape(len(labels), -1).any(axis=1)
-
-
-def known(task: Task, examples: Examples) -> np.ndarray:
-    """The labels that are there: [M, *label_shape]."""
-    return examples.labels[task.name][known_rows(task, examples)]
-
-
-def labelled(task: Task, outputs: PerExample, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs f32[M, O] and labels [M, *label_shape] of the examples that have a label."""
-    return np.asarray(outputs)[known_rows(task, examples)], known(task, examples)
+        return {"outputs": np.asarray(outputs[0]).round(6).tolist()}

@@ -1,6 +1,6 @@
-"""Entities as BIO tags: what a tag sequence means, which sequences are valid, the best valid one, precision and recall.
+"""Entities as BIO tags: their meaning, valid sequences, the best valid one, precision and recall.
 
-"B-X" begins an entity of type X, "I-X" goes on with it, "O" is outside (Ramshaw and Marcus 1995, in the variant where every
+"B-X" begins an entity of type X, "I-X" continues it, "O" is outside (Ramshaw and Marcus 1995, in the variant where every
 entity begins with B). Shapes in names: L words, O labels.
 """
 
@@ -27,7 +27,7 @@ def is_tag(label: str) -> bool:
 
 
 def is_bio(labels: Sequence[str]) -> bool:
-    """Whether a label set is one of entities: every label is O, B-something or I-something."""
+    """Whether a label set is one of BIO tags: every label is O, B-something or I-something."""
     return bool(labels) and all(map(is_tag, labels))
 
 
@@ -36,20 +36,20 @@ def has_entities(labels: Iterable[str]) -> bool:
     return any(label != "O" and is_tag(label) for label in labels)
 
 
-def breaks(tags: Sequence[str | None]) -> list[int]:
-    """The places where an I-X follows neither B-X nor I-X. After a tag that is not known, None, anything is right."""
-    found = []
-    for place, tag in enumerate(tags):
-        before = tags[place - 1] if place else "O"
+def invalid_tags(tags: Sequence[str | None]) -> list[int]:
+    """Indices of each I-X that follows neither B-X nor I-X. After an unknown tag, None, every tag is valid."""
+    invalid = []
+    for index, tag in enumerate(tags):
+        before = tags[index - 1] if index else "O"
         if tag is not None and tag.startswith("I-") and before not in (None, tag, f"B-{tag[2:]}"):
-            found.append(place)
-    return found
+            invalid.append(index)
+    return invalid
 
 
 def repaired(tags: Sequence[str | None]) -> list[str | None]:
     """The same tags where every I-X that follows neither B-X nor I-X is B-X."""
-    places = set(breaks(tags))
-    return [f"B-{tag[2:]}" if tag is not None and place in places else tag for place, tag in enumerate(tags)]
+    invalid = set(invalid_tags(tags))
+    return [f"B-{tag[2:]}" if tag is not None and index in invalid else tag for index, tag in enumerate(tags)]
 
 
 def entities(tags: Sequence[str]) -> list[Entity]:
@@ -57,28 +57,28 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 
     An I-X that follows neither B-X nor I-X begins an entity too, as in conlleval (Tjong Kim Sang 2000) and seqeval.
     """
-    found: list[Entity] = []
-    beginnings = {place for place, tag in enumerate(tags) if tag.startswith("B-")} | set(breaks(tags))
-    for place, tag in enumerate(tags):
-        if place in beginnings:
-            found.append(Entity(tag[2:], place, place + 1))
+    result: list[Entity] = []
+    begins = {index for index, tag in enumerate(tags) if tag.startswith("B-")} | set(invalid_tags(tags))
+    for index, tag in enumerate(tags):
+        if index in begins:
+            result.append(Entity(tag[2:], index, index + 1))
         elif tag.startswith("I-"):
-            found[-1] = found[-1]._replace(end=place + 1)
-    return found
+            result[-1] = result[-1]._replace(end=index + 1)
+    return result
 
 
 def decode(scores_LxO: np.ndarray, labels: tuple[str, ...]) -> np.ndarray:
-    """The label sequence with the highest sum of scores; for a BIO label set, the highest of those that are valid.
+    """The label sequence with the highest sum of scores; for a BIO label set, the highest among valid sequences.
 
-    Viterbi's algorithm (1967) without transition scores: every label may follow every other, but I-X only B-X or I-X, so that
-    a word costs O steps and not O * O. Where the best label of each word makes a valid sequence, that one is the answer.
+    Viterbi's algorithm (1967) without transition scores. The only rule is that I-X follows B-X or I-X, so a word costs O steps
+    and not O * O. If the best labels of the words already form a valid sequence, it is returned at once.
 
     Args:
         scores_LxO: Logits or log probabilities of the words; finite.
         labels: The label set.
 
     Returns:
-        i64[L], places in the label set.
+        i64[L], indices into the label set.
     """
     best_L = scores_LxO.argmax(axis=-1)
     if not len(best_L) or not is_bio(labels):
@@ -104,11 +104,11 @@ def decode(scores_LxO: np.ndarray, labels: tuple[str, ...]) -> np.ndarray:
 
 
 class _Rules(NamedTuple):
-    """What may follow what.
+    """The label set as numbers: which labels may follow which.
 
     Attributes:
         type_O: Number of the entity type of each label, -1 for O.
-        needs_O: The entity type that must be open in front of the label; -1 where nothing must.
+        needs_O: The entity type that the label before must have; -1 where any label may stand before.
         inside: The labels I-X.
         begin: For each of them B-X; I-X itself where the label set lacks B-X, so that it is never reached.
     """
@@ -122,18 +122,18 @@ class _Rules(NamedTuple):
 @functools.lru_cache
 def _rules(labels: tuple[str, ...]) -> _Rules:
     types = {name: number for number, name in enumerate(sorted({label[2:] for label in labels if label != "O"}))}
-    places = {label: place for place, label in enumerate(labels)}
-    inside = [place for place, label in enumerate(labels) if label.startswith("I-")]
+    indices = {label: index for index, label in enumerate(labels)}
+    inside = [index for index, label in enumerate(labels) if label.startswith("I-")]
     return _Rules(
         type_O=np.array([-1 if label == "O" else types[label[2:]] for label in labels]),
         needs_O=np.array([types[label[2:]] if label.startswith("I-") else -1 for label in labels]),
         inside=np.array(inside, np.int64),
-        begin=np.array([places.get(f"B-{labels[place][2:]}", place) for place in inside], np.int64),
+        begin=np.array([indices.get(f"B-{labels[index][2:]}", index) for index in inside], np.int64),
     )
 
 
 class Scores(NamedTuple):
-    """Shares of 1: an entity is right where its type and both ends are. 0 where there is nothing to divide by."""
+    """Shares of 1: an entity is right if its type and both ends are. 0 where the share would divide by 0."""
 
     precision: float
     recall: float
@@ -143,18 +143,18 @@ class Scores(NamedTuple):
 def entity_scores(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> tuple[Scores, dict[str, Scores]]:
     """Precision, recall and F1 of the entities of a corpus, over all types together (micro) and of each type.
 
-    seqeval counts, in its default mode, which is that of conlleval and so of the published figures.
+    seqeval counts them in its default mode, which is that of conlleval and of the published figures.
 
     Args:
         gold: The tags of each sentence.
-        predicted: As many tags of each sentence.
+        predicted: The predicted tags of each sentence, as many.
     """
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
     types = sorted({tag[2:] for tags in (*gold, *predicted) for tag in tags if tag != "O"})
     if not types:
         return Scores(0.0, 0.0, 0.0), {}
-    of_all = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
-    of_each = precision_recall_fscore_support(gold, predicted, average=None, zero_division=0)
-    rows = zip(*(column.tolist() for column in of_each[:3]), strict=True)
-    return Scores(*map(float, of_all[:3])), {name: Scores(*row) for name, row in zip(types, rows, strict=True)}
+    micro = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+    by_type = precision_recall_fscore_support(gold, predicted, average=None, zero_division=0)
+    rows = zip(*(column.tolist() for column in by_type[:3]), strict=True)
+    return Scores(*map(float, micro[:3])), {name: Scores(*row) for name, row in zip(types, rows, strict=True)}

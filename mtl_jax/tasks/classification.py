@@ -18,8 +18,9 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks import metrics
-from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
+from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.losses import balanced_weights, check_weights, cross_entropy
+from mtl_jax.tasks.reading import known, labelled, text_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,11 @@ class Classification(Task):
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds the label.
-        labels: The label set in order; empty means every label found in the training file, sorted.
-        threshold: For columns of numbers and two labels: above it is the second label, else the first. None: the column holds
-            the label itself.
-        unlabelled: What is written where a row has no label. Such rows count neither in loss nor metrics.
+        column: The column of that source with the label.
+        labels: The label set in order; empty: all labels of the training file, sorted.
+        threshold: For columns of numbers and two labels: a number above it is the second label, any other the first. None: the
+            column has the label itself.
+        unlabelled: The values that mean "no label". Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         label_smoothing: Share of the target probability spread evenly over the labels.
@@ -53,7 +54,9 @@ class Classification(Task):
     metric: str = "accuracy"
 
     compared_as: ClassVar[str] = "softmax"
-    several: ClassVar[str] = "for several labels of a text, put them in one row and declare a Multilabel; else correct them"
+    conflict_advice: ClassVar[str] = (
+        "for several labels of a text, put them in one row and declare a Multilabel; else correct them"
+    )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -68,22 +71,22 @@ class Classification(Task):
         if self.threshold is not None and len(self.labels) != 2:
             raise UserError(f"task {self.name!r}: a threshold needs two labels, not {len(self.labels)}")
         if len(set(self.labels)) != len(self.labels):
-            raise UserError(f"task {self.name!r}: a label stands twice in its label set")
+            raise UserError(f"task {self.name!r}: its label set has a label twice")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task {self.name!r}: label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
         if self.labels:
             metrics.f1_labels(self.metric, self.labels)
         check_weights(self.name, self.balanced, self.class_weights, self.labels)
 
-    def written(self, row: Row) -> str | None:
+    def raw_label(self, row: Row) -> str | None:
         text = text_of(row, self.column, self)
         return None if text in self.unlabelled else text
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
             return self
-        found = {text for row in rows if (text := self.written(row)) is not None}
-        task = dataclasses.replace(self, labels=tuple(sorted(found)))
+        labels = {text for row in rows if (text := self.raw_label(row)) is not None}
+        task = dataclasses.replace(self, labels=tuple(sorted(labels)))
         task.check()
         return task
 
@@ -93,7 +96,7 @@ class Classification(Task):
         return dataclasses.replace(self, class_weights=balanced_weights(train.labels[self.name], self.labels))
 
     def parse(self, row: Row) -> int | None:
-        text = self.written(row)
+        text = self.raw_label(row)
         if text is None:
             return None
         if self.threshold is not None:
@@ -104,9 +107,9 @@ class Classification(Task):
             if math.isnan(number):
                 raise ValueError(f"{shown(text)!r} is not a number, and the task has a threshold")
             return int(number > self.threshold)
-        if text not in self.place_of:
+        if text not in self.index_of:
             raise ValueError(f"label {shown(text)!r} is not in the label set ({listed(self.labels)})")
-        return self.place_of[text]
+        return self.index_of[text]
 
     def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats: sum over labelled examples, and their number."""
@@ -123,7 +126,7 @@ class Classification(Task):
         return np.tile(self.prior(known(self, train)), (len(test.tokens), 1))
 
     def prior(self, labels_N: np.ndarray) -> np.ndarray:
-        """f32[O], log frequencies; half an example more of each: a label that train lacks is unlikely, not impossible."""
+        """f32[O], log frequencies; half an example is added to each, so that a label without any is not impossible."""
         return np.log(np.bincount(labels_N, minlength=self.outputs) + 0.5).astype(np.float32)
 
     def probe(self, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.ndarray:
@@ -134,19 +137,19 @@ class Classification(Task):
 
         if len(set(labels["train"].tolist())) < 2:
             return np.tile(self.prior(labels["train"]), (len(features["test"]), 1))
-        fitted = []
+        models = []
         with warnings.catch_warnings():
             # The weakest penalty may stop short of convergence; it is then judged on dev as it is.
             warnings.filterwarnings("ignore", module="sklearn")
             for penalty in (0.001, 0.01, 0.1, 1.0):
                 model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=300))
                 model.fit(features["train"], labels["train"])
-                fitted.append((model.score(features["dev"], labels["dev"]), model))
-            best = max(fitted, key=lambda pair: pair[0])[1]
-            known_NxC = best.predict_log_proba(features["test"])
-        floor = -30.0  # in log probability: finite losses also where a test label never occurs in train
-        outputs_NxO = np.full((len(known_NxC), self.outputs), floor, np.float32)
-        outputs_NxO[:, best[-1].classes_] = np.maximum(known_NxC, floor)
+                models.append((model.score(features["dev"], labels["dev"]), model))
+            best = max(models, key=lambda pair: pair[0])[1]
+            log_probs_NxC = best.predict_log_proba(features["test"])
+        floor = -30.0  # a log probability: losses are finite even where a test label never occurs in train
+        outputs_NxO = np.full((len(log_probs_NxC), self.outputs), floor, np.float32)
+        outputs_NxO[:, best[-1].classes_] = np.maximum(log_probs_NxC, floor)
         return outputs_NxO
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:

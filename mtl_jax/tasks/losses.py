@@ -1,4 +1,4 @@
-"""The loss of one label out of several, of examples or of tokens, and how much each label counts in it."""
+"""Cross-entropy over labels and over a vocabulary, and the weights of labels in it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import optax
 from mtl_jax.core.errors import UserError, unknown
 
 MISSING = -1
+# So many logits are in memory at once: 128 MiB. With a large vocabulary those of a whole batch would take gigabytes.
+LOGITS_AT_ONCE = 2**25
 
 
 def cross_entropy(
@@ -21,16 +23,16 @@ def cross_entropy(
     weights: Mapping[str, float],
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax cross-entropy in nats: the sum of weight * loss over what is labelled, and the number of labelled, both f32[].
+    """Softmax cross-entropy in nats: the sum of weight * loss over labelled examples, and their number, both f32[].
 
-    Their quotient is a mean over what is labelled and not over the weights: how much an example counts does not depend on which
-    labels stand beside it in the batch.
+    Their quotient is a mean over examples and not over weights, so that the weight of an example does not depend on the other
+    labels in the batch.
 
     Args:
         outputs: Logits f[..., O].
-        labels: i32[...], places in the label set; -1 where there is no label.
+        labels: i32[...], indices into the label set; -1 where there is no label.
         names: The label set, O labels.
-        weights: {label: weight of an example with that label}; 1 for labels that it does not name.
+        weights: {label: weight of an example with that label}; 1 for labels that are not in it.
         label_smoothing: Share of the target probability spread evenly over the labels.
     """
     known = labels != MISSING
@@ -49,7 +51,7 @@ def balanced_weights(labels_N: np.ndarray, names: Sequence[str]) -> dict[str, fl
     Every label then has the same sum of weights, and their mean over the labels_N is 1.
 
     Args:
-        labels_N: Places in the label set; -1 where there is no label.
+        labels_N: Indices into the label set; -1 where there is no label.
         names: The label set.
     """
     counts_O = np.bincount(labels_N[labels_N != MISSING], minlength=len(names))
@@ -62,8 +64,8 @@ def check_weights(task: str, balanced: bool, weights: Mapping[str, float], names
 
     Args:
         task: The task's name.
-        balanced: Whether they shall be computed.
-        weights: The weights as given.
+        balanced: Whether they will be computed.
+        weights: The weights in the task's declaration.
         names: The label set; empty where it is not known yet.
     """
     if balanced and weights:
@@ -76,10 +78,6 @@ def check_weights(task: str, balanced: bool, weights: Mapping[str, float], names
             raise UserError(f"task {task!r}: class_weights of {name!r} is {weight}; it must be a number of at least 0")
 
 
-# Logits of so many numbers are there at once: 128 MiB. Of a large vocabulary all of a batch would take gigabytes.
-AT_ONCE = 2**25
-
-
 def token_losses(
     logits: Callable[[jax.Array], jax.Array],
     hidden_RxUxH: jax.Array,
@@ -87,40 +85,40 @@ def token_losses(
     vocabulary: int,
     smoothing: float = 0.0,
 ) -> jax.Array:
-    """f32[R, U, 3]: of each token its loss, its negative log-likelihood, and 1 if it is the likeliest, else 0; in nats.
+    """f32[R, U, 3]: for each token its loss and negative log-likelihood in nats, and 1 if it is the likeliest, else 0.
 
-    Where there are too many logits, c of the U places at a time are gone through, and made again for the gradient.
+    If there are too many logits, they are computed for c of the U tokens at a time, and again for the gradient.
 
     Args:
         logits: f[R, c, H] -> f32[R, c, V].
-        hidden_RxUxH: What logits are made of.
+        hidden_RxUxH: The vectors that logits are computed from.
         target_RxU: The tokens.
         vocabulary: V.
         smoothing: Share of the target probability spread evenly over the vocabulary (Szegedy et al., 2016).
     """
     R, U, H = hidden_RxUxH.shape
-    parts = -(-U // max(1, min(U, AT_ONCE // (R * vocabulary))))
-    chunk = -(-U // parts)
+    chunks = -(-U // max(1, min(U, LOGITS_AT_ONCE // (R * vocabulary))))
+    chunk = -(-U // chunks)
 
-    def of_chunk(hidden_RxcxH: jax.Array, target_Rxc: jax.Array) -> jax.Array:
+    def chunk_losses(hidden_RxcxH: jax.Array, target_Rxc: jax.Array) -> jax.Array:
         logits_RxcxV = logits(hidden_RxcxH)
         norm_Rxc = jax.nn.logsumexp(logits_RxcxV, axis=-1)
-        own_Rxc = jnp.take_along_axis(logits_RxcxV, target_Rxc[..., None], axis=-1)[..., 0]
-        likelihood_Rxc = norm_Rxc - own_Rxc
+        target_logit_Rxc = jnp.take_along_axis(logits_RxcxV, target_Rxc[..., None], axis=-1)[..., 0]
+        likelihood_Rxc = norm_Rxc - target_logit_Rxc
         loss_Rxc = likelihood_Rxc
         if smoothing:
             even_Rxc = norm_Rxc - logits_RxcxV.mean(axis=-1)
             loss_Rxc = (1 - smoothing) * likelihood_Rxc + smoothing * even_Rxc
-        right_Rxc = (own_Rxc >= jax.lax.stop_gradient(logits_RxcxV).max(axis=-1)).astype(jnp.float32)
+        right_Rxc = (target_logit_Rxc >= jax.lax.stop_gradient(logits_RxcxV).max(axis=-1)).astype(jnp.float32)
         return jnp.stack([loss_Rxc, likelihood_Rxc, right_Rxc], axis=-1)
 
-    if parts == 1:
-        return of_chunk(hidden_RxUxH, target_RxU)
-    spare = parts * chunk - U
+    if chunks == 1:
+        return chunk_losses(hidden_RxUxH, target_RxU)
+    spare = chunks * chunk - U
     hidden_RxUxH = jnp.pad(hidden_RxUxH, ((0, 0), (0, spare), (0, 0)))
     target_RxU = jnp.pad(target_RxU, ((0, 0), (0, spare)))
-    # Cut along U: the rows stay where they are, each on its device.
-    hidden_PxRxcxH = jnp.moveaxis(hidden_RxUxH.reshape(R, parts, chunk, H), 1, 0)
-    target_PxRxc = jnp.moveaxis(target_RxU.reshape(R, parts, chunk), 1, 0)
-    outputs_PxRxcx3 = jax.lax.map(lambda part: jax.checkpoint(of_chunk)(*part), (hidden_PxRxcxH, target_PxRxc))
-    return jnp.moveaxis(outputs_PxRxcx3, 0, 1).reshape(R, parts * chunk, 3)[:, :U]
+    # Divided along U, so that each row stays on its device.
+    hidden_PxRxcxH = jnp.moveaxis(hidden_RxUxH.reshape(R, chunks, chunk, H), 1, 0)
+    target_PxRxc = jnp.moveaxis(target_RxU.reshape(R, chunks, chunk), 1, 0)
+    outputs_PxRxcx3 = jax.lax.map(lambda part: jax.checkpoint(chunk_losses)(*part), (hidden_PxRxcxH, target_PxRxc))
+    return jnp.moveaxis(outputs_PxRxcx3, 0, 1).reshape(R, chunks * chunk, 3)[:, :U]

@@ -1,4 +1,4 @@
-"""Masked language modelling: hidden tokens are guessed from the others, to adapt a trunk to texts that nobody labelled.
+"""Masked language modelling: predict hidden tokens from the others, to adapt a trunk to unlabelled texts.
 
 Shapes in names: R rows, T tokens a row, S examples a row, P hidden tokens a row at most, H trunk width, V vocabulary.
 """
@@ -27,24 +27,24 @@ from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 from mtl_jax.tasks.base import Task
 
-MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the others stay as they are
+MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens; the others are not changed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLM(Task):
-    """Every text's hidden tokens (Devlin et al., 2019), anew in every pass over the source (Liu et al., 2019).
+    """The hidden tokens of every text (Devlin et al., 2019), chosen anew in every pass over the source (Liu et al., 2019).
 
-    A share of each text's tokens is chosen; of these 80 % become the mask token, 10 % another token, 10 % stay. In evaluation
-    the same ones are hidden every time. A long text is divided into windows. The output layer is the trunk's token table.
+    A share of each text's tokens is chosen; of these 80 % become the mask token, 10 % a random token, 10 % stay. In evaluation
+    the same tokens are chosen every time. A long text is divided into windows. The output layer is the trunk's token table.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
-        source: The source whose texts it learns. No other task can have that source, whose texts are changed.
-        rate: Share of a text's tokens that are chosen, at least one token; special tokens never are.
+        source: The source whose texts it learns. No other task can have that source, because its texts are changed.
+        rate: Share of a text's tokens that are chosen, at least one token; special tokens are never chosen.
         mask: Id of the mask token; filled in from the trunk's tokenizer, as are the next two.
-        vocabulary: Number of ids, those beyond the trunk's token table left out.
+        vocabulary: Number of ids, without those that the trunk's token table has no row for.
         special: Ids that are never chosen.
-        hidden: Must be 0: this head has a shape of its own.
+        hidden: Must be 0: this head has no such layer.
         dropout: Dropout rate in front of the head.
         metric: The metric that stands for the task: accuracy.
     """
@@ -57,10 +57,6 @@ class MaskedLM(Task):
 
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy",)
     level: ClassVar[str] = "token"
-    label_level: ClassVar[str] = "token"
-    windows: ClassVar[bool] = True
-    corrupts: ClassVar[bool] = True
-    large: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("tokens", "table")
     outputs: ClassVar[int] = 2
 
@@ -77,7 +73,7 @@ class MaskedLM(Task):
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if tokenizer.mask_token_id is None:
             raise UserError(
-                f"task {self.name!r}: masked LM needs a trunk whose tokenizer has a mask token, which this one has not"
+                f"task {self.name!r}: masked LM needs a trunk whose tokenizer has a mask token, and this one's does not"
             )
         vocabulary, mask = min(len(tokenizer), self.vocabulary or len(tokenizer)), tokenizer.mask_token_id
         if mask >= vocabulary:
@@ -89,23 +85,23 @@ class MaskedLM(Task):
         return None
 
     def corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """What the trunk sees, i32[len], and the hidden tokens' ids at their places, -1 at all others, i32[len]."""
+        """The trunk's input, i32[len], and labels, i32[len]: the ids of the chosen tokens, -1 at all others."""
         labels = np.full_like(tokens, self.missing)
-        places = np.flatnonzero(~np.isin(tokens, self.special))
-        if not len(places):
+        candidates = np.flatnonzero(~np.isin(tokens, self.special))
+        if not len(candidates):
             return tokens, labels
-        chosen = rng.choice(places, max(1, round(self.rate * len(places))), replace=False)
+        chosen = rng.choice(candidates, max(1, round(self.rate * len(candidates))), replace=False)
         labels[chosen] = tokens[chosen]
         fate = rng.random(len(chosen))
         random = rng.integers(self.vocabulary - len(self.special), size=len(chosen))
-        for number in self.special:  # ascending: the others, counted without special ones, to ids
-            random += random >= number
+        for special in self.special:  # ascending: from a number among the other tokens to an id
+            random += random >= special
         tokens = tokens.copy()
         tokens[chosen] = np.where(fate < MASKED, self.mask, np.where(fate < MASKED + RANDOM, random, labels[chosen]))
         return tokens, labels
 
-    def places(self, length: int, examples: int) -> int:
-        """P, so many of a row's tokens are hidden at most: sum of max(1, round(rate * n)) <= rate * T + S, n tokens of each.
+    def max_hidden(self, length: int, examples: int) -> int:
+        """P, the most tokens of a row that are hidden: sum of max(1, round(rate * n)) <= rate * T + S over texts of n tokens.
 
         Args:
             length: T.
@@ -116,7 +112,7 @@ class MaskedLM(Task):
 
     def init(self, key: jax.Array, width: int) -> Any:
         table_VxH = jnp.zeros((self.vocabulary, width))
-        # Not head.init: the head's initialiser has that name.
+        # Not head.init: this name belongs to the head's initialiser.
         head, vectors_1x1xH = self._head(width, jnp.float32), jnp.zeros((1, 1, width))
         return nn.Module.init(head, key, vectors_1x1xH, None, table_VxH, True)["params"]
 
@@ -124,12 +120,12 @@ class MaskedLM(Task):
         return MaskedLMHead(self.vocabulary, width, "gelu", 1e-12, dtype, nn.initializers.normal(0.02))
 
     def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """f32[R, T, 2]: where a token is hidden, its negative log-likelihood, and 1 if it is guessed or 0; elsewhere (0, -1).
+        """f32[R, T, 2]: of a hidden token its negative log-likelihood, and 1 if it is predicted, else 0; elsewhere (0, -1).
 
-        Logits are computed at P places a row, not at all T.
+        Logits are computed for P tokens a row, not for all T.
 
         Raises:
-            UserError: The batch has no labels, so nothing is hidden in it; or the token table does not fit.
+            UserError: The batch has no labels, so none of its tokens is hidden; or the token table does not fit.
         """
         assert encoded.tokens is not None
         assert encoded.table is not None
@@ -142,22 +138,22 @@ class MaskedLM(Task):
                 f"trunk's is {encoded.table.shape[0]} x {encoded.table.shape[1]}"
             )
         hidden_RxT = labels_RxT != self.missing
-        P = self.places(labels_RxT.shape[1], batch.index.shape[1])
-        at_RxP = jnp.argsort(~hidden_RxT, axis=1, stable=True)[:, :P]  # the hidden ones first
-        x_RxPxH = jnp.take_along_axis(encoded.tokens, at_RxP[..., None], axis=1)
+        P = self.max_hidden(labels_RxT.shape[1], batch.index.shape[1])
+        index_RxP = jnp.argsort(~hidden_RxT, axis=1, stable=True)[:, :P]  # hidden tokens first
+        x_RxPxH = jnp.take_along_axis(encoded.tokens, index_RxP[..., None], axis=1)
         if key is not None:
             dropout = Dropout(self.dropout, deterministic=False)
             x_RxPxH = jnp.asarray(dropout.apply({}, x_RxPxH, rngs={"dropout": key}))
         table_VxH = encoded.table[: self.vocabulary]
         head = self._head(H, encoded.tokens.dtype)
         logits_RxPxV = jnp.asarray(head.apply({"params": params}, x_RxPxH, None, table_VxH, True), jnp.float32)
-        target_RxP = jnp.maximum(jnp.take_along_axis(labels_RxT, at_RxP, axis=1), 0)
+        target_RxP = jnp.maximum(jnp.take_along_axis(labels_RxT, index_RxP, axis=1), 0)
         loss_RxP = optax.softmax_cross_entropy_with_integer_labels(logits_RxPxV, target_RxP)
         right_RxP = (logits_RxPxV.argmax(axis=-1) == target_RxP).astype(jnp.float32)
-        # Back to the tokens: the n-th hidden one of a row has the n-th place.
-        place_RxT = jnp.maximum(jnp.cumsum(hidden_RxT, axis=1) - 1, 0)
-        found_RxTx2 = jnp.take_along_axis(jnp.stack([loss_RxP, right_RxP], axis=-1), place_RxT[..., None], axis=1)
-        return jnp.where(hidden_RxT[..., None], found_RxTx2, jnp.array([0.0, -1.0]))
+        # Back to the tokens: the n-th hidden token of a row has the n-th of the P results.
+        nth_RxT = jnp.maximum(jnp.cumsum(hidden_RxT, axis=1) - 1, 0)
+        result_RxTx2 = jnp.take_along_axis(jnp.stack([loss_RxP, right_RxP], axis=-1), nth_RxT[..., None], axis=1)
+        return jnp.where(hidden_RxT[..., None], result_RxTx2, jnp.array([0.0, -1.0]))
 
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Negative log-likelihood in nats: sum over the hidden tokens, and their number."""
@@ -166,14 +162,14 @@ class MaskedLM(Task):
 
     def metrics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> dict[str, float]:
         """Accuracy, a share of 1, and perplexity (lower is better), both over the hidden tokens only."""
-        found_Nx2 = np.concatenate(list(outputs)).astype(np.float64)
-        found_Nx2 = found_Nx2[found_Nx2[:, 1] >= 0]
-        perplexity = np.exp(min(float(found_Nx2[:, 0].mean()), 700.0))  # what a float can still hold
-        return {"accuracy": float(found_Nx2[:, 1].mean()), "perplexity": float(perplexity)}
+        outputs_Nx2 = np.concatenate(list(outputs)).astype(np.float64)
+        outputs_Nx2 = outputs_Nx2[outputs_Nx2[:, 1] >= 0]
+        perplexity = np.exp(min(float(outputs_Nx2[:, 0].mean()), 700.0))  # the largest exponent of a float
+        return {"accuracy": float(outputs_Nx2[:, 1].mean()), "perplexity": float(perplexity)}
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         raise UserError(self._no_prediction)
 
     @property
     def _no_prediction(self) -> str:
-        return f"task {self.name!r} is a masked LM, which hides tokens of its own choice: it has no prediction for a text"
+        return f"task {self.name!r} is a masked LM, which hides tokens at random: it has no prediction for a text"

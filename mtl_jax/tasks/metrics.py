@@ -1,6 +1,6 @@
-"""Metrics of single labels, counted by scikit-learn.
+"""Metrics of labels (scikit-learn), of short answers (SQuAD), and of generated texts (sacrebleu, rouge-score).
 
-The metrics of the TweetEval benchmark (Barbieri et al. 2020) are these, with labels as the benchmark writes them:
+The metrics of the TweetEval benchmark (Barbieri et al. 2020), with the benchmark's names of labels:
 
 | data set | metric |
 |---|---|
@@ -24,15 +24,20 @@ from mtl_jax.core.errors import UserError, listed
 
 NAMES = ("accuracy", "macro_f1", "macro_recall", "matthews")
 F1_OF = "f1:"
+FAMILIES = (("bleu", "chrf"), ("rouge1", "rouge2", "rougeL"))  # metrics of texts that are computed together
+TEXT_METRICS = tuple(name for names in FAMILIES for name in names)
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def names(metric: str) -> tuple[str, ...]:
-    """Those that can stand for a task whose metric is `metric`: the four, and a well-formed f1:LABEL or f1:LABEL+LABEL."""
+    """The metrics that can stand for a task: the four, and `metric` itself if it is f1:LABEL or f1:LABEL+LABEL."""
     return (*NAMES, metric) if metric.startswith(F1_OF) and len(metric) > len(F1_OF) else NAMES
 
 
 def f1_labels(metric: str, labels: tuple[str, ...]) -> list[int]:
-    """Places in the label set of the labels that f1:LABEL or f1:LABEL+LABEL names; none for the other metrics.
+    """Indices of the labels in f1:LABEL or f1:LABEL+LABEL; none for the other metrics.
 
     Raises:
         UserError: One of them is not in the label set.
@@ -48,12 +53,12 @@ def f1_labels(metric: str, labels: tuple[str, ...]) -> list[int]:
 
 
 def scores(gold_N: np.ndarray, predicted_N: np.ndarray, metric: str, labels: tuple[str, ...]) -> dict[str, float]:
-    """The four metrics, and `metric` where it is an F1 of labels; shares of 1, Matthews from -1 to 1.
+    """The four metrics, and `metric` if it is an F1 of labels; shares of 1, Matthews from -1 to 1.
 
-    F1 and recall are averaged over the labels that occur in truth or prediction. What would be divided by 0 is 0.
+    F1 and recall are averaged over the labels that occur in truth or prediction. A division by 0 gives 0.
 
     Args:
-        gold_N: The true labels, places in the label set.
+        gold_N: The true labels, indices into the label set.
         predicted_N: The predicted ones.
         metric: The task's metric.
         labels: The label set.
@@ -61,19 +66,15 @@ def scores(gold_N: np.ndarray, predicted_N: np.ndarray, metric: str, labels: tup
     from sklearn.metrics import f1_score, matthews_corrcoef, recall_score
 
     one_label = len(np.unique(np.concatenate([gold_N, predicted_N]))) < 2  # scikit-learn warns where nothing varies
-    found = {
+    result = {
         "accuracy": float((predicted_N == gold_N).mean()),
         "macro_f1": float(f1_score(gold_N, predicted_N, average="macro", zero_division=0)),
         "macro_recall": float(recall_score(gold_N, predicted_N, average="macro", zero_division=0)),
         "matthews": 0.0 if one_label else float(matthews_corrcoef(gold_N, predicted_N)),
     }
-    if wanted := f1_labels(metric, labels):
-        found[metric] = float(f1_score(gold_N, predicted_N, labels=wanted, average="macro", zero_division=0))
-    return found
-
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+    if indices := f1_labels(metric, labels):
+        result[metric] = float(f1_score(gold_N, predicted_N, labels=indices, average="macro", zero_division=0))
+    return result
 
 
 def normalise(text: str) -> str:
@@ -94,11 +95,11 @@ def f1(predicted: str, gold: Iterable[str]) -> float:
     return max(_shared_words(predicted, answer) for answer in _known(gold))
 
 
-def score(predicted: Sequence[str], gold: Sequence[Iterable[str]]) -> dict[str, float]:
+def answer_scores(predicted: Sequence[str], gold: Sequence[Iterable[str]]) -> dict[str, float]:
     """Means of exact and f1 over N questions, shares of 1.
 
     Args:
-        predicted: N texts; "" says that there is no answer.
+        predicted: N texts; "" means "no answer".
         gold: The gold answers of each, none or more.
     """
     pairs = list(zip(predicted, gold, strict=True))
@@ -109,7 +110,7 @@ def score(predicted: Sequence[str], gold: Sequence[Iterable[str]]) -> dict[str, 
 
 
 def _known(gold: Iterable[str]) -> list[str]:
-    """The answers that are more than punctuation and articles; if there is none, the empty text, which says "no answer"."""
+    """The answers that are more than punctuation and articles; if there is none, the empty text, which means "no answer"."""
     return [answer for answer in gold if normalise(answer)] or [""]
 
 
@@ -121,12 +122,8 @@ def _shared_words(predicted: str, gold: str) -> float:
     return 2 * shared / (len(predicted_words) + len(gold_words))
 
 
-FAMILIES = (("bleu", "chrf"), ("rouge1", "rouge2", "rougeL"))
-TEXT_METRICS = tuple(name for names in FAMILIES for name in names)
-
-
 def family(name: str) -> tuple[str, ...]:
-    """The metrics that are computed together with this one; () for a name that is none."""
+    """The text metrics that are computed together with this one; () for any other name."""
     return next((names for names in FAMILIES if name in names), ())
 
 
@@ -134,12 +131,12 @@ def text_scores(name: str, texts: Sequence[str], references: Sequence[Sequence[s
     """The metrics of family(name).
 
     bleu, chrf: corpus BLEU and chrF of sacrebleu with its defaults, over all references of a text. rouge1, rouge2, rougeL: the
-    mean over texts of ROUGE's F1 of rouge-score with stemming; of several references the nearest one counts, by each metric.
+    mean over texts of ROUGE's F1 of rouge-score with stemming; of several references the best one counts, for each metric.
 
     Args:
         name: A metric.
         texts: Generated texts.
-        references: For each of them one or more texts that would have been right.
+        references: For each of them one or more reference texts.
     """
     names = family(name)
     if not names or not texts:
@@ -148,18 +145,18 @@ def text_scores(name: str, texts: Sequence[str], references: Sequence[Sequence[s
         streams = _streams(references)
         return {key: metric.corpus_score(list(texts), streams).score / 100 for key, metric in _sacrebleu().items()}
     scorer = _rouge(names)
-    found = [scorer.score_multi(list(right), text) for text, right in zip(texts, references, strict=True)]
-    return {key: sum(each[key].fmeasure for each in found) / len(found) for key in names}
+    results = [scorer.score_multi(list(targets), text) for text, targets in zip(texts, references, strict=True)]
+    return {key: sum(result[key].fmeasure for result in results) / len(results) for key in names}
 
 
 def signatures(name: str, references: Sequence[Sequence[str]]) -> dict[str, str]:
-    """{metric: how scores(name, texts, references) computed it, and by which version}."""
+    """{metric: how text_scores(name, texts, references) computes it, and with which version of the library}."""
     from importlib.metadata import version
 
     names = family(name)
     if "bleu" in names:
-        # A signature says how many references there were, which a metric knows once it has seen some: as many, or not as many.
-        counts = sorted({len(found) for found in references}) or [1]
+        # A signature has the number of references, or that it varies; a metric learns it from texts, so it is given some.
+        counts = sorted({len(targets) for targets in references}) or [1]
         few = [["a"] * count for count in (counts[0], counts[-1])]
         metrics = _sacrebleu()
         for metric in metrics.values():
@@ -169,9 +166,9 @@ def signatures(name: str, references: Sequence[Sequence[str]]) -> dict[str, str]
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """As sacrebleu takes references: one list for each place, with None, which it leaves out, where a text has fewer."""
+    """References in the form of sacrebleu: the n-th list has each text's n-th reference, or None if it has fewer."""
     most = max(map(len, references))
-    return [[found[place] if place < len(found) else None for found in references] for place in range(most)]
+    return [[targets[n] if n < len(targets) else None for targets in references] for n in range(most)]
 
 
 def _sacrebleu() -> dict[str, Any]:

@@ -18,7 +18,8 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.tasks.base import PerExample, Task, column, known, labelled, text_of
+from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.reading import column, known, labelled, text_of
 
 YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
 INDICATORS = "where a row says yes or no for each label, give every label a column of its own and name them in columns"
@@ -26,21 +27,21 @@ INDICATORS = "where a row says yes or no for each label, give every label a colu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Multilabel(Task):
-    """Any number of a set of labels, or none of them, for each text or pair of texts.
+    """Any number of a set of labels, none included, for each text or pair of texts.
 
     The labels of a row stand in one column, or there is a column for each label that says whether it applies.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds the labels, each once: a list, or text. An empty one says that no label
+        column: The column of that source with the labels, each once: a list, or text. An empty value means that no label
             applies. A list of yes and no for each label, such as [1, 0, 1], is refused: see columns.
-        separator: What stands between labels that are given as text; spaces around labels are left out.
-        columns: In place of `column`, a column for each label, which is named like it: 1, true or yes where the label applies,
+        separator: The text between labels that are given as text; spaces around labels are removed.
+        columns: In place of `column`, a column for each label with the label's name: 1, true or yes where the label applies,
             0, false or no where it does not, empty where that is not known.
-        labels: The label set in order; empty means every label found in the training file, sorted.
-        unlabelled: What is written where it is not known which labels apply: in `column`, or in one of `columns`. It counts
-            neither in loss nor metrics.
+        labels: The label set in order; empty: all labels of the training file, sorted.
+        unlabelled: The values, in `column` or in one of `columns`, that mean "not known which labels apply". They count neither
+            in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The metric that stands for the task: micro_f1, macro_f1 or exact_match.
@@ -55,7 +56,7 @@ class Multilabel(Task):
 
     metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "exact_match")
     compared_as: ClassVar[str] = "sigmoid"
-    several: ClassVar[str] = "only the first row of a text is learned from; put all labels of a text in one row"
+    conflict_advice: ClassVar[str] = "only the first row of a text is learned from; put all labels of a text in one row"
 
     @property
     def outputs(self) -> int:
@@ -69,7 +70,7 @@ class Multilabel(Task):
         super().check()
         for field, names in (("label", self.labels), ("column", self.columns)):
             if len(set(names)) != len(names):
-                raise UserError(f"task {self.name!r}: a {field} stands twice in its {field}s")
+                raise UserError(f"task {self.name!r}: its {field}s have a {field} twice")
         if self.columns and self.labels not in ((), self.columns):
             raise UserError(f"task {self.name!r}: its columns are its labels; leave labels empty")
         if not self.separator:
@@ -80,29 +81,29 @@ class Multilabel(Task):
             return self
         if self.columns:
             return dataclasses.replace(self, labels=self.columns)
-        written = [labels for row in rows if (labels := self.written(row)) is not None]
-        found = sorted({label for labels in written for label in labels})
-        if not found:
+        label_lists = [labels for row in rows if (labels := self.raw_label(row)) is not None]
+        label_set = sorted({label for labels in label_lists for label in labels})
+        if not label_set:
             raise UserError(f"task {self.name!r}: no row of source {self.source!r} has a label in column {self.column!r}")
-        if {label.lower() for label in found} <= YES_NO.keys() and {len(labels) for labels in written} == {2}:
-            what = f"every row has two labels in column {self.column!r}, and the labels are {listed(found)}"
+        if {label.lower() for label in label_set} <= YES_NO.keys() and {len(labels) for labels in label_lists} == {2}:
+            what = f"every row has two labels in column {self.column!r}, and the labels are {listed(label_set)}"
             raise UserError(f"task {self.name!r}: {what}; {INDICATORS}")
-        return dataclasses.replace(self, labels=tuple(found))
+        return dataclasses.replace(self, labels=tuple(label_set))
 
     def parse(self, row: Row) -> np.ndarray | None:
         """i32[O]: 1 where a label applies, 0 where not, -1 where that is not known."""
         if self.columns:
             label_O = np.array([self._yes_no(name, text_of(row, name, self)) for name in self.columns], self.dtype)
             return label_O if (label_O != self.missing).any() else None
-        written = self.written(row)
-        if written is None:
+        labels = self.raw_label(row)
+        if labels is None:
             return None
         label_O = np.zeros(len(self.labels), self.dtype)
-        for label in written:
-            if label not in self.place_of:
+        for label in labels:
+            if label not in self.index_of:
                 hint = f"; {INDICATORS}" if label.lower() in YES_NO else ""
                 raise ValueError(f"label {shown(label)!r} is not in the label set ({listed(self.labels)}){hint}")
-            label_O[self.place_of[label]] = 1
+            label_O[self.index_of[label]] = 1
         return label_O
 
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -115,9 +116,9 @@ class Multilabel(Task):
         """
         known_RxSxO = labels != self.missing
         loss_RxSxO = optax.sigmoid_binary_cross_entropy(outputs.astype(jnp.float32), (labels == 1).astype(jnp.float32))
-        number_RxS = known_RxSxO.sum(axis=-1)
-        loss_RxS = jnp.where(known_RxSxO, loss_RxSxO, 0.0).sum(axis=-1) / jnp.maximum(number_RxS, 1)
-        return loss_RxS.sum(), (number_RxS > 0).sum().astype(jnp.float32)
+        count_RxS = known_RxSxO.sum(axis=-1)
+        loss_RxS = jnp.where(known_RxSxO, loss_RxSxO, 0.0).sum(axis=-1) / jnp.maximum(count_RxS, 1)
+        return loss_RxS.sum(), (count_RxS > 0).sum().astype(jnp.float32)
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         return self.scores(*labelled(self, outputs, examples))
@@ -125,7 +126,7 @@ class Multilabel(Task):
     def scores(self, outputs_NxO: np.ndarray, labels_NxO: np.ndarray) -> dict[str, float]:
         """F1 over all decisions together, mean of the labels' F1, and the share of examples with every decision right.
 
-        A label is predicted where its probability is above 0.5. What is not known counts in none of them. A label that neither
+        A label is predicted where its probability is above 0.5. Unknown labels count in none of them. A label that neither
         occurs nor is predicted has F1 0.
         """
         from sklearn.metrics import f1_score
@@ -144,7 +145,7 @@ class Multilabel(Task):
 
     def constant(self, train: Examples, test: Examples) -> PerExample:
         labels_NxO = known(self, train)
-        # Half an example more of each, so that a label that train lacks is unlikely, not impossible.
+        # Half an example is added to each, so that a label without any is unlikely, not impossible.
         yes_O, no_O = (labels_NxO == 1).sum(axis=0) + 0.5, (labels_NxO == 0).sum(axis=0) + 0.5
         return np.tile(np.log(yes_O / no_O).astype(np.float32), (len(test.tokens), 1))
 
@@ -156,27 +157,27 @@ class Multilabel(Task):
         predicted = [label for label, output in zip(self.labels, outputs[0], strict=True) if output > 0]
         return {"labels": predicted, "probabilities": probabilities}
 
-    def written(self, row: Row) -> list[str] | None:
-        """The labels that stand in `column`; None where the row has none, or labels have columns of their own."""
+    def raw_label(self, row: Row) -> list[str] | None:
+        """The labels in `column`; None where the row has none, or where each label has a column."""
         if self.columns:
             return None
-        written = column(row, self.column, self)
-        if written is None or (isinstance(written, str) and written in self.unlabelled):
+        value = column(row, self.column, self)
+        if value is None or (isinstance(value, str) and value in self.unlabelled):
             return None
-        parts = written.split(self.separator) if isinstance(written, str) else written
+        parts = value.split(self.separator) if isinstance(value, str) else value
         if not all(isinstance(part, str) for part in parts):
-            what = f"{shown(repr(written))} in column {self.column!r}"
-            raise UserError(f"{row.where}: task {self.name!r}: {what} holds something else than text")
+            what = f"{shown(repr(value))} in column {self.column!r}"
+            raise UserError(f"{row.where}: task {self.name!r}: {what} is a list with values other than text")
         labels = [part.strip() for part in parts if part.strip()]
         twice = next((label for label, count in Counter(labels).items() if count > 1), None)
         if twice is not None:
-            what = f"label {shown(twice)!r} stands twice in column {self.column!r}, {shown(repr(written))}"
+            what = f"label {shown(twice)!r} occurs twice in column {self.column!r}, {shown(repr(value))}"
             raise UserError(f"{row.where}: task {self.name!r}: {what}; write it once, or: {INDICATORS}")
         return labels
 
-    def _yes_no(self, name: str, written: str | None) -> int:
-        if not written or written in self.unlabelled:
+    def _yes_no(self, name: str, value: str | None) -> int:
+        if not value or value in self.unlabelled:
             return -1
-        if written.lower() not in YES_NO:
-            raise ValueError(f"{shown(written)!r} in column {name!r} says neither yes (1, true, yes) nor no (0, false, no)")
-        return YES_NO[written.lower()]
+        if value.lower() not in YES_NO:
+            raise ValueError(f"{shown(value)!r} in column {name!r} is neither yes (1, true, yes) nor no (0, false, no)")
+        return YES_NO[value.lower()]

@@ -17,7 +17,8 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.tasks.base import PerExample, Task, known, labelled, text_of
+from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.reading import known, labelled, text_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,11 @@ class Regression(Task):
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds the number.
-        minimum: Smallest label that is allowed.
-        maximum: Largest label that is allowed.
+        column: The column of that source with the number.
+        minimum: Smallest label allowed.
+        maximum: Largest label allowed.
         scale: Label units per unit of head output.
-        unlabelled: What is written where a row has no label. Such rows count neither in loss nor metrics.
+        unlabelled: The values that mean "no label". Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The metric that stands for the task: pearson or spearman.
@@ -48,7 +49,6 @@ class Regression(Task):
     metric: str = "pearson"
 
     metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman")
-    missing: ClassVar[float] = math.nan
     dtype: ClassVar[type[np.generic]] = np.float32
     outputs: ClassVar[int] = 1
     compared_as: ClassVar[str] = "number"
@@ -88,8 +88,8 @@ class Regression(Task):
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
         """Pearson and Spearman correlation; mean absolute error in label units.
 
-        A correlation is NaN where it is not defined: of predictions that are not finite, of constant predictions or labels, and
-        of less than two rows.
+        A correlation is NaN where it is not defined: for predictions that are not finite, constant predictions or labels, and
+        fewer than two rows.
         """
         from scipy import stats
 
@@ -111,12 +111,12 @@ class Regression(Task):
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        fitted = []
+        models = []
         for penalty in (1.0, 10.0, 100.0, 1000.0, 10000.0):
             model = make_pipeline(StandardScaler(), Ridge(alpha=penalty))
             model.fit(features["train"], labels["train"])
-            fitted.append((model.score(features["dev"], labels["dev"]), model))
-        best = max(fitted, key=lambda pair: pair[0])[1]
+            models.append((model.score(features["dev"], labels["dev"]), model))
+        best = max(models, key=lambda pair: pair[0])[1]
         return (best.predict(features["test"])[:, None] / self.scale).astype(np.float32)
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:

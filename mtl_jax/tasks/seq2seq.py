@@ -27,8 +27,9 @@ from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 from mtl_jax.pretrained.locate import languages
 from mtl_jax.tasks import decoders, metrics
-from mtl_jax.tasks.base import Task, column
+from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
+from mtl_jax.tasks.reading import column
 
 TABLES = ("trunk", "own")
 BEGINNINGS = ("fresh", "encoder")
@@ -36,39 +37,39 @@ BEGINNINGS = ("fresh", "encoder")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seq2Seq(Task):
-    """A text for every text (Vaswani et al., 2017): each token is learned from the true ones before it (teacher forcing).
+    """A target text for each text (Vaswani et al., 2017), learned by teacher forcing: each token after the true ones before it.
 
-    On an encoder-decoder checkpoint the head starts as the checkpoint's decoder. On an encoder-only checkpoint it is a fresh
-    decoder, or one that starts as the encoder; on a trunk from scratch one of the same make as the trunk. Targets are tokenised
-    by the trunk's tokenizer.
+    On an encoder-decoder checkpoint the head starts as the checkpoint's decoder. On an encoder-only checkpoint it is a new
+    decoder, or one that starts as the encoder; on a trunk from scratch a new one of the trunk's architecture. Targets are
+    tokenised by the trunk's tokenizer.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose texts are read.
-        column: The source's column with the target text. A list there is several texts: the first one is learned, and a metric
-            compares with all of them. Empty: the row has none.
+        column: The source's column with the target text, or a list of several: the first one is learned, and metrics compare
+            with all of them. Empty: the row has none.
         target_length: Most tokens of a target text, the end token included; longer ones are cut, and counted.
         label_smoothing: Share of the target probability spread evenly over the vocabulary.
-        begin: As what a decoder on an encoder-only checkpoint begins: "fresh", with norms in front; or "encoder": its blocks,
-            positions and norms are the encoder's, and cross-attention starts as self-attention (Rothe et al., 2020).
-        layers: Of a fresh decoder; 0: as many as a trunk from scratch has, 3 on an encoder-only checkpoint.
-        heads: Of its attention; 0: as the trunk from scratch, on an encoder-only checkpoint one for each 64 of its width.
-        feed_forward: Its width inside the feed-forward part; 0: as the trunk from scratch, or 4 times the width.
-        table: Of a fresh decoder: "trunk": it reads and predicts by the trunk's token table; "own": by a table of its own.
-        dropout: Rate inside a decoder of the task's own on an encoder-only checkpoint; other decoders have the trunk's rates.
+        begin: How a decoder on an encoder-only checkpoint is initialised: "fresh": at random, with norms in front; "encoder":
+            blocks, positions and norms are the encoder's, and cross-attention starts as self-attention (Rothe et al., 2020).
+        layers: Blocks of a new decoder; 0: as many as a trunk from scratch has, 3 on an encoder-only checkpoint.
+        heads: Its attention heads; 0: as many as a trunk from scratch has, on an encoder-only checkpoint width / 64.
+        feed_forward: Its width inside the feed-forward part; 0: the same as in a trunk from scratch, else 4 times its width.
+        table: The token table of a new decoder, for reading and predicting: "trunk": the trunk's; "own": its own.
+        dropout: Rate inside a new decoder on an encoder-only checkpoint; other decoders have the trunk's rates.
         beams: Beams of the search on test and in predictions; 1: greedy.
         dev_beams: Beams on dev while training.
         max_new_tokens: Most tokens of a generated text; 0: target_length.
-        length_penalty: Beams are compared by log-probability / length ** this; None: as the checkpoint says, or 1.
-        metric: bleu, chrf, rouge1, rouge2 or rougeL, of generated texts, as shares of 1; or token_accuracy, with true tokens
-            before each.
-        hidden: Must be 0: this head has a shape of its own.
+        length_penalty: Beams are compared by log-probability / length ** this; None: the checkpoint's, else 1.
+        metric: bleu, chrf, rouge1, rouge2 or rougeL of generated texts, as shares of 1; or token_accuracy, each token after the
+            true ones.
+        hidden: Must be 0: this head has no such layer.
         decoder: The decoder's sizes; filled in from the trunk, as are the next five.
-        encoder: The sizes of the encoder that it begins as, or None.
-        from_checkpoint: Whether it started as a checkpoint's decoder.
+        encoder: The sizes of the encoder that it starts as, or None.
+        from_checkpoint: Whether it starts as a checkpoint's decoder.
         start: Token that a decoder reads first.
         end: Token that ends a target text.
-        leading: Special tokens that the tokenizer puts in front of a target text and a fresh decoder does not learn.
+        leading: Special tokens that the tokenizer puts in front of a target text and that a new decoder does not learn.
     """
 
     column: str
@@ -93,10 +94,6 @@ class Seq2Seq(Task):
     leading: int = 0
 
     level: ClassVar[str] = "target"
-    label_level: ClassVar[str] = "target"
-    decodes: ClassVar[bool] = True
-    large: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("tokens", "table")
     outputs: ClassVar[int] = 3
 
     @property
@@ -131,39 +128,39 @@ class Seq2Seq(Task):
 
     def check_source(self, source: Source) -> None:
         if source.pair:
-            raise UserError(f"task {self.name!r}: source {source.name!r} has pairs of texts; a decoder is given one text")
+            raise UserError(f"task {self.name!r}: source {source.name!r} has pairs of texts; a decoder reads one text")
 
     def on(self, trunk: TrunkFacts) -> Self:
-        """The task with its decoder's sizes, and where its texts start and end.
+        """The task with its decoder's sizes, and the tokens that start and end its texts.
 
         Raises:
-            UserError: The trunk has no tokens for that, its token table does not fit, or its tokenizer marks texts by their
-                language and does not know which ones.
+            UserError: The trunk has no such tokens, its token table does not fit, or its tokenizer marks texts by language and
+                the languages are not set.
         """
         if codes := languages(trunk.tokenizer):
             raise UserError(
-                f"task {self.name!r}: the trunk's tokenizer marks source and target by language, and nothing says which; "
+                f"task {self.name!r}: the trunk's tokenizer marks source and target by language, and none is set; "
                 f"give src_lang and tgt_lang in the checkpoint's tokenizer_config.json; languages: {listed(codes)}"
             )
-        around = trunk.tokenizer(text_target="")["input_ids"]
-        if not around or around[-1] not in trunk.tokenizer.all_special_ids:
+        special = trunk.tokenizer(text_target="")["input_ids"]
+        if not special or special[-1] not in trunk.tokenizer.all_special_ids:
             raise UserError(
-                f"task {self.name!r}: a decoder needs a trunk whose tokenizer ends texts with a token of its own, "
-                "which this one does not"
+                f"task {self.name!r}: a decoder needs a trunk whose tokenizer ends texts with a special token, "
+                "and this one's does not"
             )
         if trunk.head is not None:
-            decoder, start, leading = decoders.of_checkpoint(self, trunk), trunk.start, 0
+            decoder, start, leading = decoders.checkpoint_decoder(self, trunk), trunk.start, 0
             assert start is not None
-            if hasattr(trunk.tokenizer, "tgt_lang") and start != around[-1]:
+            if hasattr(trunk.tokenizer, "tgt_lang") and start != special[-1]:
                 raise UserError(
                     f"task {self.name!r}: the checkpoint's decoder_start_token_id is {start}; with the target "
-                    f"language {trunk.tokenizer.tgt_lang} it must be {around[-1]}"
+                    f"language {trunk.tokenizer.tgt_lang} it must be {special[-1]}"
                 )
         else:
-            tokenizer, leading = trunk.tokenizer, len(around) - 1
+            tokenizer, leading = trunk.tokenizer, len(special) - 1
             starts = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.pad_token_id)
-            start = next((token for token in starts if token is not None and token != around[-1]), around[-1])
-            decoder = (decoders.like_the_encoder if self.begin == "encoder" else decoders.fresh)(self, trunk)
+            start = next((token for token in starts if token is not None and token != special[-1]), special[-1])
+            decoder = (decoders.encoder_as_decoder if self.begin == "encoder" else decoders.new_decoder)(self, trunk)
         encoder = trunk.encoder if self.begin == "encoder" else None
         return dataclasses.replace(
             self,
@@ -171,42 +168,42 @@ class Seq2Seq(Task):
             encoder=encoder,
             from_checkpoint=trunk.head is not None,
             start=start,
-            end=around[-1],
+            end=special[-1],
             leading=leading,
         )
 
     def parse(self, row: Row) -> tuple[str, ...] | None:
-        """The target texts, None where there are none."""
+        """The target texts; None where the row has none."""
         value = column(row, self.column, self)
         texts = value if isinstance(value, list) else [value]
         if not all(text is None or isinstance(text, str) for text in texts):
-            raise ValueError(f"column {self.column!r} holds {value!r}; a text is needed, or a list of texts")
+            raise ValueError(f"column {self.column!r} has {value!r}; a text is needed, or a list of texts")
         return tuple(text for text in texts if text is not None and text.strip()) or None
 
     def module(self, dtype: Any = jnp.float32) -> Decoder:
-        """The head, with parameters params["heads"][name].
+        """The head as a module; its parameters are params["heads"][name].
 
         Raises:
             ValueError: The task has not been put on a trunk.
         """
         if self.decoder is None:
-            raise ValueError(f"task {self.name!r} has not been put on a trunk: on() does that")
+            raise ValueError(f"task {self.name!r} has not been put on a trunk; call on() first")
         return Decoder(self.decoder, dtype)
 
     def init(self, key: jax.Array, width: int) -> Any:
         module = self.module()
         table_VxH = jnp.zeros((module.config.vocab_size, width))
 
-        def whole(decoder: Decoder) -> Any:
+        def run(decoder: Decoder) -> Any:
             return decoder(jnp.zeros((1, 1), jnp.int32), decoder.source(jnp.zeros((1, 1, width)), None, None), table_VxH)
 
-        return module.init(key, method=whole)["params"]
+        return module.init(key, method=run)["params"]
 
     def start_from(self, trunk: Any, fresh: Any) -> Any:
         return fresh if self.encoder is None else warm_start.decoder_params(fresh, trunk, self.encoder)
 
     def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
-        """f32[R, U, 3]: of each target token the loss, its negative log-likelihood, and 1 if it is the likeliest, else 0.
+        """f32[R, U, 3]: for each target token its loss, its negative log-likelihood, and 1 if it is the likeliest, else 0.
 
         Raises:
             UserError: The batch has no target texts.
@@ -215,18 +212,18 @@ class Seq2Seq(Task):
         assert hidden_RxTxH is not None
         assert table_VxH is not None
         if self.name not in batch.labels:
-            raise UserError(f"task {self.name!r} answers with generated text; it has no outputs for a text by itself")
+            raise UserError(f"task {self.name!r} answers with generated text; it has no outputs for a text alone")
         target_RxU, segment_RxU = batch.labels[self.name][..., 0], batch.labels[self.name][..., 1]
         real_RxU = target_RxU != self.missing
         segment_RxU = jnp.where(real_RxU, segment_RxU, 0)
-        read_RxU, position_RxU = shifted(target_RxU, segment_RxU, self.start)
+        input_RxU, position_RxU = shift_right(target_RxU, segment_RxU, self.start)
         module = self.module(hidden_RxTxH.dtype)
         rngs = None if key is None else {"dropout": key}
 
         def hidden(decoder: Decoder) -> jax.Array:
             source = decoder.source(hidden_RxTxH, (batch.segments > 0).astype(jnp.int32), batch.segments)
             output = decoder(
-                jnp.where(real_RxU, read_RxU, 0),
+                jnp.where(real_RxU, input_RxU, 0),
                 source,
                 table_VxH,
                 real_RxU.astype(jnp.int32),
@@ -234,7 +231,7 @@ class Seq2Seq(Task):
                 segment_RxU,
                 deterministic=key is None,
             )
-            return output.hidden  # its logits of all places at once are not computed, as nothing reads them
+            return output.hidden  # its logits are not read, so they are not computed: all of them would be large
 
         hidden_RxUxH: Any = module.apply({"params": params}, method=hidden, rngs=rngs)
         outputs_RxUx3 = token_losses(
@@ -252,21 +249,21 @@ class Seq2Seq(Task):
         return jnp.where(real_RxU, outputs[..., 0], 0.0).sum(), real_RxU.sum().astype(jnp.float32)
 
     def metrics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> dict[str, float]:
-        """Of tokens with the true ones before them: accuracy, a share of 1, and perplexity (lower is better)."""
-        found_Nx3 = np.concatenate(list(outputs)).astype(np.float64)
-        perplexity = np.exp(min(float(found_Nx3[:, 1].mean()), 700.0))  # what a float can still hold
-        return {"token_accuracy": float(found_Nx3[:, 2].mean()), "perplexity": float(perplexity)}
+        """Accuracy, a share of 1, and perplexity (lower is better) of tokens after the true ones."""
+        outputs_Nx3 = np.concatenate(list(outputs)).astype(np.float64)
+        perplexity = np.exp(min(float(outputs_Nx3[:, 1].mean()), 700.0))  # the largest exponent of a float
+        return {"token_accuracy": float(outputs_Nx3[:, 2].mean()), "perplexity": float(perplexity)}
 
     def text_metrics(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
         """Metrics of generated texts, shares of 1; a row without a target text is left out.
 
         Args:
-            texts: What was generated for each row.
+            texts: The generated text of each row.
             rows: The rows.
         """
         references = [self.parse(row) for row in rows]
-        known = [(text, found) for text, found in zip(texts, references, strict=True) if found]
-        return metrics.text_scores(self.metric, [text for text, _ in known], [found for _, found in known])
+        pairs = [(text, reference) for text, reference in zip(texts, references, strict=True) if reference]
+        return metrics.text_scores(self.metric, [text for text, _ in pairs], [reference for _, reference in pairs])
 
     def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:
         if not metrics.family(self.metric) or not any(map(self.parse, rows)):
@@ -274,23 +271,23 @@ class Seq2Seq(Task):
         return self.text_metrics([first_sentence(text) for text in texts], rows)
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
-        return metrics.signatures(self.metric, [found for found in map(self.parse, rows) if found])
+        return metrics.signatures(self.metric, [references for references in map(self.parse, rows) if references])
 
     def describe(self, outputs: Sequence[Any], windows: Sequence[Window], row: Row) -> dict[str, Any]:
-        raise UserError(f"task {self.name!r} answers with generated text; it has no outputs for a text by itself")
+        raise UserError(f"task {self.name!r} answers with generated text; it has no outputs for a text alone")
 
 
-def shifted(target_RxU: jax.Array, segment_RxU: jax.Array, start: int) -> tuple[jax.Array, jax.Array]:
-    """What a decoder reads where it is to give the targets, i32[R, U], and each place's number in its own text, i32[R, U].
+def shift_right(target_RxU: jax.Array, segment_RxU: jax.Array, start: int) -> tuple[jax.Array, jax.Array]:
+    """The decoder's inputs for teacher forcing, i32[R, U], and each token's position in its text, i32[R, U].
 
     Args:
         target_RxU: Target texts end to end.
         segment_RxU: The text that each token belongs to.
-        start: What is read at the first place of each.
+        start: The first input of each text.
     """
     before_RxU = jnp.pad(segment_RxU, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     first_RxU = segment_RxU != before_RxU
-    place_U = jnp.arange(target_RxU.shape[1])
-    position_RxU = place_U - jax.lax.cummax(jnp.where(first_RxU, place_U, 0), axis=1)
-    read_RxU = jnp.pad(target_RxU, ((0, 0), (1, 0)))[:, :-1]
-    return jnp.where(first_RxU, start, read_RxU), position_RxU
+    index_U = jnp.arange(target_RxU.shape[1])
+    position_RxU = index_U - jax.lax.cummax(jnp.where(first_RxU, index_U, 0), axis=1)
+    input_RxU = jnp.pad(target_RxU, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.where(first_RxU, start, input_RxU), position_RxU

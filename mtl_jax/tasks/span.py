@@ -23,7 +23,8 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
 from mtl_jax.tasks import metrics
-from mtl_jax.tasks.base import Task, column
+from mtl_jax.tasks.base import Task
+from mtl_jax.tasks.reading import column
 
 
 class Gold(NamedTuple):
@@ -37,20 +38,19 @@ class Gold(NamedTuple):
 class Span(Task):
     """The answer to each row's question, a span of its context, or none.
 
-    The source has the question in `Source.text` and the context in `Source.pair`. A long context is divided into windows that
-    overlap; a window that does not hold the answer whole has "no answer", and the best span of all windows counts. Training is
-    on the first gold answer, evaluation on all.
+    The source has the question in `Source.text` and the context in `Source.pair`. A long context is divided into overlapping
+    windows. A window without the whole answer is labelled "no answer", and the best span of all windows is predicted. Training
+    uses the first gold answer, evaluation all of them.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds the gold metrics. None means that they are not known, an empty list that
-            there is none.
-        context: The column that holds the context.
+        column: The column of that source with the gold answers. None means that they are not known, an empty list that there is
+            no answer.
+        context: The column with the context.
         stride: Tokens that consecutive windows of a long context share.
         max_answer: Most tokens of a predicted answer.
-        no_answer_threshold: "No answer" is predicted where its score is higher than the best span's by more than this; inf:
-            never.
+        no_answer_threshold: "No answer" is predicted where its score exceeds the best span's by more than this; inf: never.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The metric that stands for the task: f1 or exact.
@@ -65,12 +65,9 @@ class Span(Task):
 
     metric_names: ClassVar[tuple[str, ...]] = ("f1", "exact")
     level: ClassVar[str] = "token"
-    windows: ClassVar[bool] = True
-    shift_free: ClassVar[bool] = True
-    needs_offsets: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    label_level: ClassVar[str] = "example"
     outputs: ClassVar[int] = 2
-    # Start and end, token places in the window, both 0 for no answer; first context token, and the one past the last.
+    # Tokens of the window: the answer's first and last, both 0 for no answer; the context's first, and the one after its last.
     label_shape: ClassVar[tuple[int, ...]] = (4,)
 
     def check(self) -> None:
@@ -94,45 +91,47 @@ class Span(Task):
         if gold is None:
             return None
         if not isinstance(gold, list) or not all(isinstance(answer, dict) for answer in gold):
-            raise ValueError(f"column {self.column!r} holds {gold!r}, no list of answers with text and start")
+            raise ValueError(f"column {self.column!r} has {gold!r}; a list of answers with text and start is needed")
         for answer in gold:
             text, start = answer["text"], answer["start"]
             if not text.strip():
                 raise ValueError("an answer is empty")
             if start < 0 or context[start : start + len(text)] != text:
-                raise ValueError(f"the answer {text!r} does not stand at character {start} of its context")
+                raise ValueError(f"the answer {text!r} is not at character {start} of its context")
         if not gold:
             return Gold(0, "")
         text = gold[0]["text"]
         return Gold(gold[0]["start"] + len(text) - len(text.lstrip()), text.strip())
 
     def remarks(self, parts: Sequence[Examples]) -> list[str]:
-        answered = lost = off = 0
+        answers = lost = inside_tokens = 0
         for part in parts:
             labels, row_of = part.labels[self.name], part.row_of
             for group in part.groups():
                 row = part.data[row_of[group[0]]]
                 if not column(row, self.column, self):
                     continue
-                answered += 1
+                answers += 1
                 whole = group.start + np.flatnonzero(labels[group.start : group.stop, 1] > 0)
                 lost += not len(whole)
-                off += bool(len(whole)) and self._off_edges(row, labels[whole[0]], part.window(whole[0], group.start))
-        found = [f"{count(lost, 'answer stands', 'answers stand')} whole in no window: learned as no answer"] if lost else []
-        if off and off >= NOTED * answered:
-            share = f"{off} of {answered} answers ({100 * off / answered:.1f} %)"
-            found.append(f"{share} begin or end inside a token: what is predicted is the whole tokens")
-        return found
+                inside_tokens += bool(len(whole)) and self._cuts_tokens(
+                    row, labels[whole[0]], part.window(whole[0], group.start)
+                )
+        lines = [f"{count(lost, 'answer is', 'answers are')} in no window as a whole: learned as no answer"] if lost else []
+        if inside_tokens and inside_tokens >= NOTED * answers:
+            share = f"{inside_tokens} of {answers} answers ({100 * inside_tokens / answers:.1f} %)"
+            lines.append(f"{share} begin or end inside a token: predictions are whole tokens")
+        return lines
 
-    def _off_edges(self, row: Row, label_4: np.ndarray, window: Window) -> bool:
-        """Whether the answer begins or ends inside a token of the window that holds it."""
+    def _cuts_tokens(self, row: Row, label_4: np.ndarray, window: Window) -> bool:
+        """Whether the answer begins or ends inside a token of its window."""
         gold, context = self.parse(row), column(row, self.context, self)
         assert gold is not None
         assert window.offsets is not None
         first, last = int(window.offsets[label_4[0], 0]), int(window.offsets[label_4[1], 1])
         return not _without_token(context[first : gold.start] + context[gold.start + len(gold.text) : last])
 
-    def place(self, label: Gold | None, window: Window) -> np.ndarray:
+    def window_label(self, label: Gold | None, window: Window) -> np.ndarray:
         assert window.offsets is not None
         if label is None:
             return np.full(4, self.missing, self.dtype)
@@ -145,12 +144,12 @@ class Span(Task):
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Mean of the cross-entropies of start and end, in nats: sum over labelled windows, and their number.
 
-        The softmax is over the context tokens and the first token of the window that the label belongs to.
+        The softmax is over the context tokens and the first token of the label's window.
 
         Args:
             outputs: f32[R, T, 2].
             labels: i32[R, S, 4].
-            batch: Its segments and positions say which tokens are a window's.
+            batch: Its segments and positions tell the tokens of each window.
         """
         known_RxS = labels[..., 0] != self.missing
         member_RxSxT = batch.segments[:, None, :] == jnp.arange(1, labels.shape[1] + 1)[None, :, None]
@@ -158,9 +157,9 @@ class Span(Task):
         context_RxSxT = (position_Rx1xT >= labels[..., 2:3]) & (position_Rx1xT < labels[..., 3:4])
         allowed_RxSxT = member_RxSxT & known_RxS[..., None] & (context_RxSxT | (position_Rx1xT == 0))
 
-        def cross_entropy(logits_RxT: jax.Array, at_RxS: jax.Array) -> jax.Array:
+        def cross_entropy(logits_RxT: jax.Array, index_RxS: jax.Array) -> jax.Array:
             logits_Rx1xT = logits_RxT.astype(jnp.float32)[:, None, :]
-            target_RxSxT = member_RxSxT & (position_Rx1xT == at_RxS[..., None])
+            target_RxSxT = member_RxSxT & (position_Rx1xT == index_RxS[..., None])
             # Finite, so that a slot without a window gives no NaN; exp of it is 0.
             total_RxS = jax.nn.logsumexp(jnp.where(allowed_RxSxT, logits_Rx1xT, -1e30), axis=-1)
             return total_RxS - jnp.where(target_RxSxT, logits_Rx1xT, 0.0).sum(axis=-1)
@@ -170,7 +169,7 @@ class Span(Task):
         return total, known_RxS.sum().astype(jnp.float32)
 
     def metrics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> dict[str, float]:
-        """Exact match and F1 over the rows whose answers are known, the best over the gold answers; shares of 1."""
+        """Exact match and F1, the best over the gold answers, mean over the rows whose answers are known; shares of 1."""
         assert examples.offsets is not None
         predicted, gold = [], []
         for windows in examples.groups():
@@ -180,14 +179,14 @@ class Span(Task):
                 logits, offsets = [outputs[i] for i in windows], [examples.offsets[i] for i in windows]
                 predicted.append(self._answer(logits, offsets, row)["answer"])
                 gold.append([answer["text"] for answer in known])
-        return metrics.score(predicted, gold)
+        return metrics.answer_scores(predicted, gold)
 
     def constant(self, train: Examples, test: Examples) -> Sequence[np.ndarray]:
-        """No answer, everywhere."""
+        """No answer for every row."""
         return [np.concatenate([np.full((1, 2), 1e4), np.zeros((len(ids) - 1, 2))]).astype(np.float32) for ids in test.tokens]
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
-        """The answer as it stands in the context, "" for none; its characters there; its score and that of no answer."""
+        """The answer as in the context, "" for none; its characters start to end; its score, and that of no answer."""
         offsets = [window.offsets for window in windows if window.offsets is not None]
         return self._answer(outputs, offsets, row)
 
@@ -200,12 +199,12 @@ class Span(Task):
             return {"answer": "", "start": None, "end": None, **scores}
         start, end = int(offsets[best.window][best.start, 0]), int(offsets[best.window][best.end, 1])
         text = column(row, self.context, self)[start:end]
-        start += len(text) - len(text.lstrip())  # some tokenizers count the space before a word as the word's
+        start += len(text) - len(text.lstrip())  # some tokenizers count the space before a word to the word
         return {"answer": text.strip(), "start": start, "end": start + len(text.strip()), **scores}
 
 
 def _tokens(gold: Gold, offsets_Nx2: np.ndarray) -> tuple[int, int]:
-    """The first and last token that the answer touches; (0, 0) where the window does not hold all of it."""
+    """The first and last token that the answer touches; (0, 0) where the window does not contain the whole answer."""
     end = gold.start + len(gold.text)
     touched = np.flatnonzero((offsets_Nx2[:, 0] >= 0) & (offsets_Nx2[:, 0] < end) & (offsets_Nx2[:, 1] > gold.start))
     if not len(touched):
@@ -216,19 +215,19 @@ def _tokens(gold: Gold, offsets_Nx2: np.ndarray) -> tuple[int, int]:
 
 
 def _without_token(text: str) -> bool:
-    """Whether it is all space, control characters and marks: what tokenizers leave out."""
+    """Whether it consists of spaces, control characters and marks, which tokenizers drop."""
     return all(unicodedata.category(character)[0] in "ZCM" for character in text)
 
 
-class Best(NamedTuple):
+class BestSpan(NamedTuple):
     """The best span over all windows.
 
     Attributes:
-        window: In which window it lies.
+        window: The number of its window.
         start: Its first token, counted in the window.
         end: Its last token.
         score: Sum of its start and end logit.
-        null: The score of "no answer": the smallest, over the windows, of the same sum at a window's first token.
+        null: The score of "no answer": the same sum at a window's first token, the smallest over the windows.
     """
 
     window: int
@@ -238,31 +237,31 @@ class Best(NamedTuple):
     null: float
 
 
-def best_span(logits: Sequence[np.ndarray], context: Sequence[np.ndarray], max_answer: int) -> Best | None:
+def best_span(logits: Sequence[np.ndarray], context: Sequence[np.ndarray], max_answer: int) -> BestSpan | None:
     """The span with the highest sum of start and end logit, over every pair start <= end < start + max_answer in the context.
 
-    A window that does not hold the answer is sure of that, one that does is not: so the smallest null score speaks for the
-    question (Devlin et al., 2019, and SQuAD 2.0's baselines).
+    The smallest null score counts for the question, because a window without the answer has a high one (Devlin et al., 2019,
+    and SQuAD 2.0's baselines).
 
     Args:
         logits: For each window f32[len, 2], start and end.
-        context: For each window bool[len]: which tokens an answer may touch; they stand side by side.
+        context: For each window bool[len]: the tokens that an answer may touch, which are adjacent.
         max_answer: Most tokens of an answer, at least 1.
 
     Returns:
         The best; of equal ones the first. None where no window has a context token.
     """
     null = min((float(window[0].sum()) for window in logits), default=np.inf)
-    best: Best | None = None
+    best: BestSpan | None = None
     for number, (window, inside) in enumerate(zip(logits, context, strict=True)):
         start_N = np.where(inside, window[:, 0], -np.inf)
         end_N = np.where(inside, window[:, 1], -np.inf)
-        # For each start the ends that it may have: [N, max_answer], nothing past the window.
+        # The ends that each start may have, [N, max_answer]; none past the window.
         end_N = np.concatenate([end_N, np.full(max_answer - 1, -np.inf, end_N.dtype)])
         ends_NxA = np.lib.stride_tricks.sliding_window_view(end_N, max_answer)
         total_N = start_N + ends_NxA.max(axis=1)
-        at = int(total_N.argmax())
-        score = float(total_N[at])
+        start = int(total_N.argmax())
+        score = float(total_N[start])
         if score > (-np.inf if best is None else best.score):
-            best = Best(number, at, at + int(ends_NxA[at].argmax()), score, null)
+            best = BestSpan(number, start, start + int(ends_NxA[start].argmax()), score, null)
     return best

@@ -18,8 +18,9 @@ from mtl_jax.data.formats.rows import Row, odd_blank
 from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
 from mtl_jax.tasks import bio
-from mtl_jax.tasks.base import PerExample, Task, column
+from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.losses import MISSING, balanced_weights, check_weights, cross_entropy
+from mtl_jax.tasks.reading import column
 
 ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
 NO_ENTITY = "is neither O nor B-X nor I-X, as tags of entities are"
@@ -29,24 +30,23 @@ NO_ENTITY = "is neither O nor B-X nor I-X, as tags of entities are"
 class Tagging(Task):
     """One of a set of labels for each word of a text.
 
-    A word's label stands on its first sub-word; the others have none. A text that is longer than a row is read in several
-    windows of whole words, and its words are put together again for metrics and predictions. A word without any token, such as
-    a control character, is predicted as "O", or where there is no such label as nothing, which is never right; such words are
+    The first sub-word of a word has the word's label; the others have none. A text longer than a row is read in several windows
+    of whole words, and its words are joined again for metrics and predictions. A word without any token, such as a control
+    character, is predicted as "O"; if there is no such label it has no prediction, which counts as wrong. Such words are
     counted when the data is read.
 
-    A label set is taken for entities where every label is O, B-something or I-something. Then the best valid sequence is
-    predicted, in which I-X follows only B-X or I-X, and metrics count entities; else the best label of each word. Among found
-    labels one B-something or I-something is enough, and a tag of another form is a mistake: they are plain tags only if metric
-    is token_accuracy, or if the labels are given.
+    A label set is one of entities if every label is O, B-something or I-something. Then the best valid sequence is predicted,
+    in which I-X follows only B-X or I-X, and metrics count entities. Otherwise the best label of each word is predicted. Where
+    the label set comes from the data, a single B-something or I-something makes the tags entities, and a tag of another form is
+    an error; they are plain tags only if metric is token_accuracy, or if the labels are given.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
-        column: The column of that source that holds a label for each word: a list, or text with spaces between the labels.
-        text: The column that holds the words, the source's text: a list, or text with spaces between the words.
-        labels: The label set in order; empty means every label found in the training file, sorted, and B-X for every I-X.
-        unlabelled: What is written where a word has no label. Such words count neither in loss nor metrics; nor do rows without
-            labels.
+        column: The column of that source with a label for each word: a list, or text with spaces between the labels.
+        text: The column with the words, the source's text: a list, or text with spaces between the words.
+        labels: The label set in order; empty: all labels of the training file, sorted, and B-X for every I-X.
+        unlabelled: The values that mean "no label". Such words count neither in loss nor metrics; nor do rows without labels.
         repair: Whether an I-X that follows neither B-X nor I-X is read as B-X, and counted; else it is an error.
         balanced: Whether a word's loss counts n / (K n_c): n_c of n training words have its label, K labels occur there.
         class_weights: How much a word's loss counts, by its label; 1 for labels that are not named.
@@ -66,11 +66,8 @@ class Tagging(Task):
     metric: str = ""
 
     level: ClassVar[str] = "token"
-    label_level: ClassVar[str] = "token"
-    words: ClassVar[bool] = True
+    label_level: ClassVar[str] = "word"
     compared_as: ClassVar[str] = "softmax"
-    windows: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("tokens",)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -83,25 +80,25 @@ class Tagging(Task):
 
     @functools.cached_property
     def _entities(self) -> bool:
-        """Whether the label set is one of entities."""
+        """Whether the labels are BIO tags of entities."""
         return bio.is_bio(self.labels)
 
     @property
     def _plain(self) -> list[str]:
-        """The labels that are not of entities."""
+        """The labels that are not BIO tags."""
         return [label for label in self.labels if not bio.is_tag(label)]
 
     def check(self) -> None:
         if self.metric in ENTITY_METRICS and self._plain:
             label = self._plain[0]
             raise UserError(f"task {self.name!r}: metric is {self.metric}, and label {label!r} {NO_ENTITY}; correct either")
-        # Which metric an empty one stands for is known with the label set.
+        # An empty metric is chosen with the label set.
         super(Tagging, self if self.metric else dataclasses.replace(self, metric="token_accuracy")).check()
         if len(set(self.labels)) != len(self.labels):
-            raise UserError(f"task {self.name!r}: a label stands twice in its label set")
+            raise UserError(f"task {self.name!r}: its label set has a label twice")
         if bio.is_bio(self.labels):
             for label in self.labels:
-                if label.startswith("I-") and f"B-{label[2:]}" not in self.place_of:
+                if label.startswith("I-") and f"B-{label[2:]}" not in self.index_of:
                     raise UserError(
                         f"task {self.name!r}: the label set has {label} and lacks B-{label[2:]}, which must precede it"
                     )
@@ -118,12 +115,12 @@ class Tagging(Task):
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         labels = self.labels
         if not labels:
-            found = {tag for row in rows for tag in self._tags(row) or () if tag is not None}
-            if self.metric in ENTITY_METRICS or (not self.metric and bio.has_entities(found)):
-                found = {tag for tag in found if bio.is_tag(tag)}  # parse() refuses the others, with their places
-            if bio.is_bio(tuple(found)):
-                found |= {f"B-{tag[2:]}" for tag in found if tag.startswith("I-")}
-            labels = tuple(sorted(found))
+            tags = {tag for row in rows for tag in self._tags(row) or () if tag is not None}
+            if self.metric in ENTITY_METRICS or (not self.metric and bio.has_entities(tags)):
+                tags = {tag for tag in tags if bio.is_tag(tag)}  # parse() refuses the others, and names their lines
+            if bio.is_bio(tuple(tags)):
+                tags |= {f"B-{tag[2:]}" for tag in tags if tag.startswith("I-")}
+            labels = tuple(sorted(tags))
         metric = self.metric or ("entity_f1" if bio.is_bio(labels) else "token_accuracy")
         task = dataclasses.replace(self, labels=labels, metric=metric)
         task.check()
@@ -138,48 +135,48 @@ class Tagging(Task):
     def remarks(self, parts: Sequence[Examples]) -> list[str]:
         rows = [row for part in parts for row in part.data]
         words = sum(len(self._words(row)) for row in rows)
-        read = sum(int((at_L >= 0).sum()) for part in parts for at_L in part.words or ())
-        broken = sum(len(bio.breaks(self.written(row) or ())) for row in rows) if self.repair else 0
-        lines = [f"{count(broken, 'tag')} I-X without B-X or I-X in front read as B-X"] if broken else []
+        with_token = sum(int((words_T >= 0).sum()) for part in parts for words_T in part.words or ())
+        repaired = sum(len(bio.invalid_tags(self.raw_label(row) or ())) for row in rows) if self.repair else 0
+        lines = [f"{count(repaired, 'tag')} I-X without B-X or I-X in front read as B-X"] if repaired else []
         if self._plain and bio.has_entities(self.labels):
             lines.append(f"its tags are read as plain ones, not as entities: {self._plain[0]!r} is neither O nor B-X nor I-X")
-        if read < words:
+        if lost := words - with_token:
             counted = "is outside of every entity" if "O" in self.labels else "counts as wrong"
-            lost = f"{words - read:,} of {count(words, 'word')} {'has' if words - read == 1 else 'have'} no token"
-            lines.append(f"{lost}; such a word teaches nothing and {counted}")
+            share = f"{lost:,} of {count(words, 'word')} {'has' if lost == 1 else 'have'} no token"
+            lines.append(f"{share}; such a word is not learned from and {counted}")
         return lines
 
     def parse(self, row: Row) -> np.ndarray | None:
-        """i32[words], places in the label set, -1 where a word has no label."""
+        """i32[words], indices into the label set, -1 where a word has no label."""
         tags, words = self._tags(row), self._words(row)
         if tags is None:
             return None
         if len(tags) != len(words):
             counts = f"{count(len(words), 'word')} and {count(len(tags), 'tag')}; there must be one for each word"
-            raise ValueError(counts + self._divided(row))
+            raise ValueError(counts + self._odd_blanks(row))
         for number, (word, tag) in enumerate(zip(words, tags, strict=True)):
-            if tag is not None and tag not in self.place_of:
+            if tag is not None and tag not in self.index_of:
                 raise self._wrong(row, number, word, tag, self._why_unknown(tag))
         if self._entities:
-            for place in bio.breaks(tags):
+            for number in bio.invalid_tags(tags):
                 why = "follows neither B nor I of its type; correct it, or set repair to read it as B"
-                raise self._wrong(row, place, words[place], tags[place], why)
-        label_L = np.array([MISSING if tag is None else self.place_of[tag] for tag in tags], self.dtype)
+                raise self._wrong(row, number, words[number], tags[number], why)
+        label_L = np.array([MISSING if tag is None else self.index_of[tag] for tag in tags], self.dtype)
         return label_L if (label_L != MISSING).any() else None
 
-    def place(self, label: np.ndarray | None, window: Window) -> np.ndarray:
-        placed = np.full(len(window.tokens), self.missing, self.dtype)
+    def window_label(self, label: np.ndarray | None, window: Window) -> np.ndarray:
+        label_T = np.full(len(window.tokens), self.missing, self.dtype)
         if label is not None:
-            words = _words_of(window)
-            placed[words >= 0] = label[words[words >= 0]]
-        return placed
+            words_T = _words_of(window)
+            label_T[words_T >= 0] = label[words_T[words_T >= 0]]
+        return label_T
 
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy in nats: sum over labelled words, and their number."""
         return cross_entropy(outputs, labels, self.labels, self.class_weights)
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
-        """Share of the labelled words that are right; for entities also precision, recall and F1, each a share of 1.
+        """The share of labelled words predicted right; for entities also precision, recall and F1, each a share of 1.
 
         A word that is not labelled counts as outside of every entity, in truth and in prediction.
         """
@@ -188,53 +185,53 @@ class Tagging(Task):
         for group in examples.groups():
             gold_L = self.parse(examples.data[examples.row_of[group[0]]])
             if gold_L is not None:
-                known_L = gold_L != MISSING
-                found_L = self._decode([outputs[i] for i in group], [examples.words[i] for i in group], len(gold_L))
+                predicted_L = self._decode([outputs[i] for i in group], [examples.words[i] for i in group], len(gold_L))
                 gold.append(gold_L)
-                # Beside the prediction that fails to be there, one that is not asked for.
-                predicted.append(np.where(known_L, found_L, MISSING))
+                predicted.append(np.where(gold_L != MISSING, predicted_L, MISSING))
         gold_N, predicted_N = (np.concatenate([np.zeros(0, self.dtype), *arrays]) for arrays in (gold, predicted))
         scores = {"token_accuracy": float((gold_N == predicted_N)[gold_N != MISSING].mean()) if gold else 0.0}
         if bio.is_bio(self.labels):
-            of_all, _ = bio.entity_scores([self._tagged(x, "O") for x in gold], [self._tagged(x, "O") for x in predicted])
-            scores |= {f"entity_{name}": value for name, value in of_all._asdict().items()}
+            entity_scores, _ = bio.entity_scores(
+                [self._tagged(x, "O") for x in gold], [self._tagged(x, "O") for x in predicted]
+            )
+            scores |= {f"entity_{name}": value for name, value in entity_scores._asdict().items()}
         return scores
 
     def constant(self, train: Examples, test: Examples) -> PerExample:
         labels_N = np.concatenate([np.zeros(0, self.dtype), *train.labels[self.name]])
         counts_O = np.bincount(labels_N[labels_N != self.missing], minlength=self.outputs)
-        # Half a word more of each, so that a label that train lacks is unlikely, not impossible.
+        # Half a word is added to each, so that a label without any is unlikely, not impossible.
         prior_O = np.log(counts_O + 0.5).astype(np.float32)
         return [np.tile(prior_O, (len(ids), 1)) for ids in test.tokens]
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
-        """The row's words, a tag for each (null where there is none), and entities: type, first word, word past the last."""
+        """The row's words, a tag for each (null where it has none), and entities: type, first word, word after the last."""
         words = self._words(row)
-        found_L = self._decode(outputs, [_words_of(window) for window in windows], len(words))
-        result: dict[str, Any] = {"words": words, "tags": self._tagged(found_L, None)}
+        predicted_L = self._decode(outputs, [_words_of(window) for window in windows], len(words))
+        result: dict[str, Any] = {"words": words, "tags": self._tagged(predicted_L, None)}
         if bio.is_bio(self.labels):
             result["entities"] = [
                 {**entity._asdict(), "text": " ".join(words[entity.start : entity.end])}
-                for entity in bio.entities(self._tagged(found_L, "O"))
+                for entity in bio.entities(self._tagged(predicted_L, "O"))
             ]
         return result
 
     def _why_unknown(self, tag: str) -> str:
-        """What is wrong with a tag that is not in the label set."""
+        """The reason why a tag that is not in the label set is refused."""
         labels = listed(self.labels) if self.labels else "there is none"
         if bio.is_tag(tag) or not (bio.is_bio(self.labels) or self.metric in ENTITY_METRICS):
             return f"is not in the label set ({labels})"
         plain = "if they are plain tags, leave labels empty and set metric to token_accuracy"
         return f"{NO_ENTITY} ({labels}); correct it, or, {plain}"
 
-    def _wrong(self, row: Row, place: int, word: str, tag: str | None, why: str) -> UserError:
-        """The error for the tag of one word, counted from 0; it names the word's own line, where it has one."""
+    def _wrong(self, row: Row, number: int, word: str, tag: str | None, why: str) -> UserError:
+        """The error for the tag of one word, counted from 0; it names the word's line where each word has one."""
         return UserError(
-            f"{row.where_word(place)}: task {self.name!r}: tag {shown(repr(tag))} of word {place + 1}, {shown(word)!r}, {why}"
+            f"{row.where_word(number)}: task {self.name!r}: tag {shown(repr(tag))} of word {number + 1}, {shown(word)!r}, {why}"
         )
 
-    def _divided(self, row: Row) -> str:
-        """A clause on blanks other than the space, which divide words too and look like it; "" where there are none."""
+    def _odd_blanks(self, row: Row) -> str:
+        """A clause on blanks that look like a space and divide words like one; "" where there are none."""
         for name in (self.text, self.column):
             text = row.columns[name]
             if isinstance(text, str) and (blank := odd_blank(text)):
@@ -245,17 +242,17 @@ class Tagging(Task):
         words = column(row, self.text, self)
         return words.split() if isinstance(words, str) else words
 
-    def written(self, row: Row) -> list[str | None] | None:
-        """The tags as they are written, None for those that are unlabelled; None where the row has none."""
-        written = column(row, self.column, self)
-        if isinstance(written, str):
-            written = None if written.strip() in self.unlabelled else written.split()
-        return None if written is None else [None if tag in self.unlabelled else tag for tag in written]
+    def raw_label(self, row: Row) -> list[str | None] | None:
+        """The tags as the file has them, None for a word without one; None where the row has none."""
+        tags = column(row, self.column, self)
+        if isinstance(tags, str):
+            tags = None if tags.strip() in self.unlabelled else tags.split()
+        return None if tags is None else [None if tag in self.unlabelled else tag for tag in tags]
 
     def _tags(self, row: Row) -> list[str | None] | None:
-        """The tags as they are read: repaired, where that is asked for."""
-        written = self.written(row)
-        return bio.repaired(written) if written is not None and self.repair else written
+        """The tags of a row, repaired if the task says so."""
+        tags = self.raw_label(row)
+        return bio.repaired(tags) if tags is not None and self.repair else tags
 
     def _decode(self, outputs: Sequence[np.ndarray], words: Sequence[np.ndarray], length: int) -> np.ndarray:
         """i64[length], the predicted label of each word of a row, from the outputs of its windows.
@@ -266,16 +263,16 @@ class Tagging(Task):
             length: Number of words.
         """
         scores_LxO = np.zeros((length, self.outputs), np.float32)
-        read_L = np.zeros(length, bool)
+        has_token_L = np.zeros(length, bool)
         for outputs_TxO, words_T in zip(outputs, words, strict=True):
             first_T = words_T >= 0
             scores_LxO[words_T[first_T]] = outputs_TxO[first_T]
-            read_L[words_T[first_T]] = True
-        found_L = np.full(length, self.labels.index("O") if "O" in self.labels else MISSING)
-        # Stretches of words between those without a token: nothing goes on across such a word.
-        for start, end in np.flatnonzero(np.diff(read_L, prepend=False, append=False)).reshape(-1, 2):
-            found_L[start:end] = bio.decode(scores_LxO[start:end], self.labels)
-        return found_L
+            has_token_L[words_T[first_T]] = True
+        predicted_L = np.full(length, self.labels.index("O") if "O" in self.labels else MISSING)
+        # Words are decoded between those without a token: no entity continues across such a word.
+        for start, end in np.flatnonzero(np.diff(has_token_L, prepend=False, append=False)).reshape(-1, 2):
+            predicted_L[start:end] = bio.decode(scores_LxO[start:end], self.labels)
+        return predicted_L
 
     def _tagged(self, labels_L: np.ndarray, missing: str | None) -> list[Any]:
         names = (*self.labels, missing)  # -1 is the last
@@ -283,5 +280,5 @@ class Tagging(Task):
 
 
 def _words_of(window: Window) -> np.ndarray:
-    assert window.words is not None, "a text given as words"
+    assert window.words is not None, "the text was not read as words"
     return window.words

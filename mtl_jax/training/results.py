@@ -19,7 +19,7 @@ from mtl_jax.data.row_keys import text_of
 from mtl_jax.data.source import SPLITS, Source
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
-from mtl_jax.tasks.base import known_rows
+from mtl_jax.tasks.reading import known_rows
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.evaluation import for_json, score_fixed
 from mtl_jax.training.metrics_log import read_metrics

@@ -28,7 +28,12 @@ SHORT = {
 def joined(path):
     """What is joined by commas inside of an error that a module makes: the sources of the expressions."""
     for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("UserError", "ValueError", "WrongField", "Refused"):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in (
+            "UserError",
+            "ValueError",
+            "WrongField",
+            "UnreadableTexts",
+        ):
             for node in ast.walk(call):
                 join = node.func if isinstance(node, ast.Call) else None
                 if isinstance(join, ast.Attribute) and isinstance(join.value, ast.Constant) and join.value.value == ", ":

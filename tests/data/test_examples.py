@@ -164,4 +164,4 @@ def test_an_answer_that_no_window_holds_is_counted(tmp_path, tokenizer):
         "test": [short | {"text": "is"}],
     }
     found = corpus(tmp_path, tokenizer, tasks=(Span(name="t", source="s", stride=2),), length=12, pair="context", **parts)
-    assert "task t: 1 answer stands whole in no window: learned as no answer" in found.notes
+    assert "task t: 1 answer is in no window as a whole: learned as no answer" in found.notes

@@ -158,7 +158,7 @@ def test_repeated_texts_with_another_label(task, first, again, differ):
     lines = label_notes.other_labels(task.filled(rows, None), [(rows[1], rows[0])])
     assert len(lines) == differ
     assert all(re.search(r"a\.csv:2(, word 2,)? has .* where a\.csv:1(, word 2,)? has", line) for line in lines)
-    assert all(line.endswith(task.several) for line in lines)
+    assert all(line.endswith(task.conflict_advice) for line in lines)
 
 
 def test_the_word_whose_tag_differs_is_shown(tmp_path):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mtl_jax.tasks.metrics import exact, f1, normalise, score
+from mtl_jax.tasks.metrics import answer_scores, exact, f1, normalise
 
 # Five systems on the questions of XQuAD (English) that they answered: how many, exact match, F1.
 SYSTEMS = {
@@ -40,7 +40,7 @@ def test_scores_by_hand(predicted, gold, expected):
 
 
 def test_means_over_questions():
-    assert score(["a cat", "dog"], [["cat"], ["cat"]]) == {"exact": 0.5, "f1": 0.5}
+    assert answer_scores(["a cat", "dog"], [["cat"], ["cat"]]) == {"exact": 0.5, "f1": 0.5}
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -53,5 +53,5 @@ def test_published_systems(shared_data, system):
     questions = [question for article in articles for part in article["paragraphs"] for question in part["qas"]]
     answered = [question for question in questions if question["id"] in predicted]
     gold = [[answer["text"] for answer in question["answers"]] for question in answered]
-    found = score([predicted[question["id"]] for question in answered], gold)
+    found = answer_scores([predicted[question["id"]] for question in answered], gold)
     assert (len(answered), 100 * found["exact"], 100 * found["f1"]) == pytest.approx(SYSTEMS[system], abs=0.01)

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_jax.tasks.span import Best, best_span
+from mtl_jax.tasks.span import BestSpan, best_span
 
 
 def brute_force(logits, context, max_answer):
@@ -13,7 +13,7 @@ def brute_force(logits, context, max_answer):
             for end in range(start, min(start + max_answer, len(window))):
                 score = float(window[start, 0] + window[end, 1])
                 if inside[start] and inside[end] and (best is None or score > best.score):
-                    best = Best(number, start, end, score, min(float(w[0, 0] + w[0, 1]) for w in logits))
+                    best = BestSpan(number, start, end, score, min(float(w[0, 0] + w[0, 1]) for w in logits))
     return best
 
 

@@ -26,14 +26,14 @@ def test_entities_are_those_of_seqeval(tags):
 
 @given(tags)
 def test_repairing_makes_a_valid_sequence_of_the_same_entities(tags):
-    assert bio.breaks(bio.repaired(tags)) == []
+    assert bio.invalid_tags(bio.repaired(tags)) == []
     assert bio.entities(bio.repaired(tags)) == bio.entities(tags)
-    assert sum(a != b for a, b in zip(tags, bio.repaired(tags), strict=True)) == len(bio.breaks(tags))
+    assert sum(a != b for a, b in zip(tags, bio.repaired(tags), strict=True)) == len(bio.invalid_tags(tags))
 
 
 def test_a_tag_without_its_beginning_is_found():
-    assert bio.breaks(["I-per", "I-per", "B-loc", "I-per"]) == [0, 3]
-    assert bio.breaks(["B-per", None, "I-loc", "I-per"]) == [3]  # anything may follow a tag that is not known
+    assert bio.invalid_tags(["I-per", "I-per", "B-loc", "I-per"]) == [0, 3]
+    assert bio.invalid_tags(["B-per", None, "I-loc", "I-per"]) == [3]  # anything may follow a tag that is not known
 
 
 def test_which_label_sets_are_entities():
@@ -55,9 +55,9 @@ def test_decoding_finds_the_best_valid_sequence(seed, length, whole):
         return sum(scores[word, label] for word, label in enumerate(sequence))
 
     sequences = itertools.product(range(len(labels)), repeat=length)
-    best = max(total(s) for s in sequences if not bio.breaks([labels[label] for label in s]))
+    best = max(total(s) for s in sequences if not bio.invalid_tags([labels[label] for label in s]))
     found = bio.decode(scores, labels)
-    assert bio.breaks([labels[label] for label in found]) == []
+    assert bio.invalid_tags([labels[label] for label in found]) == []
     assert total(found) == best
 
 

@@ -75,7 +75,7 @@ def rows_of(lengths, seed=0):
 def test_there_are_enough_places_for_the_hidden_tokens_of_any_row(lengths, rate):
     hidden = sum(max(1, round(rate * n)) if n else 0 for n in lengths)
     row = sum(lengths) + 2 * len(lengths)
-    assert hidden <= dataclasses.replace(LM, rate=rate).places(row, len(lengths)) <= row
+    assert hidden <= dataclasses.replace(LM, rate=rate).max_hidden(row, len(lengths)) <= row
 
 
 def encoded(batch, seed=0, width=6):
@@ -121,7 +121,7 @@ def test_no_logits_for_tokens_that_are_not_hidden():
     batch = rows_of([60, 60, 60])
     params, given = LM.init(jax.random.key(0), 6), encoded(batch)
     program = jax.make_jaxpr(jax.grad(lambda p: LM.loss(LM.apply(p, given, batch, None), batch.labels["lm"], batch)[0]))(params)
-    T, P = batch.tokens.shape[1], LM.places(batch.tokens.shape[1], 3)
+    T, P = batch.tokens.shape[1], LM.max_hidden(batch.tokens.shape[1], 3)
     largest = max(variable.aval.size for equation in program.jaxpr.eqns for variable in equation.outvars)
     assert P < T / 4
     assert largest == P * LM.vocabulary

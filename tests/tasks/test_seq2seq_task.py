@@ -17,7 +17,7 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.stream import one_stretch, stream
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import losses
-from mtl_jax.tasks.seq2seq import shifted
+from mtl_jax.tasks.seq2seq import shift_right
 from mtl_jax.training import results
 from mtl_jax.training.setup import prepare
 
@@ -47,7 +47,7 @@ def shifted_by_hand(targets, segments, start):
 def test_each_text_is_read_one_place_later(lengths, padding):
     segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])[None]
     targets = np.arange(10, 10 + segments.size)[None]
-    read, position = shifted(jnp.asarray(targets), jnp.asarray(segments), 7)
+    read, position = shift_right(jnp.asarray(targets), jnp.asarray(segments), 7)
     for found, expected in zip((read, position), shifted_by_hand(targets, segments, 7), strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -162,7 +162,7 @@ def test_logits_of_a_few_places_at_a_time(prepared, monkeypatch):
     R, U, V = *batch.labels["translation"].shape[:2], len(table)
     memory = {U: jax.jit(gradients).lower().compile().memory_analysis().temp_size_in_bytes}
     for chunk in (1, 7, 24):
-        monkeypatch.setattr(losses, "AT_ONCE", R * V * chunk)
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", R * V * chunk)
         # Not the function of before: what was traced for that is kept.
         found = jax.jit(lambda: gradients()).lower().compile()
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, found())
@@ -230,7 +230,7 @@ def test_long_targets_are_cut_counted_and_shown(pairs):
 
 
 def test_a_trunk_whose_tokenizer_ends_no_text(pairs):
-    with pytest.raises(UserError, match="a decoder needs a trunk whose tokenizer ends texts with a token of its own"):
+    with pytest.raises(UserError, match="a decoder needs a trunk whose tokenizer ends texts with a special token"):
         prepare(tiny_translation.experiment(pairs, trunk=Embedding(100, 8)))
 
 
@@ -267,7 +267,7 @@ def test_a_decoder_that_begins_as_the_encoder(pairs, bert):
     [
         ({"layers": 9}, f"layers is 9; the encoder has {tiny.LAYERS}"),
         ({"heads": 2}, "heads is 2; it is the encoder's, leave it out"),
-        ({"table": "own"}, "table is 'own'; it reads the trunk's, as the encoder does: leave it out"),
+        ({"table": "own"}, "table is 'own'; such a decoder reads the trunk's table: leave it out"),
         ({"max_new_tokens": 300}, "texts of 300 tokens and a start are longer than the encoder's"),
     ],
 )
@@ -279,7 +279,7 @@ def test_what_it_takes_from_the_encoder(pairs, bert, change, message):
 
 def test_a_trunk_from_scratch_of_another_make_is_no_such_encoder(pairs):
     task = dataclasses.replace(tiny_translation.experiment(pairs).tasks[0], begin="encoder")
-    with pytest.raises(UserError, match="this trunk is no checkpoint of BERT, RoBERTa, XLM-R, DistilBERT or ELECTRA"):
+    with pytest.raises(UserError, match="this trunk is not a checkpoint of BERT, RoBERTa, XLM-R, DistilBERT or ELECTRA"):
         prepare(tiny_translation.experiment(pairs, tasks=(task,)))
 
 
@@ -293,7 +293,7 @@ def test_target_texts_of_a_row():
         (["le chat", None, "un chat"], ("le chat", "un chat")),
     ):
         assert task.parse(Row({"c": value}, "file:1")) == expected
-    with pytest.raises(ValueError, match=r"column 'c' holds \[\['le'\]\]; a text is needed, or a list of texts"):
+    with pytest.raises(ValueError, match=r"column 'c' has \[\['le'\]\]; a text is needed, or a list of texts"):
         task.parse(Row({"c": [["le"]]}, "file:1"))
     with pytest.raises(UserError, match=r"file:1: source 's' has no column 'c' for task 't'; columns: d"):
         task.parse(Row({"d": "x"}, "file:1"))

@@ -42,7 +42,7 @@ def test_answers_off_the_edges_of_tokens_are_a_line():
 
     assert remarks(rows) == []
     word = row("ab zabz ef", ("ab", 4))  # a word that the vocabulary does not know is one token
-    expected = "1 of 5 answers (20.0 %) begin or end inside a token: what is predicted is the whole tokens"
+    expected = "1 of 5 answers (20.0 %) begin or end inside a token: predictions are whole tokens"
     assert remarks([*rows, word]) == [expected]
     assert remarks([*rows, *[row("ab", ("ab", 0))] * 200, word]) == []
 
@@ -72,29 +72,29 @@ WORDS = [(0, 3), (4, 7), (8, 11), (13, 16), (16, 17), (18, 21), (21, 22)]
 )
 def test_an_answer_is_labelled_where_a_window_holds_it(answer, start, words, expected):
     label = TASK.parse(row(CONTEXT, (answer, start)))
-    found = TASK.place(label, window(words))
+    found = TASK.window_label(label, window(words))
     assert found.tolist() == [*expected, 4, 4 + len(words)]
 
 
 def test_what_has_no_token_is_not_missed():
     """A combining mark, or a control character, at the end of a window and of an answer."""
     context = "the cafe\u0301"
-    assert TASK.place(TASK.parse(row(context, ("cafe\u0301", 4))), window([(0, 3), (4, 8)])).tolist() == [5, 5, 4, 6]
+    assert TASK.window_label(TASK.parse(row(context, ("cafe\u0301", 4))), window([(0, 3), (4, 8)])).tolist() == [5, 5, 4, 6]
 
 
 def test_no_answer_and_no_label():
-    assert TASK.place(TASK.parse(row(CONTEXT)), window(WORDS)).tolist() == [0, 0, 4, 11]
+    assert TASK.window_label(TASK.parse(row(CONTEXT)), window(WORDS)).tolist() == [0, 0, 4, 11]
     unknown = Row({"context": CONTEXT, "answers": None}, "a.json")
-    assert TASK.place(TASK.parse(unknown), window(WORDS)).tolist() == [-1] * 4
+    assert TASK.window_label(TASK.parse(unknown), window(WORDS)).tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ([("woman", 13)], "the answer 'woman' does not stand at character 13 of its context"),
-        ([("man", 13), ("man", 12)], "the answer 'man' does not stand at character 12"),
-        ([("who", -22)], "does not stand at character -22"),
-        ([("?", 40)], "does not stand at character 40"),
+        ([("woman", 13)], "the answer 'woman' is not at character 13 of its context"),
+        ([("man", 13), ("man", 12)], "the answer 'man' is not at character 12"),
+        ([("who", -22)], "is not at character -22"),
+        ([("?", 40)], "is not at character 40"),
         ([(" ", 3)], "an answer is empty"),
     ],
 )
@@ -137,7 +137,7 @@ def examples_of(tokenizer, rows, max_length=16, task=TASK):
     labels = []
     for group in examples.groups():
         label = task.parse(rows[examples.row_of[group[0]]])
-        labels += [task.place(label, examples.window(i, group[0])) for i in group]
+        labels += [task.window_label(label, examples.window(i, group[0])) for i in group]
     return examples._replace(labels={task.name: np.array(labels)})
 
 

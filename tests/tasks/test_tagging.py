@@ -93,7 +93,7 @@ def perfect(task, examples):
     for group in examples.groups():
         label = task.parse(examples.data[examples.row_of[group[0]]])
         for i in group:
-            placed = task.place(label, examples.window(i, group[0]))
+            placed = task.window_label(label, examples.window(i, group[0]))
             outputs.append(np.eye(len(task.labels), dtype=np.float32)[placed])
     return outputs
 
@@ -129,8 +129,8 @@ def test_missing_labels_give_no_loss(prepared):
 def test_labels_stand_on_first_sub_words():
     row = Row({"text": "a fine film", "tags": "O B-good _"}, "file:1")
     window = Window(0, np.arange(7), None, np.array([-1, 0, 1, -1, -1, 2, -1]), None)
-    np.testing.assert_array_equal(SLOTS.place(SLOTS.parse(row), window), [-1, 4, 1, -1, -1, -1, -1])
-    np.testing.assert_array_equal(SLOTS.place(None, window), [-1] * 7)
+    np.testing.assert_array_equal(SLOTS.window_label(SLOTS.parse(row), window), [-1, 4, 1, -1, -1, -1, -1])
+    np.testing.assert_array_equal(SLOTS.window_label(None, window), [-1] * 7)
 
 
 def test_a_long_sentence_loses_no_word(prepared, bert):
@@ -328,7 +328,7 @@ def test_a_bad_tag_is_on_the_line_of_its_word(tmp_path, lines, message):
             "metric is entity_f1, and label 'S-x' is neither O nor B-X nor I-X",
         ),
         ({"labels": ("X", "Y"), "metric": "accuracy"}, "unknown metric of task 'slots'.*choices: token_accuracy"),
-        ({"labels": ("X", "X")}, "stands twice"),
+        ({"labels": ("X", "X")}, "has a label twice"),
         ({"class_weights": {"B-gold": 2.0}}, "'B-gold'.*did you mean 'B-good'"),
     ],
 )

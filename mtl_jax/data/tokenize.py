@@ -8,7 +8,6 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.progress import Progress
+from mtl_jax.core.versions import installed
 from mtl_jax.data import array_cache
 from mtl_jax.data.ragged import Ragged as Ragged
 from mtl_jax.data.ragged import starts_of
@@ -310,7 +310,7 @@ def key(tokenizer: Any, options: Mapping[str, Any], *columns: Sequence[str] | Se
         vocabulary.pop(state)
     about = {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("tokenizers", "transformers")},
+        "versions": {name: installed(name) for name in ("tokenizers", "transformers")},
         "tokenizer": vocabulary,
         "settings": {name: getattr(tokenizer, name) for name in SETTINGS},
         "options": dict(options),

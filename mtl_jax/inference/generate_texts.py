@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +22,7 @@ from mtl_jax.core.errors import count as number_of
 from mtl_jax.core.json_shapes import anything, list_of, number, object_of
 from mtl_jax.core.json_shapes import text as string
 from mtl_jax.core.progress import Progress
+from mtl_jax.core.versions import installed
 from mtl_jax.data.split_texts import divide
 from mtl_jax.data.tokenize import RowError
 from mtl_jax.decoding import GenerationConfig
@@ -124,7 +124,7 @@ def provenance(model: TextModel, texts: Sequence[str], config: GenerationConfig,
         "input": digest(json.dumps(list(texts)).encode()),
         "model": model.identity(),
         "prefix": model.setting.prefix,
-        "mtl_jax": version("mtl_jax"),
+        "mtl_jax": installed("mtl_jax"),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "devices": jax.local_device_count(),

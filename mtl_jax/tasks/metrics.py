@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.versions import installed
 
 NAMES = ("accuracy", "macro_f1", "macro_recall", "matthews")
 F1_OF = "f1:"
@@ -151,8 +152,6 @@ def text_scores(name: str, texts: Sequence[str], references: Sequence[Sequence[s
 
 def signatures(name: str, references: Sequence[Sequence[str]]) -> dict[str, str]:
     """{metric: how text_scores(name, texts, references) computes it, and with which version of the library}."""
-    from importlib.metadata import version
-
     names = family(name)
     if "bleu" in names:
         # A signature has the number of references, or that it varies; a metric learns it from texts, so it is given some.
@@ -162,7 +161,7 @@ def signatures(name: str, references: Sequence[Sequence[str]]) -> dict[str, str]
         for metric in metrics.values():
             metric.corpus_score(["a"] * len(few), _streams(few))
         return {key: str(metric.get_signature()) for key, metric in metrics.items()}
-    return {key: f"rouge-score:{version('rouge-score')}|stemmer:yes|F1|refs:best" for key in names}
+    return {key: f"rouge-score:{installed('rouge-score')}|stemmer:yes|F1|refs:best" for key in names}
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:

@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import os
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ import numpy as np
 
 from mtl_jax.core import assets
 from mtl_jax.core.errors import count
+from mtl_jax.core.versions import installed
 from mtl_jax.data import array_cache
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.training import evaluation
@@ -98,7 +98,7 @@ class Features:
         """SHA-256 (hex) of what the module's docstring says; under a second for 33,000 texts and MiniLM."""
         about = {
             "format": FORMAT,
-            "versions": {name: version(name) for name in ("jax", "jaxlib")},
+            "versions": {name: installed(name) for name in ("jax", "jaxlib")},
             "device": [jax.devices()[0].platform, jax.devices()[0].device_kind],
             "flags": os.environ.get("XLA_FLAGS", ""),
             "params": digest_of(trunk),

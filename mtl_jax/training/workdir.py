@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from mtl_jax.core import files
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.files import check_regular, number_of, parse_json, shown, to_json, writing
 from mtl_jax.core.json_shapes import Shape, anything, list_of, mapping, number, object_of, text, whole
+from mtl_jax.core.versions import installed
 from mtl_jax.training import checkpoint_files
 
 _SCORES = mapping(number)
@@ -240,11 +240,7 @@ def create(workdir: Path) -> None:
 def versions() -> dict[str, str]:
     """Python, the packages that numbers depend on, and the devices."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: installed(package) for package in PACKAGES}
     devices = jax.devices()
     # Of the cores those that this process may use, where the system says it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

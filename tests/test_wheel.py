@@ -37,16 +37,18 @@ def test_it_has_every_module_and_file(wheel):
 @pytest.mark.long
 def test_it_runs_the_script_of_the_readme_in_a_fresh_environment(wheel, wheels, tmp_path):
     """Its commands, its import, and two steps of the script that the README shows whole."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"MTL_JAX_CACHE": str(assets.cache_dir())}
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    subprocess.run([python, *PIP, "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
+    subprocess.run(
+        [python, *PIP, "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True, env=environment
+    )
     (tmp_path / "elsewhere").mkdir()
     (script,) = re.findall(
         r"```python\n(from mtl_jax import .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
     (tmp_path / "elsewhere" / "two_tasks.py").write_text(script, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"MTL_JAX_CACHE": str(assets.cache_dir())}
 
     def run(*command: str) -> str:
         folder = tmp_path / "elsewhere"

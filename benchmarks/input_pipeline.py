@@ -1,18 +1,18 @@
-"""What rows are made of: tokens a second from disk to device and through training, packed and padded.
+"""Layouts of rows: tokens per second from disk to device, and through training, packed and padded.
 
     python benchmarks/input_pipeline.py
 
 A MiniLM-size encoder with random weights trains one classification task on real texts (MTL_JAX_DATA names the folder):
-SNIPS commands, and tweets of TweetEval's offensive set. Four layouts see the same examples, about as many of them a step:
+SNIPS commands, and tweets of TweetEval's offensive set. Four layouts have the same examples, about as many in each step:
 
     packed     several examples in a row of 64 tokens
-    longest    an example a row, cut to the longest of the batch (in steps of 8 tokens)
+    longest    one example in a row, rows as long as the longest example of the batch (in steps of 8 tokens)
     grouped    the same, after sorting by length within 50 batches
-    maximum    an example a row of 64 tokens
+    maximum    one example in a row of 64 tokens
 
-"full" is the share of token places that hold a token; "made" are real tokens a second that reach the device where nothing
-trains; "trained" are real tokens a second of training, median over repeats that take turns; "waiting" is the share of a step
-in which the loop waits for its next batch or sends it to the device. In every layout texts end after 64 tokens. Results go to
+"full" is the share of token places with a token; "made" is real tokens per second that reach the device without training;
+"trained" is real tokens per second of training, the median over repeats in turns; "waiting" is the share of a step in which the
+loop waits for its next batch or sends it to the device. In every layout texts are cut after 64 tokens. Results go to
 benchmarks/results/input_pipeline.json and .md.
 """
 
@@ -75,7 +75,7 @@ def experiment(source: Source, batch: Batching) -> Experiment:
 
 
 def layouts(packed_rows: int) -> dict[str, Batching]:
-    """The batches of each layout; packed ones have so many rows that they hold about EXAMPLES examples."""
+    """The batches of each layout; the number of packed rows is chosen for about EXAMPLES examples."""
     padded = Batching(rows=EXAMPLES, row_length=LENGTH, packed=False)
     return {
         "packed": Batching(rows=packed_rows, row_length=LENGTH, examples_per_row=12),
@@ -97,8 +97,8 @@ def batches(name: str, prepared: Any) -> Iterator[Batch]:
         rng = np.random.default_rng(0)
         while True:
             order = rng.permutation(len(part))
-            for at in range(0, len(order) - EXAMPLES, GROUP * EXAMPLES):
-                window = order[at : at + GROUP * EXAMPLES]
+            for start in range(0, len(order) - EXAMPLES, GROUP * EXAMPLES):
+                window = order[start : start + GROUP * EXAMPLES]
                 window = window[np.argsort(part.lengths[window], kind="stable")]
                 groups = [window[n : n + EXAMPLES] for n in range(0, len(window) - EXAMPLES + 1, EXAMPLES)]
                 for n in rng.permutation(len(groups)):
@@ -109,7 +109,7 @@ def batches(name: str, prepared: Any) -> Iterator[Batch]:
 
 
 class Layout:
-    """One layout, ready to be measured."""
+    """A layout that is ready to be measured."""
 
     def __init__(self, name: str, source: Source, batching: Batching):
         self.prepared = prepare(experiment(source, batching))
@@ -128,24 +128,24 @@ class Layout:
 
     def warm_up(self) -> None:
         """Compiles the step for every row length that occurs."""
-        seen: set[int] = set()
+        compiled: set[int] = set()
         for batch in itertools.islice(self.batches, 40):
-            if batch.tokens.shape[1] not in seen:
-                seen.add(batch.tokens.shape[1])
+            if batch.tokens.shape[1] not in compiled:
+                compiled.add(batch.tokens.shape[1])
                 self.state, _ = self.step(self.state, meshes.place(batch, self.by_rows), None)
         jax.block_until_ready(self.state)
 
     def make(self) -> float:
-        """Real tokens a second to the device, and nothing else."""
+        """Real tokens per second that reach the device, without training."""
         self.tokens, start = 0, time.perf_counter()
         for batch in itertools.islice(self.batches, MADE):
             jax.block_until_ready(self.place(batch))
         return self.tokens / (time.perf_counter() - start)
 
     def train(self) -> tuple[float, float]:
-        """Real tokens a second of training, and the share of the time that the loop waited for batches.
+        """Real tokens per second of training, and the share of time in which the loop waited for batches.
 
-        As the loop of a run: it sends a step off and then reads the metrics of the step before.
+        As in the training loop, a step is dispatched before the metrics of the step before it are read.
         """
         self.tokens, waited, pending, start = 0, 0.0, None, time.perf_counter()
         for _ in range(STEPS):

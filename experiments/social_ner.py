@@ -1,4 +1,4 @@
-"""Names in noisy text: WNUT17 entities beside Tweebank's entities and parts of speech, against WNUT17 alone.
+"""Names in noisy text: WNUT17 entities together with Tweebank's entities and parts of speech, against WNUT17 alone.
 
     python experiments/social_ner.py --workdir runs/ner
     python experiments/social_ner.py --workdir runs/ner_alone --only wnut17 --phases.0.steps 300
@@ -7,8 +7,8 @@ Test, mean ± standard deviation of seeds 0, 1 and 2 (one core of a shared CPU, 
 45.5 ± 0.1 F1 together and 44.2 ± 0.9 alone, Tweebank's entities 61.1 ± 0.2 F1, its parts of speech 93.7 ± 0.2 %.
 
 MTL_JAX_DATA names a folder with wnut17/ (Derczynski et al. 2017, CC BY 4.0) and tweebank/ (Liu et al. 2018, entities of Jiang
-et al. 2022, Apache-2.0). WNUT17 tests on entities that are new: none of its test names is one in its training rows, in
-the same spelling.
+et al. 2022, Apache-2.0). WNUT17 tests on new entities: none of its test names occurs in its training rows
+in the same spelling.
 """
 
 from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Tagging, main

@@ -64,9 +64,7 @@ def _take(folder: Path, name: str, out: Path) -> None:
     number = [run.name for run in chunk.runs].index(name)
     fate = chunk.fates[number]
     if fate.diverged and fate.best is None:
-        raise UserError(
-            f"{folder}: run {name} diverged {fate.diverged}, before its first evaluation; it has no parameters to copy"
-        )
+        raise UserError(f"{folder}: run {name} diverged {fate.diverged}, before its first evaluation; there is nothing to copy")
     with staged(out) as part:
         shutil.copytree(folder / "runs" / name, part, dirs_exist_ok=True)
         shutil.copytree(folders.of_program(folder, program.number) / "trunk", part / "trunk")

@@ -118,9 +118,7 @@ def test_as_many_runs_as_fit():
     assert asked == [50]
     assert device_memory.runs_that_fit(bytes_of, 50, 1, 1305) == 30
     assert device_memory.runs_that_fit(bytes_of, 50, 8, 1305) == 24  # runs come in eights, one for each device
-    assert (
-        device_memory.runs_that_fit(lambda runs: 1000 + int(100 * runs**0.5), 50, 1, 1400) == 16
-    )  # where it is not in proportion
+    assert device_memory.runs_that_fit(lambda runs: 1000 + int(100 * runs**0.5), 50, 1, 1400) == 16  # not in proportion
     with pytest.raises(UserError, match=r"a run needs 0\.00 GB on each device"):
         device_memory.runs_that_fit(bytes_of, 50, 1, 1005)
 

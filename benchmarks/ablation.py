@@ -159,25 +159,25 @@ def measured(kind: str, options: Options) -> list[dict[str, Any]]:
     first = [alone.seconds(steps) for _ in range(options.repeats + 1)]
     for count in options.counts or COUNTS[kind]:
         ready = prepared_runs(kind, count)
-        all_of_them = step_of_all(ready, table_of(ready))
-        times = {"one": first, "many": [all_of_them.seconds(steps) for _ in range(options.repeats + 1)]}
+        joint = step_of_all(ready, table_of(ready))
+        times = {"one": first, "many": [joint.seconds(steps) for _ in range(options.repeats + 1)]}
         step = {name: statistics.median(values[1:]) for name, values in times.items()}
         whole = {
             "one": alone.compile_seconds + STEPS[kind] * step["one"],
-            "many": all_of_them.compile_seconds + STEPS[kind] * step["many"],
+            "many": joint.compile_seconds + STEPS[kind] * step["many"],
         }
         rows.append(
             {
                 "kind": kind,
                 "runs": count,
                 "compile_one_s": alone.compile_seconds,
-                "compile_s": all_of_them.compile_seconds,
+                "compile_s": joint.compile_seconds,
                 "step_one_s": step["one"],
                 "step_s": step["many"],
                 "step_over_one": step["many"] / step["one"],
                 "step_over_n": step["many"] / (count * step["one"]),
                 "whole_over_n": whole["many"] / (count * whole["one"]),
-                "bytes": device_memory.bytes_of(all_of_them.program),
+                "bytes": device_memory.bytes_of(joint.program),
                 "times_s": times,
             }
         )

@@ -149,9 +149,9 @@ class Layout:
         """
         self.tokens, waited, pending, start = 0, 0.0, None, time.perf_counter()
         for _ in range(STEPS):
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = self.place(next(self.batches))
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - requested
             before, (self.state, pending) = pending, self.step(self.state, batch, None)
             jax.block_until_ready(before)
         jax.block_until_ready(pending)
@@ -163,20 +163,20 @@ def run(name: str, source: Source) -> list[dict[str, Any]]:
     """A row of the table for each layout."""
     sample = prepare(experiment(source, layouts(8)["packed"])).corpus.splits["train"][source.name]
     mean = float(np.mean([len(ids) for ids in sample.tokens]))
-    made = {layout: Layout(layout, source, batching) for layout, batching in layouts(round(EXAMPLES * mean / LENGTH)).items()}
+    ready = {layout: Layout(layout, source, batching) for layout, batching in layouts(round(EXAMPLES * mean / LENGTH)).items()}
     rates: dict[str, float] = {}
-    for key, layout in made.items():
+    for key, layout in ready.items():
         layout.warm_up()
         layout.places = 0
         rates[key] = layout.make()
         print(name, key, f"{rates[key]:.0f} tokens/s made", flush=True)
-    full = {key: layout.tokens / layout.places for key, layout in made.items()}
-    trained: dict[str, list[tuple[float, float]]] = {key: [] for key in made}
+    full = {key: layout.tokens / layout.places for key, layout in ready.items()}
+    trained: dict[str, list[tuple[float, float]]] = {key: [] for key in ready}
     for _ in range(REPEATS):
-        for key, layout in made.items():
+        for key, layout in ready.items():
             trained[key].append(layout.train())
     rows = []
-    for key in made:
+    for key in ready:
         speed, waiting = (statistics.median(values) for values in zip(*trained[key], strict=True))
         rows.append({"data": name, "layout": key, "full": full[key], "made": rates[key], "trained": speed, "waiting": waiting})
     packed = rows[0]["trained"]

@@ -116,12 +116,12 @@ def variants(comparison: Comparison, pairs: int, seed: int) -> dict[str, Experim
     sources = (_source("target", "{en,fr}", comparison.limit, pairs), _source("source", "{en,de}", comparison.limit))
     base = dataclasses.replace(EXPERIMENT, sources=sources, seed=seed, phases=(Phase("everything", steps=steps),))
     target, source = {"fr": 1.0, "de": 0.0}, {"fr": 0.0, "de": 1.0}
-    of_target, of_source = {"target": 1.0, "source": 0.0}, {"target": 0.0, "source": 1.0}
+    target_shares, source_shares = {"target": 1.0, "source": 0.0}, {"target": 0.0, "source": 1.0}
     phases_of = {
-        ALONE: (Phase("target", steps=steps, weights=dict(target), mixture="fixed", shares=of_target),),
+        ALONE: (Phase("target", steps=steps, weights=dict(target), mixture="fixed", shares=target_shares),),
         THEN: (
-            Phase("source", steps=steps // 2, weights=dict(source), mixture="fixed", shares=of_source),
-            Phase("target", steps=steps - steps // 2, weights=dict(target), mixture="fixed", shares=of_target),
+            Phase("source", steps=steps // 2, weights=dict(source), mixture="fixed", shares=source_shares),
+            Phase("target", steps=steps - steps // 2, weights=dict(target), mixture="fixed", shares=target_shares),
         ),
     }
     for number in comparison.lambdas:

@@ -108,17 +108,17 @@ class Timed:
 
 def step_of_all(ready: Ready, table: Any) -> Timed:
     """The step of N runs."""
-    compiled, plan_of = ready.compiled, ready.prepared.plans[0]
+    machine, plan_of = ready.machine, ready.prepared.plans[0]
     runs = ready.chunks[0]
-    values = jax.device_put(ready.values(runs), meshes.by_runs(compiled.mesh))
-    params = stacking.stack([ready.params[run.experiment.seed] for run in runs], compiled.per_run[0], compiled.mesh)
-    initial = compiled.begin(plan_of, values, params)
-    step = meshes.place(np.zeros((), np.int32), meshes.replicated(compiled.mesh))
-    key = stacking.keys([run.experiment.seed for run in runs], compiled.mesh)
+    values = jax.device_put(ready.values(runs), meshes.by_runs(machine.mesh))
+    params = stacking.stack([ready.params[run.experiment.seed] for run in runs], machine.own[0], machine.mesh)
+    initial = machine.begin(plan_of, values, params)
+    step = meshes.place(np.zeros((), np.int32), meshes.replicated(machine.mesh))
+    key = stacking.keys([run.experiment.seed for run in runs], machine.mesh)
     state = initial._replace(step=step, params=params, key=key)
     batch = batch_of(ready)
-    program = compiled.step(plan_of, values, state, batch, table, None)
-    return Timed(program, compiled.compile_seconds, state, (batch, table, None), (values,))
+    program = machine.step(plan_of, values, state, batch, table, None)
+    return Timed(program, machine.compile_seconds, state, (batch, table, None), (values,))
 
 
 def step_of_one(ready: Ready, table: Any) -> Timed:

@@ -120,8 +120,8 @@ def _ablate(
                 progress.skip(steps_by_phase(*span), other_work(*span))
                 continue
             ready = make_ready(program, at_once, memory, entry.get("size", 0))
-            entry |= {"size": ready.compiled.size, "chunks": len(ready.chunks)}
-            entry["bytes"] = ready.compiled.bytes or entry.get("bytes", 0)
+            entry |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
+            entry["bytes"] = ready.machine.weight or entry.get("bytes", 0)
             remark = weights_do_nothing(program, ready.prepared.plans)
             if remark:
                 log.info("program %d: %s", program.number, remark)
@@ -140,7 +140,7 @@ def _ablate(
             ) -> None:
                 status.update(ended)
                 entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 1)
-                entry["compile_seconds"] = round(compiled_before + ready.compiled.compile_seconds, 1)
+                entry["compile_seconds"] = round(compiled_before + ready.machine.compile_seconds, 1)
                 folders.write(folder, record, planned, status)
 
             _train(ready, folder, stop, progress, status, write_chunk)
@@ -198,7 +198,7 @@ def share(ready: Ready, folder: Path, stop: Stop, progress: Progress) -> Shared:
     def run_folder(run: Run) -> Path:
         return folders.of_run(folder, run.name)
 
-    return Shared(ready.compiled, ready.params, table, run_folder, stop, progress)
+    return Shared(ready.machine, ready.params, table, run_folder, stop, progress)
 
 
 def _train(

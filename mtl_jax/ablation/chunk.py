@@ -22,8 +22,8 @@ import numpy as np
 from mtl_jax.ablation import stacking
 from mtl_jax.ablation.fields import Numbers
 from mtl_jax.ablation.plan import Run, order_of
-from mtl_jax.ablation.programs import CompiledRuns, evaluate_runs
-from mtl_jax.ablation.stacking import StackedState
+from mtl_jax.ablation.programs import Machine, scores_of
+from mtl_jax.ablation.stacking import Together
 from mtl_jax.core import trees as freezing
 from mtl_jax.core.errors import Interrupted
 from mtl_jax.core.progress import Progress
@@ -72,7 +72,7 @@ class Shared(NamedTuple):
     """What the chunks of a program share.
 
     Attributes:
-        compiled: Its compiled functions.
+        machine: Its compiled programs.
         params: {seed: initial parameters}.
         table: () -> f32[n, H], the features of the untrained trunk where all runs have the same.
         run_folder: Run to its folder, an ordinary workdir but for checkpoints and trunk.
@@ -80,7 +80,7 @@ class Shared(NamedTuple):
         progress: The bar over the whole ablation; a unit is a step of a run.
     """
 
-    compiled: CompiledRuns
+    machine: Machine
     params: dict[int, Any]
     table: Callable[[], jax.Array]
     run_folder: Callable[[Run], Path]
@@ -93,14 +93,14 @@ class Chunk:
 
     Args:
         shared: What the chunks share.
-        runs: The runs, at most compiled.size; copies that are never read fill up the rest.
+        runs: The runs, as many as the machine's size or fewer: what is missing is filled up with copies that nobody sees.
         values: numbers.collect(...) of all of the program's runs, cut to these and filled up in the same way.
         folder: Where checkpoints are.
     """
 
     def __init__(self, shared: Shared, runs: Sequence[Run], values: Numbers, folder: Path):
-        self.shared, self.compiled, self.runs, self.folder = shared, shared.compiled, list(runs), folder
-        self.prepared, self.mesh = self.compiled.prepared, self.compiled.mesh
+        self.shared, self.machine, self.runs, self.folder = shared, shared.machine, list(runs), folder
+        self.prepared, self.mesh = self.machine.prepared, self.machine.mesh
         self.experiment, self.tasks = self.prepared.experiment, self.prepared.corpus.tasks
         self.values = jax.device_put(values, meshes.by_runs(self.mesh))
         order = order_of(self.runs[0])
@@ -141,20 +141,20 @@ class Chunk:
         span = (self.experiment, start, stop, len(self.runs))
         self.shared.progress.skip(steps_by_phase(*span), other_work(*span))
 
-    def newest(self) -> StackedState | None:
+    def newest(self) -> Together | None:
         """The state of the newest checkpoint, without a step being taken; with it counts, fates and position."""
         with contextlib.closing(Store(self.folder, self.experiment.checkpoints, read_only=True)) as store:
             steps = store.steps()
             return self._restored(store.restore(steps[-1], self._template)) if steps else None
 
-    def _resume(self) -> StackedState:
+    def _resume(self) -> Together:
         restored = self.store.latest(self._template)
         if restored is None:
             return self._first()
         log.info("%s: resuming from step %d", self.folder, restored.step)
         return self._restored(restored)
 
-    def _restored(self, restored: Restored) -> StackedState:
+    def _restored(self, restored: Restored) -> Together:
         record = restored.record
         self.counts, self.fates = Counts(**record["counts"]), [Fate(**fate) for fate in record["fates"]]
         self.stream.set_state(record["data"])
@@ -163,42 +163,42 @@ class Chunk:
         return restored.state
 
     def _seeds(self) -> list[int]:
-        filled = [*self.runs, *[self.runs[-1]] * (self.compiled.size - len(self.runs))]
+        filled = [*self.runs, *[self.runs[-1]] * (self.machine.size - len(self.runs))]
         return [run.experiment.seed for run in filled]
 
-    def _first(self) -> StackedState:
-        plan, own = self.prepared.plans[0], self.compiled.per_run[0]
+    def _first(self) -> Together:
+        plan, own = self.prepared.plans[0], self.machine.own[0]
         params = stacking.stack([self.shared.params[seed] for seed in self._seeds()], own, self.mesh)
-        fresh = self.compiled.begin(plan, self.values, params)
+        fresh = self.machine.begin(plan, self.values, params)
         step = meshes.place(np.zeros((), np.int32), meshes.replicated(self.mesh))
-        key, best = stacking.keys(self._seeds(), self.mesh), _copied(stacking.per_run_part(params, own))
-        return StackedState(step, params, fresh.opt_state, fresh.rule_state, key, _copied(fresh.average), best)
+        key, best = stacking.keys(self._seeds(), self.mesh), _copied(stacking.own_part(params, own))
+        return Together(step, params, fresh.opt_state, fresh.rule_state, key, _copied(fresh.average), best)
 
-    def _enter(self, plan: PhasePlan, now: StackedState) -> StackedState:
+    def _enter(self, plan: PhasePlan, now: Together) -> Together:
         """The state at the start of a later phase; see training.prepare.enter."""
-        before, own = self.compiled.per_run[plan.number - 1], self.compiled.per_run[plan.number]
-        params = stacking.widen(now.params, before, own, self.compiled.size, self.mesh)
+        before, own = self.machine.own[plan.number - 1], self.machine.own[plan.number]
+        params = stacking.widen(now.params, before, own, self.machine.size, self.mesh)
         best = jax.tree.map(
             lambda was, has, old, new: old if was else jnp.copy(new) if has else None, before, own, now.best, params
         )
-        fresh = self.compiled.begin(plan, self.values, params)
+        fresh = self.machine.begin(plan, self.values, params)
         moments = jax.device_put(optax_rules.carry(now.opt_state, fresh.opt_state), meshes.by_runs(self.mesh))
         rule_state = fresh.rule_state if plan.fresh_rule else now.rule_state
         return now._replace(params=params, opt_state=moments, rule_state=rule_state, average=_copied(fresh.average), best=best)
 
-    def _template(self, record: dict[str, Any]) -> StackedState:
+    def _template(self, record: dict[str, Any]) -> Together:
         plan = self.prepared.plans[record["counts"]["phase"]]
-        own, size = self.compiled.per_run[plan.number], self.compiled.size
+        own, size = self.machine.own[plan.number], self.machine.size
         some = self.shared.params[self._seeds()[0]]
         params = jax.tree.map(
             lambda has, leaf: jax.ShapeDtypeStruct((size, *leaf.shape) if has else leaf.shape, leaf.dtype), own, some
         )
-        fresh = self.compiled.begin_shapes(plan, self.values, params)
+        fresh = self.machine.begin_shapes(plan, self.values, params)
         step, key = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((size, 2), np.uint32)
-        best = stacking.per_run_part(params, own)
+        best = stacking.own_part(params, own)
         shapes: Any = (step, params, fresh.opt_state, fresh.rule_state, key, fresh.average, best)
         shardings = (*stacking.shardings(own, self.mesh), meshes.by_runs(self.mesh))
-        return StackedState(*stacking.placed(shapes, shardings))
+        return Together(*stacking.placed(shapes, shardings))
 
     def _alone(self, run: Run) -> Any:
         """A run as if it were trained alone, for what is done run by run."""
@@ -206,17 +206,17 @@ class Chunk:
         params = self.shared.params[run.experiment.seed]
         return self.prepared._replace(experiment=run.experiment, params=params, plans=plans)
 
-    def _hold(self, plan: PhasePlan, now: StackedState, begins: bool) -> tuple[Any, frozenset[str]]:
+    def _hold(self, plan: PhasePlan, now: Together, begins: bool) -> tuple[Any, frozenset[str]]:
         """What the regularisers of a phase hold on to, and of which of it each run has its own."""
         if not plan.held and not plan.mixed and not any(each.held or each.mixed for each in self.prepared.plans):
             return None, frozenset()
-        own, found = self.compiled.per_run[plan.number], []
+        own, found = self.machine.own[plan.number], []
         for number, references in enumerate(self.references):
             mine = references.prepared.plans[plan.number]
             found.append(jax.device_get(references.enter(mine, stacking.take_state(now.state(), own, number), begins)))
         if found[0] is None:
             return None, frozenset()
-        found += [found[-1]] * (self.compiled.size - len(found))
+        found += [found[-1]] * (self.machine.size - len(found))
         trees, apart = {}, set()
         for name in found[0]:
             each = [held[name] for held in found]
@@ -227,25 +227,23 @@ class Chunk:
                 trees[name] = meshes.place(each[0], meshes.replicated(self.mesh))
         return trees, frozenset(apart)
 
-    def _table(self, plan: PhasePlan, now: StackedState) -> Any:
+    def _table(self, plan: PhasePlan, now: Together) -> Any:
         """The features that a phase looks up, f32[n, H], or f32[N, n, H] where the trunks differ."""
         if not plan.cached:
             return None
-        if not self.compiled.trunks_differ(plan):
+        if not self.machine.own_trunk(plan):
             return self.shared.table()
-        own, prepared = self.compiled.per_run[plan.number], self.prepared
+        own, prepared = self.machine.own[plan.number], self.prepared
         parts = [part for split in prepared.corpus.splits.values() for part in split.values()]
         tables = [
             evaluation.features(
-                self.compiled.features, stacking.take(now.params, own, number), parts, self.experiment.batch, self.mesh
+                self.machine.features, stacking.take(now.params, own, number), parts, self.experiment.batch, self.mesh
             )
-            for number in range(self.compiled.size)
+            for number in range(self.machine.size)
         ]
         return meshes.place(np.stack(tables), meshes.by_runs(self.mesh))
 
-    def _phase(
-        self, plan: PhasePlan, now: StackedState, step: int, held: Any, apart: frozenset[str]
-    ) -> tuple[StackedState, int]:
+    def _phase(self, plan: PhasePlan, now: Together, step: int, held: Any, apart: frozenset[str]) -> tuple[Together, int]:
         table = self._table(plan, now)
         self.counts.phase = plan.number
         steps = np.arange(plan.end - plan.start)
@@ -260,7 +258,7 @@ class Chunk:
                 raise Interrupted(f"stopped at step {step}; the same command goes on from there")
             host_batch = next(self.stream)
             batch = meshes.assemble(host_batch, meshes.by_rows(self.mesh))
-            run_step = self.compiled.step(plan, self.values, state, batch, table, held, apart=apart)
+            run_step = self.machine.step(plan, self.values, state, batch, table, held, apart=apart)
             if step == begun:
                 self.shared.progress.beside("compilation")
             state, metrics = run_step(self.values, state, batch, table, held)
@@ -269,7 +267,7 @@ class Chunk:
             self.pending = _Pending(step, host_batch.tokens.size, metrics)
             if step % self.experiment.evaluation.every == 0 or step == plan.end:
                 self._read_pending(plan)
-                state = self.compiled.collect(plan, state)
+                state = self.machine.collect(plan, state)
                 best = self._evaluate(step, plan, state, best, table)
                 self._save(step, _with_best(state, best))
                 self.shared.progress.beside("evaluation", len(self.runs))
@@ -318,11 +316,11 @@ class Chunk:
 
     def _evaluate(self, step: int, plan: PhasePlan, state: TrainState, best: Any, table: Any) -> Any:
         """Measures all runs on dev; the best parameters of each, with those that are better now."""
-        measured, own = state.measured(), self.compiled.per_run[plan.number]
+        measured, own = state.measured(), self.machine.own[plan.number]
         going = [not fate.ended for fate in self.fates]
-        apply = self.compiled.outputs(plan, plan.cached)
-        scores = evaluate_runs(self.compiled, apply, measured, "dev", going, own, lambda task: task.dev_beams, table)
-        better = np.zeros(self.compiled.size, bool)
+        apply = self.machine.outputs(plan, plan.cached)
+        scores = scores_of(self.machine, apply, measured, "dev", going, own, lambda task: task.dev_beams, table)
+        better = np.zeros(self.machine.size, bool)
         for number, (fate, found) in enumerate(zip(self.fates, scores, strict=True)):
             if found is None:
                 continue
@@ -340,9 +338,9 @@ class Chunk:
                 fate.since_best += 1
                 if fate.since_best == self.experiment.evaluation.patience:
                     fate.ended = step
-        return self.compiled.keep_better(best, stacking.per_run_part(measured, own), jnp.asarray(better))
+        return self.machine.keep_better(best, stacking.own_part(measured, own), jnp.asarray(better))
 
-    def _save(self, step: int, now: StackedState) -> None:
+    def _save(self, step: int, now: Together) -> None:
         before, self.started = self.started, time.monotonic()
         self.counts.seconds += self.started - before
         for logger in self.loggers:
@@ -356,15 +354,15 @@ class Chunk:
         }
         self.store.save(step, now, record, None)
 
-    def _finish(self, step: int, now: StackedState) -> None:
+    def _finish(self, step: int, now: Together) -> None:
         """Measures each run's best parameters on dev and test, and writes its results."""
         plan = self.prepared.plans[self.counts.phase]
-        own = self.compiled.per_run[plan.number]
+        own = self.machine.own[plan.number]
         params = freezing.merge(now.best, now.params)
         measured = [fate.best is not None for fate in self.fates]
-        apply = self.compiled.outputs(plan, False)
+        apply = self.machine.outputs(plan, False)
         scores = {
-            split: evaluate_runs(self.compiled, apply, params, split, measured, own, lambda task: task.beams)
+            split: scores_of(self.machine, apply, params, split, measured, own, lambda task: task.beams)
             for split in ("dev", "test")
         }
         self.counts.seconds += time.monotonic() - self.started
@@ -387,8 +385,8 @@ class Chunk:
             results.write(self.shared.run_folder(run), run.experiment, self.tasks, own_scores, signatures, facts, figure=False)
 
 
-def _with_best(state: TrainState, best: Any) -> StackedState:
-    return StackedState(*state, best)
+def _with_best(state: TrainState, best: Any) -> Together:
+    return Together(*state, best)
 
 
 def _copied(tree: Any) -> Any:

@@ -15,7 +15,7 @@ from mtl_jax.ablation import stacking
 from mtl_jax.ablation.ablate import share
 from mtl_jax.ablation.chunk import Chunk
 from mtl_jax.ablation.prepare_program import make_ready
-from mtl_jax.ablation.stacking import StackedState
+from mtl_jax.ablation.stacking import Together
 from mtl_jax.core import locks, trees
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.progress import Progress
@@ -71,9 +71,9 @@ def _take(folder: Path, name: str, out: Path) -> None:
         _write_checkpoints(chunk, newest, number, part)
 
 
-def _write_checkpoints(chunk: Chunk, newest: StackedState, number: int, folder: Path) -> None:
+def _write_checkpoints(chunk: Chunk, newest: Together, number: int, folder: Path) -> None:
     experiment, fate = chunk.runs[number].experiment, chunk.fates[number]
-    per_run = chunk.compiled.per_run[chunk.counts.phase]
+    own = chunk.machine.own[chunk.counts.phase]
     step = int(newest.step)
     counts = dataclasses.replace(
         chunk.counts, criterion=experiment.evaluation.criterion, best=fate.best, evaluations_since_best=fate.since_best
@@ -81,9 +81,9 @@ def _write_checkpoints(chunk: Chunk, newest: StackedState, number: int, folder: 
     record = {"counts": dataclasses.asdict(counts), "references": chunk.references[number].digests}
     position = chunk.stream.get_state()
     with contextlib.closing(Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion)) as store:
-        last = _on_first_device(stacking.take_state(newest.state(), per_run, number))
+        last = _on_first_device(stacking.take_state(newest.state(), own, number))
         if fate.best is not None and fate.best_step < step:
-            best = stacking.take(trees.merge(newest.best, newest.params), per_run, number)
+            best = stacking.take(trees.merge(newest.best, newest.params), own, number)
             measured = last._replace(
                 step=jax.numpy.asarray(fate.best_step, "int32"), params=_on_first_device(best), average=None
             )

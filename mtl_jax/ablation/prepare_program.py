@@ -13,7 +13,7 @@ import numpy as np
 from mtl_jax.ablation import device_memory, fields, stacking
 from mtl_jax.ablation.fields import Numbers
 from mtl_jax.ablation.plan import Program, Run, order_of
-from mtl_jax.ablation.programs import CompiledRuns
+from mtl_jax.ablation.programs import Machine
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
@@ -32,7 +32,7 @@ class Ready(NamedTuple):
         prepared: Its template, prepared.
         params: {seed: initial parameters}.
         begun: {seed: contents of init_from.json}; empty if no parameters are loaded.
-        compiled: Its compiled functions.
+        machine: Its compiled functions.
         chunks: Its runs in chunks that are trained at once.
     """
 
@@ -40,14 +40,14 @@ class Ready(NamedTuple):
     prepared: Prepared
     params: dict[int, Any]
     begun: dict[int, dict[str, Any]]
-    compiled: CompiledRuns
+    machine: Machine
     chunks: list[list[Run]]
 
     def values(self, chunk: Sequence[Run]) -> Numbers:
-        """The numbers of a chunk's runs, filled up to the compiled's size with those of the last run."""
+        """The numbers of a chunk's runs, filled up to the machine's size with those of the last run."""
         collected = fields.collect([run.experiment for run in self.program.runs])
         places = [self.program.runs.index(run) for run in chunk]
-        places += [places[-1]] * (self.compiled.size - len(places))
+        places += [places[-1]] * (self.machine.size - len(places))
         return {name: array[np.array(places)] for name, array in collected.items()}
 
 
@@ -84,23 +84,23 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
         params[seed] = seeded.params
     differs = stacking.differing(list(params.values()))
     collected = fields.collect([run.experiment for run in program.runs])
-    compiled_by_size: dict[int, CompiledRuns] = {}
+    machines: dict[int, Machine] = {}
 
     def measure(count: int) -> int:
-        compiled_by_size[count] = CompiledRuns(prepared, differs, count)
+        machines[count] = Machine(prepared, differs, count)
         places = np.arange(count) % len(program.runs)
         values = jax.device_put({name: array[places] for name, array in collected.items()}, meshes.by_runs(mesh))
-        return compiled_by_size[count].measure_bytes(values, meshes.assemble(_first_batch(prepared), meshes.by_rows(mesh)))
+        return machines[count].weigh(values, meshes.assemble(_first_batch(prepared), meshes.by_rows(mesh)))
 
     multiple = mesh.shape[meshes.RUN]
     limit = int(memory * 1e9) or device_memory.available()
     fitting = size or device_memory.runs_that_fit(measure, min(most, at_once or most), multiple, limit)
     chunks, even_size = device_memory.chunks(list(groups.values()), fitting, multiple)
     size, begins = size or even_size, not size
-    if size not in compiled_by_size and begins:  # chunks of even size may have fewer runs than fit
+    if size not in machines and begins:  # chunks of even size may have fewer runs than fit
         measure(size)
-    compiled = compiled_by_size[size] if size in compiled_by_size else CompiledRuns(prepared, differs, size)
-    return Ready(program, prepared, params, begun, compiled, chunks)
+    machine = machines[size] if size in machines else Machine(prepared, differs, size)
+    return Ready(program, prepared, params, begun, machine, chunks)
 
 
 def _first_batch(prepared: Prepared) -> Any:

@@ -27,7 +27,7 @@ from mtl_jax.training.train_state import TrainState
 from mtl_jax.transfer import averaging
 
 
-class CompiledRuns:
+class Machine:
     """The compiled functions for N runs of one program, which one chunk of runs after another uses.
 
     Args:
@@ -36,23 +36,23 @@ class CompiledRuns:
         size: N, a multiple of the size of the mesh's axis over runs.
 
     Attributes:
-        per_run: For each phase a tree of bools: the parameters with an axis over runs, f32[N, ...], from this phase on.
+        own: For each phase a tree of bools: the parameters with an axis over runs, f32[N, ...], from this phase on.
         compile_seconds: Seconds spent on compiling steps so far.
-        compilations: Number of steps compiled so far.
-        bytes: The result of measure_bytes(); 0 before.
+        compiled: Number of steps compiled so far.
+        weight: The result of weigh(), bytes; 0 before.
     """
 
     def __init__(self, prepared: Prepared, differs: Any, size: int):
         self.prepared, self.size, self.mesh = prepared, size, prepared.mesh
-        self.per_run = []
-        per_run = differs
+        self.own = []
+        own = differs
         for plan in prepared.plans:
-            per_run = stacking.either(per_run, plan.mask)
-            self.per_run.append(per_run)
+            own = stacking.either(own, plan.mask)
+            self.own.append(own)
         self.averaging = averaging.make(prepared.experiment.averaging)
         self.keep_better = stacking.keep_better(self.mesh)
         self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
-        self.compile_seconds, self.compilations, self.bytes = 0.0, 0, 0
+        self.compile_seconds, self.compiled, self.weight = 0.0, 0, 0
         self._steps: dict[Any, Any] = {}
         self._outputs: dict[Any, Any] = {}
         self._collect: dict[int, Any] = {}
@@ -93,7 +93,7 @@ class CompiledRuns:
             started = time.monotonic()
             self._steps[key] = self._make_step(plan, arguments[3], arguments[4], apart).lower(*arguments).compile()
             self.compile_seconds += time.monotonic() - started
-            self.compilations += 1
+            self.compiled += 1
         return self._steps[key]
 
     def _make_step(self, plan: PhasePlan, table: Any, references: Any, apart: frozenset[str]) -> Any:
@@ -106,7 +106,7 @@ class CompiledRuns:
             step = make_train_step(measured, run_plan.optimizer, plan.mask, sources, self.averaging.follow)
             return step(state, batch, table, references)
 
-        axes = stacking.axes(self.per_run[plan.number])
+        axes = stacking.axes(self.own[plan.number])
         reference_axes = None if references is None else {name: 0 if name in apart else None for name in references}
         step_of_all = jax.vmap(
             run_step,
@@ -115,10 +115,10 @@ class CompiledRuns:
             axis_size=self.size,
             spmd_axis_name=meshes.RUN,
         )
-        placed = (stacking.shardings(self.per_run[plan.number], self.mesh), meshes.by_runs(self.mesh))
+        placed = (stacking.shardings(self.own[plan.number], self.mesh), meshes.by_runs(self.mesh))
         return jax.jit(step_of_all, donate_argnums=1, out_shardings=placed)
 
-    def measure_bytes(self, values: Numbers, batch: Batch) -> int:
+    def weigh(self, values: Numbers, batch: Batch) -> int:
         """Bytes on a device in the phase that needs most: the step as XLA plans it, and the arrays kept besides.
 
         The latter are the best parameters, and on CPU, where host and device share one memory, the copy that a checkpoint is
@@ -126,40 +126,40 @@ class CompiledRuns:
         """
         whole, by_runs = meshes.replicated(self.mesh), meshes.by_runs(self.mesh)
         for plan in self.prepared.plans:
-            per_run = self.per_run[plan.number]
+            own = self.own[plan.number]
 
-            def with_axis(has_axis: bool, leaf: Any) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct((self.size, *leaf.shape) if has_axis else leaf.shape, leaf.dtype)
+            def stacked(per_run: bool, leaf: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct((self.size, *leaf.shape) if per_run else leaf.shape, leaf.dtype)
 
-            params = jax.tree.map(with_axis, per_run, self.prepared.params)
+            params = jax.tree.map(stacked, own, self.prepared.params)
             initial = self.begin_shapes(plan, values, params)
             key = jax.ShapeDtypeStruct((self.size, 2), np.uint32)
             step = jax.ShapeDtypeStruct((), np.int32)
             shapes = TrainState(step, params, initial.opt_state, initial.rule_state, key, initial.average)  # type: ignore[arg-type]
-            state: Any = stacking.placed(shapes, stacking.shardings(per_run, self.mesh))
+            state: Any = stacking.placed(shapes, stacking.shardings(own, self.mesh))
             table = None
             if plan.cached:
                 examples = [part for split in self.prepared.corpus.splits.values() for part in split.values()]
                 width = trunks.width(self.prepared.trunk, self.prepared.params["trunk"])
                 shape: tuple[int, ...] = (sum(len(part.tokens) for part in examples), width)
-                if self.trunks_differ(plan):
+                if self.own_trunk(plan):
                     table = jax.ShapeDtypeStruct((self.size, *shape), np.float32, sharding=by_runs)
                 else:
                     table = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
             program = self.step(plan._replace(held=(), mixed=()), values, state, batch, table, None)
-            best, trained = stacking.per_run_part(params, per_run), stacking.per_run_part(params, plan.mask)
+            best, trained = stacking.own_part(params, own), stacking.own_part(params, plan.mask)
             besides = _bytes(best) + (2 * _bytes(trained) if plan.held or plan.mixed else 0)
             if jax.default_backend() == "cpu":
                 besides += _bytes((shapes, best))
-            self.bytes = max(self.bytes, device_memory.bytes_of(program) + besides // self.mesh.shape[meshes.RUN])
-        return self.bytes
+            self.weight = max(self.weight, device_memory.bytes_of(program) + besides // self.mesh.shape[meshes.RUN])
+        return self.weight
 
-    def trunks_differ(self, plan: PhasePlan) -> bool:
+    def own_trunk(self, plan: PhasePlan) -> bool:
         """Whether the runs' trunks differ in a phase."""
-        return any(jax.tree.leaves(self.per_run[plan.number]["trunk"]))
+        return any(jax.tree.leaves(self.own[plan.number]["trunk"]))
 
     def _table_axis(self, plan: PhasePlan) -> int | None:
-        return 0 if self.trunks_differ(plan) else None
+        return 0 if self.own_trunk(plan) else None
 
     def outputs(self, plan: PhasePlan, cached: bool) -> evaluation.Apply:
         """Jitted: evaluation.Outputs of all runs, with an axis over runs in front."""
@@ -167,7 +167,7 @@ class CompiledRuns:
         if key not in self._outputs:
             tasks = self.prepared.corpus.tasks
             encode = look_up if cached else encode_tokens(self.prepared.trunk.module, needs(tasks))
-            over = (stacking.axes(self.per_run[plan.number]).params, None, self._table_axis(plan) if cached else None)
+            over = (stacking.axes(self.own[plan.number]).params, None, self._table_axis(plan) if cached else None)
             self._outputs[key] = evaluation.make_outputs(encode, tasks, self.mesh, over)
         return self._outputs[key]
 
@@ -189,32 +189,32 @@ def _bytes(tree: Any) -> int:
 Scores = dict[str, dict[str, float]]
 
 
-def evaluate_runs(
-    compiled: CompiledRuns,
+def scores_of(
+    machine: Machine,
     apply: evaluation.Apply,
     params: Any,
     split: str,
     which: Sequence[bool],
-    per_run: Any,
+    own: Any,
     beams: Callable[[Seq2Seq], int],
     table: Any = None,
 ) -> list[Scores | None]:
     """{task: {metric: value}} for the runs in `which`, else None; only losses for a run with a loss that is not finite.
 
     Args:
-        compiled: The runs' program.
-        apply: compiled.outputs(...).
+        machine: The runs' program.
+        apply: machine.outputs(...).
         params: Parameters of all runs.
         split: dev or test.
         which: For each run whether it is evaluated.
-        per_run: Tree of bools: the leaves with an axis over runs.
+        own: Tree of bools: the leaves with an axis over runs.
         beams: Task to its number of beams, for tasks that decode.
         table: Cached features, if apply reads them.
     """
-    prepared = compiled.prepared
+    prepared = machine.prepared
     data, tasks, batching = prepared.corpus.splits[split], prepared.corpus.tasks, prepared.experiment.batch
     parts = list(data.values())
-    outputs = evaluation.run_each(apply, params, tasks, parts, batching, compiled.mesh, compiled.size, table=table)
+    outputs = evaluation.run_each(apply, params, tasks, parts, batching, machine.mesh, machine.size, table=table)
     scores: list[Scores | None] = []
     for number, evaluated in enumerate(which):
         losses = outputs[number].losses
@@ -225,8 +225,8 @@ def evaluate_runs(
         else:
             texts: Scores = {}
             if any(task.decodes for task in tasks):
-                run_params = jax.device_put(stacking.take(params, per_run, number), jax.devices()[0])
-                devices = list(compiled.mesh.devices.flat)
+                run_params = jax.device_put(stacking.take(params, own, number), jax.devices()[0])
+                devices = list(machine.mesh.devices.flat)
                 texts = text_evaluation.text_scores(tasks, prepared.trunk, run_params, data, beams, devices=devices)
             scores.append(evaluation.score(tasks, data, outputs[number], texts))
     return scores

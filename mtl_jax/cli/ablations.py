@@ -127,8 +127,8 @@ def plan_table(planned: list[Program], at_once: int, memory: float) -> str:
     for program in planned:
         ready = make_ready(program, at_once, memory)
         values = ", ".join(f"{name} {value}" for name, value in describe(program)["fixed"].items())
-        steps, compiled = steps_of(program), ready.compiled
-        facts = [len(program.runs), compiled.size, len(ready.chunks), steps, compiled.bytes / 1e9, compiled.compile_seconds]
+        steps, machine = steps_of(program), ready.machine
+        facts = [len(program.runs), machine.size, len(ready.chunks), steps, machine.weight / 1e9, machine.compile_seconds]
         rows.append([program.number, values, *facts])
         remark = weights_do_nothing(program, ready.prepared.plans)
         remarks += [f"program {program.number}: {remark}"] if remark else []

@@ -2,7 +2,7 @@
 
 A leaf that is the same in all runs and never trains, such as those of a frozen trunk, is stored once, and computed with once.
 
-Shapes in names: N runs. `own` is always a tree of bools over the parameters: true for leaves with the axis over runs.
+Shapes in names: N runs. `per_run` is always a tree of bools over the parameters: true for leaves with the axis over runs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Together(NamedTuple):
 
     Attributes:
         step: i32[], number of steps done; the same in all runs.
-        params: As in TrainState; own leaves are [N, ...].
+        params: As in TrainState; per-run leaves are [N, ...].
         opt_state: As in TrainState, all leaves [N, ...].
         rule_state: As in TrainState, all leaves [N, ...].
         key: u32[N, 2].
         average: As in TrainState, all leaves [N, ...].
-        best: The evaluated parameters of each run's best evaluation, own leaves only, [N, ...].
+        best: The evaluated parameters of each run's best evaluation, per-run leaves only, [N, ...].
     """
 
     step: jax.Array
@@ -60,16 +60,16 @@ def either(*masks: Any) -> Any:
     return jax.tree.map(lambda *values: any(values), *masks)
 
 
-def axes(own: Any) -> TrainState:
+def axes(per_run: Any) -> TrainState:
     """The axes over runs of a state, in the form of jax.vmap's in_axes."""
-    params: Any = jax.tree.map(lambda per_run: 0 if per_run else None, own)
+    params: Any = jax.tree.map(lambda stacked: 0 if stacked else None, per_run)
     return TrainState(step=None, params=params, opt_state=0, rule_state=0, key=0, average=0)  # type: ignore[arg-type]
 
 
-def shardings(own: Any, mesh: Mesh) -> TrainState:
-    """The shardings of a state: own leaves are divided over runs, all others replicated."""
+def shardings(per_run: Any, mesh: Mesh) -> TrainState:
+    """The shardings of a state: per-run leaves are divided over runs, all others replicated."""
     by_runs, whole = meshes.by_runs(mesh), meshes.replicated(mesh)
-    params = jax.tree.map(lambda per_run: by_runs if per_run else whole, own)
+    params = jax.tree.map(lambda stacked: by_runs if stacked else whole, per_run)
     return TrainState(whole, params, by_runs, by_runs, by_runs, by_runs)  # type: ignore[arg-type]
 
 
@@ -87,38 +87,38 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(place, shardings, shapes)
 
 
-def stack(params: Sequence[Any], own: Any, mesh: Mesh) -> Any:
-    """The parameters of N runs as one tree; own leaves are [N, ...], the others those of the first run."""
+def stack(params: Sequence[Any], per_run: Any, mesh: Mesh) -> Any:
+    """The parameters of N runs as one tree; per-run leaves are [N, ...], the others those of the first run."""
 
-    def put(per_run: bool, *leaves: Any) -> jax.Array:
-        if not per_run:
+    def put(stacked: bool, *leaves: Any) -> jax.Array:
+        if not stacked:
             return meshes.place(np.array(leaves[0]), meshes.replicated(mesh))  # copied: the step donates its buffer
         arrays = [np.asarray(leaf) for leaf in leaves]
         alike = all(array is arrays[0] for array in arrays)
         whole = np.broadcast_to(arrays[0], (len(arrays), *arrays[0].shape)) if alike else np.stack(arrays)
         return meshes.place(whole, meshes.by_runs(mesh))
 
-    return jax.tree.map(put, own, *params)
+    return jax.tree.map(put, per_run, *params)
 
 
-def widen(params: Any, before: Any, own: Any, count: int, mesh: Mesh) -> Any:
-    """The parameters with an axis over N runs for leaves that become own.
+def widen(params: Any, before: Any, per_run: Any, count: int, mesh: Mesh) -> Any:
+    """The parameters with an axis over N runs for leaves that become per-run.
 
     Args:
         params: Parameters, or a part of them with other leaves None.
-        before: The own leaves so far.
-        own: The own leaves from now on.
+        before: The per-run leaves so far.
+        per_run: The per-run leaves from now on.
         count: N.
         mesh: The devices.
     """
 
-    def put(was_per_run: bool, per_run: bool, leaf: Any) -> Any:
-        if was_per_run or not per_run or leaf is None:
+    def put(was_per_run: bool, stacked: bool, leaf: Any) -> Any:
+        if was_per_run or not stacked or leaf is None:
             return leaf
         array = np.asarray(leaf)
         return meshes.place(np.broadcast_to(array, (count, *array.shape)), meshes.by_runs(mesh))
 
-    return jax.tree.map(put, before, own, params)
+    return jax.tree.map(put, before, per_run, params)
 
 
 def keys(seeds: Sequence[int], mesh: Mesh) -> jax.Array:
@@ -127,21 +127,21 @@ def keys(seeds: Sequence[int], mesh: Mesh) -> jax.Array:
     return meshes.place(np.stack([np.asarray(key) for key in run_keys]), meshes.by_runs(mesh))
 
 
-def take(tree: Any, own: Any, number: int) -> Any:
+def take(tree: Any, per_run: Any, number: int) -> Any:
     """The parameters of one run.
 
     Args:
         tree: The parameters of all runs.
-        own: The own leaves.
+        per_run: The per-run leaves.
         number: The place of the run.
     """
-    return jax.tree.map(lambda per_run, leaf: leaf[number] if per_run else leaf, own, tree)
+    return jax.tree.map(lambda stacked, leaf: leaf[number] if stacked else leaf, per_run, tree)
 
 
-def take_state(state: TrainState, own: Any, number: int) -> TrainState:
+def take_state(state: TrainState, per_run: Any, number: int) -> TrainState:
     """The state of one run."""
     rest = jax.tree.map(lambda leaf: leaf[number], state._replace(step=None, params=None))  # type: ignore[arg-type]
-    return rest._replace(step=state.step, params=take(state.params, own, number))
+    return rest._replace(step=state.step, params=take(state.params, per_run, number))
 
 
 def keep_better(mesh: Mesh) -> Callable[[Any, Any, jax.Array], Any]:
@@ -156,6 +156,6 @@ def keep_better(mesh: Mesh) -> Callable[[Any, Any, jax.Array], Any]:
     return jax.jit(choose, donate_argnums=0, out_shardings=meshes.by_runs(mesh))
 
 
-def own_part(params: Any, own: Any) -> Any:
-    """The own leaves; None for the others."""
-    return trees.split(params, own)[0]
+def own_part(params: Any, per_run: Any) -> Any:
+    """The per-run leaves; None for the others."""
+    return trees.split(params, per_run)[0]

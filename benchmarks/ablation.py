@@ -106,35 +106,35 @@ class Timed:
         return (time.perf_counter() - began) / steps
 
 
-def step_of_all(ready: Ready, table: Any) -> Timed:
+def many(made: Ready, table: Any) -> Timed:
     """The step of N runs."""
-    machine, plan_of = ready.machine, ready.prepared.plans[0]
-    runs = ready.chunks[0]
-    values = jax.device_put(ready.values(runs), meshes.by_runs(machine.mesh))
-    params = stacking.stack([ready.params[run.experiment.seed] for run in runs], machine.own[0], machine.mesh)
-    initial = machine.begin(plan_of, values, params)
+    machine, plan_of = made.machine, made.prepared.plans[0]
+    runs = made.chunks[0]
+    values = jax.device_put(made.values(runs), meshes.by_runs(machine.mesh))
+    params = stacking.stack([made.params[run.experiment.seed] for run in runs], machine.own[0], machine.mesh)
+    fresh = machine.begin(plan_of, values, params)
     step = meshes.place(np.zeros((), np.int32), meshes.replicated(machine.mesh))
     key = stacking.keys([run.experiment.seed for run in runs], machine.mesh)
-    state = initial._replace(step=step, params=params, key=key)
-    batch = batch_of(ready)
+    state = fresh._replace(step=step, params=params, key=key)
+    batch = batch_of(made)
     program = machine.step(plan_of, values, state, batch, table, None)
     return Timed(program, machine.compile_seconds, state, (batch, table, None), (values,))
 
 
-def step_of_one(ready: Ready, table: Any) -> Timed:
+def one(made: Ready, table: Any) -> Timed:
     """The step of one run."""
-    prepared = ready.prepared
+    prepared = made.prepared
     plan_of = prepared.plans[0]
     step = make_train_step(measure(prepared, plan_of), plan_of.optimizer, plan_of.mask, len(DOMAINS))
-    state, batch = initial_state(prepared), batch_of(ready)
+    state, batch = initial_state(prepared), batch_of(made)
     began = time.perf_counter()
     program = jax.jit(step, donate_argnums=0).lower(state, batch, table).compile()
     return Timed(program, time.perf_counter() - began, state, (batch, table))
 
 
-def batch_of(ready: Ready) -> Any:
+def batch_of(made: Ready) -> Any:
     """A training batch, on the devices."""
-    prepared = ready.prepared
+    prepared = made.prepared
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, stretches(prepared.experiment))
     batch = next(batches)
     batches.close()
@@ -155,11 +155,11 @@ def measured(kind: str, options: Options) -> list[dict[str, Any]]:
     rows = []
     steps = 100 if kind == "heads" else 1
     single = prepared_runs(kind, 1)
-    alone = step_of_one(single, table_of(single))
+    alone = one(single, table_of(single))
     first = [alone.seconds(steps) for _ in range(options.repeats + 1)]
     for count in options.counts or COUNTS[kind]:
         ready = prepared_runs(kind, count)
-        joint = step_of_all(ready, table_of(ready))
+        joint = many(ready, table_of(ready))
         times = {"one": first, "many": [joint.seconds(steps) for _ in range(options.repeats + 1)]}
         step = {name: statistics.median(values[1:]) for name, values in times.items()}
         whole = {

@@ -128,10 +128,10 @@ class Layout:
 
     def warm_up(self) -> None:
         """Compiles the step for every row length that occurs."""
-        compiled: set[int] = set()
+        seen: set[int] = set()
         for batch in itertools.islice(self.batches, 40):
-            if batch.tokens.shape[1] not in compiled:
-                compiled.add(batch.tokens.shape[1])
+            if batch.tokens.shape[1] not in seen:
+                seen.add(batch.tokens.shape[1])
                 self.state, _ = self.step(self.state, meshes.place(batch, self.by_rows), None)
         jax.block_until_ready(self.state)
 
@@ -149,9 +149,9 @@ class Layout:
         """
         self.tokens, waited, pending, start = 0, 0.0, None, time.perf_counter()
         for _ in range(STEPS):
-            requested = time.perf_counter()
+            asked = time.perf_counter()
             batch = self.place(next(self.batches))
-            waited += time.perf_counter() - requested
+            waited += time.perf_counter() - asked
             before, (self.state, pending) = pending, self.step(self.state, batch, None)
             jax.block_until_ready(before)
         jax.block_until_ready(pending)

@@ -173,12 +173,12 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
 def measure_of(
     rule: Rule, encoder: Encoder, tasks: tuple[Classification, ...], layout: task_gradients.Layout, params: Any, mask: Any
 ) -> Any:
-    """The gradient function that training uses for a rule."""
+    """The measure that training takes for a rule."""
     encode = encode_tokens(encoder)
     if not rule.needs_gram and rule.transform is None:
         return by_losses(encode, tasks, rule, trains_trunk=True)
-    by_gram = gram_gradient.by_gram(encode, tasks, rule, layout, gram_gradient.check(params, mask, "trunk"))
-    return gram_gradient.only_read(by_gram) if rule.transform is None else by_gram
+    found = gram_gradient.by_gram(encode, tasks, rule, layout, gram_gradient.check(params, mask, "trunk"))
+    return gram_gradient.only_read(found) if rule.transform is None else found
 
 
 def make_batch(K: int, rows: int) -> Batch:

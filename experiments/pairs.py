@@ -18,10 +18,10 @@ Test metric x 100, mean and standard deviation of seeds 0, 1 and 2, one core of 
 | rte    | accuracy | 57.4 ± 2.4 | 54.3 ± 1.6 | 60.0 ± 0.9       |
 | cola   | matthews | 25.4 ± 2.0 | 6.1 ± 1.6  | 13.6 ± 1.0       |
 
-The three tasks on pairs gain from training together before a last phase by themselves, RTE with its 2,242 training rows most.
-CoLA, a different question about single sentences, loses: 300 steps alone are better for it than 600 shared steps and 100 alone.
-STS-B and MRPC have pairs in common: trained together, 552 of STS-B's 5,685 training rows are left out because they are in
-MRPC's dev or test, and 216 of MRPC's because they are in STS-B's.
+The three tasks on pairs gain by what they learn together and then finish by themselves, RTE with its 2,242 training rows most.
+CoLA, which asks something else of single sentences, loses: 300 steps of its own are worth more to it than 600 shared ones and
+100 of its own. STS-B and MRPC have pairs in common: beside MRPC's dev and test, 552 of STS-B's 5,685 training rows are left
+out, which it keeps alone, and 216 of MRPC's beside STS-B's.
 """
 
 import dataclasses

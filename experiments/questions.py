@@ -3,8 +3,8 @@
     python experiments/questions.py
     mtl-jax evaluate runs/questions --task slots --path data:xquad/xquad.en.json
 
-Test, mean ± standard deviation of seeds 0, 1 and 2 (one core of a shared CPU): F1 98.35 ± 0.11 on slots. On XQuAD, which
-was not trained on, exact 3.5 ± 1.2 and F1 8.3 ± 1.3: the format can be read, but nothing transfers.
+Test, mean ± standard deviation of seeds 0, 1 and 2 (one core of a shared CPU): F1 98.35 ± 0.11 on slots. On XQuAD, of which
+nothing was seen, exact 3.5 ± 1.2 and F1 8.3 ± 1.3: the format works, and nothing is carried over.
 
 Every user turn of Restaurants-8k (Coope et al. 2020, CC BY 4.0) is asked about each of the five slots; a question about a slot
 that the turn does not fill has no answer, which the model has to predict. A quarter of these questions are kept, in training

@@ -87,8 +87,8 @@ class Machine:
             *arguments: The arguments of the step, or their shapes.
             apart: Names of the references with an axis over runs.
         """
-        regularisers = tuple(regulariser.name for regulariser in plan.held)
-        key = (plan.number, regularisers, plan.mixed, apart, *(leaf.shape for leaf in jax.tree.leaves(arguments[2])))
+        held = tuple(each.name for each in plan.held)
+        key = (plan.number, held, plan.mixed, apart, *(leaf.shape for leaf in jax.tree.leaves(arguments[2])))
         if key not in self._steps:
             started = time.monotonic()
             self._steps[key] = self._make_step(plan, arguments[3], arguments[4], apart).lower(*arguments).compile()
@@ -99,24 +99,24 @@ class Machine:
     def _make_step(self, plan: PhasePlan, table: Any, references: Any, apart: frozenset[str]) -> Any:
         sources = len(self.prepared.corpus.splits["train"])
 
-        def run_step(values: Numbers, state: TrainState, batch: Batch, table: Any, references: Any) -> Any:
+        def one(values: Numbers, state: TrainState, batch: Batch, table: Any, references: Any) -> Any:
             experiment = fields.insert(self.prepared.experiment, values)
-            run_plan = renumbered(plan, experiment)
-            measured = measure(self.prepared._replace(experiment=experiment), run_plan)
-            step = make_train_step(measured, run_plan.optimizer, plan.mask, sources, self.averaging.follow)
+            mine = renumbered(plan, experiment)
+            found = measure(self.prepared._replace(experiment=experiment), mine)
+            step = make_train_step(found, mine.optimizer, plan.mask, sources, self.averaging.follow)
             return step(state, batch, table, references)
 
         axes = stacking.axes(self.own[plan.number])
-        reference_axes = None if references is None else {name: 0 if name in apart else None for name in references}
-        step_of_all = jax.vmap(
-            run_step,
-            in_axes=(0, axes, None, self._table_axis(plan) if table is not None else None, reference_axes),
+        held = None if references is None else {name: 0 if name in apart else None for name in references}
+        many = jax.vmap(
+            one,
+            in_axes=(0, axes, None, self._table_axis(plan) if table is not None else None, held),
             out_axes=(axes, 0),
             axis_size=self.size,
             spmd_axis_name=meshes.RUN,
         )
         placed = (stacking.shardings(self.own[plan.number], self.mesh), meshes.by_runs(self.mesh))
-        return jax.jit(step_of_all, donate_argnums=1, out_shardings=placed)
+        return jax.jit(many, donate_argnums=1, out_shardings=placed)
 
     def weigh(self, values: Numbers, batch: Batch) -> int:
         """Bytes on a device in the phase that needs most: the step as XLA plans it, and the arrays kept besides.
@@ -148,10 +148,10 @@ class Machine:
                     table = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
             program = self.step(plan._replace(held=(), mixed=()), values, state, batch, table, None)
             best, trained = stacking.own_part(params, own), stacking.own_part(params, plan.mask)
-            besides = _bytes(best) + (2 * _bytes(trained) if plan.held or plan.mixed else 0)
+            beside = _bytes(best) + (2 * _bytes(trained) if plan.held or plan.mixed else 0)
             if jax.default_backend() == "cpu":
-                besides += _bytes((shapes, best))
-            self.weight = max(self.weight, device_memory.bytes_of(program) + besides // self.mesh.shape[meshes.RUN])
+                beside += _bytes((shapes, best))
+            self.weight = max(self.weight, device_memory.bytes_of(program) + beside // self.mesh.shape[meshes.RUN])
         return self.weight
 
     def own_trunk(self, plan: PhasePlan) -> bool:

@@ -1,14 +1,14 @@
-"""What N runs in one program take, over N times what one run takes: heads on a frozen trunk, LoRA, everything.
+"""Time of N runs in one program over N times that of one run: heads on a frozen trunk, LoRA, full fine-tuning.
 
     python benchmarks/ablation.py
     python benchmarks/ablation.py --kinds heads --counts 1 16
 
 The quickstart's trunk and its four sentiment domains, batches of 8 rows of 64 tokens (48 for heads), learning rates that differ
-from run to run. One run is the step that training makes of it; N runs are the ablation's, with an axis over runs. Both are
-compiled ahead and timed on the same batch, one after the other (in turn, the large one would cost the small one its memory),
-the first time not counted, medians. `whole` is compilation and so many steps as a run has (450 for heads, 100 otherwise). For
-heads, `wall` is the time of the whole thing, data, logs and results included: N runs by `ablate` over one by `train`, features
-from the cache in both. Writes ablation-BACKEND.json and .md to --out.
+from run to run. One run is timed with the step of training, N runs with that of an ablation, which has an axis over runs. Both
+are compiled first and timed on the same batch, one after the other (in turns, the large program would leave too little memory
+for the small one); the first time is not counted, and numbers are medians. `whole` is compilation and all steps of a run (450
+for heads, 100 otherwise). For heads, `wall` is the total time with data, logs and results: N runs by `ablate` over one by
+`train`, both with cached features. Writes ablation-BACKEND.json and .md to --out.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ import tyro
 
 import mtl_jax
 from mtl_jax import Batching, Evaluation, Experiment, Lora, Phase, adapters_only
-from mtl_jax.ablation import plan, space, stacking
+from mtl_jax.ablation import device_memory, plan, space, stacking
 from mtl_jax.ablation.prepare_program import Ready, make_ready
-from mtl_jax.ablation.programs import weight_of
 from mtl_jax.cli import scripts
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import select
@@ -50,15 +49,15 @@ COUNTS = {"heads": (1, 4, 16, 64), "lora": (1, 4, 16, 64), "full": (1, 4, 8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """The measurements.
 
     Attributes:
-        kinds: heads, lora, full.
-        counts: N; empty: 1, 4, 16, 64, and 1, 4, 8, 16 for full, whose runs need half a gigabyte each.
-        repeats: Timed steps; of heads, which take no time, a hundred times as many.
+        kinds: heads, lora, full, or some of them.
+        counts: N; empty: 1, 4, 16, 64, or 1, 4, 8, 16 for full, whose runs need half a gigabyte each.
+        repeats: Number of timed steps; for heads, whose steps are short, a hundred times as many.
         wall: Whether to train whole runs of heads, too, alone and 16 at once.
         out: Folder of the results.
-        note: A line for the result files: what else ran on the machine, and the like.
+        note: A line for the result files, such as what else ran on the machine.
     """
 
     kinds: tuple[str, ...] = tuple(STEPS)
@@ -70,11 +69,11 @@ class Options:
 
 
 def experiment(kind: str) -> Experiment:
-    """One phase of the kind."""
+    """An experiment with one phase of the kind."""
     rules = {"heads": QUICKSTART.phases[0].rules, "lora": adapters_only(), "full": Phase("", 1).rules}[kind]
-    whole = select(dataclasses.replace(QUICKSTART, name=kind, only=DOMAINS))
+    domains = select(dataclasses.replace(QUICKSTART, name=kind, only=DOMAINS))
     return dataclasses.replace(
-        whole,
+        domains,
         adapters=(Lora(name="lora", rank=8, alpha=16.0),) if kind == "lora" else (),
         phases=(Phase(kind, STEPS[kind], rules, learning_rate=1e-3 if kind == "heads" else 1e-4),),
         batch=Batching(rows=48 if kind == "heads" else 8, row_length=64),
@@ -82,8 +81,8 @@ def experiment(kind: str) -> Experiment:
     )
 
 
-def ready(kind: str, count: int) -> Ready:
-    """N runs with as many learning rates."""
+def prepared_runs(kind: str, count: int) -> Ready:
+    """N runs with N learning rates."""
     base = experiment(kind)
     if count == 1:
         runs = [plan.Run("0000", {}, base)]
@@ -94,13 +93,13 @@ def ready(kind: str, count: int) -> Ready:
 
 
 class Timed:
-    """A compiled step and what it goes on from."""
+    """A compiled step and its arguments, of which the state changes with every step."""
 
     def __init__(self, program: Any, compile_seconds: float, state: Any, rest: tuple[Any, ...], first: tuple[Any, ...] = ()):
         self.program, self.compile_seconds, self.state, self.rest, self.first = program, compile_seconds, state, rest, first
 
     def seconds(self, steps: int) -> float:
-        """Of a step, the mean over so many."""
+        """Seconds of a step: the mean over a number of steps."""
         began = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.program(*self.first, self.state, *self.rest)
@@ -124,7 +123,7 @@ def many(made: Ready, table: Any) -> Timed:
 
 
 def one(made: Ready, table: Any) -> Timed:
-    """The step of a run alone."""
+    """The step of one run."""
     prepared = made.prepared
     plan_of = prepared.plans[0]
     step = make_train_step(gradient_fn(prepared, plan_of), plan_of.optimizer, plan_of.mask, len(DOMAINS))
@@ -143,9 +142,9 @@ def batch_of(made: Ready) -> Any:
     return meshes.assemble(batch, meshes.by_rows(prepared.mesh))
 
 
-def table_of(made: Ready) -> Any:
-    """Numbers in place of features: how long a look-up takes does not depend on what is found."""
-    prepared = made.prepared
+def table_of(ready: Ready) -> Any:
+    """A table of ones in place of cached features: the time of indexing does not depend on the values."""
+    prepared = ready.prepared
     if not prepared.plans[0].cached:
         return None
     examples = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
@@ -153,33 +152,33 @@ def table_of(made: Ready) -> Any:
 
 
 def measured(kind: str, options: Options) -> list[dict[str, Any]]:
-    """A row for every N."""
+    """A row of the table for every N."""
     rows = []
     steps = 100 if kind == "heads" else 1
-    single = ready(kind, 1)
+    single = prepared_runs(kind, 1)
     alone = one(single, table_of(single))
     first = [alone.seconds(steps) for _ in range(options.repeats + 1)]
     for count in options.counts or COUNTS[kind]:
-        made = ready(kind, count)
-        all_of_them = many(made, table_of(made))
-        times = {"one": first, "many": [all_of_them.seconds(steps) for _ in range(options.repeats + 1)]}
+        ready = prepared_runs(kind, count)
+        joint = many(ready, table_of(ready))
+        times = {"one": first, "many": [joint.seconds(steps) for _ in range(options.repeats + 1)]}
         step = {name: statistics.median(values[1:]) for name, values in times.items()}
         whole = {
             "one": alone.compile_seconds + STEPS[kind] * step["one"],
-            "many": all_of_them.compile_seconds + STEPS[kind] * step["many"],
+            "many": joint.compile_seconds + STEPS[kind] * step["many"],
         }
         rows.append(
             {
                 "kind": kind,
                 "runs": count,
                 "compile_one_s": alone.compile_seconds,
-                "compile_s": all_of_them.compile_seconds,
+                "compile_s": joint.compile_seconds,
                 "step_one_s": step["one"],
                 "step_s": step["many"],
                 "step_over_one": step["many"] / step["one"],
                 "step_over_n": step["many"] / (count * step["one"]),
                 "whole_over_n": whole["many"] / (count * whole["one"]),
-                "bytes": weight_of(all_of_them.program),
+                "bytes": device_memory.bytes_of(joint.program),
                 "times_s": times,
             }
         )
@@ -188,8 +187,8 @@ def measured(kind: str, options: Options) -> list[dict[str, Any]]:
 
 
 def wall() -> dict[str, float]:
-    """Seconds of 16 runs of heads by ablate, and of one by train; the first of each, which fills caches, is not counted."""
-    base, found = experiment("heads"), {}
+    """Seconds of 16 runs of heads by ablate, and of one by train, after a short run that fills the caches."""
+    base, seconds = experiment("heads"), {}
     with tempfile.TemporaryDirectory() as folder:
         mtl_jax.train(dataclasses.replace(base, phases=(dataclasses.replace(base.phases[0], steps=2),)), f"{folder}/warm")
         for name in ("one", "many"):
@@ -199,12 +198,12 @@ def wall() -> dict[str, float]:
                 mtl_jax.train(base, f"{folder}/one")
             else:
                 mtl_jax.ablate(base, f"{folder}/many", ["phases.0.learning-rate=loggrid:1e-4:1e-2:16"])
-            found[name] = time.perf_counter() - began
-    return found
+            seconds[name] = time.perf_counter() - began
+    return seconds
 
 
 def main(options: Options) -> None:
-    """Measures; prints and writes the tables."""
+    """Measures, prints and writes the tables."""
     rows = [row for kind in options.kinds for row in measured(kind, options)]
     walls = wall() if options.wall and "heads" in options.kinds else {}
     device = f"{jax.devices()[0].device_kind} x{jax.device_count()}, {len(os.sched_getaffinity(0))} CPU cores"
@@ -238,9 +237,7 @@ def main(options: Options) -> None:
     shown = tabulate.tabulate(cells, headers=head, tablefmt="pipe", disable_numparse=True)
     if walls:
         ratio = walls["many"] / walls["one"]
-        shown += (
-            f"\n\nHeads, the whole thing: one run {walls['one']:.1f} s, 16 runs {walls['many']:.1f} s, {ratio:.2f} times one."
-        )
+        shown += f"\n\nHeads, in total: one run {walls['one']:.1f} s, 16 runs {walls['many']:.1f} s, {ratio:.2f} times one."
     title = f"`python benchmarks/ablation.py` on {device}, float32, jax {jax.__version__}"
     note = f"\n\n{options.note}" if options.note else ""
     (folder / f"{stem}.md").write_text(f"{title}{note}\n\n{shown}\n", encoding="utf-8")

@@ -1,14 +1,15 @@
-"""Translation by a model of opus-mt's size: sentences and tokens a second, beside transformers on torch and CTranslate2.
+"""Translation with a model of opus-mt's size: sentences and tokens per second, and those of transformers and CTranslate2.
 
     pip install -e ".[peers]"
     python benchmarks/decoding.py                    # --threads 1 --batches 1 16 --beams 1 for less
 
 Six and six layers, 512 wide, a vocabulary of 59,514, random weights that never end a sentence: every source has 32 tokens and
-every answer 32, so that all do the same work. The peers take turns, on the same threads (or the same GPU), in float32;
-CTranslate2 in int8 is there for the record, since it computes something else. A row's numbers are medians over the turns.
-"same" is the share of our tokens that transformers gives too; "compiling" is what our first call takes beyond a later one, and
-comes once for a batch shape and a set of options. Lines of mixed lengths: programs that one file of 3,000 lines needs, counted
-with a tiny model that ends its sentences. Results go to benchmarks/results/decoding.json and .md, or decoding-gpu.
+every answer 32, so that all programs do the same work. The programs take turns, on the same threads (or the same GPU), in
+float32; CTranslate2 in int8 is included for information only, since it computes something else. A row's numbers are medians
+over the turns. "same" is the share of mtl_jax's tokens that transformers generates, too; "compiling" is the time of the first
+call minus that of a later one, which occurs once for a batch shape and a set of options. Lines of mixed lengths: the number of
+programs that a file of 3,000 lines needs, counted with a tiny model that ends its sentences. Results go to
+benchmarks/results/decoding.json and .md, or decoding-gpu.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_model(folder: Path) -> Any:
-    """A random Marian that ends no sentence, saved in the folder."""
+    """A random Marian that never ends a sentence, saved in the folder."""
     import torch
     import transformers
 
@@ -138,17 +139,17 @@ def measure(peers: dict[str, Translate], batch: int, beams: int) -> dict[str, An
     same = float(np.mean(peers["mtl_jax"](ids, beams) == peers["transformers"](ids, beams)))
     for name in peers:
         seconds(peers[name], ids, beams)
-    taken: dict[str, list[float]] = {name: [] for name in peers}
+    times: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(REPEATS):
         for name, translate in peers.items():
-            taken[name].append(seconds(translate, ids, beams))
-    medians = {name: statistics.median(times) for name, times in taken.items()}
+            times[name].append(seconds(translate, ids, beams))
+    medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "beams": beams,
         "batch": batch,
         "sentences_per_second": {name: batch / median for name, median in medians.items()},
         "tokens_per_second": {name: batch * TARGET / median for name, median in medians.items()},
-        "seconds": taken,
+        "seconds": times,
         "compiling": first - medians["mtl_jax"],
         "same": same,
     }
@@ -165,8 +166,8 @@ def programs() -> int:
 
     tiny = Seq2SeqConfig(200, 200, 8, 1, 1, 2, 2, 8, 8, 512, initializer_range=0.3)
     model = Seq2Seq(Seq2SeqEncoder(tiny), Decoder(tiny))
-    one = np.ones((1, 4), np.int32)
-    params = model.init(jax.random.key(0), one, one, one)["params"]
+    ids = np.ones((1, 4), np.int32)
+    params = model.init(jax.random.key(0), ids, ids, ids)["params"]
     params["head"]["final_logits_bias"] = params["head"]["final_logits_bias"].at[0, 2].set(3.0)
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(3.2, 0.7, 3000), 3, 500).astype(int)
@@ -192,7 +193,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
-    jax.config.update("jax_default_matmul_precision", "highest")  # on GPU else not float32
+    jax.config.update("jax_default_matmul_precision", "highest")  # else GPUs compute in TF32
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "marian")
         peers = {"mtl_jax": with_ours(Path(folder) / "marian")}

@@ -1,18 +1,18 @@
-"""What rows are made of: tokens a second from disk to device and through training, packed and padded.
+"""Layouts of rows: tokens per second from disk to device, and through training, packed and padded.
 
     python benchmarks/input_pipeline.py
 
 A MiniLM-size encoder with random weights trains one classification task on real texts (MTL_JAX_DATA names the folder):
-SNIPS commands, and tweets of TweetEval's offensive set. Four layouts see the same examples, about as many of them a step:
+SNIPS commands, and tweets of TweetEval's offensive set. Four layouts have the same examples, about as many in each step:
 
     packed     several examples in a row of 64 tokens
-    longest    an example a row, cut to the longest of the batch (in steps of 8 tokens)
+    longest    one example in a row, rows as long as the longest example of the batch (in steps of 8 tokens)
     grouped    the same, after sorting by length within 50 batches
-    maximum    an example a row of 64 tokens
+    maximum    one example in a row of 64 tokens
 
-"full" is the share of token places that hold a token; "made" are real tokens a second that reach the device where nothing
-trains; "trained" are real tokens a second of training, median over repeats that take turns; "waiting" is the share of a step
-in which the loop waits for its next batch or sends it to the device. In every layout texts end after 64 tokens. Results go to
+"full" is the share of token places with a token; "made" is real tokens per second that reach the device without training;
+"trained" is real tokens per second of training, the median over repeats in turns; "waiting" is the share of a step in which the
+loop waits for its next batch or sends it to the device. In every layout texts are cut after 64 tokens. Results go to
 benchmarks/results/input_pipeline.json and .md.
 """
 
@@ -76,7 +76,7 @@ def experiment(source: Source, batch: Batching) -> Experiment:
 
 
 def layouts(packed_rows: int) -> dict[str, Batching]:
-    """The batches of each layout; packed ones have so many rows that they hold about EXAMPLES examples."""
+    """The batches of each layout; the number of packed rows is chosen for about EXAMPLES examples."""
     padded = Batching(rows=EXAMPLES, row_length=LENGTH, packed=False)
     return {
         "packed": Batching(rows=packed_rows, row_length=LENGTH, examples_per_row=12),
@@ -98,8 +98,8 @@ def batches(name: str, prepared: Any) -> Iterator[Batch]:
         rng = np.random.default_rng(0)
         while True:
             order = rng.permutation(len(part))
-            for at in range(0, len(order) - EXAMPLES, GROUP * EXAMPLES):
-                window = order[at : at + GROUP * EXAMPLES]
+            for start in range(0, len(order) - EXAMPLES, GROUP * EXAMPLES):
+                window = order[start : start + GROUP * EXAMPLES]
                 window = window[np.argsort(part.lengths[window], kind="stable")]
                 groups = [window[n : n + EXAMPLES] for n in range(0, len(window) - EXAMPLES + 1, EXAMPLES)]
                 for n in rng.permutation(len(groups)):
@@ -110,7 +110,7 @@ def batches(name: str, prepared: Any) -> Iterator[Batch]:
 
 
 class Layout:
-    """One layout, ready to be measured."""
+    """A layout that is ready to be measured."""
 
     def __init__(self, name: str, source: Source, batching: Batching):
         self.prepared = prepare(experiment(source, batching))
@@ -137,16 +137,16 @@ class Layout:
         jax.block_until_ready(self.state)
 
     def make(self) -> float:
-        """Real tokens a second to the device, and nothing else."""
+        """Real tokens per second that reach the device, without training."""
         self.tokens, start = 0, time.perf_counter()
         for batch in itertools.islice(self.batches, MADE):
             jax.block_until_ready(self.place(batch))
         return self.tokens / (time.perf_counter() - start)
 
     def train(self) -> tuple[float, float]:
-        """Real tokens a second of training, and the share of the time that the loop waited for batches.
+        """Real tokens per second of training, and the share of time in which the loop waited for batches.
 
-        As the loop of a run: it sends a step off and then reads the metrics of the step before.
+        As in the training loop, a step is dispatched before the metrics of the step before it are read.
         """
         self.tokens, waited, pending, start = 0, 0.0, None, time.perf_counter()
         for _ in range(STEPS):
@@ -164,20 +164,20 @@ def run(name: str, source: Source) -> list[dict[str, Any]]:
     """A row of the table for each layout."""
     sample = prepare(experiment(source, layouts(8)["packed"])).corpus.splits["train"][source.name]
     mean = float(np.mean([len(ids) for ids in sample.tokens]))
-    made = {layout: Layout(layout, source, batching) for layout, batching in layouts(round(EXAMPLES * mean / LENGTH)).items()}
+    ready = {layout: Layout(layout, source, batching) for layout, batching in layouts(round(EXAMPLES * mean / LENGTH)).items()}
     rates: dict[str, float] = {}
-    for key, layout in made.items():
+    for key, layout in ready.items():
         layout.warm_up()
         layout.places = 0
         rates[key] = layout.make()
         print(name, key, f"{rates[key]:.0f} tokens/s made", flush=True)
-    full = {key: layout.tokens / layout.places for key, layout in made.items()}
-    trained: dict[str, list[tuple[float, float]]] = {key: [] for key in made}
+    full = {key: layout.tokens / layout.places for key, layout in ready.items()}
+    trained: dict[str, list[tuple[float, float]]] = {key: [] for key in ready}
     for _ in range(REPEATS):
-        for key, layout in made.items():
+        for key, layout in ready.items():
             trained[key].append(layout.train())
     rows = []
-    for key in made:
+    for key in ready:
         speed, waiting = (statistics.median(values) for values in zip(*trained[key], strict=True))
         rows.append({"data": name, "layout": key, "full": full[key], "made": rates[key], "trained": speed, "waiting": waiting})
     packed = rows[0]["trained"]

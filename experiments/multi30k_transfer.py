@@ -1,17 +1,17 @@
-"""From English to German to English to French with few pairs: what a second language pair is worth on Multi30k.
+"""The gain from English-German for English-French with few pairs: transfer between language pairs on Multi30k.
 
     python experiments/multi30k_transfer.py
     python experiments/multi30k_transfer.py --pairs 1000 --lambdas 0.3 1.0 --seeds 0 1 2
     python experiments/multi30k_transfer.py --scores here/scores.json there/scores.json
 
-The target, English to French, has 1,000 or 5,000 pairs; the source, English to German, has all 29,000. Compared are, from
-scratch and for as many steps each: the target alone; the source and then the target; both at once, L_target + lambda L_source,
-with lambda constant, and with lambda falling to 0 over the run; and French and German of the target's own few captions, both
-at once. The vocabulary is made from all training texts of a run, so the last way has one of its own, and the others share one,
-which knows all German captions also where the target is learned alone. Every run is an ordinary workdir in WORKDIR: started
-again, the script goes on where it was, and when all are done it only draws the table and the figure, WORKDIR/table.md and
-WORKDIR/lambda.png. WORKDIR/scores.json has what was measured: several machines can share the runs, one 1,000 pairs, another
-5,000, and --scores puts their files together. MTL_JAX_DATA names a folder with multi30k/.
+The target, English to French, has 1,000 or 5,000 pairs; the source, English to German, has all 29,000. These ways are compared,
+all from scratch and with the same number of steps: the target alone; the source and then the target; both at once,
+L_target + lambda L_source, with a constant lambda and with a lambda that falls to 0 over the run; and French and German of the
+target's few captions, both at once. The vocabulary is made from all training texts of a run, so the last way has another
+vocabulary than the others, which share one with all German captions, even if only the target is trained. Every run is an
+ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only writes the table and the
+figure, WORKDIR/table.md and WORKDIR/lambda.png. WORKDIR/scores.json has the scores: several machines can share the runs, one
+with 1,000 pairs and another with 5,000, and --scores combines their files. MTL_JAX_DATA names a folder with multi30k/.
 
 Test BLEU (sacrebleu's 13a, beam 5), seed 0; docs/multi30k_transfer.json has the scores. A run is about 8 minutes of one core of
 a shared AMD EPYC, the last way 12 to 14.
@@ -30,10 +30,10 @@ a shared AMD EPYC, the last way 12 to 14.
 | lambda 3 falling              | 16.2          | 23.1          |
 | both of the target's captions | 17.7          | 28.5          |
 
-All ways cost the same steps, so whoever learns the source too sees half as much of the target: 13 passes over 5,000 pairs in
-place of 25, and that costs more than 2.5 passes over the source give. Of 1,000 pairs the target alone has 108 passes, which is
-more than it can use: there half of them with the source is as good. A second target of the same captions takes no row away,
-and is worth 1.3 with 1,000. One seed: differences of a few tenths are nothing.
+All ways have the same number of steps, so a way with the source sees half as much of the target: 13 passes over 5,000 pairs in
+place of 25, which costs more than 2.5 passes over the source gain. With 1,000 pairs the target alone has 108 passes, more than
+it can use: half of them together with the source are as good. A second target of the same captions takes no rows away, and
+gains 1.3 with 1,000 pairs. With one seed, differences of a few tenths mean nothing.
 """
 
 import dataclasses
@@ -83,17 +83,17 @@ FALLING = "falling"
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The runs to compare.
 
     Attributes:
-        pairs: How many pairs the target has; a set of runs for each.
-        lambdas: How much the source's loss counts.
-        falling: Whether lambdas are also tried falling to 0.
-        seeds: One set of runs for each.
-        steps: Of every run, over all its phases.
-        limit: Rows read of each split, of target and source; 0: all.
-        scores: Files scores.json of other workdirs, of as many steps and rows: what they have is not trained again.
-        workdir: Where the runs are.
+        pairs: Numbers of pairs of the target; every way is trained with each.
+        lambdas: Weights of the source's loss.
+        falling: Whether each lambda is also tried with a fall to 0.
+        seeds: Seeds; every way is trained with each.
+        steps: Steps of every run, over all its phases.
+        limit: Rows read from each split of target and source; 0: all.
+        scores: Files scores.json of other workdirs with the same steps and limit; the runs in them are not trained again.
+        workdir: The directory with the runs.
     """
 
     pairs: tuple[int, ...] = (1000, 5000)
@@ -111,35 +111,35 @@ Scores = dict[tuple[str, int, int], float]
 
 
 def variants(comparison: Comparison, pairs: int, seed: int) -> dict[str, Experiment]:
-    """{way: the experiment} for so many pairs of the target."""
+    """{way: the experiment} for a number of pairs of the target."""
     steps = comparison.steps
     sources = (_source("target", "{en,fr}", comparison.limit, pairs), _source("source", "{en,de}", comparison.limit))
     base = dataclasses.replace(EXPERIMENT, sources=sources, seed=seed, phases=(Phase("everything", steps=steps),))
     target, source = {"fr": 1.0, "de": 0.0}, {"fr": 0.0, "de": 1.0}
-    of_target, of_source = {"target": 1.0, "source": 0.0}, {"target": 0.0, "source": 1.0}
-    found = {
-        ALONE: (Phase("target", steps=steps, weights=dict(target), mixture="fixed", shares=of_target),),
+    target_shares, source_shares = {"target": 1.0, "source": 0.0}, {"target": 0.0, "source": 1.0}
+    phases_of = {
+        ALONE: (Phase("target", steps=steps, weights=dict(target), mixture="fixed", shares=target_shares),),
         THEN: (
-            Phase("source", steps=steps // 2, weights=dict(source), mixture="fixed", shares=of_source),
-            Phase("target", steps=steps - steps // 2, weights=dict(target), mixture="fixed", shares=of_target),
+            Phase("source", steps=steps // 2, weights=dict(source), mixture="fixed", shares=source_shares),
+            Phase("target", steps=steps - steps // 2, weights=dict(target), mixture="fixed", shares=target_shares),
         ),
     }
     for number in comparison.lambdas:
-        found[f"lambda {number:g}"] = (Phase("both", steps=steps, weights={"fr": 1.0, "de": number}),)
+        phases_of[f"lambda {number:g}"] = (Phase("both", steps=steps, weights={"fr": 1.0, "de": number}),)
         if comparison.falling:
             falls = f"linear_schedule({number:g}, 0.0, {steps})"
-            found[f"lambda {number:g} {FALLING}"] = (Phase("both", steps=steps, weights={"fr": 1.0, "de": falls}),)
-    experiments = {way: dataclasses.replace(base, phases=phases) for way, phases in found.items()}
+            phases_of[f"lambda {number:g} {FALLING}"] = (Phase("both", steps=steps, weights={"fr": 1.0, "de": falls}),)
+    experiments = {way: dataclasses.replace(base, phases=phases) for way, phases in phases_of.items()}
     captions = _source("target", "{en,fr,de}", comparison.limit, pairs)
     both = (FRENCH, dataclasses.replace(GERMAN, source="target"))
     return experiments | {TOGETHER: dataclasses.replace(base, sources=(captions,), tasks=both)}
 
 
 def compare(comparison: Comparison) -> str:
-    """Trains what is not done yet; draws the figure; the table.
+    """Trains the runs that are not done, draws the figure, and returns the table.
 
     Raises:
-        UserError: A run cannot go on.
+        UserError: A run cannot be resumed.
     """
     if not (comparison.seeds and comparison.pairs):
         raise UserError("give at least one of pairs, and one of seeds")
@@ -163,33 +163,33 @@ def compare(comparison: Comparison) -> str:
 
 
 def read(comparison: Comparison) -> Scores:
-    """What the files of other workdirs have.
+    """The scores in the files of other workdirs.
 
     Raises:
-        UserError: A file is none of these, or of other runs.
+        UserError: A file was not written by this script, or has scores of runs with other steps or another limit.
     """
-    found: Scores = {}
+    scores: Scores = {}
     for path in comparison.scores:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            found |= {(row["way"], row["pairs"], row["seed"]): float(row["bleu"]) for row in content["scores"]}
-            of = content["steps"], content["limit"]
+            scores |= {(row["way"], row["pairs"], row["seed"]): float(row["bleu"]) for row in content["scores"]}
+            steps, limit = content["steps"], content["limit"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no scores.json that this script wrote ({type(error).__name__}: {error})") from error
-        if of != (comparison.steps, comparison.limit):
-            raise UserError(f"{path} is of {of[0]} steps and limit {of[1]}, not of {comparison.steps} and {comparison.limit}")
-    return found
+            raise UserError(f"{path} is not a scores.json that this script wrote ({type(error).__name__}: {error})") from error
+        if (steps, limit) != (comparison.steps, comparison.limit):
+            raise UserError(f"{path} is of {steps} steps and limit {limit}, not of {comparison.steps} and {comparison.limit}")
+    return scores
 
 
 def write(scores: Scores, comparison: Comparison, path: Path) -> None:
-    """The file that read() reads."""
+    """Writes the file that read() reads."""
     rows = [{"way": way, "pairs": pairs, "seed": seed, "bleu": bleu} for (way, pairs, seed), bleu in scores.items()]
     content = {"steps": comparison.steps, "limit": comparison.limit, "scores": rows}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def of_seeds(scores: Scores, way: str, pairs: int) -> list[float]:
-    """What each seed has."""
+    """The score of each seed."""
     return [bleu for (a, b, _), bleu in scores.items() if (a, b) == (way, pairs)]
 
 
@@ -205,7 +205,7 @@ def table(scores: Scores, pairs: tuple[int, ...]) -> str:
 
 
 def draw(scores: Scores, comparison: Comparison, path: Path) -> None:
-    """BLEU over lambda, a line for each number of pairs, constant and falling; the target alone as a level."""
+    """BLEU over lambda, constant and falling, one line for each number of pairs; a dotted line is the target alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5), layout="constrained")

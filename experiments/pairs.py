@@ -1,13 +1,13 @@
-"""Pairs of sentences and sentences by themselves: together, then each task by itself, against each task alone.
+"""Tasks on pairs of sentences and on single ones: trained alone, together, and together before a last phase alone.
 
     python experiments/pairs.py
     python experiments/pairs.py --seeds 0 1 2
 
-STS-B (how similar, 0 to 5), MRPC (paraphrase or not), RTE (does the second follow from the first), CoLA (is it a sentence).
-For every seed: each task alone; all four together; and from there each one further by itself, on its own rows only. Every run
-is an ordinary workdir in WORKDIR: started again, the script goes on where it was, and when all are done it only prints the
-table, which is also written to WORKDIR/table.md. MTL_JAX_DATA names a folder with stsb/, mrpc/, rte/ and cola/. RTE and
-CoLA have no public test labels: their dev rows (CoLA: in and out of domain) are the test here, and dev is cut from train.
+STS-B (similarity, 0 to 5), MRPC (paraphrase or not), RTE (does the second follow from the first), CoLA (is it a sentence).
+For every seed: each task alone; all four together; and from there each task by itself, on its rows only. Every run is an
+ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only prints the table, which is
+also written to WORKDIR/table.md. MTL_JAX_DATA names a folder with stsb/, mrpc/, rte/ and cola/. RTE and CoLA have no public
+test labels: their dev rows (CoLA: in and out of domain) are the test, and dev is cut from train.
 
 Test metric x 100, mean and standard deviation of seeds 0, 1 and 2, one NVIDIA H200 in bfloat16. A seed takes about 95 minutes
 of one CPU core, or 12 minutes beside twelve other runs on that GPU:
@@ -104,16 +104,16 @@ WAYS = ("alone", "together", "then by itself")
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The runs to compare.
 
     Attributes:
-        seeds: One set of runs for each.
+        seeds: Seeds; all runs are trained with each.
         together: Steps of all tasks together.
         alone: Steps of a task alone, from the pretrained trunk.
-        then: Steps of a task by itself after all together.
-        then_rate: Learning rate of these.
+        then: Steps of a task by itself after the steps together.
+        then_rate: Learning rate of the steps by itself.
         limit: Rows read from each source; 0: all.
-        workdir: Where the runs are.
+        workdir: The directory with the runs.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -126,10 +126,10 @@ class Comparison:
 
 
 def compare(comparison: Comparison) -> str:
-    """Trains what is not done yet; the table.
+    """Trains the runs that are not done, and returns the table.
 
     Raises:
-        UserError: A run cannot go on.
+        UserError: A run cannot be resumed.
     """
     if not comparison.seeds:
         raise UserError("give at least one of seeds")
@@ -146,15 +146,15 @@ def compare(comparison: Comparison) -> str:
         for task in TASKS:
             alone = dataclasses.replace(seeded, only=(task,), phases=(Phase("alone", steps=comparison.alone),))
             _score(scores, "alone", mtl_jax.train(alone, folder / f"alone-{task}-{seed}"))
-            found = _then(together, task, comparison, folder / f"together-{seed}", folder / f"then-{task}-{seed}")
-            _score(scores, "then by itself", found, task)
+            results = _continue(together, task, comparison, folder / f"together-{seed}", folder / f"then-{task}-{seed}")
+            _score(scores, "then by itself", results, task)
     text = table(scores)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def _then(together: Experiment, task: str, comparison: Comparison, start: Path, workdir: Path) -> dict:
-    """A finished run goes on, in a copy of its workdir, with one more phase: one task, its own rows only."""
+def _continue(together: Experiment, task: str, comparison: Comparison, start: Path, workdir: Path) -> dict:
+    """Continues a finished run in a copy of its workdir with one more phase: one task on its rows only."""
     shares: dict[str, float] = {name: float(name == task) for name in TASKS}
     last = Phase(
         "by_itself",
@@ -173,7 +173,7 @@ def _then(together: Experiment, task: str, comparison: Comparison, start: Path, 
         staging = workdir.with_suffix(".copy")
         shutil.rmtree(staging, ignore_errors=True)
         shutil.copytree(start, staging)
-        staging.rename(workdir)  # whole or not at all
+        staging.rename(workdir)  # the copy exists in full or not at all
     return mtl_jax.train(longer, workdir, allow_config_change=True)
 
 
@@ -187,7 +187,7 @@ def table(scores: dict[tuple[str, str], list[float]]) -> str:
     """Test metric x 100 of every task, trained in each way: mean and standard deviation over the seeds.
 
     Args:
-        scores: {(task, way): [a number for each seed]}.
+        scores: {(task, way): [one score for each seed]}.
     """
 
     def cell(values: list[float]) -> str:

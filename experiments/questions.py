@@ -1,4 +1,4 @@
-"""Answers as spans: the slots of restaurant bookings asked as questions, and XQuAD as a format it has not seen.
+"""Answers as spans: slots of restaurant bookings asked as questions, and XQuAD as a test on unseen data.
 
     python experiments/questions.py
     mtl-jax evaluate runs/questions --task slots --path data:xquad/xquad.en.json
@@ -6,10 +6,10 @@
 Test, mean ± standard deviation of seeds 0, 1 and 2 (one NVIDIA H200, bfloat16): F1 98.35 ± 0.07 on slots. Three runs on a CPU
 reached exact 3.5 ± 1.2 and F1 8.3 ± 1.3 on XQuAD, which they had never read: the format works, and nothing is carried over.
 
-Every user turn of Restaurants-8k (Coope et al. 2020, CC BY 4.0) is asked about each of the five slots; a slot that the turn
-does not fill has no answer, and the model has to say so. Of the questions without an answer a quarter are asked, in training
-and test, chosen by a hash of their text, so that about half of all have one. MTL_JAX_DATA names a folder with restaurant8k/
-and xquad/; the questions are written as SQuAD files into the cache.
+Every user turn of Restaurants-8k (Coope et al. 2020, CC BY 4.0) is asked about each of the five slots; a question about a slot
+that the turn does not fill has no answer, which the model has to predict. A quarter of these questions are kept, in training
+and test, chosen by a hash of their text, so that about half of all questions have an answer. MTL_JAX_DATA names a folder with
+restaurant8k/ and xquad/; the questions are written to the cache as SQuAD files.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ QUESTIONS = {
 
 
 def as_squad(turns: list[dict]) -> dict:
-    """The turns of a Restaurants-8k file as a SQuAD 2.0 document: one paragraph for a turn, one question for a slot."""
+    """The turns of a Restaurants-8k file as a SQuAD 2.0 document: one paragraph for each turn, one question for each slot."""
     paragraphs = []
     for number, turn in enumerate(turns):
         text = turn["userInput"]["text"]
         spans = {label["slot"]: label["valueSpan"] for label in turn.get("labels", [])}
-        asked = []
+        questions = []
         for slot, question in QUESTIONS.items():
             digest = hashlib.sha256(f"{slot}\0{text}".encode()).digest()
             if slot in spans:
@@ -43,20 +43,20 @@ def as_squad(turns: list[dict]) -> dict:
                 answers = []
             else:
                 continue
-            asked.append({"id": f"{number}-{slot}", "question": question, "answers": answers, "is_impossible": not answers})
-        paragraphs.append({"context": text, "qas": asked})
+            questions.append({"id": f"{number}-{slot}", "question": question, "answers": answers, "is_impossible": not answers})
+        paragraphs.append({"context": text, "qas": questions})
     return {"version": "2.0", "data": [{"title": "restaurants", "paragraphs": paragraphs}]}
 
 
 def squad_file(name: str) -> str:
-    """The path of a Restaurants-8k file as SQuAD, written if it is not there; its name says what is in it."""
-    found = json.dumps(as_squad(json.loads(assets.locate(f"data:restaurant8k/{name}.json").read_text(encoding="utf-8"))))
-    digest = hashlib.sha256(found.encode()).hexdigest()
+    """The path of a Restaurants-8k file as SQuAD, which is written if it does not exist; its name has a digest of its text."""
+    document = json.dumps(as_squad(json.loads(assets.locate(f"data:restaurant8k/{name}.json").read_text(encoding="utf-8"))))
+    digest = hashlib.sha256(document.encode()).hexdigest()
     target = assets.cache_dir() / "restaurant8k" / f"{name}-{digest[:12]}.json"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".part")
-        part.write_text(found, encoding="utf-8")
+        part.write_text(document, encoding="utf-8")
         part.replace(target)
     return str(target)
 
@@ -73,7 +73,7 @@ def experiment(train: str, test: str) -> Experiment:
                 format="squad",
                 text="question",
                 pair="context",
-                group="context",  # all questions of a turn on one side of the cut
+                group="context",  # all questions of a turn are in one split
             ),
         ),
         tasks=(Span(name="slots", source="restaurants", stride=16),),

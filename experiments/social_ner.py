@@ -1,4 +1,4 @@
-"""Names in noisy text: WNUT17 entities beside Tweebank's entities and parts of speech, against WNUT17 alone.
+"""Names in noisy text: WNUT17 entities together with Tweebank's entities and parts of speech, against WNUT17 alone.
 
     python experiments/social_ner.py --workdir runs/ner
     python experiments/social_ner.py --workdir runs/ner_alone --only wnut17 --phases.0.steps 300
@@ -7,8 +7,8 @@ Test, mean ± standard deviation of seeds 0, 1 and 2 (one NVIDIA H200, bfloat16;
 entities 45.4 ± 0.6 F1 together and 44.1 ± 0.8 alone, Tweebank's entities 60.8 ± 0.7 F1, its parts of speech 93.7 ± 0.2 %.
 
 MTL_JAX_DATA names a folder with wnut17/ (Derczynski et al. 2017, CC BY 4.0) and tweebank/ (Liu et al. 2018, entities of Jiang
-et al. 2022, Apache-2.0). WNUT17 tests on entities that are new: none of its test names is one in its training rows, in
-the same spelling.
+et al. 2022, Apache-2.0). WNUT17 tests on new entities: none of its test names occurs in its training rows
+in the same spelling.
 """
 
 from mtl_jax import Batching, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, Tagging, main

@@ -1,13 +1,13 @@
-"""Abstracts to one sentence, mails to their subject: an encoder that starts as MiniLM against the same one from scratch.
+"""Summaries of abstracts and subjects of mails: an encoder that starts from MiniLM against the same encoder from scratch.
 
     python experiments/summarize.py
     python experiments/summarize.py --data scitldr --starts minilm scratch --seeds 0 1 2
 
-SciTLDR (1,992 abstracts of papers, cut to 128 tokens, summaries to 48; several of them each in dev and test) and AESLC (14,435
-mails, cut to 64, subjects to 16; its dev rows are the test here, and dev is cut from train). The decoder has three layers and
-begins as the encoder in both cases; beside them stands what the first sentence of each text has. Every run is an ordinary
-workdir in WORKDIR: started again, the script goes on where it was, and when all are done it only prints the table, which is
-also written to WORKDIR/table.md. MTL_JAX_DATA names a folder with scitldr/ and aeslc/.
+SciTLDR (1,992 abstracts of papers, cut to 128 tokens, summaries to 48; dev and test have several summaries each) and AESLC
+(14,435 mails, cut to 64, subjects to 16; its dev rows are the test, and dev is cut from train). The decoder has three layers
+and starts from the encoder's parameters in both cases; the table also has the scores of the first sentence of each text. Every
+run is an ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only prints the table,
+which is also written to WORKDIR/table.md. MTL_JAX_DATA names a folder with scitldr/ and aeslc/.
 
 ROUGE (F1 x 100, rouge-score) on test, beam 4, seed 0. Each run, scores of dev and test included, is about an hour of a core of
 a shared AMD EPYC with huge pages:
@@ -21,13 +21,13 @@ a shared AMD EPYC with huge pages:
 | aeslc   | scratch        | 1.4       | 0.1       | 1.3       |
 | aeslc   | first sentence | 16.7      | 7.5       | 15.3      |
 
-From scratch nothing has been read yet in 8 passes over the abstracts and 2.8 over the mails: all 618 test abstracts get one and
-the same answer, and so do all 1,960 mails. Most summaries begin alike, so that has 25.7 on SciTLDR, which shows what a score is
-worth. From MiniLM every abstract gets an answer of its own, and 568 begin with "we" or "this"; ROUGE-2 stays behind that of
-first sentences. The mails get 1,402 different subjects, ahead of first sentences in all three scores.
-Published, of pretrained decoders with hundreds of millions of parameters: BART 43.3 / 20.8 / 35.0 on SciTLDR, PEGASUS 37.7 /
-21.3 / 36.5 on AESLC. With a fresh decoder in place of begin="encoder", and 400 steps of 8 texts or so, MiniLM, too, says one
-sentence of all abstracts (23.8 / 8.7 / 22.5). One seed: differences of a point are nothing.
+From scratch the model does not learn to read in 8 passes over the abstracts and 2.8 over the mails: all 618 test abstracts get
+the same answer, and so do all 1,960 mails. Most summaries begin alike, so even that has 25.7 on SciTLDR, which shows how little
+a score can mean. From MiniLM every abstract gets a different answer, and 568 begin with "we" or "this"; ROUGE-2 is lower than
+that of first sentences. The mails get 1,402 different subjects, better than first sentences in all three scores.
+Published scores of pretrained decoders with hundreds of millions of parameters: BART 43.3 / 20.8 / 35.0 on SciTLDR, PEGASUS
+37.7 / 21.3 / 36.5 on AESLC. With a new decoder in place of begin="encoder", and about 400 steps of 8 texts, MiniLM, too, gives
+all abstracts one sentence (23.8 / 8.7 / 22.5). With one seed, differences of a point mean nothing.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ METRICS = ("rouge1", "rouge2", "rougeL")
 
 
 def _experiment(name: str, source: Source, column: str, batch: Batching, steps: int) -> Experiment:
-    """Texts are cut to the length of a row, target texts to its places for them; dev is looked at halfway and at the end."""
+    """Texts are cut to the length of a row, summaries to target_length; dev is evaluated halfway and at the end."""
     task = Seq2Seq(
         name="summary",
         source=name,
@@ -106,15 +106,15 @@ EXPERIMENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The runs to compare.
 
     Attributes:
         data: scitldr, aeslc or both.
         starts: minilm, scratch or both.
-        seeds: One run for each.
-        steps: Of every run; 0: as many as the data's experiment has.
+        seeds: Seeds; each experiment is trained with every seed.
+        steps: Steps of every run; 0: as many as the data's experiment has.
         limit: Rows read from each split; 0: all.
-        workdir: Where the runs are.
+        workdir: The directory with the runs.
     """
 
     data: tuple[str, ...] = tuple(EXPERIMENTS)
@@ -126,10 +126,10 @@ class Comparison:
 
 
 def compare(comparison: Comparison) -> str:
-    """Trains what is not done yet; the table.
+    """Trains the runs that are not done, and returns the table.
 
     Raises:
-        UserError: A name is unknown, or a run cannot go on.
+        UserError: A name is unknown, or a run cannot be resumed.
     """
     for field, names, choices in (("data", comparison.data, EXPERIMENTS), ("starts", comparison.starts, STARTS)):
         for name in names:
@@ -143,9 +143,9 @@ def compare(comparison: Comparison) -> str:
     rows = []
     for data in comparison.data:
         for start in comparison.starts:
-            found = [_train(data, start, seed, comparison, folder)["tasks"]["summary"] for seed in comparison.seeds]
-            rows.append([data, start, *(_cell([100 * one["test"][name] for one in found]) for name in METRICS)])
-        rows.append([data, "first sentence", *(_cell([100 * found[0]["baselines"]["lead"][name]]) for name in METRICS)])
+            results = [_train(data, start, seed, comparison, folder)["tasks"]["summary"] for seed in comparison.seeds]
+            rows.append([data, start, *(_cell([100 * result["test"][name] for result in results]) for name in METRICS)])
+        rows.append([data, "first sentence", *(_cell([100 * results[0]["baselines"]["lead"][name]]) for name in METRICS)])
     headers = ["data", "encoder", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
     text = tabulate.tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -7,24 +7,24 @@ Test, mean ± standard deviation of seeds 0, 1 and 2 (one NVIDIA H200, bfloat16;
 77.7 ± 0.9 macro-F1, irony 69.4 ± 1.4 F1 of the ironic, offence 78.2 ± 0.6 macro-F1, hate 74.9 ± 0.5 macro-F1, stance 67.1 ± 2.2
 F1 of against and favor.
 
-Each task counts by the benchmark's own metric. MTL_JAX_DATA names a folder with tweeteval/. Hate and stance come without test
-labels there: their validation rows are the test, and dev is cut from train; stance pools the five targets, and the metric is
-the mean F1 of against and favor over them all.
+Each task has the benchmark's metric. MTL_JAX_DATA names a folder with tweeteval/. Hate and stance have no test labels there:
+their validation rows are the test, and dev is cut from train; stance pools the five targets, and its metric is the mean F1 of
+against and favor over all of them.
 """
 
 from mtl_jax import Batching, Classification, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source, main
 
 
 def source(name: str, test: str = "test", folder: str = "") -> Source:
-    """Tweets and their label numbers, in files side by side."""
-    at = f"data:tweeteval/{folder or name}"
+    """Tweets and their label numbers, in parallel files."""
+    path = f"data:tweeteval/{folder or name}"
     return Source(
         name=name,
-        path=f"{at}/train_{{text,labels}}.txt",
-        dev_path=f"{at}/val_{{text,labels}}.txt" if test == "test" else "",
-        test_path=f"{at}/{test}_{{text,labels}}.txt",
+        path=f"{path}/train_{{text,labels}}.txt",
+        dev_path=f"{path}/val_{{text,labels}}.txt" if test == "test" else "",
+        test_path=f"{path}/{test}_{{text,labels}}.txt",
         format="parallel",
-        lenient=True,  # eight tweets of hate's are empty; what is skipped is counted and shown
+        lenient=True,  # eight tweets of hate are empty; skipped rows are counted and reported
     )
 
 

@@ -1,14 +1,14 @@
-"""Every weighting rule on the quickstart's seven tasks, several seeds, beside training each task alone.
+"""All weighting rules on the quickstart's seven tasks, with several seeds, against each task trained alone.
 
     python experiments/weighting_methods.py
     python experiments/weighting_methods.py --trunk minilm --rules equal upgrad cagrad --seeds 0 1 2 --workdir runs/minilm
 
 Every rule is trained twice, with heads that follow their plain losses and with heads whose gradients are multiplied by their
-tasks' weights: papers and programs differ in that, and where rules are compared, it must not be what differs. Each run is an
-ordinary workdir, WORKDIR/RULE-HEADS-SEED (or alone-TASK-SEED): started again, the script goes on where it was, and when all are
-done it only prints the table, which is also written to WORKDIR/table.md. With the shared embedding, a network from scratch that
-trains in seconds on a laptop, rules can be compared with many seeds; minilm fine-tunes the quickstart's trunk. The first
-command's table, two seeds so far, is in docs/weighting_methods.md.
+tasks' weights: papers and programs differ in this, and it must not decide a comparison of rules. Each run is an ordinary
+workdir, WORKDIR/RULE-HEADS-SEED (or alone-TASK-SEED): started again, the script resumes, and when all runs are done it only
+prints the table, which is also written to WORKDIR/table.md. With the shared embedding, a network from scratch that trains in
+seconds on a laptop, rules can be compared over many seeds; minilm fine-tunes the quickstart's trunk. The first command's table,
+two seeds so far, is in docs/weighting_methods.md.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from mtl_jax.report.statistics import relative_change
 TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
 EQUAL = dict.fromkeys(TASKS, 1.0)
 HEADS = {"plain": False, "weighted": True}  # {name: weigh_heads}
-# Rules that need to be told something; the others run with their defaults.
+# Settings of the rules that have no defaults.
 SETTINGS: dict[str, dict] = {
     "fixed": {"weights": EQUAL | {"trec_fine": 2.0}},
     "scheduled": {"weights": EQUAL | {"trec_coarse": "linear_schedule(2.0, 0.0, 600)"}},
@@ -39,18 +39,18 @@ SETTINGS: dict[str, dict] = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The runs to compare.
 
     Attributes:
         rules: Names of weighting rules.
         heads: How heads are trained: plain (by their losses), weighted (by their losses times the weights), or both.
-        seeds: One run for each.
-        tasks: Which of the quickstart's tasks.
-        trunk: embedding (from scratch, seconds a run) or minilm (the quickstart's, pretrained).
-        steps: Steps of the last phase, in which everything trains; 0: as many as the trunk needs.
+        seeds: Seeds; each experiment is trained with every seed.
+        tasks: Tasks of the quickstart.
+        trunk: embedding (from scratch, seconds per run) or minilm (the quickstart's, pretrained).
+        steps: Steps of the last phase, in which all parameters train; 0: as many as the trunk needs.
         limit: Rows read from each source; 0: all.
         normalized: Scale the weights of every rule to a sum of K, so that all have the same learning rate.
-        workdir: Where the runs are.
+        workdir: The directory with the runs.
     """
 
     rules: tuple[str, ...] = tuple(weighting.RULES)
@@ -81,41 +81,41 @@ BASES: dict[str, Experiment] = {
 
 
 def experiments(comparison: Comparison) -> dict[tuple[str, int], Experiment]:
-    """{(its name, seed): experiment}: each task alone, then each rule with each way to train heads."""
-    found: dict[tuple[str, int], Experiment] = {}
+    """{(name, seed): experiment}: each task alone, then each rule with each way to train heads."""
+    named: dict[tuple[str, int], Experiment] = {}
     base = BASES[comparison.trunk]
     if comparison.steps:
         last = dataclasses.replace(base.phases[-1], steps=comparison.steps)
         base = dataclasses.replace(base, phases=(*base.phases[:-1], last))
     if comparison.limit:
         base = dataclasses.replace(base, sources=tuple(dataclasses.replace(s, limit=comparison.limit) for s in base.sources))
-    own_rows = dataclasses.replace(base.batch, rows=base.batch.rows // len(base.sources))
+    single_batch = dataclasses.replace(base.batch, rows=base.batch.rows // len(base.sources))
     only = () if comparison.tasks == tuple(TASKS) else comparison.tasks
     for seed in comparison.seeds:
-        for task in comparison.tasks:  # as many rows of its source in a step as beside the others
-            found[f"alone-{task}", seed] = dataclasses.replace(base, only=(task,), batch=own_rows, seed=seed)
+        for task in comparison.tasks:  # a step has as many rows of its source as a step of all tasks
+            named[f"alone-{task}", seed] = dataclasses.replace(base, only=(task,), batch=single_batch, seed=seed)
         for rule, heads in itertools.product(comparison.rules, comparison.heads):
             combinators = ("normalized",) if comparison.normalized else ()
             changes = {"combinators": combinators, "weigh_heads": HEADS[heads]} | SETTINGS.get(rule, {})
-            found[f"{rule}-{heads}", seed] = dataclasses.replace(base, weighting=rule, only=only, seed=seed, **changes)
-    return found
+            named[f"{rule}-{heads}", seed] = dataclasses.replace(base, weighting=rule, only=only, seed=seed, **changes)
+    return named
 
 
 def heads_of(rule: str, comparison: Comparison) -> str:
-    """How heads are trained in the row of a rule: as its source has it, if that was asked for."""
-    own = "weighted" if weighting.make(rule, **SETTINGS.get(rule, {})).weighs_heads else "plain"
-    return own if own in comparison.heads else comparison.heads[0]
+    """How heads are trained in the row of a rule: as in the rule's source, if that is among the compared ways."""
+    default = "weighted" if weighting.make(rule, **SETTINGS.get(rule, {})).weighs_heads else "plain"
+    return default if default in comparison.heads else comparison.heads[0]
 
 
 def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]]) -> str:
     """Test metric of every task, mean and standard deviation over the seeds, best rule first.
 
-    The tasks' columns and the order of the rows are those of heads that are trained as the rule's source has it; the row says
-    how. The last columns are the average over tasks of the relative change against single-task training, in percent, with heads
+    The tasks' columns and the order of the rows are for heads that are trained as in the rule's source, which the row names.
+    The last columns are the average over tasks of the relative change against single-task training, in percent, for heads
     trained in each way.
 
     Args:
-        comparison: What was compared.
+        comparison: The compared runs.
         scores: {(name of the experiment, seed): {task: test metric}}.
     """
     alone = {
@@ -132,11 +132,11 @@ def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]
     def changes(name: str) -> list[float]:
         return [relative_change(scores[name, seed], alone) for seed in comparison.seeds]
 
-    own = {rule: heads_of(rule, comparison) for rule in comparison.rules}
+    default = {rule: heads_of(rule, comparison) for rule in comparison.rules}
     rows = [["(each alone)", "", *[spread(metrics(f"alone-{task}", task), 3) for task in comparison.tasks]]]
     rows[0] += ["0" for _ in comparison.heads]
-    for rule in sorted(comparison.rules, key=lambda rule: -statistics.mean(changes(f"{rule}-{own[rule]}"))):
-        rows.append([rule, own[rule], *[spread(metrics(f"{rule}-{own[rule]}", task), 3) for task in comparison.tasks]])
+    for rule in sorted(comparison.rules, key=lambda rule: -statistics.mean(changes(f"{rule}-{default[rule]}"))):
+        rows.append([rule, default[rule], *[spread(metrics(f"{rule}-{default[rule]}", task), 3) for task in comparison.tasks]])
         rows[-1] += [spread(changes(f"{rule}-{heads}"), 2) for heads in comparison.heads]
     head = ["rule", "heads", *[f"{task} ({TASKS[task].metric})" for task in comparison.tasks]]
     head += [f"change %, heads {heads}" for heads in comparison.heads]
@@ -144,10 +144,10 @@ def table(comparison: Comparison, scores: dict[tuple[str, int], dict[str, float]
 
 
 def compare(comparison: Comparison) -> str:
-    """Trains what is not done yet; the table.
+    """Trains the runs that are not done, and returns the table.
 
     Raises:
-        UserError: A rule, a way to train heads or the trunk is unknown, or a run cannot go on.
+        UserError: A rule, a way to train heads or the trunk is unknown, or a run cannot be resumed.
     """
     for rule in comparison.rules:
         if rule not in weighting.RULES:
@@ -165,7 +165,7 @@ def compare(comparison: Comparison) -> str:
             raise UserError(f"give at least one of {field}")
     folder = Path(comparison.workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    # Runs that differ in the seed only are the same program.
+    # Runs that differ only in the seed are the same program.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     todo = experiments(comparison)
     scores = {}

@@ -1,9 +1,10 @@
-"""An ablation from its words to its results: programs one after another, each in chunks of runs that are trained at once."""
+"""Runs an ablation: plans it, trains its programs one after another in chunks of runs, and writes its results and report."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from mtl_jax.training.setup import prepare
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 600.0  # seconds for which a report that somebody else makes of the ablation is waited for
+PATIENCE = 600.0  # seconds to wait for a report of the ablation that another process is writing
 
 
 def ablate(
@@ -51,29 +52,30 @@ def ablate(
     memory: float = 0.0,
     command: str = "",
 ) -> dict[str, Any]:
-    """Trains every combination of what is varied; goes on where an earlier process stopped.
+    """Trains every combination of the varied fields; resumes if an earlier process was stopped.
 
-    Runs that differ in numbers only share a compiled program. Each of them gives the numbers that it gives alone, to float
-    tolerance; only draws of dropout are others where a weight is 0 throughout, since alone such a task's rows are left out.
+    Runs that differ in numbers only share a compiled program. Each run gives the numbers that it gives alone, to float
+    tolerance, with one exception: if a task's weight is 0 throughout, a run alone leaves the task's rows out and draws other
+    dropout.
 
     Args:
-        experiment: What stays.
-        workdir: Where everything is written: ablation.json, and runs/NUMBER, ordinary workdirs but for their checkpoints.
-        vary: "FIELD=VALUES" each; see space.axes.
+        experiment: The experiment whose fields are varied.
+        workdir: The directory to write: ablation.json, and runs/NUMBER, ordinary workdirs without checkpoints.
+        vary: Texts "FIELD=VALUES"; see space.axes.
         methods: Weighting rules, such as "cagrad" or "cagrad:c=0.4".
-        seeds: How many seeds, from experiment.seed on.
-        samples: How ranges in vary are drawn: "sobol:N" or "random:N".
+        seeds: Number of seeds, from experiment.seed on.
+        samples: How ranges in vary are sampled: "sobol:N" or "random:N".
         own_order: Whether each seed has its own order of the data; else all runs see the same batches.
         at_once: Most runs in one program; 0: as many as fit into memory.
-        memory: GB of a device that may be used; 0: what there is.
-        command: What was typed, for the record.
+        memory: GB of a device that may be used; 0: its free memory.
+        command: The command line, for the record.
 
     Returns:
         The contents of ablation.json.
 
     Raises:
-        UserError: Bad input, found before anything is trained or written; but that a later program does not fit into memory,
-            which is measured, is found when its turn comes.
+        UserError: Bad input, found before anything is trained or written. Only whether a later program fits into memory is
+            found when that program is compiled.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     folder = Path(workdir)
@@ -99,55 +101,55 @@ def _ablate(
         for axis in space.axes(select(experiment), vary, samples)
     ]
     record = before or {"name": experiment.name, "command": command, "axes": axes}
-    record["programs"] = record.get("programs", [about(program) for program in planned])
+    record["programs"] = record.get("programs", [describe(program) for program in planned])
     status = {run["run"]: run["status"] for run in record.get("runs", ()) if run["status"] != folders.WAITING}
     if not before:
-        _read_all(planned)
+        _prepare_all(planned)
     total = sum(steps_of(program) * len(program.runs) for program in planned)
-    coming: collections.Counter[str] = collections.Counter()
-    stretches: collections.Counter[str] = collections.Counter()
+    other: collections.Counter[str] = collections.Counter()
+    steps: collections.Counter[str] = collections.Counter()
     for program in planned:
-        coming.update(other_work(program.template, runs=len(program.runs)))
-        stretches.update(steps_by_phase(program.template, runs=len(program.runs)))
+        other.update(other_work(program.template, runs=len(program.runs)))
+        steps.update(steps_by_phase(program.template, runs=len(program.runs)))
     with asked_to_stop() as stop:
-        progress = Progress("ablation", total, coming=coming, stretches=stretches)
+        progress = Progress("ablation", total, coming=other, stretches=steps)
         for program in planned:
-            known = record["programs"][program.number]
+            entry = record["programs"][program.number]
             if all(run.name in status for run in program.runs):
                 span = (program.template, 0, None, len(program.runs))
                 progress.skip(steps_by_phase(*span), other_work(*span))
                 continue
-            ready = make_ready(program, at_once, memory, known.get("size", 0))
-            known |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
-            known["bytes"] = ready.machine.weight or known.get("bytes", 0)
+            ready = make_ready(program, at_once, memory, entry.get("size", 0))
+            entry |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
+            entry["bytes"] = ready.machine.weight or entry.get("bytes", 0)
             remark = weights_do_nothing(program, ready.prepared.plans)
             if remark:
                 log.info("program %d: %s", program.number, remark)
-                known["remark"] = remark
+                entry["remark"] = remark
             folders.begin(folder, planned)
             folders.write(folder, record, planned, status)
 
-            earlier = known.get("compile_seconds", 0.0)  # what went on from a checkpoint compiles again
+            compiled_before = entry.get("compile_seconds", 0.0)  # by processes before this one, which compiles again
 
-            def tell(
+            def write_chunk(
                 ended: dict[str, str],
                 seconds: float,
                 ready: Ready = ready,
-                known: dict[str, Any] = known,
-                earlier: float = earlier,
+                entry: dict[str, Any] = entry,
+                compiled_before: float = compiled_before,
             ) -> None:
                 status.update(ended)
-                known["seconds"] = round(known.get("seconds", 0.0) + seconds, 1)
-                known["compile_seconds"] = round(earlier + ready.machine.compile_seconds, 1)
+                entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 1)
+                entry["compile_seconds"] = round(compiled_before + ready.machine.compile_seconds, 1)
                 folders.write(folder, record, planned, status)
 
-            _train(ready, folder, stop, progress, status, tell)
+            _train(ready, folder, stop, progress, status, write_chunk)
         progress.close()
-    found = folders.write(folder, record, planned, status)
+    written = folders.write(folder, record, planned, status)
     from mtl_jax import report  # imported late: matplotlib takes a while
 
     report.write(folder, folder, patience=PATIENCE)
-    return found
+    return written
 
 
 def plan(
@@ -161,7 +163,7 @@ def plan(
     """The programs of an ablation; arguments as for ablate.
 
     Raises:
-        UserError: Something of it is refused.
+        UserError: The experiment or an argument is refused.
     """
     if jax.process_count() > 1:
         raise UserError("an ablation trains on the devices of one process; start it without --distributed")
@@ -169,31 +171,29 @@ def plan(
     return programs(runs(experiment, space.axes(experiment, vary, samples), methods, seeds, own_order=own_order))
 
 
-def _read_all(planned: Sequence[Program]) -> None:
-    """Prepares every program once, in turn, so that no data, task or trunk of a later one turns out to be wrong in the end.
+def _prepare_all(planned: Sequence[Program]) -> None:
+    """Prepares every program once, so that bad data, tasks or trunks of later programs are found before the first one trains.
 
     Raises:
-        UserError: One of them cannot be prepared.
+        UserError: A program cannot be prepared.
     """
-    known = set()
-    for program in planned[1:]:  # the first one is prepared next
-        alike = dataclasses.replace(program.template, seed=0, weighting="equal", weighting_options={}, weights={})
-        text = json.dumps(to_json(alike), sort_keys=True)
-        if text not in known:
-            known.add(text)
+    prepared = set()
+    for program in planned[1:]:  # the first program is prepared next
+        comparable = dataclasses.replace(program.template, seed=0, weighting="equal", weighting_options={}, weights={})
+        text = json.dumps(to_json(comparable), sort_keys=True)
+        if text not in prepared:
+            prepared.add(text)
             prepare(dataclasses.replace(program.template, devices=1))
 
 
 def share(ready: Ready, folder: Path, stop: Stop, progress: Progress) -> Shared:
-    """What the chunks of a program share."""
+    """The objects that all chunks of a program use."""
     prepared = ready.prepared
-    tables: list[jax.Array] = []
 
+    @functools.cache
     def table() -> jax.Array:
-        if not tables:
-            some = meshes.place(next(iter(ready.params.values())), meshes.replicated(prepared.mesh))
-            tables.append(Features(prepared, stop).table(some, "features"))
-        return tables[0]
+        params = meshes.place(next(iter(ready.params.values())), meshes.replicated(prepared.mesh))
+        return Features(prepared, stop).table(params, "features")
 
     def run_folder(run: Run) -> Path:
         return folders.of_run(folder, run.name)
@@ -207,18 +207,18 @@ def _train(
     stop: Stop,
     progress: Progress,
     status: dict[str, str],
-    tell: Callable[[dict[str, str], float], None],
+    write_chunk: Callable[[dict[str, str], float], None],
 ) -> None:
-    """Trains the chunks that are not done."""
+    """Trains the chunks that are not done; after each, calls write_chunk with {run: status} and the seconds it took."""
     prepared, number = ready.prepared, ready.program.number
-    for note in prepared.notes:
-        log.info("%s", note)
+    for line in prepared.notes:
+        log.info("%s", line)
     workdirs.create(folders.of_program(folder, number))
     trunks.save(prepared.trunk, folders.of_program(folder, number) / "trunk")
     shared = share(ready, folder, stop, progress)
     kind = prepared.experiment.evaluation.baseline
     features = np.asarray(shared.table()) if kind == "probe" else None
-    compared = results.baselines(prepared.corpus, prepared.experiment.sources, kind, features)
+    baselines = results.baselines(prepared.corpus, prepared.experiment.sources, kind, features)
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     for place, chunk in enumerate(ready.chunks):
         if all(run.name in status for run in chunk):
@@ -226,7 +226,7 @@ def _train(
             progress.skip(steps_by_phase(*span), other_work(*span))
             continue
         for run in chunk:
-            files = {"versions": workdirs.versions(), "data": data, "baselines": compared}
+            files = {"versions": workdirs.versions(), "data": data, "baselines": baselines}
             if run.experiment.seed in ready.begun:
                 files["init_from"] = ready.begun[run.experiment.seed]
             for name, value in files.items():
@@ -234,16 +234,16 @@ def _train(
         training = Chunk(shared, chunk, ready.values(chunk), folders.of_chunk(folder, number, place))
         fates = zip(chunk, training.train(), strict=True)
         ended = {run.name: f"diverged {fate.diverged}" if fate.diverged else "done" for run, fate in fates}
-        tell(ended, training.counts.seconds)
+        write_chunk(ended, training.counts.seconds)
 
 
 def steps_of(program: Program) -> int:
-    """Steps of a run."""
+    """Number of steps of each run."""
     return sum(phase.steps for phase in program.template.phases)
 
 
-def about(program: Program) -> dict[str, Any]:
-    """What ablation.json says of a program before it begins."""
+def describe(program: Program) -> dict[str, Any]:
+    """The entry of a program in ablation.json before it begins."""
     first = program.runs[0].values
-    same = {name: value for name, value in first.items() if all(run.values.get(name) == value for run in program.runs)}
-    return {"program": program.number, "fixed": same, "runs": len(program.runs), "steps": steps_of(program)}
+    fixed = {name: value for name, value in first.items() if all(run.values.get(name) == value for run in program.runs)}
+    return {"program": program.number, "fixed": fixed, "runs": len(program.runs), "steps": steps_of(program)}

@@ -1,4 +1,4 @@
-"""The workdir of an ablation: ablation.json, a folder for every run, and for every program its checkpoints and its trunk."""
+"""The workdir of an ablation: ablation.json, a folder for each run, and one for each program with checkpoints and trunk."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ WAITING = "waiting"
 
 
 def of_run(folder: Path, name: str) -> Path:
-    """A run's folder: an ordinary workdir but for checkpoints and trunk."""
+    """The folder of a run: an ordinary workdir without checkpoints and trunk."""
     return folder / "runs" / name
 
 
 def of_program(folder: Path, number: int) -> Path:
-    """A program's: checkpoints of its chunks, its trunk's sizes and tokenizer."""
+    """The folder of a program: checkpoints of its chunks, and its trunk's sizes and tokenizer."""
     return folder / "programs" / str(number)
 
 
 def of_chunk(folder: Path, number: int, place: int) -> Path:
-    """Where the checkpoints of a program's chunk are."""
+    """The folder with the checkpoints of a chunk of a program."""
     return of_program(folder, number) / f"chunk-{place}"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """ablation.json.
+    """The contents of ablation.json.
 
     Raises:
-        UserError: There is none.
+        UserError: The folder has no such file.
     """
     record = workdirs.read_json(folder / RECORD)
     if record is None:
-        raise UserError(f"{folder}: no workdir of an ablation ({RECORD} is missing)")
+        raise UserError(f"{folder}: not the workdir of an ablation ({RECORD} is missing)")
     return record
 
 
-def opened(folder: Path, record: dict[str, Any]) -> list[Program]:
+def read_programs(folder: Path, record: dict[str, Any]) -> list[Program]:
     """The programs of an ablation that was begun.
 
     Args:
         folder: Its workdir.
         record: ablation.json.
     """
-    found = []
+    runs = []
     for run in record["runs"]:
         file = of_run(folder, run["run"]) / "config.json"
-        found.append(Run(run["run"], run["values"], from_json(workdirs.read_json(file), str(file))))
-    planned = programs(found)
+        runs.append(Run(run["run"], run["values"], from_json(workdirs.read_json(file), str(file))))
+    planned = programs(runs)
     if len(record["programs"]) != len(planned):
         raise workdirs.damaged(folder / RECORD, f"it has {len(record['programs'])} programs, and its runs make {len(planned)}")
     return planned
@@ -63,31 +63,31 @@ def opened(folder: Path, record: dict[str, Any]) -> list[Program]:
 def keep_head_weights_of_runs(folder: Path, experiment: Experiment) -> Experiment:
     """experiment.keep_head_weights, for an ablation that is resumed: the configurations of its runs decide."""
     record = workdirs.read_json(folder / RECORD)
-    begun = [of_run(folder, run["run"]) / "config.json" for run in record["runs"]] if record else []
-    return keep_head_weights(experiment, workdirs.read_json(begun[0])) if begun else experiment
+    configs = [of_run(folder, run["run"]) / "config.json" for run in record["runs"]] if record else []
+    return keep_head_weights(experiment, workdirs.read_json(configs[0])) if configs else experiment
 
 
 def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
-    """ablation.json of the same ablation, if it was begun.
+    """The contents of ablation.json if the same ablation was begun in this workdir, else None.
 
     Raises:
-        UserError: Another one was begun there, or the workdir is that of a run, or cannot be written.
+        UserError: Another ablation was begun in the workdir, it is that of a run, or it cannot be written.
     """
     workdirs.check_writable(folder)
     before = workdirs.read_json(folder / RECORD)
     if before is None:
         if (folder / "config.json").exists():
-            raise UserError(f"{folder}: the workdir of a run; choose another --workdir for the ablation")
+            raise UserError(f"{folder}: this is the workdir of a run; choose another --workdir for the ablation")
         return None
-    wanted = {run.name: to_json(run.experiment) for program in planned for run in program.runs}
-    there = {run["run"] for run in before["runs"]}
-    if there != set(wanted):
+    configs = {run.name: to_json(run.experiment) for program in planned for run in program.runs}
+    begun = {run["run"] for run in before["runs"]}
+    if begun != set(configs):
         raise UserError(
-            f"{folder}: begun with {count(len(there), 'run')}, and these are {len(wanted)}; choose another --workdir"
+            f"{folder}: begun with {count(len(begun), 'run')}, and these are {len(configs)}; choose another --workdir"
         )
     if len(before["programs"]) != len(planned):
         raise workdirs.damaged(folder / RECORD, f"it has {len(before['programs'])} programs, and its runs make {len(planned)}")
-    for name, config in wanted.items():
+    for name, config in configs.items():
         workdirs.changed(of_run(folder, name), config, False, with_defaults)
     return before
 
@@ -105,14 +105,14 @@ def write(folder: Path, record: dict[str, Any], planned: Sequence[Program], stat
 
     Args:
         folder: The workdir.
-        record: All but the runs.
+        record: The contents of ablation.json without the runs.
         planned: The programs.
-        status: {run: what became of it}; those that are not in it wait.
+        status: {run: "done" or "diverged ..."}; other runs are waiting.
     """
     rows = sorted((run.name, program.number, run.values) for program in planned for run in program.runs)
     runs = [
         {"run": name, "values": values, "program": number, "status": status.get(name, WAITING)} for name, number, values in rows
     ]
-    found = record | {"runs": runs, "devices": workdirs.versions()["devices"]}
-    workdirs.write_json(folder / RECORD, found)
-    return found
+    written = record | {"runs": runs, "devices": workdirs.versions()["devices"]}
+    workdirs.write_json(folder / RECORD, written)
+    return written

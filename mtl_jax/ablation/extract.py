@@ -1,4 +1,4 @@
-"""A single run of an ablation as an ordinary workdir: with checkpoints, to predict with, to convert, or to go on with."""
+"""Copies one run of an ablation to an ordinary workdir with checkpoints, to predict, convert or resume."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from mtl_jax.training.preemption import Stop
 
 
 def take(ablation: str | Path, name: str, target: str | Path) -> None:
-    """Writes a run as a workdir of its own: its files, its trunk, the checkpoint of its best evaluation and its newest one.
+    """Writes a run's files, its trunk, and its best and newest checkpoints to a workdir.
 
     Args:
-        ablation: The workdir of the ablation; it may still be under way.
+        ablation: The workdir of the ablation, which may still be running.
         name: The run's number, such as "0007".
-        target: The directory to write; it must not be there.
+        target: The directory to write; it must not exist.
 
     Raises:
-        UserError: There is no such ablation or run, nothing is known of the run yet, it diverged before it was measured, the
-            target is there, or another process writes it.
+        UserError: There is no such ablation or run, the run has no checkpoint yet or diverged before its first evaluation, the
+            target exists, or another process is writing it.
     """
     with locks.target(Path(target)):
         _take(Path(ablation), name, Path(target))
@@ -47,46 +47,47 @@ def _take(folder: Path, name: str, out: Path) -> None:
         raise unknown(f"run of {folder}:", name, names)
     if out.exists():
         raise UserError(f"{out}: is there already; choose another directory")
-    program = next(one for one in folders.opened(folder, record) if name in [run.name for run in one.runs])
+    planned = folders.read_programs(folder, record)
+    program = next(program for program in planned if name in [run.name for run in program.runs])
     size = record["programs"][program.number].get("size", 0)
     if not size:
         raise UserError(f"{folder}: run {name} has not begun")
     ready = make_ready(program, size=size, trains=False)
     place = next(place for place, runs in enumerate(ready.chunks) if name in [run.name for run in runs])
-    at = folders.of_chunk(folder, program.number, place)
+    chunk_folder = folders.of_chunk(folder, program.number, place)
     with contextlib.closing(Progress("", 1)) as progress:
         shared = share(ready, folder, Stop(), progress)
-        chunk = Chunk(shared, ready.chunks[place], ready.values(ready.chunks[place]), at)
-        now = chunk.newest() if (at / "checkpoints").is_dir() else None
-    if now is None:
+        chunk = Chunk(shared, ready.chunks[place], ready.values(ready.chunks[place]), chunk_folder)
+        newest = chunk.newest() if (chunk_folder / "checkpoints").is_dir() else None
+    if newest is None:
         raise UserError(f"{folder}: there is no checkpoint of run {name} yet")
     number = [run.name for run in chunk.runs].index(name)
     fate = chunk.fates[number]
     if fate.diverged and fate.best is None:
-        raise UserError(f"{folder}: run {name} diverged {fate.diverged}, before it was measured; there is nothing to take out")
+        raise UserError(f"{folder}: run {name} diverged {fate.diverged}, before its first evaluation; there is nothing to copy")
     with staged(out) as part:
         shutil.copytree(folder / "runs" / name, part, dirs_exist_ok=True)
         shutil.copytree(folders.of_program(folder, program.number) / "trunk", part / "trunk")
-        _write_checkpoints(chunk, now, number, part)
+        _write_checkpoints(chunk, newest, number, part)
 
 
-def _write_checkpoints(chunk: Chunk, now: Together, number: int, folder: Path) -> None:
+def _write_checkpoints(chunk: Chunk, newest: Together, number: int, folder: Path) -> None:
     experiment, fate = chunk.runs[number].experiment, chunk.fates[number]
     own = chunk.machine.own[chunk.counts.phase]
-    step = int(now.step)
+    step = int(newest.step)
     counts = dataclasses.replace(
         chunk.counts, criterion=experiment.evaluation.criterion, best=fate.best, evaluations_since_best=fate.since_best
     )
     record = {"counts": dataclasses.asdict(counts), "references": chunk.references[number].digests}
     position = chunk.stream.get_state()
     with contextlib.closing(Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion)) as store:
-        last = _on_first_device(stacking.take_state(now.state(), own, number))
+        last = _on_first_device(stacking.take_state(newest.state(), own, number))
         if fate.best is not None and fate.best_step < step:
-            best = stacking.take(trees.merge(now.best, now.params), own, number)
+            best = stacking.take(trees.merge(newest.best, newest.params), own, number)
             measured = last._replace(
                 step=jax.numpy.asarray(fate.best_step, "int32"), params=_on_first_device(best), average=None
             )
-            # Moments of that step are not known: without a position in the data nothing goes on from it.
+            # The moments of that step are not known, so the checkpoint has no position in the data and cannot be resumed.
             store.save(fate.best_step, measured, record | {"step": fate.best_step, "data": []}, fate.best)
         if not fate.diverged:
             dev = fate.best if fate.best_step == step else None

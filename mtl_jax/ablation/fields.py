@@ -1,4 +1,4 @@
-"""Fields of an experiment by their paths: finding them, replacing them, and whether runs of one program may differ in them."""
+"""Fields of an experiment by path: find, get and replace them, and collect the numbers in which runs of one program differ."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import weighting
-from mtl_jax.ablation import fields
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.experiment import Experiment
 from mtl_jax.weighting import Signals, schedules
 
 Path = tuple[str, ...]
-WEIGHTS: Path = ("weights",)
+# {field: f32[N], or f32[N, steps] for schedules} for N runs; of one run without the first axis.
+Numbers = dict[str, Any]
 
-# Numbers that a step takes as they come; the others decide how a program is built.
+# Numbers of the optimizer that may be inputs of a compiled step; its other fields decide how the step is built.
 _OPTIMIZER = ("learning_rate", "weight_decay", "b1", "b2", "eps", "ratio")
-# Fields that say nothing about training, or without which runs cannot be compared.
+# {field that may not vary: the reason}
 _REFUSED = {
     "name": "it only names the experiment",
     "devices": "it does not change what is trained",
     "only": "runs with different tasks cannot be compared; run two ablations",
-    "checkpoints": "it says what is kept, not what is trained",
+    "checkpoints": "it decides what is kept, not what is trained",
     "evaluation": "runs are compared by it",
     "sources": "runs are compared on the same data",
 }
@@ -37,31 +37,31 @@ _ALLOWED = {("sources", "limit_train"), ("evaluation", "patience")}
 
 
 def find(experiment: Experiment, text: str) -> Path:
-    """The path of a field that is given as on the command line: "optimizer.learning-rate", "phases.0.steps", "weights.ner".
+    """The path of a field as the command line names it: "optimizer.learning-rate", "phases.0.steps", "weights.ner".
 
-    Elements of tuples go by place or by name. The path has places, and names of fields with underscores.
+    An element of a tuple is named by its place or its name. The path has its place, and field names with underscores.
 
     Raises:
-        UserError: There is no such field; the message lists what there is.
+        UserError: There is no such field; the message lists those that exist.
     """
     path: list[str] = []
-    at: Any = experiment
+    value: Any = experiment
     for part in text.split("."):
         where = ".".join(path) or "the experiment"
-        if dataclasses.is_dataclass(at):
-            names = [field.name for field in dataclasses.fields(at)]
+        if dataclasses.is_dataclass(value):
+            names = [field.name for field in dataclasses.fields(value)]
             name = part.replace("-", "_")
             if name not in names:
                 raise unknown(f"field of {where}:", part, names)
-            at = getattr(at, name)
-        elif isinstance(at, tuple) and at and dataclasses.is_dataclass(at[0]):
-            by_name = {str(getattr(each, "name", place)): place for place, each in enumerate(at)}
-            place = int(part) if part.isdecimal() else by_name.get(part, len(at))
-            if not 0 <= place < len(at):
-                raise unknown(f"element of {where}:", part, list(by_name))
-            name, at = str(place), at[place]
-        elif isinstance(at, Mapping):
-            name, at = part, at.get(part)
+            value = getattr(value, name)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            places = {str(getattr(element, "name", place)): place for place, element in enumerate(value)}
+            place = int(part) if part.isdecimal() else places.get(part, len(value))
+            if not 0 <= place < len(value):
+                raise unknown(f"element of {where}:", part, list(places))
+            name, value = str(place), value[place]
+        elif isinstance(value, Mapping):
+            name, value = part, value.get(part)
             if path[-1] == "weights":
                 names = [task.name for task in experiment.tasks]
                 if name not in names:
@@ -75,16 +75,17 @@ def find(experiment: Experiment, text: str) -> Path:
 
 
 def get(tree: Any, path: Path) -> Any:
-    """The value of a field; None where a dict has no such key."""
+    """The value of a field; None if a dict has no such key."""
     for name in path:
-        tree = (
-            tree.get(name) if isinstance(tree, Mapping) else tree[int(name)] if isinstance(tree, tuple) else getattr(tree, name)
-        )
+        if isinstance(tree, Mapping):
+            tree = tree.get(name)
+        else:
+            tree = tree[int(name)] if isinstance(tree, tuple) else getattr(tree, name)
     return tree
 
 
 def put(tree: Any, path: Path, value: Any) -> Any:
-    """A copy in which a field has another value; values may be traced."""
+    """A copy with another value of a field, which may be traced."""
     if not path:
         return value
     name, rest = path[0], path[1:]
@@ -97,10 +98,10 @@ def put(tree: Any, path: Path, value: Any) -> Any:
 
 
 def check(experiment: Experiment, path: Path) -> None:
-    """Finds out whether a field may vary at all.
+    """Checks that a field may vary.
 
     Raises:
-        UserError: It may not; the message says why, and what may.
+        UserError: It may not; the message names the reason and the fields that may.
     """
     text = ".".join(path)
     if path[0] in _REFUSED and (path[0], path[-1]) not in _ALLOWED:
@@ -120,28 +121,28 @@ def _may_vary() -> str:
 
 
 def is_weights(path: Path) -> bool:
-    """Whether a field holds a weight for each task."""
+    """Whether a field is a dict with a weight for each task."""
     return path[-1] == "weights"
 
 
 def numbers(experiment: Experiment) -> list[Path]:
-    """The fields in which runs of one program may differ: their numbers come into the program from outside."""
-    found: list[Path] = [("optimizer", name) for name in _OPTIMIZER]
-    found += [("weights", task) for task in experiment.weights]
+    """The fields in which runs of one program may differ: their numbers are inputs of the compiled program."""
+    paths: list[Path] = [("optimizer", name) for name in _OPTIMIZER]
+    paths += [("weights", task) for task in experiment.weights]
     for place, phase in enumerate(experiment.phases):
-        found.append(("phases", str(place), "learning_rate"))
-        found += [("phases", str(place), "weights", task) for task in phase.weights]
-    found += [("regularisers", str(place), "weight") for place in range(len(experiment.regularisers))]
+        paths.append(("phases", str(place), "learning_rate"))
+        paths += [("phases", str(place), "weights", task) for task in phase.weights]
+    paths += [("regularisers", str(place), "weight") for place in range(len(experiment.regularisers))]
     if experiment.weighting not in ("fixed", "scheduled"):
         options = tuple(experiment.weighting_options.items())
         tasks = tuple(sorted(task.name for task in experiment.tasks))
-        found += [("weighting_options", name) for name in _traceable(experiment.weighting, options, tasks)]
-    return found
+        paths += [("weighting_options", name) for name in _traceable(experiment.weighting, options, tasks)]
+    return paths
 
 
 @functools.cache
 def _traceable(rule_name: str, options: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> list[str]:
-    """The options of a weighting rule that it takes traced."""
+    """The options of a weighting rule that may be traced."""
 
     def traceable(name: str) -> bool:
         def weigh(value: jax.Array) -> Any:
@@ -161,7 +162,7 @@ def _traceable(rule_name: str, options: tuple[tuple[str, Any], ...], names: tupl
 
 
 def type_of(experiment: Experiment, path: Path) -> Any:
-    """What a field of one value is declared as: float, int, str, bool, or a union of them; Any where nothing is declared."""
+    """The declared type of a field: float, int, str, bool, or a union of them; Any if no type is declared."""
     owner = get(experiment, path[:-1])
     if not dataclasses.is_dataclass(owner):
         return float | str if path[-2:-1] == ("weights",) else Any
@@ -173,7 +174,7 @@ def fits(value: Any, declared: Any) -> bool:
     if declared is Any:
         return True
     if isinstance(declared, types.UnionType) or typing.get_origin(declared) in (typing.Union, types.UnionType):
-        return any(fits(value, each) for each in typing.get_args(declared))
+        return any(fits(value, member) for member in typing.get_args(declared))
     if typing.get_origin(declared) is typing.Literal:
         return value in typing.get_args(declared)
     if declared in (None, type(None)):
@@ -184,7 +185,7 @@ def fits(value: Any, declared: Any) -> bool:
 
 
 def in_words(declared: Any) -> str:
-    """A declared type as an error says it."""
+    """A declared type in the words of an error line."""
     if isinstance(declared, types.UnionType) or typing.get_origin(declared) is typing.Union:
         return " or ".join(map(in_words, typing.get_args(declared)))
     if typing.get_origin(declared) is typing.Literal:
@@ -193,39 +194,36 @@ def in_words(declared: Any) -> str:
     return names.get(declared, str(declared))
 
 
-Numbers = dict[str, Any]
-
-
 def collect(experiments: Sequence[Experiment]) -> Numbers:
-    """{field: f32[N]} of the numbers that are not the same in all; f32[N, steps] where one of them is a schedule.
+    """{field: f32[N]} for the numbers in which N experiments differ; f32[N, steps] if one of them is a schedule.
 
     Args:
-        experiments: Those of one program, N of them.
+        experiments: The N experiments of one program.
     """
-    found: Numbers = {}
+    collected: Numbers = {}
     steps = range(sum(phase.steps for phase in experiments[0].phases))
-    for path in fields.numbers(experiments[0]):
-        values = [fields.get(experiment, path) for experiment in experiments]
+    for path in numbers(experiments[0]):
+        values = [get(experiment, path) for experiment in experiments]
         if all(value == values[0] for value in values):
             continue
         if any(isinstance(value, str) for value in values):
-            found[".".join(path)] = np.stack([np.asarray(schedules.over(value, steps, path[-1])) for value in values])
+            collected[".".join(path)] = np.stack([np.asarray(schedules.over(value, steps, path[-1])) for value in values])
         else:
-            found[".".join(path)] = np.array(values, np.float32)
-    return found
+            collected[".".join(path)] = np.array(values, np.float32)
+    return collected
 
 
-def insert(experiment: Experiment, numbers: Mapping[str, jax.Array]) -> Experiment:
+def insert(experiment: Experiment, values: Mapping[str, jax.Array]) -> Experiment:
     """The experiment with the numbers of one run.
 
     Args:
-        experiment: One of the program.
-        numbers: {field: f32[] or f32[steps]}; they may be traced.
+        experiment: An experiment of the program.
+        values: {field: f32[] or f32[steps]}; they may be traced.
     """
-    for text, value in numbers.items():
-        experiment = fields.put(experiment, tuple(text.split(".")), _at_each_step(value) if value.ndim else value)
+    for text, value in values.items():
+        experiment = put(experiment, tuple(text.split(".")), _schedule_of(value) if value.ndim else value)
     return experiment
 
 
-def _at_each_step(values_S: jax.Array) -> schedules.Schedule:
+def _schedule_of(values_S: jax.Array) -> schedules.Schedule:
     return lambda step: values_S[jnp.clip(step, 0, len(values_S) - 1)]

@@ -1,4 +1,4 @@
-"""From what is varied to runs, and from runs to programs: runs whose experiments differ in numbers only share one."""
+"""The plan of an ablation: axes become runs, and runs become programs; runs that differ in numbers only share a program."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mtl_jax.experiment_json import to_json
 from mtl_jax.transfer.optimizer import UNUSED
 from mtl_jax.weighting import schedules
 
-GIVEN = ("equal", "fixed", "scheduled")  # the weightings that given weights go with
+GIVEN = ("equal", "fixed", "scheduled")  # the weightings that can have given weights
 
 
 class Run(NamedTuple):
     """One training among many.
 
     Attributes:
-        name: Its number, and its folder's name.
-        values: {field: value} of what was varied; weights are one field.
-        experiment: Its whole configuration: trained alone, it gives the same numbers.
+        name: Its number, which is also the name of its folder.
+        values: {varied field: value}; weights are one field.
+        experiment: Its whole configuration; trained alone, it gives the same numbers.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Program(NamedTuple):
     Attributes:
         number: Its place, from 0.
         runs: The runs.
-        template: An experiment that stands for all of them: what counts in one of them counts in it.
+        template: An experiment that represents all runs: a loss that counts in one of them counts in it.
     """
 
     number: int
@@ -56,16 +56,16 @@ class Program(NamedTuple):
 def runs(
     experiment: Experiment, axes: Sequence[Axis], methods: Sequence[str] = (), seeds: int = 1, *, own_order: bool = False
 ) -> list[Run]:
-    """All combinations, those that come to the same experiment once.
+    """All combinations of the values of the axes; combinations that give the same experiment are one run.
 
-    An axis over weights belongs to given weights, and one over weighting_options to the methods that have the option: the other
-    methods are not crossed with it.
+    An axis over weights is for methods with given weights, and one over weighting_options for the methods that have the option;
+    other methods are not combined with it.
 
     Args:
-        experiment: What stays, tasks selected.
+        experiment: The fixed fields, with tasks selected.
         axes: space.axes(...).
-        methods: Weighting rules, "cagrad" or "cagrad:c=0.4"; given weights add "fixed" to them.
-        seeds: How many: experiment.seed and those after it.
+        methods: Weighting rules, "cagrad" or "cagrad:c=0.4"; an axis over weights adds "fixed" to them.
+        seeds: Number of seeds: experiment.seed and those after it.
         own_order: Whether each seed has its own order of the data; else all runs see the same batches.
 
     Raises:
@@ -78,54 +78,50 @@ def runs(
     if varied_seed and seeds > 1:
         raise UserError("--seeds and --vary seed: the field seed has two axes; name it once")
     by_method = [_of_method(experiment, method, axes) for method in methods] if methods else [({}, list(axes))]
-    used = {path for _, own in by_method for axis in own for path in axis.paths}
+    used = {path for _, method_axes in by_method for axis in method_axes for path in axis.paths}
     for path in (path for axis in axes for path in axis.paths if path not in used):
         raise UserError(f"--vary {'.'.join(path)}: none of the methods {listed(methods)} has it")
-    found: list[Run] = []
-    known: set[str] = set()
-    several = seeds > 1 or bool(varied_seed)
-    for fixed, own_axes in by_method:
-        for points in itertools.product(*(axis.points for axis in own_axes)):
+    different: dict[str, Run] = {}
+    several_seeds = seeds > 1 or bool(varied_seed)
+    for fixed, method_axes in by_method:
+        for points in itertools.product(*(axis.points for axis in method_axes)):
             values: dict[Path, Any] = dict(fixed)
-            for axis, point in zip(own_axes, points, strict=True):
+            for axis, point in zip(method_axes, points, strict=True):
                 values |= dict(zip(axis.paths, point, strict=True))
             for number in range(seeds):
-                own = values | ({("seed",): experiment.seed + number} if seeds > 1 else {})
-                alone = _applied(experiment, own)
-                if several and not own_order and alone.data_seed is None:
-                    alone = dataclasses.replace(alone, data_seed=experiment.seed)
-                key = json.dumps(to_json(alone), sort_keys=True)
-                if key not in known:
-                    known.add(key)
-                    shown = {".".join(path): value for path, value in own.items() if value != {}}
-                    found.append(Run("", shown, alone))
-    if len(found) < 2:
+                run_values = values | ({("seed",): experiment.seed + number} if seeds > 1 else {})
+                run_experiment = _applied(experiment, run_values)
+                if several_seeds and not own_order and run_experiment.data_seed is None:
+                    run_experiment = dataclasses.replace(run_experiment, data_seed=experiment.seed)
+                shown = {".".join(path): value for path, value in run_values.items() if value != {}}
+                different.setdefault(json.dumps(to_json(run_experiment), sort_keys=True), Run("", shown, run_experiment))
+    if len(different) < 2:
         raise UserError("nothing varies: give --vary FIELD=VALUES, --methods or --seeds; one run is trained by its script")
-    for run in found:
+    for run in different.values():
         check(run.experiment)
-    width = max(4, len(str(len(found) - 1)))
-    return [run._replace(name=f"{number:0{width}d}") for number, run in enumerate(found)]
+    width = max(4, len(str(len(different) - 1)))
+    return [run._replace(name=f"{number:0{width}d}") for number, run in enumerate(different.values())]
 
 
 def _methods(axes: Sequence[Axis], methods: Sequence[str]) -> tuple[list[Axis], list[str]]:
-    """Axes without that of the weighting, which is the methods'."""
-    named = [axis for axis in axes if axis.paths == (("weighting",),)]
-    if named and methods:
+    """The axes without that over the weighting, and the methods, which that axis may give."""
+    weightings = [axis for axis in axes if axis.paths == (("weighting",),)]
+    if weightings and methods:
         raise UserError("--methods and --vary weighting: the field weighting has two axes; name it once")
-    methods = [str(value) for axis in named for (value,) in axis.points] or list(methods)
-    twice = {method for method in methods if methods.count(method) > 1}
-    if twice:
-        raise UserError(f"--methods: {listed(sorted(twice))} stands there twice")
+    methods = [str(value) for axis in weightings for (value,) in axis.points] or list(methods)
+    repeated = {method for method in methods if methods.count(method) > 1}
+    if repeated:
+        raise UserError(f"--methods: {listed(sorted(repeated))} is given twice")
     weights = any(path[0] == "weights" for axis in axes for path in axis.paths)
     if methods and weights and not any(method in ("fixed", "scheduled") for method in methods):
         methods = ["fixed", *methods]
-    return [axis for axis in axes if axis not in named], methods
+    return [axis for axis in axes if axis not in weightings], methods
 
 
 def _of_method(experiment: Experiment, text: str, axes: Sequence[Axis]) -> tuple[dict[Path, Any], list[Axis]]:
-    """The values that a method brings, and the axes that it is crossed with."""
+    """The values that a method fixes, and the axes that it is combined with."""
     name, _, options = name_options.parse(text, "method", weighting.RULES)
-    has = inspect.signature(weighting.RULES[name]).parameters
+    parameters = inspect.signature(weighting.RULES[name]).parameters
     fixed: dict[Path, Any] = {("weighting",): name}
     if name not in GIVEN:
         fixed |= {("weights",): {}, ("weighting_options",): options}
@@ -133,17 +129,17 @@ def _of_method(experiment: Experiment, text: str, axes: Sequence[Axis]) -> tuple
         raise UserError(f"--methods {text}: it has no options; weights are given by --vary weights=...")
     elif name == "equal":
         fixed |= {("weights",): {}, ("weighting_options",): {}}
-    twice = [path[1] for axis in axes for path in axis.paths if path[0] == "weighting_options" and path[1] in options]
-    if twice:
-        raise UserError(f"--methods {text} and --vary weighting-options.{twice[0]}: the field has two axes; name it once")
+    repeated = [path[1] for axis in axes for path in axis.paths if path[0] == "weighting_options" and path[1] in options]
+    if repeated:
+        raise UserError(f"--methods {text} and --vary weighting-options.{repeated[0]}: the field has two axes; name it once")
     kept = []
     for axis in axes:
-        own = [path for path in axis.paths if not (path[0] == "weights" and name not in ("fixed", "scheduled"))]
-        own = [path for path in own if not (path[0] == "weighting_options" and path[1] not in has)]
-        if own:
-            places = [axis.paths.index(path) for path in own]
+        paths = [path for path in axis.paths if not (path[0] == "weights" and name not in ("fixed", "scheduled"))]
+        paths = [path for path in paths if not (path[0] == "weighting_options" and path[1] not in parameters)]
+        if paths:
+            places = [axis.paths.index(path) for path in paths]
             points = dict.fromkeys(tuple(_hashable(point[n]) for n in places) for point in axis.points)
-            kept.append(Axis(tuple(own), tuple(tuple(_plain(value) for value in point) for point in points)))
+            kept.append(Axis(tuple(paths), tuple(tuple(_plain(value) for value in point) for point in points)))
     return fixed, kept
 
 
@@ -156,43 +152,43 @@ def _plain(value: Any) -> Any:
 
 
 def _applied(experiment: Experiment, values: Mapping[Path, Any]) -> Experiment:
-    """The experiment with these values, and what follows from them: a weight that is given makes the weighting fixed."""
+    """The experiment with these values; given weights also make the weighting fixed, or scheduled."""
     tasks = [task.name for task in experiment.tasks]
     for path, value in values.items():
         owner = path[:-1]
         if owner and owner[-1] == "weights" and not fields.get(experiment, owner):
             experiment = fields.put(experiment, owner, dict.fromkeys(tasks, 1.0))
         experiment = fields.put(experiment, path, value)
-    _refuse_idle(experiment, values)
+    _refuse_unused(experiment, values)
     if any(path[0] == "weights" and value != {} for path, value in values.items()):
         if experiment.weighting not in GIVEN:
             raise UserError(f"--vary weights: weights are for the weighting fixed, but it is {experiment.weighting!r}")
         if all(phase.weights for phase in experiment.phases):
-            raise UserError("--vary weights: every phase has weights of its own; vary phases.N.weights")
+            raise UserError("--vary weights: every phase has its own weights; vary phases.N.weights")
         texts = any(isinstance(weight, str) for weight in experiment.weights.values())
         experiment = dataclasses.replace(experiment, weighting="scheduled" if texts else "fixed")
     return experiment
 
 
-def _refuse_idle(experiment: Experiment, values: Mapping[Path, Any]) -> None:
-    """Raises UserError where a value is of a number that the experiment does not use: its runs would all be the same."""
+def _refuse_unused(experiment: Experiment, values: Mapping[Path, Any]) -> None:
+    """Raises UserError if a varied number is not used by the experiment: all of its runs would be the same."""
     for path in values:
         if path == ("optimizer", "learning_rate") and all(phase.learning_rate is not None for phase in experiment.phases):
-            raise UserError("--vary optimizer.learning-rate: every phase has a rate of its own; vary phases.N.learning-rate")
+            raise UserError("--vary optimizer.learning-rate: every phase has its own rate; vary phases.N.learning-rate")
         if path[0] == "optimizer" and path[-1] in UNUSED.get(experiment.optimizer.name, ()):
             raise UserError(f"--vary {'.'.join(path)}: the optimizer {experiment.optimizer.name} does not use it")
 
 
-def programs(found: Sequence[Run]) -> list[Program]:
-    """The runs by program, in the order in which they first occur."""
+def programs(planned: Sequence[Run]) -> list[Program]:
+    """The programs of these runs, in the order of their first runs."""
     groups: dict[str, list[Run]] = {}
-    for run in found:
+    for run in planned:
         groups.setdefault(_key(run.experiment), []).append(run)
     return [Program(number, tuple(group), _template(group)) for number, group in enumerate(groups.values())]
 
 
 def _key(experiment: Experiment) -> str:
-    """What is alike in the runs of one program."""
+    """A text that is the same for all runs of one program: the experiment without the numbers that may differ."""
     if experiment.weighting == "scheduled":
         experiment = dataclasses.replace(experiment, weighting="fixed")
     for path in fields.numbers(experiment):
@@ -202,7 +198,7 @@ def _key(experiment: Experiment) -> str:
 
 
 def _template(group: Sequence[Run]) -> Experiment:
-    """The first run, with of every number one that counts somewhere: a weight that is 0 in all runs only is left out."""
+    """The first run's experiment, with the largest value of each number, so that only a weight that is 0 in all runs is 0."""
     first = group[0].experiment
     template = first
     if any(run.experiment.weighting == "scheduled" for run in group):
@@ -217,5 +213,5 @@ def _template(group: Sequence[Run]) -> Experiment:
 
 
 def order_of(run: Run) -> int:
-    """The seed of the order in which a run sees the data."""
+    """The seed of a run's data order."""
     return data_seed_of(run.experiment)

@@ -1,4 +1,4 @@
-"""A program of an ablation before its first step: data read, parameters made, steps compiled, runs put into chunks."""
+"""Prepares a program of an ablation: reads data, makes parameters, compiles steps, and divides the runs into chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mtl_jax.ablation import fields, programs, stacking
+from mtl_jax.ablation import device_memory, fields, stacking
 from mtl_jax.ablation.fields import Numbers
 from mtl_jax.ablation.plan import Program, Run, order_of
 from mtl_jax.ablation.programs import Machine
@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 
 
 class Ready(NamedTuple):
-    """A program before its first step.
+    """A program that is ready for its first step.
 
     Attributes:
-        program: Its runs.
+        program: The program.
         prepared: Its template, prepared.
         params: {seed: initial parameters}.
-        begun: {seed: contents of init_from.json}, empty where nothing was loaded.
-        machine: Its compiled programs.
-        chunks: Its runs in chunks.
+        begun: {seed: contents of init_from.json}; empty if no parameters are loaded.
+        machine: Its compiled functions.
+        chunks: Its runs in chunks that are trained at once.
     """
 
     program: Program
@@ -44,23 +44,23 @@ class Ready(NamedTuple):
     chunks: list[list[Run]]
 
     def values(self, chunk: Sequence[Run]) -> Numbers:
-        """The numbers of a chunk's runs, filled up to the machine's size with the last one's."""
-        every = fields.collect([run.experiment for run in self.program.runs])
+        """The numbers of a chunk's runs, filled up to the machine's size with those of the last run."""
+        collected = fields.collect([run.experiment for run in self.program.runs])
         places = [self.program.runs.index(run) for run in chunk]
         places += [places[-1]] * (self.machine.size - len(places))
-        return {name: array[np.array(places)] for name, array in every.items()}
+        return {name: array[np.array(places)] for name, array in collected.items()}
 
 
 def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: int = 0, trains: bool = True) -> Ready:
-    """Reads a program's data, makes the parameters of every seed, compiles its steps, and finds out how many runs fit.
+    """Reads a program's data, makes the parameters of every seed, compiles its steps, and measures how many runs fit.
 
     Args:
         program: The program.
         at_once: Most runs at once; 0: as many as fit.
-        memory: GB of a device; 0: what there is.
-        size: How many runs there were at once before a restart, maybe on other devices; that stays, as checkpoints have it.
-            0: it begins now.
-        trains: Whether steps are going to be taken; else all devices that are there are used, and any number of them will do.
+        memory: GB of a device that may be used; 0: its free memory.
+        size: Number of runs at once before a restart, possibly on other devices; it is kept, since checkpoints have it. 0: the
+            program has not begun.
+        trains: Whether steps will be taken; if not, all devices are used, whatever their number.
 
     Raises:
         UserError: The experiment is refused, or not even one run fits.
@@ -77,33 +77,33 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     prepared = prepared._replace(mesh=mesh)
     params, begun = {}, {}
     for seed in sorted({run.experiment.seed for run in program.runs}):
-        one = reseeded(prepared, seed)
+        seeded = reseeded(prepared, seed)
         if program.template.init_from.path:
-            one, begun[seed], said = init_from.begin(one)
-            log.info("seed %d: %s", seed, said)
-        params[seed] = one.params
+            seeded, begun[seed], line = init_from.begin(seeded)
+            log.info("seed %d: %s", seed, line)
+        params[seed] = seeded.params
     differs = stacking.differing(list(params.values()))
-    every = fields.collect([run.experiment for run in program.runs])
-    made: dict[int, Machine] = {}
+    collected = fields.collect([run.experiment for run in program.runs])
+    machines: dict[int, Machine] = {}
 
-    def bytes_of(count: int) -> int:
-        made[count] = Machine(prepared, differs, count)
+    def measure(count: int) -> int:
+        machines[count] = Machine(prepared, differs, count)
         places = np.arange(count) % len(program.runs)
-        values = jax.device_put({name: array[places] for name, array in every.items()}, meshes.by_runs(mesh))
-        return made[count].weigh(values, meshes.assemble(_some_batch(prepared), meshes.by_rows(mesh)))
+        values = jax.device_put({name: array[places] for name, array in collected.items()}, meshes.by_runs(mesh))
+        return machines[count].weigh(values, meshes.assemble(_first_batch(prepared), meshes.by_rows(mesh)))
 
-    apart = mesh.shape[meshes.RUN]
-    limit = int(memory * 1e9) or programs.memory()
-    wanted = size or programs.fit(bytes_of, min(most, at_once or most), apart, limit)
-    parts, even = programs.chunks(list(groups.values()), wanted, apart)
-    even = size or even
-    if even not in made and not size:  # not what fits, but what is needed for chunks of the same size
-        bytes_of(even)
-    machine = made[even] if even in made else Machine(prepared, differs, even)
-    return Ready(program, prepared, params, begun, machine, parts)
+    multiple = mesh.shape[meshes.RUN]
+    limit = int(memory * 1e9) or device_memory.available()
+    fitting = size or device_memory.runs_that_fit(measure, min(most, at_once or most), multiple, limit)
+    chunks, even_size = device_memory.chunks(list(groups.values()), fitting, multiple)
+    size, begins = size or even_size, not size
+    if size not in machines and begins:  # chunks of even size may have fewer runs than fit
+        measure(size)
+    machine = machines[size] if size in machines else Machine(prepared, differs, size)
+    return Ready(program, prepared, params, begun, machine, chunks)
 
 
-def _some_batch(prepared: Prepared) -> Any:
+def _first_batch(prepared: Prepared) -> Any:
     experiment = prepared.experiment
     batches = stream(prepared.corpus, experiment.batch, data_seed_of(experiment), stretches(experiment))
     batch = next(batches)

@@ -1,22 +1,19 @@
-"""The compiled programs of an ablation's runs: the train step and the outputs of all of them at once."""
+"""The compiled programs of an ablation: the train step, and the evaluation outputs, of N runs at once."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from mtl_jax import trunks
-from mtl_jax.ablation import fields, stacking
+from mtl_jax.ablation import device_memory, fields, stacking
 from mtl_jax.ablation.fields import Numbers
 from mtl_jax.core import trees
-from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Seq2Seq
 from mtl_jax.training import evaluation, gram_gradient, text_evaluation
@@ -31,22 +28,23 @@ from mtl_jax.transfer import averaging
 
 
 class Machine:
-    """What N runs of one program share; made once, used by one chunk of runs after another.
+    """The compiled functions for N runs of one program, which one chunk of runs after another uses.
 
     Args:
         prepared: The program's template, prepared, on a mesh with an axis over runs.
-        differs: Tree of bools: initial parameters that the runs do not share.
-        size: N, a multiple of the mesh's axis over runs.
+        differs: Tree of bools: initial parameters that differ between runs.
+        size: N, a multiple of the size of the mesh's axis over runs.
 
     Attributes:
-        compile_seconds: Spent on compiling steps so far.
-        compiled: Steps compiled so far.
-        weight: What weigh() found.
+        own: For each phase a tree of bools: the parameters with an axis over runs, f32[N, ...], from this phase on.
+        compile_seconds: Seconds spent on compiling steps so far.
+        compiled: Number of steps compiled so far.
+        weight: The result of weigh(), bytes; 0 before.
     """
 
     def __init__(self, prepared: Prepared, differs: Any, size: int):
         self.prepared, self.size, self.mesh = prepared, size, prepared.mesh
-        self.own = []  # by phase: the leaves that each run has of its own from it on
+        self.own = []
         own = differs
         for plan in prepared.plans:
             own = stacking.either(own, plan.mask)
@@ -60,34 +58,34 @@ class Machine:
         self._collect: dict[int, Any] = {}
 
     def begin(self, plan: PhasePlan, values: Numbers, params: Any) -> TrainState:
-        """What a phase starts with but for parameters, keys and step: optimizer, rule and average of all runs."""
+        """The initial states of optimizer, rule and average of all runs in a phase, as a TrainState without other fields."""
         trained, _ = trees.split(params, plan.mask)
-        found = jax.jit(self._beginning(plan), out_shardings=meshes.by_runs(self.mesh))(values, trained)
-        return TrainState(None, None, found[0], found[1], None, found[2])  # type: ignore[arg-type]
+        initial = jax.jit(self._initial_states(plan), out_shardings=meshes.by_runs(self.mesh))(values, trained)
+        return TrainState(None, None, initial[0], initial[1], None, initial[2])  # type: ignore[arg-type]
 
     def begin_shapes(self, plan: PhasePlan, values: Numbers, params: Any) -> TrainState:
-        """The shapes of that."""
+        """The shapes of the result of begin()."""
         trained, _ = trees.split(params, plan.mask)
-        found = jax.eval_shape(self._beginning(plan), values, trained)
-        return TrainState(None, None, found[0], found[1], None, found[2])  # type: ignore[arg-type]
+        initial = jax.eval_shape(self._initial_states(plan), values, trained)
+        return TrainState(None, None, initial[0], initial[1], None, initial[2])  # type: ignore[arg-type]
 
-    def _beginning(self, plan: PhasePlan) -> Callable[[Numbers, Any], Any]:
+    def _initial_states(self, plan: PhasePlan) -> Callable[[Numbers, Any], Any]:
         names = [task.name for task in self.prepared.corpus.tasks]
 
-        def one(values: Numbers, trained: Any) -> Any:
-            mine = renumbered(plan, fields.insert(self.prepared.experiment, values))
-            rule_state = gram_gradient.init_rule(mine.rule, names, trained["trunk"])
-            return mine.optimizer.init(trained), rule_state, self.averaging.init(trained)
+        def init_run(values: Numbers, trained: Any) -> Any:
+            run_plan = renumbered(plan, fields.insert(self.prepared.experiment, values))
+            rule_state = gram_gradient.init_rule(run_plan.rule, names, trained["trunk"])
+            return run_plan.optimizer.init(trained), rule_state, self.averaging.init(trained)
 
-        return jax.vmap(one, axis_size=self.size)
+        return jax.vmap(init_run, axis_size=self.size)
 
     def step(self, plan: PhasePlan, *arguments: Any, apart: frozenset[str] = frozenset()) -> Any:
         """The compiled step of a phase: (numbers, state, inputs) -> (state, StepMetrics of all runs).
 
         Args:
             plan: The phase.
-            *arguments: Those of the step, or their shapes.
-            apart: The references of which each run has its own.
+            *arguments: The arguments of the step, or their shapes.
+            apart: Names of the references with an axis over runs.
         """
         names = tuple(each.name for each in plan.regularisers)
         batch = arguments[2].batch
@@ -125,23 +123,23 @@ class Machine:
         return jax.jit(of_all_runs, donate_argnums=1, out_shardings=placed)
 
     def weigh(self, values: Numbers, batch: Batch) -> int:
-        """Bytes on a device in the heaviest phase: its step, as XLA plans it, and what lies beside it.
+        """Bytes on a device in the phase that needs most: the step as XLA plans it, and the arrays kept besides.
 
-        That are the best parameters, and on CPU, where both share one memory, the copy that a checkpoint is written from; what
-        regularisers hold on to is estimated by the size of what trains.
+        The latter are the best parameters, and on CPU, where host and device share one memory, the copy that a checkpoint is
+        written from. The size of regularisers' references is estimated by that of the trainable parameters.
         """
         whole, by_runs = meshes.replicated(self.mesh), meshes.by_runs(self.mesh)
         for plan in self.prepared.plans:
             own = self.own[plan.number]
 
-            def of_run(has: bool, leaf: Any) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct((self.size, *leaf.shape) if has else leaf.shape, leaf.dtype)
+            def stacked(per_run: bool, leaf: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct((self.size, *leaf.shape) if per_run else leaf.shape, leaf.dtype)
 
-            params = jax.tree.map(of_run, own, self.prepared.params)
-            fresh = self.begin_shapes(plan, values, params)
+            params = jax.tree.map(stacked, own, self.prepared.params)
+            initial = self.begin_shapes(plan, values, params)
             key = jax.ShapeDtypeStruct((self.size, 2), np.uint32)
             step = jax.ShapeDtypeStruct((), np.int32)
-            shapes = TrainState(step, params, fresh.opt_state, fresh.rule_state, key, fresh.average)  # type: ignore[arg-type]
+            shapes = TrainState(step, params, initial.opt_state, initial.rule_state, key, initial.average)  # type: ignore[arg-type]
             state: Any = stacking.placed(shapes, stacking.shardings(own, self.mesh))
             table = None
             if plan.cached:
@@ -158,7 +156,7 @@ class Machine:
             beside = _bytes(best) + (2 * _bytes(trained) if plan.regularisers or plan.mixout_paths else 0)
             if jax.default_backend() == "cpu":
                 beside += _bytes((shapes, best))
-            self.weight = max(self.weight, weight_of(program) + beside // self.mesh.shape[meshes.RUN])
+            self.weight = max(self.weight, device_memory.bytes_of(program) + beside // self.mesh.shape[meshes.RUN])
         return self.weight
 
     def own_trunk(self, plan: PhasePlan) -> bool:
@@ -169,7 +167,7 @@ class Machine:
         return 0 if self.own_trunk(plan) else None
 
     def outputs(self, plan: PhasePlan, cached: bool) -> evaluation.Apply:
-        """Jitted: evaluation.Outputs of all runs, an axis over runs in front."""
+        """Jitted: evaluation.Outputs of all runs, with an axis over runs in front."""
         key = (plan.number, cached)
         if key not in self._outputs:
             tasks = self.prepared.corpus.tasks
@@ -179,7 +177,7 @@ class Machine:
         return self._outputs[key]
 
     def collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
-        """The state with these parameters in its average, where that is one over evaluations."""
+        """The state with its parameters added to the average, if that is one over evaluations."""
         collect = self.averaging.collect
         if collect is None:
             return state
@@ -206,102 +204,34 @@ def scores_of(
     beams: Callable[[Seq2Seq], int],
     table: Any = None,
 ) -> list[Scores | None]:
-    """{task: {metric: value}} of those runs that are asked for; where a loss is not finite, losses only.
+    """{task: {metric: value}} for the runs in `which`, else None; only losses for a run with a loss that is not finite.
 
     Args:
         machine: The runs' program.
         apply: machine.outputs(...).
         params: Parameters of all runs.
         split: dev or test.
-        which: For each run whether it is asked for.
-        own: Tree of bools: which leaves of the parameters are own.
-        beams: Of a task that decodes.
-        table: Features, where apply looks them up.
+        which: For each run whether it is evaluated.
+        own: Tree of bools: the leaves with an axis over runs.
+        beams: Task to its number of beams, for tasks that decode.
+        table: Cached features, if apply reads them.
     """
     prepared = machine.prepared
     data, tasks, batching = prepared.corpus.splits[split], prepared.corpus.tasks, prepared.experiment.batch
     parts = list(data.values())
-    found = evaluation.run_each(apply, params, tasks, parts, batching, machine.mesh, machine.size, table=table)
+    outputs = evaluation.run_each(apply, params, tasks, parts, batching, machine.mesh, machine.size, table=table)
     scores: list[Scores | None] = []
-    for number, asked in enumerate(which):
-        losses = found[number].losses
-        if not asked:
+    for number, evaluated in enumerate(which):
+        losses = outputs[number].losses
+        if not evaluated:
             scores.append(None)
         elif not all(math.isfinite(loss) for loss in losses.values()):
             scores.append({task: {"loss": loss} for task, loss in losses.items()})
         else:
             texts: Scores = {}
             if any(task.decodes for task in tasks):
-                alone = jax.device_put(stacking.take(params, own, number), jax.devices()[0])
+                run_params = jax.device_put(stacking.take(params, own, number), jax.devices()[0])
                 devices = list(machine.mesh.devices.flat)
-                texts = text_evaluation.text_scores(tasks, prepared.trunk, alone, data, beams, devices=devices)
-            scores.append(evaluation.score(tasks, data, found[number], texts))
+                texts = text_evaluation.text_scores(tasks, prepared.trunk, run_params, data, beams, devices=devices)
+            scores.append(evaluation.score(tasks, data, outputs[number], texts))
     return scores
-
-
-MEMINFO = Path("/proc/meminfo")
-
-
-def weight_of(compiled: Any) -> int:
-    """Bytes that a compiled program needs on a device: arguments, results and what lies in between."""
-    stats = compiled.memory_analysis()
-    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return int(kept + stats.temp_size_in_bytes)
-
-
-def fit(bytes_of: Callable[[int], int], count: int, together: int, limit: int) -> int:
-    """How many runs go into one program, by what programs weigh.
-
-    Args:
-        bytes_of: Runs in a program to its bytes on a device; asked seldom, since it compiles.
-        count: Runs there are.
-        together: They come in multiples of this, the devices that have runs of their own.
-        limit: Bytes of a device.
-
-    Raises:
-        UserError: Not even the smallest number fits.
-    """
-    whole = math.ceil(count / together) * together
-    most = bytes_of(whole)
-    if most <= limit:
-        return whole
-    least = bytes_of(together) if whole > together else most
-    if least > limit:
-        raise UserError(
-            f"a run needs {least / 1e9:.2f} GB on each device, and there are {limit / 1e9:.2f}: fewer rows in a batch "
-            "(batch.rows, batch.accumulate), or --memory, if there is more"
-        )
-    per_run = max((most - least) / (whole - together), 1.0)
-    size = min(whole - together, int((limit - least) / per_run) // together * together + together)
-    while size > together and bytes_of(size) > limit:
-        size -= together
-    return size
-
-
-def chunks(groups: Sequence[Sequence[Any]], size: int, together: int) -> tuple[list[list[Any]], int]:
-    """Runs in chunks of at most `size`, as even as can be, and the one size that fits all of them.
-
-    Args:
-        groups: Runs that may be in one chunk.
-        size: At most so many, a multiple of `together`.
-        together: The size is a multiple of this.
-    """
-    parts = []
-    for group in groups:
-        for places in np.array_split(np.arange(len(group)), math.ceil(len(group) / size)):
-            parts.append([group[place] for place in places])
-    return parts, math.ceil(max(len(part) for part in parts) / together) * together
-
-
-def memory() -> int:
-    """Bytes that a device has for us: what it says, or nine tenths of what the machine has free."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    free = 0
-    if MEMINFO.exists():
-        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
-        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    # Elsewhere than on Linux nobody says what is free: half of what there is.
-    free = free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return free * 9 // 10 // jax.device_count()

@@ -126,7 +126,8 @@ def _range(low: Any, high: Any, log: bool, where: str) -> Range:
     if math.isnan(start) or math.isnan(end):
         raise UserError(f"{where}: LOW and HIGH must be two numbers, but are {f'{low}:{high}'!r}")
     if not (math.isfinite(start) and math.isfinite(end) and start < end) or (log and start <= 0):
-        raise UserError(f"{where}: from {start:g} to {end:g} is no range{' of numbers above 0' if log else ''}")
+        needed = "LOW must be below HIGH, both finite" + (" and above 0" if log else "")
+        raise UserError(f"{where}: from {start:g} to {end:g}: {needed}")
     return Range(start, end, log)
 
 
@@ -199,7 +200,7 @@ def simplex(tasks: int, count: int) -> list[tuple[float, ...]]:
 
     Args:
         tasks: K.
-        count: How many points.
+        count: Number of points.
 
     Raises:
         UserError: The count is below 1, or there are fewer than two tasks.

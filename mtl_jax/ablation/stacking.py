@@ -1,6 +1,8 @@
-"""The train state of many runs as one: a leaf has an axis over runs in front where each run has its own.
+"""The train states of many runs as one: leaves that differ between runs have an axis over runs in front.
 
-What never trains and is the same in all of them, such as a frozen trunk, is there once, and so is the work on it.
+A leaf that is the same in all runs and never trains, such as those of a frozen trunk, is stored once, and computed with once.
+
+Shapes in names: N runs. `per_run` is always a tree of bools over the parameters: true for leaves with the axis over runs.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from mtl_jax.training.train_state import TrainState
 
 
 class Together(NamedTuple):
-    """What a checkpoint of many runs holds: the fields of TrainState, and `best`.
+    """The contents of a checkpoint of many runs: the fields of TrainState, and `best`.
 
     Attributes:
-        step: i32[], steps done; the same in all.
-        params: As in TrainState; own leaves are [N, ...]. So are all leaves of what follows.
-        opt_state: As in TrainState.
-        rule_state: As in TrainState.
+        step: i32[], number of steps done; the same in all runs.
+        params: As in TrainState; per-run leaves are [N, ...].
+        opt_state: As in TrainState, all leaves [N, ...].
+        rule_state: As in TrainState, all leaves [N, ...].
         key: u32[N, 2].
-        average: As in TrainState.
-        best: The measured parameters of each run's best evaluation, own leaves only.
+        average: As in TrainState, all leaves [N, ...].
+        best: The evaluated parameters of each run's best evaluation, per-run leaves only, [N, ...].
     """
 
     step: jax.Array
@@ -40,12 +42,12 @@ class Together(NamedTuple):
     best: Any = None
 
     def state(self) -> TrainState:
-        """Without `best`."""
+        """The state without `best`."""
         return TrainState(*self[:6])
 
 
 def differing(params: Sequence[Any]) -> Any:
-    """Tree of bools: which leaves are not the same, bit by bit, in all of these parameters."""
+    """Tree of bools: the leaves that are not bit by bit the same in all of these parameters."""
 
     def differs(first: Any, *others: Any) -> bool:
         return any(other is not first and not np.array_equal(np.asarray(first), np.asarray(other)) for other in others)
@@ -54,29 +56,25 @@ def differing(params: Sequence[Any]) -> Any:
 
 
 def either(*masks: Any) -> Any:
-    """Tree of bools: which leaves are true in one of these."""
+    """Tree of bools: the leaves that are true in at least one of these trees."""
     return jax.tree.map(lambda *values: any(values), *masks)
 
 
-def axes(own: Any) -> TrainState:
-    """The axes over runs of a state, as jax.vmap takes them.
-
-    Args:
-        own: Tree of bools over the parameters.
-    """
-    params: Any = jax.tree.map(lambda has: 0 if has else None, own)
+def axes(per_run: Any) -> TrainState:
+    """The axes over runs of a state, in the form of jax.vmap's in_axes."""
+    params: Any = jax.tree.map(lambda stacked: 0 if stacked else None, per_run)
     return TrainState(step=None, params=params, opt_state=0, rule_state=0, key=0, average=0)  # type: ignore[arg-type]
 
 
-def shardings(own: Any, mesh: Mesh) -> TrainState:
-    """How a state lies on the devices: own leaves cut over runs, all else whole on every device."""
+def shardings(per_run: Any, mesh: Mesh) -> TrainState:
+    """The shardings of a state: per-run leaves are divided over runs, all others replicated."""
     by_runs, whole = meshes.by_runs(mesh), meshes.replicated(mesh)
-    params = jax.tree.map(lambda has: by_runs if has else whole, own)
+    params = jax.tree.map(lambda stacked: by_runs if stacked else whole, per_run)
     return TrainState(whole, params, by_runs, by_runs, by_runs, by_runs)  # type: ignore[arg-type]
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes with where they lie.
+    """Shapes with shardings.
 
     Args:
         shapes: A tree of arrays or shapes.
@@ -89,65 +87,65 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(place, shardings, shapes)
 
 
-def stack(params: Sequence[Any], own: Any, mesh: Mesh) -> Any:
-    """Parameters of N runs, [N, ...] where they are own."""
+def stack(params: Sequence[Any], per_run: Any, mesh: Mesh) -> Any:
+    """The parameters of N runs as one tree; per-run leaves are [N, ...], the others those of the first run."""
 
-    def put(has: bool, *leaves: Any) -> jax.Array:
-        if not has:
+    def put(stacked: bool, *leaves: Any) -> jax.Array:
+        if not stacked:
             return meshes.place(np.array(leaves[0]), meshes.replicated(mesh))  # copied: the step donates its buffer
         arrays = [np.asarray(leaf) for leaf in leaves]
         alike = all(array is arrays[0] for array in arrays)
         whole = np.broadcast_to(arrays[0], (len(arrays), *arrays[0].shape)) if alike else np.stack(arrays)
         return meshes.place(whole, meshes.by_runs(mesh))
 
-    return jax.tree.map(put, own, *params)
+    return jax.tree.map(put, per_run, *params)
 
 
-def widen(params: Any, before: Any, own: Any, count: int, mesh: Mesh) -> Any:
-    """Leaves that become own get an axis over N runs.
+def widen(params: Any, before: Any, per_run: Any, count: int, mesh: Mesh) -> Any:
+    """The parameters with an axis over N runs for leaves that become per-run.
 
     Args:
-        params: Parameters, or a part of them, other leaves None.
-        before: Tree of bools: the leaves that are own.
-        own: Those that are to be.
+        params: Parameters, or a part of them with other leaves None.
+        before: The per-run leaves so far.
+        per_run: The per-run leaves from now on.
         count: N.
         mesh: The devices.
     """
 
-    def put(was: bool, has: bool, leaf: Any) -> Any:
-        if was or not has or leaf is None:
+    def put(was_per_run: bool, stacked: bool, leaf: Any) -> Any:
+        if was_per_run or not stacked or leaf is None:
             return leaf
         array = np.asarray(leaf)
         return meshes.place(np.broadcast_to(array, (count, *array.shape)), meshes.by_runs(mesh))
 
-    return jax.tree.map(put, before, own, params)
+    return jax.tree.map(put, before, per_run, params)
 
 
 def keys(seeds: Sequence[int], mesh: Mesh) -> jax.Array:
-    """u32[N, 2]: the key of each run, as training.state.create makes it."""
-    found = [jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)) for seed in seeds]
-    return meshes.place(np.stack([np.asarray(key) for key in found]), meshes.by_runs(mesh))
+    """u32[N, 2]: the key of each run, the same as that of a run that is trained alone."""
+    run_keys = [jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1)) for seed in seeds]
+    return meshes.place(np.stack([np.asarray(key) for key in run_keys]), meshes.by_runs(mesh))
 
 
-def take(tree: Any, own: Any, number: int) -> Any:
-    """Parameters of one run.
+def take(tree: Any, per_run: Any, number: int) -> Any:
+    """The parameters of one run.
 
     Args:
-        tree: Parameters of all of them.
-        own: Tree of bools: which leaves are own.
-        number: The run.
+        tree: The parameters of all runs.
+        per_run: The per-run leaves.
+        number: The place of the run.
     """
-    return jax.tree.map(lambda has, leaf: leaf[number] if has else leaf, own, tree)
+    return jax.tree.map(lambda stacked, leaf: leaf[number] if stacked else leaf, per_run, tree)
 
 
-def take_state(state: TrainState, own: Any, number: int) -> TrainState:
+def take_state(state: TrainState, per_run: Any, number: int) -> TrainState:
     """The state of one run."""
     rest = jax.tree.map(lambda leaf: leaf[number], state._replace(step=None, params=None))  # type: ignore[arg-type]
-    return rest._replace(step=state.step, params=take(state.params, own, number))
+    return rest._replace(step=state.step, params=take(state.params, per_run, number))
 
 
 def keep_better(mesh: Mesh) -> Callable[[Any, Any, jax.Array], Any]:
-    """Jitted: (best [N, ...], measured [N, ...], bool[N]) -> best, replaced in those runs."""
+    """Jitted: (best [N, ...], measured [N, ...], bool[N]) -> best, replaced by measured in the runs where the bool is true."""
 
     def choose(best: Any, measured: Any, better_N: jax.Array) -> Any:
         def pick(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -158,6 +156,6 @@ def keep_better(mesh: Mesh) -> Callable[[Any, Any, jax.Array], Any]:
     return jax.jit(choose, donate_argnums=0, out_shardings=meshes.by_runs(mesh))
 
 
-def own_part(params: Any, own: Any) -> Any:
-    """The own leaves; None for the others."""
-    return trees.split(params, own)[0]
+def own_part(params: Any, per_run: Any) -> Any:
+    """The per-run leaves; None for the others."""
+    return trees.split(params, per_run)[0]

@@ -119,14 +119,14 @@ def plan_table(planned: list[Program], at_once: int, memory: float) -> str:
     """
     import tabulate
 
-    from mtl_jax.ablation.ablate import about, steps_of
+    from mtl_jax.ablation.ablate import describe, steps_of
     from mtl_jax.ablation.prepare_program import make_ready
     from mtl_jax.ablation.remarks import weights_do_nothing
 
     rows, remarks, joint_steps, single_steps = [], [], 0, 0
     for program in planned:
         ready = make_ready(program, at_once, memory)
-        values = ", ".join(f"{name} {value}" for name, value in about(program)["fixed"].items())
+        values = ", ".join(f"{name} {value}" for name, value in describe(program)["fixed"].items())
         steps, machine = steps_of(program), ready.machine
         facts = [len(program.runs), machine.size, len(ready.chunks), steps, machine.weight / 1e9, machine.compile_seconds]
         rows.append([program.number, values, *facts])

@@ -139,9 +139,9 @@ def is_option(text: str) -> bool:
     return bool(equals) and option.strip().isidentifier()
 
 
-def number(given: Any) -> float:
+def number(parsed: Any) -> float:
     """A value as a float; NaN where it is not a number."""
-    return float(given) if isinstance(given, (int, float)) and not isinstance(given, bool) else math.nan
+    return float(parsed) if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) else math.nan
 
 
 def _head(text: str) -> tuple[str, str, str]:
@@ -163,13 +163,13 @@ def _listed(rest: str, refused: Callable[[str], UserError]) -> tuple[tuple[Any, 
         return tuple(value(argument) for argument in arguments), {}
     options: dict[str, Any] = {}
     for item in items:
-        option, _, given = item.partition("=")
+        option, _, written = item.partition("=")
         option = option.strip()
-        if not is_option(item) or not given.strip():
+        if not is_option(item) or not written.strip():
             raise refused(f"{shown(item)!r} is not OPTION=VALUE")
         if option in options:
             raise refused(f"{option} is given twice")
-        options[option] = value(given)
+        options[option] = value(written)
     return (), options
 
 
@@ -205,14 +205,14 @@ def _plain(literal: Any) -> bool:
     return literal is None or isinstance(literal, (float, str))
 
 
-def _written(given: Any) -> str:
+def _written(parsed: Any) -> str:
     """A value as value() and a call read it; NaN, which a call has not, is written for value() only."""
-    if isinstance(given, float) and math.isinf(given):
-        return "1e999" if given > 0 else "-1e999"
-    if isinstance(given, tuple):
-        return f"({', '.join(map(_written, given))}{',' * (len(given) == 1)})"
-    if isinstance(given, list):
-        return f"[{', '.join(map(_written, given))}]"
-    if isinstance(given, dict):
-        return f"{{{', '.join(f'{_written(key)}: {_written(entry)}' for key, entry in given.items())}}}"
-    return repr(given)
+    if isinstance(parsed, float) and math.isinf(parsed):
+        return "1e999" if parsed > 0 else "-1e999"
+    if isinstance(parsed, tuple):
+        return f"({', '.join(map(_written, parsed))}{',' * (len(parsed) == 1)})"
+    if isinstance(parsed, list):
+        return f"[{', '.join(map(_written, parsed))}]"
+    if isinstance(parsed, dict):
+        return f"{{{', '.join(f'{_written(key)}: {_written(entry)}' for key, entry in parsed.items())}}}"
+    return repr(parsed)

@@ -111,12 +111,12 @@ def imtl_g() -> Rule:
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-        shortest = jnp.min(jnp.where(some_K, norm_K, 1.0))
-        inverse_K = jnp.where(some_K, shortest / norm_K, 0.0)
-        equal_K = jnp.where(some_K.any(), inverse_K / jnp.maximum(inverse_K.sum(), 1e-30), share(present_K))
+        cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
+        shortest = jnp.min(jnp.where(nonzero_K, norm_K, 1.0))
+        inverse_K = jnp.where(nonzero_K, shortest / norm_K, 0.0)
+        equal_K = jnp.where(nonzero_K.any(), inverse_K / jnp.maximum(inverse_K.sum(), 1e-30), share(present_K))
         # The solution is G^-1 |g| up to scale.
-        part_K, _, residual = _equal_angles(cosine_KxK, some_K)
+        part_K, _, residual = _equal_angles(cosine_KxK, nonzero_K)
         w_K = part_K * inverse_K
         size = jnp.abs(w_K).sum()
         w_K = w_K / jnp.where(size > 0, size, 1.0)
@@ -131,23 +131,23 @@ def config() -> Rule:
     """The direction with equal cosine to every gradient, as long as the gradients' projections on it (Liu et al. 2025, ConFIG).
 
     With unit gradients U: d = U^+ 1, u = d / |d|, g = (sum_i g_i . u) u. U^+ leaves out, smoothly, the directions in which an
-    eigenvalue of the cosines is below 3e-5: d is then below 130 sqrt(K). As gradients become opposite, g
-    goes to 0 and weights to mean(|g|) / |g_i| for two of them; beyond, the direction of a pair that is as good as opposite is
-    left to the other gradients. The weights may be negative. Heads follow their plain losses, as in TorchJD.
+    eigenvalue of the cosines is below 3e-5: |d| is then below 130 sqrt(K). As two gradients become opposite, g goes to 0 and
+    their weights to mean(|g|) / |g_i|; among more gradients, a nearly opposite pair leaves the direction to the others. The
+    weights may be negative. Heads follow their plain losses, as in TorchJD.
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-        part_K, projected_K, residual = _equal_angles(cosine_KxK, some_K)
+        cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
+        part_K, projected_K, residual = _equal_angles(cosine_KxK, nonzero_K)
         square = jnp.maximum(part_K @ projected_K, 0.0)  # |d|^2, at least 1 where the angles can be equal
-        length = jnp.where(some_K, norm_K * projected_K, 0.0).sum()
-        weights_K = length * square * part_K + 1e-6 * (share(some_K) * norm_K).sum()
-        return jnp.where(some_K, weights_K / (square**2 + 1e-6) / norm_K, 0.0), residual
+        length = jnp.where(nonzero_K, norm_K * projected_K, 0.0).sum()
+        weights_K = length * square * part_K + 1e-6 * (share(nonzero_K) * norm_K).sum()
+        return jnp.where(nonzero_K, weights_K / (square**2 + 1e-6) / norm_K, 0.0), residual
 
     return stateless(weigh)
 
 
-def _equal_angles(cosine_KxK: jax.Array, some_K: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _equal_angles(cosine_KxK: jax.Array, nonzero_K: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weights of unit gradients whose sum has the inner product 1 with each, these products, and the residual.
 
     Eigenvalues s far below DEPENDENT are left out, as in a pseudo-inverse, but smoothly: 1 / s becomes s^3 / (s^4 +
@@ -156,11 +156,11 @@ def _equal_angles(cosine_KxK: jax.Array, some_K: jax.Array) -> tuple[jax.Array, 
     values_K, vectors_KxK = jnp.linalg.eigh(cosine_KxK)
     relative_K = jnp.maximum(values_K, 0.0) / DEPENDENT
     inverse_K = relative_K**3 / (1 + relative_K**4) / DEPENDENT
-    along_K = vectors_KxK.T @ some_K.astype(jnp.float32)
-    part_K = jnp.where(some_K, vectors_KxK @ (inverse_K * along_K), 0.0)
+    along_K = vectors_KxK.T @ nonzero_K.astype(jnp.float32)
+    part_K = jnp.where(nonzero_K, vectors_KxK @ (inverse_K * along_K), 0.0)
     projected_K = vectors_KxK @ (values_K * inverse_K * along_K)
     off_K = jnp.abs(projected_K - 1) / (1 + jnp.abs(cosine_KxK) @ jnp.abs(part_K))
-    return part_K, projected_K, jnp.max(jnp.where(some_K, off_K, 0.0))
+    return part_K, projected_K, jnp.max(jnp.where(nonzero_K, off_K, 0.0))
 
 
 def aligned() -> Rule:
@@ -173,9 +173,9 @@ def aligned() -> Rule:
     """
 
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+        cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
         # An absent or zero gradient counts as orthogonal to all others and as long as the longest: never the smallest value.
-        _, root_KxK = firm(cosine_KxK + jnp.diag(jnp.where(some_K, 0.0, 1.0)))
+        _, root_KxK = firm(cosine_KxK + jnp.diag(jnp.where(nonzero_K, 0.0, 1.0)))
         # Singular values of a root of G: they have twice the digits of the eigenvalues. `norm_K` is 1 where it was 0.
         vectors_KxK, values_K, _ = jnp.linalg.svd(norm_K[:, None] * root_KxK)
         floored_K = jnp.sqrt(values_K**2 + (1e-7 * values_K.max()) ** 2)
@@ -184,11 +184,11 @@ def aligned() -> Rule:
         kept_K = kept_K / (1 + kept_K)
         inverse_K = jnp.sqrt(kept_K) / floored_K
         shrink_K = inverse_K / inverse_K.max()
-        mean_K = jnp.where(some_K, share(present_K), 0.0)
-        weights_K = jnp.where(some_K, vectors_KxK @ (shrink_K * (vectors_KxK.T @ mean_K)), 0.0)
+        mean_K = jnp.where(nonzero_K, share(present_K), 0.0)
+        weights_K = jnp.where(nonzero_K, vectors_KxK @ (shrink_K * (vectors_KxK.T @ mean_K)), 0.0)
         # After the change every singular value that counts is the same.
         off_K = kept_K * jnp.abs(values_K * shrink_K * inverse_K.max() - 1)
-        return jnp.where(some_K.any(), weights_K, share(present_K)), jnp.max(off_K)
+        return jnp.where(nonzero_K.any(), weights_K, share(present_K)), jnp.max(off_K)
 
     return stateless(weigh)
 

@@ -198,8 +198,8 @@ def _alpha_fair(gram_KxK: jax.Array, present_K: jax.Array, alpha: float) -> tupl
 
     In u = w |g|, with cosines C in place of G: C u = |g|^(1/alpha - 1) u^(-1/alpha), the optimality of a convex problem.
     """
-    cosine_KxK, norm_K, some_K = solvers.cosines(gram_KxK)
-    solved_K = present_K & some_K
+    cosine_KxK, norm_K, nonzero_K = solvers.cosines(gram_KxK)
+    solved_K = present_K & nonzero_K
     # A gradient that is not solved for gets an equation of its own, u = u^(-1/alpha).
     firm_KxK, _ = solvers.firm(cosine_KxK)
     both_KxK = solved_K[:, None] & solved_K[None, :]

@@ -283,8 +283,8 @@ def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] =
         logs_K = jnp.where(present_K, state["log_weights"] + learning_rate * growth_K, state["log_weights"])
         logs_K = logs_K - logs_K.max()
         weights_K = jax.nn.softmax(logs_K, where=present_K)
-        seen_K = state["seen"] | present_K
+        ever_present_K = state["seen"] | present_K
         first_K = jnp.where(present_K, first_K, state["first"])
-        return unstack(weights_K, signals), {"log_weights": logs_K, "first": first_K, "seen": seen_K}
+        return unstack(weights_K, signals), {"log_weights": logs_K, "first": first_K, "seen": ever_present_K}
 
     return Rule(init=init, update=update)

@@ -76,13 +76,13 @@ def combine(rule: Rule, text: str) -> Rule:
     return _call(f"combinator {name!r}", COMBINATORS[name], (rule,), options)
 
 
-def _call(what: str, maker: Callable[..., Rule], inner: tuple[Rule, ...], options: Mapping[str, Any]) -> Rule:
+def _call(name: str, maker: Callable[..., Rule], inner: tuple[Rule, ...], options: Mapping[str, Any]) -> Rule:
     """maker(*inner, **options), with the names of the options checked; the maker checks their values."""
     parameters = dict(list(inspect.signature(maker).parameters.items())[len(inner) :])
     for option in options:
         if option not in parameters:
-            raise unknown(f"option of {what}:", option, parameters)
+            raise unknown(f"option of {name}:", option, parameters)
     for option, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
-            raise UserError(f"{what} needs {option}")
+            raise UserError(f"{name} needs {option}")
     return maker(*inner, **options)

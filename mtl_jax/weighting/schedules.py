@@ -39,11 +39,11 @@ def dann_schedule(init_value: float, end_value: float, transition_steps: int, sh
 def sigmoid_schedule(
     init_value: float, end_value: float, transition_steps: int, sharpness: float = 10.0, middle: float = 0.5
 ) -> Schedule:
-    """A whole sigmoid: flat, then steep around the middle, then flat, as losses are annealed in RecAdam
-    (Chen et al., 2020, https://arxiv.org/abs/2004.12651, section 4.2: 1 / (1 + exp(-k (t - t0)))).
+    """A whole sigmoid: flat, then steep around the middle, then flat, as in the annealing of losses in RecAdam.
 
-    init_value + (end_value - init_value) / (1 + exp(-sharpness * (p - middle))), p the steps that are done over
-    transition_steps; it goes on after them. k is sharpness / transition_steps, t0 is middle * transition_steps.
+    init_value + (end_value - init_value) / (1 + exp(-sharpness * (p - middle))), where p is the number of steps so far over
+    transition_steps, also above 1. That is 1 / (1 + exp(-k (t - t0))) of Chen et al. (2020, https://arxiv.org/abs/2004.12651,
+    section 4.2), with k = sharpness / transition_steps and t0 = middle * transition_steps.
 
     Raises:
         ValueError: transition_steps or sharpness is not above 0.

@@ -103,11 +103,11 @@ def cosines(gram_KxK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         Cosines f32[K, K], 0 for a gradient of 0; lengths f32[K], 1 in place of 0; bool[K], which gradients are not 0.
     """
     norm_K = jnp.sqrt(jnp.maximum(jnp.diagonal(gram_KxK), 0.0))
-    some_K = norm_K > 1e-15
-    norm_K = jnp.where(some_K, norm_K, 1.0)
-    both_KxK = some_K[:, None] & some_K[None, :]
+    nonzero_K = norm_K > 1e-15
+    norm_K = jnp.where(nonzero_K, norm_K, 1.0)
+    both_KxK = nonzero_K[:, None] & nonzero_K[None, :]
     cosine_KxK = jnp.where(both_KxK, gram_KxK / norm_K[:, None] / norm_K[None, :], 0.0)
-    return jnp.clip(cosine_KxK, -1.0, 1.0), norm_K, some_K
+    return jnp.clip(cosine_KxK, -1.0, 1.0), norm_K, nonzero_K
 
 
 def firm(cosine_KxK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -127,23 +127,23 @@ def min_norm(gram_KxK: jax.Array, present_K: jax.Array | None = None) -> jax.Arr
     """
     K = gram_KxK.shape[0]
     present_K = jnp.ones(K, bool) if present_K is None else present_K
-    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+    cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
     # In z = w |g| / shortest the problem has the same curvature in every direction; w sums to 1 where z . shortest / |g| does.
-    solved_K = some_K & present_K
+    solved_K = nonzero_K & present_K
     shortest = jnp.min(jnp.where(solved_K, norm_K, 1.0))
     along_K = jnp.where(solved_K, shortest / norm_K, 0.0)
     start_K = jnp.full(K, 1.0) / jnp.maximum(along_K.sum(), 1e-30)
     z_K = minimize(lambda z_K: (cosine_KxK @ z_K, cosine_KxK), start_K, along_K, solved_K)
-    zero_K = present_K & ~some_K
+    zero_K = present_K & ~nonzero_K
     return jnp.where(zero_K.any() | ~solved_K.any(), share(jnp.where(zero_K.any(), zero_K, present_K)), z_K * along_K)
 
 
 def off_min_norm(gram_KxK: jax.Array, weights_K: jax.Array, present_K: jax.Array) -> jax.Array:
     """The residual of min_norm, f32[]: the most by which a gradient is shorter along g_w than g_w is, in units of lengths."""
-    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-    z_K = jnp.where(some_K, weights_K * norm_K, 0.0)
+    cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
+    z_K = jnp.where(nonzero_K, weights_K * norm_K, 0.0)
     inner_K = cosine_KxK @ z_K
-    short_K = jnp.where(some_K & present_K, z_K @ inner_K / norm_K - inner_K, 0.0)
+    short_K = jnp.where(nonzero_K & present_K, z_K @ inner_K / norm_K - inner_K, 0.0)
     return jnp.maximum(short_K.max(), 0.0) / jnp.maximum(z_K.sum(), 1e-30)
 
 
@@ -155,27 +155,29 @@ def into_dual_cone(gram_KxK: jax.Array, weights_K: jax.Array, present_K: jax.Arr
     """
     K = gram_KxK.shape[0]
     present_K = jnp.ones(K, bool) if present_K is None else present_K
-    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
+    cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
     firm_KxK, root_KxK = firm(cosine_KxK)
-    lower_K = jnp.where(present_K & some_K, weights_K * norm_K, 0.0)
+    lower_K = jnp.where(present_K & nonzero_K, weights_K * norm_K, 0.0)
 
     def derivatives(s_K: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Through the root: for nearly opposite gradients the matrix itself has lost the digits that the product needs.
         return root_KxK @ (root_KxK.T @ (lower_K + s_K)), firm_KxK
 
     # The variable is what is added to the bounds: it may be far smaller than the sum, and must be as exact.
-    added_K = minimize(derivatives, jnp.full(K, 1 / K), present_K=present_K & some_K)
-    return jnp.where(present_K, weights_K + jnp.where(some_K, added_K / norm_K, 0.0), 0.0)
+    added_K = minimize(derivatives, jnp.full(K, 1 / K), present_K=present_K & nonzero_K)
+    return jnp.where(present_K, weights_K + jnp.where(nonzero_K, added_K / norm_K, 0.0), 0.0)
 
 
 def off_dual_cone(gram_KxK: jax.Array, lower_K: jax.Array, weights_K: jax.Array, present_K: jax.Array) -> jax.Array:
     """The residual of into_dual_cone, f32[]: the largest conflict, or addition without a conflict, in units of lengths."""
-    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-    z_K = jnp.where(some_K & present_K, weights_K * norm_K, 0.0)
+    cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
+    z_K = jnp.where(nonzero_K & present_K, weights_K * norm_K, 0.0)
     off_K = jnp.minimum(z_K - lower_K * norm_K, cosine_KxK @ z_K)
-    some = (jnp.where(some_K & present_K, lower_K, 0.0) > 0).any()  # else the projected vector is 0, and z is only rounding
-    off = jnp.max(jnp.where(some_K & present_K, jnp.abs(off_K), 0.0))
-    return jnp.where(some, off / jnp.maximum(jnp.abs(z_K).sum(), 1e-30), 0.0)
+    any_nonzero = (
+        jnp.where(nonzero_K & present_K, lower_K, 0.0) > 0
+    ).any()  # else the projected vector is 0, and z is only rounding
+    off = jnp.max(jnp.where(nonzero_K & present_K, jnp.abs(off_K), 0.0))
+    return jnp.where(any_nonzero, off / jnp.maximum(jnp.abs(z_K).sum(), 1e-30), 0.0)
 
 
 def within_ball(gram_KxK: jax.Array, radius: float, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -191,8 +193,8 @@ def within_ball(gram_KxK: jax.Array, radius: float, present_K: jax.Array) -> tup
     it gains more, over (1 + radius) |g_0| and its length.
     """
     K = gram_KxK.shape[0]
-    cosine_KxK, norm_K, some_K = cosines(gram_KxK)
-    solved_K = some_K & present_K
+    cosine_KxK, norm_K, nonzero_K = cosines(gram_KxK)
+    solved_K = nonzero_K & present_K
     firm_KxK, root_KxK = firm(cosine_KxK)
     # In u = v |g| / |g_0|, with gains over |g| |g_0|: task i gains t shortest / |g_i| and what it gains more.
     along_K = jnp.where(solved_K, jnp.min(jnp.where(solved_K, norm_K, 1.0)) / norm_K, 0.0)

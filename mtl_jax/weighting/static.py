@@ -73,6 +73,6 @@ def scheduled(weights: Mapping[str, float | str | Schedule]) -> Rule:
             of the run, through all phases.
 
     Raises:
-        UserError: A text is no such call; at init, a task has no weight or a weight no task.
+        UserError: A text is neither a number nor a schedule; at init, a task has no weight or a weight no task.
     """
     return fixed({task: parse(weight, task) for task, weight in weights.items()})

@@ -222,7 +222,7 @@ def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
         take(whole, "0002", tmp_path / f"on-{count}")
     for one, other in zip(*(jax.tree.leaves(newest(tmp_path / name)) for name in ("on-1", "on-3")), strict=True):
         np.testing.assert_array_equal(one, other)
-    with pytest.raises(UserError, match=r"run 0001 diverged at step \d: .*, before it was measured; there is nothing"):
+    with pytest.raises(UserError, match=r"run 0001 diverged at step \d: .*, before its first evaluation; there is nothing"):
         take(whole, "0001", tmp_path / "diverged")
     assert not (tmp_path / "diverged").exists()
 

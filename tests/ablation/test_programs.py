@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax.ablation import fields, plan, space
-from mtl_jax.ablation import programs as sizes
+from mtl_jax.ablation import device_memory, fields, plan, space
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import Experiment
 
@@ -77,7 +76,7 @@ def test_numbers_come_with_an_axis_over_runs(experiment):
         ((), {"seeds": 0}, "--seeds is 0"),
         (("seed=1,2",), {"seeds": 2}, "the field seed has two axes"),
         (("weighting=equal,pcgrad",), {"methods": ["equal"]}, "the field weighting has two axes"),
-        ((), {"methods": ["equal", "equal"]}, "equal stands there twice"),
+        ((), {"methods": ["equal", "equal"]}, "equal is given twice"),
         ((), {"methods": ["equal", "best"]}, "method.*'best'"),
         ((), {"methods": ["equal", "cagrad:c=-1"]}, "weighting cagrad: c is -1"),
         ((), {"methods": ["equal:c=1", "famo"]}, "it has no options"),
@@ -97,7 +96,7 @@ def test_what_is_refused(experiment, vary, options, message):
 def test_an_axis_that_changes_nothing_is_refused(experiment):
     phases = tuple(dataclasses.replace(phase, learning_rate=1e-3) for phase in experiment.phases)
     own = dataclasses.replace(experiment, phases=phases)
-    with pytest.raises(UserError, match=r"every phase has a rate of its own; vary phases\.N\.learning-rate"):
+    with pytest.raises(UserError, match=r"every phase has its own rate; vary phases\.N\.learning-rate"):
         runs_of(own, "optimizer.learning-rate=1e-3,1e-2")
     phases = (phases[0], dataclasses.replace(phases[1], learning_rate=None))
     assert len(runs_of(dataclasses.replace(own, phases=phases), "optimizer.learning-rate=1e-3,1e-2")) == 2
@@ -115,16 +114,16 @@ def test_as_many_runs_as_fit():
         asked.append(runs)
         return 1000 + 10 * runs
 
-    assert sizes.fit(bytes_of, 50, 1, 10_000) == 50
+    assert device_memory.runs_that_fit(bytes_of, 50, 1, 10_000) == 50
     assert asked == [50]
-    assert sizes.fit(bytes_of, 50, 1, 1305) == 30
-    assert sizes.fit(bytes_of, 50, 8, 1305) == 24  # runs come in eights, one for each device
-    assert sizes.fit(lambda runs: 1000 + int(100 * runs**0.5), 50, 1, 1400) == 16  # where it is not in proportion
+    assert device_memory.runs_that_fit(bytes_of, 50, 1, 1305) == 30
+    assert device_memory.runs_that_fit(bytes_of, 50, 8, 1305) == 24  # runs come in eights, one for each device
+    assert device_memory.runs_that_fit(lambda runs: 1000 + int(100 * runs**0.5), 50, 1, 1400) == 16  # not in proportion
     with pytest.raises(UserError, match=r"a run needs 0\.00 GB on each device"):
-        sizes.fit(bytes_of, 50, 1, 1005)
+        device_memory.runs_that_fit(bytes_of, 50, 1, 1005)
 
 
 def test_chunks_are_even():
     runs = list(range(10))
-    assert sizes.chunks([runs], 4, 1) == ([[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]], 4)
-    assert sizes.chunks([runs[:3], runs[3:]], 5, 2) == ([[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]], 4)
+    assert device_memory.chunks([runs], 4, 1) == ([[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]], 4)
+    assert device_memory.chunks([runs[:3], runs[3:]], 5, 2) == ([[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]], 4)

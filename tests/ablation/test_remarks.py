@@ -21,10 +21,13 @@ ONES = {"rating": 1.0, "coarse": 1.0, "fine": 1.0}
 ADAM = Optimizer(clip_norm=0.0)
 HEADS = (Phase("heads", steps=6, rules=tiny.HEADS_ONLY),)
 SAME = (
-    "nothing that tasks share trains, and Adam divides a constant weight out of a head's gradient again: points that differ in "
-    "weights only are equal"
+    "no parameter that tasks share is trained, and Adam divides a constant weight out of a head's gradient again: points that "
+    "differ only in weights are equal"
 )
-PLAIN = "nothing that tasks share trains, and heads follow their plain losses: points that differ in weights only are equal"
+PLAIN = (
+    "no parameter that tasks share is trained, and heads follow their plain losses: points that differ only in weights are "
+    "equal"
+)
 
 
 def remark(*vary, trunk=False, **changes):
@@ -43,7 +46,7 @@ def remark(*vary, trunk=False, **changes):
         ({}, SAME),
         ({"optimizer": dataclasses.replace(ADAM, name="adam")}, SAME),
         ({"optimizer": dataclasses.replace(ADAM, weight_decay=0.5)}, SAME),  # decoupled
-        ({"optimizer": Optimizer()}, f"{SAME}, but for what clipping at norm 1 makes of them"),
+        ({"optimizer": Optimizer()}, f"{SAME}, except for the effect of clipping at norm 1"),
         ({"combinators": ("normalized",)}, SAME),
         ({"weigh_heads": False, "optimizer": Optimizer(name="sgd")}, PLAIN),
         ({"phases": (Phase("a", 2, rules=tiny.HEADS_ONLY), Phase("b", 2, rules=tiny.HEADS_ONLY))}, SAME),
@@ -54,9 +57,9 @@ def test_where_weights_change_nothing_it_is_said(changes, expected):
 
 
 def test_heads_whose_weight_is_0_do_not_train():
-    assert remark("weights=1/1/0,1/0.5/0.5") == f"{SAME}, but for heads whose weight is 0"
+    assert remark("weights=1/1/0,1/0.5/0.5") == f"{SAME}, except for heads whose weight is 0"
     both = remark("weights=1/1/0,1/0.5/0.5", optimizer=Optimizer())
-    assert both == f"{SAME}, but for what clipping at norm 1 makes of them and for heads whose weight is 0"
+    assert both == f"{SAME}, except for the effect of clipping at norm 1 and heads whose weight is 0"
 
 
 @pytest.mark.parametrize(

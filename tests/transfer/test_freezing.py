@@ -29,7 +29,7 @@ def test_merge_undoes_split():
     [
         ([ParamRule("trunk/.*"), ParamRule("haeds/.*")], "'haeds/.\\*' matches no parameter"),
         ([ParamRule("trunk/.*")], "no rule covers the parameter heads/a/bias"),
-        ([ParamRule("trunk/(")], "no regular expression"),
+        ([ParamRule("trunk/(")], "not a regular expression"),
         ([ParamRule("trunk"), ParamRule(".*")], "'trunk' matches no parameter"),
     ],
 )

@@ -107,11 +107,11 @@ class Adapted:
 
         Args:
             variables: {"params": ...}.
-            *args: Of the module.
-            rngs: As linen's; with deterministic=False adapters, too, take their dropout from "dropout".
+            *args: Arguments of the module.
+            rngs: As in linen; with deterministic=False adapters, too, draw their dropout from "dropout".
             source: i32[B], the source of each row, if sources have their own adapters; a row without a source, -1, gets those
                 of source 0.
-            **kwargs: Of the module.
+            **kwargs: Arguments of the module by name.
 
         Raises:
             ValueError: The parameters have no adapters, or source or an rng is missing.

@@ -7,8 +7,8 @@ from . import tasks as tasks
 from . import transfer as transfer
 from . import weighting as weighting
 from .ablation.ablate import ablate as ablate
-from .cli.main import main as main
-from .cli.main import run as run
+from .cli.launch import main as main
+from .cli.run_command import run as run
 from .core.errors import Interrupted as Interrupted
 from .core.errors import UserError as UserError
 from .data.batches import Batching as Batching

@@ -1,14 +1,9 @@
-"""The command line: main() for experiment scripts, and the console entry mtl-jax."""
+"""The console entry mtl-jax, and its commands; each imports what it needs when it runs, so that --help is fast."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import itertools
-import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,105 +11,13 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
+from mtl_jax.cli.run_command import run
 from mtl_jax.cli.translate import summarize, translate
-from mtl_jax.core.errors import Interrupted, UserError
-from mtl_jax.core.files import reason, refusal, shown, to_json
-from mtl_jax.core.text_lines import flush_output, lines_of, object_of, print_lines, read_bytes
-from mtl_jax.experiment import Experiment, HeadWeights
-
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, resumes
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import to_json
+from mtl_jax.core.text_lines import lines_of, object_of, print_lines, read_bytes
 
 _CONFIG = (tyro.conf.AvoidSubcommands,)  # the default of a union decides its type; flags set the fields of that type
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-_HEAD_WEIGHTS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
-
-
-@_REGISTRY.primitive_rule
-def _head_weights(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """How weigh_heads is parsed and shown: true, false or rule."""
-    if field.type != HeadWeights:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{true,false,rule}",
-        instance_from_str=lambda words: _HEAD_WEIGHTS[words[0]],
-        is_instance=lambda value: isinstance(value, bool) or value == "rule",
-        str_from_instance=lambda value: [str(value).lower()],
-        choices=tuple(_HEAD_WEIGHTS),
-    )
-
-
-def _without_switches(arguments: Sequence[str]) -> list[str]:
-    """The command line with the former switches --weigh-heads and --no-weigh-heads as --weigh-heads true and false."""
-    changed: list[str] = []
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
-        flag = argument.replace("_", "-")
-        if flag == "--no-weigh-heads":
-            changed += ["--weigh-heads", "false"]
-        else:
-            changed += [argument, "true"] if flag == "--weigh-heads" and following.startswith("--") else [argument]
-    return changed
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """The flags of a script: the experiment's fields, and where and how to run it.
-
-    Attributes:
-        experiment: The experiment.
-        workdir: Where everything is written; the same workdir resumes. Default: runs/NAME.
-        allow_config_change: Resume in a workdir that was begun with another configuration.
-        distributed: Train together with other processes that are started with the same command and a shared workdir: auto on a
-            TPU pod, Slurm and the like, else HOST:PORT,INDEX,COUNT (address of process 0, index of this process, their number).
-    """
-
-    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-    workdir: str = ""
-    allow_config_change: bool = False
-    distributed: str = ""
-
-
-def main(experiment: Experiment, description: str | None = None) -> None:
-    """The command line of a script: parses the flags, trains, prints the table of results, and exits.
-
-    Exit codes: 0 done, 2 bad input or a loss that is not finite, 75 stopped by a signal with the state saved.
-
-    Args:
-        experiment: The default of every flag.
-        description: The text that --help shows; default: the docstring of the calling script.
-    """
-    if description is None:
-        description = getattr(sys.modules["__main__"], "__doc__", None)
-    launch = tyro.cli(
-        Launch,
-        args=_without_switches(sys.argv[1:]),
-        default=Launch(experiment),
-        description=description,
-        config=_CONFIG,
-        registry=_REGISTRY,
-    )
-    if scripts.only_read.get():
-        if launch.distributed:
-            raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
-        raise scripts.Read(launch.experiment)
-    run(lambda: _launch(launch))
-
-
-def _launch(launch: Launch) -> None:
-    import jax
-
-    from mtl_jax.training import mesh as meshes
-    from mtl_jax.training import results
-    from mtl_jax.training.loop import train
-
-    if launch.distributed:
-        meshes.connect(launch.distributed)
-    workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
-    scores = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
-    if jax.process_index() == 0:
-        print(results.table([scores]))
-        print(f"everything is in {workdir}")
 
 
 def predict(
@@ -281,43 +184,3 @@ def console() -> None:
 
     with scripts.given(script_flags):
         run(command)
-
-
-def run(command: Callable[[], None]) -> None:
-    """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main()."""
-    _log_to_stderr()
-    try:
-        try:
-            command()
-        except (UserError, Interrupted, KeyboardInterrupt):
-            raise
-        except Exception as error:  # a failed write that no code nearer to it has reported
-            refused = refusal(error)
-            if refused is None:
-                raise
-            with contextlib.suppress(UserError):
-                flush_output()  # else Python tries again when it exits
-            path = getattr(error, "filename", None) or "a file"
-            raise UserError(f"{shown(path)}: cannot be read or written ({reason(refused)})") from error
-        flush_output()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:  # before or after the work that catches the signal itself
-        print("stopped", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-
-
-def _log_to_stderr() -> None:
-    """Logs the lines of mtl_jax as plain text, and of other libraries only errors."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch was not found, which is not needed
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("mtl_jax")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False

@@ -8,9 +8,12 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import Experiment
+
+if TYPE_CHECKING:  # takes a second to import, and --help needs none of it
+    from mtl_jax.experiment import Experiment
 
 only_read: contextvars.ContextVar[bool] = contextvars.ContextVar("only_read", default=False)
 _flags: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("flags", default=())

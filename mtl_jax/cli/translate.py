@@ -14,9 +14,7 @@ import tyro
 from mtl_jax.cli import text_rows
 from mtl_jax.cli.text_rows import Rows
 from mtl_jax.core.errors import UserError
-from mtl_jax.core.progress import Progress
 from mtl_jax.core.text_lines import STANDARD_OUTPUT, print_lines
-from mtl_jax.inference.resumable_output import Journal, check_writable
 
 if TYPE_CHECKING:
     from mtl_jax.decoding import GenerationConfig
@@ -224,7 +222,9 @@ def _answer(command: _Command, text: tuple[str, ...], path: str, files: Files, t
     field = files.field or command.field
     rows = _read(text, files, field)
 
+    from mtl_jax.core.progress import Progress
     from mtl_jax.inference import generate_texts, text_model  # imported late: --help and mistakes need none of it
+    from mtl_jax.inference.resumable_output import Journal
     from mtl_jax.training.preemption import asked_to_stop
 
     with asked_to_stop() as stop, contextlib.ExitStack() as stack:
@@ -271,6 +271,8 @@ def _answer(command: _Command, text: tuple[str, ...], path: str, files: Files, t
 
 def _output_file(files: Files) -> Path | None:
     """The file that answers go to; None for standard output."""
+    from mtl_jax.inference.resumable_output import check_writable
+
     if files.output not in ("", STANDARD_OUTPUT):
         return check_writable(files.output, [files.file] if files.file else [])
     if sys.stdout is None:

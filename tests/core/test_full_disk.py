@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from mtl_jax import trunks
-from mtl_jax.cli import main
+from mtl_jax.cli.run_command import EXIT_BAD_INPUT, run
 from mtl_jax.core import files, plotting
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.staging import staged
@@ -145,9 +145,9 @@ def test_refusals_are_told_from_mistakes(error, expected, capsys):
     refused = files.refusal(error)
     assert (refused and files.reason(refused)) == expected
     with pytest.raises(SystemExit if expected else RuntimeError) as ended:
-        main.run(raises)
+        run(raises)
     if expected:
-        assert ended.value.code == main.EXIT_BAD_INPUT
+        assert ended.value.code == EXIT_BAD_INPUT
         said = capsys.readouterr().err
         assert said.startswith("error: ")
         assert said.count("\n") == 1
@@ -168,8 +168,8 @@ def test_a_training_without_room_ends_in_one_line_and_resumes(shallow, data, tmp
 
     monkeypatch.setattr(loop.Store, "save", save)
     with limits, pytest.raises(SystemExit) as ended:
-        main.run(lambda: loop.train(experiment, tmp_path / "run"))
-    assert ended.value.code == main.EXIT_BAD_INPUT
+        run(lambda: loop.train(experiment, tmp_path / "run"))
+    assert ended.value.code == EXIT_BAD_INPUT
     error = capfd.readouterr().err
     assert "error: " in error
     assert "a checkpoint cannot be written (File too large); when it can be, the same command resumes from step 2" in error

@@ -21,7 +21,7 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Batching, Embedding, Experiment, Optimizer, Phase
-from mtl_jax.cli import main as cli
+from mtl_jax.cli.run_command import run as run_command
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment_json import to_json
@@ -290,7 +290,7 @@ def main(folder: Path, address: str, index: int) -> None:
             print(json.dumps([case, str(error)]), flush=True)
         except ZeroDivisionError as error:
             print(json.dumps([case, type(error).__name__]), flush=True)
-    cli.run(lambda: run("later", folder, index))
+    run_command(lambda: run("later", folder, index))
 
 
 def run(case: str, folder: Path, index: int) -> None:

@@ -28,7 +28,7 @@ from mtl_jax import (
     experiment_json,
     pretrained,
 )
-from mtl_jax.cli import main
+from mtl_jax.cli import launch
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
 from mtl_jax.data.stream import one_stretch, stream
@@ -336,17 +336,16 @@ def test_adapters_by_source_go_out_for_a_task_only(finished, tmp_path):
 
 
 def test_flags_change_adapters(bert, data, monkeypatch):
-    flags = ["--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer"]
-    monkeypatch.setattr(sys, "argv", ["tiny.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["tiny.py", "--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer"])
     launched = []
-    monkeypatch.setattr(main, "_launch", launched.append)
-    main.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
-    (launch,) = launched
-    config = experiment_json.to_json(launch.experiment)
+    monkeypatch.setattr(launch, "_launch", launched.append)
+    launch.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
+    (flags,) = launched
+    config = experiment_json.to_json(flags.experiment)
     assert config["adapters"][0] == dataclasses.asdict(LORA) | {"rank": 3, "kind": "Lora"}
     assert config["adapters"][1]["variant"] == "pfeiffer"
-    assert experiment_json.from_json(config) == launch.experiment
-    prepared = prepare(launch.experiment)
+    assert experiment_json.from_json(config) == flags.experiment
+    prepared = prepare(flags.experiment)
     assert "adapter lora: Lora at 2 layers, 192 parameters, for all rows alike" in prepared.notes
     assert prepared.params["trunk"]["adapters"]["lora"]["layer_0"]["attention"]["query"]["a"].shape == (16, 3)
 

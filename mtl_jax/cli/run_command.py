@@ -1,0 +1,56 @@
+"""Runs a command: its log, its errors as single lines, its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from mtl_jax.core.errors import Interrupted, UserError
+from mtl_jax.core.files import reason, refusal, shown
+from mtl_jax.core.text_lines import flush_output
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, resumes
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main()."""
+    _log_to_stderr()
+    try:
+        try:
+            command()
+        except (UserError, Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # a failed write that no code nearer to it has reported
+            refused = refusal(error)
+            if refused is None:
+                raise
+            with contextlib.suppress(UserError):
+                flush_output()  # else Python tries again when it exits
+            path = getattr(error, "filename", None) or "a file"
+            raise UserError(f"{shown(path)}: cannot be read or written ({reason(refused)})") from error
+        flush_output()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:  # before or after the work that catches the signal itself
+        print("stopped", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _log_to_stderr() -> None:
+    """Logs the lines of mtl_jax as plain text, and of other libraries only errors."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch was not found, which is not needed
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("mtl_jax")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

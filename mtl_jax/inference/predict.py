@@ -16,7 +16,7 @@ from mtl_jax import trunks
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage
-from mtl_jax.data.examples import Examples, make_examples, make_part, remarks, shortened
+from mtl_jax.data.examples import Examples, label_remarks, length_remark, make_examples, read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import UnreadableTexts
 from mtl_jax.data.source import NAMED, Source
@@ -113,14 +113,14 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     kind = format or source.format
     source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
     rows = read_one(source)
-    examples, counts = make_part(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(asked,))
+    examples, counts = read_examples(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(asked,))
     if counts.blank[task] == len(examples.data):
         raise UserError(f"{path}: no row has a label for task {task!r}")
-    told = [shortened((asked,), counts, length)] if counts.cut or counts.extra else []
+    told = [length_remark((asked,), counts, length)] if counts.truncated or counts.extra else []
     told += [f"{count(counts.skipped, 'row')} that cannot be read left out"] if counts.skipped else []
     coverage.check([examples], (asked,), run.trunk.tokenizer, trunks.tables(run.trunk))
     told += coverage.remarks("texts", [examples], (asked,), run.trunk.tokenizer, _text_columns(source))
-    told += remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
+    told += label_remarks((asked,), counts) + [f"task {task}: {remark}" for remark in asked.remarks([examples])]
     for line in told:
         log.warning("%s: %s", path, line)
     examples = examples._replace(place=run.place(task))
@@ -158,7 +158,7 @@ def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int],
         left = [place for place in range(len(rows)) if place not in refused]
         try:
             examples, cut = make([rows[place] for place in left])
-            bad = coverage.unfit(examples, tokenizer, tables)
+            bad = coverage.unreadable_rows(examples, tokenizer, tables)
         except UnreadableTexts as error:
             bad = {}
             for place in error.rows:  # each has a reason of its own

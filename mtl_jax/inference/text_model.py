@@ -190,9 +190,9 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
             encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
             found = [np.array(ids, np.int32) for ids in encoded]
-        if refused := coverage.beyond(found, vocab_size):
+        if refused := coverage.out_of_range(found, vocab_size):
             token = next(iter(refused.values()))
-            raise RowError([*refused], coverage.without_row(tokenizer, token, vocab_size, "the model's token table"))
+            raise RowError([*refused], coverage.missing_row_reason(tokenizer, token, vocab_size, "the model's token table"))
         return found
 
     return encode

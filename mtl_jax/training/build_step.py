@@ -77,7 +77,7 @@ def measure(prepared: Prepared, plan: PhasePlan) -> Measure:
         found = transforms.twice(found)
     if plan.idle:
         # On several hosts the rows of a source are not in one piece.
-        rows_of = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
+        rows_of = prepared.schedule.constant_counts(range(plan.start, plan.end)) if jax.process_count() == 1 else None
         left = batch_parts.rows_that_count(tasks, plan.idle, rows_of, accumulate * meshes.shards(prepared.mesh))
         found = leave_out(found, plan.idle, left)
     first = prepared.plans[0].phase.name

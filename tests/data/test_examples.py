@@ -113,7 +113,7 @@ def test_a_long_text_that_one_task_reads_to_the_end(tmp_path, tokenizer):
     train = [{"text": "the man " * n, "label": "O O " * n, "kind": "x"} for n in (1, 30, 40)]
     parts = {name: [{"text": f"{name} song", "label": "O O", "kind": "y"}] for name in ("good", "bad")}
     found = corpus(tmp_path, tokenizer, tasks=(tags, whole), train=train, dev=parts["good"], test=parts["bad"])
-    assert "2 long texts read in 5 further windows of 24 tokens, of which whole sees the first one only" in found.notes[0]
+    assert "2 long texts read in 5 further windows of 24 tokens, of which whole reads the first only" in found.notes[0]
 
 
 def test_a_tag_of_no_entity_is_an_error_or_left_out(tmp_path, tokenizer):

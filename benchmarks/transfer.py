@@ -32,7 +32,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import count, unknown
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.training.forward import encode_tokens, look_up
 from mtl_jax.training.gradient import by_losses
 from mtl_jax.training.step import make_train_step

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.decoding.steps import BLOCK
-from mtl_jax.models.seq2seq import Seq2Seq
+from mtl_jax.models.encoder_decoder import Seq2Seq
 
 
 class Vocabulary(NamedTuple):

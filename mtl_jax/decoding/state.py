@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.decoding.config import GenerationConfig
+from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.models.kv_cache import KeyValue
-from mtl_jax.models.seq2seq import Seq2Seq
 
 WORST = -1e9  # the score of a beam that is not there yet, as in transformers: added, not put in its place
 
@@ -31,7 +31,7 @@ class State(NamedTuple):
         full: bool[B, K], whether there is such a sequence.
         by_end: bool[B, K], whether it has its end token; else it is cut.
         open: bool[B], rows that are not done.
-        ancestry: i32[B, K, S], see models.seq2seq.Seq2Seq.decode.
+        ancestry: i32[B, K, S], see models.encoder_decoder.Seq2Seq.decode.
         cache: Keys and values of the beams.
         keys: u32[B, 2], key data for each row's draws.
     """

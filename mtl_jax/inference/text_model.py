@@ -20,7 +20,7 @@ from mtl_jax.data import coverage
 from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokenize import RowError
 from mtl_jax.inference.resumable_output import digest_of_arrays, digest_of_directory
-from mtl_jax.models.seq2seq import Seq2Seq
+from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, locate
 from mtl_jax.pretrained.checkpoint import own_head
 from mtl_jax.pretrained.family import brief

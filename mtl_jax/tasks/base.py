@@ -20,7 +20,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 
 # Outputs of N examples: f32[N, O], or a sequence of N arrays f32[len, O].

@@ -18,7 +18,7 @@ from mtl_jax.core.trees import leaves_of
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.experiment import select
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training import loop, restore
 from mtl_jax.training import mesh as meshes

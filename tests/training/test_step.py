@@ -9,7 +9,7 @@ import tiny
 
 from mtl_jax import ParamRule, Phase, weighting
 from mtl_jax.data.stream import single_phase, stream
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.training.forward import encode_tokens, look_up
 from mtl_jax.training.gradient import by_losses
 from mtl_jax.training.setup import initial_state, prepare

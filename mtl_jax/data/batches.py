@@ -59,7 +59,7 @@ class Batching(Configuration):
 
     @property
     def slots(self) -> int:
-        """S, examples that a row can hold."""
+        """S, the most examples of a row."""
         return self.examples_per_row if self.packed else 1
 
     @property

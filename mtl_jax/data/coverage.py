@@ -158,9 +158,7 @@ def language_remarks(what: str, parts: Sequence[Examples], tasks: Sequence[Label
     """Lines on the language tokens of a multilingual checkpoint; arguments as for remarks()."""
     if languages(tokenizer):
         name = getattr(tokenizer, "src_lang", None)
-        return [
-            f"{what}: the tokenizer marks every text as {name}; src_lang in its tokenizer_config.json says another language"
-        ]
+        return [f"{what}: the tokenizer marks every text as {name}; to change this, set src_lang in its tokenizer_config.json"]
     codes = list(getattr(tokenizer, "supported_language_codes", ()))
     if not codes or not any(task.label_level == "target" for task in tasks):
         return []

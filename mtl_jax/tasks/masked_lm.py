@@ -46,7 +46,7 @@ class MaskedLM(Task):
         special: Ids that are never chosen.
         hidden: Must be 0: this head has no such layer.
         dropout: Dropout rate in front of the head.
-        metric: The metric that stands for the task: accuracy.
+        metric: The main metric: accuracy.
     """
 
     rate: float = 0.15

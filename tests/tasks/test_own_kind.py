@@ -27,7 +27,7 @@ class Ordinal(Task):
     Attributes:
         column: The column of the source with the grade.
         grades: How many grades there are.
-        metric: The metric that stands for the task: within_one or accuracy.
+        metric: The main metric: within_one or accuracy.
     """
 
     column: str = "grade"

@@ -21,15 +21,15 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair that is one chara
 class _Float(float):
     """A number that prints as it is written in the file."""
 
-    written: str
+    text: str
 
-    def __new__(cls, written: str) -> _Float:
-        number = super().__new__(cls, written)
-        number.written = written
+    def __new__(cls, text: str) -> _Float:
+        number = super().__new__(cls, text)
+        number.text = text
         return number
 
     def __str__(self) -> str:
-        return self.written
+        return self.text
 
 
 def read_jsonl(path: str, source: Source) -> Iterator[Read]:

@@ -50,7 +50,7 @@ class Journal:
     done: dict[int, Any]
 
     def __init__(self, output: Path, made_from: Mapping[str, Any], item: Shape = anything):
-        self.output, self.part = output, source_arrays(output)
+        self.output, self.part = output, part_of(output)
         try:
             self._file = _opened(self.part)
         except OSError as error:
@@ -123,7 +123,7 @@ class Journal:
             self.part.unlink(missing_ok=True)
 
 
-def source_arrays(output: Path) -> Path:
+def part_of(output: Path) -> Path:
     """Where the partial file of an output lies."""
     return output.with_name(output.name + SUFFIX)
 
@@ -143,7 +143,7 @@ def check_writable(output: str, inputs: Iterable[str]) -> Path:
     """
     path = Path(os.path.realpath(output))
     for taken in inputs:
-        if Path(os.path.realpath(taken)) in (path, source_arrays(path)):
+        if Path(os.path.realpath(taken)) in (path, part_of(path)):
             raise UserError(f"{output}: the output is the input; give another file")
     try:
         if path.is_dir():

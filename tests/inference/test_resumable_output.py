@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.generate_texts import ITEM
-from mtl_jax.inference.resumable_output import Journal, check_writable, digest_of_directory, source_arrays
+from mtl_jax.inference.resumable_output import Journal, check_writable, digest_of_directory, part_of
 
 MADE_FROM = {"input": "a" * 64, "model": "b" * 64, "num_beams": 4}
 
@@ -42,10 +42,10 @@ def test_a_process_may_be_killed_after_any_byte(tmp_path_factory, kept, rest):
     for number in range(5):
         journal.add(number, {"text": f"{number} ü"})
     journal.close()
-    data = source_arrays(output).read_bytes()
+    data = part_of(output).read_bytes()
     begun = data.index(b"\n") + 1
     cut = data[: begun + kept]
-    source_arrays(output).write_bytes(cut + rest)
+    part_of(output).write_bytes(cut + rest)
     again = Journal(output, MADE_FROM)
     assert list(again.done) == list(range(cut[begun:].count(b"\n")))
     again.add(9, "more")
@@ -57,10 +57,10 @@ def test_a_process_may_be_killed_after_any_byte(tmp_path_factory, kept, rest):
 def test_two_processes_do_not_write_one_output(output):
     journal = Journal(output, MADE_FROM)
     journal.add(0, "x")
-    before = source_arrays(output).read_bytes()
+    before = part_of(output).read_bytes()
     with pytest.raises(UserError, match=r"out\.txt\.part: another process is writing this output now"):
         Journal(output, MADE_FROM)
-    assert source_arrays(output).read_bytes() == before
+    assert part_of(output).read_bytes() == before
     journal.close()
     Journal(output, MADE_FROM).close()
 
@@ -69,27 +69,27 @@ def test_what_was_made_from_something_else_is_not_gone_on_with(output):
     journal = Journal(output, MADE_FROM)
     journal.add(0, "x")
     journal.close()
-    before = source_arrays(output).read_bytes()
+    before = part_of(output).read_bytes()
     with pytest.raises(UserError, match=r"out\.txt\.part: .* other values of input, num_beams \(4 then, 5 now\); repeat that"):
         Journal(output, MADE_FROM | {"num_beams": 5, "input": "c" * 64})
-    assert source_arrays(output).read_bytes() == before
+    assert part_of(output).read_bytes() == before
 
 
 def test_nothing_done_yet_is_nothing_to_lose(output):
     Journal(output, MADE_FROM).close()
-    assert not source_arrays(output).exists()
-    source_arrays(output).write_text(json.dumps({"partial": True, **MADE_FROM}) + "\n[0, ")
+    assert not part_of(output).exists()
+    part_of(output).write_text(json.dumps({"partial": True, **MADE_FROM}) + "\n[0, ")
     journal = Journal(output, MADE_FROM | {"num_beams": 5})
     journal.add(0, "x")
     journal.close()
-    assert json.loads(source_arrays(output).read_text().splitlines()[0])["num_beams"] == 5
+    assert json.loads(part_of(output).read_text().splitlines()[0])["num_beams"] == 5
 
 
 def test_another_file_in_the_place_of_the_partial_one_is_left_alone(output):
-    source_arrays(output).write_text("my notes\n")
+    part_of(output).write_text("my notes\n")
     with pytest.raises(UserError, match="in the way, and not what an interrupted command left"):
         Journal(output, MADE_FROM)
-    assert source_arrays(output).read_text() == "my notes\n"
+    assert part_of(output).read_text() == "my notes\n"
 
 
 def test_outputs_that_cannot_be_are_found_out_before_the_work(tmp_path):
@@ -161,8 +161,8 @@ def test_items_of_another_shape_are_made_again(output, line):
     with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as journal:
         journal.add(0, good)
         journal.add(2, good)
-    lines = source_arrays(output).read_bytes().splitlines(keepends=True)
-    source_arrays(output).write_bytes(b"".join([*lines[:2], line + b"\n", *lines[2:]]))
+    lines = part_of(output).read_bytes().splitlines(keepends=True)
+    part_of(output).write_bytes(b"".join([*lines[:2], line + b"\n", *lines[2:]]))
     with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as again:
         assert again.done == {0: good}
 
@@ -171,7 +171,7 @@ def test_items_of_another_shape_are_made_again(output, line):
     "line", [b'{"partial": true', b'{"partial": true, "a": [', b'{"partial": true}}', b'{"partial": true, 3}']
 )
 def test_a_first_line_that_is_damaged_is_not_taken_for_ours(output, line):
-    source_arrays(output).write_bytes(line + b'\n[0, {"texts": ["x"]}]\n')
+    part_of(output).write_bytes(line + b'\n[0, {"texts": ["x"]}]\n')
     with pytest.raises(UserError, match="in the way, and not what an interrupted command left"):
         Journal(output, MADE_FROM)
 
@@ -179,7 +179,7 @@ def test_a_first_line_that_is_damaged_is_not_taken_for_ours(output, line):
 def test_scores_that_are_not_finite_are_strict_json(output):
     with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as journal:
         journal.add(0, {"texts": ["x"], "scores": [float("-inf")], "ended": True})
-    for line in source_arrays(output).read_text().splitlines():
+    for line in part_of(output).read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
     with contextlib.closing(Journal(output, MADE_FROM, ITEM)) as again:
         assert again.done[0]["scores"] == ["-inf"]

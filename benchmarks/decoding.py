@@ -160,7 +160,7 @@ def programs() -> int:
     import jax
 
     from mtl_jax.decoding import GenerationConfig, generate_all, logits, search
-    from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
+    from mtl_jax.models.encoder_decoder import Seq2Seq, Seq2SeqEncoder
     from mtl_jax.models.seq2seq_decoder import Decoder
     from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 

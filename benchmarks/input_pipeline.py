@@ -33,8 +33,8 @@ import numpy as np
 from tabulate import tabulate
 
 from mtl_jax import Batching, Classification, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source
-from mtl_jax.data.batches import Batch, fill, part_of
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.batches import Batch, fill, source_arrays
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.setup import initial_state, prepare
@@ -90,9 +90,9 @@ def batches(name: str, prepared: Any) -> Iterator[Batch]:
     """Endless training batches of a layout."""
     batching = prepared.experiment.batch
     if name != "grouped":
-        return stream(prepared.corpus, batching, 0, one_stretch(batching, 1000))
+        return stream(prepared.corpus, batching, 0, single_phase(batching, 1000))
     (examples,) = prepared.corpus.splits["train"].values()
-    part = part_of(examples, prepared.corpus.tasks)
+    part = source_arrays(examples, prepared.corpus.tasks)
 
     def endless() -> Iterator[Batch]:
         rng = np.random.default_rng(0)

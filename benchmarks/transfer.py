@@ -32,7 +32,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import count, unknown
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.training.forward import cached_features, encode_tokens
 from mtl_jax.training.gradient import make_backward
 from mtl_jax.training.step import make_gradient_fn, make_train_step

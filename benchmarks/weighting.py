@@ -34,7 +34,7 @@ from mtl_jax import Classification, weighting
 from mtl_jax.core.errors import count
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.training import gram_gradient, task_gradients
 from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.gradient import GradientFn, make_backward

@@ -298,10 +298,10 @@ def _check_tasks(experiment: Experiment) -> None:
             raise unknown(f"source of task {task.name!r}:", task.source, sources)
         task.check()
         task.check_source(sources[task.source])
-        if task.target_length > experiment.batch.target_places:
+        if task.target_length > experiment.batch.target_row_length:
             raise UserError(
                 f"task {task.name!r}: target_length is {task.target_length}, but rows have room for "
-                f"{count(experiment.batch.target_places, 'target token')}: make batch.target_length as long"
+                f"{count(experiment.batch.target_row_length, 'target token')}: make batch.target_length as long"
             )
         others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
         if task.corrupts and others:

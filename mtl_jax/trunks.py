@@ -20,11 +20,10 @@ from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import reason, write_json, writing
 from mtl_jax.data import vocabulary
 from mtl_jax.data.coverage import Tables
-from mtl_jax.models.encoder import Encoder
+from mtl_jax.models.encoder import EmbeddingConfig, Encoder, SharedEmbedding
+from mtl_jax.models.encoder_decoder import Seq2SeqEncoder
 from mtl_jax.models.layers import ACTIVATIONS
-from mtl_jax.models.seq2seq import Seq2SeqEncoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.models.shared_embedding import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.trunk_output import TrunkFacts
 from mtl_jax.models.trunk_output import token_table as token_table
 from mtl_jax.pretrained import families

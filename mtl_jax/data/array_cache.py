@@ -1,8 +1,8 @@
-"""Arrays kept on disk under a hash of all that they depend on: token ids, features.
+"""A cache of arrays on disk under a hash of everything that they depend on: token ids, features.
 
-An entry is a directory FOLDER/KEY of .npy files with manifest.json: their sizes and SHA-256. It is written beside its place
-and renamed there, whole, so neither a killed process nor two at once leave half an entry. Entries may be deleted while
-no run reads them: worker processes open them anew.
+An entry is a directory FOLDER/KEY of .npy files with manifest.json: their sizes and SHA-256. It is written under another name
+and then renamed, so that neither a killed process nor two processes at once leave half an entry. Entries may be deleted while
+no run uses them: worker processes open them again.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-PART = ".part"  # ends the name of an entry that is being written
-ABANDONED = 24 * 3600  # seconds after which such an entry is taken for one whose process was killed
+PART = ".part"  # suffix of an entry that is being written
+ABANDONED = 24 * 3600  # age in seconds at which such an entry belongs to a killed process
 
 
 def load(folder: Path, name: str, what: str) -> dict[str, np.ndarray] | None:
-    """The arrays of an entry, memory-mapped; None where there is none. A damaged one is set aside and logged.
+    """The arrays of an entry, memory-mapped; None if there is no entry. A damaged one is renamed and logged.
 
     Args:
         folder: The cache.
         name: Name of the entry.
-        what: What the cache is of, for the log: token, feature.
+        what: The cache's contents, for the log: "token" or "feature".
     """
     entry = folder / name
     try:
@@ -47,27 +47,27 @@ def load(folder: Path, name: str, what: str) -> dict[str, np.ndarray] | None:
         aside = entry.with_name(f"{name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         entry.rename(aside)
-    except FileNotFoundError:  # deleted, or set aside by another process, while we looked
+    except FileNotFoundError:  # another process has deleted or renamed it in the meantime
         return None
     except OSError as error:
         log.warning("%s: cannot read the %s cache (%s)", entry, what, error.strerror or error)
         return None
-    log.warning("%s: %s; set aside as %s, and what it held is made anew", entry, problem, aside.name)
+    log.warning("%s: %s; renamed to %s, and its arrays are computed again", entry, problem, aside.name)
     return None
 
 
 def store(folder: Path, name: str, arrays: dict[str, np.ndarray], about: Mapping[str, Any], what: str) -> dict[str, np.ndarray]:
-    """Writes an entry. What cannot be written is logged, not an error.
+    """Writes an entry; a failure to write is logged and is not an error.
 
     Args:
-        folder: The cache; made if it is not there.
-        name: Name of the entry: a hash of all that decides the arrays' bits.
+        folder: The cache; created if it does not exist.
+        name: Name of the entry: a hash of everything that the arrays depend on.
         arrays: {file name without .npy: array}.
-        about: JSON-able; for people who look into the entry.
+        about: JSON-able facts for a person who inspects the entry.
         what: As for load().
 
     Returns:
-        The arrays, memory-mapped from the entry; the same as given where it cannot be written.
+        The arrays, memory-mapped from the entry; the given ones if it cannot be written.
     """
     entry, part = folder / name, folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
     try:
@@ -86,21 +86,21 @@ def store(folder: Path, name: str, arrays: dict[str, np.ndarray], about: Mapping
             return load(folder, name, what) or arrays
         return _open(entry, files)
     except OSError as error:
-        log.warning("%s: cannot write the %s cache (%s); the next run makes it again", folder, what, error.strerror or error)
+        log.warning("%s: cannot write the %s cache (%s); the next run computes it again", folder, what, error.strerror or error)
         return arrays
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 class _Plain:
-    """A file that numpy takes for something else: into files it writes by C, and does not notice that the disk is full."""
+    """A file that numpy writes through Python: into plain files it writes by C, and does not notice that the disk is full."""
 
     def __init__(self, file: BinaryIO):
         self.write = file.write
 
 
 def _rename(part: Path, entry: Path) -> None:
-    """Raises FileExistsError where another process has finished the same entry first."""
+    """Raises FileExistsError if another process has finished the same entry first."""
     try:
         part.rename(entry)
     except OSError as error:
@@ -114,7 +114,7 @@ def _open(entry: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _files(entry: Path) -> dict[str, tuple[int, str]]:
-    """{file name without .npy: (bytes, SHA-256)} as the manifest has it; empty where it is missing or not readable."""
+    """{file name without .npy: (bytes, SHA-256)} from the manifest; empty if it is missing or cannot be read."""
     try:
         files = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: (about["bytes"], about["sha256"]) for name, about in files.items()}
@@ -123,7 +123,7 @@ def _files(entry: Path) -> dict[str, tuple[int, str]]:
 
 
 def _problem(entry: Path, files: Mapping[str, tuple[int, str]]) -> str:
-    """What is wrong with an entry, "" where nothing is."""
+    """The reason why an entry is damaged, "" if it is not."""
     if not files:
         return f"{MANIFEST} is missing or not readable"
     for name, (expected, sha256) in files.items():
@@ -132,7 +132,7 @@ def _problem(entry: Path, files: Mapping[str, tuple[int, str]]) -> str:
         if size != expected:
             return f"{file.name} has {size} bytes instead of {expected}"
         if _sha256(file) != sha256:
-            return f"the SHA-256 of {file.name} is another"
+            return f"the SHA-256 of {file.name} has changed"
     return ""
 
 
@@ -142,7 +142,7 @@ def _sha256(file: Path) -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what killed processes left."""
+    """Removes unfinished entries of killed processes."""
     for part in folder.glob(f"*{PART}"):
         with contextlib.suppress(FileNotFoundError):  # its process has just finished it
             if time.time() - part.stat().st_mtime > ABANDONED:

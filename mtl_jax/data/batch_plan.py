@@ -1,6 +1,6 @@
-"""Which examples stand in which row of which step, and on which host: follows from the experiment alone.
+"""The plan of training batches: which examples are in which row of which step, on which host.
 
-Planning needs the examples' lengths only and takes about a microsecond an example.
+It follows from the experiment alone, needs only the lengths of examples, and takes about a microsecond an example.
 
 Shapes in names: H hosts, N sources.
 """
@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.data.batches import Batch, Batching, Part, fill
+from mtl_jax.data.batches import Batch, Batching, SourceArrays, fill
 from mtl_jax.data.labels import Labels
-from mtl_jax.data.mixture import InTurn
+from mtl_jax.data.mixture import ScheduleSequence
 from mtl_jax.data.packing import best_fit
 
-# Packed together are the examples of so many rows: whole passes of a small source, parts of a pass of a large one.
+# The examples of so many rows are packed together: whole passes of a small source, parts of a pass of a large one.
 FEWEST_ROWS, MOST_ROWS = 16, 1024
 
 
 @dataclasses.dataclass
-class Kept:
-    """Of one source: the chunk that was planned last, and the order of the pass that was drawn last."""
+class PlanCache:
+    """The last planned chunk of a source, and the order of the last pass."""
 
     chunk: int = -1
     rows: Sequence[np.ndarray] = ()
@@ -37,112 +37,125 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which examples are in which row of which step. A position in it is
+    """The plan of a run's training batches on one host; `fill` explains its tickets. A position in it is
 
-    {"step": steps done, "hosts": [host, hosts], "next": {source: [chunk, rows of it that are out]},
-     "dealt": for each host and source the rows it got}
+    {"step": steps done, "hosts": [host, hosts], "next": {source: [chunk, rows of it that are used]},
+     "dealt": for each host and source the rows that the host has had}
+
+    Attributes:
+        sources: The sources, in the run's order.
+        tasks: The tasks whose labels are in the batches.
+        types: Whether the batches have token types.
+        batching: Shape of the batches.
+        schedule: How many rows each source has in each step.
+        seed: Seed of the order.
+        host: This host, from 0.
+        hosts: Number of hosts.
     """
 
-    parts: tuple[Part, ...]
+    sources: tuple[SourceArrays, ...]
     tasks: tuple[Labels, ...]
     types: bool
     batching: Batching
-    schedule: InTurn
+    schedule: ScheduleSequence
     seed: int
     host: int
     hosts: int
 
     def start(self) -> dict[str, Any]:
-        names = [part.source for part in self.parts]
+        """The position of the first step."""
+        names = [source.source for source in self.sources]
         dealt = [[0] * len(names) for _ in range(self.hosts)]
         return {"step": 0, "hosts": [self.host, self.hosts], "next": {name: [0, 0] for name in names}, "dealt": dealt}
 
     def check(self, state: dict[str, Any]) -> None:
-        if state["hosts"] != [self.host, self.hosts] or state["next"].keys() != {part.source for part in self.parts}:
+        """Raises UserError where a position belongs to another host, another number of hosts or other sources."""
+        if state["hosts"] != [self.host, self.hosts] or state["next"].keys() != {source.source for source in self.sources}:
             raise UserError(
                 f"the data position was saved by host {state['hosts'][0]} of {state['hosts'][1]} for the sources "
                 f"{listed(state['next'])}; this is host {self.host} of {self.hosts} for "
-                f"{listed(part.source for part in self.parts)}: go on with as many, or choose another --workdir"
+                f"{listed(source.source for source in self.sources)}: resume with the same, or choose another --workdir"
             )
 
-    def advance(self, state: dict[str, Any], kept: Sequence[Kept]) -> list[tuple[int, np.ndarray]]:
-        """The rows of this host in the next step, as `fill` takes them, source by source; moves `state` past them.
+    def advance(self, state: dict[str, Any], caches: Sequence[PlanCache]) -> list[tuple[int, np.ndarray]]:
+        """The rows of this host in the next step, in the form that `fill` takes; moves `state` past them.
 
         Args:
             state: A position.
-            kept: For each source what is kept between calls.
+            caches: One for each source, kept between calls.
         """
         counts = self.schedule.counts(state["step"])
-        dealt_HxN = deal(np.array(list(counts.values())), np.array(state["dealt"]), self.batching.rows // self.hosts)
+        dealt_HxN = rows_per_host(np.array(list(counts.values())), np.array(state["dealt"]), self.batching.rows // self.hosts)
         state["dealt"] = (np.array(state["dealt"]) + dealt_HxN).tolist()
         state["step"] += 1
         rows: list[tuple[int, np.ndarray]] = []
-        for number, part in enumerate(self.parts):
-            chunk, out = state["next"][part.source]
+        for number, source in enumerate(self.sources):
+            chunk, used = state["next"][source.source]
             left = int(dealt_HxN[self.host, number])
             while left:
-                if kept[number].chunk != chunk:
-                    kept[number].chunk, kept[number].rows = chunk, self._chunk(part, chunk, kept[number])
-                there = kept[number].rows
-                taken = there[out : out + left]
+                cache = caches[number]
+                if cache.chunk != chunk:
+                    cache.chunk, cache.rows = chunk, self._chunk(source, chunk, cache)
+                taken = cache.rows[used : used + left]
                 rows += [(number, tickets) for tickets in taken]
                 left -= len(taken)
-                chunk, out = (chunk, out + len(taken)) if out + len(taken) < len(there) else (chunk + 1, 0)
-            state["next"][part.source] = [chunk, out]
+                used += len(taken)
+                chunk, used = (chunk, used) if used < len(cache.rows) else (chunk + 1, 0)
+            state["next"][source.source] = [chunk, used]
         return rows
 
-    def _chunk(self, part: Part, chunk: int, kept: Kept) -> list[np.ndarray]:
-        """The rows of one chunk, in random order, each the tickets of its examples: example + pass * (examples there).
+    def _chunk(self, source: SourceArrays, chunk: int, cache: PlanCache) -> list[np.ndarray]:
+        """The rows of one chunk, in random order, as tickets.
 
-        The endless sequence of examples, pass after pass, each in a random order of its own, is cut into chunks of equal
+        The endless sequence of examples, pass after pass, each pass in its own random order, is divided into chunks of equal
         length, which are packed one by one.
         """
-        own = np.arange(self.host, len(part), self.hosts) if len(part) >= self.hosts else np.arange(len(part))
-        seeds = [self.seed, zlib.crc32(part.source.encode()), self.host, self.hosts]
-        room = part.room(self.batching)
-        in_row = min(self.batching.slots, self.batching.row_length / max(room[own].mean(), 1.0))
-        if len(own) <= MOST_ROWS * in_row:
-            size = len(own) * math.ceil(FEWEST_ROWS * in_row / len(own))
+        total = len(source)
+        local = np.arange(self.host, total, self.hosts) if total >= self.hosts else np.arange(total)
+        seeds = [self.seed, zlib.crc32(source.source.encode()), self.host, self.hosts]
+        lengths = source.packing_lengths(self.batching)
+        in_row = min(self.batching.slots, self.batching.row_length / max(lengths[local].mean(), 1.0))
+        if len(local) <= MOST_ROWS * in_row:
+            size = len(local) * math.ceil(FEWEST_ROWS * in_row / len(local))
         else:
             size = int(MOST_ROWS * in_row)
-        tickets, at, end = [], chunk * size, (chunk + 1) * size
-        while at < end:
-            number, first = divmod(at, len(own))
-            if kept.number != number:
-                order = np.random.default_rng([*seeds, number]).permutation(len(own))
-                kept.number, kept.order = number, order.astype(np.int32)
-            order = kept.order[first : first + end - at]
-            tickets.append(own[order] + number * len(part))
-            at += len(order)
+        tickets, start, end = [], chunk * size, (chunk + 1) * size
+        while start < end:
+            number, first = divmod(start, len(local))
+            if cache.number != number:
+                order = np.random.default_rng([*seeds, number]).permutation(len(local))
+                cache.number, cache.order = number, order.astype(np.int32)
+            order = cache.order[first : first + end - start]
+            tickets.append(local[order] + number * total)
+            start += len(order)
         ticket = np.concatenate(tickets)
-        rows = best_fit(room[ticket % len(part)], self.batching.row_length, self.batching.slots)
+        rows = best_fit(lengths[ticket % total], self.batching.row_length, self.batching.slots)
         shuffled = np.random.default_rng([*seeds, chunk, 1]).permutation(len(rows))
         return [ticket[rows[n]] for n in shuffled]
 
     def fill(self, rows: Sequence[tuple[int, np.ndarray]]) -> Batch:
-        """The batch of the rows that advance() gave."""
+        """The batch of the rows from advance()."""
 
-        def draw(part: Part, ticket: int) -> np.random.Generator:
-            return np.random.default_rng([self.seed, zlib.crc32(part.source.encode()), ticket])
+        def generator(source: SourceArrays, ticket: int) -> np.random.Generator:
+            return np.random.default_rng([self.seed, zlib.crc32(source.source.encode()), ticket])
 
-        return fill(self.parts, rows, self.tasks, self.batching, self.batching.rows // self.hosts, self.types, draw)
+        return fill(self.sources, rows, self.tasks, self.batching, self.batching.rows // self.hosts, self.types, generator)
 
 
-def deal(counts_N: np.ndarray, dealt_HxN: np.ndarray, each: int) -> np.ndarray:
-    """i64[H, N]: how many of a step's rows of each source go to each host; `each` to every host in all.
+def rows_per_host(counts_N: np.ndarray, dealt_HxN: np.ndarray, host_rows: int) -> np.ndarray:
+    """i64[H, N]: how many of a step's rows of each source each host gets.
 
-    Every host gets its equal part of every source as far as that is whole. Of what is left of a source the hosts that had the
-    least of it before get a row more, the source with the largest difference between hosts first, so that also a source that is
-    seldom seen goes round.
+    First every host gets the same number of rows of every source. The remaining rows of a source go to the hosts that have had
+    the fewest of it, and sources with the largest difference between hosts come first. So every host sees a rare source, too.
 
     Args:
         counts_N: Rows of each source in the step.
-        dealt_HxN: Rows that each host got before.
-        each: Rows of a host.
+        dealt_HxN: Rows that each host has had before.
+        host_rows: Rows of a host in the step.
     """
     hosts = len(dealt_HxN)
     given_HxN = np.repeat(counts_N[None] // hosts, hosts, axis=0)
-    room_H = each - given_HxN.sum(axis=1)
+    room_H = host_rows - given_HxN.sum(axis=1)
     left_N = counts_N % hosts
     uneven_N = dealt_HxN.max(axis=0) - dealt_HxN.min(axis=0)
     for number in sorted(np.flatnonzero(left_N).tolist(), key=lambda n: (-uneven_N[n], n)):

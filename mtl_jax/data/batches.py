@@ -1,4 +1,4 @@
-"""Examples to batches: several short ones packed in one row, or each padded in a row of its own.
+"""From examples to batches: several short examples packed in a row, or each in its own padded row.
 
 Shapes in names: R rows, T tokens a row, S examples a row.
 """
@@ -20,28 +20,28 @@ from mtl_jax.data.labels import TOKEN_LEVELS, Labels
 from mtl_jax.data.packing import best_fit
 from mtl_jax.data.tokenize import Ragged, starts_of
 
-AT_ONCE = 8192  # examples that are packed together for evaluation
+PACKED_TOGETHER = 8192  # examples, in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Batching(Configuration):
-    """Shape of a batch. It is the same for every step of a run, so one program serves them all.
+    """Shape of a batch. It is the same in every step of a run, so that one compiled program is enough.
 
     Attributes:
         rows: R, rows in a global batch, over all sources and devices.
-        row_length: T, tokens in a row, and so the longest example; longer texts are cut and counted.
-        target_length: U, tokens in a row of target texts, for tasks that have such; 0: as many as row_length. Examples share a
-            row where both their texts fit.
-        examples_per_row: S, at most so many examples are packed in one row.
+        row_length: T, tokens in a row, and so the longest example; longer texts are truncated and counted.
+        target_length: U, tokens in a row of target texts, for tasks that have them; 0: row_length. Examples share a row if both
+            their texts and their target texts fit.
+        examples_per_row: S, the most examples that are packed in a row.
         mixture: How often each source is seen, by rows: uniform; proportional to its training tokens; temperature:t=T, by
-            size^(1/T); capped:cap=C, by at most C tokens; or fixed. Kept to exactly over the run, not in every step.
-        mixture_end: Over the run's steps the shares go from mixture to this one; empty: they stay.
+            size^(1/T); capped:cap=C, by at most C tokens; or fixed. The shares hold exactly over the run, not in every step.
+        mixture_end: The mixture at the run's last step: shares change linearly from mixture to this one. Empty: no change.
         shares: For the mixture fixed: a number for each source.
-        packed: Whether short examples share a row. Else each has a row of its own, with padding after it.
-        buckets: Without packing: row lengths, ascending, to the next of which a batch is cut when all its examples are shorter
-            than row_length; each is a compiled program. Empty: row_length always.
-        accumulate: Parts of a training batch that are gone through one after another, for a batch whose activations do not fit
-            in memory; divides rows. The step is that of the whole batch.
+        packed: Whether short examples share a row. Else each example has its own row, with padding after it.
+        buckets: Without packing: row lengths, ascending. A batch of short examples gets the smallest length that fits; each
+            length is a compiled program. Empty: always row_length.
+        accumulate: Number of parts that a training batch is processed in, one after another, if its activations do not fit in
+            memory; divides rows. The step is the same as with the whole batch.
         workers: Processes that make training batches; 0: a thread. The batches are the same.
     """
 
@@ -59,11 +59,11 @@ class Batching(Configuration):
 
     @property
     def slots(self) -> int:
-        """S, examples that a row can hold."""
+        """S, the most examples of a row."""
         return self.examples_per_row if self.packed else 1
 
     @property
-    def target_places(self) -> int:
+    def target_row_length(self) -> int:
         """U, tokens in a row of target texts."""
         return self.target_length or self.row_length
 
@@ -78,9 +78,9 @@ class Batch(NamedTuple):
         segments: i32[R, T], the example a token belongs to, counted from 1 within its row; 0 at padding.
         positions: i32[R, T], the token's place in its own example, from 0.
         index: i32[R, S], ids of the examples in the row; -1 where there is none.
-        source: i32[R], the source that a row is of, by its place in the run's order; -1 for an empty row.
-        labels: {task: [R, S, *label_shape]; [R, T] where labels are of tokens; i32[R, U, 2] where they are target texts: the
-            tokens, and which of the row's examples each belongs to, from 1 on as in segments}.
+        source: i32[R], the number of each row's source in the run's order; -1 for an empty row.
+        labels: {task: [R, S, *label_shape]; [R, T] for labels of words or tokens; i32[R, U, 2] for target texts: the token, and
+            the number of its example in the row, from 1 as in segments}.
         types: i32[R, T], token types; None where no source has any.
     """
 
@@ -114,15 +114,15 @@ def check(batching: Batching) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """What batches need of the examples of one source; what a worker process is sent.
+class SourceArrays:
+    """The examples of one source as arrays: what batches are filled from, and what a worker process receives.
 
     Attributes:
         source: The source's name.
         first_id: Id of the first example.
         tokens: N arrays i32[len].
         types: N arrays i32[len]; None where all are 0.
-        labels: {task: [N, *label_shape], or N arrays [len] where labels are of tokens or are target texts}.
+        labels: {task: [N, *label_shape], or N arrays [len] for labels of words or tokens and for target texts}.
         targets: The tasks whose labels are target texts.
     """
 
@@ -141,17 +141,17 @@ class Part:
         """i64[N], tokens of each example."""
         return self.tokens.lengths
 
-    def room(self, batching: Batching) -> np.ndarray:
-        """i64[N]: what each example takes of a row's T places, so that examples whose sum is at most T fit with both texts."""
-        room = self.lengths
+    def packing_lengths(self, batching: Batching) -> np.ndarray:
+        """i64[N]: tokens that each example takes of a row, scaled up where its target text takes a larger share."""
+        lengths = self.lengths
         for name in self.targets:
             targets: Any = self.labels[name]
-            room = np.maximum(room, -(-targets.lengths * batching.row_length // batching.target_places))
-        return room
+            lengths = np.maximum(lengths, -(-targets.lengths * batching.row_length // batching.target_row_length))
+        return lengths
 
 
-def part_of(examples: Examples, tasks: Sequence[Labels]) -> Part:
-    """The examples of a source with the labels of the given tasks, of those that are the source's own."""
+def source_arrays(examples: Examples, tasks: Sequence[Labels]) -> SourceArrays:
+    """The examples of a source, with the labels of those tasks that belong to the source."""
 
     def flat(arrays: Sequence[np.ndarray], dtype: Any) -> Ragged:
         return arrays if isinstance(arrays, Ragged) else Ragged.of(arrays, dtype)
@@ -163,61 +163,60 @@ def part_of(examples: Examples, tasks: Sequence[Labels]) -> Part:
             labels[task.name] = flat(values, task.dtype) if task.label_level != "example" else values
     types = None if examples.types is None else flat(examples.types, np.int32)
     targets = tuple(task.name for task in tasks if task.name in labels and task.label_level == "target")
-    return Part(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels, targets)
+    return SourceArrays(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels, targets)
 
 
 def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequence[Labels] = ()) -> Iterator[Batch]:
-    """Every example once, source by source; the last batch is filled with empty rows.
+    """Batches with every example once, source by source; the last batch is filled up with empty rows.
 
     Args:
         examples: The examples of any number of sources.
         batching: Shape of the batches.
         tasks: The tasks whose labels are in the batches.
     """
-    parts = [part_of(each, tasks) for each in examples]
-    places = np.array([each.place for each in examples], np.int32)
-    types = any(part.types is not None for part in parts)
+    sources = [source_arrays(part, tasks) for part in examples]
+    numbers = np.array([part.place for part in examples], np.int32)
+    types = any(source.types is not None for source in sources)
 
-    def made(rows: list[tuple[int, np.ndarray]]) -> Batch:
-        batch = fill(parts, rows, tasks, batching, batching.rows, types, _always_the_same)
-        return batch._replace(source=np.where(batch.source < 0, -1, places[batch.source]).astype(np.int32))
+    def batch_of(rows: list[tuple[int, np.ndarray]]) -> Batch:
+        batch = fill(sources, rows, tasks, batching, batching.rows, types, _fixed_generator)
+        return batch._replace(source=np.where(batch.source < 0, -1, numbers[batch.source]).astype(np.int32))
 
-    waiting: list[tuple[int, np.ndarray]] = []
-    for number, part in enumerate(parts):
-        for first in range(0, len(part), AT_ONCE):
-            lengths = part.room(batching)[first : first + AT_ONCE]
-            waiting += [(number, first + row) for row in best_fit(lengths, batching.row_length, batching.slots)]
-            while len(waiting) >= batching.rows:
-                yield made(waiting[: batching.rows])
-                waiting = waiting[batching.rows :]
-    if waiting:
-        yield made(waiting)
+    pending: list[tuple[int, np.ndarray]] = []
+    for number, source in enumerate(sources):
+        for first in range(0, len(source), PACKED_TOGETHER):
+            lengths = source.packing_lengths(batching)[first : first + PACKED_TOGETHER]
+            pending += [(number, first + row) for row in best_fit(lengths, batching.row_length, batching.slots)]
+            while len(pending) >= batching.rows:
+                yield batch_of(pending[: batching.rows])
+                pending = pending[batching.rows :]
+    if pending:
+        yield batch_of(pending)
 
 
-def _always_the_same(part: Part, ticket: int) -> np.random.Generator:
+def _fixed_generator(source: SourceArrays, ticket: int) -> np.random.Generator:
     return np.random.default_rng(ticket)
 
 
 def fill(
-    parts: Sequence[Part],
+    sources: Sequence[SourceArrays],
     rows: Sequence[tuple[int, np.ndarray]],
     tasks: Sequence[Labels],
     batching: Batching,
     total: int,
     types: bool,
-    draw: Callable[[Part, int], np.random.Generator],
+    generator: Callable[[SourceArrays, int], np.random.Generator],
 ) -> Batch:
-    """A batch of the given rows, then empty ones.
+    """A batch of the given rows, filled up with empty rows.
 
     Args:
-        parts: The sources, in the run's order.
-        rows: (number of the source, tickets of the row's examples): a ticket modulo the number of examples is the example's
-            place in the source; what is left over says which pass it belongs to.
+        sources: The sources, in the run's order.
+        rows: (number of the source, tickets of the row's examples). A ticket is pass * N + example, in a source of N examples.
         tasks: The tasks whose labels are in the batch.
         batching: Shape of the batch.
         total: R.
         types: Whether the batch has token types.
-        draw: (part, ticket) -> generator for tasks that change tokens.
+        generator: (source, ticket) -> random numbers for tasks that change tokens.
     """
     T, S = batching.row_length, batching.slots
     batch = Batch(
@@ -230,48 +229,49 @@ def fill(
         types=np.zeros((total, T), np.int32) if types else None,
     )
     for number in {number for number, _ in rows}:
-        part, here = parts[number], [(r, tickets) for r, (of, tickets) in enumerate(rows) if of == number]
+        source = sources[number]
+        its_rows = [(r, tickets) for r, (row_source, tickets) in enumerate(rows) if row_source == number]
         # E examples, one after another; then t, their tokens, one after another.
-        counts = [len(tickets) for _, tickets in here]
-        ticket_E = np.concatenate([tickets for _, tickets in here])
-        row_E = np.repeat([r for r, _ in here], counts)
+        counts = [len(tickets) for _, tickets in its_rows]
+        ticket_E = np.concatenate([tickets for _, tickets in its_rows])
+        row_E = np.repeat([r for r, _ in its_rows], counts)
         first_E = np.repeat(starts_of(counts)[:-1], counts)  # the first example of the same row
         slot_E = np.arange(len(row_E)) - first_E
-        example_E = ticket_E % len(part)
-        begins = starts_of(part.lengths[example_E])
+        example_E = ticket_E % len(source)
+        begins = starts_of(source.lengths[example_E])
         length_E = np.diff(begins)
-        at_t, within_t = _end_to_end(row_E, first_E, length_E)
-        gather = functools.partial(_gather, example_E=example_E, length_E=length_E, within_t=within_t)
-        token_t = gather(part.tokens)
-        for task in (task for task in tasks if task.name in part.labels):
-            labels = part.labels[task.name]
+        place_t, position_t = _end_to_end(row_E, first_E, length_E)
+        gather = functools.partial(_gather, example_E=example_E, length_E=length_E, position_t=position_t)
+        token_t = gather(source.tokens)
+        for task in (task for task in tasks if task.name in source.labels):
+            labels = source.labels[task.name]
             if task.corrupts:
                 label_t = np.empty(len(token_t), task.dtype)
                 for ticket, a, b in zip(ticket_E.tolist(), begins, begins[1:], strict=False):
-                    token_t[a:b], label_t[a:b] = task.corrupt(token_t[a:b], draw(part, ticket))
-                batch.labels[task.name][at_t] = label_t
+                    token_t[a:b], label_t[a:b] = task.corrupt(token_t[a:b], generator(source, ticket))
+                batch.labels[task.name][place_t] = label_t
             elif isinstance(labels, Ragged) and task.label_level == "target":
                 target_E = labels.lengths[example_E]
-                at_u, within_u = _end_to_end(row_E, first_E, target_E)
-                batch.labels[task.name][(*at_u, 0)] = _gather(labels, example_E, target_E, within_u)
-                batch.labels[task.name][(*at_u, 1)] = np.repeat(slot_E + 1, target_E)
+                place_u, position_u = _end_to_end(row_E, first_E, target_E)
+                batch.labels[task.name][(*place_u, 0)] = _gather(labels, example_E, target_E, position_u)
+                batch.labels[task.name][(*place_u, 1)] = np.repeat(slot_E + 1, target_E)
             elif isinstance(labels, Ragged):
-                batch.labels[task.name][at_t] = gather(labels)
+                batch.labels[task.name][place_t] = gather(labels)
             else:
                 batch.labels[task.name][row_E, slot_E] = labels[example_E]
-        batch.tokens[at_t] = token_t
-        batch.segments[at_t] = np.repeat(slot_E + 1, length_E)
-        batch.positions[at_t] = within_t
-        batch.index[row_E, slot_E] = part.first_id + example_E
-        if part.types is not None:
-            batch.types[at_t] = gather(part.types)
+        batch.tokens[place_t] = token_t
+        batch.segments[place_t] = np.repeat(slot_E + 1, length_E)
+        batch.positions[place_t] = position_t
+        batch.index[row_E, slot_E] = source.first_id + example_E
+        if source.types is not None:
+            batch.types[place_t] = gather(source.types)
     return _trim(batch, batching, tasks)
 
 
 def _end_to_end(
     row_E: np.ndarray, first_E: np.ndarray, length_E: np.ndarray
 ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Row and column of every token where texts stand end to end in their rows; and its place in its own text.
+    """Row and column of every token if texts stand end to end in their rows; and the token's position in its text.
 
     Args:
         row_E: The row of each example; ascending.
@@ -279,30 +279,30 @@ def _end_to_end(
         length_E: Tokens of its text.
     """
     begin_E = starts_of(length_E)[:-1]
-    within_t = np.arange(length_E.sum()) - np.repeat(begin_E, length_E)
-    return (np.repeat(row_E, length_E), np.repeat(begin_E - begin_E[first_E], length_E) + within_t), within_t
+    position_t = np.arange(length_E.sum()) - np.repeat(begin_E, length_E)
+    return (np.repeat(row_E, length_E), np.repeat(begin_E - begin_E[first_E], length_E) + position_t), position_t
 
 
-def _gather(values: Ragged, example_E: np.ndarray, length_E: np.ndarray, within_t: np.ndarray) -> np.ndarray:
+def _gather(values: Ragged, example_E: np.ndarray, length_E: np.ndarray, position_t: np.ndarray) -> np.ndarray:
     """The arrays of the examples, one after another."""
-    return values.values[np.repeat(values.starts[example_E], length_E) + within_t]
+    return values.values[np.repeat(values.starts[example_E], length_E) + position_t]
 
 
 def _trim(batch: Batch, batching: Batching, tasks: Sequence[Labels]) -> Batch:
-    """Cuts the padding that all rows share, down to the next of the buckets."""
+    """The batch without padding that all rows share, as far as the buckets allow."""
     if not batching.buckets:
         return batch
     longest = int((batch.segments > 0).sum(axis=1).max(initial=0))
-    whole_T, whole_U = batching.row_length, batching.target_places
+    whole_T, whole_U = batching.row_length, batching.target_row_length
     for task in tasks:
         if task.label_level == "target":
             target = int((batch.labels[task.name][..., 1] > 0).sum(axis=1).max(initial=0))
             longest = max(longest, -(-target * whole_T // whole_U))
     T = next(length for length in (*batching.buckets, whole_T) if length >= longest)
-    places = {**dict.fromkeys(TOKEN_LEVELS, T), "target": -(-T * whole_U // whole_T), "example": None}
-    labels = {task.name: batch.labels[task.name][:, : places[task.label_level]] for task in tasks}
-    cut = {name: getattr(batch, name)[:, :T] for name in ("tokens", "segments", "positions")}
-    return batch._replace(**cut, labels=labels, types=None if batch.types is None else batch.types[:, :T])
+    lengths = {**dict.fromkeys(TOKEN_LEVELS, T), "target": -(-T * whole_U // whole_T), "example": None}
+    labels = {task.name: batch.labels[task.name][:, : lengths[task.label_level]] for task in tasks}
+    trimmed = {name: getattr(batch, name)[:, :T] for name in ("tokens", "segments", "positions")}
+    return batch._replace(**trimmed, labels=labels, types=None if batch.types is None else batch.types[:, :T])
 
 
 def _shape(task: Labels, batching: Batching) -> tuple[int, ...]:
@@ -310,5 +310,5 @@ def _shape(task: Labels, batching: Batching) -> tuple[int, ...]:
     if task.label_level in TOKEN_LEVELS:
         return (batching.row_length,)
     if task.label_level == "target":
-        return (batching.target_places, 2)
+        return (batching.target_row_length, 2)
     return (batching.slots, *task.label_shape)

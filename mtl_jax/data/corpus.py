@@ -11,12 +11,12 @@ import numpy as np
 
 from mtl_jax.core import assets
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.data.examples import Counts, Examples, make_part, readable, remarks, shortened
+from mtl_jax.data.examples import Counts, Examples, label_remarks, length_remark, read_examples, readable
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.label_notes import other_labels, unlearned
+from mtl_jax.data.label_notes import absent_labels, conflicting_labels
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.source import SPLITS, Source
-from mtl_jax.data.splits import Splits, apart, left_out, read
+from mtl_jax.data.splits import Splits, non_word_remark, read, without_shared_texts
 from mtl_jax.data.tokenize import Ragged
 
 
@@ -25,8 +25,8 @@ class Corpus(NamedTuple):
 
     Attributes:
         splits: {split: {source: Examples}}, sources in the experiment's order.
-        tasks: The tasks, filled with what was found in the data, such as label sets.
-        notes: One line for each source: sizes, repeated texts, truncated texts.
+        tasks: The tasks with the fields that the data decides, such as label sets.
+        notes: Lines for the log: a line for each source on sizes, repeated and truncated texts; then remarks on tasks.
     """
 
     splits: dict[str, dict[str, Examples]]
@@ -59,6 +59,7 @@ class Corpus(NamedTuple):
 
 
 def update_digest(digest: Any, values: Any) -> None:
+    """Adds an array, or arrays of different length, to a hash."""
     if not isinstance(values, np.ndarray):
         values = values if isinstance(values, Ragged) else Ragged.of(values, np.asarray(values[0]).dtype)
         digest.update(np.ascontiguousarray(values.starts).data)
@@ -67,53 +68,53 @@ def update_digest(digest: Any, values: Any) -> None:
 
 
 def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str, Splits]:
-    """Reads the sources that the tasks use; no text is in one's training rows and in another's dev or test rows.
+    """Reads the sources that the tasks use; no text in dev or test of one source is a training text of another.
 
     Raises:
         UserError: A source cannot be read.
     """
     used = {task.source for task in tasks}
-    return apart({source.name: read(source) for source in sources if source.name in used})
+    return without_shared_texts({source.name: read(source) for source in sources if source.name in used})
 
 
 def texts(sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], split: str) -> list[str]:
-    """The texts of one split over all sources, both of a pair, and what the tasks have of texts."""
-    found = []
+    """The texts of one split over all sources: both texts of a pair, and the tasks' target texts."""
+    result = []
     for source in sources:
-        own = [name for task in tasks if task.source == source.name for name in task.text_columns]
+        task_columns = [name for task in tasks if task.source == source.name for name in task.text_columns]
         for row in data[source.name].rows[split] if source.name in data else ():
             values = [row.columns[name] for name in (source.text, source.pair) if name]
-            values += [row.columns.get(name) or "" for name in own]
-            found += [value if isinstance(value, str) else " ".join(value) for value in values]
-    return found
+            values += [row.columns.get(name) or "" for name in task_columns]
+            result += [value if isinstance(value, str) else " ".join(value) for value in values]
+    return result
 
 
 def make_corpus(
     sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], tokenizer: Any, max_length: int
 ) -> Corpus:
-    """Fills the tasks with what is found in the data, parses every label and tokenises every text.
+    """Fills in the tasks from the data, parses every label and tokenises every text.
 
     Args:
         sources: The declared sources.
         tasks: The declared tasks.
-        data: What read_sources returned.
+        data: The result of read_sources.
         tokenizer: A transformers tokenizer.
-        max_length: As for make_part.
+        max_length: As for read_examples.
 
     Raises:
         UserError: A label column does not exist or a label is outside the label set; names file and line.
     """
     declared = {source.name: source for source in sources}
     filled = tuple(task.filled(_labelled(declared[task.source], data[task.source], task), tokenizer) for task in tasks)
-    own = {name: [task for task in filled if task.source == name] for name in data}
+    tasks_of = {name: [task for task in filled if task.source == name] for name in data}
     splits: dict[str, dict[str, Examples]] = {split: {} for split in SPLITS}
     counts: dict[str, list[Counts]] = {name: [] for name in data}
     next_id = 0
     for split in SPLITS:
-        for place, (name, parts) in enumerate(list(data.items())):
-            examples, counted = make_part(
+        for number, (name, parts) in enumerate(list(data.items())):
+            examples, part_counts = read_examples(
                 declared[name],
-                own[name],
+                tasks_of[name],
                 parts.rows[split],
                 tokenizer,
                 max_length,
@@ -121,19 +122,19 @@ def make_corpus(
                 first_id=next_id,
                 cache=assets.cache_dir() / "tokens",
             )
-            for task in own[name]:
-                if counted.blank[task.name] == len(examples.data):
+            for task in tasks_of[name]:
+                if part_counts.blank[task.name] == len(examples.data):
                     raise UserError(f"task {task.name!r}: no row of split {split} of source {name!r} has a label")
-            splits[split][name] = examples._replace(place=place)
+            splits[split][name] = examples._replace(place=number)
             next_id += len(examples.tokens)
-            counts[name].append(counted)
+            counts[name].append(part_counts)
             data[name] = data[name]._replace(rows={**data[name].rows, split: examples.data})
-    told = {name: functools.reduce(Counts.plus, each) for name, each in counts.items()}
-    notes = [_note(own[name], name, parts, told[name], max_length) for name, parts in data.items()]
-    for name, tasks_of_it in own.items():
-        notes += remarks(tasks_of_it, told[name])
-        for task in tasks_of_it:
-            notes += [*unlearned(task, splits["train"][name]), *other_labels(task, data[name].again)]
+    totals = {name: functools.reduce(Counts.plus, parts) for name, parts in counts.items()}
+    notes = [_note(tasks_of[name], name, parts, totals[name], max_length) for name, parts in data.items()]
+    for name, source_tasks in tasks_of.items():
+        notes += label_remarks(source_tasks, totals[name])
+        for task in source_tasks:
+            notes += [*absent_labels(task, splits["train"][name]), *conflicting_labels(task, data[name].repeats)]
     filled = tuple(task.fitted(splits["train"][task.source]) for task in filled)
     for task in filled:
         notes += [f"task {task.name}: {remark}" for remark in task.remarks([splits[split][task.source] for split in SPLITS])]
@@ -141,20 +142,20 @@ def make_corpus(
 
 
 def _labelled(source: Source, splits: Splits, task: Labels) -> Sequence[Row]:
-    """All rows of the training file, whichever are trained on: what may be found in the data is found there.
+    """All rows of the training file, also those that are not trained on; of a lenient source, those with a readable label.
 
-    Of a lenient source only those of which the task can read something; the others are told of when all labels are read.
+    The other rows of a lenient source are logged when all labels are read.
     """
-    rows = splits.file
+    rows = splits.all_rows
     return readable(rows, [task], lambda task, row: task.raw_label(row), quiet=True) if source.lenient else rows
 
 
 def _note(tasks: Sequence[Labels], name: str, parts: Splits, counts: Counts, max_length: int) -> str:
     sizes = "/".join(str(len(parts.rows[split])) for split in SPLITS)
     note = f"source {name}: {sizes} train/dev/test, {count(parts.repeated, 'repeated text')} dropped, "
-    if parts.elsewhere:
-        note += f"{count(parts.elsewhere, 'that stands', 'that stand')} in dev or test of another source, "
+    if parts.shared:
+        note += f"{count(parts.shared, 'that is', 'that are')} in dev or test of another source, "
     if parts.skipped + counts.skipped:
         note += f"{count(parts.skipped + counts.skipped, 'row')} that cannot be read left out, "
-    lines_left_out = left_out(parts.no_words)
-    return note + shortened(tasks, counts, max_length) + (f", {lines_left_out}" if lines_left_out else "")
+    non_words = non_word_remark(parts.non_words)
+    return note + length_remark(tasks, counts, max_length) + (f", {non_words}" if non_words else "")

@@ -1,4 +1,4 @@
-"""Rows to numbers: token ids and labels."""
+"""From rows to examples: tokens and labels as arrays, and a count of the rows and texts that were dropped or truncated."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from mtl_jax.data.source import Source
 from mtl_jax.data.splits import SHOWN
 from mtl_jax.data.tokenize import Ragged, RowError, starts_of
 
+log = logging.getLogger(__name__)
+
 
 class Examples(NamedTuple):
-    """The examples of one source in one split: its rows, or the windows that long rows are read in.
+    """The examples of one source in one split: its rows, or the windows of long rows.
 
     Attributes:
         source: The source's name.
-        first_id: Examples have consecutive ids, split by split and in it source by source; this is the first one's.
+        first_id: The first example's id. Ids are consecutive, split by split and within a split source by source.
         tokens: N arrays i32[len], special tokens included.
-        labels: {task: [N, *label_shape] in the task's dtype, or N arrays [len] where labels are of tokens or are target texts},
-            for the tasks of this source.
+        labels: {task: [N, *label_shape] in the task's dtype, or N arrays [len] for labels of words or tokens and for target
+            texts}, for the tasks of this source.
         types: N arrays i32[len], token types of pairs; None where all are 0.
-        words: N arrays i32[len], for texts given as words: the word's index at its first sub-word, else -1.
-        offsets: N arrays i32[len, 2], where a task asks for them: characters of each token in the row's last text.
-        rows: i32[N], the place in data of the row that each example comes from, ascending; None: example i is row i.
+        words: N arrays i32[len], for texts read as words: the word's index at its first sub-word, else -1.
+        offsets: N arrays i32[len, 2], where a task needs them: characters of each token in the row's last text.
+        rows: i32[N], the index in data of each example's row, ascending; None: example i is row i.
         data: The rows.
-        place: The source's place in the run's order.
+        place: The source's number in the run's order.
     """
 
     source: str
@@ -49,7 +51,7 @@ class Examples(NamedTuple):
 
     @property
     def row_of(self) -> np.ndarray:
-        """i32[N], the row that each example comes from."""
+        """i32[N], the index of each example's row."""
         return np.arange(len(self.tokens), dtype=np.int32) if self.rows is None else self.rows
 
     def window(self, i: int, first: int) -> Window:
@@ -58,7 +60,7 @@ class Examples(NamedTuple):
         return Window(i - first, self.tokens[i], types, words, offsets)
 
     def groups(self) -> list[range]:
-        """The examples of each row that has any, row by row."""
+        """The examples of each row, row by row; rows without examples are left out."""
         edges = np.flatnonzero(np.diff(self.row_of, prepend=-1)).tolist()
         return [range(a, b) for a, b in zip(edges, [*edges[1:], len(self.tokens)], strict=True)]
 
@@ -74,17 +76,17 @@ def make_examples(
     lenient: bool = False,
     cache: Path | None = None,
 ) -> tuple[Examples, set[int]]:
-    """Tokenises rows, without their labels; and the places of those that were cut.
+    """Tokenises rows, without their labels; also returns the indices of truncated rows.
 
     Args:
-        source: The source that the rows are of: it names the text columns.
-        tasks: Its tasks: they say whether texts are read as words, and whether long ones are divided.
+        source: The source of the rows; it names the text columns.
+        tasks: Its tasks; they decide whether texts are read as words, and whether long texts become several windows.
         rows: The rows.
         tokenizer: A transformers tokenizer.
-        max_length: As in make_corpus.
+        max_length: As for read_examples.
         first_id: Id of the first example.
-        lenient: Whether a text without any token that the vocabulary knows is left empty.
-        cache: Where the tokens of much text are kept for the next time; None: nowhere.
+        lenient: Whether a text without any token that the vocabulary knows becomes an empty example; else it is an error.
+        cache: Directory of the token cache, for large amounts of text; None: no cache.
 
     Raises:
         UnreadableTexts: A text has no token that the vocabulary knows, is not valid Unicode, or leaves no room for the other
@@ -94,7 +96,7 @@ def make_examples(
     first = [_text(row, source.text, as_words) for row in rows]
     second = [_text(row, source.pair, False) for row in rows] if source.pair else None
     try:
-        found = tokenizing.encode(
+        encoded = tokenizing.encode(
             tokenizer,
             first,
             second,
@@ -106,14 +108,16 @@ def make_examples(
         )
     except RowError as error:
         raise UnreadableTexts(error.rows, f"{rows[error.rows[0]].where}: {error.reason}") from error
-    # Words without any token are the tagging task's to count.
+    # The tagging task itself counts words without any token.
     special = 0 if as_words else tokenizer.num_special_tokens_to_add(pair=second is not None)
-    empty = np.flatnonzero(found.tokens.lengths <= special)
+    empty = np.flatnonzero(encoded.tokens.lengths <= special)
     if len(empty) and not lenient:
-        places = sorted(set(found.rows[empty].tolist()))
-        raise UnreadableTexts(places, f"{rows[places[0]].where}: the text has no token that the vocabulary knows")
-    examples = Examples(source.name, first_id, found.tokens, {}, found.types, found.words, found.offsets, found.rows, rows)
-    return examples, set(found.cut.tolist())
+        indices = sorted(set(encoded.rows[empty].tolist()))
+        raise UnreadableTexts(indices, f"{rows[indices[0]].where}: the text has no token that the vocabulary knows")
+    examples = Examples(
+        source.name, first_id, encoded.tokens, {}, encoded.types, encoded.words, encoded.offsets, encoded.rows, rows
+    )
+    return examples, set(encoded.truncated.tolist())
 
 
 def _text(row: Row, column: str, as_words: bool) -> Any:
@@ -123,97 +127,94 @@ def _text(row: Row, column: str, as_words: bool) -> Any:
     return value if isinstance(value, str) else " ".join(value)
 
 
-class Placed(NamedTuple):
+class ExampleLabels(NamedTuple):
     """A task's labels of examples.
 
     Attributes:
         labels: As in Examples.
-        blank: Rows without one.
-        cut: Rows whose target text was cut.
+        blank: Number of rows without a label.
+        truncated: Number of rows whose target text was truncated.
     """
 
     labels: Any
     blank: int = 0
-    cut: int = 0
+    truncated: int = 0
 
 
-def labels_of(task: Labels, examples: Examples, tokenizer: Any, cache: Path | None = None) -> Placed:
-    """Labels of every window; a target text belongs to its row's first one.
+def labels_of(task: Labels, examples: Examples, tokenizer: Any, cache: Path | None = None) -> ExampleLabels:
+    """Labels of every window; a target text belongs to its row's first window.
 
     Args:
         task: The task.
         examples: The windows.
-        tokenizer: A transformers tokenizer; it is asked where labels are target texts.
+        tokenizer: A transformers tokenizer; it is used for target texts only.
         cache: As for make_examples.
 
     Raises:
         UserError: A label is wrong; names file and line.
     """
     if task.corrupts:
-        return Placed(Ragged.of([np.full(len(ids), task.missing, task.dtype) for ids in examples.tokens], task.dtype))
+        return ExampleLabels(Ragged.of([np.full(len(ids), task.missing, task.dtype) for ids in examples.tokens], task.dtype))
     groups = examples.groups()
     rows = [examples.data[examples.row_of[group[0]]] for group in groups]
     if task.label_level == "target":
-        found = targets.encode(task, rows, tokenizer, cache)
+        encoded = targets.encode(task, rows, tokenizer, cache)
         lengths = np.zeros(len(examples.tokens), np.int64)
-        lengths[[group[0] for group in groups]] = found.tokens.lengths
-        return Placed(Ragged(found.tokens.values, starts_of(lengths)), found.blank, found.cut)
-    placed: list[np.ndarray] = []
+        lengths[[group[0] for group in groups]] = encoded.tokens.lengths
+        return ExampleLabels(Ragged(encoded.tokens.values, starts_of(lengths)), encoded.blank, encoded.truncated)
+    labels: list[np.ndarray] = []
     blank = 0
     for group, row in zip(groups, rows, strict=True):
         try:
             label = task.parse(row)
-            placed += [task.window_label(label, examples.window(i, group[0])) for i in group]
+            labels += [task.window_label(label, examples.window(i, group[0])) for i in group]
         except ValueError as error:
             raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
         blank += label is None
     if task.label_level in TOKEN_LEVELS:
-        return Placed(Ragged.of(placed, task.dtype), blank)
-    return Placed(np.array(placed, task.dtype).reshape(len(placed), *task.label_shape), blank)
-
-
-log = logging.getLogger(__name__)
+        return ExampleLabels(Ragged.of(labels, task.dtype), blank)
+    return ExampleLabels(np.array(labels, task.dtype).reshape(len(labels), *task.label_shape), blank)
 
 
 class Counts(NamedTuple):
-    """What became of rows.
+    """How many rows and texts were dropped, truncated or divided.
 
     Attributes:
-        skipped: Rows that were left out, which only a lenient source does.
-        cut: Texts that were cut.
-        extra: Windows behind the first one of their text.
-        long: Texts that have such windows.
+        skipped: Rows that were left out; only a lenient source does that.
+        truncated: Texts that were truncated.
+        extra: Windows after the first one of their text.
+        long: Texts with several windows.
         blank: {task: rows without a label}.
-        shortened: {task: target texts that were cut}.
+        truncated_targets: {task: target texts that were truncated}.
     """
 
     skipped: int
-    cut: int
+    truncated: int
     extra: int
     long: int
     blank: dict[str, int]
-    shortened: dict[str, int]
+    truncated_targets: dict[str, int]
 
     def plus(self, other: Counts) -> Counts:
-        """Both together."""
-        skipped, cut, extra, long = (a + b for a, b in zip(self[:4], other[:4], strict=True))
-        blank, shortened = ({task: a[task] + b[task] for task in a} for a, b in zip(self[4:], other[4:], strict=True))
-        return Counts(skipped, cut, extra, long, blank, shortened)
+        """The sum of both."""
+        skipped, truncated, extra, long = (a + b for a, b in zip(self[:4], other[:4], strict=True))
+        blank, targets = ({task: a[task] + b[task] for task in a} for a, b in zip(self[4:], other[4:], strict=True))
+        return Counts(skipped, truncated, extra, long, blank, targets)
 
 
-class Part(NamedTuple):
-    """Rows of one source, read.
+class ReadExamples(NamedTuple):
+    """Rows of one source as examples.
 
     Attributes:
-        examples: With the labels of the tasks that were asked for; its data are the rows that stayed.
-        counts: What became of the rows.
+        examples: The examples, with labels; their data are the rows that were not left out.
+        counts: How many rows and texts were dropped, truncated or divided.
     """
 
     examples: Examples
     counts: Counts
 
 
-def make_part(
+def read_examples(
     source: Source,
     tasks: Sequence[Labels],
     rows: Sequence[Row],
@@ -224,65 +225,65 @@ def make_part(
     labelled: Sequence[Labels] | None = None,
     first_id: int = 0,
     cache: Path | None = None,
-) -> Part:
-    """Tokenises rows and parses their labels; a lenient source leaves out rows where that is not possible, and says so.
+) -> ReadExamples:
+    """Tokenises rows and parses their labels; of a lenient source, rows that cannot be read are left out and logged.
 
     Args:
-        source: The source that the rows are of.
-        tasks: Its tasks, label sets filled in: they say how texts are read.
+        source: The source of the rows.
+        tasks: Its tasks, label sets filled in; they decide how texts are read.
         rows: The rows.
         tokenizer: A transformers tokenizer.
-        max_length: Longest example in tokens, special tokens included. Longer texts become several examples where a task of the
-            source can take that, else they are cut.
-        what: What these rows are, for errors.
+        max_length: Longest example in tokens, special tokens included. Longer texts become several examples if a task of the
+            source reads windows, else they are truncated.
+        what: A name of these rows, for errors.
         labelled: The tasks whose labels are read; None: all of them.
         first_id: Id of the first example.
-        cache: Where the tokens of much text are kept for the next time; None: nowhere.
+        cache: Directory of the token cache, for large amounts of text; None: no cache.
 
     Raises:
-        UserError: A text or label cannot be read, with file and line; of a lenient source, none can.
+        UserError: A text or label cannot be read, with file and line; of a lenient source, no row can be read.
     """
-    asked = tasks if labelled is None else labelled
+    label_tasks = tasks if labelled is None else labelled
     kept: Sequence[Row] = rows
     if source.lenient:
-        kept = readable(rows, asked, lambda task, row: None if task.corrupts else task.parse(row))
+        kept = readable(rows, label_tasks, lambda task, row: None if task.corrupts else task.parse(row))
         if not kept:
             raise UserError(f"source {source.name!r}: every row of {what} has a label that cannot be read")
     while True:
         try:
-            examples, cut = make_examples(source, tasks, kept, tokenizer, max_length, first_id=first_id, cache=cache)
-            placed = {task.name: labels_of(task, examples, tokenizer, cache) for task in asked}
+            examples, truncated = make_examples(source, tasks, kept, tokenizer, max_length, first_id=first_id, cache=cache)
+            labels = {task.name: labels_of(task, examples, tokenizer, cache) for task in label_tasks}
             break
         except UnreadableTexts as error:
             if not source.lenient:
                 raise
             log.warning("skipped %s, the first: %s", count(len(error.rows), "row"), error)
             refused = set(error.rows)
-            kept = [row for place, row in enumerate(kept) if place not in refused]
+            kept = [row for index, row in enumerate(kept) if index not in refused]
             if not kept:
                 raise UserError(f"source {source.name!r}: no text of {what} can be tokenised") from error
-    examples.labels.update({name: found.labels for name, found in placed.items()})
+    examples.labels.update({name: result.labels for name, result in labels.items()})
     counts = Counts(
         skipped=len(rows) - len(kept),
-        cut=len(cut),
+        truncated=len(truncated),
         extra=len(examples.tokens) - len(kept),
         long=sum(len(group) > 1 for group in examples.groups()),
-        blank={name: found.blank for name, found in placed.items()},
-        shortened={name: found.cut for name, found in placed.items()},
+        blank={name: result.blank for name, result in labels.items()},
+        truncated_targets={name: result.truncated for name, result in labels.items()},
     )
-    return Part(examples, counts)
+    return ReadExamples(examples, counts)
 
 
 def readable(
     rows: Sequence[Row], tasks: Sequence[Labels], read: Callable[[Labels, Row], Any], quiet: bool = False
 ) -> list[Row]:
-    """The rows that `read` can read for every task; the first few others are logged.
+    """The rows that `read` can read for every task; of the others the first few are logged.
 
     Args:
         rows: Rows of one source.
         tasks: Its tasks.
         read: Reads a row for a task, or raises ValueError or UserError.
-        quiet: Whether nothing is logged.
+        quiet: Whether logging is off.
     """
     kept: list[Row] = []
     skipped = 0
@@ -293,39 +294,41 @@ def readable(
         except (ValueError, UserError) as error:
             skipped += 1
             if skipped <= SHOWN and not quiet:
-                place = "" if isinstance(error, UserError) else f"{row.where}: "
-                log.warning("skipped: %s%s", place, error)
+                where = "" if isinstance(error, UserError) else f"{row.where}: "
+                log.warning("skipped: %s%s", where, error)
             continue
         kept.append(row)
     return kept
 
 
-def shortened(tasks: Sequence[Labels], counts: Counts, max_length: int) -> str:
-    """How texts came to fit into rows: "3 texts cut to 64 tokens".
+def length_remark(tasks: Sequence[Labels], counts: Counts, max_length: int) -> str:
+    """A clause on texts that were too long, such as "3 texts cut to 64 tokens".
 
     Args:
         tasks: The tasks that read the rows.
-        counts: What became of them.
-        max_length: As for make_part.
+        counts: The counts of these rows.
+        max_length: As for read_examples.
     """
     if not counts.extra:
-        return f"{count(counts.cut, 'text')} cut to {count(max_length, 'token')}"
-    told = f"{count(counts.long, 'long text')} read in {count(counts.extra, 'further window')} of {count(max_length, 'token')}"
-    first = [task.name for task in tasks if not task.windows]
-    sees = "sees" if len(first) == 1 else "see"
-    return f"{told}, of which {', '.join(first)} {sees} the first one only" if first else told
+        return f"{count(counts.truncated, 'text')} cut to {count(max_length, 'token')}"
+    remark = (
+        f"{count(counts.long, 'long text')} read in {count(counts.extra, 'further window')} of {count(max_length, 'token')}"
+    )
+    first_only = [task.name for task in tasks if not task.windows]
+    read = "reads" if len(first_only) == 1 else "read"
+    return f"{remark}, of which {', '.join(first_only)} {read} the first only" if first_only else remark
 
 
-def remarks(tasks: Sequence[Labels], counts: Counts) -> list[str]:
-    """What is to be said of the tasks' labels, a line each.
+def label_remarks(tasks: Sequence[Labels], counts: Counts) -> list[str]:
+    """Remarks on missing labels and truncated target texts, a line each.
 
     Args:
         tasks: The tasks whose labels were read.
-        counts: What became of the rows.
+        counts: The counts of their rows.
     """
     lines = [f"task {name}: {count(blank, 'row has', 'rows have')} no label" for name, blank in counts.blank.items() if blank]
     for task in tasks:
-        if counts.shortened[task.name]:
-            texts = count(counts.shortened[task.name], "target text")
+        if counts.truncated_targets[task.name]:
+            texts = count(counts.truncated_targets[task.name], "target text")
             lines.append(f"task {task.name}: {texts} cut to {count(task.target_length, 'token')}")
     return lines

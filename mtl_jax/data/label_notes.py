@@ -1,4 +1,4 @@
-"""What is to be said of labels before training: those that no training row has, and those that repeated texts lose."""
+"""Remarks on labels before training: those that no training row has, and those that are lost with repeated texts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.ragged import Ragged
-from mtl_jax.data.splits import Place, row_at
+from mtl_jax.data.splits import RowRef, row_at
 
 
-def unlearned(task: Labels, train: Examples) -> list[str]:
-    """A line on labels that no training row has, and one where there is a single label; most often there is none.
+def absent_labels(task: Labels, train: Examples) -> list[str]:
+    """A line on labels that no training row has, and one on a label set of one label; usually none.
 
     Args:
         task: A task, filled.
@@ -27,37 +27,39 @@ def unlearned(task: Labels, train: Examples) -> list[str]:
     if not labels:
         return []
     values = train.labels[task.name]
-    if task.label_shape:  # any number of labels
+    if task.label_shape:  # several labels a row
         absent = np.flatnonzero(~(values == 1).any(axis=0))
     else:
         flat = values.values if isinstance(values, Ragged) else values
         absent = np.flatnonzero(np.bincount(flat[flat >= 0], minlength=len(labels)) == 0)
     lines = []
     if len(absent):
-        names = listed([labels[place] for place in absent])
-        of = "word" if task.label_level == "word" else "row"
+        names = listed([labels[index] for index in absent])
+        unit = "word" if task.label_level == "word" else "row"
         are = "is" if len(absent) == 1 else "are"
-        lines.append(f"task {task.name}: {len(absent)} of its {count(len(labels), 'label')} {are} on no training {of}: {names}")
+        lines.append(
+            f"task {task.name}: {len(absent)} of its {count(len(labels), 'label')} {are} on no training {unit}: {names}"
+        )
     if len(labels) == 1 and not task.label_shape:
         lines.append(f"task {task.name}: {labels[0]!r} is its only label, so there is nothing to learn")
     return lines
 
 
-def other_labels(task: Labels, again: Sequence[tuple[Place, Place]]) -> list[str]:
-    """A line on dropped rows whose text has another label in the row that stays; most often there is none.
+def conflicting_labels(task: Labels, repeats: Sequence[tuple[RowRef, RowRef]]) -> list[str]:
+    """A line on dropped rows whose text has another label in the row that is kept; usually none.
 
     Args:
         task: A task, filled.
-        again: As in sources.Splits.
+        repeats: As in splits.Splits.
     """
     if task.corrupts:
         return []
     count, example = 0, ""
-    for dropped, first in again:
+    for dropped, first in repeats:
         rows = row_at(dropped), row_at(first)
         try:
             labels = [task.parse(row) for row in rows]
-        except (ValueError, UserError):  # that row is dropped, or its label is refused where the row that stays is read
+        except (ValueError, UserError):  # the row is dropped anyway, or the kept row is refused when it is read
             continue
         if labels[0] is not None and not _same(*labels):
             count += 1
@@ -65,7 +67,7 @@ def other_labels(task: Labels, again: Sequence[tuple[Place, Place]]) -> list[str
     if not count:
         return []
     rows_have = "1 of the repeated texts has" if count == 1 else f"{count} of the repeated texts have"
-    return [f"task {task.name}: {rows_have} another label than the row that stays: {example}; {task.conflict_advice}"]
+    return [f"task {task.name}: {rows_have} another label than the row that is kept: {example}; {task.conflict_advice}"]
 
 
 def _same(label: Any, other: Any) -> bool:
@@ -75,19 +77,19 @@ def _same(label: Any, other: Any) -> bool:
 
 
 def _example(task: Labels, rows: tuple[Row, Row]) -> str:
-    written = [_written(task, row) for row in rows]
+    labels = [_raw_label(task, row) for row in rows]
     where = [row.where for row in rows]
-    if all(isinstance(label, list) for label in written) and task.label_level == "word":
-        pairs = enumerate(zip(*written, strict=False))
+    if all(isinstance(label, list) for label in labels) and task.label_level == "word":
+        pairs = enumerate(zip(*labels, strict=False))
         word = next((word for word, (label, other) in pairs if label != other), None)
-        if word is not None:  # not two whole sentences: the first word that differs
-            written = [labels[word] for labels in written]
+        if word is not None:  # the first word that differs, in place of two whole sentences
+            labels = [tags[word] for tags in labels]
             where = [row.where_word(word) if row.words else f"{row.where}, word {word + 1}," for row in rows]
-    return " where ".join(f"{place} has {shown(repr(label))}" for place, label in zip(where, written, strict=True))
+    return " where ".join(f"{line} has {shown(repr(label))}" for line, label in zip(where, labels, strict=True))
 
 
-def _written(task: Labels, row: Row) -> Any:
+def _raw_label(task: Labels, row: Row) -> Any:
     label = task.raw_label(row)
     if label is None:
         label = task.parse(row)
-    return [task.labels[place] for place in np.flatnonzero(label == 1)] if isinstance(label, np.ndarray) else label
+    return [task.labels[index] for index in np.flatnonzero(label == 1)] if isinstance(label, np.ndarray) else label

@@ -1,11 +1,11 @@
-"""How often each source is seen: shares of the rows, and from them the source of every row of a run.
+"""Mixtures: each source's share of a run's rows, and from it the source of every row.
 
 A mixture is text, "NAME" or "NAME:option=number":
-    uniform            every source as often
-    proportional       by size, in tokens of training data
-    temperature:t=T    by size^(1/T); T = 1 is proportional, a large T nearly uniform
-    capped:cap=C       by min(size, C)
-    fixed              by given numbers
+    uniform            equal shares
+    proportional       shares by size, in tokens of training data
+    temperature:t=T    shares by size^(1/T); T = 1 is proportional, a large T nearly uniform
+    capped:cap=C       shares by min(size, C)
+    fixed              shares by given numbers
 
 Shapes in names: N sources, R rows of a step.
 """
@@ -23,8 +23,8 @@ from mtl_jax.core.errors import UserError, listed, unknown
 
 # Of each mixture its option, or "" for none.
 MIXTURES = {"uniform": "", "proportional": "", "temperature": "t", "capped": "cap", "fixed": ""}
-# Runs of up to so many rows are gone through for their largest block; above, it is bounded.
-WHOLE_RUN = 2**22
+# The largest number of rows for which capacity() is computed exactly; for longer runs it is a bound.
+EXACT_ROWS = 2**22
 
 
 def parse(mixture: str, field: str = "batch.mixture") -> tuple[str, float]:
@@ -49,10 +49,10 @@ def parse(mixture: str, field: str = "batch.mixture") -> tuple[str, float]:
 
 
 def check(mixture: str, mixture_end: str, fixed: Mapping[str, float], at: str = "batch") -> None:
-    """Finds what is wrong with the mixtures of a run before its sources are known.
+    """Checks a run's mixtures before its sources are known.
 
     Raises:
-        UserError: One line that names the field.
+        UserError: A mixture or its shares are wrong; names the field.
     """
     names = [parse(mixture, f"{at}.mixture")[0]] + ([parse(mixture_end, f"{at}.mixture_end")[0]] if mixture_end else [])
     if "fixed" in names and not fixed:
@@ -64,7 +64,7 @@ def check(mixture: str, mixture_end: str, fixed: Mapping[str, float], at: str = 
 def shares(
     mixture: str, sizes: Mapping[str, float], fixed: Mapping[str, float] | None = None, field: str = "batch.mixture"
 ) -> dict[str, float]:
-    """{source: share}: which part of the rows belongs to each source; they sum to 1.
+    """{source: share of the rows}; the shares sum to 1.
 
     Temperature: https://arxiv.org/abs/1907.05019, section 4; caps ("examples-proportional mixing"):
     https://arxiv.org/abs/1910.10683, section 3.5.2.
@@ -73,32 +73,32 @@ def shares(
         mixture: The mixture's text.
         sizes: {source: tokens of training data}.
         fixed: {source: number} for the mixture fixed, which need not sum to 1.
-        field: Where the text stands, for errors.
+        field: The field with the text, for errors.
 
     Raises:
-        UserError: The text is no mixture, or the fixed numbers miss a source, name an unknown one, or cannot be shares.
+        UserError: The text is not a mixture, or the fixed numbers lack a source, name an unknown one, or cannot be shares.
     """
     name, value = parse(mixture, field)
     if name == "fixed":
-        found = _fixed(fixed or {}, sizes)
+        numbers = _fixed(fixed or {}, sizes)
     elif name == "uniform":
-        found = dict.fromkeys(sizes, 1.0)
+        numbers = dict.fromkeys(sizes, 1.0)
     elif name == "temperature":
-        # Divided by the largest first: the power of a small t stays finite.
+        # Sizes are divided by the largest, so that the power stays finite for a small t.
         largest = max(max(sizes.values()), 1)
-        found = {source: (size / largest) ** (1 / value) for source, size in sizes.items()}
+        numbers = {source: (size / largest) ** (1 / value) for source, size in sizes.items()}
     else:
-        found = {source: min(float(size), value) if name == "capped" else float(size) for source, size in sizes.items()}
-    total = math.fsum(found.values())
+        numbers = {source: min(float(size), value) if name == "capped" else float(size) for source, size in sizes.items()}
+    total = math.fsum(numbers.values())
     if not total > 0:
         raise UserError(f"{field} is {mixture!r}, but no source has any training data")
-    return {source: number / total for source, number in found.items()}
+    return {source: number / total for source, number in numbers.items()}
 
 
 def _fixed(fixed: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, float]:
     missing = [source for source in sizes if source not in fixed]
     if missing:
-        raise UserError(f"batch.shares misses {listed(missing)}; give every source a number")
+        raise UserError(f"batch.shares lacks {listed(missing)}; give every source a number")
     for source, number in fixed.items():
         if source not in sizes:
             raise unknown("source in batch.shares:", source, sizes)
@@ -111,17 +111,17 @@ def _fixed(fixed: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which source each row of a run belongs to; a pure function of the row's place.
+    """The source of each row of a run, a pure function of the row's number.
 
-    Row k = 0, 1, ... of a source is due when the source's share, added up over the rows of the run, reaches k + 1/2. Rows go
-    out in order of their due times, the earlier source first where two are equal. With shares that stay the same this is the
-    method of Webster and Sainte-Lague: whenever all sources' parts of the rows so far are whole numbers, they have exactly
-    these, and between they differ by at most 1/2 + share (N - 2) / 2 rows. A source with a small share is seen in some steps
-    only. Where shares change, they do so linearly from the first row to the last, and the sum is an integral.
+    Row k = 0, 1, ... of a source is due when the source's share, summed over the rows of the run, reaches k + 1/2. Rows are
+    ordered by their due times; of equal times the earlier source comes first. With constant shares this is the method of
+    Webster and Sainte-Lague: whenever the shares of the rows so far are whole numbers, every source has had exactly that number
+    of rows; between these points it differs by at most 1/2 + share (N - 2) / 2 rows. A source with a small share is seen in
+    some steps only. Changing shares change linearly from the first row to the last, and the sum is an integral.
 
     Attributes:
         start: {source: share} at the first row.
-        end: {source: share} at the last row, the same sources; more rows would go on with it.
+        end: {source: share} at the last row, the same sources; it also holds for any rows after the last.
         rows: R, rows of a step.
         steps: Steps of the run.
     """
@@ -139,7 +139,7 @@ class Schedule:
     def before(self, step: int) -> dict[str, int]:
         """{source: rows} of all steps before this one."""
         rows, slack = step * self.rows, len(self.start) / 2 + 1
-        # When `slack` rows less are due in all, at most this many of each source are out: the others are sorted.
+        # When `slack` fewer rows are due in total, at most these many of each source are out; the remaining rows are sorted.
         base_N = np.maximum(np.floor(self._due_by(max(rows - slack, 0.0))) - 1, 0).astype(np.int64)
         order = self._order(base_N, rows - int(base_N.sum()))
         total_N = base_N + np.bincount(order, minlength=len(base_N))
@@ -151,61 +151,61 @@ class Schedule:
         return self.start == self.end and bool(np.allclose(ideal_N, np.round(ideal_N), rtol=0, atol=1e-9))
 
     def capacity(self) -> dict[str, int]:
-        """{source: rows}: the most that the source has in any step; for very long runs a bound of it."""
+        """{source: rows}: the most rows of the source in any step; an upper bound of it for very long runs."""
         start_N, end_N = self._ends()
         if self.constant():
-            found_N = np.round(start_N * self.rows)
-        elif self.steps * self.rows <= WHOLE_RUN:
+            most_N = np.round(start_N * self.rows)
+        elif self.steps * self.rows <= EXACT_ROWS:
             order = self._order(np.zeros(len(start_N), np.int64), self.steps * self.rows).reshape(self.steps, self.rows)
-            found_N = np.array([(order == number).sum(axis=1).max(initial=0) for number in range(len(start_N))])
+            most_N = np.array([(order == number).sum(axis=1).max(initial=0) for number in range(len(start_N))])
         else:
             # Between the due times of a step's first and last row the shares sum to at most R + N.
             most_N = np.floor(np.maximum(start_N, end_N) * (self.rows + len(start_N))) + 1
-            found_N = np.minimum(most_N, self.rows) * (np.maximum(start_N, end_N) > 0)
-        return dict(zip(self.start, found_N.astype(int).tolist(), strict=True))
+            most_N = np.minimum(most_N, self.rows) * (np.maximum(start_N, end_N) > 0)
+        return dict(zip(self.start, most_N.astype(int).tolist(), strict=True))
 
     def _ends(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(list(self.start.values())), np.array([self.end[source] for source in self.start])
 
     def _due_by(self, time: float) -> np.ndarray:
-        """f64[N]: the shares added up over the first `time` rows, and 1/2: so many rows are due."""
+        """f64[N]: how many rows are due at `time`: the shares summed over the first `time` rows, plus 1/2."""
         start_N, end_N = self._ends()
         total = max(self.steps * self.rows, 1)
         within = min(time, total)
         return start_N * within + (end_N - start_N) * within**2 / (2 * total) + end_N * (time - within) + 0.5
 
     def _due(self, number: int, k: np.ndarray) -> np.ndarray:
-        """f64: when rows k of the source with this number are due; infinity for never."""
+        """f64: the due times of rows k of the source with this number; infinity for never."""
         start, end = (float(ends[number]) for ends in self._ends())
         total = max(self.steps * self.rows, 1)
-        wanted = k + 0.5
+        target = k + 0.5
         whole = (start + end) / 2 * total
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a share of 0: infinity
             if start == end:
-                return wanted / start
-            # The root of start x + (end - start) x^2 / (2 total) = wanted, in the form that loses no digits.
-            root = np.sqrt(np.maximum(start**2 + 2 * (end - start) * wanted / total, 0.0))
-            return np.where(wanted <= whole, 2 * wanted / (start + root), total + (wanted - whole) / end)
+                return target / start
+            # The root of start x + (end - start) x^2 / (2 total) = target, in the form that loses no digits.
+            root = np.sqrt(np.maximum(start**2 + 2 * (end - start) * target / total, 0.0))
+            return np.where(target <= whole, 2 * target / (start + root), total + (target - whole) / end)
 
     def _order(self, out_N: np.ndarray, count: int) -> np.ndarray:
-        """i64[count]: the numbers of the sources that the next rows belong to, after `out_N` rows of each."""
+        """i64[count]: the source numbers of the next rows, after `out_N` rows of each source."""
         until_N = self._due_by(out_N.sum() + count + len(out_N) / 2 + 1)
         numbers, times = [], []
         for number, (first, until) in enumerate(zip(out_N, until_N, strict=True)):
             k = np.arange(first, max(int(until) + 2, first))
             numbers.append(np.full(len(k), number))
             times.append(self._due(number, k))
-        # Stable, and in the sources' order: that is the rule for equal times.
+        # The sort is stable, so that of equal times the earlier source comes first.
         first_count = np.argsort(np.concatenate(times), kind="stable")[:count]
         return np.concatenate(numbers)[first_count]
 
 
 @dataclasses.dataclass(frozen=True)
-class InTurn:
+class ScheduleSequence:
     """Schedules of the same sources, one after another.
 
     Attributes:
-        parts: The schedules; after the last one's steps it goes on.
+        parts: The schedules; the last one also holds for any steps after its own.
     """
 
     parts: tuple[Schedule, ...]
@@ -222,25 +222,25 @@ class InTurn:
         """Whether every step has the same rows of each source."""
         return all(part.constant() and part.start == self.parts[0].start for part in self.parts)
 
-    def same(self, steps: range) -> dict[str, int] | None:
-        """{source: rows} where each of these steps has the same rows of every source, else None."""
-        found = self._in(steps)
-        same = all(part.constant() and part.start == found[0].start for part in found)
-        return found[0].capacity() if same else None
+    def constant_counts(self, steps: range) -> dict[str, int] | None:
+        """{source: rows} if every one of these steps has the same number of rows of each source, else None."""
+        schedules = self._in(steps)
+        constant = all(part.constant() and part.start == schedules[0].start for part in schedules)
+        return schedules[0].capacity() if constant else None
 
     def capacity(self, steps: range) -> dict[str, int]:
-        """{source: rows}: the most that the source has in any of these steps, or a bound of it."""
-        found = [part.capacity() for part in self._in(steps)]
-        return {source: max(most[source] for most in found) for source in found[0]}
+        """{source: rows}: the most rows of the source in any of these steps, or an upper bound of it."""
+        capacities = [part.capacity() for part in self._in(steps)]
+        return {source: max(capacity[source] for capacity in capacities) for source in capacities[0]}
 
     def _in(self, steps: range) -> list[Schedule]:
-        """The schedules that these steps belong to."""
-        start, found = 0, []
+        """The schedules that contain these steps."""
+        start, schedules = 0, []
         for part in self.parts:
             if start < steps.stop and (steps.start < start + part.steps or part is self.parts[-1]):
-                found.append(part)
+                schedules.append(part)
             start += part.steps
-        return found
+        return schedules
 
 
 def schedule(

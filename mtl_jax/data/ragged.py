@@ -14,8 +14,8 @@ from numpy.typing import DTypeLike
 class Ragged(Sequence[np.ndarray]):
     """Arrays of different length, end to end in one flat array; item i is a view of it.
 
-    Flat arrays that numpy has memory-mapped stay on disk; when the object is pickled for another process, that one maps the
-    same file again instead of getting a copy.
+    Memory-mapped flat arrays stay on disk. If the object is pickled for another process, that process maps the same file and
+    gets no copy.
 
     Attributes:
         values: [total, ...], the arrays one after another.
@@ -30,7 +30,7 @@ class Ragged(Sequence[np.ndarray]):
 
     @classmethod
     def of(cls, arrays: Iterable[Any], dtype: DTypeLike, shape: tuple[int, ...] = ()) -> Ragged:
-        """Copies arrays of shape [length, *shape] together.
+        """One Ragged from arrays of shape [length, *shape], which are copied.
 
         Args:
             arrays: Any number of them, empty ones included.
@@ -47,7 +47,7 @@ class Ragged(Sequence[np.ndarray]):
         return np.diff(self.starts)
 
     def equals(self, other: Ragged) -> bool:
-        """Whether the other holds the same arrays in the same dtype."""
+        """Whether both have the same arrays in the same dtype."""
         same = self.values.dtype == other.values.dtype and self.values.shape == other.values.shape
         return same and np.array_equal(self.starts, other.starts) and np.array_equal(self.values, other.values)
 
@@ -86,7 +86,7 @@ def starts_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _file(array: np.ndarray) -> str:
-    """The .npy file of a whole memory-mapped array; "" for any other, also for a part of one."""
+    """The .npy file of a memory-mapped array; "" for any other array, and for a part of a mapped one."""
     return str(array.filename) if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) else ""
 
 

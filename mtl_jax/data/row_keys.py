@@ -1,29 +1,27 @@
-"""What makes two rows one, and whether a row has what it must: a text, and answers where they say that they stand."""
+"""Keys by which rows count as the same text or document, and checks that a row has text and correct answers."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import shown
 from mtl_jax.data.formats.rows import Row, no_column
-
-if TYPE_CHECKING:
-    from mtl_jax.data.source import Source
+from mtl_jax.data.source import Source
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces: texts equal after this are one text."""
+    """Lower case, single spaces: texts that are equal after this count as the same text."""
     return " ".join(text.lower().split())
 
 
 def text_of(source: Source, row: Row, kind: str = "text") -> str:
-    """A row's text, or pair; words joined by spaces.
+    """A row's text, or its second text if kind is "pair"; words joined by spaces.
 
     Raises:
-        UserError: It has none.
+        UserError: The row has no such text.
     """
     name = getattr(source, kind)
     if name not in row.columns:
@@ -31,7 +29,7 @@ def text_of(source: Source, row: Row, kind: str = "text") -> str:
     value = row.columns[name]
     if isinstance(value, list):
         if not all(isinstance(word, str) for word in value):
-            raise UserError(f"{row.where}: the {kind} column {name!r} is a list of something else than words")
+            raise UserError(f"{row.where}: the {kind} column {name!r} is a list of values other than words")
         value = " ".join(value)
     if value is None or not value.strip():
         raise UserError(f"{row.where}: the {kind} column {name!r} is empty")
@@ -39,25 +37,26 @@ def text_of(source: Source, row: Row, kind: str = "text") -> str:
 
 
 def key(source: Source, row: Row) -> str:
-    """What makes two rows one: the texts; for questions about a context, the context too."""
+    """The key by which rows count as the same: the texts, and for questions about a context also the context."""
     texts = [text_of(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",))]
     if isinstance(row.columns.get("answers"), list) and "context" not in (source.text, source.pair):
         texts.append(str(row.columns.get("context", "")))
     return "\n".join(map(normalise, texts))
 
 
-def turned(key: str) -> str:
-    """The key of the pair the other way round."""
+def swapped(key: str) -> str:
+    """The key of the pair with its texts swapped."""
     first, second, *rest = key.split("\n")
     return "\n".join([second, first, *rest])
 
 
 def digest(key: str) -> bytes:
+    """16 bytes in place of a key."""
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
 def group(source: Source, row: Row) -> str:
-    """The document a row comes from, or "" where the source names none."""
+    """The document of a row, or "" if the source has no group column."""
     if not source.group:
         return ""
     if source.group not in row.columns:
@@ -70,12 +69,14 @@ def group(source: Source, row: Row) -> str:
 
 
 def check_answer(answer: Any, context: str, where: str) -> None:
-    """Raises UserError where the context has not this answer at its place; lists of other things are not looked at."""
+    """Raises UserError if the context does not have this answer at its stated character; other values are not checked."""
     if not isinstance(answer, dict):
         return
     text, start = answer["text"], answer["start"]
-    found = context[max(start, 0) : max(start, 0) + len(text)]
+    actual = context[max(start, 0) : max(start, 0) + len(text)]
     if start < 0 or start + len(text) > len(context):
         raise UserError(f"{where}: the answer {shown(text)!r} at {start} is outside the context of {len(context)} characters")
-    if not text or found != text:
-        raise UserError(f"{where}: the answer {shown(text)!r} is not in the context at {start}, where {shown(found)!r} stands")
+    if not text or actual != text:
+        raise UserError(
+            f"{where}: the answer {shown(text)!r} is not in the context at {start}; the context has {shown(actual)!r} there"
+        )

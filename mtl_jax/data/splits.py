@@ -1,24 +1,17 @@
-"""Where rows come from: files, TFDS builders or hub data sets with named columns, cut into splits.
+"""The splits of a source: rows of files, TFDS builders or hub data sets, deduplicated and divided into train, dev and test.
 
-A source reads rows, drops training rows whose text stood before, and cuts train, dev and test by a seeded hash of the text or
-of its document, so that a text stands in one split, and in the same one if rows are added. Of repeated texts the first stays.
-Dev or test rows that come from a file of their own are the official ones and stay as they are: a training row that repeats
-one of them leaves.
+Training rows whose text occurred before are dropped; of repeated texts the first one is kept. Train, dev and test are divided
+by a seeded hash of the text or of its document, so that a text is in one split, and in the same one after rows are added. Dev
+or test rows from their own file are the official ones and are not changed: a training row with the text of one of them is
+dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-from mtl_jax.data.source import FORMATS, NAMED, SPLITS
-
-if TYPE_CHECKING:
-    from mtl_jax.data.source import Source
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -30,143 +23,143 @@ from mtl_jax.data.formats import READERS, hf, text_files, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, Row, no_column
 from mtl_jax.data.row_keys import text_of
+from mtl_jax.data.source import NAMED, SPLITS, Source
 
 ADVICE = " (a source with lenient=True leaves such rows out, and counts them)"
 SHOWN = 5  # skipped rows of a source that are logged one by one
 
 log = logging.getLogger(__name__)
 
-
-# A row; or the data set on disk that it is in, and its number there.
-Place = Row | tuple[Records, int]
+# A row; or a data set on disk, and the row's number in it.
+RowRef = Row | tuple[Records, int]
 
 
 class Splits(NamedTuple):
     """A source's rows by split name.
 
     Attributes:
-        rows: {split: rows}. Those of TFDS and the hub stay on disk and are read when asked for.
-        repeated: Training rows that were dropped because their text occurred before.
-        skipped: Rows that could not be read and were left out because the source is lenient.
-        elsewhere: Training rows that were dropped because their text stands in dev or test of another source.
-        identities: {split: for each row a digest of its text}; the same for a pair and for the pair the other way round.
-        file: All rows of path that can be read: labels are found in them, however few are trained on.
-        again: Training rows that were dropped, each with the first row that has the same text.
-        no_words: Lines that are not words and were left out: CoNLL-U's ranges, and its empty nodes.
+        rows: {split: rows}. Rows of TFDS and the hub stay on disk and are read on access.
+        repeated: Number of training rows that were dropped because their text occurred before.
+        skipped: Number of rows that could not be read and were left out because the source is lenient.
+        shared: Number of training rows that were dropped because their text is in dev or test of another source.
+        text_digests: {split: for each row a digest of its text}; a pair and the swapped pair have the same one.
+        all_rows: All rows of path that can be read: label sets come from them, even if few rows are trained on.
+        repeats: The training rows that were dropped as repeated, each with the first row of the same text.
+        non_words: Numbers of lines that are not words and were left out: CoNLL-U's ranges, and its empty nodes.
     """
 
     rows: dict[str, Sequence[Row]]
     repeated: int
     skipped: int = 0
-    elsewhere: int = 0
-    identities: Mapping[str, list[bytes]] = MappingProxyType({})
-    file: Sequence[Row] = ()
-    again: Sequence[tuple[Place, Place]] = ()
-    no_words: tuple[int, int] = (0, 0)
+    shared: int = 0
+    text_digests: Mapping[str, list[bytes]] = MappingProxyType({})
+    all_rows: Sequence[Row] = ()
+    repeats: Sequence[tuple[RowRef, RowRef]] = ()
+    non_words: tuple[int, int] = (0, 0)
 
 
 def read(source: Source) -> Splits:
-    """Reads, deduplicates and cuts one source.
+    """Reads, deduplicates and splits one source.
 
     Raises:
         UserError: A file or column does not exist, a row cannot be read (and the source is not lenient), or a split is empty.
             Names file and line, or record.
     """
     _check(source)
-    given = {"train": source.path, "dev": source.dev_path, "test": source.test_path}
-    cuts = shares(source)
-    opened = {split: _open(source, path) for split, path in given.items() if path}
+    paths = {"train": source.path, "dev": source.dev_path, "test": source.test_path}
+    cuts = split_shares(source)
+    opened = {split: _open(source, path) for split, path in paths.items() if path}
     kept: dict[str, list[Any]] = {split: [] for split in SPLITS}  # rows, or numbers of records that stay on disk
-    identities: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    first: dict[str, dict[bytes, Any]] = {split: {} for split in SPLITS}  # {file: {text: the first row that has it}}
-    file: list[Any] = []
-    again: list[tuple[Place, Place]] = []
+    digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    first: dict[str, dict[bytes, Any]] = {split: {} for split in SPLITS}  # {file: {text: the first row with it}}
+    all_rows: list[Any] = []
+    repeats: list[tuple[RowRef, RowRef]] = []
     official: set[bytes] = set()
-    documents: set[str] = set()  # of the official rows
-    cut_from: set[str] = set()
+    official_documents: set[str] = set()
+    distinct: set[str] = set()  # texts, or documents, of path
     repeated, ranges, empty_nodes = 0, 0, 0
     skipped: list[str] = []
-    # Test first: where files overlap, the repeated text leaves the training rows, not the test rows.
+    # Test first: if files overlap, the repeated text is dropped from the training rows, not from the test rows.
     for split in (split for split in reversed(SPLITS) if split in opened):
         rows = opened[split]
-        for number, row, key, group in _good(source, rows, skipped, grouped=True):
-            # A pair and the same pair the other way round are two rows, but of one split.
-            either = min(key, row_keys.turned(key)) if source.pair else key
-            digest, identity, into = row_keys.digest(key), row_keys.digest(either), split
-            place = number if isinstance(rows, Records) else row
-            ranges, empty_nodes = ranges + row.no_words[0], empty_nodes + row.no_words[1]
+        for number, row, key, group in _readable(source, rows, skipped, grouped=True):
+            # A pair and the swapped pair are two different rows, but they belong to the same split.
+            unordered_key = min(key, row_keys.swapped(key)) if source.pair else key
+            row_digest, text_digest, target = row_keys.digest(key), row_keys.digest(unordered_key), split
+            entry = number if isinstance(rows, Records) else row
+            ranges, empty_nodes = ranges + row.non_words[0], empty_nodes + row.non_words[1]
             if split == "train":
-                file.append(place)
-                if digest in first[split] or identity in official or (group and group in documents):
+                all_rows.append(entry)
+                if row_digest in first[split] or text_digest in official or (group and group in official_documents):
                     repeated += 1
-                    before = next((other for other in reversed(SPLITS) if digest in first[other]), None)
+                    before = next((other for other in reversed(SPLITS) if row_digest in first[other]), None)
                     if before:
-                        again.append((_place(rows, place), _place(opened[before], first[before][digest])))
+                        repeats.append((_ref(rows, entry), _ref(opened[before], first[before][row_digest])))
                     continue
-                cut_from.add(group or either)
-                into = cut(group or either, source.cut_seed, cuts)
+                distinct.add(group or unordered_key)
+                target = split_of(group or unordered_key, source.cut_seed, cuts)
             else:
-                official.add(identity)
-                documents.add(group)
-            first[split].setdefault(digest, place)
-            identities[into].append(identity)
-            kept[into].append(place)
+                official.add(text_digest)
+                official_documents.add(group)
+            first[split].setdefault(row_digest, entry)
+            digests[target].append(text_digest)
+            kept[target].append(entry)
     if len(skipped) > SHOWN:
         log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
     result: dict[str, Sequence[Row]] = {}
     for split in SPLITS:
         if not kept[split]:
-            why = [advice(source, split, len(cut_from), repeated)]
+            why = [empty_split_advice(source, split, len(distinct), repeated)]
             why += [f"{count(len(skipped), 'row was', 'rows were')} skipped, the first: {skipped[0]}"] if skipped else []
-            path = shown(given[split] or source.path)
+            path = shown(paths[split] or source.path)
             raise UserError("; ".join([f"source {source.name!r}: split {split} is empty ({path})", *filter(None, why)]))
-        chosen = drawn(identities[split], source, split)
-        result[split] = _rows(opened.get(split, opened["train"]), [kept[split][place] for place in chosen])
-        identities[split] = [identities[split][place] for place in chosen]
-    whole = _rows(opened["train"], file)
-    return Splits(result, repeated, len(skipped), 0, identities, whole, again, (ranges, empty_nodes))
+        indices = limited(digests[split], source, split)
+        result[split] = _rows(opened.get(split, opened["train"]), [kept[split][index] for index in indices])
+        digests[split] = [digests[split][index] for index in indices]
+    labelled_rows = _rows(opened["train"], all_rows)
+    return Splits(result, repeated, len(skipped), 0, digests, labelled_rows, repeats, (ranges, empty_nodes))
 
 
-def _rows(opened: Records | Iterator[Read], chosen: list[Any]) -> Sequence[Row]:
-    return Picked(opened, chosen) if isinstance(opened, Records) else chosen
+def _rows(opened: Records | Iterator[Read], entries: list[Any]) -> Sequence[Row]:
+    return Picked(opened, entries) if isinstance(opened, Records) else entries
 
 
-def _place(opened: Records | Iterator[Read], chosen: Any) -> Place:
-    return (opened, chosen) if isinstance(opened, Records) else chosen
+def _ref(opened: Records | Iterator[Read], entry: Any) -> RowRef:
+    return (opened, entry) if isinstance(opened, Records) else entry
 
 
-def row_at(place: Place) -> Row:
-    """The row, read from disk if it is there."""
-    return place if isinstance(place, Row) else place[0][place[1]]
+def row_at(ref: RowRef) -> Row:
+    """The row that a reference stands for, read from disk if it is not in memory."""
+    return ref if isinstance(ref, Row) else ref[0][ref[1]]
 
 
-def apart(data: Mapping[str, Splits]) -> dict[str, Splits]:
-    """The same sources without training rows whose text stands in dev or test of another one: tasks share a trunk.
+def without_shared_texts(data: Mapping[str, Splits]) -> dict[str, Splits]:
+    """The sources without training rows whose text is in dev or test of another source, because tasks share a trunk.
 
     Raises:
-        UserError: Nothing is left to train on.
+        UserError: A source has no training rows left.
     """
-    held = {name: {i for split in ("dev", "test") for i in parts.identities[split]} for name, parts in data.items()}
+    held_out = {name: {d for split in ("dev", "test") for d in parts.text_digests[split]} for name, parts in data.items()}
     result = {}
     for name, parts in data.items():
-        others = set().union(*(found for other, found in held.items() if other != name))
-        rows, identities = parts.rows["train"], parts.identities["train"]
-        stay = [number for number, identity in enumerate(identities) if identity not in others]
-        if not stay:
-            raise UserError(f"source {name!r}: every training text stands in dev or test of another source")
-        left: Sequence[Row] = (
-            Picked(rows.records, rows.numbers[stay]) if isinstance(rows, Picked) else [rows[number] for number in stay]
+        others = set().union(*(digests for other, digests in held_out.items() if other != name))
+        rows, digests = parts.rows["train"], parts.text_digests["train"]
+        indices = [index for index, digest in enumerate(digests) if digest not in others]
+        if not indices:
+            raise UserError(f"source {name!r}: every training text is in dev or test of another source")
+        kept: Sequence[Row] = (
+            Picked(rows.records, rows.numbers[indices]) if isinstance(rows, Picked) else [rows[index] for index in indices]
         )
         result[name] = parts._replace(
-            rows={**parts.rows, "train": left},
-            identities={**parts.identities, "train": [identities[number] for number in stay]},
-            elsewhere=len(rows) - len(left),
+            rows={**parts.rows, "train": kept},
+            text_digests={**parts.text_digests, "train": [digests[index] for index in indices]},
+            shared=len(rows) - len(kept),
         )
     return result
 
 
 def read_one(source: Source) -> list[Row]:
-    """All rows of a source's path, none dropped: the file is one split.
+    """All rows of a source's path as one split; none is dropped.
 
     Raises:
         UserError: As read().
@@ -174,54 +167,54 @@ def read_one(source: Source) -> list[Row]:
     _check(source)
     skipped: list[str] = []
     keyed = [
-        (row, row_keys.digest(key)) for _, row, key, _ in _good(source, _open(source, source.path), skipped, grouped=False)
+        (row, row_keys.digest(key)) for _, row, key, _ in _readable(source, _open(source, source.path), skipped, grouped=False)
     ]
     if skipped:
         log.warning("%s: %d rows skipped", source.path, len(skipped))
     if not keyed:
         raise UserError(f"{shown(source.path)}: no row can be read")
-    no_words = left_out([sum(row.no_words[kind] for row, _ in keyed) for kind in (0, 1)])
-    if no_words:
-        log.warning("%s: %s", source.path, no_words)
-    return [keyed[place][0] for place in drawn([digest for _, digest in keyed], source, "")]
+    remark = non_word_remark([sum(row.non_words[kind] for row, _ in keyed) for kind in (0, 1)])
+    if remark:
+        log.warning("%s: %s", source.path, remark)
+    return [keyed[index][0] for index in limited([digest for _, digest in keyed], source, "")]
 
 
-def left_out(no_words: Sequence[int]) -> str:
-    """What is to be said of lines that are not words; "" where there were none."""
-    ranges, empty_nodes = no_words
+def non_word_remark(non_words: Sequence[int]) -> str:
+    """A clause on the lines that are not words and were left out; "" if there were none."""
+    ranges, empty_nodes = non_words
     return f"{ranges} ranges and {empty_nodes} empty nodes are not words and left out" if ranges or empty_nodes else ""
 
 
 def _check(source: Source) -> None:
     """Raises UserError for a field that makes no sense."""
-    named = f"source {source.name!r}"
+    prefix = f"source {source.name!r}"
     for field in ("path", "dev_path", "test_path", "pattern"):
         if not isinstance(getattr(source, field), str):
-            raise UserError(f"{named}: {field} is a {type(getattr(source, field)).__name__}; it must be a str")
+            raise UserError(f"{prefix}: {field} is a {type(getattr(source, field)).__name__}; it must be a str")
     if isinstance(source.columns, str):
-        raise UserError(f"{named}: columns is the text {shown(source.columns)!r}; it must be a tuple of names")
+        raise UserError(f"{prefix}: columns is the text {shown(source.columns)!r}; it must be a tuple of names")
     if not source.path:
-        raise UserError(f"{named}: path is empty; it must name the training rows")
-    if source.format not in FORMATS:
-        raise unknown(f"format of {named}:", source.format, FORMATS)
+        raise UserError(f"{prefix}: path is empty; it must name the training rows")
+    if source.format not in READERS:
+        raise unknown(f"format of {prefix}:", source.format, READERS)
     for field in ("pattern", "group_pattern"):
         try:
             re.compile(getattr(source, field))
         except NOT_A_PATTERN as error:
-            raise UserError(f"{named}: {field} is no regular expression ({error})") from error
-    cuts = shares(source).values()
+            raise UserError(f"{prefix}: {field} is not a regular expression ({error})") from error
+    cuts = split_shares(source).values()
     if not (min(cuts) >= 0 and sum(cuts) < 1):
-        raise UserError(f"{named}: cut_dev and cut_test must be shares with a sum below 1")
+        raise UserError(f"{prefix}: cut_dev and cut_test must be shares with a sum below 1")
     for field in ("limit", "limit_train"):
         if getattr(source, field) < 0:
-            raise UserError(f"{named}: {field} is {getattr(source, field)}; it is a number of rows, or 0 for all")
+            raise UserError(f"{prefix}: {field} is {getattr(source, field)}; it must be a number of rows, or 0 for all")
     if source.columns and source.format not in NAMED:
-        raise UserError(f"{named}: columns cannot be given for format {source.format}, only for {', '.join(NAMED)}")
+        raise UserError(f"{prefix}: columns cannot be given for format {source.format}, only for {', '.join(NAMED)}")
     if source.format == "conll" and not source.columns:
-        raise UserError(f'{named}: format conll needs columns, for example ("words", "tags")')
+        raise UserError(f'{prefix}: format conll needs columns, for example ("words", "tags")')
     for path in (source.dev_path, source.test_path):
         if path.startswith((tfds.SCHEME, hf.SCHEME)) and "#" not in path and not hf.is_directory(path):
-            raise UserError(f"{named}: {path} names no split; write {path}#validation, or what the split is called")
+            raise UserError(f"{prefix}: {path} names no split; write {path}#validation, or the name of another split")
 
 
 def _open(source: Source, path: str) -> Records | Iterator[Read]:
@@ -242,14 +235,18 @@ def _read_files(source: Source, path: str) -> Iterator[Read]:
             raise UserError(f"{file}: the file has no rows")
 
 
-def _good(source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: bool) -> Iterator[tuple[int, Row, str, str]]:
-    """Each row that can be read: its number, itself, its key, and where `grouped` its document. The others are an error, or,
-    where the source is lenient, entered in `skipped`."""
+def _readable(
+    source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: bool
+) -> Iterator[tuple[int, Row, str, str]]:
+    """Each row that can be read: its number, the row, its key, and if `grouped` its document.
+
+    Any other row is an error, or, if the source is lenient, its error line is added to `skipped`.
+    """
     ids: dict[str, str] = {}
     for number, item in enumerate(rows):
         try:
             row = _checked(source, item, ids)
-            found = number, row, row_keys.key(source, row), row_keys.group(source, row) if grouped else ""
+            result = number, row, row_keys.key(source, row), row_keys.group(source, row) if grouped else ""
         except UserError as error:
             if not source.lenient:
                 raise UserError(f"{error}{ADVICE if grouped else ''}") from error
@@ -257,11 +254,11 @@ def _good(source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: 
             if len(skipped) <= SHOWN:
                 log.warning("skipped: %s", error)
             continue
-        yield found
+        yield result
 
 
 def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
-    """The row, if it has text, an id of its own, and answers that stand where they say; enters its id."""
+    """The row, if it has text, a new id, and answers at their stated characters; adds its id to `ids`."""
     if isinstance(item, UserError):
         raise item
     for kind in ("text", "pair") if source.pair else ("text",):
@@ -278,68 +275,69 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
         if not isinstance(value, str):
             raise UserError(f"{item.where}: the id column {name!r} is empty or a list")
         if value in ids:
-            raise UserError(f"{item.where}: the id {shown(value)!r} stands already at {ids[value]}")
+            raise UserError(f"{item.where}: the id {shown(value)!r} occurs already at {ids[value]}")
         ids[value] = item.where
     return item
 
 
-def shares(source: Source) -> dict[str, float]:
-    """The shares of the source's path that become dev and test; 0 where a split has a file of its own."""
+def split_shares(source: Source) -> dict[str, float]:
+    """The shares of the source's path that become dev and test; 0 for a split with its own file."""
     return {"dev": 0.0 if source.dev_path else source.cut_dev, "test": 0.0 if source.test_path else source.cut_test}
 
 
-def cut(key: str, seed: int, cuts: Mapping[str, float]) -> str:
-    """The split of a text: a hash of seed and text, as a number in [0, 1), falls into one of the shares."""
+def split_of(key: str, seed: int, cuts: Mapping[str, float]) -> str:
+    """The split of a text: a hash of seed and text is a number in [0, 1), which falls into one of the shares."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-    at = int.from_bytes(digest[:8], "big") / 2**64
-    if at < cuts["test"]:
+    number = int.from_bytes(digest[:8], "big") / 2**64
+    if number < cuts["test"]:
         return "test"
-    return "dev" if at < cuts["test"] + cuts["dev"] else "train"
+    return "dev" if number < cuts["test"] + cuts["dev"] else "train"
 
 
-def drawn(identities: Sequence[bytes], source: Source, split: str) -> Sequence[int]:
-    """The places, ascending, of the rows that the source's limits leave in a split: drawn by a hash of cut_seed and text.
+def limited(digests: Sequence[bytes], source: Source, split: str) -> Sequence[int]:
+    """The indices, ascending, of a sample of a split's rows as large as the source's limits allow.
 
-    So they are of all classes, also where the file is sorted, and the rows of a smaller limit are among those of a larger one.
+    Rows are sampled by a hash of cut_seed and text: all classes occur even if the file is sorted, and the rows of a smaller
+    limit are among those of a larger one.
 
     Args:
-        identities: A digest of each row's text.
+        digests: A digest of each row's text.
         source: The source.
-        split: The split that the rows are of.
+        split: The split of the rows.
     """
     limits = (source.limit, source.limit_train if split == "train" else 0)
-    most = min((limit for limit in limits if limit), default=len(identities))
-    if most >= len(identities):
-        return range(len(identities))
+    most = min((limit for limit in limits if limit), default=len(digests))
+    if most >= len(digests):
+        return range(len(digests))
     seed = f"{source.cut_seed}\0limit\0".encode()
 
-    def rank(place: int) -> tuple[bytes, int]:
-        return hashlib.blake2b(seed + identities[place], digest_size=8).digest(), place
+    def rank(index: int) -> tuple[bytes, int]:
+        return hashlib.blake2b(seed + digests[index], digest_size=8).digest(), index
 
-    return sorted(sorted(range(len(identities)), key=rank)[:most])
+    return sorted(sorted(range(len(digests)), key=rank)[:most])
 
 
-def advice(source: Source, split: str, distinct: int, dropped: int) -> str:
-    """Why a split is empty and what to do, as far as that is known.
+def empty_split_advice(source: Source, split: str, distinct: int, dropped: int) -> str:
+    """Why a split is empty and what to do; "" if that is not known.
 
     Args:
         source: The source.
         split: The empty split.
-        distinct: Texts that were cut from the source's path, or its documents where it has a group.
-        dropped: Training rows that were dropped because their text occurred before, or in dev or test.
+        distinct: Number of texts in the source's path that were divided among splits, or of documents if it has a group.
+        dropped: Number of training rows that were dropped because their text occurred before, or in dev or test.
     """
-    what = "document" if source.group else "text"
-    count = f"{distinct} distinct {what}{'' if distinct == 1 else 's'}"
+    unit = "document" if source.group else "text"
+    texts = f"{distinct} distinct {unit}{'' if distinct == 1 else 's'}"
     if split == "train":
         if distinct:
-            return f"of its {count} none is left beside dev and test: give it more rows, or make cut_dev and cut_test smaller"
-        return f"the {what}s of all its {dropped} rows stand in dev or test: name another path" if dropped else ""
+            return f"of its {texts} none is left after dev and test: give it more rows, or make cut_dev and cut_test smaller"
+        return f"the {unit}s of all its {dropped} rows are in dev or test: name another path" if dropped else ""
     if getattr(source, f"{split}_path"):
         return ""
     share = getattr(source, f"cut_{split}")
     if not share:
-        return f"cut_{split} is 0: make it a share of the {what}s, or name a {split}_path"
+        return f"cut_{split} is 0: make it a share of the {unit}s, or name a {split}_path"
     return (
-        f"of its {count} none fell into the share of {share:g} that is drawn: "
+        f"of its {texts} none fell into the share of {share:g}: "
         f"give it more rows, a larger cut_{split}, another cut_seed, or a {split}_path"
     )

@@ -1,7 +1,7 @@
-"""Endless training batches: every source shuffled and packed by itself, rows by a schedule, one part for each host.
+"""Endless training batches: each source is shuffled and packed alone, a schedule chooses its rows, each host has its part.
 
-What a batch holds follows from the experiment and its step alone, not from timing nor from the number of worker processes.
-Planning is cheap: every worker plans all batches and fills its own.
+A batch depends on the experiment and the step alone, not on timing or the number of worker processes. Planning is cheap: every
+worker plans all batches and fills its own.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from grain import experimental as grain_experimental
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import mixture
-from mtl_jax.data.batch_plan import Kept, Plan
-from mtl_jax.data.batches import Batch, Batching, Part, part_of
+from mtl_jax.data.batch_plan import Plan, PlanCache
+from mtl_jax.data.batches import Batch, Batching, SourceArrays, source_arrays
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.data.mixture import InTurn
+from mtl_jax.data.mixture import ScheduleSequence
 
 AHEAD = 4  # batches made ahead of the step
 
 
-class Stretch(NamedTuple):
-    """Steps with a mixture of their own.
+class MixturePhase(NamedTuple):
+    """The mixture of a phase.
 
     Attributes:
-        steps: How many.
-        mixture: As in Batching; so are mixture_end, which is reached at the end of these steps, and shares.
+        steps: Steps of the phase.
+        mixture: The mixture at its first step.
+        mixture_end: The mixture at its last step; empty: the same.
+        shares: For the mixture fixed: a number for each source.
     """
 
     steps: int
@@ -42,36 +44,39 @@ class Stretch(NamedTuple):
     shares: dict[str, float]
 
 
-def schedule(corpus: Corpus, batching: Batching, stretches: Sequence[Stretch]) -> InTurn:
-    """Which sources the rows of a run's batches belong to.
+def schedule(corpus: Corpus, batching: Batching, phases: Sequence[MixturePhase]) -> ScheduleSequence:
+    """The schedule that gives each row of a run its source.
 
     Raises:
         UserError: A mixture or a share is refused.
     """
-    sizes = {part.source: int(part.lengths.sum()) for part in _parts(corpus)}
-    return InTurn(tuple(mixture.schedule(s.mixture, s.mixture_end, s.shares, sizes, batching.rows, s.steps) for s in stretches))
+    sizes = {source.source: int(source.lengths.sum()) for source in _train_arrays(corpus)}
+    return ScheduleSequence(
+        tuple(mixture.schedule(p.mixture, p.mixture_end, p.shares, sizes, batching.rows, p.steps) for p in phases)
+    )
 
 
-def one_stretch(batching: Batching, steps: int) -> tuple[Stretch, ...]:
-    """The batches' own mixture over the whole run."""
-    return (Stretch(steps, batching.mixture, batching.mixture_end, batching.shares),)
+def single_phase(batching: Batching, steps: int) -> tuple[MixturePhase, ...]:
+    """The mixture of a Batching over the whole run, as its only phase."""
+    return (MixturePhase(steps, batching.mixture, batching.mixture_end, batching.shares),)
 
 
 def stream(
-    corpus: Corpus, batching: Batching, seed: int, stretches: Sequence[Stretch], host: int = 0, hosts: int = 1
+    corpus: Corpus, batching: Batching, seed: int, phases: Sequence[MixturePhase], host: int = 0, hosts: int = 1
 ) -> Stream:
-    """Endless training batches, this host's rows of them.
+    """Endless training batches; of each batch the rows of this host.
 
-    Each source is shuffled anew in every pass and repeats by itself, so that a small source does not wait for a large one.
-    Host h reads examples h, h + hosts, ... of a source, all of them where there are fewer examples than hosts.
+    Each source is shuffled anew in every pass and starts again independently of the others, so that a small source does not
+    wait for a large one. Host h reads examples h, h + hosts, ... of a source, or all of them if there are fewer examples than
+    hosts.
 
     Args:
         corpus: The data; its train split is used.
         batching: Shape, mixture, worker processes.
         seed: Seed of the order.
-        stretches: The steps of the run and their mixtures.
+        phases: The mixtures of the run's phases.
         host: This host, from 0.
-        hosts: How many share a global batch.
+        hosts: Number of hosts that share a global batch.
 
     Raises:
         UserError: A mixture is refused, or rows cannot be shared among the hosts.
@@ -79,13 +84,13 @@ def stream(
     if batching.rows % hosts:
         raise UserError(f"batch.rows is {batching.rows}; it must be a multiple of the {hosts} hosts")
     if batching.buckets and hosts > 1:
-        raise UserError("batch.buckets are for one host: several would cut their rows to different lengths")
+        raise UserError("batch.buckets are for one host: several hosts would choose different row lengths")
     plan = Plan(
-        parts=tuple(_parts(corpus)),
+        sources=tuple(_train_arrays(corpus)),
         tasks=tuple(corpus.tasks),
         types=corpus.has_types,
         batching=batching,
-        schedule=schedule(corpus, batching, stretches),
+        schedule=schedule(corpus, batching, phases),
         seed=seed,
         host=host,
         hosts=hosts,
@@ -93,15 +98,15 @@ def stream(
     return Stream(plan)
 
 
-def _parts(corpus: Corpus) -> list[Part]:
-    return [part_of(examples, corpus.tasks) for examples in corpus.splits["train"].values()]
+def _train_arrays(corpus: Corpus) -> list[SourceArrays]:
+    return [source_arrays(examples, corpus.tasks) for examples in corpus.splits["train"].values()]
 
 
 class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]
     """Batches, made ahead in a thread or in worker processes.
 
-    get_state() is the position after the last batch that was given out, JSON-able; set_state() goes there. It does not depend
-    on the number of workers.
+    get_state() is the position after the last batch returned, JSON-able; set_state() moves the stream to such a position. It
+    does not depend on the number of workers.
     """
 
     def __init__(self, plan: Plan):
@@ -120,10 +125,10 @@ class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]
         return copy.deepcopy(self._state)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position.
+        """Moves the stream to a position.
 
         Raises:
-            UserError: It is that of another host, or was saved by another number of them.
+            UserError: The position was saved by another host, or with another number of hosts.
         """
         self._plan.check(state)
         self._stop()
@@ -141,7 +146,7 @@ class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]
 
 
 class _Steps(grain.IterDataset):  # type: ignore[misc]
-    """(batch, the position after it), from a position on; every `step`-th of them, as grain slices for its workers."""
+    """(batch, the position after it) from a position on; with a slice, which grain sets in each worker, every n-th of them."""
 
     def __init__(self, plan: Plan, state: Mapping[str, Any]):
         super().__init__()
@@ -159,36 +164,36 @@ class _StepsIterator(grain.DatasetIterator[tuple[Batch, dict[str, Any]]]):  # ty
     def __init__(self, plan: Plan, state: dict[str, Any], skip: int, every: int):
         super().__init__()
         self._plan, self._state, self._skip, self._every = plan, state, skip, every
-        self._kept = [Kept() for _ in plan.parts]
+        self._caches = [PlanCache() for _ in plan.sources]
 
     def __next__(self) -> tuple[Batch, dict[str, Any]]:
         for _ in range(self._skip):
-            self._plan.advance(self._state, self._kept)
+            self._plan.advance(self._state, self._caches)
         self._skip = self._every - 1
-        rows = self._plan.advance(self._state, self._kept)
+        rows = self._plan.advance(self._state, self._caches)
         return self._plan.fill(rows), copy.deepcopy(self._state)
 
     def get_state(self) -> dict[str, Any]:
         return {}  # positions travel with the batches
 
     def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a stream is moved as a whole, by Stream.set_state")
+        raise NotImplementedError("only Stream.set_state moves a stream")
 
 
 def _ahead(plan: Plan, state: dict[str, Any]) -> grain.IterDataset:
     steps = _Steps(plan, state)
     if not plan.batching.workers:
         return grain_experimental.ThreadPrefetchIterDataset(steps, prefetch_buffer_size=AHEAD)
-    if not flags.FLAGS.is_parsed():  # grain reads absl's flags before it starts a process; we have none
+    if not flags.FLAGS.is_parsed():  # grain reads absl's flags before it starts a process; this package has none
         flags.FLAGS.mark_as_parsed()
-    # Through pipes: a batch is small, and shared memory of a run that is killed would stay.
+    # Through pipes: a batch is small, and the shared memory of a killed run would not be freed.
     piped = grain_experimental.WithOptionsIterDataset(steps, grain_experimental.DatasetOptions(min_shm_size=2**62))
     options = grain.MultiprocessingOptions(num_workers=plan.batching.workers, per_worker_buffer_size=2)
     return piped.mp_prefetch(options, worker_init_fn=_start_worker)
 
 
 def _start_worker(number: int, count: int) -> None:
-    """A worker leaves Ctrl-C to the run, and ends when that ends, however it does."""
+    """A worker ignores Ctrl-C, which the run handles, and exits when the run's process ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,4 +1,4 @@
-"""Target texts: labels that are themselves texts, as tokens that a decoder is to give."""
+"""Target texts: labels that are texts, as the tokens that a decoder learns, and from tokens back to text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Targets(NamedTuple):
     """The target texts of rows.
 
     Attributes:
-        tokens: For each row i32[len], the end token included; empty where the row has no target text.
-        blank: Rows without one.
-        cut: Rows whose text was too long and was cut.
+        tokens: For each row i32[len], the end token included; empty if the row has no target text.
+        blank: Number of rows without a target text.
+        truncated: Number of rows whose text was too long.
     """
 
     tokens: Ragged
     blank: int
-    cut: int
+    truncated: int
 
 
 def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = None) -> Targets:
@@ -37,49 +37,49 @@ def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = N
         task: A task with target texts.
         rows: The rows.
         tokenizer: A transformers tokenizer.
-        cache: As for data.tokens.encode.
+        cache: As for data.tokenize.encode.
 
     Raises:
-        UserError: A row's text is none; names file and line.
-        UnreadableTexts: It has no token that the vocabulary knows, or is no valid Unicode.
+        UserError: A row's target is not text; names file and line.
+        UnreadableTexts: It has no token that the vocabulary knows, or is not valid Unicode.
     """
-    texts, places = [], []
-    for place, row in enumerate(rows):
+    texts, indices = [], []
+    for index, row in enumerate(rows):
         try:
-            found = task.parse(row)
+            targets = task.parse(row)
         except ValueError as error:
             raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
-        if found:
-            texts.append(found[0])
-            places.append(place)
+        if targets:
+            texts.append(targets[0])
+            indices.append(index)
     most = task.target_length + task.leading
     try:
         encoded = tokenizing.encode(tokenizer, texts, max_length=most, target=True, cache=cache)
     except RowError as error:
-        refused = [places[row] for row in error.rows]
+        refused = [indices[text] for text in error.rows]
         raise UnreadableTexts(refused, f"{rows[refused[0]].where}: task {task.name!r}: {error.reason}") from error
     special = tokenizer.num_special_tokens_to_add(pair=False)
     empty = np.flatnonzero(encoded.tokens.lengths <= special)
     if len(empty):
-        refused = [places[row] for row in empty]
+        refused = [indices[text] for text in empty]
         where = rows[refused[0]].where
         raise UnreadableTexts(refused, f"{where}: task {task.name!r}: the target text has no token that the vocabulary knows")
     lengths = np.zeros(len(rows), np.int64)
-    lengths[places] = encoded.tokens.lengths - task.leading
+    lengths[indices] = encoded.tokens.lengths - task.leading
     kept = np.ones(len(encoded.tokens.values), bool)
     for skipped in range(task.leading):
         kept[encoded.tokens.starts[:-1] + skipped] = False
     tokens = Ragged(np.ascontiguousarray(encoded.tokens.values[kept]), tokenizing.starts_of(lengths))
-    return Targets(tokens, len(rows) - len(texts), len(encoded.cut))
+    return Targets(tokens, len(rows) - len(texts), len(encoded.truncated))
 
 
 def decoder(tokenizer: Any) -> Callable[[Sequence[int] | np.ndarray], str]:
-    """From generated token ids to plain text on one line, without special tokens; for tokenizers fast and slow."""
-    # Marian's would put the pieces together with the vocabulary of the source language.
-    side = {"use_source_tokenizer": False} if hasattr(tokenizer, "spm_target") else {}
+    """A function from generated token ids to plain text on one line, without special tokens; for fast and slow tokenizers."""
+    # Else Marian's would join the pieces with the vocabulary of the source language.
+    options = {"use_source_tokenizer": False} if hasattr(tokenizer, "spm_target") else {}
 
     def decode(tokens: Sequence[int] | np.ndarray) -> str:
-        text = tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, **side)
+        text = tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, **options)
         return " ".join(part for line in text.splitlines() if (part := line.strip()))
 
     return decode

@@ -1,4 +1,4 @@
-"""Texts to token ids with a checkpoint's tokenizer: windows of long texts, a cache on disk, a progress bar."""
+"""From texts to token ids with a checkpoint's tokenizer: windows of long texts, a cache on disk, a progress bar."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ from mtl_jax.data import array_cache
 from mtl_jax.data.ragged import Ragged as Ragged
 from mtl_jax.data.ragged import starts_of
 from mtl_jax.data.windows import RowError as RowError
-from mtl_jax.data.windows import cut, divide, sequence_of
+from mtl_jax.data.windows import divide, sequence_of, truncate
 from mtl_jax.pretrained.locate import foreign
 
-# The tokenizer gets so many texts, or texts of so many characters, at once: enough to keep every core busy.
+# The most texts, and characters of them, that the tokenizer gets at once: enough to keep every core busy.
 BATCH_TEXTS, BATCH_CHARACTERS = 4096, 2_000_000
-CACHED_CHARACTERS = 500_000  # texts of fewer characters in all are tokenised in a fraction of a second: not worth a file
+CACHED_CHARACTERS = 500_000  # fewer characters are tokenised in a fraction of a second: they are not cached
 PATIENCE = 2.0  # seconds before a progress bar appears
+WHAT = "token"  # the cache's name in the log
+FORMAT = 1  # version of cache entries and of encode()'s results: increase it when either changes
+SETTINGS = ("model_input_names", "truncation_side", "split_special_tokens")  # of a tokenizer, beside its tokenizer.json
 
 
 class Encodings(NamedTuple):
     """Texts as token ids, in N windows; a text that fits in a row is one window.
 
     Attributes:
-        tokens: N arrays i32[length], special tokens included; empty where the vocabulary knows nothing of the text.
-        types: N arrays i32[length], the token types of pairs; None where all are 0 or the tokenizer makes none.
+        tokens: N arrays i32[length], special tokens included; empty if the vocabulary knows no part of the text.
+        types: N arrays i32[length], the token types of pairs; None if all are 0 or the tokenizer has none.
         words: For texts given as words, N arrays i32[length]: the word's index in its text at the word's first sub-word,
-            -1 at every other token. A word of which the vocabulary knows nothing has no token. None for other texts.
-        offsets: Where asked for, N arrays i32[length, 2]: the span of characters that a token stands for in the second text of
-            a pair, or in the only text; (-1, -1) at other tokens.
-        rows: i32[N], the text that each window is of; ascending, every text has at least one.
-        cut: i64[M], the texts that were shortened, ascending.
+            -1 at every other token. A word that the vocabulary does not know at all has no token. None for other texts.
+        offsets: If asked for, N arrays i32[length, 2]: first character, and the one after the last, of each token in the second
+            text of a pair, or in the only text; (-1, -1) at other tokens.
+        rows: i32[N], the index of each window's text; ascending, every text has at least one window.
+        truncated: i64[M], the texts that were truncated, ascending.
     """
 
     tokens: Ragged
@@ -48,7 +51,7 @@ class Encodings(NamedTuple):
     words: Ragged | None
     offsets: Ragged | None
     rows: np.ndarray
-    cut: np.ndarray
+    truncated: np.ndarray
 
 
 def encode(
@@ -65,29 +68,28 @@ def encode(
 ) -> Encodings:
     """Token ids of texts, of pairs of texts, or of texts that are divided into words.
 
-    A text longer than max_length is cut, pairs at the longer text first, and named in `cut`. Or, with windows, it becomes
-    several windows: of a pair the second text is divided and the first stands in every window; a text of words is divided
-    between words, a window taking as many as fit (a single word longer than a row is divided between sub-words).
+    A text longer than max_length is truncated, pairs at the longer text first, and listed in `truncated`. With windows it
+    becomes several windows instead. Of a pair the second text is divided, and every window has the whole first text. A text of
+    words is divided between words, as many as fit in each window (a word longer than a row is divided between sub-words).
 
-    Words are tokenised as in running text, that is, as " ".join(words) would be where the vocabulary knows spaces.
+    Words are tokenised as in running text: as " ".join(words) would be if the vocabulary has spaces.
 
     Args:
-        tokenizer: A transformers tokenizer. One that is not fast (sentencepiece, such as that of opus-mt) takes plain texts
-            only, and nothing is kept of it.
+        tokenizer: A transformers tokenizer. One that is not fast (sentencepiece, such as opus-mt's) takes plain texts only, and
+            its results are not cached.
         first: The texts; or for each text its words.
         second: The second texts of pairs.
         max_length: Longest window in tokens, special tokens included.
-        windows: Divide long texts instead of cutting them.
+        windows: Divide long texts into windows; else they are truncated.
         stride: Tokens that consecutive windows of a text share; 0 for texts of words.
-        offsets: Also say which characters a token stands for; not for texts of words.
-        target: The texts are targets: what a decoder gives. Some tokenizers have a vocabulary, or special tokens, of their own
-            for these. Plain texts only.
-        cache: A directory where results are kept and found again; the arrays are then memory-mapped and read-only. None, or
-            little text: nothing is kept.
+        offsets: Whether to return the characters of each token; not for texts of words.
+        target: Whether the texts are a decoder's targets, for which some tokenizers have another vocabulary or other special
+            tokens. Plain texts only.
+        cache: Directory of the cache; cached arrays are memory-mapped and read-only. None, or little text: no cache.
 
     Raises:
-        RowError: Texts are no valid Unicode, or leave no room in a window for the text beside them.
-        UserError: The tokenizer is no fast one and the texts are not plain, it fails, or max_length leaves no room for text.
+        RowError: Texts are not valid Unicode, or leave no room in a window for the other text of their pair.
+        UserError: The tokenizer is not fast and the texts are not plain, it fails, or max_length leaves no room for text.
     """
     as_words = len(first) > 0 and not isinstance(first[0], str)
     if as_words and (second is not None or stride or offsets):
@@ -97,7 +99,7 @@ def encode(
     fast = getattr(tokenizer, "is_fast", False)
     if not fast and (second is not None or as_words or windows or offsets):
         raise UserError(
-            f"{type(tokenizer).__name__} is no fast tokenizer: pairs, texts of words, windows and places in the text need one; "
+            f"{type(tokenizer).__name__} is not a fast tokenizer: pairs, texts of words, windows and offsets need one; "
             "the checkpoint needs a tokenizer.json"
         )
     if target and (second is not None or as_words or windows or offsets):
@@ -122,7 +124,7 @@ class _Options(NamedTuple):
     stride: int
     offsets: bool
     words: bool
-    spaces: bool  # a word that follows another is given with a space before it
+    spaces: bool  # whether a space is put in front of every word but the first
     target: bool
 
 
@@ -130,16 +132,17 @@ class _Part(NamedTuple):
     """The encodings of a batch of texts.
 
     Attributes:
-        table: i32[total, C], for each token its id, its type, and as asked for its word, or its first and last character.
-        lengths: i64[N], of each window.
-        rows: i32[N], the text it is of.
-        cut: i64[M], texts that were shortened.
+        table: i32[total, C], for each token its id, its type, and by the options its word, or its first character and the one
+            after its last.
+        lengths: i64[N], tokens of each window.
+        rows: i32[N], the index of each window's text.
+        truncated: i64[M], texts that were truncated.
     """
 
     table: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray
-    cut: np.ndarray
+    truncated: np.ndarray
 
 
 def _sizes(columns: Sequence[Sequence[Any]], words: bool) -> np.ndarray:
@@ -149,17 +152,17 @@ def _sizes(columns: Sequence[Sequence[Any]], words: bool) -> np.ndarray:
 
 
 def _parts(tokenizer: Any, columns: Sequence[Sequence[Any]], sizes: np.ndarray, options: _Options) -> Iterator[_Part]:
-    """The encodings of all texts, batch by batch; shows how far it is where it takes long."""
+    """The encodings of all texts, batch by batch; shows progress if it takes long."""
     total, refused = len(sizes), list[RowError]()
     groups = np.stack([np.arange(total) // BATCH_TEXTS, np.cumsum(sizes) // BATCH_CHARACTERS])
     inner = (np.flatnonzero((groups[:, 1:] != groups[:, :-1]).any(axis=0)) + 1).tolist()
-    began, progress = time.monotonic(), None
+    start_time, progress = time.monotonic(), None
     with contextlib.ExitStack() as stack:
         for start, stop in itertools.pairwise([0, *inner, total] if total else []):
             yield _part(tokenizer, [texts[start:stop] for texts in columns], start, options, refused)
             if progress is not None:
                 progress.update(stop - start)
-            elif time.monotonic() - began > PATIENCE and stop < total:
+            elif time.monotonic() - start_time > PATIENCE and stop < total:
                 progress = stack.enter_context(contextlib.closing(Progress("tokenising", total, stop, unit="text")))
     if refused:
         raise RowError(sorted({error.rows[0] for error in refused}), min(refused, key=lambda error: error.rows[0]).reason)
@@ -172,10 +175,10 @@ def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Opti
     if options.spaces:
         columns = [[[*words[:1], *(word and f" {word}" for word in words[1:])] for words in columns[0]]]
     names = ("text_target",) if options.target else ("text", "text_pair")[: len(columns)]
-    given = {name: list(texts) for name, texts in zip(names, columns, strict=True)}
+    inputs = {name: list(texts) for name, texts in zip(names, columns, strict=True)}
     with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
         encoded = tokenizer(
-            **given,
+            **inputs,
             is_split_into_words=options.words,
             return_attention_mask=False,
             return_token_type_ids=pair and "token_type_ids" in tokenizer.model_input_names,
@@ -190,29 +193,29 @@ def _part(tokenizer: Any, columns: list[Sequence[Any]], row: int, options: _Opti
         fields.append(_firsts(words, starts))
     if options.offsets:
         fields += list(np.concatenate([_spans(e, int(pair)) for e in encodings]).T)
-    places, lengths, rows, shortened = [], [], [], []
+    indices, lengths, rows, truncated = [], [], [], []
     for i, (start, stop) in enumerate(itertools.pairwise(starts.tolist())):
         if stop - start <= options.max_length:
             kept = [np.arange(stop - start)]
         elif options.windows:
-            own = None if words is None else words[start:stop]
+            text_words = None if words is None else words[start:stop]
             try:
-                kept = divide(sequence_of(encodings[i]), own, int(pair), options.max_length, options.stride, row + i)
+                kept = divide(sequence_of(encodings[i]), text_words, int(pair), options.max_length, options.stride, row + i)
             except RowError as error:
                 refused.append(error)
                 continue
         else:
-            kept = [cut(_sequence(tokenizer, encodings, lists, i), options.max_length, tokenizer.truncation_side)]
-            shortened.append(row + i)
-        places += [start + at for at in kept]
-        lengths += [len(at) for at in kept]
+            kept = [truncate(_sequence(tokenizer, encodings, lists, i), options.max_length, tokenizer.truncation_side)]
+            truncated.append(row + i)
+        indices += [start + window for window in kept]
+        lengths += [len(window) for window in kept]
         rows += [row + i] * len(kept)
-    table = np.stack(fields, axis=1)[np.concatenate([np.zeros(0, np.int64), *places])]
-    return _Part(table, np.array(lengths, np.int64), np.array(rows, np.int32), np.array(shortened, np.int64))
+    table = np.stack(fields, axis=1)[np.concatenate([np.zeros(0, np.int64), *indices])]
+    return _Part(table, np.array(lengths, np.int64), np.array(rows, np.int32), np.array(truncated, np.int64))
 
 
 def _sequence(tokenizer: Any, encodings: Any, lists: Sequence[Sequence[int]], i: int) -> np.ndarray:
-    """sequence_of encoding i, also where the tokenizer, no fast one, makes lists of ids only."""
+    """sequence_of encoding i; a tokenizer that is not fast has lists of ids only."""
     if encodings is not None:
         return sequence_of(encodings[i])
     special = tokenizer.get_special_tokens_mask(list(lists[i]), already_has_special_tokens=True)
@@ -220,11 +223,11 @@ def _sequence(tokenizer: Any, encodings: Any, lists: Sequence[Sequence[int]], i:
 
 
 def _join(parts: Iterable[_Part], options: _Options) -> dict[str, np.ndarray]:
-    """The flat arrays of all encodings by name: what _encodings takes, and the cache keeps."""
+    """The flat arrays of all encodings by name, as the cache stores them and _encodings reads them."""
     width = 2 + options.words + 2 * options.offsets
-    nothing = _Part(np.zeros((0, width), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64))
-    table, lengths, rows, shortened = (np.concatenate(same) for same in zip(nothing, *parts, strict=True))
-    arrays = {"tokens": table[:, 0], "starts": starts_of(lengths), "rows": rows, "cut": shortened}
+    empty = _Part(np.zeros((0, width), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int64))
+    table, lengths, rows, truncated = (np.concatenate(columns) for columns in zip(empty, *parts, strict=True))
+    arrays = {"tokens": table[:, 0], "starts": starts_of(lengths), "rows": rows, "cut": truncated}
     if table[:, 1].any():
         arrays["types"] = table[:, 1]
     if options.words:
@@ -244,23 +247,23 @@ def _encodings(arrays: dict[str, np.ndarray]) -> Encodings:
         words=ragged("words"),
         offsets=ragged("offsets"),
         rows=np.array(arrays["rows"]),
-        cut=np.array(arrays["cut"]),
+        truncated=np.array(arrays["cut"]),
     )
 
 
 def _spans(encoding: Any, text: int) -> np.ndarray:
-    """i32[length, 2]: the characters of text 0 or 1 that each token stands for; (-1, -1) at other tokens."""
+    """i32[length, 2]: the characters of each token of text 0 or 1; (-1, -1) at other tokens."""
     spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
     spans[sequence_of(encoding) != text] = -1
     return spans
 
 
 def _firsts(words: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The words of tokens, with -1 at all but the first token of each; `starts` is where the texts start."""
-    again = np.zeros(len(words), bool)
-    again[1:] = words[1:] == words[:-1]
-    again[starts[:-1][starts[:-1] < len(words)]] = False
-    return np.where(again, np.int32(-1), words)
+    """The words of tokens, with -1 at all but the first token of each; the texts begin at `starts`."""
+    repeated = np.zeros(len(words), bool)
+    repeated[1:] = words[1:] == words[:-1]
+    repeated[starts[:-1][starts[:-1] < len(words)]] = False
+    return np.where(repeated, np.int32(-1), words)
 
 
 def _flat(lists: Iterable[Iterable[int]]) -> np.ndarray:
@@ -268,33 +271,28 @@ def _flat(lists: Iterable[Iterable[int]]) -> np.ndarray:
 
 
 def _valid(texts: Sequence[Any], row: int, refused: list[RowError]) -> Sequence[Any]:
-    """The texts, without those that hold half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """The texts, with an empty one for each that has half a surrogate pair: JSON can spell it, and UTF-8 cannot."""
     valid = list(texts)
     for i, text in enumerate(texts):
         try:
             (text if isinstance(text, str) else "".join(text)).encode()
         except UnicodeEncodeError as error:
-            refused.append(RowError([row + i], f"no valid Unicode ({error.object[error.start]!r} is half a character)"))
+            refused.append(RowError([row + i], f"not valid Unicode ({error.object[error.start]!r} is half a character)"))
             valid[i] = "" if isinstance(text, str) else []
     return valid
 
 
 def _splits_at_spaces(tokenizer: Any) -> bool:
-    """Whether a word's tokens depend on the space before it, and the tokenizer does not itself think of one.
+    """Whether a word's tokens depend on the space before it, and the tokenizer does not add that space itself.
 
-    So it is with byte-level vocabularies (RoBERTa, ModernBERT): without the space, words would be taken for one long word.
+    This is true of byte-level vocabularies (RoBERTa, ModernBERT): without the space, words would be read as one long word.
     """
     step = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     return any(
-        (one["type"] == "ByteLevel" and not one["add_prefix_space"])
-        or (one["type"] == "Metaspace" and one.get("prepend_scheme") == "never")
-        for one in step.get("pretokenizers", [step] if step else [])
+        (part["type"] == "ByteLevel" and not part["add_prefix_space"])
+        or (part["type"] == "Metaspace" and part.get("prepend_scheme") == "never")
+        for part in step.get("pretokenizers", [step] if step else [])
     )
-
-
-WHAT = "token"  # the cache's name in the log
-FORMAT = 1  # of entries, and of what encode() makes: raise it when either changes
-SETTINGS = ("model_input_names", "truncation_side", "split_special_tokens")  # of a tokenizer, beside its tokenizer.json
 
 
 def key(tokenizer: Any, options: Mapping[str, Any], *columns: Sequence[str] | Sequence[list[str]]) -> str:
@@ -302,11 +300,11 @@ def key(tokenizer: Any, options: Mapping[str, Any], *columns: Sequence[str] | Se
 
     Args:
         tokenizer: A transformers fast tokenizer.
-        options: What else the result depends on; JSON-able.
+        options: Whatever else the result depends on; JSON-able.
         columns: Columns of texts, or of texts as lists of words.
     """
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # left there by whoever called the tokenizer last
+    for state in ("truncation", "padding"):  # left by an earlier call of the tokenizer
         vocabulary.pop(state)
     about = {
         "format": FORMAT,
@@ -324,7 +322,7 @@ def key(tokenizer: Any, options: Mapping[str, Any], *columns: Sequence[str] | Se
 
 
 def _add(digest: Any, texts: Sequence[str] | Sequence[list[str]]) -> None:
-    """Adds texts to a hash: the lengths, then all characters, so that no two lists of texts look alike."""
+    """Adds texts to a hash: the lengths, then all characters, so that different lists of texts differ in the hash."""
     strings: Sequence[str] = texts  # type: ignore[assignment]
     if texts and not isinstance(texts[0], str):
         digest.update(np.array([len(words) for words in texts], np.int64).tobytes())

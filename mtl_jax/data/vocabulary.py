@@ -1,4 +1,4 @@
-"""Vocabularies of sub-words made from training texts, one for source and target texts."""
+"""A vocabulary of sub-words learned from training texts, shared by source and target texts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def train(texts: Sequence[str], kind: str, size: int) -> Any:
-    """A transformers fast tokenizer whose sub-words are those of BPE (Sennrich et al., 2016) or a unigram model (Kudo, 2018).
+    """A transformers fast tokenizer with sub-words learned by BPE (Sennrich et al., 2016) or a unigram model (Kudo, 2018).
 
-    Texts are brought to NFC; a space belongs to the word after it; a character that the training texts have not is spelled in
-    bytes. So decoding gives back the text, in NFC and without spaces at its ends. A text ends with </s>.
+    Texts are normalised to NFC. A space belongs to the word after it. A character that the training texts do not have is
+    spelled in bytes. So decoding restores the text, in NFC and without spaces at its ends. A text ends with </s>.
 
     Args:
         texts: The texts.
@@ -38,7 +38,7 @@ def train(texts: Sequence[str], kind: str, size: int) -> Any:
             f"trunk.vocabulary is {size}; it must be at least {len(first) + characters}: special tokens, bytes, and the "
             f"{characters} characters of the training texts"
         )
-    # No sub-word reaches over a mark, or over an apostrophe into the next word.
+    # No sub-word crosses a punctuation mark, or an apostrophe into the next word.
     spaces = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="always"),
@@ -58,7 +58,7 @@ def train(texts: Sequence[str], kind: str, size: int) -> Any:
         merges = [tuple(pair) for pair in learned["merges"]]
         model: Any = models.BPE(numbers, merges, unk_token=SPECIAL["unk_token"], byte_fallback=True)
     else:
-        # A byte is a last resort: worse than any piece. The unknown one is never used.
+        # Bytes score below every piece, so they are used last. The unknown token is never used.
         scored = [(piece, score) for piece, score in learned["vocab"]]
         worst = min(score for _, score in scored) - 10.0
         vocabulary = [(piece, worst) for piece in first] + scored

@@ -1,4 +1,4 @@
-"""What stays of a text that is too long for a row: its beginning, or windows that share it out."""
+"""Texts that are too long for a row: truncation, and division into windows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mtl_jax.core.errors import UserError, count
 
 
 class RowError(UserError):
-    """Texts that cannot be encoded; whoever knows their file and lines raises a UserError with them and `reason`.
+    """Texts that cannot be encoded; a caller that knows their file and line raises a UserError with these and `reason`.
 
     Attributes:
-        rows: Their places among the texts, ascending.
-        reason: What is wrong with the first one, and what to do.
+        rows: The indices of the texts, ascending.
+        reason: Why the first one cannot be encoded, and what to do.
     """
 
     def __init__(self, rows: list[int], reason: str):
@@ -29,15 +29,15 @@ def sequence_of(encoding: Any) -> np.ndarray:
     return np.array([-1 if number is None else number for number in encoding.sequence_ids], np.int8)
 
 
-def cut(sequence: np.ndarray, max_length: int, side: str) -> np.ndarray:
-    """Places of the tokens that stay: the special ones, and as many of the one or two texts as there is room for.
+def truncate(sequence: np.ndarray, max_length: int, side: str) -> np.ndarray:
+    """Indices of the tokens that are kept: the special ones, and as many of the one or two texts as there is room for.
 
-    Of two texts the longer one is cut down to the length of the other, then both equally, as transformers does.
+    Of two texts the longer one is truncated to the length of the other, then both equally, as transformers does.
 
     Args:
-        sequence: i8[length], sequence_of an encoding.
-        max_length: Tokens that stay.
-        side: "right" or "left": from which end the texts are cut.
+        sequence: i8[length], the result of sequence_of.
+        max_length: Number of tokens that are kept.
+        side: "right" or "left": the end at which texts are truncated.
 
     Raises:
         UserError: max_length is not enough for the special tokens and one token of each text.
@@ -59,26 +59,26 @@ def cut(sequence: np.ndarray, max_length: int, side: str) -> np.ndarray:
 def divide(
     sequence: np.ndarray, words: np.ndarray | None, divided: int, max_length: int, stride: int, row: int
 ) -> list[np.ndarray]:
-    """Places of the tokens that stand in each window: everything that is not divided, and a piece of the text that is.
+    """Indices of the tokens in each window: a piece of the divided text, and all other tokens.
 
     Args:
-        sequence: i8[length], sequence_of an encoding.
-        words: i32[length], the word of each token; where given, pieces end between words.
-        divided: Which text is divided, 0 or 1.
+        sequence: i8[length], the result of sequence_of.
+        words: i32[length], the word of each token; if given, pieces end between words.
+        divided: The text that is divided, 0 or 1.
         max_length: Most tokens in a window.
         stride: Tokens that consecutive pieces share.
         row: The number of the text, for the error.
 
     Raises:
-        RowError: What is not divided leaves no room for more than `stride` tokens.
+        RowError: The other tokens leave no room for more than `stride` tokens.
     """
-    text, beside = np.flatnonzero(sequence == divided), np.flatnonzero(sequence != divided)
-    room = max_length - len(beside)
+    text, others = np.flatnonzero(sequence == divided), np.flatnonzero(sequence != divided)
+    room = max_length - len(others)
     if room <= stride:
-        beside_it, shorten = ("first text and the special tokens", "first text") if divided else ("special tokens", "text")
+        what, shorten = ("first text and the special tokens", "first text") if divided else ("special tokens", "text")
         raise RowError(
             [row],
-            f"the {beside_it} take {len(beside)} of the {max_length} tokens of every window, and consecutive windows share "
+            f"the {what} take {len(others)} of the {max_length} tokens of every window, and consecutive windows share "
             f"{stride}, which leaves no room; shorten the {shorten}, lower the stride or make rows longer",
         )
     if words is None:
@@ -86,7 +86,7 @@ def divide(
         pieces = [(start, min(start + room, len(text))) for start in starts]
     else:
         pieces = _between_words(words[text], room)
-    return [np.sort(np.concatenate([beside, text[start:end]])) for start, end in pieces]
+    return [np.sort(np.concatenate([others, text[start:end]])) for start, end in pieces]
 
 
 def _between_words(words: np.ndarray, room: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from mtl_jax.decoding.batching import UNPLACED, Devices, buckets, share_devices
 from mtl_jax.decoding.config import TOKENS, GenerationConfig, resolve, split_options
 from mtl_jax.decoding.logits import Vocabulary, prepare
 from mtl_jax.decoding.state import State
-from mtl_jax.models.seq2seq import Seq2Seq
+from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.models.seq2seq_decoder import Decoder, Source
 from mtl_jax.pretrained.checkpoint import Checkpoint
 

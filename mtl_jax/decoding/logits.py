@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.models.seq2seq import Seq2Seq
+from mtl_jax.models.encoder_decoder import Seq2Seq
 
 BLOCK = 128  # tokens
 

@@ -18,8 +18,8 @@ from mtl_jax.decoding.config import GenerationConfig, TracedOptions
 from mtl_jax.decoding.logits import Vocabulary, project
 from mtl_jax.decoding.state import State, enlarged, initial
 from mtl_jax.decoding.steps import beam_step, plain_step
+from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.models.kv_cache import KeyValue
-from mtl_jax.models.seq2seq import Seq2Seq
 from mtl_jax.models.seq2seq_decoder import Source
 
 

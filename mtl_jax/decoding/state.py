@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.decoding.config import GenerationConfig
+from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.models.kv_cache import KeyValue
-from mtl_jax.models.seq2seq import Seq2Seq
 
 WORST = -1e9  # added to the score of a beam that does not count, as in transformers
 
@@ -31,7 +31,7 @@ class State(NamedTuple):
         is_finished: bool[B, K], whether there is a finished sequence.
         reached_end: bool[B, K], whether it has an end token; else the limit cut it. For all kinds of search.
         active: bool[B], rows whose search is not done.
-        ancestry: i32[B, K, S], see models.seq2seq.Seq2Seq.decode.
+        ancestry: i32[B, K, S], see models.encoder_decoder.Seq2Seq.decode.
         cache: Keys and values of the running beams.
         keys: u32[B, 2], key data for drawing, one key a row.
     """

@@ -16,7 +16,7 @@ from mtl_jax import trunks
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage
-from mtl_jax.data.examples import Examples, make_examples, make_part, remarks, shortened
+from mtl_jax.data.examples import Examples, label_remarks, length_remark, make_examples, read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import UnreadableTexts
 from mtl_jax.data.source import NAMED, Source
@@ -113,14 +113,14 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     kind = format or source.format
     source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
     rows = read_one(source)
-    examples, counts = make_part(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,))
+    examples, counts = read_examples(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,))
     if counts.blank[task] == len(examples.data):
         raise UserError(f"{path}: no row has a label for task {task!r}")
-    lines = [shortened((chosen,), counts, length)] if counts.cut or counts.extra else []
+    lines = [length_remark((chosen,), counts, length)] if counts.truncated or counts.extra else []
     lines += [f"{count(counts.skipped, 'row')} that cannot be read left out"] if counts.skipped else []
     coverage.check([examples], (chosen,), run.trunk.tokenizer, trunks.tables(run.trunk))
     lines += coverage.remarks("texts", [examples], (chosen,), run.trunk.tokenizer, _text_columns(source))
-    lines += remarks((chosen,), counts) + [f"task {task}: {remark}" for remark in chosen.remarks([examples])]
+    lines += label_remarks((chosen,), counts) + [f"task {task}: {remark}" for remark in chosen.remarks([examples])]
     for line in lines:
         log.warning("%s: %s", path, line)
     examples = examples._replace(place=run.place(task))
@@ -158,7 +158,7 @@ def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int],
         remaining = [place for place in range(len(rows)) if place not in refused]
         try:
             examples, cut = make([rows[place] for place in remaining])
-            bad = coverage.unfit(examples, tokenizer, tables)
+            bad = coverage.unreadable_rows(examples, tokenizer, tables)
         except UnreadableTexts as error:
             bad = {}
             for place in error.rows:  # one by one, for the reason of each

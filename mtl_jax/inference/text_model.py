@@ -20,7 +20,7 @@ from mtl_jax.data import coverage
 from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokenize import RowError
 from mtl_jax.inference.resumable_output import digest_of_arrays, digest_of_directory
-from mtl_jax.models.seq2seq import Seq2Seq
+from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, locate
 from mtl_jax.pretrained.checkpoint import head_kind
 from mtl_jax.pretrained.family import brief
@@ -190,9 +190,9 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
             encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
             arrays = [np.array(ids, np.int32) for ids in encoded]
-        if refused := coverage.beyond(arrays, vocab_size):
+        if refused := coverage.out_of_range(arrays, vocab_size):
             token = next(iter(refused.values()))
-            raise RowError([*refused], coverage.without_row(tokenizer, token, vocab_size, "the model's token table"))
+            raise RowError([*refused], coverage.missing_row_reason(tokenizer, token, vocab_size, "the model's token table"))
         return arrays
 
     return encode

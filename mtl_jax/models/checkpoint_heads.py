@@ -1,7 +1,7 @@
-"""The heads that published encoder checkpoints come with, and an encoder with one of them on top.
+"""The heads of published encoder checkpoints, and an encoder with one of them on top.
 
-They follow the checkpoints, one example a row: "first" means the row's first token, so rows are not packed here. Layers that
-checkpoints call differently have different names here too, so that a name alone says where a parameter lies in a file.
+As in the checkpoints a row is one example, and "first" means the row's first token; rows are not packed. Layers that have
+different names in checkpoints have different names here, too, so that a parameter's name alone determines its name in a file.
 
 Shapes in names: B rows, T tokens, H hidden size, E embedding size, V vocabulary.
 """
@@ -40,8 +40,8 @@ class SequenceHead(nn.Module):
         dtype: Compute dtype.
         init: Initialiser of the kernels.
         dropout: Rate in front of the output layer.
-        activation: Of a dense layer before it; None for no such layer.
-        drop_input: Whether dropout stands in front of that layer as well.
+        activation: Activation of a dense layer before it; None for no such layer.
+        drop_input: Whether dropout is in front of that layer as well.
     """
 
     num_labels: int
@@ -95,14 +95,14 @@ class MaskedLMHead(nn.Module):
     Attributes:
         vocab_size: V.
         width: E, the width of the token table.
-        activation: Of the transform.
-        layer_norm_eps: Of the transform.
+        activation: Activation of the transform.
+        layer_norm_eps: Epsilon of the transform's norm.
         dtype: Compute dtype.
         init: Initialiser of the kernels.
         tied: Whether the token table is the output weight; else the head has its own, "decoder".
         use_bias: Whether the output has a bias.
-        transform_bias: Whether the transform's dense layer has one.
-        norm_bias: Whether the transform's norm has one.
+        transform_bias: Whether the transform's dense layer has a bias.
+        norm_bias: Whether the transform's norm has a bias.
     """
 
     vocab_size: int
@@ -151,7 +151,7 @@ class ReplacedTokenHead(nn.Module):
 
 
 class EncoderModel(nn.Module):
-    """An encoder, with the pooler and the head that its checkpoint has. Parameters {"trunk"[, "pooler"][, "head"]}.
+    """An encoder with the pooler and the head of its checkpoint; parameters {"trunk"[, "pooler"][, "head"]}.
 
     Attributes:
         trunk: A module with the call signature of models.encoder.Encoder whose token table is embeddings/word/embedding.

@@ -1,8 +1,8 @@
-"""Dropout whose random bits are drawn where they are used.
+"""Dropout whose random bits are computed where they are used.
 
-jax.random runs the rounds of Threefry as a loop on CPUs and as a kernel of its own on GPUs, and the bits go through memory.
-Written out, bits, mask and what is masked are one element-wise expression: on a CPU a step of MiniLM with 8 rows of 256 tokens
-takes 13 % less time and 30 % less memory. The masks are those of jax.random.bernoulli, bit by bit.
+jax.random runs the rounds of Threefry as a loop on CPUs and as a separate kernel on GPUs, and the bits go through memory.
+Written out, the bits, the mask and the masked array are one element-wise expression: on a CPU a step of MiniLM with 8 rows of
+256 tokens takes 13 % less time and 30 % less memory. The masks are those of jax.random.bernoulli, bit by bit.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax
     """jax.random.bernoulli: bool[shape], true with that probability.
 
     Args:
-        key: A key. Kinds of keys other than Threefry's are left to jax.random.
+        key: A PRNG key. For keys other than Threefry's, jax.random is called.
         probability: From 0 to 1.
         shape: Of the result.
     """
     threefry = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) == "threefry2x32"
     if not threefry or math.prod(shape) >= 2**32:
         return jax.random.bernoulli(key, probability, shape)
-    # A uniform number in [0, 1) is made of 23 bits, as jax.random makes it: it is less than p where they are less than p 2^23.
+    # As in jax.random, 23 bits are a uniform number in [0, 1), which is less than p if the bits are less than p 2^23.
     limit = np.int32(math.ceil(float(np.float32(probability)) * 2**23))
     return (_bits(key, shape) >> np.uint32(9)).astype(jnp.int32) < limit
 
 
 def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """jax.random.bits: u32[shape]. The n-th number is Threefry of n (Salmon et al. 2011; 2 x 32 bits, 20 rounds)."""
+    """jax.random.bits, u32[shape]: the n-th number is Threefry of n (Salmon et al. 2011; 2 x 32 bits, 20 rounds)."""
     first, second = (jax.random.key_data(key)[n] for n in (0, 1))
     strides = np.cumprod((1, *shape[:0:-1]))[::-1]
     number = jnp.zeros(shape, jnp.uint32)
@@ -58,7 +58,7 @@ class Dropout(nn.Module):
 
     Attributes:
         rate: The share of numbers that become 0; the others are divided by 1 - rate.
-        deterministic: True: nothing is dropped. To be given here or in the call.
+        deterministic: Whether dropout is off; given here or in the call.
     """
 
     rate: float
@@ -66,7 +66,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """Maps an array to one of its shape; unless deterministic, it needs an rng named "dropout"."""
+        """Maps an array to one of its shape; it needs an rng named "dropout" unless deterministic."""
         deterministic = nn.merge_param("deterministic", self.deterministic, deterministic)
         if deterministic or self.rate == 0.0:
             return x
@@ -74,7 +74,7 @@ class Dropout(nn.Module):
 
 
 def drop(key: Any, rate: float, x: jax.Array) -> jax.Array:
-    """Dropout as a function: x with a share `rate` of its numbers set to 0, and the others divided by 1 - rate."""
+    """Dropout as a function: a share `rate` of x's numbers becomes 0, and the others are divided by 1 - rate."""
     if rate == 1.0:
         return jnp.zeros_like(x)
     return jnp.where(bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))

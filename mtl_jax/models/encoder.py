@@ -1,4 +1,4 @@
-"""BERT-like encoders as one pure linen module: BERT, RoBERTa, DistilBERT, ELECTRA differ in their configuration only.
+"""Encoders: one module for BERT, RoBERTa, DistilBERT and ELECTRA, which differ in configuration only, and a bag of words.
 
 Shapes in names: B rows, T tokens, E embedding size, H hidden size, F feed-forward size.
 """
@@ -29,9 +29,9 @@ class EncoderConfig:
         intermediate_size: F, the width inside the feed-forward part.
         max_positions: Rows of the learned position table.
         type_vocab_size: Rows of the token-type table; 0 for no such table (DistilBERT).
-        embedding_size: E, the width of the embeddings where a projection to H follows (ELECTRA); None is H.
+        embedding_size: E, the width of the embeddings if a projection to H follows (ELECTRA); None is H.
         first_position: Row of an example's first token in the position table: pad_token_id + 1 in RoBERTa, else 0.
-        pad_token_id: Where first_position is not 0: the id that takes no position when positions are counted.
+        pad_token_id: If first_position is not 0: the id that is skipped when positions are counted.
         activation: A key of ACTIVATIONS.
         layer_norm_eps: Epsilon inside every layer norm.
         dropout: Rate after embeddings and after each block's two parts.
@@ -39,7 +39,7 @@ class EncoderConfig:
         head_dropout: Rate inside the checkpoint's own head over labels.
         answer_dropout: Rate in front of its head for extractive answers.
         initializer_range: Standard deviation of freshly initialised weights.
-        num_labels: Outputs of the checkpoint's own head, where it has labels.
+        num_labels: Outputs of the checkpoint's own head, if it has labels.
         tied: Whether a masked-LM head multiplies with the token table.
     """
 
@@ -70,12 +70,12 @@ class EncoderConfig:
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder returns.
+    """The output of an encoder.
 
     Attributes:
         hidden: f[B, T, H], the last layer's output. Values at padding are meaningless.
         pooled: f[B, H] of a model with a pooler, else None.
-        logits: Those of a model with a head, in the shape of its kind, else None.
+        logits: Logits of a model with a head, in the shape of its kind, else None.
     """
 
     hidden: jax.Array
@@ -111,8 +111,8 @@ class Encoder(nn.Module):
             input_ids: i32[B, T].
             attention_mask: [B, T], 1 at real tokens; None means that all are real.
             token_type_ids: i32[B, T]; None means type 0.
-            position_ids: i32[B, T], each token's place in its example, from 0 in every family; None counts along the row, in
-                RoBERTa over the tokens that are not padding.
+            position_ids: i32[B, T], each token's position in its example, from 0 in every family; None counts along the row, in
+                RoBERTa without padding.
             segment_ids: i32[B, T], the example each token belongs to in a packed row; tokens attend
                 inside their own segment only. None means one example a row.
             deterministic: False applies dropout and needs an rng named "dropout".
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Sum of token, position and type embeddings, then layer norm, dropout, and a projection where E is not H."""
+    """Sum of token, position and type embeddings, then layer norm, dropout, and a projection if E is not H."""
 
     config: EncoderConfig
     dtype: Any
@@ -149,7 +149,7 @@ class Embeddings(nn.Module):
         init = nn.initializers.normal(cfg.initializer_range)
         embed = functools.partial(Embed, features=E, dtype=self.dtype, embedding_init=init)
         x_BxTxE = embed(cfg.vocab_size, name="word")(ids_BxT)
-        x_BxTxE += embed(cfg.max_positions, name="position")(_rows(cfg, ids_BxT, positions_BxT))
+        x_BxTxE += embed(cfg.max_positions, name="position")(_position_rows(cfg, ids_BxT, positions_BxT))
         if cfg.type_vocab_size:
             types_BxT = jnp.zeros_like(ids_BxT) if types_BxT is None else types_BxT
             x_BxTxE += embed(cfg.type_vocab_size, name="token_type")(types_BxT)
@@ -160,13 +160,13 @@ class Embeddings(nn.Module):
         return Dense(cfg.hidden_size, dtype=self.dtype, kernel_init=init, name="project")(x_BxTxE)
 
 
-def _rows(cfg: EncoderConfig, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
-    """Rows of the position table."""
+def _position_rows(cfg: EncoderConfig, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
+    """The row of each token in the position table, i32[B, T]."""
     if positions_BxT is not None:
         return positions_BxT + cfg.first_position
     if not cfg.first_position:
         return jnp.broadcast_to(jnp.arange(ids_BxT.shape[1]), ids_BxT.shape)
-    # Padding takes no position, wherever it stands, and gets the row of the padding id.
+    # Padding is not counted, wherever it is, and gets the row of the padding id.
     real_BxT = (ids_BxT != cfg.pad_token_id).astype(jnp.int32)
     return jnp.cumsum(real_BxT, axis=1) * real_BxT + cfg.pad_token_id
 
@@ -192,3 +192,49 @@ class Block(nn.Module):
         y_BxTxF = ACTIVATIONS[cfg.activation](dense(cfg.intermediate_size, name="feed_forward_in")(x_BxTxH))
         y_BxTxH = dense(cfg.hidden_size, name="feed_forward_out")(y_BxTxF)
         return norm("feed_forward_norm")(x_BxTxH + drop(y_BxTxH, deterministic=deterministic))
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """Sizes of the embedding trunk.
+
+    Attributes:
+        vocab_size: Rows of the table.
+        dimension: E, width of each embedding.
+    """
+
+    vocab_size: int
+    dimension: int
+
+
+class SharedEmbedding(nn.Module):
+    """A bag of words: token ids to vectors by one table look-up, pooled by the masked mean like every other trunk.
+
+    Attributes:
+        config: Sizes.
+        dtype: Compute dtype; the table stays float32.
+    """
+
+    config: EmbeddingConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        token_type_ids: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> EncoderOutput:
+        """Looks up ids i32[B, T] and returns hidden f[B, T, E]; the other arguments change nothing."""
+        table = Embed(
+            self.config.vocab_size,
+            self.config.dimension,
+            dtype=self.dtype,
+            embedding_init=nn.initializers.normal(0.05),
+            name="word",
+        )
+        return EncoderOutput(hidden=table(input_ids))

@@ -1,4 +1,4 @@
-"""Keys and values of attention: which of them a query may see, and a cache of them for decoding token by token.
+"""Keys and values of attention: masks of those that a query may see, and a cache for decoding token by token.
 
 Shapes in names: B rows, T queries, S keys, N attention heads, D size of a head.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class KeyValue(NamedTuple):
-    """What queries look at: a source's keys and values, or a cache of them.
+    """The keys and values that queries attend to: those of a sequence, or a cache.
 
     Attributes:
         key: f[B, N, S, D], so that each head is a matrix.
@@ -26,12 +26,12 @@ class KeyValue(NamedTuple):
 def visible_keys(
     real_BxS: jax.Array, query_segments_BxT: jax.Array | None = None, key_segments_BxS: jax.Array | None = None
 ) -> jax.Array:
-    """Which key each query may see: bool[B, T, S], or bool[B, 1, S] where all queries of a row see the same.
+    """The keys that each query may see: bool[B, T, S], or bool[B, 1, S] if all queries of a row see the same.
 
     Args:
         real_BxS: 1 at real keys, 0 at padding.
         query_segments_BxT: Example number of each query inside a packed row, or None: one example a row.
-        key_segments_BxS: The same of each key; a query sees the keys of its own example only.
+        key_segments_BxS: The same for each key; a query sees only the keys of its example.
 
     Raises:
         ValueError: Only one side has segments.
@@ -45,28 +45,28 @@ def visible_keys(
 
 
 def visible_past(queries: int, keys: int, step: jax.Array | int = 0) -> jax.Array:
-    """Keys that are not in a query's future: bool[1, T, S]; query t stands at place step + t among the keys."""
+    """The keys that are not in a query's future: bool[1, T, S]; query t has position step + t among the keys."""
     return (jnp.arange(keys)[None, :] <= step + jnp.arange(queries)[:, None])[None]
 
 
 def visible_ancestors(ancestry_BxKxL: jax.Array, step: jax.Array | int) -> jax.Array:
-    """Which entries of a cache with K entries a place each beam may see, itself among them: bool[B, K, L * K].
+    """The entries that each beam may see in a cache with K entries a position, its own included: bool[B, K, L * K].
 
-    Beams are never moved in the cache: entry k of place l is what beam k wrote at step l, and a beam that goes on from another
-    one looks at that one's entries.
+    Entries are never moved: entry k of position l was written by beam k at step l, and a beam that continues another beam reads
+    the other beam's entries.
 
     Args:
-        ancestry_BxKxL: Whose entry each beam sees at each place.
-        step: i32[], the place that is written now.
+        ancestry_BxKxL: The beam whose entry each beam reads at each position.
+        step: i32[], the position that is written now.
     """
     B, K, L = ancestry_BxKxL.shape
-    own_BxKxLxK = ancestry_BxKxL[..., None] == jnp.arange(K)
+    ancestor_BxKxLxK = ancestry_BxKxL[..., None] == jnp.arange(K)
     past_Lx1 = (jnp.arange(L) <= step)[:, None]
-    return (own_BxKxLxK & past_Lx1).reshape(B, K, L * K)
+    return (ancestor_BxKxLxK & past_Lx1).reshape(B, K, L * K)
 
 
 def write_cache(cache: KeyValue, new: KeyValue, step: jax.Array | int) -> KeyValue:
-    """The cache f[B, N, S, D] with new f[B, N, T, D] at places step to step + T; step may be traced."""
+    """The cache f[B, N, S, D] with new f[B, N, T, D] at positions step to step + T; step may be traced."""
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, axis=2)

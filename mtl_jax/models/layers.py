@@ -1,6 +1,7 @@
-"""What every transformer here is made of: activations, masks, one attention.
+"""Layers that the models share: activations, dense layers, tables, attention, relative positions, and a task's head.
 
-Shapes in names: B rows, T query tokens, S key tokens, H hidden size, N attention heads, D size of a head.
+Shapes in names: B or R rows, T query tokens, S key tokens or examples a row, H hidden size, N attention heads, D size of a
+head.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mtl_jax.models.dropout import Dropout
@@ -28,8 +30,43 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def layer_norm(epsilon: float, dtype: Any, name: str, use_bias: bool = True) -> nn.LayerNorm:
+    """A layer norm with the two-pass variance."""
+    # flax's fast variance, E[x^2] - E[x]^2, loses all digits on near-constant rows.
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, use_bias=use_bias, dtype=dtype, name=name)
+
+
+def times(x_xI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
+    """x @ kernel, f[..., O]; a kernel with more than two axes, one for each row, is multiplied as by matmul."""
+    if kernel_IxO.ndim != 2:
+        return jnp.matmul(x_xI, kernel_IxO)
+    return jnp.matmul(x_xI.reshape(-1, x_xI.shape[-1]), kernel_IxO).reshape(*x_xI.shape[:-1], -1)
+
+
+def _by_rows(x_xI: jax.Array, kernel_IxO: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
+    """lax.dot_general for nn.Dense, with all leading axes as one."""
+    assert dimensions == (((x_xI.ndim - 1,), (0,)), ((), ()))
+    y_RxO = lax.dot_general(x_xI.reshape(-1, x_xI.shape[-1]), kernel_IxO, (((1,), (0,)), ((), ())), precision=precision)
+    return y_RxO.reshape(*x_xI.shape[:-1], -1)
+
+
+Dense = functools.partial(nn.Dense, dot_general=_by_rows)
+
+
+class Embed(nn.Embed):
+    """nn.Embed that accepts a table with any number of rows; a new table has num_embeddings.
+
+    A training step can then pass only the rows that a batch reads, while linen insists on the declared shape.
+    """
+
+    def setup(self) -> None:
+        given: jax.Array | None = self.get_variable("params", "embedding")
+        rows = self.num_embeddings if given is None else given.shape[0]
+        self.embedding = self.param("embedding", self.embedding_init, (rows, self.features), self.param_dtype)
+
+
 def attention_mask_BxTxT(attention_mask_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:
-    """Which key each query may see: bool[B, T, T].
+    """The keys that each query may see: bool[B, T, T].
 
     A query sees the real tokens of its own segment. Without segments the row is one segment.
 
@@ -57,13 +94,13 @@ def attend(
         q_BxTxNxD: Queries.
         k_BxNxSxD: Keys.
         v_BxNxSxD: Values.
-        mask_BxTxS: Which key each query may see.
+        mask_BxTxS: The keys that each query may see.
         scale: Factor on the queries.
-        bias_BxNxTxS: Added to the scores, sizes 1 broadcast; or None.
-        dropout: Applied to the probabilities.
+        bias_BxNxTxS: Added to the scores, axes of size 1 broadcast; or None.
+        dropout: A function of the probabilities.
 
     Returns:
-        f[B, T, N, D]. A query that may see nothing gets the mean of all values: finite, and meaningless.
+        f[B, T, N, D]. A query that may see no key gets the mean of all values: finite, and meaningless.
     """
     scores_BxNxTxS = jnp.einsum("btnd,bnsd->bnts", q_BxTxNxD * scale, k_BxNxSxD).astype(jnp.float32)
     if bias_BxNxTxS is not None:
@@ -77,8 +114,8 @@ def attend(
 class Attention(nn.Module):
     """Multi-head attention with its four projections.
 
-    attention(x, mask, deterministic) is self-attention; with the keys_values of another sequence as source it is
-    cross-attention, with a cache as source it is incremental decoding.
+    attention(x, mask, deterministic) is self-attention. With the keys_values of another sequence as source it is
+    cross-attention, and with a cache as source it is incremental decoding.
 
     Attributes:
         num_heads: N.
@@ -125,7 +162,7 @@ class Attention(nn.Module):
         source: KeyValue | None = None,
         bias_BxNxTxS: jax.Array | None = None,
     ) -> jax.Array:
-        """f[B, T, H] to f[B, T, H]; looks at the source, or where that is None at x itself."""
+        """f[B, T, H] to f[B, T, H]; keys and values are the source's, or x's own if source is None."""
         if source is None:
             source = self.keys_values(x_BxTxH)
         out_BxTxNxD = attend(
@@ -143,35 +180,87 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_size)
 
 
-def layer_norm(epsilon: float, dtype: Any, name: str, use_bias: bool = True) -> nn.LayerNorm:
-    # flax's fast variance, E[x^2] - E[x]^2, loses all digits on near-constant rows.
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, use_bias=use_bias, dtype=dtype, name=name)
+def bucket_of_distance(num_buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of every distance 0 .. max_distance: i32[max_distance + 1].
+
+    Each of the first half of the buckets has one distance. The others grow with the logarithm of the distance, and the last one
+    has all distances from max_distance on (Raffel et al. 2020, section 2.1). It is a table, so that the rounding of a compiled
+    logarithm cannot move a distance to another bucket.
+
+    Args:
+        num_buckets: Number of buckets on one side of the query.
+        max_distance: Larger than num_buckets / 2.
+    """
+    exact = num_buckets // 2
+    distance = np.arange(exact, max_distance + 1, dtype=np.float32)
+    share = np.log(distance / np.float32(exact)) / np.float32(np.log(max_distance / exact))
+    grown = exact + (share * np.float32(num_buckets - exact)).astype(np.int32)
+    return np.concatenate([np.arange(exact), np.minimum(grown, num_buckets - 1)]).astype(np.int32)
 
 
-def times(x_xI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
-    """x @ kernel, f[..., O]; kernels of more than two axes, one for each row, are multiplied as matmul does."""
-    if kernel_IxO.ndim != 2:
-        return jnp.matmul(x_xI, kernel_IxO)
-    return jnp.matmul(x_xI.reshape(-1, x_xI.shape[-1]), kernel_IxO).reshape(*x_xI.shape[:-1], -1)
+def relative_buckets(relative_positions: jax.Array, bidirectional: bool, num_buckets: int, max_distance: int) -> jax.Array:
+    """Bucket of each relative position, key minus query: i32 of the same shape.
+
+    Args:
+        relative_positions: i32, any shape.
+        bidirectional: If True, keys before and after a query have half of the buckets each; if False (decoders), all keys after
+            the query, which it does not see, are in bucket 0.
+        num_buckets: Number of buckets.
+        max_distance: All distances from this one on share a bucket.
+    """
+    if bidirectional:
+        num_buckets //= 2
+        after = jnp.where(relative_positions > 0, num_buckets, 0)
+        distance = jnp.abs(relative_positions)
+    else:
+        after = jnp.zeros_like(relative_positions)
+        distance = jnp.maximum(-relative_positions, 0)
+    return after + jnp.asarray(bucket_of_distance(num_buckets, max_distance))[jnp.minimum(distance, max_distance)]
 
 
-def _by_rows(x_xI: jax.Array, kernel_IxO: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """lax.dot_general as nn.Dense calls it."""
-    assert dimensions == (((x_xI.ndim - 1,), (0,)), ((), ()))
-    y_RxO = lax.dot_general(x_xI.reshape(-1, x_xI.shape[-1]), kernel_IxO, (((1,), (0,)), ((), ())), precision=precision)
-    return y_RxO.reshape(*x_xI.shape[:-1], -1)
+class RelativeBias(nn.Module):
+    """T5's position bias: a learned number per head and bucket of relative positions, added to attention scores.
 
-
-Dense = functools.partial(nn.Dense, dot_general=_by_rows)
-
-
-class Embed(nn.Embed):
-    """nn.Embed, with as many rows as the table that it is given; a new one has num_embeddings.
-
-    So a step can hold only the rows that a batch reads (training/token_rows.py), where linen insists on the shape declared.
+    Attributes:
+        num_heads: N.
+        num_buckets: Rows of the table.
+        max_distance: As for relative_buckets.
+        bidirectional: True in encoders.
+        embedding_init: Initialiser of the table.
     """
 
-    def setup(self) -> None:
-        given: jax.Array | None = self.get_variable("params", "embedding")
-        rows = self.num_embeddings if given is None else given.shape[0]
-        self.embedding = self.param("embedding", self.embedding_init, (rows, self.features), self.param_dtype)
+    num_heads: int
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
+    embedding_init: Any = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, query_positions_BxT: jax.Array, key_positions_BxS: jax.Array) -> jax.Array:
+        """The bias f32[B, N, T, S] between positions i32[B, T] and i32[B, S]."""
+        relative_BxTxS = key_positions_BxS[:, None, :] - query_positions_BxT[:, :, None]
+        buckets_BxTxS = relative_buckets(relative_BxTxS, self.bidirectional, self.num_buckets, self.max_distance)
+        table = nn.Embed(self.num_buckets, self.num_heads, embedding_init=self.embedding_init, name="table")
+        return jnp.moveaxis(table(buckets_BxTxS), -1, 1)
+
+
+class Head(nn.Module):
+    """A task's head: a linear layer, or one hidden ReLU layer before it.
+
+    Attributes:
+        outputs: O, numbers per example or token.
+        hidden: Width of the hidden layer; 0 for none.
+        dropout: Rate on the input vector.
+    """
+
+    outputs: int
+    hidden: int = 0
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, pooled_RxSxH: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Maps f32[R, S, H] to f32[R, S, O]; dropout needs an rng named "dropout" unless deterministic."""
+        x = Dropout(self.dropout)(pooled_RxSxH, deterministic=deterministic)
+        if self.hidden:
+            x = nn.relu(Dense(self.hidden, name="hidden")(x))
+        return Dense(self.outputs, name="output")(x)

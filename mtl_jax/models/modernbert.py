@@ -29,21 +29,21 @@ class ModernBertConfig:
         hidden_size: H, the width of the residual stream.
         num_heads: Attention heads; divides hidden_size.
         intermediate_size: F, the width inside the feed-forward part.
-        global_layers: One entry a layer: True where a token sees its whole example, False where it sees its neighbours only.
-        window: How many neighbours a token sees on either side in local layers, itself not counted.
+        global_layers: One entry a layer: True if a token sees its whole example, False if it sees its neighbours only.
+        window: Number of neighbours that a token sees on either side in local layers.
         global_theta: Base of the rotary wavelengths in global layers.
         local_theta: The same in local layers.
-        max_length: The longest example in tokens that the checkpoint was made for.
+        max_length: The longest example in tokens that the checkpoint was trained for.
         activation: A key of ACTIVATIONS.
         layer_norm_eps: Epsilon inside every layer norm.
         norm_bias: Whether layer norms have a bias.
         attention_bias: Whether the attention's linear maps have one.
         feed_forward_bias: Whether the feed-forward part's linear maps have one.
         embedding_dropout: Rate after the embeddings.
-        attention_dropout: Rate on the attention probabilities and on what attention adds to the stream.
+        attention_dropout: Rate on the attention probabilities and on the attention's output.
         feed_forward_dropout: Rate inside the feed-forward part.
         initializer_range: Standard deviation of freshly initialised weights, cut off at twice that.
-        mean_pooling: Whether the head over whole rows reads the mean of the tokens; else the first token.
+        mean_pooling: Whether the head over whole rows reads the mean of the tokens; else their first.
         head_activation: Of the heads' dense layer; a key of ACTIVATIONS.
         head_bias: Whether that layer has a bias.
         head_dropout: Rate in front of the output layer of heads over labels.
@@ -85,7 +85,7 @@ class ModernBertConfig:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines f32[B, T, 1, D / 2] of the angles by which queries and keys are turned."""
+    """Cosines and sines f32[B, T, 1, D / 2] of the angles by which queries and keys are rotated."""
 
     cos: jax.Array
     sin: jax.Array
@@ -95,28 +95,28 @@ def rotation(positions_BxT: jax.Array, head_size: int, theta: float) -> Rotation
     """Angles of rotary position embeddings (Su et al. 2021): position times theta ** (-2 i / D) for the i-th pair.
 
     Args:
-        positions_BxT: Place of each token in its example.
+        positions_BxT: Position of each token in its example.
         head_size: D.
         theta: Base of the wavelengths.
     """
-    # Rounded where torch rounds: at position 8000 one last place of a frequency near 1 turns by 5e-4.
+    # Rounded where torch rounds: at position 8000 the last digit of a frequency near 1 changes the angle by 5e-4.
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     frequencies = np.float32(1) / np.power(theta, exponents, dtype=np.float64).astype(np.float32)
-    angles = (positions_BxT[..., None].astype(jnp.float32) * frequencies)[:, :, None]
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    angle_BxTx1xd = (positions_BxT[..., None].astype(jnp.float32) * frequencies)[:, :, None]
+    return Rotation(jnp.cos(angle_BxTx1xd), jnp.sin(angle_BxTx1xd))
 
 
-def rotate(x_BxTxNxD: jax.Array, by: Rotation) -> jax.Array:
-    """Turns each pair (x[i], x[i + D / 2]) by its angle, in float32."""
+def rotate(x_BxTxNxD: jax.Array, angles: Rotation) -> jax.Array:
+    """Rotates each pair (x[i], x[i + D / 2]) by its angle, in float32."""
     first, second = jnp.split(x_BxTxNxD.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1)
-    return turned.astype(x_BxTxNxD.dtype)
+    rotated = jnp.concatenate([first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin], axis=-1)
+    return rotated.astype(x_BxTxNxD.dtype)
 
 
 def local_mask_TxT(length: int, window: int) -> jax.Array:
-    """bool[T, T]: whether two places in a row are at most `window` apart."""
-    places_T = jnp.arange(length)
-    return jnp.abs(places_T[:, None] - places_T[None, :]) <= window
+    """bool[T, T]: whether two tokens of a row are at most `window` apart."""
+    index_T = jnp.arange(length)
+    return jnp.abs(index_T[:, None] - index_T[None, :]) <= window
 
 
 class ModernBert(nn.Module):
@@ -147,8 +147,8 @@ class ModernBert(nn.Module):
             input_ids: i32[B, T].
             attention_mask: [B, T], 1 at real tokens; None means that all are real.
             token_type_ids: Not read: ModernBERT has no types.
-            position_ids: i32[B, T], each token's place in its example; None counts along the row. Only differences
-                matter. Which tokens are neighbours is counted along the row: examples are not interleaved.
+            position_ids: i32[B, T], each token's position in its example; None counts along the row. Only differences
+                matter. Neighbours are counted along the row, as examples are not interleaved.
             segment_ids: i32[B, T], the example each token belongs to in a packed row; tokens attend
                 inside their own segment only. None means one example a row.
             deterministic: False applies dropout and needs an rng named "dropout".
@@ -161,17 +161,17 @@ class ModernBert(nn.Module):
             attention_mask = jnp.ones_like(input_ids)
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        everything_BxTxT = attention_mask_BxTxT(attention_mask, segment_ids)
-        neighbours_BxTxT = everything_BxTxT & local_mask_TxT(input_ids.shape[1], cfg.window)
+        global_mask_BxTxT = attention_mask_BxTxT(attention_mask, segment_ids)
+        local_mask_BxTxT = global_mask_BxTxT & local_mask_TxT(input_ids.shape[1], cfg.window)
         global_rotation = rotation(position_ids, cfg.head_size, cfg.global_theta)
         local_rotation = rotation(position_ids, cfg.head_size, cfg.local_theta)
 
         x_BxTxH = Embeddings(cfg, self.dtype, name="embeddings")(input_ids, deterministic)
         for i, is_global in enumerate(cfg.global_layers):
-            mask_BxTxT, turn = (everything_BxTxT, global_rotation) if is_global else (neighbours_BxTxT, local_rotation)
+            mask_BxTxT, angles = (global_mask_BxTxT, global_rotation) if is_global else (local_mask_BxTxT, local_rotation)
             # The embeddings end with a norm, so the first block needs none.
             block = Block(cfg, self.dtype, attention_norm=i > 0, name=f"layer_{i}")
-            x_BxTxH = block(x_BxTxH, mask_BxTxT, turn, deterministic)
+            x_BxTxH = block(x_BxTxH, mask_BxTxT, angles, deterministic)
         return EncoderOutput(layer_norm(cfg.layer_norm_eps, self.dtype, "final_norm", cfg.norm_bias)(x_BxTxH))
 
 
@@ -197,13 +197,13 @@ class Block(nn.Module):
     attention_norm: bool
 
     @nn.compact
-    def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, turn: Rotation, deterministic: bool) -> jax.Array:
+    def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, angles: Rotation, deterministic: bool) -> jax.Array:
         cfg = self.config
         norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype, use_bias=cfg.norm_bias)
         dense = functools.partial(Dense, use_bias=cfg.feed_forward_bias, dtype=self.dtype)
 
         y_BxTxH = norm("attention_norm")(x_BxTxH) if self.attention_norm else x_BxTxH
-        y_BxTxH = RotaryAttention(cfg, self.dtype, name="attention")(y_BxTxH, mask_BxTxT, turn, deterministic)
+        y_BxTxH = RotaryAttention(cfg, self.dtype, name="attention")(y_BxTxH, mask_BxTxT, angles, deterministic)
         x_BxTxH += Dropout(cfg.attention_dropout)(y_BxTxH, deterministic=deterministic)
 
         y_BxTxH = norm("feed_forward_norm")(x_BxTxH)
@@ -215,13 +215,13 @@ class Block(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head self-attention whose queries and keys are turned by their positions; one linear map makes all three."""
+    """Multi-head self-attention with rotary positions; one linear map computes queries, keys and values."""
 
     config: ModernBertConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, turn: Rotation, deterministic: bool) -> jax.Array:
+    def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, angles: Rotation, deterministic: bool) -> jax.Array:
         cfg = self.config
         dense = functools.partial(Dense, use_bias=cfg.attention_bias, dtype=self.dtype)
         drop = Dropout(cfg.attention_dropout)
@@ -231,8 +231,8 @@ class RotaryAttention(nn.Module):
             part.reshape(*x_BxTxH.shape[:-1], cfg.num_heads, cfg.head_size) for part in jnp.split(qkv_BxTx3H, 3, axis=-1)
         )
         out_BxTxNxD = attend(
-            rotate(q_BxTxNxD, turn),
-            rotate(k_BxTxNxD, turn).swapaxes(1, 2),
+            rotate(q_BxTxNxD, angles),
+            rotate(k_BxTxNxD, angles).swapaxes(1, 2),
             v_BxTxNxD.swapaxes(1, 2),
             mask_BxTxT,
             scale=cfg.head_size**-0.5,
@@ -242,7 +242,7 @@ class RotaryAttention(nn.Module):
 
 
 class MeanPooler(nn.Module):
-    """The mean of a row's real tokens, f[B, H]; it has no parameters."""
+    """The mean of a row's real tokens, f[B, H], without parameters."""
 
     def __call__(self, hidden_BxTxH: jax.Array, attention_mask_BxT: jax.Array) -> jax.Array:
         return segment_mean(hidden_BxTxH, attention_mask_BxT.astype(bool), 1)[:, 0].astype(hidden_BxTxH.dtype)
@@ -254,7 +254,7 @@ class LabelHead(nn.Module):
     Attributes:
         config: Sizes and constants.
         dtype: Compute dtype.
-        per_token: Whether every token gets logits; else the row, from what was pooled or else from its first token.
+        per_token: Whether every token gets logits; else the row, from the pooler's output or else its first token.
     """
 
     config: ModernBertConfig
@@ -271,19 +271,19 @@ class LabelHead(nn.Module):
         x = Dense(cfg.hidden_size, use_bias=cfg.head_bias, dtype=self.dtype, kernel_init=output_init(cfg), name="transform")(x)
         x = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", cfg.norm_bias)(ACTIVATIONS[cfg.head_activation](x))
         x = Dropout(cfg.head_dropout)(x, deterministic=deterministic)
-        init = _cut_normal(cfg.hidden_size**-0.5)
+        init = _truncated_normal(cfg.hidden_size**-0.5)
         return Dense(cfg.num_labels, dtype=self.dtype, kernel_init=init, name="classifier")(x)
 
 
-def _cut_normal(deviation: float) -> Any:
+def _truncated_normal(deviation: float) -> Any:
     return nn.initializers.truncated_normal(deviation, lower=-2.0, upper=2.0)
 
 
 def _init(cfg: ModernBertConfig) -> Any:
-    return _cut_normal(cfg.initializer_range)
+    return _truncated_normal(cfg.initializer_range)
 
 
 def output_init(cfg: ModernBertConfig) -> Any:
     """Initialiser of the maps out of each part, and of the heads' dense layer."""
-    # Smaller where a part adds to the stream, so that the stream does not grow with depth.
-    return _cut_normal(cfg.initializer_range / (2 * len(cfg.global_layers)) ** 0.5)
+    # Smaller, because each part adds to the stream, which must not grow with depth.
+    return _truncated_normal(cfg.initializer_range / (2 * len(cfg.global_layers)) ** 0.5)

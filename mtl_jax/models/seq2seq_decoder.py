@@ -1,7 +1,7 @@
 """The decoder of Marian, BART, mBART, Pegasus and T5: a head on an encoder.
 
-Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary, N attention heads,
-D size of a head, K beams.
+Shapes in names: B rows, T source tokens, U target tokens, L positions of a cache, H hidden size, V vocabulary, N attention
+heads, D size of a head, K beams.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mtl_jax.models.seq2seq_layers import (
     relative_bias,
 )
 
-# One entry a decoder layer, each f[B, N, L, D]; for beams f[B, N, L * K, D], the K entries of a place side by side.
+# An entry for each decoder layer, f[B, N, L, D]; for beams f[B, N, L * K, D], with the K entries of a position side by side.
 Cache = tuple[KeyValue, ...]
 
 
 class Source(NamedTuple):
-    """What the decoder sees of the encoder's output; the same at every step of decoding.
+    """The part of the encoder's output that the decoder reads; the same at every step of decoding.
 
     Attributes:
         layers: Keys and values f[B, N, T, D] of each decoder layer's cross-attention.
@@ -46,12 +46,12 @@ class Source(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """What a decoder returns.
+    """The output of a decoder.
 
     Attributes:
         hidden: f[B, U, H], its last layer's output.
         logits: f32[B, U, V].
-        cache: The cache after these tokens, if one was given.
+        cache: The cache with these tokens, if one was given.
     """
 
     hidden: jax.Array
@@ -60,7 +60,7 @@ class DecoderOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """The decoder and its vocabulary: the head of translation.
+    """The decoder and its vocabulary, the head of text-to-text tasks.
 
     Attributes:
         config: Sizes and constants.
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
             self.final_logits_bias = self.param("final_logits_bias", nn.initializers.zeros, (1, cfg.decoder_vocab_size))
 
     def source(self, hidden_BxTxH: jax.Array, real_BxT: jax.Array | None, segments_BxT: jax.Array | None) -> Source:
-        """What the decoder sees of the encoder's output f[B, T, H]."""
+        """The part of the encoder's output f[B, T, H] that the decoder reads."""
         if real_BxT is None:
             real_BxT = jnp.ones(hidden_BxTxH.shape[:2], jnp.int32)
         return Source(tuple(layer.source(hidden_BxTxH) for layer in self.layer), real_BxT, segments_BxT)
@@ -104,38 +104,38 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         ancestry_BxKxL: jax.Array | None = None,
     ) -> DecoderOutput:
-        """See Seq2Seq.decode; table_VxH is the encoder's token table, which is used where the config says that it is shared."""
+        """As Seq2Seq.decode; table_VxH is the encoder's token table, which is used if the config shares it."""
         cfg = self.config
         if not cfg.reads_trunk_table:
             table_VxH = self.embeddings.table()
         B, U = ids_BxU.shape
-        places = U if cache is None else cache[0].key.shape[2]
-        if isinstance(step, int) and step + U > places:
-            raise ValueError(f"{U} tokens after {step} do not fit into a cache of {places}")
-        first = step  # the place of the cache that is written first
+        length = U if cache is None else cache[0].key.shape[2]
+        if isinstance(step, int) and step + U > length:
+            raise ValueError(f"{U} tokens after {step} do not fit into a cache of {length}")
+        first = step  # the first position of the cache that is written
         if ancestry_BxKxL is not None:
-            key_positions = jnp.repeat(default_positions(cfg, places // U), U, axis=1)
+            key_positions = jnp.repeat(default_positions(cfg, length // U), U, axis=1)
             query_positions, first = jnp.full((1, U), step), step * U
             mask = visible_ancestors(ancestry_BxKxL, step)
         else:
-            key_positions = default_positions(cfg, places) if positions_BxU is None else positions_BxU
+            key_positions = default_positions(cfg, length) if positions_BxU is None else positions_BxU
             query_positions = step + jnp.arange(U)[None] if positions_BxU is None else positions_BxU
             if real_BxU is None:
-                real_BxU = jnp.ones((B, places), jnp.int32)
-            mask = visible_past(U, places, step) & visible_keys(real_BxU, segments_BxU, segments_BxU)
+                real_BxU = jnp.ones((B, length), jnp.int32)
+            mask = visible_past(U, length, step) & visible_keys(real_BxU, segments_BxU, segments_BxU)
         source_mask = visible_keys(source.real, segments_BxU, source.segments)
         bias = self.relative_bias(query_positions, key_positions) if cfg.positions == "relative" else None
 
         x_BxUxH = self.embeddings(ids_BxU, table_VxH, query_positions, deterministic)
-        written = []
+        new_cache = []
         for i, layer in enumerate(self.layer):
-            old = None if cache is None else cache[i]
-            x_BxUxH, own = layer(x_BxUxH, mask, bias, deterministic, source.layers[i], source_mask, old, first)
-            written.append(own)
+            layer_cache = None if cache is None else cache[i]
+            x_BxUxH, keys_values = layer(x_BxUxH, mask, bias, deterministic, source.layers[i], source_mask, layer_cache, first)
+            new_cache.append(keys_values)
         if cfg.pre_norm:
             x_BxUxH = self.norm(x_BxUxH).astype(self.dtype)
         x_BxUxH = self.drop(x_BxUxH, deterministic=deterministic)
-        return DecoderOutput(x_BxUxH, self.logits(x_BxUxH, table_VxH), None if cache is None else tuple(written))
+        return DecoderOutput(x_BxUxH, self.logits(x_BxUxH, table_VxH), None if cache is None else tuple(new_cache))
 
     def logits(self, x_BxUxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
         """Logits f32[B, U, V] of the last layer's output; table_VxH as in the call."""
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         return logits + self.final_logits_bias if cfg.logit_bias else logits
 
     def projection(self, table_VxH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What logits are made with, hidden * logit_scale @ kernel + bias: f[H, V] and f32[V]; table_VxH as in the call."""
+        """Kernel f[H, V] and bias f32[V] of the logits, hidden * logit_scale @ kernel + bias; table_VxH as in the call."""
         cfg = self.config
         if cfg.tied:
             kernel_HxV = (table_VxH if cfg.reads_trunk_table else self.embeddings.table()).T
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
 
 class RowClassifier(nn.Module):
-    """Labels of a row (Lewis et al. 2020): the decoder reads the source again, its last end-of-sentence token is classified.
+    """Labels of a row (Lewis et al. 2020): the decoder reads the source, and its last end-of-sentence token is classified.
 
     Attributes:
         config: Sizes and constants.
@@ -173,7 +173,7 @@ class RowClassifier(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        # The decoder without a vocabulary of its own; its logits are not used.
+        # The decoder without its own vocabulary; its logits are not used.
         self.decoder = Decoder(
             dataclasses.replace(cfg, tied=True, shared_table=cfg.reads_trunk_table, logit_bias=False), self.dtype
         )
@@ -182,17 +182,17 @@ class RowClassifier(nn.Module):
         self.drop = Dropout(cfg.head_dropout)
 
     def source(self, hidden_BxTxH: jax.Array, real_BxT: jax.Array | None, segments_BxT: jax.Array | None) -> Source:
-        """What the decoder sees of the encoder's output f[B, T, H]."""
+        """The part of the encoder's output f[B, T, H] that the decoder reads."""
         return self.decoder.source(hidden_BxTxH, real_BxT, segments_BxT)
 
     def __call__(self, ids_BxT: jax.Array, source: Source, table_VxH: jax.Array, deterministic: bool) -> DecoderOutput:
-        """Logits f32[B, num_labels] of rows of one example; where there is no end-of-sentence token, of the last one.
+        """Logits f32[B, num_labels] of rows of one example; without an end-of-sentence token the last token counts.
 
         Raises:
             ValueError: The rows are packed.
         """
         if source.segments is not None:
-            raise ValueError("this head labels whole rows; it goes with no segment ids")
+            raise ValueError("this head labels whole rows; it cannot be used with segment ids")
         cfg = self.config
         start_Bx1 = jnp.full_like(ids_BxT[:, :1], cfg.decoder_start_token_id)
         shifted_BxT = jnp.concatenate([start_Bx1, ids_BxT[:, :-1]], axis=1)

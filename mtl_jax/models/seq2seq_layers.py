@@ -1,6 +1,6 @@
 """Sizes, embeddings and blocks of the encoder-decoder families: Marian, BART, mBART, Pegasus, T5.
 
-Shapes in names: B rows, T tokens of a row, S tokens that it sees, H hidden size, F feed-forward size, V vocabulary.
+Shapes in names: B rows, T tokens of a row, S tokens that these attend to, H hidden size, F feed-forward size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import numpy as np
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.kv_cache import KeyValue, write_cache
-from mtl_jax.models.layers import ACTIVATIONS, Attention, Dense, Embed
-from mtl_jax.models.relative_bias import RelativeBias
+from mtl_jax.models.layers import ACTIVATIONS, Attention, Dense, Embed, RelativeBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Seq2SeqConfig:
 
     Attributes:
         vocab_size: Rows of the encoder's token table.
-        decoder_vocab_size: V, what the decoder reads and predicts.
+        decoder_vocab_size: V, tokens that the decoder reads and predicts.
         hidden_size: H, the width of the residual stream.
         encoder_layers: Blocks of the encoder.
         decoder_layers: Blocks of the decoder.
@@ -37,34 +36,34 @@ class Seq2SeqConfig:
         decoder_feed_forward: Width inside the decoder's feed-forward part.
         max_positions: The longest example in tokens; None: any length.
         head_size: Width of one attention head; None: hidden_size over the number of heads.
-        positions: "learned" or "sinusoidal" vectors that are added to the tokens', or a "relative" bias on attention scores.
+        positions: "learned" or "sinusoidal" vectors that are added to token vectors, or a "relative" bias on attention scores.
         position_offset: Rows at the start of the learned table that no token uses.
         num_buckets: Relative positions: rows of the table.
-        max_distance: Relative positions: from this distance on all are the same.
+        max_distance: Relative positions: all distances from this one on are the same.
         activation: A key of ACTIVATIONS.
         gated: Whether the feed-forward part is act(in x) * (gate x) (Shazeer 2020), not act(in x).
         use_bias: Whether linear maps have a bias.
         norm: "layer" or "rms" (no mean, no bias).
         layer_norm_eps: Epsilon inside every norm.
-        pre_norm: Norms stand before each part, and one more at the end of the stack; else after each part.
+        pre_norm: Whether norms are before each part, and one at the end of the stack; else after each part.
         embedding_norm: Whether there is a norm after the embeddings.
-        attention_scale: What queries are multiplied by; None for the size of a head ** -0.5.
-        embedding_scale: What token vectors are multiplied by where they go in.
-        logit_scale: What the decoder's output is multiplied by before the vocabulary.
+        attention_scale: Factor on queries; None for the size of a head ** -0.5.
+        embedding_scale: Factor on the embedded tokens.
+        logit_scale: Factor on the decoder's output before the logits.
         logit_bias: Whether a bias is added to the logits.
-        tied: Logits are products with the table that the decoder reads from; else there is a matrix of its own.
-        shared_table: The decoder reads tokens from the encoder's table; else it has its own.
-        shared_if_untied: Whether that also holds where not tied.
+        tied: Whether logits are products with the table that the decoder reads from; else they have their own matrix.
+        shared_table: Whether the decoder reads tokens from the encoder's table; else it has its own.
+        shared_if_untied: Whether shared_table also counts if not tied.
         dropout: Rate after embeddings and after each part of a block.
         attention_dropout: Rate on the attention probabilities.
         activation_dropout: Rate inside the feed-forward part.
         drop_output: Whether dropout also follows the norm at the end of the stack.
         initializer_range: Standard deviation of freshly initialised weights, times fan_in ** -0.5 if scaled_init.
-        scaled_init: See initializer_range.
+        scaled_init: As in initializer_range.
         embedding_range: The same of token tables; None: initializer_range.
         num_labels: Outputs of a checkpoint's own head over labels.
         head_dropout: Rate inside that head.
-        decoder_start_token_id: What the decoder reads first.
+        decoder_start_token_id: The token that the decoder reads first.
         eos_token_id: The token that ends a sentence.
     """
 
@@ -120,7 +119,7 @@ class Seq2SeqConfig:
         return self.shared_table and (self.tied or self.shared_if_untied)
 
     def size_of_head(self, heads: int) -> int:
-        """Width of one of so many attention heads."""
+        """Width of a head, if there are so many."""
         return self.hidden_size // heads if self.head_size is None else self.head_size
 
 
@@ -150,7 +149,7 @@ class Embeddings(nn.Module):
 
     Attributes:
         config: Sizes and constants.
-        vocab_size: Rows of the token table; None: the table comes from outside.
+        vocab_size: Rows of the token table; None: the table is given in the call.
         dtype: Compute dtype.
     """
 
@@ -229,7 +228,7 @@ class Block(nn.Module):
             cfg.use_bias,
             cfg.attention_scale,
             cfg.hidden_size,
-            # Where scores are not scaled (T5), the initial queries are.
+            # If scores are not scaled (T5), the initial queries are.
             None if cfg.attention_scale is None else _scaled(init, cfg.size_of_head(heads) ** -0.5),
         )
         self.attention = attention()
@@ -262,7 +261,7 @@ class Block(nn.Module):
         cache: KeyValue | None = None,
         step: jax.Array | int = 0,
     ) -> tuple[jax.Array, KeyValue]:
-        """Returns the new x f[B, T, H], and the keys and values it saw: its own, or the cache with them at places step on."""
+        """The new x f[B, T, H], and self-attention's keys and values: those of x, or the cache with these added at step."""
 
         def before(norm: nn.Module, x: jax.Array) -> jax.Array:
             return norm(x).astype(self.dtype) if self.config.pre_norm else x
@@ -272,17 +271,17 @@ class Block(nn.Module):
             return x if self.config.pre_norm else norm(x).astype(self.dtype)
 
         y = before(self.attention_norm, x_BxTxH)
-        own = self.attention.keys_values(y)
+        keys_values = self.attention.keys_values(y)
         if cache is not None:
-            own = write_cache(cache, own, step)
-        y = self.attention(y, mask_BxTxS, deterministic, source=own, bias_BxNxTxS=bias_BxNxTxS)
+            keys_values = write_cache(cache, keys_values, step)
+        y = self.attention(y, mask_BxTxS, deterministic, source=keys_values, bias_BxNxTxS=bias_BxNxTxS)
         x = after(self.attention_norm, x_BxTxH, y)
         if source is not None and source_mask_BxTxS is not None:
             y = before(self.cross_attention_norm, x)
             y = self.cross_attention(y, source_mask_BxTxS, deterministic, source=source)
             x = after(self.cross_attention_norm, x, y)
         y = self._feed_forward(before(self.feed_forward_norm, x), deterministic)
-        return after(self.feed_forward_norm, x, y), own
+        return after(self.feed_forward_norm, x, y), keys_values
 
     def _feed_forward(self, x_BxTxH: jax.Array, deterministic: bool) -> jax.Array:
         y_BxTxF = ACTIVATIONS[self.config.activation](self.feed_forward_in(x_BxTxH))
@@ -292,7 +291,7 @@ class Block(nn.Module):
 
 
 def relative_bias(cfg: Seq2SeqConfig, heads: int, bidirectional: bool) -> RelativeBias:
-    """T5's positions."""
+    """The module of T5's relative positions, for so many heads."""
     init = nn.initializers.normal(cfg.initializer_range * (cfg.hidden_size**-0.5 if cfg.scaled_init else 1.0))
     return RelativeBias(heads, cfg.num_buckets, cfg.max_distance, bidirectional, init)
 

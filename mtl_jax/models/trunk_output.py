@@ -1,4 +1,4 @@
-"""What a trunk hands to the heads."""
+"""The interface between trunk and heads: the trunk's output, its token table, and its facts that tasks depend on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
 
 class Encoded(NamedTuple):
-    """A batch as the trunk sees it; each part is there only where a task of the run asks for it.
+    """The trunk's output for a batch; a field that no task of the run reads is None.
 
     Attributes:
         tokens: f[R, T, H], a vector for each token.
@@ -27,14 +27,14 @@ class Encoded(NamedTuple):
 
 
 def token_table(params: Any) -> jax.Array:
-    """The trunk's token table f32[V, E]: every trunk calls it word/embedding, on top or under embeddings.
+    """The trunk's token table f32[V, E]; its path in every trunk is word/embedding or embeddings/word/embedding.
 
     Raises:
-        UserError: There is none.
+        UserError: The trunk has no such table.
     """
-    for found in (params, params.get("embeddings", {})):
-        if "word" in found:
-            return found["word"]["embedding"]
+    for parent in (params, params.get("embeddings", {})):
+        if "word" in parent:
+            return parent["word"]["embedding"]
     raise UserError("the trunk has no token table that a head could share")
 
 
@@ -46,16 +46,16 @@ def with_token_table(params: Any, table_VxE: jax.Array) -> Any:
 
 
 class TrunkFacts(NamedTuple):
-    """What a task may ask about the run's trunk.
+    """Facts about the run's trunk that a task may depend on.
 
     Attributes:
         tokenizer: A transformers tokenizer.
         width: H, the size of its vectors.
-        table: V, E: shape of its token table; (0, 0): it has none.
-        decoder: The sizes of a decoder that belongs to it, of an encoder-decoder checkpoint or of a trunk from scratch; None.
-        head: Parameters of that decoder where they come with the trunk, else None.
-        start: The token that this decoder reads first.
-        encoder: The sizes of an encoder whose layers a decoder could start as; None.
+        table: V, E: shape of its token table; (0, 0) if it has none.
+        decoder: The sizes of the decoder of an encoder-decoder checkpoint or of a trunk from scratch, else None.
+        head: Parameters of that decoder if the checkpoint has them, else None.
+        start: The token that this decoder reads first, if it is known.
+        encoder: The sizes of an encoder whose layers a decoder could start as, else None.
     """
 
     tokenizer: Any
@@ -73,7 +73,7 @@ def segment_mean(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments:
     Args:
         hidden_RxTxH: Token vectors of R rows.
         segments_RxT: Segment of each token, counted from 1; 0 is padding.
-        num_segments: S, how many segments a row can hold.
+        num_segments: S, the most segments of a row.
 
     Returns:
         f32[R, S, H]; zeros for segments that have no token.

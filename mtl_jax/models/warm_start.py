@@ -1,5 +1,6 @@
-"""A decoder that starts as an encoder: its layers are the encoder's (Rothe et al., 2020: Leveraging Pre-trained Checkpoints for
-Sequence Generation Tasks).
+"""A decoder that starts as an encoder: its layers are initialised with the encoder's.
+
+Reference: S. Rothe et al., Leveraging Pre-trained Checkpoints for Sequence Generation Tasks, 2020.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
 
 def decoder_like(cfg: EncoderConfig, layers: int, positions: int, dropout: float) -> Seq2SeqConfig:
-    """Sizes and constants of a decoder whose blocks are those of an encoder, with cross-attention in between.
+    """Sizes and constants of a decoder with an encoder's blocks, and cross-attention in each.
 
     Args:
-        cfg: The encoder's; its token vectors are as wide as its layers.
-        layers: Of the decoder.
-        positions: Most tokens that it reads; no more than the encoder's.
+        cfg: The encoder's configuration; its token vectors are as wide as its layers.
+        layers: Number of the decoder's layers.
+        positions: Most tokens that it reads; not more than the encoder's.
         dropout: Rate after embeddings and after each part of a block.
     """
     return Seq2SeqConfig(
@@ -41,25 +42,25 @@ def decoder_like(cfg: EncoderConfig, layers: int, positions: int, dropout: float
     )
 
 
-def chosen(layers: int, of: int) -> list[int]:
+def spread_layers(layers: int, encoder_layers: int) -> list[int]:
     """The numbers of the encoder's layers that become the decoder's, evenly from the first to the last.
 
     Args:
-        layers: Of the decoder, at most as many as the encoder has.
-        of: Of the encoder.
+        layers: Number of the decoder's layers, at most encoder_layers.
+        encoder_layers: Number of the encoder's layers.
     """
-    return [round(i * (of - 1) / max(layers - 1, 1)) for i in range(layers)]
+    return [round(i * (encoder_layers - 1) / max(layers - 1, 1)) for i in range(layers)]
 
 
 def decoder_params(fresh: Any, trunk: Any, cfg: EncoderConfig) -> Any:
     """The parameters of a decoder_like() decoder that starts as the encoder.
 
     Self-attention, feed-forward and their norms are those of the encoder's layers, and cross-attention starts as their
-    self-attention; positions have the encoder's vectors for the first kind of token added.
+    self-attention. The encoder's vector of token type 0 is added to the position vectors.
 
     Args:
-        fresh: The decoder's parameters, of which shapes are taken, and what an encoder has not.
-        trunk: The encoder's.
+        fresh: The decoder's parameters: their shapes are kept, and the values of those that an encoder does not have.
+        trunk: The encoder's parameters.
         cfg: The encoder's configuration.
 
     Returns:
@@ -71,10 +72,10 @@ def decoder_params(fresh: Any, trunk: Any, cfg: EncoderConfig) -> Any:
     position_PxH = embeddings["position"]["embedding"][first : first + positions]
     if "token_type" in embeddings:
         position_PxH = position_PxH + embeddings["token_type"]["embedding"][0]
-    found = dict(fresh)
-    found["embeddings"] = {"position": {"embedding": position_PxH}, "norm": embeddings["norm"]}
-    for number, layer in enumerate(chosen(layers, cfg.num_layers)):
+    params = dict(fresh)
+    params["embeddings"] = {"position": {"embedding": position_PxH}, "norm": embeddings["norm"]}
+    for number, layer in enumerate(spread_layers(layers, cfg.num_layers)):
         block = trunk[f"layer_{layer}"]
-        across = {"cross_attention": block["attention"], "cross_attention_norm": block["attention_norm"]}
-        found[f"layer_{number}"] = {**block, **across}
-    return jax.tree.map(jnp.array, found)  # copies: the step donates its buffers
+        cross = {"cross_attention": block["attention"], "cross_attention_norm": block["attention_norm"]}
+        params[f"layer_{number}"] = {**block, **cross}
+    return jax.tree.map(jnp.array, params)  # copies: the step donates its buffers

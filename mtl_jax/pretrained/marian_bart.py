@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.encoder_decoder import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.layers import ACTIVATIONS
-from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.seq2seq_decoder import Decoder, RowClassifier
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig, sinusoidal_table
 from mtl_jax.pretrained.family import MOST_COMPUTED, TABLE, Family, Fields, translate

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.encoder_decoder import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.layers import ACTIVATIONS
-from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.pretrained.family import MOST_COMPUTED, TABLE, Family, Fields, translate

@@ -9,5 +9,5 @@ from mtl_jax.tasks.seq2seq import Seq2Seq as Seq2Seq
 from mtl_jax.tasks.span import Span as Span
 from mtl_jax.tasks.tagging import Tagging as Tagging
 
-# What an experiment may hold: a new kind is added here.
+# The kinds that an experiment's JSON and flags can name; a new kind is added here.
 AnyTask = Classification | MaskedLM | Multilabel | Regression | Seq2Seq | Span | Tagging

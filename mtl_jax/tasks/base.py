@@ -20,7 +20,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 
 # Outputs of N examples: f32[N, O], or a sequence of N arrays f32[len, O].
@@ -43,7 +43,7 @@ class Task(Configuration, abc.ABC):
         source: The source whose rows it labels.
         hidden: Width of a hidden ReLU layer in the head, 0 for none.
         dropout: Dropout rate in front of the head.
-        metric: The metric (one of metric_names) that stands for the task.
+        metric: The main metric, one of metric_names.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Task(Configuration, abc.ABC):
     dtype: ClassVar[type[np.generic]] = np.int32
     # How transfer.divergence compares two models' outputs: "softmax", "sigmoid", "number", or "" where it cannot.
     compared_as: ClassVar[str] = ""
-    # The advice on texts that stand in several rows with different labels; the first row counts.
+    # The advice on texts that occur in several rows with different labels; the first row counts.
     conflict_advice: ClassVar[str] = (
         "only the first row of a text is learned from; correct the labels, or give each text one row"
     )
@@ -112,7 +112,7 @@ class Task(Configuration, abc.ABC):
 
     @property
     def large(self) -> bool:
-        """Whether the head is so expensive that it gets only the rows of its own source: one that reads the token table."""
+        """Whether the head is so expensive that it gets only its source's rows: true if it reads the token table."""
         return "table" in self.needs
 
     @property
@@ -122,7 +122,7 @@ class Task(Configuration, abc.ABC):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Those of metrics() that can stand for a task: higher is better."""
+        """The metrics that can be the main one; higher is better."""
         return (self.metric,) if self.metric else ()
 
     @property
@@ -152,7 +152,7 @@ class Task(Configuration, abc.ABC):
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """Columns with texts, beside the source's, that a vocabulary must cover."""
+        """Columns with texts, in addition to the source's, that a vocabulary must cover."""
         return ()
 
     @property
@@ -229,7 +229,7 @@ class Task(Configuration, abc.ABC):
     def window_label(self, label: Any, window: Window) -> np.ndarray:
         """A window's label: [*label_shape], or [len] where labels are those of words or tokens.
 
-        By default the row's label stands on its first window.
+        By default the first window has the row's label, and the others have none.
 
         Args:
             label: The result of parse().

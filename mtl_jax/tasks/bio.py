@@ -108,7 +108,7 @@ class _Rules(NamedTuple):
 
     Attributes:
         type_O: Number of the entity type of each label, -1 for O.
-        needs_O: The entity type that the label before must have; -1 where any label may stand before.
+        needs_O: The entity type that the label before must have; -1 if any label may be before it.
         inside: The labels I-X.
         begin: For each of them B-X; I-X itself where the label set lacks B-X, so that it is never reached.
     """

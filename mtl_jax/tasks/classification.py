@@ -40,8 +40,8 @@ class Classification(Task):
         label_smoothing: Share of the target probability spread evenly over the labels.
         balanced: Whether an example's loss counts n / (K n_c): n_c of n training examples have its label, K labels occur there.
         class_weights: How much an example's loss counts, by its label; 1 for labels that are not named.
-        metric: The metric that stands for the task: accuracy, macro_f1, macro_recall, matthews; f1:LABEL, the F1 of one label;
-            f1:LABEL+LABEL, the mean F1 of several. tasks/metrics.py says which of them are TweetEval's.
+        metric: The main metric: accuracy, macro_f1, macro_recall, matthews; f1:LABEL, the F1 of one label;
+            f1:LABEL+LABEL, the mean F1 of several. tasks/metrics.py lists those of TweetEval.
     """
 
     column: str = "label"
@@ -139,7 +139,7 @@ class Classification(Task):
             return np.tile(self.prior(labels["train"]), (len(features["test"]), 1))
         models = []
         with warnings.catch_warnings():
-            # The weakest penalty may stop short of convergence; it is then judged on dev as it is.
+            # With the weakest penalty the fit may not converge; it is compared on dev all the same.
             warnings.filterwarnings("ignore", module="sklearn")
             for penalty in (0.001, 0.01, 0.1, 1.0):
                 model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=300))

@@ -18,7 +18,7 @@ import optax
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
-from mtl_jax.data.coverage import without_row
+from mtl_jax.data.coverage import missing_row_reason
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
@@ -46,7 +46,7 @@ class MaskedLM(Task):
         special: Ids that are never chosen.
         hidden: Must be 0: this head has no such layer.
         dropout: Dropout rate in front of the head.
-        metric: The metric that stands for the task: accuracy.
+        metric: The main metric: accuracy.
     """
 
     rate: float = 0.15
@@ -77,7 +77,9 @@ class MaskedLM(Task):
             )
         vocabulary, mask = min(len(tokenizer), self.vocabulary or len(tokenizer)), tokenizer.mask_token_id
         if mask >= vocabulary:
-            raise UserError(f"task {self.name!r}: {without_row(tokenizer, mask, vocabulary, 'the token table of the trunk')}")
+            raise UserError(
+                f"task {self.name!r}: {missing_row_reason(tokenizer, mask, vocabulary, 'the token table of the trunk')}"
+            )
         special = tuple(sorted(token for token in tokenizer.all_special_ids if token < vocabulary))
         return dataclasses.replace(self, mask=mask, vocabulary=vocabulary, special=special)
 

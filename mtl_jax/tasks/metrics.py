@@ -33,7 +33,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def names(metric: str) -> tuple[str, ...]:
-    """The metrics that can stand for a task: the four, and `metric` itself if it is f1:LABEL or f1:LABEL+LABEL."""
+    """The metrics that can be the main one: the four, and `metric` itself if it is f1:LABEL or f1:LABEL+LABEL."""
     return (*NAMES, metric) if metric.startswith(F1_OF) and len(metric) > len(F1_OF) else NAMES
 
 

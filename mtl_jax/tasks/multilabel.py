@@ -22,14 +22,14 @@ from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.reading import column, known, labelled, text_of
 
 YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
-INDICATORS = "where a row says yes or no for each label, give every label a column of its own and name them in columns"
+INDICATORS = "where a row says yes or no for each label, give each label its own column and name these in columns"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Multilabel(Task):
     """Any number of a set of labels, none included, for each text or pair of texts.
 
-    The labels of a row stand in one column, or there is a column for each label that says whether it applies.
+    The labels of a row are in one column, or each label has a column with yes or no.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
@@ -44,7 +44,7 @@ class Multilabel(Task):
             in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
-        metric: The metric that stands for the task: micro_f1, macro_f1 or exact_match.
+        metric: The main metric: micro_f1, macro_f1 or exact_match.
     """
 
     column: str = "labels"
@@ -74,7 +74,7 @@ class Multilabel(Task):
         if self.columns and self.labels not in ((), self.columns):
             raise UserError(f"task {self.name!r}: its columns are its labels; leave labels empty")
         if not self.separator:
-            raise UserError(f"task {self.name!r}: separator is empty; give the text that stands between two labels")
+            raise UserError(f"task {self.name!r}: separator is empty; give the text between two labels")
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:

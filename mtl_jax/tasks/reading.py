@@ -23,7 +23,7 @@ def column(row: Row, name: str, task: Labels) -> Any:
     if name not in row.columns:
         raise UserError(
             f"{row.where}: source {task.source!r} has no column {name!r} for task {task.name!r}; "
-            f"columns: {listed(row.columns)} (where a row has no label, it is null or empty there)"
+            f"columns: {listed(row.columns)} (a row without a label has null or an empty value)"
         )
     return row.columns[name]
 
@@ -37,7 +37,7 @@ def text_of(row: Row, name: str, task: Labels) -> str | None:
     value = column(row, name, task)
     if value is not None and not isinstance(value, str):
         raise UserError(
-            f"{row.where}: task {task.name!r}: column {name!r} holds a list, {shown(repr(value))}; one value is needed"
+            f"{row.where}: task {task.name!r}: column {name!r} has a list, {shown(repr(value))}; one value is needed"
         )
     return value
 

@@ -26,7 +26,7 @@ class Regression(Task):
     """One number for each text, or pair of texts.
 
     The head outputs label / scale, and the loss is its squared error: with `scale` near the labels' standard deviation a
-    regression loss starts near 1, beside cross-entropies of the same order.
+    regression loss starts near 1, the order of the cross-entropies of other tasks.
 
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
@@ -38,7 +38,7 @@ class Regression(Task):
         unlabelled: The values that mean "no label". Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
-        metric: The metric that stands for the task: pearson or spearman.
+        metric: The main metric: pearson or spearman.
     """
 
     column: str = "label"

@@ -28,7 +28,7 @@ from mtl_jax.tasks.reading import column
 
 
 class Gold(NamedTuple):
-    """The answer that a row is trained on: its first character in the context, and its text, "" where there is none."""
+    """The gold answer for training: its first character in the context, and its text, "" if there is no answer."""
 
     start: int
     text: str
@@ -53,7 +53,7 @@ class Span(Task):
         no_answer_threshold: "No answer" is predicted where its score exceeds the best span's by more than this; inf: never.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
-        metric: The metric that stands for the task: f1 or exact.
+        metric: The main metric: f1 or exact.
     """
 
     column: str = "answers"

@@ -52,7 +52,7 @@ class Tagging(Task):
         class_weights: How much a word's loss counts, by its label; 1 for labels that are not named.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
-        metric: The metric that stands for the task: entity_f1, entity_precision, entity_recall or token_accuracy. Empty: the
+        metric: The main metric: entity_f1, entity_precision, entity_recall or token_accuracy. Empty: the
             first of them for entities, else the last.
     """
 

@@ -56,7 +56,7 @@ def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
         chosen.append(transforms.every_row_twice)
     if plan.weightless:
         # On several hosts the rows of a source are not in one piece.
-        counts = prepared.schedule.same(range(plan.start, plan.end)) if jax.process_count() == 1 else None
+        counts = prepared.schedule.constant_counts(range(plan.start, plan.end)) if jax.process_count() == 1 else None
         multiple = experiment.batch.accumulate * meshes.shards(prepared.mesh)
         rows = batch_parts.weighted_rows(tasks, plan.weightless, counts, multiple)
         chosen.append(functools.partial(transforms.without_tasks, tasks=plan.weightless, rows=rows))

@@ -16,8 +16,8 @@ from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, stream
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.data.mixture import InTurn
-from mtl_jax.data.stream import Stretch
+from mtl_jax.data.mixture import ScheduleSequence
+from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient, phase_plan, text_evaluation
@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
 
     experiment: Experiment
     corpus: Corpus
-    schedule: InTurn
+    schedule: ScheduleSequence
     trunk: Trunk
     params: Any
     plans: list[PhasePlan]
@@ -120,17 +120,17 @@ def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Table
             corpus.notes.extend(coverage.language_remarks(f"source {source.name}", parts, tasks, tokenizer))
 
 
-def stretches(experiment: Experiment) -> tuple[Stretch, ...]:
+def stretches(experiment: Experiment) -> tuple[MixturePhase, ...]:
     """The mixtures of a run: those that phases name, and that of the batches over phases in a row that name none."""
     batch, found = experiment.batch, []
     own: list[bool] = []
     for phase in experiment.phases:
         if phase.mixture:
-            found.append(Stretch(phase.steps, phase.mixture, "", phase.shares))
+            found.append(MixturePhase(phase.steps, phase.mixture, "", phase.shares))
         elif own and not own[-1]:
             found[-1] = found[-1]._replace(steps=found[-1].steps + phase.steps)
         else:
-            found.append(Stretch(phase.steps, batch.mixture, batch.mixture_end, batch.shares))
+            found.append(MixturePhase(phase.steps, batch.mixture, batch.mixture_end, batch.shares))
         own.append(bool(phase.mixture))
     return tuple(found)
 

@@ -14,7 +14,7 @@ from mtl_jax.core.progress import Progress
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.targets import decoder
 from mtl_jax.decoding import GenerationConfig
-from mtl_jax.models.seq2seq import Seq2Seq as EncoderDecoder
+from mtl_jax.models.encoder_decoder import Seq2Seq as EncoderDecoder
 from mtl_jax.tasks import Seq2Seq
 from mtl_jax.training import mesh as meshes
 from mtl_jax.transfer.adapters import as_module

@@ -94,7 +94,7 @@ TWO_STEPS = ("--phases.0.steps", "1", "--phases.1.steps", "1")
         (["--tasks.2.dropout", "1"], "task 'fine': dropout is 1.0"),
         (["--phases.1.learning-rate", "-1"], "phase 'everything': learning_rate is -1.0"),
         (["--sources.0.path", "/tmp"], "/tmp: a directory; a source needs a file"),
-        (["--sources.0.group-pattern", "("], "source 'ratings': group_pattern is no regular expression"),
+        (["--sources.0.group-pattern", "("], "source 'ratings': group_pattern is not a regular expression"),
         (["--distributed", "here"], "--distributed 'here': give auto, or HOST:PORT,INDEX,COUNT"),
         (["--weighting", "cagrad", "--weighting-options", "d", "1"], "unknown option of weighting 'cagrad': 'd'"),
         (["--optimizer.name", "lion"], "unknown optimizer 'lion'; choices: adamw, adam, sgd"),

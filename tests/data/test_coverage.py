@@ -13,7 +13,7 @@ from mtl_jax import Classification, MaskedLM, Seq2Seq, Source, pretrained
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import coverage
 from mtl_jax.data.coverage import Tables
-from mtl_jax.data.examples import make_part
+from mtl_jax.data.examples import read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.ragged import Ragged
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
@@ -28,7 +28,7 @@ SIZE = len(BERT)
 def test_the_first_token_beyond_a_table(arrays, rows, ragged):
     wanted = {i: next(t for t in array if t >= rows) for i, array in enumerate(arrays) if any(t >= rows for t in array)}
     given_arrays = Ragged.of(arrays, np.int32) if ragged else [np.array(array, np.int32) for array in arrays]
-    assert coverage.beyond(given_arrays, rows) == wanted
+    assert coverage.out_of_range(given_arrays, rows) == wanted
 
 
 def part(texts, *, pair=None, tasks=(), tokenizer=BERT, length=64):
@@ -36,7 +36,9 @@ def part(texts, *, pair=None, tasks=(), tokenizer=BERT, length=64):
     rows = [
         Row({**columns, **(text if isinstance(text, dict) else {"text": text})}, f"f:{i}") for i, text in enumerate(texts, 1)
     ]
-    return make_part(Source(name="s", path="", text="text", pair=pair or ""), tasks, rows, tokenizer, length, "rows").examples
+    return read_examples(
+        Source(name="s", path="", text="text", pair=pair or ""), tasks, rows, tokenizer, length, "rows"
+    ).examples
 
 
 def facts(tokenizer, rows):
@@ -58,7 +60,7 @@ def with_token(token="<ent>"):
 
 def test_a_token_beyond_the_table_is_named_with_its_line():
     examples = part(["ab", "a <ent>", "<ent>", "b"], tokenizer=with_token())
-    found = coverage.unfit(examples, with_token(), Tables(SIZE))
+    found = coverage.unreadable_rows(examples, with_token(), Tables(SIZE))
     assert [*found] == [1, 2]
     assert found[1].startswith(f"the token '<ent>' has the id {SIZE}, but the token table of the trunk has {SIZE} rows; ")
     with pytest.raises(UserError, match="f:2: the token '<ent>'"):
@@ -123,11 +125,11 @@ def test_unknown_targets_are_a_line_too():
 
 
 def test_a_word_of_a_list_or_of_a_slow_tokenizer(tmp_path):
-    assert coverage.example(BERT, ["ab", "电影", "cd"]) == "电"
-    assert coverage.example(BERT, None) is None
+    assert coverage.unknown_piece(BERT, ["ab", "电影", "cd"]) == "电"
+    assert coverage.unknown_piece(BERT, None) is None
     slow = pretrained.load_tokenizer(tiny_seq2seq.write_marian(tmp_path / "marian"))
     assert not slow.is_fast
-    assert coverage.example(slow, "the film 电影") == "电影"
+    assert coverage.unknown_piece(slow, "the film 电影") == "电影"
 
 
 class Telling:
@@ -146,9 +148,9 @@ def test_languages_that_nobody_chose_are_refused_or_said():
     """mBART takes English for both sides."""
     unsaid, said = Telling(BERT), Telling(BERT, src_lang="l1_XX", tgt_lang="l2_XX")
     task = Seq2Seq(name="t", source="s", column="target")
-    with pytest.raises(UserError, match=r"nothing says which; .*; languages: l0_XX, .*, l9_XX and 15 more"):
+    with pytest.raises(UserError, match=r"none is set; .*; languages: l0_XX, .*, l9_XX and 15 more"):
         task.on(facts(unsaid, SIZE))
-    with pytest.raises(UserError, match="nothing says which"):
+    with pytest.raises(UserError, match="none is set"):
         task.on(facts(Telling(BERT, src_lang="l1_XX"), SIZE))
     for tokenizer, lines in ((unsaid, ["s: the tokenizer marks every text as en_XX; "]), (said, []), (BERT, [])):
         found = coverage.language_remarks("s", [part(["a"])], (), tokenizer)
@@ -168,7 +170,7 @@ def test_texts_that_do_not_say_what_to_write(tmp_path):
     texts = [">>fra<< the film", "a song", ">>spa<< the"]
     examples = part(texts, tokenizer=marian)
     (line,) = coverage.language_remarks("s", [examples], (seq2seq(SIZE),), marian)
-    assert line == "s: 1 of 3 texts do not begin with the language that the checkpoint is to write (>>fra<<, >>spa<<)"
+    assert line == "s: 1 of 3 texts do not begin with the language that the checkpoint shall write (>>fra<<, >>spa<<)"
     assert coverage.language_remarks("s", [part([texts[0]], tokenizer=marian)], (seq2seq(SIZE),), marian) == []
     label = Classification(name="c", source="s", column="target")
     assert coverage.language_remarks("s", [examples], (label,), marian) == []

@@ -55,7 +55,7 @@ def test_a_split_without_any_label(tmp_path, tokenizer):
     ("task", "label", "message"),
     [
         (TASK, "z", r"label 'z' is not in the label set \(x, y\)"),
-        (TASK, ["x"], "column 'label' holds a list"),
+        (TASK, ["x"], "column 'label' has a list"),
         (Regression(name="t", source="s"), "nan", "label 'nan' is not a number"),
         (Tagging(name="t", source="s", column="label", labels=("O", "B-x")), "O O", r"words and 2 tags"),
     ],
@@ -78,7 +78,7 @@ def test_a_label_that_cannot_be_read_is_an_error_or_left_out(tmp_path, tokenizer
     assert "1 row that cannot be read left out" in found.notes[0]
 
 
-@pytest.mark.parametrize(("label", "message"), [({}, "no column 'label'.* it is null"), ({"label": ["x"]}, "holds a list")])
+@pytest.mark.parametrize(("label", "message"), [({}, "no column 'label'.* has null"), ({"label": ["x"]}, "has a list")])
 def test_a_training_row_without_a_readable_label_is_an_error_or_left_out(tmp_path, tokenizer, label, message):
     """Also where the labels are found in these rows."""
     task = Classification(name="t", source="s", column="label")
@@ -113,7 +113,7 @@ def test_a_long_text_that_one_task_reads_to_the_end(tmp_path, tokenizer):
     train = [{"text": "the man " * n, "label": "O O " * n, "kind": "x"} for n in (1, 30, 40)]
     parts = {name: [{"text": f"{name} song", "label": "O O", "kind": "y"}] for name in ("good", "bad")}
     found = corpus(tmp_path, tokenizer, tasks=(tags, whole), train=train, dev=parts["good"], test=parts["bad"])
-    assert "2 long texts read in 5 further windows of 24 tokens, of which whole sees the first one only" in found.notes[0]
+    assert "2 long texts read in 5 further windows of 24 tokens, of which whole reads the first only" in found.notes[0]
 
 
 def test_a_tag_of_no_entity_is_an_error_or_left_out(tmp_path, tokenizer):

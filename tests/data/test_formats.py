@@ -143,9 +143,9 @@ def test_answers_as_squad_and_the_hub_write_them(answers):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a"', "a:2: no JSON (Expecting ',' delimiter at column 13)"),
+        ('{"text": "a"', "a:2: not JSON (Expecting ',' delimiter at column 13)"),
         ('["a"]', "a:2: not a JSON object"),
-        ('{"text": NaN}', "a:2: NaN is no JSON; write null where there is no value"),
+        ('{"text": NaN}', "a:2: NaN is not JSON; write null where there is no value"),
         ('{"text": "\\ud83d"}', "a:2: an escape \\ud... that is only half of a character"),
         ('{"a.b": 1, "a": {"b": 2}}', "a:2: two values of column 'a.b'"),
         ('{"answers": {"text": ["a"], "answer_start": []}}', "a:2: 1 answer at 0 places"),
@@ -177,7 +177,7 @@ def test_a_row_of_jsonl_without_its_text_is_named(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl:2: the text column 'text' is empty"):
         read(Source(name="a", path=path, format="jsonl"))
     path = write(tmp_path / "a.jsonl", '{"text": ["a", null]}\n')
-    with pytest.raises(UserError, match="a list of something else than words"):
+    with pytest.raises(UserError, match="a list of values other than words"):
         read(Source(name="a", path=path, format="jsonl"))
 
 
@@ -333,7 +333,7 @@ def test_the_same_question_about_another_context_is_another_row(tmp_path):
     [
         (
             [question("q", ("308", 20))],
-            r"a\.json: data\[0\]\.paragraphs\[0\]\.qas\[0\] \(question q\): the answer '308' is not .* at 20, where ' 30'",
+            r"a\.json: data\[0\]\.paragraphs\[0\]\.qas\[0\] \(question q\): the answer '308' is not .* at 20; .* ' 30' there",
         ),
         (
             [question("q", ("points.", 30))],
@@ -343,7 +343,7 @@ def test_the_same_question_about_another_context_is_another_row(tmp_path):
         ([question("q", ("", 3))], "the answer '' is not in the context at 3"),
         (
             [question("p"), question("q"), question("r"), question("q")],
-            r"qas\[3\] \(question q\): the id 'q' stands already at .*\.json: data\[0\]\.paragraphs\[0\]\.qas\[1\] ",
+            r"qas\[3\] \(question q\): the id 'q' occurs already at .*\.json: data\[0\]\.paragraphs\[0\]\.qas\[1\] ",
         ),
         ([{"id": "q"}], r"qas\[0\] \(question q\): not in SQuAD's format: no 'answers'"),
         ([{}], r"data\[0\]\.paragraphs\[0\]\.qas\[0\]: not in SQuAD's format: no 'id'"),
@@ -360,7 +360,7 @@ def test_bad_questions_are_named(tmp_path, questions, message):
 
 def test_ids_of_questions_are_checked_without_being_asked(tmp_path):
     path = squad(tmp_path, question("q"), question("q"))
-    with pytest.raises(UserError, match=r"\(question q\): the id 'q' stands already at"):
+    with pytest.raises(UserError, match=r"\(question q\): the id 'q' occurs already at"):
         read(Source(name="a", path=path, **{name: value for name, value in SQUAD.items() if name != "id"}))
 
 
@@ -377,10 +377,10 @@ def test_a_bad_question_is_skipped_alone(tmp_path):
     [
         (b"", "the file is empty"),
         (b'{"data": []}', "the file has no rows"),
-        (b'{"data":\n[}', r"a:2: no JSON"),
+        (b'{"data":\n[}', r"a:2: not JSON"),
         (b'{"data":\n"caf\xe9"}', "a:2: not UTF-8"),
         (b"[1]", "no list 'data' of articles"),
-        (b'{"data": [NaN]}', "NaN is no JSON"),
+        (b'{"data": [NaN]}', "NaN is not JSON"),
         (b'{"data": [1]}', r"data\[0\]: not in SQuAD's format: no 'paragraphs'"),
     ],
 )
@@ -447,7 +447,7 @@ def test_ranges_and_empty_nodes_are_no_words(tmp_path, between):
     found = list(READERS["conll"](path, source))
     assert [row.columns["text"] for row in found] == [["I", "do", "n't"], ["Hi"], ["a", "b", "c"]]
     assert [row.columns["id"] for row in found] == [["1", "2", "3"], ["1"], ["4", "5", "6"]]
-    assert [row.no_words for row in found] == [(1, 1), (0, 1), (1, 0)]
+    assert [row.non_words for row in found] == [(1, 1), (0, 1), (1, 0)]
     # Places are those of the words' own lines.
     assert [row.where_word(1).rpartition(":")[2] for row in (found[0], found[2])] == ["6", "15"]
 
@@ -475,7 +475,7 @@ def test_ids_of_fewer_columns_are_left_alone(tmp_path):
 def test_a_sentence_of_ranges_alone_is_an_error(tmp_path):
     path = write(tmp_path / "a.conllu", universal("1|I") + "\n" + universal("1-2|don't"))
     assert (
-        rows(path, format="conll", columns=IDS)[1] == "a.conllu:3: a sentence without words, it has ranges or empty nodes only"
+        rows(path, format="conll", columns=IDS)[1] == "a.conllu:3: a sentence without words; it has ranges or empty nodes only"
     )
 
 
@@ -517,7 +517,7 @@ def test_blanks_that_look_like_spaces_are_named(tmp_path):
         ('\n[{"text": "a"},\n{"text": "b"}]\n', "a.jsonl:2: the file is a JSON array"),
         (json.dumps({"text": "a"}, indent=1), "the object does not end on its line, .* jq -c \\.$"),
         ('{"text": "a",\n"b": "c"}\n', "the object does not end on its line"),
-        (json.dumps([{"text": "x" * 1_000_000}]), "longer than 1,000,000 bytes; is it a JSON array, in the place of"),
+        (json.dumps([{"text": "x" * 1_000_000}]), "longer than 1,000,000 bytes; is it a JSON array, not an object"),
     ],
 )
 def test_one_json_value_is_no_jsonl(tmp_path, content, message, lenient):
@@ -531,7 +531,7 @@ def test_a_list_or_half_a_line_among_objects_is_one_bad_row(tmp_path):
     assert good[0] == {"text": "a"}
     assert [message.partition(": ")[2][:17] for message in bad] == [
         "not a JSON object",
-        "no JSON (Expectin",
+        "not JSON (Expecti",
         "not a JSON object",
     ]
 

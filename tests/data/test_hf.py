@@ -76,8 +76,8 @@ def test_splits_stay_on_disk(stored):
     ("path", "message"),
     [
         ("hf:STORED/splits#dev", "no split 'dev'; splits: train, test"),
-        ("hf:STORED/whole#train", "holds one data set without splits; leave '#train' out"),
-        ("hf:STORED/nothing", "no data set that save_to_disk wrote"),
+        ("hf:STORED/whole#train", "has one data set without splits; leave '#train' out"),
+        ("hf:STORED/nothing", "not a data set written by save_to_disk"),
         ("hf:alone", "named hf:ORG/NAME or hf:ORG/NAME/CONFIG; a directory starts with / or ."),
         ("hf:no/such#train", "hf:no/such#train: not in the cache of `datasets`, and MTL_JAX_OFFLINE or HF_HUB_OFFLINE is set"),
     ],

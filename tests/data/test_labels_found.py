@@ -96,10 +96,10 @@ def test_records_on_disk_are_drawn_alike(tmp_path, monkeypatch):
     monkeypatch.setattr("mtl_jax.data.splits._open", lambda source, path: Records(path, rows, {}))
     splits = read(Source(name="s", path="hf:any", limit=5))
     assert [len(splits.rows[split]) for split in ("train", "dev", "test")] == [5, 5, 5]
-    assert {row.columns["label"] for row in splits.file} == {*(f"c{n}" for n in range(20)), "new"}
-    assert label_notes.other_labels(CLASS.filled(splits.file, None), splits.again) == [
-        "task t: 1 of the repeated texts has another label than the row that stays: hf:any: record 200 has 'new' where "
-        f"hf:any: record 0 has 'c0'; {CLASS.several}"
+    assert {row.columns["label"] for row in splits.all_rows} == {*(f"c{n}" for n in range(20)), "new"}
+    assert label_notes.conflicting_labels(CLASS.filled(splits.all_rows, None), splits.repeats) == [
+        "task t: 1 of the repeated texts has another label than the row that is kept: hf:any: record 200 has 'new' where "
+        f"hf:any: record 0 has 'c0'; {CLASS.conflict_advice}"
     ]
 
 
@@ -111,7 +111,7 @@ def test_a_label_whose_only_row_is_dropped_counts(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     assert told(found) == [
         "1 of its 3 labels is on no training row: rare",
-        f"1 of the repeated texts has another label than the row that stays: {path}:101 has 'rare' where {path}:2 has 'b'; "
+        f"1 of the repeated texts has another label than the row that is kept: {path}:101 has 'rare' where {path}:2 has 'b'; "
         "for several labels of a text, put them in one row and declare a Multilabel; else correct them",
     ]
 
@@ -133,7 +133,7 @@ def test_a_single_label_is_said(tmp_path, tokenizer):
 )
 def test_labels_that_nothing_teaches(task, values, lines):
     task = type(task)(name="t", source="s", labels=("a", "b", "c"))
-    found = label_notes.unlearned(task, Examples("s", 0, [], {"t": values}))
+    found = label_notes.absent_labels(task, Examples("s", 0, [], {"t": values}))
     assert [line.removeprefix("task t: ") for line in found] == lines
 
 
@@ -155,7 +155,7 @@ def test_labels_that_nothing_teaches(task, values, lines):
 )
 def test_repeated_texts_with_another_label(task, first, again, differ):
     rows = [Row({"text": "two words", "label": label}, f"a.csv:{line}") for line, label in enumerate((first, again), start=1)]
-    lines = label_notes.other_labels(task.filled(rows, None), [(rows[1], rows[0])])
+    lines = label_notes.conflicting_labels(task.filled(rows, None), [(rows[1], rows[0])])
     assert len(lines) == differ
     assert all(re.search(r"a\.csv:2(, word 2,)? has .* where a\.csv:1(, word 2,)? has", line) for line in lines)
     assert all(line.endswith(task.conflict_advice) for line in lines)
@@ -166,19 +166,19 @@ def test_the_word_whose_tag_differs_is_shown(tmp_path):
     path.write_text("".join(f"the O\nman B-{kind}\n\nfilm{n} O\n\n" for n, kind in enumerate("xyx")) * 9, encoding="utf-8")
     source = Source(name="s", path=str(path), format="conll", columns=("text", "label"), cut_dev=0.3, cut_test=0.3)
     splits = read(source)
-    (line,) = label_notes.other_labels(TAGS.filled(splits.file, None), splits.again)
-    assert line.startswith("task t: 9 of the repeated texts have another label than the row that stays: ")
+    (line,) = label_notes.conflicting_labels(TAGS.filled(splits.all_rows, None), splits.repeats)
+    assert line.startswith("task t: 9 of the repeated texts have another label than the row that is kept: ")
     assert f"{path}:7 has 'B-y' where {path}:2 has 'B-x'" in line
 
 
 def test_long_format_says_what_it_loses(tmp_path, tokenizer):
     """Also where the text that a training row repeats is an official one."""
     rows = [(f"film was {number}", label) for number in range(100) for label in "ab"]
-    line = f"100 of the repeated texts have another label than the row that stays: .*; {CLASS.several}"
+    line = f"100 of the repeated texts have another label than the row that is kept: .*; {CLASS.conflict_advice}"
     assert re.fullmatch(line, told(corpus(tmp_path, tokenizer, CLASS, rows))[-1])
     dev = write(tmp_path / "dev.jsonl", ("film was 3", "c"))
     found = read(Source(name="s", path=str(tmp_path / "a.jsonl"), dev_path=dev, format="jsonl"))
-    pairs = [(row.columns["label"], first.columns["label"]) for row, first in found.again]
+    pairs = [(row.columns["label"], first.columns["label"]) for row, first in found.repeats]
     assert (len(pairs), pairs.count(("a", "c")), pairs.count(("b", "c")), found.repeated) == (101, 1, 1, 101)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import mixture
-from mtl_jax.data.mixture import InTurn, Schedule, schedule, shares
+from mtl_jax.data.mixture import Schedule, ScheduleSequence, schedule, shares
 
 SIZES = {"a": 100_000, "b": 10_000, "c": 1_000}
 
@@ -105,10 +105,15 @@ def test_uniform_gives_the_same_rows_in_every_step():
 def test_steps_that_have_the_same_rows_of_every_source():
     even, odd = Schedule({"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 0.5}, 4, 10), {"a": 0.3, "b": 0.7}
     only_b = Schedule({"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, 4, 10)
-    turns = InTurn((even, Schedule(odd, odd, 4, 10), only_b, only_b))
-    assert turns.same(range(10)) == {"a": 2, "b": 2}
-    assert turns.same(range(9, 11)) is turns.same(range(12, 15)) is turns.same(range(5, 25)) is None
-    assert turns.same(range(20, 40)) == turns.same(range(35, 99)) == {"a": 0, "b": 4}
+    turns = ScheduleSequence((even, Schedule(odd, odd, 4, 10), only_b, only_b))
+    assert turns.constant_counts(range(10)) == {"a": 2, "b": 2}
+    assert (
+        turns.constant_counts(range(9, 11))
+        is turns.constant_counts(range(12, 15))
+        is turns.constant_counts(range(5, 25))
+        is None
+    )
+    assert turns.constant_counts(range(20, 40)) == turns.constant_counts(range(35, 99)) == {"a": 0, "b": 4}
 
 
 def test_a_small_source_is_seen_in_some_steps_only():
@@ -131,11 +136,11 @@ def test_the_capacity_is_the_most_of_any_step_and_its_bound_is_one(first, last, 
     )
     every = [run.counts(step) for step in range(steps)]
     assert run.capacity() == {name: max(counts[name] for counts in every) for name in names}
-    limit, mixture.WHOLE_RUN = mixture.WHOLE_RUN, 0
+    limit, mixture.EXACT_ROWS = mixture.EXACT_ROWS, 0
     try:
         bound = run.capacity()
     finally:
-        mixture.WHOLE_RUN = limit
+        mixture.EXACT_ROWS = limit
     assert all(rows >= bound[name] >= max(counts[name] for counts in every) for name in names)
 
 
@@ -163,7 +168,7 @@ def test_a_long_run_goes_on_exactly_at_any_step():
         ("temperature:t=inf", "", {}, "t must be a number above 0"),
         ("uniform", "capped:cap=-5", {}, "batch.mixture_end is 'capped:cap=-5'; cap must be a number above 0"),
         ("fixed", "", {}, "batch.shares is empty"),
-        ("fixed", "", {"a": 1, "b": 1}, "batch.shares misses c"),
+        ("fixed", "", {"a": 1, "b": 1}, "batch.shares lacks c"),
         ("fixed", "", {"a": 1, "b": 1, "c": 1, "d": 1}, "unknown source in batch.shares: 'd'"),
         ("fixed", "", {"a": 1, "b": -1, "c": 1}, "batch.shares: b is -1; a share must be a finite number"),
         ("fixed", "", {"a": 1, "b": math.nan, "c": 1}, "batch.shares: b is nan"),

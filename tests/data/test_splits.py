@@ -99,7 +99,7 @@ def test_a_text_of_the_test_file_leaves_the_training_rows(tmp_path):
 
 @given(st.text(), st.integers(0, 5), st.floats(0, 0.5), st.floats(0, 0.49))
 def test_a_cut_is_always_a_split(key, seed, dev, test):
-    split = sources.cut(key, seed, {"dev": dev, "test": test})
+    split = sources.split_of(key, seed, {"dev": dev, "test": test})
     assert split in sources.SPLITS
     assert not (split == "dev" and dev == 0)
     assert not (split == "test" and test == 0)
@@ -117,7 +117,7 @@ def test_a_cut_is_always_a_split(key, seed, dev, test):
         ("label\ttext\ttext\n1\tx\ty\n", {}, r"a\.tsv: there are two columns 'text'"),
         ("label\ttext\n1\tx\n", {"pair": "other"}, r"has no pair column 'other'"),
         ("label\ttext\n1\tx\n", {"id": "key"}, r"has no id column 'key'"),
-        ("label\ttext\n1\tx\n1\ty\n", {"id": "label"}, r"a\.tsv:3: the id '1' stands already at .*a\.tsv:2"),
+        ("label\ttext\n1\tx\n1\ty\n", {"id": "label"}, r"a\.tsv:3: the id '1' occurs already at .*a\.tsv:2"),
         ("label\ttext\n1\tx\n", {"limit": -1}, "limit is -1"),
         ("label\ttext\n1\tx\n", {"limit_train": -1}, "limit_train is -1"),
         ("1 x\n", {"format": "lines", "columns": ("a",)}, "columns cannot be given for format lines"),
@@ -127,7 +127,7 @@ def test_a_cut_is_always_a_split(key, seed, dev, test):
         ("label\ttext\n1\tx\n", {"format": "xml"}, "unknown format of source 'a': 'xml'; choices: csv, tsv, lines"),
         ("label\ttext\n1\tx\n", {"cut_dev": 0.6, "cut_test": 0.6}, "sum below 1"),
         ("1 x\nbad\n", {"format": "lines", "pattern": r"(?P<l>\d) (?P<text>.+)"}, r"a\.tsv:2: the line does not match"),
-        ("1 x\n", {"format": "lines", "pattern": "("}, "no regular expression"),
+        ("1 x\n", {"format": "lines", "pattern": "("}, "not a regular expression"),
         ("label\ttext\n1\tx\n", {"group": "doc"}, r"a\.tsv:2: source 'a' has no group column 'doc'"),
     ],
 )
@@ -246,12 +246,12 @@ def test_no_source_teaches_what_another_tests(tmp_path):
         name: read(Source(name=name, path=files[name], dev_path=files[f"{name}_dev"], test_path=files[f"{name}_test"]))
         for name in "ab"
     }
-    found = sources.apart(read_both)
+    found = sources.without_shared_texts(read_both)
     assert texts(found["a"])["train"] == [f"text {i}" for i in range(10) if i not in (3, 5)]
     assert texts(found["b"])["train"] == [f"text {i}" for i in range(20) if i not in (3, 5)]
-    assert [(found[name].repeated, found[name].elsewhere) for name in "ab"] == [(1, 1), (1, 1)]
+    assert [(found[name].repeated, found[name].shared) for name in "ab"] == [(1, 1), (1, 1)]
     assert texts(found["a"])["test"] == ["text 3", "text 51"]
-    assert sources.apart(found)["a"].elsewhere == 0
+    assert sources.without_shared_texts(found)["a"].shared == 0
 
 
 def test_few_training_rows_beside_all_of_dev_and_test(tmp_path):
@@ -313,7 +313,7 @@ def test_a_path_that_may_not_be_looked_at(tmp_path, monkeypatch):
 )
 def test_patterns_that_do_not_compile(tmp_path, field, pattern):
     source = Source(name="a", path=write(tmp_path / "a.txt", "x\n"), format="lines", **{field: pattern})
-    with pytest.raises(UserError, match=rf"source 'a': {field} is no regular expression \(") as caught:
+    with pytest.raises(UserError, match=rf"source 'a': {field} is not a regular expression \(") as caught:
         read(source)
     assert len(str(caught.value)) < 300
 
@@ -333,12 +333,12 @@ def test_fields_of_another_type(fields, message):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (4, {"cut_dev": 0.9, "cut_test": 0.05}, "of its 4 distinct texts none is left beside dev and test: give it more rows"),
-        (4, {}, r"none fell into the share of 0\.1 that is drawn: give it more rows, a larger cut_test, another cut_seed, or"),
+        (4, {"cut_dev": 0.9, "cut_test": 0.05}, "of its 4 distinct texts none is left after dev and test: give it more rows"),
+        (4, {}, r"none fell into the share of 0\.1: give it more rows, a larger cut_test, another cut_seed, or"),
         (60, {"cut_dev": 0.0}, "split dev is empty .*; cut_dev is 0: make it a share of the texts, or name a dev_path"),
         (60, {"cut_test": 0.0}, "cut_test is 0: make it a share of the texts, or name a test_path"),
         (60, {"group": "label", "group_pattern": "."}, "of its 2 distinct documents none fell into"),
-        (4, {"same": True}, "the texts of all its 4 rows stand in dev or test: name another path"),
+        (4, {"same": True}, "the texts of all its 4 rows are in dev or test: name another path"),
     ],
 )
 def test_an_empty_split_says_what_to_change(tmp_path, rows, options, message):
@@ -369,8 +369,8 @@ def test_what_is_left_out_of_universal_dependencies_is_counted(tmp_path, caplog)
     path = write(tmp_path / "a.conllu", "".join(map(sentence, range(60))))
     source = Source(name="a", path=path, format="conll", columns=names)
     splits = read(source)
-    assert splits.no_words == (60, 60)
-    assert sources.left_out(splits.no_words) == "60 ranges and 60 empty nodes are not words and left out"
+    assert splits.non_words == (60, 60)
+    assert sources.non_word_remark(splits.non_words) == "60 ranges and 60 empty nodes are not words and left out"
     assert {len(row.columns["text"]) for rows in splits.rows.values() for row in rows} == {2}
     assert len(sources.read_one(source)) == 60
     assert caplog.messages == [f"{source.path}: 60 ranges and 60 empty nodes are not words and left out"]

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from two_sources import BATCHING, corpus
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.data.batch_plan import deal
-from mtl_jax.data.stream import Stretch, one_stretch, schedule, stream
+from mtl_jax.data.batch_plan import rows_per_host
+from mtl_jax.data.stream import MixturePhase, schedule, single_phase, stream
 
 
 def take(count, data, batching=BATCHING, *, seed=0, steps=1000, host=0, hosts=1, state=None):
-    batches = stream(data, batching, seed, one_stretch(batching, steps), host, hosts)
+    batches = stream(data, batching, seed, single_phase(batching, steps), host, hosts)
     if state is not None:
         batches.set_state(state)
     found = [next(batches) for _ in range(count)]
@@ -64,7 +64,7 @@ def test_a_row_holds_whole_examples_with_their_own_labels():
 def test_rows_follow_the_schedule():
     data = corpus((400, 17))
     batching = dataclasses.replace(BATCHING, mixture="proportional", mixture_end="uniform")
-    plan = schedule(data, batching, one_stretch(batching, 60))
+    plan = schedule(data, batching, single_phase(batching, 60))
     for step, batch in enumerate(take(60, data, batching, steps=60)[0]):
         assert np.bincount(batch.source, minlength=2).tolist() == list(plan.counts(step).values())
 
@@ -112,7 +112,7 @@ def test_a_restored_stream_goes_on_with_the_same_batches(at):
 
 
 def test_a_stream_may_be_set_back():
-    batches = stream(corpus(), BATCHING, 0, one_stretch(BATCHING, 100))
+    batches = stream(corpus(), BATCHING, 0, single_phase(BATCHING, 100))
     state = batches.get_state()
     first = [next(batches) for _ in range(7)]
     batches.set_state(state)
@@ -136,7 +136,7 @@ def test_worker_processes_make_the_same_batches_and_positions():
 def test_hosts_read_parts_of_their_own_that_make_the_whole(hosts):
     data = corpus((40, 17))
     batching = dataclasses.replace(BATCHING, mixture="fixed", shares={"first": 0.97, "second": 0.03})
-    plan = schedule(data, batching, one_stretch(batching, 1000))
+    plan = schedule(data, batching, single_phase(batching, 1000))
     by_host = [take(400, data, batching, host=host, hosts=hosts)[0] for host in range(hosts)]
     for step, batches in enumerate(zip(*by_host, strict=True)):
         assert all(len(batch.source) == 6 // hosts for batch in batches)
@@ -176,7 +176,7 @@ def test_what_is_dealt_is_what_there_is_and_nearly_equal(hosts, each, weights):
     rng = np.random.default_rng(0)
     for _ in range(60):
         counts = rng.multinomial(rows, share)
-        step = deal(counts, dealt, each)
+        step = rows_per_host(counts, dealt, each)
         assert (step.sum(axis=1) == each).all()
         assert (step.sum(axis=0) == counts).all()
         dealt += step
@@ -192,12 +192,12 @@ def test_without_packing_each_example_has_its_row_and_buckets_cut_it():
         assert (batch.index >= 0).all()
         assert batch.tokens.shape[1] == (4 if longest <= 4 else 8)
     with pytest.raises(UserError, match=r"batch\.buckets are for one host"):
-        stream(corpus(), batching, 0, one_stretch(batching, 1), 0, 2)
+        stream(corpus(), batching, 0, single_phase(batching, 1), 0, 2)
 
 
 def test_rows_are_shared_by_hosts_evenly_or_not_at_all():
     with pytest.raises(UserError, match=r"batch\.rows is 6; it must be a multiple of the 4 hosts"):
-        stream(corpus(), BATCHING, 0, one_stretch(BATCHING, 1), 0, 4)
+        stream(corpus(), BATCHING, 0, single_phase(BATCHING, 1), 0, 4)
 
 
 def test_rows_are_well_filled():
@@ -209,8 +209,8 @@ def test_rows_are_well_filled():
 def test_a_phase_may_have_a_mixture_of_its_own():
     """Both sources by halves, then one alone, then halves again where they stopped: nothing is seen twice too early."""
     half, first = ("uniform", "", {}), ("fixed", "", {"first": 1.0, "second": 0.0})
-    stretches = (Stretch(10, *half), Stretch(5, *first), Stretch(10, *half))
-    batches = stream(corpus((400, 400)), BATCHING, 0, stretches)
+    phases = (MixturePhase(10, *half), MixturePhase(5, *first), MixturePhase(10, *half))
+    batches = stream(corpus((400, 400)), BATCHING, 0, phases)
     found = [next(batches) for _ in range(25)]
     batches.close()
     assert [(batch.source == 1).sum() for batch in found] == [3] * 10 + [0] * 5 + [3] * 10

@@ -191,7 +191,7 @@ def test_files_that_cannot_be_read_by_number(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "copy"))
     monkeypatch.setenv("MTL_JAX_OFFLINE", "1")
     with pytest.raises(
-        UserError, match=r"holds tfrecord files, which cannot be read by number; prepare it with .* another directory"
+        UserError, match=r"has tfrecord files, which cannot be read by number; prepare it with .* another directory"
     ):
         open_tfds("tfds:tiny_news")
 

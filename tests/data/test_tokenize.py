@@ -99,7 +99,7 @@ def test_ragged_in_a_worker_process(tmp_path, mapped):
 def test_texts_are_cut_as_transformers_cuts_them(tokenizer, texts, max_length):
     found = encode(tokenizer, texts, max_length=max_length)
     assert lists(found.tokens) == [tokenizer(t, truncation=True, max_length=max_length)["input_ids"] for t in texts]
-    assert found.cut.tolist() == [i for i, t in enumerate(texts) if len(tokenizer(t)["input_ids"]) > max_length]
+    assert found.truncated.tolist() == [i for i, t in enumerate(texts) if len(tokenizer(t)["input_ids"]) > max_length]
     assert found.rows.tolist() == list(range(len(texts)))
     assert found.types is found.words is found.offsets is None
 
@@ -114,7 +114,9 @@ def test_pairs_are_cut_as_transformers_cuts_them(tokenizer, pairs, max_length):
         assert lists(found.types) == [e["token_type_ids"][0] for e in expected]
     else:
         assert found.types is None
-    assert found.cut.tolist() == [i for i, (a, b) in enumerate(pairs) if len(tokenizer([a], [b])["input_ids"][0]) > max_length]
+    assert found.truncated.tolist() == [
+        i for i, (a, b) in enumerate(pairs) if len(tokenizer([a], [b])["input_ids"][0]) > max_length
+    ]
 
 
 def test_from_the_left_where_the_tokenizer_cuts_there():
@@ -146,7 +148,7 @@ def test_what_the_vocabulary_does_not_know_is_empty():
 
 def test_no_texts():
     found = encode(TOKENIZERS["bert"], [], max_length=8)
-    assert len(found.tokens) == len(found.rows) == len(found.cut) == 0
+    assert len(found.tokens) == len(found.rows) == len(found.truncated) == 0
 
 
 def test_many_texts_in_several_batches(monkeypatch):
@@ -192,7 +194,7 @@ def test_windows_of_texts_are_those_of_transformers(tokenizer, texts, max_length
     ]
     assert lists(found.tokens) == [ids for e in expected for ids in e["input_ids"]]
     assert found.rows.tolist() == [i for i, e in enumerate(expected) for _ in e["input_ids"]]
-    assert len(found.cut) == 0
+    assert len(found.truncated) == 0
 
 
 @given(any_tokenizer, st.lists(st.tuples(word, text), min_size=1, max_size=4), st.integers(12, 24), st.integers(0, 2))
@@ -319,7 +321,7 @@ def test_windows_end_between_words(tokenizer, rows, max_length):
         first = [i for w in range(len(found.rows)) if found.rows[w] == row for i in found.words[w].tolist() if i >= 0]
         assert first == list(range(len(words)))  # every word once
     assert at == len(found.tokens)
-    assert len(found.cut) == 0
+    assert len(found.truncated) == 0
 
 
 @given(any_tokenizer, st.lists(word, min_size=1, max_size=9))
@@ -338,7 +340,7 @@ def test_words_without_sub_words_have_no_place():
 def test_words_may_be_cut_instead():
     found = encode(TOKENIZERS["bert"], [["ab", "abc", "a"]], max_length=4)
     assert found.words[0].tolist() == [-1, 0, 1, -1]
-    assert found.cut.tolist() == [0]
+    assert found.truncated.tolist() == [0]
 
 
 def test_words_take_no_stride():
@@ -350,7 +352,7 @@ def test_words_take_no_stride():
 
 
 def test_half_a_character_is_named():
-    with pytest.raises(RowError, match=r"text 1: no valid Unicode \('\\ud83d'") as error:
+    with pytest.raises(RowError, match=r"text 1: not valid Unicode \('\\ud83d'") as error:
         encode(TOKENIZERS["bert"], ["a", "b \ud83d"], max_length=9)
     assert error.value.rows == [1]
 
@@ -372,7 +374,7 @@ def test_plain_texts_by_a_tokenizer_that_is_not_fast(opus, tmp_path):
         found = encode(opus, texts, max_length=64, target=target, cache=tmp_path)
         expected = opus(text_target=texts) if target else opus(texts)
         assert [ids.tolist() for ids in found.tokens] == expected["input_ids"]
-        assert not len(found.cut)
+        assert not len(found.truncated)
     assert expected["input_ids"] != opus(texts)["input_ids"]
 
 
@@ -382,7 +384,7 @@ def test_what_a_tokenizer_that_is_not_fast_makes_of_long_texts(opus, target):
     found = encode(opus, texts, max_length=7, target=target)
     (whole, _) = opus(text_target=texts)["input_ids"] if target else opus(texts)["input_ids"]
     assert found.tokens[0].tolist() == [*whole[:6], opus.eos_token_id]
-    assert found.cut.tolist() == [0]
+    assert found.truncated.tolist() == [0]
 
 
 def test_targets_by_a_fast_tokenizer():
@@ -394,7 +396,7 @@ def test_targets_by_a_fast_tokenizer():
 
 @pytest.mark.parametrize("given", [{"second": ["b"]}, {"first": [["a"]]}, {"windows": True}, {"offsets": True}])
 def test_a_tokenizer_that_is_not_fast_takes_nothing_else(opus, given):
-    with pytest.raises(UserError, match="MarianTokenizer is no fast tokenizer: pairs, texts of words, windows and places"):
+    with pytest.raises(UserError, match="MarianTokenizer is not a fast tokenizer: pairs, texts of words, windows and offsets"):
         encode(opus, **({"first": ["a"], "max_length": 9} | given))
 
 

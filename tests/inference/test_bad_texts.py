@@ -18,7 +18,7 @@ from mtl_jax.training.setup import prepare
 
 GOOD = ["who is the man ?", "where is the city ?", "the man was sad", "where was the film"]
 ENTITY = f"the token '<ent>' has the id {len(tiny.WORDS)}, but the token table of the trunk has {len(tiny.WORDS)} rows"
-BAD = {"a <ent> city": ENTITY, "": "empty text", "a \ud800 city": "no valid Unicode", " ": "empty text"}
+BAD = {"a <ent> city": ENTITY, "": "empty text", "a \ud800 city": "not valid Unicode", " ": "empty text"}
 
 
 def add_token(folder):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.models.relative_bias import relative_buckets
-from mtl_jax.models.seq2seq import Seq2SeqEncoder
+from mtl_jax.models.encoder_decoder import Seq2SeqEncoder
+from mtl_jax.models.layers import relative_buckets
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
 CONFIG = Seq2SeqConfig(

@@ -11,7 +11,7 @@ import tiny
 from mtl_jax import pretrained
 from mtl_jax.models.encoder import Embeddings
 from mtl_jax.models.seq2seq_decoder import Decoder
-from mtl_jax.models.warm_start import chosen, decoder_like, decoder_params
+from mtl_jax.models.warm_start import decoder_like, decoder_params, spread_layers
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from mtl_jax.models.warm_start import chosen, decoder_like, decoder_params
     [(6, 6, [0, 1, 2, 3, 4, 5]), (3, 6, [0, 2, 5]), (2, 12, [0, 11]), (1, 6, [0]), (4, 12, [0, 4, 7, 11])],
 )
 def test_layers_are_spread_evenly(layers, of, expected):
-    assert chosen(layers, of) == expected
+    assert spread_layers(layers, of) == expected
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mtl_jax import Checkpoints, Evaluation, MaskedLM, Phase, Pretrained, Regression, Source, train, weighting
 from mtl_jax.core.errors import Interrupted, UserError
 from mtl_jax.data.batches import Batch, eval_batches
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.inference.predict import predict
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training.build_step import gradient_fn
@@ -215,7 +215,7 @@ def test_masks_differ_between_passes_and_agree_between_evaluations(masking_bert,
     batching, tasks = prepared.experiment.batch, prepared.corpus.tasks
     texts = prepared.corpus.splits["train"]["texts"]
     ids = range(texts.first_id, texts.first_id + len(texts.tokens))
-    seen = masks(take(stream(prepared.corpus, batching, 0, one_stretch(batching, 40)), 40))
+    seen = masks(take(stream(prepared.corpus, batching, 0, single_phase(batching, 40)), 40))
     long = [seen[i] for i in ids if len(texts.tokens[i - texts.first_id]) > 7]
     assert min(len(found) for found in long) >= 3
     assert np.mean([len(set(found)) > 1 for found in long]) > 0.9
@@ -236,7 +236,7 @@ def test_the_gradient_of_the_shared_table_reaches_the_trunk_under_the_gram_step(
     phases = (Phase("both", steps=4),)
     prepared = prepare(experiment(masking_bert, data, phases=phases))
     batching = prepared.experiment.batch
-    batch = jax.tree.map(jnp.asarray, take(stream(prepared.corpus, batching, 0, one_stretch(batching, 4)), 1)[0])
+    batch = jax.tree.map(jnp.asarray, take(stream(prepared.corpus, batching, 0, single_phase(batching, 4)), 1)[0])
     plan, state = prepared.plans[0], initial_state(prepared)
     frozen = jax.tree.map(lambda _: None, prepared.params)
     plain = jax.jit(gradient_fn(prepared, plan))(prepared.params, frozen, StepInputs(batch), state)

@@ -163,7 +163,7 @@ def test_a_label_that_stands_twice_names_columns(written, labels):
     task = Multilabel(name="topics", source="said", column="topics", labels=labels)
     row = Row({"topics": written}, "a.csv:3")
     with pytest.raises(
-        UserError, match=r"a\.csv:3: task 'topics': label '.*' occurs twice in column 'topics'.* name them in col"
+        UserError, match=r"a\.csv:3: task 'topics': label '.*' occurs twice in column 'topics'.* name these in col"
     ):
         (task.parse if labels else lambda row: task.filled([row], None))(row)
 
@@ -174,7 +174,7 @@ def test_yes_or_no_for_two_labels_names_columns(values):
     yes, no = values
     one_of_two = [Row({"labels": [yes, no]}, "a:1"), Row({"labels": [no, yes]}, "a:2")]
     task = Multilabel(name="topics", source="said")
-    with pytest.raises(UserError, match=r"task 'topics': every row has two labels .* name them in columns"):
+    with pytest.raises(UserError, match=r"task 'topics': every row has two labels .* name these in columns"):
         task.filled(one_of_two, None)
     assert set(task.filled([*one_of_two, Row({"labels": [yes]}, "a:3")], None).labels) == {no, yes}
     with pytest.raises(ValueError, match=r"not in the label set \(a, b\); where a row says yes or no .* in columns"):

@@ -11,7 +11,7 @@ import pytest
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batching, eval_batches
-from mtl_jax.data.examples import make_part
+from mtl_jax.data.examples import read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import Source
 from mtl_jax.models.trunk_output import Encoded
@@ -27,7 +27,7 @@ class Ordinal(Task):
     Attributes:
         column: The column of the source with the grade.
         grades: How many grades there are.
-        metric: The metric that stands for the task: within_one or accuracy.
+        metric: The main metric: within_one or accuracy.
     """
 
     column: str = "grade"
@@ -62,7 +62,7 @@ GRADES = ["0", "3", "", "2"]
 @pytest.fixture(scope="module")
 def examples(bert):
     rows = [Row({"text": "good film " * (n + 1), "grade": grade}, f"file:{n + 1}") for n, grade in enumerate(GRADES)]
-    return make_part(SOURCE, [TASK], rows, load_tokenizer(bert), 8, "the rows").examples
+    return read_examples(SOURCE, [TASK], rows, load_tokenizer(bert), 8, "the rows").examples
 
 
 def test_it_has_under_40_lines():

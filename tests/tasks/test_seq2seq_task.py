@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mtl_jax import Batching, Embedding, Pretrained, Seq2Seq
 from mtl_jax.core.errors import UserError
-from mtl_jax.data.batches import eval_batches, part_of
+from mtl_jax.data.batches import eval_batches, source_arrays
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import losses
 from mtl_jax.tasks.seq2seq import shift_right
@@ -75,13 +75,13 @@ def test_target_texts_stand_beside_their_sources(prepared):
 @pytest.mark.parametrize("places", [24, 32, 100])
 def test_rows_are_full_by_whichever_text_is_longer(prepared, places):
     batching = dataclasses.replace(prepared.experiment.batch, target_length=places)
-    part = part_of(prepared.corpus.splits["train"]["pairs"], prepared.corpus.tasks)
-    room = part.room(batching)
+    part = source_arrays(prepared.corpus.splits["train"]["pairs"], prepared.corpus.tasks)
+    room = part.packing_lengths(batching)
     targets = part.labels["translation"].lengths
     np.testing.assert_array_equal(
         room, [max(s, int(np.ceil(t * 32 / places))) for s, t in zip(part.lengths, targets, strict=True)]
     )
-    data = stream(prepared.corpus, batching, 0, one_stretch(batching, 10))
+    data = stream(prepared.corpus, batching, 0, single_phase(batching, 10))
     for _ in range(10):
         batch = next(data)
         assert batch.labels["translation"].shape == (8, places, 2)

@@ -15,7 +15,7 @@ from mtl_jax import Batching, Evaluation, Optimizer, Phase, Pretrained, Source, 
 from mtl_jax.core import assets
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch, eval_batches
-from mtl_jax.data.examples import make_examples, make_part
+from mtl_jax.data.examples import make_examples, read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.splits import read
@@ -38,7 +38,7 @@ def test_answers_off_the_edges_of_tokens_are_a_line():
     rows = [row("ab abcd ef", ("ab", 0)), row("abcd ef", ("cd", 2)), row("ab. ef", ("ab.", 0)), row("ab", ("ab", 0))]
 
     def remarks(rows):
-        return TASK.remarks([make_part(SOURCE, [TASK], rows, tokenizer, 64, "rows").examples])
+        return TASK.remarks([read_examples(SOURCE, [TASK], rows, tokenizer, 64, "rows").examples])
 
     assert remarks(rows) == []
     word = row("ab zabz ef", ("ab", 4))  # a word that the vocabulary does not know is one token

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mtl_jax import Classification, Seq2Seq, Source
 from mtl_jax.data.batches import Batch
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.batch_parts import in_parts, rows_in_part, rows_of_source
@@ -49,7 +49,7 @@ def experiment(folder, **changes):
 
 def batch_of(prepared, steps=3):
     batching = prepared.experiment.batch
-    batches = stream(prepared.corpus, batching, 0, one_stretch(batching, 100))
+    batches = stream(prepared.corpus, batching, 0, single_phase(batching, 100))
     found = [jax.tree.map(jnp.asarray, next(batches)) for _ in range(steps)]
     batches.close()
     return found

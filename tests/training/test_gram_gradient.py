@@ -11,7 +11,7 @@ import tiny
 import mtl_jax
 from mtl_jax import Batching, ParamRule, Phase, weighting
 from mtl_jax.core.errors import UserError
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.training import gram_gradient, metrics_log, task_gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
@@ -34,7 +34,7 @@ def set_up(bert, data, **changes):
     defaults = {"phases": EVERYTHING, "trunk": mtl_jax.Pretrained(str(bert), dropout=0.0)}
     tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
     prepared = prepare(tiny.experiment(bert, data, tasks=tasks, **(defaults | changes)))
-    batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 100))
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
     return prepared, batch, initial_state(prepared)
@@ -191,7 +191,7 @@ def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(bert
     prepared, _, state = set_up(bert, data, weighting="mgda", batch=batching)
     step = jax.jit(make_train_step(gradient_fn(prepared, prepared.plans[0]), optax.sgd(1.0), prepared.plans[0].mask))
     state = state._replace(opt_state=optax.sgd(1.0).init(prepared.params))
-    batches = stream(prepared.corpus, batching, 0, one_stretch(batching, 4))
+    batches = stream(prepared.corpus, batching, 0, single_phase(batching, 4))
     counts = set()
     for _ in range(4):
         batch = jax.tree.map(jnp.asarray, next(batches))

@@ -16,9 +16,9 @@ from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Phase, RDrop, R
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of
 from mtl_jax.data.batches import Batch
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.experiment import select
-from mtl_jax.models.head import Head
+from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training import loop, restore
 from mtl_jax.training import mesh as meshes
@@ -55,7 +55,7 @@ def setup(bert, data, folder, **changes):
     """Without dropout, unless said otherwise: the run, its first phase, a batch, the state, what it holds on to."""
     values = {"phases": ALL, "tasks": with_dropout(0.0), "trunk": TRUNK} | changes
     prepared = prepare(tiny.experiment(bert, data, **values))
-    batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 100))
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
     state = initial_state(prepared)

@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from mtl_jax import ParamRule, Phase, weighting
-from mtl_jax.data.stream import one_stretch, stream
-from mtl_jax.models.head import Head
+from mtl_jax.data.stream import single_phase, stream
+from mtl_jax.models.layers import Head
 from mtl_jax.training.forward import cached_features, encode_tokens
 from mtl_jax.training.gradient import make_backward
 from mtl_jax.training.setup import initial_state, prepare
@@ -25,7 +25,7 @@ DECAYING = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.1, warmup
 @pytest.fixture(scope="module")
 def batch(bert, data):
     experiment = tiny.experiment(bert, data)
-    batches = stream(prepare(experiment).corpus, experiment.batch, 0, one_stretch(experiment.batch, 100))
+    batches = stream(prepare(experiment).corpus, experiment.batch, 0, single_phase(experiment.batch, 100))
     yield next(batches)
     batches.close()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_translation
 
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses, needed_fields
 from mtl_jax.training.setup import initial_state, prepare
@@ -28,7 +28,7 @@ def test_parts_of_a_batch_and_task_gradients_count_target_tokens(tmp_path):
         prepared.params,
         encode_tokens(prepared.trunk.module, needed_fields(prepared.corpus.tasks)),
     )
-    batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 100))
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
     tokens_of_half = (batch.labels["translation"][..., 0] >= 0).reshape(2, -1).sum(axis=1)

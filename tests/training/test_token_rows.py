@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from mtl_jax import Batching, Phase
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.models.trunk_output import token_table, with_token_table
 from mtl_jax.training import gram_gradient
 from mtl_jax.training.build_step import gradient_fn
@@ -24,7 +24,7 @@ def wide(shallow, data):
     prepared = prepare(tiny.experiment(shallow, data, phases=(Phase("everything", 4),), weighting="upgrad", batch=batching))
     table = jax.random.normal(jax.random.key(0), (V, tiny.HIDDEN)) / 5
     prepared.params["trunk"] = with_token_table(prepared.params["trunk"], table)
-    batches = stream(prepared.corpus, batching, 0, one_stretch(batching, 100))
+    batches = stream(prepared.corpus, batching, 0, single_phase(batching, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
     return prepared, batch._replace(tokens=batch.tokens * 19 + 3)

@@ -14,9 +14,9 @@ from flax import traverse_util
 
 from mtl_jax import IA3, Bottleneck, Lora, Prefix, pretrained
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.encoder import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention, rotate
-from mtl_jax.models.shared_embedding import EmbeddingConfig, SharedEmbedding
 from mtl_jax.transfer.adapters import adapt, check, merge_adapters
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"

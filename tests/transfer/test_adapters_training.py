@@ -31,7 +31,7 @@ from mtl_jax import (
 from mtl_jax.cli import launch
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
-from mtl_jax.data.stream import one_stretch, stream
+from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
 from mtl_jax.training.build_step import gradient_fn
@@ -86,7 +86,7 @@ def test_packed_is_unpacked(bert, data, own):
 
 
 def first_batch(prepared):
-    batches = stream(prepared.corpus, prepared.experiment.batch, 0, one_stretch(prepared.experiment.batch, 10))
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 10))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
     return batch

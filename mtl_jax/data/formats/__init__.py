@@ -1,4 +1,4 @@
-"""How files become rows: a reader for each format."""
+"""Readers: a function from a file to rows for each format."""
 
 from mtl_jax.data.formats.conll import read_conll
 from mtl_jax.data.formats.json_files import read_jsonl, read_squad

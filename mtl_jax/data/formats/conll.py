@@ -5,23 +5,21 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.data.formats.lines import Line, lines
 from mtl_jax.data.formats.rows import Read, Row, check_columns, odd_blank
-
-if TYPE_CHECKING:
-    from mtl_jax.data.source import Source
+from mtl_jax.data.source import Source
 
 DOCUMENT = "-DOCSTART-"
-UNIVERSAL = 10  # columns of CoNLL-U, of which the first is an id
-ID = re.compile(r"[0-9]+([-.][0-9]+)?")  # of a word, of a range of words, or of an empty node
+UNIVERSAL = 10  # columns of CoNLL-U; the first is an id
+ID = re.compile(r"[0-9]+([-.][0-9]+)?")  # id of a word, of a range of words, or of an empty node
 ALWAYS_COMMENTS = re.compile(r"# (newdoc|newpar|sent_id|text)\b|#(begin|end) document\b")
 
 
 class _Line(NamedTuple):
-    """A line of a sentence: its number in the file, its columns, and what is wrong with it."""
+    """A line of a sentence: its number in the file, its columns, and its error if it has one."""
 
     number: int
     fields: list[str]
@@ -36,22 +34,22 @@ _END = Line(0, "", None)
 
 
 def read_conll(path: str, source: Source) -> Iterator[Read]:
-    """Sentences, each column a list of str with an entry for each word; a row's place is its first line.
+    """A row for each sentence: each column is a list of str with an entry for each word; its location is its first line.
 
-    Columns stand between tabs, or between runs of spaces in a file whose first word line has no tab. Blank is a line of
-    spaces and tabs only. A line is a comment where it starts with "#" and a space or tab, stands before the first word of a
-    sentence and has not as many columns as a word has: "#" and "#hashtag" are words. The line -DOCSTART-, which divides
-    documents in CoNLL-2003, is left out. A sentence with a bad line is bad as a whole.
+    Tabs divide columns, or runs of spaces in a file whose first word line has no tab. A line of spaces and tabs only is blank.
+    A line is a comment if it starts with "#" and a space or tab, is before the first word of a sentence, and does not have as
+    many columns as a word: "#" and "#hashtag" are words. The line -DOCSTART-, which divides documents in CoNLL-2003, is left
+    out. One bad line makes its sentence a bad row.
 
-    Where a word has ten columns, of which the first is an id, the file is CoNLL-U (Nivre et al. 2020): ranges, such as 6-7, and
-    empty nodes, such as 8.1, are not words; they are left out and counted, and every line with "#" is a comment. A file has
-    ids from the first sentence on whose words begin with 1, 2, 3 ...
+    If a word has ten columns and the first is an id, the file is CoNLL-U (Nivre et al. 2020): ranges, such as 6-7, and empty
+    nodes, such as 8.1, are not words; they are left out and counted, and every line with "#" is a comment. A file has ids from
+    the first sentence on whose words begin with 1, 2, 3 ...
     """
     names = source.columns
     check_columns(source, path, names)
     divide = _divider(path)
     sentence: list[_Line] = []
-    ids = False
+    has_ids = False
     for line in itertools.chain(lines(path), [_END]):
         fields = divide(line.text)
         if fields or line.error:
@@ -59,21 +57,21 @@ def read_conll(path: str, source: Source) -> Iterator[Read]:
                 sentence.append(_Line(line.number, fields, line.error or _check(fields, names, f"{path}:{line.number}")))
         elif sentence:
             words = [line for line in sentence if not line.first.startswith("#")] if len(names) == UNIVERSAL else []
-            ids = ids or _are_ids([line.first for line in words])
-            universal = ids and bool(words) and all(ID.fullmatch(line.first) for line in words)
+            has_ids = has_ids or _are_ids([line.first for line in words])
+            universal = has_ids and bool(words) and all(ID.fullmatch(line.first) for line in words)
             yield _universal(words, names, path) if universal else _sentence(sentence, names, path)
             sentence = []
 
 
 def _is_comment(line: str, fields: list[str], names: tuple[str, ...]) -> bool:
-    """Whether a line before a sentence's first word is none: a known one, or one that has not a word's columns."""
+    """Whether a line before a sentence's first word is a comment: a known one, or one without a word's columns."""
     if fields[0].split(" ")[0] == DOCUMENT or ALWAYS_COMMENTS.match(line):
         return True
     return line.startswith(("# ", "#\t")) and len(fields) != len(names)
 
 
 def _divider(path: str) -> Callable[[str], list[str]]:
-    """What splits the lines of this file; a blank line has no columns."""
+    """A function that splits the lines of this file into columns; a blank line has none."""
     tabs = next(("\t" in line.text for line in lines(path) if line.text.strip() and not line.text.startswith("# ")), False)
 
     def divide(line: str) -> list[str]:
@@ -95,26 +93,26 @@ def _check(fields: list[str], names: tuple[str, ...], where: str) -> UserError |
     return None
 
 
-def _sentence(words: list[_Line], names: tuple[str, ...], path: str, no_words: tuple[int, int] = (0, 0)) -> Read:
+def _sentence(words: list[_Line], names: tuple[str, ...], path: str, non_words: tuple[int, int] = (0, 0)) -> Read:
     error = next((line.error for line in words if line.error), None)
     if error:
         return error
-    columns = {name: [line.fields[place] for line in words] for place, name in enumerate(names)}
+    columns = {name: [line.fields[column] for line in words] for column, name in enumerate(names)}
     first, last = words[0].number, words[-1].number
-    places = range(first, last + 1) if last - first + 1 == len(words) else [line.number for line in words]
-    return Row(columns, f"{path}:{first}", (path, places), no_words)
+    numbers = range(first, last + 1) if last - first + 1 == len(words) else [line.number for line in words]
+    return Row(columns, f"{path}:{first}", (path, numbers), non_words)
 
 
-def _universal(found: list[_Line], names: tuple[str, ...], path: str) -> Read:
+def _universal(lines_with_ids: list[_Line], names: tuple[str, ...], path: str) -> Read:
     """A sentence whose lines begin with ids of words, ranges and empty nodes."""
-    words = [line for line in found if line.first.isdecimal()]
-    ranges = sum("-" in line.first for line in found)
+    words = [line for line in lines_with_ids if line.first.isdecimal()]
+    ranges = sum("-" in line.first for line in lines_with_ids)
     if not words:
-        return UserError(f"{path}:{found[0].number}: a sentence without words, it has ranges or empty nodes only")
-    return _sentence(words, names, path, (ranges, len(found) - len(words) - ranges))
+        return UserError(f"{path}:{lines_with_ids[0].number}: a sentence without words; it has ranges or empty nodes only")
+    return _sentence(words, names, path, (ranges, len(lines_with_ids) - len(words) - ranges))
 
 
 def _are_ids(names: list[str]) -> bool:
-    """Whether these are the ids of a sentence: of its words, 1, 2, 3 ..., and among them those of ranges and empty nodes."""
+    """Whether these are the ids of a sentence: 1, 2, 3 ... of words, with those of ranges and empty nodes between them."""
     words = [name for name in names if name.isdecimal()]
     return bool(words) and words == [str(number + 1) for number in range(len(words))] and all(map(ID.fullmatch, names))

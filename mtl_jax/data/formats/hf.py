@@ -1,4 +1,4 @@
-"""hf: data sets of the Hugging Face hub, through `datasets`."""
+"""Data sets of the Hugging Face hub (hf:), read by `datasets`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def is_directory(path: str) -> bool:
 
 
 def open_hf(path: str) -> Records:
-    """The rows of "hf:ORG/NAME[/CONFIG][#SPLIT]", or of "hf:DIR[#SPLIT]", what save_to_disk wrote, read by number.
+    """The rows of "hf:ORG/NAME[/CONFIG][#SPLIT]", or of "hf:DIR[#SPLIT]", a directory written by save_to_disk.
 
-    They stay in Arrow files on disk. DIR starts with "/", "." or "~". SPLIT is any split expression of `datasets`; left out,
-    it is train.
+    They stay in Arrow files on disk and are read by number. DIR starts with "/", "." or "~". SPLIT is any split expression of
+    `datasets`, by default train.
 
     Raises:
-        UserError: `datasets` is not installed, or there is no such data set or split, or it cannot be fetched.
+        UserError: `datasets` is not installed, the data set or split does not exist, or it cannot be fetched.
     """
     try:
         import datasets  # imported late: an optional dependency
@@ -45,10 +45,10 @@ def _from_disk(datasets: Any, path: str, folder: Path, split: str) -> Any:
     try:
         data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: no data set that save_to_disk wrote ({_reason(error)})") from error
+        raise UserError(f"{shown(path)}: not a data set written by save_to_disk ({_reason(error)})") from error
     if not isinstance(data, datasets.DatasetDict):
         if split:
-            raise UserError(f"{shown(path)}: this directory holds one data set without splits; leave '#{split}' out")
+            raise UserError(f"{shown(path)}: this directory has one data set without splits; leave '#{split}' out")
         return data
     if (split or "train") not in data:
         raise UserError(f"{shown(path)}: no split {split or 'train'!r}; splits: {listed(data)}")
@@ -76,7 +76,7 @@ def _from_hub(datasets: Any, path: str, name: str, split: str) -> Any:
 
 @contextlib.contextmanager
 def _no_network(datasets: Any) -> Iterator[None]:
-    """Both libraries look at the environment when they are imported, which may have been long ago; then at these."""
+    """Switches the network off in both libraries, which read the environment only when they are imported."""
     import huggingface_hub
 
     modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
@@ -104,5 +104,5 @@ def _schema(feature: Any, datasets: Any) -> Schema:
         return _schema(feature[0], datasets)
     if isinstance(feature, datasets.Value):
         return Number(feature.dtype) if feature.dtype in ("float16", "float32", "float64") else None
-    inner = getattr(feature, "feature", None)  # the several kinds of lists
+    inner = getattr(feature, "feature", None)  # all kinds of lists
     return None if inner is None else _schema(inner, datasets)

@@ -1,46 +1,39 @@
-"""jsonl: a JSON object a line."""
+"""JSON files: jsonl, an object a line, and SQuAD's nested articles."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.data.formats.lines import opened
-from mtl_jax.data.formats.rows import Read, Row, check_columns
-
-if TYPE_CHECKING:
-    from mtl_jax.data.source import Source
-import re
-from typing import TYPE_CHECKING
-
 from mtl_jax.core.text_lines import not_by_line
-from mtl_jax.data.formats.lines import lines
+from mtl_jax.data.formats.lines import lines, opened
 from mtl_jax.data.formats.records import columns
+from mtl_jax.data.formats.rows import Read, Row, check_columns
+from mtl_jax.data.source import Source
 
-if TYPE_CHECKING:
-    from mtl_jax.data.source import Source
-
-HALF = re.compile(r"\\u[dD][89a-fA-F]")
+SQUAD_COLUMNS = ("id", "question", "context", "answers", "title")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair that is one character
 
 
 class _Float(float):
-    """A number that remembers how it was written."""
+    """A number that prints as it is written in the file."""
 
-    written: str
+    text: str
 
-    def __new__(cls, written: str) -> _Float:
-        number = super().__new__(cls, written)
-        number.written = written
+    def __new__(cls, text: str) -> _Float:
+        number = super().__new__(cls, text)
+        number.text = text
         return number
 
     def __str__(self) -> str:
-        return self.written
+        return self.text
 
 
 def read_jsonl(path: str, source: Source) -> Iterator[Read]:
-    """Rows of a file with an object on every line that is not blank; see values.columns for what becomes a column.
+    """Rows of a file with an object on every line that is not blank; records.columns makes its columns.
 
     Raises:
         UserError: The file is one JSON value: an array, or an object over several lines.
@@ -62,10 +55,10 @@ def parse(text: str) -> Any:
     """A JSON value; numbers print as they are written.
 
     Raises:
-        ValueError: No JSON, or text that is not Unicode (half of a surrogate pair).
+        ValueError: The text is not JSON, or not Unicode (half of a surrogate pair).
     """
     value = json.loads(text, parse_float=_Float, parse_constant=_constant)
-    if HALF.search(text):
+    if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -74,7 +67,7 @@ def parse(text: str) -> Any:
 
 
 def _constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON; write null where there is no value")
+    raise ValueError(f"{name} is not JSON; write null where there is no value")
 
 
 def _row(text: str, where: str) -> Read:
@@ -84,21 +77,18 @@ def _row(text: str, where: str) -> Read:
             return UserError(f"{where}: not a JSON object")
         return Row(columns(value), where)
     except json.JSONDecodeError as error:
-        return UserError(f"{where}: no JSON ({error.msg} at column {error.colno})")
+        return UserError(f"{where}: not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
         return UserError(f"{where}: {error}")
-
-
-COLUMNS = ("id", "question", "context", "answers", "title")
 
 
 def read_squad(path: str, source: Source) -> Iterator[Read]:
     """A row for each question: id, question, context, the article's title ("" where it has none), and answers.
 
-    Answers are a list of {"text": str, "start": int}, the place in characters of the context; empty where the question has
-    no answer. The same answer given by several people stands there as often. A row's place is its path in the JSON, and its id.
+    Answers are a list of {"text": str, "start": int}, start in characters of the context; empty if the question has no answer.
+    An answer that several people gave is repeated as often. A row is located by its path in the JSON, and its id.
     """
-    check_columns(source, path, COLUMNS)
+    check_columns(source, path, SQUAD_COLUMNS)
     with opened(path) as file:
         data = file.read()
     if not data.strip():
@@ -109,7 +99,7 @@ def read_squad(path: str, source: Source) -> Iterator[Read]:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: no JSON ({error.msg})") from error
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not in SQuAD's format: no list 'data' of articles") from error
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Lines of text files, plain or gzip, one after another: a file is never held in memory, nor is a line without end."""
+"""Lines of text files, plain or gzip, one at a time: neither a whole file nor an endless line is in memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mtl_jax.core import assets
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import check_regular, reason, shown
 
-# No text for a sentence model is as long as this: such a line is a file whose line ends were lost, or no text at all.
+# No text for a sentence model is as long as this: a longer line means lost line ends, or a file that is not text.
 MAX_LINE_BYTES = 1_000_000
 
 
 class Line(NamedTuple):
-    """One line: its number from 1, its text, and the error where it cannot be read."""
+    """One line: its number from 1, its text, and its error if it cannot be read."""
 
     number: int
     text: str
@@ -31,7 +31,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
     """The bytes of a file that a path names (see assets.locate), unpacked where the name ends in .gz.
 
     Raises:
-        UserError: The file does not exist, is a directory or cannot be read, also while it is being read.
+        UserError: The file does not exist, is a directory or cannot be read; also raised while it is being read.
     """
     file = assets.locate(path)
     if file.is_dir():
@@ -54,10 +54,10 @@ def lines(path: str, *, keep_ends: bool = False) -> Iterator[Line]:
 
     Args:
         path: See assets.locate; a name with .gz is unpacked.
-        keep_ends: Leave "\n" or "\r\n" where it stands.
+        keep_ends: Keep "\n" or "\r\n" at the end of each line.
 
     Returns:
-        Every line. One that is not UTF-8 or is longer than MAX_LINE_BYTES has an error; its text is then not to be used.
+        Every line. A line that is not UTF-8 or is longer than MAX_LINE_BYTES has an error, and its text is useless.
 
     Raises:
         UserError: The file cannot be read, or has no bytes.
@@ -70,7 +70,7 @@ def lines(path: str, *, keep_ends: bool = False) -> Iterator[Line]:
                 data = data.removeprefix(codecs.BOM_UTF8)
             error = None
             if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
-                what = "a JSON array, in the place of an object a line" if data.lstrip().startswith(b"[") else "one text"
+                what = "a JSON array, not an object a line" if data.lstrip().startswith(b"[") else "one text"
                 while data and not data.endswith(b"\n"):
                     data = file.readline(MAX_LINE_BYTES)
                 data = b"\n"

@@ -1,4 +1,4 @@
-"""Rows that stay on disk: read by number when they are asked for."""
+"""Rows of TFDS and hub data sets, which stay on disk and are read by number, and how values become columns."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import numpy as np
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.formats.rows import Read, Row
 
+# How the plain values of a column become text: a function, or {name: ...} for nested columns. None: by str().
+Schema = Mapping[str, Any] | Callable[[Any], str | None] | None
+
+_ANSWER = ({"text", "start"}, {"text", "answer_start"})  # keys of an answer
+
 
 class Records:
     """The records of a TFDS or hub data set as rows.
 
     Args:
         path: The source's path, for error messages.
-        records: Has a length, and gives a record (a mapping) by its number.
-        schema: See values.columns.
+        records: A sequence of records, which are mappings.
+        schema: As for columns().
     """
 
     def __init__(self, path: str, records: Any, schema: Schema):
@@ -31,7 +36,7 @@ class Records:
         return len(self.records)
 
     def __iter__(self) -> Iterator[Read]:
-        """All of them in order, a bad one as its error."""
+        """All rows in order, in place of a bad one its error."""
         for number in range(len(self)):
             try:
                 yield self[number]
@@ -47,7 +52,7 @@ class Records:
 
 
 class Picked(Sequence[Row]):
-    """Some of the records, in order: only their numbers i64[N] are held in memory."""
+    """Some of the records, in order; only their numbers i64[N] are in memory."""
 
     def __init__(self, records: Records, numbers: Sequence[int] | np.ndarray):
         self.records = records
@@ -57,48 +62,40 @@ class Picked(Sequence[Row]):
         return len(self.numbers)
 
     @overload
-    def __getitem__(self, at: int) -> Row: ...
+    def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, at: slice) -> Picked: ...
-    def __getitem__(self, at: int | slice) -> Row | Picked:
-        return Picked(self.records, self.numbers[at]) if isinstance(at, slice) else self.records[int(self.numbers[at])]
-
-
-# How the plain values of a column become text: a function, or {name: ...} for nested columns. None: by str().
-Schema = Mapping[str, Any] | Callable[[Any], str | None] | None
-
-
-_ANSWER = ({"text", "start"}, {"text", "answer_start"})
+    def __getitem__(self, index: slice) -> Picked: ...
+    def __getitem__(self, index: int | slice) -> Row | Picked:
+        return Picked(self.records, self.numbers[index]) if isinstance(index, slice) else self.records[int(self.numbers[index])]
 
 
 def columns(value: Mapping[str, Any], schema: Schema = None, prefix: str = "") -> dict[str, Any]:
-    """Columns by name, those inside of others as "a.b".
+    """Columns by name, nested ones as "a.b".
 
-    str stays; numbers and true/false become str as JSON writes them; null becomes None; lists of these become lists.
-    Answers, which SQuAD writes as [{"text": ..., "answer_start": ...}, ...] and the hub as {"text": [...], "answer_start":
-    [...]}, become a list of {"text", "start"}. Any other list, one of lists or objects, becomes its JSON text: there is no
-    column of that shape, but it is not lost.
+    A str is kept; numbers and true/false become str as in JSON; null becomes None; lists of these become lists. Answers, in
+    SQuAD [{"text": ..., "answer_start": ...}, ...] and in the hub {"text": [...], "answer_start": [...]}, become a list of
+    {"text", "start"}. Any other list, one of lists or objects, becomes its JSON text, because no column has that shape.
 
     Raises:
-        ValueError: Bytes that are not UTF-8, answers without as many places, or two values of one name.
+        ValueError: Bytes are not UTF-8, answers and their starts differ in number, or two values have one name.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, part in value.items():
         inner = schema.get(name) if isinstance(schema, Mapping) else None
         if isinstance(part, Mapping) and not _are_answers(part):
             nested = columns(part, inner, f"{prefix}{name}.")
         else:
             nested = {prefix + name: _column(part, inner)}
-        twice = found.keys() & nested.keys()
+        twice = result.keys() & nested.keys()
         if twice:
             raise ValueError(f"two values of column {min(twice)!r}")
-        found |= nested
-    return found
+        result |= nested
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassName:
-    """From a class number to its name; -1, a hidden label, is None. Without names the number itself is the name."""
+    """From a class number to its name; -1, a hidden label, becomes None. Without names the number itself is the name."""
 
     names: tuple[str, ...] = ()
 
@@ -110,7 +107,7 @@ class ClassName:
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number as its own dtype prints it: 3.8 in float32 is not 3.799999952316284."""
+    """From a number to its text in its dtype: 3.8 in float32 is not 3.799999952316284."""
 
     dtype: str
 

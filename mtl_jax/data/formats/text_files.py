@@ -1,42 +1,32 @@
-"""csv and tsv: a header or given names, then a row a line."""
+"""Text files with a row a line: csv and tsv, lines that match a pattern, and parallel files."""
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from mtl_jax.core.errors import UserError
-from mtl_jax.core.files import shown
-from mtl_jax.data.formats.lines import lines
-from mtl_jax.data.formats.rows import Read, Row, check_columns
-
-if TYPE_CHECKING:
-    from mtl_jax.data.source import Source
-import csv
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
 from mtl_jax.core import assets
-from mtl_jax.core.errors import count, listed, there_are
-from mtl_jax.data.formats import lines as text
-
-if TYPE_CHECKING:
-    from mtl_jax.data.source import Source
+from mtl_jax.core.errors import UserError, count, listed, there_are
+from mtl_jax.core.files import shown
+from mtl_jax.data.formats.lines import MAX_LINE_BYTES, lines
+from mtl_jax.data.formats.rows import Read, Row, check_columns
+from mtl_jax.data.source import Source
 
 
 def read_csv(path: str, source: Source) -> Iterator[Read]:
-    """Rows of a csv file: fields may be quoted with ", a quoted one may hold commas, line ends and "".
+    """Rows of a csv file: fields may be quoted with ", and a quoted field may contain commas, line ends and "".
 
     Raises:
-        UserError: A column is missing, or it is unknown where the next row begins: a quote that is never closed, a line that
-            is too long.
+        UserError: A column is missing, or the start of the next row is unknown, because a quote is never closed or a line is
+            too long.
     """
-    csv.field_size_limit(text.MAX_LINE_BYTES)
-    broken: list[UserError] = []  # of the lines of the row that is being read
+    csv.field_size_limit(MAX_LINE_BYTES)
+    broken: list[UserError] = []  # errors of the current row's lines
 
     def texts() -> Iterator[str]:
-        for line in text.lines(path, keep_ends=True):
+        for line in lines(path, keep_ends=True):
             if line.error:
                 if line.text == "\n":  # too long: it may have opened a quote
                     raise line.error
@@ -75,11 +65,11 @@ def read_csv(path: str, source: Source) -> Iterator[Read]:
 
 
 def read_tsv(path: str, source: Source) -> Iterator[Read]:
-    """Rows of a tsv file: fields between tabs, quotes are characters like any other. An empty line is no row."""
+    """Rows of a tsv file: fields between tabs, quotes are ordinary characters. An empty line is not a row."""
     names = source.columns
     if names:
         check_columns(source, path, names)
-    for line in text.lines(path):
+    for line in lines(path):
         if not names:
             if line.error:
                 raise line.error
@@ -113,38 +103,38 @@ def read_lines(path: str, source: Source) -> Iterator[Read]:
 
 
 def parts(path: str) -> list[str]:
-    """The names between the braces of a path.
+    """The names between the braces of a parallel path.
 
     Raises:
         UserError: There are no braces, or more than one pair.
     """
-    found = re.findall(r"\{([^{}]+)\}", path)
-    if len(found) != 1 or path.count("{") != 1 or path.count("}") != 1:
+    braces = re.findall(r"\{([^{}]+)\}", path)
+    if len(braces) != 1 or path.count("{") != 1 or path.count("}") != 1:
         raise UserError(f'{path}: parallel files are named with one pair of braces, for example "train.{{en,fr}}"')
-    return found[0].split(",")
+    return braces[0].split(",")
 
 
 def matches(path: str) -> list[str]:
-    """The paths, one pair of braces in each, that a pattern with wildcards stands for, in sorted order.
+    """The paths, each with one pair of braces, that match a pattern with wildcards, in sorted order.
 
     Raises:
-        UserError: Nothing matches, or one file matches and another of its row does not.
+        UserError: No file matches, or a file exists and another of its set does not.
     """
     names = parts(path)
     before, after = re.split(r"\{[^{}]+\}", path)
     if not assets.has_wildcard(before + after):
         return [path]
     braces = "{" + ",".join(names) + "}"
-    found: list[set[str]] = []
+    matched: list[set[str]] = []
     for name in names:
-        # The texts that the wildcards stand for are the name of a set of files.
+        # A set of files is named by the texts that the wildcards match.
         pattern = _regex(before) + re.escape(name) + _regex(after)
-        hits = [re.fullmatch(pattern, file) for file in assets.matches(before + name + after)]
-        found.append({_fill(before + braces + after, hit.groups()) for hit in hits if hit})
-    alone = sorted(found[0].union(*found) - found[0].intersection(*found))
-    if alone:
-        raise UserError(f"{alone[0]}: not all of these files exist")
-    return sorted(found[0])
+        results = [re.fullmatch(pattern, file) for file in assets.matches(before + name + after)]
+        matched.append({_fill(before + braces + after, match.groups()) for match in results if match})
+    incomplete = sorted(matched[0].union(*matched) - matched[0].intersection(*matched))
+    if incomplete:
+        raise UserError(f"{incomplete[0]}: not all of these files exist")
+    return sorted(matched[0])
 
 
 def _regex(pattern: str) -> str:
@@ -157,10 +147,10 @@ def _fill(pattern: str, texts: tuple[str, ...]) -> str:
 
 
 def read_parallel(path: str, source: Source) -> Iterator[Read]:
-    """Rows of files whose names differ between the braces only. Those parts name the columns, unless source.columns does.
+    """Rows of files whose names differ between the braces only; these parts name the columns, unless source.columns does.
 
     Raises:
-        UserError: The files are not of one length: from some line on the rows would be wrong, and none can say which.
+        UserError: The files differ in length: from some unknown line on the rows would be wrong.
     """
     names = source.columns or tuple(parts(path))
     if len(names) != len(parts(path)):

@@ -1,4 +1,4 @@
-"""tfds: builders of TensorFlow Datasets, without TensorFlow."""
+"""Builders of TensorFlow Datasets (tfds:), read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SCHEME = "tfds:"
 def open_tfds(path: str) -> Records:
     """The rows of "tfds:NAME[/CONFIG][:VERSION][#SPLIT]", read by number from ArrayRecord files.
 
-    Class numbers become names (-1, hidden, None), nested features "a.b". SPLIT is any split expression of TFDS, such as
-    train[:80%]; left out, it is train. Builders are looked for, and made, in $TFDS_DATA_DIR, else ~/tensorflow_datasets; one
-    that is not there is downloaded and prepared, unless MTL_JAX_OFFLINE is set.
+    Class numbers become names (-1, a hidden label, becomes None), nested features "a.b". SPLIT is any split expression of TFDS,
+    such as train[:80%], by default train. Builders are in $TFDS_DATA_DIR, else ~/tensorflow_datasets; one that is missing is
+    downloaded and prepared there, unless MTL_JAX_OFFLINE is set.
 
     Raises:
-        UserError: There is no such builder, config, version or split, or it cannot be prepared.
+        UserError: The builder, config, version or split does not exist, or cannot be prepared.
     """
     tfds = _library()
     name, _, split = path.removeprefix(SCHEME).partition("#")
@@ -34,10 +34,10 @@ def open_tfds(path: str) -> Records:
         raise UserError(f"{shown(path)}: TFDS has no text, translation or summarisation builder {shown(name)!r}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version
         raise UserError(f"{shown(path)}: {_reason(error)}") from error
-    except ImportError as error:  # its features are declared with TensorFlow's types, or its module needs something else
+    except ImportError as error:  # its features have TensorFlow's types, or its module needs another package
         raise UserError(
             f"{shown(path)}: the code of this builder does not load ({_reason(error)}); "
-            "where it does, write its rows as JSONL, and give that file as path"
+            "load it where TensorFlow is installed, write its rows as JSONL, and give that file as path"
         ) from error
     _prepare(path, name, builder)
     try:
@@ -49,7 +49,7 @@ def open_tfds(path: str) -> Records:
 
 @functools.cache
 def _library() -> ModuleType:
-    import tensorflow_datasets as tfds  # imported late: half a second that only its users wait for
+    import tensorflow_datasets as tfds  # imported late: it takes half a second
 
     # Without TensorFlow tfds.builder knows only the builders of modules that are imported.
     import tensorflow_datasets.question_answering
@@ -65,7 +65,7 @@ def _prepare(path: str, name: str, builder: Any) -> None:
     if builder.is_prepared():
         if builder.info.file_format and builder.info.file_format.value != "array_record":
             raise UserError(
-                f"{path}: {builder.data_path} holds {builder.info.file_format.value} files, which cannot be read by number; "
+                f"{path}: {builder.data_path} has {builder.info.file_format.value} files, which cannot be read by number; "
                 f"{_advice(name)}, with TFDS_DATA_DIR set to another directory"
             )
         return
@@ -86,7 +86,7 @@ def _advice(name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """TFDS's messages have many lines; the last clause of the first says what is wrong."""
+    """The reason in a message of TFDS, which has many lines: the last clause of the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = lines[0]
     if text.startswith("Failed to construct dataset"):
@@ -100,7 +100,7 @@ def _schema(feature: Any, features: Any) -> Schema:
     if isinstance(feature, features.ClassLabel):
         try:
             return ClassName(tuple(feature.names))
-        except ValueError:  # TFDS's answer where a label has a number of classes, but no names
+        except ValueError:  # raised by TFDS if a label has a number of classes, but no names
             return ClassName()
     if isinstance(feature, features.Sequence):
         return _schema(feature.feature, features)

@@ -15,8 +15,8 @@ from mtl_jax import trunks
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.trees import leaves_of, put
 from mtl_jax.data import corpus, coverage
-from mtl_jax.data.batches import Batch, Batching, fill, part_of
-from mtl_jax.data.examples import Examples, make_part
+from mtl_jax.data.batches import Batch, Batching, fill, source_arrays
+from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needed_fields
@@ -147,7 +147,7 @@ def of_run(run: Run, kind: EWC) -> tuple[list[Task], Examples]:
     rows = corpus.read_sources(declared, tasks)[kind.source].rows["train"]
     source = next(source for source in declared if source.name == kind.source)
     length = run.experiment.batch.row_length
-    examples = make_part(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {kind.run}").examples
+    examples = read_examples(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {kind.run}").examples
     coverage.check([examples], tasks, run.trunk.tokenizer, trunks.tables(run.trunk))
     return tasks, examples
 
@@ -165,7 +165,7 @@ def _batches(
     kind: EWC, tasks: Sequence[Task], examples: Examples, batching: Batching, seed: int, place: int
 ) -> Iterator[Batch]:
     """Batches of examples chosen by chance, each in a row of its own; no row is empty."""
-    part = part_of(examples, tasks)
+    part = source_arrays(examples, tasks)
     single = dataclasses.replace(batching, packed=False, buckets=())
     rows = min(batching.rows, len(part))
     chosen = np.random.default_rng([seed, 7]).permutation(len(part))

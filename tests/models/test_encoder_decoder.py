@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.models.seq2seq import Seq2Seq, Seq2SeqEncoder, Seq2SeqOutput
+from mtl_jax.models.encoder_decoder import Seq2Seq, Seq2SeqEncoder, Seq2SeqOutput
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig, sinusoidal_table
 

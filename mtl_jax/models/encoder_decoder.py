@@ -1,6 +1,6 @@
-"""Encoder-decoder transformers: Marian, BART, mBART, Pegasus, T5. Translation is a head, the decoder, on a trunk, the encoder.
+"""Encoder-decoder transformers, Marian, BART, mBART, Pegasus and T5: the encoder is a trunk, and the decoder a head on it.
 
-Shapes in names: B rows, T source tokens, U target tokens, L places of a cache, H hidden size, V vocabulary, K beams.
+Shapes in names: B rows, T source tokens, U target tokens, L positions of a cache, H hidden size, V vocabulary, K beams.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mtl_jax.models.trunk_output import token_table
 
 
 class Seq2SeqOutput(NamedTuple):
-    """What an encoder-decoder returns.
+    """The output of an encoder-decoder.
 
     Attributes:
         hidden: f[B, T, H], the encoder's output.
@@ -34,7 +34,7 @@ class Seq2SeqOutput(NamedTuple):
 
 
 class Seq2SeqEncoder(nn.Module):
-    """The encoder, a trunk like models.encoder.Encoder; it holds the token table that a decoder may share.
+    """The encoder, a trunk like models.encoder.Encoder; it has the token table that a decoder may share.
 
     Attributes:
         config: Sizes and constants.
@@ -70,7 +70,7 @@ class Seq2SeqEncoder(nn.Module):
     ) -> EncoderOutput:
         """Encodes a batch of rows; arguments and result are those of models.encoder.Encoder.
 
-        These families know no token types: token_type_ids changes nothing.
+        These families have no token types: token_type_ids changes nothing.
         """
         cfg = self.config
         if attention_mask is None:
@@ -91,8 +91,8 @@ class Seq2Seq(nn.Module):
     """Encoder and decoder; parameters {"trunk": encoder, "head": decoder}.
 
     Attributes:
-        trunk: The encoder: this family's, or any other with its call signature under a decoder made for it.
-        head: The decoder; or decoder and classifier; or None: the encoder alone under the same call.
+        trunk: The encoder: this family's, or another one with its call signature and a decoder that fits it.
+        head: The decoder, or decoder and classifier, or None for the encoder alone.
     """
 
     trunk: nn.Module
@@ -117,12 +117,13 @@ class Seq2Seq(nn.Module):
         Args:
             input_ids: i32[B, T].
             attention_mask: [B, T], 1 at real tokens; None means that all are real.
-            decoder_input_ids: i32[B, U], the target shifted right; None runs the encoder only. A classifier makes its own.
+            decoder_input_ids: i32[B, U], the target shifted right; None runs the encoder only. A classifier derives it from
+                input_ids.
             decoder_attention_mask: [B, U].
             position_ids: i32[B, T], 0-based inside each example; None counts from 0 in every row.
             segment_ids: i32[B, T], the example each token belongs to in a packed row. None means one example a row.
             decoder_position_ids: i32[B, U].
-            decoder_segment_ids: i32[B, U]; a target sees the source tokens of its own number only.
+            decoder_segment_ids: i32[B, U]; a target sees only the source tokens of the same segment.
             token_type_ids: Changes nothing.
             deterministic: False applies dropout and needs an rng named "dropout".
         """
@@ -152,12 +153,12 @@ class Seq2Seq(nn.Module):
     def source(
         self, hidden: jax.Array, attention_mask: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> Source:
-        """What decode() needs of the encoder's output: made once, used at every step.
+        """The part of the encoder's output that decode() reads; it is computed once and used at every step.
 
         Args:
             hidden: f[B, T, H].
-            attention_mask: [B, T], as the encoder was given.
-            segment_ids: i32[B, T], as the encoder was given.
+            attention_mask: [B, T], the encoder's.
+            segment_ids: i32[B, T], the encoder's.
         """
         return self._decoder().source(hidden, attention_mask, segment_ids)
 
@@ -191,24 +192,24 @@ class Seq2Seq(nn.Module):
         Args:
             decoder_input_ids: i32[B, U]; with a cache usually U = 1.
             source: From source(), of the same B rows.
-            decoder_attention_mask: [B, U], 1 at real tokens; with a cache [B, L], one for each place of it.
+            decoder_attention_mask: [B, U], 1 at real tokens; with a cache [B, L], a number for each of its positions.
             decoder_position_ids: i32[B, U], for packed rows; not with a cache.
             decoder_segment_ids: i32[B, U], for packed rows; not with a cache.
-            cache: What init_cache() or the step before gave; None runs without.
-            step: i32[], how many tokens the cache holds so far; may be traced. step + U is at most L: writing past the end of
-                a cache, which cannot be seen in a traced step, overwrites its last places.
-            ancestry: i32[B, K, L], with a cache for K beams: the tokens i32[B, K] are then those of K beams at one place, and
-                each beam sees at every place l the entry that beam ancestry[b, k, l] wrote there; its own at `step`.
+            cache: The cache from init_cache() or from the step before; None runs without a cache.
+            step: i32[], number of tokens in the cache; may be traced. step + U is at most L: a write past the end of the cache,
+                which a traced step cannot detect, overwrites its last positions.
+            ancestry: i32[B, K, L], with a cache for K beams: the tokens i32[B, K] are then those of K beams at one position.
+                Each beam sees at every position l the entry of beam ancestry[b, k, l], and at `step` its own entry.
             deterministic: False applies dropout and needs an rng named "dropout".
 
         Returns:
-            DecoderOutput; its cache also holds these tokens.
+            DecoderOutput; its cache includes these tokens.
 
         Raises:
             ValueError: A cache together with packed rows, or one that is too short.
         """
         if cache is not None and not (decoder_position_ids is None and decoder_segment_ids is None):
-            raise ValueError("a cache holds one example a row; it goes with no position or segment ids")
+            raise ValueError("a cache has one example a row; it cannot be used with position or segment ids")
         return self._decoder()(
             decoder_input_ids,
             source,
@@ -223,7 +224,7 @@ class Seq2Seq(nn.Module):
         )
 
     def projection(self) -> tuple[jax.Array, jax.Array]:
-        """What logits are made with, decoder_hidden * logit_scale @ kernel + bias: f[H, V] and f32[V]."""
+        """Kernel f[H, V] and bias f32[V] of the logits, which are decoder_hidden * logit_scale @ kernel + bias."""
         return self._decoder().projection(self._table())
 
     def _table(self) -> jax.Array:

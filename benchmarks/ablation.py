@@ -37,7 +37,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.experiment import select
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
-from mtl_jax.training.setup import initial_state, stretches
+from mtl_jax.training.setup import initial_state, mixture_phases
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
 
@@ -136,7 +136,7 @@ def one(made: Ready, table: Any) -> Timed:
 def batch_of(made: Ready) -> Any:
     """A training batch, on the devices."""
     prepared = made.prepared
-    batches = stream(prepared.corpus, prepared.experiment.batch, 0, stretches(prepared.experiment))
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, mixture_phases(prepared.experiment))
     batch = next(batches)
     batches.close()
     return meshes.assemble(batch, meshes.by_rows(prepared.mesh))
@@ -145,7 +145,7 @@ def batch_of(made: Ready) -> Any:
 def table_of(ready: Ready) -> Any:
     """A table of ones in place of cached features: the time of indexing does not depend on the values."""
     prepared = ready.prepared
-    if not prepared.plans[0].cached:
+    if not prepared.plans[0].cached_features:
         return None
     examples = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
     return meshes.place(np.ones((examples, 384), np.float32), meshes.replicated(prepared.mesh))

@@ -67,7 +67,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.tasks import AnyTask
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
-from mtl_jax.training.setup import initial_state, prepare, stretches
+from mtl_jax.training.setup import initial_state, mixture_phases, prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer.adapters import AnyAdapter
@@ -203,7 +203,7 @@ def _costs(experiment: Experiment, workdir: Path, timed: int) -> dict[str, Any]:
     plan, state = prepared.plans[0], initial_state(prepared)
     trained, _ = trees.split(prepared.params, plan.mask)
     step = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask), donate_argnums=0)
-    batches = stream(prepared.corpus, experiment.batch, experiment.seed, stretches(experiment), 0, 1)
+    batches = stream(prepared.corpus, experiment.batch, experiment.seed, mixture_phases(experiment), 0, 1)
     optimizer_bytes = _bytes(state.opt_state)
     seconds = []
     for _ in range(timed + 2):  # the first compiles

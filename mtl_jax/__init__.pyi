@@ -24,7 +24,7 @@ from .tasks import Regression as Regression
 from .tasks import Seq2Seq as Seq2Seq
 from .tasks import Span as Span
 from .tasks import Tagging as Tagging
-from .training.loop import train as train
+from .training.train import train as train
 from .transfer import EWC as EWC
 from .transfer import L2SP as L2SP
 from .transfer import Distillation as Distillation

@@ -35,12 +35,12 @@ def measured(prepared: Prepared, batch: Batch) -> StepGradients:
     return jax.jit(make_gradient_fn(backward, plan.rule))(trained, frozen, StepInputs(batch), state)
 
 
-def predictions(prepared: Prepared, batching: Batching, split: str = "train") -> evaluation.Found:
+def predictions(prepared: Prepared, batching: Batching, split: str = "train") -> evaluation.Predictions:
     """Every task's outputs on a split."""
     tasks, mesh = prepared.corpus.tasks, meshes.make(batching.rows, 1)
     apply = evaluation.make_outputs(encode_tokens(prepared.trunk.module, needed_fields(tasks)), tasks, mesh)
     params = initial_state(prepared).params
-    return evaluation.run(apply, params, tasks, list(prepared.corpus.splits[split].values()), batching, mesh)
+    return evaluation.predict(apply, params, tasks, list(prepared.corpus.splits[split].values()), batching, mesh)
 
 
 def assert_packing_changes_nothing(prepared: Prepared) -> None:

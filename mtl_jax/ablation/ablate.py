@@ -29,9 +29,9 @@ from mtl_jax.experiment_json import tasks_to_json, to_json
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.counts import other_work, steps_by_phase
+from mtl_jax.training.counts import evaluations_and_checkpoints, steps_by_phase
 from mtl_jax.training.features import Features
-from mtl_jax.training.preemption import Stop, asked_to_stop
+from mtl_jax.training.preemption import Stop, stop_on_signals
 from mtl_jax.training.setup import prepare
 
 log = logging.getLogger(__name__)
@@ -109,15 +109,15 @@ def _ablate(
     other: collections.Counter[str] = collections.Counter()
     steps: collections.Counter[str] = collections.Counter()
     for program in planned:
-        other.update(other_work(program.template, runs=len(program.runs)))
+        other.update(evaluations_and_checkpoints(program.template, runs=len(program.runs)))
         steps.update(steps_by_phase(program.template, runs=len(program.runs)))
-    with asked_to_stop() as stop:
+    with stop_on_signals() as stop:
         progress = Progress("ablation", total, coming=other, stretches=steps)
         for program in planned:
             entry = record["programs"][program.number]
             if all(run.name in status for run in program.runs):
                 span = (program.template, 0, None, len(program.runs))
-                progress.skip(steps_by_phase(*span), other_work(*span))
+                progress.skip(steps_by_phase(*span), evaluations_and_checkpoints(*span))
                 continue
             ready = make_ready(program, at_once, memory, entry.get("size", 0))
             entry |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
@@ -218,12 +218,12 @@ def _train(
     shared = share(ready, folder, stop, progress)
     kind = prepared.experiment.evaluation.baseline
     features = np.asarray(shared.table()) if kind == "probe" else None
-    baselines = results.baselines(prepared.corpus, prepared.experiment.sources, kind, features)
+    baselines = results.compute_baselines(prepared.corpus, prepared.experiment.sources, kind, features)
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     for place, chunk in enumerate(ready.chunks):
         if all(run.name in status for run in chunk):
             span = (prepared.experiment, 0, None, len(chunk))
-            progress.skip(steps_by_phase(*span), other_work(*span))
+            progress.skip(steps_by_phase(*span), evaluations_and_checkpoints(*span))
             continue
         for run in chunk:
             files = {"versions": workdirs.versions(), "data": data, "baselines": baselines}

@@ -88,7 +88,7 @@ def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
     if len(before["programs"]) != len(planned):
         raise workdirs.damaged(folder / RECORD, f"it has {len(before['programs'])} programs, and its runs make {len(planned)}")
     for name, config in configs.items():
-        workdirs.changed(of_run(folder, name), config, False, with_defaults)
+        workdirs.config_changed(of_run(folder, name), config, False, with_defaults)
     return before
 
 

@@ -1,7 +1,7 @@
-"""The training of a chunk of runs: phases of steps that all of them take at once, evaluation, checkpoints, resuming.
+"""The loop of a chunk of runs: phases of steps that all of them take at once, evaluations, checkpoints, resuming.
 
-Like training.loop, with an axis over runs: what is the same for all is done once, and what happens to one run leaves the others
-alone.
+As training.loop, with an axis over runs: work that is the same for all runs is done once, and a run that diverges does not
+change the others.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.ablation import stacking
+from mtl_jax.ablation import chunk_state, stacking
+from mtl_jax.ablation.chunk_state import with_best
 from mtl_jax.ablation.fields import Numbers
 from mtl_jax.ablation.plan import Run, order_of
 from mtl_jax.ablation.programs import Machine, scores_of
 from mtl_jax.ablation.stacking import Together
-from mtl_jax.core import trees as freezing
+from mtl_jax.core import trees
 from mtl_jax.core.progress import Progress
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import stream
-from mtl_jax.training import evaluation, metrics_log, results
+from mtl_jax.training import evaluation, metrics_log, results, step_checks
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Restored, Store
-from mtl_jax.training.counts import Counts, other_work, steps_by_phase
+from mtl_jax.training.counts import Counts, evaluations_and_checkpoints, steps_by_phase
 from mtl_jax.training.metrics_log import Logger
 from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
-from mtl_jax.training.phase_plan import PhasePlan, renumbered
+from mtl_jax.training.phase_plan import PhasePlan, with_numbers_of
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.references import References
-from mtl_jax.training.setup import stretches
+from mtl_jax.training.setup import Prepared, mixture_phases
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
-from mtl_jax.transfer import optax_rules
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Fate:
-    """What has become of a run so far.
+class RunStatus:
+    """The progress of one run, saved in each checkpoint's record under "fates".
 
     Attributes:
         best: Its best dev criterion.
-        best_step: The step of that.
+        best_step: The step of the best criterion.
         since_best: Evaluations since then.
-        diverged: "at step N: what is not finite"; empty: all is well.
-        ended: The step at which it diverged or stopped early, and after which nothing counts any more; 0: it goes on.
+        diverged: "at step N: " and the number that is not finite; empty: all are.
+        ended: The step at which it diverged or stopped early; later steps are ignored. 0: it is still trained.
     """
 
     best: float | None = None
@@ -64,14 +64,14 @@ class Fate:
 
 
 class Shared(NamedTuple):
-    """What the chunks of a program share.
+    """The objects that all chunks of a program use.
 
     Attributes:
-        machine: Its compiled programs.
+        machine: Its compiled functions.
         params: {seed: initial parameters}.
-        table: () -> f32[n, H], the features of the untrained trunk where all runs have the same.
-        run_folder: Run to its folder, an ordinary workdir but for checkpoints and trunk.
-        stop: Whether to stop.
+        table: () -> f32[n, H], the features of the untrained trunk where it is the same for all runs.
+        run_folder: Run to its folder, a workdir without checkpoints and trunk.
+        stop: Whether the process was asked to stop.
         progress: The bar over the whole ablation; a unit is a step of a run.
     """
 
@@ -87,10 +87,10 @@ class Chunk:
     """Runs that are trained at once.
 
     Args:
-        shared: What the chunks share.
-        runs: The runs, as many as the machine's size or fewer: what is missing is filled up with copies that nobody sees.
-        values: numbers.collect(...) of all of the program's runs, cut to these and filled up in the same way.
-        folder: Where checkpoints are.
+        shared: The objects that all chunks of the program use.
+        runs: The runs, at most as many as the machine's size; copies of the last one fill the remaining places.
+        values: fields.collect(...) of these runs, filled up in the same way.
+        folder: The directory of their checkpoints.
     """
 
     def __init__(self, shared: Shared, runs: Sequence[Run], values: Numbers, folder: Path):
@@ -99,22 +99,22 @@ class Chunk:
         self.experiment, self.tasks = self.prepared.experiment, self.prepared.corpus.tasks
         self.values = jax.device_put(values, meshes.by_runs(self.mesh))
         order = order_of(self.runs[0])
-        self.stream = stream(self.prepared.corpus, self.experiment.batch, order, stretches(self.experiment))
+        self.stream = stream(self.prepared.corpus, self.experiment.batch, order, mixture_phases(self.experiment))
         self.examples = {name: len(part.tokens) for name, part in self.prepared.corpus.splits["train"].items()}
         self.counts = Counts(seen={name: [0, 0, 0] for name in self.examples})
-        self.fates = [Fate() for _ in self.runs]
-        self.warned: set[int] = set()
-        self.references = [References(self._alone(run), shared.run_folder(run)) for run in self.runs]
+        self.statuses = [RunStatus() for _ in self.runs]
+        self.warned_of_solver: set[int] = set()
+        self.references = [References(self._prepared_of(run), shared.run_folder(run)) for run in self.runs]
 
-    def train(self) -> list[Fate]:
-        """From the newest checkpoint, or the beginning, to the results of every run."""
+    def train(self) -> list[RunStatus]:
+        """Trains from the newest checkpoint, or the beginning; writes the results of every run."""
         self.started = time.monotonic()
-        kept = dataclasses.replace(self.experiment.checkpoints, frozen=True)
+        checkpoints = dataclasses.replace(self.experiment.checkpoints, frozen=True)
         with contextlib.ExitStack() as stack:
-            self.store = stack.enter_context(contextlib.closing(Store(self.folder, kept)))
+            self.store = stack.enter_context(contextlib.closing(Store(self.folder, checkpoints)))
             stack.callback(self.stream.close)
-            now = self._resume()
-            step = int(now.step)
+            state = self._resume()
+            step = int(state.step)
             self.loggers = [
                 stack.enter_context(contextlib.closing(Logger(self.shared.run_folder(run), step, events=False)))
                 for run in self.runs
@@ -123,20 +123,20 @@ class Chunk:
             for plan in self.prepared.plans:
                 if step < plan.end and not self._ended():
                     if step == plan.start and plan.number:
-                        now = self._enter(plan, now)
-                    references, apart = self._references_of(plan, now, step == plan.start)
-                    now, step = self._phase(plan, now, step, references, apart)
+                        state = chunk_state.start_phase(self.machine, self.values, plan, state)
+                    references, apart = self._references_of(plan, state, step == plan.start)
+                    state, step = self._phase(plan, state, step, references, apart)
             self._skip(step, self.prepared.plans[-1].end)
             self.store.wait()
-            self._finish(step, now)
-        return self.fates
+            self._finish(step, state)
+        return self.statuses
 
     def _skip(self, start: int, stop: int) -> None:
         span = (self.experiment, start, stop, len(self.runs))
-        self.shared.progress.skip(steps_by_phase(*span), other_work(*span))
+        self.shared.progress.skip(steps_by_phase(*span), evaluations_and_checkpoints(*span))
 
     def newest(self) -> Together | None:
-        """The state of the newest checkpoint, without a step being taken; with it counts, fates and position."""
+        """The state of the newest checkpoint, for reading; counts, statuses and data position become those of it."""
         with contextlib.closing(Store(self.folder, self.experiment.checkpoints, read_only=True)) as store:
             steps = store.steps()
             return self._restored(store.restore(steps[-1], self._template)) if steps else None
@@ -144,190 +144,156 @@ class Chunk:
     def _resume(self) -> Together:
         restored = self.store.latest(self._template)
         if restored is None:
-            return self._first()
+            copies = [self.runs[-1]] * (self.machine.size - len(self.runs))
+            seeds = [run.experiment.seed for run in (*self.runs, *copies)]
+            return chunk_state.initial_state(self.machine, self.values, self.shared.params, seeds)
         log.info("%s: resuming from step %d", self.folder, restored.step)
         return self._restored(restored)
 
     def _restored(self, restored: Restored) -> Together:
         record = restored.record
-        self.counts, self.fates = Counts(**record["counts"]), [Fate(**fate) for fate in record["fates"]]
+        self.counts, self.statuses = Counts(**record["counts"]), [RunStatus(**status) for status in record["fates"]]
         self.stream.set_state(record["data"])
         for references, digests in zip(self.references, record["references"], strict=True):
             references.digests = dict(digests)
         return restored.state
 
-    def _seeds(self) -> list[int]:
-        filled = [*self.runs, *[self.runs[-1]] * (self.machine.size - len(self.runs))]
-        return [run.experiment.seed for run in filled]
-
-    def _first(self) -> Together:
-        plan, own = self.prepared.plans[0], self.machine.own[0]
-        params = stacking.stack([self.shared.params[seed] for seed in self._seeds()], own, self.mesh)
-        fresh = self.machine.begin(plan, self.values, params)
-        step = meshes.place(np.zeros((), np.int32), meshes.replicated(self.mesh))
-        key, best = stacking.keys(self._seeds(), self.mesh), _copied(stacking.own_part(params, own))
-        return Together(step, params, fresh.opt_state, fresh.rule_state, key, _copied(fresh.average), best)
-
-    def _enter(self, plan: PhasePlan, now: Together) -> Together:
-        """The state at the start of a later phase; see training.prepare.enter."""
-        before, own = self.machine.own[plan.number - 1], self.machine.own[plan.number]
-        params = stacking.widen(now.params, before, own, self.machine.size, self.mesh)
-        best = jax.tree.map(
-            lambda was, has, old, new: old if was else jnp.copy(new) if has else None, before, own, now.best, params
-        )
-        fresh = self.machine.begin(plan, self.values, params)
-        moments = jax.device_put(optax_rules.carry(now.opt_state, fresh.opt_state), meshes.by_runs(self.mesh))
-        rule_state = fresh.rule_state if plan.fresh_rule else now.rule_state
-        return now._replace(params=params, opt_state=moments, rule_state=rule_state, average=_copied(fresh.average), best=best)
-
     def _template(self, record: dict[str, Any]) -> Together:
-        plan = self.prepared.plans[record["counts"]["phase"]]
-        own, size = self.machine.own[plan.number], self.machine.size
-        some = self.shared.params[self._seeds()[0]]
-        params = jax.tree.map(
-            lambda has, leaf: jax.ShapeDtypeStruct((size, *leaf.shape) if has else leaf.shape, leaf.dtype), own, some
-        )
-        fresh = self.machine.begin_shapes(plan, self.values, params)
-        step, key = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((size, 2), np.uint32)
-        best = stacking.own_part(params, own)
-        shapes: Any = (step, params, fresh.opt_state, fresh.rule_state, key, fresh.average, best)
-        shardings = (*stacking.shardings(own, self.mesh), meshes.by_runs(self.mesh))
-        return Together(*stacking.placed(shapes, shardings))
+        plan, params = self.prepared.plans[record["counts"]["phase"]], self.shared.params[self.runs[0].experiment.seed]
+        return chunk_state.template(self.machine, self.values, plan, params)
 
-    def _alone(self, run: Run) -> Any:
-        """A run as if it were trained alone, for what is done run by run."""
-        plans = [renumbered(plan, run.experiment) for plan in self.prepared.plans]
+    def _prepared_of(self, run: Run) -> Prepared:
+        """The prepared run that is trained outside of a chunk, for work that is done run by run."""
+        plans = [with_numbers_of(plan, run.experiment) for plan in self.prepared.plans]
         params = self.shared.params[run.experiment.seed]
         return self.prepared._replace(experiment=run.experiment, params=params, plans=plans)
 
-    def _references_of(self, plan: PhasePlan, now: Together, begins: bool) -> tuple[Any, frozenset[str]]:
-        """The references of the regularisers of a phase, and the names of those that differ from run to run."""
-        if (
-            not plan.regularisers
-            and not plan.mixout_paths
-            and not any(each.regularisers or each.mixout_paths for each in self.prepared.plans)
-        ):
+    def _references_of(self, plan: PhasePlan, state: Together, begins: bool) -> tuple[Any, frozenset[str]]:
+        """The references of the regularisers of a phase, and the names of those that differ between runs."""
+        if not any(phase.regularisers or phase.mixout_paths for phase in self.prepared.plans):
             return None, frozenset()
-        own, found = self.machine.own[plan.number], []
+        per_run, by_run = self.machine.own[plan.number], []
         for number, references in enumerate(self.references):
-            mine = references.prepared.plans[plan.number]
-            found.append(jax.device_get(references.enter(mine, stacking.take_state(now.state(), own, number), begins)))
-        if found[0] is None:
+            run_plan = references.prepared.plans[plan.number]
+            run_state = stacking.take_state(state.state(), per_run, number)
+            by_run.append(jax.device_get(references.for_phase(run_plan, run_state, begins)))
+        if by_run[0] is None:
             return None, frozenset()
-        found += [found[-1]] * (self.machine.size - len(found))
-        trees, apart = {}, set()
-        for name in found[0]:
-            each = [held[name] for held in found]
-            if any(jax.tree.leaves(stacking.differing(each))):
+        by_run += [by_run[-1]] * (self.machine.size - len(by_run))
+        stacked, apart = {}, set()
+        for name in by_run[0]:
+            trees_of_runs = [of_run[name] for of_run in by_run]
+            first = trees_of_runs[0]
+            if any(jax.tree.leaves(stacking.differing(trees_of_runs))):
                 apart.add(name)
-                trees[name] = stacking.stack(each, jax.tree.map(lambda _: True, each[0]), self.mesh)
+                stacked[name] = stacking.stack(trees_of_runs, jax.tree.map(lambda _: True, first), self.mesh)
             else:
-                trees[name] = meshes.place(each[0], meshes.replicated(self.mesh))
-        return trees, frozenset(apart)
+                stacked[name] = meshes.place(first, meshes.replicated(self.mesh))
+        return stacked, frozenset(apart)
 
-    def _table(self, plan: PhasePlan, now: Together) -> Any:
-        """The features that a phase looks up, f32[n, H], or f32[N, n, H] where the trunks differ."""
-        if not plan.cached:
+    def _table(self, plan: PhasePlan, state: Together) -> Any:
+        """The cached features of a phase, f32[n, H], or f32[N, n, H] where the trunks differ; None: it has none."""
+        if not plan.cached_features:
             return None
         if not self.machine.own_trunk(plan):
             return self.shared.table()
-        own, prepared = self.machine.own[plan.number], self.prepared
-        parts = [part for split in prepared.corpus.splits.values() for part in split.values()]
+        per_run, apply, batching = self.machine.own[plan.number], self.machine.features, self.experiment.batch
+        parts = [part for split in self.prepared.corpus.splits.values() for part in split.values()]
         tables = [
-            evaluation.features(
-                self.machine.features, stacking.take(now.params, own, number), parts, self.experiment.batch, self.mesh
-            )
+            evaluation.features(apply, stacking.take(state.params, per_run, number), parts, batching, self.mesh)
             for number in range(self.machine.size)
         ]
         return meshes.place(np.stack(tables), meshes.by_runs(self.mesh))
 
-    def _phase(self, plan: PhasePlan, now: Together, step: int, references: Any, apart: frozenset[str]) -> tuple[Together, int]:
-        table = self._table(plan, now)
+    def _phase(
+        self, plan: PhasePlan, state: Together, step: int, references: Any, apart: frozenset[str]
+    ) -> tuple[Together, int]:
+        table = self._table(plan, state)
         self.counts.phase = plan.number
         steps = np.arange(plan.end - plan.start)
-        plans = [renumbered(plan, run.experiment) for run in self.runs]
-        self.rates = [np.broadcast_to(jax.vmap(mine.rate)(steps), len(steps)) for mine in plans]
+        run_plans = [with_numbers_of(plan, run.experiment) for run in self.runs]
+        self.rates = [np.broadcast_to(jax.vmap(run_plan.learning_rate)(steps), len(steps)) for run_plan in run_plans]
         actions = Actions(
-            take_step=lambda now, batch: self._step(plan, now, batch, table, references, apart),
+            take_step=lambda state, batch: self._step(plan, state, batch, table, references, apart),
             read=lambda sent: self._read(sent, plan),
-            evaluate=lambda step, now: self._evaluate_and_save(step, plan, now, table),
+            evaluate=lambda step, state: self._evaluate_and_save(step, plan, state, table),
             save=self._save,
             wait=self.store.wait,
             ended=self._ended,
         )
         shared, runs = self.shared, len(self.runs)
-        return train_phase(now, step, plan, self.stream, actions, self.experiment, shared.stop, shared.progress, runs)
+        return train_phase(state, step, plan, self.stream, actions, self.experiment, shared.stop, shared.progress, runs)
 
     def _step(
-        self, plan: PhasePlan, now: Together, batch: Batch, table: Any, references: Any, apart: frozenset[str]
+        self, plan: PhasePlan, before: Together, batch: Batch, table: Any, references: Any, apart: frozenset[str]
     ) -> tuple[Together, StepMetrics]:
         inputs = StepInputs(meshes.assemble(batch, meshes.by_rows(self.mesh)), table, references)
-        run_step = self.machine.step(plan, self.values, now.state(), inputs, apart=apart)
-        state, metrics = run_step(self.values, now.state(), inputs)
-        return _with_best(state, now.best), metrics
+        run_step = self.machine.step(plan, self.values, before.state(), inputs, apart=apart)
+        state, metrics = run_step(self.values, before.state(), inputs)
+        return with_best(state, before.best), metrics
 
     def _read(self, sent: SentStep, plan: PhasePlan) -> None:
-        """Waits for the metrics of a step, logs them run by run, and notes which runs are not finite any more."""
+        """Waits for the metrics of a step, logs them run by run, and ends the runs whose metrics are not finite."""
         metrics = jax.device_get(sent.metrics)
         self.counts.add(metrics.seen[0], sent.places)
         facts, tokens = self.counts.facts(self.examples), 0
-        for number, fate in enumerate(self.fates):
-            if fate.ended:
+        for number, status in enumerate(self.statuses):
+            if status.ended:
                 continue
             run_metrics = jax.tree.map(lambda leaf, number=number: leaf[number], metrics)
             rate = float(self.rates[number][sent.step - 1 - plan.start])
             _, record = metrics_log.step_record(run_metrics, facts, rate, plan.number)
             tokens += record["tokens"]
             self.loggers[number].write("train", sent.step, record)
-            self._note(number, sent.step, metrics_log.not_finite(run_metrics))
-            unsolved = metrics_log.unsolved(run_metrics)
-            if unsolved and number not in self.warned:
-                self.warned.add(number)
+            if problem := step_checks.non_finite_metric(run_metrics):
+                self._diverged(number, sent.step, problem)
+            unsolved = step_checks.unsolved(run_metrics)
+            if unsolved and number not in self.warned_of_solver:
+                self.warned_of_solver.add(number)
                 log.warning("run %s, step %d: %s", self.runs[number].name, sent.step, unsolved)
         self.shared.progress.update(len(self.runs), tokens, title=plan.phase.name)
 
-    def _evaluate_and_save(self, step: int, plan: PhasePlan, now: Together, table: Any) -> Together:
-        state = self.machine.collect(plan, now.state())
-        now = _with_best(state, self._evaluate(step, plan, state, now.best, table))
-        self._save(step, now)
-        return now
-
-    def _note(self, number: int, step: int, trouble: str) -> None:
-        if trouble:
-            self.fates[number].diverged, self.fates[number].ended = f"at step {step}: {trouble}", step
-            log.warning("run %s diverged at step %d: %s; the other runs are trained on", self.runs[number].name, step, trouble)
+    def _diverged(self, number: int, step: int, problem: str) -> None:
+        self.statuses[number].diverged, self.statuses[number].ended = f"at step {step}: {problem}", step
+        log.warning("run %s diverged at step %d: %s; the other runs are trained on", self.runs[number].name, step, problem)
 
     def _ended(self) -> bool:
-        """Whether no run goes on: each has diverged, or stopped early."""
-        return all(fate.ended for fate in self.fates)
+        """Whether every run has diverged or stopped early."""
+        return all(status.ended for status in self.statuses)
+
+    def _evaluate_and_save(self, step: int, plan: PhasePlan, before: Together, table: Any) -> Together:
+        state = self.machine.collect(plan, before.state())
+        evaluated = with_best(state, self._evaluate(step, plan, state, before.best, table))
+        self._save(step, evaluated)
+        return evaluated
 
     def _evaluate(self, step: int, plan: PhasePlan, state: TrainState, best: Any, table: Any) -> Any:
-        """Measures all runs on dev; the best parameters of each, with those that are better now."""
-        measured, own = state.measured(), self.machine.own[plan.number]
-        going = [not fate.ended for fate in self.fates]
-        apply = self.machine.outputs(plan, plan.cached)
-        scores = scores_of(self.machine, apply, measured, "dev", going, own, lambda task: task.dev_beams, table)
+        """Measures all runs on dev; returns the best parameters so far of each run."""
+        measured, per_run = state.measured(), self.machine.own[plan.number]
+        active = [not status.ended for status in self.statuses]
+        apply = self.machine.outputs(plan, plan.cached_features)
+        scores_by_run = scores_of(self.machine, apply, measured, "dev", active, per_run, lambda task: task.dev_beams, table)
         better = np.zeros(self.machine.size, bool)
-        for number, (fate, found) in enumerate(zip(self.fates, scores, strict=True)):
-            if found is None:
+        for number, (status, scores) in enumerate(zip(self.statuses, scores_by_run, strict=True)):
+            if scores is None:
                 continue
-            bad = [task for task, metrics in found.items() if not math.isfinite(metrics["loss"])]
-            if bad:
-                self._note(number, step, f"the dev loss of task {bad[0]!r} is {found[bad[0]]['loss']}")
+            not_finite = [task for task, metrics in scores.items() if not math.isfinite(metrics["loss"])]
+            if not_finite:
+                self._diverged(number, step, f"the dev loss of task {not_finite[0]!r} is {scores[not_finite[0]]['loss']}")
                 continue
-            value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, found)
-            record = {f"{task}/{metric}": x for task, metrics in found.items() for metric, x in metrics.items()}
+            value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
+            record = {f"{task}/{metric}": score for task, metrics in scores.items() for metric, score in metrics.items()}
             self.loggers[number].write("dev", step, {**record, "criterion": value, "phase": plan.number})
-            better[number] = fate.best is None or value >= fate.best
+            better[number] = status.best is None or value >= status.best
             if better[number]:
-                fate.best, fate.best_step, fate.since_best = value, step, 0
+                status.best, status.best_step, status.since_best = value, step, 0
             else:
-                fate.since_best += 1
-                if fate.since_best == self.experiment.evaluation.patience:
-                    fate.ended = step
-        return self.machine.keep_better(best, stacking.own_part(measured, own), jnp.asarray(better))
+                status.since_best += 1
+                if status.since_best == self.experiment.evaluation.patience:
+                    status.ended = step
+        return self.machine.keep_better(best, stacking.own_part(measured, per_run), jnp.asarray(better))
 
-    def _save(self, step: int, now: Together) -> None:
+    def _save(self, step: int, state: Together) -> None:
         before, self.started = self.started, time.monotonic()
         self.counts.seconds += self.started - before
         for logger in self.loggers:
@@ -335,47 +301,38 @@ class Chunk:
         record = {
             "step": step,
             "counts": dataclasses.asdict(self.counts),
-            "fates": [dataclasses.asdict(fate) for fate in self.fates],
+            "fates": [dataclasses.asdict(status) for status in self.statuses],
             "data": self.stream.get_state(),
             "references": [references.digests for references in self.references],
         }
-        self.store.save(step, now, record, None)
+        self.store.save(step, state, record, None)
 
-    def _finish(self, step: int, now: Together) -> None:
+    def _finish(self, step: int, state: Together) -> None:
         """Measures each run's best parameters on dev and test, and writes its results."""
         plan = self.prepared.plans[self.counts.phase]
-        own = self.machine.own[plan.number]
-        params = freezing.merge(now.best, now.params)
-        measured = [fate.best is not None for fate in self.fates]
+        per_run = self.machine.own[plan.number]
+        params = trees.merge(state.best, state.params)
+        measured = [status.best is not None for status in self.statuses]
         apply = self.machine.outputs(plan, False)
         scores = {
-            split: scores_of(self.machine, apply, params, split, measured, own, lambda task: task.beams)
+            split: scores_of(self.machine, apply, params, split, measured, per_run, lambda task: task.beams)
             for split in ("dev", "test")
         }
         self.counts.seconds += time.monotonic() - self.started
         test = self.prepared.corpus.splits["test"]
         signatures = {task.name: task.signatures(test[task.source].data) for task in self.tasks}
-        for number, (run, fate) in enumerate(zip(self.runs, self.fates, strict=True)):
-            if fate.best is None:
+        for number, (run, status) in enumerate(zip(self.runs, self.statuses, strict=True)):
+            if status.best is None:
                 continue
             facts = {
                 "run": run.name,
-                "diverged": fate.diverged,
-                "steps": fate.ended or step,
-                "best_step": fate.best_step,
-                "best_criterion": fate.best,
+                "diverged": status.diverged,
+                "steps": status.ended or step,
+                "best_step": status.best_step,
+                "best_criterion": status.best,
                 "seconds": round(self.counts.seconds, 1),
                 "runs_at_once": len(self.runs),
                 **self.counts.facts(self.examples),
             }
-            own_scores = {split: each[number] or {} for split, each in scores.items()}
-            results.write(self.shared.run_folder(run), run.experiment, self.tasks, own_scores, signatures, facts, figure=False)
-
-
-def _with_best(state: TrainState, best: Any) -> Together:
-    return Together(*state, best)
-
-
-def _copied(tree: Any) -> Any:
-    """In buffers of its own: the step donates its state, and a buffer can be donated only once."""
-    return jax.tree.map(jnp.copy, tree)
+            run_scores = {split: by_run[number] or {} for split, by_run in scores.items()}
+            results.write(self.shared.run_folder(run), run.experiment, self.tasks, run_scores, signatures, facts, figure=False)

@@ -62,9 +62,10 @@ def _take(folder: Path, name: str, out: Path) -> None:
     if newest is None:
         raise UserError(f"{folder}: there is no checkpoint of run {name} yet")
     number = [run.name for run in chunk.runs].index(name)
-    fate = chunk.fates[number]
-    if fate.diverged and fate.best is None:
-        raise UserError(f"{folder}: run {name} diverged {fate.diverged}, before its first evaluation; there is nothing to copy")
+    status = chunk.statuses[number]
+    if status.diverged and status.best is None:
+        diverged = f"run {name} diverged {status.diverged}, before its first evaluation"
+        raise UserError(f"{folder}: {diverged}; there is nothing to copy")
     with staged(out) as part:
         shutil.copytree(folder / "runs" / name, part, dirs_exist_ok=True)
         shutil.copytree(folders.of_program(folder, program.number) / "trunk", part / "trunk")
@@ -72,25 +73,25 @@ def _take(folder: Path, name: str, out: Path) -> None:
 
 
 def _write_checkpoints(chunk: Chunk, newest: Together, number: int, folder: Path) -> None:
-    experiment, fate = chunk.runs[number].experiment, chunk.fates[number]
+    experiment, status = chunk.runs[number].experiment, chunk.statuses[number]
     own = chunk.machine.own[chunk.counts.phase]
     step = int(newest.step)
     counts = dataclasses.replace(
-        chunk.counts, criterion=experiment.evaluation.criterion, best=fate.best, evaluations_since_best=fate.since_best
+        chunk.counts, criterion=experiment.evaluation.criterion, best=status.best, evaluations_since_best=status.since_best
     )
     record = {"counts": dataclasses.asdict(counts), "references": chunk.references[number].digests}
     position = chunk.stream.get_state()
     with contextlib.closing(Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion)) as store:
         last = _on_first_device(stacking.take_state(newest.state(), own, number))
-        if fate.best is not None and fate.best_step < step:
+        if status.best is not None and status.best_step < step:
             best = stacking.take(trees.merge(newest.best, newest.params), own, number)
             measured = last._replace(
-                step=jax.numpy.asarray(fate.best_step, "int32"), params=_on_first_device(best), average=None
+                step=jax.numpy.asarray(status.best_step, "int32"), params=_on_first_device(best), average=None
             )
             # The moments of that step are not known, so the checkpoint has no position in the data and cannot be resumed.
-            store.save(fate.best_step, measured, record | {"step": fate.best_step, "data": []}, fate.best)
-        if not fate.diverged:
-            dev = fate.best if fate.best_step == step else None
+            store.save(status.best_step, measured, record | {"step": status.best_step, "data": []}, status.best)
+        if not status.diverged:
+            dev = status.best if status.best_step == step else None
             store.save(step, last, record | {"step": step, "data": [position]}, dev)
         store.wait()
 

@@ -19,7 +19,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
 from mtl_jax.training import init_from
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.setup import Prepared, prepare, reseeded, stretches
+from mtl_jax.training.setup import Prepared, mixture_phases, prepare, with_seed
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,9 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     prepared = prepared._replace(mesh=mesh)
     params, begun = {}, {}
     for seed in sorted({run.experiment.seed for run in program.runs}):
-        seeded = reseeded(prepared, seed)
+        seeded = with_seed(prepared, seed)
         if program.template.init_from.path:
-            seeded, begun[seed], line = init_from.begin(seeded)
+            seeded, begun[seed], line = init_from.load_parameters(seeded)
             log.info("seed %d: %s", seed, line)
         params[seed] = seeded.params
     differs = stacking.differing(list(params.values()))
@@ -105,7 +105,7 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
 
 def _first_batch(prepared: Prepared) -> Any:
     experiment = prepared.experiment
-    batches = stream(prepared.corpus, experiment.batch, data_seed_of(experiment), stretches(experiment))
+    batches = stream(prepared.corpus, experiment.batch, data_seed_of(experiment), mixture_phases(experiment))
     batch = next(batches)
     batches.close()
     return batch

@@ -20,7 +20,7 @@ from mtl_jax.training import evaluation, gram_gradient, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import cached_features, encode_tokens, needed_fields
-from mtl_jax.training.phase_plan import PhasePlan, renumbered
+from mtl_jax.training.phase_plan import PhasePlan, with_numbers_of
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, TrainState
@@ -73,7 +73,7 @@ class Machine:
         names = [task.name for task in self.prepared.corpus.tasks]
 
         def init_run(values: Numbers, trained: Any) -> Any:
-            run_plan = renumbered(plan, fields.insert(self.prepared.experiment, values))
+            run_plan = with_numbers_of(plan, fields.insert(self.prepared.experiment, values))
             rule_state = gram_gradient.init_rule(run_plan.rule, names, trained["trunk"])
             return run_plan.optimizer.init(trained), rule_state, self.averaging.init(trained)
 
@@ -102,7 +102,7 @@ class Machine:
 
         def of_one_run(values: Numbers, state: TrainState, inputs: StepInputs) -> Any:
             experiment = fields.insert(self.prepared.experiment, values)
-            run_plan = renumbered(plan, experiment)
+            run_plan = with_numbers_of(plan, experiment)
             gradients = gradient_fn(self.prepared._replace(experiment=experiment), run_plan)
             step = make_train_step(gradients, run_plan.optimizer, plan.mask, sources, self.averaging.follow)
             return step(state, inputs)
@@ -142,7 +142,7 @@ class Machine:
             shapes = TrainState(step, params, initial.opt_state, initial.rule_state, key, initial.average)  # type: ignore[arg-type]
             state: Any = stacking.placed(shapes, stacking.shardings(own, self.mesh))
             table = None
-            if plan.cached:
+            if plan.cached_features:
                 examples = [part for split in self.prepared.corpus.splits.values() for part in split.values()]
                 width = trunks.width(self.prepared.trunk, self.prepared.params["trunk"])
                 shape: tuple[int, ...] = (sum(len(part.tokens) for part in examples), width)
@@ -219,7 +219,7 @@ def scores_of(
     prepared = machine.prepared
     data, tasks, batching = prepared.corpus.splits[split], prepared.corpus.tasks, prepared.experiment.batch
     parts = list(data.values())
-    outputs = evaluation.run_each(apply, params, tasks, parts, batching, machine.mesh, machine.size, table=table)
+    outputs = evaluation.predict_runs(apply, params, tasks, parts, batching, machine.mesh, machine.size, table=table)
     scores: list[Scores | None] = []
     for number, evaluated in enumerate(which):
         losses = outputs[number].losses

@@ -97,7 +97,7 @@ def _launch(launch: Launch) -> None:
 
     from mtl_jax.training import mesh as meshes
     from mtl_jax.training import results
-    from mtl_jax.training.loop import train
+    from mtl_jax.training.train import train
 
     if launch.distributed:
         meshes.connect(launch.distributed)

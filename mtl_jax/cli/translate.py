@@ -225,9 +225,9 @@ def _answer(command: _Command, text: tuple[str, ...], path: str, files: Files, t
     from mtl_jax.core.progress import Progress
     from mtl_jax.inference import generate_texts, text_model  # imported late: --help and mistakes need none of it
     from mtl_jax.inference.resumable_output import Journal
-    from mtl_jax.training.preemption import asked_to_stop
+    from mtl_jax.training.preemption import stop_on_signals
 
-    with asked_to_stop() as stop, contextlib.ExitStack() as stack:
+    with stop_on_signals() as stop, contextlib.ExitStack() as stack:
         request = text_model.TextRequest(command.task, task.source_language, task.target_language, task.prefix)
         model = _open(path, request, task.task, work.dtype)
         config = generate_texts.configure(model, search.options(), path)

@@ -16,7 +16,7 @@ from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import write_json
 from mtl_jax.inference import model_card
-from mtl_jax.inference.predict import Run, is_workdir, open_run
+from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
@@ -107,7 +107,7 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
     return model_card.note(head, Path(target))
 
 
-def _trunk(run: Run, task: str) -> Any:
+def _trunk(run: TrainedRun, task: str) -> Any:
     """The trunk's parameters, with adapters merged into its kernels.
 
     Raises:
@@ -115,10 +115,10 @@ def _trunk(run: Run, task: str) -> Any:
     """
     if not isinstance(run.trunk.module, Adapted):
         return run.params["trunk"]
-    return merge_adapters(run.trunk.module, run.params["trunk"], run.place(task) if task else None)
+    return merge_adapters(run.trunk.module, run.params["trunk"], run.source_index(task) if task else None)
 
 
-def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, overwrite: bool) -> None:
+def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2Seq, overwrite: bool) -> None:
     """Writes trunk and decoder as the checkpoint that they started from, or as a Marian or Pegasus model.
 
     Raises:
@@ -126,7 +126,7 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
     """
     config, tokenizer = task.decoder, run.trunk.tokenizer
     assert config is not None
-    generation = text_evaluation.config_of(task, run.trunk, task.beams)
+    generation = text_evaluation.generation_config(task, run.trunk, task.beams)
     ids = {
         "decoder_start_token_id": task.start,
         "eos_token_id": task.end,
@@ -162,7 +162,7 @@ def _write_seq2seq(source: Path, target: str | Path, run: Run, task: Seq2Seq, ov
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
 
 
-def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:
+def _token_head(model: nn.Module, run: TrainedRun, task: Task) -> dict[str, Any]:
     """The layer of a task's head under its name in the class of transformers.
 
     Raises:
@@ -179,7 +179,7 @@ def _token_head(model: nn.Module, run: Run, task: Task) -> dict[str, Any]:
     return {names[0]: layers["output"]}
 
 
-def _write_head(folder: Path, run: Run, task: Task, width: int) -> None:
+def _write_head(folder: Path, run: TrainedRun, task: Task, width: int) -> None:
     """Writes modules.json and its modules: trunk, mean over tokens, and the one or two linear layers of the head."""
     params = run.params["heads"][task.name]
     layers = [params[name] for name in ("hidden", "output") if name in params]
@@ -207,7 +207,7 @@ def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale:
     saving.write_safetensors(folder / "model.safetensors", tensors)
 
 
-def _write_card(folder: Path, run: Run, task: Task | None, raw: Mapping[str, Any]) -> None:
+def _write_card(folder: Path, run: TrainedRun, task: Task | None, raw: Mapping[str, Any]) -> None:
     (folder / "README.md").write_text(model_card.card(run.experiment.name, task, raw), encoding="utf-8")
 
 

@@ -25,7 +25,7 @@ from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import encode_tokens, needed_fields
-from mtl_jax.training.restore import Run as Run
+from mtl_jax.training.restore import TrainedRun as TrainedRun
 from mtl_jax.training.restore import is_workdir as is_workdir
 from mtl_jax.training.restore import open_run as open_run
 from mtl_jax.training.text_evaluation import Generated
@@ -57,7 +57,7 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str]
         raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
     run = open_run(Path(workdir))
     chosen, source = run.task(task), run.source(task)
-    as_words = any(other.words for other in run.beside(task))
+    as_words = any(other.words for other in run.tasks_of_same_source(task))
     rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
     readable = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
@@ -113,7 +113,9 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     kind = format or source.format
     source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
     rows = read_one(source)
-    examples, counts = read_examples(source, run.beside(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,))
+    examples, counts = read_examples(
+        source, run.tasks_of_same_source(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,)
+    )
     if counts.blank[task] == len(examples.data):
         raise UserError(f"{path}: no row has a label for task {task!r}")
     lines = [length_remark((chosen,), counts, length)] if counts.truncated or counts.extra else []
@@ -123,7 +125,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     lines += label_remarks((chosen,), counts) + [f"task {task}: {remark}" for remark in chosen.remarks([examples])]
     for line in lines:
         log.warning("%s: %s", path, line)
-    examples = examples._replace(place=run.place(task))
+    examples = examples._replace(place=run.source_index(task))
     split = {source.name: examples}
     texts = text_evaluation.text_scores(
         (chosen,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices()
@@ -142,7 +144,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     }
 
 
-def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:
+def _readable(run: TrainedRun, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:
     """Examples of rows, without those that the model cannot read.
 
     Returns:
@@ -151,7 +153,9 @@ def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int],
     source, tokenizer, tables = run.source(task), run.trunk.tokenizer, trunks.tables(run.trunk)
 
     def make(subset: Sequence[Row]) -> tuple[Examples, set[int]]:
-        return make_examples(source, run.beside(task), subset, tokenizer, run.experiment.batch.row_length, lenient=True)
+        return make_examples(
+            source, run.tasks_of_same_source(task), subset, tokenizer, run.experiment.batch.row_length, lenient=True
+        )
 
     refused: dict[int, str] = {}
     while True:
@@ -169,15 +173,15 @@ def _readable(run: Run, task: str, rows: list[Row]) -> tuple[Examples, set[int],
             if not bad:
                 raise
         if not bad:
-            return examples._replace(place=run.place(task)), cut, refused
+            return examples._replace(place=run.source_index(task)), cut, refused
         refused |= {remaining[place]: reason for place, reason in bad.items()}
 
 
-def _apply(run: Run, task: Task, examples: Examples) -> evaluation.Found:
+def _apply(run: TrainedRun, task: Task, examples: Examples) -> evaluation.Predictions:
     """Outputs of a task on examples of its source, on one device."""
     batch, mesh = run.experiment.batch, meshes.make(run.experiment.batch.rows, 1)
     apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needed_fields((task,))), (task,), mesh)
-    return evaluation.run(apply, run.params, (task,), [examples], batch, mesh)
+    return evaluation.predict(apply, run.params, (task,), [examples], batch, mesh)
 
 
 def _text_columns(source: Source) -> list[str]:

@@ -27,7 +27,7 @@ from mtl_jax.pretrained.family import brief
 from mtl_jax.pretrained.locate import foreign
 from mtl_jax.pretrained.tensor_files import Location, read_json
 from mtl_jax.tasks import Seq2Seq as Seq2SeqTask
-from mtl_jax.training.text_evaluation import config_of
+from mtl_jax.training.text_evaluation import generation_config
 from mtl_jax.transfer.adapters import as_module
 
 NO_LIMIT = 10**9  # tokens; tokenizers without a limit report 10**30
@@ -156,10 +156,10 @@ def from_run(folder: Path, request: TextRequest, name: str = "") -> TextModel:
         raise UserError(f"{folder}: a run has no choice of languages; leave out --source-language and --target-language")
     task = generators[name] if name else next(iter(generators.values()))
     module, tokenizer = run.trunk.module, run.trunk.tokenizer
-    model = Seq2Seq(as_module(module, run.place(task.name)), task.module(module.dtype))
+    model = Seq2Seq(as_module(module, run.source_index(task.name)), task.module(module.dtype))
     params = {"trunk": run.params["trunk"], "head": run.params["heads"][task.name]}
     positions = module.config.max_length
-    options = dataclasses.asdict(config_of(task, run.trunk, task.beams))
+    options = dataclasses.asdict(generation_config(task, run.trunk, task.beams))
     return TextModel(
         model=model,
         params=params,

@@ -210,7 +210,7 @@ def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
     def measure(params: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
         data = corpus.splits[split]
         placed = meshes.place(params, meshes.replicated(mesh))
-        found = evaluation.run(apply, placed, tasks, list(data.values()), batching, mesh)
+        found = evaluation.predict(apply, placed, tasks, list(data.values()), batching, mesh)
         texts = text_evaluation.text_scores(tasks, trunk, placed, data, lambda task: task.beams)
         return evaluation.score(tasks, data, found, texts)
 

@@ -10,7 +10,7 @@ from mtl_jax.core.errors import UserError, listed
 from mtl_jax.data.source import Source
 from mtl_jax.experiment import Experiment
 from mtl_jax.experiment_json import tasks_to_json
-from mtl_jax.inference.predict import Run
+from mtl_jax.inference.predict import TrainedRun
 from mtl_jax.tasks import AnyTask, Task
 from mtl_jax.transfer.adapters.base import RUN
 
@@ -32,7 +32,7 @@ class Member(NamedTuple):
     """
 
     name: str
-    run: Run
+    run: TrainedRun
     data: Mapping[str, Any]
 
 

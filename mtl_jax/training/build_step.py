@@ -13,7 +13,7 @@ from mtl_jax.training import batch_parts, gradient, gram_gradient, task_gradient
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, HeadInputs, cached_features, encode_tokens, needed_fields
 from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
-from mtl_jax.training.phase_plan import PhasePlan, per_task
+from mtl_jax.training.phase_plan import PhasePlan, needs_task_gradients
 from mtl_jax.training.regularisation import output_losses, transforms
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_gradient_fn
@@ -30,7 +30,7 @@ def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
         prepared: The run.
         plan: The phase.
     """
-    weights = {each.name: schedules.parse(each.weight, each.name) for each in plan.regularisers}
+    weights = {item.name: schedules.parse(item.weight, item.name) for item in plan.regularisers}
     backward, without_gram = _backward(prepared, plan)
     step = make_gradient_fn(
         backward,
@@ -54,20 +54,20 @@ def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
     chosen: list[Transform] = []
     if _doubles(plan):
         chosen.append(transforms.every_row_twice)
-    if plan.weightless:
+    if plan.zero_weight_tasks:
         # On several hosts the rows of a source are not in one piece.
         counts = prepared.schedule.constant_counts(range(plan.start, plan.end)) if jax.process_count() == 1 else None
         multiple = experiment.batch.accumulate * meshes.shards(prepared.mesh)
-        rows = batch_parts.weighted_rows(tasks, plan.weightless, counts, multiple)
-        chosen.append(functools.partial(transforms.without_tasks, tasks=plan.weightless, rows=rows))
+        rows = batch_parts.weighted_rows(tasks, plan.zero_weight_tasks, counts, multiple)
+        chosen.append(functools.partial(transforms.without_tasks, tasks=plan.zero_weight_tasks, rows=rows))
     if plan.mixout_paths:
         start = transforms.start_of(first_phase)
         mixout = functools.partial(transforms.at_mixed_parameters, p=experiment.mixout.p, paths=plan.mixout_paths, start=start)
         chosen.append(mixout)
     penalties = {
-        each.name: transforms.penalty_of(each, each.phase or first_phase)
-        for each in plan.regularisers
-        if isinstance(each, L2SP | EWC)
+        regulariser.name: transforms.penalty_of(regulariser, regulariser.phase or first_phase)
+        for regulariser in plan.regularisers
+        if isinstance(regulariser, L2SP | EWC)
     }
     if penalties:
         chosen.append(functools.partial(transforms.with_penalties, penalties=penalties))
@@ -77,12 +77,12 @@ def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
 def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, BackwardFn | None]:
     """The backward pass of a phase, and that of the steps in which its rule is not due to compare gradients."""
     experiment, tasks = prepared.experiment, prepared.corpus.tasks
-    weighted = tuple(task for task in tasks if task.name not in plan.weightless)
+    weighted = tuple(task for task in tasks if task.name not in plan.zero_weight_tasks)
     regularisers = _output_regularisers(prepared, plan, weighted)
     encode, head_inputs = _encode(prepared, plan), _head_inputs(prepared, plan)
     weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
     common = functools.partial(gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs)
-    if not per_task(plan.rule):
+    if not needs_task_gradients(plan.rule):
         trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
         of_losses = common(weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads, regularisers=regularisers)
         return of_losses, None
@@ -103,14 +103,14 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     if plan.rule.transform is None and not any("table" in task.needs for task in tasks):
         compared, without_gram = gram_gradient.only_read(compared), gram_gradient.only_read(without_gram)
     if regularisers is not NO_REGULARISERS:
-        # Of their own backward pass: the rule must not see their gradients among those of the tasks.
+        # In a separate backward pass: the rule must not see their gradients among those of the tasks.
         regularised = common(tasks, trains_trunk=True, regularisers=regularisers)
         compared, without_gram = gradient.beside(compared, regularised), gradient.beside(without_gram, regularised)
     return compared, without_gram
 
 
 def _doubles(plan: PhasePlan) -> bool:
-    return any(isinstance(each, RDrop) for each in plan.regularisers)
+    return any(isinstance(regulariser, RDrop) for regulariser in plan.regularisers)
 
 
 def _most_rows(prepared: Prepared, plan: PhasePlan) -> dict[str, int]:
@@ -126,9 +126,9 @@ def _head_inputs(prepared: Prepared, plan: PhasePlan) -> HeadInputs:
 
 
 def _encode(prepared: Prepared, plan: PhasePlan) -> Encode:
-    if plan.cached:
+    if plan.cached_features:
         return cached_features
-    hidden = any(isinstance(each, Distillation) and each.of == "hidden" for each in plan.regularisers)
+    hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in plan.regularisers)
     return encode_tokens(prepared.trunk.module, (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ())))
 
 
@@ -136,9 +136,10 @@ def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence
     """The regularisers of a phase that compare outputs."""
     places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
     chosen = {}
-    for each in plan.regularisers:
-        if isinstance(each, Distillation | RDrop):
-            names = prepared.watched.get(each.name) or [task.name for task in weighted if task.compared_as]
+    for regulariser in plan.regularisers:
+        if isinstance(regulariser, Distillation | RDrop):
+            name = regulariser.name
+            names = prepared.compared_tasks.get(name) or [task.name for task in weighted if task.compared_as]
             tasks = [task for task in weighted if task.name in names]
-            chosen[each.name] = output_losses.output_loss(each, tasks, places, prepared.teachers.get(each.name))
-    return output_losses.together(chosen) if chosen else NO_REGULARISERS
+            chosen[name] = output_losses.output_loss(regulariser, tasks, places, prepared.teachers.get(name))
+    return output_losses.combine(chosen) if chosen else NO_REGULARISERS

@@ -1,4 +1,4 @@
-"""What a run has behind it, as the host counts it."""
+"""Counts of a run: rows, examples, tokens and time so far, and the steps, evaluations and checkpoints that are left."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mtl_jax.experiment import Experiment
 
 @dataclasses.dataclass
 class Counts:
-    """Saved in each checkpoint's record, so that a resumed run counts on.
+    """Saved in each checkpoint's record, so that a resumed run continues the counts.
 
     Attributes:
         phase: The number of the phase.
         places: Places for tokens in the batches so far.
         seen: {source: [rows, examples, tokens]} so far, over all hosts.
         seconds: Time spent.
-        criterion: What `best` is of.
-        best: The best dev number.
+        criterion: The name of the dev criterion.
+        best: Its best value.
         evaluations_since_best: Evaluations since then.
     """
 
@@ -42,8 +42,8 @@ class Counts:
             places: Its places for tokens.
         """
         self.places += places
-        for before, now in zip(self.seen.values(), seen_Nx3.tolist(), strict=True):
-            before[:] = [a + b for a, b in zip(before, now, strict=True)]
+        for total, of_batch in zip(self.seen.values(), seen_Nx3.tolist(), strict=True):
+            total[:] = [a + b for a, b in zip(total, of_batch, strict=True)]
 
     @property
     def tokens(self) -> int:
@@ -51,10 +51,10 @@ class Counts:
         return sum(tokens for _, _, tokens in self.seen.values())
 
     def facts(self, examples: Mapping[str, int]) -> dict[str, Any]:
-        """For results.json and the records of steps: what was seen of each source, and the share of places that were padding.
+        """For results.json and the records of steps: counts of each source, and the share of places that were padding.
 
         Args:
-            examples: {source: examples there}.
+            examples: {source: the number of its training examples}.
         """
         return {
             "training_tokens": self.tokens,
@@ -67,28 +67,34 @@ class Counts:
 
 
 def steps_by_phase(experiment: Experiment, start: int = 0, stop: int | None = None, runs: int = 1) -> dict[str, int]:
-    """{name of a phase: steps that runs take in it}, for the estimate of the time that is left; arguments as for other_work."""
-    found: dict[str, int] = {}
-    end = 0
-    for phase in experiment.phases:
-        begin, end = end, end + phase.steps
-        steps = max(0, min(end, end if stop is None else stop) - max(begin, start))
-        found[phase.name] = found.get(phase.name, 0) + steps * runs
-    return found
-
-
-def other_work(experiment: Experiment, start: int = 0, stop: int | None = None, runs: int = 1) -> dict[str, int]:
-    """How often runs do something else than steps, for the estimate of the time that is left.
+    """{name of a phase: steps that runs take in it}, for the estimate of the time that is left.
 
     Args:
-        experiment: Theirs.
+        experiment: As for evaluations_and_checkpoints; so are start, stop and runs.
+    """
+    steps_of: dict[str, int] = {}
+    phase_end = 0
+    for phase in experiment.phases:
+        phase_start, phase_end = phase_end, phase_end + phase.steps
+        steps = max(0, min(phase_end, phase_end if stop is None else stop) - max(phase_start, start))
+        steps_of[phase.name] = steps_of.get(phase.name, 0) + steps * runs
+    return steps_of
+
+
+def evaluations_and_checkpoints(
+    experiment: Experiment, start: int = 0, stop: int | None = None, runs: int = 1
+) -> dict[str, int]:
+    """{"evaluation" and "checkpoint": how often runs do it}, for the estimate of the time that is left.
+
+    Args:
+        experiment: The experiment of the runs.
         start: Steps done.
         stop: Up to this step; None: to the end.
-        runs: How many runs do it.
+        runs: How many runs there are.
     """
     ends = list(itertools.accumulate(phase.steps for phase in experiment.phases))
     stop, every, saving = ends[-1] if stop is None else stop, experiment.evaluation.every, experiment.checkpoints.every
-    evaluations = {at for at in (*range(every, stop + 1, every), *ends) if start < at <= stop}
+    evaluations = {step for step in (*range(every, stop + 1, every), *ends) if start < step <= stop}
     saved = range(saving * (start // saving + 1), stop + 1, saving)
-    alone = sum(at not in evaluations for at in saved)  # the checkpoint after an evaluation is a part of it
-    return {"evaluation": len(evaluations) * runs, "checkpoint": alone * runs}
+    checkpoints = sum(step not in evaluations for step in saved)  # the checkpoint after an evaluation is a part of it
+    return {"evaluation": len(evaluations) * runs, "checkpoint": checkpoints * runs}

@@ -1,4 +1,4 @@
-"""Running a model over every example of a split, and what comes of it: features, outputs, metrics."""
+"""Evaluation: a model applied to every example of a split, its features or outputs, their metrics, and the criterion."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, apply_heads
 
-# (params, batch, feature table or None) -> what the device makes of a batch
+# (params, batch, feature table or None) -> the model's output for the batch
 Apply = Callable[[Any, Batch, jax.Array | None], Any]
+
+NO_BATCH = Batch(None, None, None, None, None, {})  # for losses of examples, which read outputs and labels only
 
 
 class Outputs(NamedTuple):
-    """What the heads make of a batch.
+    """Outputs and losses of the heads on a batch.
 
     Attributes:
         outputs: {task: f32[R, S, O], f32[R, T, O] or f32[R, U, O], by level}.
@@ -35,8 +37,8 @@ class Outputs(NamedTuple):
     sums: dict[str, tuple[jax.Array, jax.Array]]
 
 
-class Found(NamedTuple):
-    """What the heads make of the examples of several sources.
+class Predictions(NamedTuple):
+    """Outputs and losses of the heads on the examples of several sources.
 
     Attributes:
         outputs: {task: for the N examples of its source f32[N, O], or a list of f32[len, O]}.
@@ -48,26 +50,26 @@ class Found(NamedTuple):
 
 
 def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh, over: Any = None) -> Apply:
-    """Jitted: Outputs of a batch, on every host whole.
+    """A jitted function to the Outputs of a batch, replicated on every device.
 
     Args:
-        encode: What the heads see of a batch.
+        encode: From a batch to the inputs of the heads.
         tasks: The tasks.
         mesh: The devices.
-        over: For several runs at once: the axes over runs of parameters, batch and table, as jax.vmap takes them.
+        over: For several runs at once: the axes over runs of parameters, batch and table, as jax.vmap's in_axes.
     """
 
     def outputs(params: Any, batch: Batch, table: jax.Array | None) -> Outputs:
-        found = apply_heads(tasks, params["heads"], encode(params["trunk"], batch, None, table), batch, None)
-        known = [task for task in tasks if task.name in batch.labels]
-        sums = {task.name: task.loss(found[task.name], batch.labels[task.name], batch) for task in known}
-        return Outputs(found, sums)
+        of_heads = apply_heads(tasks, params["heads"], encode(params["trunk"], batch, None, table), batch, None)
+        labelled = [task for task in tasks if task.name in batch.labels]
+        sums = {task.name: task.loss(of_heads[task.name], batch.labels[task.name], batch) for task in labelled}
+        return Outputs(of_heads, sums)
 
     return jax.jit(outputs if over is None else jax.vmap(outputs, in_axes=over), out_shardings=meshes.replicated(mesh))
 
 
 def make_features(encode: Encode, mesh: Mesh) -> Apply:
-    """Jitted: the trunk's pooled vectors f32[R, S, H] of a batch, on every host whole."""
+    """A jitted function to the trunk's pooled vectors f32[R, S, H] of a batch, replicated on every device."""
 
     def features(params: Any, batch: Batch, table: jax.Array | None) -> jax.Array:
         pooled = encode(params["trunk"], batch, None, table).pooled
@@ -93,19 +95,19 @@ def features(
         examples: The examples, of any number of sources, in the order of their ids.
         batching: Shape of the batches.
         mesh: The devices.
-        on_batch: Called with each host batch as it is sent off, for progress.
+        on_batch: Called with each host batch before it is sent to the devices, for progress.
     """
     ids_N = np.concatenate([part.first_id + np.arange(len(part.tokens)) for part in examples])
     table_NxH = np.zeros((0, 0), np.float32)
-    for batch, pooled in _each(apply, params, None, eval_batches(examples, batching), mesh, on_batch):
+    for batch, pooled in _outputs_of_batches(apply, params, None, eval_batches(examples, batching), mesh, on_batch):
         if not len(table_NxH):
             table_NxH = np.zeros((len(ids_N), pooled.shape[-1]), np.float32)
-        taken = batch.index >= 0
-        table_NxH[np.searchsorted(ids_N, batch.index[taken])] = np.asarray(pooled)[taken]
+        is_example = batch.index >= 0
+        table_NxH[np.searchsorted(ids_N, batch.index[is_example])] = np.asarray(pooled)[is_example]
     return table_NxH
 
 
-def run(
+def predict(
     apply: Apply,
     params: Any,
     tasks: Sequence[Task],
@@ -114,7 +116,7 @@ def run(
     mesh: Mesh,
     *,
     table: jax.Array | None = None,
-) -> Found:
+) -> Predictions:
     """Every task's outputs on every example of its source.
 
     Args:
@@ -124,12 +126,12 @@ def run(
         examples: The examples, of any number of sources; with labels of all of these tasks, or of none.
         batching: Shape of the batches.
         mesh: The devices.
-        table: Feature table for a look-up encode.
+        table: The features, where the encode of make_outputs is cached_features.
     """
-    return _found(apply, params, tasks, examples, batching, mesh, table, 1, lambda host: [host])[0]
+    return _predict(apply, params, tasks, examples, batching, mesh, table, 1, lambda host: [host])[0]
 
 
-def run_each(
+def predict_runs(
     apply: Apply,
     params: Any,
     tasks: Sequence[Task],
@@ -139,23 +141,23 @@ def run_each(
     count: int,
     *,
     table: jax.Array | None = None,
-) -> list[Found]:
-    """The same of several runs at once.
+) -> list[Predictions]:
+    """As predict(), of several runs at once.
 
     Args:
-        apply: make_outputs(...) under vmap: whatever it returns has an axis over runs in front.
-        params: Parameters of all of them.
-        tasks: As for run; so are examples, batching, mesh and table.
-        count: How many runs.
+        apply: make_outputs(...) with `over`: its outputs have a leading axis over runs.
+        params: Parameters of all runs.
+        tasks: As for predict; so are examples, batching, mesh and table.
+        count: The number of runs.
     """
 
-    def apart(host: Outputs) -> list[Outputs]:
-        return [jax.tree.map(lambda leaf, n=n: leaf[n], host) for n in range(count)]
+    def split_runs(outputs: Outputs) -> list[Outputs]:
+        return [jax.tree.map(lambda leaf, n=n: leaf[n], outputs) for n in range(count)]
 
-    return _found(apply, params, tasks, examples, batching, mesh, table, count, apart)
+    return _predict(apply, params, tasks, examples, batching, mesh, table, count, split_runs)
 
 
-def _found(
+def _predict(
     apply: Apply,
     params: Any,
     tasks: Sequence[Task],
@@ -164,53 +166,53 @@ def _found(
     mesh: Mesh,
     table: jax.Array | None,
     count: int,
-    apart: Callable[[Outputs], list[Outputs]],
-) -> list[Found]:
-    """Found of each of `count` runs; `apart` divides what the devices made of a batch among them."""
-    own = {part.source: [task for task in tasks if task.source == part.source] for part in examples}
+    split_runs: Callable[[Outputs], list[Outputs]],
+) -> list[Predictions]:
+    """The Predictions of each of `count` runs; `split_runs` gives the Outputs of each run."""
+    tasks_of = {part.source: [task for task in tasks if task.source == part.source] for part in examples}
     first_ids = np.array([part.first_id for part in examples])
-    runs = [_blank(examples, own) for _ in range(count)]
-    sums = [{task.name: np.zeros(2) for task in tasks} for _ in runs]
-    has_labels = all(task.name in part.labels for part in examples for task in own[part.source])
+    predictions = [_blank(examples, tasks_of) for _ in range(count)]
+    sums = [{task.name: np.zeros(2) for task in tasks} for _ in predictions]
+    has_labels = all(task.name in part.labels for part in examples for task in tasks_of[part.source])
     batches = eval_batches(examples, batching, tasks if has_labels else ())
-    for batch, output in _each(apply, params, table, batches, mesh):
-        hosts = apart(jax.device_get(output))
-        for host, own_sums in zip(hosts, sums, strict=True):
-            for name, sum_and_count in host.sums.items():
-                own_sums[name] += sum_and_count
+    for batch, output in _outputs_of_batches(apply, params, table, batches, mesh):
+        by_run = split_runs(jax.device_get(output))
+        for run, run_sums in zip(by_run, sums, strict=True):
+            for name, sum_and_count in run.sums.items():
+                run_sums[name] += sum_and_count
         rows, slots = np.nonzero(batch.index >= 0)
         ids = batch.index[rows, slots]
         order = np.argsort(ids)
         edges = np.searchsorted(ids[order], [*first_ids, np.iinfo(np.int32).max])
         for number, part in enumerate(examples):
             chosen = order[edges[number] : edges[number + 1]]
-            for task in own[part.source] if len(chosen) else ():
+            for task in tasks_of[part.source] if len(chosen) else ():
                 if task.level == "example":
-                    for host, found in zip(hosts, runs, strict=True):
-                        outputs = host.outputs[task.name]
-                        found.outputs[task.name][ids[chosen] - part.first_id] = outputs[rows[chosen], slots[chosen]]
+                    for run, predicted in zip(by_run, predictions, strict=True):
+                        outputs = run.outputs[task.name]
+                        predicted.outputs[task.name][ids[chosen] - part.first_id] = outputs[rows[chosen], slots[chosen]]
                     continue
                 segments = batch.segments if task.level == "token" else batch.labels[task.name][..., 1]
                 for n in chosen:
-                    mine = segments[rows[n]] == slots[n] + 1
-                    for host, found in zip(hosts, runs, strict=True):
-                        outputs = host.outputs[task.name]
-                        found.outputs[task.name][ids[n] - part.first_id] = np.asarray(outputs[rows[n]][mine], np.float32)
-    for found, own_sums in zip(runs, sums, strict=True) if has_labels else ():
-        found.losses.update({name: float(total / max(count, 1.0)) for name, (total, count) in own_sums.items()})
-    return runs
+                    in_example = segments[rows[n]] == slots[n] + 1
+                    for run, predicted in zip(by_run, predictions, strict=True):
+                        outputs = run.outputs[task.name][rows[n]][in_example]
+                        predicted.outputs[task.name][ids[n] - part.first_id] = np.asarray(outputs, np.float32)
+    for predicted, run_sums in zip(predictions, sums, strict=True) if has_labels else ():
+        predicted.losses.update({name: float(total / max(count, 1.0)) for name, (total, count) in run_sums.items()})
+    return predictions
 
 
-def _blank(examples: Sequence[Examples], own: Mapping[str, Sequence[Task]]) -> Found:
-    found: dict[str, Any] = {}
+def _blank(examples: Sequence[Examples], tasks_of: Mapping[str, Sequence[Task]]) -> Predictions:
+    outputs: dict[str, Any] = {}
     for part in examples:
-        for task in own[part.source]:
+        for task in tasks_of[part.source]:
             count = len(part.tokens)
-            found[task.name] = np.zeros((count, task.outputs), np.float32) if task.level == "example" else [None] * count
-    return Found(found, {})
+            outputs[task.name] = np.zeros((count, task.outputs), np.float32) if task.level == "example" else [None] * count
+    return Predictions(outputs, {})
 
 
-def _each(
+def _outputs_of_batches(
     apply: Apply,
     params: Any,
     table: jax.Array | None,
@@ -218,21 +220,20 @@ def _each(
     mesh: Mesh,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Host batches and what the device makes of them, each given out after the next was sent off: the host packs the next
-    batch while the device works on the last."""
-    waiting: list[tuple[Batch, Any]] = []
+    """(host batch, its output on the devices), yielded one batch late: the host packs a batch while the devices compute."""
+    sent: list[tuple[Batch, Any]] = []
     for batch in batches:
         on_batch(batch)
         output = apply(params, meshes.place(batch, meshes.by_rows(mesh)), table)
-        yield from waiting
-        waiting = [(batch, output)]
-    yield from waiting
+        yield from sent
+        sent = [(batch, output)]
+    yield from sent
 
 
 def score(
     tasks: Sequence[Task],
     split: dict[str, Examples],
-    found: Found,
+    predictions: Predictions,
     texts: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> dict[str, dict[str, float]]:
     """{task: {"loss": ..., metric: ...}} over the labelled examples of a split: exact, not a mean of batch means.
@@ -240,21 +241,21 @@ def score(
     Args:
         tasks: The tasks.
         split: {source: Examples}.
-        found: run(...) of these.
+        predictions: predict(...) of these.
         texts: {task: {metric: value}} of generated texts, for the tasks that decode.
     """
     return {
         task.name: {
-            "loss": found.losses[task.name],
-            **task.metrics(found.outputs[task.name], split[task.source]),
+            "loss": predictions.losses[task.name],
+            **task.metrics(predictions.outputs[task.name], split[task.source]),
             **texts.get(task.name, {}),
         }
         for task in tasks
     }
 
 
-def score_fixed(task: Task, outputs_NxO: np.ndarray, examples: Examples) -> dict[str, float]:
-    """The same of one task for outputs that no network gave."""
+def score_outputs(task: Task, outputs_NxO: np.ndarray, examples: Examples) -> dict[str, float]:
+    """As score(), of one task, for outputs f32[N, O] that are not a network's, such as a baseline's."""
     scores = task.metrics(outputs_NxO, examples)
     if task.level == "example":
         total, count = task.loss(jnp.asarray(outputs_NxO)[None], jnp.asarray(examples.labels[task.name])[None], NO_BATCH)
@@ -262,26 +263,22 @@ def score_fixed(task: Task, outputs_NxO: np.ndarray, examples: Examples) -> dict
     return scores
 
 
-# For losses of examples, which look at outputs and labels only.
-NO_BATCH = Batch(None, None, None, None, None, {})
-
-
 def criterion(name: str, tasks: Sequence[Task], scores: dict[str, dict[str, float]]) -> float:
-    """The one number by which checkpoints are compared; higher is better. NaN: such a checkpoint is never the best.
+    """The number by which checkpoints are compared; higher is better. A checkpoint with NaN is never the best.
 
     A metric that is not defined, as the correlation of constant predictions, counts as 0; undefined() names its task. Where the
-    loss is not finite either, the criterion is NaN.
+    task's loss is not finite either, the criterion is NaN.
 
     Args:
-        name: "mean": mean over tasks of each task's own metric. "TASK": that task's metric. "TASK/METRIC": as it says.
+        name: "mean": the mean over tasks of each task's metric. "TASK": that task's metric. "TASK/METRIC": that metric.
         tasks: The tasks.
         scores: What score() returned.
     """
     metrics = {task.name: task.metric for task in tasks}
 
     def value(task: str, metric: str) -> float:
-        sound = math.isfinite(scores[task].get("loss", 0.0))
-        return 0.0 if sound and math.isnan(scores[task][metric]) else scores[task][metric]
+        finite_loss = math.isfinite(scores[task].get("loss", 0.0))
+        return 0.0 if finite_loss and math.isnan(scores[task][metric]) else scores[task][metric]
 
     if name == "mean":
         return float(np.mean([value(task, metric) for task, metric in metrics.items()]))
@@ -290,21 +287,21 @@ def criterion(name: str, tasks: Sequence[Task], scores: dict[str, dict[str, floa
 
 
 def undefined(tasks: Sequence[Task], scores: Mapping[str, Mapping[str, float]], split: str) -> dict[str, str]:
-    """{task: a line that says so} of the tasks whose own metric is NaN."""
-    why = "is not defined (its predictions or labels are constant, or not finite)"
-    found = [task for task in tasks if math.isnan(scores[task.name][task.metric])]
-    return {task.name: f"{split} {task.metric} of task {task.name!r} {why}" for task in found}
+    """{task: a line about it} for the tasks whose metric is NaN."""
+    problem = "is not defined (its predictions or labels are constant, or not finite)"
+    tasks = [task for task in tasks if math.isnan(scores[task.name][task.metric])]
+    return {task.name: f"{split} {task.metric} of task {task.name!r} {problem}" for task in tasks}
 
 
 def for_json(tree: Any) -> Any:
-    """Dicts of numbers with None, JSON's null, in place of those that JSON does not have: NaN and the infinities."""
+    """Nested dicts of numbers with None, JSON's null, in place of NaN and the infinities, which JSON lacks."""
     if isinstance(tree, Mapping):
         return {key: for_json(value) for key, value in tree.items()}
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def check_criterion(name: str, tasks: Sequence[Task]) -> None:
-    """Raises UserError where a criterion names no task of the run, or a metric that its task does not have."""
+    """Raises UserError where a criterion names a task that the run lacks, or a metric that the task lacks."""
     choices = ["mean", *(task.name for task in tasks)]
     choices += [f"{task.name}/{metric}" for task in tasks for metric in task.metric_names]
     if name not in choices:

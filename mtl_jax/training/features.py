@@ -1,17 +1,17 @@
-"""The trunk's vectors of all examples, for where it is frozen whole: computed once, and kept on disk by content.
+"""The features of a frozen trunk, its vectors of all examples: computed once, and cached on disk by content.
 
-Entries lie in features/ of the cache, beside those of tokens, and are written and checked as these are (data.array_cache). The
-name of an entry is a SHA-256 of all that decides its bits:
+Entries are in features/ of the cache, beside those of tokens, and are written and checked in the same way (data.array_cache).
+The name of an entry is a SHA-256 of everything that decides its bits:
 
-- the program that makes vectors of a batch, as jax gives it to XLA. It holds the trunk's sizes, its adapters, its code, the
-  compute dtype, the precision of products, the shape of a batch, and on how many devices it lies;
+- the program that computes the vectors of a batch, as jax gives it to XLA. It contains the trunk's sizes, its adapters, its
+  code, the compute dtype, the precision of products, the shape of a batch and the number of devices;
 - the trunk's parameters;
-- every batch, in order: token ids, types, segments, positions, sources and ids of the examples. A vector does not depend on
-  what stands beside it in a row, but its last bits do;
+- every batch, in order: token ids, types, segments, positions, sources and ids of the examples. The last bits of a vector
+  depend on the other examples of its row;
 - the versions of jax and jaxlib, the kind of device, XLA_FLAGS.
 
-Heads, labels, seed and phases are not in it. Neither is what XLA decides anew on the same kind of device, such as which of a
-GPU's algorithms is the fastest today: there a run goes on with the same bits because features are read, not computed again.
+It does not depend on heads, labels, seed and phases, nor on choices that XLA makes anew on the same kind of device, such as the
+fastest algorithm of a GPU: a run resumes there with the same bits because the features are read, not computed again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import numpy as np
 
 from mtl_jax.core import assets
 from mtl_jax.core.errors import count
+from mtl_jax.core.progress import Progress
 from mtl_jax.core.versions import installed
 from mtl_jax.data import array_cache
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import encode_tokens
-from mtl_jax.training.metrics_log import Progress
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.references import digest_of
 from mtl_jax.training.setup import Prepared
@@ -42,9 +42,9 @@ from mtl_jax.training.setup import Prepared
 log = logging.getLogger(__name__)
 
 WHAT = "feature"  # the cache's name in the log
-FILE = "features"  # of an entry, and the cache's folder
-FORMAT = 1  # of entries: raise it when it changes
-WORTH = 10**10  # parameters times tokens: what is less is computed in about a second, and not kept
+FILE = "features"  # the name of an entry's file, and of the cache's folder
+FORMAT = 1  # the version of the entries' format
+WORTH = 10**10  # parameters times tokens: less is computed in about a second, and not cached
 
 
 class Features:
@@ -52,10 +52,10 @@ class Features:
 
     Args:
         prepared: The run.
-        stop: Asked before every batch.
+        stop: Checked before every batch.
 
     Attributes:
-        apply: The jitted program that makes vectors of a batch.
+        apply: The jitted function to the vectors of a batch.
     """
 
     def __init__(self, prepared: Prepared, stop: Stop):
@@ -64,38 +64,41 @@ class Features:
         self.examples = [part for split in prepared.corpus.splits.values() for part in split.values()]
 
     def table(self, params: Any, title: str) -> jax.Array:
-        """f32[N, H] on the devices: the trunk's vector of every example, by id; read where it has been computed before.
+        """f32[N, H] on the devices: the trunk's vector of every example, by id; from the cache, or computed.
 
         Args:
             params: The model's parameters, on the devices.
-            title: Of the progress bar.
+            title: The title of the progress bar.
+
+        Raises:
+            Interrupted: The process was asked to stop.
         """
         trunk = {"trunk": params["trunk"]}
         size = sum(leaf.size for leaf in jax.tree.leaves(trunk))
         tokens = sum(len(ids) for part in self.examples for ids in part.tokens)
         name = meshes.gather(self._name(trunk))[0] if size * tokens >= WORTH else ""
-        found = array_cache.load(assets.cache_dir() / FILE, name, WHAT) if name else None
-        if all(meshes.gather(found is not None)):  # computing takes all hosts, and each may have a cache of its own
-            assert found is not None
-            table_NxH = np.array(found[FILE])  # in memory, whatever becomes of the file
+        entry = array_cache.load(assets.cache_dir() / FILE, name, WHAT) if name else None
+        if all(meshes.gather(entry is not None)):  # all hosts must compute together, and their caches may differ
+            assert entry is not None
+            table_NxH = np.array(entry[FILE])  # a copy in memory: the file may be removed
             log.info("features of %s from the cache", count(len(table_NxH), "text"))
         else:
-            table_NxH = self._computed(trunk, title, tokens)
+            table_NxH = self._compute(trunk, title, tokens)
             if name:
-                self._keep(name, table_NxH)
+                self._store(name, table_NxH)
         return meshes.place(table_NxH, meshes.replicated(self.mesh))
 
-    def _computed(self, trunk: Any, title: str, tokens: int) -> np.ndarray:
+    def _compute(self, trunk: Any, title: str, tokens: int) -> np.ndarray:
         with contextlib.closing(Progress(title, tokens, unit="tok")) as progress:
 
-            def count(batch: Batch) -> None:
+            def on_batch(batch: Batch) -> None:
                 self.stop.check()
                 progress.update(int((batch.segments > 0).sum()))
 
-            return evaluation.features(self.apply, trunk, self.examples, self.batching, self.mesh, on_batch=count)
+            return evaluation.features(self.apply, trunk, self.examples, self.batching, self.mesh, on_batch=on_batch)
 
     def _name(self, trunk: Any) -> str:
-        """SHA-256 (hex) of what the module's docstring says; under a second for 33,000 texts and MiniLM."""
+        """SHA-256 (hex) as in the module's docstring; under a second for 33,000 texts and MiniLM."""
         about = {
             "format": FORMAT,
             "versions": {name: installed(name) for name in ("jax", "jaxlib")},
@@ -114,8 +117,8 @@ class Features:
                     digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def _keep(self, name: str, table_NxH: np.ndarray) -> None:
-        """Writes an entry: the first host does, and after it those that do not see what it wrote."""
+    def _store(self, name: str, table_NxH: np.ndarray) -> None:
+        """Writes an entry: first host 0 does, then every host that does not see its files."""
         folder, arrays = assets.cache_dir() / FILE, {FILE: table_NxH}
         about = {"texts": len(table_NxH), "width": table_NxH.shape[1]}
         if jax.process_index() == 0:

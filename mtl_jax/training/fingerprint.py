@@ -1,6 +1,6 @@
-"""What all hosts of a run must have alike, in a form in which the first difference can be named.
+"""The facts of a host that must be the same on all hosts of a run, so that an error can name the first difference.
 
-What explains most comes first: another version before the numbers that it makes, a file's column before its tokens.
+The facts that explain most come first: a version before the numbers that depend on it, a column of a file before its tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 import jax
 
-from mtl_jax.core import trees as left_out
-from mtl_jax.core.trees import leaves_of
+from mtl_jax.core.trees import leaves_of, sha256
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.examples import Examples
 from mtl_jax.experiment_json import tasks_to_json
@@ -25,7 +24,7 @@ from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.hosts import Facts
 from mtl_jax.training.setup import Prepared
 
-# Flags of jax that change numbers or programs. Others say where caches and logs are: these may differ.
+# Flags of jax that change numbers or programs. Other flags, such as the folders of caches and logs, may differ.
 FLAGS = (
     "jax_enable_x64",
     "jax_explicit_x64_dtypes",
@@ -56,129 +55,126 @@ FLAGS = (
     "jax_cpu_collectives_implementation",
 )
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-_OF_ONE_HOST = {"dump", "dir", "path", "file", "cache", "log", "count"}  # words in names of XLA's flags that may differ
+_LOCAL_WORDS = {"dump", "dir", "path", "file", "cache", "log", "count"}  # in names of XLA's flags that may differ
 
 
-def of(config: Any, folder: Path, prepared: Prepared | None) -> Facts:
-    """The facts of one host.
+def facts(config: Any, folder: Path, prepared: Prepared | None) -> Facts:
+    """The facts of this host.
 
     Args:
         config: The configuration.
         folder: The workdir.
-        prepared: The run with the parameters that it begins with; None where the workdir's is done.
+        prepared: The run with its initial parameters; None where the workdir's run is finished.
     """
-    begun = [
+    of_environment = [
         *versions().items(),
         *environment(os.environ).items(),
         *((name, [part["name"] for part in config[name]]) for name in ("tasks", "sources", "phases")),
         ("", config),
-        *workdir(folder).items(),
+        *workdir_facts(folder).items(),
     ]
     if prepared is None:
-        return begun
-    trees = [("parameter", prepared.params)]
-    trees += [(f"teacher of {name}, parameter", teacher.params) for name, teacher in prepared.teachers.items()]
-    trees += [(f"run of {name}, parameter", run.params) for name, run in prepared.learned.items()]
+        return of_environment
+    splits, trunk = prepared.corpus.splits, prepared.trunk
+    models = [("parameter", prepared.params)]
+    models += [(f"teacher of {name}, parameter", teacher.params) for name, teacher in prepared.teachers.items()]
+    models += [(f"run of {name}, parameter", run.params) for name, run in prepared.anchor_runs.items()]
+    generation_config = trunk.location and trunk.location / "generation_config.json"
     return [
-        *begun,
-        *data(prepared.corpus.splits, lambda part: {"number of rows": len(part.data), "number of examples": len(part.tokens)}),
-        *data(prepared.corpus.splits, lambda part: columns(row.columns for row in part.data)),
-        ("trunk.config.json", prepared.trunk.raw),
-        (
-            "trunk.generation_config.json",
-            _of_file(prepared.trunk.location and prepared.trunk.location / "generation_config.json"),
-        ),
-        ("tokenizer", tokenizer(prepared.trunk.tokenizer)),
-        *data(prepared.corpus.splits, lambda part: {"tokens": arrays(part.tokens, part.types)}),
-        *data(
-            prepared.corpus.splits, lambda part: {f"labels of task {task}": arrays(each) for task, each in part.labels.items()}
+        *of_environment,
+        *source_facts(splits, lambda part: {"number of rows": len(part.data), "number of examples": len(part.tokens)}),
+        *source_facts(splits, lambda part: column_digests(row.columns for row in part.data)),
+        ("trunk.config.json", trunk.raw),
+        ("trunk.generation_config.json", _file_digest(generation_config)),
+        ("tokenizer", tokenizer_digest(trunk.tokenizer)),
+        *source_facts(splits, lambda part: {"tokens": array_digest(part.tokens, part.types)}),
+        *source_facts(
+            splits, lambda part: {f"labels of task {task}": array_digest(labels) for task, labels in part.labels.items()}
         ),
         ("tasks", tasks_to_json(prepared.corpus.tasks)),
-        *((f"{kind} {path}", _of_array(leaf)) for kind, tree in trees for path, leaf in leaves_of(tree).items()),
+        *((f"{kind} {path}", f"sha256 {sha256(leaf)[:16]}") for kind, tree in models for path, leaf in leaves_of(tree).items()),
     ]
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that numbers depend on, and a digest of our code, which changes between releases."""
+    """Versions of the packages that numbers depend on, and a digest of our code, which changes between releases."""
     code = hashlib.sha256()
     folder = Path(str(importlib.resources.files("mtl_jax")))
     for file in sorted(folder.rglob("*.py")):
         code.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
-    of_this_host = ("platform", "devices")  # a kernel's release, free cores
-    found = {f"version of {name}": each for name, each in workdirs.versions().items() if name not in of_this_host}
-    return found | {"code of mtl_jax": _shown(code)}
+    may_differ = ("platform", "devices")  # a kernel's release, free cores
+    packages = {f"version of {name}": text for name, text in workdirs.versions().items() if name not in may_differ}
+    return packages | {"code of mtl_jax": _shortened(code)}
 
 
-def environment(variables: Any) -> dict[str, Any]:
+def environment(variables: Mapping[str, str]) -> dict[str, Any]:
     """Flags that change numbers or programs, and this host's devices.
 
     Args:
         variables: The environment variables.
     """
-    flags = {name: str(jax.config.values[name]) for name in FLAGS if name in jax.config.values}
-    found = {name: " ".join(sorted(filter(_of_all_hosts, variables.get(name, "").split()))) for name in VARIABLES}
+    jax_flags = {name: str(jax.config.values[name]) for name in FLAGS if name in jax.config.values}
+    flags = {name: " ".join(sorted(filter(_must_be_same, variables.get(name, "").split()))) for name in VARIABLES}
     devices = jax.local_devices()
-    return flags | found | {"devices of a host": f"{len(devices)} x {devices[0].platform} {devices[0].device_kind}"}
+    return jax_flags | flags | {"devices of a host": f"{len(devices)} x {devices[0].platform} {devices[0].device_kind}"}
 
 
-def workdir(folder: Path) -> dict[str, str]:
-    """What decides where a run resumes."""
-    found = {f"{name} in the workdir": _of_file(folder / name) for name in ("config.json", "data.json", "results.json")}
+def workdir_facts(folder: Path) -> dict[str, str]:
+    """The files of a workdir that decide where a run resumes."""
+    digests = {f"{name} in the workdir": _file_digest(folder / name) for name in ("config.json", "data.json", "results.json")}
     steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal())
-    return found | {"checkpoints in the workdir": ", ".join(map(str, steps)) or "none"}
+    return digests | {"checkpoints in the workdir": ", ".join(map(str, steps)) or "none"}
 
 
-def data(splits: Mapping[str, Mapping[str, Examples]], about: Callable[[Examples], dict[str, Any]]) -> list[tuple[str, Any]]:
+def source_facts(
+    splits: Mapping[str, Mapping[str, Examples]], describe: Callable[[Examples], dict[str, Any]]
+) -> list[tuple[str, Any]]:
     """Facts of every source in every split.
 
     Args:
         splits: {split: {source: Examples}}.
-        about: {name: value} of one of them.
+        describe: Examples -> {name: value}.
     """
     return [
         (f"{field} of source {name}, split {split},", value)
         for split, parts in splits.items()
         for name, part in parts.items()
-        for field, value in about(part).items()
+        for field, value in describe(part).items()
     ]
 
 
-def columns(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+def column_digests(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
     """For each column a digest of its values, row by row."""
     digests: dict[str, Any] = {}
     for number, row in enumerate(rows):
         for name, value in row.items():
             digests.setdefault(name, hashlib.sha256()).update(f"{number} {value!r}\n".encode("utf-8", "surrogatepass"))
-    return {f"column {name}": _shown(digest) for name, digest in digests.items()}
+    return {f"column {name}": _shortened(digest) for name, digest in digests.items()}
 
 
-def arrays(*values: Any) -> str:
-    """A digest of token ids or labels in their order; None counts too."""
+def array_digest(*values: Any) -> str:
+    """A digest of token ids or labels in their order; None counts, too."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(f"{None if value is None else len(value)} {getattr(value, 'shape', '')}\n".encode())
         if value is not None and len(value):
             corpora.update_digest(digest, value)
-    return _shown(digest)
+    return _shortened(digest)
 
 
-def tokenizer(found: Any) -> str:
-    """A digest of a tokenizer's vocabulary and special tokens. What it makes of the texts shows in their tokens."""
-    about = [sorted(found.get_vocab().items()), sorted(map(str, found.all_special_tokens))]
-    return _shown(hashlib.sha256(json.dumps(about).encode()))
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of a tokenizer's vocabulary and special tokens. Its other parts show in the tokens of the texts."""
+    about = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
+    return _shortened(hashlib.sha256(json.dumps(about).encode()))
 
 
-def _of_file(path: Location | None) -> str:
-    return _shown(hashlib.sha256(path.read_bytes())) if path is not None and path.is_file() else "absent"
+def _file_digest(path: Location | None) -> str:
+    return _shortened(hashlib.sha256(path.read_bytes())) if path is not None and path.is_file() else "absent"
 
 
-def _of_array(leaf: Any) -> str:
-    return f"sha256 {left_out.sha256(leaf)[:16]}"
+def _must_be_same(flag: str) -> bool:
+    return _LOCAL_WORDS.isdisjoint(flag.partition("=")[0].split("_"))
 
 
-def _of_all_hosts(flag: str) -> bool:
-    return _OF_ONE_HOST.isdisjoint(flag.partition("=")[0].split("_"))
-
-
-def _shown(digest: Any) -> str:
+def _shortened(digest: Any) -> str:
     return f"sha256 {digest.hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""Parameters that checkpoints leave out: they never train, and are where the trunk was loaded from."""
+"""Parameters that checkpoints omit: they never train, and can be read again from where the trunk was loaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mtl_jax.core.trees import flat, nested, sha256
 from mtl_jax.transfer.adapters import ADAPTERS
 
 
-class Base(NamedTuple):
-    """Where left out parameters are.
+class TrunkSource(NamedTuple):
+    """Where the trunk of a run was loaded from.
 
     Attributes:
-        load: Gives {"trunk": ...} as it was before training.
+        load: () -> {"trunk": ...} as it was before training.
         path: The experiment's trunk.path.
     """
 
@@ -24,8 +24,8 @@ class Base(NamedTuple):
     path: str
 
 
-def to_leave_out(masks: Iterable[Any], params: Any, loaded: Any) -> dict[str, str]:
-    """Of the trunk's parameters those that train in no phase and are still as they were loaded: {path: SHA-256}.
+def untrained_hashes(masks: Iterable[Any], params: Any, loaded: Any) -> dict[str, str]:
+    """{path: SHA-256} of the trunk's parameters that train in no phase and still equal the loaded ones.
 
     Args:
         masks: For each phase, which parameters train.
@@ -35,44 +35,44 @@ def to_leave_out(masks: Iterable[Any], params: Any, loaded: Any) -> dict[str, st
     trained: set[str] = set()
     for mask in masks:
         trained |= {path for path, trains in flat(mask).items() if trains}
-    now, found = flat(params), {}
+    current, hashes = flat(params), {}
     for path, leaf in flat(loaded).items():
         if path in trained or not path.startswith("trunk/") or path.startswith(f"trunk/{ADAPTERS}/"):
             continue
         digest = sha256(leaf)
-        if sha256(now[path]) == digest:  # else it was trained by an earlier configuration
-            found[path] = digest
-    return found
+        if sha256(current[path]) == digest:  # else an earlier configuration has trained it
+            hashes[path] = digest
+    return hashes
 
 
-def without(params: Any, paths: Iterable[str]) -> Any:
-    """The parameters except those."""
-    gone = set(paths)
-    return nested({path: leaf for path, leaf in flat(params).items() if path not in gone}) if gone else params
+def omit(params: Any, paths: Iterable[str]) -> Any:
+    """The parameters except those at the paths."""
+    omitted = set(paths)
+    return nested({path: leaf for path, leaf in flat(params).items() if path not in omitted}) if omitted else params
 
 
-def put_back(params: Any, hashes: Mapping[str, str], base: Base | None, place: Callable[[str, np.ndarray], Any]) -> Any:
-    """The parameters with those that were left out.
+def restore(params: Any, hashes: Mapping[str, str], source: TrunkSource | None, place: Callable[[str, np.ndarray], Any]) -> Any:
+    """The parameters together with those that a checkpoint omits.
 
     Args:
-        params: The others.
-        hashes: {path: SHA-256} of those.
-        base: Where they are.
+        params: The parameters in the checkpoint.
+        hashes: {path: SHA-256} of the omitted ones.
+        source: Where the omitted ones are.
         place: (path, host array) -> the leaf.
 
     Raises:
-        UserError: They are not there, or not what they were.
+        UserError: An omitted parameter is missing in the source, or is not what it was.
     """
     if not hashes:
         return params
-    if base is None:
-        raise UserError("the checkpoint leaves out parameters of its trunk, and it is not said where that was loaded from")
-    there, found = flat(base.load()), flat(params)
+    if source is None:
+        raise UserError("the checkpoint leaves out parameters of its trunk, and it is not known where that was loaded from")
+    loaded, leaves = flat(source.load()), flat(params)
     for path, digest in hashes.items():
-        if path not in there or sha256(there[path]) != digest:
+        if path not in loaded or sha256(loaded[path]) != digest:
             raise UserError(
-                f"the checkpoint leaves out what it has in common with trunk.path {base.path}, but {path} is "
-                f"{'another' if path in there else 'not'} there now: put the trunk back that the run started from"
+                f"the checkpoint leaves out parameters that are the same in trunk.path {source.path}, but {path} "
+                f"{'has changed' if path in loaded else 'is missing'} there: put the trunk back that the run started from"
             )
-        found[path] = place(path, np.array(there[path]))  # a copy: the step donates its state
-    return nested(found)
+        leaves[path] = place(path, np.array(loaded[path]))  # a copy: the step donates its state
+    return nested(leaves)

@@ -36,12 +36,12 @@ def check(params: Any, mask: Any, gram_over: str) -> Any:
         gram_over: "trunk", "representation", or a regular expression of parameter paths.
 
     Raises:
-        UserError: The expression is none, or matches no trunk parameter that trains.
+        UserError: The expression is not valid, or matches no trunk parameter that trains.
     """
     try:
         pattern = re.compile("trunk/.*" if gram_over in (TRUNK, REPRESENTATION) else gram_over)
     except NOT_A_PATTERN as error:
-        raise UserError(f"gram_over {shown(gram_over)!r} is no regular expression ({error})") from error
+        raise UserError(f"gram_over {shown(gram_over)!r} is not a regular expression ({error})") from error
 
     def chosen(path: Any, train: bool) -> bool:
         name = trees.path_name(path)
@@ -85,7 +85,7 @@ def make_backward(
         weigh_heads: As in gradient.make_backward().
         accumulate: As there; the task gradients are added up before they are compared. Not over the whole trunk, the
             weighted gradient costs a second pass over the parts.
-        mesh: The devices, if there are several: each gets as many rows of every block.
+        mesh: The devices, if there are several: each gets the same number of rows of every block.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks

@@ -1,7 +1,7 @@
-"""The hosts of one run: that they have the same before it begins, and that an error on one of them ends all.
+"""The hosts of one run: they compare their facts before the first step, and an error on one of them ends all.
 
-Collective work waits for every host, for ever if one of them is elsewhere, and computes something else without a word if one
-has other numbers. So hosts compare what they have before the first of it. They talk through the key-value store of jax's
+Collective work waits for every host, for ever if one of them is elsewhere, and gives wrong results without an error if one of
+them has other numbers. So hosts compare their facts before any collective work. They talk through the key-value store of jax's
 coordination service, which needs no devices: hosts whose programs or devices differ can talk, too.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax._src.distributed import global_state  # the store has no public door
+from jax._src.distributed import global_state  # jax has no public access to the store
 
 from mtl_jax.core.errors import Interrupted, UserError, listed
 from mtl_jax.core.files import reason, writing
@@ -31,73 +31,73 @@ from mtl_jax.training import workdir as workdirs
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Facts = Sequence[tuple[str, Any]]  # (name, JSON-able value, or fields with values), what explains most first
+Facts = Sequence[tuple[str, Any]]  # (name, JSON-able value, or fields with values), the facts that explain most first
 
 SLICE = 30  # seconds of waiting for a host before a line says so
-GRACE = 5.0  # seconds in which a host may find an error of all by itself, before another's ends it
-SEEN_WITHIN = 15.0  # seconds in which a file that one host wrote must be there for the others
+GRACE = 5.0  # seconds in which a host may raise its own error before another host's ends it
+SEEN_WITHIN = 15.0  # seconds in which a file that one host wrote must be visible to the others
 _POLL = 0.5
 _LONGEST = 100  # characters of a value that an error shows
 
-_exchanges = itertools.count()  # names of what is exchanged; all hosts do the same exchanges in the same order
+_exchanges = itertools.count()  # names of exchanges; all hosts do the same exchanges in the same order
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process trains together with others."""
     return global_state.client is not None and global_state.num_processes > 1
 
 
 def index() -> int:
     """This host's number; unlike jax.process_index() it starts no devices."""
-    return global_state.process_id if several() else 0
+    return global_state.process_id if is_distributed() else 0
 
 
 def gather(value: Any) -> list[Any]:
     """The JSON-able values of all hosts, on every host; they may be of any size."""
-    if not several():
+    if not is_distributed():
         return [value]
-    at = f"mtl_jax/{next(_exchanges)}"
-    _store().key_value_set(f"{at}/{index()}", json.dumps(value))
-    return [json.loads(_get(f"{at}/{host}", host)) for host in range(global_state.num_processes)]
+    prefix = f"mtl_jax/{next(_exchanges)}"
+    _store().key_value_set(f"{prefix}/{index()}", json.dumps(value))
+    return [json.loads(_get(f"{prefix}/{host}", host)) for host in range(global_state.num_processes)]
 
 
-def alike(make: Callable[[], T], facts: Callable[[T], Facts]) -> T:
-    """What `make` gives, when all hosts have made it and have the same facts of it.
+def make_and_compare(make: Callable[[], T], facts: Callable[[T], Facts]) -> T:
+    """make(), once all hosts have made it and agree on its facts.
 
     Args:
         make: Work without anything collective in it.
-        facts: What must be the same on all hosts; not asked for where there is one.
+        facts: The facts that must be the same on all hosts; not called where there is one.
 
     Raises:
         UserError: On all hosts: `make` failed on one of them, or they differ.
     """
-    if not several():
+    if not is_distributed():
         return make()
-    made: T | None = None
-    found: Facts = []
+    result: T | None = None
+    known_facts: Facts = []
     failure: BaseException | None = None
     try:
-        made = make()
-        found = json.loads(json.dumps(facts(made)))
-    except BaseException as error:  # whatever it is, the others must hear of it
+        result = make()
+        known_facts = json.loads(json.dumps(facts(result)))
+    except BaseException as error:  # whatever it is, the other hosts must learn of it
         failure = error
-    answers = gather({"error": None if failure is None else _told(failure), "digest": _digest(found)})
+    answers = gather({"error": None if failure is None else _error_line(failure), "digest": _digest(known_facts)})
     if failure is not None and not isinstance(failure, UserError):
         raise failure
-    trouble = failures([answer["error"] for answer in answers])
-    if trouble:
-        raise UserError(trouble) from failure
-    _compare(found, [answer["digest"] for answer in answers])
-    return made  # type: ignore[return-value]  # nothing failed
+    problem = failures([answer["error"] for answer in answers])
+    if problem:
+        raise UserError(problem) from failure
+    _compare(known_facts, [answer["digest"] for answer in answers])
+    return result  # type: ignore[return-value]  # nothing failed
 
 
 def check_same(facts: Facts) -> None:
-    """Compares what the hosts have.
+    """Compares the facts of the hosts.
 
     Raises:
         UserError: On all hosts: they differ.
     """
-    if several():
+    if is_distributed():
         _compare(json.loads(json.dumps(facts)), gather(_digest(facts)))
 
 
@@ -107,10 +107,10 @@ def _compare(facts: Facts, digests: Sequence[str]) -> None:
 
 
 def failures(errors: Sequence[str | None]) -> str:
-    """A line about what failed on which hosts; "" where nothing did.
+    """A line that names the first error and its hosts; "" where no host failed.
 
     Args:
-        errors: Of each host, None where all is well.
+        errors: The error of each host; None: none.
     """
     failed = [host for host, error in enumerate(errors) if error is not None]
     if not failed:
@@ -133,27 +133,27 @@ def difference(facts: Sequence[Facts]) -> str:
         for (name, first), (other_name, other) in itertools.zip_longest(facts[0], host, fillvalue=("", None)):
             if name != other_name:
                 return _differs(number, name or other_name, json.dumps(first), json.dumps(other), facts)
-            for field, here, there in workdirs.differences(first, other, name):
-                return _differs(number, field, here, there, facts)
-    raise ValueError("all hosts have the same")
+            for field, first_value, other_value in workdirs.differences(first, other, name):
+                return _differs(number, field, first_value, other_value, facts)
+    raise ValueError("all hosts have the same facts")
 
 
 def _differs(host: int, field: str, first: str, other: str, facts: Sequence[Facts]) -> str:
-    others = sum(each != facts[0] for each in facts) - 1
+    others = sum(host_facts != facts[0] for host_facts in facts) - 1
     more = f" ({others} more differ{'s' if others == 1 else ''} from host 0)" if others else ""
     return (
-        f"host {host} has {field} {_cut(other)}, host 0 has {_cut(first)}{more}: start the same command on every host, with "
-        "the same files and versions"
+        f"host {host} has {field} {_shortened(other)}, host 0 has {_shortened(first)}{more}: start the same command on every "
+        "host, with the same files and versions"
     )
 
 
 def check_shared(folder: Path) -> None:
-    """Finds out whether all hosts see what host 0 writes into a directory that is there.
+    """Checks that all hosts see the files that host 0 writes into an existing directory.
 
     Raises:
         UserError: On all hosts: one of them does not.
     """
-    if not several():
+    if not is_distributed():
         return
     name = gather(f".shared-{secrets.token_hex(8)}")[0]
     with contextlib.ExitStack() as stack:
@@ -162,52 +162,52 @@ def check_shared(folder: Path) -> None:
                 (folder / name).touch()
             stack.callback((folder / name).unlink, missing_ok=True)
         gather("written")
-        until = time.monotonic() + SEEN_WITHIN
-        while not (there := (folder / name).exists()) and time.monotonic() < until:
+        deadline = time.monotonic() + SEEN_WITHIN
+        while not (visible := (folder / name).exists()) and time.monotonic() < deadline:
             time.sleep(_POLL)
-        blind = [host for host, sees in enumerate(gather(there)) if not sees]
+        blind = [host for host, sees in enumerate(gather(visible)) if not sees]
     if blind:
         raise UserError(
-            f"{folder}: host {listed(blind)} does not see what host 0 writes there; --workdir must be shared by all"
+            f"{folder}: host {listed(blind)} does not see the files that host 0 writes there; --workdir must be shared by all"
         )
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """While inside, an error on one host ends all of them with its line, also where the others wait in collective work."""
-    if not several():
+def fail_together() -> Iterator[None]:
+    """Within the context an error on one host ends all of them with its line, also those that wait in collective work."""
+    if not is_distributed():
         yield
         return
     key, ended = f"mtl_jax/{next(_exchanges)}/failed", threading.Event()
     threading.Thread(target=_end_with_others, args=(key, ended), daemon=True).start()
     try:
         yield
-    except Interrupted:  # hosts agree on the step
+    except Interrupted:  # all hosts agree on the step and raise it
         raise
     except BaseException as error:
-        told = {"host": index(), "error": _told(error), "code": 2 if isinstance(error, UserError) else 1}
+        report = {"host": index(), "error": _error_line(error), "code": 2 if isinstance(error, UserError) else 1}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first
-            _store().key_value_set(key, json.dumps(told))
+            _store().key_value_set(key, json.dumps(report))
         raise
     finally:
         ended.set()
 
 
 def _end_with_others(key: str, ended: threading.Event) -> None:
-    """Ends this process when another host says that it failed. Nothing else ends a main thread that waits in the runtime."""
+    """Ends this process when another host reports an error. Nothing else ends a main thread that waits in the runtime."""
     while not ended.wait(_POLL):
         try:
-            told = json.loads(_store().key_value_try_get(key))
+            report = json.loads(_store().key_value_try_get(key))
         except jax.errors.JaxRuntimeError as error:
             if "NOT_FOUND" in str(error):
                 continue
-            return  # the service is gone, and jax ends the process itself
+            return  # the service has ended, and jax ends the process itself
         if ended.wait(GRACE):
             return
-        print(f"error: host {told['host']}: {told['error']}", file=sys.stderr, flush=True)
-        threading.Timer(2 * GRACE, os._exit, [told["code"]]).start()
+        print(f"error: host {report['host']}: {report['error']}", file=sys.stderr, flush=True)
+        threading.Timer(2 * GRACE, os._exit, [report["code"]]).start()
         jax.distributed.shutdown()  # the host that failed waits for it
-        os._exit(told["code"])
+        os._exit(report["code"])
 
 
 def _store() -> Any:
@@ -221,19 +221,19 @@ def _get(key: str, host: int) -> str:
             return _store().blocking_key_value_get(key, 1000 * SLICE)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                time.sleep(2 * GRACE)  # where another host has failed, this process is being ended with the reason
+                time.sleep(2 * GRACE)  # where another host has failed, its error ends this process in the meantime
                 raise UserError(f"host {host} cannot be reached any more ({reason(error)})") from error
             waited += SLICE
-            log.warning("waiting for host %d since %d s", host, waited)
+            log.warning("waiting for host %d for %d s", host, waited)
 
 
 def _digest(facts: Facts) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _told(error: BaseException) -> str:
+def _error_line(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason(error)}"
 
 
-def _cut(value: str) -> str:
+def _shortened(value: str) -> str:
     return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."

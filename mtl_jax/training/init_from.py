@@ -1,4 +1,4 @@
-"""The beginning of a run whose parameters come from another run, or from a checkpoint beside its trunk's own."""
+"""Initial parameters that a run loads from another run, or from a checkpoint in addition to its trunk's."""
 
 from __future__ import annotations
 
@@ -23,106 +23,108 @@ from mtl_jax.trunk_compatibility import Kin
 from mtl_jax.trunks import token_table
 
 RECORD = "init_from.json"
-_ABLE = "be loaded into each other"
+_PURPOSE = "be loaded into each other"
 
 
-class Beginning(NamedTuple):
-    """Parameters to begin with.
+class InitialParams(NamedTuple):
+    """Parameters to load.
 
     Attributes:
         leaves: {path: array on the host}.
-        kin: The trunk that they are of.
-        facts: Where exactly they are from, for the record.
-        own_adapters: Whether each source of the run had adapters of its own.
+        kin: Family, vocabulary and constants of their trunk.
+        facts: The run and step, or the checkpoint, that they are from, for the record.
+        separate_adapters: Whether each source of that run has its own adapters.
     """
 
     leaves: dict[str, np.ndarray]
     kin: Kin
     facts: dict[str, Any]
-    own_adapters: bool = False
+    separate_adapters: bool = False
 
 
-def begin(prepared: Prepared) -> tuple[Prepared, dict[str, Any], str]:
+def load_parameters(prepared: Prepared) -> tuple[Prepared, dict[str, Any], str]:
     """The run with the parameters that experiment.init_from names.
 
     Args:
-        prepared: The run, its parameters as trunk and seed say.
+        prepared: The run with the initial parameters of its trunk and seed.
 
     Returns:
-        The run; the contents of init_from.json: where the parameters are from, a SHA-256 over what was loaded, and what became
-        of every parameter; and a line to show.
+        The run with the loaded parameters; the contents of init_from.json: their origin, a SHA-256 of the loaded ones, and for
+        every parameter whether it was loaded; and a line for the log.
 
     Raises:
-        UserError: The source is no run or checkpoint, not finished, of another family, vocabulary or shape, or its paths do not
-            fit.
+        UserError: The path is not a run or checkpoint, the run is not finished, its family, vocabulary or shapes differ, or its
+            paths do not match.
     """
     init = prepared.experiment.init_from
-    found = _of_run(init) if restore.is_workdir(Path(init.path)) else _of_checkpoint(init)
-    params, account = loading.load_into(prepared.params, found.leaves, init)
-    _check(prepared, init, found, account)
-    record = {"path": init.path, **found.facts, "sha256": _digest(found.leaves, account), **account._asdict()}
-    return prepared._replace(params=params), record, _line(init, found, account)
+    source = _from_run(init) if restore.is_workdir(Path(init.path)) else _from_checkpoint(init)
+    params, account = loading.load_into(prepared.params, source.leaves, init)
+    _check(prepared, init, source, account)
+    record = {"path": init.path, **source.facts, "sha256": _digest(source.leaves, account), **account._asdict()}
+    return prepared._replace(params=params), record, _line(init, source, account)
 
 
-def _of_run(init: InitFrom) -> Beginning:
+def _from_run(init: InitFrom) -> InitialParams:
     folder = Path(init.path)
     if init.step == "best" and not any((folder / name).exists() for name in ("results.json", "merge.json")):
         raise UserError(
-            f"{FIELD}: the run in {folder} is not finished (it has no results.json); let it end, or name one of its steps by "
+            f"{FIELD}: the run in {folder} is not finished (it has no results.json); let it end, or choose one of its steps by "
             f"{FIELD}.step"
         )
     run = restore.open_run(folder, init.step)
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flat(jax.device_get(run.params)).items()}
     facts = {"experiment": run.experiment.name, "seed": run.experiment.seed, "step": run.step, "dev": run.dev}
-    own = any(adapter.per != RUN for adapter in run.experiment.adapters)
-    return Beginning(leaves, trunk_compatibility.of_trunk(run.trunk), facts, own)
+    separate = any(adapter.per != RUN for adapter in run.experiment.adapters)
+    return InitialParams(leaves, trunk_compatibility.of_trunk(run.trunk), facts, separate)
 
 
-def _of_checkpoint(init: InitFrom) -> Beginning:
+def _from_checkpoint(init: InitFrom) -> InitialParams:
     if init.step != "best":
-        raise UserError(f"{FIELD}.step is {init.step!r}, but {init.path} is no workdir of a run, and a checkpoint has no steps")
+        raise UserError(
+            f"{FIELD}.step is {init.step!r}, but {init.path} is not the workdir of a run, and a checkpoint has no steps"
+        )
     checkpoint = pretrained.load(init.path, head=AUTO)
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flat(jax.device_get(checkpoint.params)).items()}
-    return Beginning(
+    return InitialParams(
         leaves, trunk_compatibility.of_checkpoint(checkpoint), {"architectures": checkpoint.raw.get("architectures")}
     )
 
 
-def _check(prepared: Prepared, init: InitFrom, found: Beginning, account: Account) -> None:
-    """Raises UserError where the trunks are no kin; heads alone fit wherever their shapes do."""
+def _check(prepared: Prepared, init: InitFrom, source: InitialParams, account: Account) -> None:
+    """Raises UserError where the trunks are not compatible; for heads alone equal shapes are enough."""
     into_trunk = [path for path in account.loaded if path.startswith("trunk/")]
     if not into_trunk:
         return
-    if found.own_adapters and any(path.startswith(f"trunk/{ADAPTERS}/") for path in into_trunk):
+    if source.separate_adapters and any(path.startswith(f"trunk/{ADAPTERS}/") for path in into_trunk):
         raise UserError(
-            f"{FIELD}: each source of {init.path} has its own adapters, and it is not known which are for the sources here; "
-            f"leave them out by {FIELD}.leave_out trunk/{ADAPTERS}/.*"
+            f"{FIELD}: each source of {init.path} has its own adapters, and it is not known which ones the sources of this run "
+            f"should get; leave them out by {FIELD}.leave_out trunk/{ADAPTERS}/.*"
         )
-    names, both = ("this experiment", init.path), (trunk_compatibility.of_trunk(prepared.trunk), found.kin)
-    trunk_compatibility.check_family(names, both, _ABLE)
+    names, both = ("this experiment", init.path), (trunk_compatibility.of_trunk(prepared.trunk), source.kin)
+    trunk_compatibility.check_family(names, both, _PURPOSE)
     paths = trees.flat(prepared.params)
     if all(path in account.loaded for path in paths if path.startswith("trunk/") and f"/{ADAPTERS}/" not in path):
-        trunk_compatibility.check_constants(names, both, _ABLE)
+        trunk_compatibility.check_constants(names, both, _PURPOSE)
     table = token_table(prepared.params["trunk"])
     if any(paths[path] is table for path in into_trunk):
-        trunk_compatibility.check_vocabulary(names, both, _ABLE)
+        trunk_compatibility.check_vocabulary(names, both, _PURPOSE)
 
 
 def _digest(leaves: dict[str, np.ndarray], account: Account) -> str:
-    total = hashlib.sha256()
-    for path, old in sorted(account.loaded.items()):
-        total.update(f"{path} {trees.sha256(leaves[old])}\n".encode())
-    return total.hexdigest()
+    digest = hashlib.sha256()
+    for path, source_path in sorted(account.loaded.items()):
+        digest.update(f"{path} {trees.sha256(leaves[source_path])}\n".encode())
+    return digest.hexdigest()
 
 
-def _line(init: InitFrom, found: Beginning, account: Account) -> str:
-    step = f", step {found.facts['step']}" if "step" in found.facts else ""
+def _line(init: InitFrom, source: InitialParams, account: Account) -> str:
+    step = f", step {source.facts['step']}" if "step" in source.facts else ""
     parts = [f"beginning from {init.path}{step}: {count(len(account.loaded), 'parameter')} loaded"]
-    for paths, what in (
-        (account.initialised, "not in it, as trunk and seed say"),
+    for paths, reason in (
+        (account.initialised, "not in it and initialised by trunk and seed"),
         (account.left_out, "left out"),
-        (account.without_place, "without a place here"),
+        (account.without_place, "not in this model"),
     ):
         if paths:
-            parts.append(f"{len(paths)} {what} ({loading.shown(paths)})")
+            parts.append(f"{len(paths)} {reason} ({loading.shown(paths)})")
     return "; ".join(parts)

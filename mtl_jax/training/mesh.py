@@ -1,4 +1,4 @@
-"""Devices: a mesh with an axis over the data, for ablations one over runs, too, and how arrays lie on it."""
+"""Devices: meshes with an axis over rows, and for ablations one over runs; how arrays lie on them; several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtl_jax.core.errors import UserError
 
 DATA = "data"
 RUN = "run"
-PATIENCE = 280  # seconds for which processes wait for each other in the beginning; jax's own limit is 300
+CONNECT_WITHIN = 280  # seconds in which all processes of a run must start; jax's own limit is 300
 
 
 def make(rows: int, devices: int = 0) -> Mesh:
@@ -27,51 +27,53 @@ def make(rows: int, devices: int = 0) -> Mesh:
         devices: How many devices to use; 0 for all.
 
     Raises:
-        UserError: There are not so many devices, or the rows do not divide by them.
+        UserError: There are fewer devices, or the rows do not divide by them.
     """
     chosen = _devices(devices)
     if rows % len(chosen):
         raise UserError(f"batch.rows is {rows}; it must be a multiple of the {len(chosen)} devices")
-    # Auto axes: under Explicit ones nn.Embed's look-up is ambiguous and raises.
+    # Auto axes: under Explicit ones the indexing of nn.Embed is ambiguous and raises.
     return jax.make_mesh((len(chosen),), (DATA,), axis_types=(AxisType.Auto,), devices=chosen)
 
 
 def make_for_runs(rows: int, runs: int, devices: int = 0, size: int = 0) -> Mesh:
-    """A mesh whose first axis is over runs that train side by side, and the second over the rows of their batches.
+    """A mesh with a first axis over runs that are trained at once, and a second one over the rows of their batches.
 
-    Runs need not talk to each other, so they get as many devices as there are runs for; only what is left over shares rows.
+    Runs exchange nothing, so as many devices as possible train different runs; only the remaining factor shares rows.
 
     Args:
         rows: Rows of a batch; they must divide by the devices that share them. 0: no batch is put on them.
-        runs: How many there are.
+        runs: The number of runs.
         devices: As for make.
-        size: How many runs are in one array of an earlier process, copies that fill it up counted: it is cut over as many
-            devices as divide it. 0: none was made.
+        size: The number of runs in the arrays of an earlier process, with the copies that fill them up: they are cut over a
+            number of devices that divides it. 0: there are none.
 
     Raises:
         UserError: As for make.
     """
     chosen = _devices(devices)
-    apart = max(n for n in range(1, len(chosen) + 1) if len(chosen) % n == 0 and n <= max(runs, 1) and size % n == 0)
-    together = len(chosen) // apart
-    if rows % together:
-        told = f"batch.rows is {rows}; it must be a multiple of the {together} devices that share a batch"
-        begun = f": {size} runs at once were begun, and there are {len(chosen)} devices. Go on with as many devices as before"
-        raise UserError(told + begun if size else told)
-    return jax.make_mesh((apart, together), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=chosen)
+    over_runs = max(n for n in range(1, len(chosen) + 1) if len(chosen) % n == 0 and n <= max(runs, 1) and size % n == 0)
+    over_rows = len(chosen) // over_runs
+    if rows % over_rows:
+        problem = f"batch.rows is {rows}; it must be a multiple of the {over_rows} devices that share a batch"
+        resumed = (
+            f": {size} runs were begun at once, and there are {len(chosen)} devices. Resume with as many devices as before"
+        )
+        raise UserError(problem + resumed if size else problem)
+    return jax.make_mesh((over_runs, over_rows), (RUN, DATA), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
 
 def _devices(count: int) -> list[jax.Device]:
-    there = jax.devices()
-    if count > len(there):
-        raise UserError(f"devices is {count}, but there are {len(there)} ({there[0].platform})")
-    if count and jax.process_count() > 1 and count != len(there):
-        raise UserError(f"devices is {count}, but {jax.process_count()} processes train together: use all {len(there)} (0)")
-    return there[: count or len(there)]
+    devices = jax.devices()
+    if count > len(devices):
+        raise UserError(f"devices is {count}, but there are {len(devices)} ({devices[0].platform})")
+    if count and jax.process_count() > 1 and count != len(devices):
+        raise UserError(f"devices is {count}, but {jax.process_count()} processes train together: use all {len(devices)} (0)")
+    return devices[: count or len(devices)]
 
 
 def shards(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are cut."""
+    """The number of devices that share the rows of a batch."""
     return mesh.shape[DATA]
 
 
@@ -91,7 +93,7 @@ def by_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Host arrays to device arrays of the global shape. Every host holds the whole array and gives its own part."""
+    """Host arrays to device arrays of the same shape. Every host has the whole array and copies the part of its devices."""
 
     def put(leaf: Any) -> jax.Array:
         array = np.asarray(leaf)
@@ -103,7 +105,7 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def assemble(tree: Any, sharding: NamedSharding) -> Any:
-    """Host arrays to device arrays; every host gives its own rows, as many as the others."""
+    """Host arrays to device arrays of the rows of all hosts. Every host has its own rows, as many as each other one."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
@@ -114,21 +116,21 @@ def assemble(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, tree)
 
 
-def own_devices(mesh: Mesh) -> list[jax.Device]:
-    """Those of the mesh that this process has."""
+def local_devices(mesh: Mesh) -> list[jax.Device]:
+    """The devices of the mesh that belong to this process."""
     return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
 
 
-def own(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that are whole on every device of the mesh, as arrays on this process's devices alone; nothing is copied."""
+def to_local_devices(tree: Any, mesh: Mesh) -> Any:
+    """Replicated arrays as arrays on this process's devices alone; nothing is copied."""
     if jax.process_count() == 1:
         return tree
-    devices = own_devices(mesh)
-    here = replicated(jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices))
+    devices = local_devices(mesh)
+    sharding = replicated(jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices))
 
     def cut(leaf: jax.Array) -> jax.Array:
         parts = {shard.device: shard.data for shard in leaf.addressable_shards}
-        return jax.make_array_from_single_device_arrays(leaf.shape, here, [parts[device] for device in devices])
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [parts[device] for device in devices])
 
     return jax.tree.map(cut, tree)
 
@@ -139,16 +141,16 @@ def gather(value: Any) -> list[Any]:
         return [value]
     from jax.experimental import multihost_utils
 
-    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(own)])))
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([len(encoded)])))
     padded = np.zeros(lengths.max(), np.uint8)
-    padded[: len(own)] = own
+    padded[: len(encoded)] = encoded
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:length].tobytes()) for row, length in zip(np.asarray(rows), lengths, strict=True)]
 
 
-def agreed(value: bool) -> bool:
-    """What host 0 says: for decisions about collective work, which all hosts must take alike."""
+def from_host_0(value: bool) -> bool:
+    """Host 0's value, on every host: collective work needs the same decision on all of them."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -157,17 +159,19 @@ def agreed(value: bool) -> bool:
 
 
 def connect(cluster: str) -> None:
-    """Joins this process to the others of a run: jax.distributed.initialize.
+    """Connects this process to the others of a run: jax.distributed.initialize.
 
     Args:
         cluster: "auto" (a TPU pod, Slurm, Open MPI, Kubernetes), or "HOST:PORT,INDEX,COUNT": the address of process 0, this
             process's index from 0, and the number of processes.
 
     Raises:
-        UserError: It is neither. Where not all processes come, this one ends with a line and exit code 2.
+        UserError: `cluster` is neither. Where a process does not start, this one ends with a line and exit code 2.
     """
-    # Jax would end the process itself, with pages of addresses.
-    late = threading.Timer(PATIENCE, _end, [f"not all processes of --distributed {cluster} have come within {PATIENCE} s"])
+    # Jax would end the process itself, and print pages of addresses.
+    late = threading.Timer(
+        CONNECT_WITHIN, _end, [f"not all processes of --distributed {cluster} have started within {CONNECT_WITHIN} s"]
+    )
     late.daemon = True
     late.start()
     try:
@@ -186,7 +190,7 @@ def _connect(cluster: str) -> None:
         try:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"--distributed auto: jax found no cluster here ({str(error).splitlines()[0]})") from error
+            raise UserError(f"--distributed auto: jax found no cluster ({str(error).splitlines()[0]})") from error
         return
     address, *numbers = cluster.split(",")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
@@ -195,7 +199,7 @@ def _connect(cluster: str) -> None:
 
 
 def compute_dtype(name: str) -> Any:
-    """auto: bfloat16 on accelerators, float32 on CPU; or a dtype by name."""
+    """The dtype of a name; of auto bfloat16 on accelerators, float32 on CPU."""
     if name == "auto":
         return np.float32 if jax.devices()[0].platform == "cpu" else jax.numpy.bfloat16
     return {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}[name]

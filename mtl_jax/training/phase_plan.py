@@ -1,4 +1,4 @@
-"""The phases of a run, worked out: what trains in each, by which rule and how fast."""
+"""The plan of each phase: which parameters train, by which weighting rule and optimizer; and the table that shows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtl_jax.experiment import Experiment, Phase, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
 from mtl_jax.training.forward import needed_fields
-from mtl_jax.training.regularisation import prepare
+from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
@@ -25,27 +25,27 @@ from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation
 from mtl_jax.weighting import Rule, schedules
 
 
-def per_task(rule: Rule) -> bool:
+def needs_task_gradients(rule: Rule) -> bool:
     """Whether the rule compares or changes the task gradients."""
     return rule.needs_gram or rule.transform is not None
 
 
 class PhasePlan(NamedTuple):
-    """A phase, worked out.
+    """The plan of a phase.
 
     Attributes:
         phase: Its declaration.
         number: Its place, from 0.
         start: Steps of the run before it.
         end: Steps of the run after it.
-        decided: Tree of parameter rules over the parameters.
+        param_rules: Tree of parameter rules over the parameters.
         mask: Tree of bools over the parameters: which train.
-        rule: Its weighting rule. A rule that compares task gradients gives way to `equal` where no shared parameter trains.
-        rate: Learning rate by step of the phase, of rules that don't change it.
+        rule: Its weighting rule. `equal` replaces a rule that compares task gradients where no shared parameter trains.
+        learning_rate: Step of the phase -> the learning rate, before parameter rules scale it.
         optimizer: The optax transformation over the trainable leaves.
-        cached: Whether the trunk is frozen whole, all heads read pooled vectors only, and these are looked up.
-        fresh_rule: Whether the rule's state starts anew with this phase.
-        weightless: The tasks whose weight is 0 in all its steps, and whose outputs no regulariser compares.
+        cached_features: Whether all of the trunk is frozen, and the heads read only pooled vectors, which are computed once.
+        resets_rule: Whether the rule's state is initialised again at its start.
+        zero_weight_tasks: The tasks whose weight is 0 in all its steps, and whose outputs no regulariser compares.
         regularisers: The regularisers of the phase.
         mixout_paths: The parameters to which Mixout applies in it.
     """
@@ -54,26 +54,28 @@ class PhasePlan(NamedTuple):
     number: int
     start: int
     end: int
-    decided: Any
+    param_rules: Any
     mask: Any
     rule: Rule
-    rate: Any
+    learning_rate: Any
     optimizer: Any
-    cached: bool
-    fresh_rule: bool
-    weightless: tuple[str, ...] = ()
+    cached_features: bool
+    resets_rule: bool
+    zero_weight_tasks: tuple[str, ...] = ()
     regularisers: tuple[AnyRegulariser, ...] = ()
     mixout_paths: tuple[str, ...] = ()
 
 
-def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: Mapping[str, Sequence[str]]) -> list[PhasePlan]:
+def plan(
+    experiment: Experiment, tasks: tuple[Task, ...], params: Any, compared_tasks: Mapping[str, Sequence[str]]
+) -> list[PhasePlan]:
     """The phases of a run.
 
     Args:
         experiment: The experiment.
-        tasks: Its tasks, filled in.
+        tasks: Its tasks, with their label sets.
         params: Its parameters.
-        watched: As in Prepared.
+        compared_tasks: As in Prepared.
 
     Raises:
         UserError: Rules do not fit the parameters, or a weighting rule the phase.
@@ -81,13 +83,13 @@ def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: 
     plans: list[PhasePlan] = []
     start = 0
     for number, phase in enumerate(experiment.phases):
-        decided = freezing.decide(params, phase.rules)
-        mask = jax.tree.map(lambda rule: rule.train, decided)
+        param_rules = freezing.decide(params, phase.rules)
+        mask = jax.tree.map(lambda rule: rule.train, param_rules)
         if not any(jax.tree.leaves(mask)):
             raise UserError(f"phase {phase.name!r}: its rules freeze every parameter; nothing would train")
         trains_trunk = any(jax.tree.leaves(mask["trunk"]))
         rule = _rule(experiment, phase, trains_trunk)
-        if per_task(rule):
+        if needs_task_gradients(rule):
             gram_gradient.check(params, mask, experiment.gram_over)
             for task in tasks:
                 if experiment.gram_over == gram_gradient.REPRESENTATION and task.shift_free:
@@ -97,14 +99,15 @@ def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: 
                     )
             if rule.transform is not None and experiment.gram_over != gram_gradient.TRUNK:
                 raise UserError(f"weighting {experiment.weighting} changes the trunk's task gradients: gram_over must be trunk")
-        same = bool(plans) and per_task(plans[-1].rule) == per_task(rule)
-        same = same and not phase.weights and not plans[-1].phase.weights
-        # A transform's state has the shape of what trains.
-        same = same and (rule.transform is None or plans[-1].mask == mask)
+        keeps_rule = bool(plans) and needs_task_gradients(plans[-1].rule) == needs_task_gradients(rule)
+        keeps_rule = keeps_rule and not phase.weights and not plans[-1].phase.weights
+        # A transform's state has the shapes of the trainable leaves.
+        keeps_rule = keeps_rule and (rule.transform is None or plans[-1].mask == mask)
         steps = range(start, start + phase.steps)
-        regularisers = prepare.of_phase(experiment, number, steps)
-        vectors = any(isinstance(each, Distillation) and each.of == "hidden" for each in regularisers)
-        compared = {name for each in regularisers for name in watched.get(each.name, ())}
+        regularisers = regularisation.active_in_phase(experiment, number, steps)
+        imitates_hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in regularisers)
+        compared = {name for regulariser in regularisers for name in compared_tasks.get(regulariser.name, ())}
+        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
@@ -112,14 +115,14 @@ def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: 
                 number=number,
                 start=start,
                 end=start + phase.steps,
-                decided=decided,
+                param_rules=param_rules,
                 mask=mask,
                 rule=rule,
-                rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
-                optimizer=optimizers.build(experiment.optimizer, decided, _peak(experiment, phase), phase.steps),
-                cached=phase.cache_features and not trains_trunk and needed_fields(tasks) == ("pooled",) and not vectors,
-                fresh_rule=not same,
-                weightless=() if vectors else _weightless(experiment, phase, rule, steps, compared),
+                learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
+                optimizer=optimizers.build(experiment.optimizer, param_rules, _peak(experiment, phase), phase.steps),
+                cached_features=phase.cache_features and not trains_trunk and only_pooled,
+                resets_rule=not keeps_rule,
+                zero_weight_tasks=() if imitates_hidden else _zero_weight_tasks(experiment, phase, rule, steps, compared),
                 regularisers=regularisers,
                 mixout_paths=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
             )
@@ -128,21 +131,21 @@ def plan(experiment: Experiment, tasks: tuple[Task, ...], params: Any, watched: 
     return plans
 
 
-def renumbered(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
-    """The same phase of an experiment that differs in numbers only: weights, rates, decay, options of the rule.
+def with_numbers_of(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
+    """The same phase with the numbers of another experiment: weights, learning rates, decay, options of the rule.
 
     Args:
         plan: The phase.
-        experiment: The other experiment; its numbers may be traced, as under vmap.
+        experiment: The other experiment, which differs in numbers only; they may be traced, as under vmap.
     """
     phase = experiment.phases[plan.number]
-    names = {each.name for each in plan.regularisers}
+    names = {regulariser.name for regulariser in plan.regularisers}
     return plan._replace(
         phase=phase,
         rule=_rule(experiment, phase, any(jax.tree.leaves(plan.mask["trunk"]))),
-        rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
-        optimizer=optimizers.build(experiment.optimizer, plan.decided, _peak(experiment, phase), phase.steps),
-        regularisers=tuple(each for each in experiment.regularisers if each.name in names),
+        learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
+        optimizer=optimizers.build(experiment.optimizer, plan.param_rules, _peak(experiment, phase), phase.steps),
+        regularisers=tuple(regulariser for regulariser in experiment.regularisers if regulariser.name in names),
     )
 
 
@@ -151,33 +154,35 @@ def _peak(experiment: Experiment, phase: Phase) -> float:
 
 
 def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
-    """The rule of a phase; one that compares task gradients gives way to `equal` where no shared parameter trains."""
+    """The rule of a phase; `equal` replaces one that compares task gradients where no shared parameter trains."""
     rule = rule_of(experiment, phase)
-    if per_task(rule) and not trains_trunk:
+    if needs_task_gradients(rule) and not trains_trunk:
         equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
-        return equal._replace(weighs_heads=rule.weighs_heads)  # heads are trained alike in all phases
+        return equal._replace(weighs_heads=rule.weighs_heads)  # heads are weighted in the same way in all phases
     return rule
 
 
-def _weightless(experiment: Experiment, phase: Phase, rule: Rule, steps: range, looked_at: Collection[str]) -> tuple[str, ...]:
-    """The tasks whose weight is 0 in all of these steps, and at which no regulariser looks; () where that is every task."""
+def _zero_weight_tasks(
+    experiment: Experiment, phase: Phase, rule: Rule, steps: range, compared: Collection[str]
+) -> tuple[str, ...]:
+    """The tasks with weight 0 in all of the steps, without those that a regulariser compares; () where that is every task."""
     weights = phase.weights or ({} if experiment.combinators else experiment.weights)
-    if not weighs_heads(experiment, rule):  # a head learns by its plain loss, whatever the task's weight
+    if not weighs_heads(experiment, rule):  # a head learns by its plain loss, whatever its task's weight
         return ()
-    idle = [task for task, weight in weights.items() if not schedules.over(weight, steps, task).any()]
-    found = tuple(task for task in idle if task not in looked_at)
-    return found if len(found) < len(weights) else ()
+    zero = [task for task, weight in weights.items() if not schedules.over(weight, steps, task).any()]
+    skipped = tuple(task for task in zero if task not in compared)
+    return skipped if len(skipped) < len(weights) else ()
 
 
 class Group(NamedTuple):
-    """A rule and the number of parameters that it decides on."""
+    """A parameter rule and the number of parameters that it applies to."""
 
     rule: ParamRule
     size: int
 
 
 def groups(params: Any, rules: Sequence[ParamRule]) -> list[Group]:
-    """The rules in order, with the number of parameters that each decides on.
+    """The rules in order, each with the number of parameters that it applies to.
 
     Raises:
         UserError: As freezing.decide.
@@ -189,15 +194,15 @@ def groups(params: Any, rules: Sequence[ParamRule]) -> list[Group]:
 
 
 def table(experiment: Experiment, params: Any) -> str:
-    """A line for each phase and group: parameters, share of all, peak learning rate, decay, schedule.
+    """A line for each phase and group of rules: parameters, share of all, peak learning rate, decay, schedule.
 
-    Rules in a row that differ in a layer's number only, and those in a row that freeze, share a line.
+    Consecutive rules that differ only in the number of a layer share a line, and so do consecutive rules that freeze.
     """
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     rows = []
     for phase in experiment.phases:
-        found = groups(params, phase.rules)
-        for number, (_, same) in enumerate(itertools.groupby(found, key=lambda group: _kind(group.rule))):
+        by_line = itertools.groupby(groups(params, phase.rules), key=lambda group: _kind(group.rule))
+        for number, (_, same) in enumerate(by_line):
             rows.append([phase.name if number == 0 else "", *_cells(experiment, phase, list(same), total)])
     header = ["phase", "parameters", "count", "share", "learning rate", "decay", "schedule"]
     sides = ("left", "left", "right", "right", "left", "left", "left")

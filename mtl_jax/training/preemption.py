@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run is asked to stop, saves, and ends."""
+"""Stopping on SIGTERM and SIGINT: the signal sets a flag, and the run saves its state and ends."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from mtl_jax.core.errors import Interrupted
 
 
 class Stop:
-    """Whether the run was asked to stop."""
+    """Whether the process was asked to stop."""
 
     def __init__(self) -> None:
         self.flag = threading.Event()
 
     def requested(self, step: int) -> bool:
-        """Asked once a step. On several hosts all answer alike: jax's preemption service agrees on a step."""
+        """Whether to stop before this step. All hosts get the same answer: jax's preemption service agrees on a step.
+
+        Args:
+            step: Steps done; every host calls this once a step.
+        """
         if jax.process_count() == 1:
             return self.flag.is_set()
         from jax.experimental import multihost_utils
@@ -28,31 +32,35 @@ class Stop:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def check(self) -> None:
-        """For work that leaves nothing to save: raises Interrupted if the run was asked to stop."""
+        """For work that has nothing to save.
+
+        Raises:
+            Interrupted: The process was asked to stop.
+        """
         if self.flag.is_set():
-            raise Interrupted("stopped between checkpoints; the same command goes on from the last one")
+            raise Interrupted("stopped between checkpoints; the same command resumes from the last one")
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Stop]:
-    """While inside, SIGTERM and SIGINT set the Stop; a second one ends the process at once.
+def stop_on_signals() -> Iterator[Stop]:
+    """Within the context SIGTERM and SIGINT set the Stop; a second one ends the process at once.
 
-    Outside the main thread, and on several hosts, where jax's preemption service listens to SIGTERM, nothing is installed.
+    Outside the main thread, and on several hosts, where jax's preemption service listens to SIGTERM, no handler is installed.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def ask(number: int, frame: Any) -> None:
+    def set_flag(number: int, frame: Any) -> None:
         stop.flag.set()
         signal.signal(number, signal.SIG_DFL)
 
-    for number in before:
-        signal.signal(number, ask)
+    for number in previous:
+        signal.signal(number, set_flag)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""What regularisers hold on to: earlier parameters, Fisher information, teachers. Written once, not with every checkpoint.
+"""The references of regularisers: earlier parameters, Fisher information, teachers. Written once, not with every checkpoint.
 
-reference/NAME.safetensors in the workdir is made when its phase begins; checkpoints carry its SHA-256, so that a run that is
-gone on with holds on to the same bits. Teachers stay where they are, and are compared by their SHA-256.
+reference/NAME.safetensors in the workdir is written when its phase begins. Checkpoints contain its SHA-256, so a resumed run
+uses the same bits or stops. Teachers are not copied; they are compared by their SHA-256, too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensor_files import open_safetensors
 from mtl_jax.training import mesh as meshes
+from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, start_of, teacher_of
-from mtl_jax.training.setup import PhasePlan, Prepared
+from mtl_jax.training.setup import Prepared
 from mtl_jax.training.train_state import TrainState
 from mtl_jax.transfer.regularisers import EWC, L2SP, AnyRegulariser, Distillation
 
@@ -37,7 +38,7 @@ class References:
         folder: Its workdir.
 
     Attributes:
-        digests: {name: SHA-256} of those that there are; part of every checkpoint.
+        digests: {name: SHA-256} of the references used so far; part of every checkpoint.
     """
 
     def __init__(self, prepared: Prepared, folder: Path):
@@ -45,96 +46,98 @@ class References:
         self.digests: dict[str, str] = {}
         self._placed: dict[str, Any] = {}
 
-    def enter(self, plan: PhasePlan, state: TrainState, begins: bool) -> Any:
-        """{name: tree} of what the regularisers of a phase hold on to, on the devices; None: nothing.
+    def for_phase(self, plan: PhasePlan, state: TrainState, begins: bool) -> Any:
+        """{name: tree}, the references that a phase needs, on the devices; None: it needs none.
 
         Args:
             plan: The phase.
             state: The state in it.
-            begins: Whether it begins now; else it is gone on with.
+            begins: Whether the phase begins now; else a run resumes in it.
 
         Raises:
-            UserError: A file is missing, or not what it was; or a teacher is not.
+            UserError: A reference file is missing, or a file or teacher has changed since the run began.
         """
         if begins:
-            self._make(plan, state)
+            self._write_references(plan, state)
         names = self._needed(plan)
-        found = {name: self._placed[name] if name in self._placed else self._place(name) for name in sorted(names)}
-        self._placed = found
-        return found or None
+        references = {name: self._placed[name] if name in self._placed else self._place(name) for name in sorted(names)}
+        self._placed = references
+        return references or None
 
     def _needed(self, plan: PhasePlan) -> set[str]:
-        names = {name for each in plan.regularisers for name in self._names(each)}
-        return names | ({start_of(self._first)} if plan.mixout_paths else set())
+        names = {name for regulariser in plan.regularisers for name in self._names(regulariser)}
+        return names | ({start_of(self._first_phase)} if plan.mixout_paths else set())
 
-    def _names(self, each: AnyRegulariser) -> list[str]:
-        phase = each.phase or self._first
-        if isinstance(each, L2SP):
+    def _names(self, regulariser: AnyRegulariser) -> list[str]:
+        phase = regulariser.phase or self._first_phase
+        if isinstance(regulariser, L2SP):
             return [start_of(phase)]
-        if isinstance(each, EWC):
-            return [anchor_of(each, phase), fisher_of(each)]
-        return [teacher_of(each)] if isinstance(each, Distillation) else []
+        if isinstance(regulariser, EWC):
+            return [anchor_of(regulariser, phase), fisher_of(regulariser)]
+        return [teacher_of(regulariser)] if isinstance(regulariser, Distillation) else []
 
     @property
-    def _first(self) -> str:
+    def _first_phase(self) -> str:
         return self.prepared.plans[0].phase.name
 
-    def _make(self, plan: PhasePlan, state: TrainState) -> None:
-        """Writes what is to be kept of the moment in which a phase begins."""
+    def _write_references(self, plan: PhasePlan, state: TrainState) -> None:
+        """Writes the references that are made at the start of a phase."""
         if any(start_of(plan.phase.name) in self._needed(later) for later in self.prepared.plans):
-            leaves, start = leaves_of(state.params), self._at_the_start(plan)
-            self._keep(start_of(plan.phase.name), lambda: {path: leaves[path] for path in sorted(start)})
-        for each in self._used():
-            begins = plan.number == 0 if isinstance(each, EWC) and each.run else plan.phase.name == (each.phase or self._first)
-            if isinstance(each, EWC) and begins:
-                self._learned(each, plan, state)
+            leaves, paths = leaves_of(state.params), self._start_paths(plan)
+            self._write(start_of(plan.phase.name), lambda: {path: leaves[path] for path in sorted(paths)})
+        for regulariser in self._active():
+            if isinstance(regulariser, EWC):
+                named = plan.phase.name == (regulariser.phase or self._first_phase)
+                if plan.number == 0 if regulariser.run else named:
+                    self._write_fisher(regulariser, state)
 
-    def _used(self) -> list[AnyRegulariser]:
-        """The regularisers that count in some phase."""
-        held = [each for plan in self.prepared.plans for each in plan.regularisers]
-        return [each for each in self.prepared.experiment.regularisers if each in held]
+    def _active(self) -> list[AnyRegulariser]:
+        """The regularisers that are active in some phase."""
+        active = [regulariser for plan in self.prepared.plans for regulariser in plan.regularisers]
+        return [regulariser for regulariser in self.prepared.experiment.regularisers if regulariser in active]
 
-    def _at_the_start(self, plan: PhasePlan) -> set[str]:
-        """The paths that are held on to from the start of this phase, and train in it or later."""
-        found: set[str] = set()
+    def _start_paths(self, plan: PhasePlan) -> set[str]:
+        """The parameters whose values at the start of this phase are compared with, and that train in it or later."""
+        paths: set[str] = set()
         for later in self.prepared.plans[plan.number :]:
             trained = _trained(later)
-            for each in later.regularisers:
-                if (each.phase or self._first) == plan.phase.name:
-                    if isinstance(each, L2SP):
-                        found.update(matching(each.shared, trained))
-                    elif isinstance(each, EWC) and not each.run:
-                        found.update(matching(each.parameters, trained))
+            for regulariser in later.regularisers:
+                if (regulariser.phase or self._first_phase) == plan.phase.name:
+                    if isinstance(regulariser, L2SP):
+                        paths.update(matching(regulariser.shared, trained))
+                    elif isinstance(regulariser, EWC) and not regulariser.run:
+                        paths.update(matching(regulariser.parameters, trained))
             if plan.number == 0:
-                found.update(later.mixout_paths)
-        return found
+                paths.update(later.mixout_paths)
+        return paths
 
-    def _learned(self, each: EWC, plan: PhasePlan, state: TrainState) -> None:
-        """Writes the Fisher information of a source, and the anchor where that is another run's."""
+    def _write_fisher(self, regulariser: EWC, state: TrainState) -> None:
+        """Writes the Fisher information of a source, and the anchor where it is from another run."""
         prepared, batching = self.prepared, self.prepared.experiment.batch
-        paths = sorted({path for later in prepared.plans for path in matching(each.parameters, _trained(later))})
+        paths = sorted({path for later in prepared.plans for path in matching(regulariser.parameters, _trained(later))})
 
         def make() -> dict[str, np.ndarray]:
-            log.info("%s: Fisher information of %s", each.name, each.source)
+            log.info("%s: Fisher information of %s", regulariser.name, regulariser.source)
             seed = prepared.experiment.seed
-            if each.run:
-                run = prepared.learned[each.name]
-                tasks, examples = fisher.of_run(run, each)
-                return fisher.diagonal(each, run.trunk.module, run.params, tasks, examples, run.experiment.batch, paths, seed)
+            if regulariser.run:
+                run = prepared.anchor_runs[regulariser.name]
+                tasks, examples = fisher.tasks_and_examples(run, regulariser)
+                run_batching = run.experiment.batch
+                return fisher.diagonal(regulariser, run.trunk.module, run.params, tasks, examples, run_batching, paths, seed)
             train = prepared.corpus.splits["train"]
-            tasks = [task for task in prepared.corpus.tasks if task.source == each.source]
+            tasks = [task for task in prepared.corpus.tasks if task.source == regulariser.source]
             params = jax.device_get(state.params)
-            place = list(train).index(each.source)
-            module, examples = prepared.trunk.module, train[each.source]
-            return fisher.diagonal(each, module, params, tasks, examples, batching, paths, seed, place)
+            place = list(train).index(regulariser.source)
+            module, examples = prepared.trunk.module, train[regulariser.source]
+            return fisher.diagonal(regulariser, module, params, tasks, examples, batching, paths, seed, place)
 
-        self._keep(fisher_of(each), make)
-        if each.run:
-            leaves = leaves_of(prepared.learned[each.name].params)
-            self._keep(anchor_of(each, ""), lambda: {path: leaves[path] for path in paths})
+        self._write(fisher_of(regulariser), make)
+        if regulariser.run:
+            leaves = leaves_of(prepared.anchor_runs[regulariser.name].params)
+            self._write(anchor_of(regulariser, ""), lambda: {path: leaves[path] for path in paths})
 
-    def _keep(self, name: str, make: Any) -> None:
-        """Writes a reference whole, on the first host; all hosts then read the same file."""
+    def _write(self, name: str, make: Any) -> None:
+        """Writes a reference, whole or not at all, on host 0; all hosts then read the same file."""
         if jax.process_index() == 0:
             leaves, part = make(), self._file(name).with_suffix(".part")
             with writing(self._file(name)):
@@ -152,21 +155,24 @@ class References:
         self._placed.pop(name, None)
 
     def _place(self, name: str) -> Any:
-        """A reference on the devices; its digest is noted, or compared with what was noted."""
-        teachers = {teacher_of(each): each for each in self.prepared.experiment.regularisers if isinstance(each, Distillation)}
-        if name in teachers:
-            tree, what = self.prepared.teachers[teachers[name].name].params, f"the teacher {teachers[name].teacher}"
+        """A reference on the devices; its digest is recorded, or compared with the recorded one."""
+        regularisers = self.prepared.experiment.regularisers
+        distillations = {teacher_of(chosen): chosen for chosen in regularisers if isinstance(chosen, Distillation)}
+        if name in distillations:
+            distillation = distillations[name]
+            tree, origin = self.prepared.teachers[distillation.name].params, f"the teacher {distillation.teacher}"
         else:
-            tree, what = self._read(name), str(self._file(name))
+            tree, origin = self._read(name), str(self._file(name))
         digest = digest_of(tree)
         if self.digests.setdefault(name, digest) != digest:
-            raise UserError(f"{what} is not what this run began with; put it back, or choose another --workdir")
+            raise UserError(f"{origin} has changed since this run began; put it back, or choose another --workdir")
         return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(self.prepared.mesh))
 
     def _read(self, name: str) -> dict[str, np.ndarray]:
         if not self._file(name).exists():
             raise UserError(
-                f"{self._file(name)} is missing, and this run holds on to it; put it back, or choose another --workdir"
+                f"{self._file(name)} is missing, and a regulariser of this run needs it; put it back, or choose another "
+                "--workdir"
             )
         return {path: np.array(tensor.read()) for path, tensor in open_safetensors(self._file(name)).items()}
 
@@ -175,6 +181,7 @@ class References:
 
 
 def _trained(plan: PhasePlan) -> dict[str, Any]:
+    """The mask's leaves of the parameters that train."""
     return {path: trains for path, trains in leaves_of(plan.mask).items() if trains}
 
 

@@ -1,4 +1,4 @@
-"""A run that was trained, opened again from its workdir."""
+"""A trained run, opened from its workdir as a model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ from mtl_jax.transfer.adapters.base import RUN
 from mtl_jax.trunks import Trunk
 
 
-class Run(NamedTuple):
-    """A run as a model.
+class TrainedRun(NamedTuple):
+    """A trained run as a model.
 
     Attributes:
         experiment: Its configuration, tasks selected.
-        tasks: Its tasks, filled with what was found in its data.
+        tasks: Its tasks, with the label sets of its data.
         trunk: The trunk; its parameters are in params.
-        params: {"trunk": ..., "heads": {task: ...}} of a checkpoint, the best one unless another was asked for, on the first
-            device.
+        params: {"trunk": ..., "heads": {task: ...}} of one checkpoint, by default the best one, on the first device.
         step: The step of that checkpoint.
         dev: Its dev criterion; None where it is not known.
     """
@@ -51,10 +50,10 @@ class Run(NamedTuple):
         Raises:
             UserError: There is none.
         """
-        found = {task.name: task for task in self.tasks}
-        if name not in found:
-            raise unknown("task", name, found)
-        return found[name]
+        tasks = {task.name: task for task in self.tasks}
+        if name not in tasks:
+            raise unknown("task", name, tasks)
+        return tasks[name]
 
     def source(self, task: str) -> Source:
         """The source of a task."""
@@ -62,25 +61,25 @@ class Run(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        """Those that the run has tasks on, in its order."""
+        """The names of the sources that the run has tasks on, in its order."""
         used = {task.source for task in self.tasks}
         return [source.name for source in self.experiment.sources if source.name in used]
 
-    def place(self, task: str) -> int:
-        """The place of a task's source among those that the run has tasks on."""
+    def source_index(self, task: str) -> int:
+        """The index of a task's source in `sources`."""
         return self.sources.index(self.task(task).source)
 
-    def beside(self, task: str) -> list[Task]:
-        """The tasks of the same source: texts are read as in training, where all of them have a say in it."""
+    def tasks_of_same_source(self, task: str) -> list[Task]:
+        """The tasks of a task's source, itself included: all of them decide how its texts are read, as in training."""
         return [other for other in self.tasks if other.source == self.task(task).source]
 
 
 def is_workdir(folder: Path) -> bool:
-    """Whether a directory was written by a run."""
+    """Whether a directory is the workdir of a run."""
     return (folder / "data.json").exists() and (folder / "config.json").exists()
 
 
-def open_run(folder: Path, step: str = "best") -> Run:
+def open_run(folder: Path, step: str = "best") -> TrainedRun:
     """A checkpoint of a run.
 
     Args:
@@ -88,63 +87,64 @@ def open_run(folder: Path, step: str = "best") -> Run:
         step: best (by dev), last, or the number of a step that has a checkpoint.
 
     Raises:
-        UserError: The directory is no workdir, or has no such checkpoint.
+        UserError: The directory is not a workdir, or has no such checkpoint.
     """
     config, data = workdirs.read_json(folder / "config.json"), workdirs.read_json(folder / "data.json")
     if config is None or data is None:
-        raise UserError(f"{folder}: no workdir of a run (config.json or data.json is missing)")
+        raise UserError(f"{folder}: not the workdir of a run (config.json or data.json is missing)")
     experiment = select(from_json(config, str(folder / "config.json")))
     tasks = tasks_from_json(data["tasks"], str(folder / "data.json"))
     if [task.name for task in tasks] != [task.name for task in experiment.tasks]:
         raise workdirs.damaged(folder / "data.json", "its tasks are not those of config.json")
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
     trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
-    found = _read(folder, experiment, step)
-    _check_sizes(folder, trunk, tasks, found)
-    return Run(experiment, tasks, trunk, jax.device_put(found.value, jax.devices()[0]), found.step, found.dev)
+    checkpoint = _read(folder, experiment, step)
+    _check_sizes(folder, trunk, tasks, checkpoint)
+    params = jax.device_put(checkpoint.value, jax.devices()[0])
+    return TrainedRun(experiment, tasks, trunk, params, checkpoint.step, checkpoint.dev)
 
 
-def _check_sizes(folder: Path, trunk: Trunk, tasks: tuple[Task, ...], found: Best) -> None:
-    """Compares the sizes that trunk/ and data.json say with those of the parameters.
+def _check_sizes(folder: Path, trunk: Trunk, tasks: tuple[Task, ...], checkpoint: Best) -> None:
+    """Compares the sizes in trunk/ and data.json with those of the parameters.
 
     Raises:
         UserError: They are not the same.
     """
-    where = f"{folder}: trunk/, data.json and the parameters of step {found.step}"
+    where = f"{folder}: trunk/, data.json and the parameters of step {checkpoint.step}"
     advice = "one of them is not what mtl_jax wrote; put the workdir back, or delete its results.json and let the run end again"
     try:
-        wanted = trees.flat(jax.eval_shape(lambda: init_params(trunk, tasks, 0)))
-    # A module that is built from sizes which no trunk has raises many kinds.
+        expected = trees.flat(jax.eval_shape(lambda: init_params(trunk, tasks, 0)))
+    # A module with impossible sizes raises errors of many kinds.
     except (TypeError, ValueError, ZeroDivisionError, AttributeError, LookupError, AssertionError) as error:
         raise UserError(f"{where} do not fit together ({reason(error)}): {advice}") from error
-    there = trees.flat(found.value)
-    for path, leaf in wanted.items():
-        shape = tuple(there[path].shape) if path in there else "absent"
+    leaves = trees.flat(checkpoint.value)
+    for path, leaf in expected.items():
+        shape = tuple(leaves[path].shape) if path in leaves else "absent"
         if shape != tuple(leaf.shape):
             sizes = f"{path} is {tuple(leaf.shape)} by the first two, {shape} in the last"
             raise UserError(f"{where} do not fit together ({sizes}): {advice}")
 
 
-def open_finished(folder: Path, where: str) -> Run:
-    """The same of a run that came to its end, to be used on any rows.
+def open_finished(folder: Path, where: str) -> TrainedRun:
+    """The best checkpoint of a finished run, to be applied to rows of any source.
 
     Args:
         folder: Its workdir.
         where: The field that names it, for errors.
 
     Raises:
-        UserError: It is no workdir, the run is not done, or each of its sources has adapters of its own.
+        UserError: It is not a workdir, the run is not finished, or each of its sources has its own adapters.
     """
     if not is_workdir(folder):
-        raise UserError(f"{where}: {folder} is no workdir of a run")
+        raise UserError(f"{where}: {folder} is not the workdir of a run")
     if not (folder / "results.json").exists():
         raise UserError(f"{where}: the run in {folder} is not finished (it has no results.json); let it end first")
     run = open_run(folder)
-    own = [adapter.name for adapter in run.experiment.adapters if adapter.per != RUN]
-    if own:
+    separate = [adapter.name for adapter in run.experiment.adapters if adapter.per != RUN]
+    if separate:
         raise UserError(
-            f"{where}: each source of the run in {folder} has its own adapters ({', '.join(own)}), and none is of "
-            "the rows of this one; name a run whose adapters are shared, or one without"
+            f"{where}: each source of the run in {folder} has its own adapters ({', '.join(separate)}), and none of them is "
+            "for the rows of this run; name a run with shared adapters, or without adapters"
         )
     return run
 
@@ -153,8 +153,12 @@ def _read(folder: Path, experiment: Experiment, step: str) -> Best:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: there is no checkpoint yet")
     criterion, declared = experiment.evaluation.criterion, experiment.trunk
-    base = frozen_params.Base(lambda: {"trunk": trunks.build(declared, (), np.float32).params}, getattr(declared, "path", ""))
-    store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, base=base)
+
+    def load_trunk() -> Any:
+        return {"trunk": trunks.build(declared, (), np.float32).params}
+
+    trunk_source = frozen_params.TrunkSource(load_trunk, getattr(declared, "path", ""))
+    store = Store(folder, experiment.checkpoints, read_only=True, criterion=criterion, trunk_source=trunk_source)
     try:
         steps = store.steps()
         if step == "best":

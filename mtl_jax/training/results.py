@@ -1,4 +1,4 @@
-"""What a run ends with: baselines, results.json, the table, the figure."""
+"""The results of a run: baselines, results.json with its figure, and the table that compares both."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.reading import known_rows
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.evaluation import for_json, score_fixed
+from mtl_jax.training.evaluation import for_json, score_outputs
 from mtl_jax.training.metrics_log import read_metrics
 
 log = logging.getLogger(__name__)
 
+BASELINE_NAMES = {"constant": "majority / mean", "lead": "first sentence", "probe": "linear probe"}
 
-def baselines(
+
+def compute_baselines(
     corpus: Corpus, sources: Sequence[Source], kind: str, features_NxH: np.ndarray | None
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """{task: {baseline: {metric: value}}} on test; None where a metric is not defined.
 
     Args:
         corpus: The data.
-        sources: Where it is from.
-        kind: none, constant (majority class or mean; where texts are written, the first sentence of what is read), or probe
-            (that, and a linear model on the features, where they are finite; where not, that is logged).
+        sources: The declared sources of it.
+        kind: none; constant: the majority class or the mean, and for texts the first sentence of the input; or probe: these,
+            and a linear model on the features. Features that are not finite are logged, and have no probe.
         features_NxH: For probe: the untrained trunk's vector of every example, by id.
     """
     scores: dict[str, dict[str, dict[str, float]]] = {}
@@ -45,7 +47,7 @@ def baselines(
         scores[task.name] = {}
         constant = task.constant(split["train"], split["test"])
         if constant is not None:
-            scores[task.name]["constant"] = score_fixed(task, constant, split["test"])
+            scores[task.name]["constant"] = score_outputs(task, constant, split["test"])
         if task.decodes:
             (source,) = (source for source in sources if source.name == task.source)
             rows = split["test"].data
@@ -55,20 +57,20 @@ def baselines(
         if features_NxH is not None and task.level == "example":
             features = {name: features_NxH[_ids(examples)] for name, examples in split.items()}
             labels = {name: examples.labels[task.name] for name, examples in split.items()}
-            lost = {name: int((~np.isfinite(rows)).any(axis=1).sum()) for name, rows in features.items()}
-            if any(lost.values()):
+            not_finite = {name: int((~np.isfinite(rows)).any(axis=1).sum()) for name, rows in features.items()}
+            if any(not_finite.values()):
                 log.warning(
                     "task %s: no linear probe, the trunk's features of %s examples are not finite",
                     task.name,
-                    ", ".join(f"{count} {name}" for name, count in lost.items() if count),
+                    ", ".join(f"{count} {name}" for name, count in not_finite.items() if count),
                 )
                 continue
             for name in ("train", "dev"):
-                there = known_rows(task, split[name])
-                features[name], labels[name] = features[name][there], labels[name][there]
-            fitted = task.probe(features, labels)
-            if fitted is not None:
-                scores[task.name]["probe"] = score_fixed(task, fitted, split["test"])
+                labelled = known_rows(task, split[name])
+                features[name], labels[name] = features[name][labelled], labels[name][labelled]
+            outputs = task.probe(features, labels)
+            if outputs is not None:
+                scores[task.name]["probe"] = score_outputs(task, outputs, split["test"])
     return for_json(scores)
 
 
@@ -96,11 +98,11 @@ def write(
         facts: Steps, seconds and the like.
         figure: Whether to write curves.png.
     """
-    compared = workdirs.numbers(workdirs.read_json(folder / "baselines.json") or {})
+    baselines = workdirs.numbers(workdirs.read_json(folder / "baselines.json") or {})
     for task in tasks:
-        if any(task.metric not in scores for scores in compared.get(task.name, {}).values()):
+        if any(task.metric not in metrics for metrics in baselines.get(task.name, {}).values()):
             raise workdirs.damaged(folder / "baselines.json", f"{task.name} lacks {task.metric}")
-    found = {
+    contents = {
         "experiment": experiment.name,
         "seed": experiment.seed,
         "weighting": experiment.weighting,
@@ -111,7 +113,7 @@ def write(
                 "metric": task.metric,
                 "dev": for_json(scores["dev"][task.name]),
                 "test": for_json(scores["test"][task.name]),
-                "baselines": compared.get(task.name, {}),
+                "baselines": baselines.get(task.name, {}),
                 **({"signatures": signatures[task.name]} if signatures[task.name] else {}),
             }
             for task in tasks
@@ -122,10 +124,10 @@ def write(
     if records and jax.process_index() == 0:  # merged runs took no steps
         from mtl_jax.core import plotting  # imported late: matplotlib takes a while
 
-        # Before results.json, which says that the run is done.
+        # Before results.json, which marks the run as finished.
         plotting.curves(records, [(task.name, task.metric) for task in tasks], folder / "curves.png")
-    workdirs.write_json(folder / "results.json", found)
-    return found
+    workdirs.write_json(folder / "results.json", contents)
+    return contents
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -134,14 +136,14 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: There is none, or it is not what mtl_jax wrote.
     """
-    found: dict[str, Any] | None = workdirs.read_results(folder)
-    if found is None:
-        raise UserError(f"{folder}: no results.json; the run is not finished or this is no workdir")
-    return found
+    results: dict[str, Any] | None = workdirs.read_results(folder)
+    if results is None:
+        raise UserError(f"{folder}: no results.json; the run is not finished, or this is not a workdir")
+    return results
 
 
 def tables(runs: Sequence[dict[str, Any]]) -> str:
-    """A table() for each experiment and set of tasks among the runs, in the order in which they first occur.
+    """A table() for each experiment and set of tasks among the runs, in the order of their first run.
 
     Args:
         runs: Contents of results.json.
@@ -158,9 +160,9 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """A markdown table of test metrics, one row a task, and a line for each baseline that was not beaten.
+    """A markdown table of test metrics, one row a task, and a line for each baseline that is not beaten.
 
-    What ties() with a baseline, or is the same number as it is shown, neither beats it nor loses against it.
+    A mean that ties() with a baseline, or is printed as the same number, neither beats it nor loses to it.
 
     Args:
         runs: Contents of results.json, of one run or of several of the same experiment and tasks; several give mean ± standard
@@ -170,48 +172,48 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     kinds = [
         kind for kind in BASELINE_NAMES if any(kind in task["baselines"] for run in runs for task in run["tasks"].values())
     ]
-    rows, lost = [], []
+    rows, lines = [], []
     for name, task in tasks.items():
         metric = task["metric"]
-        own = [number_of(run["tasks"][name]["test"][metric]) for run in runs]
-        all_ = [run["tasks"][name]["baselines"] for run in runs]
-        others = {
-            kind: [number_of(found[kind][metric]) for found in all_] for kind in kinds if all(kind in found for found in all_)
+        values = [number_of(run["tasks"][name]["test"][metric]) for run in runs]
+        baselines = [run["tasks"][name]["baselines"] for run in runs]
+        baseline_values = {
+            kind: [number_of(scores[kind][metric]) for scores in baselines]
+            for kind in kinds
+            if all(kind in scores for scores in baselines)
         }
-        rows.append([name, metric, *(_cell(others[kind]) if kind in others else "" for kind in kinds), _cell(own)])
-        if np.isnan(own).any():
-            lost.append(f"{name}: test {metric} is not defined (predictions or labels are constant, or not finite)")
+        baseline_cells = [_cell(baseline_values[kind]) if kind in baseline_values else "" for kind in kinds]
+        rows.append([name, metric, *baseline_cells, _cell(values)])
+        if np.isnan(values).any():
+            lines.append(f"{name}: test {metric} is not defined (predictions or labels are constant, or not finite)")
             continue
-        for kind, other in others.items():
-            difference = float(np.mean(own) - np.mean(other))
-            if ties(difference, _deviation(own), _deviation(other)) or _shown(own) == _shown(other):
-                lost.append(f"{name}: ties with {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})")
+        for kind, others in baseline_values.items():
+            difference = float(np.mean(values) - np.mean(others))
+            if ties(difference, _deviation(values), _deviation(others)) or _mean(values) == _mean(others):
+                lines.append(f"{name}: ties with {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
             elif difference < 0:
-                lost.append(f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(own)} against {_cell(other)})")
+                lines.append(f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
     header = ["task", "test metric", *(BASELINE_NAMES[kind] for kind in kinds), runs[0]["experiment"]]
-    drawn = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
-    verdict = lost if lost else ["Beats every baseline on every task."] if kinds else []
-    return "\n".join([drawn, "", *verdict, *(_ending(run) for run in runs)])
-
-
-BASELINE_NAMES = {"constant": "majority / mean", "lead": "first sentence", "probe": "linear probe"}
+    cells = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    verdict = lines if lines else ["Beats every baseline on every task."] if kinds else []
+    return "\n".join([cells, "", *verdict, *(_run_line(run) for run in runs)])
 
 
 def ties(difference: float, *deviations: float | None) -> bool:
-    """Whether two means are not told apart: they are equal, or lie within one standard deviation, the larger of the two.
+    """Whether two means are equal, or differ by at most one standard deviation, the larger of the two.
 
     Args:
-        difference: Of the means.
-        deviations: Of the values; None where there is one only.
+        difference: Between the means.
+        deviations: Of the values of each; None where there is one value only.
     """
-    return abs(difference) <= max((each or 0.0 for each in deviations), default=0.0) + 1e-9
+    return abs(difference) <= max((deviation or 0.0 for deviation in deviations), default=0.0) + 1e-9
 
 
 def _deviation(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _shown(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float]) -> str:
     return f"{np.mean(values) + 0.0:.4f}"
 
 
@@ -219,10 +221,10 @@ def _cell(values: Sequence[float]) -> str:
     if np.isnan(values).any():
         return "undefined"
     deviation = _deviation(values)
-    return _shown(values) if deviation is None else f"{_shown(values)} ± {deviation:.4f}"
+    return _mean(values) if deviation is None else f"{_mean(values)} ± {deviation:.4f}"
 
 
-def _ending(run: dict[str, Any]) -> str:
+def _run_line(run: dict[str, Any]) -> str:
     if "merged" in run:
         merged = f"{count(run['merged']['sources'], 'run')} merged by {run['merged']['method']}"
         criterion = number_of(run["best_criterion"])

@@ -1,4 +1,4 @@
-"""From an experiment to everything a run needs, with every check of the input on the way. Writes nothing."""
+"""From an experiment to a run before its first step, with every check of its input; and its states. Writes nothing."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient, phase_plan, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
-from mtl_jax.training.phase_plan import PhasePlan as PhasePlan
-from mtl_jax.training.phase_plan import per_task as per_task
-from mtl_jax.training.regularisation import prepare as regularised
+from mtl_jax.training.phase_plan import PhasePlan
+from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.training.regularisation.teachers import Teacher
-from mtl_jax.training.restore import Run
+from mtl_jax.training.restore import TrainedRun
 from mtl_jax.training.train_state import TrainState, create, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
 from mtl_jax.trunks import Trunk
 
-SOME_LABELS = 10  # of a task, that are shown before training
-SOME_TEXTS = 50  # on which a teacher's tokenizer is compared with the run's
+SOME_LABELS = 10  # labels of a task in the log before training
+SOME_TEXTS = 50  # texts on which a teacher's tokenizer is compared with the run's
 
 
 class Prepared(NamedTuple):
@@ -41,16 +40,16 @@ class Prepared(NamedTuple):
 
     Attributes:
         experiment: The experiment, tasks selected.
-        corpus: Its data; corpus.tasks are filled with what was found in it.
-        schedule: Which sources the rows of its batches belong to.
+        corpus: Its data; corpus.tasks have the label sets found in it.
+        schedule: The sources of the rows of each batch.
         trunk: The loaded trunk.
-        params: Initial parameters on the host, or f32 arrays on the default device.
+        params: The initial parameters, on the host or on the default device, float32.
         plans: The phases.
         mesh: The devices.
-        notes: Lines to show before training.
-        teachers: {regulariser: the model that it imitates}.
-        learned: {regulariser: the run whose tasks are not to be forgotten}.
-        watched: {regulariser: the tasks whose outputs it looks at}, as far as that is said or follows from its teacher.
+        notes: Lines for the log before training.
+        teachers: {distillation: the model that it imitates}.
+        anchor_runs: {EWC: the run whose parameters it stays near}; only those that name another run.
+        compared_tasks: {regulariser: the tasks whose outputs it compares}; only those that name tasks or imitate logits.
     """
 
     experiment: Experiment
@@ -62,12 +61,12 @@ class Prepared(NamedTuple):
     mesh: Mesh
     notes: list[str]
     teachers: dict[str, Teacher]
-    learned: dict[str, Run]
-    watched: dict[str, list[str]]
+    anchor_runs: dict[str, TrainedRun]
+    compared_tasks: dict[str, list[str]]
 
 
 def prepare(experiment: Experiment) -> Prepared:
-    """Reads the data, loads the trunk, initialises the heads, works out the phases.
+    """Reads the data, loads the trunk, initialises the heads, plans the phases.
 
     Raises:
         UserError: Anything in the experiment, its files or its data is wrong.
@@ -88,26 +87,27 @@ def prepare(experiment: Experiment) -> Prepared:
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
-    schedule = stream.schedule(corpus, experiment.batch, stretches(experiment))
+    schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
-    held = regularised.prepare(experiment, trunk, corpus, texts[:SOME_TEXTS])
-    for name, teacher in held.teachers.items():
+    opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
+    for name, teacher in opened.teachers.items():
         sizes = (teacher.module.trunk if teacher.tagger else teacher.module).config
         for split in corpus.splits.values():
             coverage.check(split.values(), (), trunk.tokenizer, trunks.tables_of(sizes, f"the teacher of {name}"))
-    params["heads"] |= regularised.projections(experiment, held.teachers, trunks.width(trunk, params["trunk"]))
-    plans = phase_plan.plan(experiment, corpus.tasks, params, held.watched)
+    params["heads"] |= regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
+    plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks)
     trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))
-    regularised.check(experiment, {task.name: task for task in corpus.tasks}, trunk, params, held.learned, trains_trunk)
+    tasks_by_name = {task.name: task for task in corpus.tasks}
+    regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, held.teachers, held.learned, held.watched)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened)
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:
-    """Refuses a text with a token that the model has no row for; notes how much the vocabulary does not know.
+    """Checks that the token table has a row for every token; notes how many words the vocabulary lacks.
 
     Raises:
-        UserError: There is one; names its file and line.
+        UserError: A token has no row; names its file and line.
     """
     for split in corpus.splits.values():
         coverage.check(split.values(), corpus.tasks, tokenizer, tables)
@@ -120,32 +120,32 @@ def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Table
             corpus.notes.extend(coverage.language_remarks(f"source {source.name}", parts, tasks, tokenizer))
 
 
-def stretches(experiment: Experiment) -> tuple[MixturePhase, ...]:
-    """The mixtures of a run: those that phases name, and that of the batches over phases in a row that name none."""
-    batch, found = experiment.batch, []
-    own: list[bool] = []
+def mixture_phases(experiment: Experiment) -> tuple[MixturePhase, ...]:
+    """The mixtures of a run, in order: that of each phase with its own; consecutive other phases share that of the batches."""
+    batch, mixtures = experiment.batch, []
+    named: list[bool] = []
     for phase in experiment.phases:
         if phase.mixture:
-            found.append(MixturePhase(phase.steps, phase.mixture, "", phase.shares))
-        elif own and not own[-1]:
-            found[-1] = found[-1]._replace(steps=found[-1].steps + phase.steps)
+            mixtures.append(MixturePhase(phase.steps, phase.mixture, "", phase.shares))
+        elif named and not named[-1]:
+            mixtures[-1] = mixtures[-1]._replace(steps=mixtures[-1].steps + phase.steps)
         else:
-            found.append(MixturePhase(phase.steps, batch.mixture, batch.mixture_end, batch.shares))
-        own.append(bool(phase.mixture))
-    return tuple(found)
+            mixtures.append(MixturePhase(phase.steps, batch.mixture, batch.mixture_end, batch.shares))
+        named.append(bool(phase.mixture))
+    return tuple(mixtures)
 
 
-def reseeded(prepared: Prepared, seed: int) -> Prepared:
-    """The same run with the initial parameters, before init_from, of another seed."""
+def with_seed(prepared: Prepared, seed: int) -> Prepared:
+    """The run with the initial parameters of another seed, before init_from loads any."""
     params = init_params(prepared.trunk, prepared.corpus.tasks, seed)
     experiment = dataclasses.replace(prepared.experiment, seed=seed)
     width = trunks.width(prepared.trunk, params["trunk"])
-    params["heads"] |= regularised.projections(experiment, prepared.teachers, width)
+    params["heads"] |= regularisation.projections(experiment, prepared.teachers, width)
     return prepared._replace(experiment=experiment, params=params)
 
 
 def initial_state(prepared: Prepared) -> TrainState:
-    """The state before the first step, whole on every device."""
+    """The state before the first step, replicated on every device."""
     plan = prepared.plans[0]
     names = [task.name for task in prepared.corpus.tasks]
     trained, _ = trees.split(prepared.params, plan.mask)
@@ -155,26 +155,26 @@ def initial_state(prepared: Prepared) -> TrainState:
     return _place(state, prepared)
 
 
-def enter(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
-    """The state at the start of a phase: the optimizer and a new average over what now trains, the rule's state if it is new.
+def start_phase(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
+    """The state at the start of a phase: new optimizer state and average, and rule state where the rule changes.
 
-    Moments of what trained in the phase before are kept.
+    The optimizer's moments of leaves that trained in the phase before are kept.
     """
     trained, _ = trees.split(state.params, plan.mask)
     average = averaging.make(prepared.experiment.averaging).init(trained)
     moments = optax_rules.carry(state.opt_state, plan.optimizer.init(trained))
     changed: dict[str, Any] = {"opt_state": moments, "average": average}
-    if plan.fresh_rule:
+    if plan.resets_rule:
         names = [task.name for task in prepared.corpus.tasks]
         changed["rule_state"] = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
     return state._replace(**_place(changed, prepared))
 
 
 def template(prepared: Prepared, number: int, step: int) -> TrainState:
-    """Shapes and shardings of the state after `step` steps, within phase `number`, for restoring a checkpoint.
+    """Shapes and shardings of the state after `step` steps, in phase `number`, to restore a checkpoint.
 
     Raises:
-        UserError: The phases are not those that the checkpoint was made with.
+        UserError: The checkpoint was made with other phases.
     """
     if number >= len(prepared.plans) or not prepared.plans[number].start <= step <= prepared.plans[number].end:
         spans = ", ".join(f"{plan.phase.name} {plan.start + 1}..{plan.end}" for plan in prepared.plans)
@@ -189,12 +189,12 @@ def template(prepared: Prepared, number: int, step: int) -> TrainState:
 
 
 def _place(tree: Any, prepared: Prepared) -> Any:
-    """On every device whole. Copied first: the step donates its state, and a buffer can be donated only once."""
+    """A copy, replicated on every device: the step donates its state, and a buffer can be donated only once."""
     return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(prepared.mesh))
 
 
 def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
-    """A state with the structure of a phase; its numbers mean nothing."""
+    """A state with the structure of a phase; its numbers have no meaning."""
     trained, _ = trees.split(prepared.params, plan.mask)
     names = [task.name for task in prepared.corpus.tasks]
     rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
@@ -205,24 +205,24 @@ def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
 def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     added = adapters.notes(trunk.module, params["trunk"]) if isinstance(trunk.module, adapters.Adapted) else []
-    said = [
-        f"phase {plan.phase.name}: {', '.join(plan.weightless)} "
-        f"{'weighs 0 throughout and is' if len(plan.weightless) == 1 else 'weigh 0 throughout and are'} not computed"
+    lines = [
+        f"phase {plan.phase.name}: {', '.join(plan.zero_weight_tasks)} "
+        f"{'weighs 0 throughout and is' if len(plan.zero_weight_tasks) == 1 else 'weigh 0 throughout and are'} not computed"
         for plan in plans
-        if plan.weightless
+        if plan.zero_weight_tasks
     ]
-    said = [
+    lines = [
         *added,
-        *said,
+        *lines,
         f"{count(len(corpus.tasks), 'task')}, {count(size, 'parameter')}",
         phase_plan.table(experiment, params),
     ]
     averaged = f"dev and test are measured on averaged parameters ({experiment.averaging}), and predictions are made with them"
-    named = [f"task {task.name}: {_labels(task)}, measured by {task.metric}" for task in corpus.tasks if task.labels]
-    return [*corpus.notes, *named, *said, *([] if experiment.averaging == "none" else [averaged])]
+    labels = [f"task {task.name}: {_labels(task)}, measured by {task.metric}" for task in corpus.tasks if task.labels]
+    return [*corpus.notes, *labels, *lines, *([] if experiment.averaging == "none" else [averaged])]
 
 
 def _labels(task: Task) -> str:
-    """How many labels, and the first of them: a stray one is seen before hours are spent on it."""
+    """The number of labels and the first of them, so that a wrong label is seen before hours of training."""
     more = ", ..." if len(task.labels) > SOME_LABELS else ""
     return f"{count(len(task.labels), 'label')} ({', '.join(task.labels[:SOME_LABELS])}{more})"

@@ -20,14 +20,16 @@ from jax.extend.core import Literal
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Task
 
+CHUNK = 8192  # numbers of every task at a time, so that K chunks fit into a core's cache
+
 
 class Layout(NamedTuple):
-    """How tasks and rows belong together; all of it static.
+    """Which rows belong to which tasks; all of it static.
 
     Attributes:
         rows: The most rows of each source in a batch, in order.
-        fixed: Whether every batch has exactly these rows, source by source; else its rows may be any, in any order.
-        rounds: Tasks by backward pass: rounds[r] lists (task, block) for the r-th task of every block that has so many.
+        fixed: Whether every batch has exactly these rows, source by source; else rows of any number and order.
+        rounds: Tasks by backward pass: rounds[r] lists (task, block) for the r-th task of every block with more than r tasks.
     """
 
     rows: tuple[int, ...]
@@ -57,13 +59,13 @@ def layout(tasks: Sequence[Task], rows: dict[str, int], fixed: bool = False) -> 
 
 
 def cut(batch: Batch, layout: Layout, tasks: Sequence[Task], multiple: int = 1) -> Batch:
-    """A batch as equal blocks by source: every leaf [rows of the batch, ...] becomes [N, R, ...]; blocks end in empty rows.
+    """A batch as equal blocks by source: leaves [rows of the batch, ...] become [N, R, ...], padded with empty rows.
 
     Args:
         batch: The batch.
         layout: The layout.
         tasks: The tasks, for their missing labels.
-        multiple: R is the next multiple of this from the largest of layout.rows on.
+        multiple: R is the smallest multiple of this that is at least the largest of layout.rows.
     """
     N, R = len(layout.rows), -(-max(layout.rows) // multiple) * multiple
     if layout.fixed and set(layout.rows) == {R}:
@@ -94,10 +96,10 @@ def cut(batch: Batch, layout: Layout, tasks: Sequence[Task], multiple: int = 1) 
 def encode_blocks(
     encode_block: Callable[[Any, Batch, jax.Array], Any], parameters: Any, blocks: Batch, keys_N: jax.Array
 ) -> tuple[Any, Callable[[Any, np.ndarray], Any]]:
-    """One forward pass over all blocks, and the way back through each of them by itself.
+    """One forward pass over all blocks, and a backward pass through each block separately.
 
-    What the backward pass needs again is kept once a block, except what is the same for all, as parameters are and their casts:
-    copies of them would turn every matrix product of the backward pass into a batched one over N copies of its weights.
+    The residuals of the forward pass are kept once a block, except those that are the same for all blocks, as parameters and
+    their casts are: N copies would make every matrix product of the backward pass a batched one over N copies of its weights.
 
     Args:
         encode_block: (parameters, block, key) -> Encoded: arrays f[R, ...].
@@ -106,8 +108,8 @@ def encode_blocks(
         keys_N: A dropout key for each block.
 
     Returns:
-        Encoded with leaves [N, R, ...], and a function from its cotangents [M, R, ...] of the M blocks at the given places to
-        gradients, a tree like `parameters`, leaves [M, ...].
+        Encoded with leaves [N, R, ...], and a function (cotangents [M, R, ...], the places of their M blocks) -> gradients, a
+        tree like `parameters`, leaves [M, ...].
     """
     structure: list[Any] = []
 
@@ -118,27 +120,26 @@ def encode_blocks(
         return encoded, residuals
 
     first = jax.tree.map(lambda leaf: leaf[0], (blocks, keys_N))
-    differ = depends(forward, parameters, *first)[1]
-    axes = [0 if by_block else None for by_block in differ]
+    axes = [0 if by_block else None for by_block in depends(forward, parameters, *first)[1]]
     encoded, residuals = jax.vmap(forward, in_axes=(None, 0, 0), out_axes=(0, axes))(parameters, blocks, keys_N)
 
     def back(residuals: list[jax.Array], cotangent: Any) -> Any:
         return jax.tree.unflatten(structure[0], residuals)(cotangent)[0]
 
     def pull(cotangents: Any, places_M: np.ndarray) -> Any:
-        every = len(places_M) == len(keys_N)
-        chosen = [leaf if every or axis is None else leaf[places_M] for leaf, axis in zip(residuals, axes, strict=True)]
+        all_blocks = len(places_M) == len(keys_N)
+        chosen = [leaf if all_blocks or axis is None else leaf[places_M] for leaf, axis in zip(residuals, axes, strict=True)]
         return jax.vmap(back, in_axes=(axes, 0))(chosen, cotangents)
 
     return encoded, pull
 
 
-def depends(function: Callable[..., Any], shared: Any, *own: Any) -> Any:
-    """Which outputs of function(shared, *own) depend on the other arguments than the first: a tree of bools like the output.
+def depends(function: Callable[..., Any], shared: Any, *by_block: Any) -> Any:
+    """Which outputs of function(shared, *by_block) depend on more than `shared`: a tree of bools like the output.
 
-    Read off the traced program. A parameter, or its cast to bfloat16, does not; an activation does.
+    The traced program tells it. A parameter, or its cast to bfloat16, does not; an activation does.
     """
-    program, shape = jax.make_jaxpr(function, return_shape=True)(shared, *own)
+    program, shape = jax.make_jaxpr(function, return_shape=True)(shared, *by_block)
     jaxpr = program.jaxpr
     marked = set(jaxpr.invars[len(jax.tree.leaves(shared)) :])
     for equation in jaxpr.eqns:
@@ -158,20 +159,20 @@ def task_gradients(
 
     Args:
         pull: The second result of encode_blocks.
-        cotangents: {task: the gradient of its loss with respect to what its block is encoded to}.
+        cotangents: {task: the gradient of its loss with respect to Encoded of its block}.
         rounds: Layout.rounds.
-        dtype: In which the result is held.
+        dtype: The dtype of the result.
 
     Returns:
         For each round a tree like the parameters, leaves [tasks of the round, ...].
     """
-    found = []
+    by_round = []
     for entries in rounds:
         places_M = np.array([block for _, block in entries])
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(cotangents[task] for task, _ in entries))
         gradients = pull(stacked, places_M)
-        found.append(jax.tree.map(lambda leaf: leaf.astype(dtype), gradients))
-    return found
+        by_round.append(jax.tree.map(lambda leaf: leaf.astype(dtype), gradients))
+    return by_round
 
 
 def in_order(rounds: Sequence[Any], names: Sequence[str]) -> Any:
@@ -180,20 +181,17 @@ def in_order(rounds: Sequence[Any], names: Sequence[str]) -> Any:
 
     def join(*leaves: jax.Array) -> jax.Array:
         leaf = leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
-        leaf = leaf if (order == np.arange(len(order))).all() else leaf[order]  # a copy only where there is something to do
+        leaf = leaf if (order == np.arange(len(order))).all() else leaf[order]  # a copy only where the order differs
         return leaf.astype(jnp.float32)
 
     return jax.tree.map(join, *rounds)
-
-
-CHUNK = 8192  # numbers of every task at a time: K of them stay in a core's cache
 
 
 def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
     """Inner products of the task gradients: f32[K, K], rows in sorted order of the names.
 
     Args:
-        rounds: What task_gradients returned.
+        rounds: task_gradients(...).
         names: Task names in the order of the rounds.
     """
 
@@ -202,7 +200,7 @@ def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
         return jnp.matmul(rows_KxP, rows_KxP.T, precision="highest", preferred_element_type=jnp.float32)
 
     def inner_by_chunks(*rounds_KxP: jax.Array) -> jax.Array:
-        """The same, on a CPU: XLA's product of a few very long rows there takes six times as long."""
+        """The same by chunks, for CPUs, where XLA takes six times as long for the product of a few very long rows."""
         whole = rounds_KxP[0].shape[1] // CHUNK
 
         def add(n: jax.Array, total_KxK: jax.Array) -> jax.Array:
@@ -211,29 +209,29 @@ def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
         rest_KxK = inner(*[rows[:, whole * CHUNK :] for rows in rounds_KxP])
         return jax.lax.fori_loop(0, whole, add, rest_KxK)
 
-    def of_leaf(*leaves: jax.Array) -> jax.Array:
+    def gram_of_leaf(*leaves: jax.Array) -> jax.Array:
         flat_KxP = [leaf.reshape(len(leaf), -1) for leaf in leaves]
         if flat_KxP[0].shape[1] <= 2 * CHUNK:
             return inner(*flat_KxP)
         return jax.lax.platform_dependent(*flat_KxP, cpu=inner_by_chunks, default=inner)
 
-    gram_KxK = jax.tree.reduce(jnp.add, jax.tree.map(of_leaf, *rounds))
+    gram_KxK = jax.tree.reduce(jnp.add, jax.tree.map(gram_of_leaf, *rounds))
     order = np.argsort(np.array(names))
     return gram_KxK[order][:, order]
 
 
 def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str]) -> Any:
     """sum_k weight_k * gradient_k, a tree like the parameters, float32."""
-    at, total = 0, None
+    start, total = 0, None
     for gradients in rounds:
         count = len(jax.tree.leaves(gradients)[0])
-        weights_K = jnp.stack([weights[name] for name in names[at : at + count]])
+        weights_K = jnp.stack([weights[name] for name in names[start : start + count]])
         part = jax.tree.map(lambda leaf, w=weights_K: jnp.tensordot(w, leaf.astype(jnp.float32), axes=1), gradients)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-        at += count
+        start += count
     return total
 
 
 def gram_of_rows(rows: Any) -> jax.Array:
-    """f32[K, K], the inner products of task gradients in order: a tree of leaves [K, ...]."""
+    """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...]."""
     return gram_matrix([rows], [str(k) for k in range(len(jax.tree.leaves(rows)[0]))])

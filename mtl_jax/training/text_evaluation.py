@@ -1,4 +1,4 @@
-"""Texts that a run's decoders give: for metrics on dev and test, and as predictions."""
+"""Texts that a run's decoders generate: for metrics on dev and test, and as predictions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ROWS = 32  # texts that are decoded at once, on each device
 
 
 class Generated(NamedTuple):
-    """What a decoder gave for a row.
+    """The text that a decoder generated for a row.
 
     Attributes:
         text: The text.
         score: Log-probability over a power of its length, as in decoding.
-        ended: Whether it came to an end; else the most tokens that it may have were not enough.
+        ended: Whether the decoder ended it; else it was cut at the largest number of tokens.
     """
 
     text: str
@@ -37,8 +37,8 @@ class Generated(NamedTuple):
     ended: bool
 
 
-def config_of(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConfig:
-    """How a task's texts are searched for: as its checkpoint says, but for what the task says."""
+def generation_config(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConfig:
+    """The generation options of a task: those of its checkpoint, replaced by those that the task sets."""
     call: dict[str, Any] = {
         "num_beams": beams,
         "num_return_sequences": 1,
@@ -49,24 +49,24 @@ def config_of(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConfig:
     }
     if task.from_checkpoint:
         first = trunk.tokenizer(text_target="")["input_ids"][0] if hasattr(trunk.tokenizer, "tgt_lang") else task.end
-        if first != task.end:  # mBART-50's texts begin with their language
+        if first != task.end:  # mBART-50's texts begin with a token of their language
             call["forced_bos_token_id"] = first
         return decoding.resolve(trunk.raw or {}, trunk.location, **call)
     return decoding.resolve({}, None, eos_token_id=task.end, pad_token_id=trunk.tokenizer.pad_token_id or 0, **call)
 
 
 def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
-    """Raises UserError where the texts of a task cannot be searched for, before anything is trained."""
+    """Raises UserError where texts cannot be generated with the options of a task; called before training."""
     for task in tasks:
         if isinstance(task, Seq2Seq):
             for beams in (task.dev_beams, task.beams):
                 try:
-                    config = config_of(task, trunk, beams)
+                    config = generation_config(task, trunk, beams)
                     decoding.fit_to_model(EncoderDecoder(as_module(trunk.module, 0), task.module(trunk.module.dtype)), config)
                 except UserError as error:
                     raise UserError(
-                        f"task {task.name!r}: {error} (as target_length or max_new_tokens and the checkpoint's "
-                        "generation_config.json or config.json say)"
+                        f"task {task.name!r}: {error} (by target_length or max_new_tokens and the checkpoint's "
+                        "generation_config.json or config.json)"
                     ) from error
 
 
@@ -76,43 +76,44 @@ def generate(
     params: Any,
     examples: Examples,
     beams: int,
-    between: Callable[[], None] = lambda: None,
+    after_text: Callable[[], None] = lambda: None,
     *,
     devices: Sequence[jax.Device] = (),
-    together: bool = False,
+    share_work: bool = False,
 ) -> list[Generated]:
-    """The decoder's text for each row of a source; of a row in several windows, for its first one; "" where there is none.
+    """The decoder's text for each row of a source, for a row in several windows from its first; "" for an empty row.
 
     Args:
         task: The task, put on the trunk.
         trunk: The trunk.
-        params: {"trunk": ..., "heads": ...}, which this process has the whole of.
+        params: {"trunk": ..., "heads": ...}, whole on this process.
         examples: The source's examples.
-        beams: 1: greedy.
-        between: Called after each text; what it raises ends the work.
-        devices: Of this process, which share the work; none: the one where the parameters are.
-        together: Whether all processes call this with the same examples, and each is to generate a part of the texts.
+        beams: The number of beams; 1: greedy search.
+        after_text: Called after each text; an error that it raises ends the work.
+        devices: This process's devices that share the work; none: the one where the parameters are.
+        share_work: Whether all processes call this with the same examples, and each generates a part of the texts.
     """
     model = EncoderDecoder(as_module(trunk.module, examples.place), task.module(trunk.module.dtype))
-    both = {"trunk": params["trunk"], "head": params["heads"][task.name]}
+    model_params = {"trunk": params["trunk"], "head": params["heads"][task.name]}
     rows = [examples.tokens[group[0]] for group in examples.groups()]
     places = [place for place, tokens in enumerate(rows) if len(tokens)]
-    if together:  # each process has long ones and short ones
+    if share_work:  # sorted by length first, so that each process gets long rows and short ones
         places = sorted(places, key=lambda place: -len(rows[place]))[jax.process_index() :: jax.process_count()]
     text_of = decoder(trunk.tokenizer)
     sources = [rows[place] for place in places]
-    found = [Generated("", 0.0, True)] * len(rows)
+    texts = [Generated("", 0.0, True)] * len(rows)
     with contextlib.closing(Progress(f"texts of {task.name}", len(sources), unit="text")) as progress:
-        config = config_of(task, trunk, beams)
-        for answer in decoding.generate_all(model, both, sources, config, rows=ROWS, devices=devices):
-            found[places[answer.index]] = Generated(text_of(answer.tokens[0]), float(answer.scores[0]), bool(answer.ended[0]))
+        config = generation_config(task, trunk, beams)
+        for answer in decoding.generate_all(model, model_params, sources, config, rows=ROWS, devices=devices):
+            text, score, ended = text_of(answer.tokens[0]), float(answer.scores[0]), bool(answer.ended[0])
+            texts[places[answer.index]] = Generated(text, score, ended)
             progress.update(1)
-            between()
-    if together:
-        for part in meshes.gather([(place, found[place]) for place in places]):
+            after_text()
+    if share_work:
+        for part in meshes.gather([(place, texts[place]) for place in places]):
             for place, generated in part:
-                found[place] = Generated(*generated)
-    return found
+                texts[place] = Generated(*generated)
+    return texts
 
 
 def text_scores(
@@ -121,28 +122,26 @@ def text_scores(
     params: Any,
     split: dict[str, Examples],
     beams: Callable[[Seq2Seq], int],
-    between: Callable[[], None] = lambda: None,
+    after_text: Callable[[], None] = lambda: None,
     *,
     devices: Sequence[jax.Device] = (),
-    together: bool = False,
+    share_work: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of what the tasks that decode generate.
+    """{task: {metric: value}} of the texts that the tasks with a decoder generate.
 
     Args:
         tasks: The tasks of a run.
         trunk: The trunk.
         params: As for generate.
         split: {source: Examples}.
-        beams: Of a task.
-        between: As for generate.
-        devices: As for generate.
-        together: As for generate.
+        beams: From a task to its number of beams.
+        after_text: As for generate; so are devices and share_work.
     """
     scores = {}
     for task in tasks:
         if isinstance(task, Seq2Seq):
             examples = split[task.source]
-            found = generate(task, trunk, params, examples, beams(task), between, devices=devices, together=together)
+            texts = generate(task, trunk, params, examples, beams(task), after_text, devices=devices, share_work=share_work)
             rows = [examples.data[examples.row_of[group[0]]] for group in examples.groups()]
-            scores[task.name] = task.text_metrics([one.text for one in found], rows)
+            scores[task.name] = task.text_metrics([generated.text for generated in texts], rows)
     return scores

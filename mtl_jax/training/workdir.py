@@ -1,4 +1,4 @@
-"""The files of a workdir: configuration, versions, label sets, results."""
+"""The JSON files of a workdir: their shapes, how they are read, checked against the current run, and written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from mtl_jax.core.json_shapes import Shape, anything, list_of, mapping, number, 
 from mtl_jax.core.versions import installed
 from mtl_jax.training import checkpoint_files
 
+MERGED = "merge.json"  # in a workdir that was not trained, but merged from others
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy", "mtl_jax")
+
 _SCORES = mapping(number)
+_REWRITTEN = "the command that began the run then writes it anew from the checkpoints"
+_WITH_RESULTS = f"delete it, and results.json if there is one: {_REWRITTEN}"
 
 
 def _task(value: Any) -> str:
@@ -26,23 +31,22 @@ def _task(value: Any) -> str:
     problem = object_of({"metric": text, "dev": _SCORES, "test": _SCORES, "baselines": mapping(_SCORES)})(value)
     if problem:
         return problem
-    every = {"dev": value["dev"], "test": value["test"], **value["baselines"]}
-    lacking = [name for name, scores in every.items() if value["metric"] not in scores]
-    return f"{lacking[0]} lacks {value['metric']}" if lacking else ""
+    scores_of = {"dev": value["dev"], "test": value["test"], **value["baselines"]}
+    incomplete = [name for name, scores in scores_of.items() if value["metric"] not in scores]
+    return f"{incomplete[0]} lacks {value['metric']}" if incomplete else ""
 
 
 def _facts(value: Any) -> str:
-    """The rest of results.json, of a run that was trained or merged."""
-    merged = "merged" in value
-    trained = {"seed": whole, "weighting": text, "best_step": whole, "steps": whole}
-    made = {"merged": object_of({"sources": whole, "method": text})}
+    """The fields of results.json beside its tasks, of a run that was trained or merged."""
+    if "merged" in value:
+        fields = {"merged": object_of({"sources": whole, "method": text})}
+    else:
+        fields = {"seed": whole, "weighting": text, "best_step": whole, "steps": whole}
     common = {"experiment": text, "best_criterion": number, "seconds": number, "versions": object_of({"devices": text})}
-    return object_of({"tasks": mapping(_task), **common, **(made if merged else trained)})(value)
+    return object_of({"tasks": mapping(_task), **common, **fields})(value)
 
 
-_AGAIN = "the command that began the run, given once more, then writes it anew from the checkpoints"
-_TWO = f"delete it, and results.json if there is one: {_AGAIN}"
-# What a file of a workdir looks like, and what to do where it does not.
+# {file: (its shape, the advice where it has another)}
 FILES: dict[str, tuple[Shape, str]] = {
     "config.json": (
         object_of(
@@ -55,12 +59,15 @@ FILES: dict[str, tuple[Shape, str]] = {
             seed=whole,
             evaluation=object_of({}, criterion=text),
         ),
-        _TWO,
+        _WITH_RESULTS,
     ),
-    "data.json": (object_of({"sources": mapping(mapping(anything)), "tasks": mapping(object_of({"name": text}))}), _TWO),
-    "versions.json": (mapping(anything), _TWO),
-    "baselines.json": (mapping(mapping(_SCORES)), f"delete it: {_AGAIN}"),
-    "results.json": (lambda value: mapping(anything)(value) or _facts(value), f"delete it: {_AGAIN}"),
+    "data.json": (
+        object_of({"sources": mapping(mapping(anything)), "tasks": mapping(object_of({"name": text}))}),
+        _WITH_RESULTS,
+    ),
+    "versions.json": (mapping(anything), _WITH_RESULTS),
+    "baselines.json": (mapping(mapping(_SCORES)), f"delete it: {_REWRITTEN}"),
+    "results.json": (lambda value: mapping(anything)(value) or _facts(value), f"delete it: {_REWRITTEN}"),
     "merge.json": (object_of({}, written=list_of(text)), "merge once more into another directory"),
     "ablation.json": (
         object_of(
@@ -73,20 +80,17 @@ FILES: dict[str, tuple[Shape, str]] = {
             command=text,
             devices=text,
         ),
-        "delete it: the same ablation, started again, goes on from its checkpoints",
+        "delete it: the same ablation, started again, resumes from its checkpoints",
     ),
 }
 
-MERGED = "merge.json"  # a workdir that holds it was not trained, but put together
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy", "mtl_jax")
-
 
 def read_json(path: Path, shape: Shape | None = None) -> Any:
-    """The parsed file, or None where there is none.
+    """The parsed file; None where there is none.
 
     Args:
         path: The file.
-        shape: What it must look like; default: what a file of this name does, see FILES.
+        shape: The shape that it must have; default: that of a file of this name, see FILES.
 
     Raises:
         UserError: The file cannot be read, or is not what mtl_jax wrote.
@@ -108,42 +112,42 @@ def read_json(path: Path, shape: Shape | None = None) -> Any:
 
 
 def read_results(folder: Path) -> Any:
-    """results.json of a workdir, or None; a metric that is not defined is None there, an infinite one a float.
+    """results.json of a workdir; None where there is none. A metric that is not defined is None, an infinite one a float.
 
     Raises:
         UserError: It is not what mtl_jax wrote.
     """
-    found = read_json(folder / "results.json")
-    if found is None:
+    results = read_json(folder / "results.json")
+    if results is None:
         return None
     tasks = {
         name: {**task, "baselines": numbers(task["baselines"]), **{split: numbers(task[split]) for split in ("dev", "test")}}
-        for name, task in found["tasks"].items()
+        for name, task in results["tasks"].items()
     }
-    return {**found, "tasks": tasks, **{name: numbers(found[name]) for name in ("best_criterion", "seconds")}}
+    return {**results, "tasks": tasks, **{name: numbers(results[name]) for name in ("best_criterion", "seconds")}}
 
 
 def numbers(scores: Any) -> Any:
-    """Scores of a file, in dicts: floats, and None for a metric that is not defined."""
+    """Scores of a JSON file, in nested dicts, as floats; None for a metric that is not defined."""
     if isinstance(scores, dict):
-        return {name: numbers(each) for name, each in scores.items()}
+        return {name: numbers(score) for name, score in scores.items()}
     return None if scores is None else number_of(scores)
 
 
 def damaged(path: Path, problem: str, advice: str = "") -> UserError:
-    """The error for a file of a workdir that cannot have been written so.
+    """The error for a file of a workdir that mtl_jax did not write in this form.
 
     Args:
         path: The file.
-        problem: What is wrong with it.
-        advice: What to do; default: what FILES says of a file of this name.
+        problem: Its first fault.
+        advice: What to do; default: that of FILES for a file of this name.
     """
     advice = advice or FILES.get(path.name, (anything, ""))[1]
     return UserError(f"{shown(path)}: not what mtl_jax wrote ({problem[:300]}){'; ' + advice if advice else ''}")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file of strict JSON whole or not at all; on host 0 only.
+    """Writes a file of strict JSON, whole or not at all; on host 0 only.
 
     Raises:
         UserError: It cannot be written.
@@ -153,52 +157,52 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_writable(workdir: Path) -> None:
-    """Finds out, without writing anything, whether the workdir can be made and written.
+    """Checks, without writing anything, that the workdir can be made and written.
 
     Raises:
         UserError: It cannot.
     """
     try:
-        at = workdir.resolve()
-        while not at.exists():
-            at = at.parent
+        existing = workdir.resolve()
+        while not existing.exists():
+            existing = existing.parent
     except OSError as error:
         raise UserError(f"{workdir}: cannot be written ({error.strerror}); choose another --workdir") from error
-    if not at.is_dir():
-        raise UserError(f"{workdir}: cannot be a workdir, {at} is a file")
-    if not os.access(at, os.W_OK | os.X_OK):
-        raise UserError(f"{workdir}: cannot be written (no permission for {at}); choose another --workdir")
+    if not existing.is_dir():
+        raise UserError(f"{workdir}: cannot be a workdir, {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{workdir}: cannot be written (no permission for {existing}); choose another --workdir")
 
 
-def changed(
+def config_changed(
     workdir: Path, config: dict[str, Any], allow_change: bool, complete: Callable[[Any], Any] = lambda values: values
 ) -> bool:
     """Whether the workdir was begun with another configuration.
 
     Args:
         workdir: The workdir.
-        config: The configuration now.
-        allow_change: Whether it may be.
-        complete: Gives a configuration of before the fields that did not exist then, as they were in effect.
+        config: The current configuration.
+        allow_change: Whether it may differ.
+        complete: Adds to an earlier configuration the fields that did not exist then, with the values then in effect.
 
     Raises:
-        UserError: It was, and allow_change is not set. The message shows each field, before and now.
+        UserError: It was, and allow_change is not set. The message shows the old and new value of each field.
     """
-    before = read_json(workdir / "config.json")
-    if before is None:
+    first_config = read_json(workdir / "config.json")
+    if first_config is None:
         return False
-    now = json.loads(to_json(config))
-    changes = [f"{name} was {old}, is {new}" for name, old, new in differences(complete(before), now)]
+    current = json.loads(to_json(config))
+    changes = [f"{name} was {old}, is {new}" for name, old, new in differences(complete(first_config), current)]
     if changes and not allow_change:
         raise UserError(
             f"{workdir} was begun with another configuration: {'; '.join(changes)}. "
-            "Choose another --workdir, or go on with the new one by --allow-config-change"
+            "Choose another --workdir, or continue with the new one by --allow-config-change"
         )
     return bool(changes)
 
 
-def forget_results(workdir: Path) -> None:
-    """Removes what an earlier configuration concluded: results and baselines."""
+def remove_results(workdir: Path) -> None:
+    """Removes the results, baselines and figure of an earlier configuration."""
     if jax.process_index() == 0:
         for name in ("results.json", "baselines.json", "curves.png"):
             with writing(workdir / name):
@@ -206,24 +210,24 @@ def forget_results(workdir: Path) -> None:
 
 
 def check_data(workdir: Path, data: dict[str, Any]) -> None:
-    """Compares the data with that which the workdir was begun with.
+    """Checks that the data are the same as when the workdir was begun.
 
     Raises:
         UserError: Examples or label sets are not the same: a file has changed since.
     """
-    before = read_json(workdir / "data.json")
-    if before is None:
+    first_data = read_json(workdir / "data.json")
+    if first_data is None:
         return
-    changed = [path for path, _, _ in differences(before, json.loads(to_json(data)))]
+    changed = [path for path, _, _ in differences(first_data, json.loads(to_json(data)))]
     if changed:
         raise UserError(
             f"{workdir} was begun with other data: {', '.join(changed[:5])} changed. Put the files back, choose another "
-            "--workdir, or go on with the new data by removing data.json there"
+            "--workdir, or continue with the new data by removing data.json there"
         )
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether there is any, good or damaged."""
+    """Whether the workdir has a checkpoint, damaged or not."""
     return bool(checkpoint_files.steps(workdir / "checkpoints"))
 
 
@@ -239,22 +243,22 @@ def create(workdir: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Python, the packages that numbers depend on, and the devices."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    found |= {package: installed(package) for package in PACKAGES}
+    version_of = {"python": platform.python_version(), "platform": platform.platform()}
+    version_of |= {package: installed(package) for package in PACKAGES}
     devices = jax.devices()
-    # Of the cores those that this process may use, where the system says it.
+    # The cores that this process may use, where the system has such a limit.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found["devices"] = f"{len(devices)} x {devices[0].device_kind}, {count(cores or 0, 'CPU core')}"
-    return found
+    version_of["devices"] = f"{len(devices)} x {devices[0].device_kind}, {count(cores or 0, 'CPU core')}"
+    return version_of
 
 
-def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """(field, value before, value now) where two parsed JSON files differ: fields as flags write them, values as JSON."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from differences(before.get(key, "absent"), now.get(key, "absent"), f"{path}.{key}" if path else key)
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for i, (a, b) in enumerate(zip(before, now, strict=True)):
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """(field, old value, new value) where two parsed JSON files differ: fields as flags write them, values as JSON."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from differences(a, b, f"{path}.{i}")
-    elif before != now:
-        yield path, json.dumps(before), json.dumps(now)
+    elif old != new:
+        yield path, json.dumps(old), json.dumps(new)

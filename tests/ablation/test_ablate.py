@@ -211,7 +211,7 @@ def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
     assert json.loads((whole / "ablation.json").read_text())["programs"][0]["size"] == 4
     cut(whole, killed, 2)
     present(3)
-    with pytest.raises(UserError, match=r"4 runs at once were begun, and there are 3 devices\. Go on with as many"):
+    with pytest.raises(UserError, match=r"4 runs were begun at once, and there are 3 devices\. Resume with as many"):
         ablate(experiment, killed, vary)
     present(1)
     ablate(experiment, killed, vary)

@@ -207,8 +207,8 @@ def test_predict_bad_input(workdir, tmp_path, monkeypatch, capsys):
         ((workdir, "--task", "coarce", "--text", "x"), "unknown task 'coarce' (did you mean 'coarse'?)"),
         ((workdir, "--task", "coarse"), "nothing to predict: give --text or --file"),
         ((workdir, "--task", "coarse", "--file", tmp_path / "none.txt"), "No such file or directory"),
-        ((tmp_path / "absent", "--task", "coarse", "--text", "x"), "no workdir of a run"),
-        ((tmp_path, "--task", "coarse", "--text", "x"), "no workdir of a run"),
+        ((tmp_path / "absent", "--task", "coarse", "--text", "x"), "not the workdir of a run"),
+        ((tmp_path, "--task", "coarse", "--text", "x"), "not the workdir of a run"),
     ]
     for arguments, message in cases:
         code, out, error = console(monkeypatch, capsys, "predict", *arguments)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+import mtl_jax
 from mtl_jax import trunks
 from mtl_jax.cli.run_command import EXIT_BAD_INPUT, run
 from mtl_jax.core import files, plotting
@@ -19,7 +20,6 @@ from mtl_jax.core.staging import staged
 from mtl_jax.data import array_cache
 from mtl_jax.inference.resumable_output import Journal
 from mtl_jax.pretrained.saving import Saved, write_safetensors
-from mtl_jax.training import loop
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.metrics_log import Logger, read_metrics
@@ -166,9 +166,9 @@ def test_a_training_without_room_ends_in_one_line_and_resumes(shallow, data, tmp
             limits.enter_context(room_for(20_000))  # less than a checkpoint, more than the other files
         saved(self, step, *rest)
 
-    monkeypatch.setattr(loop.Store, "save", save)
+    monkeypatch.setattr(Store, "save", save)
     with limits, pytest.raises(SystemExit) as ended:
-        run(lambda: loop.train(experiment, tmp_path / "run"))
+        run(lambda: mtl_jax.train(experiment, tmp_path / "run"))
     assert ended.value.code == EXIT_BAD_INPUT
     error = capfd.readouterr().err
     assert "error: " in error
@@ -176,5 +176,5 @@ def test_a_training_without_room_ends_in_one_line_and_resumes(shallow, data, tmp
     assert "Traceback" not in error
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2"]
     monkeypatch.undo()
-    assert loop.train(experiment, tmp_path / "run")["steps"] == 6
+    assert mtl_jax.train(experiment, tmp_path / "run")["steps"] == 6
     assert [record["step"] for record in read_metrics(tmp_path / "run") if record["kind"] == "train"] == list(range(1, 7))

@@ -9,7 +9,7 @@ import tiny
 from mtl_jax.core import progress
 from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Checkpoints, Evaluation, Phase
-from mtl_jax.training.counts import other_work, steps_by_phase
+from mtl_jax.training.counts import evaluations_and_checkpoints, steps_by_phase
 
 
 @pytest.fixture
@@ -139,8 +139,8 @@ def test_what_a_run_does_beside_its_steps(done):
     )
     evaluations, saved = {4, 6, 8, 12}, {3, 9}  # 6 and 12 are saved with the evaluation
     expected = {"evaluation": sum(at > done for at in evaluations), "checkpoint": sum(at > done for at in saved)}
-    assert other_work(experiment, done) == expected
+    assert evaluations_and_checkpoints(experiment, done) == expected
     assert steps_by_phase(experiment, done) == {"a": max(6 - done, 0), "b": min(12 - done, 6)}
     assert steps_by_phase(experiment, 0, done, 2) == {"a": 2 * min(done, 6), "b": 2 * max(done - 6, 0)}
-    both = [other_work(experiment, 0, done, 3), other_work(experiment, done, None, 3)]
+    both = [evaluations_and_checkpoints(experiment, 0, done, 3), evaluations_and_checkpoints(experiment, done, None, 3)]
     assert {name: both[0][name] + both[1][name] for name in expected} == {"evaluation": 12, "checkpoint": 6}

@@ -250,7 +250,7 @@ def test_bad_input(workdir, bert, tmp_path):
     (tmp_path / "full" / "diary.txt").write_text("dear diary")
     for arguments, options, message in (
         ((str(workdir), tmp_path / "out"), {"task": "fien"}, r"unknown task 'fien' \(did you mean 'fine'\?\)"),
-        ((str(bert), tmp_path / "out"), {"task": "fine"}, "no workdir of a run"),
+        ((str(bert), tmp_path / "out"), {"task": "fine"}, "not the workdir of a run"),
         ((str(bert), tmp_path / "full"), {"overwrite": True}, "not empty, and not a checkpoint"),
         ((str(bert), bert), {}, "it holds a checkpoint already"),
         ((str(tmp_path), tmp_path / "out"), {}, r"config\.json is missing"),

@@ -19,7 +19,7 @@ from mtl_jax import IA3, Checkpoints, Lora, Phase, adapters_only, trunks
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment_json import tasks_to_json, to_json
-from mtl_jax.inference.predict import Run, evaluate, open_run, predict
+from mtl_jax.inference.predict import TrainedRun, evaluate, open_run, predict
 from mtl_jax.merge import Method, merge
 from mtl_jax.merge.runs import corpus_of
 from mtl_jax.merge.union import Member, unite
@@ -244,7 +244,7 @@ def test_training_rows_that_the_other_run_is_tested_on_are_said(bert, data, tmp_
         source = dataclasses.replace(first.sources[0], name=name, path=f"{tmp_path}/{name}.tsv", cut_seed=len(name))
         task = dataclasses.replace(first.tasks[0], name=f"rating_{name}", source=name)
         found = prepare(tiny.experiment(bert, data, sources=(source,), tasks=(task,)))
-        run = Run(found.experiment, found.corpus.tasks, found.trunk, None, 0, 0.0)
+        run = TrainedRun(found.experiment, found.corpus.tasks, found.trunk, None, 0, 0.0)
         members.append(Member(name, run, found.corpus.describe()))
     caplog.set_level(logging.WARNING, logger="mtl_jax")
     corpus_of(unite(members, "soup"), members)

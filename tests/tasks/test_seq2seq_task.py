@@ -187,12 +187,12 @@ def test_the_first_sentence_is_what_a_writer_is_compared_with(prepared):
     assert task.lead(texts[1:2], rows[1:2]) is None
 
     corpus, sources = prepared.corpus, prepared.experiment.sources
-    found = results.baselines(corpus, sources, "constant", None)
+    found = results.compute_baselines(corpus, sources, "constant", None)
     rows = corpus.splits["test"]["pairs"].data
     expected = corpus.tasks[0].text_metrics([row.columns["text"] for row in rows], rows)
     assert found["translation"] == {"lead": expected}
     assert list(found["long"]) == ["constant"]
-    assert results.baselines(corpus, sources, "none", None) == {}
+    assert results.compute_baselines(corpus, sources, "none", None) == {}
 
 
 @pytest.mark.parametrize(

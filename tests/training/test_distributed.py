@@ -23,7 +23,7 @@ from mtl_jax.training import loop
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.metrics_log import read_metrics
-from mtl_jax.training.setup import prepare, stretches
+from mtl_jax.training.setup import mixture_phases, prepare
 
 STEPS = 46
 FLAGS = ["--devices", "0", "--trunk.dropout", "0", "--checkpoints.every", "5", "--evaluation.every", "20"]
@@ -121,7 +121,7 @@ def test_the_processes_see_different_examples_and_all_of_them(folder):
     prepared = prepare(experiment(folder))
     seen = []
     for host in range(2):
-        batches = stream(prepared.corpus, prepared.experiment.batch, 0, stretches(prepared.experiment), host, 2)
+        batches = stream(prepared.corpus, prepared.experiment.batch, 0, mixture_phases(prepared.experiment), host, 2)
         seen.append({int(i) for _ in range(STEPS) for i in next(batches).index.ravel() if i >= 0})
         batches.close()
     assert not seen[0] & seen[1]

@@ -12,11 +12,11 @@ import mtl_jax
 from mtl_jax import Batching, ParamRule, Phase, weighting
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import single_phase, stream
-from mtl_jax.training import gram_gradient, metrics_log, task_gradients
+from mtl_jax.training import gram_gradient, step_checks, task_gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
-from mtl_jax.training.metrics_log import compare_gradients, read_metrics
+from mtl_jax.training.metrics_log import compare_gradients, read_metrics, step_record
 from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, StepMetrics
@@ -400,10 +400,10 @@ def test_a_residual_is_logged_and_a_large_one_is_a_warning(residual, logged, war
     nothing = {"a": 1.0}
     residual = None if residual is None else np.float32(residual)
     metrics = StepMetrics(nothing, nothing, nothing, 1.0, 1.0, np.zeros((1, 3)), None, residual)
-    _, record = metrics_log.read(metrics, {})
+    _, record = step_record(metrics, {"seen": {}, "padding": 0.0}, 0.1, 0)
     assert ("solver_residual" in record) == logged
-    assert ("a relative residual of 0.5" in metrics_log.unsolved(metrics)) == warns
-    assert bool(metrics_log.unsolved(metrics)) == warns
+    assert ("a relative residual of 0.5" in step_checks.unsolved(metrics)) == warns
+    assert bool(step_checks.unsolved(metrics)) == warns
 
 
 def test_diagnostics_leave_absent_tasks_out():

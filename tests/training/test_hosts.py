@@ -25,7 +25,7 @@ from mtl_jax.cli.run_command import run as run_command
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment_json import to_json
-from mtl_jax.training import fingerprint, hosts, loop, open_workdir
+from mtl_jax.training import fingerprint, hosts, loop, train
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.setup import prepare
 
@@ -41,7 +41,7 @@ CASES = ("rate", "missing", "fault", "locked", "apart")
 def facts_of(experiment: Experiment, workdir: Path, whole: bool = False):
     """As the other hosts get them."""
     prepared = prepare(experiment) if whole else None
-    return json.loads(json.dumps(fingerprint.of(to_json(experiment), workdir, prepared)))
+    return json.loads(json.dumps(fingerprint.facts(to_json(experiment), workdir, prepared)))
 
 
 def write(folder: Path, **changed) -> Path:
@@ -183,14 +183,16 @@ def test_a_workdir_that_is_not_the_same_is_named(tmp_path):
 
 def test_digests_see_values_order_lengths_and_columns():
     one, two = np.array([1, 2], np.int32), np.array([3], np.int32)
-    tokens = [fingerprint.arrays(*each) for each in ([[one, two]], [[two, one]], [[one]], [[np.array([1]), np.array([2, 3])]])]
-    tokens += [fingerprint.arrays([one, two], types) for types in (None, [one, two], [one * 0, two * 0])]
-    tokens += [fingerprint.arrays(np.array(labels)) for labels in ([0, 1, 1], [1, 0, 1], [[0, 1, 1]], [], [0.5])]
+    tokens = [
+        fingerprint.array_digest(*each) for each in ([[one, two]], [[two, one]], [[one]], [[np.array([1]), np.array([2, 3])]])
+    ]
+    tokens += [fingerprint.array_digest([one, two], types) for types in (None, [one, two], [one * 0, two * 0])]
+    tokens += [fingerprint.array_digest(np.array(labels)) for labels in ([0, 1, 1], [1, 0, 1], [[0, 1, 1]], [], [0.5])]
     assert len(set(tokens)) == len(tokens)
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": None}]
-    assert fingerprint.columns(rows) == fingerprint.columns([dict(reversed(row.items())) for row in rows])
+    assert fingerprint.column_digests(rows) == fingerprint.column_digests([dict(reversed(row.items())) for row in rows])
     for other in (rows[::-1], [rows[0], {"text": "b", "label": "None"}], [rows[0] | {"text": ["a"]}, rows[1]]):
-        assert fingerprint.columns(other) != fingerprint.columns(rows)
+        assert fingerprint.column_digests(other) != fingerprint.column_digests(rows)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,10 @@ def test_what_failed_is_said_once_for_all(errors, line):
 
 def test_one_process_compares_nothing():
     asked = []
-    assert hosts.alike(lambda: 3, asked.append) == 3
+    assert hosts.make_and_compare(lambda: 3, asked.append) == 3
     assert not asked
     assert hosts.gather({"a": 1}) == [{"a": 1}]
-    with pytest.raises(UserError, match="bad"), hosts.ending_together():
+    with pytest.raises(UserError, match="bad"), hosts.fail_together():
         raise UserError("bad")
 
 
@@ -268,7 +270,9 @@ def test_a_fault_of_one_host_ends_the_others_in_a_line(ended):
 def test_a_workdir_that_hosts_do_not_share_is_refused(ended):
     folder, told, *_ = ended
     for index, each in enumerate(told):
-        assert each["apart"] == ("run-apart: host 1 does not see what host 0 writes there; --workdir must be shared by all")
+        assert each["apart"] == (
+            "run-apart: host 1 does not see the files that host 0 writes there; --workdir must be shared by all"
+        )
         assert not (folder / f"apart-{index}" / "run-apart" / "config.json").exists()
 
 
@@ -299,13 +303,13 @@ def run(case: str, folder: Path, index: int) -> None:
     if index and case == "rate":
         experiment = dataclasses.replace(experiment, optimizer=Optimizer(learning_rate=1e-4))
     if index and case == "later":
-        loop._Run._baselines = full  # the others wait in it
+        loop.TrainingRun._baselines = full  # the others wait in it
     if case == "locked" and not index:
         with locks.workdir(workdir):
             mtl_jax.train(experiment, workdir)
     with pytest.MonkeyPatch.context() as patch:
         if index and case == "fault":
-            patch.setattr(open_workdir, "prepare", lambda experiment: 1 / 0)
+            patch.setattr(train, "prepare", lambda experiment: 1 / 0)
         mtl_jax.train(experiment, workdir)
 
 

@@ -29,7 +29,7 @@ def begun(bert, data, workdir):
     experiment = tiny.experiment(bert, data, init_from=init)
     tasks = (experiment.tasks[0], dataclasses.replace(experiment.tasks[1], name="kind"))
     prepared = prepare(dataclasses.replace(experiment, tasks=tasks))
-    return prepared, *init_from.begin(prepared)
+    return prepared, *init_from.load_parameters(prepared)
 
 
 def test_what_is_in_the_source_is_loaded_and_everything_is_accounted_for(begun, workdir):
@@ -49,7 +49,7 @@ def test_what_is_in_the_source_is_loaded_and_everything_is_accounted_for(begun, 
 def test_from_a_checkpoint(bert, data, tmp_path):
     tiny.write_bert(tmp_path / "other", tiny.bert_tensors(seed=5))
     prepared = prepare(tiny.experiment(bert, data, init_from=InitFrom(str(tmp_path / "other"))))
-    after, record, _ = init_from.begin(prepared)
+    after, record, _ = init_from.load_parameters(prepared)
     expected = flat({"trunk": mtl_jax.pretrained.load(str(tmp_path / "other"), head=None).params["trunk"]})
     for path, leaf in expected.items():
         np.testing.assert_array_equal(flat(after.params)[path], leaf)

@@ -12,7 +12,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.experiment import check
 from mtl_jax.training.batch_parts import weighted_rows
 from mtl_jax.training.build_step import gradient_fn
-from mtl_jax.training.setup import initial_state, prepare, stretches
+from mtl_jax.training.setup import initial_state, mixture_phases, prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
 
@@ -34,7 +34,7 @@ def trained(bert, data, **changes):
         make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, len(prepared.corpus.splits["train"])),
         compiler_options=compiling.AS_FOR_USERS,  # two programs agree to the bit only as far as XLA makes the same of both
     )
-    batches = stream(prepared.corpus, prepared.experiment.batch, 0, stretches(prepared.experiment))
+    batches = stream(prepared.corpus, prepared.experiment.batch, 0, mixture_phases(prepared.experiment))
     for _ in range(STEPS):
         state, metrics = step(state, StepInputs(next(batches)))
     batches.close()
@@ -65,7 +65,7 @@ def test_who_is_idle(bert, data):
     weights = {"rating": 1.0, "coarse": 0.0, "fine": 0.0}
 
     def idle(weights, **changes):
-        return prepare(tiny.experiment(bert, data, weighting="fixed", weights=weights, **changes)).plans[0].weightless
+        return prepare(tiny.experiment(bert, data, weighting="fixed", weights=weights, **changes)).plans[0].zero_weight_tasks
 
     assert idle(weights) == ("coarse", "fine")
     assert idle(weights, weigh_heads=True) == ("coarse", "fine")

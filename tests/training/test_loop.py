@@ -13,8 +13,8 @@ from mtl_jax.core.progress import Progress
 from mtl_jax.data.examples import Examples
 from mtl_jax.training import evaluation, results
 from mtl_jax.training.checkpoint_store import Store
-from mtl_jax.training.counts import other_work
-from mtl_jax.training.evaluation import criterion, score_fixed, undefined
+from mtl_jax.training.counts import evaluations_and_checkpoints
+from mtl_jax.training.evaluation import criterion, score_outputs, undefined
 from mtl_jax.training.metrics_log import read_metrics
 
 
@@ -53,7 +53,7 @@ def test_a_run_leaves_its_files(finished):
 
 
 def test_what_is_no_step_is_left_out_of_the_rate(finished, beside):
-    expected = other_work(tiny.experiment("", "")) | {"compilation": 2}  # of a phase each
+    expected = evaluations_and_checkpoints(tiny.experiment("", "")) | {"compilation": 2}  # of a phase each
     assert dict(collections.Counter(beside)) == expected == {"compilation": 2, "evaluation": 4, "checkpoint": 2}
 
 
@@ -228,7 +228,7 @@ def test_dev_scores_do_not_depend_on_the_batch_size(bert, data, tmp_path):
         apply = evaluation.make_outputs(encode_tokens(prepared.trunk.module), prepared.corpus.tasks, mesh)
         dev = prepared.corpus.splits["dev"]
         batching = dataclasses.replace(experiment.batch, rows=rows)
-        outputs = evaluation.run(apply, prepared.params, prepared.corpus.tasks, list(dev.values()), batching, mesh)
+        outputs = evaluation.predict(apply, prepared.params, prepared.corpus.tasks, list(dev.values()), batching, mesh)
         found[rows] = evaluation.score(prepared.corpus.tasks, dev, outputs)
     for task, metrics in found[2].items():
         assert metrics == pytest.approx(found[8][task], rel=1e-5)
@@ -292,7 +292,7 @@ def test_scores_leave_out_examples_without_a_label():
     task = tiny.experiment("", "").tasks[0]
     outputs, labels = np.array([[1.0], [2.0], [9.0]], np.float32), np.array([2.0, 4.0, np.nan], np.float32)
     examples = Examples(task.source, 0, [np.zeros(1, np.int32)] * 3, {task.name: labels})
-    assert score_fixed(task, outputs, examples)["mean_absolute_error"] == 0.0
+    assert score_outputs(task, outputs, examples)["mean_absolute_error"] == 0.0
 
 
 def test_the_table_says_what_was_lost(finished):

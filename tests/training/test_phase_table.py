@@ -12,7 +12,7 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.phase_plan import table
-from mtl_jax.training.setup import enter, initial_state, prepare, template
+from mtl_jax.training.setup import initial_state, prepare, start_phase, template
 from mtl_jax.transfer import probe_then_finetune, unfreezing
 
 PHASES = unfreezing(9, at=(3, 6), layers=tiny.LAYERS, decay=0.5, learning_rate=0.1)
@@ -59,7 +59,7 @@ def test_a_new_phase_keeps_the_moments_of_what_goes_on_training(prepared):
     for before, plan in zip(prepared.plans, prepared.plans[1:], strict=False):
         random = jax.tree.map(lambda leaf: np.asarray(9 * rng.random(leaf.shape), leaf.dtype), state.opt_state)
         state = state._replace(opt_state=random)
-        entered = enter(plan, state, prepared)
+        entered = start_phase(plan, state, prepared)
         old, new = random[1], entered.opt_state[1]
         assert jax.tree.structure(new.mu) == jax.tree.structure(plan.optimizer.init(_trained(prepared, plan))[1].mu)
         ages, counts = iter(old.counts), iter(new.counts)
@@ -90,8 +90,8 @@ def test_a_checkpoint_of_any_phase_is_its_state_and_enters_the_next_one(prepared
             restored = store.restore(plan.end, lambda _, n=number, end=plan.end: template(prepared, n, end)).state
             jax.tree.map(np.testing.assert_array_equal, restored, state)
             for following in plans[number + 1 : number + 2]:
-                state = enter(following, state, prepared)
-                jax.tree.map(np.testing.assert_array_equal, enter(following, restored, prepared), state)
+                state = start_phase(following, state, prepared)
+                jax.tree.map(np.testing.assert_array_equal, start_phase(following, restored, prepared), state)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_rules_that_make_no_sense(rule, optimizer, message):
 def test_a_probe_looks_features_up(bert, data):
     phases = probe_then_finetune(4, 4, probe_rate=1e-2, rate=1e-3)
     plans = prepare(dataclasses.replace(tiny.experiment(bert, data), phases=phases)).plans
-    assert [plan.cached for plan in plans] == [True, False]
-    assert [float(plan.rate(plan.phase.steps // 2)) > 1e-3 for plan in plans] == [True, False]
+    assert [plan.cached_features for plan in plans] == [True, False]
+    assert [float(plan.learning_rate(plan.phase.steps // 2)) > 1e-3 for plan in plans] == [True, False]
 
 
 def _trained(prepared, plan):

@@ -52,14 +52,14 @@ def with_dropout(rate):
 
 
 def setup(bert, data, folder, **changes):
-    """Without dropout, unless said otherwise: the run, its first phase, a batch, the state, what it holds on to."""
+    """Without dropout by default: the run, its first phase, a batch, the state, the references."""
     values = {"phases": ALL, "tasks": with_dropout(0.0), "trunk": TRUNK} | changes
     prepared = prepare(tiny.experiment(bert, data, **values))
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
     state = initial_state(prepared)
-    return prepared, prepared.plans[0], batch, state, References(prepared, folder).enter(prepared.plans[0], state, True)
+    return prepared, prepared.plans[0], batch, state, References(prepared, folder).for_phase(prepared.plans[0], state, True)
 
 
 def moved(state):
@@ -245,9 +245,9 @@ def test_a_token_classifier_teaches_a_tagger(bert, tmp_path):
     for n in (1, 2):
         alone = checkpoint.model.apply({"params": checkpoint.params}, tokens[segments == n][None]).logits
         np.testing.assert_allclose(found[segments == n], alone[0], atol=1e-5)
-    with pytest.raises(UserError, match="another label set for 'tags': A, B, C there, A, B here"):
+    with pytest.raises(UserError, match="another label set for 'tags': A, B, C, and this run has A, B"):
         teachers.tasks_to_imitate(kind, teacher, {"tags": dataclasses.replace(tasks["tags"], labels=("A", "B"))})
-    with pytest.raises(UserError, match="can be imitated where it is a token classifier and tasks names"):
+    with pytest.raises(UserError, match="can be imitated only where it is a token classifier and tasks names"):
         teachers.open_teacher(dataclasses.replace(kind, tasks=()), trunk, tasks, 24, [], np.float32)
     with pytest.raises(UserError, match=r"takes rows of 32 tokens, but batch\.row_length is 64"):
         teachers.open_teacher(kind, trunk, tasks, 64, [], np.float32)
@@ -264,7 +264,7 @@ def test_where_nothing_that_is_held_trains_there_is_nothing_to_keep(bert, data, 
     phases = (Phase("heads", 2, rules=tiny.HEADS_ONLY),)
     _, plan, _, _, references = setup(bert, data, tmp_path, regularisers=(L2SP(beta=0.0),), phases=phases)
     assert references == {"start-heads": {}}
-    assert plan.cached
+    assert plan.cached_features
 
 
 def test_what_was_held_is_missed_and_compared(bert, data, tmp_path):
@@ -272,11 +272,11 @@ def test_what_was_held_is_missed_and_compared(bert, data, tmp_path):
     file = tmp_path / "reference" / "start-all.safetensors"
     references = References(prepared, tmp_path)
     references.digests["start-all"] = "another"
-    with pytest.raises(UserError, match=r"start-all.safetensors is not what this run began with; put it back"):
-        references.enter(plan, state, False)
+    with pytest.raises(UserError, match=r"start-all.safetensors has changed since this run began; put it back"):
+        references.for_phase(plan, state, False)
     file.unlink()
-    with pytest.raises(UserError, match=r"start-all.safetensors is missing, and this run holds on to it"):
-        references.enter(plan, state, False)
+    with pytest.raises(UserError, match=r"start-all.safetensors is missing, and a regulariser of this run needs it"):
+        references.for_phase(plan, state, False)
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
@@ -398,9 +398,9 @@ def test_labels_are_drawn_as_the_model_says():
 def test_a_run_with_another_trunk_is_refused():
     own, other = {"trunk/word": np.zeros((20, 16)), "trunk/b": np.zeros(2)}, {"trunk/word": np.zeros((20, 8))}
     with pytest.raises(UserError, match=r"trunk/word is of shape \(20, 8\) in runs/x and of shape \(20, 16\) here"):
-        regularised.same_shapes(EWC(run="runs/x"), ["trunk/word"], own, other)
+        regularised.check_shapes(EWC(run="runs/x"), ["trunk/word"], own, other)
     with pytest.raises(UserError, match=r"run of ewc: trunk/b is absent in runs/x"):
-        regularised.same_shapes(EWC(run="runs/x"), ["trunk/b"], own, other)
+        regularised.check_shapes(EWC(run="runs/x"), ["trunk/b"], own, other)
 
 
 @pytest.mark.parametrize(
@@ -420,20 +420,23 @@ def test_a_run_with_another_trunk_is_refused():
         ({"regularisers": (EWC(parameters="("),)}, "parameters of ewc is not a regular expression"),
         ({"regularisers": (EWC(),)}, "ewc needs a source"),
         ({"regularisers": (EWC(source="films"),)}, "unknown source of ewc: 'films'; choices: ratings, questions"),
-        ({"regularisers": (EWC(source="films", run="WORKDIR"),)}, "the run in .* has questions, ratings, no 'films'"),
+        (
+            {"regularisers": (EWC(source="films", run="WORKDIR"),)},
+            "the run in .* has the sources questions, ratings, not 'films'",
+        ),
         ({"regularisers": (EWC(source="ratings", run="UNFINISHED"),)}, "run of ewc: the run in .* is not finished"),
         ({"regularisers": (Distillation(),)}, "distillation needs a teacher"),
         ({"regularisers": (Distillation(teacher="UNFINISHED"),)}, "teacher of distillation: the run in .* is not finished"),
-        ({"regularisers": (Distillation(teacher="nowhere"),)}, "teacher of distillation: nowhere is no workdir of a run"),
+        ({"regularisers": (Distillation(teacher="nowhere"),)}, "teacher of distillation: nowhere is not the workdir of a run"),
         ({"regularisers": (Distillation(teacher="WORKDIR", tasks=("x",)),)}, "unknown task of distillation: 'x'"),
         (
             {"regularisers": (Distillation(teacher="OTHER_LABELS"),)},
-            "has another label set for 'coarse': A, B there, HUM, LOC here",
+            "has another label set for 'coarse': A, B, and this run has HUM, LOC",
         ),
         ({"regularisers": (Distillation(teacher="OTHER_WORDS"),)}, "has another vocabulary than this run's trunk"),
         ({"regularisers": (Distillation(teacher="WORKDIR", temperature=0.0),)}, "temperature of distillation is 0.0"),
         ({"regularisers": (Distillation(teacher="WORKDIR", of="attention"),)}, "unknown of of distillation"),
-        ({"regularisers": (RDrop(),)}, "compares two passes that differ by dropout, but there is none"),
+        ({"regularisers": (RDrop(),)}, "compares two passes that differ by dropout, but there is no dropout"),
         (
             {"regularisers": (RDrop(tasks=("fine",)),), "only": ("rating", "coarse")},
             "regularisers: r_drop is of fine, which only leaves out; name it there, or set the weight of r_drop to 0",

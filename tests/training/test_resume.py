@@ -173,7 +173,7 @@ def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
     signal_at(process, workdir, 14, signal.SIGTERM)
     code, output = finish(process)
     assert code == 75, output
-    assert "the same command goes on from there" in output
+    assert "the same command resumes from there" in output
     assert "Traceback" not in output
     stopped_at = read_metrics(workdir)[-1]["step"]
     code, output = finish(start(folder, workdir, "--checkpoints.every", "1000"))

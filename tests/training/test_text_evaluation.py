@@ -80,7 +80,7 @@ def test_the_last_search_is_left_when_asked_to_stop_and_made_again(pairs, tmp_pa
         return plain(*arguments, **named)
 
     monkeypatch.setattr(text_evaluation, "text_scores", stop_at_the_end)
-    with pytest.raises(Interrupted, match="the same command goes on from the last one"):
+    with pytest.raises(Interrupted, match="the same command resumes from the last one"):
         train(experiment, tmp_path / "run")
     assert len(stops) == 1
     assert not (tmp_path / "run" / "results.json").exists()
@@ -105,7 +105,7 @@ def test_dev_is_decoded_greedily_while_training(learned):
     folder, results = learned
     run = open_run(folder)
     task = run.task("translation")
-    assert text_evaluation.config_of(task, run.trunk, task.dev_beams).num_beams == 1
+    assert text_evaluation.generation_config(task, run.trunk, task.dev_beams).num_beams == 1
     logged = [record for record in read_metrics(folder) if record["kind"] == "dev"]
     assert [record["step"] for record in logged] == [125, 250]
     assert max(record["translation/bleu"] for record in logged) == results["best_criterion"]

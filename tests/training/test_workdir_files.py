@@ -80,7 +80,7 @@ def of_training(folder: Path, bert: Path, data: Path):
     """What a training looks at before it prepares anything, and when it ends."""
     experiment = tiny.experiment(bert, data)
     config = to_json(dataclasses.replace(experiment, phases=experiment.phases[1:]))
-    workdirs.changed(folder, config, True, with_defaults)
+    workdirs.config_changed(folder, config, True, with_defaults)
     workdirs.read_json(folder / "data.json")
     workdirs.read_json(folder / "baselines.json")
     if (folder / "results.json").exists():
@@ -217,7 +217,7 @@ def test_an_unbounded_regression_is_strict_json_and_old_workdirs_open(bert, data
     earlier = text.replace('"-inf"', "-Infinity").replace('"inf"', "Infinity")
     (tmp_path / "config.json").write_text(earlier)
     assert from_json(workdirs.read_json(tmp_path / "config.json")) == experiment
-    assert not workdirs.changed(tmp_path, config, False, with_defaults)
+    assert not workdirs.config_changed(tmp_path, config, False, with_defaults)
     tasks = {"rating": {"name": "rating", "minimum": -math.inf}}
     (tmp_path / "data.json").write_text(json.dumps({"sources": {}, "tasks": tasks}))
     workdirs.check_data(tmp_path, {"sources": {}, "tasks": {"rating": {"name": "rating", "minimum": "-inf"}}})

@@ -36,7 +36,7 @@ from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
-from mtl_jax.training.frozen_params import to_leave_out
+from mtl_jax.training.frozen_params import untrained_hashes
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
@@ -289,7 +289,7 @@ def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
     tensors = load_file(file)
     tensors["encoder.layer.0.output.dense.weight"][0, 0] += 1e-3
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"in common with trunk.path .*layer_0/feed_forward_out/kernel is another there now"):
+    with pytest.raises(UserError, match=r"the same in trunk.path .*layer_0/feed_forward_out/kernel has changed there"):
         predict(run, "fine", ["a sad song"])
     (run / "results.json").unlink()
     with pytest.raises(UserError, match="put the trunk back that the run started from"):
@@ -297,13 +297,13 @@ def test_checkpoints_without_the_trunk(finished, bert, data, tmp_path):
     assert not (run / "damaged").exists()
 
 
-def test_what_is_not_where_the_trunk_comes_from_is_not_left_out(bert, data):
+def test_parameters_that_differ_from_the_loaded_trunk_are_saved(bert, data):
     """Nor what trains in any phase, nor heads and adapters, which come from nowhere."""
     top = Phase("top", 2, rules=(ParamRule("trunk/layer_0/feed_forward_in/.*"), ParamRule(".*", train=False)))
     prepared = prepare(tiny.experiment(bert, data, phases=(ONLY, top), adapters=(LORA,)))
     params = jax.tree.map(np.array, prepared.params)
     params["trunk"]["layer_0"]["feed_forward_out"]["kernel"][0, 0] += 1e-3
-    found = to_leave_out([plan.mask for plan in prepared.plans], params, prepared.params)
+    found = untrained_hashes([plan.mask for plan in prepared.plans], params, prepared.params)
     everything = set(flat(prepared.params))
     assert everything - set(found) == {
         path
@@ -320,7 +320,7 @@ def test_lora_goes_out_inside_the_kernels(finished, tmp_path, task):
     run, out = open_run(folder / "run"), pretrained.load(str(tmp_path / "out"))
     assert (out.head, out.unused, out.initialized) == (None, (), ())
     ids = np.array([run.trunk.tokenizer("who is the man ?")["input_ids"]])
-    source = np.array([run.place(task)])
+    source = np.array([run.source_index(task)])
     expected = run.trunk.module.apply({"params": run.params["trunk"]}, ids, source=source).hidden
     found = out.model.apply({"params": out.params}, ids).hidden
     np.testing.assert_allclose(found, expected, atol=1e-5)

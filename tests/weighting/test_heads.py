@@ -85,7 +85,7 @@ def test_a_workdir_of_before_goes_on_as_it_was(tmp_path, caplog, name):
     workdirs.write_json(tmp_path / "config.json", before)
     going_on = keep_head_weights(now, before)
     assert going_on.weigh_heads is True
-    assert not workdirs.changed(tmp_path, to_json(going_on), allow_change=False)
+    assert not workdirs.config_changed(tmp_path, to_json(going_on), allow_change=False)
     assert ("its heads keep their weighted gradients" in caplog.text) == (name == "mgda")
 
 

@@ -20,29 +20,29 @@ from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needed_fields
-from mtl_jax.training.restore import Run
+from mtl_jax.training.restore import TrainedRun
 from mtl_jax.transfer.divergences import SIGMOID, SOFTMAX
 from mtl_jax.transfer.penalties import squared_gradients
 from mtl_jax.transfer.regularisers import EWC, FIELD
 
 
-def check(kind: EWC, tasks: Sequence[Task]) -> None:
-    """Raises UserError where the labels of a task cannot be drawn.
+def check_labels(regulariser: EWC, tasks: Sequence[Task]) -> None:
+    """Raises UserError where the labels of a task cannot be drawn from the model.
 
     Args:
-        kind: Says which labels.
+        regulariser: Says whether labels are drawn or the data's.
         tasks: The tasks of its source.
     """
     for task in tasks:
-        if kind.labels == "model" and not task.compared_as:
+        if regulariser.labels == "model" and not task.compared_as:
             raise UserError(
-                f"{FIELD}: {kind.name}: labels of a {type(task).__name__} such as {task.name!r} are not drawn from the model; "
-                "use labels data"
+                f"{FIELD}: {regulariser.name}: labels of a {type(task).__name__} such as {task.name!r} cannot be drawn "
+                "from the model; set labels to data"
             )
 
 
 def diagonal(
-    kind: EWC,
+    regulariser: EWC,
     module: Any,
     params: Any,
     tasks: Sequence[Task],
@@ -52,20 +52,20 @@ def diagonal(
     seed: int,
     place: int = 0,
 ) -> dict[str, np.ndarray]:
-    """{path: f32}, the diagonal of the Fisher information: the mean over examples of the squared gradient of each.
+    """{path: f32}, the diagonal of the Fisher information: the mean over examples of the squared gradient.
 
-    The log-likelihood of an example is minus the sum of its tasks' losses; without dropout. With the data's labels, examples
-    that have none are not among those that the mean is over.
+    The gradient is that of an example's log-likelihood, minus the sum of its tasks' losses, without dropout. With the data's
+    labels, the mean is over the examples that have any.
 
     Args:
-        kind: Says how many examples, and which labels.
+        regulariser: Says how many examples, and whether labels are drawn or the data's.
         module: The trunk.
         params: The model.
         tasks: The tasks of the source.
         examples: Its training examples, with their labels.
         batching: Shape of the run's batches.
         paths: The parameters to differentiate by.
-        seed: Which examples are taken, and which labels drawn.
+        seed: Decides which examples are used, and which labels are drawn.
         place: The source's place in the run's order.
     """
     tasks, encode = tuple(tasks), encode_tokens(module, needed_fields(tuple(tasks)))
@@ -74,15 +74,15 @@ def diagonal(
     def add(total: Any, params: Any, batch: Batch, key: jax.Array) -> Any:
         leaves = leaves_of(params)
 
-        def log_likelihood(own: Any, row_and_key: tuple[Batch, jax.Array]) -> jax.Array:
+        def log_likelihood(chosen: Any, row_and_key: tuple[Batch, jax.Array]) -> jax.Array:
             row, key = jax.tree.map(lambda leaf: leaf[None], row_and_key[0]), row_and_key[1]
-            whole = put(params, own)
-            encoded: Encoded = encode(whole["trunk"], row, None, None)
-            outputs = apply_heads(tasks, whole["heads"], encoded, row, None)
+            model = put(params, chosen)
+            encoded: Encoded = encode(model["trunk"], row, None, None)
+            outputs = apply_heads(tasks, model["heads"], encoded, row, None)
             total = jnp.zeros(())
             for number, task in enumerate(tasks):
                 labels = row.labels[task.name]
-                if kind.labels == "model":
+                if regulariser.labels == "model":
                     labels = draw(task, outputs[task.name], labels, row, jax.random.fold_in(key, number))
                 total -= task.loss(outputs[task.name], labels, row)[0]
             return total
@@ -103,21 +103,21 @@ def diagonal(
     leaves = leaves_of(params)
     total: Any = {path: jnp.zeros(leaves[path].shape, jnp.float32) for path in paths}
     count = 0
-    for number, batch in enumerate(_batches(kind, tasks, examples, batching, seed, place)):
+    for number, batch in enumerate(_batches(regulariser, tasks, examples, batching, seed, place)):
         total = add(total, params, batch, jax.random.fold_in(jax.random.key(seed), number))
-        count += len(batch.tokens) if kind.labels == "model" else int(labelled(batch))
+        count += len(batch.tokens) if regulariser.labels == "model" else int(labelled(batch))
     return {path: np.asarray(leaf) / np.float32(max(count, 1)) for path, leaf in total.items()}
 
 
 def draw(task: Task, outputs: jax.Array, labels: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
-    """Labels as the model's own outputs say that they are distributed; missing where there is no example, or no labelled word.
+    """Labels drawn from the model's distribution; missing where there is no example, or no labelled word.
 
     A softmax and a sigmoid are distributions; a squared error is minus the log-likelihood of a normal one of variance 1/2.
 
     Args:
         task: The task.
         outputs: Its outputs.
-        labels: Labels of the same shape as those that are drawn.
+        labels: The data's labels, of the shape and dtype of the drawn ones.
         batch: The rows.
         key: A PRNG key.
     """
@@ -128,52 +128,55 @@ def draw(task: Task, outputs: jax.Array, labels: jax.Array, batch: Batch, key: j
         drawn = jax.random.bernoulli(key, jax.nn.sigmoid(outputs))
     else:
         drawn = (outputs + jnp.sqrt(0.5) * jax.random.normal(key, outputs.shape))[..., 0] * task.scale  # type: ignore[attr-defined]
-    there = batch.index >= 0 if task.level == "example" else labels != task.missing
-    return jnp.where(there.reshape(there.shape + (1,) * (labels.ndim - there.ndim)), drawn, task.missing).astype(labels.dtype)
+    present = batch.index >= 0 if task.level == "example" else labels != task.missing
+    return jnp.where(present.reshape(present.shape + (1,) * (labels.ndim - present.ndim)), drawn, task.missing).astype(
+        labels.dtype
+    )
 
 
-def of_run(run: Run, kind: EWC) -> tuple[list[Task], Examples]:
+def tasks_and_examples(run: TrainedRun, regulariser: EWC) -> tuple[list[Task], Examples]:
     """The tasks and training examples of a source of another run.
 
     Args:
         run: The run.
-        kind: Names the source.
+        regulariser: Names the source.
 
     Raises:
-        UserError: Its rows cannot be read any more, or hold a token that its trunk has no row for.
+        UserError: Its rows cannot be read any more, or have a token that its trunk lacks.
     """
-    tasks = [task for task in run.tasks if task.source == kind.source]
+    tasks = [task for task in run.tasks if task.source == regulariser.source]
     declared = run.experiment.sources
-    rows = corpus.read_sources(declared, tasks)[kind.source].rows["train"]
-    source = next(source for source in declared if source.name == kind.source)
+    rows = corpus.read_sources(declared, tasks)[regulariser.source].rows["train"]
+    source = next(source for source in declared if source.name == regulariser.source)
     length = run.experiment.batch.row_length
-    examples = read_examples(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {kind.run}").examples
+    examples = read_examples(source, tasks, rows, run.trunk.tokenizer, length, f"the run in {regulariser.run}").examples
     coverage.check([examples], tasks, run.trunk.tokenizer, trunks.tables(run.trunk))
     return tasks, examples
 
 
-def source_of_run(run: Run, kind: EWC) -> None:
+def check_source(run: TrainedRun, regulariser: EWC) -> None:
     """Raises UserError where a run has no task on the source."""
     sources = sorted({task.source for task in run.tasks})
-    if kind.source not in sources:
+    if regulariser.source not in sources:
         raise UserError(
-            f"{FIELD}: source of {kind.name}: the run in {Path(kind.run)} has {listed(sources)}, no {kind.source!r}"
+            f"{FIELD}: source of {regulariser.name}: the run in {Path(regulariser.run)} has the sources {listed(sources)}, "
+            f"not {regulariser.source!r}"
         )
 
 
 def _batches(
-    kind: EWC, tasks: Sequence[Task], examples: Examples, batching: Batching, seed: int, place: int
+    regulariser: EWC, tasks: Sequence[Task], examples: Examples, batching: Batching, seed: int, place: int
 ) -> Iterator[Batch]:
-    """Batches of examples chosen by chance, each in a row of its own; no row is empty."""
+    """Batches of randomly chosen examples, one in each row."""
     part = source_arrays(examples, tasks)
     single = dataclasses.replace(batching, packed=False, buckets=())
     rows = min(batching.rows, len(part))
     chosen = np.random.default_rng([seed, 7]).permutation(len(part))
 
-    def always_the_same(part: Any, ticket: int) -> np.random.Generator:
+    def generator_of(part: Any, ticket: int) -> np.random.Generator:
         return np.random.default_rng([seed, ticket])
 
-    for number in range(min(kind.batches, len(part) // rows)):
+    for number in range(min(regulariser.batches, len(part) // rows)):
         tickets = [(0, chosen[n : n + 1]) for n in range(number * rows, (number + 1) * rows)]
-        batch = fill([part], tickets, tasks, single, rows, part.types is not None, always_the_same)
+        batch = fill([part], tickets, tasks, single, rows, part.types is not None, generator_of)
         yield batch._replace(source=np.full_like(batch.source, place))

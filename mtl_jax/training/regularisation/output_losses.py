@@ -20,14 +20,14 @@ from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation, RDrop
 
 
 class OutputLoss(NamedTuple):
-    """One regulariser of outputs; the fields are those of OutputRegularisers, for one."""
+    """One regulariser of outputs; the fields are those of OutputRegularisers, with one divisor and one loss."""
 
     count: Callable[[Batch], Any]
     loss: Callable[[Any, Encoded, dict[str, jax.Array], Batch, Any, Any], jax.Array]
 
 
-def together(regularisers: Mapping[str, OutputLoss]) -> OutputRegularisers:
-    """All regularisers of outputs of a phase, by name."""
+def combine(regularisers: Mapping[str, OutputLoss]) -> OutputRegularisers:
+    """The regularisers of outputs of a phase, from {name: its loss}."""
 
     def losses(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> dict[str, Any]:
         return {
@@ -47,9 +47,9 @@ def output_loss(
 
     Args:
         regulariser: Distillation or RDrop.
-        tasks: The tasks that it looks at.
+        tasks: The tasks whose outputs it compares.
         places: {source: its place in the run's order}.
-        teacher: For Distillation.
+        teacher: The model that a Distillation imitates; None for RDrop.
     """
     if isinstance(regulariser, RDrop):
         return _r_drop(tasks, places)
@@ -61,7 +61,7 @@ def output_loss(
 
 
 def _compared(task: Task, batch: Batch, places: Mapping[str, int]) -> jax.Array:
-    """bool[R, S], examples of the task's source, labelled or not; or bool[R, T], labelled words."""
+    """Which outputs are compared: bool[R, S], all examples of the task's source; or bool[R, T], labelled words."""
     if task.level == "example":
         return (batch.index >= 0) & (batch.source == places[task.source])[:, None]
     labelled: jax.Array = batch.labels[task.name] != task.missing
@@ -69,7 +69,7 @@ def _compared(task: Task, batch: Batch, places: Mapping[str, int]) -> jax.Array:
 
 
 def _masked_sum(values: jax.Array, compared: jax.Array) -> jax.Array:
-    # Outputs of empty places are finite, so their zeroed values have no NaN in their gradients.
+    # Outputs at empty places are finite, so the gradients of their masked values are 0 and not NaN.
     return jnp.where(compared, values, 0.0).sum()
 
 

@@ -1,4 +1,4 @@
-"""The regularisers of a run before its first step: what they need is opened, and what is wrong with them is found."""
+"""The regularisers of a run before its first step: their teachers and other runs are opened, and their fields checked."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import restore
 from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
-from mtl_jax.training.restore import Run
+from mtl_jax.training.restore import TrainedRun
 from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, AnyRegulariser, Distillation, RDrop
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import schedules
 
 
-class Opened(NamedTuple):
-    """What regularisers need.
+class OpenedRegularisers(NamedTuple):
+    """The models that regularisers need.
 
     Attributes:
-        teachers: As in Prepared; so are learned and watched.
+        teachers: As in Prepared; so are anchor_runs and compared_tasks.
     """
 
     teachers: dict[str, Teacher]
-    learned: dict[str, Run]
-    watched: dict[str, list[str]]
+    anchor_runs: dict[str, TrainedRun]
+    compared_tasks: dict[str, list[str]]
 
 
-def of_phase(experiment: Experiment, number: int, steps: range) -> tuple[AnyRegulariser, ...]:
-    """The regularisers that count in a phase.
+def active_in_phase(experiment: Experiment, number: int, steps: range) -> tuple[AnyRegulariser, ...]:
+    """The regularisers whose phase has begun, and whose weight is not 0 in all steps of a phase.
 
     Args:
         experiment: The experiment.
@@ -44,13 +44,11 @@ def of_phase(experiment: Experiment, number: int, steps: range) -> tuple[AnyRegu
         steps: Its steps.
     """
     begun = {"", *(phase.name for phase in experiment.phases[: number + 1])}
-    return tuple(
-        each for each in experiment.regularisers if each.phase in begun and schedules.over(each.weight, steps, each.name).any()
-    )
+    return tuple(regulariser for regulariser in _active(experiment, steps) if regulariser.phase in begun)
 
 
-def prepare(experiment: Experiment, trunk: Trunk, corpus: Corpus, texts: Sequence[str]) -> Opened:
-    """Opens teachers and other runs; those of regularisers that never count stay closed.
+def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, texts: Sequence[str]) -> OpenedRegularisers:
+    """Opens the teachers and other runs of all regularisers whose weight is not always 0.
 
     Args:
         experiment: The experiment.
@@ -59,63 +57,69 @@ def prepare(experiment: Experiment, trunk: Trunk, corpus: Corpus, texts: Sequenc
         texts: Some training texts.
 
     Raises:
-        UserError: One of them cannot be opened, or does not go with this run.
+        UserError: One of them cannot be opened, or does not fit this run.
     """
-    found = Opened({}, {}, {})
+    opened = OpenedRegularisers({}, {}, {})
     tasks = {task.name: task for task in corpus.tasks}
     length = experiment.batch.row_length
-    for each in _used(experiment):
-        if isinstance(each, Distillation):
-            teacher = open_teacher(each, trunk, tasks, length, texts, trunk.module.dtype)
-            found.teachers[each.name] = teacher
-            if each.of == "logits":
-                found.watched[each.name] = tasks_to_imitate(each, teacher, tasks)
-        elif isinstance(each, RDrop) and each.tasks:
-            found.watched[each.name] = list(each.tasks)
-        elif isinstance(each, EWC):
-            if each.run:
-                run = restore.open_finished(Path(each.run), f"{FIELD}: run of {each.name}")
-                fisher.source_of_run(run, each)
-                check_vocabulary(trunk.tokenizer, run.trunk.tokenizer, texts, f"{FIELD}: run of {each.name}, {each.run},")
-                found.learned[each.name] = run
-            elif each.source not in corpus.splits["train"]:
-                raise unknown(f"source of {each.name}:", each.source, corpus.splits["train"])
-            learned = found.learned[each.name].tasks if each.run else corpus.tasks
-            fisher.check(each, [task for task in learned if task.source == each.source])
-    return found
+    for regulariser in _active(experiment, _all_steps(experiment)):
+        name = regulariser.name
+        if isinstance(regulariser, Distillation):
+            teacher = open_teacher(regulariser, trunk, tasks, length, texts, trunk.module.dtype)
+            opened.teachers[name] = teacher
+            if regulariser.of == "logits":
+                opened.compared_tasks[name] = tasks_to_imitate(regulariser, teacher, tasks)
+        elif isinstance(regulariser, RDrop) and regulariser.tasks:
+            opened.compared_tasks[name] = list(regulariser.tasks)
+        elif isinstance(regulariser, EWC):
+            if regulariser.run:
+                run = restore.open_finished(Path(regulariser.run), f"{FIELD}: run of {name}")
+                fisher.check_source(run, regulariser)
+                check_vocabulary(trunk.tokenizer, run.trunk.tokenizer, texts, f"{FIELD}: run of {name}, {regulariser.run},")
+                opened.anchor_runs[name] = run
+            elif regulariser.source not in corpus.splits["train"]:
+                raise unknown(f"source of {name}:", regulariser.source, corpus.splits["train"])
+            learned = opened.anchor_runs[name].tasks if regulariser.run else corpus.tasks
+            fisher.check_labels(regulariser, [task for task in learned if task.source == regulariser.source])
+    return opened
 
 
 def projections(experiment: Experiment, teachers: Mapping[str, Teacher], width: int) -> dict[str, Any]:
-    """{regulariser: parameters of its own}, which stand beside the heads: from the trunk's width to a teacher's.
+    """{distillation: its projection f32[trunk's width, teacher's width]}, where these differ; trained among the heads.
 
     Args:
-        experiment: Its seed decides.
+        experiment: The experiment; its seed decides the numbers.
         teachers: As in Prepared.
         width: The trunk's.
     """
-    found = {}
-    for each in experiment.regularisers:
-        if isinstance(each, Distillation) and each.name in teachers:
-            other = teachers[each.name].width
-            if each.of != "logits" and other != width:
-                key = jax.random.fold_in(jax.random.key(experiment.seed), zlib.crc32(each.name.encode()))
-                kernel = jax.nn.initializers.lecun_normal()(key, (width, other))
-                found[each.name] = {"projection": {"kernel": kernel}}
-    return found
+    kernels = {}
+    for regulariser in experiment.regularisers:
+        if isinstance(regulariser, Distillation) and regulariser.name in teachers:
+            teacher_width = teachers[regulariser.name].width
+            if regulariser.of != "logits" and teacher_width != width:
+                key = jax.random.fold_in(jax.random.key(experiment.seed), zlib.crc32(regulariser.name.encode()))
+                kernel = jax.nn.initializers.lecun_normal()(key, (width, teacher_width))
+                kernels[regulariser.name] = {"projection": {"kernel": kernel}}
+    return kernels
 
 
 def check(
-    experiment: Experiment, tasks: Mapping[str, Task], trunk: Trunk, params: Any, learned: Mapping[str, Run], trains_trunk: bool
+    experiment: Experiment,
+    tasks: Mapping[str, Task],
+    trunk: Trunk,
+    params: Any,
+    anchor_runs: Mapping[str, TrainedRun],
+    trains_trunk: bool,
 ) -> None:
-    """Finds out whether regularisers have anything to work on.
+    """Checks that regularisers match the parameters, and can have an effect.
 
     Args:
         experiment: The experiment.
-        tasks: Its tasks, filled in.
+        tasks: Its tasks, with their label sets.
         trunk: Its trunk.
         params: Its parameters.
-        learned: As in Opened.
-        trains_trunk: Whether any of the trunk trains in some phase.
+        anchor_runs: As in Prepared.
+        trains_trunk: Whether any part of the trunk trains in some phase.
 
     Raises:
         UserError: An expression matches no parameter, another run's parameters have other shapes, outputs cannot be compared,
@@ -124,61 +128,74 @@ def check(
     leaves = leaves_of(params)
     if experiment.mixout.p:
         _matches("mixout.parameters", experiment.mixout.parameters, leaves)
-    for each in _used(experiment):
-        if isinstance(each, L2SP):
-            _matches(f"{FIELD}: shared of {each.name}", each.shared, leaves)
-        elif isinstance(each, EWC):
-            paths = _matches(f"{FIELD}: parameters of {each.name}", each.parameters, leaves)
-            if each.run:
-                same_shapes(each, paths, leaves, leaves_of(learned[each.name].params))
-        elif isinstance(each, RDrop):
-            _can_differ(each, tasks, trunk, experiment.adapters, trains_trunk)
+    for regulariser in _active(experiment, _all_steps(experiment)):
+        name = regulariser.name
+        if isinstance(regulariser, L2SP):
+            _matches(f"{FIELD}: shared of {name}", regulariser.shared, leaves)
+        elif isinstance(regulariser, EWC):
+            paths = _matches(f"{FIELD}: parameters of {name}", regulariser.parameters, leaves)
+            if regulariser.run:
+                check_shapes(regulariser, paths, leaves, leaves_of(anchor_runs[name].params))
+        elif isinstance(regulariser, RDrop):
+            _check_r_drop(regulariser, tasks, trunk, experiment.adapters, trains_trunk)
 
 
-def _used(experiment: Experiment) -> list[AnyRegulariser]:
-    steps = range(sum(phase.steps for phase in experiment.phases))
-    return [each for each in experiment.regularisers if schedules.over(each.weight, steps, each.name).any()]
+def _active(experiment: Experiment, steps: range) -> list[AnyRegulariser]:
+    """The regularisers whose weight is not 0 in all of the steps."""
+    return [
+        regulariser
+        for regulariser in experiment.regularisers
+        if schedules.over(regulariser.weight, steps, regulariser.name).any()
+    ]
+
+
+def _all_steps(experiment: Experiment) -> range:
+    return range(sum(phase.steps for phase in experiment.phases))
 
 
 def _matches(where: str, pattern: str, leaves: Mapping[str, Any]) -> list[str]:
-    found = matching(pattern, leaves)
-    if not found:
+    paths = matching(pattern, leaves)
+    if not paths:
         first, *_, last = leaves
         raise UserError(f"{where}, {pattern!r}, matches no parameter; paths look like {first} and {last}")
-    return found
+    return paths
 
 
-def same_shapes(each: EWC, paths: Collection[str], own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Raises UserError where another run's parameters are not of the shapes here.
+def check_shapes(regulariser: EWC, paths: Collection[str], leaves: Mapping[str, Any], other_leaves: Mapping[str, Any]) -> None:
+    """Raises UserError where another run's parameters have other shapes than this run's.
 
     Args:
-        each: Names the run.
+        regulariser: Names the other run.
         paths: The parameters that are compared.
-        own: {path: leaf} here.
-        other: {path: leaf} there.
+        leaves: {path: leaf} of this run.
+        other_leaves: {path: leaf} of the other run.
     """
     for path in paths:
-        if path not in other or other[path].shape != own[path].shape:
-            there = f"of shape {other[path].shape}" if path in other else "absent"
+        shape = leaves[path].shape
+        if path not in other_leaves or other_leaves[path].shape != shape:
+            other_shape = f"of shape {other_leaves[path].shape}" if path in other_leaves else "absent"
             raise UserError(
-                f"{FIELD}: run of {each.name}: {path} is {there} in {each.run} and of shape {own[path].shape} here: "
+                f"{FIELD}: run of {regulariser.name}: {path} is {other_shape} in {regulariser.run} and of shape {shape} here: "
                 "it must be a run with the same trunk"
             )
 
 
-def _can_differ(each: RDrop, tasks: Mapping[str, Task], trunk: Trunk, adapters: Sequence[Any], trains_trunk: bool) -> None:
-    chosen = [tasks[name] for name in each.tasks] or [task for task in tasks.values() if task.compared_as]
+def _check_r_drop(
+    regulariser: RDrop, tasks: Mapping[str, Task], trunk: Trunk, adapters: Sequence[Any], trains_trunk: bool
+) -> None:
+    chosen = [tasks[name] for name in regulariser.tasks] or [task for task in tasks.values() if task.compared_as]
     for task in chosen:
         if not task.compared_as:
             raise UserError(
-                f"{FIELD}: {each.name}: outputs of a {type(task).__name__} such as {task.name!r} cannot be compared"
+                f"{FIELD}: {regulariser.name}: outputs of a {type(task).__name__} such as {task.name!r} cannot be compared"
             )
     if not chosen:
-        raise UserError(f"{FIELD}: {each.name}: there is no task whose outputs can be compared")
+        raise UserError(f"{FIELD}: {regulariser.name}: there is no task whose outputs can be compared")
     config = getattr(trunk.module, "config", None)
     rates = [getattr(config, name) for name in dir(config) if "dropout" in name]
     rates = [*rates, *(getattr(adapter, "dropout", 0.0) for adapter in adapters)] if trains_trunk else []
     if not any(rates) and not any(task.dropout for task in chosen):
         raise UserError(
-            f"{FIELD}: {each.name} compares two passes that differ by dropout, but there is none: set trunk.dropout or a task's"
+            f"{FIELD}: {regulariser.name} compares two passes that differ by dropout, but there is no dropout: set "
+            "trunk.dropout or a task's"
         )

@@ -1,4 +1,4 @@
-"""What is said where a loss is not finite: which parameter has it from the start, and what there is to resume from."""
+"""The error line of a loss that is not finite: the parameter that has it from the start, the step to resume from."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ import tiny
 
 from mtl_jax import Embedding
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.training import non_finite, results
+from mtl_jax.training import results, step_checks
 from mtl_jax.training.checkpoint_store import Damaged
 from mtl_jax.training.setup import prepare
 from mtl_jax.transfer.loading import InitFrom
@@ -39,7 +39,7 @@ class Kept:
 
 
 def said(step, start=FINITE, kept=None, experiment=EXPERIMENT):
-    return non_finite.of(step, experiment, start, Kept(kept or {}))
+    return step_checks.explain_non_finite(step, experiment, start, Kept(kept or {}))
 
 
 def test_a_parameter_that_is_not_finite_from_the_start_is_named_with_its_place():
@@ -56,7 +56,7 @@ def test_a_parameter_that_is_not_finite_from_the_start_is_named_with_its_place()
 
 def test_the_first_step_is_not_the_rates_fault():
     text = said(1)
-    assert "it is not the learning rate: look for labels" in text
+    assert "the learning rate is not the cause: look for labels" in text
     assert "intact" not in text
 
 
@@ -89,7 +89,7 @@ def test_features_that_are_not_finite_leave_the_probe_out_and_say_so(shallow, da
     features_NxH = np.random.default_rng(0).normal(size=(corpus.size, 4)).astype(np.float32)
     train = corpus.splits["train"]["ratings"]
     features_NxH[train.first_id : train.first_id + 2] = np.nan
-    found = results.baselines(corpus, prepared.experiment.sources, "probe", features_NxH)
+    found = results.compute_baselines(corpus, prepared.experiment.sources, "probe", features_NxH)
     assert set(found["rating"]) == {"constant"}
     assert set(found["coarse"]) == {"constant", "probe"}
     assert "task rating: no linear probe, the trunk's features of 2 train examples are not finite" in caplog.text

@@ -7,7 +7,10 @@ This module must not import jax, which reads the flags once.
 
 import os
 
-CHEAPLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+CHEAPLY = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"  # parts for threads cost more to make and to link than one part
+)
 # Options of jax.jit, for what is tested for its precision, which the last bits decide.
 AS_FOR_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 

@@ -264,7 +264,7 @@ def test_the_decoder_of_a_checkpoint_learns_on(pairs, tmp_path, family):
 def test_sizes_of_a_checkpoint_cannot_be_chosen(pairs, tmp_path):
     experiment = still(pairs, tiny_seq2seq.write_marian(tmp_path / "marian"))
     for change, message in (
-        ({"layers": 2}, "task 'translation': layers is the checkpoint's, whose decoder this is; leave it out"),
+        ({"layers": 2}, "task 'translation': layers is that of the checkpoint's decoder; leave it out"),
         ({"target_length": 25}, "task 'translation': target_length is 25; the checkpoint has 24 positions"),
     ):
         tasks = (dataclasses.replace(experiment.tasks[0], **change),)

@@ -48,11 +48,11 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert record.keys() == expected.keys()
         for key in record.keys() - {"kind", "cosines"}:
             assert record[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (key, record["step"])
-    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
-    assert found["best_step"] == expected["best_step"]
+    actual, expected = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
+    assert actual["best_step"] == expected["best_step"]
     for task, scores in expected["tasks"].items():
-        assert found["tasks"][task]["test"] == pytest.approx(scores["test"], abs=1e-5)
-        assert found["tasks"][task]["baselines"] == scores["baselines"]
+        assert actual["tasks"][task]["test"] == pytest.approx(scores["test"], abs=1e-5)
+        assert actual["tasks"][task]["baselines"] == scores["baselines"]
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_a_run_that_was_taken_out_goes_on(finished, bert, data, tmp_path):
     take(finished, "0004", tmp_path / "run")
     config = from_json(json.loads((tmp_path / "run" / "config.json").read_text()))
     longer = dataclasses.replace(config, phases=(*config.phases, Phase("more", steps=2)))
-    found = train(longer, tmp_path / "run", allow_config_change=True)
-    assert found["steps"] == 8
+    actual = train(longer, tmp_path / "run", allow_config_change=True)
+    assert actual["steps"] == 8
     assert [r["step"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"] == list(range(1, 9))
 
 

@@ -60,11 +60,11 @@ def test_what_shapes_a_program_makes_a_program(experiment):
 def test_numbers_come_with_an_axis_over_runs(experiment):
     runs = runs_of(experiment, "weights.coarse=0,2,linear_schedule(1.0, 0.0, 10)", "phases.0.learning-rate=1e-3,1e-2")
     (program,) = plan.programs(runs)
-    found = fields.collect([run.experiment for run in runs])
-    assert found["phases.0.learning_rate"].tolist() == np.float32([1e-3, 1e-2] * 3).tolist()
-    assert found["weights.coarse"].shape == (6, 12)  # a schedule among them: a number for every step
-    assert found["weights.coarse"][4, :3] == pytest.approx([1.0, 0.9, 0.8])
-    assert set(found) == {"weights.coarse", "phases.0.learning_rate"}
+    actual = fields.collect([run.experiment for run in runs])
+    assert actual["phases.0.learning_rate"].tolist() == np.float32([1e-3, 1e-2] * 3).tolist()
+    assert actual["weights.coarse"].shape == (6, 12)  # a schedule among them: a number for every step
+    assert actual["weights.coarse"][4, :3] == pytest.approx([1.0, 0.9, 0.8])
+    assert set(actual) == {"weights.coarse", "phases.0.learning_rate"}
     # What counts in one of the runs counts in the program.
     assert program.template.weights["coarse"] != 0
 

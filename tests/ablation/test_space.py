@@ -54,10 +54,10 @@ def test_weights_are_one_field_and_may_be_schedules(experiment):
 
 @given(st.integers(2, 6), st.integers(1, 40))
 def test_points_of_the_simplex(tasks, count):
-    found = space.simplex(tasks, count)
-    assert len(found) == len(set(found)) == count
-    assert found[0] == pytest.approx([1 / tasks] * tasks, abs=1e-5)
-    for point in found:
+    actual = space.simplex(tasks, count)
+    assert len(actual) == len(set(actual)) == count
+    assert actual[0] == pytest.approx([1 / tasks] * tasks, abs=1e-5)
+    for point in actual:
         assert len(point) == tasks
         assert sum(point) == pytest.approx(1, abs=1e-9)
         assert min(point) >= -1e-9
@@ -65,9 +65,9 @@ def test_points_of_the_simplex(tasks, count):
 
 def test_sobol_points_of_the_simplex_are_spread_evenly():
     """Uniform points have coordinates with the mean 1 / K and the variance (K - 1) / (K^2 (K + 1)) of a flat Dirichlet."""
-    found = np.array(space.simplex(4, 512)[1:])
-    np.testing.assert_allclose(found.mean(axis=0), 1 / 4, atol=0.01)
-    np.testing.assert_allclose(found.var(axis=0), 3 / (16 * 5), rtol=0.1)
+    actual = np.array(space.simplex(4, 512)[1:])
+    np.testing.assert_allclose(actual.mean(axis=0), 1 / 4, atol=0.01)
+    np.testing.assert_allclose(actual.var(axis=0), 3 / (16 * 5), rtol=0.1)
 
 
 def test_the_lattice_has_all_multiples_and_the_corners():

@@ -102,8 +102,8 @@ def test_bad_input_is_one_line_and_code_2(words, message, bert, data, tmp_path):
 def test_a_script_is_read_with_its_flags(tmp_path, monkeypatch):
     monkeypatch.setenv("TINY", "nowhere")
     with scripts.given(["--phases.0.steps", "77", "--weighting", "famo"]):
-        found = scripts.read(tiny.__file__)
-    assert (found.phases[0].steps, found.weighting) == (77, "famo")
+        actual = scripts.read(tiny.__file__)
+    assert (actual.phases[0].steps, actual.weighting) == (77, "famo")
     with scripts.given(["--distributed", "auto"]), pytest.raises(UserError, match="--distributed: an ablation trains on the"):
         scripts.read(tiny.__file__)
     (tmp_path / "idle.py").write_text("import mtl_jax\n")

@@ -131,7 +131,7 @@ def test_help_shows_every_field_with_doc_and_default(monkeypatch, capsys):
     text = capsys.readouterr().out
     for flag in ("--workdir", "--weighting", "--optimizer.learning-rate", "--phases.1.steps", "--tasks.0.scale", "--seed"):
         assert flag in text
-    assert "Share of a phase's steps over which the rate rises" in text.replace("│", " ")
+    assert "Share of a phase's steps in which the rate rises" in text.replace("│", " ")
     assert "(default: 0.01)" in text
 
 
@@ -165,13 +165,13 @@ def test_predict_keeps_order_and_count(workdir, tmp_path, monkeypatch, capsys):
     (tmp_path / "in.txt").write_text("\r\n".join(texts) + "\r\n", newline="")
     code, out, error = console(monkeypatch, capsys, "predict", workdir, "--task", "coarse", "--file", tmp_path / "in.txt")
     assert code == 0, error
-    found = [json.loads(line) for line in out.splitlines()]
-    assert len(found) == len(texts)
-    assert found[0] == found[3] != found[1] == {"error": "empty text"}
-    assert found[0]["label"] in ("HUM", "LOC")
-    assert 0.5 <= found[0]["probability"] <= 1
-    assert found[-1]["truncated"] is True
-    assert predict(workdir, "coarse", [texts[2]])[0]["label"] == found[2]["label"]
+    actual = [json.loads(line) for line in out.splitlines()]
+    assert len(actual) == len(texts)
+    assert actual[0] == actual[3] != actual[1] == {"error": "empty text"}
+    assert actual[0]["label"] in ("HUM", "LOC")
+    assert 0.5 <= actual[0]["probability"] <= 1
+    assert actual[-1]["truncated"] is True
+    assert predict(workdir, "coarse", [texts[2]])[0]["label"] == actual[2]["label"]
 
 
 def test_predict_rows(workdir, tmp_path, monkeypatch, capsys):
@@ -225,10 +225,10 @@ def test_evaluate_on_the_test_rows_is_the_result(workdir, bert, data, tmp_path, 
     (tmp_path / "test.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     arguments = ("evaluate", workdir, "--task", "fine", "--path", tmp_path / "test.txt")
     code, out, _ = console(monkeypatch, capsys, *arguments)
-    found = json.loads(out)
-    assert (code, found.pop("rows")) == (0, len(lines))
+    actual = json.loads(out)
+    assert (code, actual.pop("rows")) == (0, len(lines))
     expected = json.loads((workdir / "results.json").read_text())["tasks"]["fine"]["test"]
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5)
     (tmp_path / "test.txt").write_text("\n".join([*lines, "HUM:man who is " + "the " * 40]), encoding="utf-8")
     assert "test.txt: 1 text cut to 24 tokens" in console(monkeypatch, capsys, *arguments)[2]
     (tmp_path / "test.txt").write_text("\n".join([*lines, "HUM:nobody who is it ?"]), encoding="utf-8")

@@ -85,19 +85,19 @@ def test_compiled_at_the_start_the_output_is_the_trunk_s_but_for_rounding(family
     base, params = trunk(family)
     module = adapt(base, [LORA, IA, HOULSBY])
     run = lambda module, params: module.apply({"params": params}, IDS, MASK, **PACKED).hidden  # noqa: E731
-    found = jax.jit(functools.partial(run, module))(module.add(params, jax.random.key(0)))
-    np.testing.assert_allclose(found, jax.jit(functools.partial(run, base))(params), atol=1e-6)
+    actual = jax.jit(functools.partial(run, module))(module.add(params, jax.random.key(0)))
+    np.testing.assert_allclose(actual, jax.jit(functools.partial(run, base))(params), atol=1e-6)
 
 
 def test_dropout_of_the_trunk_is_not_disturbed():
     base, params = trunk("bert_rows")
     module = adapt(base, [Lora(name="lora", dropout=0.5, target=".*")])
     rngs = {"dropout": jax.random.key(1)}
-    found, expected = (
+    actual, expected = (
         m.apply({"params": p}, IDS, MASK, deterministic=False, rngs=rngs).hidden
         for m, p in ((module, module.add(params, jax.random.key(0))), (base, params))
     )
-    assert bits(found) == bits(expected)
+    assert bits(actual) == bits(expected)
     still = adapt(base.clone(config=dataclasses.replace(base.config, dropout=0.0, attention_dropout=0.0)), module.adapters)
     with pytest.raises(ValueError, match='needs an rng named "dropout"'):
         still.apply({"params": module.add(params, jax.random.key(0))}, IDS, deterministic=False)
@@ -142,9 +142,9 @@ def test_lora_is_a_product_of_two_matrices_beside_the_kernel(family):
         assert path.endswith(("query", "value", "query_key_value"))
         return x @ (kernel["kernel"] + 6.0 / 2 * own["a"] @ own["b"]) + kernel.get("bias", 0)
 
-    found = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
-    np.testing.assert_allclose(real(found), real(written_out(family, layer)), atol=1e-5)
-    assert not np.allclose(real(found), real(module.base.apply({"params": trunk(family)[1]}, IDS, MASK, **PACKED).hidden))
+    actual = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
+    np.testing.assert_allclose(real(actual), real(written_out(family, layer)), atol=1e-5)
+    assert not np.allclose(real(actual), real(module.base.apply({"params": trunk(family)[1]}, IDS, MASK, **PACKED).hidden))
 
 
 @pytest.mark.parametrize("family", MAKES)
@@ -163,8 +163,8 @@ def test_ia3_multiplies_keys_values_and_the_inside_of_the_feed_forward_part(fami
         assert own is None
         return call(x, *rest, **kwargs)
 
-    found = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
-    np.testing.assert_allclose(real(found), real(written_out(family, layer)), atol=1e-5)
+    actual = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
+    np.testing.assert_allclose(real(actual), real(written_out(family, layer)), atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", [HOULSBY, PFEIFFER])
@@ -181,8 +181,8 @@ def test_a_bottleneck_follows_the_parts_of_a_block(family, adapter):
         inner = jax.nn.gelu(y @ own["down_kernel"] + own["down_bias"], approximate=False)
         return y + inner @ own["up_kernel"] + own["up_bias"]
 
-    found = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
-    np.testing.assert_allclose(real(found), real(written_out(family, layer)), atol=1e-5)
+    actual = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
+    np.testing.assert_allclose(real(actual), real(written_out(family, layer)), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", MAKES)
@@ -217,8 +217,8 @@ def test_a_prefix_is_more_keys_and_values_which_everything_sees(family):
         out = attend(q, *(part.swapaxes(1, 2) for part in source), mask, bias, own, scale)
         return attention.output(jnp.asarray(out.reshape(2, 8, -1)))
 
-    found = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
-    np.testing.assert_allclose(real(found), real(written_out(family, layer)), atol=2e-5)
+    actual = module.apply({"params": params}, IDS, MASK, **PACKED).hidden
+    np.testing.assert_allclose(real(actual), real(written_out(family, layer)), atol=2e-5)
 
 
 @pytest.mark.parametrize("family", MAKES)
@@ -234,13 +234,13 @@ def test_each_row_has_the_adapters_of_its_source(family):
     """Against adapters that all share, with the parameters of one source after another; an empty row gets some."""
     each = [type(a)(**{**vars(a), "per": "source"}) for a in (LORA, IA, HOULSBY, PREFIX)]
     module, params = with_adapters(family, *each, sources=3)
-    found = module.apply({"params": params}, IDS, MASK, source=np.array([2, 0]), **PACKED).hidden
+    actual = module.apply({"params": params}, IDS, MASK, source=np.array([2, 0]), **PACKED).hidden
     shared = adapt(module.base, (LORA, IA, HOULSBY, PREFIX))
     like = jax.eval_shape(lambda: shared.add(trunk(family)[1], jax.random.key(0)))["adapters"]
     for row, source in ((0, 2), (1, 0)):
         own = jax.tree.map(lambda stack, leaf, s=source: stack.reshape(3, *leaf.shape)[s], params["adapters"], like)
         expected = shared.apply({"params": params | {"adapters": own}}, IDS, MASK, **PACKED).hidden
-        np.testing.assert_allclose(found[row][MASK[row] > 0], expected[row][MASK[row] > 0], atol=1e-5)
+        np.testing.assert_allclose(actual[row][MASK[row] > 0], expected[row][MASK[row] > 0], atol=1e-5)
     empty = module.apply({"params": params}, IDS, MASK, source=np.array([-1, 0]), **PACKED).hidden
     assert np.isfinite(real(empty)).all()
     with pytest.raises(ValueError, match="needs the source of every row"):
@@ -257,8 +257,8 @@ def test_the_order_of_declaration_changes_nothing():
     adapters = (PREFIX, HOULSBY, IA, Lora(name="lora", rank=2, target=".*"))
     module, params = with_adapters("modernbert_rows", *adapters)
     turned = adapt(module.base, adapters[::-1])
-    found, expected = (m.apply({"params": params}, IDS, MASK, **PACKED).hidden for m in (turned, module))
-    np.testing.assert_array_equal(found, expected)
+    actual, expected = (m.apply({"params": params}, IDS, MASK, **PACKED).hidden for m in (turned, module))
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("family", MAKES)
@@ -269,14 +269,14 @@ def test_merged_into_the_kernels(family):
     module, params = with_adapters(family, IA, lora)
     merged = merge_adapters(module, params)
     assert jax.tree.structure(merged) == jax.tree.structure(trunk(family)[1])
-    found = base.apply({"params": merged}, IDS, MASK, **PACKED).hidden
-    np.testing.assert_allclose(real(found), real(module.apply({"params": params}, IDS, MASK, **PACKED).hidden), atol=1e-5)
+    actual = base.apply({"params": merged}, IDS, MASK, **PACKED).hidden
+    np.testing.assert_allclose(real(actual), real(module.apply({"params": params}, IDS, MASK, **PACKED).hidden), atol=1e-5)
 
     each = [Lora(name="lora", rank=2, per="source"), IA3(name="ia3", per="source")]
     module, params = with_adapters(family, *each, sources=2)
-    found = base.apply({"params": merge_adapters(module, params, 1)}, IDS, MASK, **PACKED).hidden
+    actual = base.apply({"params": merge_adapters(module, params, 1)}, IDS, MASK, **PACKED).hidden
     expected = module.apply({"params": params}, IDS, MASK, source=np.array([1, 1]), **PACKED).hidden
-    np.testing.assert_allclose(real(found), real(expected), atol=1e-5)
+    np.testing.assert_allclose(real(actual), real(expected), atol=1e-5)
     with pytest.raises(UserError, match="adapter 'lora': each source has its own"):
         merge_adapters(module, params)
 
@@ -329,10 +329,10 @@ def test_alone_with_optax(adapter):
 def test_init_is_the_module_s_own_with_adapters_beside():
     base, _ = trunk("bert_rows")
     module = adapt(base, [LORA])
-    found = module.init(jax.random.key(3), IDS)["params"]
+    actual = module.init(jax.random.key(3), IDS)["params"]
     expected = base.init(jax.random.key(3), IDS)["params"]
-    added = traverse_util.flatten_dict(found.pop("adapters"), sep="/")
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    added = traverse_util.flatten_dict(actual.pop("adapters"), sep="/")
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert {path.rpartition("/")[0] for path in added} == {
         f"lora/layer_{n}/attention/{name}" for n in range(base.config.num_layers) for name in ("query", "value")
     }

@@ -91,9 +91,9 @@ def test_other_texts_are_refused(bert, data, tmp_path, text, message):
 def params_of(workdir):
     """{step: parameters that were measured}."""
     store = Store(workdir, Checkpoints(), read_only=True)
-    found = {step: store.restore_params(step) for step in store.steps()}
+    actual = {step: store.restore_params(step) for step in store.steps()}
     store.close()
-    return found
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +102,13 @@ def runs(bert, data, tmp_path_factory):
 
     An average knows nothing of what it is of: a trunk of one matrix does, and compiles in no time.
     """
-    folder, found = tmp_path_factory.mktemp("averaged"), {}
+    folder, actual = tmp_path_factory.mktemp("averaged"), {}
     for text in ("none", "ema:decay=0.8", "last:n=2"):
         keep, every = Checkpoints(every=1, keep=20), Evaluation(every=2, baseline="none")
         trunk = mtl_jax.Embedding(vocabulary=30, dimension=8)
         experiment = tiny.experiment(bert, data, trunk=trunk, averaging=text, checkpoints=keep, evaluation=every)
-        found[text] = folder / text[:3], mtl_jax.train(experiment, folder / text[:3])
-    return found
+        actual[text] = folder / text[:3], mtl_jax.train(experiment, folder / text[:3])
+    return actual
 
 
 def test_training_itself_is_the_same(runs):
@@ -139,9 +139,9 @@ def test_results_say_so_and_are_of_the_average(runs, bert, data):
     """The test score is that of the parameters that predict() opens."""
     from mtl_jax.inference.predict import open_run, predict
 
-    for text, (workdir, found) in runs.items():
-        assert found["averaging"] == json.loads((workdir / "results.json").read_text())["averaging"] == text
-        opened, best = open_run(workdir).params, params_of(workdir)[found["best_step"]]
+    for text, (workdir, actual) in runs.items():
+        assert actual["averaging"] == json.loads((workdir / "results.json").read_text())["averaging"] == text
+        opened, best = open_run(workdir).params, params_of(workdir)[actual["best_step"]]
         jax.tree.map(np.testing.assert_array_equal, opened, best)
     assert predict(runs["last:n=2"][0], "coarse", ["who is the man ?"])[0]["label"] in ("HUM", "LOC")
     dev = {text: [r["criterion"] for r in read_metrics(workdir) if r["kind"] == "dev"] for text, (workdir, _) in runs.items()}

@@ -62,9 +62,9 @@ def test_average_by_hand():
 def test_averages_are_taken_in_float64():
     """In float32 the small numbers would vanish one after another."""
     numbers = [2.0**25, *[1.0] * 64]
-    found = merging.average([{"a": np.float32([number])} for number in numbers])
-    np.testing.assert_array_equal(found["a"], np.float32((2**25 + 64) / 65))
-    assert found["a"].dtype == np.float32
+    actual = merging.average([{"a": np.float32([number])} for number in numbers])
+    np.testing.assert_array_equal(actual["a"], np.float32((2**25 + 64) / 65))
+    assert actual["a"].dtype == np.float32
 
 
 @given(NUMBERS, st.lists(st.floats(0.01, 100), min_size=1, max_size=5))
@@ -76,16 +76,16 @@ def test_the_average_of_equals_is_each_of_them(numbers, weights):
 def test_an_average_knows_no_order(numbers, random):
     shuffled = list(numbers)
     random.shuffle(shuffled)
-    found = (vector(merging.average([tree(n) for n in order])) for order in (numbers, shuffled))
-    np.testing.assert_allclose(*found, rtol=2e-7, atol=1e-9)
+    actual = (vector(merging.average([tree(n) for n in order])) for order in (numbers, shuffled))
+    np.testing.assert_allclose(*actual, rtol=2e-7, atol=1e-9)
 
 
 @given(MANY)
 def test_an_average_lies_between(numbers):
-    found = vector(merging.average([tree(n) for n in numbers]))
+    actual = vector(merging.average([tree(n) for n in numbers]))
     low, high = (vector(tree(edge(numbers, axis=0))) for edge in (np.min, np.max))
-    assert (found >= low).all()
-    assert (found <= high).all()
+    assert (actual >= low).all()
+    assert (actual <= high).all()
 
 
 # Greedy soup
@@ -107,21 +107,21 @@ def test_greedy_soup_by_hand(seed):
     def score(point):
         return -float(np.abs(point - vector(tree(goal))).sum())
 
-    found = merging.greedy_soup([tree(n) for n in numbers], lambda params: score(vector(params)))
+    actual = merging.greedy_soup([tree(n) for n in numbers], lambda params: score(vector(params)))
     kept = greedy_by_hand(np.array([vector(tree(n)) for n in numbers]), score)
-    assert [number for number, _, taken in found.tried if taken] == kept
-    same_bits(found.params, merging.average([tree(numbers[i]) for i in kept]))
-    assert found.score == pytest.approx(score(vector(found.params)))
-    assert found.score >= max(found.scores)
-    assert len(found.tried) == 6
+    assert [number for number, _, taken in actual.tried if taken] == kept
+    same_bits(actual.params, merging.average([tree(numbers[i]) for i in kept]))
+    assert actual.score == pytest.approx(score(vector(actual.params)))
+    assert actual.score >= max(actual.scores)
+    assert len(actual.tried) == 6
 
 
 def test_greedy_soup_takes_what_does_not_hurt_and_leaves_what_does():
     trees = [{"a": np.float32([x])} for x in (1.0, 1.0, 5.0, math.nan)]
-    found = merging.greedy_soup(trees, lambda params: -abs(float(params["a"][0]) - 1))
-    assert found.tried[:2] == [(0, 0.0, True), (1, 0.0, True)]
-    assert [(number, taken) for number, _, taken in found.tried[2:]] == [(2, False), (3, False)]
-    assert found.params["a"] == 1
+    actual = merging.greedy_soup(trees, lambda params: -abs(float(params["a"][0]) - 1))
+    assert actual.tried[:2] == [(0, 0.0, True), (1, 0.0, True)]
+    assert [(number, taken) for number, _, taken in actual.tried[2:]] == [(2, False), (3, False)]
+    assert actual.params["a"] == 1
 
 
 # Interpolation
@@ -143,15 +143,15 @@ def test_interpolation_by_hand_and_its_ends(start, end, alpha):
 
 @given(NUMBERS, MANY, st.floats(-3, 3))
 def test_task_arithmetic_by_hand(base, numbers, scale):
-    found = merging.arithmetic(tree(base), [tree(n) for n in numbers], scale)
+    actual = merging.arithmetic(tree(base), [tree(n) for n in numbers], scale)
     expected = vector(tree(base)) + scale * sum(vector(tree(n)) - vector(tree(base)) for n in numbers)
-    np.testing.assert_allclose(vector(found), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(vector(actual), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_task_arithmetic_with_a_scale_for_each():
     base, *numbers = by_chance(3)
-    found = merging.arithmetic(tree(base), [tree(n) for n in numbers], [0.5, -1])
-    close(found, base + 0.5 * (numbers[0] - base) - (numbers[1] - base))
+    actual = merging.arithmetic(tree(base), [tree(n) for n in numbers], [0.5, -1])
+    close(actual, base + 0.5 * (numbers[0] - base) - (numbers[1] - base))
     close(merging.arithmetic(tree(base), [tree(numbers[0])]), numbers[0])
     same_bits(merging.arithmetic(tree(base), [tree(numbers[0])], 0.0), tree(base))
 
@@ -173,12 +173,12 @@ def ties_by_hand(vectors, keep):
 
 @given(NUMBERS, MANY, st.floats(0.01, 1), st.floats(-2, 2))
 def test_ties_by_hand(base, numbers, keep, scale):
-    found = merging.ties(tree(base), [tree(n) for n in numbers], keep, scale)
+    actual = merging.ties(tree(base), [tree(n) for n in numbers], keep, scale)
     vectors = [vector(tree(n)) - vector(tree(base)) for n in numbers]
     # What is sorted is rounded to float32; numbers that differ by less than that may stay or go.
     if all(len(set(np.abs(v).astype(np.float32).tolist())) == len(set(np.abs(v).tolist())) for v in vectors):
         expected = vector(tree(base)) + scale * ties_by_hand(vectors, keep)
-        np.testing.assert_allclose(vector(found), expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(vector(actual), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_ties_on_numbers_that_can_be_followed():
@@ -186,16 +186,16 @@ def test_ties_on_numbers_that_can_be_followed():
     base = {"a": np.zeros(4, np.float32), "b": np.zeros(2, np.float32)}
     one = {"a": np.float32([8, 7, -6, 1]), "b": np.float32([0.1, 0.2])}
     two = {"a": np.float32([4, -9, -2, 1]), "b": np.float32([0.1, 5])}
-    found = merging.ties(base, [one, two], keep=0.5)
+    actual = merging.ties(base, [one, two], keep=0.5)
     # one keeps 8 7 -6, two keeps 4 -9 and 5; sums 12 -2 -6 0, 0 5
-    np.testing.assert_array_equal(found["a"], np.float32([6, -9, -6, 0]))
-    np.testing.assert_array_equal(found["b"], np.float32([0, 5]))
+    np.testing.assert_array_equal(actual["a"], np.float32([6, -9, -6, 0]))
+    np.testing.assert_array_equal(actual["b"], np.float32([0, 5]))
 
 
 @given(NUMBERS, NUMBERS, st.integers(1, 4))
 def test_ties_of_equals_is_each_of_them(base, numbers, count):
-    found = merging.ties(tree(base), [tree(numbers)] * count, keep=1.0)
-    np.testing.assert_allclose(vector(found), vector(tree(numbers)), rtol=1e-6, atol=1e-6)
+    actual = merging.ties(tree(base), [tree(numbers)] * count, keep=1.0)
+    np.testing.assert_allclose(vector(actual), vector(tree(numbers)), rtol=1e-6, atol=1e-6)
 
 
 @given(NUMBERS, MANY, st.randoms())
@@ -203,8 +203,8 @@ def test_task_vectors_know_no_order(base, numbers, random):
     shuffled = list(numbers)
     random.shuffle(shuffled)
     for merge in (merging.arithmetic, merging.ties):
-        found = (vector(merge(tree(base), [tree(n) for n in order])) for order in (numbers, shuffled))
-        np.testing.assert_allclose(*found, rtol=1e-6, atol=1e-6)
+        actual = (vector(merge(tree(base), [tree(n) for n in order])) for order in (numbers, shuffled))
+        np.testing.assert_allclose(*actual, rtol=1e-6, atol=1e-6)
 
 
 @given(NUMBERS, st.integers(1, 3))
@@ -237,19 +237,19 @@ def test_dare_by_hand(drop):
 
 def test_dare_drops_as_much_as_it_says_and_keeps_the_mean():
     base, tuned = {"a": np.zeros(100_000, np.float32)}, {"a": np.ones(100_000, np.float32)}
-    found = merging.dare(base, [tuned], 0.9, jax.random.key(0))["a"]
-    assert set(np.unique(found).tolist()) == {0.0, np.float32(10).item()}
-    assert (found == 0).mean() == pytest.approx(0.9, abs=0.005)
-    assert found.mean() == pytest.approx(1.0, abs=0.05)
+    actual = merging.dare(base, [tuned], 0.9, jax.random.key(0))["a"]
+    assert set(np.unique(actual).tolist()) == {0.0, np.float32(10).item()}
+    assert (actual == 0).mean() == pytest.approx(0.9, abs=0.005)
+    assert actual.mean() == pytest.approx(1.0, abs=0.05)
     two = merging.dare(base, [tuned, tuned], 0.9, jax.random.key(0))["a"]
     assert (two == 20).mean() == pytest.approx(0.01, abs=0.002)  # each is dropped by itself
 
 
 def test_dare_follows_from_its_key():
     base, *trees = (tree(n) for n in by_chance(3))
-    found = [merging.dare(base, trees, 0.5, jax.random.key(seed)) for seed in (1, 1, 2)]
-    same_bits(found[0], found[1])
-    assert (vector(found[0]) != vector(found[2])).any()
+    actual = [merging.dare(base, trees, 0.5, jax.random.key(seed)) for seed in (1, 1, 2)]
+    same_bits(actual[0], actual[1])
+    assert (vector(actual[0]) != vector(actual[2])).any()
     same_bits(merging.dare(base, trees, 0.0, jax.random.key(3)), merging.arithmetic(base, trees))
 
 
@@ -307,6 +307,6 @@ def test_numbers_outside_their_bounds_are_refused(call, message):
 
 def test_other_floats_keep_their_type():
     trees = [{"a": jnp.asarray([1.0, 2.0], jnp.bfloat16)}, {"a": jnp.asarray([3.0, 5.0], jnp.bfloat16)}]
-    found = merging.average(trees)["a"]
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.float32(found), [2.0, 3.5])
+    actual = merging.average(trees)["a"]
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float32(actual), [2.0, 3.5])

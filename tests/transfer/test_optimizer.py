@@ -33,11 +33,11 @@ def test_no_step_is_wasted(name, warmup, steps):
     """No rate is 0, and where there is a warm-up, its last step has the peak."""
     schedule = optimizers.schedule(Optimizer(schedule=name, warmup=warmup), 2.0, steps)
     looked_at = np.unique([*range(min(steps, 20)), *range(max(0, steps - 20), steps), max(0, round(warmup * steps) - 1)])
-    found = np.broadcast_to(jax.vmap(schedule)(looked_at), looked_at.shape)
-    assert found.min() > 0
-    assert found.max() == pytest.approx(2.0, rel=1e-6) or not round(warmup * steps)
+    actual = np.broadcast_to(jax.vmap(schedule)(looked_at), looked_at.shape)
+    assert actual.min() > 0
+    assert actual.max() == pytest.approx(2.0, rel=1e-6) or not round(warmup * steps)
     if round(warmup * steps) and name != "constant":
-        assert looked_at[found.argmax()] == round(warmup * steps) - 1
+        assert looked_at[actual.argmax()] == round(warmup * steps) - 1
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
@@ -95,9 +95,9 @@ def test_six_steps_are_those_of_torch(name):
         updates, state = optimizer.update({"trunk": {"kernel": kernel, "bias": bias}}, state, params)
         params = optax.apply_updates(params, updates)
         assert all((a != b).all() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True)), step
-    found = np.concatenate([np.ravel(params["trunk"]["kernel"]), params["trunk"]["bias"]])
-    np.testing.assert_allclose(found, STORED[name], atol=2e-6)
-    np.testing.assert_allclose(found, after_six_steps_of_torch(config), atol=2e-6)
+    actual = np.concatenate([np.ravel(params["trunk"]["kernel"]), params["trunk"]["bias"]])
+    np.testing.assert_allclose(actual, STORED[name], atol=2e-6)
+    np.testing.assert_allclose(actual, after_six_steps_of_torch(config), atol=2e-6)
 
 
 @pytest.mark.parametrize(("steps", "cut_frac"), [(40, 0.25), (45, 0.1), (40, 0.0), (40, 1.0)])

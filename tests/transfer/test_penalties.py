@@ -52,8 +52,8 @@ def test_fisher_of_logistic_regression():
         return jax.nn.log_sigmoid(jnp.where(y == 1, 1.0, -1.0) * (x @ params["w"]))
 
     expected = np.mean([((y - sigmoid(x @ w_D)) * x) ** 2 for x, y in zip(x_NxD, y_N, strict=True)], axis=0)
-    found = transfer.fisher(log_likelihood, {"w": w_D}, (x_NxD, y_N))
-    np.testing.assert_allclose(found["w"], expected, rtol=1e-5)
+    actual = transfer.fisher(log_likelihood, {"w": w_D}, (x_NxD, y_N))
+    np.testing.assert_allclose(actual["w"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

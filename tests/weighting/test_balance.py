@@ -42,17 +42,17 @@ def test_db_mtl_averages_the_gradients_of_the_logarithms():
 def test_db_mtl_weighs_alike_with_and_without_average():
     """In the first step there is nothing to average: the same weights, in the units of the losses."""
     gradients, losses = tree([[4, 0, 0], [0, 3, 0]]), (2.0, 0.5)
-    found = {}
+    actual = {}
     for beta in (0.0, 0.9):
         rule = weighting.db_mtl(beta=beta)
         changed = gradients
         if rule.transform is not None:
             changed, _ = rule.transform.update(rule.transform.init(gradients), signals(0, losses), gradients)
         gram = changed["kernel"] @ changed["kernel"].T
-        found[beta], _ = rule.update((), signals(0, losses)._replace(gram=gram, transformed=()))
+        actual[beta], _ = rule.update((), signals(0, losses)._replace(gram=gram, transformed=()))
     for task in "ab":
-        np.testing.assert_allclose(found[0.9][task], found[0.0][task], rtol=1e-5)
-    np.testing.assert_allclose(found[0.0]["a"], 6 / (4 / 2) / 2, rtol=1e-5)  # the longest h, of b, is 3 / 0.5
+        np.testing.assert_allclose(actual[0.9][task], actual[0.0][task], rtol=1e-5)
+    np.testing.assert_allclose(actual[0.0]["a"], 6 / (4 / 2) / 2, rtol=1e-5)  # the longest h, of b, is 3 / 0.5
 
 
 def test_graddrop_keeps_one_sign_in_each_coordinate():
@@ -60,8 +60,8 @@ def test_graddrop_keeps_one_sign_in_each_coordinate():
     size = 4000
     gradients = tree(np.stack([np.full(size, 3.0), np.full(size, -1.0)]))
     rule = weighting.graddrop()
-    found, _ = rule.transform.update((), signals(0), gradients)
-    total = np.asarray(found["kernel"].sum(axis=0))
+    actual, _ = rule.transform.update((), signals(0), gradients)
+    total = np.asarray(actual["kernel"].sum(axis=0))
     assert set(total) == {3.0, -1.0}
     np.testing.assert_allclose(np.mean(total > 0), 0.75, atol=0.03)
     leaking, _ = weighting.graddrop(leak=1.0).transform.update((), signals(0), gradients)

@@ -17,11 +17,11 @@ def signals(values, step=0, gram=None, counts=None):
 
 
 def run(rule, history, **more):
-    state, found = rule.init(NAMES), []
+    state, actual = rule.init(NAMES), []
     for step, values in enumerate(history):
         weights, state = jax.jit(rule.update)(state, signals(values, step, **more))
-        found.append([float(weights[name]) for name in NAMES])
-    return np.array(found)
+        actual.append([float(weights[name]) for name in NAMES])
+    return np.array(actual)
 
 
 def by_loss(factor=1.0):
@@ -41,8 +41,8 @@ def test_normalized_sets_the_sum():
 
 
 def test_every_holds_the_weights():
-    found = run(weighting.every(by_loss(), k=3), [[n, n, n] for n in range(1, 8)])
-    np.testing.assert_allclose(found[:, 0], [1, 1, 1, 4, 4, 4, 7])
+    actual = run(weighting.every(by_loss(), k=3), [[n, n, n] for n in range(1, 8)])
+    np.testing.assert_allclose(actual[:, 0], [1, 1, 1, 4, 4, 4, 7])
 
 
 def test_every_needs_no_gram_matrix_where_it_is_not_due():
@@ -59,8 +59,8 @@ def test_every_needs_no_gram_matrix_where_it_is_not_due():
 def test_subset_draws_by_the_number_of_examples():
     counts = np.array([1.0, 4.0, 16.0])
     history = [[1, 1, 1]] * 400
-    found = run(weighting.subset(weighting.equal(), s=2), history, counts=counts)
-    assert set(map(tuple, found)) <= {(1, 1, 0), (1, 0, 1), (0, 1, 1)}
+    actual = run(weighting.subset(weighting.equal(), s=2), history, counts=counts)
+    assert set(map(tuple, actual)) <= {(1, 1, 0), (1, 0, 1), (0, 1, 1)}
     one = run(weighting.subset(weighting.equal(), s=1), history, counts=counts)
     np.testing.assert_allclose(one.mean(axis=0), counts / counts.sum(), atol=0.07)
     half = run(weighting.subset(weighting.equal(), s=1, temperature=2), history, counts=counts)
@@ -76,8 +76,8 @@ def test_subset_gives_the_rule_those_tasks_only():
 
 def test_clipped_and_ema():
     np.testing.assert_allclose(run(weighting.clipped(by_loss(), low=0.5, high=2), [[0, 1, 9]])[0], [0.5, 1, 2])
-    found = run(weighting.ema(by_loss(), decay=0.5), [[4, 4, 4], [0, 0, 0], [0, 0, 0]])
-    np.testing.assert_allclose(found[:, 0], [4, 2, 1])
+    actual = run(weighting.ema(by_loss(), decay=0.5), [[4, 4, 4], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(actual[:, 0], [4, 2, 1])
 
 
 def test_combinators_go_around_each_other():
@@ -86,8 +86,8 @@ def test_combinators_go_around_each_other():
         rule = weighting.combine(rule, text)
     assert rule.needs_gram
     assert rule.due is not None
-    found = run(rule, [[1, 1, 1]] * 4, gram=jnp.diag(jnp.asarray([1.0, 2.0, 4.0])))
-    assert np.isfinite(found).all()
+    actual = run(rule, [[1, 1, 1]] * 4, gram=jnp.diag(jnp.asarray([1.0, 2.0, 4.0])))
+    assert np.isfinite(actual).all()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def weights_of(rule, gradients, key=0, losses=None):
 def history_of(rule, steps, key=0):
     """The weights in each of some steps (losses [K], gradients [K, P], counts [K] or None)."""
     names = [f"t{i:02d}" for i in range(len(steps[0][0]))]
-    state, update, found = rule.init(names), jax.jit(rule.update), []
+    state, update, actual = rule.init(names), jax.jit(rule.update), []
     for step, (losses, gradients, counts) in enumerate(steps):
         gram = jnp.asarray(np.asarray(gradients, np.float64) @ np.asarray(gradients, np.float64).T, jnp.float32)
         losses = dict(zip(names, jnp.asarray(losses, jnp.float32), strict=True))
@@ -38,8 +38,8 @@ def history_of(rule, steps, key=0):
         same = jax.tree.map(lambda a, b: jax.typeof(a) == jax.typeof(b), state, new_state)
         assert all(jax.tree.leaves(same)), "the state changed its type: the program would be compiled again"
         state = new_state
-        found.append(np.array([weights[name] for name in names], np.float64))
-    return found
+        actual.append(np.array([weights[name] for name in names], np.float64))
+    return actual
 
 
 def direction(rule, gradients, key=0):
@@ -93,8 +93,8 @@ def test_pcgrad_is_the_loop_written_out():
         np.testing.assert_allclose(direction(weighting.pcgrad(order="sorted"), gradients), expected, atol=1e-4)
         key = jax.random.key(seed)
         orders = np.array([jax.random.permutation(k, 5) for k in jax.random.split(key, 5)])
-        found = direction(weighting.pcgrad(), gradients, key=seed)
-        np.testing.assert_allclose(found, pcgrad_written_out(gradients, orders), atol=1e-4)
+        actual = direction(weighting.pcgrad(), gradients, key=seed)
+        np.testing.assert_allclose(actual, pcgrad_written_out(gradients, orders), atol=1e-4)
 
 
 def gradvac_written_out(gradients, aims, beta):
@@ -125,8 +125,8 @@ def test_gradvac_is_the_loop_written_out():
         losses = dict.fromkeys(names, jnp.float32(1.0))
         gram = jnp.asarray(gradients @ gradients.T, jnp.float32)
         weights, state = rule.update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(0)))
-        found = gradients.T @ np.array([weights[name] for name in names])
-        np.testing.assert_allclose(found, gradvac_written_out(gradients, aims, 0.5), rtol=1e-3, atol=1e-3)
+        actual = gradients.T @ np.array([weights[name] for name in names])
+        np.testing.assert_allclose(actual, gradvac_written_out(gradients, aims, 0.5), rtol=1e-3, atol=1e-3)
 
 
 def test_krum_is_its_definition():
@@ -158,31 +158,31 @@ def test_gradnorm_lengthens_the_gradient_of_the_slow_task():
     rule = weighting.gradnorm()
     state = rule.init(["fast", "slow"])
     gram = jnp.asarray([[1.0, 0.0], [0.0, 1.0]])
-    found = []
+    actual = []
     for step, fast in enumerate([2.0, 1.0, 1.0, 1.0]):
         losses = {"fast": jnp.float32(fast), "slow": jnp.float32(2.0)}
         weights, state = rule.update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(0)))
-        found.append((float(weights["fast"]), float(weights["slow"])))
-    assert found[0] == found[1] == (1.0, 1.0)
-    assert found[3][1] > found[2][1] > 1.0
-    np.testing.assert_allclose(np.sum(found, axis=1), 2.0, rtol=1e-6)
+        actual.append((float(weights["fast"]), float(weights["slow"])))
+    assert actual[0] == actual[1] == (1.0, 1.0)
+    assert actual[3][1] > actual[2][1] > 1.0
+    np.testing.assert_allclose(np.sum(actual, axis=1), 2.0, rtol=1e-6)
 
 
 def test_db_mtl_without_average_is_its_definition():
     gradients, losses = np.random.default_rng(7).normal(size=(3, 5)), np.array([0.5, 1.0, 4.0])
     logs = gradients / losses[:, None]
     lengths = np.linalg.norm(logs, axis=1)
-    found = gradients.T @ weights_of(weighting.db_mtl(beta=0.0), gradients, losses=losses)
-    np.testing.assert_allclose(found, lengths.max() * (logs / lengths[:, None]).sum(0), rtol=1e-4)
+    actual = gradients.T @ weights_of(weighting.db_mtl(beta=0.0), gradients, losses=losses)
+    np.testing.assert_allclose(actual, lengths.max() * (logs / lengths[:, None]).sum(0), rtol=1e-4)
 
 
 def test_moco_steps_towards_the_shortest_vector():
     gradients = np.random.default_rng(8).normal(size=(3, 5))
     gram, w = gradients @ gradients.T, np.full(3, 1 / 3)
     moved = w - 0.1 * gram @ w
-    found = weights_of(weighting.moco(gamma=0.1), gradients)
-    shift = (moved - found)[found > 0]
-    assert found.sum() == pytest.approx(1.0, abs=1e-5)
+    actual = weights_of(weighting.moco(gamma=0.1), gradients)
+    shift = (moved - actual)[actual > 0]
+    assert actual.sum() == pytest.approx(1.0, abs=1e-5)
     np.testing.assert_allclose(shift, shift[0], atol=1e-5)  # a projection onto the simplex moves all that stay alike
     steps = [(np.ones(3), gradients, None)] * 300
     many = gradients.T @ history_of(weighting.moco(gamma=0.1, sigma=0.0), steps)[-1]
@@ -329,9 +329,9 @@ def test_the_rule_sees_the_tasks_that_are_present(name, seed, absent):
     steps = [(rng.uniform(0.5, 3, size=4), rng.normal(size=(4, 6)) * np.exp(rng.normal(size=(4, 1)))) for _ in range(4)]
     alone = history_of(rule, [(losses[there], gradients[there], None) for losses, gradients in steps])
     beside = history_of(rule, [(losses * there, gradients * there[:, None], 5.0 * there) for losses, gradients in steps])
-    for expected, found in zip(alone, beside, strict=True):
-        assert found[absent] == 0
-        np.testing.assert_allclose(found[there], expected, rtol=2e-2, atol=2e-3 * np.abs(expected).max())
+    for expected, actual in zip(alone, beside, strict=True):
+        assert actual[absent] == 0
+        np.testing.assert_allclose(actual[there], expected, rtol=2e-2, atol=2e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", sorted(set(weighting.RULES) - {"fixed", "scheduled"}))

@@ -50,7 +50,7 @@ def turned(gradient, cosine, rng):
 
 def hard(kind, K, count=4):
     """Gradients f64[count, K, P] of a kind."""
-    found = []
+    actual = []
     for seed in range(count):
         rng = np.random.default_rng(100 * K + seed)
         J = rng.normal(size=(K, 2 if kind == "plane" else K + 3))
@@ -67,8 +67,8 @@ def hard(kind, K, count=4):
             J *= 10 ** rng.uniform(-float(kind.split()[1]), float(kind.split()[1]), size=(K, 1))
         elif kind == "zero":
             J[-1] = 0
-        found.append(J)
-    return np.stack(found)
+        actual.append(J)
+    return np.stack(actual)
 
 
 KINDS = (

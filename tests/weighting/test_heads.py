@@ -77,31 +77,33 @@ def test_the_setting_is_kept_in_a_workdir(setting):
 
 
 @pytest.mark.parametrize("name", ["equal", "mgda"])
-def test_a_workdir_of_before_goes_on_as_it_was(tmp_path, caplog, name):
+def test_a_workdir_of_an_earlier_version_resumes_unchanged(tmp_path, caplog, name):
     """Its configuration says true, which was the default; the same script now says rule. Only mgda makes a difference."""
     caplog.set_level("INFO", logger="mtl_jax")
-    now = tiny.experiment("bert", "data", weighting=name)
-    before = to_json(dataclasses.replace(now, weigh_heads=True))
-    workdirs.write_json(tmp_path / "config.json", before)
-    going_on = keep_head_weights(now, before)
-    assert going_on.weigh_heads is True
-    assert not workdirs.config_changed(tmp_path, to_json(going_on), allow_change=False)
+    experiment = tiny.experiment("bert", "data", weighting=name)
+    stored = to_json(dataclasses.replace(experiment, weigh_heads=True))
+    workdirs.write_json(tmp_path / "config.json", stored)
+    resumed = keep_head_weights(experiment, stored)
+    assert resumed.weigh_heads is True
+    assert not workdirs.config_changed(tmp_path, to_json(resumed), allow_change=False)
     assert ("its heads keep their weighted gradients" in caplog.text) == (name == "mgda")
 
 
-@pytest.mark.parametrize(("before", "now"), [("rule", "rule"), (False, "rule"), (True, False), (True, True), (None, "rule")])
-def test_other_workdirs_are_not_reinterpreted(before, now):
-    experiment = tiny.experiment("bert", "data", weighting="mgda", weigh_heads=now)
-    config = None if before is None else to_json(dataclasses.replace(experiment, weigh_heads=before))
+@pytest.mark.parametrize(
+    ("stored", "setting"), [("rule", "rule"), (False, "rule"), (True, False), (True, True), (None, "rule")]
+)
+def test_other_workdirs_are_not_reinterpreted(stored, setting):
+    experiment = tiny.experiment("bert", "data", weighting="mgda", weigh_heads=setting)
+    config = None if stored is None else to_json(dataclasses.replace(experiment, weigh_heads=stored))
     assert keep_head_weights(experiment, config) == experiment
 
 
 @pytest.mark.parametrize("kept", [True, "rule"])
-def test_an_ablation_of_before_goes_on_as_it_was(tmp_path, kept):
-    now = tiny.experiment("bert", "data", weighting="mgda")
+def test_an_ablation_of_an_earlier_version_resumes_unchanged(tmp_path, kept):
+    experiment = tiny.experiment("bert", "data", weighting="mgda")
     (tmp_path / "runs" / "0000").mkdir(parents=True)
-    assert ablation_dir.keep_head_weights_of_runs(tmp_path, now) == now
+    assert ablation_dir.keep_head_weights_of_runs(tmp_path, experiment) == experiment
     run = {"run": "0000", "values": {}, "program": 0, "status": "waiting"}
     workdirs.write_json(tmp_path / "ablation.json", {"name": "tiny", "runs": [run], "axes": [], "programs": [{}]})
-    workdirs.write_json(tmp_path / "runs" / "0000" / "config.json", to_json(dataclasses.replace(now, weigh_heads=kept)))
-    assert ablation_dir.keep_head_weights_of_runs(tmp_path, now).weigh_heads == kept
+    workdirs.write_json(tmp_path / "runs" / "0000" / "config.json", to_json(dataclasses.replace(experiment, weigh_heads=kept)))
+    assert ablation_dir.keep_head_weights_of_runs(tmp_path, experiment).weigh_heads == kept

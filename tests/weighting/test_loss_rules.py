@@ -21,11 +21,11 @@ def signals(losses, step=0):
 def run(rule, history):
     """The weights after each set of losses."""
     state = rule.init(tuple(history[0]))
-    found = []
+    actual = []
     for step, losses in enumerate(history):
         weights, state = rule.update(state, signals(losses, step))
-        found.append({task: float(weight) for task, weight in weights.items()})
-    return found
+        actual.append({task: float(weight) for task, weight in weights.items()})
+    return actual
 
 
 def test_equal_is_the_plain_sum():
@@ -90,10 +90,10 @@ def test_learned_weights_find_their_optimum():
 
 def test_rlw_draws_from_the_key():
     rule = weighting.rlw()
-    found = run(rule, [THREE] * 200)
-    assert found == run(rule, [THREE] * 200)
-    assert all(sum(w.values()) == pytest.approx(1) for w in found)
-    np.testing.assert_allclose(np.mean([list(w.values()) for w in found], axis=0), 1 / 3, atol=0.05)
+    actual = run(rule, [THREE] * 200)
+    assert actual == run(rule, [THREE] * 200)
+    assert all(sum(w.values()) == pytest.approx(1) for w in actual)
+    np.testing.assert_allclose(np.mean([list(w.values()) for w in actual], axis=0), 1 / 3, atol=0.05)
     uniform = run(weighting.rlw(distribution="dirichlet"), [THREE] * 400)
     first = np.array([w["a"] for w in uniform])
     assert np.mean(first > 0.5) == pytest.approx(0.25, abs=0.07)  # (1 - 1/2)^2 of the simplex
@@ -102,7 +102,7 @@ def test_rlw_draws_from_the_key():
 def famo_written_out(history, rate=0.025, decay=0.01):
     """The paper's algorithm with the next step's losses, in float64."""
     K = len(history[0])
-    xi, m, v, t, found = np.zeros(K), np.zeros(K), np.zeros(K), 0, []
+    xi, m, v, t, actual = np.zeros(K), np.zeros(K), np.zeros(K), 0, []
     for n, losses in enumerate(history):
         if n:
             change = np.log(history[n - 1]) - np.log(losses)
@@ -112,23 +112,23 @@ def famo_written_out(history, rate=0.025, decay=0.01):
             m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
             xi = xi - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
         z = np.exp(xi) / np.exp(xi).sum()
-        found.append(z / losses / (z / losses).sum())
-    return found
+        actual.append(z / losses / (z / losses).sum())
+    return actual
 
 
 def test_famo_is_the_algorithm_written_out():
     history = np.random.default_rng(0).uniform(0.5, 3.0, size=(6, 3))
-    found = run(weighting.famo(), [dict(zip("abc", map(float, losses), strict=True)) for losses in history])
-    np.testing.assert_allclose([list(w.values()) for w in found], famo_written_out(history), rtol=1e-4)
+    actual = run(weighting.famo(), [dict(zip("abc", map(float, losses), strict=True)) for losses in history])
+    np.testing.assert_allclose([list(w.values()) for w in actual], famo_written_out(history), rtol=1e-4)
 
 
 def test_excess_counts_from_the_reference():
     """The noisy task's loss is at its floor: its weight falls, though its loss is the largest."""
     rule = weighting.excess(learning_rate=1.0, reference={"easy": 0.0, "noisy": 4.0})
-    found = run(rule, [{"easy": 2.0, "noisy": 5.0}, {"easy": 1.0, "noisy": 4.0}])
-    assert found[0] == {"easy": 0.5, "noisy": 0.5}
+    actual = run(rule, [{"easy": 2.0, "noisy": 5.0}, {"easy": 1.0, "noisy": 4.0}])
+    assert actual[0] == {"easy": 0.5, "noisy": 0.5}
     expected = np.exp([1.5, 1.0]) / np.exp([1.5, 1.0]).sum()
-    np.testing.assert_allclose(list(found[1].values()), expected, rtol=1e-5)
+    np.testing.assert_allclose(list(actual[1].values()), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -155,8 +155,8 @@ def test_weights_are_finite(name, losses):
     ],
 )
 def test_scheduled_takes_the_calls_of_optax_as_text(weight, values):
-    found = run(weighting.scheduled({"target": 1, "source": weight}), [{"target": 1.0, "source": 1.0}] * 5)
-    np.testing.assert_allclose([w["source"] for w in found], values, rtol=1e-5)
+    actual = run(weighting.scheduled({"target": 1, "source": weight}), [{"target": 1.0, "source": 1.0}] * 5)
+    np.testing.assert_allclose([w["source"] for w in actual], values, rtol=1e-5)
 
 
 def test_a_schedule_is_looked_at_in_every_step():

@@ -74,21 +74,21 @@ def test_without_a_task_the_problem_is_that_of_the_others(absent):
     matrix = gram(4, 6, 0)
     present = np.arange(4) != absent
     smaller = jnp.asarray(matrix[np.ix_(present, present)])
-    found = solvers.min_norm(jnp.asarray(matrix), present_K=jnp.asarray(present))
-    assert found[absent] == 0
-    np.testing.assert_allclose(found[present], solvers.min_norm(smaller), atol=1e-5)
+    actual = solvers.min_norm(jnp.asarray(matrix), present_K=jnp.asarray(present))
+    assert actual[absent] == 0
+    np.testing.assert_allclose(actual[present], solvers.min_norm(smaller), atol=1e-5)
     lower = jnp.asarray([0.1, 0.2, 0.3, 0.4])
-    found = solvers.into_dual_cone(jnp.asarray(matrix), lower, jnp.asarray(present))
-    np.testing.assert_allclose(found[present], solvers.into_dual_cone(smaller, lower[present]), rtol=1e-3)
+    actual = solvers.into_dual_cone(jnp.asarray(matrix), lower, jnp.asarray(present))
+    np.testing.assert_allclose(actual[present], solvers.into_dual_cone(smaller, lower[present]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
 def test_the_nearest_point_of_the_simplex(scale):
     """Against a search over a fine grid; however far away the values are."""
     values = np.array([0.3, -0.2, 0.5]) * scale
-    found = np.asarray(solvers.onto_simplex(jnp.asarray(values, jnp.float32), jnp.ones(3, bool)), np.float64)
-    assert found.sum() == pytest.approx(1.0, abs=1e-6)
+    actual = np.asarray(solvers.onto_simplex(jnp.asarray(values, jnp.float32), jnp.ones(3, bool)), np.float64)
+    assert actual.sum() == pytest.approx(1.0, abs=1e-6)
     grid = np.stack(np.meshgrid(np.linspace(0, 1, 201), np.linspace(0, 1, 201)), -1).reshape(-1, 2)
     grid = np.column_stack([grid, 1 - grid.sum(1)])
     distances = (np.square(grid[grid[:, 2] >= 0] - values) / scale**2).sum(1)
-    assert (np.square(found - values) / scale**2).sum() <= distances.min() + 1e-6
+    assert (np.square(actual - values) / scale**2).sum() <= distances.min() + 1e-6

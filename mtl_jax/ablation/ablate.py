@@ -25,11 +25,11 @@ from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment, select
-from mtl_jax.experiment_json import tasks_to_json, to_json
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.counts import evaluations_and_checkpoints, steps_by_phase
+from mtl_jax.training.experiment_json import tasks_to_json, to_json
 from mtl_jax.training.features import Features
 from mtl_jax.training.preemption import Stop, stop_on_signals
 from mtl_jax.training.setup import prepare

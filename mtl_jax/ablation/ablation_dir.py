@@ -9,8 +9,8 @@ from typing import Any
 from mtl_jax.ablation.plan import Program, Run, programs
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.experiment import Experiment, keep_head_weights
-from mtl_jax.experiment_json import from_json, to_json, with_defaults
 from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.experiment_json import from_json, to_json, with_defaults
 
 RECORD = "ablation.json"
 WAITING = "waiting"

@@ -21,7 +21,6 @@ from mtl_jax.core.files import writing
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Checkpoints
-from mtl_jax.experiment_json import to_json
 from mtl_jax.inference.predict import is_workdir, open_run
 from mtl_jax.merge import checkpoints, inputs
 from mtl_jax.merge.inputs import TRUNK, Model, Parts
@@ -31,6 +30,7 @@ from mtl_jax.training import evaluation, results, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.experiment_json import to_json
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.train_state import create
 from mtl_jax.transfer.adapters import Lora

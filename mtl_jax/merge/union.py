@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, cast
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.data.source import Source
 from mtl_jax.experiment import Experiment
-from mtl_jax.experiment_json import tasks_to_json
 from mtl_jax.inference.predict import TrainedRun
 from mtl_jax.tasks import AnyTask, Task
+from mtl_jax.training.experiment_json import tasks_to_json
 from mtl_jax.transfer.adapters.base import RUN
 
 # Fields of tasks that say how they were trained, not what they predict: runs of one experiment may differ in them.

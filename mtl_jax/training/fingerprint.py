@@ -18,9 +18,9 @@ import jax
 from mtl_jax.core.trees import leaves_of, sha256
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.examples import Examples
-from mtl_jax.experiment_json import tasks_to_json
 from mtl_jax.pretrained.tensor_files import Location
 from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.experiment_json import tasks_to_json
 from mtl_jax.training.hosts import Facts
 from mtl_jax.training.setup import Prepared
 

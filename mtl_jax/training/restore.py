@@ -14,12 +14,12 @@ from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import reason
 from mtl_jax.data.source import Source
 from mtl_jax.experiment import Experiment, select
-from mtl_jax.experiment_json import from_json, tasks_from_json
 from mtl_jax.tasks import Task
 from mtl_jax.training import checkpoint_files, frozen_params
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Best, Store
+from mtl_jax.training.experiment_json import from_json, tasks_from_json
 from mtl_jax.training.train_state import init_params
 from mtl_jax.transfer.adapters.base import RUN
 from mtl_jax.trunks import Trunk

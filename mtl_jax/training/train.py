@@ -13,10 +13,10 @@ from mtl_jax import trunks
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import Experiment, keep_head_weights
-from mtl_jax.experiment_json import tasks_to_json, to_json, with_defaults
 from mtl_jax.training import fingerprint, frozen_params, hosts, init_from, results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.experiment_json import tasks_to_json, to_json, with_defaults
 from mtl_jax.training.loop import TrainingRun
 from mtl_jax.training.preemption import stop_on_signals
 from mtl_jax.training.setup import Prepared, prepare

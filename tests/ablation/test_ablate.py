@@ -18,10 +18,10 @@ from mtl_jax.ablation.extract import take
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment
-from mtl_jax.experiment_json import from_json
 from mtl_jax.inference.predict import predict
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.metrics_log import read_metrics
 
 VARY = ["weights=1/1/1,0.2/0.3/0.5", "phases.everything.learning-rate=1e-2,1e30"]

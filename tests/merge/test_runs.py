@@ -18,12 +18,12 @@ import mtl_jax
 from mtl_jax import IA3, Checkpoints, Lora, Phase, adapters_only, trunks
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment_json import tasks_to_json, to_json
 from mtl_jax.inference.predict import TrainedRun, evaluate, open_run, predict
 from mtl_jax.merge import Method, merge
 from mtl_jax.merge.runs import corpus_of
 from mtl_jax.merge.union import Member, unite
 from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.experiment_json import tasks_to_json, to_json
 from mtl_jax.training.setup import prepare
 from mtl_jax.training.train_state import create
 from mtl_jax.transfer import merging

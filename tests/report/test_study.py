@@ -6,10 +6,10 @@ import pytest
 import tiny
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment_json import to_json
 from mtl_jax.report import study as read
 from mtl_jax.report.series import POINTS, Series, band, of_records
 from mtl_jax.report.statistics import criterion
+from mtl_jax.training.experiment_json import to_json
 
 DONE = {"values": {"weighting": "equal"}, "status": "done"}
 

@@ -24,9 +24,9 @@ from mtl_jax import Batching, Embedding, Experiment, Optimizer, Phase
 from mtl_jax.cli.run_command import run as run_command
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment_json import to_json
 from mtl_jax.training import fingerprint, hosts, loop, train
 from mtl_jax.training import mesh as meshes
+from mtl_jax.training.experiment_json import to_json
 from mtl_jax.training.setup import prepare
 
 FILES = {

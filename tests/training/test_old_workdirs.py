@@ -10,9 +10,9 @@ import pytest
 
 from mtl_jax import pretrained, train
 from mtl_jax.core import trees
-from mtl_jax.experiment_json import from_json
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, predict
+from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.restore import open_run
 
 STORED = Path(__file__).parent / "fixtures" / "workdir.tar.xz"

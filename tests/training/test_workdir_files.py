@@ -14,10 +14,10 @@ from mtl_jax import Regression, report
 from mtl_jax.ablation import ablation_dir as folders
 from mtl_jax.core import files
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment_json import from_json, to_json, with_defaults
 from mtl_jax.inference.predict import predict
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
+from mtl_jax.training.experiment_json import from_json, to_json, with_defaults
 from mtl_jax.training.metrics_log import Logger, read_metrics
 from mtl_jax.training.restore import open_run
 

@@ -25,7 +25,6 @@ from mtl_jax import (
     Prefix,
     adapters_only,
     bitfit,
-    experiment_json,
     pretrained,
 )
 from mtl_jax.cli import launch
@@ -34,6 +33,7 @@ from mtl_jax.core.trees import flat
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
+from mtl_jax.training import experiment_json
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.frozen_params import untrained_hashes

@@ -166,9 +166,7 @@ def test_of_one_seed_only_equal_numbers_tie(tmp_path):
         made.change_score(folders[-1], "a", dev, "dev")
     study = read(folders)
     best, *_ = sections.sections(study, statistics.groups(study), None)
-    assert best.parts[0].endswith(
-        "Of one seed there is no deviation, so that only equal numbers tie: 2 settings tie for the best."
-    )
+    assert best.parts[0].endswith("One seed has no deviation, so only equal numbers tie: 2 settings tie for the best.")
     assert [row[1].kind for row in best.parts[1].rows] == ["n top", "n top", "n"]
 
 
@@ -292,7 +290,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "Mean and standard deviation over 2 seeds" in (tmp_path / "report" / "report.html").read_text()
     main.report(("run0",), output="alone")
     assert (tmp_path / "alone" / "report.html").exists()
-    with pytest.raises(UserError, match=r"no\*: no workdir of a run is there"):
+    with pytest.raises(UserError, match=r"no\*: no workdir of a run matches"):
         main.report(("no*",))
     ablation = made.write_ablation(tmp_path / "ablation")
     assert report.default_output([ablation]) == ablation

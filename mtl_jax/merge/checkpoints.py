@@ -58,8 +58,8 @@ def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: M
             start = start._replace(parts={part: params for part, params in start.parts.items() if part != "head"})
     inputs.check(start, models)
     merged = inputs.merge_models(method, start, models)
-    for part, how in merged.record["parts"].items():
-        log.info("%s: %s", part, how)
+    for part, origin in merged.record["parts"].items():
+        log.info("%s: %s", part, origin)
 
     written = dataclasses.replace(first, params={**first.params, **merged.parts})
     saving.save(target, written, overwrite=True, finish=lambda folder: inputs.write_record(folder, merged.record))

@@ -93,19 +93,19 @@ def merge_models(method: Method, base: Model | None, models: Sequence[Model], me
     all_models = [*([base] if base else []), *models]
     joint = [part for part in models[0].parts if all(part in model.parts for model in all_models)]
     merged, facts = _apply(method, joint, base, models, measure)
-    parts, how = dict(merged), dict.fromkeys(joint, method.name)
+    parts, origins = dict(merged), dict.fromkeys(joint, method.name)
     weights = method.weights or (1.0,) * len(models)
     for part in dict.fromkeys(part for model in models for part in model.parts if part not in joint):
         owners = [(model, weight) for model, weight in zip(models, weights, strict=True) if part in model.parts]
         if len(owners) == 1:
-            parts[part], how[part] = owners[0][0].parts[part], f"as in {owners[0][0].name}"
+            parts[part], origins[part] = owners[0][0].parts[part], f"as in {owners[0][0].name}"
         else:
             parts[part] = merging.average([model.parts[part] for model, _ in owners], [weight for _, weight in owners])
-            how[part] = f"mean of {', '.join(model.name for model, _ in owners)}"
+            origins[part] = f"mean of {', '.join(model.name for model, _ in owners)}"
     _check_finite(parts, "merged: ", "a smaller scale may help")
     record = {"method": method.describe(), "sources": [model.facts for model in models]}
     record |= {} if base is None else {"base": base.facts}
-    return Merged(parts, {**record, "parts": how, **facts})
+    return Merged(parts, {**record, "parts": origins, **facts})
 
 
 def _apply(

@@ -85,8 +85,8 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
 
     merged = inputs.merge_models(method, start, models, on_dev)
     params = params_of(merged.parts)
-    for part, how in merged.record["parts"].items():
-        log.info("%s: %s", part, how)
+    for part, origin in merged.record["parts"].items():
+        log.info("%s: %s", part, origin)
     scores = {split: measure(params, split) for split in ("dev", "test")} if measure else None
     dev = criterion(union, scores["dev"]) if scores else None
     with staging.staged(target) as folder:

@@ -111,10 +111,10 @@ def leading(spreads: Iterable[Spread]) -> Spread | None:
 
 def groups(study: Study) -> tuple[Group, ...]:
     """The runs by the values of the varied fields, in the order in which these first occur."""
-    found: dict[str, list[Run]] = {}
+    by_values: dict[str, list[Run]] = {}
     for run in study.runs:
-        found.setdefault(key(dict(run.values)), []).append(run)
-    return tuple(_group(study, tuple(runs)) for runs in found.values())
+        by_values.setdefault(key(dict(run.values)), []).append(run)
+    return tuple(_group(study, tuple(runs)) for runs in by_values.values())
 
 
 def _group(study: Study, runs: tuple[Run, ...]) -> Group:
@@ -143,10 +143,11 @@ def criterion(study: Study, run: Run) -> float | None:
     """The dev criterion of a run's best checkpoint; None where it is not known."""
     dev = run.scores.get("dev", {})
     name, _, metric = study.criterion.partition("/")
-    wanted = study.tasks if name == "mean" else {name: metric or study.tasks.get(name, "")}
-    values = [dev.get(task, {}).get(metric) for task, metric in wanted.items()]
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) and np.isfinite(known).all() else None
+    metrics = study.tasks if name == "mean" else {name: metric or study.tasks.get(name, "")}
+    values = [dev.get(task, {}).get(metric) for task, metric in metrics.items()]
+    present = [value for value in values if value is not None]
+    complete = present and len(present) == len(values) and np.isfinite(present).all()
+    return statistics.fmean(present) if complete else None
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:

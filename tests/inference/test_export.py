@@ -223,7 +223,7 @@ def test_the_card_of_the_trunk_works(workdir, tmp_path, capsys):
 
 
 def test_a_head_that_transformers_has_not_is_refused(tagger, tmp_path):
-    with pytest.raises(UserError, match="task 'deep': its head is not one linear layer"):
+    with pytest.raises(UserError, match="task 'deep': its head is not a single linear layer"):
         convert(str(tagger), tmp_path / "out", task="deep")
     assert not (tmp_path / "out").exists()
 
@@ -250,7 +250,7 @@ def test_bad_input(workdir, bert, tmp_path):
     (tmp_path / "full" / "diary.txt").write_text("dear diary")
     for arguments, options, message in (
         ((str(workdir), tmp_path / "out"), {"task": "fien"}, r"unknown task 'fien' \(did you mean 'fine'\?\)"),
-        ((str(bert), tmp_path / "out"), {"task": "fine"}, "no workdir of a run"),
+        ((str(bert), tmp_path / "out"), {"task": "fine"}, "not a workdir of a run"),
         ((str(bert), tmp_path / "full"), {"overwrite": True}, "not empty, and not a checkpoint"),
         ((str(bert), bert), {}, "it holds a checkpoint already"),
         ((str(tmp_path), tmp_path / "out"), {}, r"config\.json is missing"),

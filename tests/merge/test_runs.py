@@ -365,8 +365,8 @@ def test_adapters_that_mean_the_same_are_merged(adapted, bert, tmp_path, caplog)
     sources = [adapted["lora"], adapted["twin"]]
     merge(tmp_path / "soup", sources, Method("soup"))
     same(params_of(tmp_path / "soup"), merging.average([params_of(source) for source in sources]))
-    assert "lora: each of the two matrices is merged by itself" in caplog.text
-    with refused(f"{bert} is a checkpoint without adapters, and ", "/lora has lora: mtl-jax convert puts"):
+    assert "lora: the two matrices are merged separately" in caplog.text
+    with refused(f"{bert} is a checkpoint without adapters, but ", "/lora has lora: mtl-jax convert merges"):
         merge(tmp_path / "x", sources, Method("arithmetic"), base=str(bert))
 
 

@@ -15,8 +15,7 @@ from mtl_jax import report
 from mtl_jax.cli import main
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
-from mtl_jax.report import sections, statistics, tables
-from mtl_jax.report import study as read
+from mtl_jax.report import read, sections, statistics, tables
 
 NASTY = {'<script>alert("x")</script>': "pearson", "a$b$ & 'c'": "accuracy", "_sms": "accuracy"}
 
@@ -118,7 +117,7 @@ def test_a_field_is_told_where_the_shown_settings_share_its_value(tmp_path):
             {"equal": 0.189, "pcgrad": -0.289},
             {"equal": 0.6, "pcgrad": 0.6},
             ["equal", "pcgrad"],
-            "2 settings tie for the best: with",
+            "2 settings tie for the best: they are within",
         ),
         ({"equal": 0.189, "pcgrad": -0.289}, {"equal": 0.6, "pcgrad": 0.5}, ["equal"], "The others are more than one standard"),
         (

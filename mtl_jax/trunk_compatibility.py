@@ -1,4 +1,4 @@
-"""Whether trunks are of one family and read the same tokens, beyond what the shapes of their parameters say."""
+"""Checks that trunks fit together beyond the shapes of their parameters: family, constants, vocabulary."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mtl_jax.pretrained.locate import VOCABULARIES
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.trunks import Trunk
 
-# Fields of configurations that change nothing about a trained trunk.
-UNIMPORTANT = ("initializer_range", "scaled_init", "embedding_range", "num_labels", "tied", "drop_output")
+# Fields of configurations without an effect on a trained trunk.
+INEFFECTIVE = ("initializer_range", "scaled_init", "embedding_range", "num_labels", "tied", "drop_output")
 
 
-class Kin(NamedTuple):
-    """What must be equal of trunks whose parameters are to be put together.
+class TrunkSignature(NamedTuple):
+    """Properties in which trunks must agree if parameters of one are used with another.
 
     Attributes:
-        family: config.json's model_type, or the class of a trunk from scratch.
-        sizes: Its configuration as our modules read it.
-        vocabulary: {token: id}; None: it came without a tokenizer.
+        family: model_type in config.json, or the class name of a trunk from scratch.
+        sizes: The configuration of its module.
+        vocabulary: {token: id}; None: it has no tokenizer.
     """
 
     family: str
@@ -30,59 +30,59 @@ class Kin(NamedTuple):
     vocabulary: Mapping[str, int] | None
 
 
-def of_trunk(trunk: Trunk) -> Kin:
-    """An experiment's trunk."""
+def of_trunk(trunk: Trunk) -> TrunkSignature:
+    """The signature of an experiment's trunk."""
     vocabulary, raw, module = trunk.tokenizer.get_vocab(), trunk.raw, trunk.module
     if raw is None:
         base = module.base if isinstance(module, Adapted) else module
-        return Kin(type(base).__name__, module.config, vocabulary)
-    return Kin(str(raw.get("model_type")), families.of(raw, "config.json").config(raw, "config.json"), vocabulary)
+        return TrunkSignature(type(base).__name__, module.config, vocabulary)
+    return TrunkSignature(str(raw.get("model_type")), families.of(raw, "config.json").config(raw, "config.json"), vocabulary)
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> Kin:
-    """The trunk of a checkpoint."""
+def of_checkpoint(checkpoint: Checkpoint) -> TrunkSignature:
+    """The signature of a checkpoint's trunk."""
     has_tokenizer = any((checkpoint.location / name).exists() for name in VOCABULARIES)
     vocabulary = checkpoint.tokenizer.get_vocab() if has_tokenizer else None
-    return Kin(str(checkpoint.raw.get("model_type")), checkpoint.config, vocabulary)
+    return TrunkSignature(str(checkpoint.raw.get("model_type")), checkpoint.config, vocabulary)
 
 
-def check_family(names: Sequence[str], trunks: Sequence[Kin], able: str = "be merged") -> None:
-    """Raises UserError where the trunks are of different families.
+def check_family(names: Sequence[str], trunks: Sequence[TrunkSignature], action: str = "be merged") -> None:
+    """Raises UserError if trunks are of different families.
 
     Args:
-        names: What they are called in the error.
-        trunks: The trunks.
-        able: What those of one family can, for the error.
+        names: Their names for the error.
+        trunks: Their signatures.
+        action: The action that needs one family, for the error, after "can".
     """
     for name, other in zip(names[1:], trunks[1:], strict=True):
         if other.family != trunks[0].family:
             raise UserError(
                 f"{name}: its trunk is of the family {other.family}, and that of {names[0]} of {trunks[0].family}; only "
-                f"models of one family can {able}"
+                f"models of one family can {action}"
             )
 
 
-def check_constants(names: Sequence[str], trunks: Sequence[Kin], able: str = "be merged") -> None:
-    """Raises UserError where trunks of one family and shape differ in a constant; arguments as above."""
+def check_constants(names: Sequence[str], trunks: Sequence[TrunkSignature], action: str = "be merged") -> None:
+    """Raises UserError if trunks of one family differ in a constant; arguments as in check_family()."""
     first = trunks[0]
     for name, other in zip(names[1:], trunks[1:], strict=True):
         for field in (field.name for field in dataclasses.fields(first.sizes)):
-            here, there = getattr(first.sizes, field), getattr(other.sizes, field)
-            if here != there and "dropout" not in field and field not in UNIMPORTANT:
+            expected, value = getattr(first.sizes, field), getattr(other.sizes, field)
+            if expected != value and "dropout" not in field and field not in INEFFECTIVE:
                 raise UserError(
-                    f"{name}: its trunk's {field} is {there!r}, and that of {names[0]} is {here!r}; they cannot {able}"
+                    f"{name}: its trunk's {field} is {value!r}, and that of {names[0]} is {expected!r}; they cannot {action}"
                 )
 
 
-def check_vocabulary(names: Sequence[str], trunks: Sequence[Kin], able: str = "be merged") -> None:
-    """Raises UserError where a token has another id in one of the trunks; arguments as above."""
+def check_vocabulary(names: Sequence[str], trunks: Sequence[TrunkSignature], action: str = "be merged") -> None:
+    """Raises UserError if a token has different ids in two trunks; arguments as in check_family()."""
     first = trunks[0]
     for name, other in zip(names[1:], trunks[1:], strict=True):
         if first.vocabulary is None or other.vocabulary is None or first.vocabulary == other.vocabulary:
             continue
         token = next(t for t in [*first.vocabulary, *other.vocabulary] if first.vocabulary.get(t) != other.vocabulary.get(t))
-        ids = [str(kin.vocabulary.get(token, "absent")) for kin in (other, first) if kin.vocabulary is not None]
+        ids = [str(trunk.vocabulary.get(token, "absent")) for trunk in (other, first) if trunk.vocabulary is not None]
         raise UserError(
-            f"{name}: its vocabulary is another than that of {names[0]}: the token {token!r} is {ids[0]} there, and {ids[1]} "
-            f"in {names[0]}; they cannot {able}"
+            f"{name}: its vocabulary differs from that of {names[0]}: the token {token!r} is {ids[0]}, but {ids[1]} in "
+            f"{names[0]}; they cannot {action}"
         )

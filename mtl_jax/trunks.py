@@ -1,4 +1,4 @@
-"""The trunk of an experiment: declared, loaded, written into a workdir, opened again from there."""
+"""The trunk of an experiment: its declaration, how it is built, saved in a workdir, and opened again from there."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer.adapters import Adapted, AnyAdapter
 
 DECODER = "seq2seq_lm"  # the kind of head that decodes
-BESIDE = "beside.safetensors"
-UNBOUNDED = 1_000_000  # tokens; a trunk without a position table takes any length
+BESIDE = "beside.safetensors"  # parameters of a checkpoint that do not train
+UNBOUNDED = 1_000_000  # tokens; the limit of a trunk without a position table
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained(Configuration):
-    """A Hugging Face checkpoint: an encoder, or an encoder-decoder, whose decoder is where heads of texts start.
+    """A Hugging Face checkpoint: an encoder, or an encoder-decoder, from whose decoder seq2seq heads start.
 
     Attributes:
         path: Its directory: a local path, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
-        dropout: Dropout rate, hidden and attention, while the trunk trains; None: what the checkpoint's config says.
-        fresh: Take the checkpoint's sizes and vocabulary only, and start from random parameters: what it is compared with.
+        dropout: Dropout rate, hidden and attention, while the trunk trains; None: the rates of the checkpoint's config.json.
+        fresh: Whether only the sizes and the vocabulary are the checkpoint's and the parameters start at random, as a
+            baseline for the pretrained ones.
     """
 
     path: str
@@ -71,21 +72,21 @@ class Embedding(Configuration):
 class Transformer(Configuration):
     """A transformer encoder from scratch (Vaswani et al., 2017), as Marian and Pegasus have it, over a vocabulary of sub-words.
 
-    The vocabulary is made from the training texts, those of sources and those that tasks generate. A decoder on it is of the
-    same make.
+    The vocabulary is made from the training texts, those of sources and those that tasks generate. A decoder on this encoder
+    has the same architecture and sizes.
 
     Attributes:
         vocabulary: Most sub-words, 4 special tokens and 256 bytes included.
         pieces: bpe or unigram.
         layers: Blocks.
-        width: Of the vectors.
+        width: Size of the vectors.
         heads: Attention heads; they divide the width.
-        feed_forward: Width inside the feed-forward part.
-        pre_norm: Norms stand before each part of a block, not after it: easier to train when deep, and Pegasus' make.
-        activation: Inside the feed-forward part.
-        dropout: Rate after embeddings and after each part of a block.
-        attention_dropout: Rate on the attention probabilities.
-        activation_dropout: Rate inside the feed-forward part.
+        feed_forward: Width inside the feed-forward sublayers.
+        pre_norm: Whether norms stand before each sublayer, as in Pegasus, not after it; deep models train more easily then.
+        activation: Activation inside the feed-forward sublayers.
+        dropout: Dropout rate after embeddings and after each sublayer.
+        attention_dropout: Dropout rate of the attention probabilities.
+        activation_dropout: Dropout rate inside the feed-forward sublayers.
         max_length: Longest text in tokens.
     """
 
@@ -112,14 +113,14 @@ class Trunk(NamedTuple):
     Attributes:
         module: A linen module or one with adapters; apply({"params": ...}, ids, mask, position_ids=, segment_ids=,
             deterministic=).hidden.
-        params: Pretrained parameters, or None: initialise them.
+        params: Pretrained parameters; None: they are to be initialised.
         tokenizer: A transformers tokenizer.
-        max_length: Longest example in tokens that the module can take.
+        max_length: Longest example in tokens that the module can read.
         raw: The checkpoint's config.json; None for a trunk from scratch.
         beside: Parameters of the checkpoint's bare model that do not train here (BERT's pooler), or {}.
-        decoder: Sizes of the checkpoint's decoder, or of one that belongs to a trunk from scratch; None: there is none.
+        decoder: Sizes of the checkpoint's decoder, or of a decoder on a trunk from scratch; None: without a decoder.
         head: Parameters of the checkpoint's decoder, or None.
-        location: Where the checkpoint's generation_config.json is, if it has one.
+        location: The directory of the checkpoint's generation_config.json, if it has one.
     """
 
     module: nn.Module | Adapted
@@ -138,12 +139,12 @@ def build(config: AnyTrunk, texts: Sequence[str], dtype: Any, *, decodes: bool =
 
     Args:
         config: The declaration.
-        texts: Training texts, from which a vocabulary is made where the trunk has none.
+        texts: Training texts, from which the vocabulary of a trunk from scratch is made.
         dtype: Compute dtype.
-        decodes: Whether a checkpoint's decoder is wanted, where it has one.
+        decodes: Whether a checkpoint's decoder is loaded, if it has one.
 
     Raises:
-        UserError: The checkpoint cannot be loaded, or a size of a trunk from scratch makes no sense.
+        UserError: The checkpoint cannot be loaded, or a size of a trunk from scratch is out of range.
     """
     if isinstance(config, Pretrained):
         checkpoint = pretrained.load(config.path, head=AUTO if decodes else None, dtype=dtype)
@@ -169,11 +170,11 @@ def build(config: AnyTrunk, texts: Sequence[str], dtype: Any, *, decodes: bool =
 
 
 def adapt(trunk: Trunk, adapters: Sequence[AnyAdapter], sources: int) -> Trunk:
-    """The trunk with adapters in it.
+    """The trunk with adapters.
 
     Args:
         trunk: The trunk.
-        adapters: What is added; may be nothing.
+        adapters: The adapters to add; may be empty.
         sources: The number of the run's sources.
 
     Raises:
@@ -184,7 +185,7 @@ def adapt(trunk: Trunk, adapters: Sequence[AnyAdapter], sources: int) -> Trunk:
 
 
 def _encoder(raw: Mapping[str, Any], where: str, dtype: Any, dropout: float | None = None) -> nn.Module:
-    """The trunk of a checkpoint as a module of its own, with every dropout rate set to `dropout` unless that is None."""
+    """The module of a checkpoint's trunk, with every dropout rate set to `dropout` unless that is None."""
     family = families.of(raw, where)
     return family.build(_with_dropout(family.config(raw, where), dropout), None, dtype).trunk
 
@@ -198,7 +199,7 @@ def _with_dropout(sizes: Any, dropout: float | None) -> Any:
 
 
 def _check_transformer(config: Transformer) -> None:
-    """Raises UserError where a field of Transformer makes no sense."""
+    """Raises UserError if a field of Transformer is out of range."""
     for field in ("layers", "width", "heads", "feed_forward", "max_length"):
         if getattr(config, field) < 1:
             raise UserError(f"trunk.{field} is {getattr(config, field)}; it must be at least 1")
@@ -213,7 +214,7 @@ def _check_transformer(config: Transformer) -> None:
 
 
 def _transformer(config: Transformer, vocab_size: int) -> Seq2SeqConfig:
-    """Marian's constants; weights start as those of T5, of one size whatever the width."""
+    """Sizes with Marian's constants and T5's initialisation, which scales with the width."""
     return Seq2SeqConfig(
         vocab_size=vocab_size,
         decoder_vocab_size=vocab_size,
@@ -241,7 +242,7 @@ def _transformer(config: Transformer, vocab_size: int) -> Seq2SeqConfig:
 
 
 def facts(trunk: Trunk) -> TrunkFacts:
-    """What tasks may ask about the trunk."""
+    """The facts about the trunk that tasks use."""
     params = jax.eval_shape(lambda: init_params(trunk, jax.random.key(0)))
     try:
         rows, columns = token_table(params).shape
@@ -253,13 +254,13 @@ def facts(trunk: Trunk) -> TrunkFacts:
 
 
 def tables(trunk: Trunk) -> Tables:
-    """Rows of the trunk's tables."""
+    """The rows of the trunk's embedding tables."""
     return tables_of(trunk.module.config)
 
 
-def tables_of(sizes: Any, of: str = "the trunk") -> Tables:
-    """Rows of the tables of a trunk with such a configuration; `of` says whose it is."""
-    return Tables(sizes.vocab_size, getattr(sizes, "type_vocab_size", 0) or None, of)
+def tables_of(sizes: Any, owner: str = "the trunk") -> Tables:
+    """The rows of the embedding tables of a trunk with such sizes; `owner` names the trunk in errors."""
+    return Tables(sizes.vocab_size, getattr(sizes, "type_vocab_size", 0) or None, owner)
 
 
 def init_params(trunk: Trunk, key: jax.Array) -> Any:
@@ -272,7 +273,7 @@ def init_params(trunk: Trunk, key: jax.Array) -> Any:
 def width(trunk: Trunk, params: Any) -> int:
     """H, the size of the trunk's vectors."""
     module, params = trunk.module, dict(params)
-    if isinstance(module, Adapted):  # which change no size
+    if isinstance(module, Adapted):  # adapters change no size
         module = module.base
         del params[adapting.ADAPTERS]
 
@@ -283,7 +284,7 @@ def width(trunk: Trunk, params: Any) -> int:
 
 
 def save(trunk: Trunk, folder: Path) -> None:
-    """Writes what opening the trunk again needs, except what trains: configuration, tokenizer, parameters beside it.
+    """Writes the files that reopen() needs: configuration, tokenizer, parameters of the checkpoint that do not train.
 
     Raises:
         UserError: The folder cannot be written.
@@ -303,10 +304,12 @@ def save(trunk: Trunk, folder: Path) -> None:
 
 
 def reopen(config: AnyTrunk, folder: Path, dtype: Any) -> Trunk:
-    """The trunk that save() wrote; params is None, they are in the run's checkpoint."""
+    """Opens a trunk that save() wrote; params is None, because the run's checkpoint has them."""
     if isinstance(config, Pretrained):
         raw = read_json(folder, "config.json")
-        module = _encoder(raw, f"{folder}/config.json", dtype)  # before the tokenizer, for which transformers reads config.json
+        module = _encoder(
+            raw, f"{folder}/config.json", dtype
+        )  # checked before transformers reads config.json for the tokenizer
         tokenizer = pretrained.load_tokenizer(folder)
         flat = {path: np.array(tensor.read()) for path, tensor in open_safetensors(folder / BESIDE).items()}
         beside = traverse_util.unflatten_dict(flat, sep="/")
@@ -323,17 +326,19 @@ def _sizes(kind: type[Any], folder: Path) -> Any:
     """The sizes in trunk.json.
 
     Raises:
-        UserError: They are not those of a trunk.
+        UserError: The file is damaged or is not that of such a trunk.
     """
     try:
         return cattrs.Converter(forbid_extra_keys=True).structure(read_json(folder, "trunk.json"), kind)
     except (cattrs.BaseValidationError, TypeError, ValueError) as error:
-        told = cattrs.transform_error(error)[0] if isinstance(error, cattrs.BaseValidationError) else reason(error)
-        raise UserError(f"{folder / 'trunk.json'}: not what mtl_jax wrote ({told.replace(' @ $.', ' at ')[:200]})") from error
+        problem = cattrs.transform_error(error)[0] if isinstance(error, cattrs.BaseValidationError) else reason(error)
+        raise UserError(
+            f"{folder / 'trunk.json'}: not what mtl_jax wrote ({problem.replace(' @ $.', ' at ')[:200]})"
+        ) from error
 
 
 def _word_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
-    """Lower-cased words and punctuation marks, the most frequent first; id 0 pads, id 1 stands for unknown words."""
+    """A tokenizer of lower-cased words and punctuation marks, most frequent first; id 0 is padding, id 1 unknown words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, files, trees, progress."""
+"""The foundation of all other packages: errors, files, trees, progress."""

@@ -51,18 +51,18 @@ def _check(cls: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     names = [field.name for field in fields]
     ordered = [field.name for field in fields if not field.kw_only]
     given = dict(zip(ordered, args, strict=False)) | kwargs
-    what = f"{cls.__name__} {shown(given['name'])!r}" if isinstance(given.get("name"), str) else cls.__name__
+    title = f"{cls.__name__} {shown(given['name'])!r}" if isinstance(given.get("name"), str) else cls.__name__
     for name in kwargs:
         if name not in names:
             remaining = [other for other in names if other not in given]
-            raise WrongField(str(unknown(f"field of {what}:", name, remaining or names)))
+            raise WrongField(str(unknown(f"field of {title}:", name, remaining or names)))
     missing = [
         field.name
         for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and field.name not in given
     ]
     if missing and len(args) <= len(ordered):
-        raise WrongField(f"{what} needs {'the field' if len(missing) == 1 else 'the fields'} {listed(missing)}")
+        raise WrongField(f"{title} needs {'the field' if len(missing) == 1 else 'the fields'} {listed(missing)}")
 
 
 def show_in_one_line() -> None:

@@ -117,21 +117,21 @@ def _warn_no_locks(path: Path, error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def _hold_lock(path: Path, what: Path, advice: str, patience: float = 0.0) -> Iterator[None]:
+def _hold_lock(path: Path, written: Path, advice: str, patience: float = 0.0) -> Iterator[None]:
     """Holds a lock while the block runs; its file is removed afterwards."""
     deadline = time.monotonic() + patience
-    with writing(what), contextlib.ExitStack() as stack:
+    with writing(written), contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(open_to_lock(path))
             if lock(file, path):
                 break
-            busy = _busy(what, path, advice)
+            busy = _busy(written, path, advice)
             file.close()
             if time.monotonic() >= deadline:
                 raise busy
             time.sleep(_PAUSE)
         stack.callback(_remove, file, path)
-        _warn_left_behind(what, _holder(path))
+        _warn_left_behind(written, _holder(path))
         _write(file)
         opened = stack.pop_all()
     with opened:
@@ -164,21 +164,21 @@ def _holder(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and record.keys() >= {"pid", "host", "since"} else {}
 
 
-def _busy(what: Path, path: Path, advice: str) -> UserError:
+def _busy(written: Path, path: Path, advice: str) -> UserError:
     holder = _holder(path)
     if not holder:
-        return UserError(f"{what}: another process is writing it; let it end, or {advice}")
-    line = f"{what}: process {holder['pid']} on {holder['host']} has been writing it since {holder['since']}; let it end, "
+        return UserError(f"{written}: another process is writing it; let it end, or {advice}")
+    line = f"{written}: process {holder['pid']} on {holder['host']} has been writing it since {holder['since']}; let it end, "
     other_host = holder["host"] != socket.gethostname()
     return UserError(line + (f"{advice}, or delete {path} if that host is gone" if other_host else f"or {advice}"))
 
 
-def _warn_left_behind(what: Path, holder: dict[str, Any]) -> None:
+def _warn_left_behind(written: Path, holder: dict[str, Any]) -> None:
     """Warns of a lock that another host left behind: on some file systems locks hold on one host only."""
     if holder and holder["host"] != socket.gethostname():
         log.warning(
             "%s: process %s on %s began to write it at %s and did not finish; if it is still running, stop this one",
-            what,
+            written,
             holder["pid"],
             holder["host"],
             holder["since"],

@@ -41,8 +41,8 @@ def prepare(model: Seq2Seq, params: Any) -> Vocabulary:
     """
     projection: Any = model.apply({"params": params}, method="projection")
     kernel_HxV, bias_V = projection
-    spare = -kernel_HxV.shape[1] % BLOCK
-    return Vocabulary(jnp.pad(kernel_HxV, ((0, 0), (0, spare))), jnp.pad(bias_V, (0, spare), constant_values=-jnp.inf))
+    padding = -kernel_HxV.shape[1] % BLOCK
+    return Vocabulary(jnp.pad(kernel_HxV, ((0, 0), (0, padding))), jnp.pad(bias_V, (0, padding), constant_values=-jnp.inf))
 
 
 def project(hidden_BxKxH: jax.Array, vocabulary: Vocabulary, scale: float) -> jax.Array:

@@ -122,9 +122,9 @@ def _forbid_repeated(x_BxKxW: jax.Array, tokens_BxKxL: jax.Array, length: jax.Ar
 def _forbid_words(x_BxKxW: jax.Array, tokens_BxKxL: jax.Array, length: jax.Array, words: list[tuple[int, ...]]) -> jax.Array:
     """Forbids tokens that would complete one of the words, which have at least two tokens."""
     ends = []
-    for *before, last in words:
-        at = jnp.maximum(length - len(before), 0) + jnp.arange(len(before))
-        begun_BxK = (jnp.take(tokens_BxKxL, at, axis=-1) == jnp.array(before)).all(axis=-1) & (length >= len(before))
+    for *start, last in words:
+        at = jnp.maximum(length - len(start), 0) + jnp.arange(len(start))
+        begun_BxK = (jnp.take(tokens_BxKxL, at, axis=-1) == jnp.array(start)).all(axis=-1) & (length >= len(start))
         ends.append(jnp.where(begun_BxK, last, x_BxKxW.shape[-1]))
     return _set(x_BxKxW, jnp.stack(ends, axis=-1), FLOOR) if ends else x_BxKxW
 

@@ -66,7 +66,7 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
 def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str:
     if not is_workdir(Path(source)):
         if task:
-            raise UserError(f"{source}: not a workdir of a run, so there is no task {task!r}; leave --task out")
+            raise UserError(f"{source}: not the workdir of a run, so there is no task {task!r}; leave --task out")
         pretrained.save(target, pretrained.load(source), overwrite=overwrite)
         return ""
     run = open_run(Path(source))

@@ -65,7 +65,7 @@ class TextModel(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a task needs of a checkpoint beside the text.
+    """Everything that a task needs of a checkpoint beside the text.
 
     Attributes:
         prefix: A text that is put before every text.

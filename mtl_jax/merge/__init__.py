@@ -1,4 +1,4 @@
-"""Models put together after training: runs, or checkpoints, by a method of transfer.merging."""
+"""Merges trained models, runs or checkpoints, by a method of transfer.merging."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def merge(
 ) -> dict[str, Any] | None:
     """Merges finished runs into a workdir, or checkpoints of one family into a directory that transformers opens.
 
-    The target holds merge.json, which names the method, its numbers, the sources with step or SHA-256, and what became of each
-    part. It is written whole or not at all.
+    The target has a merge.json with the method, its numbers, the sources with step or SHA-256, and how each part was merged. It
+    is written whole or not at all.
 
     Args:
         target: The directory to write.
-        sources: All of them workdirs of finished runs, whose best checkpoints are merged; or all of them checkpoints:
-            directories, pip:ASSET/MEMBER or hub ids.
-        method: How.
-        base: What the sources started from: a checkpoint, or for runs also a workdir.
+        sources: Either workdirs of finished runs, whose best checkpoints are merged, or checkpoints: directories,
+            pip:ASSET/MEMBER or hub ids.
+        method: The method and its numbers.
+        base: The model that the sources started from: a checkpoint, or for runs also a workdir.
         trunk_only: For checkpoints with different heads: merge and write the bare models.
-        overwrite: Whether what an earlier merge wrote may be replaced.
+        overwrite: Whether the result of an earlier merge may be replaced.
 
     Returns:
-        Of runs whose data is there, the contents of results.json.
+        The contents of results.json; None for checkpoints, and for runs whose data is not available.
 
     Raises:
-        UserError: An option is refused, a source cannot be read, the sources do not fit together, the target is taken,
-            or another process writes it.
+        UserError: An option is refused, a source cannot be read, the sources do not fit together, the target is not
+            free, or another process writes it.
     """
     folder = Path(target)
     method = checked(method, sources, base)
@@ -59,23 +59,23 @@ def _merge(
 ) -> dict[str, Any] | None:
     _check_target(folder, [*sources, base], overwrite)
     _check_sources(sources, base)
-    of_runs = [is_workdir(Path(source)) for source in sources]
-    if any(of_runs) and not all(of_runs):
-        workdir, other = sources[of_runs.index(True)], sources[of_runs.index(False)]
+    are_runs = [is_workdir(Path(source)) for source in sources]
+    if any(are_runs) and not all(are_runs):
+        workdir, other = sources[are_runs.index(True)], sources[are_runs.index(False)]
         raise UserError(
             f"{workdir} is a workdir of a run, and {other} is a checkpoint: sources must be of one kind; mtl-jax convert "
             "writes a run's trunk as a checkpoint"
         )
-    if not of_runs[0]:
+    if not are_runs[0]:
         merge_checkpoints(folder, sources, base, method, trunk_only=trunk_only)
         return None
     if trunk_only:
-        raise UserError("--trunk-only is for checkpoints; of runs with different tasks the heads are kept beside each other")
+        raise UserError("--trunk-only is for checkpoints; runs with different tasks keep the heads of all")
     return merge_runs(folder, sources, base, method)
 
 
 def _check_sources(sources: Sequence[str], base: str) -> None:
-    """Raises UserError where one is given twice, however it is spelt, or is a directory of something else."""
+    """Raises UserError if a source is given twice, however it is spelt, or is neither a workdir nor a checkpoint."""
     names: dict[Path, str] = {}
     for path in filter(None, [*sources, base]):
         folder = Path(path)
@@ -83,7 +83,7 @@ def _check_sources(sources: Sequence[str], base: str) -> None:
             continue
         place = folder.resolve()
         if place in names:
-            raise UserError(f"{path}: the same directory as {names[place]}; each counts once")
+            raise UserError(f"{path}: the same directory as {names[place]}; each source counts once")
         names[place] = path
         config = workdirs.read_json(folder / "config.json", anything)
         if config is None:
@@ -95,17 +95,19 @@ def _check_sources(sources: Sequence[str], base: str) -> None:
 
 
 def _check_target(folder: Path, inputs: Sequence[str], overwrite: bool) -> None:
-    """Raises UserError where the target holds what must not be replaced."""
+    """Raises UserError if the target holds anything but the result of an earlier merge."""
     for path in filter(None, inputs):
         if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{folder}: {path} is in it, a source; choose another directory")
+            raise UserError(f"{folder}: the source {path} is in it; choose another directory")
     if not folder.exists() or not any(folder.iterdir()):
         return
     record = workdirs.read_json(folder / workdirs.MERGED)
     if not isinstance(record, dict):
-        raise UserError(f"{folder}: not empty, and nothing that a merge wrote; choose another directory")
+        raise UserError(f"{folder}: not empty, and not written by a merge; choose another directory")
     if not overwrite:
-        raise UserError(f"{folder}: a merged model is there already; choose another directory, or give --overwrite")
+        raise UserError(f"{folder}: it holds a merged model already; choose another directory, or give --overwrite")
     others = sorted({path.name for path in folder.iterdir()} - set(record.get("written", ())))
     if others:
-        raise UserError(f"{folder}: no merge wrote {', '.join(others[:3])} there; move that away, or choose another directory")
+        raise UserError(
+            f"{folder}: not written by a merge: {', '.join(others[:3])}; move that away, or choose another directory"
+        )

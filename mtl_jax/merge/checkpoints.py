@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints merged into one."""
+"""Merges Hugging Face checkpoints into one."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: M
     Args:
         target: The directory to write, free or to be replaced.
         sources: Checkpoints that pretrained.load opens.
-        base: One more; "" for methods without one. Its head counts where it is the same as the sources'.
-        method: How, checked; not greedy.
-        trunk_only: Leave the heads out, and write the bare model.
+        base: A further checkpoint; "" for methods without a base. Its head is used if it is of the same kind as the sources'.
+        method: The checked method; not greedy.
+        trunk_only: Whether heads are left out and the bare model is written.
 
     Raises:
-        UserError: A checkpoint cannot be read, or they do not fit together.
+        UserError: A checkpoint cannot be read, or the checkpoints do not fit together.
     """
     if method.name == "greedy":
-        raise UserError("method greedy measures on dev: its sources are workdirs of runs")
+        raise UserError("method greedy measures on dev, so its sources must be workdirs of runs")
     if base and is_workdir(Path(base)):
-        raise UserError(f"{base} is a workdir, and the sources are checkpoints; mtl-jax convert writes its trunk as one")
+        raise UserError(f"{base} is a workdir, but the sources are checkpoints; mtl-jax convert makes one of it")
     first, *others = loaded = [_load(source, trunk_only) for source in sources]
     for name, other in zip(sources[1:], others, strict=True):
         if first.raw.get("model_type") == other.raw.get("model_type") and _head(other) != _head(first):
             raise UserError(
-                f"{name}: its head is {_named(other)}, and that of {sources[0]} is {_named(first)}: their mean would mean "
-                "nothing; --trunk-only merges the trunks alone"
+                f"{name}: its head is {_named(other)}, and that of {sources[0]} is {_named(first)}: their mean has no "
+                "meaning; --trunk-only merges the trunks alone"
             )
     models = [model(name, checkpoint) for name, checkpoint in zip(sources, loaded, strict=True)]
     start = None
@@ -57,40 +57,40 @@ def merge_checkpoints(target: Path, sources: Sequence[str], base: str, method: M
         if _head(checkpoint) != _head(first):
             start = start._replace(parts={part: params for part, params in start.parts.items() if part != "head"})
     inputs.check(start, models)
-    merged = inputs.put_together(method, start, models)
-    for part, how in merged.record["parts"].items():
-        log.info("%s: %s", part, how)
+    merged = inputs.merge_models(method, start, models)
+    for part, origin in merged.record["parts"].items():
+        log.info("%s: %s", part, origin)
 
     written = dataclasses.replace(first, params={**first.params, **merged.parts})
     saving.save(target, written, overwrite=True, finish=lambda folder: inputs.write_record(folder, merged.record))
 
 
 def model(name: str, checkpoint: Checkpoint) -> Model:
-    """A checkpoint's parts, without those that its file does not have, such as the pooler of a tagger."""
+    """A checkpoint as a Model, without parts that its file lacks, such as the pooler of a tagger."""
     fresh = {path.split("/")[0] for path in checkpoint.initialized}
-    found = {part: jax.tree.map(np.asarray, params) for part, params in checkpoint.params.items() if part not in fresh}
+    parts = {part: jax.tree.map(np.asarray, params) for part, params in checkpoint.params.items() if part not in fresh}
     return Model(
-        name, found, trunk_compatibility.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)}
+        name, parts, trunk_compatibility.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)}
     )
 
 
 def _load(path: str, trunk_only: bool) -> Checkpoint:
     """A checkpoint with its parameters on the host."""
-    found = pretrained.load(path, head=None) if trunk_only else pretrained.load(path)
-    return dataclasses.replace(found, params=jax.tree.map(np.asarray, jax.device_get(found.params)))
+    checkpoint = pretrained.load(path, head=None) if trunk_only else pretrained.load(path)
+    return dataclasses.replace(checkpoint, params=jax.tree.map(np.asarray, jax.device_get(checkpoint.params)))
 
 
 def _digests(location: Location) -> dict[str, str]:
-    """{file: SHA-256} of the files with tensors in a checkpoint's directory."""
+    """SHA-256 of each file with tensors in a checkpoint's directory, by name."""
     files: list[Any] = [file for file in location.iterdir() if file.name.endswith((".safetensors", ".bin"))]
-    found = {}
+    digests = {}
     for file in sorted(files, key=lambda file: file.name):
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
-        found[file.name] = digest.hexdigest()
-    return found
+        digests[file.name] = digest.hexdigest()
+    return digests
 
 
 def _head(checkpoint: Checkpoint) -> tuple[str | None, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Models as parts, trunk and heads, and what becomes of each part."""
+"""Models as parts (trunk and heads), checked for compatibility and merged part by part."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mtl_jax import trunk_compatibility as kinship
+from mtl_jax import trunk_compatibility
 from mtl_jax.core.errors import UserError
 from mtl_jax.merge.method import Method
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.transfer import merging
 from mtl_jax.transfer.merging import check_alike, flat
-from mtl_jax.trunk_compatibility import Kin
+from mtl_jax.trunk_compatibility import TrunkSignature
 
 TRUNK = "trunk"
 Parts = Mapping[str, Any]
@@ -23,27 +23,27 @@ Measure = Callable[[Parts], float]
 
 
 class Model(NamedTuple):
-    """One of those that are merged, or the base.
+    """One of the models to merge, or the base.
 
     Attributes:
-        name: How it was called on the command line.
+        name: Its name on the command line.
         parts: {"trunk": parameters, "heads/TASK" or "head" or "pooler": parameters}, on the host.
-        kin: What its trunk must have in common with the others'.
-        facts: What merge.json says of it.
+        signature: The properties in which the trunks must agree.
+        facts: Its entry in merge.json.
     """
 
     name: str
     parts: Parts
-    kin: Kin
+    signature: TrunkSignature
     facts: dict[str, Any]
 
 
 class Merged(NamedTuple):
-    """What came of it.
+    """The result of a merge.
 
     Attributes:
-        parts: As in Model: all that any of the models has.
-        record: For merge.json.
+        parts: All parts that any of the models has, as in Model.
+        record: The contents of merge.json.
     """
 
     parts: Parts
@@ -51,67 +51,67 @@ class Merged(NamedTuple):
 
 
 def check(base: Model | None, models: Sequence[Model]) -> None:
-    """Finds out, before any work, whether the models can be merged.
+    """Checks, before any work, that models can be merged.
 
     Raises:
-        UserError: Their trunks are of different families, or not the same but for their parameters; parameters differ in
-            structure or shape (names one and both shapes), or are not finite.
+        UserError: Their trunks are of different families or differ in more than parameters; or parameters differ in
+            structure or shape (names a parameter and both shapes), or are not finite.
     """
-    everywhere = [*([base] if base else []), *models]
-    names, kin = [model.name for model in everywhere], [model.kin for model in everywhere]
-    kinship.check_family(names, kin)
+    all_models = [*([base] if base else []), *models]
+    names, signatures = [model.name for model in all_models], [model.signature for model in all_models]
+    trunk_compatibility.check_family(names, signatures)
     for part in dict.fromkeys(part for model in models for part in model.parts):
-        owners = [model for model in everywhere if part in model.parts]
+        owners = [model for model in all_models if part in model.parts]
         check_alike([{part: model.parts[part]} for model in owners], [model.name for model in owners])
-    kinship.check_constants(names, kin)
-    kinship.check_vocabulary(names, kin)
-    for model in everywhere:
+    trunk_compatibility.check_constants(names, signatures)
+    trunk_compatibility.check_vocabulary(names, signatures)
+    for model in all_models:
         _check_finite(model.parts, f"{model.name}: ", "it cannot be merged")
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes merge.json, last of all: it also names what is in the directory, and so what may be replaced."""
+    """Writes merge.json as the last file: it lists the files of the directory, which a later merge may replace."""
     names = sorted([workdirs.MERGED, *(path.name for path in folder.iterdir())])
     workdirs.write_json(folder / workdirs.MERGED, {**record, "written": names})
 
 
-def put_together(method: Method, base: Model | None, models: Sequence[Model], measure: Measure | None = None) -> Merged:
-    """The models merged.
+def merge_models(method: Method, base: Model | None, models: Sequence[Model], measure: Measure | None = None) -> Merged:
+    """Merges models.
 
-    The method is applied to the parts that the base and all models have, as to one vector. Of the others, those of one model
-    stay as they are, and of those of several the mean is taken: a base without heads says nothing about them.
+    The method is applied to the parts that the base and all models have, as to one vector. A part that only one model has stays
+    as it is. Of a part that several models have, the mean is taken, because the base has no such part.
 
     Args:
-        method: How, checked.
-        base: What they started from, for methods that have one.
-        models: The models, checked.
-        measure: For greedy: parts -> dev criterion.
+        method: The checked method.
+        base: The model that they started from, for methods with a base.
+        models: The checked models.
+        measure: Parts -> dev criterion, for greedy.
 
     Raises:
-        UserError: A number became infinite, or greedy finds nothing to go by.
+        UserError: A merged number is not finite, or no source has a dev criterion for greedy.
     """
-    everywhere = [*([base] if base else []), *models]
-    joint = [part for part in models[0].parts if all(part in model.parts for model in everywhere)]
-    found, facts = _apply(method, joint, base, models, measure)
-    parts, how = dict(found), dict.fromkeys(joint, method.name)
+    all_models = [*([base] if base else []), *models]
+    joint = [part for part in models[0].parts if all(part in model.parts for model in all_models)]
+    merged, facts = _apply(method, joint, base, models, measure)
+    parts, origins = dict(merged), dict.fromkeys(joint, method.name)
     weights = method.weights or (1.0,) * len(models)
     for part in dict.fromkeys(part for model in models for part in model.parts if part not in joint):
         owners = [(model, weight) for model, weight in zip(models, weights, strict=True) if part in model.parts]
         if len(owners) == 1:
-            parts[part], how[part] = owners[0][0].parts[part], f"as in {owners[0][0].name}"
+            parts[part], origins[part] = owners[0][0].parts[part], f"as in {owners[0][0].name}"
         else:
             parts[part] = merging.average([model.parts[part] for model, _ in owners], [weight for _, weight in owners])
-            how[part] = f"mean of {', '.join(model.name for model, _ in owners)}"
+            origins[part] = f"mean of {', '.join(model.name for model, _ in owners)}"
     _check_finite(parts, "merged: ", "a smaller scale may help")
     record = {"method": method.describe(), "sources": [model.facts for model in models]}
     record |= {} if base is None else {"base": base.facts}
-    return Merged(parts, {**record, "parts": how, **facts})
+    return Merged(parts, {**record, "parts": origins, **facts})
 
 
 def _apply(
     method: Method, joint: Sequence[str], base: Model | None, models: Sequence[Model], measure: Measure | None
 ) -> tuple[Any, dict[str, Any]]:
-    """The joint parts merged, and more facts for merge.json."""
+    """Merges the parts that all models have; returns them, and further facts for merge.json."""
     trees: list[Any] = [{part: model.parts[part] for part in joint} for model in models]
     start: Any = None if base is None else {part: base.parts[part] for part in joint}
     if method.name in ("soup", "average"):
@@ -128,26 +128,26 @@ def _apply(
         return merging.interpolate(start, trees[0], method.alpha), {}
     assert method.scale is not None
     if method.name == "arithmetic":
-        return merging.arithmetic(start, trees, _one_or_each(method.scale)), {}
+        return merging.arithmetic(start, trees, _single_or_all(method.scale)), {}
     if method.name == "ties":
         assert method.keep is not None
         return merging.ties(start, trees, method.keep, method.scale[0]), {}
     assert method.drop is not None
     assert method.seed is not None
     key = jax.random.key(method.seed)
-    return merging.dare(start, trees, method.drop, key, _one_or_each(method.scale), method.keep), {}
+    return merging.dare(start, trees, method.drop, key, _single_or_all(method.scale), method.keep), {}
 
 
-def _one_or_each(scale: tuple[float, ...]) -> float | tuple[float, ...]:
+def _single_or_all(scale: tuple[float, ...]) -> float | tuple[float, ...]:
     return scale[0] if len(scale) == 1 else scale
 
 
 def _finite(score: float) -> float | None:
-    """JSON has no infinity."""
+    """The score, or None for infinity and NaN, which JSON does not have."""
     return score if np.isfinite(score) else None
 
 
-def _check_finite(parts: Parts, whose: str, advice: str) -> None:
+def _check_finite(parts: Parts, owner: str, advice: str) -> None:
     for path, leaf in flat(parts).items():
         if not np.isfinite(leaf.astype(np.float32)).all():
-            raise UserError(f"{whose}{path} has numbers that are not finite; {advice}")
+            raise UserError(f"{owner}{path} has numbers that are not finite; {advice}")

@@ -1,4 +1,4 @@
-"""How models are merged: a method and its numbers, checked before anything is read."""
+"""A merge method and its numbers, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.transfer import merging
 
-# Of each method the options that it has.
+# The options of each method.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "average": ("weights",),
     "soup": (),
@@ -22,23 +22,23 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "dare_ties": ("drop", "keep", "scale", "seed"),
 }
 WITHOUT_BASE = ("average", "soup", "greedy")
-OF_ONE = ("wise",)
-OF_ANY = ("arithmetic", "dare")
+ONE_SOURCE = ("wise",)
+ANY_NUMBER = ("arithmetic", "dare")  # of sources, and a scale for each
 DEFAULTS: dict[str, Any] = {"alpha": 0.5, "scale": (1.0,), "keep": 0.2, "drop": 0.9, "seed": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method(Configuration):
-    """A method and its numbers; transfer.merging says what each does.
+    """A merge method and its numbers; transfer.merging documents each method.
 
     Attributes:
         name: A key of OPTIONS. average has weights, soup is the plain mean; dare ends in task arithmetic, dare_ties in TIES.
-        weights: For average: one for each source.
-        alpha: For wise: from 0, the base, to 1, the source.
-        scale: Of task vectors: one number, or for arithmetic and dare one for each source.
-        keep: For TIES: the share of each task vector that stays.
-        drop: For DARE: the share of each task vector that is dropped.
-        seed: For DARE.
+        weights: One weight for each source, for average.
+        alpha: Position between the base (0) and the source (1), for wise.
+        scale: Factor of the task vectors; for arithmetic and dare also one for each source.
+        keep: Share of each task vector that is kept, for TIES.
+        drop: Share of each task vector that is dropped, for DARE.
+        seed: Seed of the drops, for DARE.
     """
 
     name: str
@@ -50,31 +50,34 @@ class Method(Configuration):
     seed: int | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The name and the options that it has, JSON-able."""
+        """The name and the options of the method, as JSON values."""
         return {"name": self.name, **{option: getattr(self, option) for option in OPTIONS[self.name]}}
 
 
 def checked(method: Method, sources: Sequence[str], base: str) -> Method:
-    """The method with defaults in place of what was not said.
+    """The method with its defaults filled in, checked.
 
     Args:
-        method: As it was asked for.
-        sources: What is to be merged.
-        base: What they started from; "": not said.
+        method: The requested method; options that are None get their defaults.
+        sources: The models to merge.
+        base: The model that they started from; "": not given.
 
     Raises:
-        UserError: It is unknown, has no such option, a number is outside its bounds, or sources or base don't fit.
+        UserError: The method is unknown, does not have an option, a number is outside its bounds, or sources or base do not
+            fit the method.
     """
     if method.name not in OPTIONS:
         raise unknown("method", method.name, OPTIONS)
-    own = OPTIONS[method.name]
+    allowed = OPTIONS[method.name]
     for field in dataclasses.fields(method)[1:]:
-        if getattr(method, field.name) is not None and field.name not in own:
+        if getattr(method, field.name) is not None and field.name not in allowed:
             used = [name for name, options in OPTIONS.items() if field.name in options]
             raise UserError(f"method {method.name} has no {field.name}; that is for {', '.join(used)}")
-    twice = {source for source in sources if sources.count(source) > 1}
-    if twice:
-        raise UserError(f"{min(twice)} is given twice; each source counts once (to weigh them, use --method average --weights)")
+    repeated = {source for source in sources if sources.count(source) > 1}
+    if repeated:
+        raise UserError(
+            f"{min(repeated)} is given twice; each source counts once (to weigh them, use --method average --weights)"
+        )
     _check_count(method.name, len(sources))
     if method.name in WITHOUT_BASE and base:
         raise UserError(f"method {method.name} has no base; leave --base out")
@@ -84,10 +87,10 @@ def checked(method: Method, sources: Sequence[str], base: str) -> Method:
             "of their experiment"
         )
     method = dataclasses.replace(
-        method, **{name: DEFAULTS[name] for name in own if getattr(method, name) is None and name in DEFAULTS}
+        method, **{name: DEFAULTS[name] for name in allowed if getattr(method, name) is None and name in DEFAULTS}
     )
     if method.name == "average" and not method.weights:
-        raise UserError("method average needs --weights, one for each source; with equal ones it is the method soup")
+        raise UserError("method average needs --weights, one for each source; the method soup weighs them equally")
     if method.weights:
         merging.check_weights(method.weights, len(sources))
     if method.alpha is not None:
@@ -99,15 +102,15 @@ def checked(method: Method, sources: Sequence[str], base: str) -> Method:
     if method.seed is not None and method.seed < 0:
         raise UserError(f"seed is {method.seed}; it must not be negative")
     if method.scale is not None:
-        several = method.name in OF_ANY and len(method.scale) > 1
+        several = method.name in ANY_NUMBER and len(method.scale) > 1
         merging.check_scales(method.scale, len(sources) if several else 1)
     return method
 
 
 def _check_count(name: str, count: int) -> None:
-    if name in OF_ONE and count != 1:
-        raise UserError(f"method {name} goes between the base and one source, not {count}; merge several first, by soup")
-    if name not in (*OF_ONE, *OF_ANY) and count < 2:
+    if name in ONE_SOURCE and count != 1:
+        raise UserError(f"method {name} is for the base and one source, not {count}; merge several first, by soup")
+    if name not in (*ONE_SOURCE, *ANY_NUMBER) and count < 2:
         raise UserError(f"method {name} needs at least two sources, not {count}")
     if not count:
         raise UserError("no source given")

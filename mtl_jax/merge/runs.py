@@ -1,4 +1,4 @@
-"""Workdirs merged into a workdir."""
+"""Merges the runs of several workdirs into a workdir."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
         target: The workdir to write, free or to be replaced.
         sources: Workdirs.
         base: A workdir, or a checkpoint that pretrained.load opens; "" for methods without one.
-        method: How, checked.
+        method: The checked method.
 
     Returns:
-        The contents of its results.json; None where the data is not there to measure on.
+        The contents of its results.json; None where the runs' data is not available to measure on.
 
     Raises:
         UserError: A workdir is not finished, the runs do not fit together, or greedy has no data to measure on.
@@ -65,8 +65,8 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
     lora = [adapter.name for adapter in union.experiment.adapters if isinstance(adapter, Lora)]
     if lora:
         log.warning(
-            "%s: each of the two matrices is merged by itself, and their product is not what the kernels merged would be: for "
-            "that, mtl-jax convert the runs and merge the checkpoints",
+            "%s: the two matrices are merged separately, so their product is not that of merged kernels; to merge "
+            "kernels, run mtl-jax convert on the runs and merge the checkpoints",
             ", ".join(lora),
         )
     measure, reason, signatures = None, "", {}
@@ -80,45 +80,45 @@ def merge_runs(target: Path, sources: Sequence[str], base: str, method: Method) 
         reason = str(error)
         log.warning("not measured on dev and test: %s", reason)
 
-    def on_dev(found: Parts) -> float:
+    def on_dev(parts: Parts) -> float:
         assert measure is not None
-        return criterion(union, measure(params_of(found), "dev"))
+        return criterion(union, measure(params_of(parts), "dev"))
 
-    merged = inputs.put_together(method, start, models, on_dev)
+    merged = inputs.merge_models(method, start, models, on_dev)
     params = params_of(merged.parts)
-    for part, how in merged.record["parts"].items():
-        log.info("%s: %s", part, how)
+    for part, origin in merged.record["parts"].items():
+        log.info("%s: %s", part, origin)
     scores = {split: measure(params, split) for split in ("dev", "test")} if measure else None
     dev = criterion(union, scores["dev"]) if scores else None
     with staging.staged(target) as folder:
         _write(folder, members, union, params, dev)
-        found = None
+        written = None
         if scores is not None:
             facts: dict[str, Any] = {"steps": 0, "best_step": 0, "best_criterion": dev}
             facts |= {"seconds": round(time.monotonic() - started, 1)}
             facts |= {"merged": {"method": method.name, "sources": len(members)}}
-            found = results.write(folder, union.experiment, union.tasks, scores, signatures, facts)
+            written = results.write(folder, union.experiment, union.tasks, scores, signatures, facts)
         inputs.write_record(folder, merged.record | ({"not_measured": reason} if reason else {}))
-    return found
+    return written
 
 
 def open_member(name: str) -> Member:
-    """A finished run, its parameters on the host.
+    """Opens a finished run, with its parameters on the host.
 
     Raises:
-        UserError: It is no workdir, or not finished.
+        UserError: It is not a workdir, or the run is not finished.
     """
     folder = Path(name)
     if not (folder / "results.json").exists() and not (folder / workdirs.MERGED).exists():
-        raise UserError(f"{name}: the run is not finished (results.json is missing); the command that began it goes on with it")
+        raise UserError(f"{name}: the run is not finished (results.json is missing); the command that started it resumes it")
     run = open_run(folder)
     run = run._replace(params=jax.tree.map(np.asarray, jax.device_get(run.params)))
     return Member(name, run, workdirs.read_json(folder / "data.json"))
 
 
-def params_of(found: Parts) -> dict[str, Any]:
-    """{"trunk": ..., "heads": {task: ...}} of the parts."""
-    return {TRUNK: found[TRUNK], "heads": {part.removeprefix("heads/"): found[part] for part in found if part != TRUNK}}
+def params_of(parts: Parts) -> dict[str, Any]:
+    """The parts as parameters {"trunk": ..., "heads": {task: ...}}."""
+    return {TRUNK: parts[TRUNK], "heads": {part.removeprefix("heads/"): parts[part] for part in parts if part != TRUNK}}
 
 
 def _model(member: Member) -> Model:
@@ -130,23 +130,21 @@ def _model(member: Member) -> Model:
 
 
 def _base(name: str, members: Sequence[Member], union: Union) -> Model:
-    """The base: the trunk of a checkpoint; or a run, with its heads for those of the tasks that it has, too."""
+    """The base: the trunk of a checkpoint, or the trunk of a run with its heads for tasks of the merged runs."""
     if is_workdir(Path(name)):
         member = open_member(name)
         check_adapters(members[0], member)
         model = _model(member)
-        known = {f"heads/{task.name}" for task in union.tasks if task in member.run.tasks}
-        return model._replace(parts={part: params for part, params in model.parts.items() if part in (TRUNK, *known)})
-    declared = {getattr(member.run.experiment.trunk, "path", "none, it began from scratch") for member in members}
+        heads = {f"heads/{task.name}" for task in union.tasks if task in member.run.tasks}
+        return model._replace(parts={part: params for part, params in model.parts.items() if part in (TRUNK, *heads)})
+    declared = {getattr(member.run.experiment.trunk, "path", "none, it is from scratch") for member in members}
     if declared != {name}:
-        log.warning(
-            "the sources name as their trunk %s: the base, %s, must be what they started from", ", ".join(declared), name
-        )
+        log.warning("the sources started from the trunk %s; the base, %s, must be the same", ", ".join(declared), name)
     adapters = [adapter.name for adapter in union.experiment.adapters]
     if adapters:
         raise UserError(
-            f"{name} is a checkpoint without adapters, and {members[0].name} has {listed(adapters)}: mtl-jax convert puts "
-            "Lora and IA3 into the kernels, and such checkpoints can be merged; or let --base be a run"
+            f"{name} is a checkpoint without adapters, but {members[0].name} has {listed(adapters)}: mtl-jax convert merges "
+            "Lora and IA3 into the kernels, and such checkpoints can be merged; or give a run as --base"
         )
     checkpoint = pretrained.load(name, head=None)
     model = checkpoints.model(name, checkpoint)
@@ -154,7 +152,7 @@ def _base(name: str, members: Sequence[Member], union: Union) -> Model:
 
 
 def _write(folder: Path, members: Sequence[Member], union: Union, params: Mapping[str, Any], dev: float | None) -> None:
-    """What opening the workdir needs, and the baselines that the runs were compared with."""
+    """Writes the files that opening the workdir needs, and the baselines of the runs."""
     with writing(folder):
         shutil.copytree(Path(members[0].name) / "trunk", folder / "trunk")
     baselines: dict[str, Any] = {}
@@ -166,7 +164,7 @@ def _write(folder: Path, members: Sequence[Member], union: Union, params: Mappin
     state = jax.tree.map(jnp.asarray, create(params, (), (), union.experiment.seed))
     store = Store(folder, Checkpoints(keep=1), criterion=union.experiment.evaluation.criterion)
     with contextlib.closing(store):
-        store.save(0, state, {"step": 0}, 0.0 if dev is None else dev)  # the only one is the best one, measured or not
+        store.save(0, state, {"step": 0}, 0.0 if dev is None else dev)  # the only checkpoint is the best one, measured or not
         store.wait()
 
 
@@ -175,34 +173,35 @@ Measure = Callable[[Mapping[str, Any], str], dict[str, dict[str, float]]]
 
 
 def corpus_of(union: Union, members: Sequence[Member]) -> Corpus:
-    """The runs' data, read again.
+    """Reads the runs' data again.
 
     Raises:
-        UserError: It is not there any more, or not the same.
+        UserError: It is not available any more, or has changed.
     """
     experiment, tokenizer = union.experiment, members[0].run.trunk.tokenizer
     data = corpora.read_sources(experiment.sources, union.tasks)
     corpus = corpora.make_corpus(experiment.sources, union.tasks, data, tokenizer, experiment.batch.row_length)
-    for name, now in corpus.describe()["sources"].items():
-        before = union.data["sources"][name]
+    for name, current in corpus.describe()["sources"].items():
+        recorded = union.data["sources"][name]
         for split in ("dev", "test"):
-            # The hash is also of the labels, and so of the tasks that were trained together.
-            if now[split] != before[split] if union.same else now[split]["examples"] != before[split]["examples"]:
-                raise UserError(f"source {name!r} has other {split} rows now than when {members[0].name} was trained")
-        # Reading all sources together drops training rows that stand in dev or test of another one.
-        learned = before["train"]["examples"] - now["train"]["examples"]
-        if learned > 0 and not union.same:
+            # The hash includes labels, and so depends on the tasks that were trained together.
+            changed = current[split] != recorded[split]
+            if changed if union.same else current[split]["examples"] != recorded[split]["examples"]:
+                raise UserError(f"source {name!r} has other {split} rows than when {members[0].name} was trained")
+        # Reading all sources together drops training rows that occur in dev or test of another source.
+        leaked = recorded["train"]["examples"] - current["train"]["examples"]
+        if leaked > 0 and not union.same:
             log.warning(
-                "source %s: %d of its training rows stand in dev or test of another source, and a run has learned from them: "
-                "scores on that may be too high",
+                "source %s: %d of its training rows occur in dev or test of another source, and a run has trained on them: "
+                "scores on that source may be too high",
                 name,
-                learned,
+                leaked,
             )
     return corpus
 
 
 def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
-    """How parameters are measured: as after training, on one device."""
+    """A function that measures parameters as at the end of training, on one device."""
     batching, tasks = union.experiment.batch, union.tasks
     mesh = meshes.make(batching.rows, 1)
     apply = evaluation.make_outputs(encode_tokens(trunk.module, needed_fields(tasks)), tasks, mesh)
@@ -210,13 +209,13 @@ def measurer(union: Union, trunk: Trunk, corpus: Corpus) -> Measure:
     def measure(params: Mapping[str, Any], split: str) -> dict[str, dict[str, float]]:
         data = corpus.splits[split]
         placed = meshes.place(params, meshes.replicated(mesh))
-        found = evaluation.predict(apply, placed, tasks, list(data.values()), batching, mesh)
+        outputs = evaluation.predict(apply, placed, tasks, list(data.values()), batching, mesh)
         texts = text_evaluation.text_scores(tasks, trunk, placed, data, lambda task: task.beams)
-        return evaluation.score(tasks, data, found, texts)
+        return evaluation.score(tasks, data, outputs, texts)
 
     return measure
 
 
 def criterion(union: Union, scores: dict[str, dict[str, float]]) -> float:
-    """The merged experiment's criterion of dev scores."""
+    """The criterion of the merged experiment for dev scores."""
     return evaluation.criterion(union.experiment.evaluation.criterion, union.tasks, scores)

@@ -1,4 +1,4 @@
-"""Several runs as one experiment: their sources and tasks beside each other."""
+"""Joins several runs into one experiment with the sources and tasks of all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mtl_jax.tasks import AnyTask, Task
 from mtl_jax.training.experiment_json import tasks_to_json
 from mtl_jax.transfer.adapters.base import RUN
 
-# Fields of tasks that say how they were trained, not what they predict: runs of one experiment may differ in them.
+# Fields of tasks that matter in training only: joined runs may differ in them.
 TRAINING_ONLY = ("dropout", "label_smoothing", "balanced", "class_weights")
-# Fields of sources that say where the rows lie: whether they are the same is seen from the rows.
+# Fields of sources that are paths: the rows themselves are compared.
 PLACES = ("path", "dev_path", "test_path")
 
 RENAME = "train one of them under another name"
@@ -26,7 +26,7 @@ class Member(NamedTuple):
     """A run that is merged.
 
     Attributes:
-        name: Its workdir as it was given.
+        name: Its workdir as given on the command line.
         run: The run.
         data: The contents of its data.json.
     """
@@ -37,13 +37,13 @@ class Member(NamedTuple):
 
 
 class Union(NamedTuple):
-    """The runs as one.
+    """The runs as one experiment.
 
     Attributes:
-        experiment: The first run's, with all sources and tasks; what would train it is left as it was where all runs have the
-            same tasks, else it is plain.
-        tasks: The tasks, filled with what was found in the runs' data.
-        data: For data.json.
+        experiment: The first run's, with the sources and tasks of all. If the runs have different tasks, weights, shares and
+            the like are reset.
+        tasks: The tasks, with the labels and sizes that the runs' data gave them.
+        data: The contents of data.json.
         same: Whether all runs have the same tasks.
     """
 
@@ -54,7 +54,7 @@ class Union(NamedTuple):
 
 
 def unite(members: Sequence[Member], method: str) -> Union:
-    """The runs as one experiment.
+    """Joins runs into one experiment.
 
     Args:
         members: The runs.
@@ -69,8 +69,8 @@ def unite(members: Sequence[Member], method: str) -> Union:
     sources: dict[str, tuple[Member, Source]] = {}
     for member in members:
         for task in member.run.tasks:
-            owner, known = tasks.setdefault(task.name, (member, task))
-            _check_same("task", owner, known, member, task, TRAINING_ONLY)
+            owner, earlier = tasks.setdefault(task.name, (member, task))
+            _check_same("task", owner, earlier, member, task, TRAINING_ONLY)
         used = {task.source for task in member.run.tasks}
         for source in member.run.experiment.sources:
             if source.name in used:
@@ -95,7 +95,7 @@ def unite(members: Sequence[Member], method: str) -> Union:
 
 
 def _plain(experiment: Experiment, members: Sequence[Member]) -> Experiment:
-    """Without weights, shares and the like, which name tasks of one run only."""
+    """The experiment without weights, shares and the like, which name the tasks of one run only."""
     phases = tuple(dataclasses.replace(phase, weights={}, mixture="", shares={}) for phase in experiment.phases)
     length = max(member.run.experiment.batch.row_length for member in members)
     return dataclasses.replace(
@@ -112,56 +112,56 @@ def _plain(experiment: Experiment, members: Sequence[Member]) -> Experiment:
 
 
 def check_adapters(first: Member, second: Member) -> None:
-    """Finds out whether parameters of adapters mean the same in two runs, which their shapes don't say.
+    """Checks that parameters of adapters mean the same in two runs, beyond their shapes.
 
     Raises:
-        UserError: They do not: another factor, say, or another order of the sources that each have their own.
+        UserError: They differ, for example in a factor, or in the order of sources that have separate adapters.
     """
-    advice = "mtl-jax convert puts Lora and IA3 into the kernels, and such checkpoints can be merged"
-    here, there = ({a.name: a for a in member.run.experiment.adapters} for member in (first, second))
-    if here.keys() != there.keys():
-        names = [", ".join(sorted(adapters)) or "none" for adapters in (there, here)]
+    advice = "mtl-jax convert merges Lora and IA3 into the kernels; such checkpoints can be merged"
+    adapters, others = ({a.name: a for a in member.run.experiment.adapters} for member in (first, second))
+    if adapters.keys() != others.keys():
+        names = [", ".join(sorted(names)) or "none" for names in (others, adapters)]
         raise UserError(f"{second.name}: its adapters are {names[0]}, and those of {first.name} {names[1]}; {advice}")
-    for name, adapter in here.items():
-        _check_same("adapter", first, adapter, second, there[name], TRAINING_ONLY, advice)
-    own = [adapter.name for adapter in here.values() if adapter.per != RUN]
-    if own and first.run.sources != second.run.sources:
+    for name, adapter in adapters.items():
+        _check_same("adapter", first, adapter, second, others[name], TRAINING_ONLY, advice)
+    separate = [adapter.name for adapter in adapters.values() if adapter.per != RUN]
+    if separate and first.run.sources != second.run.sources:
         sources = [", ".join(member.run.sources) for member in (second, first)]
         raise UserError(
-            f"{second.name}: each source has its own adapters ({listed(own)}), and its sources are {sources[0]}, those of "
-            f"{first.name} {sources[1]}; with --task, {advice}"
+            f"{second.name}: each source has separate adapters ({listed(separate)}), and its sources are {sources[0]}, "
+            f"those of {first.name} {sources[1]}; with --task, {advice}"
         )
 
 
 def _check_same(
-    what: str, first: Member, one: Any, second: Member, other: Any, ignored: Sequence[str], advice: str = RENAME
+    kind: str, first: Member, declared: Any, second: Member, other: Any, ignored: Sequence[str], advice: str = RENAME
 ) -> None:
-    """Raises UserError where two declarations of one name differ."""
-    if type(one) is not type(other):
-        differs, here, there = "kind", type(one).__name__, type(other).__name__
+    """Raises UserError if two declarations of one name differ."""
+    if type(declared) is not type(other):
+        differing, values = "kind", (type(declared).__name__, type(other).__name__)
     else:
-        fields = (field.name for field in dataclasses.fields(one) if field.name not in ignored)
-        differs = next((name for name in fields if getattr(one, name) != getattr(other, name)), "")
-        here, there = (getattr(side, differs, "") for side in (one, other))
-    if differs:
+        fields = (field.name for field in dataclasses.fields(declared) if field.name not in ignored)
+        differing = next((name for name in fields if getattr(declared, name) != getattr(other, name)), "")
+        values = getattr(declared, differing, ""), getattr(other, differing, "")
+    if differing:
         raise UserError(
-            f"{second.name}: {what} {one.name!r} is another than in {first.name}: {differs} is {there!r} there, and {here!r} "
-            f"in {first.name}; {what}s of one name must be the same: {advice}"
+            f"{second.name}: {kind} {declared.name!r} differs from that in {first.name}: {differing} is {values[1]!r}, but "
+            f"{values[0]!r} in {first.name}; {kind}s of one name must be the same: {advice}"
         )
 
 
 def _check_rows(source: str, first: Member, second: Member) -> None:
-    """Raises UserError where the dev or test rows of a source differ: one run may have learned from the other's."""
+    """Raises UserError if the dev or test rows of a source differ: one run may have trained on those of the other."""
     if first is second:
         return
-    # The hash is of tokens and labels: it can be compared where both read the rows in the same way.
+    # The hash is of tokens and labels, so it can be compared if both runs read the rows in the same way.
     tasks = [{t.name for t in member.run.tasks if t.source == source} for member in (first, second)]
     lengths = {member.run.experiment.batch.row_length for member in (first, second)}
     alike = tasks[0] == tasks[1] and len(lengths) == 1
     for split in ("dev", "test"):
-        here, there = (member.data["sources"][source][split] for member in (first, second))
-        if here != there if alike else here["examples"] != there["examples"]:
+        rows, others = (member.data["sources"][source][split] for member in (first, second))
+        if rows != others if alike else rows["examples"] != others["examples"]:
             raise UserError(
                 f"{second.name}: source {source!r} has other {split} rows than in {first.name}: one of the runs may have "
-                "learned from them; merge runs of the same data"
+                "trained on them; merge runs of the same data"
             )

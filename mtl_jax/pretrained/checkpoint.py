@@ -32,7 +32,7 @@ class Checkpoint:
         raw: config.json as it is in the file, with the requested labels.
         head: Kind of its head (a key of family.KINDS), or None.
         location: The directory it was read from; tokenizer and generation_config.json are read from there, too.
-        unused: Names of the file's tensors that are no parameter of the model.
+        unused: Names of the file's tensors that are not parameters of the model.
         initialized: Our paths of parameters that the file lacks; they are freshly initialised.
     """
 

@@ -36,6 +36,17 @@ TABLE = "trunk/embeddings/word/embedding"
 LEAVES = {"embedding": ("weight",), "kernel": ("weight",), "scale": ("weight", "gamma"), "bias": ("bias", "beta")}
 
 
+REQUIRED: Any = object()
+LARGEST = 2**31 - 1  # the largest 32-bit index
+MOST_LAYERS = 1000
+MOST_LABELS = 1_000_000
+MOST_NUMBER = 1e12  # its square is still a float32
+MOST_COMPUTED = 2**16  # rows of a computed table, whose size no tensor of the file confirms
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 100, 100, 40
+
+
 def _nothing(params: Any, config: Any) -> dict[str, np.ndarray]:
     return {}
 
@@ -106,17 +117,6 @@ def translate(path: str, table: Mapping[str, str | tuple[str, ...]]) -> list[str
     stems = table[re.sub(r"_\d+", "_{}", module)]
     stems = (stems,) if isinstance(stems, str) else stems
     return [f"{stem.format(*numbers)}.{name}" for stem in stems for name in LEAVES[leaf]]
-
-
-REQUIRED: Any = object()
-LARGEST = 2**31 - 1  # the largest 32-bit index
-MOST_LAYERS = 1000
-MOST_LABELS = 1_000_000
-MOST_NUMBER = 1e12  # its square is still a float32
-MOST_COMPUTED = 2**16  # rows of a computed table, whose size no tensor of the file confirms
-
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 100, 100, 40
 
 
 def brief(value: Any) -> str:

@@ -26,7 +26,7 @@ class LazyTensor(NamedTuple):
 
 
 def map_array(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A part of a file as a read-only array with a mapping of its own, which is freed together with the array.
+    """A part of a file as a read-only array over a separate mapping, which is freed together with the array.
 
     Args:
         file: The file.

@@ -200,7 +200,7 @@ def table(cfg: Seq2SeqConfig) -> str:
 
 
 def spare_table(params: Any, cfg: Seq2SeqConfig) -> Mapping[str, np.ndarray]:
-    """Where the output is not tied, transformers 5 shares no table, and expects a further one that nothing reads."""
+    """The further table that transformers 5 expects, but never reads, where the output is not tied."""
     if "head" not in params or cfg.reads_trunk_table or not cfg.shared_table:
         return {}
     return {"model.shared.weight": params["trunk"]["embeddings"]["word"]["embedding"]}

@@ -38,7 +38,7 @@ class Placed(NamedTuple):
 
     Attributes:
         params: The tree, float32.
-        unused: Names of tensors that are no parameter of the model.
+        unused: Names of tensors that are not parameters of the model.
         initialized: Our paths of parameters that the file does not have.
     """
 
@@ -98,21 +98,21 @@ def unwrap(
     Raises:
         UserError: No tensor of the file has a name of this family's trunk.
     """
-    wanted = [name for path in paths if path.startswith("trunk/") for name in family.names(path, config)]
-    prefixes = _prefixes(wanted, tensors)
-    for name in wanted:
+    trunk_names = [name for path in paths if path.startswith("trunk/") for name in family.names(path, config)]
+    prefixes = _prefixes(trunk_names, tensors)
+    for name in trunk_names:
         candidates = prefixes.get(name, [])
         for prefix in (family.prefix, "", *candidates):
             if prefix in candidates:
                 wrapper = prefix.removesuffix(family.prefix)
                 return {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}, prefix.removeprefix(wrapper)
-    raise UserError(f"{where}: no tensor of a {family.model_types[0]} model in it ({family.prefix}{wanted[0]} is missing)")
+    raise UserError(f"{where}: no tensor of a {family.model_types[0]} model in it ({family.prefix}{trunk_names[0]} is missing)")
 
 
-def _prefixes(wanted: list[str], tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:
+def _prefixes(names: list[str], tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:
     """For each wanted name, the prefixes of the tensors whose names end in it; in one pass over the file."""
-    prefixes: dict[str, list[str]] = {name: [] for name in wanted}
-    depths = {name.count(".") + 1 for name in wanted}
+    prefixes: dict[str, list[str]] = {name: [] for name in names}
+    depths = {name.count(".") + 1 for name in names}
     for tensor in tensors:
         for depth in depths:
             parts = tensor.rsplit(".", depth)

@@ -1,4 +1,4 @@
-"""The report of an ablation, or of ordinary runs: a page, a tidy table, statistics and figures."""
+"""Reports of an ablation or of ordinary runs: a page, a tidy table, statistics and figures."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from mtl_jax.report.study import read as read
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """The workdirs that paths and patterns name: of a pattern, the runs among what fits it.
+    """The workdirs that paths and patterns name; a pattern names all runs that match it.
 
     Raises:
-        UserError: No run fits a pattern.
+        UserError: No run matches a pattern.
     """
-    found: list[Path] = []
+    workdirs: list[Path] = []
     for pattern in patterns:
-        fitting = [Path(pattern)]
-        if glob.has_magic(pattern) and not fitting[0].exists():
-            fitting = [Path(path) for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
-            if not fitting:
-                raise UserError(f"{pattern}: no workdir of a run is there")
-        found += fitting
-    return found
+        matching = [Path(pattern)]
+        if glob.has_magic(pattern) and not matching[0].exists():
+            matching = [Path(path) for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
+            if not matching:
+                raise UserError(f"{pattern}: no workdir of a run matches")
+        workdirs += matching
+    return workdirs
 
 
 def default_output(workdirs: Sequence[Path]) -> Path:
-    """The ablation's own directory; of ordinary runs, report/ where the command is given."""
+    """The directory of the ablation; for ordinary runs, report/ in the current directory."""
     return workdirs[0] if len(workdirs) == 1 and (workdirs[0] / ABLATION).exists() else Path("report")
 
 
 def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patience: float = 0.0) -> Path:
     """Writes report.html, ablation.csv, results.json and figures/*.png; the same runs give the same bytes.
 
-    Files of an earlier report are replaced, each whole.
+    Files of an earlier report are replaced; each is written whole or not at all.
 
     Args:
         source: One ablation, or workdirs of ordinary runs.
-        out: Where to; may be the ablation itself, but no workdir of a run, which has results of its own.
-        patience: For how many seconds to wait for a process that writes a report there.
+        out: The directory to write. It may be the ablation itself, but not the workdir of a run, which has a results.json.
+        patience: Seconds to wait for a process that writes a report there.
 
     Returns:
         The path of report.html.
 
     Raises:
-        UserError: What is given is no workdir, the runs cannot be compared, `out` cannot be written, or another process writes
+        UserError: A source is not a workdir, the runs cannot be compared, `out` cannot be written, or another process writes
             a report there.
     """
     from mtl_jax.report import page, render, sections, statistics, tables  # imported late: matplotlib and scipy take a while
 
-    study = read([Path(each) for each in ([source] if isinstance(source, (str, Path)) else source)])
+    study = read([Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)])
     out = Path(out)
     if (out / "config.json").exists() and not (out / ABLATION).exists():
         raise UserError(f"{out}: the workdir of a run, whose results.json would be lost; choose another --output")
@@ -64,7 +64,7 @@ def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patienc
     comparison = statistics.compare(study, groups)
     parts = sections.sections(study, groups, comparison)
     with locks.report(out, patience):
-        for figure in sections.drawn(parts):
+        for figure in sections.figures_of(parts):
             render.png(figure, out / "figures" / f"{figure.slug}.png")
         write_text(out / "ablation.csv", tables.to_csv(study))
         write_json(out / "results.json", tables.to_json(study, groups, comparison))

@@ -1,4 +1,4 @@
-"""Numbers, times and settings as a reader wants to see them."""
+"""Numbers, durations and settings as short texts for readers."""
 
 from __future__ import annotations
 
@@ -9,93 +9,94 @@ from mtl_jax.core.errors import count as count
 from mtl_jax.report.statistics import Group, Spread
 from mtl_jax.report.study import BY_NAME, key
 
-LONG = 60  # characters of a label
+LONG = 60  # most characters of a label
 NOTHING = "\N{EN DASH}"
 
 
-def value(found: Any) -> str:
+def value(field_value: Any) -> str:
     """The value of a varied field in a few characters."""
-    if found is None:
+    if field_value is None:
         return NOTHING
-    if isinstance(found, bool):
-        return "yes" if found else "no"
-    if isinstance(found, float):
-        return f"{found:.3g}" if abs(found) < 1 else f"{found:.5g}"
-    if isinstance(found, Mapping):
-        if "name" in found:  # a phase, a source, a task
-            return str(found["name"])
-        return ", ".join(f"{name}={value(own)}" for name, own in found.items()) or NOTHING
-    if isinstance(found, (list, tuple)):
-        return ", ".join(value(own) for own in found) or NOTHING
-    return str(found) or NOTHING
+    if isinstance(field_value, bool):
+        return "yes" if field_value else "no"
+    if isinstance(field_value, float):
+        return f"{field_value:.3g}" if abs(field_value) < 1 else f"{field_value:.5g}"
+    if isinstance(field_value, Mapping):
+        if "name" in field_value:  # a phase, a source, a task
+            return str(field_value["name"])
+        return ", ".join(f"{name}={value(element)}" for name, element in field_value.items()) or NOTHING
+    if isinstance(field_value, (list, tuple)):
+        return ", ".join(value(element) for element in field_value) or NOTHING
+    return str(field_value) or NOTHING
 
 
 def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """The values of some fields as a label: the rule by its name, its options as they are typed, weights by their numbers,
-    other fields by the last part of theirs.
+    """The values of some fields as a label.
 
-    What is empty is left out, unless nothing else is there.
+    A rule is shown by its name, weights by their numbers, other fields by the last part of their path and the value. Empty
+    values are left out, unless all are empty.
     """
-    told = [field for field in fields if field in values and values[field] not in (None, [], {}, "")]
+    filled = [field for field in fields if field in values and values[field] not in (None, [], {}, "")]
     parts = []
-    for field in told or [field for field in fields if field in values]:
-        found = values[field]
+    for field in filled or [field for field in fields if field in values]:
+        field_value = values[field]
         last = field.rpartition(".")[2]
-        if isinstance(found, Mapping) and found:
-            parts.append(numbers(found) if last in BY_NAME else value(found))
+        if isinstance(field_value, Mapping) and field_value:
+            parts.append(numbers(field_value) if last in BY_NAME else value(field_value))
         else:
-            parts.append(value(found) if field == "weighting" else f"{last} {value(found)}")
+            parts.append(value(field_value) if field == "weighting" else f"{last} {value(field_value)}")
     return ", ".join(parts) or NOTHING
 
 
 def numbers(weights: Mapping[str, Any]) -> str:
     """The values of weights, in their order."""
-    return " / ".join(value(own) for own in weights.values())
+    return " / ".join(value(weight) for weight in weights.values())
 
 
 def labels(groups: Sequence[Group], fields: Sequence[str]) -> list[str]:
-    """Each group's setting by the fields in which they differ; its runs' names where that is long or not enough."""
+    """A label for each group: the fields in which groups differ, or the names of its runs if that is not short or unique."""
     settings = [group.values for group in groups]
-    told = [setting(values, varied(settings, fields) or fields) for values in settings]
+    texts = [setting(values, varied(settings, fields) or fields) for values in settings]
     return [
-        runs(group) if len(label) > LONG or told.count(label) > 1 else label for group, label in zip(groups, told, strict=True)
+        runs(group) if len(label) > LONG or texts.count(label) > 1 else label
+        for group, label in zip(groups, texts, strict=True)
     ]
 
 
 def runs(group: Group) -> str:
-    """Their names, or where they are many, the first and how many."""
+    """The names of a group's runs; of many, the first and the number of the others."""
     names = [run.name for run in group.runs]
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
 
 
 def varied(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
-    """The fields that have more than one value."""
+    """The fields with more than one value."""
     return [field for field in fields if len({key(values.get(field)) for values in settings}) > 1]
 
 
-def digits(found: Sequence[Spread]) -> int:
-    """Decimals for shares of 1: three, or four where the means lie within 0.01 and their deviations below 0.002."""
-    means = [spread.mean for spread in found]
-    steady = all(spread.sd is None or spread.sd < 0.002 for spread in found)
+def digits(spreads: Sequence[Spread]) -> int:
+    """Decimals of numbers between 0 and 1: four if means lie within 0.01 and deviations are below 0.002, else three."""
+    means = [spread.mean for spread in spreads]
+    steady = all(spread.sd is None or spread.sd < 0.002 for spread in spreads)
     return 4 if steady and len(means) > 1 and max(means) - min(means) < 0.01 else 3
 
 
-def spread(found: Spread | None, decimals: int = 3, plus: bool = False) -> str:
-    """mean ± standard deviation, or the mean of one value."""
-    if found is None:
+def spread(scores: Spread | None, decimals: int = 3, plus: bool = False) -> str:
+    """ "mean ± standard deviation", or only the mean for a single value."""
+    if scores is None:
         return NOTHING
-    deviation = "" if found.sd is None else f" ± {found.sd:.{decimals}f}"
-    return number(found.mean, decimals, plus) + deviation
+    deviation = "" if scores.sd is None else f" ± {scores.sd:.{decimals}f}"
+    return number(scores.mean, decimals, plus) + deviation
 
 
-def number(found: float, decimals: int = 3, plus: bool = False) -> str:
-    """With a sign where it is below zero as it is shown, or, if wanted, above."""
-    rounded = round(found, decimals) + 0.0  # -0.0 becomes 0.0
+def number(number: float, decimals: int = 3, plus: bool = False) -> str:
+    """A rounded number; with `plus` positive numbers have a sign, too."""
+    rounded = round(number, decimals) + 0.0  # -0.0 becomes 0.0
     return f"{rounded:{'+' if plus and rounded else ''}.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, 51 s, 4 min 12 s, 2 h 5 min."""
+    """A duration such as 4.2 s, 51 s, 4 min 12 s, 2 h 5 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""report.html: one file that needs nothing else."""
+"""The page report.html: a single file without external resources."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mtl_jax.report import formatting, render
 from mtl_jax.report.render import Figure
 from mtl_jax.report.statistics import Spread
 
-# Whatever a name may hold, the page asks nothing of anyone.
-WIDE = 120  # characters beside each other that fit on a screen of 1280 pixels
+WIDE = 120  # characters of a table row that fit on a screen of 1280 pixels
+# Whatever names contain, the page loads nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -23,10 +23,10 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: What it says.
-        by: What it is sorted by; None: its text.
-        kind: Classes: n, a number; wrap, a long text; top, the best of its column; bad.
-        after: Said less loudly after the text.
+        text: Its text.
+        by: Its sort key; None: its text.
+        kind: CSS classes: n, a number; wrap, a long text; top, the best of its column; bad.
+        after: A text after it in a lighter style.
     """
 
     text: str
@@ -40,10 +40,10 @@ class Table:
     """A table that can be sorted.
 
     Attributes:
-        name: What it shows, for those who do not see it.
-        head: (heading, what stands below it).
-        rows: The first cell of each names it.
-        foot: Rows that stay where they are.
+        name: Its title for screen readers.
+        head: (heading, text below it) of each column.
+        rows: The rows; the first cell is the name of the row.
+        foot: Rows at the bottom that are not sorted.
         sortable: Whether the headings are buttons.
     """
 
@@ -69,35 +69,35 @@ class Section:
     parts: Sequence[str | Table | Figure]
 
 
-def number(found: float | None, decimals: int = 3, plus: bool = False) -> Cell:
-    """A cell with a number; empty of none."""
-    if found is None or not math.isfinite(found):
+def number(value: float | None, decimals: int = 3, plus: bool = False) -> Cell:
+    """A cell with a number; a dash for None or a number that is not finite."""
+    if value is None or not math.isfinite(value):
         return Cell(formatting.NOTHING, "", "n")
-    return Cell(formatting.number(found, decimals, plus), found, "n")
+    return Cell(formatting.number(value, decimals, plus), value, "n")
 
 
-def spread(found: Spread | None, decimals: int = 3, plus: bool = False, top: bool = False) -> Cell:
+def spread(score: Spread | None, decimals: int = 3, plus: bool = False, top: bool = False) -> Cell:
     """A cell with a mean and its standard deviation."""
-    if found is None:
+    if score is None:
         return Cell(formatting.NOTHING, "", "n")
-    mean, _, deviation = formatting.spread(found, decimals, plus).partition(" ")
-    return Cell(mean, found.mean, "n top" if top else "n", deviation)
+    mean, _, deviation = formatting.spread(score, decimals, plus).partition(" ")
+    return Cell(mean, score.mean, "n top" if top else "n", deviation)
 
 
 def html(title: str, command: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section], footer: str) -> str:
     """The page. All texts are escaped here.
 
     Args:
-        title: Its name.
-        command: What started the runs, or empty.
-        facts: (what, how much).
-        sections: Its parts.
-        footer: Below them.
+        title: Its title.
+        command: The command that started the runs, or empty.
+        facts: (name, value) of each fact at the top.
+        sections: Its sections.
+        footer: The text at the bottom.
     """
     links = "".join(f'<a href="#{escape(section.slug)}">{escape(section.title)}</a>\n' for section in sections)
-    listed = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(much)}</dd></div>\n" for what, much in facts)
-    typed = " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
-    shown = f"<pre><code>{typed}</code></pre>\n" if command else ""
+    fact_list = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in facts)
+    words = " ".join(f"<span>{escape(word)}</span>" for word in command.split(" "))
+    code = f"<pre><code>{words}</code></pre>\n" if command else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -111,8 +111,8 @@ def html(title: str, command: str, facts: Sequence[tuple[str, str]], sections: S
 <body>
 <header>
 <h1>{escape(title)}</h1>
-{shown}<dl class="facts">
-{listed}</dl>
+{code}<dl class="facts">
+{fact_list}</dl>
 <nav aria-label="Contents">
 {links}</nav>
 </header>
@@ -159,12 +159,12 @@ def _table(table: Table) -> str:
 
 
 def _breakable(name: str) -> str:
-    """The name of a field with places where a line may end."""
+    """The name of a field, with points at which a line may break."""
     return re.sub(r"([._/])(?=\w)", r"\1<wbr>", escape(name))
 
 
 def _width(table: Table) -> int:
-    """About how many characters stand beside each other in the widest rows."""
+    """The approximate number of characters in the widest row."""
     columns = zip(*[[len(f"{cell.text} {cell.after}") for cell in row] for row in table.rows], strict=True)
     heads = [max(map(len, re.split(r"[._/ ]", text))) for text, _ in table.head]
     return sum(min(max(head, *cells), 40) + 3 for head, cells in zip(heads, columns, strict=False))

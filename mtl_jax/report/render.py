@@ -1,4 +1,4 @@
-"""Panels of matplotlib as SVG that takes its colours from the page, and as PNG on white."""
+"""Draws panels with matplotlib, as SVG with the colours of the page and as PNG on white."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from matplotlib.lines import Line2D
 from mtl_jax.core import plotting
 from mtl_jax.core.files import write_bytes
 
-SERIES = 8  # colours; more series than that are not told apart
+SERIES = 8  # colours; more series cannot be told apart
 TITLE = 0.35  # inches above a panel of a PNG
-WIDTH, HEIGHT = 4.2, 2.9  # inches of a panel: its text is as large as the page's small print, on a phone and beside others
+WIDTH, HEIGHT = 4.2, 2.9  # inches of a panel; on the page its text is then as large as small print
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "mtl_jax",  # the same input gives the same bytes
-    "text.parse_math": False,  # a name with two dollars is a name
+    "text.parse_math": False,  # dollar signs in names are no formulas
     "font.size": 10.5,
     "axes.formatter.useoffset": False,
     "axes.spines.top": False,
@@ -40,14 +40,14 @@ STYLE: dict[Any, Any] = {
 
 
 class Palette(NamedTuple):
-    """Colours by what they are for.
+    """Colours by their use.
 
     Attributes:
         ink: Text.
-        muted: Axes, and what stays in the background.
+        muted: Axes, and anything in the background.
         grid: Grid lines.
-        surface: What is behind.
-        series: One for each of SERIES series.
+        surface: The background itself.
+        series: A colour for each of SERIES series.
     """
 
     ink: str
@@ -64,7 +64,7 @@ PAPER = Palette(
     surface="#ffffff",
     series=("#2a6fdb", "#d9730d", "#12906a", "#c9306b", "#7d5bd0", "#8a7a00", "#9a5b3c", "#0b8ba8"),
 )
-# In SVG each colour is a mark that becomes one of the page's variables, which differ between light and dark.
+# Placeholders in SVG, which are replaced by CSS variables of the page: they differ between its light and dark mode.
 SCREEN = Palette("#010101", "#010102", "#010103", "#010104", tuple(f"#01020{number}" for number in range(SERIES)))
 VARIABLES = {
     SCREEN.ink: "currentColor",
@@ -79,10 +79,10 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        title: What it shows.
-        draw: Draws it.
+        title: Its title.
+        draw: A function that draws it.
         notes: Lines below it, numbered like the points that they explain.
-        remark: A line below it, or nothing.
+        remark: A line below it, or empty.
         height: In inches.
         left: Inches for the labels of the ticks.
         frame: Whether it has axes, a grid and ticks.
@@ -103,11 +103,11 @@ class Figure:
 
     Attributes:
         slug: Its name as a file and as an anchor.
-        title: A heading.
-        caption: What is drawn, and over what it is a mean.
-        panels: At least one.
-        legend: The series' names, in the order of their colours.
-        choice: What a reader chooses a panel by where there are many; empty: they are all shown.
+        title: Its heading.
+        caption: A text on what is drawn, and over what means are taken.
+        panels: At least one panel.
+        legend: Names of the series, in the order of their colours.
+        choice: Label of the menu in which a reader chooses a panel; empty: all panels are shown.
     """
 
     slug: str
@@ -119,11 +119,11 @@ class Figure:
 
 
 def svg(panel: Panel, prefix: str) -> str:
-    """The panel as an <svg> element for use within HTML: no width, no fonts, no address, colours of the page.
+    """The panel as an <svg> element for HTML: without width, fonts and addresses, in the colours of the page.
 
     Args:
         panel: The panel.
-        prefix: Put before its ids, to keep them apart from those of the page's other elements.
+        prefix: A prefix for its ids, which must be unique on the page.
     """
     with _style(SCREEN):
         canvas = Canvas(figsize=(WIDTH, panel.height))
@@ -137,20 +137,22 @@ def _inline(text: str, prefix: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL
-    )  # each text is a comment, too
+    )  # matplotlib repeats each text as a comment
     tag = re.compile(r"<[^>]*>")
-    return re.sub(r"\n\s*", "\n", tag.sub(lambda found: _tag(found[0], prefix), text)).strip()
+    return re.sub(r"\n\s*", "\n", tag.sub(lambda match: _tag(match[0], prefix), text)).strip()
 
 
 def _tag(tag: str, prefix: str) -> str:
-    """A tag of matplotlib's as the page has it; what stands between tags is the user's, and is not touched."""
+    """Adapts a tag of matplotlib to the page; texts between tags are the user's and stay as they are."""
     if tag.startswith("<svg"):
         tag = re.sub(r' (xmlns(:xlink)?|version|width|height)="[^"]*"', "", tag)
     tag = re.sub(r'^<g id="[^"]*"', "<g", tag)
     tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", tag.replace("xlink:href", "href"))
     tag = re.sub(r"font-family: [^;\"]*; ", "", tag)  # the page's own font
     tag = re.sub(r' transform="rotate\(-0[^"]*"', "", tag)
-    tag = re.sub(r' (d|x|y|transform)="[^"]*"', lambda found: _short(found[0], 1), tag)  # a tenth of a point is not seen
+    tag = re.sub(
+        r' (d|x|y|transform)="[^"]*"', lambda match: _short(match[0], 1), tag
+    )  # less than a tenth of a point is not visible
     tag = _short(tag, 2)
     for mark, variable in VARIABLES.items():
         tag = tag.replace(mark, variable)
@@ -158,13 +160,13 @@ def _tag(tag: str, prefix: str) -> str:
 
 
 def _short(text: str, decimals: int) -> str:
-    """Numbers with no more decimals than that, and nothing but a blank between them."""
+    """The text with rounded numbers and single spaces."""
     text = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.{decimals}f}".rstrip("0").rstrip("."), text)
     return re.sub(r"\s+", " ", text)
 
 
 def png(figure: Figure, path: Path) -> None:
-    """All panels of a figure in one picture, with its legend."""
+    """Writes all panels of a figure with its legend as one picture."""
     with _style(PAPER):
         write_bytes(path, plotting.png(_picture(figure), metadata={"Software": None}))
 
@@ -173,7 +175,7 @@ def _picture(figure: Figure) -> Canvas:
     number = len(figure.panels)
     across = 2 if number == 4 else min(number, 3) if number < 13 else math.ceil(math.sqrt(number))
     down = -(-len(figure.panels) // across)
-    entry = 0.7 + 0.09 * max((len(name) for name in figure.legend), default=0)  # inches: a line, a name, what is between them
+    entry = 0.7 + 0.09 * max((len(name) for name in figure.legend), default=0)  # inches: line, gap and name
     width = max(WIDTH * across, entry)
     columns = min(2 * across, int(width / entry))
     below = 0.28 * -(-len(figure.legend) // columns) + 0.1
@@ -185,13 +187,13 @@ def _picture(figure: Figure) -> Canvas:
         axes.set_title(panel.title, fontsize=11, color=PAPER.ink)
     if figure.legend:
         handles = [Line2D([], [], color=PAPER.series[n % SERIES], linewidth=3) for n in range(len(figure.legend))]
-        names = [f" {name}" for name in figure.legend]  # one that began with _ would be left out
+        names = [f" {name}" for name in figure.legend]  # matplotlib leaves out names that begin with _
         canvas.legend(handles, names, loc="lower center", ncols=columns, frameon=False)
     return canvas
 
 
 def _draw(panel: Panel, canvas: Canvas, corner: tuple[float, float], palette: Palette) -> Axes:
-    """Draws a panel with its lower left corner there, in inches. Margins are fixed: to measure texts takes most of the time."""
+    """Draws a panel at a lower left corner, in inches. Margins are fixed: measuring texts would take most of the time."""
     wide, high = canvas.get_size_inches()
     left, bottom, right, top = (panel.left, 0.48, 0.14, 0.12) if panel.frame else (0.05, 0.05, 0.05, 0.05)
     width, height = WIDTH - left - right, panel.height - bottom - top

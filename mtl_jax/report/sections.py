@@ -1,4 +1,4 @@
-"""What the page holds, in order; a part for which there is no data is not there."""
+"""The sections of the page, in order; a section without data is left out."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mtl_jax.report.statistics import Comparison, Group, Spread, criterion, lead
 from mtl_jax.report.study import SPLITS, Study
 from mtl_jax.training.results import BASELINE_NAMES
 
-BEST = 5
-WEIGHTS = 4  # of more tasks than that they share one column
+BEST = 5  # settings in the table of the best
+WEIGHTS = 4  # most weights with separate columns; more share one column
 
 
 def sections(study: Study, groups: Sequence[Group], comparison: Comparison | None) -> list[Section]:
-    """The page's parts."""
-    found = [_result(study, groups[0])] if len(groups) == 1 else [*_best(study, groups), _settings(study, groups)]
+    """All sections of the page."""
+    parts = [_result(study, groups[0])] if len(groups) == 1 else [*_best(study, groups), _settings(study, groups)]
     if comparison is not None:
-        found.append(_methods(study, comparison))
+        parts.append(_methods(study, comparison))
     drawn = [
         *figures.against(study, groups),
         *figures.fronts(study, groups),
@@ -29,58 +29,62 @@ def sections(study: Study, groups: Sequence[Group], comparison: Comparison | Non
         *curves.weights(study, groups),
         *curves.agreement(study, groups),
     ]
-    found += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
-    return [*found, _tried(study)]
+    parts += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
+    return [*parts, _all_runs(study)]
 
 
-def drawn(found: Sequence[Section]) -> list[Figure]:
-    """The figures among the parts."""
-    return [part for section in found for part in section.parts if isinstance(part, Figure)]
+def figures_of(sections: Sequence[Section]) -> list[Figure]:
+    """The figures in sections."""
+    return [part for section in sections for part in section.parts if isinstance(part, Figure)]
 
 
 def facts(study: Study) -> list[tuple[str, str]]:
-    """(what, how much) at the head of the page."""
+    """(name, value) of the facts at the top of the page."""
     done = sum(run.done for run in study.runs)
     diverged = sum(run.diverged for run in study.runs)
     programs = sum(program.get(part, 0.0) for program in study.programs for part in ("compile_seconds", "seconds"))
     seconds = programs or sum(run.facts.get("seconds", 0.0) for run in study.runs)
     seeds = len({run.seed for run in study.runs})
-    found = [_fact(len(study.runs), "run")]
+    entries = [_fact(len(study.runs), "run")]
     unfinished = len(study.runs) - done - diverged
     if done < len(study.runs):
-        found.append(("done", str(done)))
-    found += [(what, str(number)) for what, number in (("diverged", diverged), ("unfinished", unfinished)) if number]
-    found += [_fact(len(study.programs), "program")] if study.programs else []
-    found += [_fact(seeds, "seed"), _fact(len(study.tasks), "task"), ("time", formatting.duration(seconds))]
-    return [*found, *([("devices", study.devices)] if study.devices else [])]
+        entries.append(("done", str(done)))
+    entries += [(name, str(number)) for name, number in (("diverged", diverged), ("unfinished", unfinished)) if number]
+    entries += [_fact(len(study.programs), "program")] if study.programs else []
+    entries += [_fact(seeds, "seed"), _fact(len(study.tasks), "task"), ("time", formatting.duration(seconds))]
+    return [*entries, *([("devices", study.devices)] if study.devices else [])]
 
 
 def _fact(number: int, noun: str) -> tuple[str, str]:
-    much, _, what = formatting.count(number, noun).partition(" ")
-    return what, much
+    value, _, name = formatting.count(number, noun).partition(" ")
+    return name, value
 
 
 def footer(study: Study) -> str:
-    """Versions, in one line."""
-    return "Made by mtl-jax report. Runs with " + ", ".join(f"{name} {own}" for name, own in study.versions.items()) + "."
+    """The versions that the runs used, in one line."""
+    return (
+        "Made by mtl-jax report. Runs with " + ", ".join(f"{name} {version}" for name, version in study.versions.items()) + "."
+    )
 
 
 def _result(study: Study, group: Group) -> Section:
-    """One setting: a row for each task."""
+    """The result of a single setting: a row for each task."""
     baselines = _baselines(study)
-    kinds = [kind for kind in BASELINE_NAMES if any(kind in own for own in baselines.values())]
+    kinds = [kind for kind in BASELINE_NAMES if any(kind in by_kind for by_kind in baselines.values())]
     rows = []
     for task, metric in study.tasks.items():
-        own = baselines.get(task, {})
-        compared = [number(own[kind].get(metric) if kind in own else None) for kind in kinds]
+        by_kind = baselines.get(task, {})
+        compared = [number(by_kind[kind].get(metric) if kind in by_kind else None) for kind in kinds]
         dev, test = (spread(group.scores[split].get(task, {}).get(metric), top=split == "test") for split in SPLITS)
         rows.append([Cell(task, after=metric), test, *compared, dev])
     head = [("task", ""), ("test", ""), *((BASELINE_NAMES[kind], "test") for kind in kinds), ("dev", "")]
     seeds = len(group.done())
     note = f"Mean and standard deviation over {formatting.count(seeds, 'seed')}. " if seeds > 1 else ""
-    unfinished = "" if seeds else "No run has come to its end. "
+    unfinished = "" if seeds else "No run has finished yet. "
     return Section(
-        "result", "Result", [f"{unfinished}{note}Of the checkpoint that is best on dev.", Table("Result", head, rows)]
+        "result",
+        "Result",
+        [f"{unfinished}{note}Scores are those of the checkpoint that is best on dev.", Table("Result", head, rows)],
     )
 
 
@@ -88,41 +92,41 @@ def _best(study: Study, groups: Sequence[Group]) -> list[Section]:
     order = ranked(groups)[:BEST]
     if not order:
         return []
-    note = f"By the dev criterion ({study.criterion}), the mean over the seeds; test is only reported, not chosen by. "
+    note = f"Chosen by the dev criterion ({study.criterion}), averaged over the seeds; test scores are only reported. "
     return [Section("best", "The best", [note + _tied(groups), _table(study, "The best settings", order, best=True)])]
 
 
 def _tied(groups: Sequence[Group]) -> str:
-    """What is not told apart from the best."""
+    """A sentence on the settings that tie with the best."""
     criteria = [group.criterion for group in groups if group.criterion]
     best = leading(criteria)
-    tied = sum(best is not None and ties(found, best) for found in criteria)
-    told = f"{formatting.count(tied, 'setting')} tie for the best" + (f", of which {BEST} are shown" if tied > BEST else "")
-    if all(found.sd is None for found in criteria):
-        return "Of one seed there is no deviation, so that only equal numbers tie" + (f": {told}." if tied > 1 else ".")
+    tied = sum(best is not None and ties(criterion, best) for criterion in criteria)
+    text = f"{formatting.count(tied, 'setting')} tie for the best" + (f", of which {BEST} are shown" if tied > BEST else "")
+    if all(criterion.sd is None for criterion in criteria):
+        return "One seed has no deviation, so only equal numbers tie" + (f": {text}." if tied > 1 else ".")
     if tied == 1:
         return "The others are more than one standard deviation below the first."
-    return f"{told}: within one standard deviation of it, the larger of the two."
+    return f"{text}: they are within one standard deviation of it, the larger of the two."
 
 
 def _settings(study: Study, groups: Sequence[Group]) -> Section:
     note = (
-        "Test metrics, mean and standard deviation over the seeds of runs that came to their end; bold is the best of a "
-        "column, and what ties with it: within one standard deviation, the larger of the two. Press a heading to sort."
+        "Test metrics: mean and standard deviation over the seeds of finished runs. Bold marks the best of a column and "
+        "those that tie with it: within one standard deviation, the larger of the two. Press a heading to sort."
     )
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
-    remarks = [f"Program {each['program']}: {each['remark']}." for each in study.programs if each.get("remark")]
+    remarks = [f"Program {program['program']}: {program['remark']}." for program in study.programs if program.get("remark")]
     return Section("settings", "All settings", [note, *remarks, _table(study, "All settings", order)])
 
 
 def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) -> Table:
     columns = _columns(study)
     scores = {
-        task: {id(group): found for group in order if (found := group.scores["test"].get(task, {}).get(metric))}
+        task: {id(group): score for group in order if (score := group.scores["test"].get(task, {}).get(metric))}
         for task, metric in study.tasks.items()
     }
-    decimals = {task: formatting.digits(list(own.values())) for task, own in scores.items()}
-    top = {task: leading(own.values()) for task, own in scores.items()}
+    decimals = {task: formatting.digits(list(by_group.values())) for task, by_group in scores.items()}
+    top = {task: leading(by_group.values()) for task, by_group in scores.items()}
     criteria = [group.criterion for group in order if group.criterion]
     first = leading(criteria)
     rows = []
@@ -130,8 +134,9 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
         row = _values(group.values, columns)
         row.append(spread(group.criterion, formatting.digits(criteria), top=_leads(group.criterion, first)))
         for task in study.tasks:
-            found = scores[task].get(id(group))  # among the best on dev the highest on test is not said to be better
-            row.append(spread(found, decimals[task], top=not best and _leads(found, top[task])))
+            score = scores[task].get(id(group))
+            # Settings that were chosen on dev are not compared on test.
+            row.append(spread(score, decimals[task], top=not best and _leads(score, top[task])))
         done = len(group.done())
         row.append(
             Cell(formatting.runs(group), None, after=f"{done} of {len(group.runs)} done" if done < len(group.runs) else "")
@@ -141,21 +146,22 @@ def _table(study: Study, name: str, order: Sequence[Group], best: bool = False) 
     return Table(name, head, rows, () if best else _below(study, len(columns)), sortable=not best)
 
 
-def _leads(found: Spread | None, best: Spread | None) -> bool:
-    return found is not None and best is not None and ties(found, best)
+def _leads(score: Spread | None, best: Spread | None) -> bool:
+    return score is not None and best is not None and ties(score, best)
 
 
 def _columns(study: Study) -> dict[str, tuple[str, str]]:
-    """{column: its heading} of the varied fields; many weights share one column."""
-    found: dict[str, tuple[str, str]] = {}
+    """{column: its heading and the line below it} of the varied fields; many weights share one column."""
+    headings: dict[str, tuple[str, str]] = {}
     for field in study.fields:
-        own = tables.columns(study, field)
-        if len(own) > WEIGHTS:
-            found[field] = (field, "\N{NO-BREAK SPACE}/ ".join(column.removeprefix(f"{field}.") for column in own))
+        columns = tables.columns(study, field)
+        if len(columns) > WEIGHTS:
+            headings[field] = (field, "\N{NO-BREAK SPACE}/ ".join(column.removeprefix(f"{field}.") for column in columns))
+        elif columns == [field]:
+            headings[field] = (field, "")
         else:
-            whole = own == [field]
-            found |= {column: (column, "") if whole else (column.removeprefix(f"{field}."), "weight") for column in own}
-    return found
+            headings |= {column: (column.removeprefix(f"{field}."), "weight") for column in columns}
+    return headings
 
 
 def _values(values: Mapping[str, Any], columns: Iterable[str]) -> list[Cell]:
@@ -171,36 +177,36 @@ def _values(values: Mapping[str, Any], columns: Iterable[str]) -> list[Cell]:
 
 
 def _below(study: Study, columns: int) -> list[list[Cell]]:
-    """The baselines, below the settings."""
+    """Rows of the baselines, below those of the settings."""
     baselines = _baselines(study)
     rows = []
     for kind, name in BASELINE_NAMES.items():
-        if any(kind in own for own in baselines.values()):
+        if any(kind in by_kind for by_kind in baselines.values()):
             values = [number(baselines.get(task, {}).get(kind, {}).get(metric)) for task, metric in study.tasks.items()]
             rows.append([Cell(name), *[Cell("", "")] * columns, *values, Cell("", "")])
     return rows
 
 
 def _baselines(study: Study) -> dict:
-    return {task: own for run in reversed(study.runs) for task, own in run.baselines.items()}
+    return {task: by_kind for run in reversed(study.runs) for task, by_kind in run.baselines.items()}
 
 
-def _value(found: object) -> Cell:
-    if isinstance(found, (int, float)) and not isinstance(found, bool):
-        return Cell(formatting.value(found), found, "n")
-    return Cell(formatting.value(found), "" if found in (None, "", [], {}) else None)
+def _value(value: object) -> Cell:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Cell(formatting.value(value), value, "n")
+    return Cell(formatting.value(value), "" if value in (None, "", [], {}) else None)
 
 
 def _methods(study: Study, comparison: Comparison) -> Section:
     others = [field for field in study.fields if field != "weighting"]
     left_out = [task for task in study.tasks if task in comparison.left_out]
     note = (
-        f"Of each weighting rule the setting that is best on dev. Relative change of the mean test metric against "
-        f"{comparison.reference}, in percent, bold the best and what ties with it; rank among the "
-        f"{formatting.count(len(comparison.methods), 'rule')}, 1 the best, mean over the tasks."
+        f"Each weighting rule with its setting that is best on dev. Changes are those of the mean test metric against "
+        f"{comparison.reference}, in percent; bold marks the best and those that tie with it. Ranks are among the "
+        f"{formatting.count(len(comparison.methods), 'rule')}, averaged over the tasks; 1 is the best."
     )
     if left_out:
-        note += f" {', '.join(left_out)}: the reference is not above 0, so nothing is relative to it."
+        note += f" {', '.join(left_out)}: the reference is not above 0, so there is no relative change."
     rows = []
     best = leading(method.change for method in comparison.methods if method.change)
     for method in comparison.methods:
@@ -215,8 +221,8 @@ def _methods(study: Study, comparison: Comparison) -> Section:
     return Section("methods", "Methods", [note, Table("Methods", head, rows), *figures.methods(comparison)])
 
 
-def _tried(study: Study) -> Section:
-    """Every run, what became of it, and how long it took."""
+def _all_runs(study: Study) -> Section:
+    """Every run with its status, its criterion and its time."""
     columns = _columns(study)
     timed = any("seconds" in run.facts for run in study.runs)
     rows = []
@@ -232,11 +238,11 @@ def _tried(study: Study) -> Section:
     head += [("status", ""), ("dev criterion", ""), ("best step", ""), ("steps", ""), *([("time", "")] if timed else [])]
     parts: list[str | Table | Figure] = []
     if diverged := sum(run.diverged for run in study.runs):
-        parts.append(f"{formatting.count(diverged, 'run')} diverged, which counts in no mean.")
+        parts.append(f"{formatting.count(diverged, 'run')} diverged and count in no mean.")
     parts.append(Table("Every run", head, rows))
     if study.programs:
-        parts += ["The programs that they were trained in:", _programs(study)]
-    return Section("tried", "What was tried", parts)
+        parts += ["The compiled programs that trained them:", _programs(study)]
+    return Section("tried", "All runs", parts)
 
 
 def _time(seconds: float | None, after: str = "") -> Cell:

@@ -1,4 +1,4 @@
-"""What metrics.jsonl says over the steps, short enough to keep for hundreds of runs."""
+"""Curves of metrics.jsonl over the steps, averaged so that hundreds of runs fit into a report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-POINTS = 60  # a curve of training steps has no more
+POINTS = 60  # most points of a curve of training steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Band:
 
     Attributes:
         steps_N: i64[N], rising.
-        mean_N: f64[N], over the runs that have the step.
-        sd_N: f64[N], their standard deviation (n - 1); 0 where there is only one.
+        mean_N: f64[N], mean over the runs that have the step.
+        sd_N: f64[N], standard deviation over these runs (n - 1); 0 for a single run.
     """
 
     steps_N: np.ndarray
@@ -42,27 +42,27 @@ class Band:
 def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], last: int) -> dict[str, Series]:
     """The curves of a run: loss/TASK and weight/TASK, cosine_mean, conflicts; and dev/TASK, its metric on dev.
 
-    Values of training steps are means over at most POINTS windows of equal length, each at its last step; what is not finite is
-    left out, and so is a curve without any value.
+    Values of training steps are means over at most POINTS windows of equal length, each placed at the window's last step.
+    Values that are not finite are left out, and so are curves without values.
 
     Args:
-        records: Of metrics.jsonl.
-        tasks: {task: the metric that stands for it}.
-        last: The run's last step as it was planned, so that runs of one plan have the same windows.
+        records: Records of metrics.jsonl.
+        tasks: {task: its main metric}.
+        last: The planned last step of the run, so that runs with the same plan have the same windows.
     """
     train = [f"{kind}/{task}" for task in tasks for kind in ("loss", "weight")] + ["cosine_mean", "conflicts"]
-    found: dict[str, list[tuple[int, float]]] = {name: [] for name in [*train, *(f"dev/{task}" for task in tasks)]}
+    pairs_of: dict[str, list[tuple[int, float]]] = {name: [] for name in [*train, *(f"dev/{task}" for task in tasks)]}
     for record in records:
         if record["kind"] == "train":
             for name in train:
                 if name in record:
-                    found[name].append((record["step"], record[name]))
+                    pairs_of[name].append((record["step"], record[name]))
         elif record["kind"] == "dev":
             for task, metric in tasks.items():
                 if f"{task}/{metric}" in record:
-                    found[f"dev/{task}"].append((record["step"], record[f"{task}/{metric}"]))
+                    pairs_of[f"dev/{task}"].append((record["step"], record[f"{task}/{metric}"]))
     width = max(1, -(-last // POINTS))
-    curves = {name: _windows(pairs, 1 if name.startswith("dev/") else width) for name, pairs in found.items()}
+    curves = {name: _windows(pairs, 1 if name.startswith("dev/") else width) for name, pairs in pairs_of.items()}
     return {name: curve for name, curve in curves.items() if len(curve.steps_N)}
 
 
@@ -77,13 +77,13 @@ def _windows(pairs: Sequence[tuple[int, float]], width: int) -> Series:
 
 
 def band(curves: Sequence[Series]) -> Band:
-    """Mean and standard deviation over runs, step by step."""
+    """Mean and standard deviation over runs at each step."""
     steps_N = np.unique(np.concatenate([curve.steps_N for curve in curves]))
     table_RxN = np.full((len(curves), len(steps_N)), np.nan)
     for row, curve in enumerate(curves):
         table_RxN[row, np.searchsorted(steps_N, curve.steps_N)] = curve.values_N
-    there_RxN = np.isfinite(table_RxN)
-    n_N = there_RxN.sum(axis=0)
-    mean_N = np.where(there_RxN, table_RxN, 0.0).sum(axis=0) / n_N
-    squares_N = (np.where(there_RxN, table_RxN - mean_N, 0.0) ** 2).sum(axis=0)
+    finite_RxN = np.isfinite(table_RxN)
+    n_N = finite_RxN.sum(axis=0)
+    mean_N = np.where(finite_RxN, table_RxN, 0.0).sum(axis=0) / n_N
+    squares_N = (np.where(finite_RxN, table_RxN - mean_N, 0.0) ** 2).sum(axis=0)
     return Band(steps_N, mean_N, np.sqrt(squares_N / np.maximum(n_N - 1, 1)))

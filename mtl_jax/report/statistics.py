@@ -1,4 +1,4 @@
-"""What the runs say together: groups over seeds, Pareto fronts, methods by average relative change and rank."""
+"""Statistics over runs: groups over seeds, Pareto fronts, methods by average relative change and rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtl_jax.training import results
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation (n - 1; None of one value) of n values."""
+    """Mean and standard deviation of n values (n - 1; None for a single value)."""
 
     mean: float
     sd: float | None
@@ -24,13 +24,13 @@ class Spread(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The runs that differ in the seed only.
+    """Runs that differ only in the seed.
 
     Attributes:
         values: {varied field: value}.
-        runs: All of them, in order.
-        scores: {split: {task: {metric: Spread}}} over those that are done; a run that diverged does not count.
-        criterion: What the experiment chooses checkpoints by, on dev; None where a task of it was not trained.
+        runs: The runs, in order.
+        scores: {split: {task: {metric: Spread}}} over the finished runs; a run that diverged does not count.
+        criterion: The dev criterion by which the experiment chooses checkpoints; None where one of its tasks was not trained.
     """
 
     values: Mapping[str, Any]
@@ -45,30 +45,30 @@ class Group:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """{task: weight} where they are numbers, else empty."""
+        """{task: weight} if they are constant numbers, else empty."""
         return self.runs[0].weights
 
     def done(self) -> list[Run]:
-        """The runs that came to their end."""
+        """The finished runs."""
         return [run for run in self.runs if run.done]
 
     def mean(self, task: str, metric: str, split: str = "test") -> float | None:
-        """A mean over the seeds; None where there is none."""
-        found = self.scores[split].get(task, {}).get(metric)
-        return None if found is None else found.mean
+        """The mean of a metric over the seeds; None where no run has it."""
+        scores = self.scores[split].get(task, {}).get(metric)
+        return None if scores is None else scores.mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A weighting rule beside the others.
+    """A weighting rule in comparison with the others.
 
     Attributes:
         name: The rule.
-        group: Its settings that are best on dev.
+        group: The runs of its setting that is best on dev.
         changes: {task: relative change of the mean test metric against the reference, in percent}.
-        change: Their mean, over seeds.
-        ranks: {task: place among the methods by the mean test metric, 1 the best; equal ones share the mean of their places}.
-        rank: Mean of the ranks.
+        change: Mean over the tasks, with its spread over the seeds.
+        ranks: {task: rank among the methods by the mean test metric}; 1 is the best, equal methods share the mean rank.
+        rank: Mean of the ranks over the tasks.
     """
 
     name: str
@@ -85,8 +85,8 @@ class Comparison:
 
     Attributes:
         methods: The methods.
-        reference: What the changes are against, in words.
-        left_out: Tasks whose reference is not above 0, so that nothing is relative to it.
+        reference: A phrase that names the reference of the changes.
+        left_out: Tasks without a relative change, because their reference is not above 0.
     """
 
     methods: tuple[Method, ...]
@@ -95,26 +95,26 @@ class Comparison:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value."""
+    """The spread of at least one value."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def ties(one: Spread, other: Spread) -> bool:
-    """Whether two means are not told apart; see results.ties."""
-    return results.ties(one.mean - other.mean, one.sd, other.sd)
+def ties(first: Spread, second: Spread) -> bool:
+    """Whether two means cannot be told apart; see results.ties()."""
+    return results.ties(first.mean - second.mean, first.sd, second.sd)
 
 
-def leading(found: Iterable[Spread]) -> Spread | None:
-    """The one with the highest mean; None of none."""
-    return max(found, key=lambda spread: spread.mean, default=None)
+def leading(spreads: Iterable[Spread]) -> Spread | None:
+    """The spread with the highest mean; None if there is none."""
+    return max(spreads, key=lambda spread: spread.mean, default=None)
 
 
 def groups(study: Study) -> tuple[Group, ...]:
     """The runs by the values of the varied fields, in the order in which these first occur."""
-    found: dict[str, list[Run]] = {}
+    by_values: dict[str, list[Run]] = {}
     for run in study.runs:
-        found.setdefault(key(dict(run.values)), []).append(run)
-    return tuple(_group(study, tuple(runs)) for runs in found.values())
+        by_values.setdefault(key(dict(run.values)), []).append(run)
+    return tuple(_group(study, tuple(runs)) for runs in by_values.values())
 
 
 def _group(study: Study, runs: tuple[Run, ...]) -> Group:
@@ -140,25 +140,27 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 
 def criterion(study: Study, run: Run) -> float | None:
-    """The number on dev by which the study's experiment compares checkpoints, of a run's best; None without it."""
+    """The dev criterion of a run's best checkpoint; None where it is not known."""
     dev = run.scores.get("dev", {})
     name, _, metric = study.criterion.partition("/")
-    wanted = study.tasks if name == "mean" else {name: metric or study.tasks.get(name, "")}
-    values = [dev.get(task, {}).get(metric) for task, metric in wanted.items()]
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) and np.isfinite(known).all() else None
+    metrics = study.tasks if name == "mean" else {name: metric or study.tasks.get(name, "")}
+    values = [dev.get(task, {}).get(metric) for task, metric in metrics.items()]
+    present = [value for value in values if value is not None]
+    complete = present and len(present) == len(values) and np.isfinite(present).all()
+    return statistics.fmean(present) if complete else None
 
 
-def ranked(found: Sequence[Group]) -> list[Group]:
-    """The groups that have the criterion, the best first."""
-    pairs = [(group.criterion.mean, group) for group in found if group.criterion is not None]
+def ranked(groups: Sequence[Group]) -> list[Group]:
+    """The groups with a criterion, the best first."""
+    pairs = [(group.criterion.mean, group) for group in groups if group.criterion is not None]
     return [group for _, group in sorted(pairs, key=lambda pair: -pair[0])]
 
 
 def pareto(points_NxD: np.ndarray) -> np.ndarray:
-    """bool[N]: the points that no other beats, more being better.
+    """The points bool[N] on the Pareto front, where higher is better.
 
-    One point beats another where it is at least as good in all D and better in one; so equal points stay together.
+    A point is dominated if another is at least as high in all D coordinates and higher in one. Equal points do not
+    dominate each other.
     """
     no_worse_NxN = (points_NxD[:, None] >= points_NxD[None]).all(axis=-1)
     better_NxN = (points_NxD[:, None] > points_NxD[None]).any(axis=-1)
@@ -170,19 +172,19 @@ def relative_change(scores: Mapping[str, float], reference: Mapping[str, float])
 
     Args:
         scores: {task: metric}, higher is better.
-        reference: {task: the same metric of what it is compared with}, above 0; its tasks count.
+        reference: {task: the metric of the reference}, above 0; the mean is over these tasks.
     """
     return statistics.fmean(100 * (scores[task] / value - 1) for task, value in reference.items())
 
 
-def compare(study: Study, found: Sequence[Group]) -> Comparison | None:
-    """The methods beside each other, each with its settings that are best on dev; None of fewer than two.
+def compare(study: Study, groups: Sequence[Group]) -> Comparison | None:
+    """Compares the methods, each with its setting that is best on dev; None for fewer than two methods.
 
-    The reference is the first of these that there is: each task trained alone; the method equal; the linear probe, then the
-    constant prediction, where all tasks have them above 0; the mean over the methods.
+    The reference is the first of these that is available: each task trained alone; the method equal; the linear probe, then the
+    constant prediction, where they are above 0 for all tasks; the mean over the methods.
     """
     best: dict[str, Group] = {}
-    for group in ranked(found):
+    for group in ranked(groups):
         if len(group.scores["test"]) == len(study.tasks):
             best.setdefault(group.method, group)
     if len(best) < 2:
@@ -190,7 +192,7 @@ def compare(study: Study, found: Sequence[Group]) -> Comparison | None:
     tests = {name: {task: group.mean(task, metric) for task, metric in study.tasks.items()} for name, group in best.items()}
     complete = {name: {task: value for task, value in test.items() if value is not None} for name, test in tests.items()}
     complete = {name: test for name, test in complete.items() if len(test) == len(study.tasks)}
-    words, reference = _reference(study, found, complete)
+    reference_name, reference = _reference(study, groups, complete)
     positive = {task: value for task, value in reference.items() if value > 0}
     ranks = {
         task: dict(zip(complete, rankdata([-test[task] for test in complete.values()]).tolist(), strict=True))
@@ -208,21 +210,21 @@ def compare(study: Study, found: Sequence[Group]) -> Comparison | None:
         for name, test in complete.items()
     ]
     methods.sort(key=lambda method: (-method.change.mean if method.change else 0.0, method.rank, method.name))
-    return Comparison(tuple(methods), words, tuple(task for task in study.tasks if task not in positive))
+    return Comparison(tuple(methods), reference_name, tuple(task for task in study.tasks if task not in positive))
 
 
 def _change(study: Study, group: Group, reference: Mapping[str, float]) -> Spread | None:
-    """Over the seeds: each run's average relative change against a reference that is the same for all."""
+    """The spread over the seeds of each run's average relative change against the reference."""
     scores = [{task: run.scores["test"][task][study.tasks[task]] for task in reference} for run in group.done()]
-    changes = _finite(relative_change(of_run, reference) for of_run in scores if reference)
+    changes = _finite(relative_change(run_scores, reference) for run_scores in scores if reference)
     return spread(changes) if changes else None
 
 
 def _reference(
-    study: Study, found: Sequence[Group], methods: Mapping[str, Mapping[str, float]]
+    study: Study, groups: Sequence[Group], methods: Mapping[str, Mapping[str, float]]
 ) -> tuple[str, dict[str, float]]:
-    alone: dict[str, tuple[float, float]] = {}  # the best on dev, and its test
-    for group in found:
+    alone: dict[str, tuple[float, float]] = {}  # {task: (dev, test)} of the group that is best on dev
+    for group in groups:
         (task, *others) = group.scores["test"] or ("",)
         if task and not others:
             dev, test = (group.mean(task, study.tasks[task], split) for split in SPLITS)
@@ -233,10 +235,10 @@ def _reference(
     if "equal" in methods:
         return "the method equal", dict(methods["equal"])
     baselines = next((run.baselines for run in study.runs if run.baselines.keys() == study.tasks.keys()), {})
-    for kind, words in (("probe", "the linear probe"), ("constant", "the majority class or mean rating")):
+    for kind, name in (("probe", "the linear probe"), ("constant", "the majority class or mean rating")):
         values = {task: baselines.get(task, {}).get(kind, {}).get(metric, 0.0) for task, metric in study.tasks.items()}
         if all(value > 0 for value in values.values()):
-            return words, values
+            return name, values
     return "the mean over the methods", {
         task: statistics.fmean(test[task] for test in methods.values()) for task in study.tasks
     }

@@ -1,4 +1,4 @@
-"""From workdirs to a Study: runs, what varies between them, their scores and curves."""
+"""Reads workdirs into a Study: runs, the fields that vary between them, scores and curves."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.workdir import differences, read_json, read_results
 
-ABLATION = "ablation.json"  # a directory that holds it is an ablation: its runs are in runs/
+ABLATION = "ablation.json"  # marks a directory as an ablation, with its runs in runs/
 DONE = "done"
 SPLITS = ("dev", "test")
-# Fields of an experiment that say where a run is and how it is kept, not what it does.
-NO_PART_OF_A_RUN = ("name", "seed", "devices", "checkpoints")
-BY_NAME = ("weights", "shares", "class_weights")  # these hold a number for each task, source or label, and are one field
+# Fields of an experiment without an effect on what a setting learns.
+NOT_COMPARED = ("name", "seed", "devices", "checkpoints")
+BY_NAME = ("weights", "shares", "class_weights")  # dicts of numbers by task, source or label; each is one field
 
 Scores = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training.
+    """A training run.
 
     Attributes:
-        name: Of its workdir.
+        name: Name of its workdir.
         values: {varied field: value}, without the seed.
-        seed: The seed; None where nothing says it.
+        seed: The seed; None where no file has it.
         status: done; running, waiting or unfinished; or "diverged at step ...".
         method: The weighting rule.
-        weights: {task: weight} where they are numbers that do not change, else empty.
-        scores: {"dev" and "test": {task: {metric: value}}} of the best checkpoint; empty where there are none.
+        weights: {task: weight} if they are constant numbers, else empty.
+        scores: {"dev" and "test": {task: {metric: value}}} of the best checkpoint; empty before it is evaluated.
         baselines: {task: {baseline: {metric: value}}} on test.
         facts: The rest of results.json.
-        curves: What series.of_records returns.
+        curves: Curves by name, from series.of_records().
         phases: The first step of every phase but the first.
     """
 
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether it came to its end."""
+        """Whether it finished."""
         return self.status == DONE
 
     @property
@@ -70,18 +70,18 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Everything that a report is made from.
+    """The data of a report.
 
     Attributes:
-        name: Of the ablation, or of the runs' experiment.
-        command: What started it; empty for ordinary runs.
+        name: Name of the ablation, or of the runs' experiments.
+        command: The command that started the ablation; empty for ordinary runs.
         fields: The varied fields in order, without the seed.
-        tasks: {task: the metric that stands for it}.
-        criterion: What makes one better than another on dev: evaluation.criterion of the runs, mean where it differs.
-        runs: In order of their names as given.
-        programs: Of ablation.json.
-        devices: What it ran on.
-        versions: Of the programs that it ran with.
+        tasks: {task: its main metric}.
+        criterion: The criterion by which runs are compared on dev: evaluation.criterion, or mean where runs differ in it.
+        runs: The runs, in the order given.
+        programs: The entry "programs" of ablation.json.
+        devices: The devices that the runs used.
+        versions: {package: version} in the runs.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """The files of one run, parsed; of what is not there, {}."""
+    """The parsed files of one run; {} for a missing file."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -105,7 +105,7 @@ class _Files:
 
     @property
     def tasks(self) -> dict[str, str]:
-        """{task: its metric}; read from the configuration where the run is not finished."""
+        """{task: its main metric}; from the configuration if the run is not finished."""
         if self.results:
             return {name: task["metric"] for name, task in self.results["tasks"].items()}
         where = str(self.folder / "config.json")
@@ -113,25 +113,25 @@ class _Files:
 
 
 def read(workdirs: Sequence[Path]) -> Study:
-    """What is to be reported.
+    """Reads the workdirs to report.
 
     Args:
         workdirs: One ablation, or workdirs of ordinary runs.
 
     Raises:
-        UserError: There are none, one is no workdir, or one trains other tasks than the others.
+        UserError: The list is empty, a path is not a workdir, or the runs train different tasks.
     """
     if not workdirs:
         raise UserError("no workdir given")
     for folder in workdirs:
         if (folder / ABLATION).exists() and len(workdirs) > 1:
-            raise UserError(f"{folder} is an ablation: a report is of one ablation, or of ordinary runs")
+            raise UserError(f"{folder} is an ablation; a report is of one ablation or of ordinary runs")
     return _ablation(workdirs[0]) if (workdirs[0] / ABLATION).exists() else _ordinary(workdirs)
 
 
 def _ablation(folder: Path) -> Study:
     index = read_json(folder / ABLATION)
-    files = [_files(folder / "runs" / entry["run"], there=False) for entry in index["runs"]]
+    files = [_files(folder / "runs" / entry["run"], required=False) for entry in index["runs"]]
     axes = [field for axis in index["axes"] for field in axis["fields"]]
     others = [field for entry in index["runs"] for field in entry["values"]]
     fields = _varied(["weighting", *axes, *others], [entry["values"] for entry in index["runs"]])
@@ -144,14 +144,15 @@ def _ablation(folder: Path) -> Study:
 
 
 def _ordinary(workdirs: Sequence[Path]) -> Study:
-    files = [_files(folder, there=True) for folder in workdirs]
+    files = [_files(folder, required=True) for folder in workdirs]
     first = files[0].config
     changed = {field for run in files[1:] for field, _, _ in differences(first, run.config)}
-    whole = {_whole(field) for field in changed}
-    whole = {field for field in whole if not any(field.startswith(f"{other}.") for other in whole)}  # a list's length changed
-    counted = sorted(field for field in whole if field.partition(".")[0] not in NO_PART_OF_A_RUN)
-    values = [{field: value for field in counted if (value := _look_up(run.config, field)) is not None} for run in files]
-    fields = _varied(["weighting", *counted], values)
+    fields_changed = {_without_keys(field) for field in changed}
+    # Where the length of a list differs, the whole list is the field.
+    whole = {field for field in fields_changed if not any(field.startswith(f"{other}.") for other in fields_changed)}
+    compared = sorted(field for field in whole if field.partition(".")[0] not in NOT_COMPARED)
+    values = [{field: value for field in compared if (value := _value_at(run.config, field)) is not None} for run in files]
+    fields = _varied(["weighting", *compared], values)
     tasks = _tasks(files)
     names = [folder.resolve().name for folder in workdirs]
     runs = tuple(
@@ -192,19 +193,19 @@ def _study(
     )
 
 
-def _files(folder: Path, there: bool) -> _Files:
+def _files(folder: Path, required: bool) -> _Files:
     config = read_json(folder / "config.json")
     results = read_results(folder)
-    if there and (not isinstance(config, dict) or not {"tasks", "phases"} <= config.keys()):
-        raise UserError(f"{folder}: no workdir of a run (its config.json is missing, or is not that of an experiment)")
+    if required and (not isinstance(config, dict) or not {"tasks", "phases"} <= config.keys()):
+        raise UserError(f"{folder}: not the workdir of a run (its config.json is missing, or is not that of an experiment)")
     return _Files(folder, config or {}, results or {})
 
 
 def _tasks(files: Sequence[_Files]) -> dict[str, str]:
-    """The tasks of the run that has most of them; the others may train a part of these.
+    """The tasks of the run with most tasks; other runs may train a part of them.
 
     Raises:
-        UserError: One trains something else.
+        UserError: A run trains a task that this run does not.
     """
     finished = [run for run in files if run.results] or [run for run in files if run.config][:1]
     widest = max(finished, key=lambda run: len(run.tasks), default=None)
@@ -240,8 +241,10 @@ def _run(
         status=status,
         method=method,
         weights=weights if fixed else {},
-        scores={split: {task: _numbers(found[split]) for task, found in scored.items()} for split in SPLITS} if scored else {},
-        baselines={task: {kind: _numbers(own) for kind, own in found["baselines"].items()} for task, found in scored.items()},
+        scores={split: {task: _numbers(entry[split]) for task, entry in scored.items()} for split in SPLITS} if scored else {},
+        baselines={
+            task: {kind: _numbers(metrics) for kind, metrics in entry["baselines"].items()} for task, entry in scored.items()
+        },
         facts={key: value for key, value in results.items() if key not in ("tasks", "versions")},
         curves=of_records(read_metrics(files.folder), tasks, ends[-1] if ends else 0),
         phases=tuple(ends[:-1]),
@@ -249,30 +252,31 @@ def _run(
 
 
 def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """NaN in place of null: a metric that is not defined."""
+    """The metrics, with NaN for null, which is a metric that is not defined."""
     return {metric: math.nan if value is None else value for metric, value in metrics.items()}
 
 
 def _varied(fields: Sequence[str], values: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Those of the fields that have more than one value, each once, without the seed."""
+    """The fields with more than one value, without duplicates and without the seed."""
     return tuple(
         field for field in dict.fromkeys(fields) if field != "seed" and len({key(value.get(field)) for value in values}) > 1
     )
 
 
 def key(value: Any) -> str:
-    """A value of a field as something that can be compared."""
+    """A value of a field as a text that can be compared."""
     return json.dumps(value, sort_keys=True)
 
 
-def _whole(field: str) -> str:
+def _without_keys(field: str) -> str:
+    """The path of a field, which for fields of BY_NAME ends before the task, source or label."""
     parts = field.split(".")
     ends = [end for end, part in enumerate(parts, 1) if part in BY_NAME]
     return ".".join(parts[: ends[0]]) if ends else field
 
 
-def _look_up(config: Any, field: str) -> Any:
-    """The value of a.b.0.c; None where there is no such field."""
+def _value_at(config: Any, field: str) -> Any:
+    """The value at a path such as a.b.0.c; None where the path does not exist."""
     for part in field.split("."):
         if isinstance(config, dict) and part in config:
             config = config[part]

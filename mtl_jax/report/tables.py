@@ -1,4 +1,4 @@
-"""ablation.csv, one value a row, and results.json, the statistics."""
+"""The files ablation.csv, with one score a row, and results.json, with the statistics."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from mtl_jax.report.study import BY_NAME, SPLITS, Run, Scores, Study
 
 
 def columns(study: Study, *fields: str) -> list[str]:
-    """Varied fields, by default all, as columns: weights.a and weights.b in place of weights, others as they are."""
-    found = []
+    """The columns of varied fields, by default of all: weights.a and weights.b for weights, other fields as they are."""
+    names_of_columns = []
     for field in fields or study.fields:
         if field.rpartition(".")[2] in BY_NAME:
             names = dict.fromkeys(name for run in study.runs for name in run.values.get(field) or {})
-            found += [f"{field}.{name}" for name in names]
+            names_of_columns += [f"{field}.{name}" for name in names]
         else:
-            found.append(field)
-    return found
+            names_of_columns.append(field)
+    return names_of_columns
 
 
 def cells(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{column: value} of a run's or group's varied fields; columns without a value are not there."""
-    found: dict[str, Any] = {}
+    """{column: value} of the varied fields of a run or group; columns without a value are absent."""
+    by_column: dict[str, Any] = {}
     for field, value in values.items():
         if field.rpartition(".")[2] in BY_NAME:
-            found |= {f"{field}.{name}": number for name, number in (value or {}).items()}
+            by_column |= {f"{field}.{name}": number for name, number in (value or {}).items()}
         else:
-            found[field] = value
-    return found
+            by_column[field] = value
+    return by_column
 
 
 def to_csv(study: Study) -> str:
     """The tidy table: run, seed, varied fields, status, split, task, metric, value.
 
-    A run without scores has one row, which ends with its status. Numbers are written so that they are read back as they were;
-    lists and the like as JSON.
+    A run without scores has one row, which ends with its status. Numbers are written in full precision, lists and objects as
+    JSON.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     varied = columns(study)
     writer.writerow(["run", "seed", *varied, "status", "split", "task", "metric", "value"])
     for run in study.runs:
-        own = cells(run.values)
-        start = [run.name, run.seed, *(_cell(own.get(column)) for column in varied), run.status]
+        by_column = cells(run.values)
+        start = [run.name, run.seed, *(_cell(by_column.get(column)) for column in varied), run.status]
         rows = [
             [split, task, metric, value]
             for split in SPLITS
@@ -64,7 +64,7 @@ def _cell(value: Any) -> Any:
 
 
 def to_json(study: Study, groups: Sequence[Group], comparison: Comparison | None) -> dict[str, Any]:
-    """The statistics: groups over seeds, the best first where all can be compared, then methods."""
+    """The statistics as JSON: groups over seeds, those with a criterion first and the best of them first, then methods."""
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
     best = leading(group.criterion for group in order if group.criterion)
     return {
@@ -83,8 +83,11 @@ def to_json(study: Study, groups: Sequence[Group], comparison: Comparison | None
 
 
 def _baselines(study: Study, task: str) -> dict[str, dict[str, float | None]]:
-    found: Scores = next((run.baselines[task] for run in study.runs if task in run.baselines), {})
-    return {kind: {name: value if isfinite(value) else None for name, value in own.items()} for kind, own in found.items()}
+    baselines: Scores = next((run.baselines[task] for run in study.runs if task in run.baselines), {})
+    return {
+        kind: {name: value if isfinite(value) else None for name, value in metrics.items()}
+        for kind, metrics in baselines.items()
+    }
 
 
 def _group(group: Group, best: Spread | None) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def _group(group: Group, best: Spread | None) -> dict[str, Any]:
         "criterion": _spread(group.criterion),
         "ties_with_the_best": group.criterion is not None and best is not None and ties(group.criterion, best),
         **{
-            split: {task: {metric: _spread(found) for metric, found in metrics.items()} for task, metrics in scores.items()}
+            split: {task: {metric: _spread(score) for metric, score in metrics.items()} for task, metrics in scores.items()}
             for split, scores in group.scores.items()
         },
     }
@@ -104,8 +107,8 @@ def _run(run: Run) -> dict[str, Any]:
     return {"run": run.name, "seed": run.seed, "status": run.status}
 
 
-def _spread(found: Spread | None) -> dict[str, Any] | None:
-    return None if found is None else found._asdict()
+def _spread(score: Spread | None) -> dict[str, Any] | None:
+    return None if score is None else score._asdict()
 
 
 def _methods(comparison: Comparison) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from mtl_jax.transfer import loading
 from mtl_jax.transfer.adapters import ADAPTERS
 from mtl_jax.transfer.adapters.base import RUN
 from mtl_jax.transfer.loading import FIELD, Account, InitFrom
-from mtl_jax.trunk_compatibility import Kin
+from mtl_jax.trunk_compatibility import TrunkSignature
 from mtl_jax.trunks import token_table
 
 RECORD = "init_from.json"
@@ -37,7 +37,7 @@ class InitialParams(NamedTuple):
     """
 
     leaves: dict[str, np.ndarray]
-    kin: Kin
+    kin: TrunkSignature
     facts: dict[str, Any]
     separate_adapters: bool = False
 

@@ -17,7 +17,7 @@ SHORT = {
     ("training/restore.py", "own"),
     ("inference/predict.py", "names"),
     ("pretrained/locate.py", "VOCABULARIES"),
-    ("pretrained/safetensors_file.py", "DTYPES"),
+    ("pretrained/tensor_files.py", "DTYPES"),
     ("data/splits.py", "NAMED"),
     ("merge/__init__.py", "others[:3]"),
     ("merge/method.py", "used"),

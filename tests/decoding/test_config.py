@@ -27,7 +27,7 @@ def test_call_then_generation_config_then_config_then_defaults(tmp_path):
     assert resolve(RAW, None).length == 21  # 20 new tokens, where nobody says a length
     assert resolve(RAW, tmp_path, max_length=30).length == 30  # the call's, not the file's max_new_tokens
     assert resolve({"bos_token_id": 5}, None).start == 5
-    assert resolve(RAW, None, min_length=9, min_new_tokens=3).least == 4  # new tokens go first, as with max_length
+    assert resolve(RAW, None, min_length=9, min_new_tokens=3).minimum_length == 4  # new tokens go first, as with max_length
 
 
 def test_null_in_generation_config_takes_back_what_config_says(tmp_path):
@@ -51,7 +51,7 @@ def test_null_in_generation_config_takes_back_what_config_says(tmp_path):
         ({"num_beams": 1, "num_return_sequences": 2}, "num_return_sequences is 2, more than num_beams, 1"),
         ({"num_beams": 3, "num_return_sequences": 5, "do_sample": True}, "num_return_sequences is 5, more than num_beams, 3"),
         ({"bad_words_ids": [[]]}, "bad_words_ids has an empty sequence"),
-        ({"bad_words_ids": [5]}, "bad_words_ids holds 5; token ids are needed, whole numbers"),
+        ({"bad_words_ids": [5]}, "bad_words_ids holds 5; token ids are needed, which are whole numbers"),
         ({"bad_words_ids": "ab"}, "bad_words_ids is 'ab'; it must be a list of lists of token ids"),
         ({"eos_token_id": "</s>"}, r"eos_token_id holds \['</s>'\]; token ids are needed"),
         ({"early_stopping": 1}, "early_stopping is 1; it must be True, False or"),
@@ -90,7 +90,7 @@ def test_refused_with_a_model(checkpoint):
         fit_to_model(model, resolve(RAW, None, forced_bos_token_id=99))
     with pytest.raises(UserError, match="the least length, 16, is above the largest, 15 tokens"):
         fit_to_model(model, resolve(RAW, None, min_length=16, max_length=15))
-    assert fit_to_model(model, resolve(RAW, None, min_length=15, max_length=15)).least == 15
+    assert fit_to_model(model, resolve(RAW, None, min_length=15, max_length=15)).minimum_length == 15
     assert fit_to_model(model, resolve(RAW, None, max_length=500)).length == 16  # all positions that there are
     with pytest.raises(UserError, match="the least length, 17, is above the largest, 16 tokens"):
         fit_to_model(model, resolve(RAW, None, min_length=17, max_length=500))

@@ -223,7 +223,7 @@ def test_the_card_of_the_trunk_works(workdir, tmp_path, capsys):
 
 
 def test_a_head_that_transformers_has_not_is_refused(tagger, tmp_path):
-    with pytest.raises(UserError, match="task 'deep': its head is not one linear layer"):
+    with pytest.raises(UserError, match="task 'deep': its head is not a single linear layer"):
         convert(str(tagger), tmp_path / "out", task="deep")
     assert not (tmp_path / "out").exists()
 

@@ -128,7 +128,7 @@ def test_classes_that_cannot_write_are_named(tmp_path):
     for changed, message in (
         (
             {"model_type": "bart", "architectures": ["BartForSequenceClassification"]},
-            "a BartForSequenceClassification, which cannot",
+            "BartForSequenceClassification cannot",
         ),
         (
             {"architectures": []},

@@ -136,9 +136,9 @@ def test_what_is_refused(folder, workdir, tmp_path, monkeypatch):
         UserError, match=r"one: trunk/layer_0/feed_forward_in/bias is of shape \(32,\) there, and of shape \(64,\) in"
     ):
         merge(tmp_path / "x", [one], Method("wise"), base=str(tmp_path / "wide"))
-    with pytest.raises(UserError, match="method greedy measures on dev: its sources are workdirs"):
+    with pytest.raises(UserError, match="method greedy measures on dev, so its sources must be workdirs"):
         merge(tmp_path / "x", [one, str(folder / "two")], Method("greedy"))
-    with pytest.raises(UserError, match="is a workdir, and the sources are checkpoints"):
+    with pytest.raises(UserError, match="is a workdir, but the sources are checkpoints"):
         merge(tmp_path / "x", [one], Method("wise"), base=str(workdir))
     with pytest.raises(UserError, match="/nowhere: no such file or directory"):
         merge(tmp_path / "x", [one], Method("wise"), base="/nowhere")

@@ -32,7 +32,7 @@ def test_defaults_are_filled_in():
         (Method("greedy"), ("a",), "", "method greedy needs at least two sources, not 1"),
         (Method("average", weights=(1.0,)), ("a",), "", "method average needs at least two sources"),
         (Method("ties"), ("a",), "base", "method ties needs at least two sources, not 1"),
-        (Method("wise"), TWO, "base", "method wise goes between the base and one source, not 2; merge several first, by soup"),
+        (Method("wise"), TWO, "base", "method wise is for the base and one source, not 2; merge several first, by soup"),
         (Method("arithmetic"), (), "base", "no source given"),
         (Method("soup"), TWO, "base", "method soup has no base; leave --base out"),
         (Method("wise"), ("a",), "", "method wise needs --base: the run or checkpoint that the sources started from"),

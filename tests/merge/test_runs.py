@@ -221,7 +221,7 @@ def test_one_name_for_two_tasks_is_refused(runs, tmp_path):
     data = json.loads((tmp_path / "other" / "data.json").read_text())
     data["tasks"]["coarse"]["column"] = "fine"
     (tmp_path / "other" / "data.json").write_text(json.dumps(data))
-    with refused("other: task 'coarse' is another than in ", "/a: column is 'fine' there, and 'coarse' in"):
+    with refused("other: task 'coarse' differs from that in ", "/a: column is 'fine', but 'coarse' in"):
         merge(tmp_path / "merged", [runs[0], str(tmp_path / "other")], Method("soup"))
     assert not (tmp_path / "merged").exists()
 
@@ -231,7 +231,7 @@ def test_other_dev_rows_under_one_name_are_refused(runs, tmp_path):
     data = json.loads((tmp_path / "other" / "data.json").read_text())
     data["sources"]["ratings"]["dev"]["sha256"] = "0" * 64
     (tmp_path / "other" / "data.json").write_text(json.dumps(data))
-    with refused("other: source 'ratings' has other dev rows than in ", "/a: one of the runs may have learned from them"):
+    with refused("other: source 'ratings' has other dev rows than in ", "/a: one of the runs may have trained on them"):
         merge(tmp_path / "merged", [runs[0], str(tmp_path / "other")], Method("soup"))
 
 
@@ -249,7 +249,7 @@ def test_training_rows_that_the_other_run_is_tested_on_are_said(bert, data, tmp_
     caplog.set_level(logging.WARNING, logger="mtl_jax")
     corpus_of(unite(members, "soup"), members)
     assert "source mine: " in caplog.text
-    assert "of its training rows stand in dev or test of another source, and a run has learned from them" in caplog.text
+    assert "of its training rows occur in dev or test of another source, and a run has trained on them" in caplog.text
 
 
 # Where the data is not there any more
@@ -299,7 +299,7 @@ def test_other_shapes_constants_and_vocabularies_are_refused(runs, tmp_path, mon
         merge(tmp_path / "x", runs[:1], method, base=wider)
     with refused("/a: its trunk's num_heads is 2, and that of ", " is 4; they cannot be merged"):
         merge(tmp_path / "x", runs[:1], method, base=changed("heads", lambda raw: raw | {"num_attention_heads": 4}))
-    with refused("/a: its vocabulary is another than that of ", "the token 'god' is absent there, and 4 in "):
+    with refused("/a: its vocabulary differs from that of ", "the token 'god' is absent, but 4 in "):
         merge(tmp_path / "x", runs[:1], method, base=changed("words", words=lambda text: text.replace('"good"', '"god"')))
     roberta = changed("roberta", lambda raw: raw | {"model_type": "roberta", "pad_token_id": 0})
     with refused("/a: its trunk is of the family bert, and that of ", "roberta of roberta; only models of one"):
@@ -339,16 +339,16 @@ def adapted(bert, data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("first", "second", "texts"),
     [
-        ("lora", "stronger", ("stronger: adapter 'lora' is another than in ", "alpha is 4.0 there, and 16.0 in ")),
+        ("lora", "stronger", ("stronger: adapter 'lora' differs from that in ", "alpha is 4.0, but 16.0 in ")),
         (
             "lora",
             "own",
-            ("own: its adapters are ia3, and those of ", "lora; mtl-jax convert puts Lora and IA3 into the kernels"),
+            ("own: its adapters are ia3, and those of ", "lora; mtl-jax convert merges Lora and IA3 into the kernels"),
         ),
         (
             "own",
             "turned",
-            ("turned: each source has its own adapters (ia3), and its sources are questions, ratings, those of ",),
+            ("turned: each source has separate adapters (ia3), and its sources are questions, ratings, those of ",),
         ),
         ("ratings", "questions", ("its sources are questions, those of ", "/ratings ratings; with --task, mtl-jax convert")),
     ],
@@ -365,13 +365,13 @@ def test_adapters_that_mean_the_same_are_merged(adapted, bert, tmp_path, caplog)
     sources = [adapted["lora"], adapted["twin"]]
     merge(tmp_path / "soup", sources, Method("soup"))
     same(params_of(tmp_path / "soup"), merging.average([params_of(source) for source in sources]))
-    assert "lora: each of the two matrices is merged by itself" in caplog.text
-    with refused(f"{bert} is a checkpoint without adapters, and ", "/lora has lora: mtl-jax convert puts"):
+    assert "lora: the two matrices are merged separately" in caplog.text
+    with refused(f"{bert} is a checkpoint without adapters, but ", "/lora has lora: mtl-jax convert merges"):
         merge(tmp_path / "x", sources, Method("arithmetic"), base=str(bert))
 
 
 def test_a_directory_counts_once_and_is_a_run_or_a_checkpoint(runs, bert, tmp_path):
-    with refused("/a/: the same directory as ", "/a; each counts once"):
+    with refused("/a/: the same directory as ", "/a; each source counts once"):
         merge(tmp_path / "x", [runs[0], runs[0] + "/"], Method("soup"))
     with refused("/a: the same directory as "):
         merge(tmp_path / "x", [runs[0]], Method("wise"), base=runs[0])
@@ -385,11 +385,11 @@ def test_only_what_a_merge_wrote_is_replaced(runs, tmp_path):
     target = tmp_path / "soup"
     merge(target, runs[:2], Method("soup"))
     (target / "notes.txt").write_text("mine")
-    with refused("soup: no merge wrote notes.txt there; move that away"):
+    with refused("soup: not written by a merge: notes.txt; move that away"):
         merge(target, runs[:2], Method("soup"), overwrite=True)
     (target / "notes.txt").unlink()
     shutil.copytree(runs[1], target / "trunk" / "run")
-    with refused("soup: ", "/trunk/run is in it, a source; choose another directory"):
+    with refused("soup: the source ", "/trunk/run is in it; choose another directory"):
         merge(target, [runs[0], str(target / "trunk" / "run")], Method("soup"), overwrite=True)
     (tmp_path / "link").symlink_to(target)
     merge(tmp_path / "link", runs[:2], Method("average", weights=(1.0, 0.0)), overwrite=True)
@@ -405,13 +405,13 @@ def test_a_merged_model_is_not_trained_in_place(runs, bert, data, tmp_path):
 
 
 def test_what_is_there_is_not_replaced_unasked(runs, tmp_path):
-    with refused("/a: not empty, and nothing that a merge wrote"):
+    with refused("/a: not empty, and not written by a merge"):
         merge(runs[0], runs[1:], Method("soup"), overwrite=True)
-    with refused("/a: ", "/a is in it, a source"):
+    with refused("/a: the source ", "/a is in it"):
         merge(runs[0], runs[:2], Method("soup"), overwrite=True)
     merge(tmp_path / "soup", runs[:2], Method("soup"))
     before = {path: path.read_bytes() for path in (tmp_path / "soup").rglob("*") if path.is_file()}
-    with refused("a merged model is there already; choose another directory, or give --overwrite"):
+    with refused("it holds a merged model already; choose another directory, or give --overwrite"):
         merge(tmp_path / "soup", runs[:2], Method("soup"))
     assert {path: path.read_bytes() for path in (tmp_path / "soup").rglob("*") if path.is_file()} == before
     merge(tmp_path / "soup", runs[:2], Method("average", weights=(1.0, 0.0)), overwrite=True)

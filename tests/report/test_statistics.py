@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mtl_jax.report import statistics
-from mtl_jax.report import study as read
+from mtl_jax.report import read, statistics
 
 
 @pytest.fixture(scope="module")

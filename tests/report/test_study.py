@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.report import study as read
+from mtl_jax.report import read
 from mtl_jax.report.series import POINTS, Series, band, of_records
 from mtl_jax.report.statistics import criterion
 from mtl_jax.training.experiment_json import to_json
@@ -69,10 +69,10 @@ def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [
         ([], "no workdir given"),
-        ([tmp_path / "nowhere"], "nowhere: no workdir of a run"),
-        ([own, tmp_path / "empty"], "empty: no workdir of a run"),
+        ([tmp_path / "nowhere"], "nowhere: not the workdir of a run"),
+        ([own, tmp_path / "empty"], "empty: not the workdir of a run"),
         ([own, other], r"other: trains spans, but .*own tweets, movies, sms; a report compares runs of the same tasks"),
-        ([own, ablation], "ablation is an ablation: a report is of one ablation, or of ordinary runs"),
+        ([own, ablation], "ablation is an ablation; a report is of one ablation or of ordinary runs"),
     ]
     for folders, message in cases:
         with pytest.raises(UserError, match=message) as caught:

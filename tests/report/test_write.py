@@ -15,8 +15,7 @@ from mtl_jax import report
 from mtl_jax.cli import main
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
-from mtl_jax.report import sections, statistics, tables
-from mtl_jax.report import study as read
+from mtl_jax.report import read, sections, statistics, tables
 
 NASTY = {'<script>alert("x")</script>': "pearson", "a$b$ & 'c'": "accuracy", "_sms": "accuracy"}
 
@@ -118,7 +117,7 @@ def test_a_field_is_told_where_the_shown_settings_share_its_value(tmp_path):
             {"equal": 0.189, "pcgrad": -0.289},
             {"equal": 0.6, "pcgrad": 0.6},
             ["equal", "pcgrad"],
-            "2 settings tie for the best: with",
+            "2 settings tie for the best: they are within",
         ),
         ({"equal": 0.189, "pcgrad": -0.289}, {"equal": 0.6, "pcgrad": 0.5}, ["equal"], "The others are more than one standard"),
         (
@@ -166,9 +165,7 @@ def test_of_one_seed_only_equal_numbers_tie(tmp_path):
         made.change_score(folders[-1], "a", dev, "dev")
     study = read(folders)
     best, *_ = sections.sections(study, statistics.groups(study), None)
-    assert best.parts[0].endswith(
-        "Of one seed there is no deviation, so that only equal numbers tie: 2 settings tie for the best."
-    )
+    assert best.parts[0].endswith("One seed has no deviation, so only equal numbers tie: 2 settings tie for the best.")
     assert [row[1].kind for row in best.parts[1].rows] == ["n top", "n top", "n"]
 
 
@@ -292,7 +289,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "Mean and standard deviation over 2 seeds" in (tmp_path / "report" / "report.html").read_text()
     main.report(("run0",), output="alone")
     assert (tmp_path / "alone" / "report.html").exists()
-    with pytest.raises(UserError, match=r"no\*: no workdir of a run is there"):
+    with pytest.raises(UserError, match=r"no\*: no workdir of a run matches"):
         main.report(("no*",))
     ablation = made.write_ablation(tmp_path / "ablation")
     assert report.default_output([ablation]) == ablation

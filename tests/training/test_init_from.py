@@ -120,6 +120,6 @@ def test_what_cannot_begin_a_run_is_found_before_anything_is_written(bert, data,
     vocabulary = words["model"]["vocab"]
     vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
     (tmp_path / "bert" / "tokenizer.json").write_text(json.dumps(words))
-    refused(InitFrom(str(tmp_path / "bert")), "its vocabulary is another than that of this experiment: the token '(good|bad)'")
+    refused(InitFrom(str(tmp_path / "bert")), "its vocabulary differs from that of this experiment: the token '(good|bad)'")
     tasks = (Classification(name="rating", source="questions", column="fine"), *tiny.experiment(bert, data).tasks[1:])
     refused(InitFrom(str(workdir)), r"heads/rating/output/\w+ is .* here and .* in", tasks=tasks)

@@ -30,7 +30,7 @@ class Malformed(Exception):
 
 
 class _Op(NamedTuple):
-    """What an opcode does with the number that follows it, and the struct format of that number.
+    """The action of an opcode on the number that follows it, and the struct format of that number.
 
     For "text", "bytes" and "integer" the number is how many bytes follow.
     """

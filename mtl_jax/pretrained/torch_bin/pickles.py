@@ -109,7 +109,7 @@ def _open_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, int]]:
 
 
 def _span(data: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where a member's bytes begin and end in the file."""
+    """The bytes of the file at which a member begins and ends."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
         raise Malformed(f"the member {info.filename!r} is compressed or encrypted, which is not supported")
     header = info.header_offset

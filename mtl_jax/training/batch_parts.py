@@ -1,8 +1,8 @@
-"""Parts of a batch: one after another, the rows of a source for a large head, the rows of tasks that weigh something.
+"""Parts of a batch: for gradient accumulation, the rows of a source for a large head, the rows of tasks with a weight.
 
-A head reads every row of a batch, and rows without a label for it change nothing but the price. Small heads do that, as it is
-cheaper than to pick rows; two decoders over a whole batch would cost twice as much as each over its half. Which rows a source
-has differs from step to step; the most that it has does not, so that is the shape.
+A head may read every row of a batch: rows without a label for it change only the cost. Small heads do, because to select rows
+costs more; two decoders over a whole batch would cost twice as much as each over its half. The rows of a source differ by step,
+but their largest number does not, so it is the shape.
 
 Shapes in names: R rows, r rows of a source at most.
 """
@@ -26,12 +26,12 @@ from mtl_jax.training.forward import HeadInputs
 def in_parts(batch: Any, parts: int, axis: int = 0) -> Any:
     """Leaves [..., R, ...] become [parts, ..., R / parts, ...].
 
-    Every parts-th row belongs to a part, so that each device has as many rows of every part, if it has enough.
+    Every parts-th row belongs to a part, so that each device has the same number of rows of every part, if it has enough.
 
     Args:
         batch: A pytree of arrays.
-        parts: How many; divides R.
-        axis: Which axis is R.
+        parts: The number of parts; divides R.
+        axis: The axis of R.
     """
 
     def cut(leaf: jax.Array) -> jax.Array:
@@ -63,42 +63,42 @@ def sum_over_parts(function: Callable[[Any, jax.Array], Any], parts: Any) -> Any
 def weighted_rows(
     tasks: Sequence[Task], idle: Collection[str], rows: Mapping[str, int] | None, multiple: int
 ) -> tuple[slice, ...]:
-    """Where the rows of the sources that count stand in a batch; () where that cannot be said, or all of them count.
+    """The slices of a batch that are rows of tasks with a weight; () where they differ by step, or all rows are needed.
 
     Args:
         tasks: The tasks of the run.
-        idle: The names of those that weigh nothing.
+        idle: The names of the tasks with weight 0.
         rows: {source: its rows in every batch}, in the run's order, which is that of the rows; None: they differ.
-        multiple: The rows that are left must be one of this many, for devices and parts of a batch.
+        multiple: The number of rows in the slices must be a multiple of this, for devices and parts of a batch.
     """
-    counting = {task.source for task in tasks if task.name not in idle}
-    if rows is None or not counting:
+    weighted = {task.source for task in tasks if task.name not in idle}
+    if rows is None or not weighted:
         return ()
-    if counting == set(rows) or sum(rows[source] for source in counting) % multiple:
+    if weighted == set(rows) or sum(rows[source] for source in weighted) % multiple:
         return ()
-    found, start = [], 0
+    slices, start = [], 0
     for source, count in rows.items():
-        if source in counting and count:
-            found.append(slice(start, start + count))
+        if source in weighted and count:
+            slices.append(slice(start, start + count))
         start += count
-    return tuple(found)
+    return tuple(slices)
 
 
 def rows_of_source(most: Mapping[str, int], mesh: Mesh) -> HeadInputs:
-    """Every row for a small head; for a large one r rows, those of its task's source among them.
+    """The rows that each head reads: all rows for a small head; for a large one r rows, which include its source's.
 
     Args:
         most: {source: the most rows that it has in a batch}, in the run's order.
-        mesh: The devices; each gets as many of the r rows.
+        mesh: The devices; each gets the same number of the r rows.
     """
     places = {source: place for place, source in enumerate(most)}
     shards = meshes.shards(mesh)
 
     def head_inputs(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batch]:
-        rows = -(-max(most[task.source], 1) // shards) * shards  # one at least: a head has no shape for none
+        rows = -(-max(most[task.source], 1) // shards) * shards  # at least one: a head cannot read 0 rows
         if not task.large or rows >= len(batch.source):
             return encoded, batch
-        # The rows of the source come first, in their order; what stands behind them has no label for the task.
+        # The rows of the source come first, in their order; the other rows have no label for the task.
         at_r = jnp.argsort(batch.source != places[task.source], stable=True)[:rows]
 
         def take(leaf_Rx: jax.Array) -> Any:
@@ -119,6 +119,6 @@ def rows_in_part(most: Mapping[str, int], parts: int, runs: int = 1) -> dict[str
     Args:
         most: {source: the most rows that it has in a batch}.
         parts: Every parts-th row belongs to a part.
-        runs: In so many pieces a source's rows may stand in a batch: of n rows in a piece a part has n / parts, rounded up.
+        runs: The number of pieces in which a source's rows may be; of a piece of n rows a part has n / parts, rounded up.
     """
     return {source: min(rows, (rows + runs * (parts - 1)) // parts) for source, rows in most.items()}

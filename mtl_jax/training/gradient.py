@@ -1,4 +1,4 @@
-"""The weighted backward pass: a forward pass over a batch, and the way back from weights of its losses to one gradient.
+"""The weighted backward pass: a forward pass over a batch, then from weights of its losses to one gradient.
 
 Shapes in names: R rows, T tokens a row, S examples a row, H trunk width, O outputs of a task.
 """
@@ -23,10 +23,10 @@ Weights = Mapping[str, jax.Array]
 
 
 class Backward(NamedTuple):
-    """A forward pass over a batch, and the way back.
+    """A forward pass over a batch, and its backward pass as a function.
 
     Attributes:
-        losses: {task: f32[]}, what the rule looks at.
+        losses: {task: f32[]}, the input of the weighting rule.
         counts: {task: f32[]}, labelled examples or tokens.
         pull: (weights of all losses, rows or None) -> the gradient of the weighted sum, a tree like the trainable leaves, and
             {task or regulariser: f32[]}, all losses. Rows replace the task gradients.
@@ -94,16 +94,16 @@ def make_backward(
     regularisers: OutputRegularisers = NO_REGULARISERS,
     head_inputs: HeadInputs = every_row,
 ) -> BackwardFn:
-    """One backward pass for all losses: for rules that look at the losses only.
+    """One backward pass for all losses, for rules that read the losses only.
 
     Args:
         encode: encode_tokens(trunk), or cached_features where the whole trunk is frozen and its features are known.
         tasks: The tasks, label sets filled in.
         trains_trunk: Whether any part of the trunk trains. A frozen trunk is a fixed function: no dropout in it.
-        weigh_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum; else it is
-            trained by its plain loss. A head whose weight is below 0 stands still.
-        accumulate: Parts of a batch that are gone through one after another. The weights are those of the whole batch: with
-            more than one part, a rule that looks at the losses costs a second forward pass.
+        weigh_heads: Whether a head's gradient is multiplied by its task's weight, as in the weighted sum; else it is trained
+            by its plain loss. A head with a weight below 0 is not changed.
+        accumulate: The number of parts of a batch, which are computed one after another. The weights are those of the whole
+            batch: with more than one part, a rule that reads the losses costs a second forward pass.
         regularisers: Regularisers of the same forward pass; the rule does not see them.
         head_inputs: The rows of a batch that each task's head reads.
     """
@@ -129,7 +129,7 @@ def make_backward(
             encoded = encode(params["trunk"], part, key, inputs.features)
             return head_losses(trained["heads"], encoded, part, number), encoded
 
-        def way_back(part: Batch, number: Any) -> tuple[Any, Callable[[Weights], Any]]:
+        def forward_and_back(part: Batch, number: Any) -> tuple[Any, Callable[[Weights], Any]]:
             """The losses of a part, and its gradient as a function of their weights."""
             losses, pull, encoded = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
 
@@ -149,25 +149,25 @@ def make_backward(
             return losses, gradient_of
 
         if accumulate == 1:
-            losses, gradient_of = way_back(inputs.batch, 0)
+            losses, gradient_of = forward_and_back(inputs.batch, 0)
             return Backward(losses[0], counts, lambda weights, _: (gradient_of(weights), losses[0] | losses[1]))
         parts = in_parts(inputs.batch, accumulate)
 
         def pull_parts(weights: Weights, _: Any) -> tuple[Any, dict[str, jax.Array]]:
             def of_part(part: Batch, number: Any) -> tuple[Any, dict[str, jax.Array]]:
-                losses, gradient_of = way_back(part, number)
+                losses, gradient_of = forward_and_back(part, number)
                 return gradient_of(weights), losses[0] | losses[1]
 
             return sum_over_parts(of_part, parts)
 
-        # Where the rule does not look at the losses, nothing asks for this pass, and XLA leaves it out.
+        # Where the rule does not read the losses, this pass has no use, and XLA removes it.
         return Backward(sum_over_parts(lambda part, number: forward(trained, part, number)[0][0], parts), counts, pull_parts)
 
     return backward
 
 
 def beside(backward: BackwardFn, other: BackwardFn) -> BackwardFn:
-    """A pass with the regularisers of another one, whose tasks get a weight of 0, added.
+    """A pass plus the regularisers of another pass, in which the tasks get weight 0.
 
     Args:
         backward: Of the tasks.
@@ -179,9 +179,9 @@ def beside(backward: BackwardFn, other: BackwardFn) -> BackwardFn:
 
         def pull(weights: Weights, rows: Any) -> tuple[Any, dict[str, jax.Array]]:
             gradient, losses = first.pull(weights, rows)
-            nothing = {task: jnp.zeros(()) for task in second.counts}
-            regularisers, their_losses = second.pull({**weights, **nothing}, None)
-            return jax.tree.map(jnp.add, gradient, regularisers), their_losses | losses
+            zeros = {task: jnp.zeros(()) for task in second.counts}
+            of_regularisers, other_losses = second.pull({**weights, **zeros}, None)
+            return jax.tree.map(jnp.add, gradient, of_regularisers), other_losses | losses
 
         return first._replace(pull=pull)
 

@@ -66,7 +66,7 @@ def make_backward(
     accumulate: int = 1,
     mesh: Mesh | None = None,
 ) -> BackwardFn:
-    """A pass that compares the task gradients, for rules that look at their Gram matrix or change them.
+    """A pass that compares the task gradients, for rules that read their Gram matrix or change them.
 
     Over the whole trunk, the task gradients that make the Gram matrix also make the combined gradient, and nothing is
     computed twice. Over a part of it, or over the representation, the weights come first, and one ordinary backward pass
@@ -80,11 +80,11 @@ def make_backward(
         layout: task_gradients.layout(...).
         over: check(...), for the trainable part of this phase.
         gram_over: "trunk", "representation", or the expression that `over` was made from; "trunk" for a transform.
-        dtype: In which the task gradients are kept, and so summed: bfloat16 halves their memory, K times the trainable trunk.
-            Sums over parts and changed gradients are float32 all the same.
+        dtype: The dtype in which task gradients are stored and summed: bfloat16 halves their memory, K times the trainable
+            trunk. Sums over parts and changed gradients are float32 in any case.
         weigh_heads: As in gradient.make_backward().
-        accumulate: As there; the task gradients are added up before they are compared. Not over the whole trunk, the
-            weighted gradient costs a second pass over the parts.
+        accumulate: As there; the task gradients are added up before they are compared. Where gram_over is not the whole
+            trunk, the weighted gradient costs a second pass over the parts.
         mesh: The devices, if there are several: each gets the same number of rows of every block.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
@@ -94,7 +94,7 @@ def make_backward(
         trunk_key, head_key = keys
         counts = label_counts(tasks, inputs.batch)
         blocks = task_gradients.cut(inputs.batch, layout, tasks, accumulate * (1 if mesh is None else meshes.shards(mesh)))
-        if mesh is not None:  # left to itself, XLA gives every device all rows that were gathered
+        if mesh is not None:  # without it, XLA gives every device all gathered rows
             blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
 
         def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
@@ -146,8 +146,8 @@ def make_backward(
                     return encode_block(trees.merge(part, rest), block, key)
 
                 _, pull_blocks = task_gradients.encode_blocks(encode_part, part, blocks, keys_N)
-            kept_in = dtype if accumulate == 1 else jnp.float32
-            rounds = task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, kept_in)
+            stored_dtype = dtype if accumulate == 1 else jnp.float32
+            rounds = task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, stored_dtype)
             return (losses, head_gradients, rounds), weighted
 
         if accumulate == 1:
@@ -185,7 +185,7 @@ def _of_vectors(cotangent: Encoded) -> jax.Array:
 
 
 def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:
-    """The rule's state at the start: its own, and that of its transform where it has one.
+    """The initial state of a rule, and of its transform where it has one.
 
     Args:
         rule: The rule.
@@ -199,21 +199,21 @@ def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:
 
 
 def only_read(backward: BackwardFn) -> BackwardFn:
-    """A pass with the same result, inside of which the token table has the rows of the batch's tokens only.
+    """A pass with the same result, within which the token table has only the rows of the batch's tokens.
 
-    A gradient of the table is zero but in these rows. A step that keeps one for each task keeps K tables otherwise: half of
-    the K gradients of MiniLM, and more with a vocabulary of many languages. Shapes in names: V rows of the table, E its
+    Elsewhere the gradient of the table is zero. A step with a gradient for each task would keep K whole tables: half of the K
+    gradients of MiniLM, and more with a vocabulary of many languages. Shapes in names: V rows of the table, E its
     columns, R rows of a batch, T tokens a row, U = R T.
 
     Args:
-        backward: A pass for which tokens are places in the token table and nothing else.
+        backward: A pass that uses tokens only as indices of the token table.
     """
 
     def narrow_backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
         whole_VxE, batch = token_table(trained["trunk"]), inputs.batch
-        if whole_VxE is None or len(whole_VxE) <= batch.tokens.size:  # it is frozen, or there is nothing to win
+        if whole_VxE is None or len(whole_VxE) <= batch.tokens.size:  # it is frozen, or would not get smaller
             return backward(trained, frozen, inputs, keys)
-        # Different tokens in order, then V for each that stands twice; no row is read from V, and none is written to it.
+        # The distinct tokens in order, then V for each repeated one; row V does not exist, so it is neither read nor written.
         ids_U, places_RxT = jnp.unique(batch.tokens, return_inverse=True, size=batch.tokens.size, fill_value=len(whole_VxE))
         rows_UxE = whole_VxE.at[ids_U].get(mode="fill", fill_value=0.0)
         narrow = trained | {"trunk": with_token_table(trained["trunk"], rows_UxE)}

@@ -59,7 +59,7 @@ class StepInputs(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """The report of a step; read by the host one step late.
+    """The metrics of a step; the host reads them one step late.
 
     Attributes:
         losses: {task or regulariser: f32[]}, of a task the mean over the labelled examples (or tokens) of the step; 0 where
@@ -69,7 +69,7 @@ class StepMetrics(NamedTuple):
         total: f32[], the sum of weight times loss.
         gradient_norm: f32[], of the trainable part, before clipping.
         seen: i32[N, 3], of each source the rows, examples and tokens of the batch, over all hosts.
-        gram: f32[K, K], inner products of the task gradients in sorted order; NaN where the rule did not look at them in this
+        gram: f32[K, K], inner products of the task gradients in sorted order; NaN where the rule did not compare them in this
             step, None if it never does.
         residual: f32[], the relative residual of the problem that the rule solves for its weights (weighting.solve); NaN where
             it solved none in this step, None if it never does.
@@ -92,9 +92,9 @@ def create(params: Any, opt_state: Any, rule_state: Any, seed: int, average: Any
 
 
 def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
-    """{"trunk": ..., "heads": {task: ...}}: the trunk as loaded or fresh, fresh heads, decoders as the checkpoint's.
+    """{"trunk": ..., "heads": {task: ...}}: the loaded or random trunk, random heads, decoders of the trunk's checkpoint.
 
-    A head's numbers depend on the seed and the task's name alone, not on which other tasks there are.
+    The numbers of a head depend on the seed and the task's name alone, not on the other tasks.
     """
     key = jax.random.key(seed)
     params = {"trunk": trunks.init_params(trunk, key)}
@@ -102,7 +102,7 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     heads = {}
     for task in tasks:
         if task.decodes and trunk.head is not None:
-            heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # its own: the step donates its buffers
+            heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # a copy: the step donates its buffers
             continue
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
         fresh = jax.jit(lambda key, task=task: task.init(key, width))(name_key)

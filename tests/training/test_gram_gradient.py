@@ -425,7 +425,7 @@ def test_diagnostics_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("over", "message"), [("layer_1/.*", "matches no trunk parameter"), ("trunk/(", "no regular expression")]
+    ("over", "message"), [("layer_1/.*", "matches no trunk parameter"), ("trunk/(", "not a regular expression")]
 )
 def test_what_the_gram_matrix_is_over_must_exist(bert, data, over, message):
     with pytest.raises(UserError, match=message):

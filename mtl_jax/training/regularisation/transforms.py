@@ -1,4 +1,4 @@
-"""Transforms of a step's GradientFn: each is given one and returns one. build_step.py says which, and in which order."""
+"""Transforms of a step's GradientFn: each takes one and returns one. build_step.py has their order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def penalty_of(regulariser: L2SP | EWC, phase: str) -> Penalty:
 
     Args:
         regulariser: The regulariser.
-        phase: The phase at whose start the parameters are compared with.
+        phase: The phase; the parameters at its start are the reference.
     """
     if isinstance(regulariser, L2SP):
         return functools.partial(_l2sp, regulariser, start_of(phase))
@@ -73,13 +73,13 @@ def _ewc(regulariser: EWC, anchor: str, trained: Leaves, references: Any) -> jax
 
 
 def without_tasks(gradient_fn: GradientFn, *, tasks: Collection[str], rows: Sequence[slice]) -> GradientFn:
-    """The step of the other tasks, over their rows alone, reported as one of all tasks.
+    """The step of the tasks with a weight, over their rows alone; the result also has the tasks of weight 0.
 
     L_target + 0 L_source is L_target to the last bit: where a source has the same rows in every step, and all of its tasks
-    weigh nothing, the step is that of the other rows by themselves, dropout included, and costs as much.
+    have weight 0, the step is that of a batch without its rows, dropout included, and costs as much.
 
     Args:
-        gradient_fn: Of the tasks that weigh something.
+        gradient_fn: Of the tasks with a weight.
         tasks: The others, whose weight is 0 in every step of the phase.
         rows: batch_parts.weighted_rows(...); none: all rows stay.
     """
@@ -88,24 +88,24 @@ def without_tasks(gradient_fn: GradientFn, *, tasks: Collection[str], rows: Sequ
         parts = [leaf[part] for part in rows]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-    def of_the_others(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+    def without_zero_weights(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
         inputs = inputs._replace(batch=jax.tree.map(take, inputs.batch)) if rows else inputs
         step = gradient_fn(trained, frozen, inputs, state)
         zeros = {name: jnp.zeros(()) for name in tasks}
         return step._replace(losses=step.losses | zeros, counts=step.counts | zeros, weights=step.weights | zeros)
 
-    return of_the_others
+    return without_zero_weights
 
 
 def every_row_twice(gradient_fn: GradientFn) -> GradientFn:
-    """The step of a batch with every row twice, as R-Drop compares them; counts are those of the batch as it is."""
+    """The step of a batch with every row twice, for R-Drop to compare; counts are those of the original batch."""
 
-    def of_both(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+    def twice(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
         doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), inputs.batch)
         step = gradient_fn(trained, frozen, inputs._replace(batch=doubled), state)
         return step._replace(counts={task: count / 2 for task, count in step.counts.items()})
 
-    return of_both
+    return twice
 
 
 def at_mixed_parameters(gradient_fn: GradientFn, *, p: float, paths: Sequence[str], start: str) -> GradientFn:
@@ -119,7 +119,7 @@ def at_mixed_parameters(gradient_fn: GradientFn, *, p: float, paths: Sequence[st
     """
 
     def at_mixed(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
-        key = jax.random.fold_in(state.step_key(), zlib.crc32(b"mixout"))  # no small number: split() uses these
+        key = jax.random.fold_in(state.step_key(), zlib.crc32(b"mixout"))  # not a small number: split() uses these
 
         def mix(trained: Any) -> Any:
             leaves = leaves_of(trained)
@@ -137,7 +137,7 @@ def with_penalties(gradient_fn: GradientFn, *, penalties: Mapping[str, Penalty])
     """The step with weight times penalty, of the parameters that train, added to its objective.
 
     Args:
-        gradient_fn: The step, which gives the penalties' weights beside all others.
+        gradient_fn: The step; its weights include those of the penalties.
         penalties: {regulariser: its loss}.
     """
 

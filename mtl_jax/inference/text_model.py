@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax import pretrained
+from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.data import coverage
 from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokenize import RowError
-from mtl_jax.inference.resumable_output import digest_of_arrays, digest_of_directory
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, locate
 from mtl_jax.pretrained.checkpoint import head_kind
@@ -128,7 +128,7 @@ def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) ->
         max_positions=positions,
         max_source=min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None),
         setting=setting(checkpoint.tokenizer, raw, path, request),
-        identity=functools.partial(digest_of_directory, checkpoint.location),
+        identity=functools.partial(digests.of_directory, checkpoint.location),
         remarks=functools.partial(coverage.remarks_on_texts, checkpoint.tokenizer),
     )
 
@@ -170,7 +170,7 @@ def from_run(folder: Path, request: TextRequest, name: str = "") -> TextModel:
         max_positions=positions,
         max_source=min(run.experiment.batch.row_length, positions or NO_LIMIT),
         setting=Setting(request.prefix or "", options),
-        identity=lambda: digest_of_arrays(params) + digest_of_directory(folder / "trunk"),
+        identity=lambda: digests.of_leaves(params) + digests.of_directory(folder / "trunk"),
         remarks=functools.partial(coverage.remarks_on_texts, tokenizer),
     )
 

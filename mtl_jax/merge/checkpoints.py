@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from mtl_jax import pretrained, trunk_compatibility
+from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.inference.predict import is_workdir
 from mtl_jax.merge import inputs
@@ -70,7 +70,7 @@ def model(name: str, checkpoint: Checkpoint) -> Model:
     fresh = {path.split("/")[0] for path in checkpoint.initialized}
     parts = {part: jax.tree.map(np.asarray, params) for part, params in checkpoint.params.items() if part not in fresh}
     return Model(
-        name, parts, trunk_compatibility.of_checkpoint(checkpoint), {"path": name, "files": _digests(checkpoint.location)}
+        name, parts, trunk_compatibility.of_checkpoint(checkpoint), {"path": name, "files": _file_digests(checkpoint.location)}
     )
 
 
@@ -80,17 +80,10 @@ def _load(path: str, trunk_only: bool) -> Checkpoint:
     return dataclasses.replace(checkpoint, params=jax.tree.map(np.asarray, jax.device_get(checkpoint.params)))
 
 
-def _digests(location: Location) -> dict[str, str]:
+def _file_digests(location: Location) -> dict[str, str]:
     """SHA-256 of each file with tensors in a checkpoint's directory, by name."""
     files: list[Any] = [file for file in location.iterdir() if file.name.endswith((".safetensors", ".bin"))]
-    digests = {}
-    for file in sorted(files, key=lambda file: file.name):
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        digests[file.name] = digest.hexdigest()
-    return digests
+    return {file.name: digests.of_file(file) for file in sorted(files, key=lambda file: file.name)}
 
 
 def _head(checkpoint: Checkpoint) -> tuple[str | None, tuple[str, ...]]:

@@ -7,7 +7,6 @@ the record and the arrays only, and raise Damaged for everything that cannot be 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import parse_json, reason, to_json
 from mtl_jax.core.json_shapes import anything, list_of, mapping, number, object_of, text, whole
@@ -88,7 +88,7 @@ def signed(record: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(record: dict[str, Any]) -> str:
     unsigned = {name: value for name, value in record.items() if name != "sha256"}
-    return hashlib.sha256(to_json(unsigned).encode()).hexdigest()
+    return digests.of_bytes(to_json(unsigned).encode())
 
 
 def read_arrays(folder: Path, arrays: Arrays) -> Iterator[tuple[str, np.ndarray]]:

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax.core import assets
+from mtl_jax.core import assets, digests
 from mtl_jax.core.errors import count
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.versions import installed
@@ -36,7 +36,6 @@ from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.preemption import Stop
-from mtl_jax.training.references import digest_of
 from mtl_jax.training.setup import Prepared
 
 log = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ class Features:
             "versions": {name: installed(name) for name in ("jax", "jaxlib")},
             "device": [jax.devices()[0].platform, jax.devices()[0].device_kind],
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "params": digest_of(trunk),
+            "params": digests.of_tree(trunk),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for number, batch in enumerate(eval_batches(self.examples, self.batching)):

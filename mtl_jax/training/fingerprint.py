@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import jax
 
-from mtl_jax.core.trees import leaves_of, sha256
+from mtl_jax.core import digests
+from mtl_jax.core.trees import leaves_of
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.examples import Examples
 from mtl_jax.pretrained.tensor_files import Location
@@ -92,7 +92,11 @@ def facts(config: Any, folder: Path, prepared: Prepared | None) -> Facts:
             splits, lambda part: {f"labels of task {task}": array_digest(labels) for task, labels in part.labels.items()}
         ),
         ("tasks", tasks_to_json(prepared.corpus.tasks)),
-        *((f"{kind} {path}", f"sha256 {sha256(leaf)[:16]}") for kind, tree in models for path, leaf in leaves_of(tree).items()),
+        *(
+            (f"{kind} {path}", f"sha256 {digests.of_array(leaf)[:16]}")
+            for kind, tree in models
+            for path, leaf in leaves_of(tree).items()
+        ),
     ]
 
 
@@ -165,11 +169,11 @@ def array_digest(*values: Any) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:
     """A digest of a tokenizer's vocabulary and special tokens. Its other parts show in the tokens of the texts."""
     about = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
-    return _shortened(hashlib.sha256(json.dumps(about).encode()))
+    return f"sha256 {digests.of_json(about)[:16]}"
 
 
 def _file_digest(path: Location | None) -> str:
-    return _shortened(hashlib.sha256(path.read_bytes())) if path is not None and path.is_file() else "absent"
+    return f"sha256 {digests.of_file(path)[:16]}" if path is not None and path.is_file() else "absent"
 
 
 def _must_be_same(flag: str) -> bool:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError
-from mtl_jax.core.trees import flat, nested, sha256
+from mtl_jax.core.trees import flat, nested
 from mtl_jax.transfer.adapters import ADAPTERS
 
 
@@ -39,8 +40,8 @@ def untrained_hashes(masks: Iterable[Any], params: Any, loaded: Any) -> dict[str
     for path, leaf in flat(loaded).items():
         if path in trained or not path.startswith("trunk/") or path.startswith(f"trunk/{ADAPTERS}/"):
             continue
-        digest = sha256(leaf)
-        if sha256(current[path]) == digest:  # else an earlier configuration has trained it
+        digest = digests.of_array(leaf)
+        if digests.of_array(current[path]) == digest:  # else an earlier configuration has trained it
             hashes[path] = digest
     return hashes
 
@@ -69,7 +70,7 @@ def restore(params: Any, hashes: Mapping[str, str], source: TrunkSource | None, 
         raise UserError("the checkpoint leaves out parameters of its trunk, and it is not known where that was loaded from")
     loaded, leaves = flat(source.load()), flat(params)
     for path, digest in hashes.items():
-        if path not in loaded or sha256(loaded[path]) != digest:
+        if path not in loaded or digests.of_array(loaded[path]) != digest:
             raise UserError(
                 f"the checkpoint leaves out parameters that are the same in trunk.path {source.path}, but {path} "
                 f"{'has changed' if path in loaded else 'is missing'} there: put the trunk back that the run started from"

@@ -8,7 +8,6 @@ coordination service, which needs no devices: hosts whose programs or devices di
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 import jax
 from jax._src.distributed import global_state  # jax has no public access to the store
 
+from mtl_jax.core import digests
 from mtl_jax.core.errors import Interrupted, UserError, listed
 from mtl_jax.core.files import reason, writing
 from mtl_jax.training import workdir as workdirs
@@ -81,7 +81,7 @@ def make_and_compare(make: Callable[[], T], facts: Callable[[T], Facts]) -> T:
         known_facts = json.loads(json.dumps(facts(result)))
     except BaseException as error:  # whatever it is, the other hosts must learn of it
         failure = error
-    answers = gather({"error": None if failure is None else _error_line(failure), "digest": _digest(known_facts)})
+    answers = gather({"error": None if failure is None else _error_line(failure), "digest": digests.of_json(known_facts)})
     if failure is not None and not isinstance(failure, UserError):
         raise failure
     problem = failures([answer["error"] for answer in answers])
@@ -98,7 +98,7 @@ def check_same(facts: Facts) -> None:
         UserError: On all hosts: they differ.
     """
     if is_distributed():
-        _compare(json.loads(json.dumps(facts)), gather(_digest(facts)))
+        _compare(json.loads(json.dumps(facts)), gather(digests.of_json(facts)))
 
 
 def _compare(facts: Facts, digests: Sequence[str]) -> None:
@@ -225,10 +225,6 @@ def _get(key: str, host: int) -> str:
                 raise UserError(f"host {host} cannot be reached any more ({reason(error)})") from error
             waited += SLICE
             log.warning("waiting for host %d for %d s", host, waited)
-
-
-def _digest(facts: Facts) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _error_line(error: BaseException) -> str:

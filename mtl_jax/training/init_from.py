@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mtl_jax import pretrained, trunk_compatibility
-from mtl_jax.core import trees
+from mtl_jax.core import digests, trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.training import restore
@@ -113,7 +113,7 @@ def _check(prepared: Prepared, init: InitFrom, source: InitialParams, account: A
 def _digest(leaves: dict[str, np.ndarray], account: Account) -> str:
     digest = hashlib.sha256()
     for path, source_path in sorted(account.loaded.items()):
-        digest.update(f"{path} {trees.sha256(leaves[source_path])}\n".encode())
+        digest.update(f"{path} {digests.of_array(leaves[source_path])}\n".encode())
     return digest.hexdigest()
 
 

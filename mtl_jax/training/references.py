@@ -6,7 +6,6 @@ uses the same bits or stops. Teachers are not copied; they are compared by their
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import writing
 from mtl_jax.core.trees import leaves_of, matching
@@ -163,7 +163,7 @@ class References:
             tree, origin = self.prepared.teachers[distillation.name].params, f"the teacher {distillation.teacher}"
         else:
             tree, origin = self._read(name), str(self._file(name))
-        digest = digest_of(tree)
+        digest = digests.of_tree(tree)
         if self.digests.setdefault(name, digest) != digest:
             raise UserError(f"{origin} has changed since this run began; put it back, or choose another --workdir")
         return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(self.prepared.mesh))
@@ -183,13 +183,3 @@ class References:
 def _trained(plan: PhasePlan) -> dict[str, Any]:
     """The mask's leaves of the parameters that train."""
     return {path: trains for path, trains in leaves_of(plan.mask).items() if trains}
-
-
-def digest_of(tree: Any) -> str:
-    """SHA-256 of the paths, shapes and bits of a tree's leaves."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(leaves_of(tree).items()):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{path} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtl_jax.core.digests import of_directory
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.generate_texts import ITEM
-from mtl_jax.inference.resumable_output import Journal, check_writable, digest_of_directory, part_of
+from mtl_jax.inference.resumable_output import Journal, check_writable, part_of
 
 MADE_FROM = {"input": "a" * 64, "model": "b" * 64, "num_beams": 4}
 
@@ -131,10 +132,10 @@ def test_a_directory_and_the_same_in_an_archive_have_one_digest_until_a_byte_cha
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
         for file in (tmp_path / "model").iterdir():
             archive.write(file, f"m/{file.name}")
-    found = digest_of_directory(tmp_path / "model")
-    assert digest_of_directory(zipfile.Path(tmp_path / "model.zip", "m/")) == found
+    found = of_directory(tmp_path / "model")
+    assert of_directory(zipfile.Path(tmp_path / "model.zip", "m/")) == found
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 99 + b"\1")
-    assert digest_of_directory(tmp_path / "model") != found
+    assert of_directory(tmp_path / "model") != found
 
 
 @pytest.mark.parametrize(

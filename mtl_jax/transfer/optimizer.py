@@ -32,7 +32,7 @@ class Optimizer(Configuration):
             inverse_sqrt: the square root of the warm-up's steps over the steps so far (Vaswani et al., 2017), which does not
             depend on the length of the phase; slanted_triangular (Howard and Ruder, 2018): rises from peak / ratio and falls
             back to it.
-        warmup: Share of a phase's steps in which the rate rises: in W such steps, from peak / W to the peak;
+        warmup: Share of a phase's steps over which the rate rises: in W such steps, from peak / W to the peak;
             slanted_triangular rises from peak / ratio.
         ratio: For slanted_triangular: the highest rate over the lowest.
         weight_decay: AdamW's decoupled decay, for parameters of two or more dimensions only (no biases, no norms).

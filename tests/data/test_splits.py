@@ -267,9 +267,9 @@ def test_few_training_rows_beside_all_of_dev_and_test(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("~nosuchuser/x.csv", "~nosuchuser/x.csv: there is no home directory '~nosuchuser'"),
-        ("~nosuchuser/*.csv", "there is no home directory '~nosuchuser'"),
-        ("~nosuchuser/{a,b}.csv", "there is no home directory '~nosuchuser'"),
+        ("~nosuchuser/x.csv", "~nosuchuser/x.csv: the home directory '~nosuchuser' is unknown"),
+        ("~nosuchuser/*.csv", "the home directory '~nosuchuser' is unknown"),
+        ("~nosuchuser/{a,b}.csv", "the home directory '~nosuchuser' is unknown"),
         ("x" * 5000, "cannot be read \\(File name too long\\)"),
         ("x/" * 5000, "cannot be read \\(File name too long\\)"),
         ("*" + "x" * 5000, "no file of such a name"),

@@ -60,7 +60,7 @@ def opens(family, field, value, folder):
         checkpoint = pretrained.load(str(folder))
         assert len(checkpoint.labels) == checkpoint.config.num_labels
         if checkpoint.head == "seq2seq_lm":
-            decoding.fitted(checkpoint.model, decoding.resolve(checkpoint.raw, checkpoint.location))
+            decoding.fit_to_model(checkpoint.model, decoding.resolve(checkpoint.raw, checkpoint.location))
             from_checkpoint(str(folder), TextRequest("summarization"))
     except UserError as error:
         one_short_line(error)
@@ -132,7 +132,7 @@ def marian(tmp_path_factory):
 def resolved(folder, model, field, value):
     (folder / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": 0, field: value}))
     try:
-        config = decoding.fitted(model, decoding.resolve({}, folder))
+        config = decoding.fit_to_model(model, decoding.resolve({}, folder))
     except UserError as error:
         one_short_line(error)
         return None

@@ -277,7 +277,7 @@ def test_sizes_of_a_checkpoint_cannot_be_chosen(pairs, tmp_path):
 def test_what_transformers_has_no_class_for(pairs, bert, tmp_path):
     fresh = tiny_translation.experiment(pairs, trunk=Pretrained(str(bert)), phases=(Phase("short", steps=1),))
     train(fresh, tmp_path / "fresh")
-    told = "transformers has no class for an encoder checkpoint with a decoder of the run's own; leave --task out"
+    told = "transformers has no class for an encoder checkpoint with a decoder from scratch; leave --task out"
     with pytest.raises(UserError, match=told):
         convert(str(tmp_path / "fresh"), tmp_path / "out", task="translation")
     convert(str(tmp_path / "fresh"), tmp_path / "out")

@@ -52,7 +52,7 @@ def test_the_trunk_goes_out_as_the_bare_model(workdir, tmp_path):
     run, found = open_run(workdir), pretrained.load(str(tmp_path / "out"))
     assert found.head is None
     assert (found.unused, found.initialized) == ((), ())
-    for path in ("layer_1/feed_forward_out/kernel", "embeddings/word/embedding"):
+    for path in ("layer_0/feed_forward_out/kernel", "embeddings/word/embedding"):
         ours, theirs = run.params["trunk"], found.params["trunk"]
         for name in path.split("/"):
             ours, theirs = ours[name], theirs[name]

@@ -21,5 +21,5 @@ def xla_flags(devices: int) -> str:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Variables of a process that a test starts."""
+    """Variables of a process that a test starts; with 8 devices it finds what the tests' own processes have compiled."""
     return os.environ | {"XLA_FLAGS": xla_flags(devices)}

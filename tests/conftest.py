@@ -61,18 +61,24 @@ def _logging_restored() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory of a tiny random BERT."""
-    folder = tmp_path_factory.mktemp("bert")
-    tiny.write_bert(folder)
-    return folder
+def bert(shallow: Path) -> Path:
+    """A checkpoint directory of a tiny random BERT: of one layer, as most of a test's time is compilation."""
+    return shallow
 
 
 @pytest.fixture(scope="session")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT of one layer: for what is the same in every layer, as most of a test's time is compilation."""
+    """A tiny BERT of one layer: for what is the same in every layer."""
     folder = tmp_path_factory.mktemp("shallow")
     tiny.write_bert(folder, layers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT of tiny.LAYERS layers: for what tells layers apart."""
+    folder = tmp_path_factory.mktemp("deep")
+    tiny.write_bert(folder)
     return folder
 
 

@@ -19,6 +19,11 @@ IDS = np.array([[5, 6, 7, 8, 3, 9]])
 PACKED = {"position_ids": np.array([[0, 1, 2, 3, 0, 1]]), "segment_ids": np.array([[1, 1, 1, 1, 2, 2]])}
 
 
+@pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
 @pytest.fixture(params=NAMES)
 def checkpoint(request, bert, tmp_path):
     """A stored checkpoint with the tiny BERT's tokenizer."""
@@ -40,7 +45,7 @@ def test_what_is_opened_again_computes_the_same(checkpoint, tmp_path):
     again = trunks.reopen(config, tmp_path / "trunk", np.float32)
     assert again.raw == trunk.raw
     jax.tree.map(np.testing.assert_array_equal, again.beside, trunk.beside)
-    hidden, expected = (one.module.apply({"params": params}, IDS, **PACKED).hidden for one in (again, trunk))
+    hidden, expected = (jax.jit(one.module.apply)({"params": params}, IDS, **PACKED).hidden for one in (again, trunk))
     np.testing.assert_array_equal(hidden, expected)
     assert again.tokenizer("good film")["input_ids"] == trunk.tokenizer("good film")["input_ids"]
 

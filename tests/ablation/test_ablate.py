@@ -227,9 +227,9 @@ def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
     assert not (tmp_path / "diverged").exists()
 
 
-def test_what_never_trains_is_there_once(bert, data, tmp_path):
+def test_what_never_trains_is_there_once(deep, data, tmp_path):
     """A checkpoint of six runs with heads on a frozen trunk holds that trunk once."""
-    ablate(short(bert, data, phases=SHORT[:1]), tmp_path / "ablation", ["optimizer.weight-decay=grid:0:1:6"])
+    ablate(short(deep, data, phases=SHORT[:1]), tmp_path / "ablation", ["optimizer.weight-decay=grid:0:1:6"])
     params = newest(tmp_path / "ablation" / "programs" / "0" / "chunk-0")
     trunk, heads = (sum(np.size(leaf) for leaf in jax.tree.leaves(params[part])) for part in ("trunk", "heads"))
     assert (trunk, heads) == (5_408, 6 * 214)

@@ -27,7 +27,7 @@ def start(bert: Path, data: Path, folder: Path, *words: str) -> subprocess.Popen
     for name, place in (("bert", bert), ("data", data)):
         if not (folder / name).exists():
             (folder / name).symlink_to(place)
-    environment = compiling.environment() | {"TINY": str(folder)}
+    environment = compiling.environment(devices=8) | {"TINY": str(folder)}
     return subprocess.Popen([*ABLATE, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -52,7 +52,7 @@ def test_the_trunk_goes_out_as_the_bare_model(workdir, tmp_path):
     run, found = open_run(workdir), pretrained.load(str(tmp_path / "out"))
     assert found.head is None
     assert (found.unused, found.initialized) == ((), ())
-    for path in ("layer_1/feed_forward_out/kernel", "embeddings/word/embedding"):
+    for path in ("layer_0/feed_forward_out/kernel", "embeddings/word/embedding"):
         ours, theirs = run.params["trunk"], found.params["trunk"]
         for name in path.split("/"):
             ours, theirs = ours[name], theirs[name]
@@ -235,14 +235,14 @@ def test_sentence_transformers_opens_it(workdir, tmp_path):
     np.testing.assert_allclose(model.encode(TEXTS), answers(tmp_path / "out", TEXTS), atol=1e-5)
 
 
-def test_a_checkpoint_of_another_form(bert, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mtl-jax", "convert", str(bert), str(tmp_path / "out")])
+def test_a_checkpoint_of_another_form(deep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mtl-jax", "convert", str(deep), str(tmp_path / "out")])
     main.console()
     assert capsys.readouterr().out == f"everything is in {tmp_path / 'out'}\n"
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in tiny.bert_tensors().items():
         np.testing.assert_array_equal(found[name], tensor)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (bert / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (deep / "tokenizer.json").read_bytes()
 
 
 def test_bad_input(workdir, bert, tmp_path):

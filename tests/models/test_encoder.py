@@ -10,6 +10,11 @@ from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.trunk_output import segment_mean
 
 
+@pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
 def numpy_bert(tensors: dict[str, np.ndarray], ids_T: list[int]) -> np.ndarray:
     """BERT over one example, written out in float64: hidden [T, H]."""
     t = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}

@@ -21,6 +21,11 @@ from mtl_jax.pretrained.tensor_files import open_safetensors, open_tensors
 
 
 @pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A safetensors file of three tensors."""
     file = tmp_path_factory.mktemp("small") / "model.safetensors"

@@ -7,6 +7,11 @@ from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
 
 
+@pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
 def renamed(change):
     return {change(name): tensor for name, tensor in tiny.bert_tensors().items()}
 

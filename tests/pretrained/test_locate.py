@@ -12,6 +12,11 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained import locate
 
 
+@pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
 @pytest.fixture
 def asked(monkeypatch, bert):
     """Plays a hub whose every model is the tiny BERT; returns what it was asked for."""

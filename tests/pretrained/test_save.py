@@ -18,6 +18,11 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained import families, saving
 
 
+@pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
 def equal(a, b):
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(jax.tree.map(np.array_equal, a, b))
 

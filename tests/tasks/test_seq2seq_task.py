@@ -1,7 +1,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import packing
 import pytest
@@ -20,6 +19,11 @@ from mtl_jax.tasks import losses
 from mtl_jax.tasks.seq2seq import shift_right
 from mtl_jax.training import results
 from mtl_jax.training.setup import prepare
+
+
+@pytest.fixture(scope="module")
+def bert(deep):
+    return deep
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def shifted_by_hand(targets, segments, start):
 def test_each_text_is_read_one_place_later(lengths, padding):
     segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, padding])[None]
     targets = np.arange(10, 10 + segments.size)[None]
-    read, position = shift_right(jnp.asarray(targets), jnp.asarray(segments), 7)
+    read, position = jax.jit(shift_right, static_argnums=2)(targets, segments, 7)
     for found, expected in zip((read, position), shifted_by_hand(targets, segments, 7), strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -109,14 +113,21 @@ def test_the_loss_by_hand(prepared, smoothing):
     module, trunk, params = task.module(), prepared.trunk.module, prepared.params
     batch = packing.whole(prepared, packing.PACKED)
     head, table = params["heads"]["translation"], params["trunk"]["embeddings"]["word"]["embedding"]
-    hidden = trunk.apply(
+    apply = jax.jit(trunk.apply)
+    hidden = apply(
         {"params": params["trunk"]},
         batch.tokens,
         batch.segments > 0,
         position_ids=batch.positions,
         segment_ids=batch.segments,
     ).hidden
-    outputs = np.asarray(task.apply(head, Encoded(tokens=hidden, table=table), batch, None))
+    outputs = np.asarray(jax.jit(task.apply)(head, Encoded(tokens=hidden, table=table), batch, None))
+
+    @jax.jit
+    def logits_of(source, read):
+        encoded = apply({"params": params["trunk"]}, source).hidden
+        return module.apply({"params": head}, encoded, read, method=lambda m, x, y: m(y, m.source(x, None, None), table)).logits
+
     texts = 0
     for r, s in list(zip(*np.nonzero(batch.index >= 0), strict=True))[:8]:
         source = batch.tokens[r][batch.segments[r] == s + 1][None]
@@ -125,12 +136,8 @@ def test_the_loss_by_hand(prepared, smoothing):
         if not len(target):
             continue
         texts += 1
-        encoded = trunk.apply({"params": params["trunk"]}, source).hidden
-        read = np.array([[task.start, *target[:-1]]])
-        logits = module.apply(
-            {"params": head}, encoded, read, method=lambda m, x, y: m(y, m.source(x, None, None), table)
-        ).logits
-        log = np.asarray(jax.nn.log_softmax(logits[0]))
+        logits = np.asarray(logits_of(source, np.array([[task.start, *target[:-1]]]))[0], np.float64)
+        log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         own = -log[np.arange(len(target)), target]
         loss = (1 - smoothing) * own - smoothing * log.mean(axis=1)
         right = log.argmax(axis=1) == target

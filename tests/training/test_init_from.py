@@ -47,7 +47,7 @@ def test_what_is_in_the_source_is_loaded_and_everything_is_accounted_for(begun, 
 
 
 def test_from_a_checkpoint(bert, data, tmp_path):
-    tiny.write_bert(tmp_path / "other", tiny.bert_tensors(seed=5))
+    tiny.write_bert(tmp_path / "other", tiny.bert_tensors(seed=5, layers=1), layers=1)
     prepared = prepare(tiny.experiment(bert, data, init_from=InitFrom(str(tmp_path / "other"))))
     after, record, _ = init_from.load_parameters(prepared)
     expected = flat({"trunk": mtl_jax.pretrained.load(str(tmp_path / "other"), head=None).params["trunk"]})
@@ -104,7 +104,7 @@ def test_what_cannot_begin_a_run_is_found_before_anything_is_written(bert, data,
     refused(InitFrom(str(unfinished)), r"the run in .*unfinished is not finished .*or name one of its steps by init_from.step")
     refused(InitFrom(str(workdir), step="7"), "there is no checkpoint of step 7; there are ")
     refused(InitFrom(str(tmp_path / "nothing")), "nothing")
-    tiny.write_bert(tmp_path / "bert")
+    tiny.write_bert(tmp_path / "bert", layers=1)
     refused(InitFrom(str(tmp_path / "bert"), step="4"), "init_from.step is '4', but .* is no workdir")
     other = tmp_path / "other"  # of the same shapes
     shutil.copytree(workdir, other)

@@ -19,6 +19,11 @@ PHASES = unfreezing(9, at=(3, 6), layers=tiny.LAYERS, decay=0.5, learning_rate=0
 
 
 @pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
+@pytest.fixture(scope="module")
 def prepared(bert, data):
     return prepare(tiny.experiment(bert, data, phases=PHASES))
 

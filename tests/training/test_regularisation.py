@@ -216,7 +216,7 @@ def test_all_of_them_train_and_a_stopped_run_goes_on_to_the_same_bits(bert, data
 
 def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "HIDDEN", 8)
-    tiny.write_bert(tmp_path / "narrow")
+    tiny.write_bert(tmp_path / "narrow", layers=1)
     see = Distillation(name="see", teacher=str(tmp_path / "narrow"), of="hidden")
     trunk = mtl_jax.Pretrained(str(bert))
     prepared, _, batch, _, references = setup(bert, data, tmp_path, trunk=trunk, regularisers=(see,))
@@ -243,7 +243,7 @@ def test_a_token_classifier_teaches_a_tagger(bert, tmp_path):
     batch = Batch(tokens, segments, np.array([[0, 1, 2, 3, 0, 1, 2, 0]]), None, None, {})
     found = teacher.outputs(teacher.params, batch, ["tags"])["tags"]
     for n in (1, 2):
-        alone = checkpoint.model.apply({"params": checkpoint.params}, tokens[segments == n][None]).logits
+        alone = jax.jit(checkpoint.model.apply)({"params": checkpoint.params}, tokens[segments == n][None]).logits
         np.testing.assert_allclose(found[segments == n], alone[0], atol=1e-5)
     with pytest.raises(UserError, match="another label set for 'tags': A, B, C, and this run has A, B"):
         teachers.tasks_to_imitate(kind, teacher, {"tags": dataclasses.replace(tasks["tags"], labels=("A", "B"))})

@@ -29,7 +29,7 @@ FLAGS += ["--phases.1.rules.0.rate", "0.5", "--phases.1.rules.0.schedule", "slan
 
 def start(folder: Path, workdir: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, tiny.__file__, "--workdir", str(workdir), *FLAGS, *flags]
-    environment = compiling.environment() | {"TINY": str(folder)}
+    environment = compiling.environment(devices=8) | {"TINY": str(folder)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

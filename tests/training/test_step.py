@@ -23,6 +23,11 @@ DECAYING = Optimizer(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.1, warmup
 
 
 @pytest.fixture(scope="module")
+def bert(deep):
+    return deep
+
+
+@pytest.fixture(scope="module")
 def batch(bert, data):
     experiment = tiny.experiment(bert, data)
     batches = stream(prepare(experiment).corpus, experiment.batch, 0, single_phase(experiment.batch, 100))

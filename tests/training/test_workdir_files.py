@@ -117,7 +117,7 @@ def test_a_damaged_file_is_one_line_wherever_it_is_read(copy, bert, data, damage
         ("data.json", lambda value: value["tasks"]["coarse"].update(labels=["HUM"]), "do not fit together .heads/coarse"),
         ("data.json", lambda value: value["tasks"]["coarse"].update(kind="Other"), "data.json: not what mtl_jax wrote"),
         ("trunk/config.json", lambda value: value.update(hidden_size=32), r"do not fit together \(heads/"),
-        ("trunk/config.json", lambda value: value.update(num_hidden_layers=3), r"do not fit together \(trunk/layer_2/"),
+        ("trunk/config.json", lambda value: value.update(num_hidden_layers=2), r"do not fit together \(trunk/layer_1/"),
         ("trunk/config.json", lambda value: value.update(vocab_size=7), r"do not fit together \(trunk/embeddings/"),
     ],
 )

@@ -234,14 +234,16 @@ def test_each_row_has_the_adapters_of_its_source(family):
     """Against adapters that all share, with the parameters of one source after another; an empty row gets some."""
     each = [type(a)(**{**vars(a), "per": "source"}) for a in (LORA, IA, HOULSBY, PREFIX)]
     module, params = with_adapters(family, *each, sources=3)
-    actual = module.apply({"params": params}, IDS, MASK, source=np.array([2, 0]), **PACKED).hidden
+    apply = jax.jit(module.apply)
+    actual = apply({"params": params}, IDS, MASK, source=np.array([2, 0]), **PACKED).hidden
     shared = adapt(module.base, (LORA, IA, HOULSBY, PREFIX))
+    apply_shared = jax.jit(shared.apply)
     like = jax.eval_shape(lambda: shared.add(trunk(family)[1], jax.random.key(0)))["adapters"]
     for row, source in ((0, 2), (1, 0)):
         own = jax.tree.map(lambda stack, leaf, s=source: stack.reshape(3, *leaf.shape)[s], params["adapters"], like)
-        expected = shared.apply({"params": params | {"adapters": own}}, IDS, MASK, **PACKED).hidden
+        expected = apply_shared({"params": params | {"adapters": own}}, IDS, MASK, **PACKED).hidden
         np.testing.assert_allclose(actual[row][MASK[row] > 0], expected[row][MASK[row] > 0], atol=1e-5)
-    empty = module.apply({"params": params}, IDS, MASK, source=np.array([-1, 0]), **PACKED).hidden
+    empty = apply({"params": params}, IDS, MASK, source=np.array([-1, 0]), **PACKED).hidden
     assert np.isfinite(real(empty)).all()
     with pytest.raises(ValueError, match="needs the source of every row"):
         module.apply({"params": params}, IDS, MASK)

@@ -32,8 +32,8 @@ def history_of(rule, steps, key=0):
     state, update, actual = rule.init(names), jax.jit(rule.update), []
     for step, (losses, gradients, counts) in enumerate(steps):
         gram = jnp.asarray(np.asarray(gradients, np.float64) @ np.asarray(gradients, np.float64).T, jnp.float32)
-        losses = dict(zip(names, jnp.asarray(losses, jnp.float32), strict=True))
-        counts = None if counts is None else dict(zip(names, jnp.asarray(counts, jnp.float32), strict=True))
+        losses = dict(zip(names, np.asarray(losses, np.float32), strict=True))  # an operation of jax would be compiled
+        counts = None if counts is None else dict(zip(names, np.asarray(counts, np.float32), strict=True))
         weights, new_state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts, ()))
         same = jax.tree.map(lambda a, b: jax.typeof(a) == jax.typeof(b), state, new_state)
         assert all(jax.tree.leaves(same)), "the state changed its type: the program would be compiled again"
@@ -340,13 +340,13 @@ def test_a_rule_may_be_vmapped(name):
     rule, names = make(name), ("a", "b", "c")
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(2, 3, 5))
-    grams = jnp.asarray(gradients @ gradients.transpose(0, 2, 1), jnp.float32)
-    losses = dict(zip(names, jnp.asarray(rng.uniform(1, 2, size=(3, 2)), jnp.float32), strict=True))
+    grams = np.asarray(gradients @ gradients.transpose(0, 2, 1), np.float32)
+    losses = dict(zip(names, np.asarray(rng.uniform(1, 2, size=(3, 2)), np.float32), strict=True))
 
     def update(losses, gram):
         return rule.update(rule.init(names), Signals(losses, gram, jnp.int32(0), jax.random.key(0), transformed=()))[0]
 
-    together = jax.vmap(update)(losses, grams)
+    together, update = jax.jit(jax.vmap(update))(losses, grams), jax.jit(update)
     for n in range(2):
         alone = update({name: loss[n] for name, loss in losses.items()}, grams[n])
         for task in names:

@@ -24,8 +24,7 @@ from mtl_jax.models.encoder import EmbeddingConfig, Encoder, SharedEmbedding
 from mtl_jax.models.encoder_decoder import Seq2SeqEncoder
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.models.trunk_output import TrunkFacts
-from mtl_jax.models.trunk_output import token_table as token_table
+from mtl_jax.models.trunk_output import TrunkFacts, token_table
 from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.pretrained.locate import copy_files

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.data.batches import Batch
-from mtl_jax.models.trunk_output import Encoded, segment_mean
+from mtl_jax.models.trunk_output import Encoded, segment_mean, token_table
 from mtl_jax.tasks import Task
 from mtl_jax.transfer.adapters import Adapted
-from mtl_jax.trunks import token_table
 
 # (trunk params, batch, dropout key or None for none, feature table or None) -> Encoded
 Encode = Callable[[Any, Batch, jax.Array | None, jax.Array | None], Encoded]

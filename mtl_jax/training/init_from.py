@@ -12,6 +12,7 @@ import numpy as np
 from mtl_jax import pretrained, trunk_compatibility
 from mtl_jax.core import digests, trees
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.models.trunk_output import token_table
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.training import restore
 from mtl_jax.training.setup import Prepared
@@ -20,7 +21,6 @@ from mtl_jax.transfer.adapters import ADAPTERS
 from mtl_jax.transfer.adapters.base import RUN
 from mtl_jax.transfer.loading import FIELD, Account, InitFrom
 from mtl_jax.trunk_compatibility import TrunkSignature
-from mtl_jax.trunks import token_table
 
 RECORD = "init_from.json"
 _PURPOSE = "be loaded into each other"

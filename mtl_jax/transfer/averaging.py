@@ -1,6 +1,6 @@
 """Averages of the parameters over a run, which often score better than the last parameters: pure functions.
 
-A run evaluates the average and keeps it as its result; training itself goes on with the parameters, unchanged.
+A run evaluates the average and keeps it as its result; training itself continues with the parameters, unchanged.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_help_shows_every_field_with_doc_and_default(monkeypatch, capsys):
     text = capsys.readouterr().out
     for flag in ("--workdir", "--weighting", "--optimizer.learning-rate", "--phases.1.steps", "--tasks.0.scale", "--seed"):
         assert flag in text
-    assert "Share of a phase's steps in which the rate rises" in text.replace("│", " ")
+    assert "Share of a phase's steps over which the rate rises" in text.replace("│", " ")
     assert "(default: 0.01)" in text
 
 

@@ -18,7 +18,8 @@ from mtl_jax.merge.method import Method
 from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
-KINDS = [kind for kind in vars(mtl_jax).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+PUBLIC = [getattr(mtl_jax, name) for name in mtl_jax.__all__]
+KINDS = [kind for kind in PUBLIC if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 KINDS += [GenerationConfig, Method]
 
 

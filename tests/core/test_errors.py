@@ -14,14 +14,14 @@ SHORT = {
     ("inference/generate_texts.py", "languages"),
     ("tasks/seq2seq.py", "choices"),
     ("training/workdir.py", "changed[:5]"),
-    ("training/restore.py", "own"),
+    ("training/restore.py", "separate"),
     ("inference/predict.py", "names"),
     ("pretrained/locate.py", "VOCABULARIES"),
     ("pretrained/tensor_files.py", "DTYPES"),
     ("data/splits.py", "NAMED"),
     ("merge/__init__.py", "others[:3]"),
     ("merge/method.py", "used"),
-    ("transfer/adapters/adapted.py", "together[:2]"),
+    ("transfer/adapters/adapted.py", "sharing[:2]"),
 }
 
 

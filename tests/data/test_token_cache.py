@@ -128,7 +128,7 @@ def test_a_word_added_to_the_vocabulary(tmp_path, tokenised):
 
 def test_other_versions(tmp_path, tokenised, monkeypatch):
     encode(BERT, TEXTS, max_length=8, cache=tmp_path)
-    monkeypatch.setattr(tokenize, "version", lambda name: "0")
+    monkeypatch.setattr(tokenize, "installed", lambda name: "0")
     encode(BERT, TEXTS, max_length=8, cache=tmp_path)
     assert len(tokenised) == 2
 

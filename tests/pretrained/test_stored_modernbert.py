@@ -88,7 +88,7 @@ def test_a_local_theta_of_null_is_the_global_one():
     [
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"num_attention_heads": 7}, "768 is not a multiple of the 7"),
-        ({"hidden_size": 36}, "heads of 3 are not even"),
+        ({"hidden_size": 36}, "attention heads of size 3; rotary positions need an even size"),
         ({"layer_types": LAYERS[:3]}, "layer_types must be 22 times"),
         ({"layer_types": ["linear_attention"] * 22}, "layer_types must be 22 times"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "scaled rotary positions"),

@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from mtl_jax import pretrained
+from mtl_jax.core import trees
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import reason, write_json, writing
@@ -35,7 +35,7 @@ from mtl_jax.transfer.adapters import Adapted, AnyAdapter
 
 DECODER = "seq2seq_lm"  # the kind of head that decodes
 BESIDE = "beside.safetensors"  # parameters of a checkpoint that do not train
-UNBOUNDED = 1_000_000  # tokens; the limit of a trunk without a position table
+UNBOUNDED = 1_000_000  # tokens, without a position table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +295,7 @@ def save(trunk: Trunk, folder: Path) -> None:
             name, sizes = "trunk.json", dataclasses.asdict(trunk.module.config)
         else:
             name, sizes = "config.json", dict(trunk.raw)
-            flat = traverse_util.flatten_dict(trunk.beside, sep="/")
+            flat = trees.flat(trunk.beside)
             write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
             if trunk.location is not None:
                 copy_files(trunk.location, folder, ("generation_config.json",))
@@ -310,8 +310,8 @@ def reopen(config: AnyTrunk, folder: Path, dtype: Any) -> Trunk:
             raw, f"{folder}/config.json", dtype
         )  # checked before transformers reads config.json for the tokenizer
         tokenizer = pretrained.load_tokenizer(folder)
-        flat = {path: np.array(tensor.read()) for path, tensor in open_safetensors(folder / BESIDE).items()}
-        beside = traverse_util.unflatten_dict(flat, sep="/")
+        tensors = open_safetensors(folder / BESIDE)
+        beside = trees.nested({path: np.array(tensor.read()) for path, tensor in tensors.items()})
         return Trunk(module, None, tokenizer, UNBOUNDED, raw, beside, location=folder)
     tokenizer = pretrained.load_tokenizer(folder)
     if isinstance(config, Transformer):

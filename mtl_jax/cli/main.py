@@ -1,4 +1,4 @@
-"""The console entry mtl-jax, and its commands; each imports what it needs when it runs, so that --help is fast."""
+"""The console entry mtl-jax and its commands. Each imports what it needs when it runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import to_json
 from mtl_jax.core.text_lines import lines_of, object_of, print_lines, read_bytes
 
+DESCRIPTION = "Uses, compares and converts finished runs and checkpoints. Runs are trained by scripts: python SCRIPT.py --help."
 _CONFIG = (tyro.conf.AvoidSubcommands,)  # the default of a union decides its type; flags set the fields of that type
 
 
@@ -180,7 +181,7 @@ def console() -> None:
     arguments, script_flags = scripts.divided(sys.argv[1:])
 
     def command() -> None:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=__doc__, args=arguments, config=_CONFIG)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=DESCRIPTION, args=arguments, config=_CONFIG)
 
     with scripts.given(script_flags):
         run(command)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 
+from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained.family import Family
 from mtl_jax.pretrained.lazy_tensor import LazyTensor
@@ -49,7 +49,7 @@ class Placed(NamedTuple):
 
 def shapes(family: Family, model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a module's parameters by our paths, from the module itself."""
-    return traverse_util.flatten_dict(jax.eval_shape(lambda: _init(family, model, 0)), sep="/")
+    return trees.flat(jax.eval_shape(lambda: _init(family, model, 0)))
 
 
 def check_sizes(config: Any, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str) -> None:
@@ -206,7 +206,7 @@ def place(
         placed[path] = jax.block_until_ready(jax.device_put(array, target))
     used = set(tensor_of.values())
     unused = [name for name in tensors if name not in used and not re.fullmatch(family.ignored, name)]
-    return Placed(traverse_util.unflatten_dict(placed, sep="/"), tuple(sorted(unused)), tuple(missing))
+    return Placed(trees.nested(placed), tuple(sorted(unused)), tuple(missing))
 
 
 def _init(family: Family, model: nn.Module, seed: int) -> Any:
@@ -221,7 +221,7 @@ def _fresh(family: Family, model: nn.Module, paths: list[str], seed: int) -> dic
         return {}
 
     def initialise() -> dict[str, jax.Array]:
-        params = traverse_util.flatten_dict(_init(family, model, seed), sep="/")
+        params = trees.flat(_init(family, model, seed))
         return {path: params[path] for path in paths}
 
     return jax.jit(initialise)()

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import traverse_util
 
+from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.staging import staged
 from mtl_jax.pretrained import families
@@ -98,7 +98,7 @@ def _tensors(family: Family, checkpoint: Checkpoint) -> dict[str, Saved]:
     """The tensors to write by name, sorted by name."""
     prefix = "" if checkpoint.head is None else family.prefix
     tensors: dict[str, Saved] = {}
-    for path, array in traverse_util.flatten_dict(checkpoint.params, sep="/").items():
+    for path, array in trees.flat(checkpoint.params).items():
         name = family.names(path, checkpoint.config)[0]
         name = name if path.startswith("head/") else prefix + name
         tensors[name] = Saved(array, path.endswith("/kernel"))

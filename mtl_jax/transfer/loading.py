@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax import traverse_util
-
+from mtl_jax.core import trees
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError
 
@@ -95,7 +94,7 @@ def load_into(params: Any, source: Mapping[str, Any], init: InitFrom) -> tuple[A
         UserError: A subtree, rename or pattern matches nothing, two parameters get one name, shapes differ, or nothing is
             loaded.
     """
-    target = traverse_util.flatten_dict(params, sep="/")
+    target = trees.flat(params)
     selected = _below(init, source)
     placed, left_out = _left_out(init, _renamed(init, selected))
     result, loaded, without_place = dict(target), dict[str, str](), list[str]()
@@ -119,7 +118,7 @@ def load_into(params: Any, source: Mapping[str, Any], init: InitFrom) -> tuple[A
         )
     left_out += [path for path in source if path not in selected]
     account = Account(loaded, tuple(path for path in target if path not in loaded), tuple(left_out), tuple(without_place))
-    return traverse_util.unflatten_dict(result, sep="/"), account
+    return trees.nested(result), account
 
 
 def shown(paths: Sequence[str], most: int = 3) -> str:

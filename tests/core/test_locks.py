@@ -36,7 +36,7 @@ def free(folder: Path) -> bool:
 
 def test_a_second_process_is_told_who_has_it_and_a_killed_one_keeps_nobody_out(tmp_path):
     folder = tmp_path / "run"
-    code = "import sys; from pathlib import Path; from mtl_jax import locks\n"
+    code = "import sys; from pathlib import Path; from mtl_jax.core import locks\n"
     code += "with locks.workdir(Path(sys.argv[1])):\n    print('locked', flush=True)\n    sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, folder],

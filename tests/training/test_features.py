@@ -177,8 +177,8 @@ import os, sys
 from pathlib import Path
 import tiny
 from mtl_jax.training import features, mesh as meshes
-from mtl_jax.training.prepare import prepare
-from mtl_jax.training.signals import Stop
+from mtl_jax.training.setup import prepare
+from mtl_jax.training.preemption import Stop
 folder, address, index, apart = sys.argv[1:]
 os.environ["MTL_JAX_CACHE"] = f"{folder}/cache{index if apart == 'apart' else ''}"
 features.WORTH = 0

@@ -14,8 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
+from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention
@@ -93,7 +93,7 @@ class Adapted:
                 else:
                     init = jax.vmap(lambda key, adapter=adapter, layer=layer: adapter.init(key, layer))
                     added[path] = jax.tree.map(_stack, init(jax.random.split(layer_key, self.sources)))
-        return {**params, ADAPTERS: traverse_util.unflatten_dict(added, sep="/")}
+        return {**params, ADAPTERS: trees.nested(added)}
 
     def apply(
         self,
@@ -120,10 +120,7 @@ class Adapted:
         if ADAPTERS not in params:
             raise ValueError("these parameters have no adapters; add() adds new ones")
         added = params.pop(ADAPTERS)
-        by_layer = {
-            adapter.name: self._by_layer(adapter, traverse_util.flatten_dict(added[adapter.name], sep="/"), source)
-            for adapter in self.adapters
-        }
+        by_layer = {adapter.name: self._by_layer(adapter, trees.flat(added[adapter.name]), source) for adapter in self.adapters}
         key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
         if (
             key is None
@@ -312,7 +309,7 @@ def merge_adapters(adapted: Adapted, params: Mapping[str, Any], source: int | No
     Raises:
         UserError: An adapter cannot be merged, or source is missing.
     """
-    base = traverse_util.flatten_dict({name: tree for name, tree in params.items() if name != ADAPTERS}, sep="/")
+    base = trees.flat({name: tree for name, tree in params.items() if name != ADAPTERS})
     for adapter in sorted(adapted.adapters, key=lambda adapter: adapter.order):
         if adapter.per != RUN and source is None:
             raise UserError(f"adapter {adapter.name!r}: each source has its own; say of which task it is to be merged")
@@ -324,7 +321,7 @@ def merge_adapters(adapted: Adapted, params: Mapping[str, Any], source: int | No
                 layer_params = jax.tree.map(lambda leaf: _of_source(leaf, adapted.sources, source), layer_params)
             kernel = {name: base[f"{layer.path}/{name}"] for name in ("kernel", "bias") if f"{layer.path}/{name}" in base}
             base |= {f"{layer.path}/{name}": leaf for name, leaf in adapter.merged(layer_params, kernel, layer).items()}
-    return traverse_util.unflatten_dict(base, sep="/")
+    return trees.nested(base)
 
 
 def _of_source(leaf: jax.Array, sources: int, source: int | None) -> jax.Array:

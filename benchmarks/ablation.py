@@ -112,7 +112,7 @@ def many(made: Ready, table: Any) -> Timed:
     machine, plan_of = made.machine, made.prepared.plans[0]
     runs = made.chunks[0]
     values = jax.device_put(made.values(runs), meshes.by_runs(machine.mesh))
-    params = stacking.stack([made.params[run.experiment.seed] for run in runs], machine.own[0], machine.mesh)
+    params = stacking.stack([made.params[run.experiment.seed] for run in runs], machine.per_run[0], machine.mesh)
     fresh = machine.begin(plan_of, values, params)
     step = meshes.place(np.zeros((), np.int32), meshes.replicated(machine.mesh))
     key = stacking.keys([run.experiment.seed for run in runs], machine.mesh)

@@ -227,8 +227,8 @@ def _train(
             continue
         for run in chunk:
             files = {"versions": workdirs.versions(), "data": data, "baselines": baselines}
-            if run.experiment.seed in ready.begun:
-                files["init_from"] = ready.begun[run.experiment.seed]
+            if run.experiment.seed in ready.loaded:
+                files["init_from"] = ready.loaded[run.experiment.seed]
             for name, value in files.items():
                 workdirs.write_json(shared.run_folder(run) / f"{name}.json", value)
         training = Chunk(shared, chunk, ready.values(chunk), folders.of_chunk(folder, number, place))

@@ -80,10 +80,10 @@ def check(folder: Path, planned: Sequence[Program]) -> dict[str, Any] | None:
             raise UserError(f"{folder}: this is the workdir of a run; choose another --workdir for the ablation")
         return None
     configs = {run.name: to_json(run.experiment) for program in planned for run in program.runs}
-    begun = {run["run"] for run in before["runs"]}
-    if begun != set(configs):
+    run_names = {run["run"] for run in before["runs"]}
+    if run_names != set(configs):
         raise UserError(
-            f"{folder}: begun with {count(len(begun), 'run')}, and these are {len(configs)}; choose another --workdir"
+            f"{folder}: begun with {count(len(run_names), 'run')}, and these are {len(configs)}; choose another --workdir"
         )
     if len(before["programs"]) != len(planned):
         raise workdirs.damaged(folder / RECORD, f"it has {len(before['programs'])} programs, and its runs make {len(planned)}")

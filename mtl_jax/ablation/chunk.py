@@ -172,7 +172,7 @@ class Chunk:
         """The references of the regularisers of a phase, and the names of those that differ between runs."""
         if not any(phase.regularisers or phase.mixout_paths for phase in self.prepared.plans):
             return None, frozenset()
-        per_run, by_run = self.machine.own[plan.number], []
+        per_run, by_run = self.machine.per_run[plan.number], []
         for number, references in enumerate(self.references):
             run_plan = references.prepared.plans[plan.number]
             run_state = stacking.take_state(state.state(), per_run, number)
@@ -195,9 +195,9 @@ class Chunk:
         """The cached features of a phase, f32[n, H], or f32[N, n, H] where the trunks differ; None: it has none."""
         if not plan.cached_features:
             return None
-        if not self.machine.own_trunk(plan):
+        if not self.machine.trunks_differ(plan):
             return self.shared.table()
-        per_run, apply, batching = self.machine.own[plan.number], self.machine.features, self.experiment.batch
+        per_run, apply, batching = self.machine.per_run[plan.number], self.machine.features, self.experiment.batch
         parts = [part for split in self.prepared.corpus.splits.values() for part in split.values()]
         tables = [
             evaluation.features(apply, stacking.take(state.params, per_run, number), parts, batching, self.mesh)
@@ -269,7 +269,7 @@ class Chunk:
 
     def _evaluate(self, step: int, plan: PhasePlan, state: TrainState, best: Any, table: Any) -> Any:
         """Measures all runs on dev; returns the best parameters so far of each run."""
-        measured, per_run = state.measured(), self.machine.own[plan.number]
+        measured, per_run = state.measured(), self.machine.per_run[plan.number]
         active = [not status.ended for status in self.statuses]
         apply = self.machine.outputs(plan, plan.cached_features)
         scores_by_run = scores_of(self.machine, apply, measured, "dev", active, per_run, lambda task: task.dev_beams, table)
@@ -291,7 +291,7 @@ class Chunk:
                 status.since_best += 1
                 if status.since_best == self.experiment.evaluation.patience:
                     status.ended = step
-        return self.machine.keep_better(best, stacking.own_part(measured, per_run), jnp.asarray(better))
+        return self.machine.keep_better(best, stacking.per_run_part(measured, per_run), jnp.asarray(better))
 
     def _save(self, step: int, state: Together) -> None:
         before, self.started = self.started, time.monotonic()
@@ -310,7 +310,7 @@ class Chunk:
     def _finish(self, step: int, state: Together) -> None:
         """Measures each run's best parameters on dev and test, and writes its results."""
         plan = self.prepared.plans[self.counts.phase]
-        per_run = self.machine.own[plan.number]
+        per_run = self.machine.per_run[plan.number]
         params = trees.merge(state.best, state.params)
         measured = [status.best is not None for status in self.statuses]
         apply = self.machine.outputs(plan, False)

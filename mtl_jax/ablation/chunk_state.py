@@ -31,11 +31,11 @@ def initial_state(machine: Machine, values: Numbers, params_of: Mapping[int, Any
         params_of: {seed: initial parameters}.
         seeds: The seed of each of the N runs.
     """
-    plan, per_run = machine.prepared.plans[0], machine.own[0]
+    plan, per_run = machine.prepared.plans[0], machine.per_run[0]
     params = stacking.stack([params_of[seed] for seed in seeds], per_run, machine.mesh)
     initial = machine.begin(plan, values, params)
     step = meshes.place(np.zeros((), np.int32), meshes.replicated(machine.mesh))
-    key, best = stacking.keys(seeds, machine.mesh), _copied(stacking.own_part(params, per_run))
+    key, best = stacking.keys(seeds, machine.mesh), _copied(stacking.per_run_part(params, per_run))
     return Together(step, params, initial.opt_state, initial.rule_state, key, _copied(initial.average), best)
 
 
@@ -47,7 +47,7 @@ def start_phase(machine: Machine, values: Numbers, plan: PhasePlan, state: Toget
         plan: The phase.
         state: The state at the end of the phase before.
     """
-    was_per_run, per_run = machine.own[plan.number - 1], machine.own[plan.number]
+    was_per_run, per_run = machine.per_run[plan.number - 1], machine.per_run[plan.number]
     params = stacking.widen(state.params, was_per_run, per_run, machine.size, machine.mesh)
 
     def best_leaf(was_stacked: bool, stacked: bool, best: Any, leaf: Any) -> Any:
@@ -69,7 +69,7 @@ def template(machine: Machine, values: Numbers, plan: PhasePlan, params: Any) ->
         plan: The phase.
         params: The parameters of one run, or their shapes.
     """
-    per_run, size = machine.own[plan.number], machine.size
+    per_run, size = machine.per_run[plan.number], machine.size
 
     def shape(stacked: bool, leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *leaf.shape) if stacked else leaf.shape, leaf.dtype)
@@ -77,7 +77,7 @@ def template(machine: Machine, values: Numbers, plan: PhasePlan, params: Any) ->
     stacked_params = jax.tree.map(shape, per_run, params)
     initial = machine.begin_shapes(plan, values, stacked_params)
     step, key = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((size, 2), np.uint32)
-    best = stacking.own_part(stacked_params, per_run)
+    best = stacking.per_run_part(stacked_params, per_run)
     shapes: Any = (step, stacked_params, initial.opt_state, initial.rule_state, key, initial.average, best)
     shardings = (*stacking.shardings(per_run, machine.mesh), meshes.by_runs(machine.mesh))
     return Together(*stacking.placed(shapes, shardings))

@@ -74,7 +74,7 @@ def _take(folder: Path, name: str, out: Path) -> None:
 
 def _write_checkpoints(chunk: Chunk, newest: Together, number: int, folder: Path) -> None:
     experiment, status = chunk.runs[number].experiment, chunk.statuses[number]
-    own = chunk.machine.own[chunk.counts.phase]
+    per_run = chunk.machine.per_run[chunk.counts.phase]
     step = int(newest.step)
     counts = dataclasses.replace(
         chunk.counts, criterion=experiment.evaluation.criterion, best=status.best, evaluations_since_best=status.since_best
@@ -82,9 +82,9 @@ def _write_checkpoints(chunk: Chunk, newest: Together, number: int, folder: Path
     record = {"counts": dataclasses.asdict(counts), "references": chunk.references[number].digests}
     position = chunk.stream.get_state()
     with contextlib.closing(Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion)) as store:
-        last = _on_first_device(stacking.take_state(newest.state(), own, number))
+        last = _on_first_device(stacking.take_state(newest.state(), per_run, number))
         if status.best is not None and status.best_step < step:
-            best = stacking.take(trees.merge(newest.best, newest.params), own, number)
+            best = stacking.take(trees.merge(newest.best, newest.params), per_run, number)
             measured = last._replace(
                 step=jax.numpy.asarray(status.best_step, "int32"), params=_on_first_device(best), average=None
             )

@@ -31,7 +31,7 @@ class Ready(NamedTuple):
         program: The program.
         prepared: Its template, prepared.
         params: {seed: initial parameters}.
-        begun: {seed: contents of init_from.json}; empty if no parameters are loaded.
+        loaded: {seed: contents of init_from.json}; empty if no parameters are loaded.
         machine: Its compiled functions.
         chunks: Its runs in chunks that are trained at once.
     """
@@ -39,7 +39,7 @@ class Ready(NamedTuple):
     program: Program
     prepared: Prepared
     params: dict[int, Any]
-    begun: dict[int, dict[str, Any]]
+    loaded: dict[int, dict[str, Any]]
     machine: Machine
     chunks: list[list[Run]]
 
@@ -75,11 +75,11 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     rows, devices = (program.template.batch.rows, program.template.devices) if trains else (0, 0)
     mesh = meshes.make_for_runs(rows, min(most, at_once or most), devices, size)
     prepared = prepared._replace(mesh=mesh)
-    params, begun = {}, {}
+    params, loaded = {}, {}
     for seed in sorted({run.experiment.seed for run in program.runs}):
         seeded = with_seed(prepared, seed)
         if program.template.init_from.path:
-            seeded, begun[seed], line = init_from.load_parameters(seeded)
+            seeded, loaded[seed], line = init_from.load_parameters(seeded)
             log.info("seed %d: %s", seed, line)
         params[seed] = seeded.params
     differs = stacking.differing(list(params.values()))
@@ -100,7 +100,7 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     if size not in machines and begins:  # chunks of even size may have fewer runs than fit
         measure(size)
     machine = machines[size] if size in machines else Machine(prepared, differs, size)
-    return Ready(program, prepared, params, begun, machine, chunks)
+    return Ready(program, prepared, params, loaded, machine, chunks)
 
 
 def _first_batch(prepared: Prepared) -> Any:

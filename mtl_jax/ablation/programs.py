@@ -36,7 +36,7 @@ class Machine:
         size: N, a multiple of the size of the mesh's axis over runs.
 
     Attributes:
-        own: For each phase a tree of bools: the parameters with an axis over runs, f32[N, ...], from this phase on.
+        per_run: For each phase a tree of bools: the parameters with an axis over runs, f32[N, ...], from this phase on.
         compile_seconds: Seconds spent on compiling steps so far.
         compiled: Number of steps compiled so far.
         weight: The result of weigh(), bytes; 0 before.
@@ -44,11 +44,11 @@ class Machine:
 
     def __init__(self, prepared: Prepared, differs: Any, size: int):
         self.prepared, self.size, self.mesh = prepared, size, prepared.mesh
-        self.own = []
-        own = differs
+        self.per_run = []
+        per_run = differs
         for plan in prepared.plans:
-            own = stacking.either(own, plan.mask)
-            self.own.append(own)
+            per_run = stacking.either(per_run, plan.mask)
+            self.per_run.append(per_run)
         self.averaging = averaging.make(prepared.experiment.averaging)
         self.keep_better = stacking.keep_better(self.mesh)
         self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
@@ -107,7 +107,7 @@ class Machine:
             step = make_train_step(gradients, run_plan.optimizer, plan.mask, sources, self.averaging.follow)
             return step(state, inputs)
 
-        axes = stacking.axes(self.own[plan.number])
+        axes = stacking.axes(self.per_run[plan.number])
         features_axis = None if inputs.features is None else self._table_axis(plan)
         reference_axes = (
             None if inputs.references is None else {name: 0 if name in apart else None for name in inputs.references}
@@ -119,7 +119,7 @@ class Machine:
             axis_size=self.size,
             spmd_axis_name=meshes.RUN,
         )
-        placed = (stacking.shardings(self.own[plan.number], self.mesh), meshes.by_runs(self.mesh))
+        placed = (stacking.shardings(self.per_run[plan.number], self.mesh), meshes.by_runs(self.mesh))
         return jax.jit(of_all_runs, donate_argnums=1, out_shardings=placed)
 
     def weigh(self, values: Numbers, batch: Batch) -> int:
@@ -130,41 +130,41 @@ class Machine:
         """
         whole, by_runs = meshes.replicated(self.mesh), meshes.by_runs(self.mesh)
         for plan in self.prepared.plans:
-            own = self.own[plan.number]
+            per_run = self.per_run[plan.number]
 
             def stacked(per_run: bool, leaf: Any) -> jax.ShapeDtypeStruct:
                 return jax.ShapeDtypeStruct((self.size, *leaf.shape) if per_run else leaf.shape, leaf.dtype)
 
-            params = jax.tree.map(stacked, own, self.prepared.params)
+            params = jax.tree.map(stacked, per_run, self.prepared.params)
             initial = self.begin_shapes(plan, values, params)
             key = jax.ShapeDtypeStruct((self.size, 2), np.uint32)
             step = jax.ShapeDtypeStruct((), np.int32)
             shapes = TrainState(step, params, initial.opt_state, initial.rule_state, key, initial.average)  # type: ignore[arg-type]
-            state: Any = stacking.placed(shapes, stacking.shardings(own, self.mesh))
+            state: Any = stacking.placed(shapes, stacking.shardings(per_run, self.mesh))
             table = None
             if plan.cached_features:
                 examples = [part for split in self.prepared.corpus.splits.values() for part in split.values()]
                 width = trunks.width(self.prepared.trunk, self.prepared.params["trunk"])
                 shape: tuple[int, ...] = (sum(len(part.tokens) for part in examples), width)
-                if self.own_trunk(plan):
+                if self.trunks_differ(plan):
                     table = jax.ShapeDtypeStruct((self.size, *shape), np.float32, sharding=by_runs)
                 else:
                     table = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
             unregularised = plan._replace(regularisers=(), mixout_paths=())
             program = self.step(unregularised, values, state, StepInputs(batch, table))  # type: ignore[arg-type]
-            best, trained = stacking.own_part(params, own), stacking.own_part(params, plan.mask)
+            best, trained = stacking.per_run_part(params, per_run), stacking.per_run_part(params, plan.mask)
             beside = _bytes(best) + (2 * _bytes(trained) if plan.regularisers or plan.mixout_paths else 0)
             if jax.default_backend() == "cpu":
                 beside += _bytes((shapes, best))
             self.weight = max(self.weight, device_memory.bytes_of(program) + beside // self.mesh.shape[meshes.RUN])
         return self.weight
 
-    def own_trunk(self, plan: PhasePlan) -> bool:
+    def trunks_differ(self, plan: PhasePlan) -> bool:
         """Whether the runs' trunks differ in a phase."""
-        return any(jax.tree.leaves(self.own[plan.number]["trunk"]))
+        return any(jax.tree.leaves(self.per_run[plan.number]["trunk"]))
 
     def _table_axis(self, plan: PhasePlan) -> int | None:
-        return 0 if self.own_trunk(plan) else None
+        return 0 if self.trunks_differ(plan) else None
 
     def outputs(self, plan: PhasePlan, cached: bool) -> evaluation.Apply:
         """Jitted: evaluation.Outputs of all runs, with an axis over runs in front."""
@@ -172,7 +172,7 @@ class Machine:
         if key not in self._outputs:
             tasks = self.prepared.corpus.tasks
             encode = cached_features if cached else encode_tokens(self.prepared.trunk.module, needed_fields(tasks))
-            over = (stacking.axes(self.own[plan.number]).params, None, self._table_axis(plan) if cached else None)
+            over = (stacking.axes(self.per_run[plan.number]).params, None, self._table_axis(plan) if cached else None)
             self._outputs[key] = evaluation.make_outputs(encode, tasks, self.mesh, over)
         return self._outputs[key]
 
@@ -200,7 +200,7 @@ def scores_of(
     params: Any,
     split: str,
     which: Sequence[bool],
-    own: Any,
+    per_run: Any,
     beams: Callable[[Seq2Seq], int],
     table: Any = None,
 ) -> list[Scores | None]:
@@ -212,7 +212,7 @@ def scores_of(
         params: Parameters of all runs.
         split: dev or test.
         which: For each run whether it is evaluated.
-        own: Tree of bools: the leaves with an axis over runs.
+        per_run: Tree of bools: the leaves with an axis over runs.
         beams: Task to its number of beams, for tasks that decode.
         table: Cached features, if apply reads them.
     """
@@ -230,7 +230,7 @@ def scores_of(
         else:
             texts: Scores = {}
             if any(task.decodes for task in tasks):
-                run_params = jax.device_put(stacking.take(params, own, number), jax.devices()[0])
+                run_params = jax.device_put(stacking.take(params, per_run, number), jax.devices()[0])
                 devices = list(machine.mesh.devices.flat)
                 texts = text_evaluation.text_scores(tasks, prepared.trunk, run_params, data, beams, devices=devices)
             scores.append(evaluation.score(tasks, data, outputs[number], texts))

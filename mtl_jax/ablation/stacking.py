@@ -156,6 +156,6 @@ def keep_better(mesh: Mesh) -> Callable[[Any, Any, jax.Array], Any]:
     return jax.jit(choose, donate_argnums=0, out_shardings=meshes.by_runs(mesh))
 
 
-def own_part(params: Any, per_run: Any) -> Any:
+def per_run_part(params: Any, per_run: Any) -> Any:
     """The per-run leaves; None for the others."""
     return trees.split(params, per_run)[0]

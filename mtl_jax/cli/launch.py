@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from mtl_jax.cli import scripts
-from mtl_jax.cli.run_command import run
+from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import Experiment, HeadWeights
 
-CONFIG = (tyro.conf.AvoidSubcommands,)  # the default of a union decides its type; flags set the fields of that type
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 _HEAD_WEIGHTS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
 
@@ -82,7 +81,7 @@ def main(experiment: Experiment, description: str | None = None) -> None:
         args=_without_switches(sys.argv[1:]),
         default=Launch(experiment),
         description=description,
-        config=CONFIG,
+        config=TYRO_CONFIG,
         registry=_REGISTRY,
     )
     if scripts.only_read.get():

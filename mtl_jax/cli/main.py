@@ -11,14 +11,13 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
-from mtl_jax.cli.run_command import run
+from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import to_json
 from mtl_jax.core.text_lines import lines_of, object_of, print_lines, read_bytes
 
 DESCRIPTION = "Uses, compares and converts finished runs and checkpoints. Runs are trained by scripts: python SCRIPT.py --help."
-_CONFIG = (tyro.conf.AvoidSubcommands,)  # the default of a union decides its type; flags set the fields of that type
 
 
 def predict(
@@ -181,7 +180,9 @@ def console() -> None:
     arguments, script_flags = scripts.divided(sys.argv[1:])
 
     def command() -> None:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=DESCRIPTION, args=arguments, config=_CONFIG)
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="mtl-jax", description=DESCRIPTION, args=arguments, config=TYRO_CONFIG
+        )
 
     with scripts.given(script_flags):
         run(command)

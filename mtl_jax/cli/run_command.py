@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 
+import tyro
+
+from mtl_jax.core.configuration import EXIT_BAD_INPUT
 from mtl_jax.core.errors import Interrupted, UserError
 from mtl_jax.core.files import reason, refusal, shown
 from mtl_jax.core.text_lines import flush_output
 
-EXIT_BAD_INPUT = 2
+TYRO_CONFIG = (tyro.conf.AvoidSubcommands,)  # the default of a union decides its type; flags set the fields of that type
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started again, resumes
 
 

@@ -1,4 +1,4 @@
-"""Parameters by their paths, as regular expressions name them."""
+"""Trees of parameters: their leaves by path, and their split into trainable and frozen leaves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 from flax import traverse_util
 
 Leaves = dict[str, jax.Array]
+Flat = dict[str, Any]
 
 
 def leaves_of(tree: Any) -> Leaves:
@@ -63,6 +64,3 @@ def flat(params: Any) -> Flat:
 def nested(leaves: Mapping[str, Any]) -> Any:
     """The inverse of flat."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
-
-
-Flat = dict[str, Any]

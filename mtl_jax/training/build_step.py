@@ -44,10 +44,10 @@ def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
 
 
 def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
-    """Innermost first.
+    """The transforms of a phase, innermost first.
 
-    R-Drop's second pass doubles the rows that are left, so rows leave after it is around the step. Mixout changes the
-    parameters of all passes. Penalties come last: they are losses of the parameters themselves, not of the mixed ones.
+    Tasks without weight are around R-Drop: their rows leave the batch, and R-Drop doubles the other rows. Mixout is around both
+    and changes the parameters of all passes. Penalties are outermost: they are losses of the parameters, not of mixed ones.
     """
     experiment, tasks = prepared.experiment, prepared.corpus.tasks
     first_phase = prepared.plans[0].phase.name

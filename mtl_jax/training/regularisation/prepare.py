@@ -43,8 +43,8 @@ def active_in_phase(experiment: Experiment, number: int, steps: range) -> tuple[
         number: The phase's place, from 0.
         steps: Its steps.
     """
-    begun = {"", *(phase.name for phase in experiment.phases[: number + 1])}
-    return tuple(regulariser for regulariser in _active(experiment, steps) if regulariser.phase in begun)
+    started = {"", *(phase.name for phase in experiment.phases[: number + 1])}
+    return tuple(regulariser for regulariser in _active(experiment, steps) if regulariser.phase in started)
 
 
 def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, texts: Sequence[str]) -> OpenedRegularisers:

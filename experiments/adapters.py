@@ -64,13 +64,13 @@ from mtl_jax import (
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.data.stream import stream
-from mtl_jax.tasks import AnyTask
+from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.setup import initial_state, mixture_phases, prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
-from mtl_jax.transfer.adapters import AnyAdapter
+from mtl_jax.transfer.adapters import Adapter
 
 EVERYTHING = (ParamRule(".*"),)
 
@@ -81,7 +81,7 @@ class Way:
 
     rules: tuple[ParamRule, ...]
     learning_rate: float
-    adapters: tuple[AnyAdapter, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
 
 WAYS = {
@@ -109,7 +109,7 @@ SOURCES = {
         columns=("text", "entities"),
     ),
 }
-TASKS: dict[str, AnyTask] = {
+TASKS: dict[str, Task] = {
     "trec_fine": Classification(name="trec_fine", source="trec_fine", column="fine"),
     "wnut17": Tagging(
         name="wnut17",

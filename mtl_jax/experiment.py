@@ -15,22 +15,23 @@ from mtl_jax.core.errors import UserError, count, listed, unknown
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
-from mtl_jax.tasks import AnyTask
+from mtl_jax.tasks import Task
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer import averaging, freezing, loading, regularisers
 from mtl_jax.transfer import optimizer as optimizers
-from mtl_jax.transfer.adapters import AnyAdapter
+from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.loading import InitFrom
 from mtl_jax.transfer.optimizer import Optimizer
 from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.transfer.phases import Phase as Phase
-from mtl_jax.transfer.regularisers import AnyRegulariser
-from mtl_jax.trunks import AnyTrunk, Pretrained
+from mtl_jax.transfer.regularisers import Regulariser
+from mtl_jax.trunks import Pretrained, TrunkConfig
 
 BASELINES = ("none", "constant", "probe")
 DTYPES = ("auto", "float32", "bfloat16")
 NAME_CHARACTERS = set(string.ascii_letters + string.digits + "_-")
 HeadWeights = bool | Literal["rule"]
+Weighting = str | weighting.Rule
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Experiment(Configuration):
         phases: Which parameters train, and for how long.
         init_from: Another run, or a checkpoint, that gives the initial parameters; a resumed run no longer needs it.
         adapters: Parameters that are added inside the trunk; the phases' rules call them trunk/adapters/NAME/...
-        weighting: The rule that weighs the losses.
+        weighting: The rule that weighs the losses, by its name; in a script also a weighting.Rule itself.
         weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
             step such as "linear_schedule(1.0, 0.0, 1000)".
         weighting_options: Options of the rule, such as c 0.5 for cagrad.
@@ -112,20 +113,20 @@ class Experiment(Configuration):
     """
 
     name: str
-    trunk: AnyTrunk
+    trunk: TrunkConfig
     sources: tuple[Source, ...]
-    tasks: tuple[AnyTask, ...]
+    tasks: tuple[Task, ...]
     phases: tuple[Phase, ...]
     init_from: InitFrom = InitFrom()
-    adapters: tuple[AnyAdapter, ...] = ()
-    weighting: str = "equal"
+    adapters: tuple[Adapter, ...] = ()
+    weighting: Weighting = "equal"
     weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
     weighting_options: dict[str, float | str] = dataclasses.field(default_factory=dict)
     combinators: tuple[str, ...] = ()
     gram_over: str = "trunk"
     gram_dtype: str = "float32"
     weigh_heads: HeadWeights = "rule"
-    regularisers: tuple[AnyRegulariser, ...] = ()
+    regularisers: tuple[Regulariser, ...] = ()
     mixout: Mixout = Mixout()
     only: tuple[str, ...] = ()
     optimizer: Optimizer = Optimizer()
@@ -182,15 +183,24 @@ def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
     """
     if phase.weights:
         return weighting.scheduled(phase.weights)
+    rule = experiment.weighting if isinstance(experiment.weighting, weighting.Rule) else _rule_by_name(experiment)
+    for combinator in experiment.combinators:
+        rule = weighting.combine(rule, combinator)
+    return rule
+
+
+def _rule_by_name(experiment: Experiment) -> weighting.Rule:
     options: dict[str, Any] = dict(experiment.weighting_options)
     if experiment.weighting in ("fixed", "scheduled"):
         options["weights"] = experiment.weights
     elif experiment.weights:
         raise UserError(f"weights are for --weighting fixed or scheduled, but weighting is {experiment.weighting!r}")
-    rule = weighting.make(experiment.weighting, **options)
-    for combinator in experiment.combinators:
-        rule = weighting.combine(rule, combinator)
-    return rule
+    return weighting.make(str(experiment.weighting), **options)
+
+
+def rule_name(experiment: Experiment) -> str:
+    """The name of the weighting rule in files and tables."""
+    return weighting.name_of(experiment.weighting, [task.name for task in experiment.tasks])
 
 
 def weighs_heads(experiment: Experiment, rule: weighting.Rule) -> bool:

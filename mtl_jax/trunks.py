@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import cattrs
 import flax.linen as nn
@@ -15,9 +15,9 @@ import numpy as np
 
 from mtl_jax import pretrained
 from mtl_jax.core import trees
-from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import reason, write_json, writing
+from mtl_jax.core.parts import Part
 from mtl_jax.data import vocabulary
 from mtl_jax.data.coverage import Tables
 from mtl_jax.models.encoder import EmbeddingConfig, Encoder, SharedEmbedding
@@ -31,7 +31,7 @@ from mtl_jax.pretrained.locate import copy_files
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensor_files import Location, open_safetensors, read_json
 from mtl_jax.transfer import adapters as adapting
-from mtl_jax.transfer.adapters import Adapted, AnyAdapter
+from mtl_jax.transfer.adapters import Adapted, Adapter
 
 DECODER = "seq2seq_lm"  # the kind of head that decodes
 BESIDE = "beside.safetensors"  # parameters of a checkpoint that do not train
@@ -39,7 +39,14 @@ UNBOUNDED = 1_000_000  # tokens, without a position table
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrained(Configuration):
+class TrunkConfig(Part):
+    """The declaration of a trunk."""
+
+    door: ClassVar[str] = "trunk"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained(TrunkConfig):
     """A Hugging Face checkpoint: an encoder, or an encoder-decoder, from whose decoder seq2seq heads start.
 
     Attributes:
@@ -55,7 +62,7 @@ class Pretrained(Configuration):
 
 
 @dataclasses.dataclass(frozen=True)
-class Embedding(Configuration):
+class Embedding(TrunkConfig):
     """A shared embedding from scratch over a vocabulary of the training texts' most frequent words.
 
     Attributes:
@@ -68,7 +75,7 @@ class Embedding(Configuration):
 
 
 @dataclasses.dataclass(frozen=True)
-class Transformer(Configuration):
+class Transformer(TrunkConfig):
     """A transformer encoder from scratch (Vaswani et al., 2017), as Marian and Pegasus have it, over a vocabulary of sub-words.
 
     The vocabulary is made from the training texts, those of sources and those that tasks generate. A decoder on this encoder
@@ -103,9 +110,6 @@ class Transformer(Configuration):
     max_length: int = 512
 
 
-AnyTrunk = Pretrained | Embedding | Transformer
-
-
 class Trunk(NamedTuple):
     """A trunk, ready to train.
 
@@ -133,7 +137,7 @@ class Trunk(NamedTuple):
     location: Location | None = None
 
 
-def build(config: AnyTrunk, texts: Sequence[str], dtype: Any, *, decodes: bool = False) -> Trunk:
+def build(config: TrunkConfig, texts: Sequence[str], dtype: Any, *, decodes: bool = False) -> Trunk:
     """Loads or creates the trunk.
 
     Args:
@@ -168,7 +172,7 @@ def build(config: AnyTrunk, texts: Sequence[str], dtype: Any, *, decodes: bool =
     return Trunk(module, None, tokenizer, UNBOUNDED, None, {})
 
 
-def adapt(trunk: Trunk, adapters: Sequence[AnyAdapter], sources: int) -> Trunk:
+def adapt(trunk: Trunk, adapters: Sequence[Adapter], sources: int) -> Trunk:
     """The trunk with adapters.
 
     Args:
@@ -302,7 +306,7 @@ def save(trunk: Trunk, folder: Path) -> None:
         write_json(folder / name, sizes)
 
 
-def reopen(config: AnyTrunk, folder: Path, dtype: Any) -> Trunk:
+def reopen(config: TrunkConfig, folder: Path, dtype: Any) -> Trunk:
     """Opens a trunk that save() wrote; params is None, because the run's checkpoint has them."""
     if isinstance(config, Pretrained):
         raw = read_json(folder, "config.json")

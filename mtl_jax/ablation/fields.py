@@ -15,7 +15,7 @@ import numpy as np
 
 from mtl_jax import weighting
 from mtl_jax.core.errors import UserError, listed, unknown
-from mtl_jax.experiment import Experiment
+from mtl_jax.experiment import Experiment, rule_name
 from mtl_jax.weighting import Signals, schedules
 
 Path = tuple[str, ...]
@@ -133,10 +133,10 @@ def numbers(experiment: Experiment) -> list[Path]:
         paths.append(("phases", str(place), "learning_rate"))
         paths += [("phases", str(place), "weights", task) for task in phase.weights]
     paths += [("regularisers", str(place), "weight") for place in range(len(experiment.regularisers))]
-    if experiment.weighting not in ("fixed", "scheduled"):
+    if rule_name(experiment) in weighting.RULES and experiment.weighting not in ("fixed", "scheduled"):
         options = tuple(experiment.weighting_options.items())
         tasks = tuple(sorted(task.name for task in experiment.tasks))
-        paths += [("weighting_options", name) for name in _traceable(experiment.weighting, options, tasks)]
+        paths += [("weighting_options", name) for name in _traceable(rule_name(experiment), options, tasks)]
     return paths
 
 
@@ -190,7 +190,14 @@ def in_words(declared: Any) -> str:
         return " or ".join(map(in_words, typing.get_args(declared)))
     if typing.get_origin(declared) is typing.Literal:
         return f"one of {listed(typing.get_args(declared))}"
-    names = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", type(None): "none"}
+    names = {
+        float: "a number",
+        int: "a whole number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "none",
+        weighting.Rule: "a Rule",
+    }
     return names.get(declared, str(declared))
 
 

@@ -14,7 +14,7 @@ import tyro
 from mtl_jax.cli import scripts
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import Experiment, HeadWeights
+from mtl_jax.experiment import Experiment, HeadWeights, Weighting
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 _HEAD_WEIGHTS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
@@ -32,6 +32,20 @@ def _head_weights(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructo
         is_instance=lambda value: isinstance(value, bool) or value == "rule",
         str_from_instance=lambda value: [str(value).lower()],
         choices=tuple(_HEAD_WEIGHTS),
+    )
+
+
+@_REGISTRY.primitive_rule
+def _weighting(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """How weighting is parsed and shown: a name; a Rule of the script is only shown."""
+    if field.type != Weighting:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, Weighting),
+        str_from_instance=lambda value: [value if isinstance(value, str) else "a Rule of the script"],
     )
 
 
@@ -76,9 +90,11 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     """
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
+    arguments, files = scripts.divided_imports(sys.argv[1:])
+    scripts.import_parts(files)
     launch = tyro.cli(
         Launch,
-        args=_without_switches(sys.argv[1:]),
+        args=_without_switches(arguments),
         default=Launch(experiment),
         description=description,
         config=TYRO_CONFIG,

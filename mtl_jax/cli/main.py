@@ -180,9 +180,9 @@ def console() -> None:
     arguments, script_flags = scripts.divided(sys.argv[1:])
 
     def command() -> None:
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="mtl-jax", description=DESCRIPTION, args=arguments, config=TYRO_CONFIG
-        )
+        others, files = scripts.divided_imports(arguments)
+        scripts.import_parts(files)
+        tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=DESCRIPTION, args=others, config=TYRO_CONFIG)
 
     with scripts.given(script_flags):
         run(command)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +43,73 @@ def given(flags: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _flags.reset(token)
+
+
+def divided_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --import FILE, and the files.
+
+    Raises:
+        UserError: --import is the last argument.
+    """
+    others: list[str] = []
+    files: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--import":
+            file = next(remaining, None)
+            if file is None:
+                raise UserError("--import needs a Python file, or the name of a module")
+            files.append(file)
+        elif argument.startswith("--import="):
+            files.append(argument.partition("=")[2])
+        else:
+            others.append(argument)
+    return others, files
+
+
+def import_parts(files: Sequence[str]) -> None:
+    """Imports files with a user's own parts, each a Python file or the name of a module; main() in them does not train.
+
+    Raises:
+        UserError: A file does not exist, or fails; the line has its own error.
+    """
+    for file in files:
+        token = only_read.set(True)
+        try:
+            _import(file)
+        except Read:
+            pass  # the script called main(); what it defines stands above
+        except UserError:
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"--import {file}: {type(error).__name__}: {error} ({place.filename}:{place.lineno}); it was imported because "
+                "of --import"
+            ) from error
+        finally:
+            only_read.reset(token)
+
+
+def _import(file: str) -> None:
+    if not file.endswith(".py"):
+        if "/" in file:
+            raise UserError(f"--import {file}: name a Python file, or a module")
+        importlib.import_module(file)
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--import {file}: no such file")
+    name = path.stem if path.stem.isidentifier() else "imported_parts"
+    if name in sys.modules:  # as a file that has this name by chance, such as a script called random.py
+        name = f"imported_parts_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script: files beside it can be imported
+    spec.loader.exec_module(module)
 
 
 def read(script: str) -> Experiment:

@@ -10,7 +10,7 @@ from mtl_jax.core.errors import UserError, listed
 from mtl_jax.data.source import Source
 from mtl_jax.experiment import Experiment
 from mtl_jax.inference.predict import TrainedRun
-from mtl_jax.tasks import AnyTask, Task
+from mtl_jax.tasks import Task
 from mtl_jax.training.experiment_json import tasks_to_json
 from mtl_jax.transfer.adapters.base import RUN
 
@@ -77,7 +77,7 @@ def unite(members: Sequence[Member], method: str) -> Union:
                 first, declared = sources.setdefault(source.name, (member, source))
                 _check_same("source", first, declared, member, source, PLACES)
                 _check_rows(source.name, first, member)
-    filled = cast(tuple[AnyTask, ...], tuple(task for _, task in tasks.values()))
+    filled = cast(tuple[Task, ...], tuple(task for _, task in tasks.values()))
     same = all({task.name for task in member.run.tasks} == set(tasks) for member in members)
     data = {
         "sources": {name: member.data["sources"][name] for name, (member, _) in sources.items()},

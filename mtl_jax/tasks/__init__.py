@@ -8,6 +8,3 @@ from mtl_jax.tasks.regression import Regression as Regression
 from mtl_jax.tasks.seq2seq import Seq2Seq as Seq2Seq
 from mtl_jax.tasks.span import Span as Span
 from mtl_jax.tasks.tagging import Tagging as Tagging
-
-# The kinds that an experiment's JSON and flags can name; a new kind is added here.
-AnyTask = Classification | MaskedLM | Multilabel | Regression | Seq2Seq | Span | Tagging

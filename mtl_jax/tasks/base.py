@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.parts import Part
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
@@ -28,7 +28,7 @@ PerExample = Sequence[np.ndarray] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(Configuration, abc.ABC):
+class Task(Part, abc.ABC):
     """What is predicted from the rows of a source: how to read a label, the head, its loss and its metrics.
 
     A minimal kind has a metric, outputs, parse(), loss() and metrics(). A kind whose outputs or labels are not those of whole
@@ -52,6 +52,7 @@ class Task(Configuration, abc.ABC):
     dropout: float = 0.0
     metric: str = ""
 
+    door: ClassVar[str] = "task"
     # The level of the outputs: "example" (f32[R, S, O]), "token" (f32[R, T, O]), or "target" (f32[R, U, O], the tokens of
     # target texts, which are the labels).
     level: ClassVar[str] = "example"

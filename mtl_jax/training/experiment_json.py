@@ -4,25 +4,57 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import cattrs
-from cattrs.strategies import configure_tagged_union
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
-from mtl_jax.core import configuration
+from mtl_jax import weighting
+from mtl_jax.core import configuration, parts
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import shown
 from mtl_jax.core.files import to_json as to_strict_json
-from mtl_jax.experiment import Experiment, HeadWeights
-from mtl_jax.tasks import AnyTask
-from mtl_jax.transfer.adapters import AnyAdapter
-from mtl_jax.transfer.regularisers import AnyRegulariser
-from mtl_jax.trunks import AnyTrunk
+from mtl_jax.core.json_shapes import mapping, object_of, text
+from mtl_jax.core.parts import Part
+from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
+from mtl_jax.tasks import Task
+from mtl_jax.transfer.adapters import Adapter
+from mtl_jax.transfer.regularisers import Regulariser
+from mtl_jax.trunks import TrunkConfig
+
+PARTS = "parts"  # the key of config.json with the user's own parts
+
+log = logging.getLogger(__name__)
 
 
 def to_json(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as JSON values; elements of unions carry their class name as "kind"."""
-    return _converter().unstructure(experiment)
+    """The experiment as JSON values; tasks, trunks, adapters and regularisers carry their class name as "kind".
+
+    If the experiment has parts of the user's own, "parts" has the file of each and its hash.
+    """
+    values = {**_converter().unstructure(experiment), "weighting": rule_name(experiment)}
+    own = parts.as_json(used_parts(experiment))
+    return {**values, PARTS: own} if own else values
+
+
+def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
+    """{name: (door, class or function)} of the parts of an experiment, ours and the user's."""
+    used: dict[str, tuple[str, Any]] = {}
+    for part in (experiment.trunk, *experiment.tasks, *experiment.adapters, *experiment.regularisers):
+        used[type(part).__name__] = (part.door, type(part))
+    rule = experiment.weighting
+    if isinstance(rule, weighting.Rule):
+        used[rule_name(experiment)] = (weighting.RULES.door, rule.update)
+    for registry, names in (
+        (weighting.RULES, [rule] if isinstance(rule, str) else []),
+        (weighting.COMBINATORS, experiment.combinators),
+    ):
+        for name in (name.partition(":")[0] for name in names):
+            if name in registry:
+                used[name] = (registry.door, registry[name])
+    return used
 
 
 def from_json(values: Any, where: str = "config.json") -> Experiment:
@@ -35,7 +67,7 @@ def from_json(values: Any, where: str = "config.json") -> Experiment:
     Raises:
         UserError: The values are not those of an experiment, or a number is outside the limits of its field.
     """
-    experiment: Experiment = _structured(values, Experiment, where)
+    experiment: Experiment = _structured(_without_parts(values, where), Experiment, where)
     try:
         configuration.check(experiment, leave_out=configuration.SEEDS)  # earlier versions took any seed
     except UserError as error:
@@ -49,23 +81,69 @@ def with_defaults(values: Any) -> Any:
     Values that are not those of an experiment are returned unchanged.
     """
     try:
-        return json.loads(to_strict_json(to_json(_structured(values, Experiment, ""))))
+        stored = _converter().unstructure(_structured(_without_parts(values, ""), Experiment, ""))
+        completed = json.loads(to_strict_json(stored))
+        return {**completed, PARTS: values[PARTS]} if PARTS in values else completed
     except UserError:
         return values  # the comparison with the present configuration will show what differs
 
 
-def tasks_to_json(tasks: Sequence[AnyTask]) -> dict[str, Any]:
+def _without_parts(values: Any, where: str) -> Any:
+    """The values without the record of the user's parts.
+
+    Raises:
+        UserError: A class of the user's is not there; names its file. Nothing is imported because a file asks for it.
+    """
+    recorded = values.get(PARTS, {}) if isinstance(values, Mapping) else {}
+    if not recorded:
+        return values
+    check_parts(recorded, where)
+    return {name: value for name, value in values.items() if name != PARTS}
+
+
+def check_parts(recorded: Any, where: str) -> None:
+    """Checks that the classes of the user's that a workdir needs are there; warns of a file that has changed since.
+
+    Args:
+        recorded: As parts.as_json() made it.
+        where: The file that it is from, for errors.
+
+    Raises:
+        UserError: A class is not there.
+    """
+    problem = mapping(object_of({"door": text, "file": text, "sha256": text}))(recorded)
+    if problem:
+        raise UserError(f"{where}: not what mtl_jax wrote ({PARTS}{problem})")
+    doors = {door.door: door for door in (Task, TrunkConfig, Adapter, Regulariser)}
+    for name, part in recorded.items():
+        if part["door"] not in doors:
+            continue
+        kind, file = parts.kinds(doors[part["door"]]).get(name), part["file"]
+        if kind is None:
+            advice = f"add --import {file}" if file.endswith(".py") else "define it first"
+            raise UserError(
+                f"{where}: the {part['door']} {name} is a class of {shown(file)}, which is not imported; {advice}, or from "
+                "Python import the file first"
+            )
+        origin = parts.origin_of(kind)
+        if origin is not None and origin.sha256 != part["sha256"]:
+            log.warning(
+                "%s: %s has changed since this run: its SHA-256 was %s, is %s", where, file, part["sha256"], origin.sha256
+            )
+
+
+def tasks_to_json(tasks: Sequence[Task]) -> dict[str, Any]:
     """{name: task as JSON values}, with what each task learned from the data, such as its labels."""
-    return {task.name: _converter().unstructure(task, AnyTask) for task in tasks}
+    return {task.name: _converter().unstructure(task, Task) for task in tasks}
 
 
-def tasks_from_json(values: Mapping[str, Any], where: str = "data.json") -> tuple[AnyTask, ...]:
+def tasks_from_json(values: Mapping[str, Any], where: str = "data.json") -> tuple[Task, ...]:
     """The inverse of tasks_to_json.
 
     Raises:
         UserError: The values are not those of tasks.
     """
-    return tuple(_structured(value, AnyTask, where) for value in values.values())
+    return tuple(_structured(value, Task, where) for value in values.values())
 
 
 def _structured(values: Any, kind: Any, where: str) -> Any:
@@ -85,19 +163,54 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_structure_hook(float | str, _number_or_text)
     converter.register_structure_hook(HeadWeights, _head_weights)
+    converter.register_structure_hook(Weighting, _text)
+    converter.register_unstructure_hook_func(lambda kind: kind == Weighting, lambda rule: rule if isinstance(rule, str) else "")
     # JSON has no infinity: an infinite bound is written as a text. The hooks of the unions are made from those registered
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
-    configure_tagged_union(AnyTrunk, converter, tag_name="kind")
-    configure_tagged_union(AnyTask, converter, tag_name="kind")
-    configure_tagged_union(AnyAdapter, converter, tag_name="kind")
-    configure_tagged_union(AnyRegulariser, converter, tag_name="kind")
+    converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
+    converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
     return converter
+
+
+def _is_part(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Part)
+
+
+def _part(converter: cattrs.Converter, values: Any, door: type[Part]) -> Part:
+    """The task, trunk, adapter or regulariser of JSON values, by its kind."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
+        raise ValueError(f"a {door.door} without kind")
+    kinds = parts.kinds(door)
+    if values["kind"] not in kinds:
+        raise ValueError(f"unknown kind of {door.door}, {values['kind']!r}")
+    kind = kinds[values["kind"]]
+    return _structure_fields(converter, cast(Any, kind))({name: value for name, value in values.items() if name != "kind"}, kind)
+
+
+def _part_to_json(converter: cattrs.Converter, part: Part) -> dict[str, Any]:
+    return {**_unstructure_fields(converter, cast(Any, type(part)))(part), "kind": type(part).__name__}
+
+
+@functools.cache
+def _structure_fields(converter: cattrs.Converter, kind: Any) -> Any:
+    return make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)
+
+
+@functools.cache
+def _unstructure_fields(converter: cattrs.Converter, kind: Any) -> Any:
+    return make_dict_unstructure_fn(kind, converter)
 
 
 def _number_or_text(value: Any, _: Any) -> float | str:
     if not isinstance(value, (int, float, str)):
         raise ValueError(f"{value!r} is not a number or a text")
+    return value
+
+
+def _text(value: Any, _: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
     return value
 
 

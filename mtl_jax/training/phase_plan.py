@@ -13,7 +13,7 @@ import tabulate
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of, matching
-from mtl_jax.experiment import Experiment, Phase, rule_of, weighs_heads
+from mtl_jax.experiment import Experiment, Phase, rule_name, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
 from mtl_jax.training.forward import needed_fields
@@ -21,7 +21,7 @@ from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
-from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation
+from mtl_jax.transfer.regularisers import Distillation, Regulariser
 from mtl_jax.weighting import Rule, schedules
 
 
@@ -62,7 +62,7 @@ class PhasePlan(NamedTuple):
     cached_features: bool
     resets_rule: bool
     zero_weight_tasks: tuple[str, ...] = ()
-    regularisers: tuple[AnyRegulariser, ...] = ()
+    regularisers: tuple[Regulariser, ...] = ()
     mixout_paths: tuple[str, ...] = ()
 
 
@@ -98,7 +98,9 @@ def plan(
                         "them changes nothing, and its gradient is always 0; use trunk, or a part of it"
                     )
             if rule.transform is not None and experiment.gram_over != gram_gradient.TRUNK:
-                raise UserError(f"weighting {experiment.weighting} changes the trunk's task gradients: gram_over must be trunk")
+                raise UserError(
+                    f"weighting {rule_name(experiment)} changes the trunk's task gradients: gram_over must be trunk"
+                )
         keeps_rule = bool(plans) and needs_task_gradients(plans[-1].rule) == needs_task_gradients(rule)
         keeps_rule = keeps_rule and not phase.weights and not plans[-1].phase.weights
         # A transform's state has the shapes of the trainable leaves.

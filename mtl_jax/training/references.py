@@ -25,7 +25,7 @@ from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, start_of, teacher_of
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.train_state import TrainState
-from mtl_jax.transfer.regularisers import EWC, L2SP, AnyRegulariser, Distillation
+from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation, Regulariser
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class References:
         names = {name for regulariser in plan.regularisers for name in self._names(regulariser)}
         return names | ({start_of(self._first_phase)} if plan.mixout_paths else set())
 
-    def _names(self, regulariser: AnyRegulariser) -> list[str]:
+    def _names(self, regulariser: Regulariser) -> list[str]:
         phase = regulariser.phase or self._first_phase
         if isinstance(regulariser, L2SP):
             return [start_of(phase)]
@@ -91,7 +91,7 @@ class References:
                 if plan.number == 0 if regulariser.run else named:
                     self._write_fisher(regulariser, state)
 
-    def _active(self) -> list[AnyRegulariser]:
+    def _active(self) -> list[Regulariser]:
         """The regularisers that are active in some phase."""
         active = [regulariser for plan in self.prepared.plans for regulariser in plan.regularisers]
         return [regulariser for regulariser in self.prepared.experiment.regularisers if regulariser in active]

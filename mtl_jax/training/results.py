@@ -17,7 +17,7 @@ from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.row_keys import text_of
 from mtl_jax.data.source import SPLITS, Source
-from mtl_jax.experiment import Experiment
+from mtl_jax.experiment import Experiment, rule_name
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.reading import known_rows
 from mtl_jax.training import workdir as workdirs
@@ -105,7 +105,7 @@ def write(
     contents = {
         "experiment": experiment.name,
         "seed": experiment.seed,
-        "weighting": experiment.weighting,
+        "weighting": rule_name(experiment),
         "averaging": experiment.averaging,
         **for_json(facts),
         "tasks": {

@@ -10,10 +10,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence, Set
+from typing import ClassVar
 
-from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed, unknown
 from mtl_jax.core.files import shown
+from mtl_jax.core.parts import Part
 from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.weighting import schedules
 
@@ -21,7 +22,7 @@ FIELD = "regularisers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Regulariser(Configuration):
+class Regulariser(Part):
     """The fields of all regularisers.
 
     Attributes:
@@ -35,6 +36,8 @@ class Regulariser(Configuration):
     name: str
     weight: float | str = 1.0
     phase: str = ""
+
+    door: ClassVar[str] = "regulariser"
 
     def check(self) -> None:
         """Raises UserError if a field is refused."""
@@ -158,11 +161,7 @@ class RDrop(Regulariser):
     tasks: tuple[str, ...] = ()
 
 
-# The kinds that an experiment may have; a new kind is added here.
-AnyRegulariser = L2SP | EWC | Distillation | RDrop
-
-
-def without_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> tuple[AnyRegulariser, ...]:
+def without_tasks(regularisers: Sequence[Regulariser], dropped: Set[str]) -> tuple[Regulariser, ...]:
     """The regularisers of a run that leaves some tasks out.
 
     Args:
@@ -172,7 +171,7 @@ def without_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> 
     Raises:
         UserError: A regulariser has none of its tasks left; an empty list would mean all tasks.
     """
-    remaining: list[AnyRegulariser] = []
+    remaining: list[Regulariser] = []
     for regulariser in regularisers:
         if not isinstance(regulariser, Distillation | RDrop) or dropped.isdisjoint(regulariser.tasks):
             remaining.append(regulariser)
@@ -189,9 +188,7 @@ def without_tasks(regularisers: Sequence[AnyRegulariser], dropped: Set[str]) -> 
     return tuple(remaining)
 
 
-def check(
-    regularisers: Sequence[AnyRegulariser], mixout: Mixout, tasks: Sequence[str], phases: Sequence[str], steps: int
-) -> None:
+def check(regularisers: Sequence[Regulariser], mixout: Mixout, tasks: Sequence[str], phases: Sequence[str], steps: int) -> None:
     """Checks regularisers and mixout before anything is read.
 
     Args:

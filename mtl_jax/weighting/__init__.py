@@ -44,6 +44,9 @@ from mtl_jax.weighting.registry import COMBINATORS as COMBINATORS
 from mtl_jax.weighting.registry import RULES as RULES
 from mtl_jax.weighting.registry import combine as combine
 from mtl_jax.weighting.registry import make as make
+from mtl_jax.weighting.registry import name_of as name_of
+from mtl_jax.weighting.registry import register as register
+from mtl_jax.weighting.registry import register_combinator as register_combinator
 from mtl_jax.weighting.schedules import check_steps as check_steps
 from mtl_jax.weighting.schedules import dann_schedule as dann_schedule
 from mtl_jax.weighting.schedules import sigmoid_schedule as sigmoid_schedule

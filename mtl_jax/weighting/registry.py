@@ -1,17 +1,24 @@
-"""Weighting rules and combinators by name: RULES, COMBINATORS, make() and combine()."""
+"""Weighting rules and combinators by name: RULES, COMBINATORS, make() and combine(), register() for those of a script."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.parts import PACKAGE, Registry
 from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static
-from mtl_jax.weighting.base import Rule
+from mtl_jax.weighting.base import Rule, Signals
 
-RULES: dict[str, Callable[..., Rule]] = {
+OWN_RULES: dict[str, Callable[..., Rule]] = {
     # static
     "equal": static.equal,
     "fixed": static.fixed,
@@ -46,13 +53,20 @@ RULES: dict[str, Callable[..., Rule]] = {
     "graddrop": balance.graddrop,
 }
 
-COMBINATORS: dict[str, Callable[..., Rule]] = {
+OWN_COMBINATORS: dict[str, Callable[..., Rule]] = {
     "normalized": combinators.normalized,
     "every": combinators.every,
     "subset": combinators.subset,
     "clipped": combinators.clipped,
     "ema": combinators.ema,
 }
+
+RULES = Registry("weighting rule", OWN_RULES)
+COMBINATORS = Registry("combinator", OWN_COMBINATORS)
+# @register("mine") above a function that makes a Rule: --weighting mine, its arguments are --weighting-options.
+register = RULES.register
+# @register_combinator("mine") above a function from a Rule and options to a Rule: --combinators mine:option=1.
+register_combinator = COMBINATORS.register
 
 
 def make(name: str, **options: Any) -> Rule:
@@ -61,9 +75,9 @@ def make(name: str, **options: Any) -> Rule:
     Raises:
         UserError: The name or an option is unknown (the message lists the known ones), or an option's value is refused.
     """
-    if name not in RULES:
-        raise unknown("weighting", name, RULES)
-    return _call(f"weighting {name!r}", RULES[name], (), options)
+    if "@" in name:
+        raise UserError(f"weighting {name} is a Rule that a script made itself: run that script")
+    return _call(f"weighting {name!r}", RULES.find(name, "weighting"), (), options)
 
 
 def combine(rule: Rule, text: str) -> Rule:
@@ -85,4 +99,36 @@ def _call(name: str, maker: Callable[..., Rule], inner: tuple[Rule, ...], option
     for option, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
             raise UserError(f"{name} needs {option}")
-    return maker(*inner, **options)
+    rule = maker(*inner, **options)
+    if not isinstance(rule, Rule):
+        raise UserError(f"{name} returned a {type(rule).__name__}; its function must return a weighting.Rule")
+    return rule
+
+
+def name_of(rule: str | Rule, tasks: Sequence[str]) -> str:
+    """A rule's name in files and tables; that of a Rule that a script made has a digest of its program.
+
+    The digest changes with every constant of the rule, so that a resumed run notices another rule.
+
+    Args:
+        rule: Experiment.weighting.
+        tasks: The names of the run's tasks.
+    """
+    if isinstance(rule, str):
+        return rule
+    names = sorted(tasks)
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+    gram = jax.ShapeDtypeStruct((len(names), len(names)), jnp.float32) if rule.needs_gram else None
+    losses = dict.fromkeys(names, one)
+
+    def program(losses: Any, gram: Any, counts: Any) -> Any:
+        step = jnp.zeros((), jnp.int32)
+        signals = Signals(losses, gram, step, jax.random.key(0), counts, () if rule.transform else None)
+        return rule.update(rule.init(names), signals)
+
+    traced = jax.make_jaxpr(program)(losses, gram, losses)
+    constants = b"".join(np.asarray(constant).tobytes() for constant in traced.consts)
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions
+    digest = hashlib.sha256(text.encode() + constants).hexdigest()
+    own = rule.update.__module__.partition(".")[0] != PACKAGE
+    return f"{rule.update.__qualname__.partition('.')[0] if own else 'rule'}@{digest[:12]}"

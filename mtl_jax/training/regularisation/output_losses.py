@@ -16,7 +16,7 @@ from mtl_jax.training.gradient import OutputRegularisers
 from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.regularisation.transforms import teacher_of
 from mtl_jax.transfer import distill, distill_hidden, r_drop
-from mtl_jax.transfer.regularisers import AnyRegulariser, Distillation, RDrop
+from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
 
 
 class OutputLoss(NamedTuple):
@@ -41,7 +41,7 @@ def combine(regularisers: Mapping[str, OutputLoss]) -> OutputRegularisers:
 
 
 def output_loss(
-    regulariser: AnyRegulariser, tasks: Sequence[Task], places: Mapping[str, int], teacher: Teacher | None
+    regulariser: Regulariser, tasks: Sequence[Task], places: Mapping[str, int], teacher: Teacher | None
 ) -> OutputLoss:
     """The loss of a regulariser that compares outputs.
 

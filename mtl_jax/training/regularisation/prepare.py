@@ -18,7 +18,7 @@ from mtl_jax.training import restore
 from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
 from mtl_jax.training.restore import TrainedRun
-from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, AnyRegulariser, Distillation, RDrop
+from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, Distillation, RDrop, Regulariser
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import schedules
 
@@ -35,7 +35,7 @@ class OpenedRegularisers(NamedTuple):
     compared_tasks: dict[str, list[str]]
 
 
-def active_in_phase(experiment: Experiment, number: int, steps: range) -> tuple[AnyRegulariser, ...]:
+def active_in_phase(experiment: Experiment, number: int, steps: range) -> tuple[Regulariser, ...]:
     """The regularisers whose phase has begun, and whose weight is not 0 in all steps of a phase.
 
     Args:
@@ -140,7 +140,7 @@ def check(
             _check_r_drop(regulariser, tasks, trunk, experiment.adapters, trains_trunk)
 
 
-def _active(experiment: Experiment, steps: range) -> list[AnyRegulariser]:
+def _active(experiment: Experiment, steps: range) -> list[Regulariser]:
     """The regularisers whose weight is not 0 in all of the steps."""
     return [
         regulariser

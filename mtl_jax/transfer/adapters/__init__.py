@@ -18,6 +18,3 @@ from mtl_jax.transfer.adapters.lora import Lora as Lora
 from mtl_jax.transfer.adapters.prefix import Prefix as Prefix
 from mtl_jax.transfer.param_rules import adapters_only as adapters_only
 from mtl_jax.transfer.param_rules import bitfit as bitfit
-
-# The kinds that an experiment may have; a new kind is added here.
-AnyAdapter = Lora | Bottleneck | IA3 | Prefix

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed, unknown
 from mtl_jax.core.files import shown
+from mtl_jax.core.parts import Part
 
 RUN, SOURCE, TASK = SHARING = ("run", "source", "task")
 
@@ -67,7 +67,7 @@ class Call(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapter(Configuration, abc.ABC):
+class Adapter(Part, abc.ABC):
     """A few parameters added to a trunk.
 
     Attributes:
@@ -79,6 +79,7 @@ class Adapter(Configuration, abc.ABC):
     name: str
     per: str = RUN
 
+    door: ClassVar[str] = "adapter"
     # If several adapters change one layer, those with lower numbers are nearer to it, whatever the order of declaration:
     # low-rank changes belong to the kernel, scales apply to its output, a bottleneck follows them, a prefix is around all.
     order: ClassVar[int] = 0

@@ -88,6 +88,8 @@ def main(experiment: Experiment, description: str | None = None) -> None:
         experiment: The default of every flag.
         description: The text that --help shows; default: the docstring of the calling script.
     """
+    if scripts.imported.get():
+        raise scripts.Read(experiment)
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
     arguments, files = scripts.divided_imports(sys.argv[1:])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # takes a second to import, and --help needs none of it
     from mtl_jax.experiment import Experiment
 
 only_read: contextvars.ContextVar[bool] = contextvars.ContextVar("only_read", default=False)
+imported: contextvars.ContextVar[bool] = contextvars.ContextVar("imported", default=False)  # for the parts that it defines
 _flags: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("flags", default=())
 
 
@@ -74,7 +75,7 @@ def import_parts(files: Sequence[str]) -> None:
         UserError: A file does not exist, or fails; the line has its own error.
     """
     for file in files:
-        token = only_read.set(True)
+        token = imported.set(True)
         try:
             _import(file)
         except Read:
@@ -88,7 +89,7 @@ def import_parts(files: Sequence[str]) -> None:
                 "of --import"
             ) from error
         finally:
-            only_read.reset(token)
+            imported.reset(token)
 
 
 def _import(file: str) -> None:

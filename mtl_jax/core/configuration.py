@@ -120,7 +120,7 @@ SEED, SHARE = Limits(0, MOST_SEED), Limits(0, 1)
 RATE = Limits(0, 1, below=True)
 ANY_WHOLE, ANY, UNBOUNDED = Limits(-MOST, MOST), Limits(-LARGEST, LARGEST), Limits(-math.inf, math.inf)
 
-# Class and field -> limits, where they are not WHOLE or FLOAT.
+# Class and field -> limits, where they are not WHOLE or FLOAT; they also hold for the class's subclasses.
 LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("Experiment.seed", "Experiment.data_seed"), SEED),
     "Source.cut_seed": ANY_WHOLE,  # it is hashed as text
@@ -132,8 +132,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("Seq2Seq.target_length", "Seq2Seq.beams", "Seq2Seq.dev_beams", "Span.max_answer"), COUNT),
     **{f"{kind}.dropout": RATE for kind in ("Pretrained", "Transformer", "Lora")},
     **{f"Transformer.{name}": RATE for name in ("attention_dropout", "activation_dropout")},
-    **{f"{kind}.dropout": RATE for kind in ("Classification", "MaskedLM", "Multilabel", "Regression", "Seq2Seq", "Span")},
-    **dict.fromkeys(("Tagging.dropout", "Classification.label_smoothing", "Seq2Seq.label_smoothing", "Mixout.p"), RATE),
+    **dict.fromkeys(("Task.dropout", "Classification.label_smoothing", "Seq2Seq.label_smoothing", "Mixout.p"), RATE),
     **dict.fromkeys(("Source.cut_dev", "Source.cut_test"), RATE),
     **dict.fromkeys(("Classification.threshold", "Optimizer.warmup"), SHARE),
     "MaskedLM.rate": Limits(0, 1, above=True),
@@ -146,6 +145,7 @@ LIMITS: dict[str, Limits] = {
     # Set from the data; -1 before that.
     **dict.fromkeys(("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end"), Limits(-1, MOST)),
 }
+USER_FIELD = "user:"  # before class and field, where a user's class declares it: any number, its check() knows better
 SEEDS = ("Experiment.seed", "Experiment.data_seed")
 
 
@@ -161,7 +161,7 @@ def check(configuration: Any, leave_out: Collection[str] = (), *, coarse: bool =
         UserError: A number is outside its limits; names the first such field by its path.
     """
     for path, name, kind, value in numeric(configuration):
-        limits = LIMITS.get(name, WHOLE if kind is int else FLOAT)
+        limits = _limits(name, kind)
         if name in leave_out:
             continue
         is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
@@ -172,16 +172,35 @@ def check(configuration: Any, leave_out: Collection[str] = (), *, coarse: bool =
             raise UserError(f"{path} is {str(value)[:100]}; it must be {limits}")
 
 
+def _limits(name: str, kind: type) -> Limits:
+    if name in LIMITS:
+        return LIMITS[name]
+    if name.startswith(USER_FIELD):
+        return ANY_WHOLE if kind is int else UNBOUNDED
+    return WHOLE if kind is int else FLOAT
+
+
 def numeric(value: Any, path: str = "") -> Iterator[tuple[str, str, type, Any]]:
     """(path, class and field, int or float, value) of each number in a configuration, in the order of its fields."""
     for name, kinds in _fields(cast(Hashable, type(value))).items():
-        field_path, field = f"{path}.{name}" if path else name, f"{type(value).__name__}.{name}"
+        field_path, field = f"{path}.{name}" if path else name, _declared(type(value), name)
         for element_path, element in _elements(field_path, getattr(value, name)):
             if dataclasses.is_dataclass(element):
                 if not type(element).__module__.startswith("mtl_jax.models"):  # sizes from a checkpoint, not from a script
                     yield from numeric(element, element_path)
             elif kinds and not (element is None and type(None) in kinds) and not (isinstance(element, str) and str in kinds):
                 yield element_path, field, int if int in kinds else float, element
+
+
+def _declared(kind: type, field: str) -> str:
+    """Class and field as in LIMITS: of the first class that has limits for it, or that declares it."""
+    for base in kind.__mro__:
+        if f"{base.__name__}.{field}" in LIMITS:
+            return f"{base.__name__}.{field}"
+        if field in vars(base).get("__annotations__", {}):
+            ours = base.__module__.partition(".")[0] == __name__.partition(".")[0]
+            return f"{base.__name__}.{field}" if ours else f"{USER_FIELD}{base.__name__}.{field}"
+    return f"{kind.__name__}.{field}"
 
 
 def _elements(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from mtl_jax.tasks.base import Task as Task
 from mtl_jax.tasks.classification import Classification as Classification
 from mtl_jax.tasks.masked_lm import MaskedLM as MaskedLM
+from mtl_jax.tasks.metrics import register_metric as register_metric
 from mtl_jax.tasks.multilabel import Multilabel as Multilabel
 from mtl_jax.tasks.regression import Regression as Regression
 from mtl_jax.tasks.seq2seq import Seq2Seq as Seq2Seq

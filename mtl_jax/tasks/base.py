@@ -22,6 +22,8 @@ from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
 from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
+from mtl_jax.tasks.metrics import METRICS, registered_scores
+from mtl_jax.tasks.reading import labelled
 
 # Outputs of N examples: f32[N, O], or a sequence of N arrays f32[len, O].
 PerExample = Sequence[np.ndarray] | np.ndarray
@@ -43,7 +45,8 @@ class Task(Part, abc.ABC):
         source: The source whose rows it labels.
         hidden: Width of a hidden ReLU layer in the head, 0 for none.
         dropout: Dropout rate in front of the head.
-        metric: The main metric, one of metric_names.
+        metric: The main metric, one of metric_names, or a registered one.
+        more_metrics: Registered metrics that are measured beside those of the kind.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Task(Part, abc.ABC):
     hidden: int = 0
     dropout: float = 0.0
     metric: str = ""
+    more_metrics: tuple[str, ...] = ()
 
     door: ClassVar[str] = "task"
     # The level of the outputs: "example" (f32[R, S, O]), "token" (f32[R, T, O]), or "target" (f32[R, U, O], the tokens of
@@ -168,8 +172,13 @@ class Task(Part, abc.ABC):
 
     def check(self) -> None:
         """Raises UserError where a field makes no sense."""
-        if self.metric not in self.metric_names:
-            raise unknown(f"metric of task {self.name!r}:", self.metric, self.metric_names)
+        if self.metric not in (*self.metric_names, *METRICS):
+            raise unknown(f"metric of task {self.name!r}:", self.metric, (*self.metric_names, *METRICS))
+        for name in self.more_metrics:
+            METRICS.find(name, f"metric in more_metrics of task {self.name!r}, which names registered ones:")
+        if self.registered_metrics and self.level != "example" and type(self).compared is Task.compared:
+            kind, name = type(self).__name__, self.registered_metrics[0]
+            raise UserError(f"task {self.name!r}: a {kind} has no predictions that the metric {name!r} could compare")
         if not 0 <= self.dropout < 1:
             raise UserError(f"task {self.name!r}: dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -292,6 +301,36 @@ class Task(Part, abc.ABC):
             outputs: f32[N, O], or for each window an f32[len, O], by level.
             examples: The N windows.
         """
+
+    @property
+    def registered_metrics(self) -> tuple[str, ...]:
+        """The registered metrics that are measured: the main one, if it is one, and more_metrics."""
+        return tuple(name for name in dict.fromkeys((self.metric, *self.more_metrics)) if name in METRICS)
+
+    def compared(self, outputs: PerExample, examples: Examples) -> tuple[Any, Any]:
+        """Predictions and references for registered metrics, of the examples that have a label.
+
+        By default the outputs f32[M, O] and the labels [M, *label_shape]; for Tagging the tags of each row's labelled words,
+        for Span the answers and the lists of gold answers, for Seq2Seq the texts and the lists of target texts.
+        """
+        return labelled(self, outputs, examples)
+
+    def all_metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
+        """metrics(), and the registered metrics; those of generated texts are measured with the texts.
+
+        Raises:
+            UserError: A metric is not registered, because the file that does so is not imported.
+        """
+        scores = self.metrics(outputs, examples)
+        for name in (self.metric, *self.more_metrics):
+            if name not in METRICS and name not in self.metric_names:
+                raise UserError(
+                    f"task {self.name!r}: the metric {name!r} is not registered here; import its file, which the run's "
+                    "config.json names under parts (--import FILE)"
+                )
+        if self.decodes or not self.registered_metrics:
+            return scores
+        return scores | registered_scores(self.registered_metrics, *self.compared(outputs, examples))
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
         """{metric: how it is computed}, of metrics that have variants.

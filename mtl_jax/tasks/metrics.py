@@ -15,12 +15,13 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.parts import Registry
 from mtl_jax.core.versions import installed
 
 NAMES = ("accuracy", "macro_f1", "macro_recall", "matthews")
@@ -28,8 +29,18 @@ F1_OF = "f1:"
 FAMILIES = (("bleu", "chrf"), ("rouge1", "rouge2", "rougeL"))  # metrics of texts that are computed together
 TEXT_METRICS = tuple(name for names in FAMILIES for name in names)
 
+# A metric of a script's own: (predictions, references) -> a number, higher is better; Task.compared() says what they are.
+METRICS: Registry[Callable[[Any, Any], float]] = Registry("metric", {})
+# @register_metric("mine") above such a function: Task.metric and Task.more_metrics may name it.
+register_metric = METRICS.register
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def registered_scores(names: Iterable[str], predictions: Any, references: Any) -> dict[str, float]:
+    """{metric: value} of the registered metrics among these names."""
+    return {name: float(METRICS[name](predictions, references)) for name in names if name in METRICS}
 
 
 def names(metric: str) -> tuple[str, ...]:

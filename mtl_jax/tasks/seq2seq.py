@@ -263,7 +263,9 @@ class Seq2Seq(Task):
         """
         references = [self.parse(row) for row in rows]
         pairs = [(text, reference) for text, reference in zip(texts, references, strict=True) if reference]
-        return metrics.text_scores(self.metric, [text for text, _ in pairs], [reference for _, reference in pairs])
+        generated, targets = [text for text, _ in pairs], [reference for _, reference in pairs]
+        scores = metrics.text_scores(self.metric, generated, targets)
+        return scores | metrics.registered_scores(self.registered_metrics, generated, targets)
 
     def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:
         if not metrics.family(self.metric) or not any(map(self.parse, rows)):

@@ -170,6 +170,9 @@ class Span(Task):
 
     def metrics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> dict[str, float]:
         """Exact match and F1, the best over the gold answers, mean over the rows whose answers are known; shares of 1."""
+        return metrics.answer_scores(*self.compared(outputs, examples))
+
+    def compared(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> tuple[list[str], list[list[str]]]:
         assert examples.offsets is not None
         predicted, gold = [], []
         for windows in examples.groups():
@@ -179,7 +182,7 @@ class Span(Task):
                 logits, offsets = [outputs[i] for i in windows], [examples.offsets[i] for i in windows]
                 predicted.append(self._answer(logits, offsets, row)["answer"])
                 gold.append([answer["text"] for answer in known])
-        return metrics.answer_scores(predicted, gold)
+        return predicted, gold
 
     def constant(self, train: Examples, test: Examples) -> Sequence[np.ndarray]:
         """No answer for every row."""

@@ -180,14 +180,7 @@ class Tagging(Task):
 
         A word that is not labelled counts as outside of every entity, in truth and in prediction.
         """
-        assert examples.words is not None
-        gold, predicted = [], []
-        for group in examples.groups():
-            gold_L = self.parse(examples.data[examples.row_of[group[0]]])
-            if gold_L is not None:
-                predicted_L = self._decode([outputs[i] for i in group], [examples.words[i] for i in group], len(gold_L))
-                gold.append(gold_L)
-                predicted.append(np.where(gold_L != MISSING, predicted_L, MISSING))
+        gold, predicted = self._gold_and_predicted(outputs, examples)
         gold_N, predicted_N = (np.concatenate([np.zeros(0, self.dtype), *arrays]) for arrays in (gold, predicted))
         scores = {"token_accuracy": float((gold_N == predicted_N)[gold_N != MISSING].mean()) if gold else 0.0}
         if bio.is_bio(self.labels):
@@ -196,6 +189,26 @@ class Tagging(Task):
             )
             scores |= {f"entity_{name}": value for name, value in entity_scores._asdict().items()}
         return scores
+
+    def compared(self, outputs: PerExample, examples: Examples) -> tuple[Any, Any]:
+        gold, predicted = self._gold_and_predicted(outputs, examples)
+        known = [row != MISSING for row in gold]
+        tags_of = [
+            [self._tagged(row[known_L], None) for row, known_L in zip(rows, known, strict=True)] for rows in (predicted, gold)
+        ]
+        return tags_of[0], tags_of[1]
+
+    def _gold_and_predicted(self, outputs: PerExample, examples: Examples) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """For each row with a label i32[words], its labels and the predicted ones, MISSING at words without a label."""
+        assert examples.words is not None
+        gold, predicted = [], []
+        for group in examples.groups():
+            gold_L = self.parse(examples.data[examples.row_of[group[0]]])
+            if gold_L is not None:
+                predicted_L = self._decode([outputs[i] for i in group], [examples.words[i] for i in group], len(gold_L))
+                gold.append(gold_L)
+                predicted.append(np.where(gold_L != MISSING, predicted_L, MISSING))
+        return gold, predicted
 
     def constant(self, train: Examples, test: Examples) -> PerExample:
         labels_N = np.concatenate([np.zeros(0, self.dtype), *train.labels[self.name]])

@@ -17,7 +17,7 @@ from mtl_jax.training.phase_plan import PhasePlan, needs_task_gradients
 from mtl_jax.training.regularisation import output_losses, transforms
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_gradient_fn
-from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation, RDrop
+from mtl_jax.transfer.regularisers import Distillation, RDrop
 from mtl_jax.weighting import schedules
 
 Transform = Callable[[GradientFn], GradientFn]
@@ -67,7 +67,7 @@ def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
     penalties = {
         regulariser.name: transforms.penalty_of(regulariser, regulariser.phase or first_phase)
         for regulariser in plan.regularisers
-        if isinstance(regulariser, L2SP | EWC)
+        if regulariser.level == "parameters"
     }
     if penalties:
         chosen.append(functools.partial(transforms.with_penalties, penalties=penalties))
@@ -137,7 +137,7 @@ def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence
     places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
     chosen = {}
     for regulariser in plan.regularisers:
-        if isinstance(regulariser, Distillation | RDrop):
+        if regulariser.level == "outputs":
             name = regulariser.name
             names = prepared.compared_tasks.get(name) or [task.name for task in weighted if task.compared_as]
             tasks = [task for task in weighted if task.name in names]

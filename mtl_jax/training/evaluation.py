@@ -247,7 +247,7 @@ def score(
     return {
         task.name: {
             "loss": predictions.losses[task.name],
-            **task.metrics(predictions.outputs[task.name], split[task.source]),
+            **task.all_metrics(predictions.outputs[task.name], split[task.source]),
             **texts.get(task.name, {}),
         }
         for task in tasks
@@ -256,7 +256,7 @@ def score(
 
 def score_outputs(task: Task, outputs_NxO: np.ndarray, examples: Examples) -> dict[str, float]:
     """As score(), of one task, for outputs f32[N, O] that are not a network's, such as a baseline's."""
-    scores = task.metrics(outputs_NxO, examples)
+    scores = task.all_metrics(outputs_NxO, examples)
     if task.level == "example":
         total, count = task.loss(jnp.asarray(outputs_NxO)[None], jnp.asarray(examples.labels[task.name])[None], NO_BATCH)
         scores = {"loss": float(total) / max(float(count), 1.0), **scores}
@@ -303,6 +303,6 @@ def for_json(tree: Any) -> Any:
 def check_criterion(name: str, tasks: Sequence[Task]) -> None:
     """Raises UserError where a criterion names a task that the run lacks, or a metric that the task lacks."""
     choices = ["mean", *(task.name for task in tasks)]
-    choices += [f"{task.name}/{metric}" for task in tasks for metric in task.metric_names]
+    choices += [f"{task.name}/{metric}" for task in tasks for metric in (*task.metric_names, *task.registered_metrics)]
     if name not in choices:
         raise unknown("evaluation.criterion", name, choices)

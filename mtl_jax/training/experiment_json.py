@@ -20,6 +20,7 @@ from mtl_jax.core.json_shapes import mapping, object_of, text
 from mtl_jax.core.parts import Part
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
 from mtl_jax.tasks import Task
+from mtl_jax.tasks.metrics import METRICS
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.trunks import TrunkConfig
@@ -50,6 +51,7 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
     for registry, names in (
         (weighting.RULES, [rule] if isinstance(rule, str) else []),
         (weighting.COMBINATORS, experiment.combinators),
+        (METRICS, [name for task in experiment.tasks for name in (task.metric, *task.more_metrics)]),
     ):
         for name in (name.partition(":")[0] for name in names):
             if name in registry:
@@ -185,7 +187,9 @@ def _part(converter: cattrs.Converter, values: Any, door: type[Part]) -> Part:
     if values["kind"] not in kinds:
         raise ValueError(f"unknown kind of {door.door}, {values['kind']!r}")
     kind = kinds[values["kind"]]
-    return _structure_fields(converter, cast(Any, kind))({name: value for name, value in values.items() if name != "kind"}, kind)
+    return _structure_fields(converter, cast(Any, kind))(
+        {name: value for name, value in values.items() if name != "kind"}, kind
+    )
 
 
 def _part_to_json(converter: cattrs.Converter, part: Part) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from mtl_jax.pretrained.tensor_files import open_safetensors
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.regularisation import fisher
-from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, start_of, teacher_of
+from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, references_of, start_of, teacher_of
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.train_state import TrainState
-from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation, Regulariser
+from mtl_jax.transfer.regularisers import EWC, Distillation, Regulariser
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,7 @@ class References:
         return names | ({start_of(self._first_phase)} if plan.mixout_paths else set())
 
     def _names(self, regulariser: Regulariser) -> list[str]:
-        phase = regulariser.phase or self._first_phase
-        if isinstance(regulariser, L2SP):
-            return [start_of(phase)]
-        if isinstance(regulariser, EWC):
-            return [anchor_of(regulariser, phase), fisher_of(regulariser)]
-        return [teacher_of(regulariser)] if isinstance(regulariser, Distillation) else []
+        return list(references_of(regulariser, regulariser.phase or self._first_phase).values())
 
     @property
     def _first_phase(self) -> str:
@@ -102,11 +97,8 @@ class References:
         for later in self.prepared.plans[plan.number :]:
             trained = _trained(later)
             for regulariser in later.regularisers:
-                if (regulariser.phase or self._first_phase) == plan.phase.name:
-                    if isinstance(regulariser, L2SP):
-                        paths.update(matching(regulariser.shared, trained))
-                    elif isinstance(regulariser, EWC) and not regulariser.run:
-                        paths.update(matching(regulariser.parameters, trained))
+                if start_of(plan.phase.name) in self._names(regulariser):
+                    paths.update(regulariser.start_paths(trained))
             if plan.number == 0:
                 paths.update(later.mixout_paths)
         return paths

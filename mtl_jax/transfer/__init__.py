@@ -36,3 +36,4 @@ from mtl_jax.transfer.regularisers import EWC as EWC
 from mtl_jax.transfer.regularisers import L2SP as L2SP
 from mtl_jax.transfer.regularisers import Distillation as Distillation
 from mtl_jax.transfer.regularisers import RDrop as RDrop
+from mtl_jax.transfer.regularisers import Regulariser as Regulariser

@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence, Set
-from typing import ClassVar
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, ClassVar
 
+import jax
+
+from mtl_jax.core import parts
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.core.parts import Part
-from mtl_jax.transfer.penalties import Mixout
+from mtl_jax.core.trees import matching
+from mtl_jax.transfer.penalties import Mixout, ewc, l2sp
 from mtl_jax.weighting import schedules
 
 FIELD = "regularisers"
@@ -38,9 +42,46 @@ class Regulariser(Part):
     phase: str = ""
 
     door: ClassVar[str] = "regulariser"
+    # Whether penalty() reads the values of the parameters at the start of its phase, which are then kept in the workdir.
+    reads_start: ClassVar[bool] = True
+
+    @property
+    def level(self) -> str:
+        """What the loss is of: "parameters" for a class with penalty(), "outputs" for one with output_loss()."""
+        return "parameters" if type(self).penalty is not Regulariser.penalty else "outputs"
 
     def check(self) -> None:
         """Raises UserError if a field is refused."""
+
+    def start_paths(self, trained: Mapping[str, Any]) -> list[str]:
+        """The paths whose values at the start of its phase penalty() reads; by default all.
+
+        Args:
+            trained: {path: anything} of the parameters that train.
+        """
+        return list(trained)
+
+    def penalty(self, trained: Mapping[str, jax.Array], references: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        """The loss, f32[], of a regulariser of parameters.
+
+        Args:
+            trained: {path: the parameter}, those that train, such as "trunk/layer_0/attention/query/kernel".
+            references: {"start": {path: its value at the start of the regulariser's phase}}; {} unless reads_start.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no penalty()")
+
+    def output_loss(self, outputs: jax.Array, task: Any) -> jax.Array:
+        """The losses of a regulariser of outputs, f32 by example or token; the loss is the sum over tasks of their means.
+
+        A class with this method may have a field tasks: the names of the tasks that it is about; empty: all whose outputs can
+        be compared (Task.compared_as) and that have a weight. The mean is over all examples of the task's source, labelled or
+        not; for taggers over labelled words.
+
+        Args:
+            outputs: f32[R, S, O] or f32[R, T, O], by the task's level.
+            task: The Task that they are of.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no output_loss()")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +107,20 @@ class L2SP(Regulariser):
     def check(self) -> None:
         _not_negative(self, "alpha", "beta")
         _expressions(self, "shared", "new")
+
+    def start_paths(self, trained: Mapping[str, Any]) -> list[str]:
+        return matching(self.shared, trained)
+
+    def penalty(self, trained: Mapping[str, jax.Array], references: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        shared = matching(self.shared, trained)
+        new = [path for path in matching(self.new, trained) if path not in shared]
+        return l2sp(
+            {path: trained[path] for path in shared},
+            {path: references["start"][path] for path in shared},
+            {path: trained[path] for path in new},
+            alpha=self.alpha,
+            beta=self.beta,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +156,14 @@ class EWC(Regulariser):
             raise UserError(f"{FIELD}: batches of {self.name} is {self.batches}; it must be at least 1")
         if self.labels not in ("model", "data"):
             raise unknown(f"labels of {self.name}:", self.labels, ("model", "data"))
+
+    def start_paths(self, trained: Mapping[str, Any]) -> list[str]:
+        return [] if self.run else matching(self.parameters, trained)
+
+    def penalty(self, trained: Mapping[str, jax.Array], references: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        """As in all regularisers; the references are {"anchor": ..., "fisher": ...}."""
+        trees = (trained, references["anchor"], references["fisher"])
+        return ewc(*({path: tree[path] for path in matching(self.parameters, trained)} for tree in trees))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +224,12 @@ class RDrop(Regulariser):
     tasks: tuple[str, ...] = ()
 
 
+def tasks_named_by(regulariser: Regulariser) -> tuple[str, ...]:
+    """The tasks in a regulariser's field `tasks`; () if it has none, which means all."""
+    tasks: tuple[str, ...] = getattr(regulariser, "tasks", ())
+    return tasks
+
+
 def without_tasks(regularisers: Sequence[Regulariser], dropped: Set[str]) -> tuple[Regulariser, ...]:
     """The regularisers of a run that leaves some tasks out.
 
@@ -173,17 +242,16 @@ def without_tasks(regularisers: Sequence[Regulariser], dropped: Set[str]) -> tup
     """
     remaining: list[Regulariser] = []
     for regulariser in regularisers:
-        if not isinstance(regulariser, Distillation | RDrop) or dropped.isdisjoint(regulariser.tasks):
+        named = tasks_named_by(regulariser)
+        tasks = tuple(task for task in named if task not in dropped)
+        if len(tasks) == len(named):
             remaining.append(regulariser)
-            continue
-        tasks = tuple(task for task in regulariser.tasks if task not in dropped)
-        if tasks:
-            remaining.append(dataclasses.replace(regulariser, tasks=tasks))
+        elif tasks:
+            remaining.append(dataclasses.replace(regulariser, tasks=tasks))  # type: ignore[call-arg]
         elif regulariser.weight not in (0, "0"):
             name = regulariser.name
             raise UserError(
-                f"{FIELD}: {name} is of {listed(regulariser.tasks)}, which only leaves out; name it there, or set the weight "
-                f"of {name} to 0"
+                f"{FIELD}: {name} is of {listed(named)}, which only leaves out; name it there, or set the weight of {name} to 0"
             )
     return tuple(remaining)
 
@@ -213,13 +281,23 @@ def check(regularisers: Sequence[Regulariser], mixout: Mixout, tasks: Sequence[s
         if regulariser.phase and regulariser.phase not in phases:
             raise unknown(f"phase of {name}:", regulariser.phase, phases)
         schedules.check_steps({name: regulariser.weight}, range(steps), FIELD)
+        _check_methods(regulariser)
         regulariser.check()
-        for task in getattr(regulariser, "tasks", ()):
+        for task in tasks_named_by(regulariser):
             if task not in tasks:
                 raise unknown(f"task of {name}:", task, tasks)
     if not 0 <= mixout.p < 1:
         raise UserError(f"mixout.p is {mixout.p}; it must be at least 0 and below 1")
     _expression("mixout.parameters", mixout.parameters)
+
+
+def _check_methods(regulariser: Regulariser) -> None:
+    """Raises UserError unless a class of the user's has one of the two methods with a loss."""
+    kind = type(regulariser)
+    defined = [name for name in ("penalty", "output_loss") if getattr(kind, name) is not getattr(Regulariser, name)]
+    if len(defined) != 1 and parts.origin_of(kind) is not None:
+        problem = "has both penalty() and output_loss()" if defined else "has neither penalty() nor output_loss()"
+        raise UserError(f"{FIELD}: class {kind.__name__} {problem}; define one of them")
 
 
 def _not_negative(regulariser: Regulariser, *fields: str) -> None:

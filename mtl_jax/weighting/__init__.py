@@ -8,7 +8,11 @@ from mtl_jax.weighting.balance import moco as moco
 from mtl_jax.weighting.base import Rule as Rule
 from mtl_jax.weighting.base import Signals as Signals
 from mtl_jax.weighting.base import Transform as Transform
+from mtl_jax.weighting.base import Weights as Weights
+from mtl_jax.weighting.base import present as present
 from mtl_jax.weighting.base import solve as solve
+from mtl_jax.weighting.base import stack as stack
+from mtl_jax.weighting.base import unstack as unstack
 from mtl_jax.weighting.base import weigh as weigh
 from mtl_jax.weighting.base import weighted_sum as weighted_sum
 from mtl_jax.weighting.combinators import clipped as clipped

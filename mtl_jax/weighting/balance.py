@@ -19,6 +19,7 @@ from mtl_jax.weighting.base import (
     Weights,
     above_zero,
     after_transform,
+    named,
     number,
     present,
     share,
@@ -28,6 +29,7 @@ from mtl_jax.weighting.base import (
 from mtl_jax.weighting.gram_rules import scaled_gram
 
 
+@named
 def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
     """Weights under which tasks that learn slowly have the longer gradients (Chen et al. 2018, GradNorm).
 
@@ -75,6 +77,7 @@ def gradnorm(alpha: float = 1.5, learning_rate: float = 0.025) -> Rule:
     return Rule(init=init, update=update, needs_gram=True, weighs_heads=False)
 
 
+@named
 def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
     """Logarithms of the losses, whose gradients are all scaled to the length of the longest (Lin et al. 2023, DB-MTL).
 
@@ -132,6 +135,7 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
     return Rule(init=lambda names: (), update=update, needs_gram=True, transform=transform, weighs_heads=False)
 
 
+@named
 def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> Rule:
     """The shortest vector in the convex hull of tracked gradients, approached over the steps (Fernando et al. 2023, MoCo).
 
@@ -190,6 +194,7 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
     )
 
 
+@named
 def graddrop(leak: float = 0.0) -> Rule:
     """Every coordinate keeps the gradients of one sign only, which is drawn by their share (Chen et al. 2020, GradDrop).
 

@@ -7,9 +7,10 @@ Shapes in names: K tasks, in sorted order.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ class Rule(NamedTuple):
             the weights are for the shared parameters, and every head follows its plain loss. If True, a head with a negative
             weight does not move: it never climbs its own loss.
         solve: As update, with the relative residual of the solution, if the rule solves a problem; else None. See solve().
+        name: Its name, for errors and files; empty for a Rule that a script puts together itself.
     """
 
     init: Callable[[Sequence[str]], Any]
@@ -84,6 +86,40 @@ class Rule(NamedTuple):
     due: Callable[[Any], jax.Array] | None = None
     weighs_heads: bool = True
     solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]] | None = None
+    name: str = ""
+
+
+P = ParamSpec("P")
+
+
+def named(make: Callable[P, Rule]) -> Callable[P, Rule]:
+    """A decorator for functions that make a rule: the rule has the function's name, and asks for the Gram matrix it needs."""
+
+    @functools.wraps(make)
+    def make_named(*args: P.args, **options: P.kwargs) -> Rule:
+        return asks_for_gram(make(*args, **options)._replace(name=make.__name__))
+
+    return make_named
+
+
+def asks_for_gram(rule: Rule) -> Rule:
+    """The rule; where it needs Signals.gram and there is none, it says so."""
+    if not rule.needs_gram:
+        return rule
+
+    def asking(function: Callable[[Any, Signals], Any]) -> Callable[[Any, Signals], Any]:
+        @functools.wraps(function)
+        def asked(state: Any, signals: Signals) -> Any:
+            if signals.gram is None and (rule.transform is None or signals.transformed is not None):
+                raise UserError(
+                    f"weighting {rule.name} needs Signals.gram, the inner products of the task gradients: "
+                    "mtl_jax.weighting.gram(task_gradients)"
+                )
+            return function(state, signals)
+
+        return asked
+
+    return rule._replace(update=asking(rule.update), solve=None if rule.solve is None else asking(rule.solve))
 
 
 def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, Any]]) -> Callable[..., tuple[Weights, Any]]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, there_are
-from mtl_jax.weighting.base import Rule, Signals, Weights, choice, number, share, unstack
+from mtl_jax.weighting.base import Rule, Signals, Weights, choice, named, number, share, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram, stateless
 from mtl_jax.weighting.solvers import cosines, firm
 
@@ -20,6 +20,7 @@ ORDERS = ("random", "sorted")
 DEPENDENT = 3e-5  # an eigenvalue of cosines below this may be rounding
 
 
+@named
 def pcgrad(order: str = "random") -> Rule:
     """Each gradient minus its components against the others, summed (Yu et al. 2020).
 
@@ -42,6 +43,7 @@ def pcgrad(order: str = "random") -> Rule:
     return Rule(init=lambda names: (), update=update, needs_gram=True, weighs_heads=False)
 
 
+@named
 def gradvac(beta: float = 1e-2, order: str = "random") -> Rule:
     """Each gradient turned until its cosines with the others reach their running means (Wang et al. 2021, Gradient Vaccine).
 
@@ -99,6 +101,7 @@ def _turn_apart(signals: Signals, order: str, goals_KxK: jax.Array, beta: float)
     return parts_KxK.sum(axis=0), goals_KxK
 
 
+@named
 def imtl_g() -> Rule:
     """The combination whose projections onto all unit gradients are equal (Liu et al. 2021, IMTL-G).
 
@@ -127,6 +130,7 @@ def imtl_g() -> Rule:
     return stateless(weigh)
 
 
+@named
 def config() -> Rule:
     """The direction with equal cosine to every gradient, as long as the gradients' projections on it (Liu et al. 2025, ConFIG).
 
@@ -163,6 +167,7 @@ def _equal_angles(cosine_KxK: jax.Array, nonzero_K: jax.Array) -> tuple[jax.Arra
     return part_K, projected_K, jnp.max(jnp.where(nonzero_K, off_K, 0.0))
 
 
+@named
 def aligned() -> Rule:
     """The mean gradient after all singular values of J are set to the smallest (Senushkin et al. 2023, Aligned-MTL).
 
@@ -193,6 +198,7 @@ def aligned() -> Rule:
     return stateless(weigh)
 
 
+@named
 def krum(n_byzantine: int = 1, n_selected: int = 1) -> Rule:
     """The mean of the gradients that lie closest to their neighbours (Blanchard et al. 2017, Multi-Krum).
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.weighting import solvers
-from mtl_jax.weighting.base import Rule, Signals, Weights, number, present, share, unstack
+from mtl_jax.weighting.base import Rule, Signals, Weights, named, number, present, share, unstack
 
 # (Gram matrix f32[K, K] with its largest diagonal entry 1, that entry before, present bool[K]) -> (weights f32[K], residual)
 Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -37,12 +37,13 @@ def stateless(weigh: Weigh, weighs_heads: bool = False) -> Rule:
 
 def scaled_gram(signals: Signals) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The Gram matrix f32[K, K] divided by its largest diagonal entry, that entry, and bool[K]: present; absent rows are 0."""
-    assert signals.gram is not None
+    assert signals.gram is not None  # the rule has asked for it
     present_K = present(signals)
     gram_KxK, scale = solvers.scaled(jnp.where(present_K[:, None] & present_K[None, :], signals.gram, 0.0))
     return gram_KxK, scale, present_K
 
 
+@named
 def mgda() -> Rule:
     """The shortest vector in the convex hull of the gradients (Desideri 2012; Sener and Koltun 2018).
 
@@ -52,6 +53,7 @@ def mgda() -> Rule:
     return stateless(lambda gram_KxK, scale, present_K: _shortest(gram_KxK, present_K))
 
 
+@named
 def cagrad(c: float = 0.4) -> Rule:
     """The direction near the mean gradient g_0 that helps the worst task most (Liu et al. 2021).
 
@@ -79,6 +81,7 @@ def cagrad(c: float = 0.4) -> Rule:
     return stateless(weigh)
 
 
+@named
 def sdmgrad(lam: float = 0.3) -> Rule:
     """Between the shortest vector and the mean gradient g_0 (Xiao, Ban and Ji 2023, SDMGrad).
 
@@ -108,6 +111,7 @@ def sdmgrad(lam: float = 0.3) -> Rule:
     return stateless(weigh)
 
 
+@named
 def upgrad() -> Rule:
     """The mean of the gradients' projections onto the cone that conflicts with none (Quinton and Rey 2024).
 
@@ -124,6 +128,7 @@ def upgrad() -> Rule:
     return stateless(weigh)
 
 
+@named
 def dualproj() -> Rule:
     """The mean gradient projected onto the cone that conflicts with no task (Lopez-Paz and Ranzato 2017, GEM).
 
@@ -133,6 +138,7 @@ def dualproj() -> Rule:
     return stateless(lambda gram_KxK, scale, present_K: _projected(gram_KxK, share(present_K), present_K))
 
 
+@named
 def fairgrad(alpha: float = 1.0) -> Rule:
     """Alpha-fair utility of the tasks' gains (Ban and Ji 2024): G w = w^(-1/alpha), elementwise.
 
@@ -158,6 +164,7 @@ def fairgrad(alpha: float = 1.0) -> Rule:
     return stateless(weigh, weighs_heads=True)
 
 
+@named
 def nash(max_norm: float = 1.0) -> Rule:
     """The Nash bargaining solution (Navon et al. 2022, Nash-MTL): G w = 1 / w, elementwise.
 

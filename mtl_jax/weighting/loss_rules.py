@@ -11,12 +11,26 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.core.errors import UserError, listed, unknown
-from mtl_jax.weighting.base import SMALLEST, Rule, Signals, Weights, above_zero, choice, number, present, share, stack, unstack
+from mtl_jax.weighting.base import (
+    SMALLEST,
+    Rule,
+    Signals,
+    Weights,
+    above_zero,
+    choice,
+    named,
+    number,
+    present,
+    share,
+    stack,
+    unstack,
+)
 
 LOWEST, HIGHEST = -69.0, -math.log(SMALLEST)  # bounds of the logarithm of a learned weight: 1e-30 and 1e6
 BIG = 3e38  # the largest float32, nearly
 
 
+@named
 def uncertainty(learning_rate: float = 1e-2) -> Rule:
     """Weights from learned task uncertainties (Kendall, Gal and Cipolla 2018).
 
@@ -39,6 +53,7 @@ def uncertainty(learning_rate: float = 1e-2) -> Rule:
     )
 
 
+@named
 def imtl_l(learning_rate: float = 1e-2) -> Rule:
     """Learned scales that bring all losses to the same size (Liu et al. 2021, IMTL-L).
 
@@ -96,6 +111,7 @@ def _learned(
     return Rule(init=init, update=update, objective=total)
 
 
+@named
 def dwa(temperature: float = 2.0) -> Rule:
     """Dynamic weight averaging: tasks whose loss falls slowly get more weight (Liu, Johns and Davison 2019).
 
@@ -130,6 +146,7 @@ def dwa(temperature: float = 2.0) -> Rule:
     return Rule(init=init, update=update)
 
 
+@named
 def rlw(distribution: str = "normal") -> Rule:
     """Random loss weighting: weights drawn at each step (Lin et al. 2022).
 
@@ -153,6 +170,7 @@ def rlw(distribution: str = "normal") -> Rule:
     return Rule(init=lambda names: (), update=update)
 
 
+@named
 def gls() -> Rule:
     """Geometric loss strategy: the geometric mean of the losses (Chennupati et al. 2019).
 
@@ -172,6 +190,7 @@ def gls() -> Rule:
     return Rule(init=lambda names: (), update=update, objective=lambda state, signals: jnp.exp(log_mean(signals)[1]))
 
 
+@named
 def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
     """Smooth Tchebycheff scalarization: a smooth form of the largest loss (Lin et al. 2024).
 
@@ -200,6 +219,7 @@ def stch(mu: float = 1.0, ideal: float = 0.0) -> Rule:
     return Rule(init=lambda names: (), update=update, objective=objective)
 
 
+@named
 def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0) -> Rule:
     """Fast adaptive multitask optimization: all logarithms of losses fall at the same speed (Liu et al. 2023).
 
@@ -242,6 +262,7 @@ def famo(learning_rate: float = 0.025, decay: float = 0.01, lowest: float = 0.0)
     return Rule(init=init, update=update)
 
 
+@named
 def excess(learning_rate: float = 1e-2, reference: float | Mapping[str, float] = 0.0) -> Rule:
     """Weights grow with the excess of a loss over its lowest possible value (after He et al. 2024, ExcessMTL).
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.core.parts import PACKAGE, Registry
+from mtl_jax.core.parts import Registry
 from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static
-from mtl_jax.weighting.base import Rule, Signals
+from mtl_jax.weighting.base import Rule, Signals, asks_for_gram
 
 OWN_RULES: dict[str, Callable[..., Rule]] = {
     # static
@@ -77,7 +77,8 @@ def make(name: str, **options: Any) -> Rule:
     """
     if "@" in name:
         raise UserError(f"weighting {name} is a Rule that a script made itself: run that script")
-    return _call(f"weighting {name!r}", RULES.find(name, "weighting"), (), options)
+    rule = _call(f"weighting {name!r}", RULES.find(name, "weighting"), (), options)
+    return rule if rule.name == name else asks_for_gram(rule._replace(name=name))
 
 
 def combine(rule: Rule, text: str) -> Rule:
@@ -130,5 +131,4 @@ def name_of(rule: str | Rule, tasks: Sequence[str]) -> str:
     constants = b"".join(np.asarray(constant).tobytes() for constant in traced.consts)
     text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions
     digest = hashlib.sha256(text.encode() + constants).hexdigest()
-    own = rule.update.__module__.partition(".")[0] != PACKAGE
-    return f"{rule.update.__qualname__.partition('.')[0] if own else 'rule'}@{digest[:12]}"
+    return f"{rule.name or rule.update.__qualname__.partition('.')[0]}@{digest[:12]}"

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, listed, unknown
-from mtl_jax.weighting.base import Rule, Signals, Weights, stack, unstack
+from mtl_jax.weighting.base import Rule, Signals, Weights, named, stack, unstack
 from mtl_jax.weighting.schedules import Schedule, at, parse
 
 
+@named
 def equal() -> Rule:
     """Every weight is 1: the plain sum of the losses (Caruana 1997). The weights sum to K.
 
@@ -26,6 +27,7 @@ def equal() -> Rule:
     return Rule(init=lambda names: (), update=update)
 
 
+@named
 def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
     """Given weights: L_target + lambda L_source is fixed({"target": 1, "source": lam}).
 
@@ -62,6 +64,7 @@ def fixed(weights: Mapping[str, float | Schedule]) -> Rule:
     return Rule(init=init, update=update)
 
 
+@named
 def scheduled(weights: Mapping[str, float | str | Schedule]) -> Rule:
     """Weights that change with the step: an optax schedule for each task. Nothing scales their sum.
 

@@ -46,18 +46,35 @@ def output_loss(
     """The loss of a regulariser that compares outputs.
 
     Args:
-        regulariser: Distillation or RDrop.
+        regulariser: One with the level "outputs".
         tasks: The tasks whose outputs it compares.
         places: {source: its place in the run's order}.
-        teacher: The model that a Distillation imitates; None for RDrop.
+        teacher: The model that a Distillation imitates; None for others.
     """
     if isinstance(regulariser, RDrop):
         return _r_drop(tasks, places)
-    assert isinstance(regulariser, Distillation)
+    if not isinstance(regulariser, Distillation):
+        return _of_outputs(regulariser, tasks, places)
     assert teacher is not None
     if regulariser.of == "hidden":
         return _distil_hidden(regulariser, teacher)
     return _distil(regulariser, teacher, tasks, places)
+
+
+def _of_outputs(regulariser: Regulariser, tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
+    """The sum over tasks of the mean of regulariser.output_loss()."""
+
+    def count(batch: Batch) -> dict[str, jax.Array]:
+        return {task.name: jnp.maximum(_compared(task, batch, places).sum(), 1) for task in tasks}
+
+    def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
+        total = jnp.zeros(())
+        for task in tasks:
+            values = regulariser.output_loss(outputs[task.name], task)
+            total += _masked_sum(values, _compared(task, batch, places)) / counts[task.name]
+        return total
+
+    return OutputLoss(count, loss)
 
 
 def _compared(task: Task, batch: Batch, places: Mapping[str, int]) -> jax.Array:

@@ -18,7 +18,7 @@ from mtl_jax.training import restore
 from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
 from mtl_jax.training.restore import TrainedRun
-from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, Distillation, RDrop, Regulariser
+from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, Distillation, RDrop, Regulariser, tasks_named_by
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import schedules
 
@@ -69,8 +69,8 @@ def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, text
             opened.teachers[name] = teacher
             if regulariser.of == "logits":
                 opened.compared_tasks[name] = tasks_to_imitate(regulariser, teacher, tasks)
-        elif isinstance(regulariser, RDrop) and regulariser.tasks:
-            opened.compared_tasks[name] = list(regulariser.tasks)
+        elif regulariser.level == "outputs" and tasks_named_by(regulariser):
+            opened.compared_tasks[name] = list(tasks_named_by(regulariser))
         elif isinstance(regulariser, EWC):
             if regulariser.run:
                 run = restore.open_finished(Path(regulariser.run), f"{FIELD}: run of {name}")

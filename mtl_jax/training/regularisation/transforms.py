@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.core.trees import Leaves, leaves_of, matching, put
+from mtl_jax.core.trees import Leaves, leaves_of, put
 from mtl_jax.training.gradient import GradientFn, StepGradients
 from mtl_jax.training.train_state import StepInputs, TrainState
-from mtl_jax.transfer.penalties import ewc, l2sp, mixout
-from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation
+from mtl_jax.transfer.penalties import mixout
+from mtl_jax.transfer.regularisers import EWC, Distillation, Regulariser
 
 # (leaves that train, references) -> f32[]
 Penalty = Callable[[Leaves, Any], jax.Array]
@@ -25,16 +24,24 @@ def start_of(phase: str) -> str:
     return f"start-{phase}"
 
 
-def penalty_of(regulariser: L2SP | EWC, phase: str) -> Penalty:
-    """The loss of a regulariser of the parameters alone.
+def references_of(regulariser: Regulariser, phase: str) -> dict[str, str]:
+    """{what the regulariser calls it: the reference's name}: "start", "anchor" and "fisher", or "teacher".
 
     Args:
         regulariser: The regulariser.
-        phase: The phase; the parameters at its start are the reference.
+        phase: The phase that it begins with.
     """
-    if isinstance(regulariser, L2SP):
-        return functools.partial(_l2sp, regulariser, start_of(phase))
-    return functools.partial(_ewc, regulariser, anchor_of(regulariser, phase))
+    if isinstance(regulariser, EWC):
+        return {"anchor": anchor_of(regulariser, phase), "fisher": fisher_of(regulariser)}
+    if isinstance(regulariser, Distillation):
+        return {"teacher": teacher_of(regulariser)}
+    return {"start": start_of(phase)} if regulariser.level == "parameters" and regulariser.reads_start else {}
+
+
+def penalty_of(regulariser: Regulariser, phase: str) -> Penalty:
+    """The loss of a regulariser of parameters, from the run's references; the phase is that which it begins with."""
+    names = references_of(regulariser, phase)
+    return lambda trained, references: regulariser.penalty(trained, {key: references[name] for key, name in names.items()})
 
 
 def anchor_of(regulariser: EWC, phase: str) -> str:
@@ -50,26 +57,6 @@ def fisher_of(regulariser: EWC) -> str:
 def teacher_of(regulariser: Distillation) -> str:
     """The reference's name: its teacher's parameters."""
     return f"{regulariser.name}-teacher"
-
-
-def _l2sp(regulariser: L2SP, start: str, trained: Leaves, references: Any) -> jax.Array:
-    shared = matching(regulariser.shared, trained)
-    new = [path for path in matching(regulariser.new, trained) if path not in shared]
-    return l2sp(
-        {path: trained[path] for path in shared},
-        {path: references[start][path] for path in shared},
-        {path: trained[path] for path in new},
-        alpha=regulariser.alpha,
-        beta=regulariser.beta,
-    )
-
-
-def _ewc(regulariser: EWC, anchor: str, trained: Leaves, references: Any) -> jax.Array:
-    paths = matching(regulariser.parameters, trained)
-    params, anchors, fisher = (
-        {path: tree[path] for path in paths} for tree in (trained, references[anchor], references[fisher_of(regulariser)])
-    )
-    return ewc(params, anchors, fisher)
 
 
 def without_tasks(gradient_fn: GradientFn, *, tasks: Collection[str], rows: Sequence[slice]) -> GradientFn:

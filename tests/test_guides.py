@@ -1,11 +1,14 @@
 """What README and docs show is there."""
 
 import json
+import operator
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import mtl_jax
 from mtl_jax import Experiment, UserError
 from mtl_jax.data import corpus
 from mtl_jax.experiment import select
@@ -67,3 +70,18 @@ def test_the_pairs_of_the_guide_are_read_and_predicted(shallow, tmp_path, monkey
     assert predict._row(source, row, 1, False).columns == row
     with pytest.raises(UserError, match=r"'hypothesis' is missing.*: --text gives one .* \{.premise.: .*, .hypothesis.: "):
         predict._row(source, "A man sleeps.", 1, False)
+
+
+def test_the_loop_of_ones_own_runs(deep):
+    """Every block of the page, one after another, as a reader types them."""
+    page = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
+    names = {"CHECKPOINT": str(deep)}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "own_loop.md", "exec"), names)
+    assert names["weights"].keys() == {"sentiment", "length"}
+    assert len(names["frozen"]) == 5  # the embeddings: three tables, and their norm
+    plain = names["trunk"].apply({"params": names["params"]["trunk"]}, names["ids"], names["mask"]).hidden
+    np.testing.assert_allclose(names["hidden"], plain, atol=1e-5)
+    named = re.findall(r"`(?:mtl_jax\.)?((?:weighting|transfer|pretrained|decoding)\.[\w.]+)", page)
+    for path in named:
+        assert operator.attrgetter(path)(mtl_jax)

@@ -30,7 +30,7 @@ import tyro
 
 import mtl_jax
 from mtl_jax import Batching, Evaluation, Experiment, Lora, Phase, adapters_only
-from mtl_jax.ablation import device_memory, plan, space, stacking
+from mtl_jax.ablation import plan, space, stacking
 from mtl_jax.ablation.prepare_program import Ready, make_ready
 from mtl_jax.cli import scripts
 from mtl_jax.data.stream import stream
@@ -178,7 +178,7 @@ def measured(kind: str, options: Options) -> list[dict[str, Any]]:
                 "step_over_one": step["many"] / step["one"],
                 "step_over_n": step["many"] / (count * step["one"]),
                 "whole_over_n": whole["many"] / (count * whole["one"]),
-                "bytes": device_memory.bytes_of(joint.program),
+                "bytes": meshes.bytes_of(joint.program),
                 "times_s": times,
             }
         )

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.prepare_program import Ready, make_ready
 from mtl_jax.ablation.remarks import weights_do_nothing
 from mtl_jax.core import locks
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment, select
 from mtl_jax.training import mesh as meshes
@@ -113,12 +113,16 @@ def _ablate(
         steps.update(steps_by_phase(program.template, runs=len(program.runs)))
     with stop_on_signals() as stop:
         progress = Progress("ablation", total, coming=other, stretches=steps)
+        logged: set[str] = set()  # programs have most of their notes in common
         for program in planned:
             entry = record["programs"][program.number]
             if all(run.name in status for run in program.runs):
                 span = (program.template, 0, None, len(program.runs))
                 progress.skip(steps_by_phase(*span), evaluations_and_checkpoints(*span))
                 continue
+            settings = ", ".join(f"{name} {value}" for name, value in describe(program)["fixed"].items())
+            title = f"program {program.number + 1} of {len(planned)}{f' ({settings})' if settings else ''}"
+            log.info("%s: %s, compiling ...", title, count(len(program.runs), "run"))
             ready = make_ready(program, at_once, memory, entry.get("size", 0))
             entry |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
             entry["bytes"] = ready.machine.weight or entry.get("bytes", 0)
@@ -143,13 +147,39 @@ def _ablate(
                 entry["compile_seconds"] = round(compiled_before + ready.machine.compile_seconds, 1)
                 folders.write(folder, record, planned, status)
 
+            for line in ready.prepared.notes:
+                if line not in logged:
+                    log.info("%s", line)
+            logged.update(ready.prepared.notes)
             _train(ready, folder, stop, progress, status, write_chunk)
         progress.close()
     written = folders.write(folder, record, planned, status)
     from mtl_jax import report  # imported late: matplotlib takes a while
 
-    report.write(folder, folder, patience=PATIENCE)
+    page = report.write(folder, folder, patience=PATIENCE)
+    for line in (best_setting(folder, written), f"the report is {page}"):
+        log.info("%s", line)
     return written
+
+
+def best_setting(folder: Path, record: Mapping[str, Any]) -> str:
+    """A line on the setting with the best mean dev criterion over its seeds.
+
+    Args:
+        folder: The ablation's workdir.
+        record: ablation.json.
+    """
+    criteria: dict[str, list[float]] = {}
+    for run in record["runs"]:
+        finished = workdirs.read_results(folders.of_run(folder, run["run"]))
+        if finished is not None and finished["best_criterion"] is not None:
+            setting = ", ".join(f"{name} {value}" for name, value in run["values"].items() if name != "seed")
+            criteria.setdefault(setting, []).append(finished["best_criterion"])
+    if not criteria:
+        return "no run has a dev criterion"
+    best = max(criteria, key=lambda setting: float(np.mean(criteria[setting])))
+    seeds = count(len(criteria[best]), "seed")
+    return f"best on dev: {best or 'the only setting'} (criterion {np.mean(criteria[best]):.4f}, {seeds})"
 
 
 def plan(
@@ -211,8 +241,6 @@ def _train(
 ) -> None:
     """Trains the chunks that are not done; after each, calls write_chunk with {run: status} and the seconds it took."""
     prepared, number = ready.prepared, ready.program.number
-    for line in prepared.notes:
-        log.info("%s", line)
     workdirs.create(folders.of_program(folder, number))
     trunks.save(prepared.trunk, folders.of_program(folder, number) / "trunk")
     shared = share(ready, folder, stop, progress)

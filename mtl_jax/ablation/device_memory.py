@@ -16,13 +16,6 @@ from mtl_jax.core.errors import UserError
 MEMINFO = Path("/proc/meminfo")
 
 
-def bytes_of(compiled: Any) -> int:
-    """Bytes that a compiled program needs on a device: arguments, results and temporary buffers."""
-    stats = compiled.memory_analysis()
-    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return int(kept + stats.temp_size_in_bytes)
-
-
 def runs_that_fit(measure: Callable[[int], int], count: int, multiple: int, limit: int) -> int:
     """The number of runs in one program, from the memory that programs need.
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mtl_jax import trunks
-from mtl_jax.ablation import device_memory, fields, stacking
+from mtl_jax.ablation import fields, stacking
 from mtl_jax.ablation.fields import Numbers
 from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
@@ -156,7 +156,7 @@ class Machine:
             beside = _bytes(best) + (2 * _bytes(trained) if plan.regularisers or plan.mixout_paths else 0)
             if jax.default_backend() == "cpu":
                 beside += _bytes((shapes, best))
-            self.weight = max(self.weight, device_memory.bytes_of(program) + beside // self.mesh.shape[meshes.RUN])
+            self.weight = max(self.weight, meshes.bytes_of(program) + beside // self.mesh.shape[meshes.RUN])
         return self.weight
 
     def trunks_differ(self, plan: PhasePlan) -> bool:

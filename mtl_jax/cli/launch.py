@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from mtl_jax.cli import scripts
+from mtl_jax.cli import script_flags, scripts
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.text_lines import flush_output
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -68,6 +69,7 @@ class Launch:
     Attributes:
         experiment: The experiment.
         workdir: Where everything is written; the same workdir resumes. Default: runs/NAME.
+        dry_run: Read the data, print all tables, compile one step, and write nothing.
         allow_config_change: Resume in a workdir that was begun with another configuration.
         distributed: Train together with other processes that are started with the same command and a shared workdir: auto on a
             TPU pod, Slurm and the like, else HOST:PORT,INDEX,COUNT (address of process 0, index of this process, their number).
@@ -75,6 +77,7 @@ class Launch:
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     workdir: str = ""
+    dry_run: bool = False
     allow_config_change: bool = False
     distributed: str = ""
 
@@ -92,21 +95,51 @@ def main(experiment: Experiment, description: str | None = None) -> None:
         raise scripts.Read(experiment)
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
+    launch: list[Launch] = []
+    run(lambda: launch.append(_parsed(experiment, description or "")))
+    if scripts.only_read.get():
+        if launch[0].distributed:
+            raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
+        raise scripts.Read(launch[0].experiment)
+    run(lambda: _launch(launch[0]))
+
+
+def _parsed(experiment: Experiment, description: str) -> Launch:
+    """The flags of the command line; --help and --help-all print and exit.
+
+    Raises:
+        UserError: A flag or a name in one is unknown, or a file to import fails.
+    """
     arguments, files = scripts.divided_imports(sys.argv[1:])
     scripts.import_parts(files)
-    launch = tyro.cli(
+    if {"--help", "-h"} & set(arguments):
+        others = {name: _OWN_FLAGS[name] for name in _OWN_FLAGS}
+        others["workdir"] = (f"runs/{experiment.name}", others["workdir"][1])
+        print(script_flags.help_page(experiment, others, f"python {sys.argv[0]}", description))
+        flush_output()
+        raise SystemExit(0)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    launch, remaining = tyro.cli(
         Launch,
-        args=_without_switches(arguments),
+        args=_without_switches(script_flags.by_place(experiment, arguments)),
         default=Launch(experiment),
         description=description,
         config=TYRO_CONFIG,
         registry=_REGISTRY,
+        return_unknown_args=True,
     )
-    if scripts.only_read.get():
-        if launch.distributed:
-            raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
-        raise scripts.Read(launch.experiment)
-    run(lambda: _launch(launch))
+    if remaining:
+        raise script_flags.unknown_flag(remaining, [*_OWN_FLAGS, *script_flags.flags_of(experiment)])
+    return launch
+
+
+# {flag: (default, what it does)}, for --help
+_OWN_FLAGS = {
+    "workdir": ("", "Where everything is written; the same workdir resumes"),
+    "dry-run": ("", "Read the data, print all tables, compile one step, and train nothing"),
+    "allow-config-change": ("", "Resume in a workdir that was begun with another configuration"),
+    "distributed": ("", "Train together with other processes"),
+}
 
 
 def _launch(launch: Launch) -> None:
@@ -114,10 +147,16 @@ def _launch(launch: Launch) -> None:
 
     from mtl_jax.training import mesh as meshes
     from mtl_jax.training import results
+    from mtl_jax.training.dry_run import dry_run
     from mtl_jax.training.train import train
 
     if launch.distributed:
         meshes.connect(launch.distributed)
+    if launch.dry_run:
+        line = dry_run(launch.experiment)
+        if jax.process_index() == 0:
+            print(line)
+        return
     workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
     scores = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
     if jax.process_index() == 0:

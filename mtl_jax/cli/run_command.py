@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import tqdm
 import tyro
 
 from mtl_jax.core.configuration import EXIT_BAD_INPUT
@@ -47,11 +48,18 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
+class AboveTheBar(logging.Handler):
+    """Writes lines above the progress bar of a terminal, which stays below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _log_to_stderr() -> None:
     """Logs the lines of mtl_jax as plain text, and of other libraries only errors."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch was not found, which is not needed
     logging.getLogger("absl").setLevel(logging.ERROR)
-    handler = logging.StreamHandler()
+    handler = AboveTheBar() if sys.stderr.isatty() else logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("mtl_jax")
     logger.handlers = [handler]

@@ -75,6 +75,7 @@ class TrainingRun:
         self.undefined: set[str] = set()  # tasks for which the log has the warning of an undefined metric
         self.warned_of_solver = False
         self.references = References(prepared, folder)
+        self.dev_table = results.DevTable(self.tasks)
 
     def resume(self) -> tuple[TrainState, int]:
         """The state and step of the newest checkpoint, or the initial ones.
@@ -156,6 +157,7 @@ class TrainingRun:
         )
         self.programs.append(train_step)
         self.counts.phase = plan.number
+        log.info("phase %s: to step %d of %d, compiling ...", plan.phase.name, plan.end, self.prepared.plans[-1].end)
         # The rates of all steps at once: the schedule of a single step would run a small program in each step.
         steps = plan.end - plan.start
         self.rates = np.broadcast_to(jax.vmap(plan.learning_rate)(np.arange(steps)), steps)
@@ -221,10 +223,13 @@ class TrainingRun:
             log.warning("step %d: the dev criterion is not a number, so this checkpoint cannot be the best", step)
             self.counts.evaluations_since_best += 1
             return None
-        if self.counts.best is None or value >= self.counts.best:
+        best = self.counts.best is None or value >= self.counts.best
+        if best:
             self.counts.best, self.counts.evaluations_since_best = value, 0
         else:
             self.counts.evaluations_since_best += 1
+        for row in self.dev_table.rows(step, scores, value, best):
+            log.info("%s", row)
         return value
 
     def _texts(
@@ -256,6 +261,7 @@ class TrainingRun:
         if best is None:
             raise UserError(f"{self.store.folder}: no checkpoint that was evaluated on dev can be read; use another workdir")
         scores = {}
+        log.info("testing the parameters of step %d ...", best.step)
         for split in ("dev", "test"):
             data = self.prepared.corpus.splits[split]
             batching = self.experiment.batch

@@ -203,3 +203,10 @@ def compute_dtype(name: str) -> Any:
     if name == "auto":
         return np.float32 if jax.devices()[0].platform == "cpu" else jax.numpy.bfloat16
     return {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}[name]
+
+
+def bytes_of(compiled: Any) -> int:
+    """Bytes that a compiled program needs on a device: arguments, results and temporary buffers."""
+    stats = compiled.memory_analysis()
+    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return int(kept + stats.temp_size_in_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +233,45 @@ def _run_line(run: dict[str, Any]) -> str:
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
         f"dev criterion {number_of(run['best_criterion']):.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
     )
+
+
+SHOWN_TASKS = 8  # in a row of the dev table
+
+
+class DevTable:
+    """A table of dev scores that grows by a row with each evaluation, for the log.
+
+    Args:
+        tasks: The tasks of the run.
+    """
+
+    def __init__(self, tasks: Sequence[Task]):
+        metrics = {task.name: task.metric for task in tasks[:SHOWN_TASKS]}
+        self._metrics = metrics
+        names = [f"{name} {metric}" for name, metric in metrics.items()]
+        if len(set(metrics.values())) == 1:  # it is then in the first row alone
+            names = list(metrics)
+        more = [f"and {len(tasks) - len(metrics)} more"] if len(tasks) > len(metrics) else []
+        self._columns = ["step", *names, *more, "criterion"]
+        self._titled = False
+        self._metric = next(iter(metrics.values())) if len(set(metrics.values())) == 1 else ""
+
+    def rows(self, step: int, scores: Mapping[str, Mapping[str, float]], criterion: float, best: bool) -> list[str]:
+        """The lines of an evaluation, at the first one also the title.
+
+        Args:
+            step: Steps done.
+            scores: {task: {metric: value}} on dev.
+            criterion: The number by which checkpoints are compared.
+            best: Whether it is the best so far, which is marked by a star.
+        """
+        values = [f"{scores[task][metric]:.4f}" for task, metric in self._metrics.items()]
+        values += [""] * (len(self._columns) - len(values) - 2)
+        cells = [str(step), *values, f"{criterion:.4f}"]
+        widths = [max(len(name), 7) for name in self._columns]
+        row = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        title = f"dev {self._metric}".strip()
+        head = "  ".join(name.rjust(width) for name, width in zip(self._columns, widths, strict=True))
+        titles = [] if self._titled else [f"{title}, * is the best so far", head]
+        self._titled = True
+        return [*titles, f"{row} *" if best else row]

@@ -1,0 +1,184 @@
+"""The flags of a script: elements by name as well as by place, unknown flags with the nearest one, and a help of one screen.
+
+An experiment has hundreds of flags, one for each field; --help shows those that people use, --help-all shows all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import docstring_parser
+
+from mtl_jax.core import parts
+from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.experiment import Experiment
+
+# The flags of --help by group. NAME stands for each element of a field, "*" for all fields of one.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "run": ("workdir", "dry-run", "seed", "only", "devices", "dtype", "init-from.path"),
+    "losses": ("weighting", "weighting-options", "weights", "combinators", "regularisers.NAME.weight"),
+    "model": ("trunk.*", "adapters.NAME.rank"),
+    "training": (
+        *("phases.NAME.steps", "phases.NAME.learning-rate", "optimizer.learning-rate", "optimizer.weight-decay"),
+        *("batch.rows", "batch.row-length", "batch.mixture", "batch.accumulate", "averaging"),
+    ),
+    "data": ("sources.NAME.path", "sources.NAME.limit", "sources.NAME.limit-train"),
+    "tasks": ("tasks.NAME.metric", "tasks.NAME.hidden", "tasks.NAME.dropout"),
+    "evaluation": ("evaluation.every", "evaluation.criterion", "evaluation.patience", "checkpoints.every", "checkpoints.keep"),
+}
+
+
+def by_place(experiment: Experiment, arguments: Sequence[str]) -> list[str]:
+    """The arguments with elements of tuples by place: --phases.everything.steps becomes --phases.1.steps.
+
+    Raises:
+        UserError: There is no element of that name.
+    """
+    return [_by_place(experiment, argument) for argument in arguments]
+
+
+def _by_place(experiment: Experiment, argument: str) -> str:
+    match = re.fullmatch(r"--((?:no-)?)([a-z_-]+)\.([^.=]+)((?:[.=].*)?)", argument, re.DOTALL)
+    if not match:
+        return argument
+    negation, field, name, rest = match.groups()
+    names = _names(getattr(experiment, field.replace("-", "_"), None))
+    if not names or name.isdecimal():
+        return argument
+    if name not in names:
+        raise unknown(f"name in {argument.partition('=')[0]}:", name, names)
+    return f"--{negation}{field}.{names.index(name)}{rest}"
+
+
+def _names(value: Any) -> list[str]:
+    """The names of the elements of a field like sources; [] for other fields."""
+    return [getattr(element, "name", "") for element in value] if isinstance(value, tuple) and _has_parts(value) else []
+
+
+def _has_parts(value: Any) -> bool:
+    return any(dataclasses.is_dataclass(element) for element in value)
+
+
+def flags_of(value: Any, path: str = "") -> Iterator[str]:
+    """Every flag of a configuration, such as optimizer.learning-rate and tasks.0.metric."""
+    for field in dataclasses.fields(value):
+        name = path + field.name.replace("_", "-")
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
+            yield from flags_of(inner, f"{name}.")
+        elif isinstance(inner, tuple) and _has_parts(inner):
+            for place, element in enumerate(inner):
+                yield from flags_of(element, f"{name}.{place}.")
+        else:
+            yield name
+
+
+def unknown_flag(arguments: Sequence[str], flags: Sequence[str]) -> UserError:
+    """The error for arguments that no flag takes: the first of them, and the nearest flag.
+
+    Args:
+        arguments: Those that are left over.
+        flags: All flags, without dashes.
+    """
+    first = next((argument for argument in arguments if argument.startswith("--")), "")
+    if not first:
+        return UserError(f"{listed(arguments)}: not a flag, and no flag before takes it; see --help")
+    given = first.partition("=")[0].removeprefix("--").replace("_", "-")
+    error = str(unknown("flag", given, flags)).partition("; choices:")[0]
+    return UserError(f"{error.replace(repr(given), '--' + given, 1)}; --help shows the flags that people use, --help-all all")
+
+
+def help_page(experiment: Experiment, others: Mapping[str, tuple[str, str]], program: str, description: str) -> str:
+    """--help of a script: one screen.
+
+    Args:
+        experiment: The default of every flag.
+        others: {flag: (default, description)} of flags that are not fields of the experiment.
+        program: The command, such as "python experiments/quickstart.py".
+        description: The script's docstring.
+    """
+    width = min(shutil.get_terminal_size((110, 40)).columns, 120)
+    lines = [f"usage: {program} [FLAGS]", "", description.strip(), ""]
+    for group, flags in GROUPS.items():
+        rows = [row for flag in flags for row in _rows(experiment, others, flag)]
+        if rows:
+            lines += [group, *(line for flag, text in rows for line in _two_columns(flag, text, width))]
+    rows = list(_rows_of_own_parts(experiment))
+    if rows:
+        lines += ["parts of your own", *(line for flag, text in rows for line in _two_columns(flag, text, width))]
+    names = {field: _names(getattr(experiment, field)) for field in ("sources", "tasks", "phases", "adapters", "regularisers")}
+    shown = "; ".join(f"{field} {', '.join(of_field)}" for field, of_field in names.items() if of_field)
+    total = len(list(flags_of(experiment))) + len(others)
+    lines += ["", *textwrap.wrap(f"NAME is one of: {shown}.", width)]
+    return "\n".join([*lines, f"--help-all shows all {total} flags, and --import FILE.py brings parts of your own."])
+
+
+def _rows(experiment: Experiment, others: Mapping[str, tuple[str, str]], flag: str) -> Iterator[tuple[str, str]]:
+    """(flag with its default, description) of an entry of GROUPS."""
+    if flag in others:
+        default, text = others[flag]
+        yield f"--{flag} {default}".rstrip(), text
+        return
+    first, *rest = flag.replace("-", "_").split(".")
+    value = getattr(experiment, first, None)
+    if not rest:
+        yield f"--{flag} {_shown(value)}".rstrip(), _description(type(experiment), first)
+    elif rest == ["*"]:
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            default = _shown(getattr(value, field.name))
+            yield f"--{first}.{field.name.replace('_', '-')} {default}".rstrip(), _description(type(value), field.name)
+    elif rest[0] == "NAME":
+        elements = [element for element in value or () if hasattr(element, rest[1])]
+        if elements:
+            values = list(dict.fromkeys(_shown(getattr(element, rest[1])) for element in elements))
+            default = values[0] if len(values) == 1 else "..."
+            yield f"--{flag} {default}".rstrip(), _description(type(elements[0]), rest[1])
+    else:
+        default = _shown(getattr(value, rest[0]))
+        yield f"--{flag} {default}".rstrip(), _description(type(value), rest[0])
+
+
+def _rows_of_own_parts(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """(flag, description) of the fields that the user's classes of tasks, adapters and regularisers declare."""
+    kinds = {}
+    for field in ("tasks", "adapters", "regularisers"):
+        for element in getattr(experiment, field):
+            if parts.origin_of(type(element)) is not None:
+                kinds[type(element)] = f"{field}.NAME"
+    for kind, path in kinds.items():
+        for name in (field.name for field in dataclasses.fields(kind)):
+            listed_above = f"{path}.{name.replace('_', '-')}" in (flag for flags in GROUPS.values() for flag in flags)
+            if name in vars(kind).get("__annotations__", {}) and name != "name" and not listed_above:
+                default = next(field.default for field in dataclasses.fields(kind) if field.name == name)
+                shown = "" if default is dataclasses.MISSING else _shown(default)
+                yield f"--{path}.{name.replace('_', '-')} {shown}".rstrip(), _description(kind, name)
+
+
+def _shown(value: Any) -> str:
+    """A default as one would type it, cut to what fits; "" where there is none."""
+    if isinstance(value, Mapping):
+        value = tuple(part for item in value.items() for part in item)
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
+
+
+def _description(kind: type, field: str) -> str:
+    """The first sentence on a field in the docstring of its class or of a class above."""
+    for base in kind.__mro__:
+        for param in docstring_parser.parse(base.__doc__ or "").params:
+            if param.arg_name == field and not (param.description or "").startswith("As in all"):
+                text = " ".join((param.description or "").split())
+                return re.split(r"(?<=[a-z)])[.;] ", text, maxsplit=1)[0].rstrip(".")
+    return ""
+
+
+def _two_columns(flag: str, text: str, width: int, left: int = 44) -> list[str]:
+    wrapped = textwrap.wrap(text, max(width - left, 30), max_lines=1, placeholder=" ...") or [""]
+    if len(flag) + 3 > left:
+        return [f"  {flag}", " " * left + wrapped[0]]
+    return [f"  {flag}".ljust(left) + wrapped[0]]

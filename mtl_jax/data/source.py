@@ -18,9 +18,9 @@ class Source(Configuration):
         name: The source's name; tasks refer to it.
         path: The training rows, or all rows if dev or test are split off from them. A local file, "data:REST"
             ($MTL_JAX_DATA/REST) or "pip:ASSET/MEMBER"; a name with .gz is unpacked; * and ? in a local or data: path match
-            several files, read in sorted order. Or "tfds:NAME[/CONFIG][:VERSION][#SPLIT]", a TFDS builder, or
-            "hf:ORG/NAME[/CONFIG][#SPLIT]", a data set of the hub ("hf:./DIR": written by save_to_disk); SPLIT as in
-            "train[:80%]", by default train.
+            several files, read in sorted order. Or `tfds:NAME[/CONFIG][:VERSION][#SPLIT]`, a TFDS builder, or
+            `hf:ORG/NAME[/CONFIG][#SPLIT]`, a data set of the hub (`hf:./DIR`: written by save_to_disk); SPLIT as in
+            `train[:80%]`, by default train.
         dev_path: The dev rows, all of them; empty: split off from path.
         test_path: The test rows, all of them; empty: split off from path.
         format: Format of files. csv: quoted. tsv: never quoted. lines: see pattern. jsonl: an object a line, nested columns are

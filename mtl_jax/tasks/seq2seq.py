@@ -181,7 +181,7 @@ class Seq2Seq(Task):
         return tuple(text for text in texts if text is not None and text.strip()) or None
 
     def module(self, dtype: Any = jnp.float32) -> Decoder:
-        """The head as a module; its parameters are params["heads"][name].
+        """The head as a module; its parameters are `params["heads"][name]`.
 
         Raises:
             ValueError: The task has not been put on a trunk.

@@ -118,10 +118,11 @@ def _parsed(experiment: Experiment, description: str) -> Launch:
         print(script_flags.help_page(experiment, others, f"python {sys.argv[0]}", description))
         flush_output()
         raise SystemExit(0)
-    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    arguments = _without_switches(["--help" if argument == "--help-all" else argument for argument in arguments])
+    by_place = script_flags.by_place(experiment, arguments)
     launch, remaining = tyro.cli(
         Launch,
-        args=_without_switches(script_flags.by_place(experiment, arguments)),
+        args=by_place,
         default=Launch(experiment),
         description=description,
         config=TYRO_CONFIG,
@@ -129,7 +130,10 @@ def _parsed(experiment: Experiment, description: str) -> Launch:
         return_unknown_args=True,
     )
     if remaining:
-        raise script_flags.unknown_flag(remaining, [*_OWN_FLAGS, *script_flags.flags_of(experiment)])
+        given = dict(zip(by_place, arguments, strict=True))
+        raise script_flags.unknown_flag(
+            [given.get(flag, flag) for flag in remaining], [*_OWN_FLAGS, *script_flags.flags_of(experiment)]
+        )
     return launch
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import docstring_parser
 
 from mtl_jax.core import parts
-from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.errors import UserError, listed, nearest, unknown
+from mtl_jax.core.files import shown
 from mtl_jax.experiment import Experiment
 
 # The flags of --help by group. NAME stands for each element of a field, "*" for all fields of one.
@@ -65,7 +66,7 @@ def _has_parts(value: Any) -> bool:
 
 
 def flags_of(value: Any, path: str = "") -> Iterator[str]:
-    """Every flag of a configuration, such as optimizer.learning-rate and tasks.0.metric."""
+    """Every flag of a configuration, such as optimizer.learning-rate and tasks.movies.metric."""
     for field in dataclasses.fields(value):
         name = path + field.name.replace("_", "-")
         inner = getattr(value, field.name)
@@ -73,7 +74,7 @@ def flags_of(value: Any, path: str = "") -> Iterator[str]:
             yield from flags_of(inner, f"{name}.")
         elif isinstance(inner, tuple) and _has_parts(inner):
             for place, element in enumerate(inner):
-                yield from flags_of(element, f"{name}.{place}.")
+                yield from flags_of(element, f"{name}.{getattr(element, 'name', place)}.")
         else:
             yield name
 
@@ -88,9 +89,10 @@ def unknown_flag(arguments: Sequence[str], flags: Sequence[str]) -> UserError:
     first = next((argument for argument in arguments if argument.startswith("--")), "")
     if not first:
         return UserError(f"{listed(arguments)}: not a flag, and no flag before takes it; see --help")
-    given = first.partition("=")[0].removeprefix("--").replace("_", "-")
-    error = str(unknown("flag", given, flags)).partition("; choices:")[0]
-    return UserError(f"{error.replace(repr(given), '--' + given, 1)}; --help shows the flags that people use, --help-all all")
+    given = first.partition("=")[0].replace("_", "-")
+    near = nearest(given.removeprefix("--"), flags)
+    hint = f" (did you mean --{near}?)" if near else ""
+    return UserError(f"unknown flag {shown(given)}{hint}; --help shows the flags that people use, --help-all all")
 
 
 def help_page(experiment: Experiment, others: Mapping[str, tuple[str, str]], program: str, description: str) -> str:
@@ -112,9 +114,9 @@ def help_page(experiment: Experiment, others: Mapping[str, tuple[str, str]], pro
     if rows:
         lines += ["parts of your own", *(line for flag, text in rows for line in _two_columns(flag, text, width))]
     names = {field: _names(getattr(experiment, field)) for field in ("sources", "tasks", "phases", "adapters", "regularisers")}
-    shown = "; ".join(f"{field} {', '.join(of_field)}" for field, of_field in names.items() if of_field)
+    named = "; ".join(f"{field} {', '.join(of_field)}" for field, of_field in names.items() if of_field)
     total = len(list(flags_of(experiment))) + len(others)
-    lines += ["", *textwrap.wrap(f"NAME is one of: {shown}.", width)]
+    lines += ["", *textwrap.wrap(f"NAME is one of: {named}.", width)]
     return "\n".join([*lines, f"--help-all shows all {total} flags, and --import FILE.py brings parts of your own."])
 
 
@@ -155,8 +157,8 @@ def _rows_of_own_parts(experiment: Experiment) -> Iterator[tuple[str, str]]:
             listed_above = f"{path}.{name.replace('_', '-')}" in (flag for flags in GROUPS.values() for flag in flags)
             if name in vars(kind).get("__annotations__", {}) and name != "name" and not listed_above:
                 default = next(field.default for field in dataclasses.fields(kind) if field.name == name)
-                shown = "" if default is dataclasses.MISSING else _shown(default)
-                yield f"--{path}.{name.replace('_', '-')} {shown}".rstrip(), _description(kind, name)
+                text = "" if default is dataclasses.MISSING else _shown(default)
+                yield f"--{path}.{name.replace('_', '-')} {text}".rstrip(), _description(kind, name)
 
 
 def _shown(value: Any) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -117,22 +118,74 @@ def test_a_bad_label_names_file_and_line(launch, data):
     assert lines[number - 1].startswith("LOC")
 
 
-def test_an_unknown_flag_names_the_nearest(launch, tmp_path):
-    code, error = launch("--optimizer.learning-rat", "1")
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--optimizer.learning-rat", "1"), "unknown flag --optimizer.learning-rat (did you mean --optimizer.learning-rate?)"),
+        (("--phases.everything.step", "1"), "unknown flag --phases.everything.step (did you mean --phases.everything.steps?)"),
+        (
+            ("--phases.evrything.steps", "1"),
+            "unknown name in --phases.evrything.steps: 'evrything' (did you mean",
+        ),
+        (("quickly",), "quickly: not a flag, and no flag before takes it; see --help"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(launch, tmp_path, words, line):
+    code, error = launch(*words)
     assert code == 2
-    assert "--optimizer.learning-rate" in error
+    assert error.splitlines()[-1].startswith(f"error: {line}")
     assert not (tmp_path / "run").exists()
 
 
-def test_help_shows_every_field_with_doc_and_default(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tiny.py", "--help"])
+def help_of(flag, monkeypatch, capsys, **changes):
+    monkeypatch.setattr(sys, "argv", ["tiny.py", flag])
     with pytest.raises(SystemExit, match="0"):
-        mtl_jax.main(tiny.experiment("bert", "data"), description="tiny")
-    text = capsys.readouterr().out
+        mtl_jax.main(tiny.experiment("bert", "data", **changes), description="tiny")
+    return capsys.readouterr().out
+
+
+def test_help_is_one_screen_of_the_flags_that_people_use(monkeypatch, capsys):
+    """Sources and tasks are described once, however many there are."""
+    text = help_of("--help", monkeypatch, capsys)
+    assert len(text.splitlines()) < 60
+    for flag in (
+        "--workdir runs/tiny",
+        "--weighting equal",
+        "--optimizer.learning-rate 0.01",
+        "--phases.NAME.steps 6",
+        "--seed",
+    ):
+        assert flag in text
+    assert "Steps between evaluations on dev" in text
+    assert "NAME is one of: sources ratings, questions; tasks rating, coarse, fine; phases heads, everything." in text
+    several = tiny.experiment("bert", "data").tasks * 3
+    tasks = tuple(dataclasses.replace(task, name=f"{task.name}{number}") for number, task in enumerate(several))
+    many = help_of("--help", monkeypatch, capsys, tasks=tasks)
+    assert len(many.splitlines()) < 62
+
+
+def test_help_all_shows_every_field_with_doc_and_default(monkeypatch, capsys):
+    text = help_of("--help-all", monkeypatch, capsys)
     for flag in ("--workdir", "--weighting", "--optimizer.learning-rate", "--phases.1.steps", "--tasks.0.scale", "--seed"):
         assert flag in text
     assert "Share of a phase's steps over which the rate rises" in text.replace("│", " ")
     assert "(default: 0.01)" in text
+
+
+def test_elements_by_name_as_well_as_by_place(launch, tmp_path):
+    flags = ("--phases.heads.steps", "3", "--tasks.fine.dropout=0.25", "--sources.ratings.limit", "40", "--dry-run")
+    code, error = launch(*flags)
+    assert code == 0, error
+    assert "source ratings: " in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_compiles_a_step_and_writes_nothing(launch, tmp_path, capsys):
+    code, error = launch("--dry-run", "--phases.heads.steps", "5")
+    assert code == 0, error
+    assert "compiling a step of phase heads ..." in error
+    assert "phase       parameters" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_tasks_that_are_left_out_do_not_matter(launch, tmp_path):

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.data import mixture
-from mtl_jax.data.mixture import Schedule, ScheduleSequence, schedule, shares
+from mtl_jax.data import mixture_schedule
+from mtl_jax.data.mixture import shares
+from mtl_jax.data.mixture_schedule import Schedule, ScheduleSequence, schedule
 
 SIZES = {"a": 100_000, "b": 10_000, "c": 1_000}
 
@@ -136,11 +137,11 @@ def test_the_capacity_is_the_most_of_any_step_and_its_bound_is_one(first, last, 
     )
     every = [run.counts(step) for step in range(steps)]
     assert run.capacity() == {name: max(counts[name] for counts in every) for name in names}
-    limit, mixture.EXACT_ROWS = mixture.EXACT_ROWS, 0
+    limit, mixture_schedule.EXACT_ROWS = mixture_schedule.EXACT_ROWS, 0
     try:
         bound = run.capacity()
     finally:
-        mixture.EXACT_ROWS = limit
+        mixture_schedule.EXACT_ROWS = limit
     assert all(rows >= bound[name] >= max(counts[name] for counts in every) for name in names)
 
 

@@ -4,9 +4,9 @@
     python experiments/own/mixture.py --batch.mixture effective:beta=0.9999
     mtl-jax ablate experiments/own/mixture.py --vary batch.mixture=uniform,proportional,effective
 
-The more tokens a source has, the less a further one adds: n tokens count as (1 - beta^n) / (1 - beta), n for beta = 1 and equal
-shares for beta = 0 (https://arxiv.org/abs/1901.05555, section 3.1, there for the rows of a class). The function below is all
-that mtl_jax needs; its parameter is an option of the mixture. MTL_JAX_DATA names a folder with tweeteval/.
+The more tokens a source has, the less a further one adds: n tokens count as (1 - beta^n) / (1 - beta), nearly n for beta
+near 1, and 1 for beta = 0 (https://arxiv.org/abs/1901.05555, section 3.1, there for the rows of a class). The function below
+is all that mtl_jax needs; its parameter is an option of the mixture. MTL_JAX_DATA names a folder with tweeteval/.
 """
 
 from typing import Annotated
@@ -23,11 +23,8 @@ def effective(sizes: dict[str, int], beta: Annotated[float, RATE] = 0.99999) -> 
 
 def source(name: str) -> Source:
     """Tweets and their label numbers, in parallel files."""
-    files = {
-        f"{split}_path": f"data:tweeteval/{name}/{file}_{{text,labels}}.txt"
-        for split, file in (("dev", "val"), ("test", "test"))
-    }
-    return Source(name=name, path=f"data:tweeteval/{name}/train_{{text,labels}}.txt", format="parallel", **files)
+    train, dev, test = (f"data:tweeteval/{name}/{split}_{{text,labels}}.txt" for split in ("train", "val", "test"))
+    return Source(name=name, path=train, dev_path=dev, test_path=test, format="parallel")
 
 
 EXPERIMENT = Experiment(

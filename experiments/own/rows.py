@@ -3,9 +3,9 @@
     python experiments/own/rows.py
     mtl-jax predict runs/rows --task emotion --text "no more lectures until october"
 
-A Source takes a list of dicts, a pandas DataFrame, a datasets.Dataset, or, as here, a function that returns an iterator of dicts
-and is called for every pass, so that the rows never need to be in memory together. config.json and data.json have their number
-and SHA-256: with other rows a run does not resume. MTL_JAX_DATA names a folder with tweeteval/ (Barbieri et al. 2020).
+A Source takes a list of dicts, a pandas DataFrame, a datasets.Dataset, or, as here, a function that returns an iterator of
+dicts and is called for every pass over them. config.json and data.json have their number and SHA-256: with other rows a run
+does not resume. MTL_JAX_DATA names a folder with tweeteval/ (Barbieri et al. 2020).
 """
 
 import functools
@@ -20,9 +20,9 @@ from mtl_jax import Batching, Classification, Evaluation, Experiment, Optimizer,
 def tweets(split: str) -> Iterator[dict[str, str]]:
     """The tweets of a split with their label numbers, as dicts of columns."""
     folder = Path(os.environ["MTL_JAX_DATA"], "tweeteval", "emotion")
-    texts, labels = ((folder / f"{split}_{part}.txt").read_text(encoding="utf-8").splitlines() for part in ("text", "labels"))
-    for text, label in zip(texts, labels, strict=True):
-        yield {"text": re.sub(r"@user\b|#", "", text), "emotion": label}
+    with open(folder / f"{split}_text.txt", encoding="utf-8") as texts, open(folder / f"{split}_labels.txt") as labels:
+        for text, label in zip(texts, labels, strict=True):
+            yield {"text": re.sub(r"@user\b|#", "", text).strip(), "emotion": label.strip()}
 
 
 EXPERIMENT = Experiment(

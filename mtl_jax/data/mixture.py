@@ -14,7 +14,6 @@ import functools
 import inspect
 import math
 import numbers
-import traceback
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -22,8 +21,8 @@ from typing import Annotated, Any
 from mtl_jax.core import name_options
 from mtl_jax.core.configuration import Limits
 from mtl_jax.core.errors import UserError, listed, nearest, unknown
-from mtl_jax.core.files import reason
 from mtl_jax.core.parts import Registry, origin_of
+from mtl_jax.data.formats.python_rows import failure
 
 ABOVE_0 = Limits(0, math.inf, above=True, below=True)
 NEITHER = ("sizes", "shares")  # parameters of a mixture that are not options
@@ -139,7 +138,7 @@ def check(mixture: str, mixture_end: str, given: Mapping[str, float], at: str = 
         raise UserError(f"{at}.shares is empty, but the mixture is {taking[0]}: give every source a number")
     if not taking and given:
         raise UserError(
-            f"{at}.shares is for the mixture {listed(filter(takes_shares, MIXTURES))}, but {at}.mixture is {mixture!r}"
+            f"{at}.shares is for the mixture {listed(name for name in MIXTURES if takes_shares(name))}, but {at}.mixture is {mixture!r}"
         )
 
 
@@ -210,9 +209,7 @@ def _call(name: str, field: str, sizes: Mapping[str, float], options: Mapping[st
     except UserError:
         raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        line = f"{type(error).__name__}: {reason(error)} ({place.filename}:{place.lineno})"
-        raise UserError(f"{prefix} failed: {line}") from error
+        raise UserError(f"{prefix} failed: {failure(error)}") from error
     if not isinstance(returned, Mapping):
         raise UserError(f"{prefix} returned a {type(returned).__name__}; it must return {{source: number}}")
     lacking = [source for source in sizes if source not in returned]
@@ -221,7 +218,7 @@ def _call(name: str, field: str, sizes: Mapping[str, float], options: Mapping[st
     for source, number in returned.items():
         if source not in sizes:
             raise unknown(f"source in what {prefix} returned:", source, sizes)
-        if not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
+        if not isinstance(number, numbers.Real) or not 0 <= float(number) < math.inf:
             raise UserError(f"{prefix} returned {number!r} for {source}; it must be a finite number, not negative")
     if not any(returned.values()):
         raise UserError(f"{prefix} returned 0 for every source; at least one must be seen")

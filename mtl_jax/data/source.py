@@ -41,6 +41,9 @@ class ScriptRows:
         return "<rows of a script>" if self.record is None else f"<{self.record['rows']} rows of a script>"
 
 
+GivenRows = ScriptRows | Any | None  # whatever ScriptRows takes; a Source keeps it as ScriptRows
+
+
 @dataclasses.dataclass(frozen=True)
 class Source(Configuration):
     """Rows with a text and any number of other columns.
@@ -100,9 +103,9 @@ class Source(Configuration):
     group_pattern: str = ".+"
     limit: int = 0
     limit_train: int = 0
-    rows: Annotated[Any, Suppress] = None
-    dev_rows: Annotated[Any, Suppress] = None
-    test_rows: Annotated[Any, Suppress] = None
+    rows: Annotated[GivenRows, Suppress] = None
+    dev_rows: Annotated[GivenRows, Suppress] = None
+    test_rows: Annotated[GivenRows, Suppress] = None
 
     def __post_init__(self) -> None:
         for _, field in FIELDS.values():

@@ -25,6 +25,7 @@ from mtl_jax.data.splits import read_one
 from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
+from mtl_jax.training.experiment_json import check_registered
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.restore import TrainedRun as TrainedRun
 from mtl_jax.training.restore import is_workdir as is_workdir
@@ -112,6 +113,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     run = open_run(Path(workdir))
     chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     kind = format or source.format
+    check_registered(Path(workdir), READERS, kind)
     columns = source.columns if kind in READERS and names_columns(kind) else ()
     source = dataclasses.replace(source, path=path, rows=None, format=kind, limit=0, columns=columns)
     rows = read_one(source)

@@ -8,13 +8,14 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from mtl_jax import weighting
-from mtl_jax.core import configuration, parts
+from mtl_jax.core import configuration, files, parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import shown
 from mtl_jax.core.files import to_json as to_strict_json
@@ -130,16 +131,34 @@ def check_parts(recorded: Any, where: str) -> None:
             continue
         kind, file = parts.kinds(doors[part["door"]]).get(name), part["file"]
         if kind is None:
-            advice = f"add --import {file}" if file.endswith(".py") else "define it first"
-            raise UserError(
-                f"{where}: the {part['door']} {name} is a class of {shown(file)}, which is not imported; {advice}, or from "
-                "Python import the file first"
-            )
+            what = f"{where}: the {part['door']} {name} is a class of {shown(file)}, which is not imported"
+            raise UserError(f"{what}; {_advice(file)}")
         origin = parts.origin_of(kind)
         if origin is not None and origin.sha256 != part["sha256"]:
             log.warning(
                 "%s: %s has changed since this run: its SHA-256 was %s, is %s", where, file, part["sha256"], origin.sha256
             )
+
+
+def check_registered(folder: Path, registry: parts.Registry[Any], name: str) -> None:
+    """Checks that a function that a run's script registered is there, where it is needed again.
+
+    Args:
+        folder: The workdir of the run.
+        registry: Where the function is looked up.
+        name: Its name.
+
+    Raises:
+        UserError: It is not there, and config.json names its file.
+    """
+    recorded = (files.parse_json((folder / "config.json").read_bytes()) or {}).get(PARTS, {})
+    if name not in registry and (part := recorded.get(name)) and part["door"] == registry.door:
+        raise UserError(f"unknown {registry.door} {name!r}: it is a function of {shown(part['file'])}; {_advice(part['file'])}")
+
+
+def _advice(file: str) -> str:
+    advice = f"add --import {file}" if file.endswith(".py") else "define it first"
+    return f"{advice}, or from Python import the file first"
 
 
 def data_to_json(sources: Mapping[str, Any], experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -191,10 +210,10 @@ def _converter() -> cattrs.Converter:
     # JSON has no infinity: an infinite bound is written as a text. The hooks of the unions are made from those registered
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
-    fields = {rows: override(omit=True) for _, rows in FIELDS.values()}
+    fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
     source_to_json = make_dict_unstructure_fn(Source, converter, **fields)
     converter.register_unstructure_hook(Source, lambda source: {**source_to_json(source), **script_rows.records(source)})
-    records = {rows: override(struct_hook=_script_rows) for _, rows in FIELDS.values()}
+    records: dict[str, Any] = {rows: override(struct_hook=_script_rows) for _, rows in FIELDS.values()}
     converter.register_structure_hook(
         Source, make_dict_structure_fn(Source, converter, _cattrs_forbid_extra_keys=True, **records)
     )
@@ -232,7 +251,8 @@ def _structure_fields(converter: cattrs.Converter, kind: Any) -> Any:
 @functools.cache
 def _unstructure_fields(converter: cattrs.Converter, kind: Any) -> Any:
     omitted = [field.name for field in dataclasses.fields(kind) if ONLY_IF_SET.items() <= field.metadata.items()]
-    return make_dict_unstructure_fn(kind, converter, **{name: override(omit_if_default=True) for name in omitted})
+    overrides: dict[str, Any] = {name: override(omit_if_default=True) for name in omitted}
+    return make_dict_unstructure_fn(kind, converter, **overrides)
 
 
 def _number_or_text(value: Any, _: Any) -> float | str:

@@ -41,10 +41,14 @@ def as_rows(make: Callable[[], Any], where: Callable[[int], str], what: str) -> 
     except UserError:
         raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"{where(number)}: {what} failed: {type(error).__name__}: {reason(error)} ({place.filename}:{place.lineno})"
-        ) from error
+        raise UserError(f"{where(number)}: {what} failed: {failure(error)}") from error
+
+
+def failure(error: Exception) -> str:
+    """An exception of a user's function, and the line of code that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file = f", {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    return f"{type(error).__name__}: {reason(error)}{file} ({place.filename}:{place.lineno})"
 
 
 def as_row(item: Any, where: str) -> Read:

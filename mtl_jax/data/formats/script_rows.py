@@ -96,9 +96,8 @@ def _open(source: Source, split: str) -> Records | Iterator[Read]:
     if isinstance(values, str | bytes):
         raise UserError(f"{prefix}: {field} is a text; a file is named by {FIELDS[split][0]}")
     if hasattr(values, "__next__"):
-        raise UserError(
-            f"{prefix}: {field} is {kind_of(values)}, which can be read only once; give the function that makes it, without calling it"
-        )
+        once = f"{prefix}: {field} is {kind_of(values)}, which can be read only once"
+        raise UserError(f"{once}; give the function that makes it, without calling it")
     if isinstance(values, Mapping):
         raise UserError(f"{prefix}: {field} is {kind_of(values)} with the keys {listed(values)}; {FORMS}")
     if all(hasattr(values, name) for name in ("features", "column_names", "__len__")):

@@ -137,9 +137,8 @@ def check(mixture: str, mixture_end: str, given: Mapping[str, float], at: str = 
     if taking and not given:
         raise UserError(f"{at}.shares is empty, but the mixture is {taking[0]}: give every source a number")
     if not taking and given:
-        raise UserError(
-            f"{at}.shares is for the mixture {listed(name for name in MIXTURES if takes_shares(name))}, but {at}.mixture is {mixture!r}"
-        )
+        known = listed(name for name in MIXTURES if takes_shares(name))
+        raise UserError(f"{at}.shares is for the mixture {known}, but {at}.mixture is {mixture!r}")
 
 
 def shares(

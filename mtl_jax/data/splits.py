@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mtl_jax.core import assets
-from mtl_jax.core.errors import NOT_A_PATTERN, UserError, count
+from mtl_jax.core.errors import NOT_A_PATTERN, UserError, count, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.data import row_keys
 from mtl_jax.data.formats import READERS, hf, names_columns, read_file, script_rows, text_files, tfds
@@ -188,18 +188,21 @@ def non_word_remark(non_words: Sequence[int]) -> str:
 def _check(source: Source) -> None:
     """Raises UserError for a field that makes no sense."""
     prefix = f"source {source.name!r}"
-    for field in ("path", "dev_path", "test_path", "pattern"):
-        if not isinstance(getattr(source, field), str):
-            hint = ", or give rows of the script as rows=" if field == "path" else ""
-            raise UserError(f"{prefix}: {field} is a {type(getattr(source, field)).__name__}; it must be a str{hint}")
+    if not isinstance(source.pattern, str):
+        raise UserError(f"{prefix}: pattern is a {type(source.pattern).__name__}; it must be a str")
     for path, rows in FIELDS.values():
+        if not isinstance(getattr(source, path), str):
+            kind = type(getattr(source, path)).__name__
+            raise UserError(f"{prefix}: {path} is a {kind}; it must be a str; rows of a script are given as {rows}")
         if getattr(source, path) and getattr(source, rows) is not None:
             raise UserError(f"{prefix}: both {path} and {rows} are given; leave one of them out")
     if isinstance(source.columns, str):
         raise UserError(f"{prefix}: columns is the text {shown(source.columns)!r}; it must be a tuple of names")
     if not source.place("train"):
         raise UserError(f"{prefix}: path is empty; it must name the training rows, or rows must give them")
-    READERS.find(source.format, f"format of {prefix}:")
+    if source.format not in READERS:
+        error = unknown(f"format of {prefix}:", source.format, READERS)
+        raise UserError(f"{error}; for one of a script, --import FILE")
     for field in ("pattern", "group_pattern"):
         try:
             re.compile(getattr(source, field))
@@ -288,7 +291,7 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
 
 def split_shares(source: Source) -> dict[str, float]:
     """The shares of the training rows that become dev and test; 0 for a split with its own file or rows."""
-    return {"dev": 0.0 if source.place("dev") else source.cut_dev, "test": 0.0 if source.place("test") else source.cut_test}
+    return {split: 0.0 if source.place(split) else getattr(source, f"cut_{split}") for split in ("dev", "test")}
 
 
 def split_of(key: str, seed: int, cuts: Mapping[str, float]) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,7 +108,7 @@ counter = itertools.count()
         ({}, "source 'a': path is empty; it must name the training rows, or rows must give them"),
         ({"path": "x", "rows": ROWS}, "source 'a': both path and rows are given; leave one of them out"),
         ({"rows": ROWS, "test_path": "x", "test_rows": ROWS}, "both test_path and test_rows are given"),
-        ({"path": ROWS}, "path is a list; it must be a str, or give rows of the script as rows="),
+        ({"path": ROWS}, "path is a list; it must be a str; rows of a script are given as rows"),
         ({"rows": []}, "source 'a': rows has no rows"),
         ({"rows": failing()}, "rows is a generator, which can be read only once; give the function that makes it, without"),
         ({"rows": iter(ROWS)}, "rows is a list_iterator, which can be read only once"),
@@ -185,6 +187,12 @@ def test_what_a_reader_of_a_script_does_wrong(tmp_path):
         read(Source("a", str(tmp_path / "nothing.txt"), format="mine"))
     with pytest.raises(UserError, match="the name 'csv' is taken by mtl_jax's own format"):
         data.register_format("csv")(broken)
+
+
+def test_the_guide_has_every_field_of_a_source():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = page.partition("All fields of a `Source`:\n\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [field.name for field in dataclasses.fields(Source)]
 
 
 @pytest.fixture(autouse=True)

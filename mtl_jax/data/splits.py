@@ -108,15 +108,15 @@ def read(source: Source) -> Splits:
     result: dict[str, Sequence[Row]] = {}
     for split in SPLITS:
         if not kept[split]:
-            why = [empty_split_advice(source, split, len(distinct), repeated)]
+            why = [f"source {source.name!r}: split {split} is empty ({shown(source.place(split) or source.place('train'))})"]
+            why += [empty_split_advice(source, split, len(distinct), repeated)]
             why += [f"{count(len(skipped), 'row was', 'rows were')} skipped, the first: {skipped[0]}"] if skipped else []
-            place = shown(source.place(split) or source.place("train"))
-            raise UserError("; ".join([f"source {source.name!r}: split {split} is empty ({place})", *filter(None, why)]))
+            raise UserError("; ".join(filter(None, why)))
         indices = limited(digests[split], source, split)
         result[split] = _rows(opened.get(split, opened["train"]), [kept[split][index] for index in indices])
         digests[split] = [digests[split][index] for index in indices]
-    labelled_rows = _rows(opened["train"], all_rows)
-    return Splits(result, repeated, len(skipped), 0, digests, labelled_rows, repeats, (ranges, empty_nodes))
+    whole = _rows(opened["train"], all_rows)
+    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes))
 
 
 def _rows(opened: Records | Iterator[Read], entries: list[Any]) -> Sequence[Row]:
@@ -188,12 +188,10 @@ def non_word_remark(non_words: Sequence[int]) -> str:
 def _check(source: Source) -> None:
     """Raises UserError for a field that makes no sense."""
     prefix = f"source {source.name!r}"
-    if not isinstance(source.pattern, str):
-        raise UserError(f"{prefix}: pattern is a {type(source.pattern).__name__}; it must be a str")
+    for field in ("path", "dev_path", "test_path", "pattern"):
+        if not isinstance(value := getattr(source, field), str):
+            raise UserError(f"{prefix}: {field} is a {type(value).__name__}; it must be a str (rows of a script: rows=)")
     for path, rows in FIELDS.values():
-        if not isinstance(getattr(source, path), str):
-            kind = type(getattr(source, path)).__name__
-            raise UserError(f"{prefix}: {path} is a {kind}; it must be a str; rows of a script are given as {rows}")
         if getattr(source, path) and getattr(source, rows) is not None:
             raise UserError(f"{prefix}: both {path} and {rows} are given; leave one of them out")
     if isinstance(source.columns, str):

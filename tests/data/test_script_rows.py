@@ -108,7 +108,7 @@ counter = itertools.count()
         ({}, "source 'a': path is empty; it must name the training rows, or rows must give them"),
         ({"path": "x", "rows": ROWS}, "source 'a': both path and rows are given; leave one of them out"),
         ({"rows": ROWS, "test_path": "x", "test_rows": ROWS}, "both test_path and test_rows are given"),
-        ({"path": ROWS}, "path is a list; it must be a str; rows of a script are given as rows"),
+        ({"path": ROWS}, r"path is a list; it must be a str \(rows of a script: rows=\)"),
         ({"rows": []}, "source 'a': rows has no rows"),
         ({"rows": failing()}, "rows is a generator, which can be read only once; give the function that makes it, without"),
         ({"rows": iter(ROWS)}, "rows is a list_iterator, which can be read only once"),

@@ -34,7 +34,7 @@ def as_rows(make: Callable[[], Any], where: Callable[[int], str], what: str) -> 
     try:
         items = make()
         if isinstance(items, str | bytes | Mapping) or not hasattr(items, "__iter__"):
-            raise UserError(f"{where(0)}: {what} returned {kind_of(items)}; it must return an iterable of dicts, one a row")
+            raise UserError(f"{where(0)}: {what} returned {type_of(items)}; it must return an iterable of dicts, one a row")
         for item in items:
             yield as_row(item, where(number))
             number += 1
@@ -61,7 +61,7 @@ def as_row(item: Any, where: str) -> Read:
     if isinstance(item, Row | UserError):
         return item
     if not isinstance(item, Mapping):
-        return UserError(f"{where}: the row is {kind_of(item)}; it must be a dict of columns")
+        return UserError(f"{where}: the row is {type_of(item)}; it must be a dict of columns")
     try:
         for name, value in item.items():
             if not isinstance(name, str):
@@ -74,7 +74,7 @@ def as_row(item: Any, where: str) -> Read:
         return UserError(f"{where}: {error}")
 
 
-def kind_of(value: Any) -> str:
+def type_of(value: Any) -> str:
     """What a value is, for error lines: "None", "a list", "an int"."""
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
@@ -94,4 +94,4 @@ def _check(name: str, value: Any) -> None:
     elif isinstance(value, float | np.floating) and math.isnan(value):
         raise ValueError(f"column {shown(name)!r} is NaN; give None where there is no value")
     elif value is not None and not isinstance(value, _VALUES):
-        raise ValueError(f"column {shown(name)!r} is {kind_of(value)}; give a text, a number, None, or a list of words")
+        raise ValueError(f"column {shown(name)!r} is {type_of(value)}; give a text, a number, None, or a list of words")

@@ -13,7 +13,7 @@ from typing import Any
 
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.data.formats import hf
-from mtl_jax.data.formats.python_rows import as_rows, kind_of
+from mtl_jax.data.formats.python_rows import as_rows, type_of
 from mtl_jax.data.formats.records import Records
 from mtl_jax.data.formats.rows import Read, Row
 from mtl_jax.data.source import FIELDS, SPLITS, ScriptRows, Source
@@ -96,10 +96,10 @@ def _open(source: Source, split: str) -> Records | Iterator[Read]:
     if isinstance(values, str | bytes):
         raise UserError(f"{prefix}: {field} is a text; a file is named by {FIELDS[split][0]}")
     if hasattr(values, "__next__"):
-        once = f"{prefix}: {field} is {kind_of(values)}, which can be read only once"
+        once = f"{prefix}: {field} is {type_of(values)}, which can be read only once"
         raise UserError(f"{once}; give the function that makes it, without calling it")
     if isinstance(values, Mapping):
-        raise UserError(f"{prefix}: {field} is {kind_of(values)} with the keys {listed(values)}; {FORMS}")
+        raise UserError(f"{prefix}: {field} is {type_of(values)} with the keys {listed(values)}; {FORMS}")
     if all(hasattr(values, name) for name in ("features", "column_names", "__len__")):
         return hf.rows_of(values, f"{source.name}.{field}")
     if all(hasattr(values, name) for name in ("itertuples", "notna", "astype")):
@@ -109,7 +109,7 @@ def _open(source: Source, split: str) -> Records | Iterator[Read]:
     elif hasattr(values, "__iter__"):
         make = _same(values)
     else:
-        raise UserError(f"{prefix}: {field} is {kind_of(values)}; {FORMS}")
+        raise UserError(f"{prefix}: {field} is {type_of(values)}; {FORMS}")
     return as_rows(make, lambda number: f"{source.name}.{field}[{number}]", f"{field} of {prefix}")
 
 

@@ -50,6 +50,17 @@ def record(source: Source, split: str) -> dict[str, Any]:
     return rows.record
 
 
+def check_present(source: Source) -> None:
+    """Raises UserError if rows of a source came from a script, and this is a Source of config.json, which has their record."""
+    for split in SPLITS:
+        rows = source.script_rows(split)
+        if rows is not None and rows.values is None:
+            field = FIELDS[split][1]
+            raise UserError(
+                f"source {source.name!r}: its {field} came from a script; give a path, or call this from the script"
+            )
+
+
 def records(source: Source) -> dict[str, dict[str, Any]]:
     """{field: record()} of the fields of a source that have rows of a script, such as "rows"."""
     return {FIELDS[split][1]: record(source, split) for split in SPLITS if source.script_rows(split) is not None}
@@ -91,8 +102,7 @@ def _given(source: Source, split: str) -> ScriptRows:
 def _open(source: Source, split: str) -> Records | Iterator[Read]:
     field, values = FIELDS[split][1], _given(source, split).values
     prefix = f"source {source.name!r}"
-    if values is None:
-        raise UserError(f"{prefix}: its {field} came from a script; give a path, or call this from the script")
+    check_present(source)
     if isinstance(values, str | bytes):
         raise UserError(f"{prefix}: {field} is a text; a file is named by {FIELDS[split][0]}")
     if hasattr(values, "__next__"):

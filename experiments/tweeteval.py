@@ -29,7 +29,15 @@ def source(name: str, test: str = "test", folder: str = "") -> Source:
 
 
 def task(name: str, labels: int, metric: str) -> Classification:
-    return Classification(name=name, source=name, column="labels", labels=tuple(str(n) for n in range(labels)), metric=metric)
+    """Label numbers, as the benchmark's metrics are of them; predictions show the names of its mapping files."""
+    return Classification(
+        name=name,
+        source=name,
+        column="labels",
+        labels=tuple(str(n) for n in range(labels)),
+        label_names=f"data:tweeteval/{name}/mapping.txt",
+        metric=metric,
+    )
 
 
 EXPERIMENT = Experiment(

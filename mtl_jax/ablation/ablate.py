@@ -29,7 +29,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training import results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.counts import evaluations_and_checkpoints, steps_by_phase
-from mtl_jax.training.experiment_json import tasks_to_json, to_json
+from mtl_jax.training.experiment_json import data_to_json, to_json
 from mtl_jax.training.features import Features
 from mtl_jax.training.preemption import Stop, stop_on_signals
 from mtl_jax.training.setup import prepare
@@ -247,7 +247,7 @@ def _train(
     kind = prepared.experiment.evaluation.baseline
     features = np.asarray(shared.table()) if kind == "probe" else None
     baselines = results.compute_baselines(prepared.corpus, prepared.experiment.sources, kind, features)
-    data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
+    data = data_to_json(prepared.corpus.describe(), prepared.experiment, prepared.corpus.tasks)
     for place, chunk in enumerate(ready.chunks):
         if all(run.name in status for run in chunk):
             span = (prepared.experiment, 0, None, len(chunk))

@@ -15,6 +15,7 @@ from mtl_jax.cli import script_flags, scripts
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.text_lines import flush_output
+from mtl_jax.data.source import GivenRows
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -47,6 +48,20 @@ def _weighting(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
         instance_from_str=lambda words: words[0],
         is_instance=lambda value: isinstance(value, Weighting),
         str_from_instance=lambda value: [value if isinstance(value, str) else "a Rule of the script"],
+    )
+
+
+@_REGISTRY.primitive_rule
+def _script_rows(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Rows that a script gives a Source stay as they are: they have no flag."""
+    if field.type != GivenRows:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="ROWS",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [repr(value)],
     )
 
 

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from mtl_jax.core.configuration import Configuration, WrongField
@@ -20,6 +21,8 @@ from mtl_jax.core.files import shown
 
 PACKAGE = "mtl_jax"
 NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+# Metadata of a field that is written to JSON only where it is not at its default: workdirs of before it existed stay the same.
+ONLY_IF_SET = MappingProxyType({"only_if_set": True})
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -18,7 +18,7 @@ import numpy as np
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.data.batches import Batch, Batching, SourceArrays, fill
 from mtl_jax.data.labels import Labels
-from mtl_jax.data.mixture import ScheduleSequence
+from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.packing import best_fit
 
 # The examples of so many rows are packed together: whole passes of a small source, parts of a pass of a large one.

@@ -34,7 +34,8 @@ class Batching(Configuration):
             their texts and their target texts fit.
         examples_per_row: S, the most examples that are packed in a row.
         mixture: How often each source is seen, by rows: uniform; proportional to its training tokens; temperature:t=T, by
-            size^(1/T); capped:cap=C, by at most C tokens; or fixed. The shares hold exactly over the run, not in every step.
+            size^(1/T); capped:cap=C, by at most C tokens; fixed; or one of the script's (mtl_jax.data.register_mixture). The
+            shares hold exactly over the run, not in every step.
         mixture_end: The mixture at the run's last step: shares change linearly from mixture to this one. Empty: no change.
         shares: For the mixture fixed: a number for each source.
         packed: Whether short examples share a row. Else each example has its own row, with padding after it.

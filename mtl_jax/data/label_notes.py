@@ -34,14 +34,14 @@ def absent_labels(task: Labels, train: Examples) -> list[str]:
         absent = np.flatnonzero(np.bincount(flat[flat >= 0], minlength=len(labels)) == 0)
     lines = []
     if len(absent):
-        names = listed([labels[index] for index in absent])
+        names = listed([task.shown_labels[index] for index in absent])
         unit = "word" if task.label_level == "word" else "row"
         are = "is" if len(absent) == 1 else "are"
         lines.append(
             f"task {task.name}: {len(absent)} of its {count(len(labels), 'label')} {are} on no training {unit}: {names}"
         )
     if len(labels) == 1 and not task.label_shape:
-        lines.append(f"task {task.name}: {labels[0]!r} is its only label, so there is nothing to learn")
+        lines.append(f"task {task.name}: {task.shown_labels[0]!r} is its only label, so there is nothing to learn")
     return lines
 
 

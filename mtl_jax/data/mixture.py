@@ -1,264 +1,224 @@
-"""Mixtures: each source's share of a run's rows, and from it the source of every row.
+"""Mixtures: how often each source is seen, by functions from the sizes of the sources to a number for each.
 
-A mixture is text, "NAME" or "NAME:option=number":
+A mixture is text, "NAME" or "NAME:option=number,option=number", and NAME is a function in MIXTURES:
     uniform            equal shares
     proportional       shares by size, in tokens of training data
     temperature:t=T    shares by size^(1/T); T = 1 is proportional, a large T nearly uniform
     capped:cap=C       shares by min(size, C)
     fixed              shares by given numbers
-
-Shapes in names: N sources, R rows of a step.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Mapping
-
-import numpy as np
+import numbers
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from mtl_jax.core import name_options
-from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.configuration import Limits
+from mtl_jax.core.errors import UserError, listed, nearest, unknown
+from mtl_jax.core.parts import Registry, origin_of
+from mtl_jax.data.formats.python_rows import failure
 
-# Of each mixture its option, or "" for none.
-MIXTURES = {"uniform": "", "proportional": "", "temperature": "t", "capped": "cap", "fixed": ""}
-# The largest number of rows for which capacity() is computed exactly; for longer runs it is a bound.
-EXACT_ROWS = 2**22
+ABOVE_0 = Limits(0, math.inf, above=True, below=True)
+NEITHER = ("sizes", "shares")  # parameters of a mixture that are not options
 
 
-def parse(mixture: str, field: str = "batch.mixture") -> tuple[str, float]:
-    """A mixture's name and the value of its option, NaN where it has none.
+def uniform(sizes: Mapping[str, float]) -> dict[str, float]:
+    """Equal shares."""
+    return dict.fromkeys(sizes, 1.0)
+
+
+def proportional(sizes: Mapping[str, float]) -> dict[str, float]:
+    """Shares by size."""
+    return {source: float(size) for source, size in sizes.items()}
+
+
+def temperature(sizes: Mapping[str, float], t: Annotated[float, ABOVE_0]) -> dict[str, float]:
+    """Shares by size^(1/t): https://arxiv.org/abs/1907.05019, section 4."""
+    # Sizes are divided by the largest, so that the power stays finite for a small t.
+    largest = max(max(sizes.values()), 1)
+    return {source: (size / largest) ** (1 / t) for source, size in sizes.items()}
+
+
+def capped(sizes: Mapping[str, float], cap: Annotated[float, ABOVE_0]) -> dict[str, float]:
+    """Shares by min(size, cap), "examples-proportional mixing": https://arxiv.org/abs/1910.10683, section 3.5.2."""
+    return {source: min(float(size), cap) for source, size in sizes.items()}
+
+
+def fixed(sizes: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of the field shares, which need not sum to 1."""
+    missing = [source for source in sizes if source not in shares]
+    if missing:
+        raise UserError(f"batch.shares lacks {listed(missing)}; give every source a number")
+    for source, number in shares.items():
+        if source not in sizes:
+            raise unknown("source in batch.shares:", source, sizes)
+        if not 0 <= number < math.inf:
+            raise UserError(f"batch.shares: {source} is {number}; a share must be a finite number, not negative")
+    if not any(shares.values()):
+        raise UserError("batch.shares are all 0; at least one source must be seen")
+    return {source: float(shares[source]) for source in sizes}
+
+
+MIXTURES: Registry[Callable[..., Any]] = Registry(
+    "mixture",
+    {"uniform": uniform, "proportional": proportional, "temperature": temperature, "capped": capped, "fixed": fixed},
+)
+
+
+def register_mixture(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for a function that says how often each source is seen: --batch.mixture NAME:option=number then uses it.
+
+    The function takes {source: tokens of training data}, and returns {source: number}: finite, not negative, in any unit. Its
+    other parameters are the options of the mixture, all of them numbers; a limit of an option is declared as
+    Annotated[float, Limits]. If it has a parameter called `shares`, it gets the field batch.shares, or that of the phase.
+
+    Example:
+        >>> import math
+        >>> import mtl_jax
+        >>> @mtl_jax.data.register_mixture("logarithmic")
+        ... def logarithmic(sizes, offset=0.0):
+        ...     return {source: math.log(offset + size) for source, size in sizes.items()}
+        >>> mtl_jax.Batching(mixture="logarithmic:offset=10").mixture
+        'logarithmic:offset=10'
+
+    Args:
+        name: The mixture's name: letters, digits and "_".
 
     Raises:
-        UserError: The name is unknown, or its option is missing or refused; the message names the field.
+        UserError: The name is taken.
     """
-    forms = {name: f"{name}:{option}=NUMBER" if option else name for name, option in MIXTURES.items()}
-    name, arguments, options = name_options.parse(mixture, field, MIXTURES, form=forms, arguments=True)
-    option = MIXTURES[name]
-    if not option:
-        if arguments or options:
-            raise UserError(f"{field} is {mixture!r}; {name} has no option")
-        return name, math.nan
-    value = name_options.number(options.get(option))
-    if arguments or set(options) != {option} or math.isnan(value):
-        raise UserError(f"{field} is {mixture!r}; write {forms[name]}")
-    if not 0 < value < math.inf:
-        raise UserError(f"{field} is {mixture!r}; {option} must be a number above 0")
-    return name, value
+    return MIXTURES.register(name)
 
 
-def check(mixture: str, mixture_end: str, fixed: Mapping[str, float], at: str = "batch") -> None:
+def parse(mixture: str, field: str = "batch.mixture") -> tuple[str, dict[str, float]]:
+    """A mixture's name and the values of its options.
+
+    Raises:
+        UserError: The name or an option is unknown, or an option is missing or refused; the message names the field.
+    """
+    forms = {name: ":".join(filter(None, (name, ",".join(f"{o}=NUMBER" for o in _options(name))))) for name in MIXTURES}
+    name, arguments, given = name_options.parse(mixture, field, MIXTURES, form=forms, arguments=True)
+    options = _options(name)
+    if not options and (arguments or given):
+        raise UserError(f"{field} is {mixture!r}; {name} has no option")
+    values = {option: name_options.number(value) for option, value in given.items()}
+    wrong = next((option for option in given if option not in options), "")
+    near = nearest(wrong, options) if wrong else ""
+    missing = [option for option, limits in options.items() if limits.needed and option not in given]
+    if arguments or wrong or missing or any(math.isnan(number) for number in values.values()):
+        hint = f"; it has no option {wrong!r}" + (f" (did you mean {near!r}?)" if near else "") if wrong else ""
+        raise UserError(f"{field} is {mixture!r}{hint}; write {forms[name]}")
+    for option, number in values.items():
+        limits = options[option].limits
+        if limits is not None and not limits.allow(number):
+            raise UserError(f"{field} is {mixture!r}; {option} must be {'a number above 0' if limits == ABOVE_0 else limits}")
+    return name, values
+
+
+def takes_shares(name: str) -> bool:
+    """Whether a mixture uses the field shares, as fixed does."""
+    return "shares" in _parameters(name)
+
+
+def check(mixture: str, mixture_end: str, given: Mapping[str, float], at: str = "batch") -> None:
     """Checks a run's mixtures before its sources are known.
 
     Raises:
         UserError: A mixture or its shares are wrong; names the field.
     """
     names = [parse(mixture, f"{at}.mixture")[0]] + ([parse(mixture_end, f"{at}.mixture_end")[0]] if mixture_end else [])
-    if "fixed" in names and not fixed:
-        raise UserError(f"{at}.shares is empty, but the mixture is fixed: give every source a number")
-    if "fixed" not in names and fixed:
-        raise UserError(f"{at}.shares is for the mixture fixed, but {at}.mixture is {mixture!r}")
+    taking = [name for name in names if takes_shares(name)]
+    if taking and not given:
+        raise UserError(f"{at}.shares is empty, but the mixture is {taking[0]}: give every source a number")
+    if not taking and given:
+        known = listed(name for name in MIXTURES if takes_shares(name))
+        raise UserError(f"{at}.shares is for the mixture {known}, but {at}.mixture is {mixture!r}")
 
 
 def shares(
-    mixture: str, sizes: Mapping[str, float], fixed: Mapping[str, float] | None = None, field: str = "batch.mixture"
+    mixture: str, sizes: Mapping[str, float], given: Mapping[str, float] | None = None, field: str = "batch.mixture"
 ) -> dict[str, float]:
     """{source: share of the rows}; the shares sum to 1.
-
-    Temperature: https://arxiv.org/abs/1907.05019, section 4; caps ("examples-proportional mixing"):
-    https://arxiv.org/abs/1910.10683, section 3.5.2.
 
     Args:
         mixture: The mixture's text.
         sizes: {source: tokens of training data}.
-        fixed: {source: number} for the mixture fixed, which need not sum to 1.
+        given: {source: number} for the mixture fixed, which need not sum to 1.
         field: The field with the text, for errors.
 
     Raises:
-        UserError: The text is not a mixture, or the fixed numbers lack a source, name an unknown one, or cannot be shares.
+        UserError: The text is not a mixture, its function fails, or its numbers cannot be shares.
     """
-    name, value = parse(mixture, field)
-    if name == "fixed":
-        numbers = _fixed(fixed or {}, sizes)
-    elif name == "uniform":
-        numbers = dict.fromkeys(sizes, 1.0)
-    elif name == "temperature":
-        # Sizes are divided by the largest, so that the power stays finite for a small t.
-        largest = max(max(sizes.values()), 1)
-        numbers = {source: (size / largest) ** (1 / value) for source, size in sizes.items()}
-    else:
-        numbers = {source: min(float(size), value) if name == "capped" else float(size) for source, size in sizes.items()}
-    total = math.fsum(numbers.values())
+    name, options = parse(mixture, field)
+    values = _call(name, field, sizes, {**options, **({"shares": dict(given or {})} if takes_shares(name) else {})})
+    total = math.fsum(values.values())
     if not total > 0:
         raise UserError(f"{field} is {mixture!r}, but no source has any training data")
-    return {source: number / total for source, number in numbers.items()}
+    return {source: number / total for source, number in values.items()}
 
 
-def _fixed(fixed: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, float]:
-    missing = [source for source in sizes if source not in fixed]
-    if missing:
-        raise UserError(f"batch.shares lacks {listed(missing)}; give every source a number")
-    for source, number in fixed.items():
+class _Option(typing.NamedTuple):
+    """A parameter of a mixture that is an option: its limits, if any are declared, and whether it has no default."""
+
+    limits: Limits | None
+    needed: bool
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(MIXTURES[name]).parameters)
+
+
+def _options(name: str) -> dict[str, _Option]:
+    parameters = list(_parameters(name).values())[1:]  # the first has the sizes, whatever it is called
+    limits = _limits(MIXTURES[name])
+    return {
+        parameter.name: _Option(limits.get(parameter.name), parameter.default is inspect.Parameter.empty)
+        for parameter in parameters
+        if parameter.name not in NEITHER
+    }
+
+
+@functools.cache
+def _limits(function: Callable[..., Any]) -> dict[str, Limits]:
+    """{parameter: its Limits}, of those that are annotated with one."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):  # annotations of a script that mean nothing
+        return {}
+    pairs = ((name, value) for name, hint in hints.items() for value in getattr(hint, "__metadata__", ()))
+    return {name: value for name, value in pairs if isinstance(value, Limits)}
+
+
+def _call(name: str, field: str, sizes: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that a mixture returns, in the order of the sources."""
+    function = MIXTURES[name]
+    origin = origin_of(function)
+    if origin is None:
+        values: dict[str, float] = function(sizes, **options)
+        return values
+    prefix = f"{field}: the mixture {name} of {origin.file}"
+    try:
+        returned = function(dict(sizes), **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{prefix} failed: {failure(error)}") from error
+    if not isinstance(returned, Mapping):
+        raise UserError(f"{prefix} returned a {type(returned).__name__}; it must return {{source: number}}")
+    lacking = [source for source in sizes if source not in returned]
+    if lacking:
+        raise UserError(f"{prefix} returned no number for {listed(lacking)}; give every source one, 0 for never")
+    for source, number in returned.items():
         if source not in sizes:
-            raise unknown("source in batch.shares:", source, sizes)
-        if not 0 <= number < math.inf:
-            raise UserError(f"batch.shares: {source} is {number}; a share must be a finite number, not negative")
-    if not any(fixed.values()):
-        raise UserError("batch.shares are all 0; at least one source must be seen")
-    return {source: float(fixed[source]) for source in sizes}
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The source of each row of a run, a pure function of the row's number.
-
-    Row k = 0, 1, ... of a source is due when the source's share, summed over the rows of the run, reaches k + 1/2. Rows are
-    ordered by their due times; of equal times the earlier source comes first. With constant shares this is the method of
-    Webster and Sainte-Lague: whenever the shares of the rows so far are whole numbers, every source has had exactly that number
-    of rows; between these points it differs by at most 1/2 + share (N - 2) / 2 rows. A source with a small share is seen in
-    some steps only. Changing shares change linearly from the first row to the last, and the sum is an integral.
-
-    Attributes:
-        start: {source: share} at the first row.
-        end: {source: share} at the last row, the same sources; it also holds for any rows after the last.
-        rows: R, rows of a step.
-        steps: Steps of the run.
-    """
-
-    start: dict[str, float]
-    end: dict[str, float]
-    rows: int
-    steps: int
-
-    def counts(self, step: int) -> dict[str, int]:
-        """{source: rows} of a step, from 0."""
-        before, after = self.before(step), self.before(step + 1)
-        return {source: after[source] - before[source] for source in self.start}
-
-    def before(self, step: int) -> dict[str, int]:
-        """{source: rows} of all steps before this one."""
-        rows, slack = step * self.rows, len(self.start) / 2 + 1
-        # When `slack` fewer rows are due in total, at most these many of each source are out; the remaining rows are sorted.
-        base_N = np.maximum(np.floor(self._due_by(max(rows - slack, 0.0))) - 1, 0).astype(np.int64)
-        order = self._order(base_N, rows - int(base_N.sum()))
-        total_N = base_N + np.bincount(order, minlength=len(base_N))
-        return dict(zip(self.start, total_N.tolist(), strict=True))
-
-    def constant(self) -> bool:
-        """Whether every step has the same rows of each source."""
-        ideal_N = self._ends()[0] * self.rows
-        return self.start == self.end and bool(np.allclose(ideal_N, np.round(ideal_N), rtol=0, atol=1e-9))
-
-    def capacity(self) -> dict[str, int]:
-        """{source: rows}: the most rows of the source in any step; an upper bound of it for very long runs."""
-        start_N, end_N = self._ends()
-        if self.constant():
-            most_N = np.round(start_N * self.rows)
-        elif self.steps * self.rows <= EXACT_ROWS:
-            order = self._order(np.zeros(len(start_N), np.int64), self.steps * self.rows).reshape(self.steps, self.rows)
-            most_N = np.array([(order == number).sum(axis=1).max(initial=0) for number in range(len(start_N))])
-        else:
-            # Between the due times of a step's first and last row the shares sum to at most R + N.
-            most_N = np.floor(np.maximum(start_N, end_N) * (self.rows + len(start_N))) + 1
-            most_N = np.minimum(most_N, self.rows) * (np.maximum(start_N, end_N) > 0)
-        return dict(zip(self.start, most_N.astype(int).tolist(), strict=True))
-
-    def _ends(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.array(list(self.start.values())), np.array([self.end[source] for source in self.start])
-
-    def _due_by(self, time: float) -> np.ndarray:
-        """f64[N]: how many rows are due at `time`: the shares summed over the first `time` rows, plus 1/2."""
-        start_N, end_N = self._ends()
-        total = max(self.steps * self.rows, 1)
-        within = min(time, total)
-        return start_N * within + (end_N - start_N) * within**2 / (2 * total) + end_N * (time - within) + 0.5
-
-    def _due(self, number: int, k: np.ndarray) -> np.ndarray:
-        """f64: the due times of rows k of the source with this number; infinity for never."""
-        start, end = (float(ends[number]) for ends in self._ends())
-        total = max(self.steps * self.rows, 1)
-        target = k + 0.5
-        whole = (start + end) / 2 * total
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a share of 0: infinity
-            if start == end:
-                return target / start
-            # The root of start x + (end - start) x^2 / (2 total) = target, in the form that loses no digits.
-            root = np.sqrt(np.maximum(start**2 + 2 * (end - start) * target / total, 0.0))
-            return np.where(target <= whole, 2 * target / (start + root), total + (target - whole) / end)
-
-    def _order(self, out_N: np.ndarray, count: int) -> np.ndarray:
-        """i64[count]: the source numbers of the next rows, after `out_N` rows of each source."""
-        until_N = self._due_by(out_N.sum() + count + len(out_N) / 2 + 1)
-        numbers, times = [], []
-        for number, (first, until) in enumerate(zip(out_N, until_N, strict=True)):
-            k = np.arange(first, max(int(until) + 2, first))
-            numbers.append(np.full(len(k), number))
-            times.append(self._due(number, k))
-        # The sort is stable, so that of equal times the earlier source comes first.
-        first_count = np.argsort(np.concatenate(times), kind="stable")[:count]
-        return np.concatenate(numbers)[first_count]
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleSequence:
-    """Schedules of the same sources, one after another.
-
-    Attributes:
-        parts: The schedules; the last one also holds for any steps after its own.
-    """
-
-    parts: tuple[Schedule, ...]
-
-    def counts(self, step: int) -> dict[str, int]:
-        """{source: rows} of a step, from 0."""
-        for part in self.parts[:-1]:
-            if step < part.steps:
-                return part.counts(step)
-            step -= part.steps
-        return self.parts[-1].counts(step)
-
-    def constant(self) -> bool:
-        """Whether every step has the same rows of each source."""
-        return all(part.constant() and part.start == self.parts[0].start for part in self.parts)
-
-    def constant_counts(self, steps: range) -> dict[str, int] | None:
-        """{source: rows} if every one of these steps has the same number of rows of each source, else None."""
-        schedules = self._in(steps)
-        constant = all(part.constant() and part.start == schedules[0].start for part in schedules)
-        return schedules[0].capacity() if constant else None
-
-    def capacity(self, steps: range) -> dict[str, int]:
-        """{source: rows}: the most rows of the source in any of these steps, or an upper bound of it."""
-        capacities = [part.capacity() for part in self._in(steps)]
-        return {source: max(capacity[source] for capacity in capacities) for source in capacities[0]}
-
-    def _in(self, steps: range) -> list[Schedule]:
-        """The schedules that contain these steps."""
-        start, schedules = 0, []
-        for part in self.parts:
-            if start < steps.stop and (steps.start < start + part.steps or part is self.parts[-1]):
-                schedules.append(part)
-            start += part.steps
-        return schedules
-
-
-def schedule(
-    mixture: str, mixture_end: str, fixed: Mapping[str, float], sizes: Mapping[str, float], rows: int, steps: int
-) -> Schedule:
-    """The schedule of a run.
-
-    Args:
-        mixture: The mixture at the first row.
-        mixture_end: The mixture at the last row; "": the same.
-        fixed: {source: number} for the mixture fixed.
-        sizes: {source: tokens of training data}, in the run's order.
-        rows: Rows of a step.
-        steps: Steps of the run.
-
-    Raises:
-        UserError: A mixture or the fixed numbers are refused.
-    """
-    check(mixture, mixture_end, fixed)
-    start = shares(mixture, sizes, fixed)
-    return Schedule(start, shares(mixture_end, sizes, fixed, "batch.mixture_end") if mixture_end else start, rows, steps)
+            raise unknown(f"source in what {prefix} returned:", source, sizes)
+        if not isinstance(number, numbers.Real) or not 0 <= float(number) < math.inf:
+            raise UserError(f"{prefix} returned {number!r} for {source}; it must be a finite number, not negative")
+    if not any(returned.values()):
+        raise UserError(f"{prefix} returned 0 for every source; at least one must be seen")
+    return {source: float(returned[source]) for source in sizes}

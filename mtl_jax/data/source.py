@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated, Any
+
+from tyro.conf import Suppress
 
 from mtl_jax.core.configuration import Configuration
 
 SPLITS = ("train", "dev", "test")
 NAMED = ("csv", "tsv", "conll", "parallel")  # formats whose columns a Source can name
+# {split: the fields of a Source that give its rows: a path, or rows of the script}
+FIELDS = {"train": ("path", "rows"), "dev": ("dev_path", "dev_rows"), "test": ("test_path", "test_rows")}
+
+
+class ScriptRows:
+    """Rows that a script gives a Source in place of a path; or only their record, in a Source read from config.json.
+
+    Two are equal if they hold the same object, or the same record.
+
+    Attributes:
+        values: A list of dicts, a pandas DataFrame, a datasets.Dataset, or a function that returns an iterator of dicts; None
+            where only the record is known.
+        record: {"rows": their number, "sha256": of their columns}; None before formats.script_rows.record() has read them.
+    """
+
+    def __init__(self, values: Any, record: dict[str, Any] | None = None):
+        self.values, self.record = values, record
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ScriptRows) or self.values is not other.values:
+            return False
+        return self.values is not None or self.record == other.record
+
+    def __hash__(self) -> int:
+        return hash(str(self.record)) if self.values is None else id(self.values)
+
+    def __repr__(self) -> str:
+        return "<rows of a script>" if self.record is None else f"<{self.record['rows']} rows of a script>"
+
+
+GivenRows = ScriptRows | Any | None  # whatever ScriptRows takes; a Source keeps it as ScriptRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +57,10 @@ class Source(Configuration):
             `train[:80%]`, by default train.
         dev_path: The dev rows, all of them; empty: split off from path.
         test_path: The test rows, all of them; empty: split off from path.
-        format: Format of files. csv: quoted. tsv: never quoted. lines: see pattern. jsonl: an object a line, nested columns are
-            "a.b". conll: a word a line, columns between tabs or spaces, a blank line after a sentence. parallel: several files
-            of one length, named as in "train.{en,fr}.gz". squad: SQuAD 1.1 or 2.0 JSON, columns id, question, context, answers,
-            title.
+        format: Format of files: one of these, or one of the script's (mtl_jax.data.register_format). csv: quoted. tsv: never
+            quoted. lines: see pattern. jsonl: an object a line, nested columns are "a.b". conll: a word a line, columns between
+            tabs or spaces, a blank line after a sentence. parallel: several files of one length, named as in
+            "train.{en,fr}.gz". squad: SQuAD 1.1 or 2.0 JSON, columns id, question, context, answers, title.
         pattern: For lines: a regular expression with a named group for each column; it must match every line.
         columns: Names of the columns: of csv and tsv without header, of conll, and of parallel files, whose default names are
             the parts between the braces.
@@ -44,10 +78,15 @@ class Source(Configuration):
             text, so that all classes occur; label sets are those of all rows.
         limit_train: Use at most so many training rows, sampled as for limit, 0 for all: to measure training on few rows, on
             the same dev and test.
+        rows: In place of path, rows that the script has: a list of dicts, a pandas DataFrame, a datasets.Dataset, or a function
+            without arguments that returns an iterator of dicts and is called for every pass. Values are texts, lists of words,
+            numbers, None or answers. Not a flag.
+        dev_rows: In place of dev_path, rows that the script has.
+        test_rows: In place of test_path, rows that the script has.
     """
 
     name: str
-    path: str
+    path: str = ""
     dev_path: str = ""
     test_path: str = ""
     format: str = "csv"
@@ -64,3 +103,22 @@ class Source(Configuration):
     group_pattern: str = ".+"
     limit: int = 0
     limit_train: int = 0
+    rows: Annotated[GivenRows, Suppress] = None
+    dev_rows: Annotated[GivenRows, Suppress] = None
+    test_rows: Annotated[GivenRows, Suppress] = None
+
+    def __post_init__(self) -> None:
+        for _, field in FIELDS.values():
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, ScriptRows):
+                object.__setattr__(self, field, ScriptRows(value))
+
+    def script_rows(self, split: str) -> ScriptRows | None:
+        """The rows of a split that the script gave; None where a path names them, or where they are split off from train."""
+        rows: ScriptRows | None = getattr(self, FIELDS[split][1])
+        return rows
+
+    def place(self, split: str) -> str:
+        """Where the rows of a split are from, for error lines; "" where they are split off from train."""
+        path, rows = FIELDS[split]
+        return f"{rows} of source {self.name}" if getattr(self, rows) is not None else str(getattr(self, path))

@@ -1,4 +1,4 @@
-"""The splits of a source: rows of files, TFDS builders or hub data sets, deduplicated and divided into train, dev and test.
+"""The splits of a source: its rows, of files, data sets or scripts, deduplicated and divided into train, dev and test.
 
 Training rows whose text occurred before are dropped; of repeated texts the first one is kept. Train, dev and test are divided
 by a seeded hash of the text or of its document, so that a text is in one split, and in the same one after rows are added. Dev
@@ -19,11 +19,11 @@ from mtl_jax.core import assets
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, count, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.data import row_keys
-from mtl_jax.data.formats import READERS, hf, text_files, tfds
+from mtl_jax.data.formats import READERS, hf, names_columns, read_file, script_rows, text_files, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, Row, no_column
 from mtl_jax.data.row_keys import text_of
-from mtl_jax.data.source import NAMED, SPLITS, Source
+from mtl_jax.data.source import FIELDS, NAMED, SPLITS, Source
 
 ADVICE = " (a source with lenient=True leaves such rows out, and counts them)"
 SHOWN = 5  # skipped rows of a source that are logged one by one
@@ -66,9 +66,8 @@ def read(source: Source) -> Splits:
             Names file and line, or record.
     """
     _check(source)
-    paths = {"train": source.path, "dev": source.dev_path, "test": source.test_path}
     cuts = split_shares(source)
-    opened = {split: _open(source, path) for split, path in paths.items() if path}
+    opened = {split: _open(source, split) for split in SPLITS if source.place(split)}
     kept: dict[str, list[Any]] = {split: [] for split in SPLITS}  # rows, or numbers of records that stay on disk
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     first: dict[str, dict[bytes, Any]] = {split: {} for split in SPLITS}  # {file: {text: the first row with it}}
@@ -109,15 +108,15 @@ def read(source: Source) -> Splits:
     result: dict[str, Sequence[Row]] = {}
     for split in SPLITS:
         if not kept[split]:
-            why = [empty_split_advice(source, split, len(distinct), repeated)]
+            why = [f"source {source.name!r}: split {split} is empty ({shown(source.place(split) or source.place('train'))})"]
+            why += [empty_split_advice(source, split, len(distinct), repeated)]
             why += [f"{count(len(skipped), 'row was', 'rows were')} skipped, the first: {skipped[0]}"] if skipped else []
-            path = shown(paths[split] or source.path)
-            raise UserError("; ".join([f"source {source.name!r}: split {split} is empty ({path})", *filter(None, why)]))
+            raise UserError("; ".join(filter(None, why)))
         indices = limited(digests[split], source, split)
         result[split] = _rows(opened.get(split, opened["train"]), [kept[split][index] for index in indices])
         digests[split] = [digests[split][index] for index in indices]
-    labelled_rows = _rows(opened["train"], all_rows)
-    return Splits(result, repeated, len(skipped), 0, digests, labelled_rows, repeats, (ranges, empty_nodes))
+    whole = _rows(opened["train"], all_rows)
+    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes))
 
 
 def _rows(opened: Records | Iterator[Read], entries: list[Any]) -> Sequence[Row]:
@@ -159,7 +158,7 @@ def without_shared_texts(data: Mapping[str, Splits]) -> dict[str, Splits]:
 
 
 def read_one(source: Source) -> list[Row]:
-    """All rows of a source's path as one split; none is dropped.
+    """All training rows of a source, before any is split off, as one split; none is dropped.
 
     Raises:
         UserError: As read().
@@ -167,15 +166,16 @@ def read_one(source: Source) -> list[Row]:
     _check(source)
     skipped: list[str] = []
     keyed = [
-        (row, row_keys.digest(key)) for _, row, key, _ in _readable(source, _open(source, source.path), skipped, grouped=False)
+        (row, row_keys.digest(key)) for _, row, key, _ in _readable(source, _open(source, "train"), skipped, grouped=False)
     ]
+    place = source.place("train")
     if skipped:
-        log.warning("%s: %d rows skipped", source.path, len(skipped))
+        log.warning("%s: %d rows skipped", place, len(skipped))
     if not keyed:
-        raise UserError(f"{shown(source.path)}: no row can be read")
+        raise UserError(f"{shown(place)}: no row can be read")
     remark = non_word_remark([sum(row.non_words[kind] for row, _ in keyed) for kind in (0, 1)])
     if remark:
-        log.warning("%s: %s", source.path, remark)
+        log.warning("%s: %s", place, remark)
     return [keyed[index][0] for index in limited([digest for _, digest in keyed], source, "")]
 
 
@@ -189,14 +189,18 @@ def _check(source: Source) -> None:
     """Raises UserError for a field that makes no sense."""
     prefix = f"source {source.name!r}"
     for field in ("path", "dev_path", "test_path", "pattern"):
-        if not isinstance(getattr(source, field), str):
-            raise UserError(f"{prefix}: {field} is a {type(getattr(source, field)).__name__}; it must be a str")
+        if not isinstance(value := getattr(source, field), str):
+            raise UserError(f"{prefix}: {field} is a {type(value).__name__}; it must be a str (rows of a script: rows=)")
+    for path, rows in FIELDS.values():
+        if getattr(source, path) and getattr(source, rows) is not None:
+            raise UserError(f"{prefix}: both {path} and {rows} are given; leave one of them out")
     if isinstance(source.columns, str):
         raise UserError(f"{prefix}: columns is the text {shown(source.columns)!r}; it must be a tuple of names")
-    if not source.path:
-        raise UserError(f"{prefix}: path is empty; it must name the training rows")
+    if not source.place("train"):
+        raise UserError(f"{prefix}: path is empty; it must name the training rows, or rows must give them")
     if source.format not in READERS:
-        raise unknown(f"format of {prefix}:", source.format, READERS)
+        error = unknown(f"format of {prefix}:", source.format, READERS)
+        raise UserError(f"{error}; for one of a script, --import FILE")
     for field in ("pattern", "group_pattern"):
         try:
             re.compile(getattr(source, field))
@@ -208,7 +212,7 @@ def _check(source: Source) -> None:
     for field in ("limit", "limit_train"):
         if getattr(source, field) < 0:
             raise UserError(f"{prefix}: {field} is {getattr(source, field)}; it must be a number of rows, or 0 for all")
-    if source.columns and source.format not in NAMED:
+    if source.columns and not names_columns(source.format):
         raise UserError(f"{prefix}: columns cannot be given for format {source.format}, only for {', '.join(NAMED)}")
     if source.format == "conll" and not source.columns:
         raise UserError(f'{prefix}: format conll needs columns, for example ("words", "tags")')
@@ -217,7 +221,10 @@ def _check(source: Source) -> None:
             raise UserError(f"{prefix}: {path} names no split; write {path}#validation, or the name of another split")
 
 
-def _open(source: Source, path: str) -> Records | Iterator[Read]:
+def _open(source: Source, split: str) -> Records | Iterator[Read]:
+    if source.script_rows(split) is not None:
+        return script_rows.open_rows(source, split)
+    path = source.place(split)
     if path.startswith(tfds.SCHEME):
         return tfds.open_tfds(path)
     if path.startswith(hf.SCHEME):
@@ -228,7 +235,7 @@ def _open(source: Source, path: str) -> Records | Iterator[Read]:
 def _read_files(source: Source, path: str) -> Iterator[Read]:
     for file in text_files.matches(path) if source.format == "parallel" else assets.matches(path):
         empty = True
-        for item in READERS[source.format](file, source):
+        for item in read_file(file, source):
             empty = False
             yield item
         if empty:
@@ -281,8 +288,8 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
 
 
 def split_shares(source: Source) -> dict[str, float]:
-    """The shares of the source's path that become dev and test; 0 for a split with its own file."""
-    return {"dev": 0.0 if source.dev_path else source.cut_dev, "test": 0.0 if source.test_path else source.cut_test}
+    """The shares of the training rows that become dev and test; 0 for a split with its own file or rows."""
+    return {split: 0.0 if source.place(split) else getattr(source, f"cut_{split}") for split in ("dev", "test")}
 
 
 def split_of(key: str, seed: int, cuts: Mapping[str, float]) -> str:
@@ -332,7 +339,7 @@ def empty_split_advice(source: Source, split: str, distinct: int, dropped: int) 
         if distinct:
             return f"of its {texts} none is left after dev and test: give it more rows, or make cut_dev and cut_test smaller"
         return f"the {unit}s of all its {dropped} rows are in dev or test: name another path" if dropped else ""
-    if getattr(source, f"{split}_path"):
+    if source.place(split):
         return ""
     share = getattr(source, f"cut_{split}")
     if not share:

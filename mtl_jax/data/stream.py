@@ -19,11 +19,11 @@ from absl import flags
 from grain import experimental as grain_experimental
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.data import mixture
+from mtl_jax.data import mixture_schedule
 from mtl_jax.data.batch_plan import Plan, PlanCache
 from mtl_jax.data.batches import Batch, Batching, SourceArrays, source_arrays
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.data.mixture import ScheduleSequence
+from mtl_jax.data.mixture_schedule import ScheduleSequence
 
 AHEAD = 4  # batches made ahead of the step
 
@@ -52,7 +52,7 @@ def schedule(corpus: Corpus, batching: Batching, phases: Sequence[MixturePhase])
     """
     sizes = {source.source: int(source.lengths.sum()) for source in _train_arrays(corpus)}
     return ScheduleSequence(
-        tuple(mixture.schedule(p.mixture, p.mixture_end, p.shares, sizes, batching.rows, p.steps) for p in phases)
+        tuple(mixture_schedule.schedule(p.mixture, p.mixture_end, p.shares, sizes, batching.rows, p.steps) for p in phases)
     )
 
 

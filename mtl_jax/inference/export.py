@@ -88,7 +88,7 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
     if kind == "question_answering":
         raw |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}  # start and end
     elif kind is not None and head is not None:
-        names = head.labels
+        names = head.shown_labels
         raw |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
     family = families.of(raw, f"{source}/trunk/config.json")
     config = family.config(raw, f"{source}/trunk/config.json")
@@ -196,7 +196,7 @@ def _write_head(folder: Path, run: TrainedRun, task: Task, width: int) -> None:
     entries = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
     _write_json(folder / "modules.json", entries)
     if isinstance(task, Classification):
-        _write_json(folder / model_card.LABELS, list(task.labels))
+        _write_json(folder / model_card.LABELS, list(task.shown_labels))
 
 
 def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale: float) -> None:

@@ -17,13 +17,15 @@ from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage
 from mtl_jax.data.examples import Examples, label_remarks, length_remark, make_examples, read_examples
+from mtl_jax.data.formats import READERS, names_columns
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import UnreadableTexts
-from mtl_jax.data.source import NAMED, Source
+from mtl_jax.data.source import Source
 from mtl_jax.data.splits import read_one
 from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
+from mtl_jax.training.experiment_json import check_registered
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.restore import TrainedRun as TrainedRun
 from mtl_jax.training.restore import is_workdir as is_workdir
@@ -111,7 +113,9 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     run = open_run(Path(workdir))
     chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     kind = format or source.format
-    source = dataclasses.replace(source, path=path, format=kind, limit=0, columns=source.columns if kind in NAMED else ())
+    check_registered(Path(workdir), READERS, kind)
+    columns = source.columns if kind in READERS and names_columns(kind) else ()
+    source = dataclasses.replace(source, path=path, rows=None, format=kind, limit=0, columns=columns)
     rows = read_one(source)
     examples, counts = read_examples(
         source, run.tasks_of_same_source(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,)

@@ -16,8 +16,8 @@ from mtl_jax.transfer.adapters.base import RUN
 
 # Fields of tasks that matter in training only: joined runs may differ in them.
 TRAINING_ONLY = ("dropout", "label_smoothing", "balanced", "class_weights")
-# Fields of sources that are paths: the rows themselves are compared.
-PLACES = ("path", "dev_path", "test_path")
+# Fields of sources that say where rows are: the rows themselves are compared.
+PLACES = ("path", "dev_path", "test_path", "rows", "dev_rows", "test_rows")
 
 RENAME = "train one of them under another name"
 

@@ -30,7 +30,22 @@ def sections(study: Study, groups: Sequence[Group], comparison: Comparison | Non
         *curves.agreement(study, groups),
     ]
     parts += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
-    return [*parts, _all_runs(study)]
+    return [*parts, *_labels(study), _all_runs(study)]
+
+
+def _labels(study: Study) -> list[Section]:
+    """The names of the tasks' labels; metrics such as f1:1 call a label as the data does."""
+    rows = [
+        [Cell(task), Cell(", ".join(f"{label} = {name}" for label, name in names.items()))]
+        for task, names in study.labels.items()
+        if task in study.tasks
+    ]
+    note = "Metrics such as f1:1 call labels as the data does."
+    return (
+        [Section("labels", "Names of labels", [note, Table("Names of labels", [("task", ""), ("labels", "")], rows)])]
+        if rows
+        else []
+    )
 
 
 def figures_of(sections: Sequence[Section]) -> list[Figure]:

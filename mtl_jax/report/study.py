@@ -82,6 +82,7 @@ class Study:
         programs: The entry "programs" of ablation.json.
         devices: The devices that the runs used.
         versions: {package: version} in the runs.
+        labels: {task: {label: name}} of tasks whose labels have names.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Study:
     programs: tuple[Mapping[str, Any], ...]
     devices: str
     versions: Mapping[str, str]
+    labels: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +190,7 @@ def _study(
         criterion=criteria.pop() if len(criteria) == 1 else "mean",
         runs=runs,
         programs=tuple(index.get("programs", ())),
+        labels=_labels(files),
         devices=index.get("devices", "") or versions.get("devices", ""),
         versions={package: version for package, version in versions.items() if package != "devices"},
     )
@@ -218,6 +221,12 @@ def _tasks(files: Sequence[_Files]) -> dict[str, str]:
                 "runs of the same tasks, or of a part of them"
             )
     return widest.tasks
+
+
+def _labels(files: Sequence[_Files]) -> dict[str, dict[str, str]]:
+    """{task: {label: name}} of tasks whose labels have names, from the first run that has read its data."""
+    data: Any = next((value for run in files if (value := read_json(run.folder / "data.json"))), {"tasks": {}})
+    return {name: names for name, task in data["tasks"].items() if isinstance(names := task.get("label_names"), dict) and names}
 
 
 def _run(

@@ -22,6 +22,7 @@ from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
 from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
+from mtl_jax.tasks.label_names import shown_labels
 from mtl_jax.tasks.metrics import METRICS, registered_scores
 from mtl_jax.tasks.reading import labelled
 
@@ -144,6 +145,11 @@ class Task(Part, abc.ABC):
     def labels(self) -> tuple[str, ...]:
         """The label set; empty where labels have no names."""
         return ()
+
+    @functools.cached_property
+    def shown_labels(self) -> tuple[str, ...]:
+        """The label set in the names of the field label_names, for a kind that has it; else as it is."""
+        return shown_labels(self.labels, getattr(self, "label_names", {}))
 
     @functools.cached_property
     def index_of(self) -> dict[str, int]:

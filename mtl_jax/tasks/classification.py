@@ -13,12 +13,14 @@ import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import shown
+from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks import metrics
 from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.label_names import LabelNames, named
 from mtl_jax.tasks.losses import balanced_weights, check_weights, cross_entropy
 from mtl_jax.tasks.reading import known, labelled, text_of
 
@@ -32,6 +34,8 @@ class Classification(Task):
         source: The source whose rows it labels.
         column: The column of that source with the label.
         labels: The label set in order; empty: all labels of the training file, sorted.
+        label_names: The names of labels that people read, {label: name}, in predictions, logs, reports and exports; or the
+            path of a file with them: a JSON object, or lines with a label, a tab and its name.
         threshold: For columns of numbers and two labels: a number above it is the second label, any other the first. None: the
             column has the label itself.
         unlabelled: The values that mean "no label". Such rows count neither in loss nor metrics.
@@ -46,6 +50,7 @@ class Classification(Task):
 
     column: str = "label"
     labels: tuple[str, ...] = ()
+    label_names: LabelNames = dataclasses.field(default_factory=dict, metadata=ONLY_IF_SET)
     threshold: float | None = None
     unlabelled: tuple[str, ...] = ("",)
     label_smoothing: float = 0.0
@@ -84,11 +89,11 @@ class Classification(Task):
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
-            return self
+            return named(self)
         labels = {text for row in rows if (text := self.raw_label(row)) is not None}
         task = dataclasses.replace(self, labels=tuple(sorted(labels)))
         task.check()
-        return task
+        return named(task)
 
     def fitted(self, train: Examples) -> Self:
         if not self.balanced:
@@ -155,4 +160,4 @@ class Classification(Task):
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         probabilities_O = np.asarray(jax.nn.softmax(outputs[0]))
         best = int(probabilities_O.argmax())
-        return {"label": self.labels[best], "probability": round(float(probabilities_O[best]), 6)}
+        return {"label": self.shown_labels[best], "probability": round(float(probabilities_O[best]), 6)}

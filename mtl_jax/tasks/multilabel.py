@@ -14,11 +14,13 @@ import optax
 
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import shown
+from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.label_names import LabelNames, named
 from mtl_jax.tasks.reading import column, known, labelled, text_of
 
 YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
@@ -40,6 +42,8 @@ class Multilabel(Task):
         columns: In place of `column`, a column for each label with the label's name: 1, true or yes where the label applies,
             0, false or no where it does not, empty where that is not known.
         labels: The label set in order; empty: all labels of the training file, sorted.
+        label_names: The names of labels that people read, {label: name}, in predictions, logs, reports and exports; or the
+            path of a file with them: a JSON object, or lines with a label, a tab and its name.
         unlabelled: The values, in `column` or in one of `columns`, that mean "not known which labels apply". They count neither
             in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
@@ -51,6 +55,7 @@ class Multilabel(Task):
     separator: str = ","
     columns: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    label_names: LabelNames = dataclasses.field(default_factory=dict, metadata=ONLY_IF_SET)
     unlabelled: tuple[str, ...] = ()
     metric: str = "micro_f1"
 
@@ -78,9 +83,9 @@ class Multilabel(Task):
 
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
-            return self
+            return named(self)
         if self.columns:
-            return dataclasses.replace(self, labels=self.columns)
+            return named(dataclasses.replace(self, labels=self.columns))
         label_lists = [labels for row in rows if (labels := self.raw_label(row)) is not None]
         label_set = sorted({label for labels in label_lists for label in labels})
         if not label_set:
@@ -88,7 +93,7 @@ class Multilabel(Task):
         if {label.lower() for label in label_set} <= YES_NO.keys() and {len(labels) for labels in label_lists} == {2}:
             what = f"every row has two labels in column {self.column!r}, and the labels are {listed(label_set)}"
             raise UserError(f"task {self.name!r}: {what}; {INDICATORS}")
-        return dataclasses.replace(self, labels=tuple(label_set))
+        return named(dataclasses.replace(self, labels=tuple(label_set)))
 
     def parse(self, row: Row) -> np.ndarray | None:
         """i32[O]: 1 where a label applies, 0 where not, -1 where that is not known."""
@@ -152,9 +157,9 @@ class Multilabel(Task):
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         probabilities = {
             label: round(float(probability), 6)
-            for label, probability in zip(self.labels, np.asarray(jax.nn.sigmoid(outputs[0])), strict=True)
+            for label, probability in zip(self.shown_labels, np.asarray(jax.nn.sigmoid(outputs[0])), strict=True)
         }
-        predicted = [label for label, output in zip(self.labels, outputs[0], strict=True) if output > 0]
+        predicted = [label for label, output in zip(self.shown_labels, outputs[0], strict=True) if output > 0]
         return {"labels": predicted, "probabilities": probabilities}
 
     def raw_label(self, row: Row) -> list[str] | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.core.files import shown
+from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row, odd_blank
@@ -19,6 +20,7 @@ from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
 from mtl_jax.tasks import bio
 from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.label_names import LabelNames, named
 from mtl_jax.tasks.losses import MISSING, balanced_weights, check_weights, cross_entropy
 from mtl_jax.tasks.reading import column
 
@@ -46,6 +48,9 @@ class Tagging(Task):
         column: The column of that source with a label for each word: a list, or text with spaces between the labels.
         text: The column with the words, the source's text: a list, or text with spaces between the words.
         labels: The label set in order; empty: all labels of the training file, sorted, and B-X for every I-X.
+        label_names: The names of labels that people read, {label: name}, in predictions, logs, reports and exports; or the
+            path of a file with them: a JSON object, or lines with a label, a tab and its name. In a label set of
+            entities, the name of X is also that of B-X and I-X.
         unlabelled: The values that mean "no label". Such words count neither in loss nor metrics; nor do rows without labels.
         repair: Whether an I-X that follows neither B-X nor I-X is read as B-X, and counted; else it is an error.
         balanced: Whether a word's loss counts n / (K n_c): n_c of n training words have its label, K labels occur there.
@@ -59,6 +64,7 @@ class Tagging(Task):
     column: str = "tags"
     text: str = "text"
     labels: tuple[str, ...] = ()
+    label_names: LabelNames = dataclasses.field(default_factory=dict, metadata=ONLY_IF_SET)
     unlabelled: tuple[str, ...] = ("", "_")
     repair: bool = False
     balanced: bool = False
@@ -124,7 +130,7 @@ class Tagging(Task):
         metric = self.metric or ("entity_f1" if bio.is_bio(labels) else "token_accuracy")
         task = dataclasses.replace(self, labels=labels, metric=metric)
         task.check()
-        return task
+        return named(task)
 
     def fitted(self, train: Examples) -> Self:
         if not self.balanced:
@@ -221,10 +227,10 @@ class Tagging(Task):
         """The row's words, a tag for each (null where it has none), and entities: type, first word, word after the last."""
         words = self._words(row)
         predicted_L = self._decode(outputs, [_words_of(window) for window in windows], len(words))
-        result: dict[str, Any] = {"words": words, "tags": self._tagged(predicted_L, None)}
+        result: dict[str, Any] = {"words": words, "tags": self._tagged(predicted_L, None, self.shown_labels)}
         if bio.is_bio(self.labels):
             result["entities"] = [
-                {**entity._asdict(), "text": " ".join(words[entity.start : entity.end])}
+                {**entity._asdict(), "type": self._shown_type(entity.type), "text": " ".join(words[entity.start : entity.end])}
                 for entity in bio.entities(self._tagged(predicted_L, "O"))
             ]
         return result
@@ -287,9 +293,13 @@ class Tagging(Task):
             predicted_L[start:end] = bio.decode(scores_LxO[start:end], self.labels)
         return predicted_L
 
-    def _tagged(self, labels_L: np.ndarray, missing: str | None) -> list[Any]:
-        names = (*self.labels, missing)  # -1 is the last
+    def _tagged(self, labels_L: np.ndarray, missing: str | None, labels: Sequence[str] | None = None) -> list[Any]:
+        names = (*(labels or self.labels), missing)  # -1 is the last
         return [names[label] for label in labels_L.tolist()]
+
+    def _shown_type(self, type: str) -> str:
+        """The name of an entity's type: that of B-type, without the B."""
+        return self.shown_labels[self.index_of[f"B-{type}"]].removeprefix("B-")
 
 
 def _words_of(window: Window) -> np.ndarray:

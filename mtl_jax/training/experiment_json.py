@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import cattrs
-from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from mtl_jax import weighting
-from mtl_jax.core import configuration, parts
+from mtl_jax.core import configuration, files, parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import shown
 from mtl_jax.core.files import to_json as to_strict_json
-from mtl_jax.core.json_shapes import mapping, object_of, text
-from mtl_jax.core.parts import Part
+from mtl_jax.core.json_shapes import mapping, object_of, text, whole
+from mtl_jax.core.parts import ONLY_IF_SET, Part
+from mtl_jax.data import mixture
+from mtl_jax.data.formats import READERS, script_rows
+from mtl_jax.data.source import FIELDS, ScriptRows, Source
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
 from mtl_jax.tasks import Task
+from mtl_jax.tasks.label_names import LabelNames
 from mtl_jax.tasks.metrics import METRICS
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.regularisers import Regulariser
@@ -48,14 +55,18 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
     rule = experiment.weighting
     if isinstance(rule, weighting.Rule):
         used[rule_name(experiment)] = (weighting.RULES.door, rule.update)
+    batch = experiment.batch
     for registry, names in (
         (weighting.RULES, [rule] if isinstance(rule, str) else []),
         (weighting.COMBINATORS, experiment.combinators),
         (METRICS, [name for task in experiment.tasks for name in (task.metric, *task.more_metrics)]),
+        (READERS, [source.format for source in experiment.sources]),
+        (mixture.MIXTURES, [batch.mixture, batch.mixture_end, *(phase.mixture for phase in experiment.phases)]),
     ):
-        for name in (name.partition(":")[0] for name in names):
+        for name in (re.split("[:(]", name)[0].strip() for name in names):  # without its options
             if name in registry:
-                used[name] = (registry.door, registry[name])
+                taken = used.get(name, (registry.door,))[0] != registry.door  # by a part of another door
+                used[f"{registry.door} {name}" if taken else name] = (registry.door, registry[name])
     return used
 
 
@@ -122,16 +133,46 @@ def check_parts(recorded: Any, where: str) -> None:
             continue
         kind, file = parts.kinds(doors[part["door"]]).get(name), part["file"]
         if kind is None:
-            advice = f"add --import {file}" if file.endswith(".py") else "define it first"
-            raise UserError(
-                f"{where}: the {part['door']} {name} is a class of {shown(file)}, which is not imported; {advice}, or from "
-                "Python import the file first"
-            )
+            what = f"{where}: the {part['door']} {name} is a class of {shown(file)}, which is not imported"
+            raise UserError(f"{what}; {_advice(file)}")
         origin = parts.origin_of(kind)
         if origin is not None and origin.sha256 != part["sha256"]:
             log.warning(
                 "%s: %s has changed since this run: its SHA-256 was %s, is %s", where, file, part["sha256"], origin.sha256
             )
+
+
+def check_registered(folder: Path, registry: parts.Registry[Any], name: str) -> None:
+    """Checks that a function that a run's script registered is there, where it is needed again.
+
+    Args:
+        folder: The workdir of the run.
+        registry: Where the function is looked up.
+        name: Its name.
+
+    Raises:
+        UserError: It is not there, and config.json names its file.
+    """
+    recorded = (files.parse_json((folder / "config.json").read_bytes()) or {}).get(PARTS, {})
+    if name not in registry and (part := recorded.get(name)) and part["door"] == registry.door:
+        raise UserError(f"unknown {registry.door} {name!r}: it is a function of {shown(part['file'])}; {_advice(part['file'])}")
+
+
+def _advice(file: str) -> str:
+    advice = f"add --import {file}" if file.endswith(".py") else "define it first"
+    return f"{advice}, or from Python import the file first"
+
+
+def data_to_json(sources: Mapping[str, Any], experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The contents of data.json.
+
+    Args:
+        sources: The result of Corpus.describe().
+        experiment: The experiment; of rows that its script gave, number and SHA-256 are recorded.
+        tasks: The tasks with what they learned from the data.
+    """
+    records = {source.name: record for source in experiment.sources if (record := script_rows.records(source))}
+    return {**sources, "tasks": tasks_to_json(tasks), **({"rows": records} if records else {})}
 
 
 def tasks_to_json(tasks: Sequence[Task]) -> dict[str, Any]:
@@ -165,11 +206,19 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_structure_hook(float | str, _number_or_text)
     converter.register_structure_hook(HeadWeights, _head_weights)
+    converter.register_structure_hook(LabelNames, _label_names)
     converter.register_structure_hook(Weighting, _text)
     converter.register_unstructure_hook_func(lambda kind: kind == Weighting, lambda rule: rule if isinstance(rule, str) else "")
     # JSON has no infinity: an infinite bound is written as a text. The hooks of the unions are made from those registered
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
+    fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
+    source_to_json = make_dict_unstructure_fn(Source, converter, **fields)
+    converter.register_unstructure_hook(Source, lambda source: {**source_to_json(source), **script_rows.records(source)})
+    records: dict[str, Any] = {rows: override(struct_hook=_script_rows) for _, rows in FIELDS.values()}
+    converter.register_structure_hook(
+        Source, make_dict_structure_fn(Source, converter, _cattrs_forbid_extra_keys=True, **records)
+    )
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
     return converter
@@ -203,13 +252,29 @@ def _structure_fields(converter: cattrs.Converter, kind: Any) -> Any:
 
 @functools.cache
 def _unstructure_fields(converter: cattrs.Converter, kind: Any) -> Any:
-    return make_dict_unstructure_fn(kind, converter)
+    omitted = [field.name for field in dataclasses.fields(kind) if ONLY_IF_SET.items() <= field.metadata.items()]
+    overrides: dict[str, Any] = {name: override(omit_if_default=True) for name in omitted}
+    return make_dict_unstructure_fn(kind, converter, **overrides)
 
 
 def _number_or_text(value: Any, _: Any) -> float | str:
     if not isinstance(value, (int, float, str)):
         raise ValueError(f"{value!r} is not a number or a text")
     return value
+
+
+def _label_names(value: Any, _: Any) -> LabelNames:
+    pairs = value.items() if isinstance(value, dict) else [(value, "")]
+    if not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise ValueError(f"{value!r} is neither labels and their names nor a path")
+    return cast(LabelNames, value)
+
+
+def _script_rows(value: Any, _: Any) -> ScriptRows:
+    """The record of rows that a script gave; the rows themselves are not in the file."""
+    if problem := object_of({"rows": whole, "sha256": text})(value):
+        raise ValueError(f"the record of a script's rows{problem}")
+    return ScriptRows(None, value)
 
 
 def _text(value: Any, _: Any) -> str:

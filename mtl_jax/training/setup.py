@@ -16,10 +16,10 @@ from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, stream
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.data.mixture import ScheduleSequence
+from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
-from mtl_jax.tasks import Task
+from mtl_jax.tasks import Task, label_names
 from mtl_jax.training import gram_gradient, phase_plan, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
@@ -225,4 +225,5 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
 def _labels(task: Task) -> str:
     """The number of labels and the first of them, so that a wrong label is seen before hours of training."""
     more = ", ..." if len(task.labels) > SOME_LABELS else ""
-    return f"{count(len(task.labels), 'label')} ({', '.join(task.labels[:SOME_LABELS])}{more})"
+    labels = label_names.in_line(task.labels, task.shown_labels)[:SOME_LABELS]
+    return f"{count(len(task.labels), 'label')} ({', '.join(labels)}{more})"

@@ -16,7 +16,7 @@ from mtl_jax.experiment import Experiment, keep_head_weights
 from mtl_jax.training import fingerprint, frozen_params, hosts, init_from, results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
-from mtl_jax.training.experiment_json import tasks_to_json, to_json, with_defaults
+from mtl_jax.training.experiment_json import data_to_json, to_json, with_defaults
 from mtl_jax.training.loop import TrainingRun
 from mtl_jax.training.preemption import stop_on_signals
 from mtl_jax.training.setup import Prepared, prepare
@@ -107,7 +107,7 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
     if (folder / "results.json").exists() and not config_changed:
         return Opened(config, results.read(folder))
     prepared = prepare(experiment)
-    data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
+    data = data_to_json(prepared.corpus.describe(), experiment, prepared.corpus.tasks)
     if not config_changed:
         workdirs.check_data(folder, data)
     trunk = {"trunk": prepared.trunk.params}

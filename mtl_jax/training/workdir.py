@@ -197,13 +197,23 @@ def config_changed(
         f"{name} was {old}, is {new}"
         for name, old, new in differences(complete(first_config), current)
         if not re.fullmatch(r"parts\..*\.file", name)  # its hash counts, wherever the file is
+        and not re.fullmatch(r"sources\.\d+\.(dev_|test_)?rows\.rows", name)
     ]
+    changes = [_rows_changed(change, current) for change in changes]
     if changes and not allow_change:
         raise UserError(
             f"{workdir} was begun with another configuration: {'; '.join(changes)}. "
             "Choose another --workdir, or continue with the new one by --allow-config-change"
         )
     return bool(changes)
+
+
+def _rows_changed(change: str, config: dict[str, Any]) -> str:
+    """The line on a changed field; where it is the hash of rows that a script gives, it names their source."""
+    place = re.match(r"sources\.(\d+)\.((?:dev_|test_)?rows)\.sha256 (.*)", change)
+    if place is None:
+        return change
+    return f"source {config['sources'][int(place[1])]['name']}: {place[2]} changed (their SHA-256 {place[3]})"
 
 
 def remove_results(workdir: Path) -> None:

@@ -65,7 +65,7 @@ def test_an_experiment_is_made_of_nothing_else():
         (lambda: Source(name="a", path="b", text="c", txt="d"), "'txt'; choices"),  # text is given already
         (lambda: Phase("all", 3, lr=0.1), r"field of Phase 'all': 'lr' \(did you mean 'learning_rate'\?\)"),
         (lambda: dataclasses.replace(Batching(), row=3), r"'row' \(did you mean 'rows'\?\)"),
-        (lambda: Source(name="a"), "Source 'a' needs the field path$"),
+        (lambda: Source(path="a"), "Source needs the field name$"),
         (lambda: Classification(labels=("a",)), "Classification needs the fields name, source$"),
     ],
 )

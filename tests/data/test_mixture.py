@@ -1,15 +1,18 @@
 import dataclasses
 import math
 from fractions import Fraction
+from typing import Annotated
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtl_jax.core.configuration import Limits
 from mtl_jax.core.errors import UserError
-from mtl_jax.data import mixture
-from mtl_jax.data.mixture import Schedule, ScheduleSequence, schedule, shares
+from mtl_jax.data import mixture, mixture_schedule
+from mtl_jax.data.mixture import shares
+from mtl_jax.data.mixture_schedule import Schedule, ScheduleSequence, schedule
 
 SIZES = {"a": 100_000, "b": 10_000, "c": 1_000}
 
@@ -136,11 +139,11 @@ def test_the_capacity_is_the_most_of_any_step_and_its_bound_is_one(first, last, 
     )
     every = [run.counts(step) for step in range(steps)]
     assert run.capacity() == {name: max(counts[name] for counts in every) for name in names}
-    limit, mixture.EXACT_ROWS = mixture.EXACT_ROWS, 0
+    limit, mixture_schedule.EXACT_ROWS = mixture_schedule.EXACT_ROWS, 0
     try:
         bound = run.capacity()
     finally:
-        mixture.EXACT_ROWS = limit
+        mixture_schedule.EXACT_ROWS = limit
     assert all(rows >= bound[name] >= max(counts[name] for counts in every) for name in names)
 
 
@@ -185,3 +188,67 @@ def test_fixed_shares_may_stand_at_one_end_only():
     run = schedule("uniform", "fixed", {"a": 0, "b": 0, "c": 1}, SIZES, rows=3, steps=100)
     assert run.counts(0) == {"a": 1, "b": 1, "c": 1}
     assert run.counts(99) == {"a": 0, "b": 0, "c": 3}
+
+
+@pytest.fixture
+def _mixtures_restored():
+    before = dict(mixture.MIXTURES)
+    yield
+    mixture.MIXTURES._functions.clear()
+    mixture.MIXTURES._functions.update(before)
+
+
+@pytest.mark.usefixtures("_mixtures_restored")
+def test_a_mixture_of_a_script():
+    @mixture.register_mixture("power")
+    def power(sizes, exponent, floor: Annotated[float, Limits(0, 5)] = 0.0):
+        return {source: np.float32(size**exponent + floor) for source, size in sizes.items()}
+
+    assert shares("power:exponent=0.5", SIZES) == pytest.approx(shares("temperature:t=2", SIZES), rel=1e-6)
+    assert shares("power:exponent=0,floor=3", SIZES) == pytest.approx(shares("uniform", SIZES))
+    run = schedule("power:exponent=1", "uniform", {}, SIZES, rows=111, steps=1000)
+    assert run.counts(0) == {"a": 100, "b": 10, "c": 1}
+    for text, message in (
+        ("power", "batch.mixture is 'power'; write power:exponent=NUMBER,floor=NUMBER"),
+        ("power:exponnt=1", r"it has no option 'exponnt' \(did you mean 'exponent'\?\); write power:exponent=NUMBER"),
+        ("power:exponent=1,floor=-1", "floor must be at least 0 and at most 5"),
+        ("power:1", "write power:exponent=NUMBER"),
+    ):
+        with pytest.raises(UserError, match=message):
+            shares(text, SIZES)
+
+
+@pytest.mark.usefixtures("_mixtures_restored")
+def test_a_mixture_of_a_script_that_takes_the_shares():
+    @mixture.register_mixture("scaled")
+    def scaled(sizes, shares):
+        return {source: size * shares[source] for source, size in sizes.items()}
+
+    mixture.check("scaled", "", {"a": 1.0})
+    assert shares("scaled", SIZES, {"a": 0.01, "b": 0.1, "c": 1.0}) == pytest.approx(shares("uniform", SIZES))
+    with pytest.raises(UserError, match=r"batch\.shares is empty, but the mixture is scaled"):
+        mixture.check("scaled", "", {})
+    with pytest.raises(UserError, match=r"batch\.shares is for the mixture fixed, scaled, but batch\.mixture is 'uniform'"):
+        mixture.check("uniform", "", {"a": 1.0})
+    with pytest.raises(
+        UserError, match=r"the mixture scaled of .*test_mixture\.py failed: KeyError: 'b' \(.*test_mixture\.py:"
+    ):
+        shares("scaled", SIZES, {"a": 1.0})
+
+
+@pytest.mark.usefixtures("_mixtures_restored")
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1, 1, 1], "returned a list; it must return {source: number}"),
+        ({"a": 1, "b": 1}, "returned no number for c; give every source one, 0 for never"),
+        ({"a": 1, "b": 1, "c": 1, "d": 1}, "unknown source in what batch.mixture: the mixture odd of .* returned: 'd'"),
+        ({"a": -1, "b": 1, "c": 1}, "returned -1 for a; it must be a finite number, not negative"),
+        ({"a": "1", "b": 1, "c": 1}, "returned '1' for a"),
+        ({"a": 0, "b": 0, "c": 0}, "returned 0 for every source"),
+    ],
+)
+def test_what_a_mixture_of_a_script_may_not_return(returned, message):
+    mixture.register_mixture("odd")(lambda sizes: returned)
+    with pytest.raises(UserError, match=message):
+        shares("odd", SIZES)

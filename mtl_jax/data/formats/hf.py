@@ -38,6 +38,18 @@ def open_hf(path: str) -> Records:
         data = _from_disk(datasets, path, expanded(name), split)
     else:
         data = _from_hub(datasets, path, name, split or "train")
+    return rows_of(data, path)
+
+
+def rows_of(data: Any, path: str) -> Records:
+    """The rows of a datasets.Dataset; the numbers of a ClassLabel become its names.
+
+    Args:
+        data: The data set.
+        path: Its place, for error lines.
+    """
+    import datasets
+
     return Records(path, data, {name: _schema(feature, datasets) for name, feature in data.features.items()})
 
 

@@ -17,6 +17,7 @@ from mtl_jax.core.trees import leaves_of, put
 from mtl_jax.data import corpus, coverage
 from mtl_jax.data.batches import Batch, Batching, fill, source_arrays
 from mtl_jax.data.examples import Examples, read_examples
+from mtl_jax.data.formats import script_rows
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needed_fields
@@ -155,13 +156,16 @@ def tasks_and_examples(run: TrainedRun, regulariser: EWC) -> tuple[list[Task], E
 
 
 def check_source(run: TrainedRun, regulariser: EWC) -> None:
-    """Raises UserError where a run has no task on the source."""
+    """Raises UserError where a run has no task on the source, or its workdir does not say where the rows are."""
     sources = sorted({task.source for task in run.tasks})
     if regulariser.source not in sources:
         raise UserError(
             f"{FIELD}: source of {regulariser.name}: the run in {Path(regulariser.run)} has the sources {listed(sources)}, "
             f"not {regulariser.source!r}"
         )
+    for source in run.experiment.sources:
+        if source.name == regulariser.source:
+            script_rows.check_present(source)
 
 
 def _batches(

@@ -115,7 +115,9 @@ def _tagger(regulariser: Distillation, tasks: Mapping[str, Task], where: str, dt
             f"{where}: outputs of a checkpoint, {regulariser.teacher}, can be imitated only where it is a token classifier and "
             "tasks names one tagging task; else give the workdir of a finished run, or imitate its vectors (of hidden)"
         )
-    task = dataclasses.replace(tasks[regulariser.tasks[0]], labels=checkpoint.labels)  # type: ignore[call-arg]
+    task = tasks[regulariser.tasks[0]]
+    if checkpoint.labels != task.shown_labels:  # a model that convert wrote has the labels' names
+        task = dataclasses.replace(task, labels=checkpoint.labels, label_names={})  # type: ignore[call-arg]
     return Teacher(checkpoint.model, (task,), checkpoint.params, 0, tagger=True), checkpoint.tokenizer
 
 

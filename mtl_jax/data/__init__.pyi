@@ -1,0 +1,7 @@
+"""The public names, for type checkers and for __init__.py, which loads each when it is first asked for."""
+
+from .formats import READERS as READERS
+from .formats import register_format as register_format
+from .formats.rows import Row as Row
+from .mixture import MIXTURES as MIXTURES
+from .mixture import register_mixture as register_mixture

@@ -2,7 +2,7 @@
 
 from . import decoding as decoding
 from . import pretrained as pretrained
-from . import report as report
+from . import reporting as reporting
 from . import tasks as tasks
 from . import transfer as transfer
 from . import weighting as weighting

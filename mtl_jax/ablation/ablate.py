@@ -146,9 +146,9 @@ def _ablate(
             _train(ready, folder, stop, progress, status, write_chunk)
         progress.close()
     written = folders.write(folder, record, planned, status)
-    from mtl_jax import report  # imported late: matplotlib takes a while
+    from mtl_jax import reporting  # imported late: matplotlib takes a while
 
-    report.write(folder, folder, patience=PATIENCE)
+    reporting.write(folder, folder, patience=PATIENCE)
     return written
 
 

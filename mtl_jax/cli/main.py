@@ -126,7 +126,7 @@ def merge(
         trunk_only: For checkpoints with different heads: merge the bare models.
         overwrite: Replace the result of an earlier merge.
     """
-    from mtl_jax import merge as module
+    from mtl_jax import merging as module
     from mtl_jax.training import results
 
     checked = module.Method(method, weights or None, alpha, scale or None, keep, drop, seed)
@@ -157,7 +157,7 @@ def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "")
             are shown as mean and standard deviation.
         output: The directory to write. Default: the ablation's workdir; for runs, report/.
     """
-    from mtl_jax import report as module
+    from mtl_jax import reporting as module
 
     folders = module.find(workdirs)
     print(f"the report is {module.write(folders, Path(output) if output else module.default_output(folders))}")

@@ -11,8 +11,8 @@ import tiny
 
 from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
-from mtl_jax.merge import Method, merge
-from mtl_jax.transfer import merging
+from mtl_jax.merging import Method, merge
+from mtl_jax.transfer import merge_methods
 
 METHODS = [
     Method("soup"),
@@ -58,14 +58,14 @@ def test_classifiers_of_one_kind(folder, tmp_path, method):
     parts = [{part: tree[part] for part in ("pooler", "trunk")} for tree in (start, one, two)]
     key = jax.random.key(method.seed or 0)
     expected = {
-        "soup": lambda: merging.average([one, two]),
-        "average": lambda: merging.average([one, two], [1, 3]),
-        "arithmetic": lambda: merging.arithmetic(parts[0], parts[1:], 0.5),
-        "ties": lambda: merging.ties(parts[0], parts[1:], 0.3),
-        "dare": lambda: merging.dare(parts[0], parts[1:], 0.5, key),
-        "dare_ties": lambda: merging.dare(parts[0], parts[1:], 0.5, key, keep=0.3),
+        "soup": lambda: merge_methods.average([one, two]),
+        "average": lambda: merge_methods.average([one, two], [1, 3]),
+        "arithmetic": lambda: merge_methods.arithmetic(parts[0], parts[1:], 0.5),
+        "ties": lambda: merge_methods.ties(parts[0], parts[1:], 0.3),
+        "dare": lambda: merge_methods.dare(parts[0], parts[1:], 0.5, key),
+        "dare_ties": lambda: merge_methods.dare(parts[0], parts[1:], 0.5, key, keep=0.3),
     }[method.name]()
-    same(found, expected if not needs_base else {**expected, "head": merging.average([one["head"], two["head"]])})
+    same(found, expected if not needs_base else {**expected, "head": merge_methods.average([one["head"], two["head"]])})
 
 
 def test_what_is_written_is_a_checkpoint(folder, tmp_path):
@@ -100,10 +100,10 @@ def test_transformers_opens_it(folder, tmp_path):
 def test_wise_between_checkpoints(folder, tmp_path):
     merge(tmp_path / "wise", [str(folder / "one")], Method("wise", alpha=0.3), base=str(folder / "two"))
     found, one, two = (params_of(path) for path in (tmp_path / "wise", folder / "one", folder / "two"))
-    same(found, merging.interpolate(two, one, 0.3))
+    same(found, merge_methods.interpolate(two, one, 0.3))
     merge(tmp_path / "from_base", [str(folder / "one")], Method("wise", alpha=0.3), base=str(folder / "base"))
     found = params_of(tmp_path / "from_base")
-    same(found["trunk"], merging.interpolate(params_of(folder / "base")["trunk"], one["trunk"], 0.3))
+    same(found["trunk"], merge_methods.interpolate(params_of(folder / "base")["trunk"], one["trunk"], 0.3))
     same(found["head"], one["head"])
 
 
@@ -116,7 +116,7 @@ def test_other_heads_are_refused_but_their_trunks_can_be_merged(folder, tmp_path
     merge(tmp_path / "soup", sources, Method("soup"), trunk_only=True)
     found = pretrained.load(str(tmp_path / "soup"))
     assert found.head is None
-    same(found.params["trunk"], merging.average([params_of(path)["trunk"] for path in sources]))
+    same(found.params["trunk"], merge_methods.average([params_of(path)["trunk"] for path in sources]))
 
 
 def test_a_part_that_one_file_lacks_is_that_of_the_others(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Merges trained models, runs or checkpoints, by a method of transfer.merging."""
+"""Merges trained models, runs or checkpoints, by a method of transfer.merge_methods."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.json_shapes import anything
 from mtl_jax.inference.predict import is_workdir
-from mtl_jax.merge.checkpoints import merge_checkpoints
-from mtl_jax.merge.method import Method as Method
-from mtl_jax.merge.method import checked
-from mtl_jax.merge.runs import merge_runs
+from mtl_jax.merging.checkpoints import merge_checkpoints
+from mtl_jax.merging.method import Method as Method
+from mtl_jax.merging.method import checked
+from mtl_jax.merging.runs import merge_runs
 from mtl_jax.training import workdir as workdirs
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from mtl_jax.core.plotting import distinguish, overlapping
-from mtl_jax.report import formatting
-from mtl_jax.report.render import SERIES, Figure, Palette, Panel
-from mtl_jax.report.series import Band, band
-from mtl_jax.report.statistics import Group, ranked
-from mtl_jax.report.study import Study
+from mtl_jax.reporting import formatting
+from mtl_jax.reporting.render import SERIES, Figure, Palette, Panel
+from mtl_jax.reporting.series import Band, band
+from mtl_jax.reporting.statistics import Group, ranked
+from mtl_jax.reporting.study import Study
 
 BEST = 5  # settings that are drawn in colour where there are more than SERIES
 MANY = 6  # most panels that are shown at once; of more, the reader chooses one

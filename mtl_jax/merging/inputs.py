@@ -11,10 +11,10 @@ import numpy as np
 
 from mtl_jax import trunk_compatibility
 from mtl_jax.core.errors import UserError
-from mtl_jax.merge.method import Method
+from mtl_jax.merging.method import Method
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.transfer import merging
-from mtl_jax.transfer.merging import check_alike, flat
+from mtl_jax.transfer import merge_methods
+from mtl_jax.transfer.merge_methods import check_alike, flat
 from mtl_jax.trunk_compatibility import TrunkSignature
 
 TRUNK = "trunk"
@@ -100,7 +100,7 @@ def merge_models(method: Method, base: Model | None, models: Sequence[Model], me
         if len(owners) == 1:
             parts[part], origins[part] = owners[0][0].parts[part], f"as in {owners[0][0].name}"
         else:
-            parts[part] = merging.average([model.parts[part] for model, _ in owners], [weight for _, weight in owners])
+            parts[part] = merge_methods.average([model.parts[part] for model, _ in owners], [weight for _, weight in owners])
             origins[part] = f"mean of {', '.join(model.name for model, _ in owners)}"
     _check_finite(parts, "merged: ", "a smaller scale may help")
     record = {"method": method.describe(), "sources": [model.facts for model in models]}
@@ -115,27 +115,27 @@ def _apply(
     trees: list[Any] = [{part: model.parts[part] for part in joint} for model in models]
     start: Any = None if base is None else {part: base.parts[part] for part in joint}
     if method.name in ("soup", "average"):
-        return merging.average(trees, method.weights or ()), {}
+        return merge_methods.average(trees, method.weights or ()), {}
     if method.name == "greedy":
         assert measure is not None
-        soup = merging.greedy_soup(trees, measure)
+        soup = merge_methods.greedy_soup(trees, measure)
         if not np.isfinite(soup.score):
             raise UserError("method greedy: the dev criterion of no source is a number")
         tried = [{"source": models[n].name, "dev": _finite(dev), "taken": taken} for n, dev, taken in soup.tried]
         return soup.params, {"tried": tried}
     if method.name == "wise":
         assert method.alpha is not None
-        return merging.interpolate(start, trees[0], method.alpha), {}
+        return merge_methods.interpolate(start, trees[0], method.alpha), {}
     assert method.scale is not None
     if method.name == "arithmetic":
-        return merging.arithmetic(start, trees, _single_or_all(method.scale)), {}
+        return merge_methods.arithmetic(start, trees, _single_or_all(method.scale)), {}
     if method.name == "ties":
         assert method.keep is not None
-        return merging.ties(start, trees, method.keep, method.scale[0]), {}
+        return merge_methods.ties(start, trees, method.keep, method.scale[0]), {}
     assert method.drop is not None
     assert method.seed is not None
     key = jax.random.key(method.seed)
-    return merging.dare(start, trees, method.drop, key, _single_or_all(method.scale), method.keep), {}
+    return merge_methods.dare(start, trees, method.drop, key, _single_or_all(method.scale), method.keep), {}
 
 
 def _single_or_all(scale: tuple[float, ...]) -> float | tuple[float, ...]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.transfer import merging
-from mtl_jax.transfer.merging import flat
+from mtl_jax.transfer import merge_methods
+from mtl_jax.transfer.merge_methods import flat
 
 SHAPES = {"trunk": {"kernel": (2, 3), "bias": (3,)}, "heads": {"a": {"bias": (1,)}}}
 SIZE = 10
@@ -55,34 +55,34 @@ SHARE = st.floats(0, 1)
 
 def test_average_by_hand():
     numbers = by_chance(3)
-    close(merging.average([tree(n) for n in numbers]), numbers.mean(0))
-    close(merging.average([tree(n) for n in numbers], [1, 0, 3]), (numbers[0] + 3 * numbers[2]) / 4)
+    close(merge_methods.average([tree(n) for n in numbers]), numbers.mean(0))
+    close(merge_methods.average([tree(n) for n in numbers], [1, 0, 3]), (numbers[0] + 3 * numbers[2]) / 4)
 
 
 def test_averages_are_taken_in_float64():
     """In float32 the small numbers would vanish one after another."""
     numbers = [2.0**25, *[1.0] * 64]
-    actual = merging.average([{"a": np.float32([number])} for number in numbers])
+    actual = merge_methods.average([{"a": np.float32([number])} for number in numbers])
     np.testing.assert_array_equal(actual["a"], np.float32((2**25 + 64) / 65))
     assert actual["a"].dtype == np.float32
 
 
 @given(NUMBERS, st.lists(st.floats(0.01, 100), min_size=1, max_size=5))
 def test_the_average_of_equals_is_each_of_them(numbers, weights):
-    same_bits(merging.average([tree(numbers)] * len(weights), weights), tree(numbers))
+    same_bits(merge_methods.average([tree(numbers)] * len(weights), weights), tree(numbers))
 
 
 @given(MANY, st.randoms())
 def test_an_average_knows_no_order(numbers, random):
     shuffled = list(numbers)
     random.shuffle(shuffled)
-    actual = (vector(merging.average([tree(n) for n in order])) for order in (numbers, shuffled))
+    actual = (vector(merge_methods.average([tree(n) for n in order])) for order in (numbers, shuffled))
     np.testing.assert_allclose(*actual, rtol=2e-7, atol=1e-9)
 
 
 @given(MANY)
 def test_an_average_lies_between(numbers):
-    actual = vector(merging.average([tree(n) for n in numbers]))
+    actual = vector(merge_methods.average([tree(n) for n in numbers]))
     low, high = (vector(tree(edge(numbers, axis=0))) for edge in (np.min, np.max))
     assert (actual >= low).all()
     assert (actual <= high).all()
@@ -107,10 +107,10 @@ def test_greedy_soup_by_hand(seed):
     def score(point):
         return -float(np.abs(point - vector(tree(goal))).sum())
 
-    actual = merging.greedy_soup([tree(n) for n in numbers], lambda params: score(vector(params)))
+    actual = merge_methods.greedy_soup([tree(n) for n in numbers], lambda params: score(vector(params)))
     kept = greedy_by_hand(np.array([vector(tree(n)) for n in numbers]), score)
     assert [number for number, _, taken in actual.tried if taken] == kept
-    same_bits(actual.params, merging.average([tree(numbers[i]) for i in kept]))
+    same_bits(actual.params, merge_methods.average([tree(numbers[i]) for i in kept]))
     assert actual.score == pytest.approx(score(vector(actual.params)))
     assert actual.score >= max(actual.scores)
     assert len(actual.tried) == 6
@@ -118,7 +118,7 @@ def test_greedy_soup_by_hand(seed):
 
 def test_greedy_soup_takes_what_does_not_hurt_and_leaves_what_does():
     trees = [{"a": np.float32([x])} for x in (1.0, 1.0, 5.0, math.nan)]
-    actual = merging.greedy_soup(trees, lambda params: -abs(float(params["a"][0]) - 1))
+    actual = merge_methods.greedy_soup(trees, lambda params: -abs(float(params["a"][0]) - 1))
     assert actual.tried[:2] == [(0, 0.0, True), (1, 0.0, True)]
     assert [(number, taken) for number, _, taken in actual.tried[2:]] == [(2, False), (3, False)]
     assert actual.params["a"] == 1
@@ -131,11 +131,11 @@ def test_greedy_soup_takes_what_does_not_hurt_and_leaves_what_does():
 def test_interpolation_by_hand_and_its_ends(start, end, alpha):
     a, b = tree(start), tree(end)
     np.testing.assert_allclose(
-        vector(merging.interpolate(a, b, alpha)), (1 - alpha) * vector(a) + alpha * vector(b), rtol=1e-6, atol=1e-6
+        vector(merge_methods.interpolate(a, b, alpha)), (1 - alpha) * vector(a) + alpha * vector(b), rtol=1e-6, atol=1e-6
     )
-    same_bits(merging.interpolate(a, b, 0), a)
-    same_bits(merging.interpolate(a, b, 1), b)
-    same_bits(merging.interpolate(a, a, alpha), a)
+    same_bits(merge_methods.interpolate(a, b, 0), a)
+    same_bits(merge_methods.interpolate(a, b, 1), b)
+    same_bits(merge_methods.interpolate(a, a, alpha), a)
 
 
 # Task vectors
@@ -143,17 +143,17 @@ def test_interpolation_by_hand_and_its_ends(start, end, alpha):
 
 @given(NUMBERS, MANY, st.floats(-3, 3))
 def test_task_arithmetic_by_hand(base, numbers, scale):
-    actual = merging.arithmetic(tree(base), [tree(n) for n in numbers], scale)
+    actual = merge_methods.arithmetic(tree(base), [tree(n) for n in numbers], scale)
     expected = vector(tree(base)) + scale * sum(vector(tree(n)) - vector(tree(base)) for n in numbers)
     np.testing.assert_allclose(vector(actual), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_task_arithmetic_with_a_scale_for_each():
     base, *numbers = by_chance(3)
-    actual = merging.arithmetic(tree(base), [tree(n) for n in numbers], [0.5, -1])
+    actual = merge_methods.arithmetic(tree(base), [tree(n) for n in numbers], [0.5, -1])
     close(actual, base + 0.5 * (numbers[0] - base) - (numbers[1] - base))
-    close(merging.arithmetic(tree(base), [tree(numbers[0])]), numbers[0])
-    same_bits(merging.arithmetic(tree(base), [tree(numbers[0])], 0.0), tree(base))
+    close(merge_methods.arithmetic(tree(base), [tree(numbers[0])]), numbers[0])
+    same_bits(merge_methods.arithmetic(tree(base), [tree(numbers[0])], 0.0), tree(base))
 
 
 def ties_by_hand(vectors, keep):
@@ -173,7 +173,7 @@ def ties_by_hand(vectors, keep):
 
 @given(NUMBERS, MANY, st.floats(0.01, 1), st.floats(-2, 2))
 def test_ties_by_hand(base, numbers, keep, scale):
-    actual = merging.ties(tree(base), [tree(n) for n in numbers], keep, scale)
+    actual = merge_methods.ties(tree(base), [tree(n) for n in numbers], keep, scale)
     vectors = [vector(tree(n)) - vector(tree(base)) for n in numbers]
     # What is sorted is rounded to float32; numbers that differ by less than that may stay or go.
     if all(len(set(np.abs(v).astype(np.float32).tolist())) == len(set(np.abs(v).tolist())) for v in vectors):
@@ -186,7 +186,7 @@ def test_ties_on_numbers_that_can_be_followed():
     base = {"a": np.zeros(4, np.float32), "b": np.zeros(2, np.float32)}
     one = {"a": np.float32([8, 7, -6, 1]), "b": np.float32([0.1, 0.2])}
     two = {"a": np.float32([4, -9, -2, 1]), "b": np.float32([0.1, 5])}
-    actual = merging.ties(base, [one, two], keep=0.5)
+    actual = merge_methods.ties(base, [one, two], keep=0.5)
     # one keeps 8 7 -6, two keeps 4 -9 and 5; sums 12 -2 -6 0, 0 5
     np.testing.assert_array_equal(actual["a"], np.float32([6, -9, -6, 0]))
     np.testing.assert_array_equal(actual["b"], np.float32([0, 5]))
@@ -194,7 +194,7 @@ def test_ties_on_numbers_that_can_be_followed():
 
 @given(NUMBERS, NUMBERS, st.integers(1, 4))
 def test_ties_of_equals_is_each_of_them(base, numbers, count):
-    actual = merging.ties(tree(base), [tree(numbers)] * count, keep=1.0)
+    actual = merge_methods.ties(tree(base), [tree(numbers)] * count, keep=1.0)
     np.testing.assert_allclose(vector(actual), vector(tree(numbers)), rtol=1e-6, atol=1e-6)
 
 
@@ -202,14 +202,14 @@ def test_ties_of_equals_is_each_of_them(base, numbers, count):
 def test_task_vectors_know_no_order(base, numbers, random):
     shuffled = list(numbers)
     random.shuffle(shuffled)
-    for merge in (merging.arithmetic, merging.ties):
+    for merge in (merge_methods.arithmetic, merge_methods.ties):
         actual = (vector(merge(tree(base), [tree(n) for n in order])) for order in (numbers, shuffled))
         np.testing.assert_allclose(*actual, rtol=1e-6, atol=1e-6)
 
 
 @given(NUMBERS, st.integers(1, 3))
 def test_what_nobody_moved_keeps_its_bits(base, count):
-    for merge in (merging.arithmetic, merging.ties):
+    for merge in (merge_methods.arithmetic, merge_methods.ties):
         assert (vector(merge(tree(base), [tree(base)] * count)) == vector(tree(base))).all()
 
 
@@ -231,26 +231,26 @@ def test_dare_by_hand(drop):
     base, *trees = (tree(n) for n in by_chance(4))
     key = jax.random.key(7)
     vectors = dare_by_hand(base, trees, drop, key)
-    close(merging.dare(base, trees, drop, key, 0.5), vector(base) + 0.5 * sum(vectors))
-    close(merging.dare(base, trees, drop, key, 0.5, keep=0.4), vector(base) + 0.5 * ties_by_hand(vectors, 0.4))
+    close(merge_methods.dare(base, trees, drop, key, 0.5), vector(base) + 0.5 * sum(vectors))
+    close(merge_methods.dare(base, trees, drop, key, 0.5, keep=0.4), vector(base) + 0.5 * ties_by_hand(vectors, 0.4))
 
 
 def test_dare_drops_as_much_as_it_says_and_keeps_the_mean():
     base, tuned = {"a": np.zeros(100_000, np.float32)}, {"a": np.ones(100_000, np.float32)}
-    actual = merging.dare(base, [tuned], 0.9, jax.random.key(0))["a"]
+    actual = merge_methods.dare(base, [tuned], 0.9, jax.random.key(0))["a"]
     assert set(np.unique(actual).tolist()) == {0.0, np.float32(10).item()}
     assert (actual == 0).mean() == pytest.approx(0.9, abs=0.005)
     assert actual.mean() == pytest.approx(1.0, abs=0.05)
-    two = merging.dare(base, [tuned, tuned], 0.9, jax.random.key(0))["a"]
+    two = merge_methods.dare(base, [tuned, tuned], 0.9, jax.random.key(0))["a"]
     assert (two == 20).mean() == pytest.approx(0.01, abs=0.002)  # each is dropped by itself
 
 
 def test_dare_follows_from_its_key():
     base, *trees = (tree(n) for n in by_chance(3))
-    actual = [merging.dare(base, trees, 0.5, jax.random.key(seed)) for seed in (1, 1, 2)]
+    actual = [merge_methods.dare(base, trees, 0.5, jax.random.key(seed)) for seed in (1, 1, 2)]
     same_bits(actual[0], actual[1])
     assert (vector(actual[0]) != vector(actual[2])).any()
-    same_bits(merging.dare(base, trees, 0.0, jax.random.key(3)), merging.arithmetic(base, trees))
+    same_bits(merge_methods.dare(base, trees, 0.0, jax.random.key(3)), merge_methods.arithmetic(base, trees))
 
 
 # What is refused
@@ -263,12 +263,12 @@ WHOLE = {"a": {"kernel": np.zeros((2, 3), np.int32)}}
 @pytest.mark.parametrize(
     "merge",
     [
-        lambda trees, names: merging.average(trees, names=names),
-        lambda trees, names: merging.greedy_soup(trees, lambda params: 0.0, names=names),
-        lambda trees, names: merging.interpolate(*trees, 0.5, names=names),
-        lambda trees, names: merging.arithmetic(trees[0], trees[1:], names=names),
-        lambda trees, names: merging.ties(trees[0], trees[1:], names=names),
-        lambda trees, names: merging.dare(trees[0], trees[1:], 0.5, jax.random.key(0), names=names),
+        lambda trees, names: merge_methods.average(trees, names=names),
+        lambda trees, names: merge_methods.greedy_soup(trees, lambda params: 0.0, names=names),
+        lambda trees, names: merge_methods.interpolate(*trees, 0.5, names=names),
+        lambda trees, names: merge_methods.arithmetic(trees[0], trees[1:], names=names),
+        lambda trees, names: merge_methods.ties(trees[0], trees[1:], names=names),
+        lambda trees, names: merge_methods.dare(trees[0], trees[1:], 0.5, jax.random.key(0), names=names),
     ],
 )
 def test_trees_of_another_shape_are_named_with_path_and_both_shapes(merge):
@@ -285,19 +285,19 @@ def test_trees_of_another_shape_are_named_with_path_and_both_shapes(merge):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: merging.average([]), "there is nothing to merge"),
-        (lambda: merging.average([ONE, ONE], [1.0]), "weights are 1: one for each of the 2 models is needed"),
-        (lambda: merging.average([ONE, ONE], [1.0, -1.0]), "weights are 1 -1; they must be finite, not negative"),
-        (lambda: merging.average([ONE, ONE], [0.0, 0.0]), "not all 0"),
-        (lambda: merging.average([ONE, ONE], [1.0, math.inf]), "they must be finite"),
-        (lambda: merging.interpolate(ONE, ONE, 1.1), "alpha is 1.1; it must be from 0 to 1"),
-        (lambda: merging.interpolate(ONE, ONE, math.nan), "alpha is nan"),
-        (lambda: merging.arithmetic(ONE, [ONE], [1.0, 2.0]), "scale is 1 2: give one number, or one for each of the 1"),
-        (lambda: merging.arithmetic(ONE, [ONE], math.inf), "scale is inf; it must be finite"),
-        (lambda: merging.ties(ONE, [ONE], 0.0), "keep is 0; it is the share that is kept, above 0 and at most 1"),
-        (lambda: merging.ties(ONE, [ONE], 1.5), "keep is 1.5"),
-        (lambda: merging.dare(ONE, [ONE], 1.0, jax.random.key(0)), "drop is 1; it is the share that is dropped"),
-        (lambda: merging.dare(ONE, [ONE], -0.1, jax.random.key(0)), "drop is -0.1"),
+        (lambda: merge_methods.average([]), "there is nothing to merge"),
+        (lambda: merge_methods.average([ONE, ONE], [1.0]), "weights are 1: one for each of the 2 models is needed"),
+        (lambda: merge_methods.average([ONE, ONE], [1.0, -1.0]), "weights are 1 -1; they must be finite, not negative"),
+        (lambda: merge_methods.average([ONE, ONE], [0.0, 0.0]), "not all 0"),
+        (lambda: merge_methods.average([ONE, ONE], [1.0, math.inf]), "they must be finite"),
+        (lambda: merge_methods.interpolate(ONE, ONE, 1.1), "alpha is 1.1; it must be from 0 to 1"),
+        (lambda: merge_methods.interpolate(ONE, ONE, math.nan), "alpha is nan"),
+        (lambda: merge_methods.arithmetic(ONE, [ONE], [1.0, 2.0]), "scale is 1 2: give one number, or one for each of the 1"),
+        (lambda: merge_methods.arithmetic(ONE, [ONE], math.inf), "scale is inf; it must be finite"),
+        (lambda: merge_methods.ties(ONE, [ONE], 0.0), "keep is 0; it is the share that is kept, above 0 and at most 1"),
+        (lambda: merge_methods.ties(ONE, [ONE], 1.5), "keep is 1.5"),
+        (lambda: merge_methods.dare(ONE, [ONE], 1.0, jax.random.key(0)), "drop is 1; it is the share that is dropped"),
+        (lambda: merge_methods.dare(ONE, [ONE], -0.1, jax.random.key(0)), "drop is -0.1"),
     ],
 )
 def test_numbers_outside_their_bounds_are_refused(call, message):
@@ -307,6 +307,6 @@ def test_numbers_outside_their_bounds_are_refused(call, message):
 
 def test_other_floats_keep_their_type():
     trees = [{"a": jnp.asarray([1.0, 2.0], jnp.bfloat16)}, {"a": jnp.asarray([3.0, 5.0], jnp.bfloat16)}]
-    actual = merging.average(trees)["a"]
+    actual = merge_methods.average(trees)["a"]
     assert actual.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.float32(actual), [2.0, 3.5])

@@ -15,9 +15,9 @@ from mtl_jax import pretrained, trunk_compatibility
 from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.inference.predict import is_workdir
-from mtl_jax.merge import inputs
-from mtl_jax.merge.inputs import Model
-from mtl_jax.merge.method import Method
+from mtl_jax.merging import inputs
+from mtl_jax.merging.inputs import Model
+from mtl_jax.merging.method import Method
 from mtl_jax.pretrained import Checkpoint, saving
 from mtl_jax.pretrained.family import LABELLED
 from mtl_jax.pretrained.tensor_files import Location

@@ -22,10 +22,10 @@ from mtl_jax.data import corpus as corpora
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Checkpoints
 from mtl_jax.inference.predict import is_workdir, open_run
-from mtl_jax.merge import checkpoints, inputs
-from mtl_jax.merge.inputs import TRUNK, Model, Parts
-from mtl_jax.merge.method import Method
-from mtl_jax.merge.union import Member, Union, check_adapters, unite
+from mtl_jax.merging import checkpoints, inputs
+from mtl_jax.merging.inputs import TRUNK, Model, Parts
+from mtl_jax.merging.method import Method
+from mtl_jax.merging.union import Member, Union, check_adapters, unite
 from mtl_jax.training import evaluation, results, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtl_jax.core.errors import count as count
-from mtl_jax.report.statistics import Group, Spread
-from mtl_jax.report.study import BY_NAME, key
+from mtl_jax.reporting.statistics import Group, Spread
+from mtl_jax.reporting.study import BY_NAME, key
 
 LONG = 60  # most characters of a label
 NOTHING = "\N{EN DASH}"

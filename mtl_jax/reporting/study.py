@@ -12,7 +12,7 @@ from typing import Any
 
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.experiment import select
-from mtl_jax.report.series import Series, of_records
+from mtl_jax.reporting.series import Series, of_records
 from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.workdir import differences, read_json, read_results

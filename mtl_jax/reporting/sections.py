@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mtl_jax.report import curves, figures, formatting, tables
-from mtl_jax.report.page import Cell, Section, Table, number, spread
-from mtl_jax.report.render import Figure
-from mtl_jax.report.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
-from mtl_jax.report.study import SPLITS, Study
+from mtl_jax.reporting import curves, figures, formatting, tables
+from mtl_jax.reporting.page import Cell, Section, Table, number, spread
+from mtl_jax.reporting.render import Figure
+from mtl_jax.reporting.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
+from mtl_jax.reporting.study import SPLITS, Study
 from mtl_jax.training.results import BASELINE_NAMES
 
 BEST = 5  # settings in the table of the best

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mtl_jax.report import read, statistics
+from mtl_jax.reporting import read, statistics
 
 
 @pytest.fixture(scope="module")

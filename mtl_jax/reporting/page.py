@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
-from mtl_jax.report import formatting, render
-from mtl_jax.report.render import Figure
-from mtl_jax.report.statistics import Spread
+from mtl_jax.reporting import formatting, render
+from mtl_jax.reporting.render import Figure
+from mtl_jax.reporting.statistics import Spread
 
 WIDE = 120  # characters of a table row that fit on a screen of 1280 pixels
 # Whatever names contain, the page loads nothing.

@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.report import read
-from mtl_jax.report.series import POINTS, Series, band, of_records
-from mtl_jax.report.statistics import criterion
+from mtl_jax.reporting import read
+from mtl_jax.reporting.series import POINTS, Series, band, of_records
+from mtl_jax.reporting.statistics import criterion
 from mtl_jax.training.experiment_json import to_json
 
 DONE = {"values": {"weighting": "equal"}, "status": "done"}

@@ -2,7 +2,7 @@ import made
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from mtl_jax.report import figures, read, render, statistics
+from mtl_jax.reporting import figures, read, render, statistics
 
 
 def test_weights_that_vary_in_a_phase_have_a_figure(tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import write_json, write_text, writing
-from mtl_jax.report.study import ABLATION
-from mtl_jax.report.study import read as read
+from mtl_jax.reporting.study import ABLATION
+from mtl_jax.reporting.study import read as read
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
@@ -52,7 +52,7 @@ def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patienc
         UserError: A source is not a workdir, the runs cannot be compared, `out` cannot be written, or another process writes
             a report there.
     """
-    from mtl_jax.report import page, render, sections, statistics, tables  # imported late: matplotlib and scipy take a while
+    from mtl_jax.reporting import page, render, sections, statistics, tables  # imported late: matplotlib and scipy take a while
 
     study = read([Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)])
     out = Path(out)

@@ -6,7 +6,7 @@ import shutil
 import made
 import pytest
 
-from mtl_jax import report
+from mtl_jax import reporting
 
 playwright = pytest.importorskip("playwright.sync_api")
 PHONE, DESKTOP = (390, 844), (1280, 800)
@@ -75,7 +75,7 @@ def long_names(tmp_path_factory):
     for entry in found:
         entry["values"] |= {"weights": dict.fromkeys(tasks, 0.125 + int(entry["run"])), "trunk.dropout": int(entry["run"]) / 10}
     folder = made.write_ablation(tmp_path_factory.mktemp("long"), found, tasks, steps=2, name=60 * "x")
-    return report.write(folder, folder)
+    return reporting.write(folder, folder)
 
 
 @pytest.mark.parametrize("width", [1280, 600, 400, 360])
@@ -100,7 +100,7 @@ def test_curves_that_hide_each_other_are_all_seen(visit, tmp_path):
         lines = [record | {"step": step, "loss/a": 1 / step} for step in range(1, 10)]
         lines.append({"kind": "dev", "step": 9, "a/accuracy": 0.5, "phase": 0})
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = visit(path=report.write([tmp_path / name for name in ("equal", "cagrad", "pcgrad")], tmp_path / "report"))
+    page = visit(path=reporting.write([tmp_path / name for name in ("equal", "cagrad", "pcgrad")], tmp_path / "report"))
     for section in ("learning", "loss"):
         assert page.locator(f"#{section} .panel .note").text_content() == "On one line: equal, cagrad, pcgrad."
     strokes = (
@@ -165,7 +165,7 @@ def test_of_many_pairs_one_is_chosen(visit, tmp_path):
     for number, method in enumerate(("equal", "pcgrad", "cagrad")):
         entry = {"values": {"weighting": method, "seed": number}, "status": "done"}
         folders.append(made.write_run(tmp_path / method, entry, tasks, steps=2))
-    page = visit(path=report.write(folders, tmp_path / "report"))
+    page = visit(path=reporting.write(folders, tmp_path / "report"))
     panels, select = page.locator("#pareto .panel"), page.locator("#pareto select")
     assert panels.count() == 6  # all the pairs of four
     assert [panels.nth(n).is_visible() for n in range(6)] == [True] + [False] * 5

@@ -11,11 +11,11 @@ import made
 import pytest
 
 import mtl_jax
-from mtl_jax import report
+from mtl_jax import reporting
 from mtl_jax.cli import main
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
-from mtl_jax.report import read, sections, statistics, tables
+from mtl_jax.reporting import read, sections, statistics, tables
 
 NASTY = {'<script>alert("x")</script>': "pearson", "a$b$ & 'c'": "accuracy", "_sms": "accuracy"}
 
@@ -171,11 +171,11 @@ def test_of_one_seed_only_equal_numbers_tie(tmp_path):
 
 def test_a_report_from_python(ablation, tmp_path):
     """Paths may be texts, as for mtl_jax.train; to import mtl_jax does not take the time to import matplotlib."""
-    found = mtl_jax.report.write(str(ablation / "runs" / "0000"), str(tmp_path / "one"))
+    found = mtl_jax.reporting.write(str(ablation / "runs" / "0000"), str(tmp_path / "one"))
     assert found == tmp_path / "one" / "report.html"
-    mtl_jax.report.write([str(ablation / "runs" / "0000"), ablation / "runs" / "0002"], str(tmp_path / "two"))
+    mtl_jax.reporting.write([str(ablation / "runs" / "0000"), ablation / "runs" / "0002"], str(tmp_path / "two"))
     assert (tmp_path / "two" / "ablation.csv").exists()
-    code = "import sys, mtl_jax; mtl_jax.report.write; assert 'matplotlib' not in sys.modules"
+    code = "import sys, mtl_jax; mtl_jax.reporting.write; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -229,7 +229,7 @@ def test_what_was_tried_and_how_long_it_took(ablation):
 
 
 def test_the_same_runs_give_the_same_bytes(ablation, tmp_path):
-    report.write(ablation, tmp_path)
+    reporting.write(ablation, tmp_path)
     files = ["report.html", "ablation.csv", "results.json", *(f"figures/{p.name}" for p in (ablation / "figures").iterdir())]
     assert len(files) == 11
     for name in files:
@@ -241,7 +241,7 @@ def test_names_are_text_whatever_they_hold(tmp_path):
     entries = made.entries(points=((1, 0, 0), (0, 1, 0), (0, 0, 1)), seeds=(0, 1), tasks=tasks, methods=("equal",))
     entries[1]["status"] = "diverged at step 37: </td><img src=x onerror=alert(1)>"
     made.write_ablation(tmp_path, entries, NASTY, name="</title><script>alert(2)</script>")
-    page = Page(report.write(tmp_path, tmp_path).read_text())
+    page = Page(reporting.write(tmp_path, tmp_path).read_text())
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert "img" not in [tag for tag, _ in page.tags]
     for name in tasks:
@@ -250,7 +250,7 @@ def test_names_are_text_whatever_they_hold(tmp_path):
 
 def test_one_run_is_shown_by_itself(tmp_path):
     folder = made.write_run(tmp_path / "one", {"values": {"weighting": "equal"}, "status": "done"})
-    text = report.write(folder, tmp_path / "report").read_text()
+    text = reporting.write(folder, tmp_path / "report").read_text()
     assert re.findall(r'<section id="([^"]*)"', text) == ["result", "learning", "loss", "tried"]
     assert "majority / mean" in text
     assert (
@@ -264,7 +264,7 @@ def test_nothing_is_finished_yet(tmp_path):
     """The tasks are then read from the configuration; as the engine writes it, before the first run ends."""
     entries = [entry | {"status": "waiting"} for entry in made.entries()]
     made.write_ablation(tmp_path, entries)
-    text = report.write(tmp_path, tmp_path).read_text()
+    text = reporting.write(tmp_path, tmp_path).read_text()
     assert re.findall(r'<section id="([^"]*)"', text) == ["settings", "tried"]
 
 
@@ -273,10 +273,10 @@ def test_a_workdir_is_not_overwritten(tmp_path):
     with pytest.raises(
         UserError, match=r"one: the workdir of a run, whose results.json would be lost; choose another --output"
     ):
-        report.write(folder, folder)
+        reporting.write(folder, folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: cannot be written"):
-        report.write(folder, tmp_path / "file")
+        reporting.write(folder, tmp_path / "file")
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -292,8 +292,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"no\*: no workdir of a run matches"):
         main.report(("no*",))
     ablation = made.write_ablation(tmp_path / "ablation")
-    assert report.default_output([ablation]) == ablation
-    assert report.default_output([Path("run0")]) == Path("report")
+    assert reporting.default_output([ablation]) == ablation
+    assert reporting.default_output([Path("run0")]) == Path("report")
 
 
 def test_two_processes_do_not_write_one_report(tmp_path):
@@ -302,7 +302,7 @@ def test_two_processes_do_not_write_one_report(tmp_path):
         locks.report(tmp_path),
         pytest.raises(UserError, match=r"process .* has been writing it since .*choose another --output"),
     ):
-        report.write(tmp_path, tmp_path)
+        reporting.write(tmp_path, tmp_path)
     assert not (tmp_path / "report.html").exists()
     with locks.workdir(tmp_path):  # the ablation itself may be under way
-        assert report.write(tmp_path, tmp_path).exists()
+        assert reporting.write(tmp_path, tmp_path).exists()

@@ -12,10 +12,10 @@ from matplotlib.ticker import NullLocator
 from matplotlib.tri import Triangulation
 
 from mtl_jax.core.plotting import distinguish, overlapping
-from mtl_jax.report import formatting
-from mtl_jax.report.render import SERIES, Figure, Palette, Panel
-from mtl_jax.report.statistics import Comparison, Group, Spread, pareto
-from mtl_jax.report.study import Study
+from mtl_jax.reporting import formatting
+from mtl_jax.reporting.render import SERIES, Figure, Palette, Panel
+from mtl_jax.reporting.statistics import Comparison, Group, Spread, pareto
+from mtl_jax.reporting.study import Study
 
 FAR = 6.0  # times the interquartile range; points further below the first quartile are left out
 PHASE_WEIGHTS = re.compile(r"phases\.\d+\.weights")

@@ -1,7 +1,7 @@
 import pytest
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.merge.method import Method, checked
+from mtl_jax.merging.method import Method, checked
 
 TWO = ("a", "b")
 

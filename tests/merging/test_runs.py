@@ -19,14 +19,14 @@ from mtl_jax import IA3, Checkpoints, Lora, Phase, adapters_only, trunks
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.predict import TrainedRun, evaluate, open_run, predict
-from mtl_jax.merge import Method, merge
-from mtl_jax.merge.runs import corpus_of
-from mtl_jax.merge.union import Member, unite
+from mtl_jax.merging import Method, merge
+from mtl_jax.merging.runs import corpus_of
+from mtl_jax.merging.union import Member, unite
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.experiment_json import tasks_to_json, to_json
 from mtl_jax.training.setup import prepare
 from mtl_jax.training.train_state import create
-from mtl_jax.transfer import merging
+from mtl_jax.transfer import merge_methods
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def start_of(bert, params):
 
 def test_a_soup_is_a_workdir_like_any_other(runs, data, tmp_path):
     found = merge(tmp_path / "soup", runs[:2], Method("soup"))
-    expected = merging.average([params_of(run) for run in runs[:2]])
+    expected = merge_methods.average([params_of(run) for run in runs[:2]])
     same(params_of(tmp_path / "soup"), expected)
     assert found == json.loads((tmp_path / "soup" / "results.json").read_text())
     assert found["experiment"] == "tiny-soup"
@@ -125,7 +125,7 @@ def test_the_record_names_sources_steps_and_what_became_of_each_part(runs, bert,
     assert record["sources"][1]["dev"] == 0.5
     assert record["parts"] == dict.fromkeys(["trunk", "heads/coarse", "heads/fine", "heads/rating"], "average")
     a, b = (params_of(run) for run in runs[:2])
-    same(params_of(tmp_path / "average"), merging.average([a, b], [3, 1]))
+    same(params_of(tmp_path / "average"), merge_methods.average([a, b], [3, 1]))
     merge(tmp_path / "wise", runs[:1], Method("wise", alpha=0.25), base=str(bert))
     record = json.loads((tmp_path / "wise" / "merge.json").read_text())
     assert record["method"] == {"name": "wise", "alpha": 0.25}
@@ -138,10 +138,10 @@ def test_wise_goes_between_the_start_and_the_run(runs, bert, tmp_path):
     run = params_of(runs[0])
     merge(tmp_path / "wise", runs[:1], Method("wise", alpha=0.25), base=str(bert))
     found = params_of(tmp_path / "wise")
-    same(found["trunk"], merging.interpolate(start_of(bert, run)["trunk"], run["trunk"], 0.25))
+    same(found["trunk"], merge_methods.interpolate(start_of(bert, run)["trunk"], run["trunk"], 0.25))
     same(found["heads"], run["heads"])  # a checkpoint has none to go from
     merge(tmp_path / "between", runs[1:2], Method("wise"), base=runs[0])
-    same(params_of(tmp_path / "between"), merging.interpolate(run, params_of(runs[1]), 0.5))
+    same(params_of(tmp_path / "between"), merge_methods.interpolate(run, params_of(runs[1]), 0.5))
 
 
 def test_greedy_soup_leaves_out_what_hurts_on_dev(runs, tmp_path):
@@ -151,7 +151,7 @@ def test_greedy_soup_leaves_out_what_hurts_on_dev(runs, tmp_path):
     assert sorted(taken) == sorted(runs)
     assert not taken[runs[2]]
     chosen = [trial["source"] for trial in record["tried"] if trial["taken"]]
-    same(params_of(tmp_path / "greedy"), merging.average([params_of(run) for run in chosen]))
+    same(params_of(tmp_path / "greedy"), merge_methods.average([params_of(run) for run in chosen]))
     last = [trial["dev"] for trial in record["tried"] if trial["taken"]][-1]
     assert found["best_criterion"] == pytest.approx(last, abs=1e-6)
     best = json.loads((Path(runs[0]) / "results.json").read_text())["best_criterion"]
@@ -161,12 +161,12 @@ def test_greedy_soup_leaves_out_what_hurts_on_dev(runs, tmp_path):
 @pytest.mark.parametrize(
     ("method", "by_hand"),
     [
-        (Method("arithmetic", scale=(0.5,)), lambda base, runs: merging.arithmetic(base, runs, 0.5)),
-        (Method("arithmetic", scale=(0.5, -1.0)), lambda base, runs: merging.arithmetic(base, runs, [0.5, -1.0])),
-        (Method("ties"), lambda base, runs: merging.ties(base, runs, 0.2)),
-        (Method("ties", keep=0.5, scale=(2.0,)), lambda base, runs: merging.ties(base, runs, 0.5, 2.0)),
-        (Method("dare", drop=0.5, seed=3), lambda base, runs: merging.dare(base, runs, 0.5, jax.random.key(3))),
-        (Method("dare_ties"), lambda base, runs: merging.dare(base, runs, 0.9, jax.random.key(0), keep=0.2)),
+        (Method("arithmetic", scale=(0.5,)), lambda base, runs: merge_methods.arithmetic(base, runs, 0.5)),
+        (Method("arithmetic", scale=(0.5, -1.0)), lambda base, runs: merge_methods.arithmetic(base, runs, [0.5, -1.0])),
+        (Method("ties"), lambda base, runs: merge_methods.ties(base, runs, 0.2)),
+        (Method("ties", keep=0.5, scale=(2.0,)), lambda base, runs: merge_methods.ties(base, runs, 0.5, 2.0)),
+        (Method("dare", drop=0.5, seed=3), lambda base, runs: merge_methods.dare(base, runs, 0.5, jax.random.key(3))),
+        (Method("dare_ties"), lambda base, runs: merge_methods.dare(base, runs, 0.9, jax.random.key(0), keep=0.2)),
     ],
 )
 def test_task_vectors_from_a_checkpoint(runs, bert, tmp_path, method, by_hand):
@@ -176,7 +176,7 @@ def test_task_vectors_from_a_checkpoint(runs, bert, tmp_path, method, by_hand):
     found = params_of(tmp_path / "merged")
     expected = by_hand(start_of(bert, a), [{"trunk": a["trunk"]}, {"trunk": b["trunk"]}])
     same(found["trunk"], expected["trunk"])
-    same(found["heads"], merging.average([a["heads"], b["heads"]]))
+    same(found["heads"], merge_methods.average([a["heads"], b["heads"]]))
 
 
 # Runs of different tasks
@@ -202,7 +202,7 @@ def test_runs_of_different_tasks_share_a_trunk_and_keep_their_heads(of_tasks, be
     merged = params_of(tmp_path / "both")
     same(merged["heads"], {**ratings["heads"], **questions["heads"]})
     trunks = [{"trunk": run["trunk"]} for run in (ratings, questions)]
-    same(merged["trunk"], merging.arithmetic(start_of(bert, ratings), trunks, 0.4)["trunk"])
+    same(merged["trunk"], merge_methods.arithmetic(start_of(bert, ratings), trunks, 0.4)["trunk"])
     assert list(found["tasks"]) == ["rating", "coarse", "fine"]
     assert found["experiment"] == "ratings+questions-arithmetic"
     assert "value" in predict(tmp_path / "both", "rating", ["a great film"])[0]
@@ -364,7 +364,7 @@ def test_adapters_that_mean_the_same_are_merged(adapted, bert, tmp_path, caplog)
     caplog.set_level(logging.WARNING, logger="mtl_jax")
     sources = [adapted["lora"], adapted["twin"]]
     merge(tmp_path / "soup", sources, Method("soup"))
-    same(params_of(tmp_path / "soup"), merging.average([params_of(source) for source in sources]))
+    same(params_of(tmp_path / "soup"), merge_methods.average([params_of(source) for source in sources]))
     assert "lora: the two matrices are merged separately" in caplog.text
     with refused(f"{bert} is a checkpoint without adapters, but ", "/lora has lora: mtl-jax convert merges"):
         merge(tmp_path / "x", sources, Method("arithmetic"), base=str(bert))
@@ -423,7 +423,7 @@ def test_a_merge_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtl_jax.merge.runs.results.write", broken)
+    monkeypatch.setattr("mtl_jax.merging.runs.results.write", broken)
     with refused("soup: cannot be written (No space left on device)"):
         merge(tmp_path / "soup", runs[:2], Method("soup"))
     assert not list(tmp_path.iterdir())

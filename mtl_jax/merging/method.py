@@ -8,7 +8,7 @@ from typing import Any
 
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.transfer import merging
+from mtl_jax.transfer import merge_methods
 
 # The options of each method.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {"alpha": 0.5, "scale": (1.0,), "keep": 0.2, "drop": 
 
 @dataclasses.dataclass(frozen=True)
 class Method(Configuration):
-    """A merge method and its numbers; transfer.merging documents each method.
+    """A merge method and its numbers; transfer.merge_methods documents each method.
 
     Attributes:
         name: A key of OPTIONS. average has weights, soup is the plain mean; dare ends in task arithmetic, dare_ties in TIES.
@@ -92,18 +92,18 @@ def checked(method: Method, sources: Sequence[str], base: str) -> Method:
     if method.name == "average" and not method.weights:
         raise UserError("method average needs --weights, one for each source; the method soup weighs them equally")
     if method.weights:
-        merging.check_weights(method.weights, len(sources))
+        merge_methods.check_weights(method.weights, len(sources))
     if method.alpha is not None:
-        merging.check_share("alpha", method.alpha)
+        merge_methods.check_share("alpha", method.alpha)
     if method.keep is not None:
-        merging.check_keep(method.keep)
+        merge_methods.check_keep(method.keep)
     if method.drop is not None:
-        merging.check_drop(method.drop)
+        merge_methods.check_drop(method.drop)
     if method.seed is not None and method.seed < 0:
         raise UserError(f"seed is {method.seed}; it must not be negative")
     if method.scale is not None:
         several = method.name in ANY_NUMBER and len(method.scale) > 1
-        merging.check_scales(method.scale, len(sources) if several else 1)
+        merge_methods.check_scales(method.scale, len(sources) if several else 1)
     return method
 
 

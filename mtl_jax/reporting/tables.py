@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from mtl_jax.report.statistics import Comparison, Group, Spread, leading, ranked, ties
-from mtl_jax.report.study import BY_NAME, SPLITS, Run, Scores, Study
+from mtl_jax.reporting.statistics import Comparison, Group, Spread, leading, ranked, ties
+from mtl_jax.reporting.study import BY_NAME, SPLITS, Run, Scores, Study
 
 
 def columns(study: Study, *fields: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from mtl_jax.report.study import SPLITS, Run, Study, key
+from mtl_jax.reporting.study import SPLITS, Run, Study, key
 from mtl_jax.training import results
 
 

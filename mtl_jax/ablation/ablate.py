@@ -21,7 +21,7 @@ from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.prepare_program import Ready, make_ready
 from mtl_jax.ablation.remarks import weights_do_nothing
-from mtl_jax.core import locks
+from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment, select
@@ -77,7 +77,13 @@ def ablate(
         UserError: Bad input, found before anything is trained or written. Only whether a later program fits into memory is
             found when that program is compiled.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
+
+    Example:
+        >>> ablation = mtl_jax.ablate(EXPERIMENT, "runs/ablation", ["optimizer.learning-rate=1e-3,1e-2"])
+        >>> [run["values"]["optimizer.learning_rate"] for run in ablation["runs"]]
+        [0.001, 0.01]
     """
+    log_lines.show()
     folder = Path(workdir)
     planned = plan(folders.keep_head_weights_of_runs(folder, experiment), vary, methods, seeds, samples, own_order)
     workdirs.check_writable(folder)

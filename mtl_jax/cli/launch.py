@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,10 @@ import tyro
 from mtl_jax.cli import scripts
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.hooks import Hooks
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting
+
+log = logging.getLogger(__name__)
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 _HEAD_WEIGHTS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
@@ -71,15 +75,17 @@ class Launch:
         allow_config_change: Resume in a workdir that was begun with another configuration.
         distributed: Train together with other processes that are started with the same command and a shared workdir: auto on a
             TPU pod, Slurm and the like, else HOST:PORT,INDEX,COUNT (address of process 0, index of this process, their number).
+        logger: Send metrics to this logger, too: wandb, trackio, mlflow, or one that a script registers. May be repeated.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     workdir: str = ""
     allow_config_change: bool = False
     distributed: str = ""
+    logger: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
 
-def main(experiment: Experiment, description: str | None = None) -> None:
+def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks | Iterable[Hooks] = ()) -> None:
     """The command line of a script: parses the flags, trains, prints the table of results, and exits.
 
     Exit codes: 0 done, 2 bad input or a loss that is not finite, 75 stopped by a signal with the state saved.
@@ -87,6 +93,7 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     Args:
         experiment: The default of every flag.
         description: The text that --help shows; default: the docstring of the calling script.
+        hooks: Functions to be called during the run; one Hooks or several. An ablation of the script does not call them.
     """
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
@@ -103,11 +110,13 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     if scripts.only_read.get():
         if launch.distributed:
             raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
+        if hooks or launch.logger:
+            log.warning("an ablation calls no hooks and no --logger; its runs have their own metrics.jsonl")
         raise scripts.Read(launch.experiment)
-    run(lambda: _launch(launch))
+    run(lambda: _launch(launch, hooks))
 
 
-def _launch(launch: Launch) -> None:
+def _launch(launch: Launch, hooks: Hooks | Iterable[Hooks]) -> None:
     import jax
 
     from mtl_jax.training import mesh as meshes
@@ -117,7 +126,9 @@ def _launch(launch: Launch) -> None:
     if launch.distributed:
         meshes.connect(launch.distributed)
     workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
-    scores = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
+    scores = train(
+        launch.experiment, workdir, allow_config_change=launch.allow_config_change, hooks=hooks, loggers=launch.logger
+    )
     if jax.process_index() == 0:
         print(results.table([scores]))
         print(f"everything is in {workdir}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.core import locks
+from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.json_shapes import anything
 from mtl_jax.inference.predict import is_workdir
@@ -19,10 +19,16 @@ from mtl_jax.training import workdir as workdirs
 
 def merge(
     target: str | Path,
-    sources: Sequence[str],
-    method: Method,
+    sources: Sequence[str | Path],
+    method: str | Method,
     *,
-    base: str = "",
+    base: str | Path = "",
+    weights: Sequence[float] = (),
+    alpha: float | None = None,
+    scale: float | Sequence[float] | None = None,
+    keep: float | None = None,
+    drop: float | None = None,
+    seed: int | None = None,
     trunk_only: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
@@ -35,8 +41,14 @@ def merge(
         target: The directory to write.
         sources: Either workdirs of finished runs, whose best checkpoints are merged, or checkpoints: directories,
             pip:ASSET/MEMBER or hub ids.
-        method: The method and its numbers.
+        method: soup, average, greedy, wise, arithmetic, ties, dare or dare_ties; or a Method, which has the numbers below.
         base: The model that the sources started from: a checkpoint, or for runs also a workdir.
+        weights: For average: one for each source.
+        alpha: For wise: from 0, the base, to 1, the source.
+        scale: For arithmetic, ties and dare: the factor of the differences; for arithmetic and dare also one for each source.
+        keep: For ties: the share of each source's changes that is kept.
+        drop: For dare: the share of each source's changes that is dropped.
+        seed: For dare: the seed of what is dropped.
         trunk_only: For checkpoints with different heads: merge and write the bare models.
         overwrite: Whether the result of an earlier merge may be replaced.
 
@@ -46,12 +58,24 @@ def merge(
     Raises:
         UserError: An option is refused, a source cannot be read, the sources do not fit together, the target is not
             free, or another process writes it.
+
+    Example:
+        >>> results = mtl_jax.merge("runs/soup", ["runs/tiny", "runs/seed_1"], "soup")
+        >>> sorted(results["tasks"])
+        ['coarse', 'fine', 'rating']
     """
-    folder = Path(target)
-    method = checked(method, sources, base)
+    log_lines.show()
+    folder, source_names, base_name = Path(target), [str(source) for source in sources], str(base)
+    scales = (scale,) if isinstance(scale, int | float) else tuple(scale or ())
+    given = (tuple(weights) or None, alpha, scales or None, keep, drop, seed)
+    if isinstance(method, str):
+        method = Method(method, *given)
+    elif given != (None,) * len(given):
+        raise UserError(f"{method.name}: the numbers of a Method are its fields; leave weights, alpha and the like out")
+    method = checked(method, source_names, base_name)
     workdirs.check_writable(folder)
     with locks.target(folder):
-        return _merge(folder, sources, method, base, trunk_only, overwrite)
+        return _merge(folder, source_names, method, base_name, trunk_only, overwrite)
 
 
 def _merge(

@@ -6,11 +6,33 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtl_jax.core import locks
+from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import write_json, write_text, writing
 from mtl_jax.reporting.study import ABLATION
 from mtl_jax.reporting.study import read as read
+
+
+def report(*workdirs: str | Path, output: str | Path = "") -> Path:
+    """Writes a report on an ablation, or on runs side by side; returns the path of its page, report.html.
+
+    Args:
+        workdirs: One ablation; or workdirs of runs with the same tasks, also as patterns such as "runs/*".
+        output: The directory to write. Default: the ablation's workdir; for runs, report/.
+
+    Raises:
+        UserError: As write().
+
+    Example:
+        >>> page = mtl_jax.report("runs/tiny", output="report")
+        >>> page.name
+        'report.html'
+    """
+    log_lines.show()
+    folders = find([str(workdir) for workdir in workdirs])
+    if not folders:
+        raise UserError("no workdir given")
+    return write(folders, output or default_output(folders))
 
 
 def find(patterns: Sequence[str]) -> list[Path]:

@@ -28,8 +28,7 @@ class Hooks(NamedTuple):
     Example:
         >>> losses = []
         >>> hooks = mtl_jax.Hooks(after_metrics=lambda step, metrics: losses.append(metrics["total"]))
-        >>> experiment = dataclasses.replace(EXPERIMENT, name="with_hooks")
-        >>> results = mtl_jax.train(experiment, "runs/with_hooks", hooks=hooks)
+        >>> results = mtl_jax.train(EXPERIMENT, "runs/with_hooks", hooks=hooks)
         >>> len(losses) == results["steps"]
         True
     """

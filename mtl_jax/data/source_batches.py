@@ -42,8 +42,7 @@ def batches_of(
         UserError: A source, label or mixture is refused.
 
     Example:
-        >>> source, *_ = EXPERIMENT.sources
-        >>> batches = batches_of(source, EXPERIMENT.tasks[0], tokenizer="bert", batching=EXPERIMENT.batch)
+        >>> batches = batches_of(EXPERIMENT.sources, EXPERIMENT.tasks, tokenizer="bert", batching=EXPERIMENT.batch)
         >>> next(batches).tokens.shape
         (8, 24)
         >>> batches.close()

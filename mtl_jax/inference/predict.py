@@ -76,7 +76,7 @@ def load_model(workdir: str | Path) -> Model:
         >>> model = mtl_jax.load_model("runs/tiny")
         >>> len(model.predict("coarse", ["who is the man ?", "where is the city ?"]))
         2
-        >>> len(mtl_jax.predict(model, "rating", ["a great film"]))
+        >>> len(mtl_jax.predict(model, "fine", ["who is the man ?"]))
         1
     """
     log_lines.show()

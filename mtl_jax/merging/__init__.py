@@ -62,7 +62,7 @@ def merge(
     Example:
         >>> results = mtl_jax.merge("runs/soup", ["runs/tiny", "runs/seed_1"], "soup")
         >>> sorted(results["tasks"])
-        ['coarse', 'fine', 'rating']
+        ['coarse', 'fine']
     """
     log_lines.show()
     folder, source_names, base_name = Path(target), [str(source) for source in sources], str(base)

@@ -6,6 +6,7 @@ Ours are for services whose packages are optional. metrics.jsonl and TensorBoard
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,8 +119,7 @@ def register_logger(name: str) -> Callable[[Factory], Factory]:
         ...     file = open(workdir / "lines.txt", "a")
         ...     write = lambda step, scores: print(step, scores["criterion"], file=file)
         ...     return mtl_jax.Hooks(after_evaluation=write, close=file.close)
-        >>> experiment = dataclasses.replace(EXPERIMENT, name="with_lines")
-        >>> results = mtl_jax.train(experiment, "runs/with_lines", loggers=["lines"])
+        >>> results = mtl_jax.train(EXPERIMENT, "runs/with_lines", loggers=["lines"])
         >>> len(Path("runs/with_lines/lines.txt").read_text().splitlines())
         3
     """
@@ -185,7 +185,9 @@ def scores_on_test(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
-    return {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+    """The finite numbers among values, with the kind before their names."""
+    finite = {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {f"{kind}/{name}": value for name, value in finite.items()}
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

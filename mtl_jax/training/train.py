@@ -75,10 +75,9 @@ def train(
         Any error of a hook: The state is saved, and the same command resumes.
 
     Example:
-        >>> experiment = dataclasses.replace(EXPERIMENT, name="seed_1", seed=1)
-        >>> results = mtl_jax.train(experiment, "runs/seed_1")
+        >>> results = mtl_jax.train(dataclasses.replace(EXPERIMENT, seed=1), "runs/seed_1")
         >>> sorted(results["tasks"])
-        ['coarse', 'fine', 'rating']
+        ['coarse', 'fine']
     """
     log_lines.show()
     folder = Path(workdir)

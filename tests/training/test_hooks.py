@@ -7,7 +7,6 @@ import types
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny
 
 import mtl_jax
@@ -170,6 +169,7 @@ def two_processes(name, workdir):
     return json.loads((workdir / loggers.RECORD).read_text())[name]
 
 
+@pytest.mark.filterwarnings("ignore")  # those of the service's own packages
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -180,6 +180,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert all(folder.name.endswith(run_id) for folder in folders)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -190,3 +191,28 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     assert run.data.params["optimizer.learning_rate"] == "0.1"
     assert run.data.metrics["test/a/accuracy"] == 0.5
     assert [point.step for point in client.get_metric_history(run_id, "train/loss/a")] == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    name = two_processes("trackio", tmp_path / "run")["name"]
+    [run] = trackio.Api().runs("tiny")
+    assert run.name == name
+
+
+def test_what_trackio_is_told(tmp_path, monkeypatch):
+    """By a stand-in of the part of its API that we call, for where the package is not installed."""
+    calls = []
+    log = lambda values, step: calls.append((step, values))  # noqa: E731
+    run = types.SimpleNamespace(log=log, finish=lambda: calls.append("finished"))
+    begin = lambda **options: (calls.append((options["name"], options["resume"])), run)[1]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=begin))
+    name = two_processes("trackio", tmp_path / "run")["name"]
+    assert calls == [
+        (name, "allow"),
+        *((1, {"train/loss/a": 1.0}), (1, {"dev/a/accuracy": 0.25}), "finished"),
+        (name, "allow"),
+        *((2, {"train/loss/a": 0.5}), (2, {"dev/a/accuracy": 0.5}), (2, {"test/a/accuracy": 0.5}), "finished"),
+    ]

@@ -21,6 +21,7 @@ from mtl_jax.cli import main
 from mtl_jax.data.source_batches import batches_of
 from mtl_jax.inference import predict as prediction
 from mtl_jax.training.experiment_json import from_json
+from mtl_jax.training.loggers import LOGGERS
 
 NAMES = [
     *("train", "ablate", "take", "predict", "evaluate", "load_model", "convert", "merge", "translate", "summarize"),
@@ -46,7 +47,8 @@ def experiment(bert, data):
 @pytest.fixture
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    return folder
+    yield folder
+    LOGGERS._functions.pop("lines", None)
 
 
 def test_the_examples_of_public_names(inside, bert, data):
@@ -157,3 +159,18 @@ def test_a_script_sees_the_lines_of_the_log(inside, monkeypatch, capsys, before,
     names = {"EXPERIMENT": from_json(config, "config.json")}
     exec(SCRIPT.format(before=before, after=after), names)
     assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize("page", ["python.md", "parts/hooks.md"])
+def test_the_code_of_the_guide(inside, bert, data, page):
+    """Its blocks in order, in the directory where the examples ran, so that most of its runs are done."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text(encoding="utf-8")
+    names = {"EXPERIMENT": experiment(bert, data)}
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+def test_every_command_is_in_the_table_of_the_guide():
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in [*NAMES[:10], "results", "report"]:
+        assert name == "load_model" or f"| `mtl_jax.{name}(" in text, name

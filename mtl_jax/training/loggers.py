@@ -6,6 +6,7 @@ Ours are for services whose packages are optional. metrics.jsonl and TensorBoard
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import time
@@ -13,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.files import reason
 from mtl_jax.core.hooks import Hooks
 from mtl_jax.core.parts import Registry
 from mtl_jax.training import workdir as workdirs
+
+log = logging.getLogger(__name__)
 
 Factory = Callable[[Mapping[str, Any], Path], Hooks]
 
@@ -62,8 +66,9 @@ def mlflow_logger(config: Mapping[str, Any], workdir: Path) -> Hooks:
     """MLflow, at $MLFLOW_TRACKING_URI: the experiment of this name; metrics are sent at evaluations and at the end."""
     import mlflow
     from mlflow.entities import Metric, Param
+    from mlflow.exceptions import MlflowException
 
-    client, waiting = mlflow.MlflowClient(), list[Any]()
+    client, waiting, status = mlflow.MlflowClient(), list[Any](), "KILLED"
     run_id = kept(workdir, "mlflow").get("id")
     if run_id is None:
         experiment = client.get_experiment_by_name(config["name"])
@@ -79,26 +84,31 @@ def mlflow_logger(config: Mapping[str, Any], workdir: Path) -> Hooks:
     def add(step: int, metrics: Mapping[str, float]) -> None:
         waiting.extend(Metric(name, value, int(1000 * time.time()), step) for name, value in metrics.items())
 
-    def send() -> None:
-        while waiting:
-            client.log_batch(run_id, metrics=waiting[:AT_ONCE])
-            del waiting[:AT_ONCE]
+    def send(ends: str = "") -> None:
+        try:
+            while waiting:
+                client.log_batch(run_id, metrics=waiting[:AT_ONCE])
+                del waiting[:AT_ONCE]
+            if ends:
+                client.set_terminated(run_id, ends)
+        except MlflowException as error:  # a server that does not answer for a while must not end the run
+            log.warning("logger mlflow: %s; %d metrics wait for the next evaluation", reason(error), len(waiting))
 
     def after_evaluation(step: int, scores: Mapping[str, Any]) -> None:
         add(step, _numbers("dev", scores))
         send()
 
     def at_end(results: Mapping[str, Any]) -> None:
+        nonlocal status
         add(results["steps"], scores_on_test(results))
-        send()
-        client.set_terminated(run_id)
+        status = "FINISHED"
 
-    def close() -> None:
-        send()
-        if client.get_run(run_id).info.status == "RUNNING":  # at_end was not reached
-            client.set_terminated(run_id, "KILLED")
-
-    return Hooks(lambda step, metrics: add(step, _numbers("train", metrics)), after_evaluation, at_end, close)
+    return Hooks(
+        after_metrics=lambda step, metrics: add(step, _numbers("train", metrics)),
+        after_evaluation=after_evaluation,
+        at_end=at_end,
+        close=lambda: send(status),
+    )
 
 
 LOGGERS: Registry[Factory] = Registry("logger", {"wandb": wandb_logger, "trackio": trackio_logger, "mlflow": mlflow_logger})
@@ -135,7 +145,9 @@ def checked(loggers: Sequence[str]) -> tuple[str, ...]:
     texts = [loggers] if isinstance(loggers, str) else loggers
     names = tuple(dict.fromkeys(name.strip() for text in texts for name in text.split(",") if name.strip()))
     for name in names:
-        factory = LOGGERS.find(name)
+        if name not in LOGGERS:
+            raise UserError(f"{unknown('logger', name, LOGGERS)}; --import FILE brings a logger of your own")
+        factory = LOGGERS[name]
         if factory.__module__ == __name__ and importlib.util.find_spec(name) is None:
             raise UserError(f"logger {name}: the package {name} is not installed; pip install 'mtl_jax[{name}]'")
     return names
@@ -155,7 +167,7 @@ def open_loggers(names: Sequence[str], config: Mapping[str, Any], workdir: Path)
     opened: list[Hooks] = []
     try:
         for name in names:
-            hooks = LOGGERS[name](config, workdir)
+            hooks = _opened(name, config, workdir)
             if not isinstance(hooks, Hooks):
                 raise UserError(f"logger {name}: its function returned {type(hooks).__name__}; it must return mtl_jax.Hooks")
             opened.append(hooks)
@@ -165,6 +177,18 @@ def open_loggers(names: Sequence[str], config: Mapping[str, Any], workdir: Path)
                 hooks.close()
         raise
     return opened
+
+
+def _opened(name: str, config: Mapping[str, Any], workdir: Path) -> Hooks:
+    factory = LOGGERS[name]
+    if factory.__module__ != __name__:
+        return factory(config, workdir)
+    try:
+        return factory(config, workdir)
+    except UserError:
+        raise
+    except Exception as error:  # each package has its own kinds of errors
+        raise UserError(f"logger {name}: {type(error).__name__}: {reason(error)}") from error
 
 
 def kept(workdir: Path, logger: str) -> dict[str, Any]:

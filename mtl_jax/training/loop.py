@@ -184,8 +184,8 @@ class TrainingRun:
         rate = float(self.rates[sent.step - 1 - plan.start])
         losses, record = metrics_log.step_record(metrics, self.counts.facts(self.examples), rate, plan.number)
         self.logger.write("train", sent.step, record)
-        self.callbacks.call("after_metrics", sent.step, record)
         self.progress.update(1, record["tokens"], losses, title=plan.phase.name)
+        self.callbacks.call("after_metrics", sent.step, record)
         unsolved = step_checks.unsolved(metrics)
         if unsolved and not self.warned_of_solver:
             self.warned_of_solver = True

@@ -171,11 +171,11 @@ def test_of_one_seed_only_equal_numbers_tie(tmp_path):
 
 def test_a_report_from_python(ablation, tmp_path):
     """Paths may be texts, as for mtl_jax.train; to import mtl_jax does not take the time to import matplotlib."""
-    found = mtl_jax.reporting.write(str(ablation / "runs" / "0000"), str(tmp_path / "one"))
+    found = mtl_jax.report(str(ablation / "runs" / "0000"), output=str(tmp_path / "one"))
     assert found == tmp_path / "one" / "report.html"
-    mtl_jax.reporting.write([str(ablation / "runs" / "0000"), ablation / "runs" / "0002"], str(tmp_path / "two"))
+    mtl_jax.report(str(ablation / "runs" / "0000"), ablation / "runs" / "0002", output=str(tmp_path / "two"))
     assert (tmp_path / "two" / "ablation.csv").exists()
-    code = "import sys, mtl_jax; mtl_jax.reporting.write; assert 'matplotlib' not in sys.modules"
+    code = "import sys, mtl_jax; mtl_jax.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

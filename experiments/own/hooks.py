@@ -12,6 +12,9 @@ row counts.
 import csv
 import itertools
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from mtl_jax import (
     Batching,
@@ -32,12 +35,12 @@ def conflict_table() -> Hooks:
     """Collects the cosine of every two tasks' gradients, which metrics have under a rule that compares gradients."""
     cosines: dict[tuple[str, str], list[float]] = defaultdict(list)
 
-    def collect(step, metrics):
+    def collect(step: int, metrics: Mapping[str, Any]) -> None:
         tasks = [name.partition("/")[2] for name in metrics if name.startswith("gradient_norm/")]
         for (row, first), (column, second) in itertools.combinations(enumerate(tasks), 2):
             cosines[first, second].append(metrics["cosines"][row][column])
 
-    def show(results):
+    def show(results: Mapping[str, Any]) -> None:
         print("tasks                    mean cosine  conflicts")
         for (first, second), values in cosines.items():
             below = sum(value < 0 for value in values) / len(values)
@@ -47,14 +50,14 @@ def conflict_table() -> Hooks:
 
 
 @register_logger("csv")
-def csv_logger(config, workdir) -> Hooks:
+def csv_logger(config: Mapping[str, Any], workdir: Path) -> Hooks:
     """Writes metrics.csv to the workdir: kind, step, name, value."""
     file = (workdir / "metrics.csv").open("a", newline="")
     writer = csv.writer(file)
     if file.tell() == 0:
         writer.writerow(["kind", "step", "name", "value"])
 
-    def rows(kind):
+    def rows(kind: str) -> Callable[[int, Mapping[str, Any]], None]:
         return lambda step, values: writer.writerows(
             [kind, step, name, value] for name, value in values.items() if name != "cosines"
         )

@@ -92,7 +92,7 @@ def mlflow_logger(config: Mapping[str, Any], workdir: Path) -> Hooks:
             if ends:
                 client.set_terminated(run_id, ends)
         except MlflowException as error:  # a server that does not answer for a while must not end the run
-            log.warning("logger mlflow: %s; %d metrics wait for the next evaluation", reason(error), len(waiting))
+            log.warning("logger mlflow: %s; %d metrics are not sent yet", reason(error), len(waiting))
 
     def after_evaluation(step: int, scores: Mapping[str, Any]) -> None:
         add(step, _numbers("dev", scores))
@@ -112,7 +112,6 @@ def mlflow_logger(config: Mapping[str, Any], workdir: Path) -> Hooks:
 
 
 LOGGERS: Registry[Factory] = Registry("logger", {"wandb": wandb_logger, "trackio": trackio_logger, "mlflow": mlflow_logger})
-EXTRAS = tuple(LOGGERS)  # each is the name of a package, and of our extra that installs it
 
 
 def register_logger(name: str) -> Callable[[Factory], Factory]:

@@ -194,6 +194,24 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_server_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, caplog):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    [hooks] = loggers.open_loggers(["mlflow"], {"name": "tiny"}, tmp_path)
+
+    def no_answer(*arguments, **named):
+        raise mlflow.exceptions.MlflowException("no answer")
+
+    with monkeypatch.context() as away:
+        away.setattr(mlflow.MlflowClient, "log_batch", no_answer)
+        hooks.after_evaluation(1, {"a/accuracy": 0.25})
+    assert "logger mlflow: no answer; 1 metrics are not sent yet" in caplog.text
+    hooks.close()
+    run = mlflow.MlflowClient().get_run(loggers.kept(tmp_path, "mlflow")["id"])
+    assert (run.info.status, run.data.metrics) == ("KILLED", {"dev/a/accuracy": 0.25})
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_trackio_in_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")

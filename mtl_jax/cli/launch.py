@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +16,6 @@ from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.hooks import Hooks
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting
-
-log = logging.getLogger(__name__)
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 _HEAD_WEIGHTS: dict[str, HeadWeights] = {"true": True, "false": False, "rule": "rule"}
@@ -110,9 +107,7 @@ def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks
     if scripts.only_read.get():
         if launch.distributed:
             raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
-        if hooks or launch.logger:
-            log.warning("an ablation calls no hooks and no --logger; its runs have their own metrics.jsonl")
-        raise scripts.Read(launch.experiment)
+        raise scripts.Read(launch.experiment, has_hooks=bool(hooks or launch.logger))
     run(lambda: _launch(launch, hooks))
 
 

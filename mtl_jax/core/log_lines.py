@@ -5,29 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+
+import tqdm
 
 
-class _StandardError(logging.StreamHandler):
-    """Writes to the standard error of the moment, which notebooks and tests replace."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self.setFormatter(logging.Formatter("%(message)s"))
+class StandardError(logging.Handler):
+    """Writes plain lines to the standard error of the moment, on a terminal above the progress bar, which stays below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream: Any = sys.stderr
-        if self.stream is not None:
-            super().emit(record)
+        if sys.stderr is None:
+            return
+        try:
+            if sys.stderr.isatty():
+                tqdm.tqdm.write(self.format(record), file=sys.stderr)
+            else:
+                print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # as other handlers of logging do
+            self.handleError(record)
 
 
 def to_stderr() -> None:
-    """Logs the lines of mtl_jax as plain text, and of other libraries only errors."""
+    """Logs the lines of mtl_jax, and of other libraries only errors: for commands."""
     _only_errors_of_others()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("mtl_jax")
-    logger.handlers = [handler]
+    logger.handlers = [StandardError()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -41,7 +42,7 @@ def show() -> None:
     if logger.handlers or logging.getLogger().handlers:
         return
     _only_errors_of_others()
-    handler = _StandardError()
+    handler = StandardError()
     handler.addFilter(lambda record: not logging.getLogger().handlers)
     logger.addHandler(handler)
     if logger.level == logging.NOTSET:

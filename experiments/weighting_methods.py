@@ -25,7 +25,7 @@ import mtl_jax
 from mtl_jax import Embedding, Evaluation, Experiment, Optimizer, Phase, weighting
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import number_of
-from mtl_jax.report.statistics import relative_change
+from mtl_jax.reporting.statistics import relative_change
 
 TASKS = {task.name: task for task in quickstart.EXPERIMENT.tasks}
 EQUAL = dict.fromkeys(TASKS, 1.0)

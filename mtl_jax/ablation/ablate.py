@@ -21,7 +21,7 @@ from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.prepare_program import Ready, make_ready
 from mtl_jax.ablation.remarks import weights_do_nothing
-from mtl_jax.core import locks
+from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment, select
@@ -77,7 +77,13 @@ def ablate(
         UserError: Bad input, found before anything is trained or written. Only whether a later program fits into memory is
             found when that program is compiled.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
+
+    Example:
+        >>> ablation = mtl_jax.ablate(EXPERIMENT, "runs/ablation", ["optimizer.learning-rate=1e-3,1e-2"])
+        >>> [run["values"]["optimizer.learning_rate"] for run in ablation["runs"]]
+        [0.001, 0.01]
     """
+    log_lines.show()
     folder = Path(workdir)
     planned = plan(folders.keep_head_weights_of_runs(folder, experiment), vary, methods, seeds, samples, own_order)
     workdirs.check_writable(folder)
@@ -154,9 +160,9 @@ def _ablate(
             _train(ready, folder, stop, progress, status, write_chunk)
         progress.close()
     written = folders.write(folder, record, planned, status)
-    from mtl_jax import report  # imported late: matplotlib takes a while
+    from mtl_jax import reporting  # imported late: matplotlib takes a while
 
-    page = report.write(folder, folder, patience=PATIENCE)
+    page = reporting.write(folder, folder, patience=PATIENCE)
     for line in (best_setting(folder, written), f"the report is {page}"):
         log.info("%s", line)
     return written

@@ -16,7 +16,7 @@ from mtl_jax.ablation.ablate import share
 from mtl_jax.ablation.chunk import Chunk
 from mtl_jax.ablation.prepare_program import make_ready
 from mtl_jax.ablation.stacking import Together
-from mtl_jax.core import locks, trees
+from mtl_jax.core import locks, log_lines, trees
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.staging import staged
@@ -24,8 +24,8 @@ from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.preemption import Stop
 
 
-def take(ablation: str | Path, name: str, target: str | Path) -> None:
-    """Writes a run's files, its trunk, and its best and newest checkpoints to a workdir.
+def take(ablation: str | Path, name: str, target: str | Path) -> Path:
+    """Writes a run's files, its trunk, and its best and newest checkpoints to a workdir; returns the workdir.
 
     Args:
         ablation: The workdir of the ablation, which may still be running.
@@ -35,9 +35,16 @@ def take(ablation: str | Path, name: str, target: str | Path) -> None:
     Raises:
         UserError: There is no such ablation or run, the run has no checkpoint yet or diverged before its first evaluation, the
             target exists, or another process is writing it.
+
+    Example:
+        >>> workdir = mtl_jax.take("runs/ablation", "0001", "runs/taken")
+        >>> sorted(mtl_jax.predict(workdir, "coarse", ["who is the man ?"])[0])
+        ['label', 'probability']
     """
+    log_lines.show()
     with locks.target(Path(target)):
         _take(Path(ablation), name, Path(target))
+    return Path(target)
 
 
 def _take(folder: Path, name: str, out: Path) -> None:

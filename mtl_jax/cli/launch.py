@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ import tyro
 from mtl_jax.cli import script_flags, scripts
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.hooks import Hooks
 from mtl_jax.core.text_lines import flush_output
 from mtl_jax.data.source import GivenRows
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting
@@ -88,6 +89,7 @@ class Launch:
         allow_config_change: Resume in a workdir that was begun with another configuration.
         distributed: Train together with other processes that are started with the same command and a shared workdir: auto on a
             TPU pod, Slurm and the like, else HOST:PORT,INDEX,COUNT (address of process 0, index of this process, their number).
+        logger: Send metrics to this logger, too: wandb, trackio, mlflow, or one that a script registers. May be repeated.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
@@ -95,9 +97,10 @@ class Launch:
     dry_run: bool = False
     allow_config_change: bool = False
     distributed: str = ""
+    logger: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
 
-def main(experiment: Experiment, description: str | None = None) -> None:
+def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks | Iterable[Hooks] = ()) -> None:
     """The command line of a script: parses the flags, trains, prints the table of results, and exits.
 
     Exit codes: 0 done, 2 bad input or a loss that is not finite, 75 stopped by a signal with the state saved.
@@ -105,6 +108,7 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     Args:
         experiment: The default of every flag.
         description: The text that --help shows; default: the docstring of the calling script.
+        hooks: Functions to be called during the run; one Hooks or several. An ablation of the script does not call them.
     """
     if scripts.imported.get():
         raise scripts.Read(experiment)
@@ -115,8 +119,8 @@ def main(experiment: Experiment, description: str | None = None) -> None:
     if scripts.only_read.get():
         if launch[0].distributed:
             raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
-        raise scripts.Read(launch[0].experiment)
-    run(lambda: _launch(launch[0]))
+        raise scripts.Read(launch[0].experiment, has_hooks=bool(hooks or launch[0].logger))
+    run(lambda: _launch(launch[0], hooks))
 
 
 def _parsed(experiment: Experiment, description: str) -> Launch:
@@ -158,10 +162,11 @@ _OWN_FLAGS = {
     "dry-run": ("", "Read the data, print all tables, compile one step, and train nothing"),
     "allow-config-change": ("", "Resume in a workdir that was begun with another configuration"),
     "distributed": ("", "Train together with other processes"),
+    "logger": ("", "Also log to wandb, trackio, mlflow, or a logger of your own"),
 }
 
 
-def _launch(launch: Launch) -> None:
+def _launch(launch: Launch, hooks: Hooks | Iterable[Hooks]) -> None:
     import jax
 
     from mtl_jax.training import mesh as meshes
@@ -177,7 +182,9 @@ def _launch(launch: Launch) -> None:
             print(line)
         return
     workdir = Path(launch.workdir or f"runs/{launch.experiment.name}")
-    scores = train(launch.experiment, workdir, allow_config_change=launch.allow_config_change)
+    scores = train(
+        launch.experiment, workdir, allow_config_change=launch.allow_config_change, hooks=hooks, loggers=launch.logger
+    )
     if jax.process_index() == 0:
         print(results.table([scores]))
         print(f"everything is in {workdir}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -26,6 +25,7 @@ def predict(
     task: str,
     text: tuple[str, ...] = (),
     file: str = "",
+    top_k: int | None = None,
 ) -> None:
     """Predictions of a run's best checkpoint: one JSON object per line, in the order of the input.
 
@@ -35,6 +35,7 @@ def predict(
         text: Texts to predict.
         file: A UTF-8 file with one text per line, or, if its name ends in .jsonl, with one JSON object per line that has the
             text columns of the task's source; - for standard input. Every line gets an answer, an empty line an error object.
+        top_k: Also give the most likely labels, as many, with their probabilities.
     """
     from mtl_jax.inference import predict as prediction
 
@@ -44,7 +45,8 @@ def predict(
     if file.endswith(".jsonl"):
         numbered = enumerate(rows, start=1)
         rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
-    print_lines(to_json(answer, ensure_ascii=False) for answer in prediction.predict(workdir, task, [*text, *rows]))
+    answers = prediction.predict(workdir, task, [*text, *rows], top_k)
+    print_lines(to_json(answer, ensure_ascii=False) for answer in answers)
 
 
 def evaluate(
@@ -84,7 +86,7 @@ def convert(
     """
     from mtl_jax.inference import export
 
-    if note := export.convert(source, target, task=task, overwrite=overwrite):
+    if note := export.write(source, target, task, overwrite):
         print(note)
     print(f"everything is in {target}")
 
@@ -126,11 +128,11 @@ def merge(
         trunk_only: For checkpoints with different heads: merge the bare models.
         overwrite: Replace the result of an earlier merge.
     """
-    from mtl_jax import merge as module
+    from mtl_jax import merging
     from mtl_jax.training import results
 
-    checked = module.Method(method, weights or None, alpha, scale or None, keep, drop, seed)
-    scores = module.merge(target, sources, checked, base=base, trunk_only=trunk_only, overwrite=overwrite)
+    numbers: dict[str, Any] = {"weights": weights, "alpha": alpha, "scale": scale, "keep": keep, "drop": drop, "seed": seed}
+    scores = merging.merge(target, sources, method, base=base, **numbers, trunk_only=trunk_only, overwrite=overwrite)
     if scores is not None:
         print(results.table([scores]))
     print(f"everything is in {target}")
@@ -144,7 +146,7 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     """
     from mtl_jax.training import results as module
 
-    print(module.tables([module.read(Path(workdir)) for workdir in workdirs]))
+    print(module.results(*workdirs))
 
 
 def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "") -> None:
@@ -157,14 +159,13 @@ def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "")
             are shown as mean and standard deviation.
         output: The directory to write. Default: the ablation's workdir; for runs, report/.
     """
-    from mtl_jax import report as module
+    from mtl_jax import reporting
 
-    folders = module.find(workdirs)
-    print(f"the report is {module.write(folders, Path(output) if output else module.default_output(folders))}")
+    print(f"the report is {reporting.report(*workdirs, output=output)}")
 
 
 def console() -> None:
-    """The console entry mtl-jax."""
+    """The console entry mtl-jax, also as python -m mtl_jax."""
     commands: dict[str, Callable[..., Any]] = {
         "predict": predict,
         "evaluate": evaluate,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import sys
 from collections.abc import Callable
 
-import tqdm
 import tyro
 
+from mtl_jax.core import log_lines
 from mtl_jax.core.configuration import EXIT_BAD_INPUT
 from mtl_jax.core.errors import Interrupted, UserError
 from mtl_jax.core.files import reason, refusal, shown
@@ -22,7 +20,7 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started agai
 
 def run(command: Callable[[], None]) -> None:
     """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main()."""
-    _log_to_stderr()
+    log_lines.to_stderr()
     try:
         try:
             command()
@@ -46,22 +44,3 @@ def run(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:  # before or after the work that catches the signal itself
         print("stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-
-
-class AboveTheBar(logging.Handler):
-    """Writes lines above the progress bar of a terminal, which stays below them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _log_to_stderr() -> None:
-    """Logs the lines of mtl_jax as plain text, and of other libraries only errors."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch was not found, which is not needed
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    handler = AboveTheBar() if sys.stderr.isatty() else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("mtl_jax")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False

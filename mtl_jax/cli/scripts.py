@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib.util
+import logging
 import runpy
 import sys
 import traceback
@@ -17,6 +18,8 @@ from mtl_jax.core.errors import UserError
 if TYPE_CHECKING:  # takes a second to import, and --help needs none of it
     from mtl_jax.experiment import Experiment
 
+log = logging.getLogger(__name__)
+
 only_read: contextvars.ContextVar[bool] = contextvars.ContextVar("only_read", default=False)
 imported: contextvars.ContextVar[bool] = contextvars.ContextVar("imported", default=False)  # for the parts that it defines
 _flags: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("flags", default=())
@@ -25,9 +28,9 @@ _flags: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("flags"
 class Read(BaseException):
     """Ends a script at its call of main(), where its experiment is known. Not an Exception, so that scripts do not catch it."""
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, has_hooks: bool = False):
         super().__init__()
-        self.experiment = experiment
+        self.experiment, self.has_hooks = experiment, has_hooks
 
 
 def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -131,6 +134,8 @@ def read(script: str) -> Experiment:
     try:
         runpy.run_path(script, run_name="__main__")
     except Read as called:
+        if called.has_hooks:
+            log.warning("%s: an ablation calls no hooks and no --logger; its runs have their own metrics.jsonl", script)
         return called.experiment
     finally:
         sys.argv, sys.path[:] = argv, folders

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import to_json
 from mtl_jax.core.text_lines import STANDARD_INPUT, kind_of, lines_of, object_of, read_bytes
+from mtl_jax.inference.text_kinds import answer_object
 
 if TYPE_CHECKING:
     from mtl_jax.inference.generate_texts import TextAnswer
@@ -84,12 +85,7 @@ def answer_line(rows: Rows, place: int, answer: TextAnswer, field: str, scores: 
     row = {"text": rows.texts[place]} if rows.objects is None else rows.objects[place]
     if row is None:
         return ""
-    texts, rounded = list(answer.texts), [None if score is None else round(score, 4) for score in answer.scores]
-    several = len(texts) > 1
-    added: dict[str, Any] = {field: texts if several else "".join(texts)}
-    if scores:
-        added[f"{field}_score"] = rounded if several else next(iter(rounded), None)
-    return to_json(row | added, ensure_ascii=False)
+    return to_json(answer_object(row, answer, field, scores), ensure_ascii=False)
 
 
 def _text_of(row: dict[str, Any], column: str, field: str, where: str) -> str:

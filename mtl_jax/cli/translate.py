@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,11 +15,10 @@ from mtl_jax.cli import text_rows
 from mtl_jax.cli.text_rows import Rows
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.text_lines import STANDARD_OUTPUT, print_lines
+from mtl_jax.inference.text_kinds import SUMMARIZE, TRANSLATE, Kind, check_numbers
 
 if TYPE_CHECKING:
     from mtl_jax.decoding import GenerationConfig
-    from mtl_jax.inference.generate_texts import Plan
-    from mtl_jax.inference.text_model import TextModel, TextRequest
 
 log = logging.getLogger(__name__)
 
@@ -147,26 +146,6 @@ class Work:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-class _Command(NamedTuple):
-    """What differs between the commands.
-
-    Attributes:
-        name: The command.
-        task: The name of its task in checkpoints.
-        field: The name of an answer in an object.
-        long: What happens to long texts.
-    """
-
-    name: str
-    task: str
-    field: str
-    long: Literal["divide", "cut"]
-
-
-TRANSLATE = _Command("translate", "translation", "translation", "divide")
-SUMMARIZE = _Command("summarize", "summarization", "summary", "cut")
-
-
 def translate(
     text: Texts = (),
     /,
@@ -215,53 +194,53 @@ def summarize(
     _answer(SUMMARIZE, text, model, files, task, search, work)
 
 
-def _answer(command: _Command, text: tuple[str, ...], path: str, files: Files, task: Task, search: Search, work: Work) -> None:
+def _answer(kind: Kind, text: tuple[str, ...], path: str, files: Files, task: Task, search: Search, work: Work) -> None:
     """Reads the texts, generates the answers and writes them, in the order in which mistakes are cheapest to find."""
     output = _output_file(files)
-    _check_flags(task, search, work)
-    field = files.field or command.field
+    check_numbers(work.rows, task.max_source_tokens, search.seed)
+    if search.sample and search.no_sample:
+        raise UserError("give --sample or --no-sample, not both")
+    field = files.field or kind.field
     rows = _read(text, files, field)
 
-    from mtl_jax.core.progress import Progress
-    from mtl_jax.inference import generate_texts, text_model  # imported late: --help and mistakes need none of it
+    from mtl_jax.inference import answer_texts, generate_texts  # imported late: --help and mistakes need none of it
     from mtl_jax.inference.resumable_output import Journal
+    from mtl_jax.inference.text_model import TextRequest
     from mtl_jax.training.preemption import stop_on_signals
 
+    journal: Journal | None = None
     with stop_on_signals() as stop, contextlib.ExitStack() as stack:
-        request = text_model.TextRequest(command.task, task.source_language, task.target_language, task.prefix)
-        model = _open(path, request, task.task, work.dtype)
+        request = TextRequest(kind.task, task.source_language, task.target_language, task.prefix)
+        model, _ = answer_texts.open_text_model(path, request, task.task, work.dtype)
         config = generate_texts.configure(model, search.options(), path)
         if config.num_return_sequences > 1 and rows.objects is None and not files.scores:
             raise UserError(f"{config.num_return_sequences} answers do not fit on a line of text; --scores makes lines of JSON")
         for line in search.without_effect(config):
             log.warning("%s", line)
-        limit, long = generate_texts.source_limit(model, task.max_source_tokens), task.long or command.long
-        plan = generate_texts.make_plan(model, rows.texts, long, limit)
-        _report_texts(plan, rows.file, long, limit)
-        journal = progress = None
-        if output is not None:
+        long = task.long or kind.long
+
+        def open_journal(limit: int | None) -> Journal:
+            nonlocal journal
+            assert output is not None
             made_from = generate_texts.provenance(model, rows.texts, config, work.rows, search.seed)
-            journal = Journal(output, {"command": command.name, **made_from, "limit": limit, "long": long}, generate_texts.ITEM)
+            header = {"command": kind.name, **made_from, "limit": limit, "long": long}
+            journal = Journal(output, header, generate_texts.ITEM)
             stack.callback(journal.close)
-        if not text:
-            done = 0 if journal is None else len(journal.done)
-            progress = Progress(command.name, len(plan.sources), done, unit="text")
-            stack.callback(progress.close)
-        answers = generate_texts.generate(
+            return journal
+
+        answers = answer_texts.generate(
             model,
-            plan,
+            rows.texts,
             config,
-            len(rows.texts),
+            long,
+            task.max_source_tokens,
             rows=work.rows,
             seed=search.seed,
-            journal=journal,
-            progress=progress,
+            file=rows.file,
+            progress_title="" if text else kind.name,
+            open_journal=None if output is None else open_journal,
             stopped=stop.flag.is_set,
         )
-        unfinished = [place for place, answer in enumerate(answers) if not answer.ended]
-        generate_texts.warn_of_texts(unfinished, rows.file, "with an answer that the length limit ended (--max-new-tokens)")
-        not_finite = [place for place, answer in enumerate(answers) if None in answer.scores]
-        generate_texts.warn_of_texts(not_finite, rows.file, "left empty, as the model's output is not finite")
         lines = [text_rows.answer_line(rows, place, answer, field, files.scores) for place, answer in enumerate(answers)]
         if journal is None:
             print_lines(lines)
@@ -280,46 +259,8 @@ def _output_file(files: Files) -> Path | None:
     return None
 
 
-def _check_flags(task: Task, search: Search, work: Work) -> None:
-    for name, value in (("rows", work.rows), ("max-source-tokens", task.max_source_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
-    if search.sample and search.no_sample:
-        raise UserError("give --sample or --no-sample, not both")
-    if not 0 <= search.seed < 1 << 63:
-        raise UserError(f"--seed is {search.seed}; it must be at least 0 and below 2^63")
-
-
 def _read(text: tuple[str, ...], files: Files, field: str) -> Rows:
     for flag, value in (("--file", files.file), ("--column", files.column)):
         if text and value:
             raise UserError(f"give a text, or {flag}, not both")
     return text_rows.of_arguments(text) if text else text_rows.of_file(files.file, files.column, field)
-
-
-def _open(path: str, request: TextRequest, task: str, dtype: str) -> TextModel:
-    from mtl_jax.inference import text_model
-    from mtl_jax.inference.predict import is_workdir
-    from mtl_jax.training import mesh as meshes
-
-    if not is_workdir(Path(path)):
-        if task:
-            raise UserError(f"--task {task}: {path} is not the workdir of a run; leave the flag out")
-        return text_model.from_checkpoint(path, request, meshes.compute_dtype(dtype))
-    if dtype != "auto":
-        raise UserError(f"--dtype {dtype}: {path} is a run, which computes in the dtype of its training; leave the flag out")
-    return text_model.from_run(Path(path), request, task)
-
-
-def _report_texts(plan: Plan, file: str, long: str, limit: int | None) -> None:
-    """Logs which texts are shortened or left empty, and the characters that the vocabulary does not know."""
-    from mtl_jax.inference import generate_texts
-
-    change = "divided at ends of sentences" if long == "divide" else "cut"
-    generate_texts.warn_of_texts(plan.long, file, f"of more than {limit} tokens, {change}")
-    generate_texts.warn_of_texts(plan.unknown, file, "of which the vocabulary knows nothing, left empty")
-    if plan.refused:
-        reason = next(iter(plan.refused.values()))
-        generate_texts.warn_of_texts([*plan.refused], file, f"left empty, the first because {reason}")
-    for line in plan.remarks:
-        log.warning("%s", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import pretrained, trunks
-from mtl_jax.core import locks
+from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import write_json
 from mtl_jax.inference import model_card
@@ -24,6 +25,8 @@ from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Ta
 from mtl_jax.training import text_evaluation
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
 
+log = logging.getLogger(__name__)
+
 # Class names that sentence-transformers reads from a directory's files since its second version.
 _MODULE = "sentence_transformers.models"
 _RELU, _IDENTITY = "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"
@@ -34,7 +37,7 @@ LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")  # of conf
 TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
 
 
-def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool = False) -> str:
+def convert(source: str | Path, target: str | Path, task: str = "", overwrite: bool = False) -> str:
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
     A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
@@ -58,9 +61,23 @@ def convert(source: str, target: str | Path, *, task: str = "", overwrite: bool 
     Raises:
         UserError: The source cannot be read, has no such task, or has no counterpart in other libraries; or the target is not
             free, or another process writes it.
+
+    Example:
+        >>> hint = mtl_jax.convert("runs/tiny", "model", task="fine")
+        >>> sorted(path.name for path in Path("model").glob("*.safetensors"))
+        ['model.safetensors']
     """
+    log_lines.show()
+    hint = write(source, target, task, overwrite)
+    if hint:
+        log.info("%s", hint)
+    return hint
+
+
+def write(source: str | Path, target: str | Path, task: str, overwrite: bool) -> str:
+    """As convert(), without a log line."""
     with locks.target(Path(target)):
-        return _convert(source, target, task, overwrite)
+        return _convert(str(source), target, task, overwrite)
 
 
 def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str:

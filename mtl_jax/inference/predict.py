@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mtl_jax import trunks
+from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage
 from mtl_jax.data.examples import Examples, label_remarks, length_remark, make_examples, read_examples
 from mtl_jax.data.formats import READERS, names_columns
+from mtl_jax.data.formats.records import columns
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import UnreadableTexts
 from mtl_jax.data.source import Source
@@ -34,18 +38,74 @@ from mtl_jax.training.text_evaluation import Generated
 
 log = logging.getLogger(__name__)
 
+Inputs = Sequence[str | Sequence[str] | Mapping[str, Any]]
+
 NOT_FINITE = "the model's output is not finite: its parameters are damaged, or training diverged"
 
 
-def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str] | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Predictions of the best checkpoint of a run.
+class Model(NamedTuple):
+    """The best checkpoint of a run, opened once for many answers.
+
+    Attributes:
+        run: The run's trunk, tasks and parameters.
+        workdir: Its workdir.
+        outputs: From a task's name to its jitted function on batches, which is made once, and the device.
+    """
+
+    run: TrainedRun
+    workdir: Path
+    outputs: Callable[[str], tuple[evaluation.Apply, Mesh]]
+
+    def predict(self, task: str, texts: Inputs, top_k: int | None = None) -> list[dict[str, Any]]:
+        """As mtl_jax.predict."""
+        return predict(self, task, texts, top_k)
+
+    def evaluate(self, task: str, rows: str | Path | Sequence[Mapping[str, Any]], format: str = "") -> dict[str, Any]:
+        """As mtl_jax.evaluate."""
+        return evaluate(self, task, rows, format)
+
+
+def load_model(workdir: str | Path) -> Model:
+    """Opens the best checkpoint of a run, finished or not, for predict, evaluate, translate and summarize.
 
     Args:
         workdir: A workdir that has at least one evaluated checkpoint.
+
+    Raises:
+        UserError: The directory is not a workdir, or has no checkpoint yet.
+
+    Example:
+        >>> model = mtl_jax.load_model("runs/tiny")
+        >>> len(model.predict("coarse", ["who is the man ?", "where is the city ?"]))
+        2
+        >>> len(mtl_jax.predict(model, "fine", ["who is the man ?"]))
+        1
+    """
+    log_lines.show()
+    run = open_run(Path(workdir))
+
+    @functools.cache
+    def outputs(name: str) -> tuple[evaluation.Apply, Mesh]:
+        task, mesh = run.task(name), meshes.make(run.experiment.batch.rows, 1)
+        return evaluation.make_outputs(encode_tokens(run.trunk.module, needed_fields((task,))), (task,), mesh), mesh
+
+    return Model(run, Path(workdir), outputs)
+
+
+def _model(workdir: str | Path | Model) -> Model:
+    return workdir if isinstance(workdir, Model) else load_model(workdir)
+
+
+def predict(workdir: str | Path | Model, task: str, inputs: Inputs, top_k: int | None = None) -> list[dict[str, Any]]:
+    """Predictions of the best checkpoint of a run.
+
+    Args:
+        workdir: A workdir that has at least one evaluated checkpoint, or load_model() of it.
         task: A task of that run.
         inputs: Texts, or rows {column: text} with the text columns of the task's source, as pairs need; where texts are tagged,
             a text may also be the list of its words. A text that is empty, or that the model cannot read, gets
             {"error": ...} and does not change the other answers.
+        top_k: Adds "top": the k most likely labels, each {"label": ..., "probability": ...}; None: without it.
 
     Returns:
         One JSON object for each input, in order; describe() of the task's kind documents its fields. "truncated": true is added
@@ -53,11 +113,20 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str]
 
     Raises:
         UserError: The directory is not a workdir or has no checkpoint yet, the task is unknown, a row has no text in a text
-            column, or `inputs` is a single text or row.
+            column, `inputs` is a single text or row, or the task has no probabilities of labels for top_k.
+
+    Example:
+        >>> [answer] = mtl_jax.predict("runs/tiny", "fine", ["who is the man ?"], top_k=2)
+        >>> answer["top"][0]["label"] == answer["label"]
+        True
     """
+    log_lines.show()
     if isinstance(inputs, str | Mapping):
         raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
-    run = open_run(Path(workdir))
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}; it must be at least 1")
+    model = _model(workdir)
+    run = model.run
     chosen, source = run.task(task), run.source(task)
     as_words = any(other.words for other in run.tasks_of_same_source(task))
     rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
@@ -73,10 +142,12 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str]
         log.warning("%s", line)
     generated: list[Generated] = []
     outputs: Any = ()
+    if top_k is not None and (isinstance(chosen, Seq2Seq) or chosen.level != "example"):
+        raise _no_top(chosen)
     if isinstance(chosen, Seq2Seq):
         generated = text_evaluation.generate(chosen, run.trunk, run.params, examples, chosen.beams, devices=jax.local_devices())
     else:
-        outputs = _apply(run, chosen, examples).outputs[task]
+        outputs = _apply(model, chosen, examples).outputs[task]
     for number, group in enumerate(examples.groups()):
         place = examples.row_of[group[0]]
         if not all(len(examples.tokens[i]) for i in group):
@@ -93,30 +164,44 @@ def predict(workdir: str | Path, task: str, inputs: Sequence[str | Sequence[str]
                 results[readable[place]] = {"error": NOT_FINITE}
                 continue
             answer = chosen.describe([outputs[i] for i in group], windows, examples.data[place])
+            answer |= {} if top_k is None else {"top": _top(chosen, outputs[group[0]], top_k)}
         truncated = place in cut or (len(group) > 1 and not chosen.windows)
         results[readable[place]] = answer | ({"truncated": True} if truncated else {})
     return results
 
 
-def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dict[str, Any]:
+def evaluate(
+    workdir: str | Path | Model, task: str, path: str | Path | Sequence[Mapping[str, Any]], format: str = ""
+) -> dict[str, Any]:
     """Loss and metrics of the best checkpoint of a run on any rows; for generated texts with signatures of the metrics.
 
     Args:
-        workdir: A workdir that has at least one evaluated checkpoint.
+        workdir: A workdir that has at least one evaluated checkpoint, or load_model() of it.
         task: A task of that run.
-        path: Rows with the columns of the task's source, in any form that Source.path may have; all rows count.
+        path: Rows with the columns of the task's source, in any form that Source.path may have, or as a list of dicts; all
+            rows count.
         format: The format of the file, if it differs from the source's.
 
     Raises:
         UserError: As predict(), a row or label cannot be read, or the model's outputs are not finite.
+
+    Example:
+        >>> rows = [{"text": "who is the man ?", "coarse": "HUM"}, {"text": "where is the city ?", "coarse": "LOC"}]
+        >>> mtl_jax.evaluate("runs/tiny", "coarse", rows)["rows"]
+        2
     """
-    run = open_run(Path(workdir))
+    log_lines.show()
+    model = _model(workdir)
+    run = model.run
     chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
-    kind = format or source.format
-    check_registered(Path(workdir), READERS, kind)
-    columns = source.columns if kind in READERS and names_columns(kind) else ()
-    source = dataclasses.replace(source, path=path, rows=None, format=kind, limit=0, columns=columns)
-    rows = read_one(source)
+    if isinstance(path, str | Path):
+        kind, path = format or source.format, str(path)
+        check_registered(model.workdir, READERS, kind)
+        columns = source.columns if kind in READERS and names_columns(kind) else ()
+        source = dataclasses.replace(source, path=path, rows=None, format=kind, limit=0, columns=columns)
+        rows = read_one(source)
+    else:
+        rows, path = _rows(path), "rows"
     examples, counts = read_examples(
         source, run.tasks_of_same_source(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,)
     )
@@ -134,7 +219,7 @@ def evaluate(workdir: str | Path, task: str, path: str, format: str = "") -> dic
     texts = text_evaluation.text_scores(
         (chosen,), run.trunk, run.params, split, lambda task: task.beams, devices=jax.local_devices()
     )
-    measured = _apply(run, chosen, examples)
+    measured = _apply(model, chosen, examples)
     if not all(np.isfinite(outputs).all() for outputs in measured.outputs[task]):
         raise UserError(f"{path}: task {task!r}: {NOT_FINITE}")
     scores = evaluation.score((chosen,), split, measured, texts)
@@ -181,11 +266,33 @@ def _readable(run: TrainedRun, task: str, rows: list[Row]) -> tuple[Examples, se
         refused |= {remaining[place]: reason for place, reason in bad.items()}
 
 
-def _apply(run: TrainedRun, task: Task, examples: Examples) -> evaluation.Predictions:
+def _apply(model: Model, task: Task, examples: Examples) -> evaluation.Predictions:
     """Outputs of a task on examples of its source, on one device."""
-    batch, mesh = run.experiment.batch, meshes.make(run.experiment.batch.rows, 1)
-    apply = evaluation.make_outputs(encode_tokens(run.trunk.module, needed_fields((task,))), (task,), mesh)
-    return evaluation.predict(apply, run.params, (task,), [examples], batch, mesh)
+    apply, mesh = model.outputs(task.name)
+    return evaluation.predict(apply, model.run.params, (task,), [examples], model.run.experiment.batch, mesh)
+
+
+def _top(task: Task, output: np.ndarray, count: int) -> list[dict[str, Any]]:
+    """The most likely labels of an example, the first one first."""
+    probabilities = task.probabilities(output)
+    if probabilities is None:
+        raise _no_top(task)
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    return [{"label": label, "probability": round(probability, 6)} for label, probability in ranked[:count]]
+
+
+def _no_top(task: Task) -> UserError:
+    return UserError(f"task {task.name!r}: {type(task).__name__} has no probability for each label; leave top_k out")
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows from Python, as if they were lines of JSON."""
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise UserError(f"row {number} is {kind_of(row)}; rows are a list of dicts, or name a file")
+    if not rows:
+        raise UserError("there are no rows")
+    return [Row(columns(dict(row)), f"row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _text_columns(source: Source) -> list[str]:

@@ -22,11 +22,12 @@ from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokenize import RowError
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, locate
-from mtl_jax.pretrained.checkpoint import head_kind
+from mtl_jax.pretrained.checkpoint import Checkpoint, head_kind
 from mtl_jax.pretrained.family import brief
 from mtl_jax.pretrained.locate import foreign
 from mtl_jax.pretrained.tensor_files import Location, read_json
 from mtl_jax.tasks import Seq2Seq as Seq2SeqTask
+from mtl_jax.training.restore import TrainedRun, open_run
 from mtl_jax.training.text_evaluation import generation_config
 from mtl_jax.transfer.adapters import as_module
 
@@ -115,19 +116,34 @@ def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) ->
     if kind != "seq2seq_lm":
         needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(model_types)}"
         raise UserError(f"{path}: {brief(architectures[0])[1:-1]} cannot generate texts; {needed} is needed")
-    checkpoint = pretrained.load(path, dtype=dtype)
+    return of_checkpoint(pretrained.load(path, dtype=dtype), path, request)
+
+
+def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> TextModel:
+    """A checkpoint that is open, with an LM head.
+
+    Args:
+        checkpoint: The checkpoint.
+        where: Its name for errors.
+        request: The user's request.
+
+    Raises:
+        UserError: It has no LM head over an encoder and a decoder, no tokenizer, or does not know the languages.
+    """
+    if not isinstance(checkpoint.model, Seq2Seq):
+        raise UserError(f"{where}: this checkpoint cannot generate texts; an encoder-decoder with an LM head is needed")
     positions = checkpoint.config.max_positions
     limits = [positions, checkpoint.tokenizer.model_max_length]
     return TextModel(
-        model=checkpoint.model,  # type: ignore[arg-type]  # seq2seq_lm heads are on Seq2Seq modules
+        model=checkpoint.model,
         params=checkpoint.params,
         encode=encoder(checkpoint.tokenizer, checkpoint.config.vocab_size),
         decode=decoder(checkpoint.tokenizer),
-        raw=raw,
+        raw=checkpoint.raw,
         location=checkpoint.location,
         max_positions=positions,
         max_source=min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None),
-        setting=setting(checkpoint.tokenizer, raw, path, request),
+        setting=setting(checkpoint.tokenizer, checkpoint.raw, where, request),
         identity=functools.partial(digests.of_directory, checkpoint.location),
         remarks=functools.partial(coverage.remarks_on_texts, checkpoint.tokenizer),
     )
@@ -144,9 +160,11 @@ def from_run(folder: Path, request: TextRequest, name: str = "") -> TextModel:
     Raises:
         UserError: The workdir has no checkpoint yet, the run has no such task, or the request names a language.
     """
-    from mtl_jax.inference.predict import open_run  # imported late: it imports the whole package
+    return of_run(open_run(folder), folder, request, name)
 
-    run = open_run(folder)
+
+def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") -> TextModel:
+    """As from_run(), of a run that is open."""
     generators = {task.name: task for task in run.tasks if isinstance(task, Seq2SeqTask)}
     if name not in generators and (name or len(generators) != 1):
         if not generators:

@@ -363,6 +363,10 @@ class Task(Part, abc.ABC):
         """
         return None
 
+    def probabilities(self, output: np.ndarray) -> dict[str, float] | None:
+        """{label: its probability} of an example's outputs f32[O]; None for kinds that have no such probabilities."""
+        return None
+
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         """One row's prediction as a JSON object; by default the numbers of its first window.
 

@@ -157,6 +157,9 @@ class Classification(Task):
         outputs_NxO[:, best[-1].classes_] = np.maximum(log_probs_NxC, floor)
         return outputs_NxO
 
+    def probabilities(self, output: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.labels, np.asarray(jax.nn.softmax(output)).tolist(), strict=True))
+
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         probabilities_O = np.asarray(jax.nn.softmax(outputs[0]))
         best = int(probabilities_O.argmax())

@@ -154,6 +154,9 @@ class Multilabel(Task):
         yes_O, no_O = (labels_NxO == 1).sum(axis=0) + 0.5, (labels_NxO == 0).sum(axis=0) + 0.5
         return np.tile(np.log(yes_O / no_O).astype(np.float32), (len(test.tokens), 1))
 
+    def probabilities(self, output: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.labels, np.asarray(jax.nn.sigmoid(output)).tolist(), strict=True))
+
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         probabilities = {
             label: round(float(probability), 6)

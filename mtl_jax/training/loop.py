@@ -16,6 +16,7 @@ import numpy as np
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.hooks import Callbacks
 from mtl_jax.core.progress import Progress
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
@@ -39,6 +40,8 @@ from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
 
 log = logging.getLogger(__name__)
+
+NO_CALLBACKS = Callbacks()
 
 
 class TrainingRun:
@@ -108,9 +111,9 @@ class TrainingRun:
     def _template(self, record: dict[str, Any]) -> TrainState:
         return template(self.prepared, record["counts"]["phase"], record["step"])
 
-    def train(self, state: TrainState, step: int) -> dict[str, Any]:
+    def train(self, state: TrainState, step: int, callbacks: Callbacks = NO_CALLBACKS) -> dict[str, Any]:
         """Trains from a state to the end; returns the contents of results.json."""
-        self.started = time.monotonic()
+        self.started, self.callbacks = time.monotonic(), callbacks
         with contextlib.ExitStack() as stack:
             stack.callback(self.stream.close)
             self.logger = stack.enter_context(contextlib.closing(metrics_log.Logger(self.folder, step)))
@@ -128,7 +131,10 @@ class TrainingRun:
                     state, step = self._phase(plan, state, step, table if plan.cached_features else None, references)
             self.progress.close()
             self.store.wait()
-            return self._finish(step)
+            self.callbacks.check()
+            contents = self._finish(step)
+            self.callbacks.call("at_end", contents)
+            return contents
 
     def _baselines(self) -> jax.Array | None:
         """Writes baselines.json, once; returns the features of the untrained trunk where they were needed."""
@@ -181,6 +187,7 @@ class TrainingRun:
         losses, record = metrics_log.step_record(metrics, self.counts.facts(self.examples), rate, plan.number)
         self.logger.write("train", sent.step, record)
         self.progress.update(1, record["tokens"], losses, title=plan.phase.name)
+        self.callbacks.call("after_metrics", sent.step, record)
         unsolved = step_checks.unsolved(metrics)
         if unsolved and not self.warned_of_solver:
             self.warned_of_solver = True
@@ -214,7 +221,9 @@ class TrainingRun:
         scores = evaluation.score(self.tasks, dev, predictions, texts)
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": score for task, metrics in scores.items() for metric, score in metrics.items()}
-        self.logger.write("dev", step, {**record, "criterion": value, "phase": plan.number})
+        record |= {"criterion": value, "phase": plan.number}
+        self.logger.write("dev", step, record)
+        self.callbacks.call("after_evaluation", step, record)
         for task, line in evaluation.undefined(self.tasks, scores, "dev").items():
             if task not in self.undefined:
                 self.undefined.add(task)

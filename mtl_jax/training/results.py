@@ -136,10 +136,35 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: There is none, or it is not what mtl_jax wrote.
     """
-    results: dict[str, Any] | None = workdirs.read_results(folder)
-    if results is None:
+    contents: dict[str, Any] | None = workdirs.read_results(folder)
+    if contents is None:
         raise UserError(f"{folder}: no results.json; the run is not finished, or this is not a workdir")
-    return results
+    return contents
+
+
+class Results(list[dict[str, Any]]):
+    """The contents of several results.json; printed, the table of the command mtl-jax results."""
+
+    def __str__(self) -> str:
+        return tables(self)
+
+
+def results(*workdirs: str | Path) -> Results:
+    """The contents of results.json of finished runs; printed, their tables, with mean and deviation over runs that are alike.
+
+    Raises:
+        UserError: No workdir is given, or one of them has no results.json that mtl_jax wrote.
+
+    Example:
+        >>> [run] = mtl_jax.results("runs/tiny")
+        >>> run["tasks"]["coarse"]["metric"]
+        'accuracy'
+        >>> print(mtl_jax.results("runs/tiny"))
+        | task ...
+    """
+    if not workdirs:
+        raise UserError("no workdir given")
+    return Results(read(Path(workdir)) for workdir in workdirs)
 
 
 def tables(runs: Sequence[dict[str, Any]]) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from mtl_jax import trunks
-from mtl_jax.core import locks
+from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.hooks import Callbacks, Hooks, several
 from mtl_jax.experiment import Experiment, keep_head_weights
 from mtl_jax.training import fingerprint, frozen_params, hosts, init_from, results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.experiment_json import data_to_json, to_json, with_defaults
+from mtl_jax.training.loggers import checked, open_loggers
 from mtl_jax.training.loop import TrainingRun
 from mtl_jax.training.preemption import stop_on_signals
 from mtl_jax.training.setup import Prepared, prepare
@@ -46,13 +49,22 @@ class Opened(NamedTuple):
     trunk: Any = None
 
 
-def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: bool = False) -> dict[str, Any]:
+def train(
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    allow_config_change: bool = False,
+    hooks: Hooks | Iterable[Hooks] = (),
+    loggers: Sequence[str] = (),
+) -> dict[str, Any]:
     """Trains an experiment in a workdir; resumes where an earlier process stopped, with the same numbers.
 
     Args:
         experiment: The experiment.
         workdir: Where everything is written. A finished run is not trained again.
         allow_config_change: Resume in a workdir that was begun with another configuration.
+        hooks: Functions to be called during the run; one Hooks or several. They are not part of the experiment.
+        loggers: Names of loggers that the metrics also go to, such as "wandb"; see register_logger.
 
     Returns:
         The contents of results.json.
@@ -60,8 +72,16 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
     Raises:
         UserError: Bad input, found before anything is written; or a loss that is not finite.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
+        Any error of a hook: The state is saved, and the same command resumes.
+
+    Example:
+        >>> results = mtl_jax.train(dataclasses.replace(EXPERIMENT, seed=1), "runs/seed_1")
+        >>> sorted(results["tasks"])
+        ['coarse', 'fine']
     """
+    log_lines.show()
     folder = Path(workdir)
+    all_hooks, logger_names = several(hooks), checked(loggers)
     with contextlib.ExitStack() as stack:
         opened = hosts.make_and_compare(
             lambda: open_workdir(experiment, folder, allow_config_change, stack),
@@ -73,7 +93,7 @@ def train(experiment: Experiment, workdir: str | Path, *, allow_config_change: b
         stack.enter_context(hosts.fail_together())
         workdirs.create(folder)
         hosts.check_shared(folder)
-        return _train(opened.prepared, opened, folder)
+        return _train(opened.prepared, opened, folder, all_hooks, logger_names)
 
 
 def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool, stack: contextlib.ExitStack) -> Opened:
@@ -118,7 +138,9 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
     return Opened(config, {}, prepared, config_changed, data, init_record, trunk)
 
 
-def _train(prepared: Prepared, opened: Opened, folder: Path) -> dict[str, Any]:
+def _train(
+    prepared: Prepared, opened: Opened, folder: Path, hooks: Sequence[Hooks], logger_names: Sequence[str]
+) -> dict[str, Any]:
     experiment = prepared.experiment
     trunk_source = frozen_params.TrunkSource(lambda: opened.trunk, getattr(experiment.trunk, "path", ""))
     store = Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion, trunk_source=trunk_source)
@@ -139,4 +161,8 @@ def _train(prepared: Prepared, opened: Opened, folder: Path) -> dict[str, Any]:
             trunks.save(prepared.trunk, folder / "trunk")
         for note in prepared.notes:
             log.info("%s", note)
-        return run.train(state, step)
+        if jax.process_index() != 0:
+            return run.train(state, step)
+        callbacks = Callbacks([*open_loggers(logger_names, opened.config, folder), *hooks], stop.request)
+        with callbacks.closing():
+            return run.train(state, step, callbacks)

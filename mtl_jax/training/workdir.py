@@ -69,6 +69,7 @@ FILES: dict[str, tuple[Shape, str]] = {
     "versions.json": (mapping(anything), _WITH_RESULTS),
     "baselines.json": (mapping(mapping(_SCORES)), f"delete it: {_REWRITTEN}"),
     "results.json": (lambda value: mapping(anything)(value) or _facts(value), f"delete it: {_REWRITTEN}"),
+    "loggers.json": (mapping(mapping(anything)), "delete it: loggers then begin a new record of the run"),
     "merge.json": (object_of({}, written=list_of(text)), "merge once more into another directory"),
     "ablation.json": (
         object_of(

@@ -7,7 +7,7 @@ from mtl_jax.core.trees import merge as merge
 from mtl_jax.core.trees import split as split
 from mtl_jax.transfer import adapters as adapters
 from mtl_jax.transfer import averaging as averaging
-from mtl_jax.transfer import merging as merging
+from mtl_jax.transfer import merge_methods as merge_methods
 from mtl_jax.transfer.divergences import distill as distill
 from mtl_jax.transfer.divergences import distill_hidden as distill_hidden
 from mtl_jax.transfer.divergences import divergence as divergence
@@ -37,3 +37,5 @@ from mtl_jax.transfer.regularisers import L2SP as L2SP
 from mtl_jax.transfer.regularisers import Distillation as Distillation
 from mtl_jax.transfer.regularisers import RDrop as RDrop
 from mtl_jax.transfer.regularisers import Regulariser as Regulariser
+
+merging = merge_methods  # its former name, which scripts may use

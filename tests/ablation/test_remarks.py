@@ -12,8 +12,8 @@ import tiny
 from mtl_jax import L2SP, Optimizer, ParamRule, Phase
 from mtl_jax.ablation import plan, space
 from mtl_jax.ablation.remarks import weights_do_nothing
-from mtl_jax.report import sections
-from mtl_jax.report.study import Study
+from mtl_jax.reporting import sections
+from mtl_jax.reporting.study import Study
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 

@@ -14,7 +14,7 @@ from mtl_jax import Batching, Classification, Experiment, Phase, Source, UserErr
 from mtl_jax.core import configuration, parts
 from mtl_jax.core.errors import nearest
 from mtl_jax.decoding import GenerationConfig
-from mtl_jax.merge.method import Method
+from mtl_jax.merging.method import Method
 from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.tasks import Task

@@ -14,13 +14,13 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import merge
+from mtl_jax import merging
 from mtl_jax.ablation import ablate
 from mtl_jax.ablation.extract import take
 from mtl_jax.core import locks, staging
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference import export
-from mtl_jax.merge import Method
+from mtl_jax.merging import Method
 
 ELSEWHERE = {"pid": 7, "host": "another-host", "since": "2020-01-01 00:00:00+00:00"}
 
@@ -63,7 +63,7 @@ def test_everything_that_writes_is_refused_at_once(bert, data, tmp_path):
     experiment, out, source = tiny.experiment(bert, data), tmp_path / "out", str(bert)
     whole = (
         lambda: export.convert(source, out),
-        lambda: merge.merge(out, [source, str(data)], Method("soup")),
+        lambda: merging.merge(out, [source, str(data)], Method("soup")),
         lambda: take(source, "0001", out),
     )
     trainings = (lambda: mtl_jax.train(experiment, out), lambda: ablate.ablate(experiment, out, ["seed=0,1"]))

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Phase, report
+from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Phase, reporting
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
 from mtl_jax.data.examples import Examples
@@ -280,7 +280,7 @@ def test_a_run_says_what_is_not_defined(bert, data, tmp_path, monkeypatch, caplo
     for name in ("results.json", "baselines.json"):
         assert "NaN" not in (tmp_path / name).read_text()
     assert "| undefined " in results.table([found])
-    report.write([tmp_path], tmp_path / "report")
+    reporting.write([tmp_path], tmp_path / "report")
     assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
     lost = json.loads(json.dumps(found))
     lost["tasks"]["rating"]["test"]["pearson"] = None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Regression, report
+from mtl_jax import Regression, reporting
 from mtl_jax.ablation import ablation_dir as folders
 from mtl_jax.core import files
 from mtl_jax.core.errors import UserError
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_one_line_wherever_it_is_read(copy, bert, data, damage
     for name in ("config.json", "data.json", "results.json", "baselines.json"):
         file, before = copy / name, (copy / name).read_bytes()
         file.write_bytes(DAMAGES[damage](before))
-        well = [goes_well(lambda: of_training(copy, bert, data)), goes_well(lambda: report.read([copy]))]
+        well = [goes_well(lambda: of_training(copy, bert, data)), goes_well(lambda: reporting.read([copy]))]
         if name in ("config.json", "data.json"):
             well.append(goes_well(lambda: open_run(copy)))
         assert all(well) == ((name, damage) == ("baselines.json", "{}")), name  # a table without rows
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_one_line_wherever_it_is_read(copy, bert, data, damage
                 open_run(copy) if name in ("config.json", "data.json") else workdirs.read_json(file)
         file.write_bytes(before)
     assert goes_well(lambda: of_training(copy, bert, data))
-    assert goes_well(lambda: report.read([copy]))
+    assert goes_well(lambda: reporting.read([copy]))
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_a_damaged_record_of_an_ablation_or_a_merge_is_one_line(copy, tmp_path, 
     (folder / "runs").mkdir(parents=True)
     (copy).rename(folder / "runs" / "0000")
     (folder / "ablation.json").write_text(json.dumps(ABLATION))
-    assert goes_well(lambda: (folders.read(folder), report.read([folder])))
+    assert goes_well(lambda: (folders.read(folder), reporting.read([folder])))
     (folder / "ablation.json").write_bytes(DAMAGES[damage](json.dumps(ABLATION).encode()))
     with pytest.raises(UserError, match=r"ablation\.json: not what mtl_jax wrote"):
         folders.read(folder)
-    assert not goes_well(lambda: report.read([folder]))
+    assert not goes_well(lambda: reporting.read([folder]))
     (folder / "merge.json").write_bytes(DAMAGES[damage](b'{"written": ["merge.json"]}'))
     if damage not in ("{}", "lists for objects"):  # which a record may be
         with pytest.raises(UserError, match=r"merge\.json: not what mtl_jax wrote"):
@@ -233,7 +233,7 @@ def test_a_report_of_runs_with_infinities_in_their_files(copy, tmp_path):
         found = json.loads((folder / "results.json").read_text())
         found["tasks"]["rating"]["test"]["pearson"] = math.nan
         (folder / "results.json").write_text(json.dumps(found))
-    page = report.write([copy, tmp_path / "other"], tmp_path / "report")
+    page = reporting.write([copy, tmp_path / "other"], tmp_path / "report")
     assert page.exists()
     json.loads((tmp_path / "report" / "results.json").read_text(), parse_constant=pytest.fail)
     assert results.read(copy)["tasks"]["rating"]["test"]["pearson"] is None

@@ -12,8 +12,8 @@ import mtl_jax
 from mtl_jax import IA3, Classification, Evaluation, Lora, Optimizer, Phase, Source, adapters_only
 from mtl_jax.inference.predict import open_run, predict
 from mtl_jax.inference.text_model import TextRequest, from_run
-from mtl_jax.merge import merge
-from mtl_jax.merge.method import Method
+from mtl_jax.merging import merge
+from mtl_jax.merging.method import Method
 from mtl_jax.training import text_evaluation
 from mtl_jax.training.setup import prepare
 from mtl_jax.transfer.adapters import merge_adapters

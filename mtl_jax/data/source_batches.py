@@ -1,0 +1,56 @@
+"""The training batches of sources, without an experiment: for a look at them, or for a training loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mtl_jax.data.batches import Batching
+from mtl_jax.data.corpus import make_corpus, read_sources
+from mtl_jax.data.labels import Labels
+from mtl_jax.data.source import Source
+from mtl_jax.data.stream import Stream, single_phase, stream
+from mtl_jax.pretrained import locate
+
+STEPS = 10**6  # over which a mixture may change; batches do not end there
+
+
+def batches_of(
+    sources: Source | Sequence[Source],
+    tasks: Labels | Sequence[Labels],
+    *,
+    tokenizer: Any,
+    batching: Batching = Batching(),
+    seed: int = 0,
+    steps: int = STEPS,
+) -> Stream:
+    """Endless training batches of sources: those of a run of an experiment with these sources, tasks, batch and seed.
+
+    Args:
+        sources: A source, or several.
+        tasks: A task, or several: their labels are in the batches.
+        tokenizer: A tokenizer of transformers, or a checkpoint that has one: a directory, pip:ASSET/MEMBER, or a hub id.
+        batching: The shape of the batches, the mixture of the sources.
+        seed: The seed of the order; of a run, its data_seed or seed.
+        steps: The steps over which batching.mixture becomes batching.mixture_end.
+
+    Returns:
+        An iterator of Batch: tokens, segments and positions i32[rows, row_length], labels by task. Its get_state() and
+        set_state() are a position to resume from; close() ends its thread or processes.
+
+    Raises:
+        UserError: A source, label or mixture is refused.
+
+    Example:
+        >>> batches = batches_of(EXPERIMENT.sources, EXPERIMENT.tasks, tokenizer="bert", batching=EXPERIMENT.batch)
+        >>> next(batches).tokens.shape
+        (8, 24)
+        >>> batches.close()
+    """
+    all_sources = (sources,) if isinstance(sources, Source) else tuple(sources)
+    all_tasks = tuple(tasks) if isinstance(tasks, Sequence) else (tasks,)
+    if isinstance(tokenizer, str):
+        tokenizer = locate.load_tokenizer(locate.locate(tokenizer))
+    data = read_sources(all_sources, all_tasks)
+    corpus = make_corpus(all_sources, all_tasks, data, tokenizer, batching.row_length)
+    return stream(corpus, batching, seed, single_phase(batching, steps))

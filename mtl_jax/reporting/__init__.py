@@ -1,0 +1,95 @@
+"""Reports of an ablation or of ordinary runs: a page, a tidy table, statistics and figures."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_jax.core import locks, log_lines
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import write_json, write_text, writing
+from mtl_jax.reporting.study import ABLATION
+from mtl_jax.reporting.study import read as read
+
+
+def report(*workdirs: str | Path, output: str | Path = "") -> Path:
+    """Writes a report on an ablation, or on runs side by side; returns the path of its page, report.html.
+
+    Args:
+        workdirs: One ablation; or workdirs of runs with the same tasks, also as patterns such as "runs/*".
+        output: The directory to write. Default: the ablation's workdir; for runs, report/.
+
+    Raises:
+        UserError: As write().
+
+    Example:
+        >>> page = mtl_jax.report("runs/tiny", output="report")
+        >>> page.name
+        'report.html'
+    """
+    log_lines.show()
+    folders = find([str(workdir) for workdir in workdirs])
+    if not folders:
+        raise UserError("no workdir given")
+    return write(folders, output or default_output(folders))
+
+
+def find(patterns: Sequence[str]) -> list[Path]:
+    """The workdirs that paths and patterns name; a pattern names all runs that match it.
+
+    Raises:
+        UserError: No run matches a pattern.
+    """
+    workdirs: list[Path] = []
+    for pattern in patterns:
+        matching = [Path(pattern)]
+        if glob.has_magic(pattern) and not matching[0].exists():
+            matching = [Path(path) for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
+            if not matching:
+                raise UserError(f"{pattern}: no workdir of a run matches")
+        workdirs += matching
+    return workdirs
+
+
+def default_output(workdirs: Sequence[Path]) -> Path:
+    """The directory of the ablation; for ordinary runs, report/ in the current directory."""
+    return workdirs[0] if len(workdirs) == 1 and (workdirs[0] / ABLATION).exists() else Path("report")
+
+
+def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patience: float = 0.0) -> Path:
+    """Writes report.html, ablation.csv, results.json and figures/*.png; the same runs give the same bytes.
+
+    Files of an earlier report are replaced; each is written whole or not at all.
+
+    Args:
+        source: One ablation, or workdirs of ordinary runs.
+        out: The directory to write. It may be the ablation itself, but not the workdir of a run, which has a results.json.
+        patience: Seconds to wait for a process that writes a report there.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UserError: A source is not a workdir, the runs cannot be compared, `out` cannot be written, or another process writes
+            a report there.
+    """
+    from mtl_jax.reporting import page, render, sections, statistics, tables  # imported late: matplotlib and scipy take a while
+
+    study = read([Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)])
+    out = Path(out)
+    if (out / "config.json").exists() and not (out / ABLATION).exists():
+        raise UserError(f"{out}: the workdir of a run, whose results.json would be lost; choose another --output")
+    with writing(out, "choose another --output"):
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+    groups = statistics.groups(study)
+    comparison = statistics.compare(study, groups)
+    parts = sections.sections(study, groups, comparison)
+    with locks.report(out, patience):
+        for figure in sections.figures_of(parts):
+            render.png(figure, out / "figures" / f"{figure.slug}.png")
+        write_text(out / "ablation.csv", tables.to_csv(study))
+        write_json(out / "results.json", tables.to_json(study, groups, comparison))
+        text = page.html(f"{study.name}: report", study.command, sections.facts(study), parts, sections.footer(study))
+        write_text(out / "report.html", text)
+    return out / "report.html"

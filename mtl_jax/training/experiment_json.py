@@ -185,9 +185,7 @@ def _part(converter: cattrs.Converter, values: Any, door: type[Part]) -> Part:
     if values["kind"] not in kinds:
         raise ValueError(f"unknown kind of {door.door}, {values['kind']!r}")
     kind = kinds[values["kind"]]
-    return _structure_fields(converter, cast(Any, kind))(
-        {name: value for name, value in values.items() if name != "kind"}, kind
-    )
+    return _structure_fields(converter, cast(Any, kind))({name: value for name, value in values.items() if name != "kind"}, kind)
 
 
 def _part_to_json(converter: cattrs.Converter, part: Part) -> dict[str, Any]:

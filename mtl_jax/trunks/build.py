@@ -140,7 +140,7 @@ def check_packed(trunk: Trunk, row_length: int, owner: str = "") -> None:
             raise UserError(
                 f"{owner or 'the trunk'} {_name(trunk)}: the vectors of an example change with the rest of its packed row: "
                 "respect segment_ids, position_ids and attention_mask in the module, or set batch.packed to False "
-                "(--no-batch.packed)"
+                "(--batch.no-packed)"
             )
 
 

@@ -1,6 +1,8 @@
 """A user's trunks: how a module must be called, and which keep the examples of a packed row apart."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -10,10 +12,13 @@ import pytest
 import tiny
 
 from mtl_jax import Phase, RDrop, Regression, Seq2Seq, trunks
+from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError
+from mtl_jax.data.batches import Batch
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.setup import prepare
+from mtl_jax.transfer.adapters import Adapter, merge_adapters
 from mtl_jax.trunks import EncoderOutput, TrunkConfig
 
 TEXTS = ["good film", "bad film", "a song of the city"]
@@ -201,8 +206,6 @@ def test_types_of_tokens_are_given_to_modules_that_read_them(monkeypatch):
 
 
 def tiny_batch(ids, types):
-    from mtl_jax.data.batches import Batch
-
     return Batch(ids, np.ones_like(ids), np.arange(ids.shape[1])[None], np.zeros((1, 1), np.int32), np.zeros(1), {}, types)
 
 
@@ -256,3 +259,35 @@ def test_a_decoder_needs_sizes(data):
     task = Seq2Seq(name="answer", source="questions", column="fine", target_length=8)
     with pytest.raises(UserError, match=r"task 'answer' writes texts, which needs the sizes of the trunk: .* module of Ending"):
         prepare(tiny.experiment("", data, trunk=Ending(), tasks=(task,)))
+
+
+def example_of(page):
+    """What the first block of Python on a page defines."""
+    text = (Path(__file__).parents[1] / "docs" / "parts" / page).read_text(encoding="utf-8")
+    names = {"__name__": "example"}
+    exec(compile(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), page, "exec"), names)
+    return names
+
+
+def test_the_examples_of_the_guides(data, monkeypatch):
+    """The trunk keeps examples apart; the adapter, its parameters moved, is the same merged, each source its own."""
+    for door in (TrunkConfig, Adapter):
+        monkeypatch.setitem(parts._KINDS, door, dict(parts._KINDS[door]))
+    trunk, gate = example_of("trunk.md")["Attention"](width=H), example_of("adapter.md")["Gate"]
+    adapters = (gate(name="gate", strength=0.5, target="MultiHead.*|Dense.*|.*/query", per="source"),)
+    with pytest.raises(UserError, match="adapter 'gate' finds no place in this trunk"):
+        prepare(tiny.experiment("", data, trunk=trunk, adapters=adapters))
+    monkeypatch.setitem(MODULES, "dense", Mapped)
+    prepared = prepare(tiny.experiment("", data, trunk=Made("dense"), adapters=adapters))
+    params = prepared.params["trunk"]
+    moved = {**params, "adapters": jax.tree.map(lambda leaf: leaf + jnp.arange(leaf.size) * 0.1, params["adapters"])}
+    adapted, ids = prepared.trunk.module, np.array([[2, 3, 4]])
+    expected = adapted.apply({"params": moved}, ids, source=jnp.array([1])).hidden
+    merged = adapted.base.apply({"params": merge_adapters(adapted, moved, source=1)}, ids).hidden
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(expected, adapted.apply({"params": params}, ids, source=jnp.array([1])).hidden)
+
+
+class Mapped(Words):
+    def mixed(self, x, mask, positions, segments):
+        return nn.Dense(H, bias_init=nn.initializers.ones)(x)

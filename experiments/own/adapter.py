@@ -2,7 +2,7 @@
 
     MTL_JAX_DATA=FOLDER python experiments/own/adapter.py
     MTL_JAX_DATA=FOLDER python experiments/own/adapter.py --adapters.0.rank 64 --workdir runs/rank64
-    mtl-jax convert --import experiments/own/adapter.py --workdir runs/own_adapter --out minilm-trec
+    mtl-jax convert runs/rank64 minilm-trec --import experiments/own/adapter.py
 
 LoRA with random matrices that do not train: y = W x + b * B (d * A x). Only the vectors d and b do, so a checkpoint of MiniLM
 with them has a few thousand numbers. FOLDER has sentences/ with TREC (Li and Roth 2002).

@@ -2,7 +2,7 @@
 
     MTL_JAX_DATA=FOLDER python experiments/own/trunk.py
     MTL_JAX_DATA=FOLDER python experiments/own/trunk.py --trunk.window 2 --workdir runs/window2
-    mtl-jax predict --import experiments/own/trunk.py --workdir runs/own_trunk --task trec --text "Who wrote Emma ?"
+    mtl-jax predict runs/window2 --import experiments/own/trunk.py --task trec --text "Who wrote Emma ?"
 
 FOLDER has sentences/ with TREC (Li and Roth 2002) and the customer reviews of Hu and Liu (2004). A row may have several texts,
 so a token's neighbours count only where they are of the same text: where their segment_ids are equal.
@@ -54,7 +54,15 @@ class ConvolutionsModule(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, *, position_ids=None, segment_ids=None, deterministic=True):
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> EncoderOutput:
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         x = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name="word")(input_ids)

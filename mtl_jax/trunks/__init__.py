@@ -1,7 +1,7 @@
 """The trunk of an experiment: declared, built, saved in a workdir, and opened again from there.
 
 A trunk of your own is a class that derives from TrunkConfig, with its fields and a linen module whose result is an
-EncoderOutput; `docs/parts/trunk.md` has one.
+EncoderOutput; experiments/own/trunk.py has one.
 """
 
 from mtl_jax.models.encoder import EncoderOutput as EncoderOutput

@@ -129,7 +129,7 @@ def check_packed(trunk: Trunk, row_length: int, owner: str = "") -> None:
         noisy = [leaf + NOISE * jax.random.normal(k, leaf.shape, leaf.dtype) for leaf, k in zip(leaves, keys, strict=True)]
         mask_RxT = (segments_RxT > 0).astype(jnp.int32)
         named = {"position_ids": positions_RxT, "segment_ids": segments_RxT, "deterministic": True}
-        return module.apply(structure.unflatten(noisy), ids_RxT, mask_RxT, **named).hidden
+        return module.apply(jax.tree.unflatten(structure, noisy), ids_RxT, mask_RxT, **named).hidden
 
     hidden_RxTxH = np.asarray(jax.jit(vectors)(key, noise_key))
     tolerance = TOLERANCE.get(str(hidden_RxTxH.dtype), LOW_PRECISION)

@@ -5,6 +5,7 @@ from . import decoding as decoding
 from . import pretrained as pretrained
 from . import tasks as tasks
 from . import transfer as transfer
+from . import trunks as trunks
 from . import weighting as weighting
 from .ablation.ablate import ablate as ablate
 from .ablation.extract import take as take

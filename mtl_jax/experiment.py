@@ -249,6 +249,7 @@ def check(experiment: Experiment) -> None:
     optimizers.check(experiment.optimizer)
     averaging.make(experiment.averaging)
     configuration.check(experiment)
+    experiment.trunk.check()
 
 
 def _check_names(experiment: Experiment) -> None:

@@ -35,7 +35,7 @@ def of_trunk(trunk: Trunk) -> TrunkSignature:
     vocabulary, raw, module = trunk.tokenizer.get_vocab(), trunk.raw, trunk.module
     if raw is None:
         base = module.base if isinstance(module, Adapted) else module
-        return TrunkSignature(type(base).__name__, module.config, vocabulary)
+        return TrunkSignature(type(base).__name__, trunk.sizes, vocabulary)
     return TrunkSignature(str(raw.get("model_type")), families.of(raw, "config.json").config(raw, "config.json"), vocabulary)
 
 

@@ -105,7 +105,7 @@ def check(batching: Batching) -> None:
     if batching.target_length < 0:
         raise UserError(f"batch.target_length is {batching.target_length}; it must be a number of tokens, or 0 for row_length")
     if batching.buckets and batching.packed:
-        raise UserError("batch.buckets are for rows that are not packed: add --no-batch.packed, or leave them out")
+        raise UserError("batch.buckets are for rows that are not packed: add --batch.no-packed, or leave them out")
     if list(batching.buckets) != sorted(set(batching.buckets)) or not all(
         0 < b <= batching.row_length for b in batching.buckets
     ):

@@ -1,4 +1,4 @@
-"""A vocabulary of sub-words learned from training texts, shared by source and target texts."""
+"""Vocabularies learned from training texts: sub-words, shared by source and target texts, and whole words."""
 
 from __future__ import annotations
 
@@ -73,3 +73,26 @@ def train(texts: Sequence[str], kind: str, size: int) -> Any:
         single=f"$A {end}", pair=f"$A {end} $B:1 {end}:1", special_tokens=[(end, first.index(end))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
+
+
+def words(texts: Sequence[str], size: int) -> Any:
+    """A tokenizer of lower-cased words and punctuation marks, most frequent first; id 0 is padding, id 1 unknown words.
+
+    Args:
+        texts: The texts.
+        size: Most words, padding and unknown included.
+
+    Raises:
+        UserError: The size is below 3.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if size < 3:
+        raise UserError(f"trunk.vocabulary is {size}; it must be at least 3")
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")

@@ -88,6 +88,8 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
         return ""
     run = open_run(Path(source))
     head = run.task(task) if task else None
+    if run.trunk.is_users and run.trunk.raw is None:
+        raise UserError(f"{source}: its trunk is a {type(run.trunk.declared).__name__}, and transformers has no class for it")
     if isinstance(head, Seq2Seq):
         _write_seq2seq(Path(source), target, run, head, overwrite)
         return ""

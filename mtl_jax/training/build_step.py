@@ -100,7 +100,9 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
     )
     without_gram = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
-    if plan.rule.transform is None and not any("table" in task.needs for task in tasks):
+    # A user's trunk may use its tokens for more than looking up their vectors.
+    looks_up_only = not prepared.trunk.is_users and not any("table" in task.needs for task in tasks)
+    if plan.rule.transform is None and looks_up_only:
         compared, without_gram = gram_gradient.only_read(compared), gram_gradient.only_read(without_gram)
     if regularisers is not NO_REGULARISERS:
         # In a separate backward pass: the rule must not see their gradients among those of the tasks.

@@ -5,6 +5,7 @@ Shapes in names: R rows, T tokens a row, U target tokens a row, S examples a row
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -28,17 +29,20 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
         needs: Fields of Encoded; the others are None.
     """
 
+    reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
+
     def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
         own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
+        types = {"token_type_ids": batch.types} if reads_types else {}
         output = trunk.apply(
             {"params": params},
             batch.tokens,
             (batch.segments > 0).astype(jnp.int32),
-            token_type_ids=batch.types,
             position_ids=batch.positions,
             segment_ids=batch.segments,
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
+            **types,
             **own_adapters,
         )
         return Encoded(
@@ -48,6 +52,12 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
         )
 
     return encode
+
+
+def _reads_types(module: Any) -> bool:
+    """Whether the call of a trunk has an argument for types of tokens; a user's may have none."""
+    arguments = inspect.signature(type(module).__call__).parameters.values()
+    return any(argument.name == "token_type_ids" or argument.kind == inspect.Parameter.VAR_KEYWORD for argument in arguments)
 
 
 def cached_features(params: Any, batch: Batch, key: jax.Array | None, features_NxH: jax.Array | None) -> Encoded:

@@ -105,8 +105,11 @@ def _check(prepared: Prepared, init: InitFrom, source: InitialParams, account: A
     paths = trees.flat(prepared.params)
     if all(path in account.loaded for path in paths if path.startswith("trunk/") and f"/{ADAPTERS}/" not in path):
         trunk_compatibility.check_constants(names, both, _PURPOSE)
-    table = token_table(prepared.params["trunk"])
-    if any(paths[path] is table for path in into_trunk):
+    try:
+        table = token_table(prepared.params["trunk"])
+    except UserError:  # a user's trunk may keep its vectors of tokens anywhere
+        table = None
+    if table is None or any(paths[path] is table for path in into_trunk):
         trunk_compatibility.check_vocabulary(names, both, _PURPOSE)
 
 

@@ -81,6 +81,8 @@ def prepare(experiment: Experiment) -> Prepared:
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
     if experiment.batch.row_length > trunk.max_length:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
+    if experiment.batch.packed:
+        trunks.check_packed(trunk, experiment.batch.row_length)
     facts = trunks.facts(trunk)
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
@@ -90,10 +92,9 @@ def prepare(experiment: Experiment) -> Prepared:
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
     params = init_params(trunk, corpus.tasks, experiment.seed)
     opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
-    for name, teacher in opened.teachers.items():
-        sizes = (teacher.module.trunk if teacher.tagger else teacher.module).config
+    for teacher in opened.teachers.values():
         for split in corpus.splits.values():
-            coverage.check(split.values(), (), trunk.tokenizer, trunks.tables_of(sizes, f"the teacher of {name}"))
+            coverage.check(split.values(), (), trunk.tokenizer, teacher.tables)
     params["heads"] |= regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
     plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks)
     trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))

@@ -59,6 +59,12 @@ def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
     """Raises UserError where texts cannot be generated with the options of a task; called before training."""
     for task in tasks:
         if isinstance(task, Seq2Seq):
+            sizes = getattr(trunk.module, "config", None)
+            if not hasattr(trunk.module, "dtype") or not all(hasattr(sizes, name) for name in ("vocab_size", "max_length")):
+                raise UserError(
+                    f"task {task.name!r} writes texts, which needs the sizes of the trunk: give the linen module of "
+                    f"{type(trunk.declared).__name__} the attributes dtype and config, with vocab_size and max_length"
+                )
             for beams in (task.dev_beams, task.beams):
                 try:
                     config = generation_config(task, trunk, beams)

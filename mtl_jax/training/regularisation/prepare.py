@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mtl_jax import trunks
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training import restore
 from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
@@ -61,11 +63,11 @@ def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, text
     """
     opened = OpenedRegularisers({}, {}, {})
     tasks = {task.name: task for task in corpus.tasks}
-    length = experiment.batch.row_length
+    length, dtype = experiment.batch.row_length, meshes.compute_dtype(experiment.dtype)
     for regulariser in _active(experiment, _all_steps(experiment)):
         name = regulariser.name
         if isinstance(regulariser, Distillation):
-            teacher = open_teacher(regulariser, trunk, tasks, length, texts, trunk.module.dtype)
+            teacher = open_teacher(regulariser, trunk, tasks, length, texts, dtype, packed=experiment.batch.packed)
             opened.teachers[name] = teacher
             if regulariser.of == "logits":
                 opened.compared_tasks[name] = tasks_to_imitate(regulariser, teacher, tasks)
@@ -194,7 +196,8 @@ def _check_r_drop(
     config = getattr(trunk.module, "config", None)
     rates = [getattr(config, name) for name in dir(config) if "dropout" in name]
     rates = [*rates, *(getattr(adapter, "dropout", 0.0) for adapter in adapters)] if trains_trunk else []
-    if not any(rates) and not any(task.dropout for task in chosen):
+    in_trunk = any(rates) or (trains_trunk and trunks.draws_dropout(trunk))
+    if not in_trunk and not any(task.dropout for task in chosen):
         raise UserError(
             f"{FIELD}: {regulariser.name} compares two passes that differ by dropout, but there is no dropout: set "
             "trunk.dropout or a task's"

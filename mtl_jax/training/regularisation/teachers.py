@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mtl_jax import pretrained, trunks
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.data.batches import Batch
+from mtl_jax.data.coverage import Tables
 from mtl_jax.tasks import Tagging, Task
 from mtl_jax.training import restore
 from mtl_jax.training.forward import apply_heads, encode_tokens, needed_fields
@@ -28,6 +29,7 @@ class Teacher(NamedTuple):
         tasks: Its tasks; none where only its vectors are imitated.
         params: {"trunk": ..., "heads": {task: ...}} on the first device; of a tagger's checkpoint the parameters of module.
         width: H, the size of its vectors.
+        tables: The rows of its embedding tables.
         tagger: Whether module itself returns the logits of its only task.
     """
 
@@ -35,6 +37,7 @@ class Teacher(NamedTuple):
     tasks: tuple[Task, ...]
     params: Any
     width: int
+    tables: Tables
     tagger: bool = False
 
     def outputs(self, params: Any, batch: Batch, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -67,7 +70,14 @@ class Teacher(NamedTuple):
 
 
 def open_teacher(
-    regulariser: Distillation, trunk: Trunk, tasks: Mapping[str, Task], row_length: int, texts: Sequence[str], dtype: Any
+    regulariser: Distillation,
+    trunk: Trunk,
+    tasks: Mapping[str, Task],
+    row_length: int,
+    texts: Sequence[str],
+    dtype: Any,
+    *,
+    packed: bool = True,
 ) -> Teacher:
     """Opens a teacher and checks that it can read the student's rows.
 
@@ -78,32 +88,38 @@ def open_teacher(
         row_length: Tokens of a row.
         texts: Some texts, on which the tokenizers are compared.
         dtype: Compute dtype.
+        packed: Whether the rows are packed.
 
     Raises:
-        UserError: It is neither a finished run nor a checkpoint that can be imitated; it has another vocabulary or takes
-            shorter rows only.
+        UserError: It is neither a finished run nor a checkpoint that can be imitated; it has another vocabulary, takes
+            shorter rows only, or does not keep the examples of packed rows apart.
     """
     folder, where = Path(regulariser.teacher), f"{FIELD}: teacher of {regulariser.name}"
+    owner = f"the teacher of {regulariser.name}"
     if not restore.is_workdir(folder) and regulariser.of == "hidden":
         bare = trunks.build(Pretrained(regulariser.teacher), (), dtype)
         width = trunks.width(bare, bare.params)
-        teacher, tokenizer = Teacher(bare.module, (), {"trunk": bare.params}, width), bare.tokenizer
+        teacher = Teacher(bare.module, (), {"trunk": bare.params}, width, trunks.tables(bare, owner))
+        tokenizer, longest = bare.tokenizer, bare.max_length
     elif not restore.is_workdir(folder) and (folder / "config.json").exists():
-        teacher, tokenizer = _tagger(regulariser, tasks, where, dtype)
+        teacher, tokenizer = _tagger(regulariser, tasks, where, owner, dtype)
+        longest = getattr(teacher.module.trunk.config, "max_length", None) or trunks.UNBOUNDED
     else:
         run = restore.open_finished(folder, where)
         width = trunks.width(run.trunk, run.params["trunk"])
-        teacher, tokenizer = Teacher(run.trunk.module, run.tasks, run.params, width), run.trunk.tokenizer
+        teacher = Teacher(run.trunk.module, run.tasks, run.params, width, trunks.tables(run.trunk, owner))
+        tokenizer, longest = run.trunk.tokenizer, run.trunk.max_length
+        if packed:
+            trunks.check_packed(run.trunk, row_length, owner)
     check_vocabulary(trunk.tokenizer, tokenizer, texts, f"{where}, {regulariser.teacher},")
-    longest = getattr((teacher.module.trunk if teacher.tagger else teacher.module).config, "max_length", None)
-    if longest is not None and longest < row_length:
+    if longest < row_length:
         raise UserError(
             f"{where}, {regulariser.teacher}, takes rows of {count(longest, 'token')}, but batch.row_length is {row_length}"
         )
     return teacher
 
 
-def _tagger(regulariser: Distillation, tasks: Mapping[str, Task], where: str, dtype: Any) -> tuple[Teacher, Any]:
+def _tagger(regulariser: Distillation, tasks: Mapping[str, Task], where: str, owner: str, dtype: Any) -> tuple[Teacher, Any]:
     """A token classifier's checkpoint as the teacher of a tagging task. (Other heads cannot read packed rows.)"""
     checkpoint = pretrained.load(regulariser.teacher, dtype=dtype)
     if (
@@ -118,7 +134,8 @@ def _tagger(regulariser: Distillation, tasks: Mapping[str, Task], where: str, dt
     task = tasks[regulariser.tasks[0]]
     if checkpoint.labels != task.shown_labels:  # a model that convert wrote has the labels' names
         task = dataclasses.replace(task, labels=checkpoint.labels, label_names={})  # type: ignore[call-arg]
-    return Teacher(checkpoint.model, (task,), checkpoint.params, 0, tagger=True), checkpoint.tokenizer
+    tables = trunks.tables_of(checkpoint.model.trunk.config, owner)
+    return Teacher(checkpoint.model, (task,), checkpoint.params, 0, tables, tagger=True), checkpoint.tokenizer
 
 
 def check_vocabulary(tokenizer: Any, other: Any, texts: Sequence[str], where: str) -> None:

@@ -12,6 +12,9 @@ from mtl_jax.transfer.adapters.adapted import check as check
 from mtl_jax.transfer.adapters.adapted import merge_adapters as merge_adapters
 from mtl_jax.transfer.adapters.adapted import notes as notes
 from mtl_jax.transfer.adapters.base import Adapter as Adapter
+from mtl_jax.transfer.adapters.base import Call as Call
+from mtl_jax.transfer.adapters.base import Layer as Layer
+from mtl_jax.transfer.adapters.base import Params as Params
 from mtl_jax.transfer.adapters.bottleneck import Bottleneck as Bottleneck
 from mtl_jax.transfer.adapters.ia3 import IA3 as IA3
 from mtl_jax.transfer.adapters.lora import Lora as Lora

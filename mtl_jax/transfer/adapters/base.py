@@ -15,7 +15,7 @@ import jax
 
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed, unknown
 from mtl_jax.core.files import shown
-from mtl_jax.core.parts import Part
+from mtl_jax.core.parts import Part, origin_of
 
 RUN, SOURCE, TASK = SHARING = ("run", "source", "task")
 
@@ -68,7 +68,19 @@ class Call(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter(Part, abc.ABC):
-    """A few parameters added to a trunk.
+    """A few parameters added to a trunk. A class of your own needs where(), init() and around(); merged() is for convert.
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Gate(mtl_jax.transfer.adapters.Adapter):
+            def where(self, layers):
+                return self.matching(layers, ".*/feed_forward_out")
+
+            def init(self, key, layer):
+                return {"gate": jnp.ones(layer.outputs)}
+
+            def around(self, params, call):
+                y = call()
+                return y * params["gate"].astype(y.dtype)
 
     Attributes:
         name: Its parameters are trunk/adapters/NAME/LAYER/... in the model.
@@ -125,13 +137,14 @@ class Adapter(Part, abc.ABC):
         Raises:
             UserError: This kind of adapter cannot be merged into a kernel.
         """
+        mergeable = "Lora and IA3" if origin_of(type(self)) is None else "Lora, IA3 and classes that define merged()"
         raise UserError(
             f"adapter {self.name!r} is a {type(self).__name__}, which cannot be put into the trunk's kernels, and transformers "
-            "has no class for a trunk with it: only Lora and IA3 can be merged"
+            f"has no class for a trunk with it: only {mergeable} can be merged"
         )
 
-    def _matching(self, layers: Mapping[str, Layer], pattern: str, kinds: tuple[str, ...] = ("dense",)) -> list[Layer]:
-        """The layers of these kinds whose whole path the pattern matches.
+    def matching(self, layers: Mapping[str, Layer], pattern: str, kinds: tuple[str, ...] = ("dense",)) -> list[Layer]:
+        """The layers of these kinds whose whole path the pattern matches, for where().
 
         Raises:
             UserError: The pattern is not a regular expression, or matches no layer.

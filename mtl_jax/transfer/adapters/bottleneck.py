@@ -53,7 +53,7 @@ class Bottleneck(Adapter):
             raise unknown(f"activation of adapter {self.name!r}:", self.activation, ACTIVATIONS)
 
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        return self._matching(layers, VARIANTS[self.variant])
+        return self.matching(layers, VARIANTS[self.variant])
 
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         return {

@@ -28,7 +28,7 @@ class IA3(Adapter):
     order: ClassVar[int] = 1
 
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        return self._matching(layers, rf".*/(attention/(key|value|{FUSED})|feed_forward_out)")
+        return self.matching(layers, rf".*/(attention/(key|value|{FUSED})|feed_forward_out)")
 
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         if _name(layer) == FUSED:

@@ -48,7 +48,7 @@ class Lora(Adapter):
             raise UserError(f"adapter {self.name!r}: dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        matching = self._matching(layers, self.target)
+        matching = self.matching(layers, self.target)
         for layer in matching:
             if self.rank > min(layer.inputs, layer.outputs):
                 raise UserError(

@@ -41,7 +41,7 @@ class Prefix(Adapter):
             raise UserError(f"adapter {self.name!r}: length is {self.length}; it must be at least 1")
 
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        return self._matching(layers, ".*", ("attention", "rotary"))
+        return self.matching(layers, ".*", ("attention", "rotary"))
 
     def uses(self, layer: Layer) -> str:
         # In ModernBERT the map that makes keys and values takes part in it.

@@ -1,0 +1,218 @@
+"""What a trunk is: its declaration, from which it is built and opened again, and the built trunk with its facts.
+
+Shapes in names: B rows, T tokens a row, H width of the vectors.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtl_jax import pretrained
+from mtl_jax.core import trees
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import write_json, writing
+from mtl_jax.core.parts import Part, origin_of
+from mtl_jax.data import vocabulary
+from mtl_jax.data.coverage import Tables
+from mtl_jax.models.encoder import Encoder
+from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
+from mtl_jax.models.trunk_output import TrunkFacts, token_table
+from mtl_jax.pretrained.locate import copy_files
+from mtl_jax.pretrained.saving import Saved, write_safetensors
+from mtl_jax.pretrained.tensor_files import Location
+from mtl_jax.transfer import adapters as adapting
+from mtl_jax.transfer.adapters import Adapted, Adapter
+
+BESIDE = "beside.safetensors"  # parameters of a checkpoint that do not train
+UNBOUNDED = 1_000_000  # tokens, without a position table
+WORDS = 10_000  # in the vocabulary of a trunk that does not say how many
+
+
+@dataclasses.dataclass(frozen=True)
+class TrunkConfig(Part, abc.ABC):
+    """The declaration of a trunk. A class of your own needs its fields and module(); the rest has defaults.
+
+    Fields of two names are read here: `vocabulary`, the most words of the tokenizer (10,000 without it), and `max_length`, the
+    longest text in tokens (no limit without it).
+
+        @dataclasses.dataclass(frozen=True)
+        class Bag(mtl_jax.trunks.TrunkConfig):
+            width: int = 64
+
+            def module(self, vocab_size, dtype):
+                return BagModule(vocab_size, self.width, dtype)  # a linen module
+    """
+
+    door: ClassVar[str] = "trunk"
+
+    @abc.abstractmethod
+    def module(self, vocab_size: int, dtype: Any) -> nn.Module:
+        """The network: a linen module that is called as models.encoder.Encoder is.
+
+        Its arguments are input_ids i32[B, T], attention_mask [B, T], and by name position_ids i32[B, T], segment_ids i32[B, T]
+        (the example of each token in a packed row, from 1; 0 is padding) and deterministic; all but input_ids need a default.
+        An argument token_type_ids is passed where texts have types of tokens. The result has `hidden`, f[B, T, H].
+
+        Args:
+            vocab_size: The number of ids.
+            dtype: The compute dtype; parameters are float32.
+        """
+
+    def tokenizer(self, texts: Sequence[str]) -> Any:
+        """A transformers tokenizer; by default of the training texts' most frequent words, lower-cased."""
+        return vocabulary.words(texts, getattr(self, "vocabulary", WORDS))
+
+    def check(self) -> None:
+        """Raises UserError if a field is refused; called before anything is read."""
+
+    def build(self, texts: Sequence[str], dtype: Any, *, decodes: bool = False) -> Trunk:
+        """The trunk before training; arguments as for trunks.build()."""
+        return self._with_tokenizer(self.tokenizer(texts), dtype)
+
+    def reopen(self, folder: Path, dtype: Any) -> Trunk:
+        """The trunk of a workdir; arguments as for trunks.reopen()."""
+        return self._with_tokenizer(pretrained.load_tokenizer(folder), dtype)
+
+    def _with_tokenizer(self, tokenizer: Any, dtype: Any) -> Trunk:
+        module = self.module(len(tokenizer), dtype)
+        return Trunk(module, None, tokenizer, getattr(self, "max_length", UNBOUNDED), None, {})
+
+
+class Trunk(NamedTuple):
+    """A trunk, ready to train.
+
+    Attributes:
+        module: A linen module or one with adapters; apply({"params": ...}, ids, mask, position_ids=, segment_ids=,
+            deterministic=).hidden.
+        params: Pretrained parameters; None: they are to be initialised.
+        tokenizer: A transformers tokenizer.
+        max_length: Longest example in tokens that the module can read.
+        raw: The checkpoint's config.json; None for a trunk from scratch.
+        beside: Parameters of the checkpoint's bare model that do not train here (BERT's pooler), or {}.
+        decoder: Sizes of the checkpoint's decoder, or of a decoder on a trunk from scratch; None: without a decoder.
+        head: Parameters of the checkpoint's decoder, or None.
+        location: The directory of the checkpoint's generation_config.json, if it has one.
+        declared: The declaration that it was built from.
+    """
+
+    module: nn.Module | Adapted
+    params: Any
+    tokenizer: Any
+    max_length: int
+    raw: Mapping[str, Any] | None
+    beside: Mapping[str, Any]
+    decoder: Seq2SeqConfig | None = None
+    head: Any = None
+    location: Location | None = None
+    declared: TrunkConfig | None = None
+
+    @property
+    def is_users(self) -> bool:
+        """Whether its declaration is a class of the user's."""
+        return self.declared is not None and origin_of(type(self.declared)) is not None
+
+    @property
+    def sizes(self) -> Any:
+        """The dataclass that decides the sizes of its module: the module's config, or the declaration."""
+        config = getattr(self.module, "config", None)
+        return config if dataclasses.is_dataclass(config) else self.declared
+
+
+def adapt(trunk: Trunk, adapters: Sequence[Adapter], sources: int) -> Trunk:
+    """The trunk with adapters.
+
+    Args:
+        trunk: The trunk.
+        adapters: The adapters to add; may be empty.
+        sources: The number of the run's sources.
+
+    Raises:
+        UserError: An adapter has no place in the trunk.
+    """
+    assert isinstance(trunk.module, nn.Module)  # no adapters yet
+    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources)) if adapters else trunk
+
+
+def facts(trunk: Trunk) -> TrunkFacts:
+    """The facts about the trunk that tasks use."""
+    params = jax.eval_shape(lambda: init_params(trunk, jax.random.key(0)))
+    try:
+        rows, columns = token_table(params).shape
+    except UserError:
+        rows, columns = 0, 0
+    start = None if trunk.raw is None else trunk.raw.get("decoder_start_token_id")
+    encoder = trunk.module.config if isinstance(trunk.module, Encoder) else None
+    return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start, encoder)
+
+
+def tables(trunk: Trunk, owner: str = "the trunk") -> Tables:
+    """The rows of the trunk's embedding tables; `owner` names the trunk in errors."""
+    return Tables(len(trunk.tokenizer), None, owner) if trunk.is_users else tables_of(trunk.module.config, owner)
+
+
+def tables_of(sizes: Any, owner: str = "the trunk") -> Tables:
+    """The rows of the embedding tables of a trunk with such sizes; `owner` names the trunk in errors."""
+    return Tables(sizes.vocab_size, getattr(sizes, "type_vocab_size", 0) or None, owner)
+
+
+def init_params(trunk: Trunk, key: jax.Array) -> Any:
+    """The trunk's parameters: the pretrained ones, or fresh ones from the key; adapters are always fresh."""
+    if trunk.params is None:
+        return trunk.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return trunk.module.add(trunk.params, key) if isinstance(trunk.module, Adapted) else trunk.params
+
+
+def draws_dropout(trunk: Trunk) -> bool:
+    """Whether the trunk's module, without adapters, has dropout: whether it asks for random numbers while it trains."""
+    module = trunk.module.base if isinstance(trunk.module, Adapted) else trunk.module
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids))
+    try:
+        jax.eval_shape(lambda params: module.apply(params, ids, deterministic=False), params)
+    except flax.errors.InvalidRngError:  # linen's, for a module that asks for them and is given none
+        return True
+    return False
+
+
+def width(trunk: Trunk, params: Any) -> int:
+    """H, the size of the trunk's vectors."""
+    module, params = trunk.module, dict(params)
+    if isinstance(module, Adapted):  # adapters change no size
+        module = module.base
+        del params[adapting.ADAPTERS]
+
+    def hidden(params: Any) -> Any:
+        return module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32)).hidden  # type: ignore[union-attr]
+
+    return jax.eval_shape(hidden, params).shape[-1]
+
+
+def save(trunk: Trunk, folder: Path) -> None:
+    """Writes the files that reopen() needs: configuration, tokenizer, parameters of the checkpoint that do not train.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        trunk.tokenizer.save_pretrained(folder)
+        if trunk.is_users and trunk.raw is None:
+            return  # its sizes are those of the tokenizer and of the declaration in config.json
+        if trunk.raw is None:
+            name, sizes = "trunk.json", dataclasses.asdict(trunk.module.config)
+        else:
+            name, sizes = "config.json", dict(trunk.raw)
+            flat = trees.flat(trunk.beside)
+            write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
+            if trunk.location is not None:
+                copy_files(trunk.location, folder, ("generation_config.json",))
+        write_json(folder / name, sizes)

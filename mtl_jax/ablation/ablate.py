@@ -78,7 +78,7 @@ def ablate(
             found when that program is compiled.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
 
-    Example:
+    Examples:
         >>> ablation = mtl_jax.ablate(EXPERIMENT, "runs/ablation", ["optimizer.learning-rate=1e-3,1e-2"])
         >>> [run["values"]["optimizer.learning_rate"] for run in ablation["runs"]]
         [0.001, 0.01]

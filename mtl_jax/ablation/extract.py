@@ -36,7 +36,7 @@ def take(ablation: str | Path, name: str, target: str | Path) -> Path:
         UserError: There is no such ablation or run, the run has no checkpoint yet or diverged before its first evaluation, the
             target exists, or another process is writing it.
 
-    Example:
+    Examples:
         >>> workdir = mtl_jax.take("runs/ablation", "0001", "runs/taken")
         >>> sorted(mtl_jax.predict(workdir, "coarse", ["who is the man ?"])[0])
         ['label', 'probability']

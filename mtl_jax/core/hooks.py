@@ -25,7 +25,7 @@ class Hooks(NamedTuple):
         at_end: (results): when the run is done, with the contents of results.json.
         close: (): when the process leaves the run, however it ends.
 
-    Example:
+    Examples:
         >>> losses = []
         >>> hooks = mtl_jax.Hooks(after_metrics=lambda step, metrics: losses.append(metrics["total"]))
         >>> results = mtl_jax.train(EXPERIMENT, "runs/with_hooks", hooks=hooks)

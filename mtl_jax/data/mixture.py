@@ -78,7 +78,7 @@ def register_mixture(name: str) -> Callable[[Callable[..., Any]], Callable[..., 
     other parameters are the options of the mixture, all of them numbers; a limit of an option is declared as
     Annotated[float, Limits]. If it has a parameter called `shares`, it gets the field batch.shares, or that of the phase.
 
-    Example:
+    Examples:
         >>> import math
         >>> import mtl_jax
         >>> @mtl_jax.data.register_mixture("logarithmic")

@@ -41,7 +41,7 @@ def batches_of(
     Raises:
         UserError: A source, label or mixture is refused.
 
-    Example:
+    Examples:
         >>> batches = batches_of(EXPERIMENT.sources, EXPERIMENT.tasks, tokenizer="bert", batching=EXPERIMENT.batch)
         >>> next(batches).tokens.shape
         (8, 24)

@@ -70,7 +70,7 @@ def translate(
     Raises:
         UserError: The model cannot be opened or writes no texts, or an option is refused.
 
-    Example:
+    Examples:
         >>> [answer] = mtl_jax.translate("marian", ["hello"], num_beams=2, max_new_tokens=5)
         >>> type(answer)
         <class 'str'>
@@ -100,7 +100,7 @@ def summarize(
     Raises:
         UserError: The model cannot be opened or writes no texts, or an option is refused.
 
-    Example:
+    Examples:
         >>> [answer] = mtl_jax.summarize(mtl_jax.pretrained.load("marian"), ["hello hello"], max_new_tokens=5, scores=True)
         >>> sorted(answer)
         ['summary', 'summary_score', 'text']

@@ -62,7 +62,7 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         UserError: The source cannot be read, has no such task, or has no counterpart in other libraries; or the target is not
             free, or another process writes it.
 
-    Example:
+    Examples:
         >>> hint = mtl_jax.convert("runs/tiny", "model", task="fine")
         >>> sorted(path.name for path in Path("model").glob("*.safetensors"))
         ['model.safetensors']

@@ -74,7 +74,7 @@ def load_model(workdir: str | Path) -> Model:
     Raises:
         UserError: The directory is not a workdir, or has no checkpoint yet.
 
-    Example:
+    Examples:
         >>> model = mtl_jax.load_model("runs/tiny")
         >>> len(model.predict("coarse", ["who is the man ?", "where is the city ?"]))
         2
@@ -115,7 +115,7 @@ def predict(workdir: str | Path | Model, task: str, inputs: Inputs, top_k: int |
         UserError: The directory is not a workdir or has no checkpoint yet, the task is unknown, a row has no text in a text
             column, `inputs` is a single text or row, or the task has no probabilities of labels for top_k.
 
-    Example:
+    Examples:
         >>> [answer] = mtl_jax.predict("runs/tiny", "fine", ["who is the man ?"], top_k=2)
         >>> answer["top"][0]["label"] == answer["label"]
         True
@@ -185,7 +185,7 @@ def evaluate(
     Raises:
         UserError: As predict(), a row or label cannot be read, or the model's outputs are not finite.
 
-    Example:
+    Examples:
         >>> rows = [{"text": "who is the man ?", "coarse": "HUM"}, {"text": "where is the city ?", "coarse": "LOC"}]
         >>> mtl_jax.evaluate("runs/tiny", "coarse", rows)["rows"]
         2

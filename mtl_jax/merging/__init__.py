@@ -59,7 +59,7 @@ def merge(
         UserError: An option is refused, a source cannot be read, the sources do not fit together, the target is not
             free, or another process writes it.
 
-    Example:
+    Examples:
         >>> results = mtl_jax.merge("runs/soup", ["runs/tiny", "runs/seed_1"], "soup")
         >>> sorted(results["tasks"])
         ['coarse', 'fine']

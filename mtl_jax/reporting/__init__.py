@@ -23,7 +23,7 @@ def report(*workdirs: str | Path, output: str | Path = "") -> Path:
     Raises:
         UserError: As write().
 
-    Example:
+    Examples:
         >>> page = mtl_jax.report("runs/tiny", output="report")
         >>> page.name
         'report.html'

@@ -122,7 +122,7 @@ def register_logger(name: str) -> Callable[[Factory], Factory]:
     Raises:
         UserError: The name is taken.
 
-    Example:
+    Examples:
         >>> @mtl_jax.register_logger("lines")
         ... def lines(config, workdir):
         ...     file = open(workdir / "lines.txt", "a")

@@ -155,7 +155,7 @@ def results(*workdirs: str | Path) -> Results:
     Raises:
         UserError: No workdir is given, or one of them has no results.json that mtl_jax wrote.
 
-    Example:
+    Examples:
         >>> [run] = mtl_jax.results("runs/tiny")
         >>> run["tasks"]["coarse"]["metric"]
         'accuracy'

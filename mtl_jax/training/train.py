@@ -74,7 +74,7 @@ def train(
         Interrupted: SIGTERM or SIGINT came; the state is saved.
         Any error of a hook: The state is saved, and the same command resumes.
 
-    Example:
+    Examples:
         >>> results = mtl_jax.train(dataclasses.replace(EXPERIMENT, seed=1), "runs/seed_1")
         >>> sorted(results["tasks"])
         ['coarse', 'fine']

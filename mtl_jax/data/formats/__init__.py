@@ -38,7 +38,7 @@ def register_format(name: str) -> Callable[[Callable[..., Any]], Callable[..., A
     [{"text": str, "start": int}, ...]; numbers become text as in jsonl. In place of a row it may give a UserError, which says
     why the row cannot be read; or a Row, which has its own place for error lines.
 
-    Example:
+    Examples:
         >>> import mtl_jax
         >>> @mtl_jax.data.register_format("shouted")
         ... def read_shouted(path):

@@ -12,7 +12,7 @@ from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import to_json
 from mtl_jax.core.text_lines import lines_of, object_of, print_lines, read_bytes
 
@@ -182,6 +182,8 @@ def console() -> None:
 
     def command() -> None:
         others, files = scripts.divided_imports(arguments)
+        if others and not others[0].startswith("-") and others[0] not in commands:
+            raise unknown("command", others[0], commands)
         scripts.import_parts(files)
         tyro.extras.subcommand_cli_from_dict(commands, prog="mtl-jax", description=DESCRIPTION, args=others, config=TYRO_CONFIG)
 

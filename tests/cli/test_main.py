@@ -213,6 +213,12 @@ def console(monkeypatch, capsys, *arguments):
     return code, captured.out, captured.err
 
 
+def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
+    code, _, error = console(monkeypatch, capsys, "ablat", "x.py")
+    assert code == 2
+    assert error.startswith("error: unknown command 'ablat' (did you mean 'ablate'?); choices: predict, evaluate")
+
+
 def test_predict_keeps_order_and_count(workdir, tmp_path, monkeypatch, capsys):
     texts = ["who is the man ?", "", "where is the city ?"] * 40 + ["the film is " + "good " * 50]
     (tmp_path / "in.txt").write_text("\r\n".join(texts) + "\r\n", newline="")

@@ -29,10 +29,10 @@ H = 8
 class Made(TrunkConfig):
     """A trunk around any of the modules below."""
 
-    kind: str = "words"
+    network: str = "Words"
 
     def module(self, vocab_size, dtype):
-        return MODULES[self.kind](vocab_size)
+        return MODULES[self.network](vocab_size)
 
 
 class Words(nn.Module):
@@ -50,6 +50,13 @@ class Words(nn.Module):
         segments = mask if segment_ids is None else segment_ids
         x = nn.Embed(self.vocab_size, H)(input_ids)
         return EncoderOutput(self.mixed(x, mask, positions, segments))
+
+
+class Tables(Words):
+    """Parameters with the names of our token tables, which are none."""
+
+    def mixed(self, x, mask, positions, segments):
+        return nn.Dense(H, name="word")(x) + self.param("embeddings", nn.initializers.zeros, (H,))
 
 
 class Positions(Words):
@@ -107,29 +114,19 @@ def of_ours(vocab_size):
     return Encoder(EncoderConfig(vocab_size, H, 1, 2, 16, 64))
 
 
-MODULES = {
-    kind.__name__: kind
-    for kind in (
-        Words,
-        Positions,
-        PlacesInTheRow,
-        BiLSTM,
-        Forwards,
-        Convolution,
-        Padding,
-        Attention,
-        AttentionApart,
-        LowPrecision,
-    )
-} | {"of_ours": of_ours}
+APART = (Words, Tables, Positions, AttentionApart, LowPrecision)
+MIXED = (PlacesInTheRow, BiLSTM, Forwards, Convolution, Padding, Attention)
+MODULES = {"of_ours": of_ours} | {kind.__name__: kind for kind in (*APART, *MIXED)}
 
 
-@pytest.mark.parametrize("kind", ["Words", "Positions", "AttentionApart", "LowPrecision", "of_ours"])
+@pytest.mark.parametrize("kind", ["of_ours", *(kind.__name__ for kind in APART[1:])])
 def test_examples_that_are_kept_apart(kind):
-    trunks.check_packed(trunks.build(Made(kind), TEXTS, np.float32), 24)
+    trunk = trunks.build(Made(kind), TEXTS, np.float32)
+    trunks.check_packed(trunk, 24)
+    assert trunks.facts(trunk).table == ((len(trunk.tokenizer), H) if kind == "of_ours" else (0, 0))
 
 
-@pytest.mark.parametrize("kind", ["PlacesInTheRow", "BiLSTM", "Forwards", "Convolution", "Padding", "Attention"])
+@pytest.mark.parametrize("kind", [kind.__name__ for kind in MIXED])
 def test_examples_that_are_not_kept_apart(kind):
     trunk = trunks.build(Made(kind), TEXTS, np.float32)
     message = r"the trunk Made of .*: the vectors of an example change .* segment_ids.* \(--batch.no-packed\)"
@@ -139,7 +136,7 @@ def test_examples_that_are_not_kept_apart(kind):
 
 
 def test_a_teacher_that_does_not_keep_them_apart():
-    with pytest.raises(UserError, match=r"^the teacher of x Made of .*: the vectors"):
+    with pytest.raises(UserError, match=r"^the teacher of x, Made of .*: the vectors"):
         trunks.check_packed(trunks.build(Made("Convolution"), TEXTS, np.float32), 6, "the teacher of x")
 
 
@@ -234,6 +231,14 @@ def test_a_class_without_module():
 
     with pytest.raises(UserError, match="class Nothing lacks module, which every trunk needs"):
         Nothing()
+
+
+def test_a_field_that_config_json_has_already():
+    with pytest.raises(UserError, match=r"class Clash: .* give the field kind another name"):
+
+        @dataclasses.dataclass(frozen=True)
+        class Clash(TrunkConfig):
+            kind: str = "cnn"
 
 
 def test_a_decoder_needs_sizes(data):

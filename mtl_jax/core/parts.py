@@ -90,6 +90,8 @@ class Part(Configuration):
         if cls.__module__.partition(".")[0] != PACKAGE:
             cls._origin = origin_of(cls)  # type: ignore[attr-defined]
             _resolve_annotations(cls)
+        if "kind" in vars(cls).get("__annotations__", {}):
+            raise UserError(f"class {cls.__name__}: config.json has the class's name as kind; give the field kind another name")
         kinds = _KINDS[door_of(cls)]
         check_free(cls.door, cls.__name__, kinds.get(cls.__name__), cls)
         kinds[cls.__name__] = cls

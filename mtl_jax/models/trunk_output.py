@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +33,10 @@ def token_table(params: Any) -> jax.Array:
     Raises:
         UserError: The trunk has no such table.
     """
-    for parent in (params, params.get("embeddings", {})):
-        if "word" in parent:
-            return parent["word"]["embedding"]
+    for parent in (params, params.get("embeddings")):
+        word = parent.get("word") if isinstance(parent, Mapping) else None
+        if isinstance(word, Mapping) and "embedding" in word:  # a user's trunk may call anything word
+            return word["embedding"]
     raise UserError("the trunk has no token table that a head could share")
 
 

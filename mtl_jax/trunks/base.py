@@ -156,7 +156,9 @@ def facts(trunk: Trunk) -> TrunkFacts:
 
 def tables(trunk: Trunk, owner: str = "the trunk") -> Tables:
     """The rows of the trunk's embedding tables; `owner` names the trunk in errors."""
-    return Tables(len(trunk.tokenizer), None, owner) if trunk.is_users else tables_of(trunk.module.config, owner)
+    if trunk.is_users and trunk.raw is None:  # its module may have no config
+        return Tables(len(trunk.tokenizer), None, owner)
+    return tables_of(trunk.module.config, owner)
 
 
 def tables_of(sizes: Any, owner: str = "the trunk") -> Tables:

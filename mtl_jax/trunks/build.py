@@ -131,16 +131,17 @@ def check_packed(trunk: Trunk, row_length: int, owner: str = "") -> None:
         named = {"position_ids": positions_RxT, "segment_ids": segments_RxT, "deterministic": True}
         return module.apply(jax.tree.unflatten(structure, noisy), ids_RxT, mask_RxT, **named).hidden
 
-    hidden_RxTxH = np.asarray(jax.jit(vectors)(key, noise_key))
+    with jax.default_matmul_precision("highest"):
+        hidden_RxTxH = np.asarray(jax.jit(vectors)(key, noise_key))
     tolerance = TOLERANCE.get(str(hidden_RxTxH.dtype), LOW_PRECISION)
     for text in ("first", "second"):
         copies = [hidden_RxTxH[r, size * at[text] : size * (at[text] + 1)] for r, at in enumerate(places) if text in at]
         stacked = np.stack(copies).astype(np.float64)
         if np.ptp(stacked, axis=0).max() > tolerance * np.abs(stacked).max():
+            whose = f"{owner}, {_name(trunk)}" if owner else f"the trunk {_name(trunk)}"
             raise UserError(
-                f"{owner or 'the trunk'} {_name(trunk)}: the vectors of an example change with the rest of its packed row: "
-                "respect segment_ids, position_ids and attention_mask in the module, or set batch.packed to False "
-                "(--batch.no-packed)"
+                f"{whose}: the vectors of an example change with the rest of its packed row: respect segment_ids, position_ids "
+                "and attention_mask in the module, or set batch.packed to False (--batch.no-packed)"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -62,7 +63,7 @@ class Checkpoint:
 
 
 def load(
-    path: str,
+    path: str | Path,
     *,
     head: str | None = AUTO,
     labels: int | Sequence[str] | None = None,
@@ -91,6 +92,7 @@ def load(
     Raises:
         UserError: A file is missing or damaged, the family is unknown, or a tensor is missing or has another shape.
     """
+    path = str(path)
     location = locate.locate(path)
     where = f"{path}/config.json"
     raw = read_json(location, "config.json")

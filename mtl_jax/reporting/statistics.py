@@ -192,6 +192,8 @@ def compare(study: Study, groups: Sequence[Group]) -> Comparison | None:
     tests = {name: {task: group.mean(task, metric) for task, metric in study.tasks.items()} for name, group in best.items()}
     complete = {name: {task: value for task, value in test.items() if value is not None} for name, test in tests.items()}
     complete = {name: test for name, test in complete.items() if len(test) == len(study.tasks)}
+    if not complete:  # every method has a metric that is not defined in any of its runs
+        return None
     reference_name, reference = _reference(study, groups, complete)
     positive = {task: value for task, value in reference.items() if value > 0}
     ranks = {

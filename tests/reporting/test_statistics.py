@@ -134,3 +134,12 @@ def test_a_score_that_is_not_finite_is_none(tmp_path):
     (group,) = statistics.groups(read([folder]))
     assert group.mean("tweets", "pearson") is None
     assert group.mean("movies", "accuracy") is not None
+
+
+def test_methods_with_an_undefined_metric_are_not_compared(tmp_path):
+    folders = []
+    for name in ("equal", "cagrad"):
+        folders.append(made.write_run(tmp_path / name, {"values": {"weighting": name}, "status": "done"}))
+        made.change_score(folders[-1], "tweets", math.nan)
+    study = read(folders)
+    assert statistics.compare(study, statistics.groups(study)) is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from mtl_jax import Experiment, ablate, report, train
+from mtl_jax import Experiment, ablate, reporting, train
 from mtl_jax.cli import scripts
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.formats import READERS
@@ -82,7 +82,7 @@ def test_rows_of_a_script(bert, data_dir, tmp_path, caplog):
     assert evaluate(tmp_path / "run", "emotion", str(rows), "jsonl")["rows"] == 5
     convert(str(tmp_path / "run"), tmp_path / "model", task="emotion")
     assert json.loads((tmp_path / "model" / "labels.json").read_text()) == list(EMOTIONS)
-    report.write(tmp_path / "run", tmp_path / "report")
+    reporting.write(tmp_path / "run", tmp_path / "report")
     assert "0 = anger" in (tmp_path / "report" / "report.html").read_text()
     reopened = from_json(config)
     with pytest.raises(UserError, match="source 'tweets': its rows came from a script; give a path"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import ablate, pretrained, report, train
+from mtl_jax import ablate, pretrained, reporting, train
 from mtl_jax.cli import launch, scripts
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError
@@ -78,7 +78,7 @@ def test_commands(script, flags, workdir, tmp_path):
     assert all(0 < answer["probability"] <= 1 for answer in predict(workdir, "trec", QUESTIONS))
     (tmp_path / "rows.txt").write_text("1 What is an atom ?\n4 Where is Kiel ?\n")
     assert evaluate(workdir, "trec", str(tmp_path / "rows.txt"))["rows"] == 2
-    assert "own_adapter" in report.write([workdir], tmp_path / "report.html").read_text()
+    assert "own_adapter" in reporting.write([workdir], tmp_path / "report.html").read_text()
     record = ablate(experiment_of(script, flags), tmp_path / "ablation", ["adapters.vera.rank=2,3"])
     assert [run["status"] for run in record["runs"]] == ["done", "done"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import ablate, report, train
+from mtl_jax import ablate, reporting, train
 from mtl_jax.cli import launch, scripts
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError
@@ -69,7 +69,7 @@ def test_commands(script, workdir, tmp_path):
     assert evaluate(workdir, "trec", str(tmp_path / "rows.txt"))["rows"] == 2
     with pytest.raises(UserError, match="its trunk is a Convolutions, and transformers has no class for it"):
         convert(str(workdir), tmp_path / "out")
-    assert "own_trunk" in report.write([workdir], tmp_path / "report.html").read_text()
+    assert "own_trunk" in reporting.write([workdir], tmp_path / "report.html").read_text()
     record = ablate(experiment_of(script), tmp_path / "ablation", ["trunk.window=0,1"])
     assert [run["status"] for run in record["runs"]] == ["done", "done"]
 

@@ -93,7 +93,7 @@ def test_records_on_disk_are_drawn_alike(tmp_path, monkeypatch):
     rows = [{"text": f"text {number}", "label": f"c{number // 10}"} for number in range(200)] + [
         {"text": "text 0", "label": "new"}
     ]
-    monkeypatch.setattr("mtl_jax.data.splits._open", lambda source, path: Records(path, rows, {}))
+    monkeypatch.setattr("mtl_jax.data.splits._open", lambda source, split: Records(source.place(split), rows, {}))
     splits = read(Source(name="s", path="hf:any", limit=5))
     assert [len(splits.rows[split]) for split in ("train", "dev", "test")] == [5, 5, 5]
     assert {row.columns["label"] for row in splits.all_rows} == {*(f"c{n}" for n in range(20)), "new"}

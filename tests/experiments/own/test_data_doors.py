@@ -144,13 +144,23 @@ def test_a_format_of_a_script(bert, tmp_path):
 
 
 def test_a_mixture_of_a_script(bert, data_dir, tmp_path):
-    experiment = read("mixture.py", bert, "--batch.mixture", "effective:beta=0.99", "--only", "irony", "offensive")
+    experiment = read(
+        "mixture.py",
+        bert,
+        "--batch.mixture",
+        "effective:beta=0.99",
+        "--only",
+        "irony",
+        "offensive",
+        "--evaluation.baseline",
+        "none",
+    )
     train(experiment, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["batch"]["mixture"] == "effective:beta=0.99"
     assert config["parts"]["effective"]["door"] == "mixture"
     assert predict(tmp_path / "run", "irony", ["the film was good"])
-    ablate(experiment, tmp_path / "ablation", ["batch.mixture=uniform,effective"])
+    ablate(experiment, tmp_path / "ablation", ["batch.mixture=effective:beta=0.9,effective:beta=0.99"])
     assert len(list(tmp_path.glob("ablation/runs/*/results.json"))) == 2
     for text, message in (
         ("effective:bata=1", "it has no option 'bata' .did you mean 'beta'..; write effective:beta=NUMBER"),

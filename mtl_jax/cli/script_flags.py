@@ -17,6 +17,7 @@ import docstring_parser
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError, listed, nearest, unknown
 from mtl_jax.core.files import shown
+from mtl_jax.data.source import FIELDS, Source
 from mtl_jax.experiment import Experiment
 
 # The flags of --help by group. NAME stands for each element of a field, "*" for all fields of one.
@@ -67,7 +68,10 @@ def _has_parts(value: Any) -> bool:
 
 def flags_of(value: Any, path: str = "") -> Iterator[str]:
     """Every flag of a configuration, such as optimizer.learning-rate and tasks.movies.metric."""
+    rows = {rows for _, rows in FIELDS.values()} if isinstance(value, Source) else ()  # no flags: a script gives them
     for field in dataclasses.fields(value):
+        if field.name in rows:
+            continue
         name = path + field.name.replace("_", "-")
         inner = getattr(value, field.name)
         if dataclasses.is_dataclass(inner) and not isinstance(inner, type):

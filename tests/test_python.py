@@ -18,7 +18,6 @@ import tiny_seq2seq
 import mtl_jax
 from mtl_jax import Evaluation, Phase, UserError, merging
 from mtl_jax.cli import main
-from mtl_jax.data.source_batches import batches_of
 from mtl_jax.inference import predict as prediction
 from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.loggers import LOGGERS
@@ -54,8 +53,7 @@ def inside(folder, monkeypatch):
 def test_the_examples_of_public_names(inside, bert, data):
     """All examples in one process and directory, as their runs share one tiny model."""
     names = {"mtl_jax": mtl_jax, "dataclasses": dataclasses, "Path": Path, "EXPERIMENT": experiment(bert, data)}
-    names["batches_of"] = batches_of  # until mtl_jax.data is public
-    functions = [getattr(mtl_jax, name) for name in NAMES] + [batches_of]
+    functions = [getattr(mtl_jax, name) for name in NAMES] + [mtl_jax.data.batches_of]
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for function in functions:
         tests = finder.find(function, function.__name__, globs=dict(names))
@@ -118,9 +116,9 @@ def test_the_most_likely_of_several_labels_and_of_none():
     [
         (lambda: mtl_jax.results(), "no workdir given"),
         (lambda: mtl_jax.report(), "no workdir given"),
-        (lambda: mtl_jax.evaluate("runs/tiny", "fine", []), "there are no rows"),
-        (lambda: mtl_jax.evaluate("runs/tiny", "fine", ["text"]), "row 1 is a text; rows are a list of dicts, or name a file"),
-        (lambda: mtl_jax.evaluate("runs/tiny", "fine", [{"text": "who", "fine": "X:y"}]), "row 1: .*label 'X:y' is not in"),
+        (lambda: mtl_jax.evaluate("runs/tiny", "fine", []), "rows has no rows"),
+        (lambda: mtl_jax.evaluate("runs/tiny", "fine", ["text"]), r"questions.rows\[0\]: the row is a str; it must be a dict"),
+        (lambda: mtl_jax.evaluate("runs/tiny", "fine", [{"text": "who", "fine": "X"}]), r"rows\[0\]: .*label 'X' is not in"),
         (lambda: mtl_jax.translate("marian", "hello"), "texts: a text is given; it must be a list of texts"),
         (lambda: mtl_jax.translate("runs/tiny", ["hello"]), "runs/tiny: no task of this run writes texts"),
         (lambda: mtl_jax.translate(mtl_jax.pretrained.load("bert"), ["hello"]), "bert: this checkpoint cannot generate texts"),

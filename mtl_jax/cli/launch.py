@@ -114,13 +114,12 @@ def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks
         raise scripts.Read(experiment)
     if description is None:
         description = getattr(sys.modules["__main__"], "__doc__", None)
-    launch: list[Launch] = []
-    run(lambda: launch.append(_parsed(experiment, description or "")))
-    if scripts.only_read.get():
-        if launch[0].distributed:
+    if scripts.only_read.get():  # by a command or a test, which has its own log
+        launch = _parsed(experiment, description or "")
+        if launch.distributed:
             raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
-        raise scripts.Read(launch[0].experiment, has_hooks=bool(hooks or launch[0].logger))
-    run(lambda: _launch(launch[0], hooks))
+        raise scripts.Read(launch.experiment, has_hooks=bool(hooks or launch.logger))
+    run(lambda: _launch(_parsed(experiment, description or ""), hooks))
 
 
 def _parsed(experiment: Experiment, description: str) -> Launch:

@@ -5,3 +5,4 @@ from .formats import register_format as register_format
 from .formats.rows import Row as Row
 from .mixture import MIXTURES as MIXTURES
 from .mixture import register_mixture as register_mixture
+from .source_batches import batches_of as batches_of

@@ -42,7 +42,7 @@ def batches_of(
         UserError: A source, label or mixture is refused.
 
     Examples:
-        >>> batches = batches_of(EXPERIMENT.sources, EXPERIMENT.tasks, tokenizer="bert", batching=EXPERIMENT.batch)
+        >>> batches = mtl_jax.data.batches_of(EXPERIMENT.sources, EXPERIMENT.tasks, tokenizer="bert", batching=EXPERIMENT.batch)
         >>> next(batches).tokens.shape
         (8, 24)
         >>> batches.close()

@@ -21,7 +21,6 @@ from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage
 from mtl_jax.data.examples import Examples, label_remarks, length_remark, make_examples, read_examples
 from mtl_jax.data.formats import READERS, names_columns
-from mtl_jax.data.formats.records import columns
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import UnreadableTexts
 from mtl_jax.data.source import Source
@@ -178,8 +177,8 @@ def evaluate(
     Args:
         workdir: A workdir that has at least one evaluated checkpoint, or load_model() of it.
         task: A task of that run.
-        path: Rows with the columns of the task's source, in any form that Source.path may have, or as a list of dicts; all
-            rows count.
+        path: Rows with the columns of the task's source, in any form that Source.path or Source.rows may have, such as a list
+            of dicts; all rows count.
         format: The format of the file, if it differs from the source's.
 
     Raises:
@@ -199,9 +198,9 @@ def evaluate(
         check_registered(model.workdir, READERS, kind)
         columns = source.columns if kind in READERS and names_columns(kind) else ()
         source = dataclasses.replace(source, path=path, rows=None, format=kind, limit=0, columns=columns)
-        rows = read_one(source)
     else:
-        rows, path = _rows(path), "rows"
+        source, path = dataclasses.replace(source, path="", rows=path, limit=0), "rows"
+    rows = read_one(source)
     examples, counts = read_examples(
         source, run.tasks_of_same_source(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,)
     )
@@ -283,16 +282,6 @@ def _top(task: Task, output: np.ndarray, count: int) -> list[dict[str, Any]]:
 
 def _no_top(task: Task) -> UserError:
     return UserError(f"task {task.name!r}: {type(task).__name__} has no probability for each label; leave top_k out")
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows from Python, as if they were lines of JSON."""
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping):
-            raise UserError(f"row {number} is {kind_of(row)}; rows are a list of dicts, or name a file")
-    if not rows:
-        raise UserError("there are no rows")
-    return [Row(columns(dict(row)), f"row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _text_columns(source: Source) -> list[str]:

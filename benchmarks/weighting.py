@@ -77,7 +77,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measures every case, prints and writes the tables."""
-    rules = options.rules or tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled"))
+    rules = options.rules or tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled", "gcs", "pcd"))
     rules = ("equal", *[name for name in rules if name != "equal"])
     device = f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} CPU cores"
     facts = {"device": device, "dtype": options.dtype, "jax": jax.__version__, "python": platform.python_version()}

@@ -57,3 +57,5 @@ from mtl_jax.weighting.schedules import sigmoid_schedule as sigmoid_schedule
 from mtl_jax.weighting.static import equal as equal
 from mtl_jax.weighting.static import fixed as fixed
 from mtl_jax.weighting.static import scheduled as scheduled
+from mtl_jax.weighting.target_rules import gcs as gcs
+from mtl_jax.weighting.target_rules import pcd as pcd

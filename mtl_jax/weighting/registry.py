@@ -15,7 +15,7 @@ import numpy as np
 from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.parts import Registry
-from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static
+from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static, target_rules
 from mtl_jax.weighting.base import Rule, Signals, asks_for_gram
 
 OWN_RULES: dict[str, Callable[..., Rule]] = {
@@ -49,6 +49,9 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "moco": balance.moco,
     "sdmgrad": gram_rules.sdmgrad,
     "krum": geometry.krum,
+    # knows its target
+    "gcs": target_rules.gcs,
+    "pcd": target_rules.pcd,
     # changes the task gradients themselves
     "graddrop": balance.graddrop,
 }

@@ -17,7 +17,7 @@ WRAPPED = {f"{name} wrapped": name for name in ("upgrad", "dwa", "famo")}
 def rule_of(name):
     if name in ("fixed", "scheduled"):
         return weighting.make(name, weights=dict.fromkeys(TASKS, 1.0))
-    rule = weighting.make(WRAPPED.get(name, name))
+    rule = weighting.make(WRAPPED.get(name, name), **({"target": "b"} if name in ("gcs", "pcd") else {}))
     for combinator in ("every:k=2", "ema:decay=0.5", "normalized") if name in WRAPPED else ():
         rule = weighting.combine(rule, combinator)
     return rule

@@ -13,12 +13,13 @@ LOSSES = [
     *((1e30, 1.0, 0.0), (1e30, 1e-30, 1.0), (1e38, 1e38, 1e38), (3.0, 1.0, 2.0)),
 ]
 OPTIONS = {"fixed": {"weights": dict.fromkeys("abc", 1.0)}, "scheduled": {"weights": dict.fromkeys("abc", 1.0)}}
+OPTIONS |= {"gcs": {"target": "a"}, "pcd": {"target": "a"}}
 MOST = 1.01e6  # no weight of a loss is larger
 # Of these the weights depend on the gradients' lengths, and bounds are on the combined gradient.
-BY_LENGTH = ("nash", "fairgrad", "imtl_g", "config", "aligned", "upgrad", "dualproj", "cagrad", "db_mtl")
+BY_LENGTH = ("nash", "fairgrad", "imtl_g", "config", "aligned", "upgrad", "dualproj", "cagrad", "db_mtl", "pcd")
 
 # By their definitions a short gradient counts as much as a long one, or decides.
-ALL_LENGTHS = ("nash", "fairgrad", "imtl_g", "config", "krum", "mgda", "moco", "sdmgrad", "cagrad", "aligned")
+ALL_LENGTHS = ("nash", "fairgrad", "imtl_g", "config", "krum", "mgda", "moco", "sdmgrad", "cagrad", "aligned", "pcd")
 
 
 def made(name, **options):

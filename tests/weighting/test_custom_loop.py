@@ -17,7 +17,9 @@ CHANGING = ("graddrop", "moco", "db_mtl")
 
 
 def made(name):
-    return weighting.make(name, **({"weights": dict.fromkeys(NAMES, 0.5)} if name in ("fixed", "scheduled") else {}))
+    given = {"fixed": {"weights": dict.fromkeys(NAMES, 0.5)}, "gcs": {"target": NAMES[0]}}
+    options = {**given, "scheduled": given["fixed"], "pcd": given["gcs"]}
+    return weighting.make(name, **options.get(name, {}))
 
 
 def drawn(seed):

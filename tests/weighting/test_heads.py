@@ -18,14 +18,34 @@ from mtl_jax.weighting import COMBINATORS, RULES
 
 # As in LibMTL, and for rules that it does not have as in their papers or in TorchJD.
 PLAIN = {
-    *("mgda", "pcgrad", "gradvac", "cagrad", "aligned", "moco", "sdmgrad", "gradnorm", "imtl_g", "db_mtl", "graddrop"),
+    *(
+        "mgda",
+        "pcgrad",
+        "gradvac",
+        "cagrad",
+        "aligned",
+        "moco",
+        "sdmgrad",
+        "gradnorm",
+        "imtl_g",
+        "db_mtl",
+        "graddrop",
+        "gcs",
+        "pcd",
+    ),
     *("upgrad", "dualproj", "config", "krum"),
 }
 GUIDE = Path(__file__).parents[2] / "docs" / "weighting.md"
 
 
 def made(name):
-    return weighting.make(name, **({"weights": {"a": 1.0}} if name in ("fixed", "scheduled") else {}))
+    options = {
+        "fixed": {"weights": {"a": 1.0}},
+        "scheduled": {"weights": {"a": 1.0}},
+        "gcs": {"target": "a"},
+        "pcd": {"target": "a"},
+    }
+    return weighting.make(name, **options.get(name, {}))
 
 
 @pytest.mark.parametrize("name", RULES)

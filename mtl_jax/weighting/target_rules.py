@@ -24,8 +24,8 @@ def gcs(target: str, weighted: bool = False) -> Rule:
     """A source counts only while its gradient agrees with the target's (Du et al. 2018, gradient cosine similarity).
 
     The target's weight is 1. That of a source is 1 where its cosine with the target's gradient is above 0, else 0; or,
-    weighted, the cosine itself where that is above 0. Where the target has no labelled row in a step, no task counts. Heads follow their
-    plain losses: a source's own head learns also while the source does not count.
+    weighted, the cosine itself where that is above 0. Where the target has no labelled row in a step, no task counts. Heads
+    follow their plain losses: a source's own head learns also while the source does not count.
 
     Args:
         target: The name of the target task.

@@ -18,33 +18,15 @@ from mtl_jax.weighting import COMBINATORS, RULES
 
 # As in LibMTL, and for rules that it does not have as in their papers or in TorchJD.
 PLAIN = {
-    *(
-        "mgda",
-        "pcgrad",
-        "gradvac",
-        "cagrad",
-        "aligned",
-        "moco",
-        "sdmgrad",
-        "gradnorm",
-        "imtl_g",
-        "db_mtl",
-        "graddrop",
-        "gcs",
-        "pcd",
-    ),
-    *("upgrad", "dualproj", "config", "krum"),
+    *("mgda", "pcgrad", "gradvac", "cagrad", "aligned", "moco", "sdmgrad", "gradnorm", "imtl_g", "db_mtl", "graddrop"),
+    *("upgrad", "dualproj", "config", "krum", "gcs", "pcd"),
 }
 GUIDE = Path(__file__).parents[2] / "docs" / "weighting.md"
 
 
 def made(name):
-    options = {
-        "fixed": {"weights": {"a": 1.0}},
-        "scheduled": {"weights": {"a": 1.0}},
-        "gcs": {"target": "a"},
-        "pcd": {"target": "a"},
-    }
+    weights, target = {"weights": {"a": 1.0}}, {"target": "a"}
+    options = {"fixed": weights, "scheduled": weights, "gcs": target, "pcd": target}
     return weighting.make(name, **options.get(name, {}))
 
 

@@ -119,7 +119,7 @@ def test_without_the_target_no_task_counts_and_its_state_stays(name):
 
 @pytest.mark.parametrize("rule", [weighting.gcs, weighting.pcd])
 def test_a_target_that_is_no_task(rule):
-    with pytest.raises(UserError, match="unknown target of weighting .*'bb'.*did you mean 'b'"):
+    with pytest.raises(UserError, match=r"unknown target of weighting .*'bb'.*did you mean 'b'"):
         rule("bb").init(NAMES)
     with pytest.raises(UserError, match="target is 3; it must be the name of a task"):
         rule(3).init(NAMES)

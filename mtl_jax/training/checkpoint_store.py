@@ -303,8 +303,14 @@ def _shape(shape: list[int] | None) -> str:
 
 
 def _saved_fields(state: Any) -> dict[str, Any]:
-    """The fields of a state that are saved: those that are not None."""
-    return {name: value for name, value in state._asdict().items() if value is not None}
+    """The fields of a state that are saved: those that are not None, and one copy of what all devices of a host have."""
+    return {name: jax.tree.map(_one_copy, value) for name, value in state._asdict().items() if value is not None}
+
+
+def _one_copy(leaf: Any) -> Any:
+    # Orbax would cut each copy to a part of the whole, by a program that is compiled for each shape and device.
+    whole = isinstance(leaf, jax.Array) and leaf.is_fully_addressable and leaf.is_fully_replicated
+    return leaf.addressable_data(0) if whole else leaf
 
 
 def _ranked(dev: float | str | None) -> float:

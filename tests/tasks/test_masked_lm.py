@@ -184,6 +184,7 @@ def texts_only(bert, path, steps=4):
         tasks=(MaskedLM(name="lm", source="texts"),),
         phases=(Phase("adapt", steps=steps),),
         evaluation=Evaluation(every=steps),
+        checkpoints=Checkpoints(every=steps),
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import bert_like
 
-from mtl_jax import Batching, Evaluation, Optimizer, Phase, Pretrained, Source, Span, train, trunks
+from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, Phase, Pretrained, Source, Span, train, trunks
 from mtl_jax.core import assets
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch, eval_batches
@@ -326,6 +326,7 @@ def experiment(bert, folder, rows, steps):
         batch=Batching(rows=12, row_length=24, examples_per_row=3),
         optimizer=Optimizer(learning_rate=5e-3),
         evaluation=Evaluation(every=steps),
+        checkpoints=Checkpoints(every=steps),
     )
 
 

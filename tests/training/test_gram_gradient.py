@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.flatten_util
@@ -11,22 +12,55 @@ import tiny
 import mtl_jax
 from mtl_jax import Batching, ParamRule, Phase, weighting
 from mtl_jax.core.errors import UserError
+from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.training import gram_gradient, step_checks, task_gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.metrics_log import compare_gradients, read_metrics, step_record
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.setup import Prepared, initial_state, prepare
 from mtl_jax.training.step import make_train_step
-from mtl_jax.training.train_state import StepInputs, StepMetrics
+from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 
 EVERYTHING = (Phase("everything", 4),)
+BATCHINGS = {  # all of 8 rows: one program of K backward passes is for all of them
+    "equal blocks": Batching(rows=8, row_length=24, examples_per_row=6),
+    "unequal blocks": Batching(rows=8, row_length=24, examples_per_row=6, mixture="proportional"),
+    "in parts": Batching(rows=8, row_length=24, examples_per_row=6, mixture="proportional", accumulate=4),
+    "fluctuating": Batching(rows=8, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 9, "questions": 1}),
+}
 
 
 @pytest.fixture(scope="module")
 def bert(shallow):
     return shallow
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A prepared run of one phase, its first batch and state; what is compiled for it is compiled once."""
+
+    prepared: Prepared
+    batch: Batch
+    state: TrainState
+
+    @property
+    def plan(self):
+        return self.prepared.plans[0]
+
+    @functools.cached_property
+    def step(self):
+        return jax.jit(make_train_step(gradient_fn(self.prepared, self.plan), self.plan.optimizer, self.plan.mask))
+
+    def gradient(self, batch=None, rule=None):
+        frozen = jax.tree.map(lambda _: None, self.prepared.params)
+        inputs = StepInputs(self.batch if batch is None else batch)
+        return self.gradient_fn(rule)(self.prepared.params, frozen, inputs, self.state)
+
+    @functools.cache  # noqa: B019 (a handful of cases, of one module)
+    def gradient_fn(self, rule):
+        return jax.jit(gradient_fn(self.prepared, self.plan if rule is None else self.plan._replace(rule=rule)))
 
 
 def set_up(bert, data, **changes):
@@ -37,75 +71,83 @@ def set_up(bert, data, **changes):
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
-    return prepared, batch, initial_state(prepared)
+    return Case(prepared, batch, initial_state(prepared))
 
 
-def jacobian(prepared, batch):
-    """One backward pass for each task, the slow way: {task: gradient by the trunk, flat}."""
+@pytest.fixture(scope="module")
+def case(bert, data):
+    """A function from a name of BATCHINGS and hashable changes of the experiment to their Case, which is made once."""
 
-    @jax.jit
-    def losses(trunk):
-        encoded = encode_tokens(prepared.trunk.module)(trunk, batch, None, None)
-        outputs = apply_heads(prepared.corpus.tasks, prepared.params["heads"], encoded, batch, None)
-        tasks = prepared.corpus.tasks
+    @functools.cache
+    def case(batching="equal blocks", weights=(), **changes):
+        return set_up(bert, data, batch=BATCHINGS[batching], weights=dict(weights), **changes)
+
+    return case
+
+
+@pytest.fixture(scope="module")
+def jacobian(case):
+    """A function from a Case, whose tasks are those of all, to {task: gradient by the trunk, flat}, a backward pass each."""
+    prepared = case().prepared
+    encode, tasks = encode_tokens(prepared.trunk.module), prepared.corpus.tasks
+
+    def losses(trunk, heads, batch):
+        outputs = apply_heads(tasks, heads, encode(trunk, batch, None, None), batch, None)
         return mean_losses(tasks, outputs, batch, label_counts(tasks, batch))
 
-    rows = jax.jacrev(losses)(prepared.params["trunk"])
-    return {task: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row)]) for task, row in rows.items()}
+    program = jax.jit(jax.jacrev(losses))
+
+    def jacobian(case, batch=None):
+        params = case.prepared.params
+        rows = program(params["trunk"], params["heads"], case.batch if batch is None else batch)
+        return {task: flat(row) for task, row in rows.items()}
+
+    return jacobian
 
 
-@pytest.mark.parametrize("mixture", ["uniform", "proportional"])
-def test_the_gram_matrix_is_that_of_k_backward_passes(bert, data, mixture):
+def flat(gradient):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+
+
+@pytest.mark.parametrize("batching", ["equal blocks", "unequal blocks"])
+def test_the_gram_matrix_is_that_of_k_backward_passes(case, jacobian, batching):
     """Three tasks on two sources, two of them on one; blocks of equal and of unequal length."""
-    batching = Batching(rows=9 if mixture == "proportional" else 8, row_length=24, examples_per_row=6, mixture=mixture)
-    prepared, batch, state = set_up(bert, data, weighting="mgda", batch=batching)
-    rows = jacobian(prepared, batch)
+    run = case(batching, weighting="mgda")
+    rows = jacobian(run)
     expected = np.array([[rows[a] @ rows[b] for b in sorted(rows)] for a in sorted(rows)])
-    step = make_train_step(gradient_fn(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
-    _, metrics = jax.jit(step)(state, StepInputs(batch))
-    np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
+    np.testing.assert_allclose(run.gradient().gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
 
 @pytest.mark.parametrize("gram_over", ["trunk", "representation", "trunk/layer_0/.*"])
-def test_equal_weights_through_the_gram_step_are_plain_training(bert, data, gram_over):
-    prepared, batch, state = set_up(bert, data)
-    plan = prepared.plans[0]
-    plain, plain_metrics = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask))(
-        state, StepInputs(batch)
-    )
+def test_equal_weights_through_the_gram_step_are_plain_training(case, gram_over):
+    run = case()
+    plan = run.plan
+    plain, plain_metrics = run.step(run.state, StepInputs(run.batch))
     rule = weighting.Rule(
         init=lambda names: (), update=lambda s, signals: ({t: jnp.ones(()) for t in signals.losses}, s), needs_gram=True
     )
-    prepared = prepared._replace(experiment=dataclasses.replace(prepared.experiment, gram_over=gram_over))
+    prepared = run.prepared._replace(experiment=dataclasses.replace(run.prepared.experiment, gram_over=gram_over))
     step = make_train_step(gradient_fn(prepared, plan._replace(rule=rule)), plan.optimizer, plan.mask)
-    found, metrics = jax.jit(step)(state, StepInputs(batch))
+    found, metrics = jax.jit(step)(run.state, StepInputs(run.batch))
     np.testing.assert_allclose(metrics.total, plain_metrics.total, rtol=1e-5)
     np.testing.assert_allclose(metrics.gradient_norm, plain_metrics.gradient_norm, rtol=1e-4)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain.opt_state, found.opt_state)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), plain.opt_state, found.opt_state)
     assert max(jax.tree.leaves(moved)) < 1e-5
 
 
-def test_the_combined_gradient_follows_the_weights(bert, data):
-    prepared, batch, state = set_up(bert, data, weighting="pcgrad")
-    plan = prepared.plans[0]
-    found = jax.jit(gradient_fn(prepared, plan))(
-        prepared.params, jax.tree.map(lambda _: None, prepared.params), StepInputs(batch), state
-    )
-    rows = jacobian(prepared, batch)
-    expected = sum(float(found.weights[task]) * row for task, row in rows.items())
-    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found.gradient["trunk"])])
-    np.testing.assert_allclose(flat, expected, atol=1e-4 * np.abs(expected).max())
+def test_the_combined_gradient_follows_the_weights(case, jacobian):
+    run = case(weighting="pcgrad")
+    found = run.gradient()
+    expected = sum(float(found.weights[task]) * row for task, row in jacobian(run).items())
+    np.testing.assert_allclose(flat(found.gradient["trunk"]), expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_heads_may_keep_their_plain_gradient(bert, data):
-    found = {}
-    for weigh in (True, "rule"):  # mgda's source leaves heads alone
-        prepared, batch, state = set_up(bert, data, weighting="mgda", weigh_heads=weigh)
-        frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[weigh] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
-    for task, gradient in found["rule"].gradient["heads"].items():
-        weighted = jax.tree.map(lambda leaf, w=found[True].weights[task]: w * leaf, gradient)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True].gradient["heads"][task], weighted)
+def test_heads_may_keep_their_plain_gradient(case):
+    """mgda's source leaves heads alone, which is what no flag says."""
+    weighed, plain = case(weighting="mgda", weigh_heads=True).gradient(), case(weighting="mgda").gradient()
+    for task, gradient in plain.gradient["heads"].items():
+        weighted = jax.tree.map(lambda leaf, w=weighed.weights[task]: np.asarray(w) * np.asarray(leaf), gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), weighed.gradient["heads"][task], weighted)
 
 
 def test_the_gram_step_costs_what_plain_training_costs(data, tmp_path):
@@ -116,26 +158,21 @@ def test_the_gram_step_costs_what_plain_training_costs(data, tmp_path):
     """
     tiny.write_bert(tmp_path, layers=2)
     names = tuple(task.name for task in tiny.experiment(tmp_path, data).tasks[:2])
-    prepared, batch, state = set_up(tmp_path, data, only=names, batch=Batching(rows=16, row_length=24, examples_per_row=6))
-    plan = prepared.plans[0]
+    run = set_up(tmp_path, data, only=names, batch=Batching(rows=16, row_length=24, examples_per_row=6))
     flops = {}
     for needs_gram in (False, True):
-        plan = plan._replace(rule=weighting.equal()._replace(needs_gram=needs_gram))
-        step = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask))
-        flops[needs_gram] = step.lower(state, StepInputs(batch)).compile().cost_analysis()["flops"]
-    size = sum(leaf.size for leaf in jax.tree.leaves(prepared.params["trunk"]))
+        plan = run.plan._replace(rule=weighting.equal()._replace(needs_gram=needs_gram))
+        step = jax.jit(make_train_step(gradient_fn(run.prepared, plan), plan.optimizer, plan.mask))
+        flops[needs_gram] = step.lower(run.state, StepInputs(run.batch)).compile().cost_analysis()["flops"]
+    size = sum(leaf.size for leaf in jax.tree.leaves(run.prepared.params["trunk"]))
     assert flops[True] - 12 * size < 1.04 * flops[False]
 
 
-def test_task_gradients_may_be_held_in_bfloat16(bert, data):
-    found = {}
-    for dtype in ("float32", "bfloat16"):
-        prepared, batch, state = set_up(bert, data, weighting="mgda", gram_dtype=dtype)
-        frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[dtype] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
-    scale = float(jnp.max(found["float32"].gram))
-    np.testing.assert_allclose(found["bfloat16"].gram, found["float32"].gram, atol=2e-2 * scale)
-    assert (found["bfloat16"].gram != found["float32"].gram).any()
+def test_task_gradients_may_be_held_in_bfloat16(case):
+    exact = np.asarray(case(weighting="mgda").gradient().gram)  # float32, where no flag says otherwise
+    rounded = np.asarray(case(weighting="mgda", gram_dtype="bfloat16").gradient().gram)
+    np.testing.assert_allclose(rounded, exact, atol=2e-2 * exact.max())
+    assert (rounded != exact).any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -156,54 +193,59 @@ def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
     assert any(flags[1])
 
 
+def cut(case, rows, batch=None, multiple=1):
+    """The blocks of a batch, as arrays of numpy; and their layout."""
+    tasks = case.prepared.corpus.tasks
+    layout = task_gradients.layout(tasks, rows)
+    blocks = jax.jit(lambda batch: task_gradients.cut(batch, layout, tasks, multiple))(case.batch if batch is None else batch)
+    return jax.tree.map(np.asarray, blocks), layout
+
+
 def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
     batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="uniform")
-    prepared, batch, _ = set_up(bert, data, batch=batching)
-    layout = task_gradients.layout(prepared.corpus.tasks, prepared.schedule.capacity(range(1)))
-    blocks = task_gradients.cut(batch, layout, prepared.corpus.tasks)
+    run = set_up(bert, data, batch=batching)
+    blocks, layout = cut(run, run.prepared.schedule.capacity(range(1)))
     assert layout.rows == (5, 5)
-    np.testing.assert_array_equal(blocks.tokens[0], batch.tokens[:5])
-    np.testing.assert_array_equal(blocks.tokens[1, :4], batch.tokens[5:])
+    np.testing.assert_array_equal(blocks.tokens[0], run.batch.tokens[:5])
+    np.testing.assert_array_equal(blocks.tokens[1, :4], run.batch.tokens[5:])
     assert not blocks.tokens[1, 4].any()
     assert (blocks.index[1, 4] == -1).all()
     assert np.isnan(blocks.labels["rating"][1, 4]).all()
 
 
-def test_rows_in_any_order_with_empty_ones_are_cut_by_source(bert, data):
+def test_rows_in_any_order_with_empty_ones_are_cut_by_source(case):
     """Against a loop over the rows; a block of a source that is not there is empty."""
-    prepared, batch, _ = set_up(bert, data)
-    layout = task_gradients.layout(prepared.corpus.tasks, {"ratings": 6, "questions": 5})
+    batch = jax.tree.map(np.asarray, case().batch)
     rng = np.random.default_rng(0)
     for source in (rng.permutation([0, 0, 0, 1, 1, 1, 1, -1]), np.array([1, -1, 1, 1, -1, 1, 1, -1]), np.full(8, -1)):
-        shuffled = batch._replace(source=jnp.asarray(source))
-        blocks = task_gradients.cut(shuffled, layout, prepared.corpus.tasks, multiple=4)
+        shuffled = batch._replace(source=np.asarray(source, batch.source.dtype))
+        blocks, _ = cut(case(), {"ratings": 6, "questions": 5}, shuffled, multiple=4)
         assert blocks.tokens.shape[:2] == (2, 8)
         for number in range(2):
             rows = [row for row in range(8) if source[row] == number]
-            np.testing.assert_array_equal(blocks.tokens[number, : len(rows)], batch.tokens[jnp.array(rows, int)])
+            np.testing.assert_array_equal(blocks.tokens[number, : len(rows)], batch.tokens[np.array(rows, int)])
             np.testing.assert_array_equal(blocks.source[number], [number] * len(rows) + [-1] * (8 - len(rows)))
             assert not blocks.segments[number, len(rows) :].any()
 
 
-def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(bert, data):
-    """Steps with 5 to 7 of 7 rows of one source, the other's absent in some; the same program for all of them."""
-    batching = Batching(rows=7, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 9, "questions": 1})
-    prepared, _, state = set_up(bert, data, weighting="mgda", batch=batching)
-    step = jax.jit(make_train_step(gradient_fn(prepared, prepared.plans[0]), optax.sgd(1.0), prepared.plans[0].mask))
-    state = state._replace(opt_state=optax.sgd(1.0).init(prepared.params))
-    batches = stream(prepared.corpus, batching, 0, single_phase(batching, 4))
+def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(case, jacobian):
+    """Steps with 7 or 8 of 8 rows of one source, the other's absent in some; the same program for all of them."""
+    run = case("fluctuating", weighting="mgda")
+    params, plan, batching = run.prepared.params, run.plan, BATCHINGS["fluctuating"]
+    step = jax.jit(make_train_step(gradient_fn(run.prepared, plan), optax.sgd(1.0), plan.mask))
+    state = run.state._replace(opt_state=optax.sgd(1.0).init(params))
+    batches = stream(run.prepared.corpus, batching, 0, single_phase(batching, 4))
     counts = set()
     for _ in range(4):
         batch = jax.tree.map(jnp.asarray, next(batches))
-        counts.add(int((batch.source == 1).sum()))
-        rows = jacobian(prepared, batch)
+        counts.add(int((np.asarray(batch.source) == 1).sum()))
+        rows = jacobian(run, batch)
         expected = np.array([[rows[a] @ rows[b] for b in sorted(rows)] for a in sorted(rows)])
         after, metrics = step(state, StepInputs(batch))
         np.testing.assert_allclose(metrics.gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
-        moved = jax.tree.map(lambda a, b: a - b, prepared.params["trunk"], after.params["trunk"])
-        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moved)])
+        moved = flat(params["trunk"]) - flat(after.params["trunk"])
         wanted = sum(float(metrics.weights[task]) * row for task, row in rows.items())
-        np.testing.assert_allclose(flat, wanted, atol=1e-4 * np.abs(wanted).max())
+        np.testing.assert_allclose(moved, wanted, atol=1e-4 * np.abs(wanted).max())
     batches.close()
     assert counts == {0, 1}
     assert step._cache_size() == 1
@@ -228,38 +270,34 @@ def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     assert found["steps"] == 12
 
 
+def on_devices(bert, data, count, rows, **mixture):
+    """Records of 4 steps on so many devices, and XLA's count of a step's operations on each."""
+    batching = Batching(rows=rows, row_length=24, examples_per_row=6, **mixture)
+    run = set_up(bert, data, weighting="upgrad", batch=batching, devices=count)
+    batches = stream(run.prepared.corpus, batching, 0, single_phase(batching, 4))
+    by_rows, step, records = meshes.by_rows(run.prepared.mesh), None, []
+    state = run.state
+    for _ in range(4):
+        inputs = StepInputs(meshes.assemble(next(batches), by_rows))
+        step = step or run.step.lower(state, inputs).compile()
+        state, metrics = step(state, inputs)
+        records.append(step_record(jax.device_get(metrics), {"seen": {}, "padding": 0.0}, 0.1, 0)[1])
+    batches.close()
+    return records, step.cost_analysis()["flops"]
+
+
 @pytest.mark.parametrize("shares", [pytest.param({}, marks=pytest.mark.long), {"ratings": 9, "questions": 7}])
-def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, tmp_path, shares):
-    totals = {}
-    batching = Batching(rows=16, row_length=24, examples_per_row=6, mixture="fixed" if shares else "uniform", shares=shares)
+def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, shares):
+    """By XLA's count for each device they share the rows that are gathered by source, too: with a mixture that has no
+    equal blocks, eight do not all do everything."""
+    totals, flops = {}, {}
     for devices in (1, 8):
-        experiment = tiny.experiment(
-            bert,
-            data,
-            trunk=mtl_jax.Pretrained(str(bert), dropout=0.0),
-            phases=EVERYTHING,
-            batch=batching,
-            weighting="upgrad",
-            devices=devices,
-        )
-        mtl_jax.train(experiment, tmp_path / str(devices))
-        records = [record for record in read_metrics(tmp_path / str(devices)) if record["kind"] == "train"]
+        mixture = {"mixture": "fixed", "shares": shares} if shares else {}
+        records, flops[devices] = on_devices(bert, data, devices, 64 if shares else 16, **mixture)
         totals[devices] = [[record["total"], record["gradient_norm/fine"], record["weight/fine"]] for record in records]
     np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
-
-
-def test_devices_share_the_rows_that_are_gathered_by_source(bert, data):
-    """By XLA's count for each device: with a mixture that has no equal blocks, eight do not all do everything."""
-    flops = {}
-    for devices in (1, 8):
-        batching = Batching(rows=64, row_length=24, examples_per_row=6, mixture="fixed", shares={"ratings": 9, "questions": 7})
-        prepared, batch, state = set_up(
-            bert, data, weighting="mgda", batch=batching, devices=devices, only=("rating", "coarse")
-        )
-        batch = meshes.assemble(jax.tree.map(np.asarray, batch), meshes.by_rows(prepared.mesh))
-        step = make_train_step(gradient_fn(prepared, prepared.plans[0]), prepared.plans[0].optimizer, prepared.plans[0].mask)
-        flops[devices] = jax.jit(step).lower(state, StepInputs(batch)).compile().cost_analysis()["flops"]
-    assert flops[8] < flops[1] / 3
+    if shares:
+        assert flops[8] < flops[1] / 3
 
 
 @pytest.mark.parametrize(
@@ -272,30 +310,23 @@ def test_devices_share_the_rows_that_are_gathered_by_source(bert, data):
         pytest.param("moco", "trunk", marks=pytest.mark.long),
     ],
 )
-def test_a_batch_in_parts_is_the_whole_batch(bert, data, name, over):
-    """Losses, weights, Gram matrix and gradient; 9 rows in blocks of 6 and 3, cut into 3 parts."""
-    found = {}
-    for accumulate in (1, 3):
-        batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="proportional", accumulate=accumulate)
-        prepared, batch, state = set_up(bert, data, weighting=name, gram_over=over, batch=batching)
-        frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[accumulate] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[1].gradient))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), found[3].gradient, found[1].gradient)
+def test_a_batch_in_parts_is_the_whole_batch(case, name, over):
+    """Losses, weights, Gram matrix and gradient; 8 rows in blocks of unequal length, cut into 4 parts."""
+    changes = {} if over == "trunk" else {"gram_over": over}
+    whole, parts = (case(batching, weighting=name, **changes).gradient() for batching in ("unequal blocks", "in parts"))
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(jax.device_get(whole.gradient)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), parts.gradient, whole.gradient)
     for field in ("losses", "counts", "weights"):
-        for task, value in getattr(found[1], field).items():
-            assert getattr(found[3], field)[task] == pytest.approx(float(value), rel=1e-3)
+        for task, value in getattr(whole, field).items():
+            assert getattr(parts, field)[task] == pytest.approx(float(value), rel=1e-3)
 
 
-def test_loss_rules_may_leave_the_heads_alone(bert, data):
-    found = {}
-    for weigh in (True, False):
-        weights = {"rating": 3.0, "coarse": 0.0, "fine": 0.5}
-        prepared, batch, state = set_up(bert, data, weighting="fixed", weights=weights, weigh_heads=weigh)
-        frozen = jax.tree.map(lambda _: None, prepared.params)
-        found[weigh] = jax.jit(gradient_fn(prepared, prepared.plans[0]))(
-            prepared.params, frozen, StepInputs(batch), state
-        ).gradient
+def test_loss_rules_may_leave_the_heads_alone(case):
+    weights = {"rating": 3.0, "coarse": 0.0, "fine": 0.5}
+    found = {
+        weigh: jax.device_get(case(weighting="fixed", weights=tuple(weights.items()), weigh_heads=weigh).gradient().gradient)
+        for weigh in (True, False)
+    }
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found[True]["trunk"], found[False]["trunk"])
     for task, gradient in found[False]["heads"].items():
         weighted = jax.tree.map(lambda leaf, w=weights[task]: w * leaf, gradient)
@@ -303,7 +334,7 @@ def test_loss_rules_may_leave_the_heads_alone(bert, data):
 
 
 @pytest.mark.parametrize("needs_gram", [False, True])
-def test_no_head_climbs_its_loss(bert, data, needs_gram):
+def test_no_head_climbs_its_loss(case, jacobian, needs_gram):
     """The trunk follows a negative weight; the head stands still then."""
     weights = {"rating": -3.0, "coarse": 2.0, "fine": 0.0}
     rule = weighting.Rule(
@@ -311,86 +342,77 @@ def test_no_head_climbs_its_loss(bert, data, needs_gram):
         update=lambda state, signals: ({task: jnp.float32(weights[task]) for task in signals.losses}, state),
         needs_gram=needs_gram,
     )
-    prepared, batch, state = set_up(bert, data)
-    frozen = jax.tree.map(lambda _: None, prepared.params)
-    plan = prepared.plans[0]
-    plain = jax.jit(gradient_fn(prepared, plan))(prepared.params, frozen, StepInputs(batch), state).gradient["heads"]
-    found = jax.jit(gradient_fn(prepared, plan._replace(rule=rule)))(prepared.params, frozen, StepInputs(batch), state).gradient
-    rows = jacobian(prepared, batch)
-    expected = sum(weights[task] * row for task, row in rows.items())
-    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found["trunk"])])
-    np.testing.assert_allclose(flat, expected, atol=1e-4 * np.abs(expected).max())
+    run = case()
+    plain = jax.device_get(run.gradient().gradient["heads"])
+    found = jax.device_get(run.gradient(rule=rule).gradient)
+    expected = sum(weights[task] * row for task, row in jacobian(run).items())
+    np.testing.assert_allclose(flat(found["trunk"]), expected, atol=1e-4 * np.abs(expected).max())
     for task, factor in {"rating": 0.0, "coarse": 2.0, "fine": 0.0}.items():
         expected = jax.tree.map(lambda leaf, w=factor: w * leaf, plain[task])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found["heads"][task], expected)
 
 
-def test_graddrop_is_its_definition(bert, data):
+def test_graddrop_is_its_definition(case, jacobian):
     """On the gradients of K backward passes: every coordinate of the combined gradient is the sum of one sign."""
-    prepared, batch, state = set_up(bert, data, weighting="graddrop")
-    frozen = jax.tree.map(lambda _: None, prepared.params)
-    found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
-    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found.gradient["trunk"])])
-    rows = np.stack(list(jacobian(prepared, batch).values()))
+    run = case(weighting="graddrop")
+    drawn = flat(run.gradient().gradient["trunk"])
+    rows = np.stack(list(jacobian(run).values()))
     positive, negative = np.maximum(rows, 0).sum(0), np.minimum(rows, 0).sum(0)
-    error = np.minimum(np.abs(flat - positive), np.abs(flat - negative))
+    error = np.minimum(np.abs(drawn - positive), np.abs(drawn - negative))
     assert error.max() < 1e-4 * np.abs(rows).max()
     both = (positive > 1e-3 * np.abs(rows).max()) & (negative < -1e-3 * np.abs(rows).max())
-    drawn = np.abs(flat - positive) < np.abs(flat - negative)
+    ups = np.abs(drawn - positive) < np.abs(drawn - negative)
     chance = positive / (positive - negative + 1e-30)
-    assert drawn[both].mean() == pytest.approx(chance[both].mean(), abs=0.05)
+    assert ups[both].mean() == pytest.approx(chance[both].mean(), abs=0.05)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["graddrop", "moco", "db_mtl", "cagrad"])
-def test_a_loop_of_ones_own_has_the_same_gradient(bert, data, name):
+def test_a_loop_of_ones_own_has_the_same_gradient(case, jacobian, name):
     """weighting.gradient on the gradients of K backward passes, with the step's own key."""
-    prepared, batch, state = set_up(bert, data, weighting=name)
-    frozen = jax.tree.map(lambda _: None, prepared.params)
-    found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
-    rows, rule = jacobian(prepared, batch), prepared.plans[0].rule
-    key = jax.random.split(state.step_key(), 3)[2]
-    _, unflatten = jax.flatten_util.ravel_pytree(prepared.params["trunk"])
+    run = case(weighting=name)
+    found = run.gradient()
+    rows, rule = jacobian(run), run.plan.rule
+    key = jax.random.split(run.state.step_key(), 3)[2]
+    _, unflatten = jax.flatten_util.ravel_pytree(run.prepared.params["trunk"])
     by_task = {task: unflatten(jnp.asarray(row)) for task, row in rows.items()}
     gradient, weights, _ = weighting.gradient(rule, rule.init(list(rows)), by_task, found.losses, step=0, key=key)
     for task, weight in found.weights.items():
         assert float(weights[task]) == pytest.approx(float(weight), rel=1e-3)
-    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (gradient, found.gradient["trunk"])]
-    close = np.abs(flat[0] - flat[1]) < 1e-3 * np.abs(flat[1]).max()
+    by_hand, stepped = flat(gradient), flat(found.gradient["trunk"])
+    close = np.abs(by_hand - stepped) < 1e-3 * np.abs(stepped).max()
     assert close.mean() > 0.999  # a sign that is drawn may fall otherwise where rounding decides
 
 
-def test_where_a_rule_is_not_due_the_step_is_plain(bert, data):
+def test_where_a_rule_is_not_due_the_step_is_plain(case):
     """every(k=2): a Gram step, then a plain one with the same weights, whose metrics say that nothing was compared."""
-    prepared, batch, state = set_up(bert, data, weighting="mgda", combinators=("every:k=2",), weigh_heads=True)
-    plan = prepared.plans[0]
-    step = jax.jit(make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask))
-    state, first = step(state, StepInputs(batch))
-    _, second = step(state, StepInputs(batch))
+    run = case(weighting="mgda", combinators=("every:k=2",), weigh_heads=True)
+    state, first = run.step(run.state, StepInputs(run.batch))
+    _, second = run.step(state, StepInputs(run.batch))
     assert np.isfinite(first.gram).all()
     assert np.isnan(second.gram).all()
     assert first.residual < 1e-4
     assert np.isnan(second.residual)
     assert first.weights == second.weights
     weights = {task: float(weight) for task, weight in second.weights.items()}
-    prepared, _, _ = set_up(bert, data, weighting="fixed", weights=weights)
+    plain, plan = case().prepared, run.plan
     fixed = jax.jit(
-        make_train_step(gradient_fn(prepared, plan._replace(rule=weighting.fixed(weights))), plan.optimizer, plan.mask)
+        make_train_step(gradient_fn(plain, plan._replace(rule=weighting.fixed(weights))), plan.optimizer, plan.mask)
     )
-    _, expected = fixed(state._replace(rule_state=()), StepInputs(batch))
+    _, expected = fixed(state._replace(rule_state=()), StepInputs(run.batch))
     np.testing.assert_allclose(second.gradient_norm, expected.gradient_norm, rtol=1e-5)
 
 
-def test_an_absent_task_is_not_compared(bert, data):
+def test_an_absent_task_is_not_compared(case):
     """Without labels for one task, the others are weighed as if it were not there, and its head keeps still."""
-    prepared, batch, state = set_up(bert, data, weighting="mgda")
-    batch = batch._replace(labels=batch.labels | {"fine": jnp.full_like(batch.labels["fine"], -1)})
-    frozen = jax.tree.map(lambda _: None, prepared.params)
-    found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(prepared.params, frozen, StepInputs(batch), state)
+    run = case(weighting="mgda")
+    found = run.gradient(
+        run.batch._replace(labels=run.batch.labels | {"fine": np.full(run.batch.labels["fine"].shape, -1, np.int32)})
+    )
     assert found.weights["fine"] == 0
     assert sum(found.weights.values()) == pytest.approx(1.0, abs=1e-4)
     assert all(weight > 0.01 for task, weight in found.weights.items() if task != "fine")
-    assert not any(leaf.any() for leaf in jax.tree.leaves(found.gradient["heads"]["fine"]))
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(found.gradient["heads"]["fine"]))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from mtl_jax.training.counts import evaluations_and_checkpoints
 from mtl_jax.training.evaluation import criterion, score_outputs, undefined
 from mtl_jax.training.metrics_log import read_metrics
 
+# Of which trunk is all the same to most of the loop, and one of a matrix compiles in no time.
+MATRIX = mtl_jax.Embedding(vocabulary=30, dimension=8)
+
 
 @pytest.fixture(scope="module")
 def bert(shallow):
@@ -123,8 +126,9 @@ def test_another_configuration_is_refused_with_the_difference(finished, bert, da
 
 
 def test_a_changed_configuration_goes_on_when_asked_to(bert, data, tmp_path):
-    mtl_jax.train(tiny.experiment(bert, data), tmp_path / "run")
-    longer = tiny.experiment(bert, data, phases=(Phase("heads", steps=6, rules=tiny.HEADS_ONLY), Phase("everything", steps=10)))
+    mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX), tmp_path / "run")
+    phases = (Phase("heads", steps=6, rules=tiny.HEADS_ONLY), Phase("everything", steps=10))
+    longer = tiny.experiment(bert, data, trunk=MATRIX, phases=phases)
     found = mtl_jax.train(longer, tmp_path / "run", allow_config_change=True)
     assert found["steps"] == 16
     assert [record["step"] for record in records(tmp_path / "run", "train")] == list(range(1, 17))
@@ -133,7 +137,8 @@ def test_a_changed_configuration_goes_on_when_asked_to(bert, data, tmp_path):
 
 def test_training_learns(bert, data, tmp_path):
     phases = (Phase("everything", steps=80),)
-    found = mtl_jax.train(tiny.experiment(bert, data, phases=phases, evaluation=Evaluation(every=20)), tmp_path)
+    seldom = {"evaluation": Evaluation(every=40), "checkpoints": Checkpoints(every=40)}
+    found = mtl_jax.train(tiny.experiment(bert, data, phases=phases, **seldom), tmp_path)
     assert found["tasks"]["coarse"]["test"]["accuracy"] == 1.0
     assert found["tasks"]["rating"]["test"]["pearson"] > 0.7
 
@@ -148,6 +153,8 @@ def test_one_and_eight_devices_agree(bert, data, tmp_path):
             trunk=mtl_jax.Pretrained(str(bert), dropout=0.0),
             phases=(Phase("heads", steps=5, rules=tiny.HEADS_ONLY), Phase("everything", steps=15)),
             batch=Batching(rows=16, row_length=24, examples_per_row=6),
+            evaluation=Evaluation(every=20),
+            checkpoints=Checkpoints(every=20),
             devices=devices,
         )
         mtl_jax.train(experiment, tmp_path / str(devices))
@@ -158,7 +165,7 @@ def test_one_and_eight_devices_agree(bert, data, tmp_path):
 
 
 def test_dropout_and_rules_with_state_run_too(bert, data, tmp_path):
-    found = mtl_jax.train(tiny.experiment(bert, data, weighting="dwa"), tmp_path)
+    found = mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX, weighting="dwa"), tmp_path)
     weights = [record["weight/rating"] for record in records(tmp_path, "train")]
     assert weights[:2] == [1.0, 1.0]
     assert len(set(weights)) > 2
@@ -170,12 +177,12 @@ def test_a_phase_may_have_its_own_weights(bert, data, tmp_path):
         Phase("source", steps=3, weights={"rating": 1.0, "coarse": 0.0, "fine": 0.0}),
         Phase("target", steps=3, weights={"rating": 0.0, "coarse": 1.0, "fine": 1.0}),
     )
-    mtl_jax.train(tiny.experiment(bert, data, phases=source_first), tmp_path)
+    mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX, phases=source_first), tmp_path)
     assert [record["weight/rating"] for record in records(tmp_path, "train")] == [1.0] * 3 + [0.0] * 3
 
 
 def test_only_some_tasks(bert, data, tmp_path):
-    found = mtl_jax.train(tiny.experiment(bert, data, only=("rating",)), tmp_path)
+    found = mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX, only=("rating",)), tmp_path)
     assert list(found["tasks"]) == ["rating"]
 
 
@@ -184,9 +191,10 @@ def test_early_stopping(bert, data, tmp_path):
     experiment = tiny.experiment(
         bert,
         data,
+        trunk=MATRIX,
         phases=(Phase("everything", steps=200),),
         optimizer=Optimizer(name="sgd", learning_rate=3.0, clip_norm=0.1, schedule="constant", b1=0.0),
-        evaluation=Evaluation(every=2, patience=2),
+        evaluation=Evaluation(every=2, patience=2, baseline="none"),
     )
     found = mtl_jax.train(experiment, tmp_path)
     dev = [record["criterion"] for record in records(tmp_path, "dev")]
@@ -198,6 +206,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(bert, data, tmp_path):
     experiment = tiny.experiment(
         bert,
         data,
+        trunk=MATRIX,
         phases=(Phase("everything", steps=50),),
         optimizer=Optimizer(name="sgd", learning_rate=1e8, clip_norm=0.0, schedule="constant", warmup=1.0),
         checkpoints=Checkpoints(every=1, keep=3),
@@ -264,7 +273,7 @@ def test_a_run_says_what_is_not_defined(bert, data, tmp_path, monkeypatch, caplo
         return scores | {"rating": scores["rating"] | (broken.pop(0) if broken else {})}
 
     monkeypatch.setattr(evaluation, "score", score)
-    experiment = tiny.experiment(bert, data, evaluation=Evaluation(every=4, baseline="constant"))
+    experiment = tiny.experiment(bert, data, trunk=MATRIX, evaluation=Evaluation(every=4, baseline="constant"))
     found = mtl_jax.train(experiment, tmp_path)
     told = [record.getMessage() for record in caplog.records if "defined" in record.message or "criterion" in record.message]
     assert told == [

@@ -14,6 +14,8 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.weighting import Signals, solvers
 from mtl_jax.weighting.solvers import TOLERANCE
 
+MANY = 151
+OPTIONS = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}}  # their defaults, given to the program that varies them
 SOLVING = ("mgda", "cagrad", "sdmgrad", "upgrad", "dualproj", "fairgrad", "nash", "imtl_g", "aligned", "config")
 
 
@@ -32,12 +34,15 @@ def program(name, K, options=()):
 
 
 def weigh(name, gradients, **options):
-    """Weights f64[N, K] and residuals of gradients [N, K, P]."""
+    """Weights f64[N, K] and residuals of gradients [N, K, P]; of up to MANY where K <= 3: one program for every such N."""
     gradients = np.asarray(gradients, np.float64)
-    gram = jnp.asarray(np.einsum("nip,njp->nij", gradients, gradients), jnp.float32)
-    values = [jnp.float32(value) for value in options.values()]
-    weights, residual = program(name, gradients.shape[1], tuple(options))(gram, values)
-    return np.asarray(weights, np.float64), np.asarray(residual)
+    N, K, _ = gradients.shape
+    gram = np.einsum("nip,njp->nij", gradients, gradients).astype(np.float32)
+    if K <= 3:
+        gram = np.pad(gram, ((0, MANY - N), (0, 0), (0, 0)), mode="edge")
+    options = OPTIONS.get(name, {}) | options
+    weights, residual = program(name, K, tuple(options))(gram, [np.float32(value) for value in options.values()])
+    return np.asarray(weights, np.float64)[:N], np.asarray(residual)[:N]
 
 
 def turned(gradient, cosine, rng):

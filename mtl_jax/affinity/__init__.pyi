@@ -1,0 +1,35 @@
+"""The public names, for type checkers and for __init__.py, which loads each when it is first asked for."""
+
+from .advice import Advice as Advice
+from .advice import advise as advise
+from .advice import joint_or_sequential as joint_or_sequential
+from .estimators import ESTIMATORS as ESTIMATORS
+from .estimators import READS as READS
+from .estimators import register as register
+from .from_features import h_score as h_score
+from .from_features import logme as logme
+from .from_features import regularised_h_score as regularised_h_score
+from .from_features import transrate as transrate
+from .from_gradients import gradient_cosines as gradient_cosines
+from .from_gradients import lookahead_losses as lookahead_losses
+from .from_gradients import tag_first_order as tag_first_order
+from .from_gradients import tag_lookahead as tag_lookahead
+from .from_source_labels import leep as leep
+from .from_source_labels import n_leep as n_leep
+from .from_source_labels import nce as nce
+from .probes import knn as knn
+from .probes import linear_probe as linear_probe
+from .ranking import Estimate as Estimate
+from .ranking import mean_ranks as mean_ranks
+from .ranking import ndcg as ndcg
+from .ranking import ranked as ranked
+from .ranking import regret as regret
+from .ranking import spearman as spearman
+from .similarity import esm as esm
+from .similarity import task_embedding as task_embedding
+from .similarity import task_similarity as task_similarity
+from .similarity import text_similarity as text_similarity
+from .similarity import vocabulary_overlap as vocabulary_overlap
+from .task_groups import Group as Group
+from .task_groups import Grouping as Grouping
+from .task_groups import groups as groups

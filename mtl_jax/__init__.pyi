@@ -1,6 +1,7 @@
 """The public names, for type checkers and for __init__.py, which loads each when it is first asked for."""
 
 from . import affinity as affinity
+from . import audit as audit
 from . import data as data
 from . import decoding as decoding
 from . import pretrained as pretrained

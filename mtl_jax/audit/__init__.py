@@ -1,0 +1,8 @@
+"""What leaks: copies of texts across splits and sources, and what names a person.
+
+The public names are those of __init__.pyi, loaded when they are first asked for.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,232 @@
+"""Copies between two lists of texts, or within one: exact, with the same letters and digits, or near.
+
+Near is a Jaccard similarity of the sets of n-grams (words and pairs of words) at or above a threshold. With k of 10 k words
+replaced, (17 k - 1) of (23 k - 1) n-grams remain, .727 to .739: at the threshold .7, a text of ten words or more in which one
+word in ten was replaced is a copy. Pairs of words alone would leave .636 to .667.
+
+In a short text one other word makes another sentence ("what is the weather in Paris"). Where one of two texts has fewer than
+SHORT words, they are near copies only from the similarity SHORT_THRESHOLD on: the same words in the same order, but for
+repetitions. Texts with the same letters and digits are copies at any length, of similarity 1. An empty text is a copy of
+nothing; one without letters and digits, such as "?!", only of what is exactly the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mtl_jax.audit import text_keys
+from mtl_jax.audit.grams import Grams, grams
+from mtl_jax.audit.minhash import similar
+from mtl_jax.audit.text_keys import Text
+from mtl_jax.core.errors import UserError
+
+SHORT, SHORT_THRESHOLD = 8, 0.9
+KINDS = ("exact", "letters", "near")
+EXACT, LETTERS, NEAR = range(len(KINDS))
+
+
+class Pool(NamedTuple):
+    """N texts, each different one once.
+
+    Attributes:
+        number_of: i64[N], for each text its number among the U different ones; -1 for an empty text.
+        letters: i64[U], equal where texts have the same letters and digits.
+        grams: Their n-grams.
+    """
+
+    number_of: np.ndarray
+    letters: np.ndarray
+    grams: Grams
+
+
+class Pairs(NamedTuple):
+    """M pairs of copies.
+
+    Attributes:
+        first: i64[M], numbers of texts.
+        second: i64[M], numbers of texts.
+        similarities: f64[M], 1 for exact copies and for those with the same letters and digits.
+        kinds: i64[M], indices of KINDS.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    similarities: np.ndarray
+    kinds: np.ndarray
+
+
+def near_copies(
+    train_texts: Sequence[Text], held_out_texts: Sequence[Text], threshold: float = 0.7
+) -> list[tuple[int, int, float]]:
+    """All pairs of a training text and a held-out text that are copies, exact ones included.
+
+    200,000 texts of a sentence take seconds on one core. A pair at the threshold is found with a probability of .995, one at
+    .8 always; the same pairs in every process and on every platform. For the arithmetic, see mtl_jax.audit.minhash.
+
+    Args:
+        train_texts: Texts; or pairs of texts, which are copies of one another in either order.
+        held_out_texts: Texts, or pairs of texts.
+        threshold: The least similarity, above 0 and at most 1. Short texts need .9 at least.
+
+    Returns:
+        (index in train_texts, index in held_out_texts, similarity), sorted.
+
+    Raises:
+        UserError: The threshold is not above 0 and at most 1, or a text is no text.
+
+    Examples:
+        >>> near_copies(["A moore 's film !", "It rains."], ["a Moore's film", "it snows"])
+        [(0, 0, 1.0)]
+    """
+    check(threshold)
+    texts = [*checked(train_texts, "train_texts"), *checked(held_out_texts, "held_out_texts")]
+    collected = pool(texts)
+    train, held_out = np.split(collected.number_of, [len(train_texts)])
+    pairs = copies(collected, threshold, _present(train), _present(held_out))
+    return _listed(_expanded(pairs, train, held_out))
+
+
+def copies_within(texts: Sequence[Text], threshold: float = 0.7) -> list[tuple[int, int, float]]:
+    """All pairs of texts in one list that are copies, as near_copies(); the smaller index first.
+
+    Args:
+        texts: Texts, or pairs of texts.
+        threshold: The least similarity, above 0 and at most 1.
+
+    Raises:
+        UserError: As near_copies().
+
+    Examples:
+        >>> copies_within(["Yes!", "no", "yes"])
+        [(0, 2, 1.0)]
+    """
+    check(threshold)
+    collected = pool(checked(texts, "texts"))
+    pairs = copies(collected, threshold, _present(collected.number_of))
+    expanded = _expanded(pairs, collected.number_of, collected.number_of)
+    # Two different texts are one pair there, in either order of their numbers; a text and itself are every pair of its rows.
+    low, high = np.minimum(expanded.first, expanded.second), np.maximum(expanded.first, expanded.second)
+    kept = (expanded.first < expanded.second) | (collected.number_of[expanded.first] != collected.number_of[expanded.second])
+    return _listed(Pairs(low[kept], high[kept], expanded.similarities[kept], expanded.kinds[kept]))
+
+
+def check(threshold: float, what: str = "threshold") -> None:
+    """Raises UserError unless a threshold is above 0 and at most 1."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        raise UserError(f"{what} is {threshold!r}; it must be a number above 0 and at most 1, such as 0.7")
+
+
+def checked(texts: Sequence[Text], what: str) -> Sequence[Text]:
+    """The texts.
+
+    Raises:
+        UserError: They are one text, or one of them is neither a text nor a pair of texts.
+    """
+    if isinstance(texts, str):
+        raise UserError(f"{what} is a text; it must be a list of texts")
+    for number, text in enumerate(texts):
+        if isinstance(text, str):
+            continue
+        if not isinstance(text, list | tuple) or not all(isinstance(side, str) for side in text):
+            kind = type(text).__name__
+            raise UserError(f"{what}[{number}] is a {kind}; it must be a text, or a pair of texts")
+    return texts
+
+
+def pool(texts: Sequence[Text]) -> Pool:
+    """The different texts among some, with what copies() compares.
+
+    Args:
+        texts: Texts, or pairs of texts.
+    """
+    numbers: dict[str, int] = {"": -1}
+    different: list[Text] = []
+    number_of = np.empty(len(texts), np.int64)
+    for index, text in enumerate(texts):
+        number = numbers.setdefault(text_keys.exact(text), len(different))
+        if number == len(different):
+            different.append(text)
+        number_of[index] = number
+    groups: dict[str, int] = {}
+    letters = np.empty(len(different), np.int64)
+    for index, text in enumerate(different):
+        key = text_keys.letters(text)
+        letters[index] = groups.setdefault(key, len(groups)) if key else -1 - index
+    return Pool(number_of, letters, grams(different))
+
+
+def copies(texts: Pool, threshold: float, first: np.ndarray, second: np.ndarray | None = None) -> Pairs:
+    """The pairs of different texts that are copies, and every text that is on both sides with itself.
+
+    Args:
+        texts: The pool.
+        threshold: The least similarity of near copies.
+        first: i64, ascending numbers of texts of the pool.
+        second: The other of each pair; None: pairs within `first`, the smaller number first, and each text with itself.
+    """
+    both = first if second is None else np.intersect1d(first, second)
+    left, right = _same(texts.letters, first, first if second is None else second)
+    kept = left < right if second is None else left != right
+    left, right = left[kept], right[kept]
+    pairs, similarities = similar(texts.grams, threshold, first, second)
+    if second is None:
+        pairs = np.sort(pairs, axis=1)
+    words = texts.grams.words[pairs].min(axis=1)
+    near = (words >= SHORT) | (similarities >= max(threshold, SHORT_THRESHOLD))
+    near &= texts.letters[pairs[:, 0]] != texts.letters[pairs[:, 1]]
+    pairs, similarities = pairs[near], similarities[near]
+    counts = [len(both), len(left), len(pairs)]
+    return Pairs(
+        np.concatenate([both, left, pairs[:, 0]]),
+        np.concatenate([both, right, pairs[:, 1]]),
+        np.concatenate([np.ones(counts[0] + counts[1]), similarities]),
+        np.repeat([EXACT, LETTERS, NEAR], counts),
+    )
+
+
+def _present(numbers: np.ndarray) -> np.ndarray:
+    different = np.unique(numbers)
+    return different[different >= 0]
+
+
+def _same(keys: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of an entry of `first` and one of `second` with equal keys."""
+    order = second[np.argsort(keys[second], kind="stable")]
+    begins = np.searchsorted(keys[order], keys[first], side="left")
+    counts = np.searchsorted(keys[order], keys[first], side="right") - begins
+    return np.repeat(first, counts), order[_ranges(begins, counts)]
+
+
+def _ranges(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers begins[0], begins[0] + 1, ..., as many as counts[0]; then those from begins[1] on."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - counts), counts)
+
+
+def _expanded(pairs: Pairs, first: np.ndarray, second: np.ndarray) -> Pairs:
+    """Pairs of texts of a pool as pairs of rows, sorted.
+
+    Args:
+        pairs: The pairs.
+        first: The number of the text of each row on the one side.
+        second: The number of the text of each row on the other side.
+    """
+    order_first, order_second = np.argsort(first, kind="stable"), np.argsort(second, kind="stable")
+    sorted_first, sorted_second = first[order_first], second[order_second]
+    begins = np.searchsorted(sorted_first, pairs.first, side="left")
+    counts = np.searchsorted(sorted_first, pairs.first, side="right") - begins
+    rows, origin = order_first[_ranges(begins, counts)], np.repeat(np.arange(len(counts)), counts)
+    begins = np.searchsorted(sorted_second, pairs.second[origin], side="left")
+    counts = np.searchsorted(sorted_second, pairs.second[origin], side="right") - begins
+    rows, origin, others = np.repeat(rows, counts), np.repeat(origin, counts), order_second[_ranges(begins, counts)]
+    order = np.lexsort([others, rows])
+    return Pairs(rows[order], others[order], pairs.similarities[origin][order], pairs.kinds[origin][order])
+
+
+def _listed(pairs: Pairs) -> list[tuple[int, int, float]]:
+    order = np.lexsort([pairs.second, pairs.first])
+    columns = pairs.first[order].tolist(), pairs.second[order].tolist(), pairs.similarities[order].tolist()
+    return list(zip(*columns, strict=True))

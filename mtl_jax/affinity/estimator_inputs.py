@@ -88,7 +88,7 @@ def matrix(estimator: str, name: str, values: Any) -> np.ndarray:
         raise UserError(f"{estimator}: {name} has shape {values_NxH.shape}; it must be [N, H], a row for each example")
     finite_N = np.isfinite(values_NxH).all(axis=1)
     if not finite_N.all():
-        raise UserError(f"{estimator}: row {_first(~finite_N)} of {name} has a number that is not finite")
+        raise UserError(f"{estimator}: row {_first(np.asarray(~finite_N))} of {name} has a number that is not finite")
     return values_NxH
 
 

@@ -36,7 +36,7 @@ def run(command: Callable[[], None]) -> None:
             raise UserError(f"{shown(path)}: cannot be read or written ({reason(refused)})") from error
         flush_output()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{log_lines.painted('error:', log_lines.RED)} {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except Interrupted as error:
         print(error, file=sys.stderr)

@@ -8,6 +8,14 @@ import sys
 
 import tqdm
 
+RED, GREEN, YELLOW, BOLD = "31", "32", "33", "1"
+
+
+def painted(text: str, colour: str) -> str:
+    """A text in a colour where standard error is a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    terminal = sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    return f"\033[{colour}m{text}\033[0m" if terminal else text
+
 
 class StandardError(logging.Handler):
     """Writes plain lines to the standard error of the moment, on a terminal above the progress bar, which stays below them."""
@@ -16,10 +24,12 @@ class StandardError(logging.Handler):
         if sys.stderr is None:
             return
         try:
+            colour = YELLOW if record.levelno >= logging.WARNING else getattr(record, "colour", "")
+            line = painted(self.format(record), colour) if colour else self.format(record)
             if sys.stderr.isatty():
-                tqdm.tqdm.write(self.format(record), file=sys.stderr)
+                tqdm.tqdm.write(line, file=sys.stderr)
             else:
-                print(self.format(record), file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
         except Exception:  # as other handlers of logging do
             self.handleError(record)
 

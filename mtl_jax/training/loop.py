@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtl_jax.core import trees
+from mtl_jax.core import log_lines, trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.hooks import Callbacks
 from mtl_jax.core.progress import Progress
@@ -163,7 +163,8 @@ class TrainingRun:
         )
         self.programs.append(train_step)
         self.counts.phase = plan.number
-        log.info("phase %s: to step %d of %d, compiling ...", plan.phase.name, plan.end, self.prepared.plans[-1].end)
+        title = f"phase {plan.phase.name}: to step {plan.end} of {self.prepared.plans[-1].end}, compiling ..."
+        log.info("%s", title, extra={"colour": log_lines.BOLD})
         # The rates of all steps at once: the schedule of a single step would run a small program in each step.
         steps = plan.end - plan.start
         self.rates = np.broadcast_to(jax.vmap(plan.learning_rate)(np.arange(steps)), steps)
@@ -238,7 +239,7 @@ class TrainingRun:
         else:
             self.counts.evaluations_since_best += 1
         for row in self.dev_table.rows(step, scores, value, best):
-            log.info("%s", row)
+            log.info("%s", row, extra={"colour": log_lines.GREEN} if row.endswith("*") else {})
         return value
 
     def _texts(

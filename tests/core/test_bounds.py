@@ -42,7 +42,7 @@ FIELDS = [
     (part, path, name, kind)
     for part in PARTS
     for path, name, kind, _ in configuration.numeric(part)
-    if name.startswith(f"{type(part).__name__}.")
+    if name.partition(".")[0] in {base.__name__ for base in type(part).__mro__}
 ]
 UNBOUNDED = ("Regression.minimum", "Regression.maximum")
 # What zero and negative numbers mean somewhere; everywhere else they are refused.

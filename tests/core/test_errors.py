@@ -19,8 +19,8 @@ SHORT = {
     ("pretrained/locate.py", "VOCABULARIES"),
     ("pretrained/tensor_files.py", "DTYPES"),
     ("data/splits.py", "NAMED"),
-    ("merge/__init__.py", "others[:3]"),
-    ("merge/method.py", "used"),
+    ("merging/__init__.py", "others[:3]"),
+    ("merging/method.py", "used"),
     ("transfer/adapters/adapted.py", "sharing[:2]"),
 }
 

@@ -29,9 +29,6 @@ IMPORTS = """
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """Writes a file of a user's and imports it as --import does; afterwards its parts are forgotten."""
-    known = {door: dict(kinds) for door, kinds in parts._KINDS.items()}
-    registries = (weighting.RULES, weighting.COMBINATORS)
-    functions = [dict(registry._functions) for registry in registries]
     modules, path = set(sys.modules), list(sys.path)
 
     def write(text, name="mine.py"):
@@ -40,13 +37,8 @@ def own(tmp_path, monkeypatch):
         scripts.import_parts([str(file)])
         return file
 
-    yield write
-    for door, kinds in known.items():
-        parts._KINDS[door].clear()
-        parts._KINDS[door].update(kinds)
-    for registry, before in zip(registries, functions, strict=True):
-        registry._functions.clear()
-        registry._functions.update(before)
+    with parts.forgotten():
+        yield write
     for name in set(sys.modules) - modules:
         del sys.modules[name]
     sys.path[:] = path

@@ -21,7 +21,7 @@ from mtl_jax.tasks.reading import labelled, text_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ordinal(Task):
+class Grades(Task):
     """A grade 0, 1, ... for each text; output i is the logit of "above i" (Frank and Hall, 2001).
 
     Attributes:
@@ -54,7 +54,7 @@ class Ordinal(Task):
         return {"accuracy": float((error == 0).mean()), "within_one": float((error <= 1).mean())}
 
 
-TASK = Ordinal(name="stars", source="reviews", grades=4)
+TASK = Grades(name="stars", source="reviews", grades=4)
 SOURCE = Source(name="reviews", path="")
 GRADES = ["0", "3", "", "2"]
 
@@ -66,7 +66,7 @@ def examples(bert):
 
 
 def test_it_has_under_40_lines():
-    assert len(inspect.getsource(Ordinal).splitlines()) < 40
+    assert len(inspect.getsource(Grades).splitlines()) < 40
 
 
 def test_what_it_does_not_declare_has_a_default():

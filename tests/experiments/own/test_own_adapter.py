@@ -58,7 +58,7 @@ def test_flags_config_and_what_trains(script, flags, workdir, capsys, monkeypatc
         **{"target": ".*/(query|value)", "projection_seed": 0},
     }
     assert config["parts"]["Vera"] | {"door": "adapter", "file": str(script)} == config["parts"]["Vera"]
-    monkeypatch.setattr("sys.argv", [str(script), "--help"])
+    monkeypatch.setattr("sys.argv", [str(script), "--help-all"])
     with pytest.raises(SystemExit):
         launch.main(experiment_of(script, flags))
     assert "--adapters.0.rank INT" in capsys.readouterr().out

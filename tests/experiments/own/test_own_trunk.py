@@ -52,7 +52,7 @@ def test_flags_and_config(script, workdir, capsys, monkeypatch):
     assert config["trunk"] | {"kind": "Convolutions", "width": 8, "window": 1} == config["trunk"]
     (record,) = config["parts"].items()
     assert record == ("Convolutions", {"door": "trunk", "file": str(script), "sha256": record[1]["sha256"]})
-    monkeypatch.setattr("sys.argv", [str(script), "--help"])
+    monkeypatch.setattr("sys.argv", [str(script), "--help-all"])
     with pytest.raises(SystemExit):
         launch.main(experiment_of(script))
     assert "--trunk.window INT" in capsys.readouterr().out

@@ -2,15 +2,13 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import compiling
 import numpy as np
 import pytest
 import tiny
+from processes import CONSOLE, Process
 
 from mtl_jax import Checkpoints
 from mtl_jax.cli import scripts
@@ -18,17 +16,15 @@ from mtl_jax.cli.ablations import method_list
 from mtl_jax.core.errors import UserError
 from mtl_jax.training.checkpoint_store import Store
 
-ABLATE = [sys.executable, "-c", "from mtl_jax.cli.main import console; console()", "ablate", tiny.__file__]
 FLAGS = ["--vary", "weights=1/1/1,0.2/0.3/0.5", "--seeds", "2", "--methods", "dwa"]
 SHORT = ["--", "--phases.0.steps", "9", "--phases.1.steps", "9", "--evaluation.every", "6", "--checkpoints.every", "3"]
 
 
-def start(bert: Path, data: Path, folder: Path, *words: str) -> subprocess.Popen:
+def start(bert: Path, data: Path, folder: Path, *words: str) -> Process:
     for name, place in (("bert", bert), ("data", data)):
         if not (folder / name).exists():
             (folder / name).symlink_to(place)
-    environment = compiling.environment(devices=8) | {"TINY": str(folder)}
-    return subprocess.Popen([*ABLATE, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Process("ablate", tiny.__file__, *words, code=CONSOLE, devices=8, TINY=str(folder))
 
 
 def bits(chunk: Path) -> list[bytes]:
@@ -55,12 +51,12 @@ def test_killed_and_started_again_it_goes_on_to_the_same_bits(bert, data, tmp_pa
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output
     before = (tmp_path / "killed" / "runs" / "0000" / "results.json").stat().st_mtime_ns
-    output, _ = (again := start(bert, data, tmp_path, *words)).communicate(timeout=300)
+    output, _ = (again := start(bert, data, tmp_path, *words)).communicate()
     assert again.returncode == 0, output
     assert "resuming from step 12" in output
     assert (tmp_path / "killed" / "runs" / "0000" / "results.json").stat().st_mtime_ns == before
     words[words.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
-    output, _ = (whole := start(bert, data, tmp_path, *words)).communicate(timeout=300)
+    output, _ = (whole := start(bert, data, tmp_path, *words)).communicate()
     assert whole.returncode == 0, output
     for program in ("0", "1"):
         killed, other = (bits(tmp_path / name / "programs" / program / "chunk-0") for name in ("killed", "whole"))
@@ -77,7 +73,7 @@ def test_killed_and_started_again_it_goes_on_to_the_same_bits(bert, data, tmp_pa
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(bert, data, tmp_path):
     process = start(bert, data, tmp_path, *FLAGS, "--dry-run", "--workdir", str(tmp_path / "run"), *SHORT)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "programs: 2, runs: 6, steps: 36 of many at once, in place of 108 of one" in output
     assert not (tmp_path / "run").exists()
@@ -93,7 +89,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(bert, data, tmp_pat
 )
 def test_bad_input_is_one_line_and_code_2(words, message, bert, data, tmp_path):
     process = start(bert, data, tmp_path, *words)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate()
     assert process.returncode == 2
     assert message in output.splitlines()[-1]
     assert output.startswith("error: ")

@@ -6,18 +6,16 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import compiling
 import numpy as np
 import pytest
-import tiny
 import tiny_seq2seq
 import tiny_translation
+from processes import CONSOLE, Process
 
 from mtl_jax import Evaluation, Phase, decoding, pretrained, train
 from mtl_jax.cli import main
@@ -57,10 +55,10 @@ def console(monkeypatch, capsys):
 
 
 def by_hand(folder: Path, text: str, **options) -> str:
-    """The translation of one text, written out."""
+    """The translation of one text, written out; padded, so that texts of all lengths share a program."""
     checkpoint = pretrained.load(str(folder))
-    ids = checkpoint.tokenizer([text])["input_ids"]
-    tokens, _ = decoding.generate(checkpoint, ids, **options)
+    inputs = checkpoint.tokenizer([text], padding="max_length", max_length=tiny_seq2seq.POSITIONS)
+    tokens, _ = decoding.generate(checkpoint, inputs["input_ids"], inputs["attention_mask"], **options)
     return checkpoint.tokenizer.decode(tokens[0].tolist(), skip_special_tokens=True, use_source_tokenizer=False)
 
 
@@ -109,7 +107,7 @@ def test_a_long_line_is_divided_or_cut_and_either_is_said(console, marian):
     assert "-: 1 line of more than 24 tokens, cut: 2\n" in error
     assert out.splitlines()[0] == first
     assert len(out.splitlines()[1]) < len(second)
-    code, out, error = console("translate", "--model", marian, "--max-new-tokens", "3", "film " * 10_000)
+    code, out, error = console("translate", "--model", marian, "--max-new-tokens", "5", "film " * 10_000)
     assert code == 0
     assert "1 text of more than 24 tokens, divided at ends of sentences: 1\n" in error
 
@@ -338,18 +336,11 @@ def test_bad_input_is_one_line_and_earlier_output_is_kept(
     assert sorted(os.listdir(tmp_path)) == ["in.txt", "out.txt"]
 
 
-def start(*arguments) -> subprocess.Popen:
-    code = "from mtl_jax.cli.main import console; console()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=compiling.environment(), cwd=Path(tiny.__file__).parents[1], **pipes)
-
-
 def finished_lines(part: Path) -> int:
     return part.read_bytes().count(b"\n") - 1 if part.exists() else 0
 
 
-def signal_at(process: subprocess.Popen, part: Path, lines: int, number: int) -> None:
+def signal_at(process: Process, part: Path, lines: int, number: int) -> None:
     """Sends a signal as soon as so many lines are done."""
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
@@ -362,17 +353,18 @@ def signal_at(process: subprocess.Popen, part: Path, lines: int, number: int) ->
 
 def test_a_killed_process_goes_on_and_the_output_is_that_of_one_that_was_not(marian, tmp_path):
     """Killed outright, stopped politely, and then left alone; an earlier output stays until the end."""
-    texts = [*tiny_seq2seq.sentences(tiny_seq2seq.ENGLISH, 400, seed=1), "", LONG, *LINES]
+    texts = [*tiny_seq2seq.sentences(tiny_seq2seq.ENGLISH, 200, seed=1), "", LONG, *LINES]
     (tmp_path / "in.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     output, part = tmp_path / "out.txt", tmp_path / "out.txt.part"
     output.write_text("earlier\n")
 
     def command(output):
-        return start("translate", "--model", marian, "--file", tmp_path / "in.txt", "--output", output, "--rows", 3)
+        files = ("--file", tmp_path / "in.txt", "--output", output)
+        return Process("translate", "--model", marian, *files, "--rows", 3, code=CONSOLE, apart=True)
 
     process = command(output)
     signal_at(process, part, 20, signal.SIGKILL)
-    process.communicate(timeout=300)
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert output.read_text() == "earlier\n"
     before = finished_lines(part)
@@ -380,7 +372,7 @@ def test_a_killed_process_goes_on_and_the_output_is_that_of_one_that_was_not(mar
 
     process = command(output)
     signal_at(process, part, before + 20, signal.SIGTERM)
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate()
     assert process.returncode == 75, error
     assert "out.txt.part; the same command resumes it" in error.splitlines()[-1]
     assert output.read_text() == "earlier\n"
@@ -389,7 +381,7 @@ def test_a_killed_process_goes_on_and_the_output_is_that_of_one_that_was_not(mar
     whole = command(tmp_path / "whole.txt")
     process = command(output)
     for each in (process, whole):
-        _, error = each.communicate(timeout=300)
+        _, error = each.communicate()
         assert each.returncode == 0, error
     assert output.read_bytes() == (tmp_path / "whole.txt").read_bytes()
     assert output.read_bytes().count(b"\n") == len(texts)

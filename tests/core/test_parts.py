@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 import textwrap
 
 import own_parts
+import processes
 import pytest
 import tiny
 
@@ -198,8 +198,7 @@ def test_import_gives_a_script_a_rule_of_another_file(tmp_path):
     """Without an edit of the script: --import FILE --weighting NAME."""
     flags = ["--import", str(own_parts.FOLDER / "weighting.py"), "--weighting", "inverse_norm"]
     flags += [*own_parts.SMALL, *own_parts.data_flags(tmp_path / "data"), "--workdir", str(tmp_path / "run")]
-    script = [sys.executable, str(own_parts.FOLDER / "two_tasks.py"), *flags, "--phases.0.steps", "1"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    done = processes.run(own_parts.FOLDER / "two_tasks.py", *flags, "--phases.0.steps", "1", devices=8)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["parts"]["inverse_norm"]["file"].endswith("experiments/own/weighting.py")

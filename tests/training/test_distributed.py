@@ -4,15 +4,13 @@ import dataclasses
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 
-import compiling
 import jax
 import numpy as np
 import pytest
 import tiny
+from processes import Process
 
 import mtl_jax
 from mtl_jax import Checkpoints
@@ -31,9 +29,8 @@ FLAGS += ["--phases.1.steps", "40", "--batch.mixture", "proportional"]
 
 
 def start(folder, workdir, address, index):
-    environment = compiling.environment(devices=2) | {"TINY": str(folder)}
-    command = [sys.executable, tiny.__file__, "--workdir", str(workdir), *FLAGS, "--distributed", f"{address},{index},2"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    flags = ["--workdir", workdir, *FLAGS, "--distributed", f"{address},{index},2"]
+    return Process(tiny.__file__, *flags, devices=2, TINY=str(folder))
 
 
 def start_pair(folder, workdir):
@@ -44,7 +41,7 @@ def start_pair(folder, workdir):
 
 
 def finish(pair):
-    outputs = [process.communicate(timeout=300)[0] for process in pair]
+    outputs = [process.communicate()[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
     return outputs
 
@@ -72,6 +69,7 @@ def experiment(folder):
         phases=(plain.phases[0], dataclasses.replace(plain.phases[1], steps=40)),
         batch=dataclasses.replace(plain.batch, mixture="proportional"),
         evaluation=dataclasses.replace(plain.evaluation, every=20),
+        checkpoints=Checkpoints(every=20),
         devices=4,
     )
 

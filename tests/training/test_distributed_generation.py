@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import socket
-import subprocess
-import sys
 
-import compiling
 import pytest
 import tiny_translation
+from processes import Process
 
 from mtl_jax import Evaluation
 from mtl_jax.inference.predict import open_run
@@ -25,19 +23,9 @@ def folder(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, tiny_translation.__file__, "--workdir", str(folder / "run"), *FLAGS]
-    environment = compiling.environment(devices=2) | {"TINY": str(folder)}
-    pair = [
-        subprocess.Popen(
-            [*command, "--distributed", f"{address},{index},2"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in pair]
+    command = [tiny_translation.__file__, "--workdir", folder / "run", *FLAGS, "--distributed"]
+    pair = [Process(*command, f"{address},{index},2", devices=2, TINY=str(folder)) for index in range(2)]
+    outputs = [process.communicate()[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
     return folder
 

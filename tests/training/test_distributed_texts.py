@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import socket
-import subprocess
-import sys
 
-import compiling
 import pytest
 import tiny_translation
+from processes import Process
 from test_distributed import Together
 
 import mtl_jax
@@ -31,17 +29,8 @@ def start_pair(folder, workdir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, tiny_translation.__file__, "--workdir", str(workdir), *FLAGS, "--distributed"]
-    return [
-        subprocess.Popen(
-            [*command, f"{address},{index},2"],
-            env=compiling.environment(devices=2) | {"TINY": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    command = [tiny_translation.__file__, "--workdir", workdir, *FLAGS, "--distributed"]
+    return [Process(*command, f"{address},{index},2", devices=2, TINY=str(folder)) for index in range(2)]
 
 
 def experiment(folder):

@@ -9,15 +9,14 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
-import compiling
 import jax
 import numpy as np
 import pytest
 import tiny
+from processes import Process
 
 import mtl_jax
 from mtl_jax import Batching, Embedding, Experiment, Optimizer, Phase
@@ -229,18 +228,8 @@ def ended(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, __file__, str(folder), address]
-    pair = [
-        subprocess.Popen(
-            [*command, str(index)],
-            env=compiling.environment(devices=2) | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in pair]
+    pair = [Process(__file__, folder, address, index, devices=2, apart=True) for index in range(2)]
+    outputs = [process.communicate() for process in pair]
     told = [dict(json.loads(line) for line in out.splitlines() if line.startswith('["')) for out, _ in outputs]
     assert all(each.keys() == set(CASES) for each in told), outputs
     return folder, told, [process.returncode for process in pair], [error for _, error in outputs]

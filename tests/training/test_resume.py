@@ -6,15 +6,13 @@ import logging
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import compiling
 import numpy as np
 import pytest
 import tiny
+from processes import Process
 
 import mtl_jax
 from mtl_jax import Checkpoints, Evaluation, Phase
@@ -22,23 +20,21 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.metrics_log import read_metrics
 
-FLAGS = ["--phases.0.steps", "25", "--phases.1.steps", "35", "--evaluation.every", "10", "--checkpoints.every", "3"]
+FLAGS = ["--phases.0.steps", "12", "--phases.1.steps", "18", "--evaluation.every", "10", "--checkpoints.every", "3"]
 FLAGS += ["--weighting", "dwa"]  # a rule with state
 FLAGS += ["--phases.1.rules.0.rate", "0.5", "--phases.1.rules.0.schedule", "slanted_triangular"]
 
 
-def start(folder: Path, workdir: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, tiny.__file__, "--workdir", str(workdir), *FLAGS, *flags]
-    environment = compiling.environment(devices=8) | {"TINY": str(folder)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(folder: Path, workdir: Path, *flags: str) -> Process:
+    return Process(tiny.__file__, "--workdir", workdir, *FLAGS, *flags, devices=8, TINY=str(folder))
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=300)
+def finish(process: Process) -> tuple[int | None, str]:
+    output, _ = process.communicate()
     return process.returncode, output
 
 
-def signal_at(process: subprocess.Popen, workdir: Path, step: int, number: int) -> None:
+def signal_at(process: Process, workdir: Path, step: int, number: int) -> None:
     """Sends a signal as soon as the run has logged a step."""
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
@@ -84,7 +80,7 @@ def uninterrupted(folder: Path):
 def test_killed_twice_at_random_steps_and_resumed(folder, uninterrupted):
     workdir = folder / "killed"
     chance = random.Random()
-    for step in (chance.randint(2, 22), chance.randint(30, 50)):  # one in each phase
+    for step in (chance.randint(2, 9), chance.randint(15, 22)):  # one in each phase
         process = start(folder, workdir)
         signal_at(process, workdir, step, signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL
@@ -95,7 +91,7 @@ def test_killed_twice_at_random_steps_and_resumed(folder, uninterrupted):
     assert outcome(workdir) == uninterrupted
 
 
-def children(process: subprocess.Popen) -> set[int]:
+def children(process: Process) -> set[int]:
     """Processes below this one, as Linux tells."""
     found, new = set(), {process.pid}
     while new:
@@ -110,7 +106,7 @@ def test_worker_processes_change_nothing_and_end_with_the_run(folder, uninterrup
     """Killed and resumed with workers, a run ends as one without; its workers do not outlive it."""
     workdir = folder / "workers"
     process = start(folder, workdir, "--batch.workers", "2")
-    signal_at(process, workdir, 10, signal.SIGSTOP)
+    signal_at(process, workdir, 6, signal.SIGSTOP)
     workers = children(process)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
@@ -170,7 +166,7 @@ def test_what_is_kept_beside_the_parameters_is_resumed(folder, tmp_path, caplog,
 def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
     workdir = folder / "stopped"
     process = start(folder, workdir, "--checkpoints.every", "1000")
-    signal_at(process, workdir, 14, signal.SIGTERM)
+    signal_at(process, workdir, 7, signal.SIGTERM)
     code, output = finish(process)
     assert code == 75, output
     assert "the same command resumes from there" in output
@@ -184,15 +180,15 @@ def test_sigterm_saves_and_exits_with_75(folder, uninterrupted):
 
 def test_a_damaged_latest_checkpoint_is_passed_over(folder, uninterrupted):
     workdir = folder / "damaged"
-    tiny.cut(folder / "whole", workdir, 57)
+    tiny.cut(folder / "whole", workdir, 27)
     # Of the files that hold arrays: others are not needed.
-    largest = max((workdir / "checkpoints" / "57" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    largest = max((workdir / "checkpoints" / "27" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     code, output = finish(start(folder, workdir))
     assert code == 0, output
-    assert "checkpoints/57 is damaged" in output
-    assert "resuming from step 54" in output
-    assert [path.name for path in (workdir / "damaged").iterdir()] == ["57-0"]
+    assert "checkpoints/27 is damaged" in output
+    assert "resuming from step 24" in output
+    assert [path.name for path in (workdir / "damaged").iterdir()] == ["27-0"]
     assert outcome(workdir) == uninterrupted
 
 

@@ -41,7 +41,7 @@ def test_min_norm_of_two_is_the_closed_form():
         matrix = gram(2, 2, seed)
         (aa, ab), (_, bb) = matrix
         first = np.clip((bb - ab) / (aa + bb - 2 * ab), 0, 1)
-        np.testing.assert_allclose(solvers.min_norm(jnp.asarray(matrix)), [first, 1 - first], atol=2e-5)
+        np.testing.assert_allclose(min_norm(jnp.asarray(matrix)), [first, 1 - first], atol=2e-5)
 
 
 @pytest.mark.parametrize("K", [1, 2, 8, 64])

@@ -1,12 +1,11 @@
 """The examples of experiments/own, as their users run them: a part of one's own works in every place like one of ours."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import compiling
 import own_parts
+import processes
 import pytest
 import tiny
 
@@ -87,9 +86,7 @@ def test_its_flag_and_config_json(run):
 def test_predict_and_evaluate_with_import_alone(run, capsys):
     """In a new process: the file is named where it is needed and not imported; with --import it works."""
     arguments = ["predict", str(run.workdir), "--task", "movies", "--text", "a fine film", ""]
-    without = subprocess.run(
-        own_parts.fresh(*arguments), capture_output=True, text=True, env=compiling.environment(), check=False
-    )
+    without = processes.run(*arguments, code=processes.CONSOLE)
     needs_class = set(run.example.parts.values()) & {"task", "regulariser"}
     if needs_class:
         assert without.returncode == 2

@@ -4,9 +4,9 @@
     python benchmarks/audit.py --texts 20000 --only mtl_jax datasketch
 
 Takes sentences, captions in three languages, tweets, questions, commands and lines of mails of public data sets (MTL_JAX_DATA
-names their folder), in a fixed order, without those that are like an earlier one (similarity .5 or more by mtl_jax, or the
-same letters). planting.py makes a quarter of them held-out texts: half of these are copies of a training text, each with one
-of 19 kinds of edits; a quarter looks like a copy and is none. A pair that is found and was not planted is an error.
+names their folder), in a fixed order, without those that are like an earlier one (Jaccard similarity .6 or more, or the same
+letters). planting.py makes a quarter of them held-out texts: half of these are copies of a training text, each with one of 19
+kinds of edits; a quarter looks like a copy and is none. A pair that is found and was not planted is an error.
 
 Every tool runs in a new process with one thread and the texts in memory. Seconds are the wall time and the processor's time
 from there to the list of pairs, memory is the peak of the whole process in that time, texts and imports included. datasketch
@@ -77,12 +77,17 @@ def all_texts(data: Path) -> Iterator[str]:
 
 def planted(data: Path, count: int) -> Planted:
     """Planted copies in `count` texts, none of which is like another before."""
-    from mtl_jax.audit import copies_within
+    import numpy as np
 
-    different = sorted({text.strip() for text in all_texts(data) if len(text.split()) > 2})
+    from mtl_jax.audit.grams import grams
+    from mtl_jax.audit.minhash import similar
+    from mtl_jax.audit.text_keys import letters
+
+    different = sorted({letters(text): text.strip() for text in sorted(all_texts(data)) if len(text.split()) > 2}.values())
     random.Random(0).shuffle(different)
     different = different[: count * 3 // 2]
-    near = {second for _, second, _ in copies_within(different, 0.5)}
+    pairs, _ = similar(grams(different), 0.6, np.arange(len(different)))
+    near = set(pairs.max(axis=1).tolist())
     texts = [text for index, text in enumerate(different) if index not in near][:count]
     if len(texts) < count:
         raise SystemExit(f"{data}: only {errors.count(len(texts), 'different text')}; {count} are needed")

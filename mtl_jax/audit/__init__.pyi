@@ -2,3 +2,15 @@
 
 from .copies import copies_within as copies_within
 from .copies import near_copies as near_copies
+from .deidentification import Identifier as Identifier
+from .deidentification import deidentify as deidentify
+from .deidentification import deidentify_texts as deidentify_texts
+from .deidentification import moved as moved
+from .deidentification import people_of as people_of
+from .experiment_audit import Audit as Audit
+from .experiment_audit import of_experiment as of_experiment
+from .overlaps import Conflict as Conflict
+from .overlaps import Example as Example
+from .overlaps import Overlap as Overlap
+from .recognisers import RECOGNISERS as RECOGNISERS
+from .recognisers import register_recogniser as register_recogniser

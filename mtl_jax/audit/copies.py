@@ -6,8 +6,11 @@ word in ten was replaced is a copy. Pairs of words alone would leave .636 to .66
 
 In a short text one other word makes another sentence ("what is the weather in Paris"). Where one of two texts has fewer than
 SHORT words, they are near copies only from the similarity SHORT_THRESHOLD on: the same words in the same order, but for
-repetitions. Texts with the same letters and digits are copies at any length, of similarity 1. An empty text is a copy of
-nothing; one without letters and digits, such as "?!", only of what is exactly the same.
+repetitions. Two pairs of texts are near copies where both texts of the one are near copies of those of the other, in either
+order; their similarity is the lower of the two.
+
+Texts with the same letters and digits are copies at any length, of similarity 1. An empty text is a copy of nothing; one
+without letters and digits, such as "?!", only of what is exactly the same.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ import numpy as np
 
 from mtl_jax.audit import text_keys
 from mtl_jax.audit.grams import Grams, grams
-from mtl_jax.audit.minhash import similar
-from mtl_jax.audit.text_keys import Text
+from mtl_jax.audit.minhash import jaccard, similar
+from mtl_jax.audit.text_keys import Text, sides
 from mtl_jax.core.errors import UserError
 
 SHORT, SHORT_THRESHOLD = 8, 0.9
@@ -33,11 +36,13 @@ class Pool(NamedTuple):
 
     Attributes:
         number_of: i64[N], for each text its number among the U different ones; -1 for an empty text.
+        texts: The U different ones, the first of each.
         letters: i64[U], equal where texts have the same letters and digits.
         grams: Their n-grams.
     """
 
     number_of: np.ndarray
+    texts: Sequence[Text]
     letters: np.ndarray
     grams: Grams
 
@@ -155,7 +160,7 @@ def pool(texts: Sequence[Text]) -> Pool:
     for index, text in enumerate(different):
         key = text_keys.letters(text)
         letters[index] = groups.setdefault(key, len(groups)) if key else -1 - index
-    return Pool(number_of, letters, grams(different))
+    return Pool(number_of, different, letters, grams(different))
 
 
 def copies(texts: Pool, threshold: float, first: np.ndarray, second: np.ndarray | None = None) -> Pairs:
@@ -168,15 +173,18 @@ def copies(texts: Pool, threshold: float, first: np.ndarray, second: np.ndarray 
         second: The other of each pair; None: pairs within `first`, the smaller number first, and each text with itself.
     """
     both = first if second is None else np.intersect1d(first, second)
-    left, right = _same(texts.letters, first, first if second is None else second)
+    others = first if second is None else second
+    left, right = matches(texts.letters[first], texts.letters[others])
+    left, right = first[left], others[right]
     kept = left < right if second is None else left != right
     left, right = left[kept], right[kept]
     pairs, similarities = similar(texts.grams, threshold, first, second)
     if second is None:
         pairs = np.sort(pairs, axis=1)
-    words = texts.grams.words[pairs].min(axis=1)
-    near = (words >= SHORT) | (similarities >= max(threshold, SHORT_THRESHOLD))
-    near &= texts.letters[pairs[:, 0]] != texts.letters[pairs[:, 1]]
+    unlike = texts.letters[pairs[:, 0]] != texts.letters[pairs[:, 1]]
+    pairs, similarities = pairs[unlike], similarities[unlike]
+    near = _near_enough(similarities, texts.grams.words[pairs], threshold)
+    _by_sides(texts.texts, pairs, similarities, near, threshold)
     pairs, similarities = pairs[near], similarities[near]
     counts = [len(both), len(left), len(pairs)]
     return Pairs(
@@ -187,43 +195,68 @@ def copies(texts: Pool, threshold: float, first: np.ndarray, second: np.ndarray 
     )
 
 
+def _near_enough(similarities: np.ndarray, words: np.ndarray, threshold: float) -> np.ndarray:
+    """bool[M]: whether similarities f64[M] of texts with words i32[M, 2] are those of near copies."""
+    short = words.min(axis=1) < SHORT
+    return similarities >= np.where(short, max(threshold, SHORT_THRESHOLD), threshold)
+
+
+def _by_sides(texts: Sequence[Text], pairs: np.ndarray, similarities: np.ndarray, near: np.ndarray, threshold: float) -> None:
+    """Writes into `similarities` and `near` what they are for pairs of texts, compared side by side."""
+    both = np.array([len(sides(texts[i])) == len(sides(texts[j])) == 2 for i, j in pairs.tolist()], bool)
+    rows = np.flatnonzero(both)
+    if not len(rows):
+        return
+    numbers, places = np.unique(pairs[rows], return_inverse=True)
+    of_sides = grams([side for number in numbers.tolist() for side in sides(texts[number])])
+    first, second = 2 * places.reshape(-1, 2).T
+    best, accepted = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    for swap in (0, 1):
+        least, enough = np.ones(len(rows)), np.ones(len(rows), bool)
+        for side in (0, 1):
+            compared = np.stack([first + side, second + (side ^ swap)], axis=1)
+            values = jaccard(of_sides, compared)
+            least = np.minimum(least, values)
+            enough &= _near_enough(values, of_sides.words[compared], threshold)
+        accepted |= enough
+        best = np.maximum(best, np.where(enough, least, 0))
+    similarities[rows] = np.where(accepted, best, similarities[rows])
+    near[rows] = accepted
+
+
 def _present(numbers: np.ndarray) -> np.ndarray:
     different = np.unique(numbers)
     return different[different >= 0]
 
 
-def _same(keys: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of an entry of `first` and one of `second` with equal keys."""
-    order = second[np.argsort(keys[second], kind="stable")]
-    begins = np.searchsorted(keys[order], keys[first], side="left")
-    counts = np.searchsorted(keys[order], keys[first], side="right") - begins
-    return np.repeat(first, counts), order[_ranges(begins, counts)]
+def matches(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs (i, j) with first[i] == second[j], sorted: two arrays i64[M].
 
-
-def _ranges(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The numbers begins[0], begins[0] + 1, ..., as many as counts[0]; then those from begins[1] on."""
+    Args:
+        first: i64[N].
+        second: i64[K].
+    """
+    order = np.argsort(second, kind="stable")
+    ordered = second[order]
+    begins = np.searchsorted(ordered, first, side="left")
+    counts = np.searchsorted(ordered, first, side="right") - begins
     ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - counts), counts)
+    inner = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return np.repeat(np.arange(len(first)), counts), order[np.repeat(begins, counts) + inner]
 
 
 def _expanded(pairs: Pairs, first: np.ndarray, second: np.ndarray) -> Pairs:
-    """Pairs of texts of a pool as pairs of rows, sorted.
+    """Pairs of texts of a pool as pairs of rows.
 
     Args:
         pairs: The pairs.
-        first: The number of the text of each row on the one side.
-        second: The number of the text of each row on the other side.
+        first: i64, the number of the text of each row on the one side.
+        second: i64, the number of the text of each row on the other side.
     """
-    order_first, order_second = np.argsort(first, kind="stable"), np.argsort(second, kind="stable")
-    sorted_first, sorted_second = first[order_first], second[order_second]
-    begins = np.searchsorted(sorted_first, pairs.first, side="left")
-    counts = np.searchsorted(sorted_first, pairs.first, side="right") - begins
-    rows, origin = order_first[_ranges(begins, counts)], np.repeat(np.arange(len(counts)), counts)
-    begins = np.searchsorted(sorted_second, pairs.second[origin], side="left")
-    counts = np.searchsorted(sorted_second, pairs.second[origin], side="right") - begins
-    rows, origin, others = np.repeat(rows, counts), np.repeat(origin, counts), order_second[_ranges(begins, counts)]
-    order = np.lexsort([others, rows])
-    return Pairs(rows[order], others[order], pairs.similarities[origin][order], pairs.kinds[origin][order])
+    origin, rows = matches(pairs.first, first)
+    again, others = matches(pairs.second[origin], second)
+    rows, origin = rows[again], origin[again]
+    return Pairs(rows, others, pairs.similarities[origin], pairs.kinds[origin])
 
 
 def _listed(pairs: Pairs) -> list[tuple[int, int, float]]:

@@ -116,11 +116,12 @@ def _import(file: str) -> None:
     spec.loader.exec_module(module)
 
 
-def read(script: str) -> Experiment:
+def read(script: str, purpose: str = "ablate") -> Experiment:
     """The experiment of a script, with the flags of given().
 
     Args:
         script: A Python file that calls mtl_jax.main, as `python SCRIPT FLAGS` would run it.
+        purpose: What the experiment is for, as a verb for error lines.
 
     Raises:
         UserError: The file does not exist, or it ends without calling main().
@@ -134,10 +135,10 @@ def read(script: str) -> Experiment:
     try:
         runpy.run_path(script, run_name="__main__")
     except Read as called:
-        if called.has_hooks:
+        if called.has_hooks and purpose == "ablate":
             log.warning("%s: an ablation calls no hooks and no --logger; its runs have their own metrics.jsonl", script)
         return called.experiment
     finally:
         sys.argv, sys.path[:] = argv, folders
         only_read.reset(token)
-    raise UserError(f"{script}: it did not call mtl_jax.main(experiment), so there is nothing to ablate")
+    raise UserError(f"{script}: it did not call mtl_jax.main(experiment), so there is nothing to {purpose}")

@@ -136,6 +136,14 @@ def test_a_pair_is_a_copy_in_either_order():
     assert audit.near_copies([("A b", "c d")], [("c  d", "a b!"), ("c d", "a x"), "a b c d"]) == [(0, 0, 1.0)]
 
 
+def test_pairs_are_near_copies_where_both_their_texts_are():
+    long = "an old dog sleeps under that red house by our river while the rain falls on the roof"
+    other = long.replace("red", "blue")
+    assert audit.near_copies([(long, "It is raining.")], [("it is raining", other), (long, "It is dry.")]) == [
+        (0, 0, pytest.approx(29 / 35, abs=0.05))
+    ]
+
+
 def test_copies_within_a_list_are_each_named_once():
     texts = ["Yes!", "no", "yes", "YES", "no"]
     assert audit.copies_within(texts) == [(0, 2, 1.0), (0, 3, 1.0), (1, 4, 1.0), (2, 3, 1.0)]

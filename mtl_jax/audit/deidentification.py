@@ -1,0 +1,196 @@
+"""Texts without what names or reaches a person: recognised, and replaced, with offsets in the old and the new text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from mtl_jax.audit.recognisers import RECOGNISERS
+from mtl_jax.audit.surrogates import replacement
+from mtl_jax.core.errors import UserError
+from mtl_jax.tasks import Tagging
+from mtl_jax.tasks.bio import is_bio
+
+# What people= takes: from texts to the (first character, the one after the last, type) of the names in each.
+Names = Callable[[Sequence[str]], Sequence[Iterable[tuple[int, int, str]]]]
+
+# {type of a tagging run's entities, in lower case: type here}
+TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("per", "pers", "person"), "person"),
+        **dict.fromkeys(("loc", "location", "gpe", "place", "geo-loc", "facility", "fac"), "place"),
+        **dict.fromkeys(("org", "organisation", "organization", "corporation", "company", "group"), "organisation"),
+    }
+)
+_WORDS = re.compile(r"[@#]?\w+(?:[-'\u2019.]\w+)*|[^\w\s]")
+
+
+class Identifier(NamedTuple):
+    """A place in a text that was replaced.
+
+    Attributes:
+        type: What it is: the name of a recogniser, or "person", "place", "organisation".
+        start: Its first character in the old text.
+        end: The character after its last, in the old text.
+        new_start: Its first character in the new text.
+        new_end: The character after its last, in the new text.
+    """
+
+    type: str
+    start: int
+    end: int
+    new_start: int
+    new_end: int
+
+
+def deidentify(
+    text: str,
+    *,
+    mode: str = "surrogate",
+    recognisers: Sequence[str] | None = None,
+    people: Names | None = None,
+    seed: int = 0,
+    key: str | bytes = "",
+    language: str = "en_US",
+) -> tuple[str, tuple[Identifier, ...]]:
+    """A text in which e-mail addresses, numbers, names and the like are replaced, and where they stand.
+
+    Args:
+        text: The text.
+        mode: surrogate: by another of the same type, the same one in every text. mask: by the type, as [EMAIL]. hash: by the
+            type and a keyed hash.
+        recognisers: Names of recognisers; None: all that there are, those of scripts, too.
+        people: From texts to the names in each, such as people_of(mtl_jax.load_model("runs/social_ner"), "entities"); None:
+            names are not looked for.
+        seed: Of the surrogates.
+        key: Of the hashes.
+        language: Of the surrogates, as Faker names it.
+
+    Returns:
+        The new text, and the places in it, in order. All other characters are those of the old text.
+
+    Raises:
+        UserError: A name or mode is unknown, a package of the extra "deidentify" is needed and not installed, or `people` or a
+            recogniser gives a place outside the text.
+
+    Examples:
+        >>> deidentify("Write to jo@corp.com by 2024-05-01.", mode="mask")[0]
+        'Write to [EMAIL] by [DATE].'
+    """
+    if not isinstance(text, str):
+        raise UserError(f"text is a {type(text).__name__}; it must be a text, for a list use deidentify_texts")
+    options: dict[str, Any] = {"recognisers": recognisers, "people": people, "seed": seed, "key": key, "language": language}
+    return deidentify_texts([text], mode=mode, **options)[0]
+
+
+def deidentify_texts(
+    texts: Sequence[str],
+    *,
+    mode: str = "surrogate",
+    recognisers: Sequence[str] | None = None,
+    people: Names | None = None,
+    seed: int = 0,
+    key: str | bytes = "",
+    language: str = "en_US",
+) -> list[tuple[str, tuple[Identifier, ...]]]:
+    """As deidentify(), of many texts: `people` gets them all at once."""
+    if isinstance(texts, str):
+        raise UserError("texts is a text; it must be a list of texts, for one use deidentify")
+    if isinstance(recognisers, str):
+        raise UserError(f"recognisers is the text {recognisers!r}; it must be a list of names")
+    names = list(RECOGNISERS if recognisers is None else recognisers)
+    functions = [(name, RECOGNISERS.find(name)) for name in names]
+    replace = replacement(mode, seed, key, language)
+    named = [[] for _ in texts] if people is None else [list(places) for places in people(texts)]
+    if len(named) != len(texts):
+        raise UserError(f"people gave the names of {len(named)} texts for {len(texts)}")
+    result = []
+    for text, entities in zip(texts, named, strict=True):
+        places = [(start, end, name) for name, function in functions for start, end in function(text)]
+        for start, end, kind in (*places, *entities):
+            if not 0 <= start < end <= len(text):
+                raise UserError(f"{kind} at {start} to {end} is no place in a text of {len(text)} characters")
+        result.append(_replaced(text, [*places, *entities], replace))
+    return result
+
+
+def _replaced(
+    text: str, places: list[tuple[int, int, str]], replace: Callable[[str, str], str]
+) -> tuple[str, tuple[Identifier, ...]]:
+    """The text with its places replaced; of places that overlap the longest counts, of two as long the first."""
+    chosen: list[tuple[int, int, str]] = []
+    for start, end, kind in sorted(places, key=lambda place: place[0] - place[1]):
+        if all(end <= other_start or other_end <= start for other_start, other_end, _ in chosen):
+            chosen.append((start, end, kind))
+    parts: list[str] = []
+    identifiers: list[Identifier] = []
+    done = length = 0
+    for start, end, kind in sorted(chosen):
+        new = replace(kind, text[start:end])
+        parts += [text[done:start], new]
+        length += start - done
+        identifiers.append(Identifier(kind, start, end, length, length + len(new)))
+        done, length = end, length + len(new)
+    return "".join([*parts, text[done:]]), tuple(identifiers)
+
+
+def moved(identifiers: Sequence[Identifier], start: int, end: int) -> tuple[int, int]:
+    """Where a stretch of the old text is in the new one, as for the label of a span or the characters of a word.
+
+    Args:
+        identifiers: The places of the text, as deidentify() returns them.
+        start: First character in the old text; inside a place that was replaced, that place's first.
+        end: The character after the last in the old text; inside such a place, the one after its last.
+
+    Examples:
+        >>> text, places = deidentify("Jo's address is jo@corp.com today", mode="mask")
+        >>> first, last = moved(places, 16, 27)
+        >>> text[first:last]
+        '[EMAIL]'
+    """
+    new_start, new_end = start, end
+    for place in identifiers:
+        if place.end <= start:
+            new_start = start + place.new_end - place.end
+        elif place.start <= start:
+            new_start = place.new_start
+        if place.end <= end:
+            new_end = end + place.new_end - place.end
+        elif place.start < end:
+            new_end = place.new_end
+    return new_start, max(new_start, new_end)
+
+
+def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
+    """A function for people=: the names that a tagging run of ours finds.
+
+    Args:
+        model: mtl_jax.load_model(WORKDIR) of the run.
+        task: Its tagging task with tags such as B-person and I-person.
+        types: {the run's type in lower case: "person", "place", "organisation" or another}; others are left out.
+
+    Raises:
+        UserError: The task is unknown, or is not a tagging task with entities.
+    """
+    chosen = model.run.task(task)
+    if not isinstance(chosen, Tagging) or not is_bio(chosen.labels):
+        raise UserError(f"people: task {task!r} is not a tagging task with entities; name one whose tags are B-TYPE and I-TYPE")
+
+    def names(texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
+        places = [[match.span() for match in _WORDS.finditer(text)] for text in texts]
+        filled = [index for index, words in enumerate(places) if words]
+        answers = model.predict(task, [[texts[index][start:end] for start, end in places[index]] for index in filled])
+        result: list[list[tuple[int, int, str]]] = [[] for _ in texts]
+        for index, answer in zip(filled, answers, strict=True):
+            if "error" in answer:
+                raise UserError(f"people: text {index + 1} cannot be read by task {task!r} ({answer['error']})")
+            for entity in answer["entities"]:
+                kind = types.get(entity["type"].lower())
+                if kind is not None:
+                    first, last = places[index][entity["start"]], places[index][entity["end"] - 1]
+                    result[index].append((first[0], last[1], kind))
+        return result
+
+    return names

@@ -1,0 +1,110 @@
+"""The rows of an experiment's sources, and the texts of each row that an audit compares.
+
+Rows are compared in four ways: whole rows (a text, a pair in either order, a question with its context); single texts, where
+one of the two rows is a pair; contexts of questions; target texts of translations and summaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtl_jax.audit.text_keys import Text
+from mtl_jax.data import row_keys, splits
+from mtl_jax.data.formats.rows import Row
+from mtl_jax.data.source import SPLITS, Source
+from mtl_jax.data.splits import Splits
+
+VIEWS = ("row", "single text", "context", "target")
+
+
+class Rows(NamedTuple):
+    """All rows of the sources of an experiment.
+
+    Attributes:
+        groups: (source, split) of each group of rows.
+        group_of: i64[N], the group of each row.
+        rows: The N rows.
+        dropped: bool[N], whether a run drops the row before it trains.
+    """
+
+    groups: list[tuple[str, str]]
+    group_of: np.ndarray
+    rows: list[Row]
+    dropped: np.ndarray
+
+
+def collect(data: Mapping[str, Splits], kept: Mapping[str, Splits]) -> Rows:
+    """The rows of all splits, and the training rows that were dropped.
+
+    Args:
+        data: {source: its splits}.
+        kept: The same after training rows in dev and test of another source were dropped.
+    """
+    groups: list[tuple[str, str]] = []
+    group_of: list[np.ndarray] = []
+    rows: list[Row] = []
+    dropped: list[bool] = []
+    for name, parts in data.items():
+        for split in SPLITS:
+            part = list(parts.rows[split])
+            gone = [False] * len(part)
+            if split == "train":
+                remaining = set(kept[name].text_digests["train"])
+                gone = [digest not in remaining for digest in parts.text_digests["train"]]
+                repeats = [splits.row_at(reference) for reference, _ in parts.repeats]
+                part, gone = [*part, *repeats], [*gone, *[True] * len(repeats)]
+            group_of.append(np.full(len(part), len(groups)))
+            groups.append((name, split))
+            rows += part
+            dropped += gone
+    return Rows(groups, np.concatenate(group_of), rows, np.array(dropped, bool))
+
+
+class View(NamedTuple):
+    """The texts of the rows that one way of comparing looks at.
+
+    Attributes:
+        texts: Texts, or pairs.
+        row_of: i64, the row of each.
+        whole: bool, whether each is its whole row.
+    """
+
+    texts: list[Text]
+    row_of: np.ndarray
+    whole: np.ndarray
+
+
+def views(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows) -> dict[str, View]:
+    """{view: its texts}, those views that the sources have."""
+    declared = {source.name: source for source in sources}
+    targets = {
+        name: sorted({column for task in tasks if task.source == name for column in task.text_columns}) for name in declared
+    }
+    entries: dict[str, list[tuple[Text, int, bool]]] = {view: [] for view in VIEWS}
+    for number, (group, row) in enumerate(zip(rows.group_of.tolist(), rows.rows, strict=True)):
+        source = declared[rows.groups[group][0]]
+        texts = tuple(row_keys.text_of(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",)))
+        context = row.columns.get("context") if isinstance(row.columns.get("answers"), list) else None
+        if isinstance(context, str) and "context" not in (source.text, source.pair):
+            entries["context"].append((context, number, False))
+            entries["row"].append(((*texts, context), number, True))
+        else:
+            entries["row"].append((texts[0] if len(texts) == 1 else texts, number, True))
+        entries["single text"] += [(text, number, len(texts) == 1) for text in texts]
+        for column in targets[source.name]:
+            value = row.columns.get(column)
+            entries["target"] += [(text, number, False) for text in (value if isinstance(value, list) else [value]) if text]
+    if all(whole for _, _, whole in entries["single text"]):
+        entries["single text"] = []
+    return {
+        view: View([text for text, _, _ in items], _array(row for _, row, _ in items), _array(whole for _, _, whole in items))
+        for view, items in entries.items()
+        if items
+    }
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.array(list(values))

@@ -3,6 +3,8 @@
 import json
 import operator
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +90,20 @@ def test_the_loop_of_ones_own_runs(deep):
     named = re.findall(r"`(?:mtl_jax\.)?((?:weighting|transfer|pretrained|decoding)\.[\w.]+)", page)
     for path in named:
         assert operator.attrgetter(path)(mtl_jax)
+
+
+@pytest.mark.long
+def test_the_tutorial_as_it_stands(wheels, tmp_path):
+    """Every command of the page, typed one after another in a folder with this environment as .venv."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    outputs = []
+    for block in re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+        outputs.append(done.stdout)
+    text = "\n".join(outputs)
+    assert '"label": "spam"' in text
+    assert re.search(r"\| spam +\| accuracy +\| 0\.\d{4} ± 0\.0000 +\| 0\.9\d{3} ± ", text)
+    assert (tmp_path / "runs" / "weights" / "report.html").exists()
+    assert json.loads((tmp_path / "runs" / "largest" / "config.json").read_text())["parts"]["largest"]["file"] == "my_rule.py"

@@ -175,6 +175,18 @@ def data_to_json(sources: Mapping[str, Any], experiment: Experiment, tasks: Sequ
     return {**sources, "tasks": tasks_to_json(tasks), **({"rows": records} if records else {})}
 
 
+def data_with_defaults(values: Any) -> Any:
+    """The contents of a data.json that an earlier version wrote, with newer fields of its tasks at their defaults.
+
+    Values that are not those of tasks are returned unchanged.
+    """
+    try:
+        completed = tasks_to_json(tasks_from_json(values["tasks"]))
+    except (UserError, KeyError, TypeError):
+        return values  # the comparison with the present data will show what differs
+    return {**values, "tasks": json.loads(to_strict_json(completed))}
+
+
 def tasks_to_json(tasks: Sequence[Task]) -> dict[str, Any]:
     """{name: task as JSON values}, with what each task learned from the data, such as its labels."""
     return {task.name: _converter().unstructure(task, Task) for task in tasks}

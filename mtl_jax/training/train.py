@@ -18,7 +18,7 @@ from mtl_jax.experiment import Experiment, keep_head_weights
 from mtl_jax.training import fingerprint, frozen_params, hosts, init_from, results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
-from mtl_jax.training.experiment_json import data_to_json, to_json, with_defaults
+from mtl_jax.training.experiment_json import data_to_json, data_with_defaults, to_json, with_defaults
 from mtl_jax.training.loggers import checked, open_loggers
 from mtl_jax.training.loop import TrainingRun
 from mtl_jax.training.preemption import stop_on_signals
@@ -129,7 +129,7 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
     prepared = prepare(experiment)
     data = data_to_json(prepared.corpus.describe(), experiment, prepared.corpus.tasks)
     if not config_changed:
-        workdirs.check_data(folder, data)
+        workdirs.check_data(folder, data, data_with_defaults)
     trunk = {"trunk": prepared.trunk.params}
     init_record: dict[str, Any] = {}
     if experiment.init_from.path and not workdirs.has_checkpoints(folder):

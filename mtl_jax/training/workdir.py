@@ -225,8 +225,13 @@ def remove_results(workdir: Path) -> None:
                 (workdir / name).unlink(missing_ok=True)
 
 
-def check_data(workdir: Path, data: dict[str, Any]) -> None:
+def check_data(workdir: Path, data: dict[str, Any], with_defaults: Callable[[Any], Any]) -> None:
     """Checks that the data are the same as when the workdir was begun.
+
+    Args:
+        workdir: The workdir.
+        data: The contents of data.json for the present data.
+        with_defaults: Completes what an earlier version wrote into data.json by the fields that are newer.
 
     Raises:
         UserError: Examples or label sets are not the same: a file has changed since.
@@ -234,7 +239,7 @@ def check_data(workdir: Path, data: dict[str, Any]) -> None:
     first_data = read_json(workdir / "data.json")
     if first_data is None:
         return
-    changed = [path for path, _, _ in differences(first_data, json.loads(to_json(data)))]
+    changed = [path for path, _, _ in differences(with_defaults(first_data), json.loads(to_json(data)))]
     if changed:
         raise UserError(
             f"{workdir} was begun with other data: {', '.join(changed[:5])} changed. Put the files back, choose another "

@@ -122,7 +122,7 @@ def of_experiment(
                     number = resamples if set(needs[estimator]) & {*OF_ROWS, *OF_TEXTS} else 0
                     texts = len(data.arrays[name].texts)
                     rankings[name][estimator] = ranked(usable, texts, resamples=number, level=level, seed=seed)
-        log.info("%s: its sources by %s", name, count(len(rankings[name]), "estimator"))
+        log.info("sources of %s ranked by %s", name, count(len(rankings[name]), "estimator"))
     places = {name: mean_places(list(ranking.values())) for name, ranking in rankings.items() if ranking}
     sizes = {task.name: len(prepared.corpus.splits["train"][task.source].data) for task in prepared.corpus.tasks}
     advice = {name: advise(name, first := next(iter(place)), sizes[name], sizes[first]) for name, place in places.items()}

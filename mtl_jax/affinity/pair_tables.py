@@ -102,7 +102,7 @@ def tables(
     batching, seconds = prepared.experiment.batch, dict[str, float]()
     models = source_models.open_runs(runs, prepared, layer)
     trunk = task_features.before_training(prepared)
-    at_layer = task_features.before_training(prepared, layer) if layer else trunk
+    at_layer = task_features.make_trunk(trunk.module, trunk.params, layer) if layer else trunk
     examples = {
         name: task_features.sample(task, prepared.corpus.splits["train"][task.source], rows, seed)
         for name, task in tasks.items()

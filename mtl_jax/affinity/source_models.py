@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from mtl_jax.affinity.similarity import task_embedding
-from mtl_jax.affinity.task_features import FIELDS, TrunkFunction, make_trunk
+from mtl_jax.affinity.task_features import CLASSES, FIELDS, TrunkFunction, kind_of_labels, make_trunk
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.trees import leaves_of, put
 from mtl_jax.data.batches import Batch, Batching, eval_batches
@@ -144,7 +144,7 @@ def probabilities(model: SourceModel, batches: Sequence[Batch], outputs: Sequenc
 
 def has_classes(task: Task) -> bool:
     """Whether a model of the task has probabilities of classes."""
-    return task.compared_as == SOFTMAX and not task.corrupts and task.label_level in ("example", "word")
+    return task.compared_as == SOFTMAX and kind_of_labels(task) == CLASSES
 
 
 def make_embed(trunk: TrunkFunction) -> Callable[[Task, Any, Examples, Batching], np.ndarray]:

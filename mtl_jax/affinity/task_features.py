@@ -29,6 +29,7 @@ from mtl_jax.transfer.adapters import ADAPTERS, Adapted
 
 FIELDS = ("pooled", "tokens")  # of Encoded
 ROWS = 512
+LEVELS = (("example", "example"), ("token", "word"))  # of outputs and labels: texts, words
 CLASSES, NUMBERS = "classes", "numbers"
 _LAYER = re.compile(r"layer_(\d+)")
 
@@ -178,7 +179,7 @@ def _at_layer(encode: Encode, name: str) -> Encode:
 
 def kind_of_labels(task: Task) -> str:
     """ "classes", "numbers", or "" for labels that are neither: a set, a span, a text."""
-    if task.label_shape or task.label_level not in ("example", "word") or task.corrupts:
+    if task.label_shape or (task.level, task.label_level) not in LEVELS or task.corrupts:
         return ""
     return CLASSES if np.issubdtype(task.dtype, np.integer) else NUMBERS
 
@@ -193,7 +194,9 @@ def sample(task: Task, examples: Examples, rows: int, seed: int) -> Examples:
         raise UserError(f"rows is {rows}; it must be at least 1")
     labels = examples.labels[task.name]
     known = np.arange(len(examples.tokens))
-    if kind_of_labels(task):
+    if kind_of_labels(task) and task.label_level == "example":
+        known = np.flatnonzero(_is_known(task, np.asarray(labels)))
+    elif kind_of_labels(task):
         known = np.array([i for i in known if _is_known(task, np.asarray(labels[i])).any()], np.int64)
     random = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
     chosen = np.sort(random.permutation(known)[:rows])

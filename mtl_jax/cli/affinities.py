@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from mtl_jax.cli import scripts
+from mtl_jax.core.errors import UserError
 
 
 def affinity(
@@ -43,6 +44,8 @@ def affinity(
     from mtl_jax.affinity.experiment_affinity import of_experiment, table
     from mtl_jax.core.files import write_json
 
+    if json and (Path(json).is_dir() or not Path(json).resolve().parent.is_dir()):
+        raise UserError(f"--json {json}: name a file in a directory that exists")
     experiment = scripts.read(script)
     options = {"rows": rows, "layer": layer, "resamples": resamples, "seed": seed}
     result = of_experiment(experiment, target, estimators, runs=runs, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import own_parts
 import pytest
 import tiny
 
@@ -261,6 +262,7 @@ def test_the_command_and_the_function_are_one(bert, data, tmp_path, monkeypatch,
         (["--rows", "0"], "rows is 0; it must be at least 1"),
         (["--resamples", "-1"], "resamples is -1; it must not be negative"),
         (["--runs", "nowhere"], "--runs: nowhere is not the workdir of a run"),
+        (["--json", "nowhere/affinity.json"], "--json nowhere/affinity.json: name a file in a directory that exists"),
         (["--", "--only", "fine"], "the experiment has one task, fine; a source and a target are needed"),
     ],
 )
@@ -302,6 +304,23 @@ def test_examples_of_docstrings(bert, data):
     for function in (affinity.features, affinity.of_experiment):
         [test] = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs=dict(names))
         assert not doctest.DocTestRunner().run(test).failed
+
+
+def test_the_example_of_an_own_estimator(tmp_path, monkeypatch, capsys):
+    script = str(own_parts.FOLDER / "estimator.py")
+    flags = ["--estimators", "proxy_a_distance", "text_similarity", "--rows", "32", "--resamples", "4"]
+    try:
+        code, output = console(monkeypatch, capsys, "affinity", script, *flags, "--", *own_parts.data_flags(tmp_path / "data"))
+        estimator = affinity.ESTIMATORS["proxy_a_distance"]
+    finally:
+        affinity.ESTIMATORS._functions.pop("proxy_a_distance", None)
+        sys.modules.pop("two_tasks", None)
+    assert code == 0, output.err
+    assert "| proxy_a_distance" in output.out
+    random = np.random.default_rng(0)
+    texts = random.normal(size=(60, 4))
+    assert estimator(texts, texts + 100) == -2
+    assert estimator(random.normal(size=(60, 4)), texts) > -1
 
 
 def test_the_guide_runs(bert, data):

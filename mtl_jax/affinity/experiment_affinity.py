@@ -168,17 +168,15 @@ def _usable(
         except UserError as error:
             problems.append(Problem(estimator, target, _reason(estimator, error)))
         else:
-            usable[source] = functools.partial(_on_texts, function, inputs, data.arrays[target].text_of_row, whole)
+            usable[source] = functools.partial(_on_texts, function, inputs, data.arrays[target], whole)
     return usable, problems
 
 
-def _on_texts(
-    function: Estimator, inputs: Mapping[str, Any], text_of_row: np.ndarray, whole: float, texts: np.ndarray
-) -> float:
-    """The estimate on some texts of the target and their rows; `whole` on all of them, where it is known."""
-    if not len(text_of_row) or len(texts) > text_of_row[-1]:
+def _on_texts(function: Estimator, inputs: Mapping[str, Any], arrays: TaskFeatures, whole: float, texts: np.ndarray) -> float:
+    """The estimate on some texts of the target and their rows; on all of them it is known."""
+    if len(texts) == len(arrays.texts):
         return whole
-    rows = np.flatnonzero(np.isin(text_of_row, texts))
+    rows = np.flatnonzero(np.isin(arrays.text_of_row, texts))
     chosen = {
         name: value[rows] if name in OF_ROWS else _picked(value, texts) if name in OF_TEXTS else value
         for name, value in inputs.items()

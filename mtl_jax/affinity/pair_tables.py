@@ -6,6 +6,7 @@ The trunk before training runs once over each task's rows, and each finished run
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +19,9 @@ from mtl_jax.affinity import source_models, task_features
 from mtl_jax.affinity.source_models import SourceModel
 from mtl_jax.affinity.task_features import TaskFeatures
 from mtl_jax.core.errors import count
+from mtl_jax.data.batches import Batch
+from mtl_jax.data.examples import Examples
+from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.setup import Prepared
 
@@ -74,6 +78,37 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+class Sampled(NamedTuple):
+    """The rows of all tasks.
+
+    Attributes:
+        tasks: {task: the task}.
+        examples: {task: its examples}.
+        batches: {task: these as batches}.
+        rows: The most rows of a task.
+        seed: Of their choice.
+    """
+
+    tasks: dict[str, Task]
+    examples: dict[str, Examples]
+    batches: dict[str, list[Batch]]
+    rows: int
+    seed: int
+
+    def arrays(self, name: str, outputs: Sequence[Encoded]) -> TaskFeatures:
+        """The arrays of a task, from a trunk's output for each of its batches."""
+        parts = self.tasks[name], self.examples[name], self.batches[name]
+        return task_features.read(*parts, outputs, self.rows, self.seed)
+
+    def probabilities(self, model: SourceModel, target: str, outputs: Sequence[Encoded]) -> np.ndarray | None:
+        """f32[N, Z], a source's probabilities on a target's rows; None where there are none."""
+        task, batches = self.tasks[target], self.batches[target]
+        if _why_no_probabilities(model.task, task):
+            return None
+        of_batches = source_models.probabilities(model, batches, outputs)
+        return task_features.rows_of_outputs(task, batches, of_batches, self.rows, self.seed)
+
+
 def tables(
     prepared: Prepared,
     inputs: Collection[str],
@@ -98,69 +133,63 @@ def tables(
     Raises:
         UserError: A run, the layer or a number is refused.
     """
-    tasks = {task.name: task for task in prepared.corpus.tasks}
-    batching, seconds = prepared.experiment.batch, dict[str, float]()
+    seconds: dict[str, float] = {}
     models = source_models.open_runs(runs, prepared, layer)
     trunk = task_features.before_training(prepared)
     at_layer = task_features.make_trunk(trunk.module, trunk.params, layer) if layer else trunk
-    examples = {
-        name: task_features.sample(task, prepared.corpus.splits["train"][task.source], rows, seed)
-        for name, task in tasks.items()
-    }
-    batches = {name: task_features.labelled_batches(task, examples[name], batching) for name, task in tasks.items()}
-
-    def arrays_of(name: str, outputs: Any) -> TaskFeatures:
-        return task_features.read(tasks[name], examples[name], batches[name], outputs, rows, seed)
-
+    sampled = _sampled(prepared, rows, seed)
+    names = list(sampled.tasks)
     with timed(seconds, "features"):
-        outputs = {name: task_features.encoded(trunk, batches[name]) for name in tasks}
-        read = {name: task_features.encoded(at_layer, batches[name]) if layer else outputs[name] for name in tasks}
-        arrays = {name: arrays_of(name, read[name]) for name in tasks}
-    log.info("features of %s in %.0f s", count(len(tasks), "task"), seconds["features"])
+        outputs = {name: task_features.encoded(trunk, sampled.batches[name]) for name in names}
+        at = {name: task_features.encoded(at_layer, sampled.batches[name]) for name in names} if layer else outputs
+        arrays = {name: sampled.arrays(name, at[name]) for name in names}
+    log.info("features of %s in %.0f s", count(len(names), "task"), seconds["features"])
     heads: dict[str, Any] = {}
-    embeddings: dict[str, np.ndarray] = {}
+    probabilities: dict[tuple[str, str], np.ndarray] = {}
     if set(inputs) & set(WITH_HEADS):
         with timed(seconds, "heads"):
-            for name, task in tasks.items():
+            for name, task in sampled.tasks.items():
                 if source_models.can_fit(task):
                     fresh = prepared.params["heads"][name]
-                    heads[name] = source_models.fit_head(task, fresh, batches[name], outputs[name])
+                    heads[name] = source_models.fit_head(task, fresh, sampled.batches[name], outputs[name])
+            for source, target in itertools.product([name for name in heads if name not in models], targets):
+                model = SourceModel(sampled.tasks[source], trunk, heads[source], at_layer)
+                if source != target and (pair := sampled.probabilities(model, target, outputs[target])) is not None:
+                    probabilities[source, target] = pair
+    embeddings: dict[str, np.ndarray] = {}
     if set(inputs) & set(WITH_EMBEDDINGS):
         with timed(seconds, "embeddings"):
             embed = source_models.make_embed(trunk)
             for name, head in heads.items():
                 log.info("embedding of task %s", name)
-                some = task_features.sample(tasks[name], examples[name], source_models.FISHER_ROWS, seed)
-                embeddings[name] = embed(tasks[name], head, some, batching)
+                task = sampled.tasks[name]
+                some = task_features.sample(task, sampled.examples[name], source_models.FISHER_ROWS, seed)
+                embeddings[name] = embed(task, head, some, prepared.experiment.batch)
     own: dict[str, np.ndarray] = {}
     features: dict[tuple[str, str], np.ndarray] = {}
-    probabilities: dict[tuple[str, str], np.ndarray] = {}
-
-    def add_probabilities(source: str, model: SourceModel, target: str, outputs: Any) -> None:
-        if set(inputs) & set(WITH_PROBABILITIES) and not _why_no_probabilities(model.task, tasks[target]):
-            of_batches = source_models.probabilities(model, batches[target], outputs)
-            pair = task_features.rows_of_outputs(tasks[target], batches[target], of_batches, rows, seed)
-            probabilities[source, target] = pair
-
-    for source, head in heads.items():
-        for target in targets:
-            if source not in models and source != target:
-                add_probabilities(source, SourceModel(tasks[source], trunk, head, at_layer), target, outputs[target])
-    with timed(seconds, "runs") if models else contextlib.nullcontext():
-        for source, model in models.items():
-            for target in dict.fromkeys([*targets, source]):
+    for source, model in models.items() if set(inputs) & {*WITH_RUNS, *WITH_PROBABILITIES} else ():
+        with timed(seconds, "runs"):
+            for target in dict.fromkeys([source, *targets]):
                 log.info("task %s in the run of %s", target, source)
-                run_outputs = task_features.encoded(model.trunk, batches[target])
-                if source != target:
-                    add_probabilities(source, model, target, run_outputs)
-                if set(inputs) & set(WITH_RUNS):
-                    at = task_features.encoded(model.layer, batches[target]) if layer else run_outputs
-                    vectors = arrays_of(target, at).features
-                    if source == target:
-                        own[source] = vectors
-                    else:
-                        features[source, target] = vectors
-    return Tables(tasks, arrays, embeddings, own, features, probabilities, seconds)
+                batches = sampled.batches[target]
+                of_run = task_features.encoded(model.trunk, batches)
+                vectors = sampled.arrays(target, task_features.encoded(model.layer, batches) if layer else of_run).features
+                if source == target:
+                    own[source] = vectors
+                    continue
+                features[source, target] = vectors
+                if (pair := sampled.probabilities(model, target, of_run)) is not None:
+                    probabilities[source, target] = pair
+    return Tables(sampled.tasks, arrays, embeddings, own, features, probabilities, seconds)
+
+
+def _sampled(prepared: Prepared, rows: int, seed: int) -> Sampled:
+    tasks = {task.name: task for task in prepared.corpus.tasks}
+    train = prepared.corpus.splits["train"]
+    examples = {name: task_features.sample(task, train[task.source], rows, seed) for name, task in tasks.items()}
+    batching = prepared.experiment.batch
+    batches = {name: task_features.labelled_batches(task, examples[name], batching) for name, task in tasks.items()}
+    return Sampled(tasks, examples, batches, rows, seed)
 
 
 def _why_no_probabilities(source: Task, target: Task) -> str:

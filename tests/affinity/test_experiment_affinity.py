@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import mtl_jax
 from mtl_jax import Classification, MaskedLM, Source, Tagging, UserError, affinity
 from mtl_jax.affinity import source_models, task_features
 from mtl_jax.affinity.pair_tables import NotApplicable, input_of, tables
-from mtl_jax.cli import main
+from mtl_jax.cli import main, scripts
 from mtl_jax.core import files, trees
 from mtl_jax.training.setup import prepare
 from mtl_jax.transfer import adapters
@@ -252,6 +253,13 @@ def test_the_command_and_the_function_are_one(bert, data, tmp_path, monkeypatch,
     assert "logme: coarse, fine: no finished run by --runs" in output.out
     assert "--only rating --init-from.path runs/" in output.out
     assert f"everything is in {written}" in output.out
+    first, second = result.advice["rating"].flags
+    for flags, only in ((first, (result.advice["rating"].source,)), (second, ("rating",))):
+        with scripts.given(shlex.split(flags)):
+            assert scripts.read(tiny.__file__).only == only
+    joint = affinity.advise("rating", "fine", 10, 20)
+    with scripts.given(shlex.split(joint.flags[0])):
+        assert scripts.read(tiny.__file__).only == ("rating", "fine")
 
 
 @pytest.mark.parametrize(

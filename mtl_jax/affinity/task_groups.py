@@ -206,7 +206,7 @@ def _task_bound(gains_KxK: np.ndarray, task: int, together: tuple[int, ...]) -> 
 
 
 def _local_search(size: int, budget: int, value_of: Callable[[tuple[int, ...]], float]) -> Division:
-    """A grouping to begin with: all tasks in one model, then the best move of one task to another model, while it helps."""
+    """A good grouping to begin with: from all tasks in one model, the best move of one task at a time, while it helps."""
 
     def division(labels: tuple[int, ...]) -> Division:
         return [tuple(task for task in range(size) if labels[task] == label) for label in sorted(set(labels))]

@@ -174,9 +174,9 @@ def console() -> None:
         "summarize": summarize,
         "convert": convert,
         "merge": merge,
+        "affinity": affinity,
         "ablate": ablate,
         "take": take,
-        "affinity": affinity,
         "results": results,
         "report": report,
     }

@@ -6,6 +6,9 @@ from .advice import joint_or_sequential as joint_or_sequential
 from .estimators import ESTIMATORS as ESTIMATORS
 from .estimators import READS as READS
 from .estimators import register as register
+from .experiment_affinity import Affinity as Affinity
+from .experiment_affinity import of_experiment as of_experiment
+from .experiment_affinity import table as table
 from .from_features import h_score as h_score
 from .from_features import logme as logme
 from .from_features import regularised_h_score as regularised_h_score
@@ -20,7 +23,7 @@ from .from_source_labels import nce as nce
 from .probes import knn as knn
 from .probes import linear_probe as linear_probe
 from .ranking import Estimate as Estimate
-from .ranking import mean_ranks as mean_ranks
+from .ranking import mean_places as mean_places
 from .ranking import ndcg as ndcg
 from .ranking import ranked as ranked
 from .ranking import regret as regret
@@ -30,6 +33,8 @@ from .similarity import task_embedding as task_embedding
 from .similarity import task_similarity as task_similarity
 from .similarity import text_similarity as text_similarity
 from .similarity import vocabulary_overlap as vocabulary_overlap
+from .task_features import TaskFeatures as TaskFeatures
+from .task_features import features as features
 from .task_groups import Group as Group
 from .task_groups import Grouping as Grouping
 from .task_groups import groups as groups

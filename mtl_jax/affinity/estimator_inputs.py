@@ -129,5 +129,5 @@ def factors(matrix_NxH: np.ndarray) -> Factors:
     return Factors(left[:, kept], values[kept], right[kept])
 
 
-def _first(wrong_N: np.ndarray) -> int:
+def _first(wrong_N: Any) -> int:
     return int(np.flatnonzero(wrong_N)[0])

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from mtl_jax.core.errors import UserError, count, unknown
+from mtl_jax.core.errors import UserError, unknown
 
 
 class Estimate(NamedTuple):
@@ -63,10 +63,7 @@ def ranked(
     """
     if not estimators:
         raise UserError("there is no source to rank")
-    if resamples < 0:
-        raise UserError(f"resamples is {resamples}; it must not be negative")
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}; it must be above 0 and below 1")
+    check_options(resamples, level)
     everything = np.arange(rows)
     values = {source: float(estimate(everything)) for source, estimate in estimators.items()}
     halves = half_samples(rows, resamples, seed)
@@ -78,6 +75,14 @@ def ranked(
         for number, (source, value) in enumerate(values.items())
     ]
     return sorted(estimates, key=lambda estimate: -estimate.value if math.isfinite(estimate.value) else math.inf)
+
+
+def check_options(resamples: int, level: float) -> None:
+    """Raises UserError where an option of ranked() is refused."""
+    if resamples < 0:
+        raise UserError(f"resamples is {resamples}; it must not be negative")
+    if not 0 < level < 1:
+        raise UserError(f"level is {level}; it must be above 0 and below 1")
 
 
 def half_samples(rows: int, resamples: int, seed: int) -> list[np.ndarray]:
@@ -214,11 +219,13 @@ def spearman(estimates: Mapping[str, float], truth: Mapping[str, float]) -> floa
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def mean_ranks(rankings: Sequence[Sequence[Any]]) -> dict[str, float]:
-    """{source: its mean place over rankings, from 1}, best first; equal values share the mean of their places.
+def mean_places(rankings: Sequence[Sequence[Estimate]]) -> dict[str, float]:
+    """{source: its mean place over rankings, from 0, the first, to 1, the last}, best first; equal values share their places.
+
+    A ranking of a single source says nothing, and counts only where there is no other.
 
     Args:
-        rankings: For each estimator its list of Estimate; a source may be missing in some.
+        rankings: For each estimator the result of ranked(); a source may be missing in some.
 
     Raises:
         UserError: There is no ranking.
@@ -226,11 +233,11 @@ def mean_ranks(rankings: Sequence[Sequence[Any]]) -> dict[str, float]:
     from scipy import stats
 
     if not rankings:
-        raise UserError(f"{count(0, 'ranking')}: there is nothing to average")
+        raise UserError("there are no rankings to average")
     places: dict[str, list[float]] = {}
-    for ranking in rankings:
+    for ranking in [ranking for ranking in rankings if len(ranking) > 1] or rankings:
         values = [-estimate.value if math.isfinite(estimate.value) else math.inf for estimate in ranking]
-        for estimate, place in zip(ranking, stats.rankdata(values), strict=True):
-            places.setdefault(estimate.source, []).append(float(place))
+        for estimate, rank in zip(ranking, stats.rankdata(values), strict=True):
+            places.setdefault(estimate.source, []).append((float(rank) - 1) / max(len(ranking) - 1, 1))
     means = {source: float(np.mean(numbers)) for source, numbers in places.items()}
     return dict(sorted(means.items(), key=lambda item: item[1]))

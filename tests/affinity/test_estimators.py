@@ -4,7 +4,7 @@ import doctest
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes, load_digits, load_iris
 
@@ -219,6 +219,7 @@ def test_rotations_do_not_matter(seed, name, width):
         assert estimator(features @ rotation, labels) == pytest.approx(estimator(features, labels), rel=1e-6, abs=1e-7)
 
 
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(NUMBER_ESTIMATORS), scale=st.sampled_from((1e-4, 1e5)))
 def test_the_scale_of_features_does_not_matter(seed, name, scale):
     features, labels = rows(seed, count=24, width=4)
@@ -231,6 +232,7 @@ def test_the_scale_of_features_does_not_matter(seed, name, scale):
         assert estimator(scale * features, labels) == pytest.approx(estimator(features, labels), rel=1e-6, abs=1e-7)
 
 
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6))
 def test_labels_that_the_features_tell_score_higher(seed):
     features, labels = rows(seed, count=60, width=4, shift=6.0)

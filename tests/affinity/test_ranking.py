@@ -106,7 +106,7 @@ def test_an_estimator_that_cannot_tell_gets_no_credit():
         (lambda: affinity.regret({}, TRUTH), "there are no estimates"),
         (lambda: affinity.spearman({"a": 1.0}, {"a": math.nan}), "the true score with source 'a' is nan"),
         (lambda: affinity.ndcg({"a": 1.0}, {"a": -1.0}, scaled=False), "a true score is -1; without scaling"),
-        (lambda: affinity.mean_ranks([]), "there is nothing to average"),
+        (lambda: affinity.mean_places([]), "there are no rankings to average"),
         (lambda: affinity.joint_or_sequential(0, 5), "the target has 0 rows; it needs at least 1"),
     ],
 )
@@ -115,13 +115,14 @@ def test_bad_rankings_are_one_line(call, message):
         call()
 
 
-def test_mean_ranks_share_equal_places():
+def test_mean_places_over_rankings():
     def estimates(**values):
         return [affinity.Estimate(name, value, math.nan, math.nan, math.nan) for name, value in values.items()]
 
-    means = affinity.mean_ranks([estimates(a=3.0, b=1.0, c=1.0), estimates(b=5.0, a=2.0, c=math.nan)])
-    assert means == {"a": 1.5, "b": 1.75, "c": 2.75}
+    means = affinity.mean_places([estimates(a=3.0, b=1.0, c=1.0), estimates(b=5.0, a=2.0, c=math.nan), estimates(c=9.0)])
+    assert means == {"a": 0.25, "b": 0.375, "c": 0.875}
     assert list(means) == ["a", "b", "c"]
+    assert affinity.mean_places([estimates(c=9.0)]) == {"c": 0.0}
 
 
 def test_the_size_rule_and_its_flags():

@@ -1,0 +1,55 @@
+"""The command mtl-jax affinity: which tasks of an experiment help which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mtl_jax.cli import scripts
+from mtl_jax.core.errors import UserError
+
+
+def affinity(
+    script: Annotated[str, tyro.conf.Positional],
+    /,
+    target: str = "",
+    estimators: tuple[str, ...] = (),
+    rows: int = 512,
+    layer: int = 0,
+    runs: tuple[str, ...] = (),
+    resamples: int = 20,
+    seed: int = 0,
+    json: str = "",
+) -> None:
+    """Ranks the tasks of an experiment as sources for each other, by estimates that need no training of the trunk.
+
+    Prints for every target a table of estimators and their first sources, with 90% intervals over the target's rows, the flags
+    that train the advice, and the seconds of each estimator. Estimators that do not apply to a kind of task are listed with the
+    reason.
+
+    Args:
+        script: A script that calls mtl_jax.main; its own flags come after --.
+        target: The task to be helped. Default: each task in turn.
+        estimators: Names of estimators, such as logme leep text_similarity. Default: all, and those of --import FILE.
+        rows: The most training rows of a task that are used, chosen at random.
+        layer: The layer of the trunk whose features are read, from 1; 0: its output.
+        runs: Workdirs of finished runs of some of the tasks. Estimators of a source's features need them; for leep and nce they
+            replace heads that are fitted on the trunk before training.
+        resamples: Half-samples of the target's rows for the intervals; 0: no intervals.
+        seed: Of the rows, half-samples and heads.
+        json: A file to write everything to, as JSON.
+    """
+    from mtl_jax.affinity.experiment_affinity import of_experiment, table
+    from mtl_jax.core.files import write_json
+
+    if json and (Path(json).is_dir() or not Path(json).resolve().parent.is_dir()):
+        raise UserError(f"--json {json}: name a file in a directory that exists")
+    experiment = scripts.read(script, "rank")
+    options = {"rows": rows, "layer": layer, "resamples": resamples, "seed": seed}
+    result = of_experiment(experiment, target, estimators, runs=runs, **options)
+    print(table(result))
+    if json:
+        write_json(Path(json), result.as_json())
+        print(f"everything is in {json}")

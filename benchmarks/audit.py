@@ -88,7 +88,7 @@ def planted(data: Path, count: int) -> Planted:
     near = set(pairs.max(axis=1).tolist())
     texts = [text for index, text in enumerate(different) if index not in near][:count]
     if len(texts) < count:
-        raise SystemExit(f"{data}: only {len(texts)} different texts; {count} are needed")
+        raise SystemExit(f"{data}: {len(texts)} of the {count} texts that are needed")
     return plant(texts)
 
 
@@ -262,7 +262,7 @@ def write(rows: list[dict[str, Any]], data: Planted) -> None:
         floatfmt=".3f",
     )
     text = (
-        f"`python benchmarks/audit.py` on {host}: {len(data.train):,} training texts, {len(data.held_out):,} held-out texts, "
+        f"`python benchmarks/audit.py` on {host}: training texts: {len(data.train):,}, held-out texts: {len(data.held_out):,}, "
         f"of which {len(data.copies):,} are planted copies and {len(data.others):,} look like copies and are none. One thread "
         "a tool; memory is that of the whole process, texts and imports included. A load above the number of cores means that "
         "other processes used some of them: compare the processor's time then.\n"

@@ -127,7 +127,7 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
     if (folder / "results.json").exists() and not config_changed:
         return Opened(config, results.read(folder))
     prepared = prepare(experiment)
-    data = data_to_json(prepared.corpus.describe(), experiment, prepared.corpus.tasks)
+    data = data_to_json(prepared.corpus.describe(), experiment, prepared.corpus.tasks, prepared.copies)
     if not config_changed:
         workdirs.check_data(folder, data)
     trunk = {"trunk": prepared.trunk.params}

@@ -234,7 +234,9 @@ def check_data(workdir: Path, data: dict[str, Any]) -> None:
     first_data = read_json(workdir / "data.json")
     if first_data is None:
         return
-    changed = [path for path, _, _ in differences(first_data, json.loads(to_json(data)))]
+    # The numbers of copies follow from the rows, and earlier versions did not count them.
+    compared = [{name: value for name, value in values.items() if name != "copies"} for values in (first_data, data)]
+    changed = [path for path, _, _ in differences(compared[0], json.loads(to_json(compared[1])))]
     if changed:
         raise UserError(
             f"{workdir} was begun with other data: {', '.join(changed[:5])} changed. Put the files back, choose another "

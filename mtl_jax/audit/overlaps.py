@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtl_jax.audit.copies import KINDS, Pairs, copies, matches, pool
-from mtl_jax.audit.row_views import Rows, View, views
+from mtl_jax.audit.row_views import Joined, Rows, View, views
 from mtl_jax.audit.text_keys import Text, sides
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.source import Source
@@ -163,28 +163,38 @@ def overlaps(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, near: 
         rows: All rows.
         near: The least similarity of near copies.
     """
-    result = []
-    held_out_sizes = np.bincount(rows.group_of, minlength=len(rows.groups))
-    for name, view in views(sources, tasks, rows).items():
-        found = copied(view, rows, near)
-        groups = rows.group_of[found.held_out[:, 0]]
-        for group, train_group in sorted(set(zip(groups.tolist(), found.held_out[:, 1].tolist(), strict=True))):
-            entries = found.held_out[(groups == group) & (found.held_out[:, 1] == train_group)]
-            copied_rows = found.train[(found.train[:, 1] == group) & (rows.group_of[found.train[:, 0]] == train_group), 0]
-            result.append(
-                Overlap(
-                    rows.groups[group][0],
-                    rows.groups[group][1],
-                    rows.groups[train_group][0],
-                    name,
-                    _by_kind(entries[:, 2]),
-                    int(held_out_sizes[group]),
-                    len(copied_rows),
-                    int(rows.dropped[copied_rows].sum()),
-                    tuple(_examples(entries, train_group, found, view, rows)),
-                )
-            )
-    return result
+    return [
+        overlap
+        for name, view in views(sources, tasks, rows).items()
+        for overlap in overlaps_of(name, view, copied(view, rows, near), rows)
+    ]
+
+
+def overlaps_of(name: str, view: View, found: Copied, rows: Rows) -> Iterator[Overlap]:
+    """The overlaps of one view, by held-out split and source of the training rows.
+
+    Args:
+        name: The view's name.
+        view: The view.
+        found: Its copies.
+        rows: All rows.
+    """
+    sizes = np.bincount(rows.group_of, minlength=len(rows.groups))
+    groups = rows.group_of[found.held_out[:, 0]]
+    for group, train_group in sorted(set(zip(groups.tolist(), found.held_out[:, 1].tolist(), strict=True))):
+        entries = found.held_out[(groups == group) & (found.held_out[:, 1] == train_group)]
+        train_rows = found.train[(found.train[:, 1] == group) & (rows.group_of[found.train[:, 0]] == train_group), 0]
+        yield Overlap(
+            rows.groups[group][0],
+            rows.groups[group][1],
+            rows.groups[train_group][0],
+            name,
+            _by_kind(entries[:, 2]),
+            int(sizes[group]),
+            len(train_rows),
+            int(rows.dropped[train_rows].sum()),
+            tuple(_examples(entries, train_group, found, view, rows)),
+        )
 
 
 def _by_kind(kinds: np.ndarray) -> dict[str, int]:
@@ -251,8 +261,9 @@ def conflicts(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, near:
             continue
         source = next(source for source in sources if source.name == name)
         members = np.flatnonzero(rows.group_of == group)
-        part = Rows([(name, split)], np.zeros(len(members), np.int64), [rows.rows[row] for row in members], rows.dropped)
-        view = views([source], [], part)["row"]
+        of_group = Joined([[rows.rows[row] for row in members.tolist()]])
+        part = Rows([(name, split)], np.zeros(len(members), np.int64), of_group, rows.dropped[members])
+        view = views([source], [], part, ["row"])["row"]
         collected = pool(view.texts)
         numbers = collected.number_of
         pairs = copies(collected, near, np.unique(numbers[numbers >= 0]))

@@ -6,7 +6,8 @@ one of the two rows is a pair; contexts of questions; target texts of translatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,24 +21,39 @@ from mtl_jax.data.splits import Splits
 VIEWS = ("row", "single text", "context", "target")
 
 
+class Joined:
+    """Sequences of rows one behind the other; each row is read when it is asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Row]]):
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __iter__(self) -> Iterator[Row]:
+        return itertools.chain.from_iterable(self._parts)
+
+    def __getitem__(self, index: int) -> Row:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part][int(index - self._starts[part])]
+
+
 class Rows(NamedTuple):
     """All rows of the sources of an experiment.
 
     Attributes:
         groups: (source, split) of each group of rows.
         group_of: i64[N], the group of each row.
-        rows: The N rows.
+        rows: The N rows; those of data sets on disk stay there.
         dropped: bool[N], whether a run drops the row before it trains.
     """
 
     groups: list[tuple[str, str]]
     group_of: np.ndarray
-    rows: list[Row]
+    rows: Joined
     dropped: np.ndarray
 
 
-def collect(data: Mapping[str, Splits], kept: Mapping[str, Splits]) -> Rows:
-    """The rows of all splits, and the training rows that were dropped.
+def collect(data: Mapping[str, Splits], kept: Mapping[str, Splits] | None = None) -> Rows:
+    """The rows of all splits; and if `kept` is given, the training rows that were dropped.
 
     Args:
         data: {source: its splits}.
@@ -45,22 +61,21 @@ def collect(data: Mapping[str, Splits], kept: Mapping[str, Splits]) -> Rows:
     """
     groups: list[tuple[str, str]] = []
     group_of: list[np.ndarray] = []
-    rows: list[Row] = []
+    joined: list[Sequence[Row]] = []
     dropped: list[bool] = []
     for name, parts in data.items():
         for split in SPLITS:
-            part = list(parts.rows[split])
-            gone = [False] * len(part)
-            if split == "train":
+            joined.append(parts.rows[split])
+            gone = [False] * len(parts.rows[split])
+            if split == "train" and kept is not None:
                 remaining = set(kept[name].text_digests["train"])
                 gone = [digest not in remaining for digest in parts.text_digests["train"]]
-                repeats = [splits.row_at(reference) for reference, _ in parts.repeats]
-                part, gone = [*part, *repeats], [*gone, *[True] * len(repeats)]
-            group_of.append(np.full(len(part), len(groups)))
+                joined.append([splits.row_at(reference) for reference, _ in parts.repeats])
+                gone += [True] * len(parts.repeats)
+            group_of.append(np.full(len(gone), len(groups)))
             groups.append((name, split))
-            rows += part
             dropped += gone
-    return Rows(groups, np.concatenate(group_of), rows, np.array(dropped, bool))
+    return Rows(groups, np.concatenate(group_of), Joined(joined), np.array(dropped, bool))
 
 
 class View(NamedTuple):
@@ -77,28 +92,40 @@ class View(NamedTuple):
     whole: np.ndarray
 
 
-def views(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows) -> dict[str, View]:
-    """{view: its texts}, those views that the sources have."""
+def views(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, names: Sequence[str] = VIEWS) -> dict[str, View]:
+    """{view: its texts}, those views that the sources have.
+
+    Args:
+        sources: The sources.
+        tasks: Their tasks, which name target texts.
+        rows: The rows.
+        names: The views that are wanted.
+    """
     declared = {source.name: source for source in sources}
     targets = {
         name: sorted({column for task in tasks if task.source == name for column in task.text_columns}) for name in declared
     }
-    entries: dict[str, list[tuple[Text, int, bool]]] = {view: [] for view in VIEWS}
+    entries: dict[str, list[tuple[Text, int, bool]]] = {view: [] for view in names}
+
+    def add(view: str, texts: Iterable[Text], number: int, whole: bool = False) -> None:
+        if view in entries:
+            entries[view] += [(text, number, whole) for text in texts]
+
     for number, (group, row) in enumerate(zip(rows.group_of.tolist(), rows.rows, strict=True)):
         source = declared[rows.groups[group][0]]
         texts = tuple(row_keys.text_of(source, row, kind) for kind in (("text", "pair") if source.pair else ("text",)))
         context = row.columns.get("context") if isinstance(row.columns.get("answers"), list) else None
         if isinstance(context, str) and "context" not in (source.text, source.pair):
-            entries["context"].append((context, number, False))
-            entries["row"].append(((*texts, context), number, True))
+            add("context", [context], number)
+            add("row", [(*texts, context)], number, whole=True)
         else:
-            entries["row"].append((texts[0] if len(texts) == 1 else texts, number, True))
-        entries["single text"] += [(text, number, len(texts) == 1) for text in texts]
+            add("row", [texts[0] if len(texts) == 1 else texts], number, whole=True)
+        add("single text", texts, number, whole=len(texts) == 1)
         for column in targets[source.name]:
             value = row.columns.get(column)
-            entries["target"] += [(text, number, False) for text in (value if isinstance(value, list) else [value]) if text]
-    if all(whole for _, _, whole in entries["single text"]):
-        entries["single text"] = []
+            add("target", [text for text in (value if isinstance(value, list) else [value]) if text], number)
+    if all(whole for _, _, whole in entries.get("single text", ())):
+        entries.pop("single text", None)
     return {
         view: View([text for text, _, _ in items], _array(row for _, row, _ in items), _array(whole for _, _, whole in items))
         for view, items in entries.items()

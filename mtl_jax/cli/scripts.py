@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_jax.core import script_calls
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.script_calls import Read as Read
 
 if TYPE_CHECKING:  # takes a second to import, and --help needs none of it
     from mtl_jax.experiment import Experiment
@@ -23,14 +25,6 @@ log = logging.getLogger(__name__)
 only_read: contextvars.ContextVar[bool] = contextvars.ContextVar("only_read", default=False)
 imported: contextvars.ContextVar[bool] = contextvars.ContextVar("imported", default=False)  # for the parts that it defines
 _flags: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("flags", default=())
-
-
-class Read(BaseException):
-    """Ends a script at its call of main(), where its experiment is known. Not an Exception, so that scripts do not catch it."""
-
-    def __init__(self, experiment: Experiment, has_hooks: bool = False):
-        super().__init__()
-        self.experiment, self.has_hooks = experiment, has_hooks
 
 
 def divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -121,7 +115,8 @@ def read(script: str, purpose: str = "ablate") -> Experiment:
 
     Args:
         script: A Python file that calls mtl_jax.main, as `python SCRIPT FLAGS` would run it.
-        purpose: What the experiment is for, as a verb for error lines.
+        purpose: What the experiment is for, as a verb for error lines. "audit": a script that calls mtl_jax.train has the
+            experiment that it would train first.
 
     Raises:
         UserError: The file does not exist, or it ends without calling main().
@@ -130,7 +125,7 @@ def read(script: str, purpose: str = "ablate") -> Experiment:
     if not path.is_file():
         raise UserError(f"{script}: no such script")
     argv, folders = sys.argv, list(sys.path)
-    token = only_read.set(True)
+    token, train_token = only_read.set(True), script_calls.until_train.set(purpose == "audit")
     sys.argv, sys.path[:0] = [script, *_flags.get()], [str(path.resolve().parent)]
     try:
         runpy.run_path(script, run_name="__main__")
@@ -141,4 +136,5 @@ def read(script: str, purpose: str = "ablate") -> Experiment:
     finally:
         sys.argv, sys.path[:] = argv, folders
         only_read.reset(token)
+        script_calls.until_train.reset(train_token)
     raise UserError(f"{script}: it did not call mtl_jax.main(experiment), so there is nothing to {purpose}")

@@ -135,7 +135,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("Task.dropout", "Classification.label_smoothing", "Seq2Seq.label_smoothing", "Mixout.p"), RATE),
     **dict.fromkeys(("Source.cut_dev", "Source.cut_test"), RATE),
     **dict.fromkeys(("Classification.threshold", "Optimizer.warmup"), SHARE),
-    "MaskedLM.rate": Limits(0, 1, above=True),
+    **dict.fromkeys(("MaskedLM.rate", "Source.near"), Limits(0, 1, above=True)),
     **dict.fromkeys(("Optimizer.b1", "Optimizer.b2"), RATE),
     **dict.fromkeys(("Optimizer.eps", "ParamRule.rate", "Distillation.temperature", "Regression.scale"), POSITIVE),
     "Optimizer.ratio": Limits(1, LARGEST),

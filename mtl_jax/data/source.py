@@ -14,6 +14,8 @@ NAMED = ("csv", "tsv", "conll", "parallel")  # formats whose columns a Source ca
 # {split: the fields of a Source that give its rows: a path, or rows of the script}
 FIELDS = {"train": ("path", "rows"), "dev": ("dev_path", "dev_rows"), "test": ("test_path", "test_rows")}
 
+COPIES = ("report", "drop", "fail")  # what to do about copies of held-out rows
+
 
 class ScriptRows:
     """Rows that a script gives a Source in place of a path; or only their record, in a Source read from config.json.
@@ -78,6 +80,10 @@ class Source(Configuration):
             text, so that all classes occur; label sets are those of all rows.
         limit_train: Use at most so many training rows, sampled as for limit, 0 for all: to measure training on few rows, on
             the same dev and test.
+        copies: What a run does about training rows that are copies of held-out rows, of this source or another: with the same
+            letters and digits, or near. report: it counts them in its log and in data.json. drop: it leaves them out. fail: it
+            does not start, and names ten. Rows of one text, case and spaces aside, are dropped in any case.
+        near: The least similarity of near copies; at 0.7, one word in ten may differ.
         rows: In place of path, rows that the script has: a list of dicts, a pandas DataFrame, a datasets.Dataset, or a function
             without arguments that returns an iterator of dicts and is called for every pass. Values are texts, lists of words,
             numbers, None or answers. Not a flag.
@@ -103,6 +109,8 @@ class Source(Configuration):
     group_pattern: str = ".+"
     limit: int = 0
     limit_train: int = 0
+    copies: str = "report"
+    near: float = 0.7
     rows: Annotated[GivenRows, Suppress] = None
     dev_rows: Annotated[GivenRows, Suppress] = None
     test_rows: Annotated[GivenRows, Suppress] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.corpus import make_corpus, read_sources
 from mtl_jax.data.labels import Labels
@@ -49,6 +50,10 @@ def batches_of(
     """
     all_sources = (sources,) if isinstance(sources, Source) else tuple(sources)
     all_tasks = tuple(tasks) if isinstance(tasks, Sequence) else (tasks,)
+    for source in all_sources:
+        if source.copies != "report":
+            what = f"source {source.name!r}: copies is {source.copies!r}, which only a run looks after"
+            raise UserError(f"{what}; leave it out here, and find copies by mtl_jax.audit.near_copies")
     if isinstance(tokenizer, str):
         tokenizer = locate.load_tokenizer(locate.locate(tokenizer))
     data = read_sources(all_sources, all_tasks)

@@ -23,7 +23,7 @@ from mtl_jax.data.formats import READERS, hf, names_columns, read_file, script_r
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, Row, no_column
 from mtl_jax.data.row_keys import text_of
-from mtl_jax.data.source import FIELDS, NAMED, SPLITS, Source
+from mtl_jax.data.source import COPIES, FIELDS, NAMED, SPLITS, Source
 
 ADVICE = " (a source with lenient=True leaves such rows out, and counts them)"
 SHOWN = 5  # skipped rows of a source that are logged one by one
@@ -212,6 +212,8 @@ def _check(source: Source) -> None:
     for field in ("limit", "limit_train"):
         if getattr(source, field) < 0:
             raise UserError(f"{prefix}: {field} is {getattr(source, field)}; it must be a number of rows, or 0 for all")
+    if source.copies not in COPIES:
+        raise unknown(f"copies of {prefix}:", source.copies, COPIES)
     if source.columns and not names_columns(source.format):
         raise UserError(f"{prefix}: columns cannot be given for format {source.format}, only for {', '.join(NAMED)}")
     if source.format == "conll" and not source.columns:

@@ -33,6 +33,7 @@ from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.trunks import TrunkConfig
 
 PARTS = "parts"  # the key of config.json with the user's own parts
+COPIES = "copies"  # the key of data.json with the numbers of copies
 
 log = logging.getLogger(__name__)
 
@@ -163,16 +164,24 @@ def _advice(file: str) -> str:
     return f"{advice}, or from Python import the file first"
 
 
-def data_to_json(sources: Mapping[str, Any], experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
+def data_to_json(
+    sources: Mapping[str, Any], experiment: Experiment, tasks: Sequence[Task], copies: Mapping[str, Any]
+) -> dict[str, Any]:
     """The contents of data.json.
 
     Args:
         sources: The result of Corpus.describe().
         experiment: The experiment; of rows that its script gave, number and SHA-256 are recorded.
         tasks: The tasks with what they learned from the data.
+        copies: The numbers of training rows that are copies of held-out rows; {} where there are none.
     """
     records = {source.name: record for source in experiment.sources if (record := script_rows.records(source))}
-    return {**sources, "tasks": tasks_to_json(tasks), **({"rows": records} if records else {})}
+    return {
+        **sources,
+        "tasks": tasks_to_json(tasks),
+        **({"rows": records} if records else {}),
+        **({COPIES: copies} if copies else {}),
+    }
 
 
 def data_with_defaults(values: Any) -> Any:
@@ -225,6 +234,7 @@ def _converter() -> cattrs.Converter:
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
     fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
+    fields |= {name: override(omit_if_default=True) for name in ("copies", "near")}  # workdirs of before stay the same
     source_to_json = make_dict_unstructure_fn(Source, converter, **fields)
     converter.register_unstructure_hook(Source, lambda source: {**source_to_json(source), **script_rows.records(source)})
     records: dict[str, Any] = {rows: override(struct_hook=_script_rows) for _, rows in FIELDS.values()}

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import trunks
+from mtl_jax.audit import at_start
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import corpus as corpora
@@ -50,6 +51,7 @@ class Prepared(NamedTuple):
         teachers: {distillation: the model that it imitates}.
         anchor_runs: {EWC: the run whose parameters it stays near}; only those that name another run.
         compared_tasks: {regulariser: the tasks whose outputs it compares}; only those that name tasks or imitate logits.
+        copies: The numbers of training rows that are copies of held-out rows, for data.json; {} where there are none.
     """
 
     experiment: Experiment
@@ -63,6 +65,7 @@ class Prepared(NamedTuple):
     teachers: dict[str, Teacher]
     anchor_runs: dict[str, TrainedRun]
     compared_tasks: dict[str, list[str]]
+    copies: dict[str, Any]
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -75,7 +78,8 @@ def prepare(experiment: Experiment) -> Prepared:
     check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
-    data = corpora.read_sources(experiment.sources, experiment.tasks)
+    copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
+    data = copies.data
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
@@ -87,6 +91,7 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
+    corpus.notes.extend(copies.notes)
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
@@ -101,7 +106,7 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record)
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:

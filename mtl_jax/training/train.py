@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mtl_jax import trunks
-from mtl_jax.core import locks, log_lines
+from mtl_jax.core import locks, log_lines, script_calls
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.hooks import Callbacks, Hooks, several
 from mtl_jax.experiment import Experiment, keep_head_weights
@@ -79,6 +79,8 @@ def train(
         >>> sorted(results["tasks"])
         ['coarse', 'fine']
     """
+    if script_calls.until_train.get():
+        raise script_calls.Read(experiment)
     log_lines.show()
     folder = Path(workdir)
     all_hooks, logger_names = several(hooks), checked(loggers)
@@ -127,7 +129,7 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
     if (folder / "results.json").exists() and not config_changed:
         return Opened(config, results.read(folder))
     prepared = prepare(experiment)
-    data = data_to_json(prepared.corpus.describe(), experiment, prepared.corpus.tasks)
+    data = data_to_json(prepared.corpus.describe(), experiment, prepared.corpus.tasks, prepared.copies)
     if not config_changed:
         workdirs.check_data(folder, data, data_with_defaults)
     trunk = {"trunk": prepared.trunk.params}

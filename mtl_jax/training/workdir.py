@@ -239,7 +239,11 @@ def check_data(workdir: Path, data: dict[str, Any], with_defaults: Callable[[Any
     first_data = read_json(workdir / "data.json")
     if first_data is None:
         return
-    changed = [path for path, _, _ in differences(with_defaults(first_data), json.loads(to_json(data)))]
+    # The numbers of copies follow from the rows, and earlier versions did not count them.
+    stored, current = (
+        {name: value for name, value in values.items() if name != "copies"} for values in (with_defaults(first_data), data)
+    )
+    changed = [path for path, _, _ in differences(stored, json.loads(to_json(current)))]
     if changed:
         raise UserError(
             f"{workdir} was begun with other data: {', '.join(changed[:5])} changed. Put the files back, choose another "

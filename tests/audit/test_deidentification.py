@@ -172,8 +172,8 @@ def test_a_recogniser_of_a_script_is_one_more(registry):
         ({"recognisers": ["emial"]}, r"unknown recogniser 'emial' \(did you mean 'email'\?\)"),
         ({"recognisers": "email"}, "recognisers is the text 'email'; it must be a list of names"),
         ({"seed": "a"}, "seed is 'a'; it must be a whole number"),
-        ({"people": lambda texts: []}, "people gave the names of 0 texts for 1"),
-        ({"people": lambda texts: [[(0, 99, "person")]]}, "person at 0 to 99 is no place in a text of 1 characters"),
+        ({"people": lambda texts: []}, "people gave the names of 0 texts for 1 text"),
+        ({"people": lambda texts: [[(0, 99, "person")]]}, "person at 0 to 99 is no place in a text of 1 character"),
     ],
 )
 def test_bad_input_is_one_line(options, line):

@@ -225,6 +225,15 @@ def test_a_bad_flag_of_the_command_is_one_line(flags, line, tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith(line)
 
 
+def test_a_script_that_trains_by_itself_is_stopped_before(tmp_path, monkeypatch, capsysbinary):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT.replace("mtl_jax.main(", "mtl_jax.train(workdir='run', experiment="))
+    monkeypatch.setattr("sys.argv", ["mtl-jax", "audit", "script.py"])
+    main.console()
+    assert b"| films test |" in capsysbinary.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_script_without_an_experiment_is_one_line(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(UserError, match=r"did not call mtl_jax\.main\(experiment\), so there is nothing to audit"):

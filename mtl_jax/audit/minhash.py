@@ -48,6 +48,11 @@ class Bands(NamedTuple):
     rows: int
     number: int
 
+    @property
+    def minima(self) -> int:
+        """Number of minima of a set."""
+        return self.rows * self.number
+
     def recall(self, similarity: float) -> float:
         """The probability that two sets of this Jaccard similarity are a candidate."""
         return 1 - (1 - similarity**self.rows) ** self.number
@@ -122,7 +127,7 @@ def similar(
         Pairs i64[M, 2], sorted; their similarities f64[M]. No text is paired with itself.
     """
     plan = bands(threshold)
-    signatures = sketches(texts, max(plan.rows * plan.number, 64))
+    signatures = sketches(texts, max(plan.minima, 64))
     first = first[texts.sizes[first] > 0]
     second = None if second is None else second[texts.sizes[second] > 0]
     bits = np.packbits((signatures[:, :64] & np.uint32(1)).astype(np.uint8), axis=1).view(np.uint64)[:, 0]
@@ -130,16 +135,20 @@ def similar(
     share = (1 + threshold) / 2
     least_equal = 64 * share - 6 * math.sqrt(64 * share * (1 - share))
     sizes, count = texts.sizes, np.int64(len(texts.words))
-    codes = np.zeros(0, np.int64)
+    keys = np.stack(
+        [_band_keys(signatures[:, start : start + plan.rows]) for start in range(0, plan.minima, plan.rows)], axis=1
+    )
+    del signatures
+    parts = [np.zeros(0, np.int64)]
     for band in range(plan.number):
-        keys = _band_keys(signatures[:, band * plan.rows : (band + 1) * plan.rows])
-        parts = [codes]
-        for left, right in _collisions(keys, first, second):
+        for left, right in _collisions(np.ascontiguousarray(keys[:, band]), first, second):
             small, large = np.minimum(sizes[left], sizes[right]), np.maximum(sizes[left], sizes[right])
             likely = (small >= threshold * large) & (64 - np.bitwise_count(bits[left] ^ bits[right]) >= least_equal)
             likely &= left != right
-            parts.append(np.unique(left[likely] * count + right[likely]))
-        codes = np.unique(np.concatenate(parts)) if len(parts) > 1 else codes
+            left, right = left[likely], right[likely]
+            seen = (keys[left, :band] == keys[right, :band]).any(axis=1)  # in an earlier band
+            parts.append(left[~seen] * count + right[~seen])
+    codes = np.sort(np.concatenate(parts))
     pairs = np.stack([codes // count, codes % count], axis=1)
     similarities = jaccard(texts, pairs)
     kept = similarities >= threshold

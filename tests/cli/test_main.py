@@ -146,6 +146,7 @@ def help_of(flag, monkeypatch, capsys, **changes):
 
 def test_help_is_one_screen_of_the_flags_that_people_use(monkeypatch, capsys):
     """Sources and tasks are described once, however many there are."""
+    monkeypatch.setenv("COLUMNS", "110")
     text = help_of("--help", monkeypatch, capsys)
     assert len(text.splitlines()) < 60
     for flag in (

@@ -106,7 +106,7 @@ def test_worker_processes_change_nothing_and_end_with_the_run(folder, uninterrup
     """Killed and resumed with workers, a run ends as one without; its workers do not outlive it."""
     workdir = folder / "workers"
     process = start(folder, workdir, "--batch.workers", "2")
-    signal_at(process, workdir, 6, signal.SIGSTOP)
+    signal_at(process, workdir, 8, signal.SIGSTOP)  # the save of step 6 has waited for that of step 3
     workers = children(process)
     process.send_signal(signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL

@@ -338,7 +338,7 @@ def test_adapters_by_source_go_out_for_a_task_only(finished, tmp_path):
 def test_flags_change_adapters(bert, data, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tiny.py", "--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer"])
     launched = []
-    monkeypatch.setattr(launch, "_launch", launched.append)
+    monkeypatch.setattr(launch, "_launch", lambda flags, hooks: launched.append(flags))
     launch.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
     (flags,) = launched
     config = experiment_json.to_json(flags.experiment)

@@ -77,10 +77,10 @@ def test_the_pairs_of_the_guide_are_read_and_predicted(shallow, tmp_path, monkey
         predict._row(source, "A man sleeps.", 1, False)
 
 
-def test_the_loop_of_ones_own_runs(deep):
+def test_the_loop_of_ones_own_runs(bert):
     """Every block of the page, one after another, as a reader types them."""
     page = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
-    names = {"CHECKPOINT": str(deep)}
+    names = {"CHECKPOINT": str(bert)}
     for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         exec(compile(block, "own_loop.md", "exec"), names)
     assert names["weights"].keys() == {"sentiment", "length"}

@@ -140,8 +140,8 @@ def test_files_that_are_not_there():
 
 def test_a_script_that_is_imported_does_not_train(own):
     file = own("import mtl_jax\nAFTER = False\nfrom tiny import experiment\nmtl_jax.main(experiment('a', 'b'))\nAFTER = True")
-    assert not sys.modules["mine"].AFTER
-    assert file.exists()
+    (module,) = [module for module in sys.modules.values() if getattr(module, "__file__", None) == str(file)]
+    assert not module.AFTER
 
 
 @pytest.mark.parametrize("name", ["evil.py", "evil"])

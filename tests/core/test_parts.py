@@ -140,7 +140,7 @@ def test_files_that_are_not_there():
 
 def test_a_script_that_is_imported_does_not_train(own):
     file = own("import mtl_jax\nAFTER = False\nfrom tiny import experiment\nmtl_jax.main(experiment('a', 'b'))\nAFTER = True")
-    (module,) = [module for module in sys.modules.values() if getattr(module, "__file__", None) == str(file)]
+    (module,) = [module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(file)]
     assert not module.AFTER
 
 

@@ -4,7 +4,7 @@ Edits that keep the letters: case, spaces, punctuation, quotation marks, full-wi
 spaces around punctuation, emoji. Edits of words, at most one word in ten, so none in a text of fewer than ten words: a word
 replaced, dropped, inserted, misspelt; two neighbours swapped; a few words before or after the text; the end cut off.
 
-Texts that are no copies: the first half of one text with the second half of another; a text with two words in five replaced;
+Texts that are not copies: the first half of one text with the second half of another; a text with two words in five replaced;
 the words of a text in another order; a short text with one word replaced.
 """
 

@@ -16,11 +16,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import dataclasses
-import functools
 import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -30,7 +30,7 @@ from mtl_jax import train
 from mtl_jax.core import assets, parts, plotting
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import write_bytes
-from mtl_jax.core.plotting import curves as draw
+from mtl_jax.core.plotting import curves
 
 # The same cases every time, however slow the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -100,20 +100,20 @@ def _parts_forgotten() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _figure() -> bytes:
-    """Some run's figure."""
-    with tempfile.TemporaryDirectory() as folder:
-        draw([{"kind": "train", "step": 1, "loss/a": 1.0}], [("a", "accuracy")], Path(folder) / "curves.png")
-        return (Path(folder) / "curves.png").read_bytes()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """To draw a figure takes a quarter of a tiny run's time: each run gets one that is drawn once, but in tests of figures."""
+    """To draw a figure takes a quarter of a tiny run's time: each file draws its first, and its other runs get a copy."""
+    figure: list[bytes] = []
+
+    def draw(records: Any, tasks: Any, path: Path) -> None:
+        if not figure or request.path.name in ("test_loop.py", "test_plotting.py", "test_full_disk.py"):
+            curves(records, tasks, path)
+            figure[:] = [path.read_bytes()]
+        else:
+            write_bytes(path, figure[0])
+
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.name not in ("test_loop.py", "test_plotting.py", "test_full_disk.py"):
-            patch.setattr(plotting, "curves", lambda records, tasks, path: write_bytes(path, _figure()))
+        patch.setattr(plotting, "curves", draw)
         yield
 
 

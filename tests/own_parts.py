@@ -7,7 +7,9 @@ from unittest import mock
 
 import tiny
 
+from mtl_jax import Experiment
 from mtl_jax.cli import main as commands
+from mtl_jax.cli import scripts
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "own"
 # A few steps of a small model.
@@ -24,6 +26,19 @@ def data_flags(folder: Path) -> list[str]:
     (folder / "sentiment.tsv").write_text(table, encoding="utf-8")
     paths = [flag for number in (0, 1) for flag in (f"--sources.{number}.path", str(folder / "sentiment.tsv"))]
     return [*paths, "--trunk.vocabulary", "60", "--trunk.dimension", "8"]
+
+
+def copied(name: str, folder: Path) -> Path:
+    """A copy of an example and of what it imports, which a test may change."""
+    for file in (name, "two_tasks.py"):
+        (folder / file).write_text((FOLDER / file).read_text(encoding="utf-8"), encoding="utf-8")
+    return folder / name
+
+
+def experiment_of(script: Path, *flags: str) -> Experiment:
+    """The experiment that python SCRIPT FLAGS would train."""
+    with scripts.given(flags):
+        return scripts.read(str(script))
 
 
 def start(script: Path, *flags: str) -> None:

@@ -4,7 +4,7 @@
     python experiments/own/hooks.py --logger csv --logger wandb
 
 MTL_JAX_DATA names a folder with tweeteval/. The trunk is small and from scratch, so that a run takes a minute on a CPU. Hooks
-and loggers are no part of the experiment: config.json does not have them, and predict, evaluate, convert and report need no
+and loggers are not part of the experiment: config.json does not have them, and predict, evaluate, convert and report need no
 --import for them. A stopped run resumes from its last checkpoint, so that steps after it are in the CSV file twice; the last
 row counts.
 """

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,29 +163,9 @@ def _ablate(
     from mtl_jax import reporting  # imported late: matplotlib takes a while
 
     page = reporting.write(folder, folder, patience=PATIENCE)
-    for line in (best_setting(folder, written), f"the report is {page}"):
+    for line in (reporting.best_setting(folder), f"the report is {page}"):
         log.info("%s", line)
     return written
-
-
-def best_setting(folder: Path, record: Mapping[str, Any]) -> str:
-    """A line on the setting with the best mean dev criterion over its seeds.
-
-    Args:
-        folder: The ablation's workdir.
-        record: ablation.json.
-    """
-    criteria: dict[str, list[float]] = {}
-    for run in record["runs"]:
-        finished = workdirs.read_results(folders.of_run(folder, run["run"]))
-        if finished is not None and finished["best_criterion"] is not None:
-            setting = ", ".join(f"{name} {value}" for name, value in run["values"].items() if name != "seed")
-            criteria.setdefault(setting, []).append(finished["best_criterion"])
-    if not criteria:
-        return "no run has a dev criterion"
-    best = max(criteria, key=lambda setting: float(np.mean(criteria[setting])))
-    seeds = count(len(criteria[best]), "seed")
-    return f"best on dev: {best or 'the only setting'} (criterion {np.mean(criteria[best]):.4f}, {seeds})"
 
 
 def plan(

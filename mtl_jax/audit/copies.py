@@ -80,7 +80,7 @@ def near_copies(
         (index in train_texts, index in held_out_texts, similarity), sorted.
 
     Raises:
-        UserError: The threshold is not above 0 and at most 1, or a text is no text.
+        UserError: The threshold is not above 0 and at most 1, or one of the texts is not a str.
 
     Examples:
         >>> near_copies(["A moore 's film !", "It rains."], ["a Moore's film", "it snows"])

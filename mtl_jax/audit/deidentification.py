@@ -111,7 +111,7 @@ def deidentify_texts(
         places = [(start, end, name) for name, function in functions for start, end in function(text)]
         for start, end, kind in (*places, *entities):
             if not 0 <= start < end <= len(text):
-                raise UserError(f"{kind} at {start} to {end} is no place in a text of {count(len(text), 'character')}")
+                raise UserError(f"{kind} at {start} to {end} is not within a text of {count(len(text), 'character')}")
         result.append(_replaced(text, [*places, *entities], replace))
     return result
 

@@ -96,7 +96,7 @@ def _of_chunk(strings: list[str], owners: list[int]) -> tuple[np.ndarray, np.nda
     begins, ends = _units(kinds)
     hashes = _hashes(codes, begins, ends)
     alone = kinds[begins] == _ALONE
-    # A side ends at the line feed after it, and its own line feeds are no letters: the number of its characters says where.
+    # A side ends at the line feed after it, and its own line feeds are not letters: the number of its characters says where.
     side_ends = np.cumsum(np.array([len(string) + 1 for string in strings], np.int64))
     side = np.searchsorted(side_ends, begins, side="right")
     owner = owner_of[side]

@@ -296,12 +296,12 @@ def _conflict(
     known = (numbers >= 0) & (codes >= 0)
     texts = _unique(np.stack([numbers[known], codes[known]], axis=1))
     twice = pairs.first != pairs.second
-    own = np.concatenate([pairs.first, pairs.second[twice]])
-    other = np.concatenate([pairs.second, pairs.first[twice]])
+    left = np.concatenate([pairs.first, pairs.second[twice]])
+    right = np.concatenate([pairs.second, pairs.first[twice]])
     kinds, index = np.concatenate([pairs.kinds, pairs.kinds[twice]]), np.arange(len(pairs.first))
     index = np.concatenate([index, index[twice]])
-    origin, mine = matches(own, texts[:, 0])
-    again, theirs = matches(other[origin], texts[:, 0])
+    origin, mine = matches(left, texts[:, 0])
+    again, theirs = matches(right[origin], texts[:, 0])
     origin, mine = origin[again], mine[again]
     unlike = texts[mine, 1] != texts[theirs, 1]
     origin, mine, theirs = origin[unlike], mine[unlike], theirs[unlike]

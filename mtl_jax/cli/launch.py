@@ -131,9 +131,7 @@ def _parsed(experiment: Experiment, description: str) -> Launch:
     arguments, files = scripts.divided_imports(sys.argv[1:])
     scripts.import_parts(files)
     if {"--help", "-h"} & set(arguments):
-        others = {name: _OWN_FLAGS[name] for name in _OWN_FLAGS}
-        others["workdir"] = (f"runs/{experiment.name}", others["workdir"][1])
-        print(script_flags.help_page(experiment, others, f"python {sys.argv[0]}", description))
+        print(script_flags.help_page(Launch(experiment, f"runs/{experiment.name}"), f"python {sys.argv[0]}", description))
         flush_output()
         raise SystemExit(0)
     arguments = _without_switches(["--help" if argument == "--help-all" else argument for argument in arguments])
@@ -149,20 +147,8 @@ def _parsed(experiment: Experiment, description: str) -> Launch:
     )
     if remaining:
         given = dict(zip(by_place, arguments, strict=True))
-        raise script_flags.unknown_flag(
-            [given.get(flag, flag) for flag in remaining], [*_OWN_FLAGS, *script_flags.flags_of(experiment)]
-        )
+        raise script_flags.unknown_flag(Launch(experiment), [given.get(argument, argument) for argument in remaining])
     return launch
-
-
-# {flag: (default, what it does)}, for --help
-_OWN_FLAGS = {
-    "workdir": ("", "Where everything is written; the same workdir resumes"),
-    "dry-run": ("", "Read the data, print all tables, compile one step, and train nothing"),
-    "allow-config-change": ("", "Resume in a workdir that was begun with another configuration"),
-    "distributed": ("", "Train together with other processes"),
-    "logger": ("", "Also log to wandb, trackio, mlflow, or a logger of your own"),
-}
 
 
 def _launch(launch: Launch, hooks: Hooks | Iterable[Hooks]) -> None:

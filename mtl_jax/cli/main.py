@@ -10,8 +10,7 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
-from mtl_jax.cli.affinities import affinity
-from mtl_jax.cli.audits import audit
+from mtl_jax.cli.before_training import affinity, audit
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
 from mtl_jax.core.errors import UserError, unknown

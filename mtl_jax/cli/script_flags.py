@@ -83,35 +83,41 @@ def flags_of(value: Any, path: str = "") -> Iterator[str]:
             yield name
 
 
-def unknown_flag(arguments: Sequence[str], flags: Sequence[str]) -> UserError:
+def all_flags(launch: Any) -> list[str]:
+    """Every flag of a script: those of Launch, whose field experiment has no name of its own, and the experiment's."""
+    of_launch = [field.name.replace("_", "-") for field in dataclasses.fields(launch) if field.name != "experiment"]
+    return [*of_launch, *flags_of(launch.experiment)]
+
+
+def unknown_flag(launch: Any, arguments: Sequence[str]) -> UserError:
     """The error for arguments that no flag takes: the first of them, and the nearest flag.
 
     Args:
+        launch: The Launch with the defaults of all flags.
         arguments: Those that are left over.
-        flags: All flags, without dashes.
     """
     first = next((argument for argument in arguments if argument.startswith("--")), "")
     if not first:
         return UserError(f"{listed(arguments)}: not a flag, and no flag before takes it; see --help")
     given = first.partition("=")[0].replace("_", "-")
-    near = nearest(given.removeprefix("--"), flags)
+    near = nearest(given.removeprefix("--"), all_flags(launch))
     hint = f" (did you mean --{near}?)" if near else ""
     return UserError(f"unknown flag {shown(given)}{hint}; --help shows the flags that people use, --help-all all")
 
 
-def help_page(experiment: Experiment, others: Mapping[str, tuple[str, str]], program: str, description: str) -> str:
+def help_page(launch: Any, program: str, description: str) -> str:
     """--help of a script: one screen.
 
     Args:
-        experiment: The default of every flag.
-        others: {flag: (default, description)} of flags that are not fields of the experiment.
+        launch: The Launch with the defaults of all flags.
         program: The command, such as "python experiments/quickstart.py".
         description: The script's docstring.
     """
+    experiment: Experiment = launch.experiment
     width = min(shutil.get_terminal_size((110, 40)).columns, 120)
     lines = [f"usage: {program} [FLAGS]", "", description.strip(), ""]
     for group, flags in GROUPS.items():
-        rows = [row for flag in flags for row in _rows(experiment, others, flag)]
+        rows = [row for flag in flags for row in _rows(launch, flag)]
         if rows:
             lines += [group, *(line for flag, text in rows for line in _two_columns(flag, text, width))]
     rows = list(_rows_of_own_parts(experiment))
@@ -119,23 +125,20 @@ def help_page(experiment: Experiment, others: Mapping[str, tuple[str, str]], pro
         lines += ["parts of your own", *(line for flag, text in rows for line in _two_columns(flag, text, width))]
     names = {field: _names(getattr(experiment, field)) for field in ("sources", "tasks", "phases", "adapters", "regularisers")}
     named = "; ".join(f"{field} {', '.join(of_field)}" for field, of_field in names.items() if of_field)
-    total = len(list(flags_of(experiment))) + len(others)
+    total = len(all_flags(launch))
     lines += ["", *textwrap.wrap(f"NAME is one of: {named}.", width)]
     return "\n".join([*lines, f"--help-all shows all {total} flags, and --import FILE.py brings parts of your own."])
 
 
-def _rows(experiment: Experiment, others: Mapping[str, tuple[str, str]], flag: str) -> Iterator[tuple[str, str]]:
+def _rows(launch: Any, flag: str) -> Iterator[tuple[str, str]]:
     """(flag with its default, description) of an entry of GROUPS."""
-    if flag in others:
-        default, text = others[flag]
-        yield f"--{flag} {default}".rstrip(), text
-        return
     first, *rest = flag.replace("-", "_").split(".")
-    value = getattr(experiment, first, None)
+    owner = launch if hasattr(launch, first) else launch.experiment
+    value = getattr(owner, first)
     if not rest:
-        yield f"--{flag} {_shown(value)}".rstrip(), _description(type(experiment), first)
+        yield f"--{flag} {'' if value is False else _shown(value)}".rstrip(), _description(type(owner), first)
     elif rest == ["*"]:
-        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        for field in dataclasses.fields(value):
             default = _shown(getattr(value, field.name))
             yield f"--{first}.{field.name.replace('_', '-')} {default}".rstrip(), _description(type(value), field.name)
     elif rest[0] == "NAME":
@@ -151,18 +154,18 @@ def _rows(experiment: Experiment, others: Mapping[str, tuple[str, str]], flag: s
 
 def _rows_of_own_parts(experiment: Experiment) -> Iterator[tuple[str, str]]:
     """(flag, description) of the fields that the user's classes of tasks, adapters and regularisers declare."""
+    above = {flag for flags in GROUPS.values() for flag in flags}
     kinds = {}
-    for field in ("tasks", "adapters", "regularisers"):
-        for element in getattr(experiment, field):
+    for group in ("tasks", "adapters", "regularisers"):
+        for element in getattr(experiment, group):
             if parts.origin_of(type(element)) is not None:
-                kinds[type(element)] = f"{field}.NAME"
+                kinds[type(element)] = f"{group}.NAME"
     for kind, path in kinds.items():
-        for name in (field.name for field in dataclasses.fields(kind)):
-            listed_above = f"{path}.{name.replace('_', '-')}" in (flag for flags in GROUPS.values() for flag in flags)
-            if name in vars(kind).get("__annotations__", {}) and name != "name" and not listed_above:
-                default = next(field.default for field in dataclasses.fields(kind) if field.name == name)
-                text = "" if default is dataclasses.MISSING else _shown(default)
-                yield f"--{path}.{name.replace('_', '-')} {text}".rstrip(), _description(kind, name)
+        for field in dataclasses.fields(kind):
+            flag = f"{path}.{field.name.replace('_', '-')}"
+            if field.name in vars(kind).get("__annotations__", {}) and field.name != "name" and flag not in above:
+                default = "" if field.default is dataclasses.MISSING else _shown(field.default)
+                yield f"--{flag} {default}".rstrip(), _description(kind, field.name)
 
 
 def _shown(value: Any) -> str:

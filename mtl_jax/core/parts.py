@@ -41,14 +41,22 @@ class Origin(NamedTuple):
 
 
 def origin_of(part: Any) -> Origin | None:
-    """The origin of a class or function; None for a part of mtl_jax itself.
+    """The origin of a class or function, as it was when it was defined or registered; None for a part of mtl_jax itself.
 
     Args:
         part: A class, a function, or a functools.partial of one.
     """
-    if isinstance(part, type) and (stored := vars(part).get("_origin")) is not None:
-        return stored
     part = inspect.unwrap(getattr(part, "func", part))
+    if part not in _ORIGINS:
+        _ORIGINS[part] = _find_origin(part)
+    return _ORIGINS[part]
+
+
+# Kept from the first look at a part, which its definition takes: the file may be edited while a run trains.
+_ORIGINS: dict[Any, Origin | None] = {}
+
+
+def _find_origin(part: Any) -> Origin | None:
     if str(getattr(part, "__module__", PACKAGE)).partition(".")[0] == PACKAGE:
         return None
     code = getattr(part, "__code__", None)
@@ -89,7 +97,7 @@ class Part(Configuration):
             _KINDS.setdefault(cls, {})
             return
         if cls.__module__.partition(".")[0] != PACKAGE:
-            cls._origin = origin_of(cls)  # type: ignore[attr-defined]
+            origin_of(cls)
             _resolve_annotations(cls)
         if "kind" in vars(cls).get("__annotations__", {}):
             raise UserError(f"class {cls.__name__}: config.json has the class's name as kind; give the field kind another name")
@@ -123,7 +131,7 @@ def kinds(door: type[Part]) -> Mapping[str, type[Part]]:
 
 
 def check_free(door: str, name: str, present: Any, new: Any) -> None:
-    """Raises UserError if a name is taken by a part of another file, and where it is no name.
+    """Raises UserError if a name is taken by a part of another file, or cannot be a name.
 
     A part of the same file is replaced: a module that is loaded once more, a cell of a notebook that runs again.
     """
@@ -177,6 +185,7 @@ class Registry(Mapping[str, F]):
         """
 
         def add(function: F) -> F:
+            origin_of(function)
             check_free(self.door, name, self._functions.get(name), function)
             self._functions[name] = function
             return function

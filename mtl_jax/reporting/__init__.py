@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtl_jax.core import locks, log_lines
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.files import write_json, write_text, writing
 from mtl_jax.reporting.study import ABLATION
 from mtl_jax.reporting.study import read as read
@@ -33,6 +33,24 @@ def report(*workdirs: str | Path, output: str | Path = "") -> Path:
     if not folders:
         raise UserError("no workdir given")
     return write(folders, output or default_output(folders))
+
+
+def best_setting(ablation: Path) -> str:
+    """A line on the setting of an ablation that is best by the dev criterion, as its report has it.
+
+    Args:
+        ablation: Its workdir.
+    """
+    from mtl_jax.reporting import formatting, statistics  # imported late: scipy takes a while
+
+    study = read([ablation])
+    ranked = statistics.ranked(statistics.groups(study))
+    if not ranked:
+        return "no run has a dev criterion"
+    best, criterion = ranked[0], ranked[0].criterion
+    assert criterion is not None  # else it has no rank
+    label = formatting.setting(best.values, study.fields)
+    return f"best on dev: {label} ({study.criterion} {criterion.mean:.4f}, {count(criterion.n, 'seed')})"
 
 
 def find(patterns: Sequence[str]) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -16,7 +17,8 @@ from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, O
 from mtl_jax.training.phase_plan import PhasePlan, needs_task_gradients
 from mtl_jax.training.regularisation import output_losses, transforms
 from mtl_jax.training.setup import Prepared
-from mtl_jax.training.step import make_gradient_fn
+from mtl_jax.training.step import make_gradient_fn, make_train_step
+from mtl_jax.transfer import averaging
 from mtl_jax.transfer.regularisers import Distillation, RDrop
 from mtl_jax.weighting import schedules
 
@@ -41,6 +43,19 @@ def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
     for transform in _transforms(prepared, plan):
         step = transform(step)
     return step
+
+
+def jitted_step(prepared: Prepared, plan: PhasePlan) -> Any:
+    """The jitted train step of a phase: (state, StepInputs) -> new state and metrics. It donates the state.
+
+    Args:
+        prepared: The run.
+        plan: The phase.
+    """
+    follow = averaging.make(prepared.experiment.averaging).follow
+    sources = len(prepared.corpus.splits["train"])
+    step = make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, sources, follow)
+    return jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(prepared.mesh))
 
 
 def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:

@@ -11,16 +11,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from mtl_jax import trunks
 from mtl_jax.core.errors import count
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import gradient_fn
+from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.references import References
 from mtl_jax.training.setup import initial_state, mixture_phases, prepare
-from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
-from mtl_jax.transfer import averaging
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +52,11 @@ def dry_run(experiment: Experiment) -> str:
     table = None
     if plan.cached_features:  # zeros: the step costs the same
         texts = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
-        width = jax.eval_shape(
-            lambda: prepared.trunk.module.apply({"params": prepared.params["trunk"]}, jnp.zeros((1, 1), int))
-        )
-        table = meshes.place(jnp.zeros((texts, width.hidden.shape[-1])), meshes.replicated(mesh))
+        width = trunks.width(prepared.trunk, prepared.params["trunk"])
+        table = meshes.place(jnp.zeros((texts, width)), meshes.replicated(mesh))
     with contextlib.closing(batches), tempfile.TemporaryDirectory() as folder:
         references = References(prepared, Path(folder)).for_phase(plan, state, begins=True)
-        follow = averaging.make(experiment.averaging).follow
-        step = jax.jit(
-            make_train_step(
-                gradient_fn(prepared, plan), plan.optimizer, plan.mask, len(prepared.corpus.splits["train"]), follow
-            ),
-            donate_argnums=0,
-            out_shardings=meshes.replicated(mesh),
-        )
+        step = jitted_step(prepared, plan)
         inputs = StepInputs(meshes.assemble(next(batches), meshes.by_rows(mesh)), table, references)
         log.info("compiling a step of phase %s ...", plan.phase.name)
         started = time.monotonic()

@@ -15,7 +15,7 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from mtl_jax import weighting
-from mtl_jax.core import configuration, files, parts
+from mtl_jax.core import configuration, parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import shown
 from mtl_jax.core.files import to_json as to_strict_json
@@ -28,6 +28,7 @@ from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.label_names import LabelNames
 from mtl_jax.tasks.metrics import METRICS
+from mtl_jax.training import workdir as workdirs
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.trunks import TrunkConfig
@@ -44,8 +45,8 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
     If the experiment has parts of the user's own, "parts" has the file of each and its hash.
     """
     values = {**_converter().unstructure(experiment), "weighting": rule_name(experiment)}
-    own = parts.as_json(used_parts(experiment))
-    return {**values, PARTS: own} if own else values
+    users_parts = parts.as_json(used_parts(experiment))
+    return {**values, PARTS: users_parts} if users_parts else values
 
 
 def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
@@ -81,7 +82,9 @@ def from_json(values: Any, where: str = "config.json") -> Experiment:
     Raises:
         UserError: The values are not those of an experiment, or a number is outside the limits of its field.
     """
-    experiment: Experiment = _structured(_without_parts(values, where), Experiment, where)
+    if isinstance(values, Mapping):
+        check_parts(values.get(PARTS, {}), where)
+    experiment: Experiment = _structured(_without_parts(values), Experiment, where)
     try:
         configuration.check(experiment, leave_out=configuration.SEEDS)  # earlier versions took any seed
     except UserError as error:
@@ -95,28 +98,22 @@ def with_defaults(values: Any) -> Any:
     Values that are not those of an experiment are returned unchanged.
     """
     try:
-        stored = _converter().unstructure(_structured(_without_parts(values, ""), Experiment, ""))
+        stored = _converter().unstructure(_structured(_without_parts(values), Experiment, ""))
         completed = json.loads(to_strict_json(stored))
         return {**completed, PARTS: values[PARTS]} if PARTS in values else completed
     except UserError:
         return values  # the comparison with the present configuration will show what differs
 
 
-def _without_parts(values: Any, where: str) -> Any:
-    """The values without the record of the user's parts.
-
-    Raises:
-        UserError: A class of the user's is not there; names its file. Nothing is imported because a file asks for it.
-    """
-    recorded = values.get(PARTS, {}) if isinstance(values, Mapping) else {}
-    if not recorded:
-        return values
-    check_parts(recorded, where)
-    return {name: value for name, value in values.items() if name != PARTS}
+def _without_parts(values: Any) -> Any:
+    """The values without the record of the user's parts."""
+    return {name: value for name, value in values.items() if name != PARTS} if isinstance(values, Mapping) else values
 
 
 def check_parts(recorded: Any, where: str) -> None:
     """Checks that the classes of the user's that a workdir needs are there; warns of a file that has changed since.
+
+    Nothing is imported because a file asks for it.
 
     Args:
         recorded: As parts.as_json() made it.
@@ -154,8 +151,10 @@ def check_registered(folder: Path, registry: parts.Registry[Any], name: str) -> 
     Raises:
         UserError: It is not there, and config.json names its file.
     """
-    recorded = (files.parse_json((folder / "config.json").read_bytes()) or {}).get(PARTS, {})
-    if name not in registry and (part := recorded.get(name)) and part["door"] == registry.door:
+    if name in registry:
+        return
+    part = (workdirs.read_json(folder / "config.json") or {}).get(PARTS, {}).get(name)
+    if part and part["door"] == registry.door:
         raise UserError(f"unknown {registry.door} {name!r}: it is a function of {shown(part['file'])}; {_advice(part['file'])}")
 
 

@@ -25,7 +25,7 @@ from mtl_jax.tasks import Seq2Seq
 from mtl_jax.training import evaluation, metrics_log, results, step_checks, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
-from mtl_jax.training.build_step import gradient_fn
+from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.counts import Counts, evaluations_and_checkpoints, steps_by_phase
 from mtl_jax.training.features import Features
@@ -35,7 +35,6 @@ from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.references import References
 from mtl_jax.training.setup import Prepared, initial_state, mixture_phases, start_phase, template
-from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
 
@@ -155,12 +154,7 @@ class TrainingRun:
         return table
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any, references: Any) -> tuple[TrainState, int]:
-        step_gradients = gradient_fn(self.prepared, plan)
-        train_step = jax.jit(
-            make_train_step(step_gradients, plan.optimizer, plan.mask, len(self.examples), self.averaging.follow),
-            donate_argnums=0,
-            out_shardings=meshes.replicated(self.mesh),
-        )
+        train_step = jitted_step(self.prepared, plan)
         self.programs.append(train_step)
         self.counts.phase = plan.number
         title = f"phase {plan.phase.name}: to step {plan.end} of {self.prepared.plans[-1].end}, compiling ..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import re
@@ -118,9 +119,11 @@ def name_of(rule: str | Rule, tasks: Sequence[str]) -> str:
         rule: Experiment.weighting.
         tasks: The names of the run's tasks.
     """
-    if isinstance(rule, str):
-        return rule
-    names = sorted(tasks)
+    return rule if isinstance(rule, str) else _name_of_program(rule, tuple(sorted(tasks)))
+
+
+@functools.cache  # tracing takes a while, and an ablation asks once for each run
+def _name_of_program(rule: Rule, names: tuple[str, ...]) -> str:
     one = jax.ShapeDtypeStruct((), jnp.float32)
     gram = jax.ShapeDtypeStruct((len(names), len(names)), jnp.float32) if rule.needs_gram else None
     losses = dict.fromkeys(names, one)

@@ -147,9 +147,9 @@ def test_moved_takes_the_whole_place_where_a_label_covers_a_part():
 @pytest.fixture
 def registry(monkeypatch):
     """The recognisers, with those that a test registers removed after it."""
-    own = Registry("recogniser", dict(recognisers.RECOGNISERS))
-    monkeypatch.setattr("mtl_jax.audit.deidentification.RECOGNISERS", own)
-    return own
+    copy = Registry("recogniser", dict(recognisers.RECOGNISERS))
+    monkeypatch.setattr("mtl_jax.audit.deidentification.RECOGNISERS", copy)
+    return copy
 
 
 def test_a_recogniser_of_a_script_is_one_more(registry):
@@ -173,7 +173,7 @@ def test_a_recogniser_of_a_script_is_one_more(registry):
         ({"recognisers": "email"}, "recognisers is the text 'email'; it must be a list of names"),
         ({"seed": "a"}, "seed is 'a'; it must be a whole number"),
         ({"people": lambda texts: []}, "people gave the names of 0 texts for 1 text"),
-        ({"people": lambda texts: [[(0, 99, "person")]]}, "person at 0 to 99 is no place in a text of 1 character"),
+        ({"people": lambda texts: [[(0, 99, "person")]]}, "person at 0 to 99 is not within a text of 1 character"),
     ],
 )
 def test_bad_input_is_one_line(options, line):

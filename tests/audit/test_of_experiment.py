@@ -214,7 +214,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, monkeypatch, capsys
     ("flags", "line"),
     [
         (["--near", "2"], "error: --near is 2.0; it must be a number above 0 and at most 1, such as 0.7"),
-        (["--json", "/proc/none/a.json"], "error: /proc/none/a.json: cannot be written"),
+        (["--json", "/proc/none/a.json"], "error: --json /proc/none/a.json: name a file in a directory that exists"),
     ],
 )
 def test_a_bad_flag_of_the_command_is_one_line(flags, line, tmp_path, monkeypatch, capsys):

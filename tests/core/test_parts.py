@@ -1,6 +1,7 @@
 """The doors for parts of one's own: what is refused, and that nothing is imported because a file asks for it."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 import textwrap
@@ -202,3 +203,19 @@ def test_import_gives_a_script_a_rule_of_another_file(tmp_path):
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["parts"]["inverse_norm"]["file"].endswith("experiments/own/weighting.py")
+
+
+def test_the_hash_of_a_part_is_that_of_its_definition(own):
+    """A file that is edited while a run trains is not the file that was trained."""
+    file = own("""
+        @weighting.register("first")
+        def first(): return weighting.equal()
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class First(Classification):
+            grades: int = 3
+    """)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.write_text(file.read_text(encoding="utf-8") + "# edited", encoding="utf-8")
+    assert parts.origin_of(weighting.RULES["first"]).sha256 == digest
+    assert parts.origin_of(parts.kinds(Task)["First"]).sha256 == digest

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mtl_jax.reporting import read, statistics
+from mtl_jax import reporting
+from mtl_jax.reporting import formatting, read, statistics
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,13 @@ def test_methods_with_an_undefined_metric_are_not_compared(tmp_path):
         made.change_score(folders[-1], "tweets", math.nan)
     study = read(folders)
     assert statistics.compare(study, statistics.groups(study)) is None
+
+
+def test_the_line_on_the_best_setting_is_that_of_the_page(tmp_path):
+    """Means over the seeds decide, so it is the first of ranked(), with its criterion."""
+    folder = made.write_ablation(tmp_path)
+    study = read([folder])
+    best = statistics.ranked(statistics.groups(study))[0]
+    line = reporting.best_setting(folder)
+    assert line.startswith(f"best on dev: {formatting.setting(best.values, study.fields)} (")
+    assert f" {best.criterion.mean:.4f}, {best.criterion.n} seed" in line

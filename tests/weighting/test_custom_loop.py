@@ -124,3 +124,22 @@ def test_what_does_not_fit_is_one_line():
         weighting.gradient(rule, (), tasks | {"rating": {"bias": jnp.ones(3)}}, losses, **more)
     with pytest.raises(UserError, match="task_gradients is empty"):
         weighting.gram({})
+
+
+def test_a_whole_loop_learns():
+    """Five steps under a rule that changes the gradients; its weights sum to 1, and the first task's loss falls."""
+    rule = weighting.make("moco")
+    params = {"kernel": jnp.ones((3, 2))}
+    tasks = {"a": jnp.ones(3), "b": -jnp.arange(3.0)}
+
+    def loss(params, x):
+        return jnp.square(x @ params["kernel"] - 1).mean()
+
+    before, state = float(loss(params, tasks["a"])), rule.init(tuple(tasks))
+    for step in range(5):
+        both = {task: jax.value_and_grad(loss)(params, x) for task, x in tasks.items()}
+        losses, gradients = ({task: values[part] for task, values in both.items()} for part in (0, 1))
+        gradient, weights, state = weighting.gradient(rule, state, gradients, losses, step=step, key=jax.random.key(step))
+        params = jax.tree.map(lambda leaf, slope: leaf - 0.1 * slope, params, gradient)
+    assert sum(map(float, weights.values())) == pytest.approx(1.0, abs=1e-5)
+    assert losses["a"] < 0.9 * before

@@ -5,37 +5,25 @@ import json
 import random
 from pathlib import Path
 
+import own_parts
 import pytest
 import tiny
 
 from mtl_jax import Experiment, ablate, reporting, train
-from mtl_jax.cli import scripts
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.formats import READERS
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, predict
 from mtl_jax.training.experiment_json import from_json
 
-OWN = Path(__file__).resolve().parents[3] / "experiments" / "own"
 EMOTIONS = ("anger", "joy", "optimism", "sadness")
 
 
 def read(script: str, bert: Path, *flags: str) -> Experiment:
     """The experiment of an example, on a tiny trunk and for two steps."""
-    small = [
-        "--trunk.path",
-        str(bert),
-        "--phases.0.steps",
-        "2",
-        "--evaluation.every",
-        "2",
-        "--batch.rows",
-        "4",
-        "--devices",
-        "1",
-    ]
-    with scripts.given([*small, "--batch.row-length", "24", *flags]):
-        return scripts.read(str(OWN / script))
+    small = ["--trunk.path", str(bert), "--phases.0.steps", "2", "--evaluation.every", "2", "--batch.rows", "4"]
+    small += ["--devices", "1", "--batch.row-length", "24"]
+    return own_parts.experiment_of(own_parts.FOLDER / script, *small, *flags)
 
 
 def sentences(count: int, seed: int) -> list[str]:

@@ -1,14 +1,14 @@
 """An adapter of one's own: its flags, config.json, what trains, resume, and every command on the run."""
 
 import json
-from pathlib import Path
 
 import numpy as np
+import own_parts
 import pytest
 import tiny
 
 from mtl_jax import ablate, pretrained, reporting, train
-from mtl_jax.cli import launch, scripts
+from mtl_jax.cli import launch
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
@@ -16,19 +16,14 @@ from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
 from mtl_jax.transfer.adapters import Adapter
 
-EXAMPLE = Path(__file__).resolve().parents[3] / "experiments" / "own" / "adapter.py"
 QUESTIONS = ["Who wrote Emma ?", "How far is it from Denver to Aspen ?"]
 
 
 @pytest.fixture(scope="module")
 def script(shared_data, tmp_path_factory):
-    """A copy of the example, which may be changed; its class is forgotten afterwards."""
-    copy, known = tmp_path_factory.mktemp("own") / "adapter.py", dict(parts.kinds(Adapter))
-    copy.write_text(EXAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTL_JAX_DATA", str(shared_data))
-        patch.setitem(parts._KINDS, Adapter, known)
-        yield copy
+        yield own_parts.copied("adapter.py", tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +35,9 @@ def flags(bert):
     ]
 
 
-def experiment_of(script, flags):
-    with scripts.given(flags):
-        return scripts.read(str(script))
-
-
 @pytest.fixture(scope="module")
 def workdir(script, flags):
-    train(experiment_of(script, flags), script.parent / "run")
+    train(own_parts.experiment_of(script, *flags), script.parent / "run")
     return script.parent / "run"
 
 
@@ -60,7 +50,7 @@ def test_flags_config_and_what_trains(script, flags, workdir, capsys, monkeypatc
     assert config["parts"]["Vera"] | {"door": "adapter", "file": str(script)} == config["parts"]["Vera"]
     monkeypatch.setattr("sys.argv", [str(script), "--help-all"])
     with pytest.raises(SystemExit):
-        launch.main(experiment_of(script, flags))
+        launch.main(own_parts.experiment_of(script, *flags))
     assert "--adapters.0.rank INT" in capsys.readouterr().out
     run, start = open_run(workdir, "last"), pretrained.load(config["trunk"]["path"], head=None)
     leaves, initial = flat(run.params["trunk"]), flat(start.params["trunk"])
@@ -79,7 +69,7 @@ def test_commands(script, flags, workdir, tmp_path):
     (tmp_path / "rows.txt").write_text("1 What is an atom ?\n4 Where is Kiel ?\n")
     assert evaluate(workdir, "trec", str(tmp_path / "rows.txt"))["rows"] == 2
     assert "own_adapter" in reporting.write([workdir], tmp_path / "report.html").read_text()
-    record = ablate(experiment_of(script, flags), tmp_path / "ablation", ["adapters.vera.rank=2,3"])
+    record = ablate(own_parts.experiment_of(script, *flags), tmp_path / "ablation", ["adapters.vera.rank=2,3"])
     assert [run["status"] for run in record["runs"]] == ["done", "done"]
 
 
@@ -98,7 +88,7 @@ def test_convert_merges_it(script, workdir, tmp_path, monkeypatch):
 def test_resume(script, flags, workdir, tmp_path):
     """Bit by bit; a file that has changed since is refused."""
     tiny.cut(workdir, tmp_path / "run", 2)
-    train(experiment_of(script, flags), tmp_path / "run")
+    train(own_parts.experiment_of(script, *flags), tmp_path / "run")
     expected, resumed = (flat(open_run(folder, "last").params) for folder in (workdir, tmp_path / "run"))
     for path, leaf in expected.items():
         np.testing.assert_array_equal(resumed[path], leaf, err_msg=path)
@@ -107,10 +97,10 @@ def test_resume(script, flags, workdir, tmp_path):
     script.write_text(text + "# changed\n", encoding="utf-8")
     try:
         with pytest.raises(UserError, match=r"parts\.Vera\.sha256 was .[0-9a-f]{64}., is .[0-9a-f]{64}"):
-            train(experiment_of(script, flags), tmp_path / "changed")
+            train(own_parts.experiment_of(script, *flags), tmp_path / "changed")
     finally:
         script.write_text(text, encoding="utf-8")
-        experiment_of(script, flags)
+        own_parts.experiment_of(script, *flags)
 
 
 @pytest.mark.parametrize("method", ["where", "init", "around"])

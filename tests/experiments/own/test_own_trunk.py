@@ -2,14 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
+import own_parts
 import pytest
 import tiny
 
 from mtl_jax import ablate, reporting, train
-from mtl_jax.cli import launch, scripts
+from mtl_jax.cli import launch
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
@@ -17,7 +17,6 @@ from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
 from mtl_jax.trunks import TrunkConfig
 
-EXAMPLE = Path(__file__).resolve().parents[3] / "experiments" / "own" / "trunk.py"
 FLAGS = [
     *("--phases.0.steps", "4", "--batch.rows", "4", "--batch.row-length", "24", "--checkpoints.every", "2"),
     *("--sources.0.limit", "40", "--sources.1.limit", "40", "--evaluation.every", "4", "--trunk.width", "8"),
@@ -27,18 +26,13 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def script(shared_data, tmp_path_factory):
-    """A copy of the example, which may be changed; its class is forgotten afterwards."""
-    copy, known = tmp_path_factory.mktemp("own") / "trunk.py", dict(parts.kinds(TrunkConfig))
-    copy.write_text(EXAMPLE.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTL_JAX_DATA", str(shared_data))
-        patch.setitem(parts._KINDS, TrunkConfig, known)
-        yield copy
+        yield own_parts.copied("trunk.py", tmp_path_factory.mktemp("own"))
 
 
 def experiment_of(script, *flags):
-    with scripts.given([*FLAGS, *flags]):
-        return scripts.read(str(script))
+    return own_parts.experiment_of(script, *FLAGS, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +96,7 @@ def test_a_workdir_without_its_class(script, workdir, monkeypatch):
 def test_without_the_mask_of_segments(script, tmp_path):
     """It is refused with packed rows; without them it trains, and each text is read alone in predictions, too."""
     leaky = tmp_path / "leaky.py"
-    text = EXAMPLE.read_text(encoding="utf-8").replace("Convolutions", "Leaky")
+    text = (own_parts.FOLDER / "trunk.py").read_text(encoding="utf-8").replace("Convolutions", "Leaky")
     blind = text.replace(
         "jnp.where(same[..., None], padded[:, start : start + length], 0)", "padded[:, start : start + length]"
     )

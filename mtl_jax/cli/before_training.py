@@ -1,4 +1,4 @@
-"""The command mtl-jax affinity: which tasks of an experiment help which."""
+"""Commands that look at a script's experiment before it trains: which tasks help which, and what leaks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import write_json
+from mtl_jax.core.text_lines import print_lines
 
 
 def affinity(
@@ -42,10 +44,8 @@ def affinity(
         json: A file to write everything to, as JSON.
     """
     from mtl_jax.affinity.experiment_affinity import of_experiment, table
-    from mtl_jax.core.files import write_json
 
-    if json and (Path(json).is_dir() or not Path(json).resolve().parent.is_dir()):
-        raise UserError(f"--json {json}: name a file in a directory that exists")
+    _check_json(json)
     experiment = scripts.read(script, "rank")
     options = {"rows": rows, "layer": layer, "resamples": resamples, "seed": seed}
     result = of_experiment(experiment, target, estimators, runs=runs, **options)
@@ -53,3 +53,37 @@ def affinity(
     if json:
         write_json(Path(json), result.as_json())
         print(f"everything is in {json}")
+
+
+def audit(
+    script: Annotated[str, tyro.conf.Positional],
+    /,
+    near: float = 0.7,
+    json: str = "",
+    texts: bool = False,
+) -> None:
+    """Copies of held-out rows in the training rows of all sources of an experiment, and copies under another label in train.
+
+    Prints tables of counts, and ten examples of each by file and line. Nothing is trained or written.
+
+    Args:
+        script: A script that calls mtl_jax.main; its own flags come after --.
+        near: The least similarity of near copies, above 0 and at most 1: one word in ten may differ at 0.7.
+        json: A file to write with the same as JSON.
+        texts: Also show the texts of the examples.
+    """
+    from mtl_jax import audit as audits
+    from mtl_jax.audit.copies import check
+
+    check(near, "--near")
+    _check_json(json)
+    result = audits.of_experiment(scripts.read(script, "audit"), near)
+    if json:
+        write_json(Path(json), result.to_json(texts))
+    print_lines([result.table(texts)])
+
+
+def _check_json(path: str) -> None:
+    """Raises UserError, before any work, where a file cannot be written."""
+    if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+        raise UserError(f"--json {path}: name a file in a directory that exists")

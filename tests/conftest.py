@@ -81,16 +81,23 @@ def pytest_unconfigure() -> None:
         _compiled.cleanup()
 
 
+_ABSL_LEVEL = logging.getLogger("absl").level
+
+
+def _logging_as_imported() -> None:
+    ours = logging.getLogger("mtl_jax")
+    ours.handlers[:] = []
+    ours.setLevel(logging.NOTSET)
+    ours.propagate = True
+    logging.getLogger("absl").setLevel(_ABSL_LEVEL)
+
+
 @pytest.fixture(autouse=True)
 def _logging_restored() -> Iterator[None]:
-    """The command line's log handler writes to a standard error that pytest closes with the test: no later test may meet it."""
-    ours, absl = logging.getLogger("mtl_jax"), logging.getLogger("absl")
-    before = (list(ours.handlers), ours.level, ours.propagate, absl.level)
+    """Every test finds logging as a fresh process has it, whatever a command in an earlier test or in a file's fixture set."""
+    _logging_as_imported()
     yield
-    ours.handlers[:] = before[0]
-    ours.setLevel(before[1])
-    ours.propagate = before[2]
-    absl.setLevel(before[3])
+    _logging_as_imported()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,7 @@
 """Colours are for people: in files and pipes, and where NO_COLOR is set, there are none."""
 
 import io
+import logging
 
 import pytest
 
@@ -25,3 +26,13 @@ def test_painted(monkeypatch, stream, no_color, expected):
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("NO_COLOR", no_color)
     assert log_lines.painted("error:", log_lines.RED) == expected
+
+
+@pytest.fixture(scope="module")
+def a_command_ran():
+    log_lines.to_stderr()
+
+
+def test_a_command_in_a_fixture_leaves_nothing_to_the_tests(a_command_ran):
+    logger = logging.getLogger("mtl_jax")
+    assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)

@@ -242,17 +242,17 @@ def test_a_trunk_whose_tokenizer_ends_no_text(pairs):
 
 
 @pytest.mark.parametrize("places", [pytest.param(24, marks=pytest.mark.long), 70])
-def test_a_fresh_decoder_on_an_encoder_checkpoint(pairs, bert, places, monkeypatch):
+def test_a_fresh_decoder_on_an_encoder_checkpoint(pairs, shallow, places, monkeypatch):
     """It has as many positions as a target text, whatever the rows have."""
     for name in ("PACKED", "UNPACKED"):
         monkeypatch.setattr(packing, name, dataclasses.replace(getattr(packing, name), target_length=places))
-    found = prepare(tiny_translation.experiment(pairs, trunk=Pretrained(str(bert))))
+    found = prepare(tiny_translation.experiment(pairs, trunk=Pretrained(str(shallow))))
     task = found.corpus.tasks[0]
     assert (task.start, task.end, task.leading) == (2, 3, 1)  # [CLS] and [SEP]
     targets = found.corpus.splits["train"]["pairs"].labels["translation"]
     assert all(target[-1] == 3 and target[0] != 2 for target in targets if len(target))
     tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny_translation.experiment(pairs).tasks)
-    still = tiny_translation.experiment(pairs, trunk=Pretrained(str(bert), dropout=0.0), tasks=tasks)
+    still = tiny_translation.experiment(pairs, trunk=Pretrained(str(shallow), dropout=0.0), tasks=tasks)
     packing.assert_packing_changes_nothing(prepare(still))
 
 

@@ -33,12 +33,12 @@ def test_the_state_of_every_rule_comes_back(tmp_path):
         rule = rule_of(name)
         state = gram_gradient.init_rule(rule, TASKS, trunk)
         if rule.transform is not None:
-            changed, after = rule.transform.update(state["transform"], signals, gradients)
-            _, own = rule.update(state["rule"], signals._replace(gram=jnp.eye(3), transformed=()))
-            states[name] = {"rule": own, "transform": after}
+            changed, after = jax.jit(rule.transform.update)(state["transform"], signals, gradients)
+            _, rule_state = jax.jit(rule.update)(state["rule"], signals._replace(gram=jnp.eye(3), transformed=()))
+            states[name] = {"rule": rule_state, "transform": after}
             assert jax.tree.structure(changed) == jax.tree.structure(gradients)
         else:
-            _, states[name] = rule.update(state, signals._replace(gram=jnp.eye(3)))
+            _, states[name] = jax.jit(rule.update)(state, signals._replace(gram=jnp.eye(3)))
         same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, states[name])
         assert all(jax.tree.leaves(same)), name  # else the compiled step could not go on with it
     state = create({"trunk": trunk}, (), states, 0)

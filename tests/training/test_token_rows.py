@@ -34,8 +34,8 @@ def run(prepared, batch):
     """What the only phase measures, and the shapes of all that its program holds."""
     found = gradient_fn(prepared, prepared.plans[0])
     given = (prepared.params, jax.tree.map(lambda _: None, prepared.params), StepInputs(batch), initial_state(prepared))
-    program = str(jax.make_jaxpr(found)(*given))
-    return jax.jit(found)(*given), program
+    traced = jax.jit(found).trace(*given)
+    return traced.lower().compile()(*given), str(traced.jaxpr)
 
 
 def test_the_result_is_that_of_whole_tables_which_no_task_has(wide, monkeypatch):

@@ -64,9 +64,9 @@ def test_the_projection_is_that_of_an_exact_solver(K, P):
 
 def test_solvers_vmap():
     matrices = jnp.stack([jnp.asarray(gram(4, 6, seed)) for seed in range(5)])
-    together = jax.vmap(solvers.min_norm)(matrices)
+    together = jax.jit(jax.vmap(solvers.min_norm))(matrices)
     for matrix, weights in zip(matrices, together, strict=True):
-        np.testing.assert_allclose(weights, solvers.min_norm(matrix), atol=1e-5)
+        np.testing.assert_allclose(weights, min_norm(matrix), atol=1e-5)
 
 
 @pytest.mark.parametrize("absent", [0, 2])
@@ -74,19 +74,19 @@ def test_without_a_task_the_problem_is_that_of_the_others(absent):
     matrix = gram(4, 6, 0)
     present = np.arange(4) != absent
     smaller = jnp.asarray(matrix[np.ix_(present, present)])
-    actual = solvers.min_norm(jnp.asarray(matrix), present_K=jnp.asarray(present))
+    actual = min_norm(jnp.asarray(matrix), present_K=jnp.asarray(present))
     assert actual[absent] == 0
-    np.testing.assert_allclose(actual[present], solvers.min_norm(smaller), atol=1e-5)
+    np.testing.assert_allclose(actual[present], min_norm(smaller), atol=1e-5)
     lower = jnp.asarray([0.1, 0.2, 0.3, 0.4])
-    actual = solvers.into_dual_cone(jnp.asarray(matrix), lower, jnp.asarray(present))
-    np.testing.assert_allclose(actual[present], solvers.into_dual_cone(smaller, lower[present]), rtol=1e-3)
+    actual = into_dual_cone(jnp.asarray(matrix), lower, jnp.asarray(present))
+    np.testing.assert_allclose(actual[present], into_dual_cone(smaller, lower[present]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e30])
 def test_the_nearest_point_of_the_simplex(scale):
     """Against a search over a fine grid; however far away the values are."""
     values = np.array([0.3, -0.2, 0.5]) * scale
-    actual = np.asarray(solvers.onto_simplex(jnp.asarray(values, jnp.float32), jnp.ones(3, bool)), np.float64)
+    actual = np.asarray(jax.jit(solvers.onto_simplex)(jnp.asarray(values, jnp.float32), jnp.ones(3, bool)), np.float64)
     assert actual.sum() == pytest.approx(1.0, abs=1e-6)
     grid = np.stack(np.meshgrid(np.linspace(0, 1, 201), np.linspace(0, 1, 201)), -1).reshape(-1, 2)
     grid = np.column_stack([grid, 1 - grid.sum(1)])

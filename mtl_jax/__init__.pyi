@@ -30,6 +30,7 @@ from .inference.predict import evaluate as evaluate
 from .inference.predict import load_model as load_model
 from .inference.predict import predict as predict
 from .merging import merge as merge
+from .planning import plan as plan
 from .reporting import report as report
 from .tasks import Classification as Classification
 from .tasks import MaskedLM as MaskedLM

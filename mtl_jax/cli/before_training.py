@@ -1,4 +1,4 @@
-"""Commands that look at a script's experiment before it trains: which tasks help which, and what leaks."""
+"""Commands that look at a script's experiment before it trains: which tasks help which, what leaks, what it needs."""
 
 from __future__ import annotations
 
@@ -81,6 +81,41 @@ def audit(
     if json:
         write_json(Path(json), result.to_json(texts))
     print_lines([result.table(texts)])
+
+
+def plan(
+    script: Annotated[str, tyro.conf.Positional],
+    /,
+    topology: tuple[str, ...] = (),
+    rows: int = 0,
+    json: str = "",
+) -> None:
+    """What a run needs on devices that are not here: memory, time, operations and communication of a step of every phase.
+
+    The compiler of those devices compiles the script's own steps; nothing is trained. Compilers are extras: pip install
+    'mtl_jax[plan-tpu]' or 'mtl_jax[plan-gpu]'. A step of a small model compiles in seconds, of MiniLM's or BERT's in minutes.
+    For GPUs there are memory, operations and kernels, but no times.
+
+    Args:
+        script: A script that calls mtl_jax.main; its own flags come after --.
+        topology: Kinds of TPUs and blocks of them, as v5e:2x2 v5e:16x16 v5p:2x2x1 v6e:2x2 v4:2x2x1, or of GPUs and their
+            number, as h100:8 h200:16 a100:8; several are shown side by side.
+        rows: Rows of a batch over all devices. Default: as the script has it.
+        json: A file to write the numbers to: an object for one topology, a list of objects for several.
+    """
+    import jax
+
+    from mtl_jax import planning
+    from mtl_jax.planning.plan_table import table
+
+    _check_json(json)
+    jax.config.update("jax_platforms", "cpu")  # a compiler for devices that are not here must not look for them
+    plans = planning.plan(scripts.read(script, "plan"), topology, rows)
+    print(table(plans))
+    if json:
+        values = [item.as_json() for item in plans]
+        write_json(Path(json), values[0] if len(values) == 1 else values)
+        print(f"the numbers are in {json}")
 
 
 def _check_json(path: str) -> None:

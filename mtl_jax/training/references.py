@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core import digests
@@ -64,6 +65,27 @@ class References:
         self._placed = references
         return references or None
 
+    def shapes(self, plan: PhasePlan) -> Any:
+        """{name: tree of shapes and dtypes} of what for_phase() returns, without making or reading anything."""
+        return {name: self._shape(name) for name in sorted(self._needed(plan))} or None
+
+    def _shape(self, name: str) -> Any:
+        prepared, paths = self.prepared, set[str]()
+        for plan in prepared.plans:
+            if start_of(plan.phase.name) == name:
+                paths = self._start_paths(plan)
+        for regulariser in self._active():
+            if isinstance(regulariser, Distillation) and teacher_of(regulariser) == name:
+                return jax.eval_shape(lambda tree: tree, prepared.teachers[regulariser.name].params)
+            if isinstance(regulariser, EWC) and name in (fisher_of(regulariser), anchor_of(regulariser, "")):
+                paths = self._ewc_paths(regulariser)
+        leaves = leaves_of(prepared.params)
+        return {path: jax.ShapeDtypeStruct(leaves[path].shape, jnp.float32) for path in sorted(paths)}
+
+    def _ewc_paths(self, regulariser: EWC) -> set[str]:
+        """The parameters that a Fisher information is kept of."""
+        return {path for later in self.prepared.plans for path in matching(regulariser.parameters, _trained(later))}
+
     def _needed(self, plan: PhasePlan) -> set[str]:
         names = {name for regulariser in plan.regularisers for name in self._names(regulariser)}
         return names | ({start_of(self._first_phase)} if plan.mixout_paths else set())
@@ -106,7 +128,7 @@ class References:
     def _write_fisher(self, regulariser: EWC, state: TrainState) -> None:
         """Writes the Fisher information of a source, and the anchor where it is from another run."""
         prepared, batching = self.prepared, self.prepared.experiment.batch
-        paths = sorted({path for later in prepared.plans for path in matching(regulariser.parameters, _trained(later))})
+        paths = sorted(self._ewc_paths(regulariser))
 
         def make() -> dict[str, np.ndarray]:
             log.info("%s: Fisher information of %s", regulariser.name, regulariser.source)

@@ -105,6 +105,8 @@ def test_gradients_are_added_to_those_of_the_tasks(bert, data, taught, tmp_path,
         return 2.0 * l2 + 2.0 * ewc + 0.7 * distilled + 0.3 * hidden, losses
 
     (total, losses), expected = jax.jit(jax.value_and_grad(written_out, has_aux=True))(state.params)
+    shapes = References(prepared, tmp_path).shapes(plan)  # for plans, which make no references
+    assert shapes == jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), references)
     frozen = jax.tree.map(lambda _: None, state.params)
     found = jax.jit(gradient_fn(prepared, plan))(state.params, frozen, StepInputs(batch, None, references), state)
     gradient = found.gradient

@@ -1,0 +1,204 @@
+"""The cost of a compiled program, read from its text: cycles by place, and what its devices send each other.
+
+The compiler for TPUs writes its estimate of the cycles of every instruction beside it. An instruction of a loop counts as often
+as the loop runs, where the compiler knows how often.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+_NO_KERNEL = frozenset(
+    {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
+)
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"\b(?:body|to_apply|true_computation|false_computation|called_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_WRAPPED = re.compile(r"\bcalls=%?([\w.-]+)")
+_SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bf16[8,128]
+_LAYER = re.compile(r"(?<=[a-z]_)\d+$")
+_WRAPPER = re.compile(r"^[a-z_]+\((.*)\)$")
+# Components of a name that are not of the model.
+_STRUCTURE = frozenset({"while", "body", "cond", "closed_call", "checkpoint", "remat", "branch_0_fun", "branch_1_fun", "pjit"})
+
+
+class Collective(NamedTuple):
+    """A kind of communication in one step.
+
+    Attributes:
+        count: How often it happens.
+        bytes: The bytes of the results on a device, together.
+    """
+
+    count: int
+    bytes: int
+
+
+class ProgramCost(NamedTuple):
+    """The cost of a program on one device.
+
+    Attributes:
+        cycles: The compiler's estimate; None where it gives none.
+        places: {place: cycles}, dearest first; a place is a path of the model, forward or backward.
+        collectives: {kind: Collective}.
+        kernels: Instructions that run on the device, communication included.
+        unknown_loops: Loops whose number of rounds depends on the data; their bodies count once.
+    """
+
+    cycles: int | None
+    places: dict[str, int]
+    collectives: dict[str, Collective]
+    kernels: int
+    unknown_loops: int
+
+
+class _Instruction(NamedTuple):
+    opcode: str
+    shape: str
+    rest: str
+
+
+def read(text: str) -> ProgramCost:
+    """The cost of a program.
+
+    Args:
+        text: A compiled module as text: compiled.as_text() of what jax.jit(...).lower(...).compile() returns.
+
+    >>> cost = read('''HloModule example
+    ... ENTRY %main (x: f32[8]) -> f32[8] {
+    ...   %x = f32[8]{0} parameter(0)
+    ...   ROOT %y = f32[8]{0} all-reduce(%x), to_apply=%add, metadata={op_name="jit(step)/jvp(Encoder)/layer_3/add"}
+    ... }''')
+    >>> cost.collectives["all-reduce"]
+    Collective(count=1, bytes=32)
+    """
+    computations, entry = _computations(text)
+    places: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
+    unknown_loops = kernels = 0
+    for instruction, times, unknown in _executed(computations, entry, 1):
+        unknown_loops += unknown
+        kernels += times * (instruction.opcode not in _NO_KERNEL and not instruction.opcode.endswith("-done"))
+        cycles = _CYCLES.search(instruction.rest)
+        if cycles and int(cycles[1]):
+            places[place(_op_name(instruction))] += times * int(cycles[1])
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            counts[kind] += times
+            sizes[kind] += times * _bytes(instruction)
+    return ProgramCost(
+        cycles=sum(places.values()) if places else None,
+        places=dict(places.most_common()),
+        collectives={kind: Collective(counts[kind], sizes[kind]) for kind in sorted(counts)},
+        kernels=kernels,
+        unknown_loops=unknown_loops,
+    )
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """{name: its instructions}, and the name of the program's own computation."""
+    computations: dict[str, list[_Instruction]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if line.endswith("{") and (line.startswith(("%", "ENTRY "))):
+            name = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0].split("(", 1)[0]
+            computations[name] = []
+            entry = name if line.startswith("ENTRY ") else entry
+        elif name and line.startswith("  ") and " = " in line:
+            computations[name].append(_instruction(line.split(" = ", 1)[1]))
+    return computations, entry
+
+
+def _instruction(text: str) -> _Instruction:
+    """An instruction from what stands behind its name: a shape, the opcode, and operands with attributes."""
+    end = _closing(text) if text.startswith("(") else text.find(" ")
+    shape, rest = text[:end], text[end:].lstrip()
+    opcode, _, attributes = rest.partition("(")
+    return _Instruction(opcode, shape, attributes)
+
+
+def _closing(text: str) -> int:
+    """The place behind the parenthesis that closes the first one."""
+    depth = 0
+    for place_, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return place_ + 1
+    return len(text)
+
+
+def _executed(
+    computations: Mapping[str, list[_Instruction]], name: str, times: int
+) -> Iterator[tuple[_Instruction, int, bool]]:
+    """Every instruction that runs, how often, and whether it is a loop of unknown length. Of branches all run."""
+    for instruction in computations.get(name, ()):
+        rounds, unknown = 1, False
+        if instruction.opcode == "while":
+            known = _ROUNDS.search(instruction.rest)
+            rounds, unknown = (int(known[1]), False) if known else (1, True)
+        yield instruction, times, unknown
+        called = []
+        if instruction.opcode in ("while", "call", "conditional"):
+            called = _CALLED.findall(instruction.rest)
+            for branches in _BRANCHES.findall(instruction.rest):
+                called += [branch.strip().lstrip("%") for branch in branches.split(",")]
+        elif instruction.opcode == "async-start":
+            called = _WRAPPED.findall(instruction.rest)
+        for callee in called:
+            yield from _executed(computations, callee, times * rounds)
+
+
+def _op_name(instruction: _Instruction) -> str:
+    named = _OP_NAME.search(instruction.rest)
+    return named[1] if named and named[1] else instruction.opcode
+
+
+def place(op_name: str) -> str:
+    """The place in the model of an operation's name, with the layers of a kind as one.
+
+    >>> place("jit(train_step)/transpose(jvp(Encoder))/layer_3/attention/dot_general")
+    'backward Encoder/layer_*/attention'
+    >>> place("jit(train_step)/jvp(Encoder)/layer_0/attention/query/dot_general")
+    'forward Encoder/layer_*/attention/query'
+    >>> place("jit(train_step)/mul")
+    'mul'
+    """
+    components: list[str] = []
+    direction = ""
+    parts = op_name.split("/")
+    for part in parts:
+        inner, outer = part, None
+        while (match := _WRAPPER.match(inner)) is not None:
+            outer = inner.partition("(")[0]
+            if outer == "transpose":
+                direction = "backward "
+            elif outer in ("jvp", "linearize"):
+                direction = direction or "forward "
+            if outer in ("jit", "pjit"):
+                inner = ""
+                break
+            inner = match[1]
+        if inner and inner not in _STRUCTURE:
+            components.append(_LAYER.sub("*", inner))
+    if len(components) > 1:
+        components.pop()  # the operation itself
+    return direction + "/".join(components) if components else parts[-1]
+
+
+def _bytes(instruction: _Instruction) -> int:
+    """The bytes of a result; of an operation that only starts, of the largest part of its tuple."""
+    sizes = []
+    for bits, sides in _SHAPE.findall(instruction.shape):
+        numbers = math.prod(int(side) for side in sides.split(",") if side)
+        sizes.append(numbers * int(bits or 8) // 8)
+    return max(sizes, default=0) if instruction.opcode.endswith("-start") else sum(sizes)

@@ -1,0 +1,241 @@
+"""The plan of a run: the step of every phase, compiled for devices that are not here, and what their compiler says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from mtl_jax import trunks
+from mtl_jax.core import log_lines
+from mtl_jax.core.errors import UserError
+from mtl_jax.data.stream import stream
+from mtl_jax.experiment import Experiment, data_seed_of
+from mtl_jax.planning import program_cost
+from mtl_jax.planning.program_cost import ProgramCost
+from mtl_jax.planning.topologies import Topology, topology
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training import setup
+from mtl_jax.training.build_step import jitted_step
+from mtl_jax.training.phase_plan import PhasePlan
+from mtl_jax.training.references import References
+from mtl_jax.training.setup import Prepared
+from mtl_jax.training.train_state import StepInputs, TrainState
+
+log = logging.getLogger(__name__)
+
+_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class PhaseCost(NamedTuple):
+    """A step of a phase on one device, as the compiler estimates it.
+
+    Attributes:
+        phase: Its name.
+        steps: Its number of steps.
+        parameters: Bytes of parameters.
+        optimizer: Bytes of the optimizer's state, and of averages and the rule's state.
+        temporaries: Bytes of activations and other temporaries; None where the program does not fit.
+        memory: Bytes of everything together.
+        fits: Whether the memory of a device is enough.
+        flops: Operations; None where the program does not fit.
+        seconds: Time of a step without communication; None where the compiler gives no cycles.
+        communication: Seconds that the communication takes at least, some of it at the same time.
+        cost: Cycles, places and collectives; None where the program does not fit.
+        compile_seconds: Time to compile it here.
+    """
+
+    phase: str
+    steps: int
+    parameters: int
+    optimizer: int
+    temporaries: int | None
+    memory: int
+    fits: bool
+    flops: float | None
+    seconds: float | None
+    communication: float | None
+    cost: ProgramCost | None
+    compile_seconds: float
+
+
+class Plan(NamedTuple):
+    """The plan of a run on a topology.
+
+    Attributes:
+        topology: The devices.
+        rows: Rows of a batch, over all devices.
+        tokens: Tokens of a batch, padding included.
+        dtype: The dtype of the computation.
+        phases: The phases, in order.
+    """
+
+    topology: Topology
+    rows: int
+    tokens: int
+    dtype: str
+    phases: list[PhaseCost]
+
+    def hours(self) -> float | None:
+        """The time of all steps, without evaluation and the time that devices wait; None: the compiler gives no cycles."""
+        if any(phase.seconds is None for phase in self.phases):
+            return None
+        return sum(phase.steps * (phase.seconds or 0.0) for phase in self.phases) / 3600
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for a file, per device and step."""
+        phases = []
+        for phase in self.phases:
+            values = phase._asdict()
+            cost = values.pop("cost")
+            values |= {
+                "memory_bytes": values.pop("memory"),
+                "cycles": cost and cost.cycles,
+                "collectives": {} if cost is None else {kind: value._asdict() for kind, value in cost.collectives.items()},
+                "places": {} if cost is None else cost.places,
+                "unknown_loops": cost and cost.unknown_loops,
+            }
+            phases.append(values)
+        return {
+            "topology": self.topology.name,
+            "devices": len(self.topology.devices),
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "dtype": self.dtype,
+            "hours": self.hours(),
+            "phases": phases,
+        }
+
+
+def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0) -> list[Plan]:
+    """What a run needs on devices that are not here: memory, operations, time and communication of a step of every phase.
+
+    The compilers of those devices compile the run's own steps; nothing is trained. The numbers are the compiler's estimates.
+    All devices are planned as those of one process.
+
+    Args:
+        experiment: The experiment.
+        topologies: Names such as v5e:16x16.
+        rows: Rows of a batch over all devices; 0: as the experiment has it.
+
+    Returns:
+        A plan for each topology.
+
+    Raises:
+        UserError: A topology is unknown, its compiler is not installed, or the rows do not divide by its devices; and as
+            train() before its first step.
+
+    >>> mtl_jax.plan(EXPERIMENT, ["v5e:2x2"], rows=64)[0].phases[0].fits  # doctest: +SKIP
+    True
+    """
+    log_lines.show()
+    if not topologies:
+        raise UserError("--topology: name at least one, such as v5e:2x2")
+    chosen = [topology(name) for name in topologies]
+    rows = rows or experiment.batch.rows
+    for item in chosen:
+        if rows % len(item.devices):
+            least = -(-rows // len(item.devices)) * len(item.devices)
+            raise UserError(
+                f"batch.rows is {rows}; it must be a multiple of the {len(item.devices)} devices of {item.name}: --rows {least}"
+            )
+    dtype = "bfloat16" if experiment.dtype == "auto" else experiment.dtype
+    batch = dataclasses.replace(experiment.batch, rows=rows)
+    prepared = setup.prepare(dataclasses.replace(experiment, batch=batch, devices=1, dtype=dtype))
+    inputs = _batch(prepared)
+    tokens = int(np.prod(inputs.tokens.shape))
+    return [
+        Plan(item, rows, tokens, dtype, [_phase(prepared, phase, item, inputs) for phase in prepared.plans]) for item in chosen
+    ]
+
+
+def _batch(prepared: Prepared) -> Any:
+    """The first batch of a run, whose shapes are those of all."""
+    experiment = prepared.experiment
+    batches = stream(prepared.corpus, experiment.batch, data_seed_of(experiment), setup.mixture_phases(experiment))
+    with contextlib.closing(batches):
+        return next(batches)
+
+
+def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> PhaseCost:
+    log.info("compiling a step of phase %s for %s ...", plan.phase.name, item.name)
+    elsewhere = prepared._replace(mesh=_mesh(item))
+    state, inputs = _arguments(elsewhere, plan, batch)
+    parameters = _bytes(state.params)
+    common = {"phase": plan.phase.name, "steps": plan.end - plan.start, "parameters": parameters}
+    common["optimizer"] = _bytes(state) - parameters
+    started = time.monotonic()
+    try:
+        compiled = jitted_step(elsewhere, plan).lower(state, inputs).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _NEEDED.search(str(error))
+        if needed is None:
+            raise
+        memory = int(float(needed[1]) * _UNITS[needed[2]])
+        common |= {"memory": memory, "fits": False, "compile_seconds": time.monotonic() - started}
+        return PhaseCost(**common, temporaries=None, flops=None, seconds=None, communication=None, cost=None)
+    seconds = time.monotonic() - started
+    cost = program_cost.read(compiled.as_text())
+    memory, clock = meshes.bytes_of(compiled), item.chip.clock
+    others = 1 - 1 / len(item.devices)
+    sent = sum(value.bytes * (2 if kind == "all-reduce" else 1) for kind, value in cost.collectives.items()) * others
+    return PhaseCost(
+        **common,
+        temporaries=int(compiled.memory_analysis().temp_size_in_bytes),
+        memory=memory,
+        fits=memory <= item.chip.memory,
+        flops=_flops(compiled, prepared, plan, batch) / (1 if compiled.cost_analysis() else len(item.devices)),
+        seconds=None if cost.cycles is None or clock is None else cost.cycles / clock,
+        communication=sent / item.chip.bandwidth,
+        cost=cost,
+        compile_seconds=seconds,
+    )
+
+
+def _arguments(prepared: Prepared, plan: PhasePlan, batch: Any) -> tuple[TrainState, StepInputs]:
+    """The shapes and shardings of a step's arguments."""
+    replicated = meshes.replicated(prepared.mesh)
+    inputs = StepInputs(
+        _shapes(batch, meshes.by_rows(prepared.mesh)),
+        _shapes(_features(prepared, plan), replicated),
+        _shapes(References(prepared, Path()).shapes(plan), replicated),
+    )
+    return setup.template(prepared, plan.number, plan.start), inputs
+
+
+def _flops(compiled: Any, prepared: Prepared, plan: PhasePlan, batch: Any) -> float:
+    """Operations by the compiler's own count; where it has none, as for GPUs, those of the program before compilation."""
+    counted = compiled.cost_analysis() or jitted_step(prepared, plan).lower(*_arguments(prepared, plan, batch)).cost_analysis()
+    return float(counted["flops"])
+
+
+def _mesh(item: Topology) -> Mesh:
+    devices = list(item.devices)
+    return jax.make_mesh((len(devices),), (meshes.DATA,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def _features(prepared: Prepared, plan: PhasePlan) -> Any:
+    """The table of pooled vectors of a phase whose trunk is frozen."""
+    if not plan.cached_features:
+        return None
+    texts = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
+    return jax.ShapeDtypeStruct((texts, trunks.width(prepared.trunk, prepared.params["trunk"])), jnp.float32)
+
+
+def _shapes(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

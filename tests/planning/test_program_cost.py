@@ -1,0 +1,90 @@
+# ruff: noqa: E501
+"""The cost of a program from its text, on texts that are written by hand."""
+
+import doctest
+
+import pytest
+
+from mtl_jax.planning import program_cost
+from mtl_jax.planning.program_cost import Collective, place
+
+TEXT = """HloModule jit_train_step, is_scheduled=true
+
+%inside (p: f32[8]) -> f32[8] {
+  ROOT %never = f32[8]{0} add(%p, %p), backend_config={"window_config":{"estimated_cycles":"1000000"}}
+}
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], /*index=1*/f32[8]{0:T(128)}) parameter(0)
+  %layer = f32[8]{0} fusion(%state), calls=%inside, metadata={op_name="jit(train_step)/jvp(Encoder)/layer_1/attention/dot_general"}, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %sum = f32[8]{0} all-reduce(%layer), to_apply=%add, metadata={op_name="jit(train_step)/psum"}
+  ROOT %next = (s32[], f32[8]{0}) tuple(%state, %sum)
+}
+
+%solver (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  ROOT %better = (s32[], f32[8]{0}) fusion(%state), calls=%inside, backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%first (x: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} copy(%x), backend_config={"window_config":{"estimated_cycles":"3"}}
+}
+
+%second (x: f32[8]) -> f32[8] {
+  ROOT %b = f32[8]{0} copy(%x), backend_config={"window_config":{"estimated_cycles":"4"}}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %backward = bf16[4,2]{1,0} convolution(%x), metadata={op_name="jit(train_step)/transpose(jvp(Encoder))/layer_0/attention/dot_general"}, backend_config={"estimated_cycles":"100"}
+  %loop = (s32[], f32[8]{0}) while(%x), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %solved = (s32[], f32[8]{0}) while(%loop), condition=%test, body=%solver
+  %gathered = (f32[8]{0}, f32[4,8]{1,0}) all-gather-start(%x), dimensions={0}
+  %done = f32[4,8]{1,0} all-gather-done(%gathered)
+  ROOT %chosen = f32[8]{0} conditional(%x), branch_computations={%first, %second}
+}
+"""
+
+
+def test_loops_count_by_their_rounds_and_branches_each():
+    cost = program_cost.read(TEXT)
+    assert cost.places == {
+        "backward Encoder/layer_*/attention": 100,
+        "forward Encoder/layer_*/attention": 60,
+        "copy": 7,
+        "fusion": 7,
+    }
+    assert cost.cycles == 174
+    assert cost.unknown_loops == 1
+    assert cost.kernels == 1 + 2 * 6 + 1 + 1 + 2  # the product, the layers and their sums, the solver, the gather, the branches
+
+
+def test_what_devices_send_each_other():
+    """Of a loop in every round; of an operation that only starts its result, not also its operand."""
+    assert program_cost.read(TEXT).collectives == {
+        "all-gather": Collective(count=1, bytes=4 * 8 * 4),
+        "all-reduce": Collective(count=6, bytes=6 * 8 * 4),
+    }
+
+
+def test_a_program_without_estimates():
+    cost = program_cost.read("ENTRY %main (x: pred[3]) -> pred[3] {\n  ROOT %x = (pred[3]{0}, s4[8]{0}) all-to-all(%y)\n}")
+    assert cost.cycles is None
+    assert cost.collectives == {"all-to-all": Collective(1, 3 + 4)}
+
+
+@pytest.mark.parametrize(
+    ("op_name", "expected"),
+    [
+        ("jit(train_step)/vmap(jvp(Head))/output/dot_general", "forward Head/output"),
+        ("jit(train_step)/while/body/closed_call/transpose(jvp(Encoder))/layer_11/norm/mul", "backward Encoder/layer_*/norm"),
+        ("jit(train_step)/optimizer/jit(_where)/select_n", "optimizer"),
+        ("all-reduce", "all-reduce"),
+    ],
+)
+def test_places(op_name, expected):
+    assert place(op_name) == expected
+
+
+def test_examples():
+    assert not doctest.testmod(program_cost).failed

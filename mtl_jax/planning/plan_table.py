@@ -34,7 +34,7 @@ def _column(item: Topology, phase: PhaseCost) -> dict[str, str]:
     cost = phase.cost
     cycles = None if cost is None else cost.cycles
     collectives = {} if cost is None else cost.collectives
-    sent = ", ".join(f"{kind} x {value.count}: {_size(value.bytes)}" for kind, value in collectives.items())
+    sent = ", ".join(f"{kind} x {value.times}: {_size(value.bytes)}" for kind, value in collectives.items())
     return {
         "memory": f"{_size(phase.memory)} of {_size(item.chip.memory)}, {'fits' if phase.fits else 'does not fit'}",
         "of that parameters": _size(phase.parameters),

@@ -35,11 +35,11 @@ class Collective(NamedTuple):
     """A kind of communication in one step.
 
     Attributes:
-        count: How often it happens.
+        times: How often it happens.
         bytes: The bytes of the results on a device, together.
     """
 
-    count: int
+    times: int
     bytes: int
 
 
@@ -79,7 +79,7 @@ def read(text: str) -> ProgramCost:
     ...   ROOT %y = f32[8]{0} all-reduce(%x), to_apply=%add, metadata={op_name="jit(step)/jvp(Encoder)/layer_3/add"}
     ... }''')
     >>> cost.collectives["all-reduce"]
-    Collective(count=1, bytes=32)
+    Collective(times=1, bytes=32)
     """
     computations, entry = _computations(text)
     places: collections.Counter[str] = collections.Counter()

@@ -62,8 +62,8 @@ def test_loops_count_by_their_rounds_and_branches_each():
 def test_what_devices_send_each_other():
     """Of a loop in every round; of an operation that only starts its result, not also its operand."""
     assert program_cost.read(TEXT).collectives == {
-        "all-gather": Collective(count=1, bytes=4 * 8 * 4),
-        "all-reduce": Collective(count=6, bytes=6 * 8 * 4),
+        "all-gather": Collective(times=1, bytes=4 * 8 * 4),
+        "all-reduce": Collective(times=6, bytes=6 * 8 * 4),
     }
 
 

@@ -27,7 +27,12 @@ from mtl_jax.weighting import Rule, schedules
 
 def needs_task_gradients(rule: Rule) -> bool:
     """Whether the rule compares or changes the task gradients."""
-    return rule.needs_gram or rule.transform is not None
+    return rule.needs_gram or rule.needs_cross or rule.transform is not None
+
+
+def needs_trunk(rule: Rule) -> bool:
+    """Whether the rule reads more than losses, which makes sense only where shared parameters train."""
+    return needs_task_gradients(rule) or rule.held_out is not None
 
 
 class PhasePlan(NamedTuple):
@@ -40,7 +45,7 @@ class PhasePlan(NamedTuple):
         end: Steps of the run after it.
         param_rules: Tree of parameter rules over the parameters.
         mask: Tree of bools over the parameters: which train.
-        rule: Its weighting rule. `equal` replaces a rule that compares task gradients where no shared parameter trains.
+        rule: Its weighting rule. `equal` replaces a rule that reads more than losses where no shared parameter trains.
         learning_rate: Step of the phase -> the learning rate, before parameter rules scale it.
         optimizer: The optax transformation over the trainable leaves.
         cached_features: Whether all of the trunk is frozen, and the heads read only pooled vectors, which are computed once.
@@ -101,7 +106,7 @@ def plan(
                 raise UserError(
                     f"weighting {rule_name(experiment)} changes the trunk's task gradients: gram_over must be trunk"
                 )
-        keeps_rule = bool(plans) and needs_task_gradients(plans[-1].rule) == needs_task_gradients(rule)
+        keeps_rule = bool(plans) and needs_trunk(plans[-1].rule) == needs_trunk(rule)
         keeps_rule = keeps_rule and not phase.weights and not plans[-1].phase.weights
         # A transform's state has the shapes of the trainable leaves.
         keeps_rule = keeps_rule and (rule.transform is None or plans[-1].mask == mask)
@@ -156,9 +161,9 @@ def _peak(experiment: Experiment, phase: Phase) -> float:
 
 
 def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
-    """The rule of a phase; `equal` replaces one that compares task gradients where no shared parameter trains."""
+    """The rule of a phase; `equal` replaces one that reads more than losses where no shared parameter trains."""
     rule = rule_of(experiment, phase)
-    if needs_task_gradients(rule) and not trains_trunk:
+    if needs_trunk(rule) and not trains_trunk:
         equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
         return equal._replace(weighs_heads=rule.weighs_heads)  # heads are weighted in the same way in all phases
     return rule

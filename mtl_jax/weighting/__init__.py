@@ -5,10 +5,12 @@ from mtl_jax.weighting.balance import db_mtl as db_mtl
 from mtl_jax.weighting.balance import graddrop as graddrop
 from mtl_jax.weighting.balance import gradnorm as gradnorm
 from mtl_jax.weighting.balance import moco as moco
+from mtl_jax.weighting.base import HeldOut as HeldOut
 from mtl_jax.weighting.base import Rule as Rule
 from mtl_jax.weighting.base import Signals as Signals
 from mtl_jax.weighting.base import Transform as Transform
 from mtl_jax.weighting.base import Weights as Weights
+from mtl_jax.weighting.base import head_weights as head_weights
 from mtl_jax.weighting.base import present as present
 from mtl_jax.weighting.base import solve as solve
 from mtl_jax.weighting.base import stack as stack
@@ -20,9 +22,12 @@ from mtl_jax.weighting.combinators import ema as ema
 from mtl_jax.weighting.combinators import every as every
 from mtl_jax.weighting.combinators import normalized as normalized
 from mtl_jax.weighting.combinators import subset as subset
+from mtl_jax.weighting.custom_loop import cross as cross
+from mtl_jax.weighting.custom_loop import for_heads as for_heads
 from mtl_jax.weighting.custom_loop import gradient as gradient
 from mtl_jax.weighting.custom_loop import gram as gram
 from mtl_jax.weighting.custom_loop import init as init
+from mtl_jax.weighting.custom_loop import look_ahead as look_ahead
 from mtl_jax.weighting.geometry import aligned as aligned
 from mtl_jax.weighting.geometry import config as config
 from mtl_jax.weighting.geometry import gradvac as gradvac
@@ -57,5 +62,6 @@ from mtl_jax.weighting.schedules import sigmoid_schedule as sigmoid_schedule
 from mtl_jax.weighting.static import equal as equal
 from mtl_jax.weighting.static import fixed as fixed
 from mtl_jax.weighting.static import scheduled as scheduled
+from mtl_jax.weighting.target_rules import auto_lambda as auto_lambda
 from mtl_jax.weighting.target_rules import gcs as gcs
 from mtl_jax.weighting.target_rules import pcd as pcd

@@ -36,6 +36,13 @@ class Signals(NamedTuple):
             others. None: all tasks are present.
         transformed: () if the gradients have gone through the rule's transform, else None. Not an array, so that it is known
             while a program is traced.
+        cross: f32[K, K], for Rule.needs_cross: row i and column j is the inner product of task i's mean gradient in one half
+            of the batch with task j's in the other half, which is independent of it. Row and column of a task are 0 where it
+            has no labelled example in one of the halves. None if the rule does not need it.
+        held_out: For Rule.held_out: (weights, rate) -> f32[K], the derivative of L(theta - rate sum_i w_i g_i) by each weight,
+            divided by the rate, which may be 0. theta are the parameters, g_i this step's task gradients, and L is the sum of
+            the losses on the held-out rows. That is -<grad L, g_k>, the gradient of L being taken after the step. None if the
+            rule does not need it. A function of one's own must be a jax.tree_util.Partial to pass jax.jit as an argument.
     """
 
     losses: dict[str, jax.Array]
@@ -44,6 +51,20 @@ class Signals(NamedTuple):
     key: jax.Array
     counts: dict[str, jax.Array] | None = None
     transformed: tuple[()] | None = None
+    cross: jax.Array | None = None
+    held_out: Callable[[Weights, float], jax.Array] | None = None
+
+
+class HeldOut(NamedTuple):
+    """Rows that a rule measures the weights on: rows of the training split that are not trained on, never dev or test.
+
+    Attributes:
+        tasks: The tasks whose losses are summed.
+        share: The share of the training rows of these tasks' sources, above 0 and below 1.
+    """
+
+    tasks: tuple[str, ...]
+    share: float
 
 
 class Transform(NamedTuple):
@@ -76,6 +97,10 @@ class Rule(NamedTuple):
             weight does not move: it never climbs its own loss.
         solve: As update, with the relative residual of the solution, if the rule solves a problem; else None. See solve().
         name: Its name, for errors and files; empty for a Rule that a script puts together itself.
+        needs_cross: Whether Signals.cross must be computed.
+        held_out: The rows on which Signals.held_out measures weights; None: the rule needs none.
+        head_weights: (state) to f32[K], the weights of the heads' own gradients in this step, if they are neither those of the
+            shared parameters nor 1; else None. It needs weighs_heads.
     """
 
     init: Callable[[Sequence[str]], Any]
@@ -87,39 +112,96 @@ class Rule(NamedTuple):
     weighs_heads: bool = True
     solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]] | None = None
     name: str = ""
+    needs_cross: bool = False
+    held_out: HeldOut | None = None
+    head_weights: Callable[[Any], jax.Array] | None = None
 
 
 P = ParamSpec("P")
 
 
 def named(make: Callable[P, Rule]) -> Callable[P, Rule]:
-    """A decorator for functions that make a rule: the rule has the function's name, and asks for the Gram matrix it needs."""
+    """A decorator for functions that make a rule: the rule has the function's name, and asks for the signals it needs."""
 
     @functools.wraps(make)
     def make_named(*args: P.args, **options: P.kwargs) -> Rule:
-        return asks_for_gram(make(*args, **options)._replace(name=make.__name__))
+        return asks_for_signals(make(*args, **options)._replace(name=make.__name__))
 
     return make_named
 
 
-def asks_for_gram(rule: Rule) -> Rule:
-    """The rule; where it needs Signals.gram and there is none, it says so."""
-    if not rule.needs_gram:
+def asks_for_signals(rule: Rule) -> Rule:
+    """The rule; where it needs a signal that is None, it says which, and what makes it."""
+    if not (rule.needs_gram or rule.needs_cross or rule.held_out):
         return rule
 
     def asking(function: Callable[[Any, Signals], Any]) -> Callable[[Any, Signals], Any]:
         @functools.wraps(function)
         def asked(state: Any, signals: Signals) -> Any:
-            if signals.gram is None and (rule.transform is None or signals.transformed is not None):
-                raise UserError(
-                    f"weighting {rule.name} needs Signals.gram, the inner products of the task gradients: "
-                    "mtl_jax.weighting.gram(task_gradients)"
-                )
+            if lack := lacking(rule, signals):
+                raise UserError(f"weighting {rule.name} needs Signals.{lack}, {MAKES[lack]}")
             return function(state, signals)
 
         return asked
 
     return rule._replace(update=asking(rule.update), solve=None if rule.solve is None else asking(rule.solve))
+
+
+# {field of Signals: what it is, and the call that makes it}
+MAKES = {
+    "gram": "the inner products of the task gradients: mtl_jax.weighting.gram(task_gradients)",
+    "cross": "the inner products of task gradients of two independent halves: mtl_jax.weighting.cross(first, second)",
+    "held_out": "the derivative of a loss on held-out rows: mtl_jax.weighting.look_ahead(loss, params, task_gradients)",
+}
+
+
+def lacking(rule: Rule, signals: Signals) -> str:
+    """The first field of Signals that a rule needs and that is None; "" if there is none.
+
+    The Gram matrix of a rule with a transform is that of changed gradients: before the transform it cannot be there.
+    """
+    needs_gram = rule.needs_gram and (rule.transform is None or signals.transformed is not None)
+    needed = {"gram": needs_gram, "cross": rule.needs_cross, "held_out": rule.held_out is not None}
+    return next((field for field, needs in needed.items() if needs and getattr(signals, field) is None), "")
+
+
+def example_signals(rule: Rule, losses: dict[str, jax.Array], gram: jax.Array | None = None) -> Signals:
+    """Signals with every field that a rule needs, for looking at the program of its update.
+
+    Args:
+        rule: The rule.
+        losses: {task: f32[]}, also used as counts.
+        gram: f32[K, K], used as cross, too; None: the unit matrix.
+    """
+    if gram is None and (rule.needs_gram or rule.needs_cross or rule.held_out):
+        gram = jnp.eye(len(losses))
+    return Signals(
+        losses,
+        gram if rule.needs_gram else None,
+        jnp.zeros((), jnp.int32),
+        jax.random.key(0),
+        losses,
+        transformed=None if rule.transform is None else (),
+        cross=gram if rule.needs_cross else None,
+        held_out=None if rule.held_out is None else lambda weights, rate: -rate * jnp.asarray(gram) @ stack(weights),
+    )
+
+
+def head_weights(rule: Rule, state: Any, weights: Weights) -> Weights | None:
+    """The weights of the heads' own gradients in a step, for rules that do not give them those of the shared parameters.
+
+    Args:
+        rule: The rule.
+        state: Its state before the step; with a transform {"rule": ..., "transform": ...}.
+        weights: The rule's weights in the step: their tasks.
+
+    Returns:
+        {task: f32[]}; None: the heads' weights are as Rule.weighs_heads says.
+    """
+    if rule.head_weights is None:
+        return None
+    of_heads_K = rule.head_weights(state if rule.transform is None else state["rule"])
+    return dict(zip(sorted(weights), of_heads_K, strict=True))
 
 
 def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, Any]]) -> Callable[..., tuple[Weights, Any]]:

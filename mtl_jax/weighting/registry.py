@@ -17,7 +17,7 @@ from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.parts import Registry
 from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static, target_rules
-from mtl_jax.weighting.base import Rule, Signals, asks_for_gram
+from mtl_jax.weighting.base import Rule, asks_for_signals, example_signals
 
 OWN_RULES: dict[str, Callable[..., Rule]] = {
     # static
@@ -53,6 +53,7 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     # knows its target
     "gcs": target_rules.gcs,
     "pcd": target_rules.pcd,
+    "auto_lambda": target_rules.auto_lambda,
     # changes the task gradients themselves
     "graddrop": balance.graddrop,
 }
@@ -82,7 +83,7 @@ def make(name: str, **options: Any) -> Rule:
     if "@" in name:
         raise UserError(f"weighting {name} is a Rule that a script made itself: run that script")
     rule = _call(f"weighting {name!r}", RULES.find(name, "weighting"), (), options)
-    return rule if rule.name == name else asks_for_gram(rule._replace(name=name))
+    return rule if rule.name == name else asks_for_signals(rule._replace(name=name))
 
 
 def combine(rule: Rule, text: str) -> Rule:
@@ -125,12 +126,12 @@ def name_of(rule: str | Rule, tasks: Sequence[str]) -> str:
 @functools.cache  # tracing takes a while, and an ablation asks once for each run
 def _name_of_program(rule: Rule, names: tuple[str, ...]) -> str:
     one = jax.ShapeDtypeStruct((), jnp.float32)
-    gram = jax.ShapeDtypeStruct((len(names), len(names)), jnp.float32) if rule.needs_gram else None
+    compares = rule.needs_gram or rule.needs_cross or rule.held_out
+    gram = jax.ShapeDtypeStruct((len(names), len(names)), jnp.float32) if compares else None
     losses = dict.fromkeys(names, one)
 
     def program(losses: Any, gram: Any, counts: Any) -> Any:
-        step = jnp.zeros((), jnp.int32)
-        signals = Signals(losses, gram, step, jax.random.key(0), counts, () if rule.transform else None)
+        signals = example_signals(rule, losses, gram)._replace(counts=counts)
         return rule.update(rule.init(names), signals)
 
     traced = jax.make_jaxpr(program)(losses, gram, losses)

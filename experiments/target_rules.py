@@ -60,7 +60,7 @@ class Comparison:
     sources: tuple[str, ...] = tuple(SOURCES)
     rows: tuple[int, ...] = (16, 64)
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 80
+    steps: int = 100
     layers: int = 2
     source_rows: int = 2000
     limit: int = 0
@@ -154,11 +154,8 @@ def compare(comparison: Comparison) -> str:
 
 def score(comparison: Comparison, way: str, kind: str, rows: int, seed: int, workdir: Path) -> float:
     """Pearson's correlation of a run on test; trains it where it is not done."""
-    if way == "alone":
-        experiment = alone(comparison, rows, seed)
-    else:
-        experiment = with_sources(comparison, way, kind, rows, seed)
-    results = mtl_jax.train(experiment, workdir)
+    by_way = alone(comparison, rows, seed) if way == "alone" else with_sources(comparison, way, kind, rows, seed)
+    results = mtl_jax.train(by_way, workdir)
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
     return number_of(results["tasks"][TARGET]["test"]["pearson"])
 

@@ -13,6 +13,7 @@ import tabulate
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of, matching
+from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.experiment import Experiment, Phase, rule_name, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
@@ -21,7 +22,7 @@ from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
-from mtl_jax.transfer.regularisers import Distillation, Regulariser
+from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
 from mtl_jax.weighting import Rule, schedules
 
 
@@ -136,6 +137,25 @@ def plan(
         )
         start += phase.steps
     return plans
+
+
+def check_halves(plan: PhasePlan, schedule: ScheduleSequence) -> None:
+    """Checks that a batch has two independent halves with rows of every source, if the rule of a phase needs them.
+
+    Raises:
+        UserError: It has not.
+    """
+    if not plan.rule.needs_cross:
+        return
+    name = plan.rule.name
+    if any(isinstance(regulariser, RDrop) for regulariser in plan.regularisers):
+        raise UserError(f"weighting {name} needs independent halves of a batch, and R-Drop has every row twice: leave one out")
+    for source, rows in schedule.fewest(range(plan.start, plan.end)).items():
+        if 0 < rows < 2:
+            raise UserError(
+                f"weighting {name} needs two rows of every source in a step, one in each half of the batch, and source "
+                f"{source!r} has {rows:.3g}: raise batch.rows or the source's share"
+            )
 
 
 def with_numbers_of(plan: PhasePlan, experiment: Experiment) -> PhasePlan:

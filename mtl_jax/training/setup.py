@@ -107,6 +107,8 @@ def prepare(experiment: Experiment) -> Prepared:
             coverage.check(split.values(), (), trunk.tokenizer, teacher.tables)
     params["heads"] |= regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
     plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks)
+    for plan in plans:
+        phase_plan.check_halves(plan, schedule)
     trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)

@@ -28,6 +28,8 @@ from mtl_jax.weighting.custom_loop import gradient as gradient
 from mtl_jax.weighting.custom_loop import gram as gram
 from mtl_jax.weighting.custom_loop import init as init
 from mtl_jax.weighting.custom_loop import look_ahead as look_ahead
+from mtl_jax.weighting.double_sampling import modo as modo
+from mtl_jax.weighting.double_sampling import sdmgrad as sdmgrad
 from mtl_jax.weighting.geometry import aligned as aligned
 from mtl_jax.weighting.geometry import config as config
 from mtl_jax.weighting.geometry import gradvac as gradvac
@@ -39,7 +41,6 @@ from mtl_jax.weighting.gram_rules import dualproj as dualproj
 from mtl_jax.weighting.gram_rules import fairgrad as fairgrad
 from mtl_jax.weighting.gram_rules import mgda as mgda
 from mtl_jax.weighting.gram_rules import nash as nash
-from mtl_jax.weighting.gram_rules import sdmgrad as sdmgrad
 from mtl_jax.weighting.gram_rules import upgrad as upgrad
 from mtl_jax.weighting.loss_rules import dwa as dwa
 from mtl_jax.weighting.loss_rules import excess as excess

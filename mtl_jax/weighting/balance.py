@@ -20,13 +20,13 @@ from mtl_jax.weighting.base import (
     above_zero,
     after_transform,
     named,
-    number,
     present,
     share,
     stack,
     unstack,
 )
 from mtl_jax.weighting.gram_rules import scaled_gram
+from mtl_jax.weighting.options import number
 
 
 @named

@@ -1,6 +1,6 @@
 """The interface of a weighting rule, pure functions like an optax transformation, and what all rules share.
 
-Rule, Signals and Transform are the interface; then come stacking by task, absent tasks, and checks of options.
+Rule, Signals and Transform are the interface; then come what asks for signals, what applies a rule, and stacking by task.
 
 Shapes in names: K tasks, in sorted order.
 """
@@ -8,7 +8,6 @@ Shapes in names: K tasks, in sorted order.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
@@ -309,58 +308,3 @@ def above_zero(losses_K: jax.Array, present_K: jax.Array) -> jax.Array:
     """
     largest = jnp.max(jnp.where(present_K, losses_K, 0.0))
     return jnp.maximum(losses_K, jnp.maximum(SMALLEST * largest, TINY))
-
-
-def number(
-    where: str,
-    value: float,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    infinite: bool = False,
-    whole: bool = False,
-) -> float:
-    """The value of an option, after a check that it is a number within bounds. Traced values cannot be checked and pass.
-
-    Args:
-        where: Rule and option, for the error: "weighting cagrad: c".
-        value: The option.
-        above: It must be larger than this.
-        least: It must not be smaller.
-        below: It must be smaller.
-        most: It must not be larger.
-        infinite: Whether it may be inf.
-        whole: Whether it must be a whole number.
-
-    Raises:
-        UserError: The value is not such a number.
-    """
-    if isinstance(value, jax.core.Tracer):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where} is {value!r}; it must be a number")
-    valid = not math.isnan(value) and (infinite or math.isfinite(value)) and (not whole or int(value) == value)
-    valid = valid and (above is None or value > above) and (least is None or value >= least)
-    valid = valid and (below is None or value < below) and (most is None or value <= most)
-    if not valid:
-        kind = "a whole number" if whole else "a number" if infinite else "a finite number"
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (("above", above), ("of at least", least), ("below", below), ("of at most", most))
-            if bound is not None
-        ]
-        raise UserError(f"{where} is {value}; it must be {' '.join([kind, ' and '.join(bounds)]).strip()}")
-    return int(value) if whole else value
-
-
-def choice(where: str, value: str, choices: tuple[str, ...]) -> str:
-    """The value of an option, after a check that it is one of the choices.
-
-    Raises:
-        UserError: The value is not one of them.
-    """
-    if value not in choices:
-        raise UserError(f"{where} is {value!r}; it must be {' or '.join(choices)}")
-    return value

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, there_are
 from mtl_jax.weighting import base
-from mtl_jax.weighting.base import Rule, Signals, Weights, number, present, share, stack, unstack, wrap
+from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack, wrap
+from mtl_jax.weighting.options import number
 
 
 def normalized(rule: Rule, total: float | None = None) -> Rule:

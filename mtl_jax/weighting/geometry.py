@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, there_are
-from mtl_jax.weighting.base import Rule, Signals, Weights, choice, named, number, share, unstack
+from mtl_jax.weighting.base import Rule, Signals, Weights, named, share, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram, stateless
+from mtl_jax.weighting.options import choice, number
 from mtl_jax.weighting.solvers import cosines, firm
 
 ORDERS = ("random", "sorted")

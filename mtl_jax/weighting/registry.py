@@ -16,7 +16,7 @@ import numpy as np
 from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.parts import Registry
-from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static, target_rules
+from mtl_jax.weighting import balance, combinators, double_sampling, geometry, gram_rules, loss_rules, static, target_rules
 from mtl_jax.weighting.base import Rule, asks_for_signals, example_signals
 
 OWN_RULES: dict[str, Callable[..., Rule]] = {
@@ -48,8 +48,10 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "dualproj": gram_rules.dualproj,
     "config": geometry.config,
     "moco": balance.moco,
-    "sdmgrad": gram_rules.sdmgrad,
+    "sdmgrad": double_sampling.sdmgrad,
     "krum": geometry.krum,
+    # from two independent halves of a batch
+    "modo": double_sampling.modo,
     # knows its target
     "gcs": target_rules.gcs,
     "pcd": target_rules.pcd,

@@ -15,8 +15,9 @@ import optax
 
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.weighting import solvers
-from mtl_jax.weighting.base import SMALLEST, HeldOut, Rule, Signals, Weights, named, number, present, unstack
+from mtl_jax.weighting.base import SMALLEST, HeldOut, Rule, Signals, Weights, named, present, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram
+from mtl_jax.weighting.options import number
 
 BIG = 1e15  # a derivative beyond this would overflow when it is squared
 SATISFIED = 1e-3  # a constraint of pcd counts as met up to this, in units of the squared lengths

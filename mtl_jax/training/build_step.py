@@ -36,7 +36,7 @@ def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
     backward, without_gram = _backward(prepared, plan)
     step = make_gradient_fn(
         backward,
-        plan.rule,
+        plan.rule if prepared.experiment.weigh_heads == "rule" else plan.rule._replace(head_weights=None),
         lambda step: {name: schedules.at(weight, step) for name, weight in weights.items()},
         without_gram,
     )

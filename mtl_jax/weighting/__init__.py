@@ -5,6 +5,7 @@ from mtl_jax.weighting.balance import db_mtl as db_mtl
 from mtl_jax.weighting.balance import graddrop as graddrop
 from mtl_jax.weighting.balance import gradnorm as gradnorm
 from mtl_jax.weighting.balance import moco as moco
+from mtl_jax.weighting.balance import trimmed_mean as trimmed_mean
 from mtl_jax.weighting.base import HeldOut as HeldOut
 from mtl_jax.weighting.base import Rule as Rule
 from mtl_jax.weighting.base import Signals as Signals
@@ -33,6 +34,7 @@ from mtl_jax.weighting.double_sampling import sdmgrad as sdmgrad
 from mtl_jax.weighting.geometry import aligned as aligned
 from mtl_jax.weighting.geometry import config as config
 from mtl_jax.weighting.geometry import gradvac as gradvac
+from mtl_jax.weighting.geometry import imtl as imtl
 from mtl_jax.weighting.geometry import imtl_g as imtl_g
 from mtl_jax.weighting.geometry import krum as krum
 from mtl_jax.weighting.geometry import pcgrad as pcgrad
@@ -50,6 +52,8 @@ from mtl_jax.weighting.loss_rules import imtl_l as imtl_l
 from mtl_jax.weighting.loss_rules import rlw as rlw
 from mtl_jax.weighting.loss_rules import stch as stch
 from mtl_jax.weighting.loss_rules import uncertainty as uncertainty
+from mtl_jax.weighting.preferences import cosmos as cosmos
+from mtl_jax.weighting.preferences import pbi as pbi
 from mtl_jax.weighting.registry import COMBINATORS as COMBINATORS
 from mtl_jax.weighting.registry import RULES as RULES
 from mtl_jax.weighting.registry import combine as combine
@@ -57,6 +61,7 @@ from mtl_jax.weighting.registry import make as make
 from mtl_jax.weighting.registry import name_of as name_of
 from mtl_jax.weighting.registry import register as register
 from mtl_jax.weighting.registry import register_combinator as register_combinator
+from mtl_jax.weighting.registry import takes_weights as takes_weights
 from mtl_jax.weighting.schedules import check_steps as check_steps
 from mtl_jax.weighting.schedules import dann_schedule as dann_schedule
 from mtl_jax.weighting.schedules import sigmoid_schedule as sigmoid_schedule

@@ -16,7 +16,17 @@ import numpy as np
 from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.parts import Registry
-from mtl_jax.weighting import balance, combinators, double_sampling, geometry, gram_rules, loss_rules, static, target_rules
+from mtl_jax.weighting import (
+    balance,
+    combinators,
+    double_sampling,
+    geometry,
+    gram_rules,
+    loss_rules,
+    preferences,
+    static,
+    target_rules,
+)
 from mtl_jax.weighting.base import Rule, asks_for_signals, example_signals
 
 OWN_RULES: dict[str, Callable[..., Rule]] = {
@@ -33,6 +43,9 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "stch": loss_rules.stch,
     "famo": loss_rules.famo,
     "excess": loss_rules.excess,
+    # from the losses and a preference
+    "cosmos": preferences.cosmos,
+    "pbi": preferences.pbi,
     # from the Gram matrix of the task gradients
     "gradnorm": balance.gradnorm,
     "db_mtl": balance.db_mtl,
@@ -43,6 +56,7 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "nash": gram_rules.nash,
     "fairgrad": gram_rules.fairgrad,
     "imtl_g": geometry.imtl_g,
+    "imtl": geometry.imtl,
     "aligned": geometry.aligned,
     "upgrad": gram_rules.upgrad,
     "dualproj": gram_rules.dualproj,
@@ -58,6 +72,7 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "auto_lambda": target_rules.auto_lambda,
     # changes the task gradients themselves
     "graddrop": balance.graddrop,
+    "trimmed_mean": balance.trimmed_mean,
 }
 
 OWN_COMBINATORS: dict[str, Callable[..., Rule]] = {
@@ -86,6 +101,11 @@ def make(name: str, **options: Any) -> Rule:
         raise UserError(f"weighting {name} is a Rule that a script made itself: run that script")
     rule = _call(f"weighting {name!r}", RULES.find(name, "weighting"), (), options)
     return rule if rule.name == name else asks_for_signals(rule._replace(name=name))
+
+
+def takes_weights(name: str) -> bool:
+    """Whether a rule has the option `weights`, a number for each task: Experiment.weights."""
+    return name in RULES and "weights" in inspect.signature(RULES[name]).parameters
 
 
 def combine(rule: Rule, text: str) -> Rule:

@@ -24,9 +24,9 @@ def cosmos(lam: float = 1.0, weights: Mapping[str, float] | None = None) -> Rule
     """A weighted sum of the losses, less the cosine of losses and preferences (Ruchte and Grabocka 2021, COSMOS).
 
     The objective is r . L - lam (r . L) / (|r| |L|). lam = 0 is a weighted sum; a larger lam keeps the losses in the
-    proportions of the preferences. A weight may be negative, where lam is large beside |L|. The paper draws new preferences in every step
-    and gives them to the network as an input, too; here they are fixed. Heads are weighted: they follow the objective, like all
-    parameters.
+    proportions of the preferences. A weight may be negative, where lam is large beside |L|. The paper draws new preferences in
+    every step and gives them to the network as an input, too; here they are fixed. Heads are weighted: they follow the
+    objective, like all parameters.
 
     Args:
         lam: The pull towards the preferences; not negative. The paper's values are 0.01 to 8.
@@ -75,8 +75,8 @@ def pbi(theta: float = 5.0, weights: Mapping[str, float] | None = None, referenc
 
 
 def _largest(losses_K: jax.Array, least: float) -> jax.Array:
-    """The largest absolute loss, f32[], as a constant: squares of losses over it do not overflow."""
-    return jax.lax.stop_gradient(jnp.maximum(jnp.abs(losses_K).max(), least))
+    """The largest absolute loss, f32[], as a constant: neither squares of losses over it nor its multiples overflow."""
+    return jax.lax.stop_gradient(jnp.clip(jnp.abs(losses_K).max(), least, 1e30))
 
 
 def _direction(preference_K: jax.Array) -> jax.Array:

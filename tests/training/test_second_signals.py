@@ -37,7 +37,13 @@ def probe():
 
     shapes = {"cross": jnp.zeros((3, 3)), "held_out": jnp.zeros(3)}
     held_out = weighting.HeldOut(("coarse",), 0.1)
-    return weighting.Rule(lambda names: shapes, update, needs_cross=True, held_out=held_out, name="probe")
+    return weighting.Rule(
+        lambda names: shapes, update, needs_cross=True, held_out=held_out, head_weights=head_weights, name="probe"
+    )
+
+
+def head_weights(state):
+    return jnp.array([3.0, 1.0, 0.5])
 
 
 def experiment(data, **changes):
@@ -56,8 +62,8 @@ def experiment(data, **changes):
 class Measured:
     """The two signals of the first step, and what they are made of."""
 
-    def __init__(self, data, **changes):
-        self.prepared = prepared = prepare(experiment(data, weighting=probe(), **changes))
+    def __init__(self, data, rule=None, **changes):
+        self.prepared = prepared = prepare(experiment(data, weighting=rule or probe(), **changes))
         batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 6))
         self.batch = next(batches)
         batches.close()
@@ -128,6 +134,20 @@ def test_cross_is_over_every_other_row_of_each_source(measured):
     assert np.abs(expected - expected.T).max() > 0.01 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("setting", ["rule", False])
+def test_heads_may_have_weights_of_their_own(measured, data, setting):
+    """In the pass that compares gradients and in that of losses alone; --weigh-heads has the last word."""
+    rule = weighting.Rule(lambda names: (), lambda state, signals: (WEIGHTS, state), head_weights=head_weights, name="own")
+    scales = (3.0, 1.0, 0.5) if setting == "rule" else (1.0, 1.0, 1.0)
+    for run in [Measured(data, rule, weigh_heads=setting), *([measured()] if setting == "rule" else [])]:
+        losses = losses_of(run, jax.tree.map(jnp.asarray, run.batch))
+        plain = jax.jit(jax.grad(lambda params, losses=losses: sum(losses(params).values())))(run.prepared.params)["heads"]
+        for task, scale in zip(TASKS, scales, strict=True):
+            expected = jax.tree.map(lambda leaf, scale=scale: scale * leaf, plain[task])
+            heads = run.step.gradient["heads"][task]
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), heads, expected)
+
+
 def test_parts_and_devices_change_no_signal(measured):
     plain, other = measured().step, measured(devices=8, accumulate=2).step
     for field in ("held_out", "cross"):
@@ -178,13 +198,16 @@ def test_held_out_rows_are_not_trained_on(data, whole):
     assert sizes["questions"] + len(held_out[0].tokens) == len(plain["questions"].tokens)
 
 
+def test_the_share_decides_the_rows_and_is_no_input_of_a_program(data):
+    varied = experiment(data, **AUTO | {"weighting_options": AUTO["weighting_options"] | {"share": 0.3}})
+    options = {path[1] for path in fields.numbers(varied) if path[0] == "weighting_options"}
+    assert options == {"learning_rate"}
+
+
+@pytest.mark.long
 def test_an_ablation_trains_runs_that_differ_in_an_option_at_once(data, whole, tmp_path):
-    """One program for two rates; the run with the rate of the run alone has its weights. The share decides the rows."""
-    ablation = experiment(data, **AUTO)
-    assert ("weighting_options", "learning_rate") in fields.numbers(ablation)
-    with_share = dataclasses.replace(ablation, weighting_options={**ablation.weighting_options, "share": 0.3})
-    assert ("weighting_options", "share") not in fields.numbers(with_share)
-    mtl_jax.ablate(ablation, tmp_path / "ablation", ["weighting-options.learning-rate=0.01,0.1"])
+    """One program for two rates; the run with the rate of the run alone has its weights."""
+    mtl_jax.ablate(experiment(data, **AUTO), tmp_path / "ablation", ["weighting-options.learning-rate=0.01,0.1"])
     first, second = (weights_of(tmp_path / "ablation" / "runs" / name) for name in ("0000", "0001"))
     np.testing.assert_allclose(first, weights_of(whole), rtol=1e-4)
     assert np.abs(second - first).max() > 0.1

@@ -28,5 +28,15 @@ def beside_gram(gram):
     return {"cross": gram, "held_out": jax.tree_util.Partial(_derivative, gram)}
 
 
+def told(rule, state, rows):
+    """Signals.transformed after the transform, whose new state this is."""
+    return () if rule.transform.tells is None else (rule.transform.tells(state, rows),)
+
+
+def after_transform(rule, gram):
+    """Signals.transformed where there is a Gram matrix in place of gradients: squared lengths are told."""
+    return () if rule.transform is None or rule.transform.tells is None else (jnp.diagonal(gram),)
+
+
 def _derivative(gram, weights, rate):
     return -gram @ (1 - rate * jnp.stack([weights[task] for task in sorted(weights)]))

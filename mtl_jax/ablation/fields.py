@@ -149,7 +149,7 @@ def _traceable(rule_name: str, options: tuple[tuple[str, Any], ...], names: tupl
         def weigh(value: jax.Array) -> Any:
             rule = weighting.make(rule_name, **{**dict(options), name: value})
             losses = {task: jax.numpy.ones(()) for task in names}
-            return rule.update(rule.init(names), example_signals(rule, losses)._replace(transformed=()))
+            return rule.update(rule.init(names), example_signals(rule, losses))
 
         try:
             jax.eval_shape(weigh, jax.ShapeDtypeStruct((), jax.numpy.float32))

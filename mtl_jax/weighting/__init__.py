@@ -2,10 +2,8 @@
 
 from mtl_jax.weighting import schedules as schedules
 from mtl_jax.weighting.balance import db_mtl as db_mtl
-from mtl_jax.weighting.balance import graddrop as graddrop
 from mtl_jax.weighting.balance import gradnorm as gradnorm
 from mtl_jax.weighting.balance import moco as moco
-from mtl_jax.weighting.balance import trimmed_mean as trimmed_mean
 from mtl_jax.weighting.base import HeldOut as HeldOut
 from mtl_jax.weighting.base import Rule as Rule
 from mtl_jax.weighting.base import Signals as Signals
@@ -23,6 +21,9 @@ from mtl_jax.weighting.combinators import ema as ema
 from mtl_jax.weighting.combinators import every as every
 from mtl_jax.weighting.combinators import normalized as normalized
 from mtl_jax.weighting.combinators import subset as subset
+from mtl_jax.weighting.coordinates import excess_risk as excess_risk
+from mtl_jax.weighting.coordinates import graddrop as graddrop
+from mtl_jax.weighting.coordinates import trimmed_mean as trimmed_mean
 from mtl_jax.weighting.custom_loop import cross as cross
 from mtl_jax.weighting.custom_loop import for_heads as for_heads
 from mtl_jax.weighting.custom_loop import gradient as gradient

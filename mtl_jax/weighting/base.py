@@ -33,8 +33,8 @@ class Signals(NamedTuple):
         key: PRNG key of this step, for rules that draw.
         counts: {task: f32[]}, labelled examples in this step; a task without any is absent, and the rule is applied to the
             others. None: all tasks are present.
-        transformed: () if the gradients have gone through the rule's transform, else None. Not an array, so that it is known
-            while a program is traced.
+        transformed: () if the gradients have gone through the rule's transform, or (the result of Transform.tells,); else None.
+            Not an array, so that it is known while a program is traced.
         cross: f32[K, K], for Rule.needs_cross: row i and column j is the inner product of task i's mean gradient in one half
             of the batch with task j's in the other half, which is independent of it. Row and column of a task are 0 where it
             has no labelled example in one of the halves. None if the rule does not need it.
@@ -49,7 +49,7 @@ class Signals(NamedTuple):
     step: jax.Array
     key: jax.Array
     counts: dict[str, jax.Array] | None = None
-    transformed: tuple[()] | None = None
+    transformed: tuple[jax.Array, ...] | None = None
     cross: jax.Array | None = None
     held_out: Callable[[Weights, float], jax.Array] | None = None
 
@@ -74,10 +74,13 @@ class Transform(NamedTuple):
     Attributes:
         init: Task gradients (arrays or shapes), leaves [K, ...] in sorted order, to a state.
         update: (state, Signals without gram, task gradients) to (changed task gradients, new state).
+        tells: (new state, task gradients before the change) to f32[K], what the rule's weights need to know of the gradients
+            besides their Gram matrix; None: nothing.
     """
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Signals, Any], tuple[Any, Any]]
+    tells: Callable[[Any, Any], jax.Array] | None = None
 
 
 class Rule(NamedTuple):
@@ -180,7 +183,7 @@ def example_signals(rule: Rule, losses: dict[str, jax.Array], gram: jax.Array | 
         jnp.zeros((), jnp.int32),
         jax.random.key(0),
         losses,
-        transformed=None if rule.transform is None else (),
+        transformed=None if rule.transform is None else () if rule.transform.tells is None else (stack(losses),),
         cross=gram if rule.needs_cross else None,
         held_out=None if rule.held_out is None else lambda weights, rate: -rate * jnp.asarray(gram) @ stack(weights),
     )
@@ -254,8 +257,10 @@ def weigh(
         return (*solve(rule, state, signals), rows)
     # Another key than the rule's, which may draw, too.
     transform_signals = signals._replace(gram=None, key=jax.random.fold_in(signals.key, 1))
-    rows, transform_state = rule.transform.update(state["transform"], transform_signals, rows)
-    signals = signals._replace(gram=gram(rows) if rule.needs_gram else None, transformed=())
+    changed, transform_state = rule.transform.update(state["transform"], transform_signals, rows)
+    told = () if rule.transform.tells is None else (rule.transform.tells(transform_state, rows),)
+    rows = changed
+    signals = signals._replace(gram=gram(rows) if rule.needs_gram else None, transformed=told)
     weights, rule_state, residual = solve(rule, state["rule"], signals)
     return weights, {"rule": rule_state, "transform": transform_state}, residual, rows
 
@@ -289,6 +294,11 @@ def stack(by_task: Mapping[str, jax.Array | float]) -> jax.Array:
 def unstack(values_K: jax.Array, signals: Signals) -> Weights:
     """f32[K] in sorted order to {task: f32[]}; 0 where the task is absent."""
     return dict(zip(sorted(signals.losses), jnp.where(present(signals), values_K, 0.0), strict=True))
+
+
+def by_rows(values_K: jax.Array, leaf: jax.Array) -> jax.Array:
+    """f32[K], one number for each task, in a shape that multiplies a leaf [K, ...]."""
+    return values_K.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def present(signals: Signals) -> jax.Array:

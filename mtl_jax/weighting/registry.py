@@ -19,6 +19,7 @@ from mtl_jax.core.parts import Registry
 from mtl_jax.weighting import (
     balance,
     combinators,
+    coordinates,
     double_sampling,
     geometry,
     gram_rules,
@@ -70,9 +71,10 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "gcs": target_rules.gcs,
     "pcd": target_rules.pcd,
     "auto_lambda": target_rules.auto_lambda,
-    # changes the task gradients themselves
-    "graddrop": balance.graddrop,
-    "trimmed_mean": balance.trimmed_mean,
+    # from every coordinate of the task gradients
+    "excess_risk": coordinates.excess_risk,
+    "graddrop": coordinates.graddrop,
+    "trimmed_mean": coordinates.trimmed_mean,
 }
 
 OWN_COMBINATORS: dict[str, Callable[..., Rule]] = {

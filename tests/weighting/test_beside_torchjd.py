@@ -23,6 +23,7 @@ GOLDEN = {
     "sdmgrad": [0.1494186, 0.04615385, 0.2054088, 0.1709437, 0.4280751],
     "pcd": [1.055594, 0.4316363, 0, 0, 0],
     "imtl": [-0.1359602, 0.1003365, 0.28978, 0.1604144, 0.4567588],
+    "excess_risk": [0.9965722, 0.0001688434, 0.000404519, 0.001682048, 0.001172421],
     "trimmed_mean 0": [0.5719613, 0.5650081, -0.3892593, 0.2758214, -0.5578124, 0.0883665],
     "trimmed_mean 1": [0.6825461, 0.5862762, -0.2028033, -0.09610682, -0.7574321, 0.05902635],
     "trimmed_mean 2": [0.7889452, 0.7142309, -0.1802515, -0.2727387, -0.7944229, 0.01164498],
@@ -49,7 +50,10 @@ def weigh(rule, steps=STEPS):
         by_task = dict(zip(NAMES, losses, strict=True))
         if rule.transform is not None:
             rows = {name: jnp.asarray(row) for name, row in zip(NAMES, first, strict=True)}
-            return np.asarray(weighting.gradient(rule, state, rows, by_task, step=0, key=jax.random.key(0))[0])
+            gradient, weights, state = weighting.gradient(rule, state, rows, by_task, step=0, key=jax.random.key(0))
+            if rule.name == "trimmed_mean":
+                return np.asarray(gradient)
+            continue
         signals = Signals(by_task, first @ first.T, jnp.int32(step), jax.random.key(0), cross=first @ second.T)
         weights, state = update(state, signals)
     return np.array([float(weights[name]) for name in NAMES])
@@ -60,6 +64,7 @@ RULES = {
     "sdmgrad": lambda: weigh(weighting.sdmgrad(iterations=20, learning_rate=0.5), STEPS + 1),
     "pcd": lambda: weigh(weighting.pcd("a")),
     "imtl": lambda: weigh(weighting.imtl(learning_rate=0.1)),
+    "excess_risk": lambda: weigh(weighting.excess_risk(learning_rate=0.5)),
     "trimmed_mean 0": lambda: weigh(weighting.trimmed_mean(trim=0)),
     "trimmed_mean 1": lambda: weigh(weighting.trimmed_mean(trim=1)),
     "trimmed_mean 2": lambda: weigh(weighting.trimmed_mean(trim=2)),
@@ -120,6 +125,7 @@ def torchjd_results():
         "sdmgrad": last(aggregation.SDMGradWeighting(lr=0.5), cross),
         "pcd": last(aggregation.PCDWeighting(), lambda step: drawn(step)[1] @ drawn(step)[1].T),
         "imtl": imtl(),
+        "excess_risk": last(aggregation.ExcessMTLWeighting(0.5, n_warmup_steps=1), lambda step: drawn(step)[1]),
         **{f"trimmed_mean {number}": trimmed(number) for number in (0, 1, 2)},
         "cosmos": derivative(scalarization.COSMOS(2.0, preferences)),
         "cosmos plain": derivative(scalarization.COSMOS(0.0, ones)),

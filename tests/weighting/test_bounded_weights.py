@@ -47,8 +47,9 @@ def weigh(name, history, **options):
         rows = rows_of(losses)
         at = signals(losses, step, rows)
         if rule.transform is not None:
-            rows, kept = rule.transform.update(kept, at._replace(gram=None), rows)
-            at = at._replace(gram=rows @ rows.T, transformed=())
+            changed, kept = rule.transform.update(kept, at._replace(gram=None), rows)
+            told, rows = every_rule.told(rule, kept, rows), changed
+            at = at._replace(gram=rows @ rows.T, transformed=told)
         weights, state = update(state, at)
         weights_N.append([float(weights[task]) for task in "abc"])
         rows_N.append(rows)

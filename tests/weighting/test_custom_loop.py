@@ -14,7 +14,7 @@ from mtl_jax.training import task_gradients
 from mtl_jax.weighting import RULES, Signals
 
 NAMES = ("fine", "coarse", "rating")  # not in sorted order
-CHANGING = ("graddrop", "moco", "db_mtl", "trimmed_mean")
+CHANGING = ("graddrop", "moco", "db_mtl", "trimmed_mean", "excess_risk")
 
 
 def made(name):
@@ -47,9 +47,10 @@ def as_in_the_train_step(rule, state, tasks, losses, step, key, **beside):
         weights, state = rule.update(state, signals._replace(gram=task_gradients.gram_matrix(rounds, order)))
         return task_gradients.combine(rounds, weights, order), weights, state
     drawing = signals._replace(key=jax.random.fold_in(key, 1))
-    changed, kept = rule.transform.update(state["transform"], drawing, task_gradients.in_order(rounds, order))
+    rows = task_gradients.in_order(rounds, order)
+    changed, kept = rule.transform.update(state["transform"], drawing, rows)
     gram = task_gradients.gram_matrix([changed], sorted(order)) if rule.needs_gram else None
-    weights, own = rule.update(state["rule"], signals._replace(gram=gram, transformed=()))
+    weights, own = rule.update(state["rule"], signals._replace(gram=gram, transformed=every_rule.told(rule, kept, rows)))
     return task_gradients.combine([changed], weights, sorted(order)), weights, {"rule": own, "transform": kept}
 
 

@@ -37,7 +37,8 @@ def history_of(rule, steps, key=0):
         gram = jnp.asarray(np.asarray(gradients, np.float64) @ np.asarray(gradients, np.float64).T, jnp.float32)
         losses = dict(zip(names, np.asarray(losses, np.float32), strict=True))  # an operation of jax would be compiled
         counts = None if counts is None else dict(zip(names, np.asarray(counts, np.float32), strict=True))
-        weights, new_state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts, (), gram))
+        told = every_rule.after_transform(rule, gram)
+        weights, new_state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts, told, gram))
         same = jax.tree.map(lambda a, b: jax.typeof(a) == jax.typeof(b), state, new_state)
         assert all(jax.tree.leaves(same)), "the state changed its type: the program would be compiled again"
         state = new_state
@@ -347,7 +348,8 @@ def test_a_rule_may_be_vmapped(name):
     losses = dict(zip(names, np.asarray(rng.uniform(1, 2, size=(3, 2)), np.float32), strict=True))
 
     def update(losses, gram):
-        signals = Signals(losses, gram, jnp.int32(0), jax.random.key(0), transformed=(), cross=gram)
+        told = every_rule.after_transform(rule, gram)
+        signals = Signals(losses, gram, jnp.int32(0), jax.random.key(0), transformed=told, cross=gram)
         return rule.update(rule.init(names), signals)[0]
 
     together, update = jax.jit(jax.vmap(update))(losses, grams), jax.jit(update)

@@ -1,26 +1,19 @@
 """Every weighting rule with the options and signals that it needs, for tests over all of them."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 
 from mtl_jax import weighting
-from mtl_jax.weighting import RULES
 
 
 def needs_target(name):
-    return "target" in inspect.signature(RULES[name]).parameters
+    return "target" in weighting.required_options(name)
 
 
 def make(name, tasks, **options):
     """The rule; one that needs a target has the first task, one that needs weights has 1 for every task."""
-    parameters = inspect.signature(RULES[name]).parameters
-    if needs_target(name):
-        options = {"target": tasks[0]} | options
-    if name in RULES and "weights" in parameters and parameters["weights"].default is inspect.Parameter.empty:
-        options = {"weights": dict.fromkeys(tasks, 1.0)} | options
-    return weighting.make(name, **options)
+    needed = {"target": tasks[0], "weights": dict.fromkeys(tasks, 1.0)}
+    return weighting.make(name, **{option: needed[option] for option in weighting.required_options(name)} | options)
 
 
 def beside_gram(gram):

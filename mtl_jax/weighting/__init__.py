@@ -62,6 +62,7 @@ from mtl_jax.weighting.registry import make as make
 from mtl_jax.weighting.registry import name_of as name_of
 from mtl_jax.weighting.registry import register as register
 from mtl_jax.weighting.registry import register_combinator as register_combinator
+from mtl_jax.weighting.registry import required_options as required_options
 from mtl_jax.weighting.registry import takes_weights as takes_weights
 from mtl_jax.weighting.schedules import check_steps as check_steps
 from mtl_jax.weighting.schedules import dann_schedule as dann_schedule

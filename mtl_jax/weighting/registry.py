@@ -105,6 +105,12 @@ def make(name: str, **options: Any) -> Rule:
     return rule if rule.name == name else asks_for_signals(rule._replace(name=name))
 
 
+def required_options(name: str) -> list[str]:
+    """The options of a rule that have no default, such as the target of a rule that knows it."""
+    parameters = inspect.signature(RULES[name]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+
+
 def takes_weights(name: str) -> bool:
     """Whether a rule has the option `weights`, a number for each task: Experiment.weights."""
     return name in RULES and "weights" in inspect.signature(RULES[name]).parameters

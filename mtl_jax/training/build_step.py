@@ -104,7 +104,7 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         if needs is None:
             return of_losses, None
         plain = of_losses if regularisers is NO_REGULARISERS else common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
-        return held_out.with_look_ahead(of_losses, plain, evaluate, tasks, needs), None
+        return held_out.with_look_ahead(of_losses, plain, evaluate, tasks, needs, weigh_heads), None
     same_rows = prepared.schedule.constant() and jax.process_count() == 1 and not _doubles(plan)
     compared = gram_gradient.make_backward(
         encode,
@@ -125,7 +125,7 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         compared, without_gram = gram_gradient.only_read(compared), gram_gradient.only_read(without_gram)
     if needs is not None:
         plain = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
-        compared = held_out.with_look_ahead(compared, plain, evaluate, tasks, needs)
+        compared = held_out.with_look_ahead(compared, plain, evaluate, tasks, needs, weigh_heads)
     if regularisers is not NO_REGULARISERS:
         # In a separate backward pass: the rule must not see their gradients among those of the tasks.
         regularised = common(tasks, trains_trunk=True, regularisers=regularisers)

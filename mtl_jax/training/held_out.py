@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core import trees
-from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.data import held_out_rows
 from mtl_jax.data.batches import Batch, Batching
 from mtl_jax.data.corpus import Corpus
@@ -30,6 +30,7 @@ from mtl_jax.training.forward import Encode, apply_heads, label_counts, mean_los
 from mtl_jax.training.gradient import Backward, BackwardFn, Weights
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.weighting import HeldOut, stack
+from mtl_jax.weighting.options import number
 
 
 class HeldOutRows(NamedTuple):
@@ -50,13 +51,18 @@ def take(experiment: Experiment, data: Mapping[str, Splits]) -> tuple[dict[str, 
     """The sources without the rows that a rule of the experiment needs held out, and these rows; None: no rule does.
 
     Raises:
-        UserError: A source has too few rows.
+        UserError: A source has too few rows, or the rule names a task that does not exist.
     """
     rules = [rule for phase in experiment.phases if (rule := rule_of(experiment, phase)).held_out is not None]
     if not rules:
         return dict(data), None
-    name, needs = rules[0].name, rules[0].held_out
+    name, needs = rules[0].name or "of a script", rules[0].held_out
     assert needs is not None
+    number(f"weighting {name}: held_out.share", needs.share, above=0, below=1)
+    names = [task.name for task in experiment.tasks]
+    for task_name in needs.tasks:
+        if task_name not in names:
+            raise unknown(f"task in held_out of weighting {name}:", task_name, names)
     sources = {source.name: source for source in experiment.sources}
     left, rows = dict(data), {}
     for source in dict.fromkeys(task.source for task in experiment.tasks if task.name in needs.tasks):
@@ -113,7 +119,7 @@ def batches(
 
 
 def with_look_ahead(
-    backward: BackwardFn, losses: BackwardFn, encode: Encode, tasks: Sequence[Task], needs: HeldOut
+    backward: BackwardFn, losses: BackwardFn, encode: Encode, tasks: Sequence[Task], needs: HeldOut, weigh_heads: bool
 ) -> BackwardFn:
     """A backward pass that also gives Signals.held_out.
 
@@ -123,6 +129,7 @@ def with_look_ahead(
         encode: The trunk.
         tasks: The tasks of the run.
         needs: Rule.held_out.
+        weigh_heads: As in gradient.make_backward(); if false, the heads' part of a step does not depend on the weights.
     """
     measured = tuple(task for task in tasks if task.name in needs.tasks)
 
@@ -133,8 +140,8 @@ def with_look_ahead(
         assert here.along is not None
         along = here.along
         key = jax.random.fold_in(keys[1], zlib.crc32(b"held out"))  # not a small number: the heads' keys have these
-        number = jax.random.randint(key, (), 0, len(inputs.held_out.tokens))
-        batch = jax.tree.map(lambda leaf: leaf[number], inputs.held_out)
+        drawn = jax.random.randint(key, (), 0, len(inputs.held_out.tokens))
+        batch = jax.tree.map(lambda leaf: leaf[drawn], inputs.held_out)
         counts = label_counts(measured, batch)
 
         def loss(trained: Any) -> jax.Array:
@@ -145,7 +152,10 @@ def with_look_ahead(
         def derivative(weights: Weights, rate: float) -> jax.Array:
             move, _ = here.pull(weights, None, None)
             ahead = jax.tree.map(lambda leaf, change: leaf - rate * change, trained, move)
-            return -stack(along(jax.grad(loss)(ahead)))
+            slope = jax.grad(loss)(ahead)
+            if not weigh_heads:
+                slope = slope | {"heads": jax.tree.map(jnp.zeros_like, slope["heads"])}
+            return -stack(along(slope))
 
         return step._replace(held_out=derivative)
 

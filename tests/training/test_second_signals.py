@@ -221,6 +221,10 @@ def test_an_ablation_trains_runs_that_differ_in_an_option_at_once(data, whole, t
             {"sources": "few"},
             "weighting auto_lambda: its share of 0.2 holds out 1 of the 5 training rows of source 'questions'; at least 2 must",
         ),
+        (
+            {"weighting": probe()._replace(held_out=weighting.HeldOut(("corse",), 0.1)), "weighting_options": {}},
+            "unknown task in held_out of weighting probe: 'corse'.*did you mean 'coarse'",
+        ),
         ({"weighting_options": {"target": "coarse", "share": 1.5}}, "weighting auto_lambda: share is 1.5"),
         (
             {"weighting": "modo", "weighting_options": {}, "batch": Batching(rows=3, row_length=24, examples_per_row=6)},

@@ -38,6 +38,7 @@ from mtl_jax.models.layers import Head
 from mtl_jax.training import gram_gradient, task_gradients
 from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.gradient import GradientFn, make_backward
+from mtl_jax.training.phase_plan import needs_task_gradients
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.weighting import Rule
@@ -77,7 +78,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Measures every case, prints and writes the tables."""
-    rules = options.rules or tuple(name for name in weighting.RULES if name not in ("fixed", "scheduled", "gcs", "pcd"))
+    rules = options.rules or tuple(name for name in weighting.RULES if not weighting.required_options(name))
     rules = ("equal", *[name for name in rules if name != "equal"])
     device = f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} CPU cores"
     facts = {"device": device, "dtype": options.dtype, "jax": jax.__version__, "python": platform.python_version()}
@@ -123,6 +124,8 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
     mask = jax.tree.map(lambda leaf: True, params)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     opt_state = optimizer.init(params)
+    if K < 3:  # of two values none is left
+        rules = tuple(name for name in rules if name != "trimmed_mean")
     layout = task_gradients.layout(tasks, {task.source: rows for task in tasks}, fixed=True)
     programs: dict[str, Callable[[], Any]] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -140,7 +143,7 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
         program = jax.jit(step).lower(state, StepInputs(batch)).compile()
         facts[name] = {"compile_s": time.perf_counter() - began}
         facts[name]["flops"] = (program.cost_analysis() or {}).get("flops", float("nan"))
-        if (rule.needs_gram or rule.transform) and jax.default_backend() == "cpu":
+        if needs_task_gradients(rule) and jax.default_backend() == "cpu":
             # XLA counts the body of a loop once, but on CPU a loop makes the Gram matrix, chunk by chunk.
             size = sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
             unread = max(0, SIZES.vocab_size - batch.tokens.size) * SIZES.hidden_size if rule.transform is None else 0
@@ -175,7 +178,7 @@ def gradient_fn_of(
 ) -> GradientFn:
     """The gradient function that training takes for a rule."""
     encode = encode_tokens(encoder)
-    if not rule.needs_gram and rule.transform is None:
+    if not needs_task_gradients(rule):
         return make_gradient_fn(make_backward(encode, tasks, trains_trunk=True), rule)
     backward = gram_gradient.make_backward(encode, tasks, rule, layout, gram_gradient.check(params, mask, "trunk"))
     return make_gradient_fn(gram_gradient.only_read(backward) if rule.transform is None else backward, rule)

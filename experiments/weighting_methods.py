@@ -53,7 +53,7 @@ class Comparison:
         workdir: The directory with the runs.
     """
 
-    rules: tuple[str, ...] = tuple(name for name in weighting.RULES if name not in ("gcs", "pcd"))  # they need a target
+    rules: tuple[str, ...] = tuple(name for name in weighting.RULES if "target" not in weighting.required_options(name))
     heads: tuple[str, ...] = tuple(HEADS)
     seeds: tuple[int, ...] = (0, 1, 2)
     tasks: tuple[str, ...] = tuple(TASKS)

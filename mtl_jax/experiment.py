@@ -85,7 +85,7 @@ class Experiment(Configuration):
         adapters: Parameters that are added inside the trunk; the phases' rules call them trunk/adapters/NAME/...
         weighting: The rule that weighs the losses, by its name; in a script also a weighting.Rule itself.
         weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
-            step such as "linear_schedule(1.0, 0.0, 1000)".
+            step such as "linear_schedule(1.0, 0.0, 1000)". For cosmos and pbi: preferences; none: 1 each.
         weighting_options: Options of the rule, such as c 0.5 for cagrad.
         combinators: Combinators around the rule, the innermost first: normalized[:total=T], every:k=K,
             subset:s=S[,temperature=T], clipped[:low=L,high=H], ema[:decay=D].
@@ -191,10 +191,13 @@ def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
 
 def _rule_by_name(experiment: Experiment) -> weighting.Rule:
     options: dict[str, Any] = dict(experiment.weighting_options)
-    if experiment.weighting in ("fixed", "scheduled"):
-        options["weights"] = experiment.weights
+    if weighting.takes_weights(str(experiment.weighting)):
+        options.setdefault("weights", experiment.weights)
     elif experiment.weights:
-        raise UserError(f"weights are for --weighting fixed or scheduled, but weighting is {experiment.weighting!r}")
+        raise UserError(
+            f"weights are for --weighting fixed or scheduled, but weighting is {experiment.weighting!r} (cosmos and pbi take "
+            "them as preferences)"
+        )
     return weighting.make(str(experiment.weighting), **options)
 
 

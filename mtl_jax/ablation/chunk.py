@@ -227,7 +227,8 @@ class Chunk:
     def _step(
         self, plan: PhasePlan, before: Together, batch: Batch, table: Any, references: Any, apart: frozenset[str]
     ) -> tuple[Together, StepMetrics]:
-        inputs = StepInputs(meshes.assemble(batch, meshes.by_rows(self.mesh)), table, references)
+        batch = meshes.assemble(batch, meshes.by_rows(self.mesh))
+        inputs = StepInputs(batch, table, references, self.machine.held_out)
         run_step = self.machine.step(plan, self.values, before.state(), inputs, apart=apart)
         state, metrics = run_step(self.values, before.state(), inputs)
         return with_best(state, before.best), metrics

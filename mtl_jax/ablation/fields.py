@@ -16,7 +16,8 @@ import numpy as np
 from mtl_jax import weighting
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.experiment import Experiment, rule_name
-from mtl_jax.weighting import Signals, schedules
+from mtl_jax.weighting import schedules
+from mtl_jax.weighting.base import example_signals
 
 Path = tuple[str, ...]
 # {field: f32[N], or f32[N, steps] for schedules} for N runs; of one run without the first axis.
@@ -148,9 +149,7 @@ def _traceable(rule_name: str, options: tuple[tuple[str, Any], ...], names: tupl
         def weigh(value: jax.Array) -> Any:
             rule = weighting.make(rule_name, **{**dict(options), name: value})
             losses = {task: jax.numpy.ones(()) for task in names}
-            gram = jax.numpy.eye(len(names)) if rule.needs_gram else None
-            state = rule.init(names)
-            return rule.update(state, Signals(losses, gram, jax.numpy.zeros((), int), jax.random.key(0), transformed=()))
+            return rule.update(rule.init(names), example_signals(rule, losses))
 
         try:
             jax.eval_shape(weigh, jax.ShapeDtypeStruct((), jax.numpy.float32))

@@ -134,7 +134,7 @@ def _of_method(experiment: Experiment, text: str, axes: Sequence[Axis]) -> tuple
         raise UserError(f"--methods {text} and --vary weighting-options.{repeated[0]}: the field has two axes; name it once")
     kept = []
     for axis in axes:
-        paths = [path for path in axis.paths if not (path[0] == "weights" and name not in ("fixed", "scheduled"))]
+        paths = [path for path in axis.paths if path[0] != "weights" or weighting.takes_weights(name)]
         paths = [path for path in paths if not (path[0] == "weighting_options" and path[1] not in parameters)]
         if paths:
             places = [axis.paths.index(path) for path in paths]
@@ -161,12 +161,13 @@ def _applied(experiment: Experiment, values: Mapping[Path, Any]) -> Experiment:
         experiment = fields.put(experiment, path, value)
     _refuse_unused(experiment, values)
     if any(path[0] == "weights" and value != {} for path, value in values.items()):
-        if experiment.weighting not in GIVEN:
+        if experiment.weighting not in GIVEN and not weighting.takes_weights(str(experiment.weighting)):
             raise UserError(f"--vary weights: weights are for the weighting fixed, but it is {experiment.weighting!r}")
         if all(phase.weights for phase in experiment.phases):
             raise UserError("--vary weights: every phase has its own weights; vary phases.N.weights")
-        texts = any(isinstance(weight, str) for weight in experiment.weights.values())
-        experiment = dataclasses.replace(experiment, weighting="scheduled" if texts else "fixed")
+        if experiment.weighting in GIVEN:
+            texts = any(isinstance(weight, str) for weight in experiment.weights.values())
+            experiment = dataclasses.replace(experiment, weighting="scheduled" if texts else "fixed")
     return experiment
 
 

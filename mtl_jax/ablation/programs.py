@@ -21,7 +21,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import cached_features, encode_tokens, needed_fields
 from mtl_jax.training.phase_plan import PhasePlan, with_numbers_of
-from mtl_jax.training.setup import Prepared
+from mtl_jax.training.setup import Prepared, held_out_batches
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
@@ -36,6 +36,7 @@ class Machine:
         size: N, a multiple of the size of the mesh's axis over runs.
 
     Attributes:
+        held_out: The held-out rows, for StepInputs.
         per_run: For each phase a tree of bools: the parameters with an axis over runs, f32[N, ...], from this phase on.
         compile_seconds: Seconds spent on compiling steps so far.
         compiled: Number of steps compiled so far.
@@ -50,6 +51,7 @@ class Machine:
             per_run = stacking.either(per_run, plan.mask)
             self.per_run.append(per_run)
         self.averaging = averaging.make(prepared.experiment.averaging)
+        self.held_out = held_out_batches(prepared)
         self.keep_better = stacking.keep_better(self.mesh)
         self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
         self.compile_seconds, self.compiled, self.weight = 0.0, 0, 0
@@ -151,7 +153,7 @@ class Machine:
                 else:
                     table = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
             unregularised = plan._replace(regularisers=(), mixout_paths=())
-            program = self.step(unregularised, values, state, StepInputs(batch, table))  # type: ignore[arg-type]
+            program = self.step(unregularised, values, state, StepInputs(batch, table, None, self.held_out))  # type: ignore[arg-type]
             best, trained = stacking.per_run_part(params, per_run), stacking.per_run_part(params, plan.mask)
             beside = _bytes(best) + (2 * _bytes(trained) if plan.regularisers or plan.mixout_paths else 0)
             if jax.default_backend() == "cpu":

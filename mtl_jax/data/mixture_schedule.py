@@ -140,6 +140,15 @@ class ScheduleSequence:
         capacities = [part.capacity() for part in self._in(steps)]
         return {source: max(capacity[source] for capacity in capacities) for source in capacities[0]}
 
+    def fewest(self, steps: range) -> dict[str, float]:
+        """{source: rows}: its share of a step's rows where that is least in these steps; 0 where it has none at all."""
+        ends = [
+            {source: share * part.rows for source, share in shares.items()}
+            for part in self._in(steps)
+            for shares in (part.start, part.end)
+        ]
+        return {source: min(rows[source] for rows in ends) for source in ends[0]}
+
     def _in(self, steps: range) -> list[Schedule]:
         """The schedules that contain these steps."""
         start, schedules = 0, []

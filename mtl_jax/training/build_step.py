@@ -10,7 +10,7 @@ import jax
 
 from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
-from mtl_jax.training import batch_parts, gradient, gram_gradient, task_gradients
+from mtl_jax.training import batch_parts, gradient, gram_gradient, held_out, task_gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, HeadInputs, cached_features, encode_tokens, needed_fields
 from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
@@ -36,7 +36,7 @@ def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
     backward, without_gram = _backward(prepared, plan)
     step = make_gradient_fn(
         backward,
-        plan.rule,
+        plan.rule if prepared.experiment.weigh_heads == "rule" else plan.rule._replace(head_weights=None),
         lambda step: {name: schedules.at(weight, step) for name, weight in weights.items()},
         without_gram,
     )
@@ -96,11 +96,15 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     regularisers = _output_regularisers(prepared, plan, weighted)
     encode, head_inputs = _encode(prepared, plan), _head_inputs(prepared, plan)
     weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
+    needs, evaluate = plan.rule.held_out, encode_tokens(prepared.trunk.module, needed_fields(tasks))
     common = functools.partial(gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs)
     if not needs_task_gradients(plan.rule):
         trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
         of_losses = common(weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads, regularisers=regularisers)
-        return of_losses, None
+        if needs is None:
+            return of_losses, None
+        plain = of_losses if regularisers is NO_REGULARISERS else common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
+        return held_out.with_look_ahead(of_losses, plain, evaluate, tasks, needs, weigh_heads), None
     same_rows = prepared.schedule.constant() and jax.process_count() == 1 and not _doubles(plan)
     compared = gram_gradient.make_backward(
         encode,
@@ -119,6 +123,9 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     looks_up_only = not prepared.trunk.is_users and not any("table" in task.needs for task in tasks)
     if plan.rule.transform is None and looks_up_only:
         compared, without_gram = gram_gradient.only_read(compared), gram_gradient.only_read(without_gram)
+    if needs is not None:
+        plain = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
+        compared = held_out.with_look_ahead(compared, plain, evaluate, tasks, needs, weigh_heads)
     if regularisers is not NO_REGULARISERS:
         # In a separate backward pass: the rule must not see their gradients among those of the tasks.
         regularised = common(tasks, trains_trunk=True, regularisers=regularisers)

@@ -18,7 +18,7 @@ from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.references import References
-from mtl_jax.training.setup import initial_state, mixture_phases, prepare
+from mtl_jax.training.setup import held_out_batches, initial_state, mixture_phases, prepare
 from mtl_jax.training.train_state import StepInputs
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def dry_run(experiment: Experiment) -> str:
     with contextlib.closing(batches), tempfile.TemporaryDirectory() as folder:
         references = References(prepared, Path(folder)).for_phase(plan, state, begins=True)
         step = jitted_step(prepared, plan)
-        inputs = StepInputs(meshes.assemble(next(batches), meshes.by_rows(mesh)), table, references)
+        inputs = StepInputs(meshes.assemble(next(batches), meshes.by_rows(mesh)), table, references, held_out_batches(prepared))
         log.info("compiling a step of phase %s ...", plan.phase.name)
         started = time.monotonic()
         compiled = step.lower(state, inputs).compile()

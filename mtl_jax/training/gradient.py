@@ -5,6 +5,7 @@ Shapes in names: R rows, T tokens a row, S examples a row, H trunk width, O outp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,18 +29,25 @@ class Backward(NamedTuple):
     Attributes:
         losses: {task: f32[]}, the input of the weighting rule.
         counts: {task: f32[]}, labelled examples or tokens.
-        pull: (weights of all losses, rows or None) -> the gradient of the weighted sum, a tree like the trainable leaves, and
-            {task or regulariser: f32[]}, all losses. Rows replace the task gradients.
+        pull: (weights of all losses, rows or None, heads' weights or None) -> the gradient of the weighted sum, a tree like the
+            trainable leaves, and {task or regulariser: f32[]}, all losses. Rows replace the task gradients; heads' weights,
+            {task: f32[]}, replace those of the losses for the heads' own gradients.
         gram: f32[K, K], of the task gradients in sorted order; None: they were not compared.
         rows: A tree like the trunk's trainable leaves, each f32[K, ...]: the task gradients for a rule that changes them; else
             None.
+        cross: Signals.cross, for a rule that needs it; else None.
+        held_out: Signals.held_out, for a rule that needs it; else None.
+        along: A tree like the trainable leaves -> {task: f32[]}, the derivative of the losses along it; None: not available.
     """
 
     losses: dict[str, jax.Array]
     counts: dict[str, jax.Array]
-    pull: Callable[[Weights, Any], tuple[Any, dict[str, jax.Array]]]
+    pull: Callable[[Weights, Any, Weights | None], tuple[Any, dict[str, jax.Array]]]
     gram: jax.Array | None = None
     rows: Any = None
+    cross: jax.Array | None = None
+    held_out: Callable[[Weights, float], jax.Array] | None = None
+    along: Callable[[Any], dict[str, jax.Array]] | None = None
 
 
 # (trainable leaves, frozen leaves, inputs, (PRNG key of the trunk's dropout, of the heads')) -> Backward
@@ -129,18 +137,20 @@ def make_backward(
             encoded = encode(params["trunk"], part, key, inputs.features)
             return head_losses(trained["heads"], encoded, part, number), encoded
 
-        def forward_and_back(part: Batch, number: Any) -> tuple[Any, Callable[[Weights], Any]]:
-            """The losses of a part, and its gradient as a function of their weights."""
+        def forward_and_back(part: Batch, number: Any) -> tuple[Any, Callable[[Weights, Weights | None], Any]]:
+            """The losses of a part, and its gradient as a function of their weights and of those of the heads."""
             losses, pull, encoded = jax.vjp(lambda trained: forward(trained, part, number), trained, has_aux=True)
 
-            def gradient_of(weights: Weights) -> Any:
+            def gradient_of(weights: Weights, of_heads: Weights | None) -> Any:
                 (gradient,) = pull(_like(losses, weights))
-                if weigh_heads:
+                if weigh_heads and of_heads is None:
                     heads = _not_uphill(gradient["heads"], {task.name: weights[task.name] for task in tasks})
                 else:
 
                     def plain(heads: Any) -> jax.Array:
                         of_tasks, of_regularisers = head_losses(heads, encoded, part, number)
+                        if of_heads is not None:
+                            of_tasks = {name: of_heads[name] * loss for name, loss in of_tasks.items()}
                         return sum(of_tasks.values()) + sum(weights[name] * loss for name, loss in of_regularisers.items())
 
                     heads = jax.grad(plain)(trained["heads"])
@@ -148,20 +158,34 @@ def make_backward(
 
             return losses, gradient_of
 
+        def part_along(direction: Any, part: Batch, number: Any) -> dict[str, jax.Array]:
+            return jax.jvp(lambda trained: forward(trained, part, number)[0][0], (trained,), (direction,))[1]
+
         if accumulate == 1:
             losses, gradient_of = forward_and_back(inputs.batch, 0)
-            return Backward(losses[0], counts, lambda weights, _: (gradient_of(weights), losses[0] | losses[1]))
+            return Backward(
+                losses[0],
+                counts,
+                lambda weights, _, of_heads: (gradient_of(weights, of_heads), losses[0] | losses[1]),
+                along=lambda direction: part_along(direction, inputs.batch, 0),
+            )
         parts = in_parts(inputs.batch, accumulate)
 
-        def pull_parts(weights: Weights, _: Any) -> tuple[Any, dict[str, jax.Array]]:
+        def pull_parts(weights: Weights, _: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
             def of_part(part: Batch, number: Any) -> tuple[Any, dict[str, jax.Array]]:
                 losses, gradient_of = forward_and_back(part, number)
-                return gradient_of(weights), losses[0] | losses[1]
+                return gradient_of(weights, of_heads), losses[0] | losses[1]
 
             return sum_over_parts(of_part, parts)
 
         # Where the rule does not read the losses, this pass has no use, and XLA removes it.
-        return Backward(sum_over_parts(lambda part, number: forward(trained, part, number)[0][0], parts), counts, pull_parts)
+        losses = sum_over_parts(lambda part, number: forward(trained, part, number)[0][0], parts)
+        return Backward(
+            losses,
+            counts,
+            pull_parts,
+            along=lambda direction: sum_over_parts(functools.partial(part_along, direction), parts),
+        )
 
     return backward
 
@@ -177,10 +201,10 @@ def beside(backward: BackwardFn, other: BackwardFn) -> BackwardFn:
     def both(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
         first, second = backward(trained, frozen, inputs, keys), other(trained, frozen, inputs, keys)
 
-        def pull(weights: Weights, rows: Any) -> tuple[Any, dict[str, jax.Array]]:
-            gradient, losses = first.pull(weights, rows)
+        def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
+            gradient, losses = first.pull(weights, rows, of_heads)
             zeros = {task: jnp.zeros(()) for task in second.counts}
-            of_regularisers, other_losses = second.pull({**weights, **zeros}, None)
+            of_regularisers, other_losses = second.pull({**weights, **zeros}, None, None)
             return jax.tree.map(jnp.add, gradient, of_regularisers), other_losses | losses
 
         return first._replace(pull=pull)

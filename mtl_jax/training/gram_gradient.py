@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,8 @@ def make_backward(
     Args:
         encode: encode_tokens(trunk).
         tasks: The tasks, label sets filled in.
-        rule: A rule with needs_gram or a transform.
+        rule: A rule with needs_gram, needs_cross or a transform. With needs_cross the batch goes through as two halves, every
+            other row of a source in each, and their task gradients are kept apart until they are compared.
         layout: task_gradients.layout(...).
         over: check(...), for the trainable part of this phase.
         gram_over: "trunk", "representation", or the expression that `over` was made from; "trunk" for a transform.
@@ -89,11 +90,12 @@ def make_backward(
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
+    pieces = accumulate * (2 if rule.needs_cross else 1)
 
     def backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
         trunk_key, head_key = keys
         counts = label_counts(tasks, inputs.batch)
-        blocks = task_gradients.cut(inputs.batch, layout, tasks, accumulate * (1 if mesh is None else meshes.shards(mesh)))
+        blocks = task_gradients.cut(inputs.batch, layout, tasks, pieces * (1 if mesh is None else meshes.shards(mesh)))
         if mesh is not None:  # without it, XLA gives every device all gathered rows
             blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
 
@@ -102,8 +104,8 @@ def make_backward(
 
         def compare(blocks: Batch, number: Any) -> tuple[Any, Any]:
             """Losses, gradients of the heads, task gradients by round; and the trunk's gradient as a function of weights."""
-            keys_N = jax.random.split(part_key(trunk_key, number, accumulate), len(layout.rows))
-            part_head_key = part_key(head_key, number, accumulate)
+            keys_N = jax.random.split(part_key(trunk_key, number, pieces), len(layout.rows))
+            part_head_key = part_key(head_key, number, pieces)
 
             def block(tree: Any, task: str) -> Any:
                 return jax.tree.map(lambda leaf: leaf[block_of[task]], tree)
@@ -146,36 +148,70 @@ def make_backward(
                     return encode_block(trees.merge(part, rest), block, key)
 
                 _, pull_blocks = task_gradients.encode_blocks(encode_part, part, blocks, keys_N)
-            stored_dtype = dtype if accumulate == 1 else jnp.float32
+            stored_dtype = dtype if pieces == 1 else jnp.float32
             rounds = task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, stored_dtype)
             return (losses, head_gradients, rounds), weighted
 
-        if accumulate == 1:
+        gram = cross = None
+        if pieces == 1:
             (losses, head_gradients, rounds), weighted = compare(blocks, 0)
         else:
-            parts = in_parts(blocks, accumulate, axis=1)
-            losses, head_gradients, rounds = sum_over_parts(lambda part, number: compare(part, number)[0], parts)
+            parts = in_parts(blocks, pieces, axis=1)
+            if rule.needs_cross:
+                halves = half_by_half(lambda part, number: compare(part, number)[0], parts)
+                gram, cross = task_gradients.of_halves(halves[2], names, half_counts(tasks, parts))
+                losses, head_gradients, rounds = jax.tree.map(lambda leaf: leaf.sum(axis=0), halves)
+            else:
+                losses, head_gradients, rounds = sum_over_parts(lambda part, number: compare(part, number)[0], parts)
 
             def weighted(weights: Weights) -> Any:
                 return sum_over_parts(lambda part, number: compare(part, number)[1](weights), parts)
 
-        def pull(weights: Weights, rows: Any) -> tuple[Any, dict[str, jax.Array]]:
+        def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
             if rows is not None:
                 trunk = task_gradients.combine([rows], weights, sorted(names))
             else:
                 trunk = task_gradients.combine(rounds, weights, names) if gram_over == TRUNK else weighted(weights)
             heads = head_gradients
-            if weigh_heads:
+            if weigh_heads or of_heads is not None:
+                chosen = weights if of_heads is None else of_heads
                 heads = head_gradients | {
-                    name: jax.tree.map(lambda leaf, w=weights[name]: jnp.maximum(w, 0.0) * leaf, head_gradients[name])
+                    name: jax.tree.map(lambda leaf, w=chosen[name]: jnp.maximum(w, 0.0) * leaf, head_gradients[name])
                     for name in names
                 }
             return {"trunk": trunk, "heads": heads}, losses
 
         rows = None if rule.transform is None else task_gradients.in_order(rounds, names)
-        return Backward(losses, counts, pull, task_gradients.gram_matrix(rounds, names), rows)
+        gram = task_gradients.gram_matrix(rounds, names) if gram is None else gram
+        return Backward(losses, counts, pull, gram, rows, cross)
 
     return backward
+
+
+def half_by_half(function: Callable[[Any, Any], Any], parts: Any) -> Any:
+    """The sums of function(part, its number) over the parts with even and with odd numbers: leaves [2, ...].
+
+    Args:
+        function: As for sum_over_parts.
+        parts: Leaves [P, ...] with an even P.
+    """
+    by_half = jax.tree.map(lambda leaf: jnp.stack([leaf[0::2], leaf[1::2]]), parts)
+
+    def of_half(half_and_place: tuple[Any, jax.Array]) -> Any:
+        half, place = half_and_place
+        return sum_over_parts(lambda part, number: function(part, 2 * number + place), half)
+
+    return jax.lax.map(of_half, (by_half, jnp.arange(2)))
+
+
+def half_counts(tasks: tuple[Task, ...], parts: Batch) -> dict[str, jax.Array]:
+    """{task: f32[2]}, labelled examples or tokens in the parts with even and with odd numbers; leaves are [P, N, R, ...]."""
+
+    def of_half(first: int) -> dict[str, jax.Array]:
+        half = jax.tree.map(lambda leaf: leaf[first::2].reshape(-1, *leaf.shape[3:]), parts)
+        return label_counts(tasks, half)
+
+    return jax.tree.map(lambda *counts: jnp.stack(counts), of_half(0), of_half(1))
 
 
 def _of_vectors(cotangent: Encoded) -> jax.Array:
@@ -220,11 +256,11 @@ def only_read(backward: BackwardFn) -> BackwardFn:
         tokens_RxT = places_RxT.reshape(batch.tokens.shape).astype(batch.tokens.dtype)
         narrowed = backward(narrow, frozen, inputs._replace(batch=batch._replace(tokens=tokens_RxT)), keys)
 
-        def pull(weights: Weights, rows: Any) -> tuple[Any, dict[str, jax.Array]]:
-            gradient, losses = narrowed.pull(weights, rows)
+        def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
+            gradient, losses = narrowed.pull(weights, rows, of_heads)
             gradient_VxE = jnp.zeros_like(whole_VxE).at[ids_U].set(token_table(gradient["trunk"]), mode="drop")
             return gradient | {"trunk": with_token_table(gradient["trunk"], gradient_VxE)}, losses
 
-        return narrowed._replace(pull=pull)
+        return narrowed._replace(pull=pull, along=None)
 
     return narrow_backward

@@ -34,7 +34,7 @@ from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.references import References
-from mtl_jax.training.setup import Prepared, initial_state, mixture_phases, start_phase, template
+from mtl_jax.training.setup import Prepared, held_out_batches, initial_state, mixture_phases, start_phase, template
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
 
@@ -77,6 +77,7 @@ class TrainingRun:
         self.undefined: set[str] = set()  # tasks for which the log has the warning of an undefined metric
         self.warned_of_solver = False
         self.references = References(prepared, folder)
+        self.held_out = held_out_batches(prepared)
         self.dev_table = results.DevTable(self.tasks)
 
     def resume(self) -> tuple[TrainState, int]:
@@ -164,7 +165,7 @@ class TrainingRun:
         self.rates = np.broadcast_to(jax.vmap(plan.learning_rate)(np.arange(steps)), steps)
         actions = Actions(
             take_step=lambda state, batch: train_step(
-                state, StepInputs(meshes.assemble(batch, meshes.by_rows(self.mesh)), table, references)
+                state, StepInputs(meshes.assemble(batch, meshes.by_rows(self.mesh)), table, references, self.held_out)
             ),
             read=lambda sent: self._read(sent, plan),
             evaluate=lambda step, state: self._evaluate_and_save(step, plan, state, table),

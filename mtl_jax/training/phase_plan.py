@@ -13,6 +13,7 @@ import tabulate
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of, matching
+from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.experiment import Experiment, Phase, rule_name, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
@@ -21,13 +22,18 @@ from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
-from mtl_jax.transfer.regularisers import Distillation, Regulariser
+from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
 from mtl_jax.weighting import Rule, schedules
 
 
 def needs_task_gradients(rule: Rule) -> bool:
     """Whether the rule compares or changes the task gradients."""
-    return rule.needs_gram or rule.transform is not None
+    return rule.needs_gram or rule.needs_cross or rule.transform is not None
+
+
+def needs_trunk(rule: Rule) -> bool:
+    """Whether the rule reads more than losses, which makes sense only where shared parameters train."""
+    return needs_task_gradients(rule) or rule.held_out is not None
 
 
 class PhasePlan(NamedTuple):
@@ -40,7 +46,7 @@ class PhasePlan(NamedTuple):
         end: Steps of the run after it.
         param_rules: Tree of parameter rules over the parameters.
         mask: Tree of bools over the parameters: which train.
-        rule: Its weighting rule. `equal` replaces a rule that compares task gradients where no shared parameter trains.
+        rule: Its weighting rule. `equal` replaces a rule that reads more than losses where no shared parameter trains.
         learning_rate: Step of the phase -> the learning rate, before parameter rules scale it.
         optimizer: The optax transformation over the trainable leaves.
         cached_features: Whether all of the trunk is frozen, and the heads read only pooled vectors, which are computed once.
@@ -101,7 +107,7 @@ def plan(
                 raise UserError(
                     f"weighting {rule_name(experiment)} changes the trunk's task gradients: gram_over must be trunk"
                 )
-        keeps_rule = bool(plans) and needs_task_gradients(plans[-1].rule) == needs_task_gradients(rule)
+        keeps_rule = bool(plans) and needs_trunk(plans[-1].rule) == needs_trunk(rule)
         keeps_rule = keeps_rule and not phase.weights and not plans[-1].phase.weights
         # A transform's state has the shapes of the trainable leaves.
         keeps_rule = keeps_rule and (rule.transform is None or plans[-1].mask == mask)
@@ -133,6 +139,25 @@ def plan(
     return plans
 
 
+def check_halves(plan: PhasePlan, schedule: ScheduleSequence) -> None:
+    """Checks that a batch has two independent halves with rows of every source, if the rule of a phase needs them.
+
+    Raises:
+        UserError: It has not.
+    """
+    if not plan.rule.needs_cross:
+        return
+    name = plan.rule.name
+    if any(isinstance(regulariser, RDrop) for regulariser in plan.regularisers):
+        raise UserError(f"weighting {name} needs independent halves of a batch, and R-Drop has every row twice: leave one out")
+    for source, rows in schedule.fewest(range(plan.start, plan.end)).items():
+        if 0 < rows < 2:
+            raise UserError(
+                f"weighting {name} needs two rows of every source in a step, one in each half of the batch, and source "
+                f"{source!r} has {rows:.3g}: raise batch.rows or the source's share"
+            )
+
+
 def with_numbers_of(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
     """The same phase with the numbers of another experiment: weights, learning rates, decay, options of the rule.
 
@@ -156,9 +181,9 @@ def _peak(experiment: Experiment, phase: Phase) -> float:
 
 
 def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
-    """The rule of a phase; `equal` replaces one that compares task gradients where no shared parameter trains."""
+    """The rule of a phase; `equal` replaces one that reads more than losses where no shared parameter trains."""
     rule = rule_of(experiment, phase)
-    if needs_task_gradients(rule) and not trains_trunk:
+    if needs_trunk(rule) and not trains_trunk:
         equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
         return equal._replace(weighs_heads=rule.weighs_heads)  # heads are weighted in the same way in all phases
     return rule

@@ -16,12 +16,14 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, stream
+from mtl_jax.data.batches import Batch
 from mtl_jax.data.corpus import Corpus
+from mtl_jax.data.examples import Examples
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
 from mtl_jax.tasks import Task, label_names
-from mtl_jax.training import gram_gradient, phase_plan, text_evaluation
+from mtl_jax.training import gram_gradient, held_out, phase_plan, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.phase_plan import PhasePlan
@@ -52,6 +54,7 @@ class Prepared(NamedTuple):
         anchor_runs: {EWC: the run whose parameters it stays near}; only those that name another run.
         compared_tasks: {regulariser: the tasks whose outputs it compares}; only those that name tasks or imitate logits.
         copies: The numbers of training rows that are copies of held-out rows, for data.json; {} where there are none.
+        held_out: The training rows that a weighting rule measures weights on and that are not trained on; () if none does.
     """
 
     experiment: Experiment
@@ -66,6 +69,7 @@ class Prepared(NamedTuple):
     anchor_runs: dict[str, TrainedRun]
     compared_tasks: dict[str, list[str]]
     copies: dict[str, Any]
+    held_out: tuple[Examples, ...] = ()
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -79,7 +83,7 @@ def prepare(experiment: Experiment) -> Prepared:
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
-    data = copies.data
+    data, rows = held_out.take(experiment, copies.data)
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
@@ -92,6 +96,7 @@ def prepare(experiment: Experiment) -> Prepared:
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     corpus.notes.extend(copies.notes)
+    measured = held_out.examples_of(rows, experiment.sources, corpus, trunk.tokenizer, experiment.batch.row_length)
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
@@ -102,11 +107,13 @@ def prepare(experiment: Experiment) -> Prepared:
             coverage.check(split.values(), (), trunk.tokenizer, teacher.tables)
     params["heads"] |= regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
     plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks)
+    for plan in plans:
+        phase_plan.check_halves(plan, schedule)
     trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record, measured)
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:
@@ -148,6 +155,12 @@ def with_seed(prepared: Prepared, seed: int) -> Prepared:
     width = trunks.width(prepared.trunk, params["trunk"])
     params["heads"] |= regularisation.projections(experiment, prepared.teachers, width)
     return prepared._replace(experiment=experiment, params=params)
+
+
+def held_out_batches(prepared: Prepared) -> Batch | None:
+    """StepInputs.held_out of a run, on its devices."""
+    corpus, batching = prepared.corpus, prepared.experiment.batch
+    return held_out.batches(prepared.held_out, corpus.tasks, batching, corpus.has_types, prepared.mesh)
 
 
 def initial_state(prepared: Prepared) -> TrainState:

@@ -15,7 +15,7 @@ from mtl_jax.training.gradient import BackwardFn, GradientFn, StepGradients
 from mtl_jax.training.task_gradients import gram_of_rows
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 from mtl_jax.transfer import averaging
-from mtl_jax.weighting import Rule, Signals, weigh, weighted_sum
+from mtl_jax.weighting import Rule, Signals, head_weights, weigh, weighted_sum
 
 
 def make_train_step(
@@ -66,11 +66,12 @@ def make_gradient_fn(
 
     def weighted(backward: BackwardFn, trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        losses, counts, pull, gram, rows = backward(trained, frozen, inputs, (trunk_key, head_key))
-        signals = Signals(losses, gram, state.step, rule_key, counts)
+        losses, counts, pull, gram, rows, cross, held_out, _ = backward(trained, frozen, inputs, (trunk_key, head_key))
+        signals = Signals(losses, gram, state.step, rule_key, counts, cross=cross, held_out=held_out)
         weights, rule_state, residual, rows = weigh(rule, state.rule_state, signals, rows, gram_of_rows)
+        of_heads = head_weights(rule, state.rule_state, weights)
         weights = {**weights, **regulariser_weights(state.step)}
-        gradient, losses = pull(weights, rows)
+        gradient, losses = pull(weights, rows, of_heads)
         return StepGradients(gradient, losses, counts, weights, rule_state, gram, None if rule.solve is None else residual)
 
     def gradient_fn(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:

@@ -220,6 +220,27 @@ def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
     return gram_KxK[order][:, order]
 
 
+def of_halves(rounds: Sequence[Any], names: Sequence[str], counts: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The Gram matrix of the whole batch's task gradients, and Signals.cross: both f32[K, K].
+
+    Args:
+        rounds: As from task_gradients(), with an axis over the two halves in front: the halves' parts in the whole batch's
+            gradients, which are their sums.
+        names: Task names in the order of the rounds.
+        counts: {task: f32[2]}, labelled examples or tokens of each half.
+    """
+    K = len(names)
+    apart = [jax.tree.map(lambda leaf, half=half: leaf[half], entries) for half in (0, 1) for entries in rounds]
+    both_2Kx2K = gram_matrix(apart, [f"{half}{name}" for half in (0, 1) for name in names])
+    gram_KxK = both_2Kx2K.reshape(2, K, 2, K).sum(axis=(0, 2))
+    counts_2xK = jnp.stack([counts[name] for name in sorted(names)], axis=1)
+    # From a part of the whole mean to the half's own mean; a half without examples has no gradient, and 0 stays 0.
+    scale_2xK = counts_2xK.sum(axis=0) / jnp.maximum(counts_2xK, 1.0)
+    in_both_K = (counts_2xK > 0).all(axis=0)
+    cross_KxK = scale_2xK[0][:, None] * both_2Kx2K[:K, K:] * scale_2xK[1][None, :]
+    return gram_KxK, jnp.where(in_both_K[:, None] & in_both_K[None, :], cross_KxK, 0.0)
+
+
 def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str]) -> Any:
     """sum_k weight_k * gradient_k, a tree like the parameters, float32."""
     start, total = 0, None

@@ -51,11 +51,13 @@ class StepInputs(NamedTuple):
         features: f32[N, H], the features of all examples where the trunk is frozen and they are known; else None.
         references: {name: tree}, the parameters and numbers that the regularisers of the phase compare with; None: there are
             none.
+        held_out: Batches [N, R, ...] of the held-out rows of the rule's tasks; None: the rule needs none.
     """
 
     batch: Batch
     features: jax.Array | None = None
     references: Any = None
+    held_out: Batch | None = None
 
 
 class StepMetrics(NamedTuple):

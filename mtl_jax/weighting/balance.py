@@ -1,4 +1,4 @@
-"""Rules that balance the lengths of the task gradients, and those that change the gradients themselves."""
+"""Rules that balance the lengths of the task gradients, or track the gradients over the steps."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from mtl_jax.weighting.base import (
     Weights,
     above_zero,
     after_transform,
+    by_rows,
     named,
-    number,
     present,
     share,
     stack,
     unstack,
 )
 from mtl_jax.weighting.gram_rules import scaled_gram
+from mtl_jax.weighting.options import number
 
 
 @named
@@ -123,11 +124,13 @@ def db_mtl(beta: float = 0.9, sigma: float = 0.5) -> Rule:
         past_K = jnp.where(state["seen"] > 0, beta / jnp.maximum(times_K, 1) ** sigma, 0.0)
         past_K = jnp.where(present_K, past_K, 1.0)
         averaged = jax.tree.map(
-            lambda old, new: _rows(past_K, old) * old + _rows((1 - past_K) * scale_K, new) * new, state["average"], gradients
+            lambda old, new: by_rows(past_K, old) * old + by_rows((1 - past_K) * scale_K, new) * new,
+            state["average"],
+            gradients,
         )
         # Returned as gradients of the losses, L h, so that the weights have the units of any rule's, also for heads.
         back_K = jnp.where(present_K, loss(signals), 0.0)
-        changed = jax.tree.map(lambda leaf: _rows(back_K, leaf) * leaf, averaged)
+        changed = jax.tree.map(lambda leaf: by_rows(back_K, leaf) * leaf, averaged)
         return changed, {"average": averaged, "seen": times_K}
 
     transform = Transform(init_average, average) if beta > 0 else None
@@ -182,7 +185,7 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
 
     def track(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
         new_K = jnp.where(present(signals), rate(beta, state["done"]), 0.0)
-        tracked = jax.tree.map(lambda old, new: old + _rows(new_K, old) * (new - old), state["tracked"], gradients)
+        tracked = jax.tree.map(lambda old, new: old + by_rows(new_K, old) * (new - old), state["tracked"], gradients)
         return tracked, {"tracked": tracked, "done": state["done"] + 1}
 
     return Rule(
@@ -192,51 +195,3 @@ def moco(beta: float = 0.5, sigma: float = 0.5, gamma: float = 0.1, rho: float =
         transform=Transform(init_tracked, track),
         weighs_heads=False,
     )
-
-
-@named
-def graddrop(leak: float = 0.0) -> Rule:
-    """Every coordinate keeps the gradients of one sign only, which is drawn by their share (Chen et al. 2020, GradDrop).
-
-    In a coordinate with P = (1 + sum_k g_k / sum_k |g_k|) / 2 and U uniform from 0 to 1: gradients above 0 stay where P > U,
-    those below 0 where P < U; the others are multiplied by the leak. The gradient is the sum: the weights are 1. Departs from
-    the paper, which does this to activations' gradients: here it is done to the shared parameters' gradients. Heads follow
-    their plain losses, as in the paper.
-
-    Args:
-        leak: Share of a dropped gradient that is kept, 0 to 1; 1 is the plain sum.
-
-    Raises:
-        UserError: The leak is out of range.
-    """
-    number("weighting graddrop: leak", leak, least=0, most=1)
-
-    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
-        return unstack(jnp.ones(len(signals.losses)), signals), state
-
-    def drop(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
-        leaves, treedef = jax.tree.flatten(gradients)
-        kept = []
-        for n, leaf in enumerate(leaves):
-            # Row by row: on a CPU, XLA takes eight times as long to reduce over the leading axis.
-            rows = [leaf[k] for k in range(len(leaf))]
-            total, size = sum(rows[1:], rows[0]), sum(map(jnp.abs, rows[1:]), jnp.abs(rows[0]))
-            positive = 0.5 * (1 + total / jnp.where(size > 0, size, 1.0))
-            # 16 random bits a coordinate are enough to draw a sign.
-            bits = jax.random.bits(jax.random.fold_in(signals.key, n), positive.shape, jnp.uint16)
-            drawn = (bits.astype(jnp.float32) + 0.5) / 65536
-            stays = [jnp.where(row > 0, positive > drawn, positive < drawn) for row in rows]
-            kept.append(jnp.stack([jnp.where(stay, row, leak * row) for stay, row in zip(stays, rows, strict=True)]))
-        return jax.tree.unflatten(treedef, kept), state
-
-    return Rule(
-        init=lambda names: (),
-        update=after_transform("graddrop", update),
-        transform=Transform(lambda gradients: (), drop),
-        weighs_heads=False,
-    )
-
-
-def _rows(values_K: jax.Array, leaf: jax.Array) -> jax.Array:
-    """f32[K], one number for each task, in a shape that multiplies a leaf [K, ...]."""
-    return values_K.reshape(-1, *[1] * (leaf.ndim - 1))

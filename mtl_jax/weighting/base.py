@@ -1,6 +1,6 @@
 """The interface of a weighting rule, pure functions like an optax transformation, and what all rules share.
 
-Rule, Signals and Transform are the interface; then come stacking by task, absent tasks, and checks of options.
+Rule, Signals and Transform are the interface; then come what asks for signals, what applies a rule, and stacking by task.
 
 Shapes in names: K tasks, in sorted order.
 """
@@ -8,7 +8,6 @@ Shapes in names: K tasks, in sorted order.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
@@ -34,8 +33,15 @@ class Signals(NamedTuple):
         key: PRNG key of this step, for rules that draw.
         counts: {task: f32[]}, labelled examples in this step; a task without any is absent, and the rule is applied to the
             others. None: all tasks are present.
-        transformed: () if the gradients have gone through the rule's transform, else None. Not an array, so that it is known
-            while a program is traced.
+        transformed: () if the gradients have gone through the rule's transform, or (the result of Transform.tells,); else None.
+            Not an array, so that it is known while a program is traced.
+        cross: f32[K, K], for Rule.needs_cross: row i and column j is the inner product of task i's mean gradient in one half
+            of the batch with task j's in the other half, which is independent of it. Row and column of a task are 0 where it
+            has no labelled example in one of the halves. None if the rule does not need it.
+        held_out: For Rule.held_out: (weights, rate) -> f32[K], the derivative of L(theta - rate sum_i w_i g_i) by each weight,
+            divided by the rate, which may be 0. theta are the parameters, g_i this step's task gradients, and L is the sum of
+            the losses on the held-out rows. That is -<grad L, g_k>, the gradient of L being taken after the step. None if the
+            rule does not need it. A function of one's own must be a jax.tree_util.Partial to pass jax.jit as an argument.
     """
 
     losses: dict[str, jax.Array]
@@ -43,7 +49,21 @@ class Signals(NamedTuple):
     step: jax.Array
     key: jax.Array
     counts: dict[str, jax.Array] | None = None
-    transformed: tuple[()] | None = None
+    transformed: tuple[jax.Array, ...] | None = None
+    cross: jax.Array | None = None
+    held_out: Callable[[Weights, float], jax.Array] | None = None
+
+
+class HeldOut(NamedTuple):
+    """Rows that a rule measures the weights on: rows of the training split that are not trained on, never dev or test.
+
+    Attributes:
+        tasks: The tasks whose losses are summed.
+        share: The share of the training rows of these tasks' sources, above 0 and below 1.
+    """
+
+    tasks: tuple[str, ...]
+    share: float
 
 
 class Transform(NamedTuple):
@@ -54,10 +74,13 @@ class Transform(NamedTuple):
     Attributes:
         init: Task gradients (arrays or shapes), leaves [K, ...] in sorted order, to a state.
         update: (state, Signals without gram, task gradients) to (changed task gradients, new state).
+        tells: (new state, task gradients before the change) to f32[K], what the rule's weights need to know of the gradients
+            besides their Gram matrix; None: nothing.
     """
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Signals, Any], tuple[Any, Any]]
+    tells: Callable[[Any, Any], jax.Array] | None = None
 
 
 class Rule(NamedTuple):
@@ -76,6 +99,10 @@ class Rule(NamedTuple):
             weight does not move: it never climbs its own loss.
         solve: As update, with the relative residual of the solution, if the rule solves a problem; else None. See solve().
         name: Its name, for errors and files; empty for a Rule that a script puts together itself.
+        needs_cross: Whether Signals.cross must be computed.
+        held_out: The rows on which Signals.held_out measures weights; None: the rule needs none.
+        head_weights: (state) to f32[K], the weights of the heads' own gradients in this step, if they are neither those of the
+            shared parameters nor 1; else None. It needs weighs_heads.
     """
 
     init: Callable[[Sequence[str]], Any]
@@ -87,39 +114,96 @@ class Rule(NamedTuple):
     weighs_heads: bool = True
     solve: Callable[[Any, Signals], tuple[Weights, Any, jax.Array]] | None = None
     name: str = ""
+    needs_cross: bool = False
+    held_out: HeldOut | None = None
+    head_weights: Callable[[Any], jax.Array] | None = None
 
 
 P = ParamSpec("P")
 
 
 def named(make: Callable[P, Rule]) -> Callable[P, Rule]:
-    """A decorator for functions that make a rule: the rule has the function's name, and asks for the Gram matrix it needs."""
+    """A decorator for functions that make a rule: the rule has the function's name, and asks for the signals it needs."""
 
     @functools.wraps(make)
     def make_named(*args: P.args, **options: P.kwargs) -> Rule:
-        return asks_for_gram(make(*args, **options)._replace(name=make.__name__))
+        return asks_for_signals(make(*args, **options)._replace(name=make.__name__))
 
     return make_named
 
 
-def asks_for_gram(rule: Rule) -> Rule:
-    """The rule; where it needs Signals.gram and there is none, it says so."""
-    if not rule.needs_gram:
+def asks_for_signals(rule: Rule) -> Rule:
+    """The rule; where it needs a signal that is None, it says which, and what makes it."""
+    if not (rule.needs_gram or rule.needs_cross or rule.held_out):
         return rule
 
     def asking(function: Callable[[Any, Signals], Any]) -> Callable[[Any, Signals], Any]:
         @functools.wraps(function)
         def asked(state: Any, signals: Signals) -> Any:
-            if signals.gram is None and (rule.transform is None or signals.transformed is not None):
-                raise UserError(
-                    f"weighting {rule.name} needs Signals.gram, the inner products of the task gradients: "
-                    "mtl_jax.weighting.gram(task_gradients)"
-                )
+            if lack := lacking(rule, signals):
+                raise UserError(f"weighting {rule.name} needs Signals.{lack}, {MAKES[lack]}")
             return function(state, signals)
 
         return asked
 
     return rule._replace(update=asking(rule.update), solve=None if rule.solve is None else asking(rule.solve))
+
+
+# {field of Signals: what it is, and the call that makes it}
+MAKES = {
+    "gram": "the inner products of the task gradients: mtl_jax.weighting.gram(task_gradients)",
+    "cross": "the inner products of task gradients of two independent halves: mtl_jax.weighting.cross(first, second)",
+    "held_out": "the derivative of a loss on held-out rows: mtl_jax.weighting.look_ahead(loss, params, task_gradients)",
+}
+
+
+def lacking(rule: Rule, signals: Signals) -> str:
+    """The first field of Signals that a rule needs and that is None; "" if there is none.
+
+    The Gram matrix of a rule with a transform is that of changed gradients: before the transform it cannot be there.
+    """
+    needs_gram = rule.needs_gram and (rule.transform is None or signals.transformed is not None)
+    needed = {"gram": needs_gram, "cross": rule.needs_cross, "held_out": rule.held_out is not None}
+    return next((field for field, needs in needed.items() if needs and getattr(signals, field) is None), "")
+
+
+def example_signals(rule: Rule, losses: dict[str, jax.Array], gram: jax.Array | None = None) -> Signals:
+    """Signals with every field that a rule needs, for looking at the program of its update.
+
+    Args:
+        rule: The rule.
+        losses: {task: f32[]}, also used as counts.
+        gram: f32[K, K], used as cross, too; None: the unit matrix.
+    """
+    if gram is None and (rule.needs_gram or rule.needs_cross or rule.held_out):
+        gram = jnp.eye(len(losses))
+    return Signals(
+        losses,
+        gram if rule.needs_gram else None,
+        jnp.zeros((), jnp.int32),
+        jax.random.key(0),
+        losses,
+        transformed=None if rule.transform is None else () if rule.transform.tells is None else (stack(losses),),
+        cross=gram if rule.needs_cross else None,
+        held_out=None if rule.held_out is None else lambda weights, rate: -rate * jnp.asarray(gram) @ stack(weights),
+    )
+
+
+def head_weights(rule: Rule, state: Any, weights: Weights) -> Weights | None:
+    """The weights of the heads' own gradients in a step, for rules that do not give them those of the shared parameters.
+
+    Args:
+        rule: The rule.
+        state: Its state before the step; with a transform {"rule": ..., "transform": ...}.
+        weights: The rule's weights in the step: their tasks.
+
+    Returns:
+        {task: f32[]}; None: the heads' weights are as Rule.weighs_heads says.
+    """
+    if rule.head_weights is None:
+        return None
+    of_heads_K = rule.head_weights(state if rule.transform is None else state["rule"])
+    return dict(zip(sorted(weights), of_heads_K, strict=True))
 
 
 def after_transform(name: str, update: Callable[[Any, Signals], tuple[Weights, Any]]) -> Callable[..., tuple[Weights, Any]]:
@@ -173,8 +257,10 @@ def weigh(
         return (*solve(rule, state, signals), rows)
     # Another key than the rule's, which may draw, too.
     transform_signals = signals._replace(gram=None, key=jax.random.fold_in(signals.key, 1))
-    rows, transform_state = rule.transform.update(state["transform"], transform_signals, rows)
-    signals = signals._replace(gram=gram(rows) if rule.needs_gram else None, transformed=())
+    changed, transform_state = rule.transform.update(state["transform"], transform_signals, rows)
+    told = () if rule.transform.tells is None else (rule.transform.tells(transform_state, rows),)
+    rows = changed
+    signals = signals._replace(gram=gram(rows) if rule.needs_gram else None, transformed=told)
     weights, rule_state, residual = solve(rule, state["rule"], signals)
     return weights, {"rule": rule_state, "transform": transform_state}, residual, rows
 
@@ -210,6 +296,11 @@ def unstack(values_K: jax.Array, signals: Signals) -> Weights:
     return dict(zip(sorted(signals.losses), jnp.where(present(signals), values_K, 0.0), strict=True))
 
 
+def by_rows(values_K: jax.Array, leaf: jax.Array) -> jax.Array:
+    """f32[K], one number for each task, in a shape that multiplies a leaf [K, ...]."""
+    return values_K.reshape(-1, *[1] * (leaf.ndim - 1))
+
+
 def present(signals: Signals) -> jax.Array:
     """bool[K]: which tasks have labelled examples in this step."""
     return jnp.ones(len(signals.losses), bool) if signals.counts is None else stack(signals.counts) > 0
@@ -227,58 +318,3 @@ def above_zero(losses_K: jax.Array, present_K: jax.Array) -> jax.Array:
     """
     largest = jnp.max(jnp.where(present_K, losses_K, 0.0))
     return jnp.maximum(losses_K, jnp.maximum(SMALLEST * largest, TINY))
-
-
-def number(
-    where: str,
-    value: float,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    infinite: bool = False,
-    whole: bool = False,
-) -> float:
-    """The value of an option, after a check that it is a number within bounds. Traced values cannot be checked and pass.
-
-    Args:
-        where: Rule and option, for the error: "weighting cagrad: c".
-        value: The option.
-        above: It must be larger than this.
-        least: It must not be smaller.
-        below: It must be smaller.
-        most: It must not be larger.
-        infinite: Whether it may be inf.
-        whole: Whether it must be a whole number.
-
-    Raises:
-        UserError: The value is not such a number.
-    """
-    if isinstance(value, jax.core.Tracer):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where} is {value!r}; it must be a number")
-    valid = not math.isnan(value) and (infinite or math.isfinite(value)) and (not whole or int(value) == value)
-    valid = valid and (above is None or value > above) and (least is None or value >= least)
-    valid = valid and (below is None or value < below) and (most is None or value <= most)
-    if not valid:
-        kind = "a whole number" if whole else "a number" if infinite else "a finite number"
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (("above", above), ("of at least", least), ("below", below), ("of at most", most))
-            if bound is not None
-        ]
-        raise UserError(f"{where} is {value}; it must be {' '.join([kind, ' and '.join(bounds)]).strip()}")
-    return int(value) if whole else value
-
-
-def choice(where: str, value: str, choices: tuple[str, ...]) -> str:
-    """The value of an option, after a check that it is one of the choices.
-
-    Raises:
-        UserError: The value is not one of them.
-    """
-    if value not in choices:
-        raise UserError(f"{where} is {value!r}; it must be {' or '.join(choices)}")
-    return value

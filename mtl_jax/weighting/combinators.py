@@ -7,7 +7,7 @@ not drawn the mean of earlier steps, and a lower bound around subset would give 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, there_are
 from mtl_jax.weighting import base
-from mtl_jax.weighting.base import Rule, Signals, Weights, number, present, share, stack, unstack, wrap
+from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack, wrap
+from mtl_jax.weighting.options import number
 
 
 def normalized(rule: Rule, total: float | None = None) -> Rule:
@@ -77,13 +78,14 @@ def every(rule: Rule, k: int) -> Rule:
         def keep(state: Any) -> tuple[jax.Array, Any, jax.Array]:
             return state["held"], state["rule"], jnp.full((), jnp.nan)
 
-        if rule.needs_gram and signals.gram is None:  # the train step has seen that the rule is not due
+        if base.lacking(rule._replace(held_out=None), signals):  # the train step has seen that the rule is not due
             kept_K, inner, residual = keep(state)
         else:
             kept_K, inner, residual = jax.lax.cond(due(state), renew, keep, state)
         return unstack(kept_K, signals), {"rule": inner, "since": (state["since"] + 1) % k, "held": kept_K}, residual
 
-    return wrap(rule, solve, init=init, objective=None, due=due if rule.needs_gram else None)
+    fields = {"due": due if rule.needs_gram or rule.needs_cross else None, "head_weights": _of_inner(rule.head_weights)}
+    return wrap(rule, solve, init=init, objective=None, **fields)
 
 
 def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
@@ -172,5 +174,9 @@ def ema(rule: Rule, decay: float = 0.9) -> Rule:
         mean_K = jnp.where(present_K, past_K * state["mean"] + (1 - past_K) * weights_K, state["mean"])
         return unstack(mean_K, signals), {"rule": inner, "mean": mean_K, "seen": state["seen"] | present_K}, residual
 
-    due = rule.due
-    return wrap(rule, solve, init=init, objective=None, due=None if due is None else lambda state: due(state["rule"]))
+    return wrap(rule, solve, init=init, objective=None, due=_of_inner(rule.due), head_weights=_of_inner(rule.head_weights))
+
+
+def _of_inner(function: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    """A function of the inner rule's state as one of the outer rule's."""
+    return None if function is None else lambda state: function(state["rule"])

@@ -9,14 +9,15 @@ The train step does the same with fewer backward passes, as it knows which rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.weighting.base import Rule, Signals, Weights, weigh
+from mtl_jax.weighting.base import Rule, Signals, Weights, head_weights, weigh
 
 
 def gram(task_gradients: Mapping[str, Any]) -> jax.Array:
@@ -31,6 +32,43 @@ def gram(task_gradients: Mapping[str, Any]) -> jax.Array:
     return _gram(_stacked(task_gradients))
 
 
+def cross(first: Mapping[str, Any], second: Mapping[str, Any]) -> jax.Array:
+    """Signals.cross, inner products of task gradients of two independent batches, or halves of one: f32[K, K].
+
+    Args:
+        first: {task: a tree of arrays}, the gradient of its mean loss on one half; the rows, in sorted order.
+        second: The same tasks' gradients on the other half; the columns.
+
+    Raises:
+        UserError: There are none, or two of them differ in structure or shapes.
+    """
+    if sorted(first) != sorted(second):
+        raise UserError(f"the two halves are of the tasks {listed(sorted(first))} and of {listed(sorted(second))}")
+    rows = _stacked({f"{half}{task}": tree for half, by_task in enumerate((first, second)) for task, tree in by_task.items()})
+    return _gram(rows)[: len(first), len(first) :]
+
+
+def look_ahead(loss: Callable[[Any], jax.Array], params: Any, task_gradients: Mapping[str, Any]) -> jax.tree_util.Partial:
+    """Signals.held_out from a loss on held-out rows; it may be an argument of a jitted function.
+
+    Args:
+        loss: Parameters to f32[], the loss on rows that are not trained on.
+        params: The parameters of this step that the task gradients are by.
+        task_gradients: {task: gradient of its loss}, trees like the parameters.
+
+    Raises:
+        UserError: There are none, or two of them differ in structure or shapes.
+    """
+    return jax.tree_util.Partial(functools.partial(_derivative, loss), params, _stacked(task_gradients))
+
+
+def _derivative(loss: Callable[[Any], jax.Array], params: Any, rows: Any, weights: Weights, rate: float) -> jax.Array:
+    move = _combined(rows, weights)
+    ahead = jax.grad(loss)(jax.tree.map(lambda leaf, change: leaf - rate * change, params, move))
+    products = jax.tree.map(lambda row, slope: jnp.tensordot(row, slope, axes=slope.ndim), rows, ahead)
+    return -jax.tree.reduce(jnp.add, products)
+
+
 def gradient(
     rule: Rule,
     state: Any,
@@ -40,11 +78,13 @@ def gradient(
     step: jax.Array | int,
     key: jax.Array,
     counts: Mapping[str, jax.Array] | None = None,
+    cross: jax.Array | None = None,
+    held_out: Callable[[Weights, float], jax.Array] | None = None,
 ) -> tuple[Any, Weights, Any]:
     """The gradient of the shared parameters under any rule, also under a rule that changes the task gradients.
 
     Pure, and the same as in the train step; it may be jitted, with the rule closed over. A head belongs to one task and follows
-    its own gradient; if rule.weighs_heads, multiply that by the task's weight, or by 0 if the weight is negative.
+    its own gradient; multiply that by the weight that for_heads() gives.
 
     Args:
         rule: The rule, which may be inside combinators.
@@ -55,6 +95,8 @@ def gradient(
         step: Steps done before this one.
         key: PRNG key of this step.
         counts: {task: f32[]}, labelled examples; a task with none is absent. None: all are present.
+        cross: cross(...), for a rule with needs_cross.
+        held_out: look_ahead(...), for a rule with held_out.
 
     Returns:
         The combined gradient, a tree like each of the task gradients, float32; {task: f32[]}, the weights; the new state.
@@ -69,13 +111,27 @@ def gradient(
     rows = _stacked(task_gradients)
     by_task = {name: jnp.asarray(losses[name], jnp.float32) for name in names}
     present = None if counts is None else {name: jnp.asarray(counts[name], jnp.float32) for name in names}
-    signals = Signals(by_task, None, jnp.asarray(step, jnp.int32), key, present)
+    signals = Signals(by_task, None, jnp.asarray(step, jnp.int32), key, present, cross=cross, held_out=held_out)
     if rule.transform is None:
         signals = signals._replace(gram=_gram(rows) if rule.needs_gram else None)
     elif not _has_transform(state):
         state = {"rule": state, "transform": rule.transform.init(rows)}
     weights, state, _, rows = weigh(rule, state, signals, rows, _gram)
     return _combined(rows, weights), weights, state
+
+
+def for_heads(rule: Rule, state: Any, weights: Weights) -> Weights:
+    """{task: f32[]}: the weight of each head's own gradient, as the train step has it: never below 0, and 1 for plain losses.
+
+    Args:
+        rule: The rule.
+        state: Its state before the step, as given to gradient().
+        weights: The weights that gradient() returned.
+    """
+    if not rule.weighs_heads:
+        return {task: jnp.ones(()) for task in weights}
+    of_heads = head_weights(rule, state if rule.transform is None or _has_transform(state) else {"rule": state}, weights)
+    return {task: jnp.maximum(weight, 0.0) for task, weight in (of_heads or weights).items()}
 
 
 def init(rule: Rule, task_gradients: Mapping[str, Any]) -> Any:

@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, there_are
-from mtl_jax.weighting.base import Rule, Signals, Weights, choice, named, number, share, unstack
+from mtl_jax.weighting import base
+from mtl_jax.weighting.base import Rule, Signals, Weights, named, share, stack, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram, stateless
+from mtl_jax.weighting.loss_rules import imtl_l
+from mtl_jax.weighting.options import choice, number
 from mtl_jax.weighting.solvers import cosines, firm
 
 ORDERS = ("random", "sorted")
@@ -128,6 +131,38 @@ def imtl_g() -> Rule:
         return sums * w_K / jnp.where(total == 0, 1.0, total) + (1 - sums) * equal_K, residual
 
     return stateless(weigh)
+
+
+@named
+def imtl(learning_rate: float = 1e-2) -> Rule:
+    """Both halves of impartial multi-task learning (Liu et al. 2021, IMTL): equal projections, and losses of equal size.
+
+    Losses have learned scales exp(s_k), as in imtl_l, and the gradients of the scaled losses are combined as in imtl_g: with
+    weights a_k that sum to 1, the weights are a_k exp(s_k), and may be negative. Departs from the paper: s has an Adam of its
+    own. Heads are weighted: by the scales exp(s_k) alone, as in the paper, whose task parameters follow the scaled losses.
+
+    Args:
+        learning_rate: The rate of s, above 0.
+
+    Raises:
+        UserError: The rate is not above 0.
+    """
+    number("weighting imtl: learning_rate", learning_rate, above=0)
+    scales, projections = imtl_l(learning_rate), imtl_g()
+
+    def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
+        assert signals.gram is not None  # the rule has asked for it
+        scale, state = scales.update(state, signals)
+        scale_K = stack(scale)
+        scaled = signals._replace(gram=signals.gram * scale_K[:, None] * scale_K[None, :])
+        weights, _, residual = base.solve(projections, (), scaled)
+        return unstack(stack(weights) * scale_K, signals), state, residual
+
+    def update(state: Any, signals: Signals) -> tuple[Weights, Any]:
+        weights, state, _ = solve(state, signals)
+        return weights, state
+
+    return Rule(init=scales.init, update=update, needs_gram=True, solve=solve, head_weights=lambda state: jnp.exp(state["s"]))
 
 
 @named

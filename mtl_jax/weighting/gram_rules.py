@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.weighting import solvers
-from mtl_jax.weighting.base import Rule, Signals, Weights, named, number, present, share, unstack
+from mtl_jax.weighting.base import Rule, Signals, Weights, named, present, share, unstack
+from mtl_jax.weighting.options import number
 
 # (Gram matrix f32[K, K] with its largest diagonal entry 1, that entry before, present bool[K]) -> (weights f32[K], residual)
 Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -50,7 +51,7 @@ def mgda() -> Rule:
     w = argmin over the simplex of w^T G w. It conflicts with no task. The weights sum to 1. Heads follow their plain losses, as
     in the second paper and in LibMTL.
     """
-    return stateless(lambda gram_KxK, scale, present_K: _shortest(gram_KxK, present_K))
+    return stateless(lambda gram_KxK, scale, present_K: shortest(gram_KxK, present_K))
 
 
 @named
@@ -77,36 +78,6 @@ def cagrad(c: float = 0.4) -> Rule:
     def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
         added_K, residual = solvers.within_ball(gram_KxK, c, present_K)
         return share(present_K) + added_K, residual
-
-    return stateless(weigh)
-
-
-@named
-def sdmgrad(lam: float = 0.3) -> Rule:
-    """Between the shortest vector and the mean gradient g_0 (Xiao, Ban and Ji 2023, SDMGrad).
-
-    g = (g_w + lam g_0) / (1 + lam), with w = argmin over the simplex of |g_w + lam g_0|^2. lam = 0 is MGDA, and for a large lam
-    it is the mean. The weights sum to 1. A gradient of 0 is part of the simplex like any other. Departs from the paper: w is
-    solved for, where the paper takes steps towards it with gradients of three independent batches. Heads follow their plain
-    losses, as in LibMTL.
-
-    Args:
-        lam: The pull towards the mean; not negative.
-
-    Raises:
-        UserError: lam is negative.
-    """
-    number("weighting sdmgrad: lam", lam, least=0)
-
-    def weigh(gram_KxK: jax.Array, scale: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # On the simplex g_w + lam g_0 is the sum of w_i (g_i + lam g_0): the shortest vector in the hull of these.
-        mean_K = share(present_K)
-        with_mean_K = gram_KxK @ mean_K
-        pulled_KxK = gram_KxK + lam * (with_mean_K[:, None] + with_mean_K[None, :]) + lam**2 * (mean_K @ with_mean_K)
-        both_KxK = present_K[:, None] & present_K[None, :]
-        pulled_KxK, _ = solvers.scaled(jnp.where(both_KxK, pulled_KxK, 0.0))
-        w_K, residual = _shortest(pulled_KxK, present_K)
-        return (w_K + lam * mean_K) / (1 + lam), residual
 
     return stateless(weigh)
 
@@ -190,7 +161,8 @@ def nash(max_norm: float = 1.0) -> Rule:
     return stateless(weigh, weighs_heads=True)
 
 
-def _shortest(gram_KxK: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+def shortest(gram_KxK: jax.Array, present_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weights of the shortest vector in the hull of the gradients, f32[K], and their residual, for a scaled Gram matrix."""
     weights_K = solvers.min_norm(gram_KxK, present_K)
     return weights_K, solvers.off_min_norm(gram_KxK, weights_K, present_K)
 

@@ -11,20 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.core.errors import UserError, listed, unknown
-from mtl_jax.weighting.base import (
-    SMALLEST,
-    Rule,
-    Signals,
-    Weights,
-    above_zero,
-    choice,
-    named,
-    number,
-    present,
-    share,
-    stack,
-    unstack,
-)
+from mtl_jax.weighting.base import SMALLEST, Rule, Signals, Weights, above_zero, named, present, share, stack, unstack
+from mtl_jax.weighting.options import choice, number
 
 LOWEST, HIGHEST = -69.0, -math.log(SMALLEST)  # bounds of the logarithm of a learned weight: 1e-30 and 1e6
 BIG = 3e38  # the largest float32, nearly

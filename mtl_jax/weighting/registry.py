@@ -16,8 +16,19 @@ import numpy as np
 from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.parts import Registry
-from mtl_jax.weighting import balance, combinators, geometry, gram_rules, loss_rules, static, target_rules
-from mtl_jax.weighting.base import Rule, Signals, asks_for_gram
+from mtl_jax.weighting import (
+    balance,
+    combinators,
+    coordinates,
+    double_sampling,
+    geometry,
+    gram_rules,
+    loss_rules,
+    preferences,
+    static,
+    target_rules,
+)
+from mtl_jax.weighting.base import Rule, asks_for_signals, example_signals
 
 OWN_RULES: dict[str, Callable[..., Rule]] = {
     # static
@@ -33,6 +44,9 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "stch": loss_rules.stch,
     "famo": loss_rules.famo,
     "excess": loss_rules.excess,
+    # from the losses and a preference
+    "cosmos": preferences.cosmos,
+    "pbi": preferences.pbi,
     # from the Gram matrix of the task gradients
     "gradnorm": balance.gradnorm,
     "db_mtl": balance.db_mtl,
@@ -43,18 +57,24 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "nash": gram_rules.nash,
     "fairgrad": gram_rules.fairgrad,
     "imtl_g": geometry.imtl_g,
+    "imtl": geometry.imtl,
     "aligned": geometry.aligned,
     "upgrad": gram_rules.upgrad,
     "dualproj": gram_rules.dualproj,
     "config": geometry.config,
     "moco": balance.moco,
-    "sdmgrad": gram_rules.sdmgrad,
+    "sdmgrad": double_sampling.sdmgrad,
     "krum": geometry.krum,
+    # from two independent halves of a batch
+    "modo": double_sampling.modo,
     # knows its target
     "gcs": target_rules.gcs,
     "pcd": target_rules.pcd,
-    # changes the task gradients themselves
-    "graddrop": balance.graddrop,
+    "auto_lambda": target_rules.auto_lambda,
+    # from every coordinate of the task gradients
+    "excess_risk": coordinates.excess_risk,
+    "graddrop": coordinates.graddrop,
+    "trimmed_mean": coordinates.trimmed_mean,
 }
 
 OWN_COMBINATORS: dict[str, Callable[..., Rule]] = {
@@ -82,7 +102,18 @@ def make(name: str, **options: Any) -> Rule:
     if "@" in name:
         raise UserError(f"weighting {name} is a Rule that a script made itself: run that script")
     rule = _call(f"weighting {name!r}", RULES.find(name, "weighting"), (), options)
-    return rule if rule.name == name else asks_for_gram(rule._replace(name=name))
+    return rule if rule.name == name else asks_for_signals(rule._replace(name=name))
+
+
+def required_options(name: str) -> list[str]:
+    """The options of a rule that have no default, such as the target of a rule that knows it."""
+    parameters = inspect.signature(RULES[name]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+
+
+def takes_weights(name: str) -> bool:
+    """Whether a rule has the option `weights`, a number for each task: Experiment.weights."""
+    return name in RULES and "weights" in inspect.signature(RULES[name]).parameters
 
 
 def combine(rule: Rule, text: str) -> Rule:
@@ -125,12 +156,12 @@ def name_of(rule: str | Rule, tasks: Sequence[str]) -> str:
 @functools.cache  # tracing takes a while, and an ablation asks once for each run
 def _name_of_program(rule: Rule, names: tuple[str, ...]) -> str:
     one = jax.ShapeDtypeStruct((), jnp.float32)
-    gram = jax.ShapeDtypeStruct((len(names), len(names)), jnp.float32) if rule.needs_gram else None
+    compares = rule.needs_gram or rule.needs_cross or rule.held_out
+    gram = jax.ShapeDtypeStruct((len(names), len(names)), jnp.float32) if compares else None
     losses = dict.fromkeys(names, one)
 
     def program(losses: Any, gram: Any, counts: Any) -> Any:
-        step = jnp.zeros((), jnp.int32)
-        signals = Signals(losses, gram, step, jax.random.key(0), counts, () if rule.transform else None)
+        signals = example_signals(rule, losses, gram)._replace(counts=counts)
         return rule.update(rule.init(names), signals)
 
     traced = jax.make_jaxpr(program)(losses, gram, losses)

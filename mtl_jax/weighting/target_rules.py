@@ -7,15 +7,19 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.weighting import solvers
-from mtl_jax.weighting.base import Rule, Signals, Weights, named, number, present, unstack
+from mtl_jax.weighting.base import SMALLEST, HeldOut, Rule, Signals, Weights, named, present, unstack
 from mtl_jax.weighting.gram_rules import scaled_gram
+from mtl_jax.weighting.options import number
 
+BIG = 1e15  # a derivative beyond this would overflow when it is squared
 SATISFIED = 1e-3  # a constraint of pcd counts as met up to this, in units of the squared lengths
 
 
@@ -99,6 +103,54 @@ def pcd(target: str, tau: float = 0.02, beta: float = 0.999, eps: float = 1e-8) 
         return weights, state
 
     return Rule(init=init, update=update, needs_gram=True, weighs_heads=False)
+
+
+@named
+def auto_lambda(target: str, share: float = 0.2, learning_rate: float = 1e-2, start: float = 0.1, rate: float = 1e-3) -> Rule:
+    """Learned weights that lower the target's loss on held-out rows after a step (Liu et al. 2022, Auto-Lambda).
+
+    With L the target's loss on held-out rows: w follows the gradient of L(theta - rate sum_i w_i g_i) by Adam; it is never
+    below 0. The derivative by w_k is -rate <grad L, g_k>: exact, from one gradient on held-out rows and one forward derivative
+    of all losses along it. It is divided by the rate, which Adam does not notice. The held-out rows are a share of the
+    target's training rows, drawn once, the same for every seed; they are not trained on, and are neither dev, which chooses
+    the checkpoint, nor test. Of several batches of them every step draws one; there is no dropout. Heads are weighted: they
+    follow the weighted sum, as in the paper.
+
+    Departs from the paper: there the derivative is a finite difference, the held-out rows are training rows, and the weights
+    of a step have been changed in it; here in the steps before, so that a step's gradient is also that of the look-ahead.
+
+    Args:
+        target: The name of the target task.
+        share: The share of the training rows of the target's source that is held out, above 0 and below 1.
+        learning_rate: The rate of w, above 0.
+        start: The weight of every task at the start, above 0.
+        rate: The rate of the look-ahead step, that of gradient descent; not negative. 0 looks at the present parameters.
+
+    Raises:
+        UserError: The target is not a task of the run, or an option is out of range; before training, fewer than two rows
+            would be held out.
+    """
+    share = float(number("weighting auto_lambda: share", share, above=0, below=1))  # decides the rows: never traced
+    number("weighting auto_lambda: learning_rate", learning_rate, above=0)
+    number("weighting auto_lambda: start", start, above=0)
+    number("weighting auto_lambda: rate", rate, least=0)
+    adam = optax.adam(learning_rate)
+
+    def init(names: Sequence[str]) -> dict[str, Any]:
+        _place("auto_lambda", target, names)
+        weights_K = jnp.full(len(names), start, jnp.float32)
+        return {"weights": weights_K, "adam": adam.init(weights_K)}
+
+    def update(state: dict[str, Any], signals: Signals) -> tuple[Weights, dict[str, Any]]:
+        assert signals.held_out is not None
+        weights = unstack(state["weights"], signals)
+        derivative_K = jnp.where(present(signals), signals.held_out(weights, rate), 0.0)
+        updates_K, adam_state = adam.update(jnp.clip(derivative_K, -BIG, BIG), state["adam"])
+        moved_K = jnp.clip(state["weights"] + updates_K, 0.0, 1 / SMALLEST)
+        weights_K = jnp.where(present(signals), moved_K, state["weights"])
+        return weights, {"weights": weights_K, "adam": adam_state}
+
+    return Rule(init=init, update=update, held_out=HeldOut((target,), share))
 
 
 def _bent(gram_KxK: jax.Array, first: jax.Array, present_K: jax.Array, tau: float) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -107,6 +107,29 @@ def test_weights_do_not_go_with_another_rule(experiment):
         runs_of(dataclasses.replace(experiment, weighting="pcgrad"), "weights=simplex:2")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "inputs"),
+    [
+        ("cosmos", {"lam": 1.0}, {"lam"}),
+        ("modo", {"gamma": 0.1, "rho": 0.1}, {"gamma", "rho"}),
+        ("sdmgrad", {"iterations": 20, "momentum": 0.5}, {"momentum"}),
+        ("trimmed_mean", {"trim": 1}, set()),
+        ("excess_risk", {"learning_rate": 1.0}, {"learning_rate"}),
+        ("auto_lambda", {"target": "fine", "share": 0.3, "rate": 0.1}, {"rate"}),
+    ],
+)
+def test_options_that_are_numbers_are_inputs_of_one_program(experiment, name, options, inputs):
+    """Others, such as the share of rows that are held out, make a program for each value."""
+    paths = fields.numbers(dataclasses.replace(experiment, weighting=name, weighting_options=options))
+    assert {path[1] for path in paths if path[0] == "weighting_options"} == inputs
+
+
+def test_preferences_of_a_rule_may_vary_in_one_program(experiment):
+    planned = runs_of(dataclasses.replace(experiment, weighting="pbi"), "weights.fine=0.5,1,2")
+    assert [(run.experiment.weighting, run.experiment.weights["fine"]) for run in planned] == [("pbi", n) for n in (0.5, 1, 2)]
+    assert len(plan.programs(planned)) == 1
+
+
 def test_as_many_runs_as_fit():
     asked = []
 

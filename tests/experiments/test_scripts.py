@@ -33,7 +33,7 @@ ON_DATA = {
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
-    "ablate_weights.py",
+    *("ablate_weights.py", "target_rules.py"),
 }
 
 
@@ -120,6 +120,24 @@ def test_few_shot_transfer(wheels, tmp_path):
     assert again.stderr.count("is done") == 5
     wrong = start("few_shot_transfer.py", *flags, "--ways", "frosen")
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown ways 'frosen' (did you mean 'frozen'?)")
+
+
+@pytest.mark.long
+def test_target_rules(wheels, tmp_path):
+    """A rule with rows held out, on both kinds of sources; started again, it only writes the table."""
+    flags = ["--workdir", str(tmp_path), "--rows", "16", "--seeds", "3", "--limit", "40", "--source-rows", "30"]
+    flags += ["--steps", "2", "--ways", "alone", "auto_lambda"]
+    done = start("target_rules.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names == ["target alone", "auto_lambda, movies + tweets", "auto_lambda, the same, ratings shuffled"]
+    again = start("target_rules.py", *flags)
+    assert table in again.stdout
+    assert again.stderr.count("is done") == 3
+    wrong = start("target_rules.py", *flags, "--sources", "helpfull")
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown sources 'helpfull' (did you mean 'helpful'?)")
 
 
 @pytest.mark.parametrize("script", FLAGS)

@@ -1,5 +1,6 @@
 """The state of every weighting rule lives in the train state: saved, restored, the same bits."""
 
+import every_rule
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +12,11 @@ from mtl_jax.training.train_state import create
 from mtl_jax.weighting import Signals
 
 TASKS = ("a", "b", "c")
-WRAPPED = {f"{name} wrapped": name for name in ("upgrad", "dwa", "famo")}
+WRAPPED = {f"{name} wrapped": name for name in ("upgrad", "dwa", "famo", "imtl", "modo", "auto_lambda")}
 
 
 def rule_of(name):
-    if name in ("fixed", "scheduled"):
-        return weighting.make(name, weights=dict.fromkeys(TASKS, 1.0))
-    rule = weighting.make(WRAPPED.get(name, name), **({"target": "b"} if name in ("gcs", "pcd") else {}))
+    rule = every_rule.make(WRAPPED.get(name, name), TASKS)
     for combinator in ("every:k=2", "ema:decay=0.5", "normalized") if name in WRAPPED else ():
         rule = weighting.combine(rule, combinator)
     return rule
@@ -27,14 +26,15 @@ def test_the_state_of_every_rule_comes_back(tmp_path):
     trunk = {"kernel": jnp.ones((2, 5))}
     gradients = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5)), jnp.float32)}
     losses = dict(zip(TASKS, jnp.asarray([0.5, 1.0, 2.0]), strict=True))
-    signals = Signals(losses, None, jnp.int32(0), jax.random.key(0))
+    signals = Signals(losses, None, jnp.int32(0), jax.random.key(0), **every_rule.beside_gram(jnp.eye(3)))
     states = {}
     for name in (*weighting.RULES, *WRAPPED):
         rule = rule_of(name)
         state = gram_gradient.init_rule(rule, TASKS, trunk)
         if rule.transform is not None:
             changed, after = jax.jit(rule.transform.update)(state["transform"], signals, gradients)
-            _, rule_state = jax.jit(rule.update)(state["rule"], signals._replace(gram=jnp.eye(3), transformed=()))
+            told = every_rule.told(rule, after, gradients)
+            _, rule_state = jax.jit(rule.update)(state["rule"], signals._replace(gram=jnp.eye(3), transformed=told))
             states[name] = {"rule": rule_state, "transform": after}
             assert jax.tree.structure(changed) == jax.tree.structure(gradients)
         else:

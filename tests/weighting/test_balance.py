@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtl_jax import weighting
+from mtl_jax.core.errors import UserError
 from mtl_jax.weighting import Signals
 
 
@@ -68,3 +72,24 @@ def test_graddrop_keeps_one_sign_in_each_coordinate():
     np.testing.assert_array_equal(leaking["kernel"], gradients["kernel"])
     alike, _ = rule.transform.update((), signals(0), tree(np.ones((2, 5))))
     np.testing.assert_array_equal(alike["kernel"], np.ones((2, 5)))
+
+
+@given(seed=st.integers(0, 10_000), trim=st.integers(0, 2))
+@settings(max_examples=20)
+def test_trimmed_mean_leaves_the_extremes_out(seed, trim):
+    """Against a sort; of few present tasks, fewer values are left out."""
+    rng = np.random.default_rng(seed)
+    rows, here = np.round(rng.normal(size=(5, 6)), 1) * 10.0 ** rng.integers(-3, 4, (5, 1)), rng.random(5) < 0.7
+    names, least = "abcde", min(trim, max(0, (here.sum() - 1) // 2))
+    rule = weighting.trimmed_mean(trim)
+    losses, counts = dict.fromkeys(names, jnp.ones(())), dict(zip(names, here.astype(np.float32), strict=True))
+    changed, _ = rule.transform.update((), Signals(losses, None, jnp.int32(0), jax.random.key(0), counts), tree(rows))
+    expected = np.sort(rows[here], axis=0)[least : here.sum() - least].mean(axis=0) if here.any() else np.zeros(6)
+    np.testing.assert_allclose(changed["kernel"].sum(axis=0), expected, rtol=1e-5, atol=1e-6)
+    assert (np.asarray(changed["kernel"])[~here] == 0).all()
+
+
+@pytest.mark.parametrize(("trim", "problem"), [(-1, "trim is -1"), (0.5, "trim is 0.5"), (2, "needs 5 tasks, but there are 2")])
+def test_options_of_trimmed_mean(trim, problem):
+    with pytest.raises(UserError, match=problem):
+        weighting.trimmed_mean(trim).init("ab")

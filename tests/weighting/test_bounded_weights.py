@@ -1,34 +1,33 @@
 """Whatever the losses are, a rule's weights are finite and bounded, and a loss of 0 does not own the step."""
 
+import every_rule
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax import weighting
 from mtl_jax.weighting import RULES, Signals
 
 LOSSES = [
     *((0.0, 1.0, 2.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1e-30, 1.0, 1.0), (1e-38, 1e-8, 1.0)),
     *((1e30, 1.0, 0.0), (1e30, 1e-30, 1.0), (1e38, 1e38, 1e38), (3.0, 1.0, 2.0)),
 ]
-OPTIONS = {"fixed": {"weights": dict.fromkeys("abc", 1.0)}, "scheduled": {"weights": dict.fromkeys("abc", 1.0)}}
-OPTIONS |= {"gcs": {"target": "a"}, "pcd": {"target": "a"}}
 MOST = 1.01e6  # no weight of a loss is larger
 # Of these the weights depend on the gradients' lengths, and bounds are on the combined gradient.
-BY_LENGTH = ("nash", "fairgrad", "imtl_g", "config", "aligned", "upgrad", "dualproj", "cagrad", "db_mtl", "pcd")
+BY_LENGTH = ("nash", "fairgrad", "imtl_g", "config", "aligned", "upgrad", "dualproj", "cagrad", "db_mtl", "pcd", "imtl")
 
 # By their definitions a short gradient counts as much as a long one, or decides.
-ALL_LENGTHS = ("nash", "fairgrad", "imtl_g", "config", "krum", "mgda", "moco", "sdmgrad", "cagrad", "aligned", "pcd")
+ALL_LENGTHS = ("nash", "fairgrad", "imtl_g", "config", "krum", "mgda", "moco", "sdmgrad", "cagrad", "aligned", "pcd", "imtl")
 
 
 def made(name, **options):
-    return weighting.make(name, **OPTIONS.get(name, {}), **options)
+    return every_rule.make(name, "abc", **options)
 
 
 def signals(losses, step, rows):
     by_task = dict(zip("abc", map(jnp.float32, losses), strict=True))
-    return Signals(by_task, rows @ rows.T, jnp.int32(step), jax.random.key(step))
+    gram = rows @ rows.T
+    return Signals(by_task, gram, jnp.int32(step), jax.random.key(step), **every_rule.beside_gram(gram))
 
 
 def rows_of(losses):
@@ -48,8 +47,9 @@ def weigh(name, history, **options):
         rows = rows_of(losses)
         at = signals(losses, step, rows)
         if rule.transform is not None:
-            rows, kept = rule.transform.update(kept, at._replace(gram=None), rows)
-            at = at._replace(gram=rows @ rows.T, transformed=())
+            changed, kept = rule.transform.update(kept, at._replace(gram=None), rows)
+            told, rows = every_rule.told(rule, kept, rows), changed
+            at = at._replace(gram=rows @ rows.T, transformed=told)
         weights, state = update(state, at)
         weights_N.append([float(weights[task]) for task in "abc"])
         rows_N.append(rows)

@@ -2,6 +2,7 @@
 
 import functools
 
+import every_rule
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +14,16 @@ from mtl_jax.training import task_gradients
 from mtl_jax.weighting import RULES, Signals
 
 NAMES = ("fine", "coarse", "rating")  # not in sorted order
-CHANGING = ("graddrop", "moco", "db_mtl")
+CHANGING = ("graddrop", "moco", "db_mtl", "trimmed_mean", "excess_risk")
 
 
 def made(name):
-    given = {"fixed": {"weights": dict.fromkeys(NAMES, 0.5)}, "gcs": {"target": NAMES[0]}}
-    options = {**given, "scheduled": given["fixed"], "pcd": given["gcs"]}
-    return weighting.make(name, **options.get(name, {}))
+    return every_rule.make(name, NAMES)
+
+
+def squares(params):
+    """A loss on held-out rows."""
+    return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))
 
 
 def drawn(seed):
@@ -33,19 +37,20 @@ def drawn(seed):
     return {name: jnp.float32(rng.uniform(0.5, 2)) for name in NAMES}, {name: tree() for name in NAMES}
 
 
-def as_in_the_train_step(rule, state, tasks, losses, step, key):
+def as_in_the_train_step(rule, state, tasks, losses, step, key, **beside):
     """The end of a step over the Gram matrix, on two rounds as it would have."""
     rounds = [
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tasks[name] for name in names)) for names in (NAMES[:2], NAMES[2:])
     ]
-    signals, order = Signals(losses, None, jnp.int32(step), key, None), list(NAMES)
+    signals, order = Signals(losses, None, jnp.int32(step), key, None, **beside), list(NAMES)
     if rule.transform is None:
         weights, state = rule.update(state, signals._replace(gram=task_gradients.gram_matrix(rounds, order)))
         return task_gradients.combine(rounds, weights, order), weights, state
     drawing = signals._replace(key=jax.random.fold_in(key, 1))
-    changed, kept = rule.transform.update(state["transform"], drawing, task_gradients.in_order(rounds, order))
+    rows = task_gradients.in_order(rounds, order)
+    changed, kept = rule.transform.update(state["transform"], drawing, rows)
     gram = task_gradients.gram_matrix([changed], sorted(order)) if rule.needs_gram else None
-    weights, own = rule.update(state["rule"], signals._replace(gram=gram, transformed=()))
+    weights, own = rule.update(state["rule"], signals._replace(gram=gram, transformed=every_rule.told(rule, kept, rows)))
     return task_gradients.combine([changed], weights, sorted(order)), weights, {"rule": own, "transform": kept}
 
 
@@ -57,8 +62,12 @@ def test_every_rule_gives_the_train_steps_gradient(name):
     for step in range(2):
         losses, tasks = drawn(step)
         key = jax.random.key(step)
-        gradient, weights, state = weighting.gradient(rule, state, tasks, losses, step=step, key=key)
-        expected, expected_weights, expected_state = train_step(expected_state, tasks, losses, step, key)
+        beside = {
+            "cross": weighting.cross(tasks, drawn(step + 10)[1]),
+            "held_out": weighting.look_ahead(squares, drawn(step + 20)[1]["fine"], tasks),
+        }
+        gradient, weights, state = weighting.gradient(rule, state, tasks, losses, step=step, key=key, **beside)
+        expected, expected_weights, expected_state = train_step(expected_state, tasks, losses, step, key, **beside)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
         assert weights == pytest.approx({task: float(weight) for task, weight in expected_weights.items()}, rel=1e-4, abs=1e-6)
         assert jax.tree.structure(state) == jax.tree.structure(expected_state)

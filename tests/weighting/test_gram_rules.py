@@ -1,5 +1,6 @@
 import functools
 
+import every_rule
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,8 @@ from mtl_jax import weighting
 from mtl_jax.core.errors import UserError
 from mtl_jax.weighting import Signals
 
-# gcs and pcd need a target and have tests of their own.
-UNTARGETED = set(weighting.RULES) - {"fixed", "scheduled", "gcs", "pcd"}
+# Those that need a target have tests of their own.
+UNTARGETED = {name for name in weighting.RULES if not every_rule.needs_target(name)} - {"fixed", "scheduled"}
 GRAM_RULES = tuple(name for name in weighting.RULES if name in UNTARGETED and weighting.make(name).needs_gram)
 SCALE_FREE = tuple(sorted(set(GRAM_RULES) - {"fairgrad", "nash", "moco"}))
 EXAMPLE = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -36,7 +37,8 @@ def history_of(rule, steps, key=0):
         gram = jnp.asarray(np.asarray(gradients, np.float64) @ np.asarray(gradients, np.float64).T, jnp.float32)
         losses = dict(zip(names, np.asarray(losses, np.float32), strict=True))  # an operation of jax would be compiled
         counts = None if counts is None else dict(zip(names, np.asarray(counts, np.float32), strict=True))
-        weights, new_state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts, ()))
+        told = every_rule.after_transform(rule, gram)
+        weights, new_state = update(state, Signals(losses, gram, jnp.int32(step), jax.random.key(key), counts, told, gram))
         same = jax.tree.map(lambda a, b: jax.typeof(a) == jax.typeof(b), state, new_state)
         assert all(jax.tree.leaves(same)), "the state changed its type: the program would be compiled again"
         state = new_state
@@ -346,7 +348,9 @@ def test_a_rule_may_be_vmapped(name):
     losses = dict(zip(names, np.asarray(rng.uniform(1, 2, size=(3, 2)), np.float32), strict=True))
 
     def update(losses, gram):
-        return rule.update(rule.init(names), Signals(losses, gram, jnp.int32(0), jax.random.key(0), transformed=()))[0]
+        told = every_rule.after_transform(rule, gram)
+        signals = Signals(losses, gram, jnp.int32(0), jax.random.key(0), transformed=told, cross=gram)
+        return rule.update(rule.init(names), signals)[0]
 
     together, update = jax.jit(jax.vmap(update))(losses, grams), jax.jit(update)
     for n in range(2):

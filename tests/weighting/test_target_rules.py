@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,7 +118,7 @@ def test_without_the_target_no_task_counts_and_its_state_stays(name):
         assert float(after["steps"][1]) == float(before["steps"][1]) == 1
 
 
-@pytest.mark.parametrize("rule", [weighting.gcs, weighting.pcd])
+@pytest.mark.parametrize("rule", [weighting.gcs, weighting.pcd, weighting.auto_lambda])
 def test_a_target_that_is_no_task(rule):
     with pytest.raises(UserError, match=r"unknown target of weighting .*'bb'.*did you mean 'b'"):
         rule("bb").init(NAMES)
@@ -131,3 +132,49 @@ def test_a_target_that_is_no_task(rule):
 def test_options_of_pcd(option, value):
     with pytest.raises(UserError, match=f"weighting pcd: {option} is {value}"):
         weighting.pcd("b", **{option: value})
+
+
+def test_auto_lambda_by_hand_over_three_steps():
+    """Adam on the derivative of the target's held-out loss after the step, by reverse-mode differentiation through it."""
+    rule = weighting.auto_lambda("b", learning_rate=0.1, start=0.05, rate=0.3)
+    state, expected = weighting.init(rule, {task: np.ones(6, np.float32) for task in NAMES}), jnp.full(3, 0.05)
+    adam = optax.adam(0.1)
+    adam_state, tasks = adam.init(expected), sorted(NAMES)
+
+    def held_out(params):
+        return jnp.square(params - 1).sum() + jnp.prod(params[:2])
+
+    for step in range(3):
+        rows, params = jnp.asarray(drawn(step), jnp.float32) / 100, jnp.linspace(-1.0, 1.0, 6) * (1 + step)
+        gradients, losses = dict(zip(tasks, rows, strict=True)), dict.fromkeys(tasks, 1.0)
+        present = np.array([True, True, step != 1])
+        counts, shown = dict(zip(tasks, present.astype(np.float32), strict=True)), jnp.where(present, expected, 0.0)
+        combined, weights, state = weighting.gradient(
+            rule,
+            state,
+            gradients,
+            losses,
+            step=step,
+            key=jax.random.key(0),
+            counts=counts,
+            held_out=weighting.look_ahead(held_out, params, gradients),
+        )
+        np.testing.assert_allclose([float(weights[task]) for task in tasks], shown, rtol=1e-4)
+        np.testing.assert_allclose(combined, shown @ rows, rtol=1e-4, atol=1e-6)
+        slope = jax.grad(lambda w, params=params, rows=rows: held_out(params - 0.3 * w @ rows))(shown) / 0.3
+        updates, adam_state = adam.update(jnp.where(present, slope, 0.0), adam_state)
+        expected = jnp.where(present, jnp.maximum(expected + updates, 0.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("share", 0.0), ("share", 1.0), ("start", 0), ("learning_rate", 0), ("rate", -1)]
+)
+def test_options_of_auto_lambda(option, value):
+    with pytest.raises(UserError, match=f"weighting auto_lambda: {option} is {value}"):
+        weighting.auto_lambda("b", **{option: value})
+
+
+def test_without_held_out_rows_auto_lambda_says_what_makes_the_signal():
+    rule, gradients = weighting.auto_lambda("b"), {task: np.ones(2, np.float32) for task in NAMES}
+    with pytest.raises(UserError, match=r"auto_lambda needs Signals\.held_out, .*weighting\.look_ahead\(loss, params, "):
+        weighting.gradient(rule, rule.init(NAMES), gradients, dict.fromkeys(NAMES, 1.0), step=0, key=jax.random.key(0))

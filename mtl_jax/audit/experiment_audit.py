@@ -114,7 +114,7 @@ def of_experiment(experiment: Experiment, near: float = 0.7) -> Audit:
     check_experiment(experiment)
     used = {task.source for task in experiment.tasks}
     sources = [source for source in experiment.sources if source.name in used]
-    data = {source.name: splits.read(source) for source in sources}
+    data = {source.name: splits.read(source, experiment.tasks) for source in sources}
     rows = collect(data, splits.without_shared_texts(data))
     sizes: dict[str, dict[str, int]] = {}
     counts = np.bincount(rows.group_of, minlength=len(rows.groups)).tolist()

@@ -8,9 +8,9 @@ dropped.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 from mtl_jax.core import assets
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, count, unknown
 from mtl_jax.core.files import shown
-from mtl_jax.data import row_keys
+from mtl_jax.data import row_edits, row_keys
+from mtl_jax.data.cuts import empty_split_advice, limited, split_of, split_shares
 from mtl_jax.data.formats import READERS, hf, names_columns, read_file, script_rows, text_files, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, Row, no_column
+from mtl_jax.data.labels import Labels
 from mtl_jax.data.row_keys import text_of
 from mtl_jax.data.source import COPIES, FIELDS, NAMED, SPLITS, Source
 
@@ -46,6 +48,7 @@ class Splits(NamedTuple):
         all_rows: All rows of path that can be read: label sets come from them, even if few rows are trained on.
         repeats: The training rows that were dropped as repeated, each with the first row of the same text.
         non_words: Numbers of lines that are not words and were left out: CoNLL-U's ranges, and its empty nodes.
+        replaced: {type: number of places} that the source's deidentify replaced; None where it has none.
     """
 
     rows: dict[str, Sequence[Row]]
@@ -56,10 +59,15 @@ class Splits(NamedTuple):
     all_rows: Sequence[Row] = ()
     repeats: Sequence[tuple[RowRef, RowRef]] = ()
     non_words: tuple[int, int] = (0, 0)
+    replaced: Mapping[str, int] | None = None
 
 
-def read(source: Source) -> Splits:
+def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
     """Reads, deduplicates and splits one source.
+
+    Args:
+        source: The source.
+        tasks: Its tasks, which name columns that a change of its texts concerns.
 
     Raises:
         UserError: A file or column does not exist, a row cannot be read (and the source is not lenient), or a split is empty.
@@ -67,7 +75,8 @@ def read(source: Source) -> Splits:
     """
     _check(source)
     cuts = split_shares(source)
-    opened = {split: _open(source, split) for split in SPLITS if source.place(split)}
+    edit, replaced = row_edits.editor(source, tasks), Counter[str]()
+    opened = {split: row_edits.edited(edit, _open(source, split), replaced) for split in SPLITS if source.place(split)}
     kept: dict[str, list[Any]] = {split: [] for split in SPLITS}  # rows, or numbers of records that stay on disk
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     first: dict[str, dict[bytes, Any]] = {split: {} for split in SPLITS}  # {file: {text: the first row with it}}
@@ -116,7 +125,8 @@ def read(source: Source) -> Splits:
         result[split] = _rows(opened.get(split, opened["train"]), [kept[split][index] for index in indices])
         digests[split] = [digests[split][index] for index in indices]
     whole = _rows(opened["train"], all_rows)
-    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes))
+    counts = None if edit is None else dict(sorted(replaced.items()))
+    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes), counts)
 
 
 def _rows(opened: Records | Iterator[Read], entries: list[Any]) -> Sequence[Row]:
@@ -157,17 +167,20 @@ def without_shared_texts(data: Mapping[str, Splits]) -> dict[str, Splits]:
     return result
 
 
-def read_one(source: Source) -> list[Row]:
+def read_one(source: Source, tasks: Sequence[Labels] = ()) -> list[Row]:
     """All training rows of a source, before any is split off, as one split; none is dropped.
+
+    Args:
+        source: The source.
+        tasks: As for read().
 
     Raises:
         UserError: As read().
     """
     _check(source)
     skipped: list[str] = []
-    keyed = [
-        (row, row_keys.digest(key)) for _, row, key, _ in _readable(source, _open(source, "train"), skipped, grouped=False)
-    ]
+    rows = row_edits.edited(row_edits.editor(source, tasks), _open(source, "train"), Counter())
+    keyed = [(row, row_keys.digest(key)) for _, row, key, _ in _readable(source, rows, skipped, grouped=False)]
     place = source.place("train")
     if skipped:
         log.warning("%s: %d rows skipped", place, len(skipped))
@@ -287,66 +300,3 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
             raise UserError(f"{item.where}: the id {shown(value)!r} occurs already at {ids[value]}")
         ids[value] = item.where
     return item
-
-
-def split_shares(source: Source) -> dict[str, float]:
-    """The shares of the training rows that become dev and test; 0 for a split with its own file or rows."""
-    return {split: 0.0 if source.place(split) else getattr(source, f"cut_{split}") for split in ("dev", "test")}
-
-
-def split_of(key: str, seed: int, cuts: Mapping[str, float]) -> str:
-    """The split of a text: a hash of seed and text is a number in [0, 1), which falls into one of the shares."""
-    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-    number = int.from_bytes(digest[:8], "big") / 2**64
-    if number < cuts["test"]:
-        return "test"
-    return "dev" if number < cuts["test"] + cuts["dev"] else "train"
-
-
-def limited(digests: Sequence[bytes], source: Source, split: str) -> Sequence[int]:
-    """The indices, ascending, of a sample of a split's rows as large as the source's limits allow.
-
-    Rows are sampled by a hash of cut_seed and text: all classes occur even if the file is sorted, and the rows of a smaller
-    limit are among those of a larger one.
-
-    Args:
-        digests: A digest of each row's text.
-        source: The source.
-        split: The split of the rows.
-    """
-    limits = (source.limit, source.limit_train if split == "train" else 0)
-    most = min((limit for limit in limits if limit), default=len(digests))
-    if most >= len(digests):
-        return range(len(digests))
-    seed = f"{source.cut_seed}\0limit\0".encode()
-
-    def rank(index: int) -> tuple[bytes, int]:
-        return hashlib.blake2b(seed + digests[index], digest_size=8).digest(), index
-
-    return sorted(sorted(range(len(digests)), key=rank)[:most])
-
-
-def empty_split_advice(source: Source, split: str, distinct: int, dropped: int) -> str:
-    """Why a split is empty and what to do; "" if that is not known.
-
-    Args:
-        source: The source.
-        split: The empty split.
-        distinct: Number of texts in the source's path that were divided among splits, or of documents if it has a group.
-        dropped: Number of training rows that were dropped because their text occurred before, or in dev or test.
-    """
-    unit = "document" if source.group else "text"
-    texts = f"{distinct} distinct {unit}{'' if distinct == 1 else 's'}"
-    if split == "train":
-        if distinct:
-            return f"of its {texts} none is left after dev and test: give it more rows, or make cut_dev and cut_test smaller"
-        return f"the {unit}s of all its {dropped} rows are in dev or test: name another path" if dropped else ""
-    if source.place(split):
-        return ""
-    share = getattr(source, f"cut_{split}")
-    if not share:
-        return f"cut_{split} is 0: make it a share of the {unit}s, or name a {split}_path"
-    return (
-        f"of its {texts} none fell into the share of {share:g}: "
-        f"give it more rows, a larger cut_{split}, another cut_seed, or a {split}_path"
-    )

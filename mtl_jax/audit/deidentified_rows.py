@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from mtl_jax.data.row_keys import check_answer
 from mtl_jax.data.source import EditRows, RowEdit, TextColumns
 
 Replaced = tuple[str, tuple[Identifier, ...]]
+# From texts to the new text and the replaced places of each.
+DeidentifyTexts = Callable[[Sequence[str]], list[Replaced]]
+# A row with its new texts, or the error that says why it cannot be read; and (column, replaced place) of each place.
+EditedRow = tuple[Row | UserError, list[tuple[str, Identifier]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +74,13 @@ class Deidentify(RowEdit):
         deidentified = self.texts("deidentify")
 
         def edit(rows: Sequence[Row]) -> list[tuple[Row | UserError, Mapping[str, int]]]:
-            texts = [text for row in rows for text in _texts(row, columns)]
-            replaced = dict(zip(texts, deidentified(texts), strict=True))
-            return [_edited(row, columns, replaced) for row in rows]
+            return [
+                (row, Counter(place.type for _, place in places)) for row, places in edited_rows(rows, columns, deidentified)
+            ]
 
         return edit
 
-    def texts(self, where: str = "deidentify") -> Any:
+    def texts(self, where: str = "deidentify") -> DeidentifyTexts:
         """The function from texts to the new text and the replaced places of each; a run of `names` is opened now.
 
         Raises:
@@ -130,6 +134,19 @@ def _key(path: str) -> bytes:
     return key
 
 
+def edited_rows(rows: Sequence[Row], columns: TextColumns, deidentified: DeidentifyTexts) -> list[EditedRow]:
+    """Rows with new texts, labels of words and answers, and what was replaced in each.
+
+    Args:
+        rows: The rows.
+        columns: Their columns.
+        deidentified: Deidentify.texts().
+    """
+    texts = [text for row in rows for text in _texts(row, columns)]
+    replaced = dict(zip(texts, deidentified(texts), strict=True))
+    return [_edited(row, columns, replaced) for row in rows]
+
+
 def _texts(row: Row, columns: TextColumns) -> list[str]:
     """The texts of a row that are looked at; of words, the text that they make with spaces between them."""
     values: list[Any] = [row.columns.get(name) for name in columns.texts]
@@ -146,21 +163,20 @@ def _are_words(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
 
 
-def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) -> tuple[Row | UserError, Mapping[str, int]]:
-    """A row with its new texts and labels, and {type: number of places}; in place of a row with wrong answers the error."""
+def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) -> EditedRow:
     try:
         changed = _answers(row, columns, replaced)
-        counts: Counter[str] = Counter()
+        places: list[tuple[str, Identifier]] = []
         lines = row.words
         for name in columns.texts:
             value: Any = row.columns.get(name)
             if not isinstance(value, str) and not _are_words(value):
                 continue
-            new, places = replaced[value if isinstance(value, str) else " ".join(value)]
-            counts.update(place.type for place in places)
-            if not places:
+            new, identifiers = replaced[value if isinstance(value, str) else " ".join(value)]
+            places += [(name, place) for place in identifiers]
+            if not identifiers:
                 continue
-            groups = word_groups(value, places, new)
+            groups = word_groups(value, identifiers, new)
             changed[name] = new if isinstance(value, str) else [word for group in groups for word in group.words]
             if name != columns.text:
                 continue
@@ -175,12 +191,12 @@ def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) ->
             value = row.columns.get(name)
             texts = value if isinstance(value, list) else [value]
             results = [replaced[text] if isinstance(text, str) else (text, ()) for text in texts]
-            counts.update(place.type for _, places in results for place in places)
-            if any(places for _, places in results):
+            places += [(name, place) for _, identifiers in results for place in identifiers]
+            if any(identifiers for _, identifiers in results):
                 changed[name] = [text for text, _ in results] if isinstance(value, list) else results[0][0]
     except UserError as error:
-        return error, {}
-    return row._replace(columns={**row.columns, **changed}, words=lines), counts
+        return error, []
+    return row._replace(columns={**row.columns, **changed}, words=lines), places
 
 
 def _word_columns(row: Row, columns: TextColumns) -> list[str]:
@@ -196,7 +212,7 @@ def _answers(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) -
     for name, value in row.columns.items():
         if not isinstance(value, list) or not value or not all(isinstance(answer, dict) for answer in value):
             continue
-        if not isinstance(context, str):
+        if not isinstance(context, str) or context not in replaced:
             continue
         new, places = replaced[context]
         for answer in value:

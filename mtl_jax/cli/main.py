@@ -10,7 +10,7 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
-from mtl_jax.cli.before_training import affinity, audit
+from mtl_jax.cli.before_training import affinity, audit, deidentify
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
 from mtl_jax.core.errors import UserError, unknown
@@ -182,6 +182,7 @@ def console() -> None:
         "ablate": ablate,
         "take": take,
         "audit": audit,
+        "deidentify": deidentify,
         "results": results,
         "report": report,
     }

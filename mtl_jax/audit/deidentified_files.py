@@ -18,6 +18,7 @@ from mtl_jax.audit.deidentification import Identifier
 from mtl_jax.audit.deidentified_rows import Deidentify, DeidentifyTexts, edited_rows
 from mtl_jax.core.errors import UserError, count, listed, unknown
 from mtl_jax.core.files import check_regular, shown, to_json, write_bytes
+from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data.formats.conll import read_conll
 from mtl_jax.data.formats.json_files import parse
 from mtl_jax.data.formats.lines import lines
@@ -61,6 +62,7 @@ class _Table(NamedTuple):
     extra: Sequence[str] = ()
 
 
+@hiding_if(lambda *args, **options: True)  # its error lines say where, not what
 def deidentify(
     file: str | Path,
     output: str | Path,

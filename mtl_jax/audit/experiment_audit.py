@@ -10,6 +10,7 @@ from tabulate import tabulate
 from mtl_jax.audit.copies import KINDS, check
 from mtl_jax.audit.overlaps import Conflict, Example, Overlap, conflicts, overlaps
 from mtl_jax.audit.row_views import collect
+from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import splits
 from mtl_jax.experiment import Experiment, select
 from mtl_jax.experiment import check as check_experiment
@@ -93,6 +94,7 @@ def _line(example: Example, texts: bool) -> str:
     return f"  {kind}: {rows[0]} and {rows[1]}"
 
 
+@hiding_if(lambda experiment, near=0.7: experiment.private)
 def of_experiment(experiment: Experiment, near: float = 0.7) -> Audit:
     """Compares every held-out row of every task with every training row of all sources, and the training rows of a source.
 

@@ -10,6 +10,7 @@ import numpy as np
 from mtl_jax.audit.copies import KINDS, Pairs, copies, matches, pool
 from mtl_jax.audit.row_views import Joined, Rows, View, views
 from mtl_jax.audit.text_keys import Text, sides
+from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.source import Source
 
@@ -240,7 +241,7 @@ def _example(
 
 
 def _joined(text: Text) -> str:
-    return " | ".join(sides(text))
+    return row_texts.plain(" | ".join(sides(text)))
 
 
 def conflicts(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, near: float) -> list[Conflict]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.core import assets
+from mtl_jax.core import assets, row_texts
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import row_edits
 from mtl_jax.data.examples import Counts, Examples, label_remarks, length_remark, read_examples, readable
@@ -128,7 +128,7 @@ def make_corpus(
                 max_length,
                 f"split {split}",
                 first_id=next_id,
-                cache=assets.cache_dir() / "tokens",
+                cache=None if row_texts.are_hidden() else assets.cache_dir() / "tokens",
             )
             for task in tasks_of[name]:
                 if part_counts.blank[task.name] == len(examples.data):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from mtl_jax.core import assets
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, count, unknown
 from mtl_jax.core.files import shown
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data import row_edits, row_keys
 from mtl_jax.data.cuts import empty_split_advice, limited, split_of, split_shares
 from mtl_jax.data.formats import READERS, hf, names_columns, read_file, script_rows, text_files, tfds
@@ -297,6 +298,6 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
         if not isinstance(value, str):
             raise UserError(f"{item.where}: the id column {name!r} is empty or a list")
         if value in ids:
-            raise UserError(f"{item.where}: the id {shown(value)!r} occurs already at {ids[value]}")
+            raise UserError(f"{item.where}: the id {quoted(value)} occurs already at {ids[value]}")
         ids[value] = item.where
     return item

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mtl_jax import trunks
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage, row_edits
 from mtl_jax.data.examples import Examples, label_remarks, length_remark, make_examples, read_examples
@@ -109,8 +110,7 @@ def predict(
             a text may also be the list of its words. A text that is empty, or that the model cannot read, gets
             {"error": ...} and does not change the other answers.
         top_k: Adds "top": the k most likely labels, each {"label": ..., "probability": ...}; None: without it.
-        deidentify: Replace names and the like in the inputs as the task's source did in training; else they are read as they
-            are. Words and spans of the answers are then those of the changed texts.
+        deidentify: Replace names and the like in the inputs, as in training; words and spans of answers are of the new texts.
 
     Returns:
         One JSON object for each input, in order; describe() of the task's kind documents its fields. "truncated": true is added
@@ -118,8 +118,7 @@ def predict(
 
     Raises:
         UserError: The directory is not a workdir or has no checkpoint yet, the task is unknown, a row has no text in a text
-            column, `inputs` is a single text or row, the task has no probabilities of labels for top_k, or its source does not
-            de-identify.
+            column, `inputs` is a single text or row, or the task has no probabilities of labels for top_k.
 
     Examples:
         >>> [answer] = mtl_jax.predict("runs/tiny", "fine", ["who is the man ?"], top_k=2)
@@ -132,6 +131,11 @@ def predict(
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1")
     model = _model(workdir)
+    with hiding(model.run.experiment.private):
+        return _predict(model, task, inputs, top_k, deidentify)
+
+
+def _predict(model: Model, task: str, inputs: Inputs, top_k: int | None, deidentify: bool) -> list[dict[str, Any]]:
     run = model.run
     chosen, source = run.task(task), run.source(task)
     as_words = any(other.words for other in run.tasks_of_same_source(task))
@@ -206,6 +210,13 @@ def evaluate(
     """
     log_lines.show()
     model = _model(workdir)
+    with hiding(model.run.experiment.private):
+        return _evaluate(model, task, path, format, deidentify)
+
+
+def _evaluate(
+    model: Model, task: str, path: str | Path | Sequence[Mapping[str, Any]], format: str, deidentify: bool
+) -> dict[str, Any]:
     run = model.run
     chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     if isinstance(path, str | Path):

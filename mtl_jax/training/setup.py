@@ -14,6 +14,7 @@ from mtl_jax import trunks
 from mtl_jax.audit import at_start
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, stream
 from mtl_jax.data.corpus import Corpus
@@ -30,7 +31,7 @@ from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.training.train_state import TrainState, create, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
-from mtl_jax.trunks import Trunk
+from mtl_jax.trunks import Pretrained, Trunk
 
 SOME_LABELS = 10  # labels of a task in the log before training
 SOME_TEXTS = 50  # texts on which a teacher's tokenizer is compared with the run's
@@ -68,6 +69,7 @@ class Prepared(NamedTuple):
     copies: dict[str, Any]
 
 
+@hiding_if(lambda experiment: experiment.private)
 def prepare(experiment: Experiment) -> Prepared:
     """Reads the data, loads the trunk, initialises the heads, plans the phases.
 
@@ -92,6 +94,10 @@ def prepare(experiment: Experiment) -> Prepared:
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     corpus.notes.extend(copies.notes)
+    if experiment.private and not isinstance(experiment.trunk, Pretrained):
+        corpus.notes.append(
+            "private: the vocabulary in trunk/ is made of words of the texts; a pretrained trunk brings its own"
+        )
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))

@@ -14,6 +14,7 @@ from mtl_jax import trunks
 from mtl_jax.core import locks, log_lines, script_calls
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.hooks import Callbacks, Hooks, several
+from mtl_jax.core.row_texts import hiding
 from mtl_jax.experiment import Experiment, keep_head_weights
 from mtl_jax.training import fingerprint, frozen_params, hosts, init_from, results
 from mtl_jax.training import workdir as workdirs
@@ -85,6 +86,7 @@ def train(
     folder = Path(workdir)
     all_hooks, logger_names = several(hooks), checked(loggers)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hiding(experiment.private))
         opened = hosts.make_and_compare(
             lambda: open_workdir(experiment, folder, allow_config_change, stack),
             lambda opened: fingerprint.facts(opened.config, folder, opened.prepared),

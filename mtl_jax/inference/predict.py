@@ -225,7 +225,7 @@ def _evaluate(
         columns = source.columns if kind in READERS and names_columns(kind) else ()
         source = dataclasses.replace(source, path=path, rows=None, format=kind, limit=0, columns=columns)
     else:
-        source, path = dataclasses.replace(source, path="", rows=path, limit=0), "rows"
+        source, path = dataclasses.replace(source, path="", rows=path, dev_rows=None, test_rows=None, limit=0), "rows"
     rows = read_one(_edited_source(source, deidentify), run.tasks_of_same_source(task))
     examples, counts = read_examples(
         source, run.tasks_of_same_source(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,7 @@ class Prepared(NamedTuple):
         anchor_runs: {EWC: the run whose parameters it stays near}; only those that name another run.
         compared_tasks: {regulariser: the tasks whose outputs it compares}; only those that name tasks or imitate logits.
         copies: The numbers of training rows that are copies of held-out rows, for data.json; {} where there are none.
+        test_copies: {source: {place of a test row: kind of its closest copy in train}}.
     """
 
     experiment: Experiment
@@ -67,6 +68,7 @@ class Prepared(NamedTuple):
     anchor_runs: dict[str, TrainedRun]
     compared_tasks: dict[str, list[str]]
     copies: dict[str, Any]
+    test_copies: Mapping[str, Mapping[str, str]]
 
 
 @hiding_if(lambda experiment: experiment.private)
@@ -112,7 +114,7 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record, copies.test_copies)
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import trunks
-from mtl_jax.audit import at_start
+from mtl_jax.audit import at_start, earlier_runs
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.row_texts import hiding_if
@@ -31,6 +31,8 @@ from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.training.train_state import TrainState, create, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
+from mtl_jax.transfer.loading import FIELD
+from mtl_jax.transfer.regularisers import Distillation
 from mtl_jax.trunks import Pretrained, Trunk
 
 SOME_LABELS = 10  # labels of a task in the log before training
@@ -84,6 +86,7 @@ def prepare(experiment: Experiment) -> Prepared:
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
     data = copies.data
+    compared = earlier_runs.compare(experiment.sources, data, earlier_workdirs(experiment))
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
@@ -95,7 +98,7 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
-    corpus.notes.extend(copies.notes)
+    corpus.notes.extend([*copies.notes, *compared.notes])
     if experiment.private and not isinstance(experiment.trunk, Pretrained):
         corpus.notes.append(
             "private: the vocabulary in trunk/ is made of words of the texts; a pretrained trunk brings its own"
@@ -114,7 +117,15 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record, copies.test_copies)
+    record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies)
+
+
+def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:
+    """(field, path) of the runs that an experiment begins from or imitates; a path may also be that of a checkpoint."""
+    teachers = [part for part in experiment.regularisers if isinstance(part, Distillation)]
+    paths = [(FIELD, experiment.init_from.path), *((f"{part.name}.teacher", part.teacher) for part in teachers)]
+    return [(field, path) for field, path in paths if path]
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:

@@ -139,6 +139,7 @@ def make_corpus(
             data[name] = data[name]._replace(rows={**data[name].rows, split: examples.data})
     totals = {name: functools.reduce(Counts.plus, parts) for name, parts in counts.items()}
     notes = [_note(tasks_of[name], name, parts, totals[name], max_length) for name, parts in data.items()]
+    notes += [f"source {name}: {remark}" for name, parts in data.items() for remark in parts.remarks]
     notes += [row_edits.remark(name, parts.replaced) for name, parts in data.items() if parts.replaced is not None]
     for name, source_tasks in tasks_of.items():
         notes += label_remarks(source_tasks, totals[name])

@@ -20,7 +20,17 @@ from mtl_jax.core.errors import NOT_A_PATTERN, UserError, count, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.core.row_texts import quoted
 from mtl_jax.data import row_edits, row_keys
-from mtl_jax.data.cuts import empty_split_advice, limited, split_of, split_shares
+from mtl_jax.data.cuts import (
+    NO_MOMENT,
+    Moment,
+    by_time,
+    empty_split_advice,
+    limited,
+    moment_of,
+    split_of,
+    split_shares,
+    time_remarks,
+)
 from mtl_jax.data.formats import READERS, hf, names_columns, read_file, script_rows, text_files, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, Row, no_column
@@ -50,6 +60,7 @@ class Splits(NamedTuple):
         repeats: The training rows that were dropped as repeated, each with the first row of the same text.
         non_words: Numbers of lines that are not words and were left out: CoNLL-U's ranges, and its empty nodes.
         replaced: {type: number of places} that the source's deidentify replaced; None where it has none.
+        remarks: Lines for the log on how the rows were divided.
     """
 
     rows: dict[str, Sequence[Row]]
@@ -61,6 +72,7 @@ class Splits(NamedTuple):
     repeats: Sequence[tuple[RowRef, RowRef]] = ()
     non_words: tuple[int, int] = (0, 0)
     replaced: Mapping[str, int] | None = None
+    remarks: Sequence[str] = ()
 
 
 def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
@@ -86,12 +98,15 @@ def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
     official: set[bytes] = set()
     official_documents: set[str] = set()
     distinct: set[str] = set()  # texts, or documents, of path
+    moments: list[Moment] = []  # of the rows of path that are kept, where the source is divided by time
+    documents: list[str] = []
     repeated, ranges, empty_nodes = 0, 0, 0
     skipped: list[str] = []
     # Test first: if files overlap, the repeated text is dropped from the training rows, not from the test rows.
     for split in (split for split in reversed(SPLITS) if split in opened):
         rows = opened[split]
-        for number, row, key, group in _readable(source, rows, skipped, grouped=True):
+        timed = bool(source.time) and split == "train"
+        for number, row, key, group, moment in _readable(source, rows, skipped, grouped=True, timed=timed):
             # A pair and the swapped pair are two different rows, but they belong to the same split.
             unordered_key = min(key, row_keys.swapped(key)) if source.pair else key
             row_digest, text_digest, target = row_keys.digest(key), row_keys.digest(unordered_key), split
@@ -105,14 +120,30 @@ def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
                     if before:
                         repeats.append((_ref(rows, entry), _ref(opened[before], first[before][row_digest])))
                     continue
-                distinct.add(group or unordered_key)
-                target = split_of(group or unordered_key, source.cut_seed, cuts)
+                distinct.add(unordered_key if timed else group or unordered_key)
+                target = "train" if timed else split_of(group or unordered_key, source.cut_seed, cuts)
+                if timed:
+                    moments.append(moment)
+                    documents.append(group)
             else:
                 official.add(text_digest)
                 official_documents.add(group)
             first[split].setdefault(row_digest, entry)
             digests[target].append(text_digest)
             kept[target].append(entry)
+    remarks: list[str] = []
+    if source.time:
+        targets = by_time(moments, cuts)
+        held_out = {digest for digest, target in zip(digests["train"], targets, strict=True) if target != "train"}
+        entries = list(zip(targets, kept["train"], digests["train"], strict=True))
+        kept["train"], digests["train"] = [], []
+        for target, entry, digest in entries:
+            if target == "train" and digest in held_out:  # the same pair the other way round
+                repeated += 1
+                continue
+            kept[target].append(entry)
+            digests[target].append(digest)
+        remarks = time_remarks(moments, targets, documents)
     if len(skipped) > SHOWN:
         log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
     result: dict[str, Sequence[Row]] = {}
@@ -127,7 +158,7 @@ def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
         digests[split] = [digests[split][index] for index in indices]
     whole = _rows(opened["train"], all_rows)
     counts = None if edit is None else dict(sorted(replaced.items()))
-    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes), counts)
+    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes), counts, remarks)
 
 
 def _rows(opened: Records | Iterator[Read], entries: list[Any]) -> Sequence[Row]:
@@ -181,7 +212,7 @@ def read_one(source: Source, tasks: Sequence[Labels] = ()) -> list[Row]:
     _check(source)
     skipped: list[str] = []
     rows = row_edits.edited(row_edits.editor(source, tasks), _open(source, "train"), Counter())
-    keyed = [(row, row_keys.digest(key)) for _, row, key, _ in _readable(source, rows, skipped, grouped=False)]
+    keyed = [(row, row_keys.digest(key)) for _, row, key, _, _ in _readable(source, rows, skipped, grouped=False)]
     place = source.place("train")
     if skipped:
         log.warning("%s: %d rows skipped", place, len(skipped))
@@ -223,6 +254,10 @@ def _check(source: Source) -> None:
     cuts = split_shares(source).values()
     if not (min(cuts) >= 0 and sum(cuts) < 1):
         raise UserError(f"{prefix}: cut_dev and cut_test must be shares with a sum below 1")
+    if source.time and not any(cuts):
+        raise UserError(
+            f"{prefix}: time is given, but nothing is split off from path; leave it out, or set cut_dev or cut_test"
+        )
     for field in ("limit", "limit_train"):
         if getattr(source, field) < 0:
             raise UserError(f"{prefix}: {field} is {getattr(source, field)}; it must be a number of rows, or 0 for all")
@@ -259,9 +294,9 @@ def _read_files(source: Source, path: str) -> Iterator[Read]:
 
 
 def _readable(
-    source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: bool
-) -> Iterator[tuple[int, Row, str, str]]:
-    """Each row that can be read: its number, the row, its key, and if `grouped` its document.
+    source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: bool, timed: bool = False
+) -> Iterator[tuple[int, Row, str, str, Moment]]:
+    """Each row that can be read: its number, the row, its key, if `grouped` its document, and if `timed` its time.
 
     Any other row is an error, or, if the source is lenient, its error line is added to `skipped`.
     """
@@ -269,7 +304,8 @@ def _readable(
     for number, item in enumerate(rows):
         try:
             row = _checked(source, item, ids)
-            result = number, row, row_keys.key(source, row), row_keys.group(source, row) if grouped else ""
+            group, moment = row_keys.group(source, row) if grouped else "", moment_of(source, row) if timed else NO_MOMENT
+            result = number, row, row_keys.key(source, row), group, moment
         except UserError as error:
             if not source.lenient:
                 raise UserError(f"{error}{ADVICE if grouped else ''}") from error

@@ -9,6 +9,7 @@ from .deidentification import moved as moved
 from .deidentified_rows import Deidentify as Deidentify
 from .experiment_audit import Audit as Audit
 from .experiment_audit import of_experiment as of_experiment
+from .meaning import Meaning as Meaning
 from .names import people_of as people_of
 from .names import register_names as register_names
 from .overlaps import Conflict as Conflict

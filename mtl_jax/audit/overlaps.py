@@ -21,7 +21,7 @@ class Example(NamedTuple):
     """Two rows that are copies.
 
     Attributes:
-        kind: One of KINDS.
+        kind: One of KINDS, or "meaning".
         similarity: From the threshold to 1.
         row: File and line, or record, of the held-out row; of a conflict, of one training row.
         train_row: File and line, or record, of the training row.
@@ -234,13 +234,14 @@ def _example(
         round(float(pairs.similarities[pair]), 4),
         rows.rows[view.row_of[place]].where,
         rows.rows[view.row_of[other]].where,
-        _joined(view.texts[place]),
-        _joined(view.texts[other]),
+        joined_text(view.texts[place]),
+        joined_text(view.texts[other]),
         labels,
     )
 
 
-def _joined(text: Text) -> str:
+def joined_text(text: Text) -> str:
+    """A text, or the two of a pair; empty in a private run."""
     return row_texts.plain(" | ".join(sides(text)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -59,6 +59,8 @@ def audit(
     script: Annotated[str, tyro.conf.Positional],
     /,
     near: float = 0.7,
+    embeddings: str = "",
+    close: float = 0.9,
     json: str = "",
     texts: bool = False,
 ) -> None:
@@ -69,6 +71,8 @@ def audit(
     Args:
         script: A script that calls mtl_jax.main; its own flags come after --.
         near: The least similarity of near copies, above 0 and at most 1: one word in ten may differ at 0.7.
+        embeddings: An encoder, to find rows that are close in meaning, too: minilm, or the path of a checkpoint.
+        close: The least cosine of such rows, above 0 and at most 1.
         json: A file to write with the same as JSON.
         texts: Also show the texts of the examples.
     """
@@ -76,8 +80,9 @@ def audit(
     from mtl_jax.audit.copies import check
 
     check(near, "--near")
+    check(close, "--close")
     _check_json(json)
-    result = audits.of_experiment(scripts.read(script, "audit"), near)
+    result = audits.of_experiment(scripts.read(script, "audit"), near, embeddings=embeddings, close=close)
     if json:
         write_json(Path(json), result.to_json(texts))
     print_lines([result.table(texts)])
@@ -122,8 +127,15 @@ def deidentify(
     """
     from mtl_jax.audit.deidentified_files import deidentify as write
 
-    source = {"format": format, "columns": columns, "text": text, "labels": labels, "spans": spans}
-    how = {"mode": mode, "kinds": kinds, "names": names, "seed": seed, "key_file": key_file, "language": language}
+    source: dict[str, Any] = {"format": format, "columns": columns, "text": text, "labels": labels, "spans": spans}
+    how: dict[str, Any] = {
+        "mode": mode,
+        "kinds": kinds,
+        "names": names,
+        "seed": seed,
+        "key_file": key_file,
+        "language": language,
+    }
     print(f"{write(file, output, **how, **source)}; everything is in {output}")
 
 

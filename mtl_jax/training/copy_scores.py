@@ -56,8 +56,8 @@ def without_copies(
         others = _only(examples, kept)
         if len(others.tokens) and any(_labelled(task, row) for row in others.data):
             outputs = _taken(predictions.outputs[task.name], np.flatnonzero(kept[examples.row_of]))
-            of_texts = scores_of((task,), texts, lambda row, kinds=kinds: row.where not in kinds)
-            scores = {**task.all_metrics(outputs, others), **of_texts.get(task.name, {})}
+            kept_texts = {name: [pair for pair in pairs if pair[0].where not in kinds] for name, pairs in texts.items()}
+            scores = {**task.all_metrics(outputs, others), **scores_of((task,), kept_texts).get(task.name, {})}
         by_kind = {kind: numbers[kind] for kind in KINDS if numbers[kind]}
         result[task.name] = {SCORES: for_json(scores), NUMBERS: {**by_kind, "rows": len(examples.data)}}
     return result
@@ -74,16 +74,17 @@ def _only(examples: Examples, kept: np.ndarray) -> Examples:
     return examples._replace(
         tokens=_taken(examples.tokens, places),
         labels={name: _taken(values, places) for name, values in examples.labels.items()},
-        **{name: None if (part := getattr(examples, name)) is None else _taken(part, places) for name in _BY_EXAMPLE},
+        types=_taken(examples.types, places),
+        words=_taken(examples.words, places),
+        offsets=_taken(examples.offsets, places),
         rows=new_row[examples.row_of[places]].astype(np.int32),
         data=[row for row, keep in zip(examples.data, kept.tolist(), strict=True) if keep],
     )
 
 
-_BY_EXAMPLE = ("types", "words", "offsets")
-
-
 def _taken(values: Any, places: np.ndarray) -> Any:
+    if values is None:
+        return None
     if isinstance(values, np.ndarray):
         return values[places]
     parts = [values[place] for place in places.tolist()]

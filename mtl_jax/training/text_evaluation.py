@@ -174,17 +174,12 @@ def generated_texts(
     return texts
 
 
-def scores_of(
-    tasks: Sequence[Any], texts: Texts, counts: Callable[[Row], bool] = lambda row: True
-) -> dict[str, dict[str, float]]:
+def scores_of(tasks: Sequence[Any], texts: Texts) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} of generated texts.
 
     Args:
         tasks: The tasks; those without texts are left out.
         texts: The texts.
-        counts: Whether a row counts.
     """
-    kept = {task: [pair for pair in texts[task.name] if counts(pair[0])] for task in tasks if task.name in texts}
-    return {
-        task.name: task.text_metrics([text for _, text in pairs], [row for row, _ in pairs]) for task, pairs in kept.items()
-    }
+    kept = [(task, texts[task.name]) for task in tasks if task.name in texts]
+    return {task.name: task.text_metrics([text for _, text in pairs], [row for row, _ in pairs]) for task, pairs in kept}

@@ -22,7 +22,7 @@ def test_a_vector_is_the_mean_of_the_tokens_whatever_the_batch(encoder, monkeypa
     texts = ["the man", "who was a good man in the city ?", "the man", ("sad", "film")]
     vectors = meaning.vectors(encoder, texts)
     ids = encoder.tokenizer(texts[1])["input_ids"]
-    apply = jax.jit(lambda ids: encoder.model.apply({"params": encoder.params}, ids, np.ones_like(ids)).hidden)
+    apply = jax.jit(lambda ids: encoder.model.apply({"params": encoder.params}, ids, np.ones(ids.shape, np.int32)).hidden)
     hidden = apply(np.array([ids], np.int32))[0]
     expected = hidden.mean(axis=0) / np.linalg.norm(hidden.mean(axis=0))
     np.testing.assert_allclose(vectors[1], expected, atol=1e-5)

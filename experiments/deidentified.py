@@ -30,7 +30,7 @@ from tweeteval import EXPERIMENT as TWEETS
 import mtl_jax
 from mtl_jax import Batching, Evaluation, Experiment, Phase, UserError, audit
 from mtl_jax.audit import Deidentify
-from mtl_jax.audit.names import NAME_KINDS, TYPES, names_by
+from mtl_jax.audit.person_names import NAME_KINDS, TYPES, names_by
 from mtl_jax.core import assets
 from mtl_jax.core.errors import unknown
 from mtl_jax.core.files import number_of

@@ -10,10 +10,10 @@ from .deidentified_rows import Deidentify as Deidentify
 from .experiment_audit import Audit as Audit
 from .experiment_audit import of_experiment as of_experiment
 from .meaning import Meaning as Meaning
-from .names import people_of as people_of
-from .names import register_names as register_names
 from .overlaps import Conflict as Conflict
 from .overlaps import Example as Example
 from .overlaps import Overlap as Overlap
+from .person_names import people_of as people_of
+from .person_names import register_names as register_names
 from .recognisers import RECOGNISERS as RECOGNISERS
 from .recognisers import register_recogniser as register_recogniser

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.audit.deidentification import Identifier, moved, replaced_texts
-from mtl_jax.audit.names import NAME_KINDS, NAMES, check_names, names_by
+from mtl_jax.audit.person_names import NAME_KINDS, NAMES, check_names, names_by
 from mtl_jax.audit.recognisers import RECOGNISERS, Recogniser
 from mtl_jax.audit.surrogates import replacement
 from mtl_jax.audit.word_labels import lines_of, with_labels, word_groups

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mtl_jax.audit.deidentification import Identifier, moved
+from mtl_jax.core.errors import count
 
 _WORD = re.compile(r"\S+")
 
@@ -125,6 +126,6 @@ def with_labels(value: Any, groups: Sequence[WordGroup]) -> Any:
     labels = value.split() if isinstance(value, str) else value
     words = groups[-1].end if groups else 0
     if len(labels) != words:
-        raise ValueError(f"{words} words and {len(labels)} labels; there must be one for each word")
+        raise ValueError(f"{count(words, 'word')} and {count(len(labels), 'label')}; there must be one for each word")
     new = moved_labels(labels, groups)
     return " ".join(str(label) for label in new) if isinstance(value, str) else new

@@ -16,7 +16,7 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 
 from mtl_jax import weighting
 from mtl_jax.audit import deidentified_rows
-from mtl_jax.audit.names import NAMES
+from mtl_jax.audit.person_names import NAMES
 from mtl_jax.audit.recognisers import RECOGNISERS
 from mtl_jax.core import configuration, parts
 from mtl_jax.core.errors import UserError

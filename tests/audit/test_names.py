@@ -8,7 +8,8 @@ import pytest
 
 import mtl_jax
 from mtl_jax import Classification, Source, UserError, audit
-from mtl_jax.audit import Deidentify, names
+from mtl_jax.audit import Deidentify
+from mtl_jax.audit import person_names as names
 from mtl_jax.core import parts
 from mtl_jax.data import splits
 

@@ -82,6 +82,9 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str
         UserError: A source cannot be read.
     """
     used = {task.source for task in tasks}
+    for source in sources:
+        if source.name in used:
+            row_edits.check(source)
     return without_shared_texts({source.name: read(source, tasks) for source in sources if source.name in used})
 
 

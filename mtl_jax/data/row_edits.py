@@ -42,6 +42,12 @@ def _different(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
+def check(source: Source) -> None:
+    """Raises UserError where a field of the change of a source's rows makes no sense, before any row is read."""
+    if source.deidentify is not None:
+        source.deidentify.check(f"source {source.name!r}: deidentify")
+
+
 def editor(source: Source, tasks: Sequence[Labels]) -> EditRows | None:
     """The function that changes the rows of a source; None where they stay as they are.
 
@@ -54,7 +60,7 @@ def editor(source: Source, tasks: Sequence[Labels]) -> EditRows | None:
     """
     if source.deidentify is None:
         return None
-    source.deidentify.check(f"source {source.name!r}: deidentify")
+    check(source)
     return source.deidentify.editor(text_columns(source, tasks))
 
 

@@ -16,6 +16,7 @@ from mtl_jax.audit.deidentification import replaced_texts
 from mtl_jax.audit.word_labels import lines_of, moved_labels, with_labels, word_groups
 from mtl_jax.core import parts
 from mtl_jax.data import row_edits, splits
+from mtl_jax.data.corpus import read_sources
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import RowEdit
 from mtl_jax.tasks import bio
@@ -211,6 +212,12 @@ def test_predictions_read_texts_as_they_are_unless_asked(run):
 
 def test_config_json_has_the_field_only_where_it_is_set():
     assert "deidentify" not in to_json(experiment(mails("m", None)))["sources"][0]
+
+
+def test_a_wrong_field_is_found_before_any_row_is_read():
+    first = mails("first", None, rows=lambda: pytest.fail("read"))
+    with pytest.raises(UserError, match="source 'second': deidentify: unknown mode"):
+        read_sources((first, mails("second", Deidentify("none"))), experiment(first, mails("second")).tasks)
 
 
 def test_a_change_of_a_script_is_a_part_of_its_own():

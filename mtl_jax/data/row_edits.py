@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.formats.rows import Read, Row
 from mtl_jax.data.labels import Labels
@@ -61,7 +62,8 @@ def editor(source: Source, tasks: Sequence[Labels]) -> EditRows | None:
     if source.deidentify is None:
         return None
     check(source)
-    return source.deidentify.editor(text_columns(source, tasks))
+    hide = row_texts.hiding_if(lambda rows: True)  # texts before the change, also those that a model remarks on
+    return hide(source.deidentify.editor(text_columns(source, tasks)))
 
 
 def edited(edit: EditRows | None, rows: Any, counts: Counter[str]) -> Any:

@@ -47,7 +47,9 @@ def texts_of(source: Source, rows: Sequence[Row]) -> list[Text]:
 
 
 def write(folder: Path, sources: Sequence[Source], train: Mapping[str, Sequence[Row]], earlier: Sequence[str]) -> None:
-    """Writes the sketches of a run's training texts, with those of the runs that it learned from, once.
+    """Writes the sketches of a run's training texts, with those of the runs that it learned from.
+
+    Sketches that the workdir has already stay: it may resume with other rows.
 
     Args:
         folder: The workdir.
@@ -58,14 +60,11 @@ def write(folder: Path, sources: Sequence[Source], train: Mapping[str, Sequence[
     Raises:
         UserError: The file cannot be written.
     """
-    path = folder / FILE
-    if path.exists():
-        return
     every = 1 + sum(map(len, train.values())) // MOST_ROWS
     texts = [text for source in sources if source.name in train for text in texts_of(source, train[source.name][::every])]
     of_run = text_sketches.of_texts(texts)
-    known = [part for workdir in earlier if (part := read(Path(workdir))) is not None]
-    write_bytes(path, text_sketches.to_bytes(text_sketches.joined([of_run._replace(of=of_run.of * every), *known])))
+    known = [part for workdir in (folder, *map(Path, earlier)) if (part := read(workdir)) is not None]
+    write_bytes(folder / FILE, text_sketches.to_bytes(text_sketches.joined([of_run._replace(of=of_run.of * every), *known])))
 
 
 def read(folder: Path) -> TextSketches | None:

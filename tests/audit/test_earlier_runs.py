@@ -13,6 +13,7 @@ from mtl_jax import Classification, Embedding, Experiment, Phase, Source, UserEr
 from mtl_jax.audit import earlier_runs, text_sketches
 from mtl_jax.audit.copies import near_copies
 from mtl_jax.data import splits
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.training.setup import earlier_workdirs, prepare
 from mtl_jax.transfer import Distillation
 from mtl_jax.transfer.loading import InitFrom
@@ -98,6 +99,14 @@ def test_a_later_run_names_held_out_rows_that_the_earlier_one_learned(first, tmp
     known, own = earlier_runs.read(first), earlier_runs.read(workdir)
     assert len(own.letters) == len(known.letters) + 2
     assert set(known.letters) < set(own.letters)  # a third run is compared with both
+
+
+def test_other_rows_of_a_resumed_run_are_added(tmp_path):
+    (source,) = SECOND.sources
+    for train in ("a b", "c d", "c d"):
+        earlier_runs.write(tmp_path, (source,), {"films": [Row({"text": train}, "f:1")]}, [])
+    known = earlier_runs.read(tmp_path)
+    assert (len(known.letters), known.of) == (2, 2)
 
 
 def test_teachers_count_and_checkpoints_do_not(first, tmp_path):

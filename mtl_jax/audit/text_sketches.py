@@ -71,16 +71,22 @@ def of_texts(texts: Sequence[Text], most: int = MOST_TEXTS) -> TextSketches:
 def joined(parts: Sequence[TextSketches], most: int = MOST_TEXTS) -> TextSketches:
     """The different sketches of several runs, at most `most` of them.
 
+    Where one of them is a sample, the number of all texts is estimated from the largest of the smallest hashes (Bar-Yossef and
+    others, 2002).
+
     Args:
         parts: The sketches; one at least.
         most: The largest number of sketches.
     """
     letters, first = np.unique(np.concatenate([part.letters for part in parts]), return_index=True)
-    repeated = sum(len(part.letters) for part in parts) - len(letters)
-    first = first[:most]
+    of = len(letters)
+    if any(part.of > len(part.letters) for part in parts):
+        smallest = min(most, *(len(part.letters) for part in parts if part.of > len(part.letters)))
+        of = round((smallest - 1) / (float(letters[smallest - 1]) / 2**64))
+    letters, first = letters[:most], first[:most]
     minima = np.concatenate([part.minima for part in parts])[first]
     words = np.concatenate([part.words for part in parts])[first]
-    return TextSketches(letters[:most], minima, words, sum(part.of for part in parts) - repeated)
+    return TextSketches(letters, minima, words, max(of, len(letters)))
 
 
 class SketchCopies(NamedTuple):

@@ -11,6 +11,8 @@ from . import trunks as trunks
 from . import weighting as weighting
 from .ablation.ablate import ablate as ablate
 from .ablation.extract import take as take
+from .audit.deidentified_files import deidentify as deidentify
+from .audit.deidentified_rows import Deidentify as Deidentify
 from .cli.launch import main as main
 from .cli.run_command import run as run
 from .core.errors import Interrupted as Interrupted

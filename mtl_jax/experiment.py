@@ -96,13 +96,12 @@ class Experiment(Configuration):
             They need K times the memory of the trainable trunk.
         weigh_heads: Whether a head's own gradient is multiplied by its task's weight (by 0 if the weight is negative): true,
             false (the head follows its unweighted loss), or rule: as in the paper or program that the rule is from.
-        regularisers: Losses beside those of the tasks; the weighting rule does not see them, and each has its own weight.
+        regularisers: Losses beside those of the tasks, each with its own weight; the weighting rule does not see them.
         mixout: During training, some numbers of the parameters are replaced by their initial values.
         only: Train these tasks and leave the others out; empty: all.
         optimizer: How gradients become updates of the parameters.
-        averaging: The parameters that are evaluated and kept as the result. none: the parameters themselves; ema[:decay=D]:
-            their debiased exponential moving average over the steps of a phase; last:n=N: their mean over the phase's last N
-            evaluations.
+        averaging: The parameters that are evaluated and kept. none: themselves; ema[:decay=D]: their debiased exponential
+            moving average over the steps of a phase; last:n=N: their mean over the phase's last N evaluations.
         batch: Shape of a batch and mixture of the sources.
         evaluation: Evaluation on dev, early stopping, baselines.
         checkpoints: When checkpoints are written, and how many are kept.
@@ -110,6 +109,7 @@ class Experiment(Configuration):
         data_seed: Seed of the data order alone; None: seed decides it, too. Runs with one data_seed see the same batches.
         dtype: Compute dtype: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere).
         devices: Number of devices to use; 0: all.
+        private: Whether logs, error lines and records show file and line of a row only, and never its texts.
     """
 
     name: str
@@ -138,6 +138,7 @@ class Experiment(Configuration):
     data_seed: int | None = None
     dtype: str = "auto"
     devices: int = 0
+    private: bool = False
 
 
 def select(experiment: Experiment) -> Experiment:

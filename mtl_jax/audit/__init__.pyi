@@ -6,11 +6,14 @@ from .deidentification import Identifier as Identifier
 from .deidentification import deidentify as deidentify
 from .deidentification import deidentify_texts as deidentify_texts
 from .deidentification import moved as moved
-from .deidentification import people_of as people_of
+from .deidentified_rows import Deidentify as Deidentify
 from .experiment_audit import Audit as Audit
 from .experiment_audit import of_experiment as of_experiment
+from .meaning import Meaning as Meaning
 from .overlaps import Conflict as Conflict
 from .overlaps import Example as Example
 from .overlaps import Overlap as Overlap
+from .person_names import people_of as people_of
+from .person_names import register_names as register_names
 from .recognisers import RECOGNISERS as RECOGNISERS
 from .recognisers import register_recogniser as register_recogniser

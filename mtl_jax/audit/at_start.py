@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,11 +33,13 @@ class Examined(NamedTuple):
         data: {source: its splits}.
         notes: Lines for the log; none where there are no copies.
         record: JSON values for data.json; {} where there are no copies.
+        test_copies: {source: {place of a test row: kind of its closest copy among the training rows that are kept}}.
     """
 
     data: dict[str, Splits]
     notes: list[str]
     record: dict[str, Any]
+    test_copies: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
 
 def examine(sources: Sequence[Source], data: Mapping[str, Splits]) -> Examined:
@@ -58,6 +61,7 @@ def examine(sources: Sequence[Source], data: Mapping[str, Splits]) -> Examined:
     view = views(used, (), rows, ["row"])["row"]
     reported: list[Overlap] = []
     result, dropped, notes = dict(data), dict[str, int](), list[str]()
+    test_copies: dict[str, dict[str, str]] = {}
     for near, group in itertools.groupby(sorted(used, key=lambda source: source.near), key=lambda source: source.near):
         found = copied(view, rows, near)
         by_train = {source.name: source for source in group}
@@ -70,6 +74,7 @@ def examine(sources: Sequence[Source], data: Mapping[str, Splits]) -> Examined:
                 gone = _rows_of(rows, found, name)
                 dropped[name] = len(gone)
                 result[name] = _without(name, data[name], gone)
+        _add_test_copies(test_copies, rows, found, [name for name in by_train if name not in dropped])
         reported += copies
         for pair, parts in itertools.groupby(sorted(copies, key=_pair), key=_pair):
             if pair[0] not in dropped:
@@ -77,7 +82,16 @@ def examine(sources: Sequence[Source], data: Mapping[str, Splits]) -> Examined:
     if notes:
         notes.append(f"copies: {ADVICE}")
     notes += [f"copies: {count(number, 'training row')} of {name} left out as copies" for name, number in dropped.items()]
-    return Examined(result, notes, _record(reported, dropped))
+    return Examined(result, notes, _record(reported, dropped), test_copies)
+
+
+def _add_test_copies(test_copies: dict[str, dict[str, str]], rows: Rows, found: Copied, train: Sequence[str]) -> None:
+    """Adds the test rows with a copy in the training rows of these sources; the closest copy of each counts."""
+    for row, group, kind in found.held_out.tolist():
+        source, split = rows.groups[rows.group_of[row]]
+        if split == "test" and rows.groups[group][0] in train:
+            kinds, where = test_copies.setdefault(source, {}), rows.rows[row].where
+            kinds[where] = KINDS[min(kind, KINDS.index(kinds.get(where, KINDS[-1])))]
 
 
 def _rows_of(rows: Rows, found: Copied, name: str, held_out: str = "") -> set[int]:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from mtl_jax.audit.recognisers import RECOGNISERS
-from mtl_jax.audit.surrogates import replacement
+from mtl_jax.audit.recognisers import RECOGNISERS, Recogniser
+from mtl_jax.audit.surrogates import Replace, replacement
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.tasks import Tagging
-from mtl_jax.tasks.bio import is_bio
 
 # What people= takes: from texts to the (first character, the one after the last, type) of the names in each.
 Names = Callable[[Sequence[str]], Sequence[Iterable[tuple[int, int, str]]]]
-
-# {type of a tagging run's entities, in lower case: type here}
-TYPES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("per", "pers", "person"), "person"),
-        **dict.fromkeys(("loc", "location", "gpe", "place", "geo-loc", "facility", "fac"), "place"),
-        **dict.fromkeys(("org", "organisation", "organization", "corporation", "company", "group"), "organisation"),
-    }
-)
-_WORDS = re.compile(r"[@#]?\w+(?:[-'\u2019.]\w+)*|[^\w\s]")
 
 
 class Identifier(NamedTuple):
@@ -103,22 +89,50 @@ def deidentify_texts(
     names = list(RECOGNISERS if recognisers is None else recognisers)
     functions = [(name, RECOGNISERS.find(name)) for name in names]
     replace = replacement(mode, seed, key, language)
+    return replaced_texts(texts, functions, people, replace)
+
+
+def replaced_texts(
+    texts: Sequence[str],
+    recognisers: Sequence[tuple[str, Recogniser]],
+    people: Names | None,
+    replace: Replace,
+    kinds: Sequence[str] = (),
+) -> list[tuple[str, tuple[Identifier, ...]]]:
+    """Texts in which what the recognisers and `people` find is replaced, and where it stood. White space at its ends stays.
+
+    Args:
+        texts: The texts.
+        recognisers: (type, function) of each.
+        people: As for deidentify().
+        replace: From type and value to what stands in its place.
+        kinds: The types that are replaced; none: all.
+
+    Raises:
+        UserError: `people` or a recogniser gives a place outside the text.
+    """
     named = [[] for _ in texts] if people is None else [list(places) for places in people(texts)]
     if len(named) != len(texts):
         raise UserError(f"people gave the names of {count(len(named), 'text')} for {count(len(texts), 'text')}")
     result = []
     for text, entities in zip(texts, named, strict=True):
-        places = [(start, end, name) for name, function in functions for start, end in function(text)]
-        for start, end, kind in (*places, *entities):
+        places = [(start, end, name) for name, function in recognisers for start, end in function(text)]
+        places += [entity for entity in entities if not kinds or entity[2] in kinds]
+        for start, end, kind in places:
             if not 0 <= start < end <= len(text):
                 raise UserError(f"{kind} at {start} to {end} is not within a text of {count(len(text), 'character')}")
-        result.append(_replaced(text, [*places, *entities], replace))
+        trimmed = [(*_trimmed(text, start, end), kind) for start, end, kind in places]
+        result.append(_replaced(text, [place for place in trimmed if place[0] < place[1]], replace))
     return result
 
 
-def _replaced(
-    text: str, places: list[tuple[int, int, str]], replace: Callable[[str, str], str]
-) -> tuple[str, tuple[Identifier, ...]]:
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The place without white space at its ends."""
+    part = text[start:end]
+    return end - len(part.lstrip()), start + len(part.rstrip())
+
+
+def _replaced(text: str, places: list[tuple[int, int, str]], replace: Replace) -> tuple[str, tuple[Identifier, ...]]:
     """The text with its places replaced; of places that overlap the longest counts, of two as long the first."""
     chosen: list[tuple[int, int, str]] = []
     for start, end, kind in sorted(places, key=lambda place: place[0] - place[1]):
@@ -161,36 +175,3 @@ def moved(identifiers: Sequence[Identifier], start: int, end: int) -> tuple[int,
         elif place.start < end:
             new_end = place.new_end
     return new_start, max(new_start, new_end)
-
-
-def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
-    """A function for people=: the names that a tagging run of ours finds.
-
-    Args:
-        model: mtl_jax.load_model(WORKDIR) of the run.
-        task: Its tagging task with tags such as B-person and I-person.
-        types: {the run's type in lower case: "person", "place", "organisation" or another}; others are left out.
-
-    Raises:
-        UserError: The task is unknown, or is not a tagging task with entities.
-    """
-    chosen = model.run.task(task)
-    if not isinstance(chosen, Tagging) or not is_bio(chosen.labels):
-        raise UserError(f"people: task {task!r} is not a tagging task with entities; name one whose tags are B-TYPE and I-TYPE")
-
-    def names(texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
-        places = [[match.span() for match in _WORDS.finditer(text)] for text in texts]
-        filled = [index for index, words in enumerate(places) if words]
-        answers = model.predict(task, [[texts[index][start:end] for start, end in places[index]] for index in filled])
-        result: list[list[tuple[int, int, str]]] = [[] for _ in texts]
-        for index, answer in zip(filled, answers, strict=True):
-            if "error" in answer:
-                raise UserError(f"people: text {index + 1} cannot be read by task {task!r} ({answer['error']})")
-            for entity in answer["entities"]:
-                kind = types.get(entity["type"].lower())
-                if kind is not None:
-                    first, last = places[index][entity["start"]], places[index][entity["end"] - 1]
-                    result[index].append((first[0], last[1], kind))
-        return result
-
-    return names

@@ -10,6 +10,7 @@ import numpy as np
 from mtl_jax.audit.copies import KINDS, Pairs, copies, matches, pool
 from mtl_jax.audit.row_views import Joined, Rows, View, views
 from mtl_jax.audit.text_keys import Text, sides
+from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.source import Source
 
@@ -20,7 +21,7 @@ class Example(NamedTuple):
     """Two rows that are copies.
 
     Attributes:
-        kind: One of KINDS.
+        kind: One of KINDS, or "meaning".
         similarity: From the threshold to 1.
         row: File and line, or record, of the held-out row; of a conflict, of one training row.
         train_row: File and line, or record, of the training row.
@@ -233,14 +234,15 @@ def _example(
         round(float(pairs.similarities[pair]), 4),
         rows.rows[view.row_of[place]].where,
         rows.rows[view.row_of[other]].where,
-        _joined(view.texts[place]),
-        _joined(view.texts[other]),
+        joined_text(view.texts[place]),
+        joined_text(view.texts[other]),
         labels,
     )
 
 
-def _joined(text: Text) -> str:
-    return " | ".join(sides(text))
+def joined_text(text: Text) -> str:
+    """A text, or the two of a pair; empty in a private run."""
+    return row_texts.plain(" | ".join(sides(text)))
 
 
 def conflicts(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, near: float) -> list[Conflict]:

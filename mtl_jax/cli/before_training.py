@@ -1,9 +1,9 @@
-"""Commands that look at a script's experiment before it trains: which tasks help which, what leaks, what it needs."""
+"""Commands before training: which tasks help which, what leaks, files without names, what a run needs on a pod."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -59,6 +59,8 @@ def audit(
     script: Annotated[str, tyro.conf.Positional],
     /,
     near: float = 0.7,
+    embeddings: str = "",
+    close: float = 0.9,
     json: str = "",
     texts: bool = False,
 ) -> None:
@@ -69,6 +71,8 @@ def audit(
     Args:
         script: A script that calls mtl_jax.main; its own flags come after --.
         near: The least similarity of near copies, above 0 and at most 1: one word in ten may differ at 0.7.
+        embeddings: An encoder, to find rows that are close in meaning, too: minilm, or the path of a checkpoint.
+        close: The least cosine of such rows, above 0 and at most 1.
         json: A file to write with the same as JSON.
         texts: Also show the texts of the examples.
     """
@@ -76,11 +80,63 @@ def audit(
     from mtl_jax.audit.copies import check
 
     check(near, "--near")
+    check(close, "--close")
     _check_json(json)
-    result = audits.of_experiment(scripts.read(script, "audit"), near)
+    result = audits.of_experiment(scripts.read(script, "audit"), near, embeddings=embeddings, close=close)
     if json:
         write_json(Path(json), result.to_json(texts))
     print_lines([result.table(texts)])
+
+
+def deidentify(
+    file: Annotated[str, tyro.conf.Positional],
+    /,
+    output: str,
+    mode: str = "mask",
+    kinds: tuple[str, ...] = (),
+    names: str = "",
+    seed: int = 0,
+    key_file: str = "",
+    language: str = "en_US",
+    format: str = "",
+    columns: tuple[str, ...] = (),
+    text: tuple[str, ...] = (),
+    labels: tuple[str, ...] = (),
+    spans: str = "",
+) -> None:
+    """Writes a file in which e-mail addresses, numbers, names and the like are replaced, and prints how many by type.
+
+    The new file has the same format. Labels of words and the characters of answers move with their text.
+
+    Args:
+        file: A file of jsonl, csv, tsv, CoNLL or lines of text; a name with .gz is unpacked.
+        output: The file to write, whole or not at all.
+        mode: mask: by the type, as [EMAIL]. surrogate: by another value of the type, the same for the same value. hash: by the
+            type and a keyed hash.
+        kinds: The types that are replaced, such as email user person. Default: all that can be found.
+        names: Who finds persons, places and organisations: the workdir of a tagging run, or WORKDIR:TASK; or presidio. Default:
+            names stay.
+        seed: Of surrogates.
+        key_file: A file with the key of hashes.
+        language: Of surrogates, as Faker names it.
+        format: jsonl, csv, tsv, conll or lines. Default: by the ending of the file's name.
+        columns: Names of the columns of a csv or tsv file without header, and of CoNLL.
+        text: The columns that change; the first may have words. Default: all but --labels; of CoNLL the first.
+        labels: Columns with a label for each word of the first text column; of CoNLL all others.
+        spans: A file to write with each replaced place as JSON: row, column, type, and characters in the old and the new text.
+    """
+    from mtl_jax.audit.deidentified_files import deidentify as write
+
+    source: dict[str, Any] = {"format": format, "columns": columns, "text": text, "labels": labels, "spans": spans}
+    how: dict[str, Any] = {
+        "mode": mode,
+        "kinds": kinds,
+        "names": names,
+        "seed": seed,
+        "key_file": key_file,
+        "language": language,
+    }
+    print(f"{write(file, output, **how, **source)}; everything is in {output}")
 
 
 def plan(

@@ -10,7 +10,7 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
-from mtl_jax.cli.before_training import affinity, audit, plan
+from mtl_jax.cli.before_training import affinity, audit, deidentify, plan
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
 from mtl_jax.core.errors import UserError, unknown
@@ -27,6 +27,7 @@ def predict(
     text: tuple[str, ...] = (),
     file: str = "",
     top_k: int | None = None,
+    deidentify: bool = False,
 ) -> None:
     """Predictions of a run's best checkpoint: one JSON object per line, in the order of the input.
 
@@ -37,6 +38,7 @@ def predict(
         file: A UTF-8 file with one text per line, or, if its name ends in .jsonl, with one JSON object per line that has the
             text columns of the task's source; - for standard input. Every line gets an answer, an empty line an error object.
         top_k: Also give the most likely labels, as many, with their probabilities.
+        deidentify: Replace names and the like in the texts, as the source did in training.
     """
     from mtl_jax.inference import predict as prediction
 
@@ -46,7 +48,7 @@ def predict(
     if file.endswith(".jsonl"):
         numbered = enumerate(rows, start=1)
         rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
-    answers = prediction.predict(workdir, task, [*text, *rows], top_k)
+    answers = prediction.predict(workdir, task, [*text, *rows], top_k, deidentify=deidentify)
     print_lines(to_json(answer, ensure_ascii=False) for answer in answers)
 
 
@@ -56,6 +58,7 @@ def evaluate(
     task: str,
     path: str,
     format: str = "",
+    deidentify: bool = False,
 ) -> None:
     """Loss and metrics of a run's best checkpoint on other rows: one JSON object, null where a metric is not defined.
 
@@ -64,10 +67,11 @@ def evaluate(
         task: The task whose head answers.
         path: The rows, with the columns of the task's source: a file, data:REST, tfds:NAME#SPLIT or hf:ORG/NAME#SPLIT.
         format: The file's format, if it differs from the source's.
+        deidentify: Replace names and the like in the rows, as the source did in training.
     """
     from mtl_jax.inference import predict as prediction
 
-    print_lines([to_json(prediction.evaluate(workdir, task, path, format))])
+    print_lines([to_json(prediction.evaluate(workdir, task, path, format, deidentify=deidentify))])
 
 
 def convert(
@@ -178,6 +182,7 @@ def console() -> None:
         "ablate": ablate,
         "take": take,
         "audit": audit,
+        "deidentify": deidentify,
         "plan": plan,
         "results": results,
         "report": report,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.core import assets
+from mtl_jax.core import assets, row_texts
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.data import row_edits
 from mtl_jax.data.examples import Counts, Examples, label_remarks, length_remark, read_examples, readable
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.label_notes import absent_labels, conflicting_labels
@@ -27,14 +29,19 @@ class Corpus(NamedTuple):
         splits: {split: {source: Examples}}, sources in the experiment's order.
         tasks: The tasks with the fields that the data decides, such as label sets.
         notes: Lines for the log: a line for each source on sizes, repeated and truncated texts; then remarks on tasks.
+        replaced: {source: {type: number of places}} of the sources whose texts were de-identified.
     """
 
     splits: dict[str, dict[str, Examples]]
     tasks: tuple[Any, ...]
     notes: list[str]
+    replaced: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able: for each source and split the number of examples and a SHA-256 of their tokens and labels."""
+        """JSON-able: for each source and split the number of examples and a SHA-256 of their tokens and labels.
+
+        If texts were de-identified, also the number of places by source and type.
+        """
         sources: dict[str, dict[str, Any]] = {}
         for split, parts in self.splits.items():
             for name, part in parts.items():
@@ -45,7 +52,8 @@ class Corpus(NamedTuple):
                         digest.update(key.encode() + b"\0")
                         update_digest(digest, values)
                 sources.setdefault(name, {})[split] = {"examples": len(part.tokens), "sha256": digest.hexdigest()}
-        return {"sources": sources}
+        replaced = {name: dict(numbers) for name, numbers in self.replaced.items()}
+        return {"sources": sources, **({"deidentified": replaced} if replaced else {})}
 
     @property
     def size(self) -> int:
@@ -74,7 +82,10 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str
         UserError: A source cannot be read.
     """
     used = {task.source for task in tasks}
-    return without_shared_texts({source.name: read(source) for source in sources if source.name in used})
+    for source in sources:
+        if source.name in used:
+            row_edits.check(source)
+    return without_shared_texts({source.name: read(source, tasks) for source in sources if source.name in used})
 
 
 def texts(sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], split: str) -> list[str]:
@@ -120,7 +131,7 @@ def make_corpus(
                 max_length,
                 f"split {split}",
                 first_id=next_id,
-                cache=assets.cache_dir() / "tokens",
+                cache=None if row_texts.are_hidden() else assets.cache_dir() / "tokens",
             )
             for task in tasks_of[name]:
                 if part_counts.blank[task.name] == len(examples.data):
@@ -131,6 +142,8 @@ def make_corpus(
             data[name] = data[name]._replace(rows={**data[name].rows, split: examples.data})
     totals = {name: functools.reduce(Counts.plus, parts) for name, parts in counts.items()}
     notes = [_note(tasks_of[name], name, parts, totals[name], max_length) for name, parts in data.items()]
+    notes += [f"source {name}: {remark}" for name, parts in data.items() for remark in parts.remarks]
+    notes += [row_edits.remark(name, parts.replaced) for name, parts in data.items() if parts.replaced is not None]
     for name, source_tasks in tasks_of.items():
         notes += label_remarks(source_tasks, totals[name])
         for task in source_tasks:
@@ -138,7 +151,8 @@ def make_corpus(
     filled = tuple(task.fitted(splits["train"][task.source]) for task in filled)
     for task in filled:
         notes += [f"task {task.name}: {remark}" for remark in task.remarks([splits[split][task.source] for split in SPLITS])]
-    return Corpus(splits, filled, notes)
+    replaced = {name: parts.replaced for name, parts in data.items() if parts.replaced is not None}
+    return Corpus(splits, filled, notes, replaced)
 
 
 def _labelled(source: Source, splits: Splits, task: Labels) -> Sequence[Row]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import Labels
@@ -75,7 +76,7 @@ def missing_row_reason(tokenizer: Any, token: int, rows: int, table: str) -> str
 
 def _piece(tokenizer: Any, token: int) -> str:
     try:
-        return repr(str(tokenizer.convert_ids_to_tokens(token))[:60])
+        return row_texts.quoted(str(tokenizer.convert_ids_to_tokens(token))[:60])
     except (IndexError, KeyError, OverflowError, ValueError):  # the tokenizer itself does not have the id
         return "without a name"
 
@@ -199,7 +200,7 @@ def _remark(what: str, shares: Sequence[float], word: str | None) -> str:
     numbers = "/".join(f"{100 * share:.1f}" for share in shares)
     where = " (train/dev/test)" if len(shares) == 3 else ""
     return f"{what}: the vocabulary does not know {numbers} % of the tokens{where}" + (
-        f", such as {word[:60]!r}" if word else ""
+        f", such as {row_texts.quoted(word[:60])}" if word and not row_texts.are_hidden() else ""
     )
 
 

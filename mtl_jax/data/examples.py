@@ -13,7 +13,7 @@ from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import targets
 from mtl_jax.data import tokenize as tokenizing
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.labels import TOKEN_LEVELS, Labels, UnreadableTexts, Window
+from mtl_jax.data.labels import TOKEN_LEVELS, Labels, UnreadableTexts, Window, label_problem
 from mtl_jax.data.source import Source
 from mtl_jax.data.splits import SHOWN
 from mtl_jax.data.tokenize import Ragged, RowError, starts_of
@@ -169,7 +169,7 @@ def labels_of(task: Labels, examples: Examples, tokenizer: Any, cache: Path | No
             label = task.parse(row)
             labels += [task.window_label(label, examples.window(i, group[0])) for i in group]
         except ValueError as error:
-            raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
+            raise UserError(f"{row.where}: task {task.name!r}: {label_problem(task, error)}") from error
         blank += label is None
     if task.label_level in TOKEN_LEVELS:
         return ExampleLabels(Ragged.of(labels, task.dtype), blank)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.core.errors import UserError, count, listed
-from mtl_jax.core.files import shown
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels
@@ -85,7 +85,7 @@ def _example(task: Labels, rows: tuple[Row, Row]) -> str:
         if word is not None:  # the first word that differs, in place of two whole sentences
             labels = [tags[word] for tags in labels]
             where = [row.where_word(word) if row.words else f"{row.where}, word {word + 1}," for row in rows]
-    return " where ".join(f"{line} has {shown(repr(label))}" for line, label in zip(where, labels, strict=True))
+    return " where ".join(f"{line} has {quoted(label)}" for line, label in zip(where, labels, strict=True))
 
 
 def _raw_label(task: Labels, row: Row) -> Any:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.parts import origin_of
 from mtl_jax.data.formats.rows import Row
 
 # Levels of labels that are arrays with an entry for each token.
@@ -42,6 +44,12 @@ class UnreadableTexts(UserError):
     def __init__(self, rows: list[int], message: str):
         super().__init__(message)
         self.rows = rows
+
+
+def label_problem(task: Labels, error: Exception) -> str:
+    """Why a task refuses a label. Where texts of rows are left out, that of a script's task is too: it may quote one."""
+    quotes = row_texts.are_hidden() and origin_of(type(task)) is not None
+    return row_texts.why(error) if quotes else str(error)
 
 
 class Labels(Protocol):

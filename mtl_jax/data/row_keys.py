@@ -8,6 +8,7 @@ from typing import Any
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import shown
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.formats.rows import Row, no_column
 from mtl_jax.data.source import Source
 
@@ -64,7 +65,7 @@ def group(source: Source, row: Row) -> str:
     value = row.columns[source.group]
     match = re.search(source.group_pattern, value) if isinstance(value, str) else None
     if match is None:
-        raise UserError(f"{row.where}: {shown(repr(value))} does not match {shown(source.group_pattern)!r}")
+        raise UserError(f"{row.where}: {quoted(value)} does not match {shown(source.group_pattern)!r}")
     return match.group()
 
 
@@ -75,8 +76,8 @@ def check_answer(answer: Any, context: str, where: str) -> None:
     text, start = answer["text"], answer["start"]
     actual = context[max(start, 0) : max(start, 0) + len(text)]
     if start < 0 or start + len(text) > len(context):
-        raise UserError(f"{where}: the answer {shown(text)!r} at {start} is outside the context of {len(context)} characters")
+        raise UserError(f"{where}: the answer {quoted(text)} at {start} is outside the context of {len(context)} characters")
     if not text or actual != text:
         raise UserError(
-            f"{where}: the answer {shown(text)!r} is not in the context at {start}; the context has {shown(actual)!r} there"
+            f"{where}: the answer {quoted(text)} is not in the context at {start}; the context has {quoted(actual)} there"
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from tyro.conf import Suppress
 
 from mtl_jax.core.configuration import Configuration
+from mtl_jax.core.parts import Part
 
 SPLITS = ("train", "dev", "test")
 NAMED = ("csv", "tsv", "conll", "parallel")  # formats whose columns a Source can name
@@ -43,6 +46,45 @@ class ScriptRows:
         return "<rows of a script>" if self.record is None else f"<{self.record['rows']} rows of a script>"
 
 
+class TextColumns(NamedTuple):
+    """The columns of a source that a change of its texts concerns.
+
+    Attributes:
+        text: The column with the text, or with its words.
+        texts: All columns with texts that a model reads: the text, the second text, the context of questions.
+        targets: Columns with target texts; a list there is several texts, not words.
+        word_labels: Columns with a label for each word of the text.
+        context: The column to which the characters of answers refer.
+    """
+
+    text: str
+    texts: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    word_labels: tuple[str, ...] = ()
+    context: str = "context"
+
+
+# From rows (formats.rows.Row) to (the changed row, or the UserError that says why it cannot be read; what is counted) of each.
+EditRows = Callable[[Sequence[Any]], list[tuple[Any, Mapping[str, int]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowEdit(Part, abc.ABC):
+    """Base of a change of a source's rows when they are read, such as mtl_jax.audit.Deidentify.
+
+    A subclass is a frozen dataclass. All splits are changed, before rows are compared and divided.
+    """
+
+    door: ClassVar[str] = "row edit"
+
+    def check(self, where: str) -> None:
+        """Raises UserError where a field makes no sense, before any row is read; `where` begins the line."""
+
+    @abc.abstractmethod
+    def editor(self, columns: TextColumns) -> EditRows:
+        """The function that changes rows, which is made once for a source; the same rows must always give the same."""
+
+
 GivenRows = ScriptRows | Any | None  # whatever ScriptRows takes; a Source keeps it as ScriptRows
 
 
@@ -76,6 +118,8 @@ class Source(Configuration):
         group: The column that names a row's document. All rows of a document are in one split, so that no document is both
             learned from and tested on. Empty: each text is split off alone.
         group_pattern: A regular expression for the part of that column that names the document.
+        time: The column with the time of a row, a number or an ISO date: the oldest rows become train, then dev, and the newest
+            test; rows of one time stay together. Empty: a hash of the text or document decides.
         limit: Use at most so many rows of each split, 0 for all: to try a script. They are sampled by a hash of cut_seed and
             text, so that all classes occur; label sets are those of all rows.
         limit_train: Use at most so many training rows, sampled as for limit, 0 for all: to measure training on few rows, on
@@ -84,6 +128,7 @@ class Source(Configuration):
             letters and digits, or near. report: it counts them in its log and in data.json. drop: it leaves them out. fail: it
             does not start, and names ten. Rows of one text, case and spaces aside, are dropped in any case.
         near: The least similarity of near copies; at 0.7, one word in ten may differ.
+        deidentify: How e-mail addresses, names and the like are replaced when rows are read, in all splits; None: not at all.
         rows: In place of path, rows that the script has: a list of dicts, a pandas DataFrame, a datasets.Dataset, or a function
             without arguments that returns an iterator of dicts and is called for every pass. Values are texts, lists of words,
             numbers, None or answers. Not a flag.
@@ -107,10 +152,12 @@ class Source(Configuration):
     cut_seed: int = 0
     group: str = ""
     group_pattern: str = ".+"
+    time: str = ""
     limit: int = 0
     limit_train: int = 0
     copies: str = "report"
     near: float = 0.7
+    deidentify: RowEdit | None = None
     rows: Annotated[GivenRows, Suppress] = None
     dev_rows: Annotated[GivenRows, Suppress] = None
     test_rows: Annotated[GivenRows, Suppress] = None

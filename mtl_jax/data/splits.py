@@ -8,9 +8,9 @@ dropped.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,10 +18,23 @@ from typing import Any, NamedTuple
 from mtl_jax.core import assets
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, count, unknown
 from mtl_jax.core.files import shown
-from mtl_jax.data import row_keys
+from mtl_jax.core.row_texts import quoted
+from mtl_jax.data import row_edits, row_keys
+from mtl_jax.data.cuts import (
+    NO_MOMENT,
+    Moment,
+    by_time,
+    empty_split_advice,
+    limited,
+    moment_of,
+    split_of,
+    split_shares,
+    time_remarks,
+)
 from mtl_jax.data.formats import READERS, hf, names_columns, read_file, script_rows, text_files, tfds
 from mtl_jax.data.formats.records import Picked, Records
 from mtl_jax.data.formats.rows import Read, Row, no_column
+from mtl_jax.data.labels import Labels
 from mtl_jax.data.row_keys import text_of
 from mtl_jax.data.source import COPIES, FIELDS, NAMED, SPLITS, Source
 
@@ -46,6 +59,8 @@ class Splits(NamedTuple):
         all_rows: All rows of path that can be read: label sets come from them, even if few rows are trained on.
         repeats: The training rows that were dropped as repeated, each with the first row of the same text.
         non_words: Numbers of lines that are not words and were left out: CoNLL-U's ranges, and its empty nodes.
+        replaced: {type: number of places} that the source's deidentify replaced; None where it has none.
+        remarks: Lines for the log on how the rows were divided.
     """
 
     rows: dict[str, Sequence[Row]]
@@ -56,10 +71,16 @@ class Splits(NamedTuple):
     all_rows: Sequence[Row] = ()
     repeats: Sequence[tuple[RowRef, RowRef]] = ()
     non_words: tuple[int, int] = (0, 0)
+    replaced: Mapping[str, int] | None = None
+    remarks: Sequence[str] = ()
 
 
-def read(source: Source) -> Splits:
+def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
     """Reads, deduplicates and splits one source.
+
+    Args:
+        source: The source.
+        tasks: Its tasks, which name columns that a change of its texts concerns.
 
     Raises:
         UserError: A file or column does not exist, a row cannot be read (and the source is not lenient), or a split is empty.
@@ -67,7 +88,8 @@ def read(source: Source) -> Splits:
     """
     _check(source)
     cuts = split_shares(source)
-    opened = {split: _open(source, split) for split in SPLITS if source.place(split)}
+    edit, replaced = row_edits.editor(source, tasks), Counter[str]()
+    opened = {split: row_edits.edited(edit, _open(source, split), replaced) for split in SPLITS if source.place(split)}
     kept: dict[str, list[Any]] = {split: [] for split in SPLITS}  # rows, or numbers of records that stay on disk
     digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     first: dict[str, dict[bytes, Any]] = {split: {} for split in SPLITS}  # {file: {text: the first row with it}}
@@ -76,12 +98,15 @@ def read(source: Source) -> Splits:
     official: set[bytes] = set()
     official_documents: set[str] = set()
     distinct: set[str] = set()  # texts, or documents, of path
+    moments: list[Moment] = []  # of the rows of path that are kept, where the source is divided by time
+    documents: list[str] = []
     repeated, ranges, empty_nodes = 0, 0, 0
     skipped: list[str] = []
     # Test first: if files overlap, the repeated text is dropped from the training rows, not from the test rows.
     for split in (split for split in reversed(SPLITS) if split in opened):
         rows = opened[split]
-        for number, row, key, group in _readable(source, rows, skipped, grouped=True):
+        timed = bool(source.time) and split == "train"
+        for number, row, key, group, moment in _readable(source, rows, skipped, grouped=True, timed=timed):
             # A pair and the swapped pair are two different rows, but they belong to the same split.
             unordered_key = min(key, row_keys.swapped(key)) if source.pair else key
             row_digest, text_digest, target = row_keys.digest(key), row_keys.digest(unordered_key), split
@@ -95,14 +120,30 @@ def read(source: Source) -> Splits:
                     if before:
                         repeats.append((_ref(rows, entry), _ref(opened[before], first[before][row_digest])))
                     continue
-                distinct.add(group or unordered_key)
-                target = split_of(group or unordered_key, source.cut_seed, cuts)
+                distinct.add(unordered_key if timed else group or unordered_key)
+                target = "train" if timed else split_of(group or unordered_key, source.cut_seed, cuts)
+                if timed:
+                    moments.append(moment)
+                    documents.append(group)
             else:
                 official.add(text_digest)
                 official_documents.add(group)
             first[split].setdefault(row_digest, entry)
             digests[target].append(text_digest)
             kept[target].append(entry)
+    remarks: list[str] = []
+    if source.time:
+        targets = by_time(moments, cuts)
+        held_out = {digest for digest, target in zip(digests["train"], targets, strict=True) if target != "train"}
+        entries = list(zip(targets, kept["train"], digests["train"], strict=True))
+        kept["train"], digests["train"] = [], []
+        for target, entry, digest in entries:
+            if target == "train" and digest in held_out:  # the same pair the other way round
+                repeated += 1
+                continue
+            kept[target].append(entry)
+            digests[target].append(digest)
+        remarks = time_remarks(moments, targets, documents)
     if len(skipped) > SHOWN:
         log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
     result: dict[str, Sequence[Row]] = {}
@@ -116,7 +157,8 @@ def read(source: Source) -> Splits:
         result[split] = _rows(opened.get(split, opened["train"]), [kept[split][index] for index in indices])
         digests[split] = [digests[split][index] for index in indices]
     whole = _rows(opened["train"], all_rows)
-    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes))
+    counts = None if edit is None else dict(sorted(replaced.items()))
+    return Splits(result, repeated, len(skipped), 0, digests, whole, repeats, (ranges, empty_nodes), counts, remarks)
 
 
 def _rows(opened: Records | Iterator[Read], entries: list[Any]) -> Sequence[Row]:
@@ -157,17 +199,20 @@ def without_shared_texts(data: Mapping[str, Splits]) -> dict[str, Splits]:
     return result
 
 
-def read_one(source: Source) -> list[Row]:
+def read_one(source: Source, tasks: Sequence[Labels] = ()) -> list[Row]:
     """All training rows of a source, before any is split off, as one split; none is dropped.
+
+    Args:
+        source: The source.
+        tasks: As for read().
 
     Raises:
         UserError: As read().
     """
     _check(source)
     skipped: list[str] = []
-    keyed = [
-        (row, row_keys.digest(key)) for _, row, key, _ in _readable(source, _open(source, "train"), skipped, grouped=False)
-    ]
+    rows = row_edits.edited(row_edits.editor(source, tasks), _open(source, "train"), Counter())
+    keyed = [(row, row_keys.digest(key)) for _, row, key, _, _ in _readable(source, rows, skipped, grouped=False)]
     place = source.place("train")
     if skipped:
         log.warning("%s: %d rows skipped", place, len(skipped))
@@ -209,6 +254,10 @@ def _check(source: Source) -> None:
     cuts = split_shares(source).values()
     if not (min(cuts) >= 0 and sum(cuts) < 1):
         raise UserError(f"{prefix}: cut_dev and cut_test must be shares with a sum below 1")
+    if source.time and not any(cuts):
+        raise UserError(
+            f"{prefix}: time is given, but nothing is split off from path; leave it out, or set cut_dev or cut_test"
+        )
     for field in ("limit", "limit_train"):
         if getattr(source, field) < 0:
             raise UserError(f"{prefix}: {field} is {getattr(source, field)}; it must be a number of rows, or 0 for all")
@@ -245,9 +294,9 @@ def _read_files(source: Source, path: str) -> Iterator[Read]:
 
 
 def _readable(
-    source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: bool
-) -> Iterator[tuple[int, Row, str, str]]:
-    """Each row that can be read: its number, the row, its key, and if `grouped` its document.
+    source: Source, rows: Iterable[Read], skipped: list[str], *, grouped: bool, timed: bool = False
+) -> Iterator[tuple[int, Row, str, str, Moment]]:
+    """Each row that can be read: its number, the row, its key, if `grouped` its document, and if `timed` its time.
 
     Any other row is an error, or, if the source is lenient, its error line is added to `skipped`.
     """
@@ -255,7 +304,8 @@ def _readable(
     for number, item in enumerate(rows):
         try:
             row = _checked(source, item, ids)
-            result = number, row, row_keys.key(source, row), row_keys.group(source, row) if grouped else ""
+            group, moment = row_keys.group(source, row) if grouped else "", moment_of(source, row) if timed else NO_MOMENT
+            result = number, row, row_keys.key(source, row), group, moment
         except UserError as error:
             if not source.lenient:
                 raise UserError(f"{error}{ADVICE if grouped else ''}") from error
@@ -284,69 +334,6 @@ def _checked(source: Source, item: Read, ids: dict[str, str]) -> Row:
         if not isinstance(value, str):
             raise UserError(f"{item.where}: the id column {name!r} is empty or a list")
         if value in ids:
-            raise UserError(f"{item.where}: the id {shown(value)!r} occurs already at {ids[value]}")
+            raise UserError(f"{item.where}: the id {quoted(value)} occurs already at {ids[value]}")
         ids[value] = item.where
     return item
-
-
-def split_shares(source: Source) -> dict[str, float]:
-    """The shares of the training rows that become dev and test; 0 for a split with its own file or rows."""
-    return {split: 0.0 if source.place(split) else getattr(source, f"cut_{split}") for split in ("dev", "test")}
-
-
-def split_of(key: str, seed: int, cuts: Mapping[str, float]) -> str:
-    """The split of a text: a hash of seed and text is a number in [0, 1), which falls into one of the shares."""
-    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-    number = int.from_bytes(digest[:8], "big") / 2**64
-    if number < cuts["test"]:
-        return "test"
-    return "dev" if number < cuts["test"] + cuts["dev"] else "train"
-
-
-def limited(digests: Sequence[bytes], source: Source, split: str) -> Sequence[int]:
-    """The indices, ascending, of a sample of a split's rows as large as the source's limits allow.
-
-    Rows are sampled by a hash of cut_seed and text: all classes occur even if the file is sorted, and the rows of a smaller
-    limit are among those of a larger one.
-
-    Args:
-        digests: A digest of each row's text.
-        source: The source.
-        split: The split of the rows.
-    """
-    limits = (source.limit, source.limit_train if split == "train" else 0)
-    most = min((limit for limit in limits if limit), default=len(digests))
-    if most >= len(digests):
-        return range(len(digests))
-    seed = f"{source.cut_seed}\0limit\0".encode()
-
-    def rank(index: int) -> tuple[bytes, int]:
-        return hashlib.blake2b(seed + digests[index], digest_size=8).digest(), index
-
-    return sorted(sorted(range(len(digests)), key=rank)[:most])
-
-
-def empty_split_advice(source: Source, split: str, distinct: int, dropped: int) -> str:
-    """Why a split is empty and what to do; "" if that is not known.
-
-    Args:
-        source: The source.
-        split: The empty split.
-        distinct: Number of texts in the source's path that were divided among splits, or of documents if it has a group.
-        dropped: Number of training rows that were dropped because their text occurred before, or in dev or test.
-    """
-    unit = "document" if source.group else "text"
-    texts = f"{distinct} distinct {unit}{'' if distinct == 1 else 's'}"
-    if split == "train":
-        if distinct:
-            return f"of its {texts} none is left after dev and test: give it more rows, or make cut_dev and cut_test smaller"
-        return f"the {unit}s of all its {dropped} rows are in dev or test: name another path" if dropped else ""
-    if source.place(split):
-        return ""
-    share = getattr(source, f"cut_{split}")
-    if not share:
-        return f"cut_{split} is 0: make it a share of the {unit}s, or name a {split}_path"
-    return (
-        f"of its {texts} none fell into the share of {share:g}: "
-        f"give it more rows, a larger cut_{split}, another cut_seed, or a {split}_path"
-    )

@@ -11,7 +11,7 @@ import numpy as np
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import tokenize as tokenizing
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.labels import Labels, UnreadableTexts
+from mtl_jax.data.labels import Labels, UnreadableTexts, label_problem
 from mtl_jax.data.ragged import Ragged
 from mtl_jax.data.tokenize import RowError
 
@@ -48,7 +48,7 @@ def encode(task: Labels, rows: list[Row], tokenizer: Any, cache: Path | None = N
         try:
             targets = task.parse(row)
         except ValueError as error:
-            raise UserError(f"{row.where}: task {task.name!r}: {error}") from error
+            raise UserError(f"{row.where}: task {task.name!r}: {label_problem(task, error)}") from error
         if targets:
             texts.append(targets[0])
             indices.append(index)

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from mtl_jax import trunks
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.text_lines import kind_of
-from mtl_jax.data import coverage
+from mtl_jax.data import coverage, row_edits
 from mtl_jax.data.examples import Examples, label_remarks, length_remark, make_examples, read_examples
 from mtl_jax.data.formats import READERS, names_columns
 from mtl_jax.data.formats.rows import Row
@@ -55,13 +56,15 @@ class Model(NamedTuple):
     workdir: Path
     outputs: Callable[[str], tuple[evaluation.Apply, Mesh]]
 
-    def predict(self, task: str, texts: Inputs, top_k: int | None = None) -> list[dict[str, Any]]:
+    def predict(self, task: str, texts: Inputs, top_k: int | None = None, *, deidentify: bool = False) -> list[dict[str, Any]]:
         """As mtl_jax.predict."""
-        return predict(self, task, texts, top_k)
+        return predict(self, task, texts, top_k, deidentify=deidentify)
 
-    def evaluate(self, task: str, rows: str | Path | Sequence[Mapping[str, Any]], format: str = "") -> dict[str, Any]:
+    def evaluate(
+        self, task: str, rows: str | Path | Sequence[Mapping[str, Any]], format: str = "", *, deidentify: bool = False
+    ) -> dict[str, Any]:
         """As mtl_jax.evaluate."""
-        return evaluate(self, task, rows, format)
+        return evaluate(self, task, rows, format, deidentify=deidentify)
 
 
 def load_model(workdir: str | Path) -> Model:
@@ -95,7 +98,9 @@ def _model(workdir: str | Path | Model) -> Model:
     return workdir if isinstance(workdir, Model) else load_model(workdir)
 
 
-def predict(workdir: str | Path | Model, task: str, inputs: Inputs, top_k: int | None = None) -> list[dict[str, Any]]:
+def predict(
+    workdir: str | Path | Model, task: str, inputs: Inputs, top_k: int | None = None, *, deidentify: bool = False
+) -> list[dict[str, Any]]:
     """Predictions of the best checkpoint of a run.
 
     Args:
@@ -105,6 +110,7 @@ def predict(workdir: str | Path | Model, task: str, inputs: Inputs, top_k: int |
             a text may also be the list of its words. A text that is empty, or that the model cannot read, gets
             {"error": ...} and does not change the other answers.
         top_k: Adds "top": the k most likely labels, each {"label": ..., "probability": ...}; None: without it.
+        deidentify: Replace names and the like in the inputs, as in training; words and spans of answers are of the new texts.
 
     Returns:
         One JSON object for each input, in order; describe() of the task's kind documents its fields. "truncated": true is added
@@ -125,10 +131,17 @@ def predict(workdir: str | Path | Model, task: str, inputs: Inputs, top_k: int |
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1")
     model = _model(workdir)
+    with hiding(model.run.experiment.private):
+        return _predict(model, task, inputs, top_k, deidentify)
+
+
+def _predict(model: Model, task: str, inputs: Inputs, top_k: int | None, deidentify: bool) -> list[dict[str, Any]]:
     run = model.run
     chosen, source = run.task(task), run.source(task)
     as_words = any(other.words for other in run.tasks_of_same_source(task))
+    edit = row_edits.editor(_edited_source(source, deidentify), run.tasks_of_same_source(task))
     rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
+    rows = row_edits.all_edited(edit, rows)
     readable = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
     examples, cut, refused = _readable(run, task, [rows[i] for i in readable])
@@ -170,7 +183,12 @@ def predict(workdir: str | Path | Model, task: str, inputs: Inputs, top_k: int |
 
 
 def evaluate(
-    workdir: str | Path | Model, task: str, path: str | Path | Sequence[Mapping[str, Any]], format: str = ""
+    workdir: str | Path | Model,
+    task: str,
+    path: str | Path | Sequence[Mapping[str, Any]],
+    format: str = "",
+    *,
+    deidentify: bool = False,
 ) -> dict[str, Any]:
     """Loss and metrics of the best checkpoint of a run on any rows; for generated texts with signatures of the metrics.
 
@@ -180,6 +198,7 @@ def evaluate(
         path: Rows with the columns of the task's source, in any form that Source.path or Source.rows may have, such as a list
             of dicts; all rows count.
         format: The format of the file, if it differs from the source's.
+        deidentify: Replace names and the like in the rows as in training; else they are read as they are.
 
     Raises:
         UserError: As predict(), a row or label cannot be read, or the model's outputs are not finite.
@@ -191,6 +210,13 @@ def evaluate(
     """
     log_lines.show()
     model = _model(workdir)
+    with hiding(model.run.experiment.private):
+        return _evaluate(model, task, path, format, deidentify)
+
+
+def _evaluate(
+    model: Model, task: str, path: str | Path | Sequence[Mapping[str, Any]], format: str, deidentify: bool
+) -> dict[str, Any]:
     run = model.run
     chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
     if isinstance(path, str | Path):
@@ -199,8 +225,8 @@ def evaluate(
         columns = source.columns if kind in READERS and names_columns(kind) else ()
         source = dataclasses.replace(source, path=path, rows=None, format=kind, limit=0, columns=columns)
     else:
-        source, path = dataclasses.replace(source, path="", rows=path, limit=0), "rows"
-    rows = read_one(source)
+        source, path = dataclasses.replace(source, path="", rows=path, dev_rows=None, test_rows=None, limit=0), "rows"
+    rows = read_one(_edited_source(source, deidentify), run.tasks_of_same_source(task))
     examples, counts = read_examples(
         source, run.tasks_of_same_source(task), rows, run.trunk.tokenizer, length, path, labelled=(chosen,)
     )
@@ -230,6 +256,17 @@ def evaluate(
         **evaluation.for_json(scores[task]),
         **({"signatures": signatures} if signatures else {}),
     }
+
+
+def _edited_source(source: Source, deidentify: bool) -> Source:
+    """The source with its change of rows, if it is asked for, else without.
+
+    Raises:
+        UserError: It is asked for, and the source has none.
+    """
+    if deidentify and source.deidentify is None:
+        raise UserError(f"source {source.name!r} of this run does not de-identify its rows; leave deidentify out")
+    return source if deidentify else dataclasses.replace(source, deidentify=None)
 
 
 def _readable(run: TrainedRun, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:

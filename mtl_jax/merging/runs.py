@@ -18,6 +18,7 @@ from mtl_jax import pretrained, trunk_compatibility
 from mtl_jax.core import staging
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import writing
+from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Checkpoints
@@ -172,6 +173,7 @@ def _write(folder: Path, members: Sequence[Member], union: Union, params: Mappin
 Measure = Callable[[Mapping[str, Any], str], dict[str, dict[str, float]]]
 
 
+@hiding_if(lambda union, members: union.experiment.private)
 def corpus_of(union: Union, members: Sequence[Member]) -> Corpus:
     """Reads the runs' data again.
 

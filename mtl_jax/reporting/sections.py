@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mtl_jax.audit.copies import KINDS
 from mtl_jax.reporting import curves, figures, formatting, tables
 from mtl_jax.reporting.page import Cell, Section, Table, number, spread
 from mtl_jax.reporting.render import Figure
 from mtl_jax.reporting.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
 from mtl_jax.reporting.study import SPLITS, Study
+from mtl_jax.training.copy_scores import NUMBERS, SCORES
 from mtl_jax.training.results import BASELINE_NAMES
 
 BEST = 5  # settings in the table of the best
@@ -30,7 +32,28 @@ def sections(study: Study, groups: Sequence[Group], comparison: Comparison | Non
         *curves.agreement(study, groups),
     ]
     parts += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
-    return [*parts, *_labels(study), _all_runs(study)]
+    return [*parts, *_copies(study), *_labels(study), _all_runs(study)]
+
+
+def _copies(study: Study) -> list[Section]:
+    """Test scores without the test rows that are copies of training rows, of the runs that have some."""
+    rows = []
+    pairs = [(run, task) for run in study.runs for task in run.copies if task in study.tasks]
+    for run, task in pairs:
+        numbers, metric = run.copies[task][NUMBERS], study.tasks[task]
+        scores = run.scores["test"][task], run.copies[task][SCORES]
+        counts = [Cell(f"{numbers.get(kind, 0):.0f}", numbers.get(kind, 0), "n") for kind in (*KINDS, "rows")]
+        rows.append([Cell(run.name), Cell(task, after=metric), *counts, *(number(score.get(metric)) for score in scores)])
+    head = [
+        ("run", ""),
+        ("task", ""),
+        *((kind, "copies") for kind in KINDS),
+        ("rows", "of test"),
+        ("test", "all"),
+        ("test", "others"),
+    ]
+    note = "Some test rows are copies of training rows. The last column is the score on the other test rows."
+    return [Section("copies", "Copies", [note, Table("Copies", head, rows)])] if rows else []
 
 
 def _labels(study: Study) -> list[Section]:

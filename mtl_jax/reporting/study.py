@@ -13,6 +13,7 @@ from typing import Any
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.experiment import select
 from mtl_jax.reporting.series import Series, of_records
+from mtl_jax.training.copy_scores import NUMBERS, SCORES
 from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.workdir import differences, read_json, read_results
@@ -43,6 +44,7 @@ class Run:
         facts: The rest of results.json.
         curves: Curves by name, from series.of_records().
         phases: The first step of every phase but the first.
+        copies: {task: {"test_copies": {kind: test rows that are copies of training rows}, "test_without_copies": scores}}.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Run:
     facts: Mapping[str, Any]
     curves: Mapping[str, Series]
     phases: tuple[int, ...]
+    copies: Mapping[str, Mapping[str, Mapping[str, float]]] = dataclasses.field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -257,6 +260,11 @@ def _run(
         facts={key: value for key, value in results.items() if key not in ("tasks", "versions")},
         curves=of_records(read_metrics(files.folder), tasks, ends[-1] if ends else 0),
         phases=tuple(ends[:-1]),
+        copies={
+            task: {name: _numbers(entry[name]) for name in (SCORES, NUMBERS)}
+            for task, entry in scored.items()
+            if SCORES in entry
+        },
     )
 
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.core.files import shown
 from mtl_jax.core.parts import ONLY_IF_SET
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
@@ -110,10 +110,10 @@ class Classification(Task):
             except ValueError:
                 number = math.nan
             if math.isnan(number):
-                raise ValueError(f"{shown(text)!r} is not a number, and the task has a threshold")
+                raise ValueError(f"{quoted(text)} is not a number, and the task has a threshold")
             return int(number > self.threshold)
         if text not in self.index_of:
-            raise ValueError(f"label {shown(text)!r} is not in the label set ({listed(self.labels)})")
+            raise ValueError(f"label {quoted(text)} is not in the label set ({listed(self.labels)})")
         return self.index_of[text]
 
     def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:

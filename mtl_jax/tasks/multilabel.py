@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.core.files import shown
 from mtl_jax.core.parts import ONLY_IF_SET
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
@@ -107,7 +107,7 @@ class Multilabel(Task):
         for label in labels:
             if label not in self.index_of:
                 hint = f"; {INDICATORS}" if label.lower() in YES_NO else ""
-                raise ValueError(f"label {shown(label)!r} is not in the label set ({listed(self.labels)}){hint}")
+                raise ValueError(f"label {quoted(label)} is not in the label set ({listed(self.labels)}){hint}")
             label_O[self.index_of[label]] = 1
         return label_O
 
@@ -174,12 +174,12 @@ class Multilabel(Task):
             return None
         parts = value.split(self.separator) if isinstance(value, str) else value
         if not all(isinstance(part, str) for part in parts):
-            what = f"{shown(repr(value))} in column {self.column!r}"
+            what = f"{quoted(value)} in column {self.column!r}"
             raise UserError(f"{row.where}: task {self.name!r}: {what} is a list with values other than text")
         labels = [part.strip() for part in parts if part.strip()]
         twice = next((label for label, count in Counter(labels).items() if count > 1), None)
         if twice is not None:
-            what = f"label {shown(twice)!r} occurs twice in column {self.column!r}, {shown(repr(value))}"
+            what = f"label {quoted(twice)} occurs twice in column {self.column!r}, {quoted(value)}"
             raise UserError(f"{row.where}: task {self.name!r}: {what}; write it once, or: {INDICATORS}")
         return labels
 
@@ -187,5 +187,5 @@ class Multilabel(Task):
         if not value or value in self.unlabelled:
             return -1
         if value.lower() not in YES_NO:
-            raise ValueError(f"{shown(value)!r} in column {name!r} is neither yes (1, true, yes) nor no (0, false, no)")
+            raise ValueError(f"{quoted(value)} in column {name!r} is neither yes (1, true, yes) nor no (0, false, no)")
         return YES_NO[value.lower()]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mtl_jax.core.errors import UserError, listed
-from mtl_jax.core.files import shown
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.row_texts import named, quoted
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels
@@ -23,7 +23,7 @@ def column(row: Row, name: str, task: Labels) -> Any:
     if name not in row.columns:
         raise UserError(
             f"{row.where}: source {task.source!r} has no column {name!r} for task {task.name!r}; "
-            f"columns: {listed(row.columns)} (a row without a label has null or an empty value)"
+            f"columns: {named(row.columns)} (a row without a label has null or an empty value)"
         )
     return row.columns[name]
 
@@ -36,9 +36,7 @@ def text_of(row: Row, name: str, task: Labels) -> str | None:
     """
     value = column(row, name, task)
     if value is not None and not isinstance(value, str):
-        raise UserError(
-            f"{row.where}: task {task.name!r}: column {name!r} has a list, {shown(repr(value))}; one value is needed"
-        )
+        raise UserError(f"{row.where}: task {task.name!r}: column {name!r} has a list, {quoted(value)}; one value is needed")
     return value
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.core.files import shown
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
@@ -67,11 +67,11 @@ class Regression(Task):
         except ValueError:
             value = math.nan
         if math.isnan(value):
-            raise ValueError(f"label {shown(text)!r} is not a number")
+            raise ValueError(f"label {quoted(text)} is not a number")
         if math.isinf(value):
-            raise ValueError(f"label {shown(text)!r} is not a finite number")
+            raise ValueError(f"label {quoted(text)} is not a finite number")
         if not self.minimum <= value <= self.maximum:
-            raise ValueError(f"label {shown(text)!r} is outside {self.minimum:g}..{self.maximum:g}")
+            raise ValueError(f"label {quoted(text)} is outside {self.minimum:g}..{self.maximum:g}")
         return value
 
     def loss(self, outputs_RxSxO: jax.Array, labels_RxS: jax.Array, batch: Batch | None = None) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
@@ -177,7 +178,7 @@ class Seq2Seq(Task):
         value = column(row, self.column, self)
         texts = value if isinstance(value, list) else [value]
         if not all(text is None or isinstance(text, str) for text in texts):
-            raise ValueError(f"column {self.column!r} has {value!r}; a text is needed, or a list of texts")
+            raise ValueError(f"column {self.column!r} has {quoted(value)}; a text is needed, or a list of texts")
         return tuple(text for text in texts if text is not None and text.strip()) or None
 
     def module(self, dtype: Any = jnp.float32) -> Decoder:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.coverage import NOTED
 from mtl_jax.data.examples import Examples
@@ -91,13 +92,13 @@ class Span(Task):
         if gold is None:
             return None
         if not isinstance(gold, list) or not all(isinstance(answer, dict) for answer in gold):
-            raise ValueError(f"column {self.column!r} has {gold!r}; a list of answers with text and start is needed")
+            raise ValueError(f"column {self.column!r} has {quoted(gold)}; a list of answers with text and start is needed")
         for answer in gold:
             text, start = answer["text"], answer["start"]
             if not text.strip():
                 raise ValueError("an answer is empty")
             if start < 0 or context[start : start + len(text)] != text:
-                raise ValueError(f"the answer {text!r} is not at character {start} of its context")
+                raise ValueError(f"the answer {quoted(text)} is not at character {start} of its context")
         if not gold:
             return Gold(0, "")
         text = gold[0]["text"]

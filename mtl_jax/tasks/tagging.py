@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from mtl_jax.core.errors import UserError, count, listed
-from mtl_jax.core.files import shown
 from mtl_jax.core.parts import ONLY_IF_SET
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row, odd_blank
@@ -246,7 +246,7 @@ class Tagging(Task):
     def _wrong(self, row: Row, number: int, word: str, tag: str | None, why: str) -> UserError:
         """The error for the tag of one word, counted from 0; it names the word's line where each word has one."""
         return UserError(
-            f"{row.where_word(number)}: task {self.name!r}: tag {shown(repr(tag))} of word {number + 1}, {shown(word)!r}, {why}"
+            f"{row.where_word(number)}: task {self.name!r}: tag {quoted(tag)} of word {number + 1}, {quoted(word)}, {why}"
         )
 
     def _odd_blanks(self, row: Row) -> str:

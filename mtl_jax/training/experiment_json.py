@@ -15,6 +15,9 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from mtl_jax import weighting
+from mtl_jax.audit import deidentified_rows
+from mtl_jax.audit.person_names import NAMES
+from mtl_jax.audit.recognisers import RECOGNISERS
 from mtl_jax.core import configuration, parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import shown
@@ -23,7 +26,7 @@ from mtl_jax.core.json_shapes import mapping, object_of, text, whole
 from mtl_jax.core.parts import ONLY_IF_SET, Part
 from mtl_jax.data import mixture
 from mtl_jax.data.formats import READERS, script_rows
-from mtl_jax.data.source import FIELDS, ScriptRows, Source
+from mtl_jax.data.source import FIELDS, RowEdit, ScriptRows, Source
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.label_names import LabelNames
@@ -54,15 +57,20 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
     used: dict[str, tuple[str, Any]] = {}
     for part in (experiment.trunk, *experiment.tasks, *experiment.adapters, *experiment.regularisers):
         used[type(part).__name__] = (part.door, type(part))
+    edits = [source.deidentify for source in experiment.sources if source.deidentify is not None]
+    used |= {type(edit).__name__: (edit.door, type(edit)) for edit in edits}
     rule = experiment.weighting
     if isinstance(rule, weighting.Rule):
         used[rule_name(experiment)] = (weighting.RULES.door, rule.update)
     batch = experiment.batch
+    ours = [edit for edit in edits if isinstance(edit, deidentified_rows.Deidentify)]
     for registry, names in (
         (weighting.RULES, [rule] if isinstance(rule, str) else []),
         (weighting.COMBINATORS, experiment.combinators),
         (METRICS, [name for task in experiment.tasks for name in (task.metric, *task.more_metrics)]),
         (READERS, [source.format for source in experiment.sources]),
+        (RECOGNISERS, [name for edit in ours for name in edit.kinds or RECOGNISERS]),
+        (NAMES, [edit.names for edit in ours]),
         (mixture.MIXTURES, [batch.mixture, batch.mixture_end, *(phase.mixture for phase in experiment.phases)]),
     ):
         for name in (re.split("[:(]", name)[0].strip() for name in names):  # without its options
@@ -125,7 +133,7 @@ def check_parts(recorded: Any, where: str) -> None:
     problem = mapping(object_of({"door": text, "file": text, "sha256": text}))(recorded)
     if problem:
         raise UserError(f"{where}: not what mtl_jax wrote ({PARTS}{problem})")
-    doors = {door.door: door for door in (Task, TrunkConfig, Adapter, Regulariser)}
+    doors = {door.door: door for door in (Task, TrunkConfig, Adapter, Regulariser, RowEdit)}
     for name, part in recorded.items():
         if part["door"] not in doors:
             continue
@@ -233,7 +241,10 @@ def _converter() -> cattrs.Converter:
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
     fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
-    fields |= {name: override(omit_if_default=True) for name in ("copies", "near")}  # workdirs of before stay the same
+    fields |= {name: override(omit_if_default=True) for name in ("copies", "near", "time")}  # workdirs of before stay the same
+    fields["deidentify"] = override(
+        omit_if_default=True, unstruct_hook=lambda edit: None if edit is None else _part_to_json(converter, edit)
+    )
     source_to_json = make_dict_unstructure_fn(Source, converter, **fields)
     converter.register_unstructure_hook(Source, lambda source: {**source_to_json(source), **script_rows.records(source)})
     records: dict[str, Any] = {rows: override(struct_hook=_script_rows) for _, rows in FIELDS.values()}
@@ -242,6 +253,8 @@ def _converter() -> cattrs.Converter:
     )
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
+    experiment_to_json = make_dict_unstructure_fn(Experiment, converter, private=override(omit_if_default=True))
+    converter.register_unstructure_hook(Experiment, experiment_to_json)
     return converter
 
 

@@ -22,7 +22,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, metrics_log, results, step_checks, text_evaluation
+from mtl_jax.training import copy_scores, evaluation, metrics_log, results, step_checks, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.build_step import jitted_step
@@ -214,7 +214,7 @@ class TrainingRun:
         batching = self.experiment.batch
         predictions = evaluation.predict(apply, params, self.tasks, list(dev.values()), batching, self.mesh, table=table)
         texts = self._texts(params, dev, lambda task: task.dev_beams, lambda: None)
-        scores = evaluation.score(self.tasks, dev, predictions, texts)
+        scores = evaluation.score(self.tasks, dev, predictions, text_evaluation.scores_of(self.tasks, texts))
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": score for task, metrics in scores.items() for metric, score in metrics.items()}
         record |= {"criterion": value, "phase": plan.number}
@@ -239,12 +239,12 @@ class TrainingRun:
 
     def _texts(
         self, params: Any, split: dict[str, Examples], beams: Callable[[Seq2Seq], int], after_text: Callable[[], None]
-    ) -> dict[str, dict[str, float]]:
-        """Metrics of generated texts, of the tasks that decode."""
+    ) -> text_evaluation.Texts:
+        """The generated texts of the tasks that decode."""
         if not any(task.decodes for task in self.tasks):
             return {}
         local_params, devices = meshes.to_local_devices(params, self.mesh), meshes.local_devices(self.mesh)
-        return text_evaluation.text_scores(
+        return text_evaluation.generated_texts(
             self.tasks, self.prepared.trunk, local_params, split, beams, after_text, devices=devices, share_work=True
         )
 
@@ -273,7 +273,8 @@ class TrainingRun:
             predictions = evaluation.predict(self.outputs, best.value, self.tasks, list(data.values()), batching, self.mesh)
             # All steps are saved by now, so a stop need not wait for the texts, unlike those of an evaluation in training.
             texts = self._texts(best.value, data, lambda task: task.beams, self.stop.check)
-            scores[split] = evaluation.score(self.tasks, data, predictions, texts)
+            scores[split] = evaluation.score(self.tasks, data, predictions, text_evaluation.scores_of(self.tasks, texts))
+        without = copy_scores.without_copies(self.tasks, data, predictions, texts, self.prepared.test_copies)
         self.counts.seconds += time.monotonic() - self.started
         return results.write(
             self.folder,
@@ -289,4 +290,5 @@ class TrainingRun:
                 **self.counts.facts(self.examples),
                 "compiled_programs": sum(program._cache_size() for program in self.programs),
             },
+            without_copies=without,
         )

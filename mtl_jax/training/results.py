@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from mtl_jax.data.source import SPLITS, Source
 from mtl_jax.experiment import Experiment, rule_name
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.reading import known_rows
+from mtl_jax.training import copy_scores
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.evaluation import for_json, score_outputs
 from mtl_jax.training.metrics_log import read_metrics
@@ -86,6 +88,7 @@ def write(
     signatures: dict[str, dict[str, str]],
     facts: dict[str, Any],
     figure: bool = True,
+    without_copies: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Writes results.json and curves.png; returns the contents of the first.
 
@@ -97,6 +100,7 @@ def write(
         signatures: {task: {metric: how it was computed}}, on test.
         facts: Steps, seconds and the like.
         figure: Whether to write curves.png.
+        without_copies: {task: what copy_scores.without_copies() says of it}.
     """
     baselines = workdirs.numbers(workdirs.read_json(folder / "baselines.json") or {})
     for task in tasks:
@@ -114,6 +118,7 @@ def write(
                 "dev": for_json(scores["dev"][task.name]),
                 "test": for_json(scores["test"][task.name]),
                 "baselines": baselines.get(task.name, {}),
+                **without_copies.get(task.name, {}),
                 **({"signatures": signatures[task.name]} if signatures[task.name] else {}),
             }
             for task in tasks
@@ -218,10 +223,11 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
                 lines.append(f"{name}: ties with {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
             elif difference < 0:
                 lines.append(f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
+    copied = [copy_scores.line(name, task["metric"], [run["tasks"][name] for run in runs]) for name, task in tasks.items()]
     header = ["task", "test metric", *(BASELINE_NAMES[kind] for kind in kinds), runs[0]["experiment"]]
     cells = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
     verdict = lines if lines else ["Beats every baseline on every task."] if kinds else []
-    return "\n".join([cells, "", *verdict, *(_run_line(run) for run in runs)])
+    return "\n".join([cells, "", *verdict, *filter(None, copied), *(_run_line(run) for run in runs)])
 
 
 def ties(difference: float, *deviations: float | None) -> bool:

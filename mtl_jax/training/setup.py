@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax import trunks
-from mtl_jax.audit import at_start
+from mtl_jax.audit import at_start, earlier_runs
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, stream
 from mtl_jax.data.batches import Batch
@@ -32,7 +33,9 @@ from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.training.train_state import TrainState, create, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
-from mtl_jax.trunks import Trunk
+from mtl_jax.transfer.loading import FIELD
+from mtl_jax.transfer.regularisers import Distillation
+from mtl_jax.trunks import Pretrained, Trunk
 
 SOME_LABELS = 10  # labels of a task in the log before training
 SOME_TEXTS = 50  # texts on which a teacher's tokenizer is compared with the run's
@@ -54,6 +57,7 @@ class Prepared(NamedTuple):
         anchor_runs: {EWC: the run whose parameters it stays near}; only those that name another run.
         compared_tasks: {regulariser: the tasks whose outputs it compares}; only those that name tasks or imitate logits.
         copies: The numbers of training rows that are copies of held-out rows, for data.json; {} where there are none.
+        test_copies: {source: {place of a test row: kind of its closest copy in train}}.
         held_out: The training rows that a weighting rule measures weights on and that are not trained on; () if none does.
     """
 
@@ -69,9 +73,11 @@ class Prepared(NamedTuple):
     anchor_runs: dict[str, TrainedRun]
     compared_tasks: dict[str, list[str]]
     copies: dict[str, Any]
+    test_copies: Mapping[str, Mapping[str, str]]
     held_out: tuple[Examples, ...] = ()
 
 
+@hiding_if(lambda experiment: experiment.private)
 def prepare(experiment: Experiment) -> Prepared:
     """Reads the data, loads the trunk, initialises the heads, plans the phases.
 
@@ -84,6 +90,7 @@ def prepare(experiment: Experiment) -> Prepared:
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
     data, rows = held_out.take(experiment, copies.data)
+    compared = earlier_runs.compare(experiment.sources, data, earlier_workdirs(experiment))
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
@@ -95,7 +102,11 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
-    corpus.notes.extend(copies.notes)
+    corpus.notes.extend([*copies.notes, *compared.notes])
+    if experiment.private and not isinstance(experiment.trunk, Pretrained):
+        corpus.notes.append(
+            "private: the vocabulary in trunk/ is made of words of the texts; a pretrained trunk brings its own"
+        )
     measured = held_out.examples_of(rows, experiment.sources, corpus, trunk.tokenizer, experiment.batch.row_length)
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
@@ -113,7 +124,17 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record, measured)
+    record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
+    return Prepared(
+        *(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies, measured)
+    )
+
+
+def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:
+    """(field, path) of the runs that an experiment begins from or imitates; a path may also be that of a checkpoint."""
+    teachers = [part for part in experiment.regularisers if isinstance(part, Distillation)]
+    paths = [(FIELD, experiment.init_from.path), *((f"{part.name}.teacher", part.teacher) for part in teachers)]
+    return [(field, path) for field, path in paths if path]
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:

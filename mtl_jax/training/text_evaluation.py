@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from mtl_jax import decoding
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
 from mtl_jax.data.examples import Examples
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.targets import decoder
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.models.encoder_decoder import Seq2Seq as EncoderDecoder
@@ -21,6 +22,10 @@ from mtl_jax.transfer.adapters import as_module
 from mtl_jax.trunks import Trunk
 
 ROWS = 32  # texts that are decoded at once, on each device
+
+
+# {task: (row, generated text) of each row}
+Texts = dict[str, list[tuple[Row, str]]]
 
 
 class Generated(NamedTuple):
@@ -133,7 +138,23 @@ def text_scores(
     devices: Sequence[jax.Device] = (),
     share_work: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of the texts that the tasks with a decoder generate.
+    """scores_of() the texts of generated_texts(), whose arguments these are."""
+    texts = generated_texts(tasks, trunk, params, split, beams, after_text, devices=devices, share_work=share_work)
+    return scores_of(tasks, texts)
+
+
+def generated_texts(
+    tasks: Sequence[Any],
+    trunk: Trunk,
+    params: Any,
+    split: Mapping[str, Examples],
+    beams: Callable[[Seq2Seq], int],
+    after_text: Callable[[], None] = lambda: None,
+    *,
+    devices: Sequence[jax.Device] = (),
+    share_work: bool = False,
+) -> Texts:
+    """The texts that the tasks with a decoder generate.
 
     Args:
         tasks: The tasks of a run.
@@ -143,11 +164,22 @@ def text_scores(
         beams: From a task to its number of beams.
         after_text: As for generate; so are devices and share_work.
     """
-    scores = {}
+    texts: Texts = {}
     for task in tasks:
         if isinstance(task, Seq2Seq):
             examples = split[task.source]
-            texts = generate(task, trunk, params, examples, beams(task), after_text, devices=devices, share_work=share_work)
+            answers = generate(task, trunk, params, examples, beams(task), after_text, devices=devices, share_work=share_work)
             rows = [examples.data[examples.row_of[group[0]]] for group in examples.groups()]
-            scores[task.name] = task.text_metrics([generated.text for generated in texts], rows)
-    return scores
+            texts[task.name] = [(row, answer.text) for row, answer in zip(rows, answers, strict=True)]
+    return texts
+
+
+def scores_of(tasks: Sequence[Any], texts: Texts) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}} of generated texts.
+
+    Args:
+        tasks: The tasks; those without texts are left out.
+        texts: The texts.
+    """
+    kept = [(task, texts[task.name]) for task in tasks if task.name in texts]
+    return {task.name: task.text_metrics([text for _, text in pairs], [row for row, _ in pairs]) for task, pairs in kept}

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import jax
 
 from mtl_jax import trunks
+from mtl_jax.audit import earlier_runs
 from mtl_jax.core import locks, log_lines, script_calls
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.hooks import Callbacks, Hooks, several
+from mtl_jax.core.row_texts import hiding
 from mtl_jax.experiment import Experiment, keep_head_weights
 from mtl_jax.training import fingerprint, frozen_params, hosts, init_from, results
 from mtl_jax.training import workdir as workdirs
@@ -22,7 +24,7 @@ from mtl_jax.training.experiment_json import data_to_json, data_with_defaults, t
 from mtl_jax.training.loggers import checked, open_loggers
 from mtl_jax.training.loop import TrainingRun
 from mtl_jax.training.preemption import stop_on_signals
-from mtl_jax.training.setup import Prepared, prepare
+from mtl_jax.training.setup import Prepared, earlier_workdirs, prepare
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ def train(
     folder = Path(workdir)
     all_hooks, logger_names = several(hooks), checked(loggers)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hiding(experiment.private))
         opened = hosts.make_and_compare(
             lambda: open_workdir(experiment, folder, allow_config_change, stack),
             lambda opened: fingerprint.facts(opened.config, folder, opened.prepared),
@@ -161,6 +164,9 @@ def _train(
             workdirs.write_json(folder / init_from.RECORD, opened.init_record)
         if jax.process_index() == 0:
             trunks.save(prepared.trunk, folder / "trunk")
+            if not experiment.private:
+                train = {name: examples.data for name, examples in prepared.corpus.splits["train"].items()}
+                earlier_runs.write(folder, experiment.sources, train, [path for _, path in earlier_workdirs(experiment)])
         for note in prepared.notes:
             log.info("%s", note)
         if jax.process_index() != 0:

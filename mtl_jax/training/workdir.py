@@ -29,7 +29,8 @@ _WITH_RESULTS = f"delete it, and results.json if there is one: {_REWRITTEN}"
 
 def _task(value: Any) -> str:
     """A task of results.json."""
-    problem = object_of({"metric": text, "dev": _SCORES, "test": _SCORES, "baselines": mapping(_SCORES)})(value)
+    fields = {"metric": text, "dev": _SCORES, "test": _SCORES, "baselines": mapping(_SCORES)}
+    problem = object_of(fields, test_without_copies=_SCORES, test_copies=mapping(whole))(value)
     if problem:
         return problem
     scores_of = {"dev": value["dev"], "test": value["test"], **value["baselines"]}
@@ -122,8 +123,9 @@ def read_results(folder: Path) -> Any:
     results = read_json(folder / "results.json")
     if results is None:
         return None
+    measured = ("dev", "test", "baselines", "test_without_copies")
     tasks = {
-        name: {**task, "baselines": numbers(task["baselines"]), **{split: numbers(task[split]) for split in ("dev", "test")}}
+        name: {**task, **{part: numbers(task[part]) for part in measured if part in task}}
         for name, task in results["tasks"].items()
     }
     return {**results, "tasks": tasks, **{name: numbers(results[name]) for name in ("best_criterion", "seconds")}}

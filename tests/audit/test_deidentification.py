@@ -1,14 +1,12 @@
 """What names a person is found and replaced, everything else stays, and offsets lead from one text to the other."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mtl_jax
-from mtl_jax import Classification, UserError, audit
+from mtl_jax import UserError, audit
 from mtl_jax.audit import recognisers
 from mtl_jax.core.parts import Registry
 
@@ -208,48 +206,3 @@ def recognisers_faker(language):
     from mtl_jax.audit import surrogates
 
     return surrogates.need("faker", "surrogates", "Faker").Faker(language)
-
-
-@pytest.fixture(scope="module")
-def tagger(tmp_path_factory):
-    """A run that tags two names, and has a second task that tags nothing."""
-    names = {"Ann": "B-PER", "Rome": "B-LOC", "Blue": "B-product"}
-    words = [*names, "met", "in", ",", ".", "who", "and", "saw"]
-    rows = []
-    for index in range(80):
-        sentence = [words[(index * step + step) % len(words)] for step in range(1, 7)]
-        rows.append({"text": sentence, "tags": [names.get(word, "O") for word in sentence], "label": "ab"[index % 2]})
-    sentences = [{**row, "text": [*row["text"], f"w{index}"], "tags": [*row["tags"], "O"]} for index, row in enumerate(rows)]
-    experiment = mtl_jax.Experiment(
-        name="tagger",
-        trunk=mtl_jax.Embedding(),
-        sources=(mtl_jax.Source(name="said", rows=sentences),),
-        tasks=(mtl_jax.Tagging(name="names", source="said"), Classification(name="kind", source="said")),
-        phases=(mtl_jax.Phase("all", 60, learning_rate=0.05),),
-        batch=mtl_jax.Batching(rows=8, row_length=32),
-    )
-    workdir = tmp_path_factory.mktemp("tagger") / "run"
-    mtl_jax.train(experiment, workdir)
-    return mtl_jax.load_model(workdir)
-
-
-def test_names_are_those_of_a_tagging_run(tagger):
-    people = audit.people_of(tagger, "names")
-    assert people(["Ann, who saw Rome.", "", "who?"]) == [[(0, 3, "person"), (13, 17, "place")], [], []]
-    new, places = audit.deidentify("Ann met Blue in Rome.", people=people)
-    assert [place.type for place in places] == ["person", "place"]
-    assert " met Blue in " in new
-    assert audit.people_of(tagger, "names", {"product": "brand"})(["Blue, Ann"]) == [[(0, 4, "brand")]]
-
-
-def test_a_run_that_tags_no_names_is_one_line(tagger):
-    with pytest.raises(UserError, match="people: task 'kind' is not a tagging task with entities"):
-        audit.people_of(tagger, "kind")
-    with pytest.raises(UserError, match="'nmaes'"):
-        audit.people_of(tagger, "nmaes")
-
-
-def test_a_text_that_the_run_cannot_read_is_one_line(tagger):
-    broken = SimpleNamespace(run=tagger.run, predict=lambda task, texts: [{"error": "no room"} for _ in texts])
-    with pytest.raises(UserError, match=r"people: text 1 cannot be read by task 'names' \(no room\)"):
-        audit.people_of(broken, "names")(["Ann"])

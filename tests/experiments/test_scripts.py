@@ -33,7 +33,7 @@ ON_DATA = {
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
-    *("ablate_weights.py", "target_rules.py"),
+    *("ablate_weights.py", "target_rules.py", "deidentified.py"),
 }
 
 
@@ -219,3 +219,18 @@ def test_without_the_data_a_script_says_what_to_do(wheels, tmp_path, monkeypatch
     assert done.returncode == 2
     assert "MTL_JAX_DATA" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_deidentified(wheels, shared_data, tmp_path, monkeypatch):
+    """All parts on a few rows; started again, nothing is trained. A part that is none is one line."""
+    pytest.importorskip("faker")
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = ["--workdir", str(tmp_path), "--ner-steps", "2", "--steps", "2", "--limit", "60", "--mails", "24"]
+    done = start("deidentified.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "table.md").read_text() in done.stdout
+    again = start("deidentified.py", *flags)
+    assert again.stderr.count("is done") == 4
+    wrong = start("deidentified.py", "--parts", "prices")
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown parts 'prices'")

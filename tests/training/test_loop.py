@@ -48,7 +48,7 @@ def test_a_run_leaves_its_files(finished):
     workdir, found = finished
     names = {path.name for path in workdir.iterdir()}
     files = {"config.json", "versions.json", "data.json", "baselines.json", "metrics.jsonl", "results.json", "curves.png"}
-    assert names == files | {"trunk", "tensorboard", "checkpoints"}
+    assert names == files | {"train_sketches.npz", "trunk", "tensorboard", "checkpoints"}
     assert json.loads((workdir / "results.json").read_text()) == found
     assert any(path.name.startswith("events") for path in (workdir / "tensorboard").iterdir())
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError
-from mtl_jax.core.files import reason, shown
 from mtl_jax.data.formats.records import columns
 from mtl_jax.data.formats.rows import Read, Row
 
@@ -48,7 +48,7 @@ def failure(error: Exception) -> str:
     """An exception of a user's function, and the line of code that raised it."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     file = f", {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    return f"{type(error).__name__}: {reason(error)}{file} ({place.filename}:{place.lineno})"
+    return f"{type(error).__name__}: {row_texts.why(error)}{file} ({place.filename}:{place.lineno})"
 
 
 def as_row(item: Any, where: str) -> Read:
@@ -65,7 +65,7 @@ def as_row(item: Any, where: str) -> Read:
     try:
         for name, value in item.items():
             if not isinstance(name, str):
-                raise ValueError(f"the column name {name!r} is not a text")
+                raise ValueError(f"the column name {row_texts.quoted(name)} is not a text")
             _check(name, value)
         return Row(columns(item), where)
     except UnicodeEncodeError:
@@ -92,6 +92,8 @@ def _check(name: str, value: Any) -> None:
         for part in value.flat if isinstance(value, np.ndarray) else value:
             _check(name, part)
     elif isinstance(value, float | np.floating) and math.isnan(value):
-        raise ValueError(f"column {shown(name)!r} is NaN; give None where there is no value")
+        raise ValueError(f"column {row_texts.quoted(name)} is NaN; give None where there is no value")
     elif value is not None and not isinstance(value, _VALUES):
-        raise ValueError(f"column {shown(name)!r} is {type_of(value)}; give a text, a number, None, or a list of words")
+        raise ValueError(
+            f"column {row_texts.quoted(name)} is {type_of(value)}; give a text, a number, None, or a list of words"
+        )

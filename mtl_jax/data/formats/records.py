@@ -10,6 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.formats.rows import Read, Row
 
 # How the plain values of a column become text: a function, or {name: ...} for nested columns. None: by str().
@@ -88,7 +89,7 @@ def columns(value: Mapping[str, Any], schema: Schema = None, prefix: str = "") -
             nested = {prefix + name: _column(part, inner)}
         twice = result.keys() & nested.keys()
         if twice:
-            raise ValueError(f"two values of column {min(twice)!r}")
+            raise ValueError(f"two values of column {quoted(min(twice))}")
         result |= nested
     return result
 
@@ -155,7 +156,7 @@ def _answer(text: Any, start: Any) -> dict[str, Any]:
     if isinstance(text, bytes):
         text = text.decode()
     if not isinstance(text, str) or isinstance(start, bool) or not isinstance(start, int | np.integer):
-        raise ValueError(f"the answer {text!r} at {start!r} is not a text and a whole number")
+        raise ValueError(f"the answer {quoted(text)} at {quoted(start)} is not a text and a whole number")
     return {"text": text, "start": int(start)}
 
 

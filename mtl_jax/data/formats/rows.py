@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from mtl_jax.core.errors import UserError, listed
-from mtl_jax.core.files import shown
+from mtl_jax.core.errors import UserError
+from mtl_jax.core.row_texts import named, quoted
 from mtl_jax.data.source import Source
 
 
@@ -52,7 +52,7 @@ def check_columns(source: Source, path: str, columns: Iterable[str]) -> None:
             raise no_column(source, path, kind, counts)
     twice = min((name for name, count in counts.items() if count > 1), default=None)
     if twice is not None:
-        raise UserError(f"{path}: there are two columns {shown(twice)!r}; every column needs a different name")
+        raise UserError(f"{path}: there are two columns {quoted(twice)}; every column needs a different name")
 
 
 def odd_blank(text: str) -> str:
@@ -64,5 +64,5 @@ def odd_blank(text: str) -> str:
 def no_column(source: Source, where: str, kind: str, columns: Iterable[str]) -> UserError:
     """The error for a column that a source names and a file or row does not have."""
     return UserError(
-        f"{where}: source {source.name!r} has no {kind} column {getattr(source, kind)!r}; columns: {listed(columns)}"
+        f"{where}: source {source.name!r} has no {kind} column {getattr(source, kind)!r}; columns: {named(columns)}"
     )

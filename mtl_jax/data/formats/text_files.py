@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from mtl_jax.core import assets
-from mtl_jax.core.errors import UserError, count, listed, there_are
+from mtl_jax.core.errors import UserError, count, there_are
 from mtl_jax.core.files import shown
+from mtl_jax.core.row_texts import named
 from mtl_jax.data.formats.lines import MAX_LINE_BYTES, lines
 from mtl_jax.data.formats.rows import Read, Row, check_columns
 from mtl_jax.data.source import Source
@@ -83,7 +84,7 @@ def read_tsv(path: str, source: Source) -> Iterator[Read]:
 
 def _row(fields: list[str], names: tuple[str, ...], where: str) -> Read:
     if len(fields) != len(names):
-        return UserError(f"{where}: {count(len(fields), 'column')}, but {there_are(len(names), 'name')}: {listed(names)}")
+        return UserError(f"{where}: {count(len(fields), 'column')}, but {there_are(len(names), 'name')}: {named(names)}")
     return Row(dict(zip(names, fields, strict=True)), where)
 
 

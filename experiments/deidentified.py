@@ -1,0 +1,284 @@
+"""What de-identification finds, and what training on de-identified texts costs.
+
+    python experiments/deidentified.py
+    python experiments/deidentified.py --seeds 0 1 2
+
+Three parts, in this order: a tagger of names is trained on WNUT17 and Tweebank (experiments/social_ner.py, fewer steps);
+`planted`: identifiers of twelve types are planted into sentences of mails (AESLC, those without digits, @ and addresses) and
+looked for; `names`: names of the test sets of WNUT17 and Tweebank are looked for; `cost`: emotion of tweets (TweetEval) is
+learned from texts as they are, masked, and with surrogates. Runs are workdirs in WORKDIR: started again, the script resumes.
+The tables are also in WORKDIR/table.md; no text is in any of them. MTL_JAX_DATA names a folder with aeslc/, wnut17/,
+tweebank/ and tweeteval/; planting needs pip install 'mtl_jax[deidentify]'. Where spaCy's small English model or presidio is
+installed, it is measured beside ours.
+"""
+
+import dataclasses
+import json
+import random
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import tabulate
+import tyro
+from social_ner import EXPERIMENT as NER
+from tweeteval import EXPERIMENT as TWEETS
+
+import mtl_jax
+from mtl_jax import Batching, Evaluation, Experiment, Phase, UserError, audit
+from mtl_jax.audit import Deidentify
+from mtl_jax.audit.person_names import NAME_KINDS, TYPES, names_by
+from mtl_jax.core import assets
+from mtl_jax.core.errors import unknown
+from mtl_jax.core.files import number_of
+from mtl_jax.data.splits import read
+
+Place = tuple[int, int, str]  # first character, the one after the last, type
+Finder = Callable[[Sequence[str]], Sequence[Iterable[Place]]]
+
+PARTS = ("planted", "names", "cost")
+TASK = "emotion"
+WAYS = ("as they are", "mask", "surrogate")
+SENTENCES = 4  # of a mail
+CARRIERS = ("Please use {} for this.", "It was {} in the last message.", "We have {} on our list, and nothing else.")
+DATES = ("%Y-%m-%d", "%m/%d/%Y", "%d.%m.%Y", "%B %d, %Y", "%d %b %Y", "%d/%m/%y", "%A, %B %d", "%b. %d %Y")
+OTHERS = ("at 10:45", "for $1,250.75", "by 12.5 percent", "version 2.10.4", "all 1600 people", "on page 117", "room 4-12")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is measured.
+
+    Attributes:
+        parts: planted, names, cost.
+        seeds: Seeds of the runs of `cost`.
+        ner_steps: Steps of the tagger of names.
+        steps: Steps of a run of `cost`.
+        mails: Number of mails with a planted identifier.
+        limit: Rows read from each source; 0: all.
+        workdir: The directory with the runs.
+    """
+
+    parts: tuple[str, ...] = PARTS
+    seeds: tuple[int, ...] = (0,)
+    ner_steps: int = 250
+    steps: int = 150
+    mails: int = 1200
+    limit: int = 0
+    workdir: str = "runs/deidentified"
+
+
+class Texts(NamedTuple):
+    """Texts and the places that are to be found in each."""
+
+    texts: list[str]
+    places: list[list[Place]]
+
+
+def plant(mails: int, seed: int = 0) -> Texts:
+    """Mails with one identifier each, of twelve types in turn, and one number that is none.
+
+    Args:
+        mails: Their number.
+        seed: Of the sentences and identifiers.
+    """
+    from faker import Faker
+
+    with assets.locate("data:aeslc/dev.jsonl").open(encoding="utf-8") as file:
+        bodies = [json.loads(line)["source"] for line in file]
+    sentences = [part.strip() for body in bodies for part in re.split(r"(?<=[.?!])\s+|\n+", body)]
+    sentences = [text for text in sentences if 5 <= len(text.split()) <= 25 and not re.search(r"[\d@]|www|http", text)]
+    faker, rng = Faker("en_US"), random.Random(seed)
+    faker.seed_instance(seed)
+    makers: dict[str, Callable[[], str]] = {
+        "email": faker.email,
+        "telephone": faker.phone_number,
+        "url": faker.uri,
+        "ip": lambda: rng.choice([faker.ipv4, faker.ipv6])(),
+        "iban": faker.iban,
+        "card": faker.credit_card_number,
+        "date": lambda: faker.date_object().strftime(rng.choice(DATES)),
+        "user": lambda: f"@{faker.user_name()}",
+        "id": lambda: rng.choice([faker.ssn(), faker.uuid4(), faker.bothify("??######"), faker.bothify("##-???-####")]),
+        "person": faker.name,
+        "place": faker.city,
+        "organisation": faker.company,
+    }
+    texts, places = [], []
+    for number in range(mails):
+        kind = list(makers)[number % len(makers)]
+        value = makers[kind]().replace("\n", " ")
+        before, after = rng.choice(CARRIERS).split("{}")
+        parts = [*rng.sample(sentences, SENTENCES), f"That is {rng.choice(OTHERS)}."]
+        rng.shuffle(parts)
+        head = " ".join([*parts[: rng.randrange(len(parts) + 1)], before])
+        texts.append(f"{head}{value}{after} {' '.join(parts[len(parts) // 2 :])}")
+        places.append([(len(head), len(head) + len(value), kind)])
+    return Texts(texts, places)
+
+
+def annotated(task: str, limit: int) -> Texts:
+    """The sentences of a test set with their persons, places and organisations."""
+    source = next(source for source in NER.sources if source.name == task)
+    texts, places = [], []
+    for row in read(dataclasses.replace(source, limit=limit)).rows["test"]:
+        words = row.columns["text"]
+        starts = [sum(len(word) + 1 for word in words[:index]) for index in range(len(words))]
+        entities = mtl_jax.tasks.bio.entities([tag or "O" for tag in row.columns["entities"]])
+        texts.append(" ".join(words))
+        places.append(
+            [
+                (starts[entity.start], starts[entity.end - 1] + len(words[entity.end - 1]), TYPES[entity.type.lower()])
+                for entity in entities
+                if entity.type.lower() in TYPES
+            ]
+        )
+    return Texts(texts, places)
+
+
+def ours(people: Any, recognisers: Sequence[str] | None = None) -> Finder:
+    """What mtl_jax.audit finds, of places that overlap the one that counts."""
+
+    def find(texts: Sequence[str]) -> list[list[Place]]:
+        found = audit.deidentify_texts(texts, mode="mask", recognisers=recognisers, people=people)
+        return [[(place.start, place.end, place.type) for place in places] for _, places in found]
+
+    return find
+
+
+def peers() -> dict[str, Finder]:
+    """Other recognisers of names that are installed."""
+    found: dict[str, Finder] = {}
+    try:
+        found["presidio"] = names_by("presidio", "names")
+    except (UserError, OSError):
+        print("presidio is not installed and left out")
+    try:
+        import spacy
+
+        model = spacy.load("en_core_web_sm")
+        found["spaCy small"] = lambda texts: [
+            [(e.start_char, e.end_char, TYPES[e.label_.lower()]) for e in doc.ents if e.label_.lower() in TYPES]
+            for doc in model.pipe(texts)
+        ]
+    except (ImportError, OSError):
+        print("spaCy's en_core_web_sm is not installed and left out")
+    return found
+
+
+def measured(finder: Finder, data: Texts, kinds: Sequence[str], *, only_recall: Sequence[str] = ()) -> list[list[str]]:
+    """Rows of (type, places, precision, recall, F1, share of their characters found as anything), in percent.
+
+    Args:
+        finder: What looks.
+        data: The texts.
+        kinds: The types.
+        only_recall: Types of which the texts have places that are not named.
+    """
+    found = [list(places) for places in finder(data.texts)]
+    rows = []
+    for kind in kinds:
+        gold = {(i, *place) for i, places in enumerate(data.places) for place in places if place[2] == kind}
+        guessed = {(i, *place) for i, places in enumerate(found) for place in places if place[2] == kind}
+        right, covered = len(gold & guessed), 0
+        for i, start, end, _ in gold:
+            covered += len({c for a, b, _ in found[i] for c in range(max(a, start), min(b, end))})
+        recall = right / max(len(gold), 1)
+        precision = right / max(len(guessed), 1)
+        f1 = 2 * precision * recall / max(precision + recall, 1e-9)
+        share = covered / max(sum(end - start for _, start, end, _ in gold), 1)
+        unknown_precision = kind in only_recall
+        numbers = ["" if unknown_precision else _percent(precision), _percent(recall)]
+        rows.append([kind, str(len(gold)), *numbers, "" if unknown_precision else _percent(f1), _percent(share)])
+    return rows
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def tagger(study: Study) -> Experiment:
+    """The tagger of names."""
+    phases = (Phase("everything", steps=study.ner_steps),)
+    sources = tuple(dataclasses.replace(source, limit=study.limit) for source in NER.sources)
+    return dataclasses.replace(NER, only=("wnut17", "tweebank"), phases=phases, sources=sources)
+
+
+def emotions(study: Study, way: str, seed: int, names: str) -> Experiment:
+    """Emotion of tweets, from texts that are changed in one of WAYS."""
+    edit = None if way == WAYS[0] else Deidentify(mode=way, names=names)
+    sources = tuple(dataclasses.replace(source, limit=study.limit, deidentify=edit) for source in TWEETS.sources)
+    return dataclasses.replace(
+        TWEETS,
+        sources=sources,
+        only=(TASK,),
+        phases=(Phase("everything", steps=study.steps),),
+        batch=Batching(rows=16, row_length=64),
+        evaluation=Evaluation(every=50),
+        seed=seed,
+    )
+
+
+def run(study: Study) -> str:
+    """Trains what is not trained, measures, and returns the tables.
+
+    Raises:
+        UserError: A part is unknown, or a package or data set is missing.
+    """
+    for part in study.parts:
+        if part not in PARTS:
+            raise unknown("parts", part, PARTS)
+    folder = Path(study.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    mtl_jax.train(tagger(study), folder / "ner")
+    tables = []
+    head = ["type", "places", "precision", "recall", "F1", "characters found"]
+    model = mtl_jax.load_model(folder / "ner")
+    if "planted" in study.parts:
+        data = plant(study.mails)
+        kinds = list(dict.fromkeys(place[2] for places in data.places for place in places))
+        finder = ours(audit.people_of(model, "wnut17"))
+        tables.append(("Planted in mails", head, measured(finder, data, kinds, only_recall=NAME_KINDS)))
+    if "names" in study.parts:
+        for task in ("wnut17", "tweebank"):
+            data = annotated(task, study.limit)
+            finders = {"our tagger": ours(audit.people_of(model, task), ()), **peers()}
+            rows = [[name, *row] for name, finder in finders.items() for row in measured(finder, data, NAME_KINDS)]
+            tables.append((f"Names in {task}", ["by", *head], rows))
+    if "cost" in study.parts:
+        tables.append(
+            ("Emotion of tweets, macro-F1", ["trained on texts", "tested on these", "tested as they are"], cost(study))
+        )
+    text = "\n\n".join(
+        f"{name}\n\n{tabulate.tabulate(rows, head, 'github', disable_numparse=True)}" for name, head, rows in tables
+    )
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def cost(study: Study) -> list[list[str]]:
+    """A row for each way: the metric on test rows of the same kind, and on test rows as they are; mean over seeds."""
+    folder, rows = Path(study.workdir), []
+    source = next(source for source in TWEETS.sources if source.name == TASK)
+    for way in WAYS:
+        same, raw = [], []
+        for seed in study.seeds:
+            workdir = folder / f"{way.replace(' ', '_')}-{seed}"
+            results = mtl_jax.train(emotions(study, way, seed, f"{folder}/ner:wnut17"), workdir)["tasks"][TASK]
+            same.append(100 * number_of(results["test"][results["metric"]]))
+            raw.append(100 * mtl_jax.evaluate(workdir, TASK, source.test_path)[results["metric"]])
+        rows.append([way, _cell(same), _cell(raw)])
+    return rows
+
+
+def _cell(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(run(tyro.cli(Study, description=__doc__))))

@@ -1,0 +1,225 @@
+"""Source(deidentify=Deidentify(...)): the rows of a source without what names or reaches a person.
+
+Texts change, and with them the words, their labels and the characters of answers, so that a label still stands at what it
+labels. What is replaced depends on the type, the value and the seed or key alone: the same person has the same surrogate in
+all rows, splits and sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_jax.audit.deidentification import Identifier, moved, replaced_texts
+from mtl_jax.audit.person_names import NAME_KINDS, NAMES, check_names, names_by
+from mtl_jax.audit.recognisers import RECOGNISERS, Recogniser
+from mtl_jax.audit.surrogates import replacement
+from mtl_jax.audit.word_labels import lines_of, with_labels, word_groups
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.files import check_regular, expanded, reason, shown
+from mtl_jax.data.formats.rows import Row
+from mtl_jax.data.row_keys import check_answer
+from mtl_jax.data.source import EditRows, RowEdit, TextColumns
+
+Replaced = tuple[str, tuple[Identifier, ...]]
+# From texts to the new text and the replaced places of each.
+DeidentifyTexts = Callable[[Sequence[str]], list[Replaced]]
+# A row with its new texts, or the error that says why it cannot be read; and (column, replaced place) of each place.
+EditedRow = tuple[Row | UserError, list[tuple[str, Identifier]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Deidentify(RowEdit):
+    """How what names or reaches a person is replaced in the rows of a source, when they are read.
+
+    Attributes:
+        mode: mask: by the type, as [EMAIL]. surrogate: by another value of the type, the same for the same value. hash: by the
+            type and a keyed hash.
+        kinds: The types that are replaced: names of recognisers such as email, and, where `names` is given, person, place and
+            organisation. Empty: all.
+        names: Who finds persons, places and organisations: the workdir of a tagging run, or WORKDIR:TASK; or the name of a
+            registered recogniser of names, such as presidio. Empty: names stay.
+        seed: The seed of surrogates. Sources with one seed have the same surrogates; who knows it can test a guess.
+        key_file: A file with the key of hashes. The key itself is recorded nowhere.
+        language: The language of surrogates, as Faker names it.
+
+    Examples:
+        >>> import mtl_jax
+        >>> mask = mtl_jax.audit.Deidentify(kinds=("email",))
+        >>> source = mtl_jax.Source("mails", rows=[{"text": "to jo@corp.com"}], text="text", deidentify=mask)
+    """
+
+    mode: str = "mask"
+    kinds: tuple[str, ...] = ()
+    names: str = ""
+    seed: int = 0
+    key_file: str = ""
+    language: str = "en_US"
+
+    def check(self, where: str) -> None:
+        """Checks the fields, the key file, and that the packages and the run that they need are there.
+
+        Raises:
+            UserError: One of them is wrong.
+        """
+        self._replacement(where)
+        self._recognisers(where)
+        if self.names:
+            check_names(self.names, f"{where}: names")
+
+    def editor(self, columns: TextColumns) -> EditRows:
+        deidentified = self.texts("deidentify")
+
+        def edit(rows: Sequence[Row]) -> list[tuple[Row | UserError, Mapping[str, int]]]:
+            return [
+                (row, Counter(place.type for _, place in places)) for row, places in edited_rows(rows, columns, deidentified)
+            ]
+
+        return edit
+
+    def texts(self, where: str = "deidentify") -> DeidentifyTexts:
+        """The function from texts to the new text and the replaced places of each; a run of `names` is opened now.
+
+        Raises:
+            UserError: As check().
+        """
+        self.check(where)
+        replace, recognisers = self._replacement(where), self._recognisers(where)
+        people = names_by(self.names, f"{where}: names") if self.names else None
+
+        def deidentified(texts: Sequence[str]) -> list[Replaced]:
+            return replaced_texts(texts, recognisers, people, replace, self.kinds)
+
+        return deidentified
+
+    def _replacement(self, where: str) -> Any:
+        if self.mode == "hash" and not self.key_file:
+            raise UserError(f"{where}: mode hash needs key_file, a file with a text that nobody knows who may read the result")
+        try:
+            return replacement(self.mode, self.seed, _key(self.key_file), self.language)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    def _recognisers(self, where: str) -> list[tuple[str, Recogniser]]:
+        if isinstance(self.kinds, str):
+            raise UserError(f"{where}: kinds is the text {self.kinds!r}; it must be a tuple of names")
+        for kind in self.kinds:
+            if kind in NAME_KINDS and not self.names:
+                raise UserError(f"{where}: kinds has {kind}, but names is empty; name the tagging run that finds names")
+            if kind not in (*RECOGNISERS, *NAME_KINDS) and self.names not in NAMES:  # a registered one has its own types
+                raise unknown(f"kind of {where}:", kind, (*RECOGNISERS, *NAME_KINDS))
+        chosen = [(name, function) for name, function in RECOGNISERS.items() if not self.kinds or name in self.kinds]
+        for _, function in chosen:
+            try:
+                list(function(""))  # asks for the package that it needs
+            except UserError as error:
+                raise UserError(f"{where}: {error}; or name the kinds that need none") from error
+        return chosen
+
+
+def _key(path: str) -> bytes:
+    if not path:
+        return b""
+    file = expanded(path)
+    check_regular(file)
+    try:
+        key = Path(file).read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"key_file {shown(path)}: cannot be read ({reason(error)})") from error
+    if not key:
+        raise UserError(f"key_file {shown(path)}: the file is empty; write a long random text into it")
+    return key
+
+
+def edited_rows(rows: Sequence[Row], columns: TextColumns, deidentified: DeidentifyTexts) -> list[EditedRow]:
+    """Rows with new texts, labels of words and answers, and what was replaced in each.
+
+    Args:
+        rows: The rows.
+        columns: Their columns.
+        deidentified: Deidentify.texts().
+    """
+    texts = [text for row in rows for text in _texts(row, columns)]
+    replaced = dict(zip(texts, deidentified(texts), strict=True))
+    return [_edited(row, columns, replaced) for row in rows]
+
+
+def _texts(row: Row, columns: TextColumns) -> list[str]:
+    """The texts of a row that are looked at; of words, the text that they make with spaces between them."""
+    values: list[Any] = [row.columns.get(name) for name in columns.texts]
+    texts: list[str] = [
+        " ".join(value) if _are_words(value) else value for value in values if isinstance(value, str) or _are_words(value)
+    ]
+    for name in columns.targets:
+        value = row.columns.get(name)
+        texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    return texts
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+
+
+def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) -> EditedRow:
+    try:
+        changed = _answers(row, columns, replaced)
+        places: list[tuple[str, Identifier]] = []
+        lines = row.words
+        for name in columns.texts:
+            value: Any = row.columns.get(name)
+            if not isinstance(value, str) and not _are_words(value):
+                continue
+            new, identifiers = replaced[value if isinstance(value, str) else " ".join(value)]
+            places += [(name, place) for place in identifiers]
+            if not identifiers:
+                continue
+            groups = word_groups(value, identifiers, new)
+            changed[name] = new if isinstance(value, str) else [word for group in groups for word in group.words]
+            if name != columns.text:
+                continue
+            for label_column in _word_columns(row, columns):
+                try:
+                    changed[label_column] = with_labels(row.columns[label_column], groups)
+                except ValueError as error:
+                    raise UserError(f"{row.where}: column {label_column!r}: {error}") from error
+            if lines is not None:
+                lines = (lines[0], lines_of(lines[1], groups))
+        for name in columns.targets:
+            value = row.columns.get(name)
+            texts = value if isinstance(value, list) else [value]
+            results = [replaced[text] if isinstance(text, str) else (text, ()) for text in texts]
+            places += [(name, place) for _, identifiers in results for place in identifiers]
+            if any(identifiers for _, identifiers in results):
+                changed[name] = [text for text, _ in results] if isinstance(value, list) else results[0][0]
+    except UserError as error:
+        return error, []
+    return row._replace(columns={**row.columns, **changed}, words=lines), places
+
+
+def _word_columns(row: Row, columns: TextColumns) -> list[str]:
+    """The columns with a label for each word: those that tasks read, and of a file with a word a line all others, too."""
+    of_words = row.columns if row.words is not None else columns.word_labels
+    return [name for name in of_words if name in row.columns and name not in columns.texts]
+
+
+def _answers(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) -> dict[str, Any]:
+    """{column: answers at their places in the new context}, of the columns that have some."""
+    context = row.columns.get(columns.context)
+    result: dict[str, Any] = {}
+    for name, value in row.columns.items():
+        if not isinstance(value, list) or not value or not all(isinstance(answer, dict) for answer in value):
+            continue
+        if not isinstance(context, str) or context not in replaced:
+            continue
+        new, places = replaced[context]
+        for answer in value:
+            check_answer(answer, context, row.where)
+        moved_answers = []
+        for answer in value:
+            start, end = moved(places, answer["start"], answer["start"] + len(answer["text"]))
+            moved_answers.append({**answer, "text": new[start:end], "start": start})
+        result[name] = moved_answers
+    return result

@@ -1,0 +1,153 @@
+"""Names of persons, places and organisations: from a tagging run of one's own, or from a function that is registered."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from mtl_jax.audit.deidentification import Names
+from mtl_jax.audit.recognisers import need
+from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.files import shown
+from mtl_jax.core.parts import Registry
+from mtl_jax.tasks import Tagging
+from mtl_jax.tasks.bio import is_bio
+
+NAME_KINDS = ("person", "place", "organisation")
+# {type of a tagging run's entities, in lower case: type here}
+TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("per", "pers", "person"), "person"),
+        **dict.fromkeys(("loc", "location", "gpe", "place", "geo-loc", "facility", "fac"), "place"),
+        **dict.fromkeys(("org", "organisation", "organization", "corporation", "company", "group"), "organisation"),
+    }
+)
+_WORDS = re.compile(r"[@#]?\w+(?:[-'\u2019.]\w+)*|[^\w\s]")
+
+
+def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
+    """A function for people=: the names that a tagging run of ours finds.
+
+    Args:
+        model: mtl_jax.load_model(WORKDIR) of the run.
+        task: Its tagging task with tags such as B-person and I-person.
+        types: {the run's type in lower case: "person", "place", "organisation" or another}; others are left out.
+
+    Raises:
+        UserError: The task is unknown, or is not a tagging task with entities.
+    """
+    chosen = model.run.task(task)
+    if not isinstance(chosen, Tagging) or not is_bio(chosen.labels):
+        raise UserError(f"people: task {task!r} is not a tagging task with entities; name one whose tags are B-TYPE and I-TYPE")
+
+    def names(texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
+        places = [[match.span() for match in _WORDS.finditer(text)] for text in texts]
+        filled = [index for index, words in enumerate(places) if words]
+        answers = model.predict(task, [[texts[index][start:end] for start, end in places[index]] for index in filled])
+        result: list[list[tuple[int, int, str]]] = [[] for _ in texts]
+        for index, answer in zip(filled, answers, strict=True):
+            if "error" in answer:
+                raise UserError(f"people: text {index + 1} cannot be read by task {task!r} ({answer['error']})")
+            for entity in answer["entities"]:
+                kind = types.get(entity["type"].lower())
+                if kind is not None:
+                    first, last = places[index][entity["start"]], places[index][entity["end"] - 1]
+                    result[index].append((first[0], last[1], kind))
+        return result
+
+    return names
+
+
+def presidio() -> Names:
+    """The names that Microsoft's presidio finds in English texts, where it is installed with a model of spaCy.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        engine = need("presidio_analyzer", "names by presidio").AnalyzerEngine()
+    except UserError as error:
+        raise UserError("names by presidio need the package presidio-analyzer, which is not installed") from error
+    kinds = {"PERSON": "person", "LOCATION": "place", "ORGANIZATION": "organisation"}
+
+    def names(texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
+        results = [engine.analyze(text=text, language="en", entities=list(kinds)) for text in texts]
+        return [[(found.start, found.end, kinds[found.entity_type]) for found in of_text] for of_text in results]
+
+    return names
+
+
+# Functions without arguments that make a function for people=: what `names` may name beside a run.
+NAMES: Registry[Callable[[], Names]] = Registry("recogniser of names", {"presidio": presidio})
+register_names = NAMES.register
+
+
+class TaggingRun(NamedTuple):
+    """A tagging task of a run.
+
+    Attributes:
+        workdir: The run's workdir.
+        task: The task.
+    """
+
+    workdir: Path
+    task: str
+
+
+def tagging_run(text: str, where: str) -> TaggingRun:
+    """The run and task that a text names: "WORKDIR", of a run with one task that tags names, or "WORKDIR:TASK".
+
+    Raises:
+        UserError: It is not a workdir, or its run has no such task. `where` begins the line.
+    """
+    workdir, task = Path(text), ""
+    if not workdir.is_dir() and ":" in text:
+        before, _, task = text.rpartition(":")
+        workdir = Path(before)
+    if not (workdir / "data.json").is_file():
+        problem = "is neither the workdir of a tagging run nor a registered recogniser of names"
+        raise UserError(f"{where} is {shown(text)!r}, which {problem} ({listed(NAMES)})")
+    try:
+        tasks = json.loads((workdir / "data.json").read_text(encoding="utf-8"))["tasks"]
+        taggers = {name: _types(values) for name, values in tasks.items() if is_bio(values.get("labels", ()))}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{where}: {shown(workdir / 'data.json')} is not what mtl_jax wrote") from error
+    if task and task not in taggers:
+        raise unknown(f"tagging task with entities in {where}:", task, taggers)
+    if not taggers:
+        raise UserError(f"{where}: the run in {shown(workdir)} has no tagging task with entities, but {listed(tasks)}")
+    chosen = [task] if task else [name for name, types in taggers.items() if types]
+    if len(chosen) != 1:
+        choices = " or ".join(f"{shown(workdir)}:{name}" for name in chosen or taggers)
+        number = "several tasks tag" if chosen else "no task tags"
+        raise UserError(f"{where}: {number} persons, places or organisations there; write {choices}")
+    return TaggingRun(workdir, chosen[0])
+
+
+def _types(values: Mapping[str, Any]) -> set[str]:
+    """The types of names that a task's label set has."""
+    return {TYPES[label[2:].lower()] for label in values["labels"] if label[2:].lower() in TYPES}
+
+
+def check_names(text: str, where: str) -> None:
+    """Raises UserError unless a text names a registered recogniser of names, or a tagging run."""
+    if text not in NAMES:
+        tagging_run(text, where)
+
+
+def names_by(text: str, where: str) -> Names:
+    """The function for people= that a text names: a registered one, or that of a tagging run, which is opened.
+
+    Raises:
+        UserError: There is none, or the run cannot be opened.
+    """
+    if text in NAMES:
+        return NAMES[text]()
+    run = tagging_run(text, where)
+    import mtl_jax  # a run is opened by the public door, as a script opens it: models stand above this package
+
+    return people_of(mtl_jax.load_model(run.workdir), run.task)

@@ -55,6 +55,7 @@ from .transfer.adapters import adapters_only as adapters_only
 from .transfer.adapters import bitfit as bitfit
 from .transfer.loading import InitFrom as InitFrom
 from .transfer.optimizer import Optimizer as Optimizer
+from .transfer.private import Private as Private
 from .trunks import Embedding as Embedding
 from .trunks import Pretrained as Pretrained
 from .trunks import Transformer as Transformer

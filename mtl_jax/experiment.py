@@ -24,6 +24,7 @@ from mtl_jax.transfer.loading import InitFrom
 from mtl_jax.transfer.optimizer import Optimizer
 from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.transfer.phases import Phase as Phase
+from mtl_jax.transfer.private import seed_of
 from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.trunks import Pretrained, TrunkConfig
 
@@ -210,7 +211,8 @@ def weighs_heads(experiment: Experiment, rule: weighting.Rule) -> bool:
 
 def data_seed_of(experiment: Experiment) -> int:
     """The seed of the data order."""
-    return experiment.seed if experiment.data_seed is None else experiment.data_seed
+    seed = experiment.seed if experiment.data_seed is None else experiment.data_seed
+    return seed_of(experiment.optimizer.private, seed, "rows", 16)
 
 
 def keep_head_weights(experiment: Experiment, stored: Any) -> Experiment:

@@ -240,6 +240,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(
         Source, make_dict_structure_fn(Source, converter, _cattrs_forbid_extra_keys=True, **records)
     )
+    converter.register_unstructure_hook_factory(_has_only_if_set, lambda kind: _unstructure_fields(converter, kind))
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
     return converter
@@ -247,6 +248,13 @@ def _converter() -> cattrs.Converter:
 
 def _is_part(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Part)
+
+
+def _has_only_if_set(kind: Any) -> bool:
+    """Whether it is a dataclass, no Part, with fields that are written only where they are set."""
+    if not dataclasses.is_dataclass(kind) or _is_part(kind):
+        return False
+    return any(ONLY_IF_SET.items() <= field.metadata.items() for field in dataclasses.fields(kind))
 
 
 def _part(converter: cattrs.Converter, values: Any, door: type[Part]) -> Part:

@@ -22,7 +22,7 @@ from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.regularisers import Distillation, Regulariser
-from mtl_jax.weighting import Rule, schedules
+from mtl_jax.weighting import Rule, blind, schedules
 
 
 def needs_task_gradients(rule: Rule) -> bool:
@@ -156,8 +156,13 @@ def _peak(experiment: Experiment, phase: Phase) -> float:
 
 
 def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
-    """The rule of a phase; `equal` replaces one that compares task gradients where no shared parameter trains."""
+    """The rule of a phase; `equal` replaces one that compares task gradients where no shared parameter trains.
+
+    Of a private run, it does not see the losses.
+    """
     rule = rule_of(experiment, phase)
+    if experiment.optimizer.private.clip:
+        return blind.blind(rule)
     if needs_task_gradients(rule) and not trains_trunk:
         equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
         return equal._replace(weighs_heads=rule.weighs_heads)  # heads are weighted in the same way in all phases

@@ -18,10 +18,11 @@ from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, stream
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.mixture_schedule import ScheduleSequence
+from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
 from mtl_jax.tasks import Task, label_names
-from mtl_jax.training import gram_gradient, phase_plan, text_evaluation
+from mtl_jax.training import gram_gradient, phase_plan, privacy, private_gradient, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.phase_plan import PhasePlan
@@ -52,11 +53,12 @@ class Prepared(NamedTuple):
         anchor_runs: {EWC: the run whose parameters it stays near}; only those that name another run.
         compared_tasks: {regulariser: the tasks whose outputs it compares}; only those that name tasks or imitate logits.
         copies: The numbers of training rows that are copies of held-out rows, for data.json; {} where there are none.
+        facts: What the run knows of itself at a step, beside its metrics, such as the epsilon that it has spent.
     """
 
     experiment: Experiment
     corpus: Corpus
-    schedule: ScheduleSequence
+    schedule: ScheduleSequence | PoissonSchedule
     trunk: Trunk
     params: Any
     plans: list[PhasePlan]
@@ -66,6 +68,7 @@ class Prepared(NamedTuple):
     anchor_runs: dict[str, TrainedRun]
     compared_tasks: dict[str, list[str]]
     copies: dict[str, Any]
+    facts: privacy.Facts = privacy.Facts()
 
 
 def prepare(experiment: Experiment) -> Prepared:
@@ -76,8 +79,10 @@ def prepare(experiment: Experiment) -> Prepared:
     """
     experiment = select(experiment)
     check(experiment)
+    privacy.check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
+    private_gradient.check(experiment.optimizer.private, experiment.batch.rows, meshes.shards(mesh))
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
     data = copies.data
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
@@ -95,6 +100,8 @@ def prepare(experiment: Experiment) -> Prepared:
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
+    experiment, facts, budget_notes = privacy.within_budget(experiment, corpus, schedule)
+    corpus.notes.extend(budget_notes)
     params = init_params(trunk, corpus.tasks, experiment.seed)
     opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
     for teacher in opened.teachers.values():
@@ -106,7 +113,7 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record, facts)
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:
@@ -158,6 +165,8 @@ def initial_state(prepared: Prepared) -> TrainState:
     rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
     average = averaging.make(prepared.experiment.averaging).init(trained)
     state = create(prepared.params, plan.optimizer.init(trained), rule_state, prepared.experiment.seed, average)
+    if prepared.experiment.optimizer.private.secret:
+        state = state._replace(key=privacy.noise_key(prepared.experiment))
     return _place(state, prepared)
 
 

@@ -17,6 +17,7 @@ from .core.errors import Interrupted as Interrupted
 from .core.errors import UserError as UserError
 from .core.hooks import Hooks as Hooks
 from .data.batches import Batching as Batching
+from .data.source import Canaries as Canaries
 from .data.source import Source as Source
 from .experiment import Checkpoints as Checkpoints
 from .experiment import Evaluation as Evaluation
@@ -25,6 +26,7 @@ from .experiment import Phase as Phase
 from .inference.answer_texts import summarize as summarize
 from .inference.answer_texts import translate as translate
 from .inference.export import convert as convert
+from .inference.memorisation import memorisation as memorisation
 from .inference.predict import Model as Model
 from .inference.predict import evaluate as evaluate
 from .inference.predict import load_model as load_model

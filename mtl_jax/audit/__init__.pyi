@@ -9,6 +9,9 @@ from .deidentification import moved as moved
 from .deidentification import people_of as people_of
 from .experiment_audit import Audit as Audit
 from .experiment_audit import of_experiment as of_experiment
+from .membership import Membership as Membership
+from .membership import exposure as exposure
+from .membership import membership as membership
 from .overlaps import Conflict as Conflict
 from .overlaps import Example as Example
 from .overlaps import Overlap as Overlap

@@ -46,17 +46,17 @@ def test_a_row_that_is_not_finite_counts_nothing(bad):
 
 
 def test_the_noise_has_the_stated_deviation_and_is_independent():
-    rows = {"a": jnp.zeros((1, 50_000)), "b": jnp.zeros((1, 50_000))}
+    rows = {"a": jnp.zeros((1, 20_000)), "b": jnp.zeros((1, 20_000))}
     first = private_gradient(rows, jax.random.key(0), clip=2.0, noise=1.5, expected=10.0)
     second = private_gradient(rows, jax.random.key(1), clip=2.0, noise=1.5, expected=10.0)
     again = private_gradient(rows, jax.random.key(0), clip=2.0, noise=1.5, expected=10.0)
     for leaf in (first["a"], first["b"], second["a"]):
         assert float(leaf.std()) == pytest.approx(1.5 * 2.0 / 10.0, rel=0.02)
-        assert abs(float(leaf.mean())) < 0.3 / math.sqrt(50_000) * 4
+        assert abs(float(leaf.mean())) < 0.3 / math.sqrt(20_000) * 4
         standard = np.asarray(leaf) / 0.3
         assert np.mean(standard**4) == pytest.approx(3.0, rel=0.05)
     for other in (first["b"], second["a"]):
-        assert abs(np.corrcoef(first["a"], other)[0, 1]) < 4 / math.sqrt(50_000)
+        assert abs(np.corrcoef(first["a"], other)[0, 1]) < 4 / math.sqrt(20_000)
     np.testing.assert_array_equal(first["a"], again["a"])
 
 
@@ -70,7 +70,7 @@ def test_rdp_is_the_published_accountant(noise, rate, steps, epsilon, tighter):
 
 
 def test_rdp_gives_published_numbers():
-    """Abadi et al., 2016: 1.26. The manual of Opacus, by few orders: 2.39. Both convert as was done before Balle et al., 2020."""
+    """Abadi et al., 2016: 1.26. The manual of Opacus, by few orders: 2.39. Both convert as before Balle et al., 2020."""
     for noise, rate, steps, orders, epsilon in (
         (4.0, 0.01, 10_000, accountants.ORDERS, 1.26),
         (1.0, 0.01, 300, (2, 5, 10, 20, 100), 2.39),
@@ -96,16 +96,16 @@ def test_pld_is_that_of_dp_accounting():
 
 def test_noise_and_steps_stay_within_a_budget():
     def epsilon_of(noise):
-        return accountants.rdp(noise, [(0.05, 300)], 1e-5)
+        return 2.0 / noise**1.5
 
     noise = accountants.noise_for(epsilon_of, 3.0)
     assert epsilon_of(noise) <= 3.0 < epsilon_of(noise - 0.002)
+    assert accountants.noise_for(epsilon_of, 0.03) == pytest.approx((2 / 0.03) ** (2 / 3), abs=0.001)
 
     def after(steps):
-        return accountants.rdp(1.0, [(0.05, steps)], 1e-5)
+        return 0.3 * steps**0.5
 
-    steps = accountants.steps_within(after, 3.0, 1000)
-    assert after(steps) <= 3.0 < after(steps + 1)
+    assert accountants.steps_within(after, 3.0, 1000) == 100
     assert accountants.steps_within(after, 1e3, 1000) == 1000
     assert accountants.steps_within(after, 1e-9, 1000) == 0
     with pytest.raises(UserError, match=r"optimizer\.private\.epsilon is 1e-09: no noise"):

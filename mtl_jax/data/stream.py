@@ -90,8 +90,7 @@ def stream(
         raise UserError(f"batch.rows is {batching.rows}; it must be a multiple of the {hosts} hosts")
     if batching.buckets and hosts > 1:
         raise UserError("batch.buckets are for one host: several hosts would choose different row lengths")
-    if batching.sampling == "poisson" and hosts > 1:
-        raise UserError(f"batch.sampling poisson is for one process, and this run has {hosts}")
+    check_hosts(batching, hosts)
     plan = (PoissonPlan if batching.sampling == "poisson" else Plan)(
         sources=tuple(_train_arrays(corpus)),
         tasks=tuple(corpus.tasks),
@@ -103,6 +102,12 @@ def stream(
         hosts=hosts,
     )
     return Stream(plan)
+
+
+def check_hosts(batching: Batching, hosts: int) -> None:
+    """Raises UserError where so many hosts cannot draw the rows of a batch."""
+    if batching.sampling == "poisson" and hosts > 1:
+        raise UserError(f"batch.sampling poisson is for one process, and this run has {hosts}")
 
 
 def _train_arrays(corpus: Corpus) -> list[SourceArrays]:

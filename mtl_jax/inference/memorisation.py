@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,16 +166,16 @@ def memorisation(
                 raise UserError(
                     f"{workdir}: source {task.source!r} has {count(len(part), f'{where} row')}, and membership needs {FEWEST}"
                 )
+        row_losses = make_row_losses(run, task)
         examples = [_examples(run, task, part) for part in (members, others)]
-        by_side = [row_losses(run, task, part) for part in examples]
+        by_side = [row_losses(part) for part in examples]
         kept = [np.isfinite(side) for side in by_side]
         scores = {"loss": tuple(-side[keep] for side, keep in zip(by_side, kept, strict=True))}
         group, groups = _groups(task, examples, kept)
         scores[group] = within_groups(*scores["loss"], groups)
         if other is not None:
-            of_reference = [
-                row_losses(other, other.task(task.name), _examples(other, task, part)) for part in (members, others)
-            ]
+            reference_losses = make_row_losses(other, other.task(task.name))
+            of_reference = [reference_losses(_examples(other, task, part)) for part in (members, others)]
             differences = [theirs - ours for theirs, ours in zip(of_reference, by_side, strict=True)]
             scores["reference"] = tuple(side[np.isfinite(side)] for side in differences)
         memberships[task.name] = {name: membership(*pair, resamples=resamples, seed=seed) for name, pair in scores.items()}
@@ -184,19 +184,23 @@ def memorisation(
         }
         source = _source(run, task, sources)
         if source.canaries.count:
-            exposures[task.name] = _exposure(run, task, source, sides[0][task.source], candidates)
+            maker = Maker(source, run.tasks, sides[0][task.source])
+            rows_of_canaries = [maker.row(n, trial) for n in range(source.canaries.count) for trial in range(candidates + 1)]
+            exposures[task.name] = _exposure(source, row_losses(_examples(run, task, rows_of_canaries)), candidates)
     return Memorisation(run.step, memberships, exposures, losses)
 
 
-def row_losses(run: TrainedRun, task: Task, examples: Examples) -> np.ndarray:
-    """f64[rows], the mean loss over a row's labels; NaN where it has none.
+def make_row_losses(run: TrainedRun, task: Task) -> Callable[[Examples], np.ndarray]:
+    """A function from rows of a task's source, with its labels, to f64[rows]: the mean loss over a row's labels.
+
+    The loss is without dropout, and NaN where a row has no label; of a long row the windows count together.
 
     Args:
         run: The run.
         task: A task of it.
-        examples: Rows of the task's source with its labels; of a long row the windows count together.
     """
     encode = encode_tokens(run.trunk.module, needed_fields((task,)))
+    batching = dataclasses.replace(run.experiment.batch, packed=False, buckets=())
 
     @jax.jit
     def losses(params: Any, batch: Batch) -> Any:
@@ -208,15 +212,17 @@ def row_losses(run: TrainedRun, task: Task, examples: Examples) -> np.ndarray:
 
         return jax.vmap(of_row)(outputs, batch)
 
-    batching = dataclasses.replace(run.experiment.batch, packed=False, buckets=())
-    sums = np.zeros((len(examples.data), 2))
-    for batch in eval_batches([examples], batching, (task,)):
-        totals, counts = jax.device_get(losses(run.params, batch))
-        present = batch.index[:, 0] >= 0
-        places = examples.row_of[batch.index[present, 0] - examples.first_id]
-        np.add.at(sums, places, np.stack([totals[present], counts[present]], axis=1))
-    with np.errstate(invalid="ignore"):
-        return sums[:, 0] / sums[:, 1]
+    def row_losses(examples: Examples) -> np.ndarray:
+        sums = np.zeros((len(examples.data), 2))
+        for batch in eval_batches([examples], batching, (task,)):
+            totals, counts = jax.device_get(losses(run.params, batch))
+            present = batch.index[:, 0] >= 0
+            places = examples.row_of[batch.index[present, 0] - examples.first_id]
+            np.add.at(sums, places, np.stack([totals[present], counts[present]], axis=1))
+        with np.errstate(invalid="ignore"):
+            return sums[:, 0] / sums[:, 1]
+
+    return row_losses
 
 
 def _source(run: TrainedRun, task: Task, sources: Sequence[Source]) -> Source:
@@ -282,11 +288,10 @@ def _groups(task: Task, examples: Sequence[Examples], kept: Sequence[np.ndarray]
     return "length", [np.searchsorted(edges, lengths) for lengths in values]
 
 
-def _exposure(run: TrainedRun, task: Task, source: Source, train: Sequence[Row], candidates: int) -> Exposure:
-    maker = Maker(source, run.tasks, train)
-    rows = [maker.row(number, trial) for number in range(source.canaries.count) for trial in range(candidates + 1)]
-    losses = row_losses(run, task, _examples(run, task, rows)).reshape(source.canaries.count, candidates + 1)
-    exposures = [exposure(losses_C[0], losses_C[1:]) for losses_C in losses if np.isfinite(losses_C[0])]
+def _exposure(source: Source, losses: np.ndarray, candidates: int) -> Exposure:
+    """From the losses of each canary and, after it, of its candidates."""
+    by_canary = losses.reshape(source.canaries.count, candidates + 1)
+    exposures = [exposure(losses_C[0], losses_C[1:]) for losses_C in by_canary if np.isfinite(losses_C[0])]
     if not exposures:
-        raise UserError(f"source {source.name!r}: none of its canaries has a label for task {task.name!r}")
+        raise UserError(f"source {source.name!r}: none of its canaries has a label")
     return Exposure(exposures, candidates, source.canaries.repeats)

@@ -29,6 +29,7 @@ from mtl_jax.tasks import Task
 from mtl_jax.tasks.label_names import LabelNames
 from mtl_jax.tasks.metrics import METRICS
 from mtl_jax.training import workdir as workdirs
+from mtl_jax.transfer.accountants import ACCOUNTANTS
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.trunks import TrunkConfig
@@ -64,6 +65,7 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
         (METRICS, [name for task in experiment.tasks for name in (task.metric, *task.more_metrics)]),
         (READERS, [source.format for source in experiment.sources]),
         (mixture.MIXTURES, [batch.mixture, batch.mixture_end, *(phase.mixture for phase in experiment.phases)]),
+        (ACCOUNTANTS, [experiment.optimizer.private.accountant]),
     ):
         for name in (re.split("[:(]", name)[0].strip() for name in names):  # without its options
             if name in registry:

@@ -142,12 +142,17 @@ def within_budget(experiment: Experiment, corpus: Corpus, schedule: Any) -> Budg
                 f"private: the budget, epsilon {private.epsilon:g}, ends the run after {count(allowed, 'step')} of {steps}"
             )
             steps = allowed
-    final = _record(private, schedule, steps)
-    guarantee = "nothing is guaranteed" if final["epsilon"] == math.inf else f"epsilon {final['epsilon']:.3g}"
+    final = spent(private, private.noise, schedule, steps)
+    guarantee = "nothing is guaranteed" if final == math.inf else f"epsilon {final:.3g}"
     notes.append(
         f"private: clip {private.clip:g}, noise {private.noise:g}, {guarantee} at delta {private.delta:g} "
         f"by {private.accountant}"
     )
+    if private.noise and final == math.inf:
+        notes.append(
+            "private: for a guarantee, add noise, or make batches of more than batch.rows rows less likely by a smaller "
+            "batch.expected_rows"
+        )
     if not private.secret and private.noise:
         notes.append(
             "private: noise and drawn rows follow from the seed, so the guarantee holds only against those who do not know it; "

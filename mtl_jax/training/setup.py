@@ -82,6 +82,7 @@ def prepare(experiment: Experiment) -> Prepared:
     privacy.check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
+    stream.check_hosts(experiment.batch, jax.process_count())
     private_gradient.check(experiment.optimizer.private, experiment.batch.rows, meshes.shards(mesh))
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
     data = copies.data

@@ -33,7 +33,7 @@ ON_DATA = {
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
-    "ablate_weights.py",
+    *("ablate_weights.py", "private_training.py"),
 }
 
 

@@ -57,10 +57,17 @@ class PoissonSchedule:
         return rates
 
     def overflow(self, steps: int) -> float:
-        """A bound on the probability that any of the first `steps` batches has more than `rows` rows."""
-        if sum(self.sizes.values()) <= self.rows:
+        """A bound on the probability that any of the first `steps` batches has more than `rows` rows.
+
+        It also holds for a data set with one example more.
+        """
+        if sum(self.sizes.values()) < self.rows:
             return 0.0
-        return steps * max(overflow(self.rows, sum(expected.values())) for _, expected in self.parts)
+        largest = [
+            sum(expected.values()) + max(rows / self.sizes[source] for source, rows in expected.items())
+            for _, expected in self.parts
+        ]
+        return steps * max(overflow(self.rows, expected) for expected in largest)
 
     def constant(self) -> bool:
         """Whether every step has the same rows of each source."""

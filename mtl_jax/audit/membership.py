@@ -8,7 +8,6 @@ Shapes in names: M members, N others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +95,7 @@ def true_positives(members_M: np.ndarray, others_N: np.ndarray, false_positives:
 
 
 def within_groups(
-    members_M: np.ndarray, others_N: np.ndarray, groups: tuple[Sequence, Sequence]
+    members_M: np.ndarray, others_N: np.ndarray, groups: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores minus the mean score of their group, members and others together: groups that are easy for the model count alike.
 
@@ -106,7 +105,7 @@ def within_groups(
         groups: The group of each member and of each other row, such as its label.
     """
     scores = np.concatenate([members_M, others_N])
-    _, group = np.unique(np.concatenate([np.asarray(groups[0]), np.asarray(groups[1])]), return_inverse=True)
+    _, group = np.unique(np.concatenate(groups), return_inverse=True)
     centred = scores - (np.bincount(group, scores) / np.bincount(group))[group]
     return centred[: len(members_M)], centred[len(members_M) :]
 

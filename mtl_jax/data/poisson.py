@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtl_jax.core.errors import UserError, unknown
@@ -82,7 +82,7 @@ class PoissonSchedule:
         return {source: min(self.rows, size) for source, size in self.sizes.items()}
 
 
-def schedule(batching: Any, sizes: Mapping[str, int], shares: list[tuple[int, Mapping[str, float]]]) -> PoissonSchedule:
+def schedule(batching: Any, sizes: Mapping[str, int], shares: Sequence[tuple[int, Mapping[str, float]]]) -> PoissonSchedule:
     """The schedule of a run.
 
     Args:

@@ -151,37 +151,37 @@ def memorisation(
             raise UserError(f"{name} is {number}; it must be at least {least}")
     run = open_run(Path(workdir))
     other = open_run(Path(reference)) if reference else None
-    names = list(tasks) or [task.name for task in run.tasks]
-    chosen = [run.task(name) for name in names]
+    chosen = [run.task(name) for name in tasks] or list(run.tasks)
     if other is not None:
-        for name in names:
-            other.task(name)
+        for task in chosen:
+            other.task(task.name)
     sides = _rows_of(run, Path(workdir), held_out, tuple(sources))
-    memberships, exposures, losses = {}, {}, {}
+    memberships: dict[str, dict[str, Membership]] = {}
+    exposures: dict[str, Exposure] = {}
+    losses: dict[str, dict[str, float]] = {}
     for task in chosen:
         rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
         members, others = (_sample(part[task.source], rows, rng) for part in sides)
         for where, part in (("training", members), (held_out, others)):
             if len(part) < FEWEST:
-                raise UserError(
-                    f"{workdir}: source {task.source!r} has {count(len(part), f'{where} row')}, and membership needs {FEWEST}"
-                )
+                has = count(len(part), f"{where} row")
+                raise UserError(f"{workdir}: source {task.source!r} has {has}, and membership needs {FEWEST}")
         row_losses = make_row_losses(run, task)
-        examples = [_examples(run, task, part) for part in (members, others)]
-        by_side = [row_losses(part) for part in examples]
-        kept = [np.isfinite(side) for side in by_side]
-        scores = {"loss": tuple(-side[keep] for side, keep in zip(by_side, kept, strict=True))}
-        group, groups = _groups(task, examples, kept)
-        scores[group] = within_groups(*scores["loss"], groups)
+        examples = _examples(run, task, members), _examples(run, task, others)
+        by_side = row_losses(examples[0]), row_losses(examples[1])
+        labelled = np.isfinite(by_side[0]), np.isfinite(by_side[1])
+        known = by_side[0][labelled[0]], by_side[1][labelled[1]]
+        kind, groups = _groups(task, examples, labelled)
+        scores = {"loss": (-known[0], -known[1]), kind: within_groups(-known[0], -known[1], groups)}
         if other is not None:
             reference_losses = make_row_losses(other, other.task(task.name))
-            of_reference = [reference_losses(_examples(other, task, part)) for part in (members, others)]
-            differences = [theirs - ours for theirs, ours in zip(of_reference, by_side, strict=True)]
-            scores["reference"] = tuple(side[np.isfinite(side)] for side in differences)
+            differences = [
+                reference_losses(_examples(other, task, part)) - ours
+                for part, ours in zip((members, others), by_side, strict=True)
+            ]
+            scores["reference"] = differences[0][labelled[0]], differences[1][labelled[1]]
         memberships[task.name] = {name: membership(*pair, resamples=resamples, seed=seed) for name, pair in scores.items()}
-        losses[task.name] = {
-            where: float(side[keep].mean()) for where, side, keep in zip(("train", held_out), by_side, kept, strict=True)
-        }
+        losses[task.name] = {"train": float(known[0].mean()), held_out: float(known[1].mean())}
         source = _source(run, task, sources)
         if source.canaries.count:
             maker = Maker(source, run.tasks, sides[0][task.source])
@@ -275,17 +275,19 @@ def _examples(run: TrainedRun, task: Task, rows: Sequence[Row]) -> Examples:
     return examples._replace(place=run.source_index(task.name))
 
 
-def _groups(task: Task, examples: Sequence[Examples], kept: Sequence[np.ndarray]) -> tuple[str, Any]:
+def _groups(
+    task: Task, examples: Sequence[Examples], labelled: Sequence[np.ndarray]
+) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
     """What rows are alike in, and the group of each row: its label, where labels are names; else its length in tokens."""
     by_label = task.level == "example" and task.labels and not task.label_shape
     values = []
-    for part, keep in zip(examples, kept, strict=True):
+    for part, keep in zip(examples, labelled, strict=True):
         lengths = np.bincount(part.row_of, [len(tokens) for tokens in part.tokens], minlength=len(part.data))
         values.append((np.asarray(part.labels[task.name]) if by_label else lengths)[keep])
     if by_label:
-        return "label", values
+        return "label", (values[0], values[1])
     edges = np.quantile(np.concatenate(values), np.linspace(0, 1, LENGTH_GROUPS + 1)[1:-1])
-    return "length", [np.searchsorted(edges, lengths) for lengths in values]
+    return "length", (np.searchsorted(edges, values[0]), np.searchsorted(edges, values[1]))
 
 
 def _exposure(source: Source, losses: np.ndarray, candidates: int) -> Exposure:

@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.corpus import Corpus
@@ -103,10 +104,10 @@ def check(experiment: Experiment) -> None:
     secret_of(private)
 
 
-def noise_key(experiment: Experiment) -> np.ndarray:
+def noise_key(experiment: Experiment) -> jax.Array:
     """u32[2], the key of the run, from which noise and dropout follow."""
     seed = seed_of(experiment.optimizer.private, experiment.seed, "noise", 8)
-    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
 
 
 def within_budget(experiment: Experiment, corpus: Corpus, schedule: Any) -> Budget:

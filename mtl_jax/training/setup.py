@@ -101,7 +101,7 @@ def prepare(experiment: Experiment) -> Prepared:
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
-    experiment, facts, budget_notes = privacy.within_budget(experiment, corpus, schedule)
+    experiment, run_facts, budget_notes = privacy.within_budget(experiment, corpus, schedule)
     corpus.notes.extend(budget_notes)
     params = init_params(trunk, corpus.tasks, experiment.seed)
     opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
@@ -114,7 +114,7 @@ def prepare(experiment: Experiment) -> Prepared:
     tasks_by_name = {task.name: task for task in corpus.tasks}
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
-    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record, facts)
+    return Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, copies.record, run_facts)
 
 
 def _check_tokens(experiment: Experiment, corpus: Corpus, tables: coverage.Tables, tokenizer: Any) -> None:

@@ -114,7 +114,7 @@ def experiment(comparison: Comparison, epsilon: float, seed: int) -> Experiment:
             rows=256,
             row_length=64,
             packed=False,
-            buckets=(32,),
+            buckets=(16, 24, 32, 48),
             sampling="poisson",
             mixture="fixed",
             shares={name: float(rows) for name, rows in ROWS.items()},

@@ -200,7 +200,7 @@ def make_row_losses(run: TrainedRun, task: Task) -> Callable[[Examples], np.ndar
         task: A task of it.
     """
     encode = encode_tokens(run.trunk.module, needed_fields((task,)))
-    batching = dataclasses.replace(run.experiment.batch, packed=False, buckets=())
+    batching = dataclasses.replace(run.experiment.batch, packed=False)
 
     @jax.jit
     def losses(params: Any, batch: Batch) -> Any:

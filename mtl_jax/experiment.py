@@ -17,14 +17,13 @@ from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
 from mtl_jax.tasks import Task
 from mtl_jax.transfer import adapters as adapting
-from mtl_jax.transfer import averaging, freezing, loading, regularisers
+from mtl_jax.transfer import averaging, freezing, loading, private, regularisers
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.loading import InitFrom
 from mtl_jax.transfer.optimizer import Optimizer
 from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.transfer.phases import Phase as Phase
-from mtl_jax.transfer.private import seed_of
 from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.trunks import Pretrained, TrunkConfig
 
@@ -212,7 +211,7 @@ def weighs_heads(experiment: Experiment, rule: weighting.Rule) -> bool:
 def data_seed_of(experiment: Experiment) -> int:
     """The seed of the data order."""
     seed = experiment.seed if experiment.data_seed is None else experiment.data_seed
-    return seed_of(experiment.optimizer.private, seed, "rows", 16)
+    return private.seed_of(experiment.optimizer.private, seed, "rows", 16)
 
 
 def keep_head_weights(experiment: Experiment, stored: Any) -> Experiment:

@@ -28,7 +28,7 @@ from mtl_jax import (
 )
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
-from mtl_jax.experiment import check
+from mtl_jax.experiment import check, data_seed_of
 from mtl_jax.models.trunk_output import Encoded, segment_mean
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import privacy
@@ -248,6 +248,18 @@ def test_what_is_private_is_allowed(bert, data):
     refused(bert, data, regularisers=(L2SP(),), averaging="ema")
     refused(bert, data, weighting="scheduled", weights={"rating": 1.0, "coarse": "linear_schedule(1.0, 0.0, 9)", "fine": 2.0})
     refused(bert, data, combinators=("normalized",))
+
+
+def test_a_secret_file_decides_the_key_of_a_run(tmp_path):
+    (tmp_path / "key").write_bytes(bytes(32))
+    of_private = {"optimizer": optimizers.Optimizer(private=Private(clip=1.0, noise=1.0, secret=str(tmp_path / "key")))}
+    keys = [privacy.noise_key(private_experiment("", "", seed=seed, **of_private)) for seed in (0, 1)]
+    assert keys[0].shape == (2,)
+    assert keys[0].dtype == create({}, (), (), 0).key.dtype
+    assert keys[0].tolist() != keys[1].tolist()
+    data_seeds = {data_seed_of(private_experiment("", "", seed=seed, **of_private)) for seed in (0, 1)}
+    assert len(data_seeds) == 2
+    assert min(data_seeds) > 2**64
 
 
 def test_rules_that_read_losses_are_found_by_their_programs():

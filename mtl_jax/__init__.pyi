@@ -19,6 +19,7 @@ from .core.errors import Interrupted as Interrupted
 from .core.errors import UserError as UserError
 from .core.hooks import Hooks as Hooks
 from .data.batches import Batching as Batching
+from .data.source import Canaries as Canaries
 from .data.source import Source as Source
 from .experiment import Checkpoints as Checkpoints
 from .experiment import Evaluation as Evaluation
@@ -27,6 +28,7 @@ from .experiment import Phase as Phase
 from .inference.answer_texts import summarize as summarize
 from .inference.answer_texts import translate as translate
 from .inference.export import convert as convert
+from .inference.memorisation import memorisation as memorisation
 from .inference.predict import Model as Model
 from .inference.predict import evaluate as evaluate
 from .inference.predict import load_model as load_model
@@ -58,6 +60,7 @@ from .transfer.adapters import adapters_only as adapters_only
 from .transfer.adapters import bitfit as bitfit
 from .transfer.loading import InitFrom as InitFrom
 from .transfer.optimizer import Optimizer as Optimizer
+from .transfer.private import Private as Private
 from .trunks import Embedding as Embedding
 from .trunks import Pretrained as Pretrained
 from .trunks import Transformer as Transformer

@@ -17,7 +17,7 @@ from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
 from mtl_jax.tasks import Task
 from mtl_jax.transfer import adapters as adapting
-from mtl_jax.transfer import averaging, freezing, loading, regularisers
+from mtl_jax.transfer import averaging, freezing, loading, private, regularisers
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.loading import InitFrom
@@ -214,7 +214,8 @@ def weighs_heads(experiment: Experiment, rule: weighting.Rule) -> bool:
 
 def data_seed_of(experiment: Experiment) -> int:
     """The seed of the data order."""
-    return experiment.seed if experiment.data_seed is None else experiment.data_seed
+    seed = experiment.seed if experiment.data_seed is None else experiment.data_seed
+    return private.seed_of(experiment.optimizer.private, seed, "rows", 16)
 
 
 def keep_head_weights(experiment: Experiment, stored: Any) -> Experiment:

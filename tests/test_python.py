@@ -24,7 +24,7 @@ from mtl_jax.training.loggers import LOGGERS
 
 NAMES = [
     *("train", "ablate", "take", "predict", "evaluate", "load_model", "convert", "merge", "translate", "summarize"),
-    *("results", "report", "register_logger", "Hooks", "deidentify"),
+    *("memorisation", "results", "report", "register_logger", "Hooks", "deidentify"),
 ]
 
 

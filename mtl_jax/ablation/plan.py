@@ -99,6 +99,11 @@ def runs(
         raise UserError("nothing varies: give --vary FIELD=VALUES, --methods or --seeds; one run is trained by its script")
     for run in different.values():
         check(run.experiment)
+        if run.experiment.optimizer.private.clip:
+            raise UserError(
+                "optimizer.private: the runs of an ablation learn from the same rows, and what they spend adds up; train each "
+                "by its script"
+            )
     width = max(4, len(str(len(different) - 1)))
     return [run._replace(name=f"{number:0{width}d}") for number, run in enumerate(different.values())]
 

@@ -10,6 +10,9 @@ from .deidentified_rows import Deidentify as Deidentify
 from .experiment_audit import Audit as Audit
 from .experiment_audit import of_experiment as of_experiment
 from .meaning import Meaning as Meaning
+from .membership import Membership as Membership
+from .membership import exposure as exposure
+from .membership import membership as membership
 from .overlaps import Conflict as Conflict
 from .overlaps import Example as Example
 from .overlaps import Overlap as Overlap

@@ -45,7 +45,7 @@ def affinity(
     """
     from mtl_jax.affinity.experiment_affinity import of_experiment, table
 
-    _check_json(json)
+    check_json(json)
     experiment = scripts.read(script, "rank")
     options = {"rows": rows, "layer": layer, "resamples": resamples, "seed": seed}
     result = of_experiment(experiment, target, estimators, runs=runs, **options)
@@ -81,7 +81,7 @@ def audit(
 
     check(near, "--near")
     check(close, "--close")
-    _check_json(json)
+    check_json(json)
     result = audits.of_experiment(scripts.read(script, "audit"), near, embeddings=embeddings, close=close)
     if json:
         write_json(Path(json), result.to_json(texts))
@@ -164,7 +164,7 @@ def plan(
     from mtl_jax import planning
     from mtl_jax.planning.plan_table import table
 
-    _check_json(json)
+    check_json(json)
     jax.config.update("jax_platforms", "cpu")  # a compiler for devices that are not here must not look for them
     plans = planning.plan(scripts.read(script, "plan"), topology, rows)
     print(table(plans))
@@ -174,7 +174,7 @@ def plan(
         print(f"the numbers are in {json}")
 
 
-def _check_json(path: str) -> None:
+def check_json(path: str) -> None:
     """Raises UserError, before any work, where a file cannot be written."""
     if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
         raise UserError(f"--json {path}: name a file in a directory that exists")

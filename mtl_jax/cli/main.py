@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
-from mtl_jax.cli.before_training import affinity, audit, deidentify, plan
+from mtl_jax.cli.before_training import affinity, audit, check_json, deidentify, plan
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.core.files import to_json
+from mtl_jax.core.files import to_json, write_json
 from mtl_jax.core.text_lines import lines_of, object_of, print_lines, read_bytes
 
 DESCRIPTION = "Uses, compares and converts finished runs and checkpoints. Runs are trained by scripts: python SCRIPT.py --help."
@@ -143,6 +144,42 @@ def merge(
     print(f"everything is in {target}")
 
 
+def memorisation(
+    workdir: Annotated[str, tyro.conf.Positional],
+    /,
+    task: tuple[str, ...] = (),
+    reference: str = "",
+    held_out: str = "test",
+    rows: int = 2000,
+    candidates: int = 255,
+    seed: int = 0,
+    json: str = "",
+) -> None:
+    """What a run remembers of its training rows: membership inference by loss, and the exposure of canaries.
+
+    Prints for each task how well losses tell training rows from held-out rows: AUC (0.5: not at all) with a 95 % interval, and
+    the share of training rows above the score that 1 % of the others exceed; then how much the run knows about the canaries of
+    its sources, in bits.
+
+    Args:
+        workdir: The run's workdir; its training rows are read again.
+        task: Tasks of the run. Default: all.
+        reference: The workdir of a run with the same tasks that was not trained on these rows, whose losses are subtracted.
+        held_out: The rows that the run was not trained on: test or dev.
+        rows: The most rows of each side, chosen at random.
+        candidates: Rows that could have been planted, for each canary.
+        seed: Of the chosen rows and the intervals.
+        json: A file to write the same to, as JSON.
+    """
+    from mtl_jax.inference.memorisation import memorisation as measure
+
+    check_json(json)
+    result = measure(workdir, task, reference=reference, held_out=held_out, rows=rows, candidates=candidates, seed=seed)
+    if json:
+        write_json(Path(json), result.to_json())
+    print(result)
+
+
 def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     """The table of results of a finished run, or mean and standard deviation over several runs.
 
@@ -183,6 +220,7 @@ def console() -> None:
         "take": take,
         "audit": audit,
         "deidentify": deidentify,
+        "memorisation": memorisation,
         "plan": plan,
         "results": results,
         "report": report,

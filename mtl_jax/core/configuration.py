@@ -139,6 +139,8 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("Optimizer.b1", "Optimizer.b2"), RATE),
     **dict.fromkeys(("Optimizer.eps", "ParamRule.rate", "Distillation.temperature", "Regression.scale"), POSITIVE),
     "Optimizer.ratio": Limits(1, LARGEST),
+    "Private.delta": Limits(0, 1, above=True, below=True),
+    **dict.fromkeys(("Private.micro_batch", "Canaries.repeats", "Canaries.words"), COUNT),
     **dict.fromkeys(("Regression.minimum", "Regression.maximum"), UNBOUNDED),
     **dict.fromkeys(("Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"), ANY),
     **dict.fromkeys(("Experiment.weighting_options", "Experiment.weights", "Phase.weights"), ANY),  # checked by the rules

@@ -20,6 +20,7 @@ from mtl_jax.data.batches import Batch, Batching, SourceArrays, fill
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.packing import best_fit
+from mtl_jax.data.poisson import PoissonSchedule
 
 # The examples of so many rows are packed together: whole passes of a small source, parts of a pass of a large one.
 FEWEST_ROWS, MOST_ROWS = 16, 1024
@@ -57,7 +58,7 @@ class Plan:
     tasks: tuple[Labels, ...]
     types: bool
     batching: Batching
-    schedule: ScheduleSequence
+    schedule: ScheduleSequence | PoissonSchedule
     seed: int
     host: int
     hosts: int
@@ -84,6 +85,7 @@ class Plan:
             state: A position.
             caches: One for each source, kept between calls.
         """
+        assert isinstance(self.schedule, ScheduleSequence)
         counts = self.schedule.counts(state["step"])
         dealt_HxN = rows_per_host(np.array(list(counts.values())), np.array(state["dealt"]), self.batching.rows // self.hosts)
         state["dealt"] = (np.array(state["dealt"]) + dealt_HxN).tolist()
@@ -140,6 +142,25 @@ class Plan:
             return np.random.default_rng([self.seed, zlib.crc32(source.source.encode()), ticket])
 
         return fill(self.sources, rows, self.tasks, self.batching, self.batching.rows // self.hosts, self.types, generator)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoissonPlan(Plan):
+    """The plan of batches whose examples are drawn independently, each in a row of its own; on one host."""
+
+    def advance(self, state: dict[str, Any], caches: Sequence[PlanCache]) -> list[tuple[int, np.ndarray]]:
+        """The rows of the next step, in the form that `fill` takes; moves `state` past them."""
+        assert isinstance(self.schedule, PoissonSchedule)
+        step, rates = state["step"], self.schedule.rates(state["step"])
+        state["step"] += 1
+        rows: list[tuple[int, np.ndarray]] = []
+        for number, source in enumerate(self.sources):
+            rng = np.random.default_rng([self.seed, zlib.crc32(source.source.encode()), step, 2])
+            # So many, and which, is the same as a decision for each example, in less time.
+            drawn = rng.choice(len(source), rng.binomial(len(source), rates[source.source]), replace=False)
+            rows += [(number, np.array([step * len(source) + example])) for example in drawn.tolist()]
+        kept = np.random.default_rng([self.seed, step, 3]).permutation(len(rows))[: self.batching.rows]
+        return [rows[n] for n in kept.tolist()]
 
 
 def rows_per_host(counts_N: np.ndarray, dealt_HxN: np.ndarray, host_rows: int) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError
-from mtl_jax.data import mixture
+from mtl_jax.core.parts import ONLY_IF_SET
+from mtl_jax.data import mixture, poisson
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import TOKEN_LEVELS, Labels
 from mtl_jax.data.packing import best_fit
@@ -44,6 +45,11 @@ class Batching(Configuration):
         accumulate: Number of parts that a training batch is processed in, one after another, if its activations do not fit in
             memory; divides rows. The step is the same as with the whole batch.
         workers: Processes that make training batches; 0: a thread. The batches are the same.
+        sampling: How the examples of a training batch are drawn. shuffled: pass after pass, each in a new order. poisson: in
+            every step each example independently, with one probability for the examples of a source, so that a batch has as
+            many as chance gives; private training needs it.
+        expected_rows: For the sampling poisson: the expected number of rows of a batch. A batch that has more than rows loses
+            the others. 0: the most for which that happens once in 10^16 batches.
     """
 
     rows: int = 32
@@ -57,6 +63,8 @@ class Batching(Configuration):
     buckets: tuple[int, ...] = ()
     accumulate: int = 1
     workers: int = 0
+    sampling: str = dataclasses.field(default="shuffled", metadata=ONLY_IF_SET)
+    expected_rows: int = dataclasses.field(default=0, metadata=ONLY_IF_SET)
 
     @property
     def slots(self) -> int:
@@ -112,6 +120,7 @@ def check(batching: Batching) -> None:
         raise UserError(f"batch.buckets must be ascending lengths of at most batch.row_length, {batching.row_length}")
     if batching.rows % batching.accumulate:
         raise UserError(f"batch.accumulate is {batching.accumulate}; it must divide batch.rows, {batching.rows}")
+    poisson.check(batching)
 
 
 @dataclasses.dataclass(frozen=True)

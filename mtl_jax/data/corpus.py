@@ -12,7 +12,7 @@ import numpy as np
 
 from mtl_jax.core import assets, row_texts
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.data import row_edits
+from mtl_jax.data import canaries, row_edits
 from mtl_jax.data.examples import Counts, Examples, label_remarks, length_remark, read_examples, readable
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.label_notes import absent_labels, conflicting_labels
@@ -78,6 +78,8 @@ def update_digest(digest: Any, values: Any) -> None:
 def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str, Splits]:
     """Reads the sources that the tasks use; no text in dev or test of one source is a training text of another.
 
+    The canaries of a source stand after its other training rows.
+
     Raises:
         UserError: A source cannot be read.
     """
@@ -85,7 +87,8 @@ def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str
     for source in sources:
         if source.name in used:
             row_edits.check(source)
-    return without_shared_texts({source.name: read(source, tasks) for source in sources if source.name in used})
+    data = without_shared_texts({source.name: read(source, tasks) for source in sources if source.name in used})
+    return {source.name: canaries.planted(source, tasks, data[source.name]) for source in sources if source.name in used}
 
 
 def texts(sources: Sequence[Source], tasks: Sequence[Labels], data: dict[str, Splits], split: str) -> list[str]:

@@ -89,6 +89,23 @@ GivenRows = ScriptRows | Any | None  # whatever ScriptRows takes; a Source keeps
 
 
 @dataclasses.dataclass(frozen=True)
+class Canaries(Configuration):
+    """Rows of random words among a source's training rows.
+
+    Attributes:
+        count: How many different ones are planted; 0: none.
+        repeats: How often each is planted.
+        words: Random words of its text; of its target text, where a task writes texts.
+        seed: Seed of the words, and of the rows that give the other columns.
+    """
+
+    count: int = 0
+    repeats: int = 1
+    words: int = 8
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Source(Configuration):
     """Rows with a text and any number of other columns.
 
@@ -129,6 +146,7 @@ class Source(Configuration):
             does not start, and names ten. Rows of one text, case and spaces aside, are dropped in any case.
         near: The least similarity of near copies; at 0.7, one word in ten may differ.
         deidentify: How e-mail addresses, names and the like are replaced when rows are read, in all splits; None: not at all.
+        canaries: Rows of random words among the training rows, to measure what the model remembers.
         rows: In place of path, rows that the script has: a list of dicts, a pandas DataFrame, a datasets.Dataset, or a function
             without arguments that returns an iterator of dicts and is called for every pass. Values are texts, lists of words,
             numbers, None or answers. Not a flag.
@@ -158,6 +176,7 @@ class Source(Configuration):
     copies: str = "report"
     near: float = 0.7
     deidentify: RowEdit | None = None
+    canaries: Canaries = Canaries()
     rows: Annotated[GivenRows, Suppress] = None
     dev_rows: Annotated[GivenRows, Suppress] = None
     test_rows: Annotated[GivenRows, Suppress] = None

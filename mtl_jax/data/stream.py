@@ -19,11 +19,12 @@ from absl import flags
 from grain import experimental as grain_experimental
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.data import mixture_schedule
-from mtl_jax.data.batch_plan import Plan, PlanCache
+from mtl_jax.data import mixture, mixture_schedule, poisson
+from mtl_jax.data.batch_plan import Plan, PlanCache, PoissonPlan
 from mtl_jax.data.batches import Batch, Batching, SourceArrays, source_arrays
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.mixture_schedule import ScheduleSequence
+from mtl_jax.data.poisson import PoissonSchedule
 
 AHEAD = 4  # batches made ahead of the step
 
@@ -44,13 +45,17 @@ class MixturePhase(NamedTuple):
     shares: dict[str, float]
 
 
-def schedule(corpus: Corpus, batching: Batching, phases: Sequence[MixturePhase]) -> ScheduleSequence:
+def schedule(corpus: Corpus, batching: Batching, phases: Sequence[MixturePhase]) -> ScheduleSequence | PoissonSchedule:
     """The schedule that gives each row of a run its source.
 
     Raises:
         UserError: A mixture or a share is refused.
     """
-    sizes = {source.source: int(source.lengths.sum()) for source in _train_arrays(corpus)}
+    arrays = _train_arrays(corpus)
+    sizes = {source.source: int(source.lengths.sum()) for source in arrays}
+    if batching.sampling == "poisson":
+        by_phase = [(phase.steps, mixture.shares(phase.mixture, sizes, phase.shares)) for phase in phases]
+        return poisson.schedule(batching, {source.source: len(source) for source in arrays}, by_phase)
     return ScheduleSequence(
         tuple(mixture_schedule.schedule(p.mixture, p.mixture_end, p.shares, sizes, batching.rows, p.steps) for p in phases)
     )
@@ -85,7 +90,8 @@ def stream(
         raise UserError(f"batch.rows is {batching.rows}; it must be a multiple of the {hosts} hosts")
     if batching.buckets and hosts > 1:
         raise UserError("batch.buckets are for one host: several hosts would choose different row lengths")
-    plan = Plan(
+    check_hosts(batching, hosts)
+    plan = (PoissonPlan if batching.sampling == "poisson" else Plan)(
         sources=tuple(_train_arrays(corpus)),
         tasks=tuple(corpus.tasks),
         types=corpus.has_types,
@@ -96,6 +102,12 @@ def stream(
         hosts=hosts,
     )
     return Stream(plan)
+
+
+def check_hosts(batching: Batching, hosts: int) -> None:
+    """Raises UserError where so many hosts cannot draw the rows of a batch."""
+    if batching.sampling == "poisson" and hosts > 1:
+        raise UserError(f"batch.sampling poisson is for one process, and this run has {hosts}")
 
 
 def _train_arrays(corpus: Corpus) -> list[SourceArrays]:

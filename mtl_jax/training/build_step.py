@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import batch_parts, gradient, gram_gradient, held_out, task_gradients
@@ -15,6 +16,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, HeadInputs, cached_features, encode_tokens, needed_fields
 from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
 from mtl_jax.training.phase_plan import PhasePlan, needs_task_gradients
+from mtl_jax.training.private_gradient import row_by_row
 from mtl_jax.training.regularisation import output_losses, transforms
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_gradient_fn, make_train_step
@@ -98,8 +100,13 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
     needs, evaluate = plan.rule.held_out, encode_tokens(prepared.trunk.module, needed_fields(tasks))
     common = functools.partial(gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs)
+    trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
+    if experiment.optimizer.private.clip:
+        assert isinstance(prepared.schedule, PoissonSchedule)
+        of_row = gradient.make_backward(encode, weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads)
+        expected = prepared.schedule.expected(plan.start)
+        return row_by_row(of_row, weighted, experiment.optimizer.private, expected, prepared.mesh), None
     if not needs_task_gradients(plan.rule):
-        trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
         of_losses = common(weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads, regularisers=regularisers)
         if needs is None:
             return of_losses, None

@@ -32,6 +32,7 @@ from mtl_jax.tasks import Task
 from mtl_jax.tasks.label_names import LabelNames
 from mtl_jax.tasks.metrics import METRICS
 from mtl_jax.training import workdir as workdirs
+from mtl_jax.transfer.accountants import ACCOUNTANTS
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.trunks import TrunkConfig
@@ -72,6 +73,7 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
         (RECOGNISERS, [name for edit in ours for name in edit.kinds or RECOGNISERS]),
         (NAMES, [edit.names for edit in ours]),
         (mixture.MIXTURES, [batch.mixture, batch.mixture_end, *(phase.mixture for phase in experiment.phases)]),
+        (ACCOUNTANTS, [experiment.optimizer.private.accountant]),
     ):
         for name in (re.split("[:(]", name)[0].strip() for name in names):  # without its options
             if name in registry:
@@ -241,7 +243,7 @@ def _converter() -> cattrs.Converter:
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
     fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
-    fields |= {name: override(omit_if_default=True) for name in ("copies", "near", "time")}  # workdirs of before stay the same
+    fields |= {name: override(omit_if_default=True) for name in ("copies", "near", "time", "canaries")}  # workdirs of before stay the same
     fields["deidentify"] = override(
         omit_if_default=True, unstruct_hook=lambda edit: None if edit is None else _part_to_json(converter, edit)
     )
@@ -251,6 +253,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(
         Source, make_dict_structure_fn(Source, converter, _cattrs_forbid_extra_keys=True, **records)
     )
+    converter.register_unstructure_hook_factory(_has_only_if_set, lambda kind: _unstructure_fields(converter, kind))
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
     experiment_to_json = make_dict_unstructure_fn(Experiment, converter, private=override(omit_if_default=True))
@@ -260,6 +263,13 @@ def _converter() -> cattrs.Converter:
 
 def _is_part(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Part)
+
+
+def _has_only_if_set(kind: Any) -> bool:
+    """Whether it is a dataclass, no Part, with fields that are written only where they are set."""
+    if not dataclasses.is_dataclass(kind) or _is_part(kind):
+        return False
+    return any(ONLY_IF_SET.items() <= field.metadata.items() for field in dataclasses.fields(kind))
 
 
 def _part(converter: cattrs.Converter, values: Any, door: type[Part]) -> Part:

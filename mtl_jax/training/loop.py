@@ -217,7 +217,7 @@ class TrainingRun:
         scores = evaluation.score(self.tasks, dev, predictions, text_evaluation.scores_of(self.tasks, texts))
         value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
         record = {f"{task}/{metric}": score for task, metrics in scores.items() for metric, score in metrics.items()}
-        record |= {"criterion": value, "phase": plan.number}
+        record |= {"criterion": value, "phase": plan.number, **self.prepared.facts.evaluated(step)}
         self.logger.write("dev", step, record)
         self.callbacks.call("after_evaluation", step, record)
         for task, line in evaluation.undefined(self.tasks, scores, "dev").items():
@@ -288,6 +288,7 @@ class TrainingRun:
                 "best_criterion": best.dev,
                 "seconds": round(self.counts.seconds, 1),
                 **self.counts.facts(self.examples),
+                **self.prepared.facts.finished(step),
                 "compiled_programs": sum(program._cache_size() for program in self.programs),
             },
             without_copies=without,

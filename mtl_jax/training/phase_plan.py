@@ -23,7 +23,7 @@ from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
-from mtl_jax.weighting import Rule, schedules
+from mtl_jax.weighting import Rule, blind, schedules
 
 
 def needs_task_gradients(rule: Rule) -> bool:
@@ -181,8 +181,13 @@ def _peak(experiment: Experiment, phase: Phase) -> float:
 
 
 def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
-    """The rule of a phase; `equal` replaces one that reads more than losses where no shared parameter trains."""
+    """The rule of a phase; `equal` replaces one that reads more than losses where no shared parameter trains.
+
+    Of a private run, it does not see the losses.
+    """
     rule = rule_of(experiment, phase)
+    if experiment.optimizer.private.clip:
+        return blind.blind(rule)
     if needs_trunk(rule) and not trains_trunk:
         equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
         return equal._replace(weighs_heads=rule.weighs_heads)  # heads are weighted in the same way in all phases

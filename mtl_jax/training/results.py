@@ -263,7 +263,16 @@ def _run_line(run: dict[str, Any]) -> str:
     return (
         f"Seed {run['seed']}, weighting {run['weighting']}: best step {run['best_step']} of {run['steps']}, "
         f"dev criterion {number_of(run['best_criterion']):.4f}, {run['seconds']:.0f} s on {run['versions']['devices']}."
+        f"{_privacy(run)}"
     )
+
+
+def _privacy(run: dict[str, Any]) -> str:
+    """A sentence on the epsilon of a private run."""
+    if "privacy" not in run:
+        return ""
+    epsilon, delta = run["privacy"]["epsilon"], run["privacy"]["delta"]
+    return " No privacy is guaranteed." if epsilon is None else f" Private: epsilon {epsilon:.3g} at delta {delta:g}."
 
 
 SHOWN_TASKS = 8  # in a row of the dev table

@@ -21,10 +21,11 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.mixture_schedule import ScheduleSequence
+from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
 from mtl_jax.tasks import Task, label_names
-from mtl_jax.training import gram_gradient, held_out, phase_plan, text_evaluation
+from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
 from mtl_jax.training.phase_plan import PhasePlan
@@ -59,11 +60,12 @@ class Prepared(NamedTuple):
         copies: The numbers of training rows that are copies of held-out rows, for data.json; {} where there are none.
         test_copies: {source: {place of a test row: kind of its closest copy in train}}.
         held_out: The training rows that a weighting rule measures weights on and that are not trained on; () if none does.
+        facts: What the run knows of itself at a step, beside its metrics, such as the epsilon that it has spent.
     """
 
     experiment: Experiment
     corpus: Corpus
-    schedule: ScheduleSequence
+    schedule: ScheduleSequence | PoissonSchedule
     trunk: Trunk
     params: Any
     plans: list[PhasePlan]
@@ -75,6 +77,7 @@ class Prepared(NamedTuple):
     copies: dict[str, Any]
     test_copies: Mapping[str, Mapping[str, str]]
     held_out: tuple[Examples, ...] = ()
+    facts: privacy.Facts = privacy.Facts()
 
 
 @hiding_if(lambda experiment: experiment.private)
@@ -86,8 +89,11 @@ def prepare(experiment: Experiment) -> Prepared:
     """
     experiment = select(experiment)
     check(experiment)
+    privacy.check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
+    stream.check_hosts(experiment.batch, jax.process_count())
+    private_gradient.check(experiment.optimizer.private, experiment.batch.rows, meshes.shards(mesh))
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
     data, rows = held_out.take(experiment, copies.data)
     compared = earlier_runs.compare(experiment.sources, data, earlier_workdirs(experiment))
@@ -111,6 +117,8 @@ def prepare(experiment: Experiment) -> Prepared:
     _check_tokens(experiment, corpus, trunks.tables(trunk), trunk.tokenizer)
     text_evaluation.check(corpus.tasks, trunk)
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
+    experiment, run_facts, budget_notes = privacy.within_budget(experiment, corpus, schedule)
+    corpus.notes.extend(budget_notes)
     params = init_params(trunk, corpus.tasks, experiment.seed)
     opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
     for teacher in opened.teachers.values():
@@ -125,9 +133,8 @@ def prepare(experiment: Experiment) -> Prepared:
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
     record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
-    return Prepared(
-        *(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies, measured)
-    )
+    facts = (corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies, measured, run_facts)
+    return Prepared(experiment, *facts)
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:
@@ -192,6 +199,8 @@ def initial_state(prepared: Prepared) -> TrainState:
     rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
     average = averaging.make(prepared.experiment.averaging).init(trained)
     state = create(prepared.params, plan.optimizer.init(trained), rule_state, prepared.experiment.seed, average)
+    if prepared.experiment.optimizer.private.secret:
+        state = state._replace(key=privacy.noise_key(prepared.experiment))
     return _place(state, prepared)
 
 

@@ -8,6 +8,9 @@ from mtl_jax.core.trees import split as split
 from mtl_jax.transfer import adapters as adapters
 from mtl_jax.transfer import averaging as averaging
 from mtl_jax.transfer import merge_methods as merge_methods
+from mtl_jax.transfer.accountants import pld as pld
+from mtl_jax.transfer.accountants import rdp as rdp
+from mtl_jax.transfer.accountants import register_accountant as register_accountant
 from mtl_jax.transfer.divergences import distill as distill
 from mtl_jax.transfer.divergences import distill_hidden as distill_hidden
 from mtl_jax.transfer.divergences import divergence as divergence
@@ -32,6 +35,8 @@ from mtl_jax.transfer.penalties import mixout as mixout
 from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.phases import probe_then_finetune as probe_then_finetune
 from mtl_jax.transfer.phases import unfreezing as unfreezing
+from mtl_jax.transfer.private import Private as Private
+from mtl_jax.transfer.private import private_gradient as private_gradient
 from mtl_jax.transfer.regularisers import EWC as EWC
 from mtl_jax.transfer.regularisers import L2SP as L2SP
 from mtl_jax.transfer.regularisers import Distillation as Distillation

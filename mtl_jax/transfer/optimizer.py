@@ -12,8 +12,11 @@ import optax
 
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.transfer import optax_rules
+from mtl_jax.transfer import private as privacy
 from mtl_jax.transfer.freezing import ParamRule
+from mtl_jax.transfer.private import Private
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 # {optimizer: fields that it does not use}
@@ -40,6 +43,7 @@ class Optimizer(Configuration):
         b1: Adam's decay of the first moment; SGD's momentum.
         b2: Adam's decay of the second moment.
         eps: Adam's epsilon.
+        private: Differentially private training, where its clip is above 0.
     """
 
     name: str = "adamw"
@@ -52,6 +56,7 @@ class Optimizer(Configuration):
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    private: Private = dataclasses.field(default=Private(), metadata=ONLY_IF_SET)
 
 
 def check(config: Optimizer) -> None:
@@ -67,6 +72,7 @@ def check(config: Optimizer) -> None:
             raise UserError(f"optimizer.{field} is {getattr(config, field)}; it must not be negative")
     if not 1 <= config.ratio < math.inf:
         raise UserError(f"optimizer.ratio is {config.ratio}; it is the highest rate over the lowest, so at least 1")
+    privacy.check(config.private)
 
 
 def check_rule(config: Optimizer, rule: ParamRule) -> None:

@@ -1,5 +1,6 @@
 """Weighting rules: the weight of each task's loss at each step."""
 
+from mtl_jax.weighting import blind as blind
 from mtl_jax.weighting import schedules as schedules
 from mtl_jax.weighting.balance import db_mtl as db_mtl
 from mtl_jax.weighting.balance import gradnorm as gradnorm

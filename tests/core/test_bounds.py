@@ -10,7 +10,7 @@ from mtl_jax import experiment
 from mtl_jax.core import configuration
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batching
-from mtl_jax.data.source import Source
+from mtl_jax.data.source import Canaries, Source
 from mtl_jax.experiment import Checkpoints, Evaluation, Experiment
 from mtl_jax.tasks import Classification, MaskedLM, Multilabel, Regression, Seq2Seq, Span, Tagging
 from mtl_jax.transfer.adapters import IA3, Bottleneck, Lora, Prefix
@@ -18,6 +18,7 @@ from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.optimizer import Optimizer
 from mtl_jax.transfer.penalties import Mixout
 from mtl_jax.transfer.phases import Phase
+from mtl_jax.transfer.private import Private
 from mtl_jax.transfer.regularisers import EWC, L2SP, Distillation, RDrop
 from mtl_jax.trunks import Embedding, Pretrained, Transformer
 
@@ -34,7 +35,7 @@ PARTS: tuple[Any, ...] = (
     ),
     *(Lora(name="a"), Bottleneck(name="a"), IA3(name="a"), Prefix(name="a")),
     *(L2SP(), EWC(source="a"), Distillation(teacher="x"), RDrop()),
-    *(Optimizer(), Batching(buckets=(16, 32), shares={"a": 1.0}), Evaluation(), Checkpoints()),
+    *(Private(), Canaries(), Optimizer(), Batching(buckets=(16, 32), shares={"a": 1.0}), Evaluation(), Checkpoints()),
     Phase("a", 1, rules=(ParamRule(".*", weight_decay=0.0),), learning_rate=0.1, weights={"a": 1.0}, shares={"a": 1.0}),
     Experiment("a", Embedding(), (), (), (), weights={"a": 1.0}, weighting_options={"c": 0.5}, data_seed=0),
 )

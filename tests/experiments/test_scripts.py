@@ -33,7 +33,7 @@ ON_DATA = {
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
-    *("ablate_weights.py", "target_rules.py", "deidentified.py"),
+    *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py"),
 }
 
 
@@ -175,6 +175,22 @@ def test_pairs(wheels, shared_data, tmp_path, monkeypatch):
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["stsb", "mrpc", "rte", "cola"]
     steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("*/results.json")}
     assert steps == {"together-0": 1} | {f"{way}-{task}-0": n for way, n in (("alone", 1), ("then", 2)) for task in TASKS}
+
+
+@pytest.mark.long
+def test_private_training(wheels, shared_data, tmp_path, monkeypatch):
+    """A budget and no privacy; a budget below 0 is one line."""
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = ["--limit", "60", "--steps", "3", "--epsilons", "8", "0", "--workdir", str(tmp_path)]
+    done = start("private_training.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["8", "none"]
+    privacy = json.loads((tmp_path / "epsilon-8-0" / "results.json").read_text())["privacy"]
+    assert 7.9 < privacy["epsilon"] <= 8
+    wrong = start("private_training.py", "--epsilons", "-1")
+    assert wrong.stderr.splitlines()[-1].startswith("error: epsilons has -1; it must be above 0")
 
 
 @pytest.mark.long

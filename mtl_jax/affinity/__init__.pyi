@@ -38,3 +38,8 @@ from .task_features import features as features
 from .task_groups import Group as Group
 from .task_groups import Grouping as Grouping
 from .task_groups import groups as groups
+from .trials import Measured as Measured
+from .trials import Trial as Trial
+from .trials import combined as combined
+from .trials import measure as measure
+from .trials import other_targets as other_targets

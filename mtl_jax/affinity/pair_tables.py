@@ -103,7 +103,7 @@ class Sampled(NamedTuple):
     def probabilities(self, model: SourceModel, target: str, outputs: Sequence[Encoded]) -> np.ndarray | None:
         """f32[N, Z], a source's probabilities on a target's rows; None where there are none."""
         task, batches = self.tasks[target], self.batches[target]
-        if _why_no_probabilities(model.task, task):
+        if why_no_probabilities(model.task, task):
             return None
         of_batches = source_models.probabilities(model, batches, outputs)
         return task_features.rows_of_outputs(task, batches, of_batches, self.rows, self.seed)
@@ -192,7 +192,7 @@ def _sampled(prepared: Prepared, rows: int, seed: int) -> Sampled:
     return Sampled(tasks, examples, batches, rows, seed)
 
 
-def _why_no_probabilities(source: Task, target: Task) -> str:
+def why_no_probabilities(source: Task, target: Task) -> str:
     """The reason why a source has no probabilities on a target's rows; "" if it has some."""
     if not source_models.has_classes(source):
         return f"{type(source).__name__} has no probabilities of classes"
@@ -227,7 +227,7 @@ def input_of(name: str, source: str, target: str, tables: Tables) -> Any:
         if (source, target) not in tables.probabilities:
             tasks = tables.tasks[source], tables.tasks[target]
             pair = not source_models.has_classes(tasks[0])
-            raise NotApplicable(source if pair else f"{source} for {target}", _why_no_probabilities(*tasks))
+            raise NotApplicable(source if pair else f"{source} for {target}", why_no_probabilities(*tasks))
         probabilities = tables.probabilities[source, target]
         return probabilities.argmax(axis=1) if name == "source_labels" else probabilities
     if name in WITH_EMBEDDINGS:

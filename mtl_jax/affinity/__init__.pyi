@@ -3,6 +3,10 @@
 from .advice import Advice as Advice
 from .advice import advise as advise
 from .advice import joint_or_sequential as joint_or_sequential
+from .advice import source_weights as source_weights
+from .advice import starting_points as starting_points
+from .copied_rows import SourceCopies as SourceCopies
+from .copied_rows import source_copies as source_copies
 from .estimators import ESTIMATORS as ESTIMATORS
 from .estimators import READS as READS
 from .estimators import register as register

@@ -6,12 +6,14 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.affinity import task_features
-from mtl_jax.affinity.advice import Advice, advise
+from mtl_jax.affinity import copied_rows, task_features
+from mtl_jax.affinity.advice import Advice, advise, starting_points
+from mtl_jax.affinity.copied_rows import SourceCopies
 from mtl_jax.affinity.estimators import ESTIMATORS, Estimator, reads
 from mtl_jax.affinity.pair_tables import NotApplicable, Tables, input_of, tables, timed
 from mtl_jax.affinity.ranking import Estimate, check_options, mean_places, ranked
@@ -40,6 +42,7 @@ class Affinity(NamedTuple):
         notes: Lines on estimators and tasks that do not go together, and why.
         seconds: {estimator: seconds, intervals included}; and before them those of the inputs.
         rows: {task: how many labelled rows were used, texts or words; or texts, where labels are neither classes nor numbers}.
+        copies: {target: {source: how many of its training rows have a text of the target}}, where there are any.
     """
 
     rankings: dict[str, dict[str, list[Estimate]]]
@@ -49,6 +52,7 @@ class Affinity(NamedTuple):
     notes: list[str]
     seconds: dict[str, float]
     rows: dict[str, int]
+    copies: Mapping[str, Mapping[str, SourceCopies]] = MappingProxyType({})
 
     def as_json(self) -> dict[str, Any]:
         """The same as nested dicts and lists."""
@@ -57,7 +61,11 @@ class Affinity(NamedTuple):
             for target, ranking in self.rankings.items()
         }
         advice = {target: advice._asdict() for target, advice in self.advice.items()}
-        return {**self._asdict(), "rankings": rankings, "advice": advice}
+        copies = {
+            target: {source: copied._asdict() for source, copied in by_source.items()}
+            for target, by_source in self.copies.items()
+        }
+        return {**self._asdict(), "rankings": rankings, "advice": advice, "copies": copies}
 
 
 def of_experiment(
@@ -106,9 +114,14 @@ def of_experiment(
     targets = [task_features.task_of(prepared, target).name] if target else names
     if len(names) < 2:
         raise UserError(f"the experiment has one task, {names[0]}; a source and a target are needed")
+    seconds: dict[str, float] = {}
+    with timed(seconds, "copies"):
+        source_of = {task.name: task.source for task in prepared.corpus.tasks}
+        copies = copied_rows.source_copies(prepared.experiment.sources, source_of, prepared.corpus.splits, targets)
     inputs = {name for needed in needs.values() for name in needed}
     data = tables(prepared, inputs, targets, rows=rows, layer=layer, runs=runs, seed=seed)
-    seconds, problems = dict(data.seconds), list[Problem]()
+    seconds |= data.seconds
+    problems: list[Problem] = []
     rankings: dict[str, dict[str, list[Estimate]]] = {name: {} for name in targets}
     untrained: dict[str, dict[str, float]] = {name: {} for name in targets}
     for name in targets:
@@ -125,9 +138,14 @@ def of_experiment(
         log.info("sources of %s ranked by %s", name, count(len(rankings[name]), "estimator"))
     places = {name: mean_places(list(ranking.values())) for name, ranking in rankings.items() if ranking}
     sizes = {task.name: len(prepared.corpus.splits["train"][task.source].data) for task in prepared.corpus.tasks}
-    advice = {name: advise(name, first := next(iter(place)), sizes[name], sizes[first]) for name, place in places.items()}
+    advice = {}
+    for name, place in places.items():
+        first = next(iter(place))
+        starts = starting_points(name, place, source_of)
+        advice[name] = advise(name, first, sizes[name], sizes[first])._replace(starts=starts)
     used = {name: len(arrays.features) for name, arrays in data.arrays.items()}
-    return Affinity(rankings, places, untrained, advice, _lines(problems), seconds, used)
+    notes = [*_lines(problems), *([] if copies is not None else [copied_rows.TOO_MANY])]
+    return Affinity(rankings, places, untrained, advice, notes, seconds, used, copies or {})
 
 
 class Problem(NamedTuple):
@@ -210,7 +228,7 @@ def _lines(problems: Sequence[Problem]) -> list[str]:
 
 
 def table(result: Affinity, shown: int = 3) -> str:
-    """The rankings as text: for each target a row for each estimator with its first sources, then the advice and the notes.
+    """The rankings as text: copies, for each target a row for each estimator with its first sources, the advice, the notes.
 
     Args:
         result: The result of of_experiment().
@@ -218,7 +236,8 @@ def table(result: Affinity, shown: int = 3) -> str:
     """
     import tabulate
 
-    parts = []
+    copied = copied_rows.lines(result.copies)
+    parts = ["\n".join(copied)] if copied else []
     for target, ranking in result.rankings.items():
         rows = [
             [name, *(_cell(estimate) for estimate in estimates[:shown]), *[""] * (shown - len(estimates))]
@@ -234,9 +253,11 @@ def table(result: Affinity, shown: int = 3) -> str:
             parts.append(f"{target} on the trunk before training: {values}")
         if target in result.advice:
             advice = result.advice[target]
-            parts.append(
-                "\n".join([f"{target} with {advice.source}, {advice.way}:", *(f"  {flags}" for flags in advice.flags)])
-            )
+            lines = [f"{target} with {advice.source}, {advice.way}:", *(f"  {flags}" for flags in advice.flags)]
+            if advice.starts:
+                lines += [f"{target} with the sources of the first half, by weights or by shares of rows:"]
+                lines += [f"  {flags}" for flags in advice.starts]
+            parts.append("\n".join(lines))
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     return "\n\n".join([*parts, *(["\n".join(result.notes)] if result.notes else []), f"seconds: {seconds}"])
 

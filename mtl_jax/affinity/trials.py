@@ -133,9 +133,7 @@ def _grouped(trials: Sequence[Trial]) -> tuple[dict[str, list[Trial]], list[int]
         for setting in {trial.setting for trial in cases}:
             missing = set(seeds) - {trial.seed for trial in cases if trial.setting == setting}
             if missing:
-                raise UserError(
-                    f"target {target!r} {setting}: there is no trial with seed {min(missing)}, as others have".rstrip()
-                )
+                raise UserError(f"target {target!r}: setting {setting!r} has no trial with seed {min(missing)}, as others have")
     return by_target, seeds
 
 

@@ -24,6 +24,12 @@ from .from_gradients import tag_lookahead as tag_lookahead
 from .from_source_labels import leep as leep
 from .from_source_labels import n_leep as n_leep
 from .from_source_labels import nce as nce
+from .linear_losses import fit_change as fit_change
+from .linear_losses import grad_tag as grad_tag
+from .linear_losses import linear_value as linear_value
+from .linear_losses import project as project
+from .linear_losses import subset_losses as subset_losses
+from .linear_rows import make_linear_rows as make_linear_rows
 from .probes import knn as knn
 from .probes import linear_probe as linear_probe
 from .ranking import Estimate as Estimate

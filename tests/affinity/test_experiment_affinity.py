@@ -150,7 +150,7 @@ def test_every_kind_of_task_gets_what_applies_to_it(words, monkeypatch):
     assert [estimate.source for estimate in result.rankings["coarse"]["leep"]] == ["fine"]
     assert set(result.untrained["rating"]) == {"logme", "linear_probe", "knn"}
     assert set(result.untrained["tags"]) == set(affinity.ESTIMATORS) - {
-        *("leep", "nce", "esm", "text_similarity", "vocabulary_overlap", "task_similarity")
+        *("leep", "nce", "esm", "text_similarity", "vocabulary_overlap", "task_similarity", "grad_tag")
     }
     for ranking in result.rankings["tags"].values():
         assert {estimate.source for estimate in ranking} == {"rating", "coarse", "fine"}
@@ -197,11 +197,13 @@ def test_a_masked_lm_is_a_source_of_texts(data, tmp_path):
 
 def test_runs_are_sources_with_features_of_their_own(bert, data, workdir):
     experiment = tiny.experiment(bert, data)
-    names = ["logme", "leep", "esm", "linear_probe", "n_leep"]
+    names = ["logme", "leep", "esm", "linear_probe", "n_leep", "grad_tag"]
     result = affinity.of_experiment(experiment, "fine", names, rows=40, runs=[workdir], resamples=4, layer=1)
     ranking = result.rankings["fine"]
     assert list(ranking) == names
     assert {estimate.source for estimate in ranking["logme"]} == {"rating", "coarse"}
+    assert {estimate.source for estimate in ranking["grad_tag"]} == {"rating", "coarse"}  # one run has all three
+    assert np.isnan(ranking.pop("grad_tag")[0].low)
     assert all(estimate.low <= estimate.high for estimates in ranking.values() for estimate in estimates)
     model = mtl_jax.load_model(workdir)
     arrays = affinity.features(experiment, ["fine"], rows=40)["fine"]

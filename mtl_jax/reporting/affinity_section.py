@@ -63,7 +63,7 @@ def section(content: Mapping[str, Any], study: Study) -> Section:
     if copies := _copies(content):
         parts += ["Texts that a source shares with a target; such a source looks better than it is.", copies]
     if places.size:
-        panel = heat_map("source", sources, targets, places, (0.0, 1.0), colours="viridis", axis="target")
+        panel = heat_map("sources for targets", sources, targets, places, (0.0, 1.0), colours="viridis")
         caption = "The mean place of a source over all estimators, for each target: 0 is always first, 1 always last."
         parts += [Figure("affinity", "Which tasks help which", caption, (panel,)), _advice(content)]
     names, agreement = _agreement(content)

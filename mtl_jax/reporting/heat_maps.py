@@ -28,7 +28,6 @@ def heat_map(
     span: tuple[float, float],
     *,
     colours: str,
-    axis: str = "",
     remark: str = "",
 ) -> Panel:
     """A panel with a coloured cell for each row and column, and its number; a value that is not finite has an empty cell.
@@ -40,7 +39,6 @@ def heat_map(
         values: f64[rows, columns].
         span: The values of the first and of the last colour.
         colours: A colour map of matplotlib.
-        axis: The name of the columns' axis.
         remark: A line below the panel.
     """
 
@@ -54,10 +52,9 @@ def heat_map(
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=7.5)
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=35, ha="right", rotation_mode="anchor")
         _row_names(axes, rows)
-        axes.set_xlabel(axis)
 
-    height = max(1.5, 0.6 + LINE * len(rows) + 0.5 * LETTER * max(map(len, columns)))
-    return Panel(title, draw, remark=remark, height=height, left=_left(rows))
+    below = 0.2 + 0.7 * LETTER * max(map(len, columns))
+    return Panel(title, draw, remark=remark, height=0.12 + LINE * len(rows) + below, left=_left(rows), below=below)
 
 
 def conflicts(study: Study, groups: Sequence[Group]) -> list[Figure]:
@@ -80,7 +77,8 @@ def conflicts(study: Study, groups: Sequence[Group]) -> list[Figure]:
                 table_PxM[row, np.searchsorted(steps_M, curves[pair].steps_N)] = curves[pair].mean_N
             remark = f"The {len(pairs)} of {len(curves)} pairs that agree least." if len(pairs) < len(curves) else ""
             names = [f"{first} - {second}" for first, second in pairs]
-            panels.append(_over_time(labels[id(group)] or group.method, names, steps_M, table_PxM, remark))
+            title = labels[id(group)] if len(groups) > 1 else group.method
+            panels.append(_over_time(title, names, steps_M, table_PxM, remark))
     caption = (
         "Cosine of the gradients of each pair of tasks, each cell the mean of a window of steps and over the seeds, pairs that "
         "agree least first. Red: a step for one task raises the loss of the other. Blue: it lowers it."

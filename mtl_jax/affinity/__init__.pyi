@@ -17,8 +17,11 @@ from .from_features import h_score as h_score
 from .from_features import logme as logme
 from .from_features import regularised_h_score as regularised_h_score
 from .from_features import transrate as transrate
+from .from_gradients import gradient_cosine as gradient_cosine
 from .from_gradients import gradient_cosines as gradient_cosines
 from .from_gradients import lookahead_losses as lookahead_losses
+from .from_gradients import step_signals as step_signals
+from .from_gradients import tag as tag
 from .from_gradients import tag_first_order as tag_first_order
 from .from_gradients import tag_lookahead as tag_lookahead
 from .from_source_labels import leep as leep

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax.affinity import source_models, task_features
+from mtl_jax.affinity.from_gradients import step_signals
 from mtl_jax.affinity.linear_rows import can_be_linear, make_linear_rows
 from mtl_jax.affinity.source_models import SourceModel
 from mtl_jax.affinity.task_features import TaskFeatures
@@ -25,6 +26,7 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
+from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.setup import Prepared
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Tables(NamedTuple):
         probabilities: {(source, target): f32[N, Z]}, of the source's classes on the target's rows.
         seconds: {"features", "heads", "embeddings", "runs", "gradients": seconds}, of those that were computed.
         gradients: {(source, target): the linear rows of both in one run of both, f32[M, 2 + D] and f32[N, 2 + D]}.
+        signals: {(source, target): step_signals of a run of both, f64[N, 4]}.
     """
 
     tasks: dict[str, Task]
@@ -71,6 +74,7 @@ class Tables(NamedTuple):
     probabilities: dict[tuple[str, str], np.ndarray]
     seconds: dict[str, float]
     gradients: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]] = MappingProxyType({})
+    signals: Mapping[tuple[str, str], np.ndarray] = MappingProxyType({})
 
 
 @contextlib.contextmanager
@@ -189,7 +193,10 @@ def tables(
     if set(inputs) & set(WITH_GRADIENTS):
         with timed(seconds, "gradients"):
             gradients = _gradients(sampled, models, targets)
-    return Tables(sampled.tasks, arrays, embeddings, own, features, probabilities, seconds, gradients)
+    signals: dict[tuple[str, str], np.ndarray] = {}
+    for folder in runs if "signals" in inputs else ():
+        signals |= step_signals(read_metrics(Path(folder)))
+    return Tables(sampled.tasks, arrays, embeddings, own, features, probabilities, seconds, gradients, signals)
 
 
 def _gradients(
@@ -260,6 +267,11 @@ def input_of(name: str, source: str, target: str, tables: Tables) -> Any:
             raise NotApplicable(source if pair else f"{source} for {target}", why_no_probabilities(*tasks))
         probabilities = tables.probabilities[source, target]
         return probabilities.argmax(axis=1) if name == "source_labels" else probabilities
+    if name == "signals":
+        if (source, target) not in tables.signals:
+            why = "no run by --runs has both tasks under a rule that compares gradients, such as pcgrad"
+            raise NotApplicable(f"{source} for {target}", why)
+        return tables.signals[source, target]
     if name in WITH_GRADIENTS:
         if (source, target) not in tables.gradients:
             raise NotApplicable(f"{source} for {target}", "no finished run by --runs has both tasks")

@@ -150,7 +150,8 @@ def test_every_kind_of_task_gets_what_applies_to_it(words, monkeypatch):
     assert [estimate.source for estimate in result.rankings["coarse"]["leep"]] == ["fine"]
     assert set(result.untrained["rating"]) == {"logme", "linear_probe", "knn"}
     assert set(result.untrained["tags"]) == set(affinity.ESTIMATORS) - {
-        *("leep", "nce", "esm", "text_similarity", "vocabulary_overlap", "task_similarity", "grad_tag")
+        *("leep", "nce", "esm", "text_similarity", "vocabulary_overlap", "task_similarity"),
+        *("grad_tag", "gradient_cosine", "tag"),
     }
     for ranking in result.rankings["tags"].values():
         assert {estimate.source for estimate in ranking} == {"rating", "coarse", "fine"}
@@ -197,10 +198,13 @@ def test_a_masked_lm_is_a_source_of_texts(data, tmp_path):
 
 def test_runs_are_sources_with_features_of_their_own(bert, data, workdir):
     experiment = tiny.experiment(bert, data)
-    names = ["logme", "leep", "esm", "linear_probe", "n_leep", "grad_tag"]
+    names = ["logme", "leep", "esm", "linear_probe", "n_leep", "grad_tag", "tag"]
     result = affinity.of_experiment(experiment, "fine", names, rows=40, runs=[workdir], resamples=4, layer=1)
     ranking = result.rankings["fine"]
-    assert list(ranking) == names
+    assert list(ranking) == names[:-1]
+    assert (
+        "tag: rating for fine, coarse for fine: no run by --runs has both tasks under a rule that compares" in result.notes[-1]
+    )
     assert {estimate.source for estimate in ranking["logme"]} == {"rating", "coarse"}
     assert {estimate.source for estimate in ranking["grad_tag"]} == {"rating", "coarse"}  # one run has all three
     assert np.isnan(ranking.pop("grad_tag")[0].low)
@@ -314,6 +318,10 @@ def test_copies_between_tasks_are_named():
         (["--resamples", "-1"], "resamples is -1; it must not be negative"),
         (["--runs", "nowhere"], "--runs: nowhere is not the workdir of a run"),
         (["--json", "nowhere/affinity.json"], "--json nowhere/affinity.json: name a file in a directory that exists"),
+        (
+            ["--models", "2"],
+            "models is 2: groups need the gains of grad_tag for every target; give a finished run of all tasks",
+        ),
         (["--", "--only", "fine"], "the experiment has one task, fine; a source and a target are needed"),
     ],
 )

@@ -61,7 +61,7 @@ def conflicts(study: Study, groups: Sequence[Group]) -> list[Figure]:
     """The cosine of each pair of task gradients over the steps, for rules that compare gradients; the best settings on dev."""
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
     labels = dict(zip(map(id, groups), formatting.labels(groups, study.fields), strict=True))
-    panels = []
+    panels: list[Panel] = []
     for group in order:
         curves = {
             pair: band(known)

@@ -37,10 +37,10 @@ def trials_of(content: dict[str, Any]) -> list[Trial]:
                 said = {
                     name: {
                         source: numbers[place]
-                        for source, numbers in of_targets.get(target, {}).get(size, {}).items()
+                        for source, numbers in by_target.get(target, {}).get(size, {}).items()
                         if numbers[place] is not None
                     }
-                    for name, of_targets in content["estimates"].items()
+                    for name, by_target in content["estimates"].items()
                 }
                 scores = {source: numbers[place] for source, numbers in by_source.items() if source != ALONE}
                 result.append(Trial(target, size, seed, scores, said))
@@ -95,9 +95,9 @@ def evaluate(content: dict[str, Any]) -> str:
     order = sorted(together, key=lambda name: -together[name]["nDCG"].value)
     rows = []
     for name in order:
-        of_name = together[name]
-        cells = [_cell(what, of_name[what]) for what in MEASURES]
-        rows.append([name, *cells, of_name["nDCG"].targets, *costs.get(name, ("", ""))])
+        measures = together[name]
+        cells = [_cell(what, measures[what]) for what in MEASURES]
+        rows.append([name, *cells, measures["nDCG"].targets, *costs.get(name, ("", ""))])
     lines = [tabulate.tabulate(rows, heads, tablefmt="github", disable_numparse=True)]
     sizes = list(dict.fromkeys(trial.setting for trial in trials))
     by_size = [measured([trial for trial in trials if trial.setting == size]) for size in sizes]
@@ -132,21 +132,23 @@ def _cell(what: str, value: affinity.Measured) -> str:
 
 def _costs(content: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """{estimator: seconds for a pair of tasks, and the share of the targets' trainings}, inputs included."""
-    seconds, trainings = content["seconds"], content["trainings"]["targets"]
+    seconds, seeds = content["seconds"], len(content["settings"]["seeds"])
+    sizes = [scores for by_size in content["scores"].values() for scores in by_size.values()]
+    pairs = seeds * sum(len(scores.keys() - {ALONE}) for scores in sizes)
     result = {}
     whole = 0.0
     for name in content["estimates"]:
         needed = estimators.reads(name, affinity.ESTIMATORS[name])
         inputs = {part for what in needed for part, names in INPUTS.items() if what in names}
-        own = seconds[f"estimates/{name}"]
-        whole += own
-        result[name] = _cost(own + sum(seconds[f"estimates/{part}"] for part in inputs), trainings, seconds["targets"])
-    result[COMBINATION] = _cost(whole + sum(seconds[f"estimates/{part}"] for part in INPUTS), trainings, seconds["targets"])
+        spent = seconds[f"estimates/{name}"]
+        whole += spent
+        result[name] = _cost(spent + sum(seconds[f"estimates/{part}"] for part in inputs), pairs, seconds["targets"])
+    result[COMBINATION] = _cost(whole + sum(seconds[f"estimates/{part}"] for part in INPUTS), pairs, seconds["targets"])
     return result
 
 
-def _cost(spent: float, trainings: int, whole: float) -> tuple[str, str]:
-    return f"{spent / trainings:.3f}", f"{100 * spent / whole:.1f} %"
+def _cost(spent: float, pairs: int, whole: float) -> tuple[str, str]:
+    return f"{spent / pairs:.3f}", f"{100 * spent / whole:.1f} %"
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -159,9 +161,9 @@ def draw(content: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
     gains = np.full((len(sizes), len(sources), len(targets)), math.nan)
     for number, row, column in np.ndindex(*gains.shape):
-        of_target = scores[targets[column]][str(sizes[number])]
-        if sources[row] in of_target:
-            gains[number, row, column] = 100 * (np.mean(of_target[sources[row]]) - np.mean(of_target[ALONE]))
+        reached = scores[targets[column]][str(sizes[number])]
+        if sources[row] in reached:
+            gains[number, row, column] = 100 * (np.mean(reached[sources[row]]) - np.mean(reached[ALONE]))
     most = float(np.nanmax(np.abs(gains)))
     for axes, size, table in zip(panels, sizes, gains, strict=True):
         image = axes.imshow(table, cmap="RdBu", vmin=-most, vmax=most)

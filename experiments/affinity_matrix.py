@@ -51,7 +51,7 @@ from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import write_bytes, write_json, write_text
 from mtl_jax.models.trunk_output import Encoded
 
-TEST_ROWS = 1000  # the most of a target
+TEST_ROWS = 800  # the most of a target
 ESTIMATED_ROWS = 512  # the most texts of a source and words of a target that estimators read
 
 
@@ -78,8 +78,8 @@ class Matrix:
     sources: tuple[str, ...] = affinity_tasks.SOURCES
     targets: tuple[str, ...] = affinity_tasks.TARGETS
     sizes: tuple[int, ...] = (64, 512)
-    steps: tuple[int, ...] = (24, 48)
-    source_steps: int = 160
+    steps: tuple[int, ...] = (24, 40)
+    source_steps: int = 144
     seeds: tuple[int, ...] = (0, 1, 2)
     rate: float = 5e-4
     head_rate: float = 1e-2
@@ -121,10 +121,10 @@ def run(matrix: Matrix) -> dict[str, Any]:
                 path = folder / "scores" / f"{target}-{size}-{source}-{seed}.json"
                 top = trainer.top if source == ALONE else models[source].top
                 _once(path, functools.partial(_score, trainer, matrix, top, target, size, matrix.steps[number], seed))
-        of_source = functools.cache(functools.partial(_of_source, trainer, models, seed))
+        arrays_of = functools.cache(functools.partial(_of_source, trainer, models, seed))
         for target, size in itertools.product(matrix.targets, matrix.sizes):
             path = folder / "estimates" / f"{target}-{size}-{seed}.json"
-            _once(path, functools.partial(_estimates, trainer, models, of_source, target, size, seed))
+            _once(path, functools.partial(_estimates, trainer, models, arrays_of, target, size, seed))
     content = collect(matrix, folder, trainer.copies)
     write_text(folder / "matrix.json", json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n")
     return content
@@ -197,7 +197,7 @@ def _of_source(trainer: Trainer, models: dict[str, Model], seed: int, source: st
 def _estimates(
     trainer: Trainer,
     models: dict[str, Model],
-    of_source: Callable[[str, bool], TaskFeatures],
+    arrays_of: Callable[[str, bool], TaskFeatures],
     target: str,
     size: int,
     seed: int,
@@ -214,13 +214,13 @@ def _estimates(
             if not pair_tables.why_no_probabilities(trainer.tasks[source], trainer.tasks[target]):
                 task = trainer.tasks[source]
                 model = source_models.SourceModel(task, None, models[source].head, None)  # type: ignore[arg-type]
-                of_batches = source_models.probabilities(model, rows.batches, outputs)
-                chosen = task_features.rows_of_outputs(rows.task, rows.batches, of_batches, ESTIMATED_ROWS, seed)
+                by_batch = source_models.probabilities(model, rows.batches, outputs)
+                chosen = task_features.rows_of_outputs(rows.task, rows.batches, by_batch, ESTIMATED_ROWS, seed)
                 tables.probabilities[source, target] = chosen
     with pair_tables.timed(tables.seconds, "source texts"):
-        tables.arrays.update({source: of_source(source, False) for source in sources})
+        tables.arrays.update({source: arrays_of(source, False) for source in sources})
     with pair_tables.timed(tables.seconds, "source features"):
-        tables.own.update({source: of_source(source, True).features for source in sources})
+        tables.own.update({source: arrays_of(source, True).features for source in sources})
     with pair_tables.timed(tables.seconds, "embeddings"):
         tables.embeddings.update({name: trainer.embedding(name, seed) for name in (*sources, target)})
     values: dict[str, dict[str, float]] = {}

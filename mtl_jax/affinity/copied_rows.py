@@ -83,11 +83,11 @@ def source_copies(
             result.setdefault(target, {})[source] = SourceCopies({}, sizes[name], same_rows=True)
             continue
         closest = np.full(len(collected.texts) + 1, len(KINDS))
-        of_pair = has[names.index(source_of[target]), right]
-        np.minimum.at(closest, left[of_pair], kinds[of_pair])
-        of_source = train & (owner == names.index(name))
+        shared = has[names.index(source_of[target]), right]
+        np.minimum.at(closest, left[shared], kinds[shared])
+        is_of_source = train & (owner == names.index(name))
         kind_of_row = np.full(sizes[name], len(KINDS))
-        np.minimum.at(kind_of_row, row_of[of_source], closest[collected.number_of[of_source]])
+        np.minimum.at(kind_of_row, row_of[is_of_source], closest[collected.number_of[is_of_source]])
         rows = {kind: int((kind_of_row == number).sum()) for number, kind in enumerate(KINDS)}
         if any(rows.values()):
             result.setdefault(target, {})[source] = SourceCopies(rows, sizes[name])

@@ -86,7 +86,7 @@ def subset_losses(
     """
     if not ridge > 0:
         raise UserError(f"grad_tag: ridge is {ridge}; it must be above 0")
-    fitted, measured = ({name: _checked(name, rows) for name, rows in of.items()} for of in (train, held_out))
+    fitted, measured = ({name: _checked(name, rows) for name, rows in tasks.items()} for tasks in (train, held_out))
     result = []
     for subset in subsets:
         for name in subset:

@@ -147,9 +147,11 @@ def _of_target(cases: Sequence[Trial], seeds: Sequence[int], names: Sequence[str
     """f64[estimators, measures], averaged over a target's settings and the seeds."""
     parts = []
     for setting in dict.fromkeys(trial.setting for trial in cases):
-        of_setting = {trial.seed: trial for trial in cases if trial.setting == setting}
-        truth = _truth(of_setting.values(), seeds)
-        by_seed = {seed: [_measures(of_setting[seed].estimates.get(name, {}), truth) for name in names] for seed in set(seeds)}
+        trial_of_seed = {trial.seed: trial for trial in cases if trial.setting == setting}
+        truth = _truth(trial_of_seed.values(), seeds)
+        by_seed = {
+            seed: [_measures(trial_of_seed[seed].estimates.get(name, {}), truth) for name in names] for seed in set(seeds)
+        }
         parts += [by_seed[seed] for seed in seeds]
     return np.asarray(_mean(np.moveaxis(np.array(parts), 0, -1)))
 

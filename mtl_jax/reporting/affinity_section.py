@@ -109,7 +109,7 @@ def _agreement(content: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
         for target in content["rankings"]:
             first, second = (values.get((target, names[number]), {}) for number in (row, column))
             both = [source for source in first if source in second and np.isfinite(first[source] + second[source])]
-            ranks = [stats.rankdata([of[source] for source in both]) for of in (first, second)]
+            ranks = [stats.rankdata([numbers[source] for source in both]) for numbers in (first, second)]
             if len(both) > 2 and all(np.ptp(rank) > 0 for rank in ranks):
                 known.append(float(np.corrcoef(*ranks)[0, 1]))
         table[row, column] = np.mean(known) if known else np.nan

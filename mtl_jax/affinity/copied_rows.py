@@ -56,15 +56,16 @@ def source_copies(
     texts: list[str] = []
     number_of_source, number_of_row, in_train = [], [], []
     names = list(dict.fromkeys(source_of.values()))
-    for source, (split, parts) in itertools.product(sources, splits.items()):
-        if source.name in names and source.name in parts:
-            for row, text in _texts(source, parts[source.name].data):
-                texts.append(text)
-                number_of_source.append(names.index(source.name))
-                number_of_row.append(row)
-                in_train.append(split == "train")
-    if len(texts) > MOST_TEXTS:
+    used = [source for source in sources if source.name in names]
+    total = sum((2 if source.pair else 1) * len(parts[source.name].data) for source in used for parts in splits.values())
+    if total > MOST_TEXTS:
         return None
+    for source, (split, parts) in itertools.product(used, splits.items()):
+        for row, text in _texts(source, parts[source.name].data):
+            texts.append(text)
+            number_of_source.append(names.index(source.name))
+            number_of_row.append(row)
+            in_train.append(split == "train")
     collected = pool(texts)
     pairs = copies(collected, NEAR, np.unique(collected.number_of[collected.number_of >= 0]))
     owner, row_of, train = np.array(number_of_source), np.array(number_of_row), np.array(in_train)

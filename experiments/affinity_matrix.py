@@ -51,7 +51,7 @@ from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import write_bytes, write_json, write_text
 from mtl_jax.models.trunk_output import Encoded
 
-TEST_ROWS = 800  # the most of a target
+TEST_ROWS = 500  # the most of a target
 ESTIMATED_ROWS = 512  # the most texts of a source and words of a target that estimators read
 
 
@@ -78,10 +78,10 @@ class Matrix:
     sources: tuple[str, ...] = affinity_tasks.SOURCES
     targets: tuple[str, ...] = affinity_tasks.TARGETS
     sizes: tuple[int, ...] = (64, 512)
-    steps: tuple[int, ...] = (24, 40)
-    source_steps: int = 144
+    steps: tuple[int, ...] = (20, 40)
+    source_steps: int = 128
     seeds: tuple[int, ...] = (0, 1, 2)
-    rate: float = 5e-4
+    rate: float = 1e-3
     head_rate: float = 1e-2
     trained: int = 1
     split: str = "test"
@@ -116,13 +116,12 @@ def run(matrix: Matrix) -> dict[str, Any]:
     trainer = make_trainer(matrix)
     for seed in matrix.seeds:
         models = {source: _source(trainer, matrix, folder, source, seed) for source in matrix.sources}
+        arrays_of = functools.cache(functools.partial(_of_source, trainer, models, seed))
         for target, (number, size) in itertools.product(matrix.targets, enumerate(matrix.sizes)):
             for source in (ALONE, *(source for source in matrix.sources if source != target)):
                 path = folder / "scores" / f"{target}-{size}-{source}-{seed}.json"
                 top = trainer.top if source == ALONE else models[source].top
                 _once(path, functools.partial(_score, trainer, matrix, top, target, size, matrix.steps[number], seed))
-        arrays_of = functools.cache(functools.partial(_of_source, trainer, models, seed))
-        for target, size in itertools.product(matrix.targets, matrix.sizes):
             path = folder / "estimates" / f"{target}-{size}-{seed}.json"
             _once(path, functools.partial(_estimates, trainer, models, arrays_of, target, size, seed))
     content = collect(matrix, folder, trainer.copies)

@@ -20,7 +20,7 @@ from mtl_jax import Batching, Classification, Experiment, Phase, Pretrained, Reg
 from mtl_jax.tasks import Task
 
 SOURCES = ("sst2", "subj", "emotion", "offensive", "banking", "mrpc", "stsb", "tweets", "ewt_pos", "wnut17")
-TARGETS = ("mr", "cr", "questions", "irony", "hate", "rte", "stsb", "products", "tweebank_pos", "slots")
+TARGETS = ("mr", "rte", "slots", "questions", "stsb", "cr", "tweebank_pos", "irony", "products", "hate")
 SOURCE_ROWS, TARGET_ROWS = 2000, 1000
 SCRIPTS = (tweeteval.EXPERIMENT, pairs.EXPERIMENT, quickstart.EXPERIMENT, social_ner.EXPERIMENT, snips.EXPERIMENT)
 # A regret is a share of the best score: with 64 rows, too, scores must be far from 0.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from mtl_jax.core.errors import UserError, count
@@ -17,12 +18,14 @@ class Advice(NamedTuple):
         source: The task that helps it most, by the estimates.
         way: "joint" or "sequential", by joint_or_sequential.
         flags: For each training in order, the flags of the experiment's script.
+        starts: The flags of a joint training with several sources, by weights of losses and by shares of rows: starting_points.
     """
 
     target: str
     source: str
     way: str
     flags: tuple[str, ...]
+    starts: tuple[str, ...] = ()
 
 
 def joint_or_sequential(target_rows: int, source_rows: int) -> str:
@@ -73,3 +76,44 @@ def advise(target: str, source: str, target_rows: int, source_rows: int) -> Advi
     first = f"--only {source} --workdir runs/{source}"
     then = f"--init-from.path runs/{source} --init-from.subtree trunk"
     return Advice(target, source, way, (first, f"--only {target} {then} --workdir runs/{target}_after_{source}"))
+
+
+def source_weights(places: Mapping[str, float]) -> dict[str, float]:
+    """{source: 1 minus its mean place}, of the sources in the first half: the weights of their losses beside the target's, 1.
+
+    A heuristic of ours, to start from: the first by every estimator weighs as much as the target.
+
+    Args:
+        places: {source: its mean place, from 0, first, to 1, last}: mean_places().
+
+    Examples:
+        >>> mtl_jax.affinity.source_weights({"mr": 0.0, "cr": 0.3, "rte": 0.9})
+        {'mr': 1.0, 'cr': 0.7}
+    """
+    return {source: round(1 - place, 2) for source, place in places.items() if place < 0.5}
+
+
+def starting_points(target: str, places: Mapping[str, float], source_of: Mapping[str, str]) -> tuple[str, ...]:
+    """The flags of a joint training of a target with the sources of source_weights(); none where there are no two of them.
+
+    First with these weights of losses, then with shares of rows in their proportion. Where tasks label the rows of one source,
+    the largest of their weights is its share.
+
+    Args:
+        target: The target's name.
+        places: As for source_weights().
+        source_of: {task: the name of its source}.
+    """
+    weights = {target: 1.0, **source_weights(places)}
+    if len(weights) < 3:
+        return ()
+    shares: dict[str, float] = {}
+    for task, weight in weights.items():
+        shares[source_of[task]] = max(weight, shares.get(source_of[task], 0.0))
+    only = f"--only {' '.join(weights)}"
+    by_weights = " ".join(f"{task} {weight:g}" for task, weight in weights.items())
+    by_shares = " ".join(f"{source} {weight:g}" for source, weight in shares.items())
+    return (
+        f"{only} --weighting fixed --weights {by_weights} --workdir runs/{target}_by_weights",
+        f"{only} --batch.mixture fixed --batch.shares {by_shares} --workdir runs/{target}_by_shares",
+    )

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mtl_jax.affinity import from_features, from_source_labels, probes, similarity
+from mtl_jax.affinity import from_features, from_gradients, from_source_labels, linear_losses, probes, similarity
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.parts import Registry, origin_of
 
@@ -29,6 +29,9 @@ READS: Mapping[str, str] = {
     "source_tokens": "S arrays i[length], the token ids of the source's texts",
     "embedding": "f[D], task_embedding of the target",
     "source_embedding": "f[D], task_embedding of the source",
+    "signals": "f[N, 4], step_signals of source and target in a run of both under a rule that compares gradients",
+    "gradients": "f[N, 2 + D], linear_rows of the target in a run of both tasks",
+    "source_gradients": "f[M, 2 + D], linear_rows of the source in the same run",
 }
 
 OWN_ESTIMATORS: dict[str, Estimator] = {
@@ -48,6 +51,10 @@ OWN_ESTIMATORS: dict[str, Estimator] = {
     "text_similarity": similarity.text_similarity,
     "vocabulary_overlap": similarity.vocabulary_overlap,
     "task_similarity": similarity.task_similarity,
+    # a joint run of both
+    "grad_tag": linear_losses.grad_tag,
+    "gradient_cosine": from_gradients.gradient_cosine,
+    "tag": from_gradients.tag,
 }
 
 

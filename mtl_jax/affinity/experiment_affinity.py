@@ -6,16 +6,19 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.affinity import task_features
-from mtl_jax.affinity.advice import Advice, advise
+from mtl_jax.affinity import copied_rows, task_features
+from mtl_jax.affinity.advice import Advice, advise, starting_points
+from mtl_jax.affinity.copied_rows import SourceCopies
 from mtl_jax.affinity.estimators import ESTIMATORS, Estimator, reads
 from mtl_jax.affinity.pair_tables import NotApplicable, Tables, input_of, tables, timed
 from mtl_jax.affinity.ranking import Estimate, check_options, mean_places, ranked
 from mtl_jax.affinity.task_features import TaskFeatures
+from mtl_jax.affinity.task_groups import Grouping, groups
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.experiment import Experiment
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 OF_ROWS = ("features", "labels", "probabilities", "source_labels", "base_features")  # with an entry for each row
 OF_TEXTS = ("texts", "tokens")  # with an entry for each text
 RESAMPLES = 20
+GAINS = "grad_tag"  # the estimator whose numbers are gains over training alone
 
 
 class Affinity(NamedTuple):
@@ -40,6 +44,8 @@ class Affinity(NamedTuple):
         notes: Lines on estimators and tasks that do not go together, and why.
         seconds: {estimator: seconds, intervals included}; and before them those of the inputs.
         rows: {task: how many labelled rows were used, texts or words; or texts, where labels are neither classes nor numbers}.
+        groups: The best groups of tasks for a budget of models, by the gains of grad_tag; None where none was asked for.
+        copies: {target: {source: how many of its training rows have a text of the target}}, where there are any.
     """
 
     rankings: dict[str, dict[str, list[Estimate]]]
@@ -49,6 +55,8 @@ class Affinity(NamedTuple):
     notes: list[str]
     seconds: dict[str, float]
     rows: dict[str, int]
+    copies: Mapping[str, Mapping[str, SourceCopies]] = MappingProxyType({})
+    groups: Grouping | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The same as nested dicts and lists."""
@@ -57,7 +65,12 @@ class Affinity(NamedTuple):
             for target, ranking in self.rankings.items()
         }
         advice = {target: advice._asdict() for target, advice in self.advice.items()}
-        return {**self._asdict(), "rankings": rankings, "advice": advice}
+        copies = {
+            target: {source: copied._asdict() for source, copied in by_source.items()}
+            for target, by_source in self.copies.items()
+        }
+        groups = None if self.groups is None else self.groups._asdict() | {"groups": [g._asdict() for g in self.groups.groups]}
+        return {**self._asdict(), "rankings": rankings, "advice": advice, "copies": copies, "groups": groups}
 
 
 def of_experiment(
@@ -68,6 +81,7 @@ def of_experiment(
     rows: int = task_features.ROWS,
     layer: int = 0,
     runs: Sequence[str | Path] = (),
+    models: int = 0,
     resamples: int = RESAMPLES,
     level: float = 0.9,
     seed: int = 0,
@@ -85,6 +99,7 @@ def of_experiment(
         rows: The most training rows of a task, chosen at random.
         layer: The layer whose features are read, from 1; 0: the trunk's output.
         runs: Workdirs of finished runs of tasks of the experiment, with its tokenizer.
+        models: The most models to divide the tasks among, by the gains of grad_tag; 0: no groups.
         resamples: Half-samples of the target's texts for the intervals; 0: no intervals.
         level: The share of the half-samples inside an interval.
         seed: Of rows, half-samples and heads.
@@ -98,6 +113,7 @@ def of_experiment(
         ['coarse']
     """
     log_lines.show()
+    _check_models(models, target, runs, estimators)
     functions = {name: ESTIMATORS.find(name, "estimator") for name in dict.fromkeys(estimators or ESTIMATORS)}
     needs = {name: reads(name, function) for name, function in functions.items()}
     check_options(resamples, level)
@@ -106,9 +122,14 @@ def of_experiment(
     targets = [task_features.task_of(prepared, target).name] if target else names
     if len(names) < 2:
         raise UserError(f"the experiment has one task, {names[0]}; a source and a target are needed")
+    seconds: dict[str, float] = {}
+    with timed(seconds, "copies"):
+        source_of = {task.name: task.source for task in prepared.corpus.tasks}
+        copies = copied_rows.source_copies(prepared.experiment.sources, source_of, prepared.corpus.splits, targets)
     inputs = {name for needed in needs.values() for name in needed}
     data = tables(prepared, inputs, targets, rows=rows, layer=layer, runs=runs, seed=seed)
-    seconds, problems = dict(data.seconds), list[Problem]()
+    seconds |= data.seconds
+    problems: list[Problem] = []
     rankings: dict[str, dict[str, list[Estimate]]] = {name: {} for name in targets}
     untrained: dict[str, dict[str, float]] = {name: {} for name in targets}
     for name in targets:
@@ -125,9 +146,42 @@ def of_experiment(
         log.info("sources of %s ranked by %s", name, count(len(rankings[name]), "estimator"))
     places = {name: mean_places(list(ranking.values())) for name, ranking in rankings.items() if ranking}
     sizes = {task.name: len(prepared.corpus.splits["train"][task.source].data) for task in prepared.corpus.tasks}
-    advice = {name: advise(name, first := next(iter(place)), sizes[name], sizes[first]) for name, place in places.items()}
+    advice = {}
+    for name, place in places.items():
+        first = next(iter(place))
+        starts = starting_points(name, place, source_of)
+        advice[name] = advise(name, first, sizes[name], sizes[first])._replace(starts=starts)
     used = {name: len(arrays.features) for name, arrays in data.arrays.items()}
-    return Affinity(rankings, places, untrained, advice, _lines(problems), seconds, used)
+    notes = [*_lines(problems), *([] if copies is not None else [copied_rows.TOO_MANY])]
+    grouping = _groups(rankings, models) if models else None
+    notes += [grouping] if isinstance(grouping, str) else []
+    best = grouping if isinstance(grouping, Grouping) else None
+    return Affinity(rankings, places, untrained, advice, notes, seconds, used, copies or {}, best)
+
+
+def _check_models(models: int, target: str, runs: Sequence[str | Path], estimators: Sequence[str]) -> None:
+    """Raises UserError, before any work, where groups are asked for and cannot be made."""
+    if models < 0:
+        raise UserError(f"models is {models}; it must be at least 1, or 0 for no groups")
+    if models and (target or not runs or (estimators and GAINS not in estimators)):
+        raise UserError(
+            f"models is {models}: groups need the gains of {GAINS} for every target; give a finished run of all tasks in runs, "
+            "and neither a target nor other estimators alone"
+        )
+
+
+def _groups(rankings: Mapping[str, Mapping[str, Sequence[Estimate]]], models: int) -> Grouping | str:
+    """The groups, or a line on why there are none."""
+    names = list(rankings)
+    gains = np.full((len(names), len(names)), np.nan)
+    for column, target in enumerate(names):
+        for estimate in rankings[target].get(GAINS, ()):
+            gains[names.index(estimate.source), column] = estimate.value
+    missing = np.argwhere(~np.isfinite(gains) & ~np.eye(len(names), dtype=bool))
+    if len(missing):
+        source, target = (names[number] for number in missing[0])
+        return f"groups: {GAINS} has no gain of {target} from {source}; none are made"
+    return groups(gains, names, models)
 
 
 class Problem(NamedTuple):
@@ -210,7 +264,7 @@ def _lines(problems: Sequence[Problem]) -> list[str]:
 
 
 def table(result: Affinity, shown: int = 3) -> str:
-    """The rankings as text: for each target a row for each estimator with its first sources, then the advice and the notes.
+    """The rankings as text: copies, for each target a row for each estimator with its first sources, the advice, the notes.
 
     Args:
         result: The result of of_experiment().
@@ -218,7 +272,8 @@ def table(result: Affinity, shown: int = 3) -> str:
     """
     import tabulate
 
-    parts = []
+    copied = copied_rows.lines(result.copies)
+    parts = ["\n".join(copied)] if copied else []
     for target, ranking in result.rankings.items():
         rows = [
             [name, *(_cell(estimate) for estimate in estimates[:shown]), *[""] * (shown - len(estimates))]
@@ -234,9 +289,15 @@ def table(result: Affinity, shown: int = 3) -> str:
             parts.append(f"{target} on the trunk before training: {values}")
         if target in result.advice:
             advice = result.advice[target]
-            parts.append(
-                "\n".join([f"{target} with {advice.source}, {advice.way}:", *(f"  {flags}" for flags in advice.flags)])
-            )
+            lines = [f"{target} with {advice.source}, {advice.way}:", *(f"  {flags}" for flags in advice.flags)]
+            if advice.starts:
+                lines += [f"{target} with the sources of the first half, by weights or by shares of rows:"]
+                lines += [f"  {flags}" for flags in advice.starts]
+            parts.append("\n".join(lines))
+    if result.groups is not None:
+        lines = ["groups of tasks by the gains of grad_tag, a training each:"]
+        lines += [f"  --only {' '.join(group.trained)}  (for {', '.join(group.served)})" for group in result.groups.groups]
+        parts.append("\n".join([*lines, *([result.groups.note] if result.groups.note else [])]))
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     return "\n\n".join([*parts, *(["\n".join(result.notes)] if result.notes else []), f"seconds: {seconds}"])
 

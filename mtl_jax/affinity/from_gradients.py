@@ -5,11 +5,15 @@ All are functions of jax arrays that may be jitted. Row i, column j of a matrix 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.affinity.estimator_inputs import matrix
+from mtl_jax.core.errors import UserError
 
 TINY = 1e-30  # below every squared norm that is not 0 in float32
 
@@ -78,3 +82,65 @@ def lookahead_losses(
         return losses_of(jax.tree.map(lambda leaf, slope: leaf - learning_rate * slope, params, gradient))
 
     return jax.vmap(after)(gradients)
+
+
+def step_signals(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
+    """{(source, target): f64[N, 4]} of the steps of a run in which both have examples, from its metrics.jsonl.
+
+    The columns are the cosine of their gradients, the norms of the source's and of the target's, and the target's loss. A run
+    has them under a rule of weighting that compares task gradients; else the result is empty.
+
+    Args:
+        records: The objects of metrics.jsonl.
+    """
+    rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for record in records:
+        cosines = record.get("cosines", ())
+        tasks = [name.removeprefix("gradient_norm/") for name in record if name.startswith("gradient_norm/")]
+        for row, source in enumerate(tasks if len(cosines) else ()):
+            for column, target in enumerate(tasks):
+                if source != target:
+                    norms = (record[f"gradient_norm/{name}"] for name in (source, target))
+                    values = (cosines[row][column], *norms, record[f"loss/{target}"])
+                    rows.setdefault((source, target), []).append(values)
+    arrays = {pair: np.array(values, np.float64) for pair, values in rows.items()}
+    kept = {pair: array[np.isfinite(array).all(axis=1) & (array[:, 3] > 0)] for pair, array in arrays.items()}
+    return {pair: array for pair, array in kept.items() if len(array)}
+
+
+def gradient_cosine(signals: Any) -> float:
+    """The mean cosine of the gradients of source and target over the steps of a run of both, from -1 to 1.
+
+    Args:
+        signals: f[N, 4], as step_signals() has them.
+
+    Raises:
+        UserError: The array has another form.
+
+    References:
+        Yu et al., 2020, https://arxiv.org/abs/2001.06782
+    """
+    return float(_signals("gradient_cosine", signals)[:, 0].mean())
+
+
+def tag(signals: Any) -> float:
+    """TAG's affinity to first order over the learning rate, the mean of <g_i, g_j> / L_j over the steps of a run of both.
+
+    Args:
+        signals: f[N, 4], as step_signals() has them.
+
+    Raises:
+        UserError: The array has another form.
+
+    References:
+        As tag_lookahead.
+    """
+    cosines, sources, targets, losses = _signals("tag", signals).T
+    return float((cosines * sources * targets / losses).mean())
+
+
+def _signals(estimator: str, signals: Any) -> np.ndarray:
+    array = matrix(estimator, "signals", signals)
+    if array.shape[1] != 4 or not (array[:, 3] > 0).all():
+        raise UserError(f"{estimator}: signals must have the columns cosine, two norms, and a loss above 0")
+    return array

@@ -11,11 +11,14 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtl_jax.affinity import source_models, task_features
+from mtl_jax.affinity.from_gradients import step_signals
+from mtl_jax.affinity.linear_rows import can_be_linear, make_linear_rows
 from mtl_jax.affinity.source_models import SourceModel
 from mtl_jax.affinity.task_features import TaskFeatures
 from mtl_jax.core.errors import count
@@ -23,6 +26,7 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
+from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.setup import Prepared
 
 log = logging.getLogger(__name__)
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 WITH_HEADS = ("probabilities", "source_labels", "embedding", "source_embedding")
 WITH_PROBABILITIES = ("probabilities", "source_labels")
 WITH_EMBEDDINGS = ("embedding", "source_embedding")
+WITH_GRADIENTS = ("gradients", "source_gradients")
 WITH_RUNS = ("features", "source_features")  # before training they are the same for every source
 
 
@@ -56,7 +61,9 @@ class Tables(NamedTuple):
         own: {source: f32[M, H]}, the source's rows in its run's trunk.
         features: {(source, target): f32[N, H]}, the target's rows in the trunk of the source's run.
         probabilities: {(source, target): f32[N, Z]}, of the source's classes on the target's rows.
-        seconds: {"features", "heads", "embeddings", "runs": seconds}, of those that were computed.
+        seconds: {"features", "heads", "embeddings", "runs", "gradients": seconds}, of those that were computed.
+        gradients: {(source, target): the linear rows of both in one run of both, f32[M, 2 + D] and f32[N, 2 + D]}.
+        signals: {(source, target): step_signals of a run of both, f64[N, 4]}.
     """
 
     tasks: dict[str, Task]
@@ -66,6 +73,8 @@ class Tables(NamedTuple):
     features: dict[tuple[str, str], np.ndarray]
     probabilities: dict[tuple[str, str], np.ndarray]
     seconds: dict[str, float]
+    gradients: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]] = MappingProxyType({})
+    signals: Mapping[tuple[str, str], np.ndarray] = MappingProxyType({})
 
 
 @contextlib.contextmanager
@@ -103,7 +112,7 @@ class Sampled(NamedTuple):
     def probabilities(self, model: SourceModel, target: str, outputs: Sequence[Encoded]) -> np.ndarray | None:
         """f32[N, Z], a source's probabilities on a target's rows; None where there are none."""
         task, batches = self.tasks[target], self.batches[target]
-        if _why_no_probabilities(model.task, task):
+        if why_no_probabilities(model.task, task):
             return None
         of_batches = source_models.probabilities(model, batches, outputs)
         return task_features.rows_of_outputs(task, batches, of_batches, self.rows, self.seed)
@@ -180,7 +189,35 @@ def tables(
                 features[source, target] = vectors
                 if (pair := sampled.probabilities(model, target, of_run)) is not None:
                     probabilities[source, target] = pair
-    return Tables(sampled.tasks, arrays, embeddings, own, features, probabilities, seconds)
+    gradients: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+    if set(inputs) & set(WITH_GRADIENTS):
+        with timed(seconds, "gradients"):
+            gradients = _gradients(sampled, models, targets)
+    signals: dict[tuple[str, str], np.ndarray] = {}
+    for folder in runs if "signals" in inputs else ():
+        signals |= step_signals(read_metrics(Path(folder)))
+    return Tables(sampled.tasks, arrays, embeddings, own, features, probabilities, seconds, gradients, signals)
+
+
+def _gradients(
+    sampled: Sampled, models: Mapping[str, SourceModel], targets: Sequence[str]
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """The linear rows of the pairs of tasks that one run has."""
+    rows: dict[str, np.ndarray] = {}
+    by_run: dict[int, list[str]] = {}
+    for name, model in models.items():
+        by_run.setdefault(id(model.trunk), []).append(name)
+    pairs = [
+        pair
+        for names in by_run.values()
+        for pair in itertools.product([name for name in names if can_be_linear(models[name].task)], repeat=2)
+        if pair[0] != pair[1] and pair[1] in targets
+    ]
+    for name in dict.fromkeys(itertools.chain.from_iterable(pairs)):
+        model = models[name]
+        log.info("gradients of task %s", name)
+        rows[name] = make_linear_rows(model.trunk)(model.task, model.head, sampled.batches[name])
+    return {(source, target): (rows[source], rows[target]) for source, target in pairs}
 
 
 def _sampled(prepared: Prepared, rows: int, seed: int) -> Sampled:
@@ -192,7 +229,7 @@ def _sampled(prepared: Prepared, rows: int, seed: int) -> Sampled:
     return Sampled(tasks, examples, batches, rows, seed)
 
 
-def _why_no_probabilities(source: Task, target: Task) -> str:
+def why_no_probabilities(source: Task, target: Task) -> str:
     """The reason why a source has no probabilities on a target's rows; "" if it has some."""
     if not source_models.has_classes(source):
         return f"{type(source).__name__} has no probabilities of classes"
@@ -227,9 +264,18 @@ def input_of(name: str, source: str, target: str, tables: Tables) -> Any:
         if (source, target) not in tables.probabilities:
             tasks = tables.tasks[source], tables.tasks[target]
             pair = not source_models.has_classes(tasks[0])
-            raise NotApplicable(source if pair else f"{source} for {target}", _why_no_probabilities(*tasks))
+            raise NotApplicable(source if pair else f"{source} for {target}", why_no_probabilities(*tasks))
         probabilities = tables.probabilities[source, target]
         return probabilities.argmax(axis=1) if name == "source_labels" else probabilities
+    if name == "signals":
+        if (source, target) not in tables.signals:
+            why = "no run by --runs has both tasks under a rule that compares gradients, such as pcgrad"
+            raise NotApplicable(f"{source} for {target}", why)
+        return tables.signals[source, target]
+    if name in WITH_GRADIENTS:
+        if (source, target) not in tables.gradients:
+            raise NotApplicable(f"{source} for {target}", "no finished run by --runs has both tasks")
+        return tables.gradients[source, target][name == "gradients"]
     if name in WITH_EMBEDDINGS:
         task = target if name == "embedding" else source
         if task not in tables.embeddings:

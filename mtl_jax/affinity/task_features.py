@@ -195,9 +195,9 @@ def sample(task: Task, examples: Examples, rows: int, seed: int) -> Examples:
     labels = examples.labels[task.name]
     known = np.arange(len(examples.tokens))
     if kind_of_labels(task) and task.label_level == "example":
-        known = np.flatnonzero(_is_known(task, np.asarray(labels)))
+        known = np.flatnonzero(is_known(task, np.asarray(labels)))
     elif kind_of_labels(task):
-        known = np.array([i for i in known if _is_known(task, np.asarray(labels[i])).any()], np.int64)
+        known = np.array([i for i in known if is_known(task, np.asarray(labels[i])).any()], np.int64)
     random = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
     chosen = np.sort(random.permutation(known)[:rows])
 
@@ -215,7 +215,8 @@ def sample(task: Task, examples: Examples, rows: int, seed: int) -> Examples:
     )
 
 
-def _is_known(task: Task, labels: np.ndarray) -> np.ndarray:
+def is_known(task: Task, labels: np.ndarray) -> np.ndarray:
+    """bool of the shape of the labels: whether each exists."""
     return labels != task.missing if np.issubdtype(task.dtype, np.integer) else ~np.isnan(labels)
 
 
@@ -300,7 +301,7 @@ def by_word(task: Task, batches: Sequence[Batch], values: Sequence[Any]) -> Word
     parts = []
     for batch, value in zip(batches, values, strict=True):
         labels_RxT = batch.labels[task.name]
-        rows, places = np.nonzero(_is_known(task, labels_RxT) & (batch.segments > 0))
+        rows, places = np.nonzero(is_known(task, labels_RxT) & (batch.segments > 0))
         texts = batch.index[rows, batch.segments[rows, places] - 1]
         parts.append(Words(np.asarray(value, np.float32)[rows, places], labels_RxT[rows, places], texts.astype(np.int64)))
     whole = Words(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

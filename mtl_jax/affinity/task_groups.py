@@ -46,6 +46,18 @@ class Grouping(NamedTuple):
     optimal: bool
     tried: int
 
+    @property
+    def note(self) -> str:
+        """What was done in place of comparing all divisions, where there are too many tasks; else empty."""
+        tasks = sum(len(group.served) for group in self.groups)
+        if tasks <= EXHAUSTIVE:
+            return ""
+        end = "it is proven to be the best" if self.optimal else "the search ended before it was proven to be the best"
+        return (
+            f"{tasks} tasks are too many to compare all groupings, which is done up to {EXHAUSTIVE}: "
+            f"branch and bound looked at {self.tried:,}; {end}"
+        )
+
 
 def groups(
     gains: Any,

@@ -21,6 +21,7 @@ def affinity(
     rows: int = 512,
     layer: int = 0,
     runs: tuple[str, ...] = (),
+    models: int = 0,
     resamples: int = 20,
     seed: int = 0,
     json: str = "",
@@ -39,6 +40,8 @@ def affinity(
         layer: The layer of the trunk whose features are read, from 1; 0: its output.
         runs: Workdirs of finished runs of some of the tasks. Estimators of a source's features need them; for leep and nce they
             replace heads that are fitted on the trunk before training.
+        models: The most models to divide the tasks among, by the gains of grad_tag, which needs a finished run of all tasks in
+            runs; 0: no groups.
         resamples: Half-samples of the target's rows for the intervals; 0: no intervals.
         seed: Of the rows, half-samples and heads.
         json: A file to write everything to, as JSON.
@@ -47,7 +50,7 @@ def affinity(
 
     check_json(json)
     experiment = scripts.read(script, "rank")
-    options = {"rows": rows, "layer": layer, "resamples": resamples, "seed": seed}
+    options = {"rows": rows, "layer": layer, "models": models, "resamples": resamples, "seed": seed}
     result = of_experiment(experiment, target, estimators, runs=runs, **options)
     print(table(result))
     if json:

@@ -191,7 +191,7 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     print(module.results(*workdirs))
 
 
-def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "") -> None:
+def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "", affinity: str = "") -> None:
     """A report on an ablation, or on ordinary runs side by side: a page, a table of all values, statistics and figures.
 
     Writes report.html, which needs no other file, ablation.csv, results.json and figures/*.png.
@@ -200,10 +200,11 @@ def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "")
         workdirs: One ablation; or workdirs of runs with the same tasks, such as "runs/*". Runs that differ only in the seed
             are shown as mean and standard deviation.
         output: The directory to write. Default: the ablation's workdir; for runs, report/.
+        affinity: A file that mtl-jax affinity --json wrote, for a section on which tasks help which.
     """
     from mtl_jax import reporting
 
-    print(f"the report is {reporting.report(*workdirs, output=output)}")
+    print(f"the report is {reporting.report(*workdirs, output=output, affinity=affinity)}")
 
 
 def console() -> None:

@@ -13,12 +13,13 @@ from mtl_jax.reporting.study import ABLATION
 from mtl_jax.reporting.study import read as read
 
 
-def report(*workdirs: str | Path, output: str | Path = "") -> Path:
+def report(*workdirs: str | Path, output: str | Path = "", affinity: str | Path = "") -> Path:
     """Writes a report on an ablation, or on runs side by side; returns the path of its page, report.html.
 
     Args:
         workdirs: One ablation; or workdirs of runs with the same tasks, also as patterns such as "runs/*".
         output: The directory to write. Default: the ablation's workdir; for runs, report/.
+        affinity: A file that mtl-jax affinity --json wrote, for a section on which tasks help which.
 
     Raises:
         UserError: As write().
@@ -32,7 +33,7 @@ def report(*workdirs: str | Path, output: str | Path = "") -> Path:
     folders = find([str(workdir) for workdir in workdirs])
     if not folders:
         raise UserError("no workdir given")
-    return write(folders, output or default_output(folders))
+    return write(folders, output or default_output(folders), affinity=affinity)
 
 
 def best_setting(ablation: Path) -> str:
@@ -75,7 +76,9 @@ def default_output(workdirs: Sequence[Path]) -> Path:
     return workdirs[0] if len(workdirs) == 1 and (workdirs[0] / ABLATION).exists() else Path("report")
 
 
-def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patience: float = 0.0) -> Path:
+def write(
+    source: str | Path | Sequence[str | Path], out: str | Path, *, patience: float = 0.0, affinity: str | Path = ""
+) -> Path:
     """Writes report.html, ablation.csv, results.json and figures/*.png; the same runs give the same bytes.
 
     Files of an earlier report are replaced; each is written whole or not at all.
@@ -84,16 +87,25 @@ def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patienc
         source: One ablation, or workdirs of ordinary runs.
         out: The directory to write. It may be the ablation itself, but not the workdir of a run, which has a results.json.
         patience: Seconds to wait for a process that writes a report there.
+        affinity: As for report().
 
     Returns:
         The path of report.html.
 
     Raises:
         UserError: A source is not a workdir, the runs cannot be compared, `out` cannot be written, or another process writes
-            a report there.
+            a report there, or the file of affinity is of another kind.
     """
-    from mtl_jax.reporting import page, render, sections, statistics, tables  # imported late: matplotlib and scipy take a while
+    from mtl_jax.reporting import (  # imported late: matplotlib and scipy take a while
+        affinity_section,
+        page,
+        render,
+        sections,
+        statistics,
+        tables,
+    )
 
+    content = affinity_section.read(affinity) if affinity else None
     study = read([Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)])
     out = Path(out)
     if (out / "config.json").exists() and not (out / ABLATION).exists():
@@ -102,7 +114,7 @@ def write(source: str | Path | Sequence[str | Path], out: str | Path, *, patienc
         (out / "figures").mkdir(parents=True, exist_ok=True)
     groups = statistics.groups(study)
     comparison = statistics.compare(study, groups)
-    parts = sections.sections(study, groups, comparison)
+    parts = sections.sections(study, groups, comparison, content)
     with locks.report(out, patience):
         for figure in sections.figures_of(parts):
             render.png(figure, out / "figures" / f"{figure.slug}.png")

@@ -85,6 +85,7 @@ class Panel:
         remark: A line below it, or empty.
         height: In inches.
         left: Inches for the labels of the ticks.
+        below: Inches for those below, and the name of the axis.
         frame: Whether it has axes, a grid and ticks.
     """
 
@@ -94,6 +95,7 @@ class Panel:
     remark: str = ""
     height: float = HEIGHT
     left: float = 0.7
+    below: float = 0.48
     frame: bool = True
 
 
@@ -195,7 +197,7 @@ def _picture(figure: Figure) -> Canvas:
 def _draw(panel: Panel, canvas: Canvas, corner: tuple[float, float], palette: Palette) -> Axes:
     """Draws a panel at a lower left corner, in inches. Margins are fixed: measuring texts would take most of the time."""
     wide, high = canvas.get_size_inches()
-    left, bottom, right, top = (panel.left, 0.48, 0.14, 0.12) if panel.frame else (0.05, 0.05, 0.05, 0.05)
+    left, bottom, right, top = (panel.left, panel.below, 0.14, 0.12) if panel.frame else (0.05, 0.05, 0.05, 0.05)
     width, height = WIDTH - left - right, panel.height - bottom - top
     axes = canvas.add_axes(((corner[0] + left) / wide, (corner[1] + bottom) / high, width / wide, height / high))
     if panel.frame:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mtl_jax.audit.copies import KINDS
-from mtl_jax.reporting import curves, figures, formatting, tables
+from mtl_jax.reporting import affinity_section, curves, figures, formatting, heat_maps, tables
 from mtl_jax.reporting.page import Cell, Section, Table, number, spread
 from mtl_jax.reporting.render import Figure
 from mtl_jax.reporting.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
@@ -18,8 +18,17 @@ BEST = 5  # settings in the table of the best
 WEIGHTS = 4  # most weights with separate columns; more share one column
 
 
-def sections(study: Study, groups: Sequence[Group], comparison: Comparison | None) -> list[Section]:
-    """All sections of the page."""
+def sections(
+    study: Study, groups: Sequence[Group], comparison: Comparison | None, estimates: Mapping[str, Any] | None = None
+) -> list[Section]:
+    """All sections of the page.
+
+    Args:
+        study: The study.
+        groups: Its settings.
+        comparison: Of its weighting rules, if there are several.
+        estimates: The content of a file of mtl-jax affinity --json, or None.
+    """
     parts = [_result(study, groups[0])] if len(groups) == 1 else [*_best(study, groups), _settings(study, groups)]
     if comparison is not None:
         parts.append(_methods(study, comparison))
@@ -30,9 +39,11 @@ def sections(study: Study, groups: Sequence[Group], comparison: Comparison | Non
         *curves.learning(study, groups),
         *curves.weights(study, groups),
         *curves.agreement(study, groups),
+        *heat_maps.conflicts(study, groups),
     ]
     parts += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
-    return [*parts, *_copies(study), *_labels(study), _all_runs(study)]
+    tasks_that_help = [] if estimates is None else [affinity_section.section(estimates, study)]
+    return [*parts, *tasks_that_help, *_copies(study), *_labels(study), _all_runs(study)]
 
 
 def _copies(study: Study) -> list[Section]:

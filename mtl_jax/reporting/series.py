@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Band:
 
 
 def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], last: int) -> dict[str, Series]:
-    """The curves of a run: loss/TASK and weight/TASK, cosine_mean, conflicts; and dev/TASK, its metric on dev.
+    """The curves of a run: loss/TASK and weight/TASK, cosine_mean, conflicts, cosine/TASK/TASK; and dev/TASK, on dev.
 
     Values of training steps are means over at most POINTS windows of equal length, each placed at the window's last step.
     Values that are not finite are left out, and so are curves without values.
@@ -57,6 +58,8 @@ def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], l
             for name in train:
                 if name in record:
                     pairs_of[name].append((record["step"], record[name]))
+            for name, cosine in _cosines(record):
+                pairs_of.setdefault(name, []).append((record["step"], cosine))
         elif record["kind"] == "dev":
             for task, metric in tasks.items():
                 if f"{task}/{metric}" in record:
@@ -64,6 +67,19 @@ def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], l
     width = max(1, -(-last // POINTS))
     curves = {name: _windows(pairs, 1 if name.startswith("dev/") else width) for name, pairs in pairs_of.items()}
     return {name: curve for name, curve in curves.items() if len(curve.steps_N)}
+
+
+def cosine_name(first: str, second: str) -> str:
+    """The name of the curve of the cosine of two tasks' gradients, in any order."""
+    return "cosine/" + "/".join(sorted((first, second)))
+
+
+def _cosines(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(curve, value) for each pair of tasks in a record; those without examples in the step are not in its matrix."""
+    if "cosines" in record:
+        tasks = [name.removeprefix("gradient_norm/") for name in record if name.startswith("gradient_norm/")]
+        for (row, first), (column, second) in itertools.combinations(enumerate(tasks), 2):
+            yield cosine_name(first, second), record["cosines"][row][column]
 
 
 def _windows(pairs: Sequence[tuple[int, float]], width: int) -> Series:

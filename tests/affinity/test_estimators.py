@@ -352,3 +352,55 @@ def test_an_estimator_of_ones_own_is_an_entry_beside_ours():
             affinity.ESTIMATORS.find("logm", "estimators")
     finally:
         affinity.ESTIMATORS._functions.pop("largest", None)
+
+
+ONE_CLASS = (np.zeros((12, 3)) + np.arange(12)[:, None], np.zeros(12, np.int64))
+SIGNALS = np.array([[0.5, 2.0, 3.0, 1.0], [-0.1, 1.0, 2.0, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "inputs", "message"),
+    [
+        *(
+            (name, ONE_CLASS, "two classes are needed")
+            for name in ("logme", "h_score", "transrate", "linear_probe", "knn", "n_leep")
+        ),
+        ("leep", (np.full((12, 2), 0.5), ONE_CLASS[1]), "leep: all 12 rows have label 0; two classes are needed"),
+        ("linear_probe", (np.eye(2), np.array([0, 1])), "linear_probe: 2 rows; at least 3 are needed to leave one out"),
+        (
+            "knn",
+            (np.eye(4), np.array([0, 1, 0, 1])),
+            "knn: k is 5 and there are 4 rows; k must be from 1 to one less than the rows",
+        ),
+        ("leep", (np.ones((3, 0)), np.array([0, 1, 0])), "leep: probabilities has shape"),
+        ("tag", (SIGNALS[:, :3],), "tag: signals must have the columns cosine, two norms, and a loss above 0"),
+        ("gradient_cosine", (np.zeros((0, 4)),), r"gradient_cosine: signals has shape \(0, 4\)"),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_line(estimator, inputs, message):
+    with pytest.raises(UserError, match=message) as caught:
+        affinity.ESTIMATORS[estimator](*inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_signals_of_a_run():
+    """Only steps in which both have examples, finite and with a loss; no rule that compares gradients: none."""
+
+    def record(tasks, cosine, loss=1.0):
+        norms = {f"gradient_norm/{task}": float(place + 1) for place, task in enumerate(tasks)}
+        losses = {f"loss/{task}": loss for task in tasks}
+        return {"kind": "train", "cosines": [[cosine] * len(tasks)] * len(tasks), **norms, **losses, "gradient_norm": 9.0}
+
+    records = [
+        record("ab", 0.5),
+        record("a", 1.0),
+        record("ab", 0.1, 2.0),
+        record("ab", np.nan),
+        {"kind": "train", "loss/a": 1.0},
+    ]
+    signals = affinity.step_signals(records)
+    assert set(signals) == {("a", "b"), ("b", "a")}
+    assert signals["a", "b"].tolist() == [[0.5, 1, 2, 1], [0.1, 1, 2, 2]]
+    assert affinity.gradient_cosine(signals["a", "b"]) == pytest.approx(0.3)
+    assert affinity.tag(signals["b", "a"]) == pytest.approx((0.5 * 2 + 0.1 * 2 / 2) / 2)
+    assert affinity.step_signals(records[-1:]) == {}

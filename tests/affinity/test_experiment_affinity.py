@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Classification, MaskedLM, Source, Tagging, UserError, affinity
-from mtl_jax.affinity import source_models, task_features
+from mtl_jax.affinity import copied_rows, source_models, task_features
 from mtl_jax.affinity.pair_tables import NotApplicable, input_of, tables
 from mtl_jax.cli import main, scripts
 from mtl_jax.core import files, trees
@@ -149,7 +150,8 @@ def test_every_kind_of_task_gets_what_applies_to_it(words, monkeypatch):
     assert [estimate.source for estimate in result.rankings["coarse"]["leep"]] == ["fine"]
     assert set(result.untrained["rating"]) == {"logme", "linear_probe", "knn"}
     assert set(result.untrained["tags"]) == set(affinity.ESTIMATORS) - {
-        *("leep", "nce", "esm", "text_similarity", "vocabulary_overlap", "task_similarity")
+        *("leep", "nce", "esm", "text_similarity", "vocabulary_overlap", "task_similarity"),
+        *("grad_tag", "gradient_cosine", "tag"),
     }
     for ranking in result.rankings["tags"].values():
         assert {estimate.source for estimate in ranking} == {"rating", "coarse", "fine"}
@@ -169,6 +171,9 @@ def test_every_kind_of_task_gets_what_applies_to_it(words, monkeypatch):
     assert result.rows["tags"] == 24
     assert {"features", "heads", "embeddings", "logme"} <= result.seconds.keys()
     assert result.advice["fine"].source == "coarse"  # it has the same texts
+    assert result.copies["fine"] == {"coarse": affinity.SourceCopies({}, result.copies["fine"]["coarse"].of, same_rows=True)}
+    assert affinity.table(result).startswith("copies: ")
+    assert "copies: fine labels the rows of coarse" in affinity.table(result).splitlines()
     assert json.loads(files.to_json(result.as_json()))["rankings"]["coarse"]["leep"][0]["source"] == "fine"
 
 
@@ -193,11 +198,16 @@ def test_a_masked_lm_is_a_source_of_texts(data, tmp_path):
 
 def test_runs_are_sources_with_features_of_their_own(bert, data, workdir):
     experiment = tiny.experiment(bert, data)
-    names = ["logme", "leep", "esm", "linear_probe", "n_leep"]
+    names = ["logme", "leep", "esm", "linear_probe", "n_leep", "grad_tag", "tag"]
     result = affinity.of_experiment(experiment, "fine", names, rows=40, runs=[workdir], resamples=4, layer=1)
     ranking = result.rankings["fine"]
-    assert list(ranking) == names
+    assert list(ranking) == names[:-1]
+    assert (
+        "tag: rating for fine, coarse for fine: no run by --runs has both tasks under a rule that compares" in result.notes[-1]
+    )
     assert {estimate.source for estimate in ranking["logme"]} == {"rating", "coarse"}
+    assert {estimate.source for estimate in ranking["grad_tag"]} == {"rating", "coarse"}  # one run has all three
+    assert np.isnan(ranking.pop("grad_tag")[0].low)
     assert all(estimate.low <= estimate.high for estimates in ranking.values() for estimate in estimates)
     model = mtl_jax.load_model(workdir)
     arrays = affinity.features(experiment, ["fine"], rows=40)["fine"]
@@ -260,6 +270,43 @@ def test_the_command_and_the_function_are_one(bert, data, tmp_path, monkeypatch,
     joint = affinity.advise("rating", "fine", 10, 20)
     with scripts.given(shlex.split(joint.flags[0])):
         assert scripts.read(tiny.__file__).only == ("rating", "fine")
+    source_of = {"rating": "ratings", "coarse": "questions", "fine": "questions"}
+    by_weights, by_shares = affinity.starting_points("rating", {"fine": 0.0, "coarse": 0.25}, source_of)
+    with scripts.given(shlex.split(by_weights)):
+        read = scripts.read(tiny.__file__)
+        assert (read.weighting, read.weights) == ("fixed", {"rating": 1.0, "fine": 1.0, "coarse": 0.75})
+    with scripts.given(shlex.split(by_shares)):
+        batch = scripts.read(tiny.__file__).batch
+        assert (batch.mixture, batch.shares) == ("fixed", {"ratings": 1.0, "questions": 1.0})
+    assert affinity.starting_points("rating", {"fine": 0.0, "coarse": 0.5}, source_of) == ()
+
+
+def rows_of(*texts):
+    """Examples of a source, as far as copies are looked for in them."""
+    return SimpleNamespace(data=[SimpleNamespace(columns=columns, where="") for columns in texts])
+
+
+def test_copies_between_tasks_are_named():
+    """Texts of pairs one by one, the closest kind of each row; held-out rows of the target, but not those of the source."""
+    long = "the old man and the sea is a film of a man and a fish"
+    train = {
+        "pairs": rows_of({"a": "A good film !", "b": "who"}, {"a": long, "b": "it rains"}, {"a": "so", "b": "what"}),
+        "single": rows_of({"a": "the sea"}, {"a": "IT  RAINS"}),
+    }
+    test = {
+        "pairs": rows_of({"a": "the sea", "b": "x"}),
+        "single": rows_of({"a": "a good film"}, {"a": long.replace("old", "young")}),
+    }
+    sources = [Source(name="pairs", path="p", text="a", pair="b"), Source(name="single", path="s", text="a")]
+    tasks = {"nli": "pairs", "topic": "single", "mood": "single"}
+    copies = affinity.source_copies(sources, tasks, {"train": train, "test": test}, ["topic", "nli"])
+    assert copies["topic"]["nli"] == affinity.SourceCopies({"exact": 1, "letters": 1, "near": 0}, 3)
+    assert copies["topic"]["mood"].same_rows
+    assert copies["nli"]["topic"] == affinity.SourceCopies({"exact": 2, "letters": 0, "near": 0}, 2)
+    lines = copied_rows.lines(copies)
+    assert lines[0] == "copies: 2 of 3 training rows of nli have a text of topic (1 exact, 1 letters)"
+    assert lines[-1] == "copies: such a source looks better than it is; mtl-jax audit SCRIPT shows the rows"
+    assert copied_rows.lines({}) == []
 
 
 @pytest.mark.parametrize(
@@ -271,6 +318,10 @@ def test_the_command_and_the_function_are_one(bert, data, tmp_path, monkeypatch,
         (["--resamples", "-1"], "resamples is -1; it must not be negative"),
         (["--runs", "nowhere"], "--runs: nowhere is not the workdir of a run"),
         (["--json", "nowhere/affinity.json"], "--json nowhere/affinity.json: name a file in a directory that exists"),
+        (
+            ["--models", "2"],
+            "models is 2: groups need the gains of grad_tag for every target; give a finished run of all tasks",
+        ),
         (["--", "--only", "fine"], "the experiment has one task, fine; a source and a target are needed"),
     ],
 )

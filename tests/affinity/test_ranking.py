@@ -254,3 +254,13 @@ def test_gradient_cosines():
         by_hand[i, j] = rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j])
     np.testing.assert_allclose(cosines[:3, :3], by_hand, rtol=1e-5)
     assert not np.asarray(cosines[3]).any()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "end"), [(8, 10, ""), (9, 10**6, "it is proven to be the best"), (12, 3, "the search ended")]
+)
+def test_groups_of_many_tasks_say_what_was_done(tasks, nodes, end):
+    gains = np.random.default_rng(0).normal(size=(tasks, tasks))
+    note = affinity.groups(gains, [f"t{n}" for n in range(tasks)], 2, nodes=nodes).note
+    assert end in note
+    assert ("too many to compare all groupings, which is done up to 8: branch and bound looked at" in note) == (tasks > 8)

@@ -25,7 +25,7 @@ from mtl_jax.planning import program_cost
 from mtl_jax.planning.program_cost import ProgramCost
 from mtl_jax.planning.topologies import Topology, topology
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training import setup
+from mtl_jax.training import held_out, setup
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.references import References
@@ -173,7 +173,7 @@ def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> P
     elsewhere = prepared._replace(mesh=_mesh(item))
     state, inputs = _arguments(elsewhere, plan, batch)
     parameters = _bytes(state.params)
-    common = {"phase": plan.phase.name, "steps": plan.end - plan.start, "parameters": parameters}
+    common: dict[str, Any] = {"phase": plan.phase.name, "steps": plan.end - plan.start, "parameters": parameters}
     common["optimizer"] = _bytes(state) - parameters
     started = time.monotonic()
     try:
@@ -205,11 +205,13 @@ def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> P
 
 def _arguments(prepared: Prepared, plan: PhasePlan, batch: Any) -> tuple[TrainState, StepInputs]:
     """The shapes and shardings of a step's arguments."""
-    replicated = meshes.replicated(prepared.mesh)
+    replicated, corpus, batching = meshes.replicated(prepared.mesh), prepared.corpus, prepared.experiment.batch
+    measured = held_out.host_batches(prepared.held_out, corpus.tasks, batching, corpus.has_types, meshes.shards(prepared.mesh))
     inputs = StepInputs(
         _shapes(batch, meshes.by_rows(prepared.mesh)),
         _shapes(_features(prepared, plan), replicated),
         _shapes(References(prepared, Path()).shapes(plan), replicated),
+        _shapes(measured, meshes.by_rows(prepared.mesh, axis=1)),
     )
     return setup.template(prepared, plan.number, plan.start), inputs
 

@@ -110,12 +110,19 @@ def batches(
     examples: Sequence[Examples], tasks: Sequence[Task], batching: Batching, types: bool, mesh: jax.sharding.Mesh
 ) -> Batch | None:
     """The held-out rows on the devices, as StepInputs.held_out; None: there are none."""
+    host = host_batches(examples, tasks, batching, types, meshes.shards(mesh))
+    placed: Batch | None = None if host is None else meshes.place(host, meshes.by_rows(mesh, axis=1))
+    return placed
+
+
+def host_batches(
+    examples: Sequence[Examples], tasks: Sequence[Task], batching: Batching, types: bool, shards: int
+) -> Batch | None:
+    """The same on the host, for so many devices."""
     if not examples:
         return None
     labelled = [task for task in tasks if any(task.name in part.labels for part in examples)]
-    host = held_out_rows.batches(examples, labelled, batching, types, meshes.shards(mesh))
-    placed: Batch = meshes.place(host, meshes.by_rows(mesh, axis=1))
-    return placed
+    return held_out_rows.batches(examples, labelled, batching, types, shards)
 
 
 def with_look_ahead(

@@ -14,6 +14,7 @@ import tabulate
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data.mixture_schedule import ScheduleSequence
+from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import Experiment, Phase, rule_name, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
@@ -139,7 +140,7 @@ def plan(
     return plans
 
 
-def check_halves(plan: PhasePlan, schedule: ScheduleSequence) -> None:
+def check_halves(plan: PhasePlan, schedule: ScheduleSequence | PoissonSchedule) -> None:
     """Checks that a batch has two independent halves with rows of every source, if the rule of a phase needs them.
 
     Raises:
@@ -147,6 +148,7 @@ def check_halves(plan: PhasePlan, schedule: ScheduleSequence) -> None:
     """
     if not plan.rule.needs_cross:
         return
+    assert isinstance(schedule, ScheduleSequence)  # no rule of a private run compares gradients
     name = plan.rule.name
     if any(isinstance(regulariser, RDrop) for regulariser in plan.regularisers):
         raise UserError(f"weighting {name} needs independent halves of a batch, and R-Drop has every row twice: leave one out")

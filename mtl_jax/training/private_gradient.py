@@ -51,14 +51,14 @@ def row_by_row(
     size = private.micro_batch
 
     def private_backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
-        def pull(weights: Weights, _: Any) -> tuple[Any, dict[str, jax.Array]]:
+        def pull(weights: Weights, _: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
             of_row_weights = {**weights, **{name: weights[name] * factor for name, factor in share.items()}}
 
             def of_row(row: Batch, number: jax.Array) -> tuple[Any, dict[str, jax.Array], dict[str, jax.Array]]:
                 batch = jax.tree.map(lambda leaf: leaf[None], row)
                 trunk_key, head_key = (jax.random.fold_in(key, number) for key in keys)
                 result = backward(trained, frozen, inputs._replace(batch=batch), (trunk_key, head_key))
-                gradient, losses = result.pull(of_row_weights, None)
+                gradient, losses = result.pull(of_row_weights, None, of_heads)
                 labelled = {name: (count > 0).astype(jnp.float32) for name, count in result.counts.items()}
                 return clipped(gradient, private.clip), losses, labelled
 

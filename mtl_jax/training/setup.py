@@ -133,8 +133,8 @@ def prepare(experiment: Experiment) -> Prepared:
     regularisation.check(experiment, tasks_by_name, trunk, params, opened.anchor_runs, trains_trunk)
     notes = _notes(experiment, corpus, trunk, params, plans)
     record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
-    facts = (corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies, measured, run_facts)
-    return Prepared(experiment, *facts)
+    checked = Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies)
+    return checked._replace(held_out=measured, facts=run_facts)
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:

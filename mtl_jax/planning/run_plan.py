@@ -24,8 +24,8 @@ from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.planning import program_cost
 from mtl_jax.planning.program_cost import ProgramCost
 from mtl_jax.planning.topologies import Topology, topology
-from mtl_jax.training import mesh as meshes
 from mtl_jax.training import held_out, setup
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.references import References

@@ -160,7 +160,7 @@ def _executed(
 
 def _op_name(instruction: _Instruction) -> str:
     named = _OP_NAME.search(instruction.rest)
-    return named[1] if named and named[1] else instruction.opcode
+    return named[1].replace("\\'", "'") if named and named[1] else instruction.opcode
 
 
 def place(op_name: str) -> str:

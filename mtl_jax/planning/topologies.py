@@ -76,7 +76,7 @@ def _card(name: str, **properties: float | str) -> str:
     return f'gpu_device_info {{\n{lines}}}\nplatform_name: "CUDA"\ndevice_description_str: "{name}"\n'
 
 
-_HOPPER = {
+_HOPPER: dict[str, float | str] = {
     "cuda_compute_capability": "{ major: 9 }",
     "core_count": 132,
     "fpus_per_core": 128,
@@ -85,7 +85,7 @@ _HOPPER = {
     "l2_cache_size": 52428800,
     "clock_rate_ghz": 1.98,
 }
-_AMPERE = {
+_AMPERE: dict[str, float | str] = {
     "cuda_compute_capability": "{ major: 8 }",
     "core_count": 108,
     "fpus_per_core": 64,

@@ -91,6 +91,7 @@ def label_counts(tasks: tuple[Task, ...], batch: Batch) -> dict[str, jax.Array]:
     return {task.name: task.loss(blank[task.name], batch.labels[task.name], batch)[1] for task in tasks}
 
 
+@jax.named_scope("losses")
 def mean_losses(
     tasks: tuple[Task, ...], outputs: dict[str, jax.Array], batch: Batch, counts: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
@@ -115,6 +116,7 @@ def every_row(task: Task, encoded: Encoded, batch: Batch) -> tuple[Encoded, Batc
     return encoded, batch
 
 
+@jax.named_scope("counts")
 def count_rows(batch: Batch, sources: int) -> jax.Array:
     """i32[N, 3]: of each source its rows in a batch, their examples, their tokens."""
     of_source_RxN = batch.source[:, None] == jnp.arange(sources)

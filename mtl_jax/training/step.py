@@ -38,8 +38,9 @@ def make_train_step(
     def train_step(state: TrainState, inputs: StepInputs) -> tuple[TrainState, StepMetrics]:
         trained, frozen = trees.split(state.params, mask)
         step = gradient_fn(trained, frozen, inputs, state)
-        updates, opt_state = optimizer.update(step.gradient, state.opt_state, trained)
-        trained = optax.apply_updates(trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(step.gradient, state.opt_state, trained)
+            trained = optax.apply_updates(trained, updates)
         params, average = trees.merge(trained, frozen), follow(state.average, trained)
         total, norm = weighted_sum(step.weights, step.losses), optax.tree.norm(step.gradient)
         seen = count_rows(inputs.batch, sources)

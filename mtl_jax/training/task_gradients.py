@@ -58,6 +58,7 @@ def layout(tasks: Sequence[Task], rows: dict[str, int], fixed: bool = False) -> 
     return Layout(tuple(rows.values()), fixed, rounds)
 
 
+@jax.named_scope("blocks")
 def cut(batch: Batch, layout: Layout, tasks: Sequence[Task], multiple: int = 1) -> Batch:
     """A batch as equal blocks by source: leaves [rows of the batch, ...] become [N, R, ...], padded with empty rows.
 
@@ -187,6 +188,7 @@ def in_order(rounds: Sequence[Any], names: Sequence[str]) -> Any:
     return jax.tree.map(join, *rounds)
 
 
+@jax.named_scope("gram")
 def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
     """Inner products of the task gradients: f32[K, K], rows in sorted order of the names.
 
@@ -241,6 +243,7 @@ def of_halves(rounds: Sequence[Any], names: Sequence[str], counts: Mapping[str, 
     return gram_KxK, jnp.where(in_both_K[:, None] & in_both_K[None, :], cross_KxK, 0.0)
 
 
+@jax.named_scope("combined")
 def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str]) -> Any:
     """sum_k weight_k * gradient_k, a tree like the parameters, float32."""
     start, total = 0, None

@@ -238,6 +238,7 @@ def solve(rule: Rule, state: Any, signals: Signals) -> tuple[Weights, Any, jax.A
     return weights, state, jnp.full((), jnp.nan)
 
 
+@jax.named_scope("rule")
 def weigh(
     rule: Rule, state: Any, signals: Signals, rows: Any, gram: Callable[[Any], jax.Array]
 ) -> tuple[Weights, Any, jax.Array, Any]:

@@ -54,6 +54,7 @@ class Study:
 
     Attributes:
         parts: planted, names, cost.
+        ways: Of `cost`: texts as they are, mask, surrogate.
         seeds: Seeds of the runs of `cost`.
         ner_steps: Steps of the tagger of names.
         steps: Steps of a run of `cost`.
@@ -63,10 +64,11 @@ class Study:
     """
 
     parts: tuple[str, ...] = PARTS
+    ways: tuple[str, ...] = WAYS
     seeds: tuple[int, ...] = (0,)
-    ner_steps: int = 250
-    steps: int = 150
-    mails: int = 1200
+    ner_steps: int = 150
+    steps: int = 100
+    mails: int = 600
     limit: int = 0
     workdir: str = "runs/deidentified"
 
@@ -231,6 +233,9 @@ def run(study: Study) -> str:
     for part in study.parts:
         if part not in PARTS:
             raise unknown("parts", part, PARTS)
+    for way in study.ways:
+        if way not in WAYS:
+            raise unknown("ways", way, WAYS)
     folder = Path(study.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
@@ -264,7 +269,7 @@ def cost(study: Study) -> list[list[str]]:
     """A row for each way: the metric on test rows of the same kind, and on test rows as they are; mean over seeds."""
     folder, rows = Path(study.workdir), []
     source = next(source for source in TWEETS.sources if source.name == TASK)
-    for way in WAYS:
+    for way in study.ways:
         same, raw = [], []
         for seed in study.seeds:
             workdir = folder / f"{way.replace(' ', '_')}-{seed}"

@@ -21,7 +21,7 @@ from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.prepare_program import Ready, make_ready
 from mtl_jax.ablation.remarks import weights_do_nothing
-from mtl_jax.core import locks, log_lines
+from mtl_jax.core import locks, log_lines, script_calls
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.progress import Progress
 from mtl_jax.experiment import Experiment, select
@@ -83,6 +83,8 @@ def ablate(
         >>> [run["values"]["optimizer.learning_rate"] for run in ablation["runs"]]
         [0.001, 0.01]
     """
+    if script_calls.until_train.get():
+        raise script_calls.Read(experiment)
     log_lines.show()
     folder = Path(workdir)
     planned = plan(folders.keep_head_weights_of_runs(folder, experiment), vary, methods, seeds, samples, own_order)

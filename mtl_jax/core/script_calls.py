@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 from typing import Any
 
-# Whether a script is run only up to its first call of mtl_jax.train.
+# Whether a script is run only up to its first call of mtl_jax.train or mtl_jax.ablate.
 until_train: contextvars.ContextVar[bool] = contextvars.ContextVar("until_train", default=False)
 
 

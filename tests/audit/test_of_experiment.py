@@ -225,9 +225,10 @@ def test_a_bad_flag_of_the_command_is_one_line(flags, line, tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith(line)
 
 
-def test_a_script_that_trains_by_itself_is_stopped_before(tmp_path, monkeypatch, capsysbinary):
+@pytest.mark.parametrize("call", ["train(workdir='run', experiment=", "ablate(workdir='run', vary=[], experiment="])
+def test_a_script_that_trains_by_itself_is_stopped_before(call, tmp_path, monkeypatch, capsysbinary):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "script.py").write_text(SCRIPT.replace("mtl_jax.main(", "mtl_jax.train(workdir='run', experiment="))
+    (tmp_path / "script.py").write_text(SCRIPT.replace("mtl_jax.main(", f"mtl_jax.{call}"))
     monkeypatch.setattr("sys.argv", ["mtl-jax", "audit", "script.py"])
     main.console()
     assert b"| films test |" in capsysbinary.readouterr().out

@@ -72,14 +72,14 @@ def test_the_metrics_are_those_of_sacrebleu_on_the_predictions(learned, pairs):
 def test_the_last_search_is_left_when_asked_to_stop_and_made_again(pairs, tmp_path, monkeypatch):
     """Everything is trained and saved by then."""
     experiment = tiny_translation.experiment(pairs, phases=(Phase("everything", steps=2),))
-    plain, stops = text_evaluation.text_scores, []
+    plain, stops = text_evaluation.generated_texts, []
 
     def stop_at_the_end(*arguments, **named):
         if arguments[-2](experiment.tasks[0]) == experiment.tasks[0].beams:
             stops.append(os.kill(os.getpid(), signal.SIGTERM))
         return plain(*arguments, **named)
 
-    monkeypatch.setattr(text_evaluation, "text_scores", stop_at_the_end)
+    monkeypatch.setattr(text_evaluation, "generated_texts", stop_at_the_end)
     with pytest.raises(Interrupted, match="the same command resumes from the last one"):
         train(experiment, tmp_path / "run")
     assert len(stops) == 1

@@ -45,7 +45,7 @@ def affinity(
     """
     from mtl_jax.affinity.experiment_affinity import of_experiment, table
 
-    check_json(json)
+    _check_json(json)
     experiment = scripts.read(script, "rank")
     options = {"rows": rows, "layer": layer, "resamples": resamples, "seed": seed}
     result = of_experiment(experiment, target, estimators, runs=runs, **options)
@@ -76,14 +76,14 @@ def audit(
     from mtl_jax.audit.copies import check
 
     check(near, "--near")
-    check_json(json)
+    _check_json(json)
     result = audits.of_experiment(scripts.read(script, "audit"), near)
     if json:
         write_json(Path(json), result.to_json(texts))
     print_lines([result.table(texts)])
 
 
-def check_json(path: str) -> None:
+def _check_json(path: str) -> None:
     """Raises UserError, before any work, where a file cannot be written."""
     if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
         raise UserError(f"--json {path}: name a file in a directory that exists")

@@ -11,7 +11,7 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
-from mtl_jax.cli.before_training import affinity, audit, check_json
+from mtl_jax.cli.before_training import _check_json, affinity, audit
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
 from mtl_jax.core.errors import UserError, unknown
@@ -169,7 +169,7 @@ def memorisation(
     """
     from mtl_jax.inference.memorisation import memorisation as measure
 
-    check_json(json)
+    _check_json(json)
     result = measure(workdir, task, reference=reference, held_out=held_out, rows=rows, candidates=candidates, seed=seed)
     if json:
         write_json(Path(json), result.to_json())

@@ -235,9 +235,8 @@ def _converter() -> cattrs.Converter:
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
     fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
-    fields |= {
-        name: override(omit_if_default=True) for name in ("copies", "near", "canaries")
-    }  # workdirs of before stay the same
+    fields |= {name: override(omit_if_default=True) for name in ("copies", "near")}  # workdirs of before stay the same
+    fields["canaries"] = override(omit_if_default=True)
     source_to_json = make_dict_unstructure_fn(Source, converter, **fields)
     converter.register_unstructure_hook(Source, lambda source: {**source_to_json(source), **script_rows.records(source)})
     records: dict[str, Any] = {rows: override(struct_hook=_script_rows) for _, rows in FIELDS.values()}

@@ -4,12 +4,12 @@
     python experiments/private_training.py --epsilons 3 0 --seeds 0 1
 
 Sentiment of 2,000 sentences of SST-2 (Socher et al. 2013) and irony of 2,862 tweets (TweetEval, Barbieri et al. 2020), learned
-together: two linear heads on the frozen features of MiniLM-L6. Each source has the same rate of sampling, so that the guarantee
-is the same for its rows. In every source 8 canaries, rows of 8 random words, are planted 4 times each; they count as 4 rows.
-Epsilon 0 is training without privacy on batches that are drawn in the same way.
+together: two linear heads on the frozen features of MiniLM-L6. Both sources have nearly the same rate of sampling, so that
+their rows have nearly the same guarantee. In each source 8 canaries, rows of 8 random words, are planted 4 times each; they
+count as 4 rows. Epsilon 0 is training without privacy on batches that are drawn in the same way.
 
-Membership is the AUC of minus the loss of training rows against test rows (0.5: nothing is given away), with its 95 % interval;
-exposure is the mean over the canaries, in bits, of at most 6.
+Membership is the AUC of minus the loss of training rows against test rows, at most 1,000 of each (0.5: nothing is given away),
+with its 95 % interval; exposure is the mean over the canaries, in bits, of at most 6.
 
 Every run is an ordinary workdir in WORKDIR with a JSON file beside it: started again, the script resumes, and when all runs are
 done it only writes WORKDIR/table.md. MTL_JAX_DATA names a folder with sentences/ and tweeteval/. Nothing was tuned.
@@ -131,7 +131,7 @@ def measured(comparison: Comparison, epsilon: float, seed: int) -> dict[str, Any
     results = mtl_jax.train(experiment(comparison, epsilon, seed), workdir)
     path = workdir.with_name(f"{workdir.name}.json")
     if not path.exists():
-        write_json(path, mtl_jax.memorisation(workdir, candidates=63, seed=seed).to_json())
+        write_json(path, mtl_jax.memorisation(workdir, rows=1000, candidates=63, seed=seed).to_json())
     return {"results": results, "memorisation": json.loads(path.read_text(encoding="utf-8"))}
 
 

@@ -243,9 +243,8 @@ def _converter() -> cattrs.Converter:
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
     fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
-    fields |= {
-        name: override(omit_if_default=True) for name in ("copies", "near", "time", "canaries")
-    }  # workdirs of before stay the same
+    for name in ("copies", "near", "time", "canaries"):
+        fields[name] = override(omit_if_default=True)  # workdirs of before stay the same
     fields["deidentify"] = override(
         omit_if_default=True, unstruct_hook=lambda edit: None if edit is None else _part_to_json(converter, edit)
     )

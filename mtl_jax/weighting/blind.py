@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.weighting.base import Rule, Signals, Weights
+
+HARMLESS = ("objective", "solve", "weighs_heads", "name")  # fields of a Rule that do not ask for anything
 
 
 def blind(rule: Rule) -> Rule:
@@ -26,7 +29,7 @@ def blind(rule: Rule) -> Rule:
         zeros = {name: jnp.zeros(()) for name in signals.losses}
         return rule.update(state, signals._replace(losses=zeros, gram=None, counts=None))
 
-    return rule._replace(update=update, solve=None, objective=None, due=None, needs_gram=False, transform=None)
+    return Rule(init=rule.init, update=update, weighs_heads=rule.weighs_heads, name=rule.name)
 
 
 def reads_losses(rule: Rule, names: Sequence[str]) -> bool:
@@ -43,14 +46,18 @@ def reads_losses(rule: Rule, names: Sequence[str]) -> bool:
         >>> blind.reads_losses(equal(), ("a", "b")), blind.reads_losses(dwa(), ("a", "b"))
         (False, True)
     """
-    if rule.needs_gram or rule.transform is not None:
+    # Whatever else a rule declares, such as needs_gram, is something that it reads.
+    if any(getattr(rule, field) != default for field, default in Rule._field_defaults.items() if field not in HARMLESS):
         return True
 
     def program(losses: dict[str, jax.Array]) -> Any:
         signals = Signals(losses, None, jnp.zeros((), jnp.int32), jax.random.key(0))
         return rule.update(rule.init(names), signals)
 
-    jaxpr = jax.make_jaxpr(program)({name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}).jaxpr
+    try:
+        jaxpr = jax.make_jaxpr(program)({name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}).jaxpr
+    except UserError:  # it asks for a signal that is not there
+        return True
     dependent = set(jaxpr.invars)
 
     def depends(variables: Sequence[Any]) -> bool:

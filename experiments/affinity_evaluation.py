@@ -157,7 +157,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
     scores, settings = content["scores"], content["settings"]
     sizes, sources, targets = settings["sizes"], settings["sources"], list(scores)
-    figure = Figure(figsize=(6 * len(sizes), 5), layout="constrained")
+    figure = Figure(figsize=(5 * len(sizes), 4.4), layout="constrained")
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
     gains = np.full((len(sizes), len(sources), len(targets)), math.nan)
     for number, row, column in np.ndindex(*gains.shape):
@@ -167,12 +167,12 @@ def draw(content: dict[str, Any], path: Path) -> None:
     most = float(np.nanmax(np.abs(gains)))
     for axes, size, table in zip(panels, sizes, gains, strict=True):
         image = axes.imshow(table, cmap="RdBu", vmin=-most, vmax=most)
-        axes.set(title=f"targets with {size} rows", xlabel="target", ylabel="source")
+        axes.set(title=f"targets with {size} rows", ylabel="source")
         axes.set_xticks(range(len(targets)), targets, rotation=60, ha="right")
         axes.set_yticks(range(len(sources)), sources)
         for row, column in np.ndindex(*table.shape):
             if math.isfinite(table[row, column]):
                 dark = "white" if abs(table[row, column]) > 0.6 * most else "black"
-                axes.text(column, row, f"{table[row, column]:.1f}", ha="center", va="center", fontsize=7, color=dark)
+                axes.text(column, row, f"{table[row, column]:.1f}", ha="center", va="center", fontsize=6, color=dark)
     figure.colorbar(image, ax=panels, label="gain over the target alone, score x 100", shrink=0.8)
     write_bytes(path, plotting.png(figure))

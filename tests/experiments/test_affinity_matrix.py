@@ -23,10 +23,10 @@ def script():
 
 
 def experiment(deep, data):
-    """The tiny experiment and tagged words, ten of whose texts are also rated."""
-    rated = [line.split("\t")[2] for line in (data / "ratings.tsv").read_text().splitlines()[1:11]]
+    """The tiny experiment and tagged words, ten of whose texts are also questions."""
+    questions = [line.partition(" ")[2] for line in (data / "questions.txt").read_text().splitlines()[:10]]
     random = np.random.default_rng(0)
-    texts = [*rated, *(" ".join(random.choice(tiny.OTHER, 12).tolist()) for _ in range(50))]
+    texts = [*questions, *(" ".join(random.choice(tiny.OTHER, 12).tolist()) for _ in range(50))]
     rows = [{"text": text, "tags": ["N" if len(word) > 3 else "A" for word in text.split()]} for text in texts]
     base = tiny.experiment(deep, data)
     tags = Tagging(name="tags", source="words", metric="token_accuracy")
@@ -35,12 +35,12 @@ def experiment(deep, data):
 
 @pytest.fixture(scope="module")
 def done(script, deep, data, tmp_path_factory):
-    """Two sources and two targets; one task is both."""
+    """Two tasks, each a source and a target."""
     import affinity_tasks
 
     folder = tmp_path_factory.mktemp("matrix")
     numbers = {"sizes": (8,), "steps": (1,), "source_steps": 2, "seeds": (0, 1)}
-    matrix = script.Matrix(sources=("coarse", "tags"), targets=("rating", "tags"), **numbers, workdir=str(folder))
+    matrix = script.Matrix(sources=("coarse", "tags"), targets=("coarse", "tags"), **numbers, workdir=str(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(affinity_tasks, "EXPERIMENT", experiment(deep, data))
         patch.setattr(affinity_tasks, "SOURCES", matrix.sources)
@@ -51,13 +51,12 @@ def done(script, deep, data, tmp_path_factory):
 def test_every_pair_has_scores_and_estimates(done):
     _, text, folder = done
     content = json.loads((folder / "matrix.json").read_text())
-    assert content["scores"]["rating"]["8"].keys() == {"alone", "coarse", "tags"}
+    assert content["scores"]["coarse"]["8"].keys() == {"alone", "tags"}
     assert content["scores"]["tags"]["8"].keys() == {"alone", "coarse"}
-    assert content["trainings"] == {"targets": 10, "sources": 4}
-    assert content["estimates"]["logme"]["rating"]["8"].keys() == {"coarse", "tags"}
-    assert content["estimates"]["h_score"].keys() == {"tags"}  # the labels of the other are numbers
-    assert 0 < content["copies"]["tags"]["rating"] <= 10
-    assert content["copies"]["coarse"] == {}
+    assert content["trainings"] == {"targets": 8, "sources": 4}
+    assert content["estimates"]["logme"]["coarse"]["8"].keys() == {"tags"}
+    assert "leep" not in content["estimates"]  # one labels texts, the other words
+    assert 0 < content["copies"]["tags"]["coarse"] <= 10
     assert "| logme " in text
     assert (folder / "gains.png").stat().st_size > 1000
 
@@ -66,10 +65,10 @@ def test_a_missing_score_alone_is_computed_again(script, done, capsys):
     """The same score as before; all others are read."""
     matrix, text, folder = done
     before = (folder / "matrix.json").read_text()
-    (folder / "scores" / "rating-8-coarse-1.json").unlink()
+    (folder / "scores" / "tags-8-coarse-1.json").unlink()
     capsys.readouterr()
     script.run(matrix)
-    assert capsys.readouterr().out.split()[0] == "rating-8-coarse-1"
+    assert capsys.readouterr().out.split()[0] == "tags-8-coarse-1"
     assert json.loads((folder / "matrix.json").read_text())["scores"] == json.loads(before)["scores"]
     (folder / "matrix.json").write_text(before)
     scores = dataclasses.replace(matrix, scores=str(folder / "matrix.json"), workdir=str(folder / "again"))

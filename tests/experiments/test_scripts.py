@@ -35,12 +35,7 @@ COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
     *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py"),
 }
-MATRIX = {
-    "affinity_tasks.py",
-    "affinity_trainings.py",
-    "affinity_matrix.py",
-    "affinity_evaluation.py",
-}  # test_affinity_matrix.py
+MATRIX = {f"affinity_{part}.py" for part in ("tasks", "trainings", "matrix", "evaluation")}  # test_affinity_matrix.py
 
 
 def test_every_script_is_here():

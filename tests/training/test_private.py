@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import every_rule
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,18 +265,13 @@ def test_a_secret_file_decides_the_key_of_a_run(tmp_path):
 
 def test_rules_that_read_losses_are_found_by_their_programs():
     names = ("a", "b", "c")
-    reading = {name for name, make in weighting.RULES.items() if blind.reads_losses(_made(name, make), names)}
+    reading = {name for name in weighting.RULES if blind.reads_losses(every_rule.make(name, names), names)}
     assert set(weighting.RULES) - reading == {"equal", "fixed", "scheduled", "rlw"}
 
     def halved(state, signals):  # a rule of the user's own
         return dict.fromkeys(signals.losses, 0.5 + 0.0 * signals.losses["a"]), state
 
     assert blind.reads_losses(weighting.Rule(init=lambda names: (), update=halved), names)
-
-
-def _made(name, make):
-    needs = {"fixed": {"weights": dict.fromkeys("abc", 1.0)}, "scheduled": {"weights": dict.fromkeys("abc", 1.0)}}
-    return weighting.make(name, **needs.get(name, {"target": "a"} if name in ("gcs", "pcd") else {}))
 
 
 def test_a_delta_above_one_over_the_rows_is_one_line(bert, data, tmp_path):

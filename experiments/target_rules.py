@@ -15,6 +15,27 @@ training rows. The whole of dev chooses between two checkpoints. auto_lambda tra
 
 Every run is an ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only writes
 WORKDIR/table.md from their results.json. Checkpoints of a finished run are removed.
+
+Seed 0 with 16 rows, float32, two CPU cores that other work shared; a run takes about 37 seconds of one core
+(--rows 16 --seeds 0):
+
+|                                         | 16 rows   |
+|-----------------------------------------|-----------|
+| target alone                            | 0.514     |
+| fixed, movies + tweets                  | 0.534     |
+| fixed, the same, ratings shuffled       | 0.497     |
+| annealed, movies + tweets               | 0.530     |
+| annealed, the same, ratings shuffled    | 0.506     |
+| gcs, movies + tweets                    | 0.501     |
+| gcs, the same, ratings shuffled         | 0.479     |
+| pcd, movies + tweets                    | 0.475     |
+| pcd, the same, ratings shuffled         | 0.480     |
+| auto_lambda, movies + tweets            | 0.528     |
+| auto_lambda, the same, ratings shuffled | 0.483     |
+
+One seed decides nothing: over seeds, the scores of few_shot_transfer.py with 16 rows differ by 0.01 to 0.05, as much as these.
+Fixed and falling weights and auto_lambda are above the target alone with the helpful source; all rules are below it with the
+shuffled one, auto_lambda with three fewer rows to train on.
 """
 
 import dataclasses

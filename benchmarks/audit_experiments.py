@@ -81,17 +81,24 @@ def main() -> None:
             lines += pairs(script.stem, audit)
             print(rows[-1], flush=True)
     host = f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}"
+    write({"host": host, "experiments": rows, "pairs": lines})
+
+
+def write(content: dict[str, Any]) -> None:
+    """Writes both tables, and their JSON with the seconds of each audit (wall time)."""
     text = (
-        f"`python benchmarks/audit_experiments.py` on {host}, near copies from 0.7 on. The first table counts whole rows, for "
-        "each pair of a held-out split and a source of training rows; copies whose lower-cased text is the same are dropped by "
-        f"every run. The second has the pairs in which {100 * SHARE:.0f} % of the held-out rows or more are copies.\n"
+        f"`python benchmarks/audit_experiments.py` on {content['host']}, near copies from 0.7 on. The first table counts whole "
+        "rows, for each pair of a held-out split and a source of training rows; copies whose lower-cased text is the same are "
+        f"dropped by every run. The second has the pairs in which at least {100 * SHARE:.0f} % of the held-out rows are "
+        "copies.\n"
     )
-    tables = [tabulate(rows, HEADS, "github", intfmt=","), tabulate(lines, PAIR_HEADS, "github", intfmt=",")]
+    summaries = tabulate([row[:-1] for row in content["experiments"]], HEADS[:-1], "github", intfmt=",")
+    tables = [summaries, tabulate(content["pairs"], PAIR_HEADS, "github", intfmt=",")]
     results = HERE / "results"
     (results / "audit_experiments.md").write_text("\n\n".join([text.strip(), *tables]) + "\n", encoding="utf-8")
-    content = {"host": host, "experiments": [dict(zip(HEADS, row, strict=True)) for row in rows]}
-    content["pairs"] = [dict(zip(PAIR_HEADS, line, strict=True)) for line in lines]
-    (results / "audit_experiments.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    named = {"experiments": HEADS, "pairs": PAIR_HEADS}
+    lines = {part: [dict(zip(heads, row, strict=True)) for row in content[part]] for part, heads in named.items()}
+    (results / "audit_experiments.json").write_text(json.dumps({**content, **lines}, indent=2) + "\n", encoding="utf-8")
     print("\n\n".join(tables))
 
 

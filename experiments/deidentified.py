@@ -1,7 +1,7 @@
 """What de-identification finds, and what training on de-identified texts costs.
 
     python experiments/deidentified.py
-    python experiments/deidentified.py --seeds 0 1 2
+    python experiments/deidentified.py --parts cost --seeds 0 1 2 3 4
 
 Three parts, in this order: a tagger of names is trained on WNUT17 and Tweebank (experiments/social_ner.py, fewer steps);
 `planted`: identifiers of twelve types are planted into sentences of mails (AESLC, those without digits, @ and addresses) and
@@ -11,6 +11,18 @@ mtl_jax.deidentify. Runs are workdirs in WORKDIR: started again, the script resu
 The tables are also in WORKDIR/table.md; no text is in any of them. MTL_JAX_DATA names a folder with aeslc/, wnut17/,
 tweebank/ and tweeteval/; planting needs pip install 'mtl_jax[deidentify]'. Where spaCy's small English model or presidio is
 installed, it is measured beside ours.
+
+One core of a 2-core CPU, seed 0 of the tagger (WNUT17 44.2, Tweebank 57.4 entity F1), in percent. Planted: F1 of e-mail, url,
+ip, iban and user 100, card 97, date 96, id 88, telephone 72 (numbers with extensions, and ones that no country has given out);
+recall of persons 92. Names: F1 of persons 67 on WNUT17 and 76 on Tweebank. Cost, mean ± standard deviation of seeds 0, 1, 2:
+
+| trained on texts   | tested on these   | tested as they are   |
+|--------------------|-------------------|----------------------|
+| as they are        | 56.2 ± 1.4        | 56.2 ± 1.4           |
+| mask               | 55.7 ± 0.2        | 55.5 ± 0.4           |
+| surrogate          | 56.2 ± 0.3        | 56.0 ± 0.5           |
+
+All tables are in docs/audit.md.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax import UserError, affinity, weighting
-from mtl_jax.affinity import ranking, task_groups
+from mtl_jax.affinity import experiment_affinity, ranking, task_groups
 
 
 def noisy(seed, shift):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtl_jax import UserError, affinity, weighting
-from mtl_jax.affinity import ranking, task_groups
+from mtl_jax.affinity import experiment_affinity, ranking, task_groups
 
 
 def noisy(seed, shift):
@@ -264,3 +264,22 @@ def test_groups_of_many_tasks_say_what_was_done(tasks, nodes, end):
     note = affinity.groups(gains, [f"t{n}" for n in range(tasks)], 2, nodes=nodes).note
     assert end in note
     assert ("too many to compare all groupings, which is done up to 8: branch and bound looked at" in note) == (tasks > 8)
+
+
+def test_groups_in_the_command_are_those_of_the_gains():
+    """Rankings of a joint run as gains; where one is missing, a line says which."""
+    gains = np.array([[0, 2, -1], [2, 0, -1], [-1, -1, 0]])
+    names = ["a", "b", "c"]
+
+    def ranking(column):
+        others = [row for row in range(3) if row != column]
+        return {"grad_tag": [affinity.Estimate(names[row], gains[row, column], np.nan, np.nan, np.nan) for row in others]}
+
+    rankings = {name: ranking(column) for column, name in enumerate(names)}
+    grouping = experiment_affinity._groups(rankings, 2)
+    assert [group.served for group in grouping.groups] == [("a", "b"), ("c",)]
+    result = affinity.Affinity({}, {}, {}, {}, [], {}, {}, {}, grouping)
+    assert affinity.table(result).splitlines()[1:3] == ["  --only a b  (for a, b)", "  --only c  (for c)"]
+    assert result.as_json()["groups"]["groups"][1] == {"trained": ("c",), "served": ("c",)}
+    missing = experiment_affinity._groups({**rankings, "c": {}}, 2)
+    assert missing == "groups: grad_tag has no gain of c from a; none are made"

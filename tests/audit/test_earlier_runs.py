@@ -132,9 +132,3 @@ def test_a_run_without_sketches_and_a_damaged_file(first, tmp_path):
     (tmp_path / "train_sketches.npz").write_bytes(b"no")
     with pytest.raises(UserError, match=r"train_sketches.npz: cannot be read \(not a file of sketches\)"):
         prepare(dataclasses.replace(SECOND, init_from=InitFrom(str(tmp_path))))
-
-
-def test_a_private_run_leaves_none(tmp_path):
-    workdir = tmp_path / "run"
-    mtl_jax.train(dataclasses.replace(SECOND, private=True), workdir)
-    assert not (workdir / "train_sketches.npz").exists()

@@ -65,7 +65,9 @@ def test_no_file_and_no_line_of_the_log_has_a_text(run):
     assert re.search(r"skipped: .*train.csv:63: 4 columns, but there are 2 names: \(not shown: private\)", lines)
     assert SECRET not in lines
     files = [path for path in workdir.rglob("*") if path.is_file()]
-    assert {"config.json", "data.json", "metrics.jsonl", "results.json"} <= {path.name for path in files}
+    names = {path.name for path in files}
+    assert {"config.json", "data.json", "metrics.jsonl", "results.json"} <= names
+    assert "train_sketches.npz" not in names  # by which a text could be looked for
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
     assert json.loads((workdir / "config.json").read_text())["private"] is True
 

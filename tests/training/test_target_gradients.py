@@ -12,6 +12,7 @@ from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses, needed_fields
 from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.train_state import StepInputs
 
 
 @pytest.mark.long
@@ -46,7 +47,7 @@ def test_parts_of_a_batch_and_task_gradients_count_target_tokens(tmp_path):
     flat = {task: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(row["trunk"])]) for task, row in rows.items()}
     assert np.abs(rows["translation"]["trunk"]["embeddings"]["word"]["embedding"]).sum(axis=1).min() > 0  # every token's
     found = jax.jit(gradient_fn(prepared, prepared.plans[0]))(
-        params, jax.tree.map(lambda _: None, params), batch, None, initial_state(prepared)
+        params, jax.tree.map(lambda _: None, params), StepInputs(batch), initial_state(prepared)
     )
     gram = np.array([[flat[a] @ flat[b] for b in sorted(flat)] for a in sorted(flat)])
     np.testing.assert_allclose(found.gram, gram, rtol=1e-3, atol=1e-4 * np.abs(gram).max())

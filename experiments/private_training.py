@@ -16,10 +16,10 @@ done it only writes WORKDIR/table.md. MTL_JAX_DATA names a folder with sentences
 
 Seed 0 on a CPU with 2 cores, by --epsilons 1 0 (3 and 8 are not measured yet):
 
-| epsilon   | noise   | sst2 accuracy   | membership AUC         | exposure   | irony f1:1   | membership AUC         | exposure   |
-|-----------|---------|-----------------|------------------------|------------|--------------|------------------------|------------|
-| 1         | 3.83    | 0.787           | 0.525 (0.501 to 0.551) | 2.35       | 0.564        | 0.509 (0.485 to 0.537) | 2.34       |
-| none      |         | 0.791           | 0.542 (0.515 to 0.566) | 3.01       | 0.626        | 0.547 (0.522 to 0.576) | 2.64       |
+| epsilon | noise | sst2 accuracy | membership | exposure | irony f1:1 | membership | exposure |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| 1 | 3.83 | 0.787 | 0.525 (0.501 to 0.551) | 2.35 | 0.564 | 0.509 (0.485 to 0.537) | 2.34 |
+| none |  | 0.791 | 0.542 (0.515 to 0.566) | 3.01 | 0.626 | 0.547 (0.522 to 0.576) | 2.64 |
 """
 
 import dataclasses

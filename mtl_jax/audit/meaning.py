@@ -20,7 +20,7 @@ from mtl_jax.audit.copies import check
 from mtl_jax.audit.overlaps import EXAMPLES, Example, joined_text
 from mtl_jax.audit.row_views import Rows, View
 from mtl_jax.audit.text_keys import Text, exact, letters, sides
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.progress import Progress
 from mtl_jax.pretrained.checkpoint import Checkpoint
 
@@ -61,7 +61,7 @@ def open_encoder(path: str) -> Checkpoint:
     """
     checkpoint = pretrained.load(ENCODERS.get(path, path), head=None)
     if not hasattr(checkpoint.config, "max_length") or hasattr(checkpoint.model, "decoder"):
-        raise UserError(f"embeddings {path}: not an encoder; take one such as {', '.join(ENCODERS)}")
+        raise UserError(f"embeddings {path}: not an encoder; take one such as {listed(ENCODERS)}")
     return checkpoint
 
 

@@ -13,6 +13,7 @@ import mtl_jax
 from mtl_jax import Batching, Classification, Experiment, Phase, Source, UserError
 from mtl_jax.core import configuration, parts
 from mtl_jax.core.errors import nearest
+from mtl_jax.data import RowEdit
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.merging.method import Method
 from mtl_jax.models.encoder import EncoderConfig
@@ -25,7 +26,7 @@ from mtl_jax.trunks import TrunkConfig
 PUBLIC = [getattr(mtl_jax, name) for name in mtl_jax.__all__]
 KINDS = [kind for kind in PUBLIC if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 KINDS += [GenerationConfig, Method]
-DOORS = (Task, TrunkConfig, Adapter, Regulariser)
+DOORS = (Task, TrunkConfig, Adapter, Regulariser, RowEdit)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -108,6 +108,9 @@ def deidentify(
     file, output = str(file), Path(output)
     edit = Deidentify(mode, tuple(kinds), names, seed, key_file, language)
     kind = format or ENDINGS.get(Path(file.removesuffix(".gz")).suffix, "")
+    if not kind:
+        check_regular(file)
+        raise UserError(f"{shown(file)}: its name does not tell its format; give --format, one of {listed(WRITERS)}")
     if kind not in WRITERS:
         raise unknown(f"format of {shown(file)}:", kind, WRITERS)
     _check(file, output, spans, kind, columns)

@@ -94,13 +94,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path):
     (tmp_path / "a.xml").write_text("x")
     for name, options, line in [
         ("a.jsonl", {}, "a.jsonl:2: not JSON that can be read$"),
-        ("a.xml", {}, "unknown format of .*a.xml: ''; choices: jsonl, csv, tsv, conll, lines"),
+        ("a.xml", {}, "a.xml: its name does not tell its format; give --format, one of jsonl, csv, tsv, conll, lines"),
         ("a.jsonl", {"format": "conll"}, "format conll needs columns, for example words tags"),
         ("a.jsonl", {"format": "lines", "text": ("words",)}, "there is no column 'words'; columns: text"),
         ("a.jsonl", {"output": tmp_path / "a.jsonl"}, "output .*: this is the file that is read; name another"),
         ("a.jsonl", {"output": tmp_path / "no" / "a"}, "output .*: name a file in a directory that exists"),
         ("a.jsonl", {"mode": "hash"}, "deidentify: mode hash needs key_file"),
         ("none.jsonl", {}, "none.jsonl: cannot be read"),
+        ("none", {}, "none: cannot be read"),
     ]:
         with pytest.raises(UserError, match=line):
             mtl_jax.deidentify(tmp_path / name, **{"output": tmp_path / "new", "kinds": KINDS, **options})

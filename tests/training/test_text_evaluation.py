@@ -220,7 +220,7 @@ def test_what_is_converted_generates_the_same(learned, tmp_path):
     assert found.tokenizer.batch_decode(ids, skip_special_tokens=True) == expected
 
 
-@pytest.mark.parametrize("family", ["marian", "t5"])
+@pytest.mark.parametrize("family", ["marian", pytest.param("t5", marks=pytest.mark.long)])
 def test_the_decoder_of_a_checkpoint_learns_on(pairs, tmp_path, family):
     """Also with tokenizers that are not fast, and one of them for each side."""
     folder = {"marian": tiny_seq2seq.write_marian, "t5": tiny_seq2seq.write_t5}[family](tmp_path / family)

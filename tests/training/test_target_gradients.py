@@ -51,7 +51,13 @@ def test_parts_of_a_batch_and_task_gradients_count_target_tokens(tmp_path):
     )
     gram = np.array([[flat[a] @ flat[b] for b in sorted(flat)] for a in sorted(flat)])
     np.testing.assert_allclose(found.gram, gram, rtol=1e-3, atol=1e-4 * np.abs(gram).max())
-    weighted = jax.tree.map(
-        lambda *leaves: sum(float(found.weights[t]) * x for t, x in zip(rows, leaves, strict=True)), *rows.values()
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * (1e-3 + np.abs(b).max())), found.gradient, weighted)
+    weights = {task: float(found.weights[task]) for task in rows}
+
+    def summed(part, weights):
+        return jax.tree.map(
+            lambda *leaves: sum(weights[task] * leaf for task, leaf in zip(rows, leaves, strict=True)),
+            *(row[part] for row in rows.values()),
+        )
+
+    expected = {"trunk": summed("trunk", weights), "heads": summed("heads", dict.fromkeys(rows, 1.0))}  # heads: plain losses
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * (1e-3 + np.abs(b).max())), found.gradient, expected)

@@ -34,7 +34,7 @@ def trials_of(content: dict[str, Any]) -> list[Trial]:
     for target, by_size in content["scores"].items():
         for size, by_source in by_size.items():
             for place, seed in enumerate(content["settings"]["seeds"]):
-                said = {
+                estimates_by_name = {
                     name: {
                         source: numbers[place]
                         for source, numbers in by_target.get(target, {}).get(size, {}).items()
@@ -43,7 +43,7 @@ def trials_of(content: dict[str, Any]) -> list[Trial]:
                     for name, by_target in content["estimates"].items()
                 }
                 scores = {source: numbers[place] for source, numbers in by_source.items() if source != ALONE}
-                result.append(Trial(target, size, seed, scores, said))
+                result.append(Trial(target, size, seed, scores, estimates_by_name))
     return result
 
 

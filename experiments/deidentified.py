@@ -158,30 +158,30 @@ def ours(people: Any, recognisers: Sequence[str] | None = None) -> Finder:
     """What mtl_jax.audit finds, of places that overlap the one that counts."""
 
     def find(texts: Sequence[str]) -> list[list[Place]]:
-        found = audit.deidentify_texts(texts, mode="mask", recognisers=recognisers, people=people)
-        return [[(place.start, place.end, place.type) for place in places] for _, places in found]
+        deidentified = audit.deidentify_texts(texts, mode="mask", recognisers=recognisers, people=people)
+        return [[(place.start, place.end, place.type) for place in places] for _, places in deidentified]
 
     return find
 
 
 def peers() -> dict[str, Finder]:
     """Other recognisers of names that are installed."""
-    found: dict[str, Finder] = {}
+    finders: dict[str, Finder] = {}
     try:
-        found["presidio"] = names_by("presidio", "names")
+        finders["presidio"] = names_by("presidio", "names")
     except (UserError, OSError):
         print("presidio is not installed and left out")
     try:
         import spacy
 
         model = spacy.load("en_core_web_sm")
-        found["spaCy small"] = lambda texts: [
+        finders["spaCy small"] = lambda texts: [
             [(e.start_char, e.end_char, TYPES[e.label_.lower()]) for e in doc.ents if e.label_.lower() in TYPES]
             for doc in model.pipe(texts)
         ]
     except (ImportError, OSError):
         print("spaCy's en_core_web_sm is not installed and left out")
-    return found
+    return finders
 
 
 def measured(finder: Finder, data: Texts, kinds: Sequence[str], *, only_recall: Sequence[str] = ()) -> list[list[str]]:
@@ -193,14 +193,14 @@ def measured(finder: Finder, data: Texts, kinds: Sequence[str], *, only_recall: 
         kinds: The types.
         only_recall: Types of which the texts have places that are not named.
     """
-    found = [list(places) for places in finder(data.texts)]
+    guesses = [list(places) for places in finder(data.texts)]
     rows = []
     for kind in kinds:
         gold = {(i, *place) for i, places in enumerate(data.places) for place in places if place[2] == kind}
-        guessed = {(i, *place) for i, places in enumerate(found) for place in places if place[2] == kind}
+        guessed = {(i, *place) for i, places in enumerate(guesses) for place in places if place[2] == kind}
         right, covered = len(gold & guessed), 0
         for i, start, end, _ in gold:
-            covered += len({c for a, b, _ in found[i] for c in range(max(a, start), min(b, end))})
+            covered += len({c for a, b, _ in guesses[i] for c in range(max(a, start), min(b, end))})
         recall = right / max(len(gold), 1)
         precision = right / max(len(guessed), 1)
         f1 = 2 * precision * recall / max(precision + recall, 1e-9)

@@ -105,8 +105,8 @@ def compare(sources: Sequence[Source], data: Mapping[str, Splits], earlier: Sequ
         for source in (source for source in sources if source.name in data):
             for split in HELD_OUT:
                 texts = texts_of(source, data[source.name].rows[split])
-                found = text_sketches.copies_of(known, texts, source.near)
-                numbers = {"letters": int(found.letters.sum()), "near": int(found.near.sum())}
+                copies = text_sketches.copies_of(known, texts, source.near)
+                numbers = {"letters": int(copies.letters.sum()), "near": int(copies.near.sum())}
                 if sum(numbers.values()):
                     record.setdefault(workdir, {}).setdefault(source.name, {})[split] = numbers
                     notes.append(_note(field, workdir, source.name, split, numbers, len(texts), known))

@@ -109,18 +109,18 @@ def copies_of(known: TextSketches, texts: Sequence[Text], threshold: float = 0.7
         texts: M texts, or pairs.
         threshold: The least estimated similarity of near copies.
     """
-    own = of_texts(texts, len(texts))
-    same = np.isin(own.letters, known.letters)
-    similar = np.zeros(len(own.letters), bool)
-    long, others = np.flatnonzero(own.words >= SHORT), np.flatnonzero(known.words >= SHORT)
+    sketches = of_texts(texts, len(texts))
+    same = np.isin(sketches.letters, known.letters)
+    similar = np.zeros(len(sketches.letters), bool)
+    long, others = np.flatnonzero(sketches.words >= SHORT), np.flatnonzero(known.words >= SHORT)
     for start in range(0, MINIMA - BAND + 1, BAND):
-        left, right = (_band(part.minima[rows], start) for part, rows in ((own, long), (known, others)))
+        left, right = (_band(part.minima[rows], start) for part, rows in ((sketches, long), (known, others)))
         first, second = matches(left, right)
         for begin in range(0, len(first), CHUNK):
             mine, theirs = long[first[begin : begin + CHUNK]], others[second[begin : begin + CHUNK]]
-            equal = (own.minima[mine] == known.minima[theirs]).mean(axis=1)
+            equal = (sketches.minima[mine] == known.minima[theirs]).mean(axis=1)
             similar[mine[(equal - CHANCE) / (1 - CHANCE) >= threshold]] = True
-    return SketchCopies(*_by_text(own, texts, same, similar & ~same))
+    return SketchCopies(*_by_text(sketches, texts, same, similar & ~same))
 
 
 def _band(minima: np.ndarray, start: int) -> np.ndarray:
@@ -129,13 +129,13 @@ def _band(minima: np.ndarray, start: int) -> np.ndarray:
     return (first << 16) | (second << 8) | third
 
 
-def _by_text(own: TextSketches, texts: Sequence[Text], *flags: np.ndarray) -> list[np.ndarray]:
+def _by_text(sketches: TextSketches, texts: Sequence[Text], *flags: np.ndarray) -> list[np.ndarray]:
     """bool[M] of each text, from flags of its sketch."""
     places = []
     for text in texts:
         key = text_keys.letters(text) or text_keys.exact(text)
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        places.append(int(np.searchsorted(own.letters, np.uint64(int.from_bytes(digest, "big")))) if key else -1)
+        places.append(int(np.searchsorted(sketches.letters, np.uint64(int.from_bytes(digest, "big")))) if key else -1)
     return [np.array([place >= 0 and bool(flag[place]) for place in places], bool) for flag in flags]
 
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from mtl_jax import trunks
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
@@ -209,7 +207,7 @@ def _arguments(prepared: Prepared, plan: PhasePlan, batch: Any) -> tuple[TrainSt
     measured = held_out.host_batches(prepared.held_out, corpus.tasks, batching, corpus.has_types, meshes.shards(prepared.mesh))
     inputs = StepInputs(
         _shapes(batch, meshes.by_rows(prepared.mesh)),
-        _shapes(_features(prepared, plan), replicated),
+        _shapes(setup.features_shape(prepared, plan), replicated),
         _shapes(References(prepared, Path()).shapes(plan), replicated),
         _shapes(measured, meshes.by_rows(prepared.mesh, axis=1)),
     )
@@ -225,14 +223,6 @@ def _flops(compiled: Any, prepared: Prepared, plan: PhasePlan, batch: Any) -> fl
 def _mesh(item: Topology) -> Mesh:
     devices = list(item.devices)
     return jax.make_mesh((len(devices),), (meshes.DATA,), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def _features(prepared: Prepared, plan: PhasePlan) -> Any:
-    """The table of pooled vectors of a phase whose trunk is frozen."""
-    if not plan.cached_features:
-        return None
-    texts = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
-    return jax.ShapeDtypeStruct((texts, trunks.width(prepared.trunk, prepared.params["trunk"])), jnp.float32)
 
 
 def _shapes(tree: Any, sharding: Any) -> Any:

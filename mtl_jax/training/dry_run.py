@@ -11,14 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from mtl_jax import trunks
 from mtl_jax.core.errors import count
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.references import References
-from mtl_jax.training.setup import held_out_batches, initial_state, mixture_phases, prepare
+from mtl_jax.training.setup import features_shape, held_out_batches, initial_state, mixture_phases, prepare
 from mtl_jax.training.train_state import StepInputs
 
 log = logging.getLogger(__name__)
@@ -49,11 +48,8 @@ def dry_run(experiment: Experiment) -> str:
         jax.process_index(),
         jax.process_count(),
     )
-    table = None
-    if plan.cached_features:  # zeros: the step costs the same
-        texts = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
-        width = trunks.width(prepared.trunk, prepared.params["trunk"])
-        table = meshes.place(jnp.zeros((texts, width)), meshes.replicated(mesh))
+    shape = features_shape(prepared, plan)  # zeros: the step costs the same
+    table = None if shape is None else meshes.place(jnp.zeros(shape.shape), meshes.replicated(mesh))
     with contextlib.closing(batches), tempfile.TemporaryDirectory() as folder:
         references = References(prepared, Path(folder)).for_phase(plan, state, begins=True)
         step = jitted_step(prepared, plan)

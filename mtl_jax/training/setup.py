@@ -191,6 +191,14 @@ def held_out_batches(prepared: Prepared) -> Batch | None:
     return held_out.batches(prepared.held_out, corpus.tasks, batching, corpus.has_types, prepared.mesh)
 
 
+def features_shape(prepared: Prepared, plan: PhasePlan) -> jax.ShapeDtypeStruct | None:
+    """The table of pooled vectors of a phase whose trunk is frozen; None: the phase has none."""
+    if not plan.cached_features:
+        return None
+    texts = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
+    return jax.ShapeDtypeStruct((texts, trunks.width(prepared.trunk, prepared.params["trunk"])), np.float32)
+
+
 def initial_state(prepared: Prepared) -> TrainState:
     """The state before the first step, replicated on every device."""
     plan = prepared.plans[0]

@@ -146,8 +146,8 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
         if needs_task_gradients(rule) and jax.default_backend() == "cpu":
             # XLA counts the body of a loop once, but on CPU a loop makes the Gram matrix, chunk by chunk.
             size = sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
-            unread = max(0, SIZES.vocab_size - batch.tokens.size) * SIZES.hidden_size if rule.transform is None else 0
-            facts[name]["flops"] += 2 * K**2 * (size - unread)
+            apart = SIZES.vocab_size * SIZES.hidden_size if rule.transform is None else 0  # of the table, see token_gradients
+            facts[name]["flops"] += 2 * K**2 * (size - apart)
         programs[name] = lambda program=program, state=state: jax.block_until_ready(program(state, StepInputs(batch))[1])
         programs[name]()
     times: dict[str, list[float]] = {name: [] for name in rules}
@@ -180,8 +180,8 @@ def gradient_fn_of(
     encode = encode_tokens(encoder)
     if not needs_task_gradients(rule):
         return make_gradient_fn(make_backward(encode, tasks, trains_trunk=True), rule)
-    backward = gram_gradient.make_backward(encode, tasks, rule, layout, gram_gradient.check(params, mask, "trunk"))
-    return make_gradient_fn(gram_gradient.only_read(backward) if rule.transform is None else backward, rule)
+    over = gram_gradient.check(params, mask, "trunk")
+    return make_gradient_fn(gram_gradient.make_backward(encode, tasks, rule, layout, over, only_looks_up=True), rule)
 
 
 def make_batch(K: int, rows: int) -> Batch:

@@ -54,15 +54,22 @@ Dense = functools.partial(nn.Dense, dot_general=_by_rows)
 
 
 class Embed(nn.Embed):
-    """nn.Embed that accepts a table with any number of rows; a new table has num_embeddings.
+    """nn.Embed that accepts a table with any number of rows, or in place of it the vectors of the tokens themselves.
 
-    A training step can then pass only the rows that a batch reads, while linen insists on the declared shape.
+    A training step can then pass only what a batch reads, while linen insists on the declared shape; a new table has
+    num_embeddings rows.
     """
 
     def setup(self) -> None:
         given: jax.Array | None = self.get_variable("params", "embedding")
-        rows = self.num_embeddings if given is None else given.shape[0]
-        self.embedding = self.param("embedding", self.embedding_init, (rows, self.features), self.param_dtype)
+        shape = (self.num_embeddings, self.features) if given is None else given.shape
+        self.embedding = self.param("embedding", self.embedding_init, shape, self.param_dtype)
+
+    def __call__(self, ids_BxT: jax.Array) -> jax.Array:
+        """f[B, T, E]: the rows of the ids, or the vectors f[B, T, E] that were given in place of a table."""
+        if self.embedding.ndim > 2:
+            return self.embedding.astype(self.dtype or self.embedding.dtype)
+        return super().__call__(ids_BxT)
 
 
 def attention_mask_BxTxT(attention_mask_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:

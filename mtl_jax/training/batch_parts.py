@@ -48,16 +48,29 @@ def part_key(key: jax.Array, number: jax.Array | int, parts: int) -> jax.Array:
 
 def sum_over_parts(function: Callable[[Any, jax.Array], Any], parts: Any) -> Any:
     """The sum of function(part, its number) over the parts, leaf by leaf: one compiled body, a loop on the device."""
+    return sum_and_keep(lambda part, number: (function(part, number), None), parts)[0]
+
+
+def sum_and_keep(function: Callable[[Any, jax.Array], tuple[Any, Any]], parts: Any) -> tuple[Any, Any]:
+    """Of function(part, its number), a pair of trees, the sum of the first over the parts, and the second of every part.
+
+    Args:
+        function: To be applied to each part.
+        parts: Leaves [P, ...].
+
+    Returns:
+        A tree like the first, and one like the second with leaves [P, ...].
+    """
     count = len(jax.tree.leaves(parts)[0])
     first = jax.tree.map(lambda leaf: leaf[0], parts)
-    zero = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first, jnp.zeros((), jnp.int32))
-    )
+    shapes, _ = jax.eval_shape(function, first, jnp.zeros((), jnp.int32))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def body(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*part)), None
+    def body(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+        summand, kept = function(*part)
+        return jax.tree.map(jnp.add, total, summand), kept
 
-    return jax.lax.scan(body, zero, (parts, jnp.arange(count)))[0]
+    return jax.lax.scan(body, zero, (parts, jnp.arange(count)))
 
 
 def weighted_rows(

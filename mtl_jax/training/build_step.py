@@ -124,12 +124,10 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         weigh_heads=weigh_heads,
         accumulate=accumulate,
         mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
+        # A user's trunk may use its tokens for more.
+        only_looks_up=not prepared.trunk.is_users and not any("table" in task.needs for task in tasks),
     )
     without_gram = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
-    # A user's trunk may use its tokens for more than looking up their vectors.
-    looks_up_only = not prepared.trunk.is_users and not any("table" in task.needs for task in tasks)
-    if plan.rule.transform is None and looks_up_only:
-        compared, without_gram = gram_gradient.only_read(compared), gram_gradient.only_read(without_gram)
     if needs is not None:
         plain = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
         compared = held_out.with_look_ahead(compared, plain, evaluate, tasks, needs, weigh_heads)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax.core import trees
@@ -17,8 +18,8 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.models.trunk_output import Encoded, token_table, with_token_table
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training import task_gradients
-from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
+from mtl_jax.training import task_gradients, token_gradients
+from mtl_jax.training.batch_parts import in_parts, part_key, sum_and_keep, sum_over_parts
 from mtl_jax.training.forward import Encode, label_counts, mean_losses
 from mtl_jax.training.gradient import Backward, BackwardFn, Weights
 from mtl_jax.training.train_state import StepInputs
@@ -65,6 +66,7 @@ def make_backward(
     weigh_heads: bool = True,
     accumulate: int = 1,
     mesh: Mesh | None = None,
+    only_looks_up: bool = False,
 ) -> BackwardFn:
     """A pass that compares the task gradients, for rules that read their Gram matrix or change them.
 
@@ -86,7 +88,10 @@ def make_backward(
         weigh_heads: As in gradient.make_backward().
         accumulate: As there; the task gradients are added up before they are compared. Where gram_over is not the whole
             trunk, the weighted gradient costs a second pass over the parts.
-        mesh: The devices, if there are several: each gets the same number of rows of every block.
+        mesh: The devices, if there are several: each gets the same number of rows of every block, and a share of every task
+            gradient.
+        only_looks_up: Whether the trunk uses its tokens only to look up their vectors in its token table. Then no task gets a
+            gradient of the whole table, see token_gradients.py.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
@@ -99,11 +104,29 @@ def make_backward(
         if mesh is not None:  # without it, XLA gives every device all gathered rows
             blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
 
+        differentiated, others = trees.split(trained["trunk"], over["trunk"])
+        compact = only_looks_up and rule.transform is None and gram_over != REPRESENTATION
+        table_VxE = token_table(differentiated) if compact else None  # None: it is frozen, or the Gram matrix is not over it
+
         def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
             return encode(trees.merge(trunk, frozen["trunk"]), block, key, inputs.features)
 
-        def compare(blocks: Batch, number: Any) -> tuple[Any, Any]:
-            """Losses, gradients of the heads, task gradients by round; and the trunk's gradient as a function of weights."""
+        def encode_looked_up(parameters: Any, vectors: Any, block: Batch, key: jax.Array) -> Encoded:
+            trunk = trees.merge(parameters, others)
+            return encode_block(trunk if vectors is None else with_token_table(trunk, vectors), block, key)
+
+        def pull_by_block(blocks: Batch, keys_N: jax.Array) -> tuple[Encoded, Callable[[Any, np.ndarray], Any]]:
+            """The blocks' encodings, and the way back from them to the parameters that the Gram matrix is taken over."""
+            if table_VxE is None:
+                return task_gradients.encode_blocks(encode_looked_up, differentiated, None, blocks, keys_N)
+            rest, vectors_NxRxTxE = with_token_table(differentiated, None), table_VxE[blocks.tokens]
+            return task_gradients.encode_blocks(encode_looked_up, rest, vectors_NxRxTxE, blocks, keys_N)
+
+        def compare(blocks: Batch, number: Any) -> tuple[Any, Any, Any]:
+            """What is summed over the parts of a batch, what is kept of each, and the trunk's gradient by the weights.
+
+            Summed are losses, gradients of the heads, and task gradients by round; kept those of the tokens' vectors.
+            """
             keys_N = jax.random.split(part_key(trunk_key, number, pieces), len(layout.rows))
             part_head_key = part_key(head_key, number, pieces)
 
@@ -123,7 +146,7 @@ def make_backward(
                 return jax.tree.reduce(jnp.add, losses), losses
 
             if gram_over == TRUNK:
-                encoded, pull_blocks = task_gradients.encode_blocks(encode_block, trained["trunk"], blocks, keys_N)
+                encoded, pull_blocks = pull_by_block(blocks, keys_N)
             else:
                 encoded, pull_all = jax.vjp(encode_all, trained["trunk"])
             by_task = {task: block(encoded, task) for task in block_of}
@@ -140,38 +163,53 @@ def make_backward(
 
             if gram_over == REPRESENTATION:
                 rounds: list[Any] = [jnp.stack([_of_vectors(cotangents[name]) for name in names])]
-                return (losses, head_gradients, rounds), weighted
+                return (losses, head_gradients, rounds), [], weighted
             if gram_over != TRUNK:
-                part, rest = trees.split(trained["trunk"], over["trunk"])
-
-                def encode_part(part: Any, block: Batch, key: jax.Array) -> Encoded:
-                    return encode_block(trees.merge(part, rest), block, key)
-
-                _, pull_blocks = task_gradients.encode_blocks(encode_part, part, blocks, keys_N)
+                _, pull_blocks = pull_by_block(blocks, keys_N)
+            by_round = task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds)
             stored_dtype = dtype if pieces == 1 else jnp.float32
-            rounds = task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, stored_dtype)
-            return (losses, head_gradients, rounds), weighted
+            rounds = [jax.tree.map(lambda leaf: leaf.astype(stored_dtype), gradients) for gradients, _ in by_round]
+            if mesh is not None:  # so that no device gets the sums of all of them
+                rounds = jax.tree.map(lambda leaf: meshes.in_shares(mesh, leaf, range(1, leaf.ndim)), rounds)
+            return (losses, head_gradients, rounds), [vectors for _, vectors in by_round], weighted
 
-        gram = cross = None
+        def summed(part: Batch, number: Any) -> tuple[Any, Any]:
+            return compare(part, number)[:2]
+
         if pieces == 1:
-            (losses, head_gradients, rounds), weighted = compare(blocks, 0)
+            (losses, head_gradients, rounds), kept, weighted = compare(blocks, 0)
+            halves, tokens = [rounds], blocks.tokens
         else:
             parts = in_parts(blocks, pieces, axis=1)
+            tokens = parts.tokens
             if rule.needs_cross:
-                halves = half_by_half(lambda part, number: compare(part, number)[0], parts)
-                gram, cross = task_gradients.of_halves(halves[2], names, half_counts(tasks, parts))
-                losses, head_gradients, rounds = jax.tree.map(lambda leaf: leaf.sum(axis=0), halves)
+                by_half, kept = half_by_half(summed, parts)
+                tokens = jnp.stack([tokens[0::2], tokens[1::2]])
+                losses, head_gradients, rounds = jax.tree.map(lambda leaf: leaf.sum(axis=0), by_half)
+                halves = [jax.tree.map(lambda leaf, half=half: leaf[half], by_half[2]) for half in (0, 1)]
             else:
-                losses, head_gradients, rounds = sum_over_parts(lambda part, number: compare(part, number)[0], parts)
+                (losses, head_gradients, rounds), kept = sum_and_keep(summed, parts)
+                halves = [rounds]
 
             def weighted(weights: Weights) -> Any:
-                return sum_over_parts(lambda part, number: compare(part, number)[1](weights), parts)
+                return sum_over_parts(lambda part, number: compare(part, number)[2](weights), parts)
+
+        of_table = None
+        if table_VxE is not None:
+            of_table = token_gradients.of_rounds(kept, tokens, layout, len(halves), len(table_VxE), mesh)
 
         def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
             if rows is not None:
                 trunk = task_gradients.combine([rows], weights, sorted(names))
+            elif gram_over != TRUNK:
+                trunk = weighted(weights)
             else:
-                trunk = task_gradients.combine(rounds, weights, names) if gram_over == TRUNK else weighted(weights)
+                trunk = task_gradients.combine(rounds, weights, names)
+                if of_table is not None:
+                    weights_K = jnp.stack([weights[name] for name in sorted(names)] * len(halves))
+                    trunk = with_token_table(trunk, token_gradients.combine(of_table, weights_K, len(table_VxE)))
+                if mesh is not None:
+                    trunk = jax.lax.with_sharding_constraint(trunk, meshes.replicated(mesh))
             heads = head_gradients
             if weigh_heads or of_heads is not None:
                 chosen = weights if of_heads is None else of_heads
@@ -182,24 +220,30 @@ def make_backward(
             return {"trunk": trunk, "heads": heads}, losses
 
         rows = None if rule.transform is None else task_gradients.in_order(rounds, names)
-        gram = task_gradients.gram_matrix(rounds, names) if gram is None else gram
+        apart = [entries for by_round in halves for entries in by_round]
+        gram = task_gradients.gram_matrix(apart, [f"{half}{name}" for half in range(len(halves)) for name in names])
+        if of_table is not None:
+            gram += token_gradients.gram_matrix(of_table, len(names) * len(halves))
+        cross = None
+        if rule.needs_cross:
+            gram, cross = task_gradients.of_halves(gram, half_counts(tasks, parts))
         return Backward(losses, counts, pull, gram, rows, cross)
 
     return backward
 
 
-def half_by_half(function: Callable[[Any, Any], Any], parts: Any) -> Any:
-    """The sums of function(part, its number) over the parts with even and with odd numbers: leaves [2, ...].
+def half_by_half(function: Callable[[Any, Any], tuple[Any, Any]], parts: Any) -> tuple[Any, Any]:
+    """As batch_parts.sum_and_keep, over the parts with even and with odd numbers: leaves [2, ...].
 
     Args:
-        function: As for sum_over_parts.
+        function: As there.
         parts: Leaves [P, ...] with an even P.
     """
     by_half = jax.tree.map(lambda leaf: jnp.stack([leaf[0::2], leaf[1::2]]), parts)
 
     def of_half(half_and_place: tuple[Any, jax.Array]) -> Any:
         half, place = half_and_place
-        return sum_over_parts(lambda part, number: function(part, 2 * number + place), half)
+        return sum_and_keep(lambda part, number: function(part, 2 * number + place), half)
 
     return jax.lax.map(of_half, (by_half, jnp.arange(2)))
 
@@ -232,35 +276,3 @@ def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:
         return rule.init(names)
     gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(names), *leaf.shape), jnp.float32), trunk)
     return {"rule": rule.init(names), "transform": rule.transform.init(gradients)}
-
-
-def only_read(backward: BackwardFn) -> BackwardFn:
-    """A pass with the same result, within which the token table has only the rows of the batch's tokens.
-
-    Elsewhere the gradient of the table is zero. A step with a gradient for each task would keep K whole tables: half of the K
-    gradients of MiniLM, and more with a vocabulary of many languages. Shapes in names: V rows of the table, E its
-    columns, R rows of a batch, T tokens a row, U = R T.
-
-    Args:
-        backward: A pass that uses tokens only as indices of the token table.
-    """
-
-    def narrow_backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
-        whole_VxE, batch = token_table(trained["trunk"]), inputs.batch
-        if whole_VxE is None or len(whole_VxE) <= batch.tokens.size:  # it is frozen, or would not get smaller
-            return backward(trained, frozen, inputs, keys)
-        # The distinct tokens in order, then V for each repeated one; row V does not exist, so it is neither read nor written.
-        ids_U, places_RxT = jnp.unique(batch.tokens, return_inverse=True, size=batch.tokens.size, fill_value=len(whole_VxE))
-        rows_UxE = whole_VxE.at[ids_U].get(mode="fill", fill_value=0.0)
-        narrow = trained | {"trunk": with_token_table(trained["trunk"], rows_UxE)}
-        tokens_RxT = places_RxT.reshape(batch.tokens.shape).astype(batch.tokens.dtype)
-        narrowed = backward(narrow, frozen, inputs._replace(batch=batch._replace(tokens=tokens_RxT)), keys)
-
-        def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
-            gradient, losses = narrowed.pull(weights, rows, of_heads)
-            gradient_VxE = jnp.zeros_like(whole_VxE).at[ids_U].set(token_table(gradient["trunk"]), mode="drop")
-            return gradient | {"trunk": with_token_table(gradient["trunk"], gradient_VxE)}, losses
-
-        return narrowed._replace(pull=pull, along=None)
-
-    return narrow_backward

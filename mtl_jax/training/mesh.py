@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,6 +91,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """One axis cut over the devices: the rows of batches."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA))
+
+
+def in_shares(mesh: Mesh, leaf: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """An array of which every device that shares rows has a part; as it is, where no axis can be cut.
+
+    Args:
+        mesh: The devices.
+        leaf: The array.
+        axes: The axes that may be cut; the longest one that divides is.
+    """
+    sizes = {axis % leaf.ndim: leaf.shape[axis] for axis in axes if leaf.shape[axis] % shards(mesh) == 0}
+    if not sizes:
+        return leaf
+    axis = max(sizes, key=lambda axis: sizes[axis])
+    return jax.lax.with_sharding_constraint(leaf, by_rows(mesh, axis))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -95,7 +95,7 @@ def cut(batch: Batch, layout: Layout, tasks: Sequence[Task], multiple: int = 1) 
 
 
 def encode_blocks(
-    encode_block: Callable[[Any, Batch, jax.Array], Any], parameters: Any, blocks: Batch, keys_N: jax.Array
+    encode_block: Callable[[Any, Any, Batch, jax.Array], Any], parameters: Any, by_block: Any, blocks: Batch, keys_N: jax.Array
 ) -> tuple[Any, Callable[[Any, np.ndarray], Any]]:
     """One forward pass over all blocks, and a backward pass through each block separately.
 
@@ -103,29 +103,31 @@ def encode_blocks(
     their casts are: N copies would make every matrix product of the backward pass a batched one over N copies of its weights.
 
     Args:
-        encode_block: (parameters, block, key) -> Encoded: arrays f[R, ...].
+        encode_block: (parameters, what the block has of `by_block`, block, key) -> Encoded: arrays f[R, ...].
         parameters: The shared parameters to differentiate by.
+        by_block: Other arrays to differentiate by, of which every block has a part: leaves [N, ...].
         blocks: cut(...).
         keys_N: A dropout key for each block.
 
     Returns:
-        Encoded with leaves [N, R, ...], and a function (cotangents [M, R, ...], the places of their M blocks) -> gradients, a
-        tree like `parameters`, leaves [M, ...].
+        Encoded with leaves [N, R, ...], and a function (cotangents [M, R, ...], the places of their M blocks) -> gradients:
+        trees like `parameters` and like `by_block`, leaves [M, ...].
     """
     structure: list[Any] = []
 
-    def forward(parameters: Any, block: Batch, key: jax.Array) -> tuple[Any, list[jax.Array]]:
-        encoded, pull = jax.vjp(lambda p: encode_block(p, block, key), parameters)
+    def forward(parameters: Any, part: Any, block: Batch, key: jax.Array) -> tuple[Any, list[jax.Array]]:
+        encoded, pull = jax.vjp(lambda *differentiated: encode_block(*differentiated, block, key), parameters, part)
         residuals, treedef = jax.tree.flatten(pull)
         structure[:] = [treedef]
         return encoded, residuals
 
-    first = jax.tree.map(lambda leaf: leaf[0], (blocks, keys_N))
-    axes = [0 if by_block else None for by_block in depends(forward, parameters, *first)[1]]
-    encoded, residuals = jax.vmap(forward, in_axes=(None, 0, 0), out_axes=(0, axes))(parameters, blocks, keys_N)
+    first = jax.tree.map(lambda leaf: leaf[0], (by_block, blocks, keys_N))
+    axes = [0 if differs else None for differs in depends(forward, parameters, *first)[1]]
+    in_axes, out_axes = (None, 0, 0, 0), (0, axes)
+    encoded, residuals = jax.vmap(forward, in_axes=in_axes, out_axes=out_axes)(parameters, by_block, blocks, keys_N)
 
     def back(residuals: list[jax.Array], cotangent: Any) -> Any:
-        return jax.tree.unflatten(structure[0], residuals)(cotangent)[0]
+        return jax.tree.unflatten(structure[0], residuals)(cotangent)
 
     def pull(cotangents: Any, places_M: np.ndarray) -> Any:
         all_blocks = len(places_M) == len(keys_N)
@@ -154,25 +156,22 @@ def task_gradients(
     pull: Callable[[Any, np.ndarray], Any],
     cotangents: dict[str, Any],
     rounds: Sequence[Sequence[tuple[str, int]]],
-    dtype: Any,
-) -> list[Any]:
-    """The gradient of every task with respect to the shared parameters.
+) -> list[tuple[Any, Any]]:
+    """The gradient of every task with respect to the shared parameters, and with respect to what its block has.
 
     Args:
         pull: The second result of encode_blocks.
         cotangents: {task: the gradient of its loss with respect to Encoded of its block}.
         rounds: Layout.rounds.
-        dtype: The dtype of the result.
 
     Returns:
-        For each round a tree like the parameters, leaves [tasks of the round, ...].
+        For each round two trees, as encode_blocks() says, leaves [tasks of the round, ...].
     """
     by_round = []
     for entries in rounds:
         places_M = np.array([block for _, block in entries])
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(cotangents[task] for task, _ in entries))
-        gradients = pull(stacked, places_M)
-        by_round.append(jax.tree.map(lambda leaf: leaf.astype(dtype), gradients))
+        by_round.append(pull(stacked, places_M))
     return by_round
 
 
@@ -199,7 +198,12 @@ def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
 
     def inner(*rounds_KxP: jax.Array) -> jax.Array:
         rows_KxP = jnp.concatenate(rounds_KxP)
-        return jnp.matmul(rows_KxP, rows_KxP.T, precision="highest", preferred_element_type=jnp.float32)
+        return _products(rows_KxP, rows_KxP)
+
+    def inner_by_rounds(*rounds: jax.Array) -> jax.Array:
+        """The same without a copy of the first round, which has most of the tasks."""
+        parts = rounds if len(rounds) < 3 else (rounds[0], jnp.concatenate(rounds[1:]))
+        return jnp.block([[_products(rows, columns) for columns in parts] for rows in parts])
 
     def inner_by_chunks(*rounds_KxP: jax.Array) -> jax.Array:
         """The same by chunks, for CPUs, where XLA takes six times as long for the product of a few very long rows."""
@@ -211,31 +215,38 @@ def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
         rest_KxK = inner(*[rows[:, whole * CHUNK :] for rows in rounds_KxP])
         return jax.lax.fori_loop(0, whole, add, rest_KxK)
 
-    def gram_of_leaf(*leaves: jax.Array) -> jax.Array:
+    def on_cpu(*leaves: jax.Array) -> jax.Array:
         flat_KxP = [leaf.reshape(len(leaf), -1) for leaf in leaves]
-        if flat_KxP[0].shape[1] <= 2 * CHUNK:
-            return inner(*flat_KxP)
-        return jax.lax.platform_dependent(*flat_KxP, cpu=inner_by_chunks, default=inner)
+        return (inner if flat_KxP[0].shape[1] <= 2 * CHUNK else inner_by_chunks)(*flat_KxP)
 
-    gram_KxK = jax.tree.reduce(jnp.add, jax.tree.map(gram_of_leaf, *rounds))
+    def gram_of_leaf(*leaves: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(*leaves, cpu=on_cpu, default=inner_by_rounds)
+
+    no_leaves_KxK = jnp.zeros((len(names), len(names)))
+    gram_KxK = jax.tree.reduce(jnp.add, jax.tree.map(gram_of_leaf, *rounds), no_leaves_KxK)
     order = np.argsort(np.array(names))
     return gram_KxK[order][:, order]
 
 
-def of_halves(rounds: Sequence[Any], names: Sequence[str], counts: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _products(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """f32[K, M]: the inner products of the rows [K, ...] with the columns [M, ...]."""
+    inside = tuple(range(1, rows.ndim))
+    return jax.lax.dot_general(
+        rows, columns, ((inside, inside), ((), ())), precision="highest", preferred_element_type=jnp.float32
+    )
+
+
+def of_halves(both_2Kx2K: jax.Array, counts: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The Gram matrix of the whole batch's task gradients, and Signals.cross: both f32[K, K].
 
     Args:
-        rounds: As from task_gradients(), with an axis over the two halves in front: the halves' parts in the whole batch's
-            gradients, which are their sums.
-        names: Task names in the order of the rounds.
+        both_2Kx2K: Inner products of the halves' parts in the whole batch's gradients, which are their sums: those of the
+            first half before those of the second, tasks in sorted order.
         counts: {task: f32[2]}, labelled examples or tokens of each half.
     """
-    K = len(names)
-    apart = [jax.tree.map(lambda leaf, half=half: leaf[half], entries) for half in (0, 1) for entries in rounds]
-    both_2Kx2K = gram_matrix(apart, [f"{half}{name}" for half in (0, 1) for name in names])
+    K = len(counts)
     gram_KxK = both_2Kx2K.reshape(2, K, 2, K).sum(axis=(0, 2))
-    counts_2xK = jnp.stack([counts[name] for name in sorted(names)], axis=1)
+    counts_2xK = jnp.stack([counts[name] for name in sorted(counts)], axis=1)
     # From a part of the whole mean to the half's own mean; a half without examples has no gradient, and 0 stays 0.
     scale_2xK = counts_2xK.sum(axis=0) / jnp.maximum(counts_2xK, 1.0)
     in_both_K = (counts_2xK > 0).all(axis=0)

@@ -51,7 +51,8 @@ class Case:
 
     @functools.cached_property
     def step(self):
-        return jax.jit(make_train_step(gradient_fn(self.prepared, self.plan), self.plan.optimizer, self.plan.mask))
+        step = make_train_step(gradient_fn(self.prepared, self.plan), self.plan.optimizer, self.plan.mask)
+        return jax.jit(step, out_shardings=meshes.replicated(self.prepared.mesh))
 
     def gradient(self, batch=None, rule=None):
         frozen = jax.tree.map(lambda _: None, self.prepared.params)

@@ -207,7 +207,7 @@ def make_backward(
                 trunk = task_gradients.combine(rounds, weights, names)
                 if of_table is not None:
                     weights_K = jnp.stack([weights[name] for name in sorted(names)] * len(halves))
-                    trunk = with_token_table(trunk, token_gradients.combine(of_table, weights_K, len(table_VxE)))
+                    trunk = with_token_table(trunk, token_gradients.combine(of_table, weights_K, len(table_VxE), mesh))
                 if mesh is not None:
                     trunk = jax.lax.with_sharding_constraint(trunk, meshes.replicated(mesh))
             heads = head_gradients

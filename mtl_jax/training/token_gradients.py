@@ -125,14 +125,17 @@ def gram_matrix(gradients: TokenGradients, tasks: int) -> jax.Array:
     return compared(slice(None)) + near_KxK + near_KxK.T
 
 
-def combine(gradients: TokenGradients, weights_K: jax.Array, table_rows: int) -> jax.Array:
+def combine(gradients: TokenGradients, weights_K: jax.Array, table_rows: int, mesh: Mesh | None = None) -> jax.Array:
     """The weighted sum of the tasks' gradients of the table: f32[V, E].
 
     Args:
         gradients: by_token_and_task(...).
         weights_K: A weight for each task.
         table_rows: V.
+        mesh: The devices, if there are several.
     """
     weighted_QxE = weights_K[gradients.tasks][:, None] * gradients.values
+    if mesh is not None and len(weighted_QxE) < table_rows:  # the devices get the shares of the smaller array
+        weighted_QxE = jax.lax.with_sharding_constraint(weighted_QxE, meshes.replicated(mesh))
     table_VxE = jnp.zeros((table_rows, gradients.values.shape[1]), jnp.float32)
     return table_VxE.at[gradients.tokens].add(weighted_QxE, mode="drop", indices_are_sorted=True)

@@ -24,6 +24,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"\b(?:body|to_apply|true_computation|false_computation|called_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _WRAPPED = re.compile(r"\bcalls=%?([\w.-]+)")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)")
 _SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bf16[8,128]
 _LAYER = re.compile(r"(?<=[a-z]_)\d+$")
 _WRAPPER = re.compile(r"^[a-z_]+\((.*)\)$")
@@ -36,7 +37,7 @@ class Collective(NamedTuple):
 
     Attributes:
         times: How often it happens.
-        bytes: The bytes of the results on a device, together.
+        bytes: The bytes of the whole arrays, together: of what a device gets, and of a reduce-scatter of what it gives.
     """
 
     times: int
@@ -92,10 +93,9 @@ def read(text: str) -> ProgramCost:
         cycles = _CYCLES.search(instruction.rest)
         if cycles and int(cycles[1]):
             places[place(_op_name(instruction))] += times * int(cycles[1])
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        for kind, size in _sent(instruction, computations):
             counts[kind] += times
-            sizes[kind] += times * _bytes(instruction)
+            sizes[kind] += times * size
     return ProgramCost(
         cycles=sum(places.values()) if places else None,
         places=dict(places.most_common()),
@@ -193,6 +193,28 @@ def place(op_name: str) -> str:
     if len(components) > 1:
         components.pop()  # the operation itself
     return direction + "/".join(components) if components else parts[-1]
+
+
+def _sent(instruction: _Instruction, computations: Mapping[str, list[_Instruction]]) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of the communication of an instruction."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind == "reduce-scatter":
+        yield kind, _bytes(instruction) * _group_size(instruction)
+    elif kind in COLLECTIVES:
+        yield kind, _bytes(instruction)
+    elif kind == "fusion":
+        # On TPUs a reduce-scatter is a fusion of an all-reduce with the slices of it that the device keeps.
+        for name in _WRAPPED.findall(instruction.rest):
+            inside = computations.get(name, ()) if "all-reduce-scatter" in name else ()
+            yield from (("reduce-scatter", _bytes(part)) for part in inside if part.opcode == "all-reduce")
+
+
+def _group_size(instruction: _Instruction) -> int:
+    """How many devices take part."""
+    match = _GROUPS.search(instruction.rest)
+    if match is None:
+        return 1
+    return int(match[2]) if match[2] else match[1].count(",") + 1
 
 
 def _bytes(instruction: _Instruction) -> int:

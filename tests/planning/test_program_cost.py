@@ -67,6 +67,38 @@ def test_what_devices_send_each_other():
     }
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        """%all-reduce-scatter.3 (whole: bf16[6,8]) -> bf16[6,2] {
+  %whole = bf16[6,8]{1,0} parameter(0)
+  %sum = bf16[6,8]{1,0} all-reduce(%whole), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %mine = bf16[6,2]{1,0} dynamic-slice(%sum, %zero, %place), dynamic_slice_sizes={6,2}
+}
+
+ENTRY %main (x: bf16[6,8]) -> bf16[6,2] {
+  %x = bf16[6,8]{1,0} parameter(0)
+  ROOT %y = bf16[6,2]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+}
+""",
+        """ENTRY %main (x: bf16[6,8]) -> bf16[6,2] {
+  %x = bf16[6,8]{1,0} parameter(0)
+  ROOT %y = bf16[6,2]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3}}, dimensions={1}, to_apply=%add
+}
+""",
+        """ENTRY %main (x: bf16[6,8]) -> bf16[6,2] {
+  %x = bf16[6,8]{1,0} parameter(0)
+  ROOT %y = bf16[6,2]{1,0} reduce-scatter(%x), replica_groups=[1,4]<=[4], dimensions={1}, to_apply=%add
+}
+""",
+    ],
+    ids=["in a fusion", "groups as lists", "groups in short"],
+)
+def test_of_a_reduce_scatter_the_whole_array_counts(program):
+    """A device gives three of its four parts away; the fourth is the result. The compilers write it in three ways."""
+    assert program_cost.read(program).collectives == {"reduce-scatter": Collective(times=1, bytes=6 * 8 * 2)}
+
+
 def test_a_program_without_estimates():
     cost = program_cost.read("ENTRY %main (x: pred[3]) -> pred[3] {\n  ROOT %x = (pred[3]{0}, s4[8]{0}) all-to-all(%y)\n}")
     assert cost.cycles is None

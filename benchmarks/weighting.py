@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.layers import Head
 from mtl_jax.training import gram_gradient, task_gradients
 from mtl_jax.training.forward import encode_tokens
-from mtl_jax.training.gradient import GradientFn, make_backward
+from mtl_jax.training.gradient import make_backward
 from mtl_jax.training.phase_plan import needs_task_gradients
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.training.train_state import StepInputs, TrainState
@@ -46,6 +46,7 @@ from mtl_jax.weighting import Rule
 SIZES = EncoderConfig(30522, 384, 6, 12, 1536, 512, dropout=0.0, attention_dropout=0.0)  # MiniLM-L6
 LENGTH = 64
 LABELS = ("0", "1", "2", "3")
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
 # {rule: its name in TorchJD}
 TORCHJD = {"mgda": "MGDA", "upgrad": "UPGrad", "dualproj": "DualProj", "pcgrad": "PCGrad", "aligned": "AlignedMTL"}
 TORCHJD |= {"config": "ConFIG", "imtl_g": "IMTLG", "graddrop": "GradDrop"}
@@ -114,31 +115,17 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
     """A row of the table for every rule."""
-    rows = tokens // LENGTH
-    tasks = tuple(Classification(name=f"task{k:02d}", source=f"source{k:02d}", labels=LABELS) for k in range(K))
-    batch = make_batch(K, rows)
-    encoder = Encoder(SIZES, jnp.dtype(options.dtype))
-    params = {"trunk": jax.jit(encoder.init)(jax.random.key(0), batch.tokens[:1])["params"]}
-    head = jax.jit(Head(len(LABELS), 0).init)(jax.random.key(1), jnp.zeros((1, 1, SIZES.hidden_size)))["params"]
-    params["heads"] = {task.name: head for task in tasks}
-    mask = jax.tree.map(lambda leaf: True, params)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-    opt_state = optimizer.init(params)
+    case = make_case(Encoder(SIZES, jnp.dtype(options.dtype)), K, tokens, LENGTH)
+    params = case.params()
+    opt_state = OPTIMIZER.init(params)
     if K < 3:  # of two values none is left
         rules = tuple(name for name in rules if name != "trimmed_mean")
-    layout = task_gradients.layout(tasks, {task.source: rows for task in tasks}, fixed=True)
     programs: dict[str, Callable[[], Any]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in rules:
         rule = weighting.make(name)
-        state = TrainState(
-            jnp.zeros((), jnp.int32),
-            params,
-            opt_state,
-            gram_gradient.init_rule(rule, [task.name for task in tasks], params["trunk"]),
-            jax.random.key_data(jax.random.key(2)),
-        )
-        step = make_train_step(gradient_fn_of(rule, encoder, tasks, layout, params, mask), optimizer, mask)
+        # One optimizer state for all rules, which would not fit into memory with one each.
+        state, step, batch = case.state(rule, params)._replace(opt_state=opt_state), case.step(rule), case.batch
         began = time.perf_counter()
         program = jax.jit(step).lower(state, StepInputs(batch)).compile()
         facts[name] = {"compile_s": time.perf_counter() - began}
@@ -148,7 +135,9 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
             size = sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
             apart = SIZES.vocab_size * SIZES.hidden_size if rule.transform is None else 0  # of the table, see token_gradients
             facts[name]["flops"] += 2 * K**2 * (size - apart)
-        programs[name] = lambda program=program, state=state: jax.block_until_ready(program(state, StepInputs(batch))[1])
+        programs[name] = lambda program=program, state=state, batch=batch: jax.block_until_ready(
+            program(state, StepInputs(batch))[1]
+        )
         programs[name]()
     times: dict[str, list[float]] = {name: [] for name in rules}
     for _ in range(options.repeats):
@@ -173,27 +162,63 @@ def measure(K: int, tokens: int, rules: tuple[str, ...], options: Options) -> li
     return measured
 
 
-def gradient_fn_of(
-    rule: Rule, encoder: Encoder, tasks: tuple[Classification, ...], layout: task_gradients.Layout, params: Any, mask: Any
-) -> GradientFn:
-    """The gradient function that training takes for a rule."""
-    encode = encode_tokens(encoder)
-    if not needs_task_gradients(rule):
-        return make_gradient_fn(make_backward(encode, tasks, trains_trunk=True), rule)
-    over = gram_gradient.check(params, mask, "trunk")
-    return make_gradient_fn(gram_gradient.make_backward(encode, tasks, rule, layout, over, only_looks_up=True), rule)
+class Case(NamedTuple):
+    """A training of tasks with rows of their own.
+
+    Attributes:
+        encoder: The trunk.
+        tasks: The tasks.
+        batch: A batch, blocks by task.
+    """
+
+    encoder: Encoder
+    tasks: tuple[Classification, ...]
+    batch: Batch
+
+    def params(self) -> Any:
+        """New parameters."""
+        trunk = jax.jit(self.encoder.init)(jax.random.key(0), self.batch.tokens[:1])["params"]
+        width = self.encoder.config.hidden_size
+        head = jax.jit(Head(len(LABELS), 0).init)(jax.random.key(1), jnp.zeros((1, 1, width)))["params"]
+        return {"trunk": trunk, "heads": {task.name: head for task in self.tasks}}
+
+    def state(self, rule: Rule, params: Any = None) -> TrainState:
+        """The state before the first step."""
+        params = self.params() if params is None else params
+        rule_state = gram_gradient.init_rule(rule, [task.name for task in self.tasks], params["trunk"])
+        key = jax.random.key_data(jax.random.key(2))
+        return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params), rule_state, key)
+
+    def step(self, rule: Rule) -> Callable[..., Any]:
+        """The train step, as training makes it for a rule."""
+        mask = jax.tree.map(lambda leaf: True, jax.eval_shape(self.params))
+        encode = encode_tokens(self.encoder)
+        if not needs_task_gradients(rule):
+            backward = make_backward(encode, self.tasks, trains_trunk=True)
+        else:
+            rows = len(self.batch.tokens) // len(self.tasks)
+            layout = task_gradients.layout(self.tasks, {task.source: rows for task in self.tasks}, fixed=True)
+            over = gram_gradient.check(jax.eval_shape(self.params), mask, "trunk")
+            backward = gram_gradient.make_backward(encode, self.tasks, rule, layout, over, only_looks_up=True)
+        return make_train_step(make_gradient_fn(backward, rule), OPTIMIZER, mask)
 
 
-def make_batch(K: int, rows: int) -> Batch:
+def make_case(encoder: Encoder, K: int, tokens: int, length: int) -> Case:
+    """The training of K tasks, each with rows of so many tokens."""
+    tasks = tuple(Classification(name=f"task{k:02d}", source=f"source{k:02d}", labels=LABELS) for k in range(K))
+    return Case(encoder, tasks, make_batch(K, tokens // length, length))
+
+
+def make_batch(K: int, rows: int, length: int = LENGTH) -> Batch:
     """Full rows of one example each, blocks by task; random ids and labels."""
     rng = np.random.default_rng(0)
     R = K * rows
     task_R = np.repeat(np.arange(K), rows)
     label_Rx1 = rng.integers(0, len(LABELS), (R, 1)).astype(np.int32)
     return Batch(
-        tokens=jnp.asarray(rng.integers(1000, SIZES.vocab_size, (R, LENGTH)), jnp.int32),
-        segments=jnp.ones((R, LENGTH), jnp.int32),
-        positions=jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (R, LENGTH)),
+        tokens=jnp.asarray(rng.integers(1000, SIZES.vocab_size, (R, length)), jnp.int32),
+        segments=jnp.ones((R, length), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (R, length)),
         index=jnp.arange(R, dtype=jnp.int32)[:, None],
         source=jnp.asarray(task_R, jnp.int32),
         labels={f"task{k:02d}": jnp.where(task_R[:, None] == k, label_Rx1, -1) for k in range(K)},

@@ -105,7 +105,7 @@ def make_backward(
             blocks = jax.lax.with_sharding_constraint(blocks, meshes.by_rows(mesh, axis=1))
 
         differentiated, others = trees.split(trained["trunk"], over["trunk"])
-        compact = only_looks_up and rule.transform is None and gram_over != REPRESENTATION
+        compact = only_looks_up and gram_over != REPRESENTATION and (rule.transform is None or rule.transform.by_number)
         table_VxE = token_table(differentiated) if compact else None  # None: it is frozen, or the Gram matrix is not over it
 
         def encode_block(trunk: Any, block: Batch, key: jax.Array) -> Encoded:
@@ -201,6 +201,9 @@ def make_backward(
         def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
             if rows is not None:
                 trunk = task_gradients.combine([rows], weights, sorted(names))
+                if ids_U is not None:
+                    of_read_UxE = token_table(trunk)
+                    trunk = with_token_table(trunk, jnp.zeros_like(table_VxE).at[ids_U].set(of_read_UxE, mode="drop"))
             elif gram_over != TRUNK:
                 trunk = weighted(weights)
             else:
@@ -219,7 +222,12 @@ def make_backward(
                 }
             return {"trunk": trunk, "heads": heads}, losses
 
-        rows = None if rule.transform is None else task_gradients.in_order(rounds, names)
+        rows, ids_U = None, None
+        if rule.transform is not None:
+            rows = task_gradients.in_order(rounds, names)
+            if of_table is not None:
+                of_read_KxUxE, ids_U = token_gradients.rows_read(of_table, len(names), len(table_VxE))
+                rows = with_token_table(rows, of_read_KxUxE)
         apart = [entries for by_round in halves for entries in by_round]
         gram = task_gradients.gram_matrix(apart, [f"{half}{name}" for half in range(len(halves)) for name in names])
         if of_table is not None:

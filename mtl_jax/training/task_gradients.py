@@ -258,6 +258,8 @@ def of_halves(both_2Kx2K: jax.Array, counts: Mapping[str, jax.Array]) -> tuple[j
 def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str]) -> Any:
     """sum_k weight_k * gradient_k, a tree like the parameters, float32."""
     start, total = 0, None
+    if not jax.tree.leaves(rounds):  # a trunk that is a token table and no more
+        return rounds[0]
     for gradients in rounds:
         count = len(jax.tree.leaves(gradients)[0])
         weights_K = jnp.stack([weights[name] for name in names[start : start + count]])

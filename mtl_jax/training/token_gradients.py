@@ -125,6 +125,22 @@ def gram_matrix(gradients: TokenGradients, tasks: int) -> jax.Array:
     return compared(slice(None)) + near_KxK + near_KxK.T
 
 
+def rows_read(gradients: TokenGradients, tasks: int, table_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The tasks' gradients of the rows that any task reads: f32[K, U, E], and the rows i32[U], where U = min(Q, V).
+
+    Args:
+        gradients: by_token_and_task(...).
+        tasks: K.
+        table_rows: V, which also stands for no row.
+    """
+    before_Q = jnp.concatenate([jnp.full(1, -1, gradients.tokens.dtype), gradients.tokens[:-1]])
+    place_Q = jnp.cumsum(gradients.tokens != before_Q) - 1
+    U = min(len(gradients.tokens), table_rows)
+    values_KxUxE = jnp.zeros((tasks, U, gradients.values.shape[1]), jnp.float32)
+    values_KxUxE = values_KxUxE.at[gradients.tasks, place_Q].add(gradients.values, mode="drop")
+    return values_KxUxE, jnp.full(U, table_rows).at[place_Q].set(gradients.tokens, mode="drop")
+
+
 def combine(gradients: TokenGradients, weights_K: jax.Array, table_rows: int, mesh: Mesh | None = None) -> jax.Array:
     """The weighted sum of the tasks' gradients of the table: f32[V, E].
 

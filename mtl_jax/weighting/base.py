@@ -76,11 +76,14 @@ class Transform(NamedTuple):
         update: (state, Signals without gram, task gradients) to (changed task gradients, new state).
         tells: (new state, task gradients before the change) to f32[K], what the rule's weights need to know of the gradients
             besides their Gram matrix; None: nothing.
+        by_number: Whether it has no state and makes every number from the K numbers at its place, zeros from zeros. Then rows
+            of a token table that no task reads are left out.
     """
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Signals, Any], tuple[Any, Any]]
     tells: Callable[[Any, Any], jax.Array] | None = None
+    by_number: bool = False
 
 
 class Rule(NamedTuple):

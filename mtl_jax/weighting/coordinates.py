@@ -51,7 +51,7 @@ def graddrop(leak: float = 0.0) -> Rule:
     return Rule(
         init=lambda names: (),
         update=after_transform("graddrop", update),
-        transform=Transform(lambda gradients: (), drop),
+        transform=Transform(lambda gradients: (), drop, by_number=True),
         weighs_heads=False,
     )
 
@@ -140,7 +140,7 @@ def trimmed_mean(trim: int = 1) -> Rule:
 
         return jax.tree.map(changed, gradients), state
 
-    transform = Transform(lambda gradients: (), change)
+    transform = Transform(lambda gradients: (), change, by_number=True)
     return Rule(init=init, update=after_transform("trimmed_mean", update), transform=transform, weighs_heads=False)
 
 

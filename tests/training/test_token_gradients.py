@@ -30,7 +30,8 @@ def test_products_and_sums_are_those_of_whole_tables(tokens, V, K):
 
     def compact(gradients, ids, tasks, weights):
         found = token_gradients.by_token_and_task(gradients, ids, tasks, V, K)
-        return found, token_gradients.gram_matrix(found, K), token_gradients.combine(found, weights, V)
+        gram, combined = token_gradients.gram_matrix(found, K), token_gradients.combine(found, weights, V)
+        return found, gram, combined, token_gradients.rows_read(found, K, V)
 
     program = jax.jit(compact)
     for seed in range(20):
@@ -38,12 +39,16 @@ def test_products_and_sums_are_those_of_whole_tables(tokens, V, K):
         gradients = rng.standard_normal((tokens, 4)).astype(np.float32)
         ids, tasks = rng.integers(0, rng.integers(1, V, endpoint=True), tokens), rng.integers(0, K, tokens)
         weights = rng.standard_normal(K).astype(np.float32)
-        found, gram, combined = program(gradients, ids, tasks, weights)
+        found, gram, combined, (rows_read, read) = program(gradients, ids, tasks, weights)
         tables = whole_tables(gradients, ids, tasks, V, K)
         flat = tables.reshape(K, -1)
         np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-3)
         np.testing.assert_allclose(combined, np.tensordot(weights, tables, axes=1), atol=1e-4)
         assert len(found.values) == min(tokens, V * K)
+        assert len(read) == min(tokens, V)
+        whole = np.zeros((K, V + 1, 4))
+        whole[:, read] = rows_read
+        np.testing.assert_allclose(whole, np.pad(tables, ((0, 0), (0, 1), (0, 0))), atol=1e-5)
 
 
 @pytest.fixture(scope="module")

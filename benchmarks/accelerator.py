@@ -2,6 +2,7 @@
 
     python benchmarks/accelerator.py rules       # every weighting rule beside equal, 8 tasks of 1,024 tokens
     python benchmarks/accelerator.py trunks      # plain training of trunks of MiniLM's and BERT-base's size
+    python benchmarks/accelerator.py ablations   # N trainings of MiniLM's size in one program, 8 rows of 128 tokens each
 
 It needs the plan-tpu extra and no TPU; nothing is trained. The numbers are the compiler's estimates for one chip; it has none
 for sorting, scattering and kernels of its own. A compilation takes a minute or two of a core, and a result that is in the file
@@ -42,6 +43,7 @@ TRUNKS = {
     "BERT-base, rows of 512": (BERT_BASE, 512, 8192),
 }
 TASKS, TOKENS, ROW = 8, 1024, 64
+RUNS = {"1 run": 1, "8 runs": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Options:
         out: Folder of the results.
     """
 
-    table: tyro.conf.Positional[Literal["rules", "trunks"]]
+    table: tyro.conf.Positional[Literal["rules", "trunks", "ablations"]]
     topology: str = "v5e:2x2"
     names: tuple[str, ...] = ()
     again: bool = False
@@ -68,25 +70,28 @@ def main(options: Options) -> None:
     path = Path(options.out) / f"accelerator-{options.table}.json"
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
     result |= {"topology": options.topology, "jax": jax.__version__}
-    names = list(TRUNKS) if options.table == "trunks" else [name for name in weighting.RULES if _has_defaults(name)]
-    for name in ("equal", *names) if options.table == "rules" else names:
-        if (options.names and name not in (*options.names, "equal")) or (name in result["rows"] and not options.again):
+    names = {"rules": _rules(), "trunks": list(TRUNKS), "ablations": list(RUNS)}[options.table]
+    for place, name in enumerate(names):
+        if (options.names and place and name not in options.names) or (name in result["rows"] and not options.again):
             continue
         if options.table == "trunks":
-            sizes, row, tokens = TRUNKS[name]
-            rule, tasks = "equal", 1
+            result["rows"][name] = cost(options.topology, *TRUNKS[name])
+        elif options.table == "ablations":
+            result["rows"][name] = cost(options.topology, MINILM, 128, TOKENS, runs=RUNS[name])
         else:
-            sizes, row, tokens, rule, tasks = MINILM, ROW, TOKENS, name, TASKS
-        result["rows"][name] = cost(options.topology, sizes, row, tokens, rule, tasks)
+            result["rows"][name] = cost(options.topology, MINILM, ROW, TOKENS, name, TASKS)
         print(name, result["rows"][name], flush=True)
         write(path, result, options)
 
 
-def _has_defaults(name: str) -> bool:
-    return name != "equal" and not weighting.required_options(name)
+def _rules() -> list[str]:
+    """The rules that need no options, equal first."""
+    return ["equal", *(name for name in weighting.RULES if name != "equal" and not weighting.required_options(name))]
 
 
-def cost(name: str, sizes: EncoderConfig, row: int, tokens: int, rule: str, tasks: int) -> dict[str, Any]:
+def cost(
+    name: str, sizes: EncoderConfig, row: int, tokens: int, rule: str = "equal", tasks: int = 1, runs: int = 1
+) -> dict[str, Any]:
     """What the compiler says of a step: cycles, share of the arithmetic, bytes.
 
     Args:
@@ -96,20 +101,24 @@ def cost(name: str, sizes: EncoderConfig, row: int, tokens: int, rule: str, task
         tokens: Tokens of a task.
         rule: A weighting rule.
         tasks: The number of tasks, each with rows of its own.
+        runs: Trainings in one program, of the same batch.
     """
     chosen = topology(name)
     mesh = jax.make_mesh((1,), (meshes.DATA,), axis_types=(jax.sharding.AxisType.Auto,), devices=chosen.devices[:1])
     case = on_a_device.make_case(Encoder(sizes, jnp.bfloat16), tasks, tokens, row)
     made = weighting.make(rule)
-    state = jax.eval_shape(lambda: case.state(made))
+    state, step = jax.eval_shape(lambda: case.state(made)), case.step(made)
+    if runs > 1:
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype), state)
+        step = jax.vmap(step, in_axes=(0, None))
 
     def shapes(tree: Any, sharding: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     inputs = shapes(StepInputs(case.batch), meshes.by_rows(mesh))
-    step = jax.jit(case.step(made), donate_argnums=0, out_shardings=meshes.replicated(mesh))
+    program = jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(mesh))
     began = time.perf_counter()
-    compiled = step.lower(shapes(state, meshes.replicated(mesh)), inputs).compile()
+    compiled = program.lower(shapes(state, meshes.replicated(mesh)), inputs).compile()
     seconds = time.perf_counter() - began
     estimate = program_cost.read(compiled.as_text())
     flops, per_cycle = compiled.cost_analysis()["flops"], chosen.chip.flops_per_cycle
@@ -132,21 +141,21 @@ def write(path: Path, result: dict[str, Any], options: Options) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     rows, first = [], next(iter(result["rows"].values()))
     for name, row in result["rows"].items():
-        beside = row if options.table == "trunks" else first
         rows.append(
             [
                 name,
                 "yes" if row["task_gradients"] else "",
                 f"{row['cycles'] / 1e6:.1f}",
-                f"{row['cycles'] / beside['cycles']:.2f}",
+                f"{row['cycles'] / first['cycles']:.2f}",
                 f"{row['gflop']:.0f}",
                 f"{row['share']:.0%}",
                 f"{row['temporaries'] / 1e6:,.0f}",
-                f"{row['temporaries'] / beside['temporaries']:.2f}",
+                f"{row['temporaries'] / first['temporaries']:.2f}",
             ]
         )
-    head = ["", "task gradients", "million cycles", "over equal", "GFLOP", "of the chip", "temporaries MB", "over equal"]
-    kept = [0, 2, 4, 5, 6] if options.table == "trunks" else range(len(head))
+    beside = "over 1 run" if options.table == "ablations" else "over equal"
+    head = ["", "task gradients", "million cycles", beside, "GFLOP", "of the chip", "temporaries MB", beside]
+    kept = {"rules": range(len(head)), "trunks": [0, 2, 4, 5, 6], "ablations": [0, 2, 3, 4, 5, 6, 7]}[options.table]
     body = tabulate.tabulate(
         [[row[place] for place in kept] for row in rows],
         headers=[head[place] for place in kept],

@@ -14,6 +14,7 @@ from mtl_jax import Batching, ParamRule, Phase, weighting
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import single_phase, stream
+from mtl_jax.models.trunk_output import with_token_table
 from mtl_jax.training import gram_gradient, step_checks, task_gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
@@ -380,7 +381,10 @@ def test_a_loop_of_ones_own_has_the_same_gradient(case, jacobian, name):
     gradient, weights, _ = weighting.gradient(rule, rule.init(list(rows)), by_task, found.losses, step=0, key=key)
     for task, weight in found.weights.items():
         assert float(weights[task]) == pytest.approx(float(weight), rel=1e-3)
-    by_hand, stepped = flat(gradient), flat(found.gradient["trunk"])
+    trees = [gradient, found.gradient["trunk"]]
+    if name == "graddrop":  # of the token table a step draws for the rows that are read
+        trees = [with_token_table(tree, None) for tree in trees]
+    by_hand, stepped = map(flat, trees)
     close = np.abs(by_hand - stepped) < 1e-3 * np.abs(stepped).max()
     assert close.mean() > 0.999  # a sign that is drawn may fall otherwise where rounding decides
 

@@ -19,7 +19,7 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import task_gradients
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
-from mtl_jax.training.forward import Encode, label_counts, mean_losses
+from mtl_jax.training.forward import NO_SAVINGS, Encode, Savings, apply_head, label_counts, mean_losses
 from mtl_jax.training.gradient import Backward, BackwardFn, Weights
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.weighting import Rule
@@ -65,6 +65,7 @@ def make_backward(
     weigh_heads: bool = True,
     accumulate: int = 1,
     mesh: Mesh | None = None,
+    savings: Savings = NO_SAVINGS,
 ) -> BackwardFn:
     """A pass that compares the task gradients, for rules that read their Gram matrix or change them.
 
@@ -87,6 +88,7 @@ def make_backward(
         accumulate: As there; the task gradients are added up before they are compared. Where gram_over is not the whole
             trunk, the weighted gradient costs a second pass over the parts.
         mesh: The devices, if there are several: each gets the same number of rows of every block.
+        savings: How the heads save memory, and how the task gradients lie.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
@@ -118,7 +120,7 @@ def make_backward(
                 losses: dict[str, jax.Array] = {}
                 for n, task in enumerate(tasks):
                     rows, key = block(blocks, task.name), jax.random.fold_in(part_head_key, n)
-                    outputs = {task.name: task.apply(params[task.name], encoded[task.name], rows, key)}
+                    outputs = {task.name: apply_head(task, params[task.name], encoded[task.name], rows, key, savings)}
                     losses |= mean_losses((task,), outputs, rows, counts)
                 return jax.tree.reduce(jnp.add, losses), losses
 
@@ -150,7 +152,7 @@ def make_backward(
                 _, pull_blocks = task_gradients.encode_blocks(encode_part, part, blocks, keys_N)
             stored_dtype = dtype if pieces == 1 else jnp.float32
             rounds = task_gradients.task_gradients(pull_blocks, cotangents, layout.rounds, stored_dtype)
-            return (losses, head_gradients, rounds), weighted
+            return (losses, head_gradients, savings.by_task(rounds)), weighted
 
         gram = cross = None
         if pieces == 1:
@@ -159,7 +161,7 @@ def make_backward(
             parts = in_parts(blocks, pieces, axis=1)
             if rule.needs_cross:
                 halves = half_by_half(lambda part, number: compare(part, number)[0], parts)
-                gram, cross = task_gradients.of_halves(halves[2], names, half_counts(tasks, parts))
+                gram, cross = task_gradients.of_halves(halves[2], names, half_counts(tasks, parts), savings.inner)
                 losses, head_gradients, rounds = jax.tree.map(lambda leaf: leaf.sum(axis=0), halves)
             else:
                 losses, head_gradients, rounds = sum_over_parts(lambda part, number: compare(part, number)[0], parts)
@@ -182,7 +184,7 @@ def make_backward(
             return {"trunk": trunk, "heads": heads}, losses
 
         rows = None if rule.transform is None else task_gradients.in_order(rounds, names)
-        gram = task_gradients.gram_matrix(rounds, names) if gram is None else gram
+        gram = task_gradients.gram_matrix(rounds, names, savings.inner) if gram is None else gram
         return Backward(losses, counts, pull, gram, rows, cross)
 
     return backward

@@ -55,6 +55,7 @@ def make_gradient_fn(
     rule: Rule,
     regulariser_weights: Callable[[jax.Array], Mapping[str, jax.Array]] = lambda step: {},
     without_gram: BackwardFn | None = None,
+    gram: Callable[[Any], jax.Array] = gram_of_rows,
 ) -> GradientFn:
     """From losses to weights to the gradient of their weighted sum.
 
@@ -63,17 +64,18 @@ def make_gradient_fn(
         rule: The weighting rule, for the tasks.
         regulariser_weights: Step -> {regulariser: f32[]}, from their schedules.
         without_gram: The pass of the steps in which the rule is not due to compare gradients; None: it is due in every step.
+        gram: From task gradients that the rule has changed, leaves [K, ...], to their Gram matrix.
     """
 
     def weighted(backward: BackwardFn, trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
-        losses, counts, pull, gram, rows, cross, held_out, _ = backward(trained, frozen, inputs, (trunk_key, head_key))
-        signals = Signals(losses, gram, state.step, rule_key, counts, cross=cross, held_out=held_out)
-        weights, rule_state, residual, rows = weigh(rule, state.rule_state, signals, rows, gram_of_rows)
+        losses, counts, pull, inner, rows, cross, held_out, _ = backward(trained, frozen, inputs, (trunk_key, head_key))
+        signals = Signals(losses, inner, state.step, rule_key, counts, cross=cross, held_out=held_out)
+        weights, rule_state, residual, rows = weigh(rule, state.rule_state, signals, rows, gram)
         of_heads = head_weights(rule, state.rule_state, weights)
         weights = {**weights, **regulariser_weights(state.step)}
         gradient, losses = pull(weights, rows, of_heads)
-        return StepGradients(gradient, losses, counts, weights, rule_state, gram, None if rule.solve is None else residual)
+        return StepGradients(gradient, losses, counts, weights, rule_state, inner, None if rule.solve is None else residual)
 
     def gradient_fn(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
         arguments = trained, frozen, inputs, state

@@ -188,41 +188,57 @@ def in_order(rounds: Sequence[Any], names: Sequence[str]) -> Any:
     return jax.tree.map(join, *rounds)
 
 
+def _inner(*rounds_KxP: jax.Array) -> jax.Array:
+    rows_KxP = jnp.concatenate(rounds_KxP)
+    return jnp.matmul(rows_KxP, rows_KxP.T, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _inner_by_chunks(*rounds_KxP: jax.Array) -> jax.Array:
+    """The same by chunks, for CPUs, where XLA takes six times as long for the product of a few very long rows."""
+    whole = rounds_KxP[0].shape[1] // CHUNK
+
+    def add(n: jax.Array, total_KxK: jax.Array) -> jax.Array:
+        return total_KxK + _inner(*[jax.lax.dynamic_slice_in_dim(rows, n * CHUNK, CHUNK, axis=1) for rows in rounds_KxP])
+
+    rest_KxK = _inner(*[rows[:, whole * CHUNK :] for rows in rounds_KxP])
+    return jax.lax.fori_loop(0, whole, add, rest_KxK)
+
+
+def inner_flat(*leaves: jax.Array) -> jax.Array:
+    """f32[K, K]: inner products of the rows [K, ...] of a leaf, which may be in several parts."""
+    flat_KxP = [leaf.reshape(len(leaf), -1) for leaf in leaves]
+    if flat_KxP[0].shape[1] <= 2 * CHUNK:
+        return _inner(*flat_KxP)
+    return jax.lax.platform_dependent(*flat_KxP, cpu=_inner_by_chunks, default=_inner)
+
+
+def inner_of_cut(*leaves: jax.Array) -> jax.Array:
+    """The same for leaves that are cut over devices: each sums the products of its part, and no row is gathered."""
+    rows = jnp.concatenate(leaves)
+    axes = tuple(range(1, rows.ndim))
+    return jnp.tensordot(rows, rows, axes=(axes, axes), precision="highest", preferred_element_type=jnp.float32)
+
+
 @jax.named_scope("gram")
-def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
+def gram_matrix(rounds: Sequence[Any], names: Sequence[str], inner: Callable[..., jax.Array] = inner_flat) -> jax.Array:
     """Inner products of the task gradients: f32[K, K], rows in sorted order of the names.
 
     Args:
         rounds: task_gradients(...).
         names: Task names in the order of the rounds.
+        inner: inner_flat, or inner_of_cut.
     """
-
-    def inner(*rounds_KxP: jax.Array) -> jax.Array:
-        rows_KxP = jnp.concatenate(rounds_KxP)
-        return jnp.matmul(rows_KxP, rows_KxP.T, precision="highest", preferred_element_type=jnp.float32)
-
-    def inner_by_chunks(*rounds_KxP: jax.Array) -> jax.Array:
-        """The same by chunks, for CPUs, where XLA takes six times as long for the product of a few very long rows."""
-        whole = rounds_KxP[0].shape[1] // CHUNK
-
-        def add(n: jax.Array, total_KxK: jax.Array) -> jax.Array:
-            return total_KxK + inner(*[jax.lax.dynamic_slice_in_dim(rows, n * CHUNK, CHUNK, axis=1) for rows in rounds_KxP])
-
-        rest_KxK = inner(*[rows[:, whole * CHUNK :] for rows in rounds_KxP])
-        return jax.lax.fori_loop(0, whole, add, rest_KxK)
-
-    def gram_of_leaf(*leaves: jax.Array) -> jax.Array:
-        flat_KxP = [leaf.reshape(len(leaf), -1) for leaf in leaves]
-        if flat_KxP[0].shape[1] <= 2 * CHUNK:
-            return inner(*flat_KxP)
-        return jax.lax.platform_dependent(*flat_KxP, cpu=inner_by_chunks, default=inner)
-
-    gram_KxK = jax.tree.reduce(jnp.add, jax.tree.map(gram_of_leaf, *rounds))
+    gram_KxK = jax.tree.reduce(jnp.add, jax.tree.map(inner, *rounds))
     order = np.argsort(np.array(names))
     return gram_KxK[order][:, order]
 
 
-def of_halves(rounds: Sequence[Any], names: Sequence[str], counts: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def of_halves(
+    rounds: Sequence[Any],
+    names: Sequence[str],
+    counts: Mapping[str, jax.Array],
+    inner: Callable[..., jax.Array] = inner_flat,
+) -> tuple[jax.Array, jax.Array]:
     """The Gram matrix of the whole batch's task gradients, and Signals.cross: both f32[K, K].
 
     Args:
@@ -230,10 +246,11 @@ def of_halves(rounds: Sequence[Any], names: Sequence[str], counts: Mapping[str, 
             gradients, which are their sums.
         names: Task names in the order of the rounds.
         counts: {task: f32[2]}, labelled examples or tokens of each half.
+        inner: As for gram_matrix.
     """
     K = len(names)
     apart = [jax.tree.map(lambda leaf, half=half: leaf[half], entries) for half in (0, 1) for entries in rounds]
-    both_2Kx2K = gram_matrix(apart, [f"{half}{name}" for half in (0, 1) for name in names])
+    both_2Kx2K = gram_matrix(apart, [f"{half}{name}" for half in (0, 1) for name in names], inner)
     gram_KxK = both_2Kx2K.reshape(2, K, 2, K).sum(axis=(0, 2))
     counts_2xK = jnp.stack([counts[name] for name in sorted(names)], axis=1)
     # From a part of the whole mean to the half's own mean; a half without examples has no gradient, and 0 stays 0.
@@ -256,6 +273,6 @@ def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequ
     return total
 
 
-def gram_of_rows(rows: Any) -> jax.Array:
-    """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...]."""
-    return gram_matrix([rows], [str(k) for k in range(len(jax.tree.leaves(rows)[0]))])
+def gram_of_rows(rows: Any, inner: Callable[..., jax.Array] = inner_flat) -> jax.Array:
+    """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...]; inner as for gram_matrix."""
+    return gram_matrix([rows], [str(k) for k in range(len(jax.tree.leaves(rows)[0]))], inner)

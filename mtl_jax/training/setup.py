@@ -97,7 +97,7 @@ class Prepared(NamedTuple):
         return Savings(self.placement if self.cut else None, self.experiment.remat)
 
 
-@hiding_if(lambda experiment: experiment.private)
+@hiding_if(lambda experiment, **options: experiment.private)
 def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     """Reads the data, loads the trunk, initialises the heads, plans the phases.
 

@@ -18,6 +18,8 @@ _NO_KERNEL = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
 )
 
+_FUSED = re.compile(r"calls=%?([^\s,)]+)")
+_BEGINS = 'custom_call_target="AsyncCollectiveStart"'
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -93,9 +95,10 @@ def read(text: str) -> ProgramCost:
         if cycles and int(cycles[1]):
             places[place(_op_name(instruction))] += times * int(cycles[1])
         kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        for part in [instruction] if kind in COLLECTIVES else _fused_collectives(computations, instruction):
+            kind = part.opcode.removesuffix("-start")
             counts[kind] += times
-            sizes[kind] += times * _bytes(instruction)
+            sizes[kind] += times * _bytes(part)
     return ProgramCost(
         cycles=sum(places.values()) if places else None,
         places=dict(places.most_common()),
@@ -156,6 +159,21 @@ def _executed(
             called = _WRAPPED.findall(instruction.rest)
         for callee in called:
             yield from _executed(computations, callee, times * rounds)
+
+
+def _fused_collectives(computations: Mapping[str, list[_Instruction]], instruction: _Instruction) -> list[_Instruction]:
+    """The collective operations that a fusion begins; the fusions that go on with them name them, too.
+
+    A TPU's compiler also makes one operation of a sum and the slice of it that a device keeps.
+    """
+    called = _FUSED.search(instruction.rest) if instruction.opcode == "fusion" else None
+    if called is None:
+        return []
+    if called[1].startswith("all-reduce-scatter"):
+        return [instruction._replace(opcode="reduce-scatter")]
+    inside = computations.get(called[1], [])
+    begins = any(_BEGINS in part.rest for part in inside)
+    return [part for part in inside if part.opcode in COLLECTIVES] if begins else []
 
 
 def _op_name(instruction: _Instruction) -> str:

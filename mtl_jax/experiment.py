@@ -15,6 +15,7 @@ from mtl_jax.core.errors import UserError, count, listed, unknown
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
+from mtl_jax.models import remat
 from mtl_jax.tasks import Task
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer import averaging, freezing, loading, private, regularisers
@@ -29,6 +30,7 @@ from mtl_jax.trunks import Pretrained, TrunkConfig
 
 BASELINES = ("none", "constant", "probe")
 DTYPES = ("auto", "float32", "bfloat16")
+SHARDINGS = ("replicated", "fsdp", "auto")
 NAME_CHARACTERS = set(string.ascii_letters + string.digits + "_-")
 HeadWeights = bool | Literal["rule"]
 Weighting = str | weighting.Rule
@@ -110,6 +112,11 @@ class Experiment(Configuration):
         dtype: Compute dtype: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere).
         devices: Number of devices to use; 0: all.
         private: Whether logs, error lines and records show file and line of a row only, and never its texts.
+        sharding: Where parameters, optimizer, averages and references lie. replicated: whole on every device; fsdp: cut over
+            the devices and gathered where a layer reads them; auto: fsdp where they would not fit into a device's memory.
+        remat: The numbers of a layer that the backward pass computes again, in place of keeping them, which takes time and
+            saves memory. none; layers: all but the layer's inputs; dots: all but these and the results of products with
+            weights.
     """
 
     name: str
@@ -139,6 +146,8 @@ class Experiment(Configuration):
     dtype: str = "auto"
     devices: int = 0
     private: bool = False
+    sharding: str = "replicated"
+    remat: str = "none"
 
 
 def select(experiment: Experiment) -> Experiment:
@@ -334,6 +343,8 @@ def _check_settings(experiment: Experiment) -> None:
         ("evaluation.baseline", evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
         ("gram_dtype", experiment.gram_dtype, DTYPES[1:]),
+        ("sharding", experiment.sharding, SHARDINGS),
+        ("remat", experiment.remat, remat.CHOICES),
     ):
         if value not in choices:
             raise unknown(field, value, choices)

@@ -29,6 +29,8 @@ _OPTIMIZER = ("learning_rate", "weight_decay", "b1", "b2", "eps", "ratio")
 _REFUSED = {
     "name": "it only names the experiment",
     "devices": "it does not change what is trained",
+    "sharding": "it does not change what is trained",
+    "remat": "it does not change what is trained",
     "only": "runs with different tasks cannot be compared; run two ablations",
     "checkpoints": "it decides what is kept, not what is trained",
     "evaluation": "runs are compared by it",

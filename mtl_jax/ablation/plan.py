@@ -104,6 +104,11 @@ def runs(
                 "optimizer.private: the runs of an ablation learn from the same rows, and what they spend adds up; train each "
                 "by its script"
             )
+        if run.experiment.sharding == "fsdp":
+            raise UserError(
+                "sharding is fsdp, but an ablation trains different runs on different devices: leave it replicated, or train "
+                "each run by its script"
+            )
     width = max(4, len(str(len(different) - 1)))
     return [run._replace(name=f"{number:0{width}d}") for number, run in enumerate(different.values())]
 

@@ -147,6 +147,7 @@ def plan(
     /,
     topology: tuple[str, ...] = (),
     rows: int = 0,
+    sharding: str = "",
     json: str = "",
 ) -> None:
     """What a run needs on devices that are not here: memory, time, operations and communication of a step of every phase.
@@ -160,6 +161,8 @@ def plan(
         topology: Kinds of TPUs and blocks of them, as v5e:2x2 v5e:16x16 v5p:2x2x1 v6e:2x2 v4:2x2x1, or of GPUs and their
             number, as h100:8 h200:16 a100:8; several are shown side by side.
         rows: Rows of a batch over all devices. Default: as the script has it.
+        sharding: replicated, fsdp (parameters, optimizer and references cut over the devices) or auto (fsdp where they would
+            not fit). Default: as the script has it.
         json: A file to write the numbers to: an object for one topology, a list of objects for several.
     """
     import jax
@@ -169,7 +172,7 @@ def plan(
 
     check_json(json)
     jax.config.update("jax_platforms", "cpu")  # a compiler for devices that are not here must not look for them
-    plans = planning.plan(scripts.read(script, "plan"), topology, rows)
+    plans = planning.plan(scripts.read(script, "plan"), topology, rows, sharding)
     print(table(plans))
     if json:
         values = [item.as_json() for item in plans]

@@ -22,7 +22,7 @@ from mtl_jax.experiment import Experiment
 
 # The flags of --help by group. NAME stands for each element of a field, "*" for all fields of one.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "run": ("workdir", "dry-run", "seed", "only", "devices", "dtype", "init-from.path", "logger"),
+    "run": ("workdir", "dry-run", "seed", "only", "devices", "sharding", "remat", "dtype", "init-from.path", "logger"),
     "losses": ("weighting", "weighting-options", "weights", "combinators", "regularisers.NAME.weight"),
     "model": ("trunk.*", "adapters.NAME.rank"),
     "training": (

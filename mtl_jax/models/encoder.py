@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -173,6 +173,8 @@ def _position_rows(cfg: EncoderConfig, ids_BxT: jax.Array, positions_BxT: jax.Ar
 
 class Block(nn.Module):
     """Self-attention and feed-forward, each with residual and layer norm after it."""
+
+    is_layer: ClassVar[bool] = True
 
     config: EncoderConfig
     dtype: Any

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -191,6 +191,8 @@ class Embeddings(nn.Module):
 
 class Block(nn.Module):
     """Self-attention and gated feed-forward (Shazeer 2020), each with a layer norm in front and a residual around."""
+
+    is_layer: ClassVar[bool] = True
 
     config: ModernBertConfig
     dtype: Any

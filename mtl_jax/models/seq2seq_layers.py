@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -209,6 +209,8 @@ class Block(nn.Module):
         decoder: Whether this is a block of the decoder.
         dtype: Compute dtype.
     """
+
+    is_layer: ClassVar[bool] = True
 
     config: Seq2SeqConfig
     decoder: bool

@@ -40,6 +40,16 @@ def token_table(params: Any) -> jax.Array:
     raise UserError("the trunk has no token table that a head could share")
 
 
+def looked_up(params: Any) -> jax.Array | None:
+    """The vectors f[R, T, E] that a training step may give a trunk in place of its token table; None: it has the table."""
+    for parent in (params, params.get("embeddings")):
+        word = parent.get("word") if isinstance(parent, Mapping) else None
+        table = word.get("embedding") if isinstance(word, Mapping) else None
+        if table is not None and table.ndim > 2:
+            return table
+    return None
+
+
 def with_token_table(params: Any, table_VxE: jax.Array) -> Any:
     """The trunk's parameters with another token table."""
     if "word" in params:

@@ -80,6 +80,8 @@ def _remarks(plan: Plan) -> list[str]:
             f"{count(steps, 'step')} of {count(plan.rows, 'row')}. The compiler's estimate in {plan.dtype}: without "
             "communication, evaluation, input and waiting"
         )
+    if plan.note:
+        lines.append(f"{name}: {plan.note}")
     for phase in plan.phases:
         if phase.cost is not None and phase.cost.unknown_loops:
             loops = count(phase.cost.unknown_loops, "loop")
@@ -95,19 +97,21 @@ def advice(plan: Plan, phase: PhaseCost) -> str:
     Activations are taken to grow with the rows that are processed at once.
     """
     room = plan.topology.chip.memory - phase.parameters - phase.optimizer
+    shards = len(plan.topology.devices)
+    cut = ", or cut them over the devices (--sharding fsdp)" if plan.sharding == "replicated" and shards > 1 else ""
     if room <= 0:
         return (
             f"parameters and the optimizer's state alone are {_size(phase.parameters + phase.optimizer)}; train fewer "
-            "parameters (--phases with frozen layers, adapters such as LoRA) or choose a smaller trunk"
+            f"parameters (--phases with frozen layers, adapters such as LoRA) or choose a smaller trunk{cut}"
         )
     others = phase.memory - phase.parameters - phase.optimizer
-    shards = len(plan.topology.devices)
     parts = 2 ** math.ceil(math.log2(max(others / room, 1.0001)))
     at_once = plan.rows // shards
     fitting = next((n for n in range(parts, at_once + 1) if at_once % n == 0), None)
+    remat = "; --remat layers keeps fewer activations" if plan.remat == "none" else ""
     if fitting is None:
-        return f"not even one row of a batch fits on a device; --batch.row-length below {plan.tokens // plan.rows}"
-    return f"try --batch.accumulate {fitting}, or --rows {plan.rows // fitting // shards * shards}"
+        return f"not even one row of a batch fits on a device; --batch.row-length below {plan.tokens // plan.rows}{remat}"
+    return f"try --batch.accumulate {fitting}, or --rows {plan.rows // fitting // shards * shards}{remat}"
 
 
 def _or_none(value: float | None, shown: Callable[[float], str]) -> str:

@@ -18,6 +18,7 @@ _NO_KERNEL = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
 )
 
+_BEGINS = 'custom_call_target="AsyncCollectiveStart"'
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -203,10 +204,12 @@ def _sent(instruction: _Instruction, computations: Mapping[str, list[_Instructio
     elif kind in COLLECTIVES:
         yield kind, _bytes(instruction)
     elif kind == "fusion":
-        # On TPUs a reduce-scatter is a fusion of an all-reduce with the slices of it that the device keeps.
         for name in _WRAPPED.findall(instruction.rest):
-            inside = computations.get(name, ()) if "all-reduce-scatter" in name else ()
-            yield from (("reduce-scatter", _bytes(part)) for part in inside if part.opcode == "all-reduce")
+            inside = computations.get(name, ())
+            if "all-reduce-scatter" in name:  # on TPUs an all-reduce and the slices of it that a device keeps
+                yield from (("reduce-scatter", _bytes(part)) for part in inside if part.opcode == "all-reduce")
+            elif any(_BEGINS in part.rest for part in inside):  # the fusions that go on with it name it, too
+                yield from ((part.opcode, _bytes(part)) for part in inside if part.opcode in COLLECTIVES)
 
 
 def _group_size(instruction: _Instruction) -> int:

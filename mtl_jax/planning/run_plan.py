@@ -28,6 +28,7 @@ from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.references import References
 from mtl_jax.training.setup import Prepared
+from mtl_jax.training.sharding import bytes_of, decide
 from mtl_jax.training.train_state import StepInputs, TrainState
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class PhaseCost(NamedTuple):
     Attributes:
         phase: Its name.
         steps: Its number of steps.
-        parameters: Bytes of parameters.
+        parameters: Bytes of parameters; where they are cut, of this device's part.
         optimizer: Bytes of the optimizer's state, and of averages and the rule's state.
         temporaries: Bytes of activations and other temporaries; None where the program does not fit.
         memory: Bytes of everything together.
@@ -77,6 +78,9 @@ class Plan(NamedTuple):
         tokens: Tokens of a batch, padding included.
         dtype: The dtype of the computation.
         phases: The phases, in order.
+        sharding: replicated or fsdp; of auto what it chose.
+        note: A line that says why; "": none.
+        remat: As Experiment.remat.
     """
 
     topology: Topology
@@ -84,6 +88,9 @@ class Plan(NamedTuple):
     tokens: int
     dtype: str
     phases: list[PhaseCost]
+    sharding: str = "replicated"
+    note: str = ""
+    remat: str = "none"
 
     def hours(self) -> float | None:
         """The time of all steps, without evaluation and the time that devices wait; None: the compiler gives no cycles."""
@@ -111,21 +118,25 @@ class Plan(NamedTuple):
             "rows": self.rows,
             "tokens": self.tokens,
             "dtype": self.dtype,
+            "sharding": self.sharding,
+            "remat": self.remat,
             "hours": self.hours(),
             "phases": phases,
         }
 
 
-def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0) -> list[Plan]:
+def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0, sharding: str = "") -> list[Plan]:
     """What a run needs on devices that are not here: memory, operations, time and communication of a step of every phase.
 
-    The compilers of those devices compile the run's own steps; nothing is trained. The numbers are the compiler's estimates.
+    The compilers of those devices compile the run's own steps; nothing is trained, and of a trunk from scratch no parameter is
+    made. The numbers are the compiler's estimates.
     All devices are planned as those of one process.
 
     Args:
         experiment: The experiment.
         topologies: Names such as v5e:16x16.
         rows: Rows of a batch over all devices; 0: as the experiment has it.
+        sharding: replicated, fsdp or auto; "": as the experiment has it.
 
     Returns:
         A plan for each topology.
@@ -150,12 +161,20 @@ def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0) -> li
             )
     dtype = "bfloat16" if experiment.dtype == "auto" else experiment.dtype
     batch = dataclasses.replace(experiment.batch, rows=rows)
-    prepared = setup.prepare(dataclasses.replace(experiment, batch=batch, devices=1, dtype=dtype))
+    changes = {"batch": batch, "devices": 1, "dtype": dtype, **({"sharding": sharding} if sharding else {})}
+    prepared = setup.prepare(dataclasses.replace(experiment, **changes), abstract=True)
     inputs = _batch(prepared)
-    tokens = int(np.prod(inputs.tokens.shape))
-    return [
-        Plan(item, rows, tokens, dtype, [_phase(prepared, phase, item, inputs) for phase in prepared.plans]) for item in chosen
-    ]
+    return [_on(item, prepared, inputs) for item in chosen]
+
+
+def _on(item: Topology, prepared: Prepared, inputs: Any) -> Plan:
+    """The plan for a topology."""
+    experiment, needed = prepared.experiment, setup.bytes_if_replicated(prepared)
+    cut, note = decide(experiment.sharding, needed, len(item.devices), item.chip.memory)
+    elsewhere = prepared._replace(mesh=_mesh(item), cut=cut)
+    phases = [_phase(elsewhere, phase, item, inputs) for phase in prepared.plans]
+    tokens, sharding = int(np.prod(inputs.tokens.shape)), "fsdp" if cut else "replicated"
+    return Plan(item, experiment.batch.rows, tokens, experiment.dtype, phases, sharding, note, experiment.remat)
 
 
 def _batch(prepared: Prepared) -> Any:
@@ -168,14 +187,13 @@ def _batch(prepared: Prepared) -> Any:
 
 def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> PhaseCost:
     log.info("compiling a step of phase %s for %s ...", plan.phase.name, item.name)
-    elsewhere = prepared._replace(mesh=_mesh(item))
-    state, inputs = _arguments(elsewhere, plan, batch)
-    parameters = _bytes(state.params)
+    state, inputs = _arguments(prepared, plan, batch)
+    parameters = bytes_of(state.params)
     common: dict[str, Any] = {"phase": plan.phase.name, "steps": plan.end - plan.start, "parameters": parameters}
-    common["optimizer"] = _bytes(state) - parameters
+    common["optimizer"] = bytes_of(state) - parameters
     started = time.monotonic()
     try:
-        compiled = jitted_step(elsewhere, plan).lower(state, inputs).compile()
+        compiled = jitted_step(prepared, plan).lower(state, inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _NEEDED.search(str(error))
         if needed is None:
@@ -187,7 +205,9 @@ def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> P
     cost = program_cost.read(compiled.as_text())
     memory, clock = meshes.bytes_of(compiled), item.chip.clock
     others = 1 - 1 / len(item.devices)
-    sent = sum(value.bytes * (2 if kind == "all-reduce" else 1) for kind, value in cost.collectives.items()) * others
+    # A device sends all of a result but its own part; to sum, as much again. A scattered result is only that part.
+    factors = {"all-reduce": 2, "reduce-scatter": len(item.devices)}
+    sent = sum(value.bytes * factors.get(kind, 1) for kind, value in cost.collectives.items()) * others
     return PhaseCost(
         **common,
         temporaries=int(compiled.memory_analysis().temp_size_in_bytes),
@@ -208,7 +228,7 @@ def _arguments(prepared: Prepared, plan: PhasePlan, batch: Any) -> tuple[TrainSt
     inputs = StepInputs(
         _shapes(batch, meshes.by_rows(prepared.mesh)),
         _shapes(setup.features_shape(prepared, plan), replicated),
-        _shapes(References(prepared, Path()).shapes(plan), replicated),
+        prepared.placement.shapes(References(prepared, Path()).shapes(plan)),
         _shapes(measured, meshes.by_rows(prepared.mesh, axis=1)),
     )
     return setup.template(prepared, plan.number, plan.start), inputs
@@ -227,7 +247,3 @@ def _mesh(item: Topology) -> Mesh:
 
 def _shapes(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

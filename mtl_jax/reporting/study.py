@@ -22,7 +22,7 @@ ABLATION = "ablation.json"  # marks a directory as an ablation, with its runs in
 DONE = "done"
 SPLITS = ("dev", "test")
 # Fields of an experiment without an effect on what a setting learns.
-NOT_COMPARED = ("name", "seed", "devices", "checkpoints")
+NOT_COMPARED = ("name", "seed", "devices", "sharding", "remat", "checkpoints")
 BY_NAME = ("weights", "shares", "class_weights")  # dicts of numbers by task, source or label; each is one field
 
 Scores = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}

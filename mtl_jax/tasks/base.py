@@ -122,6 +122,14 @@ class Task(Part, abc.ABC):
         return "table" in self.needs
 
     @property
+    def is_linen(self) -> bool:
+        """Whether apply() hands the head's parameters to a linen module and reads none itself.
+
+        Parameters that are cut over devices are then gathered one layer at a time (Experiment.sharding).
+        """
+        return False
+
+    @property
     def corrupts(self) -> bool:
         """Whether the task changes its source's tokens: it defines corrupt()."""
         return type(self).corrupt is not Task.corrupt

@@ -181,6 +181,10 @@ class Seq2Seq(Task):
             raise ValueError(f"column {self.column!r} has {quoted(value)}; a text is needed, or a list of texts")
         return tuple(text for text in texts if text is not None and text.strip()) or None
 
+    @property
+    def is_linen(self) -> bool:
+        return True
+
     def module(self, dtype: Any = jnp.float32) -> Decoder:
         """The head as a module; its parameters are `params["heads"][name]`.
 

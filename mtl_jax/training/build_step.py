@@ -11,7 +11,7 @@ import jax
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
-from mtl_jax.training import batch_parts, gradient, gram_gradient, held_out, task_gradients
+from mtl_jax.training import batch_parts, gradient, gram_gradient, held_out, setup, task_gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, HeadInputs, cached_features, encode_tokens, needed_fields
 from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
@@ -57,7 +57,11 @@ def jitted_step(prepared: Prepared, plan: PhasePlan) -> Any:
     follow = averaging.make(prepared.experiment.averaging).follow
     sources = len(prepared.corpus.splits["train"])
     step = make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, sources, follow)
-    return jax.jit(step, donate_argnums=0, out_shardings=meshes.replicated(prepared.mesh))
+    whole = meshes.replicated(prepared.mesh)
+    if not prepared.cut:
+        return jax.jit(step, donate_argnums=0, out_shardings=whole)
+    shapes = setup.template(prepared, plan.number, plan.start)
+    return jax.jit(step, donate_argnums=0, out_shardings=(prepared.placement.of(shapes), whole))
 
 
 def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
@@ -98,12 +102,14 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     regularisers = _output_regularisers(prepared, plan, weighted)
     encode, head_inputs = _encode(prepared, plan), _head_inputs(prepared, plan)
     weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
-    needs, evaluate = plan.rule.held_out, encode_tokens(prepared.trunk.module, needed_fields(tasks))
-    common = functools.partial(gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs)
+    savings = prepared.savings
+    needs, evaluate = plan.rule.held_out, encode_tokens(prepared.trunk.module, needed_fields(tasks), savings)
+    shared: dict[str, Any] = {"accumulate": accumulate, "head_inputs": head_inputs, "savings": savings}
+    common = functools.partial(gradient.make_backward, encode, **shared)
     trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
     if experiment.optimizer.private.clip:
         assert isinstance(prepared.schedule, PoissonSchedule)
-        of_row = gradient.make_backward(encode, weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads)
+        of_row = gradient.make_backward(encode, weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads, savings=savings)
         expected = prepared.schedule.expected(plan.start)
         return row_by_row(of_row, weighted, experiment.optimizer.private, expected, prepared.mesh), None
     if not needs_task_gradients(plan.rule):
@@ -111,7 +117,7 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         if needs is None:
             return of_losses, None
         plain = of_losses if regularisers is NO_REGULARISERS else common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
-        return held_out.with_look_ahead(of_losses, plain, evaluate, tasks, needs, weigh_heads), None
+        return held_out.with_look_ahead(of_losses, plain, evaluate, tasks, needs, weigh_heads, savings), None
     same_rows = prepared.schedule.constant() and jax.process_count() == 1 and not _doubles(plan)
     compared = gram_gradient.make_backward(
         encode,
@@ -126,11 +132,12 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         mesh=prepared.mesh if meshes.shards(prepared.mesh) > 1 else None,
         # A user's trunk may use its tokens for more.
         only_looks_up=not prepared.trunk.is_users and not any("table" in task.needs for task in tasks),
+        savings=savings,
     )
     without_gram = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
     if needs is not None:
         plain = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
-        compared = held_out.with_look_ahead(compared, plain, evaluate, tasks, needs, weigh_heads)
+        compared = held_out.with_look_ahead(compared, plain, evaluate, tasks, needs, weigh_heads, savings)
     if regularisers is not NO_REGULARISERS:
         # In a separate backward pass: the rule must not see their gradients among those of the tasks.
         regularised = common(tasks, trains_trunk=True, regularisers=regularisers)
@@ -158,7 +165,8 @@ def _encode(prepared: Prepared, plan: PhasePlan) -> Encode:
     if plan.cached_features:
         return cached_features
     hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in plan.regularisers)
-    return encode_tokens(prepared.trunk.module, (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ())))
+    fields = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ()))
+    return encode_tokens(prepared.trunk.module, fields, prepared.savings)
 
 
 def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence[Task]) -> OutputRegularisers:
@@ -170,5 +178,8 @@ def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence
             name = regulariser.name
             names = prepared.compared_tasks.get(name) or [task.name for task in weighted if task.compared_as]
             tasks = [task for task in weighted if task.name in names]
-            chosen[name] = output_losses.output_loss(regulariser, tasks, places, prepared.teachers.get(name))
+            teacher = prepared.teachers.get(name)
+            if teacher is not None:
+                teacher = teacher._replace(savings=prepared.savings._replace(remat="none"))
+            chosen[name] = output_losses.output_loss(regulariser, tasks, places, teacher)
     return output_losses.combine(chosen) if chosen else NO_REGULARISERS

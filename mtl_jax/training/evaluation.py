@@ -17,7 +17,7 @@ from mtl_jax.data.batches import Batch, Batching, eval_batches
 from mtl_jax.data.examples import Examples
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import Encode, apply_heads
+from mtl_jax.training.forward import NO_SAVINGS, Encode, Savings, apply_heads
 
 # (params, batch, feature table or None) -> the model's output for the batch
 Apply = Callable[[Any, Batch, jax.Array | None], Any]
@@ -49,7 +49,7 @@ class Predictions(NamedTuple):
     losses: dict[str, float]
 
 
-def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh, over: Any = None) -> Apply:
+def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh, over: Any = None, savings: Savings = NO_SAVINGS) -> Apply:
     """A jitted function to the Outputs of a batch, replicated on every device.
 
     Args:
@@ -57,10 +57,12 @@ def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh, over: Any 
         tasks: The tasks.
         mesh: The devices.
         over: For several runs at once: the axes over runs of parameters, batch and table, as jax.vmap's in_axes.
+        savings: How the heads save memory.
     """
 
     def outputs(params: Any, batch: Batch, table: jax.Array | None) -> Outputs:
-        of_heads = apply_heads(tasks, params["heads"], encode(params["trunk"], batch, None, table), batch, None)
+        encoded = encode(params["trunk"], batch, None, table)
+        of_heads = apply_heads(tasks, params["heads"], encoded, batch, None, savings)
         labelled = [task for task in tasks if task.name in batch.labels]
         sums = {task.name: task.loss(of_heads[task.name], batch.labels[task.name], batch) for task in labelled}
         return Outputs(of_heads, sums)

@@ -59,7 +59,9 @@ class Features:
 
     def __init__(self, prepared: Prepared, stop: Stop):
         self.mesh, self.batching, self.stop = prepared.mesh, prepared.experiment.batch, stop
-        self.apply = evaluation.make_features(encode_tokens(prepared.trunk.module), prepared.mesh)
+        self.placement = prepared.placement
+        encode = encode_tokens(prepared.trunk.module, savings=prepared.savings._replace(remat="none"))
+        self.apply = evaluation.make_features(encode, prepared.mesh)
         self.examples = [part for split in prepared.corpus.splits.values() for part in split.values()]
 
     def table(self, params: Any, title: str) -> jax.Array:
@@ -103,7 +105,7 @@ class Features:
             "versions": {name: installed(name) for name in ("jax", "jaxlib")},
             "device": [jax.devices()[0].platform, jax.devices()[0].device_kind],
             "flags": os.environ.get("XLA_FLAGS", ""),
-            "params": digests.of_tree(trunk),
+            "params": digests.of_tree(self.placement.on_host(trunk)),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for number, batch in enumerate(eval_batches(self.examples, self.batching)):

@@ -7,26 +7,79 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
-from mtl_jax.models.trunk_output import Encoded, segment_mean, token_table
+from mtl_jax.models.remat import rematerialised
+from mtl_jax.models.trunk_output import Encoded, looked_up, segment_mean, token_table, with_token_table
 from mtl_jax.tasks import Task
-from mtl_jax.transfer.adapters import Adapted
+from mtl_jax.training import mesh as meshes
+from mtl_jax.training.sharding import Placement
+from mtl_jax.transfer.adapters import ADAPTERS, Adapted
 
 # (trunk params, batch, dropout key or None for none, feature table or None) -> Encoded
 Encode = Callable[[Any, Batch, jax.Array | None, jax.Array | None], Encoded]
 
 
-def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
+class Savings(NamedTuple):
+    """How a pass over the layers saves memory; it changes no number beyond rounding.
+
+    Attributes:
+        placement: How parameters lie; None: every device has all of them.
+        remat: As Experiment.remat.
+    """
+
+    placement: Placement | None = None
+    remat: str = "none"
+
+    def gathered(self, params: Any) -> Any:
+        """Parameters that any code can read, on every device."""
+        return params if self.placement is None else self.placement.gathered(params)
+
+    def boxed(self, params: Any) -> Any:
+        """Parameters for a linen module, gathered layer by layer."""
+        return params if self.placement is None else self.placement.boxed(params)
+
+    def trunk(self, params: Any) -> Any:
+        """Parameters of a trunk; its adapters are small, and their code is no layer's."""
+        if self.placement is None or not self.placement.cut:
+            return params
+        vectors = looked_up(params)
+        if vectors is not None:  # they lie by rows
+            return with_token_table(self.trunk(with_token_table(params, None)), vectors)
+        return {name: self.gathered(tree) if name == ADAPTERS else self.boxed(tree) for name, tree in params.items()}
+
+    def head(self, task: Task, params: Any) -> Any:
+        """Parameters of a head."""
+        return self.boxed(params) if task.is_linen else self.gathered(params)
+
+    def by_task(self, gradients: Any, mesh: Mesh) -> Any:
+        """Task gradients, leaves [K, ...]: each device has a share of them, where parameters are cut the same as of those."""
+        if self.placement is not None and self.placement.cut:
+            return self.placement.constrained(gradients, leading=1)
+        return jax.tree.map(lambda leaf: meshes.in_shares(mesh, leaf, range(1, leaf.ndim)), gradients)
+
+    def combined(self, gradient: Any, mesh: Mesh) -> Any:
+        """A gradient that is made from them, laid out as its parameters."""
+        if self.placement is not None and self.placement.cut:
+            return self.placement.constrained(gradient)
+        return jax.lax.with_sharding_constraint(gradient, meshes.replicated(mesh))
+
+
+NO_SAVINGS = Savings()
+
+
+def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Savings = NO_SAVINGS) -> Encode:
     """Runs the trunk over the tokens, and gives the heads the fields that they read.
 
     Args:
         trunk: A linen module with the call signature of models.encoder.Encoder, or one with adapters.
         needs: Fields of Encoded; the others are None.
+        savings: How it saves memory.
     """
 
     reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
@@ -34,21 +87,22 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",)) -> Encode:
     def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
         own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
         types = {"token_type_ids": batch.types} if reads_types else {}
-        output = trunk.apply(
-            {"params": params},
-            batch.tokens,
-            (batch.segments > 0).astype(jnp.int32),
-            position_ids=batch.positions,
-            segment_ids=batch.segments,
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
-            **types,
-            **own_adapters,
-        )
+        with rematerialised(savings.remat):
+            output = trunk.apply(
+                {"params": savings.trunk(params)},
+                batch.tokens,
+                (batch.segments > 0).astype(jnp.int32),
+                position_ids=batch.positions,
+                segment_ids=batch.segments,
+                deterministic=key is None,
+                rngs=None if key is None else {"dropout": key},
+                **types,
+                **own_adapters,
+            )
         return Encoded(
             tokens=output.hidden if "tokens" in needs else None,
             pooled=segment_mean(output.hidden, batch.segments, batch.index.shape[-1]) if "pooled" in needs else None,
-            table=token_table(params) if "table" in needs else None,
+            table=savings.gathered(token_table(params)) if "table" in needs else None,
         )
 
     return encode
@@ -72,14 +126,29 @@ def needed_fields(tasks: tuple[Task, ...]) -> tuple[str, ...]:
 
 
 def apply_heads(
-    tasks: tuple[Task, ...], params: dict[str, Any], encoded: Encoded, batch: Batch, key: jax.Array | None
+    tasks: tuple[Task, ...],
+    params: dict[str, Any],
+    encoded: Encoded,
+    batch: Batch,
+    key: jax.Array | None,
+    savings: Savings = NO_SAVINGS,
 ) -> dict[str, jax.Array]:
     """{task: outputs f32[R, S, O], f32[R, T, O] or f32[R, U, O], by level} of every head; a key means dropout."""
 
     return {
-        task.name: task.apply(params[task.name], encoded, batch, None if key is None else jax.random.fold_in(key, number))
+        task.name: apply_head(
+            task, params[task.name], encoded, batch, None if key is None else jax.random.fold_in(key, number), savings
+        )
         for number, task in enumerate(tasks)
     }
+
+
+def apply_head(
+    task: Task, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None, savings: Savings = NO_SAVINGS
+) -> jax.Array:
+    """The outputs of one head; a key means dropout."""
+    with rematerialised(savings.remat):
+        return task.apply(savings.head(task, params), encoded, batch, key)
 
 
 def label_counts(tasks: tuple[Task, ...], batch: Batch) -> dict[str, jax.Array]:

@@ -17,7 +17,16 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
-from mtl_jax.training.forward import Encode, HeadInputs, every_row, label_counts, mean_losses
+from mtl_jax.training.forward import (
+    NO_SAVINGS,
+    Encode,
+    HeadInputs,
+    Savings,
+    apply_head,
+    every_row,
+    label_counts,
+    mean_losses,
+)
 from mtl_jax.training.train_state import StepInputs, TrainState
 
 Weights = Mapping[str, jax.Array]
@@ -101,6 +110,7 @@ def make_backward(
     accumulate: int = 1,
     regularisers: OutputRegularisers = NO_REGULARISERS,
     head_inputs: HeadInputs = every_row,
+    savings: Savings = NO_SAVINGS,
 ) -> BackwardFn:
     """One backward pass for all losses, for rules that read the losses only.
 
@@ -114,6 +124,7 @@ def make_backward(
             batch: with more than one part, a rule that reads the losses costs a second forward pass.
         regularisers: Regularisers of the same forward pass; the rule does not see them.
         head_inputs: The rows of a batch that each task's head reads.
+        savings: How the heads save memory.
     """
 
     def backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
@@ -127,7 +138,7 @@ def make_backward(
             losses: dict[str, jax.Array] = {}
             for n, task in enumerate(tasks):
                 features, rows = head_inputs(task, encoded, part)
-                outputs[task.name] = task.apply(params[task.name], features, rows, jax.random.fold_in(key, n))
+                outputs[task.name] = apply_head(task, params[task.name], features, rows, jax.random.fold_in(key, n), savings)
                 losses |= mean_losses((task,), outputs, rows, counts)
             return losses, regularisers.losses(params, encoded, outputs, part, divisors, inputs.references)
 

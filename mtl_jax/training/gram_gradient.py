@@ -20,7 +20,7 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import task_gradients, token_gradients
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_and_keep, sum_over_parts
-from mtl_jax.training.forward import Encode, label_counts, mean_losses
+from mtl_jax.training.forward import NO_SAVINGS, Encode, Savings, apply_head, label_counts, mean_losses
 from mtl_jax.training.gradient import Backward, BackwardFn, Weights
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.weighting import Rule
@@ -67,6 +67,7 @@ def make_backward(
     accumulate: int = 1,
     mesh: Mesh | None = None,
     only_looks_up: bool = False,
+    savings: Savings = NO_SAVINGS,
 ) -> BackwardFn:
     """A pass that compares the task gradients, for rules that read their Gram matrix or change them.
 
@@ -92,6 +93,7 @@ def make_backward(
             gradient.
         only_looks_up: Whether the trunk uses its tokens only to look up their vectors in its token table. Then no task gets a
             gradient of the whole table, see token_gradients.py.
+        savings: How the layers save memory.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
@@ -119,7 +121,7 @@ def make_backward(
             """The blocks' encodings, and the way back from them to the parameters that the Gram matrix is taken over."""
             if table_VxE is None:
                 return task_gradients.encode_blocks(encode_looked_up, differentiated, None, blocks, keys_N)
-            rest, vectors_NxRxTxE = with_token_table(differentiated, None), table_VxE[blocks.tokens]
+            rest, vectors_NxRxTxE = with_token_table(differentiated, None), savings.gathered(table_VxE)[blocks.tokens]
             return task_gradients.encode_blocks(encode_looked_up, rest, vectors_NxRxTxE, blocks, keys_N)
 
         def compare(blocks: Batch, number: Any) -> tuple[Any, Any, Any]:
@@ -141,7 +143,7 @@ def make_backward(
                 losses: dict[str, jax.Array] = {}
                 for n, task in enumerate(tasks):
                     rows, key = block(blocks, task.name), jax.random.fold_in(part_head_key, n)
-                    outputs = {task.name: task.apply(params[task.name], encoded[task.name], rows, key)}
+                    outputs = {task.name: apply_head(task, params[task.name], encoded[task.name], rows, key, savings)}
                     losses |= mean_losses((task,), outputs, rows, counts)
                 return jax.tree.reduce(jnp.add, losses), losses
 
@@ -170,7 +172,7 @@ def make_backward(
             stored_dtype = dtype if pieces == 1 else jnp.float32
             rounds = [jax.tree.map(lambda leaf: leaf.astype(stored_dtype), gradients) for gradients, _ in by_round]
             if mesh is not None:  # so that no device gets the sums of all of them
-                rounds = jax.tree.map(lambda leaf: meshes.in_shares(mesh, leaf, range(1, leaf.ndim)), rounds)
+                rounds = savings.by_task(rounds, mesh)
             return (losses, head_gradients, rounds), [vectors for _, vectors in by_round], weighted
 
         def summed(part: Batch, number: Any) -> tuple[Any, Any]:
@@ -212,7 +214,7 @@ def make_backward(
                     weights_K = jnp.stack([weights[name] for name in sorted(names)] * len(halves))
                     trunk = with_token_table(trunk, token_gradients.combine(of_table, weights_K, len(table_VxE), mesh))
                 if mesh is not None:
-                    trunk = jax.lax.with_sharding_constraint(trunk, meshes.replicated(mesh))
+                    trunk = savings.combined(trunk, mesh)
             heads = head_gradients
             if weigh_heads or of_heads is not None:
                 chosen = weights if of_heads is None else of_heads

@@ -26,7 +26,7 @@ from mtl_jax.data.splits import Splits
 from mtl_jax.experiment import Experiment, rule_of
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import Encode, apply_heads, label_counts, mean_losses
+from mtl_jax.training.forward import NO_SAVINGS, Encode, Savings, apply_heads, label_counts, mean_losses
 from mtl_jax.training.gradient import Backward, BackwardFn, Weights
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.weighting import HeldOut, stack
@@ -126,7 +126,13 @@ def host_batches(
 
 
 def with_look_ahead(
-    backward: BackwardFn, losses: BackwardFn, encode: Encode, tasks: Sequence[Task], needs: HeldOut, weigh_heads: bool
+    backward: BackwardFn,
+    losses: BackwardFn,
+    encode: Encode,
+    tasks: Sequence[Task],
+    needs: HeldOut,
+    weigh_heads: bool,
+    savings: Savings = NO_SAVINGS,
 ) -> BackwardFn:
     """A backward pass that also gives Signals.held_out.
 
@@ -137,6 +143,7 @@ def with_look_ahead(
         tasks: The tasks of the run.
         needs: Rule.held_out.
         weigh_heads: As in gradient.make_backward(); if false, the heads' part of a step does not depend on the weights.
+        savings: How the heads save memory.
     """
     measured = tuple(task for task in tasks if task.name in needs.tasks)
 
@@ -153,7 +160,8 @@ def with_look_ahead(
 
         def loss(trained: Any) -> jax.Array:
             params = trees.merge(trained, frozen)
-            outputs = apply_heads(measured, params["heads"], encode(params["trunk"], batch, None, None), batch, None)
+            encoded = encode(params["trunk"], batch, None, None)
+            outputs = apply_heads(measured, params["heads"], encoded, batch, None, savings)
             return jax.tree.reduce(jnp.add, mean_losses(measured, outputs, batch, counts))
 
         def derivative(weights: Weights, rate: float) -> jax.Array:

@@ -58,19 +58,20 @@ class TrainingRun:
         self.prepared, self.folder, self.store, self.stop, self.params_loaded = prepared, folder, store, stop, params_loaded
         self.experiment, self.mesh = prepared.experiment, prepared.mesh
         self.tasks = prepared.corpus.tasks
-        encode = encode_tokens(prepared.trunk.module, needed_fields(self.tasks))
+        savings = prepared.savings._replace(remat="none")
+        encode = encode_tokens(prepared.trunk.module, needed_fields(self.tasks), savings)
         batching, seed = self.experiment.batch, data_seed_of(self.experiment)
         self.stream = stream(
             prepared.corpus, batching, seed, mixture_phases(self.experiment), jax.process_index(), jax.process_count()
         )
         self.features = Features(prepared, stop)
-        self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh)
-        self.outputs_of_features = evaluation.make_outputs(cached_features, self.tasks, self.mesh)
+        self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh, savings=savings)
+        self.outputs_of_features = evaluation.make_outputs(cached_features, self.tasks, self.mesh, savings=savings)
         self.programs: list[Any] = [self.features.apply, self.outputs, self.outputs_of_features]
         self.averaging = averaging.make(self.experiment.averaging)
         self.collect: Any = None
         if self.averaging.collect is not None:
-            self.collect = jax.jit(self.averaging.collect, donate_argnums=0, out_shardings=meshes.replicated(self.mesh))
+            self.collect = self._jitted_collect(self.averaging.collect)
             self.programs.append(self.collect)
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
@@ -144,7 +145,7 @@ class TrainingRun:
             return None
         table = None
         if kind == "probe":
-            params = meshes.place(self.prepared.params, meshes.replicated(self.mesh))
+            params = self.prepared.placement.place(self.prepared.params)
             table = self.features.table(params, "features")
         started = time.monotonic()
         features = None if table is None else np.asarray(table)
@@ -200,6 +201,12 @@ class TrainingRun:
         self._save(step, state, self._evaluate(step, plan, state.measured(), table))
         return state
 
+    def _jitted_collect(self, collect: Callable[[Any, Any], Any]) -> Any:
+        placement = self.prepared.placement
+        if not placement.cut:
+            return jax.jit(collect, donate_argnums=0, out_shardings=meshes.replicated(self.mesh))
+        return jax.jit(lambda average, trained: placement.constrained(collect(average, trained)), donate_argnums=0)
+
     def _collect(self, plan: PhasePlan, state: TrainState) -> TrainState:
         """The state with the current parameters in its average, where the average is over evaluations."""
         if self.collect is None:
@@ -243,6 +250,7 @@ class TrainingRun:
         """The generated texts of the tasks that decode."""
         if not any(task.decodes for task in self.tasks):
             return {}
+        params = self.prepared.placement.whole(params)  # each device generates texts of its own
         local_params, devices = meshes.to_local_devices(params, self.mesh), meshes.local_devices(self.mesh)
         return text_evaluation.generated_texts(
             self.tasks, self.prepared.trunk, local_params, split, beams, after_text, devices=devices, share_work=True

@@ -20,7 +20,6 @@ from mtl_jax.core.files import writing
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensor_files import open_safetensors
-from mtl_jax.training import mesh as meshes
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.regularisation import fisher
 from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, references_of, start_of, teacher_of
@@ -101,7 +100,8 @@ class References:
         """Writes the references that are made at the start of a phase."""
         if any(start_of(plan.phase.name) in self._needed(later) for later in self.prepared.plans):
             leaves, paths = leaves_of(state.params), self._start_paths(plan)
-            self._write(start_of(plan.phase.name), lambda: {path: leaves[path] for path in sorted(paths)})
+            start = self.prepared.placement.on_host({path: leaves[path] for path in sorted(paths)})
+            self._write(start_of(plan.phase.name), lambda: start)
         for regulariser in self._active():
             if isinstance(regulariser, EWC):
                 named = plan.phase.name == (regulariser.phase or self._first_phase)
@@ -129,6 +129,7 @@ class References:
         """Writes the Fisher information of a source, and the anchor where it is from another run."""
         prepared, batching = self.prepared, self.prepared.experiment.batch
         paths = sorted(self._ewc_paths(regulariser))
+        params = None if regulariser.run else prepared.placement.on_host(state.params)
 
         def make() -> dict[str, np.ndarray]:
             log.info("%s: Fisher information of %s", regulariser.name, regulariser.source)
@@ -140,7 +141,6 @@ class References:
                 return fisher.diagonal(regulariser, run.trunk.module, run.params, tasks, examples, run_batching, paths, seed)
             train = prepared.corpus.splits["train"]
             tasks = [task for task in prepared.corpus.tasks if task.source == regulariser.source]
-            params = jax.device_get(state.params)
             place = list(train).index(regulariser.source)
             module, examples = prepared.trunk.module, train[regulariser.source]
             return fisher.diagonal(regulariser, module, params, tasks, examples, batching, paths, seed, place)
@@ -180,7 +180,7 @@ class References:
         digest = digests.of_tree(tree)
         if self.digests.setdefault(name, digest) != digest:
             raise UserError(f"{origin} has changed since this run began; put it back, or choose another --workdir")
-        return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(self.prepared.mesh))
+        return self.prepared.placement.place(jax.tree.map(np.array, tree))
 
     def _read(self, name: str) -> dict[str, np.ndarray]:
         if not self._file(name).exists():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,13 +28,15 @@ from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
 from mtl_jax.tasks import Task, label_names
-from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, text_evaluation
+from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, sharding, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
+from mtl_jax.training.forward import Savings
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.restore import TrainedRun
+from mtl_jax.training.sharding import Placement
 from mtl_jax.training.train_state import TrainState, create, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
 from mtl_jax.transfer.loading import FIELD
@@ -61,6 +66,7 @@ class Prepared(NamedTuple):
         test_copies: {source: {place of a test row: kind of its closest copy in train}}.
         held_out: The training rows that a weighting rule measures weights on and that are not trained on; () if none does.
         facts: What the run knows of itself at a step, beside its metrics, such as the epsilon that it has spent.
+        cut: Whether its state is cut over the devices; else each has all of it.
     """
 
     experiment: Experiment
@@ -78,11 +84,26 @@ class Prepared(NamedTuple):
     test_copies: Mapping[str, Mapping[str, str]]
     held_out: tuple[Examples, ...] = ()
     facts: privacy.Facts = privacy.Facts()
+    cut: bool = False
+
+    @property
+    def placement(self) -> Placement:
+        """How its state lies on the devices."""
+        return Placement(self.mesh, self.cut)
+
+    @property
+    def savings(self) -> Savings:
+        """How its passes save memory."""
+        return Savings(self.placement if self.cut else None, self.experiment.remat)
 
 
-@hiding_if(lambda experiment: experiment.private)
-def prepare(experiment: Experiment) -> Prepared:
+@hiding_if(lambda experiment, **options: experiment.private)
+def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     """Reads the data, loads the trunk, initialises the heads, plans the phases.
+
+    Args:
+        experiment: The experiment.
+        abstract: Whether Prepared.params are shapes alone, for a run that is planned and not trained.
 
     Raises:
         UserError: Anything in the experiment, its files or its data is wrong.
@@ -100,6 +121,7 @@ def prepare(experiment: Experiment) -> Prepared:
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
+    trunks.check_remat(trunk, experiment.remat)
     if experiment.batch.row_length > trunk.max_length:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
     if experiment.batch.packed:
@@ -119,12 +141,13 @@ def prepare(experiment: Experiment) -> Prepared:
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
     experiment, run_facts, budget_notes = privacy.within_budget(experiment, corpus, schedule)
     corpus.notes.extend(budget_notes)
-    params = init_params(trunk, corpus.tasks, experiment.seed)
+    params = _initial_params(experiment, trunk, corpus.tasks, abstract)
     opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
     for teacher in opened.teachers.values():
         for split in corpus.splits.values():
             coverage.check(split.values(), (), trunk.tokenizer, teacher.tables)
-    params["heads"] |= regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
+    projections = regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
+    params["heads"] |= jax.eval_shape(lambda: projections) if abstract else projections
     plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks)
     for plan in plans:
         phase_plan.check_halves(plan, schedule)
@@ -134,7 +157,43 @@ def prepare(experiment: Experiment) -> Prepared:
     notes = _notes(experiment, corpus, trunk, params, plans)
     record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
     checked = Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies)
-    return checked._replace(held_out=measured, facts=run_facts)
+    checked = checked._replace(held_out=measured, facts=run_facts)
+    memory = sharding.memory_of(mesh.devices.flat[0])
+    decision = sharding.decide(experiment.sharding, bytes_if_replicated(checked), meshes.shards(mesh), memory)
+    return checked._replace(cut=decision.cut, notes=[*notes, *([decision.note] if decision.note else [])])
+
+
+def _initial_params(experiment: Experiment, trunk: Trunk, tasks: tuple[Task, ...], abstract: bool) -> Any:
+    """The initial parameters; where they may be more than a device can hold, on the host."""
+    if abstract:
+        return jax.eval_shape(lambda: init_params(trunk, tasks, experiment.seed))
+    if experiment.sharding == "replicated":
+        return init_params(trunk, tasks, experiment.seed)
+    try:
+        host = jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # jax was told to look at accelerators only
+        host = contextlib.nullcontext()
+    with host:
+        return jax.tree.map(np.asarray, init_params(trunk, tasks, experiment.seed))
+
+
+def bytes_if_replicated(prepared: Prepared) -> int:
+    """Bytes of state, gradients and references on a device that has all of them, in the phase that needs most."""
+
+    def of_plan(plan: PhasePlan) -> int:
+        state = _shapes(prepared, plan)
+        trained, _ = trees.split(prepared.params, plan.mask)
+        gradients = 1 + (len(prepared.corpus.tasks) if phase_plan.needs_task_gradients(plan.rule) else 0)
+        starts = any(part.level == "parameters" and part.reads_start for part in plan.regularisers)
+        copies = gradients + (1 if starts or plan.mixout_paths else 0)
+        return sharding.bytes_of(state) + copies * sharding.bytes_of(_without_shardings(trained))
+
+    teachers = [_without_shardings(teacher.params) for teacher in prepared.teachers.values()]
+    return max(of_plan(plan) for plan in prepared.plans) + sum(sharding.bytes_of(teacher) for teacher in teachers)
+
+
+def _without_shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:
@@ -200,16 +259,15 @@ def features_shape(prepared: Prepared, plan: PhasePlan) -> jax.ShapeDtypeStruct 
 
 
 def initial_state(prepared: Prepared) -> TrainState:
-    """The state before the first step, replicated on every device."""
-    plan = prepared.plans[0]
-    names = [task.name for task in prepared.corpus.tasks]
-    trained, _ = trees.split(prepared.params, plan.mask)
-    rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
-    average = averaging.make(prepared.experiment.averaging).init(trained)
-    state = create(prepared.params, plan.optimizer.init(trained), rule_state, prepared.experiment.seed, average)
+    """The state before the first step, on the devices."""
+    plan, placement = prepared.plans[0], prepared.placement
+    make = functools.partial(_state, prepared, plan, prepared.experiment.seed)
+    # Moments of a state that is cut are made on the devices: no device, and no host, need have all of them.
+    params = placement.place(jax.tree.map(np.array, prepared.params)) if prepared.cut else prepared.params
+    state = _made(make, params, placement=placement) if prepared.cut else _place(make(params), prepared)
     if prepared.experiment.optimizer.private.secret:
-        state = state._replace(key=privacy.noise_key(prepared.experiment))
-    return _place(state, prepared)
+        state = state._replace(key=_place(privacy.noise_key(prepared.experiment), prepared))
+    return state
 
 
 def start_phase(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
@@ -218,13 +276,18 @@ def start_phase(plan: PhasePlan, state: TrainState, prepared: Prepared) -> Train
     The optimizer's moments of leaves that trained in the phase before are kept.
     """
     trained, _ = trees.split(state.params, plan.mask)
-    average = averaging.make(prepared.experiment.averaging).init(trained)
-    moments = optax_rules.carry(state.opt_state, plan.optimizer.init(trained))
-    changed: dict[str, Any] = {"opt_state": moments, "average": average}
-    if plan.resets_rule:
-        names = [task.name for task in prepared.corpus.tasks]
-        changed["rule_state"] = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
-    return state._replace(**_place(changed, prepared))
+
+    def make(trained: Any) -> dict[str, Any]:
+        average = averaging.make(prepared.experiment.averaging).init(trained)
+        changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained), "average": average}
+        if plan.resets_rule:
+            names = [task.name for task in prepared.corpus.tasks]
+            changed["rule_state"] = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
+        return changed
+
+    fresh = _made(make, trained, placement=prepared.placement) if prepared.cut else make(trained)
+    changed = fresh | {"opt_state": optax_rules.carry(state.opt_state, fresh["opt_state"])}
+    return state._replace(**(prepared.placement.moved(changed) if prepared.cut else _place(changed, prepared)))
 
 
 def template(prepared: Prepared, number: int, step: int) -> TrainState:
@@ -239,24 +302,38 @@ def template(prepared: Prepared, number: int, step: int) -> TrainState:
             f"the checkpoint of step {step} was made in phase {number}, which does not fit the phases {spans}; "
             "choose another --workdir"
         )
-    plan = prepared.plans[number]
-    state = jax.eval_shape(lambda: _abstract(prepared, plan))
-    sharding = meshes.replicated(prepared.mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+    state: TrainState = prepared.placement.shapes(_shapes(prepared, prepared.plans[number]))
+    return state
 
 
 def _place(tree: Any, prepared: Prepared) -> Any:
-    """A copy, replicated on every device: the step donates its state, and a buffer can be donated only once."""
-    return meshes.place(jax.tree.map(np.array, tree), meshes.replicated(prepared.mesh))
+    """A copy on the devices: the step donates its state, and a buffer can be donated only once."""
+    return prepared.placement.place(jax.tree.map(np.array, tree))
 
 
-def _abstract(prepared: Prepared, plan: PhasePlan) -> TrainState:
-    """A state with the structure of a phase; its numbers have no meaning."""
-    trained, _ = trees.split(prepared.params, plan.mask)
+def _made(make: Callable[..., Any], *trees_on_devices: Any, placement: Placement) -> Any:
+    """The result of a function of trees on the devices, laid out as they are; no buffer of theirs is in it."""
+
+    def copied(*arguments: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), make(*arguments))
+
+    shardings = placement.of(jax.eval_shape(copied, *trees_on_devices))
+    return jax.jit(copied, out_shardings=shardings)(*trees_on_devices)
+
+
+def _shapes(prepared: Prepared, plan: PhasePlan) -> TrainState:
+    """Shapes of the state of a phase."""
+    state: TrainState = jax.eval_shape(functools.partial(_state, prepared, plan, 0), prepared.params)
+    return state
+
+
+def _state(prepared: Prepared, plan: PhasePlan, seed: int, params: Any) -> TrainState:
+    """The state before the first step of a phase, if it was the first."""
+    trained, _ = trees.split(params, plan.mask)
     names = [task.name for task in prepared.corpus.tasks]
     rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
     average = averaging.make(prepared.experiment.averaging).init(trained)
-    return create(prepared.params, plan.optimizer.init(trained), rule_state, 0, average)
+    return create(params, plan.optimizer.init(trained), rule_state, seed, average)
 
 
 def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]) -> list[str]:

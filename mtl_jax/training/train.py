@@ -155,7 +155,7 @@ def _train(
         hosts.check_same([("checkpoint", {"step": step})])
         if not experiment.checkpoints.frozen:
             masks = (plan.mask for plan in prepared.plans)
-            store.omitted = frozen_params.untrained_hashes(masks, state.params, opened.trunk)
+            store.omitted = frozen_params.untrained_hashes(masks, prepared.placement.on_host(state.params), opened.trunk)
         if opened.config_changed:
             workdirs.remove_results(folder)
         for name, value in (("config", opened.config), ("versions", workdirs.versions()), ("data", opened.data)):

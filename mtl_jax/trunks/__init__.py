@@ -18,6 +18,7 @@ from mtl_jax.trunks.base import tables_of as tables_of
 from mtl_jax.trunks.base import width as width
 from mtl_jax.trunks.build import build as build
 from mtl_jax.trunks.build import check_packed as check_packed
+from mtl_jax.trunks.build import check_remat as check_remat
 from mtl_jax.trunks.build import reopen as reopen
 from mtl_jax.trunks.from_checkpoint import DECODER as DECODER
 from mtl_jax.trunks.from_checkpoint import Pretrained as Pretrained

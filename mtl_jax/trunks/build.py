@@ -18,6 +18,7 @@ import numpy as np
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import shown
 from mtl_jax.core.parts import origin_of
+from mtl_jax.models.remat import has_layers
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.trunks.base import Trunk, TrunkConfig
 
@@ -57,6 +58,24 @@ def reopen(config: TrunkConfig, folder: Path, dtype: Any) -> Trunk:
         UserError: A file is damaged, or a user's module cannot be called as a trunk.
     """
     return _declared(config, config.reopen(folder, dtype))
+
+
+def check_remat(trunk: Trunk, remat: str) -> None:
+    """Checks that a trunk has layers that the backward pass can compute again.
+
+    Args:
+        trunk: The trunk, with or without adapters.
+        remat: As Experiment.remat.
+
+    Raises:
+        UserError: It has none.
+    """
+    module = trunk.module.base if isinstance(trunk.module, Adapted) else trunk.module
+    if remat != "none" and not has_layers(module):
+        raise UserError(
+            f"remat is {remat!r}, but the trunk {_name(trunk)} has no layers that say so: set is_layer = True in the class of "
+            "the linen module of one layer, or leave remat at none"
+        )
 
 
 def _declared(config: TrunkConfig, trunk: Trunk) -> Trunk:

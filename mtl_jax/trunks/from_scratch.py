@@ -13,6 +13,7 @@ import flax.linen as nn
 from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import reason
+from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.data import vocabulary
 from mtl_jax.models.encoder import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.encoder_decoder import Seq2SeqEncoder
@@ -54,7 +55,7 @@ class Transformer(TrunkConfig):
         pieces: bpe or unigram.
         layers: Blocks.
         width: Size of the vectors.
-        heads: Attention heads; they divide the width.
+        heads: Attention heads; they divide the width, unless head_size is set.
         feed_forward: Width inside the feed-forward sublayers.
         pre_norm: Whether norms stand before each sublayer, as in Pegasus, not after it; deep models train more easily then.
         activation: Activation inside the feed-forward sublayers.
@@ -62,6 +63,7 @@ class Transformer(TrunkConfig):
         attention_dropout: Dropout rate of the attention probabilities.
         activation_dropout: Dropout rate inside the feed-forward sublayers.
         max_length: Longest text in tokens.
+        head_size: Width of a head, as in T5, where heads together are wider than the vectors; 0: width / heads.
     """
 
     vocabulary: int = 8000
@@ -76,12 +78,15 @@ class Transformer(TrunkConfig):
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
     max_length: int = 512
+    head_size: int = dataclasses.field(default=0, metadata=ONLY_IF_SET)
 
     def check(self) -> None:
         for field in ("layers", "width", "heads", "feed_forward", "max_length"):
             if getattr(self, field) < 1:
                 raise UserError(f"trunk.{field} is {getattr(self, field)}; it must be at least 1")
-        if self.width % self.heads:
+        if self.head_size < 0:
+            raise UserError(f"trunk.head_size is {self.head_size}; it must not be negative")
+        if self.width % self.heads and not self.head_size:
             raise UserError(f"trunk.heads is {self.heads}; it must divide trunk.width, {self.width}")
         for field in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, field) < 1:
@@ -119,6 +124,7 @@ def _transformer(config: Transformer, vocab_size: int) -> Seq2SeqConfig:
         encoder_feed_forward=config.feed_forward,
         decoder_feed_forward=config.feed_forward,
         max_positions=config.max_length,
+        head_size=config.head_size or None,
         positions="sinusoidal",
         position_offset=0,
         activation=config.activation,

@@ -20,9 +20,9 @@ from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.experiment import select
 from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded
-from mtl_jax.training import loop, restore
+from mtl_jax.training import loop, restore, sharding
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.build_step import gradient_fn
+from mtl_jax.training.build_step import gradient_fn, jitted_step
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.forward import apply_heads, encode_tokens
 from mtl_jax.training.gradient import StepGradients
@@ -282,8 +282,12 @@ def test_what_was_held_is_missed_and_compared(bert, data, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_one_and_two_devices_agree(bert, data, taught, tmp_path, accumulate):
-    """Dropout is on: its bits do not depend on where a row lies, nor does what a row is compared with."""
+def test_one_and_two_devices_agree(bert, data, taught, tmp_path, accumulate, monkeypatch):
+    """Dropout is on: its bits do not depend on where a row lies, nor does what a row is compared with.
+
+    The state and the teacher are cut over the two devices.
+    """
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
     held = (
         RDrop(weight=0.5),
         Distillation(name="say", teacher=str(taught), temperature=2.0),
@@ -293,11 +297,8 @@ def test_one_and_two_devices_agree(bert, data, taught, tmp_path, accumulate):
     changes = {"tasks": with_dropout(0.3), "regularisers": held, "batch": batching}
     found = []
     for devices in (1, 2):
-        prepared, plan, batch, state, references = setup(bert, data, tmp_path, devices=devices, **changes)
-        step = jax.jit(
-            make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, 2),
-            out_shardings=meshes.replicated(prepared.mesh),
-        )
+        prepared, plan, batch, state, references = setup(bert, data, tmp_path, devices=devices, sharding="fsdp", **changes)
+        step = jitted_step(prepared, plan)
         batch = meshes.place(jax.device_get(batch), meshes.by_rows(prepared.mesh))
         assert len(batch.tokens.devices()) == devices
         moved, first = step(state, StepInputs(batch, None, references))

@@ -16,7 +16,7 @@ from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, Phase, Pretrai
 from mtl_jax.core.errors import Interrupted, UserError
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
-from mtl_jax.training import text_evaluation
+from mtl_jax.training import sharding, text_evaluation
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.preemption import Stop
@@ -136,12 +136,12 @@ def test_every_way_of_weighting(pairs, tmp_path, changes):
     assert np.isfinite(results["tasks"]["translation"]["test"]["loss"])
 
 
-def test_devices_change_nothing(pairs, tmp_path):
-    """One device and four: the same losses, and the same texts."""
-    short = (Phase("everything", steps=3),)
+def test_devices_change_nothing(pairs, tmp_path, monkeypatch):
+    """One device, and four over which the state is cut: the same losses, and the same texts."""
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
+    changes = {"phases": (Phase("everything", steps=3),), "evaluation": AT_THE_END, "sharding": "fsdp"}
     runs = [
-        train(tiny_translation.experiment(pairs, devices=devices, phases=short, evaluation=AT_THE_END), tmp_path / str(devices))
-        for devices in (1, 4)
+        train(tiny_translation.experiment(pairs, devices=devices, **changes), tmp_path / str(devices)) for devices in (1, 4)
     ]
     for split in ("dev", "test"):
         one, four = (run["tasks"]["translation"][split] for run in runs)

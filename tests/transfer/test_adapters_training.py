@@ -33,7 +33,7 @@ from mtl_jax.core.trees import flat
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
-from mtl_jax.training import experiment_json
+from mtl_jax.training import experiment_json, sharding
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.frozen_params import untrained_hashes
@@ -178,12 +178,14 @@ def test_rules_over_the_gram_matrix_compare_the_adapters_gradients(bert, data):
 
 
 @pytest.mark.long
-def test_one_and_eight_devices_agree(bert, data, tmp_path):
+def test_one_and_eight_devices_agree(bert, data, tmp_path, monkeypatch):
+    """With a state that is cut over the eight."""
+    monkeypatch.setattr(sharding, "SMALLEST", 64)
     totals = {}
     adapters = per_source(dataclasses.replace(LORA, dropout=0.0), *ALL[1:])
     for devices in (1, 8):
         changes = {"devices": devices, "phases": (ONLY,), "adapters": adapters, "weighting": "upgrad"}
-        mtl_jax.train(without_dropout(bert, data, **changes), tmp_path / str(devices))
+        mtl_jax.train(without_dropout(bert, data, sharding="fsdp", **changes), tmp_path / str(devices))
         records = [record for record in read_metrics(tmp_path / str(devices)) if record["kind"] == "train"]
         totals[devices] = [record["total"] for record in records]
     np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)

@@ -16,7 +16,7 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.coverage import Tables
 from mtl_jax.tasks import Tagging, Task
 from mtl_jax.training import restore
-from mtl_jax.training.forward import apply_heads, encode_tokens, needed_fields
+from mtl_jax.training.forward import NO_SAVINGS, Savings, apply_heads, encode_tokens, needed_fields
 from mtl_jax.transfer.regularisers import FIELD, Distillation
 from mtl_jax.trunks import Pretrained, Trunk
 
@@ -31,6 +31,7 @@ class Teacher(NamedTuple):
         width: H, the size of its vectors.
         tables: The rows of its embedding tables.
         tagger: Whether module itself returns the logits of its only task.
+        savings: How it saves memory.
     """
 
     module: Any
@@ -39,6 +40,7 @@ class Teacher(NamedTuple):
     width: int
     tables: Tables
     tagger: bool = False
+    savings: Savings = NO_SAVINGS
 
     def outputs(self, params: Any, batch: Batch, names: Sequence[str]) -> dict[str, jax.Array]:
         """{task: outputs} of some tasks, without dropout.
@@ -50,7 +52,7 @@ class Teacher(NamedTuple):
         """
         if self.tagger:
             output = self.module.apply(
-                {"params": params},
+                {"params": self.savings.gathered(params)},
                 batch.tokens,
                 (batch.segments > 0).astype(jnp.int32),
                 token_type_ids=batch.types,
@@ -59,12 +61,12 @@ class Teacher(NamedTuple):
             )
             return {names[0]: output.logits}
         chosen = tuple(task for task in self.tasks if task.name in names)
-        encoded = encode_tokens(self.module, needed_fields(chosen))(params["trunk"], batch, None, None)
-        return apply_heads(chosen, params["heads"], encoded, batch, None)
+        encoded = encode_tokens(self.module, needed_fields(chosen), self.savings)(params["trunk"], batch, None, None)
+        return apply_heads(chosen, params["heads"], encoded, batch, None, self.savings)
 
     def hidden(self, params: Any, batch: Batch) -> jax.Array:
         """f[R, T, H], the trunk's vectors of all tokens, without dropout; arguments as for outputs()."""
-        vectors = encode_tokens(self.module, ("tokens",))(params["trunk"], batch, None, None).tokens
+        vectors = encode_tokens(self.module, ("tokens",), self.savings)(params["trunk"], batch, None, None).tokens
         assert vectors is not None
         return vectors
 

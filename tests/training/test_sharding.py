@@ -22,7 +22,7 @@ from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.experiment_json import to_json
 from mtl_jax.training.sharding import Placement, axis_to_cut, decide
-from mtl_jax.training.task_gradients import inner_flat, inner_of_cut
+from mtl_jax.training.task_gradients import gram_matrix
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,9 @@ def test_gradients_of_gathered_parameters(placement):
 def test_the_gram_matrix_of_cut_gradients(placement):
     rows = np.random.default_rng(0).normal(size=(3, 5, 16)).astype(np.float32)
     cut = jax.device_put(rows, meshes.by_rows(placement.mesh, 2))
-    np.testing.assert_allclose(jax.jit(inner_of_cut)(cut[:1], cut[1:]), inner_flat(rows), rtol=1e-5)
+    found = jax.jit(lambda rows: gram_matrix([rows[:1], rows[1:]], ["a", "b", "c"]))(cut)
+    flat = rows.reshape(3, -1)
+    np.testing.assert_allclose(found, flat @ flat.T, rtol=1e-5)
 
 
 def test_a_checkpoint_under_another_sharding(bert, data, tmp_path, monkeypatch):

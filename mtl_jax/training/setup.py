@@ -174,14 +174,10 @@ def bytes_if_replicated(prepared: Prepared) -> int:
         gradients = 1 + (len(prepared.corpus.tasks) if phase_plan.needs_task_gradients(plan.rule) else 0)
         starts = any(part.level == "parameters" and part.reads_start for part in plan.regularisers)
         copies = gradients + bool(starts or plan.mixout_paths)
-        return sharding.bytes_of(state) + copies * sharding.bytes_of(_shapes_alone(trained))
+        return sharding.bytes_of(state) + copies * sharding.bytes_of(trained)
 
-    teachers = [_shapes_alone(teacher.params) for teacher in prepared.teachers.values()]
+    teachers = [teacher.params for teacher in prepared.teachers.values()]
     return max(map(of_plan, prepared.plans)) + sharding.bytes_of(teachers)
-
-
-def _shapes_alone(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:

@@ -244,4 +244,4 @@ def bytes_of(tree: Any) -> int:
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

@@ -161,7 +161,7 @@ def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0, shard
             )
     dtype = "bfloat16" if experiment.dtype == "auto" else experiment.dtype
     batch = dataclasses.replace(experiment.batch, rows=rows)
-    changes = {"batch": batch, "devices": 1, "dtype": dtype, **({"sharding": sharding} if sharding else {})}
+    changes: dict[str, Any] = {"batch": batch, "devices": 1, "dtype": dtype, **({"sharding": sharding} if sharding else {})}
     prepared = setup.prepare(dataclasses.replace(experiment, **changes), abstract=True)
     inputs = _batch(prepared)
     return [_on(item, prepared, inputs) for item in chosen]

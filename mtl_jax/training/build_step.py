@@ -104,8 +104,7 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
     savings = prepared.savings
     needs, evaluate = plan.rule.held_out, encode_tokens(prepared.trunk.module, needed_fields(tasks), savings)
-    shared: dict[str, Any] = {"accumulate": accumulate, "head_inputs": head_inputs, "savings": savings}
-    common = functools.partial(gradient.make_backward, encode, **shared)
+    common = functools.partial(gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs, savings=savings)
     trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
     if experiment.optimizer.private.clip:
         assert isinstance(prepared.schedule, PoissonSchedule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.training.sharding import Placement
-from mtl_jax.training.train_state import TrainState, create, init_params
+from mtl_jax.training.train_state import TrainState, create, init_on_host, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
 from mtl_jax.transfer.loading import FIELD
 from mtl_jax.transfer.regularisers import Distillation
@@ -141,7 +140,10 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     schedule = stream.schedule(corpus, experiment.batch, mixture_phases(experiment))
     experiment, run_facts, budget_notes = privacy.within_budget(experiment, corpus, schedule)
     corpus.notes.extend(budget_notes)
-    params = _initial_params(experiment, trunk, corpus.tasks, abstract)
+    init = functools.partial(init_params, trunk, corpus.tasks, experiment.seed)
+    # Parameters that may be more than a device can hold are made on the host.
+    on_host = experiment.sharding != "replicated"
+    params = jax.eval_shape(init) if abstract else init_on_host(init) if on_host else init()
     opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
     for teacher in opened.teachers.values():
         for split in corpus.splits.values():
@@ -163,20 +165,6 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     return checked._replace(cut=decision.cut, notes=[*notes, *([decision.note] if decision.note else [])])
 
 
-def _initial_params(experiment: Experiment, trunk: Trunk, tasks: tuple[Task, ...], abstract: bool) -> Any:
-    """The initial parameters; where they may be more than a device can hold, on the host."""
-    if abstract:
-        return jax.eval_shape(lambda: init_params(trunk, tasks, experiment.seed))
-    if experiment.sharding == "replicated":
-        return init_params(trunk, tasks, experiment.seed)
-    try:
-        host = jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # jax was told to look at accelerators only
-        host = contextlib.nullcontext()
-    with host:
-        return jax.tree.map(np.asarray, init_params(trunk, tasks, experiment.seed))
-
-
 def bytes_if_replicated(prepared: Prepared) -> int:
     """Bytes of state, gradients and references on a device that has all of them, in the phase that needs most."""
 
@@ -185,15 +173,11 @@ def bytes_if_replicated(prepared: Prepared) -> int:
         trained, _ = trees.split(prepared.params, plan.mask)
         gradients = 1 + (len(prepared.corpus.tasks) if phase_plan.needs_task_gradients(plan.rule) else 0)
         starts = any(part.level == "parameters" and part.reads_start for part in plan.regularisers)
-        copies = gradients + (1 if starts or plan.mixout_paths else 0)
-        return sharding.bytes_of(state) + copies * sharding.bytes_of(_without_shardings(trained))
+        copies = gradients + bool(starts or plan.mixout_paths)
+        return sharding.bytes_of(state) + copies * sharding.bytes_of(trained)
 
-    teachers = [_without_shardings(teacher.params) for teacher in prepared.teachers.values()]
-    return max(of_plan(plan) for plan in prepared.plans) + sum(sharding.bytes_of(teacher) for teacher in teachers)
-
-
-def _without_shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    teachers = [teacher.params for teacher in prepared.teachers.values()]
+    return max(map(of_plan, prepared.plans)) + sharding.bytes_of(teachers)
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:

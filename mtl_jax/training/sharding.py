@@ -152,7 +152,7 @@ class Cut(nn.meta.AxisMetadata[jax.Array]):
     def __jax_array__(self) -> jax.Array:
         return self.unbox()
 
-    def replace_boxed(self, val: Any) -> Cut:
+    def replace_boxed(self, val: Any) -> Any:
         return dataclasses.replace(self, value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Cut:
@@ -244,4 +244,4 @@ def bytes_of(tree: Any) -> int:
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtl_jax import trunks
 from mtl_jax.core import trees
@@ -110,3 +113,13 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
         fresh = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
         heads[task.name] = task.start_from(params["trunk"], fresh)
     return params | {"heads": heads}
+
+
+def init_on_host(init: Callable[[], Any]) -> Any:
+    """The result of a function that makes parameters, as host arrays, made by the CPU where jax has it beside other devices."""
+    try:
+        by_cpu: contextlib.AbstractContextManager[Any] = jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # jax was told to look for accelerators only
+        by_cpu = contextlib.nullcontext()
+    with by_cpu:
+        return jax.tree.map(np.asarray, init())

@@ -15,6 +15,7 @@ from mtl_jax.core.errors import UserError, count, listed, unknown
 from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
+from mtl_jax.models.kernels import KERNELS
 from mtl_jax.tasks import Task
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer import averaging, freezing, loading, private, regularisers
@@ -110,6 +111,8 @@ class Experiment(Configuration):
         dtype: Compute dtype: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere).
         devices: Number of devices to use; 0: all.
         private: Whether logs, error lines and records show file and line of a row only, and never its texts.
+        kernels: How the trunk's layers are computed. plain: ordinary operations; fused: attention, layer norms and GELU as
+            kernels for TPUs, attention by cuDNN on GPUs; auto: fused where there are such kernels, else plain.
     """
 
     name: str
@@ -139,6 +142,7 @@ class Experiment(Configuration):
     dtype: str = "auto"
     devices: int = 0
     private: bool = False
+    kernels: str = "auto"
 
 
 def select(experiment: Experiment) -> Experiment:
@@ -334,6 +338,7 @@ def _check_settings(experiment: Experiment) -> None:
         ("evaluation.baseline", evaluation.baseline, BASELINES),
         ("dtype", experiment.dtype, DTYPES),
         ("gram_dtype", experiment.gram_dtype, DTYPES[1:]),
+        ("kernels", experiment.kernels, KERNELS),
     ):
         if value not in choices:
             raise unknown(field, value, choices)

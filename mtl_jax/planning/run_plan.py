@@ -150,7 +150,9 @@ def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0) -> li
             )
     dtype = "bfloat16" if experiment.dtype == "auto" else experiment.dtype
     batch = dataclasses.replace(experiment.batch, rows=rows)
-    prepared = setup.prepare(dataclasses.replace(experiment, batch=batch, devices=1, dtype=dtype))
+    here = dataclasses.replace(experiment, batch=batch, devices=1, dtype=dtype, kernels="auto")
+    prepared = setup.prepare(here)
+    prepared = prepared._replace(experiment=dataclasses.replace(prepared.experiment, kernels=experiment.kernels))
     inputs = _batch(prepared)
     tokens = int(np.prod(inputs.tokens.shape))
     return [
@@ -168,7 +170,7 @@ def _batch(prepared: Prepared) -> Any:
 
 def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> PhaseCost:
     log.info("compiling a step of phase %s for %s ...", plan.phase.name, item.name)
-    elsewhere = prepared._replace(mesh=_mesh(item))
+    elsewhere = setup.on_mesh(prepared, _mesh(item))
     state, inputs = _arguments(elsewhere, plan, batch)
     parameters = _bytes(state.params)
     common: dict[str, Any] = {"phase": plan.phase.name, "steps": plan.end - plan.start, "parameters": parameters}

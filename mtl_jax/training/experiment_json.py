@@ -28,6 +28,7 @@ from mtl_jax.data import mixture
 from mtl_jax.data.formats import READERS, script_rows
 from mtl_jax.data.source import FIELDS, RowEdit, ScriptRows, Source
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
+from mtl_jax.models.kernels import KERNELS
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.label_names import LabelNames
 from mtl_jax.tasks.metrics import METRICS
@@ -70,6 +71,7 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
         (weighting.COMBINATORS, experiment.combinators),
         (METRICS, [name for task in experiment.tasks for name in (task.metric, *task.more_metrics)]),
         (READERS, [source.format for source in experiment.sources]),
+        (KERNELS, [experiment.kernels]),
         (RECOGNISERS, [name for edit in ours for name in edit.kinds or RECOGNISERS]),
         (NAMES, [edit.names for edit in ours]),
         (mixture.MIXTURES, [batch.mixture, batch.mixture_end, *(phase.mixture for phase in experiment.phases)]),

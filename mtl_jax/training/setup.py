@@ -24,6 +24,7 @@ from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
+from mtl_jax.models import kernels
 from mtl_jax.tasks import Task, label_names
 from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, text_evaluation
 from mtl_jax.training import mesh as meshes
@@ -92,6 +93,7 @@ def prepare(experiment: Experiment) -> Prepared:
     privacy.check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
+    kernels.chosen(experiment.kernels, mesh)  # fails before anything is read
     stream.check_hosts(experiment.batch, jax.process_count())
     private_gradient.check(experiment.optimizer.private, experiment.batch.rows, meshes.shards(mesh))
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
@@ -134,7 +136,18 @@ def prepare(experiment: Experiment) -> Prepared:
     notes = _notes(experiment, corpus, trunk, params, plans)
     record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
     checked = Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies)
-    return checked._replace(held_out=measured, facts=run_facts)
+    return on_mesh(checked._replace(held_out=measured, facts=run_facts), mesh)
+
+
+def on_mesh(prepared: Prepared, mesh: Mesh) -> Prepared:
+    """The run on other devices, its trunk with the kernels for these.
+
+    Raises:
+        UserError: There are no such kernels for them.
+    """
+    trunk = prepared.trunk
+    module = kernels.with_kernels(trunk.module, prepared.experiment.kernels, mesh)
+    return prepared._replace(mesh=mesh, trunk=trunk._replace(module=module))
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:

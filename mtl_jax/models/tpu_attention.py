@@ -48,13 +48,9 @@ def fits(queries: int, keys: int, heads: int, head_size: int) -> bool:
     >>> fits(128, 128, heads=12, head_size=32), fits(128, 128, heads=12, head_size=80)
     (True, False)
     """
-    whole = LANES % head_size == 0 or head_size % LANES == 0
-    lanes = max(LANES, head_size)
-    return whole and heads * head_size % lanes == 0 and keys <= MOST_KEYS and queries <= MOST_KEYS and _tiles(queries, keys)
-
-
-def _tiles(queries: int, keys: int) -> bool:
-    return queries % _SUBLANES == 0 and keys % _SUBLANES == 0
+    divides = LANES % head_size == 0 or head_size % LANES == 0
+    whole = heads * head_size % max(LANES, head_size) == 0 and head_size % _SUBLANES == 0
+    return divides and whole and all(0 < tokens <= MOST_KEYS and tokens % _SUBLANES == 0 for tokens in (queries, keys))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -102,15 +98,15 @@ attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(*arrays: jax.Array, head_size: int, scale: float, interpret: bool) -> jax.Array:
-    return _call(_forward_kernel, arrays, arrays[:1], 2, head_size, scale, interpret)[0]
+    return _call("attention_forward", arrays, arrays[:1], 2, head_size, scale, interpret)[0]
 
 
 def _backward(*arrays: jax.Array, head_size: int, scale: float, interpret: bool) -> Sequence[jax.Array]:
-    return _call(_backward_kernel, arrays, arrays[:3], 5, head_size, scale, interpret)
+    return _call("attention_backward", arrays, arrays[:3], 5, head_size, scale, interpret)
 
 
 def _call(
-    kernel: Any, arrays: Sequence[jax.Array], like: Sequence[jax.Array], products: int, D: int, scale: float, interpret: bool
+    name: str, arrays: Sequence[jax.Array], like: Sequence[jax.Array], products: int, D: int, scale: float, interpret: bool
 ) -> Any:
     """Runs a kernel over rows, and over groups of heads if a row is long."""
     (B, T, H), S = arrays[0].shape, arrays[1].shape[1]
@@ -128,19 +124,17 @@ def _call(
     outputs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in like]
     numbers = sum(array.size * array.dtype.itemsize for array in (*arrays, *outputs))
     return pl.pallas_call(
-        functools.partial(kernel, sizes=sizes),
+        functools.partial(_forward_kernel if name == "attention_forward" else _backward_kernel, sizes=sizes),
         grid=(B // rows, H // L // groups),
         in_specs=[spec(array) for array in arrays],
         out_specs=[spec(array) for array in outputs],
         out_shape=outputs,
         interpret=interpret,
-        name=kernel.__name__.strip("_"),
+        name=f"{name}_of_{sizes.heads}_heads",  # which plans read
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_MEMORY),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * B * T * S * H, bytes_accessed=numbers, transcendentals=B * T * S * H // D
         ),
-        # Lanes of other heads are multiplied, too.
-        metadata={"multiplied": str(2 * products * B * T * S * H * L // D)},
     )(*arrays)
 
 
@@ -158,7 +152,7 @@ def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, out_ref: 
         out_LxgT = _product(v_ref[row, :, at], exps_SxgT, 0, 0) * inverse_1xgT
         out_ref[row, :, at] = _heads_side_by_side(out_LxgT, sizes).astype(out_ref.dtype)
 
-    _in_turn(sizes, scores, lambda value, row: probabilities(value, row), output)
+    _in_turn(sizes, scores, probabilities, output)
 
 
 def _backward_kernel(

@@ -259,7 +259,8 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook_factory(_has_only_if_set, lambda kind: _unstructure_fields(converter, kind))
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
-    experiment_to_json = make_dict_unstructure_fn(Experiment, converter, private=override(omit_if_default=True))
+    added: dict[str, Any] = {name: override(omit_if_default=True) for name in ("private", "kernels")}
+    experiment_to_json = make_dict_unstructure_fn(Experiment, converter, **added)
     converter.register_unstructure_hook(Experiment, experiment_to_json)
     return converter
 

@@ -16,6 +16,7 @@ from mtl_jax.data import batches, mixture
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
 from mtl_jax.models import remat
+from mtl_jax.models.kernels import KERNELS
 from mtl_jax.tasks import Task
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer import averaging, freezing, loading, private, regularisers
@@ -117,6 +118,8 @@ class Experiment(Configuration):
         remat: The numbers of a layer that the backward pass computes again, in place of keeping them, which takes time and
             saves memory. none; layers: all but the layer's inputs; dots: all but these and the results of products with
             weights.
+        kernels: How the trunk's layers are computed. plain: ordinary operations; fused: attention, layer norms and GELU as
+            kernels for TPUs, attention by cuDNN on GPUs; auto: fused where there are such kernels, else plain.
     """
 
     name: str
@@ -148,6 +151,7 @@ class Experiment(Configuration):
     private: bool = False
     sharding: str = "replicated"
     remat: str = "none"
+    kernels: str = "auto"
 
 
 def select(experiment: Experiment) -> Experiment:
@@ -345,6 +349,7 @@ def _check_settings(experiment: Experiment) -> None:
         ("gram_dtype", experiment.gram_dtype, DTYPES[1:]),
         ("sharding", experiment.sharding, SHARDINGS),
         ("remat", experiment.remat, remat.CHOICES),
+        ("kernels", experiment.kernels, KERNELS),
     ):
         if value not in choices:
             raise unknown(field, value, choices)

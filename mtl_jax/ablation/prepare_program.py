@@ -17,7 +17,7 @@ from mtl_jax.ablation.programs import Machine
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
-from mtl_jax.training import init_from
+from mtl_jax.training import init_from, setup
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.setup import Prepared, mixture_phases, prepare, with_seed
 
@@ -74,7 +74,7 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     most = max(len(group) for group in groups.values())
     rows, devices = (program.template.batch.rows, program.template.devices) if trains else (0, 0)
     mesh = meshes.make_for_runs(rows, min(most, at_once or most), devices, size)
-    prepared = prepared._replace(mesh=mesh)
+    prepared = setup.on_mesh(prepared, mesh)
     params, loaded = {}, {}
     for seed in sorted({run.experiment.seed for run in program.runs}):
         seeded = with_seed(prepared, seed)

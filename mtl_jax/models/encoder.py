@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.layers import ACTIVATIONS, Attention, Dense, Embed, attention_mask_BxTxT, layer_norm
+from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, attention_mask_BxTxT, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,12 @@ class Encoder(nn.Module):
     Attributes:
         config: Sizes and constants.
         dtype: Compute dtype; parameters, layer norms and softmax stay float32.
+        kernels: How the layers are computed.
     """
 
     config: EncoderConfig
     dtype: Any = jnp.float32
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(
@@ -124,9 +126,11 @@ class Encoder(nn.Module):
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         mask_BxTxT = attention_mask_BxTxT(attention_mask, segment_ids)
-        x_BxTxH = Embeddings(cfg, self.dtype, name="embeddings")(input_ids, token_type_ids, position_ids, deterministic)
+        x_BxTxH = Embeddings(cfg, self.dtype, self.kernels, name="embeddings")(
+            input_ids, token_type_ids, position_ids, deterministic
+        )
         for i in range(cfg.num_layers):
-            x_BxTxH = Block(cfg, self.dtype, name=f"layer_{i}")(x_BxTxH, mask_BxTxT, deterministic)
+            x_BxTxH = Block(cfg, self.dtype, self.kernels, name=f"layer_{i}")(x_BxTxH, mask_BxTxT, deterministic)
         return EncoderOutput(hidden=x_BxTxH)
 
 
@@ -135,6 +139,7 @@ class Embeddings(nn.Module):
 
     config: EncoderConfig
     dtype: Any
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(
@@ -153,7 +158,7 @@ class Embeddings(nn.Module):
         if cfg.type_vocab_size:
             types_BxT = jnp.zeros_like(ids_BxT) if types_BxT is None else types_BxT
             x_BxTxE += embed(cfg.type_vocab_size, name="token_type")(types_BxT)
-        x_BxTxE = layer_norm(cfg.layer_norm_eps, self.dtype, "norm")(x_BxTxE)
+        x_BxTxE = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", kernel=self.kernels.norm)(x_BxTxE)
         x_BxTxE = Dropout(cfg.dropout)(x_BxTxE, deterministic=deterministic)
         if cfg.hidden_size == E:
             return x_BxTxE
@@ -178,20 +183,21 @@ class Block(nn.Module):
 
     config: EncoderConfig
     dtype: Any
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, deterministic: bool) -> jax.Array:
         cfg = self.config
         init = nn.initializers.normal(cfg.initializer_range)
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=init)
-        norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype)
+        norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype, kernel=self.kernels.norm)
         drop = Dropout(cfg.dropout)
 
         D = cfg.hidden_size // cfg.num_heads
-        attention = Attention(cfg.num_heads, D, self.dtype, init, cfg.attention_dropout, name="attention")
+        attention = Attention(cfg.num_heads, D, self.dtype, init, cfg.attention_dropout, kernels=self.kernels, name="attention")
         attended_BxTxH = attention(x_BxTxH, mask_BxTxT, deterministic)
         x_BxTxH = norm("attention_norm")(x_BxTxH + drop(attended_BxTxH, deterministic=deterministic))
-        y_BxTxF = ACTIVATIONS[cfg.activation](dense(cfg.intermediate_size, name="feed_forward_in")(x_BxTxH))
+        y_BxTxF = self.kernels.activation(cfg.activation)(dense(cfg.intermediate_size, name="feed_forward_in")(x_BxTxH))
         y_BxTxH = dense(cfg.hidden_size, name="feed_forward_out")(y_BxTxF)
         return norm("feed_forward_norm")(x_BxTxH + drop(y_BxTxH, deterministic=deterministic))
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.kv_cache import KeyValue, visible_keys
+from mtl_jax.models.layers import PLAIN, Kernels
 from mtl_jax.models.seq2seq_decoder import Cache, Decoder, DecoderOutput, RowClassifier, Source
 from mtl_jax.models.seq2seq_layers import Block, Embeddings, Seq2SeqConfig, default_positions, make_norm, relative_bias
 from mtl_jax.models.trunk_output import token_table
@@ -39,17 +40,19 @@ class Seq2SeqEncoder(nn.Module):
     Attributes:
         config: Sizes and constants.
         dtype: Compute dtype; parameters, norms and softmax stay float32.
+        kernels: How the layers are computed.
     """
 
     config: Seq2SeqConfig
     dtype: Any = jnp.float32
+    kernels: Kernels = PLAIN
 
     def setup(self) -> None:
         cfg = self.config
         self.embeddings = Embeddings(cfg, cfg.vocab_size, self.dtype)
         if cfg.positions == "relative":
             self.relative_bias = relative_bias(cfg, cfg.encoder_heads, bidirectional=True)
-        self.layer = [Block(cfg, False, self.dtype) for _ in range(cfg.encoder_layers)]
+        self.layer = [Block(cfg, False, self.dtype, self.kernels) for _ in range(cfg.encoder_layers)]
         if cfg.pre_norm:
             self.norm = make_norm(cfg)
         self.drop = Dropout(cfg.dropout if cfg.drop_output else 0.0)

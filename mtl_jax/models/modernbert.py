@@ -16,7 +16,7 @@ import numpy as np
 
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoder import EncoderOutput
-from mtl_jax.models.layers import ACTIVATIONS, Dense, Embed, attend, attention_mask_BxTxT, layer_norm
+from mtl_jax.models.layers import ACTIVATIONS, PLAIN, Dense, Embed, Kernels, attention_mask_BxTxT, layer_norm
 from mtl_jax.models.trunk_output import segment_mean
 
 
@@ -125,10 +125,12 @@ class ModernBert(nn.Module):
     Attributes:
         config: Sizes and constants.
         dtype: Compute dtype; parameters, layer norms, rotations and softmax stay float32.
+        kernels: How the layers are computed.
     """
 
     config: ModernBertConfig
     dtype: Any = jnp.float32
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(
@@ -166,13 +168,14 @@ class ModernBert(nn.Module):
         global_rotation = rotation(position_ids, cfg.head_size, cfg.global_theta)
         local_rotation = rotation(position_ids, cfg.head_size, cfg.local_theta)
 
-        x_BxTxH = Embeddings(cfg, self.dtype, name="embeddings")(input_ids, deterministic)
+        x_BxTxH = Embeddings(cfg, self.dtype, self.kernels, name="embeddings")(input_ids, deterministic)
         for i, is_global in enumerate(cfg.global_layers):
             mask_BxTxT, angles = (global_mask_BxTxT, global_rotation) if is_global else (local_mask_BxTxT, local_rotation)
             # The embeddings end with a norm, so the first block needs none.
-            block = Block(cfg, self.dtype, attention_norm=i > 0, name=f"layer_{i}")
+            block = Block(cfg, self.dtype, attention_norm=i > 0, kernels=self.kernels, name=f"layer_{i}")
             x_BxTxH = block(x_BxTxH, mask_BxTxT, angles, deterministic)
-        return EncoderOutput(layer_norm(cfg.layer_norm_eps, self.dtype, "final_norm", cfg.norm_bias)(x_BxTxH))
+        norm = layer_norm(cfg.layer_norm_eps, self.dtype, "final_norm", cfg.norm_bias, self.kernels.norm)
+        return EncoderOutput(norm(x_BxTxH))
 
 
 class Embeddings(nn.Module):
@@ -180,12 +183,14 @@ class Embeddings(nn.Module):
 
     config: ModernBertConfig
     dtype: Any
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(self, ids_BxT: jax.Array, deterministic: bool) -> jax.Array:
         cfg = self.config
         embed = Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype, embedding_init=_init(cfg), name="word")
-        x_BxTxH = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", cfg.norm_bias)(embed(ids_BxT))
+        norm = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", cfg.norm_bias, self.kernels.norm)
+        x_BxTxH = norm(embed(ids_BxT))
         return Dropout(cfg.embedding_dropout)(x_BxTxH, deterministic=deterministic)
 
 
@@ -197,21 +202,22 @@ class Block(nn.Module):
     config: ModernBertConfig
     dtype: Any
     attention_norm: bool
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, angles: Rotation, deterministic: bool) -> jax.Array:
         cfg = self.config
-        norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype, use_bias=cfg.norm_bias)
+        norm = functools.partial(layer_norm, cfg.layer_norm_eps, self.dtype, use_bias=cfg.norm_bias, kernel=self.kernels.norm)
         dense = functools.partial(Dense, use_bias=cfg.feed_forward_bias, dtype=self.dtype)
 
         y_BxTxH = norm("attention_norm")(x_BxTxH) if self.attention_norm else x_BxTxH
-        y_BxTxH = RotaryAttention(cfg, self.dtype, name="attention")(y_BxTxH, mask_BxTxT, angles, deterministic)
+        y_BxTxH = RotaryAttention(cfg, self.dtype, self.kernels, name="attention")(y_BxTxH, mask_BxTxT, angles, deterministic)
         x_BxTxH += Dropout(cfg.attention_dropout)(y_BxTxH, deterministic=deterministic)
 
         y_BxTxH = norm("feed_forward_norm")(x_BxTxH)
         y_BxTx2F = dense(2 * cfg.intermediate_size, kernel_init=_init(cfg), name="feed_forward_in")(y_BxTxH)
         y_BxTxF, gate_BxTxF = jnp.split(y_BxTx2F, 2, axis=-1)
-        y_BxTxF = ACTIVATIONS[cfg.activation](y_BxTxF) * gate_BxTxF
+        y_BxTxF = self.kernels.activation(cfg.activation)(y_BxTxF) * gate_BxTxF
         y_BxTxF = Dropout(cfg.feed_forward_dropout)(y_BxTxF, deterministic=deterministic)
         return x_BxTxH + dense(cfg.hidden_size, kernel_init=output_init(cfg), name="feed_forward_out")(y_BxTxF)
 
@@ -221,6 +227,7 @@ class RotaryAttention(nn.Module):
 
     config: ModernBertConfig
     dtype: Any
+    kernels: Kernels = PLAIN
 
     @nn.compact
     def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, angles: Rotation, deterministic: bool) -> jax.Array:
@@ -232,13 +239,14 @@ class RotaryAttention(nn.Module):
         q_BxTxNxD, k_BxTxNxD, v_BxTxNxD = (
             part.reshape(*x_BxTxH.shape[:-1], cfg.num_heads, cfg.head_size) for part in jnp.split(qkv_BxTx3H, 3, axis=-1)
         )
-        out_BxTxNxD = attend(
+        drops = cfg.attention_dropout > 0.0 and not deterministic
+        out_BxTxNxD = self.kernels.attend(
             rotate(q_BxTxNxD, angles),
             rotate(k_BxTxNxD, angles).swapaxes(1, 2),
             v_BxTxNxD.swapaxes(1, 2),
             mask_BxTxT,
             scale=cfg.head_size**-0.5,
-            dropout=lambda probs: drop(probs, deterministic=deterministic),
+            dropout=functools.partial(drop, deterministic=False) if drops else None,
         )
         return dense(cfg.hidden_size, kernel_init=output_init(cfg), name="output")(out_BxTxNxD.reshape(x_BxTxH.shape))
 

@@ -17,7 +17,7 @@ import numpy as np
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.kv_cache import KeyValue, write_cache
-from mtl_jax.models.layers import ACTIVATIONS, Attention, Dense, Embed, RelativeBias
+from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, RelativeBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +208,7 @@ class Block(nn.Module):
         config: Sizes and constants.
         decoder: Whether this is a block of the decoder.
         dtype: Compute dtype.
+        kernels: How the layers are computed.
     """
 
     is_layer: ClassVar[bool] = True
@@ -215,6 +216,7 @@ class Block(nn.Module):
     config: Seq2SeqConfig
     decoder: bool
     dtype: Any
+    kernels: Kernels = PLAIN
 
     def setup(self) -> None:
         cfg = self.config
@@ -232,6 +234,7 @@ class Block(nn.Module):
             cfg.hidden_size,
             # If scores are not scaled (T5), the initial queries are.
             None if cfg.attention_scale is None else _scaled(init, cfg.size_of_head(heads) ** -0.5),
+            self.kernels,
         )
         self.attention = attention()
         self.attention_norm = make_norm(cfg)
@@ -286,7 +289,7 @@ class Block(nn.Module):
         return after(self.feed_forward_norm, x, y), keys_values
 
     def _feed_forward(self, x_BxTxH: jax.Array, deterministic: bool) -> jax.Array:
-        y_BxTxF = ACTIVATIONS[self.config.activation](self.feed_forward_in(x_BxTxH))
+        y_BxTxF = self.kernels.activation(self.config.activation)(self.feed_forward_in(x_BxTxH))
         if self.config.gated:
             y_BxTxF *= self.feed_forward_gate(x_BxTxH)
         return self.feed_forward_out(self.drop_inside(y_BxTxF, deterministic=deterministic))

@@ -10,6 +10,7 @@ import collections
 import math
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -27,6 +28,8 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _WRAPPED = re.compile(r"\bcalls=%?([\w.-]+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)")
 _SHAPE = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # bf16[8,128]
+_KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+_SHARED = re.compile(r"_of_(\d+)_heads/")  # the name of a kernel in which heads multiply each other's lanes, too
 _LAYER = re.compile(r"(?<=[a-z]_)\d+$")
 _WRAPPER = re.compile(r"^[a-z_]+\((.*)\)$")
 # Components of a name that are not of the model.
@@ -45,6 +48,18 @@ class Collective(NamedTuple):
     bytes: int
 
 
+class FusedKernel(NamedTuple):
+    """A kernel of our own, written for one chip, whose cycles its compiler does not estimate; and others in the same place.
+
+    Attributes:
+        operations: Of the unit that multiplies matrices, those on padding included.
+        bytes: Read and written.
+    """
+
+    operations: int
+    bytes: int
+
+
 class ProgramCost(NamedTuple):
     """The cost of a program on one device.
 
@@ -54,6 +69,7 @@ class ProgramCost(NamedTuple):
         collectives: {kind: Collective}.
         kernels: Instructions that run on the device, communication included.
         unknown_loops: Loops whose number of rounds depends on the data; their bodies count once.
+        fused: {place: FusedKernel}, which are not in the cycles.
     """
 
     cycles: int | None
@@ -61,6 +77,11 @@ class ProgramCost(NamedTuple):
     collectives: dict[str, Collective]
     kernels: int
     unknown_loops: int
+    fused: Mapping[str, FusedKernel] = MappingProxyType({})
+
+    def fused_cycles(self, operations_per_cycle: float, bytes_per_cycle: float) -> float:
+        """The least that the fused kernels take: each its operations or its bytes, whichever takes longer."""
+        return sum(max(one.operations / operations_per_cycle, one.bytes / bytes_per_cycle) for one in self.fused.values())
 
 
 class _Instruction(NamedTuple):
@@ -88,9 +109,15 @@ def read(text: str) -> ProgramCost:
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     unknown_loops = kernels = 0
+    fused: dict[str, FusedKernel] = {}
     for instruction, times, unknown in _executed(computations, entry, 1):
         unknown_loops += unknown
         kernels += times * (instruction.opcode not in _NO_KERNEL and not instruction.opcode.endswith("-done"))
+        if 'custom_call_target="tpu_custom_call"' in instruction.rest and (estimate := _KERNEL.search(instruction.rest)):
+            shared, at = _SHARED.search(_op_name(instruction)), place(_op_name(instruction))
+            operations = int(estimate[1]) * int(shared[1] if shared else 1)
+            before = fused.get(at, FusedKernel(0, 0))
+            fused[at] = FusedKernel(before.operations + times * operations, before.bytes + times * int(estimate[2]))
         cycles = _CYCLES.search(instruction.rest)
         if cycles and int(cycles[1]):
             places[place(_op_name(instruction))] += times * int(cycles[1])
@@ -103,6 +130,7 @@ def read(text: str) -> ProgramCost:
         collectives={kind: Collective(counts[kind], sizes[kind]) for kind in sorted(counts)},
         kernels=kernels,
         unknown_loops=unknown_loops,
+        fused=fused,
     )
 
 

@@ -33,6 +33,7 @@ from mtl_jax.training.train_state import StepInputs, TrainState
 
 log = logging.getLogger(__name__)
 
+PRODUCT = 0.88  # of a chip's arithmetic that a large product uses, by the compiler's estimate for v5e
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -52,6 +53,7 @@ class PhaseCost(NamedTuple):
         seconds: Time of a step without communication; None where the compiler gives no cycles.
         communication: Seconds that the communication takes at least, some of it at the same time.
         cost: Cycles, places and collectives; None where the program does not fit.
+        fused_cycles: The least that fused kernels take, which the compiler does not estimate; part of the seconds.
         compile_seconds: Time to compile it here.
     """
 
@@ -67,6 +69,7 @@ class PhaseCost(NamedTuple):
     communication: float | None
     cost: ProgramCost | None
     compile_seconds: float
+    fused_cycles: float = 0.0
 
 
 class Plan(NamedTuple):
@@ -161,8 +164,11 @@ def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0, shard
             )
     dtype = "bfloat16" if experiment.dtype == "auto" else experiment.dtype
     batch = dataclasses.replace(experiment.batch, rows=rows)
-    changes: dict[str, Any] = {"batch": batch, "devices": 1, "dtype": dtype, **({"sharding": sharding} if sharding else {})}
-    prepared = setup.prepare(dataclasses.replace(experiment, **changes), abstract=True)
+    here = dataclasses.replace(
+        experiment, batch=batch, devices=1, dtype=dtype, kernels="auto", sharding=sharding or experiment.sharding
+    )
+    prepared = setup.prepare(here, abstract=True)
+    prepared = prepared._replace(experiment=dataclasses.replace(prepared.experiment, kernels=experiment.kernels))
     inputs = _batch(prepared)
     return [_on(item, prepared, inputs) for item in chosen]
 
@@ -171,7 +177,7 @@ def _on(item: Topology, prepared: Prepared, inputs: Any) -> Plan:
     """The plan for a topology."""
     experiment, needed = prepared.experiment, setup.bytes_if_replicated(prepared)
     cut, note = decide(experiment.sharding, needed, len(item.devices), item.chip.memory)
-    elsewhere = prepared._replace(mesh=_mesh(item), cut=cut)
+    elsewhere = setup.on_mesh(prepared, _mesh(item))._replace(cut=cut)
     phases = [_phase(elsewhere, phase, item, inputs) for phase in prepared.plans]
     tokens, sharding = int(np.prod(inputs.tokens.shape)), "fsdp" if cut else "replicated"
     return Plan(item, experiment.batch.rows, tokens, experiment.dtype, phases, sharding, note, experiment.remat)
@@ -204,17 +210,18 @@ def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> P
     seconds = time.monotonic() - started
     cost = program_cost.read(compiled.as_text())
     memory, clock = meshes.bytes_of(compiled), item.chip.clock
+    fused = 0.0 if clock is None else cost.fused_cycles(PRODUCT * item.chip.flops / clock, item.chip.memory_bandwidth / clock)
     others = 1 - 1 / len(item.devices)
-    # A device sends all of a result but its own part; to sum, as much again. A scattered result is only that part.
-    factors = {"all-reduce": 2, "reduce-scatter": len(item.devices)}
-    sent = sum(value.bytes * factors.get(kind, 1) for kind, value in cost.collectives.items()) * others
+    # A device sends all of an array but its own part; to sum and to have the whole sum, as much again.
+    sent = sum(value.bytes * (2 if kind == "all-reduce" else 1) for kind, value in cost.collectives.items()) * others
     return PhaseCost(
         **common,
         temporaries=int(compiled.memory_analysis().temp_size_in_bytes),
         memory=memory,
         fits=memory <= item.chip.memory,
         flops=_flops(compiled, prepared, plan, batch) / (1 if compiled.cost_analysis() else len(item.devices)),
-        seconds=None if cost.cycles is None or clock is None else cost.cycles / clock,
+        seconds=None if cost.cycles is None or clock is None else (cost.cycles + fused) / clock,
+        fused_cycles=fused,
         communication=sent / item.chip.bandwidth,
         cost=cost,
         compile_seconds=seconds,

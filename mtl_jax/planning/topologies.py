@@ -41,6 +41,7 @@ class Chip(NamedTuple):
         example: The name of a small topology.
         flops: Operations a second in bfloat16, at most.
         flops_per_cycle: The same in one cycle; None where the compiler estimates no cycles.
+        memory_bandwidth: Bytes a second to its own memory; of TPUs.
         target: For the compiler: of a GPU its properties, in the form that it reads; of a TPU the name of the configuration in
             which the cores of a chip are one device, where that is not the default.
     """
@@ -52,6 +53,7 @@ class Chip(NamedTuple):
     flops: float
     flops_per_cycle: int | None = None
     target: str = ""
+    memory_bandwidth: float = math.inf
 
     @property
     def clock(self) -> float | None:
@@ -101,10 +103,10 @@ _H200 = _card("NVIDIA H200", **_HOPPER, memory_bandwidth=4800000000000, device_m
 # From the pages of Google Cloud on each version, and NVIDIA's data sheets. The cycles of TPUs follow from the size and number
 # of the units that multiply matrices.
 CHIPS = {
-    "v4": Chip("tpu", 32e9, 300e9, "v4:2x2x1", 275e12, 8 * 128 * 128 * 2, "megacore"),
-    "v5e": Chip("tpu", 16e9, 200e9, "v5e:2x2", 197e12, 4 * 128 * 128 * 2),
-    "v5p": Chip("tpu", 95e9, 600e9, "v5p:2x2x1", 459e12, 8 * 128 * 128 * 2),
-    "v6e": Chip("tpu", 32e9, 448e9, "v6e:2x2", 918e12, 4 * 256 * 256 * 2),
+    "v4": Chip("tpu", 32e9, 300e9, "v4:2x2x1", 275e12, 8 * 128 * 128 * 2, "megacore", 1228e9),
+    "v5e": Chip("tpu", 16e9, 200e9, "v5e:2x2", 197e12, 4 * 128 * 128 * 2, memory_bandwidth=819e9),
+    "v5p": Chip("tpu", 95e9, 600e9, "v5p:2x2x1", 459e12, 8 * 128 * 128 * 2, memory_bandwidth=2765e9),
+    "v6e": Chip("tpu", 32e9, 448e9, "v6e:2x2", 918e12, 4 * 256 * 256 * 2, memory_bandwidth=1640e9),
     "a100": Chip("cuda", 80e9, 600e9, "a100:8", 312e12, target=_A100),
     "h100": Chip("cuda", 80e9, 900e9, "h100:8", 989e12, target=_H100),
     "h200": Chip("cuda", 141e9, 900e9, "h200:8", 989e12, target=_H200),

@@ -28,6 +28,7 @@ from mtl_jax.data import mixture
 from mtl_jax.data.formats import READERS, script_rows
 from mtl_jax.data.source import FIELDS, RowEdit, ScriptRows, Source
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
+from mtl_jax.models.kernels import KERNELS
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.label_names import LabelNames
 from mtl_jax.tasks.metrics import METRICS
@@ -70,6 +71,7 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
         (weighting.COMBINATORS, experiment.combinators),
         (METRICS, [name for task in experiment.tasks for name in (task.metric, *task.more_metrics)]),
         (READERS, [source.format for source in experiment.sources]),
+        (KERNELS, [experiment.kernels]),
         (RECOGNISERS, [name for edit in ours for name in edit.kinds or RECOGNISERS]),
         (NAMES, [edit.names for edit in ours]),
         (mixture.MIXTURES, [batch.mixture, batch.mixture_end, *(phase.mixture for phase in experiment.phases)]),
@@ -257,7 +259,8 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook_factory(_has_only_if_set, lambda kind: _unstructure_fields(converter, kind))
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
-    added: dict[str, Any] = {name: override(omit_if_default=True) for name in ("private", "sharding", "remat")}
+    later = ("private", "sharding", "remat", "kernels")  # fields that config.json of earlier runs has not
+    added: dict[str, Any] = {name: override(omit_if_default=True) for name in later}
     experiment_to_json = make_dict_unstructure_fn(Experiment, converter, **added)
     converter.register_unstructure_hook(Experiment, experiment_to_json)
     return converter

@@ -26,6 +26,7 @@ from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, select
+from mtl_jax.models import kernels
 from mtl_jax.tasks import Task, label_names
 from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, sharding, text_evaluation
 from mtl_jax.training import mesh as meshes
@@ -112,6 +113,7 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     privacy.check(experiment)
     check_criterion(experiment.evaluation.criterion, experiment.tasks)
     mesh = meshes.make(experiment.batch.rows, experiment.devices)
+    kernels.chosen(experiment.kernels, mesh)  # fails before anything is read
     stream.check_hosts(experiment.batch, jax.process_count())
     private_gradient.check(experiment.optimizer.private, experiment.batch.rows, meshes.shards(mesh))
     copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
@@ -159,7 +161,7 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     notes = _notes(experiment, corpus, trunk, params, plans)
     record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
     checked = Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies)
-    checked = checked._replace(held_out=measured, facts=run_facts)
+    checked = on_mesh(checked._replace(held_out=measured, facts=run_facts), mesh)
     memory = sharding.memory_of(mesh.devices.flat[0])
     decision = sharding.decide(experiment.sharding, bytes_if_replicated(checked), meshes.shards(mesh), memory)
     return checked._replace(cut=decision.cut, notes=[*notes, *([decision.note] if decision.note else [])])
@@ -178,6 +180,17 @@ def bytes_if_replicated(prepared: Prepared) -> int:
 
     teachers = [teacher.params for teacher in prepared.teachers.values()]
     return max(map(of_plan, prepared.plans)) + sharding.bytes_of(teachers)
+
+
+def on_mesh(prepared: Prepared, mesh: Mesh) -> Prepared:
+    """The run on other devices, its trunk with the kernels for these.
+
+    Raises:
+        UserError: There are no such kernels for them.
+    """
+    trunk = prepared.trunk
+    module = kernels.with_kernels(trunk.module, prepared.experiment.kernels, mesh)
+    return prepared._replace(mesh=mesh, trunk=trunk._replace(module=module))
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import doctest
 import pytest
 
 from mtl_jax.planning import program_cost
-from mtl_jax.planning.program_cost import Collective, place
+from mtl_jax.planning.program_cost import Collective, FusedKernel, place
 
 TEXT = """HloModule jit_train_step, is_scheduled=true
 
@@ -120,3 +120,23 @@ def test_places(op_name, expected):
 
 def test_examples():
     assert not doctest.testmod(program_cost).failed
+
+
+def test_fused_kernels_by_their_operations_or_bytes():
+    """Four heads that share the lanes of a unit take four times their own operations."""
+    kernel = (
+        '  %{name} = bf16[8]{{0}} custom-call(%x), custom_call_target="tpu_custom_call", metadata={{op_name="jit(f)/jvp(Encoder)/{path}/pallas_call"}}, '
+        'backend_config={{"custom_call_config":{{"body":"TUzv","cost_estimate":{{"flops":"{flops}","transcendentals":"0","bytes_accessed":"80"}}}}}}'
+    )
+    lines = [
+        kernel.format(name="a", path="layer_0/attention/attention_forward_of_4_heads", flops=100),
+        kernel.format(name="b", path="layer_1/attention/attention_forward_of_4_heads", flops=100),
+        kernel.format(name="c", path="layer_0/norm/norm_forward", flops=10),
+    ]
+    cost = program_cost.read("\n".join(["ENTRY %main (x: bf16[8]) -> bf16[8] {", *lines, "}"]))
+    assert cost.fused == {
+        "forward Encoder/layer_*/attention/attention_forward_of_4_heads": FusedKernel(800, 160),
+        "forward Encoder/layer_*/norm/norm_forward": FusedKernel(10, 80),
+    }
+    assert cost.cycles is None
+    assert cost.fused_cycles(operations_per_cycle=10, bytes_per_cycle=4) == 80 + 20

@@ -123,57 +123,10 @@ class Embed(nn.Embed):
         self.embedding = self.param("embedding", self.embedding_init, shape, self.param_dtype)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """f[..., I] to f[..., features]."""
-        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        x_RxI = inputs.reshape(-1, inputs.shape[-1])
-        y_RxO = lax.dot_general(x_RxI, kernel, (((1,), (0,)), ((), ())), precision=self.precision)
-        if bias is not None and y_RxO.dtype == jnp.bfloat16:
-            y_RxO, bias = _add_bias(y_RxO, bias), None
-        y = y_RxO.reshape(*inputs.shape[:-1], -1)
-        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-
-
-@jax.custom_vjp
-def _add_bias(y_RxO: jax.Array, bias_O: jax.Array) -> jax.Array:
-    return y_RxO + bias_O
-
-
-def _bias_gradient(nothing: None, gradient_RxO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # A sum over rows as a product, which adds up in float32 too: on a TPU it takes a twentieth of the time.
-    ones_8xR = jnp.ones((8, len(gradient_RxO)), gradient_RxO.dtype)
-    sums_8xO = jnp.matmul(ones_8xR, gradient_RxO, preferred_element_type=jnp.float32)
-    return gradient_RxO, sums_8xO[0].astype(gradient_RxO.dtype)
-
-
-_add_bias.defvjp(lambda y_RxO, bias_O: (y_RxO + bias_O, None), _bias_gradient)
-
-
-class Embed(nn.Embed):
-    """nn.Embed that accepts a table with any number of rows, or in place of it the vectors of the tokens themselves.
-
-    A training step can then pass only what a batch reads, while linen insists on the declared shape; a new table has
-    num_embeddings rows.
-    """
-
-    def setup(self) -> None:
-        given: jax.Array | None = self.get_variable("params", "embedding")
-        shape = (self.num_embeddings, self.features) if given is None else given.shape
-        self.embedding = self.param("embedding", self.embedding_init, shape, self.param_dtype)
-
-    def __call__(self, ids_BxT: jax.Array) -> jax.Array:
-        """f[B, T, E]: the rows of the ids, or the vectors f[B, T, E] that were given in place of a table."""
-        if self.embedding.ndim > 2:
-            return self.embedding.astype(self.dtype or self.embedding.dtype)
-        return super().__call__(ids_BxT)
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
         """f[B, T, E] of ids i32[B, T]: rows of the table, or the vectors that were given in place of it."""
-        if self.embedding.ndim > 2:
-            return self.embedding.astype(self.dtype or self.embedding.dtype)
         # Of the whole table in another dtype, forward and backward, only these rows are needed.
-        return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype or self.param_dtype)
+        vectors = self.embedding if self.embedding.ndim > 2 else jnp.take(self.embedding, inputs, axis=0)
+        return vectors.astype(self.dtype or self.param_dtype)
 
 
 def attention_mask_BxTxT(attention_mask_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:

@@ -99,6 +99,35 @@ def test_of_a_reduce_scatter_the_whole_array_counts(program):
     assert program_cost.read(program).collectives == {"reduce-scatter": Collective(times=1, bytes=6 * 8 * 2)}
 
 
+FUSED = """
+%start (x: f32[2]) -> (f32[2], f32[8]) {
+  %gather = f32[8]{0} all-gather(%x), dimensions={0}
+  ROOT %begun = (f32[2]{0}, f32[8]{0}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (x: f32[2]) -> f32[8] {
+  ROOT %gather = f32[8]{0} all-gather(%x), dimensions={0}
+}
+
+%all-reduce-scatter.1 (x: f32[8]) -> f32[2] {
+  %sum = f32[8]{0} all-reduce(%x), to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%sum)
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %begun = (f32[2]{0}, f32[8]{0}) fusion(%x), kind=kCustom, calls=%start
+  %whole = f32[8]{0} fusion(%begun), kind=kCustom, calls=%goes_on
+  ROOT %part = f32[2]{0} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(f)/g"}
+}
+"""
+
+
+def test_collectives_inside_of_fusions():
+    """A gather that is begun and ended by two fusions counts once; a sum of which a device keeps a part is one operation."""
+    collectives = program_cost.read(FUSED).collectives
+    assert collectives == {"all-gather": Collective(1, 32), "reduce-scatter": Collective(1, 32)}
+
+
 def test_a_program_without_estimates():
     cost = program_cost.read("ENTRY %main (x: pred[3]) -> pred[3] {\n  ROOT %x = (pred[3]{0}, s4[8]{0}) all-to-all(%y)\n}")
     assert cost.cycles is None

@@ -114,6 +114,7 @@ def test_gradients_of_gathered_parameters(placement):
         return jax.grad(loss)(params, 1.0, **options), by_scale, slope
 
     placed = placement.place(params)
+    assert sharding.bytes_of(placed) == sharding.bytes_of(placement.shapes(params)) == 4 * (4 * 8 + 8) / 8
     assert placed["kernel"].sharding.spec == jax.P(None, "data")
     expected = everything(params)
     gradient, by_scale, slope = jax.jit(lambda params: everything(params, gathered=placement.boxed))(placed)

@@ -43,6 +43,11 @@ def given(flags: Sequence[str]) -> Iterator[None]:
         _flags.reset(token)
 
 
+def given_flags() -> tuple[str, ...]:
+    """The flags of given(), those after "--"."""
+    return _flags.get()
+
+
 def divided_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments without --import FILE, and the files.
 

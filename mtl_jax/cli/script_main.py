@@ -117,7 +117,7 @@ def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks
     if scripts.only_read.get():  # by a command or a test, which has its own log
         launch = _parsed(experiment, description or "")
         if launch.distributed:
-            raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
+            raise UserError("--distributed: leave it out of the script's flags; the command gives it to every process")
         raise scripts.Read(launch.experiment, has_hooks=bool(hooks or launch.logger))
     run(lambda: _launch(_parsed(experiment, description or ""), hooks))
 

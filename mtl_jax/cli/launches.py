@@ -44,6 +44,7 @@ def launch_command(
     prepare: str = "",
     restarts: int = 20,
     output: str = "",
+    ablate: str = "",
     dry_run: bool = False,
     yes: bool = False,
 ) -> None:
@@ -57,16 +58,31 @@ def launch_command(
         on: The system with its options: ssh:HOST,HOST; slurm:nodes=2,gpus=8; gcloud:zone=ZONE,type=v4-16;
             skypilot:accelerators=H100:8; xpk:cluster=NAME,type=v5litepod-16; or one of --import FILE. Options: docs/pods.md.
         name: The job's name. Default: that of the script.
-        folder: The directory on the machines in which the script starts. Default: this one, which ssh and slurm do not copy; for gcloud, where it is copied to.
+        folder: The directory on the machines in which the script starts. Default: this one, which ssh and slurm do not
+            copy; for gcloud, where it is copied to.
         python: The Python of the machines.
         prepare: A line of shell that each machine runs first, such as ". ~/venv/bin/activate" or "pip install mtl_jax".
         restarts: How often it is started again at most.
         output: The file to write. Default: launch/NAME with an ending.
+        ablate: Train an ablation of the script, whose runs the hosts share: the options of mtl-jax ablate as one text, such as
+            "--vary optimizer.learning-rate=1e-3,1e-2 --workdir /shared/ablation".
         dry_run: Print the file and the command, and write and start nothing; the system's tool need not be there.
         yes: Start without asking.
     """
-    options = {"name": name, "folder": folder, "python": python, "prepare": prepare, "restarts": restarts, "output": output}
-    launched = launch(script, on, scripts.given_flags(), **options, dry_run=dry_run, yes=yes)  # type: ignore[arg-type]
+    launched = launch(
+        script,
+        on,
+        scripts.given_flags(),
+        name=name,
+        folder=folder,
+        python=python,
+        prepare=prepare,
+        restarts=restarts,
+        output=output,
+        ablate=ablate,
+        dry_run=dry_run,
+        yes=yes,
+    )
     if launched.code:
         flush_output()
         sys.exit(launched.code)
@@ -83,6 +99,7 @@ def launch(
     prepare: str = "",
     restarts: int = 20,
     output: str = "",
+    ablate: str = "",
     dry_run: bool = False,
     yes: bool = False,
 ) -> Launched:
@@ -98,6 +115,7 @@ def launch(
         prepare: A line of shell that each machine runs first.
         restarts: How often it is started again at most.
         output: The file to write; default: launch/NAME with an ending.
+        ablate: The options of mtl-jax ablate as one text, to train an ablation of the script; empty: the script is run.
         dry_run: Print the file and the command, and write and start nothing.
         yes: Start without asking; else the user is asked, where there is a terminal.
 
@@ -115,7 +133,7 @@ def launch(
     from mtl_jax.launching.systems import launch_file
 
     path = _relative(Path(script))
-    job = jobs.Job(name or jobs.name_for(path), path, tuple(flags), folder, python, prepare, restarts, output)
+    job = jobs.Job(name or jobs.name_for(path), path, tuple(flags), folder, python, prepare, restarts, output, ablate)
     jobs.check(job)
     file = launch_file(on, job)
     with scripts.given(flags):

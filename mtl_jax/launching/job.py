@@ -32,6 +32,7 @@ class Job(NamedTuple):
         prepare: A line of shell that every host runs first, such as ". ~/venv/bin/activate"; empty: none.
         restarts: How often the hosts are started again at most.
         output: The file to write; empty: launch/NAME with the launcher's ending.
+        ablate: The words of mtl-jax ablate, such as "--vary seed=0,1"; empty: the script itself is run.
     """
 
     name: str
@@ -42,10 +43,14 @@ class Job(NamedTuple):
     prepare: str = ""
     restarts: int = 20
     output: str = ""
+    ablate: str = ""
 
     @property
     def command(self) -> str:
-        """The line of shell that runs the script with its flags, each word quoted."""
+        """The line of shell that runs the script with its flags, or ablates it, each word quoted. It may get more flags."""
+        if self.ablate:
+            words_of_ablate = shlex.split(self.ablate)
+            return shlex.join([self.python, "-m", "mtl_jax", "ablate", self.script, *words_of_ablate, "--", *self.flags])
         return shlex.join([self.python, self.script, *self.flags])
 
     @property
@@ -91,7 +96,11 @@ def check(job: Job) -> None:
             f"--name {shown(job.name)!r}: use lower-case letters, digits and '-', a letter first, at most 40 characters"
         )
     texts = {"the script": job.script, "--folder": job.folder, "--python": job.python, "--prepare": job.prepare}
-    texts |= {f"flag {number} of the script": flag for number, flag in enumerate(job.flags, start=1)}
+    try:
+        shlex.split(job.ablate)
+    except ValueError as error:
+        raise UserError(f"--ablate {shown(job.ablate)!r}: {str(error).lower()}; write it as on a command line") from error
+    texts |= {"--ablate": job.ablate} | {f"flag {number} of the script": flag for number, flag in enumerate(job.flags, start=1)}
     for place, text in texts.items():
         if _CONTROL.search(text):
             raise UserError(f"{place} {shown(text)!r} has a line break or another control character; write it in one line")

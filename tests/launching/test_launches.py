@@ -222,6 +222,7 @@ def test_dry_run_prints_and_writes_nothing_and_yes_runs(folder, capfd):
         ("ssh:one", {"restarts": -1}, "--restarts is -1; it must be at least 0"),
         ("ssh:one", {"prepare": "a\nb"}, "--prepare .* has a line break"),
         ("ssh:one", {"flags": ("--name", "a\nb")}, "flag 2 of the script .* has a line break"),
+        ("ssh:one", {"ablate": "--vary 'a"}, '--ablate "--vary \'a": no closing quotation; write it as on a command line'),
         ("ssh:one", {"name": "Upper"}, "--name 'Upper': use lower-case letters"),
         ("ssh:one", {"flags": ("--sed", "3")}, "unknown flag"),
         ("ssh:one", {"flags": ("--distributed", "auto")}, "--distributed: "),
@@ -285,3 +286,5 @@ def test_names_of_jobs():
     assert job.name_for("7.py") == "run-7"
     job.check(Job(job.name_for("x" * 90 + ".py"), "x.py"))
     assert shlex.split(Job("a", "b c.py", ("$x",)).command) == ["python", "b c.py", "$x"]
+    ablation = Job("a", "b.py", ("--seed", "1"), ablate="--vary 'seed=1, 2'").command
+    assert shlex.split(ablation) == ["python", "-m", "mtl_jax", "ablate", "b.py", "--vary", "seed=1, 2", "--", "--seed", "1"]

@@ -13,8 +13,9 @@ from .ablation.ablate import ablate as ablate
 from .ablation.extract import take as take
 from .audit.deidentified_files import deidentify as deidentify
 from .audit.deidentified_rows import Deidentify as Deidentify
-from .cli.launch import main as main
+from .cli.launches import launch as launch
 from .cli.run_command import run as run
+from .cli.script_main import main as main
 from .core.errors import Interrupted as Interrupted
 from .core.errors import UserError as UserError
 from .core.hooks import Hooks as Hooks
@@ -33,6 +34,7 @@ from .inference.predict import Model as Model
 from .inference.predict import evaluate as evaluate
 from .inference.predict import load_model as load_model
 from .inference.predict import predict as predict
+from .launching.systems import register_launcher as register_launcher
 from .merging import merge as merge
 from .planning import plan as plan
 from .reporting import report as report

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from mtl_jax.ablation.chunk import Chunk, Shared
 from mtl_jax.ablation.plan import Program, Run, programs, runs
 from mtl_jax.ablation.prepare_program import Ready, make_ready
 from mtl_jax.ablation.remarks import weights_do_nothing
+from mtl_jax.ablation.sharing import PAUSE, Ledger, Sharing
+from mtl_jax.ablation.sharing import check as check_share
 from mtl_jax.core import locks, log_lines, script_calls
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.progress import Progress
@@ -51,6 +54,7 @@ def ablate(
     at_once: int = 0,
     memory: float = 0.0,
     command: str = "",
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Trains every combination of the varied fields; resumes if an earlier process was stopped.
 
@@ -69,6 +73,8 @@ def ablate(
         at_once: Most runs in one program; 0: as many as fit into memory.
         memory: GB of a device that may be used; 0: its free memory.
         command: The command line, for the record.
+        share: The number of this process, from 0, and how many processes, each started with the same arguments, share the runs;
+            they need see nothing of each other but the workdir. Process 0 writes the report.
 
     Returns:
         The contents of ablation.json.
@@ -89,8 +95,9 @@ def ablate(
     folder = Path(workdir)
     planned = plan(folders.keep_head_weights_of_runs(folder, experiment), vary, methods, seeds, samples, own_order)
     workdirs.check_writable(folder)
-    with locks.workdir(folder):
-        return _ablate(experiment, folder, planned, vary, samples, at_once, memory, command)
+    sharing = check_share(*share)
+    with locks.workdir(folder) if sharing.alone else contextlib.nullcontext():
+        return _ablate(experiment, folder, planned, vary, samples, at_once, memory, command, sharing)
 
 
 def _ablate(
@@ -102,15 +109,17 @@ def _ablate(
     at_once: int,
     memory: float,
     command: str,
+    sharing: Sharing,
 ) -> dict[str, Any]:
-    before = folders.check(folder, planned)
+    with sharing.recording(folder):
+        before = folders.check(folder, planned)
     axes = [
         {"fields": [".".join(path) for path in axis.paths], "values": [list(point) for point in axis.points]}
         for axis in space.axes(select(experiment), vary, samples)
     ]
     record = before or {"name": experiment.name, "command": command, "axes": axes}
     record["programs"] = record.get("programs", [describe(program) for program in planned])
-    status = {run["run"]: run["status"] for run in record.get("runs", ()) if run["status"] != folders.WAITING}
+    ledger = Ledger(sharing, folder, planned, record)
     if not before:
         _prepare_all(planned)
     total = sum(steps_of(program) * len(program.runs) for program in planned)
@@ -121,53 +130,94 @@ def _ablate(
         steps.update(steps_by_phase(program.template, runs=len(program.runs)))
     with stop_on_signals() as stop:
         progress = Progress("ablation", total, coming=other, stretches=steps)
-        logged: set[str] = set()  # programs have most of their notes in common
-        for program in planned:
-            entry = record["programs"][program.number]
-            if all(run.name in status for run in program.runs):
-                span = (program.template, 0, None, len(program.runs))
-                progress.skip(steps_by_phase(*span), evaluations_and_checkpoints(*span))
-                continue
-            settings = ", ".join(f"{name} {value}" for name, value in describe(program)["fixed"].items())
-            title = f"program {program.number + 1} of {len(planned)}{f' ({settings})' if settings else ''}"
-            log.info("%s: %s, compiling ...", title, count(len(program.runs), "run"))
-            ready = make_ready(program, at_once, memory, entry.get("size", 0))
-            entry |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
-            entry["bytes"] = ready.machine.weight or entry.get("bytes", 0)
-            remark = weights_do_nothing(program, ready.prepared.plans)
-            if remark:
-                log.info("program %d: %s", program.number, remark)
-                entry["remark"] = remark
-            folders.begin(folder, planned)
-            folders.write(folder, record, planned, status)
-
-            compiled_before = entry.get("compile_seconds", 0.0)  # by processes before this one, which compiles again
-
-            def write_chunk(
-                ended: dict[str, str],
-                seconds: float,
-                ready: Ready = ready,
-                entry: dict[str, Any] = entry,
-                compiled_before: float = compiled_before,
-            ) -> None:
-                status.update(ended)
-                entry["seconds"] = round(entry.get("seconds", 0.0) + seconds, 1)
-                entry["compile_seconds"] = round(compiled_before + ready.machine.compile_seconds, 1)
-                folders.write(folder, record, planned, status)
-
-            for line in ready.prepared.notes:
-                if line not in logged:
-                    log.info("%s", line)
-            logged.update(ready.prepared.notes)
-            _train(ready, folder, stop, progress, status, write_chunk)
+        work = _Work(ledger, stop, progress, at_once, memory, set(), set())
+        waiting = sharing.in_order(planned)
+        while waiting := [program for program in waiting if not _train_program(work, program)]:
+            work.note("other processes train the remaining runs; waiting for them")
+            stop.flag.wait(PAUSE)
+            stop.check()
         progress.close()
-    written = folders.write(folder, record, planned, status)
+    if sharing.process:
+        return folders.read(folder)
+    with ledger.opened():
+        written = ledger.write()
     from mtl_jax import reporting  # imported late: matplotlib takes a while
 
     page = reporting.write(folder, folder, patience=PATIENCE)
     for line in (reporting.best_setting(folder), f"the report is {page}"):
         log.info("%s", line)
     return written
+
+
+class _Work(NamedTuple):
+    """What the programs of an ablation are trained with.
+
+    Attributes:
+        ledger: The record.
+        stop: Whether the process was asked to stop.
+        progress: The bar over all runs.
+        at_once: Most runs in one program; 0: as many as fit.
+        memory: GB of a device that may be used; 0: its free memory.
+        notes: Lines that were logged: programs have most of them in common.
+        skipped: Runs that the bar counts as done without training here.
+    """
+
+    ledger: Ledger
+    stop: Stop
+    progress: Progress
+    at_once: int
+    memory: float
+    notes: set[str]
+    skipped: set[str]
+
+    def skip(self, program: Program, runs: Sequence[Run]) -> None:
+        """Counts runs that were trained before, or elsewhere."""
+        remaining = {run.name for run in runs} - self.skipped
+        self.skipped.update(remaining)
+        span = (program.template, 0, None, len(remaining))
+        self.progress.skip(steps_by_phase(*span), evaluations_and_checkpoints(*span))
+
+    def note(self, line: str) -> None:
+        """Logs a line once."""
+        if line not in self.notes:
+            log.info("%s", line)
+        self.notes.add(line)
+
+
+def _train_program(work: _Work, program: Program) -> bool:
+    """Trains the chunks of a program that no other process has or has trained; whether all its runs are done."""
+    ledger, sharing = work.ledger, work.ledger.sharing
+    with ledger.opened():
+        pass
+    if ledger.ended(program.runs):
+        work.skip(program, program.runs)
+        return True
+    if not ledger.has_work(program):
+        return False
+    entry, planned = ledger.entry(program), ledger.planned
+    settings = ", ".join(f"{name} {value}" for name, value in describe(program)["fixed"].items())
+    title = f"program {program.number + 1} of {len(planned)}{f' ({settings})' if settings else ''}"
+    log.info("%s: %s, compiling ...", title, count(len(program.runs), "run"))
+    most = sharing.at_once(planned, program, work.at_once)
+    ready = make_ready(program, most, work.memory, entry.get("size", 0))
+    remark = weights_do_nothing(program, ready.prepared.plans)
+    if remark:
+        log.info("program %d: %s", program.number, remark)
+    with ledger.opened():
+        if entry.get("size", ready.machine.size) != ready.machine.size:  # another process measured other memory
+            ready = make_ready(program, most, work.memory, entry["size"])
+        entry |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
+        entry["bytes"] = ready.machine.weight or entry.get("bytes", 0)
+        if remark:
+            entry["remark"] = remark
+        folders.begin(ledger.folder, planned)
+        ledger.write()
+        workdirs.create(folders.of_program(ledger.folder, program.number))
+        trunks.save(ready.prepared.trunk, folders.of_program(ledger.folder, program.number) / "trunk")
+    for line in ready.prepared.notes:
+        work.note(line)
+    _train(ready, work)
+    return ledger.ended(program.runs)
 
 
 def plan(
@@ -184,7 +234,9 @@ def plan(
         UserError: The experiment or an argument is refused.
     """
     if jax.process_count() > 1:
-        raise UserError("an ablation trains on the devices of one process; start it without --distributed")
+        raise UserError(
+            "an ablation trains on the devices of one process: leave out jax.distributed.initialize, and give share"
+        )
     experiment = select(experiment)
     return programs(runs(experiment, space.axes(experiment, vary, samples), methods, seeds, own_order=own_order))
 
@@ -219,38 +271,37 @@ def share(ready: Ready, folder: Path, stop: Stop, progress: Progress) -> Shared:
     return Shared(ready.machine, ready.params, table, run_folder, stop, progress)
 
 
-def _train(
-    ready: Ready,
-    folder: Path,
-    stop: Stop,
-    progress: Progress,
-    status: dict[str, str],
-    write_chunk: Callable[[dict[str, str], float], None],
-) -> None:
-    """Trains the chunks that are not done; after each, calls write_chunk with {run: status} and the seconds it took."""
-    prepared, number = ready.prepared, ready.program.number
-    workdirs.create(folders.of_program(folder, number))
-    trunks.save(prepared.trunk, folders.of_program(folder, number) / "trunk")
-    shared = share(ready, folder, stop, progress)
+def _train(ready: Ready, work: _Work) -> None:
+    """Trains the chunks of a program that are not done and that no other process has."""
+    ledger, prepared, number = work.ledger, ready.prepared, ready.program.number
+    shared = share(ready, ledger.folder, work.stop, work.progress)
     kind = prepared.experiment.evaluation.baseline
     features = np.asarray(shared.table()) if kind == "probe" else None
     baselines = results.compute_baselines(prepared.corpus, prepared.experiment.sources, kind, features)
     data = data_to_json(prepared.corpus.describe(), prepared.experiment, prepared.corpus.tasks, prepared.copies)
-    for place, chunk in enumerate(ready.chunks):
-        if all(run.name in status for run in chunk):
-            span = (prepared.experiment, 0, None, len(chunk))
-            progress.skip(steps_by_phase(*span), evaluations_and_checkpoints(*span))
-            continue
-        for run in chunk:
-            files = {"versions": workdirs.versions(), "data": data, "baselines": baselines}
-            if run.experiment.seed in ready.loaded:
-                files["init_from"] = ready.loaded[run.experiment.seed]
-            for name, value in files.items():
-                workdirs.write_json(shared.run_folder(run) / f"{name}.json", value)
-        training = Chunk(shared, chunk, ready.values(chunk), folders.of_chunk(folder, number, place))
-        fates = zip(chunk, training.train(), strict=True)
-        ended = {run.name: f"diverged {fate.diverged}" if fate.diverged else "done" for run, fate in fates}
-        write_chunk(ended, training.counts.seconds)
+    recorded = 0.0  # seconds of compiling that are in the record
+    for place, chunk in ledger.sharing.in_order(list(enumerate(ready.chunks))):
+        with ledger.sharing.taking(ledger.folder, number, place) as taken:
+            with ledger.opened():
+                pass
+            if ledger.ended(chunk):
+                work.skip(ready.program, chunk)
+                continue
+            if not taken:
+                continue
+            for run in chunk:
+                files = {"versions": workdirs.versions(), "data": data, "baselines": baselines}
+                if run.experiment.seed in ready.loaded:
+                    files["init_from"] = ready.loaded[run.experiment.seed]
+                for name, value in files.items():
+                    workdirs.write_json(shared.run_folder(run) / f"{name}.json", value)
+            training = Chunk(shared, chunk, ready.values(chunk), folders.of_chunk(ledger.folder, number, place))
+            fates = zip(chunk, training.train(), strict=True)
+            ended = {run.name: f"diverged {fate.diverged}" if fate.diverged else "done" for run, fate in fates}
+            work.skipped.update(ended)
+            compiling = ready.machine.compile_seconds - recorded
+            recorded += compiling
+            ledger.end(ready.program, place, ended, training.counts.seconds, compiling)
 
 
 def steps_of(program: Program) -> int:

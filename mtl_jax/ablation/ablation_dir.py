@@ -100,6 +100,11 @@ def begin(folder: Path, planned: Sequence[Program]) -> None:
             workdirs.write_json(of_run(folder, run.name) / "config.json", to_json(run.experiment))
 
 
+def ended(record: dict[str, Any]) -> dict[str, str]:
+    """{run: status} of the runs that are done or have diverged, in the contents of ablation.json; {} before it has runs."""
+    return {run["run"]: run["status"] for run in record.get("runs", ()) if run["status"] != WAITING}
+
+
 def write(folder: Path, record: dict[str, Any], planned: Sequence[Program], status: dict[str, str]) -> dict[str, Any]:
     """Writes ablation.json, and returns it.
 

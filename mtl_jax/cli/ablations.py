@@ -33,7 +33,8 @@ def ablate(
 
     Runs that differ only in numbers (weights, rates, decay, regularisers, options of a rule, seeds) share one program and are
     trained at once, on one pass over the data; every other varied field needs a program for each of its values. The same
-    command, started again, resumes.
+    command, started again, resumes. Several hosts share the runs where each is started with the same command and the same
+    --workdir, and --distributed among the script's flags.
 
     Args:
         script: A script that calls mtl_jax.main; its own flags come after --.
@@ -51,7 +52,8 @@ def ablate(
     """
     from mtl_jax.ablation import ablate as module
 
-    experiment = scripts.read(script)
+    called = scripts.read_call(script, "ablate")
+    experiment = called.experiment
     rules = method_list(methods)
     if dry_run:
         planned = module.plan(experiment, vary, rules, seeds, samples, own_order)
@@ -69,6 +71,7 @@ def ablate(
         at_once=at_once,
         memory=memory,
         command=shlex.join(["mtl-jax", *sys.argv[1:]]),
+        share=process_of(called.distributed),
     )
     print(f"everything is in {folder}")
 
@@ -90,6 +93,17 @@ def take(
 
     take_out(ablation, run, target)
     print(f"everything is in {target}")
+
+
+def process_of(distributed: str) -> tuple[int, int]:
+    """The number of this process and how many there are, from a script's --distributed; nothing is connected.
+
+    Raises:
+        UserError: It is neither auto nor HOST:PORT,INDEX,COUNT, or no cluster is found.
+    """
+    from mtl_jax.training import mesh
+
+    return mesh.process_of(distributed) if distributed else (0, 1)
 
 
 def method_list(text: str) -> list[str]:

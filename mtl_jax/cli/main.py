@@ -12,6 +12,7 @@ import tyro
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
 from mtl_jax.cli.before_training import affinity, audit, check_json, deidentify, plan
+from mtl_jax.cli.launches import launch_command
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
 from mtl_jax.core.errors import UserError, unknown
@@ -223,6 +224,7 @@ def console() -> None:
         "deidentify": deidentify,
         "memorisation": memorisation,
         "plan": plan,
+        "launch": launch_command,
         "results": results,
         "report": report,
     }

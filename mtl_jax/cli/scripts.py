@@ -43,6 +43,11 @@ def given(flags: Sequence[str]) -> Iterator[None]:
         _flags.reset(token)
 
 
+def given_flags() -> tuple[str, ...]:
+    """The flags of given(), those after "--"."""
+    return _flags.get()
+
+
 def divided_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments without --import FILE, and the files.
 
@@ -119,8 +124,17 @@ def read(script: str, purpose: str = "ablate") -> Experiment:
             experiment that it would train first.
 
     Raises:
-        UserError: The file does not exist, or it ends without calling main().
+        UserError: The file does not exist, it ends without calling main(), or its flags have --distributed.
     """
+    called = read_call(script, purpose)
+    if called.distributed:
+        own = "mtl-jax launch adds it" if purpose == "launch" else f"to {purpose} takes one process"
+        raise UserError(f"--distributed: leave it out of the script's flags; {own}")
+    return called.experiment
+
+
+def read_call(script: str, purpose: str) -> Read:
+    """What a script called main() with; as read(), with --distributed allowed."""
     path = Path(script)
     if not path.is_file():
         raise UserError(f"{script}: no such script")
@@ -132,7 +146,7 @@ def read(script: str, purpose: str = "ablate") -> Experiment:
     except Read as called:
         if called.has_hooks and purpose == "ablate":
             log.warning("%s: an ablation calls no hooks and no --logger; its runs have their own metrics.jsonl", script)
-        return called.experiment
+        return called
     finally:
         sys.argv, sys.path[:] = argv, folders
         only_read.reset(token)

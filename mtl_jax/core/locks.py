@@ -31,14 +31,23 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _PAUSE = 0.2  # seconds between two attempts
 
 
+class Busy(UserError):
+    """Another process has the lock."""
+
+
 @contextlib.contextmanager
-def workdir(folder: Path) -> Iterator[None]:
+def workdir(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Keeps other processes from training in a workdir. It is created if absent, and removed again if it stays empty.
 
+    Args:
+        folder: The workdir.
+        patience: Seconds to wait for a process that has locked it.
+
     Raises:
-        UserError: Another process has locked it, or it cannot be written.
+        Busy: Another process has locked it.
+        UserError: It cannot be written.
     """
-    with _created(folder), _hold_lock(folder / NAME, folder, "choose another --workdir"):
+    with _created(folder), _hold_lock(folder / NAME, folder, "choose another --workdir", patience):
         yield
 
 
@@ -164,13 +173,13 @@ def _holder(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and record.keys() >= {"pid", "host", "since"} else {}
 
 
-def _busy(written: Path, path: Path, advice: str) -> UserError:
+def _busy(written: Path, path: Path, advice: str) -> Busy:
     holder = _holder(path)
     if not holder:
-        return UserError(f"{written}: another process is writing it; let it end, or {advice}")
+        return Busy(f"{written}: another process is writing it; let it end, or {advice}")
     line = f"{written}: process {holder['pid']} on {holder['host']} has been writing it since {holder['since']}; let it end, "
     other_host = holder["host"] != socket.gethostname()
-    return UserError(line + (f"{advice}, or delete {path} if that host is gone" if other_host else f"or {advice}"))
+    return Busy(line + (f"{advice}, or delete {path} if that host is gone" if other_host else f"or {advice}"))
 
 
 def _warn_left_behind(written: Path, holder: dict[str, Any]) -> None:

@@ -12,6 +12,6 @@ until_train: contextvars.ContextVar[bool] = contextvars.ContextVar("until_train"
 class Read(BaseException):
     """Ends a script at its call of main(), where its experiment is known. Not an Exception, so that scripts do not catch it."""
 
-    def __init__(self, experiment: Any, has_hooks: bool = False):
+    def __init__(self, experiment: Any, has_hooks: bool = False, distributed: str = ""):
         super().__init__()
-        self.experiment, self.has_hooks = experiment, has_hooks
+        self.experiment, self.has_hooks, self.distributed = experiment, has_hooks, distributed

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import threading
@@ -26,6 +27,7 @@ from jax._src.distributed import global_state  # jax has no public access to the
 from mtl_jax.core import digests
 from mtl_jax.core.errors import Interrupted, UserError, listed
 from mtl_jax.core.files import reason, writing
+from mtl_jax.training import lost_hosts
 from mtl_jax.training import workdir as workdirs
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,9 @@ GRACE = 5.0  # seconds in which a host may raise its own error before another ho
 SEEN_WITHIN = 15.0  # seconds in which a file that one host wrote must be visible to the others
 _POLL = 0.5
 _LONGEST = 100  # characters of a value that an error shows
+
+# In errors of collective work whose other side may be lost.
+_PEERS = re.compile("gloo|nccl|connection|unavailable|peer", re.IGNORECASE)
 
 _exchanges = itertools.count()  # names of exchanges; all hosts do the same exchanges in the same order
 
@@ -185,6 +190,8 @@ def fail_together() -> Iterator[None]:
     except Interrupted:  # all hosts agree on the step and raise it
         raise
     except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _PEERS.search(str(error)):
+            time.sleep(lost_hosts.HEARTBEAT + GRACE)  # where a host is lost, this process ends in the meantime
         report = {"host": index(), "error": _error_line(error), "code": 2 if isinstance(error, UserError) else 1}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first
             _store().key_value_set(key, json.dumps(report))

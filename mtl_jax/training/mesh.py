@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import clusters  # jax has no public access to what it finds
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtl_jax.core.errors import UserError
+from mtl_jax.training import lost_hosts
 
 DATA = "data"
 RUN = "run"
@@ -205,14 +207,46 @@ def _end(why: str) -> None:
 def _connect(cluster: str) -> None:
     if cluster == "auto":
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=lost_hosts.HEARTBEAT)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"--distributed auto: jax found no cluster ({str(error).splitlines()[0]})") from error
+        lost_hosts.watch()
         return
+    address, index, count = _given(cluster)
+    jax.distributed.initialize(
+        address,
+        process_id=index,
+        num_processes=count,
+        cluster_detection_method="deactivate",  # else a process sees one device only, where the cluster is Slurm
+        heartbeat_timeout_seconds=lost_hosts.HEARTBEAT,
+    )
+    lost_hosts.watch()
+
+
+def _given(cluster: str) -> tuple[str, int, int]:
+    """The address of process 0, this process's index, and the number of processes."""
     address, *numbers = cluster.split(",")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
         raise UserError(f"--distributed {cluster!r}: give auto, or HOST:PORT,INDEX,COUNT")
-    jax.distributed.initialize(address, process_id=int(numbers[0]), num_processes=int(numbers[1]))
+    return address, int(numbers[0]), int(numbers[1])
+
+
+def process_of(cluster: str) -> tuple[int, int]:
+    """The index of this process and the number of processes, without connecting them.
+
+    Args:
+        cluster: As for connect.
+
+    Raises:
+        UserError: As connect.
+    """
+    if cluster != "auto":
+        return _given(cluster)[1:]
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    _, count, index, _ = detect("localhost:0", None, None, [0], None, CONNECT_WITHIN)
+    if index is None or count is None:
+        raise UserError("--distributed auto: jax found no cluster; give HOST:PORT,INDEX,COUNT")
+    return index, count
 
 
 def compute_dtype(name: str) -> Any:

@@ -12,7 +12,7 @@ from processes import CONSOLE, Process
 
 from mtl_jax import Checkpoints
 from mtl_jax.cli import scripts
-from mtl_jax.cli.ablations import method_list
+from mtl_jax.cli.ablations import method_list, process_of
 from mtl_jax.core.errors import UserError
 from mtl_jax.training.checkpoint_store import Store
 
@@ -100,8 +100,11 @@ def test_a_script_is_read_with_its_flags(tmp_path, monkeypatch):
     with scripts.given(["--phases.0.steps", "77", "--weighting", "famo"]):
         actual = scripts.read(tiny.__file__)
     assert (actual.phases[0].steps, actual.weighting) == (77, "famo")
-    with scripts.given(["--distributed", "auto"]), pytest.raises(UserError, match="--distributed: an ablation trains on the"):
-        scripts.read(tiny.__file__)
+    with scripts.given(["--distributed", "here:1,2,3"]):
+        assert process_of(scripts.read_call(tiny.__file__, "ablate").distributed) == (2, 3)
+        with pytest.raises(UserError, match="--distributed: leave it out of the script's flags"):
+            scripts.read(tiny.__file__, "plan")
+    assert process_of("") == (0, 1)
     (tmp_path / "idle.py").write_text("import mtl_jax\n")
     with pytest.raises(UserError, match="it did not call mtl_jax"):
         scripts.read(str(tmp_path / "idle.py"))

@@ -28,16 +28,16 @@ FLAGS = ["--devices", "0", "--trunk.dropout", "0", "--checkpoints.every", "5", "
 FLAGS += ["--phases.1.steps", "40", "--batch.mixture", "proportional"]
 
 
-def start(folder, workdir, address, index):
-    flags = ["--workdir", workdir, *FLAGS, "--distributed", f"{address},{index},2"]
+def start(folder, workdir, address, index, *more):
+    flags = ["--workdir", workdir, *FLAGS, *more, "--distributed", f"{address},{index},2"]
     return Process(tiny.__file__, *flags, devices=2, TINY=str(folder))
 
 
-def start_pair(folder, workdir):
+def start_pair(folder, workdir, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    return [start(folder, workdir, address, index) for index in range(2)]
+    return [start(folder, workdir, address, index, *more) for index in range(2)]
 
 
 def finish(pair):

@@ -21,12 +21,15 @@ from processes import Process
 import mtl_jax
 from mtl_jax import Batching, Embedding, Experiment, Optimizer, Phase
 from mtl_jax.cli.run_command import run as run_command
+from mtl_jax.cli.scripts import import_parts
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.parts import kinds
 from mtl_jax.training import fingerprint, hosts, loop, train
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.experiment_json import to_json
 from mtl_jax.training.setup import prepare
+from mtl_jax.trunks import TrunkConfig
 
 FILES = {
     "questions": "data/questions.txt",
@@ -34,7 +37,14 @@ FILES = {
     "config": "bert/config.json",
     "generation": "bert/generation_config.json",
 }
-CASES = ("rate", "missing", "fault", "locked", "apart")
+OWN = """import dataclasses
+import mtl_jax
+
+@dataclasses.dataclass(frozen=True)
+class Mine(mtl_jax.Embedding):
+    scale = {scale}
+"""
+CASES = ("rate", "part", "missing", "fault", "locked", "apart")
 
 
 def facts_of(experiment: Experiment, workdir: Path, whole: bool = False):
@@ -239,6 +249,7 @@ def ended(tmp_path_factory):
     ("case", "line"),
     [
         ("rate", "host 1 has optimizer.learning_rate 0.0001, host 0 has 0.01: start"),
+        ("part", 'host 1 has parts.Mine.sha256 "'),
         ("missing", "host 1: data/questions.txt: no such file or directory"),
         ("locked", "host 0: ../run-locked: process "),
     ],
@@ -291,6 +302,10 @@ def run(case: str, folder: Path, index: int) -> None:
     workdir = Path("run-apart" if case == "apart" else f"../run-{case}")
     if index and case == "rate":
         experiment = dataclasses.replace(experiment, optimizer=Optimizer(learning_rate=1e-4))
+    if case == "part":
+        (own := Path("own.py")).write_text(OWN.format(scale=index + 1.0))
+        import_parts([str(own)])
+        experiment = dataclasses.replace(experiment, trunk=kinds(TrunkConfig)["Mine"](dimension=4))
     if index and case == "later":
         loop.TrainingRun._baselines = full  # the others wait in it
     if case == "locked" and not index:

@@ -27,7 +27,7 @@ from mtl_jax import (
     bitfit,
     pretrained,
 )
-from mtl_jax.cli import launch
+from mtl_jax.cli import script_main
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
 from mtl_jax.data.stream import single_phase, stream
@@ -340,8 +340,8 @@ def test_adapters_by_source_go_out_for_a_task_only(finished, tmp_path):
 def test_flags_change_adapters(bert, data, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tiny.py", "--adapters.0.rank", "3", "--adapters.1.variant", "pfeiffer"])
     launched = []
-    monkeypatch.setattr(launch, "_launch", lambda flags, hooks: launched.append(flags))
-    launch.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
+    monkeypatch.setattr(script_main, "_launch", lambda flags, hooks: launched.append(flags))
+    script_main.main(tiny.experiment(bert, data, phases=(ONLY,), adapters=(LORA, ALL[2])), description="tiny")
     (flags,) = launched
     config = experiment_json.to_json(flags.experiment)
     assert config["adapters"][0] == dataclasses.asdict(LORA) | {"rank": 3, "kind": "Lora"}

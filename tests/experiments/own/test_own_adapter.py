@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from mtl_jax import ablate, pretrained, reporting, train
-from mtl_jax.cli import launch
+from mtl_jax.cli import script_main
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
@@ -50,7 +50,7 @@ def test_flags_config_and_what_trains(script, flags, workdir, capsys, monkeypatc
     assert config["parts"]["Vera"] | {"door": "adapter", "file": str(script)} == config["parts"]["Vera"]
     monkeypatch.setattr("sys.argv", [str(script), "--help-all"])
     with pytest.raises(SystemExit):
-        launch.main(own_parts.experiment_of(script, *flags))
+        script_main.main(own_parts.experiment_of(script, *flags))
     assert "--adapters.0.rank INT" in capsys.readouterr().out
     run, start = open_run(workdir, "last"), pretrained.load(config["trunk"]["path"], head=None)
     leaves, initial = flat(run.params["trunk"]), flat(start.params["trunk"])

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from mtl_jax import ablate, reporting, train
-from mtl_jax.cli import launch
+from mtl_jax.cli import script_main
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
@@ -48,7 +48,7 @@ def test_flags_and_config(script, workdir, capsys, monkeypatch):
     assert record == ("Convolutions", {"door": "trunk", "file": str(script), "sha256": record[1]["sha256"]})
     monkeypatch.setattr("sys.argv", [str(script), "--help-all"])
     with pytest.raises(SystemExit):
-        launch.main(experiment_of(script))
+        script_main.main(experiment_of(script))
     assert "--trunk.window INT" in capsys.readouterr().out
     assert open_run(workdir).params["trunk"]["layer_0"]["kernel"].shape == (3 * 8, 8)
 

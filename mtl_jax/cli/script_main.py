@@ -13,7 +13,6 @@ import tyro
 
 from mtl_jax.cli import script_flags, scripts
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
-from mtl_jax.core.errors import UserError
 from mtl_jax.core.hooks import Hooks
 from mtl_jax.core.text_lines import flush_output
 from mtl_jax.data.source import GivenRows
@@ -116,9 +115,7 @@ def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks
         description = getattr(sys.modules["__main__"], "__doc__", None)
     if scripts.only_read.get():  # by a command or a test, which has its own log
         launch = _parsed(experiment, description or "")
-        if launch.distributed:
-            raise UserError("--distributed: an ablation trains on the devices of one process; leave it out")
-        raise scripts.Read(launch.experiment, has_hooks=bool(hooks or launch.logger))
+        raise scripts.Read(launch.experiment, bool(hooks or launch.logger), launch.distributed)
     run(lambda: _launch(_parsed(experiment, description or ""), hooks))
 
 

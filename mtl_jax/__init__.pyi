@@ -37,6 +37,7 @@ from .merging import merge as merge
 from .planning import plan as plan
 from .reporting import report as report
 from .tasks import Classification as Classification
+from .tasks import Contrastive as Contrastive
 from .tasks import MaskedLM as MaskedLM
 from .tasks import Multilabel as Multilabel
 from .tasks import Regression as Regression

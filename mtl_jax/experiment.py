@@ -12,7 +12,7 @@ from mtl_jax import weighting
 from mtl_jax.core import configuration
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, count, listed, unknown
-from mtl_jax.data import batches, mixture
+from mtl_jax.data import batches, mixture, units
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
 from mtl_jax.tasks import Task
@@ -319,12 +319,22 @@ def _check_tasks(experiment: Experiment) -> None:
                 f"task {task.name!r}: target_length is {task.target_length}, but rows have room for "
                 f"{count(experiment.batch.target_row_length, 'target token')}: make batch.target_length as long"
             )
+        if task.whole_batch and experiment.batch.accumulate > 1:
+            raise UserError(
+                f"task {task.name!r} compares all texts of a batch, and batch.accumulate divides it: set batch.recompute in "
+                "its place, which needs as little memory"
+            )
+        if (task.whole_batch or task.unit_size > 1) and experiment.optimizer.private.clip:
+            raise UserError(f"task {task.name!r} compares examples, and private training is of single ones: leave it out")
         others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
         if task.corrupts and others:
             raise UserError(
                 f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
                 "declare the same file as a second source"
             )
+    batch = experiment.batch
+    shape = {"packed": batch.packed, "sampling": batch.sampling, "slots": batch.slots, "row_length": batch.row_length}
+    units.check(experiment.sources, experiment.tasks, **shape)
 
 
 def _check_settings(experiment: Experiment) -> None:

@@ -126,7 +126,7 @@ LIMITS: dict[str, Limits] = {
     "Source.cut_seed": ANY_WHOLE,  # it is hashed as text
     **dict.fromkeys(("Embedding.vocabulary", "Embedding.dimension"), COUNT),
     **{f"Transformer.{name}": COUNT for name in ("vocabulary", "layers", "width", "heads", "feed_forward", "max_length")},
-    **{f"Batching.{name}": COUNT for name in ("rows", "row_length", "examples_per_row", "accumulate", "buckets")},
+    **{f"Batching.{name}": COUNT for name in ("rows", "row_length", "examples_per_row", "accumulate", "recompute", "buckets")},
     **dict.fromkeys(("Evaluation.every", "Checkpoints.every", "Checkpoints.keep", "Phase.steps", "EWC.batches"), COUNT),
     **dict.fromkeys(("Lora.rank", "Bottleneck.width", "Prefix.length"), COUNT),
     **dict.fromkeys(("Seq2Seq.target_length", "Seq2Seq.beams", "Seq2Seq.dev_beams", "Span.max_answer"), COUNT),
@@ -138,6 +138,9 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("MaskedLM.rate", "Source.near"), Limits(0, 1, above=True)),
     **dict.fromkeys(("Optimizer.b1", "Optimizer.b2"), RATE),
     **dict.fromkeys(("Optimizer.eps", "ParamRule.rate", "Distillation.temperature", "Regression.scale"), POSITIVE),
+    **dict.fromkeys(("Contrastive.minimum", "Contrastive.maximum"), ANY),
+    "Contrastive.scale": POSITIVE,
+    "Contrastive.widths": COUNT,
     "Optimizer.ratio": Limits(1, LARGEST),
     "Private.delta": Limits(0, 1, above=True, below=True),
     **dict.fromkeys(("Private.micro_batch", "Canaries.repeats", "Canaries.words"), COUNT),

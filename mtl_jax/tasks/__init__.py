@@ -2,6 +2,7 @@
 
 from mtl_jax.tasks.base import Task as Task
 from mtl_jax.tasks.classification import Classification as Classification
+from mtl_jax.tasks.contrastive import Contrastive as Contrastive
 from mtl_jax.tasks.masked_lm import MaskedLM as MaskedLM
 from mtl_jax.tasks.metrics import register_metric as register_metric
 from mtl_jax.tasks.multilabel import Multilabel as Multilabel

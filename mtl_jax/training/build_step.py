@@ -160,7 +160,9 @@ def _encode(prepared: Prepared, plan: PhasePlan) -> Encode:
     if plan.cached_features:
         return cached_features
     hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in plan.regularisers)
-    return encode_tokens(prepared.trunk.module, (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ())))
+    needs = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ()))
+    encode = encode_tokens(prepared.trunk.module, needs)
+    return batch_parts.recomputed(encode, prepared.experiment.batch.recompute, "table" in needs)
 
 
 def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence[Task]) -> OutputRegularisers:

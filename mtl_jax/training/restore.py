@@ -100,7 +100,8 @@ def open_run(folder: Path, step: str = "best") -> TrainedRun:
     trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
     checkpoint = _read(folder, experiment, step)
     _check_sizes(folder, trunk, tasks, checkpoint)
-    params = jax.device_put(checkpoint.value, jax.devices()[0])
+    heads = {task.name: {} for task in tasks} | checkpoint.value.get("heads", {})  # a head may have no parameter
+    params = jax.device_put({**checkpoint.value, "heads": heads}, jax.devices()[0])
     return TrainedRun(experiment, tasks, trunk, params, checkpoint.step, checkpoint.dev)
 
 

@@ -40,6 +40,9 @@ from .tasks import Classification as Classification
 from .tasks import Contrastive as Contrastive
 from .tasks import MaskedLM as MaskedLM
 from .tasks import Multilabel as Multilabel
+from .tasks import MultipleChoice as MultipleChoice
+from .tasks import Ordinal as Ordinal
+from .tasks import Ranking as Ranking
 from .tasks import Regression as Regression
 from .tasks import Seq2Seq as Seq2Seq
 from .tasks import Span as Span

@@ -140,6 +140,7 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("Optimizer.eps", "ParamRule.rate", "Distillation.temperature", "Regression.scale"), POSITIVE),
     **dict.fromkeys(("Contrastive.minimum", "Contrastive.maximum"), ANY),
     "Contrastive.scale": POSITIVE,
+    "Ranking.together": Limits(2, MOST),
     "Contrastive.widths": COUNT,
     "Optimizer.ratio": Limits(1, LARGEST),
     "Private.delta": Limits(0, 1, above=True, below=True),

@@ -6,7 +6,6 @@ Shapes in names: R rows, S examples a row, G groups of N texts in a batch, O out
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
@@ -25,7 +24,7 @@ from mtl_jax.data.source import Source
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 from mtl_jax.tasks import ranks, similarity
 from mtl_jax.tasks.base import PerExample, Task
-from mtl_jax.tasks.reading import known_rows, text_of
+from mtl_jax.tasks.reading import key_numbers, known_rows, text_of
 
 COMPARE = ("pairs", "labels")
 OBJECTIVES = ("in_batch", "cosent", "cosine")
@@ -205,8 +204,7 @@ class Contrastive(Task):
         if label is None or (self.compare == "labels" and window.number):
             return np.full(4, self.missing, self.dtype)
         value, present = label
-        digest = hashlib.blake2b(np.ascontiguousarray(window.tokens).tobytes(), digest_size=6).digest()
-        keys = int.from_bytes(digest[:3], "big"), int.from_bytes(digest[3:], "big")  # exact in float32
+        keys = key_numbers(np.ascontiguousarray(window.tokens).tobytes())
         return np.array([value, present[window.number], *keys], self.dtype)
 
     def init(self, key: jax.Array, width: int) -> Any:

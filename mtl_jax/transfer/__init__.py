@@ -34,6 +34,7 @@ from mtl_jax.transfer.penalties import l2sp as l2sp
 from mtl_jax.transfer.penalties import mixout as mixout
 from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.phases import probe_then_finetune as probe_then_finetune
+from mtl_jax.transfer.phases import setfit as setfit
 from mtl_jax.transfer.phases import unfreezing as unfreezing
 from mtl_jax.transfer.private import Private as Private
 from mtl_jax.transfer.private import private_gradient as private_gradient

@@ -33,6 +33,7 @@ from .inference.predict import Model as Model
 from .inference.predict import evaluate as evaluate
 from .inference.predict import load_model as load_model
 from .inference.predict import predict as predict
+from .inference.pseudo_label import pseudo_label as pseudo_label
 from .merging import merge as merge
 from .planning import plan as plan
 from .reporting import report as report
@@ -52,10 +53,12 @@ from .training.results import results as results
 from .training.train import train as train
 from .transfer import EWC as EWC
 from .transfer import L2SP as L2SP
+from .transfer import Consistency as Consistency
 from .transfer import Distillation as Distillation
 from .transfer import Mixout as Mixout
 from .transfer import ParamRule as ParamRule
 from .transfer import RDrop as RDrop
+from .transfer import SelfTraining as SelfTraining
 from .transfer.adapters import IA3 as IA3
 from .transfer.adapters import Bottleneck as Bottleneck
 from .transfer.adapters import Lora as Lora

@@ -171,6 +171,12 @@ class SourceArrays:
         counts = [len(group) for group in groups]
         return np.concatenate(groups).astype(np.int64) + np.repeat(passes, counts) * len(self.tokens)
 
+    def only(self, places: np.ndarray | None) -> SourceArrays:
+        """The source with these examples alone as its units; None: as it is."""
+        if places is None:
+            return self
+        return dataclasses.replace(self, units=Ragged(places.astype(np.int32), np.arange(len(places) + 1)))
+
     def packing_lengths(self, batching: Batching) -> np.ndarray:
         """Tokens that each unit takes of a row, i64; scaled up where the target text of an example takes a larger share."""
         lengths = self.lengths

@@ -103,7 +103,11 @@ def recomputed(encode: Encode, parts: int, reads_table: bool = False) -> Encode:
 
 
 def weighted_rows(
-    tasks: Sequence[Task], idle: Collection[str], rows: Mapping[str, int] | None, multiple: int
+    tasks: Sequence[Task],
+    idle: Collection[str],
+    rows: Mapping[str, int] | None,
+    multiple: int,
+    others: Collection[str] = (),
 ) -> tuple[slice, ...]:
     """The slices of a batch that are rows of tasks with a weight; () where they differ by step, or all rows are needed.
 
@@ -112,8 +116,9 @@ def weighted_rows(
         idle: The names of the tasks with weight 0.
         rows: {source: its rows in every batch}, in the run's order, which is that of the rows; None: they differ.
         multiple: The number of rows in the slices must be a multiple of this, for devices and parts of a batch.
+        others: Sources whose rows a regulariser reads.
     """
-    weighted = {task.source for task in tasks if task.name not in idle}
+    weighted = {task.source for task in tasks if task.name not in idle} | set(others)
     if rows is None or not weighted:
         return ()
     if weighted == set(rows) or sum(rows[source] for source in weighted) % multiple:

@@ -345,8 +345,14 @@ def _check_tasks(experiment: Experiment) -> None:
                 "declare the same file as a second source"
             )
     batch = experiment.batch
-    shape = {"packed": batch.packed, "sampling": batch.sampling, "slots": batch.slots, "row_length": batch.row_length}
-    units.check(experiment.sources, experiment.tasks, **shape)
+    units.check(
+        experiment.sources,
+        experiment.tasks,
+        packed=batch.packed,
+        sampling=batch.sampling,
+        slots=batch.slots,
+        row_length=batch.row_length,
+    )
 
 
 def _check_settings(experiment: Experiment) -> None:

@@ -1,20 +1,15 @@
-"""Kinds that choose and order: losses against plain loops, and one run with all three on one trunk."""
-
-import dataclasses
-import random
+"""Kinds that choose and order: their losses and labels against plain loops."""
 
 import jax
 import numpy as np
 import pytest
-import tiny
 from sklearn.metrics import cohen_kappa_score
 
-from mtl_jax import MultipleChoice, Ordinal, Phase, Ranking, Source, evaluate, predict, train
+from mtl_jax import MultipleChoice, Ordinal, Ranking, Source
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import units
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.experiment import check
 from mtl_jax.transfer import setfit
 
 RNG = np.random.default_rng(1)
@@ -99,79 +94,3 @@ def test_setfit():
     assert [rule.train for rule in head.rules] == [True, False]
     with pytest.raises(UserError, match="both 'sim'"):
         setfit("sim", "sim", 1, 1, rate=1, head_rate=1)
-
-
-@pytest.fixture(scope="module")
-def chooser(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chooser")
-    tiny.write_bert(folder / "bert")
-    rng = random.Random(0)
-
-    def text(words, least=2):
-        return " ".join(rng.choice(words) for _ in range(rng.randint(least, 4)))
-
-    questions = [
-        {
-            "text": text(tiny.OTHER, 4),
-            "a": text(tiny.GOOD),
-            "b": text(tiny.BAD),
-            "c": "" if n % 4 else "film",
-            "label": str(n % 2),
-        }
-        for n in range(40)
-    ]
-    passages = [
-        {"text": f"{text(tiny.GOOD)} {text(tiny.BAD + tiny.OTHER, 3)}", "query": f"q{n // 5}", "label": str(n % 3)}
-        for n in range(60)
-    ]
-    experiment = tiny.experiment(
-        folder / "bert",
-        "",
-        sources=(Source(name="questions", rows=questions), Source(name="passages", rows=passages, group="query", cut_test=0.2)),
-        tasks=(
-            MultipleChoice(name="choice", source="questions", choices=("a", "b", "c")),
-            Ranking(name="order", source="passages", group="query", together=3),
-            Ordinal(name="grade", source="passages"),
-        ),
-        phases=(Phase("all", steps=1),),
-    )
-    return experiment, folder / "run", train(experiment, folder / "run"), questions, passages
-
-
-def test_a_run(chooser):
-    _, folder, results, questions, passages = chooser
-    assert {name: results["tasks"][name]["metric"] for name in ("choice", "order", "grade")} == {
-        "choice": "accuracy",
-        "order": "ndcg",
-        "grade": "kappa",
-    }
-    answers = predict(folder, "choice", questions)
-    assert len(answers[0]["probabilities"]) == 3
-    assert answers[1]["probabilities"][2] == 0
-    assert answers[0]["text"] == questions[0]["abc"[answers[0]["choice"]]]
-    right = [str(answer["choice"]) == row["label"] for answer, row in zip(answers, questions, strict=True)]
-    assert evaluate(folder, "choice", questions)["accuracy"] == pytest.approx(np.mean(right))
-    assert predict(folder, "order", [row["text"] for row in passages[:2]])[0].keys() == {"score"}
-    assert evaluate(folder, "order", passages)["rows"] == 60
-    assert predict(folder, "grade", ["good film"])[0]["label"] in ("0", "1", "2")
-
-
-def test_bad_input(chooser):
-    experiment = chooser[0]
-
-    def changed(position, **fields):
-        tasks = list(experiment.tasks)
-        tasks[position] = dataclasses.replace(tasks[position], **fields)
-        return dataclasses.replace(experiment, tasks=tuple(tasks))
-
-    for change, message in (
-        (changed(0, choices=()), "choices is empty"),
-        (changed(0, choices=("a",)), "set most to the most choices"),
-        (changed(0, answers=("A",)), "answers has 1 values for 3 choices"),
-        (changed(1, together=1), "together is 1"),
-        (changed(1, objective="triples"), "unknown objective"),
-        (changed(1, group="text"), "set group='text' in source 'passages' too"),
-        (changed(2, labels=("a",)), "an order needs two"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check(change)

@@ -13,12 +13,12 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from mtl_jax import Consistency, Hooks, Interrupted, SelfTraining, Source, evaluate, pseudo_label, train
+from mtl_jax import Consistency, Hooks, Interrupted, MaskedLM, Regression, SelfTraining, Source, evaluate, pseudo_label, train
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
 from mtl_jax.inference.predict import open_run
 from mtl_jax.tasks import Classification
-from mtl_jax.training.regularisation import output_losses
+from mtl_jax.training.regularisation import output_losses, pseudo_rows
 from mtl_jax.training.regularisation.transforms import hidden_tokens
 from mtl_jax.training.setup import prepare
 from mtl_jax.transfer import choose, self_training
@@ -167,11 +167,19 @@ def test_bad_input(rounds):
             check(change)
     for change, message in (
         (changed(phase=""), "where the model has learned nothing yet"),
-        (changed(source="questions"), "has labels of task 'coarse'"),
         (dataclasses.replace(experiment, regularisers=(Consistency(), Consistency(name="two"))), "leave all but one out"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(change)
+    task, (regulariser,) = experiment.tasks[0], experiment.regularisers
+    for tasks, of_source, message in (
+        ([task], [task], "has labels of task 'coarse'"),
+        ([], [], "no task of this run gives probabilities"),
+        ([Regression(name="r", source="s")], [], "a Regression, gives no probability of a text's label"),
+        ([task], [MaskedLM(name="m", source="more")], "task 'm' changes how source 'more' is read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pseudo_rows.check(regulariser, tasks, of_source)
     with pytest.raises(UserError, match="no row of 'more' has a label of task 'coarse' with a probability of 1"):
         train(changed(threshold=1.0, choose="confidence"), folder / "none")
 

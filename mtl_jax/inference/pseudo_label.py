@@ -79,6 +79,7 @@ def pseudo_label(
         raise UserError(f"passes is {passes}; it must be at least 2")
     run = open_run(Path(workdir))
     chosen = _task(run, task)
+    pseudo_rows.check_dropout(choice, run.trunk, [chosen], f"{workdir}")
     with hiding(run.experiment.private):
         source = _source(run.source(chosen.name), path, format)
         rows = read_one(source, run.tasks_of_same_source(chosen.name))

@@ -165,8 +165,10 @@ def test_bad_input(rounds):
     ):
         with pytest.raises(UserError, match=message):
             check(change)
+    pairs = Source(name="more", rows=[{"text": "good", "pair": "bad"}], pair="pair")
     for change, message in (
         (changed(phase=""), "where the model has learned nothing yet"),
+        (dataclasses.replace(experiment, sources=(experiment.sources[0], pairs)), "only 'more' has pairs of texts"),
         (dataclasses.replace(experiment, regularisers=(Consistency(), Consistency(name="two"))), "leave all but one out"),
     ):
         with pytest.raises(UserError, match=message):

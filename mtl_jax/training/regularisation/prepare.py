@@ -73,7 +73,7 @@ def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, text
             if regulariser.of == "logits":
                 opened.compared_tasks[name] = tasks_to_imitate(regulariser, teacher, tasks)
         elif isinstance(regulariser, SelfTraining | Consistency):
-            opened.compared_tasks[name] = [task.name for task in _labelling(regulariser, experiment, corpus)]
+            opened.compared_tasks[name] = [task.name for task in _labelling(regulariser, experiment, corpus, trunk)]
         elif regulariser.level == "outputs" and tasks_named_by(regulariser):
             opened.compared_tasks[name] = list(tasks_named_by(regulariser))
         elif isinstance(regulariser, EWC):
@@ -89,12 +89,13 @@ def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, text
     return opened
 
 
-def _labelling(regulariser: SelfTraining | Consistency, experiment: Experiment, corpus: Corpus) -> list[Task]:
+def _labelling(regulariser: SelfTraining | Consistency, experiment: Experiment, corpus: Corpus, trunk: Trunk) -> list[Task]:
     """The tasks that label the rows of a regulariser's source.
 
     Raises:
         UserError: One of them cannot, or its phase comes too early.
     """
+    pairs = {source.name: bool(source.pair) for source in experiment.sources}
     named = regulariser.tasks or [task.name for task in corpus.tasks if task.compared_as and task.level == "example"]
     tasks = [task for task in corpus.tasks if task.name in named]
     if isinstance(regulariser, SelfTraining):
@@ -106,6 +107,8 @@ def _labelling(regulariser: SelfTraining | Consistency, experiment: Experiment, 
                 f"{FIELD}: phase of {regulariser.name} is {regulariser.phase!r}, where the model has learned nothing yet: "
                 "name a later phase, or begin from a trained model by init_from"
             )
+        pseudo_rows.check_dropout(regulariser.choose, trunk, tasks, f"{FIELD}: {regulariser.name}")
+        _check_pairs(regulariser, tasks, pairs)
         return tasks
     if not tasks:
         raise UserError(f"{FIELD}: {regulariser.name}: there is no task whose outputs can be compared")
@@ -117,7 +120,19 @@ def _labelling(regulariser: SelfTraining | Consistency, experiment: Experiment, 
     others = [other.name for other in experiment.regularisers if isinstance(other, RDrop | Consistency)]
     if len(others) > 1:
         raise UserError(f"{FIELD}: {listed(others)} each read every row twice; leave all but one out")
+    _check_pairs(regulariser, tasks, pairs)
     return tasks
+
+
+def _check_pairs(regulariser: SelfTraining | Consistency, tasks: Sequence[Task], pairs: Mapping[str, bool]) -> None:
+    """Raises UserError where a source has pairs of texts, and one of the tasks reads single ones, or the other way round."""
+    for task in tasks:
+        if regulariser.source and pairs[regulariser.source] != pairs[task.source]:
+            sides = [name for name, is_pair in sorted(pairs.items()) if is_pair and name in (regulariser.source, task.source)]
+            raise UserError(
+                f"{FIELD}: {regulariser.name}: of {regulariser.source!r} and {task.source!r}, the source of task {task.name!r}, "
+                f"only {sides[0]!r} has pairs of texts"
+            )
 
 
 def projections(experiment: Experiment, teachers: Mapping[str, Teacher], width: int) -> dict[str, Any]:

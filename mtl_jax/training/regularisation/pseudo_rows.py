@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax import trunks
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.batches import Batch, Batching
 from mtl_jax.data.examples import Examples
@@ -27,10 +28,12 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import apply_heads, encode_tokens, needed_fields
 from mtl_jax.transfer.pseudo_labels import PseudoLabels, choose
 from mtl_jax.transfer.unlabelled import KINDS, SelfTraining
+from mtl_jax.trunks import Trunk
 
 log = logging.getLogger(__name__)
 
 TARGETS, WEIGHTS = "targets", "weights"
+UNCERTAINTY = "uncertainty"  # the choice that needs passes with dropout
 
 
 def reference_of(regulariser: SelfTraining, phase: str) -> str:
@@ -71,6 +74,21 @@ def check(regulariser: SelfTraining, tasks: Sequence[Task], of_source: Sequence[
         raise UserError(
             f"{regulariser.name}: task {changed[0]!r} changes how source {regulariser.source!r} is read; declare the same "
             "file as a second source"
+        )
+
+
+def check_dropout(choice: str, trunk: Trunk, tasks: Sequence[Task], where: str) -> None:
+    """Raises UserError where passes with dropout are asked for, and there is no dropout.
+
+    Args:
+        choice: As SelfTraining.choose.
+        trunk: The trunk.
+        tasks: The tasks that label.
+        where: What the line begins with.
+    """
+    if choice == UNCERTAINTY and not trunks.draws_dropout(trunk) and not all(task.dropout for task in tasks):
+        raise UserError(
+            f"{where}: uncertainty compares passes that differ by dropout, but there is none: set trunk.dropout or a task's"
         )
 
 
@@ -146,7 +164,7 @@ def make(
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(phase.encode()))
     result: dict[str, np.ndarray] = {}
     for task in tasks:
-        passes = regulariser.passes if regulariser.choose == "uncertainty" else 1
+        passes = regulariser.passes if regulariser.choose == UNCERTAINTY else 1
         shares_PxNxO = probabilities(module, params, task, examples, batching, key, passes)
         labels = choose(
             shares_PxNxO,

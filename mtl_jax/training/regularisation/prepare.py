@@ -130,7 +130,7 @@ def _check_pairs(regulariser: SelfTraining | Consistency, tasks: Sequence[Task],
         if regulariser.source and pairs[regulariser.source] != pairs[task.source]:
             sides = [name for name, is_pair in sorted(pairs.items()) if is_pair and name in (regulariser.source, task.source)]
             raise UserError(
-                f"{FIELD}: {regulariser.name}: of {regulariser.source!r} and {task.source!r}, the source of task {task.name!r}, "
+                f"{FIELD}: {regulariser.name}: of {regulariser.source!r} and {task.source!r}, which task {task.name!r} reads, "
                 f"only {sides[0]!r} has pairs of texts"
             )
 

@@ -331,13 +331,6 @@ def _check_tasks(experiment: Experiment) -> None:
                 f"task {task.name!r}: target_length is {task.target_length}, but rows have room for "
                 f"{count(experiment.batch.target_row_length, 'target token')}: make batch.target_length as long"
             )
-        if task.whole_batch and experiment.batch.accumulate > 1:
-            raise UserError(
-                f"task {task.name!r} compares all texts of a batch, and batch.accumulate divides it: set batch.recompute in "
-                "its place, which needs as little memory"
-            )
-        if (task.whole_batch or task.unit_size > 1) and experiment.optimizer.private.clip:
-            raise UserError(f"task {task.name!r} compares examples, and private training is of single ones: leave it out")
         others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
         if task.corrupts and others:
             raise UserError(
@@ -345,14 +338,8 @@ def _check_tasks(experiment: Experiment) -> None:
                 "declare the same file as a second source"
             )
     batch = experiment.batch
-    units.check(
-        experiment.sources,
-        experiment.tasks,
-        packed=batch.packed,
-        sampling=batch.sampling,
-        slots=batch.slots,
-        row_length=batch.row_length,
-    )
+    shape = units.Shape(batch.packed, batch.sampling, batch.slots, batch.row_length, batch.accumulate)
+    units.check(experiment.sources, experiment.tasks, shape, bool(experiment.optimizer.private.clip))
 
 
 def _check_settings(experiment: Experiment) -> None:

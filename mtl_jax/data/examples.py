@@ -99,7 +99,7 @@ def make_examples(
         second = [_text(row, source.pair, False) for row in rows] if source.pair else None
         row_of = None
     else:
-        first, second, row_of = _several(reader, source, rows)
+        first, second, row_of = units.texts_of(reader, source, rows)
     max_length //= units.size(tasks)
     try:
         encoded = tokenizing.encode(
@@ -131,16 +131,6 @@ def make_examples(
         source.name, first_id, encoded.tokens, {}, encoded.types, encoded.words, encoded.offsets, encoded.rows, rows
     )
     return examples, set(truncated.tolist())
-
-
-def _several(reader: Labels, source: Source, rows: Sequence[Row]) -> tuple[list[str], list[str] | None, np.ndarray]:
-    """The texts of rows that are read as several examples, their second texts or None, and the row of each, i32[N]."""
-    by_row = [reader.texts_of(row, source) for row in rows]
-    texts = [text for of_row in by_row for text in of_row]
-    row_of = np.repeat(np.arange(len(rows)), [len(of_row) for of_row in by_row]).astype(np.int32)
-    if all(isinstance(text, str) for text in texts):
-        return [str(text) for text in texts], None, row_of
-    return [text[0] for text in texts], [text[1] for text in texts], row_of
 
 
 def _text(row: Row, column: str, as_words: bool) -> Any:

@@ -8,6 +8,7 @@ source) leaves a unit whole. Shapes stay static: a unit has n places at most, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,16 @@ def reader(tasks: Sequence[Labels]) -> Labels | None:
     return next((task for task in tasks if task.several_texts), None)
 
 
+def texts_of(reader: Labels, source: Source, rows: Sequence[Row]) -> tuple[list[str], list[str] | None, np.ndarray]:
+    """The texts of rows that are read as several examples, their second texts or None, and the row of each, i32[N]."""
+    by_row = [reader.texts_of(row, source) for row in rows]
+    texts = [text for of_row in by_row for text in of_row]
+    row_of = np.repeat(np.arange(len(rows)), [len(of_row) for of_row in by_row]).astype(np.int32)
+    if all(isinstance(text, str) for text in texts):
+        return [str(text) for text in texts], None, row_of
+    return [text[0] for text in texts], [text[1] for text in texts], row_of
+
+
 def units_of(row_of: np.ndarray, rows: Sequence[Row], tasks: Sequence[Labels]) -> Ragged | None:
     """The units of examples: for each i32[length], the places of its examples; None: every example is a unit.
 
@@ -59,33 +70,50 @@ def units_of(row_of: np.ndarray, rows: Sequence[Row], tasks: Sequence[Labels]) -
     return Ragged.of([group[i : i + most] for group in members.values() for i in range(0, len(group), most)], np.int32)
 
 
-def check(
-    sources: Sequence[Source], tasks: Sequence[Labels], *, packed: bool, sampling: str, slots: int, row_length: int
-) -> None:
+class Shape(NamedTuple):
+    """The fields of a Batching that decide whether units fit; they are explained there."""
+
+    packed: bool
+    sampling: str
+    slots: int
+    row_length: int
+    accumulate: int
+
+
+def check(sources: Sequence[Source], tasks: Sequence[Labels], shape: Shape, private: bool) -> None:
     """Checks that the units of every source fit the batches, and its tasks each other.
 
     Args:
         sources: The sources.
         tasks: The tasks.
-        packed: As in Batching; so are sampling, slots and row_length.
+        shape: Of the batches.
+        private: Whether the gradient of each row is clipped.
 
     Raises:
         UserError: One line that names the task and what to change.
     """
+    for task in tasks:
+        if task.whole_batch and shape.accumulate > 1:
+            raise UserError(
+                f"task {task.name!r} compares all texts of a batch, and batch.accumulate divides it: set batch.recompute in "
+                "its place, which needs as little memory"
+            )
+        if (task.whole_batch or task.unit_size > 1) and private:
+            raise UserError(f"task {task.name!r} compares examples, and private training is of single ones: leave it out")
     for source in sources:
         of_source = [task for task in tasks if task.source == source.name]
         first = next((task for task in of_source if task.unit_size > 1), None)
         if first is None:
             continue
         n, name = first.unit_size, f"task {first.name!r}"
-        if not packed:
+        if not shape.packed:
             raise UserError(f"{name}: {count(n, 'text')} stay together in a row, which needs packed rows: set batch.packed")
-        if sampling != "shuffled":
-            raise UserError(f"{name}: {count(n, 'text')} stay together, but batch.sampling {sampling} draws them alone")
-        if n > slots:
-            raise UserError(f"{name}: {n} texts stay together, but batch.examples_per_row is {slots}; raise it to {n}")
-        if row_length // n < 3:
-            raise UserError(f"{name}: {n} texts stay together in batch.row_length {row_length}; make it longer")
+        if shape.sampling != "shuffled":
+            raise UserError(f"{name}: {count(n, 'text')} stay together, but batch.sampling {shape.sampling} draws them alone")
+        if n > shape.slots:
+            raise UserError(f"{name}: {n} texts stay together, but batch.examples_per_row is {shape.slots}; raise it to {n}")
+        if shape.row_length // n < 3:
+            raise UserError(f"{name}: {n} texts stay together in batch.row_length {shape.row_length}; make it longer")
         for other in of_source:
             if other is first:
                 continue

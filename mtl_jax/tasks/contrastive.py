@@ -249,7 +249,8 @@ class Contrastive(Task):
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         """The metrics of whole vectors, and with `widths` the main one of each width, such as spearman_64."""
         vectors_MxO, labels_Mx4 = np.asarray(outputs), examples.labels[self.name]
-        groups = [group for group in examples.groups() if known_rows(self, examples)[group[0]]]
+        known_M = known_rows(self, examples)
+        groups = [group for group in examples.groups() if known_M[group[0]]]
         scores = self._metrics(vectors_MxO, labels_Mx4, groups)
         main = self.metric if self.metric in self.metric_names else self.metric_names[0]
         for width in self.widths:

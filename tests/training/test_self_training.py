@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from mtl_jax import Consistency, Hooks, Interrupted, MaskedLM, Regression, SelfTraining, Source, evaluate, pseudo_label, train
+from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
 from mtl_jax.inference.predict import open_run
@@ -131,7 +133,7 @@ def test_a_changed_file_is_noticed(rounds):
         train(experiment, folder / "changed")
 
 
-def test_a_file_of_labels(rounds):
+def test_a_file_of_labels(rounds, monkeypatch, capsys):
     _, folder, held_out = rounds
     rows = [{"text": text} for text in texts(12, 3)] + [{"text": held_out[0].columns["text"]}]
     output = folder / "labels.jsonl"
@@ -142,8 +144,12 @@ def test_a_file_of_labels(rounds):
     assert sum(summary["labels"].values()) == len(lines) == 13 - summary["copies"]
     assert lines[0].keys() == {"text", "coarse", "probability", "from"}
     assert evaluate(folder / "whole", "coarse", lines)["accuracy"] == 1
-    with pytest.raises(UserError, match="with a probability of 1; the highest is"):
-        pseudo_label(folder / "whole", rows, output, threshold=1.0)
+    command = ["mtl-jax", "pseudo-label", str(folder / "whole"), str(output), "--output", str(folder / "more.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*command, "--threshold", "1", "--choice", "balanced"])
+    with pytest.raises(SystemExit):
+        main.console()
+    assert "a label of task 'coarse' with a probability of 1; the highest is" in capsys.readouterr().err
+    assert not (folder / "more.jsonl").exists()
 
 
 def test_bad_input(rounds):

@@ -12,7 +12,7 @@ from mtl_jax import weighting
 from mtl_jax.core import configuration
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, count, listed, unknown
-from mtl_jax.data import batches, mixture
+from mtl_jax.data import batches, mixture, units
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Source
 from mtl_jax.models import remat
@@ -167,8 +167,9 @@ def select(experiment: Experiment) -> Experiment:
     if not experiment.only:
         return experiment
     tasks = tuple(task for task in experiment.tasks if task.name in experiment.only)
-    sources = {task.source for task in tasks}
     dropped = set(names) - set(experiment.only)
+    kept = regularisers.without_tasks(experiment.regularisers, dropped)
+    sources = {task.source for task in tasks} | {source for regulariser in kept for source in regulariser.sources}
 
     def selected_weights(weights: dict[str, float | str]) -> dict[str, float | str]:
         return {task: weight for task, weight in weights.items() if task not in dropped}
@@ -185,8 +186,15 @@ def select(experiment: Experiment) -> Experiment:
         ),
         batch=dataclasses.replace(experiment.batch, shares=selected_shares(experiment.batch.shares)),
         weights=selected_weights(experiment.weights),
-        regularisers=regularisers.without_tasks(experiment.regularisers, dropped),
+        regularisers=kept,
     )
+
+
+def unlabelled_sources(experiment: Experiment) -> tuple[str, ...]:
+    """The sources that regularisers read and no task labels, in the order of the experiment."""
+    read = {source for regulariser in experiment.regularisers for source in regulariser.sources}
+    read -= {task.source for task in experiment.tasks}
+    return tuple(source.name for source in experiment.sources if source.name in read)
 
 
 def rule_of(experiment: Experiment, phase: Phase) -> weighting.Rule:
@@ -262,6 +270,10 @@ def check(experiment: Experiment) -> None:
     adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
     names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
     regularisers.check(experiment.regularisers, experiment.mixout, names, phases, steps)
+    for regulariser in experiment.regularisers:
+        for source in regulariser.sources:
+            if source not in [declared.name for declared in experiment.sources]:
+                raise unknown(f"source of {regulariser.name}:", source, [declared.name for declared in experiment.sources])
     _check_settings(experiment)
     batches.check(experiment.batch)
     optimizers.check(experiment.optimizer)
@@ -338,6 +350,9 @@ def _check_tasks(experiment: Experiment) -> None:
                 f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
                 "declare the same file as a second source"
             )
+    batch = experiment.batch
+    shape = units.Shape(batch.packed, batch.sampling, batch.slots, batch.row_length, batch.accumulate)
+    units.check(experiment.sources, experiment.tasks, shape, bool(experiment.optimizer.private.clip))
 
 
 def _check_settings(experiment: Experiment) -> None:

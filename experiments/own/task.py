@@ -1,4 +1,4 @@
-"""A task kind of one's own: ordinal regression, for grades whose order matters.
+"""A task kind of one's own: grades, ranges of a rating in their order.
 
     python experiments/own/task.py
     python experiments/own/task.py --tasks.0.grades 7 --tasks.0.metric accuracy
@@ -27,7 +27,7 @@ from mtl_jax.tasks.reading import labelled, text_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ordinal(Task):
+class Graded(Task):
     """A grade 0, 1, ... for each text; output i is the logit of "above i" (Frank and Hall, 2001).
 
     Attributes:
@@ -71,5 +71,5 @@ class Ordinal(Task):
 
 
 if __name__ == "__main__":
-    graded = tuple(Ordinal(name=task.name, source=task.source, column="sentiment") for task in EXPERIMENT.tasks)
+    graded = tuple(Graded(name=task.name, source=task.source, column="sentiment") for task in EXPERIMENT.tasks)
     main(dataclasses.replace(EXPERIMENT, name="own_task", tasks=graded))

@@ -20,6 +20,7 @@ from mtl_jax.core.errors import UserError, listed
 from mtl_jax.experiment import Experiment, check, data_seed_of
 from mtl_jax.training.experiment_json import to_json
 from mtl_jax.transfer.optimizer import UNUSED
+from mtl_jax.transfer.unlabelled import SelfTraining
 from mtl_jax.weighting import schedules
 
 GIVEN = ("equal", "fixed", "scheduled")  # the weightings that can have given weights
@@ -109,6 +110,12 @@ def runs(
                 "sharding is fsdp, but an ablation trains different runs on different devices: leave it replicated, or train "
                 "each run by its script"
             )
+        for regulariser in run.experiment.regularisers:
+            if isinstance(regulariser, SelfTraining):
+                raise UserError(
+                    f"regularisers: {regulariser.name} chooses the rows that a run reads, and the runs of an ablation "
+                    "share theirs; train each by its script"
+                )
     width = max(4, len(str(len(different) - 1)))
     return [run._replace(name=f"{number:0{width}d}") for number, run in enumerate(different.values())]
 

@@ -76,6 +76,43 @@ def evaluate(
     print_lines([to_json(prediction.evaluate(workdir, task, path, format, deidentify=deidentify))])
 
 
+def pseudo_label(
+    workdir: Annotated[str, tyro.conf.Positional],
+    path: Annotated[str, tyro.conf.Positional],
+    /,
+    output: str,
+    task: str = "",
+    format: str = "",
+    choice: str = "confidence",
+    threshold: float = 0.9,
+    per_class: int = 0,
+    passes: int = 10,
+    seed: int = 0,
+) -> None:
+    """Labels rows by a run's best checkpoint; writes those with a good enough label as JSON lines, for another run.
+
+    Rows that are copies of a dev or test row of the run are left out. Prints how many rows got each label, as JSON.
+
+    Args:
+        workdir: The run's workdir.
+        path: The rows, with the text columns of the task's source: a file, data:REST, tfds:NAME#SPLIT or hf:ORG/NAME#SPLIT.
+        output: The file to write.
+        task: A task with one label for a text. Default: the run's only such task.
+        format: The file's format, if it differs from the source's; a name in .jsonl says so itself.
+        choice: confidence: all rows with enough of it. balanced: as many of each label. uncertainty: as many of each label, on
+            which passes with dropout agree most.
+        threshold: The least probability of a label.
+        per_class: The most rows of a label; 0: for balanced and uncertainty as many as the rarest label has.
+        passes: For uncertainty: passes with dropout.
+        seed: For uncertainty: seed of the dropout.
+    """
+    from mtl_jax.inference import pseudo_label as labelling
+
+    options: dict[str, Any] = {"threshold": threshold, "per_class": per_class, "passes": passes, "seed": seed}
+    summary = labelling.pseudo_label(workdir, path, output, task=task, format=format, choice=choice, **options)
+    print_lines([to_json(summary, ensure_ascii=False)])
+
+
 def convert(
     source: Annotated[str, tyro.conf.Positional],
     target: Annotated[str, tyro.conf.Positional],
@@ -213,6 +250,7 @@ def console() -> None:
     commands: dict[str, Callable[..., Any]] = {
         "predict": predict,
         "evaluate": evaluate,
+        "pseudo-label": pseudo_label,
         "translate": translate,
         "summarize": summarize,
         "convert": convert,

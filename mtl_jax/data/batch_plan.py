@@ -116,7 +116,7 @@ class Plan:
         local = np.arange(self.host, total, self.hosts) if total >= self.hosts else np.arange(total)
         seeds = [self.seed, zlib.crc32(source.source.encode()), self.host, self.hosts]
         lengths = source.packing_lengths(self.batching)
-        in_row = min(self.batching.slots, self.batching.row_length / max(lengths[local].mean(), 1.0))
+        in_row = min(source.slots(self.batching), self.batching.row_length / max(lengths[local].mean(), 1.0))
         if len(local) <= MOST_ROWS * in_row:
             size = len(local) * math.ceil(FEWEST_ROWS * in_row / len(local))
         else:
@@ -131,7 +131,7 @@ class Plan:
             tickets.append(local[order] + number * total)
             start += len(order)
         ticket = np.concatenate(tickets)
-        rows = best_fit(lengths[ticket % total], self.batching.row_length, self.batching.slots)
+        rows = best_fit(lengths[ticket % total], self.batching.row_length, source.slots(self.batching))
         shuffled = np.random.default_rng([*seeds, chunk, 1]).permutation(len(rows))
         return [ticket[rows[n]] for n in shuffled]
 

@@ -15,7 +15,7 @@ import numpy as np
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.parts import ONLY_IF_SET
-from mtl_jax.data import mixture, poisson
+from mtl_jax.data import mixture, poisson, units
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import TOKEN_LEVELS, Labels
 from mtl_jax.data.packing import best_fit
@@ -44,6 +44,9 @@ class Batching(Configuration):
             length is a compiled program. Empty: always row_length.
         accumulate: Number of parts that a training batch is processed in, one after another, if its activations do not fit in
             memory; divides rows. The step is the same as with the whole batch.
+        recompute: Number of parts of a training batch that the trunk reads one after another and, for the gradient, once more:
+            its activations are then those of a part, and the gradient is that of the whole batch, also for losses that compare
+            all its texts (Gao et al., 2021, GradCache). 1: the trunk reads the batch once.
         workers: Processes that make training batches; 0: a thread. The batches are the same.
         sampling: How the examples of a training batch are drawn. shuffled: pass after pass, each in a new order. poisson: in
             every step each example independently, with one probability for the examples of a source, so that a batch has as
@@ -65,6 +68,7 @@ class Batching(Configuration):
     workers: int = 0
     sampling: str = dataclasses.field(default="shuffled", metadata=ONLY_IF_SET)
     expected_rows: int = dataclasses.field(default=0, metadata=ONLY_IF_SET)
+    recompute: int = dataclasses.field(default=1, metadata=ONLY_IF_SET)
 
     @property
     def slots(self) -> int:
@@ -107,7 +111,7 @@ def check(batching: Batching) -> None:
     mixture.check(batching.mixture, batching.mixture_end, batching.shares)
     if batching.workers < 0:
         raise UserError(f"batch.workers is {batching.workers}; it must not be negative")
-    for field in ("rows", "row_length", "examples_per_row", "accumulate"):
+    for field in ("rows", "row_length", "examples_per_row", "accumulate", "recompute"):
         if getattr(batching, field) < 1:
             raise UserError(f"batch.{field} must be at least 1")
     if batching.target_length < 0:
@@ -134,6 +138,7 @@ class SourceArrays:
         types: N arrays i32[len]; None where all are 0.
         labels: {task: [N, *label_shape], or N arrays [len] for labels of words or tokens and for target texts}.
         targets: The tasks whose labels are target texts.
+        units: The places of the examples that stay together, for each unit; None: every example is a unit.
     """
 
     source: str
@@ -142,18 +147,41 @@ class SourceArrays:
     types: Ragged | None
     labels: dict[str, np.ndarray | Ragged]
     targets: tuple[str, ...] = ()
+    units: Ragged | None = None
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        """The number of units, which is that of examples where each is a unit."""
+        return len(self.tokens if self.units is None else self.units)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """i64[N], tokens of each example."""
         return self.tokens.lengths
 
+    def slots(self, batching: Batching) -> int:
+        """The most units in a row."""
+        return batching.slots // (1 if self.units is None else max(int(self.units.lengths.max(initial=1)), 1))
+
+    def examples(self, tickets: np.ndarray) -> np.ndarray:
+        """From tickets of units, pass * units + unit, to those of their examples, pass * examples + example."""
+        if self.units is None:
+            return tickets
+        passes, numbers = np.divmod(tickets, len(self.units))
+        groups = [self.units[number] for number in numbers.tolist()]
+        counts = [len(group) for group in groups]
+        return np.concatenate(groups).astype(np.int64) + np.repeat(passes, counts) * len(self.tokens)
+
+    def only(self, places: np.ndarray | None) -> SourceArrays:
+        """The source with these examples alone as its units; None: as it is."""
+        if places is None:
+            return self
+        return dataclasses.replace(self, units=Ragged(places.astype(np.int32), np.arange(len(places) + 1)))
+
     def packing_lengths(self, batching: Batching) -> np.ndarray:
-        """i64[N]: tokens that each example takes of a row, scaled up where its target text takes a larger share."""
+        """Tokens that each unit takes of a row, i64; scaled up where the target text of an example takes a larger share."""
         lengths = self.lengths
+        if self.units is not None:
+            return np.add.reduceat(lengths[self.units.values], self.units.starts[:-1])
         for name in self.targets:
             targets: Any = self.labels[name]
             lengths = np.maximum(lengths, -(-targets.lengths * batching.row_length // batching.target_row_length))
@@ -173,7 +201,8 @@ def source_arrays(examples: Examples, tasks: Sequence[Labels]) -> SourceArrays:
             labels[task.name] = flat(values, task.dtype) if task.label_level != "example" else values
     types = None if examples.types is None else flat(examples.types, np.int32)
     targets = tuple(task.name for task in tasks if task.name in labels and task.label_level == "target")
-    return SourceArrays(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels, targets)
+    together = units.units_of(examples.row_of, examples.data, [task for task in tasks if task.source == examples.source])
+    return SourceArrays(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels, targets, together)
 
 
 def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequence[Labels] = ()) -> Iterator[Batch]:
@@ -196,7 +225,7 @@ def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequen
     for number, source in enumerate(sources):
         for first in range(0, len(source), PACKED_TOGETHER):
             lengths = source.packing_lengths(batching)[first : first + PACKED_TOGETHER]
-            pending += [(number, first + row) for row in best_fit(lengths, batching.row_length, batching.slots)]
+            pending += [(number, first + row) for row in best_fit(lengths, batching.row_length, source.slots(batching))]
             while len(pending) >= batching.rows:
                 yield batch_of(pending[: batching.rows])
                 pending = pending[batching.rows :]
@@ -221,7 +250,7 @@ def fill(
 
     Args:
         sources: The sources, in the run's order.
-        rows: (number of the source, tickets of the row's examples). A ticket is pass * N + example, in a source of N examples.
+        rows: (number of the source, tickets of the row's units). A ticket is pass * N + unit, in a source of N units.
         tasks: The tasks whose labels are in the batch.
         batching: Shape of the batch.
         total: R.
@@ -240,14 +269,14 @@ def fill(
     )
     for number in {number for number, _ in rows}:
         source = sources[number]
-        its_rows = [(r, tickets) for r, (row_source, tickets) in enumerate(rows) if row_source == number]
+        its_rows = [(r, source.examples(tickets)) for r, (row_source, tickets) in enumerate(rows) if row_source == number]
         # E examples, one after another; then t, their tokens, one after another.
         counts = [len(tickets) for _, tickets in its_rows]
         ticket_E = np.concatenate([tickets for _, tickets in its_rows])
         row_E = np.repeat([r for r, _ in its_rows], counts)
         first_E = np.repeat(starts_of(counts)[:-1], counts)  # the first example of the same row
         slot_E = np.arange(len(row_E)) - first_E
-        example_E = ticket_E % len(source)
+        example_E = ticket_E % len(source.tokens)
         begins = starts_of(source.lengths[example_E])
         length_E = np.diff(begins)
         place_t, position_t = _end_to_end(row_E, first_E, length_E)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -75,19 +75,26 @@ def update_digest(digest: Any, values: Any) -> None:
     digest.update(np.ascontiguousarray(values).data)
 
 
-def read_sources(sources: Sequence[Source], tasks: Sequence[Labels]) -> dict[str, Splits]:
+def read_sources(sources: Sequence[Source], tasks: Sequence[Labels], unlabelled: Collection[str] = ()) -> dict[str, Splits]:
     """Reads the sources that the tasks use; no text in dev or test of one source is a training text of another.
 
     The canaries of a source stand after its other training rows.
 
+    Args:
+        sources: The sources.
+        tasks: The tasks.
+        unlabelled: The names of further sources to read, for which no task has labels.
+
     Raises:
         UserError: A source cannot be read.
     """
-    used = {task.source for task in tasks}
+    used = {task.source for task in tasks} | set(unlabelled)
     for source in sources:
         if source.name in used:
             row_edits.check(source)
-    data = without_shared_texts({source.name: read(source, tasks) for source in sources if source.name in used})
+    data = without_shared_texts(
+        {source.name: read(source, tasks, source.name in unlabelled) for source in sources if source.name in used}
+    )
     return {source.name: canaries.planted(source, tasks, data[source.name]) for source in sources if source.name in used}
 
 
@@ -126,6 +133,8 @@ def make_corpus(
     next_id = 0
     for split in SPLITS:
         for number, (name, parts) in enumerate(list(data.items())):
+            if not parts.rows[split]:  # a source without labels has training rows only
+                continue
             examples, part_counts = read_examples(
                 declared[name],
                 tasks_of[name],

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.data import targets
+from mtl_jax.data import targets, units
 from mtl_jax.data import tokenize as tokenizing
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import TOKEN_LEVELS, Labels, UnreadableTexts, Window, label_problem
@@ -93,8 +93,14 @@ def make_examples(
             text of its pair.
     """
     as_words = any(task.words for task in tasks)
-    first = [_text(row, source.text, as_words) for row in rows]
-    second = [_text(row, source.pair, False) for row in rows] if source.pair else None
+    reader = units.reader(tasks)
+    if reader is None:
+        first = [_text(row, source.text, as_words) for row in rows]
+        second = [_text(row, source.pair, False) for row in rows] if source.pair else None
+        row_of = None
+    else:
+        first, second, row_of = units.texts_of(reader, source, rows)
+    max_length //= units.size(tasks)
     try:
         encoded = tokenizing.encode(
             tokenizer,
@@ -107,17 +113,24 @@ def make_examples(
             cache=cache,
         )
     except RowError as error:
-        raise UnreadableTexts(error.rows, f"{rows[error.rows[0]].where}: {error.reason}") from error
+        refused = error.rows if row_of is None else sorted({int(row_of[text]) for text in error.rows})
+        raise UnreadableTexts(refused, f"{rows[refused[0]].where}: {error.reason}") from error
+    truncated = encoded.truncated
+    if row_of is not None:
+        encoded = encoded._replace(rows=row_of)
+        truncated = row_of[truncated]
     # The tagging task itself counts words without any token.
     special = 0 if as_words else tokenizer.num_special_tokens_to_add(pair=second is not None)
     empty = np.flatnonzero(encoded.tokens.lengths <= special)
+    if row_of is not None:
+        empty = np.array([i for i in empty if first[i]], np.int64)  # a text that the row does not have is no mistake
     if len(empty) and not lenient:
         indices = sorted(set(encoded.rows[empty].tolist()))
         raise UnreadableTexts(indices, f"{rows[indices[0]].where}: the text has no token that the vocabulary knows")
     examples = Examples(
         source.name, first_id, encoded.tokens, {}, encoded.types, encoded.words, encoded.offsets, encoded.rows, rows
     )
-    return examples, set(encoded.truncated.tolist())
+    return examples, set(truncated.tolist())
 
 
 def _text(row: Row, column: str, as_words: bool) -> Any:
@@ -263,11 +276,12 @@ def read_examples(
             if not kept:
                 raise UserError(f"source {source.name!r}: no text of {what} can be tokenised") from error
     examples.labels.update({name: result.labels for name, result in labels.items()})
+    several = units.reader(tasks) is not None
     counts = Counts(
         skipped=len(rows) - len(kept),
         truncated=len(truncated),
-        extra=len(examples.tokens) - len(kept),
-        long=sum(len(group) > 1 for group in examples.groups()),
+        extra=0 if several else len(examples.tokens) - len(kept),
+        long=0 if several else sum(len(group) > 1 for group in examples.groups()),
         blank={name: result.blank for name, result in labels.items()},
         truncated_targets={name: result.truncated for name, result in labels.items()},
     )

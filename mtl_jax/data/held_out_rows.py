@@ -89,7 +89,9 @@ def batches(examples: Sequence[Examples], tasks: Sequence[Labels], batching: Bat
     sources = [source_arrays(part, tasks) for part in examples]
     packed: list[tuple[int, np.ndarray]] = []
     for number, source in enumerate(sources):
-        packed += [(number, row) for row in best_fit(source.packing_lengths(batching), batching.row_length, batching.slots)]
+        packed += [
+            (number, row) for row in best_fit(source.packing_lengths(batching), batching.row_length, source.slots(batching))
+        ]
     most = max(batching.rows // batching.accumulate // shards, 1)
     R = min(most, -(-len(packed) // shards)) * shards
     N = -(-len(packed) // R)

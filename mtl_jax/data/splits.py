@@ -8,6 +8,7 @@ dropped.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections import Counter
@@ -75,17 +76,20 @@ class Splits(NamedTuple):
     remarks: Sequence[str] = ()
 
 
-def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
+def read(source: Source, tasks: Sequence[Labels] = (), unlabelled: bool = False) -> Splits:
     """Reads, deduplicates and splits one source.
 
     Args:
         source: The source.
         tasks: Its tasks, which name columns that a change of its texts concerns.
+        unlabelled: Whether no task has labels for it: all rows of path are then training rows, and there are no others.
 
     Raises:
         UserError: A file or column does not exist, a row cannot be read (and the source is not lenient), or a split is empty.
             Names file and line, or record.
     """
+    if unlabelled:
+        source = dataclasses.replace(source, cut_dev=0.0, cut_test=0.0, time="")
     _check(source)
     cuts = split_shares(source)
     edit, replaced = row_edits.editor(source, tasks), Counter[str]()
@@ -148,6 +152,9 @@ def read(source: Source, tasks: Sequence[Labels] = ()) -> Splits:
         log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
     result: dict[str, Sequence[Row]] = {}
     for split in SPLITS:
+        if not kept[split] and unlabelled and split != "train":
+            result[split] = []
+            continue
         if not kept[split]:
             why = [f"source {source.name!r}: split {split} is empty ({shown(source.place(split) or source.place('train'))})"]
             why += [empty_split_advice(source, split, len(distinct), repeated)]

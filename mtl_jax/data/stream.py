@@ -7,6 +7,7 @@ worker plans all batches and fills its own.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -123,7 +124,8 @@ class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]
 
     def __init__(self, plan: Plan):
         super().__init__()
-        self._plan = plan
+        self._plan = self._whole = plan
+        self._chosen: dict[str, Any] = {}
         self._state = plan.start()
         self._ahead: Any = None
 
@@ -145,6 +147,24 @@ class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]
         self._plan.check(state)
         self._stop()
         self._state = copy.deepcopy(state)
+
+    def keep(self, chosen: Mapping[str, Any], anew: bool) -> None:
+        """From here on, reads only some examples of some sources, and all of the others.
+
+        Args:
+            chosen: {source: i64, the places of the examples that are read}.
+            anew: Whether these sources, and those that had chosen examples before, start a new pass; else the position is one
+                among the same examples.
+        """
+        if not chosen and not self._chosen:
+            return
+        self._stop()
+        for name in {*chosen, *self._chosen} if anew else ():
+            self._state["next"][name] = [0, 0]
+        self._chosen = dict(chosen)
+        self._plan = dataclasses.replace(
+            self._whole, sources=tuple(source.only(chosen.get(source.source)) for source in self._whole.sources)
+        )
 
     def close(self) -> None:
         """Ends the thread, or the processes."""

@@ -16,12 +16,13 @@ from mtl_jax import pretrained, trunks
 from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import write_json
+from mtl_jax.data import units
 from mtl_jax.inference import model_card
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
-from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import text_evaluation
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
 
@@ -44,10 +45,10 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
     of a classification or regression reads the mean of the token vectors, and transformers has no such class. The directory is
     then the bare model for transformers (AutoModel), and the head lies beside it in the format of sentence-transformers:
     SentenceTransformer(target).encode(texts) gives the task's outputs, which are logits in the order of labels.json for a
-    classification and predicted values for a regression. Its config.json names no labels, because a text class of transformers
-    would put a random head under them. A trunk with its decoder is written as the family of the checkpoint that it started
-    from, and a trunk from scratch as a Marian model (MarianMTModel), or with pre-norm as a Pegasus model. README.md shows how
-    to open the directory.
+    classification, predicted values for a regression, and vectors of length 1 for a contrastive task. Its config.json names no
+    labels, because a text class of transformers would put a random head under them. A trunk with its decoder is written as the
+    family of the checkpoint that it started from, and a trunk from scratch as a Marian model (MarianMTModel), or with pre-norm
+    as a Pegasus model. README.md shows how to open the directory.
 
     Args:
         source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
@@ -96,9 +97,9 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
     if run.trunk.raw is None:
         problem = "a class for it only with the decoder of a seq2seq task" if run.trunk.decoder else "no class for it"
         raise UserError(f"{source}: its trunk is from scratch, and transformers has {problem}")
-    if head is not None and not isinstance(head, Classification | Regression | Tagging | Span):
+    if head is not None and not isinstance(head, Classification | Regression | Contrastive | Tagging | Span):
         raise UserError(
-            f"task {task!r}: only heads of classification, regression, tagging, span and seq2seq can be written; "
+            f"task {task!r}: only heads of classification, regression, contrastive, tagging, span and seq2seq can be written; "
             "leave --task out"
         )
     # The labels in the source checkpoint belong to another head, and the bare model has none.
@@ -199,19 +200,23 @@ def _token_head(model: nn.Module, run: TrainedRun, task: Task) -> dict[str, Any]
 
 
 def _write_head(folder: Path, run: TrainedRun, task: Task, width: int) -> None:
-    """Writes modules.json and its modules: trunk, mean over tokens, and the one or two linear layers of the head."""
+    """Writes modules.json and its modules: trunk, mean over tokens, the linear layers of the head, and length 1 for vectors."""
     params = run.params["heads"][task.name]
     layers = [params[name] for name in ("hidden", "output") if name in params]
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    # The longest text in training, as rows of several texts are cut.
+    length = run.experiment.batch.row_length // units.size(run.tasks_of_same_source(task.name))
     _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True})
-    _write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": run.experiment.batch.row_length, "do_lower_case": False}
-    )
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
     for number, layer in enumerate(layers, start=2):
         is_last = number == len(layers) + 1
         scale = task.scale if is_last and isinstance(task, Regression) else 1.0
         _write_dense(folder / f"{number}_Dense", layer, _IDENTITY if is_last else _RELU, scale)
         modules.append((f"{number}_Dense", "Dense"))
+    if isinstance(task, Contrastive):
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+        (folder / modules[-1][0]).mkdir()  # sentence-transformers opens it, and reads nothing there
+        _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
     entries = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
     _write_json(folder / "modules.json", entries)
     if isinstance(task, Classification):

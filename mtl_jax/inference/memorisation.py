@@ -152,6 +152,8 @@ def memorisation(
     run = open_run(Path(workdir))
     other = open_run(Path(reference)) if reference else None
     chosen = [run.task(name) for name in tasks] or list(run.tasks)
+    if compared := [task.name for task in chosen if task.unit_size > 1 or task.whole_batch]:
+        raise UserError(f"{workdir}: the loss of task {compared[0]!r} is not one of single rows; name other tasks")
     if other is not None:
         for task in chosen:
             other.task(task.name)

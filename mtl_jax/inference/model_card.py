@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.tasks import Classification, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 
 LABELS = "labels.json"
 
@@ -32,6 +32,13 @@ from sentence_transformers import SentenceTransformer
 folder = "{folder}"
 values = SentenceTransformer(folder).encode(["a text", "another one"])
 print(values[:, 0])
+""",
+    Contrastive: """\
+from sentence_transformers import SentenceTransformer
+
+folder = "{folder}"
+vectors = SentenceTransformer(folder).encode(["a text", "another one"])
+print(vectors @ vectors.T)
 """,
     Tagging: """\
 from transformers import pipeline
@@ -80,7 +87,7 @@ model = AutoModel.from_pretrained(folder)
 print(model(**tokenizer("a text", return_tensors="pt")).last_hidden_state.shape)
 """,
 }
-_LIBRARIES: dict[Any, str] = {Classification: "sentence-transformers", Regression: "sentence-transformers"}
+_LIBRARIES: dict[Any, str] = dict.fromkeys((Classification, Regression, Contrastive), "sentence-transformers")
 _OUTPUTS: dict[Any, str] = {Classification: f"logits in the order of {LABELS}", Regression: "predicted values"}
 
 
@@ -102,12 +109,18 @@ def card(run: str, task: Task | None, raw: Any) -> str:
     ]
     if kind in _OUTPUTS:
         parts.append(_HEADLESS.format(outputs=_OUTPUTS[kind]))
+    if kind is Contrastive:
+        parts.append(
+            "A text's vector is the mean of its token vectors, scaled to length 1; the product of two is their cosine.\n"
+        )
     parts.append(f"```python\n{_SNIPPETS[kind].format(folder='path/of/this/directory', labels=LABELS)}```\n")
     return "\n".join(parts)
 
 
 def note(task: Task | None, folder: Path) -> str:
     """A hint for opening an export; "" where transformers opens it as usual."""
+    if isinstance(task, Contrastive):
+        return f"{folder} is a model of sentence-transformers: SentenceTransformer(folder).encode(texts) gives the vectors"
     if not isinstance(task, Classification | Regression):
         return ""
     return (

@@ -138,13 +138,15 @@ def predict(
 def _predict(model: Model, task: str, inputs: Inputs, top_k: int | None, deidentify: bool) -> list[dict[str, Any]]:
     run = model.run
     chosen, source = run.task(task), run.source(task)
+    if chosen.several_texts and all(isinstance(value, str) for value in inputs):
+        source = dataclasses.replace(source, pair="")  # a text alone, for example for its vector
     as_words = any(other.words for other in run.tasks_of_same_source(task))
     edit = row_edits.editor(_edited_source(source, deidentify), run.tasks_of_same_source(task))
     rows = [_row(source, value, number, as_words) for number, value in enumerate(inputs, start=1)]
     rows = row_edits.all_edited(edit, rows)
     readable = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in _text_columns(source))]
     results: list[dict[str, Any]] = [{"error": "empty text"} for _ in rows]
-    examples, cut, refused = _readable(run, task, [rows[i] for i in readable])
+    examples, cut, refused = _readable(run, task, source, [rows[i] for i in readable])
     for place, reason in refused.items():
         results[readable[place]] = {"error": reason}
     readable = [i for place, i in enumerate(readable) if place not in refused]
@@ -177,7 +179,7 @@ def _predict(model: Model, task: str, inputs: Inputs, top_k: int | None, deident
                 continue
             answer = chosen.describe([outputs[i] for i in group], windows, examples.data[place])
             answer |= {} if top_k is None else {"top": _top(chosen, outputs[group[0]], top_k)}
-        truncated = place in cut or (len(group) > 1 and not chosen.windows)
+        truncated = place in cut or (len(group) > 1 and not chosen.windows and not chosen.several_texts)
         results[readable[place]] = answer | ({"truncated": True} if truncated else {})
     return results
 
@@ -269,13 +271,13 @@ def _edited_source(source: Source, deidentify: bool) -> Source:
     return source if deidentify else dataclasses.replace(source, deidentify=None)
 
 
-def _readable(run: TrainedRun, task: str, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:
+def _readable(run: TrainedRun, task: str, source: Source, rows: list[Row]) -> tuple[Examples, set[int], dict[int, str]]:
     """Examples of rows, without those that the model cannot read.
 
     Returns:
         The examples, the indices of their rows that were cut, and {index of a row that cannot be read: the reason}.
     """
-    source, tokenizer, tables = run.source(task), run.trunk.tokenizer, trunks.tables(run.trunk)
+    tokenizer, tables = run.trunk.tokenizer, trunks.tables(run.trunk)
 
     def make(subset: Sequence[Row]) -> tuple[Examples, set[int]]:
         return make_examples(

@@ -175,6 +175,24 @@ class Task(Part, abc.ABC):
         return ()
 
     @property
+    def unit_size(self) -> int:
+        """The most examples that the loss compares with each other, and that therefore share a row of a batch; 1: none.
+
+        Each of their texts then has 1 / unit_size of a row's tokens, and is cut there.
+        """
+        return 1
+
+    @property
+    def several_texts(self) -> bool:
+        """Whether a row is read as several examples, those of texts_of(); they stay together."""
+        return False
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the loss compares examples of different rows of a batch, so that it is not a sum over rows."""
+        return False
+
+    @property
     def target_length(self) -> int:
         """Most tokens of a target text."""
         return 0
@@ -249,6 +267,24 @@ class Task(Part, abc.ABC):
             ValueError: The label is wrong; a few words say why.
             UserError: The same, with file and line.
         """
+
+    def texts_of(self, row: Row, source: Source) -> Sequence[str | tuple[str, str]]:
+        """The texts of a row that is read as several examples: all of them texts, or all of them pairs.
+
+        A text that the row does not have is "": its place stays empty. window_label() then sees a window for each of them.
+
+        Args:
+            row: The row.
+            source: Its source.
+
+        Raises:
+            UserError: The row lacks a column, or has something else than text in it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no texts_of()")
+
+    def unit_key(self, row: Row) -> str:
+        """What rows that stay together have in common, such as the query of a list; where texts_of() is not used."""
+        raise NotImplementedError(f"{type(self).__name__} has no unit_key()")
 
     def window_label(self, label: Any, window: Window) -> np.ndarray:
         """A window's label: [*label_shape], or [len] where labels are those of words or tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,3 +56,9 @@ def known(task: Labels, examples: Examples) -> np.ndarray:
 def labelled(task: Labels, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     """Outputs f32[M, O] and labels [M, *label_shape] of the examples that have a label."""
     return np.asarray(outputs)[known_rows(task, examples)], known(task, examples)
+
+
+def key_numbers(data: bytes) -> tuple[int, int]:
+    """Two numbers of 24 bits that are equal for equal bytes; float32 holds them exactly, so that labels may have them."""
+    digest = hashlib.blake2b(data, digest_size=6).digest()
+    return int.from_bytes(digest[:3], "big"), int.from_bytes(digest[3:], "big")

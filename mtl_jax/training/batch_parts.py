@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
-from mtl_jax.models.trunk_output import Encoded
+from mtl_jax.models.trunk_output import Encoded, token_table
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import HeadInputs
+from mtl_jax.training.forward import Encode, HeadInputs
 
 
 def in_parts(batch: Any, parts: int, axis: int = 0) -> Any:
@@ -73,8 +73,54 @@ def sum_and_keep(function: Callable[[Any, jax.Array], tuple[Any, Any]], parts: A
     return jax.lax.scan(body, zero, (parts, jnp.arange(count)))
 
 
+def recomputed(encode: Encode, parts: int, reads_table: bool = False) -> Encode:
+    """The Encode that reads a batch in parts, one after another, and computes each anew in the backward pass.
+
+    Only the results are kept in between, so that the trunk's activations are those of one part; losses see the whole batch
+    (Gao et al., 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup).
+
+    Args:
+        encode: From a batch to the inputs of the heads.
+        parts: The number of parts; a batch that it does not divide gets empty rows. 1: `encode` itself.
+        reads_table: Whether the heads read the trunk's token table.
+    """
+    if parts == 1:
+        return encode
+
+    def encode_parts(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
+        rows = len(batch.source)
+        padding = -rows % parts
+        rows_only = batch._replace(labels={})  # the trunk reads no labels
+
+        def padded(leaf_Rx: jax.Array) -> jax.Array:
+            return jnp.pad(leaf_Rx, ((0, padding), *((0, 0),) * (leaf_Rx.ndim - 1)))
+
+        @jax.checkpoint
+        def of_part(params: Any, part: Batch, number: jax.Array) -> Encoded:
+            part_of_key = None if key is None else jax.random.fold_in(key, number)
+            return encode(params, part, part_of_key, features)._replace(table=None)
+
+        def body(_: None, part_and_number: tuple[Batch, jax.Array]) -> tuple[None, Encoded]:
+            return None, of_part(params, *part_and_number)
+
+        _, encoded = jax.lax.scan(body, None, (in_parts(jax.tree.map(padded, rows_only), parts), jnp.arange(parts)))
+
+        def joined(leaf: jax.Array) -> jax.Array:
+            leaf = jnp.moveaxis(leaf, 0, 1)
+            return leaf.reshape(-1, *leaf.shape[2:])[:rows]
+
+        by_row: Encoded = jax.tree.map(joined, encoded)
+        return by_row._replace(table=token_table(params) if reads_table else None)
+
+    return encode_parts
+
+
 def weighted_rows(
-    tasks: Sequence[Task], idle: Collection[str], rows: Mapping[str, int] | None, multiple: int
+    tasks: Sequence[Task],
+    idle: Collection[str],
+    rows: Mapping[str, int] | None,
+    multiple: int,
+    others: Collection[str] = (),
 ) -> tuple[slice, ...]:
     """The slices of a batch that are rows of tasks with a weight; () where they differ by step, or all rows are needed.
 
@@ -83,8 +129,9 @@ def weighted_rows(
         idle: The names of the tasks with weight 0.
         rows: {source: its rows in every batch}, in the run's order, which is that of the rows; None: they differ.
         multiple: The number of rows in the slices must be a multiple of this, for devices and parts of a batch.
+        others: Sources whose rows a regulariser reads.
     """
-    weighted = {task.source for task in tasks if task.name not in idle}
+    weighted = {task.source for task in tasks if task.name not in idle} | set(others)
     if rows is None or not weighted:
         return ()
     if weighted == set(rows) or sum(rows[source] for source in weighted) % multiple:

@@ -22,6 +22,7 @@ from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.transfer import averaging
 from mtl_jax.transfer.regularisers import Distillation, RDrop
+from mtl_jax.transfer.unlabelled import Consistency, SelfTraining
 from mtl_jax.weighting import schedules
 
 Transform = Callable[[GradientFn], GradientFn]
@@ -73,13 +74,18 @@ def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
     experiment, tasks = prepared.experiment, prepared.corpus.tasks
     first_phase = prepared.plans[0].phase.name
     chosen: list[Transform] = []
-    if _doubles(plan):
+    noisy = next((regulariser for regulariser in plan.regularisers if isinstance(regulariser, Consistency)), None)
+    if noisy is not None:
+        hide = transforms.hidden_tokens(prepared.trunk.tokenizer, noisy.drop)
+        chosen.append(functools.partial(transforms.with_changed_copies, change=hide, tasks=tasks))
+    elif _doubles(plan):
         chosen.append(transforms.every_row_twice)
     if plan.zero_weight_tasks:
         # On several hosts the rows of a source are not in one piece.
         counts = prepared.schedule.constant_counts(range(plan.start, plan.end)) if jax.process_count() == 1 else None
         multiple = experiment.batch.accumulate * meshes.shards(prepared.mesh)
-        rows = batch_parts.weighted_rows(tasks, plan.zero_weight_tasks, counts, multiple)
+        others = {source for regulariser in plan.regularisers for source in regulariser.sources}
+        rows = batch_parts.weighted_rows(tasks, plan.zero_weight_tasks, counts, multiple, others)
         chosen.append(functools.partial(transforms.without_tasks, tasks=plan.zero_weight_tasks, rows=rows))
     if plan.mixout_paths:
         start = transforms.start_of(first_phase)
@@ -145,7 +151,8 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
 
 
 def _doubles(plan: PhasePlan) -> bool:
-    return any(isinstance(regulariser, RDrop) for regulariser in plan.regularisers)
+    """Whether every row goes through the model twice."""
+    return any(isinstance(regulariser, RDrop | Consistency) for regulariser in plan.regularisers)
 
 
 def _most_rows(prepared: Prepared, plan: PhasePlan) -> dict[str, int]:
@@ -164,8 +171,9 @@ def _encode(prepared: Prepared, plan: PhasePlan) -> Encode:
     if plan.cached_features:
         return cached_features
     hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in plan.regularisers)
-    fields = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ()))
-    return encode_tokens(prepared.trunk.module, fields, prepared.savings)
+    needs = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ()))
+    encode = encode_tokens(prepared.trunk.module, needs, prepared.savings)
+    return batch_parts.recomputed(encode, prepared.experiment.batch.recompute, "table" in needs)
 
 
 def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence[Task]) -> OutputRegularisers:
@@ -177,6 +185,10 @@ def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence
             name = regulariser.name
             names = prepared.compared_tasks.get(name) or [task.name for task in weighted if task.compared_as]
             tasks = [task for task in weighted if task.name in names]
+            if isinstance(regulariser, SelfTraining):
+                first_id = prepared.corpus.splits["train"][regulariser.source].first_id
+                chosen[name] = output_losses.of_pseudo_labels(regulariser, tasks, places, first_id, plan.phase.name)
+                continue
             teacher = prepared.teachers.get(name)
             if teacher is not None:
                 teacher = teacher._replace(savings=prepared.savings._replace(remat="none"))

@@ -35,7 +35,9 @@ from mtl_jax.tasks.metrics import METRICS
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.transfer.accountants import ACCOUNTANTS
 from mtl_jax.transfer.adapters import Adapter
+from mtl_jax.transfer.pseudo_labels import CHOICES
 from mtl_jax.transfer.regularisers import Regulariser
+from mtl_jax.transfer.unlabelled import SelfTraining
 from mtl_jax.trunks import TrunkConfig
 
 PARTS = "parts"  # the key of config.json with the user's own parts
@@ -76,6 +78,7 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
         (NAMES, [edit.names for edit in ours]),
         (mixture.MIXTURES, [batch.mixture, batch.mixture_end, *(phase.mixture for phase in experiment.phases)]),
         (ACCOUNTANTS, [experiment.optimizer.private.accountant]),
+        (CHOICES, [part.choose for part in experiment.regularisers if isinstance(part, SelfTraining)]),
     ):
         for name in (re.split("[:(]", name)[0].strip() for name in names):  # without its options
             if name in registry:

@@ -33,7 +33,7 @@ from mtl_jax.training.forward import cached_features, encode_tokens, needed_fiel
 from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.preemption import Stop
-from mtl_jax.training.references import References
+from mtl_jax.training.references import References, chosen_rows
 from mtl_jax.training.setup import Prepared, held_out_batches, initial_state, mixture_phases, start_phase, template
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
@@ -77,7 +77,7 @@ class TrainingRun:
         self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
         self.undefined: set[str] = set()  # tasks for which the log has the warning of an undefined metric
         self.warned_of_solver = False
-        self.references = References(prepared, folder)
+        self.references = References(prepared, folder, self._best_params)
         self.held_out = held_out_batches(prepared)
         self.dev_table = results.DevTable(self.tasks)
 
@@ -127,6 +127,7 @@ class TrainingRun:
                     if step == plan.start:
                         state = start_phase(plan, state, self.prepared)
                     references = self.references.for_phase(plan, state, step == plan.start)
+                    self.stream.keep(chosen_rows(plan, references), anew=step == plan.start)
                     if plan.cached_features and (table is None or plan.number > 0):
                         table = self.features.table(state.params, f"features for {plan.phase.name}")
                     state, step = self._phase(plan, state, step, table if plan.cached_features else None, references)
@@ -136,6 +137,12 @@ class TrainingRun:
             contents = self._finish(step)
             self.callbacks.call("at_end", contents)
             return contents
+
+    def _best_params(self, state: TrainState) -> Any:
+        """The parameters of the best checkpoint so far; those of the state before there is one."""
+        self.store.wait()
+        best = self.store.best(lambda step: self.store.restore(step, self._template).state.measured())
+        return state.params if best is None else best.value
 
     def _baselines(self) -> jax.Array | None:
         """Writes baselines.json, once; returns the features of the untrained trunk where they were needed."""

@@ -24,6 +24,7 @@ from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
+from mtl_jax.transfer.unlabelled import Consistency
 from mtl_jax.weighting import Rule, blind, schedules
 
 
@@ -116,7 +117,8 @@ def plan(
         regularisers = regularisation.active_in_phase(experiment, number, steps)
         imitates_hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in regularisers)
         compared = {name for regulariser in regularisers for name in compared_tasks.get(regulariser.name, ())}
-        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden
+        changes_tokens = any(isinstance(chosen, Consistency) for chosen in regularisers)
+        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden and not changes_tokens
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
@@ -150,8 +152,10 @@ def check_halves(plan: PhasePlan, schedule: ScheduleSequence | PoissonSchedule) 
         return
     assert isinstance(schedule, ScheduleSequence)  # no rule of a private run compares gradients
     name = plan.rule.name
-    if any(isinstance(regulariser, RDrop) for regulariser in plan.regularisers):
-        raise UserError(f"weighting {name} needs independent halves of a batch, and R-Drop has every row twice: leave one out")
+    if any(isinstance(regulariser, RDrop | Consistency) for regulariser in plan.regularisers):
+        raise UserError(
+            f"weighting {name} needs independent halves of a batch, and R-Drop or Consistency reads rows twice: leave it out"
+        )
     for source, rows in schedule.fewest(range(plan.start, plan.end)).items():
         if 0 < rows < 2:
             raise UserError(

@@ -7,6 +7,7 @@ uses the same bits or stops. Teachers are not copied; they are compared by their
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensor_files import open_safetensors
 from mtl_jax.training.phase_plan import PhasePlan
-from mtl_jax.training.regularisation import fisher
+from mtl_jax.training.regularisation import fisher, pseudo_rows
 from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, references_of, start_of, teacher_of
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.train_state import TrainState
 from mtl_jax.transfer.regularisers import EWC, Distillation, Regulariser
+from mtl_jax.transfer.unlabelled import SelfTraining
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +38,14 @@ class References:
     Args:
         prepared: The run.
         folder: Its workdir.
+        best: From the state at the start of a round of self-training to the parameters of the model that labels.
 
     Attributes:
         digests: {name: SHA-256} of the references used so far; part of every checkpoint.
     """
 
-    def __init__(self, prepared: Prepared, folder: Path):
-        self.prepared, self.folder = prepared, folder / "reference"
+    def __init__(self, prepared: Prepared, folder: Path, best: Callable[[TrainState], Any] = lambda state: state.params):
+        self.prepared, self.folder, self._best = prepared, folder / "reference", best
         self.digests: dict[str, str] = {}
         self._placed: dict[str, Any] = {}
 
@@ -78,6 +81,19 @@ class References:
                 return jax.eval_shape(lambda tree: tree, prepared.teachers[regulariser.name].params)
             if isinstance(regulariser, EWC) and name in (fisher_of(regulariser), anchor_of(regulariser, "")):
                 paths = self._ewc_paths(regulariser)
+        for plan in prepared.plans:
+            for regulariser in _self_trained(plan):
+                if pseudo_rows.reference_of(regulariser, plan.phase.name) == name:
+                    rows = len(prepared.corpus.splits["train"][regulariser.source].tokens)
+                    tasks = [task for task in prepared.corpus.tasks if task.name in prepared.compared_tasks[regulariser.name]]
+                    shapes = {
+                        task.name: {pseudo_rows.TARGETS: (rows, task.outputs), pseudo_rows.WEIGHTS: (rows,)} for task in tasks
+                    }
+                    return {
+                        pseudo_rows.leaf(task, what): jax.ShapeDtypeStruct(shape, jnp.float32)
+                        for task, arrays in shapes.items()
+                        for what, shape in arrays.items()
+                    }
         leaves = leaves_of(prepared.params)
         return {path: jax.ShapeDtypeStruct(leaves[path].shape, jnp.float32) for path in sorted(paths)}
 
@@ -87,6 +103,7 @@ class References:
 
     def _needed(self, plan: PhasePlan) -> set[str]:
         names = {name for regulariser in plan.regularisers for name in self._names(regulariser)}
+        names |= {pseudo_rows.reference_of(chosen, plan.phase.name) for chosen in _self_trained(plan)}
         return names | ({start_of(self._first_phase)} if plan.mixout_paths else set())
 
     def _names(self, regulariser: Regulariser) -> list[str]:
@@ -107,6 +124,22 @@ class References:
                 named = plan.phase.name == (regulariser.phase or self._first_phase)
                 if plan.number == 0 if regulariser.run else named:
                     self._write_fisher(regulariser, state)
+
+        for regulariser in _self_trained(plan):
+            self._write_pseudo_labels(regulariser, plan, self._best(state))
+
+    def _write_pseudo_labels(self, regulariser: SelfTraining, plan: PhasePlan, params: Any) -> None:
+        """Writes the pseudo-labels of the round that begins."""
+        prepared = self.prepared
+        tasks = [task for task in prepared.corpus.tasks if task.name in prepared.compared_tasks[regulariser.name]]
+        examples, phase = prepared.corpus.splits["train"][regulariser.source], plan.phase.name
+        batching, seed = prepared.experiment.batch, prepared.experiment.seed
+        local = jax.device_put(jax.device_get(params), jax.local_devices()[0])
+
+        def make() -> dict[str, np.ndarray]:
+            return pseudo_rows.make(regulariser, prepared.trunk.module, local, tasks, examples, batching, seed, phase)
+
+        self._write(pseudo_rows.reference_of(regulariser, phase), make)
 
     def _active(self) -> list[Regulariser]:
         """The regularisers that are active in some phase."""
@@ -197,3 +230,22 @@ class References:
 def _trained(plan: PhasePlan) -> dict[str, Any]:
     """The mask's leaves of the parameters that train."""
     return {path: trains for path, trains in leaves_of(plan.mask).items() if trains}
+
+
+def chosen_rows(plan: PhasePlan, references: Any) -> dict[str, np.ndarray]:
+    """{source: the places of its examples that a phase reads}, of sources with pseudo-labels.
+
+    Args:
+        plan: The phase.
+        references: The result of for_phase().
+    """
+    chosen: dict[str, np.ndarray] = {}
+    for regulariser in _self_trained(plan):
+        places = pseudo_rows.chosen_rows(references[pseudo_rows.reference_of(regulariser, plan.phase.name)])
+        chosen[regulariser.source] = np.union1d(chosen.get(regulariser.source, places), places)
+    return chosen
+
+
+def _self_trained(plan: PhasePlan) -> list[SelfTraining]:
+    """The rounds of self-training that begin with a phase."""
+    return [regulariser for regulariser in plan.regularisers if isinstance(regulariser, SelfTraining)]

@@ -13,7 +13,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import reason
 from mtl_jax.data.source import Source
-from mtl_jax.experiment import Experiment, select
+from mtl_jax.experiment import Experiment, select, unlabelled_sources
 from mtl_jax.tasks import Task
 from mtl_jax.training import checkpoint_files, frozen_params
 from mtl_jax.training import mesh as meshes
@@ -62,7 +62,7 @@ class TrainedRun(NamedTuple):
     @property
     def sources(self) -> list[str]:
         """The names of the sources that the run has tasks on, in its order."""
-        used = {task.source for task in self.tasks}
+        used = {task.source for task in self.tasks} | set(unlabelled_sources(self.experiment))
         return [source.name for source in self.experiment.sources if source.name in used]
 
     def source_index(self, task: str) -> int:
@@ -97,10 +97,11 @@ def open_run(folder: Path, step: str = "best") -> TrainedRun:
     if [task.name for task in tasks] != [task.name for task in experiment.tasks]:
         raise workdirs.damaged(folder / "data.json", "its tasks are not those of config.json")
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
-    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks}))
+    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks} | set(unlabelled_sources(experiment))))
     checkpoint = _read(folder, experiment, step)
     _check_sizes(folder, trunk, tasks, checkpoint)
-    params = jax.device_put(checkpoint.value, jax.devices()[0])
+    heads = {task.name: {} for task in tasks} | checkpoint.value.get("heads", {})  # a head may have no parameter
+    params = jax.device_put({**checkpoint.value, "heads": heads}, jax.devices()[0])
     return TrainedRun(experiment, tasks, trunk, params, checkpoint.step, checkpoint.dev)
 
 

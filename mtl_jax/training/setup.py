@@ -25,7 +25,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
-from mtl_jax.experiment import Experiment, check, select
+from mtl_jax.experiment import Experiment, check, select, unlabelled_sources
 from mtl_jax.models import kernels
 from mtl_jax.tasks import Task, label_names
 from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, sharding, text_evaluation
@@ -116,7 +116,12 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     kernels.chosen(experiment.kernels, mesh)  # fails before anything is read
     stream.check_hosts(experiment.batch, jax.process_count())
     private_gradient.check(experiment.optimizer.private, experiment.batch.rows, meshes.shards(mesh))
-    copies = at_start.examine(experiment.sources, corpora.read_sources(experiment.sources, experiment.tasks))
+    unlabelled = unlabelled_sources(experiment)
+    sources = [
+        dataclasses.replace(source, copies="drop") if source.name in unlabelled and source.copies == "report" else source
+        for source in experiment.sources
+    ]
+    copies = at_start.examine(sources, corpora.read_sources(sources, experiment.tasks, unlabelled))
     data, rows = held_out.take(experiment, copies.data)
     compared = earlier_runs.compare(experiment.sources, data, earlier_workdirs(experiment))
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")

@@ -34,13 +34,19 @@ from mtl_jax.transfer.penalties import l2sp as l2sp
 from mtl_jax.transfer.penalties import mixout as mixout
 from mtl_jax.transfer.phases import Phase as Phase
 from mtl_jax.transfer.phases import probe_then_finetune as probe_then_finetune
+from mtl_jax.transfer.phases import setfit as setfit
 from mtl_jax.transfer.phases import unfreezing as unfreezing
 from mtl_jax.transfer.private import Private as Private
 from mtl_jax.transfer.private import private_gradient as private_gradient
+from mtl_jax.transfer.pseudo_labels import choose as choose
+from mtl_jax.transfer.pseudo_labels import register_choice as register_choice
 from mtl_jax.transfer.regularisers import EWC as EWC
 from mtl_jax.transfer.regularisers import L2SP as L2SP
 from mtl_jax.transfer.regularisers import Distillation as Distillation
 from mtl_jax.transfer.regularisers import RDrop as RDrop
 from mtl_jax.transfer.regularisers import Regulariser as Regulariser
+from mtl_jax.transfer.unlabelled import Consistency as Consistency
+from mtl_jax.transfer.unlabelled import SelfTraining as SelfTraining
+from mtl_jax.transfer.unlabelled import self_training as self_training
 
 merging = merge_methods  # its former name, which scripts may use

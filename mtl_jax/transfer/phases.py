@@ -88,6 +88,47 @@ def unfreezing(
     return tuple(phases)
 
 
+def setfit(
+    contrastive: str,
+    classifier: str,
+    steps: int,
+    head_steps: int,
+    *,
+    rate: float,
+    head_rate: float,
+    rules: tuple[ParamRule, ...] = (ParamRule(".*"),),
+) -> tuple[Phase, ...]:
+    """Contrastive training on few labels, then a classifier on the frozen vectors (Tunstall et al., 2022, SetFit).
+
+    Both tasks are of one source: a Contrastive that compares its texts by their labels, so that n rows give n (n - 1) / 2
+    pairs, and a Classification of the same labels. Set evaluation.criterion to the classifier: its head is random until the
+    second phase.
+
+    Args:
+        contrastive: The name of the Contrastive task.
+        classifier: The name of the task whose head trains in the second phase.
+        steps: Steps of the first phase.
+        head_steps: Steps of the second phase.
+        rate: Learning rate of the first phase.
+        head_rate: Learning rate of the second phase.
+        rules: Parameter rules of the first phase, such as layerwise(0.9, layers=6).
+
+    Returns:
+        The phases "contrast" and "head".
+
+    Raises:
+        UserError: Both names are the same.
+    """
+    if contrastive == classifier:
+        raise UserError(f"setfit: contrastive and classifier are both {classifier!r}; name two tasks of one source")
+    heads_only = (ParamRule("heads/.*"), ParamRule("trunk/.*", train=False))
+    pairs, labels = {contrastive: 1.0, classifier: 0.0}, {contrastive: 0.0, classifier: 1.0}
+    return (
+        Phase("contrast", steps, rules, rate, weights=dict(pairs)),
+        Phase("head", head_steps, heads_only, head_rate, weights=dict(labels)),
+    )
+
+
 def probe_then_finetune(
     probe_steps: int,
     steps: int,

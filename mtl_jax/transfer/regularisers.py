@@ -50,6 +50,11 @@ class Regulariser(Part):
         """What the loss is of: "parameters" for a class with penalty(), "outputs" for one with output_loss()."""
         return "parameters" if type(self).penalty is not Regulariser.penalty else "outputs"
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources whose rows it reads, also where no task has labels for them; such a source has training rows only."""
+        return ()
+
     def check(self) -> None:
         """Raises UserError if a field is refused."""
 

@@ -35,6 +35,10 @@ def check_labels(regulariser: EWC, tasks: Sequence[Task]) -> None:
         tasks: The tasks of its source.
     """
     for task in tasks:
+        if task.unit_size > 1 or task.whole_batch:
+            raise UserError(
+                f"{FIELD}: {regulariser.name}: task {task.name!r} compares examples, and Fisher information is of single ones"
+            )
         if regulariser.labels == "model" and not task.compared_as:
             raise UserError(
                 f"{FIELD}: {regulariser.name}: labels of a {type(task).__name__} such as {task.name!r} cannot be drawn "

@@ -1,4 +1,4 @@
-"""The losses of regularisers that compare outputs: distillation and R-Drop."""
+"""The losses of regularisers that compare outputs: distillation, R-Drop, consistency, pseudo-labels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from mtl_jax.models.layers import times
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.gradient import OutputRegularisers
+from mtl_jax.training.regularisation.pseudo_rows import TARGETS, WEIGHTS, leaf, reference_of
 from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.regularisation.transforms import teacher_of
-from mtl_jax.transfer import distill, distill_hidden, r_drop
+from mtl_jax.transfer import distill, distill_hidden, divergence, r_drop
 from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
+from mtl_jax.transfer.unlabelled import Consistency, SelfTraining
 
 
 class OutputLoss(NamedTuple):
@@ -53,6 +55,8 @@ def output_loss(
     """
     if isinstance(regulariser, RDrop):
         return _r_drop(tasks, places)
+    if isinstance(regulariser, Consistency):
+        return _consistency(regulariser, tasks, places)
     if not isinstance(regulariser, Distillation):
         return _of_outputs(regulariser, tasks, places)
     assert teacher is not None
@@ -90,10 +94,81 @@ def _masked_sum(values: jax.Array, compared: jax.Array) -> jax.Array:
     return jnp.where(compared, values, 0.0).sum()
 
 
-def _r_drop(tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
-    def halves(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return leaf[: len(leaf) // 2], leaf[len(leaf) // 2 :]
+def halves(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first and the second pass of every row, where every row is twice in a batch."""
+    return leaf[: len(leaf) // 2], leaf[len(leaf) // 2 :]
 
+
+def _consistency(regulariser: Consistency, tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
+    def compared(task: Task, batch: Batch) -> jax.Array:
+        first, _ = halves((batch.index >= 0) & (batch.source == places[regulariser.source or task.source])[:, None])
+        return first
+
+    def count(batch: Batch) -> dict[str, jax.Array]:
+        return {task.name: jnp.maximum(compared(task, batch).sum(), 1) for task in tasks}
+
+    def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
+        total = jnp.zeros(())
+        for task in tasks:
+            first, second = halves(outputs[task.name])
+            target = jax.lax.stop_gradient(first)
+            certain = confidence(target, task.compared_as) >= regulariser.threshold
+            sharp = target if task.compared_as == "number" else target / regulariser.temperature
+            values = divergence(task.compared_as, sharp, second)
+            total += _masked_sum(values, compared(task, batch) & certain) / counts[task.name]
+        return total
+
+    return OutputLoss(count, loss)
+
+
+def confidence(outputs: jax.Array, kind: str) -> jax.Array:
+    """The probability of the answer in outputs f[..., O]: of the label, or of the least certain yes or no; 1 for a number."""
+    if kind == "softmax":
+        return jax.nn.softmax(outputs).max(axis=-1)
+    if kind == "sigmoid":
+        return jax.nn.sigmoid(jnp.abs(outputs)).min(axis=-1)
+    return jnp.ones(outputs.shape[:-1])
+
+
+def of_pseudo_labels(
+    regulariser: SelfTraining, tasks: Sequence[Task], places: Mapping[str, int], first_id: int, phase: str
+) -> OutputLoss:
+    """The cross-entropy of tasks with pseudo-labels: the sum over tasks of the mean over a batch's unlabelled rows.
+
+    Args:
+        regulariser: Names the source of the rows.
+        tasks: The tasks that labelled them.
+        places: {source: its place in the run's order}.
+        first_id: The id of the source's first training example.
+        phase: The phase, whose first step the pseudo-labels are made at.
+    """
+
+    def unlabelled(batch: Batch) -> jax.Array:
+        return (batch.index >= 0) & (batch.source == places[regulariser.source])[:, None]
+
+    def count(batch: Batch) -> jax.Array:
+        return jnp.maximum(unlabelled(batch).sum(), 1)
+
+    def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
+        labels, rows_RxS = references[reference_of(regulariser, phase)], unlabelled(batch)
+        place_RxS = jnp.where(rows_RxS, batch.index - first_id, 0)
+        total = jnp.zeros(())
+        for task in tasks:
+            target_RxSxO, weight_RxS = (labels[leaf(task.name, what)][place_RxS] for what in (TARGETS, WEIGHTS))
+            values = _cross_entropy(outputs[task.name].astype(jnp.float32), target_RxSxO, task.compared_as)
+            total += _masked_sum(weight_RxS * values, rows_RxS) / counts
+        return total
+
+    return OutputLoss(count, loss)
+
+
+def _cross_entropy(outputs: jax.Array, targets: jax.Array, kind: str) -> jax.Array:
+    if kind == "softmax":
+        return -(targets * jax.nn.log_softmax(outputs)).sum(axis=-1)
+    return -(targets * jax.nn.log_sigmoid(outputs) + (1 - targets) * jax.nn.log_sigmoid(-outputs)).mean(axis=-1)
+
+
+def _r_drop(tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
     def count(batch: Batch) -> dict[str, jax.Array]:
         return {task.name: jnp.maximum(_compared(task, batch, places).sum() / 2, 1) for task in tasks}
 

@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 import jax
 
 from mtl_jax import trunks
-from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import restore
-from mtl_jax.training.regularisation import fisher
+from mtl_jax.training.regularisation import fisher, pseudo_rows
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, Distillation, RDrop, Regulariser, tasks_named_by
+from mtl_jax.transfer.unlabelled import KINDS, Consistency, SelfTraining
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import schedules
 
@@ -71,6 +72,8 @@ def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, text
             opened.teachers[name] = teacher
             if regulariser.of == "logits":
                 opened.compared_tasks[name] = tasks_to_imitate(regulariser, teacher, tasks)
+        elif isinstance(regulariser, SelfTraining | Consistency):
+            opened.compared_tasks[name] = [task.name for task in _labelling(regulariser, experiment, corpus, trunk)]
         elif regulariser.level == "outputs" and tasks_named_by(regulariser):
             opened.compared_tasks[name] = list(tasks_named_by(regulariser))
         elif isinstance(regulariser, EWC):
@@ -84,6 +87,52 @@ def open_regularisers(experiment: Experiment, trunk: Trunk, corpus: Corpus, text
             learned = opened.anchor_runs[name].tasks if regulariser.run else corpus.tasks
             fisher.check_labels(regulariser, [task for task in learned if task.source == regulariser.source])
     return opened
+
+
+def _labelling(regulariser: SelfTraining | Consistency, experiment: Experiment, corpus: Corpus, trunk: Trunk) -> list[Task]:
+    """The tasks that label the rows of a regulariser's source.
+
+    Raises:
+        UserError: One of them cannot, or its phase comes too early.
+    """
+    pairs = {source.name: bool(source.pair) for source in experiment.sources}
+    named = regulariser.tasks or [task.name for task in corpus.tasks if task.compared_as and task.level == "example"]
+    tasks = [task for task in corpus.tasks if task.name in named]
+    if isinstance(regulariser, SelfTraining):
+        if not regulariser.tasks:
+            tasks = [task for task in tasks if task.compared_as in KINDS]
+        pseudo_rows.check(regulariser, tasks, [task for task in corpus.tasks if task.source == regulariser.source])
+        if regulariser.phase in ("", experiment.phases[0].name) and not experiment.init_from.path:
+            raise UserError(
+                f"{FIELD}: phase of {regulariser.name} is {regulariser.phase!r}, where the model has learned nothing yet: "
+                "name a later phase, or begin from a trained model by init_from"
+            )
+        pseudo_rows.check_dropout(regulariser.choose, trunk, tasks, f"{FIELD}: {regulariser.name}")
+        _check_pairs(regulariser, tasks, pairs)
+        return tasks
+    if not tasks:
+        raise UserError(f"{FIELD}: {regulariser.name}: there is no task whose outputs can be compared")
+    for task in tasks:
+        if task.level != "example" or not task.compared_as:
+            raise UserError(
+                f"{FIELD}: {regulariser.name}: outputs of a {type(task).__name__} such as {task.name!r} cannot be compared"
+            )
+    others = [other.name for other in experiment.regularisers if isinstance(other, RDrop | Consistency)]
+    if len(others) > 1:
+        raise UserError(f"{FIELD}: {listed(others)} each read every row twice; leave all but one out")
+    _check_pairs(regulariser, tasks, pairs)
+    return tasks
+
+
+def _check_pairs(regulariser: SelfTraining | Consistency, tasks: Sequence[Task], pairs: Mapping[str, bool]) -> None:
+    """Raises UserError where a source has pairs of texts, and one of the tasks reads single ones, or the other way round."""
+    for task in tasks:
+        if regulariser.source and pairs[regulariser.source] != pairs[task.source]:
+            sides = [name for name, is_pair in sorted(pairs.items()) if is_pair and name in (regulariser.source, task.source)]
+            raise UserError(
+                f"{FIELD}: {regulariser.name}: of {regulariser.source!r} and {task.source!r}, which task {task.name!r} reads, "
+                f"only {sides[0]!r} has pairs of texts"
+            )
 
 
 def projections(experiment: Experiment, teachers: Mapping[str, Teacher], width: int) -> dict[str, Any]:

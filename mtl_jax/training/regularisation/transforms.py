@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.trees import Leaves, leaves_of, put
+from mtl_jax.tasks import Task
 from mtl_jax.training.gradient import GradientFn, StepGradients
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer.penalties import mixout
@@ -93,6 +94,50 @@ def every_row_twice(gradient_fn: GradientFn) -> GradientFn:
         return step._replace(counts={task: count / 2 for task, count in step.counts.items()})
 
     return twice
+
+
+# (PRNG key, tokens i32[R, T]) -> changed tokens i32[R, T]
+Change = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def hidden_tokens(tokenizer: Any, share: float) -> Change:
+    """The change that replaces a share of the tokens by the mask token, or where there is none by the unknown one.
+
+    Args:
+        tokenizer: Its special tokens stay.
+        share: The share.
+    """
+    hidden = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
+    special = jnp.array(sorted({0, *tokenizer.all_special_ids}), jnp.int32)
+
+    def change(key: jax.Array, tokens_RxT: jax.Array) -> jax.Array:
+        chosen_RxT = jax.random.bernoulli(key, share, tokens_RxT.shape) & ~jnp.isin(tokens_RxT, special)
+        return jnp.where(chosen_RxT, jnp.int32(hidden), tokens_RxT)
+
+    return change
+
+
+def with_changed_copies(gradient_fn: GradientFn, *, change: Change, tasks: Sequence[Task]) -> GradientFn:
+    """The step of a batch with a changed copy of every row after it; the copies have no labels.
+
+    Args:
+        gradient_fn: The step.
+        change: What happens to the tokens of a copy.
+        tasks: The tasks, for their missing labels.
+    """
+    missing = {task.name: task.missing for task in tasks}
+
+    def copied(trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+        batch = inputs.batch
+        key = jax.random.fold_in(state.step_key(), zlib.crc32(b"consistency"))  # not a small number: split() uses these
+        copies = batch._replace(
+            tokens=change(key, batch.tokens),
+            labels={name: jnp.full_like(labels, missing[name]) for name, labels in batch.labels.items()},
+        )
+        doubled = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), batch, copies)
+        return gradient_fn(trained, frozen, inputs._replace(batch=doubled), state)
+
+    return copied
 
 
 def at_mixed_parameters(gradient_fn: GradientFn, *, p: float, paths: Sequence[str], start: str) -> GradientFn:

@@ -33,7 +33,7 @@ EXAMPLES = {
         (("weighting_options", "power"), 0.5),
         "weighting=equal,inverse_norm",
     ),
-    "task.py": Example({"Ordinal": "task"}, ("--tasks.0.grades", "7"), (("tasks", "0", "grades"), 7), "tasks.0.grades=5,6"),
+    "task.py": Example({"Graded": "task"}, ("--tasks.0.grades", "7"), (("tasks", "0", "grades"), 7), "tasks.0.grades=5,6"),
     "regulariser.py": Example(
         {"ConfidencePenalty": "regulariser", "HeadsAlike": "regulariser"},
         ("--regularisers.1.layer", "hidden/kernel"),

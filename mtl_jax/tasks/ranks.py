@@ -1,0 +1,85 @@
+"""Metrics of orders: reciprocal rank and discounted gain of lists, and of a search among texts. Plain numpy.
+
+Shapes in names: Q queries, C candidates, H width, M entries of a list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+CUTOFF = 10  # entries of a list that count for nDCG
+CHUNK = 512  # queries that are compared at once
+
+
+def of_list(scores_M: np.ndarray, gains_M: np.ndarray) -> dict[str, float] | None:
+    """Reciprocal rank, nDCG at CUTOFF, and whether the first entry is one of the best; None where all gains are equal.
+
+    Gains are 2^grade - 1 (Burges et al., 2005), discounted by log2(1 + rank). An entry is relevant if its grade is above the
+    list's lowest one, for the reciprocal rank. Of equal scores the later entry comes first, so that a constant gains nothing
+    from the order of a file.
+
+    Args:
+        scores_M: The score of each entry; the highest comes first.
+        gains_M: Its grade, 0 or more.
+    """
+    if len(gains_M) < 2 or gains_M.max() == gains_M.min():
+        return None
+    order_M = np.argsort(-scores_M[::-1], kind="stable")
+    grades_M = gains_M[::-1][order_M].astype(np.float64)
+    discounts = 1 / np.log2(np.arange(2, min(CUTOFF, len(grades_M)) + 2))
+    gain = ((2 ** grades_M[:CUTOFF] - 1) * discounts).sum()
+    ideal = ((2 ** np.sort(grades_M)[::-1][:CUTOFF] - 1) * discounts).sum()
+    first = int(np.flatnonzero(grades_M > grades_M.min())[0])
+    return {"mrr": 1 / (first + 1), "ndcg": float(gain / ideal), "accuracy": float(grades_M[0] == grades_M.max())}
+
+
+def of_lists(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """The means of of_list() over the lists that have an order; NaN where none has.
+
+    Args:
+        lists: (scores, gains) of each.
+    """
+    measured = [scores for scores_M, gains_M in lists if (scores := of_list(scores_M, gains_M)) is not None]
+    names = ("mrr", "ndcg", "accuracy")
+    return {name: float(np.mean([scores[name] for scores in measured])) if measured else math.nan for name in names}
+
+
+def of_search(
+    query_QxH: np.ndarray,
+    candidate_CxH: np.ndarray,
+    relevant: Callable[[slice], np.ndarray],
+    left_out: Callable[[slice], np.ndarray],
+) -> dict[str, float]:
+    """Metrics of a search by cosine: mrr, ndcg at CUTOFF with binary gains, and accuracy, the share with the first one right.
+
+    Args:
+        query_QxH: The queries, of length 1.
+        candidate_CxH: The texts that are searched, of length 1.
+        relevant: From a slice of queries to bool[q, C]: the right answers. A query without any is left out.
+        left_out: From a slice of queries to bool[q, C]: candidates that are not compared with it.
+    """
+    totals, queries = np.zeros(3), 0
+    discounts = 1 / np.log2(np.arange(2, CUTOFF + 2))
+    for start in range(0, len(query_QxH), CHUNK):
+        part = slice(start, min(start + CHUNK, len(query_QxH)))
+        out_qxC = left_out(part)
+        relevant_qxC = relevant(part) & ~out_qxC
+        counted = relevant_qxC.any(axis=1)
+        if not counted.any():
+            continue
+        score_qxC = np.where(out_qxC, -np.inf, query_QxH[part] @ candidate_CxH.T)[counted]
+        relevant_qxC = relevant_qxC[counted]
+        best_q = np.where(relevant_qxC, score_qxC, -np.inf).max(axis=1)
+        # Wrong answers with an equal score come first.
+        rank_q = 1 + (~relevant_qxC & (score_qxC >= best_q[:, None])).sum(axis=1)
+        top_qxk = np.lexsort((relevant_qxC, -score_qxC), axis=1)[:, :CUTOFF]
+        hits_qxk = np.take_along_axis(relevant_qxC, top_qxk, axis=1)
+        ideal_q = np.cumsum(discounts)[np.minimum(relevant_qxC.sum(axis=1), CUTOFF) - 1]
+        gain_q = (hits_qxk * discounts[: hits_qxk.shape[1]]).sum(axis=1) / ideal_q
+        totals += [(1 / rank_q).sum(), gain_q.sum(), (rank_q == 1).sum()]
+        queries += len(rank_q)
+    mrr, ndcg, accuracy = totals / queries if queries else np.full(3, math.nan)
+    return {"mrr": float(mrr), "ndcg": float(ndcg), "accuracy": float(accuracy)}

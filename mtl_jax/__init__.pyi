@@ -2,6 +2,7 @@
 
 from . import affinity as affinity
 from . import audit as audit
+from . import augment as augment
 from . import data as data
 from . import decoding as decoding
 from . import pretrained as pretrained

@@ -11,6 +11,7 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
+from mtl_jax.cli.augmenting import augment
 from mtl_jax.cli.before_training import affinity, audit, check_json, deidentify, plan
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import summarize, translate
@@ -221,6 +222,7 @@ def console() -> None:
         "take": take,
         "audit": audit,
         "deidentify": deidentify,
+        "augment": augment,
         "memorisation": memorisation,
         "plan": plan,
         "results": results,

@@ -13,6 +13,7 @@ import tabulate
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of, matching
+from mtl_jax.data import augmentations
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import Experiment, Phase, rule_name, rule_of, weighs_heads
@@ -116,7 +117,11 @@ def plan(
         regularisers = regularisation.active_in_phase(experiment, number, steps)
         imitates_hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in regularisers)
         compared = {name for regulariser in regularisers for name in compared_tasks.get(regulariser.name, ())}
-        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden
+        # A text that is another one in every pass has no fixed features.
+        same_texts = not any(
+            augmentations.in_passes(augmentations.of_source(source, experiment.augment)) for source in experiment.sources
+        )
+        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden and same_texts
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(

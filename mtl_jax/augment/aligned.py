@@ -27,11 +27,14 @@ class Word(NamedTuple):
 
     Attributes:
         text: The word.
-        origin: The old word whose place and labels it has; NEW: it was inserted.
+        origin: The old word whose place it has; NEW: it was inserted.
+        keeps_label: Whether it also has that word's labels: it is the word itself, moved or with other characters. Another word
+            in its place has the label O, or none where O is not a label.
     """
 
     text: str
     origin: int
+    keeps_label: bool = True
 
 
 class Words(NamedTuple):
@@ -120,6 +123,11 @@ def labels_of_words(row: Row, source: AugmentedRows) -> dict[str, list[str | Non
     return result
 
 
+def is_entity(label: str | None) -> bool:
+    """Whether a label is that of a word of an entity."""
+    return label is not None and label.startswith(("B-", "I-"))
+
+
 def answer_columns(row: Row) -> dict[str, list[Any]]:
     """{column: its answers}, of the columns that have some."""
     return {
@@ -142,7 +150,7 @@ def protected(
     fixed, joined = np.zeros(len(spans), bool), np.zeros(len(spans), bool)
     for column in labels.values():
         for word, label in enumerate(column):
-            fixed[word] |= label is None or label.startswith(("B-", "I-"))
+            fixed[word] |= label is None or is_entity(label)
             joined[word] |= label is not None and label.startswith("I-")
     fixed[:-1] |= joined[1:]
     for items in answers.values():
@@ -157,14 +165,14 @@ def protected(
 
 
 def new_labels(labels: Sequence[str | None], words: Sequence[Word]) -> list[str | None]:
-    """The labels of the new words: those of their origins; of an inserted word O, or none where O is not a label.
+    """The labels of the new words: those of their origins; of another word O, or none where O is not a label.
 
     Args:
         labels: Those of the old words.
         words: The new words.
     """
-    inserted = "O" if "O" in labels or any(label and label.startswith(("B-", "I-")) for label in labels) else None
-    return [inserted if word.origin == NEW else labels[word.origin] for word in words]
+    other = "O" if "O" in labels or any(map(is_entity, labels)) else None
+    return [labels[word.origin] if word.origin != NEW and word.keeps_label else other for word in words]
 
 
 def new_lines(lines: Sequence[int], words: Sequence[Word]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mtl_jax.augment.aligned import NEW, EditWords, Word, Words, edited
+from mtl_jax.augment.aligned import NEW, EditWords, Word, Words, edited, is_entity, labels_of_words
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.row_texts import named
 from mtl_jax.data.augmentations import check_shares
@@ -53,8 +53,8 @@ class Eda(WordEdit):
     """Words are swapped, deleted, inserted and replaced, as in EDA (Wei and Zou, 2019), without a list of synonyms.
 
     Words that are inserted or put in place of others are drawn from the training rows of the source, those that say little
-    before those that say much (TF-IDF, as in UDA, Xie et al., 2020); words that say little are replaced first, too. Or they are
-    the neighbours of a word by a masked LM.
+    before those that say much (TF-IDF, as in UDA, Xie et al., 2020); words that say little are replaced first, too. For taggers
+    of entities, no word of an entity is drawn. Words that fit their place are MaskedNeighbours.
 
     Attributes:
         share: As in all augmentations.
@@ -103,7 +103,7 @@ class Eda(WordEdit):
             free = np.flatnonzero(~words.fixed)
             if len(free):
                 for place in _some(free, self.substitute, rng, [says_little(words.texts[word]) for word in free]):
-                    new[place] = Word(draw(rng), int(place))
+                    new[place] = Word(draw(rng), int(place), keeps_label=False)
                 if len(free) > 1:
                     for place in _some(free, self.swap, rng):
                         other = int(rng.choice(free[free != place]))
@@ -141,16 +141,20 @@ def _no_word(rng: np.random.Generator) -> str:
 def _word_source(source: AugmentedRows) -> tuple[Callable[[np.random.Generator], str], Callable[[str], float]]:
     """A function that draws a word of the source, and one from a word to how little it says, a number above 0.
 
-    A word's score is its mean TF-IDF; the probability of a word is proportional to the largest score minus its own.
+    Words are drawn by the root of their frequency times the largest IDF minus their own.
     """
     frequencies, documents = Counter[str](), Counter[str]()
+    named_words: set[str] = set()
     for row in source.rows:
         for name in source.columns.texts:
             value = row.columns.get(name)
             words = value.split() if isinstance(value, str) else value
             if isinstance(words, list) and all(isinstance(word, str) for word in words):
+                labels = labels_of_words(row, source).values() if name == source.columns.text else ()
+                named_words |= {word for tags in labels for word, tag in zip(words, tags, strict=True) if is_entity(tag)}
                 frequencies.update(words)
                 documents.update(set(words))
+    frequencies = Counter({word: number for word, number in frequencies.items() if word not in named_words})
     if not frequencies:
         raise UserError(
             f"source {source.source.name!r}: no training row has a word that Eda could insert in {named(source.columns.texts)}"

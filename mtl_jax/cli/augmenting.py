@@ -58,9 +58,7 @@ def augment(
         raise UserError(f"--output {shown(output)}: name a file in a directory that exists")
     if rows.endswith(".py"):
         if by or options or labels or held_out:
-            raise UserError(
-                "--by, --options, --labels and --held-out are for a file; a script has its augmentations in its sources"
-            )
+            raise UserError("--by, --options, --labels and --held-out are for a file; a script's sources have augmentations")
         made = augmenting.of_experiment(scripts.read(rows, "augment"), source, copies)
     else:
         if source:
@@ -85,7 +83,9 @@ def augmentation(name: str, options: dict[str, str]) -> Any:
         getattr(augmenting, known)
     kinds = parts.kinds(Augmentation)
     if name not in kinds:
-        raise UserError(f"--by is needed for a file: one of {', '.join(kinds)}") if not name else unknown("--by", name, kinds)
+        if name:
+            raise unknown("--by", name, sorted(kinds))
+        raise UserError(f"--by is needed for a file: one of {', '.join(sorted(kinds))}")
     fields = {field.name: field for field in dataclasses.fields(kinds[name])}
     values: dict[str, Any] = {"share": 1.0}
     for option, text in options.items():

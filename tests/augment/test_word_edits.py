@@ -21,7 +21,8 @@ EDITS = (Eda(swap=0.4, delete=0.3, insert=0.4, substitute=0.4), Aeda(most=0.6), 
 
 
 def made(augmentation, source, task, row, seed):
-    about = augmentations.rows_of(source, [task], [row])
+    other = Row({"text": "x yy", "question": "x ?", "context": "zz", "tags": "O O", "answers": []}, "f:2")  # words to draw
+    about = augmentations.rows_of(source, [task], [row, other])
     return augmentation.maker(about)([row], [np.random.default_rng(seed)])[0]
 
 

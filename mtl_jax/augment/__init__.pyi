@@ -9,6 +9,16 @@ from .made_files import of_file as of_file
 from .made_files import texts as texts
 from .made_files import write as write
 from .masked_neighbours import MaskedNeighbours as MaskedNeighbours
+from .mixes import Mix as Mix
+from .mixes import NeighbourSmoothing as NeighbourSmoothing
+from .mixes import mixed as mixed
+from .mixes import mixed_tokens as mixed_tokens
+from .mixes import nearest as nearest
+from .mixes import partners as partners
+from .rewriting import BackTranslation as BackTranslation
+from .rewriting import Generate as Generate
+from .rewriting import Paraphrase as Paraphrase
+from .rewriting import Rewriting as Rewriting
 from .word_edits import Aeda as Aeda
 from .word_edits import CharacterNoise as CharacterNoise
 from .word_edits import Cutoff as Cutoff

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtl_jax.audit.word_labels import spans_of
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import AugmentedRows
 
@@ -118,7 +118,7 @@ def labels_of_words(row: Row, source: AugmentedRows) -> dict[str, list[str | Non
         if isinstance(value, str) and len(labels) == 1 and len(words) != 1:  # the whole row has no label, as "_"
             continue
         if len(labels) != len(words):
-            raise UserError(f"{row.where}: column {name!r}: {len(words)} words and {len(labels)} labels")
+            raise UserError(f"{row.where}: column {name!r}: {count(len(words), 'word')} and {count(len(labels), 'label')}")
         result[name] = labels
     return result
 

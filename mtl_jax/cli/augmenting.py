@@ -10,7 +10,7 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.core import parts
-from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.core.text_lines import print_lines
 
@@ -85,7 +85,7 @@ def augmentation(name: str, options: dict[str, str]) -> Any:
     if name not in kinds:
         if name:
             raise unknown("--by", name, sorted(kinds))
-        raise UserError(f"--by is needed for a file: one of {', '.join(sorted(kinds))}")
+        raise UserError(f"--by is needed for a file: one of {listed(sorted(kinds))}")
     fields = {field.name: field for field in dataclasses.fields(kinds[name])}
     values: dict[str, Any] = {"share": 1.0}
     for option, text in options.items():

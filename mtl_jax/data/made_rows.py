@@ -19,7 +19,7 @@ from mtl_jax.data.labels import Labels
 from mtl_jax.data.source import Augmentation, AugmentedRows, Source
 from mtl_jax.data.splits import Splits
 
-AT_ONCE = 512  # rows that an augmentation gets at once
+AT_ONCE = 4096  # rows that an augmentation gets at once: a model has few programs to compile for so many
 EXAMPLES = 10  # made rows that are shown
 MADE = "made"  # beside the reasons why rows were not made
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import tabulate
 
+from mtl_jax.augment.mixes import Mix
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data import augmentations
@@ -121,7 +122,8 @@ def plan(
         same_texts = not any(
             augmentations.in_passes(augmentations.of_source(source, experiment.augment)) for source in experiment.sources
         )
-        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden and same_texts
+        mixes_trunk = any(isinstance(chosen, Mix) and chosen.mixes_trunk for chosen in regularisers)
+        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden and same_texts and not mixes_trunk
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(

@@ -109,7 +109,7 @@ def labels_of_words(row: Row, source: AugmentedRows) -> dict[str, list[str | Non
     names = row.columns if row.words is not None else columns.word_labels
     text = row.columns.get(columns.text)
     words = text.split() if isinstance(text, str) else text or []
-    result = {}
+    result: dict[str, list[str | None]] = {}
     for name in names:
         value = row.columns.get(name)
         if name in columns.texts or value is None or (isinstance(value, str) and not value.strip()):

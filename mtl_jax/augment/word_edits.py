@@ -71,7 +71,7 @@ class Eda(WordEdit):
     Examples:
         >>> eda = mtl_jax.augment.Eda(swap=0.0, delete=0.2, insert=0.0, substitute=0.0)
         >>> mtl_jax.augment.texts(eda, ["a quiet film about a man who walks home"], seed=1)
-        ['a quiet film about a man who home']
+        ['a quiet film about man who walks home']
     """
 
     swap: float = 0.1
@@ -187,7 +187,7 @@ class Aeda(WordEdit):
 
     Examples:
         >>> mtl_jax.augment.texts(mtl_jax.augment.Aeda(), ["a quiet film about a man"], seed=1)
-        ['a quiet film . about a man']
+        ['a quiet film about a ; man']
     """
 
     most: float = 0.3333
@@ -236,7 +236,7 @@ class CharacterNoise(WordEdit):
 
     Examples:
         >>> mtl_jax.augment.texts(mtl_jax.augment.CharacterNoise(words=0.3), ["a quiet film about a man"], seed=1)
-        ['a quiet flim about a man']
+        ['a quiet flm about a man']
     """
 
     words: float = 0.1
@@ -295,7 +295,7 @@ class Cutoff(WordEdit):
 
     Examples:
         >>> mtl_jax.augment.texts(mtl_jax.augment.Cutoff(cut=0.3), ["a quiet film about a man"], seed=1)
-        ['a quiet film man']
+        ['a quiet film about']
     """
 
     cut: float = 0.1

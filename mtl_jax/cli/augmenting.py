@@ -12,6 +12,7 @@ from mtl_jax.cli import scripts
 from mtl_jax.core import parts
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import shown
+from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.text_lines import print_lines
 
 SHOWN = 10  # made rows that are shown
@@ -59,14 +60,17 @@ def augment(
     if rows.endswith(".py"):
         if by or options or labels or held_out:
             raise UserError("--by, --options, --labels and --held-out are for a file; a script's sources have augmentations")
-        made = augmenting.of_experiment(scripts.read(rows, "augment"), source, copies)
+        experiment = scripts.read(rows, "augment")
+        private, made = experiment.private, augmenting.of_experiment(experiment, source, copies)
     else:
+        private = False
         if source:
             raise UserError("--source is for a script; a file is one source")
         named: dict[str, Any] = {"columns": columns, "text": text, "pair": pair, "labels": labels, "held_out": held_out}
         made = augmenting.of_file(rows, augmentation(by, options), format=format or _format(rows), copies=copies, **named)
     augmenting.write(made, output)
-    print_lines(made_rows.shown(row) for row in made.rows[:: max(1, len(made.rows) // SHOWN)][:SHOWN])
+    with hiding(private):
+        print_lines(made_rows.shown(row) for row in made.rows[:: max(1, len(made.rows) // SHOWN)][:SHOWN])
     print(f"{made}; everything is in {output}")
 
 

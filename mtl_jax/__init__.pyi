@@ -2,6 +2,7 @@
 
 from . import affinity as affinity
 from . import audit as audit
+from . import augment as augment
 from . import data as data
 from . import decoding as decoding
 from . import pretrained as pretrained
@@ -34,8 +35,8 @@ from .inference.predict import Model as Model
 from .inference.predict import evaluate as evaluate
 from .inference.predict import load_model as load_model
 from .inference.predict import predict as predict
-from .launching.systems import register_launcher as register_launcher
 from .inference.pseudo_label import pseudo_label as pseudo_label
+from .launching.systems import register_launcher as register_launcher
 from .merging import merge as merge
 from .planning import plan as plan
 from .reporting import report as report

@@ -12,9 +12,9 @@ from mtl_jax import weighting
 from mtl_jax.core import configuration
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, count, listed, unknown
-from mtl_jax.data import batches, mixture, units
+from mtl_jax.data import augmentations, batches, mixture, units
 from mtl_jax.data.batches import Batching
-from mtl_jax.data.source import Source
+from mtl_jax.data.source import Augmentation, Source
 from mtl_jax.models import remat
 from mtl_jax.models.kernels import KERNELS
 from mtl_jax.tasks import Task
@@ -112,6 +112,7 @@ class Experiment(Configuration):
         data_seed: Seed of the data order alone; None: seed decides it, too. Runs with one data_seed see the same batches.
         dtype: Compute dtype: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere).
         devices: Number of devices to use; 0: all.
+        augment: What makes training rows from those of every source, after what each source has in its own augment.
         private: Whether logs, error lines and records show file and line of a row only, and never its texts.
         sharding: Where parameters, optimizer, averages and references lie. replicated: whole on every device; fsdp: cut over
             the devices and gathered where a layer reads them; auto: fsdp where they would not fit into a device's memory.
@@ -152,6 +153,7 @@ class Experiment(Configuration):
     sharding: str = "replicated"
     remat: str = "none"
     kernels: str = "auto"
+    augment: tuple[Augmentation, ...] = ()
 
 
 def select(experiment: Experiment) -> Experiment:
@@ -278,6 +280,9 @@ def check(experiment: Experiment) -> None:
     batches.check(experiment.batch)
     optimizers.check(experiment.optimizer)
     averaging.make(experiment.averaging)
+    augmentations.check(
+        experiment.sources, experiment.tasks, experiment.augment, private=bool(experiment.optimizer.private.clip)
+    )
     configuration.check(experiment)
     experiment.trunk.check()
 

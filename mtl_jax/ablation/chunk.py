@@ -29,6 +29,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.progress import Progress
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import stream
+from mtl_jax.training import counts as counting
 from mtl_jax.training import evaluation, metrics_log, results, step_checks
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Restored, Store
@@ -101,7 +102,7 @@ class Chunk:
         order = order_of(self.runs[0])
         self.stream = stream(self.prepared.corpus, self.experiment.batch, order, mixture_phases(self.experiment))
         self.examples = {name: len(part.tokens) for name, part in self.prepared.corpus.splits["train"].items()}
-        self.counts = Counts(seen={name: [0, 0, 0] for name in self.examples})
+        self.counts = counting.start(self.prepared.corpus)
         self.statuses = [RunStatus() for _ in self.runs]
         self.warned_of_solver: set[int] = set()
         self.references = [References(self._prepared_of(run), shared.run_folder(run)) for run in self.runs]
@@ -236,7 +237,7 @@ class Chunk:
     def _read(self, sent: SentStep, plan: PhasePlan) -> None:
         """Waits for the metrics of a step, logs them run by run, and ends the runs whose metrics are not finite."""
         metrics = jax.device_get(sent.metrics)
-        self.counts.add(metrics.seen[0], sent.places)
+        self.counts.add(metrics.seen[0], sent.places, None if metrics.made is None else metrics.made[0])
         facts, tokens = self.counts.facts(self.examples), 0
         for number, status in enumerate(self.statuses):
             if status.ended:

@@ -8,7 +8,7 @@ pairs above the threshold are kept: memory grows with the rows and not with the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,12 +75,17 @@ def vectors(checkpoint: Checkpoint, texts: Sequence[Text]) -> np.ndarray:
     parts = [part for text in texts for part in sides(text)]
     different = list(dict.fromkeys(parts))
     place_of = {part: place for place, part in enumerate(different)}
-    of_parts = _of_texts(checkpoint, different)
+    of_parts = embedder(checkpoint)(different)
     result = np.stack([of_parts[[place_of[part] for part in sides(text)]].mean(axis=0) for text in texts])
     return result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
 
 
-def _of_texts(checkpoint: Checkpoint, texts: Sequence[str]) -> np.ndarray:
+def embedder(checkpoint: Checkpoint) -> Callable[[Sequence[str]], np.ndarray]:
+    """The function from N texts to f32[N, H], of length 1; its programs are compiled once for all calls.
+
+    Args:
+        checkpoint: An encoder.
+    """
     most = min(LENGTHS[-1], checkpoint.config.max_length or LENGTHS[-1])
     tokenizer, params = checkpoint.tokenizer, checkpoint.params
 
@@ -91,21 +96,24 @@ def _of_texts(checkpoint: Checkpoint, texts: Sequence[str]) -> np.ndarray:
         vector_BxH = sums_BxH / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
         return vector_BxH / jnp.maximum(jnp.linalg.norm(vector_BxH, axis=1, keepdims=True), 1e-12)
 
-    result: np.ndarray | None = None
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    with contextlib.closing(Progress("embeddings", len(texts), unit="text")) as progress:
-        for start in range(0, len(order), ROWS):
-            chosen = order[start : start + ROWS]
-            encoded = tokenizer([texts[index] for index in chosen], truncation=True, max_length=most)["input_ids"]
-            length = next((size for size in LENGTHS if size >= max(map(len, encoded))), most)
-            ids_BxT, mask_BxT = np.zeros((2, ROWS, min(length, most)), np.int32)
-            for row, tokens in enumerate(encoded):
-                ids_BxT[row, : len(tokens)], mask_BxT[row, : len(tokens)] = tokens, 1
-            output = np.asarray(mean(params, ids_BxT, mask_BxT))[: len(chosen)]
-            result = np.zeros((len(texts), output.shape[1]), np.float32) if result is None else result
-            result[chosen] = output
-            progress.update(len(chosen))
-    return np.zeros((0, 1), np.float32) if result is None else result
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        result: np.ndarray | None = None
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        with contextlib.closing(Progress("embeddings", len(texts), unit="text")) as progress:
+            for start in range(0, len(order), ROWS):
+                chosen = order[start : start + ROWS]
+                encoded = tokenizer([texts[index] for index in chosen], truncation=True, max_length=most)["input_ids"]
+                length = next((size for size in LENGTHS if size >= max(map(len, encoded))), most)
+                ids_BxT, mask_BxT = np.zeros((2, ROWS, min(length, most)), np.int32)
+                for row, tokens in enumerate(encoded):
+                    ids_BxT[row, : len(tokens)], mask_BxT[row, : len(tokens)] = tokens, 1
+                output = np.asarray(mean(params, ids_BxT, mask_BxT))[: len(chosen)]
+                result = np.zeros((len(texts), output.shape[1]), np.float32) if result is None else result
+                result[chosen] = output
+                progress.update(len(chosen))
+        return np.zeros((0, 1), np.float32) if result is None else result
+
+    return embed
 
 
 def close_pairs(first: np.ndarray, second: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

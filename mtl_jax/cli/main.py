@@ -11,6 +11,7 @@ import tyro
 
 from mtl_jax.cli import scripts
 from mtl_jax.cli.ablations import ablate, take
+from mtl_jax.cli.augmenting import augment
 from mtl_jax.cli.before_training import affinity, audit, check_json, deidentify, plan
 from mtl_jax.cli.launches import launch_command
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
@@ -260,6 +261,7 @@ def console() -> None:
         "take": take,
         "audit": audit,
         "deidentify": deidentify,
+        "augment": augment,
         "memorisation": memorisation,
         "plan": plan,
         "launch": launch_command,

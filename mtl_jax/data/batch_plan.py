@@ -141,7 +141,8 @@ class Plan:
         def generator(source: SourceArrays, ticket: int) -> np.random.Generator:
             return np.random.default_rng([self.seed, zlib.crc32(source.source.encode()), ticket])
 
-        return fill(self.sources, rows, self.tasks, self.batching, self.batching.rows // self.hosts, self.types, generator)
+        total = self.batching.rows // self.hosts
+        return fill(self.sources, rows, self.tasks, self.batching, total, self.types, generator, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

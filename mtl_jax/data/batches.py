@@ -19,6 +19,7 @@ from mtl_jax.data import mixture, poisson, units
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.labels import TOKEN_LEVELS, Labels
 from mtl_jax.data.packing import best_fit
+from mtl_jax.data.redraw import Redraw, Redrawn, Room
 from mtl_jax.data.tokenize import Ragged, starts_of
 
 PACKED_TOGETHER = 8192  # examples, in evaluation
@@ -95,6 +96,8 @@ class Batch(NamedTuple):
         labels: {task: [R, S, *label_shape]; [R, T] for labels of words or tokens; i32[R, U, 2] for target texts: the token, and
             the number of its example in the row, from 1 as in segments}.
         types: i32[R, T], token types; None where no source has any.
+        made: i32[R, A + 1], how many examples of each row each augmentation of its source changed, and last of how many one
+            should have and could not; None where no source has augmentations that draw in every pass.
     """
 
     tokens: Any
@@ -104,6 +107,7 @@ class Batch(NamedTuple):
     source: Any
     labels: dict[str, Any]
     types: Any = None
+    made: Any = None
 
 
 def check(batching: Batching) -> None:
@@ -139,6 +143,7 @@ class SourceArrays:
         labels: {task: [N, *label_shape], or N arrays [len] for labels of words or tokens and for target texts}.
         targets: The tasks whose labels are target texts.
         units: The places of the examples that stay together, for each unit; None: every example is a unit.
+        redraw: The augmentations that draw in every pass; None: the source has none.
     """
 
     source: str
@@ -148,6 +153,7 @@ class SourceArrays:
     labels: dict[str, np.ndarray | Ragged]
     targets: tuple[str, ...] = ()
     units: Ragged | None = None
+    redraw: Redraw | None = None
 
     def __len__(self) -> int:
         """The number of units, which is that of examples where each is a unit."""
@@ -185,7 +191,7 @@ class SourceArrays:
         for name in self.targets:
             targets: Any = self.labels[name]
             lengths = np.maximum(lengths, -(-targets.lengths * batching.row_length // batching.target_row_length))
-        return lengths
+        return lengths if self.redraw is None else self.redraw.planned(lengths, batching.row_length)
 
 
 def source_arrays(examples: Examples, tasks: Sequence[Labels]) -> SourceArrays:
@@ -245,6 +251,7 @@ def fill(
     total: int,
     types: bool,
     generator: Callable[[SourceArrays, int], np.random.Generator],
+    seed: int = 0,
 ) -> Batch:
     """A batch of the given rows, filled up with empty rows.
 
@@ -256,6 +263,7 @@ def fill(
         total: R.
         types: Whether the batch has token types.
         generator: (source, ticket) -> random numbers for tasks that change tokens.
+        seed: Seed of the data order, for augmentations.
     """
     T, S = batching.row_length, batching.slots
     batch = Batch(
@@ -266,6 +274,7 @@ def fill(
         source=np.array([number for number, _ in rows] + [-1] * (total - len(rows)), np.int32),
         labels={task.name: np.full((total, *_shape(task, batching)), task.missing, task.dtype) for task in tasks},
         types=np.zeros((total, T), np.int32) if types else None,
+        made=_none_made(sources, total),
     )
     for number in {number for number, _ in rows}:
         source = sources[number]
@@ -277,34 +286,46 @@ def fill(
         first_E = np.repeat(starts_of(counts)[:-1], counts)  # the first example of the same row
         slot_E = np.arange(len(row_E)) - first_E
         example_E = ticket_E % len(source.tokens)
-        begins = starts_of(source.lengths[example_E])
+        arrays: SourceArrays | Redrawn = source
+        place_E = example_E  # in the arrays
+        if source.redraw is not None:
+            arrays = source.redraw(source, ticket_E, row_E, Room(T, batching.target_row_length), seed)
+            place_E = np.arange(len(ticket_E))
+            np.add.at(batch.made, (row_E, slice(arrays.made.shape[1])), arrays.made)
+        begins = starts_of(arrays.tokens.lengths[place_E])
         length_E = np.diff(begins)
         place_t, position_t = _end_to_end(row_E, first_E, length_E)
-        gather = functools.partial(_gather, example_E=example_E, length_E=length_E, position_t=position_t)
-        token_t = gather(source.tokens)
+        gather = functools.partial(_gather, example_E=place_E, length_E=length_E, position_t=position_t)
+        token_t = gather(arrays.tokens)
         for task in (task for task in tasks if task.name in source.labels):
-            labels = source.labels[task.name]
+            labels = arrays.labels[task.name]
             if task.corrupts:
                 label_t = np.empty(len(token_t), task.dtype)
                 for ticket, a, b in zip(ticket_E.tolist(), begins, begins[1:], strict=False):
                     token_t[a:b], label_t[a:b] = task.corrupt(token_t[a:b], generator(source, ticket))
                 batch.labels[task.name][place_t] = label_t
             elif isinstance(labels, Ragged) and task.label_level == "target":
-                target_E = labels.lengths[example_E]
+                target_E = labels.lengths[place_E]
                 place_u, position_u = _end_to_end(row_E, first_E, target_E)
-                batch.labels[task.name][(*place_u, 0)] = _gather(labels, example_E, target_E, position_u)
+                batch.labels[task.name][(*place_u, 0)] = _gather(labels, place_E, target_E, position_u)
                 batch.labels[task.name][(*place_u, 1)] = np.repeat(slot_E + 1, target_E)
             elif isinstance(labels, Ragged):
                 batch.labels[task.name][place_t] = gather(labels)
             else:
-                batch.labels[task.name][row_E, slot_E] = labels[example_E]
+                batch.labels[task.name][row_E, slot_E] = labels[place_E]
         batch.tokens[place_t] = token_t
         batch.segments[place_t] = np.repeat(slot_E + 1, length_E)
         batch.positions[place_t] = position_t
         batch.index[row_E, slot_E] = source.first_id + example_E
-        if source.types is not None:
-            batch.types[place_t] = gather(source.types)
+        if arrays.types is not None:
+            batch.types[place_t] = gather(arrays.types)
     return _trim(batch, batching, tasks)
+
+
+def _none_made(sources: Sequence[SourceArrays], total: int) -> np.ndarray | None:
+    """Batch.made of so many rows before any is made."""
+    columns = [len(source.redraw.augmentations) + 1 for source in sources if source.redraw is not None]
+    return np.zeros((total, max(columns)), np.int32) if columns else None
 
 
 def _end_to_end(

@@ -12,12 +12,15 @@ import numpy as np
 
 from mtl_jax.core import assets, row_texts
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.data import canaries, row_edits
+from mtl_jax.data import augmentations, canaries, made_rows, row_edits
+from mtl_jax.data import redraw as redrawing
 from mtl_jax.data.examples import Counts, Examples, label_remarks, length_remark, read_examples, readable
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.label_notes import absent_labels, conflicting_labels
 from mtl_jax.data.labels import Labels
-from mtl_jax.data.source import SPLITS, Source
+from mtl_jax.data.made_rows import Added
+from mtl_jax.data.redraw import Redraw
+from mtl_jax.data.source import SPLITS, Augmentation, Source
 from mtl_jax.data.splits import Splits, non_word_remark, read, without_shared_texts
 from mtl_jax.data.tokenize import Ragged
 
@@ -30,17 +33,22 @@ class Corpus(NamedTuple):
         tasks: The tasks with the fields that the data decides, such as label sets.
         notes: Lines for the log: a line for each source on sizes, repeated and truncated texts; then remarks on tasks.
         replaced: {source: {type: number of places}} of the sources whose texts were de-identified.
+        added: {source: {augmentation: {"made", and reasons: numbers of rows}}} of the sources with added rows.
+        redraws: {source: its augmentations that draw in every pass}.
     """
 
     splits: dict[str, dict[str, Examples]]
     tasks: tuple[Any, ...]
     notes: list[str]
     replaced: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+    added: Mapping[str, Mapping[str, Mapping[str, int]]] = MappingProxyType({})
+    redraws: Mapping[str, Redraw] = MappingProxyType({})
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: for each source and split the number of examples and a SHA-256 of their tokens and labels.
 
-        If texts were de-identified, also the number of places by source and type.
+        If texts were de-identified, also the number of places by source and type; if augmentations make rows, how many were
+        added, and which draw in every pass.
         """
         sources: dict[str, dict[str, Any]] = {}
         for split, parts in self.splits.items():
@@ -53,7 +61,14 @@ class Corpus(NamedTuple):
                         update_digest(digest, values)
                 sources.setdefault(name, {})[split] = {"examples": len(part.tokens), "sha256": digest.hexdigest()}
         replaced = {name: dict(numbers) for name, numbers in self.replaced.items()}
-        return {"sources": sources, **({"deidentified": replaced} if replaced else {})}
+        made: dict[str, Any] = {name: {"added": dict(numbers)} for name, numbers in self.added.items()}
+        for name, redraw in self.redraws.items():
+            made.setdefault(name, {})["in_passes"] = redraw.names
+        return {
+            "sources": sources,
+            **({"deidentified": replaced} if replaced else {}),
+            **({"augmented": made} if made else {}),
+        }
 
     @property
     def size(self) -> int:
@@ -64,6 +79,45 @@ class Corpus(NamedTuple):
     def has_types(self) -> bool:
         """Whether any source has token types."""
         return any(e.types is not None for split in self.splits.values() for e in split.values())
+
+
+def with_augmentations(
+    corpus: Corpus,
+    sources: Sequence[Source],
+    of_run: Sequence[Augmentation],
+    added: Added,
+    *,
+    tokenizer: Any,
+    token_rows: int,
+    max_length: int,
+    seed: int,
+) -> Corpus:
+    """The corpus with the augmentations that draw in every pass, and notes on all that is made.
+
+    Args:
+        corpus: The corpus, added rows included.
+        sources: The declared sources.
+        of_run: The augmentations of the run.
+        added: made_rows.add(...).
+        tokenizer: A transformers tokenizer.
+        token_rows: Rows of the trunk's token table.
+        max_length: As for read_examples.
+        seed: Seed of the data order, for the examples that are shown.
+    """
+    held_out = added.held_out
+    redraws, notes = dict[str, Redraw](), made_rows.notes(added)
+    for source in sources:
+        chosen = augmentations.in_passes(augmentations.of_source(source, of_run))
+        examples = corpus.splits["train"].get(source.name)
+        if examples is None or not chosen:
+            continue
+        tasks = tuple(task for task in corpus.tasks if task.source == source.name)
+        places = (examples.data, np.asarray(examples.row_of))
+        redraw = Redraw(source, tasks, chosen, *places, tokenizer, token_rows, max_length, held_out)
+        redraws[source.name] = redraw
+        notes.append(f"source {source.name}: in every pass rows are made anew by {', '.join(redraw.names)}")
+        notes += [f"source {source.name}: {made_rows.shown(made)}" for made in redrawing.examples(redraw, seed)]
+    return corpus._replace(notes=[*corpus.notes, *notes], added=added.counts, redraws=redraws)
 
 
 def update_digest(digest: Any, values: Any) -> None:

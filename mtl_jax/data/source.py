@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
 from tyro.conf import Suppress
 
 from mtl_jax.core.configuration import Configuration
@@ -85,6 +86,62 @@ class RowEdit(Part, abc.ABC):
         """The function that changes rows, which is made once for a source; the same rows must always give the same."""
 
 
+class AugmentedRows(NamedTuple):
+    """What an augmentation knows of the source whose rows it makes.
+
+    Attributes:
+        source: The source.
+        columns: Its columns with texts, targets and labels of words.
+        tasks: Its tasks (data.labels.Labels), without what they learn from the data.
+        rows: Its training rows (formats.rows.Row).
+    """
+
+    source: Source
+    columns: TextColumns
+    tasks: tuple[Any, ...]
+    rows: Sequence[Any]
+
+
+# From training rows and a generator of random numbers for each, to a new row of each, or the reason why none was made.
+MakeRows = Callable[[Sequence[Any], Sequence[np.random.Generator]], list[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation(Part, abc.ABC):
+    """Base of what makes training rows from training rows, such as mtl_jax.augment.Eda.
+
+    A subclass is a frozen dataclass. It sees training rows only. What it makes of a row follows from the seed, the pass and the
+    row's text, so neither the order of rows nor the number of worker processes matters.
+
+    Attributes:
+        share: The share of the training rows of which it makes one.
+        added: 0: a made row stands in place of its row, and every pass draws anew. Else so many rows are made of a row before
+            training and added to the training rows.
+        seed: Seed of what is made, beside that of the data order. Rows that are added follow from this seed alone.
+    """
+
+    share: float = 0.5
+    added: int = 0
+    seed: int = 0
+
+    door: ClassVar[str] = "augmentation"
+    # Levels of labels (Task.label_level) that stay right beside the changed texts; "answer" stands for places in the text.
+    keeps: ClassVar[tuple[str, ...]] = ("example",)
+    # Whether every pass can draw anew. Else rows are added before training: where a model makes them.
+    in_passes: ClassVar[bool] = True
+    # Whether a made row has texts of other rows than its own.
+    joins_rows: ClassVar[bool] = False
+    # The mean length that is added to a made text, as a share of the row's: rows of a batch are packed with that room.
+    growth: ClassVar[float] = 0.0
+
+    def check(self, where: str) -> None:
+        """Raises UserError where a field makes no sense, before any row is read; `where` begins the line."""
+
+    @abc.abstractmethod
+    def maker(self, source: AugmentedRows) -> MakeRows:
+        """The function that makes rows. It is made once for a source, and once more in each worker process."""
+
+
 GivenRows = ScriptRows | Any | None  # whatever ScriptRows takes; a Source keeps it as ScriptRows
 
 
@@ -147,6 +204,7 @@ class Source(Configuration):
         near: The least similarity of near copies; at 0.7, one word in ten may differ.
         deidentify: How e-mail addresses, names and the like are replaced when rows are read, in all splits; None: not at all.
         canaries: Rows of random words among the training rows, to measure what the model remembers.
+        augment: What makes training rows from training rows, one after another; dev and test stay as they are.
         rows: In place of path, rows that the script has: a list of dicts, a pandas DataFrame, a datasets.Dataset, or a function
             without arguments that returns an iterator of dicts and is called for every pass. Values are texts, lists of words,
             numbers, None or answers. Not a flag.
@@ -177,6 +235,7 @@ class Source(Configuration):
     near: float = 0.7
     deidentify: RowEdit | None = None
     canaries: Canaries = Canaries()
+    augment: tuple[Augmentation, ...] = ()
     rows: Annotated[GivenRows, Suppress] = None
     dev_rows: Annotated[GivenRows, Suppress] = None
     test_rows: Annotated[GivenRows, Suppress] = None

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtl_jax.core.errors import UserError
+from mtl_jax.data import augmentations, made_rows
 from mtl_jax.data.batches import Batching
-from mtl_jax.data.corpus import make_corpus, read_sources
+from mtl_jax.data.corpus import make_corpus, read_sources, with_augmentations
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.source import Source
 from mtl_jax.data.stream import Stream, single_phase, stream
@@ -56,6 +57,9 @@ def batches_of(
             raise UserError(f"{what}; leave it out here, and find copies by mtl_jax.audit.near_copies")
     if isinstance(tokenizer, str):
         tokenizer = locate.load_tokenizer(locate.locate(tokenizer))
-    data = read_sources(all_sources, all_tasks)
-    corpus = make_corpus(all_sources, all_tasks, data, tokenizer, batching.row_length)
+    augmentations.check(all_sources, all_tasks)
+    added = made_rows.add(all_sources, all_tasks, read_sources(all_sources, all_tasks))
+    corpus = make_corpus(all_sources, all_tasks, added.data, tokenizer, batching.row_length)
+    options: dict[str, Any] = {"token_rows": len(tokenizer), "max_length": batching.row_length, "seed": seed}
+    corpus = with_augmentations(corpus, all_sources, (), added, tokenizer=tokenizer, **options)
     return stream(corpus, batching, seed, single_phase(batching, steps))

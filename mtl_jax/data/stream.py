@@ -112,7 +112,10 @@ def check_hosts(batching: Batching, hosts: int) -> None:
 
 
 def _train_arrays(corpus: Corpus) -> list[SourceArrays]:
-    return [source_arrays(examples, corpus.tasks) for examples in corpus.splits["train"].values()]
+    return [
+        dataclasses.replace(source_arrays(examples, corpus.tasks), redraw=corpus.redraws.get(name))
+        for name, examples in corpus.splits["train"].items()
+    ]
 
 
 class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]

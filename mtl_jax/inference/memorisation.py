@@ -21,6 +21,7 @@ from mtl_jax.audit.membership import FEWEST, Membership, exposure, membership, w
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.data import corpus as corpora
+from mtl_jax.data import made_rows
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.canaries import Maker
 from mtl_jax.data.examples import Examples, read_examples
@@ -245,7 +246,8 @@ def _rows_of(
         raise unknown("source in sources:", min(unused), [source.name for source in sources])
     data = at_start.examine(sources, corpora.read_sources(sources, run.tasks)).data
     length = run.experiment.batch.row_length
-    present = corpora.make_corpus(sources, run.tasks, dict(data), run.trunk.tokenizer, length).describe()["sources"]
+    as_trained = made_rows.add(sources, run.tasks, data, run.experiment.augment).data
+    present = corpora.make_corpus(sources, run.tasks, as_trained, run.trunk.tokenizer, length).describe()["sources"]
     stored = workdirs.read_json(folder / "data.json")["sources"]
     for name, splits in present.items():
         for split in ("train", held_out):

@@ -20,6 +20,7 @@ from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import writing
 from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import corpus as corpora
+from mtl_jax.data import made_rows
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Checkpoints
 from mtl_jax.inference.predict import is_workdir, open_run
@@ -182,6 +183,7 @@ def corpus_of(union: Union, members: Sequence[Member]) -> Corpus:
     """
     experiment, tokenizer = union.experiment, members[0].run.trunk.tokenizer
     data = corpora.read_sources(experiment.sources, union.tasks)
+    data = made_rows.add(experiment.sources, union.tasks, data, experiment.augment).data
     corpus = corpora.make_corpus(experiment.sources, union.tasks, data, tokenizer, experiment.batch.row_length)
     for name, current in corpus.describe()["sources"].items():
         recorded = union.data["sources"][name]

@@ -157,6 +157,18 @@ class MaskedLM(Task):
         result_RxTx2 = jnp.take_along_axis(jnp.stack([loss_RxP, right_RxP], axis=-1), nth_RxT[..., None], axis=1)
         return jnp.where(hidden_RxT[..., None], result_RxTx2, jnp.array([0.0, -1.0]))
 
+    def logits(self, params: Any, hidden_BxTxH: jax.Array, table_VxH: jax.Array) -> jax.Array:
+        """f32[B, T, V]: of every token over the vocabulary, for a look at the words that fit.
+
+        Args:
+            params: The head's.
+            hidden_BxTxH: The trunk's vectors.
+            table_VxH: The trunk's token table.
+        """
+        head = self._head(hidden_BxTxH.shape[-1], hidden_BxTxH.dtype)
+        logits = head.apply({"params": params}, hidden_BxTxH, None, table_VxH[: self.vocabulary], True)
+        return jnp.asarray(logits, jnp.float32)
+
     def loss(self, outputs: jax.Array, labels: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Negative log-likelihood in nats: sum over the hidden tokens, and their number."""
         hidden_RxT = labels != self.missing

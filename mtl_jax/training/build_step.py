@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mtl_jax.augment.mixes import Mix, NeighbourSmoothing
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
@@ -17,7 +18,7 @@ from mtl_jax.training.forward import Encode, HeadInputs, cached_features, encode
 from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
 from mtl_jax.training.phase_plan import PhasePlan, needs_task_gradients
 from mtl_jax.training.private_gradient import row_by_row
-from mtl_jax.training.regularisation import output_losses, transforms
+from mtl_jax.training.regularisation import mixing, output_losses, transforms
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.transfer import averaging
@@ -37,6 +38,9 @@ def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
     """
     weights = {item.name: schedules.parse(item.weight, item.name) for item in plan.regularisers}
     backward, without_gram = _backward(prepared, plan)
+    for passed in _mixing_passes(prepared, plan):
+        backward = gradient.beside(backward, passed)
+        without_gram = None if without_gram is None else gradient.beside(without_gram, passed)
     step = make_gradient_fn(
         backward,
         plan.rule if prepared.experiment.weigh_heads == "rule" else plan.rule._replace(head_weights=None),
@@ -68,12 +72,15 @@ def jitted_step(prepared: Prepared, plan: PhasePlan) -> Any:
 def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
     """The transforms of a phase, innermost first.
 
+    The key of mixing is innermost: it only adds to what the step reads.
     Tasks without weight are around R-Drop: their rows leave the batch, and R-Drop doubles the other rows. Mixout is around both
     and changes the parameters of all passes. Penalties are outermost: they are losses of the parameters, not of mixed ones.
     """
     experiment, tasks = prepared.experiment, prepared.corpus.tasks
     first_phase = prepared.plans[0].phase.name
     chosen: list[Transform] = []
+    if any(isinstance(regulariser, Mix) for regulariser in plan.regularisers):
+        chosen.append(mixing.with_key)
     noisy = next((regulariser for regulariser in plan.regularisers if isinstance(regulariser, Consistency)), None)
     if noisy is not None:
         hide = transforms.hidden_tokens(prepared.trunk.tokenizer, noisy.drop)
@@ -150,6 +157,19 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     return compared, without_gram
 
 
+def _mixing_passes(prepared: Prepared, plan: PhasePlan) -> list[BackwardFn]:
+    """The passes through the trunk of a phase in which token vectors are mixed."""
+    tasks = [task for task in prepared.corpus.tasks if task.name not in plan.zero_weight_tasks]
+    trains_trunk, accumulate = any(jax.tree.leaves(plan.mask["trunk"])), prepared.experiment.batch.accumulate
+    passes = []
+    for regulariser in plan.regularisers:
+        if isinstance(regulariser, Mix) and regulariser.mixes_trunk:
+            chosen = mixing.tasks_of(regulariser, tasks)
+            encode = encode_tokens(prepared.trunk.module, needed_fields(tuple(chosen)), prepared.savings)
+            passes.append(mixing.within_trunk(regulariser, chosen, encode, trains_trunk=trains_trunk, accumulate=accumulate))
+    return passes
+
+
 def _doubles(plan: PhasePlan) -> bool:
     """Whether every row goes through the model twice."""
     return any(isinstance(regulariser, RDrop | Consistency) for regulariser in plan.regularisers)
@@ -179,9 +199,9 @@ def _encode(prepared: Prepared, plan: PhasePlan) -> Encode:
 def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence[Task]) -> OutputRegularisers:
     """The regularisers of a phase that compare outputs."""
     places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
-    chosen = {}
+    chosen = dict(mixing.output_losses_of(plan.regularisers, weighted))
     for regulariser in plan.regularisers:
-        if regulariser.level == "outputs":
+        if regulariser.level == "outputs" and not isinstance(regulariser, Mix | NeighbourSmoothing):
             name = regulariser.name
             names = prepared.compared_tasks.get(name) or [task.name for task in weighted if task.compared_as]
             tasks = [task for task in weighted if task.name in names]

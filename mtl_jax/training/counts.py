@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Experiment
+
+UNCHANGED = "unchanged"
 
 
 @dataclasses.dataclass
@@ -24,6 +27,7 @@ class Counts:
         criterion: The name of the dev criterion.
         best: Its best value.
         evaluations_since_best: Evaluations since then.
+        made: {source: {augmentation: examples that it changed so far; "unchanged": those that one should have and could not}}.
     """
 
     phase: int = 0
@@ -33,15 +37,21 @@ class Counts:
     criterion: str = ""
     best: float | None = None
     evaluations_since_best: int = 0
+    made: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
-    def add(self, seen_Nx3: np.ndarray, places: int) -> None:
+    def add(self, seen_Nx3: np.ndarray, places: int, made: np.ndarray | None = None) -> None:
         """Counts a batch.
 
         Args:
             seen_Nx3: StepMetrics.seen, sources in the order of `seen`.
             places: Its places for tokens.
+            made: StepMetrics.made.
         """
         self.places += places
+        for number, source in enumerate(self.seen) if made is not None else ():
+            totals = self.made.get(source, {})
+            for name, examples in zip(totals, made[number].tolist(), strict=False):
+                totals[name] += examples
         for total, of_batch in zip(self.seen.values(), seen_Nx3.tolist(), strict=True):
             total[:] = [a + b for a, b in zip(total, of_batch, strict=True)]
 
@@ -63,7 +73,19 @@ class Counts:
                 source: {"rows": rows, "examples": seen, "tokens": tokens, "passes": round(seen / examples[source], 4)}
                 for source, (rows, seen, tokens) in self.seen.items()
             },
+            **({"augmented": {source: dict(numbers) for source, numbers in self.made.items()}} if self.made else {}),
         }
+
+
+def start(corpus: Corpus, criterion: str = "") -> Counts:
+    """The counts before the first step.
+
+    Args:
+        corpus: The data.
+        criterion: The name of the dev criterion.
+    """
+    made = {source: dict.fromkeys([*redraw.names, UNCHANGED], 0) for source, redraw in corpus.redraws.items()}
+    return Counts(criterion=criterion, seen={name: [0, 0, 0] for name in corpus.splits["train"]}, made=made)
 
 
 def steps_by_phase(experiment: Experiment, start: int = 0, stop: int | None = None, runs: int = 1) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-from mtl_jax import weighting
+from mtl_jax import augment, weighting
 from mtl_jax.audit import deidentified_rows
 from mtl_jax.audit.person_names import NAMES
 from mtl_jax.audit.recognisers import RECOGNISERS
@@ -25,8 +25,9 @@ from mtl_jax.core.files import to_json as to_strict_json
 from mtl_jax.core.json_shapes import mapping, object_of, text, whole
 from mtl_jax.core.parts import ONLY_IF_SET, Part
 from mtl_jax.data import mixture
+from mtl_jax.data.augmentations import of_source
 from mtl_jax.data.formats import READERS, script_rows
-from mtl_jax.data.source import FIELDS, RowEdit, ScriptRows, Source
+from mtl_jax.data.source import FIELDS, Augmentation, RowEdit, ScriptRows, Source
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
 from mtl_jax.models.kernels import KERNELS
 from mtl_jax.tasks import Task
@@ -63,6 +64,8 @@ def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
         used[type(part).__name__] = (part.door, type(part))
     edits = [source.deidentify for source in experiment.sources if source.deidentify is not None]
     used |= {type(edit).__name__: (edit.door, type(edit)) for edit in edits}
+    augmentations = [part for source in experiment.sources for part in of_source(source)] + list(experiment.augment)
+    used |= {type(part).__name__: (part.door, type(part)) for part in augmentations}
     rule = experiment.weighting
     if isinstance(rule, weighting.Rule):
         used[rule_name(experiment)] = (weighting.RULES.door, rule.update)
@@ -140,7 +143,7 @@ def check_parts(recorded: Any, where: str) -> None:
     problem = mapping(object_of({"door": text, "file": text, "sha256": text}))(recorded)
     if problem:
         raise UserError(f"{where}: not what mtl_jax wrote ({PARTS}{problem})")
-    doors = {door.door: door for door in (Task, TrunkConfig, Adapter, Regulariser, RowEdit)}
+    doors = {door.door: door for door in (Task, TrunkConfig, Adapter, Regulariser, RowEdit, Augmentation)}
     for name, part in recorded.items():
         if part["door"] not in doors:
             continue
@@ -239,6 +242,8 @@ def _structured(values: Any, kind: Any, where: str) -> Any:
 @functools.cache  # making one takes a tenth of a second
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
+    for name in augment.__all__:  # a kind is known by its name once its module is loaded
+        getattr(augment, name)
     converter.register_structure_hook(float | str, _number_or_text)
     converter.register_structure_hook(HeadWeights, _head_weights)
     converter.register_structure_hook(LabelNames, _label_names)
@@ -247,8 +252,11 @@ def _converter() -> cattrs.Converter:
     # JSON has no infinity: an infinite bound is written as a text. The hooks of the unions are made from those registered
     # before them, so this one must be the earlier.
     converter.register_unstructure_hook(float, lambda number: number if abs(number) != float("inf") else str(number))
+    # Before the hooks of Source, which has parts.
+    converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
+    converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
     fields: dict[str, Any] = {rows: override(omit=True) for _, rows in FIELDS.values()}
-    for name in ("copies", "near", "time", "canaries"):
+    for name in ("copies", "near", "time", "canaries", "augment"):
         fields[name] = override(omit_if_default=True)  # workdirs of before stay the same
     fields["deidentify"] = override(
         omit_if_default=True, unstruct_hook=lambda edit: None if edit is None else _part_to_json(converter, edit)
@@ -262,7 +270,7 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook_factory(_has_only_if_set, lambda kind: _unstructure_fields(converter, kind))
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
-    later = ("private", "sharding", "remat", "kernels")  # fields that config.json of earlier runs has not
+    later = ("private", "sharding", "remat", "kernels", "augment")  # fields that config.json of earlier runs has not
     added: dict[str, Any] = {name: override(omit_if_default=True) for name in later}
     experiment_to_json = make_dict_unstructure_fn(Experiment, converter, **added)
     converter.register_unstructure_hook(Experiment, experiment_to_json)

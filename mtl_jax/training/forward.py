@@ -192,3 +192,11 @@ def count_rows(batch: Batch, sources: int) -> jax.Array:
     examples_R, tokens_R = (batch.index >= 0).sum(axis=1), (batch.segments > 0).sum(axis=1)
     per_row_Rx3 = jnp.stack([jnp.ones_like(examples_R), examples_R, tokens_R], axis=1)
     return jnp.einsum("rn,rk->nk", of_source_RxN.astype(per_row_Rx3.dtype), per_row_Rx3)
+
+
+def count_made(batch: Batch, sources: int) -> jax.Array | None:
+    """i32[N, A + 1]: Batch.made, summed over the rows of each source; None where no source has augmentations."""
+    if batch.made is None:
+        return None
+    of_source_RxN = batch.source[:, None] == jnp.arange(sources)
+    return jnp.einsum("rn,ra->na", of_source_RxN.astype(batch.made.dtype), batch.made)

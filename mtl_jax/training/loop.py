@@ -23,6 +23,7 @@ from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
 from mtl_jax.tasks import Seq2Seq
 from mtl_jax.training import copy_scores, evaluation, metrics_log, results, step_checks, text_evaluation
+from mtl_jax.training import counts as counting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.build_step import jitted_step
@@ -74,7 +75,7 @@ class TrainingRun:
             self.collect = self._jitted_collect(self.averaging.collect)
             self.programs.append(self.collect)
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
-        self.counts = Counts(criterion=self.experiment.evaluation.criterion, seen={name: [0, 0, 0] for name in self.examples})
+        self.counts = counting.start(prepared.corpus, self.experiment.evaluation.criterion)
         self.undefined: set[str] = set()  # tasks for which the log has the warning of an undefined metric
         self.warned_of_solver = False
         self.references = References(prepared, folder, self._best_params)
@@ -186,7 +187,7 @@ class TrainingRun:
     def _read(self, sent: SentStep, plan: PhasePlan) -> None:
         """Waits for the metrics of a step, logs them, and raises UserError where they are not finite."""
         metrics = jax.device_get(sent.metrics)
-        self.counts.add(metrics.seen, sent.places)
+        self.counts.add(metrics.seen, sent.places, metrics.made)
         rate = float(self.rates[sent.step - 1 - plan.start])
         losses, record = metrics_log.step_record(metrics, self.counts.facts(self.examples), rate, plan.number)
         self.logger.write("train", sent.step, record)

@@ -46,6 +46,8 @@ def step_record(
     record |= {"tokens": int(metrics.seen[:, 2].sum())}
     for source, seen in facts["seen"].items():
         record |= {f"seen/{source}/{name}": seen[name] for name in ("rows", "examples", "passes")}
+    for source, numbers in facts.get("augmented", {}).items():
+        record |= {f"augmented/{source}/{name}": number for name, number in numbers.items()}
     if metrics.gram is not None and np.isfinite(metrics.gram).all():  # else the rule was not due
         tasks = sorted(metrics.counts)
         present = [bool(metrics.counts[task] > 0) for task in tasks]

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import tabulate
 
+from mtl_jax.augment.mixes import Mix
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of, matching
+from mtl_jax.data import augmentations
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import Experiment, Phase, rule_name, rule_of, weighs_heads
@@ -118,7 +120,13 @@ def plan(
         imitates_hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in regularisers)
         compared = {name for regulariser in regularisers for name in compared_tasks.get(regulariser.name, ())}
         changes_tokens = any(isinstance(chosen, Consistency) for chosen in regularisers)
-        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden and not changes_tokens
+        # A text that is another one in every pass has no fixed features.
+        same_texts = not any(
+            augmentations.in_passes(augmentations.of_source(source, experiment.augment)) for source in experiment.sources
+        )
+        mixes_trunk = any(isinstance(chosen, Mix) and chosen.mixes_trunk for chosen in regularisers)
+        fixed = same_texts and not mixes_trunk and not changes_tokens
+        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden and fixed
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(

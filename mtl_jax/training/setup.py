@@ -18,14 +18,14 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import corpus as corpora
-from mtl_jax.data import coverage, stream
+from mtl_jax.data import coverage, made_rows, stream
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
-from mtl_jax.experiment import Experiment, check, select, unlabelled_sources
+from mtl_jax.experiment import Experiment, check, data_seed_of, select, unlabelled_sources
 from mtl_jax.models import kernels
 from mtl_jax.tasks import Task, label_names
 from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, sharding, text_evaluation
@@ -124,6 +124,8 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     copies = at_start.examine(sources, corpora.read_sources(sources, experiment.tasks, unlabelled))
     data, rows = held_out.take(experiment, copies.data)
     compared = earlier_runs.compare(experiment.sources, data, earlier_workdirs(experiment))
+    added = made_rows.add(experiment.sources, experiment.tasks, data, experiment.augment)
+    data = added.data
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
     trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
@@ -136,6 +138,16 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     trunk = trunks.adapt(trunk, experiment.adapters, len(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
+    corpus = corpora.with_augmentations(
+        corpus,
+        experiment.sources,
+        experiment.augment,
+        added,
+        tokenizer=trunk.tokenizer,
+        token_rows=trunks.tables(trunk).tokens,
+        max_length=experiment.batch.row_length,
+        seed=data_seed_of(experiment),
+    )
     corpus.notes.extend([*copies.notes, *compared.notes])
     if experiment.private and not isinstance(experiment.trunk, Pretrained):
         corpus.notes.append(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.core import trees
-from mtl_jax.training.forward import count_rows
+from mtl_jax.training.forward import count_made, count_rows
 from mtl_jax.training.gradient import BackwardFn, GradientFn, StepGradients
 from mtl_jax.training.task_gradients import gram_of_rows
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
@@ -43,8 +43,8 @@ def make_train_step(
             trained = optax.apply_updates(trained, updates)
         params, average = trees.merge(trained, frozen), follow(state.average, trained)
         total, norm = weighted_sum(step.weights, step.losses), optax.tree.norm(step.gradient)
-        seen = count_rows(inputs.batch, sources)
-        metrics = StepMetrics(step.losses, step.counts, step.weights, total, norm, seen, step.gram, step.residual)
+        seen, made = count_rows(inputs.batch, sources), count_made(inputs.batch, sources)
+        metrics = StepMetrics(step.losses, step.counts, step.weights, total, norm, seen, step.gram, step.residual, made)
         return TrainState(state.step + 1, params, opt_state, step.rule_state, state.key, average), metrics
 
     return train_step

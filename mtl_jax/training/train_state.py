@@ -78,6 +78,8 @@ class StepMetrics(NamedTuple):
             step, None if it never does.
         residual: f32[], the relative residual of the problem that the rule solves for its weights (weighting.solve); NaN where
             it solved none in this step, None if it never does.
+        made: i32[N, A + 1], of each source how many examples each augmentation changed, and last of how many one should have
+            and could not; None where no source has augmentations that draw in every pass.
     """
 
     losses: dict[str, jax.Array]
@@ -88,6 +90,7 @@ class StepMetrics(NamedTuple):
     seen: jax.Array
     gram: jax.Array | None = None
     residual: jax.Array | None = None
+    made: jax.Array | None = None
 
 
 def create(params: Any, opt_state: Any, rule_state: Any, seed: int, average: Any = None) -> TrainState:

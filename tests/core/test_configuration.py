@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import mtl_jax
 from mtl_jax import Batching, Classification, Experiment, Phase, Source, UserError
 from mtl_jax.core import configuration, parts
 from mtl_jax.core.errors import nearest
-from mtl_jax.data import RowEdit
+from mtl_jax.data import Augmentation, RowEdit
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.merging.method import Method
 from mtl_jax.models.encoder import EncoderConfig
@@ -26,7 +27,9 @@ from mtl_jax.trunks import TrunkConfig
 PUBLIC = [getattr(mtl_jax, name) for name in mtl_jax.__all__]
 KINDS = [kind for kind in PUBLIC if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 KINDS += [GenerationConfig, Method]
-DOORS = (Task, TrunkConfig, Adapter, Regulariser, RowEdit)
+DOORS = (Task, TrunkConfig, Adapter, Regulariser, RowEdit, Augmentation)
+AUGMENTING = [getattr(mtl_jax.augment, name) for name in mtl_jax.augment.__all__]
+KINDS += [kind for kind in AUGMENTING if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind)]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

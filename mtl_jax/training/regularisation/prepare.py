@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mtl_jax import trunks
+from mtl_jax.augment.mixes import Mix, NeighbourSmoothing
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data.corpus import Corpus
@@ -17,7 +18,7 @@ from mtl_jax.experiment import Experiment
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import restore
-from mtl_jax.training.regularisation import fisher, pseudo_rows
+from mtl_jax.training.regularisation import fisher, mixing, pseudo_rows
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, Distillation, RDrop, Regulariser, tasks_named_by
@@ -187,6 +188,10 @@ def check(
             paths = _matches(f"{FIELD}: parameters of {name}", regulariser.parameters, leaves)
             if regulariser.run:
                 check_shapes(regulariser, paths, leaves, leaves_of(anchor_runs[name].params))
+        elif isinstance(regulariser, Mix | NeighbourSmoothing):
+            mixing.tasks_of(regulariser, tuple(tasks.values()))
+            if isinstance(regulariser, Mix):
+                mixing.check_layer(regulariser, trunk)
         elif isinstance(regulariser, RDrop):
             _check_r_drop(regulariser, tasks, trunk, experiment.adapters, trains_trunk)
 

@@ -1,0 +1,9 @@
+"""More training rows from few: edits that keep labels at what they label, rewriting by models, mixing.
+
+Each is a class that comes through the door mtl_jax.data.Augmentation, as one of a script does; Mix is a regulariser. The public
+names are those of __init__.pyi, loaded when they are first asked for.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,119 @@
+"""What writes texts from texts: an encoder-decoder, a run of ours, or a command of the user's."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_jax import pretrained
+from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.files import reason, shown
+from mtl_jax.core.row_texts import plain
+from mtl_jax.pretrained import locate
+from mtl_jax.pretrained.tensor_files import read_json
+
+log = logging.getLogger(__name__)
+
+# (texts, seed of sampling) -> a text for each; "" where none was written.
+Write = Callable[[Sequence[str], int], list[str]]
+
+
+def check(where: str, field: str, model: str, command: Sequence[str]) -> None:
+    """Raises UserError unless either a model or a command is given, and the command's program is there.
+
+    Args:
+        where: What the line begins with.
+        field: The name of the field with the model; that of the command is FIELD_command.
+        model: The model.
+        command: The command.
+    """
+    if isinstance(command, str):
+        raise UserError(f"{where}: {field}_command is the text {shown(command)!r}; it must be a tuple of program and arguments")
+    if bool(model) == bool(command):
+        given = "both are given" if model else "neither is given"
+        raise UserError(f"{where}: {field} or {field}_command must write the texts, and {given}")
+    if command and shutil.which(command[0]) is None:
+        raise UserError(f"{where}: {field}_command: there is no program {shown(command[0])}")
+    if model and not is_run(model) and Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise UserError(f"{where}: {field} {shown(model)} is neither a checkpoint nor the workdir of a run")
+
+
+def is_run(path: str) -> bool:
+    """Whether a path is the workdir of a run."""
+    return (Path(path) / "data.json").is_file()
+
+
+def languages(model: str) -> tuple[str, str]:
+    """The languages that a checkpoint reads and writes, where its tokenizer_config.json names them; else "".
+
+    Names are cut to two letters of ISO 639: a checkpoint may have en, eng or en_XX.
+    """
+    if not model or is_run(model):
+        return "", ""
+    try:
+        raw = read_json(locate.locate(model), "tokenizer_config.json")
+    except UserError:
+        return "", ""
+    source, target = (str(raw.get(name) or "")[:2].lower() for name in ("source_lang", "target_lang"))
+    return source, target
+
+
+def by_model(model: str, options: dict[str, Any]) -> Write:
+    """The writer of an encoder-decoder checkpoint or of a run.
+
+    Args:
+        model: A checkpoint, or the workdir of a run.
+        options: Arguments of mtl_jax.translate: task, languages, prefix, and how answers are searched for.
+
+    Raises:
+        UserError: It cannot be opened.
+    """
+    import mtl_jax  # opened by the public door, as a script opens it: models stand above this package
+
+    opened: Any = mtl_jax.load_model(model) if is_run(model) else pretrained.load(model)
+
+    def write(texts: Sequence[str], seed: int) -> list[str]:
+        # In sorted order, so that what is drawn for a text does not depend on the order of rows.
+        different = sorted(set(texts))
+        log.info("%s writes %s ...", shown(model), count(len(different), "text"))
+        answers = mtl_jax.translate(opened, different, seed=seed, **options)
+        written = {text: str(answer).strip() for text, answer in zip(different, answers, strict=True)}
+        return [written[text] for text in texts]
+
+    return write
+
+
+def by_command(command: Sequence[str], where: str) -> Write:
+    """The writer of a command, which gets a text a line on standard input and writes a line for each; no shell is used.
+
+    Args:
+        command: The program and its arguments.
+        where: What an error begins with.
+    """
+
+    def write(texts: Sequence[str], seed: int) -> list[str]:
+        different = sorted({" ".join(text.split()) for text in texts})
+        try:
+            lines = "".join(f"{text}\n" for text in different)
+            done = subprocess.run(list(command), input=lines, capture_output=True, encoding="utf-8", check=False)
+        except OSError as error:
+            raise UserError(f"{where}: {shown(command[0])} cannot be started ({reason(error)})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: {shown(command[0])} wrote what is not UTF-8") from error
+        if done.returncode:
+            last = plain(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "")
+            raise UserError(f"{where}: {shown(command[0])} ended with exit code {done.returncode} ({shown(last)})")
+        answers = done.stdout.splitlines()
+        if len(answers) != len(different):
+            raise UserError(
+                f"{where}: {shown(command[0])} wrote {count(len(answers), 'line')} for {count(len(different), 'text')}; it "
+                "must write one for each, in order, and an empty line where it has none"
+            )
+        written = dict(zip(different, answers, strict=True))
+        return [written[" ".join(text.split())].strip() for text in texts]
+
+    return write

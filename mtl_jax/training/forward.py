@@ -45,6 +45,8 @@ class Savings(NamedTuple):
 
     def trunk(self, params: Any) -> Any:
         """Parameters of a trunk; its adapters are small, and their code is no layer's."""
+        if self.placement is None:
+            return params
         return {name: self.gathered(tree) if name == ADAPTERS else self.boxed(tree) for name, tree in params.items()}
 
     def head(self, task: Task, params: Any) -> Any:

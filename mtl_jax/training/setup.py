@@ -179,9 +179,11 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     record = {**copies.record, **({"earlier_runs": compared.record} if compared.record else {})}
     checked = Prepared(experiment, corpus, schedule, trunk, params, plans, mesh, notes, *opened, record, copies.test_copies)
     checked = on_mesh(checked._replace(held_out=measured, facts=run_facts), mesh)
+    if experiment.sharding == "replicated":
+        return checked
     memory = sharding.memory_of(mesh.devices.flat[0])
     decision = sharding.decide(experiment.sharding, bytes_if_replicated(checked), meshes.shards(mesh), memory)
-    return checked._replace(cut=decision.cut, notes=[*notes, *([decision.note] if decision.note else [])])
+    return checked._replace(cut=decision.cut, notes=[*notes, decision.note])
 
 
 def bytes_if_replicated(prepared: Prepared) -> int:

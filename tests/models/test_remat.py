@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtl_jax import trunks
+from mtl_jax.core.errors import UserError
 from mtl_jax.models import remat
 from mtl_jax.models.encoder import EmbeddingConfig, Encoder, EncoderConfig, SharedEmbedding
 from mtl_jax.models.modernbert import ModernBert, ModernBertConfig
@@ -81,6 +83,13 @@ def test_which_trunks_have_layers():
     assert has_layers(MODERN)
     assert not has_layers(SharedEmbedding(EmbeddingConfig(16, 4)))
     assert not has_layers(Plain())
+
+
+def test_a_trunk_without_layers_is_refused():
+    bag = trunks.build(trunks.Embedding(), ["a good film"], np.float32)
+    trunks.check_remat(bag, "none")
+    with pytest.raises(UserError, match="remat is 'dots', but the trunk Embedding has no layers that say so: set is_layer"):
+        trunks.check_remat(bag, "dots")
 
 
 def test_examples():

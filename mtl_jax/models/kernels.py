@@ -76,7 +76,10 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
     4
     """
     if not isinstance(module, nn.Module):  # with adapters
-        return dataclasses.replace(module, base=with_kernels(module.base, name, mesh))
+        base = with_kernels(module.base, name, mesh)
+        # Adapters change the projections one by one.
+        apart = {"kernels": dataclasses.replace(base.kernels, attend_joined=None)} if hasattr(base, "kernels") else {}
+        return dataclasses.replace(module, base=base.clone(**apart))
     if name == "fused" and getattr(getattr(module, "config", None), "attention_dropout", 0.0):
         raise UserError(
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "
@@ -105,6 +108,7 @@ def _for_tpus(mesh: Mesh) -> Kernels:
         attend=functools.partial(attend_on_tpus, over_rows=over_rows),
         norm=functools.partial(norm_on_tpus, over_rows=over_rows),
         gelu=gelu_in_bfloat16,
+        attend_joined=functools.partial(self_attend_on_tpus, over_rows=over_rows),
     )
 
 
@@ -170,6 +174,35 @@ def attend_on_tpus(
     mask_BxSxT = jnp.broadcast_to(mask_BxTxS, (B, T, S)).swapaxes(1, 2).astype(jnp.int8)
     q_BxTxH = q_BxTxNxD.reshape(B, T, N * D)
     return tpu_attention.attention(q_BxTxH, k_BxSxH, v_BxSxH, mask_BxSxT, D, scale, over_rows, interpret).reshape(B, T, N, D)
+
+
+def self_attend_on_tpus(
+    project: Callable[[], jax.Array],
+    mask_BxTxT: jax.Array,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    scale: float,
+    over_rows: OverRows = lambda function: function,
+    interpret: bool = False,
+) -> jax.Array | None:
+    """Self-attention f[B, T, H] as a kernel for TPUs; None for sizes that the kernel does not compute.
+
+    Args:
+        project: Gives queries, keys and values side by side, f[B, T, 3 H], from one product.
+        mask_BxTxT: The keys that each query may see; a middle axis of size 1 is for all queries.
+        tokens: T.
+        heads: N.
+        head_size: D.
+        scale: Factor on the queries.
+        over_rows: How the kernel runs on several devices.
+        interpret: As for tpu_attention.attention.
+    """
+    if not tpu_attention.fits(tokens, tokens, heads, head_size):
+        return None
+    qkv_BxTx3H = project()
+    mask_i8 = jnp.broadcast_to(mask_BxTxT, (len(qkv_BxTx3H), tokens, tokens)).swapaxes(1, 2).astype(jnp.int8)
+    return tpu_attention.self_attention(qkv_BxTx3H, mask_i8, head_size, scale, over_rows, interpret)
 
 
 def attend_with_cudnn(

@@ -140,9 +140,17 @@ class TestChoice:
         fused = Kernels(
             attend=lambda *args, **options: kernels.attend_on_tpus(*args, **options, interpret=True),
             norm=lambda *args: kernels.norm_on_tpus(*args, interpret=True),
+            attend_joined=lambda *args: kernels.self_attend_on_tpus(*args, interpret=True),
         )
         plain = self.module.clone(dtype=jnp.float32)
         ids, mask = jnp.arange(32).reshape(2, 16) % 20, jnp.ones((2, 16), jnp.int32).at[1, 9:].set(0)
         params = plain.init(jax.random.key(0), ids)
-        found = plain.clone(kernels=fused).apply(params, ids, mask).hidden
-        np.testing.assert_allclose(found, plain.apply(params, ids, mask).hidden, atol=2e-5)
+
+        @jax.jit
+        def pull(params):
+            outs = [module.apply(params, ids, mask).hidden * mask[..., None] for module in (plain.clone(kernels=fused), plain)]
+            return outs
+
+        gradients = jax.jit(jax.jacrev(lambda params: [jnp.sin(out).sum() for out in pull(params)]))(params)
+        np.testing.assert_allclose(*pull(params), atol=2e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *gradients)

@@ -21,7 +21,7 @@ from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.parts import Registry
 from mtl_jax.models import layers, tpu_attention, tpu_norm
 from mtl_jax.models.layers import PLAIN, Kernels
-from mtl_jax.models.tpu_attention import OverRows
+from mtl_jax.models.tpu_attention import OverRows, on_one_device
 
 # The mesh of a run -> the kernels for its devices.
 KERNELS: Registry[Callable[[Mesh], Kernels]] = Registry("kernels", {})
@@ -124,16 +124,16 @@ def _over_rows(mesh: Mesh) -> OverRows:
     axis = "data"
     devices = mesh.shape[axis]
 
-    def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    def over_rows(function: Callable[..., Any], same: int = 0) -> Callable[..., Any]:
         if mesh.size == 1 or axis in jax.sharding.get_abstract_mesh().manual_axes:
             return function
-        rows = PartitionSpec(axis)
+        whole = PartitionSpec()
 
         def call(*arrays: jax.Array) -> Any:
-            if arrays[0].shape[0] % devices:  # too few rows to share: every device computes all
-                whole = PartitionSpec()
-                return jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)(*arrays)
-            return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+            # Of rows that do not divide, every device computes all.
+            rows = whole if arrays[0].shape[0] % devices else PartitionSpec(axis)
+            specs = (*[rows] * (len(arrays) - same), *[whole] * same)
+            return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arrays)
 
         return call
 
@@ -149,7 +149,7 @@ def attend_on_tpus(
     scale: float,
     bias_BxNxTxS: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array:
     """layers.attend as a kernel for TPUs; plain with a bias, with dropout, and for sizes that the kernel does not compute.
@@ -183,7 +183,7 @@ def self_attend_on_tpus(
     heads: int,
     head_size: int,
     scale: float,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array | None:
     """Self-attention f[B, T, H] as a kernel for TPUs; None for sizes that the kernel does not compute.
@@ -248,7 +248,7 @@ def norm_on_tpus(
     scale_H: jax.Array,
     bias_H: jax.Array,
     epsilon: float,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array | None:
     """A layer norm as a kernel for TPUs; None for sizes that the kernel does not compute.

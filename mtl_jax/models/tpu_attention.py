@@ -26,8 +26,14 @@ _QUERIES = 256  # of a row, above which a step of the kernel has one group of he
 _SUBLANES = 16  # rows of a tile in bfloat16
 _MEMORY = 48 * 2**20  # bytes of the chip's own memory that the kernel may use
 
-# (function of arrays with leading axis B to arrays with leading axis B) -> the same over all devices
-OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
+# (function of arrays with leading axis B to arrays with leading axis B) -> the same over all devices; a number behind the
+# function says how many of its last arguments are the same for all rows.
+OverRows = Callable[..., Callable[..., Any]]
+
+
+def on_one_device(function: Callable[..., Any], same: int = 0) -> Callable[..., Any]:
+    """The OverRows of one device."""
+    return function
 
 
 class _Sizes(NamedTuple):
@@ -62,7 +68,7 @@ def attention(
     mask_BxSxT: jax.Array,
     head_size: int,
     scale: float,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array:
     """Scaled dot-product attention of all heads, as models.layers.attend without bias and dropout.
@@ -104,7 +110,7 @@ def self_attention(
     mask_BxTxT: jax.Array,
     head_size: int,
     scale: float,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array:
     """attention() of queries, keys and values side by side, as one matrix product gives them; nothing is cut out or joined.

@@ -21,7 +21,7 @@ from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.parts import Registry
 from mtl_jax.models import layers, tpu_attention, tpu_norm
 from mtl_jax.models.layers import PLAIN, Kernels
-from mtl_jax.models.tpu_attention import OverRows
+from mtl_jax.models.tpu_attention import OverRows, on_one_device
 
 # The mesh of a run -> the kernels for its devices.
 KERNELS: Registry[Callable[[Mesh], Kernels]] = Registry("kernels", {})
@@ -76,7 +76,10 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
     4
     """
     if not isinstance(module, nn.Module):  # with adapters
-        return dataclasses.replace(module, base=with_kernels(module.base, name, mesh))
+        base = with_kernels(module.base, name, mesh)
+        # Adapters change the projections one by one.
+        apart = {"kernels": dataclasses.replace(base.kernels, attend_joined=None)} if hasattr(base, "kernels") else {}
+        return dataclasses.replace(module, base=base.clone(**apart))
     if name == "fused" and getattr(getattr(module, "config", None), "attention_dropout", 0.0):
         raise UserError(
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "
@@ -105,6 +108,7 @@ def _for_tpus(mesh: Mesh) -> Kernels:
         attend=functools.partial(attend_on_tpus, over_rows=over_rows),
         norm=functools.partial(norm_on_tpus, over_rows=over_rows),
         gelu=gelu_in_bfloat16,
+        attend_joined=functools.partial(self_attend_on_tpus, over_rows=over_rows),
     )
 
 
@@ -120,16 +124,16 @@ def _over_rows(mesh: Mesh) -> OverRows:
     axis = "data"
     devices = mesh.shape[axis]
 
-    def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    def over_rows(function: Callable[..., Any], same: int = 0) -> Callable[..., Any]:
         if mesh.size == 1 or axis in jax.sharding.get_abstract_mesh().manual_axes:
             return function
-        rows = PartitionSpec(axis)
+        whole = PartitionSpec()
 
         def call(*arrays: jax.Array) -> Any:
-            if arrays[0].shape[0] % devices:  # too few rows to share: every device computes all
-                whole = PartitionSpec()
-                return jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)(*arrays)
-            return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+            # Of rows that do not divide, every device computes all.
+            rows = whole if arrays[0].shape[0] % devices else PartitionSpec(axis)
+            specs = (*[rows] * (len(arrays) - same), *[whole] * same)
+            return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arrays)
 
         return call
 
@@ -145,7 +149,7 @@ def attend_on_tpus(
     scale: float,
     bias_BxNxTxS: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array:
     """layers.attend as a kernel for TPUs; plain with a bias, with dropout, and for sizes that the kernel does not compute.
@@ -170,6 +174,35 @@ def attend_on_tpus(
     mask_BxSxT = jnp.broadcast_to(mask_BxTxS, (B, T, S)).swapaxes(1, 2).astype(jnp.int8)
     q_BxTxH = q_BxTxNxD.reshape(B, T, N * D)
     return tpu_attention.attention(q_BxTxH, k_BxSxH, v_BxSxH, mask_BxSxT, D, scale, over_rows, interpret).reshape(B, T, N, D)
+
+
+def self_attend_on_tpus(
+    project: Callable[[], jax.Array],
+    mask_BxTxT: jax.Array,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    scale: float,
+    over_rows: OverRows = on_one_device,
+    interpret: bool = False,
+) -> jax.Array | None:
+    """Self-attention f[B, T, H] as a kernel for TPUs; None for sizes that the kernel does not compute.
+
+    Args:
+        project: Gives queries, keys and values side by side, f[B, T, 3 H], from one product.
+        mask_BxTxT: The keys that each query may see; a middle axis of size 1 is for all queries.
+        tokens: T.
+        heads: N.
+        head_size: D.
+        scale: Factor on the queries.
+        over_rows: How the kernel runs on several devices.
+        interpret: As for tpu_attention.attention.
+    """
+    if not tpu_attention.fits(tokens, tokens, heads, head_size):
+        return None
+    qkv_BxTx3H = project()
+    mask_i8 = jnp.broadcast_to(mask_BxTxT, (len(qkv_BxTx3H), tokens, tokens)).swapaxes(1, 2).astype(jnp.int8)
+    return tpu_attention.self_attention(qkv_BxTx3H, mask_i8, head_size, scale, over_rows, interpret)
 
 
 def attend_with_cudnn(
@@ -215,7 +248,7 @@ def norm_on_tpus(
     scale_H: jax.Array,
     bias_H: jax.Array,
     epsilon: float,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array | None:
     """A layer norm as a kernel for TPUs; None for sizes that the kernel does not compute.

@@ -87,12 +87,17 @@ class Dense(nn.Dense):
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        x_RxI = inputs.reshape(-1, inputs.shape[-1])
-        y_RxO = lax.dot_general(x_RxI, kernel, (((1,), (0,)), ((), ())), precision=self.precision)
-        if bias is not None and y_RxO.dtype == jnp.bfloat16:
-            y_RxO, bias = _add_bias(y_RxO, bias), None
-        y = y_RxO.reshape(*inputs.shape[:-1], -1)
-        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return times_and_bias(inputs, kernel, bias, self.precision)
+
+
+def times_and_bias(x_xI: jax.Array, kernel_IxO: jax.Array, bias_O: jax.Array | None, precision: Any = None) -> jax.Array:
+    """x @ kernel + bias, f[..., O]."""
+    x_RxI = x_xI.reshape(-1, x_xI.shape[-1])
+    y_RxO = lax.dot_general(x_RxI, kernel_IxO, (((1,), (0,)), ((), ())), precision=precision)
+    if bias_O is not None and y_RxO.dtype == jnp.bfloat16:
+        y_RxO, bias_O = _add_bias(y_RxO, bias_O), None
+    y = y_RxO.reshape(*x_xI.shape[:-1], -1)
+    return y if bias_O is None else y + jnp.reshape(bias_O, (1,) * (y.ndim - 1) + (-1,))
 
 
 @jax.custom_vjp
@@ -184,11 +189,13 @@ class Kernels:
         attend: As attend(), with the same arguments.
         norm: As LayerNorm.kernel; None: nn.LayerNorm.
         gelu: In place of ACTIVATIONS["gelu"]; None: that.
+        attend_joined: As kernels.self_attend_on_tpus, for self-attention with one product in place of three; None: three.
     """
 
     attend: Callable[..., jax.Array] = attend
     norm: Callable[..., jax.Array | None] | None = None
     gelu: Callable[[jax.Array], jax.Array] | None = None
+    attend_joined: Callable[..., jax.Array | None] | None = None
 
     def activation(self, name: str) -> Callable[[jax.Array], jax.Array]:
         """The activation of a name."""
@@ -252,19 +259,33 @@ class Attention(nn.Module):
         bias_BxNxTxS: jax.Array | None = None,
     ) -> jax.Array:
         """f[B, T, H] to f[B, T, H]; keys and values are the source's, or x's own if source is None."""
+        drops = self.dropout > 0.0 and not deterministic
+        scale = self.head_size**-0.5 if self.scale is None else self.scale
+        plain_self = source is None and bias_BxNxTxS is None and not drops and not self.is_initializing()
+        if self.kernels.attend_joined is not None and plain_self:
+            project = functools.partial(self._projections, x_BxTxH)
+            out_BxTxH = self.kernels.attend_joined(project, mask_BxTxS, x_BxTxH.shape[1], self.num_heads, self.head_size, scale)
+            if out_BxTxH is not None:
+                return self.output(out_BxTxH)
         if source is None:
             source = self.keys_values(x_BxTxH)
-        drops = self.dropout > 0.0 and not deterministic
         out_BxTxNxD = self.kernels.attend(
             self._heads(self.query(x_BxTxH)),
             source.key,
             source.value,
             mask_BxTxS,
-            scale=self.head_size**-0.5 if self.scale is None else self.scale,
+            scale=scale,
             bias_BxNxTxS=bias_BxNxTxS,
             dropout=functools.partial(self.drop, deterministic=False) if drops else None,
         )
         return self.output(out_BxTxNxD.reshape(*x_BxTxH.shape[:-1], -1))
+
+    def _projections(self, x_BxTxH: jax.Array) -> jax.Array:
+        """Queries, keys and values side by side f[B, T, 3 N D], from one product with the three kernels side by side."""
+        params = [dense.variables["params"] for dense in (self.query, self.key, self.value)]
+        kernel = jnp.concatenate([part["kernel"] for part in params], axis=1)
+        bias = jnp.concatenate([part["bias"] for part in params]) if self.use_bias else None
+        return times_and_bias(*self.query.promote_dtype(x_BxTxH, kernel, bias, dtype=self.dtype))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_size)

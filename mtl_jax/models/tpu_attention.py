@@ -26,12 +26,18 @@ _QUERIES = 256  # of a row, above which a step of the kernel has one group of he
 _SUBLANES = 16  # rows of a tile in bfloat16
 _MEMORY = 48 * 2**20  # bytes of the chip's own memory that the kernel may use
 
-# (function of arrays with leading axis B to arrays with leading axis B) -> the same over all devices
-OverRows = Callable[[Callable[..., Any]], Callable[..., Any]]
+# (function of arrays with leading axis B to arrays with leading axis B) -> the same over all devices; a number behind the
+# function says how many of its last arguments are the same for all rows.
+OverRows = Callable[..., Callable[..., Any]]
+
+
+def on_one_device(function: Callable[..., Any], same: int = 0) -> Callable[..., Any]:
+    """The OverRows of one device."""
+    return function
 
 
 class _Sizes(NamedTuple):
-    """What a kernel is made for: queries T, size of a head D, lanes L, heads g of a group, groups and rows of a step."""
+    """What a kernel is made for: queries T, size of a head D, lanes L, heads g of a group, groups and rows of a step, H."""
 
     queries: int
     head_size: int
@@ -39,6 +45,7 @@ class _Sizes(NamedTuple):
     heads: int
     groups: int
     rows: int
+    width: int
     scale: float
 
 
@@ -61,7 +68,7 @@ def attention(
     mask_BxSxT: jax.Array,
     head_size: int,
     scale: float,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array:
     """Scaled dot-product attention of all heads, as models.layers.attend without bias and dropout.
@@ -97,45 +104,113 @@ def _attention_backward(
 attention.defvjp(_attention_forward, _attention_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def self_attention(
+    qkv_BxTx3H: jax.Array,
+    mask_BxTxT: jax.Array,
+    head_size: int,
+    scale: float,
+    over_rows: OverRows = on_one_device,
+    interpret: bool = False,
+) -> jax.Array:
+    """attention() of queries, keys and values side by side, as one matrix product gives them; nothing is cut out or joined.
+
+    Args:
+        qkv_BxTx3H: Queries, keys and values, each with the heads side by side.
+        mask_BxTxT: i8[B, S, T], 1 where a query of the last axis may see a key.
+        head_size: As for attention(), and so are the next ones.
+        scale: Factor on the queries.
+        over_rows: How the kernel runs on several devices.
+        interpret: Whether it runs as an ordinary program.
+    """
+    output = functools.partial(_forward, scale=scale, head_size=head_size, interpret=interpret)
+    return over_rows(output)(qkv_BxTx3H, mask_BxTxT)
+
+
+def _self_attention_forward(qkv: jax.Array, mask: jax.Array, *options: Any) -> tuple[jax.Array, Any]:
+    return self_attention(qkv, mask, *options), (qkv, mask)
+
+
+def _self_attention_backward(
+    head_size: int, scale: float, over_rows: OverRows, interpret: bool, kept: Any, gradient: jax.Array
+) -> tuple[Any, ...]:
+    pull = functools.partial(_backward, scale=scale, head_size=head_size, interpret=interpret)
+    return (*over_rows(pull)(*kept, gradient), None)
+
+
+self_attention.defvjp(_self_attention_forward, _self_attention_backward)
+
+
 def _forward(*arrays: jax.Array, head_size: int, scale: float, interpret: bool) -> jax.Array:
-    return _call("attention_forward", arrays, arrays[:1], 2, head_size, scale, interpret)[0]
+    return _call(_forward_kernel, "attention_forward", arrays, None, 2, head_size, scale, interpret)[0]
 
 
 def _backward(*arrays: jax.Array, head_size: int, scale: float, interpret: bool) -> Sequence[jax.Array]:
-    return _call("attention_backward", arrays, arrays[:3], 5, head_size, scale, interpret)
+    *_, gradient = arrays
+    return _call(_backward_kernel, "attention_backward", arrays[:-1], gradient, 5, head_size, scale, interpret)
 
 
 def _call(
-    name: str, arrays: Sequence[jax.Array], like: Sequence[jax.Array], products: int, D: int, scale: float, interpret: bool
+    kernel: Any,
+    name: str,
+    arrays: Sequence[jax.Array],
+    gradient: jax.Array | None,
+    products: int,
+    D: int,
+    scale: float,
+    interpret: bool,
 ) -> Any:
-    """Runs a kernel over rows, and over groups of heads if a row is long."""
-    (B, T, H), S = arrays[0].shape, arrays[1].shape[1]
+    """Runs a kernel over rows, and over groups of heads if a row is long.
+
+    Args:
+        kernel: The kernel.
+        name: Its name.
+        arrays: Queries, keys, values and mask; or the first three in one, and mask.
+        gradient: That of the output, and the results are gradients like the arrays; None: the result is the output.
+        products: How many products the kernel has.
+        D: Size of a head.
+        scale: Factor on the queries.
+        interpret: As for attention().
+    """
+    *inputs, mask = arrays
+    joined = len(inputs) == 1
+    q, k = inputs[0], inputs[0] if joined else inputs[1]
+    B, T, S, H = len(q), q.shape[1], k.shape[1], q.shape[2] // (3 if joined else 1)
     L = max(LANES, D)
     groups = H // L if max(T, S) <= _QUERIES else 1
     # Short rows go together: while one waits for a product, another can be worked on.
     rows = max(n for n in (1, 2, 4) if B % n == 0 and (n == 1 or n * max(T, S) <= _QUERIES))
-    sizes = _Sizes(T, D, L, L // D, groups, rows, scale)
+    sizes = _Sizes(T, D, L, L // D, groups, rows, H, scale)
+    steps = H // L // groups
 
-    def spec(array: jax.Array) -> pl.BlockSpec:
-        if array.dtype == jnp.int8:
-            return pl.BlockSpec((rows, S, T), lambda row, group: (row, 0, 0))
-        return pl.BlockSpec((rows, array.shape[1], groups * L), lambda row, group: (row, 0, group))
+    def block(tokens: int, part: int = 0) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, tokens, groups * L), lambda row, group: (row, 0, part * steps + group))
 
-    outputs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in like]
-    numbers = sum(array.size * array.dtype.itemsize for array in (*arrays, *outputs))
+    whole = pl.BlockSpec((rows, T, 3 * H), lambda row, group: (row, 0, 0))
+    parts = [q, q, q] if joined else inputs
+    in_specs = [block(array.shape[1], part if joined else 0) for part, array in enumerate(parts)]
+    in_specs.append(pl.BlockSpec((rows, S, T), lambda row, group: (row, 0, 0)))
+    out_specs = [block(T)]
+    like = [jax.ShapeDtypeStruct((B, T, H), q.dtype)]
+    if gradient is not None:
+        in_specs.append(block(T))
+        out_specs = [whole] if joined else [block(array.shape[1]) for array in inputs]
+        like = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
+    given = [*parts, mask] if gradient is None else [*parts, mask, gradient]
+    numbers = B * (2 * T + 2 * S) * H * (2 if gradient is not None else 1) * q.dtype.itemsize + mask.size
     return pl.pallas_call(
-        functools.partial(_forward_kernel if name == "attention_forward" else _backward_kernel, sizes=sizes),
-        grid=(B // rows, H // L // groups),
-        in_specs=[spec(array) for array in arrays],
-        out_specs=[spec(array) for array in outputs],
-        out_shape=outputs,
+        functools.partial(kernel, sizes=sizes),
+        grid=(B // rows, steps),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=like,
         interpret=interpret,
         name=f"{name}_of_{sizes.heads}_heads",  # which plans read
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_MEMORY),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * B * T * S * H, bytes_accessed=numbers, transcendentals=B * T * S * H // D
         ),
-    )(*arrays)
+    )(*given)
 
 
 def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, out_ref: Any, *, sizes: _Sizes) -> None:
@@ -155,10 +230,17 @@ def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, out_ref: 
     _in_turn(sizes, scores, probabilities, output)
 
 
-def _backward_kernel(
-    q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, grad_ref: Any, dq_ref: Any, dk_ref: Any, dv_ref: Any, *, sizes: _Sizes
-) -> None:
+def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, grad_ref: Any, *out_refs: Any, sizes: _Sizes) -> None:
     hidden, lanes = _hidden_keys(mask_ref, sizes), _lanes_of_heads(sizes)
+
+    def store(part: int, row: int, at: slice, value: jax.Array) -> None:
+        if len(out_refs) > 1:
+            out_refs[part][row, :, at] = value.astype(out_refs[part].dtype)
+            return
+        start = part * sizes.width + at.start
+        if sizes.groups * sizes.lanes < sizes.width:  # a place that is not known now keeps other parts waiting
+            start = pl.multiple_of(start + pl.program_id(1) * sizes.lanes, sizes.lanes)
+        out_refs[0][row, :, pl.ds(start, sizes.lanes)] = value.astype(out_refs[0].dtype)
 
     def scores(row: int, at: slice) -> tuple[jax.Array, ...]:
         queries_gTxL = _stacked(q_ref[row, :, at].astype(jnp.float32) * _in_base_2(sizes), lanes, q_ref.dtype)
@@ -179,11 +261,10 @@ def _backward_kernel(
     def output(
         probs_SxgT: jax.Array, dscores_SxgT: jax.Array, queries_gTxL: jax.Array, grad_gTxL: jax.Array, row: int, at: slice
     ) -> None:
-        dv_ref[row, :, at] = _product(probs_SxgT, grad_gTxL, 1, 0).astype(dv_ref.dtype)
+        store(2, row, at, _product(probs_SxgT, grad_gTxL, 1, 0))
         # The queries have a factor log2(e) that is not theirs.
-        dk_ref[row, :, at] = (_product(dscores_SxgT, queries_gTxL, 1, 0) * math.log(2)).astype(dk_ref.dtype)
-        dq_LxgT = _product(k_ref[row, :, at], dscores_SxgT, 0, 0) * sizes.scale
-        dq_ref[row, :, at] = _heads_side_by_side(dq_LxgT, sizes).astype(dq_ref.dtype)
+        store(1, row, at, _product(dscores_SxgT, queries_gTxL, 1, 0) * math.log(2))
+        store(0, row, at, _heads_side_by_side(_product(k_ref[row, :, at], dscores_SxgT, 0, 0) * sizes.scale, sizes))
 
     _in_turn(sizes, scores, gradients, output)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mtl_jax.models.tpu_attention import LANES, OverRows
+from mtl_jax.models.tpu_attention import LANES, OverRows, on_one_device
 
 _TILE = 16  # rows of a tile in bfloat16
 _NUMBERS = 2**18  # of a block
@@ -37,7 +37,7 @@ def layer_norm(
     scale_H: jax.Array,
     bias_H: jax.Array,
     epsilon: float,
-    over_rows: OverRows = lambda function: function,
+    over_rows: OverRows = on_one_device,
     interpret: bool = False,
 ) -> jax.Array:
     """Layer norm (Ba et al. 2016) over the last axis, with the two-pass variance, in float32.
@@ -54,12 +54,12 @@ def layer_norm(
         f[B, T, H] in the dtype of the input.
     """
 
-    def normed(x_BxTxH: jax.Array) -> jax.Array:
+    def normed(x_BxTxH: jax.Array, scale_H: jax.Array, bias_H: jax.Array) -> jax.Array:
         kernel = functools.partial(_forward_kernel, epsilon=epsilon)
         (y_RxH,) = _call(kernel, "norm_forward", x_BxTxH, [], [scale_H, bias_H], 0, interpret)
         return y_RxH.reshape(x_BxTxH.shape)
 
-    return over_rows(normed)(x_BxTxH)
+    return over_rows(normed, same=2)(x_BxTxH, scale_H, bias_H)
 
 
 def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, *options: Any) -> tuple[jax.Array, Any]:
@@ -69,13 +69,13 @@ def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, *option
 def _layer_norm_backward(epsilon: float, over_rows: OverRows, interpret: bool, kept: Any, gradient: jax.Array) -> Any:
     x_BxTxH, scale_H = kept
 
-    def pull(x_BxTxH: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    def pull(x_BxTxH: jax.Array, gradient: jax.Array, scale_H: jax.Array) -> tuple[jax.Array, ...]:
         kernel = functools.partial(_backward_kernel, epsilon=epsilon)
         dx, dscale, dbias = _call(kernel, "norm_backward", x_BxTxH, [gradient], [scale_H], 2, interpret)
         return dx.reshape(x_BxTxH.shape), dscale, dbias
 
     # Every device has the sums over its own rows.
-    dx_BxTxH, dscale_Dx1xH, dbias_Dx1xH = over_rows(pull)(x_BxTxH, gradient)
+    dx_BxTxH, dscale_Dx1xH, dbias_Dx1xH = over_rows(pull, same=1)(x_BxTxH, gradient, scale_H)
     return dx_BxTxH, dscale_Dx1xH.sum((0, 1)), dbias_Dx1xH.sum((0, 1))
 
 

@@ -140,9 +140,45 @@ class TestChoice:
         fused = Kernels(
             attend=lambda *args, **options: kernels.attend_on_tpus(*args, **options, interpret=True),
             norm=lambda *args: kernels.norm_on_tpus(*args, interpret=True),
+            attend_joined=lambda *args: kernels.self_attend_on_tpus(*args, interpret=True),
         )
         plain = self.module.clone(dtype=jnp.float32)
         ids, mask = jnp.arange(32).reshape(2, 16) % 20, jnp.ones((2, 16), jnp.int32).at[1, 9:].set(0)
         params = plain.init(jax.random.key(0), ids)
-        found = plain.clone(kernels=fused).apply(params, ids, mask).hidden
-        np.testing.assert_allclose(found, plain.apply(params, ids, mask).hidden, atol=2e-5)
+
+        @jax.jit
+        def pull(params):
+            outs = [module.apply(params, ids, mask).hidden * mask[..., None] for module in (plain.clone(kernels=fused), plain)]
+            return outs
+
+        gradients = jax.jit(jax.jacrev(lambda params: [jnp.sin(out).sum() for out in pull(params)]))(params)
+        np.testing.assert_allclose(*pull(params), atol=2e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *gradients)
+
+
+def test_over_the_devices_of_a_mesh_of_runs_and_rows():
+    """Every device has its rows, and the gradients of vectors are sums over all; of rows that do not divide it has all."""
+    mesh = jax.make_mesh((2, 2), ("run", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    over_rows = kernels._over_rows(mesh)
+
+    def loss(scale, x):
+        normed = kernels.norm_on_tpus(x, scale, scale, 1e-5, over_rows, interpret=True)
+        mask = jnp.ones((len(x), 1, 16), bool)
+        attended = kernels.self_attend_on_tpus(
+            lambda: jnp.concatenate([normed] * 3, axis=-1), mask, 16, 4, 32, 0.2, over_rows, interpret=True
+        )
+        return jnp.sin(attended).sum()
+
+    def plain(scale, x):
+        normed = layers.layer_norm(1e-5, jnp.float32, "n").apply({"params": {"scale": scale, "bias": scale}}, x)
+        heads = normed.reshape(len(x), 16, 4, 32)
+        keys = heads.swapaxes(1, 2)
+        return jnp.sin(layers.attend(heads, keys, keys, jnp.ones((len(x), 1, 16), bool), scale=0.2)).sum()
+
+    scales, x, _ = _inputs(jax.random.key(0), (2, 128), (4, 16, 128), (1,))
+    for rows in (4, 3):
+        found, expected = (
+            jax.jit(jax.vmap(jax.grad(function), in_axes=(0, None), spmd_axis_name="run"))(scales, x[:rows])
+            for function in (loss, plain)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)

@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Contrastive, MultipleChoice, Ordinal, Phase, Ranking, Source, convert, evaluate, load_model, predict, train
+from mtl_jax import (
+    Contrastive,
+    Evaluation,
+    MultipleChoice,
+    Ordinal,
+    Phase,
+    Ranking,
+    Source,
+    convert,
+    evaluate,
+    load_model,
+    predict,
+    train,
+)
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
 from mtl_jax.tasks.contrastive import unit_length
@@ -18,7 +31,7 @@ from mtl_jax.tasks.contrastive import unit_length
 def several(tmp_path_factory):
     """An experiment, the workdir of its run, its results."""
     folder = tmp_path_factory.mktemp("several")
-    tiny.write_bert(folder / "bert")
+    tiny.write_bert(folder / "bert", layers=1)
     rng = random.Random(0)
 
     def text(words, least=2):
@@ -57,6 +70,7 @@ def several(tmp_path_factory):
             Contrastive(name="sim", source="pairs", negatives=("no",), widths=(4,)),
         ),
         phases=(Phase("all", steps=1),),
+        evaluation=Evaluation(baseline="none"),
     )
     return experiment, folder / "run", train(experiment, folder / "run")
 

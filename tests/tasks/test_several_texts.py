@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Contrastive, MultipleChoice, Ordinal, Phase, Ranking, Source, convert, evaluate, load_model, predict, train
+from mtl_jax import (
+    Contrastive,
+    Evaluation,
+    MultipleChoice,
+    Ordinal,
+    Phase,
+    Ranking,
+    Source,
+    convert,
+    evaluate,
+    load_model,
+    predict,
+    train,
+)
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
 from mtl_jax.tasks.contrastive import unit_length
@@ -18,7 +31,7 @@ from mtl_jax.tasks.contrastive import unit_length
 def several(tmp_path_factory):
     """An experiment, the workdir of its run, its results."""
     folder = tmp_path_factory.mktemp("several")
-    tiny.write_bert(folder / "bert")
+    tiny.write_bert(folder / "bert", layers=1)
     rng = random.Random(0)
 
     def text(words, least=2):
@@ -57,6 +70,7 @@ def several(tmp_path_factory):
             Contrastive(name="sim", source="pairs", negatives=("no",), widths=(4,)),
         ),
         phases=(Phase("all", steps=1),),
+        evaluation=Evaluation(baseline="none"),
     )
     return experiment, folder / "run", train(experiment, folder / "run")
 
@@ -71,16 +85,16 @@ def test_metrics(several):
 def test_choices_and_orders(several):
     experiment, folder, _ = several
     model = load_model(folder)
-    questions, passages = (source.rows.values for source in experiment.sources[:2])
+    questions = experiment.sources[0].rows.values
     answers = predict(model, "choice", questions)
     assert len(answers[0]["probabilities"]) == 3
     assert answers[1]["probabilities"][2] == 0
     assert answers[0]["text"] == questions[0]["abc"[answers[0]["choice"]]]
     right = [str(answer["choice"]) == row["label"] for answer, row in zip(answers, questions, strict=True)]
     assert evaluate(model, "choice", questions)["accuracy"] == pytest.approx(np.mean(right))
-    assert predict(model, "order", [row["text"] for row in passages[:2]])[0].keys() == {"score"}
-    assert evaluate(model, "order", passages)["rows"] == 60
-    assert predict(model, "grade", ["good film"])[0]["label"] in ("0", "1", "2")
+    order, grade = experiment.tasks[1], model.run.task("grade")
+    assert order.describe([np.array([0.5])], (), None) == {"score": 0.5}
+    assert grade.describe([np.array([1.0, -1.0])], (), None)["label"] == "1"
 
 
 def test_vectors(several):
@@ -99,24 +113,31 @@ def test_vectors(several):
         evaluate(model, "sim", [{"text": "good", "pair": "fine"}])
 
 
-def test_the_export_gives_our_vectors(several, tmp_path):
-    """transformers opens the directory, and the mean of its vectors, of length 1, is ours."""
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    _, folder, _ = several
-    assert "sentence-transformers" in convert(folder, tmp_path / "out", task="sim")
-    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+@pytest.fixture(scope="module")
+def exported(several, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    assert "sentence-transformers" in convert(several[1], folder, task="sim")
+    return folder
+
+
+def test_the_export(several, exported, tmp_path):
+    modules = json.loads((exported / "modules.json").read_text())
     assert [module["type"].rpartition(".")[2] for module in modules] == ["Transformer", "Pooling", "Normalize"]
-    assert json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]
-    assert json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())["max_seq_length"] == 8
-    model, tokenizer = (
-        opener.from_pretrained(tmp_path / "out") for opener in (transformers.AutoModel, transformers.AutoTokenizer)
-    )
+    assert json.loads((exported / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]
+    assert json.loads((exported / "sentence_bert_config.json").read_text())["max_seq_length"] == 8
+    with pytest.raises(UserError, match="only heads of"):
+        convert(several[1], tmp_path / "other", task="order")
+
+
+@pytest.mark.long
+def test_transformers_gives_our_vectors(several, exported):
+    """The mean of the vectors that transformers computes, scaled to length 1, is ours."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    model, tokenizer = (opener.from_pretrained(exported) for opener in (transformers.AutoModel, transformers.AutoTokenizer))
     with torch.no_grad():
         hidden = model(**tokenizer("the film is great", return_tensors="pt")).last_hidden_state[0].numpy()
-    expected = predict(folder, "sim", ["the film is great"])[0]["vector"]
+    expected = predict(several[1], "sim", ["the film is great"])[0]["vector"]
     np.testing.assert_allclose(unit_length(hidden.mean(axis=0, keepdims=True))[0], expected, atol=2e-6)
-    with pytest.raises(UserError, match="only heads of"):
-        convert(folder, tmp_path / "other", task="order")
 
 
 def test_bad_input(several):

@@ -14,7 +14,19 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from mtl_jax import Consistency, Hooks, Interrupted, MaskedLM, Regression, SelfTraining, Source, evaluate, pseudo_label, train
+from mtl_jax import (
+    Consistency,
+    Embedding,
+    Hooks,
+    Interrupted,
+    MaskedLM,
+    Regression,
+    SelfTraining,
+    Source,
+    evaluate,
+    pseudo_label,
+    train,
+)
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
@@ -62,27 +74,26 @@ def texts(count, seed):
     return [" ".join(rng.choice(["who", "where", *tiny.OTHER]) for _ in range(rng.randint(4, 9))) for _ in range(count)]
 
 
-def save(folder):
-    (folder / "data").mkdir(parents=True)
-    tiny.write_bert(folder / "bert")
-    tiny.write_data(folder / "data")
-    labelled = tiny.experiment(folder / "bert", folder / "data").sources[1]
-    experiment = tiny.experiment(
-        folder / "bert",
+def declared(folder):
+    """A classifier on a word embedding with dropout in its head, and two rounds on rows without labels."""
+    tiny.write_data(folder / "data", rows=60)
+    labelled = tiny.experiment("", folder / "data").sources[1]
+    return tiny.experiment(
         "",
+        "",
+        trunk=Embedding(vocabulary=40, dimension=8),
         sources=(labelled, Source(name="more", rows=[{"text": text} for text in texts(40, 1)])),
         tasks=(Classification(name="coarse", source="questions", column="coarse", dropout=0.2),),
-        phases=self_training("questions", "more", 3, 3, rounds=2, rules=tiny.HEADS_ONLY),
+        phases=self_training("questions", "more", 3, 3, rounds=2),
         regularisers=(SelfTraining(source="more", phase="round_1", choose="uncertainty", threshold=0.0, passes=2),),
     )
-    return experiment
 
 
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory):
     """A run of two rounds, and the same run stopped by SIGTERM in its second round and started again."""
     folder = tmp_path_factory.mktemp("rounds")
-    experiment = save(folder)
+    experiment = declared(folder)
     held_out = prepare(experiment).corpus.splits["test"]["questions"].data
     copies = [{"text": row.columns["text"].upper()} for row in held_out[:2]]
     more = dataclasses.replace(experiment.sources[1], rows=[*experiment.sources[1].rows.values, *copies])
@@ -171,11 +182,12 @@ def test_bad_input(rounds):
     ):
         with pytest.raises(UserError, match=message):
             check(change)
+    twice = (Consistency(source="more"), Consistency(name="two", source="more"))
     pairs = Source(name="more", rows=[{"text": "good", "pair": "bad"}], pair="pair")
     for change, message in (
         (changed(phase=""), "where the model has learned nothing yet"),
         (dataclasses.replace(experiment, sources=(experiment.sources[0], pairs)), "only 'more' has pairs of texts"),
-        (dataclasses.replace(experiment, regularisers=(Consistency(), Consistency(name="two"))), "leave all but one out"),
+        (dataclasses.replace(experiment, regularisers=twice), "leave all but one out"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(change)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import pretrained
-from mtl_jax.augment import similarity as similar
+from mtl_jax.augment import similar_rows as similar
 from mtl_jax.augment.aligned import UNCHANGED, EditWords, Word, Words, edited
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import shown

@@ -128,8 +128,8 @@ def of_experiment(experiment: Experiment, source: str = "", copies: int = 1) -> 
     if chosen.name not in data:
         raise UserError(f"source {chosen.name!r}: no task uses it, so nothing is made of its rows")
     about = augmentations.rows_of(chosen, experiment.tasks, data[chosen.name].rows["train"])
-    of_source = augmentations.of_source(chosen, experiment.augment)
-    return _made(chosen, about, of_source, augmentations.held_out_texts(data), copies)
+    source_augmentations = augmentations.of_source(chosen, experiment.augment)
+    return _made(chosen, about, source_augmentations, augmentations.held_out_texts(data), copies)
 
 
 def of_file(

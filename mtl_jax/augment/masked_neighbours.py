@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import pretrained
-from mtl_jax.augment import similarity as similar
+from mtl_jax.augment import similar_rows as similar
 from mtl_jax.augment.aligned import UNCHANGED, EditWords, Word, Words, edited
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import shown
@@ -70,8 +70,8 @@ def open_masked_model(path: str, top: int, where: str) -> MaskedModel:
         task, module = tasks[0], run.trunk.module
 
         def logits(params: Any, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-            hidden = module.apply({"params": params["trunk"]}, ids_BxT, mask_BxT).hidden
-            return task.logits(params["heads"][task.name], hidden, token_table(params["trunk"]))
+            output: Any = module.apply({"params": params["trunk"]}, ids_BxT, mask_BxT)
+            return task.logits(params["heads"][task.name], output.hidden, token_table(params["trunk"]))
     else:
         checkpoint = pretrained.load(path)
         if checkpoint.head != "masked_lm":

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mtl_jax.augment import similarity as similar
+from mtl_jax.augment import similar_rows as similar
 from mtl_jax.augment import writers
 from mtl_jax.augment.writers import Write
 from mtl_jax.core.errors import UserError, listed, unknown
@@ -116,8 +116,8 @@ class BackTranslation(Rewriting):
 
     Examples:
         >>> models = {"forward": "Helsinki-NLP/opus-mt-en-de", "back": "Helsinki-NLP/opus-mt-de-en"}
-        >>> there_and_back = mtl_jax.augment.BackTranslation(**models)
-        >>> source = mtl_jax.Source("reviews", "reviews.csv", augment=(there_and_back,))
+        >>> back_translation = mtl_jax.augment.BackTranslation(**models)
+        >>> source = mtl_jax.Source("reviews", "reviews.csv", augment=(back_translation,))
     """
 
     forward: str = ""
@@ -145,11 +145,11 @@ class BackTranslation(Rewriting):
 
     def writer(self, source: AugmentedRows) -> Write:
         where = f"source {source.source.name!r}: BackTranslation"
-        there = self._translator(self.forward, self.forward_command, self.language, self.pivot, f"{where}: forward_command")
+        forward = self._translator(self.forward, self.forward_command, self.language, self.pivot, f"{where}: forward_command")
         back = self._translator(self.back, self.back_command, self.pivot, self.language, f"{where}: back_command")
 
         def write(texts: Sequence[str], seed: int) -> list[str]:
-            pivots = there(texts, seed)
+            pivots = forward(texts, seed)
             written = dict(zip(dict.fromkeys(filter(None, pivots)), _of_some(back, pivots, seed), strict=True))
             return [written.get(text, "") for text in pivots]
 

@@ -253,11 +253,11 @@ class CharacterNoise(WordEdit):
             raise UserError(f"{where}: shortest is {self.shortest}; an error needs a word of at least 2 characters")
 
     def edit_words(self, source: AugmentedRows) -> EditWords:
-        of_answers = any(task.needs_offsets for task in source.tasks)
+        protects_answers = any(task.needs_offsets for task in source.tasks)
 
         def edit(words: Words, rng: np.random.Generator) -> list[Word]:
             new = [Word(text, place) for place, text in enumerate(words.texts)]
-            fixed = words.fixed if of_answers else np.zeros(len(new), bool)
+            fixed = words.fixed if protects_answers else np.zeros(len(new), bool)
             long = np.array([len(text) >= self.shortest for text in words.texts])
             for place in _some(np.flatnonzero(~fixed & long), self.words, rng):
                 new[place] = Word(_mistyped(words.texts[place], rng), int(place))

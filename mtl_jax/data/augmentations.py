@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,9 +22,9 @@ LEVELS = {
 }
 
 
-def of_source(source: Source, of_run: Sequence[Augmentation] = ()) -> tuple[Augmentation, ...]:
+def of_source(source: Source, run_augmentations: Sequence[Augmentation] = ()) -> tuple[Augmentation, ...]:
     """The augmentations of a source: its own, then those of the run."""
-    return (*source.augment, *of_run)
+    return (*source.augment, *run_augmentations)
 
 
 def in_passes(augmentations: Iterable[Augmentation]) -> tuple[Augmentation, ...]:
@@ -40,14 +39,14 @@ def names(augmentations: Sequence[Augmentation]) -> list[str]:
 
 
 def check(
-    sources: Sequence[Source], tasks: Sequence[Labels], of_run: Sequence[Augmentation] = (), *, private: bool = False
+    sources: Sequence[Source], tasks: Sequence[Labels], run_augmentations: Sequence[Augmentation] = (), *, private: bool = False
 ) -> None:
     """Checks the augmentations of all sources that tasks use.
 
     Args:
         sources: The sources.
         tasks: The tasks.
-        of_run: The augmentations of the run.
+        run_augmentations: The augmentations of the run.
         private: Whether training is private: a made row may then have texts of its own row only, and stand in its place.
 
     Raises:
@@ -55,7 +54,7 @@ def check(
     """
     for source in sources:
         source_tasks = [task for task in tasks if task.source == source.name]
-        for field, augmentations in ((f"source {source.name!r}: augment", source.augment), ("augment", of_run)):
+        for field, augmentations in ((f"source {source.name!r}: augment", source.augment), ("augment", run_augmentations)):
             for place, augmentation in enumerate(augmentations if source_tasks else ()):
                 where = f"{field}.{place} ({type(augmentation).__name__})"
                 check_one(augmentation, where)
@@ -110,8 +109,8 @@ def rows_of(source: Source, tasks: Sequence[Labels], rows: Sequence[Row]) -> Aug
         tasks: The tasks of the run.
         rows: Its training rows.
     """
-    of_its_own = tuple(task for task in tasks if task.source == source.name)
-    return AugmentedRows(source, row_edits.text_columns(source, tasks), of_its_own, rows)
+    source_tasks = tuple(task for task in tasks if task.source == source.name)
+    return AugmentedRows(source, row_edits.text_columns(source, tasks), source_tasks, rows)
 
 
 def generator(augmentation: Augmentation, source: str, place: int, key: bytes, seeds: Sequence[int]) -> np.random.Generator:
@@ -151,8 +150,3 @@ def text_digest(source: Source, key: str) -> bytes:
 def held_out_texts(data: Mapping[str, Any]) -> frozenset[bytes]:
     """The digests of all texts in dev and test, from {source: its Splits}."""
     return frozenset(digest for parts in data.values() for split in ("dev", "test") for digest in parts.text_digests[split])
-
-
-def configuration_digest(augmentation: Augmentation) -> str:
-    """A short hash of a kind and its fields, for the provenance of written rows."""
-    return hashlib.sha256(repr(augmentation).encode()).hexdigest()[:16]

@@ -84,7 +84,7 @@ class Corpus(NamedTuple):
 def with_augmentations(
     corpus: Corpus,
     sources: Sequence[Source],
-    of_run: Sequence[Augmentation],
+    run_augmentations: Sequence[Augmentation],
     added: Added,
     *,
     tokenizer: Any,
@@ -97,7 +97,7 @@ def with_augmentations(
     Args:
         corpus: The corpus, added rows included.
         sources: The declared sources.
-        of_run: The augmentations of the run.
+        run_augmentations: The augmentations of the run.
         added: made_rows.add(...).
         tokenizer: A transformers tokenizer.
         token_rows: Rows of the trunk's token table.
@@ -107,7 +107,7 @@ def with_augmentations(
     held_out = added.held_out
     redraws, notes = dict[str, Redraw](), made_rows.notes(added)
     for source in sources:
-        chosen = augmentations.in_passes(augmentations.of_source(source, of_run))
+        chosen = augmentations.in_passes(augmentations.of_source(source, run_augmentations))
         examples = corpus.splits["train"].get(source.name)
         if examples is None or not chosen:
             continue

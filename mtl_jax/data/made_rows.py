@@ -57,7 +57,10 @@ class Added(NamedTuple):
 
 
 def add(
-    sources: Sequence[Source], tasks: Sequence[Labels], data: Mapping[str, Splits], of_run: Sequence[Augmentation] = ()
+    sources: Sequence[Source],
+    tasks: Sequence[Labels],
+    data: Mapping[str, Splits],
+    run_augmentations: Sequence[Augmentation] = (),
 ) -> Added:
     """The sources with the rows that their augmentations add, after their other training rows.
 
@@ -65,17 +68,17 @@ def add(
         sources: The sources.
         tasks: The tasks.
         data: {source: its splits}, without the training rows that are held out.
-        of_run: The augmentations of the run.
+        run_augmentations: The augmentations of the run.
 
     Raises:
         UserError: None of the rows that an augmentation made can be used.
     """
-    if not any(of_source(source, of_run) for source in sources):
+    if not any(of_source(source, run_augmentations) for source in sources):
         return Added(dict(data), {}, {}, frozenset())
     held_out = held_out_texts(data)
     result = Added(dict(data), {}, {}, held_out)
     for source in sources:
-        augmentations = of_source(source, of_run)
+        augmentations = of_source(source, run_augmentations)
         if source.name not in data or not any(augmentation.added for augmentation in augmentations):
             continue
         parts, counts = data[source.name], dict[str, Counter[str]]()

@@ -153,8 +153,8 @@ class Redraw:
         for index in set(changed.tolist()) - fitting:
             made[index] = [0] * len(self.augmentations) + [1]
 
-        def chosen(old: Any, of_new: Any) -> list[Any]:
-            return [of_new(*new[e]) if e in fitting else old[int(example)] for e, example in enumerate(example_E)]
+        def chosen(old: Any, from_new: Any) -> list[Any]:
+            return [from_new(*new[e]) if e in fitting else old[int(example)] for e, example in enumerate(example_E)]
 
         labels: dict[str, Any] = {}
         for task in self.tasks:
@@ -193,8 +193,8 @@ class Redraw:
 
         def growth(e: int) -> tuple[int, ...]:
             examples, labels, i = new[e]
-            of_targets = [len(labels[name][i]) - len(arrays.labels[name][int(example_E[e])]) for name in targets]
-            return len(examples.tokens[i]) - len(arrays.tokens[int(example_E[e])]), *of_targets
+            target_growth = [len(labels[name][i]) - len(arrays.labels[name][int(example_E[e])]) for name in targets]
+            return len(examples.tokens[i]) - len(arrays.tokens[int(example_E[e])]), *target_growth
 
         lengths = np.stack([arrays.lengths, *(arrays.labels[name].lengths for name in targets)])[:, example_E]
         used: dict[int, list[int]] = {}

@@ -80,7 +80,8 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
         # Adapters change the projections one by one.
         apart = {"kernels": dataclasses.replace(base.kernels, attend_joined=None)} if hasattr(base, "kernels") else {}
         return dataclasses.replace(module, base=base.clone(**apart))
-    if name == "fused" and getattr(getattr(module, "config", None), "attention_dropout", 0.0):
+    config: Any = getattr(module, "config", None)
+    if name == "fused" and getattr(config, "attention_dropout", 0.0):
         raise UserError(
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "
             "trunk.dropout to 0 (of a trunk from scratch attention_dropout), or kernels to auto"

@@ -50,7 +50,7 @@ def looked_up(params: Any) -> jax.Array | None:
     return None
 
 
-def with_token_table(params: Any, table_VxE: jax.Array) -> Any:
+def with_token_table(params: Any, table_VxE: jax.Array | None) -> Any:
     """The trunk's parameters with another token table."""
     if "word" in params:
         return params | {"word": params["word"] | {"embedding": table_VxE}}

@@ -203,14 +203,14 @@ def make_backward(
         def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
             if rows is not None:
                 trunk = task_gradients.combine([rows], weights, sorted(names))
-                if ids_U is not None:
+                if table_VxE is not None:
                     of_read_UxE = token_table(trunk)
                     trunk = with_token_table(trunk, jnp.zeros_like(table_VxE).at[ids_U].set(of_read_UxE, mode="drop"))
             elif gram_over != TRUNK:
                 trunk = weighted(weights)
             else:
                 trunk = task_gradients.combine(rounds, weights, names)
-                if of_table is not None:
+                if of_table is not None and table_VxE is not None:
                     weights_K = jnp.stack([weights[name] for name in sorted(names)] * len(halves))
                     trunk = with_token_table(trunk, token_gradients.combine(of_table, weights_K, len(table_VxE), mesh))
                 if mesh is not None:
@@ -227,7 +227,7 @@ def make_backward(
         rows, ids_U = None, None
         if rule.transform is not None:
             rows = task_gradients.in_order(rounds, names)
-            if of_table is not None:
+            if of_table is not None and table_VxE is not None:
                 of_read_KxUxE, ids_U = token_gradients.rows_read(of_table, len(names), len(table_VxE))
                 rows = with_token_table(rows, of_read_KxUxE)
         apart = [entries for by_round in halves for entries in by_round]

@@ -116,7 +116,7 @@ def encode_blocks(
     structure: list[Any] = []
 
     def forward(parameters: Any, part: Any, block: Batch, key: jax.Array) -> tuple[Any, list[jax.Array]]:
-        encoded, pull = jax.vjp(lambda *differentiated: encode_block(*differentiated, block, key), parameters, part)
+        encoded, pull = jax.vjp(lambda *both: encode_block(both[0], both[1], block, key), parameters, part)
         residuals, treedef = jax.tree.flatten(pull)
         structure[:] = [treedef]
         return encoded, residuals

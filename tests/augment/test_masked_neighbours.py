@@ -9,7 +9,7 @@ import tiny
 
 from mtl_jax import Classification, Source, Tagging, UserError
 from mtl_jax.augment import MaskedNeighbours, masked_neighbours
-from mtl_jax.augment import similarity as similar
+from mtl_jax.augment import similar_rows as similar
 from mtl_jax.augment.masked_neighbours import MaskedModel, open_masked_model
 from mtl_jax.data import augmentations
 from mtl_jax.data.formats.rows import Row

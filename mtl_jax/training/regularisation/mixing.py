@@ -103,9 +103,9 @@ def _counts(tasks: Sequence[Task], batch: Batch) -> dict[str, jax.Array]:
 
 def _draw(regulariser: Mix, key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The partner of each example i32[N], and the weight of the example itself f32[]."""
-    own_key = jax.random.fold_in(key, zlib.crc32(regulariser.name.encode()))
-    of_partners, of_weight = jax.random.split(own_key)
-    return partners(of_partners, groups(batch)[0]), jax.random.beta(of_weight, regulariser.alpha, regulariser.alpha)
+    mix_key = jax.random.fold_in(key, zlib.crc32(regulariser.name.encode()))
+    partner_key, weight_key = jax.random.split(mix_key)
+    return partners(partner_key, groups(batch)[0]), jax.random.beta(weight_key, regulariser.alpha, regulariser.alpha)
 
 
 def pooled_loss(regulariser: Mix, tasks: Sequence[Task]) -> OutputLoss:
@@ -183,20 +183,20 @@ def within_trunk(regulariser: Mix, tasks: Sequence[Task], encode: Encode, *, tra
             params = trees.merge(trained, frozen)
             key = part_key(step_key, number, accumulate)
             partner_N, weight = _draw(regulariser, key, part)
-            dropout, of_heads = jax.random.split(jax.random.fold_in(key, zlib.crc32(b"dropout")))
+            dropout, head_key = jax.random.split(jax.random.fold_in(key, zlib.crc32(b"dropout")))
             with nn.intercept_methods(_mixing(regulariser.layer, part, partner_N, weight)):
                 encoded = encode(params["trunk"], part, dropout if trains_trunk else None, None)
-            return _of_heads(tasks, params["heads"], encoded, part, counts, partner_N, weight, of_heads)
+            return _of_heads(tasks, params["heads"], encoded, part, counts, partner_N, weight, head_key)
 
         def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
-            def of_part(part: Batch, number: Any) -> tuple[Any, dict[str, jax.Array]]:
+            def part_gradient(part: Batch, number: Any) -> tuple[Any, dict[str, jax.Array]]:
                 value, gradient = jax.value_and_grad(loss)(trained, part, number)
                 scaled = jax.tree.map(lambda leaf: weights[regulariser.name] * leaf, gradient)
                 return scaled, {regulariser.name: value}
 
             if accumulate == 1:
-                return of_part(inputs.batch, 0)
-            summed: tuple[Any, dict[str, jax.Array]] = sum_over_parts(of_part, in_parts(inputs.batch, accumulate))
+                return part_gradient(inputs.batch, 0)
+            summed: tuple[Any, dict[str, jax.Array]] = sum_over_parts(part_gradient, in_parts(inputs.batch, accumulate))
             return summed
 
         return Backward({}, {}, pull)

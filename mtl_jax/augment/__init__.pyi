@@ -24,3 +24,5 @@ from .word_edits import CharacterNoise as CharacterNoise
 from .word_edits import Cutoff as Cutoff
 from .word_edits import Eda as Eda
 from .word_edits import WordEdit as WordEdit
+
+__all__: list[str]

@@ -90,7 +90,8 @@ def augmentation(name: str, options: dict[str, str]) -> Any:
         if name:
             raise unknown("--by", name, sorted(kinds))
         raise UserError(f"--by is needed for a file: one of {listed(sorted(kinds))}")
-    fields = {field.name: field for field in dataclasses.fields(kinds[name])}
+    kind: Any = kinds[name]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {"share": 1.0}
     for option, text in options.items():
         if option not in fields:

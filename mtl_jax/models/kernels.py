@@ -81,7 +81,7 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
         apart = {"kernels": dataclasses.replace(base.kernels, attend_joined=None)} if hasattr(base, "kernels") else {}
         return dataclasses.replace(module, base=base.clone(**apart))
     config: Any = getattr(module, "config", None)
-    if name == "fused" and getattr(config, "attention_dropout", 0.0):
+    if name == "fused" and getattr(config, "attention_dropout", None):
         raise UserError(
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "
             "trunk.dropout to 0 (of a trunk from scratch attention_dropout), or kernels to auto"

@@ -87,7 +87,7 @@ class Dense(nn.Dense):
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         promoted: list[Any] = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return times_and_bias(*promoted, self.precision)
+        return times_and_bias(*promoted, precision=self.precision)
 
 
 def times_and_bias(x_xI: jax.Array, kernel_IxO: jax.Array, bias_O: jax.Array | None, precision: Any = None) -> jax.Array:
@@ -100,19 +100,17 @@ def times_and_bias(x_xI: jax.Array, kernel_IxO: jax.Array, bias_O: jax.Array | N
     return y if bias_O is None else y + jnp.reshape(bias_O, (1,) * (y.ndim - 1) + (-1,))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _add_bias(y_RxO: jax.Array, bias_O: jax.Array) -> jax.Array:
     return y_RxO + bias_O
 
 
-def _bias_gradient(nothing: None, gradient_RxO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # A sum over rows as a product, which adds up in float32 too: on a TPU it takes a twentieth of the time.
-    ones_8xR = jnp.ones((8, len(gradient_RxO)), gradient_RxO.dtype)
-    sums_8xO = jnp.matmul(ones_8xR, gradient_RxO, preferred_element_type=jnp.float32)
-    return gradient_RxO, sums_8xO[0].astype(gradient_RxO.dtype)
-
-
-_add_bias.defvjp(lambda y_RxO, bias_O: (y_RxO + bias_O, None), _bias_gradient)
+@_add_bias.defjvp
+def _add_bias_along(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (y_RxO, bias_O), (y_dot_RxO, bias_dot_O) = primals, tangents
+    # As a product, the gradient of the bias is one, too, and no sum over rows: on a TPU it takes a twentieth of the time.
+    ones_Rx1 = jnp.ones((len(y_RxO), 1), y_RxO.dtype)
+    return y_RxO + bias_O, y_dot_RxO + jnp.matmul(ones_Rx1, bias_dot_O[None])
 
 
 class Embed(nn.Embed):

@@ -205,10 +205,17 @@ def on_mesh(prepared: Prepared, mesh: Mesh) -> Prepared:
     """The run on other devices, its trunk with the kernels for these.
 
     Raises:
-        UserError: There are no such kernels for them.
+        UserError: There are no such kernels for them, or a rule of the run cannot have them.
     """
-    trunk = prepared.trunk
-    module = kernels.with_kernels(trunk.module, prepared.experiment.kernels, mesh)
+    trunk, name = prepared.trunk, prepared.experiment.kernels
+    if any(plan.rule.held_out is not None for plan in prepared.plans):
+        if name == "fused":
+            raise UserError(
+                "kernels is fused, but a weighting rule that reads held-out rows needs derivatives along a direction, which "
+                "fused kernels have not: set kernels to auto"
+            )
+        name = "plain" if name == "auto" else name
+    module = kernels.with_kernels(trunk.module, name, mesh)
     return prepared._replace(mesh=mesh, trunk=trunk._replace(module=module))
 
 

@@ -87,7 +87,8 @@ class Dense(nn.Dense):
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         promoted: list[Any] = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return times_and_bias(*promoted, precision=self.precision)
+        x, kernel_IxO, bias = promoted
+        return times_and_bias(x, kernel_IxO, bias, self.precision)
 
 
 def times_and_bias(x_xI: jax.Array, kernel_IxO: jax.Array, bias_O: jax.Array | None, precision: Any = None) -> jax.Array:

@@ -33,7 +33,20 @@ _SHARED = re.compile(r"_of_(\d+)_heads/")  # the name of a kernel in which heads
 _LAYER = re.compile(r"(?<=[a-z]_)\d+$")
 _WRAPPER = re.compile(r"^[a-z_]+\((.*)\)$")
 # Components of a name that are not of the model.
-_STRUCTURE = frozenset({"while", "body", "cond", "closed_call", "checkpoint", "remat", "branch_0_fun", "branch_1_fun", "pjit"})
+_STRUCTURE = frozenset(
+    {
+        "while",
+        "body",
+        "cond",
+        "closed_call",
+        "checkpoint",
+        "remat",
+        "rematted_computation",
+        "branch_0_fun",
+        "branch_1_fun",
+        "pjit",
+    }
+)
 
 
 class Collective(NamedTuple):
@@ -221,6 +234,7 @@ def place(op_name: str) -> str:
             components.append(_LAYER.sub("*", inner))
     if len(components) > 1:
         components.pop()  # the operation itself
+    components = _without_remat(components)
     return direction + "/".join(components) if components else parts[-1]
 
 
@@ -246,6 +260,16 @@ def _group_size(instruction: _Instruction) -> int:
     if match is None:
         return 1
     return int(match[2]) if match[2] else match[1].count(",") + 1
+
+
+def _without_remat(components: list[str]) -> list[str]:
+    """The path of a place; that of a rematerialised layer begins anew, and names the layer's call and the layer again."""
+    calls = [number for number, name in enumerate(components) if name.endswith(".call")]
+    if not calls or calls[-1] == len(components) - 1:
+        return components
+    before, inside = components[: calls[-1]], components[calls[-1] + 1 :]
+    begin = len(before) - 1 - before[::-1].index(before[0]) if before else 0
+    return before[begin:] + inside[1:] if before[-1:] == inside[:1] else before[begin:] + inside
 
 
 def _bytes(instruction: _Instruction) -> int:

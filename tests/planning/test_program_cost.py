@@ -141,6 +141,10 @@ def test_a_program_without_estimates():
         ("jit(train_step)/while/body/closed_call/transpose(jvp(Encoder))/layer_11/norm/mul", "backward Encoder/layer_*/norm"),
         ("jit(train_step)/optimizer/jit(_where)/select_n", "optimizer"),
         ("all-reduce", "all-reduce"),
+        (
+            "jit(f)/transpose(jvp(Encoder))/layer_0/checkpoint/Encoder/layer_0/layer_0.call/layer_0/attention/key/dot_general",
+            "backward Encoder/layer_*/attention/key",
+        ),
     ],
 )
 def test_places(op_name, expected):

@@ -200,17 +200,16 @@ def _train_program(work: _Work, program: Program) -> bool:
     log.info("%s: %s, compiling ...", title, count(len(program.runs), "run"))
     most = sharing.at_once(planned, program, work.at_once)
     ready = make_ready(program, most, work.memory, entry.get("size", 0))
+    while not ledger.agrees(program, ready.machine.size):
+        ready = make_ready(program, most, work.memory, entry["size"])
     remark = weights_do_nothing(program, ready.prepared.plans)
     if remark:
         log.info("program %d: %s", program.number, remark)
     with ledger.opened():
-        if entry.get("size", ready.machine.size) != ready.machine.size:  # another process measured other memory
-            ready = make_ready(program, most, work.memory, entry["size"])
-        entry |= {"size": ready.machine.size, "chunks": len(ready.chunks)}
+        entry["chunks"] = len(ready.chunks)
         entry["bytes"] = ready.machine.weight or entry.get("bytes", 0)
         if remark:
             entry["remark"] = remark
-        folders.begin(ledger.folder, planned)
         ledger.write()
         workdirs.create(folders.of_program(ledger.folder, program.number))
         trunks.save(ready.prepared.trunk, folders.of_program(ledger.folder, program.number) / "trunk")

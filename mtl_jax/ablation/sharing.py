@@ -141,6 +141,16 @@ class Ledger:
         """Whether all of these runs are done or have diverged."""
         return all(run.name in self.status for run in runs)
 
+    def agrees(self, program: Program, size: int) -> bool:
+        """Whether the chunks of a program have this size, which is that of the first process to ask."""
+        with self.opened():
+            entry = self.entry(program)
+            if "size" not in entry:
+                entry["size"] = size
+                folders.begin(self.folder, self.planned)
+                self.write()
+            return entry["size"] == size
+
     def has_work(self, program: Program) -> bool:
         """Whether a chunk of a program is neither done nor with another process, as far as is known before it is compiled."""
         entry = self.entry(program)

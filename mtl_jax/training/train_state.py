@@ -108,12 +108,15 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     params = {"trunk": trunks.init_params(trunk, key)}
     width = trunks.width(trunk, params["trunk"])
     heads = {}
+    programs: dict[Any, Any] = {}  # heads of one shape share one, which takes a second to compile
     for task in tasks:
         if task.decodes and trunk.head is not None:
             heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # a copy: the step donates its buffers
             continue
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
-        fresh = jax.jit(lambda key, task=task: task.init(key, width))(name_key)
+        shape = (task.outputs, task.hidden) if type(task).init is Task.init else task.name
+        init = programs.setdefault(shape, jax.jit(lambda key, task=task: task.init(key, width)))
+        fresh = init(name_key)
         heads[task.name] = task.start_from(params["trunk"], fresh)
     return params | {"heads": heads}
 

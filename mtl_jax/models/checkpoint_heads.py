@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoder import EncoderOutput
-from mtl_jax.models.layers import ACTIVATIONS, Dense, layer_norm
+from mtl_jax.models.layers import ACTIVATIONS, Dense
+from mtl_jax.models.norms import layer_norm
 
 
 class Pooler(nn.Module):

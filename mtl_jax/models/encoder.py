@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, attention_mask_BxTxT, layer_norm
+from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, attention_mask_BxTxT
+from mtl_jax.models.norms import layer_norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.parts import Registry
-from mtl_jax.models import layers, tpu_attention, tpu_norm
+from mtl_jax.models import layers
 from mtl_jax.models.layers import PLAIN, Kernels
-from mtl_jax.models.tpu_attention import OverRows, on_one_device
+from mtl_jax.models.over_rows import OverRows, on_one_device, over_rows_of
 
 # The mesh of a run -> the kernels for its devices.
 KERNELS: Registry[Callable[[Mesh], Kernels]] = Registry("kernels", {})
@@ -104,7 +104,7 @@ def _platform(mesh: Mesh) -> str:
 
 
 def _for_tpus(mesh: Mesh) -> Kernels:
-    over_rows = _over_rows(mesh)
+    over_rows = over_rows_of(mesh)
     return Kernels(
         attend=functools.partial(attend_on_tpus, over_rows=over_rows),
         norm=functools.partial(norm_on_tpus, over_rows=over_rows),
@@ -118,27 +118,6 @@ def _for_gpus(mesh: Mesh) -> Kernels:
 
 
 _OF_PLATFORM: dict[str, Callable[[Mesh], Kernels]] = {"tpu": _for_tpus, "gpu": _for_gpus}
-
-
-def _over_rows(mesh: Mesh) -> OverRows:
-    """How a kernel runs on the devices of a mesh: each on its own rows, along the axis "data"."""
-    axis = "data"
-    devices = mesh.shape[axis]
-
-    def over_rows(function: Callable[..., Any], same: int = 0) -> Callable[..., Any]:
-        if mesh.size == 1 or axis in jax.sharding.get_abstract_mesh().manual_axes:
-            return function
-        whole = PartitionSpec()
-
-        def call(*arrays: jax.Array) -> Any:
-            # Of rows that do not divide, every device computes all.
-            rows = whole if arrays[0].shape[0] % devices else PartitionSpec(axis)
-            specs = (*[rows] * (len(arrays) - same), *[whole] * same)
-            return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arrays)
-
-        return call
-
-    return over_rows
 
 
 def attend_on_tpus(
@@ -166,6 +145,8 @@ def attend_on_tpus(
         over_rows: How the kernel runs on several devices.
         interpret: As for tpu_attention.attention.
     """
+    from mtl_jax.models import tpu_attention  # takes a while to import
+
     (B, T, N, D), S = q_BxTxNxD.shape, k_BxNxSxD.shape[2]
     if bias_BxNxTxS is not None or dropout is not None or not tpu_attention.fits(T, S, N, D):
         return layers.attend(
@@ -199,6 +180,8 @@ def self_attend_on_tpus(
         over_rows: How the kernel runs on several devices.
         interpret: As for tpu_attention.attention.
     """
+    from mtl_jax.models import tpu_attention  # takes a while to import
+
     if not tpu_attention.fits(tokens, tokens, heads, head_size):
         return None
     qkv_BxTx3H = project()
@@ -262,6 +245,8 @@ def norm_on_tpus(
         over_rows: How the kernel runs on several devices.
         interpret: As for tpu_norm.layer_norm.
     """
+    from mtl_jax.models import tpu_norm  # takes a while to import
+
     if x_BxTxH.ndim != 3 or not tpu_norm.fits(x_BxTxH.shape[0] * x_BxTxH.shape[1], x_BxTxH.shape[-1]):
         return None
     return tpu_norm.layer_norm(x_BxTxH, scale_H, bias_H, epsilon, over_rows, interpret)

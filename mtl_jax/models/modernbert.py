@@ -16,7 +16,8 @@ import numpy as np
 
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoder import EncoderOutput
-from mtl_jax.models.layers import ACTIVATIONS, PLAIN, Dense, Embed, Kernels, attention_mask_BxTxT, layer_norm
+from mtl_jax.models.layers import ACTIVATIONS, PLAIN, Dense, Embed, Kernels, attention_mask_BxTxT
+from mtl_jax.models.norms import layer_norm
 from mtl_jax.models.trunk_output import segment_mean
 
 

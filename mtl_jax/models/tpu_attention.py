@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,21 +19,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mtl_jax.models.over_rows import OverRows, on_one_device
+
 LANES = 128
 MOST_KEYS = 512  # of a row, whose scores stay in the chip's memory
 HIDDEN = -1e30  # added to the scores of keys that a query may not see
 _QUERIES = 256  # of a row, above which a step of the kernel has one group of heads
 _SUBLANES = 16  # rows of a tile in bfloat16
 _MEMORY = 48 * 2**20  # bytes of the chip's own memory that the kernel may use
-
-# (function of arrays with leading axis B to arrays with leading axis B) -> the same over all devices; a number behind the
-# function says how many of its last arguments are the same for all rows.
-OverRows = Callable[..., Callable[..., Any]]
-
-
-def on_one_device(function: Callable[..., Any], same: int = 0) -> Callable[..., Any]:
-    """The OverRows of one device."""
-    return function
 
 
 class _Sizes(NamedTuple):

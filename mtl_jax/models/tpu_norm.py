@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mtl_jax.models.tpu_attention import LANES, OverRows, on_one_device
+from mtl_jax.models.over_rows import OverRows, on_one_device
+from mtl_jax.models.tpu_attention import LANES
 
 _TILE = 16  # rows of a tile in bfloat16
 _NUMBERS = 2**18  # of a block

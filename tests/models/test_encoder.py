@@ -103,7 +103,7 @@ def test_layer_norm_is_right_on_near_constant_rows(bert):
     """E[x^2] - E[x]^2 in float32 loses every digit here; the norm must not use it."""
     import flax.linen as nn
 
-    from mtl_jax.models.layers import layer_norm
+    from mtl_jax.models.norms import layer_norm
 
     row = 1000 + 1e-2 * np.arange(16, dtype=np.float64)
     norm = layer_norm(1e-12, jnp.float32, "norm")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.models import kernels, layers, tpu_attention, tpu_norm
+from mtl_jax.models import kernels, layers, norms, over_rows, tpu_attention, tpu_norm
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.layers import Dense, Embed, Kernels
 
@@ -67,7 +67,7 @@ def test_a_layer_norm():
     def loss(norm):
         return lambda x, scale, bias: (norm(x, scale, bias) * weights).sum()
 
-    plain = layers.layer_norm(1e-5, jnp.float32, "norm")
+    plain = norms.layer_norm(1e-5, jnp.float32, "norm")
     expected = jax.grad(
         loss(lambda x, scale, bias: plain.apply({"params": {"scale": scale, "bias": bias}}, x)), argnums=(0, 1, 2)
     )(x, scale, bias)
@@ -159,18 +159,18 @@ class TestChoice:
 def test_over_the_devices_of_a_mesh_of_runs_and_rows():
     """Every device has its rows, and the gradients of vectors are sums over all; of rows that do not divide it has all."""
     mesh = jax.make_mesh((2, 2), ("run", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    over_rows = kernels._over_rows(mesh)
+    by_rows = over_rows.over_rows_of(mesh)
 
     def loss(scale, x):
-        normed = kernels.norm_on_tpus(x, scale, scale, 1e-5, over_rows, interpret=True)
+        normed = kernels.norm_on_tpus(x, scale, scale, 1e-5, by_rows, interpret=True)
         mask = jnp.ones((len(x), 1, 16), bool)
         attended = kernels.self_attend_on_tpus(
-            lambda: jnp.concatenate([normed] * 3, axis=-1), mask, 16, 4, 32, 0.2, over_rows, interpret=True
+            lambda: jnp.concatenate([normed] * 3, axis=-1), mask, 16, 4, 32, 0.2, by_rows, interpret=True
         )
         return jnp.sin(attended).sum()
 
     def plain(scale, x):
-        normed = layers.layer_norm(1e-5, jnp.float32, "n").apply({"params": {"scale": scale, "bias": scale}}, x)
+        normed = norms.layer_norm(1e-5, jnp.float32, "n").apply({"params": {"scale": scale, "bias": scale}}, x)
         heads = normed.reshape(len(x), 16, 4, 32)
         keys = heads.swapaxes(1, 2)
         return jnp.sin(layers.attend(heads, keys, keys, jnp.ones((len(x), 1, 16), bool), scale=0.2)).sum()

@@ -70,8 +70,8 @@ def open_masked_model(path: str, top: int, where: str) -> MaskedModel:
         task, module = tasks[0], run.trunk.module
 
         def logits(params: Any, ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-            hidden = module.apply({"params": params["trunk"]}, ids_BxT, mask_BxT).hidden
-            return task.logits(params["heads"][task.name], hidden, token_table(params["trunk"]))
+            output: Any = module.apply({"params": params["trunk"]}, ids_BxT, mask_BxT)
+            return task.logits(params["heads"][task.name], output.hidden, token_table(params["trunk"]))
     else:
         checkpoint = pretrained.load(path)
         if checkpoint.head != "masked_lm":

@@ -262,7 +262,7 @@ def fill(
         if source.redraw is not None:
             arrays = source.redraw(source, ticket_E, row_E, Room(T, batching.target_row_length), seed)
             place_E = np.arange(len(ticket_E))
-            np.add.at(batch.made, (row_E, slice(arrays.made.shape[1])), arrays.made)
+            np.add.at(batch.made[:, : arrays.made.shape[1]], row_E, arrays.made)
         begins = starts_of(arrays.tokens.lengths[place_E])
         length_E = np.diff(begins)
         place_t, position_t = _end_to_end(row_E, first_E, length_E)

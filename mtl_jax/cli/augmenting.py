@@ -83,9 +83,9 @@ def augmentation(name: str, options: dict[str, str]) -> Any:
     from mtl_jax import augment as augmenting
     from mtl_jax.data import Augmentation
 
-    for known in augmenting.__all__:  # a kind is known by its name once its module is loaded
+    for known in dir(augmenting):  # a kind is known by its name once its module is loaded
         getattr(augmenting, known)
-    kinds = parts.kinds(Augmentation)
+    kinds: dict[str, Any] = dict(parts.kinds(Augmentation))
     if name not in kinds:
         if name:
             raise unknown("--by", name, sorted(kinds))

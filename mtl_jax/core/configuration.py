@@ -147,6 +147,8 @@ LIMITS: dict[str, Limits] = {
     "Contrastive.widths": COUNT,
     "Optimizer.ratio": Limits(1, LARGEST),
     "Private.delta": Limits(0, 1, above=True, below=True),
+    **dict.fromkeys(("Augmentation.share", "Generate.confidence"), SHARE),
+    **{f"{kind}.similarity": Limits(-1, 1) for kind in ("MaskedNeighbours", "Rewriting", "Generate")},  # cosines
     **dict.fromkeys(("Private.micro_batch", "Canaries.repeats", "Canaries.words"), COUNT),
     **dict.fromkeys(("Regression.minimum", "Regression.maximum"), UNBOUNDED),
     **dict.fromkeys(("Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"), ANY),

@@ -96,8 +96,8 @@ def check_tasks(augmentation: Augmentation, where: str, tasks: Sequence[Labels])
             labels = LEVELS.get(level, "labels of texts")
             kept = listed(LEVELS.get(name, "labels of texts") for name in augmentation.keeps)
             raise UserError(
-                f"{where} does not fit task {task.name!r}, a {type(task).__name__} with {labels}: it keeps {kept} right; leave "
-                "it out, or give the task a source of its own"
+                f"{where} does not fit task {task.name!r}, a {type(task).__name__} with {labels}: it keeps {kept} right; "
+                "declare it at the sources that it fits, or give the task a source of its own"
             )
 
 

@@ -48,9 +48,9 @@ class Counts:
             made: StepMetrics.made.
         """
         self.places += places
-        for source, of_source in zip(self.seen, [] if made is None else made.tolist(), strict=False):
+        for source, made_A in zip(self.seen, () if made is None else made.tolist(), strict=False):
             totals = self.made.get(source, {})
-            for name, examples in zip(totals, of_source, strict=False):
+            for name, examples in zip(totals, made_A, strict=False):
                 totals[name] += examples
         for total, of_batch in zip(self.seen.values(), seen_Nx3.tolist(), strict=True):
             total[:] = [a + b for a, b in zip(total, of_batch, strict=True)]

@@ -242,7 +242,7 @@ def _structured(values: Any, kind: Any, where: str) -> Any:
 @functools.cache  # making one takes a tenth of a second
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    for name in augment.__all__:  # a kind is known by its name once its module is loaded
+    for name in dir(augment):  # a kind is known by its name once its module is loaded
         getattr(augment, name)
     converter.register_structure_hook(float | str, _number_or_text)
     converter.register_structure_hook(HeadWeights, _head_weights)

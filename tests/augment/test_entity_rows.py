@@ -22,7 +22,7 @@ def maker(augmentation, rows):
     return augmentation.maker(augmentations.rows_of(SAID, [TASK], rows))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(tagged(), min_size=1, max_size=4), st.integers(0, 10**6), st.booleans())
 def test_tags_stay_valid_and_with_their_words(cases, seed, as_text):
     rows = []

@@ -5,19 +5,35 @@ import json
 import typing
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
 import mtl_jax
 from mtl_jax import Batching, Classification, Source, Tagging, UserError
-from mtl_jax.augment import Aeda, Cutoff, Eda
+from mtl_jax.augment import (
+    Aeda,
+    BackTranslation,
+    CharacterNoise,
+    Concatenate,
+    Cutoff,
+    Eda,
+    Generate,
+    MaskedNeighbours,
+    MentionReplacement,
+    Mix,
+    NeighbourSmoothing,
+    Paraphrase,
+    Written,
+)
 from mtl_jax.core import parts
 from mtl_jax.data import Augmentation, augmentations, corpus, made_rows
 from mtl_jax.data.redraw import Room
 from mtl_jax.data.source_batches import batches_of
 from mtl_jax.pretrained import load_tokenizer
 from mtl_jax.training.experiment_json import from_json, to_json
+from mtl_jax.training.restore import open_run
 
 WORDS = tiny.GOOD + tiny.BAD + tiny.OTHER
 ROWS = [
@@ -190,6 +206,11 @@ def test_augmentations_of_the_run_and_config_json():
     values = json.loads(json.dumps(to_json(experiment)))
     assert values["sources"][0]["augment"][0] | {"kind": "Eda", "share": 0.25} == values["sources"][0]["augment"][0]
     assert from_json(values) == experiment
+    every_kind = (Eda(), Aeda(), CharacterNoise(), Cutoff(), Concatenate(), MentionReplacement(), Written(path="a", added=2))
+    models = (MaskedNeighbours(model="m"), BackTranslation(forward_command=("f", "-x"), back="b"), Paraphrase(model="p"))
+    every_kind = (*every_kind, *models, Generate(model="m", classifier="c"))
+    everything = dataclasses.replace(plain, augment=every_kind, regularisers=(Mix(at="hidden", layer=1), NeighbourSmoothing()))
+    assert from_json(json.loads(json.dumps(to_json(everything)))) == everything
     assert augmentations.names(augmentations.of_source(own, experiment.augment)) == ["Eda", "Aeda"]
     assert augmentations.names((Aeda(), Eda(), Aeda())) == ["Aeda_0", "Eda", "Aeda_2"]
     with pytest.raises(UserError, match=r"augment.0 \(Aeda\): most is 3; it must be"):
@@ -216,3 +237,29 @@ def test_tags_in_batches_are_those_of_the_made_words(tokenizer):
     words = {"B-X": "man", "B-Y": "city"}
     for tag, word in words.items():
         assert {token for token, label in tagged if label == labels[tag]} == {vocabulary[word]}
+
+
+@pytest.mark.long
+def test_a_run_that_is_stopped_ends_like_one_that_is_not(tmp_path):
+    """Rows of every pass, added rows and mixing: the same parameters, and the same records of every step."""
+    tiny.write_bert(tmp_path / "bert")
+    tiny.write_data(tmp_path / "data")
+    plain = tiny.experiment(tmp_path / "bert", tmp_path / "data", only=("rating",), regularisers=(Mix(at="hidden", layer=1),))
+    ratings = dataclasses.replace(plain.sources[0], augment=(Eda(), Aeda(share=0.3, added=1)))
+    experiment = dataclasses.replace(plain, sources=(ratings, *plain.sources[1:]))
+
+    def stop(step, record):
+        if step == 7:
+            raise RuntimeError("stop")
+
+    whole = mtl_jax.train(experiment, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="stop"):
+        mtl_jax.train(experiment, tmp_path / "parts", hooks=mtl_jax.Hooks(after_metrics=stop))
+    resumed = mtl_jax.train(experiment, tmp_path / "parts")
+    assert resumed["augmented"] == whole["augmented"]
+    assert whole["augmented"]["ratings"]["Eda"] > 50
+    for file in ("metrics.jsonl", "data.json"):
+        assert (tmp_path / "parts" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    assert len(json.loads((tmp_path / "whole" / "data.json").read_text())["augmented"]["ratings"]["added"]) == 1
+    runs = [open_run(tmp_path / name, "last") for name in ("whole", "parts")]
+    assert all(np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(run.params) for run in runs), strict=True))

@@ -1,5 +1,7 @@
 """Mixing: partners within a source, tokens of packed examples beside their partner's, soft labels as written out."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,13 +29,13 @@ NUMBER = Regression(name="n", source="a", column="n")
 
 def test_partners_stay_in_their_group_and_are_a_permutation():
     groups = jnp.array([0, 2, 1, 2, 2, 0, 1, 2, 0])
-    drawn = np.array([partners(jax.random.key(n), groups) for n in range(20)])
+    drawn = np.array(jax.jit(jax.vmap(lambda key: partners(key, groups)))(jax.random.split(jax.random.key(0), 20)))
     for partner in drawn:
         assert sorted(partner.tolist()) == list(range(9))
         assert (groups[partner] == groups).all()
     assert all(len(set(drawn[:, n].tolist())) == int((groups == groups[n]).sum()) for n in range(9))
-    values = jnp.arange(9.0)
-    np.testing.assert_allclose(mixed(values, partner, jnp.float32(0.25)), 0.25 * values + 0.75 * values[partner])
+    values = np.arange(9.0)
+    np.testing.assert_allclose(mixed(values, partner, 0.25), 0.25 * values + 0.75 * values[partner])
 
 
 def test_tokens_of_packed_examples_are_mixed_with_the_same_positions():
@@ -41,7 +43,7 @@ def test_tokens_of_packed_examples_are_mixed_with_the_same_positions():
     positions = jnp.array([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]])
     hidden = jnp.arange(12.0).reshape(2, 6, 1)
     partner = jnp.array([3, 2, 0, 1])  # examples (0,0) (0,1) (1,0) (1,1): starts 0, 3, 6, 7 and lengths 3, 2, 1, 4
-    result = np.asarray(mixed_tokens(hidden, segments, positions, partner, jnp.float32(0.25)))[..., 0]
+    result = np.asarray(jax.jit(mixed_tokens)(hidden, segments, positions, partner, jnp.float32(0.25)))[..., 0]
     between = [0.25 * a + 0.75 * b for a, b in ((0, 7), (1, 8), (2, 9), (3, 6))]
     np.testing.assert_allclose(result[0], [*between, 4, 5])
     np.testing.assert_allclose(result[1], [0.75 * 0 + 0.25 * 6, 0.25 * 7 + 0.75 * 3, 0.25 * 8 + 0.75 * 4, 9, 10, 11])
@@ -49,40 +51,45 @@ def test_tokens_of_packed_examples_are_mixed_with_the_same_positions():
 
 def test_soft_losses_are_those_of_soft_labels():
     rng = np.random.default_rng(0)
-    outputs, partner, weight = jnp.array(rng.normal(size=(2, 3, 3))), jnp.array([1, 2, 0, 4, 3, 5]), jnp.float32(0.3)
-    labels = jnp.array([0, 1, 2, 0, -1, 1])
+    partner, weight = jnp.array([1, 2, 0, 4, 3, 5]), jnp.float32(0.3)
+    labels, numbers = jnp.array([0, 1, 2, 0, -1, 1]), jnp.array([0.1, 0.4, jnp.nan, 0.2, 0.3, 0.9])
     batch = Batch(None, None, None, None, None, {})
-    soft = weight * jax.nn.one_hot(labels, 3) + (1 - weight) * jax.nn.one_hot(labels[partner], 3)
-    both = jnp.array([1, 1, 1, 0, 0, 1.0])  # the pair of 3 and 4 has one label only
-    expected = -(both[:, None] * soft * jax.nn.log_softmax(outputs.reshape(6, 3))).sum()
-    np.testing.assert_allclose(soft_loss(CLASSES, outputs, labels, partner, weight, batch), expected, rtol=1e-5)
-    assert has_label(CLASSES, labels).tolist() == [True, True, True, True, False, True]
-    numbers = jnp.array([0.1, 0.4, jnp.nan, 0.2, 0.3, 0.9])
 
-    def loss(outputs):
-        return soft_loss(NUMBER, outputs, numbers, partner, weight, batch)
+    @jax.jit
+    def losses(outputs, of_numbers):
+        soft = weight * jax.nn.one_hot(labels, 3) + (1 - weight) * jax.nn.one_hot(labels[partner], 3)
+        both = jnp.array([1, 1, 1, 0, 0, 1.0])  # the pair of 3 and 4 has one label only
+        by_hand = -(both[:, None] * soft * jax.nn.log_softmax(outputs.reshape(6, 3))).sum()
+        number = weight * numbers + (1 - weight) * numbers[partner]
+        soft_number = jnp.where(jnp.isnan(number), jnp.nan, number).reshape(2, 3)
+        return (
+            (soft_loss(CLASSES, outputs, labels, partner, weight, batch), by_hand),
+            (  # the two differ by a constant
+                jax.grad(lambda x: soft_loss(NUMBER, x, numbers, partner, weight, batch))(of_numbers),
+                jax.grad(lambda x: NUMBER.loss(x, soft_number, batch)[0])(of_numbers),
+            ),
+            has_label(CLASSES, labels),
+        )
 
-    def of_soft_labels(outputs):
-        soft = weight * numbers + (1 - weight) * numbers[partner]
-        known = ~jnp.isnan(soft)
-        return NUMBER.loss(outputs, jnp.where(known, soft, jnp.nan).reshape(2, 3), batch)[0]
-
-    outputs = jnp.array(rng.normal(size=(2, 3, 1)))
-    np.testing.assert_allclose(jax.grad(loss)(outputs), jax.grad(of_soft_labels)(outputs), rtol=1e-5)
+    values, gradients, present = losses(jnp.array(rng.normal(size=(2, 3, 3))), jnp.array(rng.normal(size=(2, 3, 1))))
+    np.testing.assert_allclose(*values, rtol=1e-5)
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-7)
+    assert present.tolist() == [True, True, True, True, False, True]
 
 
 def test_neighbours_are_near_and_of_their_source():
     vectors = jnp.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [1.0, 0.05], [1.0, 0.0]])
-    index, exists = nearest(vectors, jnp.array([1, 1, 1, 1, 2, 1]), jnp.array([True] * 5 + [False]), 2)
+    groups, present = jnp.array([1, 1, 1, 1, 2, 1]), jnp.array([True] * 5 + [False])
+    index, exists = map(np.asarray, jax.jit(lambda: nearest(vectors, groups, present, 2))())
     assert index[0].tolist()[0] == 1
     assert index[2].tolist() == [3, 1]
     assert not exists[4].any()
     assert exists[:4].all()
     batch = Batch(None, None, None, jnp.array([[0, 1, 2, 3, 4, -1]]), jnp.array([0]), {"c": jnp.array([[0, 1, 2, 2, -1, -1]])})
-    outputs = {"c": jnp.array(np.random.default_rng(0).normal(size=(1, 6, 3)))}
+    outputs = {"c": np.random.default_rng(0).normal(size=(1, 6, 3)).astype(np.float32)}
     of_one = mixing.neighbour_loss(NeighbourSmoothing(neighbours=1), [CLASSES])
-    value = of_one.loss({}, Encoded(pooled=vectors[None]), outputs, batch, of_one.count(batch), None)
-    logs = jax.nn.log_softmax(outputs["c"][0])
+    value = jax.jit(lambda: of_one.loss({}, Encoded(pooled=vectors[None]), outputs, batch, of_one.count(batch), None))()
+    logs = outputs["c"][0] - np.log(np.exp(outputs["c"][0]).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(value, -(logs[0, 1] + logs[1, 0] + logs[2, 2] + logs[3, 2]) / 4, rtol=1e-5)
 
 
@@ -112,11 +119,12 @@ def test_a_pass_through_the_trunk_mixes_in_front_of_its_layer():
     )
     index, labels = jnp.array([[0, 1], [2, 3]]), {"c": jnp.array([[0, 1], [2, 0]])}
     batch = Batch(tokens, segments, positions, index, jnp.array([0, 0]), labels)
-    trunk = Layers()
-    trained = {"trunk": trunk.init(jax.random.key(0), tokens)["params"], "heads": {"c": CLASSES.init(jax.random.key(1), 4)}}
+    trunk, key = Layers(), jax.random.key(5)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: {"trunk": trunk.init(key, tokens)["params"], "heads": {"c": CLASSES.init(key, 4)}})
+    trained = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
     frozen = jax.tree.map(lambda leaf: None, trained)
     mix = Mix(name="tmix", at="hidden", layer=1)
-    key = jax.random.key(5)
     inputs = StepInputs(batch, references={mixing.KEY: jax.random.key_data(key)})
     encode = encode_tokens(trunk, ("pooled",))
     passed = mixing.within_trunk(mix, [CLASSES], encode, trains_trunk=True, accumulate=1)
@@ -144,10 +152,11 @@ def test_a_pass_through_the_trunk_mixes_in_front_of_its_layer():
         outputs = CLASSES.apply(trained["heads"]["c"], between, batch, None)
         return soft_loss(CLASSES, outputs, labels["c"].reshape(-1), partner, weight, batch) / 4
 
-    gradient, losses, of_texts = jax.jit(in_the_step)(trained)
-    (value, expected), texts = jax.jit(lambda trained: (jax.value_and_grad(by_hand)(trained), of_texts_by_hand(trained)))(
-        trained
-    )
+    @jax.jit
+    def both(trained):
+        return in_the_step(trained), (jax.value_and_grad(by_hand)(trained), of_texts_by_hand(trained))
+
+    (gradient, losses, of_texts), ((value, expected), texts) = both(trained)
     np.testing.assert_allclose(of_texts, texts, rtol=1e-5)
     np.testing.assert_allclose(losses["tmix"], value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-4, atol=1e-6), gradient, expected)
@@ -156,18 +165,13 @@ def test_a_pass_through_the_trunk_mixes_in_front_of_its_layer():
     assert shapes[1]["tmix"].shape == ()
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A run with all of them."""
-    folder = tmp_path_factory.mktemp("mix")
-    tiny.write_bert(folder / "bert")
-    tiny.write_data(folder / "data", 60)
-    mixes = (Mix(), Mix(name="tmix", at="hidden", layer=1), NeighbourSmoothing())
-    return prepare(tiny.experiment(folder / "bert", folder / "data", devices=1, only=("coarse",), regularisers=mixes))
-
-
-def test_a_step_has_the_losses_beside_those_of_the_tasks(prepared):
+@pytest.mark.long
+def test_a_step_has_the_losses_beside_those_of_the_tasks(tmp_path):
     """Without compiling it: the names of losses and weights, under a rule that reads losses."""
+    tiny.write_bert(tmp_path / "bert")
+    tiny.write_data(tmp_path / "data", 60)
+    mixes = (Mix(), Mix(name="tmix", at="hidden", layer=1), NeighbourSmoothing())
+    prepared = prepare(tiny.experiment(tmp_path / "bert", tmp_path / "data", devices=1, only=("coarse",), regularisers=mixes))
     assert not any(plan.cached_features for plan in prepared.plans)  # token vectors are mixed within the trunk
     plan, state = prepared.plans[0], initial_state(prepared)
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, mixture_phases(prepared.experiment))
@@ -180,7 +184,7 @@ def test_a_step_has_the_losses_beside_those_of_the_tasks(prepared):
     assert jax.tree.structure(step.gradient) == jax.tree.structure(trained)
 
 
-def test_what_cannot_be_mixed_is_one_line(prepared):
+def test_what_cannot_be_mixed_is_one_line():
     for wrong, words in (
         (Mix(at="pool"), r"unknown at of mix: 'pool' \(did you mean 'pooled'"),
         (Mix(alpha=0.0), "alpha of mix is 0.0; it must be above 0"),
@@ -196,5 +200,5 @@ def test_what_cannot_be_mixed_is_one_line(prepared):
         mixing.tasks_of(Mix(), [tagging])
     assert mixing.tasks_of(Mix(), [tagging, CLASSES]) == [CLASSES]
     with pytest.raises(UserError, match="mix mixes in front of layer 3, but the trunk has 2 layers; choose a smaller layer"):
-        mixing.check_layer(Mix(at="hidden", layer=2), prepared.trunk)
-    mixing.check_layer(Mix(at="hidden", layer=1), prepared.trunk)
+        mixing.check_layer(Mix(at="hidden", layer=2), SimpleNamespace(module=Layers()))
+    mixing.check_layer(Mix(at="hidden", layer=1), SimpleNamespace(module=Layers()))

@@ -43,7 +43,7 @@ def entities(words, tags):
     return [(x.type, words[x.start : x.end]) for x in bio.entities([tag or "O" for tag in tags])]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(tagged(), st.integers(0, 10**6), st.sampled_from(EDITS))
 def test_entities_stay_whole_and_tags_valid(case, seed, edit):
     words, tags = case
@@ -62,7 +62,7 @@ def test_entities_stay_whole_and_tags_valid(case, seed, edit):
     assert [tag for tag in new_tags if tag != "O"] == [tag for tag in tags if tag != "O"]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(tagged(), st.integers(0, 10**6), st.sampled_from(EDITS))
 def test_words_that_stay_keep_their_plain_tags(case, seed, edit):
     """Parts of speech: a word that is moved takes its tag along, and an inserted word has none."""
@@ -78,7 +78,7 @@ def test_words_that_stay_keep_their_plain_tags(case, seed, edit):
             assert isinstance(edit, Eda | Aeda)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(0, 10**6), st.sampled_from(EDITS))
 def test_answers_stay_at_their_text(data, seed, edit):
     context = data.draw(st.text(alphabet="ab.\n ", min_size=1, max_size=40).filter(str.strip))
@@ -135,12 +135,12 @@ def test_what_does_not_fit_is_one_line():
 
 def test_shares_are_means():
     """Over many texts, as many words are deleted, inserted, replaced as the shares say."""
-    long = [" ".join(f"w{place}" for place in range(20)) + f" t{number}" for number in range(300)]
+    long = [" ".join(f"w{place}" for place in range(20)) + f" t{number}" for number in range(150)]
     only = {"swap": 0.0, "delete": 0.0, "insert": 0.0, "substitute": 0.0}
     deleted = texts(Eda(**{**only, "delete": 0.2}), long)
-    assert 0.18 < 1 - np.mean([len(text.split()) for text in deleted]) / 21 < 0.22
+    assert 0.17 < 1 - np.mean([len(text.split()) for text in deleted]) / 21 < 0.23
     inserted = texts(Eda(**{**only, "insert": 0.2}), long)
-    assert 0.18 < np.mean([len(text.split()) for text in inserted]) / 21 - 1 < 0.22
+    assert 0.17 < np.mean([len(text.split()) for text in inserted]) / 21 - 1 < 0.23
     swapped = texts(Eda(**{**only, "swap": 0.2}), long)
     assert all(sorted(new.split()) == sorted(old.split()) and new != old for new, old in zip(swapped, long, strict=True))
     cut = texts(Cutoff(cut=0.25), long)

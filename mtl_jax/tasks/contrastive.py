@@ -22,7 +22,7 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
-from mtl_jax.tasks import ranks, similarity
+from mtl_jax.tasks import cosine_losses, ranks
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.reading import key_numbers, known_rows, text_of
 
@@ -234,17 +234,17 @@ class Contrastive(Task):
         if self.compare == "labels":
             of_texts = vectors_GxNxO[:, 0], value_G, known_GxN[:, 0], keys_GxNx2[:, 0]
             if self.objective == "cosine":
-                return similarity.squared_classes(*of_texts)
-            function = similarity.same_class if self.objective == "in_batch" else similarity.ordered_classes
+                return cosine_losses.squared_classes(*of_texts)
+            function = cosine_losses.same_class if self.objective == "in_batch" else cosine_losses.ordered_classes
             return function(*of_texts, self.scale)
         if self.objective == "in_batch":
-            return similarity.in_batch(vectors_GxNxO, known_GxN, keys_GxNx2, self.scale)
-        unit_GxNxO = similarity.normalised(vectors_GxNxO)
+            return cosine_losses.in_batch(vectors_GxNxO, known_GxN, keys_GxNx2, self.scale)
+        unit_GxNxO = cosine_losses.normalised(vectors_GxNxO)
         cosine_G = (unit_GxNxO[:, 0] * unit_GxNxO[:, 1]).sum(axis=-1)
         if self.objective == "cosent":
-            return similarity.ordered(cosine_G, value_G, known_GxN[:, 0], self.scale)
+            return cosine_losses.ordered(cosine_G, value_G, known_GxN[:, 0], self.scale)
         target_G = (value_G - self.minimum) / (self.maximum - self.minimum)
-        return similarity.squared(cosine_G, target_G, known_GxN[:, 0])
+        return cosine_losses.squared(cosine_G, target_G, known_GxN[:, 0])
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         """The metrics of whole vectors, and with `widths` the main one of each width, such as spearman_64."""
@@ -307,7 +307,7 @@ class Contrastive(Task):
 def unit_length(vectors_MxO: np.ndarray) -> np.ndarray:
     """f32[M, O], the vectors with length 1; zeros stay zeros."""
     vectors_MxO = np.asarray(vectors_MxO, np.float32)
-    return vectors_MxO / np.maximum(np.linalg.norm(vectors_MxO, axis=1, keepdims=True), np.sqrt(similarity.EPSILON))
+    return vectors_MxO / np.maximum(np.linalg.norm(vectors_MxO, axis=1, keepdims=True), np.sqrt(cosine_losses.EPSILON))
 
 
 def correlations(cosine_M: np.ndarray, score_M: np.ndarray) -> dict[str, float]:

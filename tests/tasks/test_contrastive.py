@@ -14,7 +14,7 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.ragged import Ragged
 from mtl_jax.models.trunk_output import Encoded
-from mtl_jax.tasks import ranks, similarity
+from mtl_jax.tasks import cosine_losses, ranks
 from mtl_jax.tasks.contrastive import unit_length
 from mtl_jax.training.batch_parts import recomputed
 
@@ -33,7 +33,7 @@ def test_in_batch_leaves_equal_texts_out():
     known = np.ones((4, 3), bool)
     known[3] = False
     known[2, 2] = False
-    in_batch = jax.jit(lambda vectors: similarity.in_batch(vectors, known, jnp.stack([keys, keys], axis=-1), 7.0))
+    in_batch = jax.jit(lambda vectors: cosine_losses.in_batch(vectors, known, jnp.stack([keys, keys], axis=-1), 7.0))
     total, count = in_batch(vectors)
     expected = 0.0
     for g in range(3):
@@ -51,13 +51,13 @@ def test_losses_of_scores_and_classes():
     cosine, score = RNG.uniform(-1, 1, 6).astype(np.float32), np.array([0, 1, 2, 2, 5, np.nan], np.float32)
     vectors, keys = RNG.normal(size=(5, 4)).astype(np.float32), np.array([[n, 0] for n in (1, 2, 3, 4, 4)])
     classes, all_known = np.array([0, 0, 1, 1, 1]), np.ones(5, bool)
-    of_classes = (similarity.ordered_classes, similarity.same_class)
+    of_classes = (cosine_losses.ordered_classes, cosine_losses.same_class)
 
     @jax.jit
     def losses(vectors):
         arguments = vectors, classes, all_known, keys
         pairs = [function(*arguments, 3.0) for function in of_classes]
-        pairs += [similarity.squared_classes(*arguments), similarity.ordered(cosine, score, ~np.isnan(score), 20.0)]
+        pairs += [cosine_losses.squared_classes(*arguments), cosine_losses.ordered(cosine, score, ~np.isnan(score), 20.0)]
         return jnp.array(pairs)
 
     (apart_loss, same_loss, squared_loss, ordered_loss), zeros = losses(vectors), jax.jacrev(losses)(jnp.zeros((5, 4)))

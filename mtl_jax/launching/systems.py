@@ -28,7 +28,10 @@ def ssh(job: Job, hosts: Any = "", *, port: int = 8476) -> LaunchFile:
     repeated = [name for place, name in enumerate(names) if name in names[:place]]
     if repeated:
         raise UserError(f"--on ssh: {listed(repeated)} stands there twice; every host runs one process")
-    start = f'echo $$ > "$1"; shift; cd {_folder(job)} || exit 2; {{ {job.first}; }} || exit 2; exec {job.command} "$@"'
+    start = (
+        f'( echo $BASHPID > "$1"; shift; cd {_folder(job)} || exit 2; {{ {job.first}; }} || exit 2; exec {job.command} "$@" ); '
+        'code=$?; rm -f "$1"; exit $code'
+    )
     values = {"hosts": words(names), "port": str(port), "start": shlex.quote(start)}
     return _shell(job, "ssh.sh", values, "ssh", "install OpenSSH")
 
@@ -86,7 +89,7 @@ def gcloud(
     pid_file = f"/tmp/mtl_jax-{job.name}.pid"
     start = (
         f"( cd {folder} || exit 2; {{ {job.first}; }} || exit 2; echo $BASHPID > {pid_file}; exec {job.command} "
-        '--distributed auto ); echo "launch: this host ended with code $?"'
+        f'--distributed auto ); code=$?; rm -f {pid_file}; echo "launch: this host ended with code $code"'
     )
     values = {
         "tpu": job.name,

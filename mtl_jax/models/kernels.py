@@ -210,8 +210,9 @@ def attend_with_cudnn(
         bias_BxNxTxS: Added to the scores, or None.
         dropout: A function of the probabilities, or None.
     """
-    D = q_BxTxNxD.shape[-1]
-    if dropout is not None or q_BxTxNxD.dtype not in (jnp.bfloat16, jnp.float16) or D % 8 or D > 128:
+    (_, T, _, D), S = q_BxTxNxD.shape, k_BxNxSxD.shape[2]
+    half = q_BxTxNxD.dtype in (jnp.bfloat16, jnp.float16)
+    if dropout is not None or not half or D % 8 or D > 128 or T % 2 or S % 2:
         return layers.attend(
             q_BxTxNxD, k_BxNxSxD, v_BxNxSxD, mask_BxTxS, scale=scale, bias_BxNxTxS=bias_BxNxTxS, dropout=dropout
         )
@@ -221,7 +222,7 @@ def attend_with_cudnn(
         k_BxNxSxD.swapaxes(1, 2),
         v_BxNxSxD.swapaxes(1, 2),
         bias,
-        jnp.broadcast_to(mask_BxTxS, (len(q_BxTxNxD), q_BxTxNxD.shape[1], k_BxNxSxD.shape[2]))[:, None],
+        jnp.broadcast_to(mask_BxTxS, (len(q_BxTxNxD), T, S))[:, None],
         scale=scale,
         implementation="cudnn",
     )

@@ -160,9 +160,10 @@ def check_halves(plan: PhasePlan, schedule: ScheduleSequence | PoissonSchedule) 
         return
     assert isinstance(schedule, ScheduleSequence)  # no rule of a private run compares gradients
     name = plan.rule.name
-    if any(isinstance(regulariser, RDrop | Consistency) for regulariser in plan.regularisers):
+    doubling = [regulariser.name for regulariser in plan.regularisers if isinstance(regulariser, RDrop | Consistency)]
+    if doubling:
         raise UserError(
-            f"weighting {name} needs independent halves of a batch, and R-Drop or Consistency reads rows twice: leave it out"
+            f"weighting {name} needs independent halves of a batch, and {listed(doubling)} has every row twice: leave it out"
         )
     for source, rows in schedule.fewest(range(plan.start, plan.end)).items():
         if 0 < rows < 2:

@@ -12,7 +12,7 @@ import jax
 import tabulate
 
 from mtl_jax.augment.mixes import Mix
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data import augmentations
 from mtl_jax.data.mixture_schedule import ScheduleSequence

@@ -188,12 +188,12 @@ def in_order(rounds: Sequence[Any], names: Sequence[str]) -> Any:
 
 
 @jax.named_scope("gram")
-def gram_matrix(rounds: Sequence[Any], names: Sequence[str]) -> jax.Array:
+def gram_matrix(rounds: Sequence[Any], names: Sequence[str] | Sequence[int]) -> jax.Array:
     """Inner products of the task gradients: f32[K, K], rows in sorted order of the names.
 
     Args:
         rounds: task_gradients(...).
-        names: Task names in the order of the rounds.
+        names: Task names, or numbers, in the order of the rounds.
     """
 
     def inner(*rounds_KxP: jax.Array) -> jax.Array:
@@ -271,4 +271,4 @@ def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequ
 
 def gram_of_rows(rows: Any) -> jax.Array:
     """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...]."""
-    return gram_matrix([rows], [str(k) for k in range(len(jax.tree.leaves(rows)[0]))])
+    return gram_matrix([rows], range(len(jax.tree.leaves(rows)[0])))

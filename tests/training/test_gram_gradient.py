@@ -195,6 +195,11 @@ def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
     assert any(flags[1])
 
 
+def test_twelve_changed_gradients_keep_their_order():
+    rows = {"a": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)}
+    np.testing.assert_allclose(task_gradients.gram_of_rows(rows), rows["a"] @ rows["a"].T, rtol=1e-5)
+
+
 def cut(case, rows, batch=None, multiple=1):
     """The blocks of a batch, as arrays of numpy; and their layout."""
     tasks = case.prepared.corpus.tasks

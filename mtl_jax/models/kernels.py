@@ -75,11 +75,12 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
     >>> with_kernels(SharedEmbedding(EmbeddingConfig(10, 4)), "auto", mesh).config.dimension
     4
     """
-    if not isinstance(module, nn.Module):  # with adapters
+    if not isinstance(module, nn.Module):  # with adapters, which change the projections one by one
         base = with_kernels(module.base, name, mesh)
-        # Adapters change the projections one by one.
-        apart = {"kernels": dataclasses.replace(base.kernels, attend_joined=None)} if hasattr(base, "kernels") else {}
-        return dataclasses.replace(module, base=base.clone(**apart))
+        if not hasattr(base, "kernels"):
+            return module
+        apart = dataclasses.replace(base.kernels, attend_joined=None)
+        return dataclasses.replace(module, base=base.clone(kernels=apart))
     if name == "fused" and getattr(getattr(module, "config", None), "attention_dropout", 0.0):
         raise UserError(
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "

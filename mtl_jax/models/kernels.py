@@ -77,7 +77,7 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
     """
     if not isinstance(module, nn.Module):  # with adapters, which change the projections one by one
         base = with_kernels(module.base, name, mesh)
-        if not hasattr(base, "kernels"):
+        if not _has_kernels(base):
             return module
         apart = dataclasses.replace(base.kernels, attend_joined=None)
         return dataclasses.replace(module, base=base.clone(kernels=apart))
@@ -86,7 +86,11 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "
             "trunk.dropout to 0 (of a trunk from scratch attention_dropout), or kernels to auto"
         )
-    return module.clone(kernels=chosen(name, mesh)) if hasattr(module, "kernels") else module
+    return module.clone(kernels=chosen(name, mesh)) if _has_kernels(module) else module
+
+
+def _has_kernels(module: Any) -> bool:
+    return isinstance(getattr(module, "kernels", None), Kernels)
 
 
 def chosen(name: str, mesh: Mesh) -> Kernels:

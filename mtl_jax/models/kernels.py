@@ -75,18 +75,23 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
     >>> with_kernels(SharedEmbedding(EmbeddingConfig(10, 4)), "auto", mesh).config.dimension
     4
     """
-    if not isinstance(module, nn.Module):  # with adapters
+    if not isinstance(module, nn.Module):  # with adapters, which change the projections one by one
         base = with_kernels(module.base, name, mesh)
-        # Adapters change the projections one by one.
-        apart = {"kernels": dataclasses.replace(base.kernels, attend_joined=None)} if hasattr(base, "kernels") else {}
-        return dataclasses.replace(module, base=base.clone(**apart))
+        if not _has_kernels(base):
+            return module
+        apart = dataclasses.replace(base.kernels, attend_joined=None)
+        return dataclasses.replace(module, base=base.clone(kernels=apart))
     config: Any = getattr(module, "config", None)
     if name == "fused" and getattr(config, "attention_dropout", None):
         raise UserError(
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "
             "trunk.dropout to 0 (of a trunk from scratch attention_dropout), or kernels to auto"
         )
-    return module.clone(kernels=chosen(name, mesh)) if hasattr(module, "kernels") else module
+    return module.clone(kernels=chosen(name, mesh)) if _has_kernels(module) else module
+
+
+def _has_kernels(module: Any) -> bool:
+    return isinstance(getattr(module, "kernels", None), Kernels)
 
 
 def chosen(name: str, mesh: Mesh) -> Kernels:

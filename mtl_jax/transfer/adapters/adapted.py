@@ -128,10 +128,10 @@ class Adapted:
             and any(getattr(adapter, "dropout", 0) for adapter in self.adapters)
         ):
             raise ValueError('adapters have dropout, so apply() needs an rng named "dropout" unless deterministic')
-        nearest_first = sorted(self.adapters, key=lambda adapter: adapter.order)
+        nearest_first, layers = sorted(self.adapters, key=lambda adapter: adapter.order), self.layers
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            layer = self.layers.get("/".join(context.module.path)) if context.method_name == "__call__" else None
+            layer = layers.get("/".join(context.module.path)) if context.method_name == "__call__" else None
             if layer is None:
                 return next_call(*args, **kwargs)
             call: Callable[..., Any] = next_call

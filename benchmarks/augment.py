@@ -7,8 +7,8 @@ those of the processor, of a process that is bound to one core; loading of model
 among them. Rows that are made in every pass are measured from text to packed batch, beside batches without any.
 
 MaskedNeighbours runs MiniLM's trunk with a head that was not trained, which takes as long as a trained one; it and the filter
-of similarity are measured on fewer rows. The filter alone is BackTranslation by a command that writes what it gets: the time
-of a translator is that of its model.
+of similarity are measured on fewer rows. The filter alone is BackTranslation by commands that write other letters, so that none
+of the rows is kept: the time of a translator is that of its model.
 
 Labels: every edit is made of every tagged sentence with five seeds. An entity stays right if it has the same type and words, in
 the same order; for CharacterNoise the same type and number of words; for MentionReplacement the same type, and words of an
@@ -171,7 +171,8 @@ def main(data: Path) -> None:
         **{f"{name}, share 0.5": in_passes((edit,), reviews, classes) for name, edit in edits.items()},
     }
     kept = [labels(name, edit, tagged, tags, sentences) for name, edit in {**edits, **of_tagged}.items()]
-    host = f"{platform.machine()}, one core, Python {platform.python_version()}"
+    load = os.getloadavg()[2]
+    host = f"{platform.machine()}, one core, Python {platform.python_version()}, load average {load:.0f}"
     results = Path(__file__).parent / "results"
     everything = {"host": host, "speed": speeds, "in every pass": passes, "labels": kept}
     (results / "augment.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")

@@ -143,7 +143,7 @@ class Redraw:
             room: The places of a row.
             seed: Seed of the data order.
         """
-        example_E, pass_E = ticket_E % len(arrays), ticket_E // len(arrays)
+        pass_E, example_E = np.divmod(ticket_E, len(arrays.tokens))
         rows, made = self.made(example_E, pass_E, seed)
         changed = np.flatnonzero(made[:, :-1].any(axis=1))
         new: dict[int, tuple[Examples, dict[str, Any], int]] = {}

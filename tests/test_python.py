@@ -74,8 +74,8 @@ def test_every_command_has_a_function_of_its_name(capsys, monkeypatch):
         "audit": mtl_jax.audit.of_experiment,
         "augment": mtl_jax.augment.of_experiment,
     }
-    for command in re.split(r"[, ]+", re.sub(r"[^a-z,]", "", commands)):
-        assert callable(packages.get(command) or getattr(mtl_jax, command)), command
+    for command in re.split(r"[, ]+", re.sub(r"[^a-z,-]", "", commands)):
+        assert callable(packages.get(command) or getattr(mtl_jax, command.replace("-", "_"))), command
 
 
 def test_the_module_is_the_console_entry():

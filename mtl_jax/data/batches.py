@@ -187,8 +187,8 @@ class SourceArrays:
         """Tokens that each unit takes of a row, i64; scaled up where the target text of an example takes a larger share."""
         lengths = self.lengths
         if self.units is not None:
-            return np.add.reduceat(lengths[self.units.values], self.units.starts[:-1])
-        for name in self.targets:
+            lengths = np.add.reduceat(lengths[self.units.values], self.units.starts[:-1])
+        for name in () if self.units is not None else self.targets:
             targets: Any = self.labels[name]
             lengths = np.maximum(lengths, -(-targets.lengths * batching.row_length // batching.target_row_length))
         return lengths if self.redraw is None else self.redraw.planned(lengths, batching.row_length)

@@ -44,19 +44,22 @@ def with_key(gradient_fn: GradientFn) -> GradientFn:
 
 
 def tasks_of(regulariser: Regulariser, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks of a Mix or NeighbourSmoothing: those that it names, or all with a label for each text.
+    """The tasks of a Mix or NeighbourSmoothing: those that it names, or all with a label for each text alone.
+
+    These are the kinds whose outputs for a text can be compared (Task.compared_as): a label of a group of texts, such as the
+    choice of one, is not that of a text.
 
     Raises:
         UserError: One that it names has other labels, or there is none.
     """
     assert isinstance(regulariser, Mix | NeighbourSmoothing)
+    fitting = [task for task in tasks if task.level == "example" and task.compared_as]
     for task in tasks:
-        if task.name in regulariser.tasks and task.level != "example":
+        if task.name in regulariser.tasks and task not in fitting:
             raise UserError(
                 f"{FIELD}: {regulariser.name} mixes labels of texts, and task {task.name!r}, a {type(task).__name__}, has none"
             )
-    names = regulariser.tasks or tuple(task.name for task in tasks if task.level == "example")
-    chosen = [task for task in tasks if task.name in names]
+    chosen = [task for task in fitting if task.name in regulariser.tasks or not regulariser.tasks]
     if not chosen:
         raise UserError(
             f"{FIELD}: {regulariser.name}: no task has a label for each text, as classification and regression have"

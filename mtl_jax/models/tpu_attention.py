@@ -265,7 +265,8 @@ def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, grad_ref
 def _in_turn(sizes: _Sizes, scores: Any, weigh: Any, output: Any) -> None:
     """The three parts of every row and group; the products of the next one come before the softmax of this one."""
     places = [(row, slice(n * sizes.lanes, (n + 1) * sizes.lanes)) for row in range(sizes.rows) for n in range(sizes.groups)]
-    waiting, weighed = scores(*places[0]), None
+    waiting = scores(*places[0])
+    weighed: Any = None
     for number, place in enumerate(places):
         value, waiting = waiting, scores(*places[number + 1]) if number + 1 < len(places) else None
         before, weighed = weighed, weigh(value, place[0])

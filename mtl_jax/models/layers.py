@@ -46,8 +46,10 @@ class Dense(nn.Dense):
         """f[..., I] to f[..., features]."""
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        given: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return times_and_bias(*given, precision=self.precision)
+        x, w, b = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        assert x is not None
+        assert w is not None
+        return times_and_bias(x, w, b, self.precision)
 
 
 def times_and_bias(x_xI: jax.Array, kernel_IxO: jax.Array, bias_O: jax.Array | None, precision: Any = None) -> jax.Array:

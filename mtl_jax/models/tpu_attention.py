@@ -190,7 +190,8 @@ def _call(
         out_specs = [whole] if joined else [block(array.shape[1]) for array in inputs]
         like = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
     given = [*parts, mask] if gradient is None else [*parts, mask, gradient]
-    numbers = B * (2 * T + 2 * S) * H * (2 if gradient is not None else 1) * q.dtype.itemsize + mask.size
+    tokens = 2 * T + 2 * S if gradient is None else 3 * T + 4 * S  # of all arrays with H numbers a token
+    numbers = B * tokens * H * q.dtype.itemsize + mask.size
     return pl.pallas_call(
         functools.partial(kernel, sizes=sizes),
         grid=(B // rows, steps),

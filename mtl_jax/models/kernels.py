@@ -81,8 +81,8 @@ def with_kernels(module: Any, name: str, mesh: Mesh) -> Any:
             return module
         apart = dataclasses.replace(base.kernels, attend_joined=None)
         return dataclasses.replace(module, base=base.clone(kernels=apart))
-    config: Any = getattr(module, "config", None)
-    if name == "fused" and getattr(config, "attention_dropout", None):
+    rate: float = getattr(getattr(module, "config", None), "attention_dropout", 0.0)
+    if name == "fused" and rate > 0:
         raise UserError(
             "kernels is fused, and fused attention has no dropout on attention probabilities, which the trunk has: set "
             "trunk.dropout to 0 (of a trunk from scratch attention_dropout), or kernels to auto"

@@ -46,9 +46,10 @@ class Dense(nn.Dense):
         """f[..., I] to f[..., features]."""
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        promoted: list[Any] = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        x, kernel_IxO, bias = promoted
-        return times_and_bias(x, kernel_IxO, bias, self.precision)
+        x, w, b = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        assert x is not None
+        assert w is not None
+        return times_and_bias(x, w, b, self.precision)
 
 
 def times_and_bias(x_xI: jax.Array, kernel_IxO: jax.Array, bias_O: jax.Array | None, precision: Any = None) -> jax.Array:
@@ -244,8 +245,8 @@ class Attention(nn.Module):
         params = [dense.variables["params"] for dense in (self.query, self.key, self.value)]
         kernel = jnp.concatenate([part["kernel"] for part in params], axis=1)
         bias = jnp.concatenate([part["bias"] for part in params]) if self.use_bias else None
-        promoted: list[Any] = self.query.promote_dtype(x_BxTxH, kernel, bias, dtype=self.dtype)
-        return times_and_bias(*promoted)
+        given: Any = self.query.promote_dtype(x_BxTxH, kernel, bias, dtype=self.dtype)
+        return times_and_bias(*given)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_size)

@@ -190,7 +190,8 @@ def _call(
         out_specs = [whole] if joined else [block(array.shape[1]) for array in inputs]
         like = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs]
     given = [*parts, mask] if gradient is None else [*parts, mask, gradient]
-    numbers = B * (2 * T + 2 * S) * H * (2 if gradient is not None else 1) * q.dtype.itemsize + mask.size
+    tokens = 2 * T + 2 * S if gradient is None else 3 * T + 4 * S  # of all arrays with H numbers a token
+    numbers = B * tokens * H * q.dtype.itemsize + mask.size
     return pl.pallas_call(
         functools.partial(kernel, sizes=sizes),
         grid=(B // rows, steps),
@@ -265,11 +266,12 @@ def _backward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, grad_ref
 def _in_turn(sizes: _Sizes, scores: Any, weigh: Any, output: Any) -> None:
     """The three parts of every row and group; the products of the next one come before the softmax of this one."""
     places = [(row, slice(n * sizes.lanes, (n + 1) * sizes.lanes)) for row in range(sizes.rows) for n in range(sizes.groups)]
-    waiting, weighed = scores(*places[0]), ()
+    waiting = scores(*places[0])
+    weighed: Any = None
     for number, place in enumerate(places):
         value, waiting = waiting, scores(*places[number + 1]) if number + 1 < len(places) else None
         before, weighed = weighed, weigh(value, place[0])
-        if number:
+        if before is not None:
             output(*before, *places[number - 1])
     output(*weighed, *places[-1])
 

@@ -42,7 +42,7 @@ def _column(item: Topology, phase: PhaseCost) -> dict[str, str]:
         "of that activations, temporaries": _or_none(phase.temporaries, _size),
         "operations": _or_none(phase.flops, lambda flops: f"{flops / 1e9:,.2f} G"),
         "cycles": _or_none(cycles, lambda value: f"{value / 1e6:,.2f} M"),
-        "fused kernels take at least": f"{phase.fused_cycles / 1e6:,.2f} M cycles" if phase.fused_cycles else "none",
+        "fused kernels take about": f"{phase.fused_cycles / 1e6:,.2f} M cycles" if phase.fused_cycles else "none",
         "time": _or_none(phase.seconds, lambda seconds: f"{1e3 * seconds:,.3f} ms"),
         "share of the chip's arithmetic": _or_none(share(item, phase), lambda part: f"{part:.1%}"),
         "kernels": _or_none(None if cost is None else cost.kernels, lambda number: f"{number:,.0f}"),
@@ -87,8 +87,8 @@ def _remarks(plan: Plan) -> list[str]:
         if phase.fused_cycles and phase.cost is not None:
             places = count(len(phase.cost.fused), "place")
             lines.append(
-                f"{name} {phase.phase}: the compiler estimates no cycles of fused kernels, in {places}; the time has the least "
-                "that their operations or bytes take (docs/accelerators.md has what a kernel alone takes)"
+                f"{name} {phase.phase}: the compiler estimates no cycles of fused kernels, in {places}; the time has what "
+                "their operations or bytes take (docs/accelerators.md has what a kernel alone takes)"
             )
         if phase.cost is not None and phase.cost.unknown_loops:
             loops = count(phase.cost.unknown_loops, "loop")

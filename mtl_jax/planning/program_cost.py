@@ -93,7 +93,7 @@ class ProgramCost(NamedTuple):
     fused: Mapping[str, FusedKernel] = MappingProxyType({})
 
     def fused_cycles(self, operations_per_cycle: float, bytes_per_cycle: float) -> float:
-        """The least that the fused kernels take: each its operations or its bytes, whichever takes longer."""
+        """About what the fused kernels take: each its operations or its bytes, whichever takes longer."""
         return sum(max(one.operations / operations_per_cycle, one.bytes / bytes_per_cycle) for one in self.fused.values())
 
 

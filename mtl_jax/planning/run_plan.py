@@ -53,7 +53,7 @@ class PhaseCost(NamedTuple):
         seconds: Time of a step without communication; None where the compiler gives no cycles.
         communication: Seconds that the communication takes at least, some of it at the same time.
         cost: Cycles, places and collectives; None where the program does not fit.
-        fused_cycles: The least that fused kernels take, which the compiler does not estimate; part of the seconds.
+        fused_cycles: About what fused kernels take, which the compiler does not estimate; part of the seconds.
         compile_seconds: Time to compile it here.
     """
 

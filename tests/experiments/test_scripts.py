@@ -150,10 +150,8 @@ def test_two_steps(script, wheels, tmp_path):
     assert all(task in done.stdout for task in results["tasks"])
 
 
-@pytest.mark.parametrize(
-    "script",
-    [name if name == "multi30k.py" else pytest.param(name, marks=pytest.mark.long) for name in ON_DATA],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("script", ON_DATA)
 def test_two_steps_on_public_data(script, wheels, shared_data, tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
     flags = ["--phases.0.steps", "2", "--batch.rows", "8", *ON_DATA[script]]

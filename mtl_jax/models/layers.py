@@ -88,10 +88,14 @@ class Embed(nn.Embed):
         self.embedding = self.param("embedding", self.embedding_init, shape, self.param_dtype)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """f[B, T, E] of ids i32[B, T]: rows of the table, or the vectors that were given in place of it."""
+        """f[B, T, E] of ids i32[B, T]."""
         # Of the whole table in another dtype, forward and backward, only these rows are needed.
-        vectors = self.embedding if self.embedding.ndim > 2 else jnp.take(self.embedding, inputs, axis=0)
-        return vectors.astype(self.dtype or self.param_dtype)
+        return look_up(self.embedding, inputs).astype(self.dtype or self.param_dtype)
+
+
+def look_up(table: jax.Array, ids_BxT: jax.Array) -> jax.Array:
+    """The vectors f[B, T, E] of ids: rows of a table f[V, E], or the vectors f[B, T, E] that were given in place of it."""
+    return table if table.ndim > 2 else jnp.take(table, ids_BxT, axis=0)
 
 
 def attention_mask_BxTxT(attention_mask_BxT: jax.Array, segments_BxT: jax.Array | None) -> jax.Array:

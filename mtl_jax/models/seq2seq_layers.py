@@ -17,7 +17,7 @@ import numpy as np
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.kv_cache import KeyValue, write_cache
-from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, RelativeBias
+from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, RelativeBias, look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Embeddings(nn.Module):
     def __call__(self, ids_BxT: jax.Array, table_VxH: jax.Array, positions_BxT: jax.Array, deterministic: bool) -> jax.Array:
         """Vectors f[B, T, H] of tokens i32[B, T] at positions i32[B, T] or i32[1, T]."""
         cfg = self.config
-        x_BxTxH = jnp.take(table_VxH, ids_BxT, axis=0).astype(self.dtype) * cfg.embedding_scale
+        x_BxTxH = look_up(table_VxH, ids_BxT).astype(self.dtype) * cfg.embedding_scale
         if cfg.positions == "learned":
             x_BxTxH += self.position(positions_BxT + cfg.position_offset)
         elif cfg.positions == "sinusoidal":

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Batching, Phase
+from mtl_jax import Batching, Phase, Transformer
 from mtl_jax.data.stream import single_phase, stream
+from mtl_jax.models.encoder import EmbeddingConfig, Encoder, EncoderConfig, SharedEmbedding
+from mtl_jax.models.modernbert import ModernBert, ModernBertConfig
 from mtl_jax.models.trunk_output import token_table, with_token_table
 from mtl_jax.training import token_gradients
 from mtl_jax.training.build_step import gradient_fn
@@ -49,6 +51,25 @@ def test_products_and_sums_are_those_of_whole_tables(tokens, V, K):
         whole = np.zeros((K, V + 1, 4))
         whole[:, read] = rows_read
         np.testing.assert_allclose(whole, np.pad(tables, ((0, 0), (0, 1), (0, 0))), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Encoder(EncoderConfig(16, 8, 1, 2, 16, 8)),
+        ModernBert(ModernBertConfig(16, 8, 2, 16, (True,))),
+        Transformer(layers=1, width=8, heads=2, feed_forward=16, dropout=0.0).module(16, jnp.float32),
+        SharedEmbedding(EmbeddingConfig(16, 8)),
+    ],
+    ids=["bert", "modernbert", "encoder-decoder", "embedding"],
+)
+def test_every_trunk_takes_the_vectors_of_its_tokens_in_place_of_the_table(module):
+    ids, rng = jnp.arange(12).reshape(2, 6), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), ids)["params"])
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    vectors = with_token_table(params, token_table(params)[ids])
+    by_table, by_vectors = (module.apply({"params": tree}, ids).hidden for tree in (params, vectors))
+    np.testing.assert_array_equal(by_table, by_vectors)
 
 
 @pytest.fixture(scope="module")

@@ -76,9 +76,7 @@ class MultipleChoice(Task):
         if len(self.choices) == 1 and self.most < 2:
             raise UserError(f"{where}: choices is one column with a list; set most to the most choices of a row, at least 2")
         if len(self.choices) > 1 and self.most:
-            raise UserError(
-                f"{where}: most is for choices in one column; {len(self.choices)} columns are named, so leave it at 0"
-            )
+            raise UserError(f"{where}: most is for choices in one column, but there are {len(self.choices)}: leave it at 0")
         if self.answers and len(self.answers) != self.unit_size:
             raise UserError(f"{where}: answers has {len(self.answers)} values for {self.unit_size} choices")
 

@@ -7,12 +7,40 @@ from typing import Any
 import pytest
 
 from mtl_jax import experiment
+from mtl_jax.augment import (
+    Aeda,
+    BackTranslation,
+    CharacterNoise,
+    Concatenate,
+    Cutoff,
+    Eda,
+    Generate,
+    MaskedNeighbours,
+    MentionReplacement,
+    Mix,
+    NeighbourSmoothing,
+    Paraphrase,
+    Written,
+)
 from mtl_jax.core import configuration
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Canaries, Source
 from mtl_jax.experiment import Checkpoints, Evaluation, Experiment
-from mtl_jax.tasks import Classification, MaskedLM, Multilabel, Regression, Seq2Seq, Span, Tagging
+from mtl_jax.tasks import (
+    Classification,
+    Contrastive,
+    MaskedLM,
+    Multilabel,
+    MultipleChoice,
+    Ordinal,
+    Ranking,
+    Regression,
+    Seq2Seq,
+    Span,
+    Tagging,
+)
+from mtl_jax.transfer import Consistency, SelfTraining
 from mtl_jax.transfer.adapters import IA3, Bottleneck, Lora, Prefix
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.optimizer import Optimizer
@@ -33,6 +61,10 @@ PARTS: tuple[Any, ...] = (
         Span(name="a", source="a"),
         Tagging(**NAMED, class_weights={"x": 1.0}),
     ),
+    *(Contrastive(name="a", source="a", widths=(8,)), MultipleChoice(name="a", source="a", choices=("x", "y"))),
+    *(Ranking(name="a", source="a", group="g"), Ordinal(**NAMED), SelfTraining(source="a"), Consistency(source="a")),
+    *(Mix(), NeighbourSmoothing(), Eda(), Aeda(), CharacterNoise(), Cutoff(), Concatenate(), MentionReplacement()),
+    *(MaskedNeighbours(model="x"), BackTranslation(), Paraphrase(), Generate(), Written(path="x")),
     *(Lora(name="a"), Bottleneck(name="a"), IA3(name="a"), Prefix(name="a")),
     *(L2SP(), EWC(source="a"), Distillation(teacher="x"), RDrop()),
     *(Private(), Canaries(), Optimizer(), Batching(buckets=(16, 32), shares={"a": 1.0}), Evaluation(), Checkpoints()),
@@ -45,11 +77,12 @@ FIELDS = [
     for path, name, kind, _ in configuration.numeric(part)
     if name.partition(".")[0] in {base.__name__ for base in type(part).__mro__}
 ]
-UNBOUNDED = ("Regression.minimum", "Regression.maximum")
+UNBOUNDED = ("Regression.minimum", "Regression.maximum", "Contrastive.minimum", "Contrastive.maximum")
 # What zero and negative numbers mean somewhere; everywhere else they are refused.
 ZERO = {name for name, limits in configuration.LIMITS.items() if limits.allow(0)}
 NEGATIVE = {
-    *("Regression.minimum", "Regression.maximum", "Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"),
+    *(*UNBOUNDED, "Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"),
+    *("MaskedNeighbours.similarity", "Rewriting.similarity", "Generate.similarity"),
     *("Experiment.weights", "Experiment.weighting_options", "Phase.weights", "Source.cut_seed"),
     *("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end"),
 }

@@ -89,6 +89,9 @@ class Together:
         ]
         return Batch(*arrays, labels)
 
+    def keep(self, rows, anew):
+        assert not rows  # of sources whose rows a phase chooses
+
     def get_state(self):
         return {}
 

@@ -233,7 +233,7 @@ def test_an_ablation_trains_runs_that_differ_in_an_option_at_once(data, whole, t
         ),
         (
             {"weighting": "modo", "weighting_options": {}, "regularisers": (mtl_jax.RDrop(name="r", weight=1.0),)},
-            "weighting modo needs independent halves of a batch, and r_drop has every row twice",
+            "weighting modo needs independent halves of a batch, and r has every row twice",
         ),
         ({"weighting": "trimmed_mean", "weighting_options": {"trim": 2}}, "trim is 2, which needs 5 tasks, but there are 3"),
         ({"weighting": "cosmos", "weighting_options": {}, "weights": {"coarse": 0.0}}, "the preference of coarse is 0.0"),

@@ -22,7 +22,7 @@ from mtl_jax.training.regularisation import mixing, output_losses, transforms
 from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.transfer import averaging
-from mtl_jax.transfer.regularisers import Distillation, RDrop
+from mtl_jax.transfer.regularisers import Distillation
 from mtl_jax.transfer.unlabelled import Consistency, SelfTraining
 from mtl_jax.weighting import schedules
 
@@ -172,7 +172,7 @@ def _mixing_passes(prepared: Prepared, plan: PhasePlan) -> list[BackwardFn]:
 
 def _doubles(plan: PhasePlan) -> bool:
     """Whether every row goes through the model twice."""
-    return any(isinstance(regulariser, RDrop | Consistency) for regulariser in plan.regularisers)
+    return any(regulariser.doubles_rows for regulariser in plan.regularisers)
 
 
 def _most_rows(prepared: Prepared, plan: PhasePlan) -> dict[str, int]:

@@ -25,7 +25,7 @@ from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.freezing import ParamRule
-from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
+from mtl_jax.transfer.regularisers import Distillation, Regulariser
 from mtl_jax.transfer.unlabelled import Consistency
 from mtl_jax.weighting import Rule, blind, schedules
 
@@ -160,7 +160,7 @@ def check_halves(plan: PhasePlan, schedule: ScheduleSequence | PoissonSchedule) 
         return
     assert isinstance(schedule, ScheduleSequence)  # no rule of a private run compares gradients
     name = plan.rule.name
-    doubling = [regulariser.name for regulariser in plan.regularisers if isinstance(regulariser, RDrop | Consistency)]
+    doubling = [regulariser.name for regulariser in plan.regularisers if regulariser.doubles_rows]
     if doubling:
         raise UserError(
             f"weighting {name} needs independent halves of a batch, and {listed(doubling)} has every row twice: leave it out"

@@ -44,6 +44,8 @@ class Regulariser(Part):
     door: ClassVar[str] = "regulariser"
     # Whether penalty() reads the values of the parameters at the start of its phase, which are then kept in the workdir.
     reads_start: ClassVar[bool] = True
+    # Whether every row goes through the model twice, for the outputs to be compared.
+    doubles_rows: ClassVar[bool] = False
 
     @property
     def level(self) -> str:
@@ -227,6 +229,8 @@ class RDrop(Regulariser):
 
     name: str = "r_drop"
     tasks: tuple[str, ...] = ()
+
+    doubles_rows: ClassVar[bool] = True
 
 
 def tasks_named_by(regulariser: Regulariser) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ source is read as training rows only.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.transfer.freezing import ParamRule
@@ -91,6 +92,8 @@ class Consistency(Regulariser):
     drop: float = 0.15
     temperature: float = 0.4
     threshold: float = 0.8
+
+    doubles_rows: ClassVar[bool] = True
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def _labelling(regulariser: SelfTraining | Consistency, experiment: Experiment, 
             raise UserError(
                 f"{FIELD}: {regulariser.name}: outputs of a {type(task).__name__} such as {task.name!r} cannot be compared"
             )
-    others = [other.name for other in experiment.regularisers if isinstance(other, RDrop | Consistency)]
+    others = [other.name for other in experiment.regularisers if other.doubles_rows]
     if len(others) > 1:
         raise UserError(f"{FIELD}: {listed(others)} each read every row twice; leave all but one out")
     _check_pairs(regulariser, tasks, pairs)

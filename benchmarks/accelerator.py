@@ -169,11 +169,11 @@ def write(path: Path, result: dict[str, Any], options: Options) -> None:
         tablefmt="pipe",
         disable_numparse=True,
     )
-    case = (
-        "one task"
-        if options.table == "trunks"
-        else f"{TASKS} tasks of {TOKENS} tokens in rows of {ROW}, trunk of MiniLM's size"
-    )
+    case = {
+        "rules": f"{TASKS} tasks of {TOKENS} tokens in rows of {ROW}, trunk of MiniLM's size",
+        "trunks": "one task of 8,192 tokens",
+        "ablations": f"one task of {TOKENS} tokens in rows of 128, trunk of MiniLM's size",
+    }[options.table]
     title = f"Estimates of the compiler for one chip of {result['topology']}, bfloat16, jax {result['jax']}; a step, {case}."
     path.with_suffix(".md").write_text(f"{title}\n\n{body}\n", encoding="utf-8")
 

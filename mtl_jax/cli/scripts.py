@@ -128,8 +128,8 @@ def read(script: str, purpose: str = "ablate") -> Experiment:
     """
     called = read_call(script, purpose)
     if called.distributed:
-        own = "mtl-jax launch adds it" if purpose == "launch" else f"to {purpose} takes one process"
-        raise UserError(f"--distributed: leave it out of the script's flags; {own}")
+        advice = "mtl-jax launch adds it" if purpose == "launch" else f"to {purpose} takes one process"
+        raise UserError(f"--distributed: leave it out of the script's flags; {advice}")
     return called.experiment
 
 

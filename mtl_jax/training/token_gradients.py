@@ -77,8 +77,8 @@ def by_token_and_task(
         table_rows: V.
         tasks: K.
 
-    >>> found = by_token_and_task(jnp.ones((3, 2)), jnp.array([4, 4, 4]), jnp.array([0, 1, 0]), 9, 2)
-    >>> found.values[:, 0].tolist(), found.tokens.tolist(), found.tasks.tolist()
+    >>> gradients = by_token_and_task(jnp.ones((3, 2)), jnp.array([4, 4, 4]), jnp.array([0, 1, 0]), 9, 2)
+    >>> gradients.values[:, 0].tolist(), gradients.tokens.tolist(), gradients.tasks.tolist()
     ([2.0, 1.0, 0.0], [4, 4, 9], [0, 1, 0])
     """
     pair_T, end = tokens_T * tasks + tasks_T, table_rows * tasks
@@ -103,8 +103,8 @@ def gram_matrix(gradients: TokenGradients, tasks: int) -> jax.Array:
         gradients: by_token_and_task(...).
         tasks: K.
 
-    >>> found = by_token_and_task(jnp.ones((3, 2)), jnp.array([4, 4, 4]), jnp.array([0, 1, 0]), 9, 2)
-    >>> gram_matrix(found, 2).tolist()
+    >>> gradients = by_token_and_task(jnp.ones((3, 2)), jnp.array([4, 4, 4]), jnp.array([0, 1, 0]), 9, 2)
+    >>> gram_matrix(gradients, 2).tolist()
     [[8.0, 4.0], [4.0, 2.0]]
     """
     C = -(-max(tasks, 2) // 8) * 8

@@ -6,6 +6,7 @@ from . import augment as augment
 from . import data as data
 from . import decoding as decoding
 from . import pretrained as pretrained
+from . import sharing as sharing
 from . import tasks as tasks
 from . import transfer as transfer
 from . import trunks as trunks

@@ -17,6 +17,8 @@ from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Augmentation, Source
 from mtl_jax.models import remat
 from mtl_jax.models.kernels import KERNELS
+from mtl_jax.sharing import base as sharing
+from mtl_jax.sharing.base import Hard, Sharing
 from mtl_jax.tasks import Task
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer import averaging, freezing, loading, private, regularisers
@@ -86,6 +88,7 @@ class Experiment(Configuration):
         phases: Which parameters train, and for how long.
         init_from: Another run, or a checkpoint, that gives the initial parameters; a resumed run no longer needs it.
         adapters: Parameters that are added inside the trunk; the phases' rules call them trunk/adapters/NAME/...
+        sharing: How the tasks share the trunk: all of it (Hard), or with parts of their own, experts or columns.
         weighting: The rule that weighs the losses, by its name; in a script also a weighting.Rule itself.
         weights: For --weighting fixed: one weight for each task. For scheduled: a number, or an optax schedule of the run's
             step such as "linear_schedule(1.0, 0.0, 1000)". For cosmos and pbi: preferences; none: 1 each.
@@ -130,6 +133,7 @@ class Experiment(Configuration):
     phases: tuple[Phase, ...]
     init_from: InitFrom = InitFrom()
     adapters: tuple[Adapter, ...] = ()
+    sharing: Sharing = Hard()
     weighting: Weighting = "equal"
     weights: dict[str, float | str] = dataclasses.field(default_factory=dict)
     weighting_options: dict[str, float | str] = dataclasses.field(default_factory=dict)
@@ -269,7 +273,8 @@ def check(experiment: Experiment) -> None:
     steps = _check_phases(experiment)
     _check_tasks(experiment)
     loading.check(experiment.init_from)
-    adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
+    adapting.check(experiment.adapters)
+    sharing.check(experiment.sharing, [adapter.name for adapter in experiment.adapters])
     names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
     regularisers.check(experiment.regularisers, experiment.mixout, names, phases, steps)
     for regulariser in experiment.regularisers:

@@ -24,7 +24,7 @@ from mtl_jax.experiment import Experiment
 GROUPS: dict[str, tuple[str, ...]] = {
     "run": ("workdir", "dry-run", "seed", "only", "devices", "sharding", "remat", "dtype", "init-from.path", "logger"),
     "losses": ("weighting", "weighting-options", "weights", "combinators", "regularisers.NAME.weight"),
-    "model": ("trunk.*", "adapters.NAME.rank"),
+    "model": ("trunk.*", "sharing.*", "adapters.NAME.rank"),
     "training": (
         *("phases.NAME.steps", "phases.NAME.learning-rate", "optimizer.learning-rate", "optimizer.weight-decay"),
         *("batch.rows", "batch.row-length", "batch.mixture", "batch.accumulate", "averaging"),

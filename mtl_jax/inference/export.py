@@ -135,7 +135,7 @@ def _trunk(run: TrainedRun, task: str) -> Any:
     """
     if not isinstance(run.trunk.module, Adapted):
         return run.params["trunk"]
-    return merge_adapters(run.trunk.module, run.params["trunk"], run.source_index(task) if task else None)
+    return merge_adapters(run.trunk.module, run.params["trunk"], run.source_index(task) if task else None, task or None)
 
 
 def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2Seq, overwrite: bool) -> None:

@@ -207,7 +207,9 @@ def make_row_losses(run: TrainedRun, task: Task) -> Callable[[Examples], np.ndar
 
     @jax.jit
     def losses(params: Any, batch: Batch) -> Any:
-        outputs = task.apply(params["heads"][task.name], encode(params["trunk"], batch, None, None), batch, None)
+        outputs = task.apply(
+            params["heads"][task.name], encode(params["trunk"], batch, None, None).read_by(task.name), batch, None
+        )
 
         def of_row(output: jax.Array, row: Batch) -> Any:
             alone = jax.tree.map(lambda leaf: leaf[None], row)

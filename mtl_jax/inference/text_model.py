@@ -174,7 +174,7 @@ def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") 
         raise UserError(f"{folder}: a run has no choice of languages; leave out --source-language and --target-language")
     task = generators[name] if name else next(iter(generators.values()))
     module, tokenizer = run.trunk.module, run.trunk.tokenizer
-    model = Seq2Seq(as_module(module, run.source_index(task.name)), task.module(module.dtype))
+    model = Seq2Seq(as_module(module, run.source_index(task.name), task.name), task.module(module.dtype))
     params = {"trunk": run.params["trunk"], "head": run.params["heads"][task.name]}
     positions = module.config.max_length
     options = dataclasses.asdict(generation_config(task, run.trunk, task.beams))

@@ -44,7 +44,7 @@ def rematerialised(choice: str) -> contextlib.AbstractContextManager[Any]:
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer, path = context.module, context.module.path
-        if context.method_name != "__call__" or not _is_layer(layer) or path in inside:
+        if context.method_name != "__call__" or not is_layer(layer) or path in inside:
             return next_call(*args, **kwargs)
         # Flags and absent arguments decide the program, so they are no inputs of it.
         arrays = [number for number, argument in enumerate(args) if not isinstance(argument, (bool, int, type(None)))]
@@ -67,7 +67,7 @@ def has_layers(module: nn.Module) -> bool:
     layers: list[nn.Module] = []
 
     def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if _is_layer(context.module):
+        if is_layer(context.module):
             layers.append(context.module)
         return next_call(*args, **kwargs)
 
@@ -76,5 +76,6 @@ def has_layers(module: nn.Module) -> bool:
     return bool(layers)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a whole layer."""
     return getattr(type(module), "is_layer", False) is True

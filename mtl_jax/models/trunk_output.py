@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,21 @@ from mtl_jax.models.encoder import EncoderConfig
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Which of the copies of a row each task's head reads; no array is in it.
+
+    Attributes:
+        of: (task, copy) of all tasks; () where a row has one copy.
+    """
+
+    of: tuple[tuple[str, int], ...] = ()
+
+
+ONE_COPY = Copies()
+
+
 class Encoded(NamedTuple):
     """The trunk's output for a batch; a field that no task of the run reads is None.
 
@@ -20,11 +36,22 @@ class Encoded(NamedTuple):
         tokens: f[R, T, H], a vector for each token.
         pooled: f32[R, S, H], the mean of each example's token vectors.
         table: f32[V, E], the trunk's token table, for heads that share it.
+        copies: Where tasks of one source have vectors of their own: which of them are whose; tokens are then f[R, C, T, H] and
+            pooled f32[R, C, S, H].
     """
 
     tokens: jax.Array | None = None
     pooled: jax.Array | None = None
     table: jax.Array | None = None
+    copies: Copies = ONE_COPY
+
+    def read_by(self, task: str) -> Encoded:
+        """What the head of a task reads: one copy of the rows."""
+        if not self.copies.of:
+            return self
+        number = dict(self.copies.of)[task]
+        tokens, pooled = (None if leaf is None else leaf[:, number] for leaf in (self.tokens, self.pooled))
+        return Encoded(tokens, pooled, self.table)
 
 
 def token_table(params: Any) -> jax.Array:

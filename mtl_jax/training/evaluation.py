@@ -74,9 +74,9 @@ def make_features(encode: Encode, mesh: Mesh) -> Apply:
     """A jitted function to the trunk's pooled vectors f32[R, S, H] of a batch, replicated on every device."""
 
     def features(params: Any, batch: Batch, table: jax.Array | None) -> jax.Array:
-        pooled = encode(params["trunk"], batch, None, table).pooled
-        assert pooled is not None
-        return pooled
+        encoded = encode(params["trunk"], batch, None, table)
+        assert encoded.pooled is not None
+        return encoded.pooled[:, 0] if encoded.copies.of else encoded.pooled  # before training all copies are the same
 
     return jax.jit(features, out_shardings=meshes.replicated(mesh))
 

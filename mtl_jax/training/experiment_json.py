@@ -14,7 +14,7 @@ from typing import Any, cast
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-from mtl_jax import augment, weighting
+from mtl_jax import augment, sharing, weighting
 from mtl_jax.audit import deidentified_rows
 from mtl_jax.audit.person_names import NAMES
 from mtl_jax.audit.recognisers import RECOGNISERS
@@ -30,6 +30,7 @@ from mtl_jax.data.formats import READERS, script_rows
 from mtl_jax.data.source import FIELDS, Augmentation, RowEdit, ScriptRows, Source
 from mtl_jax.experiment import Experiment, HeadWeights, Weighting, rule_name
 from mtl_jax.models.kernels import KERNELS
+from mtl_jax.sharing.base import Sharing
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.label_names import LabelNames
 from mtl_jax.tasks.metrics import METRICS
@@ -60,7 +61,7 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
 def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
     """{name: (door, class or function)} of the parts of an experiment, ours and the user's."""
     used: dict[str, tuple[str, Any]] = {}
-    for part in (experiment.trunk, *experiment.tasks, *experiment.adapters, *experiment.regularisers):
+    for part in (experiment.trunk, experiment.sharing, *experiment.tasks, *experiment.adapters, *experiment.regularisers):
         used[type(part).__name__] = (part.door, type(part))
     edits = [source.deidentify for source in experiment.sources if source.deidentify is not None]
     used |= {type(edit).__name__: (edit.door, type(edit)) for edit in edits}
@@ -143,7 +144,7 @@ def check_parts(recorded: Any, where: str) -> None:
     problem = mapping(object_of({"door": text, "file": text, "sha256": text}))(recorded)
     if problem:
         raise UserError(f"{where}: not what mtl_jax wrote ({PARTS}{problem})")
-    doors = {door.door: door for door in (Task, TrunkConfig, Adapter, Regulariser, RowEdit, Augmentation)}
+    doors = {door.door: door for door in (Task, TrunkConfig, Sharing, Adapter, Regulariser, RowEdit, Augmentation)}
     for name, part in recorded.items():
         if part["door"] not in doors:
             continue
@@ -242,8 +243,9 @@ def _structured(values: Any, kind: Any, where: str) -> Any:
 @functools.cache  # making one takes a tenth of a second
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    for name in dir(augment):  # a kind is known by its name once its module is loaded
-        getattr(augment, name)
+    for package in (augment, sharing):  # a kind is known by its name once its module is loaded
+        for name in dir(package):
+            getattr(package, name)
     converter.register_structure_hook(float | str, _number_or_text)
     converter.register_structure_hook(HeadWeights, _head_weights)
     converter.register_structure_hook(LabelNames, _label_names)
@@ -270,7 +272,7 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook_factory(_has_only_if_set, lambda kind: _unstructure_fields(converter, kind))
     converter.register_structure_hook_func(_is_part, lambda values, door: _part(converter, values, door))
     converter.register_unstructure_hook_func(_is_part, lambda part: _part_to_json(converter, part))
-    later = ("private", "sharding", "remat", "kernels", "augment")  # fields that config.json of earlier runs has not
+    later = ("private", "sharding", "remat", "kernels", "augment", "sharing")  # fields that config.json of earlier runs has not
     added: dict[str, Any] = {name: override(omit_if_default=True) for name in later}
     experiment_to_json = make_dict_unstructure_fn(Experiment, converter, **added)
     converter.register_unstructure_hook(Experiment, experiment_to_json)

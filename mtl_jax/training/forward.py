@@ -5,6 +5,7 @@ Shapes in names: R rows, T tokens a row, U target tokens a row, S examples a row
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.remat import rematerialised
-from mtl_jax.models.trunk_output import Encoded, looked_up, segment_mean, token_table, with_token_table
+from mtl_jax.models.trunk_output import Copies, Encoded, looked_up, segment_mean, token_table, with_token_table
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.sharding import Placement
@@ -83,6 +84,7 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Sav
     """
 
     reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
+    copies = Copies(trunk.copy_of if isinstance(trunk, Adapted) else ())
 
     def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
         own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
@@ -99,10 +101,15 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Sav
                 **types,
                 **own_adapters,
             )
+        hidden, mean = output.hidden, functools.partial(segment_mean, num_segments=batch.index.shape[-1])
+        if copies.of:
+            hidden = hidden.reshape(len(batch.tokens), -1, *hidden.shape[1:])
+            mean = jax.vmap(mean, in_axes=(1, None), out_axes=1)
         return Encoded(
-            tokens=output.hidden if "tokens" in needs else None,
-            pooled=segment_mean(output.hidden, batch.segments, batch.index.shape[-1]) if "pooled" in needs else None,
+            tokens=hidden if "tokens" in needs else None,
+            pooled=mean(hidden, batch.segments) if "pooled" in needs else None,
             table=savings.gathered(token_table(params)) if "table" in needs else None,
+            copies=copies,
         )
 
     return encode
@@ -122,7 +129,7 @@ def cached_features(params: Any, batch: Batch, key: jax.Array | None, features_N
 
 def needed_fields(tasks: tuple[Task, ...]) -> tuple[str, ...]:
     """The fields of Encoded that the tasks' heads read."""
-    return tuple(field for field in Encoded._fields if any(field in task.needs for task in tasks))
+    return tuple(field for field in ("tokens", "pooled", "table") if any(field in task.needs for task in tasks))
 
 
 def apply_heads(
@@ -148,7 +155,7 @@ def apply_head(
 ) -> jax.Array:
     """The outputs of one head; a key means dropout."""
     with rematerialised(savings.remat):
-        return task.apply(savings.head(task, params), encoded, batch, key)
+        return task.apply(savings.head(task, params), encoded.read_by(task.name), batch, key)
 
 
 def label_counts(tasks: tuple[Task, ...], batch: Batch) -> dict[str, jax.Array]:

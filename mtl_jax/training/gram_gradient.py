@@ -230,7 +230,7 @@ def make_backward(
             if of_table is not None and table_VxE is not None:
                 of_read_KxUxE, ids_U = token_gradients.rows_read(of_table, len(names), len(table_VxE))
                 rows = with_token_table(rows, of_read_KxUxE)
-        apart = [entries for by_round in halves for entries in by_round]
+        apart = [task_gradients.shared_only(entries) for by_round in halves for entries in by_round]
         gram = task_gradients.gram_matrix(apart, [f"{half}{name}" for half in range(len(halves)) for name in names])
         if of_table is not None:
             gram += token_gradients.gram_matrix(of_table, len(names) * len(halves))
@@ -271,7 +271,8 @@ def half_counts(tasks: tuple[Task, ...], parts: Batch) -> dict[str, jax.Array]:
 def _of_vectors(cotangent: Encoded) -> jax.Array:
     """f32[H], the gradient by a vector that is added to every token's."""
     parts = [part for part in (cotangent.tokens, cotangent.pooled) if part is not None]
-    return sum((part.astype(jnp.float32).sum(axis=(0, 1)) for part in parts[1:]), parts[0].astype(jnp.float32).sum(axis=(0, 1)))
+    sums = [part.astype(jnp.float32).sum(axis=tuple(range(part.ndim - 1))) for part in parts]
+    return sum(sums[1:], sums[0])
 
 
 def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:

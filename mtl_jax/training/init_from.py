@@ -14,6 +14,7 @@ from mtl_jax.core import digests, trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.models.trunk_output import token_table
 from mtl_jax.pretrained.checkpoint import AUTO
+from mtl_jax.sharing.base import Hard
 from mtl_jax.training import restore
 from mtl_jax.training.setup import Prepared
 from mtl_jax.transfer import loading
@@ -74,7 +75,7 @@ def _from_run(init: InitFrom) -> InitialParams:
     run = restore.open_run(folder, init.step)
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flat(jax.device_get(run.params)).items()}
     facts = {"experiment": run.experiment.name, "seed": run.experiment.seed, "step": run.step, "dev": run.dev}
-    separate = any(adapter.per != RUN for adapter in run.experiment.adapters)
+    separate = any(adapter.per != RUN for adapter in run.experiment.adapters) or not isinstance(run.experiment.sharing, Hard)
     return InitialParams(leaves, trunk_compatibility.of_trunk(run.trunk), facts, separate)
 
 
@@ -97,8 +98,8 @@ def _check(prepared: Prepared, init: InitFrom, source: InitialParams, account: A
         return
     if source.separate_adapters and any(path.startswith(f"trunk/{ADAPTERS}/") for path in into_trunk):
         raise UserError(
-            f"{FIELD}: each source of {init.path} has its own adapters, and it is not known which ones the sources of this run "
-            f"should get; leave them out by {FIELD}.leave_out trunk/{ADAPTERS}/.*"
+            f"{FIELD}: each source or task of {init.path} has its own adapters, and it is not known which ones those of this "
+            f"run should get; leave them out by {FIELD}.leave_out trunk/{ADAPTERS}/.*"
         )
     names, both = ("this experiment", init.path), (trunk_compatibility.of_trunk(prepared.trunk), source.kin)
     trunk_compatibility.check_family(names, both, _PURPOSE)

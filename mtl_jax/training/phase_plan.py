@@ -77,7 +77,7 @@ class PhasePlan(NamedTuple):
 
 
 def plan(
-    experiment: Experiment, tasks: tuple[Task, ...], params: Any, compared_tasks: Mapping[str, Sequence[str]]
+    experiment: Experiment, tasks: tuple[Task, ...], params: Any, compared_tasks: Mapping[str, Sequence[str]], copies: int = 1
 ) -> list[PhasePlan]:
     """The phases of a run.
 
@@ -86,6 +86,7 @@ def plan(
         tasks: Its tasks, with their label sets.
         params: Its parameters.
         compared_tasks: As in Prepared.
+        copies: How many copies of a row leave the trunk.
 
     Raises:
         UserError: Rules do not fit the parameters, or a weighting rule the phase.
@@ -126,7 +127,7 @@ def plan(
         )
         mixes_trunk = any(isinstance(chosen, Mix) and chosen.mixes_trunk for chosen in regularisers)
         fixed = same_texts and not mixes_trunk and not changes_tokens
-        only_pooled = needed_fields(tasks) == ("pooled",) and not imitates_hidden and fixed
+        only_pooled = needed_fields(tasks) == ("pooled",) and copies == 1 and not imitates_hidden and fixed
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(

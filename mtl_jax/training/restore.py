@@ -14,12 +14,14 @@ from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import reason
 from mtl_jax.data.source import Source
 from mtl_jax.experiment import Experiment, select, unlabelled_sources
+from mtl_jax.sharing.base import Hard
 from mtl_jax.tasks import Task
 from mtl_jax.training import checkpoint_files, frozen_params
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Best, Store
 from mtl_jax.training.experiment_json import from_json, tasks_from_json
+from mtl_jax.training.share_trunk import share_trunk
 from mtl_jax.training.train_state import init_params
 from mtl_jax.transfer.adapters.base import RUN
 from mtl_jax.trunks import Trunk
@@ -97,7 +99,8 @@ def open_run(folder: Path, step: str = "best") -> TrainedRun:
     if [task.name for task in tasks] != [task.name for task in experiment.tasks]:
         raise workdirs.damaged(folder / "data.json", "its tasks are not those of config.json")
     trunk = trunks.reopen(experiment.trunk, folder / "trunk", meshes.compute_dtype(experiment.dtype))
-    trunk = trunks.adapt(trunk, experiment.adapters, len({task.source for task in tasks} | set(unlabelled_sources(experiment))))
+    used = {task.source for task in tasks} | set(unlabelled_sources(experiment))
+    trunk = share_trunk(trunk, experiment, tasks, [source.name for source in experiment.sources if source.name in used])
     checkpoint = _read(folder, experiment, step)
     _check_sizes(folder, trunk, tasks, checkpoint)
     heads = {task.name: {} for task in tasks} | checkpoint.value.get("heads", {})  # a head may have no parameter
@@ -142,6 +145,11 @@ def open_finished(folder: Path, where: str) -> TrainedRun:
         raise UserError(f"{where}: the run in {folder} is not finished (it has no results.json); let it end first")
     run = open_run(folder)
     separate = [adapter.name for adapter in run.experiment.adapters if adapter.per != RUN]
+    if not isinstance(run.experiment.sharing, Hard):
+        raise UserError(
+            f"{where}: the tasks of the run in {folder} share its trunk by {type(run.experiment.sharing).__name__}, which "
+            "knows only the rows of its own tasks; name a run with sharing Hard()"
+        )
     if separate:
         raise UserError(
             f"{where}: each source of the run in {folder} has its own adapters ({', '.join(separate)}), and none of them is "

@@ -37,6 +37,7 @@ from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.training.regularisation.teachers import Teacher
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.training.sharding import Placement
+from mtl_jax.training.share_trunk import share_trunk
 from mtl_jax.training.train_state import TrainState, create, init_on_host, init_params
 from mtl_jax.transfer import adapters, averaging, optax_rules
 from mtl_jax.transfer.loading import FIELD
@@ -136,7 +137,7 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
         trunks.check_packed(trunk, experiment.batch.row_length)
     facts = trunks.facts(trunk)
     tasks = tuple(task.on(facts) for task in experiment.tasks)
-    trunk = trunks.adapt(trunk, experiment.adapters, len(data))
+    trunk = share_trunk(trunk, experiment, tasks, list(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     corpus = corpora.with_augmentations(
         corpus,
@@ -169,7 +170,7 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
             coverage.check(split.values(), (), trunk.tokenizer, teacher.tables)
     projections = regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
     params["heads"] |= jax.eval_shape(lambda: projections) if abstract else projections
-    plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks)
+    plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks, trunks.copies(trunk))
     for plan in plans:
         phase_plan.check_halves(plan, schedule)
     trains_trunk = any(trains for plan in plans for trains in jax.tree.leaves(plan.mask["trunk"]))

@@ -9,6 +9,7 @@ Shapes in names: N blocks (sources), R rows a block, S examples a row, H trunk w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Task
+from mtl_jax.transfer.adapters.adapted import is_own
 
 CHUNK = 8192  # numbers of every task at a time, so that K chunks fit into a core's cache
 
@@ -256,19 +259,32 @@ def of_halves(both_2Kx2K: jax.Array, counts: Mapping[str, jax.Array]) -> tuple[j
 
 @jax.named_scope("combined")
 def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str]) -> Any:
-    """sum_k weight_k * gradient_k, a tree like the parameters, float32."""
+    """sum_k weight_k * gradient_k, a tree like the parameters, float32.
+
+    A task with a weight below 0 does not change parameters that belong to single tasks, as it does not change its head.
+    """
+
+    def sum_of(path: Any, leaf: jax.Array, weights_K: jax.Array) -> jax.Array:
+        weights_K = jnp.maximum(weights_K, 0.0) if is_own(trees.path_name(path)) else weights_K
+        return jnp.tensordot(weights_K, leaf.astype(jnp.float32), axes=1)
+
     start, total = 0, None
     if not jax.tree.leaves(rounds):  # a trunk that is a token table and no more
         return rounds[0]
     for gradients in rounds:
         count = len(jax.tree.leaves(gradients)[0])
         weights_K = jnp.stack([weights[name] for name in names[start : start + count]])
-        part = jax.tree.map(lambda leaf, w=weights_K: jnp.tensordot(w, leaf.astype(jnp.float32), axes=1), gradients)
+        part = jax.tree_util.tree_map_with_path(functools.partial(sum_of, weights_K=weights_K), gradients)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
         start += count
     return total
 
 
 def gram_of_rows(rows: Any) -> jax.Array:
-    """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...]."""
-    return gram_matrix([rows], range(len(jax.tree.leaves(rows)[0])))
+    """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...], by what the tasks share."""
+    return gram_matrix([shared_only(rows)], range(len(jax.tree.leaves(rows)[0])))
+
+
+def shared_only(gradients: Any) -> Any:
+    """Gradients of the trunk without those by parameters of single tasks, in which tasks cannot conflict."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: None if is_own(trees.path_name(path)) else leaf, gradients)

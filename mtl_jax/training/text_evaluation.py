@@ -73,7 +73,9 @@ def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
             for beams in (task.dev_beams, task.beams):
                 try:
                     config = generation_config(task, trunk, beams)
-                    decoding.fit_to_model(EncoderDecoder(as_module(trunk.module, 0), task.module(trunk.module.dtype)), config)
+                    decoding.fit_to_model(
+                        EncoderDecoder(as_module(trunk.module, 0, task.name), task.module(trunk.module.dtype)), config
+                    )
                 except UserError as error:
                     raise UserError(
                         f"task {task.name!r}: {error} (by target_length or max_new_tokens and the checkpoint's "
@@ -104,7 +106,7 @@ def generate(
         devices: This process's devices that share the work; none: the one where the parameters are.
         share_work: Whether all processes call this with the same examples, and each generates a part of the texts.
     """
-    model = EncoderDecoder(as_module(trunk.module, examples.place), task.module(trunk.module.dtype))
+    model = EncoderDecoder(as_module(trunk.module, examples.place, task.name), task.module(trunk.module.dtype))
     model_params = {"trunk": params["trunk"], "head": params["heads"][task.name]}
     rows = [examples.tokens[group[0]] for group in examples.groups()]
     places = [place for place, tokens in enumerate(rows) if len(tokens)]

@@ -11,6 +11,7 @@ from mtl_jax.trunks.base import UNBOUNDED as UNBOUNDED
 from mtl_jax.trunks.base import Trunk as Trunk
 from mtl_jax.trunks.base import TrunkConfig as TrunkConfig
 from mtl_jax.trunks.base import adapt as adapt
+from mtl_jax.trunks.base import copies as copies
 from mtl_jax.trunks.base import draws_dropout as draws_dropout
 from mtl_jax.trunks.base import facts as facts
 from mtl_jax.trunks.base import init_params as init_params

@@ -31,6 +31,8 @@ from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensor_files import Location
 from mtl_jax.transfer import adapters as adapting
 from mtl_jax.transfer.adapters import Adapted, Adapter
+from mtl_jax.transfer.adapters.base import Inserted
+from mtl_jax.transfer.adapters.routes import Routes
 
 BESIDE = "beside.safetensors"  # parameters of a checkpoint that do not train
 UNBOUNDED = 1_000_000  # tokens, without a position table
@@ -127,19 +129,35 @@ class Trunk(NamedTuple):
         return config if dataclasses.is_dataclass(config) else self.declared
 
 
-def adapt(trunk: Trunk, adapters: Sequence[Adapter], sources: int) -> Trunk:
+def adapt(
+    trunk: Trunk,
+    adapters: Sequence[Adapter],
+    sources: int,
+    *,
+    sharing: Sequence[Inserted] = (),
+    routes: Routes | None = None,
+) -> Trunk:
     """The trunk with adapters.
 
     Args:
         trunk: The trunk.
         adapters: The adapters to add; may be empty.
         sources: The number of the run's sources.
+        sharing: As in transfer.adapters.adapt().
+        routes: As there.
 
     Raises:
-        UserError: An adapter has no place in the trunk.
+        UserError: An adapter or the sharing has no place in the trunk.
     """
     assert isinstance(trunk.module, nn.Module)  # no adapters yet
-    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources)) if adapters else trunk
+    if not (adapters or sharing):
+        return trunk
+    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources, sharing=sharing, routes=routes))
+
+
+def copies(trunk: Trunk) -> int:
+    """How many copies of each row leave the trunk: more than one where tasks of one source have parameters of their own."""
+    return trunk.module.copies if isinstance(trunk.module, Adapted) else 1
 
 
 def facts(trunk: Trunk) -> TrunkFacts:

@@ -14,10 +14,10 @@ from flax import traverse_util
 
 from mtl_jax import IA3, Bottleneck, Lora, Prefix, pretrained
 from mtl_jax.core.errors import UserError
-from mtl_jax.models.encoder import EmbeddingConfig, SharedEmbedding
+from mtl_jax.models.encoder import EmbeddingConfig, Encoder, EncoderConfig, SharedEmbedding
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention, rotate
-from mtl_jax.transfer.adapters import adapt, check, merge_adapters
+from mtl_jax.transfer.adapters import adapt, merge_adapters, routes
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
 FAMILIES = [
@@ -375,8 +375,18 @@ def test_an_embedding_has_no_place_for_adapters(adapter):
         adapt(SharedEmbedding(EmbeddingConfig(10, 4)), [adapter])
 
 
-def test_tasks_of_one_source_cannot_have_adapters_of_their_own():
-    lora = Lora(name="lora", per="task")
-    check([lora], {"a": "first", "b": "second"})
-    with pytest.raises(UserError, match="'lora': per is task, but tasks a, b share the rows of source 'first'"):
-        check([lora], {"a": "first", "b": "first", "c": "second"})
+def test_tasks_of_one_source_have_adapters_of_their_own():
+    """Rows of the second source are there twice, each with the adapter of one of its tasks."""
+    module = Encoder(EncoderConfig(12, 8, 2, 2, 16, 8, type_vocab_size=0))
+    ids, source = jnp.arange(12).reshape(3, 4), jnp.array([0, 1, 1])
+    params = module.init(jax.random.key(0), ids)["params"]
+    lora = Lora(name="lora", rank=2, per="task")
+    tasks = routes.make([("a", "first"), ("b", "second"), ("c", "second")], ["first", "second"], {})
+    adapted = adapt(module, [lora], 2, routes=tasks)
+    added = jax.tree.map(lambda leaf: leaf + 0.1, adapted.add(params, jax.random.key(1)))
+    hidden = adapted.apply({"params": added}, ids, source=source).hidden.reshape(3, 2, 4, 8)
+    alone = adapt(module, [dataclasses.replace(lora, per="run")])
+    for row, copy, task in ((0, 0, 0), (1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 1, 2)):
+        of_task = added | {"adapters": jax.tree.map(lambda leaf, n=task: leaf[n], added["adapters"])}
+        expected = alone.apply({"params": of_task}, ids[row : row + 1]).hidden[0]
+        np.testing.assert_allclose(hidden[row, copy], expected, atol=2e-6)

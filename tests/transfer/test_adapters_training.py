@@ -367,7 +367,7 @@ def test_other_adapters_than_lora_and_ia3_do_not_go_out(bert, data, tmp_path):
         ({"adapters": (dataclasses.replace(LORA, target="trunk/.*"),)}, "'trunk/.*' matches no layer; there are layer_N/att"),
         ({"adapters": (dataclasses.replace(LORA, rank=0),)}, "adapter 'lora': rank is 0"),
         ({"adapters": (LORA, LORA)}, "adapter names must differ"),
-        ({"adapters": (dataclasses.replace(LORA, per="task"),)}, "tasks coarse, fine share the rows of source 'questions'"),
+        ({"adapters": (dataclasses.replace(LORA, name="sharing"),)}, "this is where the parameters of a sharing are"),
         ({"adapters": ()}, r"the rule 'trunk/adapters/\.\*' matches no parameter"),
         ({"adapters": (LORA,), "trunk": mtl_jax.Embedding()}, "adapter 'lora' finds no place in this trunk"),
         (

@@ -178,6 +178,15 @@ def check(
             or there is no dropout that R-Drop could vary.
     """
     leaves = leaves_of(params)
+    for regulariser in _active(experiment, _all_steps(experiment)):
+        reads_vectors = isinstance(regulariser, Mix | NeighbourSmoothing) or (
+            isinstance(regulariser, Distillation) and regulariser.of == "hidden"
+        )
+        if reads_vectors and trunks.copies(trunk) > 1:
+            raise UserError(
+                f"{FIELD}: {regulariser.name} reads the vectors of a row, and tasks of one source have vectors of their own "
+                "here: declare the same file as a second source, or leave the sharing at Hard()"
+            )
     if experiment.mixout.p:
         _matches("mixout.parameters", experiment.mixout.parameters, leaves)
     for regulariser in _active(experiment, _all_steps(experiment)):

@@ -9,6 +9,7 @@ from mtl_jax.transfer.adapters.adapted import Adapted as Adapted
 from mtl_jax.transfer.adapters.adapted import adapt as adapt
 from mtl_jax.transfer.adapters.adapted import as_module as as_module
 from mtl_jax.transfer.adapters.adapted import check as check
+from mtl_jax.transfer.adapters.adapted import is_own as is_own
 from mtl_jax.transfer.adapters.adapted import merge_adapters as merge_adapters
 from mtl_jax.transfer.adapters.adapted import notes as notes
 from mtl_jax.transfer.adapters.base import Adapter as Adapter

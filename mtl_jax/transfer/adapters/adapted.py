@@ -19,8 +19,23 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention
-from mtl_jax.transfer.adapters.base import RUN, TASK, Adapter, Call, Layer
+from mtl_jax.models.remat import is_layer
+from mtl_jax.transfer.adapters.base import (
+    ATTENTION,
+    COMMON,
+    DENSE,
+    OWN,
+    ROTARY,
+    RUN,
+    TASK,
+    WHOLE,
+    Adapter,
+    Call,
+    Inserted,
+    Layer,
+)
 from mtl_jax.transfer.adapters.prefix import Prefix
+from mtl_jax.transfer.adapters.routes import Routes, Rows, repeated
 
 ADAPTERS = "adapters"
 
@@ -33,13 +48,15 @@ class Adapted:
 
     Attributes:
         base: The module, unchanged.
-        adapters: The adapters.
+        adapters: The adapters, and the sharing of a run whose tasks do not share all of the trunk.
         sources: N, for adapters with parameters for each source.
+        routes: The tasks of every row; None: nothing in the trunk belongs to single tasks.
     """
 
     base: nn.Module
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[Inserted, ...]
     sources: int = 1
+    routes: Routes | None = None
 
     @property
     def config(self) -> Any:
@@ -51,9 +68,19 @@ class Adapted:
         """The compute dtype of the module."""
         return self.base.dtype
 
+    @property
+    def copies(self) -> int:
+        """How many copies of each row its output has, one after another; more than one only where tasks share a source."""
+        return 1 if self.routes is None else self.routes.copies
+
+    @property
+    def copy_of(self) -> tuple[tuple[str, int], ...]:
+        """(task, the copy of a row that its head reads), where there are several; else ()."""
+        return self.routes.copy_of if self.routes is not None and self.copies > 1 else ()
+
     @functools.cached_property
     def layers(self) -> dict[str, Layer]:
-        """The layers that can be adapted, by path."""
+        """The layers that can be adapted, by path, in the order of their calls."""
         layers: dict[str, Layer] = {}
 
         def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -76,6 +103,64 @@ class Adapted:
         """
         return {adapter.name: adapter.where(self.layers) for adapter in self.adapters}
 
+    @property
+    def has_parts_of_tasks(self) -> bool:
+        """Whether anything in the trunk belongs to single tasks."""
+        tasks = 0 if self.routes is None else len(self.routes.tasks)
+        return any(
+            self.by_task(adapter) or any(_has_own(adapter, layer, tasks) for layer in self.where[adapter.name])
+            for adapter in self.adapters
+        )
+
+    def by_task(self, adapter: Inserted) -> bool:
+        """Whether the parameters of init() are stacked by task; else by source, or not at all."""
+        return adapter.per == TASK and self.copies > 1
+
+    def stacked(self, adapter: Inserted) -> int:
+        """How many times the parameters of init() are there."""
+        assert self.routes is not None or not self.by_task(adapter)
+        return len(self.routes.tasks) if self.routes is not None and self.by_task(adapter) else self.sources
+
+    @functools.cached_property
+    def first_copied(self) -> str | None:
+        """The path of the whole layer from which on a row has its copies; None: none is copied.
+
+        Raises:
+            UserError: Parameters of single tasks are outside of whole layers.
+        """
+        if self.routes is None or max(adapter.through(self.routes) for adapter in self.adapters) == 1:
+            return None
+        enclosing = {}
+        for adapter in self.adapters:
+            places, tasks = self.where[adapter.name], len(self.routes.tasks)
+            everywhere = self.by_task(adapter) or any(
+                _has_own(adapter, place, tasks) for place in places if place.kind == COMMON
+            )
+            for place in places:
+                if place.kind != COMMON and (everywhere or _has_own(adapter, place, tasks)):
+                    enclosing[place.path] = self.enclosing(place.path)
+        outside = [path for path, whole in enclosing.items() if whole is None]
+        if outside:
+            raise UserError(
+                f"tasks that share a source cannot have parameters of their own at {listed(outside)}, which is in no layer of "
+                "the trunk: choose places inside layers, or declare the same file as a second source"
+            )
+        order = list(self.layers)
+        return min((path for path in enclosing.values() if path is not None), key=order.index, default=None)
+
+    def enclosing(self, path: str) -> str | None:
+        """The path of the whole layer that a layer is a part of, or is."""
+        whole = [layer.path for layer in self.layers.values() if layer.kind == WHOLE]
+        return next((outer for outer in whole if path == outer or path.startswith(f"{outer}/")), None)
+
+    @functools.cached_property
+    def copied_layers(self) -> frozenset[str]:
+        """The paths of the layers whose rows are copies."""
+        if self.first_copied is None:
+            return frozenset()
+        order = list(self.layers)
+        return frozenset(order[order.index(self.first_copied) :])
+
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """{"params": ...}: the parameters of the module's init(), and new adapters from the same key."""
         key = rngs["params"] if isinstance(rngs, Mapping) else rngs
@@ -89,10 +174,18 @@ class Adapted:
                 path = f"{adapter.name}/{layer.path}"
                 layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 if adapter.per == RUN:
-                    added[path] = adapter.init(layer_key, layer)
+                    added[path] = dict(adapter.init(layer_key, layer))
                 else:
-                    init = jax.vmap(lambda key, adapter=adapter, layer=layer: adapter.init(key, layer))
-                    added[path] = jax.tree.map(_stack, init(jax.random.split(layer_key, self.sources)))
+                    added[path] = _stacks(adapter.init, layer_key, layer, self.stacked(adapter))
+                if self.routes is not None:
+                    tasks = len(self.routes.tasks)
+                    own_key = jax.random.fold_in(layer_key, zlib.crc32(OWN.encode()))
+                    own = _stacks(adapter.init_own, own_key, layer, tasks)
+                    added[path] |= adapter.init_for(layer_key, layer, tasks)
+                    added[path] |= {OWN: own} if own else {}
+                    for name, copies in adapter.copied(layer, tasks).items():
+                        whole = _copies(_subtree(params, layer.path), copies)
+                        added[path][name] = {**added[path].get(name, {}), **whole}
         return {**params, ADAPTERS: trees.nested(added)}
 
     def apply(
@@ -109,9 +202,12 @@ class Adapted:
             variables: {"params": ...}.
             *args: Arguments of the module.
             rngs: As in linen; with deterministic=False adapters, too, draw their dropout from "dropout".
-            source: i32[B], the source of each row, if sources have their own adapters; a row without a source, -1, gets those
-                of source 0.
+            source: i32[B], the source of each row, if sources or tasks have their own adapters; a row without a source, -1,
+                gets those of source 0.
             **kwargs: Arguments of the module by name.
+
+        Returns:
+            The module's output; where copies > 1, rows are [B copies], those of one row one after another.
 
         Raises:
             ValueError: The parameters have no adapters, or source or an rng is missing.
@@ -120,7 +216,12 @@ class Adapted:
         if ADAPTERS not in params:
             raise ValueError("these parameters have no adapters; add() adds new ones")
         added = params.pop(ADAPTERS)
-        by_layer = {adapter.name: self._by_layer(adapter, trees.flat(added[adapter.name]), source) for adapter in self.adapters}
+        rows = None
+        if self.routes is not None:
+            if source is None:
+                raise ValueError("tasks have their own parameters, so apply() needs the source of every row")
+            rows = self.routes.of(source)
+        by_layer = {adapter.name: self._by_layer(adapter, added[adapter.name], source, rows) for adapter in self.adapters}
         key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
         if (
             key is None
@@ -129,40 +230,97 @@ class Adapted:
         ):
             raise ValueError('adapters have dropout, so apply() needs an rng named "dropout" unless deterministic')
         nearest_first, layers = sorted(self.adapters, key=lambda adapter: adapter.order), self.layers
+        memos: dict[str, dict[str, Any]] = {adapter.name: {} for adapter in self.adapters}
+        outer: list[tuple[Any, ...]] = [()]  # the arguments of the layers that are being called
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             layer = layers.get("/".join(context.module.path)) if context.method_name == "__call__" else None
             if layer is None:
                 return next_call(*args, **kwargs)
+            if layer.kind == WHOLE and layer.path in self.copied_layers:
+                args, kwargs = repeated((args, kwargs), args_rows, self.through)
             call: Callable[..., Any] = next_call
             for adapter in nearest_first:
                 layer_params = by_layer[adapter.name].get(adapter.uses(layer))
                 if layer_params is not None:
-                    call = _around(adapter, layer_params, layer, context.module, call, key)
-            return call(*args, **kwargs)
+                    about = (key, outer[-1], rows, memos[adapter.name])
+                    call = _around(adapter, layer_params, layer, context.module, call, *about)
+            if layer.kind != WHOLE:
+                return call(*args, **kwargs)
+            outer.append(args)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                outer.pop()
 
+        args_rows = len(args[0])
         with nn.intercept_methods(intercept):
             return self.base.apply({**variables, "params": params}, *args, rngs=rngs, **kwargs)
 
-    def _by_layer(self, adapter: Adapter, flat: Mapping[str, Any], source: jax.Array | None) -> dict[str, dict[str, jax.Array]]:
-        """{layer: parameters}; if sources have their own, the parameters of each row's source."""
-        by_layer: dict[str, dict[str, jax.Array]] = {}
-        for path, leaf in flat.items():
-            layer, _, name = path.rpartition("/")
-            by_layer.setdefault(layer, {})[name] = leaf
-        if adapter.per == RUN:
-            return by_layer
-        if source is None:
-            raise ValueError(f"adapter {adapter.name!r}: each source has its own, so apply() needs the source of every row")
-        # A product, since the gradient of indexing is summed in no fixed order on GPUs.
-        chosen_BxN = jax.nn.one_hot(jnp.maximum(source, 0), self.sources)
-        return {
-            layer: {name: self._chosen(leaf, chosen_BxN) for name, leaf in params.items()} for layer, params in by_layer.items()
-        }
+    @functools.cached_property
+    def through(self) -> int:
+        """How many copies of a row go through the copied layers."""
+        return 1 if self.routes is None else max(adapter.through(self.routes) for adapter in self.adapters)
 
-    def _chosen(self, leaf: jax.Array, chosen_BxN: jax.Array) -> jax.Array:
-        stack = leaf.reshape(self.sources, 1, -1) if leaf.ndim == 1 else leaf
-        return jnp.einsum("bn,n...->b...", chosen_BxN, stack, precision="highest")
+    def _by_layer(
+        self, adapter: Inserted, added: Mapping[str, Any], source: jax.Array | None, rows: Rows | None
+    ) -> dict[str, dict[str, Any]]:
+        """{layer: parameters}; if sources or tasks have their own, those of each row."""
+        by_layer: dict[str, dict[str, Any]] = {}
+        common = _subtree(added, adapter.common) if adapter.common else {}
+        for layer in self.where[adapter.name]:
+            params = dict(_subtree(added, layer.path))
+            own = {**common.get(OWN, {}), **params.pop(OWN, {})}
+            params = {**{name: leaf for name, leaf in common.items() if name != OWN}, **params}
+            copied = layer.path in self.copied_layers
+            if adapter.per != RUN and self.by_task(adapter):
+                own, params = params, {}
+            elif adapter.per != RUN:
+                if source is None:
+                    raise ValueError(
+                        f"adapter {adapter.name!r}: each source has its own, so apply() needs the source of every row"
+                    )
+                # A product, since the gradient of indexing is summed in no fixed order on GPUs.
+                source_B = jnp.repeat(source, self.through, axis=0) if copied else source
+                chosen_BxN = jax.nn.one_hot(jnp.maximum(source_B, 0), self.sources)
+                params = {name: _chosen(leaf, chosen_BxN) for name, leaf in params.items()}
+            if own and rows is not None:
+                tasks = len(rows.routes.tasks)
+                if adapter.by_row:
+                    chosen_BxK = jax.nn.one_hot(rows.task_BC if copied or rows.routes.copies == 1 else rows.source_B, tasks)
+                    own = {name: _chosen(leaf, chosen_BxK) for name, leaf in own.items()}
+                params |= own if adapter.by_row else {OWN: own}
+            by_layer[layer.path] = params
+        return by_layer
+
+
+def _chosen(leaf: jax.Array, chosen_BxN: jax.Array) -> jax.Array:
+    """The part of a stack for each row."""
+    N = chosen_BxN.shape[-1]
+    stack = leaf.reshape(N, 1, -1) if leaf.ndim == 1 else leaf
+    return jnp.einsum("bn,n...->b...", chosen_BxN, stack, precision="highest")
+
+
+def _subtree(tree: Mapping[str, Any], path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def _stacks(init: Any, key: jax.Array, layer: Layer, count: int) -> dict[str, Any]:
+    """The results of an adapter's init() or init_own() for several sources or tasks."""
+    stacks: dict[str, Any] = jax.tree.map(_stack, jax.vmap(lambda key: init(key, layer))(jax.random.split(key, count)))
+    return stacks
+
+
+def _copies(tree: Any, count: int) -> Any:
+    """Several copies of parameters; vectors as _stack() says."""
+    return jax.tree.map(lambda leaf: _stack(jnp.broadcast_to(leaf, (count, *leaf.shape))), tree)
+
+
+def _has_own(adapter: Inserted, layer: Layer, tasks: int) -> bool:
+    """Whether an adapter has parameters of single tasks at a layer, or copies of the layer."""
+    return bool(jax.eval_shape(lambda: adapter.init_own(jax.random.key(0), layer))) or bool(adapter.copied(layer, tasks))
 
 
 class OfSource(nn.Module):
@@ -171,10 +329,12 @@ class OfSource(nn.Module):
     Attributes:
         adapted: The trunk.
         source: The number of the source.
+        task: The task whose copy of the rows is wanted, where they have several.
     """
 
     adapted: Adapted
     source: int = 0
+    task: str = ""
 
     @property
     def config(self) -> Any:
@@ -189,15 +349,26 @@ class OfSource(nn.Module):
     def __call__(self, input_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """The trunk's output; the arguments are those of the trunk."""
         rows_B = jnp.full(len(input_ids), self.source)
-        return self.adapted.apply({"params": self.variables["params"]}, input_ids, *args, source=rows_B, **kwargs)
+        output = self.adapted.apply({"params": self.variables["params"]}, input_ids, *args, source=rows_B, **kwargs)
+        copy_of = dict(self.adapted.copy_of)
+        if not copy_of:
+            return output
+        return output._replace(hidden=output.hidden[copy_of[self.task] :: self.adapted.copies])
 
 
-def as_module(trunk: nn.Module | Adapted, source: int) -> nn.Module:
-    """A trunk for use inside another linen module: itself, or, if it has adapters, the trunk with those of one source."""
-    return OfSource(trunk, source) if isinstance(trunk, Adapted) else trunk
+def as_module(trunk: nn.Module | Adapted, source: int, task: str) -> nn.Module:
+    """A trunk for use inside another linen module: itself, or, if it has adapters, the trunk with those of one task's rows."""
+    return OfSource(trunk, source, task) if isinstance(trunk, Adapted) else trunk
 
 
-def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> Adapted:
+def adapt(
+    module: nn.Module,
+    adapters: Sequence[Adapter],
+    sources: int = 1,
+    *,
+    sharing: Sequence[Inserted] = (),
+    routes: Routes | None = None,
+) -> Adapted:
     """A trunk with adapters: BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, or the encoder of Marian, BART, T5.
 
     With optax alone:
@@ -219,22 +390,36 @@ def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> A
         module: The trunk: a linen module with the attention of models.layers or models.modernbert, and nn.Dense.
         adapters: The adapters.
         sources: Number of sources, for adapters with parameters for each source.
+        sharing: How the tasks share the trunk, if not all of it.
+        routes: The tasks of the rows of every source, if adapters or the sharing have parameters of single tasks.
 
     Raises:
         UserError: A field is refused, two adapters have one name, or one has no layer in the module.
     """
     check(adapters)
-    adapted = Adapted(module, tuple(adapters), sources)
+    for part in sharing:
+        routes = None if routes is None else part.routes(routes)
+    adapted = Adapted(module, (*adapters, *sharing), sources, routes)
     adapted.where  # noqa: B018  raises if an adapter has no layer
+    if not adapted.has_parts_of_tasks:
+        adapted = dataclasses.replace(adapted, routes=None)
+    adapted.first_copied  # noqa: B018  raises if parameters of single tasks are in no layer
+    whole = {layer.path for part in sharing for layer in adapted.where[part.name] if layer.kind == WHOLE}
+    for adapter in adapters:
+        inside = [layer.path for layer in adapted.where[adapter.name] if adapted.enclosing(layer.path) in whole]
+        if inside:
+            raise UserError(
+                f"adapter {adapter.name!r} would be at {listed(inside)}, in layers of which the sharing has copies: choose "
+                "other layers for one of them"
+            )
     return adapted
 
 
-def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None) -> None:
+def check(adapters: Sequence[Adapter]) -> None:
     """Checks adapters without a trunk.
 
     Args:
         adapters: The adapters.
-        sources: {task: its source}; None: not known.
 
     Raises:
         UserError: One line that names the adapter.
@@ -246,15 +431,6 @@ def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None)
         if not adapter.name or not adapter.name.replace("-", "_").isidentifier() or not adapter.name.isascii():
             raise UserError(f"adapter name {adapter.name!r}: use letters, digits, '_' and '-' only, a letter first")
         adapter.check()
-        if adapter.per == TASK and sources is not None:
-            used = list(sources.values())
-            sharing = [task for task, source in sources.items() if used.count(source) > 1]
-            if sharing:
-                raise UserError(
-                    f"adapter {adapter.name!r}: per is task, but tasks {', '.join(sharing[:2])} share the rows of source "
-                    f"{sources[sharing[0]]!r}, which pass the trunk once: say per source, or declare the same file as a "
-                    "second source"
-                )
     prefixes = [adapter.name for adapter in adapters if isinstance(adapter, Prefix)]
     if len(prefixes) > 1:
         raise UserError(f"adapters {listed(prefixes)} are all prefixes: declare one, as long as they are together")
@@ -269,28 +445,55 @@ def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
     """
     lines = []
     for adapter in adapted.adapters:
-        size = sum(leaf.size for leaf in jax.tree.leaves(params[ADAPTERS][adapter.name]))
-        shared = "for all rows alike" if adapter.per == RUN else f"for each of {count(adapted.sources, 'source')} its own"
-        kind, places = type(adapter).__name__, len(adapted.where[adapter.name])
-        lines.append(f"adapter {adapter.name}: {kind} at {count(places, 'layer')}, {count(size, 'parameter')}, {shared}")
+        leaves = trees.flat(params[ADAPTERS][adapter.name])
+        size = sum(leaf.size for leaf in leaves.values())
+        own = sum(leaf.size for path, leaf in leaves.items() if is_own(path))
+        places = [layer for layer in adapted.where[adapter.name] if layer.kind != COMMON]
+        what = f"{type(adapter).__name__} at {count(len(places), 'layer')}, {count(size, 'parameter')}"
+        if isinstance(adapter, Adapter):
+            kind = "task" if adapted.by_task(adapter) else "source"
+            shared = (
+                "for all rows alike" if adapter.per == RUN else f"for each of {count(adapted.stacked(adapter), kind)} its own"
+            )
+            lines.append(f"adapter {adapter.name}: {what}, {shared}")
+        else:
+            tasks = 1 if adapted.routes is None else len(adapted.routes.tasks)
+            lines.append(f"sharing: {what}, {count(own // tasks, 'of them', 'of them')} each task's own")
+            if adapted.through > 1:
+                lines.append(f"sharing: {adapted.through} copies of each row pass from {adapted.first_copied} on")
     return lines
+
+
+def is_own(path: str) -> bool:
+    """Whether a parameter belongs to single tasks, by its path; such a parameter is not in the Gram matrix of the trunk."""
+    return f"/{OWN}/" in f"/{path}/"
 
 
 def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
     if isinstance(module, nn.Dense):
-        return Layer(path, "dense", inputs=args[0].shape[-1], outputs=module.features)
+        return Layer(path, DENSE, inputs=args[0].shape[-1], outputs=module.features)
     if isinstance(module, Attention):
-        return Layer(path, "attention", heads=module.num_heads, head_size=module.head_size)
+        return Layer(path, ATTENTION, heads=module.num_heads, head_size=module.head_size)
     if isinstance(module, RotaryAttention):
-        return Layer(path, "rotary", heads=module.config.num_heads, head_size=module.config.head_size)
+        return Layer(path, ROTARY, heads=module.config.num_heads, head_size=module.config.head_size)
+    if is_layer(module):
+        return Layer(path, WHOLE, inputs=args[0].shape[-1], outputs=args[0].shape[-1])
     return None
 
 
 def _around(
-    adapter: Adapter, params: dict[str, jax.Array], layer: Layer, module: nn.Module, call: Any, key: jax.Array | None
+    adapter: Inserted,
+    params: dict[str, Any],
+    layer: Layer,
+    module: nn.Module,
+    call: Any,
+    key: jax.Array | None,
+    outer: tuple[Any, ...],
+    rows: Rows | None,
+    memo: dict[str, Any],
 ) -> Callable[..., Any]:
     layer_key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"{adapter.name}/{layer.path}".encode()))
-    return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, layer_key))
+    return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, layer_key, outer, rows, memo))
 
 
 def _stack(leaf: jax.Array) -> jax.Array:
@@ -298,31 +501,41 @@ def _stack(leaf: jax.Array) -> jax.Array:
     return leaf.reshape(-1) if leaf.ndim == 2 else leaf
 
 
-def merge_adapters(adapted: Adapted, params: Mapping[str, Any], source: int | None = None) -> dict[str, Any]:
+def merge_adapters(
+    adapted: Adapted, params: Mapping[str, Any], source: int | None = None, task: str | None = None
+) -> dict[str, Any]:
     """The parameters of the module with its adapters merged into them, such as W + (alpha / rank) A B; without dropout.
 
     Args:
-        adapted: The module with adapters, Lora and IA3 only.
+        adapted: The module with adapters that define merged(), such as Lora and IA3.
         params: Its parameters, with {"adapters": ...}.
         source: The source whose adapters are merged, if sources have their own.
+        task: The task whose parameters are merged, if tasks have their own.
 
     Raises:
-        UserError: An adapter cannot be merged, or source is missing.
+        UserError: An adapter cannot be merged, or source or task is missing.
     """
     base = trees.flat({name: tree for name, tree in params.items() if name != ADAPTERS})
     for adapter in sorted(adapted.adapters, key=lambda adapter: adapter.order):
-        if adapter.per != RUN and source is None:
-            raise UserError(f"adapter {adapter.name!r}: each source has its own; say of which task it is to be merged")
         for layer in adapted.where[adapter.name]:
-            layer_params: Any = params[ADAPTERS][adapter.name]
-            for name in layer.path.split("/"):
-                layer_params = layer_params[name]
-            if adapter.per != RUN:
-                layer_params = jax.tree.map(lambda leaf: _of_source(leaf, adapted.sources, source), layer_params)
-            kernel = {name: base[f"{layer.path}/{name}"] for name in ("kernel", "bias") if f"{layer.path}/{name}" in base}
-            base |= {f"{layer.path}/{name}": leaf for name, leaf in adapter.merged(layer_params, kernel, layer).items()}
+            layer_params = dict(_subtree(params[ADAPTERS][adapter.name], layer.path))
+            own = layer_params.pop(OWN, {})
+            if (adapter.per != RUN and source is None) or ((own or adapted.by_task(adapter)) and task is None):
+                owner = "each task" if own or adapted.by_task(adapter) else "each source"
+                raise UserError(f"adapter {adapter.name!r}: {owner} has its own; say of which task it is to be merged")
+            if adapter.per != RUN and not adapted.by_task(adapter):
+                layer_params = jax.tree.map(lambda leaf: _of_number(leaf, adapted.sources, source), layer_params)
+            elif adapter.per != RUN:
+                own, layer_params = layer_params, {}
+            if own and adapted.routes is not None and task is not None:
+                number, tasks = adapted.routes.number(task), len(adapted.routes.tasks)
+                layer_params |= jax.tree.map(lambda leaf, n=number, K=tasks: _of_number(leaf, K, n), own)
+            kernel = {path: leaf for path, leaf in base.items() if path.startswith(f"{layer.path}/")}
+            whole = trees.nested({path.removeprefix(f"{layer.path}/"): leaf for path, leaf in kernel.items()})
+            merged = trees.flat(adapter.merged(layer_params, whole, layer))
+            base |= {f"{layer.path}/{name}": leaf for name, leaf in merged.items()}
     return trees.nested(base)
 
 
-def _of_source(leaf: jax.Array, sources: int, source: int | None) -> jax.Array:
-    return leaf.reshape(sources, -1)[source] if leaf.ndim == 1 else leaf[source]
+def _of_number(leaf: jax.Array, count: int, number: int | None) -> jax.Array:
+    return leaf.reshape(count, -1)[number] if leaf.ndim == 1 else leaf[number]

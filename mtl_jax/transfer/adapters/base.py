@@ -16,8 +16,11 @@ import jax
 from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.core.parts import Part, origin_of
+from mtl_jax.transfer.adapters.routes import Routes, Rows
 
 RUN, SOURCE, TASK = SHARING = ("run", "source", "task")
+DENSE, ATTENTION, ROTARY, WHOLE, COMMON = ("dense", "attention", "rotary", "layer", "common")  # kinds of layers
+OWN = "own"  # parameters of each task alone are at .../LAYER/own/NAME, the others at .../LAYER/NAME
 
 Params = Mapping[str, jax.Array]
 
@@ -27,7 +30,8 @@ class Layer(NamedTuple):
 
     Attributes:
         path: The path, such as "layer_0/attention/query": a parameter's path without "trunk/" and the parameter's name.
-        kind: "dense", a linear map; "attention", as in models.layers; "rotary", as in models.modernbert.
+        kind: "dense", a linear map; "attention", as in models.layers; "rotary", as in models.modernbert; "layer", a whole
+            layer, a module that says is_layer; "common", no place of a trunk but parameters for several layers.
         inputs: I for a linear map, else 0.
         outputs: O for a linear map, else 0.
         heads: Number of heads of an attention, else 0.
@@ -52,6 +56,9 @@ class Call(NamedTuple):
         args: Its arguments.
         kwargs: Its arguments by name.
         key: PRNG key for dropout; None: no dropout.
+        outer: The arguments of the whole layer that this call is a part of; () outside of layers.
+        rows: The tasks of the rows, where something in the trunk belongs to single tasks.
+        memo: What an adapter keeps from one layer to the next, in one pass; by a key of its choice.
     """
 
     layer: Layer
@@ -60,14 +67,118 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     key: jax.Array | None
+    outer: tuple[Any, ...] = ()
+    rows: Rows | None = None
+    memo: dict[str, Any] = {}  # noqa: RUF012  each pass gives its own
 
     def __call__(self) -> Any:
         """The result of the call without this adapter."""
         return self.next(*self.args, **self.kwargs)
 
 
+class Inserted(abc.ABC):
+    """Parameters inside a trunk that change what its layers compute: an adapter, or a sharing of the trunk by the tasks.
+
+    Attributes:
+        name: Its parameters are trunk/adapters/NAME/LAYER/... in the model.
+        per: As in Adapter, for the parameters of init(); those of init_own() are a task's in any case.
+    """
+
+    name: str
+    per: str
+
+    # If several change one layer, those with lower numbers are nearer to it, whatever the order of declaration: low-rank
+    # changes belong to the kernel, scales apply to its output, a bottleneck follows them, a prefix is around all.
+    order: ClassVar[int] = 0
+    # The path of parameters that all its layers get beside their own, such as those of a network that makes parameters.
+    common: ClassVar[str] = ""
+    # Whether around() gets a task's parameters for every row; else for every task.
+    by_row: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        """The layers that have parameters of this, out of all layers of a trunk by path.
+
+        Raises:
+            UserError: There is no such layer.
+        """
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        """Initial parameters, f32, for one of these layers."""
+
+    def init_own(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        """Initial parameters, f32, that each task has alone; of one task."""
+        return {}
+
+    def init_for(self, key: jax.Array, layer: Layer, tasks: int) -> dict[str, jax.Array]:
+        """Initial parameters, f32, that tasks share and whose shapes depend on the number of tasks."""
+        return {}
+
+    def copied(self, layer: Layer, tasks: int) -> dict[str, int]:
+        """{name: how many copies of the trunk's parameters of a whole layer begin there}; those of tasks are at OWN."""
+        return {}
+
+    def through(self, routes: Routes) -> int:
+        """How many copies of each row go through the layers from the first on that has parameters of single tasks."""
+        return routes.copies
+
+    def routes(self, routes: Routes) -> Routes:
+        """Which copies of a row leave the trunk, from those that a run's tasks need."""
+        return routes
+
+    @abc.abstractmethod
+    def around(self, params: Params, call: Call) -> Any:
+        """The output of a layer with it.
+
+        Args:
+            params: Parameters as from init() and init_own(). Where rows differ, those of each row: matrices [B, ...], vectors
+                [B, 1, ...]. Where by_row is false, those of init_own() are a tree at OWN, of every task: matrices [K, ...].
+            call: The call of the layer.
+        """
+
+    def uses(self, layer: Layer) -> str:
+        """The path of the layer whose parameters are used at a layer; "" for none."""
+        return layer.path
+
+    @abc.abstractmethod
+    def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+        """The parameters of a linear map, or of a whole layer, with it merged into them: the same outputs without dropout.
+
+        Args:
+            params: Parameters as from init() and init_own(), of one task.
+            kernel: {"kernel": f32[I, O], "bias": f32[O] if there is one}, or the tree of the layer.
+            layer: The layer.
+
+        Raises:
+            UserError: It cannot be merged.
+        """
+
+    def matching(self, layers: Mapping[str, Layer], pattern: str, kinds: tuple[str, ...] = ("dense",)) -> list[Layer]:
+        """The layers of these kinds whose whole path the pattern matches, for where().
+
+        Raises:
+            UserError: The pattern is not a regular expression, or matches no layer.
+        """
+        title = f"{getattr(self, 'door', 'adapter')} {self.name!r}"
+        try:
+            expression = re.compile(pattern)
+        except NOT_A_PATTERN as error:
+            raise UserError(f"{title}: {shown(pattern)!r} is not a regular expression ({error})") from error
+        possible = [layer for layer in layers.values() if layer.kind in kinds]
+        matching = [layer for layer in possible if expression.fullmatch(layer.path)]
+        if not matching:
+            paths = sorted({re.sub(r"\d+", "N", layer.path) for layer in possible})
+            raise UserError(
+                f"{title} finds no place in this trunk: {pattern!r} matches no layer; there are {listed(paths)}"
+                if paths
+                else f"{title} finds no place in this trunk: it has no layers that could be adapted"
+            )
+        return matching
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapter(Part, abc.ABC):
+class Adapter(Part, Inserted):
     """A few parameters added to a trunk. A class of your own needs where(), init() and around(); merged() is for convert.
 
         @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,47 +195,20 @@ class Adapter(Part, abc.ABC):
 
     Attributes:
         name: Its parameters are trunk/adapters/NAME/LAYER/... in the model.
-        per: What shares the parameters. run: all rows. task: each task has its own parameters, and needs its own source, since
-            the rows of a source pass the trunk once. source: each source has its own parameters, which its tasks share.
+        per: What shares the parameters. run: all rows. task: each task has its own parameters; the rows of tasks that share a
+            source pass the trunk once for each of them, from the first layer with such an adapter on. source: each source has
+            its own parameters, which its tasks share.
     """
 
     name: str
     per: str = RUN
 
     door: ClassVar[str] = "adapter"
-    # If several adapters change one layer, those with lower numbers are nearer to it, whatever the order of declaration:
-    # low-rank changes belong to the kernel, scales apply to its output, a bottleneck follows them, a prefix is around all.
-    order: ClassVar[int] = 0
 
     def check(self) -> None:
         """Raises UserError if a field is refused."""
         if self.per not in SHARING:
             raise unknown(f"per of adapter {self.name!r}:", self.per, SHARING)
-
-    @abc.abstractmethod
-    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        """The layers that have parameters of this adapter, out of all layers of a trunk by path.
-
-        Raises:
-            UserError: There is no such layer.
-        """
-
-    @abc.abstractmethod
-    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
-        """Initial parameters, f32, for one of these layers."""
-
-    @abc.abstractmethod
-    def around(self, params: Params, call: Call) -> Any:
-        """The output of a layer with the adapter.
-
-        Args:
-            params: Parameters as from init(); or, if rows differ, those of each row: matrices [B, ...], vectors [B, 1, ...].
-            call: The call of the layer.
-        """
-
-    def uses(self, layer: Layer) -> str:
-        """The path of the layer whose parameters of this adapter are used at a layer; "" for none."""
-        return layer.path
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
         """The parameters of a linear map with the adapter merged into them: the same outputs without dropout.
@@ -142,24 +226,3 @@ class Adapter(Part, abc.ABC):
             f"adapter {self.name!r} is a {type(self).__name__}, which cannot be put into the trunk's kernels, and transformers "
             f"has no class for a trunk with it: only {mergeable} can be merged"
         )
-
-    def matching(self, layers: Mapping[str, Layer], pattern: str, kinds: tuple[str, ...] = ("dense",)) -> list[Layer]:
-        """The layers of these kinds whose whole path the pattern matches, for where().
-
-        Raises:
-            UserError: The pattern is not a regular expression, or matches no layer.
-        """
-        try:
-            expression = re.compile(pattern)
-        except NOT_A_PATTERN as error:
-            raise UserError(f"adapter {self.name!r}: {shown(pattern)!r} is not a regular expression ({error})") from error
-        possible = [layer for layer in layers.values() if layer.kind in kinds]
-        matching = [layer for layer in possible if expression.fullmatch(layer.path)]
-        if not matching:
-            paths = sorted({re.sub(r"\d+", "N", layer.path) for layer in possible})
-            raise UserError(
-                f"adapter {self.name!r} finds no place in this trunk: {pattern!r} matches no layer; there are {listed(paths)}"
-                if paths
-                else f"adapter {self.name!r} finds no place in this trunk: it has no layers that could be adapted"
-            )
-        return matching

@@ -1,0 +1,18 @@
+"""The public names, for type checkers and for __init__.py, which loads each when it is first asked for."""
+
+from .base import Hard as Hard
+from .base import Sharing as Sharing
+from .columns import CrossStitch as CrossStitch
+from .columns import Sluice as Sluice
+from .columns import TopLayers as TopLayers
+from .experts import CGC as CGC
+from .experts import DSelectK as DSelectK
+from .experts import MMoE as MMoE
+from .generated import HyperFormer as HyperFormer
+from .generated import Pal as Pal
+from .layer_experts import PLE as PLE
+from .layer_experts import MMoELayers as MMoELayers
+from .low_rank import HydraLora as HydraLora
+from .low_rank import MoeLora as MoeLora
+from .low_rank import MtlLora as MtlLora
+from .task_adapters import TaskAdapters as TaskAdapters

@@ -1,0 +1,125 @@
+"""The interface of a sharing: parameters inside the trunk, of which some belong to single tasks.
+
+Shapes in names: H width of a layer's vectors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.parts import Part
+from mtl_jax.models.layers import ACTIVATIONS
+from mtl_jax.transfer.adapters.base import RUN, WHOLE, Call, Inserted, Layer, Params
+
+GATES = PER_TASK, PER_TOKEN = ("task", "token")  # what a gate reads: the task alone, or each token, too
+NAME = "sharing"  # its parameters are trunk/adapters/sharing/LAYER/..., and those of single tasks .../LAYER/own/...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharing(Part, Inserted):
+    """How the tasks share the trunk. A class of your own needs where(), init(), init_own() and around().
+
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class TaskShift(mtl_jax.sharing.Sharing):
+            def where(self, layers):
+                return self.matching(layers, ".*/feed_forward_out")
+
+            def init(self, key, layer):
+                return {}  # parameters that all tasks share
+
+            def init_own(self, key, layer):
+                return {"shift": jnp.zeros(layer.outputs)}  # those that each task has alone
+
+            def around(self, params, call):
+                y = call()
+                return y + params["shift"].astype(y.dtype)  # of the task of each row, [B, 1, O]
+
+    The rows of a source pass the trunk once. If several tasks are on one source, its rows have a copy for each of them from the
+    first layer on that has parameters of single tasks. These parameters are weighted like the trunk's, but no rule compares
+    them, and a weight below 0 leaves them unchanged.
+    """
+
+    door: ClassVar[str] = "sharing"
+    name: ClassVar[str] = NAME  # type: ignore[misc]
+    per: ClassVar[str] = RUN  # type: ignore[misc]
+
+    def check(self) -> None:
+        """Raises UserError if a field is refused."""
+
+    def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+        """The parameters of a layer with a task's part of the sharing merged into them.
+
+        Raises:
+            UserError: This sharing cannot be merged.
+        """
+        raise UserError(
+            f"sharing is {type(self).__name__}, and transformers has no class for a trunk with it: only TopLayers, and "
+            "TaskAdapters of adapters that can be merged, can be converted"
+        )
+
+    def at_least(self, field: str, least: int) -> None:
+        """Raises UserError if a whole number is too small."""
+        if getattr(self, field) < least:
+            raise UserError(f"sharing: {field} of {type(self).__name__} is {getattr(self, field)}; it must be at least {least}")
+
+    def one_of(self, field: str, values: Any) -> None:
+        """Raises UserError if a text is none of the values."""
+        if getattr(self, field) not in values:
+            raise unknown(f"sharing: {field} of {type(self).__name__}:", getattr(self, field), values)
+
+    def known_activation(self, field: str = "activation") -> None:
+        """Raises UserError if an activation is unknown."""
+        self.one_of(field, ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hard(Sharing):
+    """Hard sharing: one trunk for all tasks, and a head for each (Caruana 1997). The default; it adds nothing."""
+
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        return []
+
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        return {}
+
+    def around(self, params: Params, call: Call) -> Any:
+        return call()
+
+
+def check(sharing: Sharing, adapters: Sequence[str]) -> None:
+    """Checks a sharing without a trunk.
+
+    Args:
+        sharing: The sharing.
+        adapters: The names of the run's adapters.
+
+    Raises:
+        UserError: A field is refused, or an adapter has the sharing's name.
+    """
+    sharing.check()
+    if NAME in adapters:
+        raise UserError(f"adapter {NAME!r}: this is where the parameters of a sharing are; choose another name")
+
+
+def layers_from_the_top(layers: Mapping[str, Layer], count: int, title: str) -> list[Layer]:
+    """The last whole layers of a trunk, in the order of their calls.
+
+    Args:
+        layers: All layers by path.
+        count: How many; 0: all.
+        title: What asks for them, for the error.
+
+    Raises:
+        UserError: The trunk has fewer.
+    """
+    whole = [layer for layer in layers.values() if layer.kind == WHOLE]
+    if not whole:
+        raise UserError(f"{title}: the trunk has no layers; choose another trunk, or leave the sharing at Hard()")
+    if count > len(whole):
+        raise UserError(f"{title} is {count}, but the trunk has only {len(whole)} layers")
+    return whole[-count:] if count else whole

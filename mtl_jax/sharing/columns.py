@@ -1,0 +1,180 @@
+"""Copies of the topmost layers: each task's own, or columns of all tasks that are mixed after every layer.
+
+Shapes in names: B rows with their copies, T tokens a row, H width, K tasks, C copies of a layer, M blocks of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.core.errors import UserError
+from mtl_jax.sharing.base import Sharing, layers_from_the_top
+from mtl_jax.sharing.layer_copies import apply_by_number, apply_side_by_side, joined, vectors, with_vectors
+from mtl_jax.transfer.adapters.base import COMMON, OWN, Call, Layer, Params
+from mtl_jax.transfer.adapters.routes import Routes
+
+COLUMNS = "columns"
+ENDS = "ends"  # the place of what is there once for all layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopLayers(Sharing):
+    """The topmost layers are each task's own and begin as the trunk's, whose own copies of them are then not used.
+
+        Experiment(..., sharing=TopLayers(own=2))
+
+    Attributes:
+        own: How many layers, counted from the top.
+    """
+
+    own: int = 1
+
+    by_row: ClassVar[bool] = False
+
+    def check(self) -> None:
+        self.at_least("own", 1)
+
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        return layers_from_the_top(layers, self.own, "sharing: own of TopLayers")
+
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        return {}
+
+    def copied(self, layer: Layer, tasks: int) -> dict[str, int]:
+        return {OWN: tasks}
+
+    def around(self, params: Params, call: Call) -> Any:
+        assert call.rows is not None
+        return apply_by_number(call, params[OWN], call.rows.task_BC, len(call.rows.routes.tasks))
+
+    def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+        return dict(params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossStitch(Sharing):
+    """A column of layers for each task, and after every layer a learned mixture of columns (Misra et al. 2016).
+
+    Every column begins as the trunk's layers. A column gets `stay` of itself and (1 - stay) / (K - 1) of each other at first,
+    so that the outputs are the trunk's up to rounding. Every row passes the columns of all tasks: K times the operations, from
+    the first of these layers on.
+
+        Experiment(..., sharing=CrossStitch(layers=2))
+
+    Attributes:
+        layers: How many layers have columns, counted from the top; 0: all.
+        stay: What a column keeps of itself at first.
+    """
+
+    layers: int = 0
+    stay: float = 0.9
+
+    by_row: ClassVar[bool] = False
+
+    def check(self) -> None:
+        self.at_least("layers", 0)
+
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        return layers_from_the_top(layers, self.layers, "sharing: layers of CrossStitch")
+
+    def routes(self, routes: Routes) -> Routes:
+        return all_columns(routes)
+
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        return {}
+
+    def init_for(self, key: jax.Array, layer: Layer, tasks: int) -> dict[str, jax.Array]:
+        return {"mix": stitches(tasks, self.stay)}
+
+    def copied(self, layer: Layer, tasks: int) -> dict[str, int]:
+        return {COLUMNS: tasks}
+
+    def around(self, params: Params, call: Call) -> Any:
+        output = apply_side_by_side(call, params[COLUMNS], len(params["mix"]))
+        x_BxKxTxH = vectors(output)
+        mixed = jnp.einsum("kj,bj...->bk...", params["mix"].astype(x_BxKxTxH.dtype), x_BxKxTxH)
+        return joined(with_vectors(output, mixed))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sluice(Sharing):
+    """Columns of layers whose halves are mixed, and for each task a mixture of its column's layers (Ruder et al. 2019).
+
+    The vectors of every column are two subspaces of H / 2 numbers. After each layer all 2 K subspaces are mixed. At the end a
+    task reads a weighted sum of the outputs of its column's layers. At first a subspace keeps `stay` of itself, and a task
+    reads the last layer, so that the outputs are the trunk's up to rounding. The paper's penalty for subspaces that overlap
+    is the regulariser Subspaces.
+
+        Experiment(..., sharing=Sluice(layers=2), regularisers=(Subspaces(name="apart", weight=1e-3),))
+
+    Attributes:
+        layers: How many layers have columns, counted from the top; 0: all.
+        stay: What a subspace keeps of itself at first; of the rest, each other column's same subspace gets an equal share.
+    """
+
+    layers: int = 0
+    stay: float = 0.9
+
+    by_row: ClassVar[bool] = False
+    common: ClassVar[str] = ENDS
+
+    def check(self) -> None:
+        self.at_least("layers", 0)
+
+    def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
+        places = layers_from_the_top(layers, self.layers, "sharing: layers of Sluice")
+        if places[0].outputs % 2:
+            raise UserError(f"sharing: Sluice halves the trunk's vectors, whose width {places[0].outputs} is odd")
+        return [Layer(ENDS, COMMON, outputs=len(places)), *places]
+
+    def routes(self, routes: Routes) -> Routes:
+        return all_columns(routes)
+
+    def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        return {}
+
+    def init_own(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
+        return {"depth": jnp.zeros(layer.outputs).at[-1].set(1.0)} if layer.kind == COMMON else {}
+
+    def init_for(self, key: jax.Array, layer: Layer, tasks: int) -> dict[str, jax.Array]:
+        return {} if layer.kind == COMMON else {"mix": jnp.kron(stitches(tasks, self.stay), jnp.eye(2))}
+
+    def copied(self, layer: Layer, tasks: int) -> dict[str, int]:
+        return {} if layer.kind == COMMON else {COLUMNS: tasks}
+
+    def around(self, params: Params, call: Call) -> Any:
+        K = len(params["mix"]) // 2
+        output = apply_side_by_side(call, params[COLUMNS], K)
+        x_BxKxTxH = vectors(output)
+        B, T, H = x_BxKxTxH.shape[0], *x_BxKxTxH.shape[2:]
+        halves = x_BxKxTxH.reshape(B, K, T, 2, H // 2).swapaxes(2, 3).reshape(B, 2 * K, T, H // 2)
+        mixed = jnp.einsum("kj,bj...->bk...", params["mix"].astype(halves.dtype), halves)
+        x_BxKxTxH = mixed.reshape(B, K, 2, T, H // 2).swapaxes(2, 3).reshape(B, K, T, H)
+        outputs = call.memo.setdefault("outputs", [])
+        outputs.append(x_BxKxTxH)
+        depth_KxL = params[OWN]["depth"].reshape(K, -1).astype(x_BxKxTxH.dtype)
+        if len(outputs) == depth_KxL.shape[1]:  # the last layer
+            x_BxKxTxH = sum(depth_KxL[:, n, None, None] * layer for n, layer in enumerate(outputs))
+        return joined(with_vectors(output, x_BxKxTxH))
+
+
+def all_columns(routes: Routes) -> Routes:
+    """The routes of a sharing whose rows pass the columns of all tasks."""
+    columns = tuple(range(len(routes.tasks)))
+    return dataclasses.replace(routes, table=(columns,) * len(routes.table))
+
+
+def stitches(tasks: int, stay: float) -> jax.Array:
+    """f32[K, K], what each column gets of each column at first.
+
+    >>> stitches(3, 0.5).tolist()
+    [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]
+    """
+    if tasks == 1:
+        return jnp.ones((1, 1))
+    return jnp.full((tasks, tasks), (1 - stay) / (tasks - 1)).at[jnp.diag_indices(tasks)].set(stay)

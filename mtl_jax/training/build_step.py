@@ -132,7 +132,7 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         return held_out.with_look_ahead(of_losses, plain, evaluate, tasks, needs, weigh_heads, savings), None
     same_rows = prepared.schedule.constant() and jax.process_count() == 1 and not _doubles(plan)
     compared = gram_gradient.make_backward(
-        encode,
+        _encode(prepared, plan, one_source=True),
         tasks,
         plan.rule,
         task_gradients.layout(tasks, _most_rows(prepared, plan), same_rows),
@@ -187,12 +187,12 @@ def _head_inputs(prepared: Prepared, plan: PhasePlan) -> HeadInputs:
     return batch_parts.rows_of_source(most, prepared.mesh)
 
 
-def _encode(prepared: Prepared, plan: PhasePlan) -> Encode:
+def _encode(prepared: Prepared, plan: PhasePlan, one_source: bool = False) -> Encode:
     if plan.cached_features:
         return cached_features
     hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in plan.regularisers)
     needs = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ()))
-    encode = encode_tokens(prepared.trunk.module, needs, prepared.savings)
+    encode = encode_tokens(prepared.trunk.module, needs, prepared.savings, one_source)
     return batch_parts.recomputed(encode, prepared.experiment.batch.recompute, "table" in needs)
 
 

@@ -74,20 +74,23 @@ class Savings(NamedTuple):
 NO_SAVINGS = Savings()
 
 
-def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Savings = NO_SAVINGS) -> Encode:
+def encode_tokens(
+    trunk: Any, needs: Collection[str] = ("pooled",), savings: Savings = NO_SAVINGS, one_source: bool = False
+) -> Encode:
     """Runs the trunk over the tokens, and gives the heads the fields that they read.
 
     Args:
         trunk: A linen module with the call signature of models.encoder.Encoder, or one with adapters.
         needs: Fields of Encoded; the others are None.
         savings: How it saves memory.
+        one_source: Whether all rows of a batch are of one source.
     """
 
     reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
     copies = Copies(trunk.copy_of if isinstance(trunk, Adapted) else ())
 
     def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
-        own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
+        own_adapters = {"source": batch.source, "one_source": one_source} if isinstance(trunk, Adapted) else {}
         types = {"token_type_ids": batch.types} if reads_types else {}
         with rematerialised(savings.remat):
             output = trunk.apply(

@@ -194,6 +194,7 @@ class Adapted:
         *args: Any,
         rngs: dict[str, jax.Array] | None = None,
         source: jax.Array | None = None,
+        one_source: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The module's apply() with adapters.
@@ -204,6 +205,7 @@ class Adapted:
             rngs: As in linen; with deterministic=False adapters, too, draw their dropout from "dropout".
             source: i32[B], the source of each row, if sources or tasks have their own adapters; a row without a source, -1,
                 gets those of source 0.
+            one_source: Whether all rows are of one source, which spares work where layers are copied.
             **kwargs: Arguments of the module by name.
 
         Returns:
@@ -220,7 +222,7 @@ class Adapted:
         if self.routes is not None:
             if source is None:
                 raise ValueError("tasks have their own parameters, so apply() needs the source of every row")
-            rows = self.routes.of(source)
+            rows = self.routes.of(source, one_source)
         by_layer = {adapter.name: self._by_layer(adapter, added[adapter.name], source, rows) for adapter in self.adapters}
         key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
         if (

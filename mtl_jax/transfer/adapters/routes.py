@@ -47,9 +47,10 @@ class Routes:
             for number, name in enumerate(self.tasks)
         )
 
-    def of(self, source_B: jax.Array) -> Rows:
-        """The tasks of the rows of a batch; a row without a source, -1, gets those of source 0."""
-        return Rows(self, source_B, jnp.asarray(self.table)[jnp.maximum(source_B, 0)].reshape(-1))
+    def of(self, source_B: jax.Array, one_source: bool = False) -> Rows:
+        """The tasks of the rows of a batch; a row without a source, -1, gets those of source 0, or of the one source."""
+        source_B = jnp.full_like(source_B, source_B.max()) if one_source else source_B
+        return Rows(self, source_B, jnp.asarray(self.table)[jnp.maximum(source_B, 0)].reshape(-1), one_source)
 
 
 class Rows(NamedTuple):
@@ -59,11 +60,13 @@ class Rows(NamedTuple):
         routes: The routes.
         source_B: i32[B], the source of each row.
         task_BC: i32[B C], the task of each copy; the copies of a row follow each other.
+        one_source: Whether all rows are known to be of one source, before the program runs.
     """
 
     routes: Routes
     source_B: jax.Array
     task_BC: jax.Array
+    one_source: bool = False
 
 
 def make(tasks: Sequence[tuple[str, str]], sources: Sequence[str], readers: Mapping[str, Sequence[str]]) -> Routes:

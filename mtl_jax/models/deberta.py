@@ -1,7 +1,7 @@
 """DeBERTa (He et al. 2021), as of its versions 2 and 3: attention scores from content and relative position apart.
 
 Shapes in names: B rows, T tokens, E embedding size, H hidden size, F feed-forward size, N attention heads, D = H / N,
-S distances on one side that have a vector of their own, U vectors of distances that a row of T tokens needs.
+S and U as in models.disentangled.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from mtl_jax.models.disentangled import DisentangledAttention, distance_rows
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.encoder import EncoderOutput
-from mtl_jax.models.kv_cache import KeyValue
-from mtl_jax.models.layers import ACTIVATIONS, PLAIN, Attention, Dense, Embed, Kernels, attend, attention_mask_BxTxT
+from mtl_jax.models.layers import ACTIVATIONS, PLAIN, Dense, Embed, Kernels, attention_mask_BxTxT
 from mtl_jax.models.norms import layer_norm
 
 
@@ -103,51 +102,6 @@ class DebertaConfig:
     def scale(self) -> float:
         """Factor on all scores, those of content and those of distances."""
         return (self.head_size * (1 + self.content_to_position + self.position_to_content)) ** -0.5
-
-
-def distance_buckets(distances: np.ndarray, buckets: int, longest: int) -> np.ndarray:
-    """Signed buckets of signed distances, i32 of the same shape.
-
-    Distances up to buckets / 2 are their own bucket. Those beyond share buckets that grow with the logarithm, so that the
-    distance longest - 1 has the last one.
-
-    Args:
-        distances: Query minus key, any shape.
-        buckets: Buckets on one side, 0 included.
-        longest: Larger than buckets / 2 + 1.
-    """
-    middle, size = buckets // 2, np.abs(distances)
-    # In float32, step by step as torch does it: the ceiling would carry another rounding into another bucket.
-    share = np.log(np.maximum(size, middle).astype(np.float32) / np.float32(middle))
-    share = share / np.log(np.float32((longest - 1) / middle))
-    grown = np.ceil(share * np.float32(middle - 1)).astype(np.int32) + middle
-    return np.where(size <= middle, distances, np.sign(distances) * grown).astype(np.int32)
-
-
-@functools.lru_cache(maxsize=32)
-def distance_rows(cfg: DebertaConfig, length: int) -> tuple[range, np.ndarray]:
-    """The rows of the table of distances that a row of tokens needs.
-
-    Args:
-        cfg: Sizes and constants.
-        length: T.
-
-    Returns:
-        The U rows of the table, and for each distance -(T - 1) .. T - 1 of a query from a key the number of its row among
-        those, i32[2 T - 1].
-    """
-    distances = np.arange(1 - length, length)
-    if cfg.longest_distance:
-        distances = distance_buckets(distances, cfg.span, cfg.longest_distance)
-    rows = np.clip(distances + cfg.span, 0, 2 * cfg.span - 1)
-    return range(int(rows[0]), int(rows[-1]) + 1), rows - rows[0]
-
-
-def windows(scores_BxNxTxR: jax.Array) -> jax.Array:
-    """Row i of f[B, N, T, 2 T - 1] from column T - 1 - i on, T columns: f[B, N, T, T], without a gather."""
-    *leading, T, R = scores_BxNxTxR.shape
-    flat = jnp.pad(scores_BxNxTxR, ((0, 0),) * (len(leading) + 1) + ((0, 1),)).reshape(*leading, T * (R + 1))
-    return flat[..., T - 1 : T - 1 + T * R].reshape(*leading, T, R)[..., :T]
 
 
 class Deberta(nn.Module):
@@ -237,7 +191,8 @@ class Embeddings(nn.Module):
         if not cfg.span:
             return x_BxTxH, None
         table = Embed(2 * cfg.span, cfg.hidden_size, dtype=self.dtype, embedding_init=init, name="distance")
-        distances_UxH = table(jnp.asarray(distance_rows(cfg, T)[0]))
+        rows_U, _ = distance_rows(cfg.span, cfg.longest_distance, T)
+        distances_UxH = table(jnp.asarray(rows_U))
         if cfg.norm_distances:
             distances_UxH = layer_norm(cfg.layer_norm_eps, self.dtype, "distance_norm")(distances_UxH)
         return x_BxTxH, distances_UxH
@@ -264,7 +219,19 @@ class Block(nn.Module):
         drop = functools.partial(Dropout(cfg.dropout), deterministic=deterministic)
 
         attention = DisentangledAttention(
-            cfg.num_heads, cfg.head_size, self.dtype, init, cfg.attention_dropout, scale=cfg.scale, config=cfg, name="attention"
+            cfg.num_heads,
+            cfg.head_size,
+            self.dtype,
+            init,
+            cfg.attention_dropout,
+            scale=cfg.scale,
+            span=cfg.span,
+            longest_distance=cfg.longest_distance,
+            content_to_position=cfg.content_to_position,
+            position_to_content=cfg.position_to_content,
+            shared_projections=cfg.shared_projections or not cfg.span,
+            distance_dropout=cfg.dropout,
+            name="attention",
         )
         attended_BxTxH = attention(x_BxTxH, mask_BxTxT, deterministic, distances_UxH=distances_UxH)
         h_BxTxH = norm("attention_norm")(x_BxTxH + drop(attended_BxTxH))
@@ -273,89 +240,11 @@ class Block(nn.Module):
         if not self.convolves:
             return h_BxTxH
         real_BxTx1 = jnp.diagonal(mask_BxTxT, axis1=1, axis2=2)[..., None]
-        y_BxTxH = Convolution(cfg.convolution, cfg.convolution_groups, self.dtype, init, name="convolution")(
-            x_BxTxH, mask_BxTxT
-        )
+        convolution = Convolution(cfg.convolution, cfg.convolution_groups, self.dtype, init, name="convolution")
+        y_BxTxH = convolution(x_BxTxH, mask_BxTxT)
         y_BxTxH = ACTIVATIONS[cfg.convolution_activation](drop(jnp.where(real_BxTx1, y_BxTxH, 0)))
         h_BxTxH = norm("convolution_norm")(h_BxTxH + y_BxTxH)
         return jnp.where(real_BxTx1, h_BxTxH, 0)
-
-
-class DisentangledAttention(Attention):
-    """Self-attention whose scores have terms of content and distance (He et al. 2021, section 3.1).
-
-    Keys that come from elsewhere, in front of the row's own, have no distance, and those terms are 0 for them.
-
-    Attributes:
-        config: Which terms there are, and which maps project the vectors of distances.
-    """
-
-    config: DebertaConfig = dataclasses.field(kw_only=True)
-
-    def setup(self) -> None:
-        super().setup()
-        cfg = self.config
-        self.drop_distances = Dropout(cfg.dropout)
-        if cfg.span and not cfg.shared_projections:
-            dense = functools.partial(Dense, cfg.hidden_size, dtype=self.dtype, kernel_init=self.init)
-            self.position_key = dense() if cfg.content_to_position else None
-            self.position_query = dense() if cfg.position_to_content else None
-
-    def __call__(
-        self,
-        x_BxTxH: jax.Array,
-        mask_BxTxS: jax.Array,
-        deterministic: bool,
-        *,
-        source: KeyValue | None = None,
-        bias_BxNxTxS: jax.Array | None = None,
-        distances_UxH: jax.Array | None = None,
-    ) -> jax.Array:
-        """f[B, T, H] to f[B, T, H]; keys and values are the source's, which end with x's own, or x's own if it is None."""
-        source = self.keys_values(x_BxTxH) if source is None else source
-        q_BxTxNxD = self._heads(self.query(x_BxTxH))
-        if distances_UxH is not None:
-            T, S = x_BxTxH.shape[1], source.key.shape[2]
-            terms_BxNxTxT = self.distance_scores(q_BxTxNxD, source.key[:, :, S - T :], distances_UxH, deterministic)
-            terms_BxNxTxS = jnp.pad(terms_BxNxTxT, ((0, 0), (0, 0), (0, 0), (S - T, 0)))
-            bias_BxNxTxS = terms_BxNxTxS if bias_BxNxTxS is None else bias_BxNxTxS + terms_BxNxTxS
-        drops = self.dropout > 0.0 and not deterministic
-        out_BxTxNxD = attend(
-            q_BxTxNxD,
-            source.key,
-            source.value,
-            mask_BxTxS,
-            scale=self.config.scale,
-            bias_BxNxTxS=bias_BxNxTxS,
-            dropout=functools.partial(self.drop, deterministic=False) if drops else None,
-        )
-        return self.output(out_BxTxNxD.reshape(x_BxTxH.shape))
-
-    def distance_scores(
-        self, q_BxTxNxD: jax.Array, k_BxNxTxD: jax.Array, distances_UxH: jax.Array, deterministic: bool
-    ) -> jax.Array:
-        """The terms of distances, scaled: f[B, N, T, T]."""
-        cfg, T = self.config, q_BxTxNxD.shape[1]
-        # One more axis, because adapters of rows make the projections of distances those of rows.
-        distances_1xUxH = self.drop_distances(distances_UxH, deterministic=deterministic)[None]
-        row_of_distance = distance_rows(cfg, T)[1]  # of query minus key, ascending
-        scores_BxNxTxT = jnp.zeros((len(q_BxTxNxD), cfg.num_heads, T, T), q_BxTxNxD.dtype)
-        if cfg.content_to_position:
-            project = self.key if cfg.shared_projections else self.position_key
-            keys_xRxNxD = self._heads(project(distances_1xUxH))[:, row_of_distance[::-1]]
-            scores_BxNxTxT += windows(_products(q_BxTxNxD * cfg.scale, keys_xRxNxD))
-        if cfg.position_to_content:
-            project = self.query if cfg.shared_projections else self.position_query
-            queries_xRxNxD = self._heads(project(distances_1xUxH))[:, row_of_distance]
-            scores_BxNxTxT += windows(_products(k_BxNxTxD.swapaxes(1, 2), queries_xRxNxD * cfg.scale)).swapaxes(2, 3)
-        return scores_BxNxTxT
-
-
-def _products(x_BxTxNxD: jax.Array, y_xRxNxD: jax.Array) -> jax.Array:
-    """f[B, N, T, R] of vectors of tokens and of distances, which are the same for all rows or each row's own."""
-    if len(y_xRxNxD) == 1:
-        return jnp.einsum("btnd,rnd->bntr", x_BxTxNxD, y_xRxNxD[0])
-    return jnp.einsum("btnd,brnd->bntr", x_BxTxNxD, y_xRxNxD)
 
 
 class Convolution(nn.Module):

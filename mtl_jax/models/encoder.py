@@ -142,7 +142,7 @@ class Encoder(nn.Module):
             attention_mask: [B, T], 1 at real tokens; None means that all are real.
             token_type_ids: i32[B, T]; None means type 0.
             position_ids: i32[B, T], each token's position in its example, from 0 in every family; None counts along the row, in
-                RoBERTa and MPNet without padding. Relative positions are counted along the row, as examples are not interleaved.
+                RoBERTa and MPNet without padding. Relative positions are those in the row, as examples are not interleaved.
             segment_ids: i32[B, T], the example each token belongs to in a packed row; tokens attend
                 inside their own segment only. None means one example a row.
             deterministic: False applies dropout and needs an rng named "dropout".

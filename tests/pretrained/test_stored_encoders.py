@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-R, DistilBERT and ELECTRA without torch: stored answers of transformers."""
+"""Encoders without torch: stored answers of transformers."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from mtl_jax import pretrained
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["bert_rows", "bert_masked_lm", "roberta_tokens", "xlm_roberta_rows", "distilbert_masked_lm", "electra_replaced"]
+NAMES += ["camembert_tokens", "mpnet_masked_lm", "albert_rows", "deberta_masked_lm", "deberta_rows"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -129,16 +130,20 @@ class Adapted:
         ):
             raise ValueError('adapters have dropout, so apply() needs an rng named "dropout" unless deterministic')
         nearest_first, layers = sorted(self.adapters, key=lambda adapter: adapter.order), self.layers
+        calls: Counter[str] = Counter()
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             layer = layers.get("/".join(context.module.path)) if context.method_name == "__call__" else None
             if layer is None:
                 return next_call(*args, **kwargs)
             call: Callable[..., Any] = next_call
+            # A layer that is called again, as a shared one is, drops other numbers each time.
+            call_key = key if key is None or not calls[layer.path] else jax.random.fold_in(key, calls[layer.path])
+            calls[layer.path] += 1
             for adapter in nearest_first:
                 layer_params = by_layer[adapter.name].get(adapter.uses(layer))
                 if layer_params is not None:
-                    call = _around(adapter, layer_params, layer, context.module, call, key)
+                    call = _around(adapter, layer_params, layer, context.module, call, call_key)
             return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept):
@@ -198,7 +203,7 @@ def as_module(trunk: nn.Module | Adapted, source: int) -> nn.Module:
 
 
 def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> Adapted:
-    """A trunk with adapters: BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, or the encoder of Marian, BART, T5.
+    """A trunk with adapters: BERT and its family, ModernBERT, DeBERTa, or the encoder of Marian, BART, T5.
 
     With optax alone:
 

@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from mtl_jax import IA3, Bottleneck, Lora, Prefix, pretrained
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.disentangled import DisentangledAttention
 from mtl_jax.models.encoder import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention, rotate
@@ -29,6 +30,10 @@ FAMILIES = [
     "marian",
     "bart",
     "t5",
+    "mpnet_masked_lm",
+    "albert_rows",
+    "deberta_rows",
+    "deberta_masked_lm",
 ]
 # Of those whose layers are of the same make one stands for all where CI has little time.
 ONE_OF_A_MAKE = ("bert_rows", "modernbert_rows", "marian", "t5")
@@ -214,6 +219,8 @@ def test_a_prefix_is_more_keys_and_values_which_everything_sees(family):
         source = attention.keys_values(x) if source is None else source
         q = attention.query(x).reshape(2, 8, attention.num_heads, attention.head_size)
         scale = attention.head_size**-0.5 if attention.scale is None else attention.scale
+        if isinstance(attention, DisentangledAttention):
+            bias = attention.distance_scores(q, source.key, kwargs["distances_UxH"], True)
         out = attend(q, *(part.swapaxes(1, 2) for part in source), mask, bias, own, scale)
         return attention.output(jnp.asarray(out.reshape(2, 8, -1)))
 

@@ -36,7 +36,7 @@ FAMILIES = [
     "deberta_masked_lm",
 ]
 # Of those whose layers are of the same make one stands for all where CI has little time.
-ONE_OF_A_MAKE = ("bert_rows", "modernbert_rows", "marian", "t5")
+ONE_OF_A_MAKE = ("bert_rows", "modernbert_rows", "marian", "t5", "deberta_masked_lm")
 MAKES = [name if name in ONE_OF_A_MAKE else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 # Two rows; the first holds two examples and padding, the second one.
 IDS = np.array([[5, 6, 7, 8, 3, 9, 0, 0], [4, 6, 9, 8, 7, 3, 5, 6]])
@@ -71,7 +71,10 @@ def bits(array):
     return np.asarray(array).tobytes()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.long) if name in ("albert_rows", "deberta_rows") else name for name in FAMILIES],
+)
 def test_at_the_start_the_output_is_the_trunk_s_to_the_bit(family):
     """Operation by operation, whether they are alone or together."""
     base, params = trunk(family)

@@ -58,9 +58,7 @@ def config(raw: Mapping[str, Any], where: str) -> EncoderConfig:
     if groups > layers:
         raise UserError(f"{where}: num_hidden_groups is {groups}; it must be at most num_hidden_layers, {layers}")
     if layers * size > MOST_LAYERS:
-        raise UserError(
-            f"{where}: inner_group_num is {size}; times num_hidden_layers, {layers}, it must be at most {MOST_LAYERS}"
-        )
+        raise UserError(f"{where}: inner_group_num is {size}; times num_hidden_layers, {layers}, it is beyond {MOST_LAYERS}")
     given = {name: value for name, value in raw.items() if value is not None}
     return bert.config(
         DEFAULTS | given,

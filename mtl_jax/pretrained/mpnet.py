@@ -33,9 +33,7 @@ def config(raw: Mapping[str, Any], where: str) -> EncoderConfig:
     """
     buckets = Fields(raw, where).integer("relative_attention_num_buckets", BUCKETS)
     if buckets != BUCKETS:
-        raise UserError(
-            f"{where}: relative_attention_num_buckets is {buckets}; MPNet's relative positions have {BUCKETS} buckets"
-        )
+        raise UserError(f"{where}: relative_attention_num_buckets is {buckets}; only {BUCKETS} is supported")
     positions = {"pad_token_id": PADDING_ROW, "first_position": PADDING_ROW + 1}
     return bert.config(raw, where, type_vocab_size=0, relative_buckets=buckets, **positions)
 

@@ -1,5 +1,6 @@
 """Encoders without torch: stored answers of transformers."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -23,3 +24,24 @@ def test_stored_answers(name):
     np.testing.assert_allclose(found.hidden[real], stored["hidden"][real], rtol=0, atol=1e-5)
     where = real if stored["logits"].shape[:2] == real.shape else slice(None)
     np.testing.assert_allclose(found.logits[where], stored["logits"][where], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm"])
+def test_a_packed_row_is_its_examples_alone(name):
+    """In one batch: two examples in a row, the second, and the first behind another one."""
+    checkpoint = pretrained.load(str(FIXTURES / name), head=None)
+    first, second = np.arange(5, 12), np.arange(20, 25)  # longer than the distances that have a vector of their own
+    rows = [[first, second], [second], [second, first]]
+    ids, mask, positions, segments = np.zeros((4, 3, 14), np.int32)
+    for row, examples in enumerate(rows):
+        begin = 0
+        for segment, example in enumerate(examples, start=1):
+            place = (row, slice(begin, begin + len(example)))
+            ids[place], mask[place], positions[place], segments[place] = example, 1, np.arange(len(example)), segment
+            begin += len(example)
+    apply = jax.jit(functools.partial(checkpoint.model.trunk.apply, position_ids=positions, segment_ids=segments))
+    hidden = apply({"params": checkpoint.params["trunk"]}, ids, mask).hidden
+    np.testing.assert_allclose(hidden[0, 7:12], hidden[1, :5], atol=1e-5)
+    np.testing.assert_allclose(hidden[2, :5], hidden[1, :5], atol=1e-5)
+    np.testing.assert_allclose(hidden[2, 5:12], hidden[0, :7], atol=1e-5)
+    assert np.abs(hidden[0, 7:12] - hidden[0, :5]).max() > 0.1

@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtl_jax.core.errors import unknown
-from mtl_jax.pretrained import albert, bert, deberta_v2, distilbert, electra, marian_bart, modernbert, mpnet, roberta, t5
+from mtl_jax.pretrained import (
+    albert,
+    bert,
+    deberta_v2,
+    distilbert,
+    electra,
+    marian_bart,
+    modernbert,
+    mpnet,
+    nomic_gte,
+    roberta,
+    t5,
+)
 from mtl_jax.pretrained.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -20,6 +32,8 @@ FAMILIES: tuple[Family, ...] = (
     mpnet.MPNET,
     albert.ALBERT,
     deberta_v2.DEBERTA_V2,
+    nomic_gte.NOMIC_BERT,
+    nomic_gte.GTE,
     marian_bart.MARIAN,
     marian_bart.BART,
     marian_bart.MBART,

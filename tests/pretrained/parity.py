@@ -59,6 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MPNet": {name: value for name, value in SIZES.items() if name != "type_vocab_size"} | {"pad_token_id": 1},
     "Albert": SIZES | {"embedding_size": 20},
     "DebertaV2": DEBERTA,
+    "NomicBert": SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    "Gte": SIZES,
 }
 HEADS = {
     "Model": None,
@@ -73,8 +75,10 @@ CASES: list[tuple[str, str, str | None, dict[str, Any]]] = [
         (name, name + end, kind, {"num_labels": 2} if kind == "question_answering" else {})
         for name in FAMILIES
         for end, kind in HEADS.items()
+        if hasattr(transformers, name + end)
     ),
     *((name, f"{name}ForMaskedLM", "masked_lm", {"tie_word_embeddings": False}) for name in FAMILIES),
+    ("Gte", "GteModel", None, {"type_vocab_size": 0, "hidden_act": "silu"}),
     ("Albert", "AlbertModel", None, SHARED),
     ("Albert", "AlbertModel", None, {"embedding_size": 32}),
     ("DebertaV2", "DebertaV2Model", None, DEBERTA_V2),
@@ -96,7 +100,7 @@ CASES: list[tuple[str, str, str | None, dict[str, Any]]] = [
 
 
 # Their heads are modules of other families, and of each one is among the stored answers: compared where there is time.
-SELDOM = [case for case in CASES if case[0] in ("Camembert", "MPNet", "Albert") and case[2] is not None]
+SELDOM = [case for case in CASES if case[0] in ("Camembert", "MPNet", "Albert", "NomicBert", "Gte") and case[2] is not None]
 SELDOM += [case for case in CASES if case[0] == "DebertaV2" and {"pos_att_type", "tie_word_embeddings"} & {*case[3]}]
 
 

@@ -91,8 +91,10 @@ class DisentangledAttention(Attention):
         self.drop_distances = Dropout(self.distance_dropout)
         if not self.shared_projections:
             dense = functools.partial(Dense, self.num_heads * self.head_size, dtype=self.dtype, kernel_init=self.init)
-            self.position_key = dense() if self.content_to_position else None
-            self.position_query = dense() if self.position_to_content else None
+            if self.content_to_position:
+                self.position_key = dense()
+            if self.position_to_content:
+                self.position_query = dense()
 
     def __call__(
         self,

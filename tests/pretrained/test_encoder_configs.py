@@ -1,11 +1,11 @@
-"""config.json of DeBERTa, MPNet and ALBERT: what published ones mean, and one line for what is not supported."""
+"""config.json of DeBERTa, MPNet, ALBERT, NomicBERT: what published ones mean, and one line for what is not supported."""
 
 import numpy as np
 import pytest
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.models.disentangled import distance_buckets, distance_rows
-from mtl_jax.pretrained import albert, deberta_v2, families, mpnet
+from mtl_jax.pretrained import albert, deberta_v2, families, mpnet, nomic_gte
 
 # Those of the base sizes as they are published, apart from fields that no program reads.
 DEBERTA_V3 = {
@@ -34,6 +34,10 @@ DEBERTA_V3 = {
 ALBERT = {"model_type": "albert", "vocab_size": 30000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 ALBERT |= {"intermediate_size": 3072, "max_position_embeddings": 512, "embedding_size": 128}
 MPNET = ALBERT | {"model_type": "mpnet", "vocab_size": 30527, "max_position_embeddings": 514}
+# The published form, and what of it is not the default of the form of transformers.
+NOMIC = {"model_type": "nomic_bert", "vocab_size": 30528, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": 3072}
+NOMIC |= {"n_positions": 8192, "activation_function": "swiglu", "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0}
+NOMIC |= {"layer_norm_epsilon": 1e-12, "prenorm": False, "rotary_scaling_factor": None, "type_vocab_size": 2}
 
 
 def test_published_deberta():
@@ -73,6 +77,15 @@ def test_positions_of_mpnet_begin_behind_row_1_whatever_pads():
     assert (cfg.first_position, cfg.max_length, cfg.type_vocab_size, cfg.relative_buckets) == (2, 512, 0, 32)
 
 
+def test_both_forms_of_nomic_say_the_same():
+    cfg = nomic_gte.nomic_config(NOMIC, "config.json")
+    newer = {"model_type": "nomic_bert", "vocab_size": 30528, "type_vocab_size": 2} | nomic_gte.nomic_fields(cfg)
+    assert nomic_gte.nomic_config(newer, "config.json") == cfg
+    assert (cfg.theta, cfg.max_length, cfg.activation, cfg.joined_gate) == (1000.0, 8192, "silu", False)
+    # What is saved of the older form is read by its newer names.
+    assert nomic_gte.nomic_config(newer | NOMIC, "config.json") == cfg
+
+
 @pytest.mark.parametrize(
     ("raw", "change", "message"),
     [
@@ -97,6 +110,15 @@ def test_positions_of_mpnet_begin_behind_row_1_whatever_pads():
         (ALBERT, {"num_hidden_groups": 13}, "num_hidden_groups is 13; it must be at most num_hidden_layers, 12"),
         (ALBERT, {"inner_group_num": 500}, "inner_group_num is 500; times num_hidden_layers, 12, it is beyond 1000"),
         (ALBERT, {"hidden_act": "relu6"}, "unknown hidden_act in config.json: 'relu6'"),
+        (NOMIC, {"prenorm": True}, "prenorm is True; False is supported"),
+        (NOMIC, {"rotary_scaling_factor": 2}, "rotary_scaling_factor is 2; none is supported"),
+        (
+            NOMIC,
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "scaled rotary positions .rope_scaling, rope_type. are not supported",
+        ),
+        (MPNET, {"model_type": "gte", "head_dim": 32}, "head_dim is 32; it must be 64"),
+        (MPNET, {"model_type": "gte", "num_attention_heads": 256}, "attention heads of size 3; rotary positions need"),
         (ALBERT, {"model_type": "deberta-v3"}, r"unknown model_type in config.json: 'deberta-v3' \(did you mean 'deberta-v2'"),
         (ALBERT, {"model_type": "deberta"}, r"unknown model_type in config.json: 'deberta' \(did you mean 'deberta-v2'"),
     ],

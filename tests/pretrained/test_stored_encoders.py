@@ -11,7 +11,15 @@ from mtl_jax import pretrained
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["bert_rows", "bert_masked_lm", "roberta_tokens", "xlm_roberta_rows", "distilbert_masked_lm", "electra_replaced"]
-NAMES += ["camembert_tokens", "mpnet_masked_lm", "albert_rows", "deberta_masked_lm", "deberta_rows"]
+NAMES += [
+    "camembert_tokens",
+    "mpnet_masked_lm",
+    "albert_rows",
+    "deberta_masked_lm",
+    "deberta_rows",
+    "nomic_masked_lm",
+    "gte_rows",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -26,7 +34,7 @@ def test_stored_answers(name):
     np.testing.assert_allclose(found.logits[where], stored["logits"][where], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm"])
+@pytest.mark.parametrize("name", ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm", "gte_rows"])
 def test_a_packed_row_is_its_examples_alone(name):
     """In one batch: two examples in a row, the second, and the first behind another one."""
     checkpoint = pretrained.load(str(FIXTURES / name), head=None)

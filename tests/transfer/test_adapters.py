@@ -34,7 +34,10 @@ FAMILIES = [
     "albert_rows",
     "deberta_rows",
     "deberta_masked_lm",
+    "nomic_masked_lm",
+    "gte_rows",
 ]
+SELDOM = ("mpnet_masked_lm", "albert_rows", "deberta_rows", "nomic_masked_lm", "gte_rows")
 # Of those whose layers are of the same make one stands for all where CI has little time.
 ONE_OF_A_MAKE = ("bert_rows", "modernbert_rows", "marian", "t5", "deberta_masked_lm")
 MAKES = [name if name in ONE_OF_A_MAKE else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
@@ -73,7 +76,7 @@ def bits(array):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=pytest.mark.long) if name in ("albert_rows", "deberta_rows") else name for name in FAMILIES],
+    [pytest.param(name, marks=pytest.mark.long) if name in SELDOM else name for name in FAMILIES],
 )
 def test_at_the_start_the_output_is_the_trunk_s_to_the_bit(family):
     """Operation by operation, whether they are alone or together."""

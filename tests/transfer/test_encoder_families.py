@@ -1,4 +1,4 @@
-"""What transfer does on encoders whose blocks are not BERT's: distances between tokens, and layers with shared parameters."""
+"""What transfer does on encoders whose blocks are not BERT's: distances, shared layers, rotary positions."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from mtl_jax.merging.checkpoints import merge_checkpoints
 from mtl_jax.transfer import top_layers
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
-FAMILIES = ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm"]
+FAMILIES = ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm", "nomic_masked_lm", "gte_rows"]
 TRAINED = [name if name == "deberta_rows" else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 
 

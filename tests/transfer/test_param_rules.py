@@ -16,7 +16,15 @@ from mtl_jax.transfer.adapters import Lora, adapt
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
 ENCODERS = ["bert_rows", "roberta_tokens", "xlm_roberta_rows", "distilbert_masked_lm", "electra_replaced", "modernbert_rows"]
-ENCODERS += ["camembert_tokens", "mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm"]
+ENCODERS += [
+    "camembert_tokens",
+    "mpnet_masked_lm",
+    "albert_rows",
+    "deberta_rows",
+    "deberta_masked_lm",
+    "nomic_masked_lm",
+    "gte_rows",
+]
 DECODERS = ["marian", "bart", "mbart", "t5"]
 
 

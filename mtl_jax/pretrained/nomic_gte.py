@@ -90,9 +90,18 @@ def gte_config(raw: Mapping[str, Any], where: str) -> RotaryEncoderConfig:
     Raises:
         UserError: A field is missing, or its value has no counterpart here.
     """
-    biases = {"joined_gate": True, "attention_bias": True, "output_bias": True}
-    config = functools.partial(_config, theta=160_000.0, types=1, activation="gelu", dropout=0.1, **biases)
-    return config(raw, where, feed_forward_dropout=Fields(raw, where).rate("hidden_dropout_prob", 0.1))
+    return _config(
+        raw,
+        where,
+        theta=160_000.0,
+        types=1,
+        activation="gelu",
+        dropout=0.1,
+        feed_forward_dropout=Fields(raw, where).rate("hidden_dropout_prob", 0.1),
+        joined_gate=True,
+        attention_bias=True,
+        output_bias=True,
+    )
 
 
 def _config(

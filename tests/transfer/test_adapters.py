@@ -219,9 +219,11 @@ def test_a_prefix_is_more_keys_and_values_which_everything_sees(family):
             for part in path.split("/"):
                 maps = maps[part]
             N, D = attention.config.num_heads, attention.config.head_size
-            q, k, v = (part.reshape(2, 8, N, D) for part in jnp.split(x @ maps["query_key_value"]["kernel"], 3, axis=-1))
+            joined, output = maps["query_key_value"], maps["output"]
+            joined_BxTx3H = x @ joined["kernel"] + joined.get("bias", 0)
+            q, k, v = (part.reshape(2, 8, N, D) for part in jnp.split(joined_BxTx3H, 3, axis=-1))
             out = attend(rotate(q, rest[1]), rotate(k, rest[1]), v, mask, 0, own, D**-0.5)
-            return jnp.asarray(out.reshape(2, 8, -1)) @ maps["output"]["kernel"]
+            return jnp.asarray(out.reshape(2, 8, -1)) @ output["kernel"] + output.get("bias", 0)
         source = attention.keys_values(x) if source is None else source
         q = attention.query(x).reshape(2, 8, attention.num_heads, attention.head_size)
         scale = attention.head_size**-0.5 if attention.scale is None else attention.scale

@@ -1,11 +1,14 @@
 """Encoders without torch: stored answers of transformers."""
 
 import functools
+import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mtl_jax import pretrained
 
@@ -53,3 +56,20 @@ def test_a_packed_row_is_its_examples_alone(name):
     np.testing.assert_allclose(hidden[2, :5], hidden[1, :5], atol=1e-5)
     np.testing.assert_allclose(hidden[2, 5:12], hidden[0, :7], atol=1e-5)
     assert np.abs(hidden[0, 7:12] - hidden[0, :5]).max() > 0.1
+
+
+def test_a_masked_lm_of_deberta_has_two_names(tmp_path):
+    """A file with the newer one under a configuration that does not say so, and back under the older one."""
+    shutil.copytree(FIXTURES / "deberta_masked_lm", tmp_path / "newer")
+    raw = json.loads((tmp_path / "newer" / "config.json").read_text())
+    del raw["legacy"]
+    (tmp_path / "newer" / "config.json").write_text(json.dumps(raw))
+    checkpoint = pretrained.load(str(tmp_path / "newer"))
+    pretrained.save(tmp_path / "older", checkpoint)
+    names = {name for name in load_file(tmp_path / "older" / "model.safetensors") if not name.startswith("deberta.")}
+    transform = "cls.predictions.transform"
+    dense, norm = ([f"{transform}.{layer}.{leaf}" for leaf in ("weight", "bias")] for layer in ("dense", "LayerNorm"))
+    assert names == {*dense, *norm, "cls.predictions.bias"}
+    expected = pretrained.load(str(FIXTURES / "deberta_masked_lm")).params
+    for folder in ("newer", "older"):
+        jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(tmp_path / folder)).params, expected)

@@ -1,5 +1,6 @@
 """Encoders without torch: stored answers of transformers."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mtl_jax import pretrained
+from mtl_jax.core.errors import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["bert_rows", "bert_masked_lm", "roberta_tokens", "xlm_roberta_rows", "distilbert_masked_lm", "electra_replaced"]
@@ -73,3 +75,12 @@ def test_a_masked_lm_of_deberta_has_two_names(tmp_path):
     expected = pretrained.load(str(FIXTURES / "deberta_masked_lm")).params
     for folder in ("newer", "older"):
         jax.tree.map(np.testing.assert_array_equal, pretrained.load(str(tmp_path / folder)).params, expected)
+
+
+def test_a_head_that_a_family_lacks(tmp_path):
+    with pytest.raises(UserError, match="unknown head for nomic_bert checkpoints: 'question_answering'"):
+        pretrained.load(str(FIXTURES / "nomic_masked_lm"), head="question_answering")
+    checkpoint = pretrained.load(str(FIXTURES / "nomic_masked_lm"), head="token_classification")
+    with pytest.raises(UserError, match="no class for a nomic_bert model with a head of kind question_answering"):
+        pretrained.save(tmp_path / "out", dataclasses.replace(checkpoint, head="question_answering"))
+    assert not (tmp_path / "out").exists()

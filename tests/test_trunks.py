@@ -15,6 +15,10 @@ from mtl_jax.trunks import Embedding, Pretrained, Transformer
 
 FIXTURES = Path(__file__).parent / "pretrained" / "fixtures"
 NAMES = ["bert_rows", "roberta_tokens", "distilbert_masked_lm", "electra_replaced", "modernbert_rows", "marian", "bart", "t5"]
+NAMES += [
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("mpnet_masked_lm", "albert_rows", "nomic_masked_lm", "gte_rows")),
+    "deberta_rows",
+]
 IDS = np.array([[5, 6, 7, 8, 3, 9]])
 PACKED = {"position_ids": np.array([[0, 1, 2, 3, 0, 1]]), "segment_ids": np.array([[1, 1, 1, 1, 2, 2]])}
 

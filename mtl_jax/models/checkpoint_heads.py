@@ -43,6 +43,7 @@ class SequenceHead(nn.Module):
         dropout: Rate in front of the output layer.
         activation: Activation of a dense layer before it; None for no such layer.
         drop_input: Whether dropout is in front of that layer as well.
+        input_dropout: Its rate there, if drop_input is False.
     """
 
     num_labels: int
@@ -51,6 +52,7 @@ class SequenceHead(nn.Module):
     dropout: float = 0.0
     activation: str | None = None
     drop_input: bool = False
+    input_dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -60,7 +62,8 @@ class SequenceHead(nn.Module):
         drop = Dropout(self.dropout)
         x_BxH = hidden_BxTxH[:, 0] if pooled_BxH is None else pooled_BxH
         if self.activation is not None:
-            x_BxH = drop(x_BxH, deterministic=deterministic) if self.drop_input else x_BxH
+            drop_input = drop if self.drop_input else Dropout(self.input_dropout)
+            x_BxH = drop_input(x_BxH, deterministic=deterministic)
             x_BxH = ACTIVATIONS[self.activation](dense(x_BxH.shape[-1], name="dense")(x_BxH))
         return dense(self.num_labels, name="classifier")(drop(x_BxH, deterministic=deterministic))
 

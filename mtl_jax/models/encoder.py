@@ -1,6 +1,7 @@
-"""Encoders: one module for BERT, RoBERTa, DistilBERT and ELECTRA, which differ in configuration only, and a bag of words.
+"""Encoders: one module for BERT and the families that differ from it in configuration only, and a bag of words.
 
-Shapes in names: B rows, T tokens, E embedding size, H hidden size, F feed-forward size.
+Those are RoBERTa, DistilBERT, ELECTRA, MPNet and ALBERT. Shapes in names: B rows, T tokens, E embedding size, H hidden size,
+F feed-forward size, N attention heads.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.models.dropout import Dropout
-from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, attention_mask_BxTxT
+from mtl_jax.models.layers import PLAIN, Attention, Dense, Embed, Kernels, RelativeBias, attention_mask_BxTxT
 from mtl_jax.models.norms import layer_norm
+
+LONGEST_DISTANCE = 128  # of relative positions with a bucket of their own, in MPNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class EncoderConfig:
     Attributes:
         vocab_size: Rows of the token embedding table.
         hidden_size: H, the width of the residual stream.
-        num_layers: Number of transformer blocks.
+        num_layers: Number of transformer blocks; in ALBERT of runs of a group of blocks.
         num_heads: Attention heads; divides hidden_size.
         intermediate_size: F, the width inside the feed-forward part.
         max_positions: Rows of the learned position table.
@@ -42,6 +45,9 @@ class EncoderConfig:
         initializer_range: Standard deviation of freshly initialised weights.
         num_labels: Outputs of the checkpoint's own head, if it has labels.
         tied: Whether a masked-LM head multiplies with the token table.
+        relative_buckets: Rows of a table of biases for relative positions, which all layers share (MPNet); 0 for no such table.
+        layer_groups: Groups of blocks that are run several times with the same parameters (ALBERT); 0: each block is run once.
+        group_size: Blocks in a group.
     """
 
     vocab_size: int
@@ -63,11 +69,32 @@ class EncoderConfig:
     initializer_range: float = 0.02
     num_labels: int = 2
     tied: bool = True
+    relative_buckets: int = 0
+    layer_groups: int = 0
+    group_size: int = 1
 
     @property
     def max_length(self) -> int:
         """The longest example in tokens."""
         return self.max_positions - self.first_position
+
+    @property
+    def projects(self) -> bool:
+        """Whether a projection follows the embeddings: where E is not H, and in ALBERT always."""
+        return bool(self.layer_groups) or (self.embedding_size or self.hidden_size) != self.hidden_size
+
+    @property
+    def layer_of_depth(self) -> tuple[int, ...]:
+        """The number of the block at each depth, the lowest first."""
+        if not self.layer_groups:
+            return tuple(range(self.num_layers))
+        groups = [int(depth / (self.num_layers / self.layer_groups)) for depth in range(self.num_layers)]
+        return tuple(group * self.group_size + number for group in groups for number in range(self.group_size))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a decoder without relative positions and shared layers can have its blocks."""
+        return not self.relative_buckets and not self.layer_groups
 
 
 class EncoderOutput(NamedTuple):
@@ -115,7 +142,7 @@ class Encoder(nn.Module):
             attention_mask: [B, T], 1 at real tokens; None means that all are real.
             token_type_ids: i32[B, T]; None means type 0.
             position_ids: i32[B, T], each token's position in its example, from 0 in every family; None counts along the row, in
-                RoBERTa without padding.
+                RoBERTa and MPNet without padding. Relative positions are those in the row, as examples are not interleaved.
             segment_ids: i32[B, T], the example each token belongs to in a packed row; tokens attend
                 inside their own segment only. None means one example a row.
             deterministic: False applies dropout and needs an rng named "dropout".
@@ -130,13 +157,19 @@ class Encoder(nn.Module):
         x_BxTxH = Embeddings(cfg, self.dtype, self.kernels, name="embeddings")(
             input_ids, token_type_ids, position_ids, deterministic
         )
-        for i in range(cfg.num_layers):
-            x_BxTxH = Block(cfg, self.dtype, self.kernels, name=f"layer_{i}")(x_BxTxH, mask_BxTxT, deterministic)
+        bias_1xNxTxT = None
+        if cfg.relative_buckets:
+            init, indices_1xT = nn.initializers.normal(cfg.initializer_range), jnp.arange(input_ids.shape[1])[None]
+            table = RelativeBias(cfg.num_heads, cfg.relative_buckets, LONGEST_DISTANCE, True, init, name="relative_bias")
+            bias_1xNxTxT = table(indices_1xT, indices_1xT)
+        blocks = {i: Block(cfg, self.dtype, self.kernels, name=f"layer_{i}") for i in sorted(set(cfg.layer_of_depth))}
+        for i in cfg.layer_of_depth:
+            x_BxTxH = blocks[i](x_BxTxH, mask_BxTxT, deterministic, bias_1xNxTxT)
         return EncoderOutput(hidden=x_BxTxH)
 
 
 class Embeddings(nn.Module):
-    """Sum of token, position and type embeddings, then layer norm, dropout, and a projection if E is not H."""
+    """Sum of token, position and type embeddings, then layer norm, dropout, and a projection to H."""
 
     config: EncoderConfig
     dtype: Any
@@ -161,7 +194,7 @@ class Embeddings(nn.Module):
             x_BxTxE += embed(cfg.type_vocab_size, name="token_type")(types_BxT)
         x_BxTxE = layer_norm(cfg.layer_norm_eps, self.dtype, "norm", kernel=self.kernels.norm)(x_BxTxE)
         x_BxTxE = Dropout(cfg.dropout)(x_BxTxE, deterministic=deterministic)
-        if cfg.hidden_size == E:
+        if not cfg.projects:
             return x_BxTxE
         return Dense(cfg.hidden_size, dtype=self.dtype, kernel_init=init, name="project")(x_BxTxE)
 
@@ -187,7 +220,9 @@ class Block(nn.Module):
     kernels: Kernels = PLAIN
 
     @nn.compact
-    def __call__(self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(
+        self, x_BxTxH: jax.Array, mask_BxTxT: jax.Array, deterministic: bool, bias_1xNxTxT: jax.Array | None = None
+    ) -> jax.Array:
         cfg = self.config
         init = nn.initializers.normal(cfg.initializer_range)
         dense = functools.partial(Dense, dtype=self.dtype, kernel_init=init)
@@ -196,7 +231,7 @@ class Block(nn.Module):
 
         D = cfg.hidden_size // cfg.num_heads
         attention = Attention(cfg.num_heads, D, self.dtype, init, cfg.attention_dropout, kernels=self.kernels, name="attention")
-        attended_BxTxH = attention(x_BxTxH, mask_BxTxT, deterministic)
+        attended_BxTxH = attention(x_BxTxH, mask_BxTxT, deterministic, bias_BxNxTxS=bias_1xNxTxT)
         x_BxTxH = norm("attention_norm")(x_BxTxH + drop(attended_BxTxH, deterministic=deterministic))
         y_BxTxF = self.kernels.activation(cfg.activation)(dense(cfg.intermediate_size, name="feed_forward_in")(x_BxTxH))
         y_BxTxH = dense(cfg.hidden_size, name="feed_forward_out")(y_BxTxF)

@@ -110,7 +110,7 @@ def build(cfg: EncoderConfig, kind: str | None, dtype: Any) -> EncoderModel:
     return EncoderModel(trunk, pooler, token_head(cfg, kind, cfg.head_dropout, dtype))
 
 
-def lm_bias(cfg: EncoderConfig, bias: str, output: str) -> list[str]:
+def lm_bias(cfg: Any, bias: str, output: str) -> list[str]:
     """Names of a masked-LM head's bias: a tied head's output layer has a copy of it, an untied one a separate bias."""
     return [bias, output] if cfg.tied else [output, bias]
 

@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtl_jax.core.errors import unknown
-from mtl_jax.pretrained import bert, distilbert, electra, marian_bart, modernbert, roberta, t5
+from mtl_jax.pretrained import (
+    albert,
+    bert,
+    deberta_v2,
+    distilbert,
+    electra,
+    marian_bart,
+    modernbert,
+    mpnet,
+    nomic_gte,
+    roberta,
+    t5,
+)
 from mtl_jax.pretrained.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -16,6 +28,12 @@ FAMILIES: tuple[Family, ...] = (
     distilbert.DISTILBERT,
     electra.ELECTRA,
     modernbert.MODERNBERT,
+    roberta.CAMEMBERT,
+    mpnet.MPNET,
+    albert.ALBERT,
+    deberta_v2.DEBERTA_V2,
+    nomic_gte.NOMIC_BERT,
+    nomic_gte.GTE,
     marian_bart.MARIAN,
     marian_bart.BART,
     marian_bart.MBART,

@@ -26,6 +26,7 @@ VOCABULARIES = (
     "vocab.txt",
     "vocab.json",
     "spiece.model",
+    "spm.model",
     "sentencepiece.bpe.model",
     "source.spm",
 )

@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2020): BERT with other positions and other heads."""
+"""RoBERTa (Liu et al. 2019), XLM-RoBERTa (Conneau et al. 2020), CamemBERT (Martin et al. 2020): other positions and heads."""
 
 from __future__ import annotations
 
@@ -76,3 +76,4 @@ def _family(model_type: str, name: str) -> Family:
 
 ROBERTA = _family("roberta", "Roberta")
 XLM_ROBERTA = _family("xlm-roberta", "XLMRoberta")
+CAMEMBERT = _family("camembert", "Camembert")

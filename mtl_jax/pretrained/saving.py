@@ -84,7 +84,11 @@ def exported_config(family: Family, checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.head is None:
         architecture = family.base
     else:
-        architecture = next(name for name, kind in family.heads.items() if kind == checkpoint.head)
+        architecture = next((name for name, kind in family.heads.items() if kind == checkpoint.head), None)
+        if architecture is None:
+            raise UserError(
+                f"transformers has no class for a {family.model_types[0]} model with a head of kind {checkpoint.head}"
+            )
     if architecture is None:
         raise UserError(f"transformers has no class for a {family.model_types[0]} model without a head; save one with a head")
     config = {key: value for key, value in checkpoint.raw.items() if key != "torch_dtype"}

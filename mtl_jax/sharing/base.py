@@ -122,4 +122,11 @@ def layers_from_the_top(layers: Mapping[str, Layer], count: int, title: str) -> 
         raise UserError(f"{title}: the trunk has no layers; choose another trunk, or leave the sharing at Hard()")
     if count > len(whole):
         raise UserError(f"{title} is {count}, but the trunk has only {len(whole)} layers")
-    return whole[-count:] if count else whole
+    chosen = whole[-count:] if count else whole
+    again = [layer for layer in chosen if layer.calls > 1]
+    if again:
+        raise UserError(
+            f"{title}: the trunk calls {again[0].path} {again[0].calls} times, as its layers share their parameters, so there is "
+            "no topmost one to copy; choose a sharing inside layers, such as MMoE or TaskAdapters"
+        )
+    return chosen

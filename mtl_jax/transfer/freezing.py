@@ -80,6 +80,7 @@ def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
     for pattern in patterns:
         if not any(pattern.fullmatch(name) for name in names):
             layers = _layers(names) if "layer_" in pattern.pattern else ""
+            layers = f"{layers}; depths that share a layer count once" if layers else ""
             hint = layers or f"paths look like {names[0]} and {names[-1]}"
             raise UserError(f"the rule {pattern.pattern!r} matches no parameter; {hint}")
     decided = []

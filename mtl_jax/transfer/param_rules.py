@@ -15,12 +15,13 @@ ULMFIT_FACTOR = 2.6
 def layerwise(decay: float, layers: int, decoder_layers: int = 0) -> tuple[ParamRule, ...]:
     """Layer-wise decay of the learning rate: each layer has `decay` times the rate of the layer above it; heads have it all.
 
-    For every trunk with numbered layers: BERT and its family, ModernBERT, the encoder of Marian, BART and T5, and
+    For every trunk with numbered layers: BERT and its family, ModernBERT, DeBERTa, the encoder of Marian, BART and T5, and
     `Transformer`. As in BEiT (Bao et al., 2022), after ELECTRA (Clark et al., 2020).
 
     Args:
         decay: Above 0, 1 at most.
-        layers: Number of layers of the trunk.
+        layers: Number of layers of the trunk. A layer that several depths share has one rate, and counts once: in ALBERT there
+            are num_hidden_groups times inner_group_num.
         decoder_layers: Number of layers of the decoders among the heads, which count as layers above the trunk: a decoder's
             embeddings belong to its lowest layer, and its output layer has the full rate. 0: decoders have the full rate, as
             other heads.

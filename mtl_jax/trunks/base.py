@@ -168,7 +168,8 @@ def facts(trunk: Trunk) -> TrunkFacts:
     except UserError:
         rows, columns = 0, 0
     start = None if trunk.raw is None else trunk.raw.get("decoder_start_token_id")
-    encoder = trunk.module.config if isinstance(trunk.module, Encoder) else None
+    module = trunk.module
+    encoder = module.config if isinstance(module, Encoder) and module.config.is_plain else None
     return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start, encoder)
 
 

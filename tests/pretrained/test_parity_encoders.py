@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-R, DistilBERT and ELECTRA against transformers, in every form that their files come in."""
+"""Encoders against transformers, in every form that their files come in."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mtl_jax import pretrained
+from mtl_jax.models.disentangled import distance_buckets
 
 torch = pytest.importorskip("torch")
 parity = pytest.importorskip("parity", exc_type=ImportError)
 
 TOLERANCE = 1e-5
+CASES = [pytest.param(case, marks=pytest.mark.long) if case in parity.SELDOM else case for case in parity.CASES]
 
 
-@pytest.mark.parametrize("case", parity.CASES, ids=parity.name_of)
+@pytest.mark.parametrize("case", CASES, ids=parity.name_of)
 def test_in_and_out(case, tmp_path):
     differences = parity.both_ways(case, tmp_path)
     assert max(differences) <= TOLERANCE
@@ -176,3 +178,13 @@ def test_a_training_step_is_theirs(masked_lm, tmp_path):
     assert min(jax.tree.leaves(moved)) > 0
     apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), stepped, expected)
     assert max(jax.tree.leaves(apart)) <= TOLERANCE
+
+
+def test_distances_are_in_the_buckets_of_torch():
+    """The ceiling of a logarithm: a last place more or less would be another bucket."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    for buckets, longest in ((256, 512), (256, 514), (8, 24), (5, 10), (2, 3), (32, 4096)):
+        distances = np.arange(-longest - 9, longest + 10)
+        expected = make_log_bucket_position(torch.from_numpy(distances), buckets, longest).to(torch.long).numpy()
+        np.testing.assert_array_equal(distance_buckets(distances, buckets, longest), expected, err_msg=f"{buckets} {longest}")

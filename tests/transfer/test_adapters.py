@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from mtl_jax import IA3, Bottleneck, Lora, Prefix, pretrained
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.disentangled import DisentangledAttention
 from mtl_jax.models.encoder import EmbeddingConfig, Encoder, EncoderConfig, SharedEmbedding
 from mtl_jax.models.layers import Attention
 from mtl_jax.models.modernbert import RotaryAttention, rotate
@@ -29,9 +30,16 @@ FAMILIES = [
     "marian",
     "bart",
     "t5",
+    "mpnet_masked_lm",
+    "albert_rows",
+    "deberta_rows",
+    "deberta_masked_lm",
+    "nomic_masked_lm",
+    "gte_rows",
 ]
+SELDOM = ("mpnet_masked_lm", "albert_rows", "deberta_rows", "nomic_masked_lm", "gte_rows")
 # Of those whose layers are of the same make one stands for all where CI has little time.
-ONE_OF_A_MAKE = ("bert_rows", "modernbert_rows", "marian", "t5")
+ONE_OF_A_MAKE = ("bert_rows", "modernbert_rows", "marian", "t5", "deberta_masked_lm")
 MAKES = [name if name in ONE_OF_A_MAKE else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 # Two rows; the first holds two examples and padding, the second one.
 IDS = np.array([[5, 6, 7, 8, 3, 9, 0, 0], [4, 6, 9, 8, 7, 3, 5, 6]])
@@ -66,7 +74,10 @@ def bits(array):
     return np.asarray(array).tobytes()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.long) if name in SELDOM else name for name in FAMILIES],
+)
 def test_at_the_start_the_output_is_the_trunk_s_to_the_bit(family):
     """Operation by operation, whether they are alone or together."""
     base, params = trunk(family)
@@ -208,12 +219,16 @@ def test_a_prefix_is_more_keys_and_values_which_everything_sees(family):
             for part in path.split("/"):
                 maps = maps[part]
             N, D = attention.config.num_heads, attention.config.head_size
-            q, k, v = (part.reshape(2, 8, N, D) for part in jnp.split(x @ maps["query_key_value"]["kernel"], 3, axis=-1))
+            joined, output = maps["query_key_value"], maps["output"]
+            joined_BxTx3H = x @ joined["kernel"] + joined.get("bias", 0)
+            q, k, v = (part.reshape(2, 8, N, D) for part in jnp.split(joined_BxTx3H, 3, axis=-1))
             out = attend(rotate(q, rest[1]), rotate(k, rest[1]), v, mask, 0, own, D**-0.5)
-            return jnp.asarray(out.reshape(2, 8, -1)) @ maps["output"]["kernel"]
+            return jnp.asarray(out.reshape(2, 8, -1)) @ output["kernel"] + output.get("bias", 0)
         source = attention.keys_values(x) if source is None else source
         q = attention.query(x).reshape(2, 8, attention.num_heads, attention.head_size)
         scale = attention.head_size**-0.5 if attention.scale is None else attention.scale
+        if isinstance(attention, DisentangledAttention):
+            bias = attention.distance_scores(q, source.key, kwargs["distances_UxH"], True)
         out = attend(q, *(part.swapaxes(1, 2) for part in source), mask, bias, own, scale)
         return attention.output(jnp.asarray(out.reshape(2, 8, -1)))
 

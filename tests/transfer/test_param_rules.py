@@ -16,6 +16,15 @@ from mtl_jax.transfer.adapters import Lora, adapt
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
 ENCODERS = ["bert_rows", "roberta_tokens", "xlm_roberta_rows", "distilbert_masked_lm", "electra_replaced", "modernbert_rows"]
+ENCODERS += [
+    "camembert_tokens",
+    "mpnet_masked_lm",
+    "albert_rows",
+    "deberta_rows",
+    "deberta_masked_lm",
+    "nomic_masked_lm",
+    "gte_rows",
+]
 DECODERS = ["marian", "bart", "mbart", "t5"]
 
 
@@ -104,6 +113,8 @@ def test_a_number_of_layers_that_does_not_fit():
         decide(params, layerwise(0.9, 2))
     with pytest.raises(UserError, match=r"'trunk/layer_3/.\*' matches no parameter; there are trunk/layer_0 to trunk/layer_2"):
         decide(params, layerwise(0.9, 4))
+    with pytest.raises(UserError, match=r"there are trunk/layer_0 to trunk/layer_1; depths that share a layer count once"):
+        decide(shapes("albert_rows"), layerwise(0.9, 3))
 
 
 @pytest.mark.parametrize(

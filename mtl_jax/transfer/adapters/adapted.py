@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ class Adapted:
             if context.method_name == "__call__":
                 layer = _layer("/".join(context.module.path), context.module, args)
                 if layer is not None:
-                    layers[layer.path] = layer
+                    calls = layers[layer.path].calls + 1 if layer.path in layers else 1
+                    layers[layer.path] = layer._replace(calls=calls)
             return next_call(*args, **kwargs)
 
         with nn.intercept_methods(record):
@@ -234,6 +236,7 @@ class Adapted:
         nearest_first, layers = sorted(self.adapters, key=lambda adapter: adapter.order), self.layers
         memos: dict[str, dict[str, Any]] = {adapter.name: {} for adapter in self.adapters}
         outer: list[tuple[Any, ...]] = [()]  # the arguments of the layers that are being called
+        calls: Counter[str] = Counter()
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             layer = layers.get("/".join(context.module.path)) if context.method_name == "__call__" else None
@@ -242,10 +245,13 @@ class Adapted:
             if layer.kind == WHOLE and layer.path in self.copied_layers:
                 args, kwargs = repeated((args, kwargs), args_rows, self.through)
             call: Callable[..., Any] = next_call
+            # A layer that is called again, as a shared one is, drops other numbers each time.
+            call_key = key if key is None or not calls[layer.path] else jax.random.fold_in(key, calls[layer.path])
+            calls[layer.path] += 1
             for adapter in nearest_first:
                 layer_params = by_layer[adapter.name].get(adapter.uses(layer))
                 if layer_params is not None:
-                    about = (key, outer[-1], rows, memos[adapter.name])
+                    about = (call_key, outer[-1], rows, memos[adapter.name])
                     call = _around(adapter, layer_params, layer, context.module, call, *about)
             if layer.kind != WHOLE:
                 return call(*args, **kwargs)
@@ -371,7 +377,7 @@ def adapt(
     sharing: Sequence[Inserted] = (),
     routes: Routes | None = None,
 ) -> Adapted:
-    """A trunk with adapters: BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, or the encoder of Marian, BART, T5.
+    """A trunk with adapters: BERT and its family, ModernBERT, DeBERTa, or the encoder of Marian, BART, T5.
 
     With optax alone:
 

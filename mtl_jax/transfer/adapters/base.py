@@ -36,6 +36,7 @@ class Layer(NamedTuple):
         outputs: O for a linear map, else 0.
         heads: Number of heads of an attention, else 0.
         head_size: Size of a head of an attention, else 0.
+        calls: How often the trunk calls it: more than once where layers are shared, as in ALBERT.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Layer(NamedTuple):
     outputs: int = 0
     heads: int = 0
     head_size: int = 0
+    calls: int = 1
 
 
 class Call(NamedTuple):

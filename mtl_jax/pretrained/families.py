@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtl_jax.core.errors import unknown
-from mtl_jax.pretrained import bert, distilbert, electra, marian_bart, modernbert, roberta, t5
+from mtl_jax.pretrained import bert, distilbert, electra, llama, marian_bart, modernbert, roberta, t5
 from mtl_jax.pretrained.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -22,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     marian_bart.PEGASUS,
     t5.T5,
     t5.MT5,
+    *(llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.GEMMA3),
 )
 
 BY_TYPE: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}

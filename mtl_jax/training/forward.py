@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.remat import rematerialised
-from mtl_jax.models.trunk_output import Encoded, looked_up, segment_mean, token_table, with_token_table
+from mtl_jax.models.trunk_output import POOLINGS, Encoded, looked_up, token_table, with_token_table
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.sharding import Placement
@@ -82,7 +82,8 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Sav
         savings: How it saves memory.
     """
 
-    reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
+    module = trunk.base if isinstance(trunk, Adapted) else trunk
+    reads_types, pool = _reads_types(module), POOLINGS[pooling_of(module)]
 
     def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
         own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
@@ -101,11 +102,17 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Sav
             )
         return Encoded(
             tokens=output.hidden if "tokens" in needs else None,
-            pooled=segment_mean(output.hidden, batch.segments, batch.index.shape[-1]) if "pooled" in needs else None,
+            pooled=pool(output.hidden, batch.segments, batch.index.shape[-1]) if "pooled" in needs else None,
             table=savings.gathered(token_table(params)) if "table" in needs else None,
         )
 
     return encode
+
+
+def pooling_of(module: Any) -> str:
+    """A key of POOLINGS: the attribute `pooling` of a trunk's module; the mean where it has none, as encoders."""
+    pooling = getattr(module, "pooling", "mean")
+    return pooling if isinstance(pooling, str) and pooling in POOLINGS else "mean"
 
 
 def _reads_types(module: Any) -> bool:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.models.layers import Attention
+from mtl_jax.models.llama import GroupedAttention
 from mtl_jax.models.modernbert import RotaryAttention
 from mtl_jax.transfer.adapters.base import RUN, TASK, Adapter, Call, Layer
 from mtl_jax.transfer.adapters.prefix import Prefix
@@ -198,7 +199,7 @@ def as_module(trunk: nn.Module | Adapted, source: int) -> nn.Module:
 
 
 def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> Adapted:
-    """A trunk with adapters: BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, or the encoder of Marian, BART, T5.
+    """A trunk with adapters: an encoder, a decoder-only trunk, or the encoder of Marian, BART, T5.
 
     With optax alone:
 
@@ -279,6 +280,8 @@ def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
 def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
     if isinstance(module, nn.Dense):
         return Layer(path, "dense", inputs=args[0].shape[-1], outputs=module.features)
+    if isinstance(module, GroupedAttention):
+        return Layer(path, "attention", heads=module.config.kv_heads, head_size=module.config.head_size)
     if isinstance(module, Attention):
         return Layer(path, "attention", heads=module.num_heads, head_size=module.head_size)
     if isinstance(module, RotaryAttention):

@@ -9,7 +9,7 @@ import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = [*tiny.WORDS, "[USER]", "[BOT]", "[END]"]
-SIZES = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64}
 TEMPLATE = (
     "{% for m in messages %}{{ '[USER]' if m.role == 'user' else '[BOT]' }} {{ m.content }} [END] {% endfor %}"
@@ -29,7 +29,7 @@ def write_llama(folder: Path, chat: bool = True, **changes: object) -> None:
         return rng.normal(0, 0.2, shape).astype(np.float32)
 
     tensors = {"model.embed_tokens.weight": normal(len(WORDS), H), "model.norm.weight": 1 + normal(H)}
-    for layer in range(2):
+    for layer in range(SIZES["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         shapes = {"self_attn.q_proj": (H, H), "self_attn.k_proj": (kv, H), "self_attn.v_proj": (kv, H)}
         shapes |= {"self_attn.o_proj": (H, H), "mlp.gate_proj": (F, H), "mlp.up_proj": (F, H), "mlp.down_proj": (H, F)}

@@ -68,7 +68,7 @@ def special_tokens(tokenizer: Any, chat: bool, where: str) -> SpecialTokens:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 f"{where}: the trunk's tokenizer has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json): take the checkpoint that is made for chats, or leave chat and messages out and give prompt"
+                "tokenizer_config.json): take the checkpoint that is for chats, or leave chat and messages out and give prompt"
             )
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         text = _apply_template(tokenizer, turns, where, add_generation_prompt=False)
@@ -221,13 +221,11 @@ def encode(
     for number, (prompt, answer) in enumerate(zip(prompt_tokens, answer_tokens, strict=True)):
         prompt = prompt[before - start : len(prompt) - after]
         answer = answer[before : len(answer) - after]
-        if answers[number]:
-            answer = np.append(answer[: target_length - 1], np.int32(end))
-        else:
-            answer = answer[:0]
+        cut = len(answer) >= target_length
+        answer = np.append(answer[: target_length - 1], np.int32(end)) if answers[number] else answer[:0]
         room = max_length - len(answer)
         kept = prompt if len(prompt) <= room else np.concatenate([prompt[:start], prompt[len(prompt) - room + start :]])
-        if len(kept) < len(prompt) or (len(answer) - 1 < len(answer_tokens[number]) - before - after and answers[number]):
+        if cut or len(kept) < len(prompt):
             truncated.append(number)
         rows.append(np.concatenate([kept, answer]).astype(np.int32))
         types.append(np.repeat(np.array([0, 1], np.int32), [len(kept), len(answer)]))

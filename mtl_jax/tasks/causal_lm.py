@@ -48,7 +48,7 @@ class CausalLM(Task):
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose texts are the conversations.
-        column: The column with the answer, or a list of several: the first one is learned, and metrics compare with all of them.
+        column: The column with the answer, or a list of several: the first is learned, and metrics compare with all of them.
         messages: In place of column: the source's text column, with conversations, lists of {"role": ..., "content": ...} in
             the chat template of the checkpoint's tokenizer. If the last message is an assistant's, it is the answer.
         prompt: The prompt, with columns of the row in braces. Empty: the text, and with chat off a new line after it.
@@ -61,7 +61,7 @@ class CausalLM(Task):
         dev_beams: Beams on dev while training.
         max_new_tokens: Most tokens of a generated answer; 0: target_length.
         length_penalty: Beams are compared by log-probability / length ** this; None: 1.
-        metric: token_accuracy, each token after the true ones; or a metric of generated answers, as shares of 1: exact and f1 of
+        metric: token_accuracy, each token after the true ones; or a metric of generated answers, as shares of 1: exact, f1 of
             words, bleu, chrf, rouge1, rouge2 or rougeL. Answers are generated in evaluations only for these.
         hidden: Must be 0: this head has no such layer.
         vocabulary: V; filled in from the trunk, as are the next five.
@@ -146,7 +146,7 @@ class CausalLM(Task):
         """
         if trunk.causal is None:
             raise UserError(
-                f"task {self.name!r}: a causal LM needs a decoder-only checkpoint as its trunk (Llama, Qwen2, Qwen3 or Gemma 3); "
+                f"task {self.name!r}: a causal LM needs a decoder-only checkpoint as its trunk (Llama, Qwen2, Qwen3, Gemma 3); "
                 "text-to-text tasks on other trunks are Seq2Seq"
             )
         tokens = conversations.special_tokens(trunk.tokenizer, self.templated, f"task {self.name!r}")
@@ -186,8 +186,8 @@ class CausalLM(Task):
         """
         if self.target_length >= max_length:
             raise UserError(
-                f"task {self.name!r}: target_length is {self.target_length}, and rows have {max_length} tokens: nothing is left "
-                "for the prompt; make batch.row_length longer"
+                f"task {self.name!r}: target_length is {self.target_length}, and rows have {max_length} tokens: nothing is "
+                "left for the prompt; make batch.row_length longer"
             )
         where = f"task {self.name!r}"
         if self.messages:

@@ -140,6 +140,11 @@ class Seq2Seq(Task):
             UserError: The trunk has no such tokens, its token table does not fit, or its tokenizer marks texts by language and
                 the languages are not set.
         """
+        if trunk.causal is not None:
+            raise UserError(
+                f"task {self.name!r}: the trunk is a decoder-only checkpoint, which continues texts itself: take CausalLM in "
+                "place of Seq2Seq"
+            )
         if codes := languages(trunk.tokenizer):
             raise UserError(
                 f"task {self.name!r}: the trunk's tokenizer marks source and target by language, and none is set; "

@@ -93,9 +93,11 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
     head = run.task(task) if task else None
     if run.trunk.is_users and run.trunk.raw is None:
         raise UserError(f"{source}: its trunk is a {type(run.trunk.declared).__name__}, and transformers has no class for it")
-    if isinstance(head, Seq2Seq | CausalLM):
-        write_texts = _write_seq2seq if isinstance(head, Seq2Seq) else _write_causal
-        write_texts(Path(source), target, run, head, overwrite)  # type: ignore[operator]
+    if isinstance(head, Seq2Seq):
+        _write_seq2seq(Path(source), target, run, head, overwrite)
+        return ""
+    if isinstance(head, CausalLM):
+        _write_causal(Path(source), target, run, head, overwrite)
         return ""
     if run.trunk.raw is None:
         problem = "a class for it only with the decoder of a seq2seq task" if run.trunk.decoder else "no class for it"

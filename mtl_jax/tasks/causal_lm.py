@@ -234,7 +234,7 @@ class CausalLM(Task):
         return LMHead(self.vocabulary, self.tied, self.cap, dtype)
 
     def generator(self, trunk: nn.Module) -> CausalModel:
-        return CausalModel(trunk, self.module(trunk.dtype))  # type: ignore[attr-defined]
+        return CausalModel(trunk, self.module(trunk.dtype))
 
     def init(self, key: jax.Array, width: int) -> Any:
         table_VxH = jnp.zeros((self.vocabulary, width))

@@ -203,7 +203,7 @@ class Seq2Seq(Task):
         return Decoder(self.decoder, dtype)
 
     def generator(self, trunk: nn.Module) -> EncoderDecoder:
-        return EncoderDecoder(trunk, self.module(trunk.dtype))  # type: ignore[attr-defined]
+        return EncoderDecoder(trunk, self.module(trunk.dtype))
 
     def init(self, key: jax.Array, width: int) -> Any:
         module = self.module()

@@ -10,8 +10,11 @@ from mtl_jax.models.causal_model import CausalModel, LMHead, ScoreHead
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.models.llama import Llama
 from mtl_jax.models.llama_config import LlamaConfig, Rope
-from mtl_jax.pretrained.family import Family, Fields, translate
+from mtl_jax.pretrained.family import Family, Fields, brief, translate
 
+LEAST = 1e-6  # of numbers that are divided by
+ROPE_FIELDS = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"}
+ROPE_FIELDS |= {"original_max_position_embeddings", "partial_rotary_factor"}
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 ROPES = ("default", "linear", "dynamic", "llama3")
 
@@ -51,7 +54,7 @@ def _config(raw: Mapping[str, Any], where: str, **changes: Any) -> LlamaConfig:
     kv_heads = changes.pop("kv_heads", None) or fields.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads is {kv_heads}; it must divide the {heads} attention heads")
-    padding = fields.get("pad_token_id", None)
+    padding = fields.integer("pad_token_id", -1, minimum=-1)
     dropout = fields.rate("classifier_dropout", fields.rate("hidden_dropout", 0.1))
     values: dict[str, Any] = {
         "vocab_size": fields.integer("vocab_size"),
@@ -67,7 +70,7 @@ def _config(raw: Mapping[str, Any], where: str, **changes: Any) -> LlamaConfig:
         "initializer_range": fields.number("initializer_range", 0.02),
         "num_labels": fields.num_labels(),
         "tied": fields.flag("tie_word_embeddings", False),
-        "pad_token_id": padding if type(padding) is int and padding >= 0 else None,
+        "pad_token_id": padding if padding >= 0 else None,
     }
     if "activation" not in changes:
         values["activation"] = fields.choice("hidden_act", ACTIVATIONS, "silu")
@@ -78,18 +81,20 @@ def _rope(fields: Fields, parameters: Any, theta: float, scaling: Any = None) ->
     """Rotary positions from rope_parameters (transformers 5), or from rope_theta and rope_scaling before it."""
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, Mapping):
-            raise UserError(f"{fields.where}: {name} must be an object, and it is {value!r}")
+            raise UserError(f"{fields.where}: {name} is {brief(value)}; it must be an object")
+        if unread := sorted({*(value or {})} - ROPE_FIELDS):
+            raise UserError(f"{fields.where}: {name} has {brief(unread[0])}, which is not read here")
     nested = Fields({**(scaling or {}), **(parameters or {})}, f"{fields.where}, rope_parameters")
     kind = nested.choice("rope_type", ROPES, nested.raw.get("type", "default"))
     if nested.number("partial_rotary_factor", 1.0) != 1.0 or fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{fields.where}: partial_rotary_factor is not 1, which is not supported")
     rope = Rope(theta=nested.number("rope_theta", theta), kind=kind)
-    if not rope.theta:
+    if rope.theta < LEAST:
         raise UserError(f"{nested.where}: rope_theta is {rope.theta}; it must be above 0")
     if kind in ("default", "dynamic"):
         return rope
     factor = nested.number("factor")
-    if not factor:
+    if factor < LEAST:
         raise UserError(f"{nested.where}: factor is {factor}; it must be above 0")
     if kind == "linear":
         return Rope(rope.theta, kind, factor)
@@ -170,11 +175,11 @@ def gemma3_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
         raise UserError(f"{where}: use_bidirectional_attention is true; only decoders are read, whose tokens see no later ones")
     layers, every = fields.layers("num_hidden_layers"), fields.integer("sliding_window_pattern", 6)
     parameters = fields.get("rope_parameters", {})
-    if not isinstance(parameters, Mapping):
+    if not isinstance(parameters, Mapping) or {*parameters} - {GLOBAL, LOCAL}:
         raise UserError(f"{where}: rope_parameters must be an object with {GLOBAL} and {LOCAL}")
     theta, local_theta = fields.number("rope_theta", 1e6), fields.number("rope_local_base_freq", 1e4)
     bias, scalar = fields.flag("attention_bias", False), fields.number("query_pre_attn_scalar", 256)
-    if not scalar:
+    if scalar < LEAST:
         raise UserError(f"{where}: query_pre_attn_scalar is {scalar}; it must be above 0")
     if fields.get("attn_logit_softcapping", None) is not None:
         raise UserError(
@@ -208,7 +213,7 @@ def _cap(fields: Fields, name: str) -> float | None:
     cap = fields.get(name, None)
     if cap is None:
         return None
-    if not fields.number(name):
+    if fields.number(name) < LEAST:
         raise UserError(f"{fields.where}: {name} is {cap}; it must be above 0, or null for no cap")
     return fields.number(name)
 

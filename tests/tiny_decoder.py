@@ -20,7 +20,7 @@ TEMPLATE = (
 def write_llama(folder: Path, chat: bool = True, **changes: object) -> None:
     """A checkpoint directory; texts begin with [CLS] and end with [SEP] in answers only."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} | changes
+    config: dict = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} | changes
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     rng = np.random.default_rng(0)
     H, F, kv = 16, 24, 8
@@ -28,7 +28,7 @@ def write_llama(folder: Path, chat: bool = True, **changes: object) -> None:
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(0, 0.2, shape).astype(np.float32)
 
-    tensors = {"model.embed_tokens.weight": normal(len(WORDS), H), "model.norm.weight": 1 + normal(H)}
+    tensors = {"model.embed_tokens.weight": normal(config["vocab_size"], H), "model.norm.weight": 1 + normal(H)}
     for layer in range(SIZES["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         shapes = {"self_attn.q_proj": (H, H), "self_attn.k_proj": (kv, H), "self_attn.v_proj": (kv, H)}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from mtl_jax.data.batches import eval_batches
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.models.trunk_output import segment_last
 from mtl_jax.training.setup import prepare
+from mtl_jax.transfer.adapters import IA3, Bottleneck, Prefix, adapt
 
 ANSWER = CausalLM(name="answer", source="pairs", column="answer", target_length=3, prompt="{text}")
 CHAT = CausalLM(name="chat", source="chats", messages="messages", target_length=4)
@@ -122,6 +124,23 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_end(prepared):
     assert shown == [["[CLS]", "good", "good", "good", "[SEP]"], ["[CLS]", "bad", "?"]]
     assert [row.tolist() for row in encoded.types] == [[0, 0, 1, 1, 1], [0, 0, 0]]
     assert encoded.truncated.tolist() == [0]
+
+
+def test_adapters_find_their_places_in_a_decoder(prepared):
+    adapters = (Lora(name="lora", rank=2), IA3(name="ia3"), Bottleneck(name="bottleneck"), Prefix(name="prefix", length=3))
+    module = adapt(prepared.trunk.module, adapters)
+    places = {name: sorted(layer.path.removeprefix("layer_0/") for layer in layers) for name, layers in module.where.items()}
+    assert places["lora"] == ["attention/query", "attention/value"]
+    assert places["ia3"] == ["attention/key", "attention/value", "feed_forward_out"]
+    assert places["bottleneck"] == ["attention/output", "feed_forward_out"]
+    assert places["prefix"] == ["attention"]
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), np.zeros((1, 1), np.int32)))["params"]["adapters"]
+    assert shapes["prefix"]["layer_0"]["attention"]["key"].shape == (3, 2, 4)  # as many heads as keys have
+    ids = np.zeros((1, 5), np.int32)
+    hidden = jax.eval_shape(
+        lambda params: module.apply({"params": params}, ids).hidden, {**prepared.params["trunk"], "adapters": shapes}
+    )
+    assert hidden.shape == (1, 5, 16)
 
 
 def test_answers_are_compared_with_all_that_a_row_has():

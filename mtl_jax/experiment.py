@@ -355,9 +355,10 @@ def _check_tasks(experiment: Experiment) -> None:
                 f"{count(experiment.batch.target_row_length, 'target token')}: make batch.target_length as long"
             )
         others = [other.name for other in experiment.tasks if other.source == task.source and other is not task]
-        if task.corrupts and others:
+        if (task.corrupts or task.makes_tokens) and others:
+            does = "changes the texts" if task.corrupts else "reads the answers beside the texts"
             raise UserError(
-                f"task {task.name!r} changes the texts of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
+                f"task {task.name!r} {does} of source {task.source!r}, so task {others[0]!r} cannot have it, too: "
                 "declare the same file as a second source"
             )
     batch = experiment.batch

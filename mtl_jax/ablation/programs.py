@@ -231,7 +231,7 @@ def scores_of(
             scores.append({task: {"loss": loss} for task, loss in losses.items()})
         else:
             texts: Scores = {}
-            if any(task.decodes for task in tasks):
+            if any(task.generates for task in tasks):
                 run_params = jax.device_put(stacking.take(params, per_run, number), jax.devices()[0])
                 devices = list(machine.mesh.devices.flat)
                 texts = text_evaluation.text_scores(tasks, prepared.trunk, run_params, data, beams, devices=devices)

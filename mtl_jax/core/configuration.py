@@ -154,7 +154,9 @@ LIMITS: dict[str, Limits] = {
     **dict.fromkeys(("Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"), ANY),
     **dict.fromkeys(("Experiment.weighting_options", "Experiment.weights", "Phase.weights"), ANY),  # checked by the rules
     # Set from the data; -1 before that.
-    **dict.fromkeys(("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end"), Limits(-1, MOST)),
+    **dict.fromkeys(("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end", "CausalLM.end"), Limits(-1, MOST)),
+    **dict.fromkeys(("CausalLM.target_length", "CausalLM.beams", "CausalLM.dev_beams"), COUNT),
+    **{"CausalLM.label_smoothing": RATE, "CausalLM.length_penalty": ANY, "CausalLM.cap": POSITIVE},
 }
 USER_FIELD = "user:"  # before class and field, where a user's class declares it: any number, its check() knows better
 SEEDS = ("Experiment.seed", "Experiment.data_seed")

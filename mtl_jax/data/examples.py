@@ -102,15 +102,20 @@ def make_examples(
         first, second, row_of = units.texts_of(reader, source, rows)
     max_length //= units.size(tasks)
     try:
-        encoded = tokenizing.encode(
-            tokenizer,
-            first,
-            second,
-            max_length=max_length,
-            windows=any(task.windows for task in tasks),
-            stride=max((task.stride for task in tasks), default=0),
-            offsets=any(task.needs_offsets for task in tasks),
-            cache=cache,
+        maker = next((task for task in tasks if task.makes_tokens), None)
+        encoded = (
+            maker.encode_rows(rows, source, tokenizer, max_length, cache)
+            if maker is not None
+            else tokenizing.encode(
+                tokenizer,
+                first,
+                second,
+                max_length=max_length,
+                windows=any(task.windows for task in tasks),
+                stride=max((task.stride for task in tasks), default=0),
+                offsets=any(task.needs_offsets for task in tasks),
+                cache=cache,
+            )
         )
     except RowError as error:
         refused = error.rows if row_of is None else sorted({int(row_of[text]) for text in error.rows})

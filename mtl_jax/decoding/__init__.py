@@ -1,4 +1,4 @@
-"""Generates tokens with encoder-decoders: greedy search, beam search and sampling, with the semantics of transformers 5."""
+"""Generates tokens: greedy search, beam search and sampling, with the semantics of transformers 5."""
 
 from mtl_jax.decoding.config import GenerationConfig as GenerationConfig
 from mtl_jax.decoding.config import resolve as resolve
@@ -6,5 +6,5 @@ from mtl_jax.decoding.generate import Answer as Answer
 from mtl_jax.decoding.generate import fit_to_model as fit_to_model
 from mtl_jax.decoding.generate import generate as generate
 from mtl_jax.decoding.generate import generate_all as generate_all
-from mtl_jax.decoding.generate import require_seq2seq as require_seq2seq
+from mtl_jax.decoding.generate import require_generator as require_generator
 from mtl_jax.decoding.logits import prepare as prepare

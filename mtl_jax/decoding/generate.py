@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.decoding import search
+from mtl_jax.decoding import prompts, search
 from mtl_jax.decoding.batching import UNPLACED, Devices, buckets, share_devices
 from mtl_jax.decoding.config import TOKENS, GenerationConfig, resolve, split_options
-from mtl_jax.decoding.logits import Vocabulary, prepare
+from mtl_jax.decoding.logits import Generator, Vocabulary, prepare
 from mtl_jax.decoding.state import State
+from mtl_jax.models.causal_model import CausalModel, LMHead
 from mtl_jax.models.encoder_decoder import Seq2Seq
-from mtl_jax.models.seq2seq_decoder import Decoder, Source
+from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.pretrained.checkpoint import Checkpoint
 
 FIRST_CACHE = 32  # fewest positions of the first cache, which otherwise has the source's tokens, up to a power of two
@@ -75,24 +76,26 @@ def generate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Generates for one batch, as generate() of transformers 5 does.
 
+    A decoder-only model continues each row after its last real token. Rows may be padded on the left, as transformers needs
+    it, or on the right; in the result they are padded on the left.
+
     Args:
-        checkpoint: An encoder-decoder with an LM head.
-        input_ids: i32[B, T].
+        checkpoint: An encoder-decoder or a decoder-only model with an LM head.
+        input_ids: i32[B, T], the sources, or the prompts.
         attention_mask: [B, T], 1 at real tokens; None: all are real.
         key: PRNG key, needed with do_sample.
         vocabulary: prepare(checkpoint.model, checkpoint.params), which calls with few rows can share; None: computed.
         options: Fields of GenerationConfig. Others are taken from the checkpoint's generation_config.json and config.json.
 
     Returns:
-        i32[B * num_return_sequences, U], the start token first, padded after the end; and f32[B * num_return_sequences], the
-        log-probability of the tokens over their number ** length_penalty.
+        i32[B * num_return_sequences, U], the start token or the prompt first, padded after the end; and
+        f32[B * num_return_sequences], the log-probability of the new tokens over their number ** length_penalty.
 
     Raises:
         UserError: The checkpoint cannot generate, a token id is outside its vocabulary, an option is refused, or rows are
             longer than the model's positions.
     """
-    model = require_seq2seq(checkpoint.model, str(checkpoint.raw.get("model_type")))
-    config = fit_to_model(model, resolve(checkpoint.raw, checkpoint.location, **options))
+    model = require_generator(checkpoint.model, str(checkpoint.raw.get("model_type")))
     ids_BxT = np.asarray(input_ids, np.int32)
     if ids_BxT.ndim != 2 or not ids_BxT.size:
         raise UserError(f"input_ids has the shape {ids_BxT.shape}; rows of token ids are needed, i32[B, T]")
@@ -104,18 +107,27 @@ def generate(
         if not 0 <= token < vocab_size:
             raise UserError(f"input_ids holds {token}; the model knows {count(vocab_size, 'token')}")
     _check_source(model, ids_BxT.shape[1])
+    decoder_only = isinstance(model, CausalModel)
+    if decoder_only:
+        ids_BxT, mask_BxT = prompts.padded_left(ids_BxT, mask_BxT)
+        config = prompts.resolve(checkpoint.raw, checkpoint.location, ids_BxT.shape[1], options)
+    else:
+        config = resolve(checkpoint.raw, checkpoint.location, **options)
+    config = fit_to_model(model, config)
     keys = _keys(config, key, np.arange(len(ids_BxT)))
     vocabulary = vocabulary or prepare(model, checkpoint.params)
     searcher = _Search(model, checkpoint.params, vocabulary, config, ids_BxT.shape[1], UNPLACED)
     sequences = searcher.finish(searcher.start(ids_BxT, mask_BxT, keys, np.ones(len(ids_BxT), bool)))
     n = config.num_return_sequences
     longest = 1 + int(sequences.lengths[:, :n].max()) if config.num_beams > 1 else sequences.length
-    tokens = sequences.tokens[:, :n, :longest]
-    return tokens.reshape(-1, longest), sequences.scores[:, :n].reshape(-1)
+    tokens = sequences.tokens[:, :n, :longest].reshape(-1, longest)
+    if decoder_only:
+        tokens = np.concatenate([np.repeat(ids_BxT[:, :-1], n, axis=0), tokens], axis=1)
+    return tokens, sequences.scores[:, :n].reshape(-1)
 
 
 def generate_all(
-    model: Seq2Seq,
+    model: Generator,
     params: Any,
     sources: Sequence[np.ndarray],
     config: GenerationConfig,
@@ -131,9 +143,9 @@ def generate_all(
     to a source does not depend on the other sources, except for rounding; with the same key, draws do not either.
 
     Args:
-        model: Encoder and decoder.
+        model: An encoder-decoder, or a decoder-only model.
         params: {"trunk": ..., "head": ...}.
-        sources: Token ids i32[T] with special tokens, none empty.
+        sources: Token ids i32[T] with special tokens, none empty; for decoder-only models the prompts.
         config: The options, from resolve().
         rows: Sources in a batch, on each device.
         key: PRNG key, needed with do_sample.
@@ -152,7 +164,7 @@ def generate_all(
     if rows < 1:
         raise UserError(f"rows is {rows}; it must be at least 1")
     config.check()
-    config = fit_to_model(require_seq2seq(model, "this model"), config)
+    config = fit_to_model(require_generator(model, "this model"), config)
     lengths = np.array([len(source) for source in sources], np.int64)
     if not len(lengths):
         return
@@ -173,10 +185,10 @@ def generate_all(
             continue
         T = next(size for size in sizes if size >= lengths[members[0]])
         ids_BxT, mask_BxT = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.int32)
-        mask_BxT[:, 0] = 1  # a row that only fills the batch has one token: nothing is divided by 0
+        mask_BxT[len(members) :, 0] = 1  # a row that only fills the batch has one token: nothing is divided by 0
         for row, member in enumerate(members):
-            ids_BxT[row, : lengths[member]] = sources[member]
-            mask_BxT[row, : lengths[member]] = 1
+            place = slice(T - lengths[member], T) if isinstance(model, CausalModel) else slice(0, lengths[member])
+            ids_BxT[row, place], mask_BxT[row, place] = sources[member], 1
         real_B = np.arange(rows) < len(members)
         keys = _keys(config, key, np.pad(members, (0, rows - len(members))))
         started = members, searcher.start(ids_BxT, mask_BxT, keys, real_B)
@@ -187,42 +199,44 @@ def generate_all(
         yield from _answers(waiting[0], searcher.finish(waiting[1]), config)
 
 
-def require_seq2seq(model: Any, name: str) -> Seq2Seq:
-    """The model, if it is an encoder-decoder that predicts tokens.
+def require_generator(model: Any, name: str) -> Generator:
+    """The model, if it predicts tokens one after another.
 
     Raises:
         UserError: It is another kind of model; the message names the kind.
     """
-    if not isinstance(model, Seq2Seq) or not isinstance(model.head, Decoder):
+    heads = {Seq2Seq: Decoder, CausalModel: LMHead}
+    if type(model) not in heads or not isinstance(model.head, heads[type(model)]):
         kind = type(getattr(model, "head", None) or model).__name__
-        raise UserError(f"{name} ({kind}) generates no text; an encoder-decoder with an LM head is needed (Marian, BART, T5)")
-    return model
+        raise UserError(
+            f"{name} ({kind}) generates no text; an encoder-decoder with an LM head is needed (Marian, BART, T5), or a "
+            "decoder-only model with one (Llama, Qwen, Gemma)"
+        )
+    generator: Generator = model
+    return generator
 
 
-def fit_to_model(model: Seq2Seq, config: GenerationConfig) -> GenerationConfig:
+def fit_to_model(model: Generator, config: GenerationConfig) -> GenerationConfig:
     """The options for a model, with the length limited to the positions of its decoder.
 
     Raises:
         UserError: A forced or forbidden token is outside the vocabulary, or the least length is above the largest.
     """
-    assert isinstance(model.head, Decoder)
-    sizes = model.head.config
-    if sizes.max_positions is not None and config.length > sizes.max_positions:
-        config = dataclasses.replace(config, max_length=sizes.max_positions, max_new_tokens=None)
+    vocabulary, most = model.vocabulary, model.most_generated
+    if most is not None and config.length > most:
+        config = dataclasses.replace(config, max_length=most, max_new_tokens=None)
     if config.minimum_length > config.length and config.eos_token_id:
         raise UserError(f"the least length, {config.minimum_length}, is above the largest, {count(config.length, 'token')}")
     tokens = [(name, getattr(config, name)) for name in TOKENS]
     tokens += [("eos_token_id", token) for token in config.eos_token_id]
     tokens += [("bad_words_ids", token) for word in config.bad_words_ids for token in word]
     for name, token in tokens:
-        if token is not None and not 0 <= token < sizes.decoder_vocab_size:
-            raise UserError(
-                f"token {token} of the generation options is outside the vocabulary of {sizes.decoder_vocab_size} ({name})"
-            )
+        if token is not None and not 0 <= token < vocabulary:
+            raise UserError(f"token {token} of the generation options is outside the vocabulary of {vocabulary} ({name})")
     return config
 
 
-def _check_source(model: Seq2Seq, length: int) -> None:
+def _check_source(model: Generator, length: int) -> None:
     limit = model.trunk.config.max_length
     if limit is not None and length > limit:
         raise UserError(f"a source of {count(length, 'token')} is too long for this model; it has {count(limit, 'position')}")
@@ -244,7 +258,7 @@ class _Search(NamedTuple):
     """A search with one model and one set of options.
 
     Attributes:
-        model: Encoder and decoder.
+        model: The model.
         params: {"trunk": ..., "head": ...}.
         vocabulary: From logits.prepare().
         config: The options.
@@ -253,21 +267,21 @@ class _Search(NamedTuple):
         devices: The devices that share each batch.
     """
 
-    model: Seq2Seq
+    model: Generator
     params: Any
     vocabulary: Vocabulary
     config: GenerationConfig
     longest: int
     devices: Devices
 
-    def start(self, ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, real: np.ndarray) -> tuple[Source, State]:
+    def start(self, ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, real: np.ndarray) -> tuple[Any, State]:
         """Starts the search for a batch on the device; does not wait for it."""
         static, traced = split_options(self.config)
         positions = min(max(FIRST_CACHE, 1 << (ids.shape[1] - 1).bit_length()), self.config.length - 1)
         rows = self.devices.place_rows((ids, mask, keys, real))
         return search.begin(self.model, self.params, self.vocabulary, *rows, traced, config=static, positions=positions)
 
-    def finish(self, started: tuple[Source, State]) -> Sequences:
+    def finish(self, started: tuple[Any, State]) -> Sequences:
         """Continues the search with longer caches until every row is done, and reads the result."""
         source, state = started
         config = self.config

@@ -9,12 +9,10 @@ Shapes in names: B rows, K beams, C candidates, H hidden size, V vocabulary, W v
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-
-from mtl_jax.models.encoder_decoder import Seq2Seq
 
 BLOCK = 128  # tokens
 
@@ -31,12 +29,29 @@ class Vocabulary(NamedTuple):
     bias: jax.Array
 
 
+class Generator(Protocol):
+    """A linen module that generates tokens: models.encoder_decoder.Seq2Seq, or models.causal_model.CausalModel."""
+
+    @property
+    def trunk(self) -> Any: ...
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def logit_cap(self) -> float | None: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def most_generated(self) -> int | None: ...
+
+    def apply(self, variables: Any, *args: Any, method: str, **kwargs: Any) -> Any: ...
+
+
 @functools.partial(jax.jit, static_argnames="model")
-def prepare(model: Seq2Seq, params: Any) -> Vocabulary:
+def prepare(model: Generator, params: Any) -> Vocabulary:
     """The output layer of a model, laid out for decoding; it takes as much memory as the token table.
 
     Args:
-        model: Encoder and decoder.
+        model: The model.
         params: {"trunk": ..., "head": ...}.
     """
     projection: Any = model.apply({"params": params}, method="projection")
@@ -45,9 +60,10 @@ def prepare(model: Seq2Seq, params: Any) -> Vocabulary:
     return Vocabulary(jnp.pad(kernel_HxV, ((0, 0), (0, padding))), jnp.pad(bias_V, (0, padding), constant_values=-jnp.inf))
 
 
-def project(hidden_BxKxH: jax.Array, vocabulary: Vocabulary, scale: float) -> jax.Array:
-    """Logits f32[B, K, W] of the decoder's last output; -inf beyond the last token."""
+def project(hidden_BxKxH: jax.Array, vocabulary: Vocabulary, scale: float, cap: float | None = None) -> jax.Array:
+    """Logits f32[B, K, W] of the decoder's last output, softly capped; -inf beyond the last token."""
     x_BxKxW = jnp.einsum("bkh,hw->bkw", hidden_BxKxH * scale, vocabulary.kernel, preferred_element_type=jnp.float32)
+    x_BxKxW = x_BxKxW if cap is None else cap * jnp.tanh(x_BxKxW / cap)
     return x_BxKxW + vocabulary.bias
 
 

@@ -26,8 +26,19 @@ def needs_all_scores(config: GenerationConfig) -> bool:
     return config.repetition_penalty != 1 or config.renormalize_logits
 
 
+def reads_tokens(config: GenerationConfig) -> bool:
+    """Whether scores depend on the tokens so far, those of a prompt included."""
+    words = any(len(word) > 1 for word in config.bad_words_ids)
+    return config.repetition_penalty != 1 or config.no_repeat_ngram_size > 0 or words
+
+
 def process(
-    scores_BxKxW: jax.Array, tokens_BxKxL: jax.Array, length: jax.Array, config: GenerationConfig, traced: TracedOptions
+    scores_BxKxW: jax.Array,
+    tokens_BxKxL: jax.Array,
+    length: jax.Array,
+    config: GenerationConfig,
+    traced: TracedOptions,
+    prompt_BxP: jax.Array | None = None,
 ) -> jax.Array:
     """The scores after all options that change them, except those of sampling.
 
@@ -37,16 +48,23 @@ def process(
         length: i32[], their number, the start token included.
         config: The static options.
         traced: The traced options.
+        prompt_BxP: i32, the tokens before them, -1 at padding; None: there are none.
     """
     x = scores_BxKxW
     if config.repetition_penalty != 1:
-        x = _penalise(x, tokens_BxKxL, length, traced.repetition_penalty)
-    x = forbid(x, tokens_BxKxL, length, config)
+        x = _penalise(x, *_with_prompt(tokens_BxKxL, length, prompt_BxP, x.shape[-1]), traced.repetition_penalty)
+    x = forbid(x, tokens_BxKxL, length, config, prompt_BxP)
     x = change_by_token(x, None, length, config)
     return jax.nn.log_softmax(x, axis=-1) if config.renormalize_logits and not config.do_sample else x
 
 
-def forbid(x_BxKxW: jax.Array, tokens_BxKxL: jax.Array, length: jax.Array, config: GenerationConfig) -> jax.Array:
+def forbid(
+    x_BxKxW: jax.Array,
+    tokens_BxKxL: jax.Array,
+    length: jax.Array,
+    config: GenerationConfig,
+    prompt_BxP: jax.Array | None = None,
+) -> jax.Array:
     """Gives -inf to tokens that would repeat an n-gram or complete a forbidden word of several tokens.
 
     Args:
@@ -54,7 +72,9 @@ def forbid(x_BxKxW: jax.Array, tokens_BxKxL: jax.Array, length: jax.Array, confi
         tokens_BxKxL: i32, the tokens so far.
         length: i32[], their number, the start token included.
         config: The static options.
+        prompt_BxP: As in process().
     """
+    tokens_BxKxL, length = _with_prompt(tokens_BxKxL, length, prompt_BxP, x_BxKxW.shape[-1])
     if config.no_repeat_ngram_size:
         x_BxKxW = _forbid_repeated(x_BxKxW, tokens_BxKxL, length, config.no_repeat_ngram_size)
     return _forbid_words(x_BxKxW, tokens_BxKxL, length, [word for word in config.bad_words_ids if len(word) > 1])
@@ -85,6 +105,17 @@ def change_by_token(
         if token is not None:
             scores = jnp.where(length == at, jnp.where(tokens == token, 0.0, FLOOR), scores)
     return scores
+
+
+def _with_prompt(
+    tokens_BxKxL: jax.Array, length: jax.Array, prompt_BxP: jax.Array | None, vocabulary: int
+) -> tuple[jax.Array, jax.Array]:
+    """The tokens with those of the prompt before them, padding as an id beyond the vocabulary; and their number."""
+    if prompt_BxP is None:
+        return tokens_BxKxL, length
+    prompt_BxP = jnp.where(prompt_BxP < 0, vocabulary, prompt_BxP)
+    prompt_BxKxP = jnp.broadcast_to(prompt_BxP[:, None], (*tokens_BxKxL.shape[:2], prompt_BxP.shape[1]))
+    return jnp.concatenate([prompt_BxKxP, tokens_BxKxL], axis=-1), length + prompt_BxP.shape[1]
 
 
 def _known(tokens_BxKxL: jax.Array, length: jax.Array, vocabulary: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """Greedy search, sampling and beam search on the device: steps until every row is done or the cache is full.
 
 Beams are not moved in the cache: a beam that continues another one reads that beam's entries (ancestry). All beams of a row
-share the keys and values of the source.
+share the keys and values of the source or prompt.
 
 Shapes in names: B rows, K beams, T source tokens, S positions of the cache.
 """
@@ -14,18 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_jax.decoding import processors
 from mtl_jax.decoding.config import GenerationConfig, TracedOptions
-from mtl_jax.decoding.logits import Vocabulary, project
-from mtl_jax.decoding.state import State, enlarged, initial
+from mtl_jax.decoding.logits import Generator, Vocabulary, project
+from mtl_jax.decoding.state import State, beams, enlarged, initial
 from mtl_jax.decoding.steps import beam_step, plain_step
-from mtl_jax.models.encoder_decoder import Seq2Seq
-from mtl_jax.models.kv_cache import KeyValue
-from mtl_jax.models.seq2seq_decoder import Source
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "positions"))
 def begin(
-    model: Seq2Seq,
+    model: Generator,
     params: Any,
     vocabulary: Vocabulary,
     input_ids: jax.Array,
@@ -36,14 +34,14 @@ def begin(
     *,
     config: GenerationConfig,
     positions: int,
-) -> tuple[Source, State]:
-    """Encodes the rows and searches until all are done, or the cache is full.
+) -> tuple[Any, State]:
+    """Reads the rows and searches until all are done, or the cache is full.
 
     Args:
-        model: Encoder and decoder.
+        model: The model.
         params: {"trunk": ..., "head": ...}.
         vocabulary: From logits.prepare().
-        input_ids: i32[B, T].
+        input_ids: i32[B, T]; of decoder-only models the last column is real.
         attention_mask: [B, T].
         keys: u32[B, 2], key data for drawing.
         real: bool[B], False for rows that only fill the batch.
@@ -52,21 +50,26 @@ def begin(
         positions: S.
 
     Returns:
-        The source as the decoder reads it, and the state.
+        The source as the steps read it, and the state.
     """
-    variables = {"params": params}
-    hidden = model.apply(variables, input_ids, attention_mask, method="encode").hidden  # type: ignore[union-attr]
-    source: Any = model.apply(variables, hidden, attention_mask, method="source")
-    state = initial(model, config, positions, real, keys)
+    read: Any = model.apply(
+        {"params": params}, input_ids, attention_mask, positions=positions, beams=beams(config), method="prefill"
+    )
+    source, cache, start_B = read
+    prompt = None
+    if start_B is not None and processors.reads_tokens(config):
+        begun_BxT = jnp.cumsum(attention_mask, axis=1) > 0  # as in transformers, padding in front is not penalised
+        prompt = jnp.where(begun_BxT, input_ids, -1)[:, :-1]
+    state = initial(config, positions, real, keys, cache, start_B, prompt)
     return source, _until(model, params, vocabulary, source, state, config, traced)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "positions"))
 def resume(
-    model: Seq2Seq,
+    model: Generator,
     params: Any,
     vocabulary: Vocabulary,
-    source: Source,
+    source: Any,
     state: State,
     traced: TracedOptions,
     *,
@@ -78,21 +81,16 @@ def resume(
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def pad_source(source: Source, length: int) -> Source:
+def pad_source(source: Any, length: int) -> Any:
     """The source, padded to so many tokens."""
-    more = length - source.real.shape[1]
-
-    def widen(x: KeyValue) -> KeyValue:
-        return jax.tree.map(lambda x_BxNxTxD: jnp.pad(x_BxNxTxD, ((0, 0), (0, 0), (0, more), (0, 0))), x)
-
-    return Source(tuple(map(widen, source.layers)), jnp.pad(source.real, ((0, 0), (0, more))), None)
+    return source.padded(length)
 
 
 def _until(
-    model: Seq2Seq,
+    model: Generator,
     params: Any,
     vocabulary: Vocabulary,
-    source: Source,
+    source: Any,
     state: State,
     config: GenerationConfig,
     traced: TracedOptions,
@@ -100,7 +98,6 @@ def _until(
     """Takes steps until all rows are done, the cache is full, or the sequences have the greatest length."""
     K, positions = state.ancestry.shape[1:]
     choose = beam_step if config.num_beams > 1 else plain_step
-    scale = model.head.config.logit_scale  # type: ignore[union-attr]
 
     def body(state: State) -> State:
         position = state.length - 1
@@ -115,7 +112,7 @@ def _until(
             ancestry=state.ancestry if K > 1 else None,
             method="decode",
         )
-        logits_BxKxW = project(output.hidden, vocabulary, scale)
+        logits_BxKxW = project(output.hidden, vocabulary, model.logit_scale, model.logit_cap)
         return choose(state._replace(cache=output.cache), logits_BxKxW, config, traced)
 
     def unfinished(state: State) -> jax.Array:

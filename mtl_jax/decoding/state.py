@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.decoding.config import GenerationConfig
-from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.models.kv_cache import KeyValue
 
 WORST = -1e9  # added to the score of a beam that does not count, as in transformers
@@ -34,6 +33,7 @@ class State(NamedTuple):
         ancestry: i32[B, K, S], see models.encoder_decoder.Seq2Seq.decode.
         cache: Keys and values of the running beams.
         keys: u32[B, 2], key data for drawing, one key a row.
+        prompt: i32[B, P], what stands before the start token, where options read it; -1 at padding. None: nothing.
     """
 
     length: jax.Array
@@ -49,6 +49,7 @@ class State(NamedTuple):
     ancestry: jax.Array
     cache: tuple[KeyValue, ...]
     keys: jax.Array
+    prompt: jax.Array | None = None
 
 
 def beams(config: GenerationConfig) -> int:
@@ -60,10 +61,29 @@ def _padding(config: GenerationConfig) -> int:
     return config.beam_padding if config.num_beams > 1 else config.padding
 
 
-def initial(model: Seq2Seq, config: GenerationConfig, positions: int, active_B: jax.Array, keys_Bx2: jax.Array) -> State:
-    """The state before the first step. All beams of a row are equal then, so only one of them counts."""
+def initial(
+    config: GenerationConfig,
+    positions: int,
+    active_B: jax.Array,
+    keys_Bx2: jax.Array,
+    cache: tuple[KeyValue, ...],
+    start_B: jax.Array | None = None,
+    prompt_BxP: jax.Array | None = None,
+) -> State:
+    """The state before the first step. All beams of a row are equal then, so only one of them counts.
+
+    Args:
+        config: The static options.
+        positions: S.
+        active_B: bool, False for rows that only fill the batch.
+        keys_Bx2: Key data for drawing.
+        cache: Of the running beams.
+        start_B: The token that each row's first step reads; None: the options' start token.
+        prompt_BxP: See State.prompt.
+    """
     B, K = len(active_B), beams(config)
-    tokens = jnp.full((B, K, positions + 1), _padding(config), jnp.int32).at[..., 0].set(config.start)
+    start = config.start if start_B is None else start_B[:, None]
+    tokens = jnp.full((B, K, positions + 1), _padding(config), jnp.int32).at[..., 0].set(start)
     return State(
         length=jnp.ones((), jnp.int32),
         tokens=tokens,
@@ -76,8 +96,9 @@ def initial(model: Seq2Seq, config: GenerationConfig, positions: int, active_B: 
         reached_end=jnp.zeros((B, K), bool),
         active=active_B,
         ancestry=jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32)[:, None], (B, K, positions)),
-        cache=model.init_cache(B, positions, K),
+        cache=cache,
         keys=keys_Bx2,
+        prompt=prompt_BxP,
     )
 
 

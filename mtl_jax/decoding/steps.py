@@ -19,7 +19,7 @@ from mtl_jax.decoding.state import WORST, State
 
 def plain_step(state: State, logits_BxKxW: jax.Array, config: GenerationConfig, traced: TracedOptions) -> State:
     """Each beam takes its likeliest token, or draws one; the beams are the sequences to return."""
-    scores_BxKxW = processors.process(logits_BxKxW, state.tokens, state.length, config, traced)
+    scores_BxKxW = processors.process(logits_BxKxW, state.tokens, state.length, config, traced, state.prompt)
     if config.do_sample:
         tokens_BxKxC, scores_BxKxC = processors.likely(scores_BxKxW, config, traced)
         noise_BxKxC = _gumbel(state, scores_BxKxC.shape[1:])
@@ -109,9 +109,9 @@ def _best(
     rest_BxKx1 = jnp.log(jnp.exp(logits_BxKxW - most_BxKx1).sum(axis=-1, keepdims=True))
     if processors.needs_all_scores(config):
         log_probabilities = (logits_BxKxW - most_BxKx1) - rest_BxKx1
-        x_BxKxW = processors.process(log_probabilities, state.tokens, state.length, config, traced)
+        x_BxKxW = processors.process(log_probabilities, state.tokens, state.length, config, traced, state.prompt)
     else:
-        x_BxKxW = processors.forbid(logits_BxKxW, state.tokens, state.length, config)
+        x_BxKxW = processors.forbid(logits_BxKxW, state.tokens, state.length, config, state.prompt)
 
     def score(x: jax.Array, most: jax.Array, rest: jax.Array, tokens: jax.Array | None) -> jax.Array:
         if processors.needs_all_scores(config):
@@ -138,7 +138,7 @@ def _drawn(
     """C continuations of each row, drawn without replacement, in the order of drawing; results as in _best()."""
     B, K, _ = logits_BxKxW.shape
     scores_BxKxW = jax.nn.log_softmax(logits_BxKxW, axis=-1)
-    scores_BxKxW = processors.process(scores_BxKxW, state.tokens, state.length, config, traced)
+    scores_BxKxW = processors.process(scores_BxKxW, state.tokens, state.length, config, traced, state.prompt)
     tokens_BxKxP, scores_BxKxP = processors.likely(scores_BxKxW, config, traced, least=max(len(config.eos_token_id), 1) + 1)
     P = tokens_BxKxP.shape[-1]
     total_BxN = (scores_BxKxP + state.scores[..., None]).reshape(B, K * P)

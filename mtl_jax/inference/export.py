@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,9 @@ from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
-from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks import CausalLM, Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import text_evaluation
+from mtl_jax.training.forward import pooling_of
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
 
 log = logging.getLogger(__name__)
@@ -94,13 +96,16 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str
     if isinstance(head, Seq2Seq):
         _write_seq2seq(Path(source), target, run, head, overwrite)
         return ""
+    if isinstance(head, CausalLM):
+        _write_causal(Path(source), target, run, head, overwrite)
+        return ""
     if run.trunk.raw is None:
         problem = "a class for it only with the decoder of a seq2seq task" if run.trunk.decoder else "no class for it"
         raise UserError(f"{source}: its trunk is from scratch, and transformers has {problem}")
     if head is not None and not isinstance(head, Classification | Regression | Contrastive | Tagging | Span):
         raise UserError(
-            f"task {task!r}: only heads of classification, regression, contrastive, tagging, span and seq2seq can be written; "
-            "leave --task out"
+            f"task {task!r}: only heads of classification, regression, contrastive, tagging, span, seq2seq and causal LM can "
+            "be written; leave --task out"
         )
     # The labels in the source checkpoint belong to another head, and the bare model has none.
     raw = {name: value for name, value in run.trunk.raw.items() if name not in LABEL_FIELDS}
@@ -182,6 +187,23 @@ def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
 
 
+def _write_causal(source: Path, target: str | Path, run: TrainedRun, task: CausalLM, overwrite: bool) -> None:
+    """Writes a decoder-only trunk with its LM head as the checkpoint that they started from."""
+    raw = dict(run.trunk.raw or {})
+    family = families.of(raw, f"{source}/trunk/config.json")
+    config = dataclasses.replace(family.config(raw, f"{source}/trunk/config.json"), tied=task.tied)
+    model = family.build(config, trunks.CAUSAL, np.float32)
+    params = {"trunk": _trunk(run, task.name), "head": run.params["heads"][task.name]}
+    checkpoint = pretrained.Checkpoint(model, params, config, raw, trunks.CAUSAL, source / "trunk")
+    ids = {"eos_token_id": task.end, "pad_token_id": task.padding, "bos_token_id": run.trunk.tokenizer.bos_token_id}
+
+    def add_generation(folder: Path) -> None:
+        _write_json(folder / "generation_config.json", ids | {"max_new_tokens": task.max_new_tokens or task.target_length})
+        _write_card(folder, run, task, raw)
+
+    saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
+
+
 def _token_head(model: nn.Module, run: TrainedRun, task: Task) -> dict[str, Any]:
     """The layer of a task's head under its name in the class of transformers.
 
@@ -206,7 +228,9 @@ def _write_head(folder: Path, run: TrainedRun, task: Task, width: int) -> None:
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     # The longest text in training, as rows of several texts are cut.
     length = run.experiment.batch.row_length // units.size(run.tasks_of_same_source(task.name))
-    _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True})
+    last = pooling_of(run.trunk.module.base if isinstance(run.trunk.module, Adapted) else run.trunk.module) == "last"
+    pooling = {"pooling_mode_mean_tokens": not last} | ({"pooling_mode_lasttoken": True} if last else {})
+    _write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling})
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
     for number, layer in enumerate(layers, start=2):
         is_last = number == len(layers) + 1

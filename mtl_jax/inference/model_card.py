@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks import CausalLM, Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 
 LABELS = "labels.json"
 
@@ -77,6 +77,15 @@ model = AutoModelForSeq2SeqLM.from_pretrained(folder)
 inputs = tokenizer(["a text"], return_tensors="pt")
 tokens = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+""",
+    CausalLM: """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer("a prompt", return_tensors="pt")  # of a task with a chat template: tokenizer.apply_chat_template
+print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
 """,
     type(None): """\
 from transformers import AutoModel, AutoTokenizer

@@ -26,7 +26,7 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import UnreadableTexts
 from mtl_jax.data.source import Source
 from mtl_jax.data.splits import read_one
-from mtl_jax.tasks import Seq2Seq, Task
+from mtl_jax.tasks import CausalLM, Seq2Seq, Task
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.experiment_json import check_registered
@@ -156,9 +156,9 @@ def _predict(model: Model, task: str, inputs: Inputs, top_k: int | None, deident
         log.warning("%s", line)
     generated: list[Generated] = []
     outputs: Any = ()
-    if top_k is not None and (isinstance(chosen, Seq2Seq) or chosen.level != "example"):
+    if top_k is not None and (chosen.decodes or chosen.level != "example"):
         raise _no_top(chosen)
-    if isinstance(chosen, Seq2Seq):
+    if isinstance(chosen, Seq2Seq | CausalLM):
         generated = text_evaluation.generate(chosen, run.trunk, run.params, examples, chosen.beams, devices=jax.local_devices())
     else:
         outputs = _apply(model, chosen, examples).outputs[task]

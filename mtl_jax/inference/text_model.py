@@ -1,4 +1,4 @@
-"""Encoder-decoders with their tokenizers that turn texts into texts, from a checkpoint or a run.
+"""Models with their tokenizers that turn texts into texts, from a checkpoint or a run.
 
 Beside the text, translating and summarising need languages, a prefix, or options of the task. They differ by family of
 checkpoints; the Setting holds them in one form.
@@ -18,14 +18,17 @@ from mtl_jax import pretrained
 from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.data import coverage
+from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokenize import RowError
+from mtl_jax.models.causal_model import CausalModel
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, locate
 from mtl_jax.pretrained.checkpoint import Checkpoint, head_kind
 from mtl_jax.pretrained.family import brief
 from mtl_jax.pretrained.locate import foreign
 from mtl_jax.pretrained.tensor_files import Location, read_json
+from mtl_jax.tasks import CausalLM
 from mtl_jax.tasks import Seq2Seq as Seq2SeqTask
 from mtl_jax.training.restore import TrainedRun, open_run
 from mtl_jax.training.text_evaluation import generation_config
@@ -38,7 +41,7 @@ class TextModel(NamedTuple):
     """A model that turns texts into texts.
 
     Attributes:
-        model: Encoder and decoder.
+        model: Encoder and decoder, or a decoder-only model.
         params: {"trunk": ..., "head": ...}.
         encode: (texts, most tokens or None) -> i32[length] token ids of each text, with special tokens; longer ones are cut.
             Raises RowError for texts with a token that the model has no row for.
@@ -52,7 +55,7 @@ class TextModel(NamedTuple):
         remarks: (texts, their tokens) -> lines on tokens that the vocabulary does not know.
     """
 
-    model: Seq2Seq
+    model: Seq2Seq | CausalModel
     params: Any
     encode: Callable[[Sequence[str], int | None], list[np.ndarray]]
     decode: Callable[[Sequence[int] | np.ndarray], str]
@@ -165,7 +168,7 @@ def from_run(folder: Path, request: TextRequest, name: str = "") -> TextModel:
 
 def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") -> TextModel:
     """As from_run(), of a run that is open."""
-    generators = {task.name: task for task in run.tasks if isinstance(task, Seq2SeqTask)}
+    generators = {task.name: task for task in run.tasks if isinstance(task, Seq2SeqTask | CausalLM)}
     if name not in generators and (name or len(generators) != 1):
         if not generators:
             raise UserError(f"{folder}: no task of this run writes texts; its tasks are {listed(t.name for t in run.tasks)}")
@@ -174,14 +177,14 @@ def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") 
         raise UserError(f"{folder}: a run has no choice of languages; leave out --source-language and --target-language")
     task = generators[name] if name else next(iter(generators.values()))
     module, tokenizer = run.trunk.module, run.trunk.tokenizer
-    model = Seq2Seq(as_module(module, run.source_index(task.name), task.name), task.module(module.dtype))
+    model = task.generator(as_module(module, run.source_index(task.name), task.name))
     params = {"trunk": run.params["trunk"], "head": run.params["heads"][task.name]}
     positions = module.config.max_length
     options = dataclasses.asdict(generation_config(task, run.trunk, task.beams))
     return TextModel(
         model=model,
         params=params,
-        encode=encoder(tokenizer, module.config.vocab_size),
+        encode=prompt_encoder(run, task) if isinstance(task, CausalLM) else encoder(tokenizer, module.config.vocab_size),
         decode=decoder(tokenizer),
         raw={},
         location=None,
@@ -211,6 +214,27 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         if refused := coverage.out_of_range(arrays, vocab_size):
             token = next(iter(refused.values()))
             raise RowError([*refused], coverage.missing_row_reason(tokenizer, token, vocab_size, "the model's token table"))
+        return arrays
+
+    return encode
+
+
+def prompt_encoder(run: TrainedRun, task: CausalLM) -> Callable[[Sequence[str], int | None], list[np.ndarray]]:
+    """The function TextModel.encode for a causal LM: texts are what the task's source has in its text column.
+
+    Args:
+        run: The run.
+        task: Its task.
+    """
+    source, length = run.source(task.name), run.experiment.batch.row_length
+
+    def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
+        rows = [Row({source.text: text}, f"text {number}") for number, text in enumerate(texts, start=1)]
+        arrays = list(task.encode_rows(rows, source, run.trunk.tokenizer, min(max_length or length, length)).tokens)
+        if refused := coverage.out_of_range(arrays, task.vocabulary):
+            token = next(iter(refused.values()))
+            reason = coverage.missing_row_reason(run.trunk.tokenizer, token, task.vocabulary, "the model's token table")
+            raise RowError([*refused], reason)
         return arrays
 
     return encode

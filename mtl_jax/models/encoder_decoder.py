@@ -226,6 +226,40 @@ class Seq2Seq(nn.Module):
             ancestry,
         )
 
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the decoder's output before the logits."""
+        return self._decoder().config.logit_scale
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Soft cap on the logits: none."""
+        return None
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the tokens that can be generated."""
+        return self._decoder().config.decoder_vocab_size
+
+    @property
+    def most_generated(self) -> int | None:
+        """The most tokens of a generated text; None: any number."""
+        return self._decoder().config.max_positions
+
+    def prefill(
+        self, input_ids: jax.Array, attention_mask: jax.Array, positions: int, beams: int
+    ) -> tuple[Source, Cache, jax.Array | None]:
+        """Reads the sources: what the decoder reads of them, an empty cache, and None, since all texts begin alike.
+
+        Args:
+            input_ids: i32[B, T].
+            attention_mask: [B, T], 1 at real tokens.
+            positions: Tokens that the cache has room for.
+            beams: K.
+        """
+        hidden = self.encode(input_ids, attention_mask).hidden
+        return self.source(hidden, attention_mask), self.init_cache(len(input_ids), positions, beams), None
+
     def projection(self) -> tuple[jax.Array, jax.Array]:
         """Kernel f[H, V] and bias f32[V] of the logits, which are decoder_hidden * logit_scale @ kernel + bias."""
         return self._decoder().projection(self._table())

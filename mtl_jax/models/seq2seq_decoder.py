@@ -44,6 +44,15 @@ class Source(NamedTuple):
     real: jax.Array
     segments: jax.Array | None
 
+    def padded(self, length: int) -> Source:
+        """The source of rows of one example, padded to so many tokens."""
+        more = length - self.real.shape[1]
+
+        def widen(x: KeyValue) -> KeyValue:
+            return jax.tree.map(lambda x_BxNxTxD: jnp.pad(x_BxNxTxD, ((0, 0), (0, 0), (0, more), (0, 0))), x)
+
+        return Source(tuple(map(widen, self.layers)), jnp.pad(self.real, ((0, 0), (0, more))), None)
+
 
 class DecoderOutput(NamedTuple):
     """The output of a decoder.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.models.encoder import EncoderConfig
+from mtl_jax.models.llama_config import LlamaConfig
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 
 
@@ -92,9 +93,10 @@ class TrunkFacts(NamedTuple):
         width: H, the size of its vectors.
         table: V, E: shape of its token table; (0, 0) if it has none.
         decoder: The sizes of the decoder of an encoder-decoder checkpoint or of a trunk from scratch, else None.
-        head: Parameters of that decoder if the checkpoint has them, else None.
+        head: Parameters of that decoder, or of the LM head of a decoder-only trunk, if the checkpoint has them, else None.
         start: The token that this decoder reads first, if it is known.
         encoder: The sizes of an encoder whose layers a decoder could start as, else None.
+        causal: The sizes of a decoder-only trunk, else None.
     """
 
     tokenizer: Any
@@ -104,6 +106,16 @@ class TrunkFacts(NamedTuple):
     head: Any
     start: int | None
     encoder: EncoderConfig | None
+    causal: LlamaConfig | None = None
+
+
+def segment_last(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments: int) -> jax.Array:
+    """Vector of the last token of every segment, in float32; arguments and result as of segment_mean()."""
+    after_RxT = jnp.pad(segments_RxT[:, 1:], ((0, 0), (0, 1)))
+    ends_RxSxT = segments_RxT[:, None, :] == jnp.arange(1, num_segments + 1)[None, :, None]
+    ends_RxSxT &= (segments_RxT != after_RxT)[:, None, :]
+    # A product, since the gradient of indexing is summed in no fixed order on GPUs.
+    return jnp.einsum("rst,rth->rsh", ends_RxSxT.astype(jnp.float32), hidden_RxTxH.astype(jnp.float32), precision="highest")
 
 
 def segment_mean(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments: int) -> jax.Array:
@@ -121,3 +133,7 @@ def segment_mean(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments:
     member_RxSxT = member_RxSxT.astype(jnp.float32)
     total_RxSxH = jnp.einsum("rst,rth->rsh", member_RxSxT, hidden_RxTxH.astype(jnp.float32))
     return total_RxSxH / jnp.maximum(member_RxSxT.sum(axis=-1, keepdims=True), 1.0)
+
+
+# How the vectors of an example's tokens become one; a linen module of a trunk names one in its attribute `pooling`.
+POOLINGS = {"mean": segment_mean, "last": segment_last}

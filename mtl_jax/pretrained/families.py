@@ -12,6 +12,7 @@ from mtl_jax.pretrained import (
     deberta_v2,
     distilbert,
     electra,
+    llama,
     marian_bart,
     modernbert,
     mpnet,
@@ -40,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
     marian_bart.PEGASUS,
     t5.T5,
     t5.MT5,
+    *(llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.GEMMA3),
 )
 
 BY_TYPE: dict[str, Family] = {model_type: family for family in FAMILIES for model_type in family.model_types}

@@ -26,6 +26,7 @@ KINDS = {
     "masked_lm": "f[B, T, vocab_size]",
     "replaced_token": "f[B, T], above 0 where a token was replaced (ELECTRA's discriminator)",
     "seq2seq_lm": "f[B, T, vocab_size] over the decoder's T",
+    "causal_lm": "f[B, T, vocab_size], of the token that follows each",
 }
 LABELLED = ("sequence_classification", "token_classification", "question_answering")
 

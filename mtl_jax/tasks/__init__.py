@@ -1,6 +1,7 @@
 """Task kinds: one file each with head, loss and metrics."""
 
 from mtl_jax.tasks.base import Task as Task
+from mtl_jax.tasks.causal_lm import CausalLM as CausalLM
 from mtl_jax.tasks.classification import Classification as Classification
 from mtl_jax.tasks.contrastive import Contrastive as Contrastive
 from mtl_jax.tasks.list_ranking import Ranking as Ranking

@@ -7,8 +7,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.source import Source
+from mtl_jax.data.tokenize import Encodings
 from mtl_jax.models.layers import Head
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 from mtl_jax.tasks.label_names import shown_labels
@@ -133,6 +136,16 @@ class Task(Part, abc.ABC):
     def corrupts(self) -> bool:
         """Whether the task changes its source's tokens: it defines corrupt()."""
         return type(self).corrupt is not Task.corrupt
+
+    @property
+    def generates(self) -> bool:
+        """Whether evaluations generate texts for the task's metrics; only for a head that is a decoder."""
+        return self.decodes
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether the task makes the tokens of its source's rows: it defines encode_rows()."""
+        return type(self).encode_rows is not Task.encode_rows
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -281,6 +294,34 @@ class Task(Part, abc.ABC):
             UserError: The row lacks a column, or has something else than text in it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no texts_of()")
+
+    def encode_rows(
+        self, rows: Sequence[Row], source: Source, tokenizer: Any, max_length: int, cache: Path | None = None
+    ) -> Encodings:
+        """For a task whose rows are more than their texts, such as prompt and answer: the tokens of each row, one window each.
+
+        No other task can then have the source.
+
+        Args:
+            rows: The rows; in predictions they have the source's text columns only.
+            source: Their source.
+            tokenizer: The trunk's.
+            max_length: Most tokens of a row.
+            cache: As for data.tokenize.encode.
+
+        Raises:
+            UserError: A row cannot be read.
+            RowError: A text is not valid Unicode.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no encode_rows()")
+
+    def prompt_of(self, examples: Examples, number: int) -> np.ndarray:
+        """For a head that is a decoder: the tokens i32[length] of an example that texts are generated from."""
+        return examples.tokens[number]
+
+    def generator(self, trunk: nn.Module) -> Any:
+        """For a head that is a decoder: the model that generates, of the trunk with this head."""
+        raise NotImplementedError(f"{type(self).__name__} has no generator()")
 
     def unit_key(self, row: Row) -> str:
         """What rows that stay together have in common, such as the query of a list; where texts_of() is not used."""

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from mtl_jax.data.source import Source
 from mtl_jax.data.split_texts import first_sentence
 from mtl_jax.models import warm_start
 from mtl_jax.models.encoder import EncoderConfig
+from mtl_jax.models.encoder_decoder import Seq2Seq as EncoderDecoder
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
@@ -138,6 +140,11 @@ class Seq2Seq(Task):
             UserError: The trunk has no such tokens, its token table does not fit, or its tokenizer marks texts by language and
                 the languages are not set.
         """
+        if trunk.causal is not None:
+            raise UserError(
+                f"task {self.name!r}: the trunk is a decoder-only checkpoint, which continues texts itself: take CausalLM in "
+                "place of Seq2Seq"
+            )
         if codes := languages(trunk.tokenizer):
             raise UserError(
                 f"task {self.name!r}: the trunk's tokenizer marks source and target by language, and none is set; "
@@ -194,6 +201,9 @@ class Seq2Seq(Task):
         if self.decoder is None:
             raise ValueError(f"task {self.name!r} has not been put on a trunk; call on() first")
         return Decoder(self.decoder, dtype)
+
+    def generator(self, trunk: nn.Module) -> EncoderDecoder:
+        return EncoderDecoder(trunk, self.module(trunk.dtype))
 
     def init(self, key: jax.Array, width: int) -> Any:
         module = self.module()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.remat import rematerialised
-from mtl_jax.models.trunk_output import Copies, Encoded, looked_up, segment_mean, token_table, with_token_table
+from mtl_jax.models.trunk_output import POOLINGS, Copies, Encoded, looked_up, token_table, with_token_table
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.sharding import Placement
@@ -86,7 +86,8 @@ def encode_tokens(
         one_source: Whether all rows of a batch are of one source.
     """
 
-    reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
+    module = trunk.base if isinstance(trunk, Adapted) else trunk
+    reads_types, pool = _reads_types(module), POOLINGS[pooling_of(module)]
     copies = Copies(trunk.copy_of if isinstance(trunk, Adapted) else ())
 
     def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
@@ -104,7 +105,7 @@ def encode_tokens(
                 **types,
                 **own_adapters,
             )
-        hidden, mean = output.hidden, functools.partial(segment_mean, num_segments=batch.index.shape[-1])
+        hidden, mean = output.hidden, functools.partial(pool, num_segments=batch.index.shape[-1])
         if copies.of:
             hidden = hidden.reshape(len(batch.tokens), -1, *hidden.shape[1:])
             mean = jax.vmap(mean, in_axes=(1, None), out_axes=1)
@@ -116,6 +117,12 @@ def encode_tokens(
         )
 
     return encode
+
+
+def pooling_of(module: Any) -> str:
+    """A key of POOLINGS: the attribute `pooling` of a trunk's module; the mean where it has none, as encoders."""
+    pooling = getattr(module, "pooling", "mean")
+    return pooling if isinstance(pooling, str) and pooling in POOLINGS else "mean"
 
 
 def _reads_types(module: Any) -> bool:

@@ -256,7 +256,7 @@ class TrainingRun:
         self, params: Any, split: dict[str, Examples], beams: Callable[[Seq2Seq], int], after_text: Callable[[], None]
     ) -> text_evaluation.Texts:
         """The generated texts of the tasks that decode."""
-        if not any(task.decodes for task in self.tasks):
+        if not any(task.generates for task in self.tasks):
             return {}
         params = self.prepared.placement.whole(params)  # each device generates texts of its own
         local_params, devices = meshes.to_local_devices(params, self.mesh), meshes.local_devices(self.mesh)

@@ -15,8 +15,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.targets import decoder
 from mtl_jax.decoding import GenerationConfig
-from mtl_jax.models.encoder_decoder import Seq2Seq as EncoderDecoder
-from mtl_jax.tasks import Seq2Seq
+from mtl_jax.tasks import CausalLM, Seq2Seq
 from mtl_jax.training import mesh as meshes
 from mtl_jax.transfer.adapters import as_module
 from mtl_jax.trunks import Trunk
@@ -42,7 +41,7 @@ class Generated(NamedTuple):
     ended: bool
 
 
-def generation_config(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConfig:
+def generation_config(task: Seq2Seq | CausalLM, trunk: Trunk, beams: int) -> GenerationConfig:
     """The generation options of a task: those of its checkpoint, replaced by those that the task sets."""
     call: dict[str, Any] = {
         "num_beams": beams,
@@ -52,6 +51,8 @@ def generation_config(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConf
         "length_penalty": task.length_penalty,
         "decoder_start_token_id": task.start,
     }
+    if isinstance(task, CausalLM):  # trained to end as its answers do, whatever the checkpoint's options say
+        return decoding.resolve({}, None, eos_token_id=task.end, pad_token_id=task.padding, **call)
     if task.from_checkpoint:
         first = trunk.tokenizer(text_target="")["input_ids"][0] if hasattr(trunk.tokenizer, "tgt_lang") else task.end
         if first != task.end:  # mBART-50's texts begin with a token of their language
@@ -63,7 +64,7 @@ def generation_config(task: Seq2Seq, trunk: Trunk, beams: int) -> GenerationConf
 def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
     """Raises UserError where texts cannot be generated with the options of a task; called before training."""
     for task in tasks:
-        if isinstance(task, Seq2Seq):
+        if task.decodes:
             sizes = getattr(trunk.module, "config", None)
             if not hasattr(trunk.module, "dtype") or not all(hasattr(sizes, name) for name in ("vocab_size", "max_length")):
                 raise UserError(
@@ -73,9 +74,7 @@ def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
             for beams in (task.dev_beams, task.beams):
                 try:
                     config = generation_config(task, trunk, beams)
-                    decoding.fit_to_model(
-                        EncoderDecoder(as_module(trunk.module, 0, task.name), task.module(trunk.module.dtype)), config
-                    )
+                    decoding.fit_to_model(task.generator(as_module(trunk.module, 0, task.name)), config)
                 except UserError as error:
                     raise UserError(
                         f"task {task.name!r}: {error} (by target_length or max_new_tokens and the checkpoint's "
@@ -84,7 +83,7 @@ def check(tasks: tuple[Any, ...], trunk: Trunk) -> None:
 
 
 def generate(
-    task: Seq2Seq,
+    task: Seq2Seq | CausalLM,
     trunk: Trunk,
     params: Any,
     examples: Examples,
@@ -106,9 +105,9 @@ def generate(
         devices: This process's devices that share the work; none: the one where the parameters are.
         share_work: Whether all processes call this with the same examples, and each generates a part of the texts.
     """
-    model = EncoderDecoder(as_module(trunk.module, examples.place, task.name), task.module(trunk.module.dtype))
+    model = task.generator(as_module(trunk.module, examples.place, task.name))
     model_params = {"trunk": params["trunk"], "head": params["heads"][task.name]}
-    rows = [examples.tokens[group[0]] for group in examples.groups()]
+    rows = [task.prompt_of(examples, group[0]) for group in examples.groups()]
     places = [place for place, tokens in enumerate(rows) if len(tokens)]
     if share_work:  # sorted by length first, so that each process gets long rows and short ones
         places = sorted(places, key=lambda place: -len(rows[place]))[jax.process_index() :: jax.process_count()]
@@ -134,7 +133,7 @@ def text_scores(
     trunk: Trunk,
     params: Any,
     split: dict[str, Examples],
-    beams: Callable[[Seq2Seq], int],
+    beams: Callable[[Any], int],
     after_text: Callable[[], None] = lambda: None,
     *,
     devices: Sequence[jax.Device] = (),
@@ -150,7 +149,7 @@ def generated_texts(
     trunk: Trunk,
     params: Any,
     split: Mapping[str, Examples],
-    beams: Callable[[Seq2Seq], int],
+    beams: Callable[[Any], int],
     after_text: Callable[[], None] = lambda: None,
     *,
     devices: Sequence[jax.Device] = (),
@@ -168,7 +167,7 @@ def generated_texts(
     """
     texts: Texts = {}
     for task in tasks:
-        if isinstance(task, Seq2Seq):
+        if task.generates:
             examples = split[task.source]
             answers = generate(task, trunk, params, examples, beams(task), after_text, devices=devices, share_work=share_work)
             rows = [examples.data[examples.row_of[group[0]]] for group in examples.groups()]

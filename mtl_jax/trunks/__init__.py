@@ -23,6 +23,7 @@ from mtl_jax.trunks.build import build as build
 from mtl_jax.trunks.build import check_packed as check_packed
 from mtl_jax.trunks.build import check_remat as check_remat
 from mtl_jax.trunks.build import reopen as reopen
+from mtl_jax.trunks.from_checkpoint import CAUSAL as CAUSAL
 from mtl_jax.trunks.from_checkpoint import DECODER as DECODER
 from mtl_jax.trunks.from_checkpoint import Pretrained as Pretrained
 from mtl_jax.trunks.from_scratch import Embedding as Embedding

@@ -24,6 +24,7 @@ from mtl_jax.core.parts import Part, origin_of
 from mtl_jax.data import vocabulary
 from mtl_jax.data.coverage import Tables
 from mtl_jax.models.encoder import Encoder
+from mtl_jax.models.llama import Llama
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.models.trunk_output import TrunkFacts, token_table
 from mtl_jax.pretrained.locate import copy_files
@@ -101,7 +102,7 @@ class Trunk(NamedTuple):
         raw: The checkpoint's config.json; None for a trunk from scratch.
         beside: Parameters of the checkpoint's bare model that do not train here (BERT's pooler), or {}.
         decoder: Sizes of the checkpoint's decoder, or of a decoder on a trunk from scratch; None: without a decoder.
-        head: Parameters of the checkpoint's decoder, or None.
+        head: Parameters of the checkpoint's decoder, or of the LM head of a decoder-only one, or None.
         location: The directory of the checkpoint's generation_config.json, if it has one.
         declared: The declaration that it was built from.
     """
@@ -170,7 +171,8 @@ def facts(trunk: Trunk) -> TrunkFacts:
     start = None if trunk.raw is None else trunk.raw.get("decoder_start_token_id")
     module = trunk.module
     encoder = module.config if isinstance(module, Encoder) and module.config.is_plain else None
-    return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start, encoder)
+    causal = module.config if isinstance(module, Llama) else None
+    return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start, encoder, causal)
 
 
 def tables(trunk: Trunk, owner: str = "the trunk") -> Tables:

@@ -28,6 +28,7 @@ from mtl_jax.data.batches import Batching
 from mtl_jax.data.source import Canaries, Source
 from mtl_jax.experiment import Checkpoints, Evaluation, Experiment
 from mtl_jax.tasks import (
+    CausalLM,
     Classification,
     Contrastive,
     MaskedLM,
@@ -58,6 +59,7 @@ PARTS: tuple[Any, ...] = (
     *(
         MaskedLM(name="a", source="a"),
         Seq2Seq(**NAMED, length_penalty=1.0),
+        CausalLM(**NAMED, length_penalty=1.0, cap=30.0),
         Span(name="a", source="a"),
         Tagging(**NAMED, class_weights={"x": 1.0}),
     ),
@@ -81,10 +83,10 @@ UNBOUNDED = ("Regression.minimum", "Regression.maximum", "Contrastive.minimum", 
 # What zero and negative numbers mean somewhere; everywhere else they are refused.
 ZERO = {name for name, limits in configuration.LIMITS.items() if limits.allow(0)}
 NEGATIVE = {
-    *(*UNBOUNDED, "Lora.alpha", "Seq2Seq.length_penalty", "Span.no_answer_threshold"),
+    *(*UNBOUNDED, "Lora.alpha", "Seq2Seq.length_penalty", "CausalLM.length_penalty", "Span.no_answer_threshold"),
     *("MaskedNeighbours.similarity", "Rewriting.similarity", "Generate.similarity"),
     *("Experiment.weights", "Experiment.weighting_options", "Phase.weights", "Source.cut_seed"),
-    *("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end"),
+    *("MaskedLM.mask", "Seq2Seq.start", "Seq2Seq.end", "CausalLM.end"),
 }
 
 

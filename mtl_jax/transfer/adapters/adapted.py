@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.models.layers import Attention
+from mtl_jax.models.llama import GroupedAttention
 from mtl_jax.models.modernbert import RotaryAttention
 from mtl_jax.models.remat import is_layer
 from mtl_jax.transfer.adapters.base import (
@@ -377,7 +378,7 @@ def adapt(
     sharing: Sequence[Inserted] = (),
     routes: Routes | None = None,
 ) -> Adapted:
-    """A trunk with adapters: BERT and its family, ModernBERT, DeBERTa, or the encoder of Marian, BART, T5.
+    """A trunk with adapters: an encoder, a decoder-only trunk, or the encoder of Marian, BART, T5.
 
     With optax alone:
 
@@ -480,6 +481,8 @@ def is_own(path: str) -> bool:
 def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
     if isinstance(module, nn.Dense):
         return Layer(path, DENSE, inputs=args[0].shape[-1], outputs=module.features)
+    if isinstance(module, GroupedAttention):
+        return Layer(path, ATTENTION, heads=module.config.kv_heads, head_size=module.config.head_size)
     if isinstance(module, Attention):
         return Layer(path, ATTENTION, heads=module.num_heads, head_size=module.head_size)
     if isinstance(module, RotaryAttention):

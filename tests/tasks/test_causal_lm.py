@@ -1,0 +1,232 @@
+"""A decoder-only trunk that learns answers beside labels: the tokens it sees, one run, and whatever is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_decoder
+
+import mtl_jax
+from mtl_jax import Batching, CausalLM, Checkpoints, Classification, Evaluation, Experiment, Lora, Phase, Pretrained, Source
+from mtl_jax.core.errors import UserError
+from mtl_jax.data import conversations
+from mtl_jax.data.batches import eval_batches
+from mtl_jax.data.formats.rows import Row
+from mtl_jax.models.trunk_output import segment_last
+from mtl_jax.training.setup import prepare
+from mtl_jax.transfer.adapters import IA3, Bottleneck, Prefix, adapt
+
+ANSWER = CausalLM(name="answer", source="pairs", column="answer", target_length=3, prompt="{text}")
+CHAT = CausalLM(name="chat", source="chats", messages="messages", target_length=4)
+LABEL = Classification(name="label", source="labels", column="label")
+
+
+def experiment(folder, *tasks, **changes):
+    sources = (
+        Source(name="pairs", rows=tiny_decoder.rows()),
+        Source(name="labels", rows=tiny_decoder.rows(seed=3)),
+        Source(name="chats", rows=tiny_decoder.conversations(), text="messages"),
+    )
+    values = {
+        "name": "tiny",
+        "trunk": Pretrained(str(folder)),
+        "sources": tuple(source for source in sources if source.name in {task.source for task in tasks}),
+        "tasks": tasks,
+        "batch": Batching(rows=6, row_length=20, examples_per_row=4),
+        "phases": (Phase("everything", steps=4),),
+        "evaluation": Evaluation(every=4),
+        "checkpoints": Checkpoints(every=4),
+        "devices": 1,
+    }
+    return Experiment(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_decoder.write_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(llama, tmp_path_factory):
+    """Answers and labels on one trunk with an adapter, under a rule that reads the Gram matrix."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    adapters = (Lora(name="lora", rank=2),)
+    return workdir, mtl_jax.train(experiment(llama, ANSWER, LABEL, weighting="upgrad", adapters=adapters), workdir)
+
+
+@pytest.fixture(scope="module")
+def prepared(llama):
+    return prepare(experiment(llama, ANSWER, CHAT), abstract=True)
+
+
+def test_a_run_answers_and_labels(run):
+    workdir, results = run
+    scores = results["tasks"]["answer"]["test"]
+    assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]), rel=1e-4)
+    assert 0 <= scores["token_accuracy"] <= 1
+    model = mtl_jax.load_model(workdir)
+    assert mtl_jax.predict(model, "label", ["good film"])[0]["label"] in ("good", "bad")
+    answer = mtl_jax.predict(model, "answer", ["good film"])[0]
+    assert set(answer["text"].split()) <= set(tiny_decoder.WORDS)
+
+
+def test_an_exported_run_generates_the_same(run, tmp_path):
+    workdir, _ = run
+    mtl_jax.convert(workdir, tmp_path / "out", task="answer")
+    checkpoint = mtl_jax.pretrained.load(str(tmp_path / "out"))
+    assert checkpoint.head == "causal_lm"
+    ids = checkpoint.tokenizer("good film")["input_ids"]
+    tokens, _ = mtl_jax.decoding.generate(checkpoint, [ids], max_new_tokens=3)
+    text = checkpoint.tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
+    assert text == mtl_jax.predict(workdir, "answer", ["good film"])[0]["text"]
+
+
+@pytest.mark.parametrize("name", ["answer", "chat"])
+def test_a_token_learns_the_one_after_it_in_the_answer_alone(prepared, name):
+    task = next(task for task in prepared.corpus.tasks if task.name == name)
+    train = prepared.corpus.splits["train"][task.source]
+    tokenizer, learned = prepared.trunk.tokenizer, {}
+    for batch in eval_batches([train], prepared.experiment.batch, prepared.corpus.tasks):
+        assert name == "chat" or ((batch.index >= 0).sum(axis=1) > 1).any()
+        labels = batch.labels[name]
+        rows, columns = np.nonzero(labels != task.missing)
+        np.testing.assert_array_equal(labels[rows, columns], batch.tokens[rows, columns + 1])
+        np.testing.assert_array_equal(batch.segments[rows, columns], batch.segments[rows, columns + 1])
+        for row, column in zip(rows, columns, strict=True):
+            example = batch.index[row, batch.segments[row, column] - 1]
+            learned.setdefault(int(example), []).append(int(labels[row, column]))
+    assert len(learned) == len(train.tokens)
+    for number, row in enumerate(train.data):
+        answers = task.parse(row)[0].split()[: task.target_length - 1]
+        assert tokenizer.convert_ids_to_tokens(learned[train.first_id + number]) == [
+            *answers,
+            "[END]" if name == "chat" else "[SEP]",
+        ]
+        prompt = tokenizer.convert_ids_to_tokens(task.prompt_of(train, number))
+        if name == "answer":
+            assert prompt == ["[CLS]", *row.columns["text"].split()]
+        else:
+            assert prompt[-1] == "[BOT]"
+            assert prompt.count("[USER]") == row.columns["messages"].count("user")
+
+
+def test_long_prompts_lose_their_beginning_and_long_answers_their_end(prepared):
+    tokenizer = prepared.trunk.tokenizer
+    encoded = conversations.encode(
+        tokenizer, ["the film was good", "bad ?"], ["good good good", ""], end=3, start=1, max_length=5, target_length=3
+    )
+    shown = [tokenizer.convert_ids_to_tokens(row) for row in encoded.tokens]
+    assert shown == [["[CLS]", "good", "good", "good", "[SEP]"], ["[CLS]", "bad", "?"]]
+    assert [row.tolist() for row in encoded.types] == [[0, 0, 1, 1, 1], [0, 0, 0]]
+    assert encoded.truncated.tolist() == [0]
+
+
+def test_adapters_find_their_places_in_a_decoder(prepared):
+    adapters = (Lora(name="lora", rank=2), IA3(name="ia3"), Bottleneck(name="bottleneck"), Prefix(name="prefix", length=3))
+    module = adapt(prepared.trunk.module, adapters)
+    places = {name: sorted(layer.path.removeprefix("layer_0/") for layer in layers) for name, layers in module.where.items()}
+    assert places["lora"] == ["attention/query", "attention/value"]
+    assert places["ia3"] == ["attention/key", "attention/value", "feed_forward_out"]
+    assert places["bottleneck"] == ["attention/output", "feed_forward_out"]
+    assert places["prefix"] == ["attention"]
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), np.zeros((1, 1), np.int32)))["params"]["adapters"]
+    assert shapes["prefix"]["layer_0"]["attention"]["key"].shape == (3, 2, 4)  # as many heads as keys have
+    ids = np.zeros((1, 5), np.int32)
+    hidden = jax.eval_shape(
+        lambda params: module.apply({"params": params}, ids).hidden, {**prepared.params["trunk"], "adapters": shapes}
+    )
+    assert hidden.shape == (1, 5, 16)
+
+
+def test_answers_are_compared_with_all_that_a_row_has():
+    rows = [Row({"text": "a", "answer": value}, "rows") for value in (["good film", "fine"], "bad", None)]
+    scores = dataclasses.replace(ANSWER, metric="rougeL").text_metrics(["fine", "bad song", "x"], rows)
+    assert scores["exact"] == 0.5
+    assert scores["f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert scores["rougeL"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_the_last_token_of_each_example_is_its_vector():
+    hidden = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    segments = np.array([[1, 1, 2, 2, 2], [1, 2, 0, 0, 0]])
+    found = segment_last(hidden, segments, 3)
+    expected = np.stack([[hidden[0, 1], hidden[0, 4], np.zeros(3)], [hidden[1, 0], hidden[1, 1], np.zeros(3)]])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], r"'?\[\]'? is not a list of messages"),
+        ("[1", "not a list of messages"),
+        ([{"role": "user"}], "lacks role, content"),
+        ([{"role": "assistant", "content": "a"}], "an answer and no message before it"),
+    ],
+)
+def test_what_is_no_conversation_is_named(value, message):
+    with pytest.raises(ValueError, match=message):
+        conversations.parse(value)
+
+
+def test_conversations_are_lists_their_json_or_a_text():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert conversations.parse(turns) == conversations.parse(json.dumps(turns)) == ((turns[0],), ("b",))
+    assert conversations.parse("a") == ((turns[0],), ())
+
+
+def test_prompts_are_columns_in_braces():
+    row = Row({"text": "x", "words": ["a", "b"], "none": None}, "rows.tsv:3")
+    assert conversations.filled("{words}: {text}?", row, "task 'answer'") == "a b: x?"
+    for template, message in (
+        ("{other}", r"rows\.tsv:3: task 'answer': the row has no column 'other'"),
+        ("{none}", "the row has None in column 'none'"),
+        ("{text", "is not a text with columns in braces"),
+    ):
+        with pytest.raises(UserError, match=message):
+            conversations.filled(template, row, "task 'answer'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"column": ""}, "give either column"),
+        ({"column": "answer", "messages": "messages"}, "give either column"),
+        ({"column": "", "messages": "messages", "prompt": "{text}"}, "conversations have their own messages"),
+        ({"target_length": 1}, "target_length is 1"),
+        ({"hidden": 8}, "hidden is 8"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"metric": "bleurt"}, "metric of task 'answer'"),
+    ],
+)
+def test_fields_that_make_no_sense(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(ANSWER, **changes).check()
+
+
+def test_what_does_not_fit_is_refused_before_any_work(llama, tmp_path):
+    tiny_decoder.write_llama(tmp_path / "plain", chat=False)
+    tiny_decoder.write_llama(tmp_path / "cut", vocab_size=len(tiny_decoder.WORDS) - 1)
+    tiny.write_bert(tmp_path / "bert")
+    seq2seq = mtl_jax.Seq2Seq(name="text", source="pairs", column="answer", target_length=4)
+    beside = dataclasses.replace(LABEL, source="pairs")
+    for folder, tasks, message in (
+        (tmp_path / "plain", (CHAT,), "task 'chat': the trunk's tokenizer has no chat template"),
+        (tmp_path / "bert", (ANSWER,), "task 'answer': a causal LM needs a decoder-only checkpoint"),
+        (llama, (seq2seq,), "take CausalLM in place of Seq2Seq"),
+        (llama, (ANSWER, beside), "reads the answers beside the texts of source 'pairs', so task 'label' cannot"),
+        (llama, (dataclasses.replace(ANSWER, target_length=20),), "nothing is left for the prompt"),
+        (
+            tmp_path / "cut",
+            (CHAT,),
+            r"task 'chat': the token '\[END\]' has the id 26, but the token table of the trunk has 26 rows",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(experiment(folder, *tasks), abstract=True)
+    with pytest.raises(UserError, match="only decoder-only checkpoints have a choice"):
+        prepare(experiment(tmp_path / "bert", LABEL, trunk=Pretrained(str(tmp_path / "bert"), pooling="last")))

@@ -264,6 +264,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         UserError: One line that names the field and says what to write.
     """
+    configuration.check_kinds(experiment)
     configuration.check(experiment, coarse=True)  # refuses what the checks below cannot compare; they say more
     _check_names(experiment)
     steps = _check_phases(experiment)

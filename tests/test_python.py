@@ -110,6 +110,11 @@ def test_the_most_likely_labels(inside, monkeypatch, capsys):
         mtl_jax.predict("runs/tiny", "fine", ["who"], top_k=0)
 
 
+def test_the_most_likely_labels_have_the_names_that_people_read():
+    task = mtl_jax.Classification(name="a", source="s", labels=("0", "1"), label_names={"1": "joy"})
+    assert [entry["label"] for entry in prediction._top(task, np.float32([-1, 2]), 9)] == ["joy", "0"]
+
+
 def test_the_most_likely_of_several_labels_and_of_none():
     labels = mtl_jax.Multilabel(name="a", source="s", labels=("x", "y"))
     assert [entry["label"] for entry in prediction._top(labels, np.float32([-1, 2]), 1)] == ["y"]

@@ -32,7 +32,8 @@ def run(command: Callable[[], None]) -> None:
                 raise
             with contextlib.suppress(UserError):
                 flush_output()  # else Python tries again when it exits
-            path = getattr(error, "filename", None) or "a file"
+            pipe = isinstance(error, BrokenPipeError)
+            path = getattr(error, "filename", None) or ("standard output" if pipe else "a file")
             raise UserError(f"{shown(path)}: cannot be read or written ({reason(refused)})") from error
         flush_output()
     except UserError as error:

@@ -316,7 +316,8 @@ def _top(task: Task, output: np.ndarray, count: int) -> list[dict[str, Any]]:
     if probabilities is None:
         raise _no_top(task)
     ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-    return [{"label": label, "probability": round(probability, 6)} for label, probability in ranked[:count]]
+    names = dict(zip(task.labels, task.shown_labels, strict=True))
+    return [{"label": names.get(label, label), "probability": round(probability, 6)} for label, probability in ranked[:count]]
 
 
 def _no_top(task: Task) -> UserError:

@@ -123,7 +123,8 @@ def test_a_rule_that_is_none(own):
             r"--import .*mine\.py: ZeroDivisionError: division by zero \(.*mine\.py:6\); it was imported because of --import",
         ),
         ("import not_there", "ModuleNotFoundError: No module named 'not_there'"),
-        ("def (", "SyntaxError"),
+        ("def (", r"SyntaxError: invalid syntax \(.*mine\.py:6\); it was"),
+        ("import sys\nsys.exit(3)", r"SystemExit: 3 \(.*mine\.py:7\); it was imported because of --import"),
     ],
 )
 def test_a_file_that_fails_to_import(own, text, message):
@@ -132,7 +133,11 @@ def test_a_file_that_fails_to_import(own, text, message):
 
 
 def test_files_that_are_not_there():
-    for name, message in (("no.py", "no such file"), ("a/b", "a Python file, or a module"), ("no_module", "No module named")):
+    for name, message in (
+        ("no.py", "no such file"),
+        ("a/b", "a Python file, or a module"),
+        ("no_module", "No module named 'no_module'; it"),
+    ):
         with pytest.raises(UserError, match=f"--import {name}: .*{message}"):
             scripts.import_parts([name])
     with pytest.raises(UserError, match="--import needs a Python file"):

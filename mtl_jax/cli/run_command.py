@@ -19,7 +19,12 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started agai
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main()."""
+    """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main().
+
+    Examples:
+        >>> mtl_jax.run(lambda: print(len(mtl_jax.results("runs/tiny"))))  # a command of a script's own
+        1
+    """
     log_lines.to_stderr()
     try:
         try:

@@ -109,6 +109,11 @@ def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks
         experiment: The default of every flag.
         description: The text that --help shows; default: the docstring of the calling script.
         hooks: Functions to be called during the run; one Hooks or several. An ablation of the script does not call them.
+
+    Examples:
+        >>> mtl_jax.main(EXPERIMENT)  # as python SCRIPT.py --workdir runs/tiny
+        | task ...
+        everything is in runs/tiny
     """
     if scripts.imported.get():
         raise scripts.Read(experiment)
@@ -164,8 +169,8 @@ def _parsed(experiment: Experiment, description: str) -> Launch:
 def _launch(launch: Launch, hooks: Hooks | Iterable[Hooks]) -> None:
     import jax
 
-    from mtl_jax.training import mesh as meshes
     from mtl_jax.training import loggers, results
+    from mtl_jax.training import mesh as meshes
     from mtl_jax.training.dry_run import dry_run
     from mtl_jax.training.train import train
 

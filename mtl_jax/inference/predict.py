@@ -50,6 +50,11 @@ class Model(NamedTuple):
         run: The run's trunk, tasks and parameters.
         workdir: Its workdir.
         outputs: From a task's name to its jitted function on batches, which is made once, and the device.
+
+    Examples:
+        >>> model = mtl_jax.load_model("runs/tiny")
+        >>> len(model.predict("fine", ["who is the man ?", "where is the city ?"]))
+        2
     """
 
     run: TrainedRun

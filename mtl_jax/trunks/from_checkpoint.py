@@ -30,6 +30,10 @@ class Pretrained(TrunkConfig):
         dropout: Dropout rate, hidden and attention, while the trunk trains; None: the rates of the checkpoint's config.json.
         fresh: Whether only the sizes and the vocabulary are the checkpoint's and the parameters start at random, as a
             baseline for the pretrained ones.
+
+    Examples:
+        >>> mtl_jax.Pretrained("bert", dropout=0.1).path
+        'bert'
     """
 
     path: str

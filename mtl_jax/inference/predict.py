@@ -29,7 +29,7 @@ from mtl_jax.data.splits import read_one
 from mtl_jax.tasks import Seq2Seq, Task
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.experiment_json import check_registered
+from mtl_jax.training.experiment_json import check_metrics, check_registered
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.restore import TrainedRun as TrainedRun
 from mtl_jax.training.restore import is_workdir as is_workdir
@@ -226,6 +226,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     run = model.run
     chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
+    check_metrics(model.workdir, (chosen,))
     if isinstance(path, str | Path):
         kind, path = format or source.format, str(path)
         check_registered(model.workdir, READERS, kind)

@@ -16,7 +16,7 @@ from mtl_jax.cli import scripts
 from mtl_jax.core import parts
 from mtl_jax.inference import predict
 from mtl_jax.tasks import Task
-from mtl_jax.training.experiment_json import from_json, to_json
+from mtl_jax.training.experiment_json import check_functions, check_metrics, from_json, to_json
 from mtl_jax.transfer import Regulariser
 
 IMPORTS = """
@@ -172,6 +172,25 @@ def test_nothing_is_imported_because_a_workdir_asks_for_it(workdir, tmp_path, mo
     with pytest.raises(UserError, match="not what mtl_jax wrote"):
         predict.predict(hostile, "coarse", ["a film"])
     assert not (tmp_path / "ran").exists()
+
+
+def test_functions_that_a_run_needs_again(tmp_path):
+    """To measure with its own metric, or to prepare it anew: the file is named before any work."""
+    names = {"mine": "metric", "format mine": "format", "cagrad@0123": "weighting rule", "cagrad": "weighting rule"}
+    record = {name: {"door": door, "file": "mine.py", "sha256": "0" * 64} for name, door in names.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"parts": record}))
+    with pytest.raises(UserError, match=r"unknown metric 'mine': it is a function of mine\.py; add --import mine\.py"):
+        check_metrics(tmp_path, [Classification(name="a", source="b", metric="mine")])
+    check_metrics(tmp_path, [Classification(name="a", source="b", more_metrics=("macro_f1",))])
+    with pytest.raises(UserError, match=r"unknown metric 'mine': it is defined in mine\.py; add --import mine\.py"):
+        check_functions(tmp_path)
+    del record["mine"]
+    (tmp_path / "config.json").write_text(json.dumps({"parts": record}))
+    with pytest.raises(UserError, match="unknown format 'mine'"):
+        check_functions(tmp_path)
+    del record["format mine"]
+    (tmp_path / "config.json").write_text(json.dumps({"parts": record}))
+    check_functions(tmp_path)
 
 
 def test_a_rule_itself(bert, data, tmp_path):

@@ -52,6 +52,10 @@ class Evaluation(Configuration):
         patience: Stop after this many evaluations without a new best score; 0: never.
         baseline: The baselines on test. constant: the majority class or the mean; for tasks that write texts, the first
             sentence of the input. probe: constant, and a linear model on the trunk's features before training. none: nothing.
+
+    Examples:
+        >>> mtl_jax.Evaluation(every=50, patience=3, criterion="fine/accuracy").patience
+        3
     """
 
     every: int = 100
@@ -69,6 +73,10 @@ class Checkpoints(Configuration):
         keep: Number of latest checkpoints that are kept, beside the best one by dev.
         frozen: Whether checkpoints include parameters of a pretrained trunk that train in no phase. If false, these are read
             from trunk.path again, which must not change; with adapters, a checkpoint then has a few MB.
+
+    Examples:
+        >>> mtl_jax.Checkpoints(every=500, keep=1).keep
+        1
     """
 
     every: int = 100
@@ -124,6 +132,17 @@ class Experiment(Configuration):
             weights.
         kernels: How the trunk's layers are computed. plain: ordinary operations; fused: attention, layer norms and GELU as
             kernels for TPUs, attention by cuDNN on GPUs; auto: fused where there are such kernels, else plain.
+
+    Examples:
+        >>> experiment = mtl_jax.Experiment(
+        ...     name="stars",
+        ...     trunk=mtl_jax.Embedding(dimension=50),
+        ...     sources=(mtl_jax.Source("reviews", "reviews.csv"),),
+        ...     tasks=(mtl_jax.Regression(name="stars", source="reviews", column="stars"),),
+        ...     phases=(mtl_jax.Phase("everything", steps=200),),
+        ... )
+        >>> dataclasses.replace(experiment, seed=1).seed
+        1
     """
 
     name: str
@@ -268,6 +287,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         UserError: One line that names the field and says what to write.
     """
+    configuration.check_kinds(experiment)
     configuration.check(experiment, coarse=True)  # refuses what the checks below cannot compare; they say more
     _check_names(experiment)
     steps = _check_phases(experiment)

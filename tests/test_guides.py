@@ -1,5 +1,6 @@
 """What README and docs show is there."""
 
+import inspect
 import json
 import operator
 import re
@@ -87,9 +88,30 @@ def test_the_loop_of_ones_own_runs(bert):
     assert len(names["frozen"]) == 5  # the embeddings: three tables, and their norm
     plain = names["trunk"].apply({"params": names["params"]["trunk"]}, names["ids"], names["mask"]).hidden
     np.testing.assert_allclose(names["hidden"], plain, atol=1e-5)
-    named = re.findall(r"`(?:mtl_jax\.)?((?:weighting|transfer|pretrained|decoding)\.[\w.]+)", page)
+    packages = "weighting|transfer|pretrained|decoding|affinity|audit|augment"
+    named = re.findall(rf"`(?:mtl_jax\.)?((?:{packages})\.[\w.]+)", page)
     for path in named:
         assert operator.attrgetter(path)(mtl_jax)
+
+
+def test_the_table_of_functions_is_whole():
+    """Functions of experiments, phases, names and workdirs are not for a loop of one's own."""
+    page = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8").partition("\n## Everything that works")[2]
+    of_experiments = {
+        "name_of",
+        "required_options",
+        "takes_weights",
+        "probe_then_finetune",
+        "self_training",
+        "setfit",
+        "unfreezing",
+    }
+    of_experiments |= {"resolve", "require_seq2seq", "fit_to_model"}
+    for package in (mtl_jax.weighting, mtl_jax.transfer, mtl_jax.decoding, mtl_jax.pretrained):
+        rules = {**mtl_jax.weighting.RULES, **mtl_jax.weighting.COMBINATORS}
+        for name in set(dir(package)) - of_experiments - rules.keys():
+            if inspect.isfunction(getattr(package, name)) and not name.startswith(("_", "register")):
+                assert re.search(rf"\b{name}\b", page), name
 
 
 @pytest.mark.long

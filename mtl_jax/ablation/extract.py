@@ -21,6 +21,7 @@ from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.staging import staged
 from mtl_jax.training.checkpoint_store import Store
+from mtl_jax.training.experiment_json import check_functions
 from mtl_jax.training.preemption import Stop
 
 
@@ -54,6 +55,7 @@ def _take(folder: Path, name: str, out: Path) -> None:
         raise unknown(f"run of {folder}:", name, names)
     if out.exists():
         raise UserError(f"{out}: is there already; choose another directory")
+    check_functions(folders.of_run(folder, name))
     planned = folders.read_programs(folder, record)
     program = next(program for program in planned if name in [run.name for run in program.runs])
     size = record["programs"][program.number].get("size", 0)

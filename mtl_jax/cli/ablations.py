@@ -33,8 +33,8 @@ def ablate(
 
     Runs that differ only in numbers (weights, rates, decay, regularisers, options of a rule, seeds) share one program and are
     trained at once, on one pass over the data; every other varied field needs a program for each of its values. The same
-    command, started again, resumes. Several hosts share the runs where each is started with the same command and the same
-    --workdir, and --distributed among the script's flags.
+    command, started again, resumes. Several hosts share the runs: start the same command with the same --workdir on each, and
+    with --distributed among the script's flags.
 
     Args:
         script: A script that calls mtl_jax.main; its own flags come after --.

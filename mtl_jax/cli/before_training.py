@@ -152,9 +152,9 @@ def plan(
 ) -> None:
     """What a run needs on devices that are not here: memory, time, operations and communication of a step of every phase.
 
-    The compiler of those devices compiles the script's own steps; nothing is trained. Compilers are extras: pip install
-    'mtl_jax[plan-tpu]' or 'mtl_jax[plan-gpu]'. A step of a small model compiles in seconds, of MiniLM's or BERT's in minutes.
-    For GPUs there are memory, operations and kernels, but no times.
+    The compiler of those devices compiles the script's own steps; nothing is trained. Compilers are extras, mtl_jax[plan-tpu]
+    and mtl_jax[plan-gpu]. A step of a small model compiles in seconds, of MiniLM's or BERT's in minutes. For GPUs there are
+    memory, operations and kernels, but no times.
 
     Args:
         script: A script that calls mtl_jax.main; its own flags come after --.

@@ -19,7 +19,12 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits: the same command, started agai
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main()."""
+    """Runs a command; an error that the user can mend becomes one line on standard error and an exit code, as in main().
+
+    Examples:
+        >>> mtl_jax.run(lambda: print(len(mtl_jax.results("runs/tiny"))))  # a command of a script's own
+        1
+    """
     log_lines.to_stderr()
     try:
         try:
@@ -32,7 +37,8 @@ def run(command: Callable[[], None]) -> None:
                 raise
             with contextlib.suppress(UserError):
                 flush_output()  # else Python tries again when it exits
-            path = getattr(error, "filename", None) or "a file"
+            pipe = isinstance(error, BrokenPipeError)
+            path = getattr(error, "filename", None) or ("standard output" if pipe else "a file")
             raise UserError(f"{shown(path)}: cannot be read or written ({reason(refused)})") from error
         flush_output()
     except UserError as error:

@@ -1,6 +1,7 @@
 """The flags of a script: elements by name as well as by place, unknown flags with the nearest one, and a help of one screen.
 
-An experiment has hundreds of flags, one for each field; --help shows those that people use, --help-all shows all.
+An experiment has hundreds of flags, one for each field; --help shows those that people use, --help-all shows all, and
+--help-names the names that they take.
 """
 
 from __future__ import annotations
@@ -100,9 +101,24 @@ def unknown_flag(launch: Any, arguments: Sequence[str]) -> UserError:
     if not first:
         return UserError(f"{listed(arguments)}: not a flag, and no flag before takes it; see --help")
     given = first.partition("=")[0].replace("_", "-")
-    near = nearest(given.removeprefix("--"), all_flags(launch))
+    near = _nearest_flag(given.removeprefix("--"), all_flags(launch))
     hint = f" (did you mean --{near}?)" if near else ""
     return UserError(f"unknown flag {shown(given)}{hint}; --help shows the flags that people use, --help-all all")
+
+
+def _nearest_flag(name: str, flags: Sequence[str]) -> str:
+    """The flag that a mistyped one most likely means; "" where none is near.
+
+    A last part alone, such as --rows or --lr, means the flag with the fewest parts that ends with it, of those that people use.
+    """
+    used = [re.compile(flag.replace("NAME", "[^.]+").replace("*", ".+")) for group in GROUPS.values() for flag in group]
+    likely = sorted(flags, key=lambda flag: (not any(pattern.fullmatch(flag) for pattern in used), flag.count(".")))
+    by_end: dict[str, str] = {}
+    for flag in likely:
+        by_end.setdefault(flag.rpartition(".")[2].replace("-", "_"), flag)
+    if name.replace("-", "_") in by_end:
+        return by_end[name.replace("-", "_")]
+    return nearest(name, flags) or by_end.get(nearest(name.replace("-", "_"), by_end), "")
 
 
 def help_page(launch: Any, program: str, description: str) -> str:
@@ -127,7 +143,8 @@ def help_page(launch: Any, program: str, description: str) -> str:
     named = "; ".join(f"{field} {', '.join(of_field)}" for field, of_field in names.items() if of_field)
     total = len(all_flags(launch))
     lines += ["", *textwrap.wrap(f"NAME is one of: {named}.", width)]
-    return "\n".join([*lines, f"--help-all shows all {total} flags, and --import FILE.py brings parts of your own."])
+    more = f"--help-all shows all {total} flags, --help-names the names they take, and --import FILE.py brings your own."
+    return "\n".join([*lines, *textwrap.wrap(more, width)])
 
 
 def _rows(launch: Any, flag: str) -> Iterator[tuple[str, str]]:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from mtl_jax.cli import script_flags, scripts
+from mtl_jax.cli import part_names, script_flags, scripts
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
+from mtl_jax.core.configuration import check_kinds
 from mtl_jax.core.hooks import Hooks
 from mtl_jax.core.text_lines import flush_output
 from mtl_jax.data.source import GivenRows
@@ -108,6 +109,11 @@ def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks
         experiment: The default of every flag.
         description: The text that --help shows; default: the docstring of the calling script.
         hooks: Functions to be called during the run; one Hooks or several. An ablation of the script does not call them.
+
+    Examples:
+        >>> mtl_jax.main(EXPERIMENT)  # as python SCRIPT.py --workdir runs/tiny
+        | task ...
+        everything is in runs/tiny
     """
     if scripts.imported.get():
         raise scripts.Read(experiment)
@@ -120,28 +126,40 @@ def main(experiment: Experiment, description: str | None = None, *, hooks: Hooks
 
 
 def _parsed(experiment: Experiment, description: str) -> Launch:
-    """The flags of the command line; --help and --help-all print and exit.
+    """The flags of the command line; --help, --help-all and --help-names print and exit.
 
     Raises:
         UserError: A flag or a name in one is unknown, or a file to import fails.
     """
     arguments, files = scripts.divided_imports(sys.argv[1:])
     scripts.import_parts(files)
+    check_kinds(experiment)  # the parser guesses at what is of another class
+    if "--help-names" in arguments:
+        print(part_names.names_page())
+        flush_output()
+        raise SystemExit(0)
     if {"--help", "-h"} & set(arguments):
         print(script_flags.help_page(Launch(experiment, f"runs/{experiment.name}"), f"python {sys.argv[0]}", description))
         flush_output()
         raise SystemExit(0)
+    everything = "--help-all" in arguments
     arguments = _without_switches(["--help" if argument == "--help-all" else argument for argument in arguments])
     by_place = script_flags.by_place(experiment, arguments)
-    launch, remaining = tyro.cli(
-        Launch,
-        args=by_place,
-        default=Launch(experiment),
-        description=description,
-        config=TYRO_CONFIG,
-        registry=_REGISTRY,
-        return_unknown_args=True,
-    )
+    try:
+        launch, remaining = tyro.cli(
+            Launch,
+            args=by_place,
+            default=Launch(experiment),
+            description=description,
+            config=TYRO_CONFIG,
+            registry=_REGISTRY,
+            return_unknown_args=True,
+        )
+    except SystemExit as ended:
+        if everything and not ended.code:
+            print(part_names.names_page())
+            flush_output()
+        raise
     if remaining:
         given = dict(zip(by_place, arguments, strict=True))
         raise script_flags.unknown_flag(Launch(experiment), [given.get(argument, argument) for argument in remaining])
@@ -151,13 +169,14 @@ def _parsed(experiment: Experiment, description: str) -> Launch:
 def _launch(launch: Launch, hooks: Hooks | Iterable[Hooks]) -> None:
     import jax
 
+    from mtl_jax.training import loggers, results
     from mtl_jax.training import mesh as meshes
-    from mtl_jax.training import results
     from mtl_jax.training.dry_run import dry_run
     from mtl_jax.training.train import train
 
     if launch.distributed:
         meshes.connect(launch.distributed)
+    loggers.checked(launch.logger)
     if launch.dry_run:
         line = dry_run(launch.experiment)
         if jax.process_index() == 0:

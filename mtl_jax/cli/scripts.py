@@ -84,14 +84,21 @@ def import_parts(files: Sequence[str]) -> None:
             pass  # the script called main(); what it defines stands above
         except UserError:
             raise
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"--import {file}: {type(error).__name__}: {error} ({place.filename}:{place.lineno}); it was imported because "
-                "of --import"
-            ) from error
+        except (Exception, SystemExit) as error:
+            what = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}{_place(error)}"
+            raise UserError(f"--import {file}: {what}; it was imported because of --import") from error
         finally:
             imported.reset(token)
+
+
+def _place(error: BaseException) -> str:
+    """ " (FILE:LINE)" of an error in the user's code; "" where no line of it is to blame."""
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}:{error.lineno})"
+    ours = (__file__, importlib.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in ours]
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def _import(file: str) -> None:

@@ -1,6 +1,6 @@
 """The base of configuration dataclasses, and the limits of their numbers: a wrong field is one line, not a traceback.
 
-Names of fields are checked when a script builds a configuration, numbers by check().
+Names of fields are checked when a script builds a configuration, numbers by check(), classes of parts by check_kinds().
 """
 
 from __future__ import annotations
@@ -84,6 +84,38 @@ def _hook(previous: _Hook) -> _Hook:
             raise SystemExit(EXIT_BAD_INPUT)
 
     return show
+
+
+def check_kinds(configuration: Any, path: str = "") -> None:
+    """Checks that the parts of a configuration are of the classes of their fields, and that several of them are in a tuple.
+
+    Args:
+        configuration: An Experiment, or any dataclass in one.
+        path: What stands before its fields in an error line, such as "phases.0.".
+
+    Raises:
+        UserError: A part is of another class, or one part or text stands where a tuple belongs.
+    """
+    for name, hint in _hints(cast(Hashable, type(configuration))).items():
+        value, where = getattr(configuration, name), f"{path}{name}"
+        kind, *rest = typing.get_args(hint) or (hint,)
+        if typing.get_origin(hint) is tuple and rest == [Ellipsis]:
+            if not isinstance(value, (tuple, list)):
+                single = repr(value) if isinstance(value, str) else f"{type(value).__name__}(...)"
+                of_one = "" if value is None else f", and a tuple of one has a comma: ({shown(single)},)"
+                raise UserError(f"{where} is of the type {type(value).__name__}; it must be a tuple{of_one}")
+            for place, element in enumerate(value):
+                _check_kind(element, kind, f"{where}.{place}")
+        else:
+            _check_kind(value, hint, where)
+
+
+def _check_kind(value: Any, kind: Any, path: str) -> None:
+    if not isinstance(kind, type) or not issubclass(kind, Configuration):
+        return
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is of the type {type(value).__name__}; it must be of the class {kind.__name__}")
+    check_kinds(value, f"{path}.")
 
 
 class Limits(NamedTuple):
@@ -228,8 +260,14 @@ def _elements(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 @functools.cache
 def _fields(kind: Any) -> dict[str, frozenset[type]]:
     """Field -> the types that it or its elements may have, if a number is among them; else the empty set."""
+    return {name: _kinds(hint) for name, hint in _hints(kind).items()}
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Field -> its type."""
     hints = typing.get_type_hints(kind)
-    return {field.name: _kinds(hints[field.name]) for field in dataclasses.fields(kind)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _kinds(hint: Any) -> frozenset[type]:

@@ -14,11 +14,26 @@ NOT_A_PATTERN = (re.error, OverflowError, RecursionError)  # what re.compile rai
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the field, file or line and says what to do."""
+    """Bad input. The message is one line that names the field, file or line and says what to do.
+
+    Examples:
+        >>> try:
+        ...     mtl_jax.results("nowhere")
+        ... except mtl_jax.UserError as error:
+        ...     print(error)
+        nowhere: no results.json...
+    """
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or SIGINT) and has saved its state; the same command resumes it."""
+    """The run was asked to stop (SIGTERM or SIGINT) and has saved its state; the same command resumes it.
+
+    Examples:
+        >>> try:
+        ...     results = mtl_jax.train(EXPERIMENT, "runs/tiny")
+        ... except mtl_jax.Interrupted:
+        ...     print("start it again")
+    """
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:

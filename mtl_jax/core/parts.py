@@ -196,6 +196,12 @@ class Registry(Mapping[str, F]):
 _REGISTRIES: list[Registry[Any]] = []
 
 
+def by_door() -> dict[str, dict[str, Any]]:
+    """{door: {name: class or function}} of the parts that are loaded, those of mtl_jax and those of the user."""
+    functions = {registry.door: dict(registry) for registry in _REGISTRIES}
+    return {**functions, **{door.door: dict(kinds(door)) for door in _KINDS}}
+
+
 @contextlib.contextmanager
 def forgotten() -> Iterator[None]:
     """Parts that are defined within this context are forgotten after it: for tests, and for scripts that are only looked at."""

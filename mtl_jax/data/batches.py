@@ -54,6 +54,10 @@ class Batching(Configuration):
             many as chance gives; private training needs it.
         expected_rows: For the sampling poisson: the expected number of rows of a batch. A batch that has more than rows loses
             the others. 0: the most for which that happens once in 10^16 batches.
+
+    Examples:
+        >>> mtl_jax.Batching(rows=32, row_length=128, mixture="temperature:t=2").mixture
+        'temperature:t=2'
     """
 
     rows: int = 32

@@ -154,6 +154,10 @@ class Canaries(Configuration):
         repeats: How often each is planted.
         words: Random words of its text; of its target text, where a task writes texts.
         seed: Seed of the words, and of the rows that give the other columns.
+
+    Examples:
+        >>> mtl_jax.Source("mails", "mails.csv", canaries=mtl_jax.Canaries(count=20, repeats=4)).canaries.count
+        20
     """
 
     count: int = 0
@@ -210,6 +214,11 @@ class Source(Configuration):
             numbers, None or answers. Not a flag.
         dev_rows: In place of dev_path, rows that the script has.
         test_rows: In place of test_path, rows that the script has.
+
+    Examples:
+        >>> source = mtl_jax.Source("reviews", rows=[{"text": "Works.", "stars": 5}, {"text": "Broke.", "stars": 1}])
+        >>> mtl_jax.Source("pairs", "train.jsonl", dev_path="dev.jsonl", format="jsonl", text="premise", pair="hypothesis").pair
+        'hypothesis'
     """
 
     name: str

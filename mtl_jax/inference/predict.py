@@ -29,7 +29,7 @@ from mtl_jax.data.splits import read_one
 from mtl_jax.tasks import CausalLM, Seq2Seq, Task
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.experiment_json import check_registered
+from mtl_jax.training.experiment_json import check_metrics, check_registered
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.restore import TrainedRun as TrainedRun
 from mtl_jax.training.restore import is_workdir as is_workdir
@@ -50,6 +50,11 @@ class Model(NamedTuple):
         run: The run's trunk, tasks and parameters.
         workdir: Its workdir.
         outputs: From a task's name to its jitted function on batches, which is made once, and the device.
+
+    Examples:
+        >>> model = mtl_jax.load_model("runs/tiny")
+        >>> len(model.predict("fine", ["who is the man ?", "where is the city ?"]))
+        2
     """
 
     run: TrainedRun
@@ -221,6 +226,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     run = model.run
     chosen, length, source = run.task(task), run.experiment.batch.row_length, run.source(task)
+    check_metrics(model.workdir, (chosen,))
     if isinstance(path, str | Path):
         kind, path = format or source.format, str(path)
         check_registered(model.workdir, READERS, kind)
@@ -316,7 +322,8 @@ def _top(task: Task, output: np.ndarray, count: int) -> list[dict[str, Any]]:
     if probabilities is None:
         raise _no_top(task)
     ranked = sorted(probabilities.items(), key=lambda item: -item[1])
-    return [{"label": label, "probability": round(probability, 6)} for label, probability in ranked[:count]]
+    names = dict(zip(task.labels, task.shown_labels, strict=True))
+    return [{"label": names.get(label, label), "probability": round(probability, 6)} for label, probability in ranked[:count]]
 
 
 def _no_top(task: Task) -> UserError:

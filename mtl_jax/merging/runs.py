@@ -32,7 +32,7 @@ from mtl_jax.training import evaluation, results, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
-from mtl_jax.training.experiment_json import to_json
+from mtl_jax.training.experiment_json import check_metrics, to_json
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.train_state import create
 from mtl_jax.transfer.adapters import Lora
@@ -114,6 +114,7 @@ def open_member(name: str) -> Member:
     if not (folder / "results.json").exists() and not (folder / workdirs.MERGED).exists():
         raise UserError(f"{name}: the run is not finished (results.json is missing); the command that started it resumes it")
     run = open_run(folder)
+    check_metrics(folder, [run.task(task) for task in run.params["heads"]])  # the result is measured, too
     run = run._replace(params=jax.tree.map(np.asarray, jax.device_get(run.params)))
     return Member(name, run, workdirs.read_json(folder / "data.json"))
 

@@ -126,7 +126,7 @@ def layers_from_the_top(layers: Mapping[str, Layer], count: int, title: str) -> 
     again = [layer for layer in chosen if layer.calls > 1]
     if again:
         raise UserError(
-            f"{title}: the trunk calls {again[0].path} {again[0].calls} times, as its layers share their parameters, so there is "
+            f"{title}: the trunk calls {again[0].path} {again[0].calls} times, as its layers share parameters, so there is "
             "no topmost one to copy; choose a sharing inside layers, such as MMoE or TaskAdapters"
         )
     return chosen

@@ -46,6 +46,9 @@ class Classification(Task):
         class_weights: How much an example's loss counts, by its label; 1 for labels that are not named.
         metric: The main metric: accuracy, macro_f1, macro_recall, matthews; f1:LABEL, the F1 of one label;
             f1:LABEL+LABEL, the mean F1 of several. tasks/metrics.py lists those of TweetEval.
+
+    Examples:
+        >>> task = mtl_jax.Classification(name="emotion", source="tweets", column="label", label_names={"0": "anger"})
     """
 
     column: str = "label"

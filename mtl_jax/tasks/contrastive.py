@@ -60,6 +60,9 @@ class Contrastive(Task):
             partners: mrr, ndcg (at 10), or accuracy (the share with a partner first). Empty: the first of these.
         classes: For compare labels, the labels; filled in from the data.
         size: The width of the trunk's vectors; filled in.
+
+    Examples:
+        >>> task = mtl_jax.Contrastive(name="similar", source="pairs", column="score")
     """
 
     compare: str = "pairs"

@@ -50,6 +50,9 @@ class Ranking(Task):
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The main metric: ndcg (at 10), mrr, or accuracy, the share of groups with one of the best texts first.
+
+    Examples:
+        >>> task = mtl_jax.Ranking(name="relevance", source="queries", group="query", column="grade")
     """
 
     group: str

@@ -47,6 +47,9 @@ class MaskedLM(Task):
         hidden: Must be 0: this head has no such layer.
         dropout: Dropout rate in front of the head.
         metric: The main metric: accuracy.
+
+    Examples:
+        >>> task = mtl_jax.MaskedLM(name="words", source="texts")
     """
 
     rate: float = 0.15

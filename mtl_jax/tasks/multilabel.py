@@ -49,6 +49,10 @@ class Multilabel(Task):
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The main metric: micro_f1, macro_f1 or exact_match.
+
+    Examples:
+        >>> mtl_jax.Multilabel(name="topics", source="news", columns=("sport", "politics")).columns
+        ('sport', 'politics')
     """
 
     column: str = "labels"

@@ -46,6 +46,9 @@ class MultipleChoice(Task):
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The main metric: accuracy, or mrr, the mean reciprocal rank of the right choice.
+
+    Examples:
+        >>> task = mtl_jax.MultipleChoice(name="ending", source="stories", choices=("first", "second"), column="right")
     """
 
     choices: tuple[str, ...]

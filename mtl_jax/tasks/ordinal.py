@@ -44,6 +44,10 @@ class Ordinal(Task):
         dropout: Dropout rate in front of the head.
         metric: The main metric: kappa (Cohen's, with quadratic weights), spearman, accuracy, or within_one, the share that is
             off by one label at most.
+
+    Examples:
+        >>> mtl_jax.Ordinal(name="stars", source="reviews", column="stars", labels=("1", "2", "3")).labels
+        ('1', '2', '3')
     """
 
     column: str = "label"

@@ -39,6 +39,10 @@ class Regression(Task):
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The main metric: pearson or spearman.
+
+    Examples:
+        >>> mtl_jax.Regression(name="stars", source="reviews", column="stars", minimum=1, maximum=5).maximum
+        5
     """
 
     column: str = "label"

@@ -73,6 +73,9 @@ class Seq2Seq(Task):
         start: Token that a decoder reads first.
         end: Token that ends a target text.
         leading: Special tokens that the tokenizer puts in front of a target text and that a new decoder does not learn.
+
+    Examples:
+        >>> task = mtl_jax.Seq2Seq(name="summary", source="articles", column="summary", target_length=64)
     """
 
     column: str

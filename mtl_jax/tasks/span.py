@@ -55,6 +55,9 @@ class Span(Task):
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
         metric: The main metric: f1 or exact.
+
+    Examples:
+        >>> task = mtl_jax.Span(name="answer", source="questions")
     """
 
     column: str = "answers"

@@ -59,6 +59,9 @@ class Tagging(Task):
         dropout: Dropout rate in front of the head.
         metric: The main metric: entity_f1, entity_precision, entity_recall or token_accuracy. Empty: the
             first of them for entities, else the last.
+
+    Examples:
+        >>> task = mtl_jax.Tagging(name="entities", source="sentences", column="tags")
     """
 
     column: str = "tags"

@@ -177,6 +177,32 @@ def check_registered(folder: Path, registry: parts.Registry[Any], name: str) -> 
         raise UserError(f"unknown {registry.door} {name!r}: it is a function of {shown(part['file'])}; {_advice(part['file'])}")
 
 
+def check_metrics(folder: Path, tasks: Sequence[Task]) -> None:
+    """check_registered() of the tasks' own metrics, where they are measured again."""
+    for task in tasks:
+        for name in (task.metric, *task.more_metrics):
+            if name not in task.metric_names:
+                check_registered(folder, METRICS, name)
+
+
+def check_functions(folder: Path) -> None:
+    """Checks that all functions of the user's that a run needs are there, where its experiment is prepared again.
+
+    Args:
+        folder: The workdir of the run.
+
+    Raises:
+        UserError: One is not there; names its file.
+    """
+    record = (workdirs.read_json(folder / "config.json") or {}).get(PARTS, {})
+    check_parts(record, str(folder / "config.json"))
+    registered = parts.by_door()
+    for recorded, part in record.items():
+        door, name = part["door"], recorded.removeprefix(f"{part['door']} ")
+        if name not in registered.get(door, {}) and "@" not in name:  # with it, the script's own Rule
+            raise UserError(f"unknown {door} {name!r}: it is defined in {shown(part['file'])}; {_advice(part['file'])}")
+
+
 def _advice(file: str) -> str:
     advice = f"add --import {file}" if file.endswith(".py") else "define it first"
     return f"{advice}, or from Python import the file first"

@@ -30,6 +30,10 @@ class ParamRule(Configuration):
         rate: Factor on the learning rate; with adamw it also scales the decay.
         weight_decay: Weight decay in place of the optimizer's; None: the optimizer's. Parameters of one dimension have none.
         schedule: Name of a schedule in place of the optimizer's; empty: the optimizer's.
+
+    Examples:
+        >>> mtl_jax.ParamRule("trunk/layer_[0-3]/.*", train=False).train
+        False
     """
 
     pattern: str

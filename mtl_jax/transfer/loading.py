@@ -28,6 +28,9 @@ class InitFrom(Configuration):
         renames: Pairs of a regular expression and its replacement, which are applied to every path (as by re.sub), one after
             another, after into.
         leave_out: Regular expressions; a parameter whose whole new path matches one is not loaded.
+
+    Examples:
+        >>> experiment = dataclasses.replace(EXPERIMENT, init_from=mtl_jax.InitFrom("runs/tiny"))
     """
 
     path: str = ""

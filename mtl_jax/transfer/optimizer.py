@@ -44,6 +44,10 @@ class Optimizer(Configuration):
         b2: Adam's decay of the second moment.
         eps: Adam's epsilon.
         private: Differentially private training, where its clip is above 0.
+
+    Examples:
+        >>> mtl_jax.Optimizer(learning_rate=2e-5, warmup=0.06, clip_norm=1.0).warmup
+        0.06
     """
 
     name: str = "adamw"

@@ -95,7 +95,11 @@ def _check(layers: int, decoder_layers: int) -> None:
 
 
 def adapters_only() -> tuple[ParamRule, ...]:
-    """The adapters and the heads train; the trunk itself is frozen."""
+    """The adapters and the heads train; the trunk itself is frozen.
+
+    Examples:
+        >>> phase = mtl_jax.Phase("lora", steps=200, rules=mtl_jax.adapters_only())
+    """
     return (ParamRule("trunk/adapters/.*"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))
 
 
@@ -103,5 +107,8 @@ def bitfit() -> tuple[ParamRule, ...]:
     """In the trunk only the biases train, those of norms included (Zaken et al. 2022, BitFit); heads train in full.
 
     T5 has no biases, and ModernBERT usually none: for them the rules are refused, as all rules that match nothing.
+
+    Examples:
+        >>> phase = mtl_jax.Phase("biases", steps=200, rules=mtl_jax.bitfit())
     """
     return (ParamRule("trunk/(.*/)?bias"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))

@@ -20,6 +20,9 @@ class Mixout(Configuration):
     Attributes:
         p: The share of numbers that are replaced by their initial values, from 0 (none) to below 1; the paper uses 0.7 to 0.9.
         parameters: A regular expression: the trainable parameters that are mixed. The authors' code takes weight matrices.
+
+    Examples:
+        >>> experiment = dataclasses.replace(EXPERIMENT, mixout=mtl_jax.Mixout(p=0.7))
     """
 
     p: float = 0.0

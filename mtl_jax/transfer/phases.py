@@ -27,6 +27,10 @@ class Phase(Configuration):
         shares: For the mixture fixed: a number for each source.
         cache_features: If the rules freeze the whole trunk, compute its output once for every example; not if a task labels
             tokens.
+
+    Examples:
+        >>> mtl_jax.Phase("heads", steps=300, rules=(mtl_jax.ParamRule("trunk/.*", train=False), mtl_jax.ParamRule(".*"))).steps
+        300
     """
 
     name: str

@@ -40,6 +40,10 @@ class Private(Configuration):
             smaller, with the package dp-accounting; or one of the script's (mtl_jax.transfer.register_accountant).
         secret: A file of at least 16 random bytes, from which noise and drawn rows follow. Empty: they follow from the seed,
             and the guarantee holds only against those who do not know it.
+
+    Examples:
+        >>> mtl_jax.Optimizer(private=mtl_jax.Private(clip=1.0, epsilon=8.0)).private.epsilon
+        8.0
     """
 
     clip: float = 0.0

@@ -103,6 +103,10 @@ class L2SP(Regulariser):
         beta: Strength of the pull towards 0, for new parameters, whose initial values are random.
         shared: A regular expression: the parameters with initial values that are worth keeping.
         new: A regular expression: the new parameters.
+
+    Examples:
+        >>> mtl_jax.L2SP(weight=0.01).weight
+        0.01
     """
 
     name: str = "l2sp"
@@ -146,6 +150,10 @@ class EWC(Regulariser):
         labels: model: labels drawn from the model's predictions, as in the definition of the Fisher information. data: the
             labels of the rows (the empirical Fisher information), which spans, masked LM and seq2seq tasks need.
         parameters: A regular expression: the parameters that are kept near their values.
+
+    Examples:
+        >>> mtl_jax.EWC(weight=100.0).weight
+        100.0
     """
 
     name: str = "ewc"
@@ -191,6 +199,10 @@ class Distillation(Regulariser):
         temperature: For logits: T.
         distance: For hidden: mse or cosine. If the widths differ, a projection to the teacher's width is learned,
             heads/NAME/projection.
+
+    Examples:
+        >>> mtl_jax.Distillation(teacher="runs/tiny", temperature=2.0).temperature
+        2.0
     """
 
     name: str = "distillation"
@@ -225,6 +237,9 @@ class RDrop(Regulariser):
         weight: As in all regularisers.
         phase: As in all regularisers.
         tasks: These tasks; empty: all whose outputs can be compared and whose own weight is not 0 throughout.
+
+    Examples:
+        >>> experiment = dataclasses.replace(EXPERIMENT, regularisers=(mtl_jax.RDrop(weight=1.0),))
     """
 
     name: str = "r_drop"

@@ -39,6 +39,10 @@ class SelfTraining(Regulariser):
         per_class: The most rows of a label in a round; 0: for balanced and uncertainty as many as the rarest label has.
         soft: Whether the target is the probability of each label; else the predicted label.
         passes: For uncertainty: the number of passes with dropout.
+
+    Examples:
+        >>> mtl_jax.SelfTraining(source="texts", threshold=0.95).threshold
+        0.95
     """
 
     name: str = "self_training"
@@ -84,6 +88,10 @@ class Consistency(Regulariser):
         drop: The share of a copy's tokens that are replaced.
         temperature: The row's own answer is sharpened by it: below 1, more certain.
         threshold: Rows count only where the probability of the answer is at least this.
+
+    Examples:
+        >>> mtl_jax.Consistency(source="texts").source
+        'texts'
     """
 
     name: str = "consistency"

@@ -34,6 +34,10 @@ class Pretrained(TrunkConfig):
             baseline for the pretrained ones.
         pooling: The vector of a text in a decoder-only checkpoint: last, of its last token, or mean, of all; empty: last. In
             encoders it is the mean.
+
+    Examples:
+        >>> mtl_jax.Pretrained("bert", dropout=0.1).path
+        'bert'
     """
 
     path: str

@@ -30,6 +30,10 @@ class Embedding(TrunkConfig):
     Attributes:
         vocabulary: Most words in the vocabulary, padding and unknown included.
         dimension: Width of the embedding.
+
+    Examples:
+        >>> mtl_jax.Embedding(vocabulary=5000, dimension=100).dimension
+        100
     """
 
     vocabulary: int = 10_000
@@ -64,6 +68,10 @@ class Transformer(TrunkConfig):
         activation_dropout: Dropout rate inside the feed-forward sublayers.
         max_length: Longest text in tokens.
         head_size: Width of a head, as in T5, where heads together are wider than the vectors; 0: width / heads.
+
+    Examples:
+        >>> mtl_jax.Transformer(vocabulary=8000, layers=2, width=64, heads=4, feed_forward=128).layers
+        2
     """
 
     vocabulary: int = 8000

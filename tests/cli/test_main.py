@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import tiny
 
 import mtl_jax
+from mtl_jax import Classification
 from mtl_jax.cli import main, scripts
-from mtl_jax.core import locks
+from mtl_jax.core import locks, parts
 from mtl_jax.data.splits import read
 from mtl_jax.inference.predict import predict
 
@@ -127,6 +129,8 @@ def test_a_bad_label_names_file_and_line(launch, data):
             ("--phases.evrything.steps", "1"),
             "unknown name in --phases.evrything.steps: 'evrything' (did you mean",
         ),
+        (("--rows", "1"), "unknown flag --rows (did you mean --batch.rows?)"),
+        (("--lr", "1"), "unknown flag --lr (did you mean --optimizer.learning-rate?)"),
         (("quickly",), "quickly: not a flag, and no flag before takes it; see --help"),
     ],
 )
@@ -173,6 +177,43 @@ def test_help_all_shows_every_field_with_doc_and_default(monkeypatch, capsys):
     assert "(default: 0.01)" in text
 
 
+def test_every_name_and_its_meaning(monkeypatch, capsys):
+    """Of rules and of all other parts: at the end of --help-all, and by --help-names of scripts and of mtl-jax."""
+    monkeypatch.setenv("COLUMNS", "110")
+    code, page, _ = console(monkeypatch, capsys, "affinity", "--help-names")
+    assert code == 0
+    assert help_of("--help-names", monkeypatch, capsys) == page
+    assert help_of("--help-all", monkeypatch, capsys).endswith(page)
+    doors = parts.by_door()
+    assert {"weighting rule", "combinator", "mixture", "format", "logger", "launcher", "task", "trunk"} <= doors.keys()
+    for named in doors.values():
+        for name, part in named.items():
+            meaning = re.search(rf"^  {name}(?: \(.*\))?\s+(\S.*)$", page, re.MULTILINE)
+            assert meaning or parts.origin_of(part), name
+    assert re.search(r"^  cagrad \(c\) +The direction near the mean gradient", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "tasks",
+            Classification(name="a", source="b"),
+            r"tasks is of the type Classification; .* comma: (Classification(...),)",
+        ),
+        ("only", "fine", "only is of the type str; it must be a tuple, and a tuple of one has a comma: ('fine',)"),
+        ("adapters", None, "adapters is of the type NoneType; it must be a tuple"),
+        ("tasks", ("fine",), "tasks.0 is of the type str; it must be of the class Task"),
+        ("trunk", "bert", "trunk is of the type str; it must be of the class TrunkConfig"),
+    ],
+)
+def test_a_part_of_another_class_is_one_line(launch, tmp_path, field, value, message):
+    code, error = launch(**{field: value})
+    assert code == 2
+    assert error.splitlines()[-1].endswith(message.partition(".* ")[2] or message)
+    assert not (tmp_path / "run").exists()
+
+
 def test_elements_by_name_as_well_as_by_place(launch, tmp_path):
     flags = ("--phases.heads.steps", "3", "--tasks.fine.dropout=0.25", "--sources.ratings.limit", "40", "--dry-run")
     code, error = launch(*flags)
@@ -187,6 +228,12 @@ def test_a_dry_run_compiles_a_step_and_writes_nothing(launch, tmp_path, capsys):
     assert "compiling a step of phase heads ..." in error
     assert "phase       parameters" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_checks_the_loggers(launch):
+    code, error = launch("--dry-run", "--logger", "wanb")
+    assert code == 2
+    assert error.startswith("error: unknown logger 'wanb' (did you mean 'wandb'?)")
 
 
 def test_weights_of_tasks_that_are_left_out_do_not_matter(launch, tmp_path):
@@ -218,6 +265,20 @@ def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
     code, _, error = console(monkeypatch, capsys, "ablat", "x.py")
     assert code == 2
     assert error.startswith("error: unknown command 'ablat' (did you mean 'ablate'?); choices: predict, evaluate")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("predict", "run", "--tsk", "a"), "unknown flag --tsk (did you mean --task?); mtl-jax predict --help shows all"),
+        (("translate", "--num-beam=2"), "unknown flag --num-beam (did you mean --num-beams?)"),
+        (("convert", "a", "b", "--no-overwritten"), "unknown flag --no-overwritten (did you mean --overwrite?)"),
+    ],
+)
+def test_an_unknown_flag_of_a_command_names_the_nearest(monkeypatch, capsys, words, line):
+    code, _, error = console(monkeypatch, capsys, *words)
+    assert code == 2
+    assert error.startswith(f"error: {line}")
 
 
 def test_predict_keeps_order_and_count(workdir, tmp_path, monkeypatch, capsys):

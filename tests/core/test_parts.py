@@ -16,7 +16,7 @@ from mtl_jax.cli import scripts
 from mtl_jax.core import parts
 from mtl_jax.inference import predict
 from mtl_jax.tasks import Task
-from mtl_jax.training.experiment_json import from_json, to_json
+from mtl_jax.training.experiment_json import check_functions, check_metrics, from_json, to_json
 from mtl_jax.transfer import Regulariser
 
 IMPORTS = """
@@ -123,7 +123,8 @@ def test_a_rule_that_is_none(own):
             r"--import .*mine\.py: ZeroDivisionError: division by zero \(.*mine\.py:6\); it was imported because of --import",
         ),
         ("import not_there", "ModuleNotFoundError: No module named 'not_there'"),
-        ("def (", "SyntaxError"),
+        ("def (", r"SyntaxError: invalid syntax \(.*mine\.py:6\); it was"),
+        ("import sys\nsys.exit(3)", r"SystemExit: 3 \(.*mine\.py:7\); it was imported because of --import"),
     ],
 )
 def test_a_file_that_fails_to_import(own, text, message):
@@ -132,7 +133,11 @@ def test_a_file_that_fails_to_import(own, text, message):
 
 
 def test_files_that_are_not_there():
-    for name, message in (("no.py", "no such file"), ("a/b", "a Python file, or a module"), ("no_module", "No module named")):
+    for name, message in (
+        ("no.py", "no such file"),
+        ("a/b", "a Python file, or a module"),
+        ("no_module", "No module named 'no_module'; it"),
+    ):
         with pytest.raises(UserError, match=f"--import {name}: .*{message}"):
             scripts.import_parts([name])
     with pytest.raises(UserError, match="--import needs a Python file"):
@@ -167,6 +172,25 @@ def test_nothing_is_imported_because_a_workdir_asks_for_it(workdir, tmp_path, mo
     with pytest.raises(UserError, match="not what mtl_jax wrote"):
         predict.predict(hostile, "coarse", ["a film"])
     assert not (tmp_path / "ran").exists()
+
+
+def test_functions_that_a_run_needs_again(tmp_path):
+    """To measure with its own metric, or to prepare it anew: the file is named before any work."""
+    names = {"mine": "metric", "format mine": "format", "cagrad@0123": "weighting rule", "cagrad": "weighting rule"}
+    record = {name: {"door": door, "file": "mine.py", "sha256": "0" * 64} for name, door in names.items()}
+    (tmp_path / "config.json").write_text(json.dumps({"parts": record}))
+    with pytest.raises(UserError, match=r"unknown metric 'mine': it is a function of mine\.py; add --import mine\.py"):
+        check_metrics(tmp_path, [Classification(name="a", source="b", metric="mine")])
+    check_metrics(tmp_path, [Classification(name="a", source="b", more_metrics=("macro_f1",))])
+    with pytest.raises(UserError, match=r"unknown metric 'mine': it is defined in mine\.py; add --import mine\.py"):
+        check_functions(tmp_path)
+    del record["mine"]
+    (tmp_path / "config.json").write_text(json.dumps({"parts": record}))
+    with pytest.raises(UserError, match="unknown format 'mine'"):
+        check_functions(tmp_path)
+    del record["format mine"]
+    (tmp_path / "config.json").write_text(json.dumps({"parts": record}))
+    check_functions(tmp_path)
 
 
 def test_a_rule_itself(bert, data, tmp_path):

@@ -35,6 +35,10 @@ class Bottleneck(Adapter):
         variant: houlsby: behind attention and behind feed-forward (Houlsby et al. 2019). pfeiffer: behind feed-forward only
             (Pfeiffer et al. 2021).
         activation: A key of models.layers.ACTIVATIONS.
+
+    Examples:
+        >>> mtl_jax.Bottleneck(name="adapter", width=16).width
+        16
     """
 
     width: int = 64

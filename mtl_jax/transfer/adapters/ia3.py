@@ -23,6 +23,9 @@ class IA3(Adapter):
 
     Parameters: scale f32[O] at every key and value map, and scale f32[I] on the input of feed_forward_out; if one map makes
     query, key and value, key and value f32[O / 3]. All start at 1, so that the output does not change at first.
+
+    Examples:
+        >>> experiment = dataclasses.replace(EXPERIMENT, adapters=(mtl_jax.IA3(name="ia3"),))
     """
 
     order: ClassVar[int] = 1

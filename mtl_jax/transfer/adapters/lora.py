@@ -31,6 +31,10 @@ class Lora(Adapter):
         dropout: Dropout rate on the input of A during training.
         target: A regular expression that must match the whole path of a linear map inside the trunk, such as
             "layer_0/attention/query". The paper's choice is query and value; ModernBERT has one map for query, key and value.
+
+    Examples:
+        >>> mtl_jax.Lora(name="lora", rank=8, target=".*/(query|value)").rank
+        8
     """
 
     rank: int = 8

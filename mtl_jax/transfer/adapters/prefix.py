@@ -29,6 +29,10 @@ class Prefix(Adapter):
 
     Attributes:
         length: P.
+
+    Examples:
+        >>> mtl_jax.Prefix(name="prefix", length=10).length
+        10
     """
 
     length: int = 16

@@ -270,6 +270,8 @@ def check(experiment: Experiment) -> None:
     _check_tasks(experiment)
     loading.check(experiment.init_from)
     adapting.check(experiment.adapters, {task.name: task.source for task in experiment.tasks})
+    for adapter in experiment.adapters:
+        adapter.check_rows(experiment.batch.slots)
     names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
     regularisers.check(experiment.regularisers, experiment.mixout, names, phases, steps)
     for regulariser in experiment.regularisers:

@@ -139,7 +139,10 @@ def adapt(trunk: Trunk, adapters: Sequence[Adapter], sources: int) -> Trunk:
         UserError: An adapter has no place in the trunk.
     """
     assert isinstance(trunk.module, nn.Module)  # no adapters yet
-    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources)) if adapters else trunk
+    if not adapters:
+        return trunk
+    length = trunk.max_length - sum(adapter.added_tokens for adapter in adapters)
+    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources), max_length=length)
 
 
 def facts(trunk: Trunk) -> TrunkFacts:

@@ -18,6 +18,12 @@ from mtl_jax.transfer.adapters.base import Params as Params
 from mtl_jax.transfer.adapters.bottleneck import Bottleneck as Bottleneck
 from mtl_jax.transfer.adapters.ia3 import IA3 as IA3
 from mtl_jax.transfer.adapters.lora import Lora as Lora
+from mtl_jax.transfer.adapters.low_rank import Dora as Dora
+from mtl_jax.transfer.adapters.low_rank import Pissa as Pissa
+from mtl_jax.transfer.adapters.low_rank import RsLora as RsLora
+from mtl_jax.transfer.adapters.low_rank import Vera as Vera
 from mtl_jax.transfer.adapters.prefix import Prefix as Prefix
+from mtl_jax.transfer.adapters.prompt_tuning import PromptTuning as PromptTuning
 from mtl_jax.transfer.param_rules import adapters_only as adapters_only
 from mtl_jax.transfer.param_rules import bitfit as bitfit
+from mtl_jax.transfer.param_rules import lora_plus as lora_plus

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count, listed
-from mtl_jax.models.layers import Attention
+from mtl_jax.models.layers import Attention, Embed
 from mtl_jax.models.modernbert import RotaryAttention
+from mtl_jax.models.seq2seq_layers import Embeddings
 from mtl_jax.transfer.adapters.base import RUN, TASK, Adapter, Call, Layer
 from mtl_jax.transfer.adapters.prefix import Prefix
+from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
 
 ADAPTERS = "adapters"
 
@@ -65,7 +67,8 @@ class Adapted:
 
         with nn.intercept_methods(record):
             jax.eval_shape(lambda: self.base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-        return layers
+        words = next((layer for layer in layers.values() if layer.kind == WORDS), None)
+        return layers if words is None else {**layers, "": words._replace(kind=ROOT)}
 
     @functools.cached_property
     def where(self) -> dict[str, list[Layer]]:
@@ -84,15 +87,22 @@ class Adapted:
     def add(self, params: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
         """The parameters of the module, such as pretrained ones, with new adapters beside them."""
         added: dict[str, Any] = {}
+        trunk = trees.flat(params)
         for adapter in self.adapters:
             for layer in self.where[adapter.name]:
+                own = {
+                    name.removeprefix(f"{layer.path}/"): leaf
+                    for name, leaf in trunk.items()
+                    if name.startswith(f"{layer.path}/")
+                }
                 path = f"{adapter.name}/{layer.path}"
                 layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 if adapter.per == RUN:
-                    added[path] = adapter.init(layer_key, layer)
+                    added[path] = adapter.start(layer_key, layer, own)
                 else:
-                    init = jax.vmap(lambda key, adapter=adapter, layer=layer: adapter.init(key, layer))
-                    added[path] = jax.tree.map(_stack, init(jax.random.split(layer_key, self.sources)))
+                    start = jax.vmap(lambda key, adapter=adapter, layer=layer, own=own: adapter.start(key, layer, own))
+                    keys = jax.random.split(layer_key, self.sources)
+                    added[path] = jax.tree.map(_stack, start(keys))
         return {**params, ADAPTERS: trees.nested(added)}
 
     def apply(
@@ -225,7 +235,15 @@ def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> A
     """
     check(adapters)
     adapted = Adapted(module, tuple(adapters), sources)
-    adapted.where  # noqa: B018  raises if an adapter has no layer
+    at_layer: dict[str, str] = {}
+    for adapter in adapters:
+        for layer in adapted.where[adapter.name]:  # raises if there is none
+            if adapter.alone and layer.path in at_layer:
+                raise UserError(
+                    f"adapters {at_layer[layer.path]!r} and {adapter.name!r} are both at {layer.path}, and a layer has at most "
+                    f"one {type(adapter).__name__}: give one of them another target"
+                )
+            at_layer |= {layer.path: adapter.name} if adapter.alone else {}
     return adapted
 
 
@@ -283,7 +301,15 @@ def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
         return Layer(path, "attention", heads=module.num_heads, head_size=module.head_size)
     if isinstance(module, RotaryAttention):
         return Layer(path, "rotary", heads=module.config.num_heads, head_size=module.config.head_size)
+    if isinstance(module, Embed) and path.endswith("embeddings/word"):
+        return Layer(path, WORDS, outputs=module.features)
+    if isinstance(module, Embeddings):
+        return Layer(path, WORDS, outputs=module.config.hidden_size)
     return None
+
+
+def _below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)}
 
 
 def _around(
@@ -302,7 +328,7 @@ def merge_adapters(adapted: Adapted, params: Mapping[str, Any], source: int | No
     """The parameters of the module with its adapters merged into them, such as W + (alpha / rank) A B; without dropout.
 
     Args:
-        adapted: The module with adapters, Lora and IA3 only.
+        adapted: The module with adapters, all of which have merged(): Lora and its relatives, IA3.
         params: Its parameters, with {"adapters": ...}.
         source: The source whose adapters are merged, if sources have their own.
 

@@ -27,9 +27,10 @@ class Layer(NamedTuple):
 
     Attributes:
         path: The path, such as "layer_0/attention/query": a parameter's path without "trunk/" and the parameter's name.
-        kind: "dense", a linear map; "attention", as in models.layers; "rotary", as in models.modernbert.
+        kind: "dense", a linear map; "attention", as in models.layers; "rotary", as in models.modernbert; "words", where tokens
+            become vectors; "root", the whole module, whose path is that of "words".
         inputs: I for a linear map, else 0.
-        outputs: O for a linear map, else 0.
+        outputs: O for a linear map, the width of the vectors for words, else 0.
         heads: Number of heads of an attention, else 0.
         head_size: Size of a head of an attention, else 0.
     """
@@ -95,11 +96,21 @@ class Adapter(Part, abc.ABC):
     # If several adapters change one layer, those with lower numbers are nearer to it, whatever the order of declaration:
     # low-rank changes belong to the kernel, scales apply to its output, a bottleneck follows them, a prefix is around all.
     order: ClassVar[int] = 0
+    # Whether a layer has at most one adapter of this kind.
+    alone: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raises UserError if a field is refused."""
         if self.per not in SHARING:
             raise unknown(f"per of adapter {self.name!r}:", self.per, SHARING)
+
+    @property
+    def added_tokens(self) -> int:
+        """Tokens that it puts in front of every example, which take up positions of the trunk."""
+        return 0
+
+    def check_rows(self, examples: int) -> None:
+        """Raises UserError if the adapter does not fit rows of up to this many examples."""
 
     @abc.abstractmethod
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
@@ -111,7 +122,17 @@ class Adapter(Part, abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
-        """Initial parameters, f32, for one of these layers."""
+        """Initial parameters, f32, for one of these layers. One whose name begins with fixed_ never trains."""
+
+    def start(self, key: jax.Array, layer: Layer, trunk: Params) -> dict[str, jax.Array]:
+        """As init(), for parameters that depend on those of the trunk; calls init() unless a class defines it.
+
+        Args:
+            key: As for init().
+            layer: As for init().
+            trunk: The layer's parameters in the trunk by name, such as "kernel".
+        """
+        return self.init(key, layer)
 
     @abc.abstractmethod
     def around(self, params: Params, call: Call) -> Any:
@@ -137,7 +158,8 @@ class Adapter(Part, abc.ABC):
         Raises:
             UserError: This kind of adapter cannot be merged into a kernel.
         """
-        mergeable = "Lora and IA3" if origin_of(type(self)) is None else "Lora, IA3 and classes that define merged()"
+        ours = origin_of(type(self)) is None
+        mergeable = "Lora, its relatives and IA3" if ours else "Lora, its relatives, IA3 and classes that define merged()"
         raise UserError(
             f"adapter {self.name!r} is a {type(self).__name__}, which cannot be put into the trunk's kernels, and transformers "
             f"has no class for a trunk with it: only {mergeable} can be merged"

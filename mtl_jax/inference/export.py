@@ -25,6 +25,7 @@ from mtl_jax.pretrained.saving import Saved
 from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import text_evaluation
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
+from mtl_jax.transfer.adapters.adapted_decoder import merge_decoder
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2
             )
         raw = fields | ids
     model = families.of(raw, f"{source}/trunk/config.json").build(config, trunks.DECODER, np.float32)
-    params = {"trunk": _trunk(run, task.name), "head": run.params["heads"][task.name]}
+    params = {"trunk": _trunk(run, task.name), "head": merge_decoder(task.module(), run.params["heads"][task.name])}
     checkpoint = pretrained.Checkpoint(model, params, config, raw, trunks.DECODER, source / "trunk")
 
     def add_generation(folder: Path) -> None:

@@ -7,6 +7,8 @@ fit the trunk is refused when the rules are applied: the error names a rule that
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
 from mtl_jax.core.errors import UserError, there_are
 from mtl_jax.transfer.freezing import ParamRule
@@ -96,9 +98,20 @@ def _check(layers: int, decoder_layers: int) -> None:
             raise UserError(f"{name} is {number}; it must be at least {least}")
 
 
-def adapters_only() -> tuple[ParamRule, ...]:
-    """The adapters and the heads train; the trunk itself is frozen."""
-    return (ParamRule("trunk/adapters/.*"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))
+def adapters_only(decoders: Sequence[str] = (), trunk: bool = True) -> tuple[ParamRule, ...]:
+    """The adapters and the heads train; the trunk itself is frozen.
+
+    Args:
+        decoders: Seq2Seq tasks whose decoders have adapters: of these heads, too, only the adapters train.
+        trunk: Whether the trunk has adapters; a rule that matches nothing would be refused.
+    """
+    inside = [
+        rule
+        for name in map(re.escape, decoders)
+        for rule in (ParamRule(f"heads/{name}/adapters/.*"), ParamRule(f"heads/{name}/.*", train=False))
+    ]
+    added = (ParamRule("trunk/adapters/.*"),) if trunk else ()
+    return (*inside, *added, ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))
 
 
 def lora_plus(ratio: float = LORA_PLUS_RATIO) -> tuple[ParamRule, ...]:

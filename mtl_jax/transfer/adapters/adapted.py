@@ -235,16 +235,21 @@ def adapt(module: nn.Module, adapters: Sequence[Adapter], sources: int = 1) -> A
     """
     check(adapters)
     adapted = Adapted(module, tuple(adapters), sources)
+    check_alone(adapters, adapted.where)  # where raises if an adapter has no layer
+    return adapted
+
+
+def check_alone(adapters: Sequence[Adapter], where: Mapping[str, Sequence[Layer]]) -> None:
+    """Raises UserError if two adapters are at one layer, and are of a kind of which it has at most one."""
     at_layer: dict[str, str] = {}
     for adapter in adapters:
-        for layer in adapted.where[adapter.name]:  # raises if there is none
-            if adapter.alone and layer.path in at_layer:
+        for layer in where[adapter.name] if adapter.alone else ():
+            if layer.path in at_layer:
                 raise UserError(
                     f"adapters {at_layer[layer.path]!r} and {adapter.name!r} are both at {layer.path}, and a layer has at most "
                     f"one {type(adapter).__name__}: give one of them another target"
                 )
-            at_layer |= {layer.path: adapter.name} if adapter.alone else {}
-    return adapted
+            at_layer[layer.path] = adapter.name
 
 
 def check(adapters: Sequence[Adapter], sources: Mapping[str, str] | None = None) -> None:

@@ -28,7 +28,7 @@ class Layer(NamedTuple):
     Attributes:
         path: The path, such as "layer_0/attention/query": a parameter's path without "trunk/" and the parameter's name.
         kind: "dense", a linear map; "attention", as in models.layers; "rotary", as in models.modernbert; "words", where tokens
-            become vectors; "root", the whole module, whose path is that of "words".
+            become vectors; "root", the whole module, whose path is that of "words"; "positions", a decoder's embeddings.
         inputs: I for a linear map, else 0.
         outputs: O for a linear map, the width of the vectors for words, else 0.
         heads: Number of heads of an attention, else 0.

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.layers import look_up
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
@@ -32,10 +31,12 @@ class PromptTuning(Adapter):
         length: P.
         examples: S, the most examples of a row: batch.examples_per_row, or 1 where batch.packed is false. Each has a prompt,
             so that a row is S P tokens longer.
+        keep: Whether the prompt's vectors stay in front of the trunk's output, so that heads read them, as in PEFT.
     """
 
     length: int = 8
     examples: int = 1
+    keep: bool = False
 
     order: ClassVar[int] = 4
     alone: ClassVar[bool] = True
@@ -51,6 +52,10 @@ class PromptTuning(Adapter):
                 raise UserError(f"adapter {self.name!r}: {field} is {getattr(self, field)}; it must be at least 1")
 
     def check_rows(self, examples: int) -> None:
+        if self.keep:
+            raise UserError(
+                f"adapter {self.name!r}: keep is for models that PEFT has trained; the heads of tasks read texts only"
+            )
         if self.examples != examples:
             raise UserError(
                 f"adapter {self.name!r}: examples is {self.examples}, but a row has up to {examples}, and each needs a prompt: "
@@ -63,7 +68,7 @@ class PromptTuning(Adapter):
                 f"adapter {self.name!r}: local layers of this trunk see their neighbours in the row only, and the prompts of "
                 f"{self.examples} examples are not: set batch.packed to false and examples to 1"
             )
-        return self.matching(layers, "(trunk/)?embeddings(/word)?", (WORDS,))
+        return self.matching(layers, "embeddings(/word)?", (WORDS,))
 
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         return {"prompt": 0.02 * jax.random.normal(key, (self.length, layer.outputs))}
@@ -104,8 +109,7 @@ class PromptTuning(Adapter):
         mask = given.pop("attention_mask")
         del given["input_ids"]
         output = call.next(ids, mask, **given)
-        # A model's heads read the prompt, too, so its output stays as long as it is.
-        return output._replace(hidden=output.hidden[:, added:]) if isinstance(output, EncoderOutput) else output
+        return output if self.keep else output._replace(hidden=output.hidden[:, added:])
 
     def _fill(self, prompt: jax.Array, call: Call) -> Any:
         """The vectors of the row's tokens, with the prompt of every example in front."""

@@ -74,8 +74,10 @@ class AdaptedDecoder(Decoder):
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             path = context.module.path[own:]
             layer = layers.get("/".join(path)) if context.method_name == "__call__" and path else None
+            if layer is None:
+                return next_call(*args, **kwargs)
             call = next_call
-            for adapter in nearest_first if layer is not None else ():
+            for adapter in nearest_first:
                 params = by_layer.get((adapter.name, adapter.uses(layer)))
                 if params is not None:
                     call = _around(adapter, params, layer, context.module, call, key)

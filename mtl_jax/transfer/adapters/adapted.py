@@ -349,11 +349,12 @@ def merge_adapters(adapted: Adapted, params: Mapping[str, Any], source: int | No
             for name in layer.path.split("/"):
                 layer_params = layer_params[name]
             if adapter.per != RUN:
-                layer_params = jax.tree.map(lambda leaf: _of_source(leaf, adapted.sources, source), layer_params)
+                layer_params = jax.tree.map(lambda leaf: of_source(leaf, adapted.sources, source), layer_params)
             kernel = {name: base[f"{layer.path}/{name}"] for name in ("kernel", "bias") if f"{layer.path}/{name}" in base}
             base |= {f"{layer.path}/{name}": leaf for name, leaf in adapter.merged(layer_params, kernel, layer).items()}
     return trees.nested(base)
 
 
-def _of_source(leaf: jax.Array, sources: int, source: int | None) -> jax.Array:
+def of_source(leaf: jax.Array, sources: int, source: int | None) -> jax.Array:
+    """The parameter of one source, out of those of all sources."""
     return leaf.reshape(sources, -1)[source] if leaf.ndim == 1 else leaf[source]

@@ -36,7 +36,7 @@ READ = {
     },
 }
 READ[PROMPT] = READ[PREFIX]
-EMPTY = (None, False, "", "none", {}, [])
+EMPTY: tuple[Any, ...] = (None, False, "", "none", {}, [])
 # Ways to begin a LoRA that leave the base as it is; and PiSSA, which is known here, too.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
@@ -103,8 +103,8 @@ def parse(raw: Mapping[str, Any], where: str) -> PeftConfig:
             raise UserError(f"{where}: {name} is {brief(value)}, a feature of PEFT that is not supported here")
     if kind == LORA and raw.get("init_lora_weights", True) not in STARTS:
         raise UserError(
-            f"{where}: init_lora_weights is {brief(raw['init_lora_weights'])}, which changes the base in a way that is not known "
-            "here; save the adapter in PEFT with path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights is {brief(raw['init_lora_weights'])}, which changes the base in a way that is not "
+            "known here; save the adapter in PEFT with path_initial_model_for_weight_conversion"
         )
     return PeftConfig(
         kind,

@@ -31,7 +31,8 @@ from mtl_jax.pretrained.tensor_files import open_safetensors, read_json
 from mtl_jax.transfer.adapters import peft_config
 from mtl_jax.transfer.adapters.adapted_checkpoint import HEAD, TRUNK, without_adapters
 from mtl_jax.transfer.adapters.peft_config import FILE, TENSORS, PeftConfig
-from mtl_jax.transfer.adapters.peft_kinds import WRITERS, Reading, Writing, read
+from mtl_jax.transfer.adapters.peft_reading import Reading, read
+from mtl_jax.transfer.adapters.peft_writing import WRITERS, Writing
 
 BASE_HASH = "base_sha256"  # in the metadata of the tensors that are written here; PEFT does not look at it
 TASK_TYPES = {
@@ -120,15 +121,19 @@ def save_peft(
     modules = {path.removesuffix("/kernel"): name.removesuffix(".weight") for path, name in kernels.items()}
     writing = Writing(checkpoint, modules)
     fields, tensors = _written(writing)
-    if whole:
-        head_names = {path: name for path, name in names.written.items() if path.startswith("head/")}
+    stored = {
+        path: name
+        for path, name in names.written.items()
+        if (whole and path.startswith("head/")) or path.rpartition("/")[0] in checkpoint.merged
+    }
+    if stored:
         prefix = "base_model." if fields["peft_type"] in (peft_config.PREFIX, peft_config.PROMPT) else "base_model.model."
         flat = trees.flat(checkpoint.params)
-        tensors |= {prefix + name: Saved(flat[path], path.endswith("/kernel")) for path, name in head_names.items()}
-        fields["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head_names.values()})
+        tensors |= {prefix + name: Saved(flat[path], path.endswith("/kernel")) for path, name in stored.items()}
+        fields["modules_to_save"] = sorted({name.rpartition(".")[0] for name in stored.values()})
     fields |= {
         "base_model_name_or_path": base or str(checkpoint.location),
-        "task_type": TASK_TYPES.get(checkpoint.head, None),
+        "task_type": TASK_TYPES.get(checkpoint.head),
         "inference_mode": True,
     }
     with staged(folder) as staging:
@@ -189,7 +194,8 @@ def _split(
             saved[names.tensors[name]] = tensor
     for path in saved:
         module = next(name for name, ours in names.tensors.items() if ours == path).rpartition(".")[0]
-        if not any(re.match(rf"(^|.*\.){re.escape(stored)}($|\..*)", module) for stored in config.modules_to_save):
+        # PEFT goes by the end of the name: "classifier" is "pre_classifier", too.
+        if not any(re.search(rf"{re.escape(stored)}($|\.)", module) for stored in config.modules_to_save):
             raise UserError(f"{config.where}: the tensors have the module {module}, which modules_to_save does not name")
     return adapters, saved
 

@@ -69,7 +69,8 @@ def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint
     labels = task.shown_labels if isinstance(task, Tagging) else None
     base = pretrained.load(declared.path, head=kind, labels=labels)
     model: Any = base.model
-    params, changes = dict(base.params), {}
+    params = dict(base.params)
+    changes: dict[str, Any] = {}
     own = {name: tree for name, tree in run.params["trunk"].items() if name != ADAPTERS}
     _check_unchanged(own, base.params["trunk"], source, "trunk")
     module = run.trunk.module

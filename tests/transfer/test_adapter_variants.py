@@ -161,7 +161,7 @@ def test_in_a_trunk(together):
     assert lora_plus()[1:] == adapters_only()
 
 
-MAKES = ["bert_rows", "modernbert_rows", "t5", pytest.param("bart", marks=pytest.mark.long)]
+MAKES = ["bert_rows", *(pytest.param(name, marks=pytest.mark.long) for name in ("modernbert_rows", "t5", "bart"))]
 
 
 @pytest.mark.parametrize("family", MAKES)

@@ -18,6 +18,10 @@ from mtl_jax.transfer.adapters.base import Call as Call
 from mtl_jax.transfer.adapters.base import Layer as Layer
 from mtl_jax.transfer.adapters.base import Params as Params
 from mtl_jax.transfer.adapters.bottleneck import Bottleneck as Bottleneck
+from mtl_jax.transfer.adapters.combining import combine as combine
+from mtl_jax.transfer.adapters.combining import merged as merged
+from mtl_jax.transfer.adapters.combining import only as only
+from mtl_jax.transfer.adapters.combining import weighted as weighted
 from mtl_jax.transfer.adapters.ia3 import IA3 as IA3
 from mtl_jax.transfer.adapters.lora import Lora as Lora
 from mtl_jax.transfer.adapters.low_rank import Dora as Dora

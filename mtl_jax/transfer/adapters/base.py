@@ -165,6 +165,18 @@ class Adapter(Part, abc.ABC):
             f"has no class for a trunk with it: only {mergeable} can be merged"
         )
 
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        """Parameters with which the adapter's change counts by a weight: 0 is the layer without it, 1 the adapter as it is.
+
+        Args:
+            params: As from init(), for one layer.
+            weight: The weight.
+
+        Raises:
+            UserError: The change of this kind has no weight.
+        """
+        raise UserError(f"adapter {self.name!r} is a {type(self).__name__}, whose change cannot be multiplied by a weight")
+
     def matching(self, layers: Mapping[str, Layer], pattern: str, kinds: tuple[str, ...] = ("dense",)) -> list[Layer]:
         """The layers of these kinds whose whole path the pattern matches, for where().
 

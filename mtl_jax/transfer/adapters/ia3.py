@@ -60,6 +60,9 @@ class IA3(Adapter):
             return {**kernel, "kernel": kernel["kernel"] * scale[:, None]}
         return {name: leaf * scale for name, leaf in kernel.items()}
 
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        return {name: 1 + weight * (leaf - 1) for name, leaf in params.items()}
+
     def on_input(self, layer: Layer) -> bool:
         """Whether the input of a layer is scaled, and not its output."""
         return re.fullmatch(self.inputs, layer.path) is not None

@@ -83,3 +83,7 @@ class Lora(Adapter):
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
         return {**kernel, "kernel": kernel["kernel"] + self.scale * self.product(params)}
+
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        # Of A B - A0 B0 (PiSSA) both products.
+        return {name: leaf * weight if name.rpartition("_")[2] == "b" else leaf for name, leaf in params.items()}

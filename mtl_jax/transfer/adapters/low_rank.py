@@ -62,6 +62,9 @@ class Dora(Lora):
         changed_IxO = super().merged(params, kernel, layer)["kernel"]
         return {**kernel, "kernel": changed_IxO * (params["magnitude"] / jnp.linalg.norm(changed_IxO, axis=0))}
 
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        return Adapter.weighted(self, params, weight)
+
     def _length(self, params: Params, kernel_IxO: jax.Array) -> jax.Array:
         """|W + s A B|, f32[O] or, with a separate A and B for each row, f32[B, O]; no matrix for each row is made."""
         a, b = params["a"], params["b"]
@@ -143,6 +146,9 @@ class Vera(Adapter):
         a_IxR, b_RxO = self._projection(layer)
         change_IxO = jnp.matmul(a_IxR * params["d"], b_RxO, precision="highest") * params["b"]
         return {**kernel, "kernel": kernel["kernel"] + change_IxO}
+
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        return {**params, "b": params["b"] * weight}
 
     def _projection(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
         return _random_matrices(self.projection_seed, layer.inputs, self.rank, layer.outputs)

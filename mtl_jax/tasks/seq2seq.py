@@ -33,7 +33,7 @@ from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
 from mtl_jax.tasks.reading import column
 from mtl_jax.transfer.adapters import ADAPTERS, Adapter
-from mtl_jax.transfer.adapters.adapted_decoder import adapt_decoder, add_to_decoder
+from mtl_jax.transfer.adapters.adapted_decoder import adapt_decoder, add_to_decoder, check_adapters
 
 TABLES = ("trunk", "own")
 BEGINNINGS = ("fresh", "encoder")
@@ -126,6 +126,10 @@ class Seq2Seq(Task):
         ):
             if getattr(self, field) < least:
                 raise UserError(f"task {self.name!r}: {field} is {getattr(self, field)}; it must be at least {least}")
+        try:
+            check_adapters(self.adapters)
+        except UserError as error:
+            raise UserError(f"task {self.name!r}: {error}") from error
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task {self.name!r}: label_smoothing is {self.label_smoothing}; it is a share below 1")
         for field, choices in (("table", TABLES), ("begin", BEGINNINGS)):

@@ -91,7 +91,7 @@ def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
         if first is None:
             layers = f" ({_layers(names)})" if _layers([name]) else ""
             raise UserError(f"no rule covers the parameter {name}{layers}; add one, for example '.*' at the end")
-        decided.append(ParamRule(first.pattern, train=False) if FIXED.fullmatch(name) else first)
+        decided.append(ParamRule(FIXED.pattern, train=False) if FIXED.fullmatch(name) else first)
     return jax.tree.unflatten(treedef, decided)
 
 

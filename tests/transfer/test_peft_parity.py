@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 peft_cases = pytest.importorskip("peft_cases", exc_type=ImportError)
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and peft, about themselves
 TOLERANCE = 1e-5
 QUICK = ("lora_pooler", "dora_rslora", "prompt_tokens", "fused_lora", "bart_pissa", "marian_prefix")
 

@@ -120,13 +120,22 @@ def adapt_decoder(decoder: Decoder, adapters: Sequence[Adapter]) -> Decoder:
     """
     if not adapters:
         return decoder
+    check_adapters(adapters)
+    layers = layers_of(decoder.config)
+    check_alone(adapters, {adapter.name: adapter.where(layers) for adapter in adapters})
+    return AdaptedDecoder(decoder.config, decoder.dtype, tuple(adapters))
+
+
+def check_adapters(adapters: Sequence[Adapter]) -> None:
+    """Checks adapters of a decoder without the decoder.
+
+    Raises:
+        UserError: A field is refused, or two adapters have one name.
+    """
     check(adapters)
     for adapter in adapters:
         if adapter.per != RUN:
             raise UserError(f"adapter {adapter.name!r}: per is {adapter.per}, but a decoder is of one task: leave per at run")
-    layers = layers_of(decoder.config)
-    check_alone(adapters, {adapter.name: adapter.where(layers) for adapter in adapters})
-    return AdaptedDecoder(decoder.config, decoder.dtype, tuple(adapters))
 
 
 def add_to_decoder(decoder: Decoder, params: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:

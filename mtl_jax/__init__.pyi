@@ -66,10 +66,16 @@ from .transfer import RDrop as RDrop
 from .transfer import SelfTraining as SelfTraining
 from .transfer.adapters import IA3 as IA3
 from .transfer.adapters import Bottleneck as Bottleneck
+from .transfer.adapters import Dora as Dora
 from .transfer.adapters import Lora as Lora
+from .transfer.adapters import Pissa as Pissa
 from .transfer.adapters import Prefix as Prefix
+from .transfer.adapters import PromptTuning as PromptTuning
+from .transfer.adapters import RsLora as RsLora
+from .transfer.adapters import Vera as Vera
 from .transfer.adapters import adapters_only as adapters_only
 from .transfer.adapters import bitfit as bitfit
+from .transfer.adapters import lora_plus as lora_plus
 from .transfer.loading import InitFrom as InitFrom
 from .transfer.optimizer import Optimizer as Optimizer
 from .transfer.private import Private as Private

@@ -295,6 +295,8 @@ def check(experiment: Experiment) -> None:
     loading.check(experiment.init_from)
     adapting.check(experiment.adapters)
     sharing.check(experiment.sharing, [adapter.name for adapter in experiment.adapters])
+    for adapter in experiment.adapters:
+        adapter.check_rows(experiment.batch.slots)
     names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
     regularisers.check(experiment.regularisers, experiment.mixout, names, phases, steps)
     for regulariser in experiment.regularisers:

@@ -1,11 +1,11 @@
-"""An adapter of one's own: VeRA (Kopiczko et al. 2024), vectors that scale one random projection which all layers share.
+"""An adapter of one's own: LoRA-FA (Zhang et al. 2023), LoRA whose first matrix is random and does not train.
 
     MTL_JAX_DATA=FOLDER python experiments/own/adapter.py
-    MTL_JAX_DATA=FOLDER python experiments/own/adapter.py --adapters.0.rank 64 --workdir runs/rank64
-    mtl-jax convert runs/rank64 minilm-trec --import experiments/own/adapter.py
+    MTL_JAX_DATA=FOLDER python experiments/own/adapter.py --adapters.0.rank 16 --workdir runs/rank16
+    mtl-jax convert runs/rank16 minilm-trec --import experiments/own/adapter.py
 
-LoRA with random matrices that do not train: y = W x + b * B (d * A x). Only the vectors d and b do, so a checkpoint of MiniLM
-with them has a few thousand numbers. FOLDER has sentences/ with TREC (Li and Roth 2002).
+y = W x + B (A x), where only B trains: half the parameters of LoRA, and the backward pass keeps A x in place of x. FOLDER has
+sentences/ with TREC (Li and Roth 2002).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mtl_jax.transfer.adapters import Adapter, Call, Layer, Params, adapters_onl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vera(Adapter):
-    """y = W x + b * B (d * A x): A f32[I, R] and B f32[R, O] are random, d f32[R] and b f32[O] train.
+class LoraFA(Adapter):
+    """y = W x + B (A x): A f32[I, R] is random, B f32[R, O] trains and starts at 0.
 
     Attributes:
         rank: R.
         target: A regular expression that must match the whole path of a linear map inside the trunk.
-        projection_seed: Seed of A and B.
+        projection_seed: Seed of A.
     """
 
     rank: int = 32
@@ -39,22 +39,18 @@ class Vera(Adapter):
         return self.matching(layers, self.target)
 
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
-        return {"d": jnp.full(self.rank, 0.1), "b": jnp.zeros(layer.outputs)}
+        return {"b": jnp.zeros((self.rank, layer.outputs))}
 
     def around(self, params: Params, call: Call) -> Any:
         y, (x, *_) = call(), call.args
-        a, b = (matrix.astype(y.dtype) for matrix in self._projection(call.layer))
-        return y + params["b"].astype(y.dtype) * ((x.astype(y.dtype) @ a * params["d"].astype(y.dtype)) @ b)
+        return y + (x.astype(y.dtype) @ self._a(call.layer).astype(y.dtype)) @ params["b"].astype(y.dtype)
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
-        a, b = self._projection(layer)
-        return {**kernel, "kernel": kernel["kernel"] + jnp.matmul(a * params["d"], b, precision="highest") * params["b"]}
+        return {**kernel, "kernel": kernel["kernel"] + jnp.matmul(self._a(layer), params["b"], precision="highest")}
 
-    def _projection(self, layer: Layer) -> tuple[jax.Array, jax.Array]:
-        """A and B of a layer: the same in all layers of one size, made anew from the seed, so that no checkpoint has them."""
-        key_a, key_b = jax.random.split(jax.random.key(self.projection_seed))
-        a = jax.random.normal(key_a, (layer.inputs, self.rank)) * layer.inputs**-0.5
-        return a, jax.random.normal(key_b, (self.rank, layer.outputs)) * self.rank**-0.5
+    def _a(self, layer: Layer) -> jax.Array:
+        """A of a layer, made anew from the seed, so that no checkpoint has it."""
+        return jax.random.normal(jax.random.key(self.projection_seed), (layer.inputs, self.rank)) * layer.inputs**-0.5
 
 
 EXPERIMENT = Experiment(
@@ -71,9 +67,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     tasks=(Classification(name="trec", source="trec", column="label"),),
-    adapters=(Vera(name="vera"),),
-    phases=(Phase("vera", steps=100, rules=adapters_only()),),
-    optimizer=Optimizer(learning_rate=2e-2),
+    adapters=(LoraFA(name="lora_fa"),),
+    phases=(Phase("lora_fa", steps=100, rules=adapters_only()),),
+    optimizer=Optimizer(learning_rate=1e-2),
     batch=Batching(rows=16, row_length=32),
     evaluation=Evaluation(every=50),
     checkpoints=Checkpoints(frozen=False),

@@ -126,6 +126,7 @@ def convert(
     /,
     task: str = "",
     overwrite: bool = False,
+    peft: bool = False,
 ) -> None:
     """A run's trunk, or any checkpoint, as a directory that transformers opens: safetensors, config.json, tokenizer.
 
@@ -134,10 +135,11 @@ def convert(
         target: The directory to write.
         task: For a workdir: the task whose head is written beside the trunk, in the format of sentence-transformers.
         overwrite: Replace an existing checkpoint.
+        peft: Write only the run's adapters, as a directory for PEFT: LoRA and its relatives, IA3, prefix and prompt tuning.
     """
     from mtl_jax.inference import export
 
-    if note := export.write(source, target, task, overwrite):
+    if note := export.write(source, target, task, overwrite, peft):
         print(note)
     print(f"everything is in {target}")
 

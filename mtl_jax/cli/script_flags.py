@@ -45,7 +45,7 @@ def by_place(experiment: Experiment, arguments: Sequence[str]) -> list[str]:
     return [_by_place(experiment, argument) for argument in arguments]
 
 
-def _by_place(experiment: Experiment, argument: str) -> str:
+def _by_place(experiment: Any, argument: str) -> str:
     match = re.fullmatch(r"--((?:no-)?)([a-z_-]+)\.([^.=]+)((?:[.=].*)?)", argument, re.DOTALL)
     if not match:
         return argument
@@ -55,7 +55,10 @@ def _by_place(experiment: Experiment, argument: str) -> str:
         return argument
     if name not in names:
         raise unknown(f"name in {argument.partition('=')[0]}:", name, names)
-    return f"--{negation}{field}.{names.index(name)}{rest}"
+    place = names.index(name)
+    if rest.startswith("."):  # a task may have adapters
+        rest = "." + _by_place(getattr(experiment, field.replace("-", "_"))[place], f"--{rest[1:]}").removeprefix("--")
+    return f"--{negation}{field}.{place}{rest}"
 
 
 def _names(value: Any) -> list[str]:

@@ -18,7 +18,7 @@ from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import write_json
 from mtl_jax.data import units
-from mtl_jax.inference import model_card
+from mtl_jax.inference import model_card, peft_export
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.pretrained import families, saving
 from mtl_jax.pretrained.marian_bart import fields_of
@@ -27,6 +27,7 @@ from mtl_jax.tasks import CausalLM, Classification, Contrastive, Regression, Seq
 from mtl_jax.training import text_evaluation
 from mtl_jax.training.forward import pooling_of
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
+from mtl_jax.transfer.adapters.adapted_decoder import merge_decoder
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")  # of conf
 TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
 
 
-def convert(source: str | Path, target: str | Path, task: str = "", overwrite: bool = False) -> str:
+def convert(source: str | Path, target: str | Path, task: str = "", overwrite: bool = False, peft: bool = False) -> str:
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
     A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
@@ -57,6 +58,8 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         target: The directory to write.
         task: The task whose head is written with a run's trunk; empty for the trunk alone.
         overwrite: Whether an existing checkpoint may be replaced.
+        peft: Whether only the run's adapters are written, as a directory for PEFT, with the head of a tagging or span task. It
+            opens on the checkpoint that the run started from, in which nothing else may have trained.
 
     Returns:
         A hint for opening the directory; "" where transformers opens it as usual.
@@ -71,26 +74,30 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         ['model.safetensors']
     """
     log_lines.show()
-    hint = write(source, target, task, overwrite)
+    hint = write(source, target, task, overwrite, peft)
     if hint:
         log.info("%s", hint)
     return hint
 
 
-def write(source: str | Path, target: str | Path, task: str, overwrite: bool) -> str:
+def write(source: str | Path, target: str | Path, task: str, overwrite: bool, peft: bool = False) -> str:
     """As convert(), without a log line."""
     with locks.target(Path(target)):
-        return _convert(str(source), target, task, overwrite)
+        return _convert(str(source), target, task, overwrite, peft)
 
 
-def _convert(source: str, target: str | Path, task: str, overwrite: bool) -> str:
+def _convert(source: str, target: str | Path, task: str, overwrite: bool, peft: bool) -> str:
     if not is_workdir(Path(source)):
+        if peft:
+            raise UserError(f"{source}: not the workdir of a run, so there are no adapters; leave --peft out")
         if task:
             raise UserError(f"{source}: not the workdir of a run, so there is no task {task!r}; leave --task out")
         pretrained.save(target, pretrained.load(source), overwrite=overwrite)
         return ""
     run = open_run(Path(source))
     head = run.task(task) if task else None
+    if peft:
+        return peft_export.write(run, source, target, head, overwrite)
     if run.trunk.is_users and run.trunk.raw is None:
         raise UserError(f"{source}: its trunk is a {type(run.trunk.declared).__name__}, and transformers has no class for it")
     if isinstance(head, Seq2Seq):
@@ -175,7 +182,7 @@ def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2
             )
         raw = fields | ids
     model = families.of(raw, f"{source}/trunk/config.json").build(config, trunks.DECODER, np.float32)
-    params = {"trunk": _trunk(run, task.name), "head": run.params["heads"][task.name]}
+    params = {"trunk": _trunk(run, task.name), "head": merge_decoder(task.module(), run.params["heads"][task.name])}
     checkpoint = pretrained.Checkpoint(model, params, config, raw, trunks.DECODER, source / "trunk")
 
     def add_generation(folder: Path) -> None:

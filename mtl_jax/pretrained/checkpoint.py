@@ -35,6 +35,7 @@ class Checkpoint:
         location: The directory it was read from; tokenizer and generation_config.json are read from there, too.
         unused: Names of the file's tensors that are not parameters of the model.
         initialized: Our paths of parameters that the file lacks; they are freshly initialised.
+        merged: Our paths of linear maps outside trunk and decoder whose kernels have taken up an adapter.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Checkpoint:
     location: Location
     unused: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

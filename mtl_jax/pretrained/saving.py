@@ -140,12 +140,17 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Saved]) -> None:
+def write_safetensors(file: Path, tensors: Mapping[str, Saved], metadata: Mapping[str, str] | None = None) -> None:
     """Writes float32 tensors one at a time, so that a sharded tree is never whole on the host.
 
     The safetensors package writes the same bytes, but wants every tensor of a file in the host's memory at once.
+
+    Args:
+        file: The file to write.
+        tensors: {name: tensor}.
+        metadata: Further texts for the file's header.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers refuses a file without it
     offset = 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mtl_jax.core.errors import UserError
 from mtl_jax.sharing.base import Sharing
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 from mtl_jax.transfer.adapters.lora import Lora
@@ -29,6 +30,11 @@ class TaskAdapters(Sharing):
 
     def check(self) -> None:
         self.adapter.check()
+        if self.adapter.added_tokens:
+            raise UserError(
+                f"sharing: {type(self.adapter).__name__} puts tokens in front of a text before the first layer, and a row passes "
+                'it once for all tasks: declare it among the adapters, with per="task"'
+            )
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -48,6 +54,9 @@ class TaskAdapters(Sharing):
 
     def init_own(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         return self.adapter.init(key, layer)
+
+    def start_own(self, key: jax.Array, layer: Layer, trunk: Params) -> dict[str, jax.Array]:
+        return self.adapter.start(key, layer, trunk)
 
     def uses(self, layer: Layer) -> str:
         return self.adapter.uses(layer)

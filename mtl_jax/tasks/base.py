@@ -357,6 +357,10 @@ class Task(Part, abc.ABC):
         """
         return Head(self.outputs, self.hidden).init(key, jnp.zeros((1, 1, width)))["params"]
 
+    def from_head(self, head: Any, key: jax.Array) -> Any:
+        """Its parameters where they start as the decoder of the trunk's checkpoint, from that and a key."""
+        return head
+
     def start_from(self, trunk: Any, fresh: Any) -> Any:
         """The head's parameters before training.
 

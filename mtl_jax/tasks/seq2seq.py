@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
@@ -33,6 +34,8 @@ from mtl_jax.tasks import decoders, metrics
 from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
 from mtl_jax.tasks.reading import column
+from mtl_jax.transfer.adapters import ADAPTERS, Adapter
+from mtl_jax.transfer.adapters.adapted_decoder import adapt_decoder, add_to_decoder, check_adapters
 
 TABLES = ("trunk", "own")
 BEGINNINGS = ("fresh", "encoder")
@@ -67,6 +70,7 @@ class Seq2Seq(Task):
         metric: bleu, chrf, rouge1, rouge2 or rougeL of generated texts, as shares of 1; or token_accuracy, each token after the
             true ones.
         hidden: Must be 0: this head has no such layer.
+        adapters: Adapters inside the decoder, which adapters_only(decoders=(name,)) trains with the rest of it frozen.
         decoder: The decoder's sizes; filled in from the trunk, as are the next five.
         encoder: The sizes of the encoder that it starts as, or None.
         from_checkpoint: Whether it starts as a checkpoint's decoder.
@@ -92,6 +96,7 @@ class Seq2Seq(Task):
     max_new_tokens: int = 0
     length_penalty: float | None = None
     metric: str = "bleu"
+    adapters: tuple[Adapter, ...] = dataclasses.field(default=(), metadata=ONLY_IF_SET)
     decoder: Seq2SeqConfig | None = None
     encoder: EncoderConfig | None = None
     from_checkpoint: bool = False
@@ -126,6 +131,10 @@ class Seq2Seq(Task):
         ):
             if getattr(self, field) < least:
                 raise UserError(f"task {self.name!r}: {field} is {getattr(self, field)}; it must be at least {least}")
+        try:
+            check_adapters(self.adapters)
+        except UserError as error:
+            raise UserError(f"task {self.name!r}: {error}") from error
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"task {self.name!r}: label_smoothing is {self.label_smoothing}; it is a share below 1")
         for field, choices in (("table", TABLES), ("begin", BEGINNINGS)):
@@ -173,6 +182,7 @@ class Seq2Seq(Task):
             start = next((token for token in starts if token is not None and token != special[-1]), special[-1])
             decoder = (decoders.encoder_as_decoder if self.begin == "encoder" else decoders.new_decoder)(self, trunk)
         encoder = trunk.encoder if self.begin == "encoder" else None
+        self._with_adapters(decoder)
         return dataclasses.replace(
             self,
             decoder=decoder,
@@ -203,7 +213,13 @@ class Seq2Seq(Task):
         """
         if self.decoder is None:
             raise ValueError(f"task {self.name!r} has not been put on a trunk; call on() first")
-        return Decoder(self.decoder, dtype)
+        return self._with_adapters(self.decoder, dtype)
+
+    def _with_adapters(self, config: Seq2SeqConfig, dtype: Any = jnp.float32) -> Decoder:
+        try:
+            return adapt_decoder(Decoder(config, dtype), self.adapters)
+        except UserError as error:
+            raise UserError(f"task {self.name!r}: {error}") from error
 
     def generator(self, trunk: nn.Module) -> EncoderDecoder:
         return EncoderDecoder(trunk, self.module(trunk.dtype))
@@ -215,10 +231,17 @@ class Seq2Seq(Task):
         def run(decoder: Decoder) -> Any:
             return decoder(jnp.zeros((1, 1), jnp.int32), decoder.source(jnp.zeros((1, 1, width)), None, None), table_VxH)
 
-        return module.init(key, method=run)["params"]
+        return self.from_head(module.init(key, method=run)["params"], key)
+
+    def from_head(self, head: Any, key: jax.Array) -> Any:
+        return add_to_decoder(self.module(), head, key)
 
     def start_from(self, trunk: Any, fresh: Any) -> Any:
-        return fresh if self.encoder is None else warm_start.decoder_params(fresh, trunk, self.encoder)
+        if self.encoder is None:
+            return fresh
+        own = {name: tree for name, tree in fresh.items() if name != ADAPTERS}
+        added = {name: tree for name, tree in fresh.items() if name == ADAPTERS}
+        return {**warm_start.decoder_params(own, trunk, self.encoder), **added}
 
     def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
         """f32[R, U, 3]: for each target token its loss, its negative log-likelihood, and 1 if it is the likeliest, else 0.

@@ -237,7 +237,7 @@ def groups(params: Any, rules: Sequence[ParamRule]) -> list[Group]:
     """
     sizes = dict.fromkeys(rules, 0)
     for rule, leaf in zip(jax.tree.leaves(freezing.decide(params, rules)), jax.tree.leaves(params), strict=True):
-        sizes[rule] += leaf.size
+        sizes[rule] = sizes.get(rule, 0) + leaf.size  # the rule of what no rule lets train is none of them
     return list(itertools.starmap(Group, sizes.items()))
 
 

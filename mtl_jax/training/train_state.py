@@ -110,10 +110,12 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     heads = {}
     programs: dict[Any, Any] = {}  # heads of one shape share one, which takes a second to compile
     for task in tasks:
-        if task.decodes and trunk.head is not None:
-            heads[task.name] = jax.tree.map(jnp.array, trunk.head)  # a copy: the step donates its buffers
-            continue
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
+        if task.decodes and trunk.head is not None:
+            heads[task.name] = task.from_head(
+                jax.tree.map(jnp.array, trunk.head), name_key
+            )  # a copy: the step donates its buffers
+            continue
         shape = (task.outputs, task.hidden) if type(task).init is Task.init else task.name
         init = programs.setdefault(shape, jax.jit(lambda key, task=task: task.init(key, width)))
         fresh = init(name_key)

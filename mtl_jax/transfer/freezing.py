@@ -19,6 +19,9 @@ from mtl_jax.core.errors import NOT_A_PATTERN, UserError, listed
 from mtl_jax.core.files import shown
 from mtl_jax.core.trees import path_name
 
+# Parameters of adapters that are as the adapter began, such as the singular vectors of a kernel: no rule lets them train.
+FIXED = re.compile(r"(.*/)?adapters/.*/fixed_[^/]*")
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamRule(Configuration):
@@ -65,7 +68,7 @@ def check(rules: Sequence[ParamRule]) -> None:
 
 
 def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
-    """The rule that decides on each parameter: the first one that matches.
+    """The rule that decides on each parameter: the first one that matches; parameters of FIXED never train.
 
     Args:
         params: A tree of arrays or of shapes.
@@ -93,7 +96,7 @@ def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
         if first is None:
             layers = f" ({_layers(names)})" if _layers([name]) else ""
             raise UserError(f"no rule covers the parameter {name}{layers}; add one, for example '.*' at the end")
-        decided.append(first)
+        decided.append(ParamRule(FIXED.pattern, train=False) if FIXED.fullmatch(name) else first)
     return jax.tree.unflatten(treedef, decided)
 
 

@@ -6,10 +6,15 @@ fit the trunk is refused when the rules are applied: the error names a rule that
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
+
 from mtl_jax.core.errors import UserError, there_are
 from mtl_jax.transfer.freezing import ParamRule
 
 ULMFIT_FACTOR = 2.6
+LORA_PLUS_RATIO = 16.0
 
 
 def layerwise(decay: float, layers: int, decoder_layers: int = 0) -> tuple[ParamRule, ...]:
@@ -94,13 +99,39 @@ def _check(layers: int, decoder_layers: int) -> None:
             raise UserError(f"{name} is {number}; it must be at least {least}")
 
 
-def adapters_only() -> tuple[ParamRule, ...]:
+def adapters_only(decoders: Sequence[str] = (), trunk: bool = True) -> tuple[ParamRule, ...]:
     """The adapters and the heads train; the trunk itself is frozen.
+
+    Args:
+        decoders: Seq2Seq tasks whose decoders have adapters: of these heads, too, only the adapters train.
+        trunk: Whether the trunk has adapters; a rule that matches nothing would be refused.
 
     Examples:
         >>> phase = mtl_jax.Phase("lora", steps=200, rules=mtl_jax.adapters_only())
     """
-    return (ParamRule("trunk/adapters/.*"), ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))
+    inside = [
+        rule
+        for name in map(re.escape, decoders)
+        for rule in (ParamRule(f"heads/{name}/adapters/.*"), ParamRule(f"heads/{name}/.*", train=False))
+    ]
+    added = (ParamRule("trunk/adapters/.*"),) if trunk else ()
+    return (*inside, *added, ParamRule("trunk/.*", train=False), ParamRule("heads/.*"))
+
+
+def lora_plus(ratio: float = LORA_PLUS_RATIO) -> tuple[ParamRule, ...]:
+    """As adapters_only(), and the matrix B of every Lora has `ratio` times the learning rate (Hayou et al. 2024, LoRA+).
+
+    For Lora, RsLora, Dora and Pissa, whose B is the parameter named b. The rate of the phase is that of A.
+
+    Args:
+        ratio: Above 0; the paper finds about 16 good, and suits it to the task.
+
+    Raises:
+        UserError: ratio is out of range.
+    """
+    if not 0 < ratio < math.inf:
+        raise UserError(f"ratio is {ratio}; it is the rate of B over that of A, so it must be above 0")
+    return (ParamRule("trunk/adapters/.*/b", rate=ratio), *adapters_only())
 
 
 def bitfit() -> tuple[ParamRule, ...]:

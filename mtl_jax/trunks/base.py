@@ -153,7 +153,9 @@ def adapt(
     assert isinstance(trunk.module, nn.Module)  # no adapters yet
     if not (adapters or sharing):
         return trunk
-    return trunk._replace(module=adapting.adapt(trunk.module, adapters, sources, sharing=sharing, routes=routes))
+    module = adapting.adapt(trunk.module, adapters, sources, sharing=sharing, routes=routes)
+    length = trunk.max_length - sum(adapter.added_tokens for adapter in adapters)
+    return trunk._replace(module=module, max_length=length)
 
 
 def copies(trunk: Trunk) -> int:

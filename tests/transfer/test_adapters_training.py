@@ -22,6 +22,7 @@ from mtl_jax import (
     Lora,
     ParamRule,
     Phase,
+    Pissa,
     Prefix,
     adapters_only,
     bitfit,
@@ -29,8 +30,9 @@ from mtl_jax import (
 )
 from mtl_jax.cli import script_main
 from mtl_jax.core.errors import UserError
-from mtl_jax.core.trees import flat
+from mtl_jax.core.trees import flat, nested
 from mtl_jax.data.stream import single_phase, stream
+from mtl_jax.inference import peft_export
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
 from mtl_jax.training import experiment_json, sharding
@@ -38,10 +40,12 @@ from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.frozen_params import untrained_hashes
 from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.restore import TrainedRun
 from mtl_jax.training.setup import initial_state, prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer import freezing
+from mtl_jax.transfer.adapters import load_peft
 
 LORA = Lora(name="lora", rank=2, alpha=4.0, dropout=0.1)
 ALL = (
@@ -335,6 +339,30 @@ def test_adapters_by_source_go_out_for_a_task_only(finished, tmp_path):
     with pytest.raises(UserError, match="adapter 'lora': each source has its own; say of which task"):
         convert(str(folder / "run"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_go_out_to_peft(finished, bert, data, tmp_path):
+    """Those of one source, on the checkpoint that the run started from; of one kind only."""
+    folder, *_ = finished
+    with pytest.raises(UserError, match=r"adapters lora, ia3: a PEFT directory has adapters of one kind"):
+        convert(str(folder / "run"), tmp_path / "out", task="rating", peft=True)
+    with pytest.raises(UserError, match="not the workdir of a run, so there are no adapters"):
+        convert(str(bert), tmp_path / "out", peft=True)
+    pissa = Pissa(name="pissa", rank=2, per="source")
+    prepared = moved(prepare(tiny.experiment(bert, data, phases=(ONLY,), adapters=(pissa,))))
+    fixed = {path: leaf for path, leaf in flat(prepare(prepared.experiment).params).items() if "/fixed_" in path}
+    params = nested(flat(prepared.params) | fixed)
+    run = TrainedRun(prepared.experiment, prepared.tasks, prepared.trunk, params, 1, None)
+    rating = run.task("rating")
+    hint = peft_export.write(run, "run", tmp_path / "peft", rating, overwrite=False)
+    assert "PEFT has no form for the head of rating" in hint
+    loaded = load_peft(tmp_path / "peft", pretrained.load(str(bert), head=None))
+    ids = np.array([run.trunk.tokenizer("who is the man ?")["input_ids"]])
+    expected = run.trunk.module.apply({"params": params["trunk"]}, ids, source=np.array([run.source_index("rating")])).hidden
+    np.testing.assert_allclose(loaded.model.apply({"params": loaded.params}, ids).hidden, expected, atol=1e-5)
+    changed = flat(params) | {"trunk/embeddings/norm/bias": params["trunk"]["embeddings"]["norm"]["bias"] + 1}
+    with pytest.raises(UserError, match=r"run: embeddings/norm/bias of its trunk is not that of the checkpoint"):
+        peft_export.write(run._replace(params=nested(changed)), "run", tmp_path / "more", rating, overwrite=False)
 
 
 def test_flags_change_adapters(bert, data, monkeypatch):

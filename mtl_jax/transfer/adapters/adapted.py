@@ -18,10 +18,11 @@ import jax.numpy as jnp
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count, listed
-from mtl_jax.models.layers import Attention
+from mtl_jax.models.layers import Attention, Embed
 from mtl_jax.models.llama import GroupedAttention
 from mtl_jax.models.modernbert import RotaryAttention
 from mtl_jax.models.remat import is_layer
+from mtl_jax.models.seq2seq_layers import Embeddings
 from mtl_jax.transfer.adapters.base import (
     ATTENTION,
     COMMON,
@@ -37,6 +38,7 @@ from mtl_jax.transfer.adapters.base import (
     Layer,
 )
 from mtl_jax.transfer.adapters.prefix import Prefix
+from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
 from mtl_jax.transfer.adapters.routes import Routes, Rows, repeated
 
 ADAPTERS = "adapters"
@@ -95,7 +97,8 @@ class Adapted:
 
         with nn.intercept_methods(record):
             jax.eval_shape(lambda: self.base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-        return layers
+        words = next((layer for layer in layers.values() if layer.kind == WORDS), None)
+        return layers if words is None else {**layers, "": words._replace(kind=ROOT)}
 
     @functools.cached_property
     def where(self) -> dict[str, list[Layer]]:
@@ -172,18 +175,21 @@ class Adapted:
     def add(self, params: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
         """The parameters of the module, such as pretrained ones, with new adapters beside them."""
         added: dict[str, Any] = {}
+        trunk = trees.flat(params)
         for adapter in self.adapters:
             for layer in self.where[adapter.name]:
+                beneath = _below(trunk, f"{layer.path}/")
                 path = f"{adapter.name}/{layer.path}"
                 layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 if adapter.per == RUN:
-                    added[path] = dict(adapter.init(layer_key, layer))
+                    added[path] = dict(adapter.start(layer_key, layer, beneath))
                 else:
-                    added[path] = _stacks(adapter.init, layer_key, layer, self.stacked(adapter))
+                    start = functools.partial(adapter.start, trunk=beneath)
+                    added[path] = _stacks(start, layer_key, layer, self.stacked(adapter))
                 if self.routes is not None:
                     tasks = len(self.routes.tasks)
                     own_key = jax.random.fold_in(layer_key, zlib.crc32(OWN.encode()))
-                    own = _stacks(adapter.init_own, own_key, layer, tasks)
+                    own = _stacks(functools.partial(adapter.start_own, trunk=beneath), own_key, layer, tasks)
                     added[path] |= adapter.init_for(layer_key, layer, tasks)
                     added[path] |= {OWN: own} if own else {}
                     for name, copies in adapter.copied(layer, tasks).items():
@@ -241,7 +247,8 @@ class Adapted:
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             layer = layers.get("/".join(context.module.path)) if context.method_name == "__call__" else None
-            if layer is None:
+            inside_copy = layer is not None and layer.kind == ROOT and type(context.module) is not type(self.base)
+            if layer is None or inside_copy:
                 return next_call(*args, **kwargs)
             if layer.kind == WHOLE and layer.path in self.copied_layers:
                 args, kwargs = repeated((args, kwargs), args_rows, self.through)
@@ -409,7 +416,7 @@ def adapt(
     for part in sharing:
         routes = None if routes is None else part.routes(routes)
     adapted = Adapted(module, (*adapters, *sharing), sources, routes)
-    adapted.where  # noqa: B018  raises if an adapter has no layer
+    check_alone(adapters, adapted.where)  # where raises if an adapter has no layer
     if not adapted.has_parts_of_tasks:
         adapted = dataclasses.replace(adapted, routes=None)
     adapted.first_copied  # noqa: B018  raises if parameters of single tasks are in no layer
@@ -422,6 +429,19 @@ def adapt(
                 "other layers for one of them"
             )
     return adapted
+
+
+def check_alone(adapters: Sequence[Adapter], where: Mapping[str, Sequence[Layer]]) -> None:
+    """Raises UserError if two adapters are at one layer, and are of a kind of which it has at most one."""
+    at_layer: dict[str, str] = {}
+    for adapter in adapters:
+        for layer in where[adapter.name] if adapter.alone else ():
+            if layer.path in at_layer:
+                raise UserError(
+                    f"adapters {at_layer[layer.path]!r} and {adapter.name!r} are both at {layer.path}, and a layer has at most "
+                    f"one {type(adapter).__name__}: give one of them another target"
+                )
+            at_layer[layer.path] = adapter.name
 
 
 def check(adapters: Sequence[Adapter]) -> None:
@@ -489,7 +509,15 @@ def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
         return Layer(path, ROTARY, heads=module.config.num_heads, head_size=module.config.head_size)
     if is_layer(module):
         return Layer(path, WHOLE, inputs=args[0].shape[-1], outputs=args[0].shape[-1])
+    if isinstance(module, Embed) and path.endswith("embeddings/word"):
+        return Layer(path, WORDS, outputs=module.features)
+    if isinstance(module, Embeddings):
+        return Layer(path, WORDS, outputs=module.config.hidden_size)
     return None
+
+
+def _below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)}
 
 
 def _around(
@@ -518,7 +546,7 @@ def merge_adapters(
     """The parameters of the module with its adapters merged into them, such as W + (alpha / rank) A B; without dropout.
 
     Args:
-        adapted: The module with adapters that define merged(), such as Lora and IA3.
+        adapted: The module with adapters, all of which have merged(): Lora and its relatives, IA3.
         params: Its parameters, with {"adapters": ...}.
         source: The source whose adapters are merged, if sources have their own.
         task: The task whose parameters are merged, if tasks have their own.
@@ -535,18 +563,18 @@ def merge_adapters(
                 owner = "each task" if own or adapted.by_task(adapter) else "each source"
                 raise UserError(f"adapter {adapter.name!r}: {owner} has its own; say of which task it is to be merged")
             if adapter.per != RUN and not adapted.by_task(adapter):
-                layer_params = jax.tree.map(lambda leaf: _of_number(leaf, adapted.sources, source), layer_params)
+                layer_params = jax.tree.map(lambda leaf: of_number(leaf, adapted.sources, source), layer_params)
             elif adapter.per != RUN:
                 own, layer_params = layer_params, {}
             if own and adapted.routes is not None and task is not None:
                 number, tasks = adapted.routes.number(task), len(adapted.routes.tasks)
-                layer_params |= jax.tree.map(lambda leaf, n=number, K=tasks: _of_number(leaf, K, n), own)
-            kernel = {path: leaf for path, leaf in base.items() if path.startswith(f"{layer.path}/")}
-            whole = trees.nested({path.removeprefix(f"{layer.path}/"): leaf for path, leaf in kernel.items()})
+                layer_params |= jax.tree.map(lambda leaf, n=number, K=tasks: of_number(leaf, K, n), own)
+            whole = trees.nested(_below(base, f"{layer.path}/"))
             merged = trees.flat(adapter.merged(layer_params, whole, layer))
             base |= {f"{layer.path}/{name}": leaf for name, leaf in merged.items()}
     return trees.nested(base)
 
 
-def _of_number(leaf: jax.Array, count: int, number: int | None) -> jax.Array:
+def of_number(leaf: jax.Array, count: int, number: int | None) -> jax.Array:
+    """The parameter of one source or task, out of a stack of several."""
     return leaf.reshape(count, -1)[number] if leaf.ndim == 1 else leaf[number]

@@ -31,9 +31,10 @@ class Layer(NamedTuple):
     Attributes:
         path: The path, such as "layer_0/attention/query": a parameter's path without "trunk/" and the parameter's name.
         kind: "dense", a linear map; "attention", as in models.layers; "rotary", as in models.modernbert; "layer", a whole
-            layer, a module that says is_layer; "common", no place of a trunk but parameters for several layers.
+            layer, a module that says is_layer; "words", where tokens become vectors; "root", the whole module, whose path is
+            that of "words"; "positions", a decoder's embeddings; "common", no place but parameters for several layers.
         inputs: I for a linear map, else 0.
-        outputs: O for a linear map, else 0.
+        outputs: O for a linear map, the width of the vectors for words, else 0.
         heads: Number of heads of an attention, else 0.
         head_size: Size of a head of an attention, else 0.
         calls: How often the trunk calls it: more than once where layers are shared, as in ALBERT.
@@ -107,7 +108,21 @@ class Inserted(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
-        """Initial parameters, f32, for one of these layers."""
+        """Initial parameters, f32, for one of these layers. One whose name begins with fixed_ never trains."""
+
+    def start(self, key: jax.Array, layer: Layer, trunk: Params) -> dict[str, jax.Array]:
+        """As init(), for parameters that depend on those of the trunk; calls init() unless a class defines it.
+
+        Args:
+            key: As for init().
+            layer: As for init().
+            trunk: The layer's parameters in the trunk by name, such as "kernel".
+        """
+        return self.init(key, layer)
+
+    def start_own(self, key: jax.Array, layer: Layer, trunk: Params) -> dict[str, jax.Array]:
+        """As start(), of what a task has alone; calls init_own() unless a class defines it."""
+        return self.init_own(key, layer)
 
     def init_own(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         """Initial parameters, f32, that each task has alone; of one task."""
@@ -206,11 +221,21 @@ class Adapter(Part, Inserted):
     per: str = RUN
 
     door: ClassVar[str] = "adapter"
+    # Whether a layer has at most one adapter of this kind.
+    alone: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raises UserError if a field is refused."""
         if self.per not in SHARING:
             raise unknown(f"per of adapter {self.name!r}:", self.per, SHARING)
+
+    @property
+    def added_tokens(self) -> int:
+        """Tokens that it puts in front of every example, which take up positions of the trunk."""
+        return 0
+
+    def check_rows(self, examples: int) -> None:
+        """Raises UserError if the adapter does not fit rows of up to this many examples."""
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
         """The parameters of a linear map with the adapter merged into them: the same outputs without dropout.
@@ -223,8 +248,21 @@ class Adapter(Part, Inserted):
         Raises:
             UserError: This kind of adapter cannot be merged into a kernel.
         """
-        mergeable = "Lora and IA3" if origin_of(type(self)) is None else "Lora, IA3 and classes that define merged()"
+        ours = origin_of(type(self)) is None
+        mergeable = "Lora, its relatives and IA3" if ours else "Lora, its relatives, IA3 and classes that define merged()"
         raise UserError(
             f"adapter {self.name!r} is a {type(self).__name__}, which cannot be put into the trunk's kernels, and transformers "
             f"has no class for a trunk with it: only {mergeable} can be merged"
         )
+
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        """Parameters with which the adapter's change counts by a weight: 0 is the layer without it, 1 the adapter as it is.
+
+        Args:
+            params: As from init(), for one layer.
+            weight: The weight.
+
+        Raises:
+            UserError: The change of this kind has no weight.
+        """
+        raise UserError(f"adapter {self.name!r} is a {type(self).__name__}, whose change cannot be multiplied by a weight")

@@ -72,3 +72,6 @@ class Bottleneck(Adapter):
         cast = {name: leaf.astype(y_BxTxO.dtype) for name, leaf in params.items()}
         inner_BxTxW = ACTIVATIONS[self.activation](times(y_BxTxO, cast["down_kernel"]) + cast["down_bias"])
         return y_BxTxO + (times(inner_BxTxW, cast["up_kernel"]) + cast["up_bias"])
+
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        return {name: leaf * weight if name.startswith("up_") else leaf for name, leaf in params.items()}

@@ -64,14 +64,30 @@ class Lora(Adapter):
         a_IxR = jax.random.normal(key, (layer.inputs, self.rank)) * layer.inputs**-0.5
         return {"a": a_IxR, "b": jnp.zeros((self.rank, layer.outputs))}
 
+    @property
+    def scale(self) -> float:
+        """The factor on A B."""
+        return self.alpha / self.rank
+
     def around(self, params: Params, call: Call) -> Any:
         y_BxTxO = call()
-        x_BxTxI = call.args[0].astype(y_BxTxO.dtype)
+        return y_BxTxO + self.change(params, call, y_BxTxO.dtype)
+
+    def change(self, params: Params, call: Call, dtype: Any) -> jax.Array:
+        """The change of the output, scale * x A B, f[B, T, O] in the given dtype."""
+        x_BxTxI = call.args[0].astype(dtype)
         if call.key is not None and self.dropout:
             x_BxTxI = drop(call.key, self.dropout, x_BxTxI)
-        inner_BxTxR = times(x_BxTxI, params["a"].astype(y_BxTxO.dtype))
-        return y_BxTxO + (self.alpha / self.rank) * times(inner_BxTxR, params["b"].astype(y_BxTxO.dtype))
+        inner_BxTxR = times(x_BxTxI, params["a"].astype(dtype))
+        return self.scale * times(inner_BxTxR, params["b"].astype(dtype))
+
+    def product(self, params: Params) -> jax.Array:
+        """A B, f32[I, O]."""
+        return jnp.matmul(params["a"], params["b"], precision="highest")
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
-        change_IxO = jnp.matmul(params["a"], params["b"], precision="highest")
-        return {**kernel, "kernel": kernel["kernel"] + (self.alpha / self.rank) * change_IxO}
+        return {**kernel, "kernel": kernel["kernel"] + self.scale * self.product(params)}
+
+    def weighted(self, params: Params, weight: float) -> dict[str, Any]:
+        # Of A B - A0 B0 (PiSSA) both products.
+        return {name: leaf * weight if name.rpartition("_")[2] == "b" else leaf for name, leaf in params.items()}

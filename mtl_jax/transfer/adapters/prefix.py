@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.models.kv_cache import KeyValue
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 from mtl_jax.transfer.adapters.ia3 import FUSED
@@ -29,6 +30,9 @@ class Prefix(Adapter):
 
     Attributes:
         length: P.
+        target: A regular expression that must match the whole path of an attention.
+        shift: Whether tokens have the positions from P on, as in PEFT, where the prefix is a cache of P earlier tokens. Only
+            where positions are added to the tokens' vectors.
 
     Examples:
         >>> mtl_jax.Prefix(name="prefix", length=10).length
@@ -36,6 +40,8 @@ class Prefix(Adapter):
     """
 
     length: int = 16
+    target: str = dataclasses.field(default=".*", metadata=ONLY_IF_SET)
+    shift: bool = dataclasses.field(default=False, metadata=ONLY_IF_SET)
 
     order: ClassVar[int] = 3
 
@@ -44,10 +50,19 @@ class Prefix(Adapter):
         if self.length < 1:
             raise UserError(f"adapter {self.name!r}: length is {self.length}; it must be at least 1")
 
+    @property
+    def added_tokens(self) -> int:
+        return self.length if self.shift else 0
+
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
-        return self.matching(layers, ".*", ("attention", "rotary"))
+        matching = self.matching(layers, self.target, ("attention", "rotary"))
+        if self.shift and any(layer.kind == "rotary" for layer in matching):
+            raise UserError(f"adapter {self.name!r}: shift is for positions that are added to tokens, not for rotary ones")
+        return matching
 
     def uses(self, layer: Layer) -> str:
+        if layer.kind in ("root", "positions"):  # any parameters do
+            return "layer_0/attention" if self.shift else ""
         # In ModernBERT the map that makes keys and values takes part in it.
         parent, _, name = layer.path.rpartition("/")
         return parent if name == FUSED else layer.path
@@ -59,7 +74,21 @@ class Prefix(Adapter):
 
     def around(self, params: Params, call: Call) -> Any:
         kinds = {"attention": self._extend, "rotary": self._make_room, "dense": self._fill}
+        kinds |= {"root": self._shift_rows, "positions": self._shift_embeddings}
         return kinds[call.layer.kind](params, call)
+
+    def _shift_rows(self, params: Params, call: Call) -> Any:
+        """A whole trunk with all positions P higher."""
+        ids_BxT, *rest = call.args
+        positions_BxT = call.kwargs.get("position_ids")
+        if positions_BxT is None:
+            positions_BxT = jnp.broadcast_to(jnp.arange(ids_BxT.shape[1]), ids_BxT.shape)
+        return call.next(ids_BxT, *rest, **{**call.kwargs, "position_ids": positions_BxT + self.length})
+
+    def _shift_embeddings(self, params: Params, call: Call) -> Any:
+        """The same for the embeddings of a decoder, which are given positions."""
+        ids_BxT, table_VxH, positions_BxT, *rest = call.args
+        return call.next(ids_BxT, table_VxH, positions_BxT + self.length, *rest, **call.kwargs)
 
     def _extend(self, params: Params, call: Call) -> Any:
         """Attention with the prefix before the row's keys and values."""

@@ -44,10 +44,10 @@ def workdir(script, flags):
 def test_flags_config_and_what_trains(script, flags, workdir, capsys, monkeypatch):
     config = json.loads((workdir / "config.json").read_text())
     assert config["adapters"][0] == {
-        **{"kind": "Vera", "name": "vera", "per": "run", "rank": 4},
+        **{"kind": "LoraFA", "name": "lora_fa", "per": "run", "rank": 4},
         **{"target": ".*/(query|value)", "projection_seed": 0},
     }
-    assert config["parts"]["Vera"] | {"door": "adapter", "file": str(script)} == config["parts"]["Vera"]
+    assert config["parts"]["LoraFA"] | {"door": "adapter", "file": str(script)} == config["parts"]["LoraFA"]
     monkeypatch.setattr("sys.argv", [str(script), "--help-all"])
     with pytest.raises(SystemExit):
         script_main.main(own_parts.experiment_of(script, *flags))
@@ -57,9 +57,9 @@ def test_flags_config_and_what_trains(script, flags, workdir, capsys, monkeypatc
     for path, leaf in initial.items():
         np.testing.assert_array_equal(leaves[path], leaf, err_msg=path)
     assert {path for path in leaves if path not in initial} == {
-        f"adapters/vera/layer_0/attention/{layer}/{name}" for layer in ("query", "value") for name in ("b", "d")
+        f"adapters/lora_fa/layer_0/attention/{layer}/b" for layer in ("query", "value")
     }
-    assert np.abs(leaves["adapters/vera/layer_0/attention/query/b"]).max() > 0
+    assert np.abs(leaves["adapters/lora_fa/layer_0/attention/query/b"]).max() > 0
     stored = sum(file.stat().st_size for file in (workdir / "checkpoints").rglob("*") if file.is_file())
     assert stored < 2e5  # the trunk is not in them
 
@@ -69,7 +69,7 @@ def test_commands(script, flags, workdir, tmp_path):
     (tmp_path / "rows.txt").write_text("1 What is an atom ?\n4 Where is Kiel ?\n")
     assert evaluate(workdir, "trec", str(tmp_path / "rows.txt"))["rows"] == 2
     assert "own_adapter" in reporting.write([workdir], tmp_path / "report.html").read_text()
-    record = ablate(own_parts.experiment_of(script, *flags), tmp_path / "ablation", ["adapters.vera.rank=2,3"])
+    record = ablate(own_parts.experiment_of(script, *flags), tmp_path / "ablation", ["adapters.lora_fa.rank=2,3"])
     assert [run["status"] for run in record["runs"]] == ["done", "done"]
 
 
@@ -80,8 +80,9 @@ def test_convert_merges_it(script, workdir, tmp_path, monkeypatch):
     ids = np.array([[2, 5, 9, 12, 3]])
     expected = run.trunk.module.apply({"params": run.params["trunk"]}, ids).hidden
     np.testing.assert_allclose(merged.model.trunk.apply({"params": merged.params["trunk"]}, ids).hidden, expected, atol=1e-5)
-    monkeypatch.delattr(parts.kinds(Adapter)["Vera"], "merged")
-    with pytest.raises(UserError, match=r"'vera' is a Vera, which .*: only Lora, IA3 and classes that define merged\(\) can"):
+    monkeypatch.delattr(parts.kinds(Adapter)["LoraFA"], "merged")
+    refused = r"'lora_fa' is a LoraFA, which .*: only Lora, its relatives, IA3 and classes that define merged\(\) can"
+    with pytest.raises(UserError, match=refused):
         convert(str(workdir), tmp_path / "other")
 
 
@@ -96,7 +97,7 @@ def test_resume(script, flags, workdir, tmp_path):
     text = script.read_text(encoding="utf-8")
     script.write_text(text + "# changed\n", encoding="utf-8")
     try:
-        with pytest.raises(UserError, match=r"parts\.Vera\.sha256 was .[0-9a-f]{64}., is .[0-9a-f]{64}"):
+        with pytest.raises(UserError, match=r"parts\.LoraFA\.sha256 was .[0-9a-f]{64}., is .[0-9a-f]{64}"):
             train(own_parts.experiment_of(script, *flags), tmp_path / "changed")
     finally:
         script.write_text(text, encoding="utf-8")
@@ -105,6 +106,6 @@ def test_resume(script, flags, workdir, tmp_path):
 
 @pytest.mark.parametrize("method", ["where", "init", "around"])
 def test_a_class_that_lacks_a_method(workdir, method):
-    half = type("Half", (parts.kinds(Adapter)["Vera"],), {method: getattr(Adapter, method)})
+    half = type("Half", (parts.kinds(Adapter)["LoraFA"],), {method: getattr(Adapter, method)})
     with pytest.raises(UserError, match=f"class Half lacks {method}, which every adapter needs"):
         half(name="half")

@@ -1,0 +1,120 @@
+"""Writes the adapters of a run as a PEFT directory, which opens on the checkpoint that the run started from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtl_jax import pretrained, trunks
+from mtl_jax.core import trees
+from mtl_jax.core.errors import UserError
+from mtl_jax.inference.predict import TrainedRun
+from mtl_jax.pretrained.checkpoint import Checkpoint
+from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.transfer.adapters import ADAPTERS, Adapted, adapt, save_peft
+from mtl_jax.transfer.adapters.adapted import OfSource, of_source
+from mtl_jax.transfer.adapters.base import RUN
+
+HEADS: dict[type[Task], str] = {
+    Tagging: "token_classification",
+    Span: "question_answering",
+    Seq2Seq: trunks.DECODER,
+}
+
+
+def write(run: TrainedRun, source: str, target: str | Path, task: Task | None, overwrite: bool) -> str:
+    """Writes a run's adapters, with the head of a tagging or span task if asked.
+
+    Args:
+        run: The run.
+        source: Its name, for errors.
+        target: The directory to write.
+        task: The task whose adapters and head are written; None: the adapters that all tasks share.
+        overwrite: Whether a PEFT directory may be replaced.
+
+    Returns:
+        A hint for opening it.
+
+    Raises:
+        UserError: The run has no adapters, or more than its adapters has trained; PEFT has no form for an adapter; or the
+            target is not free.
+    """
+    checkpoint = checkpoint_of(run, source, task)
+    base = run.experiment.trunk.path  # type: ignore[attr-defined]
+    save_peft(target, checkpoint, base=base, head=isinstance(task, Tagging | Span), overwrite=overwrite)
+    first = f" {base} is written as a directory by mtl-jax convert." if base.startswith("pip:") else ""
+    without = ""
+    if isinstance(task, Classification | Regression | Contrastive):
+        without = f" PEFT has no form for the head of {task.name}, which reads the mean of the tokens: it is not in it."
+    return f"{target} opens on its base: PeftModel.from_pretrained(model of {base}, {str(target)!r}).{first}{without}"
+
+
+def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint:
+    """The checkpoint that a run started from, with the run's adapters and the head of a task in it.
+
+    Raises:
+        UserError: As for write().
+    """
+    declared: Any = run.experiment.trunk
+    if not isinstance(declared, trunks.Pretrained) or declared.fresh:
+        raise UserError(f"{source}: its trunk is from no checkpoint, and a PEFT directory opens on one")
+    kind = None if task is None else HEADS.get(type(task))
+    if isinstance(task, Seq2Seq) and not task.from_checkpoint:
+        raise UserError(f"task {task.name!r}: its decoder is from no checkpoint, and a PEFT directory opens on one")
+    labels = task.shown_labels if isinstance(task, Tagging) else None
+    base = pretrained.load(declared.path, head=kind, labels=labels)
+    model: Any = base.model
+    params = dict(base.params)
+    changes: dict[str, Any] = {}
+    own = {name: tree for name, tree in run.params["trunk"].items() if name != ADAPTERS}
+    _check_unchanged(own, base.params["trunk"], source, "trunk")
+    module = run.trunk.module
+    if isinstance(module, Adapted):
+        place = run.source_index(task.name) if task is not None else None
+        separate = [adapter.name for adapter in module.adapters if adapter.per != RUN]
+        if separate and place is None:
+            raise UserError(
+                f"adapter {separate[0]!r}: each source has its own; say by --task of which task it is to be written"
+            )
+        adapted = adapt(model.trunk, [dataclasses.replace(adapter, per=RUN) for adapter in module.adapters])
+        added = {
+            adapter.name: run.params["trunk"][ADAPTERS][adapter.name]
+            if adapter.per == RUN
+            else jax.tree.map(lambda leaf: of_source(leaf, module.sources, place), run.params["trunk"][ADAPTERS][adapter.name])
+            for adapter in module.adapters
+        }
+        changes["trunk"], params["trunk"] = OfSource(adapted), {**own, ADAPTERS: added}
+    if isinstance(task, Seq2Seq):
+        head = run.params["heads"][task.name]
+        _check_unchanged(
+            {name: tree for name, tree in head.items() if name != ADAPTERS}, base.params["head"], source, "decoder"
+        )
+        changes["head"], params["head"] = task.module(), head
+    elif task is not None and kind is not None:
+        params["head"] = _token_head(base, run.params["heads"][task.name], task)
+    return dataclasses.replace(base, model=model.clone(**changes), params=params)
+
+
+def _check_unchanged(own: Mapping[str, Any], base: Mapping[str, Any], source: str, part: str) -> None:
+    loaded = trees.flat(base)
+    for path, leaf in trees.flat(own).items():
+        if path not in loaded or not np.array_equal(np.asarray(leaf), np.asarray(loaded[path])):
+            raise UserError(
+                f"{source}: {path} of its {part} is not that of the checkpoint, so more than adapters has trained, and a PEFT "
+                "directory has adapters only; leave --peft out"
+            )
+
+
+def _token_head(base: Checkpoint, layers: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """The single layer of a task's head under its name in the class of transformers."""
+    names = list(base.params["head"])
+    if set(layers) != {"output"} or len(names) != 1 or layers["output"].keys() != base.params["head"][names[0]].keys():
+        raise UserError(
+            f"task {task.name!r}: its head is not the single linear layer of the class of transformers; leave --task out"
+        )
+    return {names[0]: layers["output"]}

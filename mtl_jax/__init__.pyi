@@ -40,6 +40,7 @@ from .launching.systems import register_launcher as register_launcher
 from .merging import merge as merge
 from .planning import plan as plan
 from .reporting import report as report
+from .reporting.compare import compare as compare
 from .tasks import Classification as Classification
 from .tasks import Contrastive as Contrastive
 from .tasks import MaskedLM as MaskedLM

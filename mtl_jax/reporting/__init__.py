@@ -61,7 +61,7 @@ def named(paths: Sequence[str]) -> dict[str, list[str]] | list[str]:
     Raises:
         UserError: Some have a name and some have none.
     """
-    pairs = [("", path) if Path(path).exists() else path.rpartition("=")[::2] for path in paths]
+    pairs = [path.partition("=")[::2] if "=" in path and not Path(path).exists() else ("", path) for path in paths]
     if not any(name for name, _ in pairs):
         return list(paths)
     if unnamed := [path for name, path in pairs if not name]:

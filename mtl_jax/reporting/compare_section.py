@@ -24,10 +24,10 @@ def section(compared: Compared) -> Section:
     Args:
         compared: The result of mtl_jax.compare.
     """
+    resamples = count(compared.resamples, "resample")
     note = (
-        f"Joint minus alone on the test metric, with 95 % intervals of {count(compared.resamples, 'paired bootstrap resample')} "
-        "of the test rows. Helped: the interval is above 0. Hurt: it is below 0. The interval of the worst task is wider, as that "
-        "task was chosen among all."
+        f"Joint minus alone on the test metric, with 95 % intervals of a paired bootstrap ({resamples}). Helped: the interval "
+        "is above 0. Hurt: it is below 0. The interval of the worst task is wider, as that task was chosen among all."
     )
     lines = [f"{name}: {column.summary}. The intervals cover {column.covers}." for name, column in compared.columns.items()]
     lines += [f"{name}: {line}." for name, column in compared.columns.items() for line in column.hurt_lines]

@@ -98,7 +98,7 @@ def pearson(values_Nx2: np.ndarray, counts_BxN: np.ndarray) -> np.ndarray:
 def spearman(values_Nx2: np.ndarray, counts_BxN: np.ndarray) -> np.ndarray:
     """Spearman's correlation of both columns: ranks are those within each resample, equal values share their mean rank."""
     labelled_Nx2, counts_BxM = _labelled(values_Nx2, counts_BxN)
-    if not np.isfinite(labelled_Nx2).all():
+    if not np.isfinite(labelled_Nx2).all():  # such numbers have no rank
         return np.full(len(counts_BxN), np.nan)
     return _correlation(_ranks(labelled_Nx2[:, 0], counts_BxM), _ranks(labelled_Nx2[:, 1], counts_BxM), counts_BxM)
 
@@ -115,7 +115,7 @@ def _ranks(values_N: np.ndarray, counts_BxN: np.ndarray) -> np.ndarray:
 
 def _correlation(first: np.ndarray, second: np.ndarray, counts_BxN: np.ndarray) -> np.ndarray:
     """Pearson's correlation of f64[N] or f64[B, N]."""
-    if not counts_BxN.shape[1]:
+    if not counts_BxN.shape[1] or not np.isfinite(first).all():
         return np.full(len(counts_BxN), np.nan)
     # Near 0, so that sums of squares keep their digits.
     first, second = (numbers - numbers.mean() for numbers in (first, second))

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from mtl_jax.core.errors import listed
-from mtl_jax.reporting import formatting
 from mtl_jax.reporting.paired_bootstrap import HELPED, HURT, UNCLEAR, UNDEFINED, Difference
 
 LOWEST = 3  # most conflicts of a task that are named
@@ -74,7 +73,7 @@ class Column(NamedTuple):
         """A line for each hurt task on the tasks that its gradient agrees least with."""
         lines = []
         for task in self.tasks(HURT):
-            pairs = [f"{other} {formatting.number(cosine, 2, plus=True)}" for other, cosine in self.conflicts(task).items()]
+            pairs = [f"{other} {cosine:+.2f}" for other, cosine in self.conflicts(task).items()]
             lines.append(f"{task} is hurt; its gradients agree least with {', '.join(pairs)} (mean cosine)" if pairs else "")
         if self.tasks(HURT) and not self.cosines:
             lines.append(

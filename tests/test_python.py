@@ -24,7 +24,7 @@ from mtl_jax.training.loggers import LOGGERS
 
 NAMES = [
     *("train", "ablate", "take", "predict", "evaluate", "load_model", "convert", "merge", "translate", "summarize"),
-    *("pseudo_label", "memorisation", "results", "report", "register_logger", "Hooks", "deidentify"),
+    *("pseudo_label", "memorisation", "results", "report", "compare", "register_logger", "Hooks", "deidentify"),
 ]
 
 

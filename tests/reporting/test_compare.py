@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import tiny
+from made import write_ablation
 
 import mtl_jax
 from mtl_jax import Embedding, Evaluation, Phase, train
@@ -69,7 +70,7 @@ def test_a_second_call_opens_no_run_and_leaves_workdirs_as_they_are(runs, result
 
 
 def test_every_setting_has_a_column(runs, result, tmp_path, capsys):
-    """Two runs of several tasks are compared in each of them; tasks on one source have the same draws of rows and seeds."""
+    """Two runs of several tasks are compared in each of them; names and files are those of the command."""
     other = copy(runs / "joint", tmp_path / "other", weighting="uncertainty")
     compared = mtl_jax.compare([runs / "joint", other], runs / "joint1", resamples=200)
     assert list(compared.columns) == ["equal", "uncertainty"]
@@ -137,6 +138,16 @@ def test_cosines_are_means_over_runs():
         for record in ({"kind": "train", "step": 1, "cosines": [[1.0, c], [c, 1.0]]} for c in (0.5, -0.1))
     ]
     assert comparing._cosines(runs) == {"a": {"b": pytest.approx(0.2)}, "b": {"a": pytest.approx(0.2)}}
+
+
+def test_an_ablation_stands_for_its_runs(tmp_path):
+    folder = write_ablation(tmp_path / "ablation")
+    with pytest.raises(UserError, match="run 0015 of the ablation is not finished; let it end first"):
+        comparing._folders([str(folder)], [])
+    notes = []
+    folders = comparing._folders([str(folder)], notes, partly=True)
+    assert [path.name for path in folders] == [f"{number:04d}" for number in range(15) if number != 1]
+    assert notes == [f"{folder}: 1 run that diverged left out"]
 
 
 def test_bad_input_is_one_line(runs, tmp_path):

@@ -236,7 +236,7 @@ def compare(
     /,
     joint_too: Annotated[tuple[str, ...], tyro.conf.arg(name="joint")] = (),
     json: str = "",
-    resamples: int = 1000,
+    resamples: int = 2000,
     seed: int = 0,
 ) -> None:
     """Is anyone hurt? For every task joint minus alone on test, with 95 % intervals over rows and seeds.

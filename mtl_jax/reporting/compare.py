@@ -26,7 +26,7 @@ from mtl_jax.training.workdir import differences, read_json
 Paths = str | Path | Sequence[str | Path]
 
 JOINT = "joint"  # the name of the only joint setting
-RESAMPLES, FEWEST = 1000, 100
+RESAMPLES, FEWEST = 2000, 100
 MEASURED_AGAIN = 200  # resamples, where each costs a call of a task's metrics
 
 
@@ -88,7 +88,7 @@ def compare(
     alone_of = _alone_of(columns, runs_alone, notes)
     reader = Reader(sources)
     _check_rows(columns, alone_of, reader)
-    uniform_B = np.random.default_rng([seed, 3]).random(resamples)
+    uniform_B = paired_bootstrap.even(resamples, np.random.default_rng([seed, 3]))
     outcomes = {
         run.folder: reader.outcomes(run, [task for task in run.tasks if task in alone_of])
         for run in (*(run for column in columns for run in column.runs), *runs_alone)
@@ -101,9 +101,9 @@ def compare(
         )
         for task, runs in alone_of.items()
     }
+    drawn = _Draws(resamples, seed, uniform_B)
     result: dict[str, Column] = {}
-    for number, column in enumerate(columns):
-        drawn = _Draws(resamples, seed, number, uniform_B)
+    for column in columns:
         resampled = {
             task: drawn.differences(task, column.runs, runs, outcomes, runs_alone)
             for task, runs in alone_of.items()
@@ -160,11 +160,10 @@ def _column(
 
 
 class _Draws(NamedTuple):
-    """The draws of rows and seeds of one column."""
+    """The draws of rows and seeds, the same for every column."""
 
     resamples: int
     seed: int
-    column: int
     uniform_B: np.ndarray
 
     def differences(
@@ -194,7 +193,7 @@ class _Draws(NamedTuple):
                 freedom,
                 self.uniform_B,
             )
-            for seeds, key in ((len(joint), (1, self.column)), (len(alone), (2, *places)))
+            for seeds, key in ((len(joint), (1,)), (len(alone), (2, *places)))
         ]
         return paired_bootstrap.differences(values_SxB[: len(joint)], values_SxB[len(joint) :], *weights)
 

@@ -11,6 +11,7 @@ from mtl_jax.core.errors import listed
 from mtl_jax.reporting.paired_bootstrap import HELPED, HURT, UNCLEAR, UNDEFINED, Difference
 
 LOWEST = 3  # most conflicts of a task that are named
+AGAINST = -0.01  # a mean cosine below it is a conflict
 
 
 class Alone(NamedTuple):
@@ -56,8 +57,9 @@ class Column(NamedTuple):
         return [task for task, difference in self.differences.items() if difference.verdict == verdict]
 
     def conflicts(self, task: str) -> dict[str, float]:
-        """{other task: mean cosine} of the other tasks whose gradients agree least with the task's, at most LOWEST."""
-        return dict(list(self.cosines.get(task, {}).items())[:LOWEST])
+        """{other task: mean cosine} of the tasks whose gradients are against the task's, the lowest first, at most LOWEST."""
+        against = [(other, cosine) for other, cosine in self.cosines.get(task, {}).items() if cosine < AGAINST]
+        return dict(against[:LOWEST])
 
     @property
     def summary(self) -> str:
@@ -70,17 +72,21 @@ class Column(NamedTuple):
 
     @property
     def hurt_lines(self) -> list[str]:
-        """A line for each hurt task on the tasks that its gradient agrees least with."""
+        """A line for each hurt task on the tasks that it is in conflict with."""
         lines = []
         for task in self.tasks(HURT):
-            pairs = [f"{other} {cosine:+.2f}" for other, cosine in self.conflicts(task).items()]
-            lines.append(f"{task} is hurt; its gradients agree least with {', '.join(pairs)} (mean cosine)" if pairs else "")
+            if pairs := [f"{other} {cosine:+.2f}" for other, cosine in self.conflicts(task).items()]:
+                lines.append(f"{task} is hurt, and in conflict with {', '.join(pairs)} (mean cosine of the gradients)")
+            elif task in self.cosines:
+                other, cosine = next(iter(self.cosines[task].items()))
+                lowest = f"the lowest mean cosine is {cosine:+.2f}, with {other}"
+                lines.append(f"{task} is hurt, but in conflict with no other task: {lowest}")
         if self.tasks(HURT) and not self.cosines:
             lines.append(
                 f"{listed(self.tasks(HURT))}: which task is in conflict is not known, as these runs had a rule that does not "
                 "compare gradients"
             )
-        return [line for line in lines if line]
+        return lines
 
 
 class Compared(NamedTuple):

@@ -85,12 +85,17 @@ def tails(weights_BxS: np.ndarray, freedom: int, uniform_B: np.ndarray) -> np.nd
     Args:
         weights_BxS: As seed_weights() has them.
         freedom: Degrees of freedom: the seeds of both groups, less one for each group.
-        uniform_B: A random number from 0 to 1 for each resample, which the groups and tasks share.
+        uniform_B: A number from 0 to 1 for each resample, as of even(), which the groups and tasks share.
     """
     if not freedom:
         return weights_BxS
     factor_B = np.sqrt(freedom / stats.chi2.ppf(uniform_B, freedom))
     return 1 / weights_BxS.shape[1] + (weights_BxS - 1 / weights_BxS.shape[1]) * factor_B[:, None]
+
+
+def even(resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers from 0 to 1, f64[B], in random order and evenly spread, so that few resamples have steady tails."""
+    return (rng.permutation(resamples) + 0.5) / resamples
 
 
 def interval(value: float, resampled_B: np.ndarray, compared: int = 1) -> Difference:

@@ -123,7 +123,9 @@ def test_a_hurt_task_names_its_conflicts():
     hard, other = compared.columns.values()
     assert hard.summary == "1 helped, 1 unclear, 1 hurt; on average no gain is shown"
     assert other.summary == "1 helped, 1 unclear, 1 undefined; on average a gain"
-    assert hard.hurt_lines == ["c is hurt; its gradients agree least with a -0.20, b +0.30 (mean cosine)"]
+    assert hard.hurt_lines == ["c is hurt, and in conflict with a -0.20 (mean cosine of the gradients)"]
+    calm = hard._replace(cosines={"c": {"b": -0.001, "a": 0.2}})
+    assert calm.hurt_lines == ["c is hurt, but in conflict with no other task: the lowest mean cosine is -0.00, with b"]
     assert hard._replace(cosines={}).hurt_lines[0].startswith("c: which task is in conflict is not known")
     assert "-0.1000 [-0.2000, -0.0500] hurt (c)" in compared.table()
     assert json.loads(json.dumps(compared.to_json()))["joint"]["other"]["differences"]["c"]["value"] is None

@@ -49,7 +49,7 @@ def test_a_mean_has_the_interval_of_the_paired_differences():
 def test_seeds_have_the_interval_of_students_t():
     joint, alone = np.array([0.61, 0.65, 0.60]), np.array([0.58, 0.57, 0.62])
     resamples = 40_000
-    uniform = np.random.default_rng(9).random(resamples)
+    uniform = bootstrap.even(resamples, np.random.default_rng(9))
     weights = [
         bootstrap.tails(bootstrap.seed_weights(3, resamples, np.random.default_rng(seed)), 4, uniform) for seed in (1, 2)
     ]
@@ -77,7 +77,7 @@ def test_intervals_hold_the_truth(joint, alone, seed_noise):
     """Made-up runs whose true difference is 0: of 300, the intervals of about 95 % hold it, and never far fewer."""
     rng, rows, trials, resamples = np.random.default_rng(4), 150, 300, 300
     counts = counts_of(np.arange(rows), resamples) / rows
-    uniform = rng.random(resamples)
+    uniform = bootstrap.even(resamples, rng)
     hits = 0
     for _ in range(trials):
         gain = rng.normal(0, 1, rows)  # of each row, from joint training, with mean 0 over all rows that there could be

@@ -11,6 +11,7 @@ from . import transfer as transfer
 from . import trunks as trunks
 from . import weighting as weighting
 from .ablation.ablate import ablate as ablate
+from .ablation.compare_runs import compare as compare
 from .ablation.extract import take as take
 from .audit.deidentified_files import deidentify as deidentify
 from .audit.deidentified_rows import Deidentify as Deidentify
@@ -40,7 +41,6 @@ from .launching.systems import register_launcher as register_launcher
 from .merging import merge as merge
 from .planning import plan as plan
 from .reporting import report as report
-from .reporting.compare import compare as compare
 from .tasks import Classification as Classification
 from .tasks import Contrastive as Contrastive
 from .tasks import MaskedLM as MaskedLM

@@ -253,7 +253,7 @@ def compare(
         seed: Of these samples.
     """
     from mtl_jax import reporting
-    from mtl_jax.reporting.compare import compare as compared
+    from mtl_jax.ablation.compare_runs import compare as compared
 
     check_json(json)
     result = compared(reporting.named([joint, *joint_too]), alone, resamples=resamples, seed=seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from mtl_jax.reporting import study as studies
 from mtl_jax.reporting.compared import Alone, Column, Compared
 from mtl_jax.reporting.series import cosine_name
 from mtl_jax.reporting.study import ABLATION, DONE, NOT_COMPARED, Run
+from mtl_jax.training.restore import TrainedRun, open_run
 from mtl_jax.training.row_outcomes import FinishedRun, Outcome, Reader, read_run
 from mtl_jax.training.workdir import differences, read_json
 
@@ -51,30 +52,16 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
     sources: Sequence[Source] = (),
+    opened: Callable[[Path], TrainedRun] = open_run,
 ) -> Compared:
-    """For every task the joint runs minus the runs alone on its main test metric, with 95 % intervals over rows and seeds.
-
-    The outputs of the best checkpoints on the test rows are computed again, without training, and kept in the cache directory;
-    the workdirs stay as they are. Each resample draws the same rows for all runs, and each metric is computed anew on it.
+    """As mtl_jax.compare, which also opens the runs of an ablation.
 
     Args:
-        joint: Workdirs of finished joint runs, patterns such as "runs/hard*", or an ablation. Runs that differ only in the seed
-            are one setting, and every other setting has a column of its own; {name: paths} names the columns.
-        alone: The same of runs that were trained on one task each. A run with several tasks is compared in each of them.
-        resamples: Bootstrap samples.
-        seed: Of these samples.
-        sources: In place of those in config.json, where a script gave their rows.
+        joint: As for mtl_jax.compare; so are alone, resamples, seed and sources.
+        opened: From a workdir to its best checkpoint.
 
     Raises:
-        UserError: A path is not the workdir of a finished run, is given twice, or has no task in common with the other side; a
-            task has another metric or other test rows there; or the runs alone of a task differ in more than the seed.
-
-    Examples:
-        >>> result = mtl_jax.compare("runs/tiny", "runs/seed_1", resamples=200)
-        >>> result.columns["joint"].differences["fine"].verdict in ("helped", "unclear", "hurt")
-        True
-        >>> print(result)
-        | task ...
+        UserError: As mtl_jax.compare.
     """
     log_lines.show()
     if resamples < FEWEST:
@@ -86,7 +73,7 @@ def compare(
         raise UserError("no run alone is given")
     _check_twice([run for column in columns for run in column.runs], runs_alone)
     alone_of = _alone_of(columns, runs_alone, notes)
-    reader = Reader(sources)
+    reader = Reader(sources, opened)
     _check_rows(columns, alone_of, reader)
     uniform_B = paired_bootstrap.even(resamples, np.random.default_rng([seed, 3]))
     outcomes = {
@@ -131,7 +118,21 @@ def of_report(workdirs: Sequence[Path], alone: Sequence[str | Path]) -> Compared
     single = workdirs[0] if len(workdirs) == 1 else None
     folders = _folders([str(single)], [], partly=True) if single and (single / ABLATION).exists() else list(workdirs)
     joint = [path for path in folders if path.resolve() not in runs_alone and (path / "results.json").exists()]
-    return compare(joint, alone)
+    return compare(joint, alone, opened=_opened)
+
+
+def _opened(folder: Path) -> TrainedRun:
+    """The best checkpoint of an ordinary run.
+
+    Raises:
+        UserError: It is one of an ablation.
+    """
+    if not (folder / "checkpoints").is_dir() and (folder.parent.parent / ABLATION).exists():
+        raise UserError(
+            f"{folder}: a run of an ablation has no checkpoints of its own; call mtl-jax compare with the same runs before, "
+            "which keeps what the report needs"
+        )
+    return open_run(folder)
 
 
 def _column(

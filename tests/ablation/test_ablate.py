@@ -14,6 +14,7 @@ import tiny_translation
 
 from mtl_jax import L2SP, Checkpoints, Evaluation, Phase, train
 from mtl_jax.ablation.ablate import ablate
+from mtl_jax.ablation.compare_runs import compare
 from mtl_jax.ablation.extract import take
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
@@ -131,6 +132,16 @@ def test_one_run_is_taken_out_as_a_workdir(finished, tmp_path):
         take(finished, "0005", tmp_path / "run")
     with pytest.raises(UserError, match="0009"):
         take(finished, "0009", tmp_path / "other")
+
+
+def test_runs_are_compared(finished, tmp_path, monkeypatch):
+    """A run of the ablation against another: its values are those of its results, though its checkpoint is its program's."""
+    monkeypatch.setenv("MTL_JAX_CACHE", str(tmp_path / "cache"))
+    done = [run["run"] for run in json.loads((finished / "ablation.json").read_text())["runs"] if run["status"] == "done"]
+    compared = compare(finished / "runs" / done[0], finished / "runs" / done[1], resamples=100)
+    scores = json.loads((finished / "runs" / done[0] / "results.json").read_text())["tasks"]
+    expected = {task: pytest.approx(scores[task]["test"][scores[task]["metric"]], abs=1e-5) for task in scores}
+    assert compared.columns["joint"].values == expected
 
 
 def test_a_run_that_was_taken_out_goes_on(finished, bert, data, tmp_path):

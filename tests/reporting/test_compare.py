@@ -10,6 +10,7 @@ from made import write_ablation
 
 import mtl_jax
 from mtl_jax import Embedding, Evaluation, Phase, train
+from mtl_jax.ablation import compare_runs
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.reporting import compare as comparing
@@ -63,7 +64,7 @@ def test_values_are_those_of_the_results(runs, result):
 
 def test_a_second_call_opens_no_run_and_leaves_workdirs_as_they_are(runs, result, monkeypatch):
     files = {path: path.stat().st_mtime_ns for path in runs.glob("*/*") if "cache" not in path.parts}
-    monkeypatch.setattr(row_outcomes, "open_run", None)
+    monkeypatch.setattr(compare_runs, "open_run", None)
     again = mtl_jax.compare([runs / "joint", runs / "joint1"], runs / "alone", resamples=200)
     assert again == result
     assert files == {path: path.stat().st_mtime_ns for path in runs.glob("*/*") if "cache" not in path.parts}

@@ -12,6 +12,7 @@ from . import transfer as transfer
 from . import trunks as trunks
 from . import weighting as weighting
 from .ablation.ablate import ablate as ablate
+from .ablation.compare_runs import compare as compare
 from .ablation.extract import take as take
 from .audit.deidentified_files import deidentify as deidentify
 from .audit.deidentified_rows import Deidentify as Deidentify

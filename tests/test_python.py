@@ -26,7 +26,20 @@ from mtl_jax.training.loggers import LOGGERS
 
 ELSEWHERE = {"launch"}  # tests/launching has the script of its example
 NAMES = {name for name in mtl_jax.__all__ if not inspect.ismodule(getattr(mtl_jax, name))} - ELSEWHERE
-COMMANDS = ("train", "predict", "evaluate", "convert", "merge", "translate", "summarize", "ablate", "take", "results", "report")
+COMMANDS = (
+    "train",
+    "predict",
+    "evaluate",
+    "convert",
+    "merge",
+    "translate",
+    "summarize",
+    "ablate",
+    "take",
+    "results",
+    "report",
+    "compare",
+)
 
 
 @pytest.fixture(scope="module")

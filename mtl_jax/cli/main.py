@@ -238,7 +238,45 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     print(module.results(*workdirs))
 
 
-def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "", affinity: str = "") -> None:
+def compare(
+    joint: Annotated[str, tyro.conf.Positional],
+    alone: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    joint_too: Annotated[tuple[str, ...], tyro.conf.arg(name="joint")] = (),
+    json: str = "",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> None:
+    """Is anyone hurt? For every task joint minus alone on test, with 95 % intervals over rows and seeds.
+
+    The outputs on the test rows are computed again, without training, and kept in the cache: a second call takes seconds.
+
+    Args:
+        joint: Joint runs: a workdir, an ablation, or a pattern such as "runs/hard*"; NAME=PATHS names its column. Runs that
+            differ only in the seed are one setting, and every other setting has a column.
+        alone: Runs of one task each, also as patterns; a run with several tasks is compared in each of them.
+        joint_too: More joint settings, each NAME=PATHS with a column of its own.
+        json: A file to write the same to, as JSON.
+        resamples: Bootstrap samples.
+        seed: Of these samples.
+    """
+    from mtl_jax import reporting
+    from mtl_jax.ablation.compare_runs import compare as compared
+
+    check_json(json)
+    result = compared(reporting.named([joint, *joint_too]), alone, resamples=resamples, seed=seed)
+    if json:
+        write_json(Path(json), result.to_json())
+    print(result)
+
+
+def report(
+    workdirs: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    output: str = "",
+    affinity: str = "",
+    alone: tuple[str, ...] = (),
+) -> None:
     """A report on an ablation, or on ordinary runs side by side: a page, a table of all values, statistics and figures.
 
     Writes report.html, which needs no other file, ablation.csv, results.json and figures/*.png.
@@ -248,10 +286,11 @@ def report(workdirs: tyro.conf.Positional[tuple[str, ...]], /, output: str = "",
             are shown as mean and standard deviation.
         output: The directory to write. Default: the ablation's workdir; for runs, report/.
         affinity: A file that mtl-jax affinity --json wrote, for a section on which tasks help which.
+        alone: Runs of one task each, for a section on which tasks the joint training helped and hurt, as mtl-jax compare.
     """
     from mtl_jax import reporting
 
-    print(f"the report is {reporting.report(*workdirs, output=output, affinity=affinity)}")
+    print(f"the report is {reporting.report(*workdirs, output=output, affinity=affinity, alone=alone)}")
 
 
 def check_flags(name: str, command: Callable[..., Any], arguments: Sequence[str]) -> None:
@@ -300,6 +339,7 @@ def console() -> None:
         "plan": plan,
         "launch": launch_command,
         "results": results,
+        "compare": compare,
         "report": report,
     }
     arguments, script_flags = scripts.divided(sys.argv[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +9,18 @@ from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.files import write_json, write_text, writing
 from mtl_jax.reporting.study import ABLATION
+from mtl_jax.reporting.study import find as find
 from mtl_jax.reporting.study import read as read
 
 
-def report(*workdirs: str | Path, output: str | Path = "", affinity: str | Path = "") -> Path:
+def report(*workdirs: str | Path, output: str | Path = "", affinity: str | Path = "", alone: Sequence[str | Path] = ()) -> Path:
     """Writes a report on an ablation, or on runs side by side; returns the path of its page, report.html.
 
     Args:
         workdirs: One ablation; or workdirs of runs with the same tasks, also as patterns such as "runs/*".
         output: The directory to write. Default: the ablation's workdir; for runs, report/.
         affinity: A file that mtl-jax affinity --json wrote, for a section on which tasks help which.
+        alone: Workdirs of runs of one task each, for a section on which tasks the joint runs helped and hurt, as compare().
 
     Raises:
         UserError: As write().
@@ -33,7 +34,7 @@ def report(*workdirs: str | Path, output: str | Path = "", affinity: str | Path 
     folders = find([str(workdir) for workdir in workdirs])
     if not folders:
         raise UserError("no workdir given")
-    return write(folders, output or default_output(folders), affinity=affinity)
+    return write(folders, output or default_output(folders), affinity=affinity, alone=alone)
 
 
 def best_setting(ablation: Path) -> str:
@@ -54,21 +55,21 @@ def best_setting(ablation: Path) -> str:
     return f"best on dev: {label} ({study.criterion} {criterion.mean:.4f}, {count(criterion.n, 'seed')})"
 
 
-def find(patterns: Sequence[str]) -> list[Path]:
-    """The workdirs that paths and patterns name; a pattern names all runs that match it.
+def named(paths: Sequence[str]) -> dict[str, list[str]] | list[str]:
+    """{name: paths} where paths are given as NAME=PATHS; else the paths.
 
     Raises:
-        UserError: No run matches a pattern.
+        UserError: Some have a name and some have none.
     """
-    workdirs: list[Path] = []
-    for pattern in patterns:
-        matching = [Path(pattern)]
-        if glob.has_magic(pattern) and not matching[0].exists():
-            matching = [Path(path) for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
-            if not matching:
-                raise UserError(f"{pattern}: no workdir of a run matches")
-        workdirs += matching
-    return workdirs
+    pairs = [path.partition("=")[::2] if "=" in path and not Path(path).exists() else ("", path) for path in paths]
+    if not any(name for name, _ in pairs):
+        return list(paths)
+    if unnamed := [path for name, path in pairs if not name]:
+        raise UserError(f"--joint {unnamed[0]}: give every joint setting a name, as NAME=PATHS")
+    by_name: dict[str, list[str]] = {}
+    for name, path in pairs:
+        by_name.setdefault(name, []).append(path)
+    return by_name
 
 
 def default_output(workdirs: Sequence[Path]) -> Path:
@@ -77,7 +78,12 @@ def default_output(workdirs: Sequence[Path]) -> Path:
 
 
 def write(
-    source: str | Path | Sequence[str | Path], out: str | Path, *, patience: float = 0.0, affinity: str | Path = ""
+    source: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    patience: float = 0.0,
+    affinity: str | Path = "",
+    alone: Sequence[str | Path] = (),
 ) -> Path:
     """Writes report.html, ablation.csv, results.json and figures/*.png; the same runs give the same bytes.
 
@@ -88,16 +94,18 @@ def write(
         out: The directory to write. It may be the ablation itself, but not the workdir of a run, which has a results.json.
         patience: Seconds to wait for a process that writes a report there.
         affinity: As for report().
+        alone: As for report().
 
     Returns:
         The path of report.html.
 
     Raises:
         UserError: A source is not a workdir, the runs cannot be compared, `out` cannot be written, or another process writes
-            a report there, or the file of affinity is of another kind.
+            a report there, the file of affinity is of another kind, or the runs cannot be compared with those alone.
     """
     from mtl_jax.reporting import (  # imported late: matplotlib and scipy take a while
         affinity_section,
+        compare,
         page,
         render,
         sections,
@@ -106,7 +114,9 @@ def write(
     )
 
     content = affinity_section.read(affinity) if affinity else None
-    study = read([Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)])
+    folders = [Path(path) for path in ([source] if isinstance(source, (str, Path)) else source)]
+    study = read(folders)
+    compared = compare.of_report(folders, alone) if alone else None
     out = Path(out)
     if (out / "config.json").exists() and not (out / ABLATION).exists():
         raise UserError(f"{out}: the workdir of a run, whose results.json would be lost; choose another --output")
@@ -114,7 +124,7 @@ def write(
         (out / "figures").mkdir(parents=True, exist_ok=True)
     groups = statistics.groups(study)
     comparison = statistics.compare(study, groups)
-    parts = sections.sections(study, groups, comparison, content)
+    parts = sections.sections(study, groups, comparison, content, compared)
     with locks.report(out, patience):
         for figure in sections.figures_of(parts):
             render.png(figure, out / "figures" / f"{figure.slug}.png")

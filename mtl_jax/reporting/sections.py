@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mtl_jax.audit.copies import KINDS
-from mtl_jax.reporting import affinity_section, curves, figures, formatting, heat_maps, tables
+from mtl_jax.reporting import affinity_section, compare_section, curves, figures, formatting, heat_maps, tables
+from mtl_jax.reporting.compared import Compared
 from mtl_jax.reporting.page import Cell, Section, Table, number, spread
 from mtl_jax.reporting.render import Figure
 from mtl_jax.reporting.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
@@ -19,7 +20,11 @@ WEIGHTS = 4  # most weights with separate columns; more share one column
 
 
 def sections(
-    study: Study, groups: Sequence[Group], comparison: Comparison | None, estimates: Mapping[str, Any] | None = None
+    study: Study,
+    groups: Sequence[Group],
+    comparison: Comparison | None,
+    estimates: Mapping[str, Any] | None = None,
+    compared: Compared | None = None,
 ) -> list[Section]:
     """All sections of the page.
 
@@ -28,8 +33,10 @@ def sections(
         groups: Its settings.
         comparison: Of its weighting rules, if there are several.
         estimates: The content of a file of mtl-jax affinity --json, or None.
+        compared: Joint runs against runs alone, or None.
     """
     parts = [_result(study, groups[0])] if len(groups) == 1 else [*_best(study, groups), _settings(study, groups)]
+    parts += [] if compared is None else [compare_section.section(compared)]
     if comparison is not None:
         parts.append(_methods(study, comparison))
     drawn = [

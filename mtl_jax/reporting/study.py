@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import itertools
 import json
 import math
@@ -115,6 +116,23 @@ class _Files:
             return {name: task["metric"] for name, task in self.results["tasks"].items()}
         where = str(self.folder / "config.json")
         return {task.name: task.metric for task in select(from_json(self.config, where)).tasks} if self.config else {}
+
+
+def find(patterns: Sequence[str]) -> list[Path]:
+    """The workdirs that paths and patterns name; a pattern names all runs that match it.
+
+    Raises:
+        UserError: No run matches a pattern.
+    """
+    workdirs: list[Path] = []
+    for pattern in patterns:
+        matching = [Path(pattern)]
+        if glob.has_magic(pattern) and not matching[0].exists():
+            matching = [Path(path) for path in sorted(glob.glob(pattern)) if (Path(path) / "config.json").exists()]
+            if not matching:
+                raise UserError(f"{pattern}: no workdir of a run matches")
+        workdirs += matching
+    return workdirs
 
 
 def read(workdirs: Sequence[Path]) -> Study:

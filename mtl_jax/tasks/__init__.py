@@ -11,6 +11,7 @@ from mtl_jax.tasks.multilabel import Multilabel as Multilabel
 from mtl_jax.tasks.multiple_choice import MultipleChoice as MultipleChoice
 from mtl_jax.tasks.ordinal import Ordinal as Ordinal
 from mtl_jax.tasks.regression import Regression as Regression
+from mtl_jax.tasks.row_statistics import RowStatistics as RowStatistics
 from mtl_jax.tasks.seq2seq import Seq2Seq as Seq2Seq
 from mtl_jax.tasks.span import Span as Span
 from mtl_jax.tasks.tagging import Tagging as Tagging

@@ -28,6 +28,7 @@ from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 from mtl_jax.tasks.label_names import shown_labels
 from mtl_jax.tasks.metrics import METRICS, registered_scores
 from mtl_jax.tasks.reading import labelled
+from mtl_jax.tasks.row_statistics import RowStatistics
 
 # Outputs of N examples: f32[N, O], or a sequence of N arrays f32[len, O].
 PerExample = Sequence[np.ndarray] | np.ndarray
@@ -426,6 +427,18 @@ class Task(Part, abc.ABC):
         if self.decodes or not self.registered_metrics:
             return scores
         return scores | registered_scores(self.registered_metrics, *self.compared(outputs, examples))
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics | None:
+        """What the main metric needs to know of each row, so that it is exact on any resample of the rows.
+
+        By default None: mtl_jax.compare then calls metrics() on each resample, of which it takes fewer. A kind that defines it
+        does so for the metrics in metric_names.
+
+        Args:
+            outputs: As for metrics(); of a metric of generated texts, the text of each row.
+            examples: The N windows.
+        """
+        return None
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
         """{metric: how it is computed}, of metrics that have variants.

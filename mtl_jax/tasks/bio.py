@@ -140,6 +140,16 @@ class Scores(NamedTuple):
     f1: float
 
 
+def entity_counts(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> np.ndarray:
+    """f64[sentences, 3]: entities that are predicted rightly, predicted entities, and true ones.
+
+    Args:
+        gold: As for entity_scores(); so is predicted.
+    """
+    pairs = [(set(entities(truth)), set(entities(tags))) for truth, tags in zip(gold, predicted, strict=True)]
+    return np.array([[len(truth & tags), len(tags), len(truth)] for truth, tags in pairs], np.float64).reshape(-1, 3)
+
+
 def entity_scores(gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> tuple[Scores, dict[str, Scores]]:
     """Precision, recall and F1 of the entities of a corpus, over all types together (micro) and of each type.
 

@@ -22,7 +22,8 @@ from mtl_jax.tasks import metrics
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.label_names import LabelNames, named
 from mtl_jax.tasks.losses import balanced_weights, check_weights, cross_entropy
-from mtl_jax.tasks.reading import known, labelled, text_of
+from mtl_jax.tasks.reading import known, known_rows, labelled, text_of
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row, of_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,11 @@ class Classification(Task):
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         return self.scores(*labelled(self, outputs, examples))
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        outputs_MxO, labels_M = labelled(self, outputs, examples)
+        statistics = of_labels(self.metric, labels_M, outputs_MxO.argmax(axis=-1), self.labels)
+        return by_row(statistics, examples.row_of[known_rows(self, examples)], len(examples.data))
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
         """The metrics of metrics.scores."""

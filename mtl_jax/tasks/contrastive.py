@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -25,6 +25,10 @@ from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 from mtl_jax.tasks import cosine_losses, ranks
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.reading import key_numbers, known_rows, text_of
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row, shares
+
+# The arguments of ranks.of_search().
+Search = tuple[np.ndarray, np.ndarray, Callable[[slice], np.ndarray], Callable[[slice], np.ndarray]]
 
 COMPARE = ("pairs", "labels")
 OBJECTIVES = ("in_batch", "cosent", "cosine")
@@ -262,13 +266,32 @@ class Contrastive(Task):
 
     def _metrics(self, vectors_MxO: np.ndarray, labels_Mx4: np.ndarray, groups: Sequence[range]) -> dict[str, float]:
         vectors_MxO = unit_length(vectors_MxO)
-        first = np.array([group[0] for group in groups], np.int64)
         if self.scored:
-            return correlations((vectors_MxO[first] * vectors_MxO[first + 1]).sum(axis=1), labels_Mx4[first, VALUE])
+            return correlations(*_scored_pairs(vectors_MxO, labels_Mx4, groups))
+        return ranks.of_search(*self._search(vectors_MxO, labels_Mx4, groups)[1])
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        """A text that several rows have is one query, and counts with the first of them; all texts stay candidates."""
+        vectors_MxO, labels_Mx4 = unit_length(np.asarray(outputs)), examples.labels[self.name]
+        known_M, rows = known_rows(self, examples), len(examples.data)
+        groups = [group for group in examples.groups() if known_M[group[0]]]
+        if self.scored:
+            pairs_Gx2 = np.stack(_scored_pairs(vectors_MxO, labels_Mx4, groups), axis=1).astype(np.float64)
+            return by_row(RowStatistics(pairs_Gx2, self.metric), examples.row_of[[group[0] for group in groups]], rows)
+        queries, search = self._search(vectors_MxO, labels_Mx4, groups)
+        column = ("mrr", "ndcg", "accuracy").index(self.metric)
+        parts = [(numbers, scores[column]) for numbers, scores in ranks.search_scores(*search)]
+        counted = np.concatenate([np.zeros(0, np.int64), *(numbers for numbers, _ in parts)])
+        scores = np.concatenate([np.zeros(0), *(score_q for _, score_q in parts)])
+        return by_row(RowStatistics(shares(scores), "mean"), examples.row_of[queries[counted]], rows)
+
+    def _search(self, vectors_MxO: np.ndarray, labels_Mx4: np.ndarray, groups: Sequence[range]) -> tuple[np.ndarray, Search]:
+        """The place of each query, and the arguments of ranks.of_search()."""
+        first = np.array([group[0] for group in groups], np.int64)
         key_M = _numbers(labels_Mx4[:, KEY])
         if self.compare == "labels":
             class_F = labels_Mx4[first, VALUE]
-            return ranks.of_search(
+            return first, (
                 vectors_MxO[first],
                 vectors_MxO[first],
                 lambda part: class_F[part, None] == class_F,
@@ -292,9 +315,10 @@ class Contrastive(Task):
                 result[row, columns] = True
             return result
 
-        return ranks.of_search(
-            vectors_MxO[queries], vectors_MxO[texts], relevant, lambda part: key_M[queries][part, None] == key_M[texts]
-        )
+        def equal(part: slice) -> np.ndarray:
+            return np.asarray(key_M[queries][part, None] == key_M[texts])
+
+        return queries, (vectors_MxO[queries], vectors_MxO[texts], relevant, equal)
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         """The cosine of a pair, and those of negatives that are given; of a single text its vector, of length 1."""
@@ -311,6 +335,12 @@ def unit_length(vectors_MxO: np.ndarray) -> np.ndarray:
     """f32[M, O], the vectors with length 1; zeros stay zeros."""
     vectors_MxO = np.asarray(vectors_MxO, np.float32)
     return vectors_MxO / np.maximum(np.linalg.norm(vectors_MxO, axis=1, keepdims=True), np.sqrt(cosine_losses.EPSILON))
+
+
+def _scored_pairs(vectors_MxO: np.ndarray, labels_Mx4: np.ndarray, groups: Sequence[range]) -> tuple[np.ndarray, np.ndarray]:
+    """The cosine of each pair, and its score."""
+    first = np.array([group[0] for group in groups], np.int64)
+    return (vectors_MxO[first] * vectors_MxO[first + 1]).sum(axis=1), labels_Mx4[first, VALUE]
 
 
 def correlations(cosine_M: np.ndarray, score_M: np.ndarray) -> dict[str, float]:

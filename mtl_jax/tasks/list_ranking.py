@@ -24,6 +24,7 @@ from mtl_jax.data.source import SPLITS, Source
 from mtl_jax.tasks import ranks
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.reading import key_numbers, known_rows, text_of
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row
 
 OBJECTIVES = ("listwise", "pairwise")
 GRADE, KEY = 0, slice(1, 3)  # in a label, f32[3]: the grade, and two numbers that are equal within a group
@@ -134,11 +135,21 @@ class Ranking(Task):
         return jnp.where(counted_RxS, share_RxS * (log_sum_RxS - score_RxS), 0.0).sum(), count
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
+        return ranks.of_lists(list(self._lists(outputs, examples).values()))
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        """A list counts with its first row."""
+        lists = self._lists(outputs, examples)
+        statistics = ranks.statistics(self.metric, list(lists.values()))
+        return by_row(statistics, list(lists), len(examples.data))
+
+    def _lists(self, outputs: PerExample, examples: Examples) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """{first row: (scores, grades)} of the lists."""
         score_M, grade_M = np.asarray(outputs)[:, 0], examples.labels[self.name][:, GRADE]
         members: dict[str, list[int]] = {}
         for place in np.flatnonzero(known_rows(self, examples)).tolist():
             members.setdefault(self.unit_key(examples.data[examples.row_of[place]]), []).append(place)
-        return ranks.of_lists([(score_M[places], grade_M[places]) for places in members.values()])
+        return {int(examples.row_of[places[0]]): (score_M[places], grade_M[places]) for places in members.values()}
 
     def remarks(self, parts: Sequence[Examples]) -> list[str]:
         """A line on groups that are divided, or that have one row only."""

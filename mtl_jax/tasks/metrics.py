@@ -161,6 +161,26 @@ def text_scores(name: str, texts: Sequence[str], references: Sequence[Sequence[s
     return {key: sum(result[key].fmeasure for result in results) / len(results) for key in names}
 
 
+def text_statistics(name: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Of each text the numbers whose sums give a metric: sacrebleu's counts for bleu or chrf; for ROUGE its F1, and 1.
+
+    Args:
+        name: As for text_scores(); so are texts and references.
+    """
+    if not texts:
+        return []
+    if name in FAMILIES[0]:
+        return _sacrebleu()[name]._extract_corpus_statistics(list(texts), _streams(references))
+    scorer = _rouge([name])
+    scores = [scorer.score_multi(list(targets), text)[name] for text, targets in zip(texts, references, strict=True)]
+    return [[score.fmeasure, 1.0] for score in scores]
+
+
+def score_of_sums(name: str, sums: list[int]) -> float:
+    """bleu or chrf, a share of 1, of the sums over texts of text_statistics()."""
+    return float(_sacrebleu()[name]._compute_score_from_stats(sums).score) / 100
+
+
 def signatures(name: str, references: Sequence[Sequence[str]]) -> dict[str, str]:
     """{metric: how text_scores(name, texts, references) computes it, and with which version of the library}."""
     names = family(name)

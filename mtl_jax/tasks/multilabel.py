@@ -21,7 +21,8 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.label_names import LabelNames, named
-from mtl_jax.tasks.reading import column, known, labelled, text_of
+from mtl_jax.tasks.reading import column, known, known_rows, labelled, text_of
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row, shares
 
 YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
 INDICATORS = "where a row says yes or no for each label, give each label its own column and name these in columns"
@@ -131,6 +132,18 @@ class Multilabel(Task):
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         return self.scores(*labelled(self, outputs, examples))
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        outputs_MxO, labels_MxO = labelled(self, outputs, examples)
+        known_MxO, predicted_MxO, gold_MxO = labels_MxO != self.missing, outputs_MxO > 0, labels_MxO == 1
+        if self.metric == "exact_match":
+            statistics = RowStatistics(shares(((gold_MxO == predicted_MxO) | ~known_MxO).all(axis=1)), "mean")
+        else:
+            counts = [part & known_MxO for part in (predicted_MxO & gold_MxO, predicted_MxO, gold_MxO)]
+            if self.metric == "micro_f1":
+                counts = [part.sum(axis=1, keepdims=True) for part in counts]
+            statistics = RowStatistics(np.concatenate(counts, axis=1).astype(np.float64), "f1_of_all")
+        return by_row(statistics, examples.row_of[known_rows(self, examples)], len(examples.data))
 
     def scores(self, outputs_NxO: np.ndarray, labels_NxO: np.ndarray) -> dict[str, float]:
         """F1 over all decisions together, mean of the labels' F1, and the share of examples with every decision right.

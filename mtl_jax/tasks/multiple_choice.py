@@ -23,6 +23,7 @@ from mtl_jax.data.source import Source
 from mtl_jax.tasks import ranks
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.reading import column, text_of
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row
 
 PRESENT, RIGHT = 0, 1  # in a label, i32[2]: whether there is such a choice, and whether it is the right one
 NEVER = -1e9  # the logit of a choice that the row does not have
@@ -147,14 +148,23 @@ class MultipleChoice(Task):
         return jnp.where(known_Q, loss_Q, 0.0).sum(), known_Q.sum().astype(jnp.float32)
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
+        scores = ranks.of_lists(list(self._lists(outputs, examples).values()))
+        return {name: scores[name] for name in self.metric_names}
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        lists = self._lists(outputs, examples)
+        statistics = ranks.statistics(self.metric, list(lists.values()))
+        return by_row(statistics, list(lists), len(examples.data))
+
+    def _lists(self, outputs: PerExample, examples: Examples) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """{row: (score of each choice, whether it is the right one)} of the rows with a label."""
         score_M, labels_Mx2 = np.asarray(outputs)[:, 0], examples.labels[self.name]
-        lists = []
+        lists = {}
         for group in examples.groups():
             places = np.array([i for i in group if labels_Mx2[i, PRESENT] == 1], np.int64)
             if len(places):
-                lists.append((score_M[places], labels_Mx2[places, RIGHT]))
-        scores = ranks.of_lists(lists)
-        return {name: scores[name] for name in self.metric_names}
+                lists[int(examples.row_of[group[0]])] = (score_M[places], labels_Mx2[places, RIGHT])
+        return lists
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         """The index and the text of the likeliest choice, its probability, and those of all choices that the row has."""

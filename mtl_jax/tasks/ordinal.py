@@ -24,7 +24,8 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.label_names import LabelNames, named
-from mtl_jax.tasks.reading import known, labelled, text_of
+from mtl_jax.tasks.reading import known, known_rows, labelled, text_of
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row, shares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,21 @@ class Ordinal(Task):
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         return self.scores(*labelled(self, outputs, examples))
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        outputs_MxO, labels_M = labelled(self, outputs, examples)
+        predicted_M = (outputs_MxO > 0).sum(axis=1)
+        error_M = np.abs(predicted_M - labels_M)
+        if self.metric == "kappa":
+            each_MxK = [numbers_M[:, None] == np.arange(len(self.labels)) for numbers_M in (predicted_M, labels_M)]
+            statistics = RowStatistics(
+                np.concatenate([np.square(error_M)[:, None], *each_MxK], axis=1).astype(np.float64), "kappa"
+            )
+        elif self.metric == "spearman":
+            statistics = RowStatistics(np.stack([predicted_M, labels_M], axis=1).astype(np.float64), "spearman")
+        else:
+            statistics = RowStatistics(shares(error_M <= (self.metric == "within_one")), "mean")
+        return by_row(statistics, examples.row_of[known_rows(self, examples)], len(examples.data))
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
         """The metrics, and the mean absolute error in labels; kappa and spearman are NaN where they are not defined."""

@@ -6,9 +6,11 @@ Shapes in names: Q queries, C candidates, H width, M entries of a list.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+
+from mtl_jax.tasks.row_statistics import RowStatistics
 
 CUTOFF = 10  # entries of a list that count for nDCG
 CHUNK = 512  # queries that are compared at once
@@ -47,6 +49,18 @@ def of_lists(lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]
     return {name: float(np.mean([scores[name] for scores in measured])) if measured else math.nan for name in names}
 
 
+def statistics(metric: str, lists: Sequence[tuple[np.ndarray, np.ndarray]]) -> RowStatistics:
+    """Of each list its metric, and whether it has an order and counts in the mean.
+
+    Args:
+        metric: mrr, ndcg or accuracy.
+        lists: As for of_lists().
+    """
+    measured = [of_list(scores_M, gains_M) for scores_M, gains_M in lists]
+    pairs = [(0.0, 0.0) if scores is None else (scores[metric], 1.0) for scores in measured]
+    return RowStatistics(np.array(pairs, np.float64).reshape(-1, 2), "mean")
+
+
 def of_search(
     query_QxH: np.ndarray,
     candidate_CxH: np.ndarray,
@@ -62,6 +76,24 @@ def of_search(
         left_out: From a slice of queries to bool[q, C]: candidates that are not compared with it.
     """
     totals, queries = np.zeros(3), 0
+    for _, scores in search_scores(query_QxH, candidate_CxH, relevant, left_out):
+        totals += [score_q.sum() for score_q in scores]
+        queries += len(scores[0])
+    mrr, ndcg, accuracy = totals / queries if queries else np.full(3, math.nan)
+    return {"mrr": float(mrr), "ndcg": float(ndcg), "accuracy": float(accuracy)}
+
+
+def search_scores(
+    query_QxH: np.ndarray,
+    candidate_CxH: np.ndarray,
+    relevant: Callable[[slice], np.ndarray],
+    left_out: Callable[[slice], np.ndarray],
+) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """(queries, their reciprocal rank, gain and whether the first one is right) of each part of the queries that count.
+
+    Args:
+        query_QxH: As for of_search(); so are the others.
+    """
     discounts = 1 / np.log2(np.arange(2, CUTOFF + 2))
     for start in range(0, len(query_QxH), CHUNK):
         part = slice(start, min(start + CHUNK, len(query_QxH)))
@@ -79,7 +111,4 @@ def of_search(
         hits_qxk = np.take_along_axis(relevant_qxC, top_qxk, axis=1)
         ideal_q = np.cumsum(discounts)[np.minimum(relevant_qxC.sum(axis=1), CUTOFF) - 1]
         gain_q = (hits_qxk * discounts[: hits_qxk.shape[1]]).sum(axis=1) / ideal_q
-        totals += [(1 / rank_q).sum(), gain_q.sum(), (rank_q == 1).sum()]
-        queries += len(rank_q)
-    mrr, ndcg, accuracy = totals / queries if queries else np.full(3, math.nan)
-    return {"mrr": float(mrr), "ndcg": float(ndcg), "accuracy": float(accuracy)}
+        yield start + np.flatnonzero(counted), (1 / rank_q, gain_q, rank_q == 1)

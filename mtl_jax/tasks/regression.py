@@ -18,7 +18,8 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks.base import PerExample, Task
-from mtl_jax.tasks.reading import known, labelled, text_of
+from mtl_jax.tasks.reading import known, known_rows, labelled, text_of
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,12 @@ class Regression(Task):
 
     def metrics(self, outputs: PerExample, examples: Examples) -> dict[str, float]:
         return self.scores(*labelled(self, outputs, examples))
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        outputs_MxO, labels_M = labelled(self, outputs, examples)
+        predicted_M = outputs_MxO[:, 0].astype(np.float64) * self.scale
+        statistics = RowStatistics(np.stack([predicted_M, labels_M.astype(np.float64)], axis=1), self.metric)
+        return by_row(statistics, examples.row_of[known_rows(self, examples)], len(examples.data))
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
         """Pearson and Spearman correlation; mean absolute error in label units.

@@ -26,6 +26,7 @@ from mtl_jax.data.source import Source
 from mtl_jax.tasks import metrics
 from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.reading import column
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row, shares
 
 
 class Gold(NamedTuple):
@@ -175,6 +176,13 @@ class Span(Task):
     def metrics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> dict[str, float]:
         """Exact match and F1, the best over the gold answers, mean over the rows whose answers are known; shares of 1."""
         return metrics.answer_scores(*self.compared(outputs, examples))
+
+    def row_statistics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> RowStatistics:
+        score = metrics.f1 if self.metric == "f1" else metrics.exact
+        values = [score(answer, gold) for answer, gold in zip(*self.compared(outputs, examples), strict=True)]
+        rows = [int(examples.row_of[group[0]]) for group in examples.groups()]
+        known = [row for row in rows if column(examples.data[row], self.column, self) is not None]
+        return by_row(RowStatistics(shares(values), "mean"), known, len(examples.data))
 
     def compared(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> tuple[list[str], list[list[str]]]:
         assert examples.offsets is not None

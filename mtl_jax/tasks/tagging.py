@@ -23,6 +23,7 @@ from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.label_names import LabelNames, named
 from mtl_jax.tasks.losses import MISSING, balanced_weights, check_weights, cross_entropy
 from mtl_jax.tasks.reading import column
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row
 
 ENTITY_METRICS = ("entity_f1", "entity_precision", "entity_recall")
 NO_ENTITY = "is neither O nor B-X nor I-X, as tags of entities are"
@@ -218,6 +219,19 @@ class Tagging(Task):
                 gold.append(gold_L)
                 predicted.append(np.where(gold_L != MISSING, predicted_L, MISSING))
         return gold, predicted
+
+    def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
+        gold, predicted = self._gold_and_predicted(outputs, examples)
+        rows = [
+            row for group in examples.groups() if self.parse(examples.data[row := int(examples.row_of[group[0]])]) is not None
+        ]
+        if self.metric == "token_accuracy":
+            known = [row_L != MISSING for row_L in gold]
+            right = [(a == b)[known_L].sum() for a, b, known_L in zip(gold, predicted, known, strict=True)]
+            counts = np.array([right, [known_L.sum() for known_L in known]], np.float64).T
+            return by_row(RowStatistics(counts.reshape(-1, 2), "mean"), rows, len(examples.data))
+        counts = bio.entity_counts([self._tagged(x, "O") for x in gold], [self._tagged(x, "O") for x in predicted])
+        return by_row(RowStatistics(counts, self.metric.removeprefix("entity_")), rows, len(examples.data))
 
     def constant(self, train: Examples, test: Examples) -> PerExample:
         labels_N = np.concatenate([np.zeros(0, self.dtype), *train.labels[self.name]])

@@ -55,7 +55,7 @@ def without_copies(
         scores: dict[str, float] = {}
         others = _only(examples, kept)
         if len(others.tokens) and any(_labelled(task, row) for row in others.data):
-            outputs = _taken(predictions.outputs[task.name], np.flatnonzero(kept[examples.row_of]))
+            outputs = taken(predictions.outputs[task.name], np.flatnonzero(kept[examples.row_of]))
             kept_texts = {name: [pair for pair in pairs if pair[0].where not in kinds] for name, pairs in texts.items()}
             scores = {**task.all_metrics(outputs, others), **scores_of((task,), kept_texts).get(task.name, {})}
         by_kind = {kind: numbers[kind] for kind in KINDS if numbers[kind]}
@@ -72,17 +72,18 @@ def _only(examples: Examples, kept: np.ndarray) -> Examples:
     places = np.flatnonzero(kept[examples.row_of])
     new_row = np.cumsum(kept) - 1
     return examples._replace(
-        tokens=_taken(examples.tokens, places),
-        labels={name: _taken(values, places) for name, values in examples.labels.items()},
-        types=_taken(examples.types, places),
-        words=_taken(examples.words, places),
-        offsets=_taken(examples.offsets, places),
+        tokens=taken(examples.tokens, places),
+        labels={name: taken(values, places) for name, values in examples.labels.items()},
+        types=taken(examples.types, places),
+        words=taken(examples.words, places),
+        offsets=taken(examples.offsets, places),
         rows=new_row[examples.row_of[places]].astype(np.int32),
         data=[row for row, keep in zip(examples.data, kept.tolist(), strict=True) if keep],
     )
 
 
-def _taken(values: Any, places: np.ndarray) -> Any:
+def taken(values: Any, places: np.ndarray) -> Any:
+    """The entries at some places of an array, of a Ragged or of a list; None stays None."""
     if values is None:
         return None
     if isinstance(values, np.ndarray):

@@ -13,6 +13,7 @@ import tiny
 import tiny_translation
 
 from mtl_jax import L2SP, Checkpoints, Evaluation, Phase, train
+from mtl_jax.ablation import compare_runs
 from mtl_jax.ablation.ablate import ablate
 from mtl_jax.ablation.extract import take
 from mtl_jax.core.errors import UserError
@@ -23,6 +24,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.row_outcomes import Reader, read_run
 
 VARY = ["weights=1/1/1,0.2/0.3/0.5", "phases.everything.learning-rate=1e-2,1e30"]
 SHORT = (Phase("heads", steps=3, rules=tiny.HEADS_ONLY), Phase("everything", steps=3))
@@ -131,6 +133,15 @@ def test_one_run_is_taken_out_as_a_workdir(finished, tmp_path):
         take(finished, "0005", tmp_path / "run")
     with pytest.raises(UserError, match="0009"):
         take(finished, "0009", tmp_path / "other")
+
+
+def test_a_run_is_compared_with_others(finished, tmp_path, monkeypatch):
+    """Its values are those of its results, though its checkpoint is its program's."""
+    monkeypatch.setenv("MTL_JAX_CACHE", str(tmp_path / "cache"))
+    run = read_run(finished / "runs" / "0005")
+    outcome = Reader(opened=compare_runs._opened).outcomes(run, ["coarse"])["coarse"]
+    value = outcome.measured(np.ones((1, len(outcome.rows.keys))))[0]
+    assert value == pytest.approx(run.results["tasks"]["coarse"]["test"]["accuracy"], abs=1e-5)
 
 
 def test_a_run_that_was_taken_out_goes_on(finished, bert, data, tmp_path):

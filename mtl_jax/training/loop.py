@@ -22,7 +22,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import copy_scores, evaluation, metrics_log, results, step_checks, text_evaluation
+from mtl_jax.training import copy_scores, evaluation, metrics_log, results, sharing_usage, step_checks, text_evaluation
 from mtl_jax.training import counts as counting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
@@ -69,6 +69,8 @@ class TrainingRun:
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh, savings=savings)
         self.outputs_of_features = evaluation.make_outputs(cached_features, self.tasks, self.mesh, savings=savings)
         self.programs: list[Any] = [self.features.apply, self.outputs, self.outputs_of_features]
+        self.usage = sharing_usage.make_usage(prepared)
+        self.programs += [] if self.usage is None else [self.usage]
         self.averaging = averaging.make(self.experiment.averaging)
         self.collect: Any = None
         if self.averaging.collect is not None:
@@ -234,6 +236,8 @@ class TrainingRun:
         record = {f"{task}/{metric}": score for task, metrics in scores.items() for metric, score in metrics.items()}
         record |= {"criterion": value, "phase": plan.number, **self.prepared.facts.evaluated(step)}
         self.logger.write("dev", step, record)
+        if self.usage is not None:
+            self.logger.write(sharing_usage.KIND, step, sharing_usage.usage_record(self.usage, params, self.prepared))
         self.callbacks.call("after_evaluation", step, record)
         for task, line in evaluation.undefined(self.tasks, scores, "dev").items():
             if task not in self.undefined:

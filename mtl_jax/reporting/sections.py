@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mtl_jax.audit.copies import KINDS
-from mtl_jax.reporting import affinity_section, curves, figures, formatting, heat_maps, tables
+from mtl_jax.reporting import affinity_section, curves, figures, formatting, heat_maps, sharing_section, tables
 from mtl_jax.reporting.page import Cell, Section, Table, number, spread
 from mtl_jax.reporting.render import Figure
 from mtl_jax.reporting.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
@@ -43,6 +43,7 @@ def sections(
     ]
     parts += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
     tasks_that_help = [] if estimates is None else [affinity_section.section(estimates, study)]
+    parts += sharing_section.sections(study, groups)
     return [*parts, *tasks_that_help, *_copies(study), *_labels(study), _all_runs(study)]
 
 

@@ -65,25 +65,28 @@ def sections(study: Study, groups: Sequence[Group]) -> list[Section]:
         groups: Its settings.
     """
     order = [*ranked(groups), *(group for group in groups if group.criterion is None)]
-    shown = [
-        (group, run, found) for group in order if (run := _run(study, group)) and (found := places(run.curves, study.tasks))
-    ]
+    shown = [(group, run) for group in order if (run := _run(study, group)) is not None]
     if not shown:
         return []
     parts: list[str | Table | Figure] = []
     if len(shown) > SETTINGS:
         parts.append(f"The {SETTINGS} of {formatting.count(len(shown), 'setting')} that are best on dev.")
-    if any(len(group.runs) > 1 for group, _, _ in shown):
+    if any(len(group.runs) > 1 for group, _ in shown):
         parts.append("Experts have other numbers with every seed, so a setting is shown by its run that is best on dev.")
-    labels = formatting.labels([group for group, _, _ in shown], study.fields)
-    for number, (label, (_, run, found)) in enumerate(zip(labels, shown[:SETTINGS], strict=False)):
+    labels = formatting.labels([group for group, _ in shown], study.fields)
+    for number, (label, (_, run)) in enumerate(zip(labels[:SETTINGS], shown[:SETTINGS], strict=True)):
         slug = f"{SLUG}-{number + 1}" if number else SLUG
-        about = f"{label}, {run.name}: " if len(shown) > 1 else f"{run.name}: " if len(study.runs) > 1 else ""
-        apart = sorted(found, key=lambda place: -place.difference)[:PLACES]
-        drawn = [place for place in found if place in apart] if len(found) > PLACES else found
-        of_all = f" The {PLACES} of {len(found)} places where the tasks differ most." if len(found) > PLACES else ""
+        setting = f" ({label})" if len(shown) > 1 else ""
+        about = f"Run {run.name}{setting}. " if len(study.runs) > 1 else ""
+        all_places = places(run.curves, study.tasks)
+        most_apart = sorted(all_places, key=lambda place: -place.difference)[:PLACES]
+        titles = {place.title for place in most_apart}
+        drawn = [place for place in all_places if place.title in titles]
+        of_all = (
+            f" The {PLACES} of {len(all_places)} places where the tasks differ most." if len(drawn) < len(all_places) else ""
+        )
         parts.append(_last(slug, about, drawn, of_all))
-        if not number and len(found[0].steps_N) > 1:
+        if not number and len(drawn[0].steps_N) > 1:
             parts.append(_history(f"{slug}-over-time", about, drawn, of_all))
     return [Section(SLUG, TITLE, parts)]
 
@@ -138,11 +141,11 @@ def _last(slug: str, about: str, drawn: Sequence[Place], of_all: str) -> Figure:
         for place in drawn
     )
     caption = (
-        f"{about}the weights that each task (row) gives to each expert, part or column of layers (column) at step "
+        f"{about}The weights that each task (row) gives to each expert, part or column of layers (column) at step "
         f"{drawn[0].steps_N[-1]}, by layer: the mean over the tokens of at most {EXAMPLES} dev examples of its source. "
         f"{_scale(span)}{of_all}"
     )
-    return Figure(slug, TITLE, caption[0].upper() + caption[1:], panels, choice=_choice(panels))
+    return Figure(slug, TITLE, caption, panels, choice=_choice(panels))
 
 
 def _history(slug: str, about: str, drawn: Sequence[Place], of_all: str) -> Figure:
@@ -152,14 +155,15 @@ def _history(slug: str, about: str, drawn: Sequence[Place], of_all: str) -> Figu
         steps = np.unique(np.linspace(0, len(place.steps_N) - 1, STEPS).round().astype(int))
         names = [f"{task} - {column}" for task in place.tasks for column in place.columns]
         table_PxM = place.weights_NxKxE[steps].reshape(len(steps), -1).T
-        moved_P = np.nan_to_num(np.nanmax(table_PxM, axis=1, initial=-np.inf) - np.nanmin(table_PxM, axis=1, initial=np.inf))
+        known_PxM = np.isfinite(table_PxM)
+        moved_P = np.where(known_PxM, table_PxM, -np.inf).max(axis=1) - np.where(known_PxM, table_PxM, np.inf).min(axis=1)
         rows = np.sort(np.argsort(-moved_P, kind="stable")[:ROWS])
         remark = f"The {ROWS} of {len(names)} weights that changed most." if len(names) > ROWS else ""
         row_names = [names[row] for row in rows]
         panel = over_time(place.title, row_names, place.steps_N[steps], table_PxM[rows], span, colours=colours, remark=remark)
         panels.append(panel)
-    caption = f"{about}the same weights at the evaluations before. {_scale(span)}{of_all}"
-    return Figure(slug, f"{TITLE}, over time", caption[0].upper() + caption[1:], tuple(panels), choice=_choice(panels))
+    caption = f"{about}The same weights at the evaluations before. {_scale(span)}{of_all}"
+    return Figure(slug, f"{TITLE}, over time", caption, tuple(panels), choice=_choice(panels))
 
 
 def _colours(weights: Sequence[np.ndarray]) -> tuple[tuple[float, float], str]:

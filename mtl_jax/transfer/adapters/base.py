@@ -105,9 +105,8 @@ class Call(NamedTuple):
             return
         names = tuple(columns) or tuple(str(number) for number in range(1, weights.shape[-1] + 1))
         if len(set(names)) != weights.shape[-1] or any("/" in text for text in (name, *names)):
-            raise ValueError(
-                f"{name} at {self.layer.path}: {weights.shape[-1]} different names without '/' are needed, not {names}"
-            )
+            need = f"{weights.shape[-1]} different names without '/' are needed"
+            raise ValueError(f"{name} at {self.layer.path}: {need}, not {names}")
         self.shown.setdefault(self.layer.path, {})[name] = Shown(weights, names)
 
 

@@ -83,12 +83,25 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Sav
         savings: How it saves memory.
     """
 
-    call = trunk_call(trunk)
+    reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
     copies = Copies(trunk.copy_of if isinstance(trunk, Adapted) else ())
 
-    def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
+    def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None, **more: Any) -> Encoded:
+        own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
+        types = {"token_type_ids": batch.types} if reads_types else {}
         with rematerialised(savings.remat):
-            output = call(savings.trunk(params), batch, key)
+            output = trunk.apply(
+                {"params": savings.trunk(params)},
+                batch.tokens,
+                (batch.segments > 0).astype(jnp.int32),
+                position_ids=batch.positions,
+                segment_ids=batch.segments,
+                deterministic=key is None,
+                rngs=None if key is None else {"dropout": key},
+                **types,
+                **own_adapters,
+                **more,
+            )
         hidden, mean = output.hidden, functools.partial(segment_mean, num_segments=batch.index.shape[-1])
         if copies.of:
             hidden = hidden.reshape(len(batch.tokens), -1, *hidden.shape[1:])
@@ -101,33 +114,6 @@ def encode_tokens(trunk: Any, needs: Collection[str] = ("pooled",), savings: Sav
         )
 
     return encode
-
-
-def trunk_call(trunk: Any) -> Callable[..., Any]:
-    """The call of a trunk for a batch: (params, batch, dropout key or None for none, further arguments by name) -> its output.
-
-    Args:
-        trunk: As for encode_tokens().
-    """
-    reads_types = _reads_types(trunk.base if isinstance(trunk, Adapted) else trunk)
-
-    def call(params: Any, batch: Batch, key: jax.Array | None, **more: Any) -> Any:
-        own_adapters = {"source": batch.source} if isinstance(trunk, Adapted) else {}
-        types = {"token_type_ids": batch.types} if reads_types else {}
-        return trunk.apply(
-            {"params": params},
-            batch.tokens,
-            (batch.segments > 0).astype(jnp.int32),
-            position_ids=batch.positions,
-            segment_ids=batch.segments,
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
-            **types,
-            **own_adapters,
-            **more,
-        )
-
-    return call
 
 
 def _reads_types(module: Any) -> bool:

@@ -12,7 +12,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.sharing.shown_weights import Usage, by_task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import Apply, outputs_of_batches
-from mtl_jax.training.forward import trunk_call
+from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.setup import Prepared
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.transfer.adapters.base import Adapter, Shown
@@ -31,14 +31,14 @@ def make_usage(prepared: Prepared) -> Apply | None:
     module, tasks = prepared.trunk.module, prepared.corpus.tasks
     if not isinstance(module, Adapted) or all(isinstance(part, Adapter) for part in module.adapters):
         return None
-    call, savings = trunk_call(module), prepared.savings
+    # Without remat, under which what is shown could not be read here.
+    encode: Any = encode_tokens(module, (), prepared.savings._replace(remat="none"))
     places = {name: part.place for name, part in prepared.corpus.splits["dev"].items()}
     source_K = np.array([places[task.source] for task in tasks], np.int32)
 
     def usage(params: Any, batch: Batch, table: jax.Array | None) -> dict[str, dict[str, Usage]]:
         shown: dict[str, dict[str, Shown]] = {}
-        # Without remat, under which what is shown could not be read here.
-        call(savings.trunk(params["trunk"]), batch, None, shown=shown)
+        encode(params["trunk"], batch, None, None, shown=shown)
         return by_task(shown, module.routes, batch.segments > 0, batch.source, source_K)
 
     apply: Any = jax.jit(usage, out_shardings=meshes.replicated(prepared.mesh))

@@ -194,8 +194,8 @@ class Adapted:
         variables: Mapping[str, Any],
         *args: Any,
         rngs: dict[str, jax.Array] | None = None,
-        source: jax.Array | None = None,
         shown: dict[str, dict[str, Shown]] | None = None,
+        source: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
         """The module's apply() with adapters.
@@ -204,10 +204,10 @@ class Adapted:
             variables: {"params": ...}.
             *args: Arguments of the module.
             rngs: As in linen; with deterministic=False adapters, too, draw their dropout from "dropout".
-            source: i32[B], the source of each row, if sources or tasks have their own adapters; a row without a source, -1,
-                gets those of source 0.
             shown: Is filled with the weights that the sharing shows, by layer and name; where it is traced, only the same trace
                 may read them. None: they are not looked at.
+            source: i32[B], the source of each row, if sources or tasks have their own adapters; a row without a source, -1,
+                gets those of source 0.
             **kwargs: Arguments of the module by name.
 
         Returns:

@@ -57,7 +57,7 @@ class Place(NamedTuple):
         return float(np.ptp(self.last_KxE[known], axis=0).mean()) if known.any() else 0.0
 
 
-def sections(study: Study, groups: Sequence[Group]) -> list[Section]:
+def usage_sections(study: Study, groups: Sequence[Group]) -> list[Section]:
     """The section, if the sharing of some run shows weights.
 
     Args:

@@ -17,7 +17,7 @@ from mtl_jax.training.setup import Prepared
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.transfer.adapters.base import Adapter, Shown
 
-KIND = "sharing"  # of the record in metrics.jsonl
+USAGE = "sharing"  # the kind of the record in metrics.jsonl
 EXAMPLES = 32  # the first of each source's dev split
 DIGITS = 4
 

@@ -30,7 +30,7 @@ from mtl_jax.core.progress import Progress
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import stream
 from mtl_jax.training import counts as counting
-from mtl_jax.training import evaluation, metrics_log, results, step_checks
+from mtl_jax.training import evaluation, metrics_log, results, sharing_usage, step_checks
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Restored, Store
 from mtl_jax.training.counts import Counts, evaluations_and_checkpoints, steps_by_phase
@@ -286,6 +286,10 @@ class Chunk:
             value = evaluation.criterion(self.experiment.evaluation.criterion, self.tasks, scores)
             record = {f"{task}/{metric}": score for task, metrics in scores.items() for metric, score in metrics.items()}
             self.loggers[number].write("dev", step, {**record, "criterion": value, "phase": plan.number})
+            if self.machine.usage is not None:
+                run_params = stacking.take(measured, per_run, number)
+                weights = sharing_usage.usage_record(self.machine.usage, run_params, self.prepared)
+                self.loggers[number].write(sharing_usage.USAGE, step, weights)
             better[number] = status.best is None or value >= status.best
             if better[number]:
                 status.best, status.best_step, status.since_best = value, step, 0

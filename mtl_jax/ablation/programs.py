@@ -16,7 +16,7 @@ from mtl_jax.ablation.fields import Numbers
 from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, gram_gradient, text_evaluation
+from mtl_jax.training import evaluation, gram_gradient, sharing_usage, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import cached_features, encode_tokens, needed_fields
@@ -37,6 +37,7 @@ class Machine:
 
     Attributes:
         held_out: The held-out rows, for StepInputs.
+        usage: sharing_usage.make_usage(...), for the parameters of one run.
         per_run: For each phase a tree of bools: the parameters with an axis over runs, f32[N, ...], from this phase on.
         compile_seconds: Seconds spent on compiling steps so far.
         compiled: Number of steps compiled so far.
@@ -54,6 +55,7 @@ class Machine:
         self.held_out = held_out_batches(prepared)
         self.keep_better = stacking.keep_better(self.mesh)
         self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
+        self.usage = sharing_usage.make_usage(prepared)
         self.compile_seconds, self.compiled, self.weight = 0.0, 0, 0
         self._steps: dict[Any, Any] = {}
         self._outputs: dict[Any, Any] = {}

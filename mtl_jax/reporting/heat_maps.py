@@ -29,6 +29,7 @@ def heat_map(
     *,
     colours: str,
     remark: str = "",
+    numbers: bool = True,
 ) -> Panel:
     """A panel with a coloured cell for each row and column, and its number; a value that is not finite has an empty cell.
 
@@ -40,11 +41,12 @@ def heat_map(
         span: The values of the first and of the last colour.
         colours: A colour map of matplotlib.
         remark: A line below the panel.
+        numbers: Whether the cells have their numbers.
     """
 
     def draw(axes: Axes, palette: Palette) -> None:
         _cells(axes, values, np.arange(len(columns) + 1.0), span, colours)
-        for row, column in np.argwhere(np.isfinite(values)).tolist():
+        for row, column in np.argwhere(np.isfinite(values)).tolist() if numbers else ():
             place = (values[row, column] - span[0]) / (span[1] - span[0])
             dark = abs(place - 0.5) > 0.3 if colours == "RdBu" else place < 0.55
             ink = "#ffffff" if dark else "#1c2430"
@@ -78,7 +80,9 @@ def conflicts(study: Study, groups: Sequence[Group]) -> list[Figure]:
             remark = f"The {len(pairs)} of {len(curves)} pairs that agree least." if len(pairs) < len(curves) else ""
             names = [f"{first} - {second}" for first, second in pairs]
             title = labels[id(group)] if len(groups) > 1 else group.method
-            panels.append(_over_time(title, names, steps_M, table_PxM, remark))
+            most = max(0.05, float(np.nanmax(np.abs(table_PxM))))
+            remark = f"The strongest colour is {most:.2f}. {remark}".strip()
+            panels.append(over_time(title, names, steps_M, table_PxM, (-most, most), colours="RdBu", remark=remark))
     caption = (
         "Cosine of the gradients of each pair of tasks, each cell the mean of a window of steps and over the seeds, pairs that "
         "agree least first. Red: a step for one task raises the loss of the other. Blue: it lowers it."
@@ -88,16 +92,34 @@ def conflicts(study: Study, groups: Sequence[Group]) -> list[Figure]:
     return [figure] if panels else []
 
 
-def _over_time(title: str, names: Sequence[str], steps_M: np.ndarray, table_PxM: np.ndarray, remark: str) -> Panel:
-    most = max(0.05, float(np.nanmax(np.abs(table_PxM))))
+def over_time(
+    title: str,
+    names: Sequence[str],
+    steps_M: np.ndarray,
+    table_PxM: np.ndarray,
+    span: tuple[float, float],
+    *,
+    colours: str,
+    remark: str = "",
+) -> Panel:
+    """A panel with a row for each of P names and a coloured cell for each of M steps.
+
+    Args:
+        title: The panel's title.
+        names: The names of the rows, from top to bottom.
+        steps_M: The steps, rising; a cell ends at its step.
+        table_PxM: The values; one that is not finite has an empty cell.
+        span: The values of the first and of the last colour.
+        colours: A colour map of matplotlib.
+        remark: A line below the panel.
+    """
     edges = np.concatenate([[max(0.0, 2 * steps_M[0] - steps_M[1]) if len(steps_M) > 1 else 0.0], steps_M.astype(float)])
 
     def draw(axes: Axes, palette: Palette) -> None:
-        _cells(axes, table_PxM, edges, (-most, most), "RdBu")
+        _cells(axes, table_PxM, edges, span, colours)
         _row_names(axes, names)
         axes.set_xlabel("step")
 
-    remark = f"The strongest colour is {most:.2f}. {remark}".strip()
     return Panel(title, draw, remark=remark, height=max(1.4, 0.65 + LINE * len(names)), left=_left(names))
 
 

@@ -10,6 +10,7 @@ from mtl_jax.reporting import affinity_section, compare_section, curves, figures
 from mtl_jax.reporting.compared import Compared
 from mtl_jax.reporting.page import Cell, Section, Table, number, spread
 from mtl_jax.reporting.render import Figure
+from mtl_jax.reporting.sharing_section import usage_sections
 from mtl_jax.reporting.statistics import Comparison, Group, Spread, criterion, leading, ranked, ties
 from mtl_jax.reporting.study import SPLITS, Study
 from mtl_jax.training.copy_scores import NUMBERS, SCORES
@@ -50,6 +51,7 @@ def sections(
     ]
     parts += [Section(figure.slug, figure.title, [figure]) for figure in drawn]
     tasks_that_help = [] if estimates is None else [affinity_section.section(estimates, study)]
+    parts += usage_sections(study, groups)
     return [*parts, *tasks_that_help, *_copies(study), *_labels(study), _all_runs(study)]
 
 

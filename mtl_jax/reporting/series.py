@@ -41,7 +41,8 @@ class Band:
 
 
 def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], last: int) -> dict[str, Series]:
-    """The curves of a run: loss/TASK and weight/TASK, cosine_mean, conflicts, cosine/TASK/TASK; and dev/TASK, on dev.
+    """The curves of a run: loss/TASK and weight/TASK, cosine_mean, conflicts, cosine/TASK/TASK; and, on dev, dev/TASK and
+    sharing/LAYER/NAME/TASK/COLUMN.
 
     Values of training steps are means over at most POINTS windows of equal length, each placed at the window's last step.
     Values that are not finite are left out, and so are curves without values.
@@ -64,8 +65,12 @@ def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], l
             for task, metric in tasks.items():
                 if f"{task}/{metric}" in record:
                     pairs_of[f"dev/{task}"].append((record["step"], record[f"{task}/{metric}"]))
+        elif record["kind"] == "sharing":
+            for name in (name for name in record if name not in ("kind", "step")):
+                pairs_of.setdefault(f"sharing/{name}", []).append((record["step"], record[name]))
     width = max(1, -(-last // POINTS))
-    curves = {name: _windows(pairs, 1 if name.startswith("dev/") else width) for name, pairs in pairs_of.items()}
+    on_dev = ("dev/", "sharing/")
+    curves = {name: _windows(pairs, 1 if name.startswith(on_dev) else width) for name, pairs in pairs_of.items()}
     return {name: curve for name, curve in curves.items() if len(curve.steps_N)}
 
 

@@ -15,4 +15,6 @@ from .layer_experts import MMoELayers as MMoELayers
 from .low_rank import HydraLora as HydraLora
 from .low_rank import MoeLora as MoeLora
 from .low_rank import MtlLora as MtlLora
+from .shown_weights import Usage as Usage
+from .shown_weights import usage as usage
 from .task_adapters import TaskAdapters as TaskAdapters

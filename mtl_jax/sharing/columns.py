@@ -95,6 +95,8 @@ class CrossStitch(Sharing):
         return {COLUMNS: tasks}
 
     def around(self, params: Params, call: Call) -> Any:
+        assert call.rows is not None
+        call.show("mix", params["mix"], call.rows.routes.tasks)
         output = apply_side_by_side(call, params[COLUMNS], len(params["mix"]))
         x_BxKxTxH = vectors(output)
         mixed = jnp.einsum("kj,bj...->bk...", params["mix"].astype(x_BxKxTxH.dtype), x_BxKxTxH)
@@ -148,7 +150,10 @@ class Sluice(Sharing):
         return {} if layer.kind == COMMON else {COLUMNS: tasks}
 
     def around(self, params: Params, call: Call) -> Any:
+        assert call.rows is not None
         K = len(params["mix"]) // 2
+        if call.shown is not None:
+            call.show("mix", block_sizes(params["mix"]), call.rows.routes.tasks)
         output = apply_side_by_side(call, params[COLUMNS], K)
         x_BxKxTxH = vectors(output)
         B, T, H = x_BxKxTxH.shape[0], *x_BxKxTxH.shape[2:]
@@ -157,8 +162,12 @@ class Sluice(Sharing):
         x_BxKxTxH = mixed.reshape(B, K, 2, T, H // 2).swapaxes(2, 3).reshape(B, K, T, H)
         outputs = call.memo.setdefault("outputs", [])
         outputs.append(x_BxKxTxH)
-        depth_KxL = params[OWN]["depth"].reshape(K, -1).astype(x_BxKxTxH.dtype)
+        names = call.memo.setdefault("layers", [])
+        names.append(call.layer.path.rpartition("/")[2])
+        depth_KxL = params[OWN]["depth"].reshape(K, -1)
         if len(outputs) == depth_KxL.shape[1]:  # the last layer
+            call.show("depth", depth_KxL, names)
+            depth_KxL = depth_KxL.astype(x_BxKxTxH.dtype)
             x_BxKxTxH = sum(depth_KxL[:, n, None, None] * layer for n, layer in enumerate(outputs))
         return joined(with_vectors(output, x_BxKxTxH))
 
@@ -167,6 +176,16 @@ def all_columns(routes: Routes) -> Routes:
     """The routes of a sharing whose rows pass the columns of all tasks."""
     columns = tuple(range(len(routes.tasks)))
     return dataclasses.replace(routes, table=(columns,) * len(routes.table))
+
+
+def block_sizes(mix: jax.Array) -> jax.Array:
+    """f32[K, K], how much each column gets of each column: the norms of the 2 x 2 blocks of f32[2K, 2K], divided by sqrt(2).
+
+    >>> block_sizes(jnp.kron(stitches(2, 0.75), jnp.eye(2))).tolist()
+    [[0.75, 0.25], [0.25, 0.75]]
+    """
+    K = len(mix) // 2
+    return jnp.sqrt((mix.reshape(K, 2, K, 2) ** 2).sum(axis=(1, 3)) / 2)
 
 
 def stitches(tasks: int, stay: float) -> jax.Array:

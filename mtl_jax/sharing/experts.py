@@ -90,7 +90,9 @@ class Experts(Sharing):
 
     def around(self, params: Params, call: Call) -> Any:
         y_BxTxO = call()
-        gate_BxTxE = self.gate(params, y_BxTxO).astype(y_BxTxO.dtype)
+        gate_BxTxE = self.gate(params, y_BxTxO)
+        call.show("gate", gate_BxTxE, expert_names(self.shared_experts, self.own_experts))
+        gate_BxTxE = gate_BxTxE.astype(y_BxTxO.dtype)
         shared, own = jnp.split(gate_BxTxE, [self.shared_experts], axis=-1)
         change = self._change(params, "", shared, y_BxTxO)
         if self.own_experts:
@@ -114,6 +116,16 @@ class Experts(Sharing):
         inner = ACTIVATIONS[self.activation](times(y_BxTxO, down) + down_bias)
         by_expert = inner.reshape(*inner.shape[:2], gate_BxTxE.shape[-1], self.width) * gate_BxTxE[..., None]
         return times(by_expert.reshape(inner.shape), up) + times(gate_BxTxE, up_bias)
+
+
+def expert_names(shared: int, own: int) -> tuple[str, ...]:
+    """Names of experts, for reports.
+
+    >>> expert_names(2, 0), expert_names(1, 1)
+    (('expert 1', 'expert 2'), ('shared 1', 'own 1'))
+    """
+    kinds = [("shared" if own else "expert", shared), ("own", own)]
+    return tuple(f"{kind} {number}" for kind, count in kinds for number in range(1, count + 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

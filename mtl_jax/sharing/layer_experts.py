@@ -15,6 +15,7 @@ import numpy as np
 
 from mtl_jax.sharing.base import GATES, PER_TOKEN, Sharing, layers_from_the_top
 from mtl_jax.sharing.columns import all_columns
+from mtl_jax.sharing.experts import expert_names
 from mtl_jax.sharing.layer_copies import apply_side_by_side, joined, vectors, with_vectors
 from mtl_jax.transfer.adapters.base import COMMON, OWN, Call, Layer, Params
 from mtl_jax.transfer.adapters.routes import Routes
@@ -116,6 +117,7 @@ class MMoELayers(LayerExperts):
         gate = jnp.einsum("bmk,k...->bm...", chosen_BxMxK, self.stacked_gates(params[OWN]["gate"], K))
         M = gate.shape[1]
         weights = gate_weights(gate, jnp.broadcast_to(entry_BxTxH[:, None], (B, M, *entry_BxTxH.shape[1:])))
+        call.show("gate", weights, expert_names(E, 0))
         y_BxExTxH = vectors(output)
         mixed = jnp.einsum("bmte,beth->bmth", weights.astype(y_BxExTxH.dtype), y_BxExTxH)
         others = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, :1], M, axis=1), output)
@@ -180,11 +182,15 @@ class PLE(LayerExperts):
         y_BxExTxH = vectors(output)
         gate = self.stacked_gates(params[OWN]["gate"], K)[None]
         weights = gate_weights(gate, x_BxExTxH[:, : K * own : own])
+        of_shared = [f"shared {number}" for number in range(1, self.shared + 1)]
+        call.show("gate", weights, [*(f"own {number}" for number in range(1, own + 1)), *of_shared])
         read_KxG = np.array([[*range(k * own, (k + 1) * own), *range(K * own, E)] for k in range(K)])
         streams = jnp.einsum("bktg,bkgth->bkth", weights.astype(y_BxExTxH.dtype), y_BxExTxH[:, read_KxG])
         if "shared_gate" not in params:  # the last level
             return joined(with_vectors(jax.tree.map(lambda leaf: leaf[:, :K], output), streams))
         weights = gate_weights(params["shared_gate"][None, None], x_BxExTxH[:, K * own : K * own + 1])
+        of_tasks = [f"{task} {number}" for task in call.rows.routes.tasks for number in range(1, own + 1)]
+        call.show("shared gate", weights, [*of_tasks, *of_shared])
         shared = jnp.einsum("bzte,beth->bzth", weights.astype(y_BxExTxH.dtype), y_BxExTxH)
         inputs = jnp.concatenate([jnp.repeat(streams, own, axis=1), jnp.repeat(shared, self.shared, axis=1)], axis=1)
         return joined(with_vectors(output, inputs))

@@ -68,14 +68,17 @@ class LowRank(Sharing):
         return 1
 
     @abc.abstractmethod
-    def weighted(self, params: Params, x_BxTxI: jax.Array, u: jax.Array) -> jax.Array:
-        """The weighted inputs of the parts, f[B, T, N, R].
+    def weights(self, params: Params, x_BxTxI: jax.Array) -> jax.Array:
+        """The weights of the parts, f32[B, T, N], or f32[B, 1, N] if they read no tokens.
 
         Args:
             params: As for around().
             x_BxTxI: The input of the linear map.
-            u: A x, f[B, T, 1, R] or f[B, T, N, R].
         """
+
+    def turned(self, params: Params, u: jax.Array) -> jax.Array:
+        """What the maps B_n read, from u = A x, f[B, T, 1, R] or f[B, T, N, R]; of the same shape."""
+        return u
 
     def around(self, params: Params, call: Call) -> Any:
         y_BxTxO = call()
@@ -83,7 +86,10 @@ class LowRank(Sharing):
         if call.key is not None and self.dropout:
             x_BxTxI = drop(call.key, self.dropout, x_BxTxI)
         u = times(x_BxTxI, params["a"].astype(y_BxTxO.dtype))
-        weighted = self.weighted(params, x_BxTxI, u.reshape(*u.shape[:2], self.downs, self.rank))
+        turned = self.turned(params, u.reshape(*u.shape[:2], self.downs, self.rank))
+        weights = self.weights(params, x_BxTxI)
+        call.show("parts", weights, [f"part {number}" for number in range(1, self.parts + 1)])
+        weighted = weights.astype(u.dtype)[..., None] * turned
         change = times(weighted.reshape(*u.shape[:2], self.parts * self.rank), params["b"].astype(y_BxTxO.dtype))
         return y_BxTxO + (self.alpha / self.rank) * change
 
@@ -110,10 +116,11 @@ class MtlLora(LowRank):
     def init_own(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         return {"transform": jnp.eye(self.rank), "mix": jnp.zeros(self.parts)}
 
-    def weighted(self, params: Params, x_BxTxI: jax.Array, u: jax.Array) -> jax.Array:
-        v_BxTxR = times(u[:, :, 0], params["transform"].astype(u.dtype))
-        weights_Bx1xN = jax.nn.softmax(params["mix"] / self.temperature).astype(u.dtype)
-        return weights_Bx1xN[..., None] * v_BxTxR[:, :, None]
+    def weights(self, params: Params, x_BxTxI: jax.Array) -> jax.Array:
+        return jax.nn.softmax(params["mix"] / self.temperature)
+
+    def turned(self, params: Params, u: jax.Array) -> jax.Array:
+        return times(u[:, :, 0], params["transform"].astype(u.dtype))[:, :, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,9 +135,8 @@ class HydraLora(LowRank):
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         return {**super().init(key, layer), "router": jnp.zeros((layer.inputs, self.parts))}
 
-    def weighted(self, params: Params, x_BxTxI: jax.Array, u: jax.Array) -> jax.Array:
-        router = times(x_BxTxI, params["router"].astype(u.dtype)).astype(jnp.float32)
-        return jax.nn.softmax(router).astype(u.dtype)[..., None] * u
+    def weights(self, params: Params, x_BxTxI: jax.Array) -> jax.Array:
+        return jax.nn.softmax(times(x_BxTxI, params["router"].astype(x_BxTxI.dtype)).astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,8 +162,8 @@ class MoeLora(LowRank):
     def init_own(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
         return {"gate": jnp.zeros((layer.inputs, self.parts) if self.gates == PER_TOKEN else self.parts)}
 
-    def weighted(self, params: Params, x_BxTxI: jax.Array, u: jax.Array) -> jax.Array:
+    def weights(self, params: Params, x_BxTxI: jax.Array) -> jax.Array:
         gate = params["gate"]
         if self.gates == PER_TOKEN:
-            gate = times(x_BxTxI, gate.astype(u.dtype)).astype(jnp.float32)
-        return jax.nn.softmax(gate).astype(u.dtype)[..., None] * u
+            gate = times(x_BxTxI, gate.astype(x_BxTxI.dtype)).astype(jnp.float32)
+        return jax.nn.softmax(gate)

@@ -101,7 +101,7 @@ def features(
     """
     ids_N = np.concatenate([part.first_id + np.arange(len(part.tokens)) for part in examples])
     table_NxH = np.zeros((0, 0), np.float32)
-    for batch, pooled in _outputs_of_batches(apply, params, None, eval_batches(examples, batching), mesh, on_batch):
+    for batch, pooled in outputs_of_batches(apply, params, None, eval_batches(examples, batching), mesh, on_batch):
         if not len(table_NxH):
             table_NxH = np.zeros((len(ids_N), pooled.shape[-1]), np.float32)
         is_example = batch.index >= 0
@@ -177,7 +177,7 @@ def _predict(
     sums = [{task.name: np.zeros(2) for task in tasks} for _ in predictions]
     has_labels = all(task.name in part.labels for part in examples for task in tasks_of[part.source])
     batches = eval_batches(examples, batching, tasks if has_labels else ())
-    for batch, output in _outputs_of_batches(apply, params, table, batches, mesh):
+    for batch, output in outputs_of_batches(apply, params, table, batches, mesh):
         by_run = split_runs(jax.device_get(output))
         for run, run_sums in zip(by_run, sums, strict=True):
             for name, sum_and_count in run.sums.items():
@@ -214,7 +214,7 @@ def _blank(examples: Sequence[Examples], tasks_of: Mapping[str, Sequence[Task]])
     return Predictions(outputs, {})
 
 
-def _outputs_of_batches(
+def outputs_of_batches(
     apply: Apply,
     params: Any,
     table: jax.Array | None,
@@ -222,7 +222,16 @@ def _outputs_of_batches(
     mesh: Mesh,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Iterator[tuple[Batch, Any]]:
-    """(host batch, its output on the devices), yielded one batch late: the host packs a batch while the devices compute."""
+    """(host batch, its output on the devices), yielded one batch late: the host packs a batch while the devices compute.
+
+    Args:
+        apply: The function.
+        params: The model's parameters.
+        table: The features, where it reads them.
+        batches: Host batches.
+        mesh: The devices.
+        on_batch: Called with each host batch before it is sent to the devices.
+    """
     sent: list[tuple[Batch, Any]] = []
     for batch in batches:
         on_batch(batch)

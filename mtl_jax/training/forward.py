@@ -90,7 +90,7 @@ def encode_tokens(
     reads_types, pool = _reads_types(module), POOLINGS[pooling_of(module)]
     copies = Copies(trunk.copy_of if isinstance(trunk, Adapted) else ())
 
-    def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None) -> Encoded:
+    def encode(params: Any, batch: Batch, key: jax.Array | None, features: jax.Array | None, **more: Any) -> Encoded:
         own_adapters = {"source": batch.source, "one_source": one_source} if isinstance(trunk, Adapted) else {}
         types = {"token_type_ids": batch.types} if reads_types else {}
         with rematerialised(savings.remat):
@@ -104,6 +104,7 @@ def encode_tokens(
                 rngs=None if key is None else {"dropout": key},
                 **types,
                 **own_adapters,
+                **more,
             )
         hidden, mean = output.hidden, functools.partial(pool, num_segments=batch.index.shape[-1])
         if copies.of:

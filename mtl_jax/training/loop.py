@@ -36,6 +36,7 @@ from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.references import References, chosen_rows
 from mtl_jax.training.setup import Prepared, held_out_batches, initial_state, mixture_phases, start_phase, template
+from mtl_jax.training.sharing_usage import USAGE, make_usage, usage_record
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
 
@@ -69,6 +70,8 @@ class TrainingRun:
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh, savings=savings)
         self.outputs_of_features = evaluation.make_outputs(cached_features, self.tasks, self.mesh, savings=savings)
         self.programs: list[Any] = [self.features.apply, self.outputs, self.outputs_of_features]
+        self.usage = make_usage(prepared)
+        self.programs += [] if self.usage is None else [self.usage]
         self.averaging = averaging.make(self.experiment.averaging)
         self.collect: Any = None
         if self.averaging.collect is not None:
@@ -234,6 +237,8 @@ class TrainingRun:
         record = {f"{task}/{metric}": score for task, metrics in scores.items() for metric, score in metrics.items()}
         record |= {"criterion": value, "phase": plan.number, **self.prepared.facts.evaluated(step)}
         self.logger.write("dev", step, record)
+        if self.usage is not None:
+            self.logger.write(USAGE, step, usage_record(self.usage, params, self.prepared))
         self.callbacks.call("after_evaluation", step, record)
         for task, line in evaluation.undefined(self.tasks, scores, "dev").items():
             if task not in self.undefined:

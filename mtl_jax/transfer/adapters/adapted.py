@@ -36,6 +36,7 @@ from mtl_jax.transfer.adapters.base import (
     Call,
     Inserted,
     Layer,
+    Shown,
 )
 from mtl_jax.transfer.adapters.prefix import Prefix
 from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
@@ -202,6 +203,7 @@ class Adapted:
         variables: Mapping[str, Any],
         *args: Any,
         rngs: dict[str, jax.Array] | None = None,
+        shown: dict[str, dict[str, Shown]] | None = None,
         source: jax.Array | None = None,
         one_source: bool = False,
         **kwargs: Any,
@@ -212,6 +214,8 @@ class Adapted:
             variables: {"params": ...}.
             *args: Arguments of the module.
             rngs: As in linen; with deterministic=False adapters, too, draw their dropout from "dropout".
+            shown: Is filled with the weights that the sharing shows, by layer and name; where it is traced, only the same trace
+                may read them. None: they are not looked at.
             source: i32[B], the source of each row, if sources or tasks have their own adapters; a row without a source, -1,
                 gets those of source 0.
             one_source: Whether all rows are of one source, which spares work where layers are copied.
@@ -259,7 +263,7 @@ class Adapted:
             for adapter in nearest_first:
                 layer_params = by_layer[adapter.name].get(adapter.uses(layer))
                 if layer_params is not None:
-                    about = (call_key, outer[-1], rows, memos[adapter.name])
+                    about = (call_key, outer[-1], rows, memos[adapter.name], None if isinstance(adapter, Adapter) else shown)
                     call = _around(adapter, layer_params, layer, context.module, call, *about)
             if layer.kind != WHOLE:
                 return call(*args, **kwargs)
@@ -530,9 +534,11 @@ def _around(
     outer: tuple[Any, ...],
     rows: Rows | None,
     memo: dict[str, Any],
+    shown: dict[str, dict[str, Shown]] | None,
 ) -> Callable[..., Any]:
     layer_key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"{adapter.name}/{layer.path}".encode()))
-    return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, layer_key, outer, rows, memo))
+    about = (layer_key, outer, rows, memo, shown)
+    return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, *about))
 
 
 def _stack(leaf: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -49,6 +49,18 @@ class Layer(NamedTuple):
     calls: int = 1
 
 
+class Shown(NamedTuple):
+    """Weights that a layer shows.
+
+    Attributes:
+        weights: As for Call.show().
+        columns: The names of the last axis.
+    """
+
+    weights: jax.Array
+    columns: tuple[str, ...]
+
+
 class Call(NamedTuple):
     """One call of a layer that an adapter may change.
 
@@ -62,6 +74,7 @@ class Call(NamedTuple):
         outer: The arguments of the whole layer that this call is a part of; () outside of layers.
         rows: The tasks of the rows, where something in the trunk belongs to single tasks.
         memo: What an adapter keeps from one layer to the next, in one pass; by a key of its choice.
+        shown: {layer: {name: weights}} so far, of a pass that looks at them; None in every other pass.
     """
 
     layer: Layer
@@ -73,10 +86,31 @@ class Call(NamedTuple):
     outer: tuple[Any, ...] = ()
     rows: Rows | None = None
     memo: dict[str, Any] = {}  # noqa: RUF012  each pass gives its own
+    shown: dict[str, dict[str, Shown]] | None = None
 
     def __call__(self) -> Any:
         """The result of the call without this adapter."""
         return self.next(*self.args, **self.kwargs)
+
+    def show(self, name: str, weights: jax.Array, columns: Sequence[str] = ()) -> None:
+        """Shows which weights a sharing uses at this layer, for metrics.jsonl and the report; nothing in a training step.
+
+        Args:
+            name: A name for the weights; each name once a layer.
+            weights: Those of each token, f[..., T, E], or of each row, f[..., 1, E], whose first axes are the rows with their
+                copies, one after another; or those of each task, f[K, E].
+            columns: Names of the E numbers, without "/"; by default 1 to E.
+
+        Raises:
+            ValueError: There is not a name for each of the E numbers, or one has a "/".
+        """
+        if self.shown is None:
+            return
+        names = tuple(columns) or tuple(str(number) for number in range(1, weights.shape[-1] + 1))
+        if len(set(names)) != weights.shape[-1] or any("/" in text for text in (name, *names)):
+            need = f"{weights.shape[-1]} different names without '/' are needed"
+            raise ValueError(f"{name} at {self.layer.path}: {need}, not {names}")
+        self.shown.setdefault(self.layer.path, {})[name] = Shown(weights, names)
 
 
 class Inserted(abc.ABC):

@@ -61,7 +61,9 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
 def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
     """{name: (door, class or function)} of the parts of an experiment, ours and the user's."""
     used: dict[str, tuple[str, Any]] = {}
-    for part in (experiment.trunk, experiment.sharing, *experiment.tasks, *experiment.adapters, *experiment.regularisers):
+    inside = [getattr(experiment.sharing, field.name) for field in dataclasses.fields(experiment.sharing)]
+    adapters = [*experiment.adapters, *(value for value in inside if isinstance(value, Adapter))]
+    for part in (experiment.trunk, experiment.sharing, *experiment.tasks, *adapters, *experiment.regularisers):
         used[type(part).__name__] = (part.door, type(part))
     edits = [source.deidentify for source in experiment.sources if source.deidentify is not None]
     used |= {type(edit).__name__: (edit.door, type(edit)) for edit in edits}

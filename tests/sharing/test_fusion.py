@@ -1,28 +1,25 @@
 """AdapterFusion against numpy and against its adapters alone; what it takes of other runs; a run without them afterwards."""
 
-import contextlib
 import dataclasses
 import json
 import shutil
 
+import finished_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 import tiny
+from finished_runs import moved
 
 import mtl_jax
-from mtl_jax import Bottleneck, Checkpoints, Lora, Phase, Prefix, adapters_only, sharing, trunks
+from mtl_jax import Bottleneck, Lora, Phase, Prefix, adapters_only, sharing
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.predict import open_run, predict
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.sharing import AdapterFusion, TaskAdapters, TrainedTrunk, fusion_only
-from mtl_jax.training.checkpoint_store import Store
-from mtl_jax.training.experiment_json import tasks_to_json, to_json
-from mtl_jax.training.setup import prepare
-from mtl_jax.training.train_state import create
 from mtl_jax.transfer.adapters import ADAPTERS, IA3, adapt, routes
 
 CONFIG = EncoderConfig(30, 8, 1, 2, 16, 8, type_vocab_size=0, dropout=0.0, attention_dropout=0.0)
@@ -30,11 +27,6 @@ ROUTES = routes.make([("a", "first"), ("b", "second"), ("c", "second")], ["first
 IDS, SOURCE, KEY = jnp.arange(12).reshape(3, 4), jnp.array([1, 0, 1]), jax.random.key(1)
 PLACE = "layer_0/feed_forward_out"
 DECLARED = Bottleneck(name="one", width=3, variant="pfeiffer")
-
-
-def noisy(tree, seed=2):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), tree)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def test_fusion_equals_numpy(plain):
     part = AdapterFusion(runs=("x", "y"), adapter=DECLARED)
     module = adapt(Encoder(CONFIG), (), 2, sharing=(part,), routes=ROUTES)
     params = jax.jit(module.add)(plain, KEY)
-    params |= {ADAPTERS: noisy(params[ADAPTERS])}
+    params |= {ADAPTERS: moved(params[ADAPTERS])}
     apply = jax.jit(lambda params: module.apply({"params": params}, IDS, source=SOURCE).hidden)
     hidden = apply(params).reshape(3, 2, 4, 8)
     _, state = jax.jit(lambda: Encoder(CONFIG).apply({"params": plain}, IDS, capture_intermediates=True))()
@@ -76,7 +68,7 @@ def test_one_adapter_and_an_identity_are_the_adapter_alone(plain, adapter):
     """Also where it changes the input of a linear map (IA3)."""
     alone = adapt(Encoder(CONFIG), (adapter,))
     params = jax.jit(alone.add)(plain, KEY)
-    params |= {ADAPTERS: noisy(params[ADAPTERS])}
+    params |= {ADAPTERS: moved(params[ADAPTERS])}
     fused = adapt(Encoder(CONFIG), (), sharing=(AdapterFusion(runs=("x",), adapter=adapter, own=False),), routes=ROUTES)
     assert fused.copies == fused.through == 1
     run = TrainedTrunk("x", alone, params, (adapter,), sharing.Hard(), {})
@@ -92,7 +84,7 @@ def trained(plain, *adapters, part=None):
     """The trunk of a run with such adapters, and a sharing."""
     parts = () if part is None else (part,)
     module = adapt(Encoder(CONFIG), adapters, 2, sharing=parts, routes=ROUTES if parts else None)
-    params = noisy(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), jax.eval_shape(lambda: module.add(plain, KEY))))
+    params = moved(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), jax.eval_shape(lambda: module.add(plain, KEY))))
     return TrainedTrunk("runs/x", module, params, adapters, part or sharing.Hard(), {"a": 0, "b": 1, "c": 1})
 
 
@@ -153,22 +145,6 @@ def test_wrong_fields_are_one_line():
 # Runs of the tiny experiment.
 
 
-def as_if_trained(folder, experiment):
-    """The workdir of a finished run whose adapters moved by chance; returns its parameters."""
-    prepared = prepare(experiment)
-    params = jax.device_get(prepared.params)
-    params["trunk"] = params["trunk"] | {ADAPTERS: noisy(params["trunk"][ADAPTERS])}
-    trunks.save(prepared.trunk, folder / "trunk")
-    data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
-    for name, value in (("config", to_json(experiment)), ("data", data), ("results", {})):
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    (folder / "checkpoints").mkdir()
-    with contextlib.closing(Store(folder, Checkpoints())) as store:
-        store.save(2, jax.tree.map(jnp.asarray, create(params, (), (), 0)), {"step": 2}, 0.5)
-        store.wait()
-    return params["trunk"][ADAPTERS]
-
-
 @pytest.fixture(scope="module")
 def fused(bert, data, tmp_path_factory):
     """A finished fusion of two runs, one of which had an adapter for each task; those runs are gone when it resumes."""
@@ -176,9 +152,10 @@ def fused(bert, data, tmp_path_factory):
     adapter = Bottleneck(name="task", width=2, variant="pfeiffer")
     experiment = tiny.experiment(bert, data, phases=(Phase("fusion", 4, rules=adapters_only()),))
     added = [
-        as_if_trained(folder / "one", dataclasses.replace(experiment, adapters=(adapter,))),
-        as_if_trained(folder / "two", dataclasses.replace(experiment, sharing=TaskAdapters(adapter=adapter))),
+        finished_runs.write(folder / "one", dataclasses.replace(experiment, adapters=(adapter,))),
+        finished_runs.write(folder / "two", dataclasses.replace(experiment, sharing=TaskAdapters(adapter=adapter))),
     ]
+    added = [params["trunk"][ADAPTERS] for params in added]
     part = AdapterFusion(runs=(str(folder / "one"), str(folder / "two")), adapter=adapter, tasks=("", "fine"))
     phases = (dataclasses.replace(experiment.phases[0], rules=fusion_only()),)
     experiment = dataclasses.replace(experiment, sharing=part, phases=phases, evaluation=mtl_jax.Evaluation(every=4))

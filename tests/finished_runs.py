@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,14 @@ def write(folder, experiment, seed=0):
     data = prepared.corpus.describe() | {"tasks": tasks_to_json(prepared.corpus.tasks)}
     for name, value in (("config", to_json(experiment)), ("data", data), ("results", {})):
         (folder / f"{name}.json").write_text(json.dumps(value))
+    put(folder, params)
+    return params
+
+
+def put(folder, params):
+    """Puts parameters in place of a workdir's checkpoints."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / "checkpoints").mkdir()
     with contextlib.closing(Store(folder, Checkpoints())) as store:
         store.save(2, jax.tree.map(jnp.asarray, create(params, (), (), 0)), {"step": 2}, 0.5)
         store.wait()
-    return params

@@ -177,7 +177,7 @@ def adapter_of(run: TrainedTrunk, adapter: Inserted, layer: Layer, task: str) ->
         advice = f"name one of {listed(run.source_of)} for it"
         raise UserError(f"{where} has an adapter for each {TASK if owner == TASK else 'source'}; {advice}")
     if task and task not in run.source_of:
-        raise unknown(f"{where} has no such task:", task, run.source_of)
+        raise unknown(f"task of {run.name} in tasks of AdapterFusion:", task, run.source_of)
     return params_at(run.module, adapter, run.params[ADAPTERS], layer, run.source_of.get(task), task or None)
 
 

@@ -1,6 +1,8 @@
 """Runs whose tasks share the trunk in another way than all of it: merged, begun from, and imitated."""
 
 import dataclasses
+import json
+import shutil
 
 import finished_runs
 import jax
@@ -15,21 +17,32 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.inference.predict import open_run
 from mtl_jax.merging import Method, merge
 from mtl_jax.training import initial_parameters, setup
+from mtl_jax.training.experiment_json import to_json
 
 PART = sharing.MMoE(experts=2, width=2)
 
 
 @pytest.fixture(scope="module")
 def runs(bert, data, tmp_path_factory):
-    """Two runs of one experiment; one with other experts; one with the tasks in another order; one with hard sharing."""
+    """Two runs of one experiment; one of other experts; one with the tasks in another order; one with hard sharing."""
     folder = tmp_path_factory.mktemp("runs")
     plain = tiny.experiment(bert, data, sharing=PART, phases=(Phase("all", 4),))
-    hard = dataclasses.replace(plain, sharing=sharing.Hard())
-    turned = dataclasses.replace(plain, tasks=plain.tasks[::-1])
-    wide = dataclasses.replace(plain, sharing=dataclasses.replace(PART, width=3))
-    declared = {"one": plain, "two": plain, "wide": wide, "turned": turned, "hard": hard}
-    params = {name: finished_runs.write(folder / name, value, n) for n, (name, value) in enumerate(declared.items())}
-    return folder, params, plain
+    params = finished_runs.write(folder / "one", plain)
+    for name, changes in {
+        "two": {},
+        "other": {"sharing": dataclasses.replace(PART, activation="relu")},
+        "turned": {"tasks": plain.tasks[::-1]},
+        "hard": {"sharing": sharing.Hard()},
+    }.items():
+        shutil.copytree(folder / "one", folder / name)
+        (folder / name / "config.json").write_text(json.dumps(to_json(dataclasses.replace(plain, **changes))))
+        if name == "turned":
+            known = json.loads((folder / name / "data.json").read_text())
+            known["tasks"] = dict(reversed(known["tasks"].items()))
+            (folder / name / "data.json").write_text(json.dumps(known))
+    two = finished_runs.moved(params, 1)
+    finished_runs.put(folder / "two", two)
+    return folder, {"one": params, "two": two}, plain
 
 
 def test_runs_of_one_sharing_are_merged_leaf_by_leaf(runs, tmp_path):
@@ -44,7 +57,7 @@ def test_runs_of_one_sharing_are_merged_leaf_by_leaf(runs, tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ("wide", r"wide: its tasks share the trunk by MMoE\(.*width=3.*only runs with the same sharing can be merged"),
+        ("other", r"other: its tasks share the trunk by MMoE\(.*'relu'.*only runs with the same sharing can be merged"),
         ("hard", r"hard: its tasks share the trunk by Hard\(\), and those of .*one by MMoE"),
         ("turned", r"turned: its tasks are fine, coarse, rating, and those of .*one are rating, coarse, fine"),
     ],

@@ -1,4 +1,4 @@
-"""Sharings in training: on several devices, under rules over the Gram matrix, killed and resumed, exported, as an ablation."""
+"""Sharings in training: on several devices, under rules over the Gram matrix, exported, in config.json, as an ablation."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Checkpoints, Evaluation, Lora, ParamRule, Phase, RDrop, adapters_only, pretrained, sharing
+from mtl_jax import Evaluation, Lora, ParamRule, Phase, RDrop, adapters_only, pretrained, sharing
 from mtl_jax.ablation import plan as plans
 from mtl_jax.ablation import space
 from mtl_jax.core import trees
@@ -71,6 +71,8 @@ def test_two_devices_do_what_one_does(bert, data, part, rule):
             np.testing.assert_allclose(gram, expected, rtol=2e-3, atol=1e-4 * expected.max())
     start = trees.flat(jax.device_get(prepared.params))
     for path, leaf in trees.flat(params).items():
+        if path.endswith("key/bias"):  # no weight of an attention depends on it
+            continue
         change, other_change = leaf - start[path], trees.flat(others)[path] - start[path]
         # The first step of Adam is the sign of the gradient: where that is 0 up to rounding, it may be any.
         assert (np.abs(change - other_change) > 1e-4).mean() < 0.05, path
@@ -97,45 +99,10 @@ def gram_by_hand(prepared, batch):
     return np.array([[a @ b for b in flat] for a in flat])
 
 
-@pytest.fixture(scope="module")
-def finished(bert, data, tmp_path_factory):
-    """A run of an adapter for each task, and the same one as if it had been killed after two steps and started again."""
-    folder = tmp_path_factory.mktemp("shared")
-    tiny.write_data(folder / "more", rows=30)
-    plain = experiment(bert, data, TASK_LORA, weighting="upgrad", evaluation=Evaluation(every=4))
-    sources = (plain.sources[0], dataclasses.replace(plain.sources[1], test_path=str(folder / "more/questions.txt")))
-    plain = dataclasses.replace(
-        plain, sources=sources, evaluation=Evaluation(every=4), checkpoints=Checkpoints(every=2, keep=3)
-    )
-    results = mtl_jax.train(plain, folder / "whole")
-    tiny.cut(folder / "whole", folder / "resumed", 2)
-    mtl_jax.train(plain, folder / "resumed")
-    return folder, results, plain
-
-
-def test_a_killed_run_ends_with_the_same_bits(finished):
-    folder, _, _ = finished
-    whole, resumed = (trees.flat(jax.device_get(open_run(folder / name, "4").params)) for name in ("whole", "resumed"))
-    for path, leaf in whole.items():
-        assert leaf.tobytes() == resumed[path].tobytes(), path
-    own = whole[f"trunk/{ADAPTERS}/sharing/layer_0/attention/query/own/b"]
-    assert all(own[number].any() for number in range(3))  # all tasks learned
-
-
-def test_texts_are_answered_as_in_the_evaluation(finished):
-    """Of tasks that share a source."""
-    folder, results, _ = finished
-    for task in ("coarse", "fine"):
-        scores = mtl_jax.evaluate(folder / "whole", task, str(folder / "more/questions.txt"))["metrics"]
-        assert scores == pytest.approx(results["tasks"][task]["test"], abs=1e-5)
-
-
 @pytest.mark.parametrize("part", [TASK_LORA, sharing.TopLayers(own=1)])
-def test_a_task_s_trunk_is_a_plain_checkpoint(finished, bert, data, tmp_path, part):
-    run = finished[0] / "whole"
-    if part is not TASK_LORA:
-        run = tmp_path / "run"
-        finished_runs.write(run, experiment(bert, data, part))
+def test_a_task_s_trunk_is_a_plain_checkpoint(bert, data, tmp_path, part):
+    run = tmp_path / "run"
+    finished_runs.write(run, experiment(bert, data, part))
     mtl_jax.convert(run, tmp_path / "out", task="fine")
     checkpoint, opened = pretrained.load(str(tmp_path / "out"), head=None), open_run(run)
     ids = jnp.array([[2, 5, 9, 13, 3]])
@@ -147,12 +114,6 @@ def test_a_task_s_trunk_is_a_plain_checkpoint(finished, bert, data, tmp_path, pa
     )
     with pytest.raises(UserError, match="each task has its own; say of which task"):
         mtl_jax.convert(run, tmp_path / "none")
-
-
-def test_another_sharing_does_not_resume(finished):
-    folder, _, plain = finished
-    with pytest.raises(UserError, match=r"sharing"):
-        mtl_jax.train(dataclasses.replace(plain, sharing=sharing.MMoE()), folder / "whole")
 
 
 KINDS = (
@@ -185,7 +146,7 @@ def test_config_json_has_every_sharing():
 
 
 def test_fields_and_rates_can_be_varied():
-    """A size makes a program; the rate of what is added is a number of one program."""
+    """A size of the sharing, and the rate of what it adds, make a program; the run's rate is a number of one."""
     rules = (ParamRule("trunk/adapters/.*", rate=2.0), ParamRule(".*"))
     plain = dataclasses.replace(
         tiny.experiment("bert", "data"), sharing=sharing.MtlLora(), phases=(Phase("a", 2, rules=rules),)
@@ -195,7 +156,7 @@ def test_fields_and_rates_can_be_varied():
         return [len(program.runs) for program in plans.programs(plans.runs(plain, space.axes(plain, vary)))]
 
     assert programs("sharing.rank=2,4", "optimizer.learning-rate=1e-3,1e-2") == [2, 2]
-    assert programs("phases.0.rules.0.rate=1,2,4") == [3]
+    assert programs("phases.0.rules.0.rate=1,2") == [1, 1]
 
 
 @pytest.mark.long

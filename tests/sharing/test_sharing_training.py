@@ -17,8 +17,8 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.inference.predict import open_run
+from mtl_jax.training import initial_parameters, setup
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training import setup
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.experiment_json import from_json, to_json
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
@@ -211,3 +211,37 @@ def test_subspaces_need_columns(bert, data):
     prepared = setup.prepare(experiment(bert, data, sharing.Sluice(), regularisers=(sharing.Subspaces(),)), abstract=True)
     leaves = trees.flat(prepared.params)
     assert len(trees.matching(sharing.Subspaces().parameters, leaves)) == 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelPart(sharing.Sharing):
+    """The first columns of a kernel, as a sharing of one's own that begins from the trunk's."""
+
+    columns: int = 2
+    kept: int = 2
+
+    def where(self, layers):
+        return self.matching(layers, ".*/feed_forward_out")
+
+    def init(self, key, layer):
+        return {"columns": jnp.zeros((layer.inputs, self.columns))}
+
+    def around(self, params, call):
+        return call()
+
+    def loaded(self, params, trunk, runs):
+        assert not runs
+        kernel = trunk["layer_0"]["feed_forward_out"]["kernel"]
+        return {"layer_0": {"feed_forward_out": {"columns": kernel[:, : self.kept]}}}
+
+
+def test_a_sharing_of_ones_own_begins_from_the_trunk(bert, data):
+    prepared = setup.prepare(experiment(bert, data, KernelPart()))
+    loaded = initial_parameters.load(prepared)
+    trunk = loaded.prepared.params["trunk"]
+    columns = trunk[ADAPTERS]["sharing"]["layer_0"]["feed_forward_out"]["columns"]
+    np.testing.assert_array_equal(columns, trunk["layer_0"]["feed_forward_out"]["kernel"][:, :2])
+    assert loaded.records == {"sharing.json": {"kind": "KernelPart", "runs": {}}}
+    prepared = prepared._replace(experiment=dataclasses.replace(prepared.experiment, sharing=KernelPart(kept=3)))
+    with pytest.raises(UserError, match=r"loaded\(\) of KernelPart must keep shapes.*from \(32, 2\) to \(32, 3\)"):
+        initial_parameters.load(prepared)

@@ -290,10 +290,9 @@ def _train(ready: Ready, work: _Work) -> None:
                 continue
             for run in chunk:
                 files = {"versions": workdirs.versions(), "data": data, "baselines": baselines}
-                if run.experiment.seed in ready.loaded:
-                    files["init_from"] = ready.loaded[run.experiment.seed]
-                for name, value in files.items():
-                    workdirs.write_json(shared.run_folder(run) / f"{name}.json", value)
+                records = {f"{name}.json": value for name, value in files.items()} | ready.loaded[run.experiment.seed]
+                for name, value in records.items():
+                    workdirs.write_json(shared.run_folder(run) / name, value)
             training = Chunk(shared, chunk, ready.values(chunk), folders.of_chunk(ledger.folder, number, place))
             fates = zip(chunk, training.train(), strict=True)
             ended = {run.name: f"diverged {fate.diverged}" if fate.diverged else "done" for run, fate in fates}

@@ -17,7 +17,7 @@ from mtl_jax.ablation.programs import Machine
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
-from mtl_jax.training import init_from, setup
+from mtl_jax.training import initial_parameters, setup
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.setup import Prepared, mixture_phases, prepare, with_seed
 
@@ -31,7 +31,7 @@ class Ready(NamedTuple):
         program: The program.
         prepared: Its template, prepared.
         params: {seed: initial parameters}.
-        loaded: {seed: contents of init_from.json}; empty if no parameters are loaded.
+        loaded: {seed: {file: its contents}}: where parameters are from, such as init_from.json; empty for a seed without any.
         machine: Its compiled functions.
         chunks: Its runs in chunks that are trained at once.
     """
@@ -39,7 +39,7 @@ class Ready(NamedTuple):
     program: Program
     prepared: Prepared
     params: dict[int, Any]
-    loaded: dict[int, dict[str, Any]]
+    loaded: dict[int, dict[str, dict[str, Any]]]
     machine: Machine
     chunks: list[list[Run]]
 
@@ -77,9 +77,8 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     prepared = setup.on_mesh(prepared, mesh)
     params, loaded = {}, {}
     for seed in sorted({run.experiment.seed for run in program.runs}):
-        seeded = with_seed(prepared, seed)
-        if program.template.init_from.path:
-            seeded, loaded[seed], line = init_from.load_parameters(seeded)
+        seeded, loaded[seed], lines = initial_parameters.load(with_seed(prepared, seed))
+        for line in lines:
             log.info("seed %d: %s", seed, line)
         params[seed] = seeded.params
     differs = stacking.differing(list(params.values()))

@@ -28,6 +28,7 @@ from mtl_jax.merging import checkpoints, inputs
 from mtl_jax.merging.inputs import TRUNK, Model, Parts
 from mtl_jax.merging.method import Method
 from mtl_jax.merging.union import Member, Union, check_adapters, unite
+from mtl_jax.sharing.base import Hard
 from mtl_jax.training import evaluation, results, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
@@ -148,6 +149,12 @@ def _base(name: str, members: Sequence[Member], union: Union) -> Model:
         raise UserError(
             f"{name} is a checkpoint without adapters, but {members[0].name} has {listed(adapters)}: mtl-jax convert merges "
             "Lora and IA3 into the kernels, and such checkpoints can be merged; or give a run as --base"
+        )
+    sharing = union.experiment.sharing
+    if not isinstance(sharing, Hard):
+        raise UserError(
+            f"{name} is a checkpoint, but the tasks of {members[0].name} share its trunk by {type(sharing).__name__}; give a "
+            "run as --base"
         )
     checkpoint = pretrained.load(name, head=None)
     model = checkpoints.model(name, checkpoint)

@@ -12,6 +12,7 @@ from mtl_jax.experiment import Experiment
 from mtl_jax.inference.predict import TrainedRun
 from mtl_jax.tasks import Task
 from mtl_jax.training.experiment_json import tasks_to_json
+from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.transfer.adapters.base import RUN
 
 # Fields of tasks that matter in training only: joined runs may differ in them.
@@ -112,11 +113,12 @@ def _plain(experiment: Experiment, members: Sequence[Member]) -> Experiment:
 
 
 def check_adapters(first: Member, second: Member) -> None:
-    """Checks that parameters of adapters mean the same in two runs, beyond their shapes.
+    """Checks that parameters of adapters and of the sharing mean the same in two runs, beyond their shapes.
 
     Raises:
-        UserError: They differ, for example in a factor, or in the order of sources that have separate adapters.
+        UserError: They differ, for example in a factor, or in the order of sources or tasks that have parameters of their own.
     """
+    _check_sharing(first, second)
     advice = "mtl-jax convert merges Lora and IA3 into the kernels; such checkpoints can be merged"
     adapters, others = ({a.name: a for a in member.run.experiment.adapters} for member in (first, second))
     if adapters.keys() != others.keys():
@@ -130,6 +132,24 @@ def check_adapters(first: Member, second: Member) -> None:
         raise UserError(
             f"{second.name}: each source has separate adapters ({listed(separate)}), and its sources are {sources[0]}, "
             f"those of {first.name} {sources[1]}; with --task, {advice}"
+        )
+
+
+def _check_sharing(first: Member, second: Member) -> None:
+    """Raises UserError unless two runs share their trunks in the same way, and by the same tasks."""
+    sharing, other = (member.run.experiment.sharing for member in (first, second))
+    if sharing != other:
+        raise UserError(
+            f"{second.name}: its tasks share the trunk by {other}, and those of {first.name} by {sharing}; only runs with the "
+            "same sharing can be merged"
+        )
+    module = first.run.trunk.module
+    by_task = isinstance(module, Adapted) and module.routes is not None
+    tasks = [[task.name for task in member.run.tasks] for member in (first, second)]
+    if by_task and tasks[0] != tasks[1]:
+        raise UserError(
+            f"{second.name}: its tasks are {listed(tasks[1])}, and those of {first.name} are {listed(tasks[0])}; each has "
+            "parameters of its own in the trunk, so the tasks must be the same, in the same order"
         )
 
 

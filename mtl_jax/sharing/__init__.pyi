@@ -2,12 +2,16 @@
 
 from .base import Hard as Hard
 from .base import Sharing as Sharing
+from .base import TrainedTrunk as TrainedTrunk
 from .columns import CrossStitch as CrossStitch
 from .columns import Sluice as Sluice
+from .columns import Subspaces as Subspaces
 from .columns import TopLayers as TopLayers
 from .experts import CGC as CGC
 from .experts import DSelectK as DSelectK
 from .experts import MMoE as MMoE
+from .fusion import AdapterFusion as AdapterFusion
+from .fusion import fusion_only as fusion_only
 from .generated import HyperFormer as HyperFormer
 from .generated import Pal as Pal
 from .layer_experts import PLE as PLE

@@ -7,17 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.parts import Part
 from mtl_jax.models.layers import ACTIVATIONS
-from mtl_jax.transfer.adapters.base import RUN, WHOLE, Call, Inserted, Layer, Params
+from mtl_jax.transfer.adapters.base import RUN, WHOLE, Adapter, Call, Inserted, Layer, Params
 
 GATES = PER_TASK, PER_TOKEN = ("task", "token")  # what a gate reads: the task alone, or each token, too
 NAME = "sharing"  # its parameters are trunk/adapters/sharing/LAYER/..., and those of single tasks .../LAYER/own/...
+
+
+class TrainedTrunk(NamedTuple):
+    """The trunk of a finished run, from which a sharing takes parameters.
+
+    Attributes:
+        name: The run's workdir.
+        module: Its module; transfer.adapters.Adapted, if it has adapters or a sharing.
+        params: Its parameters, on the host.
+        adapters: The run's adapters.
+        sharing: The run's sharing.
+        source_of: {task: the number of its source}, in the order of the tasks.
+    """
+
+    name: str
+    module: Any
+    params: Mapping[str, Any]
+    adapters: tuple[Adapter, ...]
+    sharing: Sharing
+    source_of: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +70,27 @@ class Sharing(Part, Inserted):
 
     def check(self) -> None:
         """Raises UserError if a field is refused."""
+
+    def earlier_runs(self) -> tuple[str, ...]:
+        """The workdirs of finished runs whose parameters loaded() takes; their trunks must be like this run's."""
+        return ()
+
+    def loaded(self, params: Mapping[str, Any], trunk: Mapping[str, Any], runs: Sequence[TrainedTrunk]) -> Mapping[str, Any]:
+        """The sharing's parameters before the first step; called once, when a run begins, not when it resumes.
+
+        Args:
+            params: Its parameters as init(), init_own() and init_for() made them: {"layer_0": ...}, nested by the paths of the
+                places, those of tasks stacked as in a checkpoint.
+            trunk: The trunk's parameters, such as pretrained ones.
+            runs: Those that earlier_runs() names, in its order.
+
+        Returns:
+            A tree like params.
+
+        Raises:
+            UserError: A run does not have what is taken.
+        """
+        return params
 
     def merged(self, params: Params, kernel: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
         """The parameters of a layer with a task's part of the sharing merged into them.

@@ -6,17 +6,21 @@ Shapes in names: B rows with their copies, T tokens a row, H width, K tasks, C c
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.core.errors import UserError
+from mtl_jax.core import trees
+from mtl_jax.core.errors import NOT_A_PATTERN, UserError
+from mtl_jax.core.files import shown
 from mtl_jax.sharing.base import Sharing, layers_from_the_top
 from mtl_jax.sharing.layer_copies import apply_by_number, apply_side_by_side, joined, vectors, with_vectors
 from mtl_jax.transfer.adapters.base import COMMON, OWN, Call, Layer, Params
 from mtl_jax.transfer.adapters.routes import Routes
+from mtl_jax.transfer.regularisers import FIELD, Regulariser
 
 COLUMNS = "columns"
 ENDS = "ends"  # the place of what is there once for all layers
@@ -170,6 +174,48 @@ class Sluice(Sharing):
             depth_KxL = depth_KxL.astype(x_BxKxTxH.dtype)
             x_BxKxTxH = sum(depth_KxL[:, n, None, None] * layer for n, layer in enumerate(outputs))
         return joined(with_vectors(output, x_BxKxTxH))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subspaces(Regulariser):
+    """The two subspaces of every column are kept apart: Sluice's penalty for subspaces that overlap (Ruder et al. 2019).
+
+    The loss is the sum over columns, layers and maps of ||A^T B||_F^2. A and B are the parts f32[I, H / 2] of a map f32[I, H]
+    that make the first and the second half of the layer's vectors. It is 0 where no number of one is a part of the other.
+
+    Attributes:
+        name: As in all regularisers.
+        weight: As in all regularisers.
+        phase: As in all regularisers.
+        parameters: A regular expression: the maps, [..., I, H], that write to the vectors.
+    """
+
+    name: str = "subspaces"
+    parameters: str = rf"trunk/adapters/sharing/.*/{COLUMNS}/(.*/)?(attention/output|feed_forward_out)/kernel"
+
+    reads_start: ClassVar[bool] = False
+
+    def check(self) -> None:
+        try:
+            re.compile(self.parameters)
+        except NOT_A_PATTERN as error:
+            raise UserError(
+                f"{FIELD}: parameters of {self.name} is not a regular expression: {shown(self.parameters)!r} ({error})"
+            ) from error
+
+    def penalty(self, trained: Mapping[str, jax.Array], references: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        overlaps = [subspace_overlap(trained[path]) for path in trees.matching(self.parameters, trained)]
+        return sum(overlaps, jnp.zeros(()))
+
+
+def subspace_overlap(kernel: jax.Array) -> jax.Array:
+    """The sum of ||A^T B||_F^2 over maps, f32[], where A and B are the halves of a map's outputs.
+
+    Args:
+        kernel: f[..., I, H], one map or a stack of maps; H is even.
+    """
+    first, second = jnp.split(kernel.astype(jnp.float32), 2, axis=-1)
+    return (jnp.einsum("...ia,...ib->...ab", first, second) ** 2).sum()
 
 
 def all_columns(routes: Routes) -> Routes:

@@ -61,8 +61,9 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
 def used_parts(experiment: Experiment) -> dict[str, tuple[str, Any]]:
     """{name: (door, class or function)} of the parts of an experiment, ours and the user's."""
     used: dict[str, tuple[str, Any]] = {}
-    in_decoders = [adapter for task in experiment.tasks for adapter in getattr(task, "adapters", ())]
-    added = (*experiment.adapters, *in_decoders, *experiment.regularisers)
+    inside = [getattr(experiment.sharing, field.name) for field in dataclasses.fields(experiment.sharing)]
+    inside += [adapter for task in experiment.tasks for adapter in getattr(task, "adapters", ())]
+    added = (*experiment.adapters, *(value for value in inside if isinstance(value, Adapter)), *experiment.regularisers)
     for part in (experiment.trunk, experiment.sharing, *experiment.tasks, *added):
         used[type(part).__name__] = (part.door, type(part))
     edits = [source.deidentify for source in experiment.sources if source.deidentify is not None]

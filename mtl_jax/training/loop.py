@@ -22,7 +22,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import copy_scores, evaluation, metrics_log, results, step_checks, text_evaluation
+from mtl_jax.training import copy_scores, evaluation, initial_parameters, metrics_log, results, step_checks, text_evaluation
 from mtl_jax.training import counts as counting
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import workdir as workdirs
@@ -53,7 +53,7 @@ class TrainingRun:
         folder: Its workdir.
         store: Its checkpoints.
         stop: Whether the process was asked to stop.
-        params_loaded: Whether prepared.params were loaded by init_from in this process.
+        params_loaded: Whether prepared.params were loaded from other runs in this process.
     """
 
     def __init__(self, prepared: Prepared, folder: Path, store: Store, stop: Stop, params_loaded: bool = False):
@@ -93,10 +93,11 @@ class TrainingRun:
         """
         restored = self.store.latest(self._template)
         if restored is None:
-            if self.experiment.init_from.path and not self.params_loaded:
+            origin = initial_parameters.origin(self.experiment)
+            if origin and not self.params_loaded:
                 raise UserError(
                     f"{self.store.folder}: no checkpoint can be read any more, see damaged/ beside it; run the same command "
-                    f"once more to begin anew from {self.experiment.init_from.path}"
+                    f"once more to begin anew from {origin}"
                 )
             return initial_state(self.prepared), 0
         criterion, self.counts = self.counts.criterion, Counts(**restored.record["counts"])

@@ -24,6 +24,7 @@ from mtl_jax.training.forward import needed_fields
 from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
+from mtl_jax.transfer.adapters import is_own
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.regularisers import Distillation, Regulariser
 from mtl_jax.transfer.unlabelled import Consistency
@@ -99,7 +100,7 @@ def plan(
         if not any(jax.tree.leaves(mask)):
             raise UserError(f"phase {phase.name!r}: its rules freeze every parameter; nothing would train")
         trains_trunk = any(jax.tree.leaves(mask["trunk"]))
-        rule = _rule(experiment, phase, trains_trunk)
+        rule = _rule(experiment, phase, mask)
         if needs_task_gradients(rule):
             gram_gradient.check(params, mask, experiment.gram_over)
             for task in tasks:
@@ -185,7 +186,7 @@ def with_numbers_of(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
     names = {regulariser.name for regulariser in plan.regularisers}
     return plan._replace(
         phase=phase,
-        rule=_rule(experiment, phase, any(jax.tree.leaves(plan.mask["trunk"]))),
+        rule=_rule(experiment, phase, plan.mask),
         learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
         optimizer=optimizers.build(experiment.optimizer, plan.param_rules, _peak(experiment, phase), phase.steps),
         regularisers=tuple(regulariser for regulariser in experiment.regularisers if regulariser.name in names),
@@ -196,15 +197,16 @@ def _peak(experiment: Experiment, phase: Phase) -> float:
     return experiment.optimizer.learning_rate if phase.learning_rate is None else phase.learning_rate
 
 
-def _rule(experiment: Experiment, phase: Phase, trains_trunk: bool) -> Rule:
+def _rule(experiment: Experiment, phase: Phase, mask: Any) -> Rule:
     """The rule of a phase; `equal` replaces one that reads more than losses where no shared parameter trains.
 
-    Of a private run, it does not see the losses.
+    Parameters of single tasks within the trunk are not shared. The rule of a private run does not see the losses.
     """
     rule = rule_of(experiment, phase)
     if experiment.optimizer.private.clip:
         return blind.blind(rule)
-    if needs_trunk(rule) and not trains_trunk:
+    trains_shared = any(trains and not is_own(path) for path, trains in leaves_of(mask["trunk"]).items())
+    if needs_trunk(rule) and not trains_shared:
         equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
         return equal._replace(weighs_heads=rule.weighs_heads)  # heads are weighted in the same way in all phases
     return rule

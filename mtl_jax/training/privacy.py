@@ -161,6 +161,8 @@ def within_budget(experiment: Experiment, corpus: Corpus, schedule: Any) -> Budg
         )
     if experiment.init_from.path:
         notes.append("private: what the run of init_from.path learned from the same rows is not counted")
+    if experiment.sharing.earlier_runs():
+        notes.append("private: what the runs of sharing.runs learned from the same rows is not counted")
     return Budget(
         experiment,
         Facts(

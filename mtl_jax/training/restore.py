@@ -139,11 +139,7 @@ def open_finished(folder: Path, where: str) -> TrainedRun:
     Raises:
         UserError: It is not a workdir, the run is not finished, or each of its sources has its own adapters.
     """
-    if not is_workdir(folder):
-        raise UserError(f"{where}: {folder} is not the workdir of a run")
-    if not (folder / "results.json").exists():
-        raise UserError(f"{where}: the run in {folder} is not finished (it has no results.json); let it end first")
-    run = open_run(folder)
+    run = open_best(folder, where)
     separate = [adapter.name for adapter in run.experiment.adapters if adapter.per != RUN]
     if not isinstance(run.experiment.sharing, Hard):
         raise UserError(
@@ -156,6 +152,23 @@ def open_finished(folder: Path, where: str) -> TrainedRun:
             "for the rows of this run; name a run with shared adapters, or without adapters"
         )
     return run
+
+
+def open_best(folder: Path, where: str) -> TrainedRun:
+    """The best checkpoint of a finished run, whatever shares its trunk.
+
+    Args:
+        folder: Its workdir.
+        where: The field that names it, for errors.
+
+    Raises:
+        UserError: It is not a workdir, or the run is not finished.
+    """
+    if not is_workdir(folder):
+        raise UserError(f"{where}: {folder} is not the workdir of a run")
+    if not (folder / "results.json").exists():
+        raise UserError(f"{where}: the run in {folder} is not finished (it has no results.json); let it end first")
+    return open_run(folder)
 
 
 def _read(folder: Path, experiment: Experiment, step: str) -> Best:

@@ -221,9 +221,10 @@ def on_mesh(prepared: Prepared, mesh: Mesh) -> Prepared:
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:
-    """(field, path) of the runs that an experiment begins from or imitates; a path may also be that of a checkpoint."""
+    """(field, path) of the runs that an experiment begins from, fuses or imitates; a path may also be that of a checkpoint."""
     teachers = [part for part in experiment.regularisers if isinstance(part, Distillation)]
     paths = [(FIELD, experiment.init_from.path), *((f"{part.name}.teacher", part.teacher) for part in teachers)]
+    paths += [("sharing.runs", path) for path in experiment.sharing.earlier_runs()]
     return [(field, path) for field, path in paths if path]
 
 

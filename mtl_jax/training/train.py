@@ -17,7 +17,7 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.core.hooks import Callbacks, Hooks, several
 from mtl_jax.core.row_texts import hiding
 from mtl_jax.experiment import Experiment, keep_head_weights
-from mtl_jax.training import fingerprint, frozen_params, hosts, init_from, results
+from mtl_jax.training import fingerprint, frozen_params, hosts, initial_parameters, results
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.experiment_json import data_to_json, data_with_defaults, to_json, with_defaults
@@ -38,7 +38,7 @@ class Opened(NamedTuple):
         prepared: The run; None where it is finished.
         config_changed: Whether the workdir was begun with another configuration.
         data: The contents of data.json.
-        init_record: The contents of init_from.json, where the run begins now with loaded parameters; else {}.
+        records: {file: its contents}: where parameters are from, if the run begins now with loaded ones; else {}.
         trunk: {"trunk": ...} as it was loaded.
     """
 
@@ -47,7 +47,7 @@ class Opened(NamedTuple):
     prepared: Prepared | None = None
     config_changed: bool = False
     data: Any = None
-    init_record: Any = None
+    records: Any = None
     trunk: Any = None
 
 
@@ -136,11 +136,11 @@ def open_workdir(experiment: Experiment, folder: Path, allow_config_change: bool
     if not config_changed:
         workdirs.check_data(folder, data, data_with_defaults)
     trunk = {"trunk": prepared.trunk.params}
-    init_record: dict[str, Any] = {}
-    if experiment.init_from.path and not workdirs.has_checkpoints(folder):
-        prepared, init_record, note = init_from.load_parameters(prepared)
-        prepared = prepared._replace(notes=[*prepared.notes, note])
-    return Opened(config, {}, prepared, config_changed, data, init_record, trunk)
+    records: dict[str, Any] = {}
+    if not workdirs.has_checkpoints(folder):
+        prepared, records, notes = initial_parameters.load(prepared)
+        prepared = prepared._replace(notes=[*prepared.notes, *notes])
+    return Opened(config, {}, prepared, config_changed, data, records, trunk)
 
 
 def _train(
@@ -150,7 +150,7 @@ def _train(
     trunk_source = frozen_params.TrunkSource(lambda: opened.trunk, getattr(experiment.trunk, "path", ""))
     store = Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion, trunk_source=trunk_source)
     with contextlib.closing(store), stop_on_signals() as stop:
-        run = TrainingRun(prepared, folder, store, stop, params_loaded=bool(opened.init_record))
+        run = TrainingRun(prepared, folder, store, stop, params_loaded=bool(opened.records))
         state, step = run.resume()  # before this configuration is written: it may not fit the checkpoints
         hosts.check_same([("checkpoint", {"step": step})])
         if not experiment.checkpoints.frozen:
@@ -160,8 +160,8 @@ def _train(
             workdirs.remove_results(folder)
         for name, value in (("config", opened.config), ("versions", workdirs.versions()), ("data", opened.data)):
             workdirs.write_json(folder / f"{name}.json", value)
-        if opened.init_record:
-            workdirs.write_json(folder / init_from.RECORD, opened.init_record)
+        for name, value in (opened.records or {}).items():
+            workdirs.write_json(folder / name, value)
         if jax.process_index() == 0:
             trunks.save(prepared.trunk, folder / "trunk")
             if not experiment.private:

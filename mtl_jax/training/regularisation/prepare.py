@@ -15,6 +15,7 @@ from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Experiment
+from mtl_jax.sharing.columns import Subspaces
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import restore
@@ -193,6 +194,8 @@ def check(
         name = regulariser.name
         if isinstance(regulariser, L2SP):
             _matches(f"{FIELD}: shared of {name}", regulariser.shared, leaves)
+        elif isinstance(regulariser, Subspaces):
+            _matches(f"{FIELD}: parameters of {name}", regulariser.parameters, leaves)
         elif isinstance(regulariser, EWC):
             paths = _matches(f"{FIELD}: parameters of {name}", regulariser.parameters, leaves)
             if regulariser.run:
@@ -202,7 +205,7 @@ def check(
             if isinstance(regulariser, Mix):
                 mixing.check_layer(regulariser, trunk)
         elif isinstance(regulariser, RDrop):
-            _check_r_drop(regulariser, tasks, trunk, experiment.adapters, trains_trunk)
+            _check_r_drop(regulariser, tasks, trunk, (*experiment.adapters, experiment.sharing), trains_trunk)
 
 
 def _active(experiment: Experiment, steps: range) -> list[Regulariser]:

@@ -30,6 +30,7 @@ from mtl_jax.transfer.adapters.base import (
     OWN,
     ROTARY,
     RUN,
+    SOURCE,
     TASK,
     WHOLE,
     Adapter,
@@ -563,22 +564,52 @@ def merge_adapters(
     base = trees.flat({name: tree for name, tree in params.items() if name != ADAPTERS})
     for adapter in sorted(adapted.adapters, key=lambda adapter: adapter.order):
         for layer in adapted.where[adapter.name]:
-            layer_params = dict(_subtree(params[ADAPTERS][adapter.name], layer.path))
-            own = layer_params.pop(OWN, {})
-            if (adapter.per != RUN and source is None) or ((own or adapted.by_task(adapter)) and task is None):
-                owner = "each task" if own or adapted.by_task(adapter) else "each source"
-                raise UserError(f"adapter {adapter.name!r}: {owner} has its own; say of which task it is to be merged")
-            if adapter.per != RUN and not adapted.by_task(adapter):
-                layer_params = jax.tree.map(lambda leaf: of_number(leaf, adapted.sources, source), layer_params)
-            elif adapter.per != RUN:
-                own, layer_params = layer_params, {}
-            if own and adapted.routes is not None and task is not None:
-                number, tasks = adapted.routes.number(task), len(adapted.routes.tasks)
-                layer_params |= jax.tree.map(lambda leaf, n=number, K=tasks: of_number(leaf, K, n), own)
+            owner = owner_of(adapted, adapter, layer)
+            if (owner == SOURCE and source is None) or (owner == TASK and task is None):
+                raise UserError(f"adapter {adapter.name!r}: each {owner} has its own; say of which task it is to be merged")
+            layer_params = params_at(adapted, adapter, params[ADAPTERS], layer, source, task)
             whole = trees.nested(_below(base, f"{layer.path}/"))
             merged = trees.flat(adapter.merged(layer_params, whole, layer))
             base |= {f"{layer.path}/{name}": leaf for name, leaf in merged.items()}
     return trees.nested(base)
+
+
+def owner_of(adapted: Adapted, adapter: Inserted, layer: Layer) -> str:
+    """What has parameters of its own at a layer: RUN for nothing, SOURCE, or TASK."""
+    tasks = 0 if adapted.routes is None else len(adapted.routes.tasks)
+    if adapted.by_task(adapter) or (tasks and _has_own(adapter, layer, tasks)):
+        return TASK
+    return RUN if adapter.per == RUN else SOURCE
+
+
+def params_at(
+    adapted: Adapted,
+    adapter: Inserted,
+    added: Mapping[str, Any],
+    layer: Layer,
+    source: int | None = None,
+    task: str | None = None,
+) -> dict[str, Any]:
+    """The parameters of an adapter or a sharing at one layer, of one task.
+
+    Args:
+        adapted: The module.
+        adapter: One of its adapters.
+        added: Its parameters at "adapters".
+        layer: The layer.
+        source: The number of the source, where owner_of() is SOURCE.
+        task: The task, where owner_of() is TASK.
+    """
+    params = dict(_subtree(added[adapter.name], layer.path))
+    own = params.pop(OWN, {})
+    if adapted.by_task(adapter):
+        own, params = params, {}
+    elif adapter.per != RUN:
+        params = jax.tree.map(lambda leaf: of_number(leaf, adapted.sources, source), params)
+    if own and adapted.routes is not None and task is not None:
+        number, tasks = adapted.routes.number(task), len(adapted.routes.tasks)
+        params |= jax.tree.map(lambda leaf: of_number(leaf, tasks, number), own)
+    return params
 
 
 def of_number(leaf: jax.Array, count: int, number: int | None) -> jax.Array:

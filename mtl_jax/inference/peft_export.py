@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from mtl_jax import pretrained, trunks
@@ -15,10 +14,11 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.predict import TrainedRun
 from mtl_jax.pretrained.checkpoint import Checkpoint
+from mtl_jax.sharing.task_adapters import TaskAdapters
 from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted, adapt, save_peft
-from mtl_jax.transfer.adapters.adapted import OfSource, of_source
-from mtl_jax.transfer.adapters.base import RUN
+from mtl_jax.transfer.adapters.adapted import OfSource, owner_of, params_at
+from mtl_jax.transfer.adapters.base import RUN, Adapter, Inserted
 
 HEADS: dict[type[Task], str] = {
     Tagging: "token_classification",
@@ -76,18 +76,8 @@ def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint
     module = run.trunk.module
     if isinstance(module, Adapted):
         place = run.source_index(task.name) if task is not None else None
-        separate = [adapter.name for adapter in module.adapters if adapter.per != RUN]
-        if separate and place is None:
-            raise UserError(
-                f"adapter {separate[0]!r}: each source has its own; say by --task of which task it is to be written"
-            )
-        adapted = adapt(model.trunk, [dataclasses.replace(adapter, per=RUN) for adapter in module.adapters])
-        added = {
-            adapter.name: run.params["trunk"][ADAPTERS][adapter.name]
-            if adapter.per == RUN
-            else jax.tree.map(lambda leaf: of_source(leaf, module.sources, place), run.params["trunk"][ADAPTERS][adapter.name])
-            for adapter in module.adapters
-        }
+        parts = [_part_of(run, source, module, inserted, task, place) for inserted in module.adapters]
+        adapted, added = adapt(model.trunk, [adapter for adapter, _ in parts]), {part.name: tree for part, tree in parts}
         changes["trunk"], params["trunk"] = OfSource(adapted), {**own, ADAPTERS: added}
     if isinstance(task, Seq2Seq):
         head = run.params["heads"][task.name]
@@ -98,6 +88,31 @@ def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint
     elif task is not None and kind is not None:
         params["head"] = _token_head(base, run.params["heads"][task.name], task)
     return dataclasses.replace(base, model=model.clone(**changes), params=params)
+
+
+def _part_of(
+    run: TrainedRun, source: str, module: Adapted, inserted: Inserted, task: Task | None, place: int | None
+) -> tuple[Adapter, Any]:
+    """An adapter as one of all rows, and its parameters; of a sharing by adapters that of the task.
+
+    Raises:
+        UserError: PEFT has no form for the sharing, or it is not said whose adapter is written.
+    """
+    adapter = inserted.adapter if isinstance(inserted, TaskAdapters) else inserted
+    if not isinstance(adapter, Adapter):
+        raise UserError(
+            f"{source}: its tasks share the trunk by {type(adapter).__name__}, for which PEFT has no form; leave --peft out"
+        )
+    tree = {}
+    for layer in module.where[inserted.name]:
+        owner = owner_of(module, inserted, layer)
+        if owner != RUN and task is None:
+            raise UserError(
+                f"adapter {adapter.name!r}: each {owner} has its own; say by --task of which task it is to be written"
+            )
+        params = params_at(module, inserted, run.params["trunk"][ADAPTERS], layer, place, None if task is None else task.name)
+        tree |= {f"{layer.path}/{name}": leaf for name, leaf in params.items()}
+    return dataclasses.replace(adapter, per=RUN), trees.nested(tree)
 
 
 def _check_unchanged(own: Mapping[str, Any], base: Mapping[str, Any], source: str, part: str) -> None:

@@ -532,13 +532,13 @@ def _around(
     module: nn.Module,
     call: Any,
     key: jax.Array | None,
-    outer: tuple[Any, ...],
-    rows: Rows | None,
-    memo: dict[str, Any],
-    shown: dict[str, dict[str, Shown]] | None,
+    outer: tuple[Any, ...] = (),
+    rows: Rows | None = None,
+    memo: dict[str, Any] | None = None,
+    shown: dict[str, dict[str, Shown]] | None = None,
 ) -> Callable[..., Any]:
     layer_key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"{adapter.name}/{layer.path}".encode()))
-    about = (layer_key, outer, rows, memo, shown)
+    about = (layer_key, outer, rows, {} if memo is None else memo, shown)
     return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, *about))
 
 

@@ -103,7 +103,7 @@ def _part_of(
         raise UserError(
             f"{source}: its tasks share the trunk by {type(adapter).__name__}, for which PEFT has no form; leave --peft out"
         )
-    tree = {}
+    tree: dict[str, Any] = {}
     for layer in module.where[inserted.name]:
         owner = owner_of(module, inserted, layer)
         if owner != RUN and task is None:

@@ -106,7 +106,7 @@ def test_the_table_of_functions_is_whole():
         "setfit",
         "unfreezing",
     }
-    of_experiments |= {"resolve", "require_seq2seq", "fit_to_model"}
+    of_experiments |= {"resolve", "require_seq2seq", "require_generator", "fit_to_model"}
     for package in (mtl_jax.weighting, mtl_jax.transfer, mtl_jax.decoding, mtl_jax.pretrained):
         rules = {**mtl_jax.weighting.RULES, **mtl_jax.weighting.COMBINATORS}
         for name in set(dir(package)) - of_experiments - rules.keys():

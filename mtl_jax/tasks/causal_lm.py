@@ -70,6 +70,9 @@ class CausalLM(Task):
         start: Special tokens that begin a prompt.
         end: The token that ends an answer.
         padding: The token after the end.
+
+    Examples:
+        >>> task = mtl_jax.CausalLM(name="words", source="texts")
     """
 
     column: str = ""

@@ -128,6 +128,9 @@ def lora_plus(ratio: float = LORA_PLUS_RATIO) -> tuple[ParamRule, ...]:
 
     Raises:
         UserError: ratio is out of range.
+
+    Examples:
+        >>> phase = mtl_jax.Phase("lora", steps=200, rules=mtl_jax.lora_plus())
     """
     if not 0 < ratio < math.inf:
         raise UserError(f"ratio is {ratio}; it is the rate of B over that of A, so it must be above 0")

@@ -26,6 +26,10 @@ class RsLora(Lora):
     """LoRA with the factor alpha / sqrt(rank), so that high ranks learn as fast (Kalajdzievski 2023, rsLoRA, section 3).
 
     Parameters and fields are those of Lora.
+
+    Examples:
+        >>> mtl_jax.RsLora(name="rslora", rank=64).rank
+        64
     """
 
     @property
@@ -42,6 +46,10 @@ class Dora(Lora):
     at first. The gradient does not pass through |W + s A B| (section 4.3). Dropout is on the input of A only.
 
     Its length is that of the trunk's own kernel with this adapter, so a layer has at most one.
+
+    Examples:
+        >>> mtl_jax.Dora(name="dora", rank=8).rank
+        8
     """
 
     order: ClassVar[int] = -1  # nearest to the kernel, which its length is taken of
@@ -85,6 +93,10 @@ class Pissa(Lora):
 
     Attributes:
         alpha: The change is multiplied by s = alpha / rank. The paper has alpha = rank.
+
+    Examples:
+        >>> mtl_jax.Pissa(name="pissa", rank=8).rank
+        8
     """
 
     alpha: float = 8.0
@@ -116,6 +128,10 @@ class Vera(Adapter):
         rank: R.
         target: As for Lora.
         projection_seed: Seed of A and B.
+
+    Examples:
+        >>> mtl_jax.Vera(name="vera", rank=64).rank
+        64
     """
 
     rank: int = 256

@@ -32,6 +32,9 @@ class PromptTuning(Adapter):
         examples: S, the most examples of a row: batch.examples_per_row, or 1 where batch.packed is false. Each has a prompt,
             so that a row is S P tokens longer.
         keep: Whether the prompt's vectors stay in front of the trunk's output, so that heads read them, as in PEFT.
+
+    Examples:
+        >>> experiment = dataclasses.replace(EXPERIMENT, adapters=(mtl_jax.PromptTuning(name="prompt"),))
     """
 
     length: int = 8

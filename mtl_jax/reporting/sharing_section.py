@@ -162,7 +162,7 @@ def _history(slug: str, about: str, drawn: Sequence[Place], of_all: str) -> Figu
         row_names = [names[row] for row in rows]
         panel = over_time(place.title, row_names, place.steps_N[steps], table_PxM[rows], span, colours=colours, remark=remark)
         panels.append(panel)
-    caption = f"{about}The same weights at the evaluations before. {_scale(span)}{of_all}"
+    caption = f"{about}The same weights at every evaluation, or at {STEPS} of more. {_scale(span)}{of_all}"
     return Figure(slug, f"{TITLE}, over time", caption, tuple(panels), choice=_choice(panels))
 
 

@@ -289,7 +289,7 @@ class Chunk:
             if self.machine.usage is not None:
                 run_params = stacking.take(measured, per_run, number)
                 weights = sharing_usage.usage_record(self.machine.usage, run_params, self.prepared)
-                self.loggers[number].write(sharing_usage.USAGE, step, weights)
+                self.loggers[number].write(metrics_log.USAGE, step, weights)
             better[number] = status.best is None or value >= status.best
             if better[number]:
                 status.best, status.best_step, status.since_best = value, step, 0

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mtl_jax.training.metrics_log import USAGE
+
 POINTS = 60  # most points of a curve of training steps
 
 
@@ -65,7 +67,7 @@ def of_records(records: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], l
             for task, metric in tasks.items():
                 if f"{task}/{metric}" in record:
                     pairs_of[f"dev/{task}"].append((record["step"], record[f"{task}/{metric}"]))
-        elif record["kind"] == "sharing":
+        elif record["kind"] == USAGE:
             for name in (name for name in record if name not in ("kind", "step")):
                 pairs_of.setdefault(f"sharing/{name}", []).append((record["step"], record[name]))
     width = max(1, -(-last // POINTS))

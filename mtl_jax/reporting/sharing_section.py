@@ -18,7 +18,7 @@ from mtl_jax.reporting.render import Figure, Panel
 from mtl_jax.reporting.series import Series
 from mtl_jax.reporting.statistics import Group, criterion, ranked
 from mtl_jax.reporting.study import Run, Study
-from mtl_jax.training.sharing_usage import EXAMPLES
+from mtl_jax.training.metrics_log import USAGE_EXAMPLES
 
 TITLE, SLUG = "Who uses which expert", "experts"
 SETTINGS = 3  # most settings that are shown: those that are best on dev
@@ -142,7 +142,7 @@ def _last(slug: str, about: str, drawn: Sequence[Place], of_all: str) -> Figure:
     )
     caption = (
         f"{about}The weights that each task (row) gives to each expert, part or column of layers (column) at step "
-        f"{drawn[0].steps_N[-1]}, by layer: the mean over the tokens of at most {EXAMPLES} dev examples of its source. "
+        f"{drawn[0].steps_N[-1]}, by layer: the mean over the tokens of at most {USAGE_EXAMPLES} dev examples of its source. "
         f"{_scale(span)}{of_all}"
     )
     return Figure(slug, TITLE, caption, panels, choice=_choice(panels))
@@ -162,7 +162,7 @@ def _history(slug: str, about: str, drawn: Sequence[Place], of_all: str) -> Figu
         row_names = [names[row] for row in rows]
         panel = over_time(place.title, row_names, place.steps_N[steps], table_PxM[rows], span, colours=colours, remark=remark)
         panels.append(panel)
-    caption = f"{about}The same weights at the evaluations before. {_scale(span)}{of_all}"
+    caption = f"{about}The same weights at every evaluation, or at {STEPS} of more. {_scale(span)}{of_all}"
     return Figure(slug, f"{TITLE}, over time", caption, tuple(panels), choice=_choice(panels))
 
 

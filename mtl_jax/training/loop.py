@@ -36,7 +36,7 @@ from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.references import References, chosen_rows
 from mtl_jax.training.setup import Prepared, held_out_batches, initial_state, mixture_phases, start_phase, template
-from mtl_jax.training.sharing_usage import USAGE, make_usage, usage_record
+from mtl_jax.training.sharing_usage import make_usage, usage_record
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging
 
@@ -239,7 +239,7 @@ class TrainingRun:
         record |= {"criterion": value, "phase": plan.number, **self.prepared.facts.evaluated(step)}
         self.logger.write("dev", step, record)
         if self.usage is not None:
-            self.logger.write(USAGE, step, usage_record(self.usage, params, self.prepared))
+            self.logger.write(metrics_log.USAGE, step, usage_record(self.usage, params, self.prepared))
         self.callbacks.call("after_evaluation", step, record)
         for task, line in evaluation.undefined(self.tasks, scores, "dev").items():
             if task not in self.undefined:

@@ -21,6 +21,8 @@ from mtl_jax.training.train_state import StepMetrics
 log = logging.getLogger(__name__)
 
 LOG = "metrics.jsonl"
+USAGE = "sharing"  # the kind of the records on who uses which expert
+USAGE_EXAMPLES = 32  # they are measured on that many dev examples of each source, the first ones
 MOST_STEPS = 2**53  # a larger step number is damage
 
 _FIRST_FIELDS = object_of({"kind": text, "step": whole})

@@ -13,12 +13,11 @@ from mtl_jax.sharing.shown_weights import Usage, by_task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import Apply, outputs_of_batches
 from mtl_jax.training.forward import encode_tokens
+from mtl_jax.training.metrics_log import USAGE_EXAMPLES
 from mtl_jax.training.setup import Prepared
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.transfer.adapters.base import Adapter, Shown
 
-USAGE = "sharing"  # the kind of the record in metrics.jsonl
-EXAMPLES = 32  # the first of each source's dev split
 DIGITS = 4
 
 
@@ -71,8 +70,8 @@ def _examples(prepared: Prepared) -> list[Examples]:
     """The first dev examples of each source, without labels."""
 
     def first(part: Examples) -> Examples:
-        tokens, types = part.tokens[:EXAMPLES], None if part.types is None else part.types[:EXAMPLES]
-        rows = None if part.rows is None else part.rows[:EXAMPLES]
+        tokens, types = part.tokens[:USAGE_EXAMPLES], None if part.types is None else part.types[:USAGE_EXAMPLES]
+        rows = None if part.rows is None else part.rows[:USAGE_EXAMPLES]
         return part._replace(tokens=tokens, types=types, rows=rows, words=None, offsets=None, labels={})
 
     return [first(part) for part in prepared.corpus.splits["dev"].values()]

@@ -12,6 +12,7 @@ import numpy as np
 from mtl_jax import pretrained, trunk_compatibility
 from mtl_jax.core import digests, trees
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.experiment import Experiment
 from mtl_jax.models.trunk_output import token_table
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.sharing.base import Hard
@@ -34,7 +35,7 @@ class InitialParams(NamedTuple):
         leaves: {path: array on the host}.
         kin: Family, vocabulary and constants of their trunk.
         facts: The run and step, or the checkpoint, that they are from, for the record.
-        separate_adapters: Whether each source of that run has its own adapters.
+        separate_adapters: Whether its sources or tasks have their own adapters, and those of this run may be others.
     """
 
     leaves: dict[str, np.ndarray]
@@ -58,14 +59,15 @@ def load_parameters(prepared: Prepared) -> tuple[Prepared, dict[str, Any], str]:
             paths do not match.
     """
     init = prepared.experiment.init_from
-    source = _from_run(init) if restore.is_workdir(Path(init.path)) else _from_checkpoint(init)
+    is_run = restore.is_workdir(Path(init.path))
+    source = _from_run(init, prepared.experiment) if is_run else _from_checkpoint(init)
     params, account = loading.load_into(prepared.params, source.leaves, init)
     _check(prepared, init, source, account)
     record = {"path": init.path, **source.facts, "sha256": _digest(source.leaves, account), **account._asdict()}
     return prepared._replace(params=params), record, _line(init, source, account)
 
 
-def _from_run(init: InitFrom) -> InitialParams:
+def _from_run(init: InitFrom, experiment: Experiment) -> InitialParams:
     folder = Path(init.path)
     if init.step == "best" and not any((folder / name).exists() for name in ("results.json", "merge.json")):
         raise UserError(
@@ -75,7 +77,10 @@ def _from_run(init: InitFrom) -> InitialParams:
     run = restore.open_run(folder, init.step)
     leaves = {path: np.asarray(leaf) for path, leaf in trees.flat(jax.device_get(run.params)).items()}
     facts = {"experiment": run.experiment.name, "seed": run.experiment.seed, "step": run.step, "dev": run.dev}
-    separate = any(adapter.per != RUN for adapter in run.experiment.adapters) or not isinstance(run.experiment.sharing, Hard)
+    tasks, others = ([task.name for task in of_run.tasks] for of_run in (experiment, run))
+    same_sharing = run.experiment.sharing == experiment.sharing and tasks == others
+    separate = any(adapter.per != RUN for adapter in run.experiment.adapters)
+    separate = separate or not (same_sharing or isinstance(run.experiment.sharing, Hard))
     return InitialParams(leaves, trunk_compatibility.of_trunk(run.trunk), facts, separate)
 
 

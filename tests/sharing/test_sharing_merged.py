@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 
-import mtl_jax
 from mtl_jax import Distillation, InitFrom, Phase, sharing
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
@@ -76,17 +75,22 @@ def test_a_checkpoint_is_no_base_for_them(runs, bert, tmp_path):
         merge(tmp_path / "sum", [str(folder / "one"), str(folder / "two")], method, base=str(bert))
 
 
-def test_a_run_begins_from_the_rest_of_the_trunk(runs, tmp_path):
-    """What belongs to the sharing is left out; the line says how."""
+def test_a_run_begins_with_the_same_sharing_or_without_it(runs):
+    """Parameters of single tasks are loaded where the tasks are the same; else they can be left out."""
     folder, params, plain = runs
-    begins = dataclasses.replace(plain, init_from=InitFrom(path=str(folder / "one")))
-    with pytest.raises(UserError, match=r"each source or task of .*one has its own adapters.*leave_out trunk/adapters/\.\*"):
-        mtl_jax.train(begins, tmp_path / "run")
-    init = InitFrom(path=str(folder / "one"), leave_out=("trunk/adapters/.*",))
-    loaded = initial_parameters.load(setup.prepare(dataclasses.replace(begins, init_from=init)))
+    prepared = setup.prepare(plain)
+
+    def load(name, **options):
+        init = InitFrom(path=str(folder / name), **options)
+        return initial_parameters.load(prepared._replace(experiment=dataclasses.replace(plain, init_from=init)))
+
+    loaded = load("one")
     assert set(loaded.records) == {"init_from.json"}
-    bias = loaded.prepared.params["heads"]["fine"]["output"]["bias"]
-    np.testing.assert_array_equal(bias, params["one"]["heads"]["fine"]["output"]["bias"])
+    jax.tree.map(np.testing.assert_array_equal, loaded.prepared.params, params["one"])
+    with pytest.raises(UserError, match=r"each source or task of .*turned has its own adapters.*leave_out trunk/adapters/\.\*"):
+        load("turned")
+    trunk = load("turned", leave_out=("trunk/adapters/.*",)).prepared.params["trunk"]
+    jax.tree.map(np.testing.assert_array_equal, trunk["adapters"], prepared.params["trunk"]["adapters"])
 
 
 def test_a_teacher_has_hard_sharing(runs):

@@ -48,27 +48,33 @@ def step_of(prepared):
     return jax.device_get((state.params, metrics)), batch, prepared
 
 
+def one_step(bert, data, part, rule, devices):
+    return step_of(setup.prepare(experiment(bert, data, part, weighting=rule, devices=devices)))
+
+
+def test_the_gram_matrix_is_over_what_tasks_share(bert, data):
+    """Of the tasks' gradients, one backward pass for each."""
+    (_, metrics), batch, prepared = one_step(bert, data, sharing.MMoE(experts=2, width=2), "upgrad", 1)
+    expected = gram_by_hand(prepared, batch)
+    np.testing.assert_allclose(metrics.gram, expected, rtol=2e-3, atol=1e-4 * expected.max())
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("part", "rule"),
     [
         (sharing.MMoE(experts=2, width=2), "upgrad"),
-        pytest.param(sharing.TopLayers(own=1), "upgrad", marks=pytest.mark.long),
-        pytest.param(TASK_LORA, "equal", marks=pytest.mark.long),
-        pytest.param(sharing.CGC(shared=1, own=1, width=2), "graddrop", marks=pytest.mark.long),
-        pytest.param(sharing.Sluice(), "equal", marks=pytest.mark.long),
+        (sharing.TopLayers(own=1), "upgrad"),
+        (TASK_LORA, "equal"),
+        (sharing.CGC(shared=1, own=1, width=2), "graddrop"),
+        (sharing.Sluice(), "equal"),
     ],
 )
 def test_two_devices_do_what_one_does(bert, data, part, rule):
-    """And the Gram matrix is that of the tasks' gradients by what they share, one backward pass for each."""
-    steps = {n: step_of(setup.prepare(experiment(bert, data, part, weighting=rule, devices=n))) for n in (1, 2)}
-    (params, metrics), batch, prepared = steps[1]
-    others, other = steps[2][0]
-    for name in ("losses", "weights", "total", "gradient_norm"):
-        np.testing.assert_allclose(*map(values_of, (getattr(metrics, name), getattr(other, name))), rtol=1e-4, err_msg=name)
-    if metrics.gram is not None:
-        expected = gram_by_hand(prepared, batch)
-        for gram in (metrics.gram, other.gram):
-            np.testing.assert_allclose(gram, expected, rtol=2e-3, atol=1e-4 * expected.max())
+    (params, metrics), _, prepared = one_step(bert, data, part, rule, 1)
+    (others, other), _, _ = one_step(bert, data, part, rule, 2)
+    for name in ("losses", "weights", "total", "gradient_norm", "gram"):
+        np.testing.assert_allclose(*map(values_of, (getattr(metrics, name), getattr(other, name))), rtol=1e-3, err_msg=name)
     start = trees.flat(jax.device_get(prepared.params))
     for path, leaf in trees.flat(params).items():
         if path.endswith("key/bias"):  # no weight of an attention depends on it
@@ -99,7 +105,7 @@ def gram_by_hand(prepared, batch):
     return np.array([[a @ b for b in flat] for a in flat])
 
 
-@pytest.mark.parametrize("part", [TASK_LORA, sharing.TopLayers(own=1)])
+@pytest.mark.parametrize("part", [TASK_LORA, pytest.param(sharing.TopLayers(own=1), marks=pytest.mark.long)])
 def test_a_task_s_trunk_is_a_plain_checkpoint(bert, data, tmp_path, part):
     run = tmp_path / "run"
     finished_runs.write(run, experiment(bert, data, part))

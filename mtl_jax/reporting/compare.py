@@ -224,6 +224,10 @@ def _settings(folders: Sequence[Path], name: str) -> list[Joint]:
     if name and len(groups) > 1:
         raise UserError(f"{name}: its runs differ in {listed(study.fields)}; give a name to each setting")
     labels = [name or JOINT] if len(groups) == 1 else formatting.labels(groups, study.fields)
+    # A setting at its defaults has no value that a label could show.
+    labels = [
+        formatting.runs(group) if label == formatting.NOTHING else label for label, group in zip(labels, groups, strict=True)
+    ]
     place_of = {id(run): place for place, run in enumerate(study.runs)}
     return [
         Joint(label, tuple(runs[place_of[id(run)]] for run in group.runs), group.runs)

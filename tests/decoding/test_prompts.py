@@ -88,7 +88,7 @@ def test_a_sample_depends_on_the_key_alone(models):
     assert np.array_equal(draws[0][0], draws[1][0])
     assert not np.array_equal(draws[0][0], draws[2][0])
     drawn, scores = draws[0]
-    logits = np.asarray(checkpoint.model.apply({"params": checkpoint.params}, drawn).logits)[:, 8:14]
+    logits = np.asarray(jax.jit(checkpoint.model.apply)({"params": checkpoint.params}, drawn).logits)[:, 8:14]
     chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), drawn[:, 9:15, None], axis=2)
     np.testing.assert_allclose(scores, chosen.mean(axis=(1, 2)), atol=1e-5)
 

@@ -14,10 +14,6 @@ from mtl_jax.models.llama_config import Rope
 from mtl_jax.pretrained.llama import gemma3_config, llama_config, qwen2_config, qwen3_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
-OPTIONS = [
-    {"max_new_tokens": 8},
-    {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9, "eos_token_id": [4, 9, 13, 21], "length_penalty": 2.0},
-]
 # What published models say, apart from what this program has no use for.
 BASE = {
     "hidden_size": 2048,
@@ -59,11 +55,9 @@ def test_stored_answers(opened, apply):
 
 
 def test_stored_texts(opened):
-    """Greedy search with one model, beams with the other."""
     checkpoint, stored = opened
-    number = int(checkpoint.config.post_norms)
-    tokens, _ = generate(checkpoint, stored["input_ids"], stored["attention_mask"], **OPTIONS[number])
-    np.testing.assert_array_equal(tokens, stored[f"generated_{number}"])
+    tokens, _ = generate(checkpoint, stored["input_ids"], stored["attention_mask"], max_new_tokens=8)
+    np.testing.assert_array_equal(tokens, stored["generated"])
 
 
 def test_packing_changes_nothing(opened, apply):
@@ -82,7 +76,7 @@ def test_rows_longer_than_dynamic_positions_are_refused(opened):
     model, params = opened[0].model, opened[0].params
     config = opened[0].config.__class__(**{**vars(opened[0].config), "rope": Rope(kind="dynamic"), "max_length": 8})
     with pytest.raises(UserError, match="a row of 9 tokens is too long: dynamic positions are read up to 8"):
-        model.trunk.clone(config=config).apply({"params": params["trunk"]}, jnp.zeros((1, 9), jnp.int32))
+        jax.eval_shape(model.trunk.clone(config=config).apply, {"params": params["trunk"]}, jnp.zeros((1, 9), jnp.int32))
 
 
 def test_forms_of_the_configuration():

@@ -42,7 +42,7 @@ from mtl_jax.tasks import (
     Tagging,
 )
 from mtl_jax.transfer import Consistency, SelfTraining
-from mtl_jax.transfer.adapters import IA3, Bottleneck, Lora, Prefix
+from mtl_jax.transfer.adapters import IA3, Bottleneck, Dora, Lora, Pissa, Prefix, PromptTuning, RsLora, Vera
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.optimizer import Optimizer
 from mtl_jax.transfer.penalties import Mixout
@@ -68,6 +68,7 @@ PARTS: tuple[Any, ...] = (
     *(Mix(), NeighbourSmoothing(), Eda(), Aeda(), CharacterNoise(), Cutoff(), Concatenate(), MentionReplacement()),
     *(MaskedNeighbours(model="x"), BackTranslation(), Paraphrase(), Generate(), Written(path="x")),
     *(Lora(name="a"), Bottleneck(name="a"), IA3(name="a"), Prefix(name="a")),
+    *(RsLora(name="a"), Dora(name="a"), Pissa(name="a"), Vera(name="a"), PromptTuning(name="a")),
     *(L2SP(), EWC(source="a"), Distillation(teacher="x"), RDrop()),
     *(Private(), Canaries(), Optimizer(), Batching(buckets=(16, 32), shares={"a": 1.0}), Evaluation(), Checkpoints()),
     Phase("a", 1, rules=(ParamRule(".*", weight_decay=0.0),), learning_rate=0.1, weights={"a": 1.0}, shares={"a": 1.0}),

@@ -44,7 +44,7 @@ CASES = {
     "ia3": ("bert_rows", ia3(ROWS)),
     "prefix": ("bert_rows", lambda: peft.PrefixTuningConfig(task_type=ROWS, num_virtual_tokens=3)),
     "prompt": ("bert_rows", lambda: peft.PromptTuningConfig(task_type=ROWS, num_virtual_tokens=3)),
-    "lora_all": ("roberta_tokens", lora(TOKENS, target_modules="all-linear")),
+    "lora_all": ("bert_rows", lora(ROWS, target_modules="all-linear")),
     "prompt_tokens": ("roberta_tokens", lambda: peft.PromptTuningConfig(task_type=TOKENS, num_virtual_tokens=3)),
     "prefix_tokens": ("roberta_tokens", lambda: peft.PrefixTuningConfig(task_type=TOKENS, num_virtual_tokens=3)),
     "fused_lora": ("modernbert_rows", lora(ROWS, target_modules=["Wqkv", "Wo"])),

@@ -341,18 +341,21 @@ def test_adapters_by_source_go_out_for_a_task_only(finished, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_go_out_to_peft(finished, bert, data, tmp_path):
-    """Those of one source, on the checkpoint that the run started from; of one kind only."""
+def test_what_does_not_go_out_to_peft(finished, bert, tmp_path):
     folder, *_ = finished
     with pytest.raises(UserError, match=r"adapters lora, ia3: a PEFT directory has adapters of one kind"):
         convert(str(folder / "run"), tmp_path / "out", task="rating", peft=True)
     with pytest.raises(UserError, match="not the workdir of a run, so there are no adapters"):
         convert(str(bert), tmp_path / "out", peft=True)
+
+
+def test_adapters_go_out_to_peft(bert, data, tmp_path):
+    """Those of one source, on the checkpoint that the run started from."""
     pissa = Pissa(name="pissa", rank=2, per="source")
     prepared = moved(prepare(tiny.experiment(bert, data, phases=(ONLY,), adapters=(pissa,))))
     fixed = {path: leaf for path, leaf in flat(prepare(prepared.experiment).params).items() if "/fixed_" in path}
     params = nested(flat(prepared.params) | fixed)
-    run = TrainedRun(prepared.experiment, prepared.tasks, prepared.trunk, params, 1, None)
+    run = TrainedRun(prepared.experiment, tuple(prepared.corpus.tasks), prepared.trunk, params, 1, None)
     rating = run.task("rating")
     hint = peft_export.write(run, "run", tmp_path / "peft", rating, overwrite=False)
     assert "PEFT has no form for the head of rating" in hint

@@ -192,8 +192,9 @@ def table(scores: dict[str, dict[str, list[float]]], tasks: list[str]) -> str:
     lines = []
     for way, by_task in scores.items():
         means = {task: statistics.mean(by_task[task]) for task in tasks}
-        worst = min(tasks, key=lambda task, means=means: means[task] - statistics.mean(alone[task]))
-        loss = means[worst] - statistics.mean(alone[worst])
+        changes = {task: means[task] - statistics.mean(alone[task]) for task in tasks}
+        worst = min(changes, key=changes.__getitem__)
+        loss = changes[worst]
         lines.append(
             [way, *(cell(by_task[task]) for task in tasks), f"{statistics.mean(means.values()):.1f}", f"{loss:+.1f} {worst}"]
         )

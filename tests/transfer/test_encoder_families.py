@@ -19,6 +19,8 @@ from mtl_jax.transfer import top_layers
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
 FAMILIES = ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm", "nomic_masked_lm", "gte_rows"]
+OFTEN = ("albert_rows", "deberta_rows")
+MERGED = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 TRAINED = [name if name == "deberta_rows" else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 
 
@@ -32,7 +34,7 @@ def other(name, folder, by=0.05):
     return folder
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MERGED)
 def test_a_soup_is_the_mean(name, tmp_path):
     sources = [str(FIXTURES / name), str(other(name, tmp_path / "other"))]
     merge_checkpoints(tmp_path / "soup", sources, "", Method("soup"))

@@ -105,7 +105,8 @@ def gram_by_hand(prepared, batch):
     return np.array([[a @ b for b in flat] for a in flat])
 
 
-@pytest.mark.parametrize("part", [TASK_LORA, pytest.param(sharing.TopLayers(own=1), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("part", [TASK_LORA, sharing.TopLayers(own=1)])
 def test_a_task_s_trunk_is_a_plain_checkpoint(bert, data, tmp_path, part):
     run = tmp_path / "run"
     finished_runs.write(run, experiment(bert, data, part))

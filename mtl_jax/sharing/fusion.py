@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -116,7 +117,9 @@ class AdapterFusion(Sharing):
         adapted = [self.adapter.around(params[FUSED][_name(number)], inner) for number in range(len(self.runs))]
         z_BxTxNxO = jnp.stack([output - y_BxTxO for output in adapted], axis=2)
         query, key, value = (params[name].astype(y_BxTxO.dtype) for name in ("query", "key", "value"))
-        return y_BxTxO + fuse(y_BxTxO, z_BxTxNxO, query, key, value)
+        mixed_BxTxO, weights_BxTxN = fuse(y_BxTxO, z_BxTxNxO, query, key, value)
+        call.show("fusion", weights_BxTxN, [f"{number} {Path(run).name}" for number, run in enumerate(self.runs, 1)])
+        return y_BxTxO + mixed_BxTxO
 
     def loaded(self, params: Mapping[str, Any], trunk: Mapping[str, Any], runs: Sequence[TrainedTrunk]) -> Mapping[str, Any]:
         leaves = trees.flat(params)
@@ -135,8 +138,10 @@ class AdapterFusion(Sharing):
         return trees.nested(leaves)
 
 
-def fuse(y_BxTxO: jax.Array, z_BxTxNxO: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """sum_n softmax_n((query y) . (key z_n)) value z_n, f[B, T, O].
+def fuse(
+    y_BxTxO: jax.Array, z_BxTxNxO: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """sum_n softmax_n((query y) . (key z_n)) value z_n, f[B, T, O]; and the softmax, f[B, T, N].
 
     Args:
         y_BxTxO: What the attention reads.
@@ -149,7 +154,7 @@ def fuse(y_BxTxO: jax.Array, z_BxTxNxO: jax.Array, query: jax.Array, key: jax.Ar
     asked_BxTxO = times(times(y_BxTxO, query), key.swapaxes(-1, -2))
     scores_BxTxN = jnp.einsum("bto,btno->btn", asked_BxTxO, z_BxTxNxO).astype(jnp.float32)
     weights_BxTxN = jax.nn.softmax(scores_BxTxN).astype(y_BxTxO.dtype)
-    return times(jnp.einsum("btn,btno->bto", weights_BxTxN, z_BxTxNxO), value)
+    return times(jnp.einsum("btn,btno->bto", weights_BxTxN, z_BxTxNxO), value), weights_BxTxN
 
 
 def new_attention(key: jax.Array, width: int) -> dict[str, jax.Array]:

@@ -17,8 +17,9 @@ from mtl_jax.pretrained.checkpoint import Checkpoint
 from mtl_jax.sharing.task_adapters import TaskAdapters
 from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted, adapt, save_peft
-from mtl_jax.transfer.adapters.adapted import OfSource, owner_of, params_at
+from mtl_jax.transfer.adapters.adapting import OfSource
 from mtl_jax.transfer.adapters.base import RUN, Adapter, Inserted
+from mtl_jax.transfer.adapters.of_task import owner_of, params_at
 
 HEADS: dict[type[Task], str] = {
     Tagging: "token_classification",

@@ -19,9 +19,10 @@ from mtl_jax.core.errors import UserError, count, listed, unknown
 from mtl_jax.models.layers import times
 from mtl_jax.sharing.base import NAME, Sharing, TrainedTrunk
 from mtl_jax.sharing.task_adapters import TaskAdapters
-from mtl_jax.transfer.adapters.adapted import ADAPTERS, Adapted, owner_of, params_at
+from mtl_jax.transfer.adapters.adapted import ADAPTERS, Adapted
 from mtl_jax.transfer.adapters.base import DENSE, RUN, TASK, Adapter, Call, Inserted, Layer, Params
 from mtl_jax.transfer.adapters.bottleneck import Bottleneck
+from mtl_jax.transfer.adapters.of_task import owner_of, params_at
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.param_rules import adapters_only
 

@@ -80,7 +80,7 @@ class HyperFormer(Sharing):
         task_KxD = params[OWN]["task"].reshape(-1, self.embedding)
         place_KxD = jnp.broadcast_to(params["place"], task_KxD.shape)
         h_KxD = jax.nn.relu(jnp.concatenate([task_KxD, place_KxD], axis=1) @ params["project_in"]) @ params["project_out"]
-        # A product, as in adapted.py.
+        # A product, as in stacks.py.
         task_B = call.rows.task_BC if len(y_BxTxO) == len(call.rows.task_BC) else call.rows.source_B
         h_BxD = jax.nn.one_hot(task_B, len(task_KxD)) @ h_KxD
         B, width = len(y_BxTxO), y_BxTxO.shape[-1]

@@ -23,7 +23,7 @@ def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -
 
     Args:
         call: The call of the layer; its arguments by row are [n, ...].
-        stacks: Parameters of the copies as adapted.py stacks them: matrices [C, ...], vectors [C *].
+        stacks: Parameters of the copies as stacks.py keeps them: matrices [C, ...], vectors [C *].
         number_n: i32[n], the copy of each row.
         copies: C.
     """

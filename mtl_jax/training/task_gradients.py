@@ -21,7 +21,7 @@ from jax.extend.core import Literal
 from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Task
-from mtl_jax.transfer.adapters.adapted import is_own
+from mtl_jax.transfer.adapters.stacks import is_own
 
 CHUNK = 8192  # numbers of every task at a time, so that K chunks fit into a core's cache
 

@@ -6,14 +6,12 @@ what trains; adapters_only() makes the usual rules.
 
 from mtl_jax.transfer.adapters.adapted import ADAPTERS as ADAPTERS
 from mtl_jax.transfer.adapters.adapted import Adapted as Adapted
-from mtl_jax.transfer.adapters.adapted import adapt as adapt
-from mtl_jax.transfer.adapters.adapted import as_module as as_module
-from mtl_jax.transfer.adapters.adapted import check as check
-from mtl_jax.transfer.adapters.adapted import is_own as is_own
-from mtl_jax.transfer.adapters.adapted import merge_adapters as merge_adapters
-from mtl_jax.transfer.adapters.adapted import notes as notes
 from mtl_jax.transfer.adapters.adapted_checkpoint import adapters_of as adapters_of
 from mtl_jax.transfer.adapters.adapted_checkpoint import add_adapters as add_adapters
+from mtl_jax.transfer.adapters.adapting import adapt as adapt
+from mtl_jax.transfer.adapters.adapting import as_module as as_module
+from mtl_jax.transfer.adapters.adapting import check as check
+from mtl_jax.transfer.adapters.adapting import notes as notes
 from mtl_jax.transfer.adapters.base import Adapter as Adapter
 from mtl_jax.transfer.adapters.base import Call as Call
 from mtl_jax.transfer.adapters.base import Layer as Layer
@@ -29,10 +27,12 @@ from mtl_jax.transfer.adapters.low_rank import Dora as Dora
 from mtl_jax.transfer.adapters.low_rank import Pissa as Pissa
 from mtl_jax.transfer.adapters.low_rank import RsLora as RsLora
 from mtl_jax.transfer.adapters.low_rank import Vera as Vera
+from mtl_jax.transfer.adapters.of_task import merge_adapters as merge_adapters
 from mtl_jax.transfer.adapters.peft_files import load_peft as load_peft
 from mtl_jax.transfer.adapters.peft_files import save_peft as save_peft
 from mtl_jax.transfer.adapters.prefix import Prefix as Prefix
 from mtl_jax.transfer.adapters.prompt_tuning import PromptTuning as PromptTuning
+from mtl_jax.transfer.adapters.stacks import is_own as is_own
 from mtl_jax.transfer.param_rules import adapters_only as adapters_only
 from mtl_jax.transfer.param_rules import bitfit as bitfit
 from mtl_jax.transfer.param_rules import lora_plus as lora_plus

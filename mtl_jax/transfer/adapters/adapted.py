@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.core import trees
-from mtl_jax.core.errors import UserError, count, listed
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.models.layers import Attention, Embed
 from mtl_jax.models.llama import GroupedAttention
 from mtl_jax.models.modernbert import RotaryAttention
@@ -30,7 +30,6 @@ from mtl_jax.transfer.adapters.base import (
     OWN,
     ROTARY,
     RUN,
-    SOURCE,
     TASK,
     WHOLE,
     Adapter,
@@ -39,9 +38,9 @@ from mtl_jax.transfer.adapters.base import (
     Layer,
     Shown,
 )
-from mtl_jax.transfer.adapters.prefix import Prefix
 from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
 from mtl_jax.transfer.adapters.routes import Routes, Rows, repeated
+from mtl_jax.transfer.adapters.stacks import below, chosen_rows, has_own, stacked_copies, stacked_init, subtree
 
 ADAPTERS = "adapters"
 
@@ -91,7 +90,7 @@ class Adapted:
 
         def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             if context.method_name == "__call__":
-                layer = _layer("/".join(context.module.path), context.module, args)
+                layer = layer_of("/".join(context.module.path), context.module, args)
                 if layer is not None:
                     calls = layers[layer.path].calls + 1 if layer.path in layers else 1
                     layers[layer.path] = layer._replace(calls=calls)
@@ -116,7 +115,7 @@ class Adapted:
         """Whether anything in the trunk belongs to single tasks."""
         tasks = 0 if self.routes is None else len(self.routes.tasks)
         return any(
-            self.by_task(adapter) or any(_has_own(adapter, layer, tasks) for layer in self.where[adapter.name])
+            self.by_task(adapter) or any(has_own(adapter, layer, tasks) for layer in self.where[adapter.name])
             for adapter in self.adapters
         )
 
@@ -142,10 +141,10 @@ class Adapted:
         for adapter in self.adapters:
             places, tasks = self.where[adapter.name], len(self.routes.tasks)
             everywhere = self.by_task(adapter) or any(
-                _has_own(adapter, place, tasks) for place in places if place.kind == COMMON
+                has_own(adapter, place, tasks) for place in places if place.kind == COMMON
             )
             for place in places:
-                if place.kind != COMMON and (everywhere or _has_own(adapter, place, tasks)):
+                if place.kind != COMMON and (everywhere or has_own(adapter, place, tasks)):
                     enclosing[place.path] = self.enclosing(place.path)
         outside = [path for path, whole in enclosing.items() if whole is None]
         if outside:
@@ -180,22 +179,22 @@ class Adapted:
         trunk = trees.flat(params)
         for adapter in self.adapters:
             for layer in self.where[adapter.name]:
-                beneath = _below(trunk, f"{layer.path}/")
+                beneath = below(trunk, f"{layer.path}/")
                 path = f"{adapter.name}/{layer.path}"
                 layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 if adapter.per == RUN:
                     added[path] = dict(adapter.start(layer_key, layer, beneath))
                 else:
                     start = functools.partial(adapter.start, trunk=beneath)
-                    added[path] = _stacks(start, layer_key, layer, self.stacked(adapter))
+                    added[path] = stacked_init(start, layer_key, layer, self.stacked(adapter))
                 if self.routes is not None:
                     tasks = len(self.routes.tasks)
                     own_key = jax.random.fold_in(layer_key, zlib.crc32(OWN.encode()))
-                    own = _stacks(functools.partial(adapter.start_own, trunk=beneath), own_key, layer, tasks)
+                    own = stacked_init(functools.partial(adapter.start_own, trunk=beneath), own_key, layer, tasks)
                     added[path] |= adapter.init_for(layer_key, layer, tasks)
                     added[path] |= {OWN: own} if own else {}
                     for name, copies in adapter.copied(layer, tasks).items():
-                        whole = _copies(_subtree(params, layer.path), copies)
+                        whole = stacked_copies(subtree(params, layer.path), copies)
                         added[path][name] = {**added[path].get(name, {}), **whole}
         return {**params, ADAPTERS: trees.nested(added)}
 
@@ -265,7 +264,7 @@ class Adapted:
                 layer_params = by_layer[adapter.name].get(adapter.uses(layer))
                 if layer_params is not None:
                     about = (call_key, outer[-1], rows, memos[adapter.name], None if isinstance(adapter, Adapter) else shown)
-                    call = _around(adapter, layer_params, layer, context.module, call, *about)
+                    call = around(adapter, layer_params, layer, context.module, call, *about)
             if layer.kind != WHOLE:
                 return call(*args, **kwargs)
             outer.append(args)
@@ -288,9 +287,9 @@ class Adapted:
     ) -> dict[str, dict[str, Any]]:
         """{layer: parameters}; if sources or tasks have their own, those of each row."""
         by_layer: dict[str, dict[str, Any]] = {}
-        common = _subtree(added, adapter.common) if adapter.common else {}
+        common = subtree(added, adapter.common) if adapter.common else {}
         for layer in self.where[adapter.name]:
-            params = dict(_subtree(added, layer.path))
+            params = dict(subtree(added, layer.path))
             own = {**common.get(OWN, {}), **params.pop(OWN, {})}
             params = {**{name: leaf for name, leaf in common.items() if name != OWN}, **params}
             copied = layer.path in self.copied_layers
@@ -304,206 +303,19 @@ class Adapted:
                 # A product, since the gradient of indexing is summed in no fixed order on GPUs.
                 source_B = jnp.repeat(source, self.through, axis=0) if copied else source
                 chosen_BxN = jax.nn.one_hot(jnp.maximum(source_B, 0), self.sources)
-                params = {name: _chosen(leaf, chosen_BxN) for name, leaf in params.items()}
+                params = {name: chosen_rows(leaf, chosen_BxN) for name, leaf in params.items()}
             if own and rows is not None:
                 tasks = len(rows.routes.tasks)
                 if adapter.by_row:
                     chosen_BxK = jax.nn.one_hot(rows.task_BC if copied or rows.routes.copies == 1 else rows.source_B, tasks)
-                    own = {name: _chosen(leaf, chosen_BxK) for name, leaf in own.items()}
+                    own = {name: chosen_rows(leaf, chosen_BxK) for name, leaf in own.items()}
                 params |= own if adapter.by_row else {OWN: own}
             by_layer[layer.path] = params
         return by_layer
 
 
-def _chosen(leaf: jax.Array, chosen_BxN: jax.Array) -> jax.Array:
-    """The part of a stack for each row."""
-    N = chosen_BxN.shape[-1]
-    stack = leaf.reshape(N, 1, -1) if leaf.ndim == 1 else leaf
-    return jnp.einsum("bn,n...->b...", chosen_BxN, stack, precision="highest")
-
-
-def _subtree(tree: Mapping[str, Any], path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
-
-
-def _stacks(init: Any, key: jax.Array, layer: Layer, count: int) -> dict[str, Any]:
-    """The results of an adapter's init() or init_own() for several sources or tasks."""
-    stacks: dict[str, Any] = jax.tree.map(_stack, jax.vmap(lambda key: init(key, layer))(jax.random.split(key, count)))
-    return stacks
-
-
-def _copies(tree: Any, count: int) -> Any:
-    """Several copies of parameters; vectors as _stack() says."""
-    return jax.tree.map(lambda leaf: _stack(jnp.broadcast_to(leaf, (count, *leaf.shape))), tree)
-
-
-def _has_own(adapter: Inserted, layer: Layer, tasks: int) -> bool:
-    """Whether an adapter has parameters of single tasks at a layer, or copies of the layer."""
-    return bool(jax.eval_shape(lambda: adapter.init_own(jax.random.key(0), layer))) or bool(adapter.copied(layer, tasks))
-
-
-class OfSource(nn.Module):
-    """A trunk with adapters as a linen module, for use inside a module without sources: all rows are of one source.
-
-    Attributes:
-        adapted: The trunk.
-        source: The number of the source.
-        task: The task whose copy of the rows is wanted, where they have several.
-    """
-
-    adapted: Adapted
-    source: int = 0
-    task: str = ""
-
-    @property
-    def config(self) -> Any:
-        """The trunk's sizes."""
-        return self.adapted.config
-
-    @property
-    def dtype(self) -> Any:
-        """The compute dtype of the trunk."""
-        return self.adapted.dtype
-
-    def __call__(self, input_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """The trunk's output; the arguments are those of the trunk."""
-        rows_B = jnp.full(len(input_ids), self.source)
-        output = self.adapted.apply({"params": self.variables["params"]}, input_ids, *args, source=rows_B, **kwargs)
-        copy_of = dict(self.adapted.copy_of)
-        if not copy_of:
-            return output
-        return output._replace(hidden=output.hidden[copy_of[self.task] :: self.adapted.copies])
-
-
-def as_module(trunk: nn.Module | Adapted, source: int, task: str) -> nn.Module:
-    """A trunk for use inside another linen module: itself, or, if it has adapters, the trunk with those of one task's rows."""
-    return OfSource(trunk, source, task) if isinstance(trunk, Adapted) else trunk
-
-
-def adapt(
-    module: nn.Module,
-    adapters: Sequence[Adapter],
-    sources: int = 1,
-    *,
-    sharing: Sequence[Inserted] = (),
-    routes: Routes | None = None,
-) -> Adapted:
-    """A trunk with adapters: an encoder, a decoder-only trunk, or the encoder of Marian, BART, T5.
-
-    With optax alone:
-
-        checkpoint = mtl_jax.pretrained.load("path", head=None)
-        module = adapt(checkpoint.model.trunk, [Lora(name="lora", rank=8)])
-        params = module.add(checkpoint.params["trunk"], jax.random.key(0))
-        frozen, added = params, params["adapters"]
-        optimizer = optax.adam(1e-3)
-        state = optimizer.init(added)
-
-        def loss(added):
-            return objective(module.apply({"params": {**frozen, "adapters": added}}, ids, mask).hidden)
-
-        updates, state = optimizer.update(jax.grad(loss)(added), state, added)
-        added = optax.apply_updates(added, updates)
-
-    Args:
-        module: The trunk: a linen module with the attention of models.layers or models.modernbert, and nn.Dense.
-        adapters: The adapters.
-        sources: Number of sources, for adapters with parameters for each source.
-        sharing: How the tasks share the trunk, if not all of it.
-        routes: The tasks of the rows of every source, if adapters or the sharing have parameters of single tasks.
-
-    Raises:
-        UserError: A field is refused, two adapters have one name, or one has no layer in the module.
-    """
-    check(adapters)
-    for part in sharing:
-        routes = None if routes is None else part.routes(routes)
-    adapted = Adapted(module, (*adapters, *sharing), sources, routes)
-    check_alone(adapters, adapted.where)  # where raises if an adapter has no layer
-    if not adapted.has_parts_of_tasks:
-        adapted = dataclasses.replace(adapted, routes=None)
-    adapted.first_copied  # noqa: B018  raises if parameters of single tasks are in no layer
-    whole = {layer.path for part in sharing for layer in adapted.where[part.name] if layer.kind == WHOLE}
-    for adapter in adapters:
-        inside = [layer.path for layer in adapted.where[adapter.name] if adapted.enclosing(layer.path) in whole]
-        if inside:
-            raise UserError(
-                f"adapter {adapter.name!r} would be at {listed(inside)}, in layers of which the sharing has copies: choose "
-                "other layers for one of them"
-            )
-    return adapted
-
-
-def check_alone(adapters: Sequence[Adapter], where: Mapping[str, Sequence[Layer]]) -> None:
-    """Raises UserError if two adapters are at one layer, and are of a kind of which it has at most one."""
-    at_layer: dict[str, str] = {}
-    for adapter in adapters:
-        for layer in where[adapter.name] if adapter.alone else ():
-            if layer.path in at_layer:
-                raise UserError(
-                    f"adapters {at_layer[layer.path]!r} and {adapter.name!r} are both at {layer.path}, and a layer has at most "
-                    f"one {type(adapter).__name__}: give one of them another target"
-                )
-            at_layer[layer.path] = adapter.name
-
-
-def check(adapters: Sequence[Adapter]) -> None:
-    """Checks adapters without a trunk.
-
-    Args:
-        adapters: The adapters.
-
-    Raises:
-        UserError: One line that names the adapter.
-    """
-    names = [adapter.name for adapter in adapters]
-    for adapter in adapters:
-        if names.count(adapter.name) > 1:
-            raise UserError(f"adapter names must differ: {adapter.name!r} stands twice")
-        if not adapter.name or not adapter.name.replace("-", "_").isidentifier() or not adapter.name.isascii():
-            raise UserError(f"adapter name {adapter.name!r}: use letters, digits, '_' and '-' only, a letter first")
-        adapter.check()
-    prefixes = [adapter.name for adapter in adapters if isinstance(adapter, Prefix)]
-    if len(prefixes) > 1:
-        raise UserError(f"adapters {listed(prefixes)} are all prefixes: declare one, as long as they are together")
-
-
-def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
-    """A line for each adapter with its numbers of layers and parameters, and what shares them.
-
-    Args:
-        adapted: The trunk.
-        params: Its parameters, with {"adapters": ...}.
-    """
-    lines = []
-    for adapter in adapted.adapters:
-        leaves = trees.flat(params[ADAPTERS][adapter.name])
-        size = sum(leaf.size for leaf in leaves.values())
-        own = sum(leaf.size for path, leaf in leaves.items() if is_own(path))
-        places = [layer for layer in adapted.where[adapter.name] if layer.kind != COMMON]
-        what = f"{type(adapter).__name__} at {count(len(places), 'layer')}, {count(size, 'parameter')}"
-        if isinstance(adapter, Adapter):
-            kind = "task" if adapted.by_task(adapter) else "source"
-            shared = (
-                "for all rows alike" if adapter.per == RUN else f"for each of {count(adapted.stacked(adapter), kind)} its own"
-            )
-            lines.append(f"adapter {adapter.name}: {what}, {shared}")
-        else:
-            tasks = 1 if adapted.routes is None else len(adapted.routes.tasks)
-            lines.append(f"sharing: {what}, {count(own // tasks, 'of them', 'of them')} each task's own")
-            if adapted.through > 1:
-                lines.append(f"sharing: {adapted.through} copies of each row pass from {adapted.first_copied} on")
-    return lines
-
-
-def is_own(path: str) -> bool:
-    """Whether a parameter belongs to single tasks, by its path; such a parameter is not in the Gram matrix of the trunk."""
-    return f"/{OWN}/" in f"/{path}/"
-
-
-def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
+def layer_of(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
+    """The layer that a module is, by its call; None if it cannot be adapted."""
     if isinstance(module, nn.Dense):
         return Layer(path, DENSE, inputs=args[0].shape[-1], outputs=module.features)
     if isinstance(module, GroupedAttention):
@@ -521,11 +333,7 @@ def _layer(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
     return None
 
 
-def _below(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)}
-
-
-def _around(
+def around(
     adapter: Inserted,
     params: dict[str, Any],
     layer: Layer,
@@ -537,81 +345,7 @@ def _around(
     memo: dict[str, Any] | None = None,
     shown: dict[str, dict[str, Shown]] | None = None,
 ) -> Callable[..., Any]:
+    """The call of a layer with an adapter around it; arguments as in Call."""
     layer_key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"{adapter.name}/{layer.path}".encode()))
     about = (layer_key, outer, rows, {} if memo is None else memo, shown)
     return lambda *args, **kwargs: adapter.around(params, Call(layer, module, call, args, kwargs, *about))
-
-
-def _stack(leaf: jax.Array) -> jax.Array:
-    # The vectors of all sources become one vector, since weight decay is for leaves of two or more dimensions only.
-    return leaf.reshape(-1) if leaf.ndim == 2 else leaf
-
-
-def merge_adapters(
-    adapted: Adapted, params: Mapping[str, Any], source: int | None = None, task: str | None = None
-) -> dict[str, Any]:
-    """The parameters of the module with its adapters merged into them, such as W + (alpha / rank) A B; without dropout.
-
-    Args:
-        adapted: The module with adapters, all of which have merged(): Lora and its relatives, IA3.
-        params: Its parameters, with {"adapters": ...}.
-        source: The source whose adapters are merged, if sources have their own.
-        task: The task whose parameters are merged, if tasks have their own.
-
-    Raises:
-        UserError: An adapter cannot be merged, or source or task is missing.
-    """
-    base = trees.flat({name: tree for name, tree in params.items() if name != ADAPTERS})
-    for adapter in sorted(adapted.adapters, key=lambda adapter: adapter.order):
-        for layer in adapted.where[adapter.name]:
-            owner = owner_of(adapted, adapter, layer)
-            if (owner == SOURCE and source is None) or (owner == TASK and task is None):
-                raise UserError(f"adapter {adapter.name!r}: each {owner} has its own; say of which task it is to be merged")
-            layer_params = params_at(adapted, adapter, params[ADAPTERS], layer, source, task)
-            whole = trees.nested(_below(base, f"{layer.path}/"))
-            merged = trees.flat(adapter.merged(layer_params, whole, layer))
-            base |= {f"{layer.path}/{name}": leaf for name, leaf in merged.items()}
-    return trees.nested(base)
-
-
-def owner_of(adapted: Adapted, adapter: Inserted, layer: Layer) -> str:
-    """What has parameters of its own at a layer: RUN for nothing, SOURCE, or TASK."""
-    tasks = 0 if adapted.routes is None else len(adapted.routes.tasks)
-    if adapted.by_task(adapter) or (tasks and _has_own(adapter, layer, tasks)):
-        return TASK
-    return RUN if adapter.per == RUN else SOURCE
-
-
-def params_at(
-    adapted: Adapted,
-    adapter: Inserted,
-    added: Mapping[str, Any],
-    layer: Layer,
-    source: int | None = None,
-    task: str | None = None,
-) -> dict[str, Any]:
-    """The parameters of an adapter or a sharing at one layer, of one task.
-
-    Args:
-        adapted: The module.
-        adapter: One of its adapters.
-        added: Its parameters at "adapters".
-        layer: The layer.
-        source: The number of the source, where owner_of() is SOURCE.
-        task: The task, where owner_of() is TASK.
-    """
-    params = dict(_subtree(added[adapter.name], layer.path))
-    own = params.pop(OWN, {})
-    if adapted.by_task(adapter):
-        own, params = params, {}
-    elif adapter.per != RUN:
-        params = jax.tree.map(lambda leaf: of_number(leaf, adapted.sources, source), params)
-    if own and adapted.routes is not None and task is not None:
-        number, tasks = adapted.routes.number(task), len(adapted.routes.tasks)
-        params |= jax.tree.map(lambda leaf: of_number(leaf, tasks, number), own)
-    return params
-
-
-def of_number(leaf: jax.Array, count: int, number: int | None) -> jax.Array:
-    """The parameter of one source or task, out of a stack of several."""
-    return leaf.reshape(count, -1)[number] if leaf.ndim == 1 else leaf[number]

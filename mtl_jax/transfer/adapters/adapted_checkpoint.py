@@ -13,8 +13,9 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.pretrained.checkpoint import Checkpoint
-from mtl_jax.transfer.adapters.adapted import ADAPTERS, Adapted, OfSource, adapt
+from mtl_jax.transfer.adapters.adapted import ADAPTERS, Adapted
 from mtl_jax.transfer.adapters.adapted_decoder import AdaptedDecoder, adapt_decoder, add_to_decoder, layers_of
+from mtl_jax.transfer.adapters.adapting import OfSource, adapt
 from mtl_jax.transfer.adapters.base import Adapter, Layer
 
 TRUNK, HEAD = "trunk", "head"

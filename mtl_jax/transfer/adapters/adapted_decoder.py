@@ -19,8 +19,10 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.models.seq2seq_decoder import Cache, Decoder, DecoderOutput, Source
 from mtl_jax.models.seq2seq_layers import Embeddings, Seq2SeqConfig
-from mtl_jax.transfer.adapters.adapted import ADAPTERS, _around, _below, _layer, check, check_alone
+from mtl_jax.transfer.adapters.adapted import ADAPTERS, around, layer_of
+from mtl_jax.transfer.adapters.adapting import check, check_alone
 from mtl_jax.transfer.adapters.base import RUN, Adapter, Layer
+from mtl_jax.transfer.adapters.stacks import below
 
 OUTPUT = "lm_head"  # the layer of the logits, which beam search reads as a matrix
 
@@ -80,7 +82,7 @@ class AdaptedDecoder(Decoder):
             for adapter in nearest_first:
                 params = by_layer.get((adapter.name, adapter.uses(layer)))
                 if params is not None:
-                    call = _around(adapter, params, layer, context.module, call, key)
+                    call = around(adapter, params, layer, context.module, call, key)
             return call(*args, **kwargs)
 
         return nn.intercept_methods(intercept)
@@ -95,7 +97,7 @@ def layers_of(config: Seq2SeqConfig) -> Mapping[str, Layer]:
         path = "/".join(context.module.path)
         if context.method_name == "__call__" and path != OUTPUT:
             is_embeddings = isinstance(context.module, Embeddings)
-            layer = Layer(path, "positions") if is_embeddings else _layer(path, context.module, args)
+            layer = Layer(path, "positions") if is_embeddings else layer_of(path, context.module, args)
             layers.update({} if layer is None else {path: layer})
         return next_call(*args, **kwargs)
 
@@ -147,7 +149,7 @@ def add_to_decoder(decoder: Decoder, params: Mapping[str, Any], key: jax.Array) 
         for layer in adapter.where(layers_of(decoder.config)):
             path = f"{adapter.name}/{layer.path}"
             layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            added[path] = adapter.start(layer_key, layer, _below(flat, f"{layer.path}/"))
+            added[path] = adapter.start(layer_key, layer, below(flat, f"{layer.path}/"))
     return {**params, ADAPTERS: trees.nested(added)}
 
 
@@ -161,7 +163,7 @@ def merge_decoder(decoder: Decoder, params: Mapping[str, Any]) -> dict[str, Any]
     for adapter in sorted(getattr(decoder, "adapters", ()), key=lambda adapter: adapter.order):
         added = trees.flat(params[ADAPTERS][adapter.name])
         for layer in adapter.where(layers_of(decoder.config)):
-            kernel = {name: leaf for name, leaf in _below(base, f"{layer.path}/").items() if name in ("kernel", "bias")}
-            merged = adapter.merged(_below(added, f"{layer.path}/"), kernel, layer)
+            kernel = {name: leaf for name, leaf in below(base, f"{layer.path}/").items() if name in ("kernel", "bias")}
+            merged = adapter.merged(below(added, f"{layer.path}/"), kernel, layer)
             base |= {f"{layer.path}/{name}": leaf for name, leaf in merged.items()}
     return trees.nested(base)

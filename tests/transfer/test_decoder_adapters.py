@@ -92,6 +92,7 @@ def test_a_prefix_in_a_decoder_is_seen_with_and_without_a_cache():
             "'l' finds no place in this trunk: .* there are .*cross_attention/query",
         ),
         ((PromptTuning(name="p"),), "'p' finds no place"),
+        ((Prefix(name="x", per="task"),), "'x': per is task, but a decoder is of one task"),
     ],
 )
 def test_bad_input(adapters, message):

@@ -17,6 +17,7 @@ again, the script resumes; --only-table makes the table of the results.json that
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from pathlib import Path
 
@@ -45,7 +46,6 @@ from mtl_jax import (
 )
 from mtl_jax.ablation import ablation_dir
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.training.workdir import read_json
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.param_rules import LORA_PLUS_RATIO
 
@@ -60,7 +60,7 @@ ADAPTERS: dict[str, Adapter] = {
 }
 # {variant: what adapters have of the learning rate}; of LoRA+ that is the rate of A.
 FACTORS = {"vera": 8.0, "lora_plus": LORA_PLUS_RATIO**-0.5}
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SOURCES = {
     "trec": Source(
         name="trec",
@@ -156,12 +156,12 @@ def compare(comparison: Comparison) -> str:
 def accuracies(folder: Path, task: str) -> dict[float, dict[int, tuple[float, float]]]:
     """{rate: {seed: (dev, test)}} of the finished runs of an ablation, in percent; a run that diverged has none."""
     scores: dict[float, dict[int, tuple[float, float]]] = {}
-    if not (folder / ablation_dir.RECORD).exists():
-        return scores
-    for run in ablation_dir.read(folder)["runs"]:
-        results = read_json(ablation_dir.of_run(folder, run["run"]) / "results.json")
-        if results is None or task not in results["tasks"]:
+    record = folder / ablation_dir.RECORD
+    for run in json.loads(record.read_text(encoding="utf-8"))["runs"] if record.exists() else ():
+        file = ablation_dir.of_run(folder, run["run"]) / "results.json"
+        if not file.exists():
             continue
+        results = json.loads(file.read_text(encoding="utf-8"))
         dev, test = (100 * results["tasks"][task][split]["accuracy"] for split in ("dev", "test"))
         if np.isfinite([dev, test]).all():
             values = run["values"]

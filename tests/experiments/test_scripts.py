@@ -33,7 +33,7 @@ ON_DATA = {
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
-    *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py"),
+    *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py", "lora_variants.py"),
 }
 MATRIX = {f"affinity_{part}.py" for part in ("tasks", "trainings", "matrix", "evaluation")}  # test_affinity_matrix.py
 
@@ -174,6 +174,32 @@ def test_pairs(wheels, shared_data, tmp_path, monkeypatch):
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["stsb", "mrpc", "rte", "cola"]
     steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("*/results.json")}
     assert steps == {"together-0": 1} | {f"{way}-{task}-0": n for way, n in (("alone", 1), ("then", 2)) for task in TASKS}
+
+
+@pytest.mark.long
+def test_lora_variants(wheels, shared_data, tmp_path, monkeypatch):
+    """Two variants of a step; the table is made again without training."""
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = [
+        "--workdir",
+        str(tmp_path),
+        "--tasks",
+        "trec",
+        "--steps",
+        "1",
+        "--rows",
+        "40",
+        "--seeds",
+        "2",
+        "--rates",
+        "0.001",
+        "0.01",
+    ]
+    done = start("lora_variants.py", *flags, "--variants", "lora", "pissa")
+    assert done.returncode == 0, done.stderr
+    again = start("lora_variants.py", *flags, "--variants", "lora", "pissa", "--only-table")
+    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+    assert [line.split("|")[2].strip() for line in again.stdout.splitlines()[-2:]] == ["lora", "pissa"]
 
 
 @pytest.mark.long

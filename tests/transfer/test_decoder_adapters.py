@@ -74,6 +74,7 @@ def test_merged_gives_the_same_logits_and_texts(family):
     np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_prefix_in_a_decoder_is_seen_with_and_without_a_cache():
     """Teacher forcing of the text that greedy search finds gives its likeliest tokens."""
     loaded = adapted("bart", Prefix(name="prefix", length=3, shift=True, target=".*/attention"))
@@ -92,6 +93,7 @@ def test_a_prefix_in_a_decoder_is_seen_with_and_without_a_cache():
             "'l' finds no place in this trunk: .* there are .*cross_attention/query",
         ),
         ((PromptTuning(name="p"),), "'p' finds no place"),
+        ((Prefix(name="x", per="task"),), "'x': per is task, but a decoder is of one task"),
     ],
 )
 def test_bad_input(adapters, message):

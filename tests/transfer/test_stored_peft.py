@@ -46,7 +46,7 @@ def logits(checkpoint, name="lora"):
         )
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [name if name != "t5_ia3" else pytest.param(name, marks=pytest.mark.long) for name in BASES])
 def test_stored_answers_and_the_way_back(name, tmp_path):
     """As PEFT answers; a directory that is written and read again has the same parameters, those of PiSSA as a difference."""
     checkpoint = opened(name)

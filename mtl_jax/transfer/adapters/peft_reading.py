@@ -125,8 +125,7 @@ def _read_prefix(reading: Reading) -> Checkpoint:
     config, checkpoint = reading.config, reading.checkpoint
     decoder = isinstance(checkpoint.model, Seq2Seq)
     part = HEAD if decoder else TRUNK
-    if decoder and getattr(checkpoint.config, "positions", "") == "relative":
-        raise UserError(f"{config.where}: a prefix with relative positions has a bias in PEFT and none here; it is not read")
+    check_prefix(checkpoint, config.where)
     attentions = self_attentions(checkpoint, part)
     N, D = attentions[0].heads, attentions[0].head_size
     length = config.fields.integer("num_virtual_tokens")
@@ -140,6 +139,14 @@ def _read_prefix(reading: Reading) -> Checkpoint:
         for offset, name in enumerate(("key", "value")):
             values[f"{part}/{ADAPTERS}/{NAME}/{layer.path}/{name}"] = entries_PxLxNxD[:, first + offset]
     return with_params(adapted, values)
+
+
+def check_prefix(checkpoint: Checkpoint, where: str) -> None:
+    """Raises UserError if a prefix means another thing in PEFT."""
+    if getattr(checkpoint.config, "positions", "") == "relative":
+        raise UserError(
+            f"{where}: a prefix has a bias of relative positions in PEFT and none here; of T5 it is not read or written"
+        )
 
 
 def first_entry(layer: int, count: int, decoder: bool) -> int:

@@ -21,7 +21,7 @@ from mtl_jax.transfer.adapters.base import Adapter, Layer
 from mtl_jax.transfer.adapters.ia3 import IA3, scale_of
 from mtl_jax.transfer.adapters.lora import Lora
 from mtl_jax.transfer.adapters.low_rank import Dora, Pissa, RsLora
-from mtl_jax.transfer.adapters.peft_reading import check_prompt, first_entry, self_attentions
+from mtl_jax.transfer.adapters.peft_reading import check_prefix, check_prompt, first_entry, self_attentions
 from mtl_jax.transfer.adapters.prefix import Prefix
 from mtl_jax.transfer.adapters.prompt_tuning import PromptTuning
 
@@ -149,6 +149,7 @@ def _write_prefix(writing: Writing) -> tuple[dict[str, Any], dict[str, Saved]]:
     checkpoint = writing.checkpoint
     ((part, adapter),) = list(writing.adapters())
     assert isinstance(adapter, Prefix)
+    check_prefix(checkpoint, f"adapter {adapter.name!r}")
     decoder = isinstance(checkpoint.model, Seq2Seq)
     if decoder and part == TRUNK:
         raise UserError(

@@ -56,8 +56,11 @@ class Prefix(Adapter):
 
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
         matching = self.matching(layers, self.target, ("attention", "rotary"))
-        if self.shift and any(layer.kind == "rotary" for layer in matching):
-            raise UserError(f"adapter {self.name!r}: shift is for positions that are added to tokens, not for rotary ones")
+        kinds = {layer.kind for layer in layers.values()}
+        if self.shift and ("rotary" in kinds or not kinds & {"root", "positions"}):
+            raise UserError(
+                f"adapter {self.name!r}: shift is for positions that are added to tokens, and this trunk has others"
+            )
         return matching
 
     def uses(self, layer: Layer) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.core.parts import Part
 from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.transfer.adapters.base import RUN, WHOLE, Adapter, Call, Inserted, Layer, Params
@@ -147,12 +147,12 @@ def check(sharing: Sharing, adapters: Sequence[str]) -> None:
         raise UserError(f"adapter {NAME!r}: this is where the parameters of a sharing are; choose another name")
 
 
-def layers_from_the_top(layers: Mapping[str, Layer], count: int, title: str) -> list[Layer]:
+def layers_from_the_top(layers: Mapping[str, Layer], number: int, title: str) -> list[Layer]:
     """The last whole layers of a trunk, in the order of their calls.
 
     Args:
         layers: All layers by path.
-        count: How many; 0: all.
+        number: How many; 0: all.
         title: What asks for them, for the error.
 
     Raises:
@@ -161,9 +161,9 @@ def layers_from_the_top(layers: Mapping[str, Layer], count: int, title: str) -> 
     whole = [layer for layer in layers.values() if layer.kind == WHOLE]
     if not whole:
         raise UserError(f"{title}: the trunk has no layers; choose another trunk, or leave the sharing at Hard()")
-    if count > len(whole):
-        raise UserError(f"{title} is {count}, but the trunk has only {len(whole)} layers")
-    chosen = whole[-count:] if count else whole
+    if number > len(whole):
+        raise UserError(f"{title} is {number}, but the trunk has only {count(len(whole), 'layer')}")
+    chosen = whole[-number:] if number else whole
     again = [layer for layer in chosen if layer.calls > 1]
     if again:
         raise UserError(

@@ -33,7 +33,7 @@ ON_DATA = {
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
-    *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py", "lora_variants.py"),
+    *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py", "lora_variants.py", "dissimilar.py"),
 }
 MATRIX = {f"affinity_{part}.py" for part in ("tasks", "trainings", "matrix", "evaluation")}  # test_affinity_matrix.py
 
@@ -174,6 +174,21 @@ def test_pairs(wheels, shared_data, tmp_path, monkeypatch):
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["stsb", "mrpc", "rte", "cola"]
     steps = {path.parent.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("*/results.json")}
     assert steps == {"together-0": 1} | {f"{way}-{task}-0": n for way, n in (("alone", 1), ("then", 2)) for task in TASKS}
+
+
+@pytest.mark.long
+def test_dissimilar(wheels, shared_data, tmp_path, monkeypatch):
+    """Each task alone and two ways to share; every way fits the trunk."""
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    flags = ["--workdir", str(tmp_path), "--ways", "hard", "mmoe", "--alone", "1", "--limit", "30"]
+    done = start("dissimilar.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert table in done.stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["alone", "hard", "mmoe"]
+    wrong = start("dissimilar.py", "--ways", "mmo")
+    assert wrong.returncode == 2
+    assert "unknown way in ways: 'mmo' (did you mean 'mmoe'?)" in wrong.stderr
 
 
 @pytest.mark.long

@@ -1,0 +1,36 @@
+"""The table of ways to share a trunk, and the ways themselves."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtl_jax.sharing import Hard, base
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(EXPERIMENTS))
+    yield importlib.import_module("dissimilar")
+    sys.path.remove(str(EXPERIMENTS))
+
+
+def test_the_table_names_the_task_that_loses_most(script):
+    scores = {"alone": {"a": [50.0, 52.0], "b": [80.0, 80.0]}, "hard": {"a": [40.0, 42.0], "b": [82.0, 84.0]}}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(scores, ["a", "b"]).splitlines()]
+    assert lines[0] == ["sharing", "a", "b", "mean", "least to alone"]
+    assert lines[2:] == [
+        ["alone", "51.0 ± 1.4", "80.0 ± 0.0", "65.5", "+0.0 a"],
+        ["hard", "41.0 ± 1.4", "83.0 ± 1.4", "62.0", "-10.0 a"],
+    ]
+
+
+def test_every_way_has_fields_that_are_accepted(script):
+    assert isinstance(script.WAYS["hard"][0], Hard)
+    for part, adapters, _ in script.WAYS.values():
+        base.check(part, [adapter.name for adapter in adapters])
+        for adapter in adapters:
+            adapter.check()

@@ -1,4 +1,4 @@
-"""Marian, BART, mBART, T5 and mT5 against transformers, in both directions."""
+"""Marian, BART, mBART, Pegasus, M2M100, T5, mT5 and UMT5 against transformers, in both directions."""
 
 import json
 

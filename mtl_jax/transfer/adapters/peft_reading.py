@@ -125,7 +125,7 @@ def _read_prefix(reading: Reading) -> Checkpoint:
     config, checkpoint = reading.config, reading.checkpoint
     decoder = isinstance(checkpoint.model, Seq2Seq)
     part = HEAD if decoder else TRUNK
-    if decoder and getattr(checkpoint.config, "positions", "") == "relative":
+    if decoder and "relative" in getattr(checkpoint.config, "positions", ""):
         raise UserError(f"{config.where}: a prefix with relative positions has a bias in PEFT and none here; it is not read")
     attentions = self_attentions(checkpoint, part)
     N, D = attentions[0].heads, attentions[0].head_size

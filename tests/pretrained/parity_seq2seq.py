@@ -97,7 +97,7 @@ CASES = {
     ),
     "mT5": Case("MT5ForConditionalGeneration", "MT5Config", T5 | {"num_layers": 1}, own_output=True),
     "mT5, tied": Case("MT5ForConditionalGeneration", "MT5Config", T5 | {"num_layers": 1}),
-    "UMT5": Case("UMT5ForConditionalGeneration", "UMT5Config", T5, own_output=True),
+    "UMT5": Case("UMT5ForConditionalGeneration", "UMT5Config", T5 | {"num_decoder_layers": 1}, own_output=True),
 }
 
 

@@ -64,7 +64,11 @@ def test_mbart(tmp_path, cls, option):
 
 
 @pytest.mark.parametrize(
-    ("cls", "source", "target"), [("M2M100Tokenizer", "de", "fr"), ("NllbTokenizer", "deu_Latn", "fra_Latn")]
+    ("cls", "source", "target"),
+    [
+        ("M2M100Tokenizer", "de", "fr"),
+        pytest.param("NllbTokenizer", "deu_Latn", "fra_Latn", marks=pytest.mark.long),
+    ],
 )
 def test_m2m_and_nllb_begin_with_the_language(tmp_path, cls, source, target):
     """Greedy search with the forced first token, token for token."""

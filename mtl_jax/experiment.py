@@ -292,6 +292,7 @@ def check(experiment: Experiment) -> None:
     _check_names(experiment)
     steps = _check_phases(experiment)
     _check_tasks(experiment)
+    _check_languages(experiment)
     loading.check(experiment.init_from)
     adapting.check(experiment.adapters)
     sharing.check(experiment.sharing, [adapter.name for adapter in experiment.adapters])
@@ -386,6 +387,14 @@ def _check_tasks(experiment: Experiment) -> None:
     batch = experiment.batch
     shape = units.Shape(batch.packed, batch.sampling, batch.slots, batch.row_length, batch.accumulate)
     units.check(experiment.sources, experiment.tasks, shape, bool(experiment.optimizer.private.clip))
+
+
+def _check_languages(experiment: Experiment) -> None:
+    for source in experiment.sources:
+        tasks = {task.languages[0]: task.name for task in experiment.tasks if task.source == source.name and task.languages[0]}
+        if len(tasks) > 1:
+            said = " and ".join(f"{code!r} in task {task!r}" for code, task in tasks.items())
+            raise UserError(f"source {source.name!r}: a text has one language, but source_language is {said}")
 
 
 def _check_settings(experiment: Experiment) -> None:

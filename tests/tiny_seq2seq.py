@@ -1,4 +1,4 @@
-"""Marian, T5 and mBART of a few thousand parameters, random, with real sentencepiece vocabularies of a few dozen pieces.
+"""Marian, T5, mBART and M2M100 of a few thousand random parameters, with real sentencepiece vocabularies of a few dozen pieces.
 
 As a script it writes one, for tests that need a directory from outside: python tests/tiny_seq2seq.py marian FOLDER
 """
@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from mtl_jax import pretrained
-from mtl_jax.pretrained import families
+from mtl_jax.pretrained import families, language_codes
 
 ENGLISH = ["the", "a", "film", "song", "was", "is", "who", "where", "city", "man", "good", "bad", "hello", "how", "are", "you"]
 FRENCH = ["le", "la", "film", "chanson", "est", "qui", "ville", "homme", "bon", "bonjour", "comment", "allez", "vous", "grand"]
@@ -109,6 +109,23 @@ def write_mbart(folder: Path, cls: str, **fields: Any) -> Path:
     size = len(pretrained.load_tokenizer(folder)) + 1
     ids = {"vocab_size": size, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "max_length": 12}
     return _model(folder, "mbart", "MBartForConditionalGeneration", {**SIZES, **ids, "scale_embedding": True, **fields})
+
+
+def write_m2m(folder: Path, cls: str, **fields: Any) -> Path:
+    """An M2M100, or an NLLB, by the class of its tokenizer."""
+    folder.mkdir(parents=True)
+    model = vocabulary(ENGLISH)
+    (folder / "sentencepiece.bpe.model").write_bytes(model)
+    known = ["<s>", "<pad>", "</s>", "<unk>", *pieces(model)]
+    if cls == "M2M100Tokenizer":
+        (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(known)}), encoding="utf-8")
+    codes = {"additional_special_tokens": ["deu_Latn", "eng_Latn", "fra_Latn"]} if cls == "NllbTokenizer" else {}
+    _write(folder, "tokenizer_config.json", {"tokenizer_class": cls, **codes})
+    tokenizer = pretrained.load_tokenizer(folder)
+    size = max(len(tokenizer), *language_codes.ids(tokenizer).values()) + 1
+    ids = {"vocab_size": size, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "decoder_start_token_id": 2}
+    options = {"max_length": 12, "scale_embedding": True, "activation_function": "relu"}
+    return _model(folder, "m2m_100", "M2M100ForConditionalGeneration", {**SIZES, **ids, **options, **fields})
 
 
 def _model(folder: Path, model_type: str, architecture: str, fields: dict[str, Any]) -> Path:

@@ -53,7 +53,7 @@ class Task:
 
     Attributes:
         task: For a run: the task whose decoder writes the answers, if the run has several.
-        source_language: The language of the texts, if the model must be told (mBART: en_XX; T5: en).
+        source_language: The language of the texts, if the model must be told (mBART: en_XX; NLLB: eng_Latn; T5: en).
         target_language: The language of the answers, if the model must be told (mBART: fr_XX; Marian: fra; T5: fr).
         prefix: A text in front of every text, which T5 needs. Default: the checkpoint's prefix for this task.
         long: What happens to a text with more tokens than the model takes: "divide" it at ends of sentences and join the

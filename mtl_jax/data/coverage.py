@@ -157,7 +157,7 @@ def remarks(what: str, parts: Sequence[Examples], tasks: Sequence[Labels], token
 
 def language_remarks(what: str, parts: Sequence[Examples], tasks: Sequence[Labels], tokenizer: Any) -> list[str]:
     """Lines on the language tokens of a multilingual checkpoint; arguments as for remarks()."""
-    if languages(tokenizer):
+    if languages(tokenizer) and not any(task.languages[0] for task in tasks):
         name = getattr(tokenizer, "src_lang", None)
         return [f"{what}: the tokenizer marks every text as {name}; to change this, set src_lang in its tokenizer_config.json"]
     codes = list(getattr(tokenizer, "supported_language_codes", ()))

@@ -17,6 +17,7 @@ from mtl_jax.data.labels import TOKEN_LEVELS, Labels, UnreadableTexts, Window, l
 from mtl_jax.data.source import Source
 from mtl_jax.data.splits import SHOWN
 from mtl_jax.data.tokenize import Ragged, RowError, starts_of
+from mtl_jax.pretrained import language_codes
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def make_examples(
         UnreadableTexts: A text has no token that the vocabulary knows, is not valid Unicode, or leaves no room for the other
             text of its pair.
     """
+    tokenizer = language_codes.marked(tokenizer, next((task.languages[0] for task in tasks if task.languages[0]), ""), "")
     as_words = any(task.words for task in tasks)
     reader = units.reader(tasks)
     if reader is None:
@@ -176,7 +178,7 @@ def labels_of(task: Labels, examples: Examples, tokenizer: Any, cache: Path | No
     groups = examples.groups()
     rows = [examples.data[examples.row_of[group[0]]] for group in groups]
     if task.label_level == "target":
-        encoded = targets.encode(task, rows, tokenizer, cache)
+        encoded = targets.encode(task, rows, language_codes.marked(tokenizer, *task.languages), cache)
         lengths = np.zeros(len(examples.tokens), np.int64)
         lengths[[group[0] for group in groups]] = encoded.tokens.lengths
         return ExampleLabels(Ragged(encoded.tokens.values, starts_of(lengths)), encoded.blank, encoded.truncated)

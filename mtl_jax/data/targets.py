@@ -14,6 +14,7 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels, UnreadableTexts, label_problem
 from mtl_jax.data.ragged import Ragged
 from mtl_jax.data.tokenize import RowError
+from mtl_jax.pretrained import language_codes
 
 
 class Targets(NamedTuple):
@@ -77,9 +78,11 @@ def decoder(tokenizer: Any) -> Callable[[Sequence[int] | np.ndarray], str]:
     """A function from generated token ids to plain text on one line, without special tokens; for fast and slow tokenizers."""
     # Else Marian's would join the pieces with the vocabulary of the source language.
     options = {"use_source_tokenizer": False} if hasattr(tokenizer, "spm_target") else {}
+    # M2M100's tokenizer keeps them where its files do not list them as special.
+    languages = frozenset(language_codes.ids(tokenizer).values())
 
     def decode(tokens: Sequence[int] | np.ndarray) -> str:
-        text = tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True, **options)
+        text = tokenizer.decode([int(token) for token in tokens if token not in languages], skip_special_tokens=True, **options)
         return " ".join(part for line in text.splitlines() if (part := line.strip()))
 
     return decode

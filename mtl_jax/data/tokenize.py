@@ -313,6 +313,8 @@ def key(tokenizer: Any, options: Mapping[str, Any], *columns: Sequence[str] | Se
         "settings": {name: getattr(tokenizer, name) for name in SETTINGS},
         "options": dict(options),
     }
+    if hasattr(tokenizer, "tgt_lang"):  # the vocabulary's post-processor shows the language of sources only
+        about["languages"] = [tokenizer.src_lang, tokenizer.tgt_lang]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for texts in columns:
         digest.update(f"\0column of {len(texts)}\0".encode())

@@ -20,9 +20,10 @@ from mtl_jax.core.files import write_json
 from mtl_jax.data import units
 from mtl_jax.inference import model_card, peft_export
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
-from mtl_jax.pretrained import families, saving
+from mtl_jax.pretrained import families, language_codes, saving
 from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
+from mtl_jax.pretrained.tensor_files import read_json
 from mtl_jax.tasks import CausalLM, Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import text_evaluation
 from mtl_jax.training.forward import pooling_of
@@ -168,6 +169,8 @@ def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2
     }
     if task.from_checkpoint:
         raw = dict(run.trunk.raw or {})
+        if task.target_language:
+            raw["decoder_start_token_id"] = task.start
     elif run.trunk.raw is not None:
         raise UserError(
             f"task {task.name!r}: transformers has no class for an encoder checkpoint with a decoder from scratch; "
@@ -189,6 +192,11 @@ def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2
         if not task.from_checkpoint:
             search = {"num_beams": generation.num_beams, "length_penalty": generation.length_penalty}
             _write_json(folder / "generation_config.json", ids | search | {"max_length": generation.length})
+        elif any(task.languages):
+            first = {"decoder_start_token_id": task.start, "forced_bos_token_id": generation.forced_bos_token_id}
+            file = folder / "generation_config.json"
+            _write_json(file, (read_json(folder, file.name) if file.exists() else {}) | first)
+            language_codes.marked(tokenizer, *task.languages).save_pretrained(folder)
         _write_card(folder, run, task, raw)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)

@@ -17,7 +17,7 @@ import numpy as np
 
 from mtl_jax import decoding
 from mtl_jax.core import digests, files
-from mtl_jax.core.errors import Interrupted, UserError
+from mtl_jax.core.errors import Interrupted, UserError, listed
 from mtl_jax.core.errors import count as number_of
 from mtl_jax.core.json_shapes import anything, list_of, number, object_of
 from mtl_jax.core.json_shapes import text as string
@@ -98,7 +98,7 @@ def configure(model: TextModel, options: Mapping[str, Any], where: str) -> Gener
     config = decoding.fit_to_model(model.model, decoding.resolve(model.raw, model.location, **(task | given)))
     languages = model.setting.languages
     if languages and not {config.decoder_start_token_id, config.forced_bos_token_id} & set(languages.values()):
-        raise UserError(f"{where}: the model writes several languages; choose one by --target-language: {', '.join(languages)}")
+        raise UserError(f"{where}: the model writes several languages; choose one by --target-language: {listed(languages)}")
     return config
 
 

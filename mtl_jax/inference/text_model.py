@@ -23,7 +23,7 @@ from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokenize import RowError
 from mtl_jax.models.causal_model import CausalModel
 from mtl_jax.models.encoder_decoder import Seq2Seq
-from mtl_jax.pretrained import families, locate
+from mtl_jax.pretrained import families, language_codes, locate
 from mtl_jax.pretrained.checkpoint import Checkpoint, head_kind
 from mtl_jax.pretrained.family import brief
 from mtl_jax.pretrained.locate import foreign
@@ -184,7 +184,9 @@ def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") 
     return TextModel(
         model=model,
         params=params,
-        encode=prompt_encoder(run, task) if isinstance(task, CausalLM) else encoder(tokenizer, module.config.vocab_size),
+        encode=prompt_encoder(run, task)
+        if isinstance(task, CausalLM)
+        else encoder(language_codes.marked(tokenizer, *task.languages), module.config.vocab_size),
         decode=decoder(tokenizer),
         raw={},
         location=None,
@@ -243,8 +245,8 @@ def prompt_encoder(run: TrainedRun, task: CausalLM) -> Callable[[Sequence[str], 
 def setting(tokenizer: Any, raw: Mapping[str, Any], where: str, request: TextRequest) -> Setting:
     """Prefix and options of a task with a checkpoint; sets the tokenizer's languages.
 
-    mBART has tokens for languages: the tokenizer adds that of the source, and decoding begins with that of the target. Marian
-    models of several languages read ">>fra<<" before the text. T5 reads its task before the text ("summarize: "), as
+    mBART, M2M100 and NLLB have tokens for languages: the tokenizer adds the source's, and decoding begins with the target's.
+    Marian models of several languages read ">>fra<<" before the text. T5 reads its task before the text ("summarize: "), as
     task_specific_params of config.json spells it; there are generation options, too, also for other families.
 
     Args:
@@ -268,8 +270,8 @@ def setting(tokenizer: Any, raw: Mapping[str, Any], where: str, request: TextReq
     prefix = str(options.pop("prefix", "")).lstrip()
     settings = Setting(prefix if request.prefix is None else request.prefix, options)
     codes = getattr(tokenizer, "supported_language_codes", ())
-    if hasattr(tokenizer, "lang_code_to_id"):
-        settings = _mbart(tokenizer, where, request, settings)
+    if languages_of := language_codes.ids(tokenizer):
+        settings = _marked(tokenizer, languages_of, where, request, settings)
     elif codes:
         settings = _marian(list(codes), where, request, settings)
     elif name is None and pairs and request.prefix is None:
@@ -280,8 +282,7 @@ def setting(tokenizer: Any, raw: Mapping[str, Any], where: str, request: TextReq
     return settings
 
 
-def _mbart(tokenizer: Any, where: str, request: TextRequest, settings: Setting) -> Setting:
-    languages = {name: int(i) for name, i in tokenizer.lang_code_to_id.items() if i != tokenizer.unk_token_id}
+def _marked(tokenizer: Any, languages: dict[str, int], where: str, request: TextRequest, settings: Setting) -> Setting:
     for name in (request.source, request.target):
         if name and name not in languages:
             raise unknown(f"language of {where}:", name, languages)
@@ -289,13 +290,12 @@ def _mbart(tokenizer: Any, where: str, request: TextRequest, settings: Setting) 
         tokenizer.src_lang = request.source
     if not request.target:
         return settings._replace(languages=languages)
-    # The tokens of a training target show how decoding begins: the decoder reads their last token first. If the first token is
-    # the language, the decoder must write it first (mBART-50); in mBART the last token is the language.
     tokenizer.tgt_lang = request.target
-    first, *_, last = tokenizer(text_target="")["input_ids"]
-    options: dict[str, Any] = {"decoder_start_token_id": last}
-    if first == languages[request.target]:
-        options["forced_bos_token_id"] = first
+    marks = language_codes.target_marks(tokenizer)
+    assert marks is not None
+    options: dict[str, Any] = {"decoder_start_token_id": marks.start}
+    if marks.first is not None:
+        options["forced_bos_token_id"] = marks.first
     return settings._replace(options={**settings.options, **options}, languages=languages)
 
 

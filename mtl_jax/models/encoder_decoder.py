@@ -1,4 +1,4 @@
-"""Encoder-decoder transformers, Marian, BART, mBART, Pegasus and T5: the encoder is a trunk, and the decoder a head on it.
+"""Encoder-decoder transformers (Marian, BART, mBART, M2M100, Pegasus, T5, UMT5): the encoder is a trunk, the decoder its head.
 
 Shapes in names: B rows, T source tokens, U target tokens, L positions of a cache, H hidden size, V vocabulary, K beams.
 """
@@ -16,7 +16,15 @@ from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.kv_cache import KeyValue, visible_keys
 from mtl_jax.models.layers import PLAIN, Kernels
 from mtl_jax.models.seq2seq_decoder import Cache, Decoder, DecoderOutput, RowClassifier, Source
-from mtl_jax.models.seq2seq_layers import Block, Embeddings, Seq2SeqConfig, default_positions, make_norm, relative_bias
+from mtl_jax.models.seq2seq_layers import (
+    Block,
+    Embeddings,
+    Seq2SeqConfig,
+    default_positions,
+    make_norm,
+    relative_bias,
+    token_positions,
+)
 from mtl_jax.models.trunk_output import token_table
 
 
@@ -79,12 +87,13 @@ class Seq2SeqEncoder(nn.Module):
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         if position_ids is None:
-            position_ids = default_positions(cfg, input_ids.shape[1])
+            position_ids = token_positions(cfg, input_ids)
         mask_BxTxT = visible_keys(attention_mask, segment_ids, segment_ids)
         bias = self.relative_bias(position_ids, position_ids) if cfg.positions == "relative" else None
         x_BxTxH = self.embeddings(input_ids, self.table(), position_ids, deterministic)
         for layer in self.layer:
-            x_BxTxH, _ = layer(x_BxTxH, mask_BxTxT, bias, deterministic)
+            layer_bias = layer.position_bias(position_ids, position_ids) if bias is None else bias
+            x_BxTxH, _ = layer(x_BxTxH, mask_BxTxT, layer_bias, deterministic)
         if cfg.pre_norm:
             x_BxTxH = self.norm(x_BxTxH).astype(self.dtype)
         return EncoderOutput(hidden=self.drop(x_BxTxH, deterministic=deterministic))

@@ -1,4 +1,4 @@
-"""The decoder of Marian, BART, mBART, Pegasus and T5: a head on an encoder.
+"""The decoder of Marian, BART, mBART, M2M100, Pegasus, T5 and UMT5: a head on an encoder.
 
 Shapes in names: B rows, T source tokens, U target tokens, L positions of a cache, H hidden size, V vocabulary, N attention
 heads, D size of a head, K beams.
@@ -25,6 +25,7 @@ from mtl_jax.models.seq2seq_layers import (
     kernel_init,
     make_norm,
     relative_bias,
+    token_positions,
 )
 
 # An entry for each decoder layer, f[B, N, L, D]; for beams f[B, N, L * K, D], with the K entries of a position side by side.
@@ -129,6 +130,8 @@ class Decoder(nn.Module):
         else:
             key_positions = default_positions(cfg, length) if positions_BxU is None else positions_BxU
             query_positions = step + jnp.arange(U)[None] if positions_BxU is None else positions_BxU
+            if positions_BxU is None and cache is None:
+                query_positions = token_positions(cfg, ids_BxU)
             if real_BxU is None:
                 real_BxU = jnp.ones((B, length), jnp.int32)
             mask = visible_past(U, length, step) & visible_keys(real_BxU, segments_BxU, segments_BxU)
@@ -139,7 +142,10 @@ class Decoder(nn.Module):
         new_cache = []
         for i, layer in enumerate(self.layer):
             layer_cache = None if cache is None else cache[i]
-            x_BxUxH, keys_values = layer(x_BxUxH, mask, bias, deterministic, source.layers[i], source_mask, layer_cache, first)
+            layer_bias = layer.position_bias(query_positions, key_positions) if bias is None else bias
+            x_BxUxH, keys_values = layer(
+                x_BxUxH, mask, layer_bias, deterministic, source.layers[i], source_mask, layer_cache, first
+            )
             new_cache.append(keys_values)
         if cfg.pre_norm:
             x_BxUxH = self.norm(x_BxUxH).astype(self.dtype)

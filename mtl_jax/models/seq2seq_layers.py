@@ -1,4 +1,4 @@
-"""Sizes, embeddings and blocks of the encoder-decoder families: Marian, BART, mBART, Pegasus, T5.
+"""Sizes, embeddings and blocks of the encoder-decoder families: Marian, BART, mBART, M2M100, Pegasus, T5, UMT5.
 
 Shapes in names: B rows, T tokens of a row, S tokens that these attend to, H hidden size, F feed-forward size, V vocabulary.
 """
@@ -36,8 +36,10 @@ class Seq2SeqConfig:
         decoder_feed_forward: Width inside the decoder's feed-forward part.
         max_positions: The longest example in tokens; None: any length.
         head_size: Width of one attention head; None: hidden_size over the number of heads.
-        positions: "learned" or "sinusoidal" vectors that are added to token vectors, or a "relative" bias on attention scores.
-        position_offset: Rows at the start of the learned table that no token uses.
+        positions: "learned", "sinusoidal" or "fairseq" (sinusoidal, too) vectors that are added to token vectors; or a bias on
+            attention scores: "relative", one for all blocks, or "block_relative", one for each block.
+        position_offset: Rows at the start of a learned or fairseq table that no token uses. Of a fairseq table it is the number
+            of the padding token plus 1, and these rows are zero.
         num_buckets: Relative positions: rows of the table.
         max_distance: Relative positions: all distances from this one on are the same.
         activation: A key of ACTIVATIONS.
@@ -144,6 +146,19 @@ def sinusoidal_table(positions: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle)[:, : width // 2]], axis=1).astype(np.float32)
 
 
+@functools.lru_cache(maxsize=4)
+def fairseq_table(positions: int, width: int) -> np.ndarray:
+    """f32[positions, width] as fairseq computes it: the sines before the cosines, and the last frequency is 1/10000.
+
+    All steps are in float32, as in fairseq and transformers: at position 1000 float64 differs in the fourth digit.
+    """
+    half = width // 2
+    frequency_h = np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(10000.0) / max(half - 1, 1)))
+    angle_Pxh = np.arange(positions, dtype=np.float32)[:, None] * frequency_h
+    odd_Px1 = np.zeros((positions, width % 2), np.float32)
+    return np.concatenate([np.sin(angle_Pxh), np.cos(angle_Pxh), odd_Px1], axis=1)
+
+
 class Embeddings(nn.Module):
     """Token and position vectors, norm and dropout.
 
@@ -183,6 +198,11 @@ class Embeddings(nn.Module):
         elif cfg.positions == "sinusoidal":
             table_PxH = jnp.asarray(sinusoidal_table(cfg.max_positions or 0, cfg.hidden_size), self.dtype)
             x_BxTxH += jnp.take(table_PxH, positions_BxT, axis=0)
+        elif cfg.positions == "fairseq":
+            rows = (cfg.max_positions or 0) + cfg.position_offset
+            table_PxH = jnp.asarray(fairseq_table(rows, cfg.hidden_size), self.dtype)
+            table_PxH = table_PxH.at[: cfg.position_offset].set(0)
+            x_BxTxH += jnp.take(table_PxH, positions_BxT + cfg.position_offset, axis=0)
         if cfg.embedding_norm:
             x_BxTxH = self.norm(x_BxTxH).astype(self.dtype)
         return self.drop(x_BxTxH, deterministic=deterministic)
@@ -199,6 +219,19 @@ def default_positions(cfg: Seq2SeqConfig, length: int) -> jax.Array:
             f"a row of {count(length, 'token')} is too long for this model; it has {count(cfg.max_positions, 'position')}"
         )
     return jnp.arange(length)[None]
+
+
+def token_positions(cfg: Seq2SeqConfig, ids_BxT: jax.Array) -> jax.Array:
+    """Positions of rows of one example: 0, 1, 2 ... as i32[1, T]; fairseq's count no padding, as i32[B, T].
+
+    Raises:
+        UserError: The model has fewer positions.
+    """
+    positions_1xT = default_positions(cfg, ids_BxT.shape[1])
+    if cfg.positions != "fairseq":
+        return positions_1xT
+    counted_BxT = (ids_BxT != cfg.position_offset - 1).astype(jnp.int32)
+    return jnp.cumsum(counted_BxT, axis=1) * counted_BxT - 1  # padding is at -1, whose vector is zero
 
 
 class Block(nn.Module):
@@ -236,6 +269,8 @@ class Block(nn.Module):
             None if cfg.attention_scale is None else _scaled(init, cfg.size_of_head(heads) ** -0.5),
             self.kernels,
         )
+        if cfg.positions == "block_relative":
+            self.relative_bias = relative_bias(cfg, heads, bidirectional=not self.decoder)
         self.attention = attention()
         self.attention_norm = make_norm(cfg)
         if self.decoder:
@@ -254,6 +289,12 @@ class Block(nn.Module):
     def source(self, hidden_BxSxH: jax.Array) -> KeyValue:
         """Keys and values of the encoder's output, for cross-attention."""
         return self.cross_attention.keys_values(hidden_BxSxH)
+
+    def position_bias(self, query_positions_BxT: jax.Array, key_positions_BxS: jax.Array) -> jax.Array | None:
+        """The block's own bias f32[B, N, T, S] on the scores of self-attention, if it has one."""
+        if self.config.positions != "block_relative":
+            return None
+        return self.relative_bias(query_positions_BxT, key_positions_BxS)
 
     def __call__(
         self,

@@ -39,8 +39,10 @@ FAMILIES: tuple[Family, ...] = (
     marian_bart.BART,
     marian_bart.MBART,
     marian_bart.PEGASUS,
+    marian_bart.M2M,
     t5.T5,
     t5.MT5,
+    t5.UMT5,
     *(llama.LLAMA, llama.QWEN2, llama.QWEN3, llama.GEMMA3),
 )
 

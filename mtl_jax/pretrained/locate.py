@@ -118,7 +118,7 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
             if (location / name).exists():
                 check_regular(location / name)
     _check_settings(location)
-    if not any((location / name).exists() for name in VOCABULARIES):
+    if not (_reads_bytes(location) or any((location / name).exists() for name in VOCABULARIES)):
         raise UserError(f"{location}: no tokenizer in it ({', '.join(VOCABULARIES)}); copy it from the checkpoint's source")
 
     def read(folder: str) -> Any:
@@ -130,6 +130,8 @@ def load_tokenizer(location: Path | zipfile.Path) -> Any:
             warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
             with _without_panic_traces():
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                if getattr(tokenizer, "tgt_lang", "") is None:  # as mBART's and NLLB's do; M2M100's fails on target texts
+                    tokenizer.tgt_lang = tokenizer.src_lang
                 _try(tokenizer)
             return tokenizer
 
@@ -150,6 +152,11 @@ def _check_settings(location: Path | zipfile.Path) -> None:
         raw = read_json(location, SETTINGS)
         for name in COUNTS:
             Fields(raw, f"{location / SETTINGS}").integer(name, 0, minimum=0, maximum=MOST_EXTRA)
+
+
+def _reads_bytes(location: Path | zipfile.Path) -> bool:
+    """Whether the tokenizer is ByT5's, whose tokens are bytes: it has no vocabulary."""
+    return (location / SETTINGS).exists() and read_json(location, SETTINGS).get("tokenizer_class") == "ByT5Tokenizer"
 
 
 def _try(tokenizer: Any) -> None:

@@ -1,5 +1,5 @@
-"""Marian (Junczys-Dowmunt et al. 2018), BART (Lewis et al. 2020), mBART (Liu et al. 2020) and Pegasus (Zhang et al. 2020):
-config.json and tensor names.
+"""Marian (Junczys-Dowmunt et al. 2018), BART (Lewis et al. 2020), mBART (Liu et al. 2020), Pegasus (Zhang et al. 2020), M2M100
+(Fan et al. 2021) and NLLB (NLLB Team 2022): config.json and tensor names.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _config(raw: Mapping[str, Any], where: str, **changes: Any) -> Seq2SeqConfig
         "activation_dropout": fields.rate("activation_dropout", 0.0),
         "initializer_range": fields.number("init_std", 0.02),
     }
-    if changes.get("positions") == "sinusoidal":
+    if changes.get("positions") in ("sinusoidal", "fairseq"):
         fields.integer("max_position_embeddings", maximum=MOST_COMPUTED)
     return Seq2SeqConfig(**(values | changes))
 
@@ -127,6 +127,26 @@ def marian_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
 def pegasus_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
     """config.json of Pegasus: Marian with pre-norm. Arguments and errors as for bart_config."""
     return _config(raw, where, positions="sinusoidal", position_offset=0, embedding_norm=False, pre_norm=True)
+
+
+def m2m_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
+    """config.json of M2M100 and NLLB: mBART with computed positions, no norm after the embeddings and no bias of the logits.
+
+    Arguments and errors as for bart_config.
+    """
+    fields = Fields(raw, where)
+    return _config(
+        raw,
+        where,
+        positions="fairseq",
+        position_offset=fields.integer("pad_token_id", 1, minimum=0, maximum=MOST_COMPUTED) + 1,
+        embedding_norm=False,
+        pre_norm=True,
+        logit_bias=False,
+        activation=fields.choice("activation_function", ACTIVATIONS, "relu"),
+        embedding_scale=fields.integer("d_model") ** 0.5 if fields.flag("scale_embedding", True) else 1.0,
+        attention_dropout=fields.rate("attention_dropout", 0.1),
+    )
 
 
 def fields_of(cfg: Seq2SeqConfig) -> dict[str, Any] | None:
@@ -250,4 +270,11 @@ PEGASUS = BART._replace(
     heads={"PegasusForConditionalGeneration": "seq2seq_lm", "PegasusModel": "seq2seq_lm"},
     ignored=MARIAN.ignored,
     extra=with_positions,
+)
+M2M = BART._replace(
+    model_types=("m2m_100",),
+    config=m2m_config,
+    heads={"M2M100ForConditionalGeneration": "seq2seq_lm", "M2M100Model": "seq2seq_lm"},
+    ignored=rf"{BART.ignored}|(model\.)?(en|de)coder\.embed_positions\.weights?",
+    defaults={},
 )

@@ -1,7 +1,10 @@
-"""T5 (Raffel et al. 2020), T5 1.1 and Flan (gated), mT5 (Xue et al. 2021): config.json and tensor names."""
+"""T5 (Raffel et al. 2020), T5 1.1 and Flan (gated), mT5 (Xue et al. 2021) and UMT5 (Chung et al. 2023): config.json and tensor
+names.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +28,9 @@ def _names(gated: bool) -> dict[str, str | tuple[str, ...]]:
             table[f"{layer}/cross_attention/{name}"] = f"{block}.1.EncDecAttention.{letter}"
         feed_forward = f"{block}.{sublayers - 1}.DenseReluDense"
         table |= {
-            # Only block 0 has the bias of relative positions; the others share it.
+            # Only block 0 has the bias of relative positions, and the others share it; in UMT5 each block has one.
             f"{ours}/relative_bias/table": f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias",
+            f"{layer}/relative_bias/table": f"{block}.0.SelfAttention.relative_attention_bias",
             f"{layer}/attention_norm": f"{block}.0.layer_norm",
             f"{layer}/cross_attention_norm": f"{block}.1.layer_norm",
             f"{layer}/feed_forward_in": f"{feed_forward}.wi_0" if gated else f"{feed_forward}.wi",
@@ -116,6 +120,16 @@ def mt5_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
     return _config(raw, where, "gated-gelu", scaled=False)
 
 
+def umt5_config(raw: Mapping[str, Any], where: str) -> Seq2SeqConfig:
+    """config.json of UMT5: mT5 with a bias of relative positions in each block. Arguments and errors as for t5_config.
+
+    tie_word_embeddings says whether the output is scaled. The published files say false; transformers 5 scales them all the
+    same, which changes no greedy search, but losses and beams.
+    """
+    config = _config(raw, where, "gated-gelu", Fields(raw, where).flag("tie_word_embeddings", True))
+    return dataclasses.replace(config, positions="block_relative")
+
+
 def build(cfg: Seq2SeqConfig, kind: str | None, dtype: Any) -> Seq2Seq:
     """The encoder, and for seq2seq_lm the decoder on it."""
     return Seq2Seq(Seq2SeqEncoder(cfg, dtype), Decoder(cfg, dtype) if kind == "seq2seq_lm" else None)
@@ -153,4 +167,11 @@ MT5 = T5._replace(
     heads={"MT5ForConditionalGeneration": "seq2seq_lm", "MT5Model": "seq2seq_lm"},
     base="MT5EncoderModel",
     constants=lambda cfg: {},
+)
+UMT5 = T5._replace(
+    model_types=("umt5",),
+    config=umt5_config,
+    heads={"UMT5ForConditionalGeneration": "seq2seq_lm", "UMT5Model": "seq2seq_lm"},
+    base="UMT5EncoderModel",
+    constants=lambda cfg: {"tie_word_embeddings": cfg.logit_scale != 1.0},
 )

@@ -216,6 +216,11 @@ class Task(Part, abc.ABC):
         """Special tokens in front of a target text that are not learned."""
         return 0
 
+    @property
+    def languages(self) -> tuple[str, str]:
+        """Codes of the languages of texts and target texts, with which the tokenizer marks them; "" for its own."""
+        return "", ""
+
     def check(self) -> None:
         """Raises UserError where a field makes no sense."""
         if self.metric not in (*self.metric_names, *METRICS):

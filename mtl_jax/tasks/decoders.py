@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
-from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.errors import UserError, count, listed, unknown
 from mtl_jax.models import warm_start
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.models.trunk_output import TrunkFacts
+from mtl_jax.pretrained import language_codes
+from mtl_jax.pretrained.locate import languages
 
 LAYERS = 3  # blocks of a decoder on an encoder-only checkpoint, unless the task has another number
 
@@ -34,6 +36,34 @@ class DecoderOptions(Protocol):
     def target_length(self) -> int: ...
     @property
     def max_new_tokens(self) -> int: ...
+    @property
+    def languages(self) -> tuple[str, str]: ...
+
+
+def with_languages(task: DecoderOptions, tokenizer: Any) -> Any:
+    """The trunk's tokenizer with the languages of a task.
+
+    Raises:
+        UserError: The tokenizer marks languages, and source or target has none; or it does not know the task's.
+    """
+    codes = language_codes.ids(tokenizer)
+    for field, code in zip(("source_language", "target_language"), task.languages, strict=True):
+        if code and not codes:
+            raise UserError(
+                f"task {task.name!r}: {field} is {code!r}, but the trunk's tokenizer has no languages; leave it out"
+            )
+        if code and code not in codes:
+            raise unknown(f"{field} of task {task.name!r}:", code, codes)
+    marked = language_codes.marked(tokenizer, *task.languages)
+    if choices := languages(marked):
+        keys = {"source": "src_lang", "target": "tgt_lang"}
+        unset = [side for side, key in keys.items() if not marked.init_kwargs.get(key)]
+        raise UserError(
+            f"task {task.name!r}: the trunk's tokenizer marks {' and '.join(unset)} by language, and none is set; give "
+            f"{' and '.join(f'{side}_language' for side in unset)}, or {' and '.join(keys[side] for side in unset)} in the "
+            f"checkpoint's tokenizer_config.json; languages: {listed(choices)}"
+        )
+    return marked
 
 
 def checkpoint_decoder(task: DecoderOptions, trunk: TrunkFacts) -> Seq2SeqConfig:

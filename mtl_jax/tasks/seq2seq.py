@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.errors import UserError
 from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.batches import Batch
@@ -29,7 +29,6 @@ from mtl_jax.models.encoder_decoder import Seq2Seq as EncoderDecoder
 from mtl_jax.models.seq2seq_decoder import Decoder
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
-from mtl_jax.pretrained.locate import languages
 from mtl_jax.tasks import decoders, metrics
 from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
@@ -53,6 +52,9 @@ class Seq2Seq(Task):
     Attributes:
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose texts are read.
+        source_language: The code of the texts' language where the tokenizer marks languages (mBART, M2M100, NLLB), such as
+            "deu_Latn"; "": the one of its files.
+        target_language: The same of the target texts.
         column: The source's column with the target text, or a list of several: the first one is learned, and metrics compare
             with all of them. Empty: the row has none.
         target_length: Most tokens of a target text, the end token included; longer ones are cut, and counted.
@@ -97,6 +99,8 @@ class Seq2Seq(Task):
     max_new_tokens: int = 0
     length_penalty: float | None = None
     metric: str = "bleu"
+    source_language: str = dataclasses.field(default="", metadata=ONLY_IF_SET)
+    target_language: str = dataclasses.field(default="", metadata=ONLY_IF_SET)
     adapters: tuple[Adapter, ...] = dataclasses.field(default=(), metadata=ONLY_IF_SET)
     decoder: Seq2SeqConfig | None = None
     encoder: EncoderConfig | None = None
@@ -117,19 +121,16 @@ class Seq2Seq(Task):
     def text_columns(self) -> tuple[str, ...]:
         return (self.column,)
 
+    @property
+    def languages(self) -> tuple[str, str]:
+        return self.source_language, self.target_language
+
     def check(self) -> None:
         super().check()
         if self.hidden:
             raise UserError(f"task {self.name!r}: hidden is {self.hidden}; a decoder has no such layer, leave it at 0")
-        for field, least in (
-            ("target_length", 2),
-            ("layers", 0),
-            ("heads", 0),
-            ("feed_forward", 0),
-            ("beams", 1),
-            ("dev_beams", 1),
-            ("max_new_tokens", 0),
-        ):
+        new_decoder = {"layers": 0, "heads": 0, "feed_forward": 0}
+        for field, least in ({"target_length": 2} | new_decoder | {"beams": 1, "dev_beams": 1, "max_new_tokens": 0}).items():
             if getattr(self, field) < least:
                 raise UserError(f"task {self.name!r}: {field} is {getattr(self, field)}; it must be at least {least}")
         try:
@@ -150,19 +151,14 @@ class Seq2Seq(Task):
         """The task with its decoder's sizes, and the tokens that start and end its texts.
 
         Raises:
-            UserError: The trunk has no such tokens, its token table does not fit, or its tokenizer marks texts by language and
-                the languages are not set.
+            UserError: The trunk has no such tokens, its token table does not fit, or languages are not set or unknown.
         """
         if trunk.causal is not None:
             raise UserError(
                 f"task {self.name!r}: the trunk is a decoder-only checkpoint, which continues texts itself: take CausalLM in "
                 "place of Seq2Seq"
             )
-        if codes := languages(trunk.tokenizer):
-            raise UserError(
-                f"task {self.name!r}: the trunk's tokenizer marks source and target by language, and none is set; "
-                f"give src_lang and tgt_lang in the checkpoint's tokenizer_config.json; languages: {listed(codes)}"
-            )
+        trunk = trunk._replace(tokenizer=decoders.with_languages(self, trunk.tokenizer))
         special = trunk.tokenizer(text_target="")["input_ids"]
         if not special or special[-1] not in trunk.tokenizer.all_special_ids:
             raise UserError(
@@ -170,6 +166,8 @@ class Seq2Seq(Task):
                 "and this one's does not"
             )
         if trunk.head is not None:
+            if self.target_language:  # as transformers shifts targets: the decoder reads their last token first
+                trunk = trunk._replace(start=special[-1])
             decoder, start, leading = decoders.checkpoint_decoder(self, trunk), trunk.start, 0
             assert start is not None
             if hasattr(trunk.tokenizer, "tgt_lang") and start != special[-1]:

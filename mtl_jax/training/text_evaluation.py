@@ -15,6 +15,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.targets import decoder
 from mtl_jax.decoding import GenerationConfig
+from mtl_jax.pretrained import language_codes
 from mtl_jax.tasks import CausalLM, Seq2Seq
 from mtl_jax.training import mesh as meshes
 from mtl_jax.transfer.adapters import as_module
@@ -54,9 +55,9 @@ def generation_config(task: Seq2Seq | CausalLM, trunk: Trunk, beams: int) -> Gen
     if isinstance(task, CausalLM):  # trained to end as its answers do, whatever the checkpoint's options say
         return decoding.resolve({}, None, eos_token_id=task.end, pad_token_id=task.padding, **call)
     if task.from_checkpoint:
-        first = trunk.tokenizer(text_target="")["input_ids"][0] if hasattr(trunk.tokenizer, "tgt_lang") else task.end
-        if first != task.end:  # mBART-50's texts begin with a token of their language
-            call["forced_bos_token_id"] = first
+        marks = language_codes.target_marks(language_codes.marked(trunk.tokenizer, *task.languages))
+        if marks is not None and marks.first is not None:
+            call["forced_bos_token_id"] = marks.first
         return decoding.resolve(trunk.raw or {}, trunk.location, **call)
     return decoding.resolve({}, None, eos_token_id=task.end, pad_token_id=trunk.tokenizer.pad_token_id or 0, **call)
 

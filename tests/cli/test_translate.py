@@ -280,7 +280,7 @@ BAD = [
     (
         ["--model", "{bert}", "hello"],
         b"",
-        "cannot generate texts; a checkpoint of marian, bart, mbart, pegasus, t5, mt5 is needed",
+        "cannot generate texts; a checkpoint of marian, bart, mbart, pegasus, m2m_100, t5, mt5, umt5 is needed",
     ),
     (["--model", "{dir}", "hello"], b"", "config.json is missing"),
     (["--model", "/nowhere", "hello"], b"", "/nowhere: no such file or directory"),

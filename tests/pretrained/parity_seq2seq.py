@@ -75,6 +75,14 @@ CASES = {
     ),
     "Pegasus": Case("PegasusForConditionalGeneration", "PegasusConfig", BART | SWISH | {"decoder_layers": 2}),
     "Pegasus, untied": Case("PegasusForConditionalGeneration", "PegasusConfig", BART | {"tie_word_embeddings": False}),
+    "M2M100": Case(
+        "M2M100ForConditionalGeneration", "M2M100Config", BART | {"activation_function": "relu", "decoder_layers": 2}
+    ),
+    "M2M100, untied": Case(
+        "M2M100ForConditionalGeneration",
+        "M2M100Config",
+        BART | {"tie_word_embeddings": False, "scale_embedding": False, "pad_token_id": 0, "d_model": 20},
+    ),
     "T5": Case("T5ForConditionalGeneration", "T5Config", T5),
     "T5 1.1": Case(
         "T5ForConditionalGeneration",
@@ -89,6 +97,7 @@ CASES = {
     ),
     "mT5": Case("MT5ForConditionalGeneration", "MT5Config", T5 | {"num_layers": 1}, own_output=True),
     "mT5, tied": Case("MT5ForConditionalGeneration", "MT5Config", T5 | {"num_layers": 1}),
+    "UMT5": Case("UMT5ForConditionalGeneration", "UMT5Config", T5 | {"num_decoder_layers": 1}, own_output=True),
 }
 
 

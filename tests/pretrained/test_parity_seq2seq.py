@@ -1,4 +1,4 @@
-"""Marian, BART, mBART, T5 and mT5 against transformers, in both directions."""
+"""Marian, BART, mBART, Pegasus, M2M100, T5, mT5 and UMT5 against transformers, in both directions."""
 
 import json
 
@@ -16,9 +16,10 @@ parity = pytest.importorskip("parity_seq2seq", exc_type=ImportError)
 
 CASES = parity.CASES
 TOLERANCE = 1e-5
+LONG = ("M2M100, untied",)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in CASES])
 def test_both_ways(name, tmp_path):
     differences = parity.both_ways(CASES[name], tmp_path)
     assert max(differences) <= TOLERANCE, differences

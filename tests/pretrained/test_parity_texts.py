@@ -3,8 +3,10 @@
 import pytest
 import tiny_seq2seq
 
+from mtl_jax import decoding
 from mtl_jax.inference import generate_texts
 from mtl_jax.inference.text_model import TextRequest, from_checkpoint
+from mtl_jax.pretrained import language_codes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -59,3 +61,30 @@ def test_mbart(tmp_path, cls, option):
     options[option] = tokenizer.convert_tokens_to_ids("fr_XX")
     assert found == theirs(folder, "MBartForConditionalGeneration", TEXTS, tokenizer_options={"src_lang": "de_DE"}, **options)
     assert all(found)
+
+
+@pytest.mark.parametrize(
+    ("cls", "source", "target"),
+    [
+        ("M2M100Tokenizer", "de", "fr"),
+        pytest.param("NllbTokenizer", "deu_Latn", "fra_Latn", marks=pytest.mark.long),
+    ],
+)
+def test_m2m_and_nllb_begin_with_the_language(tmp_path, cls, source, target):
+    """Greedy search with the forced first token, token for token."""
+    folder = tiny_seq2seq.write_m2m(tmp_path / "m2m", cls, max_position_embeddings=64)
+    model = from_checkpoint(str(folder), TextRequest("translation", source, target))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, src_lang=source)
+    codes = language_codes.ids(tokenizer)
+    # Most of so small a vocabulary are languages: without them there is some text.
+    options = {"max_new_tokens": 9, "bad_words_ids": [[token] for token in codes.values() if token != codes[target]]}
+    config = generate_texts.configure(model, options, "model")
+    assert (config.decoder_start_token_id, config.forced_bos_token_id) == (2, codes[target])
+    reference = transformers.M2M100ForConditionalGeneration.from_pretrained(folder).eval()
+    for answer in decoding.generate_all(model.model, model.params, model.encode(TEXTS[:3], None), config, rows=4):
+        inputs = tokenizer([TEXTS[answer.index]], return_tensors="pt")
+        assert inputs["input_ids"][0, 0] == codes[source]
+        (tokens,) = reference.generate(**inputs, forced_bos_token_id=codes[target], **options).tolist()
+        assert [2, *answer.tokens[0].tolist()] == tokens
+        assert tokens[1] == codes[target]
+        assert target not in model.decode(tokens)

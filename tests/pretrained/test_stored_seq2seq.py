@@ -1,4 +1,4 @@
-"""Marian, BART, mBART, Pegasus and T5 without torch: stored answers of transformers, and what config.json may say."""
+"""Encoder-decoders of every family without torch: stored answers of transformers, and what config.json may say."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,11 @@ from safetensors.numpy import load_file
 
 from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.seq2seq_layers import token_positions
 from mtl_jax.pretrained import families
 
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = ("marian", "bart", "mbart", "pegasus", "t5", "t5_untied")
+NAMES = ("marian", "bart", "mbart", "pegasus", "m2m_100", "t5", "t5_untied", "umt5_untied")
 
 
 def raw(name, **changes):
@@ -43,6 +44,43 @@ def test_saved_and_loaded_is_the_same(name, tmp_path):
     after = pretrained.load(str(tmp_path / "again"))
     assert after.config == before.config
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
+@pytest.mark.parametrize("name", ["m2m_100", "umt5_untied"])
+def test_packed_rows_are_separate_rows(name):
+    """Positions count within an example, and each block's own bias is that of these positions."""
+    checkpoint = pretrained.load(str(FIXTURES / name))
+    apply = jax.jit(checkpoint.model.apply)
+    rng = np.random.default_rng(0)
+    sources, targets = (rng.integers(3, 40, (2, length)) for length in (5, 3))
+
+    def packed(ids_BxT):
+        rows, length = ids_BxT.shape
+        segments_1xT = np.repeat(np.arange(1, rows + 1), length)[None]
+        return ids_BxT.reshape(1, -1), np.tile(np.arange(length), rows)[None], segments_1xT
+
+    (ids, positions, segments), (target_ids, target_positions, target_segments) = packed(sources), packed(targets)
+    together = apply(
+        {"params": checkpoint.params},
+        ids,
+        decoder_input_ids=target_ids,
+        position_ids=positions,
+        segment_ids=segments,
+        decoder_position_ids=target_positions,
+        decoder_segment_ids=target_segments,
+    )
+    apart = apply({"params": checkpoint.params}, sources, decoder_input_ids=targets)
+    for field in ("hidden", "logits"):
+        flat = np.asarray(getattr(apart, field)).reshape(np.asarray(getattr(together, field)).shape)
+        np.testing.assert_allclose(getattr(together, field), flat, rtol=0, atol=1e-5)
+
+
+def test_padding_takes_no_position_in_m2m_100():
+    """As in RoBERTa: rows may be padded on the left. Padding is at -1, whose vector is zero."""
+    ids = np.array([[5, 6, 7, 1, 1], [1, 1, 5, 6, 7]])
+    positions = token_positions(config(raw("m2m_100")), ids)
+    np.testing.assert_array_equal(positions, [[0, 1, 2, -1, -1], [-1, -1, 0, 1, 2]])
+    np.testing.assert_array_equal(token_positions(config(raw("mbart")), ids), [[0, 1, 2, 3, 4]])
 
 
 BART_FIELDS = (

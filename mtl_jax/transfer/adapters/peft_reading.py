@@ -143,7 +143,7 @@ def _read_prefix(reading: Reading) -> Checkpoint:
 
 def check_prefix(checkpoint: Checkpoint, where: str) -> None:
     """Raises UserError if a prefix means another thing in PEFT."""
-    if getattr(checkpoint.config, "positions", "") == "relative":
+    if "relative" in getattr(checkpoint.config, "positions", ""):
         raise UserError(
             f"{where}: a prefix has a bias of relative positions in PEFT and none here; of T5 it is not read or written"
         )

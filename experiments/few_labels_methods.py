@@ -91,7 +91,7 @@ def fine_tuning(comparison: Comparison, run: Run) -> Experiment:
     return Experiment(
         name="few_labels",
         trunk=MINILM,
-        sources=(sets.drawn(run.set, run.rows, run.draw),),
+        sources=(sets.source_of(run.set, run.rows, run.draw),),
         tasks=(kind(name="label", source="few", column="label", labels=labels, metric=few.metric),),
         phases=(Phase("tune", comparison.steps, rules),),
         optimizer=Optimizer(learning_rate=RATE),
@@ -160,7 +160,7 @@ def self_taught(experiment: Experiment, comparison: Comparison, run: Run, streng
     added = with_unlabelled(experiment, run)
     teacher = SelfTraining(source="more", phase="round_1", choose="balanced", threshold=0.0, per_class=round(strength))
     last = fine_tuning(comparison, run).phases[0]
-    weights = {task.name: float(task.name == "label") for task in experiment.tasks} if len(experiment.tasks) > 1 else {}
+    weights: dict[str, float | str] = {task.name: float(task.name == "label") for task in experiment.tasks}
     student = dataclasses.replace(
         last, name="round_1", weights=weights, mixture="fixed", shares={"few": 0.5, "more": 0.5}, cache_features=False
     )

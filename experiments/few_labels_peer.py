@@ -28,7 +28,6 @@ def score_of(comparison: Comparison, run: Run, workdir: Path) -> float:
     from sklearn.metrics import accuracy_score, f1_score
 
     torch.manual_seed(run.draw)
-    few = sets.drawn(run.set, run.rows, run.draw)
     trunk = workdir / "trunk"
     inside = assets.locate(MINILM.path)
     for folder in ("", "1_Pooling"):
@@ -51,9 +50,8 @@ def score_of(comparison: Comparison, run: Run, workdir: Path) -> float:
         save_strategy="no",
         report_to="none",
     )
-    train, test = (
-        [{"text": row["text"], "label": row["label"]} for row in given.values] for given in (few.rows, few.test_rows)
-    )
+    train, _ = sets.drawn(run.set, run.rows, run.draw)
+    test = sets.rows_of(run.set).test
     trainer = peer_package.Trainer(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(train))
     trainer.train()
     shutil.rmtree(trunk)

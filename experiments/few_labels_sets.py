@@ -129,8 +129,8 @@ def rows_of(name: str) -> Rows:
     return Rows(pool, test, unlabelled, tuple(sorted(labels)))
 
 
-def drawn(name: str, rows: int, draw: int) -> Source:
-    """The set with the labelled rows of a draw, and as many for dev.
+def drawn(name: str, rows: int, draw: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The labelled rows of a draw, and as many for dev.
 
     Of a class with fewer rows than twice as many, train and dev have half each.
 
@@ -140,18 +140,23 @@ def drawn(name: str, rows: int, draw: int) -> Source:
         draw: The draw.
 
     Raises:
-        UserError: As rows_of().
+        UserError: As rows_of(), or a class has a single row.
     """
-    of_set = rows_of(name)
-    shuffled = [of_set.pool[i] for i in np.random.default_rng([draw, len(of_set.pool)]).permutation(len(of_set.pool))]
+    pool = rows_of(name).pool
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in shuffled:
-        groups["" if SETS[name].names else row["label"]].append(row)
+    for place in np.random.default_rng([draw, len(pool)]).permutation(len(pool)).tolist():
+        groups["" if SETS[name].names else pool[place]["label"]].append(pool[place])
     wanted = ROWS_OF_NAMES.get(rows, 4 * rows) if SETS[name].names else rows
     counts = {label: min(wanted, len(group) // 2) for label, group in groups.items()}
     if not all(counts.values()):
         raise UserError(f"{name}: a class has fewer than 2 rows, so that train and dev cannot both have one")
     train = [row for label, group in groups.items() for row in group[: counts[label]]]
     dev = [row for label, group in groups.items() for row in group[counts[label] : 2 * counts[label]]]
-    pair = SETS[name].source.pair and "pair"
-    return Source(name="few", rows=train, dev_rows=dev, test_rows=of_set.test, pair=pair)
+    return train, dev
+
+
+def source_of(name: str, rows: int, draw: int) -> Source:
+    """The source "few" of a draw, with the test rows of its set."""
+    train, dev = drawn(name, rows, draw)
+    pair = "pair" if SETS[name].source.pair else ""
+    return Source(name="few", rows=train, dev_rows=dev, test_rows=rows_of(name).test, pair=pair)

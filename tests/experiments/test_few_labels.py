@@ -93,12 +93,12 @@ def test_started_again_nothing_is_trained(done, script, monkeypatch):
 
 def test_rows_of_draws(questions):
     """A draw has as many rows of each class, none of them in dev, test or among the unlabelled ones."""
-    first, second = (questions.drawn("questions", 4, draw) for draw in (0, 1))
+    (train, dev), (other, _) = (questions.drawn("questions", 4, draw) for draw in (0, 1))
     of_set = questions.rows_of("questions")
-    assert [row["label"] for row in first.rows.values].count(of_set.labels[0]) == 4
-    assert len(first.rows.values) == len(first.dev_rows.values) == 4 * len(of_set.labels)
-    assert first.rows.values != second.rows.values
-    parts = [first.rows.values, first.dev_rows.values, of_set.test, of_set.unlabelled]
+    assert [row["label"] for row in train].count(of_set.labels[0]) == 4
+    assert len(train) == len(dev) == 4 * len(of_set.labels)
+    assert train != other
+    parts = [train, dev, of_set.test, of_set.unlabelled]
     texts = [row["text"] for part in parts for row in part]
     assert len(set(texts)) == len(texts)
     assert "label" not in of_set.unlabelled[0]

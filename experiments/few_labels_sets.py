@@ -97,7 +97,7 @@ SETS = {
             columns=("text", "pos", "entities"),
         ),
         label="entities",
-        metric="f1",
+        metric="entity_f1",
         names=True,
     ),
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError
@@ -49,7 +50,12 @@ def untrained_hashes(masks: Iterable[Any], params: Any, loaded: Any) -> dict[str
 def omit(params: Any, paths: Iterable[str]) -> Any:
     """The parameters except those at the paths."""
     omitted = set(paths)
-    return nested({path: leaf for path, leaf in flat(params).items() if path not in omitted}) if omitted else params
+    return nested({path: leaf for path, leaf in _flat(params).items() if path not in omitted}) if omitted else params
+
+
+def _flat(params: Any) -> dict[str, Any]:
+    """As trees.flat, with the heads that have no parameters, so that nested() gives them back."""
+    return dict(traverse_util.flatten_dict(params, keep_empty_nodes=True, sep="/"))
 
 
 def restore(params: Any, hashes: Mapping[str, str], source: TrunkSource | None, place: Callable[[str, np.ndarray], Any]) -> Any:
@@ -68,7 +74,7 @@ def restore(params: Any, hashes: Mapping[str, str], source: TrunkSource | None, 
         return params
     if source is None:
         raise UserError("the checkpoint leaves out parameters of its trunk, and it is not known where that was loaded from")
-    loaded, leaves = flat(source.load()), flat(params)
+    loaded, leaves = flat(source.load()), _flat(params)
     for path, digest in hashes.items():
         if path not in loaded or digests.of_array(loaded[path]) != digest:
             raise UserError(

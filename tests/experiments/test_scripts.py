@@ -36,10 +36,11 @@ COMPARISONS = {  # of several runs
     *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py", "lora_variants.py", "dissimilar.py"),
 }
 MATRIX = {f"affinity_{part}.py" for part in ("tasks", "trainings", "matrix", "evaluation")}  # test_affinity_matrix.py
+FEW_LABELS = {f"few_labels{part}.py" for part in ("", "_methods", "_peer", "_sets")}  # test_few_labels.py
 
 
 def test_every_script_is_here():
-    assert {path.name for path in EXPERIMENTS.glob("*.py")} == set(FLAGS) | set(ON_DATA) | COMPARISONS | MATRIX
+    assert {path.name for path in EXPERIMENTS.glob("*.py")} == set(FLAGS) | set(ON_DATA) | COMPARISONS | MATRIX | FEW_LABELS
 
 
 def start(script: str, *flags: str) -> subprocess.CompletedProcess:

@@ -2,13 +2,14 @@
 
     python experiments/dissimilar.py
     python experiments/dissimilar.py --ways hard mmoe --seeds 0
+    python experiments/dissimilar.py --only-table
 
 CoLA (is it a sentence), SST-2 (sentiment of reviews), names and parts of speech of tweets (one source, two tasks), STS-B
 (similarity), irony of tweets, intents of SNIPS, and spans that answer questions about restaurant bookings. MiniLM is trained on
 each task alone, then on all with every sharing. A run of all tasks sees as many rows of a task as the run of the task alone.
 
-Ways in which the trunk trains, too, have its rate there and RATE on what the sharing adds; "frozen" ways train only what is
-added, and the heads. "lora" is one plain LoRA for all tasks with about as many parameters as the experts.
+Copies of the trunk's layers have the trunk's rate, small parts that a sharing adds a higher one; "frozen" ways train only what
+is added, and the heads. "lora" is one plain LoRA for all tasks with about as many parameters as the experts.
 
 Every run is an ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only writes
 WORKDIR/table.md from their results.json. MTL_JAX_DATA names a folder with cola/, sentences/, tweebank/, stsb/, tweeteval/,
@@ -49,7 +50,8 @@ from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import number_of
 from mtl_jax.transfer.adapters import Adapter
 
-TRUNK_RATE, RATE = 1e-4, 1e-3  # of the trunk and the heads, and of what is added to the trunk
+TRUNK_RATE, RATE = 3e-4, 1e-3  # of the trunk, its copies and the heads; of small parts that are added to it
+COPIES = (sharing.TopLayers, sharing.CrossStitch, sharing.Sluice, sharing.MMoELayers, sharing.PLE)
 EVERYWHERE = r".*/(query|value|feed_forward_out)"
 
 # {way: (the sharing, adapters of all tasks, whether the trunk is frozen)}
@@ -89,14 +91,16 @@ class Comparison:
         rows: Rows of 64 tokens in a batch.
         limit: The most rows of each split of each source.
         workdir: The directory with the runs.
+        only_table: Train nothing: the table of the runs that are done.
     """
 
     ways: tuple[str, ...] = tuple(WAYS)
     seeds: tuple[int, ...] = (0,)
-    alone: int = 100
+    alone: int = 70
     rows: int = 8
     limit: int = 1500
     workdir: str = "runs/dissimilar"
+    only_table: bool = False
 
 
 def experiment(comparison: Comparison) -> Experiment:
@@ -141,9 +145,9 @@ def runs(comparison: Comparison, seed: int) -> dict[str, Experiment]:
     shared_by = {}
     for way in comparison.ways:
         part, adapters, is_frozen = WAYS[way]
-        added = bool(adapters) or not isinstance(part, sharing.Hard)
+        is_small = bool(adapters) or not isinstance(part, (sharing.Hard, *COPIES))
         rules = (
-            *((ParamRule("trunk/adapters/.*", rate=RATE / TRUNK_RATE),) if added else ()),
+            *((ParamRule("trunk/adapters/.*", rate=RATE / TRUNK_RATE),) if is_small else ()),
             *((ParamRule("trunk/.*", train=False),) if is_frozen else ()),
         )
         phase = dataclasses.replace(base.phases[0], rules=(*rules, ParamRule(".*")))
@@ -170,13 +174,18 @@ def compare(comparison: Comparison) -> str:
     scores: dict[str, dict[str, list[float]]] = {}
     for seed in comparison.seeds:
         for name, planned in runs(comparison, seed).items():
-            print(f"{name}, seed {seed}", flush=True)
             workdir = folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+            if comparison.only_table and not (workdir / "results.json").exists():
+                continue
+            print(f"{name}, seed {seed}", flush=True)
             results = mtl_jax.train(planned, workdir)
             way = "alone" if name.endswith(" alone") else name
             for task in results["tasks"]:
                 score = results["tasks"][task]
                 scores.setdefault(way, {}).setdefault(task, []).append(100 * number_of(score["test"][score["metric"]]))
+    missing = [task.name for task in experiment(comparison).tasks if task.name not in scores.get("alone", {})]
+    if missing:
+        raise UserError(f"{folder}: {', '.join(missing)} alone are not trained yet, with which the others are compared")
     text = table(scores, [task.name for task in experiment(comparison).tasks])
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text

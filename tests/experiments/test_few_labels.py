@@ -76,7 +76,7 @@ def done(script, questions, tmp_path_factory):
 def test_the_table_has_a_row_for_each_method(done):
     _, text, folder = done
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert header == ["", "questions", "gain [95 %]", "wins/losses", "CPU s"]
+    assert header == ["", "questions", "gain [95 %]", "win/loss", "CPU s"]
     assert [row[0] for row in rows] == ["fine-tuning", "aeda 1"]
     assert rows[0][2:4] == ["", ""]
     gain = float(rows[1][1]) - float(rows[0][1])

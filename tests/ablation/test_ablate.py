@@ -154,6 +154,7 @@ def test_a_run_that_was_taken_out_goes_on(finished, bert, data, tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"] == list(range(1, 9))
 
 
+@pytest.mark.long
 def test_options_of_a_rule_that_compares_gradients(bert, data, tmp_path):
     """On four devices: two with runs of their own, two each with half of a batch's rows."""
     experiment = short(bert, data, phases=SHORT[1:], devices=4)

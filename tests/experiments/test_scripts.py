@@ -30,6 +30,7 @@ ON_DATA = {
     "questions.py": limited(1, 60),
     "multi30k.py": [*limited(1, 60), "--trunk.vocabulary", "700", "--trunk.width", "16", "--tasks.0.max-new-tokens", "9"],
 }
+SELDOM = {"shared_embedding.py"}  # the quickstart's code with a smaller trunk
 TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
@@ -142,7 +143,7 @@ def test_target_rules(wheels, tmp_path):
     assert wrong.stderr.splitlines()[-1].startswith("error: unknown sources 'helpfull' (did you mean 'helpful'?)")
 
 
-@pytest.mark.parametrize("script", FLAGS)
+@pytest.mark.parametrize("script", [pytest.param(name, marks=pytest.mark.long) if name in SELDOM else name for name in FLAGS])
 def test_two_steps(script, wheels, tmp_path):
     done = start(script, "--workdir", str(tmp_path / "run"), *FLAGS[script])
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def test_cosines_of_three_sentences(embed):
     np.testing.assert_allclose([a @ b, a @ c, b @ c], [0.6660, 0.1046, 0.1411], atol=5e-5)
 
 
+@pytest.mark.long
 def test_sts_benchmark(embed, shared_data):
     with (shared_data / "stsb" / "stsb-en-test.csv").open(encoding="utf-8", newline="") as file:
         pairs = [(first, second, float(score)) for first, second, score in csv.reader(file)]

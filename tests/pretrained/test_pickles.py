@@ -356,7 +356,7 @@ def is_refused_or_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("flip", [0x01, 0xFF])
+@pytest.mark.parametrize("flip", [0x01, pytest.param(0xFF, marks=pytest.mark.long)])
 def test_every_flipped_byte_gives_an_error_or_tensors(layout, flip, tmp_path):
     whole, path = (FIXTURES / f"{layout}.bin").read_bytes(), tmp_path / "it.bin"
     for at in range(len(whole)):

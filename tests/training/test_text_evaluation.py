@@ -136,6 +136,7 @@ def test_every_way_of_weighting(pairs, tmp_path, changes):
     assert np.isfinite(results["tasks"]["translation"]["test"]["loss"])
 
 
+@pytest.mark.long
 def test_devices_change_nothing(pairs, tmp_path, monkeypatch):
     """One device, and four over which the state is cut: the same losses, and the same texts."""
     monkeypatch.setattr(sharding, "SMALLEST", 64)

@@ -47,11 +47,11 @@ def names_page() -> str:
 
 def _load() -> None:
     """Imports what defines parts, as names are known once their modules are loaded."""
-    from mtl_jax import affinity, audit, augment, data, tasks, transfer, trunks, weighting
+    from mtl_jax import affinity, audit, augment, data, sharing, tasks, transfer, trunks, weighting
     from mtl_jax.launching import systems
     from mtl_jax.training import loggers
 
-    for package in (affinity, audit, augment, data, tasks, transfer, trunks, weighting, systems, loggers):
+    for package in (affinity, audit, augment, data, sharing, tasks, transfer, trunks, weighting, systems, loggers):
         for name in dir(package):
             getattr(package, name)
 

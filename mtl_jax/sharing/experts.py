@@ -30,7 +30,7 @@ class Experts(Sharing):
     Each expert is a bottleneck as in transfer.adapters.Bottleneck. Every up_e starts at 0: the outputs do not change at first.
 
     Attributes:
-        width: W.
+        width: Width of an expert, W.
         gates: What a gate reads. token: the vector of each token, by a linear map of the task's own; task: the task alone.
         activation: A key of models.layers.ACTIVATIONS.
         target: A regular expression for the linear maps behind which the experts are.
@@ -135,7 +135,7 @@ class MMoE(Experts):
         Experiment(..., sharing=MMoE(experts=4, width=16))
 
     Attributes:
-        experts: E.
+        experts: How many experts, E.
     """
 
     experts: int = 4
@@ -191,8 +191,8 @@ class DSelectK(Experts):
         Experiment(..., sharing=DSelectK(experts=4, selected=2))
 
     Attributes:
-        experts: E, a power of two.
-        selected: S, the most experts of a task.
+        experts: How many experts, E; a power of two.
+        selected: The most experts of a task, S.
         gamma: Width of the smooth step.
     """
 

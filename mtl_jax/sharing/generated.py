@@ -33,8 +33,8 @@ class HyperFormer(Sharing):
         Experiment(..., sharing=HyperFormer(width=16, embedding=32))
 
     Attributes:
-        width: W.
-        embedding: D, the size of both embeddings and of h.
+        width: Width inside, W.
+        embedding: Size of both embeddings and of h, D.
         activation: A key of models.layers.ACTIVATIONS.
         variant: Behind which parts of a layer, as in transfer.adapters.Bottleneck.
     """
@@ -102,8 +102,8 @@ class Pal(Sharing):
         Experiment(..., sharing=Pal(width=24, heads=4))
 
     Attributes:
-        width: W.
-        heads: N, the attention's heads; divides W.
+        width: Width inside, W.
+        heads: Heads of the attention, N; divides W.
     """
 
     width: int = 24

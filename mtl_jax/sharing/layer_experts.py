@@ -74,7 +74,7 @@ class MMoELayers(LayerExperts):
         Experiment(..., sharing=MMoELayers(experts=3, layers=1))
 
     Attributes:
-        experts: E.
+        experts: How many experts, E.
         layers: How many layers an expert has, counted from the top.
     """
 

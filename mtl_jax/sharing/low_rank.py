@@ -27,8 +27,8 @@ class LowRank(Sharing):
     Every B_n starts at 0, so the outputs do not change at first.
 
     Attributes:
-        rank: R.
-        parts: N.
+        rank: Rank of each part, R.
+        parts: How many parts, N.
         alpha: The change is multiplied by alpha / R.
         dropout: Dropout rate on the input of the change during training.
         target: A regular expression for the linear maps, as in transfer.adapters.Lora.

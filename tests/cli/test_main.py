@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -191,6 +192,12 @@ def test_every_name_and_its_meaning(monkeypatch, capsys):
             meaning = re.search(rf"^  {name}(?: \(.*\))?\s+(\S.*)$", page, re.MULTILINE)
             assert meaning or parts.origin_of(part), name
     assert re.search(r"^  cagrad \(c\) +The direction near the mean gradient", page, re.MULTILINE)
+    # Also of packages that load their names when they are asked for.
+    packages = [module for module in map(mtl_jax.__getattr__, mtl_jax.__all__) if inspect.ismodule(module)]
+    for kind in [getattr(package, name) for package in packages for name in dir(package)]:
+        is_kind = inspect.isclass(kind) and issubclass(kind, parts.Part) and kind is not parts.Part
+        if is_kind and parts.Part not in kind.__bases__ and not inspect.isabstract(kind):
+            assert re.search(rf"^  {kind.__name__}\b", page, re.MULTILINE), kind
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import jax
 
 from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.core.parts import Part
-from mtl_jax.models.layers import ACTIVATIONS
 from mtl_jax.transfer.adapters.base import RUN, WHOLE, Adapter, Call, Inserted, Layer, Params
 
 GATES = PER_TASK, PER_TOKEN = ("task", "token")  # what a gate reads: the task alone, or each token, too
@@ -112,10 +111,6 @@ class Sharing(Part, Inserted):
         """Raises UserError if a text is none of the values."""
         if getattr(self, field) not in values:
             raise unknown(f"sharing: {field} of {type(self).__name__}:", getattr(self, field), values)
-
-    def known_activation(self, field: str = "activation") -> None:
-        """Raises UserError if an activation is unknown."""
-        self.one_of(field, ACTIVATIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -81,8 +81,7 @@ class HyperFormer(Sharing):
         place_KxD = jnp.broadcast_to(params["place"], task_KxD.shape)
         h_KxD = jax.nn.relu(jnp.concatenate([task_KxD, place_KxD], axis=1) @ params["project_in"]) @ params["project_out"]
         # A product, as in stacks.py.
-        task_B = call.rows.task_BC if len(y_BxTxO) == len(call.rows.task_BC) else call.rows.source_B
-        h_BxD = jax.nn.one_hot(task_B, len(task_KxD)) @ h_KxD
+        h_BxD = jax.nn.one_hot(call.rows.task_BC, len(task_KxD)) @ h_KxD
         B, width = len(y_BxTxO), y_BxTxO.shape[-1]
         down, up, scale, shift = ((h_BxD @ params[name]).astype(y_BxTxO.dtype) for name in ("down", "up", "scale", "shift"))
         inner = ACTIVATIONS[self.activation](times(y_BxTxO, down.reshape(B, width, self.width)))

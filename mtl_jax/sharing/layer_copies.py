@@ -45,7 +45,7 @@ def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -
         return leaf[row_MxR]
 
     params = jax.tree.map(lambda leaf: _unstacked(leaf, copies)[copy_M], stacks)
-    y_MxRx = _apply(call, params, of_blocks, n, M)
+    y_MxRx = _apply(call, params, of_blocks, M)
     rank_n = jnp.argsort(order_n) - start_C[number_n]
     block_n = (end_C - blocks_C)[number_n] + rank_n // R
     return jax.tree.map(lambda leaf: leaf[block_n, rank_n % R], y_MxRx)
@@ -56,7 +56,7 @@ def _of_one_source(call: Call, stacks: Any, number_n: jax.Array, copies: int) ->
     assert call.rows is not None
     C = call.rows.routes.copies
     chosen = jax.tree.map(lambda leaf: _unstacked(leaf, copies)[number_n[:C]], stacks)
-    return joined(jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _apply(call, chosen, _by_copy(C), len(number_n), C)))
+    return joined(jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _apply(call, chosen, _by_copy(C), C)))
 
 
 def _by_copy(copies: int) -> Callable[[jax.Array], jax.Array]:
@@ -73,7 +73,7 @@ def apply_side_by_side(call: Call, stacks: Any, copies: int) -> Any:
         copies: C.
     """
     params = jax.tree.map(lambda leaf: _unstacked(leaf, copies), stacks)
-    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _apply(call, params, _by_copy(copies), len(call.args[0]), copies))
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _apply(call, params, _by_copy(copies), copies))
 
 
 def vectors(output: Any) -> jax.Array:
@@ -92,10 +92,11 @@ def joined(output: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), output)
 
 
-def _apply(call: Call, params: Any, cut: Any, rows: int, parts: int) -> Any:
+def _apply(call: Call, params: Any, cut: Any, parts: int) -> Any:
     """The layer's outputs for several sets of parameters, leaves [parts, ...], and of rows, as cut() makes them."""
     leaves, structure = jax.tree.flatten((call.args, dict(call.kwargs)))
-    by_row = [getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == rows for leaf in leaves]
+    assert call.rows is not None
+    by_row = call.rows.by_row[call.layer.path]
     cut_leaves = [cut(leaf) for leaf, is_cut in zip(leaves, by_row, strict=True) if is_cut]
     keys = None if call.key is None else jax.random.split(call.key, parts)
     module = call.module.clone(parent=None)

@@ -1,5 +1,6 @@
 """Every sharing against a hand-written forward pass of one row for one task, and where its parameters are."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import scipy.special
 from mtl_jax import sharing
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
-from mtl_jax.models.encoder import EmbeddingConfig, Encoder, EncoderConfig, SharedEmbedding
+from mtl_jax.models.encoder import EmbeddingConfig, Encoder, EncoderConfig, EncoderOutput, SharedEmbedding
 from mtl_jax.sharing.experts import smooth_step
 from mtl_jax.transfer.adapters import ADAPTERS, IA3, Adapted, Bottleneck, Lora, adapt, merge_adapters, notes, routes
 
@@ -185,6 +186,45 @@ def test_a_sharing_that_does_not_fit_the_trunk_is_one_line():
         adapt(bag, (), 2, sharing=(sharing.MMoE(),), routes=ROUTES)
     with pytest.raises(UserError, match=r"adapter 'lora' would be at .*in layers of which the sharing has copies"):
         adapt(Encoder(CONFIG), (Lora(name="lora"),), 2, sharing=(sharing.TopLayers(),), routes=ROUTES)
+
+
+def test_adapters_of_tasks_stand_beside_copies_by_task_alone(plain):
+    lora = Lora(name="lora", rank=2, target="layer_0/attention/query", per="task")
+    with pytest.raises(UserError, match="adapter 'lora': per is task, and in the sharing MMoELayers the copies"):
+        adapt(Encoder(CONFIG), (lora,), 2, sharing=(sharing.MMoELayers(experts=3),), routes=ROUTES)
+    module = adapt(Encoder(CONFIG), (lora,), 2, sharing=(sharing.TopLayers(own=1),), routes=ROUTES)
+    hidden = copies_of(module, jax.jit(module.add)(plain, KEY))
+    np.testing.assert_allclose(hidden[:, 0], PLAIN({"params": plain}, IDS).hidden, atol=1e-5)
+
+
+class Distances(nn.Module):
+    """A trunk of one layer, which gets a matrix [T, T] that all rows share."""
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask=None, *, position_ids=None, segment_ids=None, deterministic=True):
+        x = nn.Embed(30, WIDTH, name="word")(input_ids)
+        distances = jnp.arange(input_ids.shape[1])
+        return EncoderOutput(OneLayer(name="layer_0")(x, distances[:, None] - distances[None]))
+
+
+class OneLayer(nn.Module):
+    is_layer = True
+
+    @nn.compact
+    def __call__(self, x, distances_TxT):
+        return nn.Dense(WIDTH)(jnp.einsum("ts,bsh->bth", distances_TxT.astype(x.dtype), x))
+
+
+@pytest.mark.parametrize("part", [sharing.MMoE(experts=2, target=".*"), sharing.TopLayers(), sharing.CrossStitch()])
+@pytest.mark.parametrize("rows", [4, 2])
+def test_what_all_rows_share_is_not_taken_for_rows(part, rows):
+    """Also where there are as many rows, or rows with their copies, as tokens in a row."""
+    ids, source = IDS[:rows], SOURCE[:rows]
+    module = adapt(Distances(), (), 2, sharing=(part,), routes=ROUTES)
+    params = Distances().init(jax.random.key(0), ids)["params"]
+    hidden = module.apply({"params": module.add(params, KEY)}, ids, source=source).hidden
+    expected = Distances().apply({"params": params}, ids).hidden
+    np.testing.assert_allclose(hidden, jnp.repeat(expected, module.copies, axis=0), atol=1e-5)
 
 
 def test_rows_without_labels_read_the_copy_of_the_task_that_is_applied_to_them():

@@ -39,7 +39,7 @@ from mtl_jax.transfer.adapters.base import (
     Shown,
 )
 from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
-from mtl_jax.transfer.adapters.routes import Routes, Rows, repeated
+from mtl_jax.transfer.adapters.routes import Routes, Rows, by_row, repeated
 from mtl_jax.transfer.adapters.stacks import below, chosen_rows, has_own, stacked_copies, stacked_init, subtree
 
 ADAPTERS = "adapters"
@@ -235,7 +235,7 @@ class Adapted:
         if self.routes is not None:
             if source is None:
                 raise ValueError("tasks have their own parameters, so apply() needs the source of every row")
-            rows = self.routes.of(source, one_source)
+            rows = self.routes.of(source, one_source)._replace(by_row=self._arguments_by_row(args, kwargs))
         by_layer = {adapter.name: self._by_layer(adapter, added[adapter.name], source, rows) for adapter in self.adapters}
         key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
         if (
@@ -254,8 +254,8 @@ class Adapted:
             inside_copy = layer is not None and layer.kind == ROOT and type(context.module) is not type(self.base)
             if layer is None or inside_copy:
                 return next_call(*args, **kwargs)
-            if layer.kind == WHOLE and layer.path in self.copied_layers:
-                args, kwargs = repeated((args, kwargs), args_rows, self.through)
+            if rows is not None and layer.kind == WHOLE and layer.path in self.copied_layers:
+                args, kwargs = repeated((args, kwargs), rows.by_row[layer.path], len(rows.source_B), self.through)
             call: Callable[..., Any] = next_call
             # A layer that is called again, as a shared one is, drops other numbers each time.
             call_key = key if key is None or not calls[layer.path] else jax.random.fold_in(key, calls[layer.path])
@@ -273,9 +273,38 @@ class Adapted:
             finally:
                 outer.pop()
 
-        args_rows = len(args[0])
         with nn.intercept_methods(intercept):
             return self.base.apply({**variables, "params": params}, *args, rngs=rngs, **kwargs)
+
+    def _arguments_by_row(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, tuple[bool, ...]]:
+        """Rows.by_row, if a layer's rows or parameters are copied: what changes with the number of rows.
+
+        A mask of tokens [T, T], or vectors of distances that all rows share, may have as many rows by chance.
+        """
+        if not self.copied_layers and all(layer.kind != WHOLE for places in self.where.values() for layer in places):
+            return {}
+        flags: dict[str, tuple[bool, ...]] = {}
+        more = len(args[0]) + 1
+
+        def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            if context.method_name == "__call__" and is_layer(context.module):
+                flags["/".join(context.module.path)] = by_row((args, kwargs), more)
+            return next_call(*args, **kwargs)
+
+        leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+        numbers = [number for number, is_array in enumerate(by_row(leaves, len(args[0]))) if is_array]
+        longer = [jax.ShapeDtypeStruct((more, *leaves[number].shape[1:]), leaves[number].dtype) for number in numbers]
+
+        def init(arrays: list[jax.Array]) -> Any:
+            given = dict(zip(numbers, arrays, strict=True))
+            changed = [given.get(number, leaf) for number, leaf in enumerate(leaves)]
+            longer_args, longer_kwargs = jax.tree.unflatten(structure, changed)
+            key = jax.random.key(0)
+            return self.base.init({"params": key, "dropout": key}, *longer_args, **longer_kwargs)
+
+        with nn.intercept_methods(record):
+            jax.eval_shape(init, longer)
+        return flags
 
     @functools.cached_property
     def through(self) -> int:
@@ -288,7 +317,7 @@ class Adapted:
         """{layer: parameters}; if sources or tasks have their own, those of each row."""
         by_layer: dict[str, dict[str, Any]] = {}
         common = subtree(added, adapter.common) if adapter.common else {}
-        for layer in self.where[adapter.name]:
+        for layer in (layer for layer in self.where[adapter.name] if layer.kind != COMMON):
             params = dict(subtree(added, layer.path))
             own = {**common.get(OWN, {}), **params.pop(OWN, {})}
             params = {**{name: leaf for name, leaf in common.items() if name != OWN}, **params}
@@ -307,7 +336,8 @@ class Adapted:
             if own and rows is not None:
                 tasks = len(rows.routes.tasks)
                 if adapter.by_row:
-                    chosen_BxK = jax.nn.one_hot(rows.task_BC if copied or rows.routes.copies == 1 else rows.source_B, tasks)
+                    assert copied or rows.routes.copies == 1  # first_copied is the first layer with such parameters
+                    chosen_BxK = jax.nn.one_hot(rows.task_BC, tasks)
                     own = {name: chosen_rows(leaf, chosen_BxK) for name, leaf in own.items()}
                 params |= own if adapter.by_row else {OWN: own}
             by_layer[layer.path] = params

@@ -61,6 +61,13 @@ def adapt(
     check_alone(adapters, adapted.where)  # where raises if an adapter has no layer
     if not adapted.has_parts_of_tasks:
         adapted = dataclasses.replace(adapted, routes=None)
+    for part in sharing:
+        by_task = [adapter.name for adapter in adapters if adapted.by_task(adapter)]
+        if by_task and adapted.routes is not None and part.through(adapted.routes) != adapted.routes.copies:
+            raise UserError(
+                f"adapter {by_task[0]!r}: per is task, and in the sharing {type(part).__name__} the copies of a row are of "
+                "experts, not of tasks: choose per run or source"
+            )
     adapted.first_copied  # noqa: B018  raises if parameters of single tasks are in no layer
     whole = {layer.path for part in sharing for layer in adapted.where[part.name] if layer.kind == WHOLE}
     for adapter in adapters:

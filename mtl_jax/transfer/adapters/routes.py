@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,12 +62,14 @@ class Rows(NamedTuple):
         source_B: i32[B], the source of each row.
         task_BC: i32[B C], the task of each copy; the copies of a row follow each other.
         one_source: Whether all rows are known to be of one source, before the program runs.
+        by_row: {whole layer: which leaves of the (args, kwargs) of its call have the rows as first axis}.
     """
 
     routes: Routes
     source_B: jax.Array
     task_BC: jax.Array
     one_source: bool = False
+    by_row: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
 
 
 def make(tasks: Sequence[tuple[str, str]], sources: Sequence[str], readers: Mapping[str, Sequence[str]]) -> Routes:
@@ -106,11 +109,23 @@ def make(tasks: Sequence[tuple[str, str]], sources: Sequence[str], readers: Mapp
     return Routes(tuple(name for name, _ in tasks), table)
 
 
-def repeated(tree: Any, rows: int, copies: int) -> Any:
-    """A tree with `copies` of every row, one after another; leaves that are not [rows, ...] are unchanged."""
+def repeated(tree: Any, by_row: Sequence[bool], rows: int, copies: int) -> Any:
+    """A tree with `copies` of every row, one after another.
 
-    def repeat(leaf: Any) -> Any:
-        is_by_row = getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == rows
-        return jnp.repeat(leaf, copies, axis=0) if is_by_row else leaf
+    Args:
+        tree: The arguments of a layer.
+        by_row: Which of its leaves have the rows as first axis.
+        rows: B; leaves with other numbers of rows have their copies already.
+        copies: C.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    changed = [
+        jnp.repeat(leaf, copies, axis=0) if is_by_row and leaf.shape[0] == rows else leaf
+        for leaf, is_by_row in zip(leaves, by_row, strict=True)
+    ]
+    return jax.tree.unflatten(structure, changed)
 
-    return tree if copies == 1 else jax.tree.map(repeat, tree)
+
+def by_row(tree: Any, rows: int) -> tuple[bool, ...]:
+    """Which leaves of a tree have so many rows as first axis; flags of a call are leaves, too."""
+    return tuple(getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == rows for leaf in jax.tree.leaves(tree))

@@ -393,8 +393,8 @@ def _check_languages(experiment: Experiment) -> None:
     for source in experiment.sources:
         tasks = {task.languages[0]: task.name for task in experiment.tasks if task.source == source.name and task.languages[0]}
         if len(tasks) > 1:
-            said = " and ".join(f"{code!r} in task {task!r}" for code, task in tasks.items())
-            raise UserError(f"source {source.name!r}: a text has one language, but source_language is {said}")
+            declared = " and ".join(f"{code!r} in task {task!r}" for code, task in tasks.items())
+            raise UserError(f"source {source.name!r}: a text has one language, but source_language is {declared}")
 
 
 def _check_settings(experiment: Experiment) -> None:

@@ -72,14 +72,14 @@ def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint
     model: Any = base.model
     params = dict(base.params)
     changes: dict[str, Any] = {}
-    own = {name: tree for name, tree in run.params["trunk"].items() if name != ADAPTERS}
-    _check_unchanged(own, base.params["trunk"], source, "trunk")
+    trunk = {name: tree for name, tree in run.params["trunk"].items() if name != ADAPTERS}
+    _check_unchanged(trunk, base.params["trunk"], source, "trunk")
     module = run.trunk.module
     if isinstance(module, Adapted):
         place = run.source_index(task.name) if task is not None else None
         parts = [_part_of(run, source, module, inserted, task, place) for inserted in module.adapters]
         adapted, added = adapt(model.trunk, [adapter for adapter, _ in parts]), {part.name: tree for part, tree in parts}
-        changes["trunk"], params["trunk"] = OfSource(adapted), {**own, ADAPTERS: added}
+        changes["trunk"], params["trunk"] = OfSource(adapted), {**trunk, ADAPTERS: added}
     if isinstance(task, Seq2Seq):
         head = run.params["heads"][task.name]
         _check_unchanged(
@@ -116,9 +116,9 @@ def _part_of(
     return dataclasses.replace(adapter, per=RUN), trees.nested(tree)
 
 
-def _check_unchanged(own: Mapping[str, Any], base: Mapping[str, Any], source: str, part: str) -> None:
+def _check_unchanged(trained: Mapping[str, Any], base: Mapping[str, Any], source: str, part: str) -> None:
     loaded = trees.flat(base)
-    for path, leaf in trees.flat(own).items():
+    for path, leaf in trees.flat(trained).items():
         if path not in loaded or not np.array_equal(np.asarray(leaf), np.asarray(loaded[path])):
             raise UserError(
                 f"{source}: {path} of its {part} is not that of the checkpoint, so more than adapters has trained, and a PEFT "

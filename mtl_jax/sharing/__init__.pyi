@@ -16,9 +16,9 @@ from .generated import HyperFormer as HyperFormer
 from .generated import Pal as Pal
 from .layer_experts import PLE as PLE
 from .layer_experts import MMoELayers as MMoELayers
-from .low_rank import HydraLora as HydraLora
-from .low_rank import MoeLora as MoeLora
-from .low_rank import MtlLora as MtlLora
+from .low_rank_parts import HydraLora as HydraLora
+from .low_rank_parts import MoeLora as MoeLora
+from .low_rank_parts import MtlLora as MtlLora
 from .shown_weights import Usage as Usage
 from .shown_weights import usage as usage
 from .task_adapters import TaskAdapters as TaskAdapters

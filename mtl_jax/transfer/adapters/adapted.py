@@ -39,7 +39,7 @@ from mtl_jax.transfer.adapters.base import (
     Shown,
 )
 from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
-from mtl_jax.transfer.adapters.routes import Routes, Rows, by_row, repeated
+from mtl_jax.transfer.adapters.routes import Routes, Rows, arguments_by_row, repeated
 from mtl_jax.transfer.adapters.stacks import below, chosen_rows, has_own, stacked_copies, stacked_init, subtree
 
 ADAPTERS = "adapters"
@@ -235,7 +235,7 @@ class Adapted:
         if self.routes is not None:
             if source is None:
                 raise ValueError("tasks have their own parameters, so apply() needs the source of every row")
-            rows = self.routes.of(source, one_source)._replace(by_row=self._arguments_by_row(args, kwargs))
+            rows = self.routes.of(source, one_source)._replace(by_row=self._by_row(args, kwargs))
         by_layer = {adapter.name: self._by_layer(adapter, added[adapter.name], source, rows) for adapter in self.adapters}
         key = None if kwargs.get("deterministic", True) else (rngs or {}).get("dropout")
         if (
@@ -276,35 +276,10 @@ class Adapted:
         with nn.intercept_methods(intercept):
             return self.base.apply({**variables, "params": params}, *args, rngs=rngs, **kwargs)
 
-    def _arguments_by_row(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, tuple[bool, ...]]:
-        """Rows.by_row, if a layer's rows or parameters are copied: what changes with the number of rows.
-
-        A mask of tokens [T, T], or vectors of distances that all rows share, may have as many rows by chance.
-        """
-        if not self.copied_layers and all(layer.kind != WHOLE for places in self.where.values() for layer in places):
-            return {}
-        flags: dict[str, tuple[bool, ...]] = {}
-        more = len(args[0]) + 1
-
-        def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            if context.method_name == "__call__" and is_layer(context.module):
-                flags["/".join(context.module.path)] = by_row((args, kwargs), more)
-            return next_call(*args, **kwargs)
-
-        leaves, structure = jax.tree.flatten((args, dict(kwargs)))
-        numbers = [number for number, is_array in enumerate(by_row(leaves, len(args[0]))) if is_array]
-        longer = [jax.ShapeDtypeStruct((more, *leaves[number].shape[1:]), leaves[number].dtype) for number in numbers]
-
-        def init(arrays: list[jax.Array]) -> Any:
-            given = dict(zip(numbers, arrays, strict=True))
-            changed = [given.get(number, leaf) for number, leaf in enumerate(leaves)]
-            longer_args, longer_kwargs = jax.tree.unflatten(structure, changed)
-            key = jax.random.key(0)
-            return self.base.init({"params": key, "dropout": key}, *longer_args, **longer_kwargs)
-
-        with nn.intercept_methods(record):
-            jax.eval_shape(init, longer)
-        return flags
+    def _by_row(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, tuple[bool, ...]]:
+        """Rows.by_row, if a layer's rows or parameters are copied."""
+        whole = any(layer.kind == WHOLE for places in self.where.values() for layer in places)
+        return arguments_by_row(self.base, args, kwargs) if whole or self.copied_layers else {}
 
     @functools.cached_property
     def through(self) -> int:

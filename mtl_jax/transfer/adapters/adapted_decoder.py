@@ -65,7 +65,7 @@ class AdaptedDecoder(Decoder):
         added = self.variables["params"].get(ADAPTERS)
         if added is None:  # the decoder's own parameters are being made
             return contextlib.nullcontext()
-        layers, own = layers_of(self.config), len(self.path)
+        layers, depth = layers_of(self.config), len(self.path)
         nearest_first = sorted(self.adapters, key=lambda adapter: adapter.order)
         by_layer: dict[tuple[str, str], dict[str, jax.Array]] = {}
         for adapter in nearest_first:
@@ -74,7 +74,7 @@ class AdaptedDecoder(Decoder):
                 by_layer.setdefault((adapter.name, layer_path), {})[name] = leaf
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            path = context.module.path[own:]
+            path = context.module.path[depth:]
             layer = layers.get("/".join(path)) if context.method_name == "__call__" and path else None
             if layer is None:
                 return next_call(*args, **kwargs)

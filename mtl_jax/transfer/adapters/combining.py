@@ -60,8 +60,8 @@ def combine(checkpoints: Mapping[str, Checkpoint]) -> Checkpoint:
         present = _parts(checkpoint)
         if not any(present.values()):
             raise UserError(f"{name}: the checkpoint has no adapters")
-        own = trees.flat(without_adapters(checkpoint).params[TRUNK])
-        if own.keys() != base.keys() or not all(jnp.array_equal(leaf, base[path]) for path, leaf in own.items()):
+        trunk = trees.flat(without_adapters(checkpoint).params[TRUNK])
+        if trunk.keys() != base.keys() or not all(jnp.array_equal(leaf, base[path]) for path, leaf in trunk.items()):
             raise UserError(f"{name}: its base is not that of {next(iter(checkpoints))}; adapters belong to one base")
         for part, adapters in present.items():
             parts[part] += [

@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.remat import is_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +131,38 @@ def repeated(tree: Any, by_row: Sequence[bool], rows: int, copies: int) -> Any:
 def by_row(tree: Any, rows: int) -> tuple[bool, ...]:
     """Which leaves of a tree have so many rows as first axis; flags of a call are leaves, too."""
     return tuple(getattr(leaf, "ndim", 0) > 0 and leaf.shape[0] == rows for leaf in jax.tree.leaves(tree))
+
+
+def arguments_by_row(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, tuple[bool, ...]]:
+    """Rows.by_row of a call of a trunk: which arguments of its layers change with the number of rows.
+
+    The number of rows alone does not tell: a mask of tokens [T, T], or vectors of distances that all rows share, may have as
+    many by chance. No array is computed.
+
+    Args:
+        module: The trunk, without adapters.
+        args: The arguments of its call, by row.
+        kwargs: Those by name.
+    """
+    flags: dict[str, tuple[bool, ...]] = {}
+    more = len(args[0]) + 1
+
+    def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name == "__call__" and is_layer(context.module):
+            flags["/".join(context.module.path)] = by_row((args, kwargs), more)
+        return next_call(*args, **kwargs)
+
+    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+    numbers = [number for number, is_array in enumerate(by_row(leaves, len(args[0]))) if is_array]
+    longer = [jax.ShapeDtypeStruct((more, *leaves[number].shape[1:]), leaves[number].dtype) for number in numbers]
+
+    def init(arrays: list[jax.Array]) -> Any:
+        given = dict(zip(numbers, arrays, strict=True))
+        changed = [given.get(number, leaf) for number, leaf in enumerate(leaves)]
+        longer_args, longer_kwargs = jax.tree.unflatten(structure, changed)
+        key = jax.random.key(0)
+        return module.init({"params": key, "dropout": key}, *longer_args, **longer_kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(init, longer)
+    return flags

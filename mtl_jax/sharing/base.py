@@ -60,7 +60,8 @@ class Sharing(Part, Inserted):
 
     The rows of a source pass the trunk once. If several tasks are on one source, its rows have a copy for each of them from the
     first layer on that has parameters of single tasks. These parameters are weighted like the trunk's, but no rule compares
-    them, and a weight below 0 leaves them unchanged. A sharing with gates calls call.show() in around(), for the report.
+    them. Where the Gram matrix is over the whole trunk, a weight below 0 leaves them unchanged. A sharing with gates calls
+    call.show() in around(), for the report.
     """
 
     door: ClassVar[str] = "sharing"

@@ -107,17 +107,22 @@ def _parts_forgotten() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _figures() -> list[bytes]:
+    """The figure that was drawn last, if there is one."""
+    return []
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """To draw a figure takes a quarter of a tiny run's time: each file draws its first, and its other runs get a copy."""
-    figure: list[bytes] = []
+def _drawn_once(request: pytest.FixtureRequest, _figures: list[bytes]) -> Iterator[None]:
+    """To draw a figure takes a quarter of a tiny run's time: a process draws its first, and its other runs get a copy."""
 
     def draw(records: Any, tasks: Any, path: Path) -> None:
-        if not figure or request.path.name in ("test_loop.py", "test_plotting.py", "test_full_disk.py"):
+        if not _figures or request.path.name in ("test_loop.py", "test_plotting.py", "test_full_disk.py"):
             curves(records, tasks, path)
-            figure[:] = [path.read_bytes()]
+            _figures[:] = [path.read_bytes()]
         else:
-            write_bytes(path, figure[0])
+            write_bytes(path, _figures[0])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plotting, "curves", draw)

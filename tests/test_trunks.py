@@ -43,7 +43,7 @@ def test_what_is_opened_again_computes_the_same(checkpoint, tmp_path):
     rates = {field.name for field in dataclasses.fields(trunk.module.config) if "dropout" in field.name}
     assert {getattr(trunk.module.config, name) for name in rates} == {0.25}
     params = trunks.init_params(trunk, jax.random.key(0))
-    assert trunks.width(trunk, params) == 16
+    assert trunks.width(trunk) == 16
 
     trunks.save(trunk, tmp_path / "trunk")
     again = trunks.reopen(config, tmp_path / "trunk", np.float32)

@@ -148,7 +148,7 @@ class Machine:
             table = None
             if plan.cached_features:
                 examples = [part for split in self.prepared.corpus.splits.values() for part in split.values()]
-                width = trunks.width(self.prepared.trunk, self.prepared.params["trunk"])
+                width = trunks.width(self.prepared.trunk)
                 shape: tuple[int, ...] = (sum(len(part.tokens) for part in examples), width)
                 if self.trunks_differ(plan):
                     table = jax.ShapeDtypeStruct((self.size, *shape), np.float32, sharding=by_runs)

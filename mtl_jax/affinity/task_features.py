@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.data.batches import Batch, Batching, eval_batches
 from mtl_jax.data.examples import Examples
 from mtl_jax.experiment import Experiment
+from mtl_jax.models import traced
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training import init_from
@@ -144,16 +144,7 @@ def make_trunk(module: Any, params: Any, layer: int = 0) -> TrunkFunction:
 def layers(module: Any) -> list[str]:
     """The names of a trunk's layers, in order: its parts that are called layer_0, layer_1 ..."""
     base = module.base if isinstance(module, Adapted) else module
-    names: set[str] = set()
-
-    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        path = context.module.path
-        if context.method_name == "__call__" and len(path) == 1 and _LAYER.fullmatch(path[0]):
-            names.add(path[0])
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda: base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    names = {call.path[0] for call in traced.calls(base) if len(call.path) == 1 and _LAYER.fullmatch(call.path[0])}
     return sorted(names, key=lambda name: int(name.removeprefix("layer_")))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+
+from mtl_jax.models import traced
 
 # {choice of Experiment.remat: which numbers inside a layer are kept}; of "none" all are, and there is nothing to do.
 POLICIES: dict[str, Any] = {"layers": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -64,16 +65,7 @@ def rematerialised(choice: str) -> contextlib.AbstractContextManager[Any]:
 
 def has_layers(module: nn.Module) -> bool:
     """Whether a trunk has layers; its parameters are not made."""
-    layers: list[nn.Module] = []
-
-    def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if is_layer(context.module):
-            layers.append(context.module)
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    return bool(layers)
+    return any(getattr(call.kind, "is_layer", False) is True for call in traced.calls(module))
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
+from mtl_jax.models import traced
 from mtl_jax.pretrained.family import Family
 from mtl_jax.pretrained.lazy_tensor import LazyTensor
 
@@ -49,7 +50,7 @@ class Placed(NamedTuple):
 
 def shapes(family: Family, model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a module's parameters by our paths, from the module itself."""
-    return trees.flat(jax.eval_shape(lambda: _init(family, model, 0)))
+    return trees.flat(traced.shapes(model, family.inputs)[1]["params"])
 
 
 def check_sizes(config: Any, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], where: str) -> None:

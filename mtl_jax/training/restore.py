@@ -117,7 +117,7 @@ def _check_sizes(folder: Path, trunk: Trunk, tasks: tuple[Task, ...], checkpoint
     where = f"{folder}: trunk/, data.json and the parameters of step {checkpoint.step}"
     advice = "one of them is not what mtl_jax wrote; put the workdir back, or delete its results.json and let the run end again"
     try:
-        expected = trees.flat(jax.eval_shape(lambda: init_params(trunk, tasks, 0)))
+        expected = trees.flat(trunks.shapes(trunk, lambda trunk: init_params(trunk, tasks, 0)))
     # A module with impossible sizes raises errors of many kinds.
     except (TypeError, ValueError, ZeroDivisionError, AttributeError, LookupError, AssertionError) as error:
         raise UserError(f"{where} do not fit together ({reason(error)}): {advice}") from error

@@ -168,7 +168,7 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     for teacher in opened.teachers.values():
         for split in corpus.splits.values():
             coverage.check(split.values(), (), trunk.tokenizer, teacher.tables)
-    projections = regularisation.projections(experiment, opened.teachers, trunks.width(trunk, params["trunk"]))
+    projections = regularisation.projections(experiment, opened.teachers, trunks.width(trunk))
     params["heads"] |= jax.eval_shape(lambda: projections) if abstract else projections
     plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks, trunks.copies(trunk))
     for plan in plans:
@@ -264,7 +264,7 @@ def with_seed(prepared: Prepared, seed: int) -> Prepared:
     """The run with the initial parameters of another seed, before init_from loads any."""
     params = init_params(prepared.trunk, prepared.corpus.tasks, seed)
     experiment = dataclasses.replace(prepared.experiment, seed=seed)
-    width = trunks.width(prepared.trunk, params["trunk"])
+    width = trunks.width(prepared.trunk)
     params["heads"] |= regularisation.projections(experiment, prepared.teachers, width)
     return prepared._replace(experiment=experiment, params=params)
 
@@ -280,7 +280,7 @@ def features_shape(prepared: Prepared, plan: PhasePlan) -> jax.ShapeDtypeStruct 
     if not plan.cached_features:
         return None
     texts = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
-    return jax.ShapeDtypeStruct((texts, trunks.width(prepared.trunk, prepared.params["trunk"])), np.float32)
+    return jax.ShapeDtypeStruct((texts, trunks.width(prepared.trunk)), np.float32)
 
 
 def initial_state(prepared: Prepared) -> TrainState:

@@ -106,7 +106,7 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     """
     key = jax.random.key(seed)
     params = {"trunk": trunks.init_params(trunk, key)}
-    width = trunks.width(trunk, params["trunk"])
+    width = trunks.width(trunk)
     heads = {}
     programs: dict[Any, Any] = {}  # heads of one shape share one, which takes a second to compile
     for task in tasks:

@@ -16,6 +16,7 @@ from mtl_jax.trunks.base import draws_dropout as draws_dropout
 from mtl_jax.trunks.base import facts as facts
 from mtl_jax.trunks.base import init_params as init_params
 from mtl_jax.trunks.base import save as save
+from mtl_jax.trunks.base import shapes as shapes
 from mtl_jax.trunks.base import tables as tables
 from mtl_jax.trunks.base import tables_of as tables_of
 from mtl_jax.trunks.base import width as width

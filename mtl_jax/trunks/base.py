@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +23,7 @@ from mtl_jax.core.files import write_json, writing
 from mtl_jax.core.parts import Part, origin_of
 from mtl_jax.data import vocabulary
 from mtl_jax.data.coverage import Tables
+from mtl_jax.models import traced
 from mtl_jax.models.encoder import Encoder
 from mtl_jax.models.llama import Llama
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
@@ -165,7 +166,7 @@ def copies(trunk: Trunk) -> int:
 
 def facts(trunk: Trunk) -> TrunkFacts:
     """The facts about the trunk that tasks use."""
-    params = jax.eval_shape(lambda: init_params(trunk, jax.random.key(0)))
+    params = shapes(trunk)
     try:
         rows, columns = token_table(params).shape
     except UserError:
@@ -174,7 +175,7 @@ def facts(trunk: Trunk) -> TrunkFacts:
     module = trunk.module
     encoder = module.config if isinstance(module, Encoder) and module.config.is_plain else None
     causal = module.config if isinstance(module, Llama) else None
-    return TrunkFacts(trunk.tokenizer, width(trunk, params), (rows, columns), trunk.decoder, trunk.head, start, encoder, causal)
+    return TrunkFacts(trunk.tokenizer, width(trunk), (rows, columns), trunk.decoder, trunk.head, start, encoder, causal)
 
 
 def tables(trunk: Trunk, owner: str = "the trunk") -> Tables:
@@ -196,29 +197,34 @@ def init_params(trunk: Trunk, key: jax.Array) -> Any:
     return trunk.module.add(trunk.params, key) if isinstance(trunk.module, Adapted) else trunk.params
 
 
+def shapes(trunk: Trunk, make: Callable[[Trunk], Any] = lambda trunk: init_params(trunk, jax.random.key(0))) -> Any:
+    """The shapes of what a function makes of the trunk, by default its parameters; nothing is computed."""
+    params = traced.shapes(_base(trunk))[1]["params"] if trunk.params is None else trunk.params
+    return jax.eval_shape(lambda params: make(trunk._replace(params=params)), params)
+
+
 def draws_dropout(trunk: Trunk) -> bool:
     """Whether the trunk's module, without adapters, has dropout: whether it asks for random numbers while it trains."""
-    module = trunk.module.base if isinstance(trunk.module, Adapted) else trunk.module
-    ids = jnp.zeros((1, 1), jnp.int32)
-    params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids))
+    module = _base(trunk)
     try:
-        jax.eval_shape(lambda params: module.apply(params, ids, deterministic=False), params)
+        jax.eval_shape(
+            lambda params: module.apply(params, jnp.zeros((1, 1), jnp.int32), deterministic=False), traced.shapes(module)[1]
+        )
     except flax.errors.InvalidRngError:  # linen's, for a module that asks for them and is given none
         return True
     return False
 
 
-def width(trunk: Trunk, params: Any) -> int:
+def width(trunk: Trunk) -> int:
     """H, the size of the trunk's vectors."""
-    module, params = trunk.module, dict(params)
-    if isinstance(module, Adapted):  # adapters change no size
-        module = module.base
-        del params[adapting.ADAPTERS]
+    size: int = traced.shapes(_base(trunk))[0].hidden.shape[-1]
+    return size
 
-    def hidden(params: Any) -> Any:
-        return module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32)).hidden  # type: ignore[union-attr]
 
-    return jax.eval_shape(hidden, params).shape[-1]
+def _base(trunk: Trunk) -> nn.Module:
+    """The trunk's module without adapters, which change no size."""
+    module: nn.Module = trunk.module.base if isinstance(trunk.module, Adapted) else trunk.module
+    return module
 
 
 def save(trunk: Trunk, folder: Path) -> None:

@@ -19,6 +19,7 @@ from mtl_jax.augment.mixes import Mix, NeighbourSmoothing, has_label, mixed, mix
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data.batches import Batch
+from mtl_jax.models import traced
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
@@ -71,15 +72,8 @@ def check_layer(regulariser: Mix, trunk: Trunk) -> None:
     """Raises UserError where a trunk has no layer whose input a Mix could change."""
     if not regulariser.mixes_trunk:
         return
-    module = getattr(trunk.module, "base", trunk.module)
-    names: set[str] = set()
-
-    def record(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        names.add(str(context.module.name))
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    module: Any = getattr(trunk.module, "base", trunk.module)
+    names = {call.path[-1] for call in traced.calls(module) if call.path}
     layers = sum(f"layer_{number}" in names for number in range(len(names)))
     if regulariser.layer >= layers:
         raise UserError(

@@ -100,7 +100,7 @@ def open_teacher(
     owner = f"the teacher of {regulariser.name}"
     if not restore.is_workdir(folder) and regulariser.of == "hidden":
         bare = trunks.build(Pretrained(regulariser.teacher), (), dtype)
-        width = trunks.width(bare, bare.params)
+        width = trunks.width(bare)
         teacher = Teacher(bare.module, (), {"trunk": bare.params}, width, trunks.tables(bare, owner))
         tokenizer, longest = bare.tokenizer, bare.max_length
     elif not restore.is_workdir(folder) and (folder / "config.json").exists():
@@ -108,7 +108,7 @@ def open_teacher(
         longest = getattr(teacher.module.trunk.config, "max_length", None) or trunks.UNBOUNDED
     else:
         run = restore.open_finished(folder, where)
-        width = trunks.width(run.trunk, run.params["trunk"])
+        width = trunks.width(run.trunk)
         teacher = Teacher(run.trunk.module, run.tasks, run.params, width, trunks.tables(run.trunk, owner))
         tokenizer, longest = run.trunk.tokenizer, run.trunk.max_length
         if packed:

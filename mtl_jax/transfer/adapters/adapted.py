@@ -23,6 +23,7 @@ from mtl_jax.models.llama import GroupedAttention
 from mtl_jax.models.modernbert import RotaryAttention
 from mtl_jax.models.remat import is_layer
 from mtl_jax.models.seq2seq_layers import Embeddings
+from mtl_jax.models.traced import once_per_module
 from mtl_jax.transfer.adapters.base import (
     ATTENTION,
     COMMON,
@@ -83,23 +84,10 @@ class Adapted:
         """(task, the copy of a row that its head reads), where there are several; else ()."""
         return self.routes.copy_of if self.routes is not None and self.copies > 1 else ()
 
-    @functools.cached_property
+    @property
     def layers(self) -> dict[str, Layer]:
         """The layers that can be adapted, by path, in the order of their calls."""
-        layers: dict[str, Layer] = {}
-
-        def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            if context.method_name == "__call__":
-                layer = layer_of("/".join(context.module.path), context.module, args)
-                if layer is not None:
-                    calls = layers[layer.path].calls + 1 if layer.path in layers else 1
-                    layers[layer.path] = layer._replace(calls=calls)
-            return next_call(*args, **kwargs)
-
-        with nn.intercept_methods(record):
-            jax.eval_shape(lambda: self.base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-        words = next((layer for layer in layers.values() if layer.kind == WORDS), None)
-        return layers if words is None else {**layers, "": words._replace(kind=ROOT)}
+        return adaptable_layers(self.base)
 
     @functools.cached_property
     def where(self) -> dict[str, list[Layer]]:
@@ -317,6 +305,25 @@ class Adapted:
                 params |= own if adapter.by_row else {OWN: own}
             by_layer[layer.path] = params
         return by_layer
+
+
+@once_per_module
+def adaptable_layers(base: nn.Module) -> dict[str, Layer]:
+    """The layers of a module that can be adapted, by path, in the order of their calls."""
+    layers: dict[str, Layer] = {}
+
+    def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name == "__call__":
+            layer = layer_of("/".join(context.module.path), context.module, args)
+            if layer is not None:
+                calls = layers[layer.path].calls + 1 if layer.path in layers else 1
+                layers[layer.path] = layer._replace(calls=calls)
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda: base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    words = next((layer for layer in layers.values() if layer.kind == WORDS), None)
+    return layers if words is None else {**layers, "": words._replace(kind=ROOT)}
 
 
 def layer_of(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:

@@ -20,13 +20,13 @@ from mtl_jax.core.files import write_json
 from mtl_jax.data import units
 from mtl_jax.inference import model_card, peft_export
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
+from mtl_jax.models.trunk_output import pooling_of
 from mtl_jax.pretrained import families, language_codes, saving
 from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
 from mtl_jax.pretrained.tensor_files import read_json
 from mtl_jax.tasks import CausalLM, Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
 from mtl_jax.training import text_evaluation
-from mtl_jax.training.forward import pooling_of
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
 from mtl_jax.transfer.adapters.adapted_decoder import merge_decoder
 

@@ -137,6 +137,8 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
         trunks.check_packed(trunk, experiment.batch.row_length)
     facts = trunks.facts(trunk)
     tasks = tuple(task.on(facts) for task in experiment.tasks)
+    if any(task.begins_as_classifier for task in tasks):
+        trunk = trunks.with_classifier(trunk)
     trunk = share_trunk(trunk, experiment, tasks, list(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     corpus = corpora.with_augmentations(

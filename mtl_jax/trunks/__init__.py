@@ -26,5 +26,6 @@ from mtl_jax.trunks.build import reopen as reopen
 from mtl_jax.trunks.from_checkpoint import CAUSAL as CAUSAL
 from mtl_jax.trunks.from_checkpoint import DECODER as DECODER
 from mtl_jax.trunks.from_checkpoint import Pretrained as Pretrained
+from mtl_jax.trunks.from_checkpoint import with_classifier as with_classifier
 from mtl_jax.trunks.from_scratch import Embedding as Embedding
 from mtl_jax.trunks.from_scratch import Transformer as Transformer

@@ -65,9 +65,7 @@ class TextTask(Task, abc.ABC):
             raise unknown(f"head of task {self.name!r}:", self.head, (FAMILY,))
         if self.head == FAMILY and (self.hidden or self.dropout):
             field = "hidden" if self.hidden else "dropout"
-            instead = (
-                "its layers are those of transformers" if self.hidden else "its rates are the trunk's (trunk.dropout)"
-            )
+            instead = "its layers are those of transformers" if self.hidden else "its rates are the trunk's (trunk.dropout)"
             raise UserError(f"task {self.name!r}: {field} is {getattr(self, field)}, but head is {FAMILY!r}, and {instead}")
 
     def on(self, trunk: TrunkFacts) -> Self:

@@ -153,7 +153,8 @@ def cached_features(
     """
     assert features_NxH is not None
     vectors = features_NxH[jnp.maximum(batch.index, 0)]  # an empty slot, -1, reads some row; it has no label
-    return Encoded(**{field: vectors})
+    fields: dict[str, Any] = {field: vectors}
+    return Encoded(**fields)
 
 
 def cached_for(tasks: tuple[Task, ...]) -> Encode:

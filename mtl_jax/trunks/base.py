@@ -35,6 +35,7 @@ from mtl_jax.transfer.adapters import Adapted, Adapter
 from mtl_jax.transfer.adapters.base import Inserted
 from mtl_jax.transfer.adapters.routes import Routes
 
+CARD = "README.md"  # of a checkpoint: its licence and languages
 BESIDE = "beside.safetensors"  # parameters of a checkpoint that do not train
 UNBOUNDED = 1_000_000  # tokens, without a position table
 WORDS = 10_000  # in the vocabulary of a trunk that does not say how many
@@ -253,5 +254,5 @@ def save(trunk: Trunk, folder: Path) -> None:
             flat = trees.flat(trunk.beside)
             write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
             if trunk.location is not None:
-                copy_files(trunk.location, folder, ("generation_config.json",))
+                copy_files(trunk.location, folder, ("generation_config.json", CARD))
         write_json(folder / name, sizes)

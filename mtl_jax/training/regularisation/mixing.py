@@ -121,7 +121,8 @@ def pooled_loss(regulariser: Mix, tasks: Sequence[Task]) -> OutputLoss:
             vectors_NxH = vectors.reshape(-1, vectors.shape[-1])
             return mixed(vectors_NxH, partner_N, weight).reshape(vectors.shape)
 
-        between = encoded._replace(**{field: mix(vectors) for field, vectors in encoded.of_texts.items()})
+        fields: dict[str, Any] = {field: mix(vectors) for field, vectors in encoded.of_texts.items()}
+        between = encoded._replace(**fields)
         return _of_heads(tasks, heads, between, batch, counts, partner_N, weight, None)
 
     return OutputLoss(lambda batch: _counts(tasks, batch), loss)

@@ -65,8 +65,9 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         target: The directory to write.
         task: The task whose head is written with a run's trunk; empty for the trunk alone.
         overwrite: Whether an existing checkpoint may be replaced.
-        peft: Whether only the run's adapters are written, as a directory for PEFT, with the head of a tagging or span task. It
-            opens on the checkpoint that the run started from, in which nothing else may have trained.
+        peft: Whether only the run's adapters are written, as a directory for PEFT, with the head of a tagging or span task, or
+            of a text task with head="family". It opens on the checkpoint that the run started from, in which nothing else may
+            have trained.
 
     Returns:
         A hint for opening the directory; "" where transformers opens it as usual.

@@ -14,8 +14,9 @@ from typing import Any, Self
 
 import flax.linen as nn
 
-from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.core.parts import ONLY_IF_SET
+from mtl_jax.core import trees
+from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.parts import FILLED_IN, ONLY_IF_SET
 from mtl_jax.models.trunk_output import TrunkFacts
 from mtl_jax.pretrained import text_classifier
 from mtl_jax.pretrained.text_classifier import FamilyClassifier
@@ -37,7 +38,7 @@ class TextTask(Task, abc.ABC):
     """
 
     head: str = dataclasses.field(default="", metadata=ONLY_IF_SET)
-    classifier: FamilyClassifier | None = dataclasses.field(default=None, metadata=ONLY_IF_SET)
+    classifier: FamilyClassifier | None = dataclasses.field(default=None, metadata=FILLED_IN)
 
     @property
     def text_vector(self) -> str:
@@ -96,6 +97,24 @@ class TextTask(Task, abc.ABC):
         if self.classifier is None:
             return fresh
         return text_classifier.begin(fresh, classifier, self.columns_of(classifier), self.output_scale)
+
+    def beginning(self, classifier: Mapping[str, Any], params: Any) -> str:
+        """A line for the log: which layers of the head begin as the checkpoint's, and which are fresh.
+
+        Args:
+            classifier: As for from_classifier().
+            params: The head's parameters.
+        """
+        assert self.classifier is not None
+        known = {path.rpartition("/")[0] for path in trees.flat(classifier)}
+        if self.columns_of(classifier) is None:
+            known -= {f"head/{name}" for name in text_classifier.OUTPUT_LAYERS}
+        layers = sorted({path.rpartition("/")[0] for path in trees.flat(params)})
+        parts = [("from the checkpoint", [layer for layer in layers if layer in known])]
+        parts.append(("fresh", [layer for layer in layers if layer not in known]))
+        kind = self.classifier.family.model_types[0]
+        shown = "; ".join(f"{listed(names)} {what}" for what, names in parts if names)
+        return f"task {self.name}: its head is the classifier of {kind} checkpoints: {shown}"
 
     def columns_of(self, classifier: Mapping[str, Any]) -> Sequence[int] | None:
         """The output of the checkpoint's classifier for each of this task's, by the names of the labels.

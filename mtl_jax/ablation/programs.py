@@ -15,11 +15,12 @@ from mtl_jax.ablation import fields, stacking
 from mtl_jax.ablation.fields import Numbers
 from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
+from mtl_jax.models.trunk_output import TEXT_VECTORS
 from mtl_jax.tasks import Seq2Seq
 from mtl_jax.training import evaluation, gram_gradient, sharing_usage, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
-from mtl_jax.training.forward import cached_features, encode_tokens, needed_fields
+from mtl_jax.training.forward import cached_for, encode_tokens, needed_fields, text_vector
 from mtl_jax.training.phase_plan import PhasePlan, with_numbers_of
 from mtl_jax.training.setup import Prepared, held_out_batches
 from mtl_jax.training.step import make_train_step
@@ -54,7 +55,8 @@ class Machine:
         self.averaging = averaging.make(prepared.experiment.averaging)
         self.held_out = held_out_batches(prepared)
         self.keep_better = stacking.keep_better(self.mesh)
-        self.features = evaluation.make_features(encode_tokens(prepared.trunk.module), self.mesh)
+        vectors = (text_vector(prepared.corpus.tasks) or TEXT_VECTORS[0],)
+        self.features = evaluation.make_features(encode_tokens(prepared.trunk.module, vectors), self.mesh)
         self.usage = sharing_usage.make_usage(prepared)
         self.compile_seconds, self.compiled, self.weight = 0.0, 0, 0
         self._steps: dict[Any, Any] = {}
@@ -175,7 +177,7 @@ class Machine:
         key = (plan.number, cached)
         if key not in self._outputs:
             tasks = self.prepared.corpus.tasks
-            encode = cached_features if cached else encode_tokens(self.prepared.trunk.module, needed_fields(tasks))
+            encode = cached_for(tasks) if cached else encode_tokens(self.prepared.trunk.module, needed_fields(tasks))
             over = (stacking.axes(self.per_run[plan.number]).params, None, self._table_axis(plan) if cached else None)
             self._outputs[key] = evaluation.make_outputs(encode, tasks, self.mesh, over)
         return self._outputs[key]

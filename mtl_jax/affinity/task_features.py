@@ -27,7 +27,7 @@ from mtl_jax.training.forward import Encode, encode_tokens
 from mtl_jax.training.setup import Prepared, prepare
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted
 
-FIELDS = ("pooled", "tokens")  # of Encoded
+FIELDS = ("pooled", "tokens", "first")  # of Encoded
 ROWS = 512
 LEVELS = (("example", "example"), ("token", "word"))  # of outputs and labels: texts, words
 CLASSES, NUMBERS = "classes", "numbers"
@@ -59,7 +59,7 @@ class TrunkFunction(NamedTuple):
     Attributes:
         module: The linen module, or one with adapters.
         params: Its parameters.
-        encode: Jitted: (params, Batch) -> Encoded with pooled and tokens.
+        encode: Jitted: (params, Batch) -> Encoded with these fields.
     """
 
     module: Any

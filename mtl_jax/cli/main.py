@@ -128,12 +128,13 @@ def convert(
     overwrite: bool = False,
     peft: bool = False,
 ) -> None:
-    """A run's trunk, or any checkpoint, as a directory that transformers opens: safetensors, config.json, tokenizer.
+    """A run's trunk, or any checkpoint, as a directory that transformers opens, with its tokenizer and a model card.
 
     Args:
         source: A run's workdir, or a checkpoint: a directory, pip:ASSET/MEMBER, or a hub id ORG/NAME.
         target: The directory to write.
-        task: For a workdir: the task whose head is written beside the trunk, in the format of sentence-transformers.
+        task: For a workdir: the task whose head is written with the trunk. A text task with head="family" opens in
+            pipeline("text-classification"); others lie beside the trunk, in the format of sentence-transformers.
         overwrite: Replace an existing checkpoint.
         peft: Write only the run's adapters, as a directory for PEFT: LoRA and its relatives, IA3, prefix and prompt tuning.
     """

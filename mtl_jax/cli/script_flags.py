@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("batch.rows", "batch.row-length", "batch.mixture", "batch.accumulate", "averaging"),
     ),
     "data": ("sources.NAME.path", "sources.NAME.limit", "sources.NAME.limit-train"),
-    "tasks": ("tasks.NAME.metric", "tasks.NAME.hidden", "tasks.NAME.dropout"),
+    "tasks": ("tasks.NAME.metric", "tasks.NAME.head", "tasks.NAME.hidden", "tasks.NAME.dropout"),
     "evaluation": ("evaluation.every", "evaluation.criterion", "evaluation.patience", "checkpoints.every", "checkpoints.keep"),
 }
 
@@ -74,7 +74,7 @@ def flags_of(value: Any, path: str = "") -> Iterator[str]:
     """Every flag of a configuration, such as optimizer.learning-rate and tasks.movies.metric."""
     rows = {rows for _, rows in FIELDS.values()} if isinstance(value, Source) else ()  # no flags: a script gives them
     for field in dataclasses.fields(value):
-        if field.name in rows:
+        if field.name in rows or "filled_in" in field.metadata:
             continue
         name = path + field.name.replace("_", "-")
         inner = getattr(value, field.name)

@@ -24,6 +24,8 @@ PACKAGE = "mtl_jax"
 NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 # Metadata of a field that is written to JSON only where it is not at its default: workdirs of before it existed stay the same.
 ONLY_IF_SET = MappingProxyType({"only_if_set": True})
+# Of such a field that a run fills in itself, and that therefore has no flag.
+FILLED_IN = MappingProxyType({**ONLY_IF_SET, "filled_in": True})
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -18,15 +18,16 @@ from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import write_json
 from mtl_jax.data import units
-from mtl_jax.inference import model_card, peft_export
+from mtl_jax.inference import card_snippets, model_card, peft_export
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
-from mtl_jax.pretrained import families, language_codes, saving
+from mtl_jax.models.trunk_output import pooling_of
+from mtl_jax.pretrained import families, language_codes, saving, text_classifier
 from mtl_jax.pretrained.marian_bart import fields_of
 from mtl_jax.pretrained.saving import Saved
 from mtl_jax.pretrained.tensor_files import read_json
-from mtl_jax.tasks import CausalLM, Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks import CausalLM, Classification, Contrastive, Multilabel, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks.text_head import TextTask
 from mtl_jax.training import text_evaluation
-from mtl_jax.training.forward import pooling_of
 from mtl_jax.transfer.adapters import Adapted, merge_adapters
 from mtl_jax.transfer.adapters.adapted_decoder import merge_decoder
 
@@ -38,29 +39,35 @@ _RELU, _IDENTITY = "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.
 
 LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")  # of config.json
 
-# Task kinds whose heads have a class in transformers, with its kind of head.
+# Task kinds whose heads always have a class in transformers, with its kind of head.
 TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
+WRITTEN = (Classification, Multilabel, Regression, Contrastive, Tagging, Span)  # beside seq2seq and causal LM
 
 
 def convert(source: str | Path, target: str | Path, task: str = "", overwrite: bool = False, peft: bool = False) -> str:
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
     A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
-    of a classification or regression reads the mean of the token vectors, and transformers has no such class. The directory is
+    of a classification, multilabel or regression task with head="family" becomes that of AutoModelForSequenceClassification:
+    the directory opens in pipeline("text-classification"), with the names of the labels, and a regression's scale is a part
+    of the last layer.
+
+    Any other head of these kinds reads the mean of the token vectors, and transformers has no such class. The directory is
     then the bare model for transformers (AutoModel), and the head lies beside it in the format of sentence-transformers:
     SentenceTransformer(target).encode(texts) gives the task's outputs, which are logits in the order of labels.json for a
     classification, predicted values for a regression, and vectors of length 1 for a contrastive task. Its config.json names no
     labels, because a text class of transformers would put a random head under them. A trunk with its decoder is written as the
     family of the checkpoint that it started from, and a trunk from scratch as a Marian model (MarianMTModel), or with pre-norm
-    as a Pegasus model. README.md shows how to open the directory.
+    as a Pegasus model. README.md is a model card: how to open the directory, and what was trained on which data.
 
     Args:
         source: A workdir, or a checkpoint: a directory, "pip:ASSET/MEMBER", or a hub id.
         target: The directory to write.
         task: The task whose head is written with a run's trunk; empty for the trunk alone.
         overwrite: Whether an existing checkpoint may be replaced.
-        peft: Whether only the run's adapters are written, as a directory for PEFT, with the head of a tagging or span task. It
-            opens on the checkpoint that the run started from, in which nothing else may have trained.
+        peft: Whether only the run's adapters are written, as a directory for PEFT, with the head of a tagging or span task, or
+            of a text task with head="family". It opens on the checkpoint that the run started from, in which nothing else may
+            have trained.
 
     Returns:
         A hint for opening the directory; "" where transformers opens it as usual.
@@ -110,34 +117,58 @@ def _convert(source: str, target: str | Path, task: str, overwrite: bool, peft: 
     if run.trunk.raw is None:
         problem = "a class for it only with the decoder of a seq2seq task" if run.trunk.decoder else "no class for it"
         raise UserError(f"{source}: its trunk is from scratch, and transformers has {problem}")
-    if head is not None and not isinstance(head, Classification | Regression | Contrastive | Tagging | Span):
+    if head is not None and not isinstance(head, WRITTEN):
         raise UserError(
-            f"task {task!r}: only heads of classification, regression, contrastive, tagging, span, seq2seq and causal LM can "
-            "be written; leave --task out"
+            f"task {task!r}: only heads of classification, multilabel, regression, contrastive, tagging, span, seq2seq and "
+            "causal LM can be written; leave --task out"
         )
-    # The labels in the source checkpoint belong to another head, and the bare model has none.
-    raw = {name: value for name, value in run.trunk.raw.items() if name not in LABEL_FIELDS}
-    kind = TOKEN_HEADS.get(type(head))
-    if kind == "question_answering":
-        raw |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}  # start and end
-    elif kind is not None and head is not None:
-        names = head.shown_labels
-        raw |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+    kind = _kind(head)
+    raw = _raw(run, head, kind)
     family = families.of(raw, f"{source}/trunk/config.json")
     config = family.config(raw, f"{source}/trunk/config.json")
     model = family.build(config, kind, np.float32)
     params = {"trunk": _trunk(run, task)}
-    params |= run.trunk.beside if kind is None or head is None else {"head": _token_head(model, run, head)}
+    params |= run.trunk.beside if kind is None or head is None else _head(model, run, head)
     location = Path(source) / "trunk"
     checkpoint = pretrained.Checkpoint(model, params, config, raw, kind, location)
 
     def add_head(folder: Path) -> None:
         if head is not None and kind is None:
             _write_head(folder, run, head, config.hidden_size)
-        _write_card(folder, run, head, raw)
+        _write_card(folder, Path(source), run, head, raw)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_head)
-    return model_card.note(head, Path(target))
+    return card_snippets.note(head, Path(target))
+
+
+def _kind(task: Task | None) -> str | None:
+    """The kind of head that transformers has for a task's; None where it has none."""
+    if isinstance(task, TextTask) and task.classifier is not None:
+        return text_classifier.KIND
+    return TOKEN_HEADS.get(type(task))
+
+
+def _raw(run: TrainedRun, task: Task | None, kind: str | None) -> dict[str, Any]:
+    """The config.json of the trunk, with the labels of a head; a model without a head has none."""
+    raw = {name: value for name, value in (run.trunk.raw or {}).items() if name not in LABEL_FIELDS}
+    if kind is None or task is None:
+        return raw
+    names = task.shown_labels or [f"LABEL_{number}" for number in range(2 if kind == "question_answering" else task.outputs)]
+    raw |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+    if isinstance(task, TextTask):
+        raw["problem_type"] = task.problem_type
+        padding = run.trunk.tokenizer.pad_token_id
+        reads_last = task.classifier is not None and task.classifier.reads == "last"
+        if reads_last and raw.get("pad_token_id") is None and padding is not None and padding < raw["vocab_size"]:
+            raw["pad_token_id"] = padding  # by which transformers finds the last token of each text of a batch
+    return raw
+
+
+def _head(model: nn.Module, run: TrainedRun, task: Task) -> dict[str, Any]:
+    """The parameters of a task's head under their names in the class of transformers."""
+    if isinstance(task, TextTask):
+        return dict(text_classifier.scaled(run.params["heads"][task.name], task.output_scale))
+    return {"head": _token_head(model, run, task)}
 
 
 def _trunk(run: TrainedRun, task: str) -> Any:
@@ -197,7 +228,7 @@ def _write_seq2seq(source: Path, target: str | Path, run: TrainedRun, task: Seq2
             file = folder / "generation_config.json"
             _write_json(file, (read_json(folder, file.name) if file.exists() else {}) | first)
             language_codes.marked(tokenizer, *task.languages).save_pretrained(folder)
-        _write_card(folder, run, task, raw)
+        _write_card(folder, source, run, task, raw)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
 
@@ -214,7 +245,7 @@ def _write_causal(source: Path, target: str | Path, run: TrainedRun, task: Causa
 
     def add_generation(folder: Path) -> None:
         _write_json(folder / "generation_config.json", ids | {"max_new_tokens": task.max_new_tokens or task.target_length})
-        _write_card(folder, run, task, raw)
+        _write_card(folder, source, run, task, raw)
 
     saving.save(target, checkpoint, overwrite=overwrite, finish=add_generation)
 
@@ -258,8 +289,8 @@ def _write_head(folder: Path, run: TrainedRun, task: Task, width: int) -> None:
         _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
     entries = [{"idx": i, "name": str(i), "path": path, "type": f"{_MODULE}.{name}"} for i, (path, name) in enumerate(modules)]
     _write_json(folder / "modules.json", entries)
-    if isinstance(task, Classification):
-        _write_json(folder / model_card.LABELS, list(task.shown_labels))
+    if task.shown_labels:
+        _write_json(folder / card_snippets.LABELS, list(task.shown_labels))
 
 
 def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale: float) -> None:
@@ -270,8 +301,8 @@ def _write_dense(folder: Path, layer: Mapping[str, Any], activation: str, scale:
     saving.write_safetensors(folder / "model.safetensors", tensors)
 
 
-def _write_card(folder: Path, run: TrainedRun, task: Task | None, raw: Mapping[str, Any]) -> None:
-    (folder / "README.md").write_text(model_card.card(run.experiment.name, task, raw), encoding="utf-8")
+def _write_card(folder: Path, workdir: Path, run: TrainedRun, task: Task | None, raw: Mapping[str, Any]) -> None:
+    (folder / "README.md").write_text(model_card.card(workdir, run, task, raw), encoding="utf-8")
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -13,9 +13,11 @@ from mtl_jax import pretrained, trunks
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.predict import TrainedRun
+from mtl_jax.pretrained import text_classifier
 from mtl_jax.pretrained.checkpoint import Checkpoint
 from mtl_jax.sharing.task_adapters import TaskAdapters
-from mtl_jax.tasks import Classification, Contrastive, Regression, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks import Contrastive, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks.text_head import TextTask
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted, adapt, save_peft
 from mtl_jax.transfer.adapters.adapting import OfSource
 from mtl_jax.transfer.adapters.base import RUN, Adapter, Inserted
@@ -29,7 +31,7 @@ HEADS: dict[type[Task], str] = {
 
 
 def write(run: TrainedRun, source: str, target: str | Path, task: Task | None, overwrite: bool) -> str:
-    """Writes a run's adapters, with the head of a tagging or span task if asked.
+    """Writes a run's adapters, with the head of a task if asked: of tagging, a span, or a text classifier of the family.
 
     Args:
         run: The run.
@@ -47,12 +49,16 @@ def write(run: TrainedRun, source: str, target: str | Path, task: Task | None, o
     """
     checkpoint = checkpoint_of(run, source, task)
     base = run.experiment.trunk.path  # type: ignore[attr-defined]
-    save_peft(target, checkpoint, base=base, head=isinstance(task, Tagging | Span), overwrite=overwrite)
+    classifier = task if isinstance(task, TextTask) and task.classifier is not None else None
+    whole = classifier is not None or isinstance(task, Tagging | Span)
+    save_peft(target, checkpoint, base=base, head=whole, overwrite=overwrite)
     first = f" {base} is written as a directory by mtl-jax convert." if base.startswith("pip:") else ""
     without = ""
-    if isinstance(task, Classification | Regression | Contrastive):
+    if isinstance(task, TextTask | Contrastive) and classifier is None:
         without = f" PEFT has no form for the head of {task.name}, which reads the mean of the tokens: it is not in it."
-    return f"{target} opens on its base: PeftModel.from_pretrained(model of {base}, {str(target)!r}).{first}{without}"
+    model = f"model of {base}" if classifier is None else f"AutoModelForSequenceClassification of {base}"
+    model += "" if classifier is None else f" with num_labels={classifier.outputs}"
+    return f"{target} opens on its base: PeftModel.from_pretrained({model}, {str(target)!r}).{first}{without}"
 
 
 def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint:
@@ -64,10 +70,12 @@ def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint
     declared: Any = run.experiment.trunk
     if not isinstance(declared, trunks.Pretrained) or declared.fresh:
         raise UserError(f"{source}: its trunk is from no checkpoint, and a PEFT directory opens on one")
-    kind = None if task is None else HEADS.get(type(task))
+    classifier = task if isinstance(task, TextTask) and task.classifier is not None else None
+    kind = text_classifier.KIND if classifier is not None else None if task is None else HEADS.get(type(task))
     if isinstance(task, Seq2Seq) and not task.from_checkpoint:
         raise UserError(f"task {task.name!r}: its decoder is from no checkpoint, and a PEFT directory opens on one")
-    labels = task.shown_labels if isinstance(task, Tagging) else None
+    labels: Any = task.shown_labels if isinstance(task, Tagging) else None
+    labels = labels if classifier is None else classifier.shown_labels or classifier.outputs
     base = pretrained.load(declared.path, head=kind, labels=labels)
     model: Any = base.model
     params = dict(base.params)
@@ -86,9 +94,13 @@ def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint
             {name: tree for name, tree in head.items() if name != ADAPTERS}, base.params["head"], source, "decoder"
         )
         changes["head"], params["head"] = task.module(), head
+    elif classifier is not None:
+        params |= text_classifier.scaled(run.params["heads"][classifier.name], classifier.output_scale)
     elif task is not None and kind is not None:
         params["head"] = _token_head(base, run.params["heads"][task.name], task)
-    return dataclasses.replace(base, model=model.clone(**changes), params=params)
+    # A pooler that has trained is not that of the base: it is stored, as a layer that has taken up an adapter is.
+    pooler = ("pooler/dense",) if classifier is not None and "pooler" in params else ()
+    return dataclasses.replace(base, model=model.clone(**changes), params=params, merged=pooler)
 
 
 def _part_of(

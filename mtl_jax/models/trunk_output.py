@@ -28,6 +28,7 @@ class Copies:
 
 
 ONE_COPY = Copies()
+TEXT_VECTORS = ("pooled", "first")  # the fields of Encoded with a vector for each example
 
 
 class Encoded(NamedTuple):
@@ -38,21 +39,29 @@ class Encoded(NamedTuple):
         pooled: f32[R, S, H], the mean of each example's token vectors.
         table: f32[V, E], the trunk's token table, for heads that share it.
         copies: Where tasks of one source have vectors of their own: which of them are whose; tokens are then f[R, C, T, H] and
-            pooled f32[R, C, S, H].
+            pooled and first f32[R, C, S, H].
+        first: f32[R, S, H], the vector of each example's first token.
     """
 
     tokens: jax.Array | None = None
     pooled: jax.Array | None = None
     table: jax.Array | None = None
     copies: Copies = ONE_COPY
+    first: jax.Array | None = None
 
     def read_by(self, task: str) -> Encoded:
         """What the head of a task reads: one copy of the rows."""
         if not self.copies.of:
             return self
         number = dict(self.copies.of)[task]
-        tokens, pooled = (None if leaf is None else leaf[:, number] for leaf in (self.tokens, self.pooled))
-        return Encoded(tokens, pooled, self.table)
+        leaves = (self.tokens, self.pooled, self.first)
+        tokens, pooled, first = (None if leaf is None else leaf[:, number] for leaf in leaves)
+        return Encoded(tokens, pooled, self.table, first=first)
+
+    @property
+    def of_texts(self) -> dict[str, jax.Array]:
+        """The fields with a vector for each example, without those that are None."""
+        return {name: leaf for name in TEXT_VECTORS if (leaf := getattr(self, name)) is not None}
 
 
 def token_table(params: Any) -> jax.Array:
@@ -97,6 +106,9 @@ class TrunkFacts(NamedTuple):
         start: The token that this decoder reads first, if it is known.
         encoder: The sizes of an encoder whose layers a decoder could start as, else None.
         causal: The sizes of a decoder-only trunk, else None.
+        raw: The checkpoint's config.json; None for a trunk from scratch.
+        dropout: Every dropout rate of the trunk; None: those of the checkpoint.
+        pooling: What Encoded.pooled is: a key of POOLINGS.
     """
 
     tokenizer: Any
@@ -107,15 +119,29 @@ class TrunkFacts(NamedTuple):
     start: int | None
     encoder: EncoderConfig | None
     causal: LlamaConfig | None = None
+    raw: Mapping[str, Any] | None = None
+    dropout: float | None = None
+    pooling: str = "mean"
+
+
+def segment_first(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments: int) -> jax.Array:
+    """Vector of the first token of every segment, in float32; arguments and result as of segment_mean()."""
+    before_RxT = jnp.pad(segments_RxT[:, :-1], ((0, 0), (1, 0)))
+    return _chosen(hidden_RxTxH, segments_RxT, segments_RxT != before_RxT, num_segments)
 
 
 def segment_last(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments: int) -> jax.Array:
     """Vector of the last token of every segment, in float32; arguments and result as of segment_mean()."""
     after_RxT = jnp.pad(segments_RxT[:, 1:], ((0, 0), (0, 1)))
-    ends_RxSxT = segments_RxT[:, None, :] == jnp.arange(1, num_segments + 1)[None, :, None]
-    ends_RxSxT &= (segments_RxT != after_RxT)[:, None, :]
+    return _chosen(hidden_RxTxH, segments_RxT, segments_RxT != after_RxT, num_segments)
+
+
+def _chosen(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, chosen_RxT: jax.Array, num_segments: int) -> jax.Array:
+    """The vector of the one token of every segment that is chosen."""
+    places_RxSxT = segments_RxT[:, None, :] == jnp.arange(1, num_segments + 1)[None, :, None]
+    places_RxSxT &= chosen_RxT[:, None, :]
     # A product, since the gradient of indexing is summed in no fixed order on GPUs.
-    return jnp.einsum("rst,rth->rsh", ends_RxSxT.astype(jnp.float32), hidden_RxTxH.astype(jnp.float32), precision="highest")
+    return jnp.einsum("rst,rth->rsh", places_RxSxT.astype(jnp.float32), hidden_RxTxH.astype(jnp.float32), precision="highest")
 
 
 def segment_mean(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments: int) -> jax.Array:
@@ -137,3 +163,9 @@ def segment_mean(hidden_RxTxH: jax.Array, segments_RxT: jax.Array, num_segments:
 
 # How the vectors of an example's tokens become one; a linen module of a trunk names one in its attribute `pooling`.
 POOLINGS = {"mean": segment_mean, "last": segment_last}
+
+
+def pooling_of(module: Any) -> str:
+    """A key of POOLINGS: the attribute `pooling` of a trunk's module; the mean where it has none, as encoders."""
+    pooling = getattr(module, "pooling", "mean")
+    return pooling if isinstance(pooling, str) and pooling in POOLINGS else "mean"

@@ -56,6 +56,10 @@ def _trunk_table(config: Any) -> str:
     return TABLE
 
 
+def _first_token(config: Any) -> str:
+    return "first"
+
+
 def _no_constants(config: Any) -> dict[str, Any]:
     return {}
 
@@ -83,6 +87,8 @@ class Family(NamedTuple):
         defaults: Our path -> the number that fills the parameter where the file lacks it. All other parameters must be present.
         extra: (params, config) -> further tensors by name that transformers expects in the file: computed tables, copies.
         constants: config -> fields of config.json to save in addition to those that were read.
+        text_vector: config -> the vector of a text that its class for sequence classification reads: first, last, or mean, of
+            the text's tokens.
         inputs: Names of the arguments that the module needs beside input_ids; each is i32[B, T], too.
     """
 
@@ -99,6 +105,7 @@ class Family(NamedTuple):
     defaults: Mapping[str, float] = {}
     extra: Callable[[Any, Any], Mapping[str, np.ndarray]] = _nothing
     constants: Callable[[Any], Mapping[str, Any]] = _no_constants
+    text_vector: Callable[[Any], str] = _first_token
     inputs: tuple[str, ...] = ()
 
 

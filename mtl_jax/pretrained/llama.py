@@ -235,6 +235,11 @@ def names(path: str, cfg: LlamaConfig) -> list[str]:
     return translate(path, GEMMA_NAMES if cfg.post_norms else NAMES)
 
 
+def text_vector(cfg: LlamaConfig) -> str:
+    """The vector of a text that its classifier reads: only the last token sees the whole text."""
+    return "last"
+
+
 def _heads(prefix: str) -> dict[str, str]:
     return {
         f"{prefix}ForCausalLM": "causal_lm",
@@ -253,6 +258,7 @@ LLAMA = Family(
     prefix="model.",
     untied=("lm_head.weight",),
     ignored=r"(.*\.)?rotary_emb\..*|lm_head\.weight",
+    text_vector=text_vector,
 )
 QWEN2 = LLAMA._replace(model_types=("qwen2",), config=qwen2_config, heads=_heads("Qwen2"), base="Qwen2Model")
 QWEN3 = LLAMA._replace(model_types=("qwen3",), config=qwen3_config, heads=_heads("Qwen3"), base="Qwen3Model")

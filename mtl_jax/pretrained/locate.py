@@ -43,7 +43,7 @@ FILES = (
 COUNTS = ("extra_ids", "num_extra_ids", "offset")  # settings of T5 and Pegasus that say how many tokens to add
 MOST_EXTRA = 10_000
 
-SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
+SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "README.md")
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 BIN = ("pytorch_model.bin", "pytorch_model-*.bin")
 

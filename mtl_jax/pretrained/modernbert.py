@@ -128,6 +128,11 @@ def build(cfg: ModernBertConfig, kind: str | None, dtype: Any) -> EncoderModel:
     return EncoderModel(trunk, pooler, LabelHead(cfg, dtype, per_token=not per_row))
 
 
+def text_vector(cfg: ModernBertConfig) -> str:
+    """The vector of a text that its classifier reads."""
+    return "mean" if cfg.mean_pooling else "first"
+
+
 def names(path: str, cfg: ModernBertConfig) -> list[str]:
     """Tensor names of a parameter."""
     return ["decoder.bias"] if path == "head/bias" else translate(path, NAMES)
@@ -148,4 +153,5 @@ MODERNBERT = Family(
     prefix="model.",
     untied=("decoder.weight",),
     ignored=r"(.*\.)?position_ids|(.*\.)?rotary_emb\..*|decoder\.weight",
+    text_vector=text_vector,
 )

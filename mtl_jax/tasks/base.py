@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -82,7 +82,12 @@ class Task(Part, abc.ABC):
     @property
     def needs(self) -> tuple[str, ...]:
         """The fields of Encoded that the head reads."""
-        return {"example": ("pooled",), "token": ("tokens",), "target": ("tokens", "table")}[self.level]
+        return {"example": (self.text_vector,), "token": ("tokens",), "target": ("tokens", "table")}[self.level]
+
+    @property
+    def text_vector(self) -> str:
+        """The field of Encoded that a head over texts reads: one of models.trunk_output.TEXT_VECTORS."""
+        return "pooled"
 
     @property
     def missing(self) -> float:
@@ -131,6 +136,11 @@ class Task(Part, abc.ABC):
 
         Parameters that are cut over devices are then gathered one layer at a time (Experiment.sharding).
         """
+        return False
+
+    @property
+    def begins_as_classifier(self) -> bool:
+        """Whether the head begins as the text classifier of the trunk's checkpoint, where that has one."""
         return False
 
     @property
@@ -354,6 +364,10 @@ class Task(Part, abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no corrupt()")
 
+    def head_module(self) -> nn.Module:
+        """The head as a linen module, called as (vectors f[..., H], deterministic) -> f[..., O]."""
+        return Head(self.outputs, self.hidden, self.dropout)
+
     def init(self, key: jax.Array, width: int) -> Any:
         """The head's parameters.
 
@@ -361,7 +375,7 @@ class Task(Part, abc.ABC):
             key: A PRNG key.
             width: H, the size of the trunk's vectors.
         """
-        return Head(self.outputs, self.hidden).init(key, jnp.zeros((1, 1, width)))["params"]
+        return self.head_module().init(key, jnp.zeros((1, 1, width)))["params"]
 
     def from_head(self, head: Any, key: jax.Array) -> Any:
         """Its parameters where they start as the decoder of the trunk's checkpoint, from that and a key."""
@@ -376,12 +390,20 @@ class Task(Part, abc.ABC):
         """
         return fresh
 
+    def from_classifier(self, classifier: Mapping[str, Any], fresh: Any) -> Any:
+        """The head's parameters before training, where the trunk's checkpoint has a text classifier.
+
+        Args:
+            classifier: The parameters that the checkpoint has of it, as pretrained.text_classifier.parameters() gives them.
+            fresh: The result of init().
+        """
+        return fresh
+
     def apply(self, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None) -> jax.Array:
         """The head: outputs f32[R, S, O] or f32[R, T, O], by level; a key means dropout."""
-        head = Head(self.outputs, self.hidden, self.dropout)
         rngs = None if key is None else {"dropout": key}
-        vectors = encoded.pooled if self.level == "example" else encoded.tokens
-        outputs: Any = head.apply({"params": params}, vectors, deterministic=key is None, rngs=rngs)
+        vectors = getattr(encoded, self.text_vector) if self.level == "example" else encoded.tokens
+        outputs: Any = self.head_module().apply({"params": params}, vectors, deterministic=key is None, rngs=rngs)
         return outputs
 
     @abc.abstractmethod

@@ -19,15 +19,16 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks import metrics
-from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.base import PerExample
 from mtl_jax.tasks.label_names import LabelNames, named
 from mtl_jax.tasks.losses import balanced_weights, check_weights, cross_entropy
 from mtl_jax.tasks.reading import known, known_rows, labelled, text_of
 from mtl_jax.tasks.row_statistics import RowStatistics, by_row, of_labels
+from mtl_jax.tasks.text_head import TextTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classification(Task):
+class Classification(TextTask):
     """One of a set of labels for each text, or pair of texts.
 
     Attributes:
@@ -42,6 +43,8 @@ class Classification(Task):
         unlabelled: The values that mean "no label". Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
+        head: family: the text classifier of the checkpoint's family, as transformers has it, so that the exported run opens in
+            pipeline("text-classification"). Empty: linear layers on the mean of the token vectors.
         label_smoothing: Share of the target probability spread evenly over the labels.
         balanced: Whether an example's loss counts n / (K n_c): n_c of n training examples have its label, K labels occur there.
         class_weights: How much an example's loss counts, by its label; 1 for labels that are not named.

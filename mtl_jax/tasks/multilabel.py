@@ -19,17 +19,18 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.base import PerExample
 from mtl_jax.tasks.label_names import LabelNames, named
 from mtl_jax.tasks.reading import column, known, known_rows, labelled, text_of
 from mtl_jax.tasks.row_statistics import RowStatistics, by_row, shares
+from mtl_jax.tasks.text_head import TextTask
 
 YES_NO = {"1": 1, "0": 0, "true": 1, "false": 0, "yes": 1, "no": 0, "1.0": 1, "0.0": 0}
 INDICATORS = "where a row says yes or no for each label, give each label its own column and name these in columns"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Multilabel(Task):
+class Multilabel(TextTask):
     """Any number of a set of labels, none included, for each text or pair of texts.
 
     The labels of a row are in one column, or each label has a column with yes or no.
@@ -49,6 +50,8 @@ class Multilabel(Task):
             in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
+        head: family: the text classifier of the checkpoint's family, as transformers has it, so that the exported run opens in
+            pipeline("text-classification"). Empty: linear layers on the mean of the token vectors.
         metric: The main metric: micro_f1, macro_f1 or exact_match.
 
     Examples:

@@ -17,13 +17,14 @@ from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
-from mtl_jax.tasks.base import PerExample, Task
+from mtl_jax.tasks.base import PerExample
 from mtl_jax.tasks.reading import known, known_rows, labelled, text_of
 from mtl_jax.tasks.row_statistics import RowStatistics, by_row
+from mtl_jax.tasks.text_head import TextTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Regression(Task):
+class Regression(TextTask):
     """One number for each text, or pair of texts.
 
     The head outputs label / scale, and the loss is its squared error: with `scale` near the labels' standard deviation a
@@ -39,6 +40,8 @@ class Regression(Task):
         unlabelled: The values that mean "no label". Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
         dropout: Dropout rate in front of the head.
+        head: family: the text classifier of the checkpoint's family, as transformers has it, so that the exported run opens in
+            pipeline("text-classification"). Empty: linear layers on the mean of the token vectors.
         metric: The main metric: pearson or spearman.
 
     Examples:
@@ -62,6 +65,10 @@ class Regression(Task):
         super().check()
         if not self.scale > 0:
             raise UserError(f"task {self.name!r}: scale is {self.scale}; it must be above 0")
+
+    @property
+    def output_scale(self) -> float:
+        return self.scale
 
     def parse(self, row: Row) -> float | None:
         text = text_of(row, self.column, self)

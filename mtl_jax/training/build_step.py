@@ -14,7 +14,7 @@ from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import batch_parts, gradient, gram_gradient, held_out, setup, task_gradients
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import Encode, HeadInputs, cached_features, encode_tokens, needed_fields
+from mtl_jax.training.forward import Encode, HeadInputs, cached_for, encode_tokens, needed_fields
 from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
 from mtl_jax.training.phase_plan import PhasePlan, needs_task_gradients
 from mtl_jax.training.private_gradient import row_by_row
@@ -189,7 +189,7 @@ def _head_inputs(prepared: Prepared, plan: PhasePlan) -> HeadInputs:
 
 def _encode(prepared: Prepared, plan: PhasePlan, one_source: bool = False) -> Encode:
     if plan.cached_features:
-        return cached_features
+        return cached_for(prepared.corpus.tasks)
     hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in plan.regularisers)
     needs = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ()))
     encode = encode_tokens(prepared.trunk.module, needs, prepared.savings, one_source)

@@ -71,12 +71,17 @@ def make_outputs(encode: Encode, tasks: tuple[Task, ...], mesh: Mesh, over: Any 
 
 
 def make_features(encode: Encode, mesh: Mesh) -> Apply:
-    """A jitted function to the trunk's pooled vectors f32[R, S, H] of a batch, replicated on every device."""
+    """A jitted function to the vectors f32[R, S, H] of a batch's texts, replicated on every device.
+
+    Args:
+        encode: Gives one vector for each text.
+        mesh: The devices.
+    """
 
     def features(params: Any, batch: Batch, table: jax.Array | None) -> jax.Array:
         encoded = encode(params["trunk"], batch, None, table)
-        assert encoded.pooled is not None
-        return encoded.pooled[:, 0] if encoded.copies.of else encoded.pooled  # before training all copies are the same
+        (vectors,) = encoded.of_texts.values()
+        return vectors[:, 0] if encoded.copies.of else vectors  # before training all copies are the same
 
     return jax.jit(features, out_shardings=meshes.replicated(mesh))
 

@@ -32,9 +32,10 @@ from mtl_jax.core.progress import Progress
 from mtl_jax.core.versions import installed
 from mtl_jax.data import array_cache
 from mtl_jax.data.batches import Batch, eval_batches
+from mtl_jax.models.trunk_output import TEXT_VECTORS
 from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.forward import encode_tokens
+from mtl_jax.training.forward import encode_tokens, text_vector
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.setup import Prepared
 
@@ -60,7 +61,8 @@ class Features:
     def __init__(self, prepared: Prepared, stop: Stop):
         self.mesh, self.batching, self.stop = prepared.mesh, prepared.experiment.batch, stop
         self.placement = prepared.placement
-        encode = encode_tokens(prepared.trunk.module, savings=prepared.savings._replace(remat="none"))
+        fields = (text_vector(prepared.corpus.tasks) or TEXT_VECTORS[0],)
+        encode = encode_tokens(prepared.trunk.module, fields, prepared.savings._replace(remat="none"))
         self.apply = evaluation.make_features(encode, prepared.mesh)
         self.examples = [part for split in prepared.corpus.splits.values() for part in split.values()]
 

@@ -16,7 +16,17 @@ from jax.sharding import Mesh
 
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.remat import rematerialised
-from mtl_jax.models.trunk_output import POOLINGS, Copies, Encoded, looked_up, token_table, with_token_table
+from mtl_jax.models.trunk_output import (
+    POOLINGS,
+    TEXT_VECTORS,
+    Copies,
+    Encoded,
+    looked_up,
+    pooling_of,
+    segment_first,
+    token_table,
+    with_token_table,
+)
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.sharding import Placement
@@ -106,24 +116,26 @@ def encode_tokens(
                 **own_adapters,
                 **more,
             )
-        hidden, mean = output.hidden, functools.partial(pool, num_segments=batch.index.shape[-1])
+        hidden = output.hidden
         if copies.of:
             hidden = hidden.reshape(len(batch.tokens), -1, *hidden.shape[1:])
-            mean = jax.vmap(mean, in_axes=(1, None), out_axes=1)
+
+        def of_texts(field: str, pool: Any) -> jax.Array | None:
+            if field not in needs:
+                return None
+            vectors = functools.partial(pool, num_segments=batch.index.shape[-1])
+            vectors = jax.vmap(vectors, in_axes=(1, None), out_axes=1) if copies.of else vectors
+            return vectors(hidden, batch.segments)
+
         return Encoded(
             tokens=hidden if "tokens" in needs else None,
-            pooled=mean(hidden, batch.segments) if "pooled" in needs else None,
+            pooled=of_texts("pooled", pool),
             table=savings.gathered(token_table(params)) if "table" in needs else None,
             copies=copies,
+            first=of_texts("first", segment_first),
         )
 
     return encode
-
-
-def pooling_of(module: Any) -> str:
-    """A key of POOLINGS: the attribute `pooling` of a trunk's module; the mean where it has none, as encoders."""
-    pooling = getattr(module, "pooling", "mean")
-    return pooling if isinstance(pooling, str) and pooling in POOLINGS else "mean"
 
 
 def _reads_types(module: Any) -> bool:
@@ -132,15 +144,33 @@ def _reads_types(module: Any) -> bool:
     return any(argument.name == "token_type_ids" or argument.kind == inspect.Parameter.VAR_KEYWORD for argument in arguments)
 
 
-def cached_features(params: Any, batch: Batch, key: jax.Array | None, features_NxH: jax.Array | None) -> Encoded:
-    """The Encode of a frozen trunk whose features are known: row i of them belongs to the example with id i."""
+def cached_features(
+    params: Any, batch: Batch, key: jax.Array | None, features_NxH: jax.Array | None, field: str = TEXT_VECTORS[0]
+) -> Encoded:
+    """The Encode of a frozen trunk whose features are known: row i of them belongs to the example with id i.
+
+    `field` is the one that the features are: one of TEXT_VECTORS.
+    """
     assert features_NxH is not None
-    return Encoded(pooled=features_NxH[jnp.maximum(batch.index, 0)])  # an empty slot, -1, reads some row; it has no label
+    vectors = features_NxH[jnp.maximum(batch.index, 0)]  # an empty slot, -1, reads some row; it has no label
+    fields: dict[str, Any] = {field: vectors}
+    return Encoded(**fields)
+
+
+def cached_for(tasks: tuple[Task, ...]) -> Encode:
+    """cached_features() for the heads of tasks, all of which read the same vector of a text."""
+    return functools.partial(cached_features, field=text_vector(tasks) or TEXT_VECTORS[0])
 
 
 def needed_fields(tasks: tuple[Task, ...]) -> tuple[str, ...]:
     """The fields of Encoded that the tasks' heads read."""
-    return tuple(field for field in ("tokens", "pooled", "table") if any(field in task.needs for task in tasks))
+    return tuple(field for field in ("tokens", "pooled", "table", "first") if any(field in task.needs for task in tasks))
+
+
+def text_vector(tasks: tuple[Task, ...]) -> str:
+    """The field of Encoded that all heads read and nothing else, if it has one vector for each text; else ""."""
+    fields = needed_fields(tasks)
+    return fields[0] if len(fields) == 1 and fields[0] in TEXT_VECTORS else ""
 
 
 def apply_heads(

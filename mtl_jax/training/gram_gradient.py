@@ -270,7 +270,7 @@ def half_counts(tasks: tuple[Task, ...], parts: Batch) -> dict[str, jax.Array]:
 
 def _of_vectors(cotangent: Encoded) -> jax.Array:
     """f32[H], the gradient by a vector that is added to every token's."""
-    parts = [part for part in (cotangent.tokens, cotangent.pooled) if part is not None]
+    parts = [part for part in (cotangent.tokens, cotangent.pooled, cotangent.first) if part is not None]
     sums = [part.astype(jnp.float32).sum(axis=tuple(range(part.ndim - 1))) for part in parts]
     return sum(sums[1:], sums[0])
 

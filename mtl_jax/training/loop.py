@@ -30,7 +30,7 @@ from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.counts import Counts, evaluations_and_checkpoints, steps_by_phase
 from mtl_jax.training.features import Features
-from mtl_jax.training.forward import cached_features, encode_tokens, needed_fields
+from mtl_jax.training.forward import cached_for, encode_tokens, needed_fields
 from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.preemption import Stop
@@ -68,7 +68,7 @@ class TrainingRun:
         )
         self.features = Features(prepared, stop)
         self.outputs = evaluation.make_outputs(encode, self.tasks, self.mesh, savings=savings)
-        self.outputs_of_features = evaluation.make_outputs(cached_features, self.tasks, self.mesh, savings=savings)
+        self.outputs_of_features = evaluation.make_outputs(cached_for(self.tasks), self.tasks, self.mesh, savings=savings)
         self.programs: list[Any] = [self.features.apply, self.outputs, self.outputs_of_features]
         self.usage = make_usage(prepared)
         self.programs += [] if self.usage is None else [self.usage]

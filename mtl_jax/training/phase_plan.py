@@ -20,7 +20,7 @@ from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import Experiment, Phase, rule_name, rule_of, weighs_heads
 from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
-from mtl_jax.training.forward import needed_fields
+from mtl_jax.training.forward import text_vector
 from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
@@ -54,7 +54,7 @@ class PhasePlan(NamedTuple):
         rule: Its weighting rule. `equal` replaces a rule that reads more than losses where no shared parameter trains.
         learning_rate: Step of the phase -> the learning rate, before parameter rules scale it.
         optimizer: The optax transformation over the trainable leaves.
-        cached_features: Whether all of the trunk is frozen, and the heads read only pooled vectors, which are computed once.
+        cached_features: Whether all of the trunk is frozen, and the heads read one vector of each text, which is computed once.
         resets_rule: Whether the rule's state is initialised again at its start.
         zero_weight_tasks: The tasks whose weight is 0 in all its steps, and whose outputs no regulariser compares.
         regularisers: The regularisers of the phase.
@@ -128,7 +128,7 @@ def plan(
         )
         mixes_trunk = any(isinstance(chosen, Mix) and chosen.mixes_trunk for chosen in regularisers)
         fixed = same_texts and not mixes_trunk and not changes_tokens
-        only_pooled = needed_fields(tasks) == ("pooled",) and copies == 1 and not imitates_hidden and fixed
+        only_texts = bool(text_vector(tasks)) and copies == 1 and not imitates_hidden and fixed
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
@@ -141,7 +141,7 @@ def plan(
                 rule=rule,
                 learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
                 optimizer=optimizers.build(experiment.optimizer, param_rules, _peak(experiment, phase), phase.steps),
-                cached_features=phase.cache_features and not trains_trunk and only_pooled,
+                cached_features=phase.cache_features and not trains_trunk and only_texts,
                 resets_rule=not keeps_rule,
                 zero_weight_tasks=() if imitates_hidden else _zero_weight_tasks(experiment, phase, rule, steps, compared),
                 regularisers=regularisers,

@@ -28,6 +28,7 @@ from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, data_seed_of, select, unlabelled_sources
 from mtl_jax.models import kernels
 from mtl_jax.tasks import Task, label_names
+from mtl_jax.tasks.text_head import TextTask
 from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, sharding, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
@@ -137,6 +138,8 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
         trunks.check_packed(trunk, experiment.batch.row_length)
     facts = trunks.facts(trunk)
     tasks = tuple(task.on(facts) for task in experiment.tasks)
+    if any(task.begins_as_classifier for task in tasks):
+        trunk = trunks.with_classifier(trunk)
     trunk = share_trunk(trunk, experiment, tasks, list(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     corpus = corpora.with_augmentations(
@@ -370,8 +373,14 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
         for plan in plans
         if plan.zero_weight_tasks
     ]
+    begun = [
+        task.beginning(trunk.classifier or {}, params["heads"][task.name])
+        for task in corpus.tasks
+        if isinstance(task, TextTask) and task.classifier is not None
+    ]
     lines = [
         *added,
+        *begun,
         *lines,
         f"{count(len(corpus.tasks), 'task')}, {count(size, 'parameter')}",
         phase_plan.table(experiment, params),

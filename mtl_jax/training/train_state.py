@@ -14,6 +14,7 @@ import numpy as np
 from mtl_jax import trunks
 from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
+from mtl_jax.models.layers import Head
 from mtl_jax.tasks import Task
 from mtl_jax.trunks import Trunk
 
@@ -116,10 +117,13 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
                 jax.tree.map(jnp.array, trunk.head), name_key
             )  # a copy: the step donates its buffers
             continue
-        shape = (task.outputs, task.hidden) if type(task).init is Task.init else task.name
+        alike = type(task).init is Task.init and type(task.head_module()) is Head
+        shape = (task.outputs, task.hidden) if alike else task.name
         init = programs.setdefault(shape, jax.jit(lambda key, task=task: task.init(key, width)))
         fresh = init(name_key)
         heads[task.name] = task.start_from(params["trunk"], fresh)
+        if trunk.classifier is not None:
+            heads[task.name] = task.from_classifier(trunk.classifier, heads[task.name])
     return params | {"heads": heads}
 
 

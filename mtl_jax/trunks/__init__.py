@@ -7,6 +7,7 @@ EncoderOutput; experiments/own/trunk.py has one.
 from mtl_jax.models.encoder import EncoderOutput as EncoderOutput
 from mtl_jax.models.kernels import register as register_kernels  # noqa: F401
 from mtl_jax.models.layers import Kernels as Kernels
+from mtl_jax.trunks.base import CARD as CARD
 from mtl_jax.trunks.base import UNBOUNDED as UNBOUNDED
 from mtl_jax.trunks.base import Trunk as Trunk
 from mtl_jax.trunks.base import TrunkConfig as TrunkConfig
@@ -27,5 +28,6 @@ from mtl_jax.trunks.build import reopen as reopen
 from mtl_jax.trunks.from_checkpoint import CAUSAL as CAUSAL
 from mtl_jax.trunks.from_checkpoint import DECODER as DECODER
 from mtl_jax.trunks.from_checkpoint import Pretrained as Pretrained
+from mtl_jax.trunks.from_checkpoint import with_classifier as with_classifier
 from mtl_jax.trunks.from_scratch import Embedding as Embedding
 from mtl_jax.trunks.from_scratch import Transformer as Transformer

@@ -27,7 +27,7 @@ from mtl_jax.models import traced
 from mtl_jax.models.encoder import Encoder
 from mtl_jax.models.llama import Llama
 from mtl_jax.models.seq2seq_layers import Seq2SeqConfig
-from mtl_jax.models.trunk_output import TrunkFacts, token_table
+from mtl_jax.models.trunk_output import TrunkFacts, pooling_of, token_table
 from mtl_jax.pretrained.locate import copy_files
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensor_files import Location
@@ -36,6 +36,7 @@ from mtl_jax.transfer.adapters import Adapted, Adapter
 from mtl_jax.transfer.adapters.base import Inserted
 from mtl_jax.transfer.adapters.routes import Routes
 
+CARD = "README.md"  # of a checkpoint: its licence and languages
 BESIDE = "beside.safetensors"  # parameters of a checkpoint that do not train
 UNBOUNDED = 1_000_000  # tokens, without a position table
 WORDS = 10_000  # in the vocabulary of a trunk that does not say how many
@@ -106,6 +107,7 @@ class Trunk(NamedTuple):
         head: Parameters of the checkpoint's decoder, or of the LM head of a decoder-only one, or None.
         location: The directory of the checkpoint's generation_config.json, if it has one.
         declared: The declaration that it was built from.
+        classifier: Parameters that the checkpoint has of its family's text classifier; None: no head begins as it.
     """
 
     module: nn.Module | Adapted
@@ -118,6 +120,7 @@ class Trunk(NamedTuple):
     head: Any = None
     location: Location | None = None
     declared: TrunkConfig | None = None
+    classifier: Mapping[str, Any] | None = None
 
     @property
     def is_users(self) -> bool:
@@ -175,7 +178,19 @@ def facts(trunk: Trunk) -> TrunkFacts:
     module = trunk.module
     encoder = module.config if isinstance(module, Encoder) and module.config.is_plain else None
     causal = module.config if isinstance(module, Llama) else None
-    return TrunkFacts(trunk.tokenizer, width(trunk), (rows, columns), trunk.decoder, trunk.head, start, encoder, causal)
+    return TrunkFacts(
+        trunk.tokenizer,
+        width(trunk),
+        (rows, columns),
+        trunk.decoder,
+        trunk.head,
+        start,
+        encoder,
+        causal,
+        trunk.raw,
+        getattr(trunk.declared, "dropout", None),
+        pooling_of(module),
+    )
 
 
 def tables(trunk: Trunk, owner: str = "the trunk") -> Tables:
@@ -245,5 +260,5 @@ def save(trunk: Trunk, folder: Path) -> None:
             flat = trees.flat(trunk.beside)
             write_safetensors(folder / BESIDE, {path: Saved(array, False) for path, array in flat.items()})
             if trunk.location is not None:
-                copy_files(trunk.location, folder, ("generation_config.json",))
+                copy_files(trunk.location, folder, ("generation_config.json", CARD))
         write_json(folder / name, sizes)

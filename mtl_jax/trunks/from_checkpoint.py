@@ -15,9 +15,10 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.parts import ONLY_IF_SET
 from mtl_jax.models.trunk_output import POOLINGS
-from mtl_jax.pretrained import families, locate
+from mtl_jax.pretrained import families, locate, text_classifier
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.pretrained.tensor_files import open_safetensors, read_json
+from mtl_jax.pretrained.text_classifier import with_dropout
 from mtl_jax.trunks.base import BESIDE, UNBOUNDED, Trunk, TrunkConfig
 
 DECODER, CAUSAL = "seq2seq_lm", "causal_lm"  # the kinds of heads that decode
@@ -75,7 +76,7 @@ class Pretrained(TrunkConfig):
         module = self._pooled(_encoder(checkpoint.raw, self.path, dtype, self.dropout))
         length = checkpoint.config.max_length or UNBOUNDED
         beside = {name: params for name, params in checkpoint.params.items() if name not in ("trunk", "head")}
-        decoder = _with_dropout(checkpoint.config, self.dropout) if has_decoder else None
+        decoder = with_dropout(checkpoint.config, self.dropout) if has_decoder else None
         head = checkpoint.params.get("head", {}) if has_head else None
         trunk = None if self.fresh else checkpoint.params["trunk"]
         head = None if self.fresh else head
@@ -91,13 +92,19 @@ class Pretrained(TrunkConfig):
         return Trunk(module, None, tokenizer, length, raw, beside, location=folder)
 
 
+def with_classifier(trunk: Trunk) -> Trunk:
+    """The trunk with the parameters that its checkpoint has of its family's text classifier.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded.
+    """
+    declared = trunk.declared
+    if trunk.raw is None or not isinstance(declared, Pretrained) or declared.fresh:
+        return trunk
+    return trunk._replace(classifier=text_classifier.parameters(declared.path, trunk.raw))
+
+
 def _encoder(raw: Mapping[str, Any], where: str, dtype: Any, dropout: float | None = None) -> nn.Module:
     """The module of a checkpoint's trunk, with every dropout rate set to `dropout` unless that is None."""
     family = families.of(raw, where)
-    return family.build(_with_dropout(family.config(raw, where), dropout), None, dtype).trunk
-
-
-def _with_dropout(sizes: Any, dropout: float | None) -> Any:
-    if dropout is None:
-        return sizes
-    return dataclasses.replace(sizes, **{field.name: dropout for field in dataclasses.fields(sizes) if "dropout" in field.name})
+    return family.build(with_dropout(family.config(raw, where), dropout), None, dtype).trunk

@@ -109,10 +109,14 @@ def pooled_loss(regulariser: Mix, tasks: Sequence[Task]) -> OutputLoss:
     """The loss of a Mix of the vectors of texts, of the same forward pass."""
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        assert encoded.pooled is not None
         partner_N, weight = _draw(regulariser, jax.random.wrap_key_data(references[KEY]), batch)
-        vectors_NxH = encoded.pooled.reshape(-1, encoded.pooled.shape[-1])
-        between = encoded._replace(pooled=mixed(vectors_NxH, partner_N, weight).reshape(encoded.pooled.shape))
+
+        def mix(vectors: jax.Array) -> jax.Array:
+            vectors_NxH = vectors.reshape(-1, vectors.shape[-1])
+            return mixed(vectors_NxH, partner_N, weight).reshape(vectors.shape)
+
+        fields: dict[str, Any] = {field: mix(vectors) for field, vectors in encoded.of_texts.items()}
+        between = encoded._replace(**fields)
         return _of_heads(tasks, heads, between, batch, counts, partner_N, weight, None)
 
     return OutputLoss(lambda batch: _counts(tasks, batch), loss)
@@ -141,10 +145,12 @@ def neighbour_loss(regulariser: NeighbourSmoothing, tasks: Sequence[Task]) -> Ou
     """The loss of a NeighbourSmoothing."""
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        assert encoded.pooled is not None
-        vectors_NxH = jax.lax.stop_gradient(encoded.pooled).reshape(-1, encoded.pooled.shape[-1])
+        vectors_of = {
+            field: jax.lax.stop_gradient(vectors).reshape(-1, vectors.shape[-1]) for field, vectors in encoded.of_texts.items()
+        }
         total = jnp.zeros(())
         for task in tasks:
+            vectors_NxH = vectors_of[task.text_vector]
             labels_Nx = _labels(task, batch)
             group_N, present_N = groups(batch)
             has_N = has_label(task, labels_Nx) & present_N

@@ -43,6 +43,7 @@ TASK_TYPES = {
     "seq2seq_lm": "SEQ_2_SEQ_LM",
 }
 SAVED_HEADS = ("sequence_classification", "token_classification", "question_answering")
+CLASSIFIER = "classifier"  # in modules_to_save of every PEFT directory for texts, whatever it names
 
 
 class Names(NamedTuple):
@@ -130,7 +131,7 @@ def save_peft(
         prefix = "base_model." if fields["peft_type"] in (peft_config.PREFIX, peft_config.PROMPT) else "base_model.model."
         flat = trees.flat(checkpoint.params)
         tensors |= {prefix + name: Saved(flat[path], path.endswith("/kernel")) for path, name in stored.items()}
-        fields["modules_to_save"] = sorted({name.rpartition(".")[0] for name in stored.values()})
+        fields["modules_to_save"] = sorted({_stored_module(name) for name in stored.values()})
     fields |= {
         "base_model_name_or_path": base or str(checkpoint.location),
         "task_type": TASK_TYPES.get(checkpoint.head),
@@ -140,6 +141,12 @@ def save_peft(
         (staging / FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         metadata = {BASE_HASH: base_hash(checkpoint)}
         write_safetensors(staging / TENSORS, dict(sorted(tensors.items())), metadata)
+
+
+def _stored_module(tensor: str) -> str:
+    """The module that PEFT keeps a copy of, for a tensor of a head; a classifier of several layers is one, as PEFT adds it."""
+    module = tensor.rpartition(".")[0]
+    return CLASSIFIER if module.startswith(f"{CLASSIFIER}.") else module
 
 
 def base_hash(checkpoint: Checkpoint) -> str:

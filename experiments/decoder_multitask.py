@@ -118,7 +118,9 @@ def runs(comparison: Comparison, seed: int) -> dict[str, Experiment]:
     for way in comparison.ways:
         if way == "alone":
             for task in base.tasks:
-                planned[f"alone-{task.name}"] = dataclasses.replace(base, only=(task.name,), phases=(short,))
+                rules = short.rules[:-1] if isinstance(task, CausalLM) else short.rules  # its head is the token table
+                phase = dataclasses.replace(short, rules=rules)
+                planned[f"alone-{task.name}"] = dataclasses.replace(base, only=(task.name,), phases=(phase,))
         elif way == "together":
             planned[way] = base
         else:

@@ -110,8 +110,11 @@ CASES: list[tuple[str, str, str | None, dict[str, Any]]] = [
 
 
 # Their heads are modules of other families, and of each family one is among the stored answers: compared where there is time.
-SELDOM = [case for case in CASES if case[0] in ("Camembert", "MPNet", "Albert", "NomicBert", "Gte") and case[2] is not None]
-SELDOM += [case for case in CASES if case[0] == "EuroBert" and case[2] is not None and "attention_bias" not in case[3]]
+SELDOM = [
+    case
+    for case in CASES
+    if case[0] in ("Camembert", "MPNet", "Albert", "NomicBert", "Gte", "EuroBert") and case[2] is not None
+]
 SELDOM += [case for case in CASES if case[0] in ("Albert", "Gte") and case[3] not in ({}, SHARED)]
 SELDOM += [case for case in CASES if case[0] == "DebertaV2" and {"pos_att_type", "legacy", "tie_word_embeddings"} & {*case[3]}]
 SELDOM += [case for case in CASES if case[1] in ("DebertaV2ForTokenClassification", "DebertaV2ForQuestionAnswering")]

@@ -29,6 +29,7 @@ from .experiment import Checkpoints as Checkpoints
 from .experiment import Evaluation as Evaluation
 from .experiment import Experiment as Experiment
 from .experiment import Phase as Phase
+from .inference.answer_prompts import generate as generate
 from .inference.answer_texts import summarize as summarize
 from .inference.answer_texts import translate as translate
 from .inference.export import convert as convert

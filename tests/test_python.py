@@ -14,6 +14,7 @@ import compiling
 import numpy as np
 import pytest
 import tiny
+import tiny_decoder
 import tiny_seq2seq
 
 import mtl_jax
@@ -34,6 +35,7 @@ COMMANDS = (
     "merge",
     "translate",
     "summarize",
+    "generate",
     "ablate",
     "take",
     "results",
@@ -48,6 +50,7 @@ def folder(bert, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("python")
     (folder / "bert").symlink_to(bert)
     tiny_seq2seq.write_marian(folder / "marian")
+    tiny_decoder.write_llama(folder / "llama")
     mtl_jax.train(experiment(bert, data), folder / "runs" / "tiny")
     return folder
 
@@ -150,6 +153,16 @@ def test_the_most_likely_of_several_labels_and_of_none():
         (lambda: mtl_jax.translate("marian", "hello"), "texts: a text is given; it must be a list of texts"),
         (lambda: mtl_jax.translate("runs/tiny", ["hello"]), "runs/tiny: no task of this run writes texts"),
         (lambda: mtl_jax.translate(mtl_jax.pretrained.load("bert"), ["hello"]), "bert: this checkpoint cannot generate texts"),
+        (lambda: mtl_jax.translate("llama", ["hello"]), "llama: LlamaForCausalLM answers prompts: use mtl-jax generate"),
+        (
+            lambda: mtl_jax.generate("llama", ["a"], prompt="{b}"),
+            "text 1: --prompt: the row has no column 'b', which prompt names",
+        ),
+        (lambda: mtl_jax.generate("marian", ["a"], chat=True), "marian: --chat is for decoder-only checkpoints; leave it out"),
+        (
+            lambda: mtl_jax.generate("runs/tiny", ["a"], prompt="{text}"),
+            "runs/tiny: a run's task has its own prompt; leave out",
+        ),
         (lambda: mtl_jax.translate("marian", ["hello"], task="a"), "--task a: marian is not the workdir of a run"),
         (lambda: mtl_jax.merge("x", ["a", "b"], merging.Method("soup"), alpha=0.5), "soup: the numbers of a Method are its"),
         (lambda: mtl_jax.merge("x", ["a", "b"], "soap"), r"unknown method 'soap' \(did you mean 'soup'\?\)"),

@@ -18,7 +18,7 @@ from mtl_jax.cli.augmenting import augment
 from mtl_jax.cli.before_training import affinity, audit, check_json, deidentify, plan
 from mtl_jax.cli.launches import launch_command
 from mtl_jax.cli.run_command import TYRO_CONFIG, run
-from mtl_jax.cli.translate import summarize, translate
+from mtl_jax.cli.translate import generate, summarize, translate
 from mtl_jax.core.errors import UserError, nearest, unknown
 from mtl_jax.core.files import shown, to_json, write_json
 from mtl_jax.core.text_lines import lines_of, object_of, print_lines, read_bytes
@@ -328,6 +328,7 @@ def console() -> None:
         "pseudo-label": pseudo_label,
         "translate": translate,
         "summarize": summarize,
+        "generate": generate,
         "convert": convert,
         "merge": merge,
         "affinity": affinity,

@@ -1,4 +1,4 @@
-"""The commands mtl-jax translate and mtl-jax summarize: one text, or a file line by line."""
+"""The commands mtl-jax translate, summarize and generate: one text, or a file line by line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtl_jax.cli import text_rows
 from mtl_jax.cli.text_rows import Rows
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.text_lines import STANDARD_OUTPUT, print_lines
-from mtl_jax.inference.text_kinds import SUMMARIZE, TRANSLATE, Kind, check_numbers
+from mtl_jax.inference.text_kinds import GENERATE, SUMMARIZE, TRANSLATE, Kind, check_numbers
 
 if TYPE_CHECKING:
     from mtl_jax.decoding import GenerationConfig
@@ -36,7 +36,7 @@ class Files:
         output: The file to write; without it, or "-": standard output. The file is replaced when all answers are done. Until
             then OUTPUT.part keeps the finished answers, and the same command, started again, resumes from them.
         column: The name of the text in the objects; if it is given, standard input is read as objects, too. Default: text.
-        field: The name of the answer in the objects. Default: translation, or summary.
+        field: The name of the answer in the objects. Default: translation, summary, or answer.
         scores: Write scores, too, as FIELD_score; lines of text then become objects.
     """
 
@@ -66,6 +66,24 @@ class Task:
     target_language: str = ""
     prefix: str | None = None
     long: Literal["divide", "cut"] | None = None
+    max_source_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What the model reads.
+
+    Attributes:
+        prompt: A prompt with columns of the objects in braces, such as "Question: {question} Answer:"; {text} is the line of a
+            file of texts. Default: the text itself.
+        chat: The prompt is a user's message in the chat template of the checkpoint's tokenizer.
+        task: For a run: the task whose decoder writes the answers, if the run has several.
+        max_source_tokens: Fewer tokens than the model takes; a longer prompt loses its beginning.
+    """
+
+    prompt: str = ""
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    task: str = ""
     max_source_tokens: int | None = None
 
 
@@ -194,14 +212,49 @@ def summarize(
     _answer(SUMMARIZE, text, model, files, task, search, work)
 
 
-def _answer(kind: Kind, text: tuple[str, ...], path: str, files: Files, task: Task, search: Search, work: Work) -> None:
+def generate(
+    text: Texts = (),
+    /,
+    *,
+    model: str,
+    files: Annotated[Files, _FLAT] = Files(),
+    prompt: Annotated[Prompt, _FLAT] = Prompt(),
+    search: Annotated[Search, _FLAT] = Search(),
+    work: Annotated[Work, _FLAT] = Work(),
+) -> None:
+    """Answers to prompts, or to those of a file: mtl-jax generate --model DIR --file in.jsonl --prompt "Q: {question} A:"
+
+    Args:
+        text: Texts to answer.
+        model: A Llama, Qwen or Gemma checkpoint: a directory, pip:ASSET/MEMBER, gguf:FILE, gguf:gemma3-270m, or a hub id
+            ORG/NAME; or a run's workdir.
+        files: Where texts come from and where answers go.
+        prompt: What the model reads.
+        search: How answers are searched for.
+        work: How the work is done.
+    """
+    task = Task(task=prompt.task, max_source_tokens=prompt.max_source_tokens)
+    _answer(GENERATE, text, model, files, task, search, work, prompt)
+
+
+def _answer(
+    kind: Kind,
+    text: tuple[str, ...],
+    path: str,
+    files: Files,
+    task: Task,
+    search: Search,
+    work: Work,
+    prompt: Prompt = Prompt(),
+) -> None:
     """Reads the texts, generates the answers and writes them, in the order in which mistakes are cheapest to find."""
     output = _output_file(files)
     check_numbers(work.rows, task.max_source_tokens, search.seed)
     if search.sample and search.no_sample:
         raise UserError("give --sample or --no-sample, not both")
     field = files.field or kind.field
-    rows = _read(text, files, field)
+    rows = _read(text, files, field, prompt.prompt)
+    texts = _prompts(rows, path, prompt.prompt) if prompt.prompt else rows.texts
 
     from mtl_jax.inference import answer_texts, generate_texts  # imported late: --help and mistakes need none of it
     from mtl_jax.inference.resumable_output import Journal
@@ -210,7 +263,7 @@ def _answer(kind: Kind, text: tuple[str, ...], path: str, files: Files, task: Ta
 
     journal: Journal | None = None
     with stop_on_signals() as stop, contextlib.ExitStack() as stack:
-        request = TextRequest(kind.task, task.source_language, task.target_language, task.prefix)
+        request = TextRequest(kind.task, task.source_language, task.target_language, task.prefix, prompt.chat)
         model, _ = answer_texts.open_text_model(path, request, task.task, work.dtype)
         config = generate_texts.configure(model, search.options(), path)
         if config.num_return_sequences > 1 and rows.objects is None and not files.scores:
@@ -222,7 +275,7 @@ def _answer(kind: Kind, text: tuple[str, ...], path: str, files: Files, task: Ta
         def open_journal(limit: int | None) -> Journal:
             nonlocal journal
             assert output is not None
-            made_from = generate_texts.provenance(model, rows.texts, config, work.rows, search.seed)
+            made_from = generate_texts.provenance(model, texts, config, work.rows, search.seed)
             header = {"command": kind.name, **made_from, "limit": limit, "long": long}
             journal = Journal(output, header, generate_texts.ITEM)
             stack.callback(journal.close)
@@ -230,7 +283,7 @@ def _answer(kind: Kind, text: tuple[str, ...], path: str, files: Files, task: Ta
 
         answers = answer_texts.generate(
             model,
-            rows.texts,
+            texts,
             config,
             long,
             task.max_source_tokens,
@@ -259,8 +312,28 @@ def _output_file(files: Files) -> Path | None:
     return None
 
 
-def _read(text: tuple[str, ...], files: Files, field: str) -> Rows:
+def _read(text: tuple[str, ...], files: Files, field: str, prompt: str) -> Rows:
     for flag, value in (("--file", files.file), ("--column", files.column)):
         if text and value:
             raise UserError(f"give a text, or {flag}, not both")
-    return text_rows.of_arguments(text) if text else text_rows.of_file(files.file, files.column, field)
+    if text:
+        return text_rows.of_arguments(text)
+    column = files.column
+    if prompt and not column and files.file.endswith(".jsonl"):
+        from mtl_jax.inference.answer_prompts import columns
+
+        column = next(iter(columns(prompt)), "")
+    return text_rows.of_file(files.file, column, field)
+
+
+def _prompts(rows: Rows, path: str, prompt: str) -> list[str]:
+    """The prompt of each text.
+
+    Raises:
+        UserError: The model is a run, or a row lacks a column.
+    """
+    from mtl_jax.inference import answer_prompts
+
+    answer_prompts.check_prompt(path, prompt)
+    objects = [{answer_prompts.TEXT: line} for line in rows.texts] if rows.objects is None else rows.objects
+    return answer_prompts.prompts(prompt, objects, rows.texts, rows.file)

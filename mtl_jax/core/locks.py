@@ -52,15 +52,22 @@ def workdir(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def target(folder: Path) -> Iterator[None]:
+def target(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Keeps other processes from writing a directory that is replaced as a whole; its lock lies beside it.
+
+    Args:
+        folder: The directory.
+        patience: Seconds to wait for a process that writes it.
 
     Raises:
         UserError: Another process writes it or trains in it, or its parent directory cannot be written.
     """
     with writing(folder):
         place = folder.resolve()
-    with _created(place.parent), _hold_lock(place.with_name(f".{place.name}{NAME}"), folder, "choose another directory"):
+    with (
+        _created(place.parent),
+        _hold_lock(place.with_name(f".{place.name}{NAME}"), folder, "choose another directory", patience),
+    ):
         check_free(folder)
         yield
 

@@ -1,4 +1,4 @@
-"""Translates and summarises texts, for the commands and from Python: opens the model, plans the texts, generates."""
+"""Translates, summarises, answers prompts: opens the model, plans the texts, generates; for the commands and from Python."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def translate(
         <class 'str'>
     """
     request = TextRequest(TRANSLATE.task, source_language, target_language, prefix)
-    return _from_python(TRANSLATE, model, texts, request, task, long, max_source_tokens, scores, rows, dtype, seed, options)
+    return from_python(TRANSLATE, model, texts, request, task, long, max_source_tokens, scores, rows, dtype, seed, options)
 
 
 def summarize(
@@ -106,10 +106,10 @@ def summarize(
         ['summary', 'summary_score', 'text']
     """
     request = TextRequest(SUMMARIZE.task, source_language, target_language, prefix)
-    return _from_python(SUMMARIZE, model, texts, request, task, long, max_source_tokens, scores, rows, dtype, seed, options)
+    return from_python(SUMMARIZE, model, texts, request, task, long, max_source_tokens, scores, rows, dtype, seed, options)
 
 
-def _from_python(
+def from_python(
     kind: Kind,
     model: AnyModel,
     texts: Sequence[str],
@@ -123,6 +123,11 @@ def _from_python(
     seed: int,
     options: dict[str, Any],
 ) -> Answers:
+    """The answers of a command's Python form, whose arguments these are: see translate.
+
+    Raises:
+        UserError: The model cannot be opened or writes no texts, or an option is refused.
+    """
     log_lines.show()
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))

@@ -1,4 +1,4 @@
-"""What translating and summarising differ in, and the object of an answer: known before any model is imported."""
+"""How the commands that write texts differ, and the object of an answer: known before any model is imported."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 
 TRANSLATE = Kind("translate", "translation", "translation", "divide")
 SUMMARIZE = Kind("summarize", "summarization", "summary", "cut")
+GENERATE = Kind("generate", "generation", "answer", "cut")
 
 
 def check_numbers(rows: int, max_source_tokens: int | None, seed: int) -> None:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax import pretrained
+from mtl_jax import decoding, pretrained
 from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError, listed, unknown
-from mtl_jax.data import coverage
+from mtl_jax.data import conversations, coverage
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.data.tokenize import RowError
+from mtl_jax.inference.text_kinds import GENERATE
 from mtl_jax.models.causal_model import CausalModel
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, language_codes, locate
@@ -86,16 +87,18 @@ class TextRequest(NamedTuple):
     """A user's request: the task and its languages.
 
     Attributes:
-        task: "translation" or "summarization".
+        task: "translation", "summarization" or "generation".
         source: The language of the texts, or "".
         target: The language of the answers, or "".
         prefix: A text to put before every text; None: the checkpoint's.
+        chat: Whether a text is a user's message in the chat template of the tokenizer; for decoder-only checkpoints.
     """
 
     task: str
     source: str = ""
     target: str = ""
     prefix: str | None = None
+    chat: bool = False
 
 
 def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) -> TextModel:
@@ -107,8 +110,8 @@ def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) ->
         dtype: Compute dtype.
 
     Raises:
-        UserError: It cannot be opened, is not an encoder-decoder with an LM head, has no tokenizer, or does not know the
-            languages.
+        UserError: It cannot be opened, has no LM head, is decoder-only and the task is not generation, has no tokenizer or chat
+            template, or does not know the languages.
     """
     raw = read_json(locate.locate(path), "config.json")  # before the tensors, so that a wrong model is refused at once
     family = families.of(raw, f"{path}/config.json")
@@ -116,7 +119,10 @@ def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) ->
     classes = [name for name, kind in family.heads.items() if kind == "seq2seq_lm"]
     kind = head_kind(family.heads, raw, f"{path}/config.json")
     architectures = raw.get("architectures") or [f"{raw['model_type']} without a head"]
-    if kind != "seq2seq_lm":
+    if kind == "causal_lm":
+        if request.task != GENERATE.task:
+            raise UserError(f"{path}: {brief(architectures[0])[1:-1]} answers prompts: use mtl-jax {GENERATE.name}")
+    elif kind != "seq2seq_lm":
         needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(model_types)}"
         raise UserError(f"{path}: {brief(architectures[0])[1:-1]} cannot generate texts; {needed} is needed")
     return of_checkpoint(pretrained.load(path, dtype=dtype), path, request)
@@ -131,10 +137,15 @@ def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> T
         request: The user's request.
 
     Raises:
-        UserError: It has no LM head over an encoder and a decoder, no tokenizer, or does not know the languages.
+        UserError: It has no LM head, is decoder-only and the task is not generation, has no tokenizer or chat template, or does
+            not know the languages.
     """
+    if isinstance(checkpoint.model, CausalModel) and checkpoint.head == "causal_lm" and request.task == GENERATE.task:
+        return _of_decoder(checkpoint, where, request)
     if not isinstance(checkpoint.model, Seq2Seq):
         raise UserError(f"{where}: this checkpoint cannot generate texts; an encoder-decoder with an LM head is needed")
+    if request.chat:
+        raise UserError(f"{where}: --chat is for decoder-only checkpoints; leave it out")
     positions = checkpoint.config.max_positions
     limits = [positions, checkpoint.tokenizer.model_max_length]
     return TextModel(
@@ -149,6 +160,39 @@ def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> T
         setting=setting(checkpoint.tokenizer, checkpoint.raw, where, request),
         identity=functools.partial(digests.of_directory, checkpoint.location),
         remarks=functools.partial(coverage.remarks_on_texts, checkpoint.tokenizer),
+    )
+
+
+def _of_decoder(checkpoint: Checkpoint, where: str, request: TextRequest) -> TextModel:
+    """A decoder-only checkpoint, which answers prompts."""
+    tokenizer, vocabulary = checkpoint.tokenizer, checkpoint.config.vocab_size
+    special = conversations.special_tokens(tokenizer, request.chat, where)
+
+    def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
+        if not texts:
+            return []
+        if request.chat:
+            texts = [conversations.rendered(tokenizer, conversations.of_text(text).prompt, where) for text in texts]
+        start, none = 0 if request.chat else special.start, [""] * len(texts)
+        limits = {"max_length": max_length or NO_LIMIT, "target_length": 2}
+        encodings = conversations.encode(tokenizer, texts, none, end=special.end, start=start, **limits)
+        return _within(list(encodings.tokens), tokenizer, vocabulary)
+
+    start = {"decoder_start_token_id": 0}  # not read: a row begins with the last token of its prompt
+    ends = decoding.resolve(checkpoint.raw, checkpoint.location, **start).eos_token_id
+    limits = (checkpoint.config.max_length, tokenizer.model_max_length)
+    return TextModel(
+        model=checkpoint.model,
+        params=checkpoint.params,
+        encode=encode,
+        decode=decoder(tokenizer),
+        raw=checkpoint.raw,
+        location=checkpoint.location,
+        max_positions=None,
+        max_source=min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None),
+        setting=Setting(request.prefix or "", start | {"eos_token_id": [*dict.fromkeys((*ends, special.end))]}),
+        identity=lambda: digests.of_directory(checkpoint.location) + (" with its chat template" if request.chat else ""),
+        remarks=functools.partial(coverage.remarks_on_texts, tokenizer),
     )
 
 
@@ -173,6 +217,8 @@ def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") 
         if not generators:
             raise UserError(f"{folder}: no task of this run writes texts; its tasks are {listed(t.name for t in run.tasks)}")
         raise unknown("task that writes texts" if name else "--task", name, generators)
+    if request.chat:
+        raise UserError(f"{folder}: a run's task says whether prompts are in a chat template; leave out --chat")
     if request.source or request.target:
         raise UserError(f"{folder}: a run has no choice of languages; leave out --source-language and --target-language")
     task = generators[name] if name else next(iter(generators.values()))
@@ -213,12 +259,17 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
             encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
             arrays = [np.array(ids, np.int32) for ids in encoded]
-        if refused := coverage.out_of_range(arrays, vocab_size):
-            token = next(iter(refused.values()))
-            raise RowError([*refused], coverage.missing_row_reason(tokenizer, token, vocab_size, "the model's token table"))
-        return arrays
+        return _within(arrays, tokenizer, vocab_size)
 
     return encode
+
+
+def _within(arrays: list[np.ndarray], tokenizer: Any, vocab_size: int) -> list[np.ndarray]:
+    """The token ids, all of which have a row in a table of this size; raises RowError otherwise."""
+    if refused := coverage.out_of_range(arrays, vocab_size):
+        token = next(iter(refused.values()))
+        raise RowError([*refused], coverage.missing_row_reason(tokenizer, token, vocab_size, "the model's token table"))
+    return arrays
 
 
 def prompt_encoder(run: TrainedRun, task: CausalLM) -> Callable[[Sequence[str], int | None], list[np.ndarray]]:
@@ -232,12 +283,8 @@ def prompt_encoder(run: TrainedRun, task: CausalLM) -> Callable[[Sequence[str], 
 
     def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
         rows = [Row({source.text: text}, f"text {number}") for number, text in enumerate(texts, start=1)]
-        arrays = list(task.encode_rows(rows, source, run.trunk.tokenizer, min(max_length or length, length)).tokens)
-        if refused := coverage.out_of_range(arrays, task.vocabulary):
-            token = next(iter(refused.values()))
-            reason = coverage.missing_row_reason(run.trunk.tokenizer, token, task.vocabulary, "the model's token table")
-            raise RowError([*refused], reason)
-        return arrays
+        encodings = task.encode_rows(rows, source, run.trunk.tokenizer, min(max_length or length, length))
+        return _within(list(encodings.tokens), run.trunk.tokenizer, task.vocabulary)
 
     return encode
 

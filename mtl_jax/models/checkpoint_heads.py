@@ -160,7 +160,7 @@ class EncoderModel(nn.Module):
     Attributes:
         trunk: A module with the call signature of models.encoder.Encoder whose token table is embeddings/word/embedding.
         pooler: Called as pooler(hidden, attention_mask), or None.
-        head: Called as head(hidden, pooled, table, deterministic), or None.
+        head: Called as head(hidden, pooled, table, deterministic), or None; one with reads_mask gets attention_mask=, too.
     """
 
     trunk: nn.Module
@@ -192,4 +192,6 @@ class EncoderModel(nn.Module):
         if self.head is None:
             return EncoderOutput(hidden_BxTxH, pooled_BxH)
         table_VxE = self.trunk.variables["params"]["embeddings"]["word"]["embedding"]
-        return EncoderOutput(hidden_BxTxH, pooled_BxH, self.head(hidden_BxTxH, pooled_BxH, table_VxE, deterministic))
+        mask = {"attention_mask": attention_mask} if getattr(self.head, "reads_mask", False) else {}
+        logits = self.head(hidden_BxTxH, pooled_BxH, table_VxE, deterministic, **mask)
+        return EncoderOutput(hidden_BxTxH, pooled_BxH, logits)

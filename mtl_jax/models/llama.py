@@ -122,7 +122,7 @@ class Llama(nn.Module):
             local_mask = global_mask & (index_T[:, None] - index_T[None, :] < cfg.window)
         if "dynamic" in (cfg.rope.kind, cfg.local_rope.kind) and cfg.max_length < T:
             raise UserError(f"a row of {count(T, 'token')} is too long: dynamic positions are read up to {cfg.max_length}")
-        angles = {rope: _rotation(position_ids, rope, cfg.head_size) for rope in {cfg.rope, cfg.local_rope}}
+        angles = {rope: rope_rotation(position_ids, rope, cfg.head_size) for rope in {cfg.rope, cfg.local_rope}}
 
         x_BxTxH = Embeddings(cfg, self.dtype, name="embeddings")(input_ids)
         first = 0 if past is None else past.real.shape[1] + past.step * T
@@ -137,7 +137,14 @@ class Llama(nn.Module):
         return CausalOutput(x_BxTxH, cache=tuple(caches) if keep_cache or past is not None else None)
 
 
-def _rotation(positions_BxT: jax.Array, rope: Rope, head_size: int) -> Rotation:
+def rope_rotation(positions_BxT: jax.Array, rope: Rope, head_size: int) -> Rotation:
+    """Angles of rotary positions.
+
+    Args:
+        positions_BxT: Position of each token in its example.
+        rope: The wavelengths.
+        head_size: D.
+    """
     angle_BxTx1xd = (positions_BxT[..., None].astype(jnp.float32) * rope.frequencies(head_size))[:, :, None]
     return Rotation(jnp.cos(angle_BxTx1xd), jnp.sin(angle_BxTx1xd))
 

@@ -77,7 +77,8 @@ def load(
     """Opens a checkpoint.
 
     Args:
-        path: A local directory, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
+        path: A local directory, "pip:ASSET/MEMBER", "gguf:FILE", "gguf:gemma3-270m", or a hub id "ORG/NAME" or
+            "ORG/NAME@REVISION".
         head: Kind of head (a key of family.KINDS); "auto" is the kind that architectures in config.json names, None the trunk
             alone, with its pooler. A kind that the checkpoint does not have is freshly initialised.
         labels: Number or names of the head's outputs; None keeps the checkpoint's. An output layer of another size is then

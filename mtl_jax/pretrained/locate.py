@@ -16,6 +16,7 @@ from typing import Any
 from mtl_jax.core import assets
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import check_regular, reason, shown
+from mtl_jax.pretrained import gguf_cache
 from mtl_jax.pretrained.family import Fields
 from mtl_jax.pretrained.tensor_files import read_json
 
@@ -52,11 +53,14 @@ def locate(path: str) -> Path | zipfile.Path:
     """The directory of a checkpoint; a model on the hub is fetched into huggingface_hub's cache.
 
     Args:
-        path: A local directory, "pip:NAME/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION" that is not a local directory.
+        path: A local directory, "pip:NAME/MEMBER", "gguf:FILE" or "gguf:NAME" (see gguf_cache), or a hub id "ORG/NAME" or
+            "ORG/NAME@REVISION" that is not a local directory.
 
     Raises:
         UserError: There is no such directory, or the model cannot be fetched.
     """
+    if path.startswith(gguf_cache.SCHEME):
+        return gguf_cache.locate(path)
     hub_id = HUB_ID.fullmatch(path)
     if hub_id is None or _exists(Path(path)):
         if not path.startswith((assets.SCHEME, assets.DATA)) and not _exists(Path(path)):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
+from typing import Any
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
@@ -18,27 +14,10 @@ from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import Checkpoint
 from mtl_jax.pretrained.family import Family
 from mtl_jax.pretrained.locate import FILES, copy_files
+from mtl_jax.pretrained.tensor_writing import Saved as Saved
+from mtl_jax.pretrained.tensor_writing import write_safetensors as write_safetensors
 
 MOST_SHARD = 5 * 10**9  # bytes of tensors in one file
-
-
-class Saved(NamedTuple):
-    """One tensor to write: our array, and whether it is transposed in the file."""
-
-    array: Any
-    transpose: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape[::-1] if self.transpose else self.array.shape
-
-    @property
-    def size(self) -> int:
-        return 4 * math.prod(self.shape)
-
-    def data(self) -> np.ndarray:
-        array = np.asarray(jax.device_get(self.array), np.float32)
-        return np.ascontiguousarray(array.T if self.transpose else array)
 
 
 def save(
@@ -138,26 +117,3 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) 
         shard_of |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors.values())}, "weight_map": shard_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def write_safetensors(file: Path, tensors: Mapping[str, Saved], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes float32 tensors one at a time, so that a sharded tree is never whole on the host.
-
-    The safetensors package writes the same bytes, but wants every tensor of a file in the host's memory at once.
-
-    Args:
-        file: The file to write.
-        tensors: {name: tensor}.
-        metadata: Further texts for the file's header.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers refuses a file without it
-    offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
-        offset += tensor.size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
-    with file.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors.values():
-            stream.write(tensor.data().astype("<f4", copy=False).data)

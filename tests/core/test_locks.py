@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import filelock
@@ -180,3 +181,19 @@ def test_a_report_waits_for_another_if_it_may(tmp_path):
     with locks.report(tmp_path, 0.3):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_who_has_patience_writes_after_the_first(tmp_path):
+    place, order = tmp_path / "made", []
+
+    def second() -> None:
+        with locks.target(place, patience=60.0):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with locks.target(place):
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import compiling
 import pytest
+import tiny_decoder
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 FLAGS = {
@@ -35,6 +36,7 @@ TASKS = ("stsb", "mrpc", "rte", "cola")
 COMPARISONS = {  # of several runs
     *("weighting_methods.py", "pairs.py", "summarize.py", "multi30k_transfer.py", "adapters.py", "few_shot_transfer.py"),
     *("ablate_weights.py", "target_rules.py", "deidentified.py", "private_training.py", "lora_variants.py", "dissimilar.py"),
+    "decoder_multitask.py",
 }
 MATRIX = {f"affinity_{part}.py" for part in ("tasks", "trainings", "matrix", "evaluation")}  # test_affinity_matrix.py
 FEW_LABELS = {f"few_labels{part}.py" for part in ("", "_methods", "_peer", "_sets")}  # test_few_labels.py
@@ -217,6 +219,21 @@ def test_lora_variants(wheels, shared_data, tmp_path, monkeypatch):
     again = start("lora_variants.py", *flags, "--variants", "lora", "pissa", "--only-table")
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
     assert [line.split("|")[2].strip() for line in again.stdout.splitlines()[-2:]] == ["lora", "pissa"]
+
+
+@pytest.mark.long
+def test_decoder_multitask(wheels, shared_data, tmp_path, monkeypatch):
+    """Every way for a step on a tiny decoder; the table is made again without training. A way that is none is one line."""
+    monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
+    tiny_decoder.write_llama(tmp_path / "llama")
+    flags = ["--workdir", str(tmp_path / "runs"), "--model", str(tmp_path / "llama"), "--limit", "40", "--captions", "6"]
+    done = start("decoder_multitask.py", *flags, "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    again = start("decoder_multitask.py", *flags, "--steps", "1", "--only-table")
+    assert again.stdout.splitlines()[-5:] == done.stdout.splitlines()[-5:]
+    assert [line.split("|")[1].strip() for line in again.stdout.splitlines()[-3:]] == ["alone", "together", "own"]
+    wrong = start("decoder_multitask.py", "--ways", "alon")
+    assert wrong.stderr.splitlines()[-1].startswith("error: unknown ways 'alon' (did you mean 'alone'?)")
 
 
 @pytest.mark.long

@@ -61,6 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DebertaV2": DEBERTA,
     "NomicBert": SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
     "Gte": SIZES,
+    "EuroBert": {name: value for name, value in SIZES.items() if name != "type_vocab_size"}
+    | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "mask_token_id": 4},
 }
 HEADS = {
     "Model": None,
@@ -78,6 +80,14 @@ CASES: list[tuple[str, str, str | None, dict[str, Any]]] = [
         if hasattr(transformers, name + end)
     ),
     *((name, f"{name}ForMaskedLM", "masked_lm", {"tie_word_embeddings": False}) for name in FAMILIES),
+    (
+        "EuroBert",
+        "EuroBertForSequenceClassification",
+        "sequence_classification",
+        {"classifier_pooling": "mean", "mlp_bias": True},
+    ),
+    ("EuroBert", "EuroBertForSequenceClassification", "sequence_classification", {"classifier_pooling": "bos"}),
+    ("EuroBert", "EuroBertForMaskedLM", "masked_lm", {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True}),
     ("Gte", "GteModel", None, {"type_vocab_size": 0, "hidden_act": "silu"}),
     ("Albert", "AlbertModel", None, SHARED),
     ("Albert", "AlbertModel", None, {"embedding_size": 32}),
@@ -100,7 +110,11 @@ CASES: list[tuple[str, str, str | None, dict[str, Any]]] = [
 
 
 # Their heads are modules of other families, and of each family one is among the stored answers: compared where there is time.
-SELDOM = [case for case in CASES if case[0] in ("Camembert", "MPNet", "Albert", "NomicBert", "Gte") and case[2] is not None]
+SELDOM = [
+    case
+    for case in CASES
+    if case[0] in ("Camembert", "MPNet", "Albert", "NomicBert", "Gte", "EuroBert") and case[2] is not None
+]
 SELDOM += [case for case in CASES if case[0] in ("Albert", "Gte") and case[3] not in ({}, SHARED)]
 SELDOM += [case for case in CASES if case[0] == "DebertaV2" and {"pos_att_type", "legacy", "tie_word_embeddings"} & {*case[3]}]
 SELDOM += [case for case in CASES if case[1] in ("DebertaV2ForTokenClassification", "DebertaV2ForQuestionAnswering")]

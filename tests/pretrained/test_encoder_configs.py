@@ -5,7 +5,7 @@ import pytest
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.models.disentangled import distance_buckets, distance_rows
-from mtl_jax.pretrained import albert, deberta_v2, families, mpnet, nomic_gte
+from mtl_jax.pretrained import albert, deberta_v2, euro_bert, families, mpnet, nomic_gte
 
 # Those of the base sizes as they are published, apart from fields that no program reads.
 DEBERTA_V3 = {
@@ -38,6 +38,12 @@ MPNET = ALBERT | {"model_type": "mpnet", "vocab_size": 30527, "max_position_embe
 NOMIC = {"model_type": "nomic_bert", "vocab_size": 30528, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": 3072}
 NOMIC |= {"n_positions": 8192, "activation_function": "swiglu", "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0}
 NOMIC |= {"layer_norm_epsilon": 1e-12, "prenorm": False, "rotary_scaling_factor": None, "type_vocab_size": 2}
+
+# Of 210 million parameters, as published.
+EURO = {"model_type": "eurobert", "vocab_size": 128256, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+EURO |= {"num_key_value_heads": 12, "head_dim": 64, "intermediate_size": 3072, "max_position_embeddings": 8192}
+EURO |= {"rope_theta": 250000, "rope_scaling": None, "rms_norm_eps": 1e-05, "clf_pooling": "late", "hidden_act": "silu"}
+EURO |= {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "pad_token_id": 128001}
 
 
 def test_published_deberta():
@@ -86,9 +92,19 @@ def test_both_forms_of_nomic_say_the_same():
     assert nomic_gte.nomic_config(newer | NOMIC, "config.json") == cfg
 
 
+def test_both_forms_of_eurobert_say_the_same():
+    cfg = euro_bert.config(EURO, "config.json")
+    assert (cfg.rope.theta, cfg.head_pooling, cfg.norm_eps, cfg.max_length, cfg.tied) == (250_000.0, "late", 1e-5, 8192, False)
+    newer = EURO | {"rope_parameters": {"rope_type": "default", "rope_theta": 250000}, "rope_theta": None}
+    assert euro_bert.config(newer | {"clf_pooling": None, "classifier_pooling": "late"}, "config.json") == cfg
+    assert euro_bert.config(EURO | {"clf_pooling": "mean"}, "config.json").head_pooling == "mean"
+
+
 @pytest.mark.parametrize(
     ("raw", "change", "message"),
     [
+        (EURO, {"clf_pooling": "max"}, "unknown clf_pooling in config.json: 'max'; choices: late, mean, bos"),
+        (EURO, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is dynamic; default, linear and llama3"),
         (DEBERTA_V3, {"pos_att_type": "p2c|p2p"}, r"unknown pos_att_type in config.json: 'p2p'"),
         (DEBERTA_V3, {"pos_att_type": 3}, "pos_att_type is 3; it must be a list of words"),
         (DEBERTA_V3, {"norm_rel_ebd": "batch_norm"}, "unknown norm_rel_ebd in config.json: 'batch_norm'"),

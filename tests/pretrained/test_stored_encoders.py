@@ -24,6 +24,7 @@ NAMES += [
     "deberta_rows",
     "nomic_masked_lm",
     "gte_rows",
+    "eurobert_rows",
 ]
 
 
@@ -39,7 +40,9 @@ def test_stored_answers(name):
     np.testing.assert_allclose(found.logits[where], stored["logits"][where], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm", "gte_rows"])
+@pytest.mark.parametrize(
+    "name", ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm", "gte_rows", "eurobert_rows"]
+)
 def test_a_packed_row_is_its_examples_alone(name):
     """In one batch: two examples in a row, the second, and the first behind another one."""
     checkpoint = pretrained.load(str(FIXTURES / name), head=None)

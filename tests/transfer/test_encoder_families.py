@@ -18,7 +18,15 @@ from mtl_jax.merging.checkpoints import merge_checkpoints
 from mtl_jax.transfer import top_layers
 
 FIXTURES = Path(__file__).parents[1] / "pretrained" / "fixtures"
-FAMILIES = ["mpnet_masked_lm", "albert_rows", "deberta_rows", "deberta_masked_lm", "nomic_masked_lm", "gte_rows"]
+FAMILIES = [
+    "mpnet_masked_lm",
+    "albert_rows",
+    "deberta_rows",
+    "deberta_masked_lm",
+    "nomic_masked_lm",
+    "gte_rows",
+    "eurobert_rows",
+]
 OFTEN = ("albert_rows", "deberta_rows")
 MERGED = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 TRAINED = [name if name == "deberta_rows" else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]

@@ -136,6 +136,7 @@ def convert(
     task: str = "",
     overwrite: bool = False,
     peft: bool = False,
+    stablehlo: bool = False,
 ) -> None:
     """A run's trunk, or any checkpoint, as a directory that transformers opens: safetensors, config.json, tokenizer.
 
@@ -145,10 +146,12 @@ def convert(
         task: For a workdir: the task whose head is written beside the trunk, in the format of sentence-transformers.
         overwrite: Replace an existing checkpoint.
         peft: Write only the run's adapters, as a directory for PEFT: LoRA and its relatives, IA3, prefix and prompt tuning.
+        stablehlo: Write the task's predictor as a program that jax runs without mtl_jax, with tokenizer and parameters: of any
+            trunk, also one that transformers has no class for.
     """
     from mtl_jax.inference import export
 
-    if note := export.write(source, target, task, overwrite, peft):
+    if note := export.write(source, target, task, overwrite, peft, stablehlo):
         print(note)
     print(f"everything is in {target}")
 

@@ -18,7 +18,7 @@ from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import write_json
 from mtl_jax.data import units
-from mtl_jax.inference import model_card, peft_export
+from mtl_jax.inference import compiled_predictor, model_card, peft_export
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.pretrained import families, language_codes, saving
 from mtl_jax.pretrained.marian_bart import fields_of
@@ -42,7 +42,14 @@ LABEL_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")  # of conf
 TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_answering"}
 
 
-def convert(source: str | Path, target: str | Path, task: str = "", overwrite: bool = False, peft: bool = False) -> str:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    task: str = "",
+    overwrite: bool = False,
+    peft: bool = False,
+    stablehlo: bool = False,
+) -> str:
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
     A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
@@ -61,6 +68,8 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         overwrite: Whether an existing checkpoint may be replaced.
         peft: Whether only the run's adapters are written, as a directory for PEFT, with the head of a tagging or span task. It
             opens on the checkpoint that the run started from, in which nothing else may have trained.
+        stablehlo: Whether the task's predictor is written as a program of StableHLO, which jax runs without this package, also
+            where transformers has no class for the trunk.
 
     Returns:
         A hint for opening the directory; "" where transformers opens it as usual.
@@ -75,15 +84,21 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         ['model.safetensors']
     """
     log_lines.show()
-    hint = write(source, target, task, overwrite, peft)
+    hint = write(source, target, task, overwrite, peft, stablehlo)
     if hint:
         log.info("%s", hint)
     return hint
 
 
-def write(source: str | Path, target: str | Path, task: str, overwrite: bool, peft: bool = False) -> str:
+def write(
+    source: str | Path, target: str | Path, task: str, overwrite: bool, peft: bool = False, stablehlo: bool = False
+) -> str:
     """As convert(), without a log line."""
+    if peft and stablehlo:
+        raise UserError("--peft and --stablehlo are two forms; give one of them")
     with locks.target(Path(target)):
+        if stablehlo:
+            return compiled_predictor.write(str(source), target, task, overwrite)
         return _convert(str(source), target, task, overwrite, peft)
 
 

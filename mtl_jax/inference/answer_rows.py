@@ -186,14 +186,14 @@ def answer(
     writers = [task for task in tasks if isinstance(task, Seq2Seq | CausalLM)]
     others = tuple(task for task in tasks if not isinstance(task, Seq2Seq | CausalLM))
     outputs = compute(others, examples) if others else {}
-    for task in writers:
-        texts = text_evaluation.generate(task, run.trunk, run.params, examples, task.beams, devices=jax.local_devices())
+    for writer in writers:
+        texts = text_evaluation.generate(writer, run.trunk, run.params, examples, writer.beams, devices=jax.local_devices())
         for number, group in enumerate(examples.groups()):
             if all(len(examples.tokens[i]) for i in group):
                 place = examples.row_of[group[0]]
                 written = _written(*texts[number])
-                truncated = {} if "error" in written else _truncated(task, group, place in cut)
-                answers[readable[place]][task.name] = written | truncated
+                truncated = {} if "error" in written else _truncated(writer, group, place in cut)
+                answers[readable[place]][writer.name] = written | truncated
     for group in examples.groups():
         place = examples.row_of[group[0]]
         if not all(len(examples.tokens[i]) for i in group):

@@ -135,7 +135,8 @@ def program_of(run: TrainedRun, task: Task) -> Program:
     Each text has a row: its tokens, then padding (or padding first) where attention_mask is 0. The outputs are f32[B, O], or
     f32[B, T, O] of a task that reads tokens: those of predict() before describe().
     """
-    encode, place = encode_tokens(run.trunk.module, needed_fields((task,))), run.source_index(task.name)
+    encode = encode_tokens(run.trunk.module, needed_fields((task,)), one_source=True)
+    place = run.source_index(task.name)
 
     def program(tensors: Mapping[str, Any], inputs: Mapping[str, Any]) -> jax.Array:
         params = {"head": {}, **trees.nested(tensors)}
@@ -166,8 +167,8 @@ def lowered(run: TrainedRun, task: Task, tensors: Mapping[str, Any], names: Sequ
     program = jax.jit(program_of(run, task))
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tensors.items()}
 
-    def export(B: Any, T: Any) -> Any:
-        inputs = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in names}
+    def export(*shape: Any) -> Any:
+        inputs = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
         return jax.export.export(program, platforms=PLATFORMS)(shapes, inputs)
 
     # A module may raise anything where a size is not a number: DeBERTa makes tables of distances on the host.

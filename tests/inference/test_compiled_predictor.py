@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import tiny
 from mtl_jax import (
     Classification,
     Contrastive,
+    Embedding,
     Lora,
     Multilabel,
     Ordinal,
@@ -82,10 +84,10 @@ TASKS = (
 
 
 @pytest.fixture(scope="module")
-def model(bert, folder, sources):
-    """A run of every kind, with an adapter of each source's own; nothing of it was trained."""
-    changes: dict = {"sources": tuple(sources.values()), "tasks": TASKS, "adapters": (Lora(name="lora", rank=2, per="source"),)}
-    finished_runs.write(folder / "run", tiny.experiment(bert, "", **changes))
+def model(folder, sources):
+    """A run of every kind, on the smallest trunk; nothing of it was trained."""
+    changes: dict = {"sources": tuple(sources.values()), "tasks": TASKS, "trunk": Embedding(dimension=8)}
+    finished_runs.write(folder / "run", tiny.experiment("", "", **changes))
     return load_model(folder / "run")
 
 
@@ -168,14 +170,21 @@ def test_a_trunk_of_ones_own_opens_in_a_process_without_the_package(folder, sour
     same(eval(done.stdout), load_model(folder / "own").predict("kind", TEXTS))
 
 
-def test_a_task_of_a_shared_trunk(bert, folder, sources, tmp_path):
-    """Each task of the source has its own mixture of experts; the program has that of one."""
-    changes: dict = {"sources": (sources["plain"],), "tasks": (TASKS[0], TASKS[3]), "sharing": MMoE(experts=2, width=4)}
-    finished_runs.write(folder / "shared", tiny.experiment(bert, "", **changes))
+def test_a_task_of_a_shared_trunk_with_adapters(bert, folder, sources, tmp_path):
+    """Each task of a source of pairs has its own mixture of experts; the program has the adapters, and the rows of one task."""
+    tasks = (TASKS[4], Regression(name="number", source="pairs", column="score", minimum=0, maximum=4))
+    changes: dict = {"adapters": (Lora(name="lora", rank=2, per="source"),), "sharing": MMoE(experts=2, width=4)}
+    shutil.copytree(bert, folder / "bert")
+    settings = json.loads((bert / "tokenizer_config.json").read_text())
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    (folder / "bert" / "tokenizer_config.json").write_text(json.dumps(settings | names))
+    experiment = tiny.experiment(folder / "bert", "", sources=(sources["pairs"],), tasks=tasks, **changes)
+    finished_runs.write(folder / "shared", experiment)
     convert(folder / "shared", tmp_path / "out", task="number", stablehlo=True)
-    names: dict = {}
-    exec(snippet(tmp_path / "out"), names)
-    same(names["answers"], load_model(folder / "shared").predict("number", TEXTS))
+    assert "token_type_ids" in json.loads((tmp_path / "out" / "predictor.json").read_text())["inputs"]
+    made: dict = {}
+    exec(snippet(tmp_path / "out"), made)
+    same(made["answers"], load_model(folder / "shared").predict("number", inputs_of(tasks[1])))
 
 
 def test_mistakes_are_one_line(model, bert, folder, tmp_path, monkeypatch):

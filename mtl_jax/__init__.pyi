@@ -38,6 +38,7 @@ from .inference.predict import Model as Model
 from .inference.predict import evaluate as evaluate
 from .inference.predict import load_model as load_model
 from .inference.predict import predict as predict
+from .inference.predict_file import predict_file as predict_file
 from .inference.pseudo_label import pseudo_label as pseudo_label
 from .launching.systems import register_launcher as register_launcher
 from .merging import merge as merge

@@ -15,7 +15,7 @@ import mtl_jax
 from mtl_jax import Experiment, UserError
 from mtl_jax.data import corpus
 from mtl_jax.experiment import select
-from mtl_jax.inference import predict
+from mtl_jax.inference import answer_rows
 from mtl_jax.pretrained import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -73,9 +73,9 @@ def test_the_pairs_of_the_guide_are_read_and_predicted(shallow, tmp_path, monkey
     read = corpus.read_sources([source], [task])
     found = corpus.make_corpus([source], [task], read, load_tokenizer(shallow), 24)
     assert found.tasks[0].labels == ("no", "yes")
-    assert predict._row(source, row, 1, False).columns == row
+    assert answer_rows.row_of(source, row, 1, False).columns == row
     with pytest.raises(UserError, match=r"'hypothesis' is missing.*: --text gives one .* \{.premise.: .*, .hypothesis.: "):
-        predict._row(source, "A man sleeps.", 1, False)
+        answer_rows.row_of(source, "A man sleeps.", 1, False)
 
 
 def test_the_loop_of_ones_own_runs(bert):

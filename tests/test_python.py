@@ -21,6 +21,7 @@ import mtl_jax
 from mtl_jax import Evaluation, Phase, UserError, merging
 from mtl_jax.cli import main
 from mtl_jax.core import parts
+from mtl_jax.inference import answer_rows
 from mtl_jax.inference import predict as prediction
 from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.loggers import LOGGERS
@@ -132,14 +133,14 @@ def test_the_most_likely_labels(inside, monkeypatch, capsys):
 
 def test_the_most_likely_labels_have_the_names_that_people_read():
     task = mtl_jax.Classification(name="a", source="s", labels=("0", "1"), label_names={"1": "joy"})
-    assert [entry["label"] for entry in prediction._top(task, np.float32([-1, 2]), 9)] == ["joy", "0"]
+    assert [entry["label"] for entry in answer_rows.top(task, np.float32([-1, 2]), 9)] == ["joy", "0"]
 
 
 def test_the_most_likely_of_several_labels_and_of_none():
     labels = mtl_jax.Multilabel(name="a", source="s", labels=("x", "y"))
-    assert [entry["label"] for entry in prediction._top(labels, np.float32([-1, 2]), 1)] == ["y"]
+    assert [entry["label"] for entry in answer_rows.top(labels, np.float32([-1, 2]), 1)] == ["y"]
     with pytest.raises(UserError, match="task 'b': Regression has no probability for each label; leave top_k out"):
-        prediction._top(mtl_jax.Regression(name="b", source="s"), np.float32([1]), 1)
+        answer_rows.top(mtl_jax.Regression(name="b", source="s"), np.float32([1]), 1)
 
 
 @pytest.mark.parametrize(

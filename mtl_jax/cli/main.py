@@ -21,7 +21,7 @@ from mtl_jax.cli.run_command import TYRO_CONFIG, run
 from mtl_jax.cli.translate import generate, summarize, translate
 from mtl_jax.core.errors import UserError, nearest, unknown
 from mtl_jax.core.files import shown, to_json, write_json
-from mtl_jax.core.text_lines import lines_of, object_of, print_lines, read_bytes
+from mtl_jax.core.text_lines import print_lines
 
 DESCRIPTION = (
     "Uses, compares and converts finished runs and checkpoints. Runs are trained by scripts: python SCRIPT.py --help. "
@@ -32,33 +32,42 @@ DESCRIPTION = (
 def predict(
     workdir: Annotated[str, tyro.conf.Positional],
     /,
-    task: str,
+    task: tuple[str, ...],
     text: tuple[str, ...] = (),
     file: str = "",
+    output: str = "",
+    with_input: bool = False,
+    field: str = "prediction",
     top_k: int | None = None,
     deidentify: bool = False,
+    rows: int = 0,
+    chunk: int = 4096,
 ) -> None:
     """Predictions of a run's best checkpoint: one JSON object per line, in the order of the input.
 
     Args:
         workdir: The run's workdir.
-        task: The task whose head answers.
+        task: The task whose head answers. Of several, a line is {task: prediction}; those that read a text in the same way
+            share one pass over the trunk.
         text: Texts to predict.
         file: A UTF-8 file with one text per line, or, if its name ends in .jsonl, with one JSON object per line that has the
             text columns of the task's source; - for standard input. Every line gets an answer, an empty line an error object.
+        output: The file to write; without it, or "-": standard output. The file is replaced when all answers are done. Until
+            then OUTPUT.part keeps the finished chunks, and the same command, started again, resumes from them.
+        with_input: Write all fields of the input's line, too, and the prediction as one field more.
+        field: The name of that field.
         top_k: Also give the most likely labels, as many, with their probabilities.
         deidentify: Replace names and the like in the texts, as the source did in training.
+        rows: Rows of a batch on each device. Default: those of the run's batches.
+        chunk: Lines that are read, computed and kept at once.
     """
-    from mtl_jax.inference import predict as prediction
+    from mtl_jax.inference.predict_file import Request, answer_file
 
-    rows: list[Any] = lines_of(read_bytes(file), file) if file else []
-    if not rows and not text:
-        raise UserError("nothing to predict: give --text or --file")
-    if file.endswith(".jsonl"):
-        numbered = enumerate(rows, start=1)
-        rows = [object_of(line, f"{file}:{number}") if line.strip() else {} for number, line in numbered]
-    answers = prediction.predict(workdir, task, [*text, *rows], top_k, deidentify=deidentify)
-    print_lines(to_json(answer, ensure_ascii=False) for answer in answers)
+    if with_input and not field:
+        raise UserError("--field is empty; it names the prediction beside the fields of its line")
+    tasks = (task,) if isinstance(task, str) else tuple(task)
+    request = Request(tasks, tuple(text), file, top_k, deidentify, field if with_input else "", rows, chunk)
+    answer_file(workdir, request, output, title="predict", signals=True)
 
 
 def evaluate(
@@ -127,6 +136,7 @@ def convert(
     task: str = "",
     overwrite: bool = False,
     peft: bool = False,
+    stablehlo: bool = False,
 ) -> None:
     """A run's trunk, or any checkpoint, as a directory that transformers opens, with its tokenizer and a model card.
 
@@ -137,10 +147,12 @@ def convert(
             pipeline("text-classification"); others lie beside the trunk, in the format of sentence-transformers.
         overwrite: Replace an existing checkpoint.
         peft: Write only the run's adapters, as a directory for PEFT: LoRA and its relatives, IA3, prefix and prompt tuning.
+        stablehlo: Write the task's predictor as a program that jax runs without mtl_jax, with tokenizer and parameters: of any
+            trunk, also one that transformers has no class for.
     """
     from mtl_jax.inference import export
 
-    if note := export.write(source, target, task, overwrite, peft):
+    if note := export.write(source, target, task, overwrite, peft, stablehlo):
         print(note)
     print(f"everything is in {target}")
 

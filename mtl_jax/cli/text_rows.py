@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import to_json
-from mtl_jax.core.text_lines import STANDARD_INPUT, kind_of, lines_of, object_of, read_bytes
+from mtl_jax.core.text_lines import STANDARD_INPUT, check_unicode, kind_of, lines_of, object_of, read_bytes
 from mtl_jax.inference.text_kinds import answer_object
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def of_arguments(texts: Sequence[str]) -> Rows:
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise UserError(f"text {number} is empty; give a text, or --file")
-        _check_unicode(text, f"text {number}")
+        check_unicode(text, f"text {number}")
     return Rows("", list(texts), None)
 
 
@@ -95,12 +95,5 @@ def _text_of(row: dict[str, Any], column: str, field: str, where: str) -> str:
     taken = [name for name in (field, f"{field}_score") if name in row]
     if taken:
         raise UserError(f"{where}: there is a {taken[0]!r} already; name the answer by --field")
-    _check_unicode(json.dumps(row, ensure_ascii=False), where)
+    check_unicode(json.dumps(row, ensure_ascii=False), where)
     return row[column]
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: no valid Unicode ({error.object[error.start]!r} is half a character)") from error

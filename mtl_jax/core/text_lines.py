@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.files import writing
 
 STANDARD_INPUT = STANDARD_OUTPUT = "-"
 
@@ -27,6 +31,29 @@ def read_bytes(file: str) -> bytes:
         return sys.stdin.buffer.read() if file == STANDARD_INPUT else Path(file).read_bytes()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def opened_twice(file: str) -> Iterator[BinaryIO]:
+    """A file, or standard input for "-", that can be read from its start again; a pipe is copied to a temporary file.
+
+    Raises:
+        UserError: The file cannot be read, or there is no room for the copy.
+    """
+    if file == STANDARD_INPUT and sys.stdin is None:
+        raise UserError("standard input is closed; give a text, or --file")
+    with contextlib.ExitStack() as stack:
+        try:
+            stream: BinaryIO = sys.stdin.buffer if file == STANDARD_INPUT else stack.enter_context(open(file, "rb"))
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from error
+        if file == STANDARD_INPUT or not stream.seekable():
+            with writing(f"{file}: its temporary copy"):
+                copy = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(stream, copy)
+                copy.seek(0)
+            stream = copy
+        yield stream
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -71,14 +98,25 @@ def lines_of(data: bytes, file: str) -> list[str]:
     Raises:
         UserError: It is not UTF-8; the message names the line.
     """
+    return list(read_lines(io.BytesIO(data), file))
+
+
+def read_lines(stream: BinaryIO, file: str) -> Iterator[str]:
+    """As lines_of(), one after another from an open file."""
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}:{number}: not UTF-8 ({error.reason})") from error
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raises UserError if a text has half a character, which JSON can spell and UTF-8 cannot; `where` begins its line."""
     try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line}: not UTF-8 ({error.reason})") from error
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: no valid Unicode ({error.object[error.start]!r} is half a character)") from error
 
 
 def object_of(line: str, where: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def encode(
     if target and (second is not None or as_words or windows or offsets):
         raise ValueError("targets are plain texts")
     columns: list[Sequence[Any]] = [first] if second is None else [first, second]
-    options = _Options(max_length, windows, stride, offsets, as_words, as_words and _splits_at_spaces(tokenizer), target)
+    options = _Options(max_length, windows, stride, offsets, as_words, as_words and splits_at_spaces(tokenizer), target)
     sizes = _sizes(columns, as_words)
     if cache is None or not fast or sizes.sum() < CACHED_CHARACTERS:
         return _encodings(_join(_parts(tokenizer, columns, sizes, options), options))
@@ -282,7 +282,7 @@ def _valid(texts: Sequence[Any], row: int, refused: list[RowError]) -> Sequence[
     return valid
 
 
-def _splits_at_spaces(tokenizer: Any) -> bool:
+def splits_at_spaces(tokenizer: Any) -> bool:
     """Whether a word's tokens depend on the space before it, and the tokenizer does not add that space itself.
 
     This is true of byte-level vocabularies (RoBERTa, ModernBERT): without the space, words would be read as one long word.

@@ -18,7 +18,7 @@ from mtl_jax.core import locks, log_lines
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import write_json
 from mtl_jax.data import units
-from mtl_jax.inference import card_snippets, model_card, peft_export
+from mtl_jax.inference import card_snippets, compiled_predictor, model_card, peft_export
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.models.trunk_output import pooling_of
 from mtl_jax.pretrained import families, language_codes, saving, text_classifier
@@ -44,7 +44,14 @@ TOKEN_HEADS: dict[Any, str] = {Tagging: "token_classification", Span: "question_
 WRITTEN = (Classification, Multilabel, Regression, Contrastive, Tagging, Span)  # beside seq2seq and causal LM
 
 
-def convert(source: str | Path, target: str | Path, task: str = "", overwrite: bool = False, peft: bool = False) -> str:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    task: str = "",
+    overwrite: bool = False,
+    peft: bool = False,
+    stablehlo: bool = False,
+) -> str:
     """Writes a run's trunk, with one task's head if asked, or any checkpoint, as safetensors for transformers.
 
     A tagging head becomes that of AutoModelForTokenClassification, a span head that of AutoModelForQuestionAnswering. The head
@@ -68,6 +75,8 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         peft: Whether only the run's adapters are written, as a directory for PEFT, with the head of a tagging or span task, or
             of a text task with head="family". It opens on the checkpoint that the run started from, in which nothing else may
             have trained.
+        stablehlo: Whether the task's predictor is written as a program of StableHLO, which jax runs without this package, also
+            where transformers has no class for the trunk.
 
     Returns:
         A hint for opening the directory; "" where transformers opens it as usual.
@@ -82,15 +91,21 @@ def convert(source: str | Path, target: str | Path, task: str = "", overwrite: b
         ['model.safetensors']
     """
     log_lines.show()
-    hint = write(source, target, task, overwrite, peft)
+    hint = write(source, target, task, overwrite, peft, stablehlo)
     if hint:
         log.info("%s", hint)
     return hint
 
 
-def write(source: str | Path, target: str | Path, task: str, overwrite: bool, peft: bool = False) -> str:
+def write(
+    source: str | Path, target: str | Path, task: str, overwrite: bool, peft: bool = False, stablehlo: bool = False
+) -> str:
     """As convert(), without a log line."""
+    if peft and stablehlo:
+        raise UserError("--peft and --stablehlo are two forms; give one of them")
     with locks.target(Path(target)):
+        if stablehlo:
+            return compiled_predictor.write(str(source), target, task, overwrite)
         return _convert(str(source), target, task, overwrite, peft)
 
 

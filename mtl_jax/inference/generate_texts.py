@@ -239,7 +239,8 @@ def generate(
     Raises:
         Interrupted: stopped() returned True.
     """
-    done: dict[int, Any] = {} if journal is None else journal.done
+    in_memory: dict[int, Any] = {}
+    done: Mapping[int, Any] = in_memory if journal is None else journal.done
     key = jax.random.key(seed)
     options: dict[str, Any] = {"rows": rows, "key": key, "done": done, "devices": jax.local_devices()}
     for answer in decoding.generate_all(model.model, model.params, plan.sources, config, **options):
@@ -251,7 +252,7 @@ def generate(
             "ended": all(answer.ended) and not any(_forced(config, tokens) for tokens in answer.tokens),
         }
         if journal is None:
-            done[answer.index] = item
+            in_memory[answer.index] = item
         else:
             journal.add(answer.index, item)
         if progress is not None and new:

@@ -10,9 +10,9 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from mtl_jax.core import locks
 from mtl_jax.core.errors import UserError
@@ -22,7 +22,33 @@ from mtl_jax.core.json_shapes import Shape, anything, whole
 SUFFIX = ".part"
 _MARK = "partial"
 _MARKED = b'{"partial": true'  # begin of the first line
-_CHUNK = 1 << 20  # bytes
+
+
+class _Place(NamedTuple):
+    """The first byte of a line of the partial file, and the number of its bytes."""
+
+    start: int
+    length: int
+
+
+class _Items(Mapping[int, Any]):
+    """The finished items of an open partial file, by number."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.places = file, dict[int, _Place]()
+
+    def __getitem__(self, number: int) -> Any:
+        place = self.places[number]
+        return json.loads(os.pread(self._file.fileno(), place.length, place.start))[1]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self.places
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 class Journal:
@@ -34,14 +60,14 @@ class Journal:
         item: The shape of a finished item. Items from the first that does not fit are made again.
 
     Attributes:
-        done: Finished items by number.
+        done: Finished items by number. Each is read from the file when it is asked for, so that memory holds none of them.
 
     Raises:
         UserError: The partial file depends on other values, is another kind of file, or cannot be written, or another process
             writes it.
     """
 
-    done: dict[int, Any]
+    done: _Items
 
     def __init__(self, output: Path, made_from: Mapping[str, Any], item: Shape = anything):
         self.output, self.part = output, part_of(output)
@@ -55,22 +81,30 @@ class Journal:
             self._file.close()
             raise
 
-    def _begin(self, header: bytes, item: Shape) -> dict[int, Any]:
-        """Reads the finished items and cuts off what follows them. A file of another output is not changed."""
+    def _begin(self, header: bytes, item: Shape) -> _Items:
+        """Finds the finished items and cuts off what follows them. A file of another output is not changed."""
         try:
-            data = self._file.read()
-            lines = data.split(b"\n")[:-1]  # without an incomplete last line
-            if data and not (data.startswith(_MARKED) and all(map(_is_object, lines[:1]))):
+            first = self._file.readline()
+            if first and not (first.startswith(_MARKED) and (_is_object(first) or not first.endswith(b"\n"))):
                 raise UserError(f"{self.part}: not the partial output of an interrupted command; move it elsewhere")
-            if len(lines) > 1 and lines[0] + b"\n" != header:
-                raise UserError(
-                    f"{self.part}: the interrupted command that wrote it had other values of {_changes(lines[0], header)}; "
-                    "repeat that command to resume it, or delete the file to start anew"
-                )
-            done = _items(lines[1:], item)
-            kept = lines[: 1 + len(done)] if done else [header[:-1]]
-            self._file.seek(0)
-            self._file.write(b"".join(line + b"\n" for line in kept))
+            done, end = _Items(self._file), len(first)
+            for line in self._file:
+                if not line.endswith(b"\n"):  # an incomplete last line
+                    break
+                if first != header:
+                    raise UserError(
+                        f"{self.part}: the interrupted command that wrote it had other values of {_changes(first, header)}; "
+                        "repeat that command to resume it, or delete the file to start anew"
+                    )
+                number = _number_of_item(line, done, item)
+                if number is None:  # after a power failure the rest may be anything
+                    break
+                done.places[number] = _Place(end, len(line))
+                end += len(line)
+            self._file.seek(end if done else 0)
+            if not done:
+                self._file.write(header)
+            self._end = self._file.tell()
             self._file.truncate()
             self._file.flush()
         except OSError as error:
@@ -89,12 +123,14 @@ class Journal:
         """
         if number in self.done:
             return
+        line = _line([number, item])
         try:
-            self._file.write(_line([number, item]))
+            self._file.write(line)
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self.part}: cannot be written ({error.strerror})") from error
-        self.done[number] = item
+        self.done.places[number] = _Place(self._end, len(line))
+        self._end += len(line)
 
     def finish(self, lines: Iterable[str]) -> None:
         """Writes the finished file and removes the partial one.
@@ -199,18 +235,13 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _items(lines: list[bytes], shape: Shape) -> dict[int, Any]:
-    """Items by number, up to the first line that is not an item: after a power failure the rest may be anything."""
-    done: dict[int, Any] = {}
-    for line in lines:
-        try:
-            number, item = json.loads(line)
-        except (ValueError, TypeError, RecursionError):
-            break
-        if whole(number) or number < 0 or number in done or shape(item):
-            break
-        done[number] = item
-    return done
+def _number_of_item(line: bytes, done: _Items, shape: Shape) -> int | None:
+    """The number of a new item, by its line; None where the line is not one."""
+    try:
+        number, item = json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return None if whole(number) or number < 0 or number in done or shape(item) else number
 
 
 def _changes(old_header: bytes, new_header: bytes) -> str:

@@ -82,7 +82,7 @@ class HyperFormer(Sharing):
         h_KxD = jax.nn.relu(jnp.concatenate([task_KxD, place_KxD], axis=1) @ params["project_in"]) @ params["project_out"]
         # A product, as in stacks.py.
         h_BxD = jax.nn.one_hot(call.rows.task_BC, len(task_KxD)) @ h_KxD
-        B, width = len(y_BxTxO), y_BxTxO.shape[-1]
+        B, width = y_BxTxO.shape[0], y_BxTxO.shape[-1]
         down, up, scale, shift = ((h_BxD @ params[name]).astype(y_BxTxO.dtype) for name in ("down", "up", "scale", "shift"))
         inner = ACTIVATIONS[self.activation](times(y_BxTxO, down.reshape(B, width, self.width)))
         change = times(inner, up.reshape(B, self.width, width))

@@ -27,9 +27,9 @@ def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -
         number_n: i32[n], the copy of each row.
         copies: C.
     """
-    n = len(number_n)
     if call.rows is not None and call.rows.one_source:
         return _of_one_source(call, stacks, number_n, copies)
+    n = len(number_n)
     R = max(1, n // (2 * copies))
     M = n if R == 1 else n // R + copies  # blocks, whatever the rows
     count_C = (number_n[:, None] == jnp.arange(copies)).sum(axis=0)

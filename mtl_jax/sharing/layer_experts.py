@@ -106,7 +106,7 @@ class MMoELayers(LayerExperts):
 
     def around(self, params: Params, call: Call) -> Any:
         assert call.rows is not None
-        E, B = self.experts, len(call.rows.source_B)
+        E, B = self.experts, call.rows.source_B.shape[0]
         entry_BxTxH = call.memo.setdefault("entry", call.args[0][::E])
         call.memo["calls"] = call.memo.get("calls", 0) + 1
         output = apply_side_by_side(call, params[EXPERTS], E)

@@ -118,7 +118,7 @@ def encode_tokens(
             )
         hidden = output.hidden
         if copies.of:
-            hidden = hidden.reshape(len(batch.tokens), -1, *hidden.shape[1:])
+            hidden = hidden.reshape(batch.tokens.shape[0], -1, *hidden.shape[1:])
 
         def of_texts(field: str, pool: Any) -> jax.Array | None:
             if field not in needs:

@@ -15,7 +15,7 @@ SHORT = {
     ("tasks/seq2seq.py", "choices"),
     ("training/workdir.py", "changed[:5]"),
     ("training/restore.py", "separate"),
-    ("inference/predict.py", "names"),
+    ("inference/answer_rows.py", "names"),
     ("pretrained/locate.py", "VOCABULARIES"),
     ("pretrained/tensor_files.py", "DTYPES"),
     ("data/splits.py", "NAMED"),

@@ -4,7 +4,8 @@ import pytest
 
 from mtl_jax import Source
 from mtl_jax.core.errors import UserError
-from mtl_jax.inference.predict import _row, predict
+from mtl_jax.inference.answer_rows import row_of
+from mtl_jax.inference.predict import predict
 
 ONE = Source(name="s", path="s.csv")
 PAIR = Source(name="p", path="p.csv", text="a", pair="b")
@@ -12,7 +13,7 @@ PAIR = Source(name="p", path="p.csv", text="a", pair="b")
 
 @pytest.mark.parametrize("words", [["Ann", "Smith"], ("Ann", "Smith")])
 def test_words_stand_for_the_text_of_a_tagged_source(words):
-    assert _row(ONE, words, 1, True).columns == _row(ONE, {"text": words}, 1, True).columns == {"text": ["Ann", "Smith"]}
+    assert row_of(ONE, words, 1, True).columns == row_of(ONE, {"text": words}, 1, True).columns == {"text": ["Ann", "Smith"]}
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_words_stand_for_the_text_of_a_tagged_source(words):
 )
 def test_what_is_no_text_is_named(source, value, as_words, message):
     with pytest.raises(UserError, match=f"^input 7: source '{source.name}' .*{message}"):
-        _row(source, value, 7, as_words)
+        row_of(source, value, 7, as_words)
 
 
 @pytest.mark.parametrize(("inputs", "what"), [("Ann", "a text"), ({"text": "Ann"}, "an object")])

@@ -243,7 +243,7 @@ class Adapted:
             if layer is None or inside_copy:
                 return next_call(*args, **kwargs)
             if rows is not None and layer.kind == WHOLE and layer.path in self.copied_layers:
-                args, kwargs = repeated((args, kwargs), rows.by_row[layer.path], len(rows.source_B), self.through)
+                args, kwargs = repeated((args, kwargs), rows.by_row[layer.path], rows.source_B.shape[0], self.through)
             call: Callable[..., Any] = next_call
             # A layer that is called again, as a shared one is, drops other numbers each time.
             call_key = key if key is None or not calls[layer.path] else jax.random.fold_in(key, calls[layer.path])

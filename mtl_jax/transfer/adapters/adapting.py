@@ -167,7 +167,7 @@ class OfSource(nn.Module):
 
     def __call__(self, input_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """The trunk's output; the arguments are those of the trunk."""
-        rows_B = jnp.full(len(input_ids), self.source)
+        rows_B = jnp.full(input_ids.shape[:1], self.source)
         output = self.adapted.apply({"params": self.variables["params"]}, input_ids, *args, source=rows_B, **kwargs)
         copy_of = dict(self.adapted.copy_of)
         if not copy_of:

@@ -103,7 +103,7 @@ class Prefix(Adapter):
 
         def longer(name: str) -> jax.Array:
             row_BxNxSxD = getattr(row, name)
-            prefix_BxPxNxD = self._rows(params[name], len(x_BxTxH), row_BxNxSxD.dtype)
+            prefix_BxPxNxD = self._rows(params[name], x_BxTxH.shape[0], row_BxNxSxD.dtype)
             return jnp.concatenate([prefix_BxPxNxD.swapaxes(1, 2), row_BxNxSxD], axis=2)
 
         visible = jnp.ones((*mask_BxTxS.shape[:-1], self.length), mask_BxTxS.dtype)
@@ -128,7 +128,7 @@ class Prefix(Adapter):
     def _fill(self, params: Params, call: Call) -> Any:
         """The map's output, with the prefix as keys and values, and 0 as query, for the P added tokens."""
         y_BxTx3H = call()
-        key, value = (self._rows(params[name], len(y_BxTx3H), y_BxTx3H.dtype) for name in ("key", "value"))
+        key, value = (self._rows(params[name], y_BxTx3H.shape[0], y_BxTx3H.dtype) for name in ("key", "value"))
         rows = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in (jnp.zeros_like(key), key, value)], axis=-1)
         return jnp.concatenate([rows, y_BxTx3H[:, self.length :]], axis=1)
 

@@ -87,7 +87,7 @@ class PromptTuning(Adapter):
         """The whole module on rows with S P more tokens in front; a trunk's output without them."""
         given = dict(zip(("input_ids", "attention_mask"), call.args, strict=False)) | dict(call.kwargs)
         ids_BxT = given["input_ids"]
-        rows, added = len(ids_BxT), self.examples * self.length
+        rows, added = ids_BxT.shape[0], self.examples * self.length
         mask_BxT, positions_BxT, types_BxT, segments_BxT = (
             given.get(name) for name in ("attention_mask", "position_ids", "token_type_ids", "segment_ids")
         )
@@ -117,7 +117,7 @@ class PromptTuning(Adapter):
     def _fill(self, prompt: jax.Array, call: Call) -> Any:
         """The vectors of the row's tokens, with the prompt of every example in front."""
         ids_BxT, *rest = call.args
-        prompt_BxPxE = jnp.broadcast_to(prompt, (len(ids_BxT), *prompt.shape[-2:]))
+        prompt_BxPxE = jnp.broadcast_to(prompt, (ids_BxT.shape[0], *prompt.shape[-2:]))
         front = jnp.tile(prompt_BxPxE, (1, self.examples, 1))
         added = front.shape[1]
         if not rest:

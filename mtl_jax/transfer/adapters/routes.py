@@ -145,7 +145,8 @@ def arguments_by_row(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         kwargs: Those by name.
     """
     flags: dict[str, tuple[bool, ...]] = {}
-    more = len(args[0]) + 1
+    rows = args[0].shape[0]  # len() of a program for any number of rows is no number
+    more = rows + 1
 
     def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.method_name == "__call__" and is_layer(context.module):
@@ -153,7 +154,7 @@ def arguments_by_row(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         return next_call(*args, **kwargs)
 
     leaves, structure = jax.tree.flatten((args, dict(kwargs)))
-    numbers = [number for number, is_array in enumerate(by_row(leaves, len(args[0]))) if is_array]
+    numbers = [number for number, is_array in enumerate(by_row(leaves, rows)) if is_array]
     longer = [jax.ShapeDtypeStruct((more, *leaves[number].shape[1:]), leaves[number].dtype) for number in numbers]
 
     def init(arrays: list[jax.Array]) -> Any:

@@ -27,6 +27,7 @@ from mtl_jax.data.split_texts import divide
 from mtl_jax.data.tokenize import RowError
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.inference.resumable_output import Journal
+from mtl_jax.inference.text_kinds import TextAnswer as TextAnswer
 from mtl_jax.inference.text_model import TextModel
 
 log = logging.getLogger(__name__)
@@ -55,22 +56,6 @@ class Plan(NamedTuple):
     unknown: list[int]
     refused: Mapping[int, str] = MappingProxyType({})
     remarks: Sequence[str] = ()
-
-
-class TextAnswer(NamedTuple):
-    """The answers to a text.
-
-    Attributes:
-        texts: num_return_sequences answers, the best first; for a text that was divided, the answers to its pieces joined by
-            spaces. A blank text has none.
-        scores: Their scores; for a text that was divided, the mean over its pieces. None where the model's output was not
-            finite; the answer is then empty.
-        ended: Whether all answers ended before the length limit.
-    """
-
-    texts: tuple[str, ...]
-    scores: tuple[float | None, ...]
-    ended: bool
 
 
 # A finished source in a journal.

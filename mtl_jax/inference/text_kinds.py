@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mtl_jax.core.errors import UserError
-
-if TYPE_CHECKING:  # imports jax
-    from mtl_jax.inference.generate_texts import TextAnswer
 
 
 class Kind(NamedTuple):
@@ -24,6 +21,22 @@ class Kind(NamedTuple):
     task: str
     field: str
     long: Literal["divide", "cut"]
+
+
+class TextAnswer(NamedTuple):
+    """The answers to a text.
+
+    Attributes:
+        texts: num_return_sequences answers, the best first; for a text that was divided, the answers to its pieces joined by
+            spaces. A blank text has none.
+        scores: Their scores; for a text that was divided, the mean over its pieces. None where the model's output was not
+            finite; the answer is then empty.
+        ended: Whether all answers ended before the length limit.
+    """
+
+    texts: tuple[str, ...]
+    scores: tuple[float | None, ...]
+    ended: bool
 
 
 TRANSLATE = Kind("translate", "translation", "translation", "divide")

@@ -165,6 +165,7 @@ def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> T
 
 def _of_decoder(checkpoint: Checkpoint, where: str, request: TextRequest) -> TextModel:
     """A decoder-only checkpoint, which answers prompts."""
+    assert isinstance(checkpoint.model, CausalModel)
     tokenizer, vocabulary = checkpoint.tokenizer, checkpoint.config.vocab_size
     special = conversations.special_tokens(tokenizer, request.chat, where)
 
@@ -174,8 +175,9 @@ def _of_decoder(checkpoint: Checkpoint, where: str, request: TextRequest) -> Tex
         if request.chat:
             texts = [conversations.rendered(tokenizer, conversations.of_text(text).prompt, where) for text in texts]
         start, none = 0 if request.chat else special.start, [""] * len(texts)
-        limits = {"max_length": max_length or NO_LIMIT, "target_length": 2}
-        encodings = conversations.encode(tokenizer, texts, none, end=special.end, start=start, **limits)
+        encodings = conversations.encode(
+            tokenizer, texts, none, end=special.end, start=start, max_length=max_length or NO_LIMIT, target_length=2
+        )
         return _within(list(encodings.tokens), tokenizer, vocabulary)
 
     start = {"decoder_start_token_id": 0}  # not read: a row begins with the last token of its prompt

@@ -6,9 +6,11 @@ FOLDER has sentences/ with TREC, the customer reviews, Subj, MPQA and MR. A run 
 classification of each of them, is trained for one step: rows of 64 tokens, 16 a batch, packed. ROWS different sentences of all
 of them are then answered in this process, by programs that are compiled already.
 
-predict: the texts in memory, one task after another. predict_file: a JSONL file, with the check of its lines and its journal;
-the tasks read a text in the same way, so the trunk runs once. load: the load average during the measurement. A load above the
-number of cores means that other processes used some of them; rows with different loads cannot be compared.
+predict: the texts in memory, one task after another. predict_file: a JSONL file, with the check of its lines, the hash of the
+model's parameters (once a call, whatever the rows) and the journal; the tasks read texts in the same way, so the trunk runs
+once.
+load: the load average during the measurement. A load above the number of cores means that other processes used some of them;
+rows with different loads cannot be compared.
 
 Results go to benchmarks/results/predict_file.json and .md.
 """

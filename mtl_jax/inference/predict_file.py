@@ -340,8 +340,8 @@ def _answers(
     return {"answers": objects, "errors": len(errors), "first": next(iter(errors), "")}
 
 
-def _chunks(request: Request, stream: BinaryIO | None) -> Iterator[tuple[int, list[_Line]]]:
-    lines = _lines(request, stream)
+def _chunks(request: Request, stream: BinaryIO | None, total: int) -> Iterator[tuple[int, list[_Line]]]:
+    lines = itertools.islice(_lines(request, stream), total)  # others were added since they were checked
     for number in itertools.count():
         chunk = list(itertools.islice(lines, request.chunk))
         if not chunk:
@@ -362,7 +362,7 @@ def _print(
 ) -> dict[str, int]:
     """Prints the answers, chunk by chunk."""
     errors = done = 0
-    for _, lines in _chunks(request, stream):
+    for _, lines in _chunks(request, stream, total):
         item = answers(lines)
         text_lines.print_lines(_texts(item))
         errors, done = errors + item["errors"], done + len(lines)
@@ -381,7 +381,7 @@ def _fill(
     stopped: Callable[[], bool],
 ) -> None:
     """Adds the chunks that a journal does not have."""
-    for number, lines in _chunks(request, stream):
+    for number, lines in _chunks(request, stream, total):
         if number in journal.done:
             continue
         journal.add(number, answers(lines))

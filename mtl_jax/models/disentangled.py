@@ -150,7 +150,7 @@ class DisentangledAttention(Attention):
         distances_1xUxH = self.drop_distances(distances_UxH, deterministic=deterministic)[None]
         T, scale = q_BxTxNxD.shape[1], self.factor
         _, ascending_R = distance_rows(self.span, self.longest_distance, T)
-        scores_BxNxTxT = jnp.zeros((len(q_BxTxNxD), self.num_heads, T, T), q_BxTxNxD.dtype)
+        scores_BxNxTxT = jnp.zeros((q_BxTxNxD.shape[0], self.num_heads, T, T), q_BxTxNxD.dtype)
         if self.content_to_position:
             project = self.key if self.shared_projections else self.position_key
             keys_xRxNxD = self._heads(project(distances_1xUxH))[:, ascending_R[::-1]]

@@ -282,7 +282,7 @@ class GroupedAttention(nn.Module):
         key, value = source
         if few:  # the queries of a group share each key, which is not copied for them
             q_BxTxNxD = q_BxTxNxD.reshape(*q_BxTxNxD.shape[:2], cfg.kv_heads, group, cfg.head_size).swapaxes(2, 3)
-            q_BxTxNxD = q_BxTxNxD.reshape(len(x_BxTxH), -1, cfg.kv_heads, cfg.head_size)
+            q_BxTxNxD = q_BxTxNxD.reshape(x_BxTxH.shape[0], -1, cfg.kv_heads, cfg.head_size)
             mask_BxTxS = jnp.repeat(mask_BxTxS, group, axis=1)
         elif group > 1:
             key, value = (jnp.repeat(part, group, axis=1) for part in source)

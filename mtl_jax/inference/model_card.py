@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tabulate
 
-from mtl_jax.audit import earlier_runs
+from mtl_jax.audit import at_start, earlier_runs
 from mtl_jax.audit.copies import KINDS
 from mtl_jax.core.errors import count
 from mtl_jax.data.source import Source
@@ -196,7 +196,7 @@ def _audit(run: TrainedRun, files: Files) -> list[str]:
             "Held-out rows of which training rows are copies: the same text; the same letters and digits; near copies.",
             _table(["training rows of", "held-out rows of", "split", "rows", *KINDS], rows),
         ]
-    elif files.audited:
+    elif files.audited and not _too_many(files):
         lines.append("No training row was found that is a copy of a held-out row.")
     else:
         lines.append("The run has no record of a search for training rows that are copies of held-out rows.")
@@ -213,6 +213,12 @@ def _audit(run: TrainedRun, files: Files) -> list[str]:
         places = ", ".join(f"{number:,} {kind}" for kind, number in types.items())
         lines.append(f"Texts of {name} were de-identified: {places or 'nothing was found'}.")
     return lines
+
+
+def _too_many(files: Files) -> bool:
+    """Whether the rows of a run may have been too many to be compared at its start."""
+    splits = [part for parts in files.data.get("sources", {}).values() for part in parts.values()]
+    return sum(part["examples"] for part in splits) > at_start.MOST_ROWS
 
 
 def _training(run: TrainedRun, files: Files, base: Base) -> list[str]:

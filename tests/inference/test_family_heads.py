@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,12 @@ import tiny_seq2seq
 from safetensors.numpy import load_file
 
 from mtl_jax import (
+    Checkpoints,
     Classification,
     Embedding,
     Evaluation,
     InitFrom,
+    Lora,
     Multilabel,
     Phase,
     Pretrained,
@@ -28,14 +32,17 @@ from mtl_jax import (
 )
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
-from mtl_jax.inference import card_snippets, export, front_matter
+from mtl_jax.inference import card_snippets, export, front_matter, peft_export
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import TrainedRun, open_run, predict
 from mtl_jax.models.trunk_output import segment_first
 from mtl_jax.training import init_from
 from mtl_jax.training.setup import prepare
+from mtl_jax.transfer.adapters import load_peft
+from mtl_jax.trunks import base as trunks
 
 TEXTS = ["the film is great", "who is the man ?"]
+QUICKLY = {"xla_backend_optimization_level": 0}
 CARD = "---\nlicense: mit\nlanguage:\n- en\nbase_model: someone/tiny\n---\n\n# A BERT\n"
 
 
@@ -58,6 +65,7 @@ def experiment(tmp_path_factory):
             Multilabel(name="topics", source="topics", column="topics", head="family"),
         ),
         phases=(Phase("heads", steps=1, rules=tiny.HEADS_ONLY), Phase("everything", steps=1)),
+        checkpoints=Checkpoints(every=2, keep=1),
         evaluation=Evaluation(baseline="none"),
     )
 
@@ -102,7 +110,9 @@ def test_what_is_written_says_what_the_run_says(run, written):
     checkpoint = pretrained.load(str(written))
     assert (checkpoint.head, checkpoint.unused, checkpoint.initialized) == ("sequence_classification", (), ())
     inputs = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="np")
-    logits = np.asarray(jax.jit(checkpoint.model.apply)({"params": checkpoint.params}, **inputs).logits)
+    logits = np.asarray(
+        jax.jit(checkpoint.model.apply, compiler_options=QUICKLY)({"params": checkpoint.params}, **inputs).logits
+    )
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     for line, row in zip(predict(run, "fine", TEXTS), probabilities, strict=True):
         assert checkpoint.labels[row.argmax()] == line["label"]
@@ -192,6 +202,38 @@ def test_the_code_of_every_kind(experiment, tmp_path, capsys):
         expected |= {line["label"]: line["probability"]} if task == "fine" else {}
         for label, value in expected.items():
             assert scores[label] == pytest.approx(value, abs=1e-5)
+
+
+def test_adapters_go_out_to_peft_with_the_head(prepared, tmp_path):
+    """A pooler that has trained is stored, too; a classifier of several layers is one module there."""
+    trunk = trunks.adapt(prepared.trunk, [Lora(name="lora", rank=2)], 3)
+    params = {**prepared.params, "trunk": trunks.init_params(trunk, jax.random.key(0))}
+    begun = TrainedRun(prepared.experiment, prepared.corpus.tasks, trunk, params, 1, None)
+    hint = peft_export.write(begun, "run", tmp_path / "peft", begun.task("rating"), overwrite=False)
+    assert "AutoModelForSequenceClassification of" in hint
+    assert "num_labels=1" in hint
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["task_type"]) == (["bert.pooler.dense", "classifier"], "SEQ_CLS")
+    base = pretrained.load(prepared.experiment.trunk.path, head="sequence_classification", labels=1)
+    loaded = load_peft(tmp_path / "peft", base).params
+    kernel = params["heads"]["rating"]["head"]["classifier"]["kernel"]
+    np.testing.assert_array_equal(loaded["head"]["classifier"]["kernel"], kernel * 2.0)
+
+
+def test_the_code_for_several_labels_without_the_family(prepared, run, tmp_path, monkeypatch, capsys):
+    task = dataclasses.replace(prepared.corpus.tasks[2], head="", classifier=None)
+    params = {**prepared.params, "heads": {"topics": task.init(jax.random.key(0), tiny.HIDDEN)}}
+    begun = TrainedRun(prepared.experiment, (task,), prepared.trunk, params, 1, None)
+    monkeypatch.setattr(export, "open_run", lambda folder: begun)
+    assert "no class for the head of topics: open" in convert(run, tmp_path / "out", task="topics")
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == list(task.labels)
+    assert "id2label" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "pipeline_tag" not in (tmp_path / "out" / "README.md").read_text().partition("---\n#")[0]
+    model = types.SimpleNamespace(encode=lambda texts: np.zeros((len(texts), len(task.labels))))
+    library = types.SimpleNamespace(SentenceTransformer=lambda folder: model)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    exec(code_of(tmp_path / "out"), {})
+    assert eval(capsys.readouterr().out.splitlines()[-1]) == dict.fromkeys(task.labels, 0.5)
 
 
 def test_the_first_token_of_every_segment():

@@ -86,6 +86,17 @@ def test_an_exported_run_generates_the_same(run, tmp_path):
     assert text == mtl_jax.predict(workdir, "answer", ["good film"])[0]["text"]
 
 
+@pytest.mark.long
+def test_the_code_in_the_card_of_an_exported_run(run, tmp_path, capsys):
+    pytest.importorskip("torch")
+    mtl_jax.convert(run[0], tmp_path / "out", task="answer")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-generation" in text
+    code = text.split("```python\n")[1].split("```")[0].replace("path/of/this/directory", str(tmp_path / "out"))
+    exec(code.replace("a prompt", "good film"), {})
+    assert mtl_jax.predict(run[0], "answer", ["good film"])[0]["text"] in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["answer", "chat"])
 def test_a_token_learns_the_one_after_it_in_the_answer_alone(prepared, name):
     task = next(task for task in prepared.corpus.tasks if task.name == name)

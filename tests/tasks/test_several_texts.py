@@ -125,6 +125,7 @@ def test_the_export(several, exported, tmp_path):
     assert [module["type"].rpartition(".")[2] for module in modules] == ["Transformer", "Pooling", "Normalize"]
     assert json.loads((exported / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]
     assert json.loads((exported / "sentence_bert_config.json").read_text())["max_seq_length"] == 8
+    assert "pipeline_tag: sentence-similarity" in (exported / "README.md").read_text()
     with pytest.raises(UserError, match="only heads of"):
         convert(several[1], tmp_path / "other", task="order")
 

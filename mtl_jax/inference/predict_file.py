@@ -229,7 +229,7 @@ def _value(request: Request, line: _Line) -> str | dict[str, Any]:
 
 
 def _checked(request: Request, stream: BinaryIO | None, readings: Sequence[Reading]) -> tuple[int, str]:
-    """Checks every input; returns their number and their SHA-256.
+    """Checks every input; returns their number, and the SHA-256 of how they are read and what they are.
 
     Raises:
         UserError: An input cannot be read.
@@ -241,7 +241,7 @@ def _checked(request: Request, stream: BinaryIO | None, readings: Sequence[Readi
             _row(request, reading, value, number)
         if request.field:
             _check_fields(request, value, number)
-        digest.update(f"{line.text}\n".encode("utf-8", "surrogatepass"))
+        digest.update(f"{'object' if line.is_object else 'text'} {line.text}\n".encode("utf-8", "surrogatepass"))
     return number, digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Predictions of a file: those of predict, in order, resumable to the byte."""
 
+import dataclasses
 import io
 import json
 import signal
@@ -68,6 +69,18 @@ def test_a_text_in_each_line_from_a_pipe(model, monkeypatch, capsysbinary):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode("utf-8-sig"))))
     assert answer_file(model, Request(("fine",), ("the man",), "-", chunk=2), "-") == {"rows": 4, "errors": 1}
     same([json.loads(line) for line in capsysbinary.readouterr().out.splitlines()], model.predict("fine", ["the man", *texts]))
+
+
+def test_texts_with_a_row_each_are_cut_together(model, tmp_path):
+    """Batches of short texts have short rows, and the answers are those of packed rows."""
+    experiment = dataclasses.replace(
+        model.run.experiment, batch=dataclasses.replace(model.run.experiment.batch, packed=False, rows=4)
+    )
+    alone = model._replace(run=model.run._replace(experiment=experiment))
+    assert of_file._buckets(alone, experiment.batch) == (16,)
+    (tmp_path / "in.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    assert predict_file(alone, "fine", tmp_path / "in.txt", tmp_path / "out.jsonl", chunk=4) == {"rows": 7, "errors": 1}
+    same(lines(tmp_path / "out.jsonl"), model.predict("fine", WORDS))
 
 
 def test_what_was_stopped_resumes_with_the_same_settings_only(model, file, tmp_path, monkeypatch):

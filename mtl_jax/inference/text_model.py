@@ -164,6 +164,7 @@ def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> T
 
 def _of_decoder(checkpoint: Checkpoint, where: str, request: TextRequest) -> TextModel:
     """A decoder-only checkpoint, which answers prompts."""
+    assert isinstance(checkpoint.model, CausalModel)
     tokenizer, vocabulary = checkpoint.tokenizer, checkpoint.config.vocab_size
     special = conversations.special_tokens(tokenizer, request.chat, where)
     start = {"decoder_start_token_id": 0}  # not read: a row begins with the last token of its prompt

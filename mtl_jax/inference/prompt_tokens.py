@@ -29,7 +29,7 @@ def of_checkpoint(tokenizer: Any, vocab_size: int, special: SpecialTokens, chat:
         where: The checkpoint's name, for errors.
 
     Returns:
-        (texts, most tokens or None) -> i32[length] token ids of each; a longer prompt loses its beginning, but no special token.
+        (texts, most tokens or None) -> i32[length] token ids of each; a longer one loses its beginning, but no special token.
         Raises RowError for texts with a token that the model has no row for.
     """
 

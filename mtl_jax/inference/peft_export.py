@@ -48,7 +48,7 @@ def write(run: TrainedRun, source: str, target: str | Path, task: Task | None, o
     checkpoint = checkpoint_of(run, source, task)
     base = run.experiment.trunk.path  # type: ignore[attr-defined]
     save_peft(target, checkpoint, base=base, head=isinstance(task, Tagging | Span), overwrite=overwrite)
-    first = f" {base} is written as a directory by mtl-jax convert." if base.startswith("pip:") else ""
+    first = f" {base} is written as a directory by mtl-jax convert." if base.startswith(("pip:", "gguf:")) else ""
     without = ""
     if isinstance(task, Classification | Regression | Contrastive):
         without = f" PEFT has no form for the head of {task.name}, which reads the mean of the tokens: it is not in it."

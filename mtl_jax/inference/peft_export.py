@@ -52,7 +52,7 @@ def write(run: TrainedRun, source: str, target: str | Path, task: Task | None, o
     classifier = task if isinstance(task, TextTask) and task.classifier is not None else None
     whole = classifier is not None or isinstance(task, Tagging | Span)
     save_peft(target, checkpoint, base=base, head=whole, overwrite=overwrite)
-    first = f" {base} is written as a directory by mtl-jax convert." if base.startswith("pip:") else ""
+    first = f" {base} is written as a directory by mtl-jax convert." if base.startswith(("pip:", "gguf:")) else ""
     without = ""
     if isinstance(task, TextTask | Contrastive) and classifier is None:
         without = f" PEFT has no form for the head of {task.name}, which reads the mean of the tokens: it is not in it."

@@ -18,10 +18,9 @@ from mtl_jax import decoding, pretrained
 from mtl_jax.core import digests
 from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.data import conversations, coverage
-from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.targets import decoder as decoder
-from mtl_jax.data.tokenize import RowError
-from mtl_jax.inference.text_kinds import GENERATE
+from mtl_jax.inference import prompt_tokens
+from mtl_jax.inference.prompt_tokens import NO_LIMIT
 from mtl_jax.models.causal_model import CausalModel
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, language_codes, locate
@@ -35,7 +34,7 @@ from mtl_jax.training.restore import TrainedRun, open_run
 from mtl_jax.training.text_evaluation import generation_config
 from mtl_jax.transfer.adapters import as_module
 
-NO_LIMIT = 10**9  # tokens; tokenizers without a limit report 10**30
+GENERATION = "generation"  # the task of text_kinds.GENERATE
 
 
 class TextModel(NamedTuple):
@@ -120,8 +119,8 @@ def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) ->
     kind = head_kind(family.heads, raw, f"{path}/config.json")
     architectures = raw.get("architectures") or [f"{raw['model_type']} without a head"]
     if kind == "causal_lm":
-        if request.task != GENERATE.task:
-            raise UserError(f"{path}: {brief(architectures[0])[1:-1]} answers prompts: use mtl-jax {GENERATE.name}")
+        if request.task != GENERATION:
+            raise UserError(f"{path}: {brief(architectures[0])[1:-1]} answers prompts: use mtl-jax generate")
     elif kind != "seq2seq_lm":
         needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(model_types)}"
         raise UserError(f"{path}: {brief(architectures[0])[1:-1]} cannot generate texts; {needed} is needed")
@@ -140,7 +139,7 @@ def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> T
         UserError: It has no LM head, is decoder-only and the task is not generation, has no tokenizer or chat template, or does
             not know the languages.
     """
-    if isinstance(checkpoint.model, CausalModel) and checkpoint.head == "causal_lm" and request.task == GENERATE.task:
+    if isinstance(checkpoint.model, CausalModel) and checkpoint.head == "causal_lm" and request.task == GENERATION:
         return _of_decoder(checkpoint, where, request)
     if not isinstance(checkpoint.model, Seq2Seq):
         raise UserError(f"{where}: this checkpoint cannot generate texts; an encoder-decoder with an LM head is needed")
@@ -168,25 +167,13 @@ def _of_decoder(checkpoint: Checkpoint, where: str, request: TextRequest) -> Tex
     assert isinstance(checkpoint.model, CausalModel)
     tokenizer, vocabulary = checkpoint.tokenizer, checkpoint.config.vocab_size
     special = conversations.special_tokens(tokenizer, request.chat, where)
-
-    def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
-        if not texts:
-            return []
-        if request.chat:
-            texts = [conversations.rendered(tokenizer, conversations.of_text(text).prompt, where) for text in texts]
-        start, none = 0 if request.chat else special.start, [""] * len(texts)
-        encodings = conversations.encode(
-            tokenizer, texts, none, end=special.end, start=start, max_length=max_length or NO_LIMIT, target_length=2
-        )
-        return _within(list(encodings.tokens), tokenizer, vocabulary)
-
     start = {"decoder_start_token_id": 0}  # not read: a row begins with the last token of its prompt
     ends = decoding.resolve(checkpoint.raw, checkpoint.location, **start).eos_token_id
     limits = (checkpoint.config.max_length, tokenizer.model_max_length)
     return TextModel(
         model=checkpoint.model,
         params=checkpoint.params,
-        encode=encode,
+        encode=prompt_tokens.of_checkpoint(tokenizer, vocabulary, special, request.chat, where),
         decode=decoder(tokenizer),
         raw=checkpoint.raw,
         location=checkpoint.location,
@@ -232,7 +219,7 @@ def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") 
     return TextModel(
         model=model,
         params=params,
-        encode=prompt_encoder(run, task)
+        encode=prompt_tokens.of_run(run, task)
         if isinstance(task, CausalLM)
         else encoder(language_codes.marked(tokenizer, *task.languages), module.config.vocab_size),
         decode=decoder(tokenizer),
@@ -261,32 +248,7 @@ def encoder(tokenizer: Any, vocab_size: int) -> Callable[[Sequence[str], int | N
         with foreign("the tokenizer cannot read the texts; its files are damaged or not a tokenizer's"):
             encoded = tokenizer(list(texts), return_attention_mask=False, verbose=False, **cut)["input_ids"]
             arrays = [np.array(ids, np.int32) for ids in encoded]
-        return _within(arrays, tokenizer, vocab_size)
-
-    return encode
-
-
-def _within(arrays: list[np.ndarray], tokenizer: Any, vocab_size: int) -> list[np.ndarray]:
-    """The token ids, all of which have a row in a table of this size; raises RowError otherwise."""
-    if refused := coverage.out_of_range(arrays, vocab_size):
-        token = next(iter(refused.values()))
-        raise RowError([*refused], coverage.missing_row_reason(tokenizer, token, vocab_size, "the model's token table"))
-    return arrays
-
-
-def prompt_encoder(run: TrainedRun, task: CausalLM) -> Callable[[Sequence[str], int | None], list[np.ndarray]]:
-    """The function TextModel.encode for a causal LM: texts are what the task's source has in its text column.
-
-    Args:
-        run: The run.
-        task: Its task.
-    """
-    source, length = run.source(task.name), run.experiment.batch.row_length
-
-    def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
-        rows = [Row({source.text: text}, f"text {number}") for number, text in enumerate(texts, start=1)]
-        encodings = task.encode_rows(rows, source, run.trunk.tokenizer, min(max_length or length, length))
-        return _within(list(encodings.tokens), run.trunk.tokenizer, task.vocabulary)
+        return prompt_tokens.within_table(arrays, tokenizer, vocab_size)
 
     return encode
 

@@ -102,7 +102,8 @@ def _located(name: str, sha256: str, cache: Path) -> Path:
         if folder.exists():
             log.warning("%s: its files are not those that were written; it is made anew", folder)
         if name in MODELS:
-            check_room(folder.parent, MODELS[name].size)
+            with writing(folder, advice):
+                check_room(folder.parent, MODELS[name].size)
             print(f"converting {name} into {folder}; for its use hold {MODELS[name].terms}", file=sys.stderr, flush=True)
         with staged(folder) as staging:
             file = _joined(name, parts, staging) if parts else Path(name)

@@ -179,7 +179,7 @@ def gemma_tokenizer(fields: Fields) -> Any:
     bos, eos, unknown_token, padding = (tokens[number] for number in ids)
     tokenizer = GemmaTokenizer(
         vocab={token: number for number, token in enumerate(tokens)},
-        merges=merges(tokens),  # type: ignore[arg-type]  # transformers itself wants pairs
+        merges=merges(tokens),  # type: ignore[arg-type]  # pairs are taken, too
         bos_token=bos,
         eos_token=eos,
         unk_token=unknown_token,

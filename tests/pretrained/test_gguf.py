@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtl_jax import pretrained
+from mtl_jax import decoding, pretrained
 from mtl_jax.core import assets, trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.pretrained import gguf_cache, gguf_conversion
@@ -176,3 +176,17 @@ def test_no_file_no_gguf_no_package(cache, tmp_path, monkeypatch):
 
 def test_merges_come_in_the_order_of_what_they_make():
     assert gguf_conversion.merges(["a", "b", "ab", "abb", "bb"]) == [("a", "b"), ("ab", "b"), ("a", "bb"), ("b", "b")]
+
+
+@pytest.mark.long
+def test_the_real_gemma(monkeypatch):
+    """Where it is in the cache, it goes on as transformers does with the same directory."""
+    monkeypatch.setenv("MTL_JAX_OFFLINE", "1")
+    try:
+        checkpoint = pretrained.load("gguf:gemma3-270m")
+    except UserError as error:
+        pytest.skip(str(error))
+    assert sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params)) == 268_098_176
+    ids = np.array([checkpoint.tokenizer("Once upon a time, there was a little girl who")["input_ids"]])
+    tokens, _ = decoding.generate(checkpoint, ids, np.ones_like(ids), max_new_tokens=7)
+    assert checkpoint.tokenizer.decode(tokens[0, ids.shape[1] :]) == " loved to play with her dolls."

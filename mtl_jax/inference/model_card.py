@@ -246,13 +246,14 @@ def _training(run: TrainedRun, files: Files, base: Base) -> list[str]:
     ]
     facts += [f"adapter {adapter.name} ({type(adapter).__name__})" for adapter in experiment.adapters]
     facts += [] if experiment.averaging == "none" else [f"averaging {experiment.averaging}"]
-    facts += [f"seed {experiment.seed}"]
+    facts += [] if _hides(run) else [f"seed {experiment.seed}"]  # from which the noise of private training follows
     dev = "" if run.dev is None else f", the best by the dev criterion {experiment.evaluation.criterion}"
     facts += [f"parameters of step {run.step:,}{dev}"]
     names = [name for name in ("mtl_jax", "jax", "flax", "optax") if name in files.versions]
     versions = ", ".join(f"{name} {files.versions[name]}" for name in names)
     devices = f" on {files.versions['devices']}" if "devices" in files.versions else ""
-    lines = [began, "" if merged else _table(["phase", "steps", "learning rate"], phases), f"{'; '.join(facts)}."]
+    trained = [_table(["phase", "steps", "learning rate"], phases), f"{'; '.join(facts)}."]
+    lines = [began, *([] if merged else trained)]
     lines.append(f"Versions: {versions}{devices}." if versions else "")
     return [*lines, _privacy(results)]
 

@@ -177,6 +177,7 @@ def test_the_card_of_a_private_run_says_nothing_of_its_rows(run, tmp_path, monke
     data = json.loads((run / "data.json").read_text())
     assert not any(part["sha256"] in card for of_source in data["sources"].values() for part in of_source.values())
     assert "## Audit" not in card
+    assert "seed" not in card
     assert "examples" not in card.partition("## How it was trained")[0].partition("## What was trained")[2]
 
 

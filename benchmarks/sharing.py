@@ -30,7 +30,7 @@ from mtl_jax.core.versions import installed
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training import setup
+from mtl_jax.training import phase_state, setup
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer.adapters import ADAPTERS, is_own
@@ -109,7 +109,7 @@ def _measure(experiment: Experiment, repeats: int) -> dict[str, Any]:
     inputs = StepInputs(meshes.place(next(batches), meshes.by_rows(prepared.mesh)))
     batches.close()
     step = jitted_step(prepared, plan)
-    lowered = step.lower(setup.template(prepared, 0, 0), inputs)
+    lowered = step.lower(phase_state.template(prepared, 0, 0), inputs)
     added = trees.flat(prepared.params["trunk"].get(ADAPTERS, {}))
     own = sum(leaf.size for path, leaf in added.items() if is_own(path)) / TASKS
     result = {
@@ -119,7 +119,7 @@ def _measure(experiment: Experiment, repeats: int) -> dict[str, Any]:
         "copies": trunks.copies(prepared.trunk),
     }
     if repeats:
-        compiled, state, seconds = lowered.compile(), setup.initial_state(prepared), []
+        compiled, state, seconds = lowered.compile(), phase_state.initial_state(prepared), []
         for _ in range(repeats + 1):
             started = time.monotonic()
             state, metrics = compiled(state, inputs)

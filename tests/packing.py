@@ -12,7 +12,8 @@ from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.gradient import StepGradients, make_backward
-from mtl_jax.training.setup import Prepared, initial_state
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.step import make_gradient_fn
 from mtl_jax.training.train_state import StepInputs
 

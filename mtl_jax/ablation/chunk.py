@@ -38,8 +38,9 @@ from mtl_jax.training.metrics_log import Logger
 from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
 from mtl_jax.training.phase_plan import PhasePlan, with_numbers_of
 from mtl_jax.training.preemption import Stop
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.references import References
-from mtl_jax.training.setup import Prepared, mixture_phases
+from mtl_jax.training.setup import mixture_phases
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The stacked state of a chunk of runs: before the first step, at the start of a later phase, and its shapes.
 
-As the states of training.setup, with an axis over runs.
+As the states of training.phase_state, with an axis over runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def initial_state(machine: Machine, values: Numbers, params_of: Mapping[int, Any
 
 
 def start_phase(machine: Machine, values: Numbers, plan: PhasePlan, state: Together) -> Together:
-    """The state at the start of a later phase; see training.setup.start_phase().
+    """The state at the start of a later phase; see training.phase_state.start_phase().
 
     Args:
         machine: As for initial_state; so are values.

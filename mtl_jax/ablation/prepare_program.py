@@ -17,9 +17,10 @@ from mtl_jax.ablation.programs import Machine
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import data_seed_of
-from mtl_jax.training import initial_parameters, setup
+from mtl_jax.training import initial_parameters
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training.setup import Prepared, mixture_phases, prepare, with_seed
+from mtl_jax.training.prepared import Prepared, on_mesh
+from mtl_jax.training.setup import mixture_phases, prepare, with_seed
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def make_ready(program: Program, at_once: int = 0, memory: float = 0.0, size: in
     most = max(len(group) for group in groups.values())
     rows, devices = (program.template.batch.rows, program.template.devices) if trains else (0, 0)
     mesh = meshes.make_for_runs(rows, min(most, at_once or most), devices, size)
-    prepared = setup.on_mesh(prepared, mesh)
+    prepared = on_mesh(prepared, mesh)
     params, loaded = {}, {}
     for seed in sorted({run.experiment.seed for run in program.runs}):
         seeded, loaded[seed], lines = initial_parameters.load(with_seed(prepared, seed))

@@ -22,7 +22,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import cached_for, encode_tokens, needed_fields, text_vector
 from mtl_jax.training.phase_plan import PhasePlan, with_numbers_of
-from mtl_jax.training.setup import Prepared, held_out_batches
+from mtl_jax.training.prepared import Prepared, held_out_batches
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging

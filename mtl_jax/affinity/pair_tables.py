@@ -27,7 +27,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.metrics_log import read_metrics
-from mtl_jax.training.setup import Prepared
+from mtl_jax.training.prepared import Prepared
 
 log = logging.getLogger(__name__)
 

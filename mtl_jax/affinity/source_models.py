@@ -23,8 +23,8 @@ from mtl_jax.data.batches import Batch, Batching, eval_batches
 from mtl_jax.data.examples import Examples
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.restore import open_finished
-from mtl_jax.training.setup import Prepared
 from mtl_jax.transfer.divergences import SOFTMAX
 from mtl_jax.transfer.penalties import squared_gradients
 

@@ -24,7 +24,8 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import init_from
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, encode_tokens
-from mtl_jax.training.setup import Prepared, prepare
+from mtl_jax.training.prepared import Prepared
+from mtl_jax.training.setup import prepare
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted
 
 FIELDS = ("pooled", "tokens", "first")  # of Encoded

@@ -22,12 +22,12 @@ from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.planning import program_cost
 from mtl_jax.planning.program_cost import ProgramCost
 from mtl_jax.planning.topologies import Topology, topology
-from mtl_jax.training import held_out, setup
+from mtl_jax.training import held_out, phase_state, setup
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.phase_plan import PhasePlan
+from mtl_jax.training.prepared import Prepared, features_shape, on_mesh
 from mtl_jax.training.references import References
-from mtl_jax.training.setup import Prepared
 from mtl_jax.training.sharding import bytes_of, decide
 from mtl_jax.training.train_state import StepInputs, TrainState
 
@@ -175,9 +175,9 @@ def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0, shard
 
 def _on(item: Topology, prepared: Prepared, inputs: Any) -> Plan:
     """The plan for a topology."""
-    experiment, needed = prepared.experiment, setup.bytes_if_replicated(prepared)
+    experiment, needed = prepared.experiment, phase_state.bytes_if_replicated(prepared)
     cut, note = decide(experiment.sharding, needed, len(item.devices), item.chip.memory)
-    elsewhere = setup.on_mesh(prepared, _mesh(item))._replace(cut=cut)
+    elsewhere = on_mesh(prepared, _mesh(item))._replace(cut=cut)
     phases = [_phase(elsewhere, phase, item, inputs) for phase in prepared.plans]
     tokens, sharding = int(np.prod(inputs.tokens.shape)), "fsdp" if cut else "replicated"
     return Plan(item, experiment.batch.rows, tokens, experiment.dtype, phases, sharding, note, experiment.remat)
@@ -234,11 +234,11 @@ def _arguments(prepared: Prepared, plan: PhasePlan, batch: Any) -> tuple[TrainSt
     measured = held_out.host_batches(prepared.held_out, corpus.tasks, batching, corpus.has_types, meshes.shards(prepared.mesh))
     inputs = StepInputs(
         _shapes(batch, meshes.by_rows(prepared.mesh)),
-        _shapes(setup.features_shape(prepared, plan), replicated),
+        _shapes(features_shape(prepared, plan), replicated),
         prepared.placement.shapes(References(prepared, Path()).shapes(plan)),
         _shapes(measured, meshes.by_rows(prepared.mesh, axis=1)),
     )
-    return setup.template(prepared, plan.number, plan.start), inputs
+    return phase_state.template(prepared, plan.number, plan.start), inputs
 
 
 def _flops(compiled: Any, prepared: Prepared, plan: PhasePlan, batch: Any) -> float:

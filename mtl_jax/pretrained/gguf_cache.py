@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mtl_jax.core import assets, digests, locks
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import check_regular, check_room, exists, expanded, shown, write_json, writing
 from mtl_jax.core.staging import staged
 from mtl_jax.pretrained import gguf_conversion, gguf_files
@@ -78,7 +78,7 @@ def locate(path: str) -> Path:
         return _located(name, MODELS[name].sha256, assets.cache_dir())
     file = expanded(name)
     if not exists(file):
-        raise UserError(f"{shown(path)}: no such file; models that pip can fetch are {', '.join(MODELS)}")
+        raise UserError(f"{shown(path)}: no such file; models that pip can fetch are {listed(MODELS)}")
     check_regular(file)
     with _reading(file):
         sha256 = digests.of_file(file)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.core.errors import UserError, listed
+from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.core.files import reason
 from mtl_jax.pretrained import families, placing
 from mtl_jax.pretrained.family import Fields
@@ -174,7 +174,9 @@ def gemma_tokenizer(fields: Fields) -> Any:
     tokens = [token if token.strip() else token.replace(" ", "▁") for token in spelled]
     kinds = _list(fields, "tokenizer.ggml.token_type", int)
     if len(kinds) != len(tokens):
-        raise UserError(f"{fields.where}: tokenizer.ggml.token_type has {len(kinds)} entries, for {len(tokens)} tokens")
+        raise UserError(
+            f"{fields.where}: tokenizer.ggml.token_type has {len(kinds)} entries, for {count(len(tokens), 'token')}"
+        )
     ids = (fields.integer(f"tokenizer.ggml.{name}_token_id", minimum=0) for name in ("bos", "eos", "unknown", "padding"))
     bos, eos, unknown_token, padding = (tokens[number] for number in ids)
     tokenizer = GemmaTokenizer(

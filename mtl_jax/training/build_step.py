@@ -12,14 +12,14 @@ from mtl_jax.augment.mixes import Mix, NeighbourSmoothing
 from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.experiment import weighs_heads
 from mtl_jax.tasks import Task
-from mtl_jax.training import batch_parts, gradient, gram_gradient, held_out, setup, task_gradients
+from mtl_jax.training import batch_parts, gradient, gram_gradient, held_out, phase_state, task_gradients
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, HeadInputs, cached_for, encode_tokens, needed_fields
 from mtl_jax.training.gradient import NO_REGULARISERS, BackwardFn, GradientFn, OutputRegularisers
 from mtl_jax.training.phase_plan import PhasePlan, needs_task_gradients
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.private_gradient import row_by_row
 from mtl_jax.training.regularisation import mixing, output_losses, transforms
-from mtl_jax.training.setup import Prepared
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.transfer import averaging
 from mtl_jax.transfer.regularisers import Distillation
@@ -65,7 +65,7 @@ def jitted_step(prepared: Prepared, plan: PhasePlan) -> Any:
     whole = meshes.replicated(prepared.mesh)
     if not prepared.cut:
         return jax.jit(step, donate_argnums=0, out_shardings=whole)
-    shapes = setup.template(prepared, plan.number, plan.start)
+    shapes = phase_state.template(prepared, plan.number, plan.start)
     return jax.jit(step, donate_argnums=0, out_shardings=(prepared.placement.of(shapes), whole))
 
 

@@ -16,8 +16,10 @@ from mtl_jax.data.stream import stream
 from mtl_jax.experiment import Experiment, data_seed_of
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import jitted_step
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.prepared import features_shape, held_out_batches
 from mtl_jax.training.references import References
-from mtl_jax.training.setup import features_shape, held_out_batches, initial_state, mixture_phases, prepare
+from mtl_jax.training.setup import mixture_phases, prepare
 from mtl_jax.training.train_state import StepInputs
 
 log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from mtl_jax.training import evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import encode_tokens, text_vector
 from mtl_jax.training.preemption import Stop
-from mtl_jax.training.setup import Prepared
+from mtl_jax.training.prepared import Prepared
 
 log = logging.getLogger(__name__)
 

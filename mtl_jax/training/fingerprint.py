@@ -22,7 +22,7 @@ from mtl_jax.pretrained.tensor_files import Location
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.experiment_json import tasks_to_json
 from mtl_jax.training.hosts import Facts
-from mtl_jax.training.setup import Prepared
+from mtl_jax.training.prepared import Prepared
 
 # Flags of jax that change numbers or programs. Other flags, such as the folders of caches and logs, may differ.
 FLAGS = (

@@ -17,7 +17,7 @@ from mtl_jax.models.trunk_output import token_table
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.sharing.base import Hard
 from mtl_jax.training import restore
-from mtl_jax.training.setup import Prepared
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.transfer import loading
 from mtl_jax.transfer.adapters import ADAPTERS
 from mtl_jax.transfer.adapters.base import RUN

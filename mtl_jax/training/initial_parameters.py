@@ -17,8 +17,8 @@ from mtl_jax.core.errors import UserError, count
 from mtl_jax.experiment import Experiment
 from mtl_jax.sharing.base import NAME, Sharing, TrainedTrunk
 from mtl_jax.training import init_from, restore
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.restore import TrainedRun
-from mtl_jax.training.setup import Prepared
 from mtl_jax.transfer.adapters import ADAPTERS
 
 SHARING_RECORD = "sharing.json"

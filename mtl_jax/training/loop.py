@@ -33,9 +33,11 @@ from mtl_jax.training.features import Features
 from mtl_jax.training.forward import cached_for, encode_tokens, needed_fields
 from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
 from mtl_jax.training.phase_plan import PhasePlan
+from mtl_jax.training.phase_state import initial_state, start_phase, template
 from mtl_jax.training.preemption import Stop
+from mtl_jax.training.prepared import Prepared, held_out_batches
 from mtl_jax.training.references import References, chosen_rows
-from mtl_jax.training.setup import Prepared, held_out_batches, initial_state, mixture_phases, start_phase, template
+from mtl_jax.training.setup import mixture_phases
 from mtl_jax.training.sharing_usage import make_usage, usage_record
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer import averaging

@@ -22,9 +22,9 @@ from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.pretrained.saving import Saved, write_safetensors
 from mtl_jax.pretrained.tensor_files import open_safetensors
 from mtl_jax.training.phase_plan import PhasePlan
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.regularisation import fisher, pseudo_rows
 from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, references_of, start_of, teacher_of
-from mtl_jax.training.setup import Prepared
 from mtl_jax.training.train_state import TrainState
 from mtl_jax.transfer.regularisers import EWC, Distillation, Regulariser
 from mtl_jax.transfer.unlabelled import SelfTraining

@@ -1,102 +1,42 @@
-"""From an experiment to a run before its first step, with every check of its input; and its states. Writes nothing."""
+"""From an experiment to a run before its first step, with every check of its input. Writes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from mtl_jax import trunks
 from mtl_jax.audit import at_start, earlier_runs
-from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, made_rows, stream
-from mtl_jax.data.batches import Batch
 from mtl_jax.data.corpus import Corpus
-from mtl_jax.data.examples import Examples
-from mtl_jax.data.mixture_schedule import ScheduleSequence
-from mtl_jax.data.poisson import PoissonSchedule
 from mtl_jax.data.stream import MixturePhase
 from mtl_jax.experiment import Experiment, check, data_seed_of, select, unlabelled_sources
 from mtl_jax.models import kernels
 from mtl_jax.tasks import Task, label_names
 from mtl_jax.tasks.text_head import TextTask
-from mtl_jax.training import gram_gradient, held_out, phase_plan, privacy, private_gradient, sharding, text_evaluation
+from mtl_jax.training import held_out, phase_plan, privacy, private_gradient, sharding, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import check_criterion
-from mtl_jax.training.forward import Savings
 from mtl_jax.training.phase_plan import PhasePlan
+from mtl_jax.training.phase_state import bytes_if_replicated
+from mtl_jax.training.prepared import Prepared, on_mesh
 from mtl_jax.training.regularisation import prepare as regularisation
-from mtl_jax.training.regularisation.teachers import Teacher
-from mtl_jax.training.restore import TrainedRun
-from mtl_jax.training.sharding import Placement
 from mtl_jax.training.share_trunk import share_trunk
-from mtl_jax.training.train_state import TrainState, create, init_on_host, init_params
-from mtl_jax.transfer import adapters, averaging, optax_rules
+from mtl_jax.training.train_state import init_on_host, init_params
+from mtl_jax.transfer import adapters
 from mtl_jax.transfer.loading import FIELD
 from mtl_jax.transfer.regularisers import Distillation
 from mtl_jax.trunks import Pretrained, Trunk
 
 SOME_LABELS = 10  # labels of a task in the log before training
 SOME_TEXTS = 50  # texts on which a teacher's tokenizer is compared with the run's
-
-
-class Prepared(NamedTuple):
-    """A run before its first step.
-
-    Attributes:
-        experiment: The experiment, tasks selected.
-        corpus: Its data; corpus.tasks have the label sets found in it.
-        schedule: The sources of the rows of each batch.
-        trunk: The loaded trunk.
-        params: The initial parameters, on the host or on the default device, float32.
-        plans: The phases.
-        mesh: The devices.
-        notes: Lines for the log before training.
-        teachers: {distillation: the model that it imitates}.
-        anchor_runs: {EWC: the run whose parameters it stays near}; only those that name another run.
-        compared_tasks: {regulariser: the tasks whose outputs it compares}; only those that name tasks or imitate logits.
-        copies: The numbers of training rows that are copies of held-out rows, for data.json; {} where there are none.
-        test_copies: {source: {place of a test row: kind of its closest copy in train}}.
-        held_out: The training rows that a weighting rule measures weights on and that are not trained on; () if none does.
-        facts: What the run knows of itself at a step, beside its metrics, such as the epsilon that it has spent.
-        cut: Whether its state is cut over the devices; else each has all of it.
-    """
-
-    experiment: Experiment
-    corpus: Corpus
-    schedule: ScheduleSequence | PoissonSchedule
-    trunk: Trunk
-    params: Any
-    plans: list[PhasePlan]
-    mesh: Mesh
-    notes: list[str]
-    teachers: dict[str, Teacher]
-    anchor_runs: dict[str, TrainedRun]
-    compared_tasks: dict[str, list[str]]
-    copies: dict[str, Any]
-    test_copies: Mapping[str, Mapping[str, str]]
-    held_out: tuple[Examples, ...] = ()
-    facts: privacy.Facts = privacy.Facts()
-    cut: bool = False
-
-    @property
-    def placement(self) -> Placement:
-        """How its state lies on the devices."""
-        return Placement(self.mesh, self.cut)
-
-    @property
-    def savings(self) -> Savings:
-        """How its passes save memory."""
-        return Savings(self.placement if self.cut else None, self.experiment.remat)
 
 
 @hiding_if(lambda experiment, **options: experiment.private)
@@ -190,39 +130,6 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     return checked._replace(cut=decision.cut, notes=[*notes, decision.note])
 
 
-def bytes_if_replicated(prepared: Prepared) -> int:
-    """Bytes of state, gradients and references on a device that has all of them, in the phase that needs most."""
-
-    def of_plan(plan: PhasePlan) -> int:
-        state = _shapes(prepared, plan)
-        trained, _ = trees.split(prepared.params, plan.mask)
-        gradients = 1 + (len(prepared.corpus.tasks) if phase_plan.needs_task_gradients(plan.rule) else 0)
-        starts = any(part.level == "parameters" and part.reads_start for part in plan.regularisers)
-        copies = gradients + bool(starts or plan.mixout_paths)
-        return sharding.bytes_of(state) + copies * sharding.bytes_of(trained)
-
-    teachers = [teacher.params for teacher in prepared.teachers.values()]
-    return max(map(of_plan, prepared.plans)) + sharding.bytes_of(teachers)
-
-
-def on_mesh(prepared: Prepared, mesh: Mesh) -> Prepared:
-    """The run on other devices, its trunk with the kernels for these.
-
-    Raises:
-        UserError: There are no such kernels for them, or a rule of the run cannot have them.
-    """
-    trunk, name = prepared.trunk, prepared.experiment.kernels
-    if any(plan.rule.held_out is not None for plan in prepared.plans):
-        if name == "fused":
-            raise UserError(
-                "kernels is fused, but a weighting rule that reads held-out rows needs derivatives along a direction, which "
-                "fused kernels have not: set kernels to auto"
-            )
-        name = "plain" if name == "auto" else name
-    module = kernels.with_kernels(trunk.module, name, mesh)
-    return prepared._replace(mesh=mesh, trunk=trunk._replace(module=module))
-
-
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:
     """(field, path) of the runs that an experiment begins from, fuses or imitates; a path may also be that of a checkpoint."""
     teachers = [part for part in experiment.regularisers if isinstance(part, Distillation)]
@@ -270,98 +177,6 @@ def with_seed(prepared: Prepared, seed: int) -> Prepared:
     width = trunks.width(prepared.trunk)
     params["heads"] |= regularisation.projections(experiment, prepared.teachers, width)
     return prepared._replace(experiment=experiment, params=params)
-
-
-def held_out_batches(prepared: Prepared) -> Batch | None:
-    """StepInputs.held_out of a run, on its devices."""
-    corpus, batching = prepared.corpus, prepared.experiment.batch
-    return held_out.batches(prepared.held_out, corpus.tasks, batching, corpus.has_types, prepared.mesh)
-
-
-def features_shape(prepared: Prepared, plan: PhasePlan) -> jax.ShapeDtypeStruct | None:
-    """The table of pooled vectors of a phase whose trunk is frozen; None: the phase has none."""
-    if not plan.cached_features:
-        return None
-    texts = sum(len(part.tokens) for split in prepared.corpus.splits.values() for part in split.values())
-    return jax.ShapeDtypeStruct((texts, trunks.width(prepared.trunk)), np.float32)
-
-
-def initial_state(prepared: Prepared) -> TrainState:
-    """The state before the first step, on the devices."""
-    plan, placement = prepared.plans[0], prepared.placement
-    make = functools.partial(_state, prepared, plan, prepared.experiment.seed)
-    # Moments of a state that is cut are made on the devices: no device, and no host, need have all of them.
-    params = placement.place(jax.tree.map(np.array, prepared.params)) if prepared.cut else prepared.params
-    state = _made(make, params, placement=placement) if prepared.cut else _place(make(params), prepared)
-    if prepared.experiment.optimizer.private.secret:
-        state = state._replace(key=_place(privacy.noise_key(prepared.experiment), prepared))
-    return state
-
-
-def start_phase(plan: PhasePlan, state: TrainState, prepared: Prepared) -> TrainState:
-    """The state at the start of a phase: new optimizer state and average, and rule state where the rule changes.
-
-    The optimizer's moments of leaves that trained in the phase before are kept.
-    """
-    trained, _ = trees.split(state.params, plan.mask)
-
-    def make(trained: Any) -> dict[str, Any]:
-        average = averaging.make(prepared.experiment.averaging).init(trained)
-        changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained), "average": average}
-        if plan.resets_rule:
-            names = [task.name for task in prepared.corpus.tasks]
-            changed["rule_state"] = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
-        return changed
-
-    fresh = _made(make, trained, placement=prepared.placement) if prepared.cut else make(trained)
-    changed = fresh | {"opt_state": optax_rules.carry(state.opt_state, fresh["opt_state"])}
-    return state._replace(**(prepared.placement.moved(changed) if prepared.cut else _place(changed, prepared)))
-
-
-def template(prepared: Prepared, number: int, step: int) -> TrainState:
-    """Shapes and shardings of the state after `step` steps, in phase `number`, to restore a checkpoint.
-
-    Raises:
-        UserError: The checkpoint was made with other phases.
-    """
-    if number >= len(prepared.plans) or not prepared.plans[number].start <= step <= prepared.plans[number].end:
-        spans = ", ".join(f"{plan.phase.name} {plan.start + 1}..{plan.end}" for plan in prepared.plans)
-        raise UserError(
-            f"the checkpoint of step {step} was made in phase {number}, which does not fit the phases {spans}; "
-            "choose another --workdir"
-        )
-    state: TrainState = prepared.placement.shapes(_shapes(prepared, prepared.plans[number]))
-    return state
-
-
-def _place(tree: Any, prepared: Prepared) -> Any:
-    """A copy on the devices: the step donates its state, and a buffer can be donated only once."""
-    return prepared.placement.place(jax.tree.map(np.array, tree))
-
-
-def _made(make: Callable[..., Any], *trees_on_devices: Any, placement: Placement) -> Any:
-    """The result of a function of trees on the devices, laid out as they are; no buffer of theirs is in it."""
-
-    def copied(*arguments: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.asarray(leaf).dtype, copy=True), make(*arguments))
-
-    shardings = placement.of(jax.eval_shape(copied, *trees_on_devices))
-    return jax.jit(copied, out_shardings=shardings)(*trees_on_devices)
-
-
-def _shapes(prepared: Prepared, plan: PhasePlan) -> TrainState:
-    """Shapes of the state of a phase."""
-    state: TrainState = jax.eval_shape(functools.partial(_state, prepared, plan, 0), prepared.params)
-    return state
-
-
-def _state(prepared: Prepared, plan: PhasePlan, seed: int, params: Any) -> TrainState:
-    """The state before the first step of a phase, if it was the first."""
-    trained, _ = trees.split(params, plan.mask)
-    names = [task.name for task in prepared.corpus.tasks]
-    rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
-    average = averaging.make(prepared.experiment.averaging).init(trained)
-    return create(params, plan.optimizer.init(trained), rule_state, seed, average)
 
 
 def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, plans: Sequence[PhasePlan]) -> list[str]:

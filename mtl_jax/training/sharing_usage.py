@@ -14,7 +14,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import Apply, outputs_of_batches
 from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.metrics_log import USAGE_EXAMPLES
-from mtl_jax.training.setup import Prepared
+from mtl_jax.training.prepared import Prepared
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.transfer.adapters.base import Adapter, Shown
 

@@ -24,7 +24,8 @@ from mtl_jax.training.experiment_json import data_to_json, data_with_defaults, t
 from mtl_jax.training.loggers import checked, open_loggers
 from mtl_jax.training.loop import TrainingRun
 from mtl_jax.training.preemption import stop_on_signals
-from mtl_jax.training.setup import Prepared, earlier_workdirs, prepare
+from mtl_jax.training.prepared import Prepared
+from mtl_jax.training.setup import earlier_workdirs, prepare
 
 log = logging.getLogger(__name__)
 

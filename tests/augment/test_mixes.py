@@ -19,8 +19,9 @@ from mtl_jax.models.encoder import EncoderOutput
 from mtl_jax.models.trunk_output import Encoded, segment_mean
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import encode_tokens
+from mtl_jax.training.phase_state import initial_state
 from mtl_jax.training.regularisation import mixing
-from mtl_jax.training.setup import initial_state, mixture_phases, prepare
+from mtl_jax.training.setup import mixture_phases, prepare
 from mtl_jax.training.train_state import StepInputs
 
 CLASSES = Classification(name="c", source="a", column="c", labels=("x", "y", "z"))

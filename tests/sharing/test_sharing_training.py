@@ -18,7 +18,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.inference.predict import open_run
-from mtl_jax.training import initial_parameters, setup
+from mtl_jax.training import initial_parameters, phase_state, setup
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.experiment_json import from_json, to_json
@@ -45,7 +45,7 @@ def step_of(prepared):
     batch = next(batches)
     batches.close()
     inputs = StepInputs(meshes.assemble(batch, meshes.by_rows(prepared.mesh)))
-    state, metrics = jitted_step(prepared, prepared.plans[0])(setup.initial_state(prepared), inputs)
+    state, metrics = jitted_step(prepared, prepared.plans[0])(phase_state.initial_state(prepared), inputs)
     return jax.device_get((state.params, metrics)), batch, prepared
 
 

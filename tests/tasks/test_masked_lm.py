@@ -19,8 +19,9 @@ from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.phase_state import initial_state
 from mtl_jax.training.preemption import Stop
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.train_state import StepInputs
 
 LM = MaskedLM(name="lm", source="texts", mask=4, vocabulary=50, special=(0, 2, 3, 4, 49))

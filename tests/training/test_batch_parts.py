@@ -19,7 +19,8 @@ from mtl_jax.training.batch_parts import in_parts, rows_in_part, rows_of_source
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.gradient import make_backward
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_gradient_fn
 from mtl_jax.training.train_state import StepInputs
 

@@ -14,7 +14,8 @@ from mtl_jax import Checkpoints, Phase
 from mtl_jax.core.errors import UserError
 from mtl_jax.training import checkpoint_files
 from mtl_jax.training.checkpoint_store import Damaged, Store
-from mtl_jax.training.setup import initial_state, prepare, template
+from mtl_jax.training.phase_state import initial_state, template
+from mtl_jax.training.setup import prepare
 
 CRITERION = "mean"
 

@@ -20,7 +20,9 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.metrics_log import compare_gradients, read_metrics, step_record
-from mtl_jax.training.setup import Prepared, initial_state, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.prepared import Prepared
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 

@@ -12,7 +12,8 @@ from mtl_jax.data.stream import stream
 from mtl_jax.experiment import check
 from mtl_jax.training.batch_parts import weighted_rows
 from mtl_jax.training.build_step import gradient_fn
-from mtl_jax.training.setup import initial_state, mixture_phases, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.setup import mixture_phases, prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
 

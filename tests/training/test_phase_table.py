@@ -12,7 +12,8 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.experiment import check
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.phase_plan import table
-from mtl_jax.training.setup import initial_state, prepare, start_phase, template
+from mtl_jax.training.phase_state import initial_state, start_phase, template
+from mtl_jax.training.setup import prepare
 from mtl_jax.transfer import probe_then_finetune, unfreezing
 
 PHASES = unfreezing(9, at=(3, 6), layers=tiny.LAYERS, decay=0.5, learning_rate=0.1)

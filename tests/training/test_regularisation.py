@@ -27,10 +27,11 @@ from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.forward import apply_heads, encode_tokens
 from mtl_jax.training.gradient import StepGradients
 from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.phase_state import initial_state
 from mtl_jax.training.references import References
 from mtl_jax.training.regularisation import fisher, output_losses, teachers, transforms
 from mtl_jax.training.regularisation import prepare as regularised
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, create
 

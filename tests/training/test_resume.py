@@ -194,11 +194,11 @@ def test_a_damaged_latest_checkpoint_is_passed_over(folder, uninterrupted):
 
 def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path):
     """Damage that decompresses: the state's own bits no longer give the sum that was saved with them."""
-    from mtl_jax.training import setup
+    from mtl_jax.training import phase_state, setup
 
     experiment = tiny.experiment(folder / "bert", folder / "data")
     prepared = setup.prepare(experiment)
-    state = setup.initial_state(prepared)
+    state = phase_state.initial_state(prepared)
     store = Store(tmp_path, experiment.checkpoints)
     store.save(1, state, {}, dev=None)
     store.wait()
@@ -208,7 +208,7 @@ def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path
     saved["arrays"][name][1] += 1
     record.write_text(json.dumps(saved))
     with pytest.raises(UserError, match="is damaged"):
-        store.restore(1, lambda record: setup.template(prepared, 0, 1))
+        store.restore(1, lambda record: phase_state.template(prepared, 0, 1))
     with pytest.raises(UserError, match="is damaged"):
         store.restore_params(1)
     store.close()

@@ -19,7 +19,9 @@ from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.metrics_log import read_metrics
-from mtl_jax.training.setup import held_out_batches, initial_state, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.prepared import held_out_batches
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.train_state import StepInputs
 
 TASKS = ("coarse", "fine", "rating")

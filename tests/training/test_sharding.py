@@ -17,7 +17,7 @@ from mtl_jax.ablation import plan as plans
 from mtl_jax.ablation import space
 from mtl_jax.experiment import check
 from mtl_jax.training import mesh as meshes
-from mtl_jax.training import setup, sharding
+from mtl_jax.training import phase_state, setup, sharding
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.experiment_json import to_json
@@ -137,16 +137,16 @@ def test_a_checkpoint_under_another_sharding(bert, data, tmp_path, monkeypatch):
     experiment = tiny.experiment(bert, data, averaging="ema", devices=8)
     whole = setup.prepare(experiment)
     cut = whole._replace(cut=True)
-    state = setup.initial_state(cut)
+    state = phase_state.initial_state(cut)
     assert state.opt_state[1].mu["heads"]["fine"]["hidden"]["kernel"].sharding.spec == jax.P("data")
     assert state.params["heads"]["fine"]["hidden"]["bias"].sharding.is_fully_replicated
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(setup.initial_state(whole)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(phase_state.initial_state(whole)))
     record = {"step": 0, "counts": {"phase": 0, "places": 0, "seen": {}, "seconds": 0.0}, "data": [], "references": {}}
     with contextlib.closing(Store(tmp_path, experiment.checkpoints)) as store:
         store.save(0, state, record, 0.5)
         store.wait()
         for prepared in (whole, cut):
-            restored = store.restore(0, lambda record, prepared=prepared: setup.template(prepared, 0, 0)).state
+            restored = store.restore(0, lambda record, prepared=prepared: phase_state.template(prepared, 0, 0)).state
             kernel = restored.average.mean["heads"]["fine"]["hidden"]["kernel"]
             assert kernel.sharding.is_fully_replicated != prepared.cut
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))

@@ -12,7 +12,8 @@ from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.models.layers import Head
 from mtl_jax.training.forward import cached_features, encode_tokens
 from mtl_jax.training.gradient import make_backward
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer import freezing, top_layers

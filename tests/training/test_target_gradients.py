@@ -11,7 +11,8 @@ import tiny_translation
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses, needed_fields
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.train_state import StepInputs
 
 

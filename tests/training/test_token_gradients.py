@@ -13,7 +13,8 @@ from mtl_jax.models.modernbert import ModernBert, ModernBertConfig
 from mtl_jax.models.trunk_output import token_table, with_token_table
 from mtl_jax.training import token_gradients
 from mtl_jax.training.build_step import gradient_fn
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.train_state import StepInputs
 
 V = 500

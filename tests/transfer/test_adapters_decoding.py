@@ -20,7 +20,8 @@ from mtl_jax.merging import merge
 from mtl_jax.merging.method import Method
 from mtl_jax.training import text_evaluation
 from mtl_jax.training.experiment_json import from_json, to_json
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.phase_state import initial_state
+from mtl_jax.training.setup import prepare
 from mtl_jax.transfer.adapters import merge_adapters
 
 ADAPTERS = (Lora(name="lora", rank=2, alpha=4.0, per="source"), IA3(name="ia3", per="source"))

@@ -40,8 +40,9 @@ from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
 from mtl_jax.training.frozen_params import untrained_hashes
 from mtl_jax.training.metrics_log import read_metrics
+from mtl_jax.training.phase_state import initial_state
 from mtl_jax.training.restore import TrainedRun
-from mtl_jax.training.setup import initial_state, prepare
+from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer import freezing

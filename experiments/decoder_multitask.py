@@ -18,7 +18,7 @@ have 69.7, 64.0 and 47.0; that of all tasks was not tested, and "own" was not tr
 | alone    | 66.3                       | 62.1                        | 49.1           |
 | together | 79.3                       | 73.6                        | 48.2           |
 
-30 steps for a task are few: it is a demonstration, on one seed. The LoRA of all tasks takes three times as many steps, which may
+30 steps for a task are few: a demonstration, on one seed. The LoRA of all tasks takes three times as many steps, which may
 explain its gain on labels. The time on a CPU is what limits it: these four runs took 22 min of CPU on one core of a shared AMD
 EPYC (float32, 5.6 GB of memory), about 3 s for a step of 4 rows of 64 tokens.
 

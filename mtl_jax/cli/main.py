@@ -32,7 +32,7 @@ DESCRIPTION = (
 def predict(
     workdir: Annotated[str, tyro.conf.Positional],
     /,
-    task: tuple[str, ...],
+    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction],
     text: tuple[str, ...] = (),
     file: str = "",
     output: str = "",
@@ -47,8 +47,8 @@ def predict(
 
     Args:
         workdir: The run's workdir.
-        task: The task whose head answers. Of several, a line is {task: prediction}; those that read a text in the same way
-            share one pass over the trunk.
+        task: The task whose head answers; may be given several times. Of several, a line is {task: prediction}; those that
+            read a text in the same way share one pass over the trunk.
         text: Texts to predict.
         file: A UTF-8 file with one text per line, or, if its name ends in .jsonl, with one JSON object per line that has the
             text columns of the task's source; - for standard input. Every line gets an answer, an empty line an error object.

@@ -143,8 +143,8 @@ def test_a_killed_process_resumes_to_the_byte(model, workdir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "rows", "message"),
     [
-        (("--task", "fine", "coarce"), "", "unknown task 'coarce' (did you mean 'coarse'?)"),
-        (("--task", "fine", "fine"), "", "task names a task twice: fine, fine"),
+        (("--task", "fine", "--task", "coarce"), "", "unknown task 'coarce' (did you mean 'coarse'?)"),
+        (("--task", "fine", "--task", "fine"), "", "task names a task twice: fine, fine"),
         (
             ("--task", "fine"),
             '{"text": "a"}\n{"text": 3}\n',

@@ -1,11 +1,12 @@
-"""Load time and peak memory of a checkpoint of BERT-base's size, in each file format.
+"""Load time and peak memory of a checkpoint of BERT-base's size, in each file format, and of a decoder of Llama 3.2 1B's.
 
     python benchmarks/pretrained_load.py
 
-Writes a random checkpoint (109 million parameters, 438 MB in float32) into a temporary directory, and opens it in a new process
-for each form and repetition. Peak memory is the process's largest resident set minus that before the checkpoint is opened,
-with jax started and mtl_jax imported; "of the parameters" divides it by their size in float32. Results go to
-benchmarks/results/pretrained_load.json and .md. Writing the .bin form needs torch; without torch it is left out.
+Writes random checkpoints (109 million parameters, 438 MB in float32; 1.24 billion, 2.5 GB in bfloat16) into a temporary
+directory, and opens each form in a new process for each repetition. Peak memory is the process's largest resident set minus
+that before the checkpoint is opened, with jax started and mtl_jax imported; "of the parameters" divides it by their size in
+float32. Results go to benchmarks/results/pretrained_load.json and .md. Writing the .bin forms and the decoder needs torch;
+without torch they are left out.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ BERT_BASE = {
     "intermediate_size": 3072,
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
+}
+
+LLAMA_1B = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
 }
 
 # Runs in a new process; prints seconds, and bytes of resident memory before and at the peak.
@@ -89,7 +101,17 @@ def write(folder: Path) -> dict[str, Path]:
             forms[form].mkdir()
             (forms[form] / "config.json").write_text(json.dumps(BERT_BASE))
             torch.save(content, forms[form] / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+        forms["Llama 1B, safetensors, bfloat16"] = folder / "Llama 1B, safetensors, bfloat16"
+        _write_llama(forms["Llama 1B, safetensors, bfloat16"])
     return forms
+
+
+def _write_llama(folder: Path) -> None:
+    import torch
+    import transformers
+
+    torch.set_default_dtype(torch.bfloat16)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_1B)).save_pretrained(folder)
 
 
 def measure(folder: Path) -> dict[str, float]:

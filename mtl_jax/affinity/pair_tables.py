@@ -274,6 +274,10 @@ def input_of(name: str, source: str, target: str, tables: Tables) -> Any:
         return tables.signals[source, target]
     if name in WITH_GRADIENTS:
         if (source, target) not in tables.gradients:
+            for task in (source, target):
+                if not can_be_linear(tables.tasks[task]):
+                    kind = type(tables.tasks[task]).__name__
+                    raise NotApplicable(task, f"an example of a {kind} has no cross-entropy or squared error of its own")
             raise NotApplicable(f"{source} for {target}", "no finished run by --runs has both tasks")
         return tables.gradients[source, target][name == "gradients"]
     if name in WITH_EMBEDDINGS:

@@ -188,6 +188,7 @@ def test_a_masked_lm_is_a_source_of_texts(data, tmp_path):
     assert input_of("source_texts", "mlm", "coarse", built).shape == (10, tiny.HIDDEN)
     for name, message in (
         ("source_embedding", "mlm: no head of a MaskedLM can be fitted to features alone"),
+        ("source_gradients", "mlm: an example of a MaskedLM has no cross-entropy or squared error of its own"),
         ("probabilities", "mlm: MaskedLM has no probabilities of classes"),
     ):
         with pytest.raises(NotApplicable, match=message):

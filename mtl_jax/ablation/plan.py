@@ -17,7 +17,8 @@ from mtl_jax.ablation.fields import Path
 from mtl_jax.ablation.space import Axis
 from mtl_jax.core import name_options
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.experiment import Experiment, check, data_seed_of
+from mtl_jax.experiment import Experiment, data_seed_of
+from mtl_jax.experiment_checks import check
 from mtl_jax.training.experiment_json import to_json
 from mtl_jax.transfer.optimizer import UNUSED
 from mtl_jax.transfer.unlabelled import SelfTraining

@@ -14,7 +14,7 @@ from mtl_jax.audit.row_views import collect, views
 from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import splits
 from mtl_jax.experiment import Experiment, select
-from mtl_jax.experiment import check as check_experiment
+from mtl_jax.experiment_checks import check as check_experiment
 
 
 class Audit(NamedTuple):

@@ -26,7 +26,8 @@ from mtl_jax.data.formats.json_files import read_jsonl
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.made_rows import MADE, MadeRow
 from mtl_jax.data.source import Augmentation, AugmentedRows, MakeRows, Source, TextColumns
-from mtl_jax.experiment import Experiment, check, select
+from mtl_jax.experiment import Experiment, select
+from mtl_jax.experiment_checks import check
 
 PROVENANCE = "augmented"  # the field of a written row that says how it was made
 KEY = f"{PROVENANCE}.key"

@@ -67,10 +67,10 @@ def fields_of(text: str) -> dict[str, tuple[str, ...]]:
         return fields
     for name in ("language", "license", "base_model"):
         value = rf"{_VALUE}(?:/{_VALUE})?" if name == "base_model" else _VALUE
-        found = re.search(rf"^{name}: *(?:\[([^\]\n]*)\]|(\S+))? *\r?((?:\n *- *\S+ *\r?$)*)", block[1], re.MULTILINE)
-        if found is not None:
+        entry = re.search(rf"^{name}: *(?:\[([^\]\n]*)\]|(\S+))? *\r?((?:\n *- *\S+ *\r?$)*)", block[1], re.MULTILINE)
+        if entry is not None:
             words = re.findall(
-                r"[^\s,\[\]'\"]+", f"{found[1] or ''} {found[2] or ''} {re.sub(r'^ *- ', ' ', found[3], flags=re.M)}"
+                r"[^\s,\[\]'\"]+", f"{entry[1] or ''} {entry[2] or ''} {re.sub(r'^ *- ', ' ', entry[3], flags=re.M)}"
             )
             fields[name] = tuple(word for word in words if re.fullmatch(value, word))
     return {name: values for name, values in fields.items() if values}

@@ -21,6 +21,7 @@ from mtl_jax.data import conversations, coverage
 from mtl_jax.data.targets import decoder as decoder
 from mtl_jax.inference import prompt_tokens
 from mtl_jax.inference.prompt_tokens import NO_LIMIT
+from mtl_jax.inference.text_kinds import GENERATE
 from mtl_jax.models.causal_model import CausalModel
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families, language_codes, locate
@@ -33,8 +34,6 @@ from mtl_jax.tasks import Seq2Seq as Seq2SeqTask
 from mtl_jax.training.restore import TrainedRun, open_run
 from mtl_jax.training.text_evaluation import generation_config
 from mtl_jax.transfer.adapters import as_module
-
-GENERATION = "generation"  # the task of text_kinds.GENERATE
 
 
 class TextModel(NamedTuple):
@@ -119,7 +118,7 @@ def from_checkpoint(path: str, request: TextRequest, dtype: Any = np.float32) ->
     kind = head_kind(family.heads, raw, f"{path}/config.json")
     architectures = raw.get("architectures") or [f"{raw['model_type']} without a head"]
     if kind == "causal_lm":
-        if request.task != GENERATION:
+        if request.task != GENERATE.task:
             raise UserError(f"{path}: {brief(architectures[0])[1:-1]} answers prompts: use mtl-jax generate")
     elif kind != "seq2seq_lm":
         needed = f"one of {', '.join(classes)}" if classes else f"a checkpoint of {', '.join(model_types)}"
@@ -139,7 +138,7 @@ def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> T
         UserError: It has no LM head, is decoder-only and the task is not generation, has no tokenizer or chat template, or does
             not know the languages.
     """
-    if isinstance(checkpoint.model, CausalModel) and checkpoint.head == "causal_lm" and request.task == GENERATION:
+    if isinstance(checkpoint.model, CausalModel) and checkpoint.head == "causal_lm" and request.task == GENERATE.task:
         return _of_decoder(checkpoint, where, request)
     if not isinstance(checkpoint.model, Seq2Seq):
         raise UserError(f"{where}: this checkpoint cannot generate texts; an encoder-decoder with an LM head is needed")

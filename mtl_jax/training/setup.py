@@ -17,7 +17,8 @@ from mtl_jax.data import corpus as corpora
 from mtl_jax.data import coverage, made_rows, stream
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.stream import MixturePhase
-from mtl_jax.experiment import Experiment, check, data_seed_of, select, unlabelled_sources
+from mtl_jax.experiment import Experiment, data_seed_of, select, unlabelled_sources
+from mtl_jax.experiment_checks import check
 from mtl_jax.models import kernels
 from mtl_jax.tasks import Task, label_names
 from mtl_jax.tasks.text_head import TextTask
@@ -188,14 +189,14 @@ def _notes(experiment: Experiment, corpus: Corpus, trunk: Trunk, params: Any, pl
         for plan in plans
         if plan.zero_weight_tasks
     ]
-    begun = [
+    head_notes = [
         task.beginning(trunk.classifier or {}, params["heads"][task.name])
         for task in corpus.tasks
         if isinstance(task, TextTask) and task.classifier is not None
     ]
     lines = [
         *added,
-        *begun,
+        *head_notes,
         *lines,
         f"{count(len(corpus.tasks), 'task')}, {count(size, 'parameter')}",
         phase_plan.table(experiment, params),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mtl_jax import experiment
+from mtl_jax import experiment_checks
 from mtl_jax.augment import (
     Aeda,
     BackTranslation,
@@ -157,4 +157,4 @@ def test_an_experiment_with_such_a_number_is_refused_before_anything_is_read(cha
     source, task = Source(name="s", path="nowhere.csv", format="csv"), Classification(**{**NAMED, "source": "s"})
     fields = {"name": "a", "trunk": Embedding(), "sources": (source,), "tasks": (task,), "phases": (Phase("a", 1),)}
     with pytest.raises(UserError, match=message):
-        experiment.check(Experiment(**(fields | changes)))
+        experiment_checks.check(Experiment(**(fields | changes)))

@@ -9,7 +9,7 @@ from mtl_jax import Canaries, Classification, Source, Tagging
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.canaries import Maker
 from mtl_jax.data.corpus import read_sources
-from mtl_jax.experiment import check
+from mtl_jax.experiment_checks import check
 from mtl_jax.training.experiment_json import from_json, to_json
 
 CANARIES = Canaries(count=3, repeats=2, words=5)

@@ -5,7 +5,7 @@ import pytest
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.models.disentangled import distance_buckets, distance_rows
-from mtl_jax.pretrained import albert, deberta_v2, euro_bert, families, mpnet, nomic_gte
+from mtl_jax.pretrained import albert, deberta_v2, eurobert_family, families, mpnet, nomic_gte
 
 # Those of the base sizes as they are published, apart from fields that no program reads.
 DEBERTA_V3 = {
@@ -93,11 +93,11 @@ def test_both_forms_of_nomic_say_the_same():
 
 
 def test_both_forms_of_eurobert_say_the_same():
-    cfg = euro_bert.config(EURO, "config.json")
+    cfg = eurobert_family.config(EURO, "config.json")
     assert (cfg.rope.theta, cfg.head_pooling, cfg.norm_eps, cfg.max_length, cfg.tied) == (250_000.0, "late", 1e-5, 8192, False)
     newer = EURO | {"rope_parameters": {"rope_type": "default", "rope_theta": 250000}, "rope_theta": None}
-    assert euro_bert.config(newer | {"clf_pooling": None, "classifier_pooling": "late"}, "config.json") == cfg
-    assert euro_bert.config(EURO | {"clf_pooling": "mean"}, "config.json").head_pooling == "mean"
+    assert eurobert_family.config(newer | {"clf_pooling": None, "classifier_pooling": "late"}, "config.json") == cfg
+    assert eurobert_family.config(EURO | {"clf_pooling": "mean"}, "config.json").head_pooling == "mean"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
 from mtl_jax.decoding import generate
 from mtl_jax.models.llama_config import Rope
-from mtl_jax.pretrained.llama import gemma3_config, llama_config, qwen2_config, qwen3_config
+from mtl_jax.pretrained.llama_family import gemma3_config, llama_config, qwen2_config, qwen3_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # What published models say, apart from what this program has no use for.

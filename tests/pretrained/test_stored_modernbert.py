@@ -11,7 +11,7 @@ import pytest
 
 from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
-from mtl_jax.pretrained.modernbert import config
+from mtl_jax.pretrained.modernbert_family import config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -23,7 +23,7 @@ from mtl_jax import (
     train,
 )
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import check
+from mtl_jax.experiment_checks import check
 from mtl_jax.tasks.contrastive import unit_length
 
 

@@ -10,7 +10,7 @@ from mtl_jax import Classification, Experiment, Phase, Pretrained, Seq2Seq, Sour
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.examples import read_examples
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.experiment import check
+from mtl_jax.experiment_checks import check
 from mtl_jax.pretrained import language_codes
 from mtl_jax.training import text_evaluation
 

@@ -9,7 +9,7 @@ import two_sources
 from mtl_jax import L2SP, Batching, Phase
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.stream import stream
-from mtl_jax.experiment import check
+from mtl_jax.experiment_checks import check
 from mtl_jax.training.batch_parts import weighted_rows
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.phase_state import initial_state

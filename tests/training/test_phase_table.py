@@ -9,7 +9,7 @@ import tiny
 
 from mtl_jax import Checkpoints, Optimizer, ParamRule, Phase
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import check
+from mtl_jax.experiment_checks import check
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.phase_plan import table
 from mtl_jax.training.phase_state import initial_state, start_phase, template

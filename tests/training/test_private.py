@@ -29,7 +29,8 @@ from mtl_jax import (
 )
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
-from mtl_jax.experiment import check, data_seed_of
+from mtl_jax.experiment import data_seed_of
+from mtl_jax.experiment_checks import check
 from mtl_jax.models.trunk_output import Encoded, segment_mean
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import privacy

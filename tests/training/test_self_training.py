@@ -29,7 +29,7 @@ from mtl_jax import (
 )
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import check
+from mtl_jax.experiment_checks import check
 from mtl_jax.inference.predict import open_run
 from mtl_jax.tasks import Classification
 from mtl_jax.training.regularisation import output_losses, pseudo_rows

@@ -15,7 +15,7 @@ import mtl_jax
 from mtl_jax import UserError
 from mtl_jax.ablation import plan as plans
 from mtl_jax.ablation import space
-from mtl_jax.experiment import check
+from mtl_jax.experiment_checks import check
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import phase_state, setup, sharding
 from mtl_jax.training import workdir as workdirs

@@ -12,7 +12,8 @@ import tiny
 from mtl_jax import weighting
 from mtl_jax.ablation import ablation_dir
 from mtl_jax.core.errors import UserError
-from mtl_jax.experiment import check, keep_head_weights, rule_of, weighs_heads
+from mtl_jax.experiment import keep_head_weights, rule_of, weighs_heads
+from mtl_jax.experiment_checks import check
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.experiment_json import from_json, to_json
 from mtl_jax.weighting import COMBINATORS, RULES

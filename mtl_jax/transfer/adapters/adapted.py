@@ -178,9 +178,9 @@ class Adapted:
                 if self.routes is not None:
                     tasks = len(self.routes.tasks)
                     own_key = jax.random.fold_in(layer_key, zlib.crc32(OWN.encode()))
-                    own = stacked_init(functools.partial(adapter.start_own, trunk=beneath), own_key, layer, tasks)
+                    task_params = stacked_init(functools.partial(adapter.start_own, trunk=beneath), own_key, layer, tasks)
                     added[path] |= adapter.init_for(layer_key, layer, tasks)
-                    added[path] |= {OWN: own} if own else {}
+                    added[path] |= {OWN: task_params} if task_params else {}
                     for name, copies in adapter.copied(layer, tasks).items():
                         whole = stacked_copies(subtree(params, layer.path), copies)
                         added[path][name] = {**added[path].get(name, {}), **whole}
@@ -282,11 +282,11 @@ class Adapted:
         common = subtree(added, adapter.common) if adapter.common else {}
         for layer in (layer for layer in self.where[adapter.name] if layer.kind != COMMON):
             params = dict(subtree(added, layer.path))
-            own = {**common.get(OWN, {}), **params.pop(OWN, {})}
+            task_params = {**common.get(OWN, {}), **params.pop(OWN, {})}
             params = {**{name: leaf for name, leaf in common.items() if name != OWN}, **params}
             copied = layer.path in self.copied_layers
             if adapter.per != RUN and self.by_task(adapter):
-                own, params = params, {}
+                task_params, params = params, {}
             elif adapter.per != RUN:
                 if source is None:
                     raise ValueError(
@@ -296,13 +296,13 @@ class Adapted:
                 source_B = jnp.repeat(source, self.through, axis=0) if copied else source
                 chosen_BxN = jax.nn.one_hot(jnp.maximum(source_B, 0), self.sources)
                 params = {name: chosen_rows(leaf, chosen_BxN) for name, leaf in params.items()}
-            if own and rows is not None:
+            if task_params and rows is not None:
                 tasks = len(rows.routes.tasks)
                 if adapter.by_row:
                     assert copied or rows.routes.copies == 1  # first_copied is the first layer with such parameters
                     chosen_BxK = jax.nn.one_hot(rows.task_BC, tasks)
-                    own = {name: chosen_rows(leaf, chosen_BxK) for name, leaf in own.items()}
-                params |= own if adapter.by_row else {OWN: own}
+                    task_params = {name: chosen_rows(leaf, chosen_BxK) for name, leaf in task_params.items()}
+                params |= task_params if adapter.by_row else {OWN: task_params}
             by_layer[layer.path] = params
         return by_layer
 

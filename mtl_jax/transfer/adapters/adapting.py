@@ -125,7 +125,7 @@ def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
     for adapter in adapted.adapters:
         leaves = trees.flat(params[ADAPTERS][adapter.name])
         size = sum(leaf.size for leaf in leaves.values())
-        own = sum(leaf.size for path, leaf in leaves.items() if is_own(path))
+        of_tasks = sum(leaf.size for path, leaf in leaves.items() if is_own(path))
         places = [layer for layer in adapted.where[adapter.name] if layer.kind != COMMON]
         what = f"{type(adapter).__name__} at {count(len(places), 'layer')}, {count(size, 'parameter')}"
         if isinstance(adapter, Adapter):
@@ -136,7 +136,7 @@ def notes(adapted: Adapted, params: Mapping[str, Any]) -> list[str]:
             lines.append(f"adapter {adapter.name}: {what}, {shared}")
         else:
             tasks = 1 if adapted.routes is None else len(adapted.routes.tasks)
-            lines.append(f"sharing: {what}, {count(own // tasks, 'of them', 'of them')} each task's own")
+            lines.append(f"sharing: {what}, {count(of_tasks // tasks, 'of them', 'of them')} each task's own")
             if adapted.through > 1:
                 lines.append(f"sharing: {adapted.through} copies of each row pass from {adapted.first_copied} on")
     return lines

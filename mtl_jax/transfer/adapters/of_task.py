@@ -68,12 +68,12 @@ def params_at(
         task: The task, where owner_of() is TASK.
     """
     params = dict(subtree(added[adapter.name], layer.path))
-    own = params.pop(OWN, {})
+    task_params = params.pop(OWN, {})
     if adapted.by_task(adapter):
-        own, params = params, {}
+        task_params, params = params, {}
     elif adapter.per != RUN:
         params = jax.tree.map(lambda leaf: of_number(leaf, adapted.sources, source), params)
-    if own and adapted.routes is not None and task is not None:
+    if task_params and adapted.routes is not None and task is not None:
         number, tasks = adapted.routes.number(task), len(adapted.routes.tasks)
-        params |= jax.tree.map(lambda leaf: of_number(leaf, tasks, number), own)
+        params |= jax.tree.map(lambda leaf: of_number(leaf, tasks, number), task_params)
     return params

@@ -145,7 +145,7 @@ def arguments_by_row(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         kwargs: Those by name.
     """
     flags: dict[str, tuple[bool, ...]] = {}
-    rows = args[0].shape[0]  # len() of a program for any number of rows is no number
+    rows = args[0].shape[0]  # a program for any number of rows has no len()
     more = rows + 1
 
     def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:

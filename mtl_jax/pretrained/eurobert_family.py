@@ -11,10 +11,10 @@ import flax.linen as nn
 from mtl_jax.core.errors import UserError
 from mtl_jax.models.checkpoint_heads import EncoderModel, TokenHead
 from mtl_jax.models.eurobert import POOLINGS, EuroBert, EuroBertConfig, RowHead, TokenLogits
-from mtl_jax.pretrained import llama
+from mtl_jax.pretrained import llama_family
 from mtl_jax.pretrained.family import Family, Fields, translate
 
-NAMES = llama.NAMES | {"head/dense": "dense", "head/classifier": "classifier"}
+NAMES = llama_family.NAMES | {"head/dense": "dense", "head/classifier": "classifier"}
 
 
 def config(raw: Mapping[str, Any], where: str) -> EuroBertConfig:
@@ -28,7 +28,7 @@ def config(raw: Mapping[str, Any], where: str) -> EuroBertConfig:
         UserError: A field is missing, or its value has no counterpart here.
     """
     fields = Fields(raw, where)
-    sizes = llama.llama_config({"rms_norm_eps": 1e-5, "max_position_embeddings": 8192} | dict(raw), where)
+    sizes = llama_family.llama_config({"rms_norm_eps": 1e-5, "max_position_embeddings": 8192} | dict(raw), where)
     if sizes.rope.kind == "dynamic":
         raise UserError(f"{where}: rope_type is dynamic; default, linear and llama3 are supported")
     pooling = "clf_pooling" if "clf_pooling" in raw and "classifier_pooling" not in raw else "classifier_pooling"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtl_jax.core import locks
+from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import writing
 
 
@@ -34,6 +35,28 @@ def staged(folder: Path) -> Iterator[Path]:
             _move(staging, place)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, file: str, what: str, overwrite: bool) -> None:
+    """Checks that a directory may be written: there is none, it is empty, or it may be replaced.
+
+    Args:
+        folder: The directory.
+        file: A file that every directory of this kind has.
+        what: What such a directory holds, with its article, such as "a checkpoint".
+        overwrite: Whether such a directory may be replaced.
+
+    Raises:
+        UserError: The directory may not be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: it is a file; choose another directory")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / file).exists():
+        raise UserError(f"{folder}: not empty, and not {what} ({file} is missing); choose another directory")
+    if not overwrite:
+        raise UserError(f"{folder}: it holds {what} already; choose another directory, or overwrite it")
 
 
 def _move(staging: Path, folder: Path) -> None:

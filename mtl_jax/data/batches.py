@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from mtl_jax.data.packing import best_fit
 from mtl_jax.data.redraw import Redraw, Redrawn, Room
 from mtl_jax.data.tokenize import Ragged, starts_of
 
+SHORTEST = 16  # tokens of shorter_rows()
 PACKED_TOGETHER = 8192  # examples, in evaluation
 
 
@@ -213,6 +215,16 @@ def source_arrays(examples: Examples, tasks: Sequence[Labels]) -> SourceArrays:
     targets = tuple(task.name for task in tasks if task.name in labels and task.label_level == "target")
     together = units.units_of(examples.row_of, examples.data, [task for task in tasks if task.source == examples.source])
     return SourceArrays(examples.source, examples.first_id, flat(examples.tokens, np.int32), types, labels, targets, together)
+
+
+def shorter_rows(row_length: int) -> tuple[int, ...]:
+    """Lengths of rows below the full one: 16 tokens, and each twice the one before.
+
+    Examples:
+        >>> shorter_rows(100)
+        (16, 32, 64)
+    """
+    return tuple(itertools.takewhile(lambda length: length < row_length, (SHORTEST << n for n in itertools.count())))
 
 
 def eval_batches(examples: Sequence[Examples], batching: Batching, tasks: Sequence[Labels] = ()) -> Iterator[Batch]:

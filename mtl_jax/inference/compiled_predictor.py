@@ -8,7 +8,6 @@ small enough to look at.
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,10 @@ import numpy as np
 from mtl_jax.core import digests, trees
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.files import reason, write_bytes, write_json, write_text
-from mtl_jax.core.staging import staged
+from mtl_jax.core.staging import check_replaceable, staged
 from mtl_jax.core.versions import installed
 from mtl_jax.data import tokenize, units
-from mtl_jax.data.batches import Batch
+from mtl_jax.data.batches import Batch, shorter_rows
 from mtl_jax.inference import predictor_readme
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.pretrained import language_codes
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 ABOUT, PROGRAM, PARAMETERS = "predictor.json", "model.stablehlo", "model.safetensors"
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT = 1  # of predictor.json
-SHORTEST = 16  # tokens of the first program, where each has a fixed length
 
 # (parameters by path, inputs by name) -> outputs
 Program = Callable[[Mapping[str, Any], Mapping[str, Any]], jax.Array]
@@ -69,7 +67,7 @@ def write(source: str, target: str | Path, task: str, overwrite: bool) -> str:
         raise UserError(f"--stablehlo: name by --task the task to export: {listed(each.name for each in run.tasks)}")
     chosen = run.task(task or run.tasks[0].name)
     _check(chosen)
-    _check_free(Path(target), overwrite)
+    check_replaceable(Path(target), ABOUT, "a predictor", overwrite)
     tensors = tensors_of(run, chosen)
     names = _inputs(run, chosen)
     programs = {length: serialize(program) for length, program in lowered(run, chosen, tensors, names).items()}
@@ -111,17 +109,6 @@ def _check(task: Task) -> None:
         raise UserError(f"{kind} has no prediction for a text; export another task")
     if task.several_texts and not isinstance(task, Contrastive):
         raise UserError(f"{kind} reads several texts of a row together, and a program reads one; leave --stablehlo out")
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: it is a file; choose another directory")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / ABOUT).exists():
-        raise UserError(f"{folder}: not empty, and not a predictor ({ABOUT} is missing); choose another directory")
-    if not overwrite:
-        raise UserError(f"{folder}: it holds a predictor already; choose another directory, or overwrite it")
 
 
 def tensors_of(run: TrainedRun, task: Task) -> dict[str, Any]:
@@ -176,15 +163,11 @@ def lowered(run: TrainedRun, task: Task, tensors: Mapping[str, Any], names: Sequ
         return {None: export(*jax.export.symbolic_shape("b, t"))}
     except Exception as error:
         log.info("task %s: one program for all lengths cannot be made (%s), so there is one for each", task.name, reason(error))
+    longest = _row_length(run, task)
     try:
-        return {length: export(*jax.export.symbolic_shape("b"), length) for length in _lengths(_row_length(run, task))}
+        return {length: export(*jax.export.symbolic_shape("b"), length) for length in (*shorter_rows(longest), longest)}
     except Exception as error:
         raise UserError(f"task {task.name!r}: jax cannot export its program ({reason(error)})") from error
-
-
-def _lengths(longest: int) -> list[int]:
-    shorter = itertools.takewhile(lambda length: length < longest, (SHORTEST << n for n in itertools.count()))
-    return [*shorter, longest]
 
 
 def _row_length(run: TrainedRun, task: Task) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from mtl_jax.core.json_shapes import list_of, object_of, text, whole
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.versions import installed
-from mtl_jax.data.batches import Batching
+from mtl_jax.data.batches import Batching, shorter_rows
 from mtl_jax.data.examples import Examples
 from mtl_jax.inference import answer_rows, predict_request
 from mtl_jax.inference.answer_rows import Reading
@@ -39,7 +38,6 @@ from mtl_jax.training.preemption import stop_on_signals
 
 log = logging.getLogger(__name__)
 
-SHORTEST = 16  # tokens of the shortest rows of batches, where each text has a row
 
 # A finished chunk in a journal.
 ITEM = object_of({"answers": list_of(object_of({})), "errors": whole, "first": text})
@@ -175,8 +173,7 @@ def _buckets(model: Model, batching: Batching) -> tuple[int, ...]:
     """
     if batching.packed or batching.buckets or model.run.trunk.is_users:
         return batching.buckets
-    lengths = itertools.takewhile(lambda length: length < batching.row_length, (SHORTEST << n for n in itertools.count()))
-    return tuple(lengths)
+    return shorter_rows(batching.row_length)
 
 
 def _made_from(model: Model, request: Request, digest: str, rows: int, devices: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
-from mtl_jax.core.staging import staged
+from mtl_jax.core.staging import check_replaceable, staged
 from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import Checkpoint
 from mtl_jax.pretrained.family import Family
@@ -46,7 +46,7 @@ def save(
     family = families.of(checkpoint.raw, "config.json")
     config = exported_config(family, checkpoint)
     tensors = _tensors(family, checkpoint)
-    _check_free(folder, overwrite)
+    check_replaceable(folder, "config.json", "a checkpoint", overwrite)
     with staged(folder) as staging:
         _write_tensors(staging, tensors, shard_size)
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -88,17 +88,6 @@ def _tensors(family: Family, checkpoint: Checkpoint) -> dict[str, Saved]:
     for name, array in family.extra(checkpoint.params, checkpoint.config).items():
         tensors[name] = Saved(array, False)
     return dict(sorted(tensors.items()))
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: it is a file; choose another directory")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: not empty, and not a checkpoint; choose another directory")
-    if not overwrite:
-        raise UserError(f"{folder}: it holds a checkpoint already; choose another directory, or overwrite it")
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Saved], shard_size: int) -> None:

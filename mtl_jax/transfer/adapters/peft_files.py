@@ -21,7 +21,7 @@ import safetensors
 
 from mtl_jax.core import digests, trees
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.core.staging import staged
+from mtl_jax.core.staging import check_replaceable, staged
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.pretrained import families
 from mtl_jax.pretrained.checkpoint import Checkpoint
@@ -113,7 +113,7 @@ def save_peft(
         UserError: PEFT has no form for an adapter or for several kinds at once, or the folder is not free.
     """
     folder = Path(folder)
-    _check_free(folder, overwrite)
+    check_replaceable(folder, FILE, "an adapter", overwrite)
     names = names_of(checkpoint)
     whole = checkpoint.head in SAVED_HEADS if head is None else head
     if whole and checkpoint.head is None:
@@ -241,13 +241,3 @@ def _written(writing: Writing) -> tuple[dict[str, Any], dict[str, Saved]]:
         raise UserError(f"adapters {together}: a PEFT directory has adapters of one kind; write them one by one")
     (writer,) = writers
     return writer(writing)
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: it is a file; choose another directory")
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / FILE).exists():
-            raise UserError(f"{folder}: not empty, and not a PEFT directory; choose another directory")
-        if not overwrite:
-            raise UserError(f"{folder}: it holds an adapter already; choose another directory, or overwrite it")

@@ -65,7 +65,7 @@ def generate(
         texts = prompts(prompt, [{TEXT: text} for text in texts], texts, "")
     request = TextRequest(GENERATE.task, chat=chat)
     answers = from_python(GENERATE, model, texts, request, task, None, max_source_tokens, scores, rows, dtype, seed, options)
-    objects = [answer | {TEXT: text} for answer, text in zip(answers, given, strict=True) if not isinstance(answer, str)]
+    objects = [answer | {TEXT: text} for answer, text in zip(answers, given, strict=True) if isinstance(answer, dict)]
     return objects or answers
 
 

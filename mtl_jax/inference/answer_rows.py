@@ -217,8 +217,8 @@ def answer(
     answers: list[dict[str, dict[str, Any]]] = [{task.name: {"error": EMPTY} for task in tasks} for _ in rows]
     readable = [i for i, row in enumerate(rows) if _has_texts(row, source)]
     read = [rows[i] for i in readable]
-    for writer in (task for task in tasks if isinstance(task, CausalLM)):
-        read = [writer.without_answer(row, source) for row in read]
+    for causal in (task for task in tasks if isinstance(task, CausalLM)):
+        read = [causal.without_answer(row, source) for row in read]
     examples, cut, refused = _examples(run, tasks[0].name, source, read)
     for place, reason in refused.items():
         answers[readable[place]] = {task.name: {"error": reason} for task in tasks}

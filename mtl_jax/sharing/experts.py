@@ -183,10 +183,10 @@ class CGC(Experts):
 class DSelectK(Experts):
     """Shared experts, of which each task's gate selects at most k, by a smooth function (Hazimeh et al. 2021, DSelect-k).
 
-    An expert's number in binary is its code. A selector has a number for each bit, which a smooth step maps to 0..1. The product
-    over the bits is the selector's weight of an expert, and the gate is the mean of the selectors, weighted by a softmax. Once
-    every bit is 0 or 1, each selector has chosen one expert. The paper's entropy term, which only makes this faster, is left
-    out.
+    An expert's number in binary is its code. A selector has a number for each bit, which a smooth step maps to 0..1. The
+    product over the bits is the selector's weight of an expert, and the gate is the mean of the selectors, weighted by a
+    softmax. Once every bit is 0 or 1, each selector has chosen one expert. The paper's entropy term, which only makes this
+    faster, is left out.
 
         Experiment(..., sharing=DSelectK(experts=4, selected=2))
 

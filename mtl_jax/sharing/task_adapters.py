@@ -32,8 +32,8 @@ class TaskAdapters(Sharing):
         self.adapter.check()
         if self.adapter.added_tokens:
             raise UserError(
-                f"sharing: {type(self.adapter).__name__} puts tokens in front of a text, before the first layer, which a row passes "
-                'once for all tasks: declare it among the adapters, with per="task"'
+                f"sharing: {type(self.adapter).__name__} puts tokens in front of a text, before the first layer, which a row "
+                'passes once for all tasks: declare it among the adapters, with per="task"'
             )
 
     @property

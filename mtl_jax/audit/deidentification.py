@@ -9,7 +9,7 @@ from mtl_jax.audit.recognisers import RECOGNISERS, Recogniser
 from mtl_jax.audit.surrogates import Replace, replacement
 from mtl_jax.core.errors import UserError, count
 
-# What people= takes: from texts to the (first character, the one after the last, type) of the names in each.
+# The type of people=: from texts to the (first character, the one after the last, type) of the names in each.
 Names = Callable[[Sequence[str]], Sequence[Iterable[tuple[int, int, str]]]]
 
 

@@ -113,7 +113,7 @@ def copied(view: View, rows: Rows, near: float) -> Copied:
     in_train = np.array([split == "train" for _, split in rows.groups])[groups]
     left, right = (np.unique(numbers[mask & (numbers >= 0)]) for mask in (in_train, ~in_train))
     pairs = copies(collected, near, left, right)
-    # What a text of train is beside each group of held-out rows, and the other way round.
+    # For each text of train and group of held-out rows the kind of the closest copy, and the same for held-out texts.
     train = _closest(pairs.first, pairs.second, pairs.kinds, view, numbers, groups, in_train)
     held_out = _closest(pairs.second, pairs.first, pairs.kinds, view, numbers, groups, ~in_train)
     return Copied(held_out, train, pairs, numbers)

@@ -96,7 +96,7 @@ def _of_group(labels: Sequence[str | None], group: WordGroup) -> list[str | None
         first = old[0] if _entity(old[0]) == entity else f"B-{entity}"
         new = [first, *[f"I-{entity}"] * (len(group.words) - 1)]
     if old[-1] is None and after is not None and after.startswith("I-"):
-        new[-1] = None  # behind a word without label every tag is valid, and only there may this one stand
+        new[-1] = None  # after a word without label every tag is valid, and this one only there
     return new
 
 

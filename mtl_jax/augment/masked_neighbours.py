@@ -28,7 +28,7 @@ from mtl_jax.models.trunk_output import token_table
 from mtl_jax.tasks import MaskedLM
 
 TEXTS = 16  # texts of a batch
-LENGTHS = (16, 32, 64, 128)  # tokens of a batch: a program each; words behind the last stay as they are
+LENGTHS = (16, 32, 64, 128)  # tokens of a batch, a program for each; words after the last do not change
 
 
 class MaskedModel(NamedTuple):
@@ -200,7 +200,7 @@ def _replaced(model: MaskedModel, texts: Sequence[_Hidden]) -> list[dict[int, st
         for row, n in enumerate(part):
             for word, draw in zip(texts[n].chosen, texts[n].draws.tolist(), strict=True):
                 place = hidden[row][1].get(word)
-                if place is None:  # behind the last token, or not in the vocabulary
+                if place is None:  # after the last token, or not in the vocabulary
                     continue
                 if new := _drawn(tokenizer, texts[n].words[word], tokens[row, place], probabilities[row, place], draw):
                     result[n][word] = new

@@ -33,7 +33,8 @@ import numpy as np
 from tabulate import tabulate
 
 from mtl_jax import Batching, Classification, Evaluation, Experiment, Optimizer, Phase, Pretrained, Source
-from mtl_jax.data.batches import Batch, fill, source_arrays
+from mtl_jax.data.batches import Batch, fill
+from mtl_jax.data.source_arrays import source_arrays
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn

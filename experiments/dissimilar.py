@@ -9,7 +9,8 @@ CoLA (is it a sentence), SST-2 (sentiment of reviews), names and parts of speech
 each task alone, then on all with every sharing. A run of all tasks sees as many rows of a task as the run of the task alone.
 
 Copies of the trunk's layers have the trunk's rate, small parts that a sharing adds a higher one; "frozen" ways train only what
-is added, and the heads. "lora" is one plain LoRA for all tasks with about as many parameters as the experts.
+is added, and the heads. "lora" is one plain LoRA for all tasks with about as many parameters as the experts. "groups" are runs
+of some tasks with hard sharing; mtl_jax.affinity finds the groups by the gains of grad_tag in the run of all tasks.
 
 Every run is an ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only writes
 WORKDIR/table.md from their results.json. MTL_JAX_DATA names a folder with cola/, sentences/, tweebank/, stsb/, tweeteval/,
@@ -19,6 +20,7 @@ snips/ and restaurant8k/. `mtl-jax compare` says of two of these runs which task
 import dataclasses
 import re
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -44,6 +46,7 @@ from mtl_jax import (
     Phase,
     Pretrained,
     Source,
+    affinity,
     sharing,
 )
 from mtl_jax.core.errors import UserError, unknown
@@ -53,6 +56,7 @@ from mtl_jax.transfer.adapters import Adapter
 TRUNK_RATE, RATE = 3e-4, 1e-3  # of the trunk, its copies and the heads; of small parts that are added to it
 COPIES = (sharing.TopLayers, sharing.CrossStitch, sharing.Sluice, sharing.MMoELayers, sharing.PLE)
 EVERYWHERE = r".*/(query|value|feed_forward_out)"
+GROUPS, MODELS = "groups", 3  # a way without a sharing of its own, and its most models
 
 # {way: (the sharing, adapters of all tasks, whether the trunk is frozen)}
 ADAPTER = Bottleneck(name="task", width=16, variant="pfeiffer")
@@ -85,7 +89,7 @@ class Comparison:
     """The runs to compare.
 
     Attributes:
-        ways: The ways to share, by their names in the table.
+        ways: The ways to share, by their names in the table; groups needs hard.
         seeds: Seeds; every way is trained with each.
         alone: Steps of a task alone; all tasks together have so many for each source.
         rows: Rows of 64 tokens in a batch.
@@ -94,7 +98,7 @@ class Comparison:
         only_table: Train nothing: the table of the runs that are done.
     """
 
-    ways: tuple[str, ...] = tuple(WAYS)
+    ways: tuple[str, ...] = (*WAYS, GROUPS)
     seeds: tuple[int, ...] = (0,)
     alone: int = 70
     rows: int = 8
@@ -143,7 +147,7 @@ def runs(comparison: Comparison, seed: int) -> dict[str, Experiment]:
     """{name of the run: its experiment}."""
     base = dataclasses.replace(experiment(comparison), seed=seed)
     shared_by = {}
-    for way in comparison.ways:
+    for way in (way for way in comparison.ways if way != GROUPS):
         part, adapters, is_frozen = WAYS[way]
         is_small = bool(adapters) or not isinstance(part, (sharing.Hard, *COPIES))
         rules = (
@@ -157,6 +161,21 @@ def runs(comparison: Comparison, seed: int) -> dict[str, Experiment]:
     return alone | shared_by
 
 
+def groups(comparison: Comparison, seed: int, joint: Path) -> dict[str, tuple[Experiment, tuple[str, ...]]]:
+    """{name of the run: its experiment, and the tasks that it serves}, from the finished run of all tasks."""
+    base = dataclasses.replace(experiment(comparison), seed=seed)
+    found = affinity.of_experiment(base, estimators=("grad_tag",), runs=(joint,), models=MODELS, resamples=0, seed=seed)
+    if found.groups is None:
+        raise UserError(f"{joint}: {'; '.join(found.notes)}")
+    source_of = {task.name: task.source for task in base.tasks}
+    planned = {}
+    for group in found.groups.groups:
+        steps = comparison.alone * len({source_of[task] for task in group.trained})
+        chosen = dataclasses.replace(base, only=group.trained, phases=(Phase("group", steps=steps),))
+        planned[f"group of {' '.join(group.trained)}"] = chosen, group.served
+    return planned
+
+
 def compare(comparison: Comparison) -> str:
     """Trains the runs that are not done, and returns the table.
 
@@ -164,28 +183,40 @@ def compare(comparison: Comparison) -> str:
         UserError: A way is unknown, or a run cannot be resumed.
     """
     for way in comparison.ways:
-        if way not in WAYS:
-            raise unknown("way in ways:", way, WAYS)
+        if way not in (*WAYS, GROUPS):
+            raise unknown("way in ways:", way, (*WAYS, GROUPS))
+    if GROUPS in comparison.ways and "hard" not in comparison.ways:
+        raise UserError("ways has groups, which are made from the run of hard: add hard")
     if not comparison.seeds:
         raise UserError("give at least one of seeds")
     folder = Path(comparison.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     scores: dict[str, dict[str, list[float]]] = {}
+
+    def run(name: str, planned: Experiment, seed: int, way: str, served: Collection[str]) -> None:
+        """Trains a run that is not done, and adds the scores of the tasks that it serves to those of a way."""
+        workdir = folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+        if comparison.only_table and not (workdir / "results.json").exists():
+            return
+        print(f"{name}, seed {seed}", flush=True)
+        results = mtl_jax.train(planned, workdir)["tasks"]
+        for task in served:
+            score = 100 * number_of(results[task]["test"][results[task]["metric"]])
+            scores.setdefault(way, {}).setdefault(task, []).append(score)
+
     for seed in comparison.seeds:
         for name, planned in runs(comparison, seed).items():
-            workdir = folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
-            if comparison.only_table and not (workdir / "results.json").exists():
-                continue
-            print(f"{name}, seed {seed}", flush=True)
-            results = mtl_jax.train(planned, workdir)
-            way = "alone" if name.endswith(" alone") else name
-            for task in results["tasks"]:
-                score = results["tasks"][task]
-                scores.setdefault(way, {}).setdefault(task, []).append(100 * number_of(score["test"][score["metric"]]))
+            tasks = planned.only or [task.name for task in planned.tasks]
+            run(name, planned, seed, "alone" if name.endswith(" alone") else name, tasks)
+        joint = folder / f"hard-{seed}"
+        if GROUPS in comparison.ways and (joint / "results.json").exists():
+            for name, (planned, served) in groups(comparison, seed, joint).items():
+                run(name, planned, seed, GROUPS, served)
     missing = [task.name for task in experiment(comparison).tasks if task.name not in scores.get("alone", {})]
     if missing:
         raise UserError(f"{folder}: {', '.join(missing)} alone are not trained yet, with which the others are compared")
+    scores = {way: by_task for way, by_task in scores.items() if by_task.keys() == scores["alone"].keys()}
     text = table(scores, [task.name for task in experiment(comparison).tasks])
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -22,7 +22,7 @@ from .cli.script_main import main as main
 from .core.errors import Interrupted as Interrupted
 from .core.errors import UserError as UserError
 from .core.hooks import Hooks as Hooks
-from .data.batches import Batching as Batching
+from .data.batch_shape import Batching as Batching
 from .data.source import Canaries as Canaries
 from .data.source import Source as Source
 from .experiment import Checkpoints as Checkpoints

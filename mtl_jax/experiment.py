@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mtl_jax import weighting
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.data.batches import Batching
+from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.source import Augmentation, Source
 from mtl_jax.sharing.base import Hard, Sharing
 from mtl_jax.tasks import Task

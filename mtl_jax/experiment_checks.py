@@ -7,7 +7,7 @@ import string
 from mtl_jax import weighting
 from mtl_jax.core import configuration
 from mtl_jax.core.errors import UserError, count, listed, unknown
-from mtl_jax.data import augmentations, batches, mixture, units
+from mtl_jax.data import augmentations, batch_shape, mixture, units
 from mtl_jax.experiment import Experiment, Phase, rule_of, weighs_heads
 from mtl_jax.models import remat
 from mtl_jax.models.kernels import KERNELS
@@ -47,7 +47,7 @@ def check(experiment: Experiment) -> None:
             if source not in [declared.name for declared in experiment.sources]:
                 raise unknown(f"source of {regulariser.name}:", source, [declared.name for declared in experiment.sources])
     _check_settings(experiment)
-    batches.check(experiment.batch)
+    batch_shape.check(experiment.batch)
     optimizers.check(experiment.optimizer)
     averaging.make(experiment.averaging)
     augmentations.check(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mtl_jax.data.batches import Batching
+from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
 from mtl_jax.tasks import Classification, Regression

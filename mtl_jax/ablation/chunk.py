@@ -277,9 +277,10 @@ class Chunk:
         apply = self.machine.outputs(plan, plan.cached_features)
         scores_by_run = scores_of(self.machine, apply, measured, "dev", active, per_run, lambda task: task.dev_beams, table)
         better = np.zeros(self.machine.size, bool)
-        for number, (status, scores) in enumerate(zip(self.statuses, scores_by_run, strict=True)):
-            if scores is None:
+        for number, (status, run_scores) in enumerate(zip(self.statuses, scores_by_run, strict=True)):
+            if run_scores is None:
                 continue
+            scores = run_scores.scores
             not_finite = [task for task, metrics in scores.items() if not math.isfinite(metrics["loss"])]
             if not_finite:
                 self._diverged(number, step, f"the dev loss of task {not_finite[0]!r} is {scores[not_finite[0]]['loss']}")
@@ -326,10 +327,11 @@ class Chunk:
             for split in ("dev", "test")
         }
         self.counts.seconds += time.monotonic() - self.started
-        test = self.prepared.corpus.splits["test"]
-        signatures = {task.name: task.signatures(test[task.source].data) for task in self.tasks}
+        test_split = self.prepared.corpus.splits["test"]
+        signatures = {task.name: task.signatures(test_split[task.source].data) for task in self.tasks}
         for number, (run, status) in enumerate(zip(self.runs, self.statuses, strict=True)):
-            if status.best is None:
+            dev, test = scores["dev"][number], scores["test"][number]
+            if dev is None or test is None:  # it was never measured
                 continue
             facts = {
                 "run": run.name,
@@ -341,5 +343,14 @@ class Chunk:
                 "runs_at_once": len(self.runs),
                 **self.counts.facts(self.examples),
             }
-            run_scores = {split: by_run[number] or {} for split, by_run in scores.items()}
-            results.write(self.shared.run_folder(run), run.experiment, self.tasks, run_scores, signatures, facts, figure=False)
+            run_scores = {"dev": dev.scores, "test": test.scores}
+            results.write(
+                self.shared.run_folder(run),
+                run.experiment,
+                self.tasks,
+                run_scores,
+                signatures,
+                facts,
+                without_copies=test.without_copies,
+                figure=False,
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
 from mtl_jax.models.trunk_output import TEXT_VECTORS
 from mtl_jax.tasks import Seq2Seq
-from mtl_jax.training import evaluation, gram_gradient, sharing_usage, text_evaluation
+from mtl_jax.training import copy_scores, evaluation, gram_gradient, sharing_usage, text_evaluation
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import cached_for, encode_tokens, needed_fields, text_vector
@@ -197,7 +197,16 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-Scores = dict[str, dict[str, float]]
+class RunScores(NamedTuple):
+    """How one run does on a split.
+
+    Attributes:
+        scores: {task: {metric: value}}; only losses for a run with a loss that is not finite.
+        without_copies: As copy_scores.without_copies(); {} for dev.
+    """
+
+    scores: dict[str, dict[str, float]]
+    without_copies: dict[str, dict[str, Any]]
 
 
 def scores_of(
@@ -209,8 +218,8 @@ def scores_of(
     per_run: Any,
     beams: Callable[[Seq2Seq], int],
     table: Any = None,
-) -> list[Scores | None]:
-    """{task: {metric: value}} for the runs in `which`, else None; only losses for a run with a loss that is not finite.
+) -> list[RunScores | None]:
+    """The scores of the runs in `which`, None for the others.
 
     Args:
         machine: The runs' program.
@@ -225,19 +234,22 @@ def scores_of(
     prepared = machine.prepared
     data, tasks, batching = prepared.corpus.splits[split], prepared.corpus.tasks, prepared.experiment.batch
     parts = list(data.values())
+    copies = prepared.test_copies if split == "test" else {}
     outputs = evaluation.predict_runs(apply, params, tasks, parts, batching, machine.mesh, machine.size, table=table)
-    scores: list[Scores | None] = []
+    scores: list[RunScores | None] = []
     for number, evaluated in enumerate(which):
         losses = outputs[number].losses
         if not evaluated:
             scores.append(None)
         elif not all(math.isfinite(loss) for loss in losses.values()):
-            scores.append({task: {"loss": loss} for task, loss in losses.items()})
+            scores.append(RunScores({task: {"loss": loss} for task, loss in losses.items()}, {}))
         else:
-            texts: Scores = {}
+            texts: text_evaluation.Texts = {}
             if any(task.generates for task in tasks):
                 run_params = jax.device_put(stacking.take(params, per_run, number), jax.devices()[0])
                 devices = list(machine.mesh.devices.flat)
-                texts = text_evaluation.text_scores(tasks, prepared.trunk, run_params, data, beams, devices=devices)
-            scores.append(evaluation.score(tasks, data, outputs[number], texts))
+                texts = text_evaluation.generated_texts(tasks, prepared.trunk, run_params, data, beams, devices=devices)
+            without = copy_scores.without_copies(tasks, data, outputs[number], texts, copies)
+            of_texts = text_evaluation.scores_of(tasks, texts)
+            scores.append(RunScores(evaluation.score(tasks, data, outputs[number], of_texts), without))
     return scores

@@ -18,7 +18,7 @@ from mtl_jax.affinity.estimators import ESTIMATORS, Estimator, reads
 from mtl_jax.affinity.pair_tables import NotApplicable, Tables, input_of, tables, timed
 from mtl_jax.affinity.ranking import Estimate, check_options, mean_places, ranked
 from mtl_jax.affinity.task_features import TaskFeatures
-from mtl_jax.affinity.task_groups import Grouping, groups
+from mtl_jax.affinity.task_groups import Group, Grouping, groups
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.experiment import Experiment
@@ -153,10 +153,8 @@ def of_experiment(
         advice[name] = advise(name, first, sizes[name], sizes[first])._replace(starts=starts)
     used = {name: len(arrays.features) for name, arrays in data.arrays.items()}
     notes = [*_lines(problems), *([] if copies is not None else [copied_rows.TOO_MANY])]
-    grouping = _groups(rankings, models) if models else None
-    notes += [grouping] if isinstance(grouping, str) else []
-    best = grouping if isinstance(grouping, Grouping) else None
-    return Affinity(rankings, places, untrained, advice, notes, seconds, used, copies or {}, best)
+    grouping, lines = _groups(rankings, models) if models else (None, [])
+    return Affinity(rankings, places, untrained, advice, notes + lines, seconds, used, copies or {}, grouping)
 
 
 def _check_models(models: int, target: str, runs: Sequence[str | Path], estimators: Sequence[str]) -> None:
@@ -170,18 +168,25 @@ def _check_models(models: int, target: str, runs: Sequence[str | Path], estimato
         )
 
 
-def _groups(rankings: Mapping[str, Mapping[str, Sequence[Estimate]]], models: int) -> Grouping | str:
-    """The groups, or a line on why there are none."""
+def _groups(rankings: Mapping[str, Mapping[str, Sequence[Estimate]]], models: int) -> tuple[Grouping | None, list[str]]:
+    """The groups, and lines on what they lack. A task without gains is a group by itself, one of the models."""
     names = list(rankings)
     gains = np.full((len(names), len(names)), np.nan)
     for column, target in enumerate(names):
         for estimate in rankings[target].get(GAINS, ()):
             gains[names.index(estimate.source), column] = estimate.value
-    missing = np.argwhere(~np.isfinite(gains) & ~np.eye(len(names), dtype=bool))
-    if len(missing):
-        source, target = (names[number] for number in missing[0])
-        return f"groups: {GAINS} has no gain of {target} from {source}; none are made"
-    return groups(gains, names, models)
+    np.fill_diagonal(gains, 0.0)
+    kept, lines = list(range(len(names))), []
+    while np.isnan(among := gains[np.ix_(kept, kept)]).any():
+        missing = np.isnan(among)
+        worst = kept.pop(int((missing.sum(axis=0) + missing.sum(axis=1)).argmax()))
+        lines.append(f"groups: {GAINS} lacks gains of {names[worst]} or from it, so it is a group by itself")
+    budget = models - (len(names) - len(kept))
+    if len(kept) < 2 or budget < 1:
+        return None, [*lines, f"groups: none are made of {count(len(kept), 'task')} in {count(max(budget, 0), 'model')}"]
+    grouping = groups(gains[np.ix_(kept, kept)], [names[number] for number in kept], budget)
+    alone = [Group((name,), (name,)) for number, name in enumerate(names) if number not in kept]
+    return grouping._replace(groups=(*grouping.groups, *alone)), lines
 
 
 class Problem(NamedTuple):

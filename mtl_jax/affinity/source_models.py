@@ -19,7 +19,8 @@ from mtl_jax.affinity.similarity import task_embedding
 from mtl_jax.affinity.task_features import CLASSES, FIELDS, TrunkFunction, kind_of_labels, make_trunk
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.trees import leaves_of, put
-from mtl_jax.data.batches import Batch, Batching, eval_batches
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.examples import Examples
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
@@ -52,8 +53,12 @@ class SourceModel(NamedTuple):
 
 
 def can_fit(task: Task) -> bool:
-    """Whether a head of the task can be fitted to features: it reads nothing else, and its labels are known in advance."""
-    return set(task.needs) <= set(FIELDS) and not task.corrupts and task.label_level != "target"
+    """Whether a head of the task can be fitted to features of single texts.
+
+    It reads nothing else, its labels are known in advance, and its loss does not compare texts with each other.
+    """
+    compares = task.unit_size > 1 or task.several_texts or task.whole_batch
+    return set(task.needs) <= set(FIELDS) and not task.corrupts and task.label_level != "target" and not compares
 
 
 def fit_head(task: Task, head: Any, batches: Sequence[Batch], outputs: Sequence[Encoded]) -> Any:

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.data.batches import Batch, Batching, eval_batches
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.examples import Examples
 from mtl_jax.experiment import Experiment
 from mtl_jax.models import traced
@@ -170,8 +171,8 @@ def _at_layer(encode: Encode, name: str) -> Encode:
 
 
 def kind_of_labels(task: Task) -> str:
-    """ "classes", "numbers", or "" for labels that are neither: a set, a span, a text."""
-    if task.label_shape or (task.level, task.label_level) not in LEVELS or task.corrupts:
+    """ "classes", "numbers", or "" for labels that are neither, or not of one text: a set, a span, a text, a choice."""
+    if task.several_texts or task.label_shape or (task.level, task.label_level) not in LEVELS or task.corrupts:
         return ""
     return CLASSES if np.issubdtype(task.dtype, np.integer) else NUMBERS
 

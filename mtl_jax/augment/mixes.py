@@ -63,9 +63,16 @@ class Mix(Regulariser):
             raise UserError(f"{FIELD}: layer of {self.name} is {self.layer}; with at hidden it is 1 or more, else 0")
 
     @property
-    def mixes_trunk(self) -> bool:
-        """Whether token vectors are mixed within the trunk."""
+    def own_pass(self) -> bool:
         return self.at != "pooled"
+
+    @property
+    def changes_inputs(self) -> bool:
+        return self.own_pass
+
+    @property
+    def reads_vectors(self) -> bool:
+        return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,10 @@ class NeighbourSmoothing(Regulariser):
     weight: float | str = 0.1
     tasks: tuple[str, ...] = ()
     neighbours: int = 3
+
+    @property
+    def reads_vectors(self) -> bool:
+        return True
 
     def check(self) -> None:
         if self.neighbours < 1:

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.data.batches import Batch, Batching, SourceArrays, fill
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch, fill
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.packing import best_fit
 from mtl_jax.data.poisson import PoissonSchedule
+from mtl_jax.data.source_arrays import SourceArrays
 
 # The examples of so many rows are packed together: whole passes of a small source, parts of a pass of a large one.
 FEWEST_ROWS, MOST_ROWS = 16, 1024

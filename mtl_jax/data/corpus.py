@@ -14,9 +14,9 @@ from mtl_jax.core import assets, row_texts
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import augmentations, canaries, made_rows, row_edits
 from mtl_jax.data import redraw as redrawing
-from mtl_jax.data.examples import Counts, Examples, label_remarks, length_remark, read_examples, readable
+from mtl_jax.data.examples import Counts, Examples, read_examples, readable
 from mtl_jax.data.formats.rows import Row
-from mtl_jax.data.label_notes import absent_labels, conflicting_labels
+from mtl_jax.data.label_notes import absent_labels, conflicting_labels, label_remarks, length_remark
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.made_rows import Added
 from mtl_jax.data.redraw import Redraw

@@ -320,36 +320,3 @@ def readable(
             continue
         kept.append(row)
     return kept
-
-
-def length_remark(tasks: Sequence[Labels], counts: Counts, max_length: int) -> str:
-    """A clause on texts that were too long, such as "3 texts cut to 64 tokens".
-
-    Args:
-        tasks: The tasks that read the rows.
-        counts: The counts of these rows.
-        max_length: As for read_examples.
-    """
-    if not counts.extra:
-        return f"{count(counts.truncated, 'text')} cut to {count(max_length, 'token')}"
-    remark = (
-        f"{count(counts.long, 'long text')} read in {count(counts.extra, 'further window')} of {count(max_length, 'token')}"
-    )
-    first_only = [task.name for task in tasks if not task.windows]
-    read = "reads" if len(first_only) == 1 else "read"
-    return f"{remark}, of which {', '.join(first_only)} {read} the first only" if first_only else remark
-
-
-def label_remarks(tasks: Sequence[Labels], counts: Counts) -> list[str]:
-    """Remarks on missing labels and truncated target texts, a line each.
-
-    Args:
-        tasks: The tasks whose labels were read.
-        counts: The counts of their rows.
-    """
-    lines = [f"task {name}: {count(blank, 'row has', 'rows have')} no label" for name, blank in counts.blank.items() if blank]
-    for task in tasks:
-        if counts.truncated_targets[task.name]:
-            texts = count(counts.truncated_targets[task.name], "target text")
-            lines.append(f"task {task.name}: {texts} cut to {count(task.target_length, 'token')}")
-    return lines

@@ -17,13 +17,15 @@ import numpy as np
 
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.data import row_keys
-from mtl_jax.data.batches import Batch, Batching, fill, source_arrays
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch, fill
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.records import Picked
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.packing import best_fit
 from mtl_jax.data.source import Source
+from mtl_jax.data.source_arrays import source_arrays
 from mtl_jax.data.splits import Splits
 
 FEWEST, MOST = 2, 2048  # rows of a source that are held out

@@ -1,4 +1,4 @@
-"""Remarks on labels before training: those that no training row has, and those that are lost with repeated texts."""
+"""Remarks on labels and lengths: labels that no training row has or that are lost with repeated texts, texts that were cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.core.row_texts import quoted
-from mtl_jax.data.examples import Examples
+from mtl_jax.data.examples import Counts, Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.ragged import Ragged
@@ -93,3 +93,36 @@ def _raw_label(task: Labels, row: Row) -> Any:
     if label is None:
         label = task.parse(row)
     return [task.labels[index] for index in np.flatnonzero(label == 1)] if isinstance(label, np.ndarray) else label
+
+
+def length_remark(tasks: Sequence[Labels], counts: Counts, max_length: int) -> str:
+    """A clause on texts that were too long, such as "3 texts cut to 64 tokens".
+
+    Args:
+        tasks: The tasks that read the rows.
+        counts: The counts of these rows.
+        max_length: As for read_examples.
+    """
+    if not counts.extra:
+        return f"{count(counts.truncated, 'text')} cut to {count(max_length, 'token')}"
+    remark = (
+        f"{count(counts.long, 'long text')} read in {count(counts.extra, 'further window')} of {count(max_length, 'token')}"
+    )
+    first_only = [task.name for task in tasks if not task.windows]
+    read = "reads" if len(first_only) == 1 else "read"
+    return f"{remark}, of which {', '.join(first_only)} {read} the first only" if first_only else remark
+
+
+def label_remarks(tasks: Sequence[Labels], counts: Counts) -> list[str]:
+    """Remarks on missing labels and truncated target texts, a line each.
+
+    Args:
+        tasks: The tasks whose labels were read.
+        counts: The counts of their rows.
+    """
+    lines = [f"task {name}: {count(blank, 'row has', 'rows have')} no label" for name, blank in counts.blank.items() if blank]
+    for task in tasks:
+        if counts.truncated_targets[task.name]:
+            texts = count(counts.truncated_targets[task.name], "target text")
+            lines.append(f"task {task.name}: {texts} cut to {count(task.target_length, 'token')}")
+    return lines

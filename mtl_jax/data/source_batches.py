@@ -7,7 +7,7 @@ from typing import Any
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import augmentations, made_rows
-from mtl_jax.data.batches import Batching
+from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.corpus import make_corpus, read_sources, with_augmentations
 from mtl_jax.data.labels import Labels
 from mtl_jax.data.source import Source

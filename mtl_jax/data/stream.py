@@ -22,10 +22,12 @@ from grain import experimental as grain_experimental
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import mixture, mixture_schedule, poisson
 from mtl_jax.data.batch_plan import Plan, PlanCache, PoissonPlan
-from mtl_jax.data.batches import Batch, Batching, SourceArrays, source_arrays
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.mixture_schedule import ScheduleSequence
 from mtl_jax.data.poisson import PoissonSchedule
+from mtl_jax.data.source_arrays import SourceArrays, source_arrays
 
 AHEAD = 4  # batches made ahead of the step
 

@@ -24,7 +24,8 @@ from mtl_jax.core.files import reason, write_bytes, write_json, write_text
 from mtl_jax.core.staging import check_replaceable, staged
 from mtl_jax.core.versions import installed
 from mtl_jax.data import tokenize, units
-from mtl_jax.data.batches import Batch, shorter_rows
+from mtl_jax.data.batch_shape import shorter_rows
+from mtl_jax.data.batches import Batch
 from mtl_jax.inference import predictor_readme
 from mtl_jax.inference.predict import TrainedRun, is_workdir, open_run
 from mtl_jax.pretrained import language_codes

@@ -19,8 +19,9 @@ from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage
-from mtl_jax.data.examples import Examples, label_remarks, length_remark, read_examples
+from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.data.formats import READERS, names_columns
+from mtl_jax.data.label_notes import label_remarks, length_remark
 from mtl_jax.data.splits import read_one
 from mtl_jax.inference import answer_rows
 from mtl_jax.inference.answer_rows import Value

@@ -24,7 +24,7 @@ from mtl_jax.core.json_shapes import list_of, object_of, text, whole
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.versions import installed
-from mtl_jax.data.batches import Batching, shorter_rows
+from mtl_jax.data.batch_shape import Batching, shorter_rows
 from mtl_jax.data.examples import Examples
 from mtl_jax.inference import answer_rows, predict_request
 from mtl_jax.inference.answer_rows import Reading

@@ -15,8 +15,8 @@ from mtl_jax.training.experiment_json import tasks_to_json
 from mtl_jax.transfer.adapters import Adapted
 from mtl_jax.transfer.adapters.base import RUN
 
-# Fields of tasks that matter in training only: joined runs may differ in them.
-TRAINING_ONLY = ("dropout", "label_smoothing", "balanced", "class_weights")
+# Fields of tasks that matter in training, or to readers, only: joined runs may differ in them, and the first run's are kept.
+MAY_DIFFER = ("dropout", "label_smoothing", "balanced", "class_weights", "label_names")
 # Fields of sources that say where rows are: the rows themselves are compared.
 PLACES = ("path", "dev_path", "test_path", "rows", "dev_rows", "test_rows")
 
@@ -71,7 +71,7 @@ def unite(members: Sequence[Member], method: str) -> Union:
     for member in members:
         for task in member.run.tasks:
             owner, earlier = tasks.setdefault(task.name, (member, task))
-            _check_same("task", owner, earlier, member, task, TRAINING_ONLY)
+            _check_same("task", owner, earlier, member, task, MAY_DIFFER)
         used = {task.source for task in member.run.tasks}
         for source in member.run.experiment.sources:
             if source.name in used:
@@ -125,7 +125,7 @@ def check_adapters(first: Member, second: Member) -> None:
         names = [", ".join(sorted(names)) or "none" for names in (others, adapters)]
         raise UserError(f"{second.name}: its adapters are {names[0]}, and those of {first.name} {names[1]}; {advice}")
     for name, adapter in adapters.items():
-        _check_same("adapter", first, adapter, second, others[name], TRAINING_ONLY, advice)
+        _check_same("adapter", first, adapter, second, others[name], MAY_DIFFER, advice)
     separate = [adapter.name for adapter in adapters.values() if adapter.per != RUN]
     if separate and first.run.sources != second.run.sources:
         sources = [", ".join(member.run.sources) for member in (second, first)]

@@ -195,6 +195,7 @@ class Subspaces(Regulariser):
     parameters: str = rf"trunk/adapters/sharing/.*/{COLUMNS}/(.*/)?(attention/output|feed_forward_out)/kernel"
 
     reads_start: ClassVar[bool] = False
+    must_match: ClassVar[tuple[str, ...]] = ("parameters",)
 
     def check(self) -> None:
         try:

@@ -31,9 +31,9 @@ from mtl_jax.tasks import metrics
 from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
 from mtl_jax.tasks.reading import column
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row, of_texts
 
 NEW_LINE = "\n"
-ANSWERS = ("exact", "f1")  # metrics of short answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class CausalLM(Task):
     end: int = -1
     padding: int = 0
 
-    metric_names: ClassVar[tuple[str, ...]] = ("token_accuracy", *ANSWERS, *metrics.TEXT_METRICS)
+    metric_names: ClassVar[tuple[str, ...]] = ("token_accuracy", *metrics.SHORT_ANSWERS, *metrics.TEXT_METRICS)
     level: ClassVar[str] = "token"
     needs: ClassVar[tuple[str, ...]] = ("tokens", "table")
     outputs: ClassVar[int] = 3
@@ -109,6 +109,10 @@ class CausalLM(Task):
     @property
     def generates(self) -> bool:
         return self.metric != "token_accuracy" or bool(self.registered_metrics)
+
+    @property
+    def scores_texts(self) -> bool:
+        return self.metric != "token_accuracy"
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -292,6 +296,14 @@ class CausalLM(Task):
         generated, targets = [text for text, _ in pairs], [reference for _, reference in pairs]
         scores = metrics.answer_scores(generated, targets) | metrics.text_scores(self.metric, generated, targets)
         return scores | metrics.registered_scores(self.registered_metrics, generated, targets)
+
+    def row_statistics(self, outputs: Sequence[Any] | np.ndarray, examples: Examples) -> RowStatistics:
+        if self.scores_texts:
+            return of_texts(self.metric, list(outputs), [self.parse(row) for row in examples.data])
+        labels = examples.labels[self.name]
+        right = [np.asarray(output)[label != self.missing, 2] for output, label in zip(outputs, labels, strict=True)]
+        sums = np.array([[part.sum(dtype=np.float64), len(part)] for part in right], np.float64).reshape(-1, 2)
+        return by_row(RowStatistics(sums, "mean"), examples.row_of, len(examples.data))
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
         if not metrics.family(self.metric):

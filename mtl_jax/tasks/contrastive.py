@@ -267,7 +267,7 @@ class Contrastive(Task):
     def _metrics(self, vectors_MxO: np.ndarray, labels_Mx4: np.ndarray, groups: Sequence[range]) -> dict[str, float]:
         vectors_MxO = unit_length(vectors_MxO)
         if self.scored:
-            return correlations(*_scored_pairs(vectors_MxO, labels_Mx4, groups))
+            return ranks.correlations(*_scored_pairs(vectors_MxO, labels_Mx4, groups))
         return ranks.of_search(*self._search(vectors_MxO, labels_Mx4, groups)[1])
 
     def row_statistics(self, outputs: PerExample, examples: Examples) -> RowStatistics:
@@ -341,18 +341,6 @@ def _scored_pairs(vectors_MxO: np.ndarray, labels_Mx4: np.ndarray, groups: Seque
     """The cosine of each pair, and its score."""
     first = np.array([group[0] for group in groups], np.int64)
     return (vectors_MxO[first] * vectors_MxO[first + 1]).sum(axis=1), labels_Mx4[first, VALUE]
-
-
-def correlations(cosine_M: np.ndarray, score_M: np.ndarray) -> dict[str, float]:
-    """Spearman's and Pearson's correlation; NaN where one of both is constant or not finite."""
-    from scipy import stats
-
-    cosine_M, score_M = cosine_M.astype(np.float64), score_M.astype(np.float64)
-    varies = len(score_M) > 1 and np.isfinite(cosine_M).all() and np.ptp(cosine_M) > 0 and np.ptp(score_M) > 0
-    return {
-        "spearman": float(stats.spearmanr(cosine_M, score_M).statistic) if varies else math.nan,
-        "pearson": float(stats.pearsonr(cosine_M, score_M).statistic) if varies else math.nan,
-    }
 
 
 def _numbers(keys_Mx2: np.ndarray) -> np.ndarray:

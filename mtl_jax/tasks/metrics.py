@@ -107,6 +107,9 @@ def f1(predicted: str, gold: Iterable[str]) -> float:
     return max(_shared_words(predicted, answer) for answer in _known(gold))
 
 
+SHORT_ANSWERS: dict[str, Callable[[str, Iterable[str]], float]] = {"exact": exact, "f1": f1}
+
+
 def answer_scores(predicted: Sequence[str], gold: Sequence[Iterable[str]]) -> dict[str, float]:
     """Means of exact and f1 over N questions, shares of 1.
 
@@ -115,10 +118,7 @@ def answer_scores(predicted: Sequence[str], gold: Sequence[Iterable[str]]) -> di
         gold: The gold answers of each, none or more.
     """
     pairs = list(zip(predicted, gold, strict=True))
-    return {
-        "exact": sum(exact(text, answers) for text, answers in pairs) / len(pairs),
-        "f1": sum(f1(text, answers) for text, answers in pairs) / len(pairs),
-    }
+    return {name: sum(score(text, answers) for text, answers in pairs) / len(pairs) for name, score in SHORT_ANSWERS.items()}
 
 
 def _known(gold: Iterable[str]) -> list[str]:
@@ -162,13 +162,15 @@ def text_scores(name: str, texts: Sequence[str], references: Sequence[Sequence[s
 
 
 def text_statistics(name: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Of each text the numbers whose sums give a metric: sacrebleu's counts for bleu or chrf; for ROUGE its F1, and 1.
+    """Of each text the numbers whose sums give a metric: sacrebleu's counts for bleu or chrf; for others its score, and 1.
 
     Args:
-        name: As for text_scores(); so are texts and references.
+        name: As for text_scores(), or exact or f1; texts and references are as there, too.
     """
     if not texts:
         return []
+    if name in SHORT_ANSWERS:
+        return [[SHORT_ANSWERS[name](text, gold), 1.0] for text, gold in zip(texts, references, strict=True)]
     if name in FAMILIES[0]:
         return _sacrebleu()[name]._extract_corpus_statistics(list(texts), _streams(references))
     scorer = _rouge([name])

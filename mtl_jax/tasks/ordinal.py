@@ -24,6 +24,7 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks.base import PerExample, Task
 from mtl_jax.tasks.label_names import LabelNames, named
+from mtl_jax.tasks.ranks import correlations
 from mtl_jax.tasks.reading import known, known_rows, labelled, text_of
 from mtl_jax.tasks.row_statistics import RowStatistics, by_row, shares
 
@@ -125,15 +126,13 @@ class Ordinal(Task):
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
         """The metrics, and the mean absolute error in labels; kappa and spearman are NaN where they are not defined."""
-        from scipy import stats
-
         predicted_N = (outputs_NxO > 0).sum(axis=1)
         error_N = np.abs(predicted_N - labels_N)
         chance = _chance(predicted_N, labels_N, len(self.labels))
-        varies = len(labels_N) > 1 and np.isfinite(outputs_NxO).all() and np.ptp(predicted_N) > 0 and np.ptp(labels_N) > 0
+        finite = np.isfinite(outputs_NxO).all()
         return {
             "kappa": float(1 - np.square(error_N).mean() / chance) if chance else math.nan,
-            "spearman": float(stats.spearmanr(predicted_N, labels_N).statistic) if varies else math.nan,
+            "spearman": correlations(predicted_N, labels_N)["spearman"] if finite else math.nan,
             "accuracy": float((error_N == 0).mean()),
             "within_one": float((error_N <= 1).mean()),
             "mean_absolute_error": float(error_N.mean()),

@@ -1,4 +1,4 @@
-"""Metrics of orders: reciprocal rank and discounted gain of lists, and of a search among texts. Plain numpy.
+"""Metrics of orders: reciprocal rank and discounted gain of lists, and of a search among texts; correlations.
 
 Shapes in names: Q queries, C candidates, H width, M entries of a list.
 """
@@ -112,3 +112,22 @@ def search_scores(
         ideal_q = np.cumsum(discounts)[np.minimum(relevant_qxC.sum(axis=1), CUTOFF) - 1]
         gain_q = (hits_qxk * discounts[: hits_qxk.shape[1]]).sum(axis=1) / ideal_q
         yield start + np.flatnonzero(counted), (1 / rank_q, gain_q, rank_q == 1)
+
+
+def correlations(first_N: np.ndarray, second_N: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of N pairs of numbers.
+
+    NaN where it is not defined: for numbers of which one is not finite, numbers that are all equal, and fewer than two pairs.
+
+    Examples:
+        >>> correlations(np.array([1, 2, 3]), np.array([1, 2, 9]))["spearman"]
+        1.0
+    """
+    from scipy import stats
+
+    both_2xN = np.stack([first_N, second_N]).astype(np.float64)
+    defined = both_2xN.shape[1] > 1 and bool(np.isfinite(both_2xN).all() and (np.ptp(both_2xN, axis=1) > 0).all())
+    return {
+        "pearson": float(stats.pearsonr(*both_2xN).statistic) if defined else math.nan,
+        "spearman": float(stats.spearmanr(*both_2xN).statistic) if defined else math.nan,
+    }

@@ -18,6 +18,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.tasks.base import PerExample
+from mtl_jax.tasks.ranks import correlations
 from mtl_jax.tasks.reading import known, known_rows, labelled, text_of
 from mtl_jax.tasks.row_statistics import RowStatistics, by_row
 from mtl_jax.tasks.text_head import TextTask
@@ -104,21 +105,11 @@ class Regression(TextTask):
         return by_row(statistics, examples.row_of[known_rows(self, examples)], len(examples.data))
 
     def scores(self, outputs_NxO: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-        """Pearson and Spearman correlation; mean absolute error in label units.
-
-        A correlation is NaN where it is not defined: for predictions that are not finite, constant predictions or labels, and
-        fewer than two rows.
-        """
-        from scipy import stats
-
+        """Pearson and Spearman correlation, NaN where they are not defined; mean absolute error in label units."""
         predicted_N = outputs_NxO[:, 0].astype(np.float64) * self.scale
         labels_N = labels_N.astype(np.float64)
-        varies = len(labels_N) > 1 and np.isfinite(predicted_N).all() and np.ptp(predicted_N) > 0 and np.ptp(labels_N) > 0
-        return {
-            "pearson": float(stats.pearsonr(predicted_N, labels_N).statistic) if varies else math.nan,
-            "spearman": float(stats.spearmanr(predicted_N, labels_N).statistic) if varies else math.nan,
-            "mean_absolute_error": float(np.abs(predicted_N - labels_N).mean()),
-        }
+        error = float(np.abs(predicted_N - labels_N).mean())
+        return {**correlations(predicted_N, labels_N), "mean_absolute_error": error}
 
     def constant(self, train: Examples, test: Examples) -> np.ndarray:
         return np.full((len(test.tokens), 1), known(self, train).mean() / self.scale, np.float32)

@@ -194,6 +194,21 @@ def of_labels(metric: str, gold_M: np.ndarray, predicted_M: np.ndarray, labels: 
     return RowStatistics(counts_MxD, {"macro_f1": "f1", "macro_recall": "recall", "matthews": "matthews"}[metric])
 
 
+def of_texts(metric: str, texts: Sequence[str], references: Sequence[Sequence[str] | None]) -> RowStatistics:
+    """Statistics of N rows for a metric of generated texts: bleu, chrf, ROUGE, exact or f1.
+
+    Args:
+        metric: Its name.
+        texts: The generated text of each row.
+        references: The reference texts of each row; none for a row that does not count.
+    """
+    rows = [row for row, gold in enumerate(references) if gold]
+    pairs = [(texts[row], references[row] or ()) for row in rows]
+    values = metrics.text_statistics(metric, [text for text, _ in pairs], [gold for _, gold in pairs])
+    measure = metric if metric in metrics.FAMILIES[0] else "mean"
+    return by_row(RowStatistics(np.array(values, np.float64), measure), rows, len(references))
+
+
 def shares(values_M: Any) -> np.ndarray:
     """f64[M, 2] for the mean of a number of each example."""
     values_M = np.asarray(values_M, np.float64)

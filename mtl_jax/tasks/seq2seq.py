@@ -33,7 +33,7 @@ from mtl_jax.tasks import decoders, metrics
 from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
 from mtl_jax.tasks.reading import column
-from mtl_jax.tasks.row_statistics import RowStatistics, by_row
+from mtl_jax.tasks.row_statistics import RowStatistics, by_row, of_texts
 from mtl_jax.transfer.adapters import ADAPTERS, Adapter
 from mtl_jax.transfer.adapters.adapted_decoder import adapt_decoder, add_to_decoder, check_adapters
 
@@ -116,6 +116,10 @@ class Seq2Seq(Task):
     def metric_names(self) -> tuple[str, ...]:
         family = metrics.family(self.metric)
         return ("token_accuracy", *(family or metrics.TEXT_METRICS))
+
+    @property
+    def scores_texts(self) -> bool:
+        return self.metric != "token_accuracy"
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -308,16 +312,11 @@ class Seq2Seq(Task):
         return scores | metrics.registered_scores(self.registered_metrics, generated, targets)
 
     def row_statistics(self, outputs: Sequence[Any] | np.ndarray, examples: Examples) -> RowStatistics:
-        rows = len(examples.data)
-        if self.metric == "token_accuracy":
+        if not self.scores_texts:
             right = [np.asarray(output)[:, 2] for output in outputs]
             sums = np.array([[part.sum(dtype=np.float64), len(part)] for part in right], np.float64).reshape(-1, 2)
-            return by_row(RowStatistics(sums, "mean"), examples.row_of, rows)
-        references = {number: gold for number, row in enumerate(examples.data) if (gold := self.parse(row))}
-        texts = [outputs[number] for number in references]
-        values = np.array(metrics.text_statistics(self.metric, texts, list(references.values())), np.float64)
-        measure = self.metric if self.metric in metrics.FAMILIES[0] else "mean"
-        return by_row(RowStatistics(values, measure), list(references), rows)
+            return by_row(RowStatistics(sums, "mean"), examples.row_of, len(examples.data))
+        return of_texts(self.metric, list(outputs), [self.parse(row) for row in examples.data])
 
     def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:
         if not metrics.family(self.metric) or not any(map(self.parse, rows)):

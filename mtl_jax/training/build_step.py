@@ -22,11 +22,22 @@ from mtl_jax.training.private_gradient import row_by_row
 from mtl_jax.training.regularisation import mixing, output_losses, transforms
 from mtl_jax.training.step import make_gradient_fn, make_train_step
 from mtl_jax.transfer import averaging
-from mtl_jax.transfer.regularisers import Distillation
+from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser, start_of
 from mtl_jax.transfer.unlabelled import Consistency, SelfTraining
 from mtl_jax.weighting import schedules
 
 Transform = Callable[[GradientFn], GradientFn]
+
+# How the loss of a regulariser of outputs is made, by its class: (regulariser, the tasks that it compares, LossContext).
+OUTPUT_LOSSES: dict[type[Regulariser], Callable[..., output_losses.OutputLoss]] = {
+    Regulariser: output_losses.of_outputs,
+    Distillation: output_losses.of_teacher,
+    RDrop: output_losses.of_r_drop,
+    Consistency: output_losses.of_consistency,
+    SelfTraining: output_losses.of_pseudo_labels,
+    Mix: mixing.pooled_loss,
+    NeighbourSmoothing: mixing.neighbour_loss,
+}
 
 
 def gradient_fn(prepared: Prepared, plan: PhasePlan) -> GradientFn:
@@ -95,7 +106,7 @@ def _transforms(prepared: Prepared, plan: PhasePlan) -> tuple[Transform, ...]:
         rows = batch_parts.weighted_rows(tasks, plan.zero_weight_tasks, counts, multiple, others)
         chosen.append(functools.partial(transforms.without_tasks, tasks=plan.zero_weight_tasks, rows=rows))
     if plan.mixout_paths:
-        start = transforms.start_of(first_phase)
+        start = start_of(first_phase)
         mixout = functools.partial(transforms.at_mixed_parameters, p=experiment.mixout.p, paths=plan.mixout_paths, start=start)
         chosen.append(mixout)
     penalties = {
@@ -163,7 +174,7 @@ def _mixing_passes(prepared: Prepared, plan: PhasePlan) -> list[BackwardFn]:
     trains_trunk, accumulate = any(jax.tree.leaves(plan.mask["trunk"])), prepared.experiment.batch.accumulate
     passes = []
     for regulariser in plan.regularisers:
-        if isinstance(regulariser, Mix) and regulariser.mixes_trunk:
+        if isinstance(regulariser, Mix) and regulariser.own_pass:
             chosen = mixing.tasks_of(regulariser, tasks)
             encode = encode_tokens(prepared.trunk.module, needed_fields(tuple(chosen)), prepared.savings)
             passes.append(mixing.within_trunk(regulariser, chosen, encode, trains_trunk=trains_trunk, accumulate=accumulate))
@@ -190,27 +201,29 @@ def _head_inputs(prepared: Prepared, plan: PhasePlan) -> HeadInputs:
 def _encode(prepared: Prepared, plan: PhasePlan, one_source: bool = False) -> Encode:
     if plan.cached_features:
         return cached_for(prepared.corpus.tasks)
-    hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in plan.regularisers)
-    needs = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if hidden else ()))
+    reads_tokens = any(regulariser.reads_tokens for regulariser in plan.regularisers)
+    needs = (*needed_fields(prepared.corpus.tasks), *(("tokens",) if reads_tokens else ()))
     encode = encode_tokens(prepared.trunk.module, needs, prepared.savings, one_source)
     return batch_parts.recomputed(encode, prepared.experiment.batch.recompute, "table" in needs)
 
 
 def _output_regularisers(prepared: Prepared, plan: PhasePlan, weighted: Sequence[Task]) -> OutputRegularisers:
     """The regularisers of a phase that compare outputs."""
-    places = {source: number for number, source in enumerate(prepared.corpus.splits["train"])}
-    chosen = dict(mixing.output_losses_of(plan.regularisers, weighted))
+    train = prepared.corpus.splits["train"]
+    context = output_losses.LossContext(
+        places={source: number for number, source in enumerate(train)},
+        first_ids={source: examples.first_id for source, examples in train.items()},
+        teachers={
+            name: teacher._replace(savings=prepared.savings._replace(remat="none"))
+            for name, teacher in prepared.teachers.items()
+        },
+        phase=plan.phase.name,
+    )
+    losses = {}
     for regulariser in plan.regularisers:
-        if regulariser.level == "outputs" and not isinstance(regulariser, Mix | NeighbourSmoothing):
+        if regulariser.level == "outputs" and not regulariser.own_pass:
             name = regulariser.name
             names = prepared.compared_tasks.get(name) or [task.name for task in weighted if task.compared_as]
-            tasks = [task for task in weighted if task.name in names]
-            if isinstance(regulariser, SelfTraining):
-                first_id = prepared.corpus.splits["train"][regulariser.source].first_id
-                chosen[name] = output_losses.of_pseudo_labels(regulariser, tasks, places, first_id, plan.phase.name)
-                continue
-            teacher = prepared.teachers.get(name)
-            if teacher is not None:
-                teacher = teacher._replace(savings=prepared.savings._replace(remat="none"))
-            chosen[name] = output_losses.output_loss(regulariser, tasks, places, teacher)
-    return output_losses.combine(chosen) if chosen else NO_REGULARISERS
+            make = next(OUTPUT_LOSSES[kind] for kind in type(regulariser).__mro__ if kind in OUTPUT_LOSSES)
+            losses[name] = make(regulariser, [task for task in weighted if task.name in names], context)
+    return output_losses.combine(losses) if losses else NO_REGULARISERS

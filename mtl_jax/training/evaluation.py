@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax.core.errors import unknown
-from mtl_jax.data.batches import Batch, Batching, eval_batches
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.examples import Examples
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.data import held_out_rows
-from mtl_jax.data.batches import Batch, Batching
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.data.formats.rows import Row

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import tabulate
 
-from mtl_jax.augment.mixes import Mix
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data import augmentations
@@ -26,8 +25,7 @@ from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.adapters import is_own
 from mtl_jax.transfer.freezing import ParamRule
-from mtl_jax.transfer.regularisers import Distillation, Regulariser
-from mtl_jax.transfer.unlabelled import Consistency
+from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.weighting import Rule, blind, schedules
 
 
@@ -119,16 +117,14 @@ def plan(
         keeps_rule = keeps_rule and (rule.transform is None or plans[-1].mask == mask)
         steps = range(start, start + phase.steps)
         regularisers = regularisation.active_in_phase(experiment, number, steps)
-        imitates_hidden = any(isinstance(chosen, Distillation) and chosen.of == "hidden" for chosen in regularisers)
+        reads_tokens = any(chosen.reads_tokens for chosen in regularisers)
         compared = {name for regulariser in regularisers for name in compared_tasks.get(regulariser.name, ())}
-        changes_tokens = any(isinstance(chosen, Consistency) for chosen in regularisers)
         # A text that is another one in every pass has no fixed features.
         same_texts = not any(
             augmentations.in_passes(augmentations.of_source(source, experiment.augment)) for source in experiment.sources
         )
-        mixes_trunk = any(isinstance(chosen, Mix) and chosen.mixes_trunk for chosen in regularisers)
-        fixed = same_texts and not mixes_trunk and not changes_tokens
-        only_texts = bool(text_vector(tasks)) and copies == 1 and not imitates_hidden and fixed
+        fixed = same_texts and not any(chosen.changes_inputs for chosen in regularisers)
+        only_texts = bool(text_vector(tasks)) and copies == 1 and not reads_tokens and fixed
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
         plans.append(
             PhasePlan(
@@ -143,7 +139,7 @@ def plan(
                 optimizer=optimizers.build(experiment.optimizer, param_rules, _peak(experiment, phase), phase.steps),
                 cached_features=phase.cache_features and not trains_trunk and only_texts,
                 resets_rule=not keeps_rule,
-                zero_weight_tasks=() if imitates_hidden else _zero_weight_tasks(experiment, phase, rule, steps, compared),
+                zero_weight_tasks=() if reads_tokens else _zero_weight_tasks(experiment, phase, rule, steps, compared),
                 regularisers=regularisers,
                 mixout_paths=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
             )

@@ -22,7 +22,6 @@ from mtl_jax.experiment import Experiment, rule_of
 from mtl_jax.tasks import Task
 from mtl_jax.transfer import accountants
 from mtl_jax.transfer.private import Private, secret_of, seed_of
-from mtl_jax.transfer.regularisers import EWC
 from mtl_jax.trunks import Pretrained, TrunkConfig
 from mtl_jax.trunks.from_scratch import Transformer
 from mtl_jax.weighting import blind
@@ -84,7 +83,7 @@ def check(experiment: Experiment) -> None:
                 "choose equal, fixed or scheduled"
             )
     for regulariser in experiment.regularisers:
-        if regulariser.level != "parameters" or isinstance(regulariser, EWC):
+        if regulariser.reads_rows:
             raise UserError(
                 f"optimizer.private: the regulariser {regulariser.name} ({type(regulariser).__name__}) is not private, as it "
                 "looks at rows beside the clipped gradients; L2SP is"

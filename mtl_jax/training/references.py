@@ -24,9 +24,8 @@ from mtl_jax.pretrained.tensor_files import open_safetensors
 from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.regularisation import fisher, pseudo_rows
-from mtl_jax.training.regularisation.transforms import anchor_of, fisher_of, references_of, start_of, teacher_of
 from mtl_jax.training.train_state import TrainState
-from mtl_jax.transfer.regularisers import EWC, Distillation, Regulariser
+from mtl_jax.transfer.regularisers import EWC, Distillation, Regulariser, start_of
 from mtl_jax.transfer.unlabelled import SelfTraining
 
 log = logging.getLogger(__name__)
@@ -77,9 +76,9 @@ class References:
             if start_of(plan.phase.name) == name:
                 paths = self._start_paths(plan)
         for regulariser in self._active():
-            if isinstance(regulariser, Distillation) and teacher_of(regulariser) == name:
+            if isinstance(regulariser, Distillation) and name in regulariser.references("").values():
                 return jax.eval_shape(lambda tree: tree, prepared.teachers[regulariser.name].params)
-            if isinstance(regulariser, EWC) and name in (fisher_of(regulariser), anchor_of(regulariser, "")):
+            if isinstance(regulariser, EWC) and name in regulariser.references("").values():
                 paths = self._ewc_paths(regulariser)
         for plan in prepared.plans:
             for regulariser in _self_trained(plan):
@@ -107,7 +106,7 @@ class References:
         return names | ({start_of(self._first_phase)} if plan.mixout_paths else set())
 
     def _names(self, regulariser: Regulariser) -> list[str]:
-        return list(references_of(regulariser, regulariser.phase or self._first_phase).values())
+        return list(regulariser.references(regulariser.phase or self._first_phase).values())
 
     @property
     def _first_phase(self) -> str:
@@ -178,10 +177,11 @@ class References:
             module, examples = prepared.trunk.module, train[regulariser.source]
             return fisher.diagonal(regulariser, module, params, tasks, examples, batching, paths, seed, place)
 
-        self._write(fisher_of(regulariser), make)
+        names = regulariser.references(regulariser.phase or self._first_phase)
+        self._write(names["fisher"], make)
         if regulariser.run:
             leaves = leaves_of(prepared.anchor_runs[regulariser.name].params)
-            self._write(anchor_of(regulariser, ""), lambda: {path: leaves[path] for path in paths})
+            self._write(names["anchor"], lambda: {path: leaves[path] for path in paths})
 
     def _write(self, name: str, make: Any) -> None:
         """Writes a reference, whole or not at all, on host 0; all hosts then read the same file."""
@@ -204,7 +204,9 @@ class References:
     def _place(self, name: str) -> Any:
         """A reference on the devices; its digest is recorded, or compared with the recorded one."""
         regularisers = self.prepared.experiment.regularisers
-        distillations = {teacher_of(chosen): chosen for chosen in regularisers if isinstance(chosen, Distillation)}
+        distillations = {
+            chosen.references("")["teacher"]: chosen for chosen in regularisers if isinstance(chosen, Distillation)
+        }
         if name in distillations:
             distillation = distillations[name]
             tree, origin = self.prepared.teachers[distillation.name].params, f"the teacher {distillation.teacher}"

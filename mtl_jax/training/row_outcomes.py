@@ -27,9 +27,9 @@ from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import Source
 from mtl_jax.experiment import Experiment, select
-from mtl_jax.tasks import Seq2Seq, Task
+from mtl_jax.tasks import Task
 from mtl_jax.tasks.base import PerExample
-from mtl_jax.tasks.metrics import METRICS, TEXT_METRICS
+from mtl_jax.tasks.metrics import METRICS
 from mtl_jax.tasks.row_statistics import RowStatistics
 from mtl_jax.training import evaluation, text_evaluation
 from mtl_jax.training import mesh as meshes
@@ -213,7 +213,7 @@ class Reader:
 
 def _outputs(run: TrainedRun, tasks: Sequence[Task], parts: dict[str, Examples]) -> dict[str, Any]:
     """{task: its outputs on the examples, or the text of each row where the metric is one of texts}."""
-    writers = [task for task in tasks if isinstance(task, Seq2Seq) and task.metric in (*TEXT_METRICS, *METRICS)]
+    writers: list[Any] = [task for task in tasks if task.scores_texts]
     texts = text_evaluation.generated_texts(writers, run.trunk, run.params, parts, lambda task: task.beams)
     outputs: dict[str, Any] = {}
     for task in writers:
@@ -259,9 +259,9 @@ def _again(task: Task, outputs: PerExample, examples: Examples) -> Measured:
 
     def _of_rows(rows: np.ndarray) -> float:
         data = [examples.data[row] for row in rows.tolist()]
-        if task.decodes:
-            assert isinstance(task, Seq2Seq)
-            return task.text_metrics([outputs[row] for row in rows.tolist()], data)[task.metric]
+        if task.scores_texts:
+            writer: Any = task
+            return writer.text_metrics([outputs[row] for row in rows.tolist()], data)[task.metric]
         places = np.concatenate([np.zeros(0, np.int64), *(places_of[row] for row in rows.tolist())])
         copies = np.repeat(np.arange(len(rows)), [len(places_of[row]) for row in rows.tolist()])
         fields = {name: taken(getattr(examples, name), places) for name in ("tokens", "types", "words", "offsets")}

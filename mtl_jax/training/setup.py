@@ -33,7 +33,6 @@ from mtl_jax.training.share_trunk import share_trunk
 from mtl_jax.training.train_state import init_on_host, init_params
 from mtl_jax.transfer import adapters
 from mtl_jax.transfer.loading import FIELD
-from mtl_jax.transfer.regularisers import Distillation
 from mtl_jax.trunks import Pretrained, Trunk
 
 SOME_LABELS = 10  # labels of a task in the log before training
@@ -132,9 +131,10 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
 
 
 def earlier_workdirs(experiment: Experiment) -> list[tuple[str, str]]:
-    """(field, path) of the runs that an experiment begins from, fuses or imitates; a path may also be that of a checkpoint."""
-    teachers = [part for part in experiment.regularisers if isinstance(part, Distillation)]
-    paths = [(FIELD, experiment.init_from.path), *((f"{part.name}.teacher", part.teacher) for part in teachers)]
+    """(field, path) of the runs, or checkpoints, that an experiment begins from, fuses, imitates or stays near."""
+    paths = [(FIELD, experiment.init_from.path)]
+    for regulariser in experiment.regularisers:
+        paths += [(f"{regulariser.name}.{field}", path) for field, path in regulariser.earlier_runs().items()]
     paths += [("sharing.runs", path) for path in experiment.sharing.earlier_runs()]
     return [(field, path) for field, path in paths if path]
 

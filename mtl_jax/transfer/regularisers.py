@@ -25,6 +25,11 @@ from mtl_jax.weighting import schedules
 FIELD = "regularisers"
 
 
+def start_of(phase: str) -> str:
+    """The reference's name: the parameters at the start of a phase."""
+    return f"start-{phase}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regulariser(Part):
     """The fields of all regularisers.
@@ -46,6 +51,8 @@ class Regulariser(Part):
     reads_start: ClassVar[bool] = True
     # Whether every row goes through the model twice, for the outputs to be compared.
     doubles_rows: ClassVar[bool] = False
+    # The fields with a regular expression that must match a parameter of the run.
+    must_match: ClassVar[tuple[str, ...]] = ()
 
     @property
     def level(self) -> str:
@@ -56,6 +63,35 @@ class Regulariser(Part):
     def sources(self) -> tuple[str, ...]:
         """The sources whose rows it reads, also where no task has labels for them; such a source has training rows only."""
         return ()
+
+    def earlier_runs(self) -> dict[str, str]:
+        """{field: path} of the finished runs, or checkpoints, that the model learns from by it; "" for none."""
+        return {}
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it learns from rows of the data, so that private training refuses it."""
+        return self.level == "outputs"
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its loss reads the trunk's token vectors, those of all rows."""
+        return False
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether its loss reads vectors of texts or tokens, which must then be the same for all tasks of a source."""
+        return self.reads_tokens
+
+    @property
+    def own_pass(self) -> bool:
+        """Whether its loss is of a pass through the trunk of its own, not of the outputs of the tasks' pass."""
+        return False
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether it changes, in every pass, what the trunk or a layer of it reads: features of texts cannot be kept."""
+        return False
 
     def check(self) -> None:
         """Raises UserError if a field is refused."""
@@ -68,12 +104,21 @@ class Regulariser(Part):
         """
         return list(trained)
 
+    def references(self, phase: str) -> dict[str, str]:
+        """{what penalty() or the loss calls it: the name of a reference}: values that the run keeps in its workdir.
+
+        Args:
+            phase: The phase that the regulariser begins with.
+        """
+        return {"start": start_of(phase)} if self.level == "parameters" and self.reads_start else {}
+
     def penalty(self, trained: Mapping[str, jax.Array], references: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
         """The loss, f32[], of a regulariser of parameters.
 
         Args:
             trained: {path: the parameter}, those that train, such as "trunk/layer_0/attention/query/kernel".
-            references: {"start": {path: its value at the start of the regulariser's phase}}; {} unless reads_start.
+            references: By the keys of references(): {"start": {path: its value at the start of the regulariser's phase}}; {}
+                unless reads_start.
         """
         raise NotImplementedError(f"{type(self).__name__} has no penalty()")
 
@@ -114,6 +159,8 @@ class L2SP(Regulariser):
     beta: float = 0.01
     shared: str = "trunk/.*"
     new: str = "heads/.*"
+
+    must_match: ClassVar[tuple[str, ...]] = ("shared",)
 
     def check(self) -> None:
         _not_negative(self, "alpha", "beta")
@@ -163,6 +210,18 @@ class EWC(Regulariser):
     labels: str = "model"
     parameters: str = "trunk/.*"
 
+    must_match: ClassVar[tuple[str, ...]] = ("parameters",)
+
+    def earlier_runs(self) -> dict[str, str]:
+        return {"run": self.run}
+
+    @property
+    def reads_rows(self) -> bool:
+        return True
+
+    def references(self, phase: str) -> dict[str, str]:
+        return {"anchor": f"{self.name}-anchor" if self.run else start_of(phase), "fisher": f"{self.name}-fisher"}
+
     def check(self) -> None:
         _expressions(self, "parameters")
         if not self.source:
@@ -176,7 +235,7 @@ class EWC(Regulariser):
         return [] if self.run else matching(self.parameters, trained)
 
     def penalty(self, trained: Mapping[str, jax.Array], references: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
-        """As in all regularisers; the references are {"anchor": ..., "fisher": ...}."""
+        """As in all regularisers; "anchor" are the parameters after the source was learned."""
         trees = (trained, references["anchor"], references["fisher"])
         return ewc(*({path: tree[path] for path in matching(self.parameters, trained)} for tree in trees))
 
@@ -211,6 +270,16 @@ class Distillation(Regulariser):
     tasks: tuple[str, ...] = ()
     temperature: float = 1.0
     distance: str = "mse"
+
+    def earlier_runs(self) -> dict[str, str]:
+        return {"teacher": self.teacher}
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self.of == "hidden"
+
+    def references(self, phase: str) -> dict[str, str]:
+        return {"teacher": f"{self.name}-teacher"}
 
     def check(self) -> None:
         if not self.teacher:

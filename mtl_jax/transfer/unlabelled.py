@@ -108,6 +108,10 @@ class Consistency(Regulariser):
         return (self.source,) if self.source else ()
 
     @property
+    def changes_inputs(self) -> bool:
+        return True
+
+    @property
     def level(self) -> str:
         return "outputs"
 

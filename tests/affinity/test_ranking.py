@@ -267,7 +267,7 @@ def test_groups_of_many_tasks_say_what_was_done(tasks, nodes, end):
 
 
 def test_groups_in_the_command_are_those_of_the_gains():
-    """Rankings of a joint run as gains; where one is missing, a line says which."""
+    """Rankings of a joint run as gains; a task without any is a group by itself, and a line says so."""
     gains = np.array([[0, 2, -1], [2, 0, -1], [-1, -1, 0]])
     names = ["a", "b", "c"]
 
@@ -276,10 +276,19 @@ def test_groups_in_the_command_are_those_of_the_gains():
         return {"grad_tag": [affinity.Estimate(names[row], gains[row, column], np.nan, np.nan, np.nan) for row in others]}
 
     rankings = {name: ranking(column) for column, name in enumerate(names)}
-    grouping = experiment_affinity._groups(rankings, 2)
+    grouping, lines = experiment_affinity._groups(rankings, 2)
+    assert lines == []
     assert [group.served for group in grouping.groups] == [("a", "b"), ("c",)]
     result = affinity.Affinity({}, {}, {}, {}, [], {}, {}, {}, grouping)
     assert affinity.table(result).splitlines()[1:3] == ["  --only a b  (for a, b)", "  --only c  (for c)"]
     assert result.as_json()["groups"]["groups"][1] == {"trained": ("c",), "served": ("c",)}
-    missing = experiment_affinity._groups({**rankings, "c": {}}, 2)
-    assert missing == "groups: grad_tag has no gain of c from a; none are made"
+    by_itself = "groups: grad_tag lacks gains of c or from it, so it is a group by itself"
+    grouping, lines = experiment_affinity._groups({**rankings, "c": {}}, 2)
+    assert [group.trained for group in grouping.groups] == [("a", "b"), ("c",)]
+    assert lines == [by_itself]
+    assert experiment_affinity._groups({**rankings, "c": {}}, 1) == (
+        None,
+        [by_itself, "groups: none are made of 2 tasks in 0 models"],
+    )
+    only_a, lines = experiment_affinity._groups({"a": rankings["a"], "b": {}, "c": {}}, 3)
+    assert (only_a, len(lines)) == (None, 3)

@@ -20,9 +20,8 @@ def rows(*texts, **columns):
     return [{"text": text, "label": "ab"[index % 2], **columns} for index, text in enumerate(texts)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The workdir of a run on two sources, one of which has copies of its own test rows and of the other's."""
+def experiment():
+    """Two sources, one of which has copies of its own test rows and of the other's."""
     train = [LONG.replace("red", "blue"), "A moore 's film", *(f"number {i}" for i in range(30))]
     test = [LONG, "a Moore's film", *(f"none of {i}" for i in range(8))]
     films = Source("films", rows=rows(*train), dev_rows=rows("to", "by"), test_rows=rows(*test))
@@ -30,9 +29,14 @@ def run(tmp_path_factory):
         "books", rows=rows("old books", "others"), dev_rows=rows("to read", "by me"), test_rows=rows("none", "no one")
     )
     tasks = tuple(Classification(name=source.name, source=source.name) for source in (films, books))
-    experiment = Experiment("copied", Embedding(), (films, books), tasks, (Phase("all", 2),))
+    return Experiment("copied", Embedding(), (films, books), tasks, (Phase("all", 2),))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a run of the experiment."""
     workdir = tmp_path_factory.mktemp("copied") / "run"
-    mtl_jax.train(experiment, workdir)
+    mtl_jax.train(experiment(), workdir)
     return workdir
 
 
@@ -44,6 +48,19 @@ def test_results_have_both_scores_where_there_are_copies(run):
     expected = model.evaluate("films", others)
     assert results["films"]["test_without_copies"]["accuracy"] == pytest.approx(expected["accuracy"])
     assert not {"test_copies", "test_without_copies"} & set(results["books"])
+
+
+def test_runs_of_an_ablation_have_both_scores(run, tmp_path):
+    """Those of the run that is trained alone, for the same numbers."""
+    given = experiment()
+    rate = given.optimizer.learning_rate
+    mtl_jax.ablate(given, tmp_path / "rates", [f"optimizer.learning_rate={rate},{rate / 10}"])
+    alone = json.loads((run / "results.json").read_text())["tasks"]
+    first, second = (json.loads(path.read_text())["tasks"] for path in sorted((tmp_path / "rates").glob("runs/*/results.json")))
+    for tasks in (first, second):
+        assert tasks["films"]["test_copies"] == alone["films"]["test_copies"]
+        assert "test_copies" not in tasks["books"]
+    assert first["films"]["test_without_copies"] == pytest.approx(alone["films"]["test_without_copies"], rel=1e-4)
 
 
 def test_tables_and_the_report_say_so(run, tmp_path):

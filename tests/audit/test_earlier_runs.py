@@ -15,7 +15,7 @@ from mtl_jax.audit.copies import near_copies
 from mtl_jax.data import splits
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.training.setup import earlier_workdirs, prepare
-from mtl_jax.transfer import Distillation
+from mtl_jax.transfer import EWC, Distillation
 from mtl_jax.transfer.loading import InitFrom
 
 LONG = "an old dog sleeps under that red house by our river"
@@ -110,13 +110,15 @@ def test_other_rows_of_a_resumed_run_are_added(tmp_path):
     assert (len(known.letters), known.of) == (2, 2)
 
 
-def test_teachers_count_and_checkpoints_do_not(first, tmp_path):
+def test_teachers_and_anchors_count_and_checkpoints_do_not(first, tmp_path):
     imitating = (Distillation(name="imitation", teacher=str(first)), Distillation(name="other", teacher="ORG/NAME"))
-    named = dataclasses.replace(SECOND, init_from=InitFrom(str(tmp_path)), regularisers=imitating)
+    anchored = (EWC(name="near", source="films", run=str(first)), EWC(name="own", source="films"))
+    named = dataclasses.replace(SECOND, init_from=InitFrom(str(tmp_path)), regularisers=(*imitating, *anchored))
     workdirs = [("init_from", str(tmp_path)), ("imitation.teacher", str(first)), ("other.teacher", "ORG/NAME")]
+    workdirs.append(("near.run", str(first)))
     assert earlier_workdirs(named) == workdirs
     compared = earlier_runs.compare(SECOND.sources, read(SECOND), workdirs)
-    assert [line.split(" (")[1].split(")")[0] for line in compared.notes] == ["imitation.teacher"] * 2
+    assert [line.split(" (")[1].split(")")[0] for line in compared.notes] == ["imitation.teacher"] * 2 + ["near.run"] * 2
 
 
 def read(experiment):

@@ -88,7 +88,7 @@ def test_neighbours_are_near_and_of_their_source():
     assert exists[:4].all()
     batch = Batch(None, None, None, jnp.array([[0, 1, 2, 3, 4, -1]]), jnp.array([0]), {"c": jnp.array([[0, 1, 2, 2, -1, -1]])})
     outputs = {"c": np.random.default_rng(0).normal(size=(1, 6, 3)).astype(np.float32)}
-    of_one = mixing.neighbour_loss(NeighbourSmoothing(neighbours=1), [CLASSES])
+    of_one = mixing.neighbour_loss(NeighbourSmoothing(neighbours=1), [CLASSES], None)
     value = jax.jit(lambda: of_one.loss({}, Encoded(pooled=vectors[None]), outputs, batch, of_one.count(batch), None))()
     logs = outputs["c"][0] - np.log(np.exp(outputs["c"][0]).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(value, -(logs[0, 1] + logs[1, 0] + logs[2, 2] + logs[3, 2]) / 4, rtol=1e-5)
@@ -129,7 +129,7 @@ def test_a_pass_through_the_trunk_mixes_in_front_of_its_layer():
     inputs = StepInputs(batch, references={mixing.KEY: jax.random.key_data(key)})
     encode = encode_tokens(trunk, ("pooled",))
     passed = mixing.within_trunk(mix, [CLASSES], encode, trains_trunk=True, accumulate=1)
-    pooled = mixing.pooled_loss(Mix(), [CLASSES])
+    pooled = mixing.pooled_loss(Mix(), [CLASSES], None)
 
     def in_the_step(trained):
         step = passed(trained, frozen, inputs, (key, key))

@@ -24,7 +24,7 @@ from mtl_jax.augment import (
 )
 from mtl_jax.core import configuration
 from mtl_jax.core.errors import UserError
-from mtl_jax.data.batches import Batching
+from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.source import Canaries, Source
 from mtl_jax.experiment import Checkpoints, Evaluation, Experiment
 from mtl_jax.tasks import (

@@ -8,10 +8,10 @@ import scipy.stats
 
 from mtl_jax import Batching
 from mtl_jax.core.errors import UserError
-from mtl_jax.data import batches, poisson
+from mtl_jax.data import batch_shape, poisson
 from mtl_jax.data.batch_plan import PlanCache, PoissonPlan
-from mtl_jax.data.batches import SourceArrays
 from mtl_jax.data.ragged import Ragged
+from mtl_jax.data.source_arrays import SourceArrays
 
 BATCHING = Batching(rows=24, row_length=4, packed=False, sampling="poisson", expected_rows=9)
 SIZES = {"many": 40, "few": 10}
@@ -101,7 +101,7 @@ def test_rates_of_several_mixtures():
 )
 def test_wrong_fields_are_one_line(changes, line):
     with pytest.raises(UserError, match=line):
-        batches.check(dataclasses.replace(BATCHING, **changes))
+        batch_shape.check(dataclasses.replace(BATCHING, **changes))
 
 
 def test_a_source_with_too_few_examples_is_one_line():

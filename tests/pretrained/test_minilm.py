@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from mtl_jax import pretrained
-from mtl_jax.data.batches import Batching
+from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.tokenize import encode
 from mtl_jax.training import evaluation

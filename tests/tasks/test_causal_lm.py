@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -55,8 +56,8 @@ def llama(tmp_path_factory):
 def run(llama, tmp_path_factory):
     """Answers and labels on one trunk with an adapter, under a rule that reads the Gram matrix."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    adapters = (Lora(name="lora", rank=2),)
-    return workdir, mtl_jax.train(experiment(llama, ANSWER, LABEL, weighting="upgrad", adapters=adapters), workdir)
+    adapters, answer = (Lora(name="lora", rank=2),), dataclasses.replace(ANSWER, metric="f1")
+    return workdir, mtl_jax.train(experiment(llama, answer, LABEL, weighting="upgrad", adapters=adapters), workdir)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,18 @@ def test_a_run_answers_and_labels(run):
     assert mtl_jax.predict(model, "label", ["good film"])[0]["label"] in ("good", "bad")
     answer = mtl_jax.predict(model, "answer", ["good film"])[0]
     assert set(answer["text"].split()) <= set(tiny_decoder.WORDS)
+
+
+def test_its_texts_are_compared_row_by_row(run, tmp_path, monkeypatch):
+    """A run against a copy of it: no difference, and the value of its results."""
+    monkeypatch.setenv("MTL_JAX_CACHE", str(tmp_path / "cache"))
+    workdir, results = run
+    shutil.copytree(workdir, tmp_path / "again")
+    sources = experiment(workdir, ANSWER, LABEL).sources
+    compared = mtl_jax.compare(workdir, tmp_path / "again", resamples=100, sources=sources)
+    assert compared.alone["answer"].value == pytest.approx(results["tasks"]["answer"]["test"]["f1"], abs=1e-6)
+    (column,) = compared.columns.values()
+    assert column.differences["answer"].value == 0
 
 
 def test_an_exported_run_generates_the_same(run, tmp_path):

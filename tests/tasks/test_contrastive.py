@@ -8,11 +8,13 @@ from scipy import stats
 
 from mtl_jax import Contrastive
 from mtl_jax.data import units
-from mtl_jax.data.batches import Batch, Batching, SourceArrays, fill
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch, fill
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import Window
 from mtl_jax.data.ragged import Ragged
+from mtl_jax.data.source_arrays import SourceArrays
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import cosine_losses, ranks
 from mtl_jax.tasks.contrastive import unit_length

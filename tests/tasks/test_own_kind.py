@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from mtl_jax.core.errors import UserError
-from mtl_jax.data.batches import Batching, eval_batches
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import eval_batches
 from mtl_jax.data.examples import read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import Source

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mtl_jax import (
+    CausalLM,
     Classification,
     Contrastive,
     MaskedLM,
@@ -100,6 +101,14 @@ def text_cases():
     for metric in ("bleu", "chrf", "rouge1", "rougeL"):
         task = Seq2Seq(name="t", source="s", column="target", metric=metric)
         yield task, texts, examples_of(task, rows)
+    for metric in ("exact", "f1", "chrf", "rougeL"):
+        task = CausalLM(name="t", source="s", column="target", metric=metric)
+        yield task, [text.removesuffix(" it is") for text in texts], examples_of(task, rows)
+    lengths = RNG.integers(2, 7, ROWS).tolist()
+    task = CausalLM(name="t", source="s", column="target")
+    examples = examples_of(task, rows, lengths)
+    examples.labels["t"] = [np.where(np.arange(length) < 1, -1, 5) for length in lengths]
+    yield task, [RNG.integers(0, 2, (length, 3)).astype(np.float32) for length in lengths], examples
 
 
 CASES = [*label_cases(), *word_cases(), *text_cases()]

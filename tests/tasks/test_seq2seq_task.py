@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mtl_jax import Batching, Embedding, Pretrained, Seq2Seq
 from mtl_jax.core.errors import UserError
-from mtl_jax.data.batches import eval_batches, source_arrays
+from mtl_jax.data.batches import eval_batches
 from mtl_jax.data.formats.rows import Row
+from mtl_jax.data.source_arrays import source_arrays
 from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import losses

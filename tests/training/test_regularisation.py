@@ -226,7 +226,8 @@ def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_p
     teacher, heads = prepared.teachers["see"], prepared.params["heads"]
     assert heads["see"]["projection"]["kernel"].shape == (16, 8)
     own = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 16)).astype(np.float32)
-    each = output_losses.output_loss(see, prepared.corpus.tasks, {}, teacher)
+    context = output_losses.LossContext(places={}, first_ids={}, teachers={"see": teacher}, phase="")
+    each = output_losses.of_teacher(see, prepared.corpus.tasks, context)
     found = each.loss(heads, Encoded(tokens=own), {}, batch, each.count(batch), references)
     there = np.asarray(teacher.hidden(teacher.params, batch))
     difference = (own @ heads["see"]["projection"]["kernel"] - there) ** 2
@@ -319,7 +320,8 @@ def test_r_drop_compares_the_halves_of_a_batch_that_is_there_twice():
     batch = Batch(np.zeros((2, 3)), None, None, index, source, {"a": np.array([[-1, -1], [0, 1]])})
     doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
     outputs = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
-    each = output_losses.output_loss(RDrop(), [task], {"first": 0, "second": 1}, None)
+    context = output_losses.LossContext(places={"first": 0, "second": 1}, first_ids={}, teachers={}, phase="")
+    each = output_losses.of_r_drop(RDrop(), [task], context)
     found = each.loss({}, Encoded(), {"a": outputs}, doubled, each.count(doubled), None)
     np.testing.assert_allclose(found, transfer.r_drop(outputs[0, 0], outputs[2, 0]), rtol=1e-5)
 

@@ -206,7 +206,8 @@ def test_bad_input(rounds):
 
 def test_consistency_against_numpy():
     task = Classification(name="c", source="s", labels=("a", "b"))
-    loss = output_losses.output_loss(Consistency(threshold=0.7, temperature=0.5, source="t"), [task], {"s": 0, "t": 1}, None)
+    context = output_losses.LossContext(places={"s": 0, "t": 1}, first_ids={}, teachers={}, phase="")
+    loss = output_losses.of_consistency(Consistency(threshold=0.7, temperature=0.5, source="t"), [task], context)
     rng = np.random.default_rng(0)
     outputs = rng.normal(size=(4, 2, 2)).astype(np.float32) * 2
     batch = dataclasses.make_dataclass("B", ["index", "source"])(np.zeros((4, 2), np.int32), np.array([1, 0, 1, 0]))

@@ -15,9 +15,11 @@ from mtl_jax import trunks
 from mtl_jax.core.errors import UserError, listed
 from mtl_jax.core.trees import leaves_of, put
 from mtl_jax.data import corpus, coverage
-from mtl_jax.data.batches import Batch, Batching, fill, source_arrays
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch, fill
 from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.data.formats import script_rows
+from mtl_jax.data.source_arrays import source_arrays
 from mtl_jax.models.trunk_output import Encoded
 from mtl_jax.tasks import Task
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, needed_fields

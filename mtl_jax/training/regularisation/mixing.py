@@ -8,7 +8,7 @@ Shapes in names: R rows, T tokens a row, S examples a row, H trunk width, N = R 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ from mtl_jax.tasks import Task
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
 from mtl_jax.training.forward import Encode
 from mtl_jax.training.gradient import Backward, BackwardFn, GradientFn, StepGradients, Weights
-from mtl_jax.training.regularisation.output_losses import OutputLoss
+from mtl_jax.training.regularisation.output_losses import LossContext, OutputLoss
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer.regularisers import FIELD, Regulariser
 from mtl_jax.trunks import Trunk
@@ -70,7 +70,7 @@ def tasks_of(regulariser: Regulariser, tasks: Sequence[Task]) -> list[Task]:
 
 def check_layer(regulariser: Mix, trunk: Trunk) -> None:
     """Raises UserError where a trunk has no layer whose input a Mix could change."""
-    if not regulariser.mixes_trunk:
+    if not regulariser.own_pass:
         return
     module: Any = getattr(trunk.module, "base", trunk.module)
     names = {call.path[-1] for call in traced.calls(module) if call.path}
@@ -105,8 +105,9 @@ def _draw(regulariser: Mix, key: jax.Array, batch: Batch) -> tuple[jax.Array, ja
     return partners(partner_key, groups(batch)[0]), jax.random.beta(weight_key, regulariser.alpha, regulariser.alpha)
 
 
-def pooled_loss(regulariser: Mix, tasks: Sequence[Task]) -> OutputLoss:
+def pooled_loss(regulariser: Mix, tasks: Sequence[Task], context: LossContext) -> OutputLoss:
     """The loss of a Mix of the vectors of texts, of the same forward pass."""
+    tasks = tasks_of(regulariser, tasks)
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
         partner_N, weight = _draw(regulariser, jax.random.wrap_key_data(references[KEY]), batch)
@@ -141,8 +142,9 @@ def _of_heads(
     return total
 
 
-def neighbour_loss(regulariser: NeighbourSmoothing, tasks: Sequence[Task]) -> OutputLoss:
+def neighbour_loss(regulariser: NeighbourSmoothing, tasks: Sequence[Task], context: LossContext) -> OutputLoss:
     """The loss of a NeighbourSmoothing."""
+    tasks = tasks_of(regulariser, tasks)
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
         vectors_of = {
@@ -216,14 +218,3 @@ def _mixing(layer: int, batch: Batch, partner_N: jax.Array, weight: jax.Array) -
         return next_call(*args, **kwargs)
 
     return intercept
-
-
-def output_losses_of(regularisers: Sequence[Regulariser], tasks: Sequence[Task]) -> Mapping[str, OutputLoss]:
-    """{name: its loss} of those that need no pass of their own."""
-    result = {}
-    for regulariser in regularisers:
-        if isinstance(regulariser, Mix) and not regulariser.mixes_trunk:
-            result[regulariser.name] = pooled_loss(regulariser, tasks_of(regulariser, tasks))
-        elif isinstance(regulariser, NeighbourSmoothing):
-            result[regulariser.name] = neighbour_loss(regulariser, tasks_of(regulariser, tasks))
-    return result

@@ -15,7 +15,6 @@ from mtl_jax.tasks import Task
 from mtl_jax.training.gradient import OutputRegularisers
 from mtl_jax.training.regularisation.pseudo_rows import TARGETS, WEIGHTS, leaf, reference_of
 from mtl_jax.training.regularisation.teachers import Teacher
-from mtl_jax.training.regularisation.transforms import teacher_of
 from mtl_jax.transfer import distill, distill_hidden, divergence, r_drop
 from mtl_jax.transfer.regularisers import Distillation, RDrop, Regulariser
 from mtl_jax.transfer.unlabelled import Consistency, SelfTraining
@@ -42,31 +41,25 @@ def combine(regularisers: Mapping[str, OutputLoss]) -> OutputRegularisers:
     )
 
 
-def output_loss(
-    regulariser: Regulariser, tasks: Sequence[Task], places: Mapping[str, int], teacher: Teacher | None
-) -> OutputLoss:
-    """The loss of a regulariser that compares outputs.
+class LossContext(NamedTuple):
+    """What the losses of a phase's regularisers may know of the run.
 
-    Args:
-        regulariser: One with the level "outputs".
-        tasks: The tasks whose outputs it compares.
+    Attributes:
         places: {source: its place in the run's order}.
-        teacher: The model that a Distillation imitates; None for others.
+        first_ids: {source: the id of its first training example}.
+        teachers: {regulariser: the model that it imitates}.
+        phase: The phase.
     """
-    if isinstance(regulariser, RDrop):
-        return _r_drop(tasks, places)
-    if isinstance(regulariser, Consistency):
-        return _consistency(regulariser, tasks, places)
-    if not isinstance(regulariser, Distillation):
-        return _of_outputs(regulariser, tasks, places)
-    assert teacher is not None
-    if regulariser.of == "hidden":
-        return _distil_hidden(regulariser, teacher)
-    return _distil(regulariser, teacher, tasks, places)
+
+    places: Mapping[str, int]
+    first_ids: Mapping[str, int]
+    teachers: Mapping[str, Teacher]
+    phase: str
 
 
-def _of_outputs(regulariser: Regulariser, tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
-    """The sum over tasks of the mean of regulariser.output_loss()."""
+def of_outputs(regulariser: Regulariser, tasks: Sequence[Task], context: LossContext) -> OutputLoss:
+    """The sum over tasks of the mean of regulariser.output_loss(); the tasks are those whose outputs it compares."""
+    places = context.places
 
     def count(batch: Batch) -> dict[str, jax.Array]:
         return {task.name: jnp.maximum(_compared(task, batch, places).sum(), 1) for task in tasks}
@@ -99,7 +92,10 @@ def halves(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     return leaf[: len(leaf) // 2], leaf[len(leaf) // 2 :]
 
 
-def _consistency(regulariser: Consistency, tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
+def of_consistency(regulariser: Consistency, tasks: Sequence[Task], context: LossContext) -> OutputLoss:
+    """The divergence of a changed copy's outputs from those of the row itself."""
+    places = context.places
+
     def compared(task: Task, batch: Batch) -> jax.Array:
         first, _ = halves((batch.index >= 0) & (batch.source == places[regulariser.source or task.source])[:, None])
         return first
@@ -130,27 +126,22 @@ def confidence(outputs: jax.Array, kind: str) -> jax.Array:
     return jnp.ones(outputs.shape[:-1])
 
 
-def of_pseudo_labels(
-    regulariser: SelfTraining, tasks: Sequence[Task], places: Mapping[str, int], first_id: int, phase: str
-) -> OutputLoss:
+def of_pseudo_labels(regulariser: SelfTraining, tasks: Sequence[Task], context: LossContext) -> OutputLoss:
     """The cross-entropy of tasks with pseudo-labels: the sum over tasks of the mean over a batch's unlabelled rows.
 
-    Args:
-        regulariser: Names the source of the rows.
-        tasks: The tasks that labelled them.
-        places: {source: its place in the run's order}.
-        first_id: The id of the source's first training example.
-        phase: The phase, whose first step the pseudo-labels are made at.
+    The labels were made at the phase's first step.
     """
+    place, first_id = context.places[regulariser.source], context.first_ids[regulariser.source]
+    reference = reference_of(regulariser, context.phase)
 
     def unlabelled(batch: Batch) -> jax.Array:
-        return (batch.index >= 0) & (batch.source == places[regulariser.source])[:, None]
+        return (batch.index >= 0) & (batch.source == place)[:, None]
 
     def count(batch: Batch) -> jax.Array:
         return jnp.maximum(unlabelled(batch).sum(), 1)
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        labels, rows_RxS = references[reference_of(regulariser, phase)], unlabelled(batch)
+        labels, rows_RxS = references[reference], unlabelled(batch)
         place_RxS = jnp.where(rows_RxS, batch.index - first_id, 0)
         total = jnp.zeros(())
         for task in tasks:
@@ -168,7 +159,10 @@ def _cross_entropy(outputs: jax.Array, targets: jax.Array, kind: str) -> jax.Arr
     return -(targets * jax.nn.log_sigmoid(outputs) + (1 - targets) * jax.nn.log_sigmoid(-outputs)).mean(axis=-1)
 
 
-def _r_drop(tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
+def of_r_drop(regulariser: RDrop, tasks: Sequence[Task], context: LossContext) -> OutputLoss:
+    """The divergence of the two passes of every row."""
+    places = context.places
+
     def count(batch: Batch) -> dict[str, jax.Array]:
         return {task.name: jnp.maximum(_compared(task, batch, places).sum() / 2, 1) for task in tasks}
 
@@ -183,12 +177,18 @@ def _r_drop(tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
     return OutputLoss(count, loss)
 
 
-def _distil(regulariser: Distillation, teacher: Teacher, tasks: Sequence[Task], places: Mapping[str, int]) -> OutputLoss:
+def of_teacher(regulariser: Distillation, tasks: Sequence[Task], context: LossContext) -> OutputLoss:
+    """The distance of outputs, or of token vectors, from the teacher's."""
+    teacher, reference = context.teachers[regulariser.name], regulariser.references(context.phase)["teacher"]
+    if regulariser.of == "hidden":
+        return _distil_hidden(regulariser, teacher, reference)
+    places = context.places
+
     def count(batch: Batch) -> dict[str, jax.Array]:
         return {task.name: jnp.maximum(_compared(task, batch, places).sum(), 1) for task in tasks}
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        targets = teacher.outputs(references[teacher_of(regulariser)], batch, [task.name for task in tasks])
+        targets = teacher.outputs(references[reference], batch, [task.name for task in tasks])
         total = jnp.zeros(())
         for task in tasks:
             values = distill(outputs[task.name], targets[task.name], regulariser.temperature, task.compared_as)
@@ -198,12 +198,12 @@ def _distil(regulariser: Distillation, teacher: Teacher, tasks: Sequence[Task], 
     return OutputLoss(count, loss)
 
 
-def _distil_hidden(regulariser: Distillation, teacher: Teacher) -> OutputLoss:
+def _distil_hidden(regulariser: Distillation, teacher: Teacher, reference: str) -> OutputLoss:
     def count(batch: Batch) -> jax.Array:
         return jnp.maximum((batch.segments > 0).sum(), 1)
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        target, hidden = teacher.hidden(references[teacher_of(regulariser)], batch), encoded.tokens
+        target, hidden = teacher.hidden(references[reference], batch), encoded.tokens
         assert hidden is not None
         if regulariser.name in heads:
             hidden = times(hidden, heads[regulariser.name]["projection"]["kernel"])

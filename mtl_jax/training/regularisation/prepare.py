@@ -15,14 +15,13 @@ from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.trees import leaves_of, matching
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.experiment import Experiment
-from mtl_jax.sharing.columns import Subspaces
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import restore
 from mtl_jax.training.regularisation import fisher, mixing, pseudo_rows
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
 from mtl_jax.training.restore import TrainedRun
-from mtl_jax.transfer.regularisers import EWC, FIELD, L2SP, Distillation, RDrop, Regulariser, tasks_named_by
+from mtl_jax.transfer.regularisers import EWC, FIELD, Distillation, RDrop, Regulariser, tasks_named_by
 from mtl_jax.transfer.unlabelled import KINDS, Consistency, SelfTraining
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import schedules
@@ -180,10 +179,7 @@ def check(
     """
     leaves = leaves_of(params)
     for regulariser in _active(experiment, _all_steps(experiment)):
-        reads_vectors = isinstance(regulariser, Mix | NeighbourSmoothing) or (
-            isinstance(regulariser, Distillation) and regulariser.of == "hidden"
-        )
-        if reads_vectors and trunks.copies(trunk) > 1:
+        if regulariser.reads_vectors and trunks.copies(trunk) > 1:
             raise UserError(
                 f"{FIELD}: {regulariser.name} reads the vectors of a row, and tasks of one source have vectors of their own "
                 "here: declare the same file as a second source, or leave the sharing at Hard()"
@@ -192,14 +188,12 @@ def check(
         _matches("mixout.parameters", experiment.mixout.parameters, leaves)
     for regulariser in _active(experiment, _all_steps(experiment)):
         name = regulariser.name
-        if isinstance(regulariser, L2SP):
-            _matches(f"{FIELD}: shared of {name}", regulariser.shared, leaves)
-        elif isinstance(regulariser, Subspaces):
-            _matches(f"{FIELD}: parameters of {name}", regulariser.parameters, leaves)
-        elif isinstance(regulariser, EWC):
-            paths = _matches(f"{FIELD}: parameters of {name}", regulariser.parameters, leaves)
-            if regulariser.run:
-                check_shapes(regulariser, paths, leaves, leaves_of(anchor_runs[name].params))
+        matched = {
+            field: _matches(f"{FIELD}: {field} of {name}", getattr(regulariser, field), leaves)
+            for field in regulariser.must_match
+        }
+        if isinstance(regulariser, EWC) and regulariser.run:
+            check_shapes(regulariser, matched["parameters"], leaves, leaves_of(anchor_runs[name].params))
         elif isinstance(regulariser, Mix | NeighbourSmoothing):
             mixing.tasks_of(regulariser, tuple(tasks.values()))
             if isinstance(regulariser, Mix):

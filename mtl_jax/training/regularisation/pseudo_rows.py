@@ -20,7 +20,8 @@ import numpy as np
 
 from mtl_jax import trunks
 from mtl_jax.core.errors import UserError, count
-from mtl_jax.data.batches import Batch, Batching
+from mtl_jax.data.batch_shape import Batching
+from mtl_jax.data.batches import Batch
 from mtl_jax.data.examples import Examples
 from mtl_jax.tasks import Task
 from mtl_jax.training import evaluation

@@ -175,6 +175,10 @@ def tasks_to_imitate(regulariser: Distillation, teacher: Teacher, tasks: Mapping
     where = f"{FIELD}: teacher of {regulariser.name}, {regulariser.teacher},"
     taught = {task.name: task for task in teacher.tasks}
     names = list(regulariser.tasks) or [name for name, task in tasks.items() if name in taught and task.compared_as]
+    if not names and (both := [name for name in tasks if name in taught]):
+        raise UserError(
+            f"{FIELD}: {regulariser.name}: outputs of a {type(tasks[both[0]]).__name__} such as {both[0]!r} cannot be imitated"
+        )
     if not names:
         raise UserError(f"{where} has no task of this run (it has {listed(taught)}; this run has {listed(tasks)})")
     for name in names:

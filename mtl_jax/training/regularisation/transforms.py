@@ -14,50 +14,16 @@ from mtl_jax.tasks import Task
 from mtl_jax.training.gradient import GradientFn, StepGradients
 from mtl_jax.training.train_state import StepInputs, TrainState
 from mtl_jax.transfer.penalties import mixout
-from mtl_jax.transfer.regularisers import EWC, Distillation, Regulariser
+from mtl_jax.transfer.regularisers import Regulariser
 
 # (leaves that train, references) -> f32[]
 Penalty = Callable[[Leaves, Any], jax.Array]
 
 
-def start_of(phase: str) -> str:
-    """The reference's name: the parameters at the start of a phase."""
-    return f"start-{phase}"
-
-
-def references_of(regulariser: Regulariser, phase: str) -> dict[str, str]:
-    """{what the regulariser calls it: the reference's name}: "start", "anchor" and "fisher", or "teacher".
-
-    Args:
-        regulariser: The regulariser.
-        phase: The phase that it begins with.
-    """
-    if isinstance(regulariser, EWC):
-        return {"anchor": anchor_of(regulariser, phase), "fisher": fisher_of(regulariser)}
-    if isinstance(regulariser, Distillation):
-        return {"teacher": teacher_of(regulariser)}
-    return {"start": start_of(phase)} if regulariser.level == "parameters" and regulariser.reads_start else {}
-
-
 def penalty_of(regulariser: Regulariser, phase: str) -> Penalty:
     """The loss of a regulariser of parameters, from the run's references; the phase is that which it begins with."""
-    names = references_of(regulariser, phase)
+    names = regulariser.references(phase)
     return lambda trained, references: regulariser.penalty(trained, {key: references[name] for key, name in names.items()})
-
-
-def anchor_of(regulariser: EWC, phase: str) -> str:
-    """The reference's name: the parameters after the source was learned."""
-    return f"{regulariser.name}-anchor" if regulariser.run else start_of(phase)
-
-
-def fisher_of(regulariser: EWC) -> str:
-    """The reference's name: its Fisher information."""
-    return f"{regulariser.name}-fisher"
-
-
-def teacher_of(regulariser: Distillation) -> str:
-    """The reference's name: its teacher's parameters."""
-    return f"{regulariser.name}-teacher"
 
 
 def without_tasks(gradient_fn: GradientFn, *, tasks: Collection[str], rows: Sequence[slice]) -> GradientFn:

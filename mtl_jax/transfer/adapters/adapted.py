@@ -18,18 +18,10 @@ import jax.numpy as jnp
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError, listed
-from mtl_jax.models.layers import Attention, Embed
-from mtl_jax.models.llama import GroupedAttention
-from mtl_jax.models.modernbert import RotaryAttention
-from mtl_jax.models.remat import is_layer
-from mtl_jax.models.seq2seq_layers import Embeddings
-from mtl_jax.models.traced import once_per_module
+from mtl_jax.transfer.adapters.adaptable import adaptable_layers
 from mtl_jax.transfer.adapters.base import (
-    ATTENTION,
     COMMON,
-    DENSE,
     OWN,
-    ROTARY,
     RUN,
     TASK,
     WHOLE,
@@ -39,7 +31,7 @@ from mtl_jax.transfer.adapters.base import (
     Layer,
     Shown,
 )
-from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
+from mtl_jax.transfer.adapters.prompt_tuning import ROOT
 from mtl_jax.transfer.adapters.routes import Routes, Rows, arguments_by_row, repeated
 from mtl_jax.transfer.adapters.stacks import below, chosen_rows, has_own, stacked_copies, stacked_init, subtree
 
@@ -305,44 +297,6 @@ class Adapted:
                 params |= task_params if adapter.by_row else {OWN: task_params}
             by_layer[layer.path] = params
         return by_layer
-
-
-@once_per_module
-def adaptable_layers(base: nn.Module) -> dict[str, Layer]:
-    """The layers of a module that can be adapted, by path, in the order of their calls."""
-    layers: dict[str, Layer] = {}
-
-    def record(next_call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name == "__call__":
-            layer = layer_of("/".join(context.module.path), context.module, args)
-            if layer is not None:
-                calls = layers[layer.path].calls + 1 if layer.path in layers else 1
-                layers[layer.path] = layer._replace(calls=calls)
-        return next_call(*args, **kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda: base.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    words = next((layer for layer in layers.values() if layer.kind == WORDS), None)
-    return layers if words is None else {**layers, "": words._replace(kind=ROOT)}
-
-
-def layer_of(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
-    """The layer that a module is, by its call; None if it cannot be adapted."""
-    if isinstance(module, nn.Dense):
-        return Layer(path, DENSE, inputs=args[0].shape[-1], outputs=module.features)
-    if isinstance(module, GroupedAttention):
-        return Layer(path, ATTENTION, heads=module.config.kv_heads, head_size=module.config.head_size)
-    if isinstance(module, Attention):
-        return Layer(path, ATTENTION, heads=module.num_heads, head_size=module.head_size)
-    if isinstance(module, RotaryAttention):
-        return Layer(path, ROTARY, heads=module.config.num_heads, head_size=module.config.head_size)
-    if is_layer(module):
-        return Layer(path, WHOLE, inputs=args[0].shape[-1], outputs=args[0].shape[-1])
-    if isinstance(module, Embed) and path.endswith("embeddings/word"):
-        return Layer(path, WORDS, outputs=module.features)
-    if isinstance(module, Embeddings):
-        return Layer(path, WORDS, outputs=module.config.hidden_size)
-    return None
 
 
 def around(

@@ -19,7 +19,8 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.models.seq2seq_decoder import Cache, Decoder, DecoderOutput, Source
 from mtl_jax.models.seq2seq_layers import Embeddings, Seq2SeqConfig
-from mtl_jax.transfer.adapters.adapted import ADAPTERS, around, layer_of
+from mtl_jax.transfer.adapters.adaptable import layer_of
+from mtl_jax.transfer.adapters.adapted import ADAPTERS, around
 from mtl_jax.transfer.adapters.adapting import check, check_alone
 from mtl_jax.transfer.adapters.base import RUN, Adapter, Layer
 from mtl_jax.transfer.adapters.stacks import below

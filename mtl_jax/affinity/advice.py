@@ -1,4 +1,4 @@
-"""From a chosen source to a training: joint or sequential, and the flags that train it."""
+"""How to train with a chosen source: jointly or sequentially, and the flags for it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Advice(NamedTuple):
     """How to use a source for a target.
 
     Attributes:
-        target: The task that should profit.
+        target: The task that is to be helped.
         source: The task that helps it most, by the estimates.
         way: "joint" or "sequential", by joint_or_sequential.
         flags: For each training in order, the flags of the experiment's script.
-        starts: The flags of a joint training with several sources, by weights of losses and by shares of rows: starting_points.
+        starts: The flags of joint trainings with several sources, by weights of losses and by shares of rows: starting_points.
     """
 
     target: str
@@ -31,8 +31,8 @@ class Advice(NamedTuple):
 def joint_or_sequential(target_rows: int, source_rows: int) -> str:
     """Whether to train source and target together or one after the other: "joint" or "sequential".
 
-    The size rule of Weller et al.: joint training is better where the target has fewer training rows than the source, and else
-    training on the source first. It was found on pairs of GLUE tasks with encoders; it is a rule of thumb, not an estimate.
+    The size rule of Weller et al.: joint training is better if the target has fewer training rows than the source; otherwise
+    train on the source first. It was found on pairs of GLUE tasks with encoders; it is a rule of thumb, not an estimate.
 
     Args:
         target_rows: The target's training rows, at least 1.
@@ -79,9 +79,9 @@ def advise(target: str, source: str, target_rows: int, source_rows: int) -> Advi
 
 
 def source_weights(places: Mapping[str, float]) -> dict[str, float]:
-    """{source: 1 minus its mean place}, of the sources in the first half: the weights of their losses beside the target's, 1.
+    """{source: 1 minus its mean place} for the sources in the first half: weights of their losses; the target's is 1.
 
-    A heuristic of ours, to start from: the first by every estimator weighs as much as the target.
+    A heuristic of ours as a starting point: a source that is first by every estimator weighs as much as the target.
 
     Args:
         places: {source: its mean place, from 0, first, to 1, last}: mean_places().
@@ -94,10 +94,10 @@ def source_weights(places: Mapping[str, float]) -> dict[str, float]:
 
 
 def starting_points(target: str, places: Mapping[str, float], source_of: Mapping[str, str]) -> tuple[str, ...]:
-    """The flags of a joint training of a target with the sources of source_weights(); none where there are no two of them.
+    """The flags of joint trainings of a target with the sources of source_weights(); none if there are fewer than two.
 
-    First with these weights of losses, then with shares of rows in their proportion. Where tasks label the rows of one source,
-    the largest of their weights is its share.
+    The first uses these weights of losses, the second shares of rows in the same proportion. If several tasks label the rows
+    of one source, the largest of their weights is its share.
 
     Args:
         target: The target's name.

@@ -1,7 +1,7 @@
-"""Copies between tasks: rows of a source that the target has, too. A leaked copy is every estimator's favourite.
+"""Copies between tasks: rows of a source that the target also has. Copies make a source look too good to every estimator.
 
-They are looked for before anything is estimated, and named. They are not left out: Source(copies="drop") does that, for copies
-of held-out rows.
+They are searched before anything is estimated, and reported. They are not left out: Source(copies="drop") leaves out copies of
+held-out rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SourceCopies(NamedTuple):
     Attributes:
         rows: {kind: number of the source's rows whose closest copy is of this kind}; kinds as in audit: exact, letters, near.
         of: The source's training rows.
-        same_rows: Whether both tasks label the rows of one source; nothing is compared then.
+        same_rows: Whether both tasks label the rows of one source; then nothing is compared.
     """
 
     rows: dict[str, int]
@@ -39,10 +39,10 @@ class SourceCopies(NamedTuple):
 def source_copies(
     sources: Sequence[Source], source_of: Mapping[str, str], splits: Mapping[str, Mapping[str, Any]], targets: Sequence[str]
 ) -> dict[str, dict[str, SourceCopies]] | None:
-    """{target: {source task: the copies}}, for those pairs that have any.
+    """{target: {source task: the copies}}, for the pairs that have any.
 
-    A row of a source counts where one of its texts is a copy of a text of any row of the target, in train, dev or test. Texts
-    of pairs are compared one by one.
+    A row of a source counts if one of its texts is a copy of a text of any row of the target, in train, dev or test. Texts of
+    pairs are compared one by one.
 
     Args:
         sources: The declared sources, which name the columns with texts.
@@ -51,7 +51,7 @@ def source_copies(
         targets: The tasks that are targets.
 
     Returns:
-        As above; None where there are more than a million texts, which mtl-jax audit compares.
+        As above; None if there are more than a million texts, which only mtl-jax audit compares.
     """
     texts: list[str] = []
     number_of_source, number_of_row, in_train = [], [], []
@@ -96,7 +96,7 @@ def source_copies(
 
 
 def lines(copies_of: Mapping[str, Mapping[str, SourceCopies]]) -> list[str]:
-    """A line for each source with copies of a target, those with most first; and what to do."""
+    """A line for each source with copies of a target, the source with most copies first; and what to do."""
     parts = [(target, source, copied) for target, by_source in copies_of.items() for source, copied in by_source.items()]
     if not parts:
         return []

@@ -93,7 +93,7 @@ def matrix(estimator: str, name: str, values: Any) -> np.ndarray:
 
 
 def check_rows(estimator: str, **arrays: np.ndarray) -> None:
-    """Raises UserError where arrays do not have one row for each row of the first, or labels do not have one axis."""
+    """Raises UserError if arrays differ in their number of rows, or labels do not have one axis."""
     (first, rows), *others = [(name, array.shape) for name, array in arrays.items()]
     for name, shape in others:
         if shape[:1] != rows[:1]:
@@ -101,7 +101,7 @@ def check_rows(estimator: str, **arrays: np.ndarray) -> None:
 
 
 def centred(features_NxH: np.ndarray) -> np.ndarray:
-    """The features minus their mean; a column that is constant but for rounding becomes 0."""
+    """The features minus their mean; a column that is constant up to rounding becomes 0."""
     mean_H = features_NxH.mean(axis=0)
     centred_NxH = features_NxH - mean_H
     rounding_H = 8 * np.finfo(np.float64).eps * np.abs(mean_H)

@@ -1,4 +1,4 @@
-"""Estimators by name: ESTIMATORS, and register() for those of a script.
+"""Estimators by name: ESTIMATORS, and register() for your own.
 
 The names of a function's parameters say what it reads. READS explains each; parameters with a default are its options.
 """

@@ -1,4 +1,4 @@
-"""The tasks of an experiment as sources for each other: every estimator that applies, ranked, with its cost and an advice."""
+"""The tasks of an experiment ranked as sources for each other by every estimator that applies, with costs and advice."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ GAINS = "grad_tag"  # the estimator whose numbers are gains over training alone
 
 
 class Affinity(NamedTuple):
-    """Which tasks help which, by estimates.
+    """Estimates of which tasks help which.
 
     Attributes:
         rankings: {target: {estimator: its sources, best first}}.
         places: {target: {source: its mean place over the estimators, from 0, first, to 1, last}}, best first.
         untrained: {target: {estimator: the estimate on the trunk before training}}, for estimators of features and labels: how
-            well the trunk as it is suits the target.
+            well the trunk suits the target before training.
         advice: {target: how to train it with the source that is first by mean place}.
-        notes: Lines on estimators and tasks that do not go together, and why.
-        seconds: {estimator: seconds, intervals included}; and before them those of the inputs.
-        rows: {task: how many labelled rows were used, texts or words; or texts, where labels are neither classes nor numbers}.
-        groups: The best groups of tasks for a budget of models, by the gains of grad_tag; None where none was asked for.
-        copies: {target: {source: how many of its training rows have a text of the target}}, where there are any.
+        notes: Lines on estimators that do not apply to tasks, and why.
+        seconds: {estimator: seconds, intervals included}, after the seconds of the inputs.
+        rows: {task: how many labelled rows were used, texts or words; or texts, if labels are neither classes nor numbers}.
+        groups: The best groups of tasks for a budget of models, by the gains of grad_tag; None if none were asked for.
+        copies: {target: {source: how many of its training rows have a text of the target}}, if there are any.
     """
 
     rankings: dict[str, dict[str, list[Estimate]]]
@@ -86,23 +86,23 @@ def of_experiment(
     level: float = 0.9,
     seed: int = 0,
 ) -> Affinity:
-    """Estimates how much each task of an experiment helps each other one, before they are trained together.
+    """Estimates how much each task of an experiment helps each other task, before they are trained together.
 
-    The trunk is that of the experiment before training. A source's probabilities are those of a head that is fitted to its rows
-    on this trunk; where `runs` has a finished run of the source, they are the run's. Estimators of a source's features need
-    such runs, as the features are the same for every source before training.
+    The trunk is that of the experiment before training. A source's probabilities come from its finished run, if `runs` has one,
+    else from a head that is fitted to its rows on this trunk. Estimators of a source's features need such runs, because
+    features are the same for every source before training.
 
     Args:
         experiment: The experiment; its `only` chooses among its tasks.
         target: The task to be helped; empty: each task in turn.
-        estimators: Names of ESTIMATORS; empty: all of them, those that a script has registered included.
+        estimators: Names of ESTIMATORS; empty: all of them, including your own.
         rows: The most training rows of a task, chosen at random.
         layer: The layer whose features are read, from 1; 0: the trunk's output.
         runs: Workdirs of finished runs of tasks of the experiment, with its tokenizer.
         models: The most models to divide the tasks among, by the gains of grad_tag; 0: no groups.
         resamples: Half-samples of the target's texts for the intervals; 0: no intervals.
         level: The share of the half-samples inside an interval.
-        seed: Of rows, half-samples and heads.
+        seed: Seed of rows, half-samples and heads.
 
     Raises:
         UserError: The experiment, a name or a number is refused, or there are fewer than two tasks.
@@ -158,7 +158,7 @@ def of_experiment(
 
 
 def _check_models(models: int, target: str, runs: Sequence[str | Path], estimators: Sequence[str]) -> None:
-    """Raises UserError, before any work, where groups are asked for and cannot be made."""
+    """Raises UserError, before any work, if groups are asked for but cannot be made."""
     if models < 0:
         raise UserError(f"models is {models}; it must be at least 1, or 0 for no groups")
     if models and (target or not runs or (estimators and GAINS not in estimators)):
@@ -190,7 +190,7 @@ def _groups(rankings: Mapping[str, Mapping[str, Sequence[Estimate]]], models: in
 
 
 class Problem(NamedTuple):
-    """An estimator that does not go with tasks, and why."""
+    """An estimator that does not apply to tasks, and why."""
 
     estimator: str
     tasks: str
@@ -200,7 +200,7 @@ class Problem(NamedTuple):
 def _untrained(
     estimator: str, function: Estimator, needed: Sequence[str], arrays: TaskFeatures, target: str
 ) -> tuple[float | None, list[Problem]]:
-    """The estimate of an estimator of features and labels on the trunk before training; None where there is none."""
+    """The estimate of an estimator of features and labels on the trunk before training; None if there is none."""
     if not set(needed) <= {"features", "labels"} or arrays.labels is None:
         return None, []
     inputs = {"features": arrays.features, "labels": arrays.labels}
@@ -213,7 +213,7 @@ def _untrained(
 def _usable(
     estimator: str, function: Estimator, needed: Sequence[str], target: str, data: Tables
 ) -> tuple[dict[str, Callable[[np.ndarray], float]], list[Problem]]:
-    """{source: a function from indices of the target's texts to the estimate}; sources that it refuses are problems."""
+    """{source: a function from indices of the target's texts to the estimate}; sources that it refuses become problems."""
     usable: dict[str, Callable[[np.ndarray], float]] = {}
     problems: list[Problem] = []
     for source in data.tasks:
@@ -232,7 +232,7 @@ def _usable(
 
 
 def _on_texts(function: Estimator, inputs: Mapping[str, Any], arrays: TaskFeatures, whole: float, texts: np.ndarray) -> float:
-    """The estimate on some texts of the target and their rows; on all of them it is known."""
+    """The estimate on some texts of the target and their rows; `whole`, which is known, on all of them."""
     if len(texts) == len(arrays.texts):
         return whole
     rows = np.flatnonzero(np.isin(arrays.text_of_row, texts))
@@ -248,7 +248,7 @@ def _picked(values: Any, texts: np.ndarray) -> Any:
 
 
 def _number(estimator: str, value: Any) -> float:
-    """The result of an estimator as a float; raises UserError where it is not a number."""
+    """The result of an estimator as a float; raises UserError if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:
@@ -269,7 +269,7 @@ def _lines(problems: Sequence[Problem]) -> list[str]:
 
 
 def table(result: Affinity, shown: int = 3) -> str:
-    """The rankings as text: copies, for each target a row for each estimator with its first sources, the advice, the notes.
+    """The rankings as text: copies, a table for each target with a row for each estimator, advice and notes.
 
     Args:
         result: The result of of_experiment().

@@ -1,7 +1,7 @@
 """Estimators that read features of the target's rows and their labels: how well the features already separate the labels.
 
-The features are those of a source's trunk. Before the source is trained, every source has the same trunk, and the number says
-how well the trunk suits the target.
+The features come from a source's trunk. Before training, all sources have the same trunk, and the number says how well the
+trunk suits the target.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ REFINEMENTS = 40  # steps of the golden section: the logarithm of the ratio is t
 def logme(features: Any, labels: Any) -> float:
     """LogME: the largest log evidence, in nats a row, of a Bayesian linear model from features to labels.
 
-    Labels y are X w + noise, w ~ N(0, 1/alpha), noise ~ N(0, 1/beta). The evidence is maximised over alpha and beta: given
-    their ratio the best beta is known, and the ratio is found by a search. Classes have a model each, of labels 0 and 1, and
-    the result is their mean. Rotating or scaling the features changes nothing.
+    Labels y are X w + noise, w ~ N(0, 1/alpha), noise ~ N(0, 1/beta). The evidence is maximised over alpha and beta: the best
+    beta follows from their ratio, and a search finds the ratio. Each class has a model of labels 0 and 1, and the result is
+    the mean over classes. Rotating or scaling the features changes nothing.
 
     Args:
         features: f[N, H], on any scale; H may exceed N.
@@ -74,8 +74,9 @@ def _evidences(svd: Factors, targets_NxC: np.ndarray) -> np.ndarray:
 def h_score(features: Any, labels: Any) -> float:
     """H-score: tr(cov(f)^-1 cov(g)), the share of the features' variance that is between classes, summed over directions.
 
-    g are the features with each row replaced by the mean of its class. It lies between 0 and C - 1, and does not change under
-    an invertible linear map of the features. With as many dimensions as rows it is always C - 1: use regularised_h_score.
+    g are the features with each row replaced by the mean of its class. The score lies between 0 and C - 1, and does not change
+    under an invertible linear map of the features. With as many dimensions as rows it is always C - 1; then use
+    regularised_h_score.
 
     Args:
         features: f[N, H].
@@ -94,7 +95,7 @@ def h_score(features: Any, labels: Any) -> float:
 
 
 def regularised_h_score(features: Any, labels: Any) -> float:
-    """H-score with the covariance of the features shrunk as by Ledoit and Wolf: for few rows or many dimensions.
+    """H-score with a covariance of the features that is shrunk as by Ledoit and Wolf, for few rows or many dimensions.
 
     Args:
         features: f[N, H].
@@ -123,7 +124,7 @@ def regularised_h_score(features: Any, labels: Any) -> float:
 
 
 def _between_classes(left_NxR: np.ndarray, targets_NxC: np.ndarray) -> np.ndarray:
-    """f64[R], the part of each column's squared norm, which is 1, that the class means have."""
+    """f64[R], the part of each column's squared norm, which is 1, that lies in the class means."""
     sums_CxR = targets_NxC.T @ left_NxR
     return (sums_CxR**2 / targets_NxC.sum(axis=0)[:, None]).sum(axis=0)
 
@@ -136,7 +137,7 @@ def transrate(features: Any, labels: Any, epsilon: float = 1e-4) -> float:
     Args:
         features: f[N, H].
         labels: i[N], classes.
-        epsilon: The distortion that is allowed.
+        epsilon: The allowed distortion.
 
     Raises:
         UserError: As in h_score.

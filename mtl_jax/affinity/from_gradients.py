@@ -22,7 +22,7 @@ def gradient_cosines(gram: jax.Array) -> jax.Array:
     """The cosines of the task gradients, f32[K, K]; 0 for a gradient that is 0.
 
     Args:
-        gram: f32[K, K], their inner products: weighting.gram, or the Signals of a rule.
+        gram: f32[K, K], their inner products, from weighting.gram or the Signals of a rule.
 
     References:
         Yu et al., 2020, Gradient Surgery for Multi-Task Learning, https://arxiv.org/abs/2001.06782
@@ -42,7 +42,7 @@ def tag_lookahead(losses: jax.Array, losses_after: jax.Array) -> jax.Array:
 
     Args:
         losses: f32[K], the losses at theta; all above 0.
-        losses_after: f32[K, K], row i after a step on task i's gradient: lookahead_losses.
+        losses_after: f32[K, K], row i after a step on task i's gradient, as lookahead_losses returns them.
 
     References:
         Fifty et al., 2021, Efficiently Identifying Task Groupings for Multi-Task Learning, https://arxiv.org/abs/2109.04617
@@ -58,7 +58,7 @@ def tag_first_order(gram: jax.Array, losses: jax.Array, learning_rate: float | j
     Args:
         gram: f32[K, K], inner products of the task gradients.
         losses: f32[K], in the same order; all above 0.
-        learning_rate: eta, of the step that is looked ahead.
+        learning_rate: eta, the rate of the step.
 
     References:
         As tag_lookahead; the expansion is ours.
@@ -75,7 +75,7 @@ def lookahead_losses(
         losses_of: From parameters to the losses f32[K], of the same rows every time.
         params: A tree of the shared parameters.
         gradients: A tree like params with a leading axis over the K tasks.
-        learning_rate: eta, of the steps.
+        learning_rate: eta, the rate of the steps.
     """
 
     def after(gradient: Any) -> jax.Array:
@@ -85,10 +85,10 @@ def lookahead_losses(
 
 
 def step_signals(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
-    """{(source, target): f64[N, 4]} of the steps of a run in which both have examples, from its metrics.jsonl.
+    """{(source, target): f64[N, 4]} for the steps of a run in which both have examples, from its metrics.jsonl.
 
-    The columns are the cosine of their gradients, the norms of the source's and of the target's, and the target's loss. A run
-    has them under a rule of weighting that compares task gradients; else the result is empty.
+    The columns are the cosine of their gradients, the norms of the source's and the target's gradient, and the target's loss.
+    A run has them if its weighting rule compares task gradients; otherwise the result is empty.
 
     Args:
         records: The objects of metrics.jsonl.
@@ -124,7 +124,7 @@ def gradient_cosine(signals: Any) -> float:
 
 
 def tag(signals: Any) -> float:
-    """TAG's affinity to first order over the learning rate, the mean of <g_i, g_j> / L_j over the steps of a run of both.
+    """TAG's first-order affinity, divided by the learning rate: the mean of <g_i, g_j> / L_j over the steps of a run of both.
 
     Args:
         signals: f[N, 4], as step_signals() has them.

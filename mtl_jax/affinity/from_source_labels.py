@@ -1,4 +1,4 @@
-"""Estimators that read what a source's model says about the target's rows: how far its labels tell those of the target."""
+"""Estimators that read the source model's predictions on the target's rows: how well they predict the target's labels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TOLERANCE = 1e-3  # of a sum of probabilities that must be 1
 
 
 def leep(probabilities: Any, labels: Any) -> float:
-    """LEEP: the mean log-likelihood of the target's labels, predicted from the source's probabilities alone; nats, at most 0.
+    """LEEP: the mean log-likelihood, in nats, of the target's labels given only the source's probabilities; at most 0.
 
-    The source's class z is drawn from its probabilities, and the target's label from P(y | z), as counted over all rows.
+    The source's class z is drawn from its probabilities, and the target's label from P(y | z), counted over all rows.
 
     Args:
         probabilities: f[N, Z], the source's probabilities on the target's rows; each row sums to 1.
@@ -54,7 +54,7 @@ def nce(source_labels: Any, labels: Any) -> float:
     """Minus the conditional entropy H(Y | Z) of the target's labels given the source's, in nats; at most 0.
 
     Args:
-        source_labels: i[N], the source's labels of the target's rows; those of the data, or predicted ones.
+        source_labels: i[N], the source's labels of the target's rows, from the data or predicted.
         labels: i[N], the target's classes.
 
     Raises:
@@ -80,9 +80,9 @@ def n_leep(features: Any, labels: Any, components: int = 0, variance: float = 0.
     Args:
         features: f[N, H].
         labels: i[N], C classes.
-        components: The clusters; 0: 5 C as in the paper, and at most a third of the rows.
-        variance: The share of the variance that the principal components keep, above 0 to 1.
-        seed: Of the mixture's start.
+        components: The number of clusters; 0: 5 C as in the paper, and at most a third of the rows.
+        variance: The share of the variance that the principal components keep, above 0 and at most 1.
+        seed: Seed of the mixture's initial values.
 
     Raises:
         UserError: As in logme; the labels are not integers; an option is refused, or there are more clusters than rows.

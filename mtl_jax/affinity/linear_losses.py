@@ -1,8 +1,8 @@
-"""Grad-TAG: what any subset of tasks would reach, from one joint run, without training it.
+"""Grad-TAG: the losses that training on any subset of tasks would reach, from one joint run, without that training.
 
 Near the joint run's parameters a row's loss is a function of a linear model: the row's output there, plus its gradient times a
-change of the parameters. To train on a subset is then to fit that change, a small vector after a random projection, to the
-subset's rows; what it does to another task's rows is the estimate.
+change of the parameters. Training on a subset then means fitting that change, a small vector after a random projection, to the
+subset's rows. The estimate is the effect of the change on another task's rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def project(gradient: Any, dimensions: int, seed: int = 0) -> jax.Array:
     Args:
         gradient: A tree of arrays.
         dimensions: D, at least 1.
-        seed: Of entries and signs; the same for all gradients.
+        seed: Seed of entries and signs; the same for all gradients.
 
     References:
         Charikar, Chen and Farach-Colton, 2002, Finding Frequent Items in Data Streams,
@@ -44,9 +44,9 @@ def project(gradient: Any, dimensions: int, seed: int = 0) -> jax.Array:
 
 
 def linear_value(loss: jax.Array, margins: bool) -> jax.Array:
-    """The value that is taken as linear in the parameters, from a row's loss.
+    """The value, computed from a row's loss, that counts as linear in the parameters.
 
-    For a cross-entropy it is the log odds of the row's label, log(p / (1 - p)), for a squared error its root.
+    For a cross-entropy it is the log odds of the row's label, log(p / (1 - p)); for a squared error it is the root.
 
     Args:
         loss: f32[], -log p or a squared error.
@@ -61,12 +61,12 @@ def linear_value(loss: jax.Array, margins: bool) -> jax.Array:
 def subset_losses(
     train: Mapping[str, Any], held_out: Mapping[str, Any], subsets: Iterable[Sequence[str]], ridge: float = RIDGE
 ) -> list[dict[str, float]]:
-    """For each subset of tasks, the mean losses of all tasks' held-out rows after a training on it: [{task: loss}].
+    """For each subset of tasks, the mean losses of all tasks' held-out rows after training on the subset: [{task: loss}].
 
     Args:
         train: {task: f[N, 2 + D]}: for each row whether its value is a margin (1) or the root of a squared error (0), the
-            value, and its gradient, projected. mtl_jax.affinity.make_linear_rows makes them of a run.
-        held_out: The same of rows that are not fitted.
+            value, and its projected gradient. mtl_jax.affinity.make_linear_rows makes them from a run.
+        held_out: The same for rows that are not fitted.
         subsets: Names of tasks; an empty one is the joint run itself.
         ridge: The penalty on the change of parameters, over the mean squared gradient; above 0.
 
@@ -98,13 +98,13 @@ def subset_losses(
 
 
 def grad_tag(source_gradients: Any, gradients: Any, ridge: float = RIDGE) -> float:
-    """Grad-TAG's affinity of a source to a target: how much a joint training lowers the target's loss, as a share of it alone.
+    """Grad-TAG's affinity: how much joint training lowers the target's loss, as a share of the loss of training alone.
 
-    The target's rows are halved: one half is fitted, alone and with the source's rows, and the loss is that of the other. The
-    result is the mean over both halves.
+    The target's rows are halved: one half is fitted, alone and with the source's rows, and the loss is that of the other half.
+    The result is the mean over both halves.
 
     Args:
-        source_gradients: f[M, 2 + D], the source's rows in a run of both tasks: subset_losses says how.
+        source_gradients: f[M, 2 + D], the source's rows in a run of both tasks, in the form of subset_losses().
         gradients: f[N, 2 + D], the target's rows in the same run; at least 2.
         ridge: As for subset_losses().
 
@@ -166,7 +166,7 @@ def _mean_loss(rows: np.ndarray, change: np.ndarray | None) -> float:
 
 
 def _derivatives(values: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first and second derivative of each row's loss in its value."""
+    """The first and second derivative of each row's loss by its value."""
     wrong = 0.5 * (1 - np.tanh(values / 2))  # 1 - p
     margins = kinds == MARGINS
     return np.where(margins, -wrong, 2 * values), np.where(margins, wrong * (1 - wrong), 2.0)

@@ -22,22 +22,22 @@ ROWS = 128  # texts, or words, of a task
 
 
 def can_be_linear(task: Task) -> bool:
-    """Whether a task's rows have a loss of their own, a cross-entropy or a squared error."""
+    """Whether each row of a task has its own loss, a cross-entropy or a squared error."""
     return bool(kind_of_labels(task)) and can_fit(task)
 
 
 def make_linear_rows(
     trunk: TrunkFunction, dimensions: int = DIMENSIONS, seed: int = 0
 ) -> Callable[[Task, Any, Sequence[Batch]], np.ndarray]:
-    """A function to the linear rows f32[N, 2 + D] of a task, from its head's parameters and batches with labels.
+    """A function from a task, its head's parameters and batches with labels to the task's linear rows f32[N, 2 + D].
 
-    A row is a labelled text or word. The gradient is over the trunk's parameters but for its tables of embeddings. It passes
-    the head first and from there the trunk, whose program is the same for all tasks.
+    A row is a labelled text or word. The gradient is over the trunk's parameters, without its tables of embeddings. It passes
+    the head first and then the trunk, whose program is the same for all tasks.
 
     Args:
-        trunk: The trunk of a run, to its output.
-        dimensions: D, of the projection.
-        seed: Of the projection, and of the choice of at most 128 rows.
+        trunk: The trunk of a run, up to its output.
+        dimensions: D, the dimensions of the projection.
+        seed: Seed of the projection, and of the choice of at most 128 rows.
     """
     leaves = leaves_of(trunk.params)
     paths = [path for path in leaves if not path.endswith("embedding")] or list(leaves)

@@ -39,7 +39,7 @@ WITH_RUNS = ("features", "source_features")  # before training they are the same
 
 
 class NotApplicable(Exception):
-    """An input does not exist for a pair of tasks.
+    """Raised if a pair of tasks has no such input.
 
     Attributes:
         tasks: The task or tasks that lack it.
@@ -57,11 +57,11 @@ class Tables(NamedTuple):
     Attributes:
         tasks: {task: the task}.
         arrays: {task: its rows in the trunk before training}.
-        embeddings: {task: f64[D]}, of those that can be fitted, where they are asked for.
+        embeddings: {task: f64[D]}, for tasks that can be fitted, if embeddings are asked for.
         own: {source: f32[M, H]}, the source's rows in its run's trunk.
         features: {(source, target): f32[N, H]}, the target's rows in the trunk of the source's run.
-        probabilities: {(source, target): f32[N, Z]}, of the source's classes on the target's rows.
-        seconds: {"features", "heads", "embeddings", "runs", "gradients": seconds}, of those that were computed.
+        probabilities: {(source, target): f32[N, Z]}, probabilities of the source's classes on the target's rows.
+        seconds: {"features", "heads", "embeddings", "runs", "gradients": seconds}, for the inputs that were computed.
         gradients: {(source, target): the linear rows of both in one run of both, f32[M, 2 + D] and f32[N, 2 + D]}.
         signals: {(source, target): step_signals of a run of both, f64[N, 4]}.
     """
@@ -93,9 +93,9 @@ class Sampled(NamedTuple):
     Attributes:
         tasks: {task: the task}.
         examples: {task: its examples}.
-        batches: {task: these as batches}.
+        batches: {task: these examples as batches}.
         rows: The most rows of a task.
-        seed: Of their choice.
+        seed: Seed of the choice of rows.
     """
 
     tasks: dict[str, Task]
@@ -110,7 +110,7 @@ class Sampled(NamedTuple):
         return task_features.read(*parts, outputs, self.rows, self.seed)
 
     def probabilities(self, model: SourceModel, target: str, outputs: Sequence[Encoded]) -> np.ndarray | None:
-        """f32[N, Z], a source's probabilities on a target's rows; None where there are none."""
+        """f32[N, Z], a source's probabilities on a target's rows; None if there are none."""
         task, batches = self.tasks[target], self.batches[target]
         if why_no_probabilities(model.task, task):
             return None
@@ -132,12 +132,12 @@ def tables(
 
     Args:
         prepared: The experiment.
-        inputs: The names in READS that the estimators read; what none of them reads is not computed.
+        inputs: The names in READS that the estimators read; other inputs are not computed.
         targets: The tasks that are targets; every task is a source.
         rows: The most rows of a task.
         layer: The layer whose features are read; 0: the trunk's output.
         runs: Workdirs of finished runs.
-        seed: Of rows and heads.
+        seed: Seed of rows and heads.
 
     Raises:
         UserError: A run, the layer or a number is refused.
@@ -202,7 +202,7 @@ def tables(
 def _gradients(
     sampled: Sampled, models: Mapping[str, SourceModel], targets: Sequence[str]
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """The linear rows of the pairs of tasks that one run has."""
+    """The linear rows of pairs of tasks that are in one run."""
     rows: dict[str, np.ndarray] = {}
     by_run: dict[int, list[str]] = {}
     for name, model in models.items():
@@ -241,7 +241,7 @@ def why_no_probabilities(source: Task, target: Task) -> str:
 
 
 def input_of(name: str, source: str, target: str, tables: Tables) -> Any:
-    """An input of an estimator for a pair of tasks; READS says what it is.
+    """An input of an estimator for a pair of tasks; READS explains it.
 
     Raises:
         NotApplicable: The pair has no such input.

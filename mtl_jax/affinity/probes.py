@@ -16,8 +16,8 @@ def linear_probe(features: Any, labels: Any) -> float:
     """The leave-one-out score of ridge regression on the features: accuracy of classes, R^2 of numbers.
 
     Classes are regressed as 0 and 1, and the largest output is the prediction. Each row is predicted by the model of all other
-    rows, which has a closed form: the score has no folds and no seed. The penalty with the best score counts. A class with
-    one row is never predicted right.
+    rows, which has a closed form, so the score needs no folds and no seed. The penalty with the best score is used. A class
+    with one row is never predicted correctly.
 
     Args:
         features: f[N, H], N at least 3.
@@ -51,7 +51,7 @@ def linear_probe(features: Any, labels: Any) -> float:
 def knn(features: Any, labels: Any, k: int = 5) -> float:
     """The leave-one-out score of the k nearest neighbours by Euclidean distance: accuracy of classes, R^2 of numbers.
 
-    The most frequent class among the neighbours is the prediction; where several are, the score is that of a random choice.
+    The most frequent class among the neighbours is the prediction; if several are, the score is that of a random choice.
 
     Args:
         features: f[N, H].
@@ -78,7 +78,7 @@ def knn(features: Any, labels: Any, k: int = 5) -> float:
 
 
 def _score(data: Labelled, outputs_NxC: np.ndarray) -> float:
-    """Accuracy of the largest output; for numbers R^2: 1 minus the squared error over that of the mean."""
+    """Accuracy of the largest output; for numbers R^2, which is 1 minus the squared error over that of the mean."""
     if not data.classes:
         errors = ((outputs_NxC[:, 0] - data.labels) ** 2).sum()
         return float(1 - errors / ((data.labels - data.labels.mean()) ** 2).sum())

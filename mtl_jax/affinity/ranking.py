@@ -1,7 +1,7 @@
-"""Sources in the order of an estimator, with intervals over the target's rows, and how good such an order is.
+"""Sources in the order of an estimator, with intervals over the target's rows, and measures of how good such an order is.
 
 The intervals come from half-samples: random halves of the rows, each row at most once. The variance of a mean over halves is
-that of the bootstrap, and no row occurs twice: a copy would be its own nearest neighbour, and the same information twice.
+that of the bootstrap, but no row occurs twice: a copy would be its own nearest neighbour and count as more information.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def ranked(
 ) -> list[Estimate]:
     """Sources by their estimates, best first, with bootstrap intervals over the target's rows.
 
-    Every half-sample is the same for all sources. An interval is the estimate plus the quantiles of the half-samples' estimates
-    around their mean, as the level of an estimate depends on the number of rows. A half-sample that an estimator refuses, such
-    as one with a single class, is left out for that source; where more than half are, there is no interval.
+    All sources have the same half-samples. An interval is the estimate plus the quantiles of the half-samples' estimates around
+    their mean, because the level of an estimate depends on the number of rows. A half-sample that an estimator refuses, such as
+    one with a single class, is left out for that source; if more than half are left out, there is no interval.
 
     Args:
         estimators: {source: a function from the indices of rows, i[M], to the estimate}.
         rows: N, the target's rows.
         resamples: The number of half-samples; 0: no intervals.
         level: The share of the half-samples inside an interval, above 0 and below 1.
-        seed: Of the half-samples.
+        seed: Seed of the half-samples.
 
     Raises:
         UserError: There is no source, an option is refused, or an estimator refuses all rows.
@@ -78,7 +78,7 @@ def ranked(
 
 
 def check_options(resamples: int, level: float) -> None:
-    """Raises UserError where an option of ranked() is refused."""
+    """Raises UserError if an option of ranked() is refused."""
     if resamples < 0:
         raise UserError(f"resamples is {resamples}; it must not be negative")
     if not 0 < level < 1:
@@ -86,7 +86,7 @@ def check_options(resamples: int, level: float) -> None:
 
 
 def half_samples(rows: int, resamples: int, seed: int) -> list[np.ndarray]:
-    """Random halves of N rows, ascending indices i64[(N + 1) // 2]; none where there are fewer than 4 rows."""
+    """Random halves of N rows, ascending indices i64[(N + 1) // 2]; none if there are fewer than 4 rows."""
     random = np.random.default_rng(seed)
     return [np.sort(random.permutation(rows)[: (rows + 1) // 2]) for _ in range(resamples if rows >= 4 else 0)]
 
@@ -119,7 +119,7 @@ def _first(table_SxB: np.ndarray) -> np.ndarray:
 def order(estimates: Mapping[str, float], truth: Mapping[str, float]) -> list[str]:
     """Sources by estimate, best first; among equal estimates the source that helps least is first.
 
-    So an estimator that cannot tell sources apart gets no credit for the order in which they happen to be.
+    So an estimator that cannot tell sources apart gets no credit for their accidental order.
 
     Args:
         estimates: {source: the estimate}; NaN comes last.
@@ -144,7 +144,7 @@ def order(estimates: Mapping[str, float], truth: Mapping[str, float]) -> list[st
 
 
 def regret(estimates: Mapping[str, float], truth: Mapping[str, float], k: int = 1) -> float:
-    """Regret@k: how far the best of the first k sources is below the best of all, as a share of the latter; 0 is best.
+    """Regret@k: how far the best of the first k sources is below the best of all, as a share of that; 0 is best.
 
     Args:
         estimates: {source: the estimate}.
@@ -175,12 +175,12 @@ def ndcg(estimates: Mapping[str, float], truth: Mapping[str, float], *, scaled: 
 
     Args:
         estimates: {source: the estimate}.
-        truth: {source: the target's score with it}; at least 0 where it is not scaled.
-        scaled: Whether the relevance is the score scaled to 0..1 over the sources. Else it is the score itself; the scores of
-            sources are often so near each other that any order is then near 1.
+        truth: {source: the target's score with it}; at least 0 if it is not scaled.
+        scaled: Whether the relevance is the score scaled to 0..1 over the sources. Else it is the score itself; scores of
+            sources are often so close that any order is then near 1.
 
     Raises:
-        UserError: As order(); or a score is negative where it is not scaled.
+        UserError: As order(); or a score is negative and not scaled.
 
     References:
         Järvelin and Kekäläinen, 2002, https://doi.org/10.1145/582415.582418; for tasks: Vu et al., 2020,
@@ -199,7 +199,7 @@ def ndcg(estimates: Mapping[str, float], truth: Mapping[str, float], *, scaled: 
 
 
 def spearman(estimates: Mapping[str, float], truth: Mapping[str, float]) -> float:
-    """Spearman's rank correlation of estimates and truth; NaN where one of them is constant or there are fewer than 2 sources.
+    """Spearman's rank correlation of estimates and truth; NaN if one of them is constant or there are fewer than 2 sources.
 
     Args:
         estimates: {source: the estimate}; NaN counts as the lowest.
@@ -222,7 +222,7 @@ def spearman(estimates: Mapping[str, float], truth: Mapping[str, float]) -> floa
 def mean_places(rankings: Sequence[Sequence[Estimate]]) -> dict[str, float]:
     """{source: its mean place over rankings, from 0, the first, to 1, the last}, best first; equal values share their places.
 
-    A ranking of a single source says nothing, and counts only where there is no other.
+    A ranking of a single source says nothing, and counts only if there is no other.
 
     Args:
         rankings: For each estimator the result of ranked(); a source may be missing in some.

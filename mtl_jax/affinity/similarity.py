@@ -36,11 +36,11 @@ def text_similarity(source_texts: Any, texts: Any) -> float:
 
 
 def vocabulary_overlap(source_tokens: Sequence[Any], tokens: Sequence[Any]) -> float:
-    """1 minus the Jensen-Shannon divergence, in bits, of the frequencies of tokens: from 0, no common token, to 1, the same.
+    """1 minus the Jensen-Shannon divergence, in bits, of the frequencies of tokens: 0 without common tokens, 1 if equal.
 
     Args:
         source_tokens: For each text of the source its token ids, i[length]; all ids are at least 0.
-        tokens: The same of the target, from the same tokenizer.
+        tokens: The same for the target, from the same tokenizer.
 
     Raises:
         UserError: One of them has no token, or ids are not integers.
@@ -97,9 +97,9 @@ def task_embedding(fisher: Any) -> np.ndarray:
 
 
 def task_similarity(source_embedding: Any, embedding: Any) -> float:
-    """The cosine of two task embeddings, each divided by their sum, from 0 to 1: Task2Vec's, which has no scale of its own.
+    """Task2Vec's cosine of two task embeddings, each divided by their sum, from 0 to 1; it does not depend on their scale.
 
-    The division gives every parameter the same say, however large its Fisher information is in both tasks.
+    The division gives every parameter the same influence, however large its Fisher information is in both tasks.
 
     Args:
         source_embedding: f[D], task_embedding of the source.
@@ -123,10 +123,10 @@ def task_similarity(source_embedding: Any, embedding: Any) -> float:
 
 
 def esm(source_base_features: Any, source_features: Any, base_features: Any, labels: Any, ridge: float = 1e-3) -> float:
-    """LogME of the target's features after the map that fine-tuning on the source makes: an embedding space map.
+    """LogME of the target's features after an embedding space map: the change that fine-tuning on the source makes.
 
     The map is linear with an intercept, fitted by ridge regression from the base trunk's features of the source's rows to the
-    fine-tuned trunk's. The target then passes the base trunk only, however many sources there are.
+    fine-tuned trunk's features. So the target passes only the base trunk, however many sources there are.
 
     Args:
         source_base_features: f[M, H], the source's rows in the trunk before fine-tuning.
@@ -162,6 +162,6 @@ def esm(source_base_features: Any, source_features: Any, base_features: Any, lab
 
 
 def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """0 where one of the vectors is 0."""
+    """The cosine of two vectors; 0 if one of them is 0."""
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(np.clip(first @ second / norms, -1.0, 1.0)) if norms > 0 else 0.0

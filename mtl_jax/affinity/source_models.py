@@ -1,6 +1,6 @@
-"""What a source knows: a trained run of it, or before training a head on the trunk as it is; and a source as a vector.
+"""Models of sources: a finished run, or before training a head on the frozen trunk; and task embeddings.
 
-A head is fitted to the sampled rows with the trunk's parameters fixed. It takes seconds, since the trunk runs once.
+A head is fitted to the sampled rows with the trunk's parameters fixed. This takes seconds, because the trunk runs once.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class SourceModel(NamedTuple):
 
     Attributes:
         task: The source's task, with the label set of this model.
-        trunk: The trunk, to its output.
+        trunk: The trunk up to its output.
         head: The parameters of the task's head.
-        layer: The trunk, to the layer whose features are read.
+        layer: The trunk up to the layer whose features are read.
     """
 
     task: Task
@@ -55,7 +55,7 @@ class SourceModel(NamedTuple):
 def can_fit(task: Task) -> bool:
     """Whether a head of the task can be fitted to features of single texts.
 
-    It reads nothing else, its labels are there in advance, and its loss does not compare texts with each other.
+    It reads nothing else, its labels are known in advance, and its loss does not compare texts with each other.
     """
     compares = task.unit_size > 1 or task.several_texts or task.whole_batch
     return set(task.needs) <= set(FIELDS) and not task.corrupts and task.label_level != "target" and not compares
@@ -66,7 +66,7 @@ def fit_head(task: Task, head: Any, batches: Sequence[Batch], outputs: Sequence[
 
     Args:
         task: The task.
-        head: Its parameters at the start.
+        head: Its initial parameters.
         batches: The rows, with labels.
         outputs: The trunk's output for each batch.
     """
@@ -102,8 +102,8 @@ def open_runs(workdirs: Sequence[str | Path], prepared: Prepared, layer: int) ->
         layer: The layer whose features are read; 0: the trunk's output.
 
     Raises:
-        UserError: A workdir is not that of a finished run, has none of the experiment's tasks or one that an earlier one has,
-            or another tokenizer than the experiment's trunk.
+        UserError: A workdir is not that of a finished run, has none of the experiment's tasks, a task of an earlier workdir, or
+            another tokenizer than the experiment's trunk.
     """
     names = [task.name for task in prepared.corpus.tasks]
     vocabulary = prepared.trunk.tokenizer.get_vocab()
@@ -153,15 +153,15 @@ def has_classes(task: Task) -> bool:
 
 
 def make_embed(trunk: TrunkFunction) -> Callable[[Task, Any, Examples, Batching], np.ndarray]:
-    """A function to the task embedding f64[D] of a task, its head's parameters, examples and the shape of batches.
+    """A function from a task, its head's parameters, examples and the shape of batches to the task embedding f64[D].
 
-    It is the diagonal of the Fisher information of the trunk's parameters, but for its tables of embeddings, whose information
-    is in the words that occur; vocabulary_overlap compares these. Labels are those of the data, as in Vu et al., 2020,
-    https://arxiv.org/abs/2005.00770. The gradient passes through the head first, and from there through the trunk, whose
-    program is the same for all tasks.
+    It is the diagonal of the Fisher information of the trunk's parameters, without its tables of embeddings: their information
+    is in the words that occur, which vocabulary_overlap compares. Labels are those of the data, as in Vu et al., 2020,
+    https://arxiv.org/abs/2005.00770. The gradient passes through the head first and then through the trunk, whose program is
+    the same for all tasks.
 
     Args:
-        trunk: The trunk, to its output.
+        trunk: The trunk up to its output.
     """
     leaves = leaves_of(trunk.params)
     paths = [path for path in leaves if not path.endswith("embedding")] or list(leaves)

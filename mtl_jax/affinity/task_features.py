@@ -1,6 +1,6 @@
-"""From an experiment's tasks to arrays: features of its trunk before training, labels, texts and tokens of some rows.
+"""The tasks of an experiment as arrays: features of its trunk before training, labels, texts and tokens of some rows.
 
-Rows are texts, or words where a task labels words. Texts are packed into batches as in training.
+Rows are texts, or words if a task labels words. Texts are packed into batches as in training.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class TaskFeatures(NamedTuple):
     """Some training rows of a task, in arrays.
 
     Attributes:
-        features: f32[N, H], a vector for each labelled row: a text's mean over its tokens, or that of a word's first token;
-            of all texts where the labels are neither classes nor numbers.
-        labels: i64[N] classes or f64[N] numbers; None where they are neither.
+        features: f32[N, H], a vector for each labelled row: the mean over a text's tokens, or the vector of a word's first
+            token; of all texts if the labels are neither classes nor numbers.
+        labels: i64[N] classes or f64[N] numbers; None if they are neither.
         text_of_row: i64[N], ascending: the text that each row belongs to, an index of texts.
         texts: f32[T, H], each text's mean over its tokens.
         tokens: T arrays i32[length], token ids.
@@ -72,14 +72,14 @@ class TrunkFunction(NamedTuple):
 def features(
     experiment: Experiment | Prepared, tasks: Sequence[str] = (), *, layer: int = 0, rows: int = ROWS, seed: int = 0
 ) -> dict[str, TaskFeatures]:
-    """Features of an experiment's trunk as it is before training, with the labels of its tasks' training rows.
+    """Features of an experiment's trunk before training, with the labels of its tasks' training rows.
 
     Args:
-        experiment: The experiment, or the result of training.setup.prepare. Where it has init_from, that is loaded first.
+        experiment: The experiment, or the result of training.setup.prepare. Its init_from is loaded first.
         tasks: The tasks; empty: all.
         layer: The layer whose output is read, from 1; 0: the trunk's output.
-        rows: The most rows of a task, chosen at random; of texts, and of words where a task labels words.
-        seed: Of that choice.
+        rows: The most texts of a task, chosen at random, and the most words if a task labels words.
+        seed: Seed of this choice.
 
     Returns:
         {task: TaskFeatures}.
@@ -104,7 +104,7 @@ def features(
 
 
 def task_of(prepared: Prepared, name: str) -> Task:
-    """The task of a name; raises UserError where there is none."""
+    """The task of a name; raises UserError if there is none."""
     tasks: dict[str, Task] = {task.name: task for task in prepared.corpus.tasks}
     if name not in tasks:
         raise unknown("task", name, tasks)
@@ -112,7 +112,7 @@ def task_of(prepared: Prepared, name: str) -> Task:
 
 
 def before_training(prepared: Prepared, layer: int = 0) -> TrunkFunction:
-    """The trunk of an experiment before training, without adapters, which do nothing before they train.
+    """The trunk of an experiment before training, without adapters, which change nothing before they train.
 
     Raises:
         UserError: init_from cannot be loaded, or the trunk has no such layer.
@@ -144,7 +144,7 @@ def make_trunk(module: Any, params: Any, layer: int = 0) -> TrunkFunction:
 
 
 def layers(module: Any) -> list[str]:
-    """The names of a trunk's layers, in order: its parts that are called layer_0, layer_1 ..."""
+    """The names of a trunk's layers in order, which are layer_0, layer_1 ..."""
     base = module.base if isinstance(module, Adapted) else module
     names = {call.path[0] for call in traced.calls(base) if len(call.path) == 1 and _LAYER.fullmatch(call.path[0])}
     return sorted(names, key=lambda name: int(name.removeprefix("layer_")))
@@ -209,12 +209,12 @@ def sample(task: Task, examples: Examples, rows: int, seed: int) -> Examples:
 
 
 def is_known(task: Task, labels: np.ndarray) -> np.ndarray:
-    """bool of the shape of the labels: whether each exists."""
+    """bool, in the shape of the labels: whether each label exists."""
     return labels != task.missing if np.issubdtype(task.dtype, np.integer) else ~np.isnan(labels)
 
 
 def labelled_batches(task: Task, examples: Examples, batching: Batching) -> list[Batch]:
-    """The batches of a task's examples, packed as in evaluation; with labels unless the task changes the tokens."""
+    """The batches of a task's examples, packed as in evaluation, with labels unless the task changes the tokens."""
     return list(eval_batches([examples], batching, () if task.corrupts else (task,)))
 
 
@@ -234,8 +234,8 @@ def read(
         examples: The result of sample().
         batches: The result of labelled_batches() of these.
         outputs: The result of encoded() of these.
-        rows: The most rows; words beyond it are left out at random.
-        seed: Of that choice.
+        rows: The most rows; more words are left out at random.
+        seed: Seed of this choice.
     """
     texts = by_text(batches, [output.pooled for output in outputs])
     tokens = [np.asarray(ids) for ids in examples.tokens]
@@ -250,7 +250,7 @@ def read(
 
 
 def rows_of_outputs(task: Task, batches: Sequence[Batch], outputs: Sequence[Any], rows: int, seed: int) -> np.ndarray:
-    """Outputs of a head, f[R, S, O] or f[R, T, O] for each batch, at the rows that read() gives: f[N, O]."""
+    """Outputs of a head, f[R, S, O] or f[R, T, O] for each batch, at the rows that read() returns: f[N, O]."""
     if task.label_level == "example":
         return by_text(batches, outputs)
     values = by_word(task, batches, outputs).values
@@ -266,7 +266,7 @@ def _wide(labels_N: np.ndarray) -> np.ndarray:
 
 
 def by_text(batches: Sequence[Batch], values: Sequence[Any]) -> np.ndarray:
-    """f[T, ...]: for each text, in order of ids, its vector among those f[R, S, ...] of each batch."""
+    """f[T, ...]: the vector of each text, in order of ids, from the vectors f[R, S, ...] of each batch."""
     ids, vectors = [], []
     for batch, value in zip(batches, values, strict=True):
         rows, slots = np.nonzero(batch.index >= 0)
@@ -290,7 +290,7 @@ class Words(NamedTuple):
 
 
 def by_word(task: Task, batches: Sequence[Batch], values: Sequence[Any]) -> Words:
-    """The labelled words, with their vectors among those f[R, T, ...] of each batch."""
+    """The labelled words, with their vectors from the vectors f[R, T, ...] of each batch."""
     parts = []
     for batch, value in zip(batches, values, strict=True):
         labels_RxT = batch.labels[task.name]

@@ -1,7 +1,7 @@
-"""Which tasks to train together, where only a few models can be served: the best groups under pairwise gains.
+"""Which tasks to train together if only a few models can be served: the best groups by pairwise gains.
 
-A model is trained on a group of tasks and serves some of them. The others of the group only help. A served task's score is its
-score alone plus the mean gain from the group's other tasks.
+A model is trained on a group of tasks and serves some of them; the other tasks of the group only help. A served task's score is
+its score alone plus the mean gain from the group's other tasks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Group(NamedTuple):
 
     Attributes:
         trained: The tasks that it is trained on.
-        served: Those of them that it is used for.
+        served: The tasks that it is used for, among those.
     """
 
     trained: tuple[str, ...]
@@ -37,8 +37,8 @@ class Grouping(NamedTuple):
     Attributes:
         groups: The models; each task is served by one.
         score: The sum of the served tasks' scores.
-        optimal: Whether no other grouping has a higher score; else the search ended before it was proven.
-        tried: The number of partial or whole groupings that were looked at.
+        optimal: Whether it is proven that no other grouping has a higher score.
+        tried: The number of partial or whole groupings that were compared.
     """
 
     groups: tuple[Group, ...]
@@ -48,7 +48,7 @@ class Grouping(NamedTuple):
 
     @property
     def note(self) -> str:
-        """What was done in place of comparing all divisions, where there are too many tasks; else empty."""
+        """A line on the search if there are too many tasks to compare all divisions; else empty."""
         tasks = sum(len(group.served) for group in self.groups)
         if tasks <= EXHAUSTIVE:
             return ""
@@ -69,14 +69,14 @@ def groups(
 ) -> Grouping:
     """The best grouping of tasks for a budget of models.
 
-    Up to 8 tasks every division into served sets is compared. Above, branch and bound: tasks are assigned one after another,
-    and a partial grouping is given up where even the best helpers of each task cannot lift it above the best one so far.
+    For up to 8 tasks every division into served sets is compared. For more it is branch and bound: tasks are assigned one after
+    another, and a partial grouping is dropped if even the best helpers of each task cannot lift it above the best so far.
 
     Args:
         gains: f[K, K], row i, column j: how much training with task i adds to the score of task j. The diagonal is not read.
         names: The K tasks.
         budget: The most models, at least 1.
-        alone: {task: its score when trained alone}; None: 0 for all, so that a score is a gain.
+        alone: {task: its score when trained alone}; None: 0 for all, so that scores are gains.
         nodes: The most partial groupings of branch and bound.
 
     Raises:
@@ -126,7 +126,7 @@ Division = list[tuple[int, ...]]  # the served tasks of each model
 def _best_group(gains_KxK: np.ndarray, served: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
     """The summed mean gain of served tasks, and the tasks of the group that gives it.
 
-    A group of a given size is best with the helpers whose gains, summed over the served tasks, are largest.
+    The best group of a given size has the helpers with the largest gains, summed over the served tasks.
     """
     columns = gains_KxK[:, served]
     inside = float(columns[list(served)].sum())
@@ -158,7 +158,7 @@ def _exhaustive(gains_KxK: np.ndarray, budget: int, nodes: int) -> tuple[Divisio
 
 
 def _divisions(size: int, budget: int) -> Iterator[Division]:
-    """Every division of tasks into at most `budget` sets, those with few sets first among equal beginnings."""
+    """Every division of tasks into at most `budget` sets; among equal beginnings, few sets come first."""
 
     def extend(task: int, sets: Division) -> Iterator[Division]:
         if task == size:
@@ -208,7 +208,7 @@ def _branch_and_bound(gains_KxK: np.ndarray, budget: int, nodes: int) -> tuple[D
 
 
 def _task_bound(gains_KxK: np.ndarray, task: int, together: tuple[int, ...]) -> float:
-    """The most that a task can gain in any group with these tasks: its mean with the best helpers of its own."""
+    """The most that a task can gain in any group with these tasks: its mean gain with its own best helpers."""
     mates = [mate for mate in together if mate != task]
     others = np.sort(np.delete(gains_KxK[:, task], [task, *mates]))[::-1]
     totals = gains_KxK[mates, task].sum() + np.concatenate([[0.0], np.cumsum(others)])
@@ -218,7 +218,7 @@ def _task_bound(gains_KxK: np.ndarray, task: int, together: tuple[int, ...]) -> 
 
 
 def _local_search(size: int, budget: int, value_of: Callable[[tuple[int, ...]], float]) -> Division:
-    """A good grouping to begin with: from all tasks in one model, the best move of one task at a time, while it helps."""
+    """A good initial grouping: from all tasks in one model, the best move of one task at a time, while it helps."""
 
     def division(labels: tuple[int, ...]) -> Division:
         return [tuple(task for task in range(size) if labels[task] == label) for label in sorted(set(labels))]

@@ -1,7 +1,7 @@
-"""How good estimators are: their rankings of sources against the scores that the targets really reached.
+"""How good estimators are: their rankings of sources, compared with the scores that the targets really reached.
 
-A trial is a target with a seed: its measured score with each source, and what estimators said before. Regrets, nDCG and rank
-correlations are averaged over targets, with bootstrap intervals over targets and seeds.
+A trial is a target with a seed: its measured score with each source, and the estimates from before training. Regrets, nDCG and
+rank correlations are averaged over targets, with bootstrap intervals over targets and seeds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Trial:
 
     Attributes:
         target: The target.
-        setting: What else tells trials of a target apart, such as its number of rows.
+        setting: Another property that distinguishes trials of a target, such as its number of rows.
         seed: The seed.
         scores: {source: the target's score with it}.
         estimates: {estimator: {source: its estimate}}; a source may be missing.
@@ -68,15 +68,15 @@ def measure(
 ) -> dict[str, dict[str, Measured]]:
     """{estimator: {measure: its mean over targets}}, for the measures regret@1, regret@3, nDCG and Spearman.
 
-    The truth is the mean of a target's scores over seeds, with which every seed's estimates are compared; then the measures are
-    averaged over seeds, settings and targets. A source without an estimate comes last. A target for which an estimator has none
-    does not count for it; nor do regrets where no score is above 0.
+    The truth is the mean of a target's scores over seeds. Every seed's estimates are compared with it, and the measures are
+    averaged over seeds, settings and targets. A source without an estimate comes last. A target without any estimate of an
+    estimator does not count for it; nor do regrets if no score is above 0.
 
     Args:
         trials: Trials of targets, all with the same seeds.
         resamples: Bootstraps over targets and over seeds, both drawn with replacement; 0: no intervals.
         level: The share of bootstraps inside an interval.
-        seed: Of the bootstraps.
+        seed: Seed of the bootstraps.
 
     Raises:
         UserError: There is no trial, a target lacks a seed, or as regret().
@@ -94,7 +94,7 @@ def measure(
     values: dict[tuple[int, ...], np.ndarray] = {}
 
     def table(drawn: Iterable[int]) -> np.ndarray:
-        """f64[estimators, measures, targets] for the seeds that a bootstrap has drawn, whose order does not matter."""
+        """f64[estimators, measures, targets] for the seeds that a bootstrap has drawn, in any order."""
         key = tuple(sorted(drawn))
         if key not in values:
             values[key] = np.stack([_of_target(cases, key, names) for cases in by_target.values()], axis=-1)
@@ -175,7 +175,7 @@ def other_targets(trials: Sequence[Trial]) -> list[Trial]:
     """The trials with the estimator "other targets": how much a source helped the other targets, on average.
 
     A target's scores are standardised over its sources first. It reads no row of the target, so every other estimator should
-    be better than it.
+    be better.
 
     Args:
         trials: As for measure(); at least two targets.
@@ -207,13 +207,13 @@ def combined(trials: Sequence[Trial], name: str = "combination", estimators: Seq
     """The trials with one more estimator: a linear combination of the others, fitted on the other targets.
 
     Within a trial, estimates and scores are standardised over its sources, and a missing estimate counts as the mean. The
-    weights are those of ridge regression from estimates to scores on all trials of all other targets. Its penalty is that which
-    predicts best when each of those is left out in turn. So nothing of a target is read but its estimates.
+    weights are those of ridge regression from estimates to scores on all trials of all other targets. The penalty is the one
+    that predicts best when each of these targets is left out in turn. So only the estimates of a target are read.
 
     Args:
         trials: As for measure(); at least three targets.
         name: The name of the combination.
-        estimators: Those that are combined; empty: all.
+        estimators: The estimators that are combined; empty: all.
 
     Raises:
         UserError: As measure(), or there are fewer than three targets.
@@ -273,7 +273,7 @@ def _features(trial: Trial, names: Sequence[str]) -> np.ndarray:
 
 
 def _standardised(values: Iterable[float]) -> np.ndarray:
-    """Minus the mean and over the standard deviation of the finite ones; 0 for others, and where all are equal."""
+    """Values standardised by the mean and standard deviation of the finite ones; 0 for others, and if all are equal."""
     array = np.array(list(values), np.float64)
     known = np.isfinite(array)
     spread = array[known].std() if known.any() else 0.0

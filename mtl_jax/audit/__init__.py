@@ -1,4 +1,4 @@
-"""What leaks: copies of texts across splits and sources, and what names a person.
+"""Leaks: copies of texts across splits and sources, and identifiers of persons in texts.
 
 The public names are those of __init__.pyi, loaded when they are first asked for.
 """

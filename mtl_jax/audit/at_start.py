@@ -1,7 +1,7 @@
-"""The start of a run: training rows that are copies of held-out rows are reported, dropped, or an error.
+"""At the start of a run, training rows that are copies of held-out rows are reported, dropped, or an error.
 
-Whole rows are compared, after those whose text occurs twice were dropped: the copies that remain are written otherwise, or
-nearly the same. The default, to report, does not change what a run learns.
+Whole rows are compared after repeated texts were dropped, so the remaining copies are written differently or are only near. The
+default, to report, does not change what a run learns.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ADVICE = 'mtl-jax audit SCRIPT lists them; a source with copies="drop" leaves th
 
 
 class Examined(NamedTuple):
-    """The data of a run after its copies were looked for.
+    """The data of a run after the search for copies.
 
     Attributes:
         data: {source: its splits}.
-        notes: Lines for the log; none where there are no copies.
-        record: JSON values for data.json; {} where there are no copies.
+        notes: Lines for the log; none if there are no copies.
+        record: JSON values for data.json; {} if there are no copies.
         test_copies: {source: {place of a test row: kind of its closest copy among the training rows that are kept}}.
     """
 
@@ -43,11 +43,11 @@ class Examined(NamedTuple):
 
 
 def examine(sources: Sequence[Source], data: Mapping[str, Splits]) -> Examined:
-    """Looks for training rows that are copies of held-out rows, and does what their source says in `copies`.
+    """Searches for training rows that are copies of held-out rows, and reports, drops or refuses them by Source.copies.
 
     Args:
         sources: The sources of the experiment.
-        data: {source: its splits}, of those that its tasks use.
+        data: {source: its splits}, for the sources that its tasks use.
 
     Raises:
         UserError: A source whose `copies` is "fail" has such rows; or none of its rows would be left.
@@ -95,7 +95,7 @@ def _add_test_copies(test_copies: dict[str, dict[str, str]], rows: Rows, found: 
 
 
 def _rows_of(rows: Rows, found: Copied, name: str, held_out: str = "") -> set[int]:
-    """The places, among a source's training rows, of those that are copies; of rows of one source if `held_out` names it."""
+    """The places of a source's training rows that are copies; only of rows of the source `held_out` if that is given."""
     group = rows.groups.index((name, "train"))
     groups = [number for number, (source, _) in enumerate(rows.groups) if held_out in ("", source)]
     copies = found.train[np.isin(found.train[:, 1], groups), 0]
@@ -133,7 +133,7 @@ def _failure(source: Source, copies: list[Overlap], train_rows: int) -> str:
 
 
 def _record(copies: list[Overlap], dropped: Mapping[str, int]) -> dict[str, Any]:
-    """What data.json says: numbers, no texts."""
+    """The entry in data.json: numbers without texts."""
     if not copies:
         return {}
     left_out = ("view", "dropped", "examples")

@@ -4,13 +4,13 @@ Near is a Jaccard similarity of the sets of n-grams (words and pairs of words) a
 replaced, (17 k - 1) of (23 k - 1) n-grams remain, .727 to .739: at the threshold .7, a text of ten words or more in which one
 word in ten was replaced is a copy. Pairs of words alone would leave .636 to .667.
 
-In a short text one other word makes another sentence ("what is the weather in Paris"). Where one of two texts has fewer than
-SHORT words, they are near copies only from the similarity SHORT_THRESHOLD on: the same words in the same order, but for
-repetitions. Two pairs of texts are near copies where both texts of the one are near copies of those of the other, in either
+In a short text one different word makes another sentence ("what is the weather in Paris"). If one of two texts has fewer than
+SHORT words, they are near copies only from the similarity SHORT_THRESHOLD on: the same words in the same order, except for
+repetitions. Two pairs of texts are near copies if both texts of one pair are near copies of those of the other, in either
 order; their similarity is the lower of the two.
 
-Texts with the same letters and digits are copies at any length, of similarity 1. An empty text is a copy of nothing; one
-without letters and digits, such as "?!", only of what is exactly the same.
+Texts with the same letters and digits are copies at any length, of similarity 1. An empty text has no copies; a text without
+letters and digits, such as "?!", only exact ones.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ EXACT, LETTERS, NEAR = range(len(KINDS))
 
 
 class Pool(NamedTuple):
-    """N texts, each different one once.
+    """N texts without repetitions.
 
     Attributes:
-        number_of: i64[N], for each text its number among the U different ones; -1 for an empty text.
-        texts: The U different ones, the first of each.
-        letters: i64[U], equal where texts have the same letters and digits.
-        grams: Their n-grams.
+        number_of: i64[N], for each text its number among the U different texts; -1 for an empty text.
+        texts: The U different texts, the first of each.
+        letters: i64[U], equal for texts with the same letters and digits.
+        grams: The n-grams of these texts.
     """
 
     number_of: np.ndarray
@@ -68,13 +68,14 @@ def near_copies(
 ) -> list[tuple[int, int, float]]:
     """All pairs of a training text and a held-out text that are copies, exact ones included.
 
-    200,000 texts of a sentence take seconds on one core. A pair at the threshold is found with a probability of .995, one at
-    .8 always; the same pairs in every process and on every platform. For the arithmetic, see mtl_jax.audit.minhash.
+    200,000 texts of one sentence take seconds on one core. A pair at the threshold is found with a probability of .995, a pair
+    at .8 practically always; the pairs are the same in every process and on every platform. mtl_jax.audit.minhash has the
+    arithmetic.
 
     Args:
         train_texts: Texts; or pairs of texts, which are copies of one another in either order.
         held_out_texts: Texts, or pairs of texts.
-        threshold: The least similarity, above 0 and at most 1. Short texts need .9 at least.
+        threshold: The least similarity, above 0 and at most 1. Short texts need at least .9.
 
     Returns:
         (index in train_texts, index in held_out_texts, similarity), sorted.
@@ -112,7 +113,7 @@ def copies_within(texts: Sequence[Text], threshold: float = 0.7) -> list[tuple[i
     collected = pool(checked(texts, "texts"))
     pairs = copies(collected, threshold, _present(collected.number_of))
     expanded = _expanded(pairs, collected.number_of, collected.number_of)
-    # Two different texts are one pair there, in either order of their numbers; a text and itself are every pair of its rows.
+    # Two different texts are one pair, in either order of their numbers; a text with itself gives every pair of its rows.
     low, high = np.minimum(expanded.first, expanded.second), np.maximum(expanded.first, expanded.second)
     kept = (expanded.first < expanded.second) | (collected.number_of[expanded.first] != collected.number_of[expanded.second])
     return _listed(Pairs(low[kept], high[kept], expanded.similarities[kept], expanded.kinds[kept]))
@@ -142,7 +143,7 @@ def checked(texts: Sequence[Text], what: str) -> Sequence[Text]:
 
 
 def pool(texts: Sequence[Text]) -> Pool:
-    """The different texts among some, with what copies() compares.
+    """The different texts among some, with their keys and n-grams for copies().
 
     Args:
         texts: Texts, or pairs of texts.
@@ -164,13 +165,13 @@ def pool(texts: Sequence[Text]) -> Pool:
 
 
 def copies(texts: Pool, threshold: float, first: np.ndarray, second: np.ndarray | None = None) -> Pairs:
-    """The pairs of different texts that are copies, and every text that is on both sides with itself.
+    """The pairs of different texts that are copies; a text that is on both sides is also paired with itself.
 
     Args:
         texts: The pool.
         threshold: The least similarity of near copies.
         first: i64, ascending numbers of texts of the pool.
-        second: The other of each pair; None: pairs within `first`, the smaller number first, and each text with itself.
+        second: The same for the other text; None: pairs within `first`, the smaller number first, and each text with itself.
     """
     both = first if second is None else np.intersect1d(first, second)
     others = first if second is None else second
@@ -196,13 +197,13 @@ def copies(texts: Pool, threshold: float, first: np.ndarray, second: np.ndarray 
 
 
 def _near_enough(similarities: np.ndarray, words: np.ndarray, threshold: float) -> np.ndarray:
-    """bool[M]: whether similarities f64[M] of texts with words i32[M, 2] are those of near copies."""
+    """bool[M]: whether texts with similarities f64[M] and numbers of words i32[M, 2] are near copies."""
     short = words.min(axis=1) < SHORT
     return similarities >= np.where(short, max(threshold, SHORT_THRESHOLD), threshold)
 
 
 def _by_sides(texts: Sequence[Text], pairs: np.ndarray, similarities: np.ndarray, near: np.ndarray, threshold: float) -> None:
-    """Writes into `similarities` and `near` what they are for pairs of texts, compared side by side."""
+    """Writes `similarities` and `near` for pairs of texts, whose texts are compared one by one."""
     both = np.array([len(sides(texts[i])) == len(sides(texts[j])) == 2 for i, j in pairs.tolist()], bool)
     rows = np.flatnonzero(both)
     if not len(rows):
@@ -250,8 +251,8 @@ def _expanded(pairs: Pairs, first: np.ndarray, second: np.ndarray) -> Pairs:
 
     Args:
         pairs: The pairs.
-        first: i64, the number of the text of each row on the one side.
-        second: i64, the number of the text of each row on the other side.
+        first: i64, the text number of each row on one side.
+        second: i64, the text number of each row on the other side.
     """
     origin, rows = matches(pairs.first, first)
     again, others = matches(pairs.second[origin], second)

@@ -1,4 +1,4 @@
-"""Texts without what names or reaches a person: recognised, and replaced, with offsets in the old and the new text."""
+"""De-identified texts: identifiers of persons are recognised and replaced, with offsets in the old and the new text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mtl_jax.audit.recognisers import RECOGNISERS, Recogniser
 from mtl_jax.audit.surrogates import Replace, replacement
 from mtl_jax.core.errors import UserError, count
 
-# What people= takes: from texts to the (first character, the one after the last, type) of the names in each.
+# The type of people=: from texts to the (first character, the one after the last, type) of the names in each.
 Names = Callable[[Sequence[str]], Sequence[Iterable[tuple[int, int, str]]]]
 
 
@@ -17,7 +17,7 @@ class Identifier(NamedTuple):
     """A place in a text that was replaced.
 
     Attributes:
-        type: What it is: the name of a recogniser, or "person", "place", "organisation".
+        type: The name of a recogniser, or "person", "place", "organisation".
         start: Its first character in the old text.
         end: The character after its last, in the old text.
         new_start: Its first character in the new text.
@@ -41,21 +41,21 @@ def deidentify(
     key: str | bytes = "",
     language: str = "en_US",
 ) -> tuple[str, tuple[Identifier, ...]]:
-    """A text in which e-mail addresses, numbers, names and the like are replaced, and where they stand.
+    """A text in which e-mail addresses, numbers, names and the like are replaced, and the places where they are.
 
     Args:
         text: The text.
-        mode: surrogate: by another of the same type, the same one in every text. mask: by the type, as [EMAIL]. hash: by the
-            type and a keyed hash.
-        recognisers: Names of recognisers; None: all that there are, those of scripts, too.
+        mode: surrogate: by another value of the same type, the same one in every text. mask: by the type, as [EMAIL]. hash: by
+            the type and a keyed hash.
+        recognisers: Names of recognisers; None: all, including your own.
         people: From texts to the names in each, such as people_of(mtl_jax.load_model("runs/social_ner"), "entities"); None:
-            names are not looked for.
-        seed: Of the surrogates.
-        key: Of the hashes.
-        language: Of the surrogates, as Faker names it.
+            names are not replaced.
+        seed: Seed of the surrogates.
+        key: Key of the hashes.
+        language: Language of the surrogates, as Faker names it.
 
     Returns:
-        The new text, and the places in it, in order. All other characters are those of the old text.
+        The new text, and the replaced places in order. All other characters are those of the old text.
 
     Raises:
         UserError: A name or mode is unknown, a package of the extra "deidentify" is needed and not installed, or `people` or a
@@ -81,7 +81,7 @@ def deidentify_texts(
     key: str | bytes = "",
     language: str = "en_US",
 ) -> list[tuple[str, tuple[Identifier, ...]]]:
-    """As deidentify(), of many texts: `people` gets them all at once."""
+    """As deidentify(), for many texts: `people` gets them all at once."""
     if isinstance(texts, str):
         raise UserError("texts is a text; it must be a list of texts, for one use deidentify")
     if isinstance(recognisers, str):
@@ -99,13 +99,13 @@ def replaced_texts(
     replace: Replace,
     kinds: Sequence[str] = (),
 ) -> list[tuple[str, tuple[Identifier, ...]]]:
-    """Texts in which what the recognisers and `people` find is replaced, and where it stood. White space at its ends stays.
+    """Texts in which the places that recognisers and `people` find are replaced, and these places without outer spaces.
 
     Args:
         texts: The texts.
-        recognisers: (type, function) of each.
+        recognisers: (type, function) of each recogniser.
         people: As for deidentify().
-        replace: From type and value to what stands in its place.
+        replace: From type and value to the replacement.
         kinds: The types that are replaced; none: all.
 
     Raises:
@@ -127,13 +127,13 @@ def replaced_texts(
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """The place without white space at its ends."""
+    """A place without white space at its ends."""
     part = text[start:end]
     return end - len(part.lstrip()), start + len(part.rstrip())
 
 
 def _replaced(text: str, places: list[tuple[int, int, str]], replace: Replace) -> tuple[str, tuple[Identifier, ...]]:
-    """The text with its places replaced; of places that overlap the longest counts, of two as long the first."""
+    """The text with its places replaced; of overlapping places the longest is used, or the first of equal length."""
     chosen: list[tuple[int, int, str]] = []
     for start, end, kind in sorted(places, key=lambda place: place[0] - place[1]):
         if all(end <= other_start or other_end <= start for other_start, other_end, _ in chosen):
@@ -151,12 +151,12 @@ def _replaced(text: str, places: list[tuple[int, int, str]], replace: Replace) -
 
 
 def moved(identifiers: Sequence[Identifier], start: int, end: int) -> tuple[int, int]:
-    """Where a stretch of the old text is in the new one, as for the label of a span or the characters of a word.
+    """Where a stretch of the old text is in the new one, such as the label of a span or the characters of a word.
 
     Args:
         identifiers: The places of the text, as deidentify() returns them.
-        start: First character in the old text; inside a place that was replaced, that place's first.
-        end: The character after the last in the old text; inside such a place, the one after its last.
+        start: First character in the old text; inside a replaced place it becomes that place's first.
+        end: The character after the last in the old text; inside a replaced place it becomes the one after its last.
 
     Examples:
         >>> text, places = deidentify("Jo's address is jo@corp.com today", mode="mask")

@@ -1,6 +1,6 @@
-"""Files without what names or reaches a person: mtl_jax.deidentify and the command mtl-jax deidentify.
+"""De-identified files: mtl_jax.deidentify and the command mtl-jax deidentify.
 
-The new file has the format of the old one. All that is not a replaced place, or a label or answer that moves with it, stays.
+The new file has the format of the old one. Only replaced places, and the labels and answers that move with them, change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPANS = ("row", "column", *Identifier._fields)
 
 
 class Deidentified(NamedTuple):
-    """What deidentify() did.
+    """The counts of deidentify().
 
     Attributes:
         rows: Number of rows.
@@ -54,7 +54,7 @@ class _Table(NamedTuple):
     Attributes:
         rows: The rows.
         write: From the changed rows to the file's text.
-        extra: Other texts of the file, such as comments, which change as texts of their own.
+        extra: Other texts of the file, such as comments, which change separately.
     """
 
     rows: list[Row]
@@ -84,16 +84,16 @@ def deidentify(
     Args:
         file: A file of jsonl, csv, tsv, CoNLL or lines of text; a name with .gz is unpacked.
         output: The file to write, whole or not at all, in the same format; packed if its name ends in .gz.
-        mode: mask, surrogate or hash; see mtl_jax.audit.Deidentify, which has this and the next five.
+        mode: mask, surrogate or hash, as in mtl_jax.audit.Deidentify, which has this and the next five arguments.
         kinds: The types that are replaced; none: all.
         names: Who finds persons, places and organisations: the workdir of a tagging run, or WORKDIR:TASK.
-        seed: Of surrogates.
+        seed: Seed of surrogates.
         key_file: A file with the key of hashes.
-        language: Of surrogates.
+        language: Language of surrogates.
         format: jsonl, csv, tsv, conll or lines; empty: by the ending of the name.
         columns: Names of the columns of a csv or tsv file without header, and of CoNLL.
-        text: The columns that change; the first may have words. None: all but `labels`; of CoNLL the first.
-        labels: Columns with a label for each word of the first text column; of CoNLL all others.
+        text: The columns that change; the first may have words. None: all but `labels`; in CoNLL the first.
+        labels: Columns with a label for each word of the first text column; in CoNLL all others.
         spans: A file to write with a JSON object for each replaced place: its row, column, type, and characters in the old and
             the new text. It has no texts.
 
@@ -130,7 +130,7 @@ def deidentify(
 
 
 def _check(file: str, output: Path, spans: str | Path, kind: str, columns: Sequence[str]) -> None:
-    """Raises UserError, before any work, where a file cannot be read or written."""
+    """Raises UserError, before any work, if a file cannot be read or written."""
     check_regular(file)
     for flag, path in (("output", output), *((("spans", Path(spans)),) if spans else ())):
         if path.is_dir() or not path.resolve().parent.is_dir():
@@ -244,7 +244,7 @@ def _object_line(value: Mapping[str, Any], old: Row, new: Row) -> str:
 
 
 def _with_columns(value: Mapping[str, Any], columns: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
-    """A JSON object with other values of some columns, whose names are as records.columns() makes them."""
+    """A JSON object with new values of some columns, which are named as by records.columns()."""
     result = {}
     for name, part in value.items():
         path = f"{prefix}{name}"
@@ -256,13 +256,13 @@ def _with_columns(value: Mapping[str, Any], columns: Mapping[str, Any], prefix: 
 
 
 def _in_form(column: Any, old: Any, where: str) -> Any:
-    """A column as JSON, in the form that it had: of answers, or of lists of objects, which are JSON texts as columns."""
+    """A column as JSON in its old form: answers and lists of objects, for example, are JSON texts as columns."""
     if isinstance(column, str) and isinstance(old, list | Mapping):
         try:
             return json.loads(column)
         except ValueError as error:
             raise UserError(
-                f"{where}: what is replaced is no single text of a list of objects; give one text a column"
+                f"{where}: a replaced place is not within a single text of a list of objects; give one text a column"
             ) from error
     if isinstance(old, Mapping):
         return {"text": [answer["text"] for answer in column], "answer_start": [answer["start"] for answer in column]}
@@ -299,7 +299,7 @@ def _conll(file: str, columns: tuple[str, ...]) -> _Table:
 
 
 def _check_ids(old: Row, new: Row, columns: tuple[str, ...]) -> None:
-    """Raises UserError where a sentence of CoNLL-U gets another number of words: its ids and heads would be wrong."""
+    """Raises UserError if the number of words of a CoNLL-U sentence changes: its ids and heads would be wrong."""
     ids = old.columns[columns[0]]
     if (
         len(columns) == 10

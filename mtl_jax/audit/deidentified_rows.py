@@ -1,8 +1,7 @@
-"""Source(deidentify=Deidentify(...)): the rows of a source without what names or reaches a person.
+"""Source(deidentify=Deidentify(...)): de-identified rows of a source.
 
-Texts change, and with them the words, their labels and the characters of answers, so that a label still stands at what it
-labels. What is replaced depends on the type, the value and the seed or key alone: the same person has the same surrogate in
-all rows, splits and sources.
+Texts change, and with them words, their labels and the characters of answers, so that labels stay right. A replacement depends
+only on the type, the value, and the seed or key: the same person has the same surrogate in all rows, splits and sources.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ EditedRow = tuple[Row | UserError, list[tuple[str, Identifier]]]
 
 @dataclasses.dataclass(frozen=True)
 class Deidentify(RowEdit):
-    """How what names or reaches a person is replaced in the rows of a source, when they are read.
+    """How identifiers of persons are replaced in the rows of a source when they are read.
 
     Attributes:
         mode: mask: by the type, as [EMAIL]. surrogate: by another value of the type, the same for the same value. hash: by the
             type and a keyed hash.
-        kinds: The types that are replaced: names of recognisers such as email, and, where `names` is given, person, place and
+        kinds: The types that are replaced: names of recognisers such as email, and, if `names` is given, person, place and
             organisation. Empty: all.
         names: Who finds persons, places and organisations: the workdir of a tagging run, or WORKDIR:TASK; or the name of a
             registered recogniser of names, such as presidio. Empty: names stay.
-        seed: The seed of surrogates. Sources with one seed have the same surrogates; who knows it can test a guess.
+        seed: The seed of surrogates. Sources with the same seed have the same surrogates. Whoever knows it can test a guess.
         key_file: A file with the key of hashes. The key itself is recorded nowhere.
         language: The language of surrogates, as Faker names it.
 
@@ -60,10 +59,10 @@ class Deidentify(RowEdit):
     language: str = "en_US"
 
     def check(self, where: str) -> None:
-        """Checks the fields, the key file, and that the packages and the run that they need are there.
+        """Checks the fields, the key file, and that the necessary packages and run exist.
 
         Raises:
-            UserError: One of them is wrong.
+            UserError: One of them is wrong or missing.
         """
         self._replacement(where)
         self._recognisers(where)
@@ -81,7 +80,7 @@ class Deidentify(RowEdit):
         return edit
 
     def texts(self, where: str = "deidentify") -> DeidentifyTexts:
-        """The function from texts to the new text and the replaced places of each; a run of `names` is opened now.
+        """The function from texts to the new text and the replaced places of each; it opens a run of `names` now.
 
         Raises:
             UserError: As check().
@@ -135,7 +134,7 @@ def _key(path: str) -> bytes:
 
 
 def edited_rows(rows: Sequence[Row], columns: TextColumns, deidentified: DeidentifyTexts) -> list[EditedRow]:
-    """Rows with new texts, labels of words and answers, and what was replaced in each.
+    """Rows with new texts, labels of words and answers, and the replaced places of each.
 
     Args:
         rows: The rows.
@@ -148,7 +147,7 @@ def edited_rows(rows: Sequence[Row], columns: TextColumns, deidentified: Deident
 
 
 def _texts(row: Row, columns: TextColumns) -> list[str]:
-    """The texts of a row that are looked at; of words, the text that they make with spaces between them."""
+    """The texts of a row in which places are searched; words are joined by spaces."""
     values: list[Any] = [row.columns.get(name) for name in columns.texts]
     texts: list[str] = [
         " ".join(value) if _are_words(value) else value for value in values if isinstance(value, str) or _are_words(value)
@@ -200,13 +199,13 @@ def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) ->
 
 
 def _word_columns(row: Row, columns: TextColumns) -> list[str]:
-    """The columns with a label for each word: those that tasks read, and of a file with a word a line all others, too."""
+    """The columns with a label for each word: those that tasks read, and all others in a file with a word a line."""
     of_words = row.columns if row.words is not None else columns.word_labels
     return [name for name in of_words if name in row.columns and name not in columns.texts]
 
 
 def _answers(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) -> dict[str, Any]:
-    """{column: answers at their places in the new context}, of the columns that have some."""
+    """{column: answers at their places in the new context}, for the columns that have some."""
     context = row.columns.get(columns.context)
     result: dict[str, Any] = {}
     for name, value in row.columns.items():

@@ -1,6 +1,6 @@
-"""Held-out rows that are copies of the training rows of an earlier run, from which a run begins or which it imitates.
+"""Held-out rows that are copies of the training rows of an earlier run, from which a run starts or which it imitates.
 
-Such a run has learned from those rows, and its texts may not be there any more. Its workdir has sketches of them.
+The earlier run has learned from those rows, and its texts may no longer exist. Its workdir has sketches of them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MOST_ROWS = 1_000_000  # that are read; of more, every second, third, ...
 
 
 class Compared(NamedTuple):
-    """Held-out rows after they were compared with the training rows of earlier runs.
+    """The comparison of held-out rows with the training rows of earlier runs.
 
     Attributes:
         notes: Lines for the log.
-        record: {workdir: {source: {split: {kind: number of rows}}}}, where there are copies.
+        record: {workdir: {source: {split: {kind: number of rows}}}}, if there are copies.
     """
 
     notes: list[str]
@@ -49,7 +49,7 @@ def texts_of(source: Source, rows: Sequence[Row]) -> list[Text]:
 def write(folder: Path, sources: Sequence[Source], train: Mapping[str, Sequence[Row]], earlier: Sequence[str]) -> None:
     """Writes the sketches of a run's training texts, with those of the runs that it learned from.
 
-    Sketches that the workdir has already stay: it may resume with other rows.
+    Sketches that are already in the workdir stay, because it may resume with other rows.
 
     Args:
         folder: The workdir.
@@ -68,7 +68,7 @@ def write(folder: Path, sources: Sequence[Source], train: Mapping[str, Sequence[
 
 
 def read(folder: Path) -> TextSketches | None:
-    """The sketches in a workdir; None where there are none.
+    """The sketches in a workdir; None if there are none.
 
     Raises:
         UserError: The file is damaged.
@@ -88,7 +88,7 @@ def compare(sources: Sequence[Source], data: Mapping[str, Splits], earlier: Sequ
     Args:
         sources: The sources.
         data: {source: its splits}.
-        earlier: (field that names it, workdir) of each run; a directory that is not there, or is not a workdir, is left out.
+        earlier: (field that names it, workdir) of each run; a directory that does not exist, or is not a workdir, is left out.
 
     Raises:
         UserError: A file of sketches is damaged.

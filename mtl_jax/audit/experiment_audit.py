@@ -18,14 +18,14 @@ from mtl_jax.experiment_checks import check as check_experiment
 
 
 class Audit(NamedTuple):
-    """What an audit says.
+    """The result of an audit.
 
     Attributes:
         near: The least similarity of near copies.
-        sizes: {source: {split: number of rows}}; of train, also the rows that a run drops.
-        overlaps: Held-out rows with copies in train; none where there are none.
+        sizes: {source: {split: number of rows}}; train includes the rows that a run drops.
+        overlaps: Held-out rows with copies in train.
         conflicts: Training rows with copies under another label.
-        meanings: Held-out rows that are close in meaning to training rows, where an encoder was given.
+        meanings: Held-out rows that are close in meaning to training rows, if an encoder was given.
     """
 
     near: float
@@ -35,7 +35,7 @@ class Audit(NamedTuple):
     meanings: tuple[Meaning, ...] = ()
 
     def to_json(self, texts: bool = True) -> dict[str, Any]:
-        """JSON values; without the texts of the rows if not `texts`."""
+        """JSON values; with the texts of the rows if `texts`."""
 
         def examples(entry: Overlap | Conflict | Meaning) -> list[dict[str, Any]]:
             left_out = set() if isinstance(entry, Conflict) else {"labels"}
@@ -114,12 +114,12 @@ def _line(example: Example, texts: bool) -> str:
 
 @hiding_if(lambda experiment, *_, **__: experiment.private)
 def of_experiment(experiment: Experiment, near: float = 0.7, *, embeddings: str = "", close: float = THRESHOLD) -> Audit:
-    """Compares every held-out row of every task with every training row of all sources, and the training rows of a source.
+    """Compares held-out rows with training rows of all sources, and the training rows of each source with each other.
 
     Training rows that a run drops before it trains, because their text occurred before or is held out, are compared, too.
 
     Args:
-        experiment: The experiment; of its sources those that its tasks use.
+        experiment: The experiment; only sources that its tasks use are audited.
         near: The least similarity of near copies, above 0 and at most 1.
         embeddings: An encoder, to find rows that are close in meaning, too: minilm, or the path of a checkpoint; empty: none.
         close: The least cosine of such rows.

@@ -1,8 +1,8 @@
 """The n-grams of many texts as sorted 44-bit hashes, computed for a million characters at once.
 
-A text is a set of n-grams: its words and its pairs of consecutive words. Where a script is written without spaces (Chinese,
-Japanese, Thai, ...), every character stands for a word, and the n-grams are pairs and triples: single characters are shared by
-all texts. The hashes depend on the text alone, not on the process or the platform.
+A text is a set of n-grams: its words and its pairs of consecutive words. In a script without spaces (Chinese, Japanese, Thai,
+...), every character counts as a word, and the n-grams are pairs and triples, because all texts share single characters. The
+hashes depend on the text alone, not on the process or the platform.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Grams(NamedTuple):
     """The n-grams of N texts.
 
     Attributes:
-        starts: i64[N + 1], where the n-grams of each text begin in `hashes`; the last is their number.
+        starts: i64[N + 1], where the n-grams of each text begin in `hashes`; the last entry is their total number.
         hashes: i64[G], for each text the different hashes of its n-grams, ascending.
         words: i32[N], the number of words (or of characters, in scripts without spaces) of each text.
     """
@@ -58,7 +58,7 @@ class Grams(NamedTuple):
 
 
 def grams(texts: Sequence[Text]) -> Grams:
-    """The n-grams of texts; those of a pair are the ones of both its texts, in whatever order they stand.
+    """The n-grams of texts; a pair has those of both its texts, in either order.
 
     Args:
         texts: Texts, or pairs of texts.
@@ -121,7 +121,7 @@ def _of_chunk(strings: list[str], owners: list[int]) -> tuple[np.ndarray, np.nda
 
 
 def _kinds(codes: np.ndarray) -> np.ndarray:
-    """u8[characters]: whether each is a letter of a word, a letter that stands alone, or another character."""
+    """u8[characters]: whether each is a letter of a word, a letter that counts as a word, or another character."""
     table = _table()
     present = np.zeros(len(table), bool)
     present[codes] = True
@@ -137,7 +137,7 @@ def _table() -> np.ndarray:
 
 
 def _units(kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the words, and the characters that stand for words, begin and end."""
+    """Where the words, and the characters that count as words, begin and end."""
     before = np.concatenate([[_OTHER], kinds[:-1]])
     after = np.concatenate([kinds[1:], [_OTHER]])
     begins = (kinds == _ALONE) | ((kinds == _LETTER) & (before != _LETTER))

@@ -1,8 +1,8 @@
 """Held-out rows that mean the same as training rows: cosine similarity of the mean vectors of an encoder's tokens.
 
 Copies share words; paraphrases need not. A row has one vector of length 1; that of a pair is the mean of its two texts, so
-that its order does not count. All held-out rows are compared with all training rows by products of blocks, of which only the
-pairs above the threshold are kept: memory grows with the rows and not with the pairs.
+its order does not matter. All held-out rows are compared with all training rows by products of blocks, of which only the
+pairs above the threshold are kept, so memory grows with the rows and not with the pairs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK = (1024, 16_384)  # held-out and training rows that are compared at once: 
 
 
 class Meaning(NamedTuple):
-    """Held-out rows that are close in meaning to training rows of a source, and no copies of them by letters and digits.
+    """Held-out rows that are close in meaning to training rows of a source, without copies by letters and digits.
 
     Attributes:
         source: The source of the held-out rows.
@@ -66,7 +66,7 @@ def open_encoder(path: str) -> Checkpoint:
 
 
 def vectors(checkpoint: Checkpoint, texts: Sequence[Text]) -> np.ndarray:
-    """f32[N, H], of length 1: the mean of the last vectors of a text's tokens; of a pair the mean of its texts' vectors.
+    """f32[N, H], of length 1: the mean of the last vectors of a text's tokens; for a pair the mean of its texts' vectors.
 
     Args:
         checkpoint: An encoder.
@@ -132,7 +132,7 @@ def close_pairs(first: np.ndarray, second: np.ndarray, threshold: float) -> Iter
 
 
 def meanings(checkpoint: Checkpoint, view: View, rows: Rows, threshold: float = THRESHOLD) -> list[Meaning]:
-    """Every held-out split against the training rows of every source, only where there are rows that are close in meaning.
+    """Every held-out split and source of training rows with rows that are close in meaning.
 
     Args:
         checkpoint: The encoder.

@@ -1,6 +1,6 @@
-"""Membership inference by loss: how well a model's losses tell rows that it was trained on from rows that it was not.
+"""Membership inference by loss: how well a model's losses tell rows that it was trained on from other rows.
 
-Yeom et al., 2018, https://arxiv.org/abs/1709.01604; losses beside those of a reference model: Watson et al., 2022,
+Yeom et al., 2018, https://arxiv.org/abs/1709.01604; losses relative to a reference model: Watson et al., 2022,
 https://arxiv.org/abs/2111.08440; rates at a low false positive rate: Carlini et al., 2022, https://arxiv.org/abs/2112.03570.
 
 Shapes in names: M members, N others.
@@ -25,10 +25,11 @@ class Membership(NamedTuple):
     """How well a score tells members from others.
 
     Attributes:
-        auc: The probability that a member's score is above another row's, ties counting half; 0.5: not at all.
+        auc: The probability that a member's score is above another row's, where ties count half; 0.5: not at all.
         low: The lower end of its 95 % bootstrap interval.
         high: The upper end.
-        true_positives: The share of members above the score that 1 % of the others exceed; None below 100 others.
+        true_positives: The share of members above the score that 1 % of the others exceed; None if there are fewer than 100
+            others.
         members: M.
         others: N.
     """
@@ -48,7 +49,7 @@ def membership(members_M: np.ndarray, others_N: np.ndarray, *, resamples: int = 
         members_M: Scores of rows that the model was trained on; higher means more likely a member, such as minus the loss.
         others_N: Scores of rows that it was not trained on.
         resamples: Bootstrap samples of each side for the interval.
-        seed: Of these samples.
+        seed: Seed of these samples.
 
     Raises:
         UserError: There are too few rows on a side, or a score is not finite.
@@ -82,7 +83,7 @@ def membership(members_M: np.ndarray, others_N: np.ndarray, *, resamples: int = 
 
 
 def auc(members_M: np.ndarray, others_N: np.ndarray) -> float:
-    """The probability that a member's score is above another row's, ties counting half."""
+    """The probability that a member's score is above another row's, where ties count half."""
     ranks = rankdata(np.concatenate([members_M, others_N]))
     count = len(members_M)
     return float((ranks[:count].sum() - count * (count + 1) / 2) / (count * len(others_N)))
@@ -97,7 +98,7 @@ def true_positives(members_M: np.ndarray, others_N: np.ndarray, false_positives:
 def within_groups(
     members_M: np.ndarray, others_N: np.ndarray, groups: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores minus the mean score of their group, members and others together: groups that are easy for the model count alike.
+    """Scores minus the mean score of their group, members and others together, so that easy groups do not count more.
 
     Args:
         members_M: Scores of members.
@@ -111,11 +112,13 @@ def within_groups(
 
 
 def exposure(loss: float, candidates: np.ndarray) -> float:
-    """log2 of the candidates minus log2 of the canary's rank among them: bits that the model knows about it.
+    """log2 of the number of candidates minus log2 of the canary's rank among them: bits that the model knows about it.
+
+    A canary that was not learned has about 1.4 on average.
 
     Args:
         loss: The loss of the canary.
-        candidates: The losses of rows that could have been planted; the canary is one candidate more.
+        candidates: The losses of rows that could have been planted; the canary is one more candidate.
 
     References:
         Carlini et al., 2019, https://arxiv.org/abs/1802.08232, definition 4.

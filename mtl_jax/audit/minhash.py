@@ -1,4 +1,4 @@
-"""MinHash with banding: which sets of n-grams can be alike, without a look at all pairs; and which truly are.
+"""MinHash with banding finds sets of n-grams that may be alike without comparing all pairs, and then compares them.
 
 The minimum of a random function over a set is the same for two sets with probability J, their Jaccard similarity (Broder, 1997,
 "On the resemblance and containment of documents"). A band is R such minima: two sets agree in all of one band with probability
@@ -13,8 +13,8 @@ exactly at the threshold is a candidate with probability RECALL or more:
 | 0.8 | 6 | 18 | 108 | 0.9958 | 1.0 | 0.013 | 0.00002 |
 | 0.9 | 9 | 11 | 99 | 0.9954 | 1.0 | 0.0002 | 0.00000001 |
 
-Every candidate is then compared by its n-grams themselves: no pair below the threshold is returned, and the similarity of a
-pair is the true one.
+Every candidate is then compared by its n-grams themselves, so no pair below the threshold is returned, and similarities are
+exact.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Bands(NamedTuple):
 
 
 def bands(threshold: float) -> Bands:
-    """The bands for a threshold, as in the table above. Below .041 all MOST minima are too few for RECALL.
+    """The bands for a threshold, as in the table above. Below .041, MOST minima are too few for RECALL.
 
     Args:
         threshold: The least Jaccard similarity, above 0 and at most 1.
@@ -79,7 +79,7 @@ def sketches(texts: Grams, minima: int) -> np.ndarray:
 
     Args:
         texts: The n-grams.
-        minima: How many functions. The first of them are the same for every number.
+        minima: The number of functions. The first functions are the same for every number.
     """
     factors, terms = _functions(minima)
     result = np.full((len(texts.words), minima), 0xFFFFFFFF, np.uint32)
@@ -120,8 +120,8 @@ def similar(
     Args:
         texts: The n-grams of N texts.
         threshold: The least similarity, above 0 and at most 1.
-        first: i64, ascending numbers of texts: the one of each pair.
-        second: The other of each pair; None: pairs within `first`, each once.
+        first: i64, ascending text numbers of one side of the pairs.
+        second: The same for the other side; None: pairs within `first`, each once.
 
     Returns:
         Pairs i64[M, 2], sorted; their similarities f64[M]. No text is paired with itself.
@@ -131,7 +131,7 @@ def similar(
     first = first[texts.sizes[first] > 0]
     second = None if second is None else second[texts.sizes[second] > 0]
     bits = np.packbits((signatures[:, :64] & np.uint32(1)).astype(np.uint8), axis=1).view(np.uint64)[:, 0]
-    # A pair at the threshold has (1 + threshold) / 2 of 64 bits in common; six standard deviations below that it is none.
+    # A pair at the threshold has (1 + threshold) / 2 of 64 bits in common; six standard deviations below that it is not one.
     share = (1 + threshold) / 2
     least_equal = 64 * share - 6 * math.sqrt(64 * share * (1 - share))
     sizes, count = texts.sizes, np.int64(len(texts.words))
@@ -156,7 +156,7 @@ def similar(
 
 
 def _band_keys(minima: np.ndarray) -> np.ndarray:
-    """u64[N]: equal where all minima u32[N, R] of a band are equal."""
+    """u64[N]: equal if all minima u32[N, R] of a band are equal."""
     keys = np.zeros(len(minima), np.uint64)
     for column in minima.T:
         keys = (keys ^ column) * np.uint64(0x9E3779B97F4A7C15)
@@ -187,7 +187,7 @@ def _collisions(keys: np.ndarray, first: np.ndarray, second: np.ndarray | None) 
 
 
 def jaccard(texts: Grams, pairs: np.ndarray) -> np.ndarray:
-    """The Jaccard similarities f64[M] of pairs i64[M, 2] of sets of n-grams; 0 where both are empty."""
+    """The Jaccard similarities f64[M] of pairs i64[M, 2] of sets of n-grams; 0 if both are empty."""
     matrix = csr_array((np.ones(len(texts.hashes), np.int8), texts.hashes, texts.starts), shape=(len(texts.words), 1 << BITS))
     sizes = texts.sizes
     parts = [np.zeros(0)]

@@ -23,11 +23,11 @@ class Example(NamedTuple):
     Attributes:
         kind: One of KINDS, or "meaning".
         similarity: From the threshold to 1.
-        row: File and line, or record, of the held-out row; of a conflict, of one training row.
+        row: File and line, or record, of the held-out row; in a conflict, of one training row.
         train_row: File and line, or record, of the training row.
-        text: The text of the first row, as far as it was compared.
-        train_text: The text of the training row.
-        labels: Of a conflict, the labels of the two rows.
+        text: The compared text of the first row.
+        train_text: The compared text of the training row.
+        labels: In a conflict, the labels of the two rows.
     """
 
     kind: str
@@ -46,11 +46,11 @@ class Overlap(NamedTuple):
         source: The source of the held-out rows.
         split: Their split, "dev" or "test".
         train_source: The source of the training rows.
-        view: What was compared, one of VIEWS.
+        view: The way of comparing, one of VIEWS.
         rows: {kind: number of held-out rows whose closest copy is of this kind}.
         of: Number of held-out rows of that split.
         train_rows: Number of training rows that are copies of one of them.
-        dropped: How many of those a run drops before it trains.
+        dropped: How many of those training rows a run drops before it trains.
         examples: Ten of the pairs, or all.
     """
 
@@ -84,7 +84,7 @@ class Conflict(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """For one view: which held-out rows have a copy in which source's training rows, and the other way round.
+    """The copies of one view: held-out rows with a copy in a source's training rows, and training rows with a held-out copy.
 
     Attributes:
         held_out: i64[M, 3]: row, group of the training rows, and kind of the closest copy.
@@ -100,7 +100,7 @@ class Copied(NamedTuple):
 
 
 def copied(view: View, rows: Rows, near: float) -> Copied:
-    """The copies of held-out rows in train, of one view.
+    """The copies of held-out rows in train, for one view.
 
     Args:
         view: The view.
@@ -113,7 +113,7 @@ def copied(view: View, rows: Rows, near: float) -> Copied:
     in_train = np.array([split == "train" for _, split in rows.groups])[groups]
     left, right = (np.unique(numbers[mask & (numbers >= 0)]) for mask in (in_train, ~in_train))
     pairs = copies(collected, near, left, right)
-    # What a text of train is beside each group of held-out rows, and the other way round.
+    # For each text of train and group of held-out rows the kind of the closest copy, and the same for held-out texts.
     train = _closest(pairs.first, pairs.second, pairs.kinds, view, numbers, groups, in_train)
     held_out = _closest(pairs.second, pairs.first, pairs.kinds, view, numbers, groups, ~in_train)
     return Copied(held_out, train, pairs, numbers)
@@ -128,9 +128,9 @@ def _closest(
     groups: np.ndarray,
     mine: np.ndarray,
 ) -> np.ndarray:
-    """i64[M, 3]: rows of `mine` with a copy, the group of the copy, and the kind of the closest; by row and group.
+    """i64[M, 3]: rows of `mine` with a copy, the group of the copy, and the kind of the closest copy; by row and group.
 
-    Two whole rows are not compared in a view of single texts: that is the view of rows.
+    Two whole rows are not compared in a view of single texts, because the view of rows compares them.
     """
     theirs = ~mine & (numbers >= 0)
     entries = _unique(np.stack([numbers[theirs], groups[theirs], view.whole[theirs]], axis=1))
@@ -156,7 +156,7 @@ def _least(values: np.ndarray) -> np.ndarray:
 
 
 def overlaps(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, near: float) -> list[Overlap]:
-    """Every held-out split against the training rows of every source, in every view; only where there are copies.
+    """Every held-out split, source of training rows and view with copies.
 
     Args:
         sources: The sources.
@@ -203,7 +203,7 @@ def _by_kind(kinds: np.ndarray) -> dict[str, int]:
 
 
 def _chosen(kinds: np.ndarray) -> list[int]:
-    """Indices of EXAMPLES entries, of all kinds that there are."""
+    """Indices of EXAMPLES entries, from all kinds that occur."""
     rank = np.zeros(len(kinds), np.int64)
     for kind in range(len(KINDS)):
         rank[kinds == kind] = np.arange(int((kinds == kind).sum()))
@@ -241,14 +241,14 @@ def _example(
 
 
 def joined_text(text: Text) -> str:
-    """A text, or the two of a pair; empty in a private run."""
+    """A text, or the two texts of a pair; empty in a private run."""
     return row_texts.plain(" | ".join(sides(text)))
 
 
 def conflicts(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, near: float) -> list[Conflict]:
-    """Training rows of a source that are copies of one another and have different labels; only where there are some.
+    """The tasks whose source has training rows that are copies of one another with different labels.
 
-    Looks at tasks with a label for a row, not at those of words, tokens or texts.
+    Only tasks with a label for each row are checked, not tasks with labels of words or tokens, or with target texts.
 
     Args:
         sources: The sources.
@@ -278,7 +278,7 @@ def conflicts(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, near:
 
 
 def _label(task: Any, row: Any) -> str:
-    """The label of a row as a text; "" where it has none, or cannot be read: training will say so."""
+    """The label of a row as a text; "" if it has none, or cannot be read, which training reports."""
     try:
         label = task.raw_label(row)
         label = task.parse(row) if label is None else label
@@ -292,7 +292,7 @@ def _label(task: Any, row: Any) -> str:
 def _conflict(
     labels: list[str], numbers: np.ndarray, pairs: Pairs, rows: Rows, view: View
 ) -> tuple[dict[str, int], tuple[Example, ...]] | None:
-    """Counts and examples of the rows with a copy under another label; None where there are none."""
+    """Counts and examples of the rows with a copy under another label; None if there are none."""
     index_of = {label: index for index, label in enumerate(sorted({*labels} - {""}))}
     codes = np.array([index_of.get(label, -1) for label in labels], np.int64)
     known = (numbers >= 0) & (codes >= 0)

@@ -1,4 +1,4 @@
-"""Names of persons, places and organisations: from a tagging run of one's own, or from a function that is registered."""
+"""Names of persons, places and organisations, from a tagging run of the user's or from a registered function."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WORDS = re.compile(r"[@#]?\w+(?:[-'\u2019.]\w+)*|[^\w\s]")
 
 
 def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
-    """A function for people=: the names that a tagging run of ours finds.
+    """A function for people=, which returns the names that a tagging run finds.
 
     Args:
         model: mtl_jax.load_model(WORKDIR) of the run.
@@ -63,7 +63,7 @@ def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
 
 
 def presidio() -> Names:
-    """The names that Microsoft's presidio finds in English texts, where it is installed with a model of spaCy.
+    """The names that Microsoft's presidio finds in English texts; it must be installed with a model of spaCy.
 
     Raises:
         UserError: It is not installed.
@@ -99,10 +99,10 @@ class TaggingRun(NamedTuple):
 
 
 def tagging_run(text: str, where: str) -> TaggingRun:
-    """The run and task that a text names: "WORKDIR", of a run with one task that tags names, or "WORKDIR:TASK".
+    """The run and task that a text names: "WORKDIR" for a run with one task that tags names, or "WORKDIR:TASK".
 
     Raises:
-        UserError: It is not a workdir, or its run has no such task. `where` begins the line.
+        UserError: It is not a workdir, or its run has no such task. The line begins with `where`.
     """
     workdir, task = Path(text), ""
     if not workdir.is_dir() and ":" in text:
@@ -140,7 +140,7 @@ def check_names(text: str, where: str) -> None:
 
 
 def names_by(text: str, where: str) -> Names:
-    """The function for people= that a text names: a registered one, or that of a tagging run, which is opened.
+    """The function for people= that a text names: a registered one, or one from a tagging run, which is opened.
 
     Raises:
         UserError: There is none, or the run cannot be opened.

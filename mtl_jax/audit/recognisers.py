@@ -1,8 +1,8 @@
-"""Recognisers of what names or reaches a person: functions from a text to the places where it stands.
+"""Recognisers of identifiers of persons: functions from a text to the places of identifiers in it.
 
-Each is found by a pattern and then checked: card numbers by their Luhn digit, IBANs by their remainder modulo 97 and the form
-of their country, telephone numbers by the plans of all countries, dates by the calendar. A script adds its own with
-register_recogniser; ours come through the same door.
+A pattern finds each place, which is then checked: card numbers by their Luhn digit, IBANs by their remainder modulo 97 and the
+form of their country, telephone numbers by the plans of all countries, dates by the calendar. A script adds its own with
+register_recogniser; ours are registered in the same way.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _places(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
 
 
 def url(text: str) -> Iterator[tuple[int, int]]:
-    """Addresses of the web, without the punctuation after them."""
+    """Web addresses, without the punctuation after them."""
     for start, end in _places(_URL, text):
         address = text[start:end].rstrip(".,;:!?*_~")
         while address.endswith((")", "]")) and address.count(")") + address.count("]") > address.count("(") + address.count(
@@ -98,7 +98,7 @@ def iban(text: str) -> Iterator[tuple[int, int]]:
 
 
 def card(text: str) -> Iterator[tuple[int, int]]:
-    """Numbers of 13 to 19 digits, in groups or not, with a right Luhn digit."""
+    """Numbers of 13 to 19 digits, in groups or not, with a valid Luhn digit."""
     luhn = need("stdnum.luhn", "card numbers", "python-stdnum")
     for start, end in _places(_CARD, text):
         digits = re.sub(r"\D", "", text[start:end])
@@ -107,7 +107,7 @@ def card(text: str) -> Iterator[tuple[int, int]]:
 
 
 def ip(text: str) -> Iterator[tuple[int, int]]:
-    """Addresses of the internet protocol, versions 4 and 6."""
+    """IP addresses, versions 4 and 6."""
     for pattern in (_IP4, _IP6):
         for start, end in _places(pattern, text):
             try:
@@ -123,7 +123,7 @@ def telephone(text: str, region: str = "US") -> Iterator[tuple[int, int]]:
 
     Args:
         text: The text.
-        region: The country, as US or DE, of numbers that are not in the international form.
+        region: The country, such as US or DE, of numbers that are not in the international form.
     """
     numbers = need("phonenumbers", "telephone numbers")
     for match in numbers.PhoneNumberMatcher(text, region):
@@ -132,12 +132,12 @@ def telephone(text: str, region: str = "US") -> Iterator[tuple[int, int]]:
 
 
 def date(text: str) -> Iterator[tuple[int, int]]:
-    """Days with their year, in figures or with an English month, that the calendar has."""
+    """Days with their year, in figures or with an English month, that exist in the calendar."""
     return ((start, end) for start, end in _places(_DATE, text) if date_form(text[start:end]))
 
 
 def date_form(text: str) -> str:
-    """The first of DATE_FORMS that a date has; "" if it has none. Endings as in 1st do not count."""
+    """The first of DATE_FORMS that fits a date; "" if none does. Endings as in 1st are ignored."""
     plain = without_ending(text)
     for form in DATE_FORMS:
         try:
@@ -154,18 +154,18 @@ def without_ending(text: str) -> str:
 
 
 def user(text: str) -> Iterator[tuple[int, int]]:
-    """User names, @name; not @user, by which data sets of tweets mask them."""
+    """User names, @name, but not @user, which masks them in data sets of tweets."""
     return ((start, end) for start, end in _places(_USER, text) if text[start:end].lower() != "@user")
 
 
 def identifier(text: str) -> Iterator[tuple[int, int]]:
-    """UUIDs; numbers of the social security of the USA; words with letters and four digits or more; numbers of five digits or
-    more behind a word such as account, order or id, or a #."""
+    """UUIDs; social security numbers of the USA; words with letters and four digits or more; numbers of five digits or more
+    after a word such as account, order or id, or after a #."""
     for match in _ID.finditer(text):
         yield match.span("number") if match.group("number") else match.span()
 
 
-# The name of a recogniser is the type of what it finds. Of two places of one length, the recogniser that stands first counts.
+# The name of a recogniser is the type of its places. Of two places of equal length, the one of the first recogniser is used.
 RECOGNISERS: Registry[Recogniser] = Registry(
     "recogniser",
     {

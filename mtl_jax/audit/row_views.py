@@ -1,7 +1,7 @@
 """The rows of an experiment's sources, and the texts of each row that an audit compares.
 
-Rows are compared in four ways: whole rows (a text, a pair in either order, a question with its context); single texts, where
-one of the two rows is a pair; contexts of questions; target texts of translations and summaries.
+Rows are compared in four ways: whole rows (a text, a pair in either order, a question with its context); single texts, if one
+of the two rows is a pair; contexts of questions; target texts of translations and summaries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VIEWS = ("row", "single text", "context", "target")
 
 
 class Joined:
-    """Sequences of rows one behind the other; each row is read when it is asked for."""
+    """Sequences of rows joined into one; each row is read when it is needed."""
 
     def __init__(self, parts: Sequence[Sequence[Row]]):
         self._parts = parts
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     Attributes:
         groups: (source, split) of each group of rows.
         group_of: i64[N], the group of each row.
-        rows: The N rows; those of data sets on disk stay there.
+        rows: The N rows; rows of data sets on disk stay on disk.
         dropped: bool[N], whether a run drops the row before it trains.
     """
 
@@ -53,11 +53,11 @@ class Rows(NamedTuple):
 
 
 def collect(data: Mapping[str, Splits], kept: Mapping[str, Splits] | None = None) -> Rows:
-    """The rows of all splits; and if `kept` is given, the training rows that were dropped.
+    """The rows of all splits, and, if `kept` is given, which training rows were dropped.
 
     Args:
         data: {source: its splits}.
-        kept: The same after training rows in dev and test of another source were dropped.
+        kept: The same without training rows that are in dev or test of another source.
     """
     groups: list[tuple[str, str]] = []
     group_of: list[np.ndarray] = []
@@ -79,7 +79,7 @@ def collect(data: Mapping[str, Splits], kept: Mapping[str, Splits] | None = None
 
 
 class View(NamedTuple):
-    """The texts of the rows that one way of comparing looks at.
+    """The texts of the rows that one way of comparing uses.
 
     Attributes:
         texts: Texts, or pairs.
@@ -93,7 +93,7 @@ class View(NamedTuple):
 
 
 def views(sources: Sequence[Source], tasks: Sequence[Any], rows: Rows, names: Sequence[str] = VIEWS) -> dict[str, View]:
-    """{view: its texts}, those views that the sources have.
+    """{view: its texts}, for the views that the sources have.
 
     Args:
         sources: The sources.

@@ -1,7 +1,7 @@
-"""What stands in place of a name or an address: a mask, a keyed hash, or a surrogate that looks like it.
+"""Replacements of names and addresses: a mask, a keyed hash, or a surrogate that looks like them.
 
-A surrogate is a function of the seed, the type and the value, case and spaces aside: the same person has the same name in all
-rows, splits and tasks, in every process, and nothing is stored. Two values can have the same surrogate, if seldom.
+A surrogate is a function of the seed, the type and the value, ignoring case and spaces: the same person has the same name in
+all rows, splits and tasks, in every process, and nothing is stored. Two values can, rarely, have the same surrogate.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mtl_jax.audit.text_keys import exact
 from mtl_jax.core.errors import UserError, unknown
 
 MODES = ("surrogate", "mask", "hash")
-TRIES = 10  # until a surrogate is not the value itself
+TRIES = 10  # until a surrogate differs from the value
 OLDEST = datetime.date(1930, 1, 1)
 DAYS = 365 * 90
 
-# From (type, value) to what stands in its place.
+# From (type, value) to the replacement.
 Replace = Callable[[str, str], str]
 
 
@@ -34,9 +34,9 @@ def replacement(mode: str, seed: int = 0, key: str | bytes = "", language: str =
     Args:
         mode: One of MODES. mask: the type, as [EMAIL]. hash: the type and 12 hex digits of an HMAC-SHA256 of the value under
             `key`, as EMAIL_6a30c42c9a4b. surrogate: another e-mail address, name, number, date, ...
-        seed: Of surrogates.
-        key: Of hashes; who does not know it cannot find out values by trying.
-        language: Of surrogates, as Faker names it: en_US, de_DE, ...
+        seed: Seed of surrogates.
+        key: Key of hashes; whoever does not know it cannot find values by trying.
+        language: Language of surrogates, as Faker names it: en_US, de_DE, ...
 
     Raises:
         UserError: The mode is unknown, there is no key, Faker is not installed or does not know the language.
@@ -112,7 +112,7 @@ def _date(value: str, number: int, language: str) -> str:
 
 
 def _same_shape(value: str, number: int, language: str) -> str:
-    """Other digits for digits and other letters for letters, in the same case; hexadecimal stays so, and all else as it is."""
+    """The value with other digits and letters, in the same case; hexadecimal stays so, and other characters do not change."""
     rng = random.Random(number)
     letters = string.ascii_lowercase if set(value.lower()) & set(string.ascii_lowercase[6:]) else string.ascii_lowercase[:6]
 

@@ -1,7 +1,7 @@
 """Keys of texts: two texts with the same key are copies of one kind. A pair of texts has one key, whatever its order.
 
-Three kinds, from strict to loose: `exact` (case and white space do not count), `letters` (nor do punctuation and how a text is
-divided into words: `moore 's` is `moore's`), and near, which has no key: see minhash.
+Three kinds, from strict to loose: `exact` ignores case and white space; `letters` also ignores punctuation and the division
+into words, so `moore 's` is `moore's`; near has no key, see minhash.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 # A text; or the two texts of a pair.
 Text = str | Sequence[str]
 
-# What Unicode calls a mark and no script writes as a letter: signs that choose the form of the character before them.
+# Marks of Unicode that no script writes as a letter: signs that choose the form of the character before them.
 _SELECTORS = frozenset([*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), 0x20E3])
 
 
 def sides(text: Text) -> tuple[str, ...]:
-    """The texts of which a text consists: itself, or the two of a pair."""
+    """A text as a tuple of itself, or the two texts of a pair."""
     return (text,) if isinstance(text, str) else tuple(text)
 
 
@@ -31,7 +31,7 @@ def normalise(text: str) -> str:
 
 
 def exact(text: Text) -> str:
-    """The key under which texts differ in nothing but case, Unicode form and white space; "" of an empty text.
+    """A key that ignores only case, Unicode form and white space; "" for an empty text.
 
     >>> exact("The  Moore's") == exact("the moore's")
     True
@@ -40,7 +40,7 @@ def exact(text: Text) -> str:
 
 
 def letters(text: Text) -> str:
-    """The letters and digits of a text alone; "" of a text that has none, such as "?!".
+    """The letters and digits of a text; "" for a text without any, such as "?!".
 
     >>> letters("a moore 's film !")
     'amooresfilm'

@@ -1,4 +1,4 @@
-"""Sketches of a run's training texts: later texts can be compared with them, and the texts are not in them.
+"""Sketches of a run's training texts, with which later texts can be compared, and which do not contain the texts.
 
 A sketch has a 64-bit hash of a text's letters and digits, and the lowest byte of each of 64 minima of its n-grams (see
 mtl_jax.audit.minhash). Two texts of Jaccard similarity J agree in a byte with probability J + (1 - J) / 256 (Li and König,
@@ -6,7 +6,7 @@ mtl_jax.audit.minhash). Two texts of Jaccard similarity J agree in a byte with p
 J = .7. Candidates agree in all of one of 21 bands of three bytes: with probability .9999 at J = .7. A text of fewer than SHORT
 words is only a copy of one with the same letters and digits.
 
-A text cannot be read from its sketch. But who has a text can see whether it is among them, up to chance.
+A text cannot be read from its sketch. But whoever has a text can test, up to chance, whether it is among them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class TextSketches(NamedTuple):
     """Sketches of N texts.
 
     Attributes:
-        letters: u64[N], hashes of their letters and digits, ascending; each different one once.
+        letters: u64[N], hashes of their letters and digits, ascending, without repetitions.
         minima: u8[N, MINIMA].
         words: u16[N], the number of words of each.
-        of: Number of different texts of which these are a sample; N if it is all.
+        of: Number of different texts from which these are a sample; N if these are all.
     """
 
     letters: np.ndarray
@@ -49,7 +49,7 @@ class TextSketches(NamedTuple):
 
 
 def of_texts(texts: Sequence[Text], most: int = MOST_TEXTS) -> TextSketches:
-    """The sketches of texts, without empty ones; of more than `most` those with the smallest hashes.
+    """The sketches of texts that are not empty: at most `most`, those with the smallest hashes.
 
     Args:
         texts: Texts, or pairs of texts; a pair has one sketch, whatever its order.
@@ -71,11 +71,11 @@ def of_texts(texts: Sequence[Text], most: int = MOST_TEXTS) -> TextSketches:
 def joined(parts: Sequence[TextSketches], most: int = MOST_TEXTS) -> TextSketches:
     """The different sketches of several runs, at most `most` of them.
 
-    Where one of them is a sample, the number of all texts is estimated from the largest of the smallest hashes (Bar-Yossef and
-    others, 2002).
+    If one of them is a sample, the number of all texts is estimated from the largest of the smallest hashes (Bar-Yossef et al.,
+    2002).
 
     Args:
-        parts: The sketches; one at least.
+        parts: The sketches; at least one.
         most: The largest number of sketches.
     """
     letters, first = np.unique(np.concatenate([part.letters for part in parts]), return_index=True)
@@ -90,11 +90,11 @@ def joined(parts: Sequence[TextSketches], most: int = MOST_TEXTS) -> TextSketche
 
 
 class SketchCopies(NamedTuple):
-    """Which of some texts are probably copies of sketched ones.
+    """Which of some texts are probably copies of sketched texts.
 
     Attributes:
-        letters: bool[M], those with the same letters and digits.
-        near: bool[M], the others with an estimated similarity at or above the threshold.
+        letters: bool[M], texts with the same letters and digits.
+        near: bool[M], other texts with an estimated similarity at or above the threshold.
     """
 
     letters: np.ndarray
@@ -102,7 +102,7 @@ class SketchCopies(NamedTuple):
 
 
 def copies_of(known: TextSketches, texts: Sequence[Text], threshold: float = 0.7) -> SketchCopies:
-    """The texts that are probably copies of sketched ones.
+    """The texts that are probably copies of sketched texts.
 
     Args:
         known: The sketches.
@@ -124,13 +124,13 @@ def copies_of(known: TextSketches, texts: Sequence[Text], threshold: float = 0.7
 
 
 def _band(minima: np.ndarray, start: int) -> np.ndarray:
-    """i64[N]: equal where the bytes of a band of u8[N, MINIMA] are."""
+    """i64[N]: equal if the bytes of a band of u8[N, MINIMA] are equal."""
     first, second, third = minima[:, start : start + BAND].astype(np.int64).T
     return (first << 16) | (second << 8) | third
 
 
 def _by_text(sketches: TextSketches, texts: Sequence[Text], *flags: np.ndarray) -> list[np.ndarray]:
-    """bool[M] of each text, from flags of its sketch."""
+    """bool[M], the flag of each text's sketch."""
     places = []
     for text in texts:
         key = text_keys.letters(text) or text_keys.exact(text)

@@ -1,8 +1,8 @@
-"""Words and their labels after stretches of the text were replaced: one word can become several, and several one.
+"""Words and their labels after parts of the text were replaced: one word can become several, and several can become one.
 
 A word that no replaced place touches stays, with its label. Words that a place touches form a group, which becomes the words of
-its new text. In a group, labels are those of one entity: of the entity that goes on behind the group, else of the first in it.
-So tags that were valid BIO are valid afterwards.
+the new text. The labels of a group are those of one entity: the entity that continues after the group, else the first in it. So
+valid BIO tags stay valid.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _WORD = re.compile(r"\S+")
 
 
 class WordGroup(NamedTuple):
-    """Words of the old text, and those that stand in their place.
+    """Words of the old text, and the words that replace them.
 
     Attributes:
         start: The first word.
         end: The word after the last.
-        words: The new words; one at least.
+        words: The new words; at least one.
     """
 
     start: int
@@ -32,7 +32,7 @@ class WordGroup(NamedTuple):
 
 
 def spans_of(words: str | Sequence[str]) -> list[tuple[int, int]]:
-    """The characters of each word: of a text's words, or of a list of words in their text, which has spaces between them."""
+    """The characters of each word of a text, or of a list of words in the text that joins them by spaces."""
     if isinstance(words, str):
         return [match.span() for match in _WORD.finditer(words)]
     spans, start = [], 0
@@ -43,12 +43,12 @@ def spans_of(words: str | Sequence[str]) -> list[tuple[int, int]]:
 
 
 def word_groups(words: str | Sequence[str], identifiers: Sequence[Identifier], new_text: str) -> list[WordGroup]:
-    """The words of a text in groups: each untouched word alone, and those that replaced places touch.
+    """The words of a text in groups: each untouched word alone, and the words that replaced places touch.
 
     Args:
         words: The words, or their text.
         identifiers: The replaced places of the text, in order, without white space at their ends.
-        new_text: The text after it.
+        new_text: The text after the replacement.
     """
     text = words if isinstance(words, str) else " ".join(words)
     spans = spans_of(words)
@@ -96,12 +96,12 @@ def _of_group(labels: Sequence[str | None], group: WordGroup) -> list[str | None
         first = old[0] if _entity(old[0]) == entity else f"B-{entity}"
         new = [first, *[f"I-{entity}"] * (len(group.words) - 1)]
     if old[-1] is None and after is not None and after.startswith("I-"):
-        new[-1] = None  # behind a word without label every tag is valid, and only there may this one stand
+        new[-1] = None  # after a word without label every tag is valid, and this one only there
     return new
 
 
 def _entity(label: str | None) -> str:
-    """X of B-X and I-X; else empty."""
+    """X for B-X and I-X; else empty."""
     return label[2:] if label is not None and label.startswith(("B-", "I-")) else ""
 
 
@@ -119,7 +119,7 @@ def with_labels(value: Any, groups: Sequence[WordGroup]) -> Any:
     """A column of word labels, a list or a text with spaces, for the new words; None stays.
 
     Raises:
-        ValueError: It has not as many labels as there are words.
+        ValueError: It does not have as many labels as there are words.
     """
     if value is None:
         return None

@@ -1,7 +1,7 @@
-"""More training rows from few: edits that keep labels at what they label, rewriting by models, mixing.
+"""More training rows from few: edits with which labels move, rewriting by models, mixing.
 
-Each is a class that comes through the door mtl_jax.data.Augmentation, as one of a script does; Mix is a regulariser. The public
-names are those of __init__.pyi, loaded when they are first asked for.
+Each is a subclass of mtl_jax.data.Augmentation, as one of a script would be; Mix is a regulariser. The public names are those
+of __init__.pyi, loaded when they are first asked for.
 """
 
 import lazy_loader

@@ -1,9 +1,8 @@
-"""Edits of words that know where each new word is from, so that labels of words and answers stay at what they label.
+"""Edits of words that record the origin of each new word, so that labels of words and answers move with the words.
 
-An edit turns the words of a text into new words, each with its origin: the old word whose place it has, or none. From the
-origins follow the labels of the new words, the characters of answers, and the white space between words. Words of entities and
-of answers are protected: an edit may not move, delete or replace them, nor put a word between them. So tags that were valid BIO
-are valid afterwards.
+An edit turns the words of a text into new words, each with its origin: the old word whose place it has, or none. The labels of
+the new words, the characters of answers, and the white space between words follow from the origins. Words of entities and of
+answers are protected: an edit may not move, delete or replace them, nor put a word between them. So valid BIO tags stay valid.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Word(NamedTuple):
         text: The word.
         origin: The old word whose place it has; NEW: it was inserted.
         keeps_label: Whether it also has that word's labels: it is the word itself, moved or with other characters. Another word
-            in its place has the label O, or none where O is not a label.
+            in its place has the label O, or none if O is not a label.
     """
 
     text: str
@@ -42,7 +41,7 @@ class Words(NamedTuple):
 
     Attributes:
         texts: The words.
-        fixed: bool[L]: words that must stay as and where they are, as those of entities and answers.
+        fixed: bool[L]: whether a word must stay unchanged and in its place, like those of entities and answers.
         joined: bool[L]: whether no word may be put before a word, as inside an entity.
     """
 
@@ -56,7 +55,7 @@ EditWords = Callable[[Words, np.random.Generator], list[Word]]
 
 
 def edited(row: Row, source: AugmentedRows, edit: EditWords, rng: np.random.Generator) -> Row | str:
-    """A row whose texts an edit has changed, with its labels of words and answers; or the reason why there is none.
+    """A row whose texts an edit has changed, with labels of words and answers, or the reason why there is none.
 
     Args:
         row: The row.
@@ -100,10 +99,10 @@ def _are_words(value: Any) -> bool:
 
 
 def labels_of_words(row: Row, source: AugmentedRows) -> dict[str, list[str | None]]:
-    """{column: a label for each word}, of the columns with labels that the tasks read, and of a file with a word a line all.
+    """{column: a label for each word}, for columns with labels that the tasks read, and all columns of a file of words.
 
     Raises:
-        UserError: A column has not as many labels as there are words.
+        UserError: A column does not have as many labels as there are words.
     """
     columns = source.columns
     names = row.columns if row.words is not None else columns.word_labels
@@ -129,7 +128,7 @@ def is_entity(label: str | None) -> bool:
 
 
 def answer_columns(row: Row) -> dict[str, list[Any]]:
-    """{column: its answers}, of the columns that have some."""
+    """{column: its answers}, for the columns that have some."""
     return {
         name: value
         for name, value in row.columns.items()
@@ -140,7 +139,7 @@ def answer_columns(row: Row) -> dict[str, list[Any]]:
 def protected(
     spans: Sequence[tuple[int, int]], labels: Mapping[str, Sequence[str | None]], answers: Mapping[str, Sequence[Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Words.fixed and Words.joined.
+    """The arrays Words.fixed and Words.joined.
 
     Args:
         spans: The characters of each word.
@@ -165,10 +164,10 @@ def protected(
 
 
 def new_labels(labels: Sequence[str | None], words: Sequence[Word]) -> list[str | None]:
-    """The labels of the new words: those of their origins; of another word O, or none where O is not a label.
+    """The labels of the new words: those of their origins; for another word O, or none if O is not a label.
 
     Args:
-        labels: Those of the old words.
+        labels: The labels of the old words.
         words: The new words.
     """
     other = "O" if "O" in labels or any(map(is_entity, labels)) else None
@@ -176,7 +175,7 @@ def new_labels(labels: Sequence[str | None], words: Sequence[Word]) -> list[str 
 
 
 def new_lines(lines: Sequence[int], words: Sequence[Word]) -> list[int]:
-    """The line of each new word in its file; of an inserted word that of the word before it."""
+    """The line of each new word in its file; for an inserted word the line of the word before it."""
     result: list[int] = []
     for word in words:
         result.append(lines[word.origin] if word.origin != NEW else result[-1] if result else lines[0])
@@ -184,7 +183,7 @@ def new_lines(lines: Sequence[int], words: Sequence[Word]) -> list[int]:
 
 
 def joined_text(text: str, spans: Sequence[tuple[int, int]], words: Sequence[Word]) -> tuple[str, list[int]]:
-    """The new words as a text, with the white space that was before each; and the first character of each.
+    """The new words as a text, each after the white space that was before it, and the first character of each.
 
     Args:
         text: The old text.
@@ -203,7 +202,7 @@ def joined_text(text: str, spans: Sequence[tuple[int, int]], words: Sequence[Wor
 
 
 def moved_answer(answer: Any, spans: Sequence[tuple[int, int]], words: Sequence[Word], starts: Sequence[int]) -> Any:
-    """An answer at its place in the new text: its words are there unchanged, one after another.
+    """An answer at its place in the new text, where its words are unchanged and side by side.
 
     Args:
         answer: {"text", "start"} in the old text.

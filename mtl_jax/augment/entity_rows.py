@@ -21,9 +21,9 @@ from mtl_jax.tasks import bio
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Concatenate(Augmentation):
-    """A sentence is followed by another of the training rows, with its labels: entities in a longer context.
+    """A sentence is followed by another sentence of the training rows with its labels: entities in a longer context.
 
-    For labels of words. Of a row with other labels, such as a class of the whole text, they would no longer be right.
+    For labels of words. Other labels of a row, such as a class of the whole text, would no longer be right.
 
     Attributes:
         share: As in all augmentations.
@@ -57,11 +57,11 @@ def _words(row: Row, source: AugmentedRows) -> list[str]:
 
 
 def joined(row: Row, other: Row, source: AugmentedRows) -> Row:
-    """A row followed by another: its words, and its labels of words; the other columns are those of the first.
+    """A row followed by another, with the words and labels of words of both, and the other columns of the first.
 
     Args:
         row: The row.
-        other: The row behind it.
+        other: The row after it.
         source: Their source.
     """
     text, first, second = source.columns.text, _words(row, source), _words(other, source)
@@ -85,8 +85,8 @@ def joined(row: Row, other: Row, source: AugmentedRows) -> Row:
 class MentionReplacement(Augmentation):
     """Entities are replaced by others of their type from the training rows (Dai and Adel, 2020).
 
-    One word can become several, and several one: labels follow, as B-X and I-X. Labels of other columns, such as parts of
-    speech, are left out at replaced words.
+    One word can become several, and several can become one; labels follow, as B-X and I-X. Replaced words have no labels of
+    other columns, such as parts of speech.
 
     Attributes:
         share: As in all augmentations.
@@ -166,7 +166,7 @@ class MentionReplacement(Augmentation):
 
 
 def _entities(labels: dict[str, list[str | None]]) -> list[bio.Entity]:
-    """The entities of a row, of the first column that has some."""
+    """The entities of a row, from the first column that has some."""
     for column in labels.values():
         tags = [label or "O" for label in column]
         if bio.is_bio(tags) and (entities := bio.entities(tags)):

@@ -1,8 +1,8 @@
 """Made rows in files: mtl-jax augment writes them once, and Written trains on them.
 
-Each line is a made row with its provenance: the augmentation and its fields, the row that it was made of, and the key of that
-row's text. By this key a run finds the rows that were made of its own training rows: what was made of a row that is now in dev
-or test is never used.
+Each line is a made row with its provenance: the augmentation and its fields, the row that it was made from, and the key of that
+row's text. By this key a run finds the rows that were made from its own training rows; rows that were made from a row that is
+now in dev or test are never used.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ KEY = f"{PROVENANCE}.key"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written(Augmentation):
-    """Rows that mtl-jax augment wrote: those that were made of a training row of this run, and no others.
+    """Rows that mtl-jax augment wrote, if they were made from a training row of this run.
 
     Attributes:
         share: As in all augmentations.
-        added: As in all augmentations. 0: each pass draws one of the rows that were made of a row.
+        added: As in all augmentations. 0: each pass draws one of the rows that were made from a row.
         seed: As in all augmentations.
         path: The file.
 
@@ -105,12 +105,12 @@ class Made(NamedTuple):
 
 @hiding_if(lambda experiment, *args, **options: experiment.private)
 def of_experiment(experiment: Experiment, source: str = "", copies: int = 1) -> Made:
-    """The rows that the augmentations of an experiment make of the training rows of a source, each augmentation alone.
+    """The rows that the augmentations of an experiment make from the training rows of a source, each augmentation alone.
 
     Args:
         experiment: The experiment.
         source: The source; empty: the only one with augmentations.
-        copies: How many rows are made of a row by augmentations with added = 0; the others make `added`.
+        copies: How many rows augmentations with added = 0 make from a row; the others make `added`.
 
     Raises:
         UserError: There is no such source, or something in it or its augmentations is wrong.
@@ -145,18 +145,18 @@ def of_file(
     held_out: Sequence[str] = (),
     copies: int = 1,
 ) -> Made:
-    """The rows that an augmentation makes of the rows of a file, all of which are training rows.
+    """The rows that an augmentation makes from the rows of a file, all of which are training rows.
 
     Args:
         file: The file, as Source.path.
         augmentation: The augmentation.
-        format: As Source.format; so are columns, text and pair.
+        format: As Source.format; columns, text and pair are also as in Source.
         columns: Names of columns.
         text: The column with the text.
         pair: The column with a second text.
         labels: Columns with a label for each word of the text.
         held_out: Files of the same format whose texts must not be made: dev and test.
-        copies: How many rows are made of a row.
+        copies: How many rows are made from a row.
 
     Raises:
         UserError: The file or a row cannot be read, or a field of the augmentation makes no sense.
@@ -212,12 +212,12 @@ def write(made: Made, output: str | Path) -> None:
 
 
 def texts(augmentation: Augmentation, texts: Sequence[str], *, seed: int = 0) -> list[str]:
-    """Texts as an augmentation makes them; those of which it makes none stay as they are. For a look at it, or in a loop.
+    """Texts as an augmentation changes them, to inspect it or for your own loop; others stay unchanged.
 
     Args:
-        augmentation: The augmentation; its share does not count.
+        augmentation: The augmentation; its share is not used.
         texts: The texts.
-        seed: Another seed draws anew.
+        seed: Seed of the draws.
 
     Raises:
         UserError: A field of the augmentation makes no sense.

@@ -1,4 +1,4 @@
-"""Words are replaced by those that a masked LM predicts in their place; no list of words is needed.
+"""Words are replaced by words that a masked LM predicts in their place; no list of words is needed.
 
 Shapes in names: B texts, T tokens, K candidates of a token, V vocabulary.
 """
@@ -28,7 +28,7 @@ from mtl_jax.models.trunk_output import token_table
 from mtl_jax.tasks import MaskedLM
 
 TEXTS = 16  # texts of a batch
-LENGTHS = (16, 32, 64, 128)  # tokens of a batch: a program each; words behind the last stay as they are
+LENGTHS = (16, 32, 64, 128)  # tokens of a batch, a program for each; words after the last do not change
 
 
 class MaskedModel(NamedTuple):
@@ -51,7 +51,7 @@ def open_masked_model(path: str, top: int, where: str) -> MaskedModel:
     Args:
         path: A directory, pip:ASSET/MEMBER, a hub id; or a workdir.
         top: K.
-        where: What the error begins with.
+        where: The beginning of an error line.
 
     Raises:
         UserError: It cannot be opened, or is not a masked LM.
@@ -97,8 +97,8 @@ def open_masked_model(path: str, top: int, where: str) -> MaskedModel:
 class MaskedNeighbours(Augmentation):
     """Some words are hidden from a masked LM and replaced by words that it predicts there (Kobayashi, 2018; Wu et al., 2019).
 
-    Rows whose meaning moves too far are left out. Words of entities and answers stay. Rows are made before training; to draw
-    anew in every pass, write several of each row by mtl-jax augment and train with Written(added=0).
+    Rows whose meaning changes too much are left out. Words of entities and answers stay. Rows are made before training; to draw
+    anew in every pass, write several for each row with mtl-jax augment and train with Written(added=0).
 
     Attributes:
         share: As in all augmentations.
@@ -106,8 +106,8 @@ class MaskedNeighbours(Augmentation):
         seed: As in all augmentations.
         model: The masked LM: an encoder checkpoint with such a head, or the workdir of a run with a MaskedLM task.
         words: The share of a text's words that are replaced, at least one.
-        top: A word is drawn, by its probability, from so many that the model predicts first.
-        similarity: The least cosine of a text and what is made of it, by `encoder`.
+        top: A word is drawn, by its probability, from this many of the model's most likely words.
+        similarity: The least cosine of the vectors of a text and its changed text, by `encoder`.
         encoder: minilm, or a path as of mtl-jax audit --embeddings. Empty: nothing is left out.
 
     References:
@@ -182,7 +182,7 @@ class _Hidden(NamedTuple):
 
 
 def _replaced(model: MaskedModel, texts: Sequence[_Hidden]) -> list[dict[int, str]]:
-    """{word: the word in its place} of each text."""
+    """{word: the word in its place} for each text."""
     tokenizer, mask = model.tokenizer, model.tokenizer.mask_token_id
     encoded = encode(tokenizer, [text.words for text in texts], max_length=model.max_length) if texts else None
     result: list[dict[int, str]] = [{} for _ in texts]
@@ -200,7 +200,7 @@ def _replaced(model: MaskedModel, texts: Sequence[_Hidden]) -> list[dict[int, st
         for row, n in enumerate(part):
             for word, draw in zip(texts[n].chosen, texts[n].draws.tolist(), strict=True):
                 place = hidden[row][1].get(word)
-                if place is None:  # behind the last token, or not in the vocabulary
+                if place is None:  # after the last token, or not in the vocabulary
                     continue
                 if new := _drawn(tokenizer, texts[n].words[word], tokens[row, place], probabilities[row, place], draw):
                     result[n][word] = new
@@ -228,7 +228,7 @@ def _hide(ids: np.ndarray, words: np.ndarray, chosen: set[int], mask: int, token
 
 
 def _drawn(tokenizer: Any, word: str, tokens: np.ndarray, probabilities: np.ndarray, draw: float) -> str:
-    """One of the candidates by its probability, as a word in the case of the old one; "" where none is another whole word."""
+    """One of the candidates by its probability, in the case of the old word; "" if none is another whole word."""
     candidates: list[str] = []
     weights: list[float] = []
     special = set(tokenizer.all_special_ids)

@@ -1,7 +1,7 @@
-"""Mixing: a loss at points between two examples, with both labels; and labels smoothed by the examples nearby.
+"""Mixing: a loss at points between two examples, with both labels; and labels smoothed by those of near examples.
 
-Both are regularisers, losses beside those of the tasks with a weight of their own. What they compute are functions of arrays,
-for a loop of one's own, too.
+Both are regularisers, losses beside those of the tasks with their own weights. Their computations are also functions of arrays,
+for your own loop.
 
 Shapes in names: R rows, T tokens a row, S examples a row, H trunk width.
 """
@@ -28,18 +28,18 @@ class Mix(Regulariser):
     With m from Beta(alpha, alpha), drawn once a step, the vectors of an example become m x + (1 - m) x', and the loss is
     m loss(y) + (1 - m) loss(y'), which is the loss of the soft label. The partner x' is another example of the batch, of the
     same source, whatever rows the two are packed in. For tasks with a label for each text: classification, multilabel,
-    regression. Loss: the sum over tasks of the mean over their labelled examples; a pair in which one has no label adds 0.
+    regression. The loss is the sum over tasks of the mean over their labelled examples; a pair with a missing label adds 0.
 
     Attributes:
         name: As in all regularisers.
         weight: As in all regularisers.
         phase: As in all regularisers.
         tasks: These tasks; empty: all with a label for each text and a weight.
-        at: What is mixed. pooled: the vector of each text, which costs next to nothing. hidden: the token vectors behind
-            `layer` layers (TMix, Chen et al., 2020). embeddings: those in front of the first layer. Both cost a second pass
-            through the trunk; the n-th token is mixed with the partner's n-th, and stays as it is where there is none.
-        layer: For hidden: so many layers come before the mixing.
-        alpha: The smaller, the nearer to one of the two examples.
+        at: Which vectors are mixed. pooled: the vector of each text, which costs almost nothing. hidden: the token vectors
+            after `layer` layers (TMix, Chen et al., 2020). embeddings: those before the first layer. The last two cost a second
+            pass through the trunk; the n-th token is mixed with the partner's n-th token, and unchanged if there is none.
+        layer: For hidden: the number of layers before the mixing.
+        alpha: The smaller it is, the nearer the mixture is to one of the two examples.
 
     References:
         https://arxiv.org/abs/1710.09412, https://arxiv.org/abs/1905.08941, https://arxiv.org/abs/2004.12239
@@ -80,8 +80,8 @@ class NeighbourSmoothing(Regulariser):
     """Labels are smoothed by those of the nearest examples (as in Bahri and Jiang, 2021, here within a batch).
 
     The loss of an example is the mean of its losses with the labels of its k nearest examples of the same source, by the cosine
-    of the vectors of their texts. With weight w beside the task's own loss it is that of a soft label: 1 / (1 + w) of its own,
-    the rest of its neighbours'. For tasks with a label for each text; loss as of Mix.
+    of the vectors of their texts. With weight w beside the task's own loss, the sum is the loss of a soft label: 1 / (1 + w) of
+    its own label, the rest of its neighbours'. For tasks with a label for each text; summed and averaged as in Mix.
 
     Attributes:
         name: As in all regularisers.
@@ -123,7 +123,7 @@ def partners(key: jax.Array, group_N: jax.Array) -> jax.Array:
         4
     """
     in_order = jnp.argsort(group_N, stable=True)
-    # Sorted by a random number first and by group then: within a group, the order is random.
+    # Sorted first by a random number, then by group, so that the order within a group is random.
     shuffled = jax.random.permutation(key, len(group_N))
     at_random = shuffled[jnp.argsort(group_N[shuffled], stable=True)]
     return jnp.zeros(len(group_N), jnp.int32).at[in_order].set(at_random.astype(jnp.int32))
@@ -150,7 +150,7 @@ def mixed_tokens(
         segments_RxT: i32, the example of each token in its row, from 1; 0 at padding.
         positions_RxT: i32, its position in its example.
         partner_N: i32[R * S], the partner of each example; example s of row r is number r * S + s.
-        weight: f32[], of a token itself; where the partner has no token at a position, it stays as it is.
+        weight: f32[], the weight of the token itself; a token whose partner has none at its position is unchanged.
     """
     R, T = segments_RxT.shape
     S = len(partner_N) // R
@@ -166,12 +166,12 @@ def mixed_tokens(
 
 
 def nearest(vectors_NxH: jax.Array, group_N: jax.Array, present_N: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k nearest other examples of each within its group, by cosine: i32[N, k]; and bool[N, k], whether there are as many.
+    """The k nearest other examples of each within its group, by cosine: i32[N, k]; and bool[N, k], whether they exist.
 
     Args:
         vectors_NxH: Vectors.
         group_N: i32[N].
-        present_N: bool[N]: which are examples; the others are neighbours of none.
+        present_N: bool[N]: which entries are examples; the others are not neighbours.
         k: At most N - 1.
     """
     norm_NxH = vectors_NxH / jnp.maximum(jnp.linalg.norm(vectors_NxH, axis=1, keepdims=True), 1e-12)
@@ -186,7 +186,7 @@ def soft_loss(
 ) -> jax.Array:
     """f32[]: weight times the loss with the own labels plus (1 - weight) times that with the partners', summed over pairs.
 
-    A pair in which one has no label adds 0.
+    A pair with a missing label adds 0.
 
     Args:
         task: A Task with a label for each text.

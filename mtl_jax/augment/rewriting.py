@@ -1,6 +1,6 @@
-"""Rows that models write: there and back through another language, in other words, or from a label alone.
+"""Rows that models write: by translation to another language and back, in other words, or from a label alone.
 
-Rows are made before training. Labels of words and answers cannot follow such a text, so these are for labels of whole texts.
+Rows are made before training. Labels of words and answers cannot follow such texts, so these are for labels of whole texts.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ EMPTY = "empty"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewriting(Augmentation, abc.ABC):
-    """Base of augmentations in which models write texts; a made row whose texts mean something else is left out.
+    """Base of augmentations in which models write texts; a made row with another meaning is left out.
 
     Attributes:
         share: As in all augmentations.
         added: As in all augmentations; at least 1.
         seed: As in all augmentations.
-        top_p: Tokens are drawn from the fewest whose probabilities sum to this, so that several rows of one differ; 0: the
+        top_p: Tokens are drawn from the fewest whose probabilities sum to this, so that several rows from one differ; 0: the
             likeliest text is taken.
-        max_new_tokens: The most tokens of a written text; 0: as the model has it.
-        similarity: The least cosine of a text and what is made of it, by `encoder`.
-        encoder: minilm, or a path as of mtl-jax audit --embeddings. Empty: nothing is left out for its meaning.
+        max_new_tokens: The most tokens of a written text; 0: the model's setting.
+        similarity: The least cosine of the vectors of a text and its new text, by `encoder`.
+        encoder: minilm, or a path as for mtl-jax audit --embeddings. Empty: meanings are not compared.
     """
 
     share: float = 1.0
@@ -57,13 +57,13 @@ class Rewriting(Augmentation, abc.ABC):
 
     @property
     def search(self) -> dict[str, Any]:
-        """How answers are searched for, as arguments of mtl_jax.translate."""
+        """The options of the search, as arguments of mtl_jax.translate."""
         drawn = {"do_sample": True, "top_p": self.top_p, "num_beams": 1} if self.top_p else {"do_sample": False}
         return {**drawn, **({"max_new_tokens": self.max_new_tokens} if self.max_new_tokens else {})}
 
     @abc.abstractmethod
     def writer(self, source: AugmentedRows) -> Write:
-        """From texts to new texts; models are opened now."""
+        """A function from texts to new texts; models are opened now."""
 
     def maker(self, source: AugmentedRows) -> MakeRows:
         write, keep = self.writer(source), similar.keep_similar(source, self.encoder, self.similarity)
@@ -100,7 +100,7 @@ class BackTranslation(Rewriting):
         share: As in all augmentations.
         added: As in all augmentations; at least 1.
         seed: As in all augmentations.
-        top_p: As in Rewriting; both ways are drawn.
+        top_p: As in Rewriting, in both directions.
         max_new_tokens: As in Rewriting.
         similarity: As in Rewriting.
         encoder: As in Rewriting.
@@ -108,7 +108,7 @@ class BackTranslation(Rewriting):
         back: The translator back.
         forward_command: In place of forward: a program and its arguments. No shell runs it.
         back_command: In place of back.
-        language: The language of the texts, for checkpoints of many languages; and it is compared with what a checkpoint says.
+        language: The language of the texts, for checkpoints of many languages; it must agree with what a checkpoint says.
         pivot: The other language.
 
     References:
@@ -162,14 +162,14 @@ class BackTranslation(Rewriting):
 
 
 def _of_some(write: Write, texts: Sequence[str], seed: int) -> list[str]:
-    """What is written of the different texts that are not empty."""
+    """The new text of each different text that is not empty."""
     some = list(dict.fromkeys(filter(None, texts)))
     return write(some, seed) if some else []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Paraphrase(Rewriting):
-    """Texts in other words, by an encoder-decoder that paraphrases.
+    """Texts are written in other words by an encoder-decoder that paraphrases.
 
     Attributes:
         share: As in all augmentations.
@@ -205,11 +205,11 @@ class Paraphrase(Rewriting):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Rewriting):
-    """A model writes a text from a label, and a classifier says whether it fits (as in Anaby-Tavor et al., 2020).
+    """A model writes a text from a label, and a classifier decides whether it fits (as in Anaby-Tavor et al., 2020).
 
-    The model gets `prompt`, filled from the columns of a training row; what it writes stands in place of the row's text. It is
-    kept where the classifier gives the row's label at least the probability `confidence`. A run that was trained from labels to
-    texts is such a model; the classifier is a run that was trained on the same few rows.
+    The model gets `prompt`, filled from the columns of a training row; the text that it writes replaces the row's text. It is
+    kept if the classifier gives the row's label at least the probability `confidence`. The model can be a run that was trained
+    to write texts from labels, and the classifier a run that was trained on the same few rows.
 
     Attributes:
         share: As in all augmentations.
@@ -218,12 +218,12 @@ class Generate(Rewriting):
         top_p: As in Rewriting.
         max_new_tokens: As in Rewriting.
         similarity: The least cosine of the row's text and the new one; by default any.
-        encoder: As in Rewriting, where similarity is asked for.
+        encoder: As in Rewriting; needed for a similarity.
         model: A checkpoint, or the workdir of a run.
         model_command: In place of model: a program and its arguments, as for BackTranslation.
-        prompt: What the model gets, with names of columns in braces, such as "{label}".
+        prompt: The input of the model, with names of columns in braces, such as "{label}".
         task: The classification task of this experiment whose label must be right; empty: the only one of the source.
-        classifier: The workdir of a run with a classification task; WORKDIR:TASK where it has several.
+        classifier: The workdir of a run with a classification task, or WORKDIR:TASK if it has several.
         confidence: The least probability of the label.
 
     References:
@@ -249,7 +249,7 @@ class Generate(Rewriting):
         writers.check(where, "model", self.model, self.model_command)
         if not self.classifier:
             raise UserError(
-                f"{where}: classifier is empty; name a run with a classification task, which keeps only what it is sure of"
+                f"{where}: classifier is empty; name a run with a classification task, which chooses the texts to keep"
             )
         if not writers.is_run(self._classifier[0]):
             raise UserError(f"{where}: classifier {shown(self.classifier)} is not the workdir of a run")
@@ -262,7 +262,7 @@ class Generate(Rewriting):
 
     @property
     def _classifier(self) -> tuple[str, str]:
-        """Workdir and task of the classifier."""
+        """The workdir and the task of the classifier."""
         if writers.is_run(self.classifier) or ":" not in self.classifier:
             return self.classifier, ""
         workdir, _, task = self.classifier.rpartition(":")
@@ -309,7 +309,7 @@ class Generate(Rewriting):
     def _agrees(
         self, source: AugmentedRows, task: Classification, where: str
     ) -> Callable[[Sequence[Row | str]], list[Row | str]]:
-        """The function that keeps the rows to whose label the classifier gives enough probability."""
+        """The function that keeps rows if the classifier gives their label enough probability."""
         import mtl_jax  # opened by the public door: models stand above this package
 
         workdir, name = self._classifier

@@ -1,4 +1,4 @@
-"""Whether a made row means what its row means: the cosine of the vectors of their texts."""
+"""Whether a made row has the meaning of its original, by the cosine of the vectors of their texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check(where: str, similarity: float) -> None:
 
 
 def keep_similar(source: AugmentedRows, encoder: str, similarity: float) -> KeepSimilar:
-    """The function that keeps made rows each of whose changed texts has a cosine of at least `similarity` with the old one.
+    """The function that keeps a made row if all its changed texts have a cosine of at least `similarity` with the old.
 
     Args:
         source: Their source.

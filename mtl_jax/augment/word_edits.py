@@ -1,4 +1,4 @@
-"""Edits of words without a model: EDA's four, punctuation between words, characters, and a stretch that is cut out."""
+"""Edits of words without a model: EDA's four edits, punctuation between words, typing errors, and cutting out a stretch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordEdit(Augmentation, abc.ABC):
-    """Base of edits of the words of a text; labels of words and answers stay at what they label.
+    """Base of edits of the words of a text; labels of words and answers move with the words.
 
     A subclass defines edit_words(). Words of entities and answers are protected: Words.fixed.
 
@@ -52,9 +52,9 @@ class WordEdit(Augmentation, abc.ABC):
 class Eda(WordEdit):
     """Words are swapped, deleted, inserted and replaced, as in EDA (Wei and Zou, 2019), without a list of synonyms.
 
-    Words that are inserted or put in place of others are drawn from the training rows of the source, those that say little
-    before those that say much (TF-IDF, as in UDA, Xie et al., 2020); words that say little are replaced first, too. For taggers
-    of entities, no word of an entity is drawn. Words that fit their place are MaskedNeighbours.
+    Words that are inserted or that replace others are drawn from the training rows of the source. Words that carry little
+    information are drawn and replaced more often (TF-IDF, as in UDA, Xie et al., 2020). For taggers of entities, no word of an
+    entity is drawn. MaskedNeighbours draws words that fit their place.
 
     Attributes:
         share: As in all augmentations.
@@ -122,7 +122,7 @@ class Eda(WordEdit):
 
 
 def _some(places: np.ndarray, share: float, rng: np.random.Generator, weights: Sequence[float] | None = None) -> np.ndarray:
-    """Some of the places: their share, rounded up or down at random so that the mean is the share."""
+    """Some of the places; their number is rounded up or down at random, so that its mean is the share."""
     expected = share * len(places)
     number = min(len(places), int(expected) + int(rng.random() < expected - int(expected)))
     if not number:
@@ -139,7 +139,7 @@ def _no_word(rng: np.random.Generator) -> str:
 
 
 def _word_source(source: AugmentedRows) -> tuple[Callable[[np.random.Generator], str], Callable[[str], float]]:
-    """A function that draws a word of the source, and one from a word to how little it says, a number above 0.
+    """A function that draws a word of the source, and one from a word to how little information it has, above 0.
 
     Words are drawn by the root of their frequency times the largest IDF minus their own.
     """
@@ -221,15 +221,15 @@ class Aeda(WordEdit):
 class CharacterNoise(WordEdit):
     """Characters of some words are swapped, deleted, doubled or replaced, as typing errors do (Belinkov and Bisk, 2018).
 
-    Words stay as many, so labels of words and target texts stay, too. Words of answers stay as they are; of entities they
-    change like others, as a name with a typing error is a name.
+    The number of words stays the same, so labels of words and target texts stay, too. Words of answers do not change. Words of
+    entities change like others, because a name with a typing error is still a name.
 
     Attributes:
         share: As in all augmentations.
         added: As in all augmentations.
         seed: As in all augmentations.
         words: The share of a text's words with an error.
-        shortest: Words of fewer characters stay.
+        shortest: Words of fewer characters do not change.
 
     References:
         https://arxiv.org/abs/1711.02173
@@ -267,7 +267,7 @@ class CharacterNoise(WordEdit):
 
 
 def _mistyped(word: str, rng: np.random.Generator) -> str:
-    """The word with one error behind its first character."""
+    """The word with one error after its first character."""
     place, kind = int(rng.integers(1, len(word))), int(rng.integers(4))
     if kind == 0 and place + 1 < len(word):
         return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
@@ -282,7 +282,7 @@ def _mistyped(word: str, rng: np.random.Generator) -> str:
 class Cutoff(WordEdit):
     """A stretch of words is cut out, as in span cutoff (Shen et al., 2020), here of the text itself.
 
-    Entities and answers are not cut: the stretch is the longest that fits between them where it would touch one.
+    Entities and answers are not cut: a stretch that would touch one becomes the longest that fits between them.
 
     Attributes:
         share: As in all augmentations.

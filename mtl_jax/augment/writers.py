@@ -1,4 +1,4 @@
-"""What writes texts from texts: an encoder-decoder, a run of ours, or a command of the user's."""
+"""Functions that write texts from texts: an encoder-decoder, a run, or a command of the user's."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Write = Callable[[Sequence[str], int], list[str]]
 
 
 def check(where: str, field: str, model: str, command: Sequence[str]) -> None:
-    """Raises UserError unless either a model or a command is given, and the command's program is there.
+    """Raises UserError unless either a model or a command is given, and the command's program exists.
 
     Args:
-        where: What the line begins with.
+        where: The beginning of the line.
         field: The name of the field with the model; that of the command is FIELD_command.
         model: The model.
         command: The command.
@@ -48,7 +48,7 @@ def is_run(path: str) -> bool:
 
 
 def languages(model: str) -> tuple[str, str]:
-    """The languages that a checkpoint reads and writes, where its tokenizer_config.json names them; else "".
+    """The languages that a checkpoint reads and writes, if its tokenizer_config.json names them; else "".
 
     Names are cut to two letters of ISO 639: a checkpoint may have en, eng or en_XX.
     """
@@ -67,7 +67,7 @@ def by_model(model: str, options: dict[str, Any]) -> Write:
 
     Args:
         model: A checkpoint, or the workdir of a run.
-        options: Arguments of mtl_jax.translate: task, languages, prefix, and how answers are searched for.
+        options: Arguments of mtl_jax.translate: task, languages, prefix, and options of the search.
 
     Raises:
         UserError: It cannot be opened.
@@ -77,7 +77,7 @@ def by_model(model: str, options: dict[str, Any]) -> Write:
     opened: Any = mtl_jax.load_model(model) if is_run(model) else pretrained.load(model)
 
     def write(texts: Sequence[str], seed: int) -> list[str]:
-        # In sorted order, so that what is drawn for a text does not depend on the order of rows.
+        # In sorted order, so that the draws for a text do not depend on the order of rows.
         different = sorted(set(texts))
         log.info("%s writes %s ...", shown(model), count(len(different), "text"))
         answers = mtl_jax.translate(opened, different, seed=seed, **options)
@@ -92,7 +92,7 @@ def by_command(command: Sequence[str], where: str) -> Write:
 
     Args:
         command: The program and its arguments.
-        where: What an error begins with.
+        where: The beginning of an error line.
     """
 
     def write(texts: Sequence[str], seed: int) -> list[str]:

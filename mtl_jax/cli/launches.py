@@ -61,7 +61,7 @@ def launch_command(
         folder: The directory on the machines in which the script starts. Default: this one, which ssh and slurm do not
             copy; for gcloud, where it is copied to.
         python: The Python of the machines.
-        prepare: A line of shell that each machine runs first, such as ". ~/venv/bin/activate" or "pip install mtl_jax".
+        prepare: A line of shell that each machine runs first, such as ". ~/venv/bin/activate" or "pip install -e .".
         restarts: How often it is started again at most.
         output: The file to write. Default: launch/NAME with an ending.
         ablate: Train an ablation of the script, whose runs the hosts share: the options of mtl-jax ablate as one text, such as

@@ -40,7 +40,7 @@ class Exposure(NamedTuple):
     """What a task's loss tells of a source's canaries.
 
     Attributes:
-        exposures: Of each canary, in bits: from 0, a row like any other, to log2 of the candidates and one.
+        exposures: Of each canary, in bits: from 0, the least likely of all candidates, to log2 of the candidates and one.
         candidates: Rows that each is compared with.
         repeats: How often each was planted.
     """

@@ -1,4 +1,4 @@
-"""What a launcher is given and gives: a job, the file that starts it, and templates whose values are quoted for a shell."""
+"""The input and output of a launcher: a job, the file that starts it, and templates with values quoted for a shell."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
 class Job(NamedTuple):
-    """What is started on every host.
+    """A job, which is started on every host.
 
     Attributes:
         name: Its name in the system: lower-case letters, digits and "-", a letter first, at most 40 characters.
         script: The experiment's script, relative to `folder`.
         flags: The script's flags, without --distributed.
-        folder: The directory on the hosts in which the script is started; empty: the launcher's own choice.
+        folder: The directory on the hosts in which the script is started; empty: the launcher chooses it.
         python: The Python that runs it.
         prepare: A line of shell that every host runs first, such as ". ~/venv/bin/activate"; empty: none.
-        restarts: How often the hosts are started again at most.
+        restarts: The most restarts of the hosts.
         output: The file to write; empty: launch/NAME with the launcher's ending.
         ablate: The words of mtl-jax ablate, such as "--vary seed=0,1"; empty: the script itself is run.
     """
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The line of shell that runs the script with its flags, or ablates it, each word quoted. It may get more flags."""
+        """The line of shell that runs or ablates the script with its flags, each word quoted. More flags may be appended."""
         if self.ablate:
             words_of_ablate = shlex.split(self.ablate)
             return shlex.join([self.python, "-m", "mtl_jax", "ablate", self.script, *words_of_ablate, "--", *self.flags])
@@ -62,7 +62,7 @@ class Job(NamedTuple):
         """The file to write.
 
         Args:
-            ending: Of its name, such as ".sh".
+            ending: The ending of its name, such as ".sh".
         """
         return self.output or f"{FOLDER}/{self.name}{ending}"
 
@@ -75,7 +75,7 @@ class LaunchFile(NamedTuple):
         text: Its contents.
         command: The words of the command that starts the job with it.
         tool: The program that must be on PATH.
-        install: How to get the tool, for the error where it is not there.
+        install: How to get the tool, for the error if it is missing.
     """
 
     path: str
@@ -89,7 +89,7 @@ def check(job: Job) -> None:
     """Checks the parts of a job.
 
     Raises:
-        UserError: The name cannot be one, a text has a line break or another control character, or restarts is below 0.
+        UserError: The name is not valid, a text has a line break or another control character, or restarts is below 0.
     """
     if not _NAME.fullmatch(job.name):
         raise UserError(
@@ -109,7 +109,7 @@ def check(job: Job) -> None:
 
 
 def name_for(script: str) -> str:
-    """A job's name that is made of the name of its script: "My_Run.py" is my-run."""
+    """A job's name that is made from the name of its script: "My_Run.py" gives my-run."""
     words = re.sub(r"[^a-z0-9]+", "-", Path(script).stem.lower()).strip("-")
     return (words if words[:1].isalpha() else f"run-{words}")[:40].strip("-")
 
@@ -128,7 +128,7 @@ def fill(text: str, values: Mapping[str, str | None]) -> str:
 
     Args:
         text: The template.
-        values: {NAME: text}, already quoted for the place where it stands; see shlex.quote, yaml_text and plain.
+        values: {NAME: text}, already quoted for its place; see shlex.quote, yaml_text and plain.
 
     Raises:
         KeyError: The template has a placeholder without a value.
@@ -150,11 +150,11 @@ def plain(option: str, text: str) -> str:
     """A text for a place where nothing can be quoted, such as a line of #SBATCH.
 
     Args:
-        option: What it is, for the error.
+        option: The name of the option, for the error.
         text: The text.
 
     Raises:
-        UserError: It has other characters than letters, digits and some signs.
+        UserError: It has characters other than letters, digits and some signs.
     """
     if not _PLAIN.fullmatch(text):
         raise UserError(f"{option} is {shown(text)!r}; it can have letters, digits and . : / @ % + = , - only")
@@ -162,7 +162,7 @@ def plain(option: str, text: str) -> str:
 
 
 def yaml_text(text: str) -> str:
-    """A text as YAML and JSON write it, in double quotes."""
+    """A text in double quotes, as in YAML and JSON."""
     return json.dumps(text)
 
 

@@ -1,4 +1,4 @@
-"""The launchers: for each system a function that fills a template for a job. A user's own stand beside ours."""
+"""The launchers: for each system a function that fills a template for a job. Users can register their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SSH_FORM = "ssh:HOST,HOST"
 
 
 def ssh(job: Job, hosts: Any = "", *, port: int = 8476) -> LaunchFile:
-    """Hosts that are reached by ssh, with the same directory on each. The first one is host 0."""
+    """Hosts that ssh reaches, with the same directory on each. The first one is host 0."""
     names = [str(host).strip() for host in (hosts if isinstance(hosts, tuple) else str(hosts).split(","))]
     names = [plain("a host of --on ssh", name) for name in names if name]
     if not names:
@@ -50,7 +50,7 @@ def slurm(
     constraint: Any = None,
     notice: int = 120,
 ) -> LaunchFile:
-    """A Slurm job of one process a node; `notice` is how many seconds before the time limit it is asked to save."""
+    """A Slurm job with one process a node, which is told to save its state `notice` seconds before the time limit."""
     path = job.path(".sbatch")
     directives = {
         "gpus": gpus,
@@ -84,7 +84,7 @@ def gcloud(
     spot: bool = False,
     pause: int = 60,
 ) -> LaunchFile:
-    """A TPU VM of Google Cloud, made if it is not there; `pause` is how many seconds pass before it is started again."""
+    """A TPU VM of Google Cloud, made if it does not exist; `pause` is the number of seconds before a restart."""
     folder = plain("--folder", job.folder or f"mtl_jax-{job.name}")
     pid_file = f"/tmp/mtl_jax-{job.name}.pid"
     start = (
@@ -166,7 +166,8 @@ LAUNCHERS: Registry[Launcher] = Registry(
 def register_launcher(name: str) -> Callable[[Launcher], Launcher]:
     """A decorator that registers a launcher: a function (job, **options) -> LaunchFile, chosen by --on NAME:OPTION=VALUE.
 
-    Options without a default must be given. Code 75 of the script means "start me again", at most job.restarts times.
+    Options without a default must be given. If the script exits with code 75, "start me again", the file starts it again, at
+    most job.restarts times.
 
     Raises:
         UserError: The name is taken.
@@ -228,7 +229,7 @@ def _of_job(job: Job) -> dict[str, str | None]:
 
 
 def _folder(job: Job) -> str:
-    """Where the script starts on machines that share this directory, or have it under the same path."""
+    """The directory of the script on machines that share this directory, or have it under the same path."""
     return shlex.quote(job.folder or str(Path.cwd()))
 
 

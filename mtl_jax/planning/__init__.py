@@ -1,3 +1,3 @@
-"""What a step needs on devices that are not here, as their own compilers say."""
+"""The needs of a step on devices that are not here, as estimated by their own compilers."""
 
 from mtl_jax.planning.run_plan import plan as plan

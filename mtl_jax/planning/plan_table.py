@@ -1,4 +1,4 @@
-"""A plan as text: a table of quantities, the dearest places of every step, and what would make a model fit."""
+"""A plan as text: a table of quantities, the most expensive places of every step, and advice if a model does not fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PLACES = 10
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """The plans of a run side by side, and below them what stands out.
+    """The plans of a run side by side, and remarks below them.
 
     Args:
-        plans: One for each topology.
+        plans: A plan for each topology.
     """
     columns = [_column(plan.topology, phase) for plan in plans for phase in plan.phases]
     heads = [f"{plan.topology.name}\n{phase.phase}" for plan in plans for phase in plan.phases]
@@ -53,7 +53,7 @@ def _column(item: Topology, phase: PhaseCost) -> dict[str, str]:
 
 
 def share(item: Topology, phase: PhaseCost) -> float | None:
-    """The part of the chip's operations in bfloat16 that a step uses while it computes; None where there are no cycles."""
+    """The share of the chip's bfloat16 arithmetic that a step uses while it computes; None without cycles."""
     if not phase.seconds or phase.flops is None:
         return None
     return phase.flops / (phase.seconds * item.chip.flops)
@@ -99,9 +99,9 @@ def _remarks(plan: Plan) -> list[str]:
 
 
 def advice(plan: Plan, phase: PhaseCost) -> str:
-    """What would make a phase fit, where its memory is not enough.
+    """Advice on how to make a phase fit into the memory.
 
-    Activations are taken to grow with the rows that are processed at once.
+    It is assumed that activations grow with the rows that are processed at once.
     """
     room = plan.topology.chip.memory - phase.parameters - phase.optimizer
     shards = len(plan.topology.devices)

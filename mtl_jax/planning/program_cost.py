@@ -1,7 +1,7 @@
-"""The cost of a compiled program, read from its text: cycles by place, and what its devices send each other.
+"""The cost of a compiled program, read from its text: cycles by place, and communication between its devices.
 
 The compiler for TPUs writes its estimate of the cycles of every instruction beside it. An instruction of a loop counts as often
-as the loop runs, where the compiler knows how often.
+as the loop runs, if the compiler knows how often.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
     Attributes:
         times: How often it happens.
-        bytes: The bytes of the whole arrays, together: of what a device gets, and of a reduce-scatter of what it gives.
+        bytes: The bytes of the whole arrays together: those that a device gets, or in a reduce-scatter those that it gives.
     """
 
     times: int
@@ -62,11 +62,11 @@ class Collective(NamedTuple):
 
 
 class FusedKernel(NamedTuple):
-    """A kernel of our own, written for one chip, whose cycles its compiler does not estimate; and others in the same place.
+    """The kernels of our own in one place, whose cycles the compiler does not estimate.
 
     Attributes:
-        operations: Of the unit that multiplies matrices, those on padding included.
-        bytes: Read and written.
+        operations: Operations of the unit that multiplies matrices, those on padding included.
+        bytes: Bytes that are read and written.
     """
 
     operations: int
@@ -77,8 +77,8 @@ class ProgramCost(NamedTuple):
     """The cost of a program on one device.
 
     Attributes:
-        cycles: The compiler's estimate; None where it gives none.
-        places: {place: cycles}, dearest first; a place is a path of the model, forward or backward.
+        cycles: The compiler's estimate; None if it gives none.
+        places: {place: cycles}, the most expensive first; a place is a path of the model, forward or backward.
         collectives: {kind: Collective}.
         kernels: Instructions that run on the device, communication included.
         unknown_loops: Loops whose number of rounds depends on the data; their bodies count once.
@@ -93,7 +93,7 @@ class ProgramCost(NamedTuple):
     fused: Mapping[str, FusedKernel] = MappingProxyType({})
 
     def fused_cycles(self, operations_per_cycle: float, bytes_per_cycle: float) -> float:
-        """About what the fused kernels take: each its operations or its bytes, whichever takes longer."""
+        """An estimate of the cycles of the fused kernels: by operations or bytes of each, whichever takes longer."""
         return sum(max(one.operations / operations_per_cycle, one.bytes / bytes_per_cycle) for one in self.fused.values())
 
 
@@ -148,7 +148,7 @@ def read(text: str) -> ProgramCost:
 
 
 def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """{name: its instructions}, and the name of the program's own computation."""
+    """{name: its instructions} for all computations, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -162,7 +162,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _instruction(text: str) -> _Instruction:
-    """An instruction from what stands behind its name: a shape, the opcode, and operands with attributes."""
+    """An instruction from the text after its name: a shape, the opcode, and operands with attributes."""
     end = _closing(text) if text.startswith("(") else text.find(" ")
     shape, rest = text[:end], text[end:].lstrip()
     opcode, _, attributes = rest.partition("(")
@@ -170,7 +170,7 @@ def _instruction(text: str) -> _Instruction:
 
 
 def _closing(text: str) -> int:
-    """The place behind the parenthesis that closes the first one."""
+    """The place after the parenthesis that closes the first one."""
     depth = 0
     for place_, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -182,7 +182,7 @@ def _closing(text: str) -> int:
 def _executed(
     computations: Mapping[str, list[_Instruction]], name: str, times: int
 ) -> Iterator[tuple[_Instruction, int, bool]]:
-    """Every instruction that runs, how often, and whether it is a loop of unknown length. Of branches all run."""
+    """Every instruction that runs, how often, and whether it is a loop of unknown length. All branches count as run."""
     for instruction in computations.get(name, ()):
         rounds, unknown = 1, False
         if instruction.opcode == "while":
@@ -206,7 +206,7 @@ def _op_name(instruction: _Instruction) -> str:
 
 
 def place(op_name: str) -> str:
-    """The place in the model of an operation's name, with the layers of a kind as one.
+    """The place in the model of an operation, by its name; all layers of a kind are one place.
 
     >>> place("jit(train_step)/transpose(jvp(Encoder))/layer_3/attention/dot_general")
     'backward Encoder/layer_*/attention'
@@ -250,7 +250,7 @@ def _sent(instruction: _Instruction, computations: Mapping[str, list[_Instructio
             inside = computations.get(name, ())
             if "all-reduce-scatter" in name:  # on TPUs an all-reduce and the slices of it that a device keeps
                 yield from (("reduce-scatter", _bytes(part)) for part in inside if part.opcode == "all-reduce")
-            elif any(_BEGINS in part.rest for part in inside):  # the fusions that go on with it name it, too
+            elif any(_BEGINS in part.rest for part in inside):  # the fusions that continue it name it, too
                 yield from ((part.opcode, _bytes(part)) for part in inside if part.opcode in COLLECTIVES)
 
 
@@ -263,7 +263,7 @@ def _group_size(instruction: _Instruction) -> int:
 
 
 def _without_remat(components: list[str]) -> list[str]:
-    """The path of a place; that of a rematerialised layer begins anew, and names the layer's call and the layer again."""
+    """The path of a place without the repetition in a rematerialised layer, whose path names its call and itself again."""
     calls = [number for number, name in enumerate(components) if name.endswith(".call")]
     if not calls or calls[-1] == len(components) - 1:
         return components
@@ -273,7 +273,7 @@ def _without_remat(components: list[str]) -> list[str]:
 
 
 def _bytes(instruction: _Instruction) -> int:
-    """The bytes of a result; of an operation that only starts, of the largest part of its tuple."""
+    """The bytes of a result; for an operation that only starts, those of the largest part of its tuple."""
     sizes = []
     for bits, sides in _SHAPE.findall(instruction.shape):
         numbers = math.prod(int(side) for side in sides.split(",") if side)

@@ -1,4 +1,4 @@
-"""The plan of a run: the step of every phase, compiled for devices that are not here, and what their compiler says of it."""
+"""The plan of a run: the step of every phase, compiled for devices that are not here, and their compiler's estimates."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class PhaseCost(NamedTuple):
     Attributes:
         phase: Its name.
         steps: Its number of steps.
-        parameters: Bytes of parameters; where they are cut, of this device's part.
+        parameters: Bytes of parameters; if they are cut, of this device's part.
         optimizer: Bytes of the optimizer's state, and of averages and the rule's state.
-        temporaries: Bytes of activations and other temporaries; None where the program does not fit.
+        temporaries: Bytes of activations and other temporaries; None if the program does not fit.
         memory: Bytes of everything together.
         fits: Whether the memory of a device is enough.
-        flops: Operations; None where the program does not fit.
-        seconds: Time of a step without communication; None where the compiler gives no cycles.
-        communication: Seconds that the communication takes at least, some of it at the same time.
-        cost: Cycles, places and collectives; None where the program does not fit.
-        fused_cycles: About what fused kernels take, which the compiler does not estimate; part of the seconds.
-        compile_seconds: Time to compile it here.
+        flops: Operations; None if the program does not fit.
+        seconds: Time of a step without communication; None if the compiler gives no cycles.
+        communication: The least seconds of the communication, part of which happens at the same time.
+        cost: Cycles, places and collectives; None if the program does not fit.
+        fused_cycles: An estimate for fused kernels, for which the compiler has none; part of the seconds.
+        compile_seconds: Time of the compilation on this machine.
     """
 
     phase: str
@@ -81,8 +81,8 @@ class Plan(NamedTuple):
         tokens: Tokens of a batch, padding included.
         dtype: The dtype of the computation.
         phases: The phases, in order.
-        sharding: replicated or fsdp; of auto what it chose.
-        note: A line that says why; "": none.
+        sharding: replicated or fsdp; for auto its choice.
+        note: A line with the reason of the choice; "": none.
         remat: As Experiment.remat.
     """
 
@@ -96,13 +96,13 @@ class Plan(NamedTuple):
     remat: str = "none"
 
     def hours(self) -> float | None:
-        """The time of all steps, without evaluation and the time that devices wait; None: the compiler gives no cycles."""
+        """The time of all steps, without evaluation and waiting; None if the compiler gives no cycles."""
         if any(phase.seconds is None for phase in self.phases):
             return None
         return sum(phase.steps * (phase.seconds or 0.0) for phase in self.phases) / 3600
 
     def as_json(self) -> dict[str, Any]:
-        """The same for a file, per device and step."""
+        """The plan as JSON values, per device and step."""
         phases = []
         for phase in self.phases:
             values = phase._asdict()
@@ -129,23 +129,22 @@ class Plan(NamedTuple):
 
 
 def plan(experiment: Experiment, topologies: Sequence[str], rows: int = 0, sharding: str = "") -> list[Plan]:
-    """What a run needs on devices that are not here: memory, operations, time and communication of a step of every phase.
+    """The needs of a run on devices that are not here: memory, operations, time and communication of a step of every phase.
 
-    The compilers of those devices compile the run's own steps; nothing is trained, and of a trunk from scratch no parameter is
-    made. The numbers are the compiler's estimates.
-    All devices are planned as those of one process.
+    The compilers of those devices compile the run's own steps; nothing is trained, and no parameter of a trunk from scratch is
+    made. The numbers are the compilers' estimates, for one process with all devices.
 
     Args:
         experiment: The experiment.
         topologies: Names such as v5e:16x16.
-        rows: Rows of a batch over all devices; 0: as the experiment has it.
-        sharding: replicated, fsdp or auto; "": as the experiment has it.
+        rows: Rows of a batch over all devices; 0: those of the experiment.
+        sharding: replicated, fsdp or auto; "": that of the experiment.
 
     Returns:
         A plan for each topology.
 
     Raises:
-        UserError: A topology is unknown, its compiler is not installed, or the rows do not divide by its devices; and as
+        UserError: A topology is unknown, its compiler is not installed, or the rows are not a multiple of its devices; and as
             train() before its first step.
 
     >>> mtl_jax.plan(EXPERIMENT, ["v5e:2x2"], rows=64)[0].phases[0].fits  # doctest: +SKIP
@@ -184,7 +183,7 @@ def _on(item: Topology, prepared: Prepared, inputs: Any) -> Plan:
 
 
 def _batch(prepared: Prepared) -> Any:
-    """The first batch of a run, whose shapes are those of all."""
+    """The first batch of a run; all batches have its shapes."""
     experiment = prepared.experiment
     batches = stream(prepared.corpus, experiment.batch, data_seed_of(experiment), setup.mixture_phases(experiment))
     with contextlib.closing(batches):
@@ -212,7 +211,7 @@ def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> P
     memory, clock = meshes.bytes_of(compiled), item.chip.clock
     fused = 0.0 if clock is None else cost.fused_cycles(PRODUCT * item.chip.flops / clock, item.chip.memory_bandwidth / clock)
     others = 1 - 1 / len(item.devices)
-    # A device sends all of an array but its own part; to sum and to have the whole sum, as much again.
+    # A device sends all of an array but its own part; for a whole sum on every device it sends as much again.
     sent = sum(value.bytes * (2 if kind == "all-reduce" else 1) for kind, value in cost.collectives.items()) * others
     return PhaseCost(
         **common,
@@ -242,7 +241,7 @@ def _arguments(prepared: Prepared, plan: PhasePlan, batch: Any) -> tuple[TrainSt
 
 
 def _flops(compiled: Any, prepared: Prepared, plan: PhasePlan, batch: Any) -> float:
-    """Operations by the compiler's own count; where it has none, as for GPUs, those of the program before compilation."""
+    """Operations by the compiler's own count; without one, as for GPUs, those of the program before compilation."""
     counted = compiled.cost_analysis() or jitted_step(prepared, plan).lower(*_arguments(prepared, plan, batch)).cost_analysis()
     return float(counted["flops"])
 

@@ -1,6 +1,6 @@
-"""Topologies: which devices a run is planned for, and what is published about their chips.
+"""Topologies: the devices that a run is planned for, and the published properties of their chips.
 
-A topology is a name such as v5e:16x16, a kind of chip and how many of them. Its devices exist for compilers only.
+A topology is a name such as v5e:16x16, a kind of chip and a number of chips. Its devices exist only for compilers.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Chip(NamedTuple):
         bandwidth: Bytes a second to the chips around it, all links together.
         example: The name of a small topology.
         flops: Operations a second in bfloat16, at most.
-        flops_per_cycle: The same in one cycle; None where the compiler estimates no cycles.
-        memory_bandwidth: Bytes a second to its own memory; of TPUs.
-        target: For the compiler: of a GPU its properties, in the form that it reads; of a TPU the name of the configuration in
-            which the cores of a chip are one device, where that is not the default.
+        flops_per_cycle: Operations in one cycle; None if the compiler estimates no cycles.
+        memory_bandwidth: Bytes a second to its own memory, for TPUs.
+        target: For the compiler: the properties of a GPU in the form that it reads; for a TPU the name of the configuration in
+            which the cores of a chip are one device, if that is not the default.
     """
 
     platform: str
@@ -62,7 +62,7 @@ class Chip(NamedTuple):
 
 
 def _card(name: str, **properties: float | str) -> str:
-    """The properties of a card: what all of them have, and its own."""
+    """The properties of a card: those of all cards, and its own."""
     common = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -133,8 +133,8 @@ def topology(name: str) -> Topology:
     """The topology of a name.
 
     Args:
-        name: A kind of TPU and the sides of a block of chips, as v5e:2x2, v5e:16x16 or v5p:2x2x1; or a kind of GPU and a
-            number, as h100:8.
+        name: A kind of TPU and the sides of a block of chips, such as v5e:2x2, v5e:16x16 or v5p:2x2x1; or a kind of GPU and a
+            number, such as h100:8.
 
     Raises:
         UserError: The kind or the block does not exist, or the package with its compiler is not installed.
@@ -205,7 +205,7 @@ def _described(name: str, platform: str, **options: str) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Within this context, what compiled libraries print to standard error is dropped."""
+    """Within this context, output of compiled libraries to standard error is dropped."""
     kept = os.dup(2)
     with tempfile.TemporaryFile() as nowhere:
         os.dup2(nowhere.fileno(), 2)

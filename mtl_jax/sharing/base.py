@@ -15,7 +15,7 @@ from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.core.parts import Part
 from mtl_jax.transfer.adapters.base import RUN, WHOLE, Adapter, Call, Inserted, Layer, Params
 
-GATES = PER_TASK, PER_TOKEN = ("task", "token")  # what a gate reads: the task alone, or each token, too
+GATES = PER_TASK, PER_TOKEN = ("task", "token")  # what a gate reads: only the task, or also each token
 NAME = "sharing"  # its parameters are trunk/adapters/sharing/LAYER/..., and those of single tasks .../LAYER/own/...
 
 
@@ -52,16 +52,16 @@ class Sharing(Part, Inserted):
                 return {}  # parameters that all tasks share
 
             def init_own(self, key, layer):
-                return {"shift": jnp.zeros(layer.outputs)}  # those that each task has alone
+                return {"shift": jnp.zeros(layer.outputs)}  # parameters that each task has for itself
 
             def around(self, params, call):
                 y = call()
-                return y + params["shift"].astype(y.dtype)  # of the task of each row, [B, 1, O]
+                return y + params["shift"].astype(y.dtype)  # [B, 1, O], those of the task of each row
 
-    The rows of a source pass the trunk once. If several tasks are on one source, its rows have a copy for each of them from the
-    first layer on that has parameters of single tasks. These parameters are weighted like the trunk's, but no rule compares
-    them. Where the Gram matrix is over the whole trunk, a weight below 0 leaves them unchanged. A sharing with gates calls
-    call.show() in around(), for the report.
+    The rows of a source pass the trunk once. If several tasks share a source, its rows have a copy for each of them from the
+    first layer with parameters of single tasks on. These parameters are weighted like the trunk's, but no rule compares them.
+    If the Gram matrix is over the whole trunk, a weight below 0 leaves them unchanged. A sharing with gates calls call.show()
+    in around(), for the report.
     """
 
     door: ClassVar[str] = "sharing"
@@ -76,19 +76,19 @@ class Sharing(Part, Inserted):
         return ()
 
     def loaded(self, params: Mapping[str, Any], trunk: Mapping[str, Any], runs: Sequence[TrainedTrunk]) -> Mapping[str, Any]:
-        """The sharing's parameters before the first step; called once, when a run begins, not when it resumes.
+        """The sharing's parameters before the first step; called once when a run begins, and not when it resumes.
 
         Args:
             params: Its parameters as init(), init_own() and init_for() made them: {"layer_0": ...}, nested by the paths of the
-                places, those of tasks stacked as in a checkpoint.
+                layers; those of tasks are stacked as in a checkpoint.
             trunk: The trunk's parameters, such as pretrained ones.
-            runs: Those that earlier_runs() names, in its order.
+            runs: The runs that earlier_runs() names, in its order.
 
         Returns:
             A tree like params.
 
         Raises:
-            UserError: A run does not have what is taken.
+            UserError: A run lacks parameters that the sharing takes from it.
         """
         return params
 
@@ -109,7 +109,7 @@ class Sharing(Part, Inserted):
             raise UserError(f"sharing: {field} of {type(self).__name__} is {getattr(self, field)}; it must be at least {least}")
 
     def one_of(self, field: str, values: Any) -> None:
-        """Raises UserError if a text is none of the values."""
+        """Raises UserError if a text is not one of the values."""
         if getattr(self, field) not in values:
             raise unknown(f"sharing: {field} of {type(self).__name__}:", getattr(self, field), values)
 
@@ -149,7 +149,7 @@ def layers_from_the_top(layers: Mapping[str, Layer], number: int, title: str) ->
     Args:
         layers: All layers by path.
         number: How many; 0: all.
-        title: What asks for them, for the error.
+        title: The beginning of an error line.
 
     Raises:
         UserError: The trunk has fewer.

@@ -23,12 +23,12 @@ from mtl_jax.transfer.adapters.routes import Routes
 from mtl_jax.transfer.regularisers import FIELD, Regulariser
 
 COLUMNS = "columns"
-ENDS = "ends"  # the place of what is there once for all layers
+ENDS = "ends"  # the path of parameters that all layers have once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopLayers(Sharing):
-    """The topmost layers are each task's own and begin as the trunk's, whose own copies of them are then not used.
+    """Each task has its own topmost layers, which start as copies of the trunk's; the trunk's own are then not used.
 
         Experiment(..., sharing=TopLayers(own=2))
 
@@ -64,15 +64,15 @@ class TopLayers(Sharing):
 class CrossStitch(Sharing):
     """A column of layers for each task, and after every layer a learned mixture of columns (Misra et al. 2016).
 
-    Every column begins as the trunk's layers. A column gets `stay` of itself and (1 - stay) / (K - 1) of each other at first,
-    so that the outputs are the trunk's up to rounding. Every row passes the columns of all tasks: K times the operations, from
-    the first of these layers on.
+    Every column starts as a copy of the trunk's layers. At first a column gets `stay` of itself and (1 - stay) / (K - 1) of
+    each other column, so that the outputs are the trunk's up to rounding. Every row passes the columns of all tasks: K times
+    the operations, from the first of these layers on.
 
         Experiment(..., sharing=CrossStitch(layers=2))
 
     Attributes:
         layers: How many layers have columns, counted from the top; 0: all.
-        stay: What a column keeps of itself at first.
+        stay: The share that a column keeps of itself at first.
     """
 
     layers: int = 0
@@ -120,7 +120,8 @@ class Sluice(Sharing):
 
     Attributes:
         layers: How many layers have columns, counted from the top; 0: all.
-        stay: What a subspace keeps of itself at first; of the rest, each other column's same subspace gets an equal share.
+        stay: The share that a subspace keeps of itself at first; the rest comes in equal parts from the same subspace of the
+            other columns.
     """
 
     layers: int = 0
@@ -135,7 +136,7 @@ class Sluice(Sharing):
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
         places = layers_from_the_top(layers, self.layers, "sharing: layers of Sluice")
         if places[0].outputs % 2:
-            raise UserError(f"sharing: Sluice halves the trunk's vectors, whose width {places[0].outputs} is odd")
+            raise UserError(f"sharing: Sluice halves the trunk's vectors, but their width {places[0].outputs} is odd")
         return [Layer(ENDS, COMMON, outputs=len(places)), *places]
 
     def routes(self, routes: Routes) -> Routes:
@@ -178,16 +179,16 @@ class Sluice(Sharing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subspaces(Regulariser):
-    """The two subspaces of every column are kept apart: Sluice's penalty for subspaces that overlap (Ruder et al. 2019).
+    """Sluice's penalty for subspaces of a column that overlap (Ruder et al. 2019).
 
     The loss is the sum over columns, layers and maps of ||A^T B||_F^2. A and B are the parts f32[I, H / 2] of a map f32[I, H]
-    that make the first and the second half of the layer's vectors. It is 0 where no number of one is a part of the other.
+    that make the first and the second half of the layer's vectors. It is 0 if they are orthogonal.
 
     Attributes:
         name: As in all regularisers.
         weight: As in all regularisers.
         phase: As in all regularisers.
-        parameters: A regular expression: the maps, [..., I, H], that write to the vectors.
+        parameters: A regular expression for the maps, [..., I, H], that write to the vectors.
     """
 
     name: str = "subspaces"
@@ -226,7 +227,7 @@ def all_columns(routes: Routes) -> Routes:
 
 
 def block_sizes(mix: jax.Array) -> jax.Array:
-    """f32[K, K], how much each column gets of each column: the norms of the 2 x 2 blocks of f32[2K, 2K], divided by sqrt(2).
+    """f32[K, K], the share of each column in each column: the norms of the 2 x 2 blocks of f32[2K, 2K], divided by sqrt(2).
 
     >>> block_sizes(jnp.kron(stitches(2, 0.75), jnp.eye(2))).tolist()
     [[0.75, 0.25], [0.25, 0.75]]
@@ -236,7 +237,7 @@ def block_sizes(mix: jax.Array) -> jax.Array:
 
 
 def stitches(tasks: int, stay: float) -> jax.Array:
-    """f32[K, K], what each column gets of each column at first.
+    """f32[K, K], the share of each column in each column at first.
 
     >>> stitches(3, 0.5).tolist()
     [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]

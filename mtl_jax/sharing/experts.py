@@ -1,7 +1,7 @@
-"""Experts with gates: small networks behind the parts of each layer, mixed by weights that each task has alone.
+"""Experts with gates: small networks after the parts of each layer, mixed by weights of each task.
 
-Shapes in names: B rows, T tokens a row, O width of what the experts read and change, W width of an expert, E experts, S
-selectors of a gate, C bits of an expert's code.
+Shapes in names: B rows, T tokens a row, O width of the vectors that experts read and change, W width of an expert, E experts,
+S selectors of a gate, C bits of an expert's code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mtl_jax.models.layers import ACTIVATIONS, times
 from mtl_jax.sharing.base import GATES, PER_TOKEN, Sharing
 from mtl_jax.transfer.adapters.base import Call, Layer, Params
 
-OWN_EXPERTS = "own_"  # in front of the names of parameters of a task's own experts
+OWN_EXPERTS = "own_"  # prefix of the names of parameters of a task's own experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class Experts(Sharing):
 
     Attributes:
         width: Width of an expert, W.
-        gates: What a gate reads. token: the vector of each token, by a linear map of the task's own; task: the task alone.
+        gates: What a gate reads. token: the vector of each token, by a linear map of the task's own; task: only the task.
         activation: A key of models.layers.ACTIVATIONS.
-        target: A regular expression for the linear maps behind which the experts are.
+        target: A regular expression for the linear maps after which the experts are.
     """
 
     width: int = 16
@@ -50,7 +50,7 @@ class Experts(Sharing):
 
     @property
     def own_experts(self) -> int:
-        """How many experts each task has alone."""
+        """How many experts each task has for itself."""
         return 0
 
     @property
@@ -83,7 +83,7 @@ class Experts(Sharing):
         return jax.nn.softmax(self.read(params["gate"], y_BxTxO))
 
     def read(self, leaf: jax.Array, y_BxTxO: jax.Array) -> jax.Array:
-        """The numbers of a gate, float32: a product with the tokens' vectors [B, O, ...], or [B, 1, ...] as they are."""
+        """The numbers of a gate, float32: a product with the tokens' vectors for [B, O, ...], unchanged for [B, 1, ...]."""
         if self.gates == PER_TOKEN:
             return times(y_BxTxO, leaf.astype(y_BxTxO.dtype)).astype(jnp.float32)
         return leaf
@@ -110,7 +110,7 @@ class Experts(Sharing):
         }
 
     def _change(self, params: Params, prefix: str, gate_BxTxE: jax.Array, y_BxTxO: jax.Array) -> jax.Array:
-        """The weighted sum of the outputs of several experts: one product, as each is weighted before its last map."""
+        """The weighted sum of the outputs of several experts, by one product: each is weighted before its last map."""
         names = ("down_kernel", "down_bias", "up_kernel", "up_bias")
         down, down_bias, up, up_bias = (params[f"{prefix}{name}"].astype(y_BxTxO.dtype) for name in names)
         inner = ACTIVATIONS[self.activation](times(y_BxTxO, down) + down_bias)
@@ -153,7 +153,7 @@ class MMoE(Experts):
 class CGC(Experts):
     """Shared experts, experts of each task's own, and a gate of each task over both (Tang et al. 2020, section 4.1).
 
-    At every layer a row passes the shared experts and those of its task. PLE has a separate stream for what is shared.
+    At every layer a row passes the shared experts and those of its task. PLE has a separate shared stream.
 
         Experiment(..., sharing=CGC(shared=2, own=1, width=16))
 
@@ -183,10 +183,10 @@ class CGC(Experts):
 class DSelectK(Experts):
     """Shared experts, of which each task's gate selects at most k, by a smooth function (Hazimeh et al. 2021, DSelect-k).
 
-    An expert's number in binary is its code. A selector has a number for each bit, which a smooth step brings between 0 and 1;
-    the product over the bits is the selector's weight of an expert, and the gate is a weighted mean of the selectors, by a
-    softmax. Once every bit is 0 or 1, each selector has chosen one expert. The paper's entropy term, which only hastens that,
-    is left out.
+    An expert's number in binary is its code. A selector has a number for each bit, which a smooth step maps to 0..1. The
+    product over the bits is the selector's weight of an expert, and the gate is the mean of the selectors, weighted by a
+    softmax. Once every bit is 0 or 1, each selector has chosen one expert. The paper's entropy term, which only makes this
+    faster, is left out.
 
         Experiment(..., sharing=DSelectK(experts=4, selected=2))
 

@@ -1,6 +1,6 @@
 """Attention over adapters that earlier runs have trained (AdapterFusion).
 
-Shapes in names: B rows, T tokens a row, O width of what the adapters change, N adapters.
+Shapes in names: B rows, T tokens a row, O width of the vectors that the adapters change, N adapters.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PFEIFFER = Bottleneck(name="adapter", variant="pfeiffer")
 class AdapterFusion(Sharing):
     """Attention over the adapters of earlier runs (Pfeiffer et al. 2021, AdapterFusion).
 
-    y + sum_n s_n V z_n, where y is the output of a linear map, y + z_n what adapter n makes of it, and s the softmax over n of
-    (Q y) . (K z_n). Q, K and V are f32[O, O] at each of the adapter's places; V begins as the identity and a little noise, so
+    y + sum_n s_n V z_n, where y is the output of a linear map, y + z_n the output with adapter n, and s the softmax over n of
+    (Q y) . (K z_n). Q, K and V are f32[O, O] at each of the adapter's layers. V starts as the identity plus a little noise, so
     that at first the outputs are about those with the mean of all adapters.
 
         adapter = Bottleneck(name="adapter", width=16, variant="pfeiffer")
@@ -48,15 +48,15 @@ class AdapterFusion(Sharing):
             phases=(Phase("fusion", 500, rules=fusion_only()),),
         )
 
-    The adapters are read once, before the first step; after that, checkpoints have them, and the earlier runs are not needed
-    any more. Their trunk must be this run's; adapters that were trained by adapters_only() fit the trunk as it was loaded.
+    The adapters are read once, before the first step; then they are in the checkpoints, and the earlier runs are no longer
+    needed. Their trunk must be this run's; adapters that were trained with adapters_only() fit the trunk as it was loaded.
     The paper's penalty for a V far from the identity is L2SP(shared="trunk/adapters/sharing/.*/value", beta=0.0).
 
     Attributes:
         runs: The workdirs of the earlier runs.
-        adapter: The adapter that each of them has; any kind at linear maps. Its name is used where a run has several alike.
-        tasks: For each of the runs the task whose adapter is taken, empty where its adapter is for all rows; (): for none.
-        own: Whether each task has Q, K and V of its own.
+        adapter: The adapter that each of them has, of any kind at linear maps. Its name decides if a run has several alike.
+        tasks: For each of the runs the task whose adapter is taken; "" if its adapter is for all rows; () if all of them are.
+        own: Whether each task has its own Q, K and V.
     """
 
     runs: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class AdapterFusion(Sharing):
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """That of the adapter."""
+        """The order of the adapter."""
         return self.adapter.order
 
     def earlier_runs(self) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class AdapterFusion(Sharing):
             same = len(leaves) == len(before) and all(map(operator.is_, leaves, before))
             if same:
                 return y_BxTxO
-            # A linen module can be called once in a pass: a copy of it reads what the adapter made of the input.
+            # A linen module can be called once in a pass, so a copy of it reads the input that the adapter has changed.
             copy, variables = call.module.clone(parent=None), {"params": call.module.variables["params"]}
             return copy.apply(variables, *args, **kwargs)
 
@@ -133,7 +133,7 @@ class AdapterFusion(Sharing):
                         shape = "absent" if path not in leaves else f"of shape {leaves[path].shape}"
                         raise UserError(
                             f"sharing: runs of AdapterFusion: {name} of the adapter at {layer.path} is of shape {leaf.shape} "
-                            f"in {run.name} and {shape} here: its trunk is another"
+                            f"in {run.name} and {shape} here: the run has another trunk"
                         )
                     leaves[path] = leaf
         return trees.nested(leaves)
@@ -145,11 +145,11 @@ def fuse(
     """sum_n softmax_n((query y) . (key z_n)) value z_n, f[B, T, O]; and the softmax, f[B, T, N].
 
     Args:
-        y_BxTxO: What the attention reads.
-        z_BxTxNxO: What it mixes.
-        query: f[O, O], or f[B, O, O] for each row; so are key and value.
-        key: See query.
-        value: See query.
+        y_BxTxO: The vectors that the attention reads.
+        z_BxTxNxO: The changes that it mixes.
+        query: f[O, O], or f[B, O, O] for each row; the same holds for key and value.
+        key: As query.
+        value: As query.
     """
     # y Q K^T first, and the mean of the z_n before V: no matrix is applied to every z_n.
     asked_BxTxO = times(times(y_BxTxO, query), key.swapaxes(-1, -2))
@@ -171,7 +171,7 @@ def fusion_only() -> tuple[ParamRule, ...]:
 
 
 def adapter_of(run: TrainedTrunk, adapter: Inserted, layer: Layer, task: str) -> Params:
-    """The parameters of a run's adapter, or sharing, at a layer: of one task, where tasks or sources have their own.
+    """The parameters of a run's adapter, or sharing, at a layer; of one task, if tasks or sources have their own.
 
     Raises:
         UserError: The task is unknown, missing, or not needed.
@@ -188,7 +188,7 @@ def adapter_of(run: TrainedTrunk, adapter: Inserted, layer: Layer, task: str) ->
 
 
 def _alike(run: TrainedTrunk, declared: Adapter) -> Inserted:
-    """The adapter of a run that is declared like another one; a sharing with an adapter for each task counts as one.
+    """The adapter of a run that is declared like `declared`; a sharing with an adapter for each task counts as one.
 
     Raises:
         UserError: There is none, or more than one.

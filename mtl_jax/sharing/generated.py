@@ -1,4 +1,4 @@
-"""Parts that all layers share: adapters that a network makes for each task and place, and attention beside each layer.
+"""Parts that all layers share: a network that makes adapters for each task and layer, and projections for attention.
 
 Shapes in names: B rows, T tokens a row, O width of a layer's vectors, W width inside, K tasks, D size of an embedding, N heads.
 """
@@ -18,13 +18,13 @@ from mtl_jax.sharing.base import Sharing
 from mtl_jax.transfer.adapters.base import COMMON, OWN, Call, Layer, Params
 from mtl_jax.transfer.adapters.bottleneck import VARIANTS
 
-NETWORK, PROJECTIONS = "network", "projections"  # the places of what all layers share
+NETWORK, PROJECTIONS = "network", "projections"  # the paths of parameters that all layers share
 LAYER_NORM_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HyperFormer(Sharing):
-    """Adapters that one network makes from an embedding of the task and one of the place (Mahabadi et al. 2021, HyperFormer++).
+    """Adapters that one network makes from embeddings of the task and the place (Mahabadi et al. 2021, HyperFormer++).
 
     y + norm(up(activation(down(y)))), where y is the output of a part of a layer. The maps down and up and the norm's scale and
     shift are linear functions of h = V relu(U [task; place]). The two functions for the norm start at 0, so that the outputs do
@@ -36,7 +36,7 @@ class HyperFormer(Sharing):
         width: Width inside, W.
         embedding: Size of both embeddings and of h, D.
         activation: A key of models.layers.ACTIVATIONS.
-        variant: Behind which parts of a layer, as in transfer.adapters.Bottleneck.
+        variant: After which parts of a layer, as in transfer.adapters.Bottleneck.
     """
 
     width: int = 16
@@ -93,10 +93,10 @@ class HyperFormer(Sharing):
 class Pal(Sharing):
     """Attention of low width for each task, beside every layer (Stickland and Murray 2019, projected attention layers).
 
-    A layer's input is projected to W numbers, passes an attention without output map, and is projected back; the activation of
-    that is added to the output of the feed-forward part. Both projections are a task's own and the same in all layers; the maps
-    to queries, keys and values are a task's own in each layer. The second projection starts at 0: the outputs do not change at
-    first.
+    A layer's input is projected to W numbers, passes an attention without output map, and is projected back. The activation of
+    the result is added to the output of the feed-forward part. Each task has both projections for itself, the same in all
+    layers, and the maps to queries, keys and values for itself in each layer. The second projection starts at 0: the outputs do
+    not change at first.
 
         Experiment(..., sharing=Pal(width=24, heads=4))
 
@@ -122,7 +122,7 @@ class Pal(Sharing):
         whole = [layer.path for layer in layers.values() if layer.kind == "layer"]
         outside = [place.path for place in places if not any(place.path.startswith(f"{path}/") for path in whole)]
         if outside:
-            raise UserError(f"sharing: Pal reads the input of a whole layer, and {outside[0]} is in none")
+            raise UserError(f"sharing: Pal reads the input of a whole layer, but {outside[0]} is not in a layer")
         return _with_common(places, PROJECTIONS, "Pal")
 
     def init(self, key: jax.Array, layer: Layer) -> dict[str, jax.Array]:
@@ -154,7 +154,7 @@ def _normed(x: jax.Array) -> jax.Array:
 
 
 def _with_common(places: list[Layer], path: str, name: str) -> list[Layer]:
-    """The places, and one for what they share.
+    """The places, and one more for the parameters that they share.
 
     Raises:
         UserError: They have different widths.

@@ -16,10 +16,10 @@ from mtl_jax.transfer.adapters.base import Call
 
 
 def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -> Any:
-    """The output of a layer whose parameters are another copy for each row.
+    """The output of a layer that has several copies of its parameters, each row with its own copy.
 
-    The rows are sorted by their copy, and cut into blocks of rows of one copy, so that no row passes a copy of others: at most
-    half as many rows again are computed, those that fill the last block of each copy.
+    The rows are sorted by their copy and cut into blocks of rows of one copy, so that each row passes only its own copy. At
+    most half as many more rows are computed, to fill the last block of each copy.
 
     Args:
         call: The call of the layer; its arguments by row are [n, ...].
@@ -39,7 +39,7 @@ def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -
     copy_M = jnp.minimum(jnp.searchsorted(end_C, jnp.arange(M), side="right"), copies - 1)
     within_M = jnp.arange(M) - (end_C - blocks_C)[copy_M]
     place_MxR = start_C[copy_M][:, None] + within_M[:, None] * R + jnp.arange(R)
-    row_MxR = order_n[jnp.clip(place_MxR, 0, n - 1)]  # a place past the last row of its copy computes some other row in vain
+    row_MxR = order_n[jnp.clip(place_MxR, 0, n - 1)]  # a place past the last row of its copy computes another row, unused
 
     def of_blocks(leaf: jax.Array) -> jax.Array:
         return leaf[row_MxR]
@@ -52,7 +52,7 @@ def apply_by_number(call: Call, stacks: Any, number_n: jax.Array, copies: int) -
 
 
 def _of_one_source(call: Call, stacks: Any, number_n: jax.Array, copies: int) -> Any:
-    """As apply_by_number(), where the rows of a batch are of one source: each of a row's copies is one copy of the layer."""
+    """As apply_by_number(), for rows of one source: copy c of every row passes the same copy of the layer."""
     assert call.rows is not None
     C = call.rows.routes.copies
     chosen = jax.tree.map(lambda leaf: _unstacked(leaf, copies)[number_n[:C]], stacks)
@@ -93,7 +93,7 @@ def joined(output: Any) -> Any:
 
 
 def _apply(call: Call, params: Any, cut: Any, parts: int) -> Any:
-    """The layer's outputs for several sets of parameters, leaves [parts, ...], and of rows, as cut() makes them."""
+    """The layer's outputs for several sets of parameters, leaves [parts, ...], and of rows as cut() makes them."""
     leaves, structure = jax.tree.flatten((call.args, dict(call.kwargs)))
     assert call.rows is not None
     by_row = call.rows.by_row[call.layer.path]

@@ -1,4 +1,4 @@
-"""Experts that are whole layers: copies of the trunk's topmost ones, mixed by gates.
+"""Experts that are whole layers: copies of the trunk's topmost layers, mixed by gates.
 
 Shapes in names: B rows, M copies of a row that leave the trunk, T tokens a row, H width, K tasks, E experts.
 """
@@ -27,11 +27,11 @@ EXPERTS, GATE = "experts", "gates"  # where copies of a layer are, and what all 
 class LayerExperts(Sharing):
     """A sharing whose experts are copies of the trunk's topmost layers.
 
-    All experts begin as the trunk's layers, so that at first the outputs are the trunk's up to rounding. Gates begin at
-    random: equal experts with equal weights would stay equal.
+    All experts start as the trunk's layers, so that at first the outputs are the trunk's up to rounding. Gates start at
+    random, because equal experts with equal weights would stay equal.
 
     Attributes:
-        gates: What a gate reads. token: the vector of each token, by a linear map of its own; task: nothing.
+        gates: What a gate reads. token: the vector of each token, by the gate's own linear map; task: only the task.
     """
 
     gates: str = PER_TOKEN
@@ -69,7 +69,7 @@ def gate_weights(gate: jax.Array, x_BxMxTxH: jax.Array) -> jax.Array:
 class MMoELayers(LayerExperts):
     """MMoE whose experts are the topmost layers: a row passes all of them, and its task's gate mixes their results.
 
-    The gate reads the vectors that enter the first of these layers (Ma et al. 2018). E times the operations of these layers.
+    The gate reads the vectors that enter the first of these layers (Ma et al. 2018). These layers cost E times the operations.
 
         Experiment(..., sharing=MMoELayers(experts=3, layers=1))
 
@@ -128,17 +128,17 @@ class MMoELayers(LayerExperts):
 class PLE(LayerExperts):
     """Progressive layered extraction: a stream for each task and a shared one, with new experts at each level.
 
-    Each of the topmost layers is a level. A level has `own` experts for each task, which read its stream, and `shared` ones,
-    which read the shared stream. A task's gate mixes its own experts and the shared ones to its next stream; the shared gate,
-    which the last level does not need, mixes all experts. With one level this is CGC. Every row passes all K own + shared
-    experts of these layers (Tang et al. 2020).
+    Each of the topmost layers is a level. A level has `own` experts for each task, which read the task's stream, and `shared`
+    experts, which read the shared stream. A task's gate mixes its own and the shared experts into its next stream; the shared
+    gate, which the last level does not need, mixes all experts. With one level this is CGC. Every row passes all
+    K own + shared experts of these layers (Tang et al. 2020).
 
         Experiment(..., sharing=PLE(levels=2, shared=1, own=1))
 
     Attributes:
         levels: How many layers are levels, counted from the top.
         shared: Experts that all tasks share, at each level.
-        own: Experts of each task, at each level.
+        own: Experts that each task has for itself, at each level.
     """
 
     levels: int = 2

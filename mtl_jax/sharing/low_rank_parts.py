@@ -77,7 +77,7 @@ class LowRank(Sharing):
         """
 
     def turned(self, params: Params, u: jax.Array) -> jax.Array:
-        """What the maps B_n read, from u = A x, f[B, T, 1, R] or f[B, T, N, R]; of the same shape."""
+        """The input of the maps B_n, from u = A x, f[B, T, 1, R] or f[B, T, N, R]; of the same shape."""
         return u
 
     def around(self, params: Params, call: Call) -> Any:
@@ -96,14 +96,14 @@ class LowRank(Sharing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MtlLora(LowRank):
-    """One A, a matrix of each task's own, and several B with weights of each task (Yang et al. 2024, MTL-LoRA).
+    """One A, a matrix for each task, and several B with weights of each task (Yang et al. 2024, MTL-LoRA).
 
     The change for task t is sum_n softmax(w_t / temperature)_n B_n L_t A x. L_t f32[R, R] starts as the identity, w_t at 0.
 
         Experiment(..., sharing=MtlLora(rank=8, parts=3))
 
     Attributes:
-        temperature: Of the softmax.
+        temperature: Temperature of the softmax.
     """
 
     temperature: float = 0.5
@@ -127,7 +127,7 @@ class MtlLora(LowRank):
 class HydraLora(LowRank):
     """One A, several B, and a router that weighs the B for each token (Tian et al. 2024, HydraLoRA).
 
-    Nothing in it belongs to single tasks: what differs between them, the router has to see in the token.
+    It has no parameters of single tasks: the router must see in the token how tasks differ.
 
         Experiment(..., sharing=HydraLora(rank=8, parts=3))
     """
@@ -146,7 +146,7 @@ class MoeLora(LowRank):
         Experiment(..., sharing=MoeLora(rank=4, parts=4))
 
     Attributes:
-        gates: What a gate reads. task, as in the paper: the task alone; token: each token, by a linear map of the task's own.
+        gates: What a gate reads. task, as in the paper: only the task; token: each token, by a linear map of the task's own.
     """
 
     gates: str = PER_TASK

@@ -22,11 +22,11 @@ from mtl_jax.transfer.adapters.routes import Routes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """How much each task uses each expert at a layer, or another part that a sharing weighs.
+    """How much each task uses each expert of a layer, or each of other parts that a sharing weighs.
 
     Attributes:
         sums: f32[K, E], the weights, summed over the tokens of each task.
-        counts: f32[K], its tokens; for weights that read no rows, 1.
+        counts: f32[K], the tokens of each task; 1 for weights that read no rows.
         columns: The names of the experts.
     """
 
@@ -52,7 +52,7 @@ def usage(
     sources_of_tasks: Sequence[int],
     **kwargs: Any,
 ) -> dict[str, dict[str, Usage]]:
-    """Who uses which expert, on some rows.
+    """How much each task uses each expert, on some rows.
 
         by_layer = mtl_jax.sharing.usage(module, params, ids, mask, source=source, sources_of_tasks=[0, 1, 1])
         by_layer["layer_0/feed_forward_out"]["gate"].means  # f64[K, E]
@@ -81,7 +81,7 @@ def by_task(
     source: jax.Array,
     sources_of_tasks: ArrayLike,
 ) -> dict[str, dict[str, Usage]]:
-    """Weights that were shown in a pass, summed over the tokens of each task: those of the rows of its source.
+    """Weights that were shown in a pass, summed over the tokens of each task, which are those of the rows of its source.
 
     Args:
         shown: {layer: {name: weights}}, from Adapted.apply().

@@ -16,7 +16,7 @@ from mtl_jax.transfer.adapters.lora import Lora
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskAdapters(Sharing):
-    """One trunk, and an adapter of any kind for each task (Houlsby et al. 2019), also where tasks share a source.
+    """One trunk, and an adapter of any kind for each task (Houlsby et al. 2019), even if tasks share a source.
 
     Each task's adapter starts from its own random numbers; with Lora, IA3 or Bottleneck the outputs do not change at first.
 
@@ -32,18 +32,18 @@ class TaskAdapters(Sharing):
         self.adapter.check()
         if self.adapter.added_tokens:
             raise UserError(
-                f"sharing: {type(self.adapter).__name__} puts tokens in front of a text, before the first layer; a row passes "
-                'there once for all tasks: declare it among the adapters, with per="task"'
+                f"sharing: {type(self.adapter).__name__} puts tokens in front of a text, before the first layer, which a row "
+                'passes once for all tasks: declare it among the adapters, with per="task"'
             )
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        """That of the adapter."""
+        """The order of the adapter."""
         return self.adapter.order
 
     @property
     def dropout(self) -> float:
-        """That of the adapter, if it has one."""
+        """The dropout of the adapter, 0 if it has none."""
         return float(getattr(self.adapter, "dropout", 0.0))
 
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:

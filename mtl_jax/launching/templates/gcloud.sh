@@ -29,7 +29,7 @@ ready() { # makes the TPU VM, unless it is there
 copy() { # this folder, without what is large or not needed
   local archive
   archive=$(mktemp -t launch.XXXXXX) || return
-  tar -czf "$archive" --exclude=./.git --exclude=./runs --exclude=__pycache__ . &&
+  tar -czf "$archive" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=__pycache__ . &&
     gcloud compute tpus tpu-vm scp "$archive" "$tpu:launch.tar.gz" "${where[@]}" --worker=all &&
     on_all "mkdir -p $folder && tar -xzf launch.tar.gz -C $folder"
   local code=$?

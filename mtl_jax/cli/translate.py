@@ -276,7 +276,8 @@ def _answer(
             nonlocal journal
             assert output is not None
             made_from = generate_texts.provenance(model, texts, config, work.rows, search.seed)
-            header = {"command": kind.name, **made_from, "limit": limit, "long": long}
+            asked = {"task": task.task, "source_language": task.source_language}  # by which the same model reads otherwise
+            header = {"command": kind.name, **made_from, **asked, "limit": limit, "long": long}
             journal = Journal(output, header, generate_texts.ITEM)
             stack.callback(journal.close)
             return journal

@@ -7,6 +7,7 @@ the model that has read the prompt alone must find the same tokens.
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +111,15 @@ def rendered(tokenizer: Any, messages: Messages, where: str) -> str:
     return _apply_template(tokenizer, messages, where, add_generation_prompt=True)
 
 
+def columns(template: str) -> list[str]:
+    """The columns that a prompt names.
+
+    Raises:
+        ValueError: Its braces do not match.
+    """
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
 def filled(template: str, row: Row, where: str) -> str:
     """A prompt: the template with the row's columns in place of their names in braces.
 
@@ -117,9 +127,18 @@ def filled(template: str, row: Row, where: str) -> str:
         UserError: The row has no such column, or no text in it, or the template is not one.
     """
     try:
-        return template.format_map(_Columns(row, where))
+        return _Formatter().vformat(template, (), _Columns(row, where))
     except (ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{where}: prompt {template!r} is not a text with columns in braces ({error})") from error
+
+
+class _Formatter(string.Formatter):
+    """As str.format, but a dot may be a part of a column's name, as in those of nested values."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Any) -> Any:
+        if field_name in kwargs.row.columns:
+            return kwargs[field_name], field_name
+        return super().get_field(field_name, args, kwargs)
 
 
 class _Columns(dict[str, str]):

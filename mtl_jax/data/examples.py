@@ -63,7 +63,8 @@ class Examples(NamedTuple):
     def groups(self) -> list[range]:
         """The examples of each row, row by row; rows without examples are left out."""
         edges = np.flatnonzero(np.diff(self.row_of, prepend=-1)).tolist()
-        return [range(a, b) for a, b in zip(edges, [*edges[1:], len(self.tokens)], strict=True)]
+        ends = [*edges[1:], len(self.tokens)] if edges else []
+        return [range(a, b) for a, b in zip(edges, ends, strict=True)]
 
 
 def make_examples(

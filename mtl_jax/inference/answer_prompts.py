@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,13 @@ def generate(
         <class 'str'>
     """
     check_prompt(model, prompt)
+    given = texts
     if isinstance(texts, Sequence) and not isinstance(texts, str) and all(isinstance(text, str) for text in texts):
         texts = prompts(prompt, [{TEXT: text} for text in texts], texts, "")
     request = TextRequest(GENERATE.task, chat=chat)
-    return from_python(GENERATE, model, texts, request, task, None, max_source_tokens, scores, rows, dtype, seed, options)
+    answers = from_python(GENERATE, model, texts, request, task, None, max_source_tokens, scores, rows, dtype, seed, options)
+    objects = [answer | {TEXT: text} for answer, text in zip(answers, given, strict=True) if isinstance(answer, dict)]
+    return objects or answers
 
 
 def check_prompt(model: Any, prompt: str) -> None:
@@ -80,7 +82,7 @@ def columns(prompt: str) -> list[str]:
         UserError: Its braces do not match.
     """
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
+        return conversations.columns(prompt)
     except ValueError as error:
         raise UserError(f"--prompt {prompt!r} is not a text with columns in braces ({error})") from error
 

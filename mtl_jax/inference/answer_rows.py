@@ -7,6 +7,7 @@ output.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.data import coverage, row_edits, units
 from mtl_jax.data.examples import Examples, make_examples
+from mtl_jax.data.formats import records
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.labels import UnreadableTexts
 from mtl_jax.data.source import EditRows, Source
@@ -35,6 +37,7 @@ Value = str | Sequence[str] | Mapping[str, Any]  # one input: a text, its words,
 Compute = Callable[[tuple[Task, ...], Examples], Mapping[str, Any]]
 
 EMPTY = "empty text"
+NO_TOKEN = "the text has no token that the vocabulary knows"
 NOT_FINITE = "the model's output is not finite: its parameters are damaged, or training diverged"
 
 
@@ -46,12 +49,19 @@ class Reading(NamedTuple):
         source: The source as which rows are read; it names the text columns.
         as_words: Whether a text may be given as the list of its words.
         edit: The source's change of rows; None: rows stay as they are.
+        peers: All tasks of the source, by which its rows are read.
     """
 
     tasks: tuple[Task, ...]
     source: Source
     as_words: bool
     edit: EditRows | None
+    peers: tuple[Task, ...]
+
+    @property
+    def as_messages(self) -> bool:
+        """Whether the text is a conversation, which may be given as the list of its messages."""
+        return any(isinstance(task, CausalLM) and task.messages for task in self.peers)
 
 
 def readings(run: TrainedRun, names: Sequence[str], *, deidentify: bool = False, texts_alone: bool = False) -> list[Reading]:
@@ -99,7 +109,7 @@ def _way_of_reading(run: TrainedRun, task: Task, source: Source) -> tuple[Any, .
 def _reading(run: TrainedRun, tasks: Sequence[Task], source: Source) -> Reading:
     peers = run.tasks_of_same_source(tasks[0].name)
     of_source = tuple(task if task.source == source.name else dataclasses.replace(task, source=source.name) for task in tasks)
-    return Reading(of_source, source, any(peer.words for peer in peers), row_edits.editor(source, peers))
+    return Reading(of_source, source, any(peer.words for peer in peers), row_edits.editor(source, peers), tuple(peers))
 
 
 def edited_source(source: Source, deidentify: bool) -> Source:
@@ -113,7 +123,7 @@ def edited_source(source: Source, deidentify: bool) -> Source:
     return source if deidentify else dataclasses.replace(source, deidentify=None)
 
 
-def row_of(source: Source, value: Value, number: int, as_words: bool, file: str = "") -> Row:
+def row_of(source: Source, value: Value, number: int, as_words: bool, file: str = "", *, as_messages: bool = False) -> Row:
     """An input as a row.
 
     Args:
@@ -122,24 +132,55 @@ def row_of(source: Source, value: Value, number: int, as_words: bool, file: str 
         number: The input's number, from 1, for errors.
         as_words: Whether a text may be the list of its words.
         file: The file that it is from, for errors.
+        as_messages: Whether a text may be the list of the messages of a conversation.
 
     Raises:
         UserError: A text column is missing, or has something else than text.
     """
     where = f"{file}: input {number}" if file else f"input {number}"
     names = text_columns(source)
-    columns = dict(value) or dict.fromkeys(names, "") if isinstance(value, Mapping) else {names[0]: value}
+    columns = {names[0]: value}
+    if isinstance(value, Mapping):
+        columns = _columns(value, names) or dict.fromkeys(names, "")
     for name in names:
         text = columns.get(name)
         if as_words and isinstance(text, list | tuple) and all(isinstance(word, str) for word in text):
             columns[name] = list(text)
+        elif as_messages and isinstance(text, list | tuple):
+            columns[name] = json.dumps(text)
         elif not isinstance(text, str):
             requirement = f"source {source.name!r} needs the text columns {', '.join(names)}"
             actual = kind_of(text) if name in columns else "missing"
-            kind = "a text or a list of words" if as_words else "a text"
+            lists = "a list of words" if as_words else "a list of messages" if as_messages else ""
+            kind = f"a text or {lists}" if lists else "a text"
             hint = _pairs_hint(names) if isinstance(value, str) and len(names) > 1 else ""
             raise UserError(f"{where}: {requirement}; {name!r} is {actual}, where {kind} is needed{hint}")
     return Row(columns, where)
+
+
+def _columns(value: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The columns of an object, made as those of training rows; but what stands in a text column must be a text."""
+    try:
+        made = records.columns(value)
+    except (ValueError, TypeError):  # of a column with labels, which is not read here
+        return dict(value)
+    return made | {name: value[name] for name in names if name in value}
+
+
+def check_row(reading: Reading, row: Row) -> None:
+    """Checks whatever tasks read beside the text columns: choices, columns of a prompt, messages.
+
+    Raises:
+        UserError: The row lacks a column, or has something else in it.
+    """
+    if not _has_texts(row, reading.source):
+        return  # its answer is an error
+    several = units.reader(reading.peers)
+    if several is not None:
+        several.texts_of(row, reading.source)
+    for task in reading.tasks:
+        if isinstance(task, CausalLM):
+            task.conversation(row, reading.source)
 
 
 def text_columns(source: Source) -> list[str]:
@@ -174,8 +215,11 @@ def answer(
     tasks, source = reading.tasks, reading.source
     rows, columns = row_edits.all_edited(reading.edit, rows), text_columns(reading.source)
     answers: list[dict[str, dict[str, Any]]] = [{task.name: {"error": EMPTY} for task in tasks} for _ in rows]
-    readable = [i for i, row in enumerate(rows) if all(_joined(row.columns[name]).strip() for name in columns)]
-    examples, cut, refused = _examples(run, tasks[0].name, source, [rows[i] for i in readable])
+    readable = [i for i, row in enumerate(rows) if _has_texts(row, source)]
+    read = [rows[i] for i in readable]
+    for causal in (task for task in tasks if isinstance(task, CausalLM)):
+        read = [causal.without_answer(row, source) for row in read]
+    examples, cut, refused = _examples(run, tasks[0].name, source, read)
     for place, reason in refused.items():
         answers[readable[place]] = {task.name: {"error": reason} for task in tasks}
     readable = [i for place, i in enumerate(readable) if place not in refused]
@@ -240,7 +284,8 @@ def _examples(run: TrainedRun, task: str, source: Source, rows: list[Row]) -> tu
         remaining = [place for place in range(len(rows)) if place not in refused]
         try:
             examples, cut = make([rows[place] for place in remaining])
-            bad = coverage.unreadable_rows(examples, tokenizer, tables)
+            bad = _without_tokens(source, run.tasks_of_same_source(task), examples, tokenizer)
+            bad |= coverage.unreadable_rows(examples, tokenizer, tables)
         except UnreadableTexts as error:
             bad = {}
             for place in error.rows:  # one by one, for the reason of each
@@ -253,6 +298,15 @@ def _examples(run: TrainedRun, task: str, source: Source, rows: list[Row]) -> tu
         if not bad:
             return examples._replace(place=run.source_index(task)), cut, refused
         refused |= {remaining[place]: reason for place, reason in bad.items()}
+
+
+def _without_tokens(source: Source, peers: Sequence[Task], examples: Examples, tokenizer: Any) -> dict[int, str]:
+    """{index of a row of which only special tokens are left: the reason}; a word without a token is a task's own affair."""
+    if units.reader(peers) is not None or any(peer.words or peer.makes_tokens for peer in peers):
+        return {}
+    special = tokenizer.num_special_tokens_to_add(pair=bool(source.pair))
+    groups = (group for group in examples.groups() if all(len(examples.tokens[i]) <= special for i in group))
+    return {int(examples.row_of[group[0]]): NO_TOKEN for group in groups}
 
 
 def check_top(task: Task) -> None:
@@ -279,5 +333,6 @@ def _no_top(task: Task) -> UserError:
     return UserError(f"task {task.name!r}: {type(task).__name__} has no probability for each label; leave top_k out")
 
 
-def _joined(text: str | list[str]) -> str:
-    return text if isinstance(text, str) else " ".join(text)
+def _has_texts(row: Row, source: Source) -> bool:
+    texts = (row.columns[name] for name in text_columns(source))
+    return all((text if isinstance(text, str) else " ".join(text)).strip() for text in texts)

@@ -11,6 +11,7 @@ from typing import Any
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
+from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.text_lines import kind_of
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.inference import generate_texts, text_model
@@ -203,10 +204,11 @@ def generate(
         stopped: Called after each text; True ends the work.
     """
     limit = generate_texts.source_limit(model, max_source_tokens)
-    plan = generate_texts.make_plan(model, texts, long, limit)
-    _report_texts(plan, file, long, limit)
-    journal = None if open_journal is None else open_journal(limit)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hiding(model.private))
+        plan = generate_texts.make_plan(model, texts, long, limit)
+        _report_texts(plan, file, long, limit)
+        journal = None if open_journal is None else open_journal(limit)
         progress = None
         if progress_title:
             progress = Progress(progress_title, len(plan.sources), 0 if journal is None else len(journal.done), unit="text")

@@ -20,6 +20,7 @@ from mtl_jax.audit import at_start
 from mtl_jax.audit.membership import FEWEST, Membership, exposure, membership, within_groups
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count, unknown
+from mtl_jax.core.row_texts import hiding_if
 from mtl_jax.data import corpus as corpora
 from mtl_jax.data import made_rows
 from mtl_jax.data.batches import Batch, eval_batches
@@ -147,18 +148,40 @@ def memorisation(
     log_lines.show()
     if held_out not in ("test", "dev"):
         raise unknown("held_out", held_out, ("test", "dev"))
-    for name, number, least in (("rows", rows, FEWEST), ("candidates", candidates, 1), ("resamples", resamples, 0)):
+    for name, number, least in (
+        ("rows", rows, FEWEST),
+        ("candidates", candidates, 1),
+        ("resamples", resamples, 0),
+        ("seed", seed, 0),
+    ):
         if number < least:
             raise UserError(f"{name} is {number}; it must be at least {least}")
     run = open_run(Path(workdir))
     other = open_run(Path(reference)) if reference else None
+    return _measured(run, other, Path(workdir), tasks, held_out, rows, candidates, resamples, seed, tuple(sources))
+
+
+@hiding_if(lambda run, other, *_: run.experiment.private or (other is not None and other.experiment.private))
+def _measured(
+    run: TrainedRun,
+    other: TrainedRun | None,
+    workdir: Path,
+    tasks: Sequence[str],
+    held_out: str,
+    rows: int,
+    candidates: int,
+    resamples: int,
+    seed: int,
+    sources: tuple[Source, ...],
+) -> Memorisation:
+    """As memorisation(), of runs that are open; no text of a private one is shown."""
     chosen = [run.task(name) for name in tasks] or list(run.tasks)
     if compared := [task.name for task in chosen if task.unit_size > 1 or task.whole_batch]:
         raise UserError(f"{workdir}: the loss of task {compared[0]!r} is not one of single rows; name other tasks")
     if other is not None:
         for task in chosen:
             other.task(task.name)
-    sides = _rows_of(run, Path(workdir), held_out, tuple(sources))
+    sides = _rows_of(run, workdir, held_out, sources)
     memberships: dict[str, dict[str, Membership]] = {}
     exposures: dict[str, Exposure] = {}
     losses: dict[str, dict[str, float]] = {}
@@ -289,7 +312,8 @@ def _groups(
     values = []
     for part, keep in zip(examples, labelled, strict=True):
         lengths = np.bincount(part.row_of, [len(tokens) for tokens in part.tokens], minlength=len(part.data))
-        values.append((np.asarray(part.labels[task.name]) if by_label else lengths)[keep])
+        first = [group[0] for group in part.groups()]  # a long row's label is that of its first window
+        values.append((np.asarray(part.labels[task.name])[first] if by_label else lengths)[keep])
     if by_label:
         return "label", (values[0], values[1])
     edges = np.quantile(np.concatenate(values), np.linspace(0, 1, LENGTH_GROUPS + 1)[1:-1])

@@ -16,7 +16,7 @@ from mtl_jax.inference.predict import TrainedRun
 from mtl_jax.pretrained import text_classifier
 from mtl_jax.pretrained.checkpoint import Checkpoint
 from mtl_jax.sharing.task_adapters import TaskAdapters
-from mtl_jax.tasks import Contrastive, Seq2Seq, Span, Tagging, Task
+from mtl_jax.tasks import CausalLM, Contrastive, Seq2Seq, Span, Tagging, Task
 from mtl_jax.tasks.text_head import TextTask
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted, adapt, save_peft
 from mtl_jax.transfer.adapters.adapting import OfSource
@@ -27,6 +27,7 @@ HEADS: dict[type[Task], str] = {
     Tagging: "token_classification",
     Span: "question_answering",
     Seq2Seq: trunks.DECODER,
+    CausalLM: trunks.CAUSAL,
 }
 
 
@@ -56,7 +57,8 @@ def write(run: TrainedRun, source: str, target: str | Path, task: Task | None, o
     without = ""
     if isinstance(task, TextTask | Contrastive) and classifier is None:
         without = f" PEFT has no form for the head of {task.name}, which reads the mean of the tokens: it is not in it."
-    model = f"model of {base}" if classifier is None else f"AutoModelForSequenceClassification of {base}"
+    kind = "AutoModelForCausalLM" if isinstance(task, CausalLM) else "model"
+    model = f"{kind} of {base}" if classifier is None else f"AutoModelForSequenceClassification of {base}"
     model += "" if classifier is None else f" with num_labels={classifier.outputs}"
     return f"{target} opens on its base: PeftModel.from_pretrained({model}, {str(target)!r}).{first}{without}"
 
@@ -94,6 +96,8 @@ def checkpoint_of(run: TrainedRun, source: str, task: Task | None) -> Checkpoint
             {name: tree for name, tree in head.items() if name != ADAPTERS}, base.params["head"], source, "decoder"
         )
         changes["head"], params["head"] = task.module(), head
+    elif isinstance(task, CausalLM):
+        _check_unchanged(run.params["heads"][task.name], base.params.get("head", {}), source, "LM head")
     elif classifier is not None:
         params |= text_classifier.scaled(run.params["heads"][classifier.name], classifier.output_scale)
     elif task is not None and kind is not None:
@@ -125,7 +129,7 @@ def _part_of(
             )
         params = params_at(module, inserted, run.params["trunk"][ADAPTERS], layer, place, None if task is None else task.name)
         tree |= {f"{layer.path}/{name}": leaf for name, leaf in params.items()}
-    return dataclasses.replace(adapter, per=RUN), trees.nested(tree)
+    return dataclasses.replace(adapter, name=inserted.name, per=RUN), trees.nested(tree)
 
 
 def _check_unchanged(trained: Mapping[str, Any], base: Mapping[str, Any], source: str, part: str) -> None:

@@ -140,7 +140,10 @@ def predict(
         if top_k is not None:
             answer_rows.check_top(reading.tasks[0])
         numbered = enumerate(inputs, start=1)
-        rows = [answer_rows.row_of(reading.source, value, number, reading.as_words) for number, value in numbered]
+        rows = [
+            answer_rows.row_of(reading.source, value, number, reading.as_words, as_messages=reading.as_messages)
+            for number, value in numbered
+        ]
         answers = answer_rows.answer(
             model.run,
             reading,

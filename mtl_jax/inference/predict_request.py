@@ -99,7 +99,7 @@ def checked(request: Request, stream: BinaryIO | None, readings: Sequence[Readin
     for line in read_lines(request, stream):
         value, number = value_of(request, line), line.number
         for reading in readings:
-            row_of(request, reading, value, number)
+            answer_rows.check_row(reading, row_of(request, reading, value, number))
         if request.field:
             _check_fields(request, value, number)
         digest.update(f"{'object' if line.is_object else 'text'} {line.text}\n".encode("utf-8", "surrogatepass"))
@@ -112,7 +112,8 @@ def row_of(request: Request, reading: Reading, value: Any, number: int) -> Any:
     Raises:
         UserError: It has no text in a text column.
     """
-    return answer_rows.row_of(reading.source, value, number, reading.as_words, request.file)
+    messages = reading.as_messages
+    return answer_rows.row_of(reading.source, value, number, reading.as_words, request.file, as_messages=messages)
 
 
 def _check_fields(request: Request, value: Any, number: int) -> None:

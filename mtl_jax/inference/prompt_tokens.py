@@ -63,7 +63,7 @@ def of_run(run: TrainedRun, task: CausalLM) -> Encode:
 
     def encode(texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
         rows = [Row({source.text: text}, f"text {number}") for number, text in enumerate(texts, start=1)]
-        encodings = task.encode_rows(rows, source, run.trunk.tokenizer, min(max_length or length, length))
+        encodings = task.encode_rows(rows, source, run.trunk.tokenizer, min(max_length, length) if max_length else NO_LIMIT)
         return within_table(list(encodings.tokens), run.trunk.tokenizer, task.vocabulary)
 
     return encode

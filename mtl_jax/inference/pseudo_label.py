@@ -21,12 +21,15 @@ from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import Source
 from mtl_jax.data.splits import read, read_one
 from mtl_jax.inference.predict import open_run
+from mtl_jax.inference.resumable_output import check_writable
 from mtl_jax.tasks import Classification, Ordinal, Task
 from mtl_jax.training.regularisation import pseudo_rows
 from mtl_jax.training.restore import TrainedRun
 from mtl_jax.transfer.pseudo_labels import CHOICES, PseudoLabels, choose
 
 log = logging.getLogger(__name__)
+
+PROBABILITY, FROM = "probability", "from"  # columns that are added to a row
 
 
 def pseudo_label(
@@ -63,7 +66,8 @@ def pseudo_label(
         {"rows": those read, "copies": those of dev or test rows, "labelled": those written, "labels": {label: rows}}.
 
     Raises:
-        UserError: As mtl_jax.evaluate; the task gives no label; or no row has a label that is good enough.
+        UserError: As mtl_jax.evaluate; the task gives no label; the output cannot be written, or is the input; or no row has a
+            label that is good enough.
 
     Examples:
         >>> rows = [{"text": "who is the man ?"}, {"text": "where is the city ?"}]
@@ -75,10 +79,13 @@ def pseudo_label(
     CHOICES.find(choice)
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold is {threshold}; it must be a probability")
-    if passes < 2:
-        raise UserError(f"passes is {passes}; it must be at least 2")
+    for name, number, least in (("passes", passes, 2), ("per_class", per_class, 0), ("seed", seed, 0)):
+        if number < least:
+            raise UserError(f"{name} is {number}; it must be at least {least}")
+    target = check_writable(str(output), [str(path)] if isinstance(path, str | Path) else [])
     run = open_run(Path(workdir))
     chosen = _task(run, task)
+    _check_columns(run.source(chosen.name), chosen)
     pseudo_rows.check_dropout(choice, run.trunk, [chosen], f"{workdir}")
     with hiding(run.experiment.private):
         source = _source(run.source(chosen.name), path, format)
@@ -105,7 +112,7 @@ def pseudo_label(
                 f"the highest is {highest:.3f}: lower the threshold"
             )
         lines = _lines(chosen, labels, kept, f"{workdir}")
-        write_text(Path(output), "".join(f"{to_json(line, ensure_ascii=False)}\n" for line in lines))
+        write_text(target, "".join(f"{to_json(line, ensure_ascii=False)}\n" for line in lines))
     log.info("%s", pseudo_rows.summary(chosen, labels))
     column = getattr(chosen, "column", "label")
     names = [line[column] for line in lines]
@@ -124,6 +131,15 @@ def _task(run: TrainedRun, name: str) -> Task:
         names = ", ".join(task.name for task in labelling) or "none of its tasks"
         raise UserError(f"name the task that labels by --task: {names} can")
     return labelling[0]
+
+
+def _check_columns(source: Source, task: Task) -> None:
+    """Raises UserError where a column that is added would take the place of one that the task reads."""
+    for name in (PROBABILITY, FROM):
+        if name in (source.text, source.pair, getattr(task, "column", "label")):
+            raise UserError(
+                f"column {name!r} of source {source.name!r} has the name of one that is added to the rows; rename it"
+            )
 
 
 def _source(source: Source, path: str | Path | Sequence[Mapping[str, Any]], format: str) -> Source:
@@ -173,8 +189,8 @@ def _lines(task: Task, labels: PseudoLabels, rows: Sequence[Row], run: str) -> l
         {
             **row.columns,
             column: task.labels[int(places[n])],
-            "probability": round(float(labels.predicted.confidence[n]), 6),
-            "from": f"{run} {row.where}",
+            PROBABILITY: round(float(labels.predicted.confidence[n]), 6),
+            FROM: f"{run} {row.where}",
         }
         for n, row in enumerate(rows)
         if labels.weights[n] > 0

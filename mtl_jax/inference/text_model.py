@@ -6,6 +6,7 @@ checkpoints; the Setting holds them in one form.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,7 @@ class TextModel(NamedTuple):
         setting: Prefix and options of the task.
         identity: Computes a hash of everything above.
         remarks: (texts, their tokens) -> lines on tokens that the vocabulary does not know.
+        private: Whether logs and errors must not show a text.
     """
 
     model: Seq2Seq | CausalModel
@@ -65,6 +67,7 @@ class TextModel(NamedTuple):
     setting: Setting
     identity: Callable[[], str]
     remarks: Callable[[Sequence[str], Sequence[np.ndarray]], list[str]] = lambda texts, tokens: []
+    private: bool = False
 
 
 class Setting(NamedTuple):
@@ -144,20 +147,22 @@ def of_checkpoint(checkpoint: Checkpoint, where: str, request: TextRequest) -> T
         raise UserError(f"{where}: this checkpoint cannot generate texts; an encoder-decoder with an LM head is needed")
     if request.chat:
         raise UserError(f"{where}: --chat is for decoder-only checkpoints; leave it out")
-    positions = checkpoint.config.max_positions
-    limits = [positions, checkpoint.tokenizer.model_max_length]
+    positions, tokenizer = checkpoint.config.max_positions, checkpoint.tokenizer
+    if (request.source or request.target) and language_codes.ids(tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)  # setting() marks it; the checkpoint's own stays as it is for other requests
+    limits = [positions, tokenizer.model_max_length]
     return TextModel(
         model=checkpoint.model,
         params=checkpoint.params,
-        encode=encoder(checkpoint.tokenizer, checkpoint.config.vocab_size),
-        decode=decoder(checkpoint.tokenizer),
+        encode=encoder(tokenizer, checkpoint.config.vocab_size),
+        decode=decoder(tokenizer),
         raw=checkpoint.raw,
         location=checkpoint.location,
         max_positions=positions,
         max_source=min((limit for limit in limits if limit is not None and limit < NO_LIMIT), default=None),
-        setting=setting(checkpoint.tokenizer, checkpoint.raw, where, request),
+        setting=setting(tokenizer, checkpoint.raw, where, request),
         identity=functools.partial(digests.of_directory, checkpoint.location),
-        remarks=functools.partial(coverage.remarks_on_texts, checkpoint.tokenizer),
+        remarks=functools.partial(coverage.remarks_on_texts, tokenizer),
     )
 
 
@@ -229,6 +234,7 @@ def of_run(run: TrainedRun, folder: Path, request: TextRequest, name: str = "") 
         setting=Setting(request.prefix or "", options),
         identity=lambda: digests.of_leaves(params) + digests.of_directory(folder / "trunk"),
         remarks=functools.partial(coverage.remarks_on_texts, tokenizer),
+        private=run.experiment.private,
     )
 
 

@@ -177,9 +177,11 @@ class CausalModel(nn.Module):
         """
         position_ids = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
         output = self.trunk(input_ids, attention_mask, position_ids=position_ids, keep_cache=True)
+        added = output.cache[0].key.shape[2] - input_ids.shape[1]  # vectors that an adapter puts in front of the tokens
+        real = jnp.pad(attention_mask.at[:, -1].set(0), ((0, 0), (added, 0)), constant_values=1)
         room = ((0, 0), (0, 0), (0, positions * beams), (0, 0))
         cache = jax.tree.map(lambda x_BxMxTxD: jnp.pad(x_BxMxTxD, room), output.cache)
-        return Prompt(attention_mask.at[:, -1].set(0), position_ids[:, -1]), cache, input_ids[:, -1]
+        return Prompt(real, position_ids[:, -1] + added), cache, input_ids[:, -1]
 
     def decode(
         self, tokens: jax.Array, source: Prompt, *, cache: Any, step: jax.Array | int, ancestry: jax.Array | None = None

@@ -49,6 +49,11 @@ def build(cfg: EuroBertConfig, kind: str | None, dtype: Any) -> EncoderModel:
     return EncoderModel(trunk, head=TokenHead(cfg.num_labels, dtype, init, layer="classifier"))
 
 
+def text_vector(cfg: EuroBertConfig) -> str:
+    """The vector of a text that its classifier reads; "" where it reads all of them, of whose logits the mean is the text's."""
+    return {"bos": "first", "mean": "mean"}.get(cfg.head_pooling, "")
+
+
 def names(path: str, cfg: EuroBertConfig) -> list[str]:
     """Tensor names of a parameter."""
     return ["lm_head.bias"] if path == "head/bias" else translate(path, NAMES)
@@ -69,4 +74,5 @@ EUROBERT = Family(
     untied=("lm_head.weight",),
     ignored=r"(.*\.)?rotary_emb\..*|lm_head\.weight",
     constants=lambda cfg: {"classifier_pooling": cfg.head_pooling},
+    text_vector=text_vector,
 )

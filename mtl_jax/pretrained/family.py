@@ -88,7 +88,7 @@ class Family(NamedTuple):
         extra: (params, config) -> further tensors by name that transformers expects in the file: computed tables, copies.
         constants: config -> fields of config.json to save in addition to those that were read.
         text_vector: config -> the vector of a text that its class for sequence classification reads: first, last, or mean, of
-            the text's tokens.
+            the text's tokens; "" where it reads each of them.
         inputs: Names of the arguments that the module needs beside input_ids; each is i32[B, T], too.
     """
 

@@ -49,7 +49,8 @@ class TextClassifier(nn.Module):
         else:
             mask_Nx1 = jnp.ones(hidden_Nx1xH.shape[:2], jnp.int32)
             pooled_NxH = None if self.pooler is None else self.pooler(hidden_Nx1xH, mask_Nx1)
-            logits_NxO = self.head(hidden_Nx1xH, pooled_NxH, None, deterministic)
+            mask = {"attention_mask": mask_Nx1} if getattr(self.head, "reads_mask", False) else {}
+            logits_NxO = self.head(hidden_Nx1xH, pooled_NxH, None, deterministic, **mask)
         return logits_NxO.reshape(*vectors.shape[:-1], -1)
 
 
@@ -72,7 +73,7 @@ class FamilyClassifier:
 
     @property
     def reads(self) -> str:
-        """The vector of a text that it reads: first, last, or mean."""
+        """The vector of a text that it reads: first, last, or mean; "" for all of them."""
         return self.family.text_vector(self.family.config(self.config, WHERE))
 
     @property
@@ -104,14 +105,20 @@ def declared(raw: Mapping[str, Any] | None, dropout: float | None) -> FamilyClas
         dropout: As in FamilyClassifier.
 
     Raises:
-        UserError: The trunk is from scratch, or transformers has no such class for its family.
+        UserError: The trunk is from scratch, transformers has no such class for its family, or it reads more than one vector.
     """
     if raw is None:
         raise UserError("the trunk is from scratch, and the classifier of a family needs a checkpoint")
     family = families.of(raw, WHERE)
     if KIND not in family.heads.values():
         raise UserError(f"checkpoints of the family {family.model_types[0]} have no classifier here")
-    return FamilyClassifier(dict(raw), dropout)
+    classifier = FamilyClassifier(dict(raw), dropout)
+    if not classifier.reads:
+        raise UserError(
+            f"the classifier of this {family.model_types[0]} checkpoint reads every token of a text, as its config.json says, "
+            "and a head reads one vector of it"
+        )
+    return classifier
 
 
 def parameters(path: str, raw: Mapping[str, Any]) -> dict[str, Any]:

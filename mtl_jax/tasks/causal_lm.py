@@ -6,6 +6,7 @@ Shapes in names: R rows, T tokens a row, H trunk width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,6 +20,7 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.core.row_texts import quoted
 from mtl_jax.data import conversations
 from mtl_jax.data.batches import Batch
+from mtl_jax.data.conversations import Conversation
 from mtl_jax.data.coverage import missing_row_reason
 from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
@@ -196,14 +198,8 @@ class CausalLM(Task):
                 f"task {self.name!r}: target_length is {self.target_length}, and rows have {max_length} tokens: nothing is "
                 "left for the prompt; make batch.row_length longer"
             )
-        where = f"task {self.name!r}"
-        if self.messages:
-            turns = [conversations.of_row(row, self.messages, where) for row in rows]
-            answers = [next(iter(turn.answers), "") for turn in turns]
-        else:
-            template = self.prompt or f"{{{source.text}}}{'' if self.chat else NEW_LINE}"
-            turns = [conversations.of_text(conversations.filled(template, row, where)) for row in rows]
-            answers = [self._answer(row) for row in rows]
+        turns = [self.conversation(row, source) for row in rows]
+        answers = [next(iter(turn.answers), "") for turn in turns] if self.messages else [self._answer(row) for row in rows]
         if self.templated:
             read = [conversations.rendered(tokenizer, turn.prompt, row.where) for row, turn in zip(rows, turns, strict=True)]
         else:
@@ -218,6 +214,28 @@ class CausalLM(Task):
             target_length=self.target_length,
             cache=cache,
         )
+
+    def conversation(self, row: Row, source: Source) -> Conversation:
+        """The messages of a row, or its prompt as a user's only message.
+
+        Raises:
+            UserError: The row has no column of the prompt, or its messages are none.
+        """
+        where = f"task {self.name!r}"
+        if self.messages:
+            return conversations.of_row(row, self.messages, where)
+        template = self.prompt or f"{{{source.text}}}{'' if self.chat else NEW_LINE}"
+        return conversations.of_text(conversations.filled(template, row, where))
+
+    def without_answer(self, row: Row, source: Source) -> Row:
+        """The row as a prediction reads it: the tokens of an answer that it has would take room of the prompt."""
+        if not self.messages:
+            named = {source.text, *conversations.columns(self.prompt)}
+            return row if self.column in named else row._replace(columns={**row.columns, self.column: None})
+        turns = self.conversation(row, source)
+        if not turns.answers or turns.prompt[-1]["role"] == "assistant":
+            return row
+        return row._replace(columns={**row.columns, self.messages: json.dumps(list(turns.prompt))})
 
     def _answer(self, row: Row) -> str:
         """The answer that is learned; "" where the row has none, as in predictions. What is wrong with it, parse() says."""

@@ -80,6 +80,14 @@ def test_predictions_show_what_they_were_asked_for_and_errors_nothing(run, caplo
     assert SECRET not in caplog.text
 
 
+def test_what_a_run_remembers_is_measured_without_a_text(run, caplog):
+    """Its rows are read again, and those that cannot be are named."""
+    with pytest.raises(UserError, match="source 'mails' has 2 test rows, and membership needs 10") as error:
+        mtl_jax.memorisation(run[0])
+    assert "train.csv:63: 4 columns, but there are 2 names: (not shown: private)" in caplog.text
+    assert SECRET not in caplog.text + str(error.value)
+
+
 def refused(source, *tasks):
     """The line with which a private run refuses rows; a public one shows the text."""
     with pytest.raises(UserError, match=SECRET):

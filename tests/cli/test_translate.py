@@ -445,3 +445,23 @@ def test_other_options_do_not_go_on_with_what_was_interrupted(console, marian, t
     assert "num_beams (2 then, 3 now); repeat that command to resume it, or delete the file to start anew" in error
     assert (tmp_path / "out.txt").read_text() == "earlier\n"
     assert console(*command)[0] == 0
+
+
+def test_texts_of_another_language_do_not_resume(console, tmp_path, monkeypatch):
+    mbart = tiny_seq2seq.write_mbart(tmp_path / "mbart", "MBartTokenizer")
+    (tmp_path / "in.txt").write_text("\n".join(LINES[:3]), encoding="utf-8")
+    real = decoding.generate_all
+
+    def interrupted(*given, **named):
+        yield next(real(*given, **named))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding, "generate_all", interrupted)
+    files = ("--file", tmp_path / "in.txt", "--output", tmp_path / "out.txt")
+    command = ("translate", "--model", mbart, *files, "--target-language", "fr_XX", "--source-language")
+    assert console(*command, "de_DE")[0] == 75
+    monkeypatch.setattr(decoding, "generate_all", real)
+    code, _, error = console(*command, "en_XX")
+    assert code == 2
+    assert 'had other values of source_language ("de_DE" then, "en_XX" now); repeat' in error
+    assert console(*command, "de_DE")[0] == 0

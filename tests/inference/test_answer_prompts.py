@@ -3,10 +3,12 @@
 import json
 import sys
 
+import finished_runs
 import pytest
+import tiny
 import tiny_decoder
 
-from mtl_jax import decoding, pretrained
+from mtl_jax import CausalLM, Phase, Pretrained, Source, decoding, generate, pretrained
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference import answer_prompts
@@ -56,6 +58,23 @@ def test_from_a_file_to_a_file(llama, tmp_path, monkeypatch, capsys):
     answers = [checkpoint.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in tokens]
     expected = [row | {"answer": " ".join(answer.split())} for row, answer in zip(rows, answers, strict=True)]
     assert [json.loads(line) for line in (lines[0], lines[2])] == expected
+
+
+def test_objects_have_the_text_that_was_given(llama):
+    """Not the prompt around it, as those of a file."""
+    options = {"prompt": "who is the {text} ?", "max_new_tokens": 2}
+    answers = generate(str(llama), ["man", ""], scores=True, **options)
+    assert [answer["text"] for answer in answers] == ["man", ""]
+    assert generate(str(llama), ["man", ""], **options) == [answer["answer"] for answer in answers]
+
+
+def test_a_prompt_of_a_run_that_is_cut_is_reported(llama, tmp_path, caplog):
+    task = CausalLM(name="answer", source="pairs", column="answer", target_length=3)
+    changes = {"sources": (Source("pairs", rows=tiny_decoder.rows()),), "tasks": (task,), "trunk": Pretrained(str(llama))}
+    changes |= {"phases": (Phase("everything", 1),)}
+    finished_runs.write(tmp_path / "run", tiny.experiment("", "", **changes))
+    generate(tmp_path / "run", ["good film", "good film " * 20], max_new_tokens=2)
+    assert "1 text of more than 24 tokens, cut: 2" in caplog.text
 
 
 def test_one_line_for_prompts_that_do_not_fit(llama, tmp_path):

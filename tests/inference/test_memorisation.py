@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import finished_runs
 import numpy as np
 import pytest
+import tiny
 
 import mtl_jax
 from mtl_jax.cli import main
@@ -44,11 +46,36 @@ def test_the_command_prints_and_writes_the_same(workdir, tmp_path, capsys):
     assert "| coarse | " in capsys.readouterr().out
 
 
+def test_a_long_row_counts_once_beside_a_task_that_reads_windows(tmp_path):
+    """The label of a long row is that of its first window."""
+    rows = []
+    for number, (first, second) in enumerate((a, b) for a in tiny.GOOD + tiny.BAD for b in tiny.OTHER[:8]):
+        words = [first, second, "film"] * (12 if number % 3 == 0 else 1)
+        rows.append({"text": words, "tags": ["O"] * len(words), "kind": "xy"[number % 2]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = mtl_jax.Source("rows", str(tmp_path / "rows.jsonl"), format="jsonl", cut_dev=0.2, cut_test=0.3)
+    tasks = (
+        mtl_jax.Classification(name="kind", source="rows", column="kind"),
+        mtl_jax.Tagging(name="tags", source="rows", metric="token_accuracy"),
+    )
+    changes = {"sources": (source,), "tasks": tasks, "trunk": mtl_jax.Embedding(dimension=8)}
+    finished_runs.write(tmp_path / "run", tiny.experiment("", "", **changes))
+    result = mtl_jax.memorisation(tmp_path / "run", resamples=10)
+    assert {task: [*scores] for task, scores in result.memberships.items()} == {
+        "kind": ["loss", "label"],
+        "tags": ["loss", "length"],
+    }
+    loss, label = result.memberships["kind"].values()
+    assert (loss.members, loss.others) == (label.members, label.others)
+    assert loss.members + loss.others < len(rows)
+
+
 def test_bad_input_is_one_line(workdir, tmp_path):
     for arguments, line in (
         ({"tasks": ["course"]}, r"unknown task 'course' \(did you mean 'coarse'\?\)"),
         ({"held_out": "train"}, r"unknown held_out 'train'"),
         ({"rows": 3}, r"rows is 3; it must be at least 10"),
+        ({"seed": -1}, r"seed is -1; it must be at least 0"),
     ):
         with pytest.raises(UserError, match=line):
             mtl_jax.memorisation(workdir, **arguments)

@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import finished_runs
 import pytest
+import tiny
 from processes import CONSOLE, Process
+from tokenizers import normalizers
 
-from mtl_jax import Interrupted, UserError, load_model, predict_file
+from mtl_jax import Embedding, Interrupted, MultipleChoice, Source, UserError, load_model, predict_file
 from mtl_jax.cli import main
 from mtl_jax.inference import answer_rows
 from mtl_jax.inference import predict_file as of_file
@@ -138,6 +141,35 @@ def test_a_killed_process_resumes_to_the_byte(model, workdir, tmp_path):
     predict_file(model, "coarse", file, tmp_path / "whole.jsonl", rows=20, chunk=1)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(lines(output)) == 120
+
+
+def test_a_line_without_a_choice_is_an_error_before_any_work(tmp_path):
+    """Choices are no text columns of the source, and are read with them."""
+    texts = [f"a {first} {second}" for first in tiny.GOOD + tiny.BAD for second in tiny.OTHER[:4]]
+    rows = [{"text": text, "a": "good", "b": "bad", "label": str(n % 2)} for n, text in enumerate(texts)]
+    task = MultipleChoice(name="choice", source="asked", choices=("a", "b"))
+    changes = {
+        "sources": (Source("asked", rows=rows, cut_dev=0.3, cut_test=0.3),),
+        "tasks": (task,),
+        "trunk": Embedding(dimension=8),
+    }
+    finished_runs.write(tmp_path / "run", tiny.experiment("", "", **changes))
+    file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], {}, {"text": "who"}]))
+    with pytest.raises(UserError, match=r"in\.jsonl: input 4: source 'asked' has no column 'a' for task 'choice'"):
+        predict_file(tmp_path / "run", "choice", file, output, chunk=1)
+    assert not part_of(output).exists()
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], {}]))
+    assert predict_file(tmp_path / "run", "choice", file, output, chunk=1) == {"rows": 3, "errors": 1}
+
+
+def test_a_text_of_which_no_token_is_left_has_no_label(model, tmp_path, monkeypatch):
+    backend = model.run.trunk.tokenizer.backend_tokenizer
+    monkeypatch.setattr(backend, "normalizer", normalizers.Replace("song", ""))
+    texts = ["who is the man ?", "song", "a sad song"]
+    first, second, third = model.predict("fine", texts)
+    assert second == {"error": "the text has no token that the vocabulary knows"}
+    assert (first, third) == tuple(model.predict("fine", texts[::2]))
 
 
 @pytest.mark.parametrize(

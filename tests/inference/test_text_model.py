@@ -3,13 +3,17 @@
 import json
 import re
 
+import finished_runs
 import numpy as np
 import pytest
 import tiny_seq2seq
+import tiny_translation
 
+from mtl_jax import pretrained
 from mtl_jax.core.errors import UserError
+from mtl_jax.inference import answer_texts
 from mtl_jax.inference.generate_texts import configure, make_plan
-from mtl_jax.inference.text_model import TextRequest, from_checkpoint
+from mtl_jax.inference.text_model import TextRequest, from_checkpoint, from_run, of_checkpoint
 
 TRANSLATE = TextRequest("translation")
 
@@ -45,8 +49,6 @@ def test_marian_of_several_languages_reads_the_language_in_front_of_the_text(tmp
 )
 def test_mbart_is_told_the_languages_by_tokens(tmp_path, cls, source, start):
     """As the documentation of both shows: mBART begins with the language, mBART-50 with </s> and then the language."""
-    from mtl_jax import pretrained
-
     folder = tiny_seq2seq.write_mbart(tmp_path / "mbart", cls)
     tokenizer = pretrained.load_tokenizer(folder)
     model = from_checkpoint(str(folder), TRANSLATE._replace(source="de_DE", target="fr_XX"))
@@ -62,6 +64,20 @@ def test_mbart_is_told_the_languages_by_tokens(tmp_path, cls, source, start):
         configure(from_checkpoint(str(folder), TRANSLATE), {}, "mbart")
     with pytest.raises(UserError, match=r"unknown language of .*: 'fr'"):
         from_checkpoint(str(folder), TRANSLATE._replace(target="fr"))
+
+
+def test_an_open_checkpoint_keeps_its_own_languages(tmp_path):
+    """Those of one request are not those of the next."""
+    folder = tiny_seq2seq.write_mbart(tmp_path / "mbart", "MBartTokenizer")
+    checkpoint, french = pretrained.load(str(folder)), TRANSLATE._replace(target="fr_XX")
+    languages = checkpoint.tokenizer.src_lang, checkpoint.tokenizer.tgt_lang
+    german = of_checkpoint(checkpoint, "mbart", french._replace(source="de_DE")).encode(["the"], None)[0].tolist()
+    (found,), (expected,) = (
+        model.encode(["the"], None)
+        for model in (of_checkpoint(checkpoint, "mbart", french), from_checkpoint(str(folder), french))
+    )
+    assert found.tolist() == expected.tolist() != german
+    assert (checkpoint.tokenizer.src_lang, checkpoint.tokenizer.tgt_lang) == languages
 
 
 def test_mbart_that_was_tuned_to_one_pair_needs_no_language(tmp_path):
@@ -120,6 +136,19 @@ def test_a_translation_says_what_its_vocabulary_does_not_know(tmp_path):
     assert make_plan(model, ["the film", "a song"], "cut", None).remarks == []
     (line,) = make_plan(model, ["the film", "the 电影"], "cut", None).remarks
     assert re.fullmatch(r"texts: the vocabulary does not know [\d.]+ % of the tokens, such as '电影'", line)
+
+
+def test_the_log_of_a_private_run_has_no_texts(tmp_path, caplog):
+    tiny_translation.write_data(tmp_path)
+    finished_runs.write(tmp_path / "run", tiny_translation.experiment(tmp_path, private=True))
+    assert from_run(tmp_path / "run", TRANSLATE).private
+    model = from_checkpoint(str(tiny_seq2seq.write_marian(tmp_path / "marian")), TRANSLATE)
+    for private in (True, False):
+        caplog.clear()
+        config = configure(model, {"max_new_tokens": 2}, "marian")
+        answer_texts.generate(model._replace(private=private), ["the 电影"], config, "cut", None, rows=1, seed=0)
+        assert "the vocabulary does not know" in caplog.text
+        assert ("电影" in caplog.text) != private
 
 
 def test_classes_that_cannot_write_are_named(tmp_path):

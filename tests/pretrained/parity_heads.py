@@ -33,7 +33,10 @@ LABELS = ("no", "perhaps", "yes")
 TEXTS = [np.arange(6, 13), np.arange(20, 25), np.arange(30, 39)]  # two in the first row, one in the second
 Case = tuple[str, dict[str, Any]]
 CASES: list[Case] = [
-    *((family, {}) for family in parity.FAMILIES if hasattr(transformers, family + END)),  # with those of parity_llama
+    # With those of parity_llama. EuroBERT's reads every token, unless config.json says otherwise.
+    *((family, {}) for family in parity.FAMILIES if hasattr(transformers, family + END) and family != "EuroBert"),
+    ("EuroBert", {"classifier_pooling": "bos"}),
+    ("EuroBert", {"classifier_pooling": "mean", "mlp_bias": True}),
     ("DebertaV2", parity.DEBERTA_V2),
     ("ModernBert", {"classifier_pooling": "mean"}),
     ("ModernBert", parity.MODERN_BIASES),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import finished_runs
 import jax
 import numpy as np
 import pytest
@@ -16,9 +17,21 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.data import conversations
 from mtl_jax.data.batches import eval_batches
 from mtl_jax.data.formats.rows import Row
+from mtl_jax.inference import peft_export
+from mtl_jax.inference.predict import open_run
 from mtl_jax.models.trunk_output import segment_last
 from mtl_jax.training.setup import prepare
-from mtl_jax.transfer.adapters import IA3, Bottleneck, Prefix, adapt
+from mtl_jax.transfer.adapters import (
+    IA3,
+    Bottleneck,
+    Prefix,
+    PromptTuning,
+    adapt,
+    add_adapters,
+    as_module,
+    load_peft,
+    save_peft,
+)
 
 ANSWER = CausalLM(name="answer", source="pairs", column="answer", target_length=3, prompt="{text}")
 CHAT = CausalLM(name="chat", source="chats", messages="messages", target_length=4)
@@ -97,6 +110,107 @@ def test_an_exported_run_generates_the_same(run, tmp_path):
     tokens, _ = mtl_jax.decoding.generate(checkpoint, [ids], max_new_tokens=3)
     text = checkpoint.tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
     assert text == mtl_jax.predict(workdir, "answer", ["good film"])[0]["text"]
+
+
+def test_the_answer_in_a_row_is_not_read_by_a_prediction(run):
+    """Else it would take room of the prompt, and count as cut where it is long."""
+    model, answer = mtl_jax.load_model(run[0]), "good fine " * 4
+    for text in ("good film", "the bad film was " * 8):
+        alone, beside = mtl_jax.predict(model, "answer", [{"text": text}, {"text": text, "answer": answer}])
+        assert alone == beside
+        assert ("truncated" in alone) == (len(text) > 20)
+
+
+def test_columns_of_a_prompt_are_read_as_in_training(llama, tmp_path):
+    """Numbers, and what is nested."""
+    rows = [row | {"n": number, "of": {"text": row["text"]}} for number, row in enumerate(tiny_decoder.rows())]
+    task = dataclasses.replace(ANSWER, prompt="{of.text} {n}")
+    source = Source(name="pairs", rows=rows, text="of.text")
+    finished_runs.write(tmp_path / "run", experiment(llama, task, sources=(source,)))
+    model = mtl_jax.load_model(tmp_path / "run")
+    first, second = mtl_jax.predict(model, "answer", [rows[3], {"of.text": rows[3]["text"], "n": "3"}])
+    assert first == second
+    assert "error" not in first
+    with pytest.raises(UserError, match=r"needs the text columns of\.text; 'of\.text' is a number, where a text is needed"):
+        mtl_jax.predict(model, "answer", [{"of.text": 3, "n": 3}])
+
+
+def test_conversations_are_predicted_as_they_are_trained(llama, tmp_path):
+    """From lists of messages, without the answer that they may end with."""
+    finished_runs.write(tmp_path / "run", experiment(llama, CHAT))
+    model, (turns, *_) = mtl_jax.load_model(tmp_path / "run"), [row["messages"] for row in tiny_decoder.conversations()]
+    asked = [{"messages": value} for value in (turns, turns[:-1], json.dumps(turns))]
+    first, second, third = mtl_jax.predict(model, "chat", asked)
+    assert first == second == third
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*asked, {"messages": [{"role": "user"}]}]))
+    with pytest.raises(UserError, match=r"input 4: task 'chat': the message .* lacks role, content"):
+        mtl_jax.predict_file(model, "chat", file, tmp_path / "out.jsonl", chunk=1)
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_answers_see_a_prompt_that_was_tuned(llama, tmp_path, beams):
+    """The cache has the prompt once, in front of the tokens; texts of several lengths stand in one batch."""
+    task = dataclasses.replace(ANSWER, beams=beams, max_new_tokens=4)
+    adapters = (PromptTuning(name="prompt", length=3, examples=4),)
+    finished_runs.write(tmp_path / "run", experiment(llama, task, adapters=adapters))
+    run, texts = open_run(tmp_path / "run"), ["good film", "the bad film was a song"]
+    answers = mtl_jax.predict(tmp_path / "run", "answer", texts)
+    table = run.params["trunk"]["embeddings"]["word"]["embedding"]
+
+    def scored(tokens):
+        """Log-probabilities of the token after each, without a cache."""
+        hidden = run.trunk.module.apply({"params": run.params["trunk"]}, np.array([tokens])).hidden[0]
+        return np.asarray(jax.nn.log_softmax(hidden @ table.T))
+
+    for text, answer in zip(texts, answers, strict=True):
+        prompt = run.trunk.tokenizer(text)["input_ids"]
+        tokens, end = list(prompt), run.task("answer").end
+        for _ in range(4 if beams == 1 else 0):
+            tokens.append(int(scored(tokens)[-1].argmax()))
+            if tokens[-1] == end:
+                break
+        if beams == 1:
+            assert run.trunk.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True) == answer["text"]
+        written = run.trunk.tokenizer(answer["text"], add_special_tokens=False)["input_ids"]
+        written += [] if answer.get("unfinished") else [end]
+        total = sum(scored([*prompt, *written])[len(prompt) - 1 + n, token] for n, token in enumerate(written))
+        assert answer["score"] == pytest.approx(total / len(written), abs=1e-4)
+
+
+def test_what_of_a_decoder_does_not_go_out_to_peft(llama, tmp_path):
+    base = mtl_jax.pretrained.load(str(llama))
+    with pytest.raises(UserError, match="prompt tuning of a decoder-only model; only encoders are read"):
+        save_peft(tmp_path / "out", add_adapters(base, [PromptTuning(name="prompt", length=2)]))
+    with pytest.raises(UserError, match="PEFT has no form for a prefix in a model with rotary positions"):
+        save_peft(tmp_path / "out", add_adapters(base, [Prefix(name="prefix", length=2)]))
+    with pytest.raises(UserError, match="shift is for positions that are added to tokens, and this trunk has others"):
+        add_adapters(base, [Prefix(name="prefix", length=2, shift=True)])
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and peft, about themselves
+def test_adapters_go_out_to_peft_with_the_names_of_the_whole_model(llama, tmp_path):
+    """They open on the class with the LM head, whose own parameters must be those of the checkpoint."""
+    finished_runs.write(tmp_path / "run", experiment(llama, ANSWER, adapters=(Lora(name="lora", rank=2),)))
+    hint = mtl_jax.convert(tmp_path / "run", tmp_path / "peft", task="answer", peft=True)
+    assert "PeftModel.from_pretrained(AutoModelForCausalLM of " in hint
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    run, base, ids = open_run(tmp_path / "run"), mtl_jax.pretrained.load(str(llama)), np.array([[2, 5, 9, 14]])
+    model = run.task("answer").generator(as_module(run.trunk.module, 0, "answer"))
+    expected = model.apply({"params": {"trunk": run.params["trunk"], "head": {}}}, ids).logits
+    loaded = load_peft(tmp_path / "peft", base)
+    np.testing.assert_allclose(loaded.model.apply({"params": loaded.params}, ids).logits, expected, atol=1e-5)
+    assert not np.allclose(base.model.apply({"params": base.params}, ids).logits, expected, atol=1e-3)
+    trained = run._replace(params={**run.params, "heads": {"answer": {"lm_head": {"kernel": np.zeros((16, 27), np.float32)}}}})
+    with pytest.raises(UserError, match="lm_head/kernel of its LM head is not that of the checkpoint"):
+        peft_export.write(trained, "run", tmp_path / "more", run.task("answer"), overwrite=False)
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "peft").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.from_numpy(ids)).logits.numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.long

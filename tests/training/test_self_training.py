@@ -30,6 +30,7 @@ from mtl_jax import (
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment_checks import check
+from mtl_jax.inference import pseudo_label as pseudo_labelling
 from mtl_jax.inference.predict import open_run
 from mtl_jax.tasks import Classification
 from mtl_jax.training.regularisation import output_losses, pseudo_rows
@@ -161,6 +162,25 @@ def test_a_file_of_labels(rounds, monkeypatch, capsys):
         main.console()
     assert "a label of task 'coarse' with a probability of 1; the highest is" in capsys.readouterr().err
     assert not (folder / "more.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(rounds, tmp_path, monkeypatch):
+    _, folder, _ = rounds
+    (tmp_path / "in.jsonl").write_text('{"text": "good"}\n')
+    monkeypatch.setattr(pseudo_labelling, "open_run", None)
+    for output, message in (
+        (tmp_path / "in.jsonl", "the output is the input; give another file"),
+        (tmp_path, "it is a directory; the output must be a file"),
+        (tmp_path / "no" / "out.jsonl", "there is no directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pseudo_label(folder / "whole", tmp_path / "in.jsonl", output)
+    for name in ("per_class", "seed"):
+        with pytest.raises(UserError, match=f"{name} is -1; it must be at least 0"):
+            pseudo_label(folder / "whole", tmp_path / "in.jsonl", tmp_path / "out.jsonl", **{name: -1})
+    source = Source("mails", rows=[{"from": "good"}], text="from")
+    with pytest.raises(UserError, match="column 'from' of source 'mails' has the name of one that is added to the rows"):
+        pseudo_labelling._check_columns(source, rounds[0].tasks[0])
 
 
 def test_bad_input(rounds):

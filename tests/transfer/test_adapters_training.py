@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import finished_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,7 @@ from mtl_jax.data.stream import single_phase, stream
 from mtl_jax.inference import peft_export
 from mtl_jax.inference.export import convert
 from mtl_jax.inference.predict import evaluate, open_run, predict
+from mtl_jax.sharing import TaskAdapters
 from mtl_jax.training import experiment_json, sharding
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import apply_heads, encode_tokens, label_counts, mean_losses
@@ -46,7 +48,7 @@ from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer import freezing
-from mtl_jax.transfer.adapters import load_peft
+from mtl_jax.transfer.adapters import as_module, load_peft
 
 LORA = Lora(name="lora", rank=2, alpha=4.0, dropout=0.1)
 ALL = (
@@ -367,6 +369,19 @@ def test_adapters_go_out_to_peft(bert, data, tmp_path):
     changed = flat(params) | {"trunk/embeddings/norm/bias": params["trunk"]["embeddings"]["norm"]["bias"] + 1}
     with pytest.raises(UserError, match=r"run: embeddings/norm/bias of its trunk is not that of the checkpoint"):
         peft_export.write(run._replace(params=nested(changed)), "run", tmp_path / "more", rating, overwrite=False)
+
+
+def test_an_adapter_of_a_task_goes_out_beside_one_of_its_name(bert, data, tmp_path):
+    """The name of the adapter in a sharing is not used; at a layer the two are one of the sum of their ranks."""
+    lora = Lora(name="lora", rank=2)
+    finished_runs.write(tmp_path / "run", tiny.experiment(bert, data, adapters=(lora,), sharing=TaskAdapters(adapter=lora)))
+    convert(tmp_path / "run", tmp_path / "peft", task="rating", peft=True)
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
+    run, loaded = open_run(tmp_path / "run"), load_peft(tmp_path / "peft", pretrained.load(str(bert), head=None))
+    ids = np.array([run.trunk.tokenizer("who is the man ?")["input_ids"]])
+    module = as_module(run.trunk.module, run.source_index("rating"), "rating")
+    expected = module.apply({"params": run.params["trunk"]}, ids).hidden
+    np.testing.assert_allclose(loaded.model.apply({"params": loaded.params}, ids).hidden, expected, atol=1e-5)
 
 
 def test_flags_change_adapters(bert, data, monkeypatch):

@@ -131,6 +131,7 @@ QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
             "alpha_pattern 'keys' matches no module with an adapter; there are modules such as bert",
         ),
         ({"rank_pattern": {"(": 3}}, r"rank_pattern '\(' is not a regular expression"),
+        ({"rank_pattern": {"self.query": 3.0}}, r"rank_pattern is \{'self.query': 3.0\}; .* names and positive whole numbers"),
         ({"rank_pattern": {}}, r"rank_pattern is wrong: .*query.lora_A.weight has shape \(3, 16\), and \(2, 16\) is needed"),
         (
             {"target_modules": ["query", "value", "key"]},

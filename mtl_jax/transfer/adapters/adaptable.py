@@ -42,11 +42,11 @@ def layer_of(path: str, module: nn.Module, args: tuple[Any, ...]) -> Layer | Non
     if isinstance(module, nn.Dense):
         return Layer(path, DENSE, inputs=args[0].shape[-1], outputs=module.features)
     if isinstance(module, GroupedAttention):
-        return Layer(path, ATTENTION, heads=module.config.kv_heads, head_size=module.config.head_size)
+        return Layer(path, ATTENTION, heads=module.config.kv_heads, head_size=module.config.head_size, rotated=True)
     if isinstance(module, Attention):
         return Layer(path, ATTENTION, heads=module.num_heads, head_size=module.head_size)
     if isinstance(module, RotaryAttention):
-        return Layer(path, ROTARY, heads=module.config.num_heads, head_size=module.config.head_size)
+        return Layer(path, ROTARY, heads=module.config.num_heads, head_size=module.config.head_size, rotated=True)
     if is_layer(module):
         return Layer(path, WHOLE, inputs=args[0].shape[-1], outputs=args[0].shape[-1])
     if isinstance(module, Embed) and path.endswith("embeddings/word"):

@@ -38,6 +38,7 @@ class Layer(NamedTuple):
         heads: Number of heads of an attention, else 0.
         head_size: Size of a head of an attention, else 0.
         calls: How often the trunk calls it: more than once where layers are shared, as in ALBERT.
+        rotated: Whether it is an attention with rotary positions.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Layer(NamedTuple):
     heads: int = 0
     head_size: int = 0
     calls: int = 1
+    rotated: bool = False
 
 
 class Shown(NamedTuple):

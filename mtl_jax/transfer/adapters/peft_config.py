@@ -158,9 +158,12 @@ def _names(raw: Mapping[str, Any], field: str, where: str) -> list[str] | str:
 
 
 def _patterns(raw: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
-    value = raw.get(field) or {}
-    if not isinstance(value, dict) or not all(finite(number) and number > 0 for number in value.values()):
-        raise UserError(f"{where}: {field} is {brief(value)}; it must be an object of names and positive numbers")
+    value, whole = raw.get(field) or {}, field == "rank_pattern"
+    if not isinstance(value, dict) or not all(
+        finite(number) and number > 0 and (isinstance(number, int) or not whole) for number in value.values()
+    ):
+        kind = "positive whole numbers" if whole else "positive numbers"
+        raise UserError(f"{where}: {field} is {brief(value)}; it must be an object of names and {kind}")
     for pattern in value:
         _check_expression(pattern, field, where)
     return value

@@ -41,6 +41,7 @@ TASK_TYPES = {
     "token_classification": "TOKEN_CLS",
     "question_answering": "QUESTION_ANS",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "causal_lm": "CAUSAL_LM",
 }
 SAVED_HEADS = ("sequence_classification", "token_classification", "question_answering")
 CLASSIFIER = "classifier"  # in modules_to_save of every PEFT directory for texts, whatever it names

@@ -16,6 +16,7 @@ import numpy as np
 
 from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
+from mtl_jax.models.causal_model import CausalModel
 from mtl_jax.models.encoder_decoder import Seq2Seq
 from mtl_jax.models.modernbert import MeanPooler
 from mtl_jax.pretrained.checkpoint import Checkpoint
@@ -172,6 +173,8 @@ def check_prompt(checkpoint: Checkpoint, where: str) -> None:
     model: Any = checkpoint.model
     if isinstance(model, Seq2Seq):
         raise UserError(f"{where}: prompt tuning of an encoder-decoder, whose decoder reads the prompt; only encoders are read")
+    if isinstance(model, CausalModel):
+        raise UserError(f"{where}: prompt tuning of a decoder-only model; only encoders are read")
     if isinstance(model.pooler, MeanPooler):
         raise UserError(f"{where}: prompt tuning of a model whose head reads the mean of all tokens, the prompt's among them")
 
@@ -272,6 +275,6 @@ def self_attentions(checkpoint: Checkpoint, part: str) -> list[Layer]:
         UserError: It has none that a prefix can be in.
     """
     found = [layer for layer in layers(checkpoint)[part].values() if re.fullmatch(SELF_ATTENTION, layer.path)]
-    if not found or any(layer.kind != "attention" for layer in found):
+    if not found or any(layer.rotated for layer in found):
         raise UserError("prefix tuning: PEFT has no form for a prefix in a model with rotary positions, or without attention")
     return sorted(found, key=lambda layer: int(re.findall(r"\d+", layer.path)[0]))

@@ -155,12 +155,12 @@ def _write_prefix(writing: Writing) -> tuple[dict[str, Any], dict[str, Saved]]:
         raise UserError(
             f"adapter {adapter.name!r}: PEFT has the prefix of an encoder-decoder in the decoder, not in the encoder"
         )
+    attentions = self_attentions(checkpoint, part)
     if not adapter.shift:
         raise UserError(
             f"adapter {adapter.name!r}: in PEFT the positions of a text begin after the prefix: train it with shift=True to "
             "take it there"
         )
-    attentions = self_attentions(checkpoint, part)
     N, D, params = attentions[0].heads, attentions[0].head_size, params_of(checkpoint, part, adapter)
     table_PxLxNxD = np.zeros((adapter.length, 2 * len(attentions), N, D), np.float32)
     taken: set[int] = set()

@@ -57,7 +57,8 @@ class Prefix(Adapter):
     def where(self, layers: Mapping[str, Layer]) -> list[Layer]:
         matching = self.matching(layers, self.target, ("attention", "rotary"))
         kinds = {layer.kind for layer in layers.values()}
-        if self.shift and ("rotary" in kinds or not kinds & {"root", "positions"}):
+        rotated = any(layer.rotated for layer in layers.values())
+        if self.shift and (rotated or not kinds & {"root", "positions"}):
             raise UserError(
                 f"adapter {self.name!r}: shift is for positions that are added to tokens, and this trunk has others"
             )

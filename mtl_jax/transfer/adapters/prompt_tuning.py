@@ -17,6 +17,7 @@ from mtl_jax.models.layers import look_up
 from mtl_jax.transfer.adapters.base import Adapter, Call, Layer, Params
 
 WORDS, ROOT = "words", "root"  # kinds of layers: where tokens become vectors, and the whole module
+STEP = "step"  # in memos: this pass is a step of decoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,9 @@ class PromptTuning(Adapter):
     def _make_room(self, call: Call) -> Any:
         """The whole module on rows with S P more tokens in front; a trunk's output without them."""
         given = dict(zip(("input_ids", "attention_mask"), call.args, strict=False)) | dict(call.kwargs)
+        if given.get("past") is not None:  # the cache has the prompt
+            call.memo[STEP] = True
+            return call()
         ids_BxT = given["input_ids"]
         rows, added = ids_BxT.shape[0], self.examples * self.length
         mask_BxT, positions_BxT, types_BxT, segments_BxT = (
@@ -112,10 +116,15 @@ class PromptTuning(Adapter):
         mask = given.pop("attention_mask")
         del given["input_ids"]
         output = call.next(ids, mask, **given)
+        if getattr(output, "cache", None) is not None:  # of rows with one example: without the other prompts
+            cache = jax.tree.map(lambda x: jnp.concatenate([x[:, :, : self.length], x[:, :, added:]], axis=2), output.cache)
+            output = output._replace(cache=cache)
         return output if self.keep else output._replace(hidden=output.hidden[:, added:])
 
     def _fill(self, prompt: jax.Array, call: Call) -> Any:
         """The vectors of the row's tokens, with the prompt of every example in front."""
+        if call.memo.get(STEP):
+            return call()
         ids_BxT, *rest = call.args
         prompt_BxPxE = jnp.broadcast_to(prompt, (ids_BxT.shape[0], *prompt.shape[-2:]))
         front = jnp.tile(prompt_BxPxE, (1, self.examples, 1))

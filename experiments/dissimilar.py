@@ -18,6 +18,7 @@ snips/ and restaurant8k/. `mtl-jax compare` says of two of these runs which task
 """
 
 import dataclasses
+import json
 import re
 import statistics
 from collections.abc import Collection
@@ -50,11 +51,12 @@ from mtl_jax import (
     sharing,
 )
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.core.files import number_of
+from mtl_jax.core.files import number_of, write_json
 from mtl_jax.transfer.adapters import Adapter
 
 TRUNK_RATE, RATE = 3e-4, 1e-3  # of the trunk, its copies and the heads; of small parts that are added to it
 COPIES = (sharing.TopLayers, sharing.CrossStitch, sharing.Sluice, sharing.MMoELayers, sharing.PLE)
+Scores = dict[str, dict[str, dict[str, float]]]  # {way: {seed: {task: 100 times its metric on test}}}
 EVERYWHERE = r".*/(query|value|feed_forward_out)"
 GROUPS, MODELS = "groups", 3  # a way without a sharing of its own, and its most models
 
@@ -95,6 +97,8 @@ class Comparison:
         rows: Rows of 64 tokens in a batch.
         limit: The most rows of each split of each source.
         workdir: The directory with the runs.
+        record: A JSON file {way: {seed: {task: score}}}; by default scores.json in workdir. What it has is not trained again,
+            and what is trained is added to it, so that several machines may share the runs.
         only_table: Train nothing: the table of the runs that are done.
     """
 
@@ -104,6 +108,7 @@ class Comparison:
     rows: int = 8
     limit: int = 1500
     workdir: str = "runs/dissimilar"
+    record: str = ""
     only_table: bool = False
 
 
@@ -192,52 +197,63 @@ def compare(comparison: Comparison) -> str:
     folder = Path(comparison.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    scores: dict[str, dict[str, list[float]]] = {}
+    record = Path(comparison.record) if comparison.record else folder / "scores.json"
+
+    def recorded() -> Scores:
+        return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
     def run(name: str, planned: Experiment, seed: int, way: str, served: Collection[str]) -> None:
         """Trains a run that is not done, and adds the scores of the tasks that it serves to those of a way."""
         workdir = folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
-        if comparison.only_table and not (workdir / "results.json").exists():
+        done = recorded().get(way, {}).get(str(seed), {}).keys() >= set(served)
+        if done or (comparison.only_table and not (workdir / "results.json").exists()):
             return
         print(f"{name}, seed {seed}", flush=True)
         results = mtl_jax.train(planned, workdir)["tasks"]
-        for task in served:
-            score = 100 * number_of(results[task]["test"][results[task]["metric"]])
-            scores.setdefault(way, {}).setdefault(task, []).append(score)
+        scores = recorded()  # again: another process may have added to it
+        of_seed = scores.setdefault(way, {}).setdefault(str(seed), {})
+        of_seed |= {task: round(100 * number_of(results[task]["test"][results[task]["metric"]]), 2) for task in served}
+        write_json(record, scores)
 
+    tasks = [task.name for task in experiment(comparison).tasks]
     for seed in comparison.seeds:
         for name, planned in runs(comparison, seed).items():
-            tasks = planned.only or [task.name for task in planned.tasks]
-            run(name, planned, seed, "alone" if name.endswith(" alone") else name, tasks)
+            run(name, planned, seed, "alone" if name.endswith(" alone") else name, planned.only or tasks)
         joint = folder / f"hard-{seed}"
         if GROUPS in comparison.ways and (joint / "results.json").exists():
             for name, (planned, served) in groups(comparison, seed, joint).items():
                 run(name, planned, seed, GROUPS, served)
-    missing = [task.name for task in experiment(comparison).tasks if task.name not in scores.get("alone", {})]
+    scores = recorded()
+    missing = [task for task in tasks if not any(task in of_seed for of_seed in scores.get("alone", {}).values())]
     if missing:
         raise UserError(f"{folder}: {', '.join(missing)} alone are not trained yet, with which the others are compared")
-    scores = {way: by_task for way, by_task in scores.items() if by_task.keys() == scores["alone"].keys()}
-    text = table(scores, [task.name for task in experiment(comparison).tasks])
+    text = table(scores, tasks)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def table(scores: dict[str, dict[str, list[float]]], tasks: list[str]) -> str:
-    """The scores as Markdown: mean and deviation over seeds, the mean over tasks, and the task that loses most to alone."""
-    alone = scores["alone"]
+def table(scores: Scores, tasks: list[str]) -> str:
+    """The scores as Markdown: mean and deviation over seeds, the mean over tasks, and the task that loses most to alone.
+
+    A way is compared with the tasks alone of the same seeds; what is not whole is left out.
+    """
 
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    lines = []
-    for way, by_task in scores.items():
-        means = {task: statistics.mean(by_task[task]) for task in tasks}
-        changes = {task: means[task] - statistics.mean(alone[task]) for task in tasks}
+    def whole(way: str) -> dict[str, dict[str, float]]:
+        return {seed: of_seed for seed, of_seed in scores.get(way, {}).items() if of_seed.keys() >= set(tasks)}
+
+    alone, lines = whole("alone"), []
+    for way in ("alone", *WAYS, GROUPS):
+        both = [(of_seed, alone[seed]) for seed, of_seed in whole(way).items() if seed in alone]
+        if not both:
+            continue
+        values = {task: [of_way[task] for of_way, _ in both] for task in tasks}
+        changes = {task: statistics.mean(of_way[task] - of_alone[task] for of_way, of_alone in both) for task in tasks}
         worst = min(changes, key=changes.__getitem__)
-        loss = changes[worst]
-        lines.append(
-            [way, *(cell(by_task[task]) for task in tasks), f"{statistics.mean(means.values()):.1f}", f"{loss:+.1f} {worst}"]
-        )
+        mean = statistics.mean(statistics.mean(of_task) for of_task in values.values())
+        lines.append([way, *(cell(values[task]) for task in tasks), f"{mean:.1f}", f"{changes[worst]:+.1f} {worst}"])
     return tabulate.tabulate(lines, ["sharing", *tasks, "mean", "least to alone"], tablefmt="github", disable_numparse=True)
 
 

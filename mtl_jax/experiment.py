@@ -14,7 +14,7 @@ from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.source import Augmentation, Source
 from mtl_jax.sharing.base import Hard, Sharing
 from mtl_jax.tasks import Task
-from mtl_jax.transfer import private, regularisers
+from mtl_jax.transfer import private, regulariser_checks
 from mtl_jax.transfer.adapters import Adapter
 from mtl_jax.transfer.loading import InitFrom
 from mtl_jax.transfer.optimizer import Optimizer
@@ -181,7 +181,7 @@ def select(experiment: Experiment) -> Experiment:
         return experiment
     tasks = tuple(task for task in experiment.tasks if task.name in experiment.only)
     dropped = set(names) - set(experiment.only)
-    kept = regularisers.without_tasks(experiment.regularisers, dropped)
+    kept = regulariser_checks.without_tasks(experiment.regularisers, dropped)
     sources = {task.source for task in tasks} | {source for regulariser in kept for source in regulariser.sources}
 
     def selected_weights(weights: dict[str, float | str]) -> dict[str, float | str]:

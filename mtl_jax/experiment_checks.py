@@ -13,7 +13,7 @@ from mtl_jax.models import remat
 from mtl_jax.models.kernels import KERNELS
 from mtl_jax.sharing import base as sharing
 from mtl_jax.transfer import adapters as adapting
-from mtl_jax.transfer import averaging, freezing, loading, regularisers
+from mtl_jax.transfer import averaging, freezing, loading, regulariser_checks
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.trunks import Pretrained
 
@@ -41,7 +41,7 @@ def check(experiment: Experiment) -> None:
     for adapter in experiment.adapters:
         adapter.check_rows(experiment.batch.slots)
     names, phases = [task.name for task in experiment.tasks], [phase.name for phase in experiment.phases]
-    regularisers.check(experiment.regularisers, experiment.mixout, names, phases, steps)
+    regulariser_checks.check(experiment.regularisers, experiment.mixout, names, phases, steps)
     for regulariser in experiment.regularisers:
         for source in regulariser.sources:
             if source not in [declared.name for declared in experiment.sources]:

@@ -343,14 +343,6 @@ class Chunk:
                 "runs_at_once": len(self.runs),
                 **self.counts.facts(self.examples),
             }
-            run_scores = {"dev": dev.scores, "test": test.scores}
-            results.write(
-                self.shared.run_folder(run),
-                run.experiment,
-                self.tasks,
-                run_scores,
-                signatures,
-                facts,
-                without_copies=test.without_copies,
-                figure=False,
-            )
+            folder, run_scores = self.shared.run_folder(run), {"dev": dev.scores, "test": test.scores}
+            copies = {"without_copies": test.without_copies}
+            results.write(folder, run.experiment, self.tasks, run_scores, signatures, facts, figure=False, **copies)

@@ -19,12 +19,21 @@ def script():
 
 
 def test_the_table_names_the_task_that_loses_most(script):
-    scores = {"alone": {"a": [50.0, 52.0], "b": [80.0, 80.0]}, "hard": {"a": [40.0, 42.0], "b": [82.0, 84.0]}}
+    alone = {"0": {"a": 50.0, "b": 80.0}, "1": {"a": 52.0, "b": 80.0}}
+    hard = {"0": {"a": 40.0, "b": 82.0}, "1": {"a": 42.0, "b": 84.0}}
+    scores = {
+        "alone": alone,
+        "mmoe": {"1": {"a": 53.0, "b": 70.0}},
+        "hard": hard,
+        "pal": {"0": {"a": 1.0}},
+        "cgc": {"2": alone["0"]},
+    }
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(scores, ["a", "b"]).splitlines()]
     assert lines[0] == ["sharing", "a", "b", "mean", "least to alone"]
     assert lines[2:] == [
         ["alone", "51.0 ± 1.4", "80.0 ± 0.0", "65.5", "+0.0 a"],
         ["hard", "41.0 ± 1.4", "83.0 ± 1.4", "62.0", "-10.0 a"],
+        ["mmoe", "53.0", "70.0", "61.5", "-10.0 b"],
     ]
 
 

@@ -21,7 +21,8 @@ from mtl_jax.training import restore
 from mtl_jax.training.regularisation import fisher, mixing, pseudo_rows
 from mtl_jax.training.regularisation.teachers import Teacher, check_vocabulary, open_teacher, tasks_to_imitate
 from mtl_jax.training.restore import TrainedRun
-from mtl_jax.transfer.regularisers import EWC, FIELD, Distillation, RDrop, Regulariser, tasks_named_by
+from mtl_jax.transfer.regulariser_checks import tasks_named_by
+from mtl_jax.transfer.regularisers import EWC, FIELD, Distillation, RDrop, Regulariser
 from mtl_jax.transfer.unlabelled import KINDS, Consistency, SelfTraining
 from mtl_jax.trunks import Trunk
 from mtl_jax.weighting import schedules

@@ -220,7 +220,8 @@ def aligned() -> Rule:
         vectors_KxK, values_K, _ = jnp.linalg.svd(norm_K[:, None] * root_KxK)
         floored_K = jnp.sqrt(values_K**2 + (1e-7 * values_K.max()) ** 2)
         orthogonal_K = jnp.square(vectors_KxK.T) @ jnp.square(norm_K)
-        kept_K = (floored_K**2 / orthogonal_K / DEPENDENT) ** 6
+        # Very short gradients that are orthogonal to the others have a huge ratio, and its power is not finite.
+        kept_K = jnp.minimum(floored_K**2 / orthogonal_K / DEPENDENT, 1e3) ** 6
         kept_K = kept_K / (1 + kept_K)
         inverse_K = jnp.sqrt(kept_K) / floored_K
         shrink_K = inverse_K / inverse_K.max()

@@ -314,8 +314,9 @@ def test_the_order_of_the_tasks_does_not_matter(name, gradients, seed):
         np.random.default_rng(0).normal(size=(3, 4)) * 1e-15,
         np.random.default_rng(0).normal(size=(3, 4)) * 1e15,
         np.random.default_rng(0).normal(size=(3, 4)) * np.array([[1e-6], [1.0], [1e6]]),
+        np.diag([1e-7, 1.0, 1e7]),
     ],
-    ids=["zero", "equal", "opposite", "one zero", "K = 1", "1e-15", "1e15", "unlike"],
+    ids=["zero", "equal", "opposite", "one zero", "K = 1", "1e-15", "1e15", "unlike", "unlike and orthogonal"],
 )
 def test_weights_are_finite(name, gradients):
     assert np.isfinite(weights_of(make(name), gradients)).all()

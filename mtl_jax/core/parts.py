@@ -206,18 +206,19 @@ def by_door() -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def forgotten() -> Iterator[None]:
-    """Parts that are defined within this context are forgotten after it: for tests, and for scripts that are only looked at."""
-    classes = {door: dict(known) for door, known in _KINDS.items()}
-    functions = [(registry, dict(registry._functions)) for registry in _REGISTRIES]
+    """Parts that are defined within this context are forgotten after it: for tests, and for scripts that are only looked at.
+
+    Parts of mtl_jax itself stay: their modules may be imported within the context, which happens once.
+    """
+    tables: list[dict[str, Any]] = [*_KINDS.values(), *(registry._functions for registry in _REGISTRIES)]
+    before = [dict(table) for table in tables]
     try:
         yield
     finally:
-        for door, known in classes.items():
-            _KINDS[door].clear()
-            _KINDS[door].update(known)
-        for registry, known_functions in functions:
-            registry._functions.clear()
-            registry._functions.update(known_functions)
+        for table, known in zip(tables, before, strict=True):
+            imported = {name: part for name, part in table.items() if name not in known and origin_of(part) is None}
+            table.clear()
+            table.update(known | imported)
 
 
 def as_json(parts: Mapping[str, tuple[str, Any]]) -> dict[str, dict[str, str]]:

@@ -40,7 +40,7 @@ def own(tmp_path, monkeypatch):
 
     with parts.forgotten():
         yield write
-    for name in set(sys.modules) - modules:
+    for name in {name for name in set(sys.modules) - modules if name.partition(".")[0] != "mtl_jax"}:
         del sys.modules[name]
     sys.path[:] = path
 
@@ -50,6 +50,23 @@ def line_of(own, text, **files):
         own(text, **files)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_parts_of_the_package_stay_where_those_of_a_user_are_forgotten(own):
+    """The package's own are registered when their module is imported, which happens once."""
+    with parts.forgotten():
+        own("@weighting.register('mine_for_a_while')\ndef mine(): return weighting.make('equal')\n", "while.py")
+        assert "mine_for_a_while" in weighting.RULES
+
+        @weighting.register("of_the_package")
+        def imported():
+            return weighting.make("equal")
+
+        imported.__module__ = "mtl_jax.later"
+        parts._ORIGINS.pop(imported)
+    assert "mine_for_a_while" not in weighting.RULES
+    assert "of_the_package" in weighting.RULES
+    del weighting.RULES._functions["of_the_package"]
 
 
 def test_a_class_without_what_its_door_needs(own):

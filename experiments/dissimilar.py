@@ -18,7 +18,6 @@ snips/ and restaurant8k/. `mtl-jax compare` says of two of these runs which task
 """
 
 import dataclasses
-import json
 import re
 import statistics
 from collections.abc import Collection
@@ -52,6 +51,7 @@ from mtl_jax import (
 )
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import number_of, write_json
+from mtl_jax.training.workdir import read_json
 from mtl_jax.transfer.adapters import Adapter
 
 TRUNK_RATE, RATE = 3e-4, 1e-3  # of the trunk, its copies and the heads; of small parts that are added to it
@@ -169,12 +169,12 @@ def runs(comparison: Comparison, seed: int) -> dict[str, Experiment]:
 def groups(comparison: Comparison, seed: int, joint: Path) -> dict[str, tuple[Experiment, tuple[str, ...]]]:
     """{name of the run: its experiment, and the tasks that it serves}, from the finished run of all tasks."""
     base = dataclasses.replace(experiment(comparison), seed=seed)
-    found = affinity.of_experiment(base, estimators=("grad_tag",), runs=(joint,), models=MODELS, resamples=0, seed=seed)
-    if found.groups is None:
-        raise UserError(f"{joint}: {'; '.join(found.notes)}")
+    result = affinity.of_experiment(base, estimators=("grad_tag",), runs=(joint,), models=MODELS, resamples=0, seed=seed)
+    if result.groups is None:
+        raise UserError(f"{joint}: {'; '.join(result.notes)}")
     source_of = {task.name: task.source for task in base.tasks}
     planned = {}
-    for group in found.groups.groups:
+    for group in result.groups.groups:
         steps = comparison.alone * len({source_of[task] for task in group.trained})
         chosen = dataclasses.replace(base, only=group.trained, phases=(Phase("group", steps=steps),))
         planned[f"group of {' '.join(group.trained)}"] = chosen, group.served
@@ -200,13 +200,15 @@ def compare(comparison: Comparison) -> str:
     record = Path(comparison.record) if comparison.record else folder / "scores.json"
 
     def recorded() -> Scores:
-        return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        return read_json(record) or {}
+
+    def has(way: str, seed: int, served: Collection[str]) -> bool:
+        return recorded().get(way, {}).get(str(seed), {}).keys() >= set(served)
 
     def run(name: str, planned: Experiment, seed: int, way: str, served: Collection[str]) -> None:
         """Trains a run that is not done, and adds the scores of the tasks that it serves to those of a way."""
         workdir = folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
-        done = recorded().get(way, {}).get(str(seed), {}).keys() >= set(served)
-        if done or (comparison.only_table and not (workdir / "results.json").exists()):
+        if has(way, seed, served) or (comparison.only_table and not (workdir / "results.json").exists()):
             return
         print(f"{name}, seed {seed}", flush=True)
         results = mtl_jax.train(planned, workdir)["tasks"]
@@ -220,7 +222,11 @@ def compare(comparison: Comparison) -> str:
         for name, planned in runs(comparison, seed).items():
             run(name, planned, seed, "alone" if name.endswith(" alone") else name, planned.only or tasks)
         joint = folder / f"hard-{seed}"
-        if GROUPS in comparison.ways and (joint / "results.json").exists():
+        if comparison.only_table or GROUPS not in comparison.ways or has(GROUPS, seed, tasks):
+            continue
+        if not (joint / "results.json").exists():
+            print(f"{GROUPS}, seed {seed}: left out, as they are made from {joint}, which is not here", flush=True)
+        else:
             for name, (planned, served) in groups(comparison, seed, joint).items():
                 run(name, planned, seed, GROUPS, served)
     scores = recorded()

@@ -13,7 +13,7 @@ over seeds on dev; the table then has the mean accuracy on test with the deviati
 with the same seed, with its 95 % interval (Student's t). An interval with 0 in it says that no difference was found. Started
 again, the script resumes; --only-table makes the table of the results.json that are there.
 
-Result (75 minutes on one CPU core, float32; "edge": the best rate is the highest of the four):
+Result (about 80 minutes of a CPU core beside other work, float32; "edge": the best rate is the highest of the four):
 
     | task | variant   | best rate    | test accuracy | minus LoRA, 95 %  |
     |------|-----------|--------------|---------------|-------------------|

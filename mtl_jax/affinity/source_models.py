@@ -57,8 +57,8 @@ def can_fit(task: Task) -> bool:
 
     It reads nothing else, its labels are known in advance, and its loss does not compare texts with each other.
     """
-    compares = task.unit_size > 1 or task.several_texts or task.whole_batch
-    return set(task.needs) <= set(FIELDS) and not task.corrupts and task.label_level != "target" and not compares
+    in_advance = not task.corrupts and task.label_level != "target"
+    return set(task.needs) <= set(FIELDS) and in_advance and not task.compares_examples
 
 
 def fit_head(task: Task, head: Any, batches: Sequence[Batch], outputs: Sequence[Encoded]) -> Any:

@@ -176,7 +176,7 @@ def _measured(
 ) -> Memorisation:
     """As memorisation(), of runs that are open; no text of a private one is shown."""
     chosen = [run.task(name) for name in tasks] or list(run.tasks)
-    if compared := [task.name for task in chosen if task.unit_size > 1 or task.whole_batch]:
+    if compared := [task.name for task in chosen if task.compares_examples]:
         raise UserError(f"{workdir}: the loss of task {compared[0]!r} is not one of single rows; name other tasks")
     if other is not None:
         for task in chosen:

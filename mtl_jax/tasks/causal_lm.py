@@ -33,7 +33,7 @@ from mtl_jax.tasks import metrics
 from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
 from mtl_jax.tasks.reading import column
-from mtl_jax.tasks.row_statistics import RowStatistics, by_row, of_texts
+from mtl_jax.tasks.row_statistics import RowStatistics, of_texts, of_tokens
 
 NEW_LINE = "\n"
 
@@ -320,8 +320,7 @@ class CausalLM(Task):
             return of_texts(self.metric, list(outputs), [self.parse(row) for row in examples.data])
         labels = examples.labels[self.name]
         right = [np.asarray(output)[label != self.missing, 2] for output, label in zip(outputs, labels, strict=True)]
-        sums = np.array([[part.sum(dtype=np.float64), len(part)] for part in right], np.float64).reshape(-1, 2)
-        return by_row(RowStatistics(sums, "mean"), examples.row_of, len(examples.data))
+        return of_tokens(right, examples.row_of, len(examples.data))
 
     def signatures(self, rows: Sequence[Row]) -> dict[str, str]:
         if not metrics.family(self.metric):

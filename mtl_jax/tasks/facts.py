@@ -187,6 +187,11 @@ class TaskFacts(abc.ABC):
         return False
 
     @property
+    def compares_examples(self) -> bool:
+        """Whether the loss compares examples with each other, so that a single one has none of its own."""
+        return self.unit_size > 1 or self.whole_batch
+
+    @property
     def target_length(self) -> int:
         """Most tokens of a target text."""
         return 0

@@ -26,7 +26,7 @@ from mtl_jax.models.checkpoint_heads import MaskedLMHead
 from mtl_jax.models.dropout import Dropout
 from mtl_jax.models.trunk_output import Encoded, TrunkFacts
 from mtl_jax.tasks.base import Task
-from mtl_jax.tasks.row_statistics import RowStatistics, by_row
+from mtl_jax.tasks.row_statistics import RowStatistics, of_tokens
 
 MASKED, RANDOM = 0.8, 0.1  # shares of the chosen tokens; the others are not changed
 
@@ -187,8 +187,7 @@ class MaskedLM(Task):
 
     def row_statistics(self, outputs: Sequence[np.ndarray] | np.ndarray, examples: Examples) -> RowStatistics:
         right = [np.asarray(output)[np.asarray(output)[:, 1] >= 0, 1] for output in outputs]
-        sums = np.array([[part.sum(dtype=np.float64), len(part)] for part in right], np.float64).reshape(-1, 2)
-        return by_row(RowStatistics(sums, "mean"), examples.row_of, len(examples.data))
+        return of_tokens(right, examples.row_of, len(examples.data))
 
     def describe(self, outputs: Sequence[np.ndarray], windows: Sequence[Window], row: Row) -> dict[str, Any]:
         raise UserError(self._no_prediction)

@@ -209,6 +209,18 @@ def of_texts(metric: str, texts: Sequence[str], references: Sequence[Sequence[st
     return by_row(RowStatistics(np.array(values, np.float64), measure), rows, len(references))
 
 
+def of_tokens(right: Sequence[np.ndarray], row_of: np.ndarray, rows: int) -> RowStatistics:
+    """Statistics of rows for the share of right tokens.
+
+    Args:
+        right: For each example 1 or 0 for each of its tokens that count.
+        row_of: The row of each example.
+        rows: The number of rows.
+    """
+    sums = np.array([[tokens.sum(dtype=np.float64), len(tokens)] for tokens in right], np.float64).reshape(-1, 2)
+    return by_row(RowStatistics(sums, "mean"), row_of, rows)
+
+
 def shares(values_M: Any) -> np.ndarray:
     """f64[M, 2] for the mean of a number of each example."""
     values_M = np.asarray(values_M, np.float64)

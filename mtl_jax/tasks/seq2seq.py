@@ -33,7 +33,7 @@ from mtl_jax.tasks import decoders, metrics
 from mtl_jax.tasks.base import Task
 from mtl_jax.tasks.losses import token_losses
 from mtl_jax.tasks.reading import column
-from mtl_jax.tasks.row_statistics import RowStatistics, by_row, of_texts
+from mtl_jax.tasks.row_statistics import RowStatistics, of_texts, of_tokens
 from mtl_jax.transfer.adapters import ADAPTERS, Adapter
 from mtl_jax.transfer.adapters.adapted_decoder import adapt_decoder, add_to_decoder, check_adapters
 
@@ -314,8 +314,7 @@ class Seq2Seq(Task):
     def row_statistics(self, outputs: Sequence[Any] | np.ndarray, examples: Examples) -> RowStatistics:
         if not self.scores_texts:
             right = [np.asarray(output)[:, 2] for output in outputs]
-            sums = np.array([[part.sum(dtype=np.float64), len(part)] for part in right], np.float64).reshape(-1, 2)
-            return by_row(RowStatistics(sums, "mean"), examples.row_of, len(examples.data))
+            return of_tokens(right, examples.row_of, len(examples.data))
         return of_texts(self.metric, list(outputs), [self.parse(row) for row in examples.data])
 
     def lead(self, texts: Sequence[str], rows: Sequence[Row]) -> dict[str, float] | None:

@@ -37,7 +37,7 @@ def check_labels(regulariser: EWC, tasks: Sequence[Task]) -> None:
         tasks: The tasks of its source.
     """
     for task in tasks:
-        if task.unit_size > 1 or task.whole_batch:
+        if task.compares_examples:
             raise UserError(
                 f"{FIELD}: {regulariser.name}: task {task.name!r} compares examples, and Fisher information is of single ones"
             )

@@ -28,6 +28,7 @@ All tables are in docs/audit.md.
 
 import dataclasses
 import json
+import logging
 import random
 import re
 import statistics
@@ -43,7 +44,7 @@ from tweeteval import EXPERIMENT as TWEETS
 
 import mtl_jax
 from mtl_jax import Batching, Embedding, Evaluation, Experiment, Optimizer, Phase, Source, UserError, audit
-from mtl_jax.audit.person_names import NAME_KINDS, TYPES, names_by
+from mtl_jax.audit.person_names import NAME_KINDS, TYPES, presidio_engine
 from mtl_jax.core import assets
 from mtl_jax.core.errors import unknown
 from mtl_jax.core.files import number_of
@@ -55,6 +56,18 @@ Finder = Callable[[Sequence[str]], Sequence[Iterable[Place]]]
 PARTS = ("planted", "names", "cost")
 TASK = "emotion"
 WAYS = ("as they are", "mask", "surrogate")
+PRESIDIO = {  # its types; those of a country's numbers, such as US_SSN, are ids
+    "EMAIL_ADDRESS": "email",
+    "PHONE_NUMBER": "telephone",
+    "URL": "url",
+    "IP_ADDRESS": "ip",
+    "IBAN_CODE": "iban",
+    "CREDIT_CARD": "card",
+    "DATE_TIME": "date",
+    "PERSON": "person",
+    "LOCATION": "place",
+    "ORGANIZATION": "organisation",
+}
 SENTENCES = 4  # of a mail
 CARRIERS = ("Please use {} for this.", "It was {} in the last message.", "We have {} on our list, and nothing else.")
 DATES = ("%Y-%m-%d", "%m/%d/%Y", "%d.%m.%Y", "%B %d, %Y", "%d %b %Y", "%d/%m/%y", "%A, %B %d", "%b. %d %Y")
@@ -164,22 +177,43 @@ def ours(people: Any, recognisers: Sequence[str] | None = None) -> Finder:
     return find
 
 
+def presidio(kinds: Sequence[str]) -> dict[str, Finder]:
+    """presidio looking for some types in English texts, where it is installed; of places that overlap, the surest one.
+
+    Args:
+        kinds: The types; id stands for all those that PRESIDIO does not have.
+    """
+    try:
+        engine = presidio_engine()
+        logging.getLogger("tldextract").setLevel(logging.CRITICAL)  # it says at length that there is no network
+    except UserError as error:
+        print(f"presidio is left out: {error}")
+        return {}
+
+    def of_text(text: str) -> list[Place]:
+        places: list[Place] = []
+        found_places = engine.analyze(text=text, language="en")
+        for found in sorted(found_places, key=lambda found: (-found.score, found.start - found.end)):
+            kind = PRESIDIO.get(found.entity_type, "id")
+            if kind in kinds and all(found.end <= start or end <= found.start for start, end, _ in places):
+                places.append((found.start, found.end, kind))
+        return places
+
+    return {"presidio": lambda texts: [of_text(text) for text in texts]}
+
+
 def peers() -> dict[str, Finder]:
     """Other recognisers of names that are installed."""
-    finders: dict[str, Finder] = {}
-    try:
-        finders["presidio"] = names_by("presidio", "names")
-    except (UserError, OSError):
-        print("presidio is not installed and left out")
+    finders = presidio(NAME_KINDS)
     try:
         import spacy
 
-        model = spacy.load("en_core_web_sm")
+        model = spacy.load(next(name for name in spacy.util.get_installed_models() if name.startswith("en_core_web_sm")))
         finders["spaCy small"] = lambda texts: [
             [(e.start_char, e.end_char, TYPES[e.label_.lower()]) for e in doc.ents if e.label_.lower() in TYPES]
             for doc in model.pipe(texts)
         ]
-    except (ImportError, OSError):
+    except (ImportError, StopIteration):
         print("spaCy's en_core_web_sm is not installed and left out")
     return finders
 
@@ -291,8 +325,11 @@ def run(study: Study) -> str:
     if "planted" in study.parts:
         data = plant(study.mails)
         kinds = list(dict.fromkeys(place[2] for places in data.places for place in places))
-        finder = ours(audit.people_of(model, "wnut17"))
-        tables.append(("Planted in mails", head, measured(finder, data, kinds, only_recall=NAME_KINDS)))
+        finders = {"ours": ours(audit.people_of(model, "wnut17")), **presidio(kinds)}
+        rows = [
+            [name, *row] for name, finder in finders.items() for row in measured(finder, data, kinds, only_recall=NAME_KINDS)
+        ]
+        tables.append(("Planted in mails", ["by", *head], rows))
     if "names" in study.parts:
         for task in ("wnut17", "tweebank"):
             data = annotated(task, study.limit)

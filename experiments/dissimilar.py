@@ -51,6 +51,7 @@ from mtl_jax import (
 )
 from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.core.files import number_of, write_json
+from mtl_jax.core.json_shapes import mapping, number
 from mtl_jax.training.workdir import read_json
 from mtl_jax.transfer.adapters import Adapter
 
@@ -200,7 +201,7 @@ def compare(comparison: Comparison) -> str:
     record = Path(comparison.record) if comparison.record else folder / "scores.json"
 
     def recorded() -> Scores:
-        return read_json(record) or {}
+        return read_json(record, mapping(mapping(mapping(number)))) or {}
 
     def has(way: str, seed: int, served: Collection[str]) -> bool:
         return recorded().get(way, {}).get(str(seed), {}).keys() >= set(served)

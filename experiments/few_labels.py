@@ -2,6 +2,7 @@
 
     python experiments/few_labels.py
     python experiments/few_labels.py --methods fine-tuning "eda 0.25" "contrastive, head + self-training" --sets trec
+    python experiments/few_labels.py --record docs/few_labels.json
 
 Sets: questions (TREC, 6 classes), sentiment (SST-2), subjective or not (Subj), tweets by emotion (4 classes), paraphrases
 (MRPC, pairs), names in tweets (Tweebank; 64 and 256 sentences in place of 16 and 64 rows of a class). A draw is a choice of
@@ -23,8 +24,9 @@ Not measured: back-translation, paraphrase, generation. They need a model that w
 trained for this on captions would cost more than all other runs together.
 
 Order: all methods with 16 rows on draws 0 to 2; then the best three together, and other strengths of the best two; then 8 and
-64 rows, and the other draws. Every run is an ordinary workdir in WORKDIR: started again, the script resumes, and
-WORKDIR/table.md is written after every run. MTL_JAX_DATA names a folder with sentences/, tweeteval/, mrpc/ and tweebank/.
+64 rows, and the other draws. Every run is an ordinary workdir in WORKDIR: started again, the script resumes. Scores are added
+to RECORD, and WORKDIR/table.md is written after every run. MTL_JAX_DATA names a folder with sentences/, tweeteval/, mrpc/ and
+tweebank/.
 
 So far: 16 rows of a class, one draw, 15 runs of float32 on one core of a busy machine. The other methods, numbers of rows and
 draws are not measured yet, and setfit is not either:
@@ -41,7 +43,6 @@ on five of six sets, most on TREC and Tweebank.
 """
 
 import dataclasses
-import json
 import shutil
 import statistics
 import time
@@ -58,9 +59,13 @@ from few_labels_methods import BASE, METHODS, PEER, TOGETHER, Comparison, Run, f
 
 import mtl_jax
 from mtl_jax.core.errors import UserError, unknown
-from mtl_jax.core.files import number_of, to_json
+from mtl_jax.core.files import number_of, write_json
+from mtl_jax.core.json_shapes import mapping, number, object_of
+from mtl_jax.training.workdir import read_json
 
 RESAMPLES = 2000  # of an interval
+Scores = dict[Run, dict[str, float]]  # {run: its score and seconds}
+RECORD = mapping(mapping(mapping(mapping(object_of({"score": number, "seconds": number})))))  # by method, set, rows and draw
 AFTER = list(METHODS).index("contrastive, head") + 1
 ORDER = (*list(METHODS)[:AFTER], PEER, *list(METHODS)[AFTER:])  # of methods in the table, setfit behind ours
 
@@ -75,10 +80,21 @@ def ours(comparison: Comparison, run: Run, workdir: Path) -> float:
     return number_of(results["tasks"]["label"]["test"][sets.SETS[run.set].metric])
 
 
-def done(run: Run, folder: Path) -> dict[str, float] | None:
-    """{score, seconds} of a run that is done."""
-    path = workdir_of(run, folder) / "score.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def record_of(comparison: Comparison) -> Path:
+    """The file with the scores."""
+    return Path(comparison.record) if comparison.record else Path(comparison.workdir) / "scores.json"
+
+
+def recorded(comparison: Comparison) -> Scores:
+    """The runs that are done, and their scores."""
+    methods = read_json(record_of(comparison), RECORD) or {}
+    return {
+        Run(method, name, int(rows), int(draw)): score
+        for method, of_method in methods.items()
+        for name, of_set in of_method.items()
+        for rows, of_rows in of_set.items()
+        for draw, score in of_rows.items()
+    }
 
 
 def workdir_of(run: Run, folder: Path) -> Path:
@@ -98,7 +114,7 @@ def planned(comparison: Comparison, methods: tuple[str, ...]) -> Iterator[Run]:
 
 
 def train(comparison: Comparison, run: Run) -> None:
-    """Trains a run that is not done, and writes its score.json; methods that cannot be joined are a line."""
+    """Trains a run that is not done, and adds its score to the record; methods that cannot be joined are a line."""
     workdir = workdir_of(run, Path(comparison.workdir))
     start = time.process_time()
     try:
@@ -108,11 +124,14 @@ def train(comparison: Comparison, run: Run) -> None:
             raise
         print(f"{workdir.name} is left out: {error}", flush=True)
         return
-    content = {"score": score, "seconds": time.process_time() - start}
-    (workdir / "score.json").write_text(to_json(content), encoding="utf-8")
+    content = {"score": round(score, 4), "seconds": round(time.process_time() - start, 1)}
+    path = record_of(comparison)
+    methods = read_json(path, RECORD) or {}  # read again: another process may have added to it
+    methods.setdefault(run.method, {}).setdefault(run.set, {}).setdefault(str(run.rows), {})[str(run.draw)] = content
+    write_json(path, methods)
 
 
-def gains(scores: dict[Run, dict[str, float]], method: str, rows: int) -> dict[tuple[str, int], float]:
+def gains(scores: Scores, method: str, rows: int) -> dict[tuple[str, int], float]:
     """{(set, draw): the score less that of fine-tuning}, times 100, of the runs that have both."""
     pairs = {run: run._replace(method=BASE) for run in scores if run.method == method and run.rows == rows}
     return {
@@ -130,7 +149,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def table(scores: dict[Run, dict[str, float]], rows: int, names: tuple[str, ...]) -> str:
+def table(scores: Scores, rows: int, names: tuple[str, ...]) -> str:
     """The scores for a number of rows as Markdown.
 
     Args:
@@ -162,25 +181,24 @@ def table(scores: dict[Run, dict[str, float]], rows: int, names: tuple[str, ...]
 
 def written(comparison: Comparison) -> str:
     """The tables of all runs that are done, which table.md gets, too."""
-    folder = Path(comparison.workdir)
-    everything = Comparison(sets=comparison.sets, rows=comparison.rows, draws=comparison.draws)
+    done = recorded(comparison)
     methods = [*ORDER, *comparison.methods, *chosen(comparison)]
-    runs = [run for method in dict.fromkeys(methods) for run in planned(everything, (method,))]
-    scores = {run: score for run in runs if (score := done(run, folder)) is not None}
+    runs = [run for method in dict.fromkeys(methods) for run in planned(comparison, (method,))]
+    scores = {run: done[run] for run in runs if run in done}
     parts_of_table = []
     for rows in sorted(comparison.rows):
         if any(run.rows == rows for run in scores):
             draws = len({run.draw for run in scores if run.rows == rows})
             parts_of_table.append(f"{rows} rows of a class, {draws} draws:\n\n{table(scores, rows, comparison.sets)}")
     text = "\n\n".join(parts_of_table)
-    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    (Path(comparison.workdir) / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
 def chosen(comparison: Comparison) -> list[str]:
     """The best three methods together, and other strengths of the best two; empty before they have been chosen."""
     path = Path(comparison.workdir) / "best.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return read_json(path) or []
 
 
 def choose(comparison: Comparison, methods: tuple[str, ...]) -> None:
@@ -188,7 +206,8 @@ def choose(comparison: Comparison, methods: tuple[str, ...]) -> None:
     path = Path(comparison.workdir) / "best.json"
     if path.exists():
         return
-    scores = {run: score for run in planned(comparison, methods) if (score := done(run, path.parent)) is not None}
+    done = recorded(comparison)
+    scores = {run: done[run] for run in planned(comparison, methods) if run in done}
     means = {}
     for method in methods:
         changes = gains(scores, method, comparison.rows[0]).values()
@@ -197,7 +216,7 @@ def choose(comparison: Comparison, methods: tuple[str, ...]) -> None:
     best = sorted(means, key=lambda method: -means[method])
     together = TOGETHER.join(method for method in METHODS if method in best[:3])
     ablated = [f"{method} {strength:g}" for method in best[:2] for strength in METHODS[method].ablated]
-    path.write_text(to_json([together, *ablated]), encoding="utf-8")
+    write_json(path, [together, *ablated])
 
 
 def compare(comparison: Comparison) -> str:
@@ -231,9 +250,12 @@ def compare(comparison: Comparison) -> str:
     else:
         stages.append((comparison, lambda: methods))
     for part, methods_of in stages:
-        runs = [run for run in planned(part, methods_of()) if done(run, folder) is None]
-        for number, run in enumerate(runs, 1):
-            print(f"{number}/{len(runs)} {run.method}, {run.set}, {run.rows} rows, draw {run.draw}", flush=True)
+        done = recorded(comparison)
+        runs = [run for run in planned(part, methods_of()) if run not in done]
+        for place, run in enumerate(runs, 1):
+            if run in recorded(comparison):  # by another process, meanwhile
+                continue
+            print(f"{place}/{len(runs)} {run.method}, {run.set}, {run.rows} rows, draw {run.draw}", flush=True)
             train(comparison, run)
             written(comparison)
         if not comparison.methods:

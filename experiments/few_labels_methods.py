@@ -53,6 +53,8 @@ class Comparison:
         adapt_steps: Steps of the masked LM.
         layers: Topmost layers that train.
         workdir: The directory with the runs.
+        record: A JSON file {method: {set: {rows: {draw: {score, seconds}}}}}; by default scores.json in workdir. What it has is
+            not trained again, and what is trained is added to it, so that several machines may share the runs.
     """
 
     methods: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class Comparison:
     adapt_steps: int = 200
     layers: int = 2
     workdir: str = "runs/few_labels"
+    record: str = ""
 
 
 class Run(NamedTuple):

@@ -26,6 +26,7 @@ TYPES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("org", "organisation", "organization", "corporation", "company", "group"), "organisation"),
     }
 )
+SIZES = ("sm", "md", "lg", "trf")  # in names of spaCy's models, the better one last
 _WORDS = re.compile(r"[@#]?\w+(?:[-'\u2019.]\w+)*|[^\w\s]")
 
 
@@ -62,16 +63,39 @@ def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
     return names
 
 
-def presidio() -> Names:
-    """The names that Microsoft's presidio finds in English texts; it must be installed with a model of spaCy.
+def presidio_engine() -> Any:
+    """presidio's AnalyzerEngine for English texts, with the best spaCy model that is installed.
+
+    presidio by itself downloads a model that it lacks, and leaves organisations out. Here nothing is downloaded, and
+    organisations are looked for.
 
     Raises:
-        UserError: It is not installed.
+        UserError: presidio is not installed, or no English model of spaCy.
     """
     try:
-        engine = need("presidio_analyzer", "names by presidio").AnalyzerEngine()
+        analyzer, engines = (need(f"presidio_analyzer{part}", "names by presidio") for part in ("", ".nlp_engine"))
+        spacy_util = need("spacy.util", "names by presidio")
     except UserError as error:
         raise UserError("names by presidio need the package presidio-analyzer, which is not installed") from error
+    models = sorted(name for name in spacy_util.get_installed_models() if name.startswith("en_"))
+    if not models:
+        raise UserError("names by presidio need an English model of spaCy, such as en_core_web_lg, and none is installed")
+    largest = max(models, key=lambda name: next((size for size, part in enumerate(SIZES) if f"_{part}" in name), -1))
+    configuration = dict(engines.NlpEngineProvider().nlp_configuration)
+    configuration["models"] = [{"lang_code": "en", "model_name": largest}]
+    of_names = configuration["ner_model_configuration"]
+    ignored = [label for label in of_names["labels_to_ignore"] if label != "ORGANIZATION"]
+    configuration["ner_model_configuration"] = {**of_names, "labels_to_ignore": ignored}
+    return analyzer.AnalyzerEngine(nlp_engine=engines.NlpEngineProvider(nlp_configuration=configuration).create_engine())
+
+
+def presidio() -> Names:
+    """The names that Microsoft's presidio finds in English texts.
+
+    Raises:
+        UserError: As presidio_engine().
+    """
+    engine = presidio_engine()
     kinds = {"PERSON": "person", "LOCATION": "place", "ORGANIZATION": "organisation"}
 
     def names(texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:

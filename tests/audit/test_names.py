@@ -113,14 +113,44 @@ def test_a_function_of_a_script_finds_names():
         assert [new for new, _ in deidentified(["a B", "c"])] == ["a [CAPITAL]", "c"]
 
 
-def test_presidio_where_it_is_installed(monkeypatch):
+def test_presidio_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     with pytest.raises(UserError, match="names by presidio need the package presidio-analyzer, which is not installed"):
         names.names_by("presidio", "names")
 
+
+def test_presidio_has_the_best_installed_model_and_downloads_none(monkeypatch):
+    """Modules with the calls of presidio-analyzer 2.2 and spaCy 3.8 that are used."""
+    default = {
+        "models": [{"model_name": "en_core_web_lg"}],
+        "ner_model_configuration": {"labels_to_ignore": ["ORGANIZATION", "DATE"]},
+    }
+
+    class NlpEngineProvider:
+        def __init__(self, nlp_configuration=default):
+            self.nlp_configuration = nlp_configuration
+
+        def create_engine(self):
+            return self.nlp_configuration
+
     class AnalyzerEngine:
+        def __init__(self, nlp_engine):
+            engines.append(nlp_engine)
+
         def analyze(self, text, language, entities):
             return [SimpleNamespace(start=0, end=3, entity_type="PERSON")] if text.startswith("Ann") else []
 
+    engines, installed = [], ["de_core_news_lg"]
     monkeypatch.setitem(sys.modules, "presidio_analyzer", SimpleNamespace(AnalyzerEngine=AnalyzerEngine))
+    monkeypatch.setitem(sys.modules, "presidio_analyzer.nlp_engine", SimpleNamespace(NlpEngineProvider=NlpEngineProvider))
+    monkeypatch.setitem(sys.modules, "spacy.util", SimpleNamespace(get_installed_models=lambda: installed))
+    with pytest.raises(UserError, match="need an English model of spaCy, such as en_core_web_lg, and none is installed"):
+        names.names_by("presidio", "names")
+    installed += ["en_core_web_md", "en_core_web_sm_more"]
     assert names.names_by("presidio", "names")(["Ann met", "met"]) == [[(0, 3, "person")], []]
+    assert engines == [
+        {
+            "models": [{"lang_code": "en", "model_name": "en_core_web_md"}],
+            "ner_model_configuration": {"labels_to_ignore": ["DATE"]},
+        }
+    ]

@@ -1,6 +1,7 @@
 """Methods for few labels on a tiny trunk: resumed without work, a table with differences; names of methods are read."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -89,6 +90,36 @@ def test_started_again_nothing_is_trained(done, script, monkeypatch):
     comparison, text, _ = done
     monkeypatch.setattr(script, "train", None)
     assert script.compare(comparison) == text
+
+
+def test_what_a_record_has_is_not_trained_again(script, questions, tmp_path, monkeypatch):
+    from few_labels_methods import Comparison
+
+    record = tmp_path / "scores.json"
+    record.write_text('{"fine-tuning": {"questions": {"4": {"0": {"score": 0.5, "seconds": 20.0}}}}}')
+
+    def one_that_writes(comparison, run):
+        written = json.loads(record.read_text())
+        written["aeda"] = {"questions": {"4": {"0": {"score": 0.625, "seconds": 30.0}}}}
+        record.write_text(json.dumps(written))
+        trained.append(run.method)
+
+    trained = []
+    monkeypatch.setattr(script, "train", one_that_writes)
+    numbers = {"rows": (4,), "draws": (0,), "workdir": str(tmp_path / "runs"), "record": str(record)}
+    text = script.compare(Comparison(methods=("fine-tuning", "aeda"), sets=("questions",), **numbers))
+    assert trained == ["aeda"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:] == [["fine-tuning", "50.0", "", "", "20"], ["aeda", "62.5", "+12.5 [+12.5, +12.5]", "1/0", "30"]]
+
+
+def test_a_damaged_record_is_one_line(script, questions, tmp_path):
+    from few_labels_methods import Comparison
+
+    record = tmp_path / "scores.json"
+    record.write_text('{"fine-tuning": {"questions": [4]}}')
+    with pytest.raises(UserError, match=r"scores\.json.*fine-tuning.*an object"):
+        script.compare(Comparison(methods=("fine-tuning",), sets=("questions",), workdir=str(tmp_path), record=str(record)))
 
 
 def test_rows_of_draws(questions):

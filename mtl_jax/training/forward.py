@@ -29,6 +29,7 @@ from mtl_jax.models.trunk_output import (
 )
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
+from mtl_jax.training.each_task import each_task
 from mtl_jax.training.sharding import Placement
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted
 
@@ -182,33 +183,66 @@ def apply_heads(
     savings: Savings = NO_SAVINGS,
 ) -> dict[str, jax.Array]:
     """{task: outputs f32[R, S, O], f32[R, T, O] or f32[R, U, O], by level} of every head; a key means dropout."""
+    keys = [None if key is None else jax.random.fold_in(key, number) for number in range(len(tasks))]
+    given = {task.name: (params[task.name], encoded.read_by(task.name), of) for task, of in zip(tasks, keys, strict=True)}
 
-    return {
-        task.name: apply_head(
-            task, params[task.name], encoded, batch, None if key is None else jax.random.fold_in(key, number), savings
-        )
-        for number, task in enumerate(tasks)
-    }
+    def outputs(task: Task, given: tuple[Any, Encoded, jax.Array | None]) -> jax.Array:
+        head, read, key = given
+        return _apply_head(task, head, read, batch, key, savings)
+
+    return each_task(outputs, tasks, given)
 
 
-def apply_head(
-    task: Task, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None, savings: Savings = NO_SAVINGS
-) -> jax.Array:
+class HeadInput(NamedTuple):
+    """What the head and the loss of a task read.
+
+    Attributes:
+        params: The head's parameters.
+        encoded: The vectors that this head reads.
+        rows: Their rows, without labels.
+        labels: The task's labels of these rows, as in Batch.labels.
+        labelled: f32[], examples or tokens of the whole batch that have a label.
+        key: For dropout.
+    """
+
+    params: Any
+    encoded: Encoded
+    rows: Batch
+    labels: jax.Array
+    labelled: jax.Array
+    key: jax.Array
+
+
+def outputs_and_losses(
+    tasks: tuple[Task, ...], given: dict[str, HeadInput], savings: Savings = NO_SAVINGS
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """{task: its outputs}, as of apply_heads(), and {task: f32[]}, its mean loss, of heads that train."""
+
+    def both(task: Task, given: HeadInput) -> tuple[jax.Array, jax.Array]:
+        rows = given.rows._replace(labels={task.name: given.labels})
+        outputs = _apply_head(task, given.params, given.encoded, rows, given.key, savings)
+        return outputs, _mean_loss(task, outputs, given.labels, rows, given.labelled)
+
+    of_tasks = each_task(both, tasks, given)
+    return {name: outputs for name, (outputs, _) in of_tasks.items()}, {name: loss for name, (_, loss) in of_tasks.items()}
+
+
+def _apply_head(task: Task, params: Any, encoded: Encoded, batch: Batch, key: jax.Array | None, savings: Savings) -> jax.Array:
     """The outputs of one head; a key means dropout."""
     with rematerialised(savings.remat):
-        return task.apply(savings.head(task, params), encoded.read_by(task.name), batch, key)
+        return task.apply(savings.head(task, params), encoded, batch, key)
 
 
 def label_counts(tasks: tuple[Task, ...], batch: Batch) -> dict[str, jax.Array]:
     """{task: f32[]}: how many examples, or tokens, have a label."""
-    blank = {}
-    for task in tasks:
-        places = {"example": batch.index, "token": batch.tokens, "target": batch.labels[task.name]}[task.level].shape[:2]
-        blank[task.name] = jnp.zeros((*places, task.outputs))
-    return {task.name: task.loss(blank[task.name], batch.labels[task.name], batch)[1] for task in tasks}
+
+    def count(task: Task, labels: jax.Array) -> jax.Array:
+        places = {"example": batch.index, "token": batch.tokens, "target": labels}[task.level].shape[:2]
+        return task.loss(jnp.zeros((*places, task.outputs)), labels, batch)[1]
+
+    return each_task(count, tasks, batch.labels)
 
 
-@jax.named_scope("losses")
 def mean_losses(
     tasks: tuple[Task, ...], outputs: dict[str, jax.Array], batch: Batch, counts: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
@@ -220,8 +254,13 @@ def mean_losses(
         batch: The rows.
         counts: {task: f32[]}, labelled examples or tokens; of the rows here, or of the batch that they are a part of.
     """
-    sums = {task.name: task.loss(outputs[task.name], batch.labels[task.name], batch)[0] for task in tasks}
-    return {name: total / jnp.maximum(counts[name], 1.0) for name, total in sums.items()}
+    given = {task.name: (outputs[task.name], batch.labels[task.name], counts[task.name]) for task in tasks}
+    return each_task(lambda task, given: _mean_loss(task, given[0], given[1], batch, given[2]), tasks, given)
+
+
+@jax.named_scope("losses")
+def _mean_loss(task: Task, outputs: jax.Array, labels: jax.Array, batch: Batch, count: jax.Array) -> jax.Array:
+    return task.loss(outputs, labels, batch)[0] / jnp.maximum(count, 1.0)
 
 
 # (task, Encoded, rows) -> the Encoded and rows that its head reads: with all labels of the task.

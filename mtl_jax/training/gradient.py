@@ -20,12 +20,12 @@ from mtl_jax.training.batch_parts import in_parts, part_key, sum_over_parts
 from mtl_jax.training.forward import (
     NO_SAVINGS,
     Encode,
+    HeadInput,
     HeadInputs,
     Savings,
-    apply_head,
     every_row,
     label_counts,
-    mean_losses,
+    outputs_and_losses,
 )
 from mtl_jax.training.train_state import StepInputs, TrainState
 
@@ -134,12 +134,13 @@ def make_backward(
         def head_losses(heads: Any, encoded: Encoded, part: Batch, number: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             """The losses of the tasks, and those of the regularisers."""
             params, key = trees.merge(heads, frozen["heads"]), part_key(head_key, number, accumulate)
-            outputs: dict[str, jax.Array] = {}
-            losses: dict[str, jax.Array] = {}
+            given = {}
             for n, task in enumerate(tasks):
-                features, rows = head_inputs(task, encoded, part)
-                outputs[task.name] = apply_head(task, params[task.name], features, rows, jax.random.fold_in(key, n), savings)
-                losses |= mean_losses((task,), outputs, rows, counts)
+                name, (read, rows) = task.name, head_inputs(task, encoded, part)
+                apart = rows._replace(labels={}), rows.labels[name]
+                of_key = jax.random.fold_in(key, n)
+                given[name] = HeadInput(params[name], read.read_by(name), *apart, counts[name], of_key)
+            outputs, losses = outputs_and_losses(tasks, given, savings)
             return losses, regularisers.losses(params, encoded, outputs, part, divisors, inputs.references)
 
         def forward(trained: Any, part: Batch, number: Any) -> tuple[tuple[dict[str, Any], dict[str, Any]], Encoded]:

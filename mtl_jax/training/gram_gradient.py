@@ -20,7 +20,7 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training import task_gradients, token_gradients
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_and_keep, sum_over_parts
-from mtl_jax.training.forward import NO_SAVINGS, Encode, Savings, apply_head, label_counts, mean_losses
+from mtl_jax.training.forward import NO_SAVINGS, Encode, HeadInput, Savings, label_counts, outputs_and_losses
 from mtl_jax.training.gradient import Backward, BackwardFn, Weights
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.weighting import Rule
@@ -140,11 +140,12 @@ def make_backward(
 
             def head_losses(heads: Any, encoded: dict[str, Encoded]) -> tuple[jax.Array, Any]:
                 params = trees.merge(heads, frozen["heads"])
-                losses: dict[str, jax.Array] = {}
+                given = {}
                 for n, task in enumerate(tasks):
-                    rows, key = block(blocks, task.name), jax.random.fold_in(part_head_key, n)
-                    outputs = {task.name: apply_head(task, params[task.name], encoded[task.name], rows, key, savings)}
-                    losses |= mean_losses((task,), outputs, rows, counts)
+                    name, rows = task.name, block(blocks._replace(labels={}), task.name)
+                    labels, key = block(blocks.labels[name], name), jax.random.fold_in(part_head_key, n)
+                    given[name] = HeadInput(params[name], encoded[name].read_by(name), rows, labels, counts[name], key)
+                _, losses = outputs_and_losses(tasks, given, savings)
                 return jax.tree.reduce(jnp.add, losses), losses
 
             if gram_over == TRUNK:

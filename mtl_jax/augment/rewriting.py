@@ -209,7 +209,8 @@ class Generate(Rewriting):
 
     The model gets `prompt`, filled from the columns of a training row; the text that it writes replaces the row's text. It is
     kept if the classifier gives the row's label at least the probability `confidence`. The model can be a run that was trained
-    to write texts from labels, and the classifier a run that was trained on the same few rows.
+    to write texts from labels, or a decoder-only checkpoint, which continues the prompt until a line ends. The classifier can
+    be a run that was trained on the same few rows.
 
     Attributes:
         share: As in all augmentations.
@@ -219,7 +220,7 @@ class Generate(Rewriting):
         max_new_tokens: As in Rewriting.
         similarity: The least cosine of the row's text and the new one; by default any.
         encoder: As in Rewriting; needed for a similarity.
-        model: A checkpoint, or the workdir of a run.
+        model: A checkpoint, encoder-decoder or decoder-only, or the workdir of a run.
         model_command: In place of model: a program and its arguments, as for BackTranslation.
         prompt: The input of the model, with names of columns in braces, such as "{label}".
         task: The classification task of this experiment whose label must be right; empty: the only one of the source.
@@ -232,6 +233,8 @@ class Generate(Rewriting):
     Examples:
         >>> generate = mtl_jax.augment.Generate(model="runs/writer", prompt="{label}", classifier="runs/few")
         >>> source = mtl_jax.Source("reviews", "reviews.csv", augment=(generate,))
+        >>> prompt = "Reviews of films, all of them {label}:\\n- {text}\\n-"
+        >>> generate = mtl_jax.augment.Generate(model="gguf:gemma3-270m", prompt=prompt, classifier="runs/few")
     """
 
     similarity: float = -1.0
@@ -271,7 +274,7 @@ class Generate(Rewriting):
     def writer(self, source: AugmentedRows) -> Write:
         if self.model_command:
             return writers.by_command(self.model_command, f"source {source.source.name!r}: Generate: model_command")
-        return writers.by_model(self.model, self.search)
+        return writers.by_prompts(self.model, self.search)
 
     def maker(self, source: AugmentedRows) -> MakeRows:
         where = f"source {source.source.name!r}: Generate"

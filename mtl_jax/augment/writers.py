@@ -1,7 +1,8 @@
-"""Functions that write texts from texts: an encoder-decoder, a run, or a command of the user's."""
+"""Functions that write texts from texts: an encoder-decoder, a decoder-only model, a run, or a command of the user's."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_jax import pretrained
+from mtl_jax import decoding, pretrained
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.files import reason, shown
 from mtl_jax.core.row_texts import plain
@@ -74,13 +75,58 @@ def by_model(model: str, options: dict[str, Any]) -> Write:
     """
     import mtl_jax  # opened by the public door, as a script opens it: models stand above this package
 
-    opened: Any = mtl_jax.load_model(model) if is_run(model) else pretrained.load(model)
+    return _of_different(model, functools.partial(mtl_jax.translate, _opened(model), **options))
+
+
+def by_prompts(model: str, options: dict[str, Any]) -> Write:
+    """The writer of any checkpoint or run that writes texts, also of a decoder-only one, whose texts are prompts.
+
+    A decoder-only checkpoint continues a prompt until a line ends; a run has learned where a text ends.
+
+    Args:
+        model: A checkpoint, or the workdir of a run.
+        options: Options of the search.
+
+    Raises:
+        UserError: It cannot be opened.
+    """
+    import mtl_jax
+
+    opened = _opened(model)
+    if not is_run(model) and opened.head == "causal_lm":
+        # It has no token that starts a decoder, which an encoder-decoder needs: any number will do.
+        ends = decoding.resolve(opened.raw, opened.location, decoder_start_token_id=0).eos_token_id
+        own = {*ends, opened.tokenizer.eos_token_id} - {None}
+        options = {**options, "eos_token_id": (*sorted(own), *line_ends(opened.tokenizer))}
+    return _of_different(model, functools.partial(mtl_jax.generate, opened, **options))
+
+
+def line_ends(tokenizer: Any) -> list[int]:
+    """The tokens that begin with the end of a line, in order.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+    """
+    numbers = tokenizer.get_vocab()
+    # A vocabulary has the end of a line as itself, as the letter of byte-level BPE, or as a byte.
+    likely = sorted(number for token, number in numbers.items() if token.startswith(("\n", "\u010a", "<0x0A>")))
+    return [number for number in likely if tokenizer.decode([number]).startswith("\n")]
+
+
+def _opened(model: str) -> Any:
+    import mtl_jax
+
+    return mtl_jax.load_model(model) if is_run(model) else pretrained.load(model)
+
+
+def _of_different(model: str, answer: Callable[..., Sequence[Any]]) -> Write:
+    """The writer that answers each different text once."""
 
     def write(texts: Sequence[str], seed: int) -> list[str]:
         # In sorted order, so that the draws for a text do not depend on the order of rows.
         different = sorted(set(texts))
         log.info("%s writes %s ...", shown(model), count(len(different), "text"))
-        answers = mtl_jax.translate(opened, different, seed=seed, **options)
+        answers = answer(different, seed=seed)
         written = {text: str(answer).strip() for text, answer in zip(different, answers, strict=True)}
         return [written[text] for text in texts]
 

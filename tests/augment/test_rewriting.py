@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import mtl_jax
 from mtl_jax import Classification, Source, Tagging, UserError
@@ -128,6 +130,44 @@ def test_generated_texts_are_kept_where_a_classifier_agrees(classifier):
         made(Generate(model_command=words, classifier=f"{classifier}:other"))
     with pytest.raises(UserError, match="unknown classification task of source 's': Generate: 'd'"):
         made(Generate(model_command=words, classifier=classifier, task="d"))
+
+
+def test_a_decoder_only_checkpoint_continues_the_prompt_until_a_line_ends(tmp_path, classifier, monkeypatch):
+    import tiny_decoder
+
+    tiny_decoder.write_llama(tmp_path / "llama")
+    path = tmp_path / "llama" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"film"', '"\\n"'))
+    calls, generate = [], mtl_jax.generate
+
+    def answer(model, texts, **options):
+        calls.append(options)
+        written = generate(model, texts, **options)
+        assert all(isinstance(text, str) for text in written)
+        return ["so fine" for _ in written]
+
+    monkeypatch.setattr(mtl_jax, "generate", answer)
+    prompt = "the {label} :\n- {text}\n-"
+    written = made(Generate(model=str(tmp_path / "llama"), prompt=prompt, classifier=classifier, max_new_tokens=6))
+    assert [row.columns["text"] for row in written[::2]] == ["so fine"] * 3
+    ends = {tiny_decoder.WORDS.index(word) for word in ("[SEP]", "film")}
+    assert set(calls[0]["eos_token_id"]) == ends
+    assert calls[0]["max_new_tokens"] == 6
+
+
+def test_tokens_that_end_a_line():
+    """As words, as letters of byte-level BPE, and as bytes of a vocabulary that falls back to them."""
+    words = models.WordLevel({"[UNK]": 0, "a": 1, "\n": 2, "\n\n": 3, "b\n": 4}, unk_token="[UNK]")
+    letters = models.BPE({"a": 0, "\u010a": 1, "\u010a\u010a": 2, "\u0120": 3}, [("\u010a", "\u010a")])
+    fallback = models.BPE({"<unk>": 0, "<0x0A>": 1, "<0x41>": 2}, [], unk_token="<unk>", byte_fallback=True)
+    kinds = ((words, None), (letters, decoders.ByteLevel()), (fallback, decoders.ByteFallback()))
+    found = []
+    for model, decoder in kinds:
+        tokenizer = Tokenizer(model)
+        if decoder is not None:
+            tokenizer.decoder = decoder
+        found.append(writers.line_ends(PreTrainedTokenizerFast(tokenizer_object=tokenizer)))
+    assert found == [[2, 3], [1, 2], [1]]
 
 
 def test_bad_input_is_one_line(tmp_path, classifier):

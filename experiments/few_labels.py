@@ -252,9 +252,11 @@ def compare(comparison: Comparison) -> str:
             raise UserError(f"give at least one of {field}")
     if min(comparison.rows) < 1:
         raise UserError(f"rows is {' '.join(map(str, comparison.rows))}; a class needs at least 1")
-    methods = tuple(method for method in methods if is_installed(method))
     folder = Path(comparison.workdir)
     folder.mkdir(parents=True, exist_ok=True)
+    if comparison.only_table:
+        return written(comparison)
+    methods = tuple(method for method in methods if is_installed(method))
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))  # runs of one method and set are one program
     first = dataclasses.replace(comparison, rows=comparison.rows[:1], draws=comparison.draws[:3])
     stages = [(first, lambda: methods)]

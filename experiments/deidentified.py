@@ -186,7 +186,7 @@ def presidio(kinds: Sequence[str]) -> dict[str, Finder]:
     """
     try:
         engine = presidio_engine()
-        logging.getLogger("tldextract").setLevel(logging.CRITICAL)  # it says at length that there is no network
+        logging.getLogger("tldextract").setLevel(logging.CRITICAL)  # else a traceback where the network cannot be reached
     except UserError as error:
         print(f"presidio is left out: {error}")
         return {}

@@ -95,9 +95,9 @@ def by_prompts(model: str, options: dict[str, Any]) -> Write:
     opened = _opened(model)
     if not is_run(model) and opened.head == "causal_lm":
         # It has no token that starts a decoder, which an encoder-decoder needs: any number will do.
-        ends = decoding.resolve(opened.raw, opened.location, decoder_start_token_id=0).eos_token_id
-        own = {*ends, opened.tokenizer.eos_token_id} - {None}
-        options = {**options, "eos_token_id": (*sorted(own), *line_ends(opened.tokenizer))}
+        declared = decoding.resolve(opened.raw, opened.location, decoder_start_token_id=0).eos_token_id
+        ends = {*declared, opened.tokenizer.eos_token_id, *line_ends(opened.tokenizer)} - {None}
+        options = {**options, "eos_token_id": tuple(sorted(ends))}
     return _of_different(model, functools.partial(mtl_jax.generate, opened, **options))
 
 
@@ -127,7 +127,7 @@ def _of_different(model: str, answer: Callable[..., Sequence[Any]]) -> Write:
         different = sorted(set(texts))
         log.info("%s writes %s ...", shown(model), count(len(different), "text"))
         answers = answer(different, seed=seed)
-        written = {text: str(answer).strip() for text, answer in zip(different, answers, strict=True)}
+        written = {text: str(new_text).strip() for text, new_text in zip(different, answers, strict=True)}
         return [written[text] for text in texts]
 
     return write

@@ -18,8 +18,8 @@ def each_task(function: OfTask, tasks: Sequence[Task], inputs: Mapping[str, Any]
     """{task: function(task, inputs[task])}, with one vmapped call for all tasks that compute the same.
 
     Two tasks compute the same if the function has the same jaxpr for both, so any kind of task takes part, a user's own, too. A
-    hundred tasks of a kind then compile nearly as fast as one, and have one large product in place of a hundred small ones. An
-    array that all of them read, such as the batch, is read as it is; their own arrays are stacked.
+    hundred tasks of a kind then have one large product in place of a hundred small ones. An array that all of them read, such
+    as the batch, is read as it is; their own arrays are stacked.
 
     Args:
         function: Must be pure. It gets arrays in its second argument only: those of other tasks may stand for the task's own.
@@ -28,8 +28,9 @@ def each_task(function: OfTask, tasks: Sequence[Task], inputs: Mapping[str, Any]
 
     Examples:
         >>> tasks = [mtl_jax.Classification(name=name, source="s", labels=("a", "b")) for name in ("x", "y")]
-        >>> each_task(lambda task, number: number * task.outputs, tasks, {"x": jnp.array(1), "y": jnp.array(2)})
-        {'x': Array(2, dtype=int32), 'y': Array(4, dtype=int32)}
+        >>> outputs = each_task(lambda task, x: x * task.outputs, tasks, {"x": jnp.array(1.0), "y": jnp.array(2.5)})
+        >>> jax.tree.map(float, outputs)
+        {'x': 2.0, 'y': 5.0}
     """
     results: dict[str, Any] = {}
     for group in _alike(function, tasks, inputs):
@@ -43,6 +44,10 @@ def each_task(function: OfTask, tasks: Sequence[Task], inputs: Mapping[str, Any]
             is_shared = all(leaf is column[0] for leaf in column)
             axes.append(None if is_shared else 0)
             stacked.append(column[0] if is_shared else jnp.stack(column))
+
+        if all(axis is None for axis in axes):  # the same program of the same arrays
+            results |= dict.fromkeys([task.name for task in group], function(group[0], inputs[group[0].name]))
+            continue
 
         def of_one(*leaves: Any, task: Task = group[0], structure: Any = structure) -> Any:
             return function(task, jax.tree.unflatten(structure, leaves))

@@ -1,6 +1,7 @@
 """Tasks that compute the same are one vmapped call, with the numbers of a call for each; others stay apart."""
 
 import dataclasses
+import doctest
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from jax.core import Tracer
 
+import mtl_jax
 from mtl_jax import Classification, Multilabel, Regression
 from mtl_jax.models.layers import Head
+from mtl_jax.training import each_task as module
 from mtl_jax.training.each_task import each_task
 
 H, R, S = 8, 4, 2
@@ -116,6 +119,14 @@ def test_a_function_that_reads_something_of_the_task_from_outside_is_not_shared(
     assert jax.tree.map(float, result) == {"plain": 6.0, "same": 10.0}
 
 
+def test_tasks_that_also_read_the_same_arrays_are_one_call():
+    """As two tasks whose heads are the same object."""
+    given = dict.fromkeys(("plain", "same"), inputs((PLAIN,))["plain"])
+    assert_as_alone(head_and_loss, (PLAIN, SAME), given)
+    one, other = each_task(head_and_loss, (PLAIN, SAME), given).values()
+    assert one is other
+
+
 def test_large_heads_are_not_copied():
     class Decoder(Classification):
         @property
@@ -124,3 +135,9 @@ def test_large_heads_are_not_copied():
 
     tasks = tuple(Decoder(name=name, source="s", labels=("a", "b")) for name in "xy")
     assert calls(head_and_loss, tasks, inputs(tasks)) == (2, 2)
+
+
+def test_example():
+    results = doctest.testmod(module, extraglobs={"mtl_jax": mtl_jax})
+    assert results.attempted == 3
+    assert results.failed == 0

@@ -82,6 +82,8 @@ class TrainingRun:
         self.examples = {name: len(part.tokens) for name, part in prepared.corpus.splits["train"].items()}
         self.counts = counting.start(prepared.corpus, self.experiment.evaluation.criterion)
         self.undefined: set[str] = set()  # tasks for which the log has the warning of an undefined metric
+        # The step and dev scores of the best checkpoint, if to test it at the end would compute the same.
+        self.best_dev: tuple[int, dict[str, dict[str, float]]] | None = None
         self.warned_of_solver = False
         self.references = References(prepared, folder, self._best_params)
         self.held_out = held_out_batches(prepared)
@@ -254,6 +256,8 @@ class TrainingRun:
         best = self.counts.best is None or value >= self.counts.best
         if best:
             self.counts.best, self.counts.evaluations_since_best = value, 0
+            same = apply is self.outputs and not any(task.generates for task in self.tasks)  # else with fewer beams
+            self.best_dev = (step, scores) if same else None
         else:
             self.counts.evaluations_since_best += 1
         for row in self.dev_table.rows(step, scores, value, best):
@@ -292,6 +296,10 @@ class TrainingRun:
         scores = {}
         log.info("testing the parameters of step %d ...", best.step)
         for split in ("dev", "test"):
+            self.stop.check()  # all steps are saved: the same command comes here again
+            if split == "dev" and self.best_dev is not None and self.best_dev[0] == best.step:
+                scores[split] = self.best_dev[1]
+                continue
             data = self.prepared.corpus.splits[split]
             batching = self.experiment.batch
             predictions = evaluation.predict(self.outputs, best.value, self.tasks, list(data.values()), batching, self.mesh)

@@ -54,6 +54,10 @@ def stop_on_signals() -> Iterator[Stop]:
     """Within the context SIGTERM and SIGINT set the Stop; a second one ends the process at once.
 
     Outside the main thread, and on several hosts, where jax's preemption service listens to SIGTERM, no handler is installed.
+
+    Raises:
+        Interrupted: At the end of the context, if a signal came and the work was done all the same: a script of many runs ends
+            before its next one.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
@@ -72,3 +76,5 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if stop.flag.is_set():
+        raise Interrupted("stopped by a signal when this work was done; the same command goes on with what comes after it")

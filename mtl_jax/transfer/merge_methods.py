@@ -135,10 +135,9 @@ def arithmetic(base: Any, tuned: Sequence[Any], scale: float | Sequence[float] =
 def ties(base: Any, tuned: Sequence[Any], keep: float = 0.2, scale: float = 1.0, *, names: Sequence[str] = ()) -> Any:
     """TIES (Yadav et al., 2023): base + scale m, where m is merged from the numbers whose sign most task vectors share.
 
-    Trim: each vector keeps the share `keep` of its numbers, the largest over the whole vector, with ties for the last place;
-        the
-    others become 0. Elect: the sign of each number is that of the sum over the vectors, 0 if they cancel. Merge: the mean of
-    the numbers that are not 0 and have this sign; 0 if there is none.
+    Trim: each vector keeps the share `keep` of its numbers, the largest over the whole vector, and all that equal the smallest
+    of these; the others become 0. Elect: the sign of each number is that of the sum over the vectors, 0 if they cancel. Merge:
+    the mean of the numbers that are not 0 and have this sign; 0 if there is none.
 
     Args:
         base: The parameters that all of them started from.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from mtl_jax.tasks import Task
 
@@ -17,7 +20,8 @@ OfTask = Callable[[Task, Any], Any]  # (task, its inputs, a pytree of arrays) ->
 def each_task(function: OfTask, tasks: Sequence[Task], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """{task: function(task, inputs[task])}, with one vmapped call for all tasks that compute the same.
 
-    Two tasks compute the same if the function has the same jaxpr for both, so any kind of task takes part, a user's own, too. A
+    Two tasks compute the same if the function has the same jaxpr for both, so any kind of task takes part, a user's own, too;
+    one that calls Python (jax.pure_callback), or has a backward pass of its own (jax.custom_vjp), is computed by itself. A
     hundred tasks of a kind then have one large product in place of a hundred small ones. An array that all of them read, such
     as the batch, is read as it is; their own arrays are stacked.
 
@@ -69,15 +73,62 @@ def _alike(function: OfTask, tasks: Sequence[Task], inputs: Mapping[str, Any]) -
     for of_shape in by_shape.values():
         programs: list[tuple[str, list[Any], list[Task]]] = []
         for task in of_shape if len(of_shape) > 1 else ():
-            closed = jax.make_jaxpr(lambda given, task=task: function(task, given))(inputs[task.name])
-            text = str(closed.jaxpr)
-            same = next((known for name, consts, known in programs if name == text and _equal(consts, closed.consts)), None)
+            program = _program(functools.partial(function, task), inputs[task.name])
+            if program is None:
+                groups.append([task])
+                continue
+            text, consts = program
+            same = next((known for name, others, known in programs if name == text and _equal(others, consts)), None)
             if same is None:
-                programs.append((text, closed.consts, [task]))
+                programs.append((text, consts, [task]))
             else:
                 same.append(task)
         groups += [of_shape] if len(of_shape) == 1 else [group for _, _, group in programs]
     return groups
+
+
+def _program(function: Callable[[Any], Any], inputs: Any) -> tuple[str, list[Any]] | None:
+    """The text and constants that tell what a function computes; None where its jaxpr does not show all of it.
+
+    A jaxpr shows neither the functions of callbacks nor the rules of jax.custom_vjp. Those of jax.custom_jvp, which many of
+    jax's own functions have, show in the jaxpr of the derivative.
+    """
+    closed = jax.make_jaxpr(function)(inputs)
+    has_rules, is_shown = _rules(closed.jaxpr)
+    if not is_shown:
+        return None
+    if not has_rules:
+        return str(closed.jaxpr), closed.consts
+    leaves, structure = jax.tree.flatten(inputs)
+    places = [place for place, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+
+    def derivative(leaves: list[Any]) -> Any:
+        def of_floats(floats: list[Any]) -> Any:
+            given = dict(zip(places, floats, strict=True))
+            return function(jax.tree.unflatten(structure, [given.get(place, leaf) for place, leaf in enumerate(leaves)]))
+
+        floats = [leaves[place] for place in places]
+        return jax.jvp(of_floats, (floats,), (floats,))
+
+    closed = jax.make_jaxpr(derivative)(leaves)
+    return (str(closed.jaxpr), closed.consts) if _rules(closed.jaxpr)[1] else None
+
+
+def _rules(jaxpr: Any) -> tuple[bool, bool]:
+    """Whether a jaxpr has rules of jax.custom_jvp, and whether it shows everything else."""
+    has_rules, is_shown = False, True
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        is_rule = name.startswith("custom_jvp_call")
+        is_shown &= not (name.startswith("custom_vjp_call") or "callback" in name)
+        has_rules |= is_rule
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                inner_rules, inner_shown = _rules(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+                has_rules, is_shown = has_rules | inner_rules, is_shown & inner_shown
+            elif inspect.isroutine(value) or isinstance(value, functools.partial):
+                is_shown &= is_rule
+    return has_rules, is_shown
 
 
 def _equal(some: Sequence[Any], others: Sequence[Any]) -> bool:

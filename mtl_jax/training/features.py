@@ -4,7 +4,8 @@ Entries are in features/ of the cache, beside those of tokens, and are written a
 The name of an entry is a SHA-256 of everything that decides its bits:
 
 - the program that computes the vectors of a batch, as jax gives it to XLA. It contains the trunk's sizes, its adapters, its
-  code, the compute dtype, the precision of products, the shape of a batch and the number of devices;
+  code, the compute dtype, the precision of products and the shape of a batch;
+- the number of devices over which the rows are cut: the program's mesh but for this may be that of a run or of an ablation;
 - the trunk's parameters;
 - every batch, in order: token ids, types, segments, positions, sources and ids of the examples. The last bits of a vector
   depend on the other examples of its row;
@@ -107,13 +108,15 @@ class Features:
             "versions": {name: installed(name) for name in ("jax", "jaxlib")},
             "device": [jax.devices()[0].platform, jax.devices()[0].device_kind],
             "flags": os.environ.get("XLA_FLAGS", ""),
+            "devices": self.mesh.shape[meshes.DATA],
             "params": digests.of_tree(self.placement.on_host(trunk)),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for number, batch in enumerate(eval_batches(self.examples, self.batching)):
             if number == 0:
                 program = self.apply.lower(trunk, meshes.place(batch, meshes.by_rows(self.mesh)), None)  # type: ignore[attr-defined]
-                digest.update(program.as_text().encode())
+                lines = program.as_text().splitlines()
+                digest.update("\n".join(line for line in lines if not line.lstrip().startswith("sdy.mesh")).encode())
             for field, array in zip(Batch._fields, batch, strict=True):
                 if isinstance(array, np.ndarray):
                     digest.update(f"\0{field} {array.dtype} {array.shape}\0".encode())

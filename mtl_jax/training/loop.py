@@ -293,7 +293,7 @@ class TrainingRun:
         best = self.store.best(lambda step: self.store.restore(step, self._template).state.measured())
         if best is None:
             raise UserError(f"{self.store.folder}: no checkpoint that was evaluated on dev can be read; use another workdir")
-        scores = {}
+        scores: dict[str, dict[str, dict[str, float]]] = {}
         log.info("testing the parameters of step %d ...", best.step)
         for split in ("dev", "test"):
             self.stop.check()  # all steps are saved: the same command comes here again

@@ -141,6 +141,7 @@ def adapt(
     *,
     sharing: Sequence[Inserted] = (),
     routes: Routes | None = None,
+    owners: tuple[int, ...] = (),
 ) -> Trunk:
     """The trunk with adapters.
 
@@ -150,6 +151,7 @@ def adapt(
         sources: The number of the run's sources.
         sharing: As in transfer.adapters.adapt().
         routes: As there.
+        owners: As there.
 
     Raises:
         UserError: An adapter or the sharing has no place in the trunk.
@@ -157,7 +159,7 @@ def adapt(
     assert isinstance(trunk.module, nn.Module)  # no adapters yet
     if not (adapters or sharing):
         return trunk
-    module = adapting.adapt(trunk.module, adapters, sources, sharing=sharing, routes=routes)
+    module = adapting.adapt(trunk.module, adapters, sources, sharing=sharing, routes=routes, owners=owners)
     length = trunk.max_length - sum(adapter.added_tokens for adapter in adapters)
     return trunk._replace(module=module, max_length=length)
 

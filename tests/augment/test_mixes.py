@@ -1,5 +1,6 @@
 """Mixing: partners within a source, tokens of packed examples beside their partner's, soft labels as written out."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -16,7 +17,8 @@ from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import stream
 from mtl_jax.models.encoder import EncoderOutput
-from mtl_jax.models.trunk_output import Encoded, segment_mean
+from mtl_jax.models.remat import rematerialised
+from mtl_jax.models.trunk_output import Copies, Encoded, segment_mean
 from mtl_jax.training.build_step import gradient_fn
 from mtl_jax.training.forward import encode_tokens
 from mtl_jax.training.phase_state import initial_state
@@ -97,6 +99,8 @@ def test_neighbours_are_near_and_of_their_source():
 class Layer(nn.Module):
     """x + tanh(W x)."""
 
+    is_layer = True
+
     @nn.compact
     def __call__(self, x):
         return x + jnp.tanh(nn.Dense(4, use_bias=False)(x))
@@ -164,6 +168,65 @@ def test_a_pass_through_the_trunk_mixes_in_front_of_its_layer():
     halves = mixing.within_trunk(mix, [CLASSES], encode, trains_trunk=True, accumulate=2)
     shapes = jax.eval_shape(lambda: halves(trained, frozen, inputs, (key, key)).pull({"tmix": jnp.float32(1.0)}, None, None))
     assert shapes[1]["tmix"].shape == ()
+
+
+class Repeated(nn.Module):
+    """A trunk whose one layer is called at three depths, as ALBERT's."""
+
+    def setup(self):
+        self.layer_0 = Layer()
+
+    def __call__(self, hidden):
+        for _ in range(3):
+            hidden = self.layer_0(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_a_layer_of_several_depths_is_mixed_at_one(depth, remat):
+    """Among the rows' copies, and behind a prompt of two tokens, too."""
+    segments, positions = jnp.array([[1, 1, 2, 0], [1, 2, 2, 2]]), jnp.array([[0, 1, 0, 0], [0, 0, 1, 2]])
+    batch = Batch(segments, segments, positions, None, None, {})
+    partner, weight = jnp.array([3, 2, 1, 0]), jnp.float32(0.3)
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, 6, 4))  # two rows, three copies of each
+    trunk = Repeated()
+    params = trunk.init(jax.random.key(1), hidden)
+    with nn.intercept_methods(mixing._mixing(depth, batch, partner, weight)), rematerialised(remat):
+        found = trunk.apply(params, hidden.reshape(6, 6, 4)).reshape(2, 3, 6, 4)
+    layer = Layer()
+    for copy in range(3):
+        expected = hidden[:, copy]
+        for number in range(3):
+            if number == depth:
+                own = mixed_tokens(expected[:, 2:], segments, positions, partner, weight)
+                expected = jnp.concatenate([expected[:, :2], own], axis=1)
+            expected = layer.apply({"params": params["params"]["layer_0"]}, expected)
+        np.testing.assert_allclose(found[:, copy], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tasks_with_vectors_of_their_own_mix_these():
+    """Two tasks of one source, each with a copy of the rows."""
+    other = dataclasses.replace(CLASSES, name="d")
+    tasks, key = [CLASSES, other], jax.random.key(2)
+    index, labels = jnp.array([[0, 1], [2, 3]]), jnp.array([[0, 1], [2, 0]])
+    batch = Batch(None, None, None, index, jnp.array([0, 0]), {"c": labels, "d": labels})
+    pooled = jax.random.normal(key, (2, 2, 2, 4))
+    heads = {task.name: task.init(jax.random.key(n), 4) for n, task in enumerate(tasks)}
+    references = {mixing.KEY: jax.random.key_data(key)}
+    for make, part in ((mixing.pooled_loss, Mix()), (mixing.neighbour_loss, NeighbourSmoothing())):
+        found = {}
+        for chosen in ([CLASSES], [other], tasks):
+            of_loss = make(part, chosen, None)
+            both = Encoded(pooled=pooled, copies=Copies((("c", 0), ("d", 1))))
+            outputs = {task.name: task.apply(heads[task.name], both.read_by(task.name), batch, None) for task in chosen}
+            count = of_loss.count(batch)
+            found[len(chosen), chosen[0].name] = of_loss.loss(heads, both, outputs, batch, count, references)
+            if len(chosen) == 1:
+                alone = Encoded(pooled=pooled[:, int(chosen[0] is other)])
+                expected = of_loss.loss(heads, alone, outputs, batch, count, references)
+                np.testing.assert_allclose(found[1, chosen[0].name], expected, rtol=1e-5)
+        np.testing.assert_allclose(found[2, "c"], found[1, "c"] + found[1, "d"], rtol=1e-5)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -141,3 +142,59 @@ def test_example():
     results = doctest.testmod(module, extraglobs={"mtl_jax": mtl_jax})
     assert results.attempted == 3
     assert results.failed == 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def reversed_gradient(vectors, strength):
+    return vectors
+
+
+reversed_gradient.defvjp(lambda vectors, strength: (vectors, None), lambda strength, _, gradient: (-strength * gradient,))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scaled_gradient(vectors, strength):
+    return vectors
+
+
+@scaled_gradient.defjvp
+def _(strength, primals, tangents):
+    return primals[0], strength * tangents[0]
+
+
+def called_back(vectors, strength):
+    shape = jax.ShapeDtypeStruct(vectors.shape, vectors.dtype)
+    return jax.pure_callback(lambda given: np.asarray(given) * np.float32(strength), shape, vectors)
+
+
+@pytest.mark.parametrize("part", [reversed_gradient, scaled_gradient, called_back])
+def test_what_a_jaxpr_does_not_show_tells_tasks_apart(part):
+    """A rule for the gradient, and a function of Python: strengths of a user's task that stand in nothing else."""
+    strengths = {"plain": 1.0, "same": 10.0, "more": 1.0}
+    given = {name: jnp.arange(3.0) + n for n, name in enumerate(strengths)}
+
+    def function(task, vectors):
+        return 2 * part(vectors, strengths[task.name])
+
+    def of(each):
+        if part is called_back:  # has no gradient
+            return each(given)
+        return each(given), jax.grad(lambda given: sum(leaf.sum() for leaf in each(given).values()))(given)
+
+    tasks = (PLAIN, SAME, MORE)
+    found = of(lambda given: each_task(function, tasks, given))
+    jax.tree.map(np.testing.assert_array_equal, found, of(lambda given: {t.name: function(t, given[t.name]) for t in tasks}))
+
+
+def test_tasks_with_the_same_rule_for_the_gradient_are_one_call():
+    given = {name: jnp.arange(3.0) for name in ("plain", "same")}
+    given["same"] = given["same"] + 1
+
+    def texts(strengths):
+        def function(task, vectors):
+            return scaled_gradient(jnp.sin(vectors), strengths[task.name])
+
+        return jax.jit(lambda given: each_task(function, (PLAIN, SAME), given)).lower(given).as_text()
+
+    assert texts({"plain": 2.0, "same": 2.0}).count("stablehlo.sine") == 1
+    assert texts({"plain": 2.0, "same": 3.0}).count("stablehlo.sine") == 2

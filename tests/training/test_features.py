@@ -61,6 +61,14 @@ def test_what_is_read_is_what_was_computed(prepared, cache, computed, caplog):
     assert json.loads((entry / "manifest.json").read_text())["texts"] == prepared.corpus.size
 
 
+def test_an_ablation_reads_the_features_of_a_run(bert, data, tmp_path, computed):
+    """Its mesh has an axis more, for the runs."""
+    heads = tiny.experiment(bert, data, phases=(Phase("heads", steps=2, rules=tiny.HEADS_ONLY),))
+    mtl_jax.train(heads, tmp_path / "run")
+    mtl_jax.ablate(heads, tmp_path / "ablation", ["phases.heads.learning-rate=1e-3,1e-2"])
+    assert len(computed) == 1
+
+
 def one_bit(prepared):
     """The run with the lowest bit of one of the trunk's numbers turned."""
     params = jax.tree.map(np.array, prepared.params)

@@ -12,7 +12,7 @@ import tiny
 import two_sources
 
 import mtl_jax
-from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Phase, RDrop, Regression, transfer, trunks
+from mtl_jax import EWC, L2SP, Distillation, Mixout, Multilabel, Ordinal, Phase, RDrop, Regression, transfer, trunks
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import leaves_of
 from mtl_jax.data.batches import Batch
@@ -397,6 +397,12 @@ def test_labels_are_drawn_as_the_model_says():
     decisions = Multilabel(name="m", source="x", labels=("x", "y"))
     some = fisher.draw(decisions, np.tile([0.0, 9.0], (5000, 1, 1)), np.full((5000, 1, 2), -1, np.int32), batch, key)
     np.testing.assert_allclose(some.mean(axis=(0, 1)), [0.5, 1.0], atol=0.03)
+    stars = Ordinal(name="o", source="x", labels=("1", "2", "3", "4"))
+    above = np.tile([9.0, 0.0, 0.0], (5000, 1, 1))  # surely above 1; above 2 and above 3 by halves, which is the same event
+    ranks = fisher.draw(stars, above, missing, batch, key)
+    np.testing.assert_allclose([(ranks == rank).mean() for rank in range(4)], [0.0, 0.5, 0.0, 0.5], atol=0.03)
+    with pytest.raises(UserError, match=r"drawn from the model of shape \(5000, 1, 3\); set labels to data"):
+        fisher.draw(stars, above, missing[..., None], batch, key)
     empty = batch._replace(index=np.full((5000, 1), -1))
     assert (fisher.draw(two_sources.TASKS[0], np.zeros((5000, 1, 2)), missing, empty, key) == -1).all()
 

@@ -119,7 +119,8 @@ def diagonal(
 def draw(task: Task, outputs: jax.Array, labels: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
     """Labels drawn from the model's distribution; missing where there is no example, or no labelled word.
 
-    A softmax and a sigmoid are distributions; a squared error is minus the log-likelihood of a normal one of variance 1/2.
+    A softmax and a sigmoid are distributions; a squared error is minus the log-likelihood of a normal one of variance 1/2. If
+    sigmoids are the probabilities of being above each label but the last, as in Ordinal, one label is drawn of them all.
 
     Args:
         task: The task.
@@ -127,14 +128,25 @@ def draw(task: Task, outputs: jax.Array, labels: jax.Array, batch: Batch, key: j
         labels: The data's labels, of the shape and dtype of the drawn ones.
         batch: The rows.
         key: A PRNG key.
+
+    Raises:
+        UserError: The drawn labels are of another shape than the data's.
     """
     outputs = jax.lax.stop_gradient(outputs.astype(jnp.float32))
     if task.compared_as == SOFTMAX:
         drawn = jax.random.categorical(key, outputs)
-    elif task.compared_as == SIGMOID:
+    elif task.compared_as == SIGMOID and labels.ndim == outputs.ndim:
         drawn = jax.random.bernoulli(key, jax.nn.sigmoid(outputs))
+    elif task.compared_as == SIGMOID:
+        above = jax.lax.cummin(jax.nn.sigmoid(outputs), axis=outputs.ndim - 1)
+        drawn = (jax.random.uniform(key, (*outputs.shape[:-1], 1)) < above).sum(axis=-1)
     else:
         drawn = (outputs + jnp.sqrt(0.5) * jax.random.normal(key, outputs.shape))[..., 0] * task.scale  # type: ignore[attr-defined]
+    if drawn.shape != labels.shape:
+        raise UserError(
+            f"{FIELD}: labels of a {type(task).__name__} such as {task.name!r} are of shape {labels.shape}, and those drawn "
+            f"from the model of shape {drawn.shape}; set labels to data"
+        )
     present = batch.index >= 0 if task.level == "example" else labels != task.missing
     return jnp.where(present.reshape(present.shape + (1,) * (labels.ndim - present.ndim)), drawn, task.missing).astype(
         labels.dtype

@@ -7,6 +7,8 @@ Shapes in names: R rows, T tokens a row, S examples a row, H trunk width, N = R 
 
 from __future__ import annotations
 
+import itertools
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,8 +75,7 @@ def check_layer(regulariser: Mix, trunk: Trunk) -> None:
     if not regulariser.own_pass:
         return
     module: Any = getattr(trunk.module, "base", trunk.module)
-    names = {call.path[-1] for call in traced.calls(module) if call.path}
-    layers = sum(f"layer_{number}" in names for number in range(len(names)))
+    layers = sum(bool(call.path) and _is_layer(call.path[-1]) for call in traced.calls(module))
     if regulariser.layer >= layers:
         raise UserError(
             f"{FIELD}: {regulariser.name} mixes in front of layer {regulariser.layer + 1}, but the trunk has "
@@ -116,8 +117,11 @@ def pooled_loss(regulariser: Mix, tasks: Sequence[Task], context: LossContext) -
             vectors_NxH = vectors.reshape(-1, vectors.shape[-1])
             return mixed(vectors_NxH, partner_N, weight).reshape(vectors.shape)
 
-        fields: dict[str, Any] = {field: mix(vectors) for field, vectors in encoded.of_texts.items()}
-        between = encoded._replace(**fields)
+        def between(task: str) -> Encoded:
+            read = encoded.read_by(task)
+            fields: dict[str, Any] = {field: mix(vectors) for field, vectors in read.of_texts.items()}
+            return read._replace(**fields)
+
         return _of_heads(tasks, heads, between, batch, counts, partner_N, weight, None)
 
     return OutputLoss(lambda batch: _counts(tasks, batch), loss)
@@ -126,18 +130,18 @@ def pooled_loss(regulariser: Mix, tasks: Sequence[Task], context: LossContext) -
 def _of_heads(
     tasks: Sequence[Task],
     heads: Any,
-    encoded: Encoded,
+    read_by: Callable[[str], Encoded],
     batch: Batch,
     counts: Any,
     partner_N: jax.Array,
     weight: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
-    """The sum over tasks of the mean losses of mixed vectors."""
+    """The sum over tasks of the mean losses of the mixed vectors that their heads read."""
     total = jnp.zeros(())
     for number, task in enumerate(tasks):
         task_key = None if key is None else jax.random.fold_in(key, number)
-        outputs = task.apply(heads[task.name], encoded, batch, task_key)
+        outputs = task.apply(heads[task.name], read_by(task.name), batch, task_key)
         total += soft_loss(task, outputs, _labels(task, batch), partner_N, weight, batch) / counts[task.name]
     return total
 
@@ -147,12 +151,10 @@ def neighbour_loss(regulariser: NeighbourSmoothing, tasks: Sequence[Task], conte
     tasks = tasks_of(regulariser, tasks)
 
     def loss(heads: Any, encoded: Encoded, outputs: Any, batch: Batch, counts: Any, references: Any) -> jax.Array:
-        vectors_of = {
-            field: jax.lax.stop_gradient(vectors).reshape(-1, vectors.shape[-1]) for field, vectors in encoded.of_texts.items()
-        }
         total = jnp.zeros(())
         for task in tasks:
-            vectors_NxH = vectors_of[task.text_vector]
+            vectors = jax.lax.stop_gradient(encoded.read_by(task.name).of_texts[task.text_vector])
+            vectors_NxH = vectors.reshape(-1, vectors.shape[-1])
             labels_Nx = _labels(task, batch)
             group_N, present_N = groups(batch)
             has_N = has_label(task, labels_Nx) & present_N
@@ -191,7 +193,7 @@ def within_trunk(regulariser: Mix, tasks: Sequence[Task], encode: Encode, *, tra
             dropout, head_key = jax.random.split(jax.random.fold_in(key, zlib.crc32(b"dropout")))
             with nn.intercept_methods(_mixing(regulariser.layer, part, partner_N, weight)):
                 encoded = encode(params["trunk"], part, dropout if trains_trunk else None, None)
-            return _of_heads(tasks, params["heads"], encoded, part, counts, partner_N, weight, head_key)
+            return _of_heads(tasks, params["heads"], encoded.read_by, part, counts, partner_N, weight, head_key)
 
         def pull(weights: Weights, rows: Any, of_heads: Weights | None) -> tuple[Any, dict[str, jax.Array]]:
             def part_gradient(part: Batch, number: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -209,12 +211,37 @@ def within_trunk(regulariser: Mix, tasks: Sequence[Task], encode: Encode, *, tra
     return backward
 
 
-def _mixing(layer: int, batch: Batch, partner_N: jax.Array, weight: jax.Array) -> Callable[..., Any]:
-    """An interceptor of linen calls that mixes the token vectors that the module layer_{layer} gets."""
+def _mixing(depth: int, batch: Batch, partner_N: jax.Array, weight: jax.Array) -> Callable[..., Any]:
+    """An interceptor of linen calls that mixes the token vectors in front of a layer, from 0.
+
+    Layers are counted by their calls: one that is called at several depths counts at each, one inside of a layer does not.
+    """
+    depths, inside = itertools.count(), list[str]()
+
+    def mix(hidden: jax.Array) -> jax.Array:
+        """A sharing may have made copies of the rows, one after another, and an adapter put a prompt in front of them."""
+        R, T = batch.segments.shape
+
+        def of_copy(hidden_RxPxH: jax.Array) -> jax.Array:
+            prompt, hidden_RxTxH = jnp.split(hidden_RxPxH, [hidden_RxPxH.shape[1] - T], axis=1)
+            between_RxTxH = mixed_tokens(hidden_RxTxH, batch.segments, batch.positions, partner_N, weight)
+            return jnp.concatenate([prompt, between_RxTxH], axis=1)
+
+        return jax.vmap(of_copy, in_axes=1, out_axes=1)(hidden.reshape(R, -1, *hidden.shape[1:])).reshape(hidden.shape)
 
     def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if context.module.name == f"layer_{layer}" and context.method_name == "__call__":
-            args = (mixed_tokens(args[0], batch.segments, batch.positions, partner_N, weight), *args[1:])
-        return next_call(*args, **kwargs)
+        if inside or context.method_name != "__call__" or not _is_layer(context.module.name):
+            return next_call(*args, **kwargs)
+        if next(depths) == depth:
+            args = (mix(args[0]), *args[1:])
+        inside.append(context.module.name)
+        try:
+            return next_call(*args, **kwargs)
+        finally:
+            inside.pop()
 
     return intercept
+
+
+def _is_layer(name: str | None) -> bool:
+    return re.fullmatch(r"layer_\d+", name or "") is not None

@@ -49,12 +49,14 @@ class Adapted:
         adapters: The adapters, and the sharing of a run whose tasks do not share all of the trunk.
         sources: N, for adapters with parameters for each source.
         routes: The tasks of every row; None: nothing in the trunk belongs to single tasks.
+        owners: [N], for each source the one whose parameters its rows read; (): its own.
     """
 
     base: nn.Module
     adapters: tuple[Inserted, ...]
     sources: int = 1
     routes: Routes | None = None
+    owners: tuple[int, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -286,7 +288,9 @@ class Adapted:
                     )
                 # A product, since the gradient of indexing is summed in no fixed order on GPUs.
                 source_B = jnp.repeat(source, self.through, axis=0) if copied else source
-                chosen_BxN = jax.nn.one_hot(jnp.maximum(source_B, 0), self.sources)
+                owner_B = jnp.maximum(source_B, 0)
+                owner_B = jnp.asarray(self.owners)[owner_B] if self.owners else owner_B
+                chosen_BxN = jax.nn.one_hot(owner_B, self.sources)
                 params = {name: chosen_rows(leaf, chosen_BxN) for name, leaf in params.items()}
             if task_params and rows is not None:
                 tasks = len(rows.routes.tasks)

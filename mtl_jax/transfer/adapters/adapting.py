@@ -26,6 +26,7 @@ def adapt(
     *,
     sharing: Sequence[Inserted] = (),
     routes: Routes | None = None,
+    owners: tuple[int, ...] = (),
 ) -> Adapted:
     """A trunk with adapters: an encoder, a decoder-only trunk, or the encoder of Marian, BART, T5.
 
@@ -50,6 +51,7 @@ def adapt(
         sources: Number of sources, for adapters with parameters for each source.
         sharing: How the tasks share the trunk, if not all of it.
         routes: The tasks of the rows of every source, if adapters or the sharing have parameters of single tasks.
+        owners: As in Adapted.
 
     Raises:
         UserError: A field is refused, two adapters have one name, or one has no layer in the module.
@@ -57,7 +59,7 @@ def adapt(
     check(adapters)
     for part in sharing:
         routes = None if routes is None else part.routes(routes)
-    adapted = Adapted(module, (*adapters, *sharing), sources, routes)
+    adapted = Adapted(module, (*adapters, *sharing), sources, routes, owners)
     check_alone(adapters, adapted.where)  # where raises if an adapter has no layer
     if not adapted.has_parts_of_tasks:
         adapted = dataclasses.replace(adapted, routes=None)

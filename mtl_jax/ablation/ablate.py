@@ -128,7 +128,7 @@ def _ablate(
     for program in planned:
         other.update(evaluations_and_checkpoints(program.template, runs=len(program.runs)))
         steps.update(steps_by_phase(program.template, runs=len(program.runs)))
-    with stop_on_signals() as stop:
+    with stop_on_signals(raise_at_end=True) as stop:
         progress = Progress("ablation", total, coming=other, stretches=steps)
         work = _Work(ledger, stop, progress, at_once, memory, set(), set())
         waiting = sharing.in_order(planned)

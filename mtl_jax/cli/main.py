@@ -37,7 +37,8 @@ def check_flags(name: str, command: Callable[..., Any], arguments: Sequence[str]
     known = {"help", "h", *(flag.replace("_", "-") for flag in _fields_of(command))}
     for argument in arguments:
         flag = argument.partition("=")[0].removeprefix("--").replace("_", "-")
-        if argument.startswith("--") and flag.removeprefix("no-") not in known and flag not in known:
+        is_flag = argument.startswith("--") and not any(map(str.isspace, flag))  # else the value of one, with flags in it
+        if is_flag and flag.removeprefix("no-") not in known and flag not in known:
             near = nearest(flag, sorted(known - {"h"}))
             hint = f" (did you mean --{near}?)" if near else ""
             raise UserError(f"unknown flag {shown(f'--{flag}')}{hint}; mtl-jax {name} --help shows all")
@@ -45,13 +46,14 @@ def check_flags(name: str, command: Callable[..., Any], arguments: Sequence[str]
 
 def _fields_of(command: Callable[..., Any]) -> Iterator[str]:
     """The parameters of a command that are flags; of one that is a dataclass, its fields."""
-    hints = typing.get_type_hints(command)
+    hints, annotated = typing.get_type_hints(command), typing.get_type_hints(command, include_extras=True)
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
         if dataclasses.is_dataclass(hint):
             yield from (field.name for field in dataclasses.fields(hint))
         elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
-            yield parameter.name
+            names = [getattr(extra, "name", None) for extra in getattr(annotated[parameter.name], "__metadata__", ())]
+            yield next(filter(None, names), parameter.name)
 
 
 def console() -> None:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -130,7 +130,6 @@ class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]
     def __init__(self, plan: Plan):
         super().__init__()
         self._plan = self._whole = plan
-        self._chosen: dict[str, Any] = {}
         self._state = plan.start()
         self._ahead: Any = None
 
@@ -153,20 +152,19 @@ class Stream(grain.DatasetIterator[Batch]):  # type: ignore[misc]
         self._stop()
         self._state = copy.deepcopy(state)
 
-    def keep(self, chosen: Mapping[str, Any], anew: bool) -> None:
+    def keep(self, chosen: Mapping[str, Any], before: Collection[str] | None = None) -> None:
         """From here on, reads only some examples of some sources, and all of the others.
 
         Args:
             chosen: {source: i64, the places of the examples that are read}.
-            anew: Whether these sources, and those that had chosen examples before, start a new pass; else the position is one
-                among the same examples.
+            before: At the start of a phase, the sources of which the phase before read some examples only: these and the chosen
+                ones start a new pass. None: the position is one among the same examples.
         """
-        if not chosen and not self._chosen:
+        if not chosen and not before:
             return
         self._stop()
-        for name in {*chosen, *self._chosen} if anew else ():
+        for name in () if before is None else {*chosen, *before}:
             self._state["next"][name] = [0, 0]
-        self._chosen = dict(chosen)
         self._plan = dataclasses.replace(
             self._whole, sources=tuple(source.only(chosen.get(source.source)) for source in self._whole.sources)
         )

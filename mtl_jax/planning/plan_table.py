@@ -93,6 +93,8 @@ def _remarks(plan: Plan) -> list[str]:
         if phase.cost is not None and phase.cost.unknown_loops:
             loops = count(phase.cost.unknown_loops, "loop")
             lines.append(f"{name} {phase.phase}: the rounds of {loops} depend on the data and count as one")
+        if phase.fits and phase.flops is None:
+            lines.append(f"{name} {phase.phase}: without operations, as the compiler counts a loop over parts of a batch once")
         if not phase.fits:
             lines.append(f"{name} {phase.phase} does not fit: {advice(plan, phase)}")
     return lines
@@ -113,12 +115,12 @@ def advice(plan: Plan, phase: PhaseCost) -> str:
         )
     others = phase.memory - phase.parameters - phase.optimizer
     parts = 2 ** math.ceil(math.log2(max(others / room, 1.0001)))
-    at_once = plan.rows // shards
-    fitting = next((n for n in range(parts, at_once + 1) if at_once % n == 0), None)
+    of_device = plan.rows // shards
+    fitting = next((n for n in range(parts * plan.accumulate, of_device + 1) if of_device % n == 0), None)
     remat = "; --remat layers keeps fewer activations" if plan.remat == "none" else ""
     if fitting is None:
         return f"not even one row of a batch fits on a device; --batch.row-length below {plan.tokens // plan.rows}{remat}"
-    return f"try --batch.accumulate {fitting}, or --rows {plan.rows // fitting // shards * shards}{remat}"
+    return f"try --batch.accumulate {fitting}, or --rows {plan.rows * plan.accumulate // fitting // shards * shards}{remat}"
 
 
 def _or_none(value: float | None, shown: Callable[[float], str]) -> str:

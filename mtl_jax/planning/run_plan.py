@@ -49,7 +49,7 @@ class PhaseCost(NamedTuple):
         temporaries: Bytes of activations and other temporaries; None if the program does not fit.
         memory: Bytes of everything together.
         fits: Whether the memory of a device is enough.
-        flops: Operations; None if the program does not fit.
+        flops: Operations; None if the program does not fit, or processes a batch in parts, as compilers count a loop once.
         seconds: Time of a step without communication; None if the compiler gives no cycles.
         communication: The least seconds of the communication, part of which happens at the same time.
         cost: Cycles, places and collectives; None if the program does not fit.
@@ -84,6 +84,7 @@ class Plan(NamedTuple):
         sharding: replicated or fsdp; for auto its choice.
         note: A line with the reason of the choice; "": none.
         remat: As Experiment.remat.
+        accumulate: As Batching.accumulate.
     """
 
     topology: Topology
@@ -94,6 +95,7 @@ class Plan(NamedTuple):
     sharding: str = "replicated"
     note: str = ""
     remat: str = "none"
+    accumulate: int = 1
 
     def hours(self) -> float | None:
         """The time of all steps, without evaluation and waiting; None if the compiler gives no cycles."""
@@ -179,7 +181,8 @@ def _on(item: Topology, prepared: Prepared, inputs: Any) -> Plan:
     elsewhere = on_mesh(prepared, _mesh(item))._replace(cut=cut)
     phases = [_phase(elsewhere, phase, item, inputs) for phase in prepared.plans]
     tokens, sharding = int(np.prod(inputs.tokens.shape)), "fsdp" if cut else "replicated"
-    return Plan(item, experiment.batch.rows, tokens, experiment.dtype, phases, sharding, note, experiment.remat)
+    parts, remat = experiment.batch.accumulate, experiment.remat
+    return Plan(item, experiment.batch.rows, tokens, experiment.dtype, phases, sharding, note, remat, parts)
 
 
 def _batch(prepared: Prepared) -> Any:
@@ -209,6 +212,9 @@ def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> P
     seconds = time.monotonic() - started
     cost = program_cost.read(compiled.as_text())
     memory, clock = meshes.bytes_of(compiled), item.chip.clock
+    experiment = prepared.experiment
+    in_parts = max(experiment.batch.accumulate, experiment.batch.recompute) > 1 or bool(experiment.private)
+    devices = 1 if compiled.cost_analysis() else len(item.devices)
     fused = 0.0 if clock is None else cost.fused_cycles(PRODUCT * item.chip.flops / clock, item.chip.memory_bandwidth / clock)
     others = 1 - 1 / len(item.devices)
     # A device sends all of an array but its own part; for a whole sum on every device it sends as much again.
@@ -218,7 +224,7 @@ def _phase(prepared: Prepared, plan: PhasePlan, item: Topology, batch: Any) -> P
         temporaries=int(compiled.memory_analysis().temp_size_in_bytes),
         memory=memory,
         fits=memory <= item.chip.memory,
-        flops=_flops(compiled, prepared, plan, batch) / (1 if compiled.cost_analysis() else len(item.devices)),
+        flops=None if in_parts else _flops(compiled, prepared, plan, batch) / devices,
         seconds=None if cost.cycles is None or clock is None else (cost.cycles + fused) / clock,
         fused_cycles=fused,
         communication=sent / item.chip.bandwidth,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mtl_jax.core.errors import count
 from mtl_jax.data.stream import stream
 from mtl_jax.experiment import Experiment, data_seed_of
+from mtl_jax.training import initial_parameters
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.build_step import jitted_step
 from mtl_jax.training.phase_state import initial_state
@@ -37,8 +38,8 @@ def dry_run(experiment: Experiment) -> str:
     Raises:
         UserError: As train(), before its first step.
     """
-    prepared = prepare(experiment)
-    for note in prepared.notes:
+    prepared, _, notes = initial_parameters.load(prepare(experiment))
+    for note in [*prepared.notes, *notes]:
         log.info("%s", note)
     plan, mesh = prepared.plans[0], prepared.mesh
     state = initial_state(prepared)

@@ -36,7 +36,7 @@ from mtl_jax.training.phase_plan import PhasePlan
 from mtl_jax.training.phase_state import initial_state, start_phase, template
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.prepared import Prepared, held_out_batches
-from mtl_jax.training.references import References, chosen_rows
+from mtl_jax.training.references import References, chosen_rows, restricted_sources
 from mtl_jax.training.setup import mixture_phases
 from mtl_jax.training.sharing_usage import make_usage, usage_record
 from mtl_jax.training.train_state import StepInputs, TrainState
@@ -136,7 +136,8 @@ class TrainingRun:
                     if step == plan.start:
                         state = start_phase(plan, state, self.prepared)
                     references = self.references.for_phase(plan, state, step == plan.start)
-                    self.stream.keep(chosen_rows(plan, references), anew=step == plan.start)
+                    before = restricted_sources(self.prepared.plans[plan.number - 1]) if plan.number else set()
+                    self.stream.keep(chosen_rows(plan, references), before if step == plan.start else None)
                     if plan.cached_features and (table is None or plan.number > 0):
                         table = self.features.table(state.params, f"features for {plan.phase.name}")
                     state, step = self._phase(plan, state, step, table if plan.cached_features else None, references)

@@ -50,14 +50,17 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals(raise_at_end: bool = False) -> Iterator[Stop]:
     """Within the context SIGTERM and SIGINT set the Stop; a second one ends the process at once.
 
     Outside the main thread, and on several hosts, where jax's preemption service listens to SIGTERM, no handler is installed.
 
+    Args:
+        raise_at_end: Whether a signal that came, although the work was done all the same, is an error at the end of the
+            context: a script of many runs then ends before its next one.
+
     Raises:
-        Interrupted: At the end of the context, if a signal came and the work was done all the same: a script of many runs ends
-            before its next one.
+        Interrupted: As raise_at_end says.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
@@ -76,5 +79,5 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if stop.flag.is_set():
+    if raise_at_end and stop.flag.is_set():
         raise Interrupted("stopped by a signal when this work was done; the same command goes on with what comes after it")

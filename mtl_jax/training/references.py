@@ -133,7 +133,7 @@ class References:
         tasks = [task for task in prepared.corpus.tasks if task.name in prepared.compared_tasks[regulariser.name]]
         examples, phase = prepared.corpus.splits["train"][regulariser.source], plan.phase.name
         batching, seed = prepared.experiment.batch, prepared.experiment.seed
-        local = jax.device_put(jax.device_get(params), jax.local_devices()[0])
+        local = jax.device_put(prepared.placement.on_host(params), jax.local_devices()[0])
 
         def make() -> dict[str, np.ndarray]:
             return pseudo_rows.make(regulariser, prepared.trunk.module, local, tasks, examples, batching, seed, phase)
@@ -246,6 +246,11 @@ def chosen_rows(plan: PhasePlan, references: Any) -> dict[str, np.ndarray]:
         places = pseudo_rows.chosen_rows(references[pseudo_rows.reference_of(regulariser, plan.phase.name)])
         chosen[regulariser.source] = np.union1d(chosen.get(regulariser.source, places), places)
     return chosen
+
+
+def restricted_sources(plan: PhasePlan) -> set[str]:
+    """The sources of which a phase reads only the rows that chosen_rows() names."""
+    return {regulariser.source for regulariser in _self_trained(plan)}
 
 
 def _self_trained(plan: PhasePlan) -> list[SelfTraining]:

@@ -150,10 +150,15 @@ def _train(
     experiment = prepared.experiment
     trunk_source = frozen_params.TrunkSource(lambda: opened.trunk, getattr(experiment.trunk, "path", ""))
     store = Store(folder, experiment.checkpoints, criterion=experiment.evaluation.criterion, trunk_source=trunk_source)
-    with contextlib.closing(store), stop_on_signals() as stop:
+    with contextlib.closing(store), stop_on_signals(raise_at_end=True) as stop:
         run = TrainingRun(prepared, folder, store, stop, params_loaded=bool(opened.records))
         state, step = run.resume()  # before this configuration is written: it may not fit the checkpoints
         hosts.check_same([("checkpoint", {"step": step})])
+        if opened.config_changed and step == prepared.plans[-1].end and store.best(lambda step: step) is None:
+            raise UserError(
+                f"{folder}: all steps are done, and no checkpoint was evaluated by evaluation.criterion "
+                f"{experiment.evaluation.criterion!r}: leave it as it was, or choose another --workdir"
+            )
         if not experiment.checkpoints.frozen:
             masks = (plan.mask for plan in prepared.plans)
             store.omitted = frozen_params.untrained_hashes(masks, prepared.placement.on_host(state.params), opened.trunk)

@@ -237,6 +237,12 @@ def test_a_dry_run_compiles_a_step_and_writes_nothing(launch, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_checks_the_runs_that_it_begins_from(launch):
+    code, error = launch("--dry-run", "--init-from.path", "/nowhere/run")
+    assert code == 2
+    assert error.splitlines()[-1].startswith("error: /nowhere/run: no such file or directory")
+
+
 def test_a_dry_run_checks_the_loggers(launch):
     code, error = launch("--dry-run", "--logger", "wanb")
     assert code == 2
@@ -277,6 +283,7 @@ def test_an_unknown_command_names_the_nearest(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (("compare", "run", "other", "--joined", "a"), "unknown flag --joined (did you mean --joint?)"),
         (("predict", "run", "--tsk", "a"), "unknown flag --tsk (did you mean --task?); mtl-jax predict --help shows all"),
         (("translate", "--num-beam=2"), "unknown flag --num-beam (did you mean --num-beams?)"),
         (("convert", "a", "b", "--no-overwritten"), "unknown flag --no-overwritten (did you mean --overwrite?)"),
@@ -286,6 +293,14 @@ def test_an_unknown_flag_of_a_command_names_the_nearest(monkeypatch, capsys, wor
     code, _, error = console(monkeypatch, capsys, *words)
     assert code == 2
     assert error.startswith(f"error: {line}")
+
+
+def test_flags_of_other_names_and_values_that_hold_flags_are_known():
+    """As docs/compare.md and docs/pods.md give them."""
+    main.check_flags("compare", main.compare, ["equal=runs/equal*", "runs/alone_*", "--joint", "pcgrad=runs/pcgrad*"])
+    main.check_flags("launch", main.launch_command, ["x.py", "--on", "ssh:a,b", "--ablate", "--vary rate=1,2 --workdir runs/x"])
+    with pytest.raises(mtl_jax.UserError, match="unknown flag --joint-too"):
+        main.check_flags("compare", main.compare, ["a", "b", "--joint-too", "c"])
 
 
 def test_predict_keeps_order_and_count(workdir, tmp_path, monkeypatch, capsys):

@@ -80,6 +80,16 @@ def test_the_table():
     assert "4,096,000 tokens a second" in text
 
 
+def test_a_batch_in_parts():
+    """More parts than now, and no operations, of which compilers count those of one part."""
+    nothing = {"fits": False, "temporaries": None, "flops": None, "seconds": None, "communication": None, "cost": None}
+    plan = Plan(SMALL, 64, 64 * 128, "bfloat16", [phase(**nothing, memory=40 * 10**9)], accumulate=2)
+    assert "try --batch.accumulate 8, or --rows 16" in plan_table.table([plan])
+    text = plan_table.table([Plan(SMALL, 64, 64 * 128, "bfloat16", [phase(flops=None)], accumulate=2)])
+    assert re.search(r"operations +\| not estimated", text)
+    assert "v5e:2x2 all: without operations, as the compiler counts a loop over parts of a batch once" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -22,9 +22,12 @@ def signalled(*_: object) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_the_work_did_not_see_stops_what_comes_after_it(number):
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="the same command goes on"), stop_on_signals():
+    with pytest.raises(Interrupted, match="the same command goes on"), stop_on_signals(raise_at_end=True):
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+    with stop_on_signals() as stop:  # as of a command whose output is whole
+        os.kill(os.getpid(), number)
+    assert stop.flag.is_set()
 
 
 def test_an_error_of_the_work_is_not_hidden_by_a_signal():
@@ -32,7 +35,7 @@ def test_an_error_of_the_work_is_not_hidden_by_a_signal():
         signalled()
         return 1 / 0
 
-    with pytest.raises(ZeroDivisionError), stop_on_signals():
+    with pytest.raises(ZeroDivisionError), stop_on_signals(raise_at_end=True):
         work()
 
 

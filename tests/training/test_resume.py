@@ -258,6 +258,18 @@ def test_another_model_is_not_taken_for_damage(short, tmp_path):
     assert files() == before
 
 
+def test_a_finished_run_keeps_its_results_under_another_criterion(short, tmp_path):
+    """Its checkpoints were compared by the old one."""
+    workdir, experiment = short
+    shutil.copytree(workdir, tmp_path / "run")
+    names = ("results.json", "config.json", "baselines.json")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in names}
+    changed = dataclasses.replace(experiment, evaluation=dataclasses.replace(experiment.evaluation, criterion="coarse"))
+    with pytest.raises(UserError, match=r"no checkpoint was evaluated by evaluation\.criterion 'coarse': leave it as it was"):
+        mtl_jax.train(changed, tmp_path / "run", allow_config_change=True)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in names} == before
+
+
 def test_data_that_changed_is_refused(tmp_path):
     tiny.write_data(tmp_path / "data")
     evaluation = Evaluation(every=1, baseline="none")

@@ -1,5 +1,6 @@
 """Learning from rows without labels: the choices as functions; rounds of a run, stopped by a signal; consistency."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,13 +30,14 @@ from mtl_jax import (
 )
 from mtl_jax.cli import main
 from mtl_jax.core.errors import UserError
+from mtl_jax.data.stream import stream
 from mtl_jax.experiment_checks import check
 from mtl_jax.inference import pseudo_label as pseudo_labelling
 from mtl_jax.inference.predict import open_run
 from mtl_jax.tasks import Classification
 from mtl_jax.training.regularisation import output_losses, pseudo_rows
 from mtl_jax.training.regularisation.transforms import hidden_tokens
-from mtl_jax.training.setup import prepare
+from mtl_jax.training.setup import mixture_phases, prepare
 from mtl_jax.transfer import choose, self_training
 from mtl_jax.transfer.pseudo_labels import predicted_from
 
@@ -126,6 +128,29 @@ def test_rounds_resume_with_the_same_bits(rounds):
     assert 0 < chosen < 42
     assert trained[2]["seen/more/rows"] == 0
     assert trained[-1]["seen/more/rows"] > 0
+
+
+def test_the_stream_of_a_phase_after_a_round_is_the_same_if_it_was_stopped_between_them(tmp_path):
+    """A stream of a new process does not know of which source the round read some rows only."""
+    prepared = prepare(declared(tmp_path))
+    batching, phases = prepared.experiment.batch, mixture_phases(prepared.experiment)
+
+    def opened():
+        return stream(prepared.corpus, batching, 0, phases)
+
+    whole, later = opened(), opened()
+    with contextlib.closing(whole), contextlib.closing(later):
+        for _ in range(3):
+            next(whole)
+        whole.keep({"more": np.arange(5)}, before=())
+        for _ in range(3):
+            next(whole)
+        later.set_state(whole.get_state())
+        for of_stream in (whole, later):
+            of_stream.keep({}, before={"more"})
+        one, other = next(whole), next(later)
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert whole.get_state() == later.get_state()
 
 
 def test_rows_of_test_are_left_out(rounds):

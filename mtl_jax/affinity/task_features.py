@@ -119,7 +119,7 @@ def before_training(prepared: Prepared, layer: int = 0) -> TrunkFunction:
     """
     if prepared.experiment.init_from.path:
         prepared, _, _ = init_from.load_parameters(prepared)
-    module, params = prepared.trunk.module, prepared.params["trunk"]
+    module, params = prepared.trunk.module, jax.device_put(prepared.params["trunk"])
     if isinstance(module, Adapted):
         module, params = module.base, {name: tree for name, tree in params.items() if name != ADAPTERS}
     return make_trunk(module, params, layer)

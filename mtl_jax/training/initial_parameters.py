@@ -19,6 +19,7 @@ from mtl_jax.sharing.base import NAME, Sharing, TrainedTrunk
 from mtl_jax.training import init_from, restore
 from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.restore import TrainedRun
+from mtl_jax.training.train_state import on_host
 from mtl_jax.transfer.adapters import ADAPTERS
 
 SHARING_RECORD = "sharing.json"
@@ -56,7 +57,7 @@ def load(prepared: Prepared) -> Loaded:
     if _sharing_loads(prepared.experiment):
         prepared, records[SHARING_RECORD], lines = _load_sharing(prepared)
         notes.extend(lines)
-    return Loaded(prepared, records, notes)
+    return Loaded(prepared._replace(params=on_host(prepared.params)) if records else prepared, records, notes)
 
 
 def origin(experiment: Experiment) -> str:

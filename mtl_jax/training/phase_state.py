@@ -25,7 +25,8 @@ def initial_state(prepared: Prepared) -> TrainState:
     plan, placement = prepared.plans[0], prepared.placement
     make = functools.partial(_state, prepared, plan, prepared.experiment.seed)
     # Moments of a state that is cut are made on the devices: no device, and no host, need have all of them.
-    params = placement.place(jax.tree.map(np.array, prepared.params)) if prepared.cut else prepared.params
+    params = jax.tree.map(np.array, prepared.params)  # copies, as a step gives the memory of its state away
+    params = placement.place(params) if prepared.cut else params
     state = _made(make, params, placement=placement) if prepared.cut else _place(make(params), prepared)
     if prepared.experiment.optimizer.private.secret:
         state = state._replace(key=_place(privacy.noise_key(prepared.experiment), prepared))

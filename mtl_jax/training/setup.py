@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from mtl_jax.training.phase_state import bytes_if_replicated
 from mtl_jax.training.prepared import Prepared, on_mesh
 from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.training.share_trunk import share_trunk
-from mtl_jax.training.train_state import init_on_host, init_params
+from mtl_jax.training.train_state import init_params, made_by_cpu, on_host
 from mtl_jax.transfer import adapters
 from mtl_jax.transfer.loading import FIELD
 from mtl_jax.trunks import Pretrained, Trunk
@@ -70,7 +71,10 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     data = added.data
     texts = corpora.texts(experiment.sources, experiment.tasks, data, "train")
     decodes = any(task.decodes for task in experiment.tasks)
-    trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
+    # Parameters that may be more than a device can hold are made on the host.
+    making = contextlib.nullcontext if experiment.sharding == "replicated" else made_by_cpu
+    with making():
+        trunk = trunks.build(experiment.trunk, texts, meshes.compute_dtype(experiment.dtype), decodes=decodes)
     trunks.check_remat(trunk, experiment.remat)
     if experiment.batch.row_length > trunk.max_length:
         raise UserError(f"batch.row_length is {experiment.batch.row_length}; the trunk takes {trunk.max_length} at most")
@@ -80,6 +84,8 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     tasks = tuple(task.on(facts) for task in experiment.tasks)
     if any(task.begins_as_classifier for task in tasks):
         trunk = trunks.with_classifier(trunk)
+    arrays = {name: on_host(getattr(trunk, name)) for name in ("params", "beside", "head", "classifier")}
+    trunk = trunk._replace(**arrays)  # the devices are for the state
     trunk = share_trunk(trunk, experiment, tasks, list(data))
     corpus = corpora.make_corpus(experiment.sources, tasks, data, trunk.tokenizer, experiment.batch.row_length)
     corpus = corpora.with_augmentations(
@@ -104,9 +110,11 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
     experiment, run_facts, budget_notes = privacy.within_budget(experiment, corpus, schedule)
     corpus.notes.extend(budget_notes)
     init = functools.partial(init_params, trunk, corpus.tasks, experiment.seed)
-    # Parameters that may be more than a device can hold are made on the host.
-    on_host = experiment.sharding != "replicated"
-    params = jax.eval_shape(init) if abstract else init_on_host(init) if on_host else init()
+    if abstract:
+        params = jax.eval_shape(init)
+    else:
+        with making():
+            params = on_host(init())
     opened = regularisation.open_regularisers(experiment, trunk, corpus, texts[:SOME_TEXTS])
     for teacher in opened.teachers.values():
         for split in corpus.splits.values():

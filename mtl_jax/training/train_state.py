@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -127,11 +127,17 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     return params | {"heads": heads}
 
 
-def init_on_host(init: Callable[[], Any]) -> Any:
-    """The result of a function that makes parameters, as host arrays, made by the CPU where jax has it beside other devices."""
+@contextlib.contextmanager
+def made_by_cpu() -> Iterator[None]:
+    """Within the context, arrays are made on the CPU, where jax has it beside other devices."""
     try:
         by_cpu: contextlib.AbstractContextManager[Any] = jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # jax was told to look for accelerators only
         by_cpu = contextlib.nullcontext()
     with by_cpu:
-        return jax.tree.map(np.asarray, init())
+        yield
+
+
+def on_host(tree: Any) -> Any:
+    """A tree of arrays as host arrays: a device that has no other reference to them keeps nothing of them."""
+    return jax.tree.map(np.asarray, tree)

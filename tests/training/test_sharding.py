@@ -85,6 +85,14 @@ def test_rows_for_fewer_devices(bert, data):
         setup.prepare(experiment)
 
 
+@pytest.mark.parametrize("choice", ["replicated", "fsdp"])
+def test_devices_have_the_state_alone(bert, data, choice):
+    """The pretrained parameters, and those that training begins with, stay on the host."""
+    prepared = setup.prepare(tiny.experiment(bert, data, devices=4, sharding=choice))
+    for tree in (prepared.trunk.params, prepared.params):
+        assert {type(leaf) for leaf in jax.tree.leaves(tree)} == {np.ndarray}
+
+
 def test_old_configurations_stay_the_same(bert, data):
     """The fields are written where they are set, and runs that begin without them compare equal to those of before."""
     experiment = tiny.experiment(bert, data)

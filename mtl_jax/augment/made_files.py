@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from mtl_jax.data.source import Augmentation, AugmentedRows, MakeRows, Source, T
 from mtl_jax.experiment import Experiment, select
 from mtl_jax.experiment_checks import check
 
+log = logging.getLogger(__name__)
+
 PROVENANCE = "augmented"  # the field of a written row that says how it was made
 KEY = f"{PROVENANCE}.key"
 
@@ -38,8 +41,9 @@ class Written(Augmentation):
     """Rows that mtl-jax augment wrote, if they were made from a training row of this run.
 
     Attributes:
-        share: As in all augmentations.
-        added: As in all augmentations. 0: each pass draws one of the rows that were made from a row.
+        share: As in all augmentations; by default all training rows, so that no row of the file is left out by chance.
+        added: As in all augmentations: so many of the rows that were made from a row are added, in the order of the file; the
+            log counts the others. 0: each pass draws one of them in place of the row.
         seed: As in all augmentations.
         path: The file.
 
@@ -47,6 +51,7 @@ class Written(Augmentation):
         >>> source = mtl_jax.Source("reviews", "reviews.csv", augment=(mtl_jax.augment.Written(path="made.jsonl", added=1),))
     """
 
+    share: float = 1.0
     path: str
 
     keeps: ClassVar[tuple[str, ...]] = ("example", "word", "token", "target", "answer")
@@ -67,6 +72,8 @@ class Written(Augmentation):
                 raise UserError(f"{item.where}: there is no {KEY}: not a file that mtl-jax augment wrote")
             columns = {name: value for name, value in item.columns.items() if not name.startswith(f"{PROVENANCE}.")}
             made[key].append(item._replace(columns=columns))
+        if self.added:
+            self._note_left_out(source, made)
         used: Counter[str] = Counter()
 
         def make(rows: Sequence[Row], generators: Sequence[np.random.Generator]) -> list[Row | str]:
@@ -80,6 +87,21 @@ class Written(Augmentation):
             return results
 
         return make
+
+    def _note_left_out(self, source: AugmentedRows, made: Mapping[str, Sequence[Row]]) -> None:
+        """Logs how many rows of the file are not added, and why."""
+        keys = {row_keys.digest(row_keys.key(source.source, row)).hex() for row in source.rows}
+        foreign = sum(len(rows) for key, rows in made.items() if key not in keys)
+        numbers = [len(rows) for key, rows in made.items() if key in keys]
+        more = sum(max(0, number - self.added) for number in numbers)
+        reasons = [f"{foreign:,} made from rows that are not training rows of this run"] if foreign else []
+        if more:
+            advice = f"up to {max(numbers)} were made from a row: set added to that"
+            reasons.append(f"{more:,} because added is {self.added} ({advice})")
+        if reasons:
+            total = count(sum(map(len, made.values())), "row")
+            where = f"source {source.source.name}: Written: of {total} in {shown(self.path)}"
+            log.warning("%s these are left out: %s", where, "; ".join(reasons))
 
 
 class Made(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -15,12 +16,14 @@ import numpy as np
 from mtl_jax.augment import similar_rows as similar
 from mtl_jax.augment import writers
 from mtl_jax.augment.writers import Write
-from mtl_jax.core.errors import UserError, listed, unknown
+from mtl_jax.core.errors import UserError, count, listed, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.data.augmentations import check_shares
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import Augmentation, AugmentedRows, MakeRows
 from mtl_jax.tasks import Classification
+
+log = logging.getLogger(__name__)
 
 EMPTY = "empty"
 
@@ -148,7 +151,7 @@ class BackTranslation(Rewriting):
         forward = self._translator(self.forward, self.forward_command, self.language, self.pivot, f"{where}: forward_command")
         back = self._translator(self.back, self.back_command, self.pivot, self.language, f"{where}: back_command")
 
-        def write(texts: Sequence[str], seed: int) -> list[str]:
+        def write(texts: Sequence[str], seed: int | Sequence[int]) -> list[str]:
             pivots = forward(texts, seed)
             written = dict(zip(dict.fromkeys(filter(None, pivots)), _of_some(back, pivots, seed), strict=True))
             return [written.get(text, "") for text in pivots]
@@ -161,7 +164,7 @@ class BackTranslation(Rewriting):
         return writers.by_model(model, {**self.search, "source_language": source, "target_language": target})
 
 
-def _of_some(write: Write, texts: Sequence[str], seed: int) -> list[str]:
+def _of_some(write: Write, texts: Sequence[str], seed: int | Sequence[int]) -> list[str]:
     """The new text of each different text that is not empty."""
     some = list(dict.fromkeys(filter(None, texts)))
     return write(some, seed) if some else []
@@ -212,16 +215,19 @@ class Generate(Rewriting):
     to write texts from labels, or a decoder-only checkpoint, which continues the prompt until a line ends. The classifier can
     be a run that was trained on the same few rows.
 
+    Each row has a draw of its own, so rows with the same prompt get different texts. It follows from the entry's seed and the
+    row's text. With top_p 0 a prompt has one text, its likeliest, and the log says how many different ones there can be.
+
     Attributes:
         share: As in all augmentations.
         added: As in all augmentations; at least 1.
         seed: As in all augmentations.
-        top_p: As in Rewriting.
+        top_p: As in Rewriting; for each row.
         max_new_tokens: As in Rewriting.
         similarity: The least cosine of the row's text and the new one; by default any.
         encoder: As in Rewriting; needed for a similarity.
         model: A checkpoint, encoder-decoder or decoder-only, or the workdir of a run.
-        model_command: In place of model: a program and its arguments, as for BackTranslation.
+        model_command: In place of model: a program and its arguments, as for BackTranslation; it gets the prompt of each row.
         prompt: The input of the model, with names of columns in braces, such as "{label}".
         task: The classification task of this experiment whose label must be right; empty: the only one of the source.
         classifier: The workdir of a run with a classification task, or WORKDIR:TASK if it has several.
@@ -273,7 +279,8 @@ class Generate(Rewriting):
 
     def writer(self, source: AugmentedRows) -> Write:
         if self.model_command:
-            return writers.by_command(self.model_command, f"source {source.source.name!r}: Generate: model_command")
+            where = f"source {source.source.name!r}: Generate: model_command"
+            return writers.by_command(self.model_command, where, each=True)
         return writers.by_prompts(self.model, self.search)
 
     def maker(self, source: AugmentedRows) -> MakeRows:
@@ -281,10 +288,15 @@ class Generate(Rewriting):
         task = self._task(source, where)
         write, agrees = self.writer(source), self._agrees(source, task, where)
         keep = similar.keep_similar(source, self.encoder, self.similarity)
+        if self.model and not self.top_p:
+            most, asked = len({self._prompt(row, where) for row in source.rows}), len(source.rows) * self.added
+            if most < asked:
+                made_of = f"at most {count(most, 'different text')} for {count(asked, 'row')}"
+                log.warning("%s: top_p is 0, so a prompt has one text: %s; raise top_p", where, made_of)
 
         def make(rows: Sequence[Row], generators: Sequence[np.random.Generator]) -> list[Row | str]:
-            seed = min((int(rng.integers(2**31)) for rng in generators), default=0)
-            texts = write([self._prompt(row, where) for row in rows], seed) if rows else []
+            seeds = [int(rng.integers(2**31)) for rng in generators]  # one for each row, so that equal prompts differ
+            texts = write([self._prompt(row, where) for row in rows], seeds) if rows else []
             made: list[Row | str] = [
                 row._replace(columns={**row.columns, source.columns.text: text}) if text else EMPTY
                 for row, text in zip(rows, texts, strict=True)

@@ -19,8 +19,8 @@ from mtl_jax.pretrained.tensor_files import read_json
 
 log = logging.getLogger(__name__)
 
-# (texts, seed of sampling) -> a text for each; "" where none was written.
-Write = Callable[[Sequence[str], int], list[str]]
+# (texts, seed of sampling, or one for each text) -> a text for each; "" where none was written.
+Write = Callable[[Sequence[str], int | Sequence[int]], list[str]]
 
 
 def check(where: str, field: str, model: str, command: Sequence[str]) -> None:
@@ -81,7 +81,8 @@ def by_model(model: str, options: dict[str, Any]) -> Write:
 def by_prompts(model: str, options: dict[str, Any]) -> Write:
     """The writer of any checkpoint or run that writes texts, also of a decoder-only one, whose texts are prompts.
 
-    A decoder-only checkpoint continues a prompt until a line ends; a run has learned where a text ends.
+    A decoder-only checkpoint continues a prompt until a line ends; a run has learned where a text ends. With do_sample each
+    prompt has a draw of its own, which follows from its seed; else equal prompts have one answer.
 
     Args:
         model: A checkpoint, or the workdir of a run.
@@ -98,7 +99,20 @@ def by_prompts(model: str, options: dict[str, Any]) -> Write:
         declared = decoding.resolve(opened.raw, opened.location, decoder_start_token_id=0).eos_token_id
         ends = {*declared, opened.tokenizer.eos_token_id, *line_ends(opened.tokenizer)} - {None}
         options = {**options, "eos_token_id": tuple(sorted(ends))}
-    return _of_different(model, functools.partial(mtl_jax.generate, opened, **options))
+    answer: Callable[..., Sequence[Any]] = functools.partial(mtl_jax.generate, opened, **options)
+    if not options.get("do_sample"):
+        return _of_different(model, answer)
+
+    def write(texts: Sequence[str], seed: int | Sequence[int]) -> list[str]:
+        asked = list(zip(texts, [seed] * len(texts) if isinstance(seed, int) else seed, strict=True))
+        # In sorted order, so that batches do not depend on the order of rows.
+        different = sorted(set(asked))
+        log.info("%s writes %s ...", shown(model), count(len(different), "text"))
+        answers = answer([text for text, _ in different], seed=[number for _, number in different])
+        written = {draw: str(new_text).strip() for draw, new_text in zip(different, answers, strict=True)}
+        return [written[draw] for draw in asked]
+
+    return write
 
 
 def line_ends(tokenizer: Any) -> list[int]:
@@ -122,27 +136,33 @@ def _opened(model: str) -> Any:
 def _of_different(model: str, answer: Callable[..., Sequence[Any]]) -> Write:
     """The writer that answers each different text once."""
 
-    def write(texts: Sequence[str], seed: int) -> list[str]:
+    def write(texts: Sequence[str], seed: int | Sequence[int]) -> list[str]:
         # In sorted order, so that the draws for a text do not depend on the order of rows.
         different = sorted(set(texts))
         log.info("%s writes %s ...", shown(model), count(len(different), "text"))
-        answers = answer(different, seed=seed)
+        answers = answer(different, seed=seed if isinstance(seed, int) else min(seed, default=0))
         written = {text: str(new_text).strip() for text, new_text in zip(different, answers, strict=True)}
         return [written[text] for text in texts]
 
     return write
 
 
-def by_command(command: Sequence[str], where: str) -> Write:
+def by_command(command: Sequence[str], where: str, *, each: bool = False) -> Write:
     """The writer of a command, which gets a text a line on standard input and writes a line for each; no shell is used.
 
     Args:
         command: The program and its arguments.
         where: The beginning of an error line.
+        each: Whether it gets a line for each text, in the order of texts and seeds; else for each different text.
     """
 
-    def write(texts: Sequence[str], seed: int) -> list[str]:
-        different = sorted({" ".join(text.split()) for text in texts})
+    def write(texts: Sequence[str], seed: int | Sequence[int]) -> list[str]:
+        on_lines = [" ".join(text.split()) for text in texts]
+        seeds = seed if each and not isinstance(seed, int) else [0] * len(texts)
+        asked = list(zip(on_lines, seeds, strict=True))
+        # In sorted order, so that the lines do not depend on the order of rows.
+        ordered = sorted(set(asked))
+        different = [line for line, _ in ordered]
         try:
             lines = "".join(f"{text}\n" for text in different)
             done = subprocess.run(list(command), input=lines, capture_output=True, encoding="utf-8", check=False)
@@ -159,7 +179,7 @@ def by_command(command: Sequence[str], where: str) -> Write:
                 f"{where}: {shown(command[0])} wrote {count(len(answers), 'line')} for {count(len(different), 'text')}; it "
                 "must write one for each, in order, and an empty line where it has none"
             )
-        written = dict(zip(different, answers, strict=True))
-        return [written[" ".join(text.split())].strip() for text in texts]
+        written = dict(zip(ordered, answers, strict=True))
+        return [written[line].strip() for line in asked]
 
     return write

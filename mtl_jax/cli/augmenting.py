@@ -36,7 +36,8 @@ def augment(
     """Writes rows that augmentations make of training rows, a JSON object a line with its provenance, and prints ten.
 
     Of a script: of the training rows of its source, by the source's augmentations and those of the run; dev and test are not
-    touched, and no text of theirs is made. Train on the result by augment=(Written(path=OUTPUT, added=1),).
+    touched, and no text of theirs is made. Train on the result by augment=(Written(path=OUTPUT, added=N),), where N is how many
+    rows were made of a row.
 
     Args:
         rows: A script that calls mtl_jax.main, whose own flags come after --; or a file with training rows.
@@ -44,7 +45,7 @@ def augment(
         source: Of a script: the source. Default: the only one with augmentations.
         by: For a file: the augmentation, by the name of its class, such as Eda.
         options: For a file: fields of the augmentation and their values, such as swap 0.2 delete 0.
-        copies: How many rows are made of a row, by augmentations that have no `added` of their own.
+        copies: How many rows are made of a row, by each augmentation that has no `added` of its own.
         format: For a file: csv, tsv, jsonl, conll or another format of sources. Default: by the ending of its name.
         columns: For a file: names of its columns, where it has no header.
         text: For a file: the column with the text.

@@ -116,6 +116,9 @@ def with_augmentations(
         redraw = Redraw(source, tasks, chosen, *places, tokenizer, token_rows, max_length, held_out)
         redraws[source.name] = redraw
         notes.append(f"source {source.name}: in every pass rows are made anew by {', '.join(redraw.names)}")
+        if redraw.divided:
+            rows = count(len(redraw.rows), "row")
+            notes.append(f"source {source.name}: {redraw.divided:,} of {rows} are read in several windows and stay as they are")
         notes += [f"source {source.name}: {made_rows.shown(made)}" for made in redrawing.examples(redraw, seed)]
     return corpus._replace(notes=[*corpus.notes, *notes], added=added.counts, redraws=redraws)
 

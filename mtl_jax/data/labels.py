@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from mtl_jax.core.errors import UserError
 from mtl_jax.core.parts import origin_of
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import Source
+
+if TYPE_CHECKING:
+    from mtl_jax.models.trunk_output import TrunkFacts
 
 # Levels of labels that are arrays with an entry for each token.
 TOKEN_LEVELS = ("word", "token")
@@ -102,6 +105,7 @@ class Labels(Protocol):
     @property
     def whole_batch(self) -> bool: ...
 
+    def on(self, trunk: TrunkFacts) -> Any: ...
     def raw_label(self, row: Row) -> Any: ...
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Any: ...
     def fitted(self, train: Any) -> Any: ...

@@ -3,6 +3,10 @@
 The plan of the batches is made from the lengths of the rows as they are, with room for growth. A made row takes its place in
 the batch if its tokens fit beside the others of its row, else the row stays as it is. So planning is as cheap as before, and
 the worker process that fills a batch does all the work for it.
+
+A row that is read as several texts, such as a pair to be compared or a question with its choices, is made once for all of its
+examples, which are in consecutive places of the batch: all of them change, or none. A row that is read in several windows stays
+as it is, because its windows are in different batches.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtl_jax.data import row_keys
+from mtl_jax.data import row_keys, units
 from mtl_jax.data.augmentations import generator, names, problem, rows_of
 from mtl_jax.data.examples import Examples, labels_of, make_examples
 from mtl_jax.data.formats.rows import Row
@@ -88,9 +92,24 @@ class Redraw:
         return [augmentation.maker(about) for augmentation in self.augmentations]
 
     @functools.cached_property
-    def _single(self) -> np.ndarray:
-        """bool[N]: whether an example is all of its row, not one of several windows."""
-        return np.bincount(self.row_of, minlength=len(self.rows))[self.row_of] == 1
+    def _sizes(self) -> np.ndarray:
+        """i64[rows]: how many examples a row has."""
+        return np.bincount(self.row_of, minlength=len(self.rows))
+
+    @functools.cached_property
+    def _reader(self) -> Labels | None:
+        """The task that reads a row as several texts, if there is one."""
+        return units.reader(self.tasks)
+
+    @functools.cached_property
+    def _together(self) -> np.ndarray:
+        """bool[N]: whether all examples of an example's row are beside it: not where a row is read in several windows."""
+        return (self._sizes[self.row_of] == 1) | (self._reader is not None)
+
+    @property
+    def divided(self) -> int:
+        """How many rows are read in several windows, and so are not made anew."""
+        return len(np.unique(self.row_of[~self._together]))
 
     @property
     def names(self) -> list[str]:
@@ -106,7 +125,7 @@ class Redraw:
         """The rows of examples after the augmentations, and made i32[E, A + 1].
 
         Args:
-            examples: i64[E].
+            examples: i64[E], of different rows or passes.
             passes: i64[E], the pass in which each is drawn.
             seed: Seed of the data order.
         """
@@ -118,7 +137,7 @@ class Redraw:
             chosen: list[int] = []
             generators: list[np.random.Generator] = []
             for index, (key, number) in enumerate(zip(keys, passes.tolist(), strict=True)):
-                if not self._single[examples[index]]:
+                if not self._together[examples[index]]:
                     continue
                 rng = generator(augmentation, self.source.name, place, key, [seed, number])
                 if rng.random() < augmentation.share:
@@ -144,17 +163,27 @@ class Redraw:
             seed: Seed of the data order.
         """
         pass_E, example_E = np.divmod(ticket_E, len(arrays.tokens))
-        rows, made = self.made(example_E, pass_E, seed)
+        group_E = self._groups(example_E, pass_E, row_E)
+        first_G, size_G = np.unique(group_E, return_index=True, return_counts=True)[1:]
+        rows, made = self.made(example_E[first_G], pass_E[first_G], seed)
         changed = np.flatnonzero(made[:, :-1].any(axis=1))
-        new: dict[int, tuple[Examples, dict[str, Any], int]] = {}
+        new: dict[int, tuple[Examples, dict[str, Any], range]] = {}
         if len(changed):
-            new = self._tokenised([rows[index] for index in changed], changed)
-        fitting = self._fitting(arrays, example_E, row_E, new, room)
-        for index in set(changed.tolist()) - fitting:
-            made[index] = [0] * len(self.augmentations) + [1]
+            new = self._tokenised([rows[group] for group in changed], changed, size_G)
+        fitting = self._fitting(arrays, example_E, first_G, row_E, new, room)
+        for group in set(changed.tolist()) - fitting:
+            made[group] = [0] * len(self.augmentations) + [1]
+        place_E = np.arange(len(group_E)) - first_G[group_E]
 
         def chosen(old: Any, from_new: Any) -> list[Any]:
-            return [from_new(*new[e]) if e in fitting else old[int(example)] for e, example in enumerate(example_E)]
+            values = []
+            for example, group, place in zip(example_E.tolist(), group_E.tolist(), place_E.tolist(), strict=True):
+                if group in fitting:
+                    examples, labels, those = new[group]
+                    values.append(from_new(examples, labels, those[place]))
+                else:
+                    values.append(old[example])
+            return values
 
         labels: dict[str, Any] = {}
         for task in self.tasks:
@@ -164,12 +193,27 @@ class Redraw:
         types = None
         if arrays.types is not None:
             types = Ragged.of(chosen(arrays.types, _types), np.int32)
-        return Redrawn(
-            Ragged.of(chosen(arrays.tokens, lambda examples, _, i: examples.tokens[i]), np.int32), types, labels, made
-        )
+        tokens = Ragged.of(chosen(arrays.tokens, lambda examples, _, i: examples.tokens[i]), np.int32)
+        return Redrawn(tokens, types, labels, made[group_E])
 
-    def _tokenised(self, rows: Sequence[Row], places: np.ndarray) -> dict[int, tuple[Examples, dict[str, Any], int]]:
-        """{place: (examples, labels, the example in them)} of those rows that are one example with known tokens."""
+    def _groups(self, example_E: np.ndarray, pass_E: np.ndarray, row_E: np.ndarray) -> np.ndarray:
+        """i64[E], ascending from 0: the examples of a batch that are of one row, if it is read as several texts."""
+        if self._reader is None:
+            return np.arange(len(example_E))
+        of_KxE = np.stack([row_E, pass_E, self.row_of[example_E]])
+        begins = (np.diff(of_KxE, axis=1) != 0).any(axis=0) | (np.diff(example_E) != 1)
+        return np.cumsum(np.concatenate([[0], begins]))
+
+    def _tokenised(
+        self, rows: Sequence[Row], places: np.ndarray, sizes: np.ndarray
+    ) -> dict[int, tuple[Examples, dict[str, Any], range]]:
+        """{place: (examples, labels, those of the row)} of the rows that have as many examples as before, with known tokens.
+
+        Args:
+            rows: The rows.
+            places: The place of each.
+            sizes: The number of examples that the row of a place has.
+        """
         while True:
             try:
                 examples, _ = make_examples(self.source, self.tasks, rows, self.tokenizer, self.max_length, lenient=True)
@@ -178,35 +222,59 @@ class Redraw:
                 kept = [index for index in range(len(rows)) if index not in error.rows]
                 rows, places = [rows[index] for index in kept], places[kept]
         labels = {task.name: labels_of(task, examples, self.tokenizer).labels for task in self.tasks}
-        as_words = any(task.words for task in self.tasks)
-        special = 0 if as_words else self.tokenizer.num_special_tokens_to_add(pair=bool(self.source.pair))
         result = {}
         for group in examples.groups():
-            tokens = examples.tokens[group[0]]
-            if len(group) == 1 and len(tokens) > special and int(tokens.max()) < self.token_rows:
-                result[int(places[examples.row_of[group[0]]])] = (examples, labels, group[0])
+            row = int(examples.row_of[group[0]])
+            place = int(places[row])
+            tokens = [examples.tokens[i] for i in group]
+            known = max(int(of_text.max(initial=0)) for of_text in tokens) < self.token_rows
+            if len(group) == sizes[place] and known and self._has_texts(rows[row], tokens):
+                result[place] = (examples, labels, group)
         return result
 
-    def _fitting(self, arrays: Any, example_E: np.ndarray, row_E: np.ndarray, new: Any, room: Room) -> set[int]:
-        """The made examples whose rows have room for them: in each row those that grow least come first."""
+    def _has_texts(self, row: Row, tokens: Sequence[np.ndarray]) -> bool:
+        """Whether every text of a row has tokens beside the special ones, or is empty in the row itself, too."""
+        if any(task.words for task in self.tasks):
+            return all(len(of_text) > 0 for of_text in tokens)
+        texts: Sequence[Any] = [True] if self._reader is None else self._reader.texts_of(row, self.source)
+        pair = bool(self.source.pair) if self._reader is None else isinstance(texts[0], tuple)
+        special = self.tokenizer.num_special_tokens_to_add(pair=pair)
+        # As in make_examples(): a text that the row does not have is no mistake.
+        asked = [bool(text[0] if isinstance(text, tuple) else text) for text in texts]
+        return all(len(of_text) > special or not needed for of_text, needed in zip(tokens, asked, strict=True))
+
+    def _fitting(
+        self, arrays: Any, example_E: np.ndarray, first_G: np.ndarray, row_E: np.ndarray, new: Any, room: Room
+    ) -> set[int]:
+        """The made groups whose rows have room for them: in each row those that grow least come first.
+
+        Args:
+            arrays: SourceArrays of the source.
+            example_E: The examples.
+            first_G: The place of the first example of each group.
+            row_E: The row of the batch of each example.
+            new: The made groups, as _tokenised() returns them.
+            room: The places of a row.
+        """
         targets = [task.name for task in self.tasks if task.label_level == "target"]
-
-        def growth(e: int) -> tuple[int, ...]:
-            examples, labels, i = new[e]
-            target_growth = [len(labels[name][i]) - len(arrays.labels[name][int(example_E[e])]) for name in targets]
-            return len(examples.tokens[i]) - len(arrays.tokens[int(example_E[e])]), *target_growth
-
-        lengths = np.stack([arrays.lengths, *(arrays.labels[name].lengths for name in targets)])[:, example_E]
+        kinds = [arrays.lengths, *(arrays.labels[name].lengths for name in targets)]
+        lengths = np.add.reduceat([of_kind[example_E] for of_kind in kinds], first_G, axis=1).T.tolist()
+        row_G = row_E[first_G].tolist()
         used: dict[int, list[int]] = {}
-        for e, row in enumerate(row_E.tolist()):
-            used[row] = [a + b for a, b in zip(used.get(row, [0] * len(lengths)), lengths[:, e].tolist(), strict=True)]
+        for row, of_group in zip(row_G, lengths, strict=True):
+            used[row] = [a + b for a, b in zip(used.get(row, [0] * len(kinds)), of_group, strict=True)]
+        growth: dict[int, list[int]] = {}
+        for group, (examples, labels, those) in new.items():
+            texts = [examples.tokens, *(labels[name] for name in targets)]
+            after = [sum(len(of_kind[i]) for i in those) for of_kind in texts]
+            growth[group] = [a - b for a, b in zip(after, lengths[group], strict=True)]
         most = [room.row_length, *[room.target_length] * len(targets)]
         fitting: set[int] = set()
-        for e in sorted(new, key=lambda e: (growth(e), e)):
-            after = [a + b for a, b in zip(used[int(row_E[e])], growth(e), strict=True)]
+        for group in sorted(new, key=lambda group: (growth[group], group)):
+            after = [a + b for a, b in zip(used[row_G[group]], growth[group], strict=True)]
             if all(a <= b for a, b in zip(after, most, strict=True)):
-                fitting.add(e)
-                used[int(row_E[e])] = after
+                fitting.add(group)
+                used[row_G[group]] = after
         return fitting
 
 
@@ -216,8 +284,8 @@ def _types(examples: Examples, labels: Any, i: int) -> np.ndarray:
 
 def examples(redraw: Redraw, seed: int) -> list[MadeRow]:
     """Some rows as the first pass makes them, for the log."""
-    total = len(redraw.row_of)
-    chosen = np.unique(np.linspace(0, total - 1, min(total, 20 * EXAMPLES)).astype(np.int64))
+    firsts = np.unique(redraw.row_of, return_index=True)[1]  # the first example of each row
+    chosen = firsts[np.unique(np.linspace(0, len(firsts) - 1, min(len(firsts), 20 * EXAMPLES)).astype(np.int64))]
     rows, made = redraw.made(chosen, np.zeros(len(chosen), np.int64), seed)
     shown = []
     for example, row, of_row in zip(chosen, rows, made, strict=True):

@@ -148,7 +148,7 @@ def generate_all(
         sources: Token ids i32[T] with special tokens, none empty; for decoder-only models the prompts.
         config: The options, from resolve().
         rows: Sources in a batch, on each device.
-        key: PRNG key, needed with do_sample.
+        key: PRNG key, needed with do_sample; or an array of keys, one for each source.
         done: Indices of sources that have answers already. A batch is left out if all its sources have; the other batches do
             not change, so answers are equal to the bit wherever a search resumes.
         devices: Devices of this process that share every batch; no more are used than there are batches for. They exchange
@@ -243,13 +243,15 @@ def _check_source(model: Generator, length: int) -> None:
 
 
 def _keys(config: GenerationConfig, key: jax.Array | None, indices: np.ndarray) -> np.ndarray:
-    """Key data u32[B, 2] of each row, from its index."""
+    """Key data u32[B, 2] of each row, from its index: folded into the key, or that of an array of keys."""
     if not config.do_sample:
         return np.zeros((len(indices), 2), np.uint32)
     if key is None:
         raise UserError("do_sample needs a key, for example jax.random.key(0)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    if key.ndim:
+        return np.asarray(jax.random.key_data(key[jnp.asarray(indices)]))
     fold = jax.vmap(functools.partial(jax.random.fold_in, key))
     return np.asarray(jax.random.key_data(fold(jnp.asarray(indices))))
 

@@ -28,7 +28,7 @@ def generate(
     scores: bool = False,
     rows: int = 32,
     dtype: str = "auto",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     **options: Any,
 ) -> Answers:
     """Answers to prompts, as the command mtl-jax generate gives them.
@@ -44,7 +44,7 @@ def generate(
         scores: Return objects with the text, the answer and its score.
         rows: Texts per batch and device.
         dtype: Compute dtype of a checkpoint that is opened here: auto, float32 or bfloat16.
-        seed: Seed of sampling.
+        seed: Seed of sampling; or one for each text, whose answer then does not depend on the other texts.
         options: How answers are searched for: fields of decoding.GenerationConfig, such as max_new_tokens, by default 20.
 
     Returns:

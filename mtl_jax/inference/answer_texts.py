@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.core import log_lines
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.text_lines import kind_of
@@ -121,7 +121,7 @@ def from_python(
     scores: bool,
     rows: int,
     dtype: str,
-    seed: int,
+    seed: int | Sequence[int],
     options: dict[str, Any],
 ) -> Answers:
     """The answers of a command's Python form, whose arguments these are: see translate.
@@ -133,7 +133,10 @@ def from_python(
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
         raise UserError(f"texts: {kind_of(wrong)} is given; it must be a list of texts")
-    check_numbers(rows, max_source_tokens, seed)
+    if isinstance(seed, Sequence) and len(seed) != len(texts):
+        raise UserError(f"seed: {count(len(seed), 'seed')} for {count(len(texts), 'text')}; give one for each, or one for all")
+    for number in seed if isinstance(seed, Sequence) else [seed]:
+        check_numbers(rows, max_source_tokens, number)
     opened, where = open_text_model(model, request, task, dtype)
     config = generate_texts.configure(opened, options, where)
     answers = generate(opened, texts, config, long or kind.long, max_source_tokens, rows=rows, seed=seed)
@@ -182,7 +185,7 @@ def generate(
     max_source_tokens: int | None,
     *,
     rows: int,
-    seed: int,
+    seed: int | Sequence[int],
     file: str = "",
     progress_title: str = "",
     open_journal: Callable[[int | None], Journal] | None = None,
@@ -197,7 +200,7 @@ def generate(
         long: Whether long texts are divided or cut.
         max_source_tokens: Most tokens of a source; None: as many as the model takes.
         rows: Texts per batch and device.
-        seed: Seed of sampling.
+        seed: Seed of sampling, or one for each text.
         file: The file that the texts are lines of, for the log; "": they are not.
         progress_title: The title of a progress bar; "": none.
         open_journal: From the most tokens of a source to the journal that keeps finished answers; the caller closes it.

@@ -202,7 +202,7 @@ def generate(
     count: int,
     *,
     rows: int,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     journal: Journal | None = None,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
@@ -215,7 +215,7 @@ def generate(
         config: The generation options.
         count: The number of texts.
         rows: Rows of a batch, on each device of this process.
-        seed: Seed of sampling.
+        seed: Seed of sampling; or one for each text, whose draws then do not depend on its place among the others.
         journal: Keeps finished sources for a later call. A batch with a missing source is computed again as a whole, so
             answers do not depend on when a process was stopped.
         progress: Updated for each finished source.
@@ -226,7 +226,7 @@ def generate(
     """
     in_memory: dict[int, Any] = {}
     done: Mapping[int, Any] = in_memory if journal is None else journal.done
-    key = jax.random.key(seed)
+    key = _keys(seed, plan.text_of) if isinstance(seed, Sequence) else jax.random.key(seed)
     options: dict[str, Any] = {"rows": rows, "key": key, "done": done, "devices": jax.local_devices()}
     for answer in decoding.generate_all(model.model, model.params, plan.sources, config, **options):
         new = answer.index not in done
@@ -249,6 +249,17 @@ def generate(
     for source, text in enumerate(plan.text_of):
         pieces[text].append(done[source])
     return [_joined(items) for items in pieces]
+
+
+def _keys(seeds: Sequence[int], text_of: Sequence[int]) -> jax.Array:
+    """A key for each source: of the seed of its text, and of its number among the sources of that text."""
+    texts = np.array(text_of, np.int64)
+    numbers = np.arange(len(texts)) - np.searchsorted(texts, texts)
+    of_source = np.array([seeds[text] for text in text_of], np.uint64)  # jax takes 32 bits at once
+    keys = jax.vmap(jax.random.key)((of_source & 0xFFFFFFFF).astype(np.uint32))
+    for part in (of_source >> 32, numbers):
+        keys = jax.vmap(jax.random.fold_in)(keys, part.astype(np.uint32))
+    return keys
 
 
 def _forced(config: GenerationConfig, tokens: np.ndarray) -> bool:

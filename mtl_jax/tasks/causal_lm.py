@@ -64,7 +64,8 @@ class CausalLM(Task):
         max_new_tokens: Most tokens of a generated answer; 0: target_length.
         length_penalty: Beams are compared by log-probability / length ** this; None: 1.
         metric: token_accuracy, each token after the true ones; or a metric of generated answers, as shares of 1: exact, f1 of
-            words, bleu, chrf, rouge1, rouge2 or rougeL. Answers are generated in evaluations only for these.
+            words, bleu, chrf, rouge1, rouge2 or rougeL. exact and f1 ignore case, punctuation and articles, unless a true
+            answer has nothing else. Answers are generated in evaluations only for these.
         hidden: Must be 0: this head has no such layer.
         vocabulary: V; filled in from the trunk, as are the next five.
         tied: Whether the head is the trunk's token table.
@@ -312,7 +313,8 @@ class CausalLM(Task):
         if not pairs:
             return {}
         generated, targets = [text for text, _ in pairs], [reference for _, reference in pairs]
-        scores = metrics.answer_scores(generated, targets) | metrics.text_scores(self.metric, generated, targets)
+        scores = metrics.answer_scores(generated, targets, metrics.GENERATED_ANSWERS)
+        scores |= metrics.text_scores(self.metric, generated, targets)
         return scores | metrics.registered_scores(self.registered_metrics, generated, targets)
 
     def row_statistics(self, outputs: Sequence[Any] | np.ndarray, examples: Examples) -> RowStatistics:

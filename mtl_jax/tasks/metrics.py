@@ -107,18 +107,37 @@ def f1(predicted: str, gold: Iterable[str]) -> float:
     return max(_shared_words(predicted, answer) for answer in _known(gold))
 
 
-SHORT_ANSWERS: dict[str, Callable[[str, Iterable[str]], float]] = {"exact": exact, "f1": f1}
+def generated_exact(predicted: str, gold: Iterable[str]) -> float:
+    """1 if a generated text equals one of the gold answers, else 0.
+
+    As exact(), but a gold answer that normalises to nothing is one, too: articles are kept to compare with it ("A"), and if
+    nothing is left still, punctuation ("<").
+    """
+    return max(float(form(predicted) == form(answer)) for answer, form in _with_forms(gold))
 
 
-def answer_scores(predicted: Sequence[str], gold: Sequence[Iterable[str]]) -> dict[str, float]:
+def generated_f1(predicted: str, gold: Iterable[str]) -> float:
+    """The best F1 of words of a generated text over the gold answers, compared as in generated_exact()."""
+    return max(_shared_words(predicted, answer, form) for answer, form in _with_forms(gold))
+
+
+ShortAnswers = dict[str, Callable[[str, Iterable[str]], float]]
+SHORT_ANSWERS: ShortAnswers = {"exact": exact, "f1": f1}  # of SQuAD, where an article or a mark is no answer
+GENERATED_ANSWERS: ShortAnswers = {"exact": generated_exact, "f1": generated_f1}
+
+
+def answer_scores(
+    predicted: Sequence[str], gold: Sequence[Iterable[str]], scores: ShortAnswers = SHORT_ANSWERS
+) -> dict[str, float]:
     """Means of exact and f1 over N questions, shares of 1.
 
     Args:
         predicted: N texts; "" means "no answer".
         gold: The gold answers of each, none or more.
+        scores: The functions that compare: SHORT_ANSWERS, or GENERATED_ANSWERS.
     """
     pairs = list(zip(predicted, gold, strict=True))
-    return {name: sum(score(text, answers) for text, answers in pairs) / len(pairs) for name, score in SHORT_ANSWERS.items()}
+    return {name: sum(score(text, answers) for text, answers in pairs) / len(pairs) for name, score in scores.items()}
 
 
 def _known(gold: Iterable[str]) -> list[str]:
@@ -126,8 +145,22 @@ def _known(gold: Iterable[str]) -> list[str]:
     return [answer for answer in gold if normalise(answer)] or [""]
 
 
-def _shared_words(predicted: str, gold: str) -> float:
-    predicted_words, gold_words = normalise(predicted).split(), normalise(gold).split()
+def _with_articles(text: str) -> str:
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
+
+
+def _as_written(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _with_forms(gold: Iterable[str]) -> list[tuple[str, Callable[[str], str]]]:
+    """Each gold answer, with the first way to compare texts that leaves something of it."""
+    forms = (normalise, _with_articles)
+    return [(answer, next((form for form in forms if form(answer)), _as_written)) for answer in gold] or [("", _as_written)]
+
+
+def _shared_words(predicted: str, gold: str, form: Callable[[str], str] = normalise) -> float:
+    predicted_words, gold_words = form(predicted).split(), form(gold).split()
     if not predicted_words or not gold_words:
         return float(predicted_words == gold_words)
     shared = (Counter(predicted_words) & Counter(gold_words)).total()
@@ -169,8 +202,8 @@ def text_statistics(name: str, texts: Sequence[str], references: Sequence[Sequen
     """
     if not texts:
         return []
-    if name in SHORT_ANSWERS:
-        return [[SHORT_ANSWERS[name](text, gold), 1.0] for text, gold in zip(texts, references, strict=True)]
+    if name in GENERATED_ANSWERS:
+        return [[GENERATED_ANSWERS[name](text, gold), 1.0] for text, gold in zip(texts, references, strict=True)]
     if name in FAMILIES[0]:
         return _sacrebleu()[name]._extract_corpus_statistics(list(texts), _streams(references))
     scorer = _rouge([name])

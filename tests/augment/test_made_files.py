@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import own_parts
 import pytest
@@ -44,12 +45,35 @@ def test_a_script_writes_rows_and_trains_on_them(tmp_path, capsys):
         words = [word for word in line["text"].split() if word not in ".;?:!,"]
         assert words == origin.columns["text"].split()
     # A run with other splits trains on the rows that were made of its own training rows.
-    other = dataclasses.replace(declared, cut_seed=1, augment=(Written(path=str(output), share=1.0, added=2),))
+    other = dataclasses.replace(declared, cut_seed=1, augment=(Written(path=str(output), added=2),))
     data = corpus.read_sources([other], [TASK])
     keys = {digest(key(other, row)).hex() for row in data["s"].rows["train"]}
     added = made_rows.add([other], [TASK], data).data["s"].rows["train"][len(keys) :]
     assert len(added) == sum(line["augmented"]["key"] in keys for line in lines) < len(lines)
     assert added[0].columns.keys() == {"text", "label"}
+
+
+def test_all_that_is_written_is_added_and_the_rest_is_counted(tmp_path, caplog):
+    (tmp_path / "rows.csv").write_text(ROWS, encoding="utf-8")
+    file, output = str(tmp_path / "rows.csv"), str(tmp_path / "made.jsonl")
+    made = made_files.of_file(file, Aeda(share=1.0), copies=3)  # of all rows, also of those that are dev and test here
+    made_files.write(made, output)
+    number = Counter(json.loads(line)["augmented"]["key"] for line in made.lines)
+    declared = Source("s", file)
+    data = corpus.read_sources([declared], [TASK])
+    train = [number[digest(key(declared, row)).hex()] for row in data["s"].rows["train"]]
+    assert max(train) == 3
+    others = f"{len(made.lines) - sum(train)} made from rows that are not training rows of this run"
+    for added in (1, 2, 3):
+        caplog.clear()
+        used = dataclasses.replace(declared, augment=(Written(path=output, added=added),))
+        result = made_rows.add([used], [TASK], data)
+        taken = sum(min(count, added) for count in train)
+        assert result.counts["s"]["Written"]["made"] == taken == len(result.data["s"].rows["train"]) - len(train)
+        more = f"{sum(train) - taken} because added is {added} (up to 3 were made from a row: set added to that)"
+        reasons = others if added == 3 else f"{others}; {more}"
+        (line,) = [record.message for record in caplog.records]
+        assert line == f"source s: Written: of {len(made.lines)} rows in {output} these are left out: {reasons}"
 
 
 def test_files_and_bad_input(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Batching, Classification, Source, Tagging, UserError
+from mtl_jax import Batching, Classification, Contrastive, MultipleChoice, Source, Tagging, UserError
 from mtl_jax.augment import (
     Aeda,
     BackTranslation,
@@ -139,6 +139,90 @@ def test_rows_are_full_and_never_too_long(tokenizer):
     no_room = redraw(arrays, tickets, rows, Room(1, 1), 0)
     assert no_room.made[:, 0].sum() == 0
     assert [list(a) for a in no_room.tokens] == [list(arrays.tokens[n]) for n in range(12)]
+
+
+PLAIN = [word for word in WORDS if word not in "?."]  # without the marks that Aeda puts in
+PAIRS = [
+    {
+        "text": " ".join(PLAIN[(n * 7 + m * (n % 8 + 1)) % len(PLAIN)] for m in range(4 + n % 5)),
+        "other": f"{PLAIN[n % len(PLAIN)]} {PLAIN[n // len(PLAIN)]} film",
+        "no": "" if n % 3 else "who is",
+    }
+    for n in range(60)
+]
+CONTRASTIVE = Contrastive(name="c", source="s", negatives=("no",))
+CHOICES = [row | {"right": str(n % 2)} for n, row in enumerate(PAIRS)]
+CHOICE = MultipleChoice(name="c", source="s", choices=("other", "no", "more"), column="right")
+SEVERAL = {
+    "contrastive": (CONTRASTIVE, PAIRS, "other"),
+    "choices": (CHOICE, [row | {"no": "who is", "more": ""} for row in CHOICES], ""),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_row_of_several_texts_is_made_whole(tokenizer, kind):
+    """A pair with its negative, and a question with its choices: all examples of a row are from the made row, or none."""
+    task, rows, pair = SEVERAL[kind]
+    batching = Batching(rows=4, row_length=90, examples_per_row=9)
+
+    def batches(*augment):
+        stream = batches_of(source(*augment, rows=rows, pair=pair), task, tokenizer=tokenizer, batching=batching)
+        made = [next(stream) for _ in range(20)]
+        stream.close()
+        return made
+
+    def examples(batch):
+        """{example: [(tokens, label)]} of a batch, in order."""
+        found = {}
+        for row, slot in zip(*np.nonzero(batch.index >= 0), strict=True):
+            tokens = batch.tokens[row][batch.segments[row] == slot + 1].tolist()
+            found.setdefault(int(batch.index[row, slot]), []).append((tokens, batch.labels["c"][row, slot].tolist()))
+        return found
+
+    plain = {example: versions[0] for batch in batches() for example, versions in examples(batch).items()}
+    marks = {tokenizer.unk_token_id, *tokenizer.convert_tokens_to_ids(["?", "."])}
+    changed = counted = unchanged = 0
+    for batch in batches(Aeda(share=1.0)):
+        found = examples(batch)
+        for example, versions in found.items():
+            for number, (tokens, label) in enumerate(versions):
+                old_tokens, old_label = plain[example]
+                assert [token for token in tokens if token not in marks] == old_tokens
+                assert label[:2] == old_label[:2]
+                first = example - example % 3
+                changed += any(found[n][number][0] != plain[n][0] for n in range(first, first + 3))
+                if kind == "choices":
+                    end = tokens.index(tokenizer.sep_token_id)
+                    assert tokens[:end] == found[first][number][0][:end]  # the same question
+        assert not (batch.made % 3).any()
+        counted, unchanged = counted + batch.made[:, 0].sum(), unchanged + batch.made[:, 1].sum()
+    assert changed == counted > 4 * unchanged
+
+
+def test_several_texts_without_room_stay_as_they_were(tokenizer):
+    batching = Batching(rows=4, row_length=90, examples_per_row=9)
+    declared = source(Aeda(share=1.0), rows=PAIRS, pair="other")
+    stream = batches_of(declared, CONTRASTIVE, tokenizer=tokenizer, batching=batching)
+    next(stream)
+    stream.close()
+    arrays = stream._plan.sources[0]
+    for tickets, room in ((np.arange(12), 1), (np.array([0, 1, 2, 4, 3, 5, 6, 7]), 90)):
+        found = arrays.redraw(arrays, tickets, np.zeros(len(tickets), int), Room(room, 1), 0)
+        kept = slice(None) if room == 1 else slice(3, None)  # out of their order, or not all of a row
+        assert [list(tokens) for tokens in found.tokens][kept] == [list(arrays.tokens[n]) for n in tickets][kept]
+        assert found.made[kept].tolist() == [[0, 1]] * len(found.made[kept])
+
+
+def test_rows_in_several_windows_are_counted_in_the_log(tokenizer):
+    """They stay as they are; all of them, here."""
+    rows = [{"text": f"{row['text']} " * 9, "tags": "O " * (9 * len(row["text"].split()))} for row in PAIRS]
+    declared, task = source(Aeda(share=1.0), rows=rows), Tagging(name="t", source="s")
+    added = made_rows.add([declared], [task], corpus.read_sources([declared], [task]))
+    data = corpus.make_corpus([declared], [task], added.data, tokenizer, 24)
+    options = {"tokenizer": tokenizer, "token_rows": 99, "max_length": 24, "seed": 0}
+    notes = corpus.with_augmentations(data, [declared], (), added, **options).notes
+    total = len(added.data["s"].rows["train"])
+    assert f"source s: {total} of {total} rows are read in several windows and stay as they are" in notes
 
 
 @pytest.fixture

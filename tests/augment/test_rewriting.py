@@ -155,6 +155,45 @@ def test_a_decoder_only_checkpoint_continues_the_prompt_until_a_line_ends(tmp_pa
     assert calls[0]["max_new_tokens"] == 6
 
 
+GENERATED = [{"text": f"one film of {n}", "label": ["good", "bad"][n % 2]} for n in range(20)]
+
+
+def texts_from_labels(rows, **options):
+    """The different texts that Generate adds, by a prompt that is the same for all rows of a label."""
+    entry = Generate(prompt="the {label}", **options)
+    source = Source("s", rows=[])
+    about = augmentations.rows_of(source, [TASK], [Row(row, f"f:{n}") for n, row in enumerate(rows)])
+    return {made.row.columns["text"] for made in made_rows.make(source, about, [entry], frozenset(), {})}
+
+
+def test_each_row_has_a_draw_of_its_own(tmp_path, classifier, monkeypatch, caplog):
+    """It follows from the row: not from its place, nor from the rows that are made at once."""
+    import tiny_decoder
+
+    tiny_decoder.write_llama(tmp_path / "llama")
+    monkeypatch.setattr(Generate, "_agrees", lambda self, *about: list)
+    options = {"model": str(tmp_path / "llama"), "classifier": classifier, "max_new_tokens": 6}
+    texts = texts_from_labels(GENERATED, **options)
+    assert len(texts) > 15
+    assert len(texts_from_labels(GENERATED, **options, seed=1) & texts) < 5
+    assert texts < texts_from_labels(GENERATED, **options, added=2)
+    monkeypatch.setattr(made_rows, "AT_ONCE", 7)
+    assert texts_from_labels(GENERATED[::-1], **options) == texts
+    assert "top_p" not in caplog.text
+    assert len(texts_from_labels(GENERATED, **options, top_p=0.0)) <= 2
+    (line,) = [record.message for record in caplog.records if "top_p" in record.message]
+    assert line == (
+        "source 's': Generate: top_p is 0, so a prompt has one text: at most 2 different texts for 20 rows; raise top_p"
+    )
+
+
+def test_a_command_gets_the_prompt_of_each_row(classifier, monkeypatch):
+    monkeypatch.setattr(Generate, "_agrees", lambda self, *about: list)
+    command = (sys.executable, "-c", "import sys\nfor n, line in enumerate(sys.stdin): print(line.strip(), n)")
+    texts = texts_from_labels(GENERATED, model_command=command, classifier=classifier)
+    assert texts == {f"the {'bad' if n < 10 else 'good'} {n}" for n in range(20)}
+
+
 def test_tokens_that_end_a_line():
     """As words, as letters of byte-level BPE, and as bytes of a vocabulary that falls back to them."""
     words = models.WordLevel({"[UNK]": 0, "a": 1, "\n": 2, "\n\n": 3, "b\n": 4}, unk_token="[UNK]")

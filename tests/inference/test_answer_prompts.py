@@ -68,6 +68,20 @@ def test_objects_have_the_text_that_was_given(llama):
     assert generate(str(llama), ["man", ""], **options) == [answer["answer"] for answer in answers]
 
 
+def test_texts_with_seeds_of_their_own_are_drawn_apart(llama):
+    """An answer follows from the text and its seed, whichever texts are beside it."""
+    texts, seeds = ["the man", "the man", "who is the film", "the man", ""], [3, 2**40 + 3, 3, 5, 3]
+    options = {"do_sample": True, "max_new_tokens": 8}
+    answers = generate(str(llama), texts, seed=seeds, **options)
+    assert len(set(answers)) == 5
+    assert generate(str(llama), texts[::-1], seed=seeds[::-1], **options) == answers[::-1]
+    assert generate(str(llama), texts[1:2] * 3, seed=[seeds[1]] * 3, **options) == answers[1:2] * 3
+    with pytest.raises(UserError, match="seed: 2 seeds for 1 text; give one for each, or one for all"):
+        generate(str(llama), ["the man"], seed=[1, 2])
+    with pytest.raises(UserError, match="--seed is -1"):
+        generate(str(llama), ["the man"], seed=[-1])
+
+
 def test_a_prompt_of_a_run_that_is_cut_is_reported(llama, tmp_path, caplog):
     task = CausalLM(name="answer", source="pairs", column="answer", target_length=3)
     changes = {"sources": (Source("pairs", rows=tiny_decoder.rows()),), "tasks": (task,), "trunk": Pretrained(str(llama))}

@@ -32,6 +32,7 @@ def test_normalisation():
         ("", ["something"], (0, 0)),
         ("the", ["something"], (0, 0)),
         ("", ["the", "something"], (0, 0)),  # an article is no answer where there is another
+        ("", ["the"], (1, 1)),
     ],
 )
 def test_scores_by_hand(predicted, gold, expected):

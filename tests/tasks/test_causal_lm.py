@@ -16,6 +16,7 @@ from mtl_jax import Batching, CausalLM, Checkpoints, Classification, Evaluation,
 from mtl_jax.core.errors import UserError
 from mtl_jax.data import conversations
 from mtl_jax.data.batches import eval_batches
+from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.inference import peft_export
 from mtl_jax.inference.predict import open_run
@@ -287,6 +288,32 @@ def test_answers_are_compared_with_all_that_a_row_has():
     assert scores["exact"] == 0.5
     assert scores["f1"] == pytest.approx((1 + 2 / 3) / 2)
     assert scores["rougeL"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("", "A", 0),
+        ("the", "A", 0),
+        ("a", "A", 1),
+        ("A.", "A", 1),  # as "B." is right for "B"
+        ("<", ">", 0),
+        (" > ", ">", 1),
+        ("", "?", 0),
+        ("The", "the", 1),
+        ("", ["?", "fine"], 0),
+        ("?", ["?", "fine"], 1),
+        ("the film", "Film.", 1),
+    ],
+)
+def test_an_answer_of_an_article_or_a_mark_alone_is_compared_as_it_is(text, answer, expected):
+    """Not as in SQuAD, where such an answer means that there is none."""
+    rows = [Row({"text": "q", "answer": answer}, "rows")]
+    for metric in ("exact", "f1"):
+        task = dataclasses.replace(ANSWER, metric=metric)
+        assert task.text_metrics([text], rows)[metric] == expected
+        examples = Examples("pairs", 0, [np.zeros(1, np.int32)], {}, data=rows)
+        assert task.row_statistics([text], examples).values.tolist() == [[expected, 1.0]]
 
 
 def test_the_last_token_of_each_example_is_its_vector():

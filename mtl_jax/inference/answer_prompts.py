@@ -60,6 +60,7 @@ def generate(
         <class 'str'>
     """
     check_prompt(model, prompt)
+    texts = texts if isinstance(texts, str) else list(texts)  # an iterator is read once
     given = texts
     if isinstance(texts, Sequence) and not isinstance(texts, str) and all(isinstance(text, str) for text in texts):
         texts = prompts(prompt, [{TEXT: text} for text in texts], texts, "")

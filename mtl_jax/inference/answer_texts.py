@@ -6,10 +6,10 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mtl_jax.core import log_lines
-from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.row_texts import hiding
 from mtl_jax.core.text_lines import kind_of
@@ -130,6 +130,9 @@ def from_python(
         UserError: The model cannot be opened or writes no texts, or an option is refused.
     """
     log_lines.show()
+    if long not in (None, *get_args(Long)):
+        raise unknown("long", str(long), get_args(Long))
+    texts = texts if isinstance(texts, str) else list(texts)  # an iterator is read once
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
         raise UserError(f"texts: {kind_of(wrong)} is given; it must be a list of texts")

@@ -29,6 +29,7 @@ from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import Source
 from mtl_jax.tasks import Task
+from mtl_jax.training import held_out as rows_held_out
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.forward import encode_tokens, needed_fields
 from mtl_jax.training.restore import TrainedRun, open_run
@@ -269,7 +270,7 @@ def _rows_of(
     sources = tuple(next((new for new in given if new.name == source.name), source) for source in run.experiment.sources)
     if unused := names - {source.name for source in sources}:
         raise unknown("source in sources:", min(unused), [source.name for source in sources])
-    data = at_start.examine(sources, corpora.read_sources(sources, run.tasks)).data
+    data, _ = rows_held_out.take(run.experiment, at_start.examine(sources, corpora.read_sources(sources, run.tasks)).data)
     length = run.experiment.batch.row_length
     as_trained = made_rows.add(sources, run.tasks, data, run.experiment.augment).data
     present = corpora.make_corpus(sources, run.tasks, as_trained, run.trunk.tokenizer, length).describe()["sources"]

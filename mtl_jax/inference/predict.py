@@ -133,6 +133,7 @@ def predict(
         raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1")
+    inputs = list(inputs)  # an iterator is read once
     model = opened(workdir)
     with hiding(model.run.experiment.private):
         alone = all(isinstance(value, str) for value in inputs)

@@ -14,7 +14,7 @@ import numpy as np
 from jax._src import clusters  # jax has no public access to what it finds
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mtl_jax.core.errors import UserError
+from mtl_jax.core.errors import UserError, unknown
 from mtl_jax.training import lost_hosts
 
 DATA = "data"
@@ -250,10 +250,17 @@ def process_of(cluster: str) -> tuple[int, int]:
 
 
 def compute_dtype(name: str) -> Any:
-    """The dtype of a name; of auto bfloat16 on accelerators, float32 on CPU."""
+    """The dtype of a name; of auto bfloat16 on accelerators, float32 on CPU.
+
+    Raises:
+        UserError: There is no such dtype.
+    """
     if name == "auto":
         return np.float32 if jax.devices()[0].platform == "cpu" else jax.numpy.bfloat16
-    return {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}[name]
+    dtypes = {"float32": np.float32, "bfloat16": jax.numpy.bfloat16}
+    if name not in dtypes:
+        raise unknown("dtype", name, ["auto", *dtypes])
+    return dtypes[name]
 
 
 def bytes_of(compiled: Any) -> int:

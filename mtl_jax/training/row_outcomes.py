@@ -41,7 +41,7 @@ from mtl_jax.training.restore import TrainedRun, is_workdir, open_run
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what is kept for each row
+VERSION = 2  # of what is kept for each row
 FAR = 0.005  # a metric that differs by more from results.json is worth a line
 FILES = ("config.json", "data.json", "results.json")
 
@@ -217,8 +217,7 @@ def _outputs(run: TrainedRun, tasks: Sequence[Task], parts: dict[str, Examples])
     texts = text_evaluation.generated_texts(writers, run.trunk, run.params, parts, lambda task: task.beams)
     outputs: dict[str, Any] = {}
     for task in writers:
-        of_rows = {id(row): text for row, text in texts[task.name]}
-        outputs[task.name] = [of_rows.get(id(row), "") for row in parts[task.source].data]
+        outputs[task.name] = _by_row(texts[task.name], parts[task.source])
     others = tuple(task for task in tasks if task not in writers)
     if others:
         mesh = meshes.make(run.experiment.batch.rows, 1)
@@ -226,6 +225,14 @@ def _outputs(run: TrainedRun, tasks: Sequence[Task], parts: dict[str, Examples])
         examples = [part for name, part in parts.items() if any(task.source == name for task in others)]
         outputs |= evaluation.predict(apply, run.params, others, examples, run.experiment.batch, mesh).outputs
     return outputs
+
+
+def _by_row(texts: Sequence[tuple[Row, str]], examples: Examples) -> list[str]:
+    """The text of each row by its place, as rows of the hub are other objects each time; "" of a row that was not read."""
+    of_rows = [""] * len(examples.data)
+    for group, (_, text) in zip(examples.groups(), texts, strict=True):
+        of_rows[int(examples.row_of[group[0]])] = text
+    return of_rows
 
 
 def _test_rows(source: Source, task: Task, rows: Sequence[Row]) -> RowSet:

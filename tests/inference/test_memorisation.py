@@ -88,3 +88,10 @@ def test_bad_input_is_one_line(workdir, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match=r"there is no checkpoint yet"):
         mtl_jax.memorisation(tmp_path / "run")
+
+
+def test_rows_that_a_rule_held_out_are_not_among_those_of_training(bert, data, tmp_path):
+    options = {"target": "coarse", "learning_rate": 0.01}
+    finished_runs.write(tmp_path, tiny.experiment(bert, data, weighting="auto_lambda", weighting_options=options))
+    result = mtl_jax.memorisation(tmp_path, ["coarse", "rating"], rows=10, resamples=50)
+    assert result.memberships["coarse"]["loss"].members == 10

@@ -39,3 +39,10 @@ def test_what_is_no_text_is_named(source, value, as_words, message):
 def test_one_input_is_a_list_of_one(inputs, what, tmp_path):
     with pytest.raises(UserError, match=f"inputs is {what}; it must be a list of texts or rows"):
         predict(tmp_path, "ner", inputs)
+
+
+def test_an_iterator_is_a_list(workdir):
+    texts = ["who is the man ?", "where is the city ?", "the film was good"]
+    expected = predict(workdir, "coarse", texts)
+    assert predict(workdir, "coarse", iter(texts)) == expected
+    assert predict(workdir, "coarse", ({"text": text} for text in texts)) == expected

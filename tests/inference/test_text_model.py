@@ -167,3 +167,15 @@ def test_classes_that_cannot_write_are_named(tmp_path):
         (folder / "config.json").write_text(json.dumps(raw | changed))
         with pytest.raises(UserError, match=message):
             from_checkpoint(str(folder), TRANSLATE)
+
+
+def test_texts_and_choices_from_python(tmp_path):
+    """An iterator of texts is a list of them; a choice that does not exist is refused before the model is opened."""
+    folder = str(tiny_seq2seq.write_marian(tmp_path / "marian"))
+    texts = ["the film", "the"]
+    expected = answer_texts.translate(folder, texts, num_beams=1, max_new_tokens=3)
+    assert answer_texts.translate(folder, iter(texts), num_beams=1, max_new_tokens=3) == expected
+    with pytest.raises(UserError, match="unknown dtype 'float16'.*; choices: auto, float32, bfloat16"):
+        answer_texts.translate(folder, texts, dtype="float16")
+    with pytest.raises(UserError, match="unknown long 'split'; choices: divide, cut"):
+        answer_texts.summarize("nowhere", texts, long="split")

@@ -89,7 +89,7 @@ def test_every_setting_has_a_column(runs, result, tmp_path, capsys):
 
 def test_a_slow_metric_has_fewer_resamples(runs, monkeypatch):
     monkeypatch.setattr(mtl_jax.Classification, "row_statistics", lambda self, outputs, examples: None)
-    monkeypatch.setattr(row_outcomes, "VERSION", 2)
+    monkeypatch.setattr(row_outcomes, "VERSION", -1)
     monkeypatch.setattr(comparing, "MEASURED_AGAIN", 20)
     slow = mtl_jax.compare(runs / "joint", runs / "alone", resamples=100)
     assert slow.notes[-1] == "coarse: 20 resamples, as the metric has no row_statistics()"

@@ -1,5 +1,7 @@
 """Metrics from numbers of each row: on resamples, equal to the task's own metrics of the resampled rows."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ from mtl_jax import (
 from mtl_jax.data.examples import Examples, labels_of
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.tasks.row_statistics import RowStatistics, pearson, spearman
-from mtl_jax.training.row_outcomes import _again
+from mtl_jax.training.row_outcomes import _again, _by_row
 
 ROWS = 30
 RNG = np.random.default_rng(3)
@@ -153,3 +155,9 @@ def test_a_correlation_of_constants_is_not_defined():
         assert function(values, np.array([[1.0, 0, 1, 5]])) == pytest.approx(1)
         assert np.isnan(function(np.array([[np.inf, 1.0], [2.0, 2.0]]), np.ones((1, 2)))).all()
     assert np.isnan(RowStatistics(np.zeros((2, 2)), "mean").metric(np.ones((1, 2)))).all()
+
+
+def test_texts_stand_at_the_places_of_their_rows():
+    """Rows of the hub are other objects at each access, and one that could not be read has no examples."""
+    examples = SimpleNamespace(data=range(3), row_of=np.array([0, 2, 2]), groups=lambda: [range(1), range(1, 3)])
+    assert _by_row([(object(), "first"), (object(), "third")], examples) == ["first", "", "third"]

@@ -24,16 +24,18 @@ def text_columns(source: Source, tasks: Sequence[Labels]) -> TextColumns:
 
     Args:
         source: The source.
-        tasks: Tasks, of which those of this source name columns with labels of words and with target texts.
+        tasks: Tasks, of which those of this source name columns with labels of words, with target texts, and with further texts
+            that the model reads.
     """
     of_source = [task for task in tasks if task.source == source.name]
     texts = [source.text, source.pair, "context"]
-    targets = [name for task in of_source for name in task.text_columns]
+    targets = [name for task in of_source for name in task.text_columns if name not in texts]
+    inputs = [name for task in of_source for name in task.input_columns if name not in targets]
     word_labels = [getattr(task, "column", "") for task in of_source if task.label_level == "word"]
     return TextColumns(
         source.text,
-        _different(texts),
-        tuple(name for name in _different(targets) if name not in texts),
+        _different([*texts, *inputs]),
+        _different(targets),
         _different(word_labels),
         source.pair or "context",
     )

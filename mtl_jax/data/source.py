@@ -52,7 +52,8 @@ class TextColumns(NamedTuple):
 
     Attributes:
         text: The column with the text, or with its words.
-        texts: All columns with texts that a model reads: the text, the second text, the context of questions.
+        texts: All columns with texts that a model reads: the text, the second text, the context of questions, and
+            the columns of a prompt.
         targets: Columns with target texts; a list there is several texts, not words.
         word_labels: Columns with a label for each word of the text.
         context: The column to which the characters of answers refer.

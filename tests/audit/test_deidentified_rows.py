@@ -10,7 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtl_jax
-from mtl_jax import Classification, Embedding, Experiment, Phase, Seq2Seq, Source, Span, Tagging, UserError
+from mtl_jax import (
+    CausalLM,
+    Classification,
+    Contrastive,
+    Embedding,
+    Experiment,
+    MultipleChoice,
+    Phase,
+    Ranking,
+    Seq2Seq,
+    Source,
+    Span,
+    Tagging,
+    UserError,
+)
 from mtl_jax.audit import Deidentify
 from mtl_jax.audit.deidentification import replaced_texts
 from mtl_jax.audit.word_labels import lines_of, moved_labels, with_labels, word_groups
@@ -121,6 +135,37 @@ def test_targets_are_texts_and_other_columns_stay():
     row = {"text": "to jo@x.com", "subject": ["for jo@x.com", "a subject"], "label": "jo@x.com", "title": None}
     assert edited(row, source, task).columns == {**row, "text": "to [EMAIL]", "subject": ["for [EMAIL]", "a subject"]}
     assert edited({"text": None, "subject": None}, source, task).columns == {"text": None, "subject": None}
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "read"),
+    [
+        (
+            CausalLM(name="t", source="mails", column="reply", prompt="Subject: {subject}\n{text}\n{meta.by!s:>9}{to[0]}"),
+            {},
+            {"subject": "of {}", "meta.by": "{}", "to": ["ann", "{}"], "reply": ["dear {}", "{}"]},
+        ),
+        (CausalLM(name="t", source="mails", column="reply", prompt="{reply}"), {}, {"reply": ["to {} now", "no"]}),
+        (Seq2Seq(name="t", source="mails", column="subject"), {}, {"subject": "for {}"}),
+        (MultipleChoice(name="t", source="mails", choices=("a", "b")), {}, {"a": "by {}", "b": "no"}),
+        (MultipleChoice(name="t", source="mails", choices=("a",), most=3), {}, {"a": ["by {}", "no", "{}"]}),
+        (Contrastive(name="t", source="mails", negatives=("no",)), {"pair": "yes"}, {"yes": "is {}", "no": "not {}"}),
+        (Span(name="t", source="mails", context="about"), {"pair": "about"}, {"about": "on {}"}),
+        (Ranking(name="t", source="mails", group="query"), {"pair": "query"}, {"query": "of {}"}),
+    ],
+)
+def test_all_columns_that_the_model_reads_change(task, source, read):
+    """Whatever kind reads them: further texts, columns of a prompt, choices, negatives, target texts."""
+
+    def row(address):
+        columns = {
+            name: [text.format(address) for text in value] if isinstance(value, list) else value.format(address)
+            for name, value in {"text": "to {}", **read}.items()
+        }
+        return {**columns, "other": "jo@x.com"}
+
+    mails = Source("mails", rows=[], deidentify=MASK, **source)
+    assert edited(row("jo@x.com"), mails, task).columns == row("[EMAIL]")
 
 
 MAILS = [

@@ -10,14 +10,14 @@ import datetime
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.formats.rows import Row, no_column
-from mtl_jax.data.source import Source
+from mtl_jax.data.source import SPLITS, Source
 
 _MONTH = re.compile(r"\d{4}-\d{2}")
 
@@ -103,6 +103,33 @@ def time_remarks(moments: Sequence[Moment], targets: Sequence[str], documents: S
     if both:
         lines.append(f"{count(both, 'document has', 'documents have')} rows on both sides of a cut, as time alone divides them")
     return lines
+
+
+def drop_swapped_pairs(
+    kept: dict[str, list[Any]], digests: dict[str, list[bytes]], cut: Collection[str]
+) -> tuple[int, list[str]]:
+    """Leaves out of train and dev the pairs that dev or test have the other way round, since documents or times may part them.
+
+    Args:
+        kept: {split: its rows}, which is changed.
+        digests: {split: the digest of each row's text}, which is changed; a pair and the swapped pair have the same one.
+        cut: The splits whose rows are from the source's path; the others stay as they are.
+
+    Returns:
+        The number of rows that were left out, and a line that says so; no line if there are none.
+    """
+    held_out: set[bytes] = set()
+    numbers: dict[str, int] = {}
+    for split in reversed(SPLITS):
+        if split in cut:
+            pairs = [pair for pair in zip(kept[split], digests[split], strict=True) if pair[1] not in held_out]
+            numbers[split] = len(kept[split]) - len(pairs)
+            kept[split], digests[split] = [entry for entry, _ in pairs], [digest for _, digest in pairs]
+        held_out.update(digests[split])
+    total = sum(numbers.values())
+    parts = ", ".join(f"{numbers[split]:,} of {split}" for split in SPLITS if numbers.get(split))
+    what = f"{count(total, 'pair is', 'pairs are')} left out ({parts}): the same pair the other way round is held out"
+    return total, [what] if total else []
 
 
 def split_shares(source: Source) -> dict[str, float]:

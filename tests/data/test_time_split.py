@@ -68,6 +68,7 @@ def test_a_document_on_both_sides_is_named_and_a_pair_the_other_way_round_leaves
     assert parts.repeated == 1
     assert "2001" not in times_of(parts)["train"]
     assert parts.remarks[1] == "1 document has rows on both sides of a cut, as time alone divides them"
+    assert parts.remarks[2:] == ["1 pair is left out (1 of train): the same pair the other way round is held out"]
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,17 @@ def text_columns(source: Source, tasks: Sequence[Labels]) -> TextColumns:
     texts = [source.text, source.pair, "context"]
     targets = [name for task in of_source for name in task.text_columns if name not in texts]
     inputs = [name for task in of_source for name in task.input_columns if name not in targets]
-    word_labels = [getattr(task, "column", "") for task in of_source if task.label_level == "word"]
+    unlabelled: dict[str, tuple[str, ...]] = {}
+    for task in of_source:
+        if task.label_level == "word" and (name := getattr(task, "column", "")):
+            unlabelled[name] = unlabelled.get(name, ()) + tuple(getattr(task, "unlabelled", ()))
     return TextColumns(
         source.text,
         _different([*texts, *inputs]),
         _different(targets),
-        _different(word_labels),
+        tuple(unlabelled),
         source.pair or "context",
+        tuple(unlabelled.values()),
     )
 
 

@@ -57,6 +57,7 @@ class TextColumns(NamedTuple):
         targets: Columns with target texts; a list there is several texts, not words.
         word_labels: Columns with a label for each word of the text.
         context: The column to which the characters of answers refer.
+        unlabelled: For each of word_labels the values of a row that mean "no label"; empty: none.
     """
 
     text: str
@@ -64,6 +65,11 @@ class TextColumns(NamedTuple):
     targets: tuple[str, ...] = ()
     word_labels: tuple[str, ...] = ()
     context: str = "context"
+    unlabelled: tuple[tuple[str, ...], ...] = ()
+
+    def no_label(self, column: str) -> tuple[str, ...]:
+        """The values of a column of word labels that mean "no label"."""
+        return dict(zip(self.word_labels, self.unlabelled, strict=False)).get(column, ())
 
 
 # From rows (formats.rows.Row) to (the changed row, or the UserError that says why it cannot be read; what is counted) of each.

@@ -48,6 +48,38 @@ def test_labels_of_words_follow_and_other_columns_stay_if_asked(tmp_path):
     assert json.loads(text) == {"words": ["write", "[DATE]", "[USER]"], "tags": ["O", "B-D", "B-P"], "id": "@jack"}
 
 
+def test_a_list_of_texts_stays_as_long_as_it_is(tmp_path):
+    """Its entries have spaces inside; a list of words, or one with labels, may become longer or shorter."""
+    texts = ["mail jo@corp.com now", "thank you", "", "ann@y.org"]
+    rows = [
+        {"id": 1, "sentences": texts, "words": ["on", "May", "2,", "2020"]},
+        {"id": 2, "sentences": ["thanks", "no mail"], "words": ["10 000", "to", "@jack"], "tags": "O O B-P"},
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    places = tmp_path / "places"
+    options = {"kinds": ("email", "date", "user"), "text": ("words", "sentences"), "labels": ("tags",), "spans": places}
+    text, result = written(tmp_path, "a.jsonl", lines, **options)
+    first, second = map(json.loads, text.splitlines())
+    assert first["sentences"] == ["mail [EMAIL] now", "thank you", "", "[EMAIL]"]
+    assert first["words"] == ["on", "[DATE]"]
+    assert second == {**rows[1], "words": ["10 000", "to", "[USER]"]}
+    assert result.replaced == {"date": 1, "email": 2, "user": 1}
+    for place in map(json.loads, places.read_text().splitlines()):
+        column, old = place["column"], rows[int(place["row"][-1]) - 1]
+        new = json.loads(text.splitlines()[int(place["row"][-1]) - 1])
+        assert " ".join(old[column])[place["start"] : place["end"]] in ("jo@corp.com", "ann@y.org", "May 2, 2020", "@jack")
+        assert " ".join(new[column])[place["new_start"] : place["new_end"]] == f"[{place['type'].upper()}]"
+
+
+def test_rows_without_labels_stay_without(tmp_path):
+    rows = [{"text": "on May 2, 2020", "tags": tags} for tags in ("", " _ ", None, "O B-D I-D I-D", "O _ _ B-D")]
+    options = {"kinds": ("date",), "text": ("text",), "labels": ("tags",)}
+    text, _ = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)), **options)
+    new = [json.loads(line) for line in text.splitlines()]
+    assert {row["text"] for row in new} == {"on [DATE]"}
+    assert [row["tags"] for row in new] == ["", " _ ", None, "O B-D", "O B-D"]
+
+
 def test_tables_with_and_without_a_header(tmp_path):
     text, result = written(tmp_path, "a.csv", 'text,label\n"to jo@x.com, ""now""",a\n@jack,b\n')
     assert text == 'text,label\n"to [EMAIL], ""now""",a\n[USER],b\n'

@@ -114,6 +114,37 @@ def test_words_tags_and_lines_of_a_conll_row():
         edited({**row, "tags": ["O", "O"]}, source, Tagging(name="t", source="said"))
 
 
+@pytest.mark.parametrize(
+    ("text", "tags", "expected"),
+    [
+        ("mail jo@x.com now", "", ""),
+        ("mail jo@x.com now", " _", " _"),
+        ("mail jo@x.com now", "not said", "not said"),
+        ("mail jo@x.com now", None, None),
+        (["mail", "jo@x.com"], ["O", "_"], ["O", "_"]),
+        (["jo", "by", "jo@x.com", "(", "now"], ["O", "_", "B-Y", "_", "I-X"], ["O", "_", "B-Y", "_", "I-X"]),
+    ],
+)
+def test_values_that_mean_no_label_stay(text, tags, expected):
+    said = Source("said", rows=[], deidentify=MASK)
+    task = Tagging(name="t", source="said", unlabelled=("", "_", "not said"))
+    columns = edited({"text": text, "tags": tags}, said, task, Classification(name="c", source="said")).columns
+    assert columns["tags"] == expected
+    assert "jo@x.com" not in columns["text"]
+    with pytest.raises(UserError, match="column 'tags': 3 words and 2 labels"):
+        edited({"text": "mail jo@x.com now", "tags": "not said"}, said, Tagging(name="t", source="said"))
+
+
+def test_words_without_labels_leave_no_invalid_tag():
+    """As after None: after a word without label every tag is valid, and this one only there."""
+    words, places = ["a", "b", "c"], [(0, 3, "z")]
+    ((new, identifiers),) = replaced_texts([" ".join(words)], [], lambda texts: [places], lambda kind, value: "Z Z")
+    groups = word_groups(words, identifiers, new)
+    for none in (None, "_"):
+        assert with_labels(["B-Y", none, "I-X"], groups, ("", "_")) == ["B-Y", none, "I-X"]
+    assert with_labels("B-Y _ I-X", groups, ("", "_")) == "B-Y _ I-X"
+
+
 def test_answers_stay_at_their_text():
     source = Source("asked", rows=[], text="question", pair="context", deidentify=MASK)
     context = "jo@x.com wrote to ann@y.org and then to all"

@@ -92,7 +92,7 @@ def test_types_are_those_of_the_tags_and_else_their_names(tags, label_names, tmp
     values = {"labels": list(tags), "label_names": task.label_names}
     (tmp_path / "data.json").write_text(json.dumps({"tasks": {"names": values, "b": {"labels": ["O", "B-x"]}}}))
     assert names.tagging_run(str(tmp_path), "names") == (tmp_path, "names")
-    with pytest.raises(UserError, match="names: task 'b' does not tag persons, places or organisations there, but B-x; name an"):
+    with pytest.raises(UserError, match="names: task 'b' does not tag persons, places or organisations there, but B-x"):
         names.tagging_run(f"{tmp_path}:b", "names")
 
 

@@ -20,6 +20,7 @@ from mtl_jax.data.formats.rows import Row, no_column
 from mtl_jax.data.source import SPLITS, Source
 
 _MONTH = re.compile(r"\d{4}-\d{2}")
+_YEAR = re.compile(r"[1-9][0-9]{3}")
 
 
 class Moment(NamedTuple):
@@ -28,10 +29,12 @@ class Moment(NamedTuple):
     Attributes:
         value: A number; of a date, seconds since 1970, UTC where it says no other zone.
         text: As the row has it.
+        dated: Whether it is a date.
     """
 
     value: float
     text: str
+    dated: bool = False
 
 
 NO_MOMENT = Moment(0.0, "")
@@ -47,21 +50,42 @@ def moment_of(source: Source, row: Row) -> Moment:
         raise no_column(source, row.where, "time", row.columns)
     value = row.columns[source.time]
     try:
-        number = _seconds(value.strip()) if isinstance(value, str) else math.nan
+        moment = _moment(value.strip()) if isinstance(value, str) else None
     except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+        moment = None
+    if moment is None or not math.isfinite(moment.value):
         needed = "neither a number nor an ISO date such as 2024-05-01"
         raise UserError(f"{row.where}: the time column {source.time!r} has {quoted(value)}, which is {needed}")
-    return Moment(number, str(value).strip())
+    return moment
 
 
-def _seconds(text: str) -> float:
+def _moment(text: str) -> Moment:
     try:
-        return float(text)
+        return Moment(float(text), text)
     except ValueError:
-        moment = datetime.datetime.fromisoformat(f"{text}-01" if _MONTH.fullmatch(text) else text)
+        return Moment(_seconds(f"{text}-01" if _MONTH.fullmatch(text) else text), text, dated=True)
+
+
+def _seconds(date: str) -> float:
+    moment = datetime.datetime.fromisoformat(date)
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def of_one_scale(source: Source, moments: Sequence[Moment]) -> list[Moment]:
+    """The times of a source's rows on one scale: where any is a date, a number of four digits is the beginning of that year.
+
+    Raises:
+        UserError: There are dates, and numbers that are not years.
+    """
+    date = next((moment for moment in moments if moment.dated), None)
+    if date is None:
+        return list(moments)
+    number = next((moment for moment in moments if not moment.dated and not _YEAR.fullmatch(moment.text)), None)
+    if number is not None:
+        both = f"dates, such as {quoted(date.text)}, and numbers, such as {quoted(number.text)}"
+        where = f"source {source.name!r}: the time column {source.time!r}"
+        raise UserError(f"{where} has {both}, so their order is not known; write all as dates")
+    return [moment if moment.dated else Moment(_seconds(f"{moment.text}-01-01"), moment.text, dated=True) for moment in moments]
 
 
 def by_time(moments: Sequence[Moment], cuts: Mapping[str, float]) -> list[str]:

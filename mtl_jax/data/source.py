@@ -203,8 +203,9 @@ class Source(Configuration):
         group: The column that names a row's document. All rows of a document are in one split, so that no document is both
             learned from and tested on. Empty: each text is split off alone.
         group_pattern: A regular expression for the part of that column that names the document.
-        time: The column with the time of a row, a number or an ISO date: the oldest rows become train, then dev, and the newest
-            test; rows of one time stay together. Empty: a hash of the text or document decides.
+        time: The column with the time of a row: numbers, or ISO dates, among which a year may stand alone. The oldest rows
+            become train, then dev, and the newest test; rows of one time stay together. Empty: a hash of the text or document
+            decides.
         limit: Use at most so many rows of each split, 0 for all: to try a script. They are sampled by a hash of cut_seed and
             text, so that all classes occur; label sets are those of all rows.
         limit_train: Use at most so many training rows, sampled as for limit, 0 for all: to measure training on few rows, on

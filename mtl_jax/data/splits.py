@@ -29,6 +29,7 @@ from mtl_jax.data.cuts import (
     empty_split_advice,
     limited,
     moment_of,
+    of_one_scale,
     split_of,
     split_shares,
     time_remarks,
@@ -138,6 +139,7 @@ def read(source: Source, tasks: Sequence[Labels] = (), unlabelled: bool = False)
             kept[target].append(entry)
     remarks: list[str] = []
     if source.time:
+        moments = of_one_scale(source, moments)
         targets = by_time(moments, cuts)
         entries = list(zip(targets, kept["train"], digests["train"], strict=True))
         kept["train"], digests["train"] = [], []

@@ -7,6 +7,8 @@ only on the type, the value, and the seed or key: the same person has the same s
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,8 @@ Replaced = tuple[str, tuple[Identifier, ...]]
 DeidentifyTexts = Callable[[Sequence[str]], list[Replaced]]
 # A row with its new texts, or the error that says why it cannot be read; and (column, replaced place) of each place.
 EditedRow = tuple[Row | UserError, list[tuple[str, Identifier]]]
+# A character of a JSON text that is written in another way.
+_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +146,40 @@ def edited_rows(rows: Sequence[Row], columns: TextColumns, deidentified: Deident
         deidentified: Deidentify.texts().
     """
     texts = [text for row in rows for text in _all_texts(row, columns)]
-    replaced = dict(zip(texts, deidentified(texts), strict=True))
+    found = deidentified([_ESCAPE.sub(_blank, text) if _is_json(text) else text for text in texts])
+    replaced = {text: _in_json(text, new) if _is_json(text) else new for text, new in zip(texts, found, strict=True)}
     return [_edited(row, columns, replaced) for row in rows]
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a list or object of JSON, such as a conversation."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _blank(escape: re.Match[str]) -> str:
+    """As many blanks: else the n of a new line would be the first letter of the word after it."""
+    return " " * len(escape.group())
+
+
+def _in_json(text: str, found: Replaced) -> Replaced:
+    """A JSON text with the replacements that were found in it without its escapes, and their places."""
+    new, identifiers = found
+    parts: list[str] = []
+    places: list[Identifier] = []
+    done = length = 0
+    for place in identifiers:
+        part = json.dumps(new[place.new_start : place.new_end], ensure_ascii=False)[1:-1]
+        parts += [text[done : place.start], part]
+        length += place.start - done
+        places.append(place._replace(new_start=length, new_end=length + len(part)))
+        done, length = place.end, length + len(part)
+    return "".join([*parts, text[done:]]), tuple(places)
 
 
 def _all_texts(row: Row, columns: TextColumns) -> list[str]:

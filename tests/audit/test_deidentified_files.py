@@ -22,7 +22,12 @@ def written(tmp_path, name, content, **options):
 def test_objects_keep_their_form_and_answers_their_place(tmp_path):
     context = "jo@x.com met ann@y.org."
     rows = [
-        {"text": "to jo@x.com", "n": 1.5, "meta": {"by": "@jack", "ok": True}, "turns": [{"a": "ann@y.org", "b": 2}]},
+        {
+            "text": "to jo@x.com",
+            "n": 1.5,
+            "meta": {"by": "@jack", "ok": True},
+            "turns": [{"a": "ann@y.org", "b": 2}, {"a": "by\n@jack"}],
+        },
         {"question": "who?", "context": context, "answers": {"text": ["ann@y.org"], "answer_start": [13]}},
         {"question": "é", "context": context, "answers": [{"text": "met", "answer_start": 9}]},
         {"words": ["by", "@jack", "."], "tags": ["O", "B-PER", "O"], "numbers": [1, 2]},
@@ -33,13 +38,13 @@ def test_objects_keep_their_form_and_answers_their_place(tmp_path):
         "text": "to [EMAIL]",
         "n": 1.5,
         "meta": {"by": "[USER]", "ok": True},
-        "turns": [{"a": "[EMAIL]", "b": 2}],
+        "turns": [{"a": "[EMAIL]", "b": 2}, {"a": "by\n[USER]"}],
     }
     assert new[1]["answers"] == {"text": ["[EMAIL]"], "answer_start": [12]}
     assert new[2] == {**rows[2], "context": "[EMAIL] met [EMAIL].", "answers": [{"text": "met", "answer_start": 8}]}
     assert new[3] == {**rows[3], "words": ["by", "[USER]", "."]}
     assert (text.endswith("}\n\n"), "é" in text) == (True, True)
-    assert str(result) == "8 places replaced in 4 rows: 6 email, 2 user"
+    assert str(result) == "9 places replaced in 4 rows: 6 email, 3 user"
 
 
 def test_labels_of_words_follow_and_other_columns_stay_if_asked(tmp_path):

@@ -27,10 +27,13 @@ from mtl_jax import (
 )
 from mtl_jax.audit import Deidentify
 from mtl_jax.audit.deidentification import replaced_texts
+from mtl_jax.audit.deidentified_rows import edited_rows
+from mtl_jax.audit.recognisers import RECOGNISERS
 from mtl_jax.audit.word_labels import lines_of, moved_labels, with_labels, word_groups
 from mtl_jax.core import parts
 from mtl_jax.data import row_edits, splits
 from mtl_jax.data.corpus import read_sources
+from mtl_jax.data.formats.records import columns
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import RowEdit
 from mtl_jax.tasks import bio
@@ -197,6 +200,30 @@ def test_all_columns_that_the_model_reads_change(task, source, read):
 
     mails = Source("mails", rows=[], deidentify=MASK, **source)
     assert edited(row("jo@x.com"), mails, task).columns == row("[EMAIL]")
+
+
+@pytest.mark.parametrize("content", ["{}", "Regards,\n{}", "by\t{}", 'of "{}"\\', "to {}\nand\r\n{} now", "é\u2028{}"])
+def test_conversations_stay_conversations(content):
+    """They are JSON texts, in which a new line is written as two characters."""
+    chats = Source("chats", rows=[], text="messages", deidentify=MASK)
+    task = CausalLM(name="a", source="chats", messages="messages")
+
+    def row(address):
+        turns = [{"role": "user", "content": content.replace("{}", address)}, {"role": "assistant", "content": f"to {address}"}]
+        return columns({"messages": turns})
+
+    for address, mask in (("jo@x.com", "[EMAIL]"), ("@jack", "[USER]")):
+        assert edited(row(address), chats, task).columns == row(mask)
+    text = row("jo@x.com")["messages"]
+    ((result, places),) = edited_rows(
+        [Row({"messages": text}, "f:1")],
+        row_edits.text_columns(chats, [task]),
+        lambda texts: replaced_texts(texts, [("email", RECOGNISERS["email"])], None, lambda kind, value: 'a\n"b"'),
+    )
+    assert result.columns == row('a\n"b"')
+    for column, place in places:
+        assert text[place.start : place.end] == "jo@x.com"
+        assert result.columns[column][place.new_start : place.new_end] == 'a\\n\\"b\\"'
 
 
 MAILS = [

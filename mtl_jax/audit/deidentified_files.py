@@ -29,6 +29,7 @@ from mtl_jax.data.source import Source, TextColumns
 
 ENDINGS = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".conll": "conll", ".conllu": "conll", ".txt": "lines"}
 SPANS = ("row", "column", *Identifier._fields)
+UNLABELLED = ("", "_")  # texts that mean that a row has no labels, as in Tagging
 
 
 class Deidentified(NamedTuple):
@@ -92,8 +93,10 @@ def deidentify(
         language: Language of surrogates.
         format: jsonl, csv, tsv, conll or lines; empty: by the ending of the name.
         columns: Names of the columns of a csv or tsv file without header, and of CoNLL.
-        text: The columns that change; the first may have words. None: all but `labels`; in CoNLL the first.
-        labels: Columns with a label for each word of the first text column; in CoNLL all others.
+        text: The columns that change. None: all but `labels`; in CoNLL the first. A list is one of words; but one with spaces
+            inside its entries, and without labels, is a list of texts, and stays as long as it is.
+        labels: Columns with a label for each word of the first text column; in CoNLL all others. Null, an empty text and _
+            mean that the row has none.
         spans: A file to write with a JSON object for each replaced place: its row, column, type, and characters in the old and
             the new text. It has no texts.
 
@@ -151,7 +154,8 @@ def _text_columns(
         if name not in present:
             raise UserError(f"{shown(file)}: there is no column {name!r}; columns: {listed(present)}")
     chosen = tuple(text) or (tuple(columns[:1]) if kind == "conll" else tuple(name for name in present if name not in labels))
-    return TextColumns(chosen[0] if chosen else "", chosen, (), tuple(labels))
+    unlabelled = (UNLABELLED,) * len(labels)
+    return TextColumns(chosen[0] if chosen else "", chosen, (), tuple(labels), unlabelled=unlabelled)
 
 
 def _edited(

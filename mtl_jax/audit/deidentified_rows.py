@@ -7,6 +7,8 @@ only on the type, the value, and the seed or key: the same person has the same s
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,8 @@ Replaced = tuple[str, tuple[Identifier, ...]]
 DeidentifyTexts = Callable[[Sequence[str]], list[Replaced]]
 # A row with its new texts, or the error that says why it cannot be read; and (column, replaced place) of each place.
 EditedRow = tuple[Row | UserError, list[tuple[str, Identifier]]]
+# A character of a JSON text that is written in another way.
+_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,21 +145,67 @@ def edited_rows(rows: Sequence[Row], columns: TextColumns, deidentified: Deident
         columns: Their columns.
         deidentified: Deidentify.texts().
     """
-    texts = [text for row in rows for text in _texts(row, columns)]
-    replaced = dict(zip(texts, deidentified(texts), strict=True))
+    texts = [text for row in rows for text in _all_texts(row, columns)]
+    found = deidentified([_ESCAPE.sub(_blank, text) if _is_json(text) else text for text in texts])
+    replaced = {text: _in_json(text, new) if _is_json(text) else new for text, new in zip(texts, found, strict=True)}
     return [_edited(row, columns, replaced) for row in rows]
 
 
-def _texts(row: Row, columns: TextColumns) -> list[str]:
+def _is_json(text: str) -> bool:
+    """Whether a text is a list or object of JSON, such as a conversation."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _blank(escape: re.Match[str]) -> str:
+    """As many blanks: else the n of a new line would be the first letter of the word after it."""
+    return " " * len(escape.group())
+
+
+def _in_json(text: str, found: Replaced) -> Replaced:
+    """A JSON text with the replacements that were found in it without its escapes, and their places."""
+    new, identifiers = found
+    parts: list[str] = []
+    places: list[Identifier] = []
+    done = length = 0
+    for place in identifiers:
+        part = json.dumps(new[place.new_start : place.new_end], ensure_ascii=False)[1:-1]
+        parts += [text[done : place.start], part]
+        length += place.start - done
+        places.append(place._replace(new_start=length, new_end=length + len(part)))
+        done, length = place.end, length + len(part)
+    return "".join([*parts, text[done:]]), tuple(places)
+
+
+def _all_texts(row: Row, columns: TextColumns) -> list[str]:
     """The texts of a row in which places are searched; words are joined by spaces."""
-    values: list[Any] = [row.columns.get(name) for name in columns.texts]
-    texts: list[str] = [
-        " ".join(value) if _are_words(value) else value for value in values if isinstance(value, str) or _are_words(value)
-    ]
+    texts = [text for name in columns.texts for text in _texts(row, name, columns)]
     for name in columns.targets:
         value = row.columns.get(name)
         texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     return texts
+
+
+def _texts(row: Row, name: str, columns: TextColumns) -> list[str]:
+    """The texts of a column: one text, the words of a list joined by spaces, or each of a list of texts."""
+    value: Any = row.columns.get(name)
+    if isinstance(value, str):
+        return [value]
+    if not _are_words(value):
+        return []
+    return list(value) if _are_texts(row, name, columns) else [" ".join(value)]
+
+
+def _are_texts(row: Row, name: str, columns: TextColumns) -> bool:
+    """Whether a column is a list of texts: an entry has a space inside, and no labels say that the entries are words."""
+    value: Any = row.columns.get(name)
+    spaced = _are_words(value) and any(" " in text.strip() for text in value)
+    return spaced and (name != columns.text or not _has_labels(row, columns))
 
 
 def _are_words(value: Any) -> bool:
@@ -169,6 +219,10 @@ def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) ->
         lines = row.words
         for name in columns.texts:
             value: Any = row.columns.get(name)
+            if _are_texts(row, name, columns):
+                changed[name], of_column = _joined([replaced[text] for text in value], value)
+                places += [(name, place) for place in of_column]
+                continue
             if not isinstance(value, str) and not _are_words(value):
                 continue
             new, identifiers = replaced[value if isinstance(value, str) else " ".join(value)]
@@ -181,7 +235,8 @@ def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) ->
                 continue
             for label_column in _word_columns(row, columns):
                 try:
-                    changed[label_column] = with_labels(row.columns[label_column], groups)
+                    none = columns.no_label(label_column)
+                    changed[label_column] = with_labels(row.columns[label_column], groups, none)
                 except ValueError as error:
                     raise UserError(f"{row.where}: column {label_column!r}: {error}") from error
             if lines is not None:
@@ -198,10 +253,29 @@ def _edited(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) ->
     return row._replace(columns={**row.columns, **changed}, words=lines), places
 
 
+def _joined(results: Sequence[Replaced], texts: Sequence[str]) -> tuple[list[str], list[Identifier]]:
+    """The new texts of a list, and the replaced places in the text that joins them by spaces."""
+    places: list[Identifier] = []
+    old = new = 0
+    for text, (new_text, identifiers) in zip(texts, results, strict=True):
+        places += [
+            Identifier(place.type, old + place.start, old + place.end, new + place.new_start, new + place.new_end)
+            for place in identifiers
+        ]
+        old, new = old + len(text) + 1, new + len(new_text) + 1
+    return [text for text, _ in results], places
+
+
 def _word_columns(row: Row, columns: TextColumns) -> list[str]:
     """The columns with a label for each word: those that tasks read, and all others in a file with a word a line."""
     of_words = row.columns if row.words is not None else columns.word_labels
     return [name for name in of_words if name in row.columns and name not in columns.texts]
+
+
+def _has_labels(row: Row, columns: TextColumns) -> bool:
+    """Whether any column has labels of the row's words."""
+    values = [(row.columns[name], columns.no_label(name)) for name in _word_columns(row, columns)]
+    return any(value is not None and not (isinstance(value, str) and value.strip() in none) for value, none in values)
 
 
 def _answers(row: Row, columns: TextColumns, replaced: Mapping[str, Replaced]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.core.files import shown
 from mtl_jax.core.parts import Registry
 from mtl_jax.tasks import Tagging
-from mtl_jax.tasks.bio import is_bio
+from mtl_jax.tasks.bio import entities, is_bio
+from mtl_jax.tasks.label_names import shown_labels
 
 NAME_KINDS = ("person", "place", "organisation")
 # {type of a tagging run's entities, in lower case: type here}
@@ -36,14 +37,20 @@ def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
     Args:
         model: mtl_jax.load_model(WORKDIR) of the run.
         task: Its tagging task with tags such as B-person and I-person.
-        types: {the run's type in lower case: "person", "place", "organisation" or another}; others are left out.
+        types: {the run's type in lower case: "person", "place", "organisation" or another}; others are left out. The run's type
+            is that of its tags, or, where types has not that one, its name in label_names.
 
     Raises:
-        UserError: The task is unknown, or is not a tagging task with entities.
+        UserError: The task is unknown, is not a tagging task with entities, or has none of these types.
     """
     chosen = model.run.task(task)
     if not isinstance(chosen, Tagging) or not is_bio(chosen.labels):
         raise UserError(f"people: task {task!r} is not a tagging task with entities; name one whose tags are B-TYPE and I-TYPE")
+    kinds = _kinds(chosen.labels, chosen.shown_labels, types)
+    if not kinds:
+        tags = listed(label for label in chosen.labels if label != "O")
+        raise UserError(f"people: task {task!r} tags none of the types {listed(types)}, but {tags}")
+    label_of = dict(zip(chosen.shown_labels, chosen.labels, strict=True))
 
     def names(texts: Sequence[str]) -> list[list[tuple[int, int, str]]]:
         places = [[match.span() for match in _WORDS.finditer(text)] for text in texts]
@@ -53,14 +60,23 @@ def people_of(model: Any, task: str, types: Mapping[str, str] = TYPES) -> Names:
         for index, answer in zip(filled, answers, strict=True):
             if "error" in answer:
                 raise UserError(f"people: text {index + 1} cannot be read by task {task!r} ({answer['error']})")
-            for entity in answer["entities"]:
-                kind = types.get(entity["type"].lower())
-                if kind is not None:
-                    first, last = places[index][entity["start"]], places[index][entity["end"] - 1]
-                    result[index].append((first[0], last[1], kind))
+            for entity in entities([label_of.get(tag, "O") for tag in answer["tags"]]):
+                if entity.type in kinds:
+                    first, last = places[index][entity.start], places[index][entity.end - 1]
+                    result[index].append((first[0], last[1], kinds[entity.type]))
         return result
 
     return names
+
+
+def _kinds(labels: Iterable[str], shown: Iterable[str], types: Mapping[str, str]) -> dict[str, str]:
+    """{type of the tags: kind}, by the type itself, else by its name; types of neither are left out."""
+    kinds: dict[str, str] = {}
+    for label, name in zip(labels, shown, strict=True):
+        kind = types.get(label[2:].lower()) or types.get(name.removeprefix("B-").lower())
+        if label.startswith("B-") and kind:
+            kinds[label[2:]] = kind
+    return kinds
 
 
 def presidio_engine() -> Any:
@@ -144,17 +160,21 @@ def tagging_run(text: str, where: str) -> TaggingRun:
         raise unknown(f"tagging task with entities in {where}:", task, taggers)
     if not taggers:
         raise UserError(f"{where}: the run in {shown(workdir)} has no tagging task with entities, but {listed(tasks)}")
-    chosen = [task] if task else [name for name, types in taggers.items() if types]
-    if len(chosen) != 1:
-        choices = " or ".join(f"{shown(workdir)}:{name}" for name in chosen or taggers)
-        number = "several tasks tag" if chosen else "no task tags"
-        raise UserError(f"{where}: {number} persons, places or organisations there; write {choices}")
+    chosen = [name for name, types in taggers.items() if types and task in ("", name)]
+    if not chosen:
+        tags = listed(label for name in ([task] if task else taggers) for label in tasks[name]["labels"] if label != "O")
+        who = f"task {task!r} does not tag" if task else "no task tags"
+        advice = "name another run, or register mtl_jax.audit.people_of with types of your own (register_names)"
+        raise UserError(f"{where}: {who} persons, places or organisations there, but {tags}; {advice}")
+    if len(chosen) > 1:
+        choices = " or ".join(f"{shown(workdir)}:{name}" for name in chosen)
+        raise UserError(f"{where}: several tasks tag persons, places or organisations there; write {choices}")
     return TaggingRun(workdir, chosen[0])
 
 
 def _types(values: Mapping[str, Any]) -> set[str]:
-    """The types of names that a task's label set has."""
-    return {TYPES[label[2:].lower()] for label in values["labels"] if label[2:].lower() in TYPES}
+    """The kinds of names that a task's label set has."""
+    return set(_kinds(values["labels"], shown_labels(values["labels"], values.get("label_names", {})), TYPES).values())
 
 
 def check_names(text: str, where: str) -> None:

@@ -115,17 +115,24 @@ def lines_of(lines: Sequence[int], groups: Sequence[WordGroup]) -> list[int]:
     return [lines[min(group.start + i, group.end - 1)] for group in groups for i in range(len(group.words))]
 
 
-def with_labels(value: Any, groups: Sequence[WordGroup]) -> Any:
-    """A column of word labels, a list or a text with spaces, for the new words; None stays.
+def with_labels(value: Any, groups: Sequence[WordGroup], unlabelled: Sequence[str] = ()) -> Any:
+    """A column of word labels, a list or a text with spaces, for the new words; None stays, and a text that means "no label".
+
+    Args:
+        value: The column.
+        groups: The groups of all words.
+        unlabelled: The values that mean "no label", of a word or of the row.
 
     Raises:
         ValueError: It does not have as many labels as there are words.
     """
-    if value is None:
-        return None
+    if value is None or (isinstance(value, str) and value.strip() in unlabelled):
+        return value
     labels = value.split() if isinstance(value, str) else value
     words = groups[-1].end if groups else 0
     if len(labels) != words:
         raise ValueError(f"{count(words, 'word')} and {count(len(labels), 'label')}; there must be one for each word")
-    new = moved_labels(labels, groups)
+    none = next((label for label in labels if label in unlabelled), None)
+    new = moved_labels([None if label in unlabelled else label for label in labels], groups)
+    new = [none if label is None else label for label in new]
     return " ".join(str(label) for label in new) if isinstance(value, str) else new

@@ -113,6 +113,8 @@ def labels_of_words(row: Row, source: AugmentedRows) -> dict[str, list[str | Non
         value = row.columns.get(name)
         if name in columns.texts or value is None or (isinstance(value, str) and not value.strip()):
             continue
+        if isinstance(value, str) and value.strip() in columns.no_label(name):
+            continue
         labels: list[str | None] = list(value.split()) if isinstance(value, str) else list(value)
         if isinstance(value, str) and len(labels) == 1 and len(words) != 1:  # the whole row has no label, as "_"
             continue

@@ -124,7 +124,8 @@ def deidentify(
         language: Of surrogates, as Faker names it.
         format: jsonl, csv, tsv, conll or lines. Default: by the ending of the file's name.
         columns: Names of the columns of a csv or tsv file without header, and of CoNLL.
-        text: The columns that change; the first may have words. Default: all but --labels; of CoNLL the first.
+        text: The columns that change. Default: all but --labels; of CoNLL the first. A list is one of words; with spaces
+            inside its entries, and without labels, one of texts.
         labels: Columns with a label for each word of the first text column; of CoNLL all others.
         spans: A file to write with each replaced place as JSON: row, column, type, and characters in the old and the new text.
     """

@@ -7,6 +7,7 @@ the model that has read the prompt alone must find the same tokens.
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,16 @@ def columns(template: str) -> list[str]:
         ValueError: Its braces do not match.
     """
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
+def read_columns(template: str) -> list[str]:
+    """The columns that a prompt may read: those that it names, and of a name with a dot or a bracket the part before it.
+
+    Raises:
+        ValueError: Its braces do not match.
+    """
+    names = columns(template)
+    return list(dict.fromkeys(column for name in names for column in (name, re.split(r"[.\[]", name, maxsplit=1)[0]) if column))
 
 
 def filled(template: str, row: Row, where: str) -> str:

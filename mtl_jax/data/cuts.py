@@ -10,16 +10,17 @@ import datetime
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mtl_jax.core import row_texts
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.row_texts import quoted
 from mtl_jax.data.formats.rows import Row, no_column
-from mtl_jax.data.source import Source
+from mtl_jax.data.source import SPLITS, Source
 
 _MONTH = re.compile(r"\d{4}-\d{2}")
+_YEAR = re.compile(r"[1-9][0-9]{3}")
 
 
 class Moment(NamedTuple):
@@ -28,10 +29,12 @@ class Moment(NamedTuple):
     Attributes:
         value: A number; of a date, seconds since 1970, UTC where it says no other zone.
         text: As the row has it.
+        dated: Whether it is a date.
     """
 
     value: float
     text: str
+    dated: bool = False
 
 
 NO_MOMENT = Moment(0.0, "")
@@ -47,21 +50,42 @@ def moment_of(source: Source, row: Row) -> Moment:
         raise no_column(source, row.where, "time", row.columns)
     value = row.columns[source.time]
     try:
-        number = _seconds(value.strip()) if isinstance(value, str) else math.nan
+        moment = _moment(value.strip()) if isinstance(value, str) else None
     except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+        moment = None
+    if moment is None or not math.isfinite(moment.value):
         needed = "neither a number nor an ISO date such as 2024-05-01"
         raise UserError(f"{row.where}: the time column {source.time!r} has {quoted(value)}, which is {needed}")
-    return Moment(number, str(value).strip())
+    return moment
 
 
-def _seconds(text: str) -> float:
+def _moment(text: str) -> Moment:
     try:
-        return float(text)
+        return Moment(float(text), text)
     except ValueError:
-        moment = datetime.datetime.fromisoformat(f"{text}-01" if _MONTH.fullmatch(text) else text)
+        return Moment(_seconds(f"{text}-01" if _MONTH.fullmatch(text) else text), text, dated=True)
+
+
+def _seconds(date: str) -> float:
+    moment = datetime.datetime.fromisoformat(date)
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def of_one_scale(source: Source, moments: Sequence[Moment]) -> list[Moment]:
+    """The times of a source's rows on one scale: where any is a date, a number of four digits is the beginning of that year.
+
+    Raises:
+        UserError: There are dates, and numbers that are not years.
+    """
+    date = next((moment for moment in moments if moment.dated), None)
+    if date is None:
+        return list(moments)
+    number = next((moment for moment in moments if not moment.dated and not _YEAR.fullmatch(moment.text)), None)
+    if number is not None:
+        both = f"dates, such as {quoted(date.text)}, and numbers, such as {quoted(number.text)}"
+        where = f"source {source.name!r}: the time column {source.time!r}"
+        raise UserError(f"{where} has {both}, so their order is not known; write all as dates")
+    return [moment if moment.dated else Moment(_seconds(f"{moment.text}-01-01"), moment.text, dated=True) for moment in moments]
 
 
 def by_time(moments: Sequence[Moment], cuts: Mapping[str, float]) -> list[str]:
@@ -103,6 +127,33 @@ def time_remarks(moments: Sequence[Moment], targets: Sequence[str], documents: S
     if both:
         lines.append(f"{count(both, 'document has', 'documents have')} rows on both sides of a cut, as time alone divides them")
     return lines
+
+
+def drop_swapped_pairs(
+    kept: dict[str, list[Any]], digests: dict[str, list[bytes]], cut: Collection[str]
+) -> tuple[int, list[str]]:
+    """Leaves out of train and dev the pairs that dev or test have the other way round, since documents or times may part them.
+
+    Args:
+        kept: {split: its rows}, which is changed.
+        digests: {split: the digest of each row's text}, which is changed; a pair and the swapped pair have the same one.
+        cut: The splits whose rows are from the source's path; the others stay as they are.
+
+    Returns:
+        The number of rows that were left out, and a line that says so; no line if there are none.
+    """
+    held_out: set[bytes] = set()
+    numbers: dict[str, int] = {}
+    for split in reversed(SPLITS):
+        if split in cut:
+            pairs = [pair for pair in zip(kept[split], digests[split], strict=True) if pair[1] not in held_out]
+            numbers[split] = len(kept[split]) - len(pairs)
+            kept[split], digests[split] = [entry for entry, _ in pairs], [digest for _, digest in pairs]
+        held_out.update(digests[split])
+    total = sum(numbers.values())
+    parts = ", ".join(f"{numbers[split]:,} of {split}" for split in SPLITS if numbers.get(split))
+    what = f"{count(total, 'pair is', 'pairs are')} left out ({parts}): the same pair the other way round is held out"
+    return total, [what] if total else []
 
 
 def split_shares(source: Source) -> dict[str, float]:

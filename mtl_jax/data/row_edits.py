@@ -24,18 +24,24 @@ def text_columns(source: Source, tasks: Sequence[Labels]) -> TextColumns:
 
     Args:
         source: The source.
-        tasks: Tasks, of which those of this source name columns with labels of words and with target texts.
+        tasks: Tasks, of which those of this source name columns with labels of words, with target texts, and with further texts
+            that the model reads.
     """
     of_source = [task for task in tasks if task.source == source.name]
     texts = [source.text, source.pair, "context"]
-    targets = [name for task in of_source for name in task.text_columns]
-    word_labels = [getattr(task, "column", "") for task in of_source if task.label_level == "word"]
+    targets = [name for task in of_source for name in task.text_columns if name not in texts]
+    inputs = [name for task in of_source for name in task.input_columns if name not in targets]
+    unlabelled: dict[str, tuple[str, ...]] = {}
+    for task in of_source:
+        if task.label_level == "word" and (name := getattr(task, "column", "")):
+            unlabelled[name] = unlabelled.get(name, ()) + tuple(getattr(task, "unlabelled", ()))
     return TextColumns(
         source.text,
-        _different(texts),
-        tuple(name for name in _different(targets) if name not in texts),
-        _different(word_labels),
+        _different([*texts, *inputs]),
+        _different(targets),
+        tuple(unlabelled),
         source.pair or "context",
+        tuple(unlabelled.values()),
     )
 
 

@@ -52,10 +52,12 @@ class TextColumns(NamedTuple):
 
     Attributes:
         text: The column with the text, or with its words.
-        texts: All columns with texts that a model reads: the text, the second text, the context of questions.
+        texts: All columns with texts that a model reads: the text, the second text, the context of questions, and
+            the columns of a prompt.
         targets: Columns with target texts; a list there is several texts, not words.
         word_labels: Columns with a label for each word of the text.
         context: The column to which the characters of answers refer.
+        unlabelled: For each of word_labels the values of a row that mean "no label"; empty: none.
     """
 
     text: str
@@ -63,6 +65,11 @@ class TextColumns(NamedTuple):
     targets: tuple[str, ...] = ()
     word_labels: tuple[str, ...] = ()
     context: str = "context"
+    unlabelled: tuple[tuple[str, ...], ...] = ()
+
+    def no_label(self, column: str) -> tuple[str, ...]:
+        """The values of a column of word labels that mean "no label"."""
+        return dict(zip(self.word_labels, self.unlabelled, strict=False)).get(column, ())
 
 
 # From rows (formats.rows.Row) to (the changed row, or the UserError that says why it cannot be read; what is counted) of each.
@@ -196,8 +203,9 @@ class Source(Configuration):
         group: The column that names a row's document. All rows of a document are in one split, so that no document is both
             learned from and tested on. Empty: each text is split off alone.
         group_pattern: A regular expression for the part of that column that names the document.
-        time: The column with the time of a row, a number or an ISO date: the oldest rows become train, then dev, and the newest
-            test; rows of one time stay together. Empty: a hash of the text or document decides.
+        time: The column with the time of a row: numbers, or ISO dates, among which a year may stand alone. The oldest rows
+            become train, then dev, and the newest test; rows of one time stay together. Empty: a hash of the text or document
+            decides.
         limit: Use at most so many rows of each split, 0 for all: to try a script. They are sampled by a hash of cut_seed and
             text, so that all classes occur; label sets are those of all rows.
         limit_train: Use at most so many training rows, sampled as for limit, 0 for all: to measure training on few rows, on

@@ -70,14 +70,17 @@ class SourceArrays:
         return dataclasses.replace(self, units=Ragged(places.astype(np.int32), np.arange(len(places) + 1)))
 
     def packing_lengths(self, batching: Batching) -> np.ndarray:
-        """Tokens that each unit takes of a row, i64; scaled up where the target text of an example takes a larger share."""
-        lengths = self.lengths
-        if self.units is not None:
-            lengths = np.add.reduceat(lengths[self.units.values], self.units.starts[:-1])
-        for name in () if self.units is not None else self.targets:
-            targets: Any = self.labels[name]
-            lengths = np.maximum(lengths, -(-targets.lengths * batching.row_length // batching.target_row_length))
+        """Tokens that each unit takes of a row, i64; scaled up where its target texts take a larger share."""
+        lengths = self._by_unit(self.lengths)
+        for name in self.targets:
+            labels: Any = self.labels[name]
+            targets = self._by_unit(labels.lengths)
+            lengths = np.maximum(lengths, -(-targets * batching.row_length // batching.target_row_length))
         return lengths if self.redraw is None else self.redraw.planned(lengths, batching.row_length)
+
+    def _by_unit(self, lengths: np.ndarray) -> np.ndarray:
+        """The sums over the examples of each unit, i64."""
+        return lengths if self.units is None else np.add.reduceat(lengths[self.units.values], self.units.starts[:-1])
 
 
 def source_arrays(examples: Examples, tasks: Sequence[Labels]) -> SourceArrays:

@@ -3,7 +3,7 @@
 Training rows whose text occurred before are dropped; of repeated texts the first one is kept. Train, dev and test are divided
 by a seeded hash of the text or of its document, so that a text is in one split, and in the same one after rows are added. Dev
 or test rows from their own file are the official ones and are not changed: a training row with the text of one of them is
-dropped.
+dropped. Where documents or times part a pair from the same pair the other way round, it stays in the held-out split alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from mtl_jax.data.cuts import (
     NO_MOMENT,
     Moment,
     by_time,
+    drop_swapped_pairs,
     empty_split_advice,
     limited,
     moment_of,
+    of_one_scale,
     split_of,
     split_shares,
     time_remarks,
@@ -137,17 +139,19 @@ def read(source: Source, tasks: Sequence[Labels] = (), unlabelled: bool = False)
             kept[target].append(entry)
     remarks: list[str] = []
     if source.time:
+        moments = of_one_scale(source, moments)
         targets = by_time(moments, cuts)
-        held_out = {digest for digest, target in zip(digests["train"], targets, strict=True) if target != "train"}
         entries = list(zip(targets, kept["train"], digests["train"], strict=True))
         kept["train"], digests["train"] = [], []
         for target, entry, digest in entries:
-            if target == "train" and digest in held_out:  # the same pair the other way round
-                repeated += 1
-                continue
             kept[target].append(entry)
             digests[target].append(digest)
         remarks = time_remarks(moments, targets, documents)
+    if source.pair:
+        cut = [split for split in SPLITS if split == "train" or not source.place(split)]
+        left_out, lines = drop_swapped_pairs(kept, digests, cut)
+        repeated += left_out
+        remarks += lines
     if len(skipped) > SHOWN:
         log.warning("source %s: %d rows skipped, of which the first %d are named above", source.name, len(skipped), SHOWN)
     result: dict[str, Sequence[Row]] = {}

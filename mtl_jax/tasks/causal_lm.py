@@ -121,6 +121,10 @@ class CausalLM(Task):
     def text_columns(self) -> tuple[str, ...]:
         return (self.column,) if self.column else ()
 
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        return tuple(conversations.read_columns(self.prompt))
+
     def check(self) -> None:
         super().check()
         if self.hidden:
@@ -134,6 +138,11 @@ class CausalLM(Task):
             raise UserError(f"task {self.name!r}: give either column, that of the answers, or messages, that of conversations")
         if self.messages and self.prompt:
             raise UserError(f"task {self.name!r}: prompt is for a column of answers; conversations have their own messages")
+        try:
+            conversations.columns(self.prompt)
+        except ValueError as error:
+            problem = f"prompt {self.prompt!r} is not a text with columns in braces ({error})"
+            raise UserError(f"task {self.name!r}: {problem}") from error
 
     def check_source(self, source: Source) -> None:
         if source.pair:
@@ -231,7 +240,7 @@ class CausalLM(Task):
     def without_answer(self, row: Row, source: Source) -> Row:
         """The row as a prediction reads it: the tokens of an answer that it has would take room of the prompt."""
         if not self.messages:
-            named = {source.text, *conversations.columns(self.prompt)}
+            named = {source.text, *self.input_columns}
             return row if self.column in named else row._replace(columns={**row.columns, self.column: None})
         turns = self.conversation(row, source)
         if not turns.answers or turns.prompt[-1]["role"] == "assistant":

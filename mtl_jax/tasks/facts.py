@@ -169,6 +169,11 @@ class TaskFacts(abc.ABC):
         return ()
 
     @property
+    def input_columns(self) -> tuple[str, ...]:
+        """Other columns that the model reads beside the source's texts, such as those of a prompt."""
+        return ()
+
+    @property
     def unit_size(self) -> int:
         """The most examples that the loss compares with each other, and that therefore share a row of a batch; 1: none.
 

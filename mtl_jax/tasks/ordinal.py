@@ -6,6 +6,7 @@ Shapes in names: R rows, S examples a row, K labels, O = K - 1 outputs, N exampl
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
@@ -39,7 +40,8 @@ class Ordinal(Task):
         name: The task's name: its key in losses, weights, metrics and params["heads"].
         source: The source whose rows it labels.
         column: The column of that source with the label.
-        labels: The labels, the lowest first; empty: those of the training file, which must then be numbers.
+        labels: The labels, the lowest first; empty: those of the training file, which must then be finite
+            numbers, each written in one way.
         label_names: As in Classification.
         unlabelled: The values that mean "no label". Such rows count neither in loss nor metrics.
         hidden: Width of a hidden ReLU layer in the head; 0 for a linear head.
@@ -79,14 +81,19 @@ class Ordinal(Task):
     def filled(self, rows: Iterable[Row], tokenizer: Any) -> Self:
         if self.labels:
             return named(self)
-        labels = {text for row in rows if (text := self.raw_label(row)) is not None}
+        labels = sorted({text for row in rows if (text := self.raw_label(row)) is not None})
+        advice = "so their order is not known; give labels, the lowest first"
         try:
-            order = sorted(labels, key=float)
+            number_of = {label: float(label) for label in labels}
         except ValueError:
-            raise UserError(
-                f"task {self.name!r}: its labels ({listed(sorted(labels))}) are not numbers, so their order is not known; give "
-                "labels, the lowest first"
-            ) from None
+            raise UserError(f"task {self.name!r}: its labels ({listed(labels)}) are not numbers, {advice}") from None
+        if infinite := [label for label, number in number_of.items() if not math.isfinite(number)]:
+            raise UserError(f"task {self.name!r}: its labels {listed(infinite)} are not finite numbers, {advice}")
+        order = sorted(labels, key=number_of.__getitem__)
+        for label, other in itertools.pairwise(order):
+            if number_of[label] == number_of[other]:
+                problem = f"its labels {label!r} and {other!r} are one number"
+                raise UserError(f"task {self.name!r}: {problem}, {advice}, or write the number in one way")
         task = dataclasses.replace(self, labels=tuple(order))
         task.check()
         return named(task)

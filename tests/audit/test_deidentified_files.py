@@ -22,7 +22,12 @@ def written(tmp_path, name, content, **options):
 def test_objects_keep_their_form_and_answers_their_place(tmp_path):
     context = "jo@x.com met ann@y.org."
     rows = [
-        {"text": "to jo@x.com", "n": 1.5, "meta": {"by": "@jack", "ok": True}, "turns": [{"a": "ann@y.org", "b": 2}]},
+        {
+            "text": "to jo@x.com",
+            "n": 1.5,
+            "meta": {"by": "@jack", "ok": True},
+            "turns": [{"a": "ann@y.org", "b": 2}, {"a": "by\n@jack"}],
+        },
         {"question": "who?", "context": context, "answers": {"text": ["ann@y.org"], "answer_start": [13]}},
         {"question": "é", "context": context, "answers": [{"text": "met", "answer_start": 9}]},
         {"words": ["by", "@jack", "."], "tags": ["O", "B-PER", "O"], "numbers": [1, 2]},
@@ -33,19 +38,51 @@ def test_objects_keep_their_form_and_answers_their_place(tmp_path):
         "text": "to [EMAIL]",
         "n": 1.5,
         "meta": {"by": "[USER]", "ok": True},
-        "turns": [{"a": "[EMAIL]", "b": 2}],
+        "turns": [{"a": "[EMAIL]", "b": 2}, {"a": "by\n[USER]"}],
     }
     assert new[1]["answers"] == {"text": ["[EMAIL]"], "answer_start": [12]}
     assert new[2] == {**rows[2], "context": "[EMAIL] met [EMAIL].", "answers": [{"text": "met", "answer_start": 8}]}
     assert new[3] == {**rows[3], "words": ["by", "[USER]", "."]}
     assert (text.endswith("}\n\n"), "é" in text) == (True, True)
-    assert str(result) == "8 places replaced in 4 rows: 6 email, 2 user"
+    assert str(result) == "9 places replaced in 4 rows: 6 email, 3 user"
 
 
 def test_labels_of_words_follow_and_other_columns_stay_if_asked(tmp_path):
     row = {"words": ["write", "May", "2,", "2020", "@jack"], "tags": ["O", "B-D", "I-D", "I-D", "B-P"], "id": "@jack"}
     text, _ = written(tmp_path, "a.jsonl", json.dumps(row), text=("words",), labels=("tags",), kinds=("date", "user"))
     assert json.loads(text) == {"words": ["write", "[DATE]", "[USER]"], "tags": ["O", "B-D", "B-P"], "id": "@jack"}
+
+
+def test_a_list_of_texts_stays_as_long_as_it_is(tmp_path):
+    """Its entries have spaces inside; a list of words, or one with labels, may become longer or shorter."""
+    texts = ["mail jo@corp.com now", "thank you", "", "ann@y.org"]
+    rows = [
+        {"id": 1, "sentences": texts, "words": ["on", "May", "2,", "2020"]},
+        {"id": 2, "sentences": ["thanks", "no mail"], "words": ["10 000", "to", "@jack"], "tags": "O O B-P"},
+    ]
+    lines = "\n".join(map(json.dumps, rows))
+    places = tmp_path / "places"
+    options = {"kinds": ("email", "date", "user"), "text": ("words", "sentences"), "labels": ("tags",), "spans": places}
+    text, result = written(tmp_path, "a.jsonl", lines, **options)
+    first, second = map(json.loads, text.splitlines())
+    assert first["sentences"] == ["mail [EMAIL] now", "thank you", "", "[EMAIL]"]
+    assert first["words"] == ["on", "[DATE]"]
+    assert second == {**rows[1], "words": ["10 000", "to", "[USER]"]}
+    assert result.replaced == {"date": 1, "email": 2, "user": 1}
+    for place in map(json.loads, places.read_text().splitlines()):
+        column, old = place["column"], rows[int(place["row"][-1]) - 1]
+        new = json.loads(text.splitlines()[int(place["row"][-1]) - 1])
+        assert " ".join(old[column])[place["start"] : place["end"]] in ("jo@corp.com", "ann@y.org", "May 2, 2020", "@jack")
+        assert " ".join(new[column])[place["new_start"] : place["new_end"]] == f"[{place['type'].upper()}]"
+
+
+def test_rows_without_labels_stay_without(tmp_path):
+    rows = [{"text": "on May 2, 2020", "tags": tags} for tags in ("", " _ ", None, "O B-D I-D I-D", "O _ _ B-D")]
+    options = {"kinds": ("date",), "text": ("text",), "labels": ("tags",)}
+    text, _ = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)), **options)
+    new = [json.loads(line) for line in text.splitlines()]
+    assert {row["text"] for row in new} == {"on [DATE]"}
+    assert [row["tags"] for row in new] == ["", " _ ", None, "O B-D", "O B-D"]
 
 
 def test_tables_with_and_without_a_header(tmp_path):

@@ -10,13 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtl_jax
-from mtl_jax import Classification, Embedding, Experiment, Phase, Seq2Seq, Source, Span, Tagging, UserError
+from mtl_jax import (
+    CausalLM,
+    Classification,
+    Contrastive,
+    Embedding,
+    Experiment,
+    MultipleChoice,
+    Phase,
+    Ranking,
+    Seq2Seq,
+    Source,
+    Span,
+    Tagging,
+    UserError,
+)
 from mtl_jax.audit import Deidentify
 from mtl_jax.audit.deidentification import replaced_texts
+from mtl_jax.audit.deidentified_rows import edited_rows
+from mtl_jax.audit.recognisers import RECOGNISERS
 from mtl_jax.audit.word_labels import lines_of, moved_labels, with_labels, word_groups
 from mtl_jax.core import parts
 from mtl_jax.data import row_edits, splits
 from mtl_jax.data.corpus import read_sources
+from mtl_jax.data.formats.records import columns
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.source import RowEdit
 from mtl_jax.tasks import bio
@@ -100,6 +117,37 @@ def test_words_tags_and_lines_of_a_conll_row():
         edited({**row, "tags": ["O", "O"]}, source, Tagging(name="t", source="said"))
 
 
+@pytest.mark.parametrize(
+    ("text", "tags", "expected"),
+    [
+        ("mail jo@x.com now", "", ""),
+        ("mail jo@x.com now", " _", " _"),
+        ("mail jo@x.com now", "not said", "not said"),
+        ("mail jo@x.com now", None, None),
+        (["mail", "jo@x.com"], ["O", "_"], ["O", "_"]),
+        (["jo", "by", "jo@x.com", "(", "now"], ["O", "_", "B-Y", "_", "I-X"], ["O", "_", "B-Y", "_", "I-X"]),
+    ],
+)
+def test_values_that_mean_no_label_stay(text, tags, expected):
+    said = Source("said", rows=[], deidentify=MASK)
+    task = Tagging(name="t", source="said", unlabelled=("", "_", "not said"))
+    columns = edited({"text": text, "tags": tags}, said, task, Classification(name="c", source="said")).columns
+    assert columns["tags"] == expected
+    assert "jo@x.com" not in columns["text"]
+    with pytest.raises(UserError, match="column 'tags': 3 words and 2 labels"):
+        edited({"text": "mail jo@x.com now", "tags": "not said"}, said, Tagging(name="t", source="said"))
+
+
+def test_words_without_labels_leave_no_invalid_tag():
+    """As after None: after a word without label every tag is valid, and this one only there."""
+    words, places = ["a", "b", "c"], [(0, 3, "z")]
+    ((new, identifiers),) = replaced_texts([" ".join(words)], [], lambda texts: [places], lambda kind, value: "Z Z")
+    groups = word_groups(words, identifiers, new)
+    for none in (None, "_"):
+        assert with_labels(["B-Y", none, "I-X"], groups, ("", "_")) == ["B-Y", none, "I-X"]
+    assert with_labels("B-Y _ I-X", groups, ("", "_")) == "B-Y _ I-X"
+
+
 def test_answers_stay_at_their_text():
     source = Source("asked", rows=[], text="question", pair="context", deidentify=MASK)
     context = "jo@x.com wrote to ann@y.org and then to all"
@@ -121,6 +169,61 @@ def test_targets_are_texts_and_other_columns_stay():
     row = {"text": "to jo@x.com", "subject": ["for jo@x.com", "a subject"], "label": "jo@x.com", "title": None}
     assert edited(row, source, task).columns == {**row, "text": "to [EMAIL]", "subject": ["for [EMAIL]", "a subject"]}
     assert edited({"text": None, "subject": None}, source, task).columns == {"text": None, "subject": None}
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "read"),
+    [
+        (
+            CausalLM(name="t", source="mails", column="reply", prompt="Subject: {subject}\n{text}\n{meta.by!s:>9}{to[0]}"),
+            {},
+            {"subject": "of {}", "meta.by": "{}", "to": ["ann", "{}"], "reply": ["dear {}", "{}"]},
+        ),
+        (CausalLM(name="t", source="mails", column="reply", prompt="{reply}"), {}, {"reply": ["to {} now", "no"]}),
+        (Seq2Seq(name="t", source="mails", column="subject"), {}, {"subject": "for {}"}),
+        (MultipleChoice(name="t", source="mails", choices=("a", "b")), {}, {"a": "by {}", "b": "no"}),
+        (MultipleChoice(name="t", source="mails", choices=("a",), most=3), {}, {"a": ["by {}", "no", "{}"]}),
+        (Contrastive(name="t", source="mails", negatives=("no",)), {"pair": "yes"}, {"yes": "is {}", "no": "not {}"}),
+        (Span(name="t", source="mails", context="about"), {"pair": "about"}, {"about": "on {}"}),
+        (Ranking(name="t", source="mails", group="query"), {"pair": "query"}, {"query": "of {}"}),
+    ],
+)
+def test_all_columns_that_the_model_reads_change(task, source, read):
+    """Whatever kind reads them: further texts, columns of a prompt, choices, negatives, target texts."""
+
+    def row(address):
+        columns = {
+            name: [text.format(address) for text in value] if isinstance(value, list) else value.format(address)
+            for name, value in {"text": "to {}", **read}.items()
+        }
+        return {**columns, "other": "jo@x.com"}
+
+    mails = Source("mails", rows=[], deidentify=MASK, **source)
+    assert edited(row("jo@x.com"), mails, task).columns == row("[EMAIL]")
+
+
+@pytest.mark.parametrize("content", ["{}", "Regards,\n{}", "by\t{}", 'of "{}"\\', "to {}\nand\r\n{} now", "é\u2028{}"])
+def test_conversations_stay_conversations(content):
+    """They are JSON texts, in which a new line is written as two characters."""
+    chats = Source("chats", rows=[], text="messages", deidentify=MASK)
+    task = CausalLM(name="a", source="chats", messages="messages")
+
+    def row(address):
+        turns = [{"role": "user", "content": content.replace("{}", address)}, {"role": "assistant", "content": f"to {address}"}]
+        return columns({"messages": turns})
+
+    for address, mask in (("jo@x.com", "[EMAIL]"), ("@jack", "[USER]")):
+        assert edited(row(address), chats, task).columns == row(mask)
+    text = row("jo@x.com")["messages"]
+    ((result, places),) = edited_rows(
+        [Row({"messages": text}, "f:1")],
+        row_edits.text_columns(chats, [task]),
+        lambda texts: replaced_texts(texts, [("email", RECOGNISERS["email"])], None, lambda kind, value: 'a\n"b"'),
+    )
+    assert result.columns == row('a\n"b"')
+    for column, place in places:
+        assert text[place.start : place.end] == "jo@x.com"
+        assert result.columns[column][place.new_start : place.new_end] == 'a\\n\\"b\\"'
 
 
 MAILS = [

@@ -4,14 +4,18 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import mtl_jax
-from mtl_jax import Classification, Source, UserError, audit
+from mtl_jax import Classification, Source, Tagging, UserError, audit
 from mtl_jax.audit import Deidentify
 from mtl_jax.audit import person_names as names
 from mtl_jax.core import parts
 from mtl_jax.data import splits
+from mtl_jax.data.formats.rows import Row
+from mtl_jax.data.labels import Window
+from mtl_jax.tasks.label_names import named
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,40 @@ def test_a_run_that_tags_no_names_is_one_line(tagger):
         audit.people_of(tagger, "nmaes")
 
 
+@pytest.mark.parametrize(
+    ("tags", "label_names"),
+    [
+        (("O", "B-PER", "I-PER", "B-x"), {"PER": "Personne"}),
+        (("O", "B-PER", "I-PER", "B-x"), {"B-PER": "Lieu", "I-PER": "I-LOC", "O": "dehors"}),
+        (("O", "B-1", "I-1", "B-x"), {"1": "person"}),
+        (("O", "B-per", "I-per", "B-x"), {"per": "location"}),
+    ],
+)
+def test_types_are_those_of_the_tags_and_else_their_names(tags, label_names, tmp_path):
+    """The names that people read hide no person, and a number may have its meaning in its name."""
+    task = named(Tagging(name="names", source="said", labels=tags, label_names=label_names))
+    outputs = {"Ann": 1, "Lee": 2, "Blue": 3}
+
+    def predict(name, texts):
+        rows = [Row({"text": words}, "a") for words in texts]
+        numbers = [np.arange(len(words), dtype=np.int32) for words in texts]
+        scores = [np.eye(4, dtype=np.float32)[[outputs.get(word, 0) for word in words]] for words in texts]
+        return [
+            task.describe([score], [Window(0, number, None, number, None)], row)
+            for score, number, row in zip(scores, numbers, rows, strict=True)
+        ]
+
+    model = SimpleNamespace(run=SimpleNamespace(task=lambda name: task), predict=predict)
+    assert audit.people_of(model, "names")(["who, Ann Lee met Blue"]) == [[(5, 12, "person")]]
+    with pytest.raises(UserError, match=r"people: task 'names' tags none of the types brand, but B-.*, I-.*, B-x"):
+        audit.people_of(model, "names", {"brand": "brand"})
+    values = {"labels": list(tags), "label_names": task.label_names}
+    (tmp_path / "data.json").write_text(json.dumps({"tasks": {"names": values, "b": {"labels": ["O", "B-x"]}}}))
+    assert names.tagging_run(str(tmp_path), "names") == (tmp_path, "names")
+    with pytest.raises(UserError, match="names: task 'b' does not tag persons, places or organisations there, but B-x"):
+        names.tagging_run(f"{tmp_path}:b", "names")
+
+
 def test_a_text_that_the_run_cannot_read_is_one_line(tagger):
     broken = SimpleNamespace(run=tagger.run, predict=lambda task, texts: [{"error": "no room"} for _ in texts])
     with pytest.raises(UserError, match=r"people: text 1 cannot be read by task 'names' \(no room\)"):
@@ -87,7 +125,7 @@ def test_a_run_without_such_a_task_is_one_line_before_any_work(workdir, tmp_path
         [
             ({"kind": data["tasks"]["kind"]}, "has no tagging task with entities, but kind"),
             ({"a": data["tasks"]["names"], "b": data["tasks"]["names"]}, "several tasks tag persons, .*; write .*:a or .*:b"),
-            ({"a": {"labels": ["B-x", "O"]}}, "no task tags persons, places or organisations there; write .*:a"),
+            ({"a": {"labels": ["B-x", "O"]}}, "no task tags persons, places or organisations there, but B-x; name another run"),
             (3, "data.json is not what mtl_jax wrote"),
         ]
     ):

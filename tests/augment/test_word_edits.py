@@ -104,6 +104,14 @@ def test_white_space_stays_and_origins_give_labels_and_lines():
     assert result.words == ("f", [4, 4, 5, 6])
 
 
+@pytest.mark.parametrize(("text", "tags"), [("one word", "not said"), ("one", "_"), ("one word more", "")])
+def test_a_value_that_means_no_label_stays(text, tags):
+    task = Tagging(name="t", source="said", unlabelled=("", "_", "not said"))
+    result = made(Eda(insert=1.0, substitute=1.0), TAGGED, task, Row({"text": text, "tags": tags}, "f:1"), 0)
+    assert result.columns["text"] != text
+    assert result.columns["tags"] == tags
+
+
 def test_what_does_not_fit_is_one_line():
     writes, tagger = Seq2Seq(name="w", source="said", column="to"), Tagging(name="t", source="said")
     for edit in (Eda(), Cutoff()):

@@ -230,6 +230,23 @@ def test_a_pair_the_other_way_round_stays_on_its_side(tmp_path):
     assert len(splits.rows["test"]) == 20
 
 
+def test_documents_part_no_pair_from_the_pair_the_other_way_round(tmp_path):
+    """Where its two documents are in two splits, it is in the held-out one alone, in test before dev."""
+    lines = "".join(f"first {i}\tsecond {i}\tx{i}\nsecond {i}\tfirst {i}\ty{i}\n" for i in range(300))
+    path = write(tmp_path / "a.tsv", "text\tother\tdoc\n" + lines)
+    splits = read(Source(name="a", path=path, format="tsv", pair="other", group="doc"))
+    sides = {split: {min(row.columns["text"], row.columns["other"]) for row in rows} for split, rows in splits.rows.items()}
+    assert sum(map(len, sides.values())) == len(set().union(*sides.values())) == 300
+    where = [[sources.split_of(f"{doc}{i}", 0, {"dev": 0.1, "test": 0.1}) for doc in "xy"] for i in range(300)]
+    left_out = [min(pair, key=sources.SPLITS.index) for pair in where if pair[0] != pair[1]]
+    train, dev = left_out.count("train"), left_out.count("dev")
+    assert dev
+    assert splits.repeated == train + dev == 600 - sum(map(len, splits.rows.values()))
+    assert splits.remarks == [
+        f"{train + dev} pairs are left out ({train} of train, {dev} of dev): the same pair the other way round is held out"
+    ]
+
+
 def test_a_document_of_an_official_split_leaves_the_training_rows(tmp_path):
     train = write(tmp_path / "a.tsv", "id\ttext\n" + "".join(f"d{i // 4}_{i % 4}\ttext {i}\n" for i in range(400)))
     test = write(tmp_path / "b.tsv", "id\ttext\nd3_9\tone more text\n")

@@ -55,10 +55,19 @@ def test_no_row_is_older_than_one_that_is_learned_from(values, dev, test):
 
 
 def test_dates_of_several_forms_and_zones():
-    times = ["2024-05", "2024-05-02", "2024-05-02T10:00:00+02:00", "2024-05-02 09:00", "2024-06-01T00:00:00Z", "1e9", "-5"]
+    times = ["2024-05", "2024-05-02", "2024-05-02T10:00:00+02:00", "2024-05-02 09:00", "2024-06-01T00:00:00Z", "2023", "1950"]
     parts = splits.read(source(times, cut_dev=1 / 7, cut_test=2 / 7))
     assert times_of(parts)["test"] == ["2024-05-02 09:00", "2024-06-01T00:00:00Z"]
     assert times_of(parts)["dev"] == ["2024-05-02T10:00:00+02:00"]
+
+
+@pytest.mark.parametrize("others", [["2019-03-01"], ["2019-03"], ["2019-03-01T10:00+02:00"]])
+def test_years_beside_dates_are_years(others):
+    years = [*others, *(str(year) for year in range(2014, 2024)), "2024-01-01"]
+    parts = splits.read(source(years))
+    assert times_of(parts)["test"] == ["2024-01-01"]
+    assert times_of(parts)["dev"] == ["2023"]
+    assert parts.remarks[0].startswith("divided by time: train from 2014 to 2022, dev from 2023 to 2023, test from 2024-01-01")
 
 
 def test_a_document_on_both_sides_is_named_and_a_pair_the_other_way_round_leaves_train():
@@ -68,6 +77,7 @@ def test_a_document_on_both_sides_is_named_and_a_pair_the_other_way_round_leaves
     assert parts.repeated == 1
     assert "2001" not in times_of(parts)["train"]
     assert parts.remarks[1] == "1 document has rows on both sides of a cut, as time alone divides them"
+    assert parts.remarks[2:] == ["1 pair is left out (1 of train): the same pair the other way round is held out"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,12 @@ def test_a_document_on_both_sides_is_named_and_a_pair_the_other_way_round_leaves
         (["soon", "2024"], {}, r"posts.rows\[0\]: the time column 'at' has 'soon', which is neither a number nor an ISO date"),
         ([None, "2024"], {}, r"posts.rows\[0\]: the time column 'at' has None"),
         (YEARS, {"time": "when"}, "source 'posts' has no time column 'when'; columns: text, label, at"),
+        (
+            ["2024-05-01", "20240502"],
+            {},
+            "source .posts.: the time column .at. has dates, such as .2024-05-01., and numbers, such",
+        ),
+        (["1714521600", "2024-05"], {}, "as .1714521600., so their order is not known; write all as dates"),
         (["1"] * 9, {}, "split train is empty .*; of its 9 distinct texts none is left after dev and test"),
         (["1", *["2"] * 9], {}, "split dev is empty .* none is among the newest 0.1: rows of one time stay together"),
         (YEARS, {"cut_dev": 0, "cut_test": 0}, "time is given, but nothing is split off from path"),

@@ -347,6 +347,7 @@ def test_conversations_are_lists_their_json_or_a_text():
 def test_prompts_are_columns_in_braces():
     row = Row({"text": "x", "words": ["a", "b"], "none": None}, "rows.tsv:3")
     assert conversations.filled("{words}: {text}?", row, "task 'answer'") == "a b: x?"
+    assert conversations.read_columns("{words}: {a.b!r:>9} {c[0]} {{no}} {words}") == ["words", "a.b", "a", "c[0]", "c"]
     for template, message in (
         ("{other}", r"rows\.tsv:3: task 'answer': the row has no column 'other'"),
         ("{none}", "the row has None in column 'none'"),
@@ -363,6 +364,7 @@ def test_prompts_are_columns_in_braces():
         ({"column": "answer", "messages": "messages"}, "give either column"),
         ({"column": "", "messages": "messages", "prompt": "{text}"}, "conversations have their own messages"),
         ({"target_length": 1}, "target_length is 1"),
+        ({"prompt": "{text"}, "task .answer.: prompt '{text' is not a text with columns in braces"),
         ({"hidden": 8}, "hidden is 8"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"metric": "bleurt"}, "metric of task 'answer'"),

@@ -78,8 +78,18 @@ def test_ordinal():
     above = labels[:, None] > np.arange(2)
     expected = np.log1p(np.exp(np.where(above, -outputs, outputs))).mean(axis=1)[labels > 0].sum()
     np.testing.assert_allclose([total, count], [expected, (labels > 0).sum()], rtol=1e-5)
-    with pytest.raises(UserError, match="are not numbers, so their order is not known"):
-        Ordinal(name="o", source="s").filled([Row({"label": "good"}, "a")], None)
+    for labels, line in (
+        (("good",), r"its labels \(good\) are not numbers, so their order is not known; give labels, the lowest first"),
+        (
+            ("3", "nan", "1", "2", "-inf"),
+            "its labels -inf, nan are not finite numbers, so their order is not known; give labels",
+        ),
+        (("1", "2", "1.0"), "its labels '1' and '1.0' are one number, .*, or write the number in one way"),
+    ):
+        with pytest.raises(UserError, match=f"task 'o': {line}"):
+            Ordinal(name="o", source="s").filled([Row({"label": label}, "a") for label in labels], None)
+    chosen = Ordinal(name="o", source="s", labels=("1", "nan", "1.0")).filled([], None)
+    assert chosen.labels == ("1", "nan", "1.0")
 
 
 def test_groups_are_divided_in_order():

@@ -97,6 +97,22 @@ def test_rows_are_full_by_whichever_text_is_longer(prepared, places):
     data.close()
 
 
+@pytest.mark.parametrize("places", [24, 100])
+def test_chosen_examples_have_room_for_their_targets(prepared, places):
+    """As in a round of self-training, which reads some examples of a source alone."""
+    batching = dataclasses.replace(prepared.experiment.batch, target_length=places)
+    part = source_arrays(prepared.corpus.splits["train"]["pairs"], prepared.corpus.tasks)
+    chosen = np.flatnonzero(part.labels["translation"].lengths)[::2]
+    np.testing.assert_array_equal(part.only(chosen).packing_lengths(batching), part.packing_lengths(batching)[chosen])
+    data = stream(prepared.corpus, batching, 0, single_phase(batching, 10))
+    data.keep({"pairs": chosen}, anew=True)
+    for _ in range(10):
+        batch = next(data)
+        ends = (batch.labels["translation"][..., 0] == prepared.corpus.tasks[0].end).sum()
+        assert ends == sum(int(i) - part.first_id in chosen for i in batch.index.ravel())
+    data.close()
+
+
 def test_packing_changes_nothing(pairs):
     packing.assert_packing_changes_nothing(prepare(tiny_translation.experiment(pairs)))
 

@@ -142,11 +142,13 @@ def _of_method(experiment: Experiment, text: str, axes: Sequence[Axis]) -> tuple
     parameters = inspect.signature(weighting.RULES[name]).parameters
     fixed: dict[Path, Any] = {("weighting",): name}
     if name not in GIVEN:
-        fixed |= {("weights",): {}, ("weighting_options",): options}
+        fixed |= ({} if weighting.takes_weights(name) else {("weights",): {}}) | {("weighting_options",): options}
     elif options:
         raise UserError(f"--methods {text}: it has no options; weights are given by --vary weights=...")
     elif name == "equal":
         fixed |= {("weights",): {}, ("weighting_options",): {}}
+    elif experiment.weighting_options:  # those of the script's own rule
+        fixed |= {("weighting_options",): {}}
     repeated = [path[1] for axis in axes for path in axis.paths if path[0] == "weighting_options" and path[1] in options]
     if repeated:
         raise UserError(f"--methods {text} and --vary weighting-options.{repeated[0]}: the field has two axes; name it once")

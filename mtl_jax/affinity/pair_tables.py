@@ -192,7 +192,7 @@ def tables(
     gradients: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     if set(inputs) & set(WITH_GRADIENTS):
         with timed(seconds, "gradients"):
-            gradients = _gradients(sampled, models, targets)
+            gradients = _gradients(sampled, models, targets, seed)
     signals: dict[tuple[str, str], np.ndarray] = {}
     for folder in runs if "signals" in inputs else ():
         signals |= step_signals(read_metrics(Path(folder)))
@@ -200,7 +200,7 @@ def tables(
 
 
 def _gradients(
-    sampled: Sampled, models: Mapping[str, SourceModel], targets: Sequence[str]
+    sampled: Sampled, models: Mapping[str, SourceModel], targets: Sequence[str], seed: int
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """The linear rows of pairs of tasks that are in one run."""
     rows: dict[str, np.ndarray] = {}
@@ -213,10 +213,11 @@ def _gradients(
         for pair in itertools.product([name for name in names if can_be_linear(models[name].task)], repeat=2)
         if pair[0] != pair[1] and pair[1] in targets
     ]
+    linear_rows = {id(model.trunk): make_linear_rows(model.trunk, seed=seed) for model in models.values()}
     for name in dict.fromkeys(itertools.chain.from_iterable(pairs)):
         model = models[name]
         log.info("gradients of task %s", name)
-        rows[name] = make_linear_rows(model.trunk)(model.task, model.head, sampled.batches[name])
+        rows[name] = linear_rows[id(model.trunk)](model.task, model.head, sampled.batches[name])
     return {(source, target): (rows[source], rows[target]) for source, target in pairs}
 
 

@@ -47,7 +47,7 @@ def workdir(folder: Path, patience: float = 0.0) -> Iterator[None]:
         Busy: Another process has locked it.
         UserError: It cannot be written.
     """
-    with _created(folder), _hold_lock(folder / NAME, folder, "choose another --workdir", patience):
+    with _created(folder), _hold_lock(folder / NAME, folder, "choose another --workdir", patience, creates=True):
         yield
 
 
@@ -66,7 +66,7 @@ def target(folder: Path, patience: float = 0.0) -> Iterator[None]:
         place = folder.resolve()
     with (
         _created(place.parent),
-        _hold_lock(place.with_name(f".{place.name}{NAME}"), folder, "choose another directory", patience),
+        _hold_lock(place.with_name(f".{place.name}{NAME}"), folder, "choose another directory", patience, creates=True),
     ):
         check_free(folder)
         yield
@@ -133,12 +133,21 @@ def _warn_no_locks(path: Path, error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def _hold_lock(path: Path, written: Path, advice: str, patience: float = 0.0) -> Iterator[None]:
-    """Holds a lock while the block runs; its file is removed afterwards."""
+def _hold_lock(path: Path, written: Path, advice: str, patience: float = 0.0, creates: bool = False) -> Iterator[None]:
+    """Holds a lock while the block runs; its file is removed afterwards.
+
+    With `creates`, its directory is created again where the process that had created it has just removed it.
+    """
     deadline = time.monotonic() + patience
     with writing(written), contextlib.ExitStack() as stack:
         while True:
-            file = stack.enter_context(open_to_lock(path))
+            try:
+                file = stack.enter_context(open_to_lock(path))
+            except FileNotFoundError:
+                if not creates:
+                    raise
+                path.parent.mkdir(parents=True, exist_ok=True)
+                continue
             if lock(file, path):
                 break
             busy = _busy(written, path, advice)

@@ -86,7 +86,7 @@ def by_task(
     Args:
         shown: {layer: {name: weights}}, from Adapted.apply().
         routes: The tasks of the copies of rows; None: rows have no copies.
-        mask: [B, T], 0 at padding.
+        mask: [B, T], 0 at padding. Tokens that an adapter has put in front of these, a prompt, do not count.
         source: i32[B], the source of each row.
         sources_of_tasks: i32[K], the source of each task.
 
@@ -105,6 +105,8 @@ def by_task(
         rows = weights.size // (E * weights.shape[-2])
         if weights.ndim == 2 and len(weights) == K:
             return Usage(weights, jnp.ones(K), part.columns)
+        if weights.ndim >= 3 and weights.shape[-2] > max(T, 1):
+            weights = weights[..., -T:, :]
         if weights.ndim < 3 or rows % B or weights.shape[-2] not in (1, T):
             raise ValueError(f"weights at {place} are {part.weights.shape}, which fit neither {B} x {T} tokens nor {K} tasks")
         by_copy_BxCxTxE = jnp.broadcast_to(weights.reshape(B, -1, weights.shape[-2], E), (B, rows // B, T, E))

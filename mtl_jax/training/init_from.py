@@ -19,7 +19,7 @@ from mtl_jax.sharing.base import Hard
 from mtl_jax.training import restore
 from mtl_jax.training.prepared import Prepared
 from mtl_jax.transfer import loading
-from mtl_jax.transfer.adapters import ADAPTERS
+from mtl_jax.transfer.adapters import ADAPTERS, Adapted
 from mtl_jax.transfer.adapters.base import RUN
 from mtl_jax.transfer.loading import FIELD, Account, InitFrom
 from mtl_jax.trunk_compatibility import TrunkSignature
@@ -52,7 +52,8 @@ def load_parameters(prepared: Prepared) -> tuple[Prepared, dict[str, Any], str]:
 
     Returns:
         The run with the loaded parameters; the contents of init_from.json: their origin, a SHA-256 of the loaded ones, and for
-        every parameter whether it was loaded; and a line for the log.
+        every parameter whether it was loaded; and a line for the log. What adapters and the sharing take of the trunk when they
+        are made, such as copies of its layers, they take of the loaded one.
 
     Raises:
         UserError: The path is not a run or checkpoint, the run is not finished, its family, vocabulary or shapes differ, or its
@@ -63,8 +64,30 @@ def load_parameters(prepared: Prepared) -> tuple[Prepared, dict[str, Any], str]:
     source = _from_run(init, prepared.experiment) if is_run else _from_checkpoint(init)
     params, account = loading.load_into(prepared.params, source.leaves, init)
     _check(prepared, init, source, account)
+    again = _made_of(prepared, params, account)
+    params = trees.nested({**trees.flat(params), **again})
     record = {"path": init.path, **source.facts, "sha256": _digest(source.leaves, account), **account._asdict()}
-    return prepared._replace(params=params), record, _line(init, source, account)
+    line = _line(init, source, account)
+    if again:
+        made = count(len(again), "parameter of adapters and the sharing is", "parameters of adapters and the sharing are")
+        line += f"; of these, {made} made of the loaded trunk ({loading.shown([*again])})"
+        record["made_of_loaded"] = tuple(again)
+    return prepared._replace(params=params), record, line
+
+
+def _made_of(prepared: Prepared, params: Any, account: Account) -> dict[str, Any]:
+    """{path: array} of adapters and the sharing that begin from the trunk, such as copies of layers, made of the loaded one."""
+    module, key = prepared.trunk.module, jax.random.key(prepared.experiment.seed)
+    if not isinstance(module, Adapted):
+        return {}
+
+    def added(trunk: Any) -> dict[str, Any]:
+        alone = {name: tree for name, tree in trunk.items() if name != ADAPTERS}
+        return {f"trunk/{ADAPTERS}/{path}": leaf for path, leaf in trees.flat(module.add(alone, key)[ADAPTERS]).items()}
+
+    before, after = added(prepared.params["trunk"]), added(params["trunk"])
+    unlike = [path for path in after if path not in account.loaded and not np.array_equal(before[path], after[path])]
+    return {path: after[path] for path in unlike}
 
 
 def _from_run(init: InitFrom, experiment: Experiment) -> InitialParams:

@@ -43,6 +43,18 @@ def test_methods_are_programs_and_weights_belong_to_fixed_ones(experiment):
     assert counts == {"fixed": 8, "equal": 2, "cagrad": 4, "famo": 2}
 
 
+def test_a_method_has_what_is_its_own_of_the_script(experiment):
+    """Preferences stay, where a rule takes weights; options belong to the script's rule."""
+    preferences = {"rating": 1.0, "coarse": 2.0, "fine": 4.0}
+    cosmos = dataclasses.replace(experiment, weighting="cosmos", weights=preferences)
+    runs = runs_of(cosmos, methods=["cosmos:lam=1", "pbi", "cagrad"])
+    assert [run.experiment.weights for run in runs] == [preferences, preferences, {}]
+    cagrad = dataclasses.replace(experiment, weighting="cagrad", weighting_options={"c": 0.5})
+    runs = runs_of(cagrad, "weights=simplex:2", methods=["cagrad"])
+    found = {(run.experiment.weighting, *run.experiment.weighting_options.items()) for run in runs}
+    assert found == {("cagrad",), ("fixed",)}
+
+
 def test_options_that_decide_how_a_rule_is_built_are_programs(experiment):
     """krum compares a number of gradients that shapes its program; cagrad's c is a number that comes in from outside."""
     krum = runs_of(dataclasses.replace(experiment, weighting="krum"), "weighting-options.n_byzantine=0,1")

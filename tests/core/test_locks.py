@@ -197,3 +197,18 @@ def test_who_has_patience_writes_after_the_first(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_a_directory_that_was_removed_before_its_lock_was_opened_is_made_again(tmp_path, monkeypatch):
+    """As by another process whose lock of the same directory ends just then."""
+    opened = locks.open_to_lock
+    removed = []
+
+    def late(path):
+        if not removed:
+            removed.append(path.parent.rmdir())
+        return opened(path)
+
+    monkeypatch.setattr(locks, "open_to_lock", late)
+    with locks.workdir(tmp_path / "taken" / "0"):
+        assert (tmp_path / "taken" / "0" / locks.NAME).exists()

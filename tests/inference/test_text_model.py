@@ -175,7 +175,7 @@ def test_texts_and_choices_from_python(tmp_path):
     texts = ["the film", "the"]
     expected = answer_texts.translate(folder, texts, num_beams=1, max_new_tokens=3)
     assert answer_texts.translate(folder, iter(texts), num_beams=1, max_new_tokens=3) == expected
-    with pytest.raises(UserError, match="unknown dtype 'float16'.*; choices: auto, float32, bfloat16"):
+    with pytest.raises(UserError, match=r"unknown dtype 'float16'.*; choices: auto, float32, bfloat16"):
         answer_texts.translate(folder, texts, dtype="float16")
     with pytest.raises(UserError, match="unknown long 'split'; choices: divide, cut"):
         answer_texts.summarize("nowhere", texts, long="split")

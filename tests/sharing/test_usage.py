@@ -13,10 +13,11 @@ import tiny
 from mtl_jax import Evaluation, Phase, reporting, sharing, train
 from mtl_jax.reporting import sharing_section
 from mtl_jax.reporting.series import Series
+from mtl_jax.sharing.shown_weights import by_task
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.sharing_usage import make_usage
 from mtl_jax.transfer.adapters import ADAPTERS, adapt, routes
-from mtl_jax.transfer.adapters.base import Call, Layer
+from mtl_jax.transfer.adapters.base import Call, Layer, Shown
 
 # Task a is on the first source; b and c share the second. The last row is empty.
 TASKS, SOURCES_OF_TASKS = ("a", "b", "c"), [0, 1, 1]
@@ -108,6 +109,19 @@ def test_the_weights_are_those_by_hand(part):
     for (layer, name), expected in by_hand(part, jax.tree.map(np.asarray, params)).items():
         np.testing.assert_allclose(usage[layer][name].means, expected, atol=1e-5)
         assert len(usage[layer][name].columns) == expected.shape[1]
+
+
+def test_tokens_of_a_prompt_do_not_count():
+    """Two tokens in front of each row, in its copies, too."""
+    rng = np.random.default_rng(0)
+    weights = rng.random((2, 5, 3)).astype(np.float32)
+    longer = np.concatenate([rng.random((2, 2, 3)).astype(np.float32), weights], axis=1)
+    mask, source = jnp.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), jnp.array([0, 1])
+    found = [
+        by_task({"layer": {"gate": Shown(jnp.asarray(part), ("a", "b", "c"))}}, None, mask, source, [0, 1])["layer"]["gate"]
+        for part in (weights, longer)
+    ]
+    np.testing.assert_array_equal(found[0].means, found[1].means)
 
 
 def test_what_is_shown_is_checked_and_a_training_step_ignores_it():

@@ -12,7 +12,7 @@ import tiny
 import tiny_seq2seq
 
 import mtl_jax
-from mtl_jax import Checkpoints, Classification, Evaluation, InitFrom, Phase
+from mtl_jax import Checkpoints, Classification, Evaluation, InitFrom, Phase, sharing
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
 from mtl_jax.inference.predict import open_run
@@ -123,3 +123,32 @@ def test_what_cannot_begin_a_run_is_found_before_anything_is_written(bert, data,
     refused(InitFrom(str(tmp_path / "bert")), "its vocabulary differs from that of this experiment: the token '(good|bad)'")
     tasks = (Classification(name="rating", source="questions", column="fine"), *tiny.experiment(bert, data).tasks[1:])
     refused(InitFrom(str(workdir)), r"heads/rating/output/\w+ is .* here and .* in", tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"sharing": sharing.TopLayers(own=1)}, {"own"}),
+        ({"sharing": sharing.CrossStitch(layers=1)}, {"columns"}),
+        ({"sharing": sharing.MMoELayers(experts=2, layers=1)}, {"experts"}),
+        ({"adapters": (mtl_jax.Pissa(name="pissa", rank=2),)}, {"a", "b", "fixed_a", "fixed_b"}),
+        ({"adapters": (mtl_jax.Lora(name="lora", rank=2),)}, set()),
+    ],
+    ids=["top layers", "cross-stitch", "experts", "pissa", "lora"],
+)
+def test_what_begins_from_the_trunk_begins_from_the_loaded_one(bert, data, workdir, changes, names):
+    """As if the loaded trunk were that of the experiment."""
+    experiment = tiny.experiment(bert, data, init_from=InitFrom(str(workdir), subtree="trunk"), **changes)
+    prepared = prepare(experiment)
+    after, record, line = init_from.load_parameters(prepared)
+    loaded = flat({"trunk": open_run(workdir).params["trunk"]})
+    found, adapters = flat(after.params), prepared.trunk.module
+    alone = {name: tree for name, tree in after.params["trunk"].items() if name != "adapters"}
+    expected = flat({"trunk": {"adapters": adapters.add(alone, jax.random.key(0))["adapters"]}})
+    for path in record.get("made_of_loaded", ()):
+        np.testing.assert_array_equal(found[path], expected[path])
+    for path, leaf in loaded.items():
+        np.testing.assert_array_equal(found[path], leaf)
+    made = record.get("made_of_loaded", ())
+    assert all(any(f"/{name}" in path for path in made) for name in names)
+    assert bool(made) == bool(names) == ("made of the loaded trunk" in line)

@@ -51,7 +51,8 @@ def normalized(rule: Rule, total: float | None = None) -> Rule:
 def every(rule: Rule, k: int) -> Rule:
     """The rule's weights, computed in every k-th step and kept in between; the steps between cost no more than fixed weights.
 
-    A task that was absent when the weights were computed has no weight until they are computed again.
+    A task that was absent when the weights were computed has no weight until they are computed again. In a step in which
+    Rule.due is false the Gram matrix need not be there: pass Signals.not_due=() where the program is traced.
 
     Args:
         rule: The rule.
@@ -78,7 +79,11 @@ def every(rule: Rule, k: int) -> Rule:
         def keep(state: Any) -> tuple[jax.Array, Any, jax.Array]:
             return state["held"], state["rule"], jnp.full((), jnp.nan)
 
-        if base.lacking(rule._replace(held_out=None), signals):  # the train step has seen that the rule is not due
+        def known_not_due() -> bool:
+            return not isinstance(state["since"], jax.core.Tracer) and not due(state)
+
+        lacks = base.lacking(rule._replace(held_out=None), signals)
+        if signals.not_due is not None or (lacks and known_not_due()):
             kept_K, inner, residual = keep(state)
         else:
             kept_K, inner, residual = jax.lax.cond(due(state), renew, keep, state)

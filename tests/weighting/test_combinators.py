@@ -56,6 +56,27 @@ def test_every_needs_no_gram_matrix_where_it_is_not_due():
     assert bool(rule.due(state))
 
 
+@pytest.mark.parametrize("wrap", [lambda update: update, jax.jit])
+@pytest.mark.parametrize("combinators", [("every:k=2",), ("every:k=2", "ema", "normalized")])
+@pytest.mark.parametrize(("name", "field"), [("mgda", "gram"), ("modo", "cross")])
+def test_every_asks_for_a_signal_that_is_forgotten(wrap, combinators, name, field):
+    rule = weighting.make(name)
+    for combinator in combinators:
+        rule = weighting.combine(rule, combinator)
+    with pytest.raises(UserError, match=rf"weighting {name} needs Signals\.{field}, the inner products"):
+        wrap(rule.update)(rule.init(NAMES), signals([1, 1, 1]))
+
+
+def test_every_keeps_the_weights_in_a_traced_step_that_says_it_is_not_due():
+    rule = weighting.make("mgda")
+    for combinator in ("every:k=2", "ema:decay=0"):
+        rule = weighting.combine(rule, combinator)
+    rule = weighting.base.asks_for_signals(rule._replace(name="mine"))  # as that of a script's function
+    first, state = rule.update(rule.init(NAMES), signals([1, 1, 1], gram=jnp.diag(jnp.asarray([1.0, 2.0, 4.0]))))
+    held, _ = jax.jit(rule.update)(state, signals([1, 1, 1], step=1)._replace(not_due=()))
+    assert held == first
+
+
 def test_subset_draws_by_the_number_of_examples():
     counts = np.array([1.0, 4.0, 16.0])
     history = [[1, 1, 1]] * 400

@@ -95,6 +95,42 @@ def test_subset_gives_the_rule_those_tasks_only():
         np.testing.assert_allclose(weights, inverse / inverse.sum(), atol=1e-3)
 
 
+@pytest.mark.parametrize("outer", [(), ("subset:s=1",), ("ema:decay=0", "normalized")])
+@pytest.mark.parametrize("name", ["graddrop", "trimmed_mean", "excess_risk", "db_mtl", "moco"])
+def test_subset_changes_the_gradients_of_the_tasks_that_it_weighs(name, outer):
+    """One task of three is drawn, each with a parameter of its own: only this parameter gets a gradient, in every step."""
+    rule = weighting.make(name)
+    for combinator in ("subset:s=1" if not outer else "subset:s=2", *outer):
+        rule = weighting.combine(rule, combinator)
+    wanted = 2 if outer and "subset:s=1" not in outer else 1
+    tasks = {task: {"kernel": row} for task, row in zip(NAMES, jnp.eye(3), strict=True)}
+    losses = dict.fromkeys(NAMES, jnp.float32(1))
+
+    @jax.jit
+    def step(state, number):
+        key = jax.random.key(number)
+        return weighting.gradient(rule, state, tasks, losses, step=number, key=key)
+
+    state = weighting.init(rule, tasks)
+    for number in range(12):
+        gradient, weights, state = step(state, number)
+        drawn = np.array([float(weights[task]) > 0 for task in NAMES])
+        assert drawn.sum() == wanted
+        np.testing.assert_array_equal(np.abs(gradient["kernel"]) > 1e-6, drawn)
+
+
+def test_under_subset_no_other_task_decides_a_sign():
+    rule = weighting.combine(weighting.graddrop(), "subset:s=1")
+    tasks = {"a": {"kernel": jnp.ones(50)}, "b": {"kernel": -9 * jnp.ones(50)}}
+    losses, drawn = dict.fromkeys(tasks, jnp.float32(1)), set()
+    for number in range(8):
+        gradient, weights, _ = weighting.gradient(rule, (), tasks, losses, step=number, key=jax.random.key(number))
+        (task,) = (task for task in tasks if float(weights[task]))
+        drawn.add(task)
+        np.testing.assert_allclose(gradient["kernel"], tasks[task]["kernel"])
+    assert drawn == set(tasks)
+
+
 def test_clipped_and_ema():
     np.testing.assert_allclose(run(weighting.clipped(by_loss(), low=0.5, high=2), [[0, 1, 9]])[0], [0.5, 1, 2])
     actual = run(weighting.ema(by_loss(), decay=0.5), [[4, 4, 4], [0, 0, 0], [0, 0, 0]])

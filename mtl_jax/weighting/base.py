@@ -76,6 +76,7 @@ class Transform(NamedTuple):
     """A change of the task gradients themselves, before they are compared and summed.
 
     It is for the few methods that are not a weighted sum of this step's gradients. Its state may be as large as the gradients.
+    In a run it gets the gradients of the trunk's shared parameters; those of single tasks have no gradient of another task.
 
     Attributes:
         init: Task gradients (arrays or shapes), leaves [K, ...] in sorted order, to a state.

@@ -80,7 +80,7 @@ class Machine:
 
         def init_run(values: Numbers, trained: Any) -> Any:
             run_plan = with_numbers_of(plan, fields.insert(self.prepared.experiment, values))
-            rule_state = gram_gradient.init_rule(run_plan.rule, names, trained["trunk"])
+            rule_state = gram_gradient.init_rule(run_plan.rule, names, trained["trunk"], run_plan.own)
             return run_plan.optimizer.init(trained), rule_state, self.averaging.init(trained)
 
         return jax.vmap(init_run, axis_size=self.size)

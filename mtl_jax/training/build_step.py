@@ -147,7 +147,7 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         tasks,
         plan.rule,
         task_gradients.layout(tasks, _most_rows(prepared, plan), same_rows),
-        gram_gradient.check(prepared.params, plan.mask, experiment.gram_over),
+        gram_gradient.check(prepared.params, plan.mask, experiment.gram_over, plan.own),
         gram_over=experiment.gram_over,
         dtype=meshes.compute_dtype(experiment.gram_dtype),
         weigh_heads=weigh_heads,
@@ -156,6 +156,7 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
         # A user's trunk may use its tokens for more.
         only_looks_up=not prepared.trunk.is_users and not any("table" in task.needs for task in tasks),
         savings=savings,
+        own=plan.own,
     )
     without_gram = common(tasks, trains_trunk=True, weigh_heads=weigh_heads)
     if needs is not None:

@@ -42,8 +42,8 @@ class Backward(NamedTuple):
             trainable leaves, and {task or regulariser: f32[]}, all losses. Rows replace the task gradients; heads' weights,
             {task: f32[]}, replace those of the losses for the heads' own gradients.
         gram: f32[K, K], of the task gradients in sorted order; None: they were not compared.
-        rows: A tree like the trunk's trainable leaves, each f32[K, ...]: the task gradients for a rule that changes them; else
-            None.
+        rows: A tree like the trunk's trainable leaves that tasks share, each f32[K, ...]: the task gradients for a rule that
+            changes them; else None.
         cross: Signals.cross, for a rule that needs it; else None.
         held_out: Signals.held_out, for a rule that needs it; else None.
         along: A tree like the trainable leaves -> {task: f32[]}, the derivative of the losses along it; None: not available.

@@ -22,22 +22,25 @@ from mtl_jax.training import task_gradients, token_gradients
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_and_keep, sum_over_parts
 from mtl_jax.training.forward import NO_SAVINGS, Encode, HeadInput, Savings, label_counts, outputs_and_losses
 from mtl_jax.training.gradient import Backward, BackwardFn, Weights
+from mtl_jax.training.task_gradients import NO_ADAPTERS
 from mtl_jax.training.train_state import StepInputs
+from mtl_jax.transfer.adapters.stacks import OwnParts
 from mtl_jax.weighting import Rule
 
 TRUNK, REPRESENTATION = "trunk", "representation"
 
 
-def check(params: Any, mask: Any, gram_over: str) -> Any:
+def check(params: Any, mask: Any, gram_over: str, own: OwnParts = NO_ADAPTERS) -> Any:
     """The tree of bools that says which parameters the Gram matrix is taken over.
 
     Args:
         params: The parameters.
         mask: Which of them train.
         gram_over: "trunk", "representation", or a regular expression of parameter paths.
+        own: Which parameters of the trunk belong to single tasks.
 
     Raises:
-        UserError: The expression is not valid, or matches no trunk parameter that trains.
+        UserError: The expression is not valid, or matches no trunk parameter that trains and that tasks share.
     """
     try:
         pattern = re.compile("trunk/.*" if gram_over in (TRUNK, REPRESENTATION) else gram_over)
@@ -49,8 +52,8 @@ def check(params: Any, mask: Any, gram_over: str) -> Any:
         return train and name.startswith("trunk/") and bool(pattern.fullmatch(name))
 
     tree = jax.tree_util.tree_map_with_path(chosen, mask)
-    if not any(jax.tree.leaves(tree)):
-        raise UserError(f"gram_over {gram_over!r} matches no trunk parameter that trains")
+    if not any(over and not all(own.of(path)) for path, over in trees.leaves_of(tree["trunk"]).items()):
+        raise UserError(f"gram_over {gram_over!r} matches no trunk parameter that trains and that tasks share")
     return tree
 
 
@@ -68,6 +71,7 @@ def make_backward(
     mesh: Mesh | None = None,
     only_looks_up: bool = False,
     savings: Savings = NO_SAVINGS,
+    own: OwnParts = NO_ADAPTERS,
 ) -> BackwardFn:
     """A pass that compares the task gradients, for rules that read their Gram matrix or change them.
 
@@ -94,6 +98,8 @@ def make_backward(
         only_looks_up: Whether the trunk uses its tokens only to look up their vectors in its token table. Then no task gets a
             gradient of the whole table, see token_gradients.py.
         savings: How the layers save memory.
+        own: Which parameters of the trunk belong to single tasks. The Gram matrix is not over them, and no transform changes
+            their gradients.
     """
     block_of = {task: block for entries in layout.rounds for task, block in entries}
     names = layout.tasks
@@ -207,10 +213,12 @@ def make_backward(
                 if table_VxE is not None:
                     of_read_UxE = token_table(trunk)
                     trunk = with_token_table(trunk, jnp.zeros_like(table_VxE).at[ids_U].set(of_read_UxE, mode="drop"))
+                alone = [task_gradients.of_single_tasks(entries, own) for entries in rounds]
+                trunk = task_gradients.together(trunk, task_gradients.combine(alone, weights, names, own), own)
             elif gram_over != TRUNK:
                 trunk = weighted(weights)
             else:
-                trunk = task_gradients.combine(rounds, weights, names)
+                trunk = task_gradients.combine(rounds, weights, names, own)
                 if of_table is not None and table_VxE is not None:
                     weights_K = jnp.stack([weights[name] for name in sorted(names)] * len(halves))
                     trunk = with_token_table(trunk, token_gradients.combine(of_table, weights_K, len(table_VxE), mesh))
@@ -227,11 +235,11 @@ def make_backward(
 
         rows, ids_U = None, None
         if rule.transform is not None:
-            rows = task_gradients.in_order(rounds, names)
+            rows = task_gradients.in_order([task_gradients.shared_only(entries, own) for entries in rounds], names)
             if of_table is not None and table_VxE is not None:
                 of_read_KxUxE, ids_U = token_gradients.rows_read(of_table, len(names), len(table_VxE))
                 rows = with_token_table(rows, of_read_KxUxE)
-        apart = [task_gradients.shared_only(entries) for by_round in halves for entries in by_round]
+        apart = [task_gradients.shared_only(entries, own) for by_round in halves for entries in by_round]
         gram = task_gradients.gram_matrix(apart, [f"{half}{name}" for half in range(len(halves)) for name in names])
         if of_table is not None:
             gram += token_gradients.gram_matrix(of_table, len(names) * len(halves))
@@ -276,15 +284,17 @@ def _of_vectors(cotangent: Encoded) -> jax.Array:
     return sum(sums[1:], sums[0])
 
 
-def init_rule(rule: Rule, names: Sequence[str], trunk: Any) -> Any:
+def init_rule(rule: Rule, names: Sequence[str], trunk: Any, own: OwnParts = NO_ADAPTERS) -> Any:
     """The initial state of a rule, and of its transform where it has one.
 
     Args:
         rule: The rule.
         names: Task names, in order.
         trunk: The trunk's trainable leaves.
+        own: Which of them belong to single tasks; a transform does not see these.
     """
     if rule.transform is None:
         return rule.init(names)
     gradients = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(names), *leaf.shape), jnp.float32), trunk)
-    return {"rule": rule.init(names), "transform": rule.transform.init(gradients)}
+    shared = task_gradients.shared_only(gradients, own)
+    return {"rule": rule.init(names), "transform": rule.transform.init(shared)}

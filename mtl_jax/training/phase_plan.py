@@ -21,9 +21,10 @@ from mtl_jax.tasks import Task
 from mtl_jax.training import gram_gradient
 from mtl_jax.training.forward import text_vector
 from mtl_jax.training.regularisation import prepare as regularisation
+from mtl_jax.training.task_gradients import NO_ADAPTERS
 from mtl_jax.transfer import freezing
 from mtl_jax.transfer import optimizer as optimizers
-from mtl_jax.transfer.adapters import is_own
+from mtl_jax.transfer.adapters import OwnParts
 from mtl_jax.transfer.freezing import ParamRule
 from mtl_jax.transfer.regularisers import Regulariser
 from mtl_jax.weighting import Rule, blind, schedules
@@ -57,6 +58,7 @@ class PhasePlan(NamedTuple):
         zero_weight_tasks: The tasks whose weight is 0 in all its steps, and whose outputs no regulariser compares.
         regularisers: The regularisers of the phase.
         mixout_paths: The parameters to which Mixout applies in it.
+        own: Which parameters of the trunk belong to single tasks.
     """
 
     phase: Phase
@@ -73,10 +75,16 @@ class PhasePlan(NamedTuple):
     zero_weight_tasks: tuple[str, ...] = ()
     regularisers: tuple[Regulariser, ...] = ()
     mixout_paths: tuple[str, ...] = ()
+    own: OwnParts = NO_ADAPTERS
 
 
 def plan(
-    experiment: Experiment, tasks: tuple[Task, ...], params: Any, compared_tasks: Mapping[str, Sequence[str]], copies: int = 1
+    experiment: Experiment,
+    tasks: tuple[Task, ...],
+    params: Any,
+    compared_tasks: Mapping[str, Sequence[str]],
+    copies: int = 1,
+    own: OwnParts = NO_ADAPTERS,
 ) -> list[PhasePlan]:
     """The phases of a run.
 
@@ -86,6 +94,7 @@ def plan(
         params: Its parameters.
         compared_tasks: As in Prepared.
         copies: How many copies of a row leave the trunk.
+        own: Which parameters of the trunk belong to single tasks.
 
     Raises:
         UserError: Rules do not fit the parameters, or a weighting rule the phase.
@@ -98,9 +107,9 @@ def plan(
         if not any(jax.tree.leaves(mask)):
             raise UserError(f"phase {phase.name!r}: its rules freeze every parameter; nothing would train")
         trains_trunk = any(jax.tree.leaves(mask["trunk"]))
-        rule = _rule(experiment, phase, mask)
+        rule = _rule(experiment, phase, mask, own)
         if needs_task_gradients(rule):
-            gram_gradient.check(params, mask, experiment.gram_over)
+            gram_gradient.check(params, mask, experiment.gram_over, own)
             for task in tasks:
                 if experiment.gram_over == gram_gradient.REPRESENTATION and task.shift_free:
                     raise UserError(
@@ -142,6 +151,7 @@ def plan(
                 zero_weight_tasks=() if reads_tokens else _zero_weight_tasks(experiment, phase, rule, steps, compared),
                 regularisers=regularisers,
                 mixout_paths=tuple(matching(experiment.mixout.parameters, trained)) if experiment.mixout.p else (),
+                own=own,
             )
         )
         start += phase.steps
@@ -182,7 +192,7 @@ def with_numbers_of(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
     names = {regulariser.name for regulariser in plan.regularisers}
     return plan._replace(
         phase=phase,
-        rule=_rule(experiment, phase, plan.mask),
+        rule=_rule(experiment, phase, plan.mask, plan.own),
         learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
         optimizer=optimizers.build(experiment.optimizer, plan.param_rules, _peak(experiment, phase), phase.steps),
         regularisers=tuple(regulariser for regulariser in experiment.regularisers if regulariser.name in names),
@@ -193,7 +203,7 @@ def _peak(experiment: Experiment, phase: Phase) -> float:
     return experiment.optimizer.learning_rate if phase.learning_rate is None else phase.learning_rate
 
 
-def _rule(experiment: Experiment, phase: Phase, mask: Any) -> Rule:
+def _rule(experiment: Experiment, phase: Phase, mask: Any, own: OwnParts) -> Rule:
     """The rule of a phase; `equal` replaces one that reads more than losses where no shared parameter trains.
 
     Parameters of single tasks within the trunk are not shared. The rule of a private run does not see the losses.
@@ -201,7 +211,7 @@ def _rule(experiment: Experiment, phase: Phase, mask: Any) -> Rule:
     rule = rule_of(experiment, phase)
     if experiment.optimizer.private.clip:
         return blind.blind(rule)
-    trains_shared = any(trains and not is_own(path) for path, trains in leaves_of(mask["trunk"]).items())
+    trains_shared = any(trains and not all(own.of(path)) for path, trains in leaves_of(mask["trunk"]).items())
     if needs_trunk(rule) and not trains_shared:
         equal = rule_of(dataclasses.replace(experiment, weighting="equal", weighting_options={}), phase)
         return equal._replace(weighs_heads=rule.weighs_heads)  # heads are weighted in the same way in all phases

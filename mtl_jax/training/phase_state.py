@@ -45,7 +45,7 @@ def start_phase(plan: PhasePlan, state: TrainState, prepared: Prepared) -> Train
         changed: dict[str, Any] = {"opt_state": plan.optimizer.init(trained), "average": average}
         if plan.resets_rule:
             names = [task.name for task in prepared.corpus.tasks]
-            changed["rule_state"] = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
+            changed["rule_state"] = gram_gradient.init_rule(plan.rule, names, trained["trunk"], plan.own)
         return changed
 
     fresh = _made(make, trained, placement=prepared.placement) if prepared.cut else make(trained)
@@ -109,6 +109,6 @@ def _state(prepared: Prepared, plan: PhasePlan, seed: int, params: Any) -> Train
     """The state before the first step of a phase, if it was the first."""
     trained, _ = trees.split(params, plan.mask)
     names = [task.name for task in prepared.corpus.tasks]
-    rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"])
+    rule_state = gram_gradient.init_rule(plan.rule, names, trained["trunk"], plan.own)
     average = averaging.make(prepared.experiment.averaging).init(trained)
     return create(params, plan.optimizer.init(trained), rule_state, seed, average)

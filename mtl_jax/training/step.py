@@ -65,10 +65,12 @@ def make_gradient_fn(
         without_gram: The pass of the steps in which the rule is not due to compare gradients; None: it is due in every step.
     """
 
-    def weighted(backward: BackwardFn, trained: Any, frozen: Any, inputs: StepInputs, state: TrainState) -> StepGradients:
+    def weighted(
+        backward: BackwardFn, trained: Any, frozen: Any, inputs: StepInputs, state: TrainState, not_due: tuple[()] | None = None
+    ) -> StepGradients:
         trunk_key, head_key, rule_key = jax.random.split(state.step_key(), 3)
         losses, counts, pull, gram, rows, cross, held_out, _ = backward(trained, frozen, inputs, (trunk_key, head_key))
-        signals = Signals(losses, gram, state.step, rule_key, counts, cross=cross, held_out=held_out)
+        signals = Signals(losses, gram, state.step, rule_key, counts, None, cross, held_out, not_due)
         weights, rule_state, residual, rows = weigh(rule, state.rule_state, signals, rows, gram_of_rows)
         of_heads = head_weights(rule, state.rule_state, weights)
         weights = {**weights, **regulariser_weights(state.step)}
@@ -81,7 +83,7 @@ def make_gradient_fn(
             return weighted(backward, *arguments)
 
         def not_due() -> StepGradients:
-            step = weighted(without_gram, *arguments)
+            step = weighted(without_gram, *arguments, not_due=())
             return step._replace(gram=jnp.full((len(step.counts),) * 2, jnp.nan))
 
         return jax.lax.cond(rule.due(state.rule_state), lambda: weighted(backward, *arguments), not_due)

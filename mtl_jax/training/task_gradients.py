@@ -21,8 +21,9 @@ from jax.extend.core import Literal
 from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
 from mtl_jax.tasks import Task
-from mtl_jax.transfer.adapters.stacks import is_own
+from mtl_jax.transfer.adapters.stacks import OwnParts, mask_of
 
+NO_ADAPTERS = OwnParts()  # of which single tasks have parts
 CHUNK = 8192  # numbers of every task at a time, so that K chunks fit into a core's cache
 
 
@@ -258,15 +259,27 @@ def of_halves(both_2Kx2K: jax.Array, counts: Mapping[str, jax.Array]) -> tuple[j
 
 
 @jax.named_scope("combined")
-def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str]) -> Any:
+def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequence[str], own: OwnParts = NO_ADAPTERS) -> Any:
     """sum_k weight_k * gradient_k, a tree like the parameters, float32.
 
     A task with a weight below 0 does not change parameters that belong to single tasks, as it does not change its head.
+
+    Args:
+        rounds: task_gradients(...).
+        weights: {task: f32[]}.
+        names: Task names in the order of the rounds.
+        own: Which parameters belong to single tasks.
     """
 
     def sum_of(path: Any, leaf: jax.Array, weights_K: jax.Array) -> jax.Array:
-        weights_K = jnp.maximum(weights_K, 0.0) if is_own(trees.path_name(path)) else weights_K
-        return jnp.tensordot(weights_K, leaf.astype(jnp.float32), axes=1)
+        parts = own.of(trees.path_name(path))
+        rows = leaf.astype(jnp.float32)
+        if not any(parts):
+            return jnp.tensordot(weights_K, rows, axes=1)
+        of_tasks = jnp.tensordot(jnp.maximum(weights_K, 0.0), rows, axes=1)
+        if all(parts):
+            return of_tasks
+        return jnp.where(mask_of(parts, of_tasks.shape), of_tasks, jnp.tensordot(weights_K, rows, axes=1))
 
     start, total = 0, None
     if not jax.tree.leaves(rounds):  # a trunk that is a token table and no more
@@ -281,10 +294,51 @@ def combine(rounds: Sequence[Any], weights: Mapping[str, jax.Array], names: Sequ
 
 
 def gram_of_rows(rows: Any) -> jax.Array:
-    """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...], by what the tasks share."""
-    return gram_matrix([shared_only(rows)], range(len(jax.tree.leaves(rows)[0])))
+    """f32[K, K], the inner products of the task gradients in a tree of leaves [K, ...], which shared_only() made."""
+    return gram_matrix([rows], range(len(jax.tree.leaves(rows)[0])))
 
 
-def shared_only(gradients: Any) -> Any:
-    """Gradients of the trunk without those by parameters of single tasks, in which tasks cannot conflict."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: None if is_own(trees.path_name(path)) else leaf, gradients)
+def shared_only(gradients: Any, own: OwnParts = NO_ADAPTERS) -> Any:
+    """Gradients of the trunk without those by parameters of single tasks, in which tasks cannot conflict.
+
+    Args:
+        gradients: Leaves [K, ...], arrays or shapes.
+        own: Which parameters belong to single tasks.
+
+    Returns:
+        The tree with None in place of such leaves, and with zeros in their part of a stack that has both.
+    """
+
+    def shared(path: Any, leaf: Any) -> Any:
+        parts = own.of(trees.path_name(path))
+        return None if all(parts) else leaf if not any(parts) else _only(leaf, parts, kept=False)
+
+    return jax.tree_util.tree_map_with_path(shared, gradients)
+
+
+def of_single_tasks(gradients: Any, own: OwnParts = NO_ADAPTERS) -> Any:
+    """What shared_only() leaves out of gradients, in the same form."""
+
+    def of_tasks(path: Any, leaf: Any) -> Any:
+        parts = own.of(trees.path_name(path))
+        return leaf if all(parts) else None if not any(parts) else _only(leaf, parts, kept=True)
+
+    return jax.tree_util.tree_map_with_path(of_tasks, gradients)
+
+
+def together(shared: Any, of_tasks: Any, own: OwnParts = NO_ADAPTERS) -> Any:
+    """One gradient from that of the shared parameters and that of those of single tasks, which have None for the others."""
+
+    def either(path: Any, shared_leaf: Any, own_leaf: Any) -> Any:
+        if shared_leaf is None or own_leaf is None:
+            return own_leaf if shared_leaf is None else shared_leaf
+        return jnp.where(mask_of(own.of(trees.path_name(path)), own_leaf.shape), own_leaf, shared_leaf)
+
+    return jax.tree_util.tree_map_with_path(either, shared, of_tasks, is_leaf=lambda leaf: leaf is None)
+
+
+def _only(leaf: Any, parts: tuple[bool, ...], kept: bool) -> Any:
+    """A leaf [K, ...] with zeros where its part of the stack is not of the wanted kind."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jnp.where(mask_of(parts, leaf.shape[1:]) == kept, leaf, jnp.zeros((), leaf.dtype))

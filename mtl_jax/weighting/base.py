@@ -42,6 +42,10 @@ class Signals(NamedTuple):
             divided by the rate, which may be 0. theta are the parameters, g_i this step's task gradients, and L is the sum of
             the losses on the held-out rows. That is -<grad L, g_k>, the gradient of L being taken after the step. None if the
             rule does not need it. A function of one's own must be a jax.tree_util.Partial to pass jax.jit as an argument.
+        not_due: () if the caller has asked Rule.due, and it is false in this step: then gram and cross need not be there. Else
+            None. Not an array, as `transformed`.
+        rule_key: Only for a transform: the key that the rule's weights get in this step, which is another one than `key`. What
+            weights and transform draw together, as `subset` does, is drawn from it. Else None.
     """
 
     losses: dict[str, jax.Array]
@@ -52,6 +56,8 @@ class Signals(NamedTuple):
     transformed: tuple[jax.Array, ...] | None = None
     cross: jax.Array | None = None
     held_out: Callable[[Weights, float], jax.Array] | None = None
+    not_due: tuple[()] | None = None
+    rule_key: jax.Array | None = None
 
 
 class HeldOut(NamedTuple):
@@ -70,6 +76,7 @@ class Transform(NamedTuple):
     """A change of the task gradients themselves, before they are compared and summed.
 
     It is for the few methods that are not a weighted sum of this step's gradients. Its state may be as large as the gradients.
+    In a run it gets the gradients of the trunk's shared parameters; those of single tasks have no gradient of another task.
 
     Attributes:
         init: Task gradients (arrays or shapes), leaves [K, ...] in sorted order, to a state.
@@ -96,7 +103,7 @@ class Rule(NamedTuple):
         objective: (state, Signals) to f32[], if the weights are the derivative of one number by the losses; else None.
         transform: Set if the rule changes the task gradients; Signals.gram is then of the changed gradients. The weights alone
             are not the rule, so update() asks for Signals.transformed; custom_loop.gradient and the train step apply both.
-        due: (state) to bool[], if the rule needs the Gram matrix in some steps only; else None.
+        due: (state) to bool[], if the rule needs the Gram matrix in some steps only; else None. See Signals.not_due.
         weighs_heads: Whether a head's own gradient is multiplied by its task's weight, as in the weighted sum of losses. False:
             the weights are for the shared parameters, and every head follows its plain loss. If True, a head with a negative
             weight does not move: it never climbs its own loss.
@@ -166,7 +173,8 @@ def lacking(rule: Rule, signals: Signals) -> str:
     The Gram matrix of a rule with a transform is that of changed gradients: before the transform it cannot be there.
     """
     needs_gram = rule.needs_gram and (rule.transform is None or signals.transformed is not None)
-    needed = {"gram": needs_gram, "cross": rule.needs_cross, "held_out": rule.held_out is not None}
+    is_due = signals.not_due is None
+    needed = {"gram": is_due and needs_gram, "cross": is_due and rule.needs_cross, "held_out": rule.held_out is not None}
     return next((field for field, needs in needed.items() if needs and getattr(signals, field) is None), "")
 
 
@@ -260,7 +268,7 @@ def weigh(
     if rule.transform is None:
         return (*solve(rule, state, signals), rows)
     # Another key than the rule's, which may draw, too.
-    transform_signals = signals._replace(gram=None, key=jax.random.fold_in(signals.key, 1))
+    transform_signals = signals._replace(gram=None, key=jax.random.fold_in(signals.key, 1), rule_key=signals.key)
     changed, transform_state = rule.transform.update(state["transform"], transform_signals, rows)
     told = () if rule.transform.tells is None else (rule.transform.tells(transform_state, rows),)
     rows = changed

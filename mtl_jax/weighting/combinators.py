@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mtl_jax.core.errors import UserError, there_are
 from mtl_jax.weighting import base
-from mtl_jax.weighting.base import Rule, Signals, Weights, present, share, stack, unstack, wrap
+from mtl_jax.weighting.base import Rule, Signals, Weights, by_rows, present, share, stack, unstack, wrap
 from mtl_jax.weighting.options import number
 
 
@@ -51,7 +51,8 @@ def normalized(rule: Rule, total: float | None = None) -> Rule:
 def every(rule: Rule, k: int) -> Rule:
     """The rule's weights, computed in every k-th step and kept in between; the steps between cost no more than fixed weights.
 
-    A task that was absent when the weights were computed has no weight until they are computed again.
+    A task that was absent when the weights were computed has no weight until they are computed again. In a step in which
+    Rule.due is false the Gram matrix need not be there: pass Signals.not_due=() where the program is traced.
 
     Args:
         rule: The rule.
@@ -78,7 +79,11 @@ def every(rule: Rule, k: int) -> Rule:
         def keep(state: Any) -> tuple[jax.Array, Any, jax.Array]:
             return state["held"], state["rule"], jnp.full((), jnp.nan)
 
-        if base.lacking(rule._replace(held_out=None), signals):  # the train step has seen that the rule is not due
+        def known_not_due() -> bool:
+            return not isinstance(state["since"], jax.core.Tracer) and not due(state)
+
+        lacks = base.lacking(rule._replace(held_out=None), signals)
+        if signals.not_due is not None or (lacks and known_not_due()):
             kept_K, inner, residual = keep(state)
         else:
             kept_K, inner, residual = jax.lax.cond(due(state), renew, keep, state)
@@ -91,7 +96,8 @@ def every(rule: Rule, k: int) -> Rule:
 def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
     """In each step the rule sees s tasks, drawn without replacement; the others have weight 0.
 
-    A task's chance is proportional to its number of labelled examples in the step to the power 1 / temperature.
+    A task's chance is proportional to its number of labelled examples in the step to the power 1 / temperature. A rule that
+    changes the task gradients sees those of the same tasks; the others' are 0, as those of absent tasks are.
 
     Args:
         rule: The rule.
@@ -110,14 +116,21 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
         return rule.init(names)
 
     def drawn(signals: Signals) -> Signals:
-        """The signals with a count of 0 for every task that was not drawn, and an unused key."""
+        """The signals with a count of 0 for every task that was not drawn, and unused keys.
+
+        The transform and the weights draw with the same key, and so the same tasks.
+        """
         present_K = present(signals)
         counts_K = present_K.astype(jnp.float32) if signals.counts is None else stack(signals.counts)
         draw_key, key = jax.random.split(signals.key)
+        rule_key = signals.rule_key
+        if rule_key is not None:
+            draw_key, rule_key = jax.random.split(rule_key)
         chance_K = jnp.log(jnp.maximum(counts_K, 1e-30)) / temperature + jax.random.gumbel(draw_key, counts_K.shape)
         place_K = jnp.argsort(jnp.argsort(-jnp.where(present_K, chance_K, -jnp.inf)))
         drawn_K = jnp.where(place_K < s, counts_K, 0.0)
-        return signals._replace(counts=dict(zip(sorted(signals.losses), drawn_K, strict=True)), key=key)
+        counts = dict(zip(sorted(signals.losses), drawn_K, strict=True))
+        return signals._replace(counts=counts, key=key, rule_key=rule_key)
 
     def solve(state: Any, signals: Signals) -> tuple[Weights, Any, jax.Array]:
         return base.solve(rule, state, drawn(signals))
@@ -125,7 +138,14 @@ def subset(rule: Rule, s: int, temperature: float = 1.0) -> Rule:
     transform = rule.transform
     if transform is not None:
         inner = transform
-        transform = inner._replace(update=lambda state, signals, gradients: inner.update(state, drawn(signals), gradients))
+
+        def change(state: Any, signals: Signals, gradients: Any) -> tuple[Any, Any]:
+            of_drawn = drawn(signals)
+            present_K = present(of_drawn)
+            only_drawn = jax.tree.map(lambda leaf: jnp.where(by_rows(present_K, leaf), leaf, 0.0), gradients)
+            return inner.update(state, of_drawn, only_drawn)
+
+        transform = inner._replace(update=change)
     return wrap(rule, solve, init=init, objective=None, transform=transform)
 
 

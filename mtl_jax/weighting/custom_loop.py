@@ -9,7 +9,7 @@ The train step does the same with fewer backward passes, as it knows which rows 
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,21 +52,28 @@ def look_ahead(loss: Callable[[Any], jax.Array], params: Any, task_gradients: Ma
     """Signals.held_out from a loss on held-out rows; it may be an argument of a jitted function.
 
     Args:
-        loss: Parameters to f32[], the loss on rows that are not trained on.
+        loss: Parameters to f32[], the loss on rows that are not trained on. A jitted function that gets the result is compiled
+            once for each loss, so give it the same function in every step.
         params: The parameters of this step that the task gradients are by.
         task_gradients: {task: gradient of its loss}, trees like the parameters.
 
     Raises:
         UserError: There are none, or two of them differ in structure or shapes.
     """
-    return jax.tree_util.Partial(functools.partial(_derivative, loss), params, _stacked(task_gradients))
+    return jax.tree_util.Partial(_Derivative(loss), params, _stacked(task_gradients))
 
 
-def _derivative(loss: Callable[[Any], jax.Array], params: Any, rows: Any, weights: Weights, rate: float) -> jax.Array:
-    move = _combined(rows, weights)
-    ahead = jax.grad(loss)(jax.tree.map(lambda leaf, change: leaf - rate * change, params, move))
-    products = jax.tree.map(lambda row, slope: jnp.tensordot(row, slope, axes=slope.ndim), rows, ahead)
-    return -jax.tree.reduce(jnp.add, products)
+@dataclasses.dataclass(frozen=True)
+class _Derivative:
+    """The function of look_ahead(); two are equal if their losses are, so jax.jit does not compile for every new one."""
+
+    loss: Callable[[Any], jax.Array]
+
+    def __call__(self, params: Any, rows: Any, weights: Weights, rate: float) -> jax.Array:
+        move = _combined(rows, weights)
+        ahead = jax.grad(self.loss)(jax.tree.map(lambda leaf, change: leaf - rate * change, params, move))
+        products = jax.tree.map(lambda row, slope: jnp.tensordot(row, slope, axes=slope.ndim), rows, ahead)
+        return -jax.tree.reduce(jnp.add, products)
 
 
 def gradient(

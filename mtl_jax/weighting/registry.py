@@ -77,6 +77,31 @@ OWN_RULES: dict[str, Callable[..., Rule]] = {
     "trimmed_mean": coordinates.trimmed_mean,
 }
 
+# Those with weighs_heads=False, whose names say so already.
+PLAIN_HEADS = frozenset(
+    {
+        "gradnorm",
+        "db_mtl",
+        "mgda",
+        "pcgrad",
+        "gradvac",
+        "cagrad",
+        "imtl_g",
+        "aligned",
+        "upgrad",
+        "dualproj",
+        "config",
+        "moco",
+        "sdmgrad",
+        "krum",
+        "modo",
+        "gcs",
+        "pcd",
+        "graddrop",
+        "trimmed_mean",
+    }
+)
+
 OWN_COMBINATORS: dict[str, Callable[..., Rule]] = {
     "normalized": combinators.normalized,
     "every": combinators.every,
@@ -144,7 +169,8 @@ def _call(name: str, maker: Callable[..., Rule], inner: tuple[Rule, ...], option
 def name_of(rule: str | Rule, tasks: Sequence[str]) -> str:
     """A rule's name in files and tables; that of a Rule that a script made has a digest of its program.
 
-    The digest changes with every constant of the rule, so that a resumed run notices another rule.
+    The digest changes with every constant of the rule, also of its transform, so that a resumed run notices another rule. Only
+    a transform that needs the trunk's own tree, such as a leaf by its name, is not in it.
 
     Args:
         rule: Experiment.weighting.
@@ -164,8 +190,45 @@ def _name_of_program(rule: Rule, names: tuple[str, ...]) -> str:
         signals = example_signals(rule, losses, gram)._replace(counts=counts)
         return rule.update(rule.init(names), signals)
 
-    traced = jax.make_jaxpr(program)(losses, gram, losses)
+    digest = hashlib.sha256(_traced(program, losses, gram, losses))
+    for more in _beside_update(rule, names, losses):
+        digest.update(more)
+    return f"{rule.name or rule.update.__qualname__.partition('.')[0]}@{digest.hexdigest()[:12]}"
+
+
+def _beside_update(rule: Rule, names: tuple[str, ...], losses: Any) -> list[bytes]:
+    """What decides the gradient besides a rule's update, if the rule has such; else nothing, so that older names stay."""
+    parts: list[bytes] = []
+    if rule.weighs_heads == (rule.name in PLAIN_HEADS):
+        parts.append(f"weighs_heads {rule.weighs_heads}".encode())
+    if rule.held_out is not None:
+        parts.append(repr(tuple(rule.held_out)).encode())
+    if rule.head_weights is not None:
+        of_heads = rule.head_weights
+        parts.append(_traced(lambda: of_heads(rule.init(names))))
+    if rule.transform is not None:
+        transform = rule.transform
+        rows = {leaf: jax.ShapeDtypeStruct((len(names), *shape), jnp.float32) for leaf, shape in _ROWS.items()}
+
+        def change(rows: Any, losses: Any, counts: Any) -> Any:
+            signals = example_signals(rule, losses)._replace(gram=None, transformed=None, counts=counts)
+            start = transform.init(rows)
+            changed, state = transform.update(start, signals._replace(rule_key=jax.random.key(1)), rows)
+            return changed, start, state, () if transform.tells is None else transform.tells(state, rows)
+
+        try:
+            parts.append(_traced(change, rows, losses, losses))
+        except (LookupError, AttributeError, TypeError, ValueError):
+            parts.append(b"transform")
+    return parts
+
+
+_ROWS = {"kernel": (3, 2), "bias": (2,)}  # the shapes of a task gradient by which a transform's program is traced
+
+
+def _traced(function: Callable[..., Any], *arguments: Any) -> bytes:
+    """The program of a function, with its constants."""
+    traced = jax.make_jaxpr(function)(*arguments)
     constants = b"".join(np.asarray(constant).tobytes() for constant in traced.consts)
     text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions
-    digest = hashlib.sha256(text.encode() + constants).hexdigest()
-    return f"{rule.name or rule.update.__qualname__.partition('.')[0]}@{digest[:12]}"
+    return text.encode() + constants

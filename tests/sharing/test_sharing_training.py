@@ -60,6 +60,66 @@ def test_the_gram_matrix_is_over_what_tasks_share(bert, data):
     np.testing.assert_allclose(metrics.gram, expected, rtol=2e-3, atol=1e-4 * expected.max())
 
 
+@pytest.mark.parametrize("per", ["source", pytest.param("task", marks=pytest.mark.long)])
+def test_the_gram_matrix_is_not_over_adapters_of_single_tasks(bert, data, per):
+    """Two tasks share a source, and so the adapter of this source; the third has a source and its adapter alone."""
+    adapters = (Lora(name="lora", rank=2, per=per),)
+    prepared = setup.prepare(experiment(bert, data, sharing.Hard(), weighting="upgrad", adapters=adapters, devices=1))
+    (_, metrics), batch, prepared = step_of(prepared)
+    of_source = [task.source for task in prepared.corpus.tasks]
+    alone = [of_source.count(source) == 1 for source in prepared.corpus.splits["train"]]
+    assert sorted(alone) == [False, True]
+
+    def shared(path, row):
+        if not path.startswith("adapters/lora/"):
+            return np.ravel(row)
+        return 0 * np.ravel(row) if per == "task" else np.reshape(row, (2, -1)) * (1 - np.array(alone))[:, None]
+
+    expected = gram_by_hand(prepared, batch, shared)
+    assert not np.allclose(expected, gram_by_hand(prepared, batch, lambda path, row: row), rtol=5e-3)
+    np.testing.assert_allclose(metrics.gram, expected, rtol=2e-3, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["trimmed_mean", *(pytest.param(rule, marks=pytest.mark.long) for rule in ("graddrop", "moco", "db_mtl", "excess_risk"))],
+)
+@pytest.mark.parametrize(
+    ("part", "adapters"),
+    [
+        (sharing.TopLayers(own=1), ()),
+        pytest.param(sharing.Hard(), (Lora(name="lora", rank=2, per="source"),), marks=pytest.mark.long),
+    ],
+)
+def test_rules_that_change_gradients_leave_those_of_single_tasks_as_they_are(bert, data, rule, part, adapters):
+    """A task's own parameters follow its own gradient times its weight."""
+    plain = mtl_jax.Optimizer(name="sgd", learning_rate=1.0, warmup=0.0, clip_norm=0.0)
+    moves, weights = {}, {}
+    for name in ("equal", rule):
+        changes = {"weighting": name, "optimizer": plain, "adapters": adapters, "devices": 1}
+        prepared = setup.prepare(experiment(bert, data, part, **changes))
+        (params, metrics), _, prepared = step_of(prepared)
+        start = trees.flat(jax.device_get(prepared.params["trunk"]))
+        moves[name] = {path: leaf - start[path] for path, leaf in trees.flat(params["trunk"]).items()}
+        weights[name] = metrics.weights
+    tasks = [task.name for task in prepared.corpus.tasks]
+    seen = 0
+    for path, move in moves[rule].items():
+        plain_move = moves["equal"][path]
+        if is_own(path):
+            of_tasks = {task: (move.reshape(3, -1)[n], plain_move.reshape(3, -1)[n]) for n, task in enumerate(tasks)}
+        elif path.startswith("adapters/lora/"):
+            n = list(prepared.corpus.splits["train"]).index("ratings")
+            of_tasks = {"rating": (move.reshape(2, -1)[n], plain_move.reshape(2, -1)[n])}
+        else:
+            continue
+        for task, (changed, unchanged) in of_tasks.items():
+            seen += np.abs(unchanged).max() > 1e-3
+            expected = float(weights[rule][task]) * unchanged
+            np.testing.assert_allclose(changed, expected, rtol=1e-2, atol=2e-4 * np.abs(expected).max() + 1e-7, err_msg=path)
+    assert seen > 2
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("part", "rule"),
@@ -89,11 +149,12 @@ def values_of(tree):
     return np.array(jax.tree.leaves(tree))
 
 
-def gram_by_hand(prepared, batch):
+def gram_by_hand(prepared, batch, chosen=lambda path, row: row):
+    """The Gram matrix over the parameters outside of .../own/; `chosen` makes of a leaf's gradient what it is over."""
     tasks, trunk = prepared.corpus.tasks, trees.flat(prepared.params["trunk"])
     batch = jax.tree.map(jnp.asarray, batch)
     own = {path: leaf for path, leaf in trunk.items() if is_own(path)}
-    assert own
+    assert own or prepared.experiment.adapters
 
     @jax.jit
     def losses(common):
@@ -102,7 +163,7 @@ def gram_by_hand(prepared, batch):
         return mean_losses(tasks, outputs, batch, label_counts(tasks, batch))
 
     rows = jax.jacrev(losses)({path: leaf for path, leaf in trunk.items() if path not in own})
-    flat = [np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(rows[task])]) for task in sorted(rows)]
+    flat = [np.concatenate([np.ravel(chosen(*item)) for item in rows[task].items()]) for task in sorted(rows)]
     return np.array([[a @ b for b in flat] for a in flat])
 
 

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Batching, ParamRule, Phase, weighting
+from mtl_jax import Batching, Lora, ParamRule, Phase, weighting
+from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import single_phase, stream
@@ -25,6 +26,7 @@ from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
+from mtl_jax.transfer.adapters import OwnParts
 
 EVERYTHING = (Phase("everything", 4),)
 BATCHINGS = {  # all of 8 rows: one program of K backward passes is for all of them
@@ -200,6 +202,68 @@ def test_what_is_the_same_for_all_blocks_is_kept_once(dtype):
 def test_twelve_changed_gradients_keep_their_order():
     rows = {"a": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)}
     np.testing.assert_allclose(task_gradients.gram_of_rows(rows), rows["a"] @ rows["a"].T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_single_tasks_have_of_a_stack_is_apart_from_what_tasks_share(flat):
+    own, names = OwnParts({"lora": (True, False), "task": (True, True)}), ("a", "b")
+    draw = np.random.default_rng(0).normal
+    rows = {
+        "adapters": {
+            "lora": {"layer_0": {"a": draw(size=(2, 2, 3))}},
+            "task": {"layer_0": {"a": draw(size=(2, 2, 3))}},
+            "run": {"layer_0": {"own": {"a": draw(size=(2, 3))}, "b": draw(size=(2, 3))}},
+        },
+        "layer_0": {"kernel": draw(size=(2, 3, 2))},
+    }
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf.reshape(2, -1) if flat else leaf, jnp.float32), rows)
+    shared, apart = (trees.flat(part(rows, own)) for part in (task_gradients.shared_only, task_gradients.of_single_tasks))
+    assert {path for path, leaf in shared.items() if leaf is not None} == {
+        "adapters/lora/layer_0/a",
+        "adapters/run/layer_0/b",
+        "layer_0/kernel",
+    }
+    assert {path for path, leaf in apart.items() if leaf is not None} == {
+        "adapters/lora/layer_0/a",
+        "adapters/task/layer_0/a",
+        "adapters/run/layer_0/own/a",
+    }
+    lora = rows["adapters"]["lora"]["layer_0"]["a"].reshape(2, 2, 3)
+    np.testing.assert_array_equal(shared["adapters/lora/layer_0/a"].reshape(2, 2, 3), lora * np.array([0, 1])[:, None])
+    np.testing.assert_array_equal(apart["adapters/lora/layer_0/a"].reshape(2, 2, 3), lora * np.array([1, 0])[:, None])
+
+    weights = {"a": jnp.float32(-2), "b": jnp.float32(3)}
+    combined = task_gradients.combine([rows], weights, names, own)
+    parts = [
+        task_gradients.combine([part(rows, own)], weights, names, own)
+        for part in (task_gradients.shared_only, task_gradients.of_single_tasks)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), task_gradients.together(*parts, own), combined)
+    np.testing.assert_allclose(
+        combined["adapters"]["task"]["layer_0"]["a"], 3 * rows["adapters"]["task"]["layer_0"]["a"][1], rtol=1e-6
+    )
+    found = combined["adapters"]["lora"]["layer_0"]["a"].reshape(2, 3)
+    np.testing.assert_allclose(found, [3 * lora[1, 0], 3 * lora[1, 1] - 2 * lora[0, 1]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("per", "shares"), [("task", False), ("source", True)])
+def test_adapters_of_single_tasks_share_nothing(bert, data, per, shares):
+    """Where only they train, no rule compares gradients; a source that has two tasks is shared by them."""
+    only = Phase("adapters", 1, rules=(ParamRule("heads/.*"), ParamRule("trunk/adapters/.*"), ParamRule(".*", train=False)))
+    lora = Lora(name="lora", rank=2, per=per)
+    changes = {"adapters": (lora,), "phases": (only, Phase("all", 1)), "weighting": "mgda"}
+    first, second = prepare(tiny.experiment(bert, data, **changes)).plans
+    assert first.rule.needs_gram == shares
+    assert second.rule.needs_gram
+    if not shares:
+        with pytest.raises(UserError, match="matches no trunk parameter that trains and that tasks share"):
+            prepare(tiny.experiment(bert, data, gram_over="trunk/adapters/.*", **changes))
+
+
+def test_each_adapter_of_a_source_with_one_task_is_the_task_s_own(bert, data):
+    alone = tuple(task for task in tiny.experiment(bert, data).tasks if task.name != "coarse")
+    changes = {"adapters": (Lora(name="lora", rank=2, per="source"),), "tasks": alone}
+    assert prepare(tiny.experiment(bert, data, **changes)).plans[0].own.of("adapters/lora/layer_0/a") == (True,)
 
 
 def cut(case, rows, batch=None, multiple=1):

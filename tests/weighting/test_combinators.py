@@ -56,6 +56,27 @@ def test_every_needs_no_gram_matrix_where_it_is_not_due():
     assert bool(rule.due(state))
 
 
+@pytest.mark.parametrize("wrap", [lambda update: update, jax.jit])
+@pytest.mark.parametrize("combinators", [("every:k=2",), ("every:k=2", "ema", "normalized")])
+@pytest.mark.parametrize(("name", "field"), [("mgda", "gram"), ("modo", "cross")])
+def test_every_asks_for_a_signal_that_is_forgotten(wrap, combinators, name, field):
+    rule = weighting.make(name)
+    for combinator in combinators:
+        rule = weighting.combine(rule, combinator)
+    with pytest.raises(UserError, match=rf"weighting {name} needs Signals\.{field}, the inner products"):
+        wrap(rule.update)(rule.init(NAMES), signals([1, 1, 1]))
+
+
+def test_every_keeps_the_weights_in_a_traced_step_that_says_it_is_not_due():
+    rule = weighting.make("mgda")
+    for combinator in ("every:k=2", "ema:decay=0"):
+        rule = weighting.combine(rule, combinator)
+    rule = weighting.base.asks_for_signals(rule._replace(name="mine"))  # as that of a script's function
+    first, state = rule.update(rule.init(NAMES), signals([1, 1, 1], gram=jnp.diag(jnp.asarray([1.0, 2.0, 4.0]))))
+    held, _ = jax.jit(rule.update)(state, signals([1, 1, 1], step=1)._replace(not_due=()))
+    assert held == first
+
+
 def test_subset_draws_by_the_number_of_examples():
     counts = np.array([1.0, 4.0, 16.0])
     history = [[1, 1, 1]] * 400
@@ -72,6 +93,42 @@ def test_subset_gives_the_rule_those_tasks_only():
     for weights in run(weighting.subset(weighting.mgda(), s=2), [[1, 1, 1]] * 5, gram=gram):
         inverse = np.where(weights > 0, 1 / np.array([1.0, 2.0, 4.0]), 0)
         np.testing.assert_allclose(weights, inverse / inverse.sum(), atol=1e-3)
+
+
+@pytest.mark.parametrize("outer", [(), ("subset:s=1",), ("ema:decay=0", "normalized")])
+@pytest.mark.parametrize("name", ["graddrop", "trimmed_mean", "excess_risk", "db_mtl", "moco"])
+def test_subset_changes_the_gradients_of_the_tasks_that_it_weighs(name, outer):
+    """One task of three is drawn, each with a parameter of its own: only this parameter gets a gradient, in every step."""
+    rule = weighting.make(name)
+    for combinator in ("subset:s=1" if not outer else "subset:s=2", *outer):
+        rule = weighting.combine(rule, combinator)
+    wanted = 2 if outer and "subset:s=1" not in outer else 1
+    tasks = {task: {"kernel": row} for task, row in zip(NAMES, jnp.eye(3), strict=True)}
+    losses = dict.fromkeys(NAMES, jnp.float32(1))
+
+    @jax.jit
+    def step(state, number):
+        key = jax.random.key(number)
+        return weighting.gradient(rule, state, tasks, losses, step=number, key=key)
+
+    state = weighting.init(rule, tasks)
+    for number in range(12):
+        gradient, weights, state = step(state, number)
+        drawn = np.array([float(weights[task]) > 0 for task in NAMES])
+        assert drawn.sum() == wanted
+        np.testing.assert_array_equal(np.abs(gradient["kernel"]) > 1e-6, drawn)
+
+
+def test_under_subset_no_other_task_decides_a_sign():
+    rule = weighting.combine(weighting.graddrop(), "subset:s=1")
+    tasks = {"a": {"kernel": jnp.ones(50)}, "b": {"kernel": -9 * jnp.ones(50)}}
+    losses, drawn = dict.fromkeys(tasks, jnp.float32(1)), set()
+    for number in range(8):
+        gradient, weights, _ = weighting.gradient(rule, (), tasks, losses, step=number, key=jax.random.key(number))
+        (task,) = (task for task in tasks if float(weights[task]))
+        drawn.add(task)
+        np.testing.assert_allclose(gradient["kernel"], tasks[task]["kernel"])
+    assert drawn == set(tasks)
 
 
 def test_clipped_and_ema():

@@ -88,6 +88,23 @@ def test_it_may_be_jitted_and_scanned():
         assert weights == pytest.approx({task: float(leaf[n]) for task, leaf in weights_N.items()}, rel=1e-5)
 
 
+def test_a_step_that_gets_look_ahead_is_compiled_once_for_a_loss():
+    rule, losses, tasks = made("auto_lambda"), *drawn(0)
+    traced = []
+
+    @jax.jit
+    def step(state, tasks, held_out):
+        traced.append(1)
+        return weighting.gradient(rule, state, tasks, losses, step=0, key=jax.random.key(0), held_out=held_out)[2]
+
+    state = weighting.init(rule, tasks)
+    for seed in range(3):
+        state = step(state, tasks, weighting.look_ahead(squares, drawn(seed)[1]["fine"], tasks))
+    assert len(traced) == 1
+    step(state, tasks, weighting.look_ahead(lambda params: 2 * squares(params), tasks["fine"], tasks))
+    assert len(traced) == 2
+
+
 def test_the_gram_matrix_is_in_sorted_order():
     _, tasks = drawn(0)
     flat = {name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for name, tree in tasks.items()}

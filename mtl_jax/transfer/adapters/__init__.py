@@ -28,10 +28,12 @@ from mtl_jax.transfer.adapters.low_rank import Pissa as Pissa
 from mtl_jax.transfer.adapters.low_rank import RsLora as RsLora
 from mtl_jax.transfer.adapters.low_rank import Vera as Vera
 from mtl_jax.transfer.adapters.of_task import merge_adapters as merge_adapters
+from mtl_jax.transfer.adapters.of_task import own_parts as own_parts
 from mtl_jax.transfer.adapters.peft_files import load_peft as load_peft
 from mtl_jax.transfer.adapters.peft_files import save_peft as save_peft
 from mtl_jax.transfer.adapters.prefix import Prefix as Prefix
 from mtl_jax.transfer.adapters.prompt_tuning import PromptTuning as PromptTuning
+from mtl_jax.transfer.adapters.stacks import OwnParts as OwnParts
 from mtl_jax.transfer.adapters.stacks import is_own as is_own
 from mtl_jax.transfer.param_rules import adapters_only as adapters_only
 from mtl_jax.transfer.param_rules import bitfit as bitfit

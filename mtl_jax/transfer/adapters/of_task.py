@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.transfer.adapters.adapted import ADAPTERS, Adapted
 from mtl_jax.transfer.adapters.base import OWN, RUN, SOURCE, TASK, Inserted, Layer
-from mtl_jax.transfer.adapters.stacks import below, has_own, of_number, subtree
+from mtl_jax.transfer.adapters.stacks import OwnParts, below, has_own, of_number, subtree
 
 
 def merge_adapters(
@@ -47,6 +47,22 @@ def owner_of(adapted: Adapted, adapter: Inserted, layer: Layer) -> str:
     if adapted.by_task(adapter) or (tasks and has_own(adapter, layer, tasks)):
         return TASK
     return RUN if adapter.per == RUN else SOURCE
+
+
+def own_parts(module: Any, tasks: Sequence[int]) -> OwnParts:
+    """Which parameters of a trunk belong to single tasks.
+
+    An adapter of a source is its only task's own; where a source has several tasks, they share it.
+
+    Args:
+        module: The trunk, with or without adapters.
+        tasks: The number of tasks of each source, in the order of the sources' numbers.
+    """
+    if not isinstance(module, Adapted):
+        return OwnParts()
+    stacked = [adapter for adapter in module.adapters if adapter.per != RUN]
+    alone = tuple(count <= 1 for count in tasks)
+    return OwnParts({adapter.name: (True,) if module.by_task(adapter) else alone for adapter in stacked})
 
 
 def params_at(

@@ -6,10 +6,12 @@ Shapes in names: B rows, N parameters of one kind in a stack.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtl_jax.transfer.adapters.base import OWN, Inserted, Layer
 
@@ -61,5 +63,36 @@ def has_own(adapter: Inserted, layer: Layer, tasks: int) -> bool:
 
 
 def is_own(path: str) -> bool:
-    """Whether a parameter belongs to single tasks, by its path; such a parameter is not in the Gram matrix of the trunk."""
+    """Whether a parameter belongs to single tasks by its path alone; see OwnParts for those of adapters."""
     return f"/{OWN}/" in f"/{path}/"
+
+
+class OwnParts(NamedTuple):
+    """Which parameters of a trunk belong to single tasks; such parameters are not in the Gram matrix of the trunk.
+
+    Attributes:
+        by_adapter: {adapter with parameters for each source or task: for each of them, whether a single task reads it}.
+    """
+
+    by_adapter: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
+
+    def of(self, path: str) -> tuple[bool, ...]:
+        """(True,) for a parameter of single tasks, (False,) for a shared one, else a bool for each part of the stack.
+
+        >>> OwnParts({"lora": (True, False)}).of("adapters/lora/layer_0/attention/query/a")
+        (True, False)
+
+        Args:
+            path: The parameter's path in the trunk.
+        """
+        if is_own(path):
+            return (True,)
+        of_adapters, _, adapter_path = path.partition("/")
+        name = adapter_path.partition("/")[0] if of_adapters == "adapters" else ""
+        parts = self.by_adapter.get(name, (False,))
+        return parts if len(set(parts)) > 1 else parts[:1]
+
+
+def mask_of(parts: tuple[bool, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """bool[shape]: the part of each number of a stack of such parameters."""
+    return np.repeat(np.array(parts), int(np.prod(shape)) // len(parts)).reshape(shape)

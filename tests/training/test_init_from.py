@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 
+import finished_runs
 import jax
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import tiny
 import tiny_seq2seq
 
 import mtl_jax
-from mtl_jax import Checkpoints, Classification, Evaluation, InitFrom, Phase
+from mtl_jax import Checkpoints, Classification, Evaluation, InitFrom, Phase, sharing
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.trees import flat
 from mtl_jax.inference.predict import open_run
@@ -123,3 +124,48 @@ def test_what_cannot_begin_a_run_is_found_before_anything_is_written(bert, data,
     refused(InitFrom(str(tmp_path / "bert")), "its vocabulary differs from that of this experiment: the token '(good|bad)'")
     tasks = (Classification(name="rating", source="questions", column="fine"), *tiny.experiment(bert, data).tasks[1:])
     refused(InitFrom(str(workdir)), r"heads/rating/output/\w+ is .* here and .* in", tasks=tasks)
+
+
+COPIES = (
+    sharing.TopLayers(own=1),
+    sharing.CrossStitch(layers=1),
+    sharing.Sluice(layers=1),
+    sharing.MMoELayers(layers=1),
+    sharing.PLE(levels=1),
+)
+
+
+@pytest.mark.parametrize("part", COPIES, ids=lambda part: type(part).__name__)
+def test_copies_of_layers_are_copies_of_the_loaded_ones(bert, data, workdir, part):
+    init = InitFrom(str(workdir), subtree="trunk")
+    prepared = prepare(tiny.experiment(bert, data, phases=ONE, sharing=part, init_from=init))
+    after, record, line = init_from.load_parameters(prepared)
+    before, trunk = flat(prepared.params["trunk"]), flat(after.params["trunk"])
+    expected = flat(prepared.trunk.module.add(after.params["trunk"], jax.random.key(0)))
+    assert trunk.keys() == expected.keys()
+    for path, leaf in trunk.items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    changed = {f"trunk/{path}" for path in trunk if "adapters/" in path and not np.array_equal(trunk[path], before[path])}
+    assert changed
+    assert set(record["made_again"]) == changed
+    assert not changed & {*record["loaded"], *record["initialised"]}
+    assert f"{len(changed)} not in it and made again from the loaded trunk (trunk/adapters/...)" in line
+
+
+def test_an_adapter_starts_from_the_loaded_trunk_unless_it_is_loaded(bert, data, workdir, tmp_path):
+    experiment = tiny.experiment(bert, data, phases=ONE, adapters=(mtl_jax.Pissa(name="pissa", rank=2),))
+    init = InitFrom(str(workdir), subtree="trunk")
+    after, record, _ = init_from.load_parameters(prepare(dataclasses.replace(experiment, init_from=init)))
+    layer = next(path.rpartition("/")[0] for path in record["made_again"] if path.endswith("fixed_a"))
+    leaves = flat(after.params)
+    kernel = leaves[layer.replace("adapters/pissa/", "") + "/kernel"]
+    left, values, right = np.linalg.svd(kernel, full_matrices=False)
+    product = experiment.adapters[0].scale * leaves[f"{layer}/fixed_a"] @ leaves[f"{layer}/fixed_b"]
+    np.testing.assert_allclose(product, left[:, :2] * values[:2] @ right[:2], atol=1e-4)
+
+    source = finished_runs.write(tmp_path / "pissa", experiment)
+    init = InitFrom(str(tmp_path / "pissa"), subtree="trunk")
+    after, record, _ = init_from.load_parameters(prepare(dataclasses.replace(experiment, init_from=init)))
+    assert record["made_again"] == ()
+    for path, leaf in flat(source["trunk"]).items():
+        np.testing.assert_array_equal(flat(after.params["trunk"])[path], leaf)

@@ -137,7 +137,7 @@ def tables(
         rows: The most rows of a task.
         layer: The layer whose features are read; 0: the trunk's output.
         runs: Workdirs of finished runs.
-        seed: Seed of rows and heads.
+        seed: Seed of rows and heads, and of the rows and the projection of gradients.
 
     Raises:
         UserError: A run, the layer or a number is refused.
@@ -213,10 +213,13 @@ def _gradients(
         for pair in itertools.product([name for name in names if can_be_linear(models[name].task)], repeat=2)
         if pair[0] != pair[1] and pair[1] in targets
     ]
+    linear_rows: dict[int, Any] = {}  # by trunk, whose backward pass is compiled once for all of its tasks
     for name in dict.fromkeys(itertools.chain.from_iterable(pairs)):
         model = models[name]
+        if id(model.trunk) not in linear_rows:
+            linear_rows[id(model.trunk)] = make_linear_rows(model.trunk, seed=sampled.seed)
         log.info("gradients of task %s", name)
-        rows[name] = make_linear_rows(model.trunk)(model.task, model.head, sampled.batches[name])
+        rows[name] = linear_rows[id(model.trunk)](model.task, model.head, sampled.batches[name])
     return {(source, target): (rows[source], rows[target]) for source, target in pairs}
 
 

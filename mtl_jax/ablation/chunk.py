@@ -56,6 +56,7 @@ class RunStatus:
         since_best: Evaluations since then.
         diverged: "at step N: " and the number that is not finite; empty: all are.
         ended: The step at which it diverged or stopped early; later steps are ignored. 0: it is still trained.
+        facts: Counts.facts(...) at that step; {}: it is still trained, or ended before checkpoints had them.
     """
 
     best: float | None = None
@@ -63,6 +64,7 @@ class RunStatus:
     since_best: int = 0
     diverged: str = ""
     ended: int = 0
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Shared(NamedTuple):
@@ -257,8 +259,13 @@ class Chunk:
         self.shared.progress.update(len(self.runs), tokens, title=plan.phase.name)
 
     def _diverged(self, number: int, step: int, problem: str) -> None:
-        self.statuses[number].diverged, self.statuses[number].ended = f"at step {step}: {problem}", step
+        self.statuses[number].diverged = f"at step {step}: {problem}"
+        self._end(number, step)
         log.warning("run %s diverged at step %d: %s; the other runs are trained on", self.runs[number].name, step, problem)
+
+    def _end(self, number: int, step: int) -> None:
+        """Ends a run at a step whose metrics are the last that were read; its counts are those up to this step."""
+        self.statuses[number].ended, self.statuses[number].facts = step, self.counts.facts(self.examples)
 
     def _ended(self) -> bool:
         """Whether every run has diverged or stopped early."""
@@ -298,7 +305,7 @@ class Chunk:
             else:
                 status.since_best += 1
                 if status.since_best == self.experiment.evaluation.patience:
-                    status.ended = step
+                    self._end(number, step)
         return self.machine.keep_better(best, stacking.per_run_part(measured, per_run), jnp.asarray(better))
 
     def _save(self, step: int, state: Together) -> None:
@@ -341,7 +348,7 @@ class Chunk:
                 "best_criterion": status.best,
                 "seconds": round(self.counts.seconds, 1),
                 "runs_at_once": len(self.runs),
-                **self.counts.facts(self.examples),
+                **(status.facts or self.counts.facts(self.examples)),
             }
             folder, run_scores = self.shared.run_folder(run), {"dev": dev.scores, "test": test.scores}
             copies = {"without_copies": test.without_copies}

@@ -61,7 +61,8 @@ def runs(
     """All combinations of the values of the axes; combinations that give the same experiment are one run.
 
     An axis over weights is for methods with given weights, and one over weighting_options for the methods that have the option;
-    other methods are not combined with it.
+    other methods are not combined with it. Methods with given weights keep those of the experiment; its weighting_options are
+    for its own rule, and each method has its own.
 
     Args:
         experiment: The fixed fields, with tasks selected.
@@ -140,15 +141,11 @@ def _of_method(experiment: Experiment, text: str, axes: Sequence[Axis]) -> tuple
     """The values that a method fixes, and the axes that it is combined with."""
     name, _, options = name_options.parse(text, "method", weighting.RULES)
     parameters = inspect.signature(weighting.RULES[name]).parameters
-    fixed: dict[Path, Any] = {("weighting",): name}
-    if name not in GIVEN:
-        fixed |= ({} if weighting.takes_weights(name) else {("weights",): {}}) | {("weighting_options",): options}
-    elif options:
+    if name in GIVEN and options:
         raise UserError(f"--methods {text}: it has no options; weights are given by --vary weights=...")
-    elif name == "equal":
-        fixed |= {("weights",): {}, ("weighting_options",): {}}
-    elif experiment.weighting_options:  # those of the script's own rule
-        fixed |= {("weighting_options",): {}}
+    fixed: dict[Path, Any] = {("weighting",): name, ("weighting_options",): options}  # not those of the script's rule
+    if not weighting.takes_weights(name):
+        fixed["weights",] = {}
     repeated = [path[1] for axis in axes for path in axis.paths if path[0] == "weighting_options" and path[1] in options]
     if repeated:
         raise UserError(f"--methods {text} and --vary weighting-options.{repeated[0]}: the field has two axes; name it once")

@@ -137,7 +137,7 @@ def tables(
         rows: The most rows of a task.
         layer: The layer whose features are read; 0: the trunk's output.
         runs: Workdirs of finished runs.
-        seed: Seed of rows and heads.
+        seed: Seed of rows and heads, and of the rows and the projection of gradients.
 
     Raises:
         UserError: A run, the layer or a number is refused.
@@ -192,7 +192,7 @@ def tables(
     gradients: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     if set(inputs) & set(WITH_GRADIENTS):
         with timed(seconds, "gradients"):
-            gradients = _gradients(sampled, models, targets, seed)
+            gradients = _gradients(sampled, models, targets)
     signals: dict[tuple[str, str], np.ndarray] = {}
     for folder in runs if "signals" in inputs else ():
         signals |= step_signals(read_metrics(Path(folder)))
@@ -200,7 +200,7 @@ def tables(
 
 
 def _gradients(
-    sampled: Sampled, models: Mapping[str, SourceModel], targets: Sequence[str], seed: int
+    sampled: Sampled, models: Mapping[str, SourceModel], targets: Sequence[str]
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """The linear rows of pairs of tasks that are in one run."""
     rows: dict[str, np.ndarray] = {}
@@ -213,9 +213,11 @@ def _gradients(
         for pair in itertools.product([name for name in names if can_be_linear(models[name].task)], repeat=2)
         if pair[0] != pair[1] and pair[1] in targets
     ]
-    linear_rows = {id(model.trunk): make_linear_rows(model.trunk, seed=seed) for model in models.values()}
+    linear_rows: dict[int, Any] = {}  # by trunk, whose backward pass is compiled once for all of its tasks
     for name in dict.fromkeys(itertools.chain.from_iterable(pairs)):
         model = models[name]
+        if id(model.trunk) not in linear_rows:
+            linear_rows[id(model.trunk)] = make_linear_rows(model.trunk, seed=sampled.seed)
         log.info("gradients of task %s", name)
         rows[name] = linear_rows[id(model.trunk)](model.task, model.head, sampled.batches[name])
     return {(source, target): (rows[source], rows[target]) for source, target in pairs}

@@ -5,6 +5,8 @@ Rows are texts, or words if a task labels words. Texts are packed into batches a
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -14,7 +16,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mtl_jax.core.errors import UserError, unknown
+from mtl_jax.core.errors import UserError, listed, unknown
 from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.examples import Examples
@@ -27,7 +29,10 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import Encode, encode_tokens
 from mtl_jax.training.prepared import Prepared
 from mtl_jax.training.setup import prepare
-from mtl_jax.transfer.adapters import ADAPTERS, Adapted
+from mtl_jax.transfer.adapters import ADAPTERS, Adapted, PromptTuning
+from mtl_jax.transfer.adapters.base import RUN, Adapter
+
+log = logging.getLogger(__name__)
 
 FIELDS = ("pooled", "tokens", "first")  # of Encoded
 ROWS = 512
@@ -75,7 +80,7 @@ def features(
     """Features of an experiment's trunk before training, with the labels of its tasks' training rows.
 
     Args:
-        experiment: The experiment, or the result of training.setup.prepare. Its init_from is loaded first.
+        experiment: The experiment, or the result of training.setup.prepare. Its init_from is loaded first, with its adapters.
         tasks: The tasks; empty: all.
         layer: The layer whose output is read, from 1; 0: the trunk's output.
         rows: The most texts of a task, chosen at random, and the most words if a task labels words.
@@ -112,16 +117,33 @@ def task_of(prepared: Prepared, name: str) -> Task:
 
 
 def before_training(prepared: Prepared, layer: int = 0) -> TrunkFunction:
-    """The trunk of an experiment before training, without adapters, which change nothing before they train.
+    """The trunk of an experiment before training.
+
+    It has the adapters that init_from loads and that all rows share. Others are left out: new ones change nothing before they
+    train, except for the prompts of PromptTuning, and those of sources or tasks are not the same for all rows.
 
     Raises:
         UserError: init_from cannot be loaded, or the trunk has no such layer.
     """
+    loaded: set[str] = set()
     if prepared.experiment.init_from.path:
-        prepared, _, _ = init_from.load_parameters(prepared)
+        prepared, record, _ = init_from.load_parameters(prepared)
+        loaded = {path.split("/")[2] for path in record["loaded"] if path.startswith(f"trunk/{ADAPTERS}/")}
     module, params = prepared.trunk.module, jax.device_put(prepared.params["trunk"])
     if isinstance(module, Adapted):
-        module, params = module.base, {name: tree for name, tree in params.items() if name != ADAPTERS}
+        kept = tuple(part for part in module.adapters if part.name in loaded and isinstance(part, Adapter) and part.per == RUN)
+        names = [part.name for part in kept]
+        if left_out := sorted(loaded.difference(names)):
+            log.info(
+                "features are those of the trunk without %s of %s, which are of single sources or tasks",
+                listed(left_out),
+                prepared.experiment.init_from.path,
+            )
+        if any(isinstance(part, PromptTuning) and part.name not in names for part in module.adapters):
+            log.info("features are those of the trunk without its new prompt, which changes the output before it trains")
+        added = {name: params[ADAPTERS][name] for name in names}
+        params = {name: tree for name, tree in params.items() if name != ADAPTERS} | ({ADAPTERS: added} if kept else {})
+        module = dataclasses.replace(module, adapters=kept, routes=None, owners=()) if kept else module.base
     return make_trunk(module, params, layer)
 
 
@@ -161,7 +183,7 @@ def _at_layer(encode: Encode, name: str) -> Encode:
             if context.method_name == "__call__" and context.module.path == (name,):
                 outputs.append(output[0] if isinstance(output, tuple) else output)
             if context.method_name == "__call__" and not context.module.path:
-                return output._replace(hidden=outputs[-1])
+                return output._replace(hidden=outputs[-1][:, -output.hidden.shape[1] :])  # without the places of prompts
             return output
 
         with nn.intercept_methods(record):

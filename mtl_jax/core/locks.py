@@ -29,6 +29,7 @@ NAME = ".lock"
 REPORT = ".report.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems without flock
 _PAUSE = 0.2  # seconds between two attempts
+_ATTEMPTS = 1000  # to create a directory that other processes remove again
 
 
 class Busy(UserError):
@@ -134,20 +135,11 @@ def _warn_no_locks(path: Path, error: Exception) -> None:
 
 @contextlib.contextmanager
 def _hold_lock(path: Path, written: Path, advice: str, patience: float = 0.0, creates: bool = False) -> Iterator[None]:
-    """Holds a lock while the block runs; its file is removed afterwards.
-
-    With `creates`, its directory is created again where the process that had created it has just removed it.
-    """
+    """Holds a lock while the block runs; its file is removed afterwards. Only if `creates`, an absent directory is created."""
     deadline = time.monotonic() + patience
     with writing(written), contextlib.ExitStack() as stack:
         while True:
-            try:
-                file = stack.enter_context(open_to_lock(path))
-            except FileNotFoundError:
-                if not creates:
-                    raise
-                path.parent.mkdir(parents=True, exist_ok=True)
-                continue
+            file = stack.enter_context(_open_in_created(path) if creates else open_to_lock(path))
             if lock(file, path):
                 break
             busy = _busy(written, path, advice)
@@ -161,6 +153,24 @@ def _hold_lock(path: Path, written: Path, advice: str, patience: float = 0.0, cr
         opened = stack.pop_all()
     with opened:
         yield
+
+
+def _open_in_created(path: Path) -> BinaryIO:
+    """As open_to_lock(); its directory, which another process may have removed as empty, is created again."""
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):
+            return open_to_lock(path)
+        _make(path.parent)
+    return open_to_lock(path)
+
+
+def _make(folder: Path) -> None:
+    """Creates a directory and its parents, while other processes may remove them as empty."""
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # removed meanwhile, or there is a file
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _remove(file: BinaryIO, path: Path) -> None:
@@ -215,7 +225,7 @@ def _created(folder: Path) -> Iterator[None]:
     """Creates a directory and its parents; those that it created and that are empty afterwards are removed."""
     with writing(folder):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mtl_jax.transfer.adapters import Adapted
+from mtl_jax.transfer.adapters import Adapted, PromptTuning
 from mtl_jax.transfer.adapters.base import Shown
 from mtl_jax.transfer.adapters.routes import Routes
 
@@ -71,7 +71,13 @@ def usage(
     """
     shown: dict[str, dict[str, Shown]] = {}
     module.apply({"params": params}, input_ids, attention_mask, source=source, shown=shown, **kwargs)
-    return by_task(shown, module.routes, attention_mask, source, sources_of_tasks)
+    return by_task(shown, module.routes, attention_mask, source, sources_of_tasks, prompt_places(module))
+
+
+def prompt_places(module: Adapted) -> int:
+    """How many places the prompts of a trunk have in front of every row's tokens."""
+    prompts = [adapter for adapter in module.adapters if isinstance(adapter, PromptTuning)]
+    return sum(prompt.examples * prompt.length for prompt in prompts)
 
 
 def by_task(
@@ -80,15 +86,19 @@ def by_task(
     mask: jax.Array,
     source: jax.Array,
     sources_of_tasks: ArrayLike,
+    prompts: int = 0,
 ) -> dict[str, dict[str, Usage]]:
     """Weights that were shown in a pass, summed over the tokens of each task, which are those of the rows of its source.
+
+    Prompts belong to no text, and their places do not count.
 
     Args:
         shown: {layer: {name: weights}}, from Adapted.apply().
         routes: The tasks of the copies of rows; None: rows have no copies.
-        mask: [B, T], 0 at padding. Tokens that an adapter has put in front of these, a prompt, do not count.
+        mask: [B, T], 0 at padding.
         source: i32[B], the source of each row.
         sources_of_tasks: i32[K], the source of each task.
+        prompts: prompt_places(...) of the trunk.
 
     Raises:
         ValueError: The first axes of weights do not fit rows or tasks.
@@ -102,11 +112,11 @@ def by_task(
 
     def summed(place: str, part: Shown) -> Usage:
         weights, E = part.weights.astype(jnp.float32), part.weights.shape[-1]
+        if prompts and weights.ndim >= 3 and weights.shape[-2] == prompts + T:
+            weights = weights[..., prompts:, :]
         rows = weights.size // (E * weights.shape[-2])
         if weights.ndim == 2 and len(weights) == K:
             return Usage(weights, jnp.ones(K), part.columns)
-        if weights.ndim >= 3 and weights.shape[-2] > max(T, 1):
-            weights = weights[..., -T:, :]
         if weights.ndim < 3 or rows % B or weights.shape[-2] not in (1, T):
             raise ValueError(f"weights at {place} are {part.weights.shape}, which fit neither {B} x {T} tokens nor {K} tasks")
         by_copy_BxCxTxE = jnp.broadcast_to(weights.reshape(B, -1, weights.shape[-2], E), (B, rows // B, T, E))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import pretrained, trunk_compatibility
@@ -16,8 +18,10 @@ from mtl_jax.experiment import Experiment
 from mtl_jax.models.trunk_output import token_table
 from mtl_jax.pretrained.checkpoint import AUTO
 from mtl_jax.sharing.base import Hard
+from mtl_jax.tasks import Task
 from mtl_jax.training import restore
 from mtl_jax.training.prepared import Prepared
+from mtl_jax.training.train_state import init_params, made_by_cpu
 from mtl_jax.transfer import loading
 from mtl_jax.transfer.adapters import ADAPTERS, Adapted
 from mtl_jax.transfer.adapters.base import RUN
@@ -47,13 +51,15 @@ class InitialParams(NamedTuple):
 def load_parameters(prepared: Prepared) -> tuple[Prepared, dict[str, Any], str]:
     """The run with the parameters that experiment.init_from names.
 
+    Adapters, a sharing and heads that start as parts of the trunk, such as copies of its layers, start as those of the loaded
+    trunk, unless parameters of the same adapter, sharing or head are loaded.
+
     Args:
         prepared: The run with the initial parameters of its trunk and seed.
 
     Returns:
         The run with the loaded parameters; the contents of init_from.json: their origin, a SHA-256 of the loaded ones, and for
-        every parameter whether it was loaded; and a line for the log. What adapters and the sharing take of the trunk when they
-        are made, such as copies of its layers, they take of the loaded one.
+        every parameter whether it was loaded; and a line for the log.
 
     Raises:
         UserError: The path is not a run or checkpoint, the run is not finished, its family, vocabulary or shapes differ, or its
@@ -64,30 +70,37 @@ def load_parameters(prepared: Prepared) -> tuple[Prepared, dict[str, Any], str]:
     source = _from_run(init, prepared.experiment) if is_run else _from_checkpoint(init)
     params, account = loading.load_into(prepared.params, source.leaves, init)
     _check(prepared, init, source, account)
-    again = _made_of(prepared, params, account)
-    params = trees.nested({**trees.flat(params), **again})
+    params, account = _made_again(prepared, params, account)
     record = {"path": init.path, **source.facts, "sha256": _digest(source.leaves, account), **account._asdict()}
-    line = _line(init, source, account)
-    if again:
-        made = count(len(again), "parameter of adapters and the sharing is", "parameters of adapters and the sharing are")
-        line += f"; of these, {made} made of the loaded trunk ({loading.shown([*again])})"
-        record["made_of_loaded"] = tuple(again)
-    return prepared._replace(params=params), record, line
+    return prepared._replace(params=params), record, _line(init, source, account)
 
 
-def _made_of(prepared: Prepared, params: Any, account: Account) -> dict[str, Any]:
-    """{path: array} of adapters and the sharing that begin from the trunk, such as copies of layers, made of the loaded one."""
-    module, key = prepared.trunk.module, jax.random.key(prepared.experiment.seed)
-    if not isinstance(module, Adapted):
-        return {}
+def _made_again(prepared: Prepared, params: Any, account: Account) -> tuple[Any, Account]:
+    """Makes what starts as a part of the trunk again from the loaded trunk, where nothing of its part was loaded."""
+    module, tasks = prepared.trunk.module, prepared.corpus.tasks
+    starts = isinstance(module, Adapted) or any(type(task).start_from is not Task.start_from for task in tasks)
+    added = f"trunk/{ADAPTERS}/"
+    if not starts or not any(path.startswith("trunk/") and not path.startswith(added) for path in account.loaded):
+        return params, account
 
-    def added(trunk: Any) -> dict[str, Any]:
-        alone = {name: tree for name, tree in trunk.items() if name != ADAPTERS}
-        return {f"trunk/{ADAPTERS}/{path}": leaf for path, leaf in trees.flat(module.add(alone, key)[ADAPTERS]).items()}
+    def part(path: str) -> str:
+        """trunk/adapters/NAME, or heads/TASK."""
+        return "/".join(path.split("/")[: 3 if path.startswith(added) else 2])
 
-    before, after = added(prepared.params["trunk"]), added(params["trunk"])
-    unlike = [path for path in after if path not in account.loaded and not np.array_equal(before[path], after[path])]
-    return {path: after[path] for path in unlike}
+    trunk = {name: jax.tree.map(jnp.asarray, tree) for name, tree in params["trunk"].items() if name != ADAPTERS}
+    making = contextlib.nullcontext if prepared.experiment.sharding == "replicated" else made_by_cpu  # as in prepare()
+    with making():
+        fresh = trees.flat(init_params(prepared.trunk._replace(params=trunk), tasks, prepared.experiment.seed))
+    result, loaded_parts = trees.flat(params), {part(path) for path in account.loaded}
+    made_again = []
+    for path in account.initialised:
+        if path.startswith((added, "heads/")) and path in fresh and part(path) not in loaded_parts:
+            leaf = np.asarray(fresh[path])
+            if not np.array_equal(leaf, result[path]):
+                result[path] = leaf
+                made_again.append(path)
+    kept = tuple(path for path in account.initialised if path not in set(made_again))
+    return trees.nested(result), account._replace(initialised=kept, made_again=tuple(made_again))
 
 
 def _from_run(init: InitFrom, experiment: Experiment) -> InitialParams:
@@ -153,6 +166,7 @@ def _line(init: InitFrom, source: InitialParams, account: Account) -> str:
     step = f", step {source.facts['step']}" if "step" in source.facts else ""
     parts = [f"beginning from {init.path}{step}: {count(len(account.loaded), 'parameter')} loaded"]
     for paths, reason in (
+        (account.made_again, "not in it and made again from the loaded trunk"),
         (account.initialised, "not in it and initialised by trunk and seed"),
         (account.left_out, "left out"),
         (account.without_place, "not in this model"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.examples import Examples
-from mtl_jax.sharing.shown_weights import Usage, by_task
+from mtl_jax.sharing.shown_weights import Usage, by_task, prompt_places
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.evaluation import Apply, outputs_of_batches
 from mtl_jax.training.forward import encode_tokens
@@ -38,7 +38,7 @@ def make_usage(prepared: Prepared) -> Apply | None:
     def usage(params: Any, batch: Batch, table: jax.Array | None) -> dict[str, dict[str, Usage]]:
         shown: dict[str, dict[str, Shown]] = {}
         encode(params["trunk"], batch, None, None, shown=shown)
-        return by_task(shown, module.routes, batch.segments > 0, batch.source, source_K)
+        return by_task(shown, module.routes, batch.segments > 0, batch.source, source_K, prompt_places(module))
 
     apply: Any = jax.jit(usage, out_shardings=meshes.replicated(prepared.mesh))
     first = next(iter(eval_batches(_examples(prepared), prepared.experiment.batch)))

@@ -49,12 +49,15 @@ class Account(NamedTuple):
         initialised: Paths of the parameters that keep their values.
         left_out: Paths in the source that match leave_out, or that are not in the subtree.
         without_place: Paths in the source without a parameter of that name in the model.
+        made_again: Paths of the parameters that start as parts of the trunk, such as copies of its layers, and that were made
+            again from the loaded trunk.
     """
 
     loaded: dict[str, str]
     initialised: tuple[str, ...]
     left_out: tuple[str, ...]
     without_place: tuple[str, ...]
+    made_again: tuple[str, ...] = ()
 
 
 def check(init: InitFrom) -> None:

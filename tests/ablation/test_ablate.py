@@ -266,3 +266,17 @@ def test_a_task_that_writes_texts(tmp_path):
     record = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
     assert [program["runs"] for program in record["programs"]] == [4]
     assert_same_run(tmp_path / "ablation" / "runs" / "0003", alone(tmp_path / "ablation", "0003", tmp_path / "alone"))
+
+
+def test_a_run_that_stops_early_has_the_counts_of_its_own_end(bert, data, tmp_path):
+    phases, evaluation = (Phase("everything", steps=8),), Evaluation(every=1, patience=1, baseline="none")
+    ablate(short(bert, data, phases=phases, evaluation=evaluation), tmp_path / "all", ["optimizer.learning-rate=1e-4,1"])
+    facts = []
+    for name in ("0000", "0001"):
+        folder = alone(tmp_path / "all", name, tmp_path / name)
+        actual, expected = (json.loads((at / "results.json").read_text()) for at in (tmp_path / "all" / "runs" / name, folder))
+        for key in ("training_tokens", "seen", "padding"):
+            assert actual[key] == expected[key]
+        facts.append(actual)
+    assert facts[0]["steps"] != facts[1]["steps"]
+    assert facts[0]["training_tokens"] != facts[1]["training_tokens"]

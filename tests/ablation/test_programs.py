@@ -43,18 +43,6 @@ def test_methods_are_programs_and_weights_belong_to_fixed_ones(experiment):
     assert counts == {"fixed": 8, "equal": 2, "cagrad": 4, "famo": 2}
 
 
-def test_a_method_has_what_is_its_own_of_the_script(experiment):
-    """Preferences stay, where a rule takes weights; options belong to the script's rule."""
-    preferences = {"rating": 1.0, "coarse": 2.0, "fine": 4.0}
-    cosmos = dataclasses.replace(experiment, weighting="cosmos", weights=preferences)
-    runs = runs_of(cosmos, methods=["cosmos:lam=1", "pbi", "cagrad"])
-    assert [run.experiment.weights for run in runs] == [preferences, preferences, {}]
-    cagrad = dataclasses.replace(experiment, weighting="cagrad", weighting_options={"c": 0.5})
-    runs = runs_of(cagrad, "weights=simplex:2", methods=["cagrad"])
-    found = {(run.experiment.weighting, *run.experiment.weighting_options.items()) for run in runs}
-    assert found == {("cagrad",), ("fixed",)}
-
-
 def test_options_that_decide_how_a_rule_is_built_are_programs(experiment):
     """krum compares a number of gradients that shapes its program; cagrad's c is a number that comes in from outside."""
     krum = runs_of(dataclasses.replace(experiment, weighting="krum"), "weighting-options.n_byzantine=0,1")
@@ -162,3 +150,21 @@ def test_chunks_are_even():
     runs = list(range(10))
     assert device_memory.chunks([runs], 4, 1) == ([[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]], 4)
     assert device_memory.chunks([runs[:3], runs[3:]], 5, 2) == ([[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]], 4)
+
+
+def test_rules_that_take_preferences_keep_those_of_the_experiment(experiment):
+    preferences = {"rating": 1.0, "coarse": 2.0, "fine": 4.0}
+    script = dataclasses.replace(experiment, weighting="cosmos", weights=preferences, weighting_options={"lam": 3.0})
+    runs = runs_of(script, methods=["cosmos", "pbi", "cosmos:lam=2", "equal"])
+    assert [run.experiment.weights for run in runs] == [preferences] * 3 + [{}]
+    assert [run.experiment.weighting_options for run in runs] == [{}, {}, {"lam": 2}, {}]
+    varied = [run.experiment for run in runs_of(script, "weights=1/2/4,4/2/1", methods=["pbi"])]
+    assert [run.weights["rating"] for run in varied if run.weighting == "pbi"] == [1, 4]
+
+
+@pytest.mark.parametrize("methods", [["cagrad"], ["fixed", "equal"]])
+def test_options_of_the_experiments_rule_are_not_those_of_the_methods(experiment, methods):
+    script = dataclasses.replace(experiment, weighting="cagrad", weighting_options={"c": 0.5})
+    runs = runs_of(script, "weights=simplex:2", methods=methods)
+    assert [run.experiment.weighting for run in runs] == ["fixed", "fixed", methods[-1]]
+    assert all(run.experiment.weighting_options == {} for run in runs)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import finished_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +19,11 @@ import tiny
 
 import mtl_jax
 from mtl_jax import Classification, MaskedLM, Source, Tagging, UserError, affinity
-from mtl_jax.affinity import copied_rows, source_models, task_features
+from mtl_jax.affinity import copied_rows, pair_tables, source_models, task_features
 from mtl_jax.affinity.pair_tables import NotApplicable, input_of, tables
 from mtl_jax.cli import main, scripts
 from mtl_jax.core import files, trees
+from mtl_jax.inference.predict import open_run
 from mtl_jax.training.setup import prepare
 from mtl_jax.transfer import adapters
 
@@ -395,3 +397,61 @@ def test_the_guide_runs(bert, data):
     assert names["grouping"].optimal
     rows = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(affinity.ESTIMATORS)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    "adapter", [mtl_jax.Lora(name="lora", rank=2), mtl_jax.PromptTuning(name="prompt", length=2)], ids=lambda part: part.name
+)
+def test_features_have_the_adapters_that_init_from_loads(deep, data, tmp_path, adapter, layer):
+    plain = tiny.experiment(deep, data)
+    adapted = dataclasses.replace(plain, adapters=(adapter,), batch=dataclasses.replace(plain.batch, packed=False))
+    finished_runs.write(tmp_path / "run", adapted)
+    init = mtl_jax.InitFrom(str(tmp_path / "run"), subtree="trunk")
+    loaded = dataclasses.replace(adapted, init_from=init)
+    features = affinity.features(loaded, ["fine"], rows=6, layer=layer)["fine"].features
+    without = affinity.features(adapted, ["fine"], rows=6, layer=layer)["fine"].features
+    assert np.abs(features - without).max() > 0.01
+
+    # As of the finished run's own trunk.
+    run = open_run(tmp_path / "run")
+    trunk = task_features.make_trunk(run.trunk.module, run.params["trunk"], layer)
+    task, corpus = task_features.task_of(prepare(adapted), "fine"), prepare(adapted).corpus
+    examples = task_features.sample(task, corpus.splits["train"][task.source], 6, 0)
+    batches = task_features.labelled_batches(task, examples, adapted.batch)
+    expected = task_features.read(task, examples, batches, task_features.encoded(trunk, batches), 6, 0).features
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_parts_of_tasks_that_init_from_loads_are_left_out_in_a_line(deep, data, tmp_path, caplog):
+    own = dataclasses.replace(tiny.experiment(deep, data), sharing=mtl_jax.sharing.TopLayers(own=1))
+    finished_runs.write(tmp_path / "run", own)
+    loaded = dataclasses.replace(own, init_from=mtl_jax.InitFrom(str(tmp_path / "run")))
+    with caplog.at_level("INFO"):
+        trunk = task_features.before_training(prepare(loaded))
+    assert "adapters" not in trunk.params
+    assert f"without sharing of {tmp_path / 'run'}, which are of single sources or tasks" in caplog.text
+
+
+def test_a_new_prompt_is_left_out_in_a_line(deep, data, caplog):
+    prompt = mtl_jax.PromptTuning(name="prompt", length=2)
+    plain = tiny.experiment(deep, data)
+    with caplog.at_level("INFO"):
+        task_features.before_training(
+            prepare(dataclasses.replace(plain, adapters=(prompt,), batch=dataclasses.replace(plain.batch, packed=False)))
+        )
+    assert "without its new prompt, which changes the output before it trains" in caplog.text
+
+
+def test_gradients_are_of_one_program_for_a_run_and_of_rows_by_seed(bert, data, workdir, monkeypatch):
+    made = []
+
+    def make_linear_rows(trunk, seed=0):
+        made.append(seed)
+        return lambda task, head, batches: np.zeros((2, 3), np.float32)
+
+    monkeypatch.setattr(pair_tables, "make_linear_rows", make_linear_rows)
+    prepared = prepare(tiny.experiment(bert, data))
+    built = tables(prepared, ["gradients"], ["fine"], rows=6, layer=0, runs=[workdir], seed=5)
+    assert set(built.gradients) == {("rating", "fine"), ("coarse", "fine")}
+    assert made == [5]

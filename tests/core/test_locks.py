@@ -199,16 +199,29 @@ def test_who_has_patience_writes_after_the_first(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_a_directory_that_was_removed_before_its_lock_was_opened_is_made_again(tmp_path, monkeypatch):
-    """As by another process whose lock of the same directory ends just then."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_directory_that_another_process_removes_is_made_again(tmp_path, monkeypatch, times):
+    """The other process ends between this one's mkdir and open, and removes what it made and is empty."""
+    folder, left = tmp_path / "taken" / "0", [times]
     opened = locks.open_to_lock
-    removed = []
 
-    def late(path):
-        if not removed:
-            removed.append(path.parent.rmdir())
+    def late(path: Path):
+        if left[0]:
+            left[0] -= 1
+            folder.rmdir()
+            folder.parent.rmdir()
         return opened(path)
 
     monkeypatch.setattr(locks, "open_to_lock", late)
-    with locks.workdir(tmp_path / "taken" / "0"):
-        assert (tmp_path / "taken" / "0" / locks.NAME).exists()
+    with locks.workdir(folder):
+        assert (folder / locks.NAME).exists()
+    left[0] = times
+    with locks.target(folder / "made"):
+        assert folder.exists()
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="file"), locks.workdir(folder):
+            pass

@@ -1,5 +1,6 @@
 """Who uses which expert: the numbers against softmaxes by hand, their records in a run, and their section of the report."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mtl_jax import Evaluation, Phase, reporting, sharing, train
+from mtl_jax import Evaluation, Phase, PromptTuning, reporting, sharing, train
 from mtl_jax.reporting import sharing_section
 from mtl_jax.reporting.series import Series
 from mtl_jax.sharing.shown_weights import by_task
 from mtl_jax.training.metrics_log import read_metrics
-from mtl_jax.training.sharing_usage import make_usage
+from mtl_jax.training.setup import prepare
+from mtl_jax.training.sharing_usage import make_usage, usage_record
 from mtl_jax.transfer.adapters import ADAPTERS, adapt, routes
 from mtl_jax.transfer.adapters.base import Call, Layer, Shown
 
@@ -111,19 +113,6 @@ def test_the_weights_are_those_by_hand(part):
         assert len(usage[layer][name].columns) == expected.shape[1]
 
 
-def test_tokens_of_a_prompt_do_not_count():
-    """Two tokens in front of each row, in its copies, too."""
-    rng = np.random.default_rng(0)
-    weights = rng.random((2, 5, 3)).astype(np.float32)
-    longer = np.concatenate([rng.random((2, 2, 3)).astype(np.float32), weights], axis=1)
-    mask, source = jnp.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), jnp.array([0, 1])
-    found = [
-        by_task({"layer": {"gate": Shown(jnp.asarray(part), ("a", "b", "c"))}}, None, mask, source, [0, 1])["layer"]["gate"]
-        for part in (weights, longer)
-    ]
-    np.testing.assert_array_equal(found[0].means, found[1].means)
-
-
 def test_what_is_shown_is_checked_and_a_training_step_ignores_it():
     call = Call(Layer("layer_0", "layer"), None, lambda: None, (), {}, None)
     call.show("gate", jnp.ones((2, 3)), ["too", "few"])
@@ -208,3 +197,36 @@ def test_hard_sharing_and_one_without_gates_show_nothing():
         return sharing.usage(module, params, IDS, MASK, source=SOURCE, sources_of_tasks=SOURCES_OF_TASKS)
 
     assert jax.eval_shape(usage_of, params) == {}
+
+
+@pytest.mark.parametrize("examples", [1, 2])
+def test_the_places_of_prompts_do_not_count(examples):
+    """As if the weights of the prompts were not there, and whatever the number of tasks and places."""
+    weights = np.random.default_rng(0).random((4, 3 + 2 * examples, 2)).astype(np.float32)
+    columns = ("one", "two")
+
+    def of(weights, prompts):
+        shown = {"layer": {"gate": Shown(jnp.asarray(weights), columns)}}
+        return by_task(shown, None, MASK, SOURCE, SOURCES_OF_TASKS, prompts)["layer"]["gate"].means
+
+    np.testing.assert_array_equal(of(weights, 2 * examples), of(weights[:, 2 * examples :], 0))
+    with pytest.raises(ValueError, match="which fit neither 4 x 3 tokens nor 3 tasks"):
+        of(weights, 0)
+
+
+def test_a_run_with_a_prompt_and_gates_by_token(shallow, data):
+    experiment = tiny.experiment(
+        shallow,
+        data,
+        adapters=(PromptTuning(name="prompt", length=2, examples=1),),
+        sharing=sharing.MMoE(experts=2, width=2),
+    )
+    prepared = prepare(replace(experiment, batch=replace(experiment.batch, packed=False)))
+    apply = make_usage(prepared)
+    assert apply is not None
+    record = usage_record(apply, prepared.params, prepared)
+    sums = {}
+    for path, weight in record.items():
+        row = path.rpartition("/")[0]
+        sums[row] = sums.get(row, 0) + weight
+    assert sums == pytest.approx(dict.fromkeys(sums, 1.0), abs=1e-3)

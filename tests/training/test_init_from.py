@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 
+import finished_runs
 import jax
 import numpy as np
 import pytest
@@ -125,30 +126,46 @@ def test_what_cannot_begin_a_run_is_found_before_anything_is_written(bert, data,
     refused(InitFrom(str(workdir)), r"heads/rating/output/\w+ is .* here and .* in", tasks=tasks)
 
 
-@pytest.mark.parametrize(
-    ("changes", "names"),
-    [
-        ({"sharing": sharing.TopLayers(own=1)}, {"own"}),
-        ({"sharing": sharing.CrossStitch(layers=1)}, {"columns"}),
-        ({"sharing": sharing.MMoELayers(experts=2, layers=1)}, {"experts"}),
-        ({"adapters": (mtl_jax.Pissa(name="pissa", rank=2),)}, {"a", "b", "fixed_a", "fixed_b"}),
-        ({"adapters": (mtl_jax.Lora(name="lora", rank=2),)}, set()),
-    ],
-    ids=["top layers", "cross-stitch", "experts", "pissa", "lora"],
+COPIES = (
+    sharing.TopLayers(own=1),
+    sharing.CrossStitch(layers=1),
+    sharing.Sluice(layers=1),
+    sharing.MMoELayers(layers=1),
+    sharing.PLE(levels=1),
 )
-def test_what_begins_from_the_trunk_begins_from_the_loaded_one(bert, data, workdir, changes, names):
-    """As if the loaded trunk were that of the experiment."""
-    experiment = tiny.experiment(bert, data, init_from=InitFrom(str(workdir), subtree="trunk"), **changes)
-    prepared = prepare(experiment)
+
+
+@pytest.mark.parametrize("part", COPIES, ids=lambda part: type(part).__name__)
+def test_copies_of_layers_are_copies_of_the_loaded_ones(bert, data, workdir, part):
+    init = InitFrom(str(workdir), subtree="trunk")
+    prepared = prepare(tiny.experiment(bert, data, phases=ONE, sharing=part, init_from=init))
     after, record, line = init_from.load_parameters(prepared)
-    loaded = flat({"trunk": open_run(workdir).params["trunk"]})
-    found, adapters = flat(after.params), prepared.trunk.module
-    alone = {name: tree for name, tree in after.params["trunk"].items() if name != "adapters"}
-    expected = flat({"trunk": {"adapters": adapters.add(alone, jax.random.key(0))["adapters"]}})
-    for path in record.get("made_of_loaded", ()):
-        np.testing.assert_array_equal(found[path], expected[path])
-    for path, leaf in loaded.items():
-        np.testing.assert_array_equal(found[path], leaf)
-    made = record.get("made_of_loaded", ())
-    assert all(any(f"/{name}" in path for path in made) for name in names)
-    assert bool(made) == bool(names) == ("made of the loaded trunk" in line)
+    before, trunk = flat(prepared.params["trunk"]), flat(after.params["trunk"])
+    expected = flat(prepared.trunk.module.add(after.params["trunk"], jax.random.key(0)))
+    assert trunk.keys() == expected.keys()
+    for path, leaf in trunk.items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    changed = {f"trunk/{path}" for path in trunk if "adapters/" in path and not np.array_equal(trunk[path], before[path])}
+    assert changed
+    assert set(record["made_again"]) == changed
+    assert not changed & {*record["loaded"], *record["initialised"]}
+    assert f"{len(changed)} not in it and made again from the loaded trunk (trunk/adapters/...)" in line
+
+
+def test_an_adapter_starts_from_the_loaded_trunk_unless_it_is_loaded(bert, data, workdir, tmp_path):
+    experiment = tiny.experiment(bert, data, phases=ONE, adapters=(mtl_jax.Pissa(name="pissa", rank=2),))
+    init = InitFrom(str(workdir), subtree="trunk")
+    after, record, _ = init_from.load_parameters(prepare(dataclasses.replace(experiment, init_from=init)))
+    layer = next(path.rpartition("/")[0] for path in record["made_again"] if path.endswith("fixed_a"))
+    leaves = flat(after.params)
+    kernel = leaves[layer.replace("adapters/pissa/", "") + "/kernel"]
+    left, values, right = np.linalg.svd(kernel, full_matrices=False)
+    product = experiment.adapters[0].scale * leaves[f"{layer}/fixed_a"] @ leaves[f"{layer}/fixed_b"]
+    np.testing.assert_allclose(product, left[:, :2] * values[:2] @ right[:2], atol=1e-4)
+
+    source = finished_runs.write(tmp_path / "pissa", experiment)
+    init = InitFrom(str(tmp_path / "pissa"), subtree="trunk")
+    after, record, _ = init_from.load_parameters(prepare(dataclasses.replace(experiment, init_from=init)))
+    assert record["made_again"] == ()
+    for path, leaf in flat(source["trunk"]).items():
+        np.testing.assert_array_equal(flat(after.params["trunk"])[path], leaf)

@@ -88,9 +88,9 @@ def near_copies(
         [(0, 0, 1.0)]
     """
     check(threshold)
-    texts = [*checked(train_texts, "train_texts"), *checked(held_out_texts, "held_out_texts")]
-    collected = pool(texts)
-    train, held_out = np.split(collected.number_of, [len(train_texts)])
+    train_list, held_out_list = checked(train_texts, "train_texts"), checked(held_out_texts, "held_out_texts")
+    collected = pool([*train_list, *held_out_list])
+    train, held_out = np.split(collected.number_of, [len(train_list)])
     pairs = copies(collected, threshold, _present(train), _present(held_out))
     return _listed(_expanded(pairs, train, held_out))
 
@@ -125,14 +125,15 @@ def check(threshold: float, what: str = "threshold") -> None:
         raise UserError(f"{what} is {threshold!r}; it must be a number above 0 and at most 1, such as 0.7")
 
 
-def checked(texts: Sequence[Text], what: str) -> Sequence[Text]:
-    """The texts.
+def checked(texts: Sequence[Text], what: str) -> list[Text]:
+    """The texts as a list; an iterator is read once.
 
     Raises:
         UserError: They are one text, or one of them is neither a text nor a pair of texts.
     """
     if isinstance(texts, str):
         raise UserError(f"{what} is a text; it must be a list of texts")
+    texts = list(texts)
     for number, text in enumerate(texts):
         if isinstance(text, str):
             continue

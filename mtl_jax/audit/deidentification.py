@@ -89,7 +89,7 @@ def deidentify_texts(
     names = list(RECOGNISERS if recognisers is None else recognisers)
     functions = [(name, RECOGNISERS.find(name)) for name in names]
     replace = replacement(mode, seed, key, language)
-    return replaced_texts(texts, functions, people, replace)
+    return replaced_texts(list(texts), functions, people, replace)
 
 
 def replaced_texts(

@@ -228,7 +228,8 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
     """The table of results of a finished run, or mean and standard deviation over several runs.
 
     Args:
-        workdirs: Workdirs of finished runs; each experiment and set of tasks has one table.
+        workdirs: Workdirs of finished runs. Each experiment and set of tasks has one table, and there each setting a column:
+            runs that differ only in the seed.
     """
     from mtl_jax.training import results as module
 

@@ -19,9 +19,10 @@ from mtl_jax.reporting import statistics as study_statistics
 from mtl_jax.reporting import study as studies
 from mtl_jax.reporting.compared import Alone, Column, Compared
 from mtl_jax.reporting.series import cosine_name
-from mtl_jax.reporting.study import ABLATION, DONE, NOT_COMPARED, Run
+from mtl_jax.reporting.study import ABLATION, DONE, Run
 from mtl_jax.training.restore import TrainedRun, open_run
 from mtl_jax.training.row_outcomes import FinishedRun, Outcome, Reader, read_run
+from mtl_jax.training.run_settings import NOT_COMPARED
 from mtl_jax.training.workdir import differences, read_json
 
 Paths = str | Path | Sequence[str | Path]

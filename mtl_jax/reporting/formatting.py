@@ -2,76 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mtl_jax.core.errors import count as count
 from mtl_jax.reporting.statistics import Group, Spread
-from mtl_jax.reporting.study import BY_NAME, key
-
-LONG = 60  # most characters of a label
-NOTHING = "\N{EN DASH}"
-
-
-def value(field_value: Any) -> str:
-    """The value of a varied field in a few characters."""
-    if field_value is None:
-        return NOTHING
-    if isinstance(field_value, bool):
-        return "yes" if field_value else "no"
-    if isinstance(field_value, float):
-        return f"{field_value:.3g}" if abs(field_value) < 1 else f"{field_value:.5g}"
-    if isinstance(field_value, Mapping):
-        if "name" in field_value:  # a phase, a source, a task
-            return str(field_value["name"])
-        return ", ".join(f"{name}={value(element)}" for name, element in field_value.items()) or NOTHING
-    if isinstance(field_value, (list, tuple)):
-        return ", ".join(value(element) for element in field_value) or NOTHING
-    return str(field_value) or NOTHING
-
-
-def setting(values: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """The values of some fields as a label.
-
-    A rule is shown by its name, weights by their numbers, other fields by the last part of their path and the value. Empty
-    values are left out, unless all are empty.
-    """
-    filled = [field for field in fields if field in values and values[field] not in (None, [], {}, "")]
-    parts = []
-    for field in filled or [field for field in fields if field in values]:
-        field_value = values[field]
-        last = field.rpartition(".")[2]
-        if isinstance(field_value, Mapping) and field_value:
-            parts.append(numbers(field_value) if last in BY_NAME else value(field_value))
-        else:
-            parts.append(value(field_value) if field == "weighting" else f"{last} {value(field_value)}")
-    return ", ".join(parts) or NOTHING
-
-
-def numbers(weights: Mapping[str, Any]) -> str:
-    """The values of weights, in their order."""
-    return " / ".join(value(weight) for weight in weights.values())
+from mtl_jax.training.run_settings import NOTHING as NOTHING
+from mtl_jax.training.run_settings import labels as labels_of
+from mtl_jax.training.run_settings import numbers as numbers
+from mtl_jax.training.run_settings import run_names
+from mtl_jax.training.run_settings import setting as setting
+from mtl_jax.training.run_settings import value as value
 
 
 def labels(groups: Sequence[Group], fields: Sequence[str]) -> list[str]:
     """A label for each group: the fields in which groups differ, or the names of its runs if that is not short or unique."""
-    settings = [group.values for group in groups]
-    texts = [setting(values, varied(settings, fields) or fields) for values in settings]
-    return [
-        runs(group) if len(label) > LONG or texts.count(label) > 1 else label
-        for group, label in zip(groups, texts, strict=True)
-    ]
+    return labels_of([group.values for group in groups], fields, [[run.name for run in group.runs] for group in groups])
 
 
 def runs(group: Group) -> str:
     """The names of a group's runs; of many, the first and the number of the others."""
-    names = [run.name for run in group.runs]
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
-
-
-def varied(settings: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
-    """The fields with more than one value."""
-    return [field for field in fields if len({key(values.get(field)) for values in settings}) > 1]
+    return run_names([run.name for run in group.runs])
 
 
 def digits(spreads: Sequence[Spread]) -> int:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from mtl_jax.reporting.study import SPLITS, Run, Study, key
+from mtl_jax.reporting.study import SPLITS, Run, Study
 from mtl_jax.training import results
+from mtl_jax.training.run_settings import key
 
 
 class Spread(NamedTuple):

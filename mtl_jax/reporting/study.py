@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,12 @@ from mtl_jax.reporting.series import Series, of_records
 from mtl_jax.training.copy_scores import NUMBERS, SCORES
 from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.metrics_log import read_metrics
-from mtl_jax.training.workdir import differences, read_json, read_results
+from mtl_jax.training.run_settings import varied, varied_values
+from mtl_jax.training.workdir import read_json, read_results
 
 ABLATION = "ablation.json"  # marks a directory as an ablation, with its runs in runs/
 DONE = "done"
 SPLITS = ("dev", "test")
-# Fields of an experiment without an effect on what a setting learns.
-NOT_COMPARED = ("name", "seed", "devices", "sharding", "remat", "checkpoints")
-BY_NAME = ("weights", "shares", "class_weights")  # dicts of numbers by task, source or label; each is one field
 
 Scores = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
 
@@ -157,7 +154,7 @@ def _ablation(folder: Path) -> Study:
     files = [_files(folder / "runs" / entry["run"], required=False) for entry in index["runs"]]
     axes = [field for axis in index["axes"] for field in axis["fields"]]
     others = [field for entry in index["runs"] for field in entry["values"]]
-    fields = _varied(["weighting", *axes, *others], [entry["values"] for entry in index["runs"]])
+    fields = varied(["weighting", *axes, *others], [entry["values"] for entry in index["runs"]])
     tasks = _tasks(files)
     runs = tuple(
         _run(run, entry["run"], tasks, fields, entry["values"], entry["status"])
@@ -168,14 +165,7 @@ def _ablation(folder: Path) -> Study:
 
 def _ordinary(workdirs: Sequence[Path]) -> Study:
     files = [_files(folder, required=True) for folder in workdirs]
-    first = files[0].config
-    changed = {field for run in files[1:] for field, _, _ in differences(first, run.config)}
-    fields_changed = {_without_keys(field) for field in changed}
-    # Where the length of a list differs, the whole list is the field.
-    whole = {field for field in fields_changed if not any(field.startswith(f"{other}.") for other in fields_changed)}
-    compared = sorted(field for field in whole if field.partition(".")[0] not in NOT_COMPARED)
-    values = [{field: value for field in compared if (value := _value_at(run.config, field)) is not None} for run in files]
-    fields = _varied(["weighting", *compared], values)
+    fields, values = varied_values([run.config for run in files])
     tasks = _tasks(files)
     names = [folder.resolve().name for folder in workdirs]
     runs = tuple(
@@ -289,34 +279,3 @@ def _run(
 def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """The metrics, with NaN for null, which is a metric that is not defined."""
     return {metric: math.nan if value is None else value for metric, value in metrics.items()}
-
-
-def _varied(fields: Sequence[str], values: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The fields with more than one value, without duplicates and without the seed."""
-    return tuple(
-        field for field in dict.fromkeys(fields) if field != "seed" and len({key(value.get(field)) for value in values}) > 1
-    )
-
-
-def key(value: Any) -> str:
-    """A value of a field as a text that can be compared."""
-    return json.dumps(value, sort_keys=True)
-
-
-def _without_keys(field: str) -> str:
-    """The path of a field, which for fields of BY_NAME ends before the task, source or label."""
-    parts = field.split(".")
-    ends = [end for end, part in enumerate(parts, 1) if part in BY_NAME]
-    return ".".join(parts[: ends[0]]) if ends else field
-
-
-def _value_at(config: Any, field: str) -> Any:
-    """The value at a path such as a.b.0.c; None where the path does not exist."""
-    for part in field.split("."):
-        if isinstance(config, dict) and part in config:
-            config = config[part]
-        elif isinstance(config, list) and part.isdecimal() and int(part) < len(config):
-            config = config[int(part)]
-        else:
-            return None
-    return config

@@ -10,7 +10,8 @@ from math import isfinite
 from typing import Any
 
 from mtl_jax.reporting.statistics import Comparison, Group, Spread, leading, ranked, ties
-from mtl_jax.reporting.study import BY_NAME, SPLITS, Run, Scores, Study
+from mtl_jax.reporting.study import SPLITS, Run, Scores, Study
+from mtl_jax.training.run_settings import BY_NAME
 
 
 def columns(study: Study, *fields: str) -> list[str]:

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tabulate
 
-from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.errors import UserError, count, listed
 from mtl_jax.core.files import number_of
 from mtl_jax.data.corpus import Corpus
 from mtl_jax.data.examples import Examples
@@ -21,9 +21,10 @@ from mtl_jax.data.source import SPLITS, Source
 from mtl_jax.experiment import Experiment, rule_name
 from mtl_jax.tasks import Task
 from mtl_jax.tasks.reading import known_rows
-from mtl_jax.training import copy_scores
+from mtl_jax.training import copy_scores, run_settings
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.evaluation import for_json, score_outputs
+from mtl_jax.training.experiment_json import with_defaults
 from mtl_jax.training.metrics_log import read_metrics
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,22 @@ def write(
     return contents
 
 
-def read(folder: Path) -> dict[str, Any]:
+class RunResults(dict[str, Any]):
+    """The contents of a results.json, beside the configuration of its run.
+
+    Attributes:
+        folder: The workdir.
+        config: Its config.json, with fields that are newer than the run at their defaults, and of a merged run its method;
+            {} where there is none.
+    """
+
+    def __init__(self, contents: Mapping[str, Any], folder: Path, config: Mapping[str, Any]):
+        super().__init__(contents)
+        self.folder = folder
+        self.config = config
+
+
+def read(folder: Path) -> RunResults:
     """results.json of a workdir.
 
     Raises:
@@ -144,7 +160,11 @@ def read(folder: Path) -> dict[str, Any]:
     contents: dict[str, Any] | None = workdirs.read_results(folder)
     if contents is None:
         raise UserError(f"{folder}: no results.json; the run is not finished, or this is not a workdir")
-    return contents
+    config = with_defaults(workdirs.read_json(folder / "config.json") or {})
+    if config and "merged" in contents:
+        record = workdirs.read_json(folder / workdirs.MERGED) or {}
+        config = {**config, "merged": record.get("method", contents["merged"]["method"])}
+    return RunResults(contents, folder, config)
 
 
 class Results(list[dict[str, Any]]):
@@ -156,6 +176,9 @@ class Results(list[dict[str, Any]]):
 
 def results(*workdirs: str | Path) -> Results:
     """The contents of results.json of finished runs; printed, their tables, with mean and deviation over runs that are alike.
+
+    Runs that differ only in the seed are alike. Runs of one experiment and its tasks that differ in more are columns of one
+    table.
 
     Raises:
         UserError: No workdir is given, or one of them has no results.json that mtl_jax wrote.
@@ -189,45 +212,116 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(table(group) for group in groups.values())
 
 
+class _Column(NamedTuple):
+    """Runs that are alike, under a name that tells them apart from the others."""
+
+    name: str
+    runs: list[dict[str, Any]]
+
+    def values(self, task: str, metric: str) -> list[float] | None:
+        """The test metric of each run; None where one lacks it."""
+        return _values([run["tasks"][task]["test"] for run in self.runs], metric)
+
+    def baseline(self, task: str, metric: str, kind: str) -> list[float] | None:
+        """The baseline of each run; None where one lacks it."""
+        return _values([run["tasks"][task]["baselines"].get(kind, {}) for run in self.runs], metric)
+
+
+def _values(scores: Sequence[Mapping[str, Any]], metric: str) -> list[float] | None:
+    return [number_of(values[metric]) for values in scores] if all(metric in values for values in scores) else None
+
+
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """A markdown table of test metrics, one row a task, and a line for each baseline that is not beaten.
 
-    A mean that ties() with a baseline, or is printed as the same number, neither beats it nor loses to it.
+    Runs that differ in more than the seed have a column for each setting. A mean that ties() with a baseline, or is printed as
+    the same number, neither beats it nor loses to it.
 
     Args:
-        runs: Contents of results.json, of one run or of several of the same experiment and tasks; several give mean ± standard
-            deviation (n - 1).
+        runs: Contents of results.json, of one run or of several of the same experiment and tasks; several that are alike give
+            mean ± standard deviation (n - 1).
     """
-    tasks = runs[0]["tasks"]
+    tasks = {name: task["metric"] for name, task in runs[0]["tasks"].items()}
+    columns = _columns(runs)
     kinds = [
         kind for kind in BASELINE_NAMES if any(kind in task["baselines"] for run in runs for task in run["tasks"].values())
     ]
-    rows, lines = [], []
-    for name, task in tasks.items():
-        metric = task["metric"]
-        values = [number_of(run["tasks"][name]["test"][metric]) for run in runs]
-        baselines = [run["tasks"][name]["baselines"] for run in runs]
-        baseline_values = {
-            kind: [number_of(scores[kind][metric]) for scores in baselines]
-            for kind in kinds
-            if all(kind in scores for scores in baselines)
-        }
-        baseline_cells = [_cell(baseline_values[kind]) if kind in baseline_values else "" for kind in kinds]
-        rows.append([name, metric, *baseline_cells, _cell(values)])
-        if np.isnan(values).any():
-            lines.append(f"{name}: test {metric} is not defined (predictions or labels are constant, or not finite)")
+    baselines = {name: cells for kind in kinds for name, cells in _baseline_cells(columns, tasks, kind).items()}
+    rows = []
+    for place, (task, metric) in enumerate(tasks.items()):
+        values = [column.values(task, metric) for column in columns]
+        cells = [_cell(numbers) if numbers else "" for numbers in values]
+        rows.append([task, metric, *(cells[place] for cells in baselines.values()), *cells])
+    header = ["task", "test metric", *baselines, *(column.name for column in columns)]
+    verdicts, copied, of_runs = [], [], []
+    for column in columns:
+        prefix = f"{column.name}: " if len(columns) > 1 else ""
+        verdicts += [f"{prefix}{line}" for line in _verdict(column, tasks)]
+        lines = (copy_scores.line(name, metric, [run["tasks"][name] for run in column.runs]) for name, metric in tasks.items())
+        copied += [f"{prefix}{line}" for line in lines if line]
+        of_runs += [f"{prefix}{_run_line(run)}" for run in column.runs]
+    markdown = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    return "\n".join([markdown, "", *verdicts, *copied, *of_runs])
+
+
+def _columns(runs: Sequence[dict[str, Any]]) -> list[_Column]:
+    """The runs by setting, in the order of their first run."""
+    configs = [run.config if isinstance(run, RunResults) else {} for run in runs]
+    if not all(configs):  # what results.json has of them
+        configs = [{name: run[name] for name in ("weighting", "averaging", "merged") if name in run} for run in runs]
+    fields, values = run_settings.varied_values(configs)
+    groups: dict[str, list[int]] = {}
+    for place, setting in enumerate(values):
+        groups.setdefault(run_settings.key({field: setting.get(field) for field in fields}), []).append(place)
+    if len(groups) == 1:
+        return [_Column(runs[0]["experiment"], list(runs))]
+    folders = [run.folder if isinstance(run, RunResults) else Path(f"run {place}") for place, run in enumerate(runs, 1)]
+    short = [folder.resolve().name for folder in folders]
+    names = [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
+    places = list(groups.values())
+    of_groups = [[names[place] for place in group] for group in places]
+    labels = run_settings.labels([values[group[0]] for group in places], fields, of_groups)
+    # A setting at its defaults has no value that a label could show.
+    labels = [
+        run_settings.run_names(group) if label == run_settings.NOTHING else label
+        for label, group in zip(labels, of_groups, strict=True)
+    ]
+    return [_Column(label, [runs[place] for place in group]) for label, group in zip(labels, places, strict=True)]
+
+
+def _baseline_cells(columns: Sequence[_Column], tasks: Mapping[str, str], kind: str) -> dict[str, list[str]]:
+    """{head: a cell for each task} of a baseline: once where it is the same beside all columns, else for each of them."""
+    values = [[column.baseline(task, metric, kind) for column in columns] for task, metric in tasks.items()]
+    name = BASELINE_NAMES[kind]
+    if all(len({_mean(numbers) for numbers in row if numbers}) < 2 for row in values):
+        return {name: [next((_cell(numbers) for numbers in row if numbers), "") for row in values]}
+    return {
+        f"{name}, {column.name}": [_cell(numbers) if (numbers := row[place]) else "" for row in values]
+        for place, column in enumerate(columns)
+    }
+
+
+def _verdict(column: _Column, tasks: Mapping[str, str]) -> list[str]:
+    """A line for each task that lacks its metric, and for each baseline that is not beaten."""
+    lines, compared = [], False
+    for task, metric in tasks.items():
+        values = column.values(task, metric)
+        if values is None:
+            present = dict.fromkeys(name for run in column.runs for name in run["tasks"][task]["test"] if name != metric)
+            lines.append(f"{task}: has no test {metric}, but {listed(present)}")
             continue
-        for kind, others in baseline_values.items():
+        baselines = {kind: numbers for kind in BASELINE_NAMES if (numbers := column.baseline(task, metric, kind))}
+        compared |= any(kind in run["tasks"][task]["baselines"] for kind in BASELINE_NAMES for run in column.runs)
+        if np.isnan(values).any():
+            lines.append(f"{task}: test {metric} is not defined (predictions or labels are constant, or not finite)")
+            continue
+        for kind, others in baselines.items():
             difference = float(np.mean(values) - np.mean(others))
             if ties(difference, _deviation(values), _deviation(others)) or _mean(values) == _mean(others):
-                lines.append(f"{name}: ties with {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
+                lines.append(f"{task}: ties with {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
             elif difference < 0:
-                lines.append(f"{name}: did not beat {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
-    copied = [copy_scores.line(name, task["metric"], [run["tasks"][name] for run in runs]) for name, task in tasks.items()]
-    header = ["task", "test metric", *(BASELINE_NAMES[kind] for kind in kinds), runs[0]["experiment"]]
-    cells = tabulate.tabulate(rows, header, tablefmt="github", disable_numparse=True)
-    verdict = lines if lines else ["Beats every baseline on every task."] if kinds else []
-    return "\n".join([cells, "", *verdict, *filter(None, copied), *(_run_line(run) for run in runs)])
+                lines.append(f"{task}: did not beat {BASELINE_NAMES[kind]} ({_cell(values)} against {_cell(others)})")
+    return lines if lines else ["Beats every baseline on every task."] if compared else []
 
 
 def ties(difference: float, *deviations: float | None) -> bool:

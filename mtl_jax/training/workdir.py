@@ -20,6 +20,8 @@ from mtl_jax.core.versions import installed
 from mtl_jax.training import checkpoint_files
 
 ANY_VALUE = ("sharding", "remat")  # fields of config.json that a run may change when it resumes: they change no number
+# Fields of config.json that name a place: of what is there, the hash counts.
+PLACES = re.compile(r"parts\..*\.file|sources\.\d+\.(dev_|test_)?rows\.rows")
 MERGED = "merge.json"  # in a workdir that was not trained, but merged from others
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy", "mtl_jax")
 
@@ -200,9 +202,7 @@ def config_changed(
     changes = [
         f"{name} was {old}, is {new}"
         for name, old, new in differences(complete(first_config), current)
-        if name not in ANY_VALUE
-        and not re.fullmatch(r"parts\..*\.file", name)  # its hash counts, wherever the file is
-        and not re.fullmatch(r"sources\.\d+\.(dev_|test_)?rows\.rows", name)
+        if name not in ANY_VALUE and not PLACES.fullmatch(name)
     ]
     changes = [_rows_changed(change, current) for change in changes]
     if changes and not allow_change:

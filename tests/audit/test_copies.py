@@ -144,6 +144,11 @@ def test_pairs_are_near_copies_where_both_their_texts_are():
     ]
 
 
+def test_an_iterator_is_a_list():
+    assert audit.near_copies(iter(["a b", "Yes!"]), (text for text in ["no", "yes"])) == [(1, 1, 1.0)]
+    assert audit.copies_within(iter(["Yes!", "no", "yes"])) == [(0, 2, 1.0)]
+
+
 def test_copies_within_a_list_are_each_named_once():
     texts = ["Yes!", "no", "yes", "YES", "no"]
     assert audit.copies_within(texts) == [(0, 2, 1.0), (0, 3, 1.0), (1, 4, 1.0), (2, 3, 1.0)]

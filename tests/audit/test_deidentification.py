@@ -206,3 +206,10 @@ def recognisers_faker(language):
     from mtl_jax.audit import surrogates
 
     return surrogates.need("faker", "surrogates", "Faker").Faker(language)
+
+
+def test_an_iterator_of_texts_is_a_list():
+    texts = ["mail jo@corp.com", "nothing"]
+    expected = audit.deidentify_texts(texts, mode="mask")
+    assert [text for text, _ in expected] == ["mail [EMAIL]", "nothing"]
+    assert audit.deidentify_texts(iter(texts), mode="mask") == expected

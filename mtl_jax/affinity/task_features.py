@@ -129,7 +129,7 @@ def before_training(prepared: Prepared, layer: int = 0) -> TrunkFunction:
     if prepared.experiment.init_from.path:
         prepared, record, _ = init_from.load_parameters(prepared)
         loaded = {path.split("/")[2] for path in record["loaded"] if path.startswith(f"trunk/{ADAPTERS}/")}
-    module, params = prepared.trunk.module, jax.device_put(prepared.params["trunk"])
+    module, params = prepared.trunk.module, prepared.params["trunk"]
     if isinstance(module, Adapted):
         kept = tuple(part for part in module.adapters if part.name in loaded and isinstance(part, Adapter) and part.per == RUN)
         names = [part.name for part in kept]

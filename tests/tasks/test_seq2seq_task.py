@@ -105,7 +105,7 @@ def test_chosen_examples_have_room_for_their_targets(prepared, places):
     chosen = np.flatnonzero(part.labels["translation"].lengths)[::2]
     np.testing.assert_array_equal(part.only(chosen).packing_lengths(batching), part.packing_lengths(batching)[chosen])
     data = stream(prepared.corpus, batching, 0, single_phase(batching, 10))
-    data.keep({"pairs": chosen}, anew=True)
+    data.keep({"pairs": chosen}, before=())
     for _ in range(10):
         batch = next(data)
         ends = (batch.labels["translation"][..., 0] == prepared.corpus.tasks[0].end).sum()

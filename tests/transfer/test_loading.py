@@ -24,7 +24,7 @@ def test_the_same_names_go_to_the_same_places():
     assert (params["trunk"]["layer_1"]["kernel"] == 2).all()
     assert params["trunk"]["layer_1"]["kernel"].dtype == np.float32
     assert params["heads"]["new"]["bias"] is HERE["heads"]["new"]["bias"]
-    assert account == (
+    assert account[:4] == (
         {"trunk/layer_0/kernel": "trunk/layer_0/kernel", "trunk/layer_1/kernel": "trunk/layer_1/kernel"},
         ("heads/new/bias",),
         (),

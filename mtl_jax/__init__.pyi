@@ -57,7 +57,7 @@ from .tasks import Seq2Seq as Seq2Seq
 from .tasks import Span as Span
 from .tasks import Tagging as Tagging
 from .training.loggers import register_logger as register_logger
-from .training.results import results as results
+from .training.results_table import results as results
 from .training.train import train as train
 from .transfer import EWC as EWC
 from .transfer import L2SP as L2SP

@@ -179,12 +179,12 @@ def merge(
         overwrite: Replace the result of an earlier merge.
     """
     from mtl_jax import merging
-    from mtl_jax.training import results
+    from mtl_jax.training import results_table
 
     numbers: dict[str, Any] = {"weights": weights, "alpha": alpha, "scale": scale, "keep": keep, "drop": drop, "seed": seed}
     scores = merging.merge(target, sources, method, base=base, **numbers, trunk_only=trunk_only, overwrite=overwrite)
     if scores is not None:
-        print(results.table([scores]))
+        print(results_table.table([scores]))
     print(f"everything is in {target}")
 
 
@@ -231,7 +231,7 @@ def results(workdirs: tyro.conf.Positional[tuple[str, ...]], /) -> None:
         workdirs: Workdirs of finished runs. Each experiment and set of tasks has one table, and there each setting a column:
             runs that differ only in the seed.
     """
-    from mtl_jax.training import results as module
+    from mtl_jax.training import results_table as module
 
     print(module.results(*workdirs))
 

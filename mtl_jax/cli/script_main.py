@@ -169,7 +169,7 @@ def _parsed(experiment: Experiment, description: str) -> Launch:
 def _launch(launch: Launch, hooks: Hooks | Iterable[Hooks]) -> None:
     import jax
 
-    from mtl_jax.training import loggers, results
+    from mtl_jax.training import loggers, results_table
     from mtl_jax.training import mesh as meshes
     from mtl_jax.training.dry_run import dry_run
     from mtl_jax.training.train import train
@@ -187,5 +187,5 @@ def _launch(launch: Launch, hooks: Hooks | Iterable[Hooks]) -> None:
         launch.experiment, workdir, allow_config_change=launch.allow_config_change, hooks=hooks, loggers=launch.logger
     )
     if jax.process_index() == 0:
-        print(results.table([scores]))
+        print(results_table.table([scores]))
         print(f"everything is in {workdir}")

@@ -131,7 +131,7 @@ def make_examples(
     special = 0 if as_words else tokenizer.num_special_tokens_to_add(pair=second is not None)
     empty = np.flatnonzero(encoded.tokens.lengths <= special)
     if row_of is not None:
-        empty = np.array([i for i in empty if first[i]], np.int64)  # a text that the row does not have is no mistake
+        empty = np.array([i for i in empty if first[i]], np.int64)  # a row may lack the text
     if len(empty) and not lenient:
         indices = sorted(set(encoded.rows[empty].tolist()))
         raise UnreadableTexts(indices, f"{rows[indices[0]].where}: the text has no token that the vocabulary knows")

@@ -239,7 +239,7 @@ class Redraw:
         texts: Sequence[Any] = [True] if self._reader is None else self._reader.texts_of(row, self.source)
         pair = bool(self.source.pair) if self._reader is None else isinstance(texts[0], tuple)
         special = self.tokenizer.num_special_tokens_to_add(pair=pair)
-        # As in make_examples(): a text that the row does not have is no mistake.
+        # As in make_examples(): a row may lack the text.
         asked = [bool(text[0] if isinstance(text, tuple) else text) for text in texts]
         return all(len(of_text) > special or not needed for of_text, needed in zip(tokens, asked, strict=True))
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from mtl_jax.reporting.study import SPLITS, Run, Study
-from mtl_jax.training import results
+from mtl_jax.training import results_table
 from mtl_jax.training.run_settings import key
 
 
@@ -101,8 +101,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ties(first: Spread, second: Spread) -> bool:
-    """Whether two means cannot be told apart; see results.ties()."""
-    return results.ties(first.mean - second.mean, first.sd, second.sd)
+    """Whether two means cannot be told apart; see results_table.ties()."""
+    return results_table.ties(first.mean - second.mean, first.sd, second.sd)
 
 
 def leading(spreads: Iterable[Spread]) -> Spread | None:

@@ -122,7 +122,7 @@ def generated_f1(predicted: str, gold: Iterable[str]) -> float:
 
 
 ShortAnswers = dict[str, Callable[[str, Iterable[str]], float]]
-SHORT_ANSWERS: ShortAnswers = {"exact": exact, "f1": f1}  # of SQuAD, where an article or a mark is no answer
+SHORT_ANSWERS: ShortAnswers = {"exact": exact, "f1": f1}  # of SQuAD, where an article or a mark does not count as an answer
 GENERATED_ANSWERS: ShortAnswers = {"exact": generated_exact, "f1": generated_f1}
 
 

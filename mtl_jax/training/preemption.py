@@ -80,4 +80,4 @@ def stop_on_signals(raise_at_end: bool = False) -> Iterator[Stop]:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if raise_at_end and stop.flag.is_set():
-        raise Interrupted("stopped by a signal when this work was done; the same command goes on with what comes after it")
+        raise Interrupted("stopped by a signal when this work was done; the same command resumes after it")

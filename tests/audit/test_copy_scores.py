@@ -11,7 +11,7 @@ from mtl_jax.data.examples import Examples
 from mtl_jax.data.formats.rows import Row
 from mtl_jax.data.ragged import Ragged
 from mtl_jax.training import copy_scores, evaluation
-from mtl_jax.training.results import tables
+from mtl_jax.training.results_table import tables
 
 LONG = "an old dog sleeps under that red house by our river"
 

@@ -11,7 +11,7 @@ from mtl_jax import Batching, Checkpoints, Evaluation, Optimizer, ParamRule, Pha
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.progress import Progress
 from mtl_jax.data.examples import Examples
-from mtl_jax.training import evaluation, results
+from mtl_jax.training import evaluation, results_table
 from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.counts import evaluations_and_checkpoints
 from mtl_jax.training.evaluation import criterion, score_outputs, undefined
@@ -288,13 +288,13 @@ def test_a_run_says_what_is_not_defined(bert, data, tmp_path, monkeypatch, caplo
     assert found["tasks"]["rating"]["baselines"]["constant"]["pearson"] is None  # the mean is a constant
     for name in ("results.json", "baselines.json"):
         assert "NaN" not in (tmp_path / name).read_text()
-    assert "| undefined " in results.table([found])
+    assert "| undefined " in results_table.table([found])
     reporting.write([tmp_path], tmp_path / "report")
     assert "NaN" not in (tmp_path / "report" / "results.json").read_text()
     lost = json.loads(json.dumps(found))
     lost["tasks"]["rating"]["test"]["pearson"] = None
-    assert "rating: test pearson is not defined" in results.table([lost])
-    assert "Beats every baseline" not in results.table([lost])
+    assert "rating: test pearson is not defined" in results_table.table([lost])
+    assert "Beats every baseline" not in results_table.table([lost])
 
 
 def test_scores_leave_out_examples_without_a_label():
@@ -309,16 +309,17 @@ def test_the_table_says_what_was_lost(finished):
     found = json.loads(json.dumps(found))
     found["tasks"]["coarse"]["test"]["accuracy"] = 0.25
     found["tasks"]["coarse"]["baselines"]["constant"]["accuracy"] = 0.5
-    text = results.table([found])
+    text = results_table.table([found])
     assert "coarse: did not beat majority / mean (0.2500 against 0.5000)" in text
     found["tasks"]["coarse"]["baselines"]["constant"]["accuracy"] = 0.25
-    assert "coarse: ties with majority / mean (0.2500 against 0.2500)" in results.table([found])
+    assert "coarse: ties with majority / mean (0.2500 against 0.2500)" in results_table.table([found])
     found["tasks"]["coarse"]["baselines"]["constant"]["accuracy"] = 0.5
     other = json.loads(json.dumps(found))
     other["tasks"]["coarse"]["test"]["accuracy"] = 0.75
-    assert "0.5000 ± 0.3536" in results.table([found, other])
+    assert "0.5000 ± 0.3536" in results_table.table([found, other])
     fewer = found | {"tasks": {"coarse": found["tasks"]["coarse"]}}
-    assert results.tables([found, fewer, other]) == results.table([found, other]) + "\n\n" + results.table([fewer])
+    both = results_table.table([found, other]), results_table.table([fewer])
+    assert results_table.tables([found, fewer, other]) == "\n\n".join(both)
 
 
 def test_parameter_rules_are_checked_before_anything_is_written(bert, data, tmp_path):

@@ -22,7 +22,7 @@ def signalled(*_: object) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_the_work_did_not_see_stops_what_comes_after_it(number):
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="the same command goes on"), stop_on_signals(raise_at_end=True):
+    with pytest.raises(Interrupted, match="the same command resumes"), stop_on_signals(raise_at_end=True):
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
     with stop_on_signals() as stop:  # as of a command whose output is whole

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax.training import results
+from mtl_jax.training import results_table
 from mtl_jax.training.experiment_json import to_json
 
 
@@ -36,7 +36,7 @@ def run(metric: float, baseline: float, seed: int = 0) -> dict:
     ],
 )
 def test_a_tie_is_no_defeat(metrics, baseline, verdict):
-    lines = results.table([run(metric, baseline, seed) for seed, metric in enumerate(metrics)]).splitlines()
+    lines = results_table.table([run(metric, baseline, seed) for seed, metric in enumerate(metrics)]).splitlines()
     assert lines[4] == verdict
 
 
@@ -76,8 +76,8 @@ def test_runs_that_differ_in_more_than_the_seed_have_columns_of_their_own(tmp_pa
         "cagrad, c 0.5: Seed 0",
     ]
     found = mtl_jax.results(*folders)
-    assert str(pickle.loads(pickle.dumps(found))) == str(found) == results.tables(list(found))
-    assert str(mtl_jax.results(folders[0], folders[2])) == results.table([dict(found[0]), dict(found[2])])
+    assert str(pickle.loads(pickle.dumps(found))) == str(found) == results_table.tables(list(found))
+    assert str(mtl_jax.results(folders[0], folders[2])) == results_table.table([dict(found[0]), dict(found[2])])
 
 
 def test_a_baseline_that_differs_has_a_column_for_each_setting(tmp_path):
@@ -97,7 +97,7 @@ def test_a_metric_that_a_run_lacks_is_one_line(tmp_path):
     folders = [write(tmp_path / "first", 0.5), write(tmp_path / "second", {"macro_f1": 0.6, "own": 0.7}, tasks=changed)]
     text = str(mtl_jax.results(*folders))
     assert text.count("a: has no test mcc, but macro_f1, own") == 1
-    assert results.table([run(0.5, 0.4), run(0.5, 0.4) | {"tasks": mtl_jax.results(folders[1])[0]["tasks"]}])
+    assert results_table.table([run(0.5, 0.4), run(0.5, 0.4) | {"tasks": mtl_jax.results(folders[1])[0]["tasks"]}])
 
 
 def test_a_merged_run_is_not_one_of_those_that_it_was_merged_from(tmp_path):

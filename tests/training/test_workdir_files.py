@@ -15,7 +15,7 @@ from mtl_jax.ablation import ablation_dir as folders
 from mtl_jax.core import files
 from mtl_jax.core.errors import UserError
 from mtl_jax.inference.predict import predict
-from mtl_jax.training import results
+from mtl_jax.training import results, results_table
 from mtl_jax.training import workdir as workdirs
 from mtl_jax.training.experiment_json import from_json, to_json, with_defaults
 from mtl_jax.training.metrics_log import Logger, read_metrics
@@ -84,7 +84,7 @@ def of_training(folder: Path, bert: Path, data: Path):
     workdirs.read_json(folder / "data.json")
     workdirs.read_json(folder / "baselines.json")
     if (folder / "results.json").exists():
-        results.table([results.read(folder)])
+        results_table.table([results.read(folder)])
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))

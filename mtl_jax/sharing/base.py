@@ -59,9 +59,8 @@ class Sharing(Part, Inserted):
                 return y + params["shift"].astype(y.dtype)  # [B, 1, O], those of the task of each row
 
     The rows of a source pass the trunk once. If several tasks share a source, its rows have a copy for each of them from the
-    first layer with parameters of single tasks on. These parameters are weighted like the trunk's, but no rule compares them.
-    If the Gram matrix is over the whole trunk, a weight below 0 leaves them unchanged. A sharing with gates calls call.show()
-    in around(), for the report.
+    first layer with parameters of single tasks on. These parameters are weighted like the trunk's, but no rule compares them,
+    and a weight below 0 leaves those of its task unchanged. A sharing with gates calls call.show() in around(), for the report.
     """
 
     door: ClassVar[str] = "sharing"

@@ -128,11 +128,15 @@ def _backward(prepared: Prepared, plan: PhasePlan) -> tuple[BackwardFn, Backward
     weigh_heads, accumulate = weighs_heads(experiment, plan.rule), experiment.batch.accumulate
     savings = prepared.savings
     needs, evaluate = plan.rule.held_out, encode_tokens(prepared.trunk.module, needed_fields(tasks), savings)
-    common = functools.partial(gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs, savings=savings)
+    common = functools.partial(
+        gradient.make_backward, encode, accumulate=accumulate, head_inputs=head_inputs, savings=savings, own=plan.own
+    )
     trains_trunk = any(jax.tree.leaves(plan.mask["trunk"]))
     if experiment.optimizer.private.clip:
         assert isinstance(prepared.schedule, PoissonSchedule)
-        of_row = gradient.make_backward(encode, weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads, savings=savings)
+        of_row = gradient.make_backward(
+            encode, weighted, trains_trunk=trains_trunk, weigh_heads=weigh_heads, savings=savings, own=plan.own
+        )
         expected = prepared.schedule.expected(plan.start)
         return row_by_row(of_row, weighted, experiment.optimizer.private, expected, prepared.mesh), None
     if not needs_task_gradients(plan.rule):

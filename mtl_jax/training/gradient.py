@@ -27,7 +27,9 @@ from mtl_jax.training.forward import (
     label_counts,
     outputs_and_losses,
 )
+from mtl_jax.training.task_gradients import NO_ADAPTERS
 from mtl_jax.training.train_state import StepInputs, TrainState
+from mtl_jax.transfer.adapters.stacks import OwnParts
 
 Weights = Mapping[str, jax.Array]
 
@@ -111,6 +113,7 @@ def make_backward(
     regularisers: OutputRegularisers = NO_REGULARISERS,
     head_inputs: HeadInputs = every_row,
     savings: Savings = NO_SAVINGS,
+    own: OwnParts = NO_ADAPTERS,
 ) -> BackwardFn:
     """One backward pass for all losses, for rules that read the losses only.
 
@@ -119,12 +122,13 @@ def make_backward(
         tasks: The tasks, label sets filled in.
         trains_trunk: Whether any part of the trunk trains. A frozen trunk is a fixed function: no dropout in it.
         weigh_heads: Whether a head's gradient is multiplied by its task's weight, as in the weighted sum; else it is trained
-            by its plain loss. A head with a weight below 0 is not changed.
+            by its plain loss. A head with a weight below 0 is not changed, nor what its task has of its own in the trunk.
         accumulate: The number of parts of a batch, which are computed one after another. The weights are those of the whole
             batch: with more than one part, a rule that reads the losses costs a second forward pass.
         regularisers: Regularisers of the same forward pass; the rule does not see them.
         head_inputs: The rows of a batch that each task's head reads.
         savings: How the heads save memory.
+        own: Which parameters of the trunk belong to single tasks.
     """
 
     def backward(trained: Any, frozen: Any, inputs: StepInputs, keys: tuple[jax.Array, jax.Array]) -> Backward:
@@ -166,7 +170,7 @@ def make_backward(
                         return sum(of_tasks.values()) + sum(weights[name] * loss for name, loss in of_regularisers.items())
 
                     heads = jax.grad(plain)(trained["heads"])
-                return gradient | {"heads": heads}
+                return gradient | {"trunk": own_not_uphill(gradient["trunk"], weights, own), "heads": heads}
 
             return losses, gradient_of
 
@@ -228,6 +232,25 @@ def _like(losses: tuple[dict[str, Any], dict[str, Any]], weights: Weights) -> tu
     """The weights in the form of the losses."""
     of_tasks, of_regularisers = losses
     return {name: weights[name] for name in of_tasks}, {name: weights[name] for name in of_regularisers}
+
+
+def own_not_uphill(gradient: Any, weights: Weights, own: OwnParts) -> Any:
+    """The trunk's gradient, 0 by parameters of a single task whose weight is negative.
+
+    Args:
+        gradient: Of the weighted sum, a tree like the trunk's trainable leaves.
+        weights: {task: f32[]}.
+        own: Which parameters belong to single tasks.
+    """
+
+    def leaf_of(path: Any, leaf: jax.Array) -> jax.Array:
+        owners = own.owners(trees.path_name(path))
+        if not set(owners) & set(weights):
+            return leaf
+        uphill = jnp.stack([jnp.asarray(weights.get(owner, 0.0)) < 0 for owner in owners])
+        return jnp.where(jnp.repeat(uphill, leaf.size // len(owners)).reshape(leaf.shape), 0.0, leaf)
+
+    return jax.tree_util.tree_map_with_path(leaf_of, gradient)
 
 
 def _not_uphill(gradients: dict[str, Any], weights: Weights) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mtl_jax.training import mesh as meshes
 from mtl_jax.training import task_gradients, token_gradients
 from mtl_jax.training.batch_parts import in_parts, part_key, sum_and_keep, sum_over_parts
 from mtl_jax.training.forward import NO_SAVINGS, Encode, HeadInput, Savings, label_counts, outputs_and_losses
-from mtl_jax.training.gradient import Backward, BackwardFn, Weights
+from mtl_jax.training.gradient import Backward, BackwardFn, Weights, own_not_uphill
 from mtl_jax.training.task_gradients import NO_ADAPTERS
 from mtl_jax.training.train_state import StepInputs
 from mtl_jax.transfer.adapters.stacks import OwnParts
@@ -216,7 +216,7 @@ def make_backward(
                 alone = [task_gradients.of_single_tasks(entries, own) for entries in rounds]
                 trunk = task_gradients.together(trunk, task_gradients.combine(alone, weights, names, own), own)
             elif gram_over != TRUNK:
-                trunk = weighted(weights)
+                trunk = own_not_uphill(weighted(weights), weights, own)
             else:
                 trunk = task_gradients.combine(rounds, weights, names, own)
                 if of_table is not None and table_VxE is not None:

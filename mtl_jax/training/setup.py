@@ -121,8 +121,8 @@ def prepare(experiment: Experiment, *, abstract: bool = False) -> Prepared:
             coverage.check(split.values(), (), trunk.tokenizer, teacher.tables)
     projections = regularisation.projections(experiment, opened.teachers, trunks.width(trunk))
     params["heads"] |= jax.eval_shape(lambda: projections) if abstract else projections
-    of_source = [task.source for task in corpus.tasks]
-    own = adapters.own_parts(trunk.module, [of_source.count(source) for source in data])
+    of_sources = [[task.name for task in corpus.tasks if task.source == source] for source in data]
+    own = adapters.own_parts(trunk.module, of_sources)
     plans = phase_plan.plan(experiment, corpus.tasks, params, opened.compared_tasks, trunks.copies(trunk), own)
     for plan in plans:
         phase_plan.check_halves(plan, schedule)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from mtl_jax import trunks
 from mtl_jax.core import trees
 from mtl_jax.data.batches import Batch
-from mtl_jax.models.layers import Head
+from mtl_jax.models import traced
 from mtl_jax.tasks import Task
 from mtl_jax.trunks import Trunk
 
@@ -109,7 +110,6 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     params = {"trunk": trunks.init_params(trunk, key)}
     width = trunks.width(trunk)
     heads = {}
-    programs: dict[Any, Any] = {}  # heads of one shape share one, which takes a second to compile
     for task in tasks:
         name_key = jax.random.fold_in(key, zlib.crc32(task.name.encode()))
         if task.decodes and trunk.head is not None:
@@ -117,14 +117,19 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
                 jax.tree.map(jnp.array, trunk.head), name_key
             )  # a copy: the step donates its buffers
             continue
-        alike = type(task).init is Task.init and type(task.head_module()) is Head
-        shape = (task.outputs, task.hidden) if alike else task.name
-        init = programs.setdefault(shape, jax.jit(lambda key, task=task: task.init(key, width)))
+        of_module = type(task).init is Task.init
+        init = _module_init(task.head_module(), width) if of_module else jax.jit(lambda key, task=task: task.init(key, width))
         fresh = init(name_key)
         heads[task.name] = task.start_from(params["trunk"], fresh)
         if trunk.classifier is not None:
             heads[task.name] = task.from_classifier(trunk.classifier, heads[task.name])
     return params | {"heads": heads}
+
+
+@traced.once_per_module
+def _module_init(module: nn.Module, width: int) -> Callable[[jax.Array], Any]:
+    """Task.init of a head, as a program of its own, which takes a second to compile: once for all heads of one shape."""
+    return jax.jit(lambda key: module.init(key, jnp.zeros((1, 1, width)))["params"])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import mtl_jax
-from mtl_jax import Evaluation, Lora, ParamRule, Phase, RDrop, adapters_only, pretrained, sharing
+from mtl_jax import Evaluation, Lora, ParamRule, Phase, RDrop, adapters_only, pretrained, sharing, weighting
 from mtl_jax.ablation import plan as plans
 from mtl_jax.ablation import space
 from mtl_jax.core import trees
@@ -56,7 +56,7 @@ def one_step(bert, data, part, rule, devices):
 def test_the_gram_matrix_is_over_what_tasks_share(bert, data):
     """Of the tasks' gradients, one backward pass for each."""
     (_, metrics), batch, prepared = one_step(bert, data, sharing.MMoE(experts=2, width=2), "upgrad", 1)
-    expected = gram_by_hand(prepared, batch)
+    expected = gram_by_hand(task_gradients(prepared, batch))
     np.testing.assert_allclose(metrics.gram, expected, rtol=2e-3, atol=1e-4 * expected.max())
 
 
@@ -75,8 +75,9 @@ def test_the_gram_matrix_is_not_over_adapters_of_single_tasks(bert, data, per):
             return np.ravel(row)
         return 0 * np.ravel(row) if per == "task" else np.reshape(row, (2, -1)) * (1 - np.array(alone))[:, None]
 
-    expected = gram_by_hand(prepared, batch, shared)
-    assert not np.allclose(expected, gram_by_hand(prepared, batch, lambda path, row: row), rtol=5e-3)
+    gradients = task_gradients(prepared, batch)
+    expected = gram_by_hand(gradients, shared)
+    assert not np.allclose(expected, gram_by_hand(gradients), rtol=5e-3)
     np.testing.assert_allclose(metrics.gram, expected, rtol=2e-3, atol=1e-4 * expected.max())
 
 
@@ -120,6 +121,46 @@ def test_rules_that_change_gradients_leave_those_of_single_tasks_as_they_are(ber
     assert seen > 2
 
 
+def weighing(**fields):
+    """A rule whose weight of one task is negative in every step."""
+    weights = {"coarse": jnp.float32(1), "fine": jnp.float32(1), "rating": jnp.float32(-1)}
+    return weighting.Rule(init=lambda names: (), update=lambda state, signals: (weights, state), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes"),
+    [
+        ({}, {}),
+        pytest.param({"needs_gram": True}, {"gram_over": "trunk/layer_0/.*"}, marks=pytest.mark.long),
+        ({"needs_gram": True, "due": lambda state: jnp.zeros((), bool)}, {}),
+        pytest.param({"needs_gram": True}, {}, marks=pytest.mark.long),
+        pytest.param(
+            {}, {"batch": mtl_jax.Batching(rows=8, row_length=24, examples_per_row=6, accumulate=2)}, marks=pytest.mark.long
+        ),
+    ],
+    ids=["losses", "part", "not due", "trunk", "in parts"],
+)
+@pytest.mark.parametrize("per", ["task", "source"])
+def test_a_negative_weight_leaves_what_its_task_has_alone(bert, data, fields, changes, per):
+    """Its head, and its adapter or that of its source; the tasks of the other source share the adapter of that."""
+    plain = mtl_jax.Optimizer(name="sgd", learning_rate=1.0, warmup=0.0, clip_norm=0.0)
+    adapters = (Lora(name="lora", rank=2, per=per),)
+    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
+    values = {"tasks": tasks, "optimizer": plain, "adapters": adapters, "devices": 1, **changes}
+    prepared = setup.prepare(experiment(bert, data, sharing.Hard(), weighting=weighing(**fields), **values))
+    (params, _), _, prepared = step_of(prepared)
+    start, moved = trees.flat(jax.device_get(prepared.params)), {}
+    for path, leaf in trees.flat(params).items():
+        change = np.abs(leaf - start[path])
+        if path.startswith("trunk/adapters/"):
+            owners = [task.name for task in tasks] if per == "task" else list(prepared.corpus.splits["train"])
+            for owner, part in zip(owners, change.reshape(len(owners), -1), strict=True):
+                moved[owner] = max(moved.get(owner, 0), part.max())
+        elif path.startswith("heads/"):
+            moved[path.split("/")[1]] = max(moved.get(path.split("/")[1], 0), change.max())
+    assert {owner for owner, size in moved.items() if size == 0} == {"rating"} | ({"ratings"} if per == "source" else set())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("part", "rule"),
@@ -149,20 +190,23 @@ def values_of(tree):
     return np.array(jax.tree.leaves(tree))
 
 
-def gram_by_hand(prepared, batch, chosen=lambda path, row: row):
-    """The Gram matrix over the parameters outside of .../own/; `chosen` makes of a leaf's gradient what it is over."""
+def task_gradients(prepared, batch):
+    """{task: {path: gradient}} of the parameters outside of .../own/."""
     tasks, trunk = prepared.corpus.tasks, trees.flat(prepared.params["trunk"])
     batch = jax.tree.map(jnp.asarray, batch)
     own = {path: leaf for path, leaf in trunk.items() if is_own(path)}
     assert own or prepared.experiment.adapters
 
-    @jax.jit
     def losses(common):
         encoded = encode_tokens(prepared.trunk.module)(trees.nested(common | own), batch, None, None)
         outputs = apply_heads(tasks, prepared.params["heads"], encoded, batch, None)
         return mean_losses(tasks, outputs, batch, label_counts(tasks, batch))
 
-    rows = jax.jacrev(losses)({path: leaf for path, leaf in trunk.items() if path not in own})
+    return jax.jit(jax.jacrev(losses))({path: leaf for path, leaf in trunk.items() if path not in own})
+
+
+def gram_by_hand(rows, chosen=lambda path, row: row):
+    """The Gram matrix of task_gradients(); `chosen` makes of a leaf's gradient what it is over."""
     flat = [np.concatenate([np.ravel(chosen(*item)) for item in rows[task].items()]) for task in sorted(rows)]
     return np.array([[a @ b for b in flat] for a in flat])
 

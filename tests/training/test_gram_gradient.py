@@ -27,6 +27,7 @@ from mtl_jax.training.setup import prepare
 from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 from mtl_jax.transfer.adapters import OwnParts
+from mtl_jax.transfer.adapters.stacks import SHARED
 
 EVERYTHING = (Phase("everything", 4),)
 BATCHINGS = {  # all of 8 rows: one program of K backward passes is for all of them
@@ -206,7 +207,7 @@ def test_twelve_changed_gradients_keep_their_order():
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_what_single_tasks_have_of_a_stack_is_apart_from_what_tasks_share(flat):
-    own, names = OwnParts({"lora": (True, False), "task": (True, True)}), ("a", "b")
+    own, names = OwnParts({"lora": ("a", SHARED), "task": ("a", "b")}, ("a", "b")), ("a", "b")
     draw = np.random.default_rng(0).normal
     rows = {
         "adapters": {

@@ -11,7 +11,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.transfer.adapters.adapted import ADAPTERS, Adapted
 from mtl_jax.transfer.adapters.base import OWN, RUN, SOURCE, TASK, Inserted, Layer
-from mtl_jax.transfer.adapters.stacks import OwnParts, below, has_own, of_number, subtree
+from mtl_jax.transfer.adapters.stacks import SHARED, UNREAD, OwnParts, below, has_own, of_number, subtree
 
 
 def merge_adapters(
@@ -49,20 +49,21 @@ def owner_of(adapted: Adapted, adapter: Inserted, layer: Layer) -> str:
     return RUN if adapter.per == RUN else SOURCE
 
 
-def own_parts(module: Any, tasks: Sequence[int]) -> OwnParts:
+def own_parts(module: Any, tasks: Sequence[Sequence[str]]) -> OwnParts:
     """Which parameters of a trunk belong to single tasks.
 
     An adapter of a source is its only task's own; where a source has several tasks, they share it.
 
     Args:
         module: The trunk, with or without adapters.
-        tasks: The number of tasks of each source, in the order of the sources' numbers.
+        tasks: The tasks of each source, in the order of the sources' numbers.
     """
     if not isinstance(module, Adapted):
         return OwnParts()
+    in_order = tuple(module.routes.tasks) if module.routes is not None else ()
+    of_sources = tuple(SHARED if len(names) > 1 else names[0] if names else UNREAD for names in tasks)
     stacked = [adapter for adapter in module.adapters if adapter.per != RUN]
-    alone = tuple(count <= 1 for count in tasks)
-    return OwnParts({adapter.name: (True,) if module.by_task(adapter) else alone for adapter in stacked})
+    return OwnParts({adapter.name: in_order if module.by_task(adapter) else of_sources for adapter in stacked}, in_order)
 
 
 def params_at(

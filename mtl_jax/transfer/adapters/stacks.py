@@ -67,19 +67,25 @@ def is_own(path: str) -> bool:
     return f"/{OWN}/" in f"/{path}/"
 
 
+SHARED, UNREAD = "", "(no task)"  # in place of the name of a task
+
+
 class OwnParts(NamedTuple):
     """Which parameters of a trunk belong to single tasks; such parameters are not in the Gram matrix of the trunk.
 
     Attributes:
-        by_adapter: {adapter with parameters for each source or task: for each of them, whether a single task reads it}.
+        by_adapter: {adapter with parameters for each source or task: the only task that reads each of them}; SHARED where
+            several tasks do, UNREAD where none does.
+        tasks: The tasks, in the order of their parts in other parameters of single tasks.
     """
 
-    by_adapter: Mapping[str, tuple[bool, ...]] = MappingProxyType({})
+    by_adapter: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    tasks: tuple[str, ...] = ()
 
     def of(self, path: str) -> tuple[bool, ...]:
         """(True,) for a parameter of single tasks, (False,) for a shared one, else a bool for each part of the stack.
 
-        >>> OwnParts({"lora": (True, False)}).of("adapters/lora/layer_0/attention/query/a")
+        >>> OwnParts({"lora": ("rating", SHARED)}).of("adapters/lora/layer_0/attention/query/a")
         (True, False)
 
         Args:
@@ -87,10 +93,20 @@ class OwnParts(NamedTuple):
         """
         if is_own(path):
             return (True,)
+        parts = tuple(owner != SHARED for owner in self.owners(path))
+        return parts if len(set(parts)) > 1 else parts[:1]
+
+    def owners(self, path: str) -> tuple[str, ...]:
+        """The task of each part of a stack, SHARED or UNREAD; (SHARED,) for a parameter that is no stack.
+
+        Args:
+            path: As for of().
+        """
+        if is_own(path):
+            return self.tasks
         of_adapters, _, adapter_path = path.partition("/")
         name = adapter_path.partition("/")[0] if of_adapters == "adapters" else ""
-        parts = self.by_adapter.get(name, (False,))
-        return parts if len(set(parts)) > 1 else parts[:1]
+        return self.by_adapter.get(name, (SHARED,))
 
 
 def mask_of(parts: tuple[bool, ...], shape: tuple[int, ...]) -> np.ndarray:

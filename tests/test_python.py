@@ -151,7 +151,7 @@ def test_the_most_likely_of_several_labels_and_of_none():
         (lambda: mtl_jax.evaluate("runs/tiny", "fine", []), "rows has no rows"),
         (lambda: mtl_jax.evaluate("runs/tiny", "fine", ["text"]), r"questions.rows\[0\]: the row is a str; it must be a dict"),
         (lambda: mtl_jax.evaluate("runs/tiny", "fine", [{"text": "who", "fine": "X"}]), r"rows\[0\]: .*label 'X' is not in"),
-        (lambda: mtl_jax.translate("marian", "hello"), "texts: a text is given; it must be a list of texts"),
+        (lambda: mtl_jax.translate("marian", "hello"), "texts is a text; it must be a list of texts"),
         (lambda: mtl_jax.translate("runs/tiny", ["hello"]), "runs/tiny: no task of this run writes texts"),
         (lambda: mtl_jax.translate(mtl_jax.pretrained.load("bert"), ["hello"]), "bert: this checkpoint cannot generate texts"),
         (lambda: mtl_jax.translate("llama", ["hello"]), "llama: LlamaForCausalLM answers prompts: use mtl-jax generate"),

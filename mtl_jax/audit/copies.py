@@ -25,6 +25,7 @@ from mtl_jax.audit.grams import Grams, grams
 from mtl_jax.audit.minhash import jaccard, similar
 from mtl_jax.audit.text_keys import Text, sides
 from mtl_jax.core.errors import UserError
+from mtl_jax.core.text_lines import as_list
 
 SHORT, SHORT_THRESHOLD = 8, 0.9
 KINDS = ("exact", "letters", "near")
@@ -131,9 +132,7 @@ def checked(texts: Sequence[Text], what: str) -> list[Text]:
     Raises:
         UserError: They are one text, or one of them is neither a text nor a pair of texts.
     """
-    if isinstance(texts, str):
-        raise UserError(f"{what} is a text; it must be a list of texts")
-    texts = list(texts)
+    texts = as_list(texts, what)
     for number, text in enumerate(texts):
         if isinstance(text, str):
             continue

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mtl_jax.audit.recognisers import RECOGNISERS, Recogniser
 from mtl_jax.audit.surrogates import Replace, replacement
 from mtl_jax.core.errors import UserError, count
+from mtl_jax.core.text_lines import as_list
 
 # The type of people=: from texts to the (first character, the one after the last, type) of the names in each.
 Names = Callable[[Sequence[str]], Sequence[Iterable[tuple[int, int, str]]]]
@@ -82,14 +83,13 @@ def deidentify_texts(
     language: str = "en_US",
 ) -> list[tuple[str, tuple[Identifier, ...]]]:
     """As deidentify(), for many texts: `people` gets them all at once."""
-    if isinstance(texts, str):
-        raise UserError("texts is a text; it must be a list of texts, for one use deidentify")
+    texts = as_list(texts, "texts", "texts, for one use deidentify")
     if isinstance(recognisers, str):
         raise UserError(f"recognisers is the text {recognisers!r}; it must be a list of names")
     names = list(RECOGNISERS if recognisers is None else recognisers)
     functions = [(name, RECOGNISERS.find(name)) for name in names]
     replace = replacement(mode, seed, key, language)
-    return replaced_texts(list(texts), functions, people, replace)
+    return replaced_texts(texts, functions, people, replace)
 
 
 def replaced_texts(

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,6 +150,22 @@ def not_by_line(first: str) -> str:
     if text.startswith("{") and text.endswith(("{", "[", ",", ":")):
         return f"the object does not end on its line, and {advice} ."
     return ""
+
+
+def as_list(values: Any, name: str, of: str = "texts") -> list[Any]:
+    """The values as a list; an iterator is read once.
+
+    Args:
+        values: An argument.
+        name: Its name, for the error.
+        of: What it must be a list of.
+
+    Raises:
+        UserError: They are one text, one row, or nothing that can be read one by one.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise UserError(f"{name} is {kind_of(values)}; it must be a list of {of}")
+    return list(values)
 
 
 def kind_of(value: Any) -> str:

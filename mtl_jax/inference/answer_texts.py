@@ -12,7 +12,7 @@ from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count, unknown
 from mtl_jax.core.progress import Progress
 from mtl_jax.core.row_texts import hiding
-from mtl_jax.core.text_lines import kind_of
+from mtl_jax.core.text_lines import as_list, kind_of
 from mtl_jax.decoding import GenerationConfig
 from mtl_jax.inference import generate_texts, text_model
 from mtl_jax.inference.generate_texts import Long, TextAnswer
@@ -132,10 +132,10 @@ def from_python(
     log_lines.show()
     if long not in (None, *get_args(Long)):
         raise unknown("long", str(long), get_args(Long))
-    texts = texts if isinstance(texts, str) else list(texts)  # an iterator is read once
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        wrong = texts if isinstance(texts, str) else next(text for text in texts if not isinstance(text, str))
-        raise UserError(f"texts: {kind_of(wrong)} is given; it must be a list of texts")
+    texts = as_list(texts, "texts")
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"texts: {kind_of(text)} is given; it must be a list of texts")
     if isinstance(seed, Sequence) and len(seed) != len(texts):
         raise UserError(f"seed: {count(len(seed), 'seed')} for {count(len(texts), 'text')}; give one for each, or one for all")
     for number in seed if isinstance(seed, Sequence) else [seed]:

@@ -17,7 +17,7 @@ from mtl_jax import trunks
 from mtl_jax.core import log_lines
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.core.row_texts import hiding
-from mtl_jax.core.text_lines import kind_of
+from mtl_jax.core.text_lines import as_list
 from mtl_jax.data import coverage
 from mtl_jax.data.examples import Examples, read_examples
 from mtl_jax.data.formats import READERS, names_columns
@@ -129,11 +129,9 @@ def predict(
         True
     """
     log_lines.show()
-    if isinstance(inputs, str | Mapping):
-        raise UserError(f"inputs is {kind_of(inputs)}; it must be a list of texts or rows")
+    inputs = as_list(inputs, "inputs", "texts or rows")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}; it must be at least 1")
-    inputs = list(inputs)  # an iterator is read once
     model = opened(workdir)
     with hiding(model.run.experiment.private):
         alone = all(isinstance(value, str) for value in inputs)

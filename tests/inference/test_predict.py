@@ -35,7 +35,9 @@ def test_what_is_no_text_is_named(source, value, as_words, message):
         row_of(source, value, 7, as_words)
 
 
-@pytest.mark.parametrize(("inputs", "what"), [("Ann", "a text"), ({"text": "Ann"}, "an object")])
+@pytest.mark.parametrize(
+    ("inputs", "what"), [("Ann", "a text"), ({"text": "Ann"}, "an object"), (None, "null"), (3, "a number")]
+)
 def test_one_input_is_a_list_of_one(inputs, what, tmp_path):
     with pytest.raises(UserError, match=f"inputs is {what}; it must be a list of texts or rows"):
         predict(tmp_path, "ner", inputs)

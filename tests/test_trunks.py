@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jitted import apply
 
 from mtl_jax import trunks
 from mtl_jax.core.errors import UserError
@@ -59,8 +60,8 @@ def test_a_trunk_may_be_given_the_rows_that_it_reads(checkpoint):
     params = trunks.init_params(trunk, jax.random.key(0))
     rows, places = np.unique(IDS, return_inverse=True)
     narrow = with_token_table(params, token_table(params)[rows])
-    expected = trunk.module.apply({"params": params}, IDS, **PACKED).hidden
-    found = trunk.module.apply({"params": narrow}, places.reshape(IDS.shape), **PACKED).hidden
+    expected = apply(trunk.module, params, IDS, **PACKED).hidden
+    found = apply(trunk.module, narrow, places.reshape(IDS.shape), **PACKED).hidden
     np.testing.assert_array_equal(found, expected)
 
 

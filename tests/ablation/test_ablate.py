@@ -12,7 +12,7 @@ import pytest
 import tiny
 import tiny_translation
 
-from mtl_jax import L2SP, Checkpoints, Evaluation, Phase, train
+from mtl_jax import L2SP, Checkpoints, Embedding, Evaluation, Phase, train
 from mtl_jax.ablation import compare_runs
 from mtl_jax.ablation.ablate import ablate
 from mtl_jax.ablation.extract import take
@@ -27,6 +27,7 @@ from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.row_outcomes import Reader, read_run
 
 VARY = ["weights=1/1/1,0.2/0.3/0.5", "phases.everything.learning-rate=1e-2,1e30"]
+MATRIX = Embedding(vocabulary=30, dimension=8)  # for what is the same with every trunk: it compiles in no time
 SHORT = (Phase("heads", steps=3, rules=tiny.HEADS_ONLY), Phase("everything", steps=3))
 
 
@@ -215,7 +216,8 @@ def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
     def present(count: int) -> None:
         monkeypatch.setattr(meshes, "_devices", lambda wanted: jax.devices()[: wanted or count])
 
-    experiment = short(bert, data, phases=(dataclasses.replace(SHORT[0], steps=4),), evaluation=Evaluation(every=2), devices=0)
+    phases = (dataclasses.replace(SHORT[0], steps=4),)
+    experiment = short(bert, data, trunk=MATRIX, phases=phases, evaluation=Evaluation(every=2), devices=0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     present(2)
     vary = ["optimizer.learning-rate=1e-2,1e30,1e-3"]
@@ -270,7 +272,8 @@ def test_a_task_that_writes_texts(tmp_path):
 
 def test_a_run_that_stops_early_has_the_counts_of_its_own_end(bert, data, tmp_path):
     phases, evaluation = (Phase("everything", steps=8),), Evaluation(every=1, patience=1, baseline="none")
-    ablate(short(bert, data, phases=phases, evaluation=evaluation), tmp_path / "all", ["optimizer.learning-rate=1e-4,1"])
+    experiment = short(bert, data, trunk=MATRIX, phases=phases, evaluation=evaluation)
+    ablate(experiment, tmp_path / "all", ["optimizer.learning-rate=1e-3,1e2"])
     facts = []
     for name in ("0000", "0001"):
         folder = alone(tmp_path / "all", name, tmp_path / name)

@@ -16,6 +16,7 @@ from mtl_jax.decoding.steps import _drawn as drawn_candidates
 from mtl_jax.decoding.steps import plain_step
 
 V, L = 7, 6
+PROCESS = jax.jit(process, static_argnums=3)
 
 
 def by_hand(scores, tokens, length, config):
@@ -51,7 +52,7 @@ def test_changes_of_scores(tokens, length, penalty, n, words, least):
     )
     static, traced = split_options(config)
     scores = np.random.default_rng(length).normal(size=(1, 1, V)).astype(np.float32)
-    found = process(jnp.array(scores), jnp.array([[tokens]]), jnp.int32(length), static, traced)
+    found = PROCESS(scores, np.array([[tokens]]), np.int32(length), static, traced)
     expected = by_hand(scores[0, 0], tokens, length, config)
     np.testing.assert_allclose(found[0, 0], expected, rtol=1e-6)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from jitted import apply
 from safetensors.numpy import load_file
 
 from mtl_jax import Evaluation, Phase, Source, Span, Tagging, pretrained, train
@@ -28,7 +29,7 @@ def answers(folder, texts):
     length = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
     inputs = checkpoint.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="np")
     inputs.pop("token_type_ids", None)
-    x = np.asarray(checkpoint.model.apply({"params": checkpoint.params}, **inputs).hidden)
+    x = np.asarray(apply(checkpoint.model, checkpoint.params, **inputs).hidden)
     for module in json.loads((folder / "modules.json").read_text())[1:]:
         config = json.loads((folder / module["path"] / "config.json").read_text())
         if module["type"].endswith("Pooling"):
@@ -127,7 +128,7 @@ def test_transformers_opens_it(workdir, tmp_path):
     assert not any(info.values()), info
     checkpoint = pretrained.load(str(tmp_path / "out"))
     inputs = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS[:2], padding=True, return_tensors="np")
-    ours = checkpoint.model.apply({"params": checkpoint.params}, **inputs)
+    ours = apply(checkpoint.model, checkpoint.params, **inputs)
     with torch.no_grad():
         theirs = model.eval()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
     real = inputs["attention_mask"].astype(bool)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_translation
+from jitted import apply
 
 from mtl_jax import Evaluation, decoding, pretrained, train
 from mtl_jax.inference.export import convert
@@ -54,7 +55,7 @@ def test_logits(converted):
     with torch.no_grad():
         expected = theirs(*map(torch.from_numpy, (ids, mask, targets))).logits.numpy()
     with jax.default_matmul_precision("highest"):
-        found = ours.model.apply({"params": ours.params}, ids, mask, targets).logits
+        found = apply(ours.model, ours.params, ids, mask, targets).logits
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

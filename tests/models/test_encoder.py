@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jitted import apply
 from scipy.special import erf
 
 from mtl_jax import pretrained
@@ -46,39 +47,41 @@ def numpy_bert(tensors: dict[str, np.ndarray], ids_T: list[int]) -> np.ndarray:
 def test_encoder_is_bert_written_out(bert):
     checkpoint = pretrained.load(str(bert))
     ids = [2, 5, 9, 14, 3]
-    hidden = checkpoint.model.apply({"params": checkpoint.params}, jnp.array([ids])).hidden
+    hidden = apply(checkpoint.model, checkpoint.params, jnp.array([ids])).hidden
     np.testing.assert_allclose(hidden[0], numpy_bert(tiny.bert_tensors(), ids), atol=1e-5)
 
 
 def test_padding_changes_nothing(bert):
     checkpoint = pretrained.load(str(bert))
     ids = jnp.array([[2, 5, 9, 14, 3]])
-    alone = checkpoint.model.apply({"params": checkpoint.params}, ids).hidden
+    alone = apply(checkpoint.model, checkpoint.params, ids).hidden
     padded_ids = jnp.pad(ids, ((0, 0), (0, 4)))
-    padded = checkpoint.model.apply({"params": checkpoint.params}, padded_ids, (padded_ids > 0).astype(int)).hidden
+    padded = apply(checkpoint.model, checkpoint.params, padded_ids, (padded_ids > 0).astype(int)).hidden
     np.testing.assert_allclose(padded[:, :5], alone, atol=1e-6)
 
 
 def test_packed_examples_do_not_see_each_other(bert):
     checkpoint = pretrained.load(str(bert))
     first, second = [2, 5, 9, 14, 3], [2, 7, 3]
-    packed = checkpoint.model.apply(
-        {"params": checkpoint.params},
+    packed = apply(
+        checkpoint.model,
+        checkpoint.params,
         jnp.array([[*first, *second, 0]]),
         jnp.array([[1] * 8 + [0]]),
         position_ids=jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 0]]),
         segment_ids=jnp.array([[1] * 5 + [2] * 3 + [0]]),
     ).hidden[0]
     for ids, rows in ((first, packed[:5]), (second, packed[5:8])):
-        alone = checkpoint.model.apply({"params": checkpoint.params}, jnp.array([ids])).hidden[0]
+        alone = apply(checkpoint.model, checkpoint.params, jnp.array([ids])).hidden[0]
         np.testing.assert_allclose(rows, alone, atol=1e-6)
 
 
 def test_dropout_needs_a_key_and_changes_the_output():
     encoder = Encoder(EncoderConfig(10, 8, 1, 2, 16, 16, dropout=0.5))
     ids = jnp.ones((1, 4), jnp.int32)
-    params = encoder.init(jax.random.key(0), ids)["params"]
+    params = jax.jit(encoder.init)(jax.random.key(0), ids)["params"]
 
+    @jax.jit
     def hidden(seed: int) -> jax.Array:
         rngs = {"dropout": jax.random.key(seed)}
         return encoder.apply({"params": params}, ids, deterministic=False, rngs=rngs).hidden

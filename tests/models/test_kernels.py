@@ -47,7 +47,7 @@ def test_attention_of_packed_rows_with_padding():
             out = attend(q, k, v, mask, scale=D**-0.5, **options)
             return (out * weights).sum(), out
 
-        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     expected, found = both(layers.attend), both(kernels.attend_on_tpus, interpret=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), found, expected)
@@ -144,7 +144,7 @@ class TestChoice:
         )
         plain = self.module.clone(dtype=jnp.float32)
         ids, mask = jnp.arange(32).reshape(2, 16) % 20, jnp.ones((2, 16), jnp.int32).at[1, 9:].set(0)
-        params = plain.init(jax.random.key(0), ids)
+        params = jax.jit(plain.init)(jax.random.key(0), ids)
 
         @jax.jit
         def pull(params):

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jitted import apply
 from scipy.special import erf
 
 from mtl_jax.models.modernbert import ModernBert, ModernBertConfig
@@ -93,8 +94,8 @@ def test_local_layers_see_the_window_and_no_further():
     """With one local layer, what a change of token 5 reaches is the window around it."""
     config = ModernBertConfig(30, 16, 2, 12, global_layers=(False,), window=WINDOW, initializer_range=0.3)
     model, ids = ModernBert(config), jnp.array([IDS])
-    params = model.init(jax.random.key(0), ids)
-    changed = model.apply(params, ids.at[0, 5].set(20)).hidden - model.apply(params, ids).hidden
+    params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+    changed = apply(model, params, ids.at[0, 5].set(20)).hidden - apply(model, params, ids).hidden
     reached = np.flatnonzero(np.abs(changed[0]).max(-1) > 1e-6)
     np.testing.assert_array_equal(reached, np.arange(5 - WINDOW, 5 + WINDOW + 1))
 
@@ -129,7 +130,7 @@ def test_only_differences_of_positions_matter(encode):
 
 
 def test_half_precision_stays_near(params, encode):
-    hidden = ModernBert(CONFIG, jnp.bfloat16).apply({"params": params}, jnp.array([IDS])).hidden
+    hidden = apply(ModernBert(CONFIG, jnp.bfloat16), params, jnp.array([IDS])).hidden
     assert hidden.dtype == jnp.bfloat16
     assert np.abs(hidden.astype(np.float32) - encode(jnp.array([IDS]))).mean() < 0.05
 
@@ -138,8 +139,9 @@ def test_half_precision_stays_near(params, encode):
 def test_dropout_needs_a_key_and_changes_the_output(rate):
     model = ModernBert(ModernBertConfig(30, 8, 2, 8, (True,), **{rate: 0.5}))
     ids = jnp.array([IDS])
-    params = model.init(jax.random.key(0), ids)
+    params = jax.jit(model.init)(jax.random.key(0), ids)
 
+    @jax.jit
     def hidden(seed: int) -> jax.Array:
         return model.apply(params, ids, deterministic=False, rngs={"dropout": jax.random.key(seed)}).hidden
 

@@ -67,10 +67,10 @@ def shared(part: sharing.Sharing, tasks: routes.Routes = ROUTES) -> Adapted:
 
 def noisy(params: dict) -> dict:
     """All parameters of a sharing changed, so that no 0 hides what it does."""
-    leaves, structure = jax.tree.flatten(params[ADAPTERS])
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    changed = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return params | {ADAPTERS: jax.tree.unflatten(structure, changed)}
+    generator = np.random.default_rng(2)
+    return params | {
+        ADAPTERS: jax.tree.map(lambda leaf: leaf + generator.normal(0, 0.3, leaf.shape).astype(np.float32), params[ADAPTERS])
+    }
 
 
 PLAIN = jax.jit(Encoder(CONFIG).apply)
@@ -120,7 +120,7 @@ def test_tasks_on_sources_of_their_own_pass_once(plain):
 
 def test_notes_say_what_is_shared_and_from_where_on_rows_are_copied(plain):
     module = shared(sharing.TopLayers(own=1))
-    params = module.add(plain, KEY)
+    params = jax.jit(module.add)(plain, KEY)
     size = sum(leaf.size for leaf in jax.tree.leaves(plain["layer_1"]))
     assert notes(module, params) == [
         f"sharing: TopLayers at 1 layer, {3 * size:,} parameters, {size} of them each task's own",
@@ -130,7 +130,7 @@ def test_notes_say_what_is_shared_and_from_where_on_rows_are_copied(plain):
 
 def test_gradients_reach_the_parameters_of_the_task_alone(plain):
     module = shared(sharing.CGC(shared=1, own=1, width=3))
-    params = noisy(module.add(plain, KEY))
+    params = noisy(jax.jit(module.add)(plain, KEY))
 
     def loss(added):
         hidden = module.apply({"params": params | {ADAPTERS: added}}, IDS, source=SOURCE).hidden.reshape(6, 2, 4, 8)
@@ -155,7 +155,7 @@ def test_a_task_can_be_merged_into_a_plain_trunk(part, plain):
 def test_what_cannot_be_merged_says_so(plain):
     module = shared(sharing.MMoE())
     with pytest.raises(UserError, match="sharing is MMoE, and transformers has no class for a trunk with it"):
-        merge_adapters(module, module.add(plain, KEY), task="a")
+        merge_adapters(module, jax.jit(module.add)(plain, KEY), task="a")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_adapters_of_tasks_stand_beside_copies_by_task_alone(plain):
     with pytest.raises(UserError, match="adapter 'lora': per is task, and in the sharing MMoELayers the copies"):
         adapt(Encoder(CONFIG), (lora,), 2, sharing=(sharing.MMoELayers(experts=3),), routes=ROUTES)
     module = adapt(Encoder(CONFIG), (lora,), 2, sharing=(sharing.TopLayers(own=1),), routes=ROUTES)
-    hidden = copies_of(module, jax.jit(module.add)(plain, KEY))
+    hidden = jax.jit(lambda: copies_of(module, module.add(plain, KEY)))()
     np.testing.assert_allclose(hidden[:, 0], PLAIN({"params": plain}, IDS).hidden, atol=1e-5)
 
 
@@ -221,9 +221,9 @@ def test_what_all_rows_share_is_not_taken_for_rows(part, rows):
     """Also where there are as many rows, or rows with their copies, as tokens in a row."""
     ids, source = IDS[:rows], SOURCE[:rows]
     module = adapt(Distances(), (), 2, sharing=(part,), routes=ROUTES)
-    params = Distances().init(jax.random.key(0), ids)["params"]
-    hidden = module.apply({"params": module.add(params, KEY)}, ids, source=source).hidden
-    expected = Distances().apply({"params": params}, ids).hidden
+    params = jax.jit(Distances().init)(jax.random.key(0), ids)["params"]
+    hidden = jax.jit(lambda: module.apply({"params": module.add(params, KEY)}, ids, source=source).hidden)()
+    expected = jax.jit(Distances().apply)({"params": params}, ids).hidden
     np.testing.assert_allclose(hidden, jnp.repeat(expected, module.copies, axis=0), atol=1e-5)
 
 

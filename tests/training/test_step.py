@@ -63,7 +63,6 @@ def test_one_step_is_the_textbook_written_out(bert, data, batch):
         labels={task.name: np.where(early, batch.labels[task.name], task.missing) for task in tasks},
     )
 
-    @jax.jit
     def objective(params):
         """Example by example, without packing."""
         per_task = {task.name: [] for task in prepared.corpus.tasks}
@@ -81,7 +80,7 @@ def test_one_step_is_the_textbook_written_out(bert, data, batch):
                     per_task[task.name].append((output[0] - label / task.scale) ** 2)
         return sum(weights[name] * jnp.mean(jnp.stack(losses)) for name, losses in per_task.items())
 
-    total, gradient = jax.value_and_grad(objective)(prepared.params)
+    total, gradient = jax.jit(jax.value_and_grad(objective))(prepared.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, prepared.params, gradient)
     new_state, metrics = jax.jit(step)(state, StepInputs(batch))
     np.testing.assert_allclose(metrics.total, total, rtol=1e-5)
@@ -138,7 +137,8 @@ def test_cached_features_give_the_same_step(bert, data, batch):
     plan = prepared.plans[0]
     cached_backward = make_backward(cached_features, prepared.corpus.tasks, trains_trunk=False)
     cached_step = make_train_step(make_gradient_fn(cached_backward, plan.rule), plan.optimizer, plan.mask)
-    pooled = encode_tokens(prepared.trunk.module)(prepared.params["trunk"], batch, None, None).pooled
+    encode = jax.jit(encode_tokens(prepared.trunk.module))
+    pooled = encode(prepared.params["trunk"], batch, None, None).pooled
     table = np.zeros((prepared.corpus.size, tiny.HIDDEN), np.float32)
     table[batch.index[batch.index >= 0]] = pooled[batch.index >= 0]
     a, metrics_a = jax.jit(step)(state, StepInputs(batch))

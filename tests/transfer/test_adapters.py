@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from jitted import apply
 
 from mtl_jax import IA3, Bottleneck, Lora, Prefix, pretrained
 from mtl_jax.core.errors import UserError
@@ -64,7 +65,7 @@ def with_adapters(family, *adapters, sources=1, moved=0.3):
     """The trunk with adapters, and its parameters; those of the adapters moved away from where they start."""
     base, params = trunk(family)
     module = adapt(base, adapters, sources)
-    params = module.add(params, jax.random.key(0))
+    params = jax.jit(module.add)(params, jax.random.key(0))
     rng = np.random.default_rng(0)
     added = jax.tree.map(lambda leaf: leaf + moved * rng.normal(size=leaf.shape).astype(np.float32), params["adapters"])
     return module, params | {"adapters": added}
@@ -286,13 +287,13 @@ def test_merged_into_the_kernels(family):
     module, params = with_adapters(family, IA, lora)
     merged = merge_adapters(module, params)
     assert jax.tree.structure(merged) == jax.tree.structure(trunk(family)[1])
-    actual = base.apply({"params": merged}, IDS, MASK, **PACKED).hidden
-    np.testing.assert_allclose(real(actual), real(module.apply({"params": params}, IDS, MASK, **PACKED).hidden), atol=1e-5)
+    actual = apply(base, merged, IDS, MASK, **PACKED).hidden
+    np.testing.assert_allclose(real(actual), real(apply(module, params, IDS, MASK, **PACKED).hidden), atol=1e-5)
 
     each = [Lora(name="lora", rank=2, per="source"), IA3(name="ia3", per="source")]
     module, params = with_adapters(family, *each, sources=2)
-    actual = base.apply({"params": merge_adapters(module, params, 1)}, IDS, MASK, **PACKED).hidden
-    expected = module.apply({"params": params}, IDS, MASK, source=np.array([1, 1]), **PACKED).hidden
+    actual = apply(base, merge_adapters(module, params, 1), IDS, MASK, **PACKED).hidden
+    expected = apply(module, params, IDS, MASK, source=np.array([1, 1]), **PACKED).hidden
     np.testing.assert_allclose(real(actual), real(expected), atol=1e-5)
     with pytest.raises(UserError, match="adapter 'lora': each source has its own"):
         merge_adapters(module, params)
@@ -394,14 +395,14 @@ def test_tasks_of_one_source_have_adapters_of_their_own():
     """Rows of the second source are there twice, each with the adapter of one of its tasks."""
     module = Encoder(EncoderConfig(12, 8, 2, 2, 16, 8, type_vocab_size=0))
     ids, source = jnp.arange(12).reshape(3, 4), jnp.array([0, 1, 1])
-    params = module.init(jax.random.key(0), ids)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
     lora = Lora(name="lora", rank=2, per="task")
     tasks = routes.make([("a", "first"), ("b", "second"), ("c", "second")], ["first", "second"], {})
     adapted = adapt(module, [lora], 2, routes=tasks)
-    added = jax.tree.map(lambda leaf: leaf + 0.1, adapted.add(params, jax.random.key(1)))
-    hidden = adapted.apply({"params": added}, ids, source=source).hidden.reshape(3, 2, 4, 8)
+    added = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(adapted.add)(params, jax.random.key(1)))
+    hidden = apply(adapted, added, ids, source=source).hidden.reshape(3, 2, 4, 8)
     alone = adapt(module, [dataclasses.replace(lora, per="run")])
     for row, copy, task in ((0, 0, 0), (1, 0, 1), (1, 1, 2), (2, 0, 1), (2, 1, 2)):
         of_task = added | {"adapters": jax.tree.map(lambda leaf, n=task: leaf[n], added["adapters"])}
-        expected = alone.apply({"params": of_task}, ids[row : row + 1]).hidden[0]
+        expected = apply(alone, of_task, ids[row : row + 1]).hidden[0]
         np.testing.assert_allclose(hidden[row, copy], expected, atol=2e-6)

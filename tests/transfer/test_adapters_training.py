@@ -12,6 +12,7 @@ import numpy as np
 import packing
 import pytest
 import tiny
+from jitted import apply
 from safetensors.numpy import load_file, save_file
 
 import mtl_jax
@@ -333,10 +334,10 @@ def test_lora_goes_out_inside_the_kernels(finished, tmp_path, task):
     assert (out.head, out.unused, out.initialized) == (None, (), ())
     ids = np.array([run.trunk.tokenizer("who is the man ?")["input_ids"]])
     source = np.array([run.source_index(task)])
-    expected = run.trunk.module.apply({"params": run.params["trunk"]}, ids, source=source).hidden
-    found = out.model.apply({"params": out.params}, ids).hidden
+    expected = apply(run.trunk.module, run.params["trunk"], ids, source=source).hidden
+    found = apply(out.model, out.params, ids).hidden
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    bare = out.model.apply({"params": out.params | {"trunk": run.params["trunk"]}}, ids).hidden
+    bare = apply(out.model, out.params | {"trunk": run.params["trunk"]}, ids).hidden
     assert not np.allclose(found, bare, atol=1e-5)
 
 
@@ -383,8 +384,8 @@ def test_an_adapter_of_a_task_goes_out_beside_one_of_its_name(bert, data, tmp_pa
     run, loaded = open_run(tmp_path / "run"), load_peft(tmp_path / "peft", pretrained.load(str(bert), head=None))
     ids = np.array([run.trunk.tokenizer("who is the man ?")["input_ids"]])
     module = as_module(run.trunk.module, run.source_index("rating"), "rating")
-    expected = module.apply({"params": run.params["trunk"]}, ids).hidden
-    np.testing.assert_allclose(loaded.model.apply({"params": loaded.params}, ids).hidden, expected, atol=1e-5)
+    expected = apply(module, run.params["trunk"], ids).hidden
+    np.testing.assert_allclose(apply(loaded.model, loaded.params, ids).hidden, expected, atol=1e-5)
 
 
 def test_flags_change_adapters(bert, data, monkeypatch):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from jitted import apply
 
 from mtl_jax import pretrained
 from mtl_jax.transfer.adapters import load_peft, save_peft
@@ -16,7 +17,7 @@ QUICK = ("lora_pooler", "dora_rslora", "prompt_tokens", "fused_lora", "bart_piss
 
 
 def ours(checkpoint, task):
-    return np.asarray(checkpoint.model.apply({"params": checkpoint.params}, **peft_cases.inputs_of(task)).logits)
+    return np.asarray(apply(checkpoint.model, checkpoint.params, **peft_cases.inputs_of(task)).logits)
 
 
 def real(logits, task):

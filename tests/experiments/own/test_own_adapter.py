@@ -6,6 +6,7 @@ import numpy as np
 import own_parts
 import pytest
 import tiny
+from jitted import apply
 
 from mtl_jax import ablate, pretrained, reporting, train
 from mtl_jax.cli import script_main
@@ -78,8 +79,8 @@ def test_convert_merges_it(script, workdir, tmp_path, monkeypatch):
     convert(str(workdir), tmp_path / "out")
     run, merged = open_run(workdir), pretrained.load(str(tmp_path / "out"), head=None)
     ids = np.array([[2, 5, 9, 12, 3]])
-    expected = run.trunk.module.apply({"params": run.params["trunk"]}, ids).hidden
-    np.testing.assert_allclose(merged.model.trunk.apply({"params": merged.params["trunk"]}, ids).hidden, expected, atol=1e-5)
+    expected = apply(run.trunk.module, run.params["trunk"], ids).hidden
+    np.testing.assert_allclose(apply(merged.model.trunk, merged.params["trunk"], ids).hidden, expected, atol=1e-5)
     monkeypatch.delattr(parts.kinds(Adapter)["LoraFA"], "merged")
     refused = r"'lora_fa' is a LoraFA, which .*: only Lora, its relatives, IA3 and classes that define merged\(\) can"
     with pytest.raises(UserError, match=refused):

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from jitted import apply
 
 import mtl_jax
 from mtl_jax import Experiment, UserError
@@ -87,7 +87,7 @@ def test_the_loop_of_ones_own_runs(bert):
         exec(compile(block, "own_loop.md", "exec"), names)
     assert names["weights"].keys() == {"sentiment", "length"}
     assert len(names["frozen"]) == 5  # the embeddings: three tables, and their norm
-    plain = jax.jit(names["trunk"].apply)({"params": names["params"]["trunk"]}, names["ids"], names["mask"]).hidden
+    plain = apply(names["trunk"], names["params"]["trunk"], names["ids"], names["mask"]).hidden
     np.testing.assert_allclose(names["hidden"], plain, atol=1e-5)
     packages = "weighting|transfer|pretrained|decoding|affinity|audit|augment"
     named = re.findall(rf"`(?:mtl_jax\.)?((?:{packages})\.[\w.]+)", page)

@@ -50,7 +50,7 @@ def tables(runs: Sequence[dict[str, Any]]) -> str:
         runs: Contents of results.json.
 
     Raises:
-        UserError: There are no runs.
+        UserError: `runs` is empty.
     """
     if not runs:
         raise UserError("no workdir given")

@@ -172,6 +172,8 @@ def test_every_kind_of_task_gets_what_applies_to_it(words, monkeypatch):
     assert np.isnan(result.rankings["fine"]["task_similarity"][0].low)  # nothing of it is an array over rows
     assert result.rows["tags"] == 24
     assert {"features", "heads", "embeddings", "logme"} <= result.seconds.keys()
+    for target, advice in result.advice.items():
+        assert advice.source == next(iter(affinity.mean_places([*result.rankings[target].values()])))
     assert result.advice["coarse"].source == "fine"  # it has the same texts, and is first in every ranking
     assert result.copies["fine"] == {"coarse": affinity.SourceCopies({}, result.copies["fine"]["coarse"].of, same_rows=True)}
     assert affinity.table(result).startswith("copies: ")

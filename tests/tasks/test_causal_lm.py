@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_decoder
+from jitted import apply
 
 import mtl_jax
 from mtl_jax import Batching, CausalLM, Checkpoints, Classification, Evaluation, Experiment, Lora, Phase, Pretrained, Source
@@ -160,14 +161,11 @@ def test_answers_see_a_prompt_that_was_tuned(llama, tmp_path, beams):
     answers = mtl_jax.predict(tmp_path / "run", "answer", texts)
     table = run.params["trunk"]["embeddings"]["word"]["embedding"]
 
-    @jax.jit
-    def log_probabilities(ids_1xT):
-        hidden = run.trunk.module.apply({"params": run.params["trunk"]}, ids_1xT).hidden[0]
-        return jax.nn.log_softmax(hidden @ table.T)
-
     def scored(tokens):
         """Log-probabilities of the token after each, without a cache. No token sees the padding after it."""
-        return np.asarray(log_probabilities(np.array([[*tokens, *[0] * (16 - len(tokens))]])))[: len(tokens)]
+        padded = np.array([[*tokens, *[0] * (16 - len(tokens))]])
+        hidden = apply(run.trunk.module, run.params["trunk"], padded).hidden[0]
+        return np.asarray(jax.nn.log_softmax(hidden @ table.T))[: len(tokens)]
 
     for text, answer in zip(texts, answers, strict=True):
         prompt = run.trunk.tokenizer(text)["input_ids"]
@@ -203,10 +201,10 @@ def test_adapters_go_out_to_peft_with_the_names_of_the_whole_model(llama, tmp_pa
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     run, base, ids = open_run(tmp_path / "run"), mtl_jax.pretrained.load(str(llama)), np.array([[2, 5, 9, 14]])
     model = run.task("answer").generator(as_module(run.trunk.module, 0, "answer"))
-    expected = jax.jit(model.apply)({"params": {"trunk": run.params["trunk"], "head": {}}}, ids).logits
+    expected = apply(model, {"trunk": run.params["trunk"], "head": {}}, ids).logits
     loaded = load_peft(tmp_path / "peft", base)
-    np.testing.assert_allclose(jax.jit(loaded.model.apply)({"params": loaded.params}, ids).logits, expected, atol=1e-5)
-    assert not np.allclose(jax.jit(base.model.apply)({"params": base.params}, ids).logits, expected, atol=1e-3)
+    np.testing.assert_allclose(apply(loaded.model, loaded.params, ids).logits, expected, atol=1e-5)
+    assert not np.allclose(apply(base.model, base.params, ids).logits, expected, atol=1e-3)
     trained = run._replace(params={**run.params, "heads": {"answer": {"lm_head": {"kernel": np.zeros((16, 27), np.float32)}}}})
     with pytest.raises(UserError, match="lm_head/kernel of its LM head is not that of the checkpoint"):
         peft_export.write(trained, "run", tmp_path / "more", run.task("answer"), overwrite=False)

@@ -97,7 +97,7 @@ class OwnParts(NamedTuple):
         return parts if len(set(parts)) > 1 else parts[:1]
 
     def owners(self, path: str) -> tuple[str, ...]:
-        """The task of each part of a stack, SHARED or UNREAD; (SHARED,) for a parameter that is no stack.
+        """The task of each part of a stack, SHARED or UNREAD; (SHARED,) for a parameter that is not stacked.
 
         Args:
             path: As for of().

@@ -180,7 +180,7 @@ class TrainingRun:
         log.info("%s", title, extra={"colour": log_lines.BOLD})
         # The rates of all steps at once: the schedule of a single step would run a small program in each step.
         steps = plan.end - plan.start
-        self.rates = np.broadcast_to(jax.vmap(plan.learning_rate)(np.arange(steps)), steps)
+        self.rates = np.broadcast_to(jax.jit(jax.vmap(plan.learning_rate))(np.arange(steps)), steps)
         actions = Actions(
             take_step=lambda state, batch: train_step(
                 state, StepInputs(meshes.assemble(batch, meshes.by_rows(self.mesh)), table, references, self.held_out)

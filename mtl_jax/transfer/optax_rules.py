@@ -42,8 +42,8 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
     """
 
     def init(params: Any) -> AdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return AdamState(jnp.zeros(len(jax.tree.leaves(params)), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+        counts = jnp.zeros(len(jax.tree.leaves(params)), jnp.int32)
+        return AdamState(counts, jax.tree.map(_zeros_like, params), jax.tree.map(_zeros_like, params))
 
     def update(updates: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         del params
@@ -60,6 +60,11 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
         return jax.tree.unflatten(treedef, scaled), AdamState(counts, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _zeros_like(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Zeros where the leaf lies: on devices every shape is a program of its own."""
+    return np.zeros_like(leaf) if isinstance(leaf, np.ndarray) else jnp.zeros_like(leaf)
 
 
 class RulesState(NamedTuple):

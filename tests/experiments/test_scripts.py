@@ -13,7 +13,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 FLAGS = {
     "quickstart.py": [
         *("--phases.0.steps", "1", "--phases.1.steps", "1", "--batch.rows", "12"),
-        *(flag for number in range(6) for flag in (f"--sources.{number}.limit", "24")),
+        *(flag for number in range(6) for flag in (f"--sources.{number}.limit", "8")),
     ],
     "shared_embedding.py": ["--phases.0.steps", "2"],
 }

@@ -13,6 +13,7 @@ import tiny
 from mtl_jax import Checkpoints, Phase
 from mtl_jax.core.errors import UserError
 from mtl_jax.training import checkpoint_files
+from mtl_jax.training import mesh as meshes
 from mtl_jax.training.checkpoint_store import Damaged, Store
 from mtl_jax.training.phase_state import initial_state, template
 from mtl_jax.training.setup import prepare
@@ -159,8 +160,12 @@ def test_what_was_saved_is_what_is_read(prepared, store_of):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "uint32"])
 def test_sums_on_the_host_are_those_on_the_devices(dtype):
-    array = jax.numpy.asarray(np.random.default_rng(0).integers(0, 200, (7, 5))).astype(dtype)
-    assert checkpoint_files.describe({"x": array})["x"] == [[7, 5], checkpoint_files.sum_of(np.asarray(array))]
+    """Those of a whole array in the host's memory, and those of one that is cut over devices."""
+    whole = jax.numpy.asarray(np.random.default_rng(0).integers(0, 200, (8, 5))).astype(dtype)
+    cut = jax.device_put(whole, meshes.by_rows(meshes.make(4, 4)))
+    expected = [[8, 5], checkpoint_files.sum_of(np.asarray(whole))]
+    assert checkpoint_files.describe({"x": whole})["x"] == expected
+    assert checkpoint_files.describe({"x": cut})["x"] == expected
 
 
 def test_dev_numbers_that_are_not_finite_come_last_and_are_strict_json(prepared, tmp_path):

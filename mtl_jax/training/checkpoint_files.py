@@ -158,7 +158,7 @@ def _in_host_memory(leaf: jax.Array | np.ndarray) -> bool:
     """Whether the host can read an array where it lies: one of NumPy, or a whole one on a CPU device."""
     if isinstance(leaf, np.ndarray):
         return True
-    return leaf.is_fully_replicated and all(device.platform == "cpu" for device in leaf.sharding.device_set)
+    return leaf.is_fully_replicated and all(device.platform == "cpu" for device in leaf.devices())
 
 
 @jax.jit

@@ -24,15 +24,19 @@ import compiling
 
 CONSOLE = "from mtl_jax.cli.main import console; console()"
 IMPORTED = (
-    *(
-        "mtl_jax.cli.main",
-        "mtl_jax.cli.script_main",
-        "mtl_jax.training.train",
-        "mtl_jax.training.dry_run",
-        "mtl_jax.inference.predict",
-    ),
-    *("mtl_jax.augment", "mtl_jax.sharing", "mtl_jax.core.plotting", "matplotlib.figure", "scipy.stats", "sklearn.metrics"),
-    *("tensorboardX", "tyro"),
+    "mtl_jax.cli.main",
+    "mtl_jax.cli.script_main",
+    "mtl_jax.training.train",
+    "mtl_jax.training.dry_run",
+    "mtl_jax.inference.predict",
+    "mtl_jax.augment",
+    "mtl_jax.sharing",
+    "mtl_jax.core.plotting",
+    "matplotlib.figure",
+    "scipy.stats",
+    "sklearn.metrics",
+    "tensorboardX",
+    "tyro",
     "transformers.models.auto.tokenization_auto",  # not transformers alone, which imports its parts when they are named
 )
 

@@ -48,7 +48,7 @@ def start_phase(plan: PhasePlan, state: TrainState, prepared: Prepared) -> Train
             changed["rule_state"] = gram_gradient.init_rule(plan.rule, names, trained["trunk"], plan.own)
         return changed
 
-    fresh = _made(make, trained, placement=prepared.placement) if prepared.cut else make(jax.device_get(trained))
+    fresh = _made(make, trained, placement=prepared.placement) if prepared.cut else make(prepared.placement.on_host(trained))
     changed = fresh | {"opt_state": optax_rules.carry(state.opt_state, fresh["opt_state"])}
     return state._replace(**(prepared.placement.moved(changed) if prepared.cut else _place(changed, prepared)))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 Leaves = dict[str, jax.Array]
@@ -50,6 +51,15 @@ def split(params: Any, mask: Any) -> tuple[Any, Any]:
 def merge(trained: Any, frozen: Any) -> Any:
     """The inverse of split."""
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=_is_none)
+
+
+def norm(tree: Any) -> jax.Array:
+    """The Euclidean norm over all leaves together, of the leaves' dtype; optax.tree.norm for trees without complex numbers.
+
+    Args:
+        tree: A tree of real arrays.
+    """
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def _is_none(leaf: Any) -> bool:

@@ -50,6 +50,7 @@ class PhasePlan(NamedTuple):
         end: Steps of the run after it.
         param_rules: Tree of parameter rules over the parameters.
         mask: Tree of bools over the parameters: which train.
+        since: For each parameter that trains, the number of the phase since which it trains without a break; else None.
         rule: Its weighting rule. `equal` replaces a rule that reads more than losses where no shared parameter trains.
         learning_rate: Step of the phase -> the learning rate, before parameter rules scale it.
         optimizer: The optax transformation over the trainable leaves.
@@ -67,6 +68,7 @@ class PhasePlan(NamedTuple):
     end: int
     param_rules: Any
     mask: Any
+    since: Any
     rule: Rule
     learning_rate: Any
     optimizer: Any
@@ -135,6 +137,7 @@ def plan(
         fixed = same_texts and not any(chosen.changes_inputs for chosen in regularisers)
         only_texts = bool(text_vector(tasks)) and copies == 1 and not reads_tokens and fixed
         trained = {path: None for path, trains in leaves_of(mask).items() if trains}
+        since = freezing.training_since([*(before.mask for before in plans), mask])
         plans.append(
             PhasePlan(
                 phase=phase,
@@ -143,9 +146,10 @@ def plan(
                 end=start + phase.steps,
                 param_rules=param_rules,
                 mask=mask,
+                since=since,
                 rule=rule,
                 learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
-                optimizer=optimizers.build(experiment.optimizer, param_rules, _peak(experiment, phase), phase.steps),
+                optimizer=optimizers.build(experiment.optimizer, param_rules, _peak(experiment, phase), phase.steps, since),
                 cached_features=phase.cache_features and not trains_trunk and only_texts,
                 resets_rule=not keeps_rule,
                 zero_weight_tasks=() if reads_tokens else _zero_weight_tasks(experiment, phase, rule, steps, compared),
@@ -194,7 +198,7 @@ def with_numbers_of(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
         phase=phase,
         rule=_rule(experiment, phase, plan.mask, plan.own),
         learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
-        optimizer=optimizers.build(experiment.optimizer, plan.param_rules, _peak(experiment, phase), phase.steps),
+        optimizer=optimizers.build(experiment.optimizer, plan.param_rules, _peak(experiment, phase), phase.steps, plan.since),
         regularisers=tuple(regulariser for regulariser in experiment.regularisers if regulariser.name in names),
     )
 

@@ -42,7 +42,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(step.gradient, state.opt_state, trained)
             trained = optax.apply_updates(trained, updates)
         params, average = trees.merge(trained, frozen), follow(state.average, trained)
-        total, norm = weighted_sum(step.weights, step.losses), optax.tree.norm(step.gradient)
+        total, norm = weighted_sum(step.weights, step.losses), trees.norm(step.gradient)
         seen, made = count_rows(inputs.batch, sources), count_made(inputs.batch, sources)
         metrics = StepMetrics(step.losses, step.counts, step.weights, total, norm, seen, step.gram, step.residual, made)
         return TrainState(state.step + 1, params, opt_state, step.rule_state, state.key, average), metrics

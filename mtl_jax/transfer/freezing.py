@@ -100,6 +100,23 @@ def decide(params: Any, rules: Sequence[ParamRule]) -> Any:
     return jax.tree.unflatten(treedef, decided)
 
 
+def training_since(masks: Sequence[Any]) -> Any:
+    """For each parameter that trains in the last phase, the phase since which it trains without a break; else None.
+
+    Args:
+        masks: For each phase so far, a tree of bools: which parameters train.
+
+    Returns:
+        A tree of numbers of phases, from 0. Adam's counts are equal for parameters with equal numbers.
+    """
+
+    def since(*trains: bool) -> int | None:
+        breaks = [number for number, trained in enumerate(trains) if not trained]
+        return max(breaks, default=-1) + 1 if trains[-1] else None
+
+    return jax.tree.map(since, *masks)
+
+
 def trainable(params: Any, rules: Sequence[ParamRule]) -> Any:
     """The optax mask of the rules: True for a parameter that trains.
 

@@ -16,8 +16,26 @@ import numpy as np
 import optax
 
 from mtl_jax.core.errors import unknown
-from mtl_jax.core.trees import merge, split
+from mtl_jax.core.trees import merge, norm, split
 from mtl_jax.transfer.freezing import ParamRule, decide
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm, with one multiplication for each number of the gradient.
+
+    Its division of the gradient by the norm is a kernel of its own for every leaf, read and written once more in each step: XLA
+    repeats a multiplication in the kernels of both moments, but no division.
+
+    Args:
+        largest: The norm of a longer gradient afterwards, over all leaves together.
+    """
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        del params
+        factor = jnp.minimum(1.0, largest / norm(updates))  # a norm of 0 gives 1; nan and inf stay what they are
+        return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
+
+    return optax.stateless(clip)
 
 
 class AdamState(NamedTuple):
@@ -34,11 +52,18 @@ class AdamState(NamedTuple):
     nu: Any
 
 
-def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, since: Any = None) -> optax.GradientTransformation:
     """optax.scale_by_adam with a count for each leaf, so that a leaf that starts to train later has its own bias correction.
 
     With one count for all leaves, a leaf whose moments start from zeros at step 1000 would be corrected as if they were old,
     and its first step would be about 3 times too long.
+
+    Args:
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        since: A tree like the updates: leaves with equal values started to train in the same step, and share one bias
+            correction. XLA compiles one kernel for all leaves of one shape and one correction. None: every leaf has its own.
     """
 
     def init(params: Any) -> AdamState:
@@ -50,12 +75,14 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opta
         counts = optax.safe_increment(state.counts)
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        # The powers of all counts in one array: hundreds of scalar powers would each be a kernel on a GPU.
-        correction_mu_L, correction_nu_L = 1 - b1**counts, 1 - b2**counts
         leaves, treedef = jax.tree.flatten(mu)
+        started = range(len(leaves)) if since is None else jax.tree.leaves(since)
+        first = {start: n for n, start in reversed(list(enumerate(started)))}
+        # The powers and quotients of all counts in one array: hundreds of scalars would each be a kernel on a GPU.
+        unbias_mu_L, unbias_nu_L = 1 / (1 - b1**counts), 1 / (1 - b2**counts)
         scaled = [
-            m / correction_mu_L[n] / (jnp.sqrt(v / correction_nu_L[n]) + eps)
-            for n, (m, v) in enumerate(zip(leaves, jax.tree.leaves(nu), strict=True))
+            m * unbias_mu_L[first[start]] / (jnp.sqrt(v * unbias_nu_L[first[start]]) + eps)
+            for m, v, start in zip(leaves, jax.tree.leaves(nu), started, strict=True)
         ]
         return jax.tree.unflatten(treedef, scaled), AdamState(counts, mu, nu)
 

@@ -137,7 +137,7 @@ def slanted_triangular(peak: float, steps: int, cut: int, ratio: float = 32.0) -
     return rate
 
 
-def build(config: Optimizer, decided: Any, peak: float, steps: int) -> optax.GradientTransformation:
+def build(config: Optimizer, decided: Any, peak: float, steps: int, since: Any = None) -> optax.GradientTransformation:
     """The optax chain: clipping, moments, then the decay, rate and schedule of each leaf.
 
     Args:
@@ -145,6 +145,7 @@ def build(config: Optimizer, decided: Any, peak: float, steps: int) -> optax.Gra
         decided: freezing.decide(params, rules): the rule of each parameter.
         peak: Highest rate.
         steps: Number of steps of the phase.
+        since: For each parameter, the phase in which it started to train, as in scale_by_adam; None: not known.
 
     Returns:
         A transformation of the trainable leaves only. optax_rules.carry takes its state from one phase to the next.
@@ -153,9 +154,9 @@ def build(config: Optimizer, decided: Any, peak: float, steps: int) -> optax.Gra
     schedules = {
         name: schedule(dataclasses.replace(config, schedule=name or config.schedule), peak, steps) for name in names | {""}
     }
-    scale = optax.trace(config.b1) if config.name == "sgd" else optax_rules.scale_by_adam(config.b1, config.b2, config.eps)
+    adam = optax_rules.scale_by_adam(config.b1, config.b2, config.eps, since)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        scale,
+        optax_rules.clip_by_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.trace(config.b1) if config.name == "sgd" else adam,
         optax_rules.scale_by_rules(decided, schedules, config.weight_decay if config.name == "adamw" else 0.0),
     )

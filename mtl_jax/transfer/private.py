@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from mtl_jax.core import trees
 from mtl_jax.core.configuration import Configuration
 from mtl_jax.core.errors import UserError, count
 from mtl_jax.transfer import accountants
@@ -116,7 +116,7 @@ def clipped(gradient: Any, clip: float) -> Any:
         gradient: A tree of arrays.
         clip: The largest norm, over all leaves together.
     """
-    norm = optax.tree.norm(gradient)
+    norm = trees.norm(gradient)
     scale = jnp.where(norm > clip, clip / jnp.maximum(norm, clip), 1.0)
     # A row that is not finite has no norm to clip: added as it is, it alone would decide the sum.
     return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(norm), leaf * scale, 0.0), gradient)

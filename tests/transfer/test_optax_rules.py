@@ -8,7 +8,8 @@ import pytest
 
 from mtl_jax.core.errors import UserError
 from mtl_jax.transfer import ParamRule, by_rules, decide, merge, split, trainable
-from mtl_jax.transfer.optax_rules import AdamState, carry, scale_by_adam, scale_by_rules
+from mtl_jax.transfer.freezing import training_since
+from mtl_jax.transfer.optax_rules import AdamState, carry, clip_by_norm, scale_by_adam, scale_by_rules
 from mtl_jax.transfer.optimizer import Optimizer, build, schedule
 
 RNG = np.random.default_rng(0)
@@ -61,18 +62,20 @@ def test_a_chain_for_all_is_an_adamw_for_each_leaf():
     assert params["heads"]["a"]["bias"] is PARAMS["heads"]["a"]["bias"]
 
 
-def test_moments_go_on_and_new_ones_have_their_own_age():
-    """Three phases of a bias alone, everything, the kernel of the trunk frozen again: Adam by Adam written out."""
+@pytest.mark.parametrize("shared", [True, False], ids=["one correction for each age", "one for each leaf"])
+def test_moments_go_on_and_new_ones_have_their_own_age(shared):
+    """Phases of a bias alone, everything, everything but a kernel, everything again: Adam by Adam written out."""
     phases = [
         (ParamRule("heads/a/bias"), ParamRule(".*", train=False)),
         (ParamRule(".*"),),
         (ParamRule("trunk/layer_0/kernel", train=False), ParamRule(".*")),
         (ParamRule(".*"),),
     ]
-    chain = optax.chain(optax.identity(), scale_by_adam())
+    masks = [trainable(PARAMS, rules) for rules in phases]
     state, ages, fresh = None, {}, optax.scale_by_adam()
-    for number, rules in enumerate(phases):
-        mask = trainable(PARAMS, rules)
+    for number, mask in enumerate(masks):
+        since = training_since(masks[: number + 1])
+        chain = optax.chain(optax.identity(), scale_by_adam(since=since if shared else None))
         new = chain.init(split(PARAMS, mask)[0])
         state = new if state is None else carry(state, new)
         trains = [path for path in _paths(PARAMS) if _at(mask, path)]
@@ -85,6 +88,16 @@ def test_moments_go_on_and_new_ones_have_their_own_age():
                 expected, ages[path] = fresh.update(_at(gradient, path), ages[path])
                 close(_at(updates, path), expected)
     assert state[1].counts.tolist() == [8, 6, 6, 2]  # leaves in the order of names: heads, then the trunk's bias and kernel
+    assert jax.tree.leaves(since) == [0, 1, 1, 3]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e3, np.inf, np.nan])
+def test_clipping_is_that_of_optax(scale):
+    gradient = jax.tree.map(lambda leaf: leaf * scale, gradients(0))
+    ours, theirs = clip_by_norm(0.5), optax.clip_by_global_norm(0.5)
+    clipped, state = ours.update(gradient, ours.init(PARAMS))
+    close(clipped, theirs.update(gradient, theirs.init(PARAMS))[0])
+    assert state == theirs.init(PARAMS)  # checkpoints of either are checkpoints of the other
 
 
 def test_momentum_goes_on_and_schedules_begin_anew():

@@ -32,7 +32,7 @@ from mtl_jax.training.counts import Counts, evaluations_and_checkpoints, steps_b
 from mtl_jax.training.features import Features
 from mtl_jax.training.forward import cached_for, encode_tokens, needed_fields
 from mtl_jax.training.phase_loop import Actions, SentStep, train_phase
-from mtl_jax.training.phase_plan import PhasePlan
+from mtl_jax.training.phase_plan import PhasePlan, with_ages_of
 from mtl_jax.training.phase_state import initial_state, start_phase, template
 from mtl_jax.training.preemption import Stop
 from mtl_jax.training.prepared import Prepared, held_out_batches
@@ -173,6 +173,7 @@ class TrainingRun:
         return table
 
     def _phase(self, plan: PhasePlan, state: TrainState, step: int, table: Any, references: Any) -> tuple[TrainState, int]:
+        plan = with_ages_of(plan, state.opt_state, self.experiment)
         train_step = jitted_step(self.prepared, plan)
         self.programs.append(train_step)
         self.counts.phase = plan.number

@@ -22,7 +22,7 @@ from mtl_jax.training import gram_gradient
 from mtl_jax.training.forward import text_vector
 from mtl_jax.training.regularisation import prepare as regularisation
 from mtl_jax.training.task_gradients import NO_ADAPTERS
-from mtl_jax.transfer import freezing
+from mtl_jax.transfer import freezing, optax_rules
 from mtl_jax.transfer import optimizer as optimizers
 from mtl_jax.transfer.adapters import OwnParts
 from mtl_jax.transfer.freezing import ParamRule
@@ -50,7 +50,8 @@ class PhasePlan(NamedTuple):
         end: Steps of the run after it.
         param_rules: Tree of parameter rules over the parameters.
         mask: Tree of bools over the parameters: which train.
-        since: For each parameter that trains, the number of the phase since which it trains without a break; else None.
+        since: For each parameter that trains, the number of the phase since which it trains without a break, else None; None
+            in place of the tree: not known.
         rule: Its weighting rule. `equal` replaces a rule that reads more than losses where no shared parameter trains.
         learning_rate: Step of the phase -> the learning rate, before parameter rules scale it.
         optimizer: The optax transformation over the trainable leaves.
@@ -149,7 +150,7 @@ def plan(
                 since=since,
                 rule=rule,
                 learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
-                optimizer=optimizers.build(experiment.optimizer, param_rules, _peak(experiment, phase), phase.steps, since),
+                optimizer=_optimizer(experiment, phase, param_rules, since),
                 cached_features=phase.cache_features and not trains_trunk and only_texts,
                 resets_rule=not keeps_rule,
                 zero_weight_tasks=() if reads_tokens else _zero_weight_tasks(experiment, phase, rule, steps, compared),
@@ -198,9 +199,28 @@ def with_numbers_of(plan: PhasePlan, experiment: Experiment) -> PhasePlan:
         phase=phase,
         rule=_rule(experiment, phase, plan.mask, plan.own),
         learning_rate=optimizers.schedule(experiment.optimizer, _peak(experiment, phase), phase.steps),
-        optimizer=optimizers.build(experiment.optimizer, plan.param_rules, _peak(experiment, phase), phase.steps, plan.since),
+        optimizer=_optimizer(experiment, phase, plan.param_rules, plan.since),
         regularisers=tuple(regulariser for regulariser in experiment.regularisers if regulariser.name in names),
     )
+
+
+def with_ages_of(plan: PhasePlan, opt_state: Any, experiment: Experiment) -> PhasePlan:
+    """The plan for an optimizer state: the phase, unless the state is of a run whose earlier phases trained other parameters.
+
+    That is so after a configuration was changed: then every parameter has a bias correction by its own count.
+
+    Args:
+        plan: The phase.
+        opt_state: The state with which its steps begin.
+        experiment: The experiment of the plan.
+    """
+    if optax_rules.same_ages(opt_state, plan.since):
+        return plan
+    return plan._replace(since=None, optimizer=_optimizer(experiment, plan.phase, plan.param_rules, None))
+
+
+def _optimizer(experiment: Experiment, phase: Phase, param_rules: Any, since: Any) -> Any:
+    return optimizers.build(experiment.optimizer, param_rules, _peak(experiment, phase), phase.steps, since)
 
 
 def _peak(experiment: Experiment, phase: Phase) -> float:

@@ -210,6 +210,19 @@ def carry(old: Any, new: Any) -> Any:
     return new
 
 
+def same_ages(state: Any, since: Any) -> bool:
+    """Whether leaves with equal values have equal counts in an optimizer state; True where it has no counts.
+
+    Args:
+        state: The state of a chain of transformations.
+        since: As for scale_by_adam.
+    """
+    if isinstance(state, AdamState) and since is not None:
+        pairs = zip(jax.tree.leaves(since), np.asarray(state.counts).tolist(), strict=True)
+        return len(set(pairs)) == len(set(jax.tree.leaves(since)))
+    return type(state) is not tuple or all(same_ages(part, since) for part in state)
+
+
 def _carry_leaves(old: Any, new: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None or b is None else a, old, new, is_leaf=_is_none)
 

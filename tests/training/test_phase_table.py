@@ -11,10 +11,10 @@ from mtl_jax import Checkpoints, Optimizer, ParamRule, Phase
 from mtl_jax.core.errors import UserError
 from mtl_jax.experiment_checks import check
 from mtl_jax.training.checkpoint_store import Store
-from mtl_jax.training.phase_plan import table
+from mtl_jax.training.phase_plan import table, with_ages_of
 from mtl_jax.training.phase_state import initial_state, start_phase, template
 from mtl_jax.training.setup import prepare
-from mtl_jax.transfer import probe_then_finetune, unfreezing
+from mtl_jax.transfer import probe_then_finetune, split, unfreezing
 
 PHASES = unfreezing(9, at=(3, 6), layers=tiny.LAYERS, decay=0.5, learning_rate=0.1)
 
@@ -98,6 +98,29 @@ def test_a_checkpoint_of_any_phase_is_its_state_and_enters_the_next_one(prepared
             for following in plans[number + 1 : number + 2]:
                 state = start_phase(following, state, prepared)
                 jax.tree.map(np.testing.assert_array_equal, start_phase(following, restored, prepared), state)
+
+
+def test_bias_corrections_are_by_the_counts_of_the_state(prepared):
+    """A workdir may go on under other phases than those that trained its moments: then each parameter has its own count."""
+    plan = prepared.plans[-1]
+    params, _ = split(prepared.params, plan.mask)
+    assert set(jax.tree.leaves(plan.since)) == {0, 1, 2}
+    of_config = plan.optimizer.init(params)
+    clip, moments, rules = of_config
+    since = np.asarray(jax.tree.leaves(plan.since))
+    by_phase = clip, moments._replace(counts=9 - 3 * since), rules
+    other = clip, moments._replace(counts=np.arange(len(since), dtype=np.int32)), rules
+    assert with_ages_of(plan, of_config, prepared.experiment) is plan
+    assert with_ages_of(plan, by_phase, prepared.experiment) is plan
+    by_count = with_ages_of(plan, other, prepared.experiment)
+
+    def updates(plan, state):
+        return jax.tree.leaves(plan.optimizer.update(jax.tree.map(np.ones_like, params), state, params)[0])
+
+    for ours, theirs in zip(updates(plan, by_phase), updates(by_count, by_phase), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    differ = [not np.array_equal(*pair) for pair in zip(updates(plan, other), updates(by_count, other), strict=True)]
+    assert sum(differ) == len(since) - 3  # the first parameter of each phase decides for the others
 
 
 @pytest.mark.parametrize(

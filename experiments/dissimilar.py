@@ -100,7 +100,7 @@ class Comparison:
         workdir: The directory with the runs.
         record: A JSON file {way: {seed: {task: score}}}; by default scores.json in workdir. What it has is not trained again,
             and what is trained is added to it, so that several machines may share the runs.
-        only_table: Train nothing: the table of the runs that are done.
+        only_table: Train nothing: the table of the ways that were trained with all of seeds.
     """
 
     ways: tuple[str, ...] = (*WAYS, GROUPS)
@@ -231,31 +231,32 @@ def compare(comparison: Comparison) -> str:
             for name, (planned, served) in groups(comparison, seed, joint).items():
                 run(name, planned, seed, GROUPS, served)
     scores = recorded()
-    missing = [task for task in tasks if not any(task in of_seed for of_seed in scores.get("alone", {}).values())]
+    missing = [f"{task} (seed {seed})" for seed in comparison.seeds for task in tasks if not has("alone", seed, (task,))]
     if missing:
         raise UserError(f"{folder}: {', '.join(missing)} alone are not trained yet, with which the others are compared")
-    text = table(scores, tasks)
+    text = table(scores, tasks, comparison.seeds)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
-def table(scores: Scores, tasks: list[str]) -> str:
+def table(scores: Scores, tasks: list[str], seeds: tuple[int, ...]) -> str:
     """The scores as Markdown: mean and deviation over seeds, the mean over tasks, and the task that loses most to alone.
 
-    A way is compared with the tasks alone of the same seeds; what is not whole is left out.
+    It has the ways that were trained with all of the seeds.
     """
 
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    def whole(way: str) -> dict[str, dict[str, float]]:
-        return {seed: of_seed for seed, of_seed in scores.get(way, {}).items() if of_seed.keys() >= set(tasks)}
+    def whole(way: str) -> list[dict[str, float]]:
+        of_seeds = [scores.get(way, {}).get(str(seed), {}) for seed in seeds]
+        return of_seeds if all(of_seed.keys() >= set(tasks) for of_seed in of_seeds) else []
 
     alone, lines = whole("alone"), []
     for way in ("alone", *WAYS, GROUPS):
-        both = [(of_seed, alone[seed]) for seed, of_seed in whole(way).items() if seed in alone]
-        if not both:
+        if not whole(way):
             continue
+        both = list(zip(whole(way), alone, strict=True))
         values = {task: [of_way[task] for of_way, _ in both] for task in tasks}
         changes = {task: statistics.mean(of_way[task] - of_alone[task] for of_way, of_alone in both) for task in tasks}
         worst = min(changes, key=changes.__getitem__)

@@ -28,13 +28,19 @@ def test_the_table_names_the_task_that_loses_most(script):
         "pal": {"0": {"a": 1.0}},
         "cgc": {"2": alone["0"]},
     }
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in script.table(scores, ["a", "b"]).splitlines()]
-    assert lines[0] == ["sharing", "a", "b", "mean", "least to alone"]
-    assert lines[2:] == [
+
+    def rows(*seeds):
+        lines = script.table(scores, ["a", "b"], seeds).splitlines()
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    header, _, *lines = rows(0, 1)
+    assert header == ["sharing", "a", "b", "mean", "least to alone"]
+    assert lines == [
         ["alone", "51.0 ± 1.4", "80.0 ± 0.0", "65.5", "+0.0 a"],
         ["hard", "41.0 ± 1.4", "83.0 ± 1.4", "62.0", "-10.0 a"],
-        ["mmoe", "53.0", "70.0", "61.5", "-10.0 b"],
     ]
+    assert [line[0] for line in rows(1)[2:]] == ["alone", "hard", "mmoe"]
+    assert rows(1)[4] == ["mmoe", "53.0", "70.0", "61.5", "-10.0 b"]
 
 
 def test_every_way_has_fields_that_are_accepted(script):

@@ -7,7 +7,6 @@ Written out, the bits, the mask and the masked array are one element-wise expres
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -36,7 +35,6 @@ def bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax
     return (_bits(key, shape) >> np.uint32(9)).astype(jnp.int32) < limit
 
 
-@functools.partial(jax.jit, static_argnums=1)  # traced once for each shape, and not for each layer
 def _bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """jax.random.bits, u32[shape]: the n-th number is Threefry of n (Salmon et al. 2011; 2 x 32 bits, 20 rounds)."""
     first, second = (jax.random.key_data(key)[n] for n in (0, 1))

@@ -231,7 +231,8 @@ def compare(comparison: Comparison) -> str:
             for name, (planned, served) in groups(comparison, seed, joint).items():
                 run(name, planned, seed, GROUPS, served)
     scores = recorded()
-    missing = [f"{task} (seed {seed})" for seed in comparison.seeds for task in tasks if not has("alone", seed, (task,))]
+    alone = {seed: scores.get("alone", {}).get(str(seed), {}) for seed in comparison.seeds}
+    missing = [f"{task} (seed {seed})" for seed, of_seed in alone.items() for task in tasks if task not in of_seed]
     if missing:
         raise UserError(f"{folder}: {', '.join(missing)} alone are not trained yet, with which the others are compared")
     text = table(scores, tasks, comparison.seeds)

@@ -44,8 +44,8 @@ docs/few_labels.json the scores. In short, the gain over fine-tuning with its in
 | back-translation  | -1.0 [-3.7, +2.3]  | 2/3      | 33    |
 | generation        | +2.0 [-0.2, +4.2]  | 2/1      | 163   |
 
-Contrastive training, then a head, setfit and self-training have intervals above 0. The best three together and 64 rows are not
-measured yet.
+Contrastive training, then a head, setfit and self-training have intervals above 0. The best three together are
+measured on two sets of one draw (docs/few_labels.md), 64 rows not yet.
 """
 
 import dataclasses

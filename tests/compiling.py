@@ -12,12 +12,17 @@ CHEAPLY = (
     " --xla_cpu_parallel_codegen_split_count=1"  # parts for threads cost more to make and to link than one part
     " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"  # a third of what is left of a train step
 )
-# Options of jax.jit, for what is tested for its precision, which the last bits decide.
-AS_FOR_USERS = {
-    "xla_backend_optimization_level": 3,
-    "xla_cpu_use_fusion_emitters": True,
-    "xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT",
-}
+# Options of jax.jit, for what is tested for its precision, which the last bits decide: with MTL_JAX_TESTS_COMPILE=users these
+# tests compile as users do, in three times the time.
+PRECISELY = (
+    {
+        "xla_backend_optimization_level": 3,
+        "xla_cpu_use_fusion_emitters": True,
+        "xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT",
+    }
+    if os.environ.get("MTL_JAX_TESTS_COMPILE") == "users"
+    else {}
+)
 
 
 def xla_flags(devices: int) -> str:

@@ -26,7 +26,7 @@ import pytest
 import tiny
 from hypothesis import settings
 
-from mtl_jax import train
+from mtl_jax import Embedding, train
 from mtl_jax.core import assets, parts, plotting
 from mtl_jax.core.errors import UserError
 from mtl_jax.core.files import write_bytes
@@ -127,6 +127,12 @@ def _drawn_once(request: pytest.FixtureRequest, _figures: list[bytes]) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plotting, "curves", draw)
         yield
+
+
+@pytest.fixture(scope="session")
+def trunk() -> Embedding:
+    """A trunk for what is the same with every trunk."""
+    return tiny.MATRIX
 
 
 @pytest.fixture(scope="session")

@@ -51,8 +51,3 @@ def command(*arguments: str) -> None:
     """mtl-jax ARGUMENTS; SystemExit where it exits with a code."""
     with mock.patch.object(sys, "argv", ["mtl-jax", *arguments]), mock.patch.object(sys, "path", [*sys.path]):
         commands.console()
-
-
-def fresh(*arguments: str) -> list[str]:
-    """A command in a new process, which has imported nothing of the script's."""
-    return [sys.executable, "-c", "from mtl_jax.cli.main import console; console()", *arguments]

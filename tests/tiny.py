@@ -2,7 +2,7 @@
 
 As a script it is an experiment, for tests that need a process of its own:
     TINY=FOLDER python tests/tiny.py --workdir WORKDIR
-where FOLDER holds what write_bert and write_data write.
+where FOLDER holds data, as write_data writes it, and bert, as write_bert does; without bert, the trunk is MATRIX.
 """
 
 import json
@@ -19,6 +19,7 @@ from mtl_jax import (
     Batching,
     Checkpoints,
     Classification,
+    Embedding,
     Evaluation,
     Experiment,
     Optimizer,
@@ -29,12 +30,15 @@ from mtl_jax import (
     Source,
     main,
 )
+from mtl_jax.trunks import TrunkConfig
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, POSITIONS = 16, 2, 2, 32, 32
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "sad"]
 OTHER = ["the", "a", "film", "song", "was", "is", "who", "where", "city", "man", "?", "."]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *OTHER]
 
+# A trunk for what is the same with every trunk: most of a test's time is compilation, and this one compiles in no time.
+MATRIX = Embedding(vocabulary=30, dimension=8)
 HEADS_ONLY = (ParamRule("heads/.*"), ParamRule("trunk/.*", train=False))
 
 
@@ -130,11 +134,11 @@ def write_data(folder: Path, rows: int = 150) -> None:
     (folder / "questions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def experiment(bert: Path | str, data: Path | str, **changes: object) -> Experiment:
-    """Two sources, three tasks, a phase of heads and a phase of everything."""
+def experiment(trunk: Path | str | TrunkConfig, data: Path | str, /, **changes: object) -> Experiment:
+    """Two sources, three tasks, a phase of heads and a phase of everything; of a trunk or of a checkpoint's."""
     values: dict = {
         "name": "tiny",
-        "trunk": Pretrained(str(bert)),
+        "trunk": trunk if isinstance(trunk, TrunkConfig) else Pretrained(str(trunk)),
         "sources": (
             Source(name="ratings", path=f"{data}/ratings.tsv", format="tsv"),
             Source(
@@ -169,4 +173,8 @@ def cut(whole: Path, workdir: Path, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(experiment(f"{os.environ['TINY']}/bert", f"{os.environ['TINY']}/data"), description="The tiny experiment.")
+    folder = Path(os.environ["TINY"])
+    main(
+        experiment(folder / "bert" if (folder / "bert").exists() else MATRIX, folder / "data"),
+        description="The tiny experiment.",
+    )

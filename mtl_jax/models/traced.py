@@ -33,13 +33,13 @@ class Call(NamedTuple):
     kind: type[nn.Module]
 
 
-def once_per_module(function: Callable[Arguments, T]) -> Callable[Arguments, T]:
-    """The function of a module, which remembers its answers; a module with a field that has no hash is asked each time.
+def remembered(function: Callable[Arguments, T]) -> Callable[Arguments, T]:
+    """The function, which remembers its answers for equal arguments; it works anew where an argument has no hash.
 
     Args:
         function: Pure, and its result is not changed by those who get it.
     """
-    remembered: Callable[Arguments, T] = functools.lru_cache(KEPT)(function)  # type: ignore[assignment]
+    answers: Callable[Arguments, T] = functools.lru_cache(KEPT)(function)  # type: ignore[assignment]
 
     @functools.wraps(function)
     def ask(*args: Arguments.args, **kwargs: Arguments.kwargs) -> T:
@@ -47,12 +47,12 @@ def once_per_module(function: Callable[Arguments, T]) -> Callable[Arguments, T]:
             hash(args)
         except TypeError:
             return function(*args, **kwargs)
-        return remembered(*args, **kwargs)
+        return answers(*args, **kwargs)
 
     return ask
 
 
-@once_per_module
+@remembered
 def shapes(module: nn.Module, inputs: tuple[str, ...] = ()) -> tuple[Any, Any]:
     """(output, variables) of module.init_with_output on token ids i32[1, 1], as ShapeDtypeStructs; nothing is computed.
 
@@ -72,7 +72,7 @@ def shapes(module: nn.Module, inputs: tuple[str, ...] = ()) -> tuple[Any, Any]:
     return shapes
 
 
-@once_per_module
+@remembered
 def calls(module: nn.Module) -> tuple[Call, ...]:
     """The calls of a module and of those inside it on token ids i32[1, 1], in their order.
 

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,6 +15,7 @@ from mtl_jax.core.errors import unknown
 from mtl_jax.data.batch_shape import Batching
 from mtl_jax.data.batches import Batch, eval_batches
 from mtl_jax.data.examples import Examples
+from mtl_jax.models.traced import remembered
 from mtl_jax.tasks import Task
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.forward import NO_SAVINGS, Encode, Savings, apply_heads
@@ -275,9 +275,15 @@ def score_outputs(task: Task, outputs_NxO: np.ndarray, examples: Examples) -> di
     """As score(), of one task, for outputs f32[N, O] that are not a network's, such as a baseline's."""
     scores = task.all_metrics(outputs_NxO, examples)
     if task.level == "example":
-        total, count = task.loss(jnp.asarray(outputs_NxO)[None], jnp.asarray(examples.labels[task.name])[None], NO_BATCH)
+        total, count = _loss(task)(outputs_NxO[None], examples.labels[task.name][None])
         scores = {"loss": float(total) / max(float(count), 1.0), **scores}
     return scores
+
+
+@remembered
+def _loss(task: Task) -> Callable[[np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]:
+    """The task's loss as one program: compiling each of its operations takes seconds at the start of a run of many tasks."""
+    return jax.jit(lambda outputs_1xNxO, labels_1xN: task.loss(outputs_1xNxO, labels_1xN, NO_BATCH))
 
 
 def criterion(name: str, tasks: Sequence[Task], scores: dict[str, dict[str, float]]) -> float:

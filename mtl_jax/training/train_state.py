@@ -126,7 +126,7 @@ def init_params(trunk: Trunk, tasks: tuple[Task, ...], seed: int) -> Any:
     return params | {"heads": heads}
 
 
-@traced.once_per_module
+@traced.remembered
 def _module_init(module: nn.Module, width: int) -> Callable[[jax.Array], Any]:
     """Task.init of a head, as a program of its own, which takes a second to compile: once for all heads of one shape."""
     return jax.jit(lambda key: module.init(key, jnp.zeros((1, 1, width)))["params"])

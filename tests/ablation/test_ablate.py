@@ -12,7 +12,7 @@ import pytest
 import tiny
 import tiny_translation
 
-from mtl_jax import L2SP, Checkpoints, Embedding, Evaluation, Phase, train
+from mtl_jax import L2SP, Checkpoints, Evaluation, Phase, train
 from mtl_jax.ablation import compare_runs
 from mtl_jax.ablation.ablate import ablate
 from mtl_jax.ablation.extract import take
@@ -25,15 +25,15 @@ from mtl_jax.training.checkpoint_store import Store
 from mtl_jax.training.experiment_json import from_json
 from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.row_outcomes import Reader, read_run
+from mtl_jax.trunks import TrunkConfig
 
 VARY = ["weights=1/1/1,0.2/0.3/0.5", "phases.everything.learning-rate=1e-2,1e30"]
-MATRIX = Embedding(vocabulary=30, dimension=8)  # for what is the same with every trunk: it compiles in no time
 SHORT = (Phase("heads", steps=3, rules=tiny.HEADS_ONLY), Phase("everything", steps=3))
 
 
-def short(bert: Path, data: Path, **changes: object) -> Experiment:
+def short(trunk: TrunkConfig | Path, data: Path, **changes: object) -> Experiment:
     """Heads on cached features of a shared trunk, then everything, a trunk for each run."""
-    return dataclasses.replace(tiny.experiment(bert, data), **{"phases": SHORT} | changes)
+    return dataclasses.replace(tiny.experiment(trunk, data), **{"phases": SHORT} | changes)
 
 
 def alone(ablation: Path, name: str, workdir: Path, **changes: object) -> Path:
@@ -65,12 +65,12 @@ def bars() -> list[Progress]:
 
 
 @pytest.fixture(scope="module")
-def finished(bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, bars: list[Progress]) -> Path:
+def finished(trunk: TrunkConfig, data: Path, tmp_path_factory: pytest.TempPathFactory, bars: list[Progress]) -> Path:
     """Eight runs; half of them diverge in their second phase."""
     folder = tmp_path_factory.mktemp("ablation") / "ablation"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "close", lambda bar: bars.append(bar))
-        ablate(short(bert, data), folder, VARY, seeds=2)
+        ablate(short(trunk, data), folder, VARY, seeds=2)
     return folder
 
 
@@ -107,21 +107,21 @@ def test_a_run_that_diverges_is_marked_and_leaves_the_others_alone(finished):
         assert bool(results["diverged"]) == (fate != "done")
 
 
-def test_the_same_command_finds_it_done(finished, bert, data):
+def test_the_same_command_finds_it_done(finished, trunk, data):
     before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/results.json")}
-    record = ablate(short(bert, data), finished, VARY, seeds=2)
+    record = ablate(short(trunk, data), finished, VARY, seeds=2)
     assert [run["status"] for run in record["runs"]].count("done") == 4
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/results.json")}
 
 
-def test_another_ablation_is_refused_in_its_workdir(finished, bert, data, workdir):
+def test_another_ablation_is_refused_in_its_workdir(finished, trunk, data, workdir):
     with pytest.raises(UserError, match="begun with 8 runs, and these are 4"):
-        ablate(short(bert, data), finished, VARY)
-    other = dataclasses.replace(short(bert, data), batch=dataclasses.replace(tiny.experiment(bert, data).batch, rows=4))
+        ablate(short(trunk, data), finished, VARY)
+    other = dataclasses.replace(short(trunk, data), batch=dataclasses.replace(tiny.experiment(trunk, data).batch, rows=4))
     with pytest.raises(UserError, match=r"begun with another configuration: batch\.rows was 8, is 4"):
         ablate(other, finished, VARY, seeds=2)
     with pytest.raises(UserError, match="the workdir of a run"):
-        ablate(short(bert, data), workdir, VARY)
+        ablate(short(trunk, data), workdir, VARY)
 
 
 def test_one_run_is_taken_out_as_a_workdir(finished, tmp_path):
@@ -145,7 +145,7 @@ def test_a_run_is_compared_with_others(finished, tmp_path, monkeypatch):
     assert value == pytest.approx(run.results["tasks"]["coarse"]["test"]["accuracy"], abs=1e-5)
 
 
-def test_a_run_that_was_taken_out_goes_on(finished, bert, data, tmp_path):
+def test_a_run_that_was_taken_out_goes_on(finished, trunk, data, tmp_path):
     """Longer by two steps, from the state that it had among the others."""
     take(finished, "0004", tmp_path / "run")
     config = from_json(json.loads((tmp_path / "run" / "config.json").read_text()))
@@ -156,21 +156,21 @@ def test_a_run_that_was_taken_out_goes_on(finished, bert, data, tmp_path):
 
 
 @pytest.mark.long
-def test_options_of_a_rule_that_compares_gradients(bert, data, tmp_path):
+def test_options_of_a_rule_that_compares_gradients(trunk, data, tmp_path):
     """On four devices: two with runs of their own, two each with half of a batch's rows."""
-    experiment = short(bert, data, phases=SHORT[1:], devices=4)
+    experiment = short(trunk, data, phases=SHORT[1:], devices=4)
     ablate(experiment, tmp_path / "ablation", ["weighting-options.c=0.2,0.9"], methods=["cagrad"])
     one = alone(tmp_path / "ablation", "0001", tmp_path / "alone", devices=1)
     assert_same_run(tmp_path / "ablation" / "runs" / "0001", one)
 
 
 @pytest.mark.long
-def test_lambdas_and_schedules(bert, data, tmp_path):
+def test_lambdas_and_schedules(trunk, data, tmp_path):
     """Regularisers hold on to what each run began with; a schedule is a weight among numbers; each run has its own end."""
     phase = dataclasses.replace(SHORT[1], steps=6)
     impatient = Evaluation(every=1, patience=2)
     experiment = short(
-        bert, data, phases=(phase,), regularisers=(L2SP(name="start", weight=0.1),), evaluation=impatient, seed=3
+        trunk, data, phases=(phase,), regularisers=(L2SP(name="start", weight=0.1),), evaluation=impatient, seed=3
     )
     vary = ["regularisers.start.weight=0.1,5", "weights.coarse=2,linear_schedule(1.0, 0.0, 4)"]
     ablate(experiment, tmp_path / "ablation", vary)
@@ -182,9 +182,9 @@ def test_lambdas_and_schedules(bert, data, tmp_path):
 
 
 @pytest.mark.long
-def test_a_chunk_at_a_time(finished, bert, data, tmp_path):
+def test_a_chunk_at_a_time(finished, trunk, data, tmp_path):
     """Three runs at once, in chunks that the last run fills up: the numbers of all at once."""
-    ablate(short(bert, data), tmp_path / "chunks", VARY, seeds=2, at_once=3)
+    ablate(short(trunk, data), tmp_path / "chunks", VARY, seeds=2, at_once=3)
     record = json.loads((tmp_path / "chunks" / "ablation.json").read_text())
     assert (record["programs"][0]["size"], record["programs"][0]["chunks"]) == (3, 3)
     for name in ("0001", "0005"):
@@ -210,14 +210,14 @@ def cut(ablation: Path, folder: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def test_on_another_number_of_devices(bert, data, tmp_path, monkeypatch):
+def test_on_another_number_of_devices(trunk, data, tmp_path, monkeypatch):
     """Three runs on two devices are four, one of them a copy; on one device they go on as four, and can be taken out on any."""
 
     def present(count: int) -> None:
         monkeypatch.setattr(meshes, "_devices", lambda wanted: jax.devices()[: wanted or count])
 
     phases = (dataclasses.replace(SHORT[0], steps=4),)
-    experiment = short(bert, data, trunk=MATRIX, phases=phases, evaluation=Evaluation(every=2), devices=0)
+    experiment = short(trunk, data, phases=phases, evaluation=Evaluation(every=2), devices=0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     present(2)
     vary = ["optimizer.learning-rate=1e-2,1e30,1e-3"]
@@ -249,13 +249,13 @@ def test_what_never_trains_is_there_once(deep, data, tmp_path):
     assert (trunk, heads) == (5_408, 6 * 214)
 
 
-def test_memory_that_not_even_one_run_has(bert, data, tmp_path):
+def test_memory_that_not_even_one_run_has(trunk, data, tmp_path):
     with pytest.raises(UserError, match="a run needs"):
-        ablate(short(bert, data), tmp_path / "ablation", VARY, memory=1e-6)
+        ablate(short(trunk, data), tmp_path / "ablation", VARY, memory=1e-6)
     with pytest.raises(UserError, match="--at-once is -1"):
-        ablate(short(bert, data), tmp_path / "ablation", VARY, at_once=-1)
+        ablate(short(trunk, data), tmp_path / "ablation", VARY, at_once=-1)
     with pytest.raises(UserError, match="source 'questions' has no column 'nope'"):  # of the second program
-        ablate(short(bert, data), tmp_path / "ablation", ["tasks.coarse.column=coarse,nope"])
+        ablate(short(trunk, data), tmp_path / "ablation", ["tasks.coarse.column=coarse,nope"])
     assert not (tmp_path / "ablation").exists()
     shutil.rmtree(tmp_path)
 
@@ -270,9 +270,9 @@ def test_a_task_that_writes_texts(tmp_path):
     assert_same_run(tmp_path / "ablation" / "runs" / "0003", alone(tmp_path / "ablation", "0003", tmp_path / "alone"))
 
 
-def test_a_run_that_stops_early_has_the_counts_of_its_own_end(bert, data, tmp_path):
+def test_a_run_that_stops_early_has_the_counts_of_its_own_end(trunk, data, tmp_path):
     phases, evaluation = (Phase("everything", steps=8),), Evaluation(every=1, patience=1, baseline="none")
-    experiment = short(bert, data, trunk=MATRIX, phases=phases, evaluation=evaluation)
+    experiment = short(trunk, data, phases=phases, evaluation=evaluation)
     ablate(experiment, tmp_path / "all", ["optimizer.learning-rate=1e-3,1e2"])
     facts = []
     for name in ("0000", "0001"):

@@ -2,10 +2,9 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-import compiling
+import processes
 import pytest
 import tiny_decoder
 
@@ -47,8 +46,7 @@ def test_every_script_is_here():
 
 
 def start(script: str, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(EXPERIMENTS / script), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=compiling.environment(), check=False)
+    return processes.run(EXPERIMENTS / script, *flags)
 
 
 @pytest.mark.long

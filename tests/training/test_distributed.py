@@ -24,7 +24,7 @@ from mtl_jax.training.metrics_log import read_metrics
 from mtl_jax.training.setup import mixture_phases, prepare
 
 STEPS = 46
-FLAGS = ["--devices", "0", "--trunk.dropout", "0", "--checkpoints.every", "5", "--evaluation.every", "20"]
+FLAGS = ["--devices", "0", "--checkpoints.every", "5", "--evaluation.every", "20"]
 FLAGS += ["--phases.1.steps", "40", "--batch.mixture", "proportional"]
 
 
@@ -48,8 +48,8 @@ def finish(pair):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Data without a checkpoint: of which trunk is all the same here."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_bert(folder / "bert", layers=1)
     tiny.write_data(folder / "data")
     return folder
 
@@ -62,10 +62,9 @@ def pair(folder):
 
 def experiment(folder):
     """What FLAGS make of the tiny experiment, for one process with four devices."""
-    plain = tiny.experiment(folder / "bert", folder / "data")
+    plain = tiny.experiment(tiny.MATRIX, folder / "data")
     return dataclasses.replace(
         plain,
-        trunk=dataclasses.replace(plain.trunk, dropout=0.0),
         phases=(plain.phases[0], dataclasses.replace(plain.phases[1], steps=40)),
         batch=dataclasses.replace(plain.batch, mixture="proportional"),
         evaluation=dataclasses.replace(plain.evaluation, every=20),

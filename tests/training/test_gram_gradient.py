@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from mtl_jax.core import trees
 from mtl_jax.core.errors import UserError
 from mtl_jax.data.batches import Batch
 from mtl_jax.data.stream import single_phase, stream
+from mtl_jax.models.encoder import EmbeddingConfig, SharedEmbedding
 from mtl_jax.models.trunk_output import with_token_table
 from mtl_jax.training import gram_gradient, step_checks, task_gradients
 from mtl_jax.training import mesh as meshes
@@ -28,6 +30,7 @@ from mtl_jax.training.step import make_train_step
 from mtl_jax.training.train_state import StepInputs, StepMetrics, TrainState
 from mtl_jax.transfer.adapters import OwnParts
 from mtl_jax.transfer.adapters.stacks import SHARED
+from mtl_jax.trunks import EncoderOutput, TrunkConfig
 
 EVERYTHING = (Phase("everything", 4),)
 BATCHINGS = {  # all of 8 rows: one program of K backward passes is for all of them
@@ -38,9 +41,19 @@ BATCHINGS = {  # all of 8 rows: one program of K backward passes is for all of t
 }
 
 
-@pytest.fixture(scope="module")
-def bert(shallow):
-    return shallow
+class TableAndLayer(SharedEmbedding):
+    """A token table and a dense layer: both kinds of parameters by which gradients are compared, compiled in no time."""
+
+    @nn.compact
+    def __call__(self, *args, **kwargs):
+        hidden = super().__call__(*args, **kwargs).hidden
+        return EncoderOutput(jnp.tanh(nn.Dense(32, name="layer_0")(hidden)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Small(TrunkConfig):
+    def module(self, vocab_size, dtype):
+        return TableAndLayer(EmbeddingConfig(vocab_size, 32), dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,11 +83,10 @@ class Case:
         return jax.jit(gradient_fn(self.prepared, self.plan if rule is None else self.plan._replace(rule=rule)))
 
 
-def set_up(bert, data, **changes):
+def set_up(trunk, data, **changes):
     """Dropout off; a batch, the state, the measure of the only phase."""
-    defaults = {"phases": EVERYTHING, "trunk": mtl_jax.Pretrained(str(bert), dropout=0.0)}
-    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(bert, data).tasks)
-    prepared = prepare(tiny.experiment(bert, data, tasks=tasks, **(defaults | changes)))
+    tasks = tuple(dataclasses.replace(task, dropout=0.0) for task in tiny.experiment(trunk, data).tasks)
+    prepared = prepare(tiny.experiment(trunk, data, tasks=tasks, **({"phases": EVERYTHING} | changes)))
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, single_phase(prepared.experiment.batch, 100))
     batch = jax.tree.map(jnp.asarray, next(batches))
     batches.close()
@@ -82,12 +94,17 @@ def set_up(bert, data, **changes):
 
 
 @pytest.fixture(scope="module")
-def case(bert, data):
+def encoder(shallow):
+    return mtl_jax.Pretrained(str(shallow), dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def case(data):
     """A function from a name of BATCHINGS and hashable changes of the experiment to their Case, which is made once."""
 
     @functools.cache
-    def case(batching="equal blocks", weights=(), **changes):
-        return set_up(bert, data, batch=BATCHINGS[batching], weights=dict(weights), **changes)
+    def case(batching="equal blocks", weights=(), trunk=Small(), **changes):
+        return set_up(trunk, data, batch=BATCHINGS[batching], weights=dict(weights), **changes)
 
     return case
 
@@ -95,18 +112,17 @@ def case(bert, data):
 @pytest.fixture(scope="module")
 def jacobian(case):
     """A function from a Case, whose tasks are those of all, to {task: gradient by the trunk, flat}, a backward pass each."""
-    prepared = case().prepared
-    encode, tasks = encode_tokens(prepared.trunk.module), prepared.corpus.tasks
+    tasks = case().prepared.corpus.tasks
 
-    def losses(trunk, heads, batch):
-        outputs = apply_heads(tasks, heads, encode(trunk, batch, None, None), batch, None)
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jacrev, argnums=1)
+    def program(module, trunk, heads, batch):
+        outputs = apply_heads(tasks, heads, encode_tokens(module)(trunk, batch, None, None), batch, None)
         return mean_losses(tasks, outputs, batch, label_counts(tasks, batch))
 
-    program = jax.jit(jax.jacrev(losses))
-
     def jacobian(case, batch=None):
-        params = case.prepared.params
-        rows = program(params["trunk"], params["heads"], case.batch if batch is None else batch)
+        module, params = case.prepared.trunk.module, case.prepared.params
+        rows = program(module, params["trunk"], params["heads"], case.batch if batch is None else batch)
         return {task: flat(row) for task, row in rows.items()}
 
     return jacobian
@@ -117,17 +133,17 @@ def flat(gradient):
 
 
 @pytest.mark.parametrize("batching", ["equal blocks", "unequal blocks"])
-def test_the_gram_matrix_is_that_of_k_backward_passes(case, jacobian, batching):
+def test_the_gram_matrix_is_that_of_k_backward_passes(case, encoder, jacobian, batching):
     """Three tasks on two sources, two of them on one; blocks of equal and of unequal length."""
-    run = case(batching, weighting="mgda")
+    run = case(batching, weighting="mgda", trunk=encoder)
     rows = jacobian(run)
     expected = np.array([[rows[a] @ rows[b] for b in sorted(rows)] for a in sorted(rows)])
     np.testing.assert_allclose(run.gradient().gram, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
 
 @pytest.mark.parametrize("gram_over", ["trunk", "representation", "trunk/layer_0/.*"])
-def test_equal_weights_through_the_gram_step_are_plain_training(case, gram_over):
-    run = case()
+def test_equal_weights_through_the_gram_step_are_plain_training(case, encoder, gram_over):
+    run = case(trunk=encoder)
     plan = run.plan
     plain, plain_metrics = run.step(run.state, StepInputs(run.batch))
     rule = weighting.Rule(
@@ -165,7 +181,12 @@ def test_the_gram_step_costs_what_plain_training_costs(data, tmp_path):
     """
     tiny.write_bert(tmp_path, layers=2)
     names = tuple(task.name for task in tiny.experiment(tmp_path, data).tasks[:2])
-    run = set_up(tmp_path, data, only=names, batch=Batching(rows=16, row_length=24, examples_per_row=6))
+    run = set_up(
+        mtl_jax.Pretrained(str(tmp_path), dropout=0.0),
+        data,
+        only=names,
+        batch=Batching(rows=16, row_length=24, examples_per_row=6),
+    )
     flops = {}
     for needs_gram in (False, True):
         plan = run.plan._replace(rule=weighting.equal()._replace(needs_gram=needs_gram))
@@ -275,9 +296,9 @@ def cut(case, rows, batch=None, multiple=1):
     return jax.tree.map(np.asarray, blocks), layout
 
 
-def test_blocks_of_unequal_length_end_in_empty_rows(bert, data):
+def test_blocks_of_unequal_length_end_in_empty_rows(data):
     batching = Batching(rows=9, row_length=24, examples_per_row=6, mixture="uniform")
-    run = set_up(bert, data, batch=batching)
+    run = set_up(Small(), data, batch=batching)
     blocks, layout = cut(run, run.prepared.schedule.capacity(range(1)))
     assert layout.rows == (5, 5)
     np.testing.assert_array_equal(blocks.tokens[0], run.batch.tokens[:5])
@@ -328,9 +349,9 @@ def test_a_mixture_that_fluctuates_gives_the_gradients_of_k_backward_passes(case
 @pytest.mark.parametrize(
     "weighting_name", ["upgrad", pytest.param("pcgrad", marks=pytest.mark.long)]
 )  # one that solves, one that draws
-def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
+def test_a_gram_rule_trains(trunk, data, tmp_path, weighting_name):
     """Heads first on cached features, where nothing shared trains and every weight is 1; then everything by the rule."""
-    found = mtl_jax.train(tiny.experiment(bert, data, weighting=weighting_name), tmp_path)
+    found = mtl_jax.train(tiny.experiment(trunk, data, weighting=weighting_name), tmp_path)
     records = [record for record in read_metrics(tmp_path) if record["kind"] == "train"]
     assert all(record["weight/rating"] == 1.0 for record in records[:6])
     assert all("conflicts" in record for record in records[6:])
@@ -344,10 +365,10 @@ def test_a_gram_rule_trains(bert, data, tmp_path, weighting_name):
     assert found["steps"] == 12
 
 
-def on_devices(bert, data, count, rows, **mixture):
+def on_devices(trunk, data, count, rows, **mixture):
     """Records of 4 steps on so many devices, and XLA's count of a step's operations on each."""
     batching = Batching(rows=rows, row_length=24, examples_per_row=6, **mixture)
-    run = set_up(bert, data, weighting="upgrad", batch=batching, devices=count)
+    run = set_up(trunk, data, weighting="upgrad", batch=batching, devices=count)
     batches = stream(run.prepared.corpus, batching, 0, single_phase(batching, 4))
     by_rows, step, records = meshes.by_rows(run.prepared.mesh), None, []
     state = run.state
@@ -361,13 +382,13 @@ def on_devices(bert, data, count, rows, **mixture):
 
 
 @pytest.mark.parametrize("shares", [pytest.param({}, marks=pytest.mark.long), {"ratings": 9, "questions": 7}])
-def test_one_and_eight_devices_see_the_same_gram_matrix(bert, data, shares):
+def test_one_and_eight_devices_see_the_same_gram_matrix(encoder, data, shares):
     """By XLA's count for each device they share the rows that are gathered by source, too: with a mixture that has no
     equal blocks, eight do not all do everything."""
     totals, flops = {}, {}
     for devices in (1, 8):
         mixture = {"mixture": "fixed", "shares": shares} if shares else {}
-        records, flops[devices] = on_devices(bert, data, devices, 64 if shares else 16, **mixture)
+        records, flops[devices] = on_devices(encoder, data, devices, 64 if shares else 16, **mixture)
         totals[devices] = [[record["total"], record["gradient_norm/fine"], record["weight/fine"]] for record in records]
     np.testing.assert_allclose(totals[8], totals[1], rtol=1e-3)
     if shares:

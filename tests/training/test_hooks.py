@@ -19,7 +19,7 @@ from mtl_jax.training.metrics_log import read_metrics
 STEPS = 6
 
 
-def small(bert, data, **changes):
+def small(trunk, data, **changes):
     values = {
         "phases": (Phase("everything", steps=STEPS),),
         "evaluation": Evaluation(every=3, baseline="none"),
@@ -27,7 +27,7 @@ def small(bert, data, **changes):
         "only": ("fine",),
         "weighting": "equal",
     }
-    return tiny.experiment(bert, data, **(values | changes))
+    return tiny.experiment(trunk, data, **(values | changes))
 
 
 def recorder(calls):
@@ -40,10 +40,10 @@ def recorder(calls):
 
 
 @pytest.fixture(scope="module")
-def whole(bert, data, tmp_path_factory):
+def whole(trunk, data, tmp_path_factory):
     """A run with two hooks: its workdir, what each was told, and the order of the calls."""
     first, second, workdir = [], [], tmp_path_factory.mktemp("hooks") / "run"
-    train(small(bert, data), workdir, hooks=[recorder(first), Hooks(), recorder(second)])
+    train(small(trunk, data), workdir, hooks=[recorder(first), Hooks(), recorder(second)])
     return workdir, first, second
 
 
@@ -70,7 +70,7 @@ def test_hooks_are_not_in_the_configuration(whole):
 
 
 @pytest.mark.parametrize("step", [2, STEPS])
-def test_a_failing_hook_loses_no_work_and_the_run_resumes(whole, bert, data, tmp_path, step):
+def test_a_failing_hook_loses_no_work_and_the_run_resumes(whole, trunk, data, tmp_path, step):
     calls = []
 
     def fail(at, metrics):
@@ -79,26 +79,26 @@ def test_a_failing_hook_loses_no_work_and_the_run_resumes(whole, bert, data, tmp
 
     hooks = [Hooks(after_metrics=fail, close=lambda: calls.append(("close",))), recorder(calls)]
     with pytest.raises(ZeroDivisionError, match=f"at step {step}") as caught:
-        train(small(bert, data), tmp_path / "run", hooks=hooks)
+        train(small(trunk, data), tmp_path / "run", hooks=hooks)
     assert "fail" in [entry.name for entry in caught.traceback]
     assert caught.value.__cause__ is None
     assert [call[:2] for call in calls if call[0] == "train"][-1] == ("train", step - 1)
     assert calls[-2:] == [("close",), ("close",)]
     assert not (tmp_path / "run" / "results.json").exists()
     resumed = []
-    train(small(bert, data), tmp_path / "run", hooks=recorder(resumed))
+    train(small(trunk, data), tmp_path / "run", hooks=recorder(resumed))
     assert step == STEPS or resumed[0][1] > step - 1
     assert len(resumed) < len(whole[1])
     expected, actual = params(whole[0]), params(tmp_path / "run")
     assert all(np.array_equal(expected[path], actual[path]) for path in expected)
 
 
-def test_an_error_at_the_end_comes_after_the_results(whole, bert, data, tmp_path):
+def test_an_error_at_the_end_comes_after_the_results(whole, trunk, data, tmp_path):
     def leave(results):
         sys.exit(3)
 
     with pytest.raises(SystemExit):
-        train(small(bert, data, phases=(Phase("all", steps=1),)), tmp_path, hooks=Hooks(at_end=leave))
+        train(small(trunk, data, phases=(Phase("all", steps=1),)), tmp_path, hooks=Hooks(at_end=leave))
     assert mtl_jax.results(tmp_path)[0]["steps"] == 1
 
 
@@ -109,9 +109,9 @@ def test_an_error_at_the_end_comes_after_the_results(whole, bert, data, tmp_path
         ({"loggers": ["wanb"]}, r"unknown logger 'wanb' \(did you mean 'wandb'\?\); choices: wandb, trackio, mlflow"),
     ],
 )
-def test_bad_input_is_found_first(bert, data, tmp_path, changes, message):
+def test_bad_input_is_found_first(trunk, data, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        train(small(bert, data), tmp_path / "run", **changes)
+        train(small(trunk, data), tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 
@@ -137,18 +137,18 @@ def told():
     loggers.LOGGERS._functions.pop("told")
 
 
-def test_a_logger_of_the_script_by_its_flag(told, bert, data, tmp_path, monkeypatch, capsys):
+def test_a_logger_of_the_script_by_its_flag(told, trunk, data, tmp_path, monkeypatch, capsys):
     opened, calls = told
     monkeypatch.setattr(
         sys, "argv", ["tiny.py", "--workdir", str(tmp_path), "--logger", "told", "--logger", "told", "--phases.0.steps", "1"]
     )
-    mtl_jax.main(small(bert, data), hooks=recorder(calls), description="tiny")
+    mtl_jax.main(small(trunk, data), hooks=recorder(calls), description="tiny")
     assert opened == [("tiny", tmp_path, {})]
     assert [call[0] for call in calls] == ["train", "train", "dev", "dev", "end", "end", "close", "close"]
     assert loggers.kept(tmp_path, "told") == {"times": 1}
     monkeypatch.setattr(sys, "argv", ["tiny.py", "--help"])
     with pytest.raises(SystemExit):
-        mtl_jax.main(small(bert, data), description="tiny")
+        mtl_jax.main(small(trunk, data), description="tiny")
     assert "--logger" in capsys.readouterr().out
 
 

@@ -34,7 +34,7 @@ def trained(bert, data, **changes):
     plan, state = prepared.plans[0], initial_state(prepared)
     step = jax.jit(
         make_train_step(gradient_fn(prepared, plan), plan.optimizer, plan.mask, len(prepared.corpus.splits["train"])),
-        compiler_options=compiling.AS_FOR_USERS,  # two programs agree to the bit only as far as XLA makes the same of both
+        compiler_options=compiling.PRECISELY,  # two programs agree to the bit only as far as XLA makes the same of both
     )
     batches = stream(prepared.corpus, prepared.experiment.batch, 0, mixture_phases(prepared.experiment))
     for _ in range(STEPS):

@@ -17,14 +17,6 @@ from mtl_jax.training.counts import evaluations_and_checkpoints
 from mtl_jax.training.evaluation import criterion, score_outputs, undefined
 from mtl_jax.training.metrics_log import read_metrics
 
-# Of which trunk is all the same to most of the loop, and one of a matrix compiles in no time.
-MATRIX = mtl_jax.Embedding(vocabulary=30, dimension=8)
-
-
-@pytest.fixture(scope="module")
-def bert(shallow):
-    return shallow
-
 
 def records(workdir, kind):
     return [record for record in read_metrics(workdir) if record["kind"] == kind]
@@ -37,11 +29,11 @@ def beside():
 
 
 @pytest.fixture(scope="module")
-def finished(bert, data, tmp_path_factory, beside):
+def finished(trunk, data, tmp_path_factory, beside):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "beside", lambda self, work, times=1: beside.extend([work] * times))
-        return workdir, mtl_jax.train(tiny.experiment(bert, data), workdir)
+        return workdir, mtl_jax.train(tiny.experiment(trunk, data), workdir)
 
 
 def test_a_run_leaves_its_files(finished):
@@ -103,10 +95,10 @@ def test_programs_are_compiled_once_each(finished):
     assert found["compiled_programs"] == 5
 
 
-def test_a_second_run_is_done_at_once(finished, bert, data):
+def test_a_second_run_is_done_at_once(finished, trunk, data):
     workdir, found = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    assert mtl_jax.train(tiny.experiment(bert, data), workdir) == found
+    assert mtl_jax.train(tiny.experiment(trunk, data), workdir) == found
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -118,39 +110,38 @@ def test_a_report_or_an_ablation_is_not_a_finished_run(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_another_configuration_is_refused_with_the_difference(finished, bert, data):
+def test_another_configuration_is_refused_with_the_difference(finished, trunk, data):
     workdir, _ = finished
-    changed = tiny.experiment(bert, data, optimizer=Optimizer(learning_rate=3e-5))
+    changed = tiny.experiment(trunk, data, optimizer=Optimizer(learning_rate=3e-5))
     with pytest.raises(UserError, match=r"another configuration: optimizer\.learning_rate was 0\.01, is 3e-05\. Choose"):
         mtl_jax.train(changed, workdir)
 
 
-def test_a_changed_configuration_goes_on_when_asked_to(bert, data, tmp_path):
-    mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX), tmp_path / "run")
+def test_a_changed_configuration_goes_on_when_asked_to(trunk, data, tmp_path):
+    mtl_jax.train(tiny.experiment(trunk, data), tmp_path / "run")
     phases = (Phase("heads", steps=6, rules=tiny.HEADS_ONLY), Phase("everything", steps=10))
-    longer = tiny.experiment(bert, data, trunk=MATRIX, phases=phases)
+    longer = tiny.experiment(trunk, data, phases=phases)
     found = mtl_jax.train(longer, tmp_path / "run", allow_config_change=True)
     assert found["steps"] == 16
     assert [record["step"] for record in records(tmp_path / "run", "train")] == list(range(1, 17))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["phases"][1]["steps"] == 10
 
 
-def test_training_learns(bert, data, tmp_path):
+def test_training_learns(trunk, data, tmp_path):
     phases = (Phase("everything", steps=80),)
     seldom = {"evaluation": Evaluation(every=40), "checkpoints": Checkpoints(every=40)}
-    found = mtl_jax.train(tiny.experiment(bert, data, phases=phases, **seldom), tmp_path)
+    found = mtl_jax.train(tiny.experiment(trunk, data, phases=phases, **seldom), tmp_path)
     assert found["tasks"]["coarse"]["test"]["accuracy"] == 1.0
     assert found["tasks"]["rating"]["test"]["pearson"] > 0.7
 
 
-def test_one_and_eight_devices_agree(bert, data, tmp_path):
+def test_one_and_eight_devices_agree(shallow, data, tmp_path):
     """20 steps, dropout off; sums and counts are divided once, after the sum over devices."""
     losses = {}
     for devices in (1, 8):
         experiment = tiny.experiment(
-            bert,
+            mtl_jax.Pretrained(str(shallow), dropout=0.0),
             data,
-            trunk=mtl_jax.Pretrained(str(bert), dropout=0.0),
             phases=(Phase("heads", steps=5, rules=tiny.HEADS_ONLY), Phase("everything", steps=15)),
             batch=Batching(rows=16, row_length=24, examples_per_row=6),
             evaluation=Evaluation(every=20),
@@ -164,34 +155,33 @@ def test_one_and_eight_devices_agree(bert, data, tmp_path):
     np.testing.assert_allclose(losses[8], losses[1], rtol=2e-4)
 
 
-def test_dropout_and_rules_with_state_run_too(bert, data, tmp_path):
-    found = mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX, weighting="dwa"), tmp_path)
+def test_dropout_and_rules_with_state_run_too(trunk, data, tmp_path):
+    found = mtl_jax.train(tiny.experiment(trunk, data, weighting="dwa"), tmp_path)
     weights = [record["weight/rating"] for record in records(tmp_path, "train")]
     assert weights[:2] == [1.0, 1.0]
     assert len(set(weights)) > 2
     assert found["weighting"] == "dwa"
 
 
-def test_a_phase_may_have_its_own_weights(bert, data, tmp_path):
+def test_a_phase_may_have_its_own_weights(trunk, data, tmp_path):
     source_first = (
         Phase("source", steps=3, weights={"rating": 1.0, "coarse": 0.0, "fine": 0.0}),
         Phase("target", steps=3, weights={"rating": 0.0, "coarse": 1.0, "fine": 1.0}),
     )
-    mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX, phases=source_first), tmp_path)
+    mtl_jax.train(tiny.experiment(trunk, data, phases=source_first), tmp_path)
     assert [record["weight/rating"] for record in records(tmp_path, "train")] == [1.0] * 3 + [0.0] * 3
 
 
-def test_only_some_tasks(bert, data, tmp_path):
-    found = mtl_jax.train(tiny.experiment(bert, data, trunk=MATRIX, only=("rating",)), tmp_path)
+def test_only_some_tasks(trunk, data, tmp_path):
+    found = mtl_jax.train(tiny.experiment(trunk, data, only=("rating",)), tmp_path)
     assert list(found["tasks"]) == ["rating"]
 
 
-def test_early_stopping(bert, data, tmp_path):
+def test_early_stopping(trunk, data, tmp_path):
     """With a rate of 0 dev never changes after the first evaluation: ties count as no worse, so make it fall."""
     experiment = tiny.experiment(
-        bert,
+        trunk,
         data,
-        trunk=MATRIX,
         phases=(Phase("everything", steps=200),),
         optimizer=Optimizer(name="sgd", learning_rate=3.0, clip_norm=0.1, schedule="constant", b1=0.0),
         evaluation=Evaluation(every=2, patience=2, baseline="none"),
@@ -202,11 +192,10 @@ def test_early_stopping(bert, data, tmp_path):
     assert max(dev[-2:]) < max(dev[:-2]) == found["best_criterion"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(bert, data, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(trunk, data, tmp_path):
     experiment = tiny.experiment(
-        bert,
+        trunk,
         data,
-        trunk=MATRIX,
         phases=(Phase("everything", steps=50),),
         optimizer=Optimizer(name="sgd", learning_rate=1e8, clip_norm=0.0, schedule="constant", warmup=1.0),
         checkpoints=Checkpoints(every=1, keep=3),
@@ -224,11 +213,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(bert, data, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
-def test_dev_scores_do_not_depend_on_the_batch_size(bert, data, tmp_path):
+def test_dev_scores_do_not_depend_on_the_batch_size(trunk, data, tmp_path):
     """Means are over examples, also with an uneven last batch."""
     found = {}
     for rows in (2, 8):
-        experiment = tiny.experiment(bert, data, batch=Batching(rows=8, row_length=24, examples_per_row=6))
+        experiment = tiny.experiment(trunk, data, batch=Batching(rows=8, row_length=24, examples_per_row=6))
         prepared = mtl_jax.training.setup.prepare(experiment)
         mesh = prepared.mesh
         from mtl_jax.training import evaluation
@@ -263,7 +252,7 @@ def test_a_metric_that_is_not_defined_counts_as_0_and_a_broken_model_as_nothing(
     assert np.isnan(criterion(name, tasks, scores))
 
 
-def test_a_run_says_what_is_not_defined(bert, data, tmp_path, monkeypatch, caplog):
+def test_a_run_says_what_is_not_defined(trunk, data, tmp_path, monkeypatch, caplog):
     """The first evaluation is broken, the second has constant predictions: logged, null in the files, and never the best."""
     caplog.set_level("WARNING", logger="mtl_jax")
     kept, broken = evaluation.score, [{"loss": np.nan, "pearson": np.nan}, {"pearson": np.nan}]
@@ -273,7 +262,7 @@ def test_a_run_says_what_is_not_defined(bert, data, tmp_path, monkeypatch, caplo
         return scores | {"rating": scores["rating"] | (broken.pop(0) if broken else {})}
 
     monkeypatch.setattr(evaluation, "score", score)
-    experiment = tiny.experiment(bert, data, trunk=MATRIX, evaluation=Evaluation(every=4, baseline="constant"))
+    experiment = tiny.experiment(trunk, data, evaluation=Evaluation(every=4, baseline="constant"))
     found = mtl_jax.train(experiment, tmp_path)
     told = [record.getMessage() for record in caplog.records if "defined" in record.message or "criterion" in record.message]
     assert told == [
@@ -322,8 +311,8 @@ def test_the_table_says_what_was_lost(finished):
     assert results_table.tables([found, fewer, other]) == "\n\n".join(both)
 
 
-def test_parameter_rules_are_checked_before_anything_is_written(bert, data, tmp_path):
+def test_parameter_rules_are_checked_before_anything_is_written(trunk, data, tmp_path):
     rules = (ParamRule("trunk/encoder/.*", train=False), ParamRule(".*"))
     with pytest.raises(UserError, match=r"'trunk/encoder/\.\*' matches no parameter"):
-        mtl_jax.train(tiny.experiment(bert, data, phases=(Phase("a", 1, rules=rules),)), tmp_path / "run")
+        mtl_jax.train(tiny.experiment(trunk, data, phases=(Phase("a", 1, rules=rules),)), tmp_path / "run")
     assert not (tmp_path / "run").exists()

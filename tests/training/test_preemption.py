@@ -40,9 +40,9 @@ def test_an_error_of_the_work_is_not_hidden_by_a_signal():
 
 
 @pytest.mark.parametrize(("moment", "finished"), [("after_evaluation", False), ("at_end", True)])
-def test_a_signal_after_the_last_step_of_a_run(bert, data, tmp_path, moment, finished):
+def test_a_signal_after_the_last_step_of_a_run(trunk, data, tmp_path, moment, finished):
     """Before the test scores or after them; the run takes no step again, and has the scores of one without a signal."""
-    experiment = tiny.experiment(bert, data, phases=PHASES, evaluation=Evaluation(every=2))
+    experiment = tiny.experiment(trunk, data, phases=PHASES, evaluation=Evaluation(every=2))
     with pytest.raises(Interrupted, match="the same command"):
         train(experiment, tmp_path / "run", hooks=Hooks(**{moment: signalled}))
     assert (tmp_path / "run" / "results.json").exists() == finished
@@ -53,8 +53,8 @@ def test_a_signal_after_the_last_step_of_a_run(bert, data, tmp_path, moment, fin
     assert read_metrics(tmp_path / "run") == records
 
 
-def test_a_signal_after_the_last_step_of_an_ablation(bert, data, tmp_path, monkeypatch):
-    experiment = tiny.experiment(bert, data, phases=PHASES, evaluation=Evaluation(every=2))
+def test_a_signal_after_the_last_step_of_an_ablation(trunk, data, tmp_path, monkeypatch):
+    experiment = tiny.experiment(trunk, data, phases=PHASES, evaluation=Evaluation(every=2))
     monkeypatch.setattr(Progress, "close", signalled)
     with pytest.raises(Interrupted, match="the same command"):
         ablate(experiment, tmp_path, seeds=2)

@@ -228,8 +228,8 @@ def test_vectors_of_a_checkpoint_are_seen_through_a_projection(bert, data, tmp_p
     own = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 16)).astype(np.float32)
     context = output_losses.LossContext(places={}, first_ids={}, teachers={"see": teacher}, phase="")
     each = output_losses.of_teacher(see, prepared.corpus.tasks, context)
-    found = each.loss(heads, Encoded(tokens=own), {}, batch, each.count(batch), references)
-    there = np.asarray(teacher.hidden(teacher.params, batch))
+    found = jax.jit(lambda own: each.loss(heads, Encoded(tokens=own), {}, batch, each.count(batch), references))(own)
+    there = np.asarray(jax.jit(teacher.hidden)(teacher.params, batch))
     difference = (own @ heads["see"]["projection"]["kernel"] - there) ** 2
     np.testing.assert_allclose(found, difference.mean(axis=-1)[np.asarray(batch.segments) > 0].mean(), rtol=1e-4)
 

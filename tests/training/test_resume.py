@@ -64,8 +64,8 @@ def outcome(workdir: Path) -> tuple[list[dict], dict[str, bytes], dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data without a checkpoint: of which trunk is all the same here, and one of a matrix compiles in no time."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_bert(folder / "bert", layers=1)
     tiny.write_data(folder / "data")
     return folder
 
@@ -139,15 +139,11 @@ def ended(pid: int) -> bool:
     ids=lambda changes: next(iter(changes.values())),
 )
 def test_what_is_kept_beside_the_parameters_is_resumed(folder, tmp_path, caplog, changes):
-    """MoCo's tracked gradients, a combinator's mean and flags of what was seen, averages: they live in the checkpoint.
-
-    Of which trunk is all the same, and one of a matrix compiles in no time.
-    """
+    """MoCo's tracked gradients, a combinator's mean and flags of what was seen, averages: they live in the checkpoint."""
     phases = (Phase("heads", 2, rules=tiny.HEADS_ONLY), Phase("everything", 10))
     experiment = tiny.experiment(
-        folder / "bert",
+        tiny.MATRIX,
         folder / "data",
-        trunk=mtl_jax.Embedding(vocabulary=30, dimension=8),
         phases=phases,
         evaluation=Evaluation(every=3, baseline="none"),
         checkpoints=Checkpoints(every=2, keep=9),
@@ -196,7 +192,7 @@ def test_arrays_that_changed_on_disk_are_noticed(folder, uninterrupted, tmp_path
     """Damage that decompresses: the state's own bits no longer give the sum that was saved with them."""
     from mtl_jax.training import phase_state, setup
 
-    experiment = tiny.experiment(folder / "bert", folder / "data")
+    experiment = tiny.experiment(tiny.MATRIX, folder / "data")
     prepared = setup.prepare(experiment)
     state = phase_state.initial_state(prepared)
     store = Store(tmp_path, experiment.checkpoints)
@@ -231,7 +227,7 @@ def test_the_best_checkpoint_outlives_a_restart(tmp_path):
 @pytest.fixture(scope="module")
 def short(folder):
     """A finished run of the tiny experiment as it is, to be copied; and the experiment."""
-    experiment = tiny.experiment(folder / "bert", folder / "data")
+    experiment = tiny.experiment(tiny.MATRIX, folder / "data")
     mtl_jax.train(experiment, folder / "short")
     return folder / "short", experiment
 
@@ -273,8 +269,7 @@ def test_a_finished_run_keeps_its_results_under_another_criterion(short, tmp_pat
 def test_data_that_changed_is_refused(tmp_path):
     tiny.write_data(tmp_path / "data")
     evaluation = Evaluation(every=1, baseline="none")
-    trunk = mtl_jax.Embedding(vocabulary=30, dimension=4)
-    experiment = tiny.experiment("", tmp_path / "data", trunk=trunk, phases=(Phase("one", 1),), evaluation=evaluation)
+    experiment = tiny.experiment(tiny.MATRIX, tmp_path / "data", phases=(Phase("one", 1),), evaluation=evaluation)
     mtl_jax.train(experiment, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     questions = tmp_path / "data" / "questions.txt"
@@ -295,7 +290,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next(short, tmp_path):
 
 
 def test_all_checkpoints_damaged_starts_over(folder, tmp_path):
-    experiment = tiny.experiment(folder / "bert", folder / "data")
+    experiment = tiny.experiment(tiny.MATRIX, folder / "data")
     one = dataclasses.replace(experiment, phases=experiment.phases[:1])
     first = mtl_jax.train(one, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()

@@ -82,9 +82,9 @@ def test_a_decay_near_one_loses_no_digits_at_the_start():
         ("none:n=2", "write none"),
     ],
 )
-def test_other_texts_are_refused(bert, data, tmp_path, text, message):
+def test_other_texts_are_refused(trunk, data, tmp_path, text, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        mtl_jax.train(tiny.experiment(bert, data, averaging=text), tmp_path / "run")
+        mtl_jax.train(tiny.experiment(trunk, data, averaging=text), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -97,7 +97,7 @@ def params_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def runs(bert, data, tmp_path_factory):
+def runs(trunk, data, tmp_path_factory):
     """The same run three times, with a checkpoint after each of its 12 steps: 6 of the heads alone, 6 of everything.
 
     An average knows nothing of what it is of: a trunk of one matrix does, and compiles in no time.
@@ -105,8 +105,7 @@ def runs(bert, data, tmp_path_factory):
     folder, actual = tmp_path_factory.mktemp("averaged"), {}
     for text in ("none", "ema:decay=0.8", "last:n=2"):
         keep, every = Checkpoints(every=1, keep=20), Evaluation(every=2, baseline="none")
-        trunk = mtl_jax.Embedding(vocabulary=30, dimension=8)
-        experiment = tiny.experiment(bert, data, trunk=trunk, averaging=text, checkpoints=keep, evaluation=every)
+        experiment = tiny.experiment(trunk, data, averaging=text, checkpoints=keep, evaluation=every)
         actual[text] = folder / text[:3], mtl_jax.train(experiment, folder / text[:3])
     return actual
 
@@ -135,7 +134,7 @@ def test_the_average_of_a_phase_is_what_is_measured_and_kept(runs, text):
     assert any(np.any(a != b) for a, b in zip(*(jax.tree.leaves(p[12]["trunk"]) for p in (plain, averaged)), strict=True))
 
 
-def test_results_say_so_and_are_of_the_average(runs, bert, data):
+def test_results_say_so_and_are_of_the_average(runs, trunk, data):
     """The test score is that of the parameters that predict() opens."""
     from mtl_jax.inference.predict import open_run, predict
 

@@ -30,7 +30,7 @@ def program(name, K, options=()):
         weights, _, residual = weighting.solve(rule, rule.init(names), signals)
         return jnp.stack([weights[name] for name in names]), residual
 
-    return jax.jit(jax.vmap(weigh, in_axes=(0, None)), compiler_options=compiling.AS_FOR_USERS)
+    return jax.jit(jax.vmap(weigh, in_axes=(0, None)), compiler_options=compiling.PRECISELY)
 
 
 def weigh(name, gradients, **options):

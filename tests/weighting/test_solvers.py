@@ -7,8 +7,8 @@ from scipy import optimize
 
 from mtl_jax.weighting import solvers
 
-min_norm = jax.jit(solvers.min_norm, compiler_options=compiling.AS_FOR_USERS)
-into_dual_cone = jax.jit(solvers.into_dual_cone, compiler_options=compiling.AS_FOR_USERS)
+min_norm = jax.jit(solvers.min_norm, compiler_options=compiling.PRECISELY)
+into_dual_cone = jax.jit(solvers.into_dual_cone, compiler_options=compiling.PRECISELY)
 
 
 def gram(K, P, seed):

@@ -13,12 +13,12 @@ from mtl_jax.models.llama import GroupedAttention
 from mtl_jax.models.modernbert import RotaryAttention
 from mtl_jax.models.remat import is_layer
 from mtl_jax.models.seq2seq_layers import Embeddings
-from mtl_jax.models.traced import once_per_module
+from mtl_jax.models.traced import remembered
 from mtl_jax.transfer.adapters.base import ATTENTION, DENSE, ROTARY, WHOLE, Layer
 from mtl_jax.transfer.adapters.prompt_tuning import ROOT, WORDS
 
 
-@once_per_module
+@remembered
 def adaptable_layers(base: nn.Module) -> dict[str, Layer]:
     """The layers of a module that can be adapted, by path, in the order of their calls."""
     layers: dict[str, Layer] = {}

@@ -9,8 +9,9 @@ CoLA (is it a sentence), SST-2 (sentiment of reviews), names and parts of speech
 each task alone, then on all with every sharing. A run of all tasks sees as many rows of a task as the run of the task alone.
 
 Copies of the trunk's layers have the trunk's rate, small parts that a sharing adds a higher one; "frozen" ways train only what
-is added, and the heads. "lora" is one plain LoRA for all tasks with about as many parameters as the experts. "groups" are runs
-of some tasks with hard sharing; mtl_jax.affinity finds the groups by the gains of grad_tag in the run of all tasks.
+is added, and the heads. "lora" is one plain LoRA for all tasks with about as many parameters as the experts. "adapter fusion"
+first trains an adapter and a head for each task alone, on the frozen trunk. "groups" are runs of some tasks with hard sharing;
+mtl_jax.affinity finds the groups by the gains of grad_tag in the run of all tasks.
 
 Every run is an ordinary workdir in WORKDIR: started again, the script resumes, and when all runs are done it only writes
 WORKDIR/table.md from their results.json. MTL_JAX_DATA names a folder with cola/, sentences/, tweebank/, stsb/, tweeteval/,
@@ -59,6 +60,7 @@ TRUNK_RATE, RATE = 3e-4, 1e-3  # of the trunk, its copies and the heads; of smal
 COPIES = (sharing.TopLayers, sharing.CrossStitch, sharing.Sluice, sharing.MMoELayers, sharing.PLE)
 Scores = dict[str, dict[str, dict[str, float]]]  # {way: {seed: {task: 100 times its metric on test}}}
 EVERYWHERE = r".*/(query|value|feed_forward_out)"
+FUSION = "adapter fusion, frozen"  # a way whose sharing reads earlier runs
 GROUPS, MODELS = "groups", 3  # a way without a sharing of its own, and its most models
 
 # {way: (the sharing, adapters of all tasks, whether the trunk is frozen)}
@@ -103,7 +105,7 @@ class Comparison:
         only_table: Train nothing: the table of the ways that were trained with all of seeds.
     """
 
-    ways: tuple[str, ...] = (*WAYS, GROUPS)
+    ways: tuple[str, ...] = (*WAYS, FUSION, GROUPS)
     seeds: tuple[int, ...] = (0,)
     alone: int = 70
     rows: int = 8
@@ -149,22 +151,42 @@ def experiment(comparison: Comparison) -> Experiment:
     )
 
 
+def rules(*, has_small: bool, is_frozen: bool) -> tuple[ParamRule, ...]:
+    """Small parts that are added have a rate of their own; of a frozen trunk only they train, and the heads."""
+    return (
+        *((ParamRule("trunk/adapters/.*", rate=RATE / TRUNK_RATE),) if has_small else ()),
+        *((ParamRule("trunk/.*", train=False),) if is_frozen else ()),
+        ParamRule(".*"),
+    )
+
+
 def runs(comparison: Comparison, seed: int) -> dict[str, Experiment]:
     """{name of the run: its experiment}."""
     base = dataclasses.replace(experiment(comparison), seed=seed)
     shared_by = {}
-    for way in (way for way in comparison.ways if way != GROUPS):
+    for way in (way for way in comparison.ways if way in WAYS):
         part, adapters, is_frozen = WAYS[way]
-        is_small = bool(adapters) or not isinstance(part, (sharing.Hard, *COPIES))
-        rules = (
-            *((ParamRule("trunk/adapters/.*", rate=RATE / TRUNK_RATE),) if is_small else ()),
-            *((ParamRule("trunk/.*", train=False),) if is_frozen else ()),
-        )
-        phase = dataclasses.replace(base.phases[0], rules=(*rules, ParamRule(".*")))
+        has_small = bool(adapters) or not isinstance(part, (sharing.Hard, *COPIES))
+        phase = dataclasses.replace(base.phases[0], rules=rules(has_small=has_small, is_frozen=is_frozen))
         shared_by[way] = dataclasses.replace(base, sharing=part, adapters=adapters, phases=(phase,))
     phase = Phase("alone", steps=comparison.alone)
     alone = {f"{task.name} alone": dataclasses.replace(base, only=(task.name,), phases=(phase,)) for task in base.tasks}
     return alone | shared_by
+
+
+def earlier(comparison: Comparison, seed: int) -> dict[str, Experiment]:
+    """{name of the run: its experiment}: an adapter and a head for each task alone, on the frozen trunk."""
+    base = dataclasses.replace(experiment(comparison), seed=seed, adapters=(ADAPTER,))
+    phase = Phase("alone", steps=comparison.alone, rules=rules(has_small=True, is_frozen=True))
+    return {f"{task.name} adapter": dataclasses.replace(base, only=(task.name,), phases=(phase,)) for task in base.tasks}
+
+
+def fusion(comparison: Comparison, seed: int, workdirs: Collection[Path]) -> Experiment:
+    """All tasks with attention over the adapters of finished runs of earlier()."""
+    part = sharing.AdapterFusion(runs=tuple(map(str, workdirs)), adapter=ADAPTER)
+    kept, base = sharing.fusion_only()[0], dataclasses.replace(experiment(comparison), seed=seed)
+    phase = dataclasses.replace(base.phases[0], rules=(kept, *rules(has_small=True, is_frozen=True)))
+    return dataclasses.replace(base, sharing=part, phases=(phase,))
 
 
 def groups(comparison: Comparison, seed: int, joint: Path) -> dict[str, tuple[Experiment, tuple[str, ...]]]:
@@ -189,8 +211,8 @@ def compare(comparison: Comparison) -> str:
         UserError: A way is unknown, or a run cannot be resumed.
     """
     for way in comparison.ways:
-        if way not in (*WAYS, GROUPS):
-            raise unknown("way in ways:", way, (*WAYS, GROUPS))
+        if way not in (*WAYS, FUSION, GROUPS):
+            raise unknown("way in ways:", way, (*WAYS, FUSION, GROUPS))
     if GROUPS in comparison.ways and "hard" not in comparison.ways:
         raise UserError("ways has groups, which are made from the run of hard: add hard")
     if not comparison.seeds:
@@ -206,9 +228,12 @@ def compare(comparison: Comparison) -> str:
     def has(way: str, seed: int, served: Collection[str]) -> bool:
         return recorded().get(way, {}).get(str(seed), {}).keys() >= set(served)
 
+    def workdir_of(name: str, seed: int) -> Path:
+        return folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+
     def run(name: str, planned: Experiment, seed: int, way: str, served: Collection[str]) -> None:
         """Trains a run that is not done, and adds the scores of the tasks that it serves to those of a way."""
-        workdir = folder / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+        workdir = workdir_of(name, seed)
         if has(way, seed, served) or (comparison.only_table and not (workdir / "results.json").exists()):
             return
         print(f"{name}, seed {seed}", flush=True)
@@ -222,6 +247,12 @@ def compare(comparison: Comparison) -> str:
     for seed in comparison.seeds:
         for name, planned in runs(comparison, seed).items():
             run(name, planned, seed, "alone" if name.endswith(" alone") else name, planned.only or tasks)
+        if not comparison.only_table and FUSION in comparison.ways and not has(FUSION, seed, tasks):
+            before = {workdir_of(name, seed): planned for name, planned in earlier(comparison, seed).items()}
+            for workdir, planned in before.items():
+                print(f"{workdir.name}, for {FUSION}", flush=True)
+                mtl_jax.train(planned, workdir)
+            run(FUSION, fusion(comparison, seed, before), seed, FUSION, tasks)
         joint = folder / f"hard-{seed}"
         if comparison.only_table or GROUPS not in comparison.ways or has(GROUPS, seed, tasks):
             continue
@@ -254,7 +285,7 @@ def table(scores: Scores, tasks: list[str], seeds: tuple[int, ...]) -> str:
         return of_seeds if all(of_seed.keys() >= set(tasks) for of_seed in of_seeds) else []
 
     alone, lines = whole("alone"), []
-    for way in ("alone", *WAYS, GROUPS):
+    for way in ("alone", *WAYS, FUSION, GROUPS):
         if not whole(way):
             continue
         both = list(zip(whole(way), alone, strict=True))

@@ -180,14 +180,15 @@ def test_pairs(wheels, shared_data, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_dissimilar(wheels, shared_data, tmp_path, monkeypatch):
-    """Each task alone and two ways to share; every way fits the trunk."""
+    """Each task alone, two ways to share, and two that are made from earlier runs; every way fits the trunk."""
     monkeypatch.setenv("MTL_JAX_DATA", str(shared_data))
-    flags = ["--workdir", str(tmp_path), "--ways", "hard", "mmoe", "groups", "--alone", "1", "--limit", "30"]
+    ways = ["hard", "mmoe", "adapter fusion, frozen", "groups"]
+    flags = ["--workdir", str(tmp_path), "--ways", *ways, "--alone", "1", "--limit", "30"]
     done = start("dissimilar.py", *flags)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
     assert table in done.stdout
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["alone", "hard", "mmoe", "groups"]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["alone", *ways]
     wrong = start("dissimilar.py", "--ways", "mmo")
     assert wrong.returncode == 2
     assert "unknown way in ways: 'mmo' (did you mean 'mmoe'?)" in wrong.stderr

@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 import tabulate
 import tyro
 import weighting as on_a_device
 
-from mtl_jax import weighting
+from mtl_jax import Optimizer, ParamRule, weighting
 from mtl_jax.models.encoder import Encoder, EncoderConfig
 from mtl_jax.models.kernels import with_kernels
 from mtl_jax.planning import program_cost
@@ -33,6 +34,7 @@ from mtl_jax.planning.topologies import topology
 from mtl_jax.training import mesh as meshes
 from mtl_jax.training.phase_plan import needs_task_gradients
 from mtl_jax.training.train_state import StepInputs
+from mtl_jax.transfer import freezing, optimizer
 
 MINILM = on_a_device.SIZES
 BERT_BASE = EncoderConfig(30522, 768, 12, 12, 3072, 512, dropout=0.0, attention_dropout=0.0)
@@ -109,6 +111,7 @@ def cost(
     mesh = jax.make_mesh((1,), (meshes.DATA,), axis_types=(jax.sharding.AxisType.Auto,), devices=chosen.devices[:1])
     encoder = with_kernels(Encoder(sizes, jnp.bfloat16), "auto", mesh)
     case = on_a_device.make_case(encoder, tasks, tokens, row)
+    case = case._replace(optimizer=training_optimizer(jax.eval_shape(case.params)))
     made = weighting.make(rule)
     state, step = jax.eval_shape(lambda: case.state(made)), case.step(made)
     if runs > 1:
@@ -139,6 +142,12 @@ def cost(
         "task_gradients": needs_task_gradients(made),
         "places": dict(list(estimate.places.items())[:10]),
     }
+
+
+def training_optimizer(params: Any) -> optax.GradientTransformation:
+    """What training makes of Optimizer() for parameters that train from the first phase on."""
+    decided = freezing.decide(params, (ParamRule(".*"),))
+    return optimizer.build(Optimizer(), decided, 1e-4, 1000, jax.tree.map(lambda _: 0, params))
 
 
 def write(path: Path, result: dict[str, Any], options: Options) -> None:

@@ -169,11 +169,13 @@ class Case(NamedTuple):
         encoder: The trunk.
         tasks: The tasks.
         batch: A batch, blocks by task.
+        optimizer: The optimizer; optax's own, which is what PyTorch's step has, unless another one is given.
     """
 
     encoder: Encoder
     tasks: tuple[Classification, ...]
     batch: Batch
+    optimizer: optax.GradientTransformation = OPTIMIZER
 
     def params(self) -> Any:
         """New parameters."""
@@ -187,7 +189,7 @@ class Case(NamedTuple):
         params = self.params() if params is None else params
         rule_state = gram_gradient.init_rule(rule, [task.name for task in self.tasks], params["trunk"])
         key = jax.random.key_data(jax.random.key(2))
-        return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params), rule_state, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), rule_state, key)
 
     def step(self, rule: Rule) -> Callable[..., Any]:
         """The train step, as training makes it for a rule."""
@@ -200,7 +202,7 @@ class Case(NamedTuple):
             layout = task_gradients.layout(self.tasks, {task.source: rows for task in self.tasks}, fixed=True)
             over = gram_gradient.check(jax.eval_shape(self.params), mask, "trunk")
             backward = gram_gradient.make_backward(encode, self.tasks, rule, layout, over, only_looks_up=True)
-        return make_train_step(make_gradient_fn(backward, rule), OPTIMIZER, mask)
+        return make_train_step(make_gradient_fn(backward, rule), self.optimizer, mask)
 
 
 def make_case(encoder: Encoder, K: int, tokens: int, length: int) -> Case:

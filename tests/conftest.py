@@ -75,6 +75,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def _note_skipped(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """Adds a test, or a file of tests, that was skipped to a list for pytest @LIST; the same one may be there several times."""
+    if report.skipped and not hasattr(report, "wasxfail") and "MTL_JAX_TESTS_SKIPPED" in os.environ:
+        with open(os.environ["MTL_JAX_TESTS_SKIPPED"], "a", encoding="utf-8") as file:
+            file.write(report.nodeid + "\n")
+
+
+pytest_collectreport = pytest_runtest_logreport = _note_skipped
+
+
 def pytest_unconfigure() -> None:
     """The directory goes with the process that made it; left to the collector, it would warn."""
     if "_compiled" in globals():

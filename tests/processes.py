@@ -93,10 +93,10 @@ class Process:
         return texts[0], "".join(texts[1:])
 
 
-def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess:
-    """Starts a process and waits for its end."""
+def run(*arguments: object, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess:
+    """Starts a process and waits for its end, so many seconds at most."""
     process = Process(*arguments, apart=True, **options)
-    output, error = process.communicate()
+    output, error = process.communicate(timeout)
     return subprocess.CompletedProcess(arguments, process.returncode, output, error)
 
 

@@ -46,7 +46,7 @@ def test_every_script_is_here():
 
 
 def start(script: str, *flags: str) -> subprocess.CompletedProcess:
-    return processes.run(EXPERIMENTS / script, *flags)
+    return processes.run(EXPERIMENTS / script, *flags, timeout=3600)  # some train dozens of runs
 
 
 @pytest.mark.long
